@@ -1,0 +1,105 @@
+"""Trees of arrays: which leaves are saved and under which names, and how what was read goes onto the devices."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.tree_util import FlattenedIndexKey, keystr, tree_flatten_with_path, tree_unflatten
+
+from sophia_levanter.checkpoint.arrays import WORKERS, box_of, make_context, read_parts, whole
+from sophia_levanter.checkpoint.manifest import Box, SavedArray
+from sophia_levanter.errors import InputError
+
+Tree = TypeVar("Tree")
+
+
+def arrays_of(tree: Any) -> dict[str, Any]:
+    """The array leaves of `tree` by path (`model.layers.0.weight`).
+
+    jax and numpy arrays, numpy scalars and `jax.ShapeDtypeStruct` count; Python numbers, as in Equinox, do not.
+    """
+    return {path: leaf for path, leaf in _named_leaves(tree)[0] if _is_array(leaf)}
+
+
+def read_tree(folder: Path, saved: list[SavedArray], like: Tree) -> Tree:
+    """`like` with the saved arrays in place of its own, each with the sharding of the one it replaces.
+
+    Raises `InputError` when the arrays are not those of `like`, `CheckpointError` when one cannot be read.
+    """
+    named, structure = _named_leaves(like)
+    wanted = {path: leaf for path, leaf in named if _is_array(leaf)}
+    there = {array.path: array for array in saved}
+    _check_model(folder, there, wanted)
+
+    def read(path: str) -> dict[Box, np.ndarray]:
+        return read_parts(folder, there[path], _wanted_boxes(wanted[path]), context)
+
+    context = make_context()
+    # This thread places what the workers read: jax's settings (default device, x64) may hold for this thread alone.
+    with ThreadPoolExecutor(WORKERS) as pool:
+        parts = zip(wanted, pool.map(read, wanted), strict=True)
+        placed = {path: _place(path, part, wanted[path]) for path, part in parts}
+    return tree_unflatten(structure, [placed.get(path, leaf) for path, leaf in named])
+
+
+def _named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    leaves, structure = tree_flatten_with_path(tree)
+    named = [(_name(path), leaf) for path, leaf in leaves]
+    taken: set[str] = set()
+    for name, _ in named:
+        if name in taken:
+            raise ValueError(f"two leaves of the tree are called {name}: rename the key of one")
+        taken.add(name)
+    return named, structure
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    # The array inside a NamedArray has the index 0 and no name: it goes by the name of its NamedArray.
+    if path and path[-1] == FlattenedIndexKey(0):
+        path = path[:-1]
+    return keystr(path, simple=True, separator=".")
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def _check_model(folder: Path, there: dict[str, SavedArray], wanted: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another model: that is not damage, and an older one would not do either."""
+    for path in [*wanted, *there]:
+        saved = f"{there[path].dtype}{list(there[path].shape)}" if path in there else "missing"
+        here = f"{wanted[path].dtype.name}{list(wanted[path].shape)}" if path in wanted else "missing"
+        if saved != here:
+            raise InputError(
+                f"{folder} is of another model: leaf {path} is {saved} in the checkpoint and {here} in this model; "
+                "use the configuration it was saved with"
+            )
+
+
+def _sharding(like: Any) -> jax.sharding.Sharding | None:
+    """None where the array would move with the default device."""
+    if isinstance(like, jax.Array) and not like.committed:
+        return None
+    return getattr(like, "sharding", None)
+
+
+def _wanted_boxes(like: Any) -> set[Box]:
+    sharding = _sharding(like)
+    if sharding is None:
+        return {whole(like.shape)}
+    return {box_of(index, like.shape) for index in sharding.addressable_devices_indices_map(like.shape).values()}
+
+
+def _place(path: str, parts: dict[Box, np.ndarray], like: Any) -> Any:
+    if isinstance(like, np.ndarray | np.generic):
+        return parts[whole(like.shape)]
+    sharding = _sharding(like)
+    if sharding is None:
+        placed = jax.device_put(parts[whole(like.shape)])
+    else:
+        placed = jax.make_array_from_callback(like.shape, sharding, lambda index: parts[box_of(index, like.shape)])
+    if placed.dtype != like.dtype:
+        raise InputError(f"leaf {path} is {like.dtype.name}, but jax makes it {placed.dtype.name}: set jax_enable_x64")
+    return placed

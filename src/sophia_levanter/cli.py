@@ -1,0 +1,25 @@
+"""The console script: `sophia-levanter train ...` is `python -m sophia_levanter.main ...`."""
+
+from __future__ import annotations
+
+import sys
+
+from sophia_levanter import main as train
+
+VERBS = {"train": train.main}
+
+
+def main() -> int:
+    """Run the verb that is the first argument on the others.
+
+    Returns:
+        The verb's exit status; 2 for no or an unknown verb.
+    """
+    verb, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if verb in ("-h", "--help"):
+        print(f"usage: sophia-levanter {{{','.join(VERBS)}}} [--help] ...")
+        return 0
+    if verb not in VERBS:
+        print(f"error: {verb!r} is not one of the verbs {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    return VERBS[verb](arguments)

@@ -1,0 +1,160 @@
+"""Configuration files: strict YAML, in which a `defaults:` list names other files to start from.
+
+The YAML is the part that cannot surprise: mappings, lists and YAML 1.2 scalars. `6e-4` is a number; `yes`, `0123` and
+`12:30` are strings. Duplicate keys, anchors, aliases and tags are refused, so no Python object is ever constructed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sophia_levanter.errors import InputError
+
+DEFAULTS_KEY = "defaults"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value given to one field, and the file that gives it; None stands for the command line."""
+
+    value: object
+    file: Path | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What an error message about this setting starts with."""
+        return "" if self.file is None else f"{self.file}: "
+
+
+# The settings that one source gives, by dotted path: {"optimizer.rho": Setting(0.03, file)}.
+Layer = dict[str, Setting]
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            problem = (
+                f"anchors and aliases are refused; quote a string that starts with * or &, share by {DEFAULTS_KEY}"
+            )
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            problem = f"the tag {event.tag} is refused; quote a string that starts with !"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(None, None, f"duplicate key {key.value!r}", key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"null|~|", ["n", "~", ""]),
+    ("bool", r"true|false", ["t", "f"]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    ("float", r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)", list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
+
+
+class _Dumper(yaml.SafeDumper):
+    # The loader's, so that exactly the strings that it would read as something else are quoted.
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """YAML that `read_layers` reads back to the same values, keys in the order given."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def parse_value(text: str) -> object:
+    """The number, truth value or null that a command line's text stands for; the text itself if it is no YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+
+
+def show_value(value: object) -> str:
+    """A value for an error message, as it stands in YAML."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return repr(value)
+
+
+def read_layers(path: Path) -> list[Layer]:
+    """The files that `path` names under `defaults:`, depth first, and last `path` itself; later ones take precedence.
+
+    Raises:
+        InputError: if a file is missing, is not strict YAML or includes itself.
+    """
+    return _read_layers(path, including=())
+
+
+def _read_layers(path: Path, including: tuple[Path, ...]) -> list[Layer]:
+    resolved = path.resolve()
+    if resolved in including:
+        cycle = " -> ".join(file.name for file in (*including[including.index(resolved) :], resolved))
+        raise InputError(f"{including[-1]}: {DEFAULTS_KEY} go round in a circle: {cycle}")
+    tree = _read_tree(path, including[-1] if including else None)
+    defaults = tree.pop(DEFAULTS_KEY, None) or []
+    if not isinstance(defaults, list) or not all(isinstance(name, str) and name for name in defaults):
+        raise InputError(f"{path}: {DEFAULTS_KEY} is {defaults!r}; it must be a list of file names")
+    layers = [layer for name in defaults for layer in _read_layers(path.parent / name, (*including, resolved))]
+    return [*layers, _flatten(tree, path)]
+
+
+def _read_tree(path: Path, included_from: Path | None) -> dict[Any, Any]:
+    reader = "" if included_from is None else f"; {included_from} names it under {DEFAULTS_KEY}"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file{reader}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}{reader}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not text in UTF-8{reader}") from None
+    try:
+        tree = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise InputError(f"{path}: is not valid YAML{line}: {problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise InputError(
+            f"{path}: holds a {type(tree).__name__}; it must be a mapping of sections such as `optimizer:`"
+        )
+    return tree
+
+
+def _flatten(tree: Mapping[Any, Any], file: Path, prefix: str = "") -> Layer:
+    layer: Layer = {}
+    for key, value in tree.items():
+        if "." in str(key):
+            raise InputError(f"{file}: key {prefix + str(key)!r} has a dot; write the section, and the field inside it")
+        if isinstance(value, Mapping) and value:
+            layer |= _flatten(value, file, f"{prefix}{key}.")
+        else:
+            layer[f"{prefix}{key}"] = Setting(value, file)
+    return layer

@@ -1,0 +1,148 @@
+"""Text to token ids and back: tiktoken's encodings by name, and plain bytes."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tiktoken
+
+from sophia_levanter.errors import InputError
+
+BYTES = "bytes"
+MAX_ENCODING_THREADS = 8
+
+
+class Tokenizer(ABC):
+    """A fixed map between text and ids in `[0, vocab_size)`.
+
+    Attributes:
+        name: what `load_tokenizer` was asked for.
+        vocab_size: number of ids.
+        end_of_text: the id that ends a document.
+        token_bytes: the bytes each id decodes to, `vocab_size` of them; empty for end-of-text, other special tokens and
+            unused ids.
+        fingerprint: a hash of what defines the encoding; equal only if the ids mean the same.
+    """
+
+    def __init__(self, name: str, end_of_text: int, token_bytes: Sequence[bytes], pattern: str) -> None:
+        self.name = name
+        self.vocab_size = len(token_bytes)
+        self.end_of_text = end_of_text
+        self.token_bytes = token_bytes
+        digest = hashlib.blake2b(f"{end_of_text} {pattern}".encode(), digest_size=16)
+        for token in token_bytes:
+            digest.update(len(token).to_bytes(4, "little") + token)
+        self.fingerprint = digest.hexdigest()
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, int32 [position]. Special tokens spelled out in it are ordinary text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, in threads where that is faster."""
+        return [self.encode(text) for text in texts]
+
+    def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes that `tokens` stand for; end-of-text stands for none.
+
+        Raises:
+            ValueError: if an id is not in `[0, vocab_size)`.
+        """
+        return b"".join(self.token_bytes[token] for token in self._checked(tokens).tolist())
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """`decode_bytes` as text, with U+FFFD where the bytes are not UTF-8."""
+        return self.decode_bytes(tokens).decode("utf-8", errors="replace")
+
+    def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            raise ValueError(f"token ids must be in [0, {self.vocab_size}); found {ids.min()} to {ids.max()}")
+        return ids
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes of the UTF-8 text, 256 is end-of-text."""
+
+    def __init__(self) -> None:
+        super().__init__(BYTES, 256, [*(bytes([value]) for value in range(256)), b""], pattern="")
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.int32)
+
+    def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
+        ids = self._checked(tokens)
+        return ids[ids < 256].astype(np.uint8).tobytes()
+
+
+class TiktokenTokenizer(Tokenizer):
+    """A tiktoken `Encoding`.
+
+    Raises:
+        InputError: if the encoding has no end-of-text token.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        try:
+            end_of_text = encoding.eot_token
+        except KeyError:
+            raise InputError(
+                f"data.tokenizer: {encoding.name} has no <|endoftext|> token; choose one that has"
+            ) from None
+        self._encoding = encoding
+        # tiktoken shows the pattern that cuts text into words under a private name only.
+        super().__init__(encoding.name, end_of_text, _token_bytes(encoding), pattern=encoding._pat_str)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_ENCODING_THREADS)) as threads:
+            return list(threads.map(self.encode, texts))
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`: `bytes`, or a tiktoken encoding such as `gpt2`.
+
+    tiktoken downloads an encoding on first use and keeps it in its own cache.
+
+    Raises:
+        InputError: if there is no such tokenizer, or it can be neither downloaded nor found in tiktoken's cache.
+    """
+    if name == BYTES:
+        return ByteTokenizer()
+    known = [BYTES, *tiktoken.list_encoding_names()]
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        raise InputError(f"data.tokenizer is {name!r}; did you mean {nearest}? There are {', '.join(known)}")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:
+        # Only the kind of error: a network library's message may spell out the address of a proxy, password included.
+        raise InputError(
+            f"data.tokenizer: {name} is not in tiktoken's cache and could not be downloaded ({type(error).__name__}); "
+            f"connect to the network, set TIKTOKEN_CACHE_DIR to a folder that holds it, or use data.tokenizer {BYTES}"
+        ) from error
+    return TiktokenTokenizer(encoding)
+
+
+def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes of text each id stands for, int32 [vocab]; 0 for end-of-text."""
+    return np.array([len(token) for token in tokenizer.token_bytes], dtype=np.int32)
+
+
+def _token_bytes(encoding: tiktoken.Encoding) -> list[bytes]:
+    table = []
+    for token in range(encoding.n_vocab):
+        try:
+            special = encoding.is_special_token(token)
+            table.append(b"" if special else encoding.decode_single_token_bytes(token))
+        except KeyError:  # some encodings leave ids unused
+            table.append(b"")
+    return table

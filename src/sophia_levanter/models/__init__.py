@@ -1,0 +1,1 @@
+"""Haliax GPT-2 models."""

@@ -1,0 +1,99 @@
+"""The shape of a GPT-2 model. Free of jax, so that a command line can be checked at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sophia_levanter.errors import InputError
+
+if TYPE_CHECKING:
+    from haliax import Axis
+
+VOCAB_MULTIPLE = 128
+CHECKPOINTING_POLICIES = ("none", "full")
+
+
+@dataclass(frozen=True)
+class Gpt2Config:
+    """A GPT-2 model (Radford et al. 2019); the vocabulary's size comes from the tokenizer.
+
+    Raises:
+        InputError: if a size is not positive, the heads do not divide the width, or a rate is not in [0, 1).
+    """
+
+    num_layers: int = 12  # transformer blocks
+    num_heads: int = 12  # attention heads; must divide embed_dim
+    embed_dim: int = 768  # width of the residual stream
+    seq_len: int = 1024  # tokens in a training window; the longest context
+    mlp_ratio: int = 4  # the MLP's hidden width over embed_dim
+    use_bias: bool = False  # biases in linear layers and layer norms
+    scale_attn_by_inverse_layer_idx: bool = False  # divide attention scores of layer i (from 0) by i + 1
+    dropout: float = 0.0  # on embeddings, attention weights and each block's two outputs
+    layer_norm_epsilon: float = 1e-5  # added to the variance in layer norms
+    initializer_range: float = 0.02  # standard deviation of the initial weights
+    gradient_checkpointing: str = "full"  # what a block recomputes in the backward pass: none, or all of it (full)
+    loss_block_size: int = 256  # positions whose logits exist at one time in the loss
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "embed_dim", "seq_len", "mlp_ratio", "loss_block_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.embed_dim % self.num_heads:
+            raise InputError(
+                f"model.num_heads {self.num_heads} does not divide model.embed_dim {self.embed_dim}; "
+                f"{_nearest_divisor(self.embed_dim, self.num_heads)} would"
+            )
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"model.dropout is {self.dropout}; it must be in [0, 1)")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"model.{name} is {getattr(self, name)}; it must be above 0")
+        if self.gradient_checkpointing not in CHECKPOINTING_POLICIES:
+            raise InputError(
+                f"model.gradient_checkpointing is {self.gradient_checkpointing!r}; "
+                f"it must be one of {', '.join(CHECKPOINTING_POLICIES)}"
+            )
+
+    @property
+    def Embed(self) -> Axis:
+        return _axis("embed", self.embed_dim)
+
+    @property
+    def Heads(self) -> Axis:
+        return _axis("heads", self.num_heads)
+
+    @property
+    def HeadSize(self) -> Axis:
+        return _axis("head_size", self.embed_dim // self.num_heads)
+
+    @property
+    def Layers(self) -> Axis:
+        return _axis("layers", self.num_layers)
+
+    @property
+    def Mlp(self) -> Axis:
+        return _axis("mlp", self.embed_dim * self.mlp_ratio)
+
+    @property
+    def Pos(self) -> Axis:
+        return _axis("position", self.seq_len)
+
+    @property
+    def KeyPos(self) -> Axis:
+        return _axis("key_position", self.seq_len)
+
+
+def _axis(name: str, size: int) -> Axis:
+    from haliax import Axis
+
+    return Axis(name, size)
+
+
+def _nearest_divisor(n: int, wanted: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
+
+
+def pad_vocab(vocab_size: int) -> int:
+    """The vocabulary rounded up to a multiple of 128, as matrix units like it."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

@@ -1,0 +1,140 @@
+"""GPT-2 weights by the names that transformers and nanoGPT give them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from haliax import NamedArray
+
+from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.models.gpt2 import Gpt2
+
+_PREFIX = "transformer."
+_MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+LAYOUTS = ("conv1d", "linear")
+
+
+def gpt2_from_state_dict(config: Gpt2Config, arrays: Mapping[str, np.ndarray], *, layout: str = "conv1d") -> Gpt2:
+    """A model with the given weights; `lm_head.weight` and attention masks are ignored, as the head is tied.
+
+    Args:
+        config: the model's shape.
+        arrays: by state-dict name, with or without the prefix `transformer.`.
+        layout: `conv1d` for matrices [in, out], as transformers stores them; `linear` for torch.nn.Linear's [out, in],
+            as nanoGPT and the Sophia authors do.
+
+    Raises:
+        ValueError: if an array is missing, unknown or of another shape; names it.
+    """
+    _check_layout(layout)
+    ignored = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
+    given = {n.removeprefix(_PREFIX): np.asarray(a) for n, a in arrays.items() if not n.endswith(ignored)}
+    if "wte.weight" not in given:
+        raise ValueError("wte.weight is missing: this is no GPT-2 state dict")
+    vocab_size = given["wte.weight"].shape[0]
+    template = eqx.filter_eval_shape(Gpt2.init, config, vocab_size=vocab_size, key=jax.random.key(0))
+    wanted = _names(template)
+    for name in [*wanted, *given]:
+        if name not in given or name not in wanted:
+            raise ValueError(f"{name} is {'missing' if name in wanted else 'not in this model'}")
+        expected = _shape(name, wanted[name], layout, vocab_size)
+        if given[name].shape != expected:
+            raise ValueError(f"{name} has shape {given[name].shape}, this model wants {expected}")
+
+    def load(name: str, leaf: NamedArray) -> NamedArray:
+        if "blocks." not in name:
+            array = given[name]
+            padding = leaf.array.shape[0] - array.shape[0]
+            return _filled(leaf, np.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1)))
+        layers = [given[name.replace("blocks", f"h.{i}")] for i in range(config.num_layers)]
+        if layout == "linear" and _is_matrix(name):
+            layers = [a.T for a in layers]
+        return _filled(leaf, np.stack(layers))
+
+    return _map_named(load, template)
+
+
+def gpt2_to_state_dict(model: Gpt2, *, layout: str = "conv1d") -> dict[str, np.ndarray]:
+    """The weights by state-dict name, the vocabulary without its padding; the inverse of `gpt2_from_state_dict`.
+
+    Raises:
+        ValueError: if the layout is unknown.
+    """
+    _check_layout(layout)
+    arrays: dict[str, np.ndarray] = {}
+
+    def save(name: str, leaf: NamedArray) -> NamedArray:
+        array = np.asarray(leaf.array)
+        if "blocks." not in name:
+            arrays[_PREFIX + name] = array[: model.vocab_size] if name == "wte.weight" else array
+            return leaf
+        for i, layer in enumerate(array):
+            full = _PREFIX + name.replace("blocks", f"h.{i}")
+            if _is_matrix(name):
+                flat = layer.reshape(_matrix_shape(name, model.config))
+                arrays[full] = flat.T if layout == "linear" else flat
+            else:
+                arrays[full] = layer.reshape(-1)
+        return leaf
+
+    _map_named(save, model)
+    return arrays
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
+
+
+def _map_named(function, model: Gpt2) -> Gpt2:  # type: ignore[no-untyped-def]
+    def visit(path: tuple, leaf: object) -> object:
+        if not isinstance(leaf, NamedArray):
+            return leaf
+        name = ".".join(key.name for key in path if key.name not in ("stacked",))
+        return function(name, leaf)
+
+    return jax.tree_util.tree_map_with_path(visit, model, is_leaf=lambda x: isinstance(x, NamedArray))
+
+
+def _names(model: Gpt2) -> dict[str, tuple[int, ...]]:
+    """The shape of every array by state-dict name, in conv1d layout and with the padded vocabulary."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, leaf: NamedArray) -> NamedArray:
+        shape = tuple(axis.size for axis in leaf.axes)
+        if "blocks." not in name:
+            shapes[name] = shape
+        for i in range(model.config.num_layers if "blocks." in name else 0):
+            flat = _matrix_shape(name, model.config) if _is_matrix(name) else (int(np.prod(shape[1:])),)
+            shapes[name.replace("blocks", f"h.{i}")] = flat
+        return leaf
+
+    _map_named(note, model)
+    return shapes
+
+
+def _shape(name: str, shape: tuple[int, ...], layout: str, vocab_size: int) -> tuple[int, ...]:
+    if name == "wte.weight":
+        return (vocab_size, *shape[1:])
+    return shape[::-1] if layout == "linear" and _is_matrix(name) else shape
+
+
+def _is_matrix(name: str) -> bool:
+    return name.endswith(tuple(f"{m}.weight" for m in _MATRICES))
+
+
+def _matrix_shape(name: str, config: Gpt2Config) -> tuple[int, int]:
+    embed, mlp = config.embed_dim, config.embed_dim * config.mlp_ratio
+    if "attn.c_attn" in name:
+        return embed, 3 * embed
+    if "attn.c_proj" in name:
+        return embed, embed
+    return (embed, mlp) if "mlp.c_fc" in name else (mlp, embed)
+
+
+def _filled(leaf: NamedArray, array: np.ndarray) -> NamedArray:
+    return NamedArray(jnp.asarray(array.reshape([axis.size for axis in leaf.axes])), leaf.axes)

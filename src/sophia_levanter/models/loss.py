@@ -1,0 +1,168 @@
+"""Next-token cross-entropy in blocks of positions, so that the logits of a whole batch never exist.
+
+The backward pass needs no second look at the logits: while a block's logits are at hand its contribution to the
+gradients of the hidden states and of the head is computed, and the backward pass only scales what was kept. The same
+pass can draw labels from the model's own distribution and keep their gradients too, which is what
+Gauss-Newton-Bartlett needs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sophia_levanter.optim.likelihood import sample_categorical
+
+
+class Targets(NamedTuple):
+    """What the hidden states are scored against; all arrays [batch, position].
+
+    Attributes:
+        labels: int32, the true next tokens.
+        weights: float32, of each position in the sum.
+        samples: float32 in [0, 1) to draw a label each by the inverse of the model's cumulative distribution, or int
+            labels drawn elsewhere; None for no second loss.
+    """
+
+    labels: jax.Array
+    weights: jax.Array
+    samples: jax.Array | None
+
+
+class _Gradients(NamedTuple):
+    hidden: jax.Array
+    head: jax.Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def blocked_cross_entropy(
+    vocab_size: int, block_size: int, hidden: jax.Array, head: jax.Array, targets: Targets
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sums of the cross-entropy of the true and of the sampled labels.
+
+    In the second sum a position of weight w counts with the root of w, so that the expected square of its gradient is
+    the weighted sum of the positions' Gauss-Newton diagonals. Reverse mode only; forward over reverse works.
+
+    Args:
+        vocab_size: classes from here on are padding: never predicted, never drawn.
+        block_size: positions whose logits exist at one time.
+        hidden: [batch, position, embed] final hidden states.
+        head: [vocab, embed].
+        targets: the labels; see `Targets`.
+
+    Returns:
+        Two scalars in nats, float32 or wider; the second is 0 without samples.
+    """
+    losses, _ = _run_blocks(vocab_size, block_size, hidden, head, targets, with_gradients=False)
+    return losses
+
+
+def _forward(
+    vocab_size: int, block_size: int, hidden: jax.Array, head: jax.Array, targets: Targets
+) -> tuple[tuple[jax.Array, jax.Array], tuple[_Gradients, ...]]:
+    return _run_blocks(vocab_size, block_size, hidden, head, targets, with_gradients=True)
+
+
+def _backward(
+    vocab_size: int, block_size: int, kept: tuple[_Gradients, ...], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, None]:
+    hidden, head = (
+        sum((g * c for g, c in zip(parts, cotangents, strict=False)), start=jnp.zeros((), parts[0].dtype)).astype(
+            parts[0].dtype
+        )
+        for parts in zip(*kept, strict=True)
+    )
+    return hidden, head, None
+
+
+blocked_cross_entropy.defvjp(_forward, _backward)
+
+
+def _run_blocks(
+    vocab_size: int, block_size: int, hidden: jax.Array, head: jax.Array, targets: Targets, *, with_gradients: bool
+) -> tuple[tuple[jax.Array, jax.Array], tuple[_Gradients, ...]]:
+    positions = hidden.shape[1]
+    one_block = partial(_one_block, vocab_size, head, with_gradients=with_gradients)
+    if positions <= block_size:
+        losses, gradients = one_block(hidden, targets)
+        return losses, _cast_head(gradients, head)
+
+    blocks = jax.tree.map(partial(_split_positions, block_size), (hidden, targets))
+
+    def body(carry: tuple, block: tuple) -> tuple[tuple, tuple[jax.Array, ...]]:
+        losses, gradients = one_block(*block)
+        summed = jax.tree.map(jnp.add, carry, (losses, tuple(g.head for g in gradients)))
+        return summed, tuple(g.hidden for g in gradients)
+
+    start = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(lambda b: _summed_part(one_block(*b)), jax.tree.map(lambda x: x[0], blocks)),
+    )
+    (losses, heads), hiddens = jax.lax.scan(body, start, blocks)
+    gradients = tuple(_Gradients(_join_positions(h, positions), d) for h, d in zip(hiddens, heads, strict=True))
+    return losses, _cast_head(gradients, head)
+
+
+def _summed_part(result: tuple) -> tuple:
+    """The part of a block's result that is summed over blocks."""
+    losses, gradients = result
+    return losses, tuple(g.head for g in gradients)
+
+
+def _one_block(
+    vocab_size: int, head: jax.Array, hidden: jax.Array, targets: Targets, *, with_gradients: bool
+) -> tuple[tuple[jax.Array, jax.Array], tuple[_Gradients, ...]]:
+    """Both losses of some positions, and the gradients of each loss with respect to the hidden states and the head."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = jnp.einsum("bte,ve->btv", hidden, head, preferred_element_type=wide)
+    classes = jnp.arange(head.shape[0], dtype=jnp.int32)
+    if vocab_size < head.shape[0]:
+        logits = jnp.where(classes < vocab_size, logits, -jnp.inf)
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    labels = [(targets.labels, targets.weights)]
+    if targets.samples is not None:
+        labels.append((_draw(logits, targets.samples), jnp.sqrt(targets.weights)))
+
+    losses = [
+        jnp.sum((log_normalizer - jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]) * w) for y, w in labels
+    ]
+    if len(losses) == 1:
+        losses.append(jnp.zeros_like(losses[0]))
+    if not with_gradients:
+        return (losses[0], losses[1]), ()
+
+    probabilities = jnp.exp(logits - log_normalizer[..., None])
+
+    def gradients(y: jax.Array, w: jax.Array) -> _Gradients:
+        d = ((probabilities - (classes == y[..., None])) * w[..., None]).astype(hidden.dtype)
+        return _Gradients(
+            jnp.einsum("btv,ve->bte", d, head),
+            jnp.einsum("btv,bte->ve", d, hidden, preferred_element_type=wide),
+        )
+
+    return (losses[0], losses[1]), tuple(gradients(y, w) for y, w in labels)
+
+
+def _draw(logits: jax.Array, samples: jax.Array) -> jax.Array:
+    if jnp.issubdtype(samples.dtype, jnp.integer):
+        return samples
+    return sample_categorical(jax.lax.stop_gradient(logits), samples)
+
+
+def _split_positions(block_size: int, x: jax.Array) -> jax.Array:
+    """[batch, position, ...] -> [block, batch, position in block, ...], padded with zeros (so with weight 0)."""
+    padding = -x.shape[1] % block_size
+    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, block_size, *x.shape[2:]), 1, 0)
+
+
+def _join_positions(x: jax.Array, positions: int) -> jax.Array:
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :positions]
+
+
+def _cast_head(gradients: tuple[_Gradients, ...], head: jax.Array) -> tuple[_Gradients, ...]:
+    return tuple(_Gradients(g.hidden, g.head.astype(head.dtype)) for g in gradients)

@@ -1,0 +1,58 @@
+"""Metrics as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class JsonLines:
+    """Appends one JSON object a step to a file; a resumed run goes on where its checkpoint is.
+
+    Non-finite numbers are written as null, since JSON has none.
+
+    Args:
+        path: the file; made if it is not there.
+        first_step: lines of this step and later ones, left by a run that died after its last checkpoint, are dropped.
+    """
+
+    def __init__(self, path: Path, first_step: int = 0) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) < first_step]
+            _replace(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of a step."""
+        record = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Return when all lines are on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The line's step; a line that a kill cut short is as good as from the future."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,190 @@
+"""The optimizer's and the trainer's settings. Free of jax, so that a command line can be checked at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import draccus
+
+from sophia_levanter.errors import InputError
+
+SCHEDULES = ("cosine", "linear", "constant")
+CURVATURE_REDUCTIONS = ("square_then_average", "average_then_square")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{field} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def _check_positive(field: str, value: float) -> None:
+    if not value > 0:
+        raise InputError(f"{field} is {value}; it must be above 0")
+
+
+def _check_beta(field: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise InputError(f"{field} is {value}; it must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(draccus.ChoiceRegistry):
+    """What every optimizer has: a learning rate with a schedule, and decoupled weight decay.
+
+    Raises:
+        InputError: if a hyper-parameter is out of its range.
+    """
+
+    learning_rate: float = 6e-4  # the peak, reached at the end of the warm-up
+    final_learning_rate: float = 1.5e-5  # reached at the last step; constant ignores it
+    schedule: str = "cosine"  # after the warm-up: cosine, linear, constant
+    warmup_steps: int = 2000  # steps of linear growth from 0 to learning_rate
+    weight_decay: float = 0.1  # decoupled; on matrices and embeddings, never on biases and norms
+
+    def __post_init__(self) -> None:
+        _check_positive("optimizer.learning_rate", self.learning_rate)
+        _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
+        if self.schedule != "constant" and not 0 <= self.final_learning_rate <= self.learning_rate:
+            raise InputError(
+                f"optimizer.final_learning_rate is {self.final_learning_rate}; "
+                f"it must be between 0 and optimizer.learning_rate, {self.learning_rate}"
+            )
+        for name in ("warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class SophiaConfig(OptimizerConfig):
+    """What Sophia-G and Sophia-H share (arXiv 2305.14342, Algorithm 3)."""
+
+    b1: float = 0.965  # decay of the momentum m
+    b2: float = 0.99  # decay of the curvature h, per refresh
+    rho: float = 0.05  # scale of the curvature; coordinates with |m| >= rho * h take a clipped step
+    eps: float = 1e-12  # floor of rho * h
+    weight_decay: float = 0.2  # decoupled; on matrices and embeddings, never on biases and norms
+    interval: int = 10  # steps between two refreshes of the curvature
+    bias_correct_momentum: bool = False  # divide m by 1 - b1^steps
+    bias_correct_curvature: bool = False  # divide h by 1 - b2^refreshes
+    curvature_batch_fraction: float = 1.0  # part of the batch that refreshes the curvature, in whole microbatches
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_beta("optimizer.b1", self.b1)
+        _check_beta("optimizer.b2", self.b2)
+        _check_positive("optimizer.rho", self.rho)
+        _check_positive("optimizer.eps", self.eps)
+        if self.interval < 1:
+            raise InputError(f"optimizer.interval is {self.interval}; it must be at least 1")
+        if not 0 < self.curvature_batch_fraction <= 1:
+            raise InputError(
+                f"optimizer.curvature_batch_fraction is {self.curvature_batch_fraction}; it must be in (0, 1]"
+            )
+
+
+@OptimizerConfig.register_subclass("sophia_g")
+@dataclass(frozen=True)
+class SophiaGConfig(SophiaConfig):
+    """Sophia with the Gauss-Newton-Bartlett estimator (Algorithm 2)."""
+
+    curvature_batch_fraction: float = 0.5  # part of the batch that refreshes the curvature, in whole microbatches
+    curvature_reduce: str = "square_then_average"  # of microbatch gradients; or average_then_square, as the authors do
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("optimizer.curvature_reduce", self.curvature_reduce, CURVATURE_REDUCTIONS)
+
+
+@OptimizerConfig.register_subclass("sophia_h")
+@dataclass(frozen=True)
+class SophiaHConfig(SophiaConfig):
+    """Sophia with Hutchinson's estimator (Algorithm 1)."""
+
+    rho: float = 0.01  # scale of the curvature; coordinates with |m| >= rho * h take a clipped step
+    probe: str = "rademacher"  # distribution of the random direction; or gaussian, as in the paper
+    curvature_batch_fraction: float = 0.07  # part of the batch that refreshes the curvature, in whole microbatches
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("optimizer.probe", self.probe, ("rademacher", "gaussian"))
+
+
+@OptimizerConfig.register_subclass("adamw")
+@dataclass(frozen=True)
+class AdamWConfig(OptimizerConfig):
+    """AdamW (Loshchilov and Hutter 2019), optax's."""
+
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_beta("optimizer.b1", self.b1)
+        _check_beta("optimizer.b2", self.b2)
+        _check_positive("optimizer.eps", self.eps)
+
+
+@OptimizerConfig.register_subclass("lion")
+@dataclass(frozen=True)
+class LionConfig(OptimizerConfig):
+    """Lion (Chen et al. 2023), optax's."""
+
+    learning_rate: float = 1e-4  # the peak, reached at the end of the warm-up
+    final_learning_rate: float = 5e-6  # reached at the last step; constant ignores it
+    b1: float = 0.95  # weight of the momentum in the step
+    b2: float = 0.98  # decay of the momentum
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_beta("optimizer.b1", self.b1)
+        _check_beta("optimizer.b2", self.b2)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long, how wide and where to train.
+
+    Raises:
+        InputError: if a count is out of its range or the batch does not divide into microbatches.
+    """
+
+    num_train_steps: int = 100_000  # optimizer steps in the whole run
+    batch_size: int = 480  # windows in a step
+    microbatch_size: int | None = None  # windows whose gradient is computed at one time; the batch if not given
+    seed: int = 0  # of the initial weights, the data order, dropout and curvature samples
+    compute_dtype: str = "float32"  # of activations and matrix products: float32 or bfloat16; parameters are float32
+    max_grad_norm: float | None = 1.0  # gradients with a larger global norm are scaled down to it
+    max_skipped_steps: int = 10  # steps in a row with a non-finite gradient before the run gives up
+    evaluate_every: int = 1000  # steps between two validation losses; one more comes at the end
+    evaluation_windows: int | None = 512  # windows in a validation loss, spread evenly; all if not given
+    checkpoint_every: int = 1000  # steps between two checkpoints; one more comes at the end
+    keep_checkpoints: int = 2  # newest checkpoints that are kept
+    log_every: int = 10  # steps between two lines of progress where there is no terminal
+    sample_tokens: int = 200  # tokens of text generated at the end of the run
+    run_dir: str | None = None  # config, metrics and checkpoints go here; runs/NAME-TIME if not given
+
+    def __post_init__(self) -> None:
+        counts = ("num_train_steps", "batch_size", "max_skipped_steps", "evaluate_every", "checkpoint_every")
+        for name in (*counts, "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("microbatch_size", "evaluation_windows"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"trainer.seed is {self.seed}; it must be between 0 and {2**32 - 1}")
+        if self.sample_tokens < 0:
+            raise InputError(f"trainer.sample_tokens is {self.sample_tokens}; it must not be negative")
+        if self.microbatch_size is not None and self.batch_size % self.microbatch_size:
+            raise InputError(
+                f"trainer.microbatch_size {self.microbatch_size} does not divide trainer.batch_size {self.batch_size}"
+            )
+        if self.max_grad_norm is not None:
+            _check_positive("trainer.max_grad_norm", self.max_grad_norm)
+        _check_choice("trainer.compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.batch_size // (self.microbatch_size or self.batch_size)

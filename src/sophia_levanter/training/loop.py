@@ -1,0 +1,214 @@
+"""The host's side of training: which step runs, what is logged, when to evaluate, save and stop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import equinox as eqx
+import numpy as np
+from jax.sharding import Mesh
+
+from sophia_levanter.batch import Batch, batch_from_windows
+from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.partition import on_mesh, place
+from sophia_levanter.tracking.console import Console
+from sophia_levanter.tracking.jsonl import JsonLines
+from sophia_levanter.training.config import TrainerConfig
+from sophia_levanter.training.evaluation import Evaluation
+from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, train_step
+
+Step = Callable[[Batch, TrainState], tuple[TrainState, StepOutput]]
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on; the message says why and what to try."""
+
+
+class Batches(Protocol):
+    """Windows of a step, int32 [batch, position + 1]; a pure function of the step."""
+
+    def __getitem__(self, step: int) -> np.ndarray: ...
+
+
+class StopRequest:
+    """Notes the first SIGINT or SIGTERM so that the loop can save and end; the second acts as it would without.
+
+    Attributes:
+        signal: the signal that came, or None.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {s: signal.signal(s, self._note) for s in self._SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+        self._before = {}
+
+
+@dataclass
+class Loop:
+    """A run of training steps.
+
+    Attributes:
+        config: how long, and how often to evaluate, save and log.
+        settings: what the step needs.
+        mesh: the devices.
+        batches: the training windows.
+        evaluate: gives a model's validation loss.
+        save: writes a checkpoint of a state and gives its path.
+        metrics: takes the numbers of each step.
+        console: shows them.
+        tokens_per_step: predicted tokens in a step.
+        mfu_per_token_rate: model FLOPs utilisation at one token a second.
+    """
+
+    config: TrainerConfig
+    settings: StepSettings
+    mesh: Mesh
+    batches: Batches
+    evaluate: Callable[[Gpt2], Evaluation]
+    save: Callable[[TrainState], Path]
+    metrics: JsonLines
+    console: Console
+    tokens_per_step: int
+    mfu_per_token_rate: float
+    last_metrics: dict[str, float] = field(default_factory=dict)
+    saved: Path | None = None
+    saved_step: int | None = None
+    _last_time: float = 0.0
+    _step_seconds: list[float] = field(default_factory=list)
+
+    def run(self, state: TrainState, stop: StopRequest) -> TrainState:
+        """Train until the last step or until asked to stop; the last state is saved either way.
+
+        Args:
+            state: where to start, on the mesh.
+            stop: looked at before each step.
+
+        Returns:
+            The last state.
+
+        Raises:
+            TrainingFailed: if too many steps in a row had a non-finite loss or gradient.
+        """
+        with on_mesh(self.mesh):
+            plain, refreshing = self._compile(state)
+            self.console.start(int(state.step), self.config.num_train_steps)
+            self._last_time = time.perf_counter()
+            try:
+                return self._steps(state, plain, refreshing, stop)
+            finally:
+                self.console.stop()
+                self.metrics.sync()
+
+    def _steps(self, state: TrainState, plain: Step, refreshing: Step, stop: StopRequest) -> TrainState:
+        step, total = int(state.step), self.config.num_train_steps
+        refresh_pending = bool(state.refresh_pending)
+        batch = self._batch(step)
+        # A step's numbers are read while the next one runs.
+        unread: tuple[int, StepOutput] | None = None
+        while step < total and stop.signal is None:
+            refresh = refresh_pending or self.settings.optimizer.refresh_due(step)
+            state, output = (refreshing if refresh else plain)(batch, state)
+            if step + 1 < total:
+                batch = self._batch(step + 1)
+            if unread is not None:
+                self._read(*unread)
+            unread = (step, output)
+            step += 1
+            evaluate = step % self.config.evaluate_every == 0 or step == total
+            save = step % self.config.checkpoint_every == 0 or step == total
+            if refresh or evaluate or save:
+                self._read(*unread)
+                unread = None
+                refresh_pending = bool(output.refresh_pending)
+            if evaluate:
+                self._evaluate(step, state)
+            if save:
+                self._save(step, state)
+        if unread is not None:
+            self._read(*unread)
+        if self.saved_step != step:
+            self._save(step, state)
+        return state
+
+    def _compile(self, state: TrainState) -> tuple[Step, Step]:
+        batch = self._batch(int(state.step))
+        started = time.perf_counter()
+        compiled = []
+        # An optimizer without curvature never asks for the second step.
+        kinds = (False, True) if self.settings.optimizer.refresh_due(0) else (False,)
+        for refresh in kinds:
+            step: Any = eqx.filter_jit(partial(train_step, self.settings, refresh), donate="all-except-first")
+            compiled.append(step.lower(batch, state).compile())
+        self.console.line(f"compiled {len(compiled)} training step(s) in {time.perf_counter() - started:.1f} s")
+        return compiled[0], compiled[-1]
+
+    def _batch(self, step: int) -> Batch:
+        windows = self.batches[step]
+        return place(batch_from_windows(windows, num_microbatches=self.config.num_microbatches), self.mesh)
+
+    def _read(self, step: int, output: StepOutput) -> None:
+        """Wait for a step to end, and log it."""
+        numbers = {name: float(value) for name, value in output.metrics.items()}
+        now = time.perf_counter()
+        self._step_seconds.append(now - self._last_time)
+        self._last_time = now
+        rate = self.tokens_per_step / self._step_seconds[-1]
+        numbers |= {"train/tokens_per_second": rate, "train/mfu": rate * self.mfu_per_token_rate}
+        self.metrics.log(step, numbers)
+        self.last_metrics |= numbers
+        recent = self._step_seconds[-20:]
+        self.console.step(step, numbers, (self.config.num_train_steps - step - 1) * sum(recent) / len(recent))
+        in_a_row = int(output.skipped_in_a_row)
+        if in_a_row:
+            self.console.line(f"step {step}: the loss or gradient is not finite; the step changed nothing")
+        if in_a_row >= self.config.max_skipped_steps:
+            raise TrainingFailed(
+                f"the loss or gradient was not finite in {in_a_row} steps in a row, the last of them step {step}; "
+                "try a lower --optimizer.learning_rate or more --optimizer.warmup_steps"
+            )
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        evaluation = self.evaluate(state.model)
+        numbers = {"validation/loss": evaluation.loss, "validation/bits_per_byte": evaluation.bits_per_byte}
+        self.metrics.log(step - 1, {k: v for k, v in numbers.items() if not math.isnan(v)})
+        self.last_metrics |= numbers
+        self.console.line(
+            f"step {step}: validation loss {evaluation.loss:.4f} nats per token, "
+            f"{evaluation.bits_per_byte:.4f} bits per byte"
+        )
+        self._last_time = time.perf_counter()
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self.metrics.sync()
+        self.saved, self.saved_step = self.save(state), step
+        self._last_time = time.perf_counter()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all steps of this process, without evaluations and saves."""
+        return self.tokens_per_step * len(self._step_seconds) / sum(self._step_seconds) if self._step_seconds else 0.0

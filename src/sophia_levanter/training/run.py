@@ -1,0 +1,189 @@
+"""A training run from its configuration: build the parts, start or restore, train, and say how it went."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+from jax.sharding import Mesh
+
+from sophia_levanter import checkpoint
+from sophia_levanter.command_line import load_config
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.data.batches import TrainBatches, ValidationBatches
+from sophia_levanter.data.prepare import TextData, prepare
+from sophia_levanter.data.tokenizer import token_byte_lengths
+from sophia_levanter.errors import InputError
+from sophia_levanter.models.gpt2 import Gpt2, decay_mask
+from sophia_levanter.partition import abstract, check_batch_divides, data_mesh, place
+from sophia_levanter.tracking.console import Console
+from sophia_levanter.tracking.jsonl import JsonLines
+from sophia_levanter.training.evaluation import Evaluator
+from sophia_levanter.training.loop import Loop, StopRequest
+from sophia_levanter.training.optimizers import build_schedule, build_step_settings
+from sophia_levanter.training.run_directory import RunDirectory, changed_fields
+from sophia_levanter.training.step import StepSettings, TrainState
+from sophia_levanter.training.summary import describe_end, describe_start
+from sophia_levanter.training.throughput import flops_per_token, peak_flops
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of before it has a state."""
+
+    config: TrainConfig
+    mesh: Mesh
+    data: TextData
+    batches: TrainBatches
+    validation: ValidationBatches
+    settings: StepSettings
+    facts: dict[str, Any]
+
+    def initial_state(self) -> TrainState:
+        """The state before step 0, a function of the configuration alone."""
+        key = jax.random.key(self.config.trainer.seed)
+        model = Gpt2.init(self.config.model, vocab_size=self.data.tokenizer.vocab_size, key=key)
+        return TrainState.init(model, self.settings.optimizer)
+
+
+def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, Any]) -> StopRequest:
+    """Train as configured, in a run directory.
+
+    Args:
+        config: the resolved configuration.
+        directory: where the run's files go, and whether it goes on from them.
+        environment: what besides the configuration decides the numbers (versions, flags), to be recorded.
+
+    Returns:
+        The signal that ended the run before its last step, if any.
+
+    Raises:
+        InputError: if the parts do not fit each other or the data; the run directory is untouched then.
+        TrainingFailed: if the numbers go bad.
+        CheckpointError: if all checkpoints of the run are damaged.
+    """
+    console = Console(config.trainer.log_every)
+    saved_steps = checkpoint.steps(directory.checkpoints)
+    if directory.resume == "always" and not saved_steps:
+        raise InputError(f"--resume {directory.path}: {directory.checkpoints} holds no checkpoint to go on from")
+    parts = _build(config, environment, console)
+    run_id = uuid.uuid4().hex
+    if directory.resume != "never" and saved_steps:
+        state, run_id = _restore(parts, directory, console)
+        if int(state.step) >= config.trainer.num_train_steps:
+            console.line(
+                f"all {int(state.step)} steps are done; --trainer.num_train_steps with more of them extends the run"
+            )
+            return StopRequest()
+    else:
+        state = place(eqx.filter_jit(parts.initial_state)(), parts.mesh)
+    directory.write_config(config)
+    checkpoint.remove_leftovers(directory.checkpoints)
+    describe_start(parts, directory.path, console)
+    loop = _make_loop(parts, directory, state, run_id, console)
+    with StopRequest() as stop:
+        state = loop.run(state, stop)
+    if int(state.step) < config.trainer.num_train_steps:
+        assert stop.signal is not None
+        console.line(
+            f"{stop.signal.name}: stopped after step {int(state.step)}, which is saved; "
+            f"--resume {directory.path} goes on"
+        )
+        return stop
+    describe_end(parts, loop, state, console)
+    return StopRequest()
+
+
+def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console) -> Parts:
+    trainer, seq_len = config.trainer, config.model.seq_len
+    mesh = data_mesh()
+    rows = trainer.microbatch_size or trainer.batch_size
+    check_batch_divides(rows, mesh)
+    data = prepare(config.data, console.line)
+    devices = {"device": mesh.devices.flat[0].device_kind, "device_count": mesh.size}
+    return Parts(
+        config=config,
+        mesh=mesh,
+        data=data,
+        batches=TrainBatches(data.train, seq_len=seq_len, batch_size=trainer.batch_size, seed=trainer.seed),
+        validation=ValidationBatches(
+            data.validation, seq_len=seq_len, batch_size=rows, max_windows=trainer.evaluation_windows
+        ),
+        settings=build_step_settings(config.optimizer, trainer, decay_mask),
+        facts={"environment": {**environment, **devices}, "data": _data_facts(data)},
+    )
+
+
+def _data_facts(data: TextData) -> dict[str, Any]:
+    """What tells one training text from another."""
+    return {
+        "tokenizer": data.tokenizer.fingerprint,
+        "documents": data.train.num_documents,
+        "tokens": data.train.num_tokens,
+        "bytes": data.train.num_bytes,
+    }
+
+
+def _restore(parts: Parts, directory: RunDirectory, console: Console) -> tuple[TrainState, str]:
+    """The newest checkpoint that is whole, and the run's id; tells what is not as it was when the run began."""
+    like = abstract(parts.initial_state, parts.mesh)
+    restored = checkpoint.restore(directory.checkpoints, like, report=console.line)
+    if restored.metadata["data"] != parts.facts["data"]:
+        raise InputError(
+            f"--resume {directory.path}: the training text is another one than the run began with: "
+            f"{parts.facts['data']} now, {restored.metadata['data']} then"
+        )
+    console.line(f"resuming after step {restored.step} of {directory.path}")
+    began_with, now = restored.metadata["environment"], parts.facts["environment"]
+    if began_with != now:
+        console.line(f"losses may differ in their last bits: the run began with {began_with}, and this is {now}")
+    old_config = load_config(directory.config_file)
+    for name, old, new in changed_fields(old_config, parts.config):
+        if name != "trainer.run_dir":
+            console.line(f"{name} was {old} and is {new}")
+    rates = [
+        float(build_schedule(c.optimizer, c.trainer.num_train_steps)(restored.step)) for c in (old_config, parts.config)
+    ]
+    if rates[0] != rates[1]:
+        console.line(
+            f"the schedule is another one: at step {restored.step} the learning rate was {rates[0]:.3g} "
+            f"and is {rates[1]:.3g}"
+        )
+    return restored.tree, restored.run_id
+
+
+def _make_loop(parts: Parts, directory: RunDirectory, state: TrainState, run_id: str, console: Console) -> Loop:
+    trainer = parts.config.trainer
+    step = int(state.step)
+
+    def save(state: TrainState) -> Path:
+        return checkpoint.save(
+            directory.checkpoints,
+            int(state.step),
+            state,
+            run_id=run_id,
+            metadata=parts.facts,
+            keep=trainer.keep_checkpoints,
+        )
+
+    vocab_size = parts.data.tokenizer.vocab_size
+    return Loop(
+        config=trainer,
+        settings=parts.settings,
+        mesh=parts.mesh,
+        batches=parts.batches,
+        evaluate=Evaluator(
+            parts.validation, token_byte_lengths(parts.data.tokenizer), parts.mesh, parts.settings.policy
+        ),
+        save=save,
+        metrics=JsonLines(directory.metrics_file, first_step=step),
+        console=console,
+        tokens_per_step=trainer.batch_size * parts.config.model.seq_len,
+        mfu_per_token_rate=flops_per_token(parts.config.model, vocab_size) / peak_flops(list(parts.mesh.devices.flat)),
+        saved_step=step if step in checkpoint.steps(directory.checkpoints) else None,
+    )

@@ -1,0 +1,129 @@
+"""The directory of a run: `config.yaml`, `metrics.jsonl` and `checkpoints/`; and whether it may be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from sophia_levanter.command_line import Command, dump_config, load_config
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.data.documents import PYTHON_STDLIB
+from sophia_levanter.errors import InputError
+
+# What may differ between a run and its continuation by `--resume auto` without making it another run.
+_MAY_DIFFER = ("trainer.num_train_steps", "trainer.run_dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """Where a run keeps its files.
+
+    Attributes:
+        path: the directory.
+        resume: `never` for a new run, `if_saved` to go on from a checkpoint if there is one, `always` to need one.
+    """
+
+    path: Path
+    resume: Literal["never", "if_saved", "always"]
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Make the directory and put the resolved configuration into it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / ".config.yaml.tmp"
+        temporary.write_text(dump_config(config))
+        temporary.replace(self.config_file)
+
+
+def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
+    """The run directory that a command means, and the configuration with paths that hold from anywhere.
+
+    Nothing is written.
+
+    Raises:
+        InputError: if the directory holds another run, or `--resume auto` comes without `trainer.run_dir`.
+    """
+    assert command.config is not None
+    given = command.config.trainer.run_dir
+    if isinstance(command.resume, Path):
+        run = RunDirectory(command.resume.absolute(), "always")
+    elif given is None:
+        if command.resume == "auto":
+            raise InputError("--resume auto needs --trainer.run_dir, the directory that later attempts look into")
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        run = RunDirectory(Path("runs", f"{command.config_name}-{now}").absolute(), "never")
+    else:
+        run = RunDirectory(Path(given).expanduser().absolute(), "never")
+    config = _with_absolute_paths(command.config, run.path)
+    if not isinstance(command.resume, Path) and _holds_files(run.path):
+        if command.resume != "auto":
+            raise InputError(
+                f"trainer.run_dir {run.path} holds files already; --resume {run.path} continues a run, "
+                "another --trainer.run_dir starts one"
+            )
+        _check_same_run(run, config)
+        return RunDirectory(run.path, "if_saved"), config
+    return run, config
+
+
+def _holds_files(path: Path) -> bool:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"trainer.run_dir {path} is a file; name a directory")
+    return path.is_dir() and any(path.iterdir())
+
+
+def _check_same_run(run: RunDirectory, config: TrainConfig) -> None:
+    if not run.config_file.exists():
+        raise InputError(f"trainer.run_dir {run.path} holds files but no run; name an empty or a new directory")
+    for name, old, new in changed_fields(load_config(run.config_file), config):
+        if name not in _MAY_DIFFER:
+            raise InputError(
+                f"trainer.run_dir {run.path} holds another run: its {name} is {old!r}, this one's is {new!r}; "
+                "name another --trainer.run_dir"
+            )
+
+
+def changed_fields(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """(name, old value, new value) of each field in which two configurations differ."""
+    before, after = _flat(old), _flat(new)
+    names = [*before, *(name for name in after if name not in before)]
+    return [(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    fields = {
+        f"{section.name}.{field.name}": getattr(getattr(config, section.name), field.name)
+        for section in dataclasses.fields(config)
+        for field in dataclasses.fields(getattr(config, section.name))
+    }
+    return {"optimizer.type": type(config.optimizer).__name__} | fields
+
+
+def _with_absolute_paths(config: TrainConfig, run_dir: Path) -> TrainConfig:
+    data = config.data
+    resolved = dataclasses.replace(
+        data,
+        train=_absolute_source(data.train),
+        validation=None if data.validation is None else _absolute_source(data.validation),
+        cache_dir=os.path.abspath(os.path.expanduser(data.cache_dir)),
+    )
+    trainer = dataclasses.replace(config.trainer, run_dir=str(run_dir))
+    return dataclasses.replace(config, data=resolved, trainer=trainer)
+
+
+def _absolute_source(source: str) -> str:
+    return source if source == PYTHON_STDLIB else os.path.abspath(os.path.expanduser(source))

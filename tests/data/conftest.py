@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import tiktoken
+
+from sophia_levanter.data.token_store import TokenStore, TokenStoreWriter
+from sophia_levanter.data.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer
+
+
+@pytest.fixture
+def tiny_encoding() -> Callable[..., tiktoken.Encoding]:
+    """An encoding of all bytes, a few merges and, after a gap of unused ids, end-of-text as 300."""
+
+    def make(merges: Sequence[bytes] = (b"th", b"the", b"an"), pattern: str = r"\S+|\s+") -> tiktoken.Encoding:
+        ranks = {bytes([value]): value for value in range(256)} | {merge: 256 + i for i, merge in enumerate(merges)}
+        return tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 300})
+
+    return make
+
+
+@pytest.fixture
+def tiny_bpe(tiny_encoding: Callable[..., tiktoken.Encoding]) -> Tokenizer:
+    return TiktokenTokenizer(tiny_encoding())
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Callable[..., TokenStore]:
+    """Write documents to a new store and open it."""
+    made = 0
+
+    def make(texts: Sequence[str], tokenizer: Tokenizer | None = None) -> TokenStore:
+        nonlocal made
+        made += 1
+        tokenizer = tokenizer or ByteTokenizer()
+        writer = TokenStoreWriter(tmp_path / f"store{made}", tokenizer, "test")
+        for text in texts:
+            writer.append(tokenizer.encode(text), len(text.encode()))
+        writer.finish()
+        return TokenStore.open(tmp_path / f"store{made}", tokenizer)
+
+    return make

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from sophia_levanter.data import token_store
+from sophia_levanter.data.batches import TrainBatches, ValidationBatches
+from sophia_levanter.data.token_store import TokenStore
+from sophia_levanter.errors import InputError
+
+MakeStore = Callable[..., TokenStore]
+
+TEXT = "".join(random.Random(0).choices("abcdefgh", k=1000))  # 1001 tokens with end-of-text
+
+
+def starts(windows: np.ndarray, tokens: np.ndarray, seq_len: int) -> list[int]:
+    """Which window of the store each row is."""
+    count = (len(tokens) - 1) // seq_len
+    table = {tuple(tokens[i * seq_len : (i + 1) * seq_len + 1].tolist()): i for i in range(count)}
+    assert len(table) == count
+    return [table[tuple(row)] for row in windows.tolist()]
+
+
+def test_an_epoch_is_every_window_once_in_a_new_order(make_store: MakeStore) -> None:
+    store = make_store([TEXT])
+    tokens = store.read(0, store.num_tokens)
+    batches = TrainBatches(store, seq_len=40, batch_size=5, seed=0)
+    assert batches.num_windows == 25
+    assert batches[0].shape == (5, 41)
+    assert batches[0].dtype == np.int32
+    epochs = [
+        [start for step in range(5 * epoch, 5 * epoch + 5) for start in starts(batches[step], tokens, 40)]
+        for epoch in range(3)
+    ]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(25))
+        assert epoch != sorted(epoch)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_a_batch_depends_on_data_seed_and_step_only(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store([TEXT])
+    steps = [3, 0, 7, 10**9]
+    batches = TrainBatches(store, seq_len=16, batch_size=4, seed=5)
+    first = [batches[step] for step in steps]
+    again = TrainBatches(store, seq_len=16, batch_size=4, seed=5)
+    for step, batch in reversed(list(zip(steps, first, strict=True))):
+        np.testing.assert_array_equal(again[step], batch)
+    other = TrainBatches(store, seq_len=16, batch_size=4, seed=6)
+    assert not any(np.array_equal(other[step], batch) for step, batch in zip(steps, first, strict=True))
+    monkeypatch.setattr(token_store, "IN_MEMORY_BYTES", 0)
+    for step, batch in zip(steps, first, strict=True):
+        np.testing.assert_array_equal(again[step], batch)
+
+
+def test_the_order_of_the_first_batches_is_pinned(make_store: MakeStore) -> None:
+    """A resumed run must find the order that it left, with a later version of grain too."""
+    store = make_store([TEXT])
+    batches = TrainBatches(store, seq_len=40, batch_size=8, seed=1)
+    tokens = store.read(0, store.num_tokens)
+    assert starts(batches[0], tokens, 40) == [10, 5, 7, 3, 8, 23, 9, 2]
+    assert starts(batches[1000], tokens, 40) == [2, 23, 11, 20, 13, 4, 0, 12]
+
+
+def test_batches_larger_than_the_corpus_repeat_it(make_store: MakeStore) -> None:
+    store = make_store(["abcdefgh"])
+    batch = TrainBatches(store, seq_len=4, batch_size=7, seed=0)[0]
+    assert {bytes(row[:4].tolist()) for row in batch} == {b"abcd", b"efgh"}
+    assert (
+        TrainBatches(make_store(["abcd"]), seq_len=4, batch_size=2, seed=0)[3].tolist() == [[97, 98, 99, 100, 256]] * 2
+    )
+
+
+def test_negative_steps_are_refused(make_store: MakeStore) -> None:
+    with pytest.raises(IndexError):
+        TrainBatches(make_store([TEXT]), seq_len=4, batch_size=2, seed=0)[-1]
+
+
+def test_a_corpus_shorter_than_a_window(make_store: MakeStore) -> None:
+    store = make_store(["abcd"])
+    TrainBatches(store, seq_len=4, batch_size=1, seed=0)
+    with pytest.raises(InputError, match=r"^data\.train has 5 tokens.*6 .*model\.seq_len"):
+        TrainBatches(store, seq_len=5, batch_size=1, seed=0)
+
+
+@pytest.mark.parametrize(("seq_len", "batch_size"), [(40, 5), (7, 4), (64, 3), (2000, 2), (1, 300), (1000, 1)])
+def test_validation_predicts_every_token_but_the_first_once(
+    make_store: MakeStore, seq_len: int, batch_size: int
+) -> None:
+    store = make_store([TEXT])
+    batches = ValidationBatches(store, seq_len=seq_len, batch_size=batch_size)
+    predicted: list[int] = []
+    context: list[int] = []
+    count = 0
+    for windows, weights in batches:
+        count += 1
+        assert (windows.shape, windows.dtype) == ((batch_size, seq_len + 1), np.int32)
+        assert (weights.shape, weights.dtype) == ((batch_size, seq_len), np.float32)
+        assert set(np.unique(weights)) <= {0, 1}
+        predicted += windows[:, 1:][weights == 1].tolist()
+        context += windows[:, :-1][weights == 1].tolist()
+        assert not windows[:, 1:][weights == 0].any()
+    tokens = store.read(0, store.num_tokens).tolist()
+    assert predicted == tokens[1:]
+    assert context == tokens[:-1]
+    assert count == len(batches)
+    assert batches.num_predicted_tokens == len(tokens) - 1
+
+
+def test_token_windows_are_the_batches_not_filled_up(make_store: MakeStore) -> None:
+    batches = ValidationBatches(make_store([TEXT]), seq_len=64, batch_size=3, max_windows=9)
+    rows = [
+        row[: int(weight.sum()) + 1]
+        for windows, weights in batches
+        for row, weight in zip(windows, weights, strict=True)
+        if weight.any()
+    ]
+    windows = list(batches.token_windows())
+    assert len(windows) == len(rows) == 9
+    for window, row in zip(windows, rows, strict=True):
+        np.testing.assert_array_equal(window, row)
+
+
+def test_a_few_validation_windows_are_spread_evenly(make_store: MakeStore) -> None:
+    store = make_store([TEXT])
+    tokens = store.read(0, store.num_tokens)
+    batches = ValidationBatches(store, seq_len=40, batch_size=4, max_windows=6)
+    assert len(batches) == 2
+    chosen = starts(np.array(list(batches.token_windows())), tokens, 40)
+    assert len(chosen) == 6
+    gaps = np.diff([*chosen, 25])
+    assert chosen[0] == 0
+    assert set(gaps.tolist()) == {4, 5}
+    assert batches.num_predicted_tokens == 6 * 40
+    assert sum(weights.sum() for _, weights in batches) == 6 * 40
+    everything = ValidationBatches(store, seq_len=40, batch_size=4, max_windows=1000)
+    assert everything.num_predicted_tokens == 1000
+
+
+def test_a_validation_set_with_nothing_to_predict(make_store: MakeStore) -> None:
+    with pytest.raises(InputError, match=r"^data\.validation has 1 token"):
+        ValidationBatches(make_store([""]), seq_len=4, batch_size=1)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sophia_levanter.data.cache import build_directory
+from sophia_levanter.errors import InputError
+
+
+def is_complete(directory: Path) -> bool:
+    return (directory / "done").exists()
+
+
+def build(directory: Path) -> None:
+    (directory / "done").write_text("built")
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def make(target: Path, build=build, report=print) -> None:
+    build_directory(target, is_complete=is_complete, build=build, report=report)
+
+
+def refuse(directory: Path) -> None:
+    raise AssertionError("built once more")
+
+
+def test_it_is_built_once(tmp_path: Path) -> None:
+    make(tmp_path / "new" / "target")
+    assert names(tmp_path / "new") == ["target"]
+    make(tmp_path / "new" / "target", build=refuse)
+
+
+def test_it_appears_at_once_when_it_is_complete(tmp_path: Path) -> None:
+    built = []
+
+    def look(directory: Path) -> None:
+        assert not (tmp_path / "target").exists()
+        build(directory)
+        built.append(directory.stat().st_ino)
+
+    make(tmp_path / "target", build=look)
+    assert is_complete(tmp_path / "target")
+    assert built == [(tmp_path / "target").stat().st_ino]  # renamed, not copied
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    def fail(directory: Path) -> None:
+        (directory / "half").write_text("")
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="no"):
+        make(tmp_path / "target", build=fail)
+    assert names(tmp_path) == []
+
+
+def test_an_incomplete_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "rest").write_text("")
+    make(tmp_path / "target")
+    assert names(tmp_path / "target") == ["done"]
+
+
+def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
+    program = f"""
+import os, signal
+from pathlib import Path
+from sophia_levanter.data.cache import build_directory
+def build(directory):
+    (directory / "done").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+build_directory(Path({str(tmp_path / "killed")!r}), is_complete=lambda d: d.exists(), build=build, report=print)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
+    left = names(tmp_path)
+    assert "killed" not in left
+    assert any(name.startswith("killed.tmp-") for name in left)
+    make(tmp_path / "target")
+    assert names(tmp_path) == ["target"]
+    make(tmp_path / "killed")
+    assert (tmp_path / "killed" / "done").read_text() == "built"
+
+
+def test_a_second_builder_waits_for_the_first_and_leaves_its_work_alone(tmp_path: Path) -> None:
+    second_waits = threading.Event()
+    first_builds = threading.Event()
+    failures = []
+
+    def slow(directory: Path) -> None:
+        first_builds.set()
+        if not second_waits.wait(timeout=20):
+            failures.append("the second did not wait")
+        build(directory)
+
+    first = threading.Thread(target=make, args=(tmp_path / "target", slow))
+    first.start()
+    assert first_builds.wait(timeout=20)
+    make(tmp_path / "other")  # another target neither waits nor takes the first one's directory for a leftover
+
+    def report(line: str) -> None:
+        assert "waiting" in line
+        second_waits.set()
+
+    make(tmp_path / "target", build=refuse, report=report)
+    first.join()
+    assert not failures
+    assert names(tmp_path) == ["other", "target"]
+
+
+def test_a_second_builder_takes_over_when_the_first_fails(tmp_path: Path) -> None:
+    second_waits = threading.Event()
+    first_builds = threading.Event()
+
+    def fail(directory: Path) -> None:
+        first_builds.set()
+        second_waits.wait(timeout=20)
+        time.sleep(0.2)  # so that the second does wait
+        raise InputError("first")
+
+    def first_make() -> None:
+        with pytest.raises(InputError, match="first"):
+            make(tmp_path / "target", build=fail)
+
+    def look_and_build(directory: Path) -> None:
+        make(tmp_path / "other")  # which removes leftovers
+        build(directory)
+
+    first = threading.Thread(target=first_make)
+    first.start()
+    assert first_builds.wait(timeout=20)
+    make(tmp_path / "target", build=look_and_build, report=lambda line: second_waits.set())
+    first.join()
+    assert names(tmp_path) == ["other", "target"]
+
+
+def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"^data\.cache_dir: cannot write in .*file"):
+        make(tmp_path / "file" / "target")

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sophia_levanter.data import token_store
+from sophia_levanter.data.token_store import TokenStore, TokenStoreWriter
+from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
+from sophia_levanter.errors import InputError
+
+MakeStore = Callable[..., TokenStore]
+
+TEXTS = ["first", "secönd " * 30, "x"]
+TOKENS = np.concatenate([[*text.encode(), 256] for text in TEXTS])
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_store, "SHARD_TOKENS", 64)
+    monkeypatch.setattr(token_store, "CHUNK_TOKENS", 16)
+
+
+@pytest.fixture(params=["in memory", "from disk"])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "from disk":
+        monkeypatch.setattr(token_store, "IN_MEMORY_BYTES", 0)
+
+
+def test_what_is_written_is_read(make_store: MakeStore, small_shards: None, where: None) -> None:
+    store = make_store(TEXTS)
+    assert store.num_tokens == len(TOKENS)
+    assert store.num_documents == 3
+    assert store.num_bytes == len("".join(TEXTS).encode())
+    assert store.tokenizer_fingerprint == ByteTokenizer().fingerprint
+    for start, stop in [(0, len(TOKENS)), (60, 70), (5, 5), (len(TOKENS) - 1, len(TOKENS))]:
+        tokens = store.read(start, stop)
+        assert tokens.dtype == np.uint16
+        np.testing.assert_array_equal(tokens, TOKENS[start:stop])
+    windows = store.read_windows(np.array([100, 0, 57]), 20)
+    assert windows.dtype == np.int32
+    np.testing.assert_array_equal(windows, [TOKENS[start : start + 20] for start in (100, 0, 57)])
+
+
+def test_what_is_read_cannot_be_written(make_store: MakeStore, where: None) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        make_store(TEXTS).read(0, 3)[0] = 1
+
+
+def test_ranges_outside_are_refused(make_store: MakeStore, where: None) -> None:
+    store = make_store(["abc"])
+    for start, stop in [(-1, 2), (0, 5), (3, 2)]:
+        with pytest.raises(IndexError):
+            store.read(start, stop)
+    for start in (-1, 2):
+        with pytest.raises(IndexError):
+            store.read_windows(np.array([0, start]), 3)
+
+
+def test_a_store_that_ends_with_a_whole_shard(make_store: MakeStore, small_shards: None) -> None:
+    store = make_store(["a" * 63, "b" * 63])
+    assert store.read(0, 128).tolist() == [97] * 63 + [256] + [98] * 63 + [256]
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    tokenizer.vocab_size = 1 << 17
+    writer = TokenStoreWriter(tmp_path / "store", tokenizer, "test")
+    writer.append(np.array([100_000, 5]), 2)
+    writer.finish()
+    tokens = TokenStore.open(tmp_path / "store").read(0, 3)
+    assert tokens.dtype == np.uint32
+    assert tokens.tolist() == [100_000, 5, 256]
+
+
+def test_zeros_are_data(make_store: MakeStore, small_shards: None) -> None:
+    assert not make_store(["\0" * 200]).read(0, 200).any()
+
+
+def test_an_unfinished_store_is_none(tmp_path: Path) -> None:
+    writer = TokenStoreWriter(tmp_path / "store", ByteTokenizer(), "test")
+    writer.append(np.array([1, 2]), 2)
+    with pytest.raises(InputError, match="no finished token store"):
+        TokenStore.open(tmp_path / "store")
+
+
+def test_another_tokenizer(make_store: MakeStore, tiny_bpe: Tokenizer) -> None:
+    store = make_store(TEXTS)
+    with pytest.raises(InputError) as info:
+        TokenStore.open(store.path, tiny_bpe)
+    for part in ("bytes", ByteTokenizer().fingerprint, "tiny", tiny_bpe.fingerprint):
+        assert part in str(info.value)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[20] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_damage_is_found_by_reading(make_store: MakeStore, small_shards: None, where: None, damage) -> None:
+    store = make_store(TEXTS)
+    damage(store.path / "tokens" / "c" / "1")
+    reopened = TokenStore.open(store.path)
+    with pytest.raises(InputError, match="damaged") as info:
+        reopened.read(60, 130)
+    assert str(store.path) in str(info.value)
+
+
+def test_large_stores_are_read_in_parts(
+    make_store: MakeStore, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_store, "IN_MEMORY_BYTES", 0)
+    store = make_store(TEXTS)
+    (store.path / "tokens" / "c" / "1").unlink()
+    np.testing.assert_array_equal(store.read(0, 10), TOKENS[:10])
+
+
+def test_a_token_array_that_is_not_the_manifests(make_store: MakeStore) -> None:
+    path = make_store(TEXTS).path
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"num_tokens": 10**9}))
+    with pytest.raises(InputError, match="damaged"):
+        TokenStore.open(path)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "tokens" / "zarr.json").unlink()
+    with pytest.raises(InputError, match="damaged"):
+        TokenStore.open(path)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "expected"),
+    [
+        ("{", "damaged"),
+        ("[]", "format None"),
+        ('{"format_version": 99}', "format 99"),
+        ('{"format_version": 1}', "damaged"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read(make_store: MakeStore, manifest: str, expected: str) -> None:
+    path = make_store(TEXTS).path
+    (path / "manifest.json").write_text(manifest)
+    with pytest.raises(InputError, match=expected) as info:
+        TokenStore.open(path)
+    assert "\n" not in str(info.value)
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"^data\.cache_dir: cannot write"):
+        TokenStoreWriter(tmp_path / "file" / "store", ByteTokenizer(), "test")

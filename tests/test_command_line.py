@@ -1,0 +1,462 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sophia_levanter.command_line import dump_config, load_config, parse_command_line
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.data.config import DataConfig
+from sophia_levanter.errors import InputError
+from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.training.config import (
+    AdamWConfig,
+    LionConfig,
+    OptimizerConfig,
+    SophiaGConfig,
+    SophiaHConfig,
+    TrainerConfig,
+)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="run.yaml"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def one_line(error) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def load_error(path, *overrides) -> str:
+    with pytest.raises(InputError) as error:
+        load_config(path, overrides)
+    return one_line(error)
+
+
+def parse_error(*argv) -> str:
+    with pytest.raises(InputError) as error:
+        parse_command_line([str(arg) for arg in argv])
+    return one_line(error)
+
+
+# --- files
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "optimizer:\nmodel: {}\n", "defaults: []\n"])
+def test_empty_file_is_all_defaults(write, text):
+    assert load_config(write(text)) == TrainConfig()
+
+
+def test_file_sets_fields_of_every_section(write):
+    text = """
+model: {num_layers: 2, use_bias: true}
+optimizer: {type: lion, learning_rate: 6e-5, final_learning_rate: 0, weight_decay: 1}
+data: {train: "*.txt", validation: null}
+trainer: {microbatch_size: 4, batch_size: 8, max_grad_norm: null}
+"""
+    config = load_config(write(text))
+    assert config.model == Gpt2Config(num_layers=2, use_bias=True)
+    assert config.optimizer == LionConfig(learning_rate=6e-5, final_learning_rate=0.0, weight_decay=1.0)
+    assert isinstance(config.optimizer.weight_decay, float)
+    assert config.data == DataConfig(train="*.txt")
+    assert config.trainer == TrainerConfig(microbatch_size=4, batch_size=8, max_grad_norm=None)
+
+
+@pytest.mark.parametrize("text", ["6e-4", "6E-4", "+6e-4", "6.e-4", ".0006", "0.0006"])
+def test_yaml_numbers(write, text):
+    assert load_config(write(f"optimizer: {{learning_rate: {text}}}")).optimizer.learning_rate == 6e-4
+
+
+@pytest.mark.parametrize("text", ["yes", "off", "0123", "12:30", "2024-01-02", "1_000", ".inf", "null-ish.txt"])
+def test_yaml_words_that_yaml_1_1_would_change_stay_strings(write, text):
+    assert load_config(write(f"data: {{text_field: {text}}}")).data.text_field == text
+
+
+def test_sophia_g_is_the_type_of_an_optimizer_section_without_one(write):
+    assert load_config(write("optimizer: {rho: 0.03}")).optimizer == SophiaGConfig(rho=0.03)
+
+
+def test_defaults_merge_deeply_in_order(write):
+    write("model: {num_layers: 1, seq_len: 8}\noptimizer: {rho: 0.1, interval: 3}\n", "base/first.yaml")
+    write("defaults: [first.yaml]\nmodel: {num_layers: 2}\n", "base/second.yaml")
+    write("optimizer: {rho: 0.2}\n", "base/third.yaml")
+    path = write("defaults: [base/second.yaml, base/third.yaml]\nmodel: {num_heads: 4}\n")
+    config = load_config(path)
+    assert config.model == Gpt2Config(num_layers=2, num_heads=4, seq_len=8)
+    assert config.optimizer == SophiaGConfig(rho=0.2, interval=3)
+
+
+def test_file_takes_precedence_over_its_defaults_wherever_they_stand(write):
+    write("trainer: {seed: 1}", "base.yaml")
+    assert load_config(write("trainer: {seed: 2}\ndefaults: [base.yaml]")).trainer.seed == 2
+
+
+def test_one_file_may_be_included_twice(write):
+    write("trainer: {seed: 1}", "base.yaml")
+    write("defaults: [base.yaml]", "a.yaml")
+    assert load_config(write("defaults: [base.yaml, a.yaml]")).trainer.seed == 1
+
+
+def test_defaults_in_a_circle(write):
+    write("defaults: [b.yaml]", "a.yaml")
+    write("defaults: [a.yaml]", "b.yaml")
+    message = load_error(write("defaults: [a.yaml]"))
+    assert "b.yaml: defaults go round in a circle: a.yaml -> b.yaml -> a.yaml" in message
+
+
+def test_missing_files(write, tmp_path):
+    assert load_error(tmp_path / "no.yaml") == f"{tmp_path}/no.yaml: there is no such file"
+    path = write("defaults: [no.yaml]")
+    assert load_error(path) == f"{tmp_path}/no.yaml: there is no such file; {path} names it under defaults"
+    assert "cannot be read" in load_error(tmp_path)
+
+
+def test_file_that_is_not_text(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"model: \xff\xfe")
+    assert load_error(path) == f"{path}: is not text in UTF-8"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("model:\n  num_layers: [1", "at line 2"),
+        ("model:\n  num_layers: 1\n  seq_len: 2\n  num_layers: 3", "at line 4: duplicate key 'num_layers'"),
+        ("model: {seed: 1}\nmodel: {}", "at line 2: duplicate key 'model'"),
+        ("data:\n  train: *.txt", "at line 2"),
+        ("a: &x {b: 1}\nc: *x", "at line 1: anchors and aliases are refused"),
+        ("a: &x [*x]", "anchors and aliases are refused"),
+        ("data: !!python/object/apply:os.getcwd []", "the tag tag:yaml.org,2002:python/object/apply:os.getcwd is"),
+        ("data: !include x.yaml", "the tag !include is refused"),
+        ("--- 1\n--- 2", "expected a single document"),
+        ("model: \x00", "not valid YAML"),
+        ("trainer: {seed: " + "1" * 5000 + "}", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+        ("- model", "holds a list; it must be a mapping"),
+        ("model", "holds a str; it must be a mapping"),
+        ("defaults: base.yaml", "defaults is 'base.yaml'; it must be a list of file names"),
+        ("defaults: [{a: 1}]", "it must be a list of file names"),
+        ("optimizer.rho: 0.03", "key 'optimizer.rho' has a dot"),
+        ("<<: {model: {}}", "unknown key '<<.model'"),
+    ],
+)
+def test_files_that_are_not_strict_yaml(write, text, problem):
+    path = write(text)
+    message = load_error(path)
+    assert message.startswith(f"{path}: ")
+    assert problem in message
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "suggestion"),
+    [
+        ("optimizer: {roh: 1}", "optimizer.roh", "did you mean optimizer.rho?"),
+        ("optimizer: {learning_rat: 1}", "optimizer.learning_rat", "did you mean optimizer.learning_rate?"),
+        ("optimiser: {rho: 1}", "optimiser.rho", "did you mean optimizer.rho?"),
+        ("trainer: {learning_rate: 1}", "trainer.learning_rate", "did you mean optimizer.learning_rate?"),
+        ("seq_len: 3", "seq_len", "did you mean model.seq_len?"),
+        ("modle: 3", "modle", "did you mean model?"),
+        ("model: {zzz: 1}", "model.zzz", "the fields of model are num_layers, num_heads"),
+        ("zzz: {qqq: 1}", "zzz.qqq", "the sections are model, optimizer, data, trainer"),
+        ("7: 1", "7", "the sections are"),
+        ('"a\\nb": 1', "a\\nb", "the sections are"),
+        (
+            "optimizer: {type: adamw, rho: 1}",
+            "optimizer.rho",
+            "the fields of optimizer of type adamw are type, learning_rate, final_learning_rate, schedule, "
+            "warmup_steps, weight_decay, b1, b2, eps",
+        ),
+    ],
+)
+def test_unknown_key_names_the_nearest(write, text, key, suggestion):
+    path = write(text)
+    message = load_error(path)
+    assert message.startswith(f"{path}: unknown key '{key}'; {suggestion}")
+
+
+def test_unknown_key_names_the_file_it_stands_in(write):
+    base = write("optimizer: {roh: 1}", "base.yaml")
+    assert load_error(write("defaults: [base.yaml]\noptimizer: {rho: 1}")).startswith(f"{base}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("trainer: {num_train_steps: abc}", "trainer.num_train_steps is 'abc'; it must be an integer"),
+        ("trainer: {num_train_steps: 1.5}", "trainer.num_train_steps is 1.5; it must be an integer"),
+        ("trainer: {num_train_steps: 1e5}", "trainer.num_train_steps is 100000.0; it must be an integer"),
+        ("trainer: {num_train_steps: true}", "trainer.num_train_steps is true; it must be an integer"),
+        ("trainer: {num_train_steps: '7'}", "trainer.num_train_steps is '7'; it must be an integer"),
+        ("trainer: {num_train_steps: null}", "trainer.num_train_steps is null; it must be an integer"),
+        ("trainer: {num_train_steps: [1]}", "trainer.num_train_steps is a list; it must be an integer"),
+        ("trainer: {num_train_steps: {a: 1}}", "trainer.num_train_steps is a mapping; it must be an integer"),
+        ("trainer: {num_train_steps: {a: {b: 1}}}", "trainer.num_train_steps is a mapping; it must be an integer"),
+        ("trainer: {num_train_steps: {}}", "trainer.num_train_steps is a mapping; it must be an integer"),
+        ("trainer: {microbatch_size: x}", "trainer.microbatch_size is 'x'; it must be an integer or null"),
+        ("optimizer: {rho: x}", "optimizer.rho is 'x'; it must be a finite number"),
+        ("optimizer: {rho: true}", "optimizer.rho is true; it must be a finite number"),
+        ("optimizer: {rho: .nan}", "optimizer.rho is '.nan'; it must be a finite number"),
+        ("optimizer: {rho: 1e999}", "optimizer.rho is inf; it must be a finite number"),
+        ("optimizer: {rho: 1" + "0" * 400 + "}", "optimizer.rho is inf; it must be a finite number"),
+        ("model: {use_bias: yes}", "model.use_bias is 'yes'; it must be true or false"),
+        ("model: {use_bias: 1}", "model.use_bias is 1; it must be true or false"),
+        ("data: {text_field: 12}", "data.text_field is 12; it must be a string; quote it"),
+        ("data: {train: [a.txt]}", "data.train is a list; it must be a string"),
+        ("data: {validation: 1.5}", "data.validation is 1.5; it must be a string or null; quote it"),
+        ("model: 3", "model is 3; it must be a section of fields"),
+        ("model: [num_layers]", "model is a list; it must be a section of fields"),
+        ("optimizer: adamw", "optimizer is 'adamw'; it must be a section of fields"),
+        ("optimizer: {type: sgd}", "optimizer.type is 'sgd'; it must be one of sophia_g, sophia_h, adamw, lion"),
+        ("optimizer: {type: [a]}", "optimizer.type is a list; it must be one of sophia_g, sophia_h, adamw, lion"),
+    ],
+)
+def test_wrong_types(write, text, problem):
+    path = write(text)
+    assert load_error(path) == f"{path}: {problem}"
+
+
+def test_errors_of_a_dataclass_pass_unchanged(write):
+    with pytest.raises(InputError) as direct:
+        Gpt2Config(num_heads=7)
+    assert load_error(write("model: {num_heads: 7}")) == str(direct.value)
+    assert load_error(write("optimizer: {rho: -1}")) == "optimizer.rho is -1.0; it must be above 0"
+    assert "optimizer.warmup_steps 2000 is more than" in load_error(write("trainer: {num_train_steps: 10}"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(),
+        TrainConfig(optimizer=SophiaHConfig(eps=1e-30, probe="gaussian", bias_correct_momentum=True)),
+        TrainConfig(optimizer=AdamWConfig(learning_rate=1e16)),
+        TrainConfig(optimizer=LionConfig(learning_rate=1 / 3)),
+        TrainConfig(trainer=TrainerConfig(run_dir="null", microbatch_size=8, max_grad_norm=None)),
+        *(
+            TrainConfig(data=DataConfig(train=text))
+            for text in ("6e-4", "0123", "yes", "true", "~", "*.txt", "!x", "a: b", "# c", "two\nlines", "ä €", " x ")
+        ),
+    ],
+)
+def test_dumped_config_is_read_back(write, config):
+    assert load_config(write(dump_config(config))) == config
+
+
+def test_dumped_config_names_the_optimizer(write):
+    assert "optimizer:\n  type: adamw\n  learning_rate: " in dump_config(TrainConfig(optimizer=AdamWConfig()))
+
+
+# --- overrides
+
+
+@pytest.mark.parametrize(
+    ("argv", "section", "name", "value"),
+    [
+        (["--optimizer.rho", "0.03"], "optimizer", "rho", 0.03),
+        (["--optimizer.rho=0.03"], "optimizer", "rho", 0.03),
+        (["--optimizer.rho", "3e-2"], "optimizer", "rho", 0.03),
+        (["--optimizer.rho", "3"], "optimizer", "rho", 3.0),
+        (["--optimizer.rho", "1", "--optimizer.rho=2"], "optimizer", "rho", 2.0),
+        (["--trainer.seed", "+7"], "trainer", "seed", 7),
+        (["--model.use_bias", "true"], "model", "use_bias", True),
+        (["--trainer.microbatch_size", "none"], "trainer", "microbatch_size", None),
+        (["--trainer.max_grad_norm", "null"], "trainer", "max_grad_norm", None),
+        (["--data.train", "*.txt"], "data", "train", "*.txt"),
+        (["--data.train", "include x"], "data", "train", "include x"),
+        (["--data.train", "0123"], "data", "train", "0123"),
+        (["--data.train", "yes"], "data", "train", "yes"),
+        (["--data.train", "null"], "data", "train", "null"),
+        (["--data.train", "-x.txt"], "data", "train", "-x.txt"),
+        (["--data.train=--x=y"], "data", "train", "--x=y"),
+        (["--data.validation", "null"], "data", "validation", None),
+        (["--data.validation", "None"], "data", "validation", None),
+        (["--data.validation", "null-ish.txt"], "data", "validation", "null-ish.txt"),
+        (["--data.validation", "12"], "data", "validation", "12"),
+    ],
+)
+def test_override(write, argv, section, name, value):
+    path = write("optimizer: {rho: 0.5}\ntrainer: {microbatch_size: 48}\ndata: {validation: v.txt}\n")
+    config = parse_command_line([*argv, "--config", str(path)]).config
+    found = getattr(getattr(config, section), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_leave_the_rest_of_a_section_alone(write):
+    config = load_config(write("optimizer: {rho: 0.5, interval: 3}"), [("optimizer.rho", "0.1")])
+    assert config.optimizer == SophiaGConfig(rho=0.1, interval=3)
+
+
+def test_negative_numbers_are_values(write):
+    path = write("")
+    assert parse_error("--config", path, "--optimizer.rho", "-1e-3") == "optimizer.rho is -0.001; it must be above 0"
+    assert parse_error("--config", path, "--model.num_layers", "-3") == "model.num_layers is -3; it must be at least 1"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("trainer.num_train_steps", "abc", "trainer.num_train_steps is 'abc'; it must be an integer"),
+        ("trainer.num_train_steps", "1.5", "trainer.num_train_steps is 1.5; it must be an integer"),
+        ("trainer.num_train_steps", "true", "trainer.num_train_steps is true; it must be an integer"),
+        ("trainer.num_train_steps", "", "trainer.num_train_steps is ''; it must be an integer"),
+        ("trainer.num_train_steps", "none", "trainer.num_train_steps is 'none'; it must be an integer"),
+        ("trainer.num_train_steps", "*.txt", "trainer.num_train_steps is '*.txt'; it must be an integer"),
+        ("trainer.microbatch_size", "", "trainer.microbatch_size is ''; it must be an integer or null"),
+        ("optimizer.rho", "nan", "optimizer.rho is 'nan'; it must be a finite number"),
+        ("optimizer.rho", "-inf", "optimizer.rho is '-inf'; it must be a finite number"),
+        ("optimizer.rho", "[1, 2]", "optimizer.rho is a list; it must be a finite number"),
+        ("model.use_bias", "yes", "model.use_bias is 'yes'; it must be true or false"),
+        ("optimizer.type", "sgd", "optimizer.type is 'sgd'; it must be one of sophia_g, sophia_h, adamw, lion"),
+        ("optimizer.roh", "1", "unknown option '--optimizer.roh'; did you mean --optimizer.rho?"),
+        ("optimiser.rho", "1", "unknown option '--optimiser.rho'; did you mean --optimizer.rho?"),
+        ("trainer.seed.x", "1", "unknown option '--trainer.seed.x'; did you mean --trainer.seed?"),
+    ],
+)
+def test_override_errors(write, key, value, problem):
+    assert load_error(write(""), (key, value)) == problem
+
+
+def test_another_optimizer_keeps_what_every_optimizer_has(write):
+    text = "optimizer: {learning_rate: 5e-4, warmup_steps: 7, schedule: linear, rho: 0.5, b1: 0.9, interval: 3}"
+    path = write(text)
+    assert load_config(path, [("optimizer.type", "adamw"), ("optimizer.b2", "0.98")]).optimizer == AdamWConfig(
+        learning_rate=5e-4, warmup_steps=7, schedule="linear", b2=0.98
+    )
+    # b1 and interval are the former optimizer's, even where the new one has fields of that name.
+    assert load_config(path, [("optimizer.type", "sophia_h")]).optimizer == SophiaHConfig(
+        learning_rate=5e-4, warmup_steps=7, schedule="linear"
+    )
+
+
+def test_the_same_optimizer_keeps_everything(write):
+    path = write("optimizer: {type: adamw, b1: 0.8}")
+    assert load_config(path, [("optimizer.type", "adamw")]).optimizer == AdamWConfig(b1=0.8)
+
+
+def test_order_of_overrides_does_not_matter_to_the_type(write):
+    overrides = [("optimizer.b1", "0.7"), ("optimizer.type", "adamw")]
+    assert load_config(write("optimizer: {type: lion, b1: 0.8}"), overrides).optimizer.b1 == 0.7
+
+
+def test_a_file_may_replace_the_optimizer_of_its_defaults(write):
+    write("optimizer: {type: sophia_h, rho: 0.5, warmup_steps: 3}", "base.yaml")
+    path = write("defaults: [base.yaml]\noptimizer: {type: adamw}")
+    assert load_config(path).optimizer == AdamWConfig(warmup_steps=3)
+
+
+def test_a_misspelt_key_is_found_although_the_optimizer_is_replaced(write):
+    path = write("optimizer: {type: sophia_g, roh: 0.5}")
+    assert load_error(path, ("optimizer.type", "adamw")).startswith(f"{path}: unknown key 'optimizer.roh'")
+
+
+def test_override_that_the_optimizer_does_not_have(write):
+    message = load_error(write("optimizer: {type: adamw}"), ("optimizer.rho", "1"))
+    assert message.startswith("unknown option '--optimizer.rho'; the fields of optimizer of type adamw are ")
+
+
+# --- the command line
+
+
+def test_command_of_a_config(write):
+    command = parse_command_line(["--config", str(write("trainer: {seed: 3}", "gpt2_nano.yaml"))])
+    assert command.config == TrainConfig(trainer=TrainerConfig(seed=3))
+    assert (command.config_name, command.resume, command.print_config, command.help) == ("gpt2_nano", None, False, None)
+
+
+def test_print_config_is_a_flag(write):
+    command = parse_command_line(["--print_config", "--config", str(write("")), "--trainer.seed", "1"])
+    assert command.print_config
+    assert command.config.trainer.seed == 1
+
+
+def test_resume_auto_needs_a_config(write):
+    command = parse_command_line(["--resume", "auto", "--config", str(write(""))])
+    assert (command.resume, command.config, command.config_name) == ("auto", TrainConfig(), "run")
+    assert parse_error("--resume", "auto").startswith("--config FILE is missing")
+
+
+def test_resume_reads_the_run_directory(write):
+    config = TrainConfig(trainer=TrainerConfig(seed=3), optimizer=LionConfig())
+    run_dir = write(dump_config(config), "runs/nano/config.yaml").parent
+    command = parse_command_line(["--resume", str(run_dir), "--trainer.num_train_steps", "2500"])
+    assert command.config == TrainConfig(trainer=TrainerConfig(seed=3, num_train_steps=2500), optimizer=LionConfig())
+    assert (command.resume, command.config_name) == (Path(run_dir), "nano")
+    assert "does not go with" in parse_error("--resume", run_dir, "--config", run_dir / "config.yaml")
+
+
+def test_resume_errors(tmp_path):
+    assert parse_error("--resume", tmp_path / "no") == f"--resume {tmp_path}/no: there is no such directory"
+    assert parse_error("--resume", tmp_path) == f"--resume {tmp_path}: holds no config.yaml; a run directory does"
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        ([], "--config FILE is missing"),
+        (["--trainer.seed", "1"], "--config FILE is missing"),
+        (["run.yaml"], "unexpected argument 'run.yaml'"),
+        (["--data.train", "a.txt", "b.txt"], "unexpected argument 'b.txt'; write --SECTION.FIELD VALUE, and quote"),
+        (["-c", "run.yaml"], "unexpected argument '-c'"),
+        (["--"], "unexpected argument '--'"),
+        (["--config"], "--config has no value"),
+        (["--config="], "--config has an empty value"),
+        (["--config", "--resume", "auto"], "--config has no value"),
+        (["--optimizer.rho"], "--optimizer.rho has no value; write --optimizer.rho VALUE"),
+        (["--model.use_bias", "--print_config"], "--model.use_bias has no value"),
+        (["--print_config=true"], "--print_config takes no value, found 'true'"),
+        (["--help=x"], "--help takes no value"),
+        (["--print-config"], "unknown option '--print-config'; did you mean --print_config?"),
+        (["--confg", "x"], "unknown option '--confg'; did you mean --config?"),
+        (["--seq_len", "8"], "unknown option '--seq_len'; did you mean --model.seq_len?"),
+        (["--optimizer", "lion"], "unknown option '--optimizer'; optimizer is a section, with the fields type, "),
+    ],
+)
+def test_command_line_errors(argv, problem):
+    assert parse_error(*argv).startswith(problem)
+
+
+def test_help_names_every_field_with_its_default_and_comment():
+    command = parse_command_line(["--no.such", "--help"])
+    assert command.config is None
+    lines = [" ".join(line.split()) for line in command.help.splitlines()]
+    assert lines[0].startswith("usage: python -m sophia_levanter.main --config FILE")
+    assert "--trainer.microbatch_size INT|null (null) windows whose gradient is computed at one time; " in " ".join(
+        lines
+    )
+    assert "--optimizer.interval INT (10) steps between two refreshes of the curvature" in lines
+    assert "--model.use_bias true|false (false) biases in linear layers and layer norms" in lines
+    fields = [line for line in lines if line.startswith("--") and "." in line.split()[0] and "FIELD" not in line]
+    assert all(line.partition(") ")[2] for line in fields), "a field has no comment"
+    for section, cls in {"model": Gpt2Config, "data": DataConfig, "trainer": TrainerConfig}.items():
+        for name in cls.__dataclass_fields__:
+            assert sum(line.startswith(f"--{section}.{name} ") for line in fields) == 1
+    for name, cls in OptimizerConfig.get_known_choices().items():
+        start = next(i for i, line in enumerate(lines) if line.startswith(f"optimizer, with --optimizer.type {name}"))
+        found = [line.split()[0] for line in lines[start + 1 : start + 1 + len(cls.__dataclass_fields__)]]
+        assert found == [f"--optimizer.{field}" for field in cls.__dataclass_fields__]
+
+
+def test_nothing_heavy_is_imported(write):
+    script = """
+import sys
+from sophia_levanter.command_line import dump_config, parse_command_line
+from sophia_levanter.errors import InputError
+assert parse_command_line(["--help"]).help
+assert dump_config(parse_command_line(["--config", sys.argv[1], "--print_config"]).config)
+try:
+    parse_command_line(["--config", sys.argv[1], "--model.num_heads", "7"])
+except InputError:
+    pass
+print(*sorted({"jax", "jaxlib", "numpy", "haliax", "equinox", "tensorstore"} & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", script, str(write("model: {num_layers: 2}"))]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == ""

@@ -1,0 +1,210 @@
+import math
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import pytest
+
+from sophia_levanter.command_line import dump_config, load_config
+from sophia_levanter.config import TrainConfig, sections
+from sophia_levanter.errors import InputError
+from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.training.config import (
+    AdamWConfig,
+    LionConfig,
+    OptimizerConfig,
+    SophiaGConfig,
+    SophiaHConfig,
+    TrainerConfig,
+)
+
+CONFIG_DIR = Path(__file__).parent.parent / "config"
+FILES = sorted(CONFIG_DIR.glob("*.yaml"))
+TYPES = {"sophia": SophiaGConfig, "sophia_h": SophiaHConfig, "adamw": AdamWConfig, "lion": LionConfig}
+
+# layers, heads, embed
+SHAPES = {
+    "nano": (4, 8, 128),
+    "small": (12, 12, 768),
+    "medium": (24, 16, 1024),
+    "large": (36, 20, 1280),
+    "xl": (48, 24, 1536),
+}
+# Per size and optimizer: learning rate, final learning rate, weight decay and, for Sophia, rho.
+PUBLISHED = {
+    ("small", "adamw"): (6e-4, 3e-5, 0.1),
+    ("small", "lion"): (1e-4, 0.05 * 1e-4, 0.1),
+    ("small", "sophia"): (6e-4, 1.5e-5, 0.2, 0.05),
+    ("small", "sophia_h"): (6e-4, 0.05 * 6e-4, 0.2, 0.01),
+    ("medium", "adamw"): (3e-4, 6e-5, 0.1),
+    ("medium", "lion"): (1e-4, 0.05 * 1e-4, 0.1),
+    ("medium", "sophia"): (7e-4, 1e-5, 0.2, 0.08),
+    ("medium", "sophia_h"): (4e-4, 0.05 * 4e-4, 0.2, 0.01),
+    ("large", "adamw"): (2e-4, 1e-5, 0.1),
+    ("large", "lion"): (8e-5, 0.05 * 8e-5, 0.1),
+    ("large", "sophia"): (3e-4, 1e-5, 0.2, 0.05),
+    ("large", "sophia_h"): (3e-4, 0.05 * 3e-4, 0.2, 0.01),
+    ("xl", "adamw"): (1.2e-4, 0.05 * 1.2e-4, 0.1),
+    ("xl", "sophia"): (2.5e-4, 0.05 * 2.5e-4, 0.15, 0.04),
+    ("xl", "sophia_h"): (1.2e-4, 0.05 * 1.2e-4, 0.15, 0.01),
+}
+
+
+def named(size: str, optimizer: str) -> TrainConfig:
+    return load_config(CONFIG_DIR / f"gpt2_{size}_{optimizer}.yaml")
+
+
+def parameters(layers: int, embed: int, vocab: int, seq_len: int) -> int:
+    """Token and position embeddings, the blocks' four matrices (3 + 1 + 4 + 4 widths) and norms, and the last norm."""
+    return (vocab + seq_len) * embed + layers * (12 * embed**2 + 2 * embed) + embed
+
+
+def test_every_configuration_is_there():
+    expected = {f"gpt2_{size}_{optimizer}" for size in SHAPES for optimizer in TYPES} - {"gpt2_xl_lion"}
+    assert expected <= {file.stem for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_shipped_configuration(file, tmp_path):
+    config = load_config(file)
+    _, size, optimizer = file.stem.split("_", 2)
+    assert type(config.optimizer) is TYPES[optimizer]
+    assert (config.model.num_layers, config.model.num_heads, config.model.embed_dim) == SHAPES[size]
+    assert not config.model.use_bias
+    assert config.model.dropout == 0
+    assert config.model.scale_attn_by_inverse_layer_idx
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_parameter_count(file):
+    config = load_config(file).model
+    model = eqx.filter_eval_shape(Gpt2.init, config, vocab_size=50304, key=jax.random.key(0))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.ShapeDtypeStruct))
+    assert count == parameters(config.num_layers, config.embed_dim, 50304, config.seq_len)
+    known = {(12, 768): 124_373_760, (36, 1280): 773_582_080}
+    assert count == known.get((config.num_layers, config.embed_dim), count)
+
+
+@pytest.mark.parametrize(("size", "optimizer"), PUBLISHED)
+def test_published_figures(size, optimizer):
+    config = named(size, optimizer)
+    found = config.optimizer
+    figures = [found.learning_rate, found.final_learning_rate, found.weight_decay]
+    if isinstance(found, SophiaGConfig | SophiaHConfig):
+        figures.append(found.rho)
+        assert (found.b1, found.b2, found.eps, found.interval) == (0.965, 0.99, 1e-12, 10)
+        assert not found.bias_correct_momentum
+        assert not found.bias_correct_curvature
+    assert figures == pytest.approx(PUBLISHED[size, optimizer], rel=1e-12)
+    assert (found.schedule, found.warmup_steps) == ("cosine", 2000)
+    trainer = config.trainer
+    assert trainer.num_train_steps == (200_000 if size == "xl" else 100_000)
+    assert (trainer.batch_size, trainer.max_grad_norm, trainer.compute_dtype) == (480, 1.0, "bfloat16")
+    assert (config.model.seq_len, config.data.tokenizer) == (1024, "gpt2")
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large", "xl"])
+def test_published_coefficients_and_curvature_batches(size):
+    adamw = named(size, "adamw").optimizer
+    assert (adamw.b1, adamw.b2, adamw.eps) == (0.9, 0.95, 1e-8)
+    if size != "xl":
+        lion = named(size, "lion").optimizer
+        assert (lion.b1, lion.b2) == (0.95, 0.98)
+    assert named(size, "sophia_h").optimizer.probe == "gaussian"
+    for optimizer, windows in (("sophia", 240), ("sophia_h", 32)):
+        config = named(size, optimizer)
+        assert config.optimizer.curvature_batch_fraction * config.trainer.num_microbatches == pytest.approx(
+            windows / config.trainer.microbatch_size, rel=1e-12
+        )
+        assert windows % config.trainer.microbatch_size == 0
+
+
+def test_nano_runs_need_nothing_but_python():
+    for optimizer in TYPES:
+        config = named("nano", optimizer)
+        assert (config.data.train, config.data.validation, config.data.tokenizer) == ("python_stdlib", None, "bytes")
+        assert config.trainer.compute_dtype == "float32"
+        assert config.trainer.evaluate_every < config.trainer.num_train_steps
+
+
+def test_optimizers_of_one_size_differ_in_the_optimizer_only():
+    for size in SHAPES:
+        runs = [load_config(file) for file in FILES if file.stem.startswith(f"gpt2_{size}_")]
+        assert len({(run.model, run.data, run.trainer) for run in runs}) == 1
+
+
+def test_sections():
+    assert list(sections(AdamWConfig)) == ["model", "optimizer", "data", "trainer"]
+    assert sections(AdamWConfig)["optimizer"] is AdamWConfig
+
+
+def test_warmup_must_end_within_the_run():
+    TrainConfig(optimizer=SophiaGConfig(warmup_steps=10), trainer=TrainerConfig(num_train_steps=10))
+    with pytest.raises(InputError, match=r"optimizer\.warmup_steps 11 is more than trainer\.num_train_steps 10"):
+        TrainConfig(optimizer=SophiaGConfig(warmup_steps=11), trainer=TrainerConfig(num_train_steps=10))
+
+
+NOT_A_NUMBER = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("cls", "field", "value"),
+    [
+        *((Gpt2Config, name, 0) for name in ("num_layers", "num_heads", "embed_dim", "seq_len", "mlp_ratio")),
+        (Gpt2Config, "loss_block_size", 0),
+        (Gpt2Config, "num_heads", 7),
+        (Gpt2Config, "dropout", 1.0),
+        (Gpt2Config, "dropout", NOT_A_NUMBER),
+        (Gpt2Config, "layer_norm_epsilon", 0.0),
+        (Gpt2Config, "initializer_range", -1.0),
+        (Gpt2Config, "gradient_checkpointing", "some"),
+        *((OptimizerConfig, "learning_rate", value) for value in (0.0, -1.0, NOT_A_NUMBER)),
+        (OptimizerConfig, "final_learning_rate", 1.0),
+        (OptimizerConfig, "final_learning_rate", -1.0),
+        (OptimizerConfig, "schedule", "cosin"),
+        (OptimizerConfig, "warmup_steps", -1),
+        (OptimizerConfig, "weight_decay", -0.1),
+        *((cls, beta, 1.0) for cls in TYPES.values() for beta in ("b1", "b2")),
+        *((cls, "rho", 0.0) for cls in (SophiaGConfig, SophiaHConfig)),
+        *((cls, "eps", 0.0) for cls in (SophiaGConfig, SophiaHConfig, AdamWConfig)),
+        *((cls, "interval", 0) for cls in (SophiaGConfig, SophiaHConfig)),
+        *((SophiaGConfig, "curvature_batch_fraction", value) for value in (0.0, 1.1)),
+        (SophiaGConfig, "curvature_reduce", "mean"),
+        (SophiaHConfig, "probe", "uniform"),
+        *(
+            (TrainerConfig, name, 0)
+            for name in (
+                "num_train_steps",
+                "batch_size",
+                "microbatch_size",
+                "max_skipped_steps",
+                "evaluate_every",
+                "evaluation_windows",
+                "checkpoint_every",
+                "keep_checkpoints",
+                "log_every",
+                "max_grad_norm",
+            )
+        ),
+        (TrainerConfig, "microbatch_size", 7),
+        (TrainerConfig, "seed", -1),
+        (TrainerConfig, "seed", 2**32),
+        (TrainerConfig, "sample_tokens", -1),
+        (TrainerConfig, "compute_dtype", "float16"),
+    ],
+)
+def test_value_out_of_range_names_the_field_and_the_value(cls, field, value):
+    with pytest.raises(InputError) as error:
+        cls(**{field: value})
+    message = str(error.value)
+    assert "\n" not in message
+    assert f".{field} " in message
+    assert str(value) in message
+
+
+def test_microbatches():
+    assert TrainerConfig(batch_size=8).num_microbatches == 1
+    assert TrainerConfig(batch_size=8, microbatch_size=2).num_microbatches == 4
