@@ -33,10 +33,11 @@ class Gpt2Config:
     layer_norm_epsilon: float = 1e-5  # added to the variance in layer norms
     initializer_range: float = 0.02  # standard deviation of the initial weights
     gradient_checkpointing: str = "full"  # what a block recomputes in the backward pass: none, or all of it (full)
+    scan_unroll: int = 1  # layers in one step of the scan over them: more compile longer and run faster on CPUs
     loss_block_size: int = 256  # positions whose logits exist at one time in the loss
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "embed_dim", "seq_len", "mlp_ratio", "loss_block_size"):
+        for name in ("num_layers", "num_heads", "embed_dim", "seq_len", "mlp_ratio", "scan_unroll", "loss_block_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
         if self.embed_dim % self.num_heads:

@@ -141,7 +141,7 @@ class Gpt2(eqx.Module):
         x = hax.auto_sharded(_dropout(self.config, self.wte.embed(tokens) + positions, k_embed))
         layers = hax.arange(self.config.Layers)
         keys = None if k_blocks is None else jax.random.split(k_blocks, self.config.num_layers)
-        x = self.blocks.fold(x, layers, keys)
+        x = self.blocks.fold(x, layers, keys, unroll=self.config.scan_unroll)
         return _normalize(self.ln_f, x)
 
     def __call__(self, tokens: NamedArray, *, key: jax.Array | None = None) -> NamedArray:
