@@ -190,7 +190,8 @@ def test_a_flipped_bit_is_found_or_harmless(saved: Path, tmp_path: Path, seed: i
     found = 0
     for trial in range(15):
         directory = shutil.copytree(saved, tmp_path / str(trial))
-        path = rng.choice(files(directory))
+        kind = rng.choice(["c*", "zarr.json", "manifest.json"])
+        path = rng.choice(sorted(path for path in directory.rglob(kind) if path.is_file()))
         data = bytearray(path.read_bytes())
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
@@ -204,6 +205,15 @@ def test_a_flipped_bit_is_found_or_harmless(saved: Path, tmp_path: Path, seed: i
             assert (restored.step, restored.metadata, restored.run_id) == (1, {"seed": 1}, "run")
             assert path.name == "zarr.json"  # a part of it that says nothing about the array
     assert found > 5
+
+
+@pytest.mark.parametrize(("text", "other"), [('"seed": 1', '"seed": 3'), ('"run"', '"ruin"'), ('"float32"', '"int32"')])
+def test_an_edited_manifest_is_found(saved: Path, tmp_path: Path, text: str, other: str) -> None:
+    file = shutil.copytree(saved, tmp_path / "copy") / "step-00000001" / "manifest.json"
+    assert text in file.read_text()
+    file.write_text(file.read_text().replace(text, other))
+    with pytest.raises(CheckpointError, match="digest does not match"):
+        restore(tmp_path / "copy", make_state(), report=silent)
 
 
 @pytest.mark.parametrize("kind", ["delete", "empty", "truncate"])
@@ -372,6 +382,17 @@ def test_an_intact_step_is_never_written_into(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_leftovers_are_no_steps_and_are_removed(tmp_path: Path) -> None:
+    kept = [put(tmp_path, 1, make_model()), tmp_path / "notes.txt", tmp_path / "step-00000001.backup"]
+    kept[1].touch()
+    for name in ("step-00000002.partial-" + "0a" * 16, "step-00000003.removed-" + "f1" * 16, kept[2].name):
+        shutil.copytree(kept[0], tmp_path / name)
+    assert steps(tmp_path) == [1]
+    assert restore(tmp_path, make_model(), report=silent).step == 1
+    remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
 def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, 1, make_state(1))
 
@@ -459,7 +480,7 @@ import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from sophia_levanter.checkpoint import CheckpointError, restore, save
+from sophia_levanter.checkpoint import arrays, manifest, restore, save
 
 directory = Path(sys.argv[1])
 devices = np.array(jax.devices())
@@ -502,6 +523,7 @@ sizes = lambda step, leaf: {p.stat().st_size - 4 for p in directory.glob(f"step-
 assert names(1, "rows") == [f"c.{i}.0" for i in range(4)] and sizes(1, "rows") == {4 * 6 * 4}
 assert names(1, "grid") == [f"c.{i}.{j}" for i in range(4) for j in range(2)] and sizes(1, "grid") == {2 * 4 * 4}
 assert names(1, "replicated") == ["c.0"] and names(1, "scalar") == ["c"]
+assert len(list(arrays._shards(placed(meshes[8])["replicated"]))) == 1  # and not once a replica
 assert names(2, "grid") == ["c.0.0"] and names(3, "grid") == [f"c.{i}.{j}" for i in range(2) for j in range(2)]
 
 # A step that donates what was restored does not write into another device's replica.
@@ -511,7 +533,6 @@ check(add(add(tree, jnp.int32(1)), jnp.int32(-1)), meshes[8])
 # Only what a shard needs is read: here the second half of the columns, whose chunks are whole.
 for i in range(4):
     (next(directory.glob("step-00000001/arrays/*-grid")) / f"c.{i}.0").unlink()
-from sophia_levanter.checkpoint import arrays, manifest
 saved = next(a for a in manifest.read_manifest(directory / "step-00000001").arrays if a.path == "grid")
 box = ((0, 8), (4, 8))
 parts = arrays.read_parts(directory / "step-00000001", saved, {box}, arrays.make_context())

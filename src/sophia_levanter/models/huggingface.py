@@ -35,6 +35,10 @@ def gpt2_from_state_dict(config: Gpt2Config, arrays: Mapping[str, np.ndarray], *
     given = {n.removeprefix(_PREFIX): np.asarray(a) for n, a in arrays.items() if not n.endswith(ignored)}
     if "wte.weight" not in given:
         raise ValueError("wte.weight is missing: this is no GPT-2 state dict")
+    if given["wte.weight"].ndim != 2:
+        raise ValueError(
+            f"wte.weight has shape {given['wte.weight'].shape}, this model wants (vocab, {config.embed_dim})"
+        )
     vocab_size = given["wte.weight"].shape[0]
     template = eqx.filter_eval_shape(Gpt2.init, config, vocab_size=vocab_size, key=jax.random.key(0))
     wanted = _names(template)

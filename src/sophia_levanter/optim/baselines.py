@@ -50,7 +50,7 @@ class _OptaxOptimizer(eqx.Module):
 
     def metrics(self, state: Any) -> dict[str, jax.Array]:
         """`momentum_norm`, the global 2-norm of the first moment as stored."""
-        return {"momentum_norm": optax.global_norm(optax.tree.get(state, "mu"))}
+        return {"momentum_norm": optax.tree.norm(optax.tree.get(state, "mu"))}
 
 
 class AdamW(_OptaxOptimizer):

@@ -73,7 +73,7 @@ def hutchinson(
 def gauss_newton_bartlett(
     sampled_loss: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]], model: PyTree, *, key: jax.Array
 ) -> PyTree:
-    """B * g^2: its mean is the diagonal of the Gauss-Newton matrix of the mean loss; never negative.
+    """B * g^2 in at least float32: its mean is the diagonal of the Gauss-Newton matrix of the mean loss.
 
     Args:
         sampled_loss: (model, key) -> (mean loss on B targets drawn from the model's own distribution, B).
@@ -81,7 +81,7 @@ def gauss_newton_bartlett(
         key: a jax random key for the targets.
     """
     (_, num_targets), g = eqx.filter_value_and_grad(sampled_loss, has_aux=True)(model, key)
-    return jax.tree.map(lambda x: num_targets * jnp.square(x), g)
+    return jax.tree.map(lambda x: num_targets * jnp.square(x), _widened(g))
 
 
 def gnb_total(grad_sum: PyTree, reduction: str) -> PyTree:
@@ -91,7 +91,7 @@ def gnb_total(grad_sum: PyTree, reduction: str) -> PyTree:
     `square_then_average`: sum_i G_i^2 / sum_i B_i, or `average_then_square`: (sum_i G_i)^2 / sum_i B_i. Both are
     unbiased, since the G_i are independent with mean zero; the first has up to n times less variance.
     """
-    wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grad_sum)
+    wide = _widened(grad_sum)
     return jax.tree.map(jnp.square, wide) if reduction == "square_then_average" else wide
 
 
@@ -100,3 +100,8 @@ def gnb_estimate(total: PyTree, num_targets: jax.Array, reduction: str) -> PyTre
     if reduction == "square_then_average":
         return jax.tree.map(lambda x: x / num_targets, total)
     return jax.tree.map(lambda x: jnp.square(x) / num_targets, total)
+
+
+def _widened(grads: PyTree) -> PyTree:
+    """In at least float32, since the square of a float16 gradient underflows."""
+    return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)

@@ -15,7 +15,7 @@ def sample_categorical(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
     cumulative sum is taken over blocks of 128 classes first and then inside the block that was hit.
 
     Args:
-        logits: [..., classes]; -inf for a class that cannot be drawn (the first class must be possible).
+        logits: [..., classes]; -inf for a class that cannot be drawn (one at least must be possible).
         uniforms: [...] float32 in [0, 1).
 
     Returns:
@@ -27,26 +27,27 @@ def sample_categorical(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
     padding = -classes % _BLOCK
     weights = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, padding)])
     blocks = weights.reshape(*weights.shape[:-1], -1, _BLOCK)
-    block_ends = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+    block_sums = jnp.sum(blocks, axis=-1)
+    block_ends = jnp.cumsum(block_sums, axis=-1)
     target = uniforms * block_ends[..., -1]
-    block = _first_above(block_ends, target)
+    block = _first_above(block_sums, block_ends, target)
     hit = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
     before = jnp.where(
         block > 0, jnp.take_along_axis(block_ends, jnp.maximum(block - 1, 0)[..., None], axis=-1)[..., 0], 0
     )
-    return block * _BLOCK + _last_possible(hit, _first_above(jnp.cumsum(hit, axis=-1), target - before))
+    return block * _BLOCK + _first_above(hit, jnp.cumsum(hit, axis=-1), target - before)
 
 
-def _first_above(ends: jax.Array, target: jax.Array) -> jax.Array:
-    """The index of the first end above the target; the last index where rounding left none."""
-    index = jnp.sum(ends <= target[..., None], axis=-1, dtype=jnp.int32)
-    return jnp.minimum(index, ends.shape[-1] - 1)
+def _first_above(weights: jax.Array, ends: jax.Array, target: jax.Array) -> jax.Array:
+    """The first index of positive weight that ends above the target; the last such index where rounding left none.
 
-
-def _last_possible(weights: jax.Array, index: jax.Array) -> jax.Array:
-    """The index, or the last class of positive weight where rounding went past it."""
+    The weights are looked at too because a parallel cumulative sum is not quite monotone: where it dips, an index of
+    weight 0 can be the first to end above the target.
+    """
     positions = jnp.arange(weights.shape[-1], dtype=jnp.int32)
-    return jnp.minimum(index, jnp.max(jnp.where(weights > 0, positions, 0), axis=-1))
+    possible = weights > 0
+    last = jnp.max(jnp.where(possible, positions, 0), axis=-1, keepdims=True)
+    return jnp.min(jnp.where(possible & (ends > target[..., None]), positions, last), axis=-1)
 
 
 def categorical_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -153,8 +153,8 @@ class Sophia(eqx.Module):
         return {
             "win_rate": _total(jax.tree.map(lambda m, d: jnp.abs(m) < d, momentum, denominator)) / size,
             "curvature_nonpositive": _total(jax.tree.map(lambda h: h <= 0, state.curvature)) / size,
-            "curvature_norm": jnp.sqrt(_total(jax.tree.map(jnp.square, state.curvature))),
-            "momentum_norm": jnp.sqrt(_total(jax.tree.map(jnp.square, state.momentum))),
+            "curvature_norm": _norm(state.curvature),
+            "momentum_norm": _norm(state.momentum),
         }
 
     def _ratio(self, state: SophiaState) -> tuple[PyTree, PyTree]:
@@ -238,7 +238,13 @@ def _divide(tree: PyTree, by: Scalar) -> PyTree:
 
 def _total(tree: PyTree) -> jax.Array:
     """The sum over all leaves, in at least float32."""
-    return sum(
-        (jnp.sum(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(tree)),
-        start=jnp.zeros((), jnp.float32),
-    )
+    return sum((jnp.sum(_widened(leaf)) for leaf in jax.tree.leaves(tree)), start=jnp.zeros((), jnp.float32))
+
+
+def _norm(tree: PyTree) -> jax.Array:
+    """The global 2-norm, in at least float32."""
+    return jnp.sqrt(_total(jax.tree.map(lambda x: jnp.square(_widened(x)), tree)))
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -134,7 +134,7 @@ def train_step(
     sums, h_hat = _gradient_and_curvature(settings, refresh, state.model, batch, curvature_batch, samples, keys)
     loss = sums.loss / sums.targets
     grads = jax.tree.map(lambda g: g / sums.targets, sums.grads)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     if settings.max_grad_norm is not None:
         scale = jnp.minimum(1.0, settings.max_grad_norm / grad_norm)
         grads = jax.tree.map(lambda g: g * scale, grads)

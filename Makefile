@@ -1,0 +1,41 @@
+# Two commands do everything: `make train` and `make test`. Both set up what they need in .venv.
+PYTHON ?= python3
+CONFIG ?= config/gpt2_nano_sophia.yaml
+BIN := .venv/bin
+PYTEST := $(BIN)/pytest -n 2
+
+.PHONY: train test test-all lint docs clean
+
+train: .venv/train.stamp
+	$(BIN)/python -m sophia_levanter.main --config $(CONFIG) $(ARGS)
+
+test: .venv/dev.stamp
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/dev.stamp
+	$(PYTEST)
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+docs: .venv/dev.stamp
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf .venv .cache site build dist
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is $$($(PYTHON) --version); Python 3.11 or later is needed: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+
+.venv/train.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e .
+	touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	touch .venv/train.stamp $@

@@ -1,0 +1,54 @@
+"""The whole suite runs on eight pretended CPU devices, so that sharding is at hand in every test, and keeps what jax
+compiles. All this must be set before jax is imported, and reaches the processes that tests start."""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+if version("jaxlib").startswith("0.10."):
+    # They make tests compile in a fifth of the time. XLA dies of a flag it does not know, so only where it was tried.
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+CONFIG = """
+model: {num_layers: 2, num_heads: 2, embed_dim: 16, seq_len: 16, loss_block_size: 8, gradient_checkpointing: none}
+optimizer:
+  type: sophia_g
+  learning_rate: 1e-2
+  final_learning_rate: 1e-3
+  warmup_steps: 2
+  rho: 0.5
+  interval: 3
+  bias_correct_curvature: true
+data: {train: TEXT, tokenizer: bytes, cache_dir: CACHE}
+trainer:
+  num_train_steps: 12
+  batch_size: 16
+  microbatch_size: 8
+  evaluate_every: 6
+  evaluation_windows: 20
+  checkpoint_every: 6
+  log_every: 4
+  sample_tokens: 20
+"""
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """Some 20 kB of text with a pattern in it."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"Line {i} says that {i} times {i % 7} is {i * (i % 7)}.\n" for i in range(500)))
+    return path
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, text_file: Path) -> Path:
+    """The configuration of a tiny run on that text, for `--config`."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG.replace("TEXT", str(text_file)).replace("CACHE", str(tmp_path / "cache")))
+    return path

@@ -1,0 +1,87 @@
+from functools import partial
+
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sophia_levanter.models.attention import causal_attention
+
+AXES = hax.make_axes(batch=2, position=5, heads=3, head_size=4)
+RATE = 0.4
+random_key = partial(jax.random.key, impl="unsafe_rbg")  # compiles in no time, as the default does not
+
+
+ARRAYS = np.random.default_rng(0).normal(size=(3, 2, 5, 3, 4)).astype(np.float32)
+
+
+def inputs(dtype=jnp.float32):
+    return [hax.named(jnp.asarray(array, dtype), AXES) for array in ARRAYS]
+
+
+def by_hand():
+    q, k, v = ARRAYS.astype(np.float64)
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores) * np.tril(np.ones((5, 5)))
+    return np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+
+
+attend = jax.jit(causal_attention, static_argnames="dropout")
+
+
+def test_is_scaled_causal_softmax_attention():
+    attended = attend(*inputs())
+    assert attended.axes == AXES
+    np.testing.assert_allclose(attended.array, by_hand(), atol=1e-6)
+
+
+def test_axes_in_any_order_and_any_number_of_batch_axes():
+    query, key, value = inputs()
+    mixed = attend(query.rearrange(("heads", "position", "head_size", "batch")), key, value)
+    np.testing.assert_allclose(mixed.rearrange(AXES).array, by_hand(), atol=1e-6)
+    one = attend(*(x["batch", 1] for x in inputs()))
+    assert one.axes == AXES[1:]
+    np.testing.assert_allclose(one.array, by_hand()[1], atol=1e-6)
+    more = attend(*(x.broadcast_axis(hax.Axis("microbatch", 2)) for x in inputs()))
+    assert [axis.name for axis in more.axes] == ["microbatch", "batch", "position", "heads", "head_size"]
+    np.testing.assert_allclose(more["microbatch", 1].array, by_hand(), atol=1e-6)
+
+
+def test_keeps_the_dtype():
+    attended = attend(*inputs(jnp.bfloat16))
+    assert attended.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(attended.array, np.float32), by_hand(), atol=0.05)
+
+
+def test_dropout_needs_a_rate_and_a_key():
+    for options in ({"dropout": RATE}, {"dropout_key": random_key(0)}):
+        np.testing.assert_array_equal(attend(*inputs(), **options).array, attend(*inputs()).array)
+
+
+def test_dropout_of_next_to_nothing_is_no_dropout():
+    options = {"dropout": 1e-9, "dropout_key": random_key(0)}
+    np.testing.assert_allclose(attend(*inputs(), **options).array, by_hand(), atol=1e-6)
+    half = jax.eval_shape(lambda *x: causal_attention(*x, **options), *inputs(jnp.bfloat16))
+    assert (half.axes, half.dtype) == (AXES, jnp.bfloat16)
+
+
+def test_dropout_keeps_the_mean_and_causality():
+    draws = 2000
+    query, key, value = inputs()
+
+    def one(dropout_key, value):
+        return attend(query, key, hax.named(value, AXES), dropout=RATE, dropout_key=dropout_key).array
+
+    many = jax.jit(jax.vmap(one, (0, None)))
+    keys = jax.random.split(random_key(2), draws)
+    attended = np.asarray(many(keys, value.array))
+    errors = attended.std(0, ddof=1) / np.sqrt(draws)
+    assert np.all(np.abs(attended.mean(0) - by_hand()) < 5 * errors)
+    # The first position sees itself alone: kept and scaled up, or dropped.
+    first = attended[:, :, 0]
+    kept = np.isclose(first, ARRAYS[2][:, 0] / (1 - RATE), rtol=1e-5)
+    assert np.all(kept | (first == 0))
+    assert abs(kept.mean() - (1 - RATE)) < 0.03
+    changed = np.asarray(many(keys, value.array.at[:, 3:].add(10.0)))
+    np.testing.assert_array_equal(changed[:, :, :3], attended[:, :, :3])
+    assert np.any(changed[:, :, 3:] != attended[:, :, 3:])

@@ -1,0 +1,354 @@
+import dataclasses
+import json
+import math
+from functools import partial
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from sophia_levanter.batch import Batch
+from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config, decay_mask
+from sophia_levanter.models.huggingface import gpt2_from_state_dict, gpt2_to_state_dict
+from sophia_levanter.optim import AdamW, SophiaG
+from sophia_levanter.optim.likelihood import sample_categorical
+from sophia_levanter.optim.protocol import decay_mask_tree, differentiable
+
+logits_of = eqx.filter_jit(lambda model, tokens: model(tokens).array)
+
+
+@eqx.filter_jit
+def loss_and_grads(model, batch):
+    return eqx.filter_value_and_grad(lambda m: m.losses(batch)[0])(model)
+
+
+@eqx.filter_jit
+def both_losses_and_grads(model, batch, samples):
+    """The true and the sampled labels' loss, each with its gradients."""
+    (first, second), pull = eqx.filter_vjp(lambda m: m.losses(batch, samples=samples), model)
+    one, zero = jnp.ones_like(first), jnp.zeros_like(first)
+    return (first, *pull((one, zero))), (second, *pull((zero, one)))
+
+
+def assert_close(tree, other, **tolerance):
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), **tolerance)
+
+
+def named(array):
+    return hax.named(jnp.asarray(array), ("batch", "position"))
+
+
+UNIFORMS = named(np.linspace(0, 1 - 2**-24, 16, dtype=np.float32).reshape(2, 8))
+
+
+def bfloat16(model):
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, model)
+
+
+def with_config(model, **changes):
+    """The same weights under another configuration."""
+    config = dataclasses.replace(model.config, **changes)
+    template = eqx.filter_eval_shape(Gpt2.init, config, vocab_size=model.vocab_size, key=jax.random.key(0))
+    return jax.tree.unflatten(jax.tree.structure(template), jax.tree.leaves(model))
+
+
+def set_weights(model, **arrays):
+    """The model with arrays put in by path, as `blocks__stacked__ln_1__weight`."""
+
+    def at(path, tree):
+        for name in path.split("__"):
+            tree = getattr(tree, name)
+        return tree.array
+
+    return eqx.tree_at(lambda m: [at(path, m) for path in arrays], model, list(arrays.values()))
+
+
+def with_padding(model, value):
+    return set_weights(model, wte__weight=model.wte.weight.array.at[model.vocab_size :].set(value))
+
+
+class Golden:
+    """A model with transformers' weights, and what transformers computed."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+        given = json.loads(str(arrays["config"]))
+        self.config = Gpt2Config(
+            num_layers=given["n_layer"],
+            num_heads=given["n_head"],
+            embed_dim=given["n_embd"],
+            seq_len=given["n_positions"],
+            use_bias=True,
+            layer_norm_epsilon=given["layer_norm_epsilon"],
+            scale_attn_by_inverse_layer_idx=given["scale_attn_by_inverse_layer_idx"],
+            gradient_checkpointing="none",
+        )
+        weights = np.ones(arrays["input_ids"].shape, np.float32)
+        weights[:, -1] = 0
+        tokens = arrays["input_ids"].astype(np.int32)
+        self.batch = Batch(named(tokens), named(np.roll(tokens, -1, axis=1)), named(weights))
+
+    def model(self, **changes):
+        weights = {
+            name.removeprefix("weight/"): self.arrays[name] for name in self.arrays if name.startswith("weight/")
+        }
+        return gpt2_from_state_dict(dataclasses.replace(self.config, **changes), weights)
+
+
+@pytest.fixture(params=["gpt2_forward", "gpt2_forward_scaled_attn"])
+def transformers(request, golden):
+    return Golden(golden(request.param))
+
+
+def test_logits_are_those_of_transformers(transformers):
+    logits = logits_of(transformers.model(), transformers.batch.tokens)
+    np.testing.assert_allclose(logits, transformers.arrays["logits"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [40, 16], ids=["one block", "three blocks, the last not full"])
+def test_loss_and_gradients_are_those_of_transformers(transformers, block_size):
+    targets = float(transformers.batch.weights.array.sum())
+    loss, grads = loss_and_grads(transformers.model(loss_block_size=block_size), transformers.batch)
+    assert float(loss) / targets == pytest.approx(float(transformers.arrays["loss"]), rel=1e-6)
+    assert not np.asarray(grads.wte.weight.array[101:]).any()
+    found = gpt2_to_state_dict(grads)
+    assert {f"grad/{name}" for name in found} == {name for name in transformers.arrays if name.startswith("grad/")}
+    for name, grad in found.items():
+        np.testing.assert_allclose(grad / targets, transformers.arrays[f"grad/{name}"], rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_earlier_positions_do_not_see_later_tokens(make_model, batch):
+    model, tokens = make_model(), np.asarray(batch.tokens.array)
+    changed = tokens.copy()
+    changed[:, 5:] = (changed[:, 5:] + 1) % 100
+    before, after = logits_of(model, named(tokens)), logits_of(model, named(changed))
+    np.testing.assert_allclose(after[:, :5], before[:, :5], atol=1e-6)
+    assert np.all(np.abs(after[:, 5:] - before[:, 5:]).max(-1) > 1e-3)
+    np.testing.assert_allclose(logits_of(model, named(tokens[:, :3])), before[:, :3], atol=1e-5)
+
+
+def test_more_positions_than_the_context(make_model):
+    with pytest.raises(ValueError, match="position"):
+        jax.eval_shape(make_model(), hax.named(jnp.zeros(9, jnp.int32), "position"))
+
+
+def test_attention_scores_are_divided_by_the_layer(make_model, batch):
+    """Layer i's by i + 1, which is the same as a smaller query."""
+    plain = make_model()
+    scaled = with_config(plain, scale_attn_by_inverse_layer_idx=True)
+    weight = plain.blocks.stacked.attn.c_attn.weight
+    assert [axis.name for axis in weight.axes] == ["layers", "embed", "qkv", "heads", "head_size"]
+    halved = set_weights(plain, blocks__stacked__attn__c_attn__weight=weight.array.at[1, :, 0].divide(2))
+    wanted = logits_of(halved, batch.tokens)
+    np.testing.assert_allclose(logits_of(scaled, batch.tokens), wanted, atol=1e-5)
+    assert np.abs(logits_of(plain, batch.tokens) - wanted).max() > 1e-3
+
+
+def test_recomputing_and_unrolling_change_no_gradient(make_model, batch):
+    kept = make_model()
+    recomputed = make_model(gradient_checkpointing="full", scan_unroll=2)
+    assert_close(loss_and_grads(recomputed, batch), loss_and_grads(kept, batch), atol=1e-4)
+    names = [{eqn.primitive.name for eqn in equations(grad_jaxpr(model, batch))} for model in (kept, recomputed)]
+    assert ["checkpoint" in found or "remat2" in found for found in names] == [False, True]
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+def grad_jaxpr(model, batch, samples=None):
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    return jax.make_jaxpr(
+        lambda params: both_losses_and_grads.__wrapped__(eqx.combine(params, static), batch, samples)
+    )(params).jaxpr
+
+
+@pytest.mark.parametrize("cast", [lambda model: model, bfloat16], ids=["float32", "bfloat16"])
+def test_whole_logits_never_exist(make_model, batch, cast):
+    def largest(block_size):
+        model = cast(make_model(loss_block_size=block_size))
+        jaxpr = grad_jaxpr(model, batch, samples=batch.weights)
+        return max(math.prod(out.aval.shape) for eqn in equations(jaxpr) for out in eqn.outvars)
+
+    whole = 2 * 8 * 128
+    assert largest(8) >= whole
+    # The largest is then the head or one block of logits.
+    assert largest(2) == max(128 * 8, 2 * 2 * 128)
+
+
+def test_sampled_labels_make_the_second_loss(make_model, batch):
+    model = make_model()
+    _, second = both_losses_and_grads(model, batch, UNIFORMS)
+    labels = jax.jit(sample_categorical)(logits_of(model, batch.tokens), UNIFORMS.array)
+    assert labels.min() == 0
+    assert labels.max() == 99
+    relabelled = Batch(batch.tokens, named(labels), named(np.sqrt(np.asarray(batch.weights.array))))
+    first, _ = both_losses_and_grads(model, relabelled, UNIFORMS)
+    assert_close(second, first, rtol=1e-5, atol=1e-5)
+
+
+def assert_no_gradient_in_padding(grads):
+    assert not np.asarray(grads.wte.weight.array[100:], np.float32).any()
+    assert np.asarray(grads.wte.weight.array[:100], np.float32).any(-1).sum() > 90
+
+
+def test_padding_of_the_vocabulary_is_never_seen(make_model, batch):
+    model = make_model()
+    assert logits_of(model, batch.tokens).shape == (2, 8, 100)
+    found = both_losses_and_grads(model, batch, UNIFORMS)
+    for _, grads in found:
+        assert_no_gradient_in_padding(grads)
+    # Were a padded row predicted or drawn, large weights in it would tell.
+    assert_close(both_losses_and_grads(with_padding(model, 1e4), batch, UNIFORMS), found, rtol=0)
+
+
+def test_padding_of_the_vocabulary_is_never_seen_in_bfloat16(make_model, batch):
+    model = bfloat16(make_model())
+    logits = logits_of(model, batch.tokens)
+    assert (logits.shape, logits.dtype) == ((2, 8, 100), jnp.bfloat16)
+    found = loss_and_grads(model, batch)
+    assert_no_gradient_in_padding(found[1])
+    assert_close(loss_and_grads(with_padding(model, 1e4), batch), found, rtol=0)
+
+
+def test_bfloat16_is_close_to_float32(make_model, batch):
+    logits = np.asarray(logits_of(make_model(), batch.tokens))
+    half = np.asarray(logits_of(bfloat16(make_model()), batch.tokens), np.float32)
+    assert np.abs(half - logits).max() < 0.05 * np.abs(logits).max()
+
+
+def sizes(model):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model) if hasattr(leaf, "shape"))
+
+
+def test_parameter_counts():
+    layers, width, vocab, seq_len = 3, 48, 200, 40
+
+    def count(**changes):
+        config = Gpt2Config(num_layers=layers, num_heads=4, embed_dim=width, seq_len=seq_len, **changes)
+        return sizes(eqx.filter_eval_shape(Gpt2.init, config, vocab_size=vocab, key=jax.random.key(0)))
+
+    without = (256 + seq_len) * width + layers * (12 * width**2 + 2 * width) + width
+    # c_attn 3, c_proj 1, c_fc 4, c_proj 1 widths, and one for each norm.
+    assert count(use_bias=False) == without
+    assert count(use_bias=True) == without + layers * (9 + 2) * width + width
+    assert count(use_bias=False, mlp_ratio=2) == without - layers * 4 * width**2
+
+
+def test_initial_weights():
+    config = Gpt2Config(num_layers=2, num_heads=2, embed_dim=32, seq_len=8, use_bias=True, initializer_range=0.05)
+    model = eqx.filter_jit(Gpt2.init)(config, vocab_size=100, key=jax.random.key(3, impl="unsafe_rbg"))
+    arrays = gpt2_to_state_dict(model)
+    for name, array in arrays.items():
+        if name.endswith("bias"):
+            assert not array.any(), name
+        elif ".ln_" in name:
+            assert np.all(array == 1), name
+        else:
+            wanted = 0.05 / 2 if name.endswith("c_proj.weight") else 0.05
+            # Of n draws the standard deviation has a relative error of 1 / sqrt(2 n).
+            assert abs(array.std() / wanted - 1) < 5 / np.sqrt(2 * array.size), name
+            assert abs(array.mean()) < 5 * wanted / np.sqrt(array.size), name
+    for name in ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"):
+        assert not np.array_equal(arrays[f"transformer.h.0.{name}"], arrays[f"transformer.h.1.{name}"])
+
+
+def paths(tree):
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {".".join(key.name for key in path if hasattr(key, "name")): leaf for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_decay_mask_is_by_role(make_model, use_bias):
+    model = make_model(use_bias=use_bias)
+    mask = paths(decay_mask_tree(decay_mask(model), differentiable(model)))
+    assert set(mask) == set(paths(differentiable(model)))
+    matrices = ("wte", "wpe", "c_attn", "c_proj", "c_fc")
+    decayed = {name for name in mask if name.endswith(".weight") and name.split(".")[-2] in matrices}
+    assert {name for name, decays in mask.items() if decays} == decayed
+    # A stacked norm and a stacked bias have two dimensions or more, as matrices do.
+    assert model.blocks.stacked.ln_1.weight.array.ndim == 2
+    assert sum(mask.values()) == 6
+
+
+@pytest.mark.parametrize("cls", [SophiaG, AdamW])
+def test_only_matrices_and_embeddings_decay(make_model, cls):
+    model = make_model(use_bias=True)
+    optimizer = cls(learning_rate=0.5, weight_decay=0.2, weight_decay_mask=decay_mask(model))
+    zeros = jax.tree.map(jnp.zeros_like, differentiable(model))
+    update = eqx.filter_jit(lambda model: optimizer.update(zeros, optimizer.init(model), model)[0])
+    ones = jax.tree.map(lambda x: jnp.ones_like(x) if eqx.is_inexact_array(x) else x, model)
+    for name, array in gpt2_to_state_dict(update(ones)).items():
+        decays = name.endswith("weight") and ".ln_" not in name
+        np.testing.assert_allclose(array, -0.1 if decays else 0, atol=1e-7, err_msg=name)
+
+
+RATE = 0.5
+random_key = partial(jax.random.key, impl="unsafe_rbg")  # compiles in no time, as the default does not
+hidden_of = eqx.filter_jit(lambda model, tokens, key: model.hidden(tokens, key=key).array)
+block_of = eqx.filter_jit(lambda block, x, key: block(x, hax.named(0, ()), key).array)
+attention_of = eqx.filter_jit(lambda attention, x, key: attention(x, hax.named(0, ()), key=key).array)
+
+
+def silent(model, attention=0.0, mlp=0.0):
+    """A model whose attention and MLP put out a constant each."""
+    attn, fc = model.blocks.stacked.attn.c_proj, model.blocks.stacked.mlp.c_proj
+    return set_weights(
+        model,
+        blocks__stacked__attn__c_proj__weight=jnp.zeros_like(attn.weight.array),
+        blocks__stacked__attn__c_proj__bias=jnp.full_like(attn.bias.array, attention),
+        blocks__stacked__mlp__c_proj__weight=jnp.zeros_like(fc.weight.array),
+        blocks__stacked__mlp__c_proj__bias=jnp.full_like(fc.bias.array, mlp),
+    )
+
+
+def first_layer(model):
+    return jax.tree.map(lambda x: x["layers", 0], model.blocks.stacked, is_leaf=lambda x: isinstance(x, hax.NamedArray))
+
+
+def test_no_key_means_no_dropout(make_model, batch):
+    np.testing.assert_array_equal(
+        logits_of(make_model(dropout=RATE), batch.tokens), logits_of(make_model(), batch.tokens)
+    )
+
+
+def test_dropout_of_embeddings(make_model, batch):
+    model = silent(make_model(dropout=RATE, use_bias=True))
+    one, again, other = (np.asarray(hidden_of(model, batch.tokens, random_key(i))) for i in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert np.all(np.any(one != other, axis=(1, 2)))
+    assert np.any(one != np.asarray(hidden_of(model, batch.tokens, None)))
+
+
+def test_dropout_differs_from_layer_to_layer(make_model, batch):
+    """Both layers add 1 to a stream of zeros, so that sums of 0, 1 and 2 are left if the layers drop apart."""
+    model = silent(make_model(dropout=RATE, use_bias=True), mlp=1.0)
+    zeros = {f"{name}__weight": jnp.zeros_like(getattr(model, name).weight.array) for name in ("wte", "wpe")}
+    norm = {"ln_f__weight": jnp.ones(8), "ln_f__bias": jnp.zeros(8)}
+    hidden = hidden_of(set_weights(model, **zeros, **norm), batch.tokens, random_key(0))
+    assert max(len(np.unique(row.round(4))) for row in np.asarray(hidden).reshape(16, 8)) == 3
+
+
+@pytest.mark.parametrize("outputs", [{"attention": 1.0}, {"mlp": 1.0}], ids=lambda x: next(iter(x)))
+def test_dropout_of_a_blocks_outputs_keeps_the_mean(make_model, outputs):
+    block = first_layer(silent(make_model(dropout=RATE, use_bias=True), **outputs))
+    x = hax.zeros(hax.make_axes(batch=400, position=8, embed=8))
+    added = np.asarray(block_of(block, x, random_key(0)))
+    np.testing.assert_allclose(np.unique(added), [0, 1 / (1 - RATE)], rtol=1e-6)
+    error = added.std() / np.sqrt(added.size)
+    assert abs(added.mean() - 1) < 5 * error < 0.05
+
+
+def test_dropout_of_attention_weights(make_model):
+    attention = first_layer(make_model(dropout=RATE)).attn
+    x = hax.named(np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32), ("position", "embed"))
+    dropped, whole = (np.asarray(attention_of(attention, x, key)) for key in (random_key(0), None))
+    assert np.all(np.any(dropped != whole, axis=-1))

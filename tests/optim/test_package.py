@@ -1,0 +1,25 @@
+import subprocess
+import sys
+
+import sophia_levanter.optim
+
+HEAVY = ("haliax", "draccus", "orbax", "ray", "datasets", "wandb")
+
+
+def test_imports_jax_equinox_and_optax_only():
+    program = f"""
+import sys
+import sophia_levanter.optim, sophia_levanter.optim.schedules
+loaded = {{name.partition(".")[0] for name in sys.modules}}
+print(*sorted(loaded & set({HEAVY})))
+print(*sorted(name for name in sys.modules if name.startswith("sophia_levanter")))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    heavy, own = result.stdout.splitlines()
+    assert heavy == ""
+    assert all(name == "sophia_levanter" or name.startswith("sophia_levanter.optim") for name in own.split())
+
+
+def test_public_names_exist():
+    assert {"AdamW", "Lion", "Sophia", "SophiaG", "SophiaH"} <= set(sophia_levanter.optim.__all__)
+    assert all(hasattr(sophia_levanter.optim, name) for name in sophia_levanter.optim.__all__)

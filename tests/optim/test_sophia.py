@@ -1,0 +1,387 @@
+import json
+from pathlib import Path
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sophia_levanter.optim import Sophia, SophiaG, SophiaH, SophiaState
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+PLAIN = {"learning_rate": 0.1, "b1": 0.5, "b2": 0.75, "rho": 0.5, "eps": 1e-8, "weight_decay": 0.0}
+
+
+class Model(eqx.Module):
+    weight: jax.Array
+    bias: jax.Array
+    steps: jax.Array
+    width: int
+    name: str = eqx.field(static=True)
+
+    def __call__(self, x):
+        raise AssertionError("the optimizer must not call the model, nor a mask of its shape")
+
+
+def model(dtype=jnp.float32):
+    return Model(jnp.asarray([[1.0, -2.0]], dtype), jnp.asarray([4.0]), jnp.int32(7), 2, "model")
+
+
+def grads_of(weight, bias):
+    zeros = eqx.filter(model(), eqx.is_inexact_array)
+    return eqx.tree_at(lambda m: (m.weight, m.bias), zeros, (jnp.asarray([weight]), jnp.asarray([bias])))
+
+
+def state_of(momentum, curvature, count=1, refreshes=1):
+    arrays = ({"w": jnp.asarray(x, jnp.float32)} for x in (momentum, curvature))
+    return SophiaState(jnp.int32(count), jnp.int32(refreshes), *arrays)
+
+
+def one_step(optimizer, momentum_after, curvature, params, **counts):
+    """The update of a state whose momentum will be `momentum_after`."""
+    state = state_of(np.asarray(momentum_after) / optimizer.b1, curvature, **({"count": 0} | counts))
+    params = {"w": jnp.asarray(params, jnp.float32)}
+    updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    return updates["w"], state
+
+
+def follow_golden(dtype):
+    """Ours and theirs, [step, ...] of parameters, momentum and curvature, by name."""
+    golden = np.load(GOLDEN / f"sophia_g_update_{dtype}.npz")
+    given = json.loads(str(golden["hyperparameters"]))
+    optimizer = SophiaG(
+        given["lr"], given["beta1"], given["beta2"], given["rho"], 1e-15, given["weight_decay"], interval=given["k"]
+    )
+    model = {name: jnp.asarray(golden[f"param0/{name}"]) for name in "wb"}
+    state = optimizer.init(model)
+    update, refresh = jax.jit(optimizer.update), jax.jit(optimizer.refresh)
+    ours = []
+    for step in range(len(golden["grad/w"])):
+        updates, state = update({name: golden[f"grad/{name}"][step] for name in "wb"}, state, model)
+        model = eqx.apply_updates(model, updates)
+        if step % given["k"] == given["k"] - 1:
+            h_hat = {name: given["bs"] * jnp.square(golden[f"hess_grad/{name}"][step]) for name in "wb"}
+            state = refresh(state, h_hat)
+        ours.append((model, state.momentum, jax.tree.map(lambda h: h / given["bs"], state.curvature)))
+    for i, kind in enumerate(("param", "exp_avg", "hessian")):
+        for name in "wb":
+            yield f"{kind}/{name}", np.stack([parts[i][name] for parts in ours]), golden[f"{kind}/{name}"]
+
+
+def test_follows_the_authors_update_in_float64():
+    with jax.enable_x64(True):
+        for name, ours, theirs in follow_golden("float64"):
+            assert (len(ours), ours.dtype) == (60, np.float64)
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12, err_msg=name)
+            assert name.startswith("param") or np.abs(theirs[-1]).min() > 1e-9
+
+
+def test_follows_the_authors_update_in_float32():
+    for name, ours, theirs in follow_golden("float32"):
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6, err_msg=name)
+
+
+def test_init():
+    state = SophiaG().init(model(jnp.bfloat16))
+    assert (state.count.dtype, state.refresh_count.dtype, int(state.count), int(state.refresh_count)) == (
+        jnp.int32,
+        jnp.int32,
+        0,
+        0,
+    )
+    assert (state.momentum.weight.dtype, state.curvature.weight.dtype) == (jnp.bfloat16, jnp.float32)
+    for tree in (state.momentum, state.curvature):
+        assert (tree.steps, tree.width) == (None, None)
+        assert [leaf.shape for leaf in jax.tree.leaves(tree)] == [(1, 2), (1,)]
+        assert not any(leaf.any() for leaf in jax.tree.leaves(tree))
+
+
+def test_first_steps_by_hand():
+    optimizer = SophiaG(**PLAIN | {"weight_decay": 0.2})
+    params = {"w": jnp.asarray([1.0, -2.0])}
+    state = optimizer.refresh(optimizer.init(params), {"w": jnp.asarray([16.0, 0.8])})
+    assert state.curvature["w"].tolist() == pytest.approx([4, 0.2])  # (1 - 0.75) h_hat
+    updates, state = optimizer.update({"w": jnp.asarray([0.8, -0.6])}, state, params)
+    # m = [0.4, -0.3], rho h = [2, 0.1]: ratios 0.2 and -3, clipped to -1; decay is 0.1 * 0.2 * w.
+    assert updates["w"].tolist() == pytest.approx([-0.02 - 0.02, 0.1 + 0.04])
+    assert state.momentum["w"].tolist() == pytest.approx([0.4, -0.3])
+    state = optimizer.refresh(state, {"w": jnp.asarray([0.0, 2.0])})
+    assert state.curvature["w"].tolist() == pytest.approx([3, 0.65])  # 0.75 h + 0.25 h_hat
+    updates, state = optimizer.update({"w": jnp.asarray([0.0, 0.5])}, state, {"w": jnp.zeros(2)})
+    # m = [0.2, 0.1], rho h = [1.5, 0.325].
+    assert updates["w"].tolist() == pytest.approx([-0.1 * 0.2 / 1.5, -0.1 * 0.1 / 0.325])
+    assert (int(state.count), int(state.refresh_count)) == (2, 2)
+
+
+def test_sign_steps_where_the_curvature_is_zero_or_negative():
+    updates, _ = one_step(SophiaH(**PLAIN), [0.5, -0.5, 2e-7, -2e-7, 0.0], [0, -3, -1e-9, 0, -3], [0] * 5)
+    assert updates.tolist() == pytest.approx([-0.1, 0.1, -0.1, 0.1, 0.0])
+
+
+def test_eps_is_the_floor_of_the_denominator():
+    # rho h = [0.005, 0.02] and eps = 0.01: the floor holds in the first only, and is not added in the second.
+    updates, _ = one_step(SophiaG(**PLAIN | {"eps": 0.01}), [0.005, 0.005], [0.01, 0.04], [0, 0])
+    assert updates.tolist() == pytest.approx([-0.1 * 0.5, -0.1 * 0.25])
+
+
+def masked_update(mask):
+    optimizer = SophiaG(**PLAIN | {"weight_decay": 0.5}, weight_decay_mask=mask)
+    updates, _ = optimizer.update(grads_of([0.0, 0.0], 0.0), optimizer.init(model()), model())
+    return [leaf.ravel().tolist() for leaf in jax.tree.leaves(updates)]
+
+
+def test_weight_decay_masks():
+    decayed, bias_decayed = pytest.approx([-0.05, 0.1]), pytest.approx([-0.2])
+    filtered = eqx.filter(model(), eqx.is_inexact_array)
+    matrices = jax.tree.map(lambda leaf: leaf.ndim > 1, filtered)
+    biases = jax.tree.map(lambda leaf: leaf.ndim == 1, filtered)
+    assert callable(matrices)
+    assert masked_update(None) == [decayed, bias_decayed]
+    assert masked_update(True) == [decayed, bias_decayed]
+    assert masked_update(False) == [[0, 0], [0]]
+    assert masked_update(matrices) == [decayed, [0]]
+    assert masked_update(biases) == [[0, 0], bias_decayed]
+    assert masked_update(lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)) == [decayed, [0]]
+
+
+def test_weight_decay_is_decoupled():
+    """It enters neither the momentum nor the clipped ratio."""
+    optimizer = SophiaG(**PLAIN | {"weight_decay": 0.5})
+    updates, state = one_step(optimizer, [0.7], [0.0], [100.0])
+    assert updates.tolist() == pytest.approx([-0.1 - 0.1 * 0.5 * 100])
+    assert state.momentum["w"].tolist() == pytest.approx([0.7])
+
+
+def corrected(momentum, curvature):
+    """Updates over three steps of gradient 1, refreshed with 2 before the first and 4 before the third."""
+    optimizer = SophiaG(
+        **PLAIN | {"b2": 0.9, "rho": 1.0}, bias_correct_momentum=momentum, bias_correct_curvature=curvature
+    )
+    params = {"w": jnp.zeros(1)}
+    state = optimizer.init(params)
+    found = []
+    for h_hat in (20.0, None, 40.0):
+        if h_hat is not None:
+            state = optimizer.refresh(state, {"w": jnp.asarray([h_hat])})
+        updates, state = optimizer.update({"w": jnp.ones(1)}, state, params)
+        found.append(-float(updates["w"][0]) / 0.1)
+    return found
+
+
+def test_bias_corrections():
+    # m = 1/2, 3/4, 7/8 and h = 2, 2, 5.8; corrected m = 1, 1, 1 and h = 20, 20, 5.8 / 0.19.
+    assert corrected(False, False) == pytest.approx([0.25, 0.375, 0.875 / 5.8], rel=1e-5)
+    assert corrected(True, False) == pytest.approx([0.5, 0.5, 1 / 5.8], rel=1e-5)
+    assert corrected(False, True) == pytest.approx([0.025, 0.0375, 0.875 * 0.19 / 5.8], rel=1e-5)
+    assert corrected(True, True) == pytest.approx([0.05, 0.05, 0.19 / 5.8], rel=1e-5)
+
+
+def test_corrected_curvature_before_the_first_refresh_is_zero():
+    updates, _ = one_step(SophiaG(**PLAIN, bias_correct_curvature=True), [0.5, -0.5], [0, 0], [0, 0], refreshes=0)
+    assert updates.tolist() == pytest.approx([-0.1, 0.1])
+
+
+def test_bfloat16_parameters():
+    optimizer = SophiaG(learning_rate=1.0, weight_decay=0.0, rho=1.0)
+    start = {"w": jnp.ones(1, jnp.bfloat16)}
+    state = optimizer.refresh(optimizer.init(start), {"w": jnp.ones(1, jnp.bfloat16)})
+    # A hundred averages with weight 0.01 would stop growing near 0.5 in bfloat16.
+    for _ in range(99):
+        state = optimizer.refresh(state, {"w": jnp.ones(1, jnp.bfloat16)})
+    assert float(state.curvature["w"][0]) == pytest.approx(1 - 0.99**100, rel=1e-4)
+    updates, state = optimizer.update({"w": jnp.ones(1)}, state, start)
+    dtypes = [x["w"].dtype for x in (updates, state.momentum, state.curvature)]
+    assert dtypes == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    assert float(updates["w"][0]) == pytest.approx(-0.035 / (1 - 0.99**100), rel=1e-2)
+
+
+def test_integer_and_static_leaves_are_left_alone():
+    optimizer = SophiaG(**PLAIN)
+    before = model()
+    updates, state = optimizer.update(grads_of([1.0, -1.0], 1.0), optimizer.init(before), before)
+    after = eqx.apply_updates(before, updates)
+    assert (int(after.steps), after.width, after.name) == (7, 2, "model")
+    assert after.weight.tolist() == [[pytest.approx(0.9), pytest.approx(-1.9)]]
+    assert jax.tree.structure(state.momentum) == jax.tree.structure(eqx.filter(before, eqx.is_inexact_array))
+
+
+def test_named_arrays():
+    Embed = hax.Axis("embed", 2)
+    named = {"w": hax.named(jnp.asarray([1.0, -2.0]), Embed)}
+    optimizer = SophiaG(**PLAIN)
+    state = optimizer.refresh(optimizer.init(named), {"w": hax.named(jnp.asarray([16.0, 0.0]), Embed)})
+    updates, state = optimizer.update({"w": hax.named(jnp.asarray([0.8, -0.6]), Embed)}, state, named)
+    assert updates["w"].axes == state.momentum["w"].axes == state.curvature["w"].axes == (Embed,)
+    assert updates["w"].array.tolist() == pytest.approx([-0.02, 0.1])
+    assert optimizer.metrics(state)["win_rate"] == 0.5
+
+
+def test_schedules():
+    """Learning rate, rho and weight decay at the count of updates before this one."""
+    optimizer = SophiaG(
+        **PLAIN
+        | {
+            "learning_rate": lambda count: 0.1 * (count + 1),
+            "rho": lambda count: 1.0 + count,
+            "weight_decay": lambda count: 0.5 * count,
+        }
+    )
+    for count in (0, 3):
+        updates, _ = one_step(optimizer, [1.0], [2.0], [1.0], count=count)
+        rate = 0.1 * (count + 1)
+        assert updates.tolist() == pytest.approx([-rate * 1 / (2 * (1 + count)) - rate * 0.5 * count])
+
+
+def test_refresh_due():
+    assert [step for step in range(25) if SophiaG(interval=10).refresh_due(step)] == [0, 10, 20]
+    assert all(SophiaH(interval=1).refresh_due(step) for step in range(3))
+
+
+def test_metrics():
+    optimizer = SophiaH(**PLAIN | {"rho": 0.5, "eps": 0.1})
+    # Denominators 1, 0.1, 0.1, 2: the first and the last are not clipped.
+    metrics = optimizer.metrics(state_of([-0.9, 0.2, 0.1, 1.2], [2, -3, 0, 4]))
+    assert set(metrics) == {"win_rate", "curvature_nonpositive", "curvature_norm", "momentum_norm"}
+    assert {value.dtype for value in metrics.values()} == {jnp.dtype("float32")}
+    assert metrics["win_rate"] == 0.5
+    assert metrics["curvature_nonpositive"] == 0.5
+    assert float(metrics["curvature_norm"]) == pytest.approx(29**0.5)
+    assert float(metrics["momentum_norm"]) == pytest.approx(2.3**0.5)
+
+
+def test_win_rate_is_that_of_the_update_before():
+    """With corrections and with rho at the last update's count."""
+    shared = PLAIN | {"rho": lambda count: jnp.where(count == 2, 1.0, 1e9)}
+    optimizer = SophiaG(**shared, bias_correct_momentum=True, bias_correct_curvature=True)
+    # After three updates m / (1 - 0.5^3) = [0.8, 1.2] and h / (1 - 0.75^2) = [1, 1].
+    state = state_of([0.7, 1.05], [0.4375, 0.4375], count=3, refreshes=2)
+    assert optimizer.metrics(state)["win_rate"] == 0.5
+
+
+def test_metrics_of_half_precision_momentum_do_not_underflow():
+    optimizer = SophiaG()
+    state = optimizer.init({"w": jnp.zeros(4, jnp.float16)})
+    state = eqx.tree_at(lambda s: s.momentum["w"], state, jnp.full(4, 1e-5, jnp.float16))
+    assert float(optimizer.metrics(state)["momentum_norm"]) == pytest.approx(2e-5, rel=0.01)
+
+
+def run(optimizer, steps=12):
+    """Parameters after some updates and refreshes, in a scan."""
+    params = {"w": jnp.asarray([1.0, -2.0, 0.5])}
+    grads = jax.random.normal(jax.random.key(0), (steps, 3))
+
+    def step(carry, grad):
+        params, state = carry
+        refreshed = optimizer.refresh(state, {"w": 5 * grad**2})
+        due = optimizer.refresh_due(state.count)
+        state = jax.tree.map(lambda new, old: jnp.where(due, new, old), refreshed, state)
+        updates, state = optimizer.update({"w": grad}, state, params)
+        return (eqx.apply_updates(params, updates), state), optimizer.metrics(state)["win_rate"]
+
+    return jax.lax.scan(step, (params, optimizer.init(params)), grads)
+
+
+def run_by_loop(optimizer, steps=12):
+    params = {"w": np.asarray([1.0, -2.0, 0.5])}
+    m = h = np.zeros(3)
+    for count, grad in enumerate(np.asarray(jax.random.normal(jax.random.key(0), (steps, 3)), np.float64)):
+        if count % optimizer.interval == 0:
+            h = optimizer.b2 * h + (1 - optimizer.b2) * 5 * grad**2
+        m = optimizer.b1 * m + (1 - optimizer.b1) * grad
+        ratio = np.clip(m / np.maximum(optimizer.rho * h, optimizer.eps), -1, 1)
+        params["w"] = params["w"] * (1 - optimizer.learning_rate * optimizer.weight_decay)
+        params["w"] = params["w"] - optimizer.learning_rate * ratio
+    return params["w"]
+
+
+def test_scan_and_a_batch_of_optimizers():
+    rates = [0.0, 0.01, 0.3]
+    shared = PLAIN | {"weight_decay": 0.2, "rho": 0.4}
+    batch = eqx.filter_vmap(lambda rate: SophiaG(**shared | {"learning_rate": rate}, interval=3))(jnp.asarray(rates))
+    (params, state), _ = eqx.filter_jit(eqx.filter_vmap(run))(batch)
+    for i, rate in enumerate(rates):
+        wanted = run_by_loop(SophiaG(**shared | {"learning_rate": rate}, interval=3))
+        np.testing.assert_allclose(params["w"][i], wanted, rtol=2e-6)
+    assert state.count.tolist() == [12] * 3
+    assert state.refresh_count.tolist() == [4] * 3
+
+
+def test_works_in_optax():
+    """As a transformation, with hyper-parameters in the state."""
+    make = optax.inject_hyperparams(
+        SophiaG, static_args=("interval", "bias_correct_momentum", "bias_correct_curvature")
+    )
+    injected, plain = make(**PLAIN), SophiaG(**PLAIN)
+    params, grads = {"w": jnp.asarray([1.0, -2.0])}, {"w": jnp.asarray([1.0, 0.0])}
+    state = injected.init(params)
+    state.hyperparams["learning_rate"] = jnp.asarray(0.2)
+    updates, state = jax.jit(injected.update)(grads, state, params)
+    wanted, _ = plain.update(grads, plain.init(params), params)
+    np.testing.assert_allclose(updates["w"], 2 * wanted["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [SophiaG, SophiaH])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", -1e-4),
+        ("learning_rate", float("nan")),
+        ("b1", 1.0),
+        ("b1", -0.1),
+        ("b2", 1.0),
+        ("b2", -0.1),
+        ("rho", 0.0),
+        ("rho", -1),
+        ("eps", 0.0),
+        ("eps", float("nan")),
+        ("weight_decay", -0.1),
+        ("interval", 0),
+        ("interval", -1),
+        ("interval", 2.5),
+    ],
+)
+def test_argument_out_of_range(cls, name, value):
+    with pytest.raises(ValueError, match=rf"^{name} is {value}; it must be "):
+        cls(**{name: value})
+
+
+def test_unknown_probe():
+    with pytest.raises(ValueError, match=r"^probe is 'uniform'; it must be one of rademacher, gaussian"):
+        SophiaH(probe="uniform")
+
+
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+def test_interval_is_no_array():
+    with pytest.raises(ValueError, match="interval is"):
+        SophiaG(interval=jnp.asarray(10))
+
+
+def test_limits_that_are_allowed():
+    Sophia(learning_rate=0, b1=0, b2=0, weight_decay=0, interval=1)
+
+
+def test_defaults():
+    g, h = SophiaG(), SophiaH()
+    assert (g.learning_rate, g.b1, g.b2, g.rho, g.eps, g.weight_decay) == (6e-4, 0.965, 0.99, 0.05, 1e-12, 0.2)
+    assert (h.rho, h.probe, h.interval) == (0.01, "rademacher", 10)
+
+
+def test_model_without_floating_point_arrays():
+    with pytest.raises(ValueError, match="the model has no floating-point array to optimize"):
+        SophiaG().init({"steps": jnp.int32(1)})
+
+
+def test_other_trees_are_named_by_their_path():
+    optimizer = SophiaG()
+    params = {"w": jnp.ones(2), "b": jnp.ones(3)}
+    state = optimizer.init(params)
+    with pytest.raises(ValueError, match=r"grads\['b'\] has shape missing, the parameter has \(3,\)"):
+        optimizer.update({"w": jnp.ones(2)}, state, params)
+    with pytest.raises(ValueError, match=r"h_hat\['w'\] has shape \(3,\), the parameter has \(2,\)"):
+        optimizer.refresh(state, {"w": jnp.ones(3), "b": jnp.ones(3)})
+    with pytest.raises(ValueError, match="weight_decay_mask does not fit"):
+        SophiaG(weight_decay_mask={"w": True}).update(params, state, params)

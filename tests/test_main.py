@@ -1,0 +1,321 @@
+"""The command itself: whole tiny runs, how they end, how they go on, and what it says to bad input."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sophia_levanter import checkpoint
+from sophia_levanter.main import main
+from sophia_levanter.tracking.jsonl import JsonLines
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """train/loss by step; a step that stands there twice fails."""
+    found: dict[int, float] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "train/loss" in record:
+            assert record["step"] not in found
+            found[record["step"]] = record["train/loss"]
+    return found
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "sophia_levanter.main", *map(str, arguments)]
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch):
+    """Makes the process get a signal when the metrics of a step are logged."""
+
+    def plan(step: int, number: signal.Signals = signal.SIGINT) -> None:
+        log = JsonLines.log
+
+        def log_and_signal(self, at, metrics):
+            log(self, at, metrics)
+            if at == step and "train/loss" in metrics:
+                monkeypatch.setattr(JsonLines, "log", log)
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(JsonLines, "log", log_and_signal)
+
+    return plan
+
+
+@pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h", "adamw", "lion"])
+def test_a_run_learns_and_says_how_it_went(optimizer, config_file, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    extra = [] if optimizer != "sophia_h" else ["--optimizer.rho", "0.1", "--optimizer.interval", "3"]
+    status = main(
+        ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--optimizer.type", optimizer, *extra]
+    )
+    out = capfd.readouterr().out
+    assert status == 0, out
+    assert list(losses(run_dir)) == list(range(12))
+    assert losses(run_dir)[11] < losses(run_dir)[0] - 0.1
+    assert checkpoint.steps(run_dir / "checkpoints") == [6, 12]
+    for wanted in (
+        r"model: GPT-2, [\d,]+ parameters",
+        r"compiled \d training step\(s\) in",
+        r"step 4/12  loss \d\.\d+  [\d,]+ tokens/s  MFU",
+        r"validation: \d\.\d+ nats per token, \d\.\d+ bits per byte; a byte-bigram .* needs \d\.\d+",
+        rf"checkpoint: {re.escape(str(run_dir))}/checkpoints/step-00000012",
+        r"sample, after the prompt in brackets:\n\[",
+    ):
+        assert re.search(wanted, out), wanted
+    assert ("win rate:" in out) == optimizer.startswith("sophia")
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert {"train/grad_norm", "train/learning_rate", "train/tokens_per_second", "train/mfu"} <= records[0].keys()
+    validation = [r for r in records if "validation/loss" in r]
+    assert [r["step"] for r in validation] == [5, 11]
+    # One token is one byte of this text, but for the end of the document.
+    assert validation[-1]["validation/bits_per_byte"] == pytest.approx(
+        validation[-1]["validation/loss"] / np.log(2), rel=0.01
+    )
+    refreshes = [r["step"] for r in records if "optim/win_rate" in r]
+    assert refreshes == ([0, 3, 6, 9] if optimizer.startswith("sophia") else [])
+
+
+@pytest.mark.parametrize("stopped_at", [5, 7], ids=["next_step_refreshes", "next_step_is_plain"])
+def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(stopped_at, config_file, tmp_path, capfd, stop_after):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    config = ["--config", str(config_file), "--trainer.checkpoint_every", "100"]
+    assert main([*config, "--trainer.run_dir", str(whole)]) == 0
+    stop_after(stopped_at - 1)
+    assert main([*config, "--trainer.run_dir", str(parts)]) == 130
+    steps = checkpoint.steps(parts / "checkpoints")
+    # The step that runs while the signal comes is finished, not thrown away.
+    assert len(steps) == 1 and steps[0] in (stopped_at, stopped_at + 1)
+    assert (steps[0] % 3 == 0) == (stopped_at == 5), "the interval is 3"
+    assert f"stopped after step {steps[0]}, which is saved; --resume {parts} goes on" in capfd.readouterr().out
+    assert main(["--resume", str(parts)]) == 0
+    assert losses(parts) == losses(whole)
+    last = [run_dir / "checkpoints" / "step-00000012" / "arrays" for run_dir in (whole, parts)]
+    files = [sorted(p.relative_to(arrays) for p in arrays.rglob("c*") if p.is_file()) for arrays in last]
+    assert files[0] == files[1] and files[0]
+    for file in files[0]:
+        assert (last[0] / file).read_bytes() == (last[1] / file).read_bytes(), file
+
+
+def test_sigterm_means_run_me_again_and_auto_does(config_file, tmp_path, capfd, stop_after):
+    run_dir = tmp_path / "run"
+    again = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto"]
+    stop_after(4, signal.SIGTERM)
+    assert main(again) == 75
+    assert main(again) == 0
+    assert list(losses(run_dir)) == list(range(12))
+    assert "resuming after step" in capfd.readouterr().out
+    # Once more: there is nothing left to do, and that is no error.
+    assert main(again) == 0
+    assert "all 12 steps are done" in capfd.readouterr().out
+
+
+def test_a_finished_run_can_be_extended(config_file, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 0
+    capfd.readouterr()
+    assert main(["--resume", str(run_dir), "--trainer.num_train_steps", "15"]) == 0
+    out = capfd.readouterr().out
+    assert "trainer.num_train_steps was 12 and is 15" in out
+    assert re.search(r"at step 12 the learning rate was 0\.001 and is 0\.00\d+", out)
+    assert list(losses(run_dir)) == list(range(15))
+
+
+def test_a_damaged_newest_checkpoint_falls_back_loudly(config_file, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 0
+    before = losses(run_dir)
+    chunk = next(p for p in (run_dir / "checkpoints/step-00000012").rglob("c*") if p.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    capfd.readouterr()
+    assert main(["--resume", str(run_dir)]) == 0
+    assert "step-00000012" in capfd.readouterr().out
+    assert losses(run_dir) == before
+    assert checkpoint.steps(run_dir / "checkpoints") == [6, 12]
+
+
+def test_no_whole_checkpoint_is_a_failure_and_never_a_new_start(config_file, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 0
+    for manifest in run_dir.rglob("manifest.json"):
+        manifest.write_text("{}")
+    assert main(["--resume", str(run_dir)]) == 1
+    assert "error: " in capfd.readouterr().err
+
+
+def test_too_many_bad_steps_end_the_run(config_file, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    arguments = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.max_skipped_steps", "3"]
+    huge = ["--optimizer.type", "adamw", "--optimizer.learning_rate", "1e38", "--optimizer.final_learning_rate", "1e38"]
+    assert main([*arguments, *huge, "--optimizer.warmup_steps", "0", "--optimizer.weight_decay", "1e3"]) == 1
+    out = capfd.readouterr()
+    assert "the step changed nothing" in out.out
+    assert "not finite in 3 steps in a row" in out.err
+    assert not (run_dir / "checkpoints").exists() or not checkpoint.steps(run_dir / "checkpoints")
+
+
+def test_bfloat16_microbatches_and_a_blocked_loss_on_eight_devices_learn(config_file, tmp_path):
+    run_dir = tmp_path / "run"
+    options = [
+        "--trainer.compute_dtype",
+        "bfloat16",
+        "--model.gradient_checkpointing",
+        "full",
+        "--model.dropout",
+        "0.1",
+    ]
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir), *options]) == 0
+    assert losses(run_dir)[11] < losses(run_dir)[0] - 0.1
+
+
+BAD = {
+    "misspelt key": (["--optimizer.lerning_rate", "1"], "optimizer.learning_rate"),
+    "wrong type": (["--trainer.num_train_steps", "many"], "trainer.num_train_steps is 'many'"),
+    "unknown optimizer": (["--optimizer.type", "sofia"], "sophia_g"),
+    "unknown tokenizer": (["--data.tokenizer", "gpt3"], "gpt2"),
+    "heads": (["--model.num_heads", "3"], "model.num_heads 3 does not divide model.embed_dim 16"),
+    "microbatches": (["--trainer.microbatch_size", "5"], "trainer.microbatch_size 5 does not divide"),
+    "devices": (["--trainer.batch_size", "6", "--trainer.microbatch_size", "3"], "does not divide over 8 devices"),
+    "missing file": (["--data.train", "nowhere.txt"], "nowhere.txt"),
+    "empty file": (["--data.train", "EMPTY"], "empty"),
+    "binary file": (["--data.train", "BINARY"], "binary.txt"),
+    "short text": (["--data.train", "SHORT"], "model.seq_len"),
+    "warm-up": (["--optimizer.warmup_steps", "99"], "optimizer.warmup_steps 99"),
+    "another run": (["--trainer.run_dir", "FULL"], "holds files already"),
+    "auto without a directory": (["--resume", "auto"], "trainer.run_dir"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(name, config_file, tmp_path, capfd, monkeypatch):
+    arguments, wanted = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    for file, content in {"empty.txt": b"", "binary.txt": b"\x80\x81\x00\xff" * 9, "short.txt": b"a b"}.items():
+        (tmp_path / file).write_bytes(content)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    files = {"EMPTY": "empty.txt", "BINARY": "binary.txt", "SHORT": "short.txt", "FULL": "full"}
+    run_dir = [] if name in ("another run", "auto without a directory") else ["--trainer.run_dir", "run"]
+    assert main(["--config", str(config_file), *run_dir, *(files.get(a, a) for a in arguments)]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert wanted in error
+    assert not (tmp_path / "run").exists() and not (tmp_path / "runs").exists()
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(config_file, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    short = ["--trainer.num_train_steps", "3"]
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir), *short]) == 0
+    before = (run_dir / "config.yaml").read_text()
+    capfd.readouterr()
+    assert main(["--resume", str(run_dir), "--model.embed_dim", "32", "--trainer.num_train_steps", "9"]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "wte" in error and "16" in error and "32" in error
+    assert (run_dir / "config.yaml").read_text() == before
+    # Another optimizer's state does not fit either.
+    assert main(["--resume", str(run_dir), "--optimizer.type", "adamw", "--trainer.num_train_steps", "9"]) == 2
+    # Nor does another text, which would not be the same run.
+    other = tmp_path / "other.txt"
+    other.write_text("Another text. " * 200)
+    assert main(["--resume", str(run_dir), "--data.train", str(other), "--trainer.num_train_steps", "9"]) == 2
+    # A run directory that has lost its checkpoints has nothing to resume from.
+    shutil.rmtree(run_dir / "checkpoints")
+    capfd.readouterr()
+    assert main(["--resume", str(run_dir)]) == 2
+    assert "holds no checkpoint" in capfd.readouterr().err
+
+
+def test_auto_refuses_the_directory_of_another_run(config_file, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    auto = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto"]
+    assert main([*auto, "--trainer.num_train_steps", "3"]) == 0
+    assert main([*auto, "--optimizer.rho", "0.3"]) == 2
+    assert "its optimizer.rho is 0.5, this one's is 0.3" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "wanted"),
+    [
+        (["--help"], 0, "--optimizer.rho"),
+        (["--config", "CONFIG", "--print_config"], 0, "learning_rate: 0.01"),
+        (["--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["--config", "CONFIG", "--trainer.sed", "1"], 2, "trainer.seed"),
+        (["--config", "CONFIG", "--model.embed_dim", "17"], 2, "model.num_heads 2 does not divide"),
+        (["--config", "CONFIG", "--data.train", "*.none"], 2, "*.none"),
+        (["--resume", "NOWHERE"], 2, "NOWHERE"),
+    ],
+)
+def test_the_real_command(arguments, status, wanted, config_file, tmp_path):
+    arguments = [str(config_file) if a == "CONFIG" else a for a in arguments]
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    said, silent = (done.stderr, done.stdout) if status else (done.stdout, done.stderr)
+    assert wanted in said and not silent
+    assert "Traceback" not in said
+    assert not status or said.count("\n") == 1
+
+
+def start(arguments: list, tmp_path: Path) -> subprocess.Popen:
+    # One device, as a user without accelerators has it.
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    return subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+        env={**os.environ, "XLA_FLAGS": flags},
+    )  # fmt: skip
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if (run_dir / "metrics.jsonl").exists() and step in losses_so_far(run_dir):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def losses_so_far(run_dir: Path) -> set[int]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return {json.loads(line)["step"] for line in lines if line.endswith("}")}
+
+
+def test_ctrl_c_saves_says_so_and_exits_130(config_file, tmp_path):
+    run_dir = tmp_path / "run"
+    long = ["--trainer.num_train_steps", 100_000, "--trainer.evaluate_every", 100_000]
+    process = start(["--config", config_file, "--trainer.run_dir", run_dir, *long], tmp_path)
+    wait_for_step(run_dir, 5, process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, out
+    (step,) = checkpoint.steps(run_dir / "checkpoints")[-1:]
+    assert f"SIGINT: stopped after step {step}, which is saved" in out
+    assert "Traceback" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_at", [25, 40, 61])
+def test_kill_9_and_resume_continue_bitwise(killed_at, config_file, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    config = ["--config", config_file, "--trainer.num_train_steps", 80, "--trainer.checkpoint_every", 10]
+    process = start([*config, "--trainer.run_dir", whole], tmp_path)
+    assert process.wait(300) == 0, process.communicate()[0]
+    process = start([*config, "--trainer.run_dir", killed], tmp_path)
+    wait_for_step(killed, killed_at, process)
+    process.kill()
+    process.communicate()
+    assert max(losses_so_far(killed)) < 79
+    process = start(["--resume", killed], tmp_path)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert losses(killed) == losses(whole)
