@@ -1,0 +1,21 @@
+"""The console script."""
+
+import pytest
+
+from sophia_levanter import cli
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "wanted"),
+    [
+        ([], 2, "'' is not one of the verbs train"),
+        (["trian"], 2, "'trian' is not one of the verbs train"),
+        (["--help"], 0, "usage: sophia-levanter {train}"),
+        (["train", "--help"], 0, "--optimizer.learning_rate"),
+        (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+    ],
+)
+def test_verbs(arguments, status, wanted, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sophia-levanter", *arguments])
+    assert cli.main() == status
+    assert wanted in "".join(capsys.readouterr())

@@ -1,0 +1,37 @@
+"""The validation loss: each token counts once, whatever the batches."""
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import jmp
+import numpy as np
+import pytest
+
+from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
+from sophia_levanter.partition import data_mesh
+from sophia_levanter.training.evaluation import Evaluator
+
+CONFIG = Gpt2Config(num_layers=1, num_heads=2, embed_dim=8, seq_len=6, gradient_checkpointing="none")
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_mean_over_tokens_and_the_bits_over_bytes(devices):
+    model = Gpt2.init(CONFIG, vocab_size=11, key=jax.random.key(0))
+    model = eqx.tree_at(lambda m: m.wte.weight, model, model.wte.weight * 20)
+    random = np.random.default_rng(0)
+    windows = random.integers(0, 11, (8, 7), dtype=np.int32)
+    weights = np.ones((8, 6), np.float32)
+    weights[5, 2:] = 0
+    weights[6:] = 0
+    byte_lengths = np.array([0, 1, 2, 3, 1, 1, 2, 1, 1, 4, 1])
+    batches = [(windows[:4], weights[:4]), (windows[4:], weights[4:])]
+    evaluator = Evaluator(batches, byte_lengths, data_mesh(jax.devices()[:devices]), jmp.get_policy("float32"))
+    evaluation = evaluator(model)
+
+    logits = model(hax.named(windows[:, :-1], ("batch", "position"))).rearrange(("batch", "position", "vocab")).array
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), windows[:, 1:, None], -1)[..., 0]
+    nats = -float((np.asarray(chosen) * weights).sum())
+    assert evaluation.loss == pytest.approx(nats / weights.sum(), rel=1e-5)
+    text_bytes = (byte_lengths[windows[:, 1:]] * weights).sum()
+    assert evaluation.bits_per_byte == pytest.approx(nats / np.log(2) / text_bytes, rel=1e-5)

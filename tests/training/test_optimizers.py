@@ -1,0 +1,64 @@
+"""From settings to optimizers: every field arrives."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+from sophia_levanter.optim import AdamW, Lion, SophiaG, SophiaH
+from sophia_levanter.training.config import AdamWConfig, LionConfig, SophiaGConfig, SophiaHConfig, TrainerConfig
+from sophia_levanter.training.optimizers import build_optimizer, build_step_settings, curvature_microbatches
+
+RATES = {"learning_rate": 0.1, "final_learning_rate": 0.01, "warmup_steps": 10, "weight_decay": 0.3}
+SOPHIA = {
+    "b1": 0.8,
+    "b2": 0.7,
+    "rho": 0.6,
+    "eps": 1e-5,
+    "interval": 4,
+    "bias_correct_momentum": True,
+    "bias_correct_curvature": True,
+}
+CASES = [
+    (SophiaGConfig(**RATES, **SOPHIA), SophiaG, SOPHIA),
+    (SophiaHConfig(**RATES, **SOPHIA, probe="gaussian"), SophiaH, SOPHIA | {"probe": "gaussian"}),
+    (AdamWConfig(**RATES, b1=0.8, b2=0.7, eps=1e-5), AdamW, {"b1": 0.8, "b2": 0.7, "eps": 1e-5}),
+    (LionConfig(**RATES, b1=0.8, b2=0.7), Lion, {"b1": 0.8, "b2": 0.7}),
+]
+
+
+@pytest.mark.parametrize(("config", "kind", "fields"), CASES, ids=[kind.__name__ for _, kind, _ in CASES])
+def test_every_setting_arrives(config, kind, fields):
+    optimizer = build_optimizer(config, 110, mask := object())
+    assert type(optimizer) is kind
+    assert {name: getattr(optimizer, name) for name in fields} == fields
+    assert optimizer.weight_decay == 0.3
+    assert optimizer.weight_decay_mask is mask
+    rates = [float(optimizer.learning_rate(step)) for step in (0, 5, 10, 110)]
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.01])
+
+
+@pytest.mark.parametrize(
+    ("fraction", "batch_size", "microbatch_size", "wanted"),
+    [
+        (0.5, 480, 16, 15),
+        (32 / 480, 480, 16, 2),
+        (32 / 480, 8, None, 1),
+        (0.5, 8, None, 1),
+        (1.0, 12, 4, 3),
+        (0.01, 12, 4, 1),
+    ],
+)
+def test_the_curvature_takes_whole_microbatches(fraction, batch_size, microbatch_size, wanted):
+    trainer = TrainerConfig(batch_size=batch_size, microbatch_size=microbatch_size)
+    assert curvature_microbatches(SophiaGConfig(curvature_batch_fraction=fraction), trainer) == wanted
+
+
+def test_step_settings():
+    trainer = TrainerConfig(batch_size=8, microbatch_size=2, seed=7, compute_dtype="bfloat16", max_grad_norm=0.5)
+    config = dataclasses.replace(SophiaGConfig(), curvature_reduce="average_then_square")
+    settings = build_step_settings(config, trainer, None)
+    assert (settings.seed, settings.max_grad_norm, settings.curvature_microbatches) == (7, 0.5, 2)
+    assert settings.curvature_reduce == "average_then_square"
+    assert (settings.policy.param_dtype, settings.policy.compute_dtype) == (jnp.float32, jnp.bfloat16)
+    assert build_step_settings(AdamWConfig(), trainer, None).curvature_microbatches is None

@@ -1,0 +1,73 @@
+"""Which directory a run uses, and what the configuration saved there says."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from sophia_levanter.command_line import Command, load_config
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.errors import InputError
+from sophia_levanter.training.run_directory import RunDirectory, changed_fields, choose_run_directory
+
+
+def config(run_dir: Path | None = None, **data: str) -> TrainConfig:
+    default = TrainConfig()
+    return dataclasses.replace(
+        default,
+        data=dataclasses.replace(default.data, **data),
+        trainer=dataclasses.replace(default.trainer, run_dir=None if run_dir is None else str(run_dir)),
+    )
+
+
+def test_a_run_without_a_directory_gets_one_by_name_and_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, resolved = choose_run_directory(Command(config(), "gpt2_tiny"))
+    assert run.path.parent == tmp_path / "runs"
+    assert run.path.name.startswith("gpt2_tiny-2")
+    assert resolved.trainer.run_dir == str(run.path)
+    assert run.resume == "never"
+    assert not run.path.exists()
+
+
+def test_paths_hold_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, resolved = choose_run_directory(Command(config(Path("out"), train="a/*.txt", validation="~/b.txt"), "x"))
+    assert resolved.data.train == str(tmp_path / "a" / "*.txt")
+    assert resolved.data.validation == str(Path.home() / "b.txt")
+    assert resolved.trainer.run_dir == str(tmp_path / "out")
+    _, resolved = choose_run_directory(Command(config(), "x"))
+    assert resolved.data.train == "python_stdlib"
+
+
+def test_a_directory_with_files_is_not_used(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(InputError, match="holds files already"):
+        choose_run_directory(Command(config(tmp_path), "x"))
+    with pytest.raises(InputError, match="holds files but no run"):
+        choose_run_directory(Command(config(tmp_path), "x", "auto"))
+    with pytest.raises(InputError, match="is a file"):
+        choose_run_directory(Command(config(tmp_path / "notes"), "x"))
+
+
+def test_auto_goes_on_with_its_own_run_only(tmp_path):
+    run, resolved = choose_run_directory(Command(config(tmp_path / "run"), "x", "auto"))
+    assert run.resume == "never"
+    run.write_config(resolved)
+    again, _ = choose_run_directory(Command(config(tmp_path / "run"), "x", "auto"))
+    assert again == RunDirectory(tmp_path / "run", "if_saved")
+    with pytest.raises(InputError, match=r"its data\.tokenizer is 'bytes', this one's is 'gpt2'"):
+        choose_run_directory(Command(config(tmp_path / "run", tokenizer="gpt2"), "x", "auto"))
+
+
+def test_the_saved_config_is_read_back(tmp_path):
+    run, resolved = choose_run_directory(Command(config(tmp_path / "a b" / "run"), "x"))
+    run.write_config(resolved)
+    assert load_config(run.config_file) == resolved
+    assert [p.name for p in run.path.iterdir()] == ["config.yaml"]
+
+
+def test_changed_fields():
+    old, new = config(), config(tokenizer="gpt2")
+    assert changed_fields(old, old) == []
+    assert changed_fields(old, new) == [("data.tokenizer", "bytes", "gpt2")]
