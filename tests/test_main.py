@@ -266,6 +266,13 @@ def test_the_real_command(arguments, status, wanted, config_file, tmp_path):
     assert not status or said.count("\n") == 1
 
 
+def test_a_closed_pipe_is_no_traceback():
+    process = subprocess.Popen(command("--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(60) == 1
+    assert process.stderr.read() == b""
+
+
 def start(arguments: list, tmp_path: Path) -> subprocess.Popen:
     # One device, as a user without accelerators has it.
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")

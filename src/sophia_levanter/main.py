@@ -26,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except BrokenPipeError:
+        # Nobody reads on (`--help | head`); what Python would still flush must not fail either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
     except KeyboardInterrupt:
         print("interrupted; nothing since the last checkpoint is saved", file=sys.stderr)
         return INTERRUPTED
