@@ -61,11 +61,11 @@ def _run(argv: Sequence[str]) -> int:
     return INTERRUPTED if stop.signal == signal.SIGINT else PREEMPTED
 
 
-def _environment() -> dict[str, str | int]:
+def _environment() -> dict[str, str | int | None]:
     """What besides the configuration and the devices decides the last bits of the losses."""
     return {
         "jax": version("jax"),
-        "cpu_threads": len(os.sched_getaffinity(0)),
+        "cpu_threads": os.cpu_count() if sys.platform == "darwin" else len(os.sched_getaffinity(0)),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
 

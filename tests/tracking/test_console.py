@@ -12,7 +12,7 @@ NUMBERS = {"train/loss": 3.14159, "train/tokens_per_second": 12345.6, "train/mfu
 def shown(terminal: bool, steps: range, log_every: int = 10) -> str:
     out = io.StringIO()
     console = Console(log_every, RichConsole(file=out, force_terminal=terminal, width=120, soft_wrap=True))
-    console.line("model: [small]")
+    console.line("model: [small] :x:")
     console.start(0, 20)
     for step in steps:
         console.step(step, NUMBERS, seconds_left=3671.0)
@@ -23,7 +23,7 @@ def shown(terminal: bool, steps: range, log_every: int = 10) -> str:
 def test_plain_lines_where_there_is_no_terminal():
     lines = shown(False, range(20)).splitlines()
     # Brackets are text here, not rich's markup.
-    assert lines[0] == "model: [small]"
+    assert lines[0] == "model: [small] :x:"
     assert lines[1] == "step 10/20  loss 3.142  12,346 tokens/s  MFU 25.6%  1:01:11 left"
     assert [line.split()[1] for line in lines[1:]] == ["10/20", "20/20"]
 

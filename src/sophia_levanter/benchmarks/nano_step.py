@@ -143,7 +143,7 @@ def _hand_step(config: TrainConfig) -> Callable[[], float]:
 
     def run() -> float:
         nonlocal state
-        *state, loss = step(windows, *state)  # type: ignore[assignment]
+        *state, loss = step(windows, *state)
         return float(loss)
 
     return run

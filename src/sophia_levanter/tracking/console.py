@@ -25,7 +25,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, emoji=False)
 
     def start(self, completed: int, total: int) -> None:
         """Begin to show progress."""

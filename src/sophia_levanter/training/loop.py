@@ -122,7 +122,7 @@ class Loop:
                 return self._steps(state, plain, refreshing, stop)
             finally:
                 self.console.stop()
-                self.metrics.sync()
+                self.metrics.close()
 
     def _steps(self, state: TrainState, plain: Step, refreshing: Step, stop: StopRequest) -> TrainState:
         step, total = int(state.step), self.config.num_train_steps

@@ -69,7 +69,9 @@ def _sample(parts: Parts, state: TrainState) -> str:
     prompt = data.validation.read(0, min(PROMPT_TOKENS, data.validation.num_tokens))
     key = jax.random.key(trainer.seed)
     drawn = generate(state.model, prompt.tolist(), trainer.sample_tokens, key=key)
-    return f"[{data.tokenizer.decode(prompt)}]{data.tokenizer.decode(drawn)}"
+    text = f"[{data.tokenizer.decode(prompt)}]{data.tokenizer.decode(drawn)}"
+    # A model of bytes may well draw what a terminal takes for a command.
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def count_parameters(model: object) -> int:
