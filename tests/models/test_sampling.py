@@ -90,3 +90,17 @@ def test_padding_of_the_vocabulary_is_never_drawn(make_model):
     tokens = generate(model, [5, 6, 7], DRAWN, key=jax.random.key(KEY), temperature=TEMPERATURE)
     assert tokens.min() >= 0
     assert tokens.max() < 100
+
+
+@pytest.mark.parametrize(
+    ("prompt", "temperature", "message"),
+    [
+        ([], 1.0, "prompt is empty"),
+        ([100], 1.0, r"outside \[0, 100\)"),
+        ([-1], 1.0, "outside"),
+        ([1], 0.0, "temperature"),
+    ],
+)
+def test_bad_input(make_model, prompt, temperature, message):
+    with pytest.raises(ValueError, match=message):
+        generate(make_model(), prompt, 1, key=jax.random.key(KEY), temperature=temperature)

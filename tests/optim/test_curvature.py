@@ -287,3 +287,8 @@ def test_unknown_probe():
 def test_complex_model():
     with pytest.raises(ValueError, match="the model has complex leaves"):
         draw_probe(jax.random.key(0), {"w": jnp.ones(2, jnp.complex64)})
+
+
+def test_an_unknown_reduction_is_refused():
+    with pytest.raises(ValueError, match="reduction is 'mean'"):
+        gnb_total({}, "mean")

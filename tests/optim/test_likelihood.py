@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sophia_levanter.optim.likelihood import categorical_loss, sample_categorical
+from sophia_levanter.optim.likelihood import _first_above, categorical_loss, sample_categorical
 
 SIZES = (2, 128, 129, 300, 1000)
 ROWS = 4096  # in most tests, so that one compilation a size will do
@@ -87,9 +87,11 @@ def test_impossible_classes_are_never_drawn(classes):
     logits, possible = with_impossible_classes(classes)
     ends = distribution(logits)
     rng = np.random.default_rng(0)
-    for _ in range(5):
-        # Where a class ends, rounding decides between the neighbours, and impossible ones lie between.
-        at = ends[np.arange(ROWS), rng.integers(0, classes, ROWS)].astype(np.float32)
+    rows = np.arange(ROWS)
+    for first in (0, 128, 256):
+        # Where a class ends rounding decides between its neighbours, and most of all at the edge of a block of 128.
+        near = np.clip(first + rng.integers(-6, 7, ROWS), 0, classes - 1)
+        at = ends[rows, near].astype(np.float32)
         uniforms = np.clip(at + rng.integers(-2, 3, ROWS) * np.spacing(at), 0, LARGEST).astype(np.float32)
         assert drawn(possible, sample(logits, uniforms)).all()
 
@@ -116,16 +118,33 @@ def test_shift_of_all_logits_changes_nothing():
     assert sample(logits, uniforms).tolist() == [0, 1, 3, 5]
 
 
+@pytest.mark.parametrize(
+    ("ends", "target", "label"),
+    [
+        ([0.0, 1.0, 1.0, 3.0, 3.0], -1e-7, 1),
+        ([0.0, 1.0, 1.1, 3.0, 3.0], 1.0, 3),
+        ([0.0, 1.0, 0.9, 3.0, 3.0], 0.95, 1),
+        ([0.0, 1.0, 1.0, 3.0, 3.1], 3.0, 3),
+        ([0.0, 1.0, 1.0, 3.0, 3.0], 3.2, 3),
+    ],
+    ids=["target below 0", "sum rises", "sum dips", "sum rises at the end", "target above the sum"],
+)
+def test_rounding_in_the_search_leads_to_no_impossible_class(ends, target, label):
+    weights = np.asarray([0, 1, 0, 2, 0], np.float32)
+    assert jax.jit(_first_above)(weights, np.asarray(ends, np.float32), np.float32(target)) == label
+
+
 def test_a_class_holds_its_lower_end():
     uniforms = np.asarray([0.25, 0.5, 0.75], np.float32)
     assert sample(np.zeros((3, 4), np.float32), uniforms).tolist() == [1, 2, 3]
 
 
 def test_shapes_and_dtypes():
-    logits = jnp.asarray(normal((2, 3, 5)), jnp.bfloat16)
-    labels = sample(logits, np.full((2, 3), 0.5, np.float32))
-    assert (labels.shape, labels.dtype) == ((2, 3), jnp.int32)
-    np.testing.assert_array_equal(labels, sample(np.asarray(logits, np.float32), np.full((2, 3), 0.5, np.float32)))
+    logits = jnp.asarray(normal((2, 64, 300)), jnp.bfloat16)
+    uniforms = np.random.default_rng(0).random((2, 64), np.float32)
+    labels = sample(logits, uniforms)
+    assert (labels.shape, labels.dtype) == ((2, 64), jnp.int32)
+    np.testing.assert_array_equal(labels, sample(np.asarray(logits, np.float32), uniforms))
     assert sample(np.asarray([0, 9], np.float32), np.float32(0.5)) == 1
 
 

@@ -11,45 +11,45 @@ def at(schedule, steps):
 
 
 def make(kind, **changes):
-    return warmup_schedule(kind, **({"peak": 1.0, "final": 0.2, "warmup_steps": 4, "total_steps": 12} | changes))
+    return warmup_schedule(kind, **({"peak": 2.0, "final": 0.4, "warmup_steps": 4, "total_steps": 12} | changes))
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 def test_warmup_starts_at_zero_and_reaches_the_peak(kind):
-    assert at(make(kind), range(5)) == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=1e-7)
+    assert at(make(kind), range(5)) == pytest.approx([0, 0.5, 1, 1.5, 2], abs=1e-7)
 
 
 def test_cosine():
     # Two, four and six eighths of the way: final + (peak - final) (1 + cos(pi share)) / 2.
-    wanted = [0.6 + 0.4 * np.sqrt(0.5), 0.6, 0.6 - 0.4 * np.sqrt(0.5), 0.2]
+    wanted = [1.2 + 0.8 * np.sqrt(0.5), 1.2, 1.2 - 0.8 * np.sqrt(0.5), 0.4]
     assert at(make("cosine"), [6, 8, 10, 12]) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_linear():
-    assert at(make("linear"), [6, 8, 10, 12]) == pytest.approx([0.8, 0.6, 0.4, 0.2], abs=1e-6)
+    assert at(make("linear"), [6, 8, 10, 12]) == pytest.approx([1.6, 1.2, 0.8, 0.4], abs=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "end"), [("cosine", 0.2), ("linear", 0.2), ("constant", 1.0)])
+@pytest.mark.parametrize(("kind", "end"), [("cosine", 0.4), ("linear", 0.4), ("constant", 2.0)])
 def test_stays_at_the_end_value(kind, end):
     assert at(make(kind), [12, 13, 1000]) == pytest.approx([end] * 3, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 def test_no_warmup_starts_at_the_peak(kind):
-    assert at(make(kind, warmup_steps=0), [0]) == [1.0]
+    assert at(make(kind, warmup_steps=0), [0]) == [2.0]
 
 
 def test_decay_to_zero():
-    assert at(make("cosine", final=0.0), [8, 12]) == pytest.approx([0.5, 0], abs=1e-7)
+    assert at(make("cosine", final=0.0), [8, 12]) == pytest.approx([1, 0], abs=1e-7)
 
 
 def test_warmup_over_the_whole_run():
-    assert at(make("cosine", warmup_steps=12), [0, 6, 11, 12]) == pytest.approx([0, 0.5, 11 / 12, 1], abs=1e-6)
+    assert at(make("cosine", warmup_steps=12), [0, 6, 11, 12]) == pytest.approx([0, 1, 11 / 6, 2], abs=1e-6)
 
 
 def test_compiles():
     schedule = make("cosine")
-    assert jax.jit(schedule)(jnp.int32(8)) == pytest.approx(0.6, abs=1e-6)
+    assert jax.jit(schedule)(jnp.int32(8)) == pytest.approx(1.2, abs=1e-6)
 
 
 def test_unknown_kind():

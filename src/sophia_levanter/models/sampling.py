@@ -30,7 +30,16 @@ def generate(
 
     Returns:
         int32 [num_tokens], without the prompt.
+
+    Raises:
+        ValueError: if the prompt is empty or holds an id the model does not have, or the temperature is not above 0.
     """
+    if not prompt:
+        raise ValueError("the prompt is empty; give at least one token")
+    if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+        raise ValueError(f"the prompt holds ids outside [0, {model.vocab_size})")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0")
     seq_len = model.config.seq_len
     context = list(prompt)[-seq_len:]
     window = np.zeros(seq_len, np.int32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -81,7 +80,7 @@ class AdamW(_OptaxOptimizer):
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for these parameters."""
-        mask = _constant(decay_mask_tree(self.weight_decay_mask, params))
+        mask = decay_mask_tree(self.weight_decay_mask, params)
         return optax.adamw(self.learning_rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=mask)
 
 
@@ -99,7 +98,7 @@ class Lion(_OptaxOptimizer):
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for these parameters."""
-        mask = _constant(decay_mask_tree(self.weight_decay_mask, params))
+        mask = decay_mask_tree(self.weight_decay_mask, params)
         return optax.lion(self.learning_rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=mask)
 
 
@@ -108,8 +107,3 @@ def _check_shared(optimizer: AdamW | Lion) -> None:
     check_range("b1", optimizer.b1, low=0, high=1)
     check_range("b2", optimizer.b2, low=0, high=1)
     check_range("weight_decay", optimizer.weight_decay, low=0)
-
-
-def _constant(tree: PyTree) -> Callable[[PyTree], PyTree]:
-    """A mask function: optax would call a mask tree that is a module with __call__."""
-    return lambda _: tree

@@ -90,7 +90,12 @@ def gnb_total(grad_sum: PyTree, reduction: str) -> PyTree:
     With G_i the gradient of the *summed* sampled loss of microbatch i and B_i its number of targets, the estimate is
     `square_then_average`: sum_i G_i^2 / sum_i B_i, or `average_then_square`: (sum_i G_i)^2 / sum_i B_i. Both are
     unbiased, since the G_i are independent with mean zero; the first has up to n times less variance.
+
+    Raises:
+        ValueError: if `reduction` is neither.
     """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
     wide = _widened(grad_sum)
     return jax.tree.map(jnp.square, wide) if reduction == "square_then_average" else wide
 

@@ -41,8 +41,8 @@ def sample_categorical(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
 def _first_above(weights: jax.Array, ends: jax.Array, target: jax.Array) -> jax.Array:
     """The first index of positive weight that ends above the target; the last such index where rounding left none.
 
-    The weights are looked at too because a parallel cumulative sum is not quite monotone: where it dips, an index of
-    weight 0 can be the first to end above the target.
+    The weights are looked at too because of rounding: a target may come out a little below 0, and a parallel
+    cumulative sum is not quite monotone, so that an index of weight 0 can be the first to end above the target.
     """
     positions = jnp.arange(weights.shape[-1], dtype=jnp.int32)
     possible = weights > 0
