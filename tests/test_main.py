@@ -65,7 +65,7 @@ def test_a_run_learns_and_says_how_it_went(optimizer, config_file, tmp_path, cap
     assert checkpoint.steps(run_dir / "checkpoints") == [6, 12]
     for wanted in (
         r"model: GPT-2, [\d,]+ parameters",
-        r"compiled \d training step\(s\) in",
+        r"compiling \d training step\(s\)\ncompiled in [\d.]+ s",
         r"step 4/12  loss \d\.\d+  [\d,]+ tokens/s  MFU",
         r"validation: \d\.\d+ nats per token, \d\.\d+ bits per byte; a byte-bigram .* needs \d\.\d+",
         rf"checkpoint: {re.escape(str(run_dir))}/checkpoints/step-00000012",

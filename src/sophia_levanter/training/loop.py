@@ -161,10 +161,11 @@ class Loop:
         compiled = []
         # An optimizer without curvature never asks for the second step.
         kinds = (False, True) if self.settings.optimizer.refresh_due(0) else (False,)
+        self.console.line(f"compiling {len(kinds)} training step(s)")
         for refresh in kinds:
             step: Any = eqx.filter_jit(partial(train_step, self.settings, refresh), donate="all-except-first")
             compiled.append(step.lower(batch, state).compile())
-        self.console.line(f"compiled {len(compiled)} training step(s) in {time.perf_counter() - started:.1f} s")
+        self.console.line(f"compiled in {time.perf_counter() - started:.1f} s")
         return compiled[0], compiled[-1]
 
     def _batch(self, step: int) -> Batch:
