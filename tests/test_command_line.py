@@ -56,6 +56,11 @@ def test_empty_file_is_all_defaults(write, text):
     assert load_config(write(text)) == TrainConfig()
 
 
+def test_resume_is_the_run_directory(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--trainer\.run_dir does not go with --resume"):
+        parse_command_line(["--resume", str(tmp_path), "--trainer.run_dir", "other"])
+
+
 def test_file_sets_fields_of_every_section(write):
     text = """
 model: {num_layers: 2, use_bias: true}

@@ -189,6 +189,8 @@ BAD = {
     "empty file": (["--data.train", "EMPTY"], "empty"),
     "binary file": (["--data.train", "BINARY"], "binary.txt"),
     "short text": (["--data.train", "SHORT"], "model.seq_len"),
+    "steps": (["--trainer.num_train_steps", "3000000000"], "must be below 2147483648"),
+    "eps": (["--optimizer.eps", "1e-50"], "optimizer.eps is 1e-50"),
     "warm-up": (["--optimizer.warmup_steps", "99"], "optimizer.warmup_steps 99"),
     "another run": (["--trainer.run_dir", "FULL"], "holds files already"),
     "auto without a directory": (["--resume", "auto"], "trainer.run_dir"),
@@ -223,6 +225,9 @@ def test_a_checkpoint_of_another_model_is_refused(config_file, tmp_path, capfd):
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "wte" in error and "16" in error and "32" in error
     assert (run_dir / "config.yaml").read_text() == before
+    # The same shapes do not make the same model.
+    assert main(["--resume", str(run_dir), "--model.num_heads", "4", "--trainer.num_train_steps", "9"]) == 2
+    assert "another model" in capfd.readouterr().err
     # Another optimizer's state does not fit either.
     assert main(["--resume", str(run_dir), "--optimizer.type", "adamw", "--trainer.num_train_steps", "9"]) == 2
     # Nor does another text, which would not be the same run.
@@ -234,6 +239,50 @@ def test_a_checkpoint_of_another_model_is_refused(config_file, tmp_path, capfd):
     capfd.readouterr()
     assert main(["--resume", str(run_dir)]) == 2
     assert "holds no checkpoint" in capfd.readouterr().err
+
+
+def test_a_text_of_the_same_size_is_another_text(config_file, text_file, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 0
+    text_file.write_text(text_file.read_text().replace("times", "TIMES"))
+    assert main(["--resume", str(run_dir), "--trainer.num_train_steps", "15"]) == 2
+    assert "the training text is another one" in capfd.readouterr().err
+
+
+def test_a_run_directory_has_one_process_at_a_time(config_file, tmp_path):
+    run_dir = tmp_path / "run"
+    long = ["--trainer.num_train_steps", 100_000, "--trainer.evaluate_every", 100_000]
+    process = start(["--config", config_file, "--trainer.run_dir", run_dir, *long], tmp_path)
+    wait_for_step(run_dir, 7, process)
+    done = subprocess.run(command("--resume", run_dir), capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{run_dir} is in use by another process" in done.stderr
+    process.terminate()
+    assert process.wait(120) == 75
+
+
+def test_a_run_outlives_its_reader(config_file, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(["--config", config_file, "--trainer.run_dir", run_dir, "--trainer.log_every", 1], tmp_path)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(300) == 0
+    assert checkpoint.steps(run_dir / "checkpoints") == [6, 12]
+
+
+@pytest.mark.parametrize("bad", ["FILE/x", "/proc/x", "x" * 300])
+def test_a_run_directory_that_cannot_be_is_bad_input(bad, config_file, text_file, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--config", str(config_file), "--trainer.run_dir", bad.replace("FILE", str(text_file))]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: trainer.run_dir ") and error.count("\n") == 1
+
+
+def test_another_platform_is_bad_input(config_file, tmp_path):
+    env = {**os.environ, "JAX_PLATFORMS": "nosuch"}
+    done = subprocess.run(command("--config", config_file), capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "nosuch" in done.stderr
 
 
 def test_auto_refuses_the_directory_of_another_run(config_file, tmp_path, capfd):

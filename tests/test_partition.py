@@ -36,6 +36,6 @@ def test_abstract_is_what_place_gives():
 
 
 def test_rows_must_divide_over_the_devices():
-    check_batch_divides(16, data_mesh())
+    check_batch_divides("trainer.microbatch_size", 16, data_mesh())
     with pytest.raises(InputError, match=r"microbatch_size 12 does not divide over 8 devices; .* such as 16 would"):
-        check_batch_divides(12, data_mesh())
+        check_batch_divides("trainer.microbatch_size", 12, data_mesh())

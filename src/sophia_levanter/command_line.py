@@ -67,6 +67,8 @@ def parse_command_line(argv: Sequence[str]) -> Command:
         return Command(config, path.stem, "auto" if resume else None, print_config)
     if "--config" in options:
         raise InputError(f"--config {options['--config']} does not go with --resume {resume}, which has its own config")
+    if any(name == "trainer.run_dir" for name, _ in overrides):
+        raise InputError(f"--trainer.run_dir does not go with --resume {resume}, which is the run directory")
     run_dir = _existing_run(Path(resume))
     return Command(load_config(run_dir / "config.yaml", overrides), run_dir.resolve().name, run_dir, print_config)
 

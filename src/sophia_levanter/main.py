@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from types import FrameType
 
 from sophia_levanter.command_line import dump_config, parse_command_line
 from sophia_levanter.errors import InputError
@@ -21,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failure, 2 bad input, 75 stopped by SIGTERM (run it again), 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A sample of text may hold what the terminal's encoding lacks.
+            stream.reconfigure(errors="replace")
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except InputError as error:
@@ -29,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Nobody reads on (`--help | head`); what Python would still flush must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
         print("interrupted; nothing since the last checkpoint is saved", file=sys.stderr)
@@ -45,8 +54,11 @@ def _run(argv: Sequence[str]) -> int:
         print(dump_config(command.config), end="")
         return DONE
     directory, config = choose_run_directory(command)
+    before = signal.signal(signal.SIGTERM, _stop_before_training)
 
     # Only now what takes long to import: a mistake above is answered at once.
+    from jax.errors import JaxRuntimeError
+
     from sophia_levanter.checkpoint import CheckpointError
     from sophia_levanter.training.loop import TrainingFailed
     from sophia_levanter.training.run import run
@@ -56,9 +68,20 @@ def _run(argv: Sequence[str]) -> int:
     except (TrainingFailed, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILURE
+    except JaxRuntimeError as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return FAILURE
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        directory.unlock()
     if stop.signal is None:
         return DONE
     return INTERRUPTED if stop.signal == signal.SIGINT else PREEMPTED
+
+
+def _stop_before_training(number: int, frame: FrameType | None) -> None:
+    print("SIGTERM: stopped outside training; run the command again", file=sys.stderr)
+    sys.exit(PREEMPTED)
 
 
 def _environment() -> dict[str, str | int | None]:

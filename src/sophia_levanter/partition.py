@@ -19,21 +19,28 @@ AXIS_MAPPING = {"batch": "data"}
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of one axis, `data`, over the devices (all of them if not given)."""
-    devices = jax.devices() if devices is None else devices
+    """A mesh of one axis, `data`, over the devices (all of them if not given).
+
+    Raises:
+        InputError: if jax cannot start the platform it is told to use.
+    """
+    try:
+        devices = jax.devices() if devices is None else devices
+    except RuntimeError as error:
+        raise InputError(f"jax finds no devices: {str(error).splitlines()[0]}") from error
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
-def check_batch_divides(rows: int, mesh: Mesh) -> None:
+def check_batch_divides(field: str, rows: int, mesh: Mesh) -> None:
     """Refuse a microbatch that does not divide over the devices.
 
     Raises:
-        InputError: names the microbatch, the device count and the nearest multiple.
+        InputError: names the field, the device count and the nearest multiple.
     """
     if rows % mesh.size:
         nearest = max(1, round(rows / mesh.size)) * mesh.size
         raise InputError(
-            f"trainer.microbatch_size {rows} does not divide over {mesh.size} devices; "
+            f"{field} {rows} does not divide over {mesh.size} devices; "
             f"a multiple of {mesh.size} such as {nearest} would"
         )
 

@@ -138,7 +138,7 @@ def test_a_token_array_that_is_not_the_manifests(make_store: MakeStore) -> None:
         ("{", "damaged"),
         ("[]", "format None"),
         ('{"format_version": 99}', "format 99"),
-        ('{"format_version": 1}', "damaged"),
+        ('{"format_version": 2}', "damaged"),
     ],
 )
 def test_a_manifest_that_cannot_be_read(make_store: MakeStore, manifest: str, expected: str) -> None:

@@ -28,8 +28,8 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     for step in range(5):
         lines.log(step, {"train/loss": float(step)})
     lines.close()
-    with path.open("a") as file:
-        file.write('{"step": 5, "train/lo')
+    with path.open("ab") as file:
+        file.write(b'{"step": null}\n{"step": "x"}\n[]\n\xff\n{"step": 5, "train/lo')
     lines = JsonLines(path, first_step=3)
     lines.log(3, {"train/loss": 30.0})
     lines.close()

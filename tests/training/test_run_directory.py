@@ -53,6 +53,7 @@ def test_a_directory_with_files_is_not_used(tmp_path):
 def test_auto_goes_on_with_its_own_run_only(tmp_path):
     run, resolved = choose_run_directory(Command(config(tmp_path / "run"), "x", "auto"))
     assert run.resume == "never"
+    run.lock()
     run.write_config(resolved)
     again, _ = choose_run_directory(Command(config(tmp_path / "run"), "x", "auto"))
     assert again == RunDirectory(tmp_path / "run", "if_saved")
@@ -62,9 +63,11 @@ def test_auto_goes_on_with_its_own_run_only(tmp_path):
 
 def test_the_saved_config_is_read_back(tmp_path):
     run, resolved = choose_run_directory(Command(config(tmp_path / "a b" / "run"), "x"))
+    run.lock()
     run.write_config(resolved)
+    run.unlock()
     assert load_config(run.config_file) == resolved
-    assert [p.name for p in run.path.iterdir()] == ["config.yaml"]
+    assert sorted(p.name for p in run.path.iterdir()) == [".lock", "config.yaml"]
 
 
 def test_changed_fields():

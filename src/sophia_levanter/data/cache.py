@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from sophia_levanter.errors import InputError
 
 _CONTENT = "content"
+_TEMPORARY = re.compile(r"(?P<target>[0-9a-f]{32})\.tmp-\w{8}")
 
 
 def build_directory(
@@ -65,8 +67,12 @@ def _build_beside(target: Path, build: Callable[[Path], None]) -> None:
 
 def _remove_leftovers(parent: Path) -> None:
     """A temporary directory whose target nobody has locked belongs to a process that is gone."""
-    for temporary in parent.glob("*.tmp-*"):
-        target = parent / temporary.name.partition(".tmp-")[0]
+    for temporary in parent.iterdir():
+        # The folder is the user's choice and may hold other things: only names that are made here count.
+        name = _TEMPORARY.fullmatch(temporary.name)
+        if name is None:
+            continue
+        target = parent / name["target"]
         lock = _lock(target, wait=False)
         if lock is not None:
             shutil.rmtree(temporary, ignore_errors=True)

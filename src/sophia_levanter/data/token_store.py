@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ import tensorstore as ts
 from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SHARD_TOKENS = 1 << 22  # one file
 CHUNK_TOKENS = 1 << 14  # what one random read fetches and checks
@@ -33,6 +34,7 @@ class Manifest:
     num_documents: int
     num_tokens: int  # end-of-text included
     num_bytes: int  # of UTF-8 text
+    digest: str  # BLAKE2b of all tokens, in the array's dtype
 
 
 class TokenStore:
@@ -156,6 +158,7 @@ class TokenStoreWriter:
         self._buffer = np.empty(SHARD_TOKENS, self._dtype)
         self._filled = 0
         self._num_written = 0
+        self._digest = hashlib.blake2b(digest_size=16)
         self.num_documents = 0
         self.num_bytes = 0
         try:
@@ -184,6 +187,7 @@ class TokenStoreWriter:
             num_documents=self.num_documents,
             num_tokens=self.num_tokens,
             num_bytes=self.num_bytes,
+            digest=self._digest.hexdigest(),
         )
         try:
             with (self._path / MANIFEST_NAME).open("w", encoding="utf-8") as file:
@@ -204,6 +208,7 @@ class TokenStoreWriter:
 
     def _flush(self) -> None:
         end = self._num_written + self._filled
+        self._digest.update(self._buffer[: self._filled].data)
         try:
             self._array = self._array.resize(exclusive_max=[end]).result()
             self._array[self._num_written : end].write(self._buffer[: self._filled]).result()

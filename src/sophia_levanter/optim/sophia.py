@@ -145,13 +145,17 @@ class Sophia(eqx.Module):
     def metrics(self, state: SophiaState) -> dict[str, jax.Array]:
         """float32 scalars of a state after an update.
 
-        `win_rate` is the share of coordinates whose step is not clipped (|m| < max(rho h, eps)),
+        `win_rate` is the share of coordinates with |m| < rho h, whose step is not clipped,
         `curvature_nonpositive` the share with h <= 0; the norms are global 2-norms of m and h as stored.
         """
         momentum, denominator = self._ratio(state)
         size = sum(leaf.size for leaf in jax.tree.leaves(momentum))
         return {
-            "win_rate": _total(jax.tree.map(lambda m, d: jnp.abs(m) < d, momentum, denominator)) / size,
+            # Where h is 0, as in rows that no token has reached yet, nothing is won.
+            "win_rate": _total(
+                jax.tree.map(lambda m, d, h: (jnp.abs(m) < d) & (h > 0), momentum, denominator, state.curvature)
+            )
+            / size,
             "curvature_nonpositive": _total(jax.tree.map(lambda h: h <= 0, state.curvature)) / size,
             "curvature_norm": _norm(state.curvature),
             "momentum_norm": _norm(state.momentum),

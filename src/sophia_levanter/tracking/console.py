@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class _SurvivingConsole(RichConsole):
+    """A console whose reader may leave (`| head`): the run goes on, in silence."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Console:
@@ -17,7 +27,7 @@ class Console:
     """
 
     def __init__(self, log_every: int = 10, rich_console: RichConsole | None = None) -> None:
-        self._console = rich_console or RichConsole(soft_wrap=True, highlight=False)
+        self._console = rich_console or _SurvivingConsole(soft_wrap=True, highlight=False)
         self._log_every = log_every
         self._progress: Progress | None = None
         self._task: TaskID | None = None

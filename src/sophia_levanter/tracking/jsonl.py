@@ -21,7 +21,11 @@ class JsonLines:
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) < first_step]
+            kept = [
+                line
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+                if _step_of(line) < first_step
+            ]
             _replace(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
 
@@ -44,7 +48,7 @@ class JsonLines:
 def _step_of(line: str) -> float:
     """The line's step; a line that a kill cut short is as good as from the future."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 

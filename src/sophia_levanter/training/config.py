@@ -11,6 +11,7 @@ from sophia_levanter.errors import InputError
 SCHEDULES = ("cosine", "linear", "constant")
 CURVATURE_REDUCTIONS = ("square_then_average", "average_then_square")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+SMALLEST_EPS = 1e-37
 
 
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
@@ -74,7 +75,8 @@ class SophiaConfig(OptimizerConfig):
         _check_beta("optimizer.b1", self.b1)
         _check_beta("optimizer.b2", self.b2)
         _check_positive("optimizer.rho", self.rho)
-        _check_positive("optimizer.eps", self.eps)
+        if not self.eps >= SMALLEST_EPS:
+            raise InputError(f"optimizer.eps is {self.eps}; it must be at least {SMALLEST_EPS}, or float32 makes it 0")
         if self.interval < 1:
             raise InputError(f"optimizer.interval is {self.interval}; it must be at least 1")
         if not 0 < self.curvature_batch_fraction <= 1:
@@ -170,6 +172,10 @@ class TrainerConfig:
         for name in (*counts, "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_train_steps >= 2**31:
+            raise InputError(f"trainer.num_train_steps is {self.num_train_steps}; it must be below {2**31}")
+        if self.run_dir == "":
+            raise InputError("trainer.run_dir is empty; leave it out for a directory of its own under runs/")
         for name in ("microbatch_size", "evaluation_windows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")

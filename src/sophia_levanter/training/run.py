@@ -31,6 +31,9 @@ from sophia_levanter.training.step import StepSettings, TrainState
 from sophia_levanter.training.summary import describe_end, describe_start
 from sophia_levanter.training.throughput import flops_per_token, peak_flops
 
+# What shapes do not show, and yet makes the weights those of another model.
+ANOTHER_MODEL = ("model.num_heads", "model.scale_attn_by_inverse_layer_idx", "model.layer_norm_epsilon")
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -68,9 +71,14 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
         CheckpointError: if all checkpoints of the run are damaged.
     """
     console = Console(config.trainer.log_every)
+    if directory.resume != "never":
+        directory.lock()
     saved_steps = checkpoint.steps(directory.checkpoints)
     if directory.resume == "always" and not saved_steps:
-        raise InputError(f"--resume {directory.path}: {directory.checkpoints} holds no checkpoint to go on from")
+        raise InputError(
+            f"--resume {directory.path}: {directory.checkpoints} holds no checkpoint to go on from; "
+            f"start the run with --config FILE --trainer.run_dir {directory.path} --resume auto"
+        )
     parts = _build(config, environment, console)
     run_id = uuid.uuid4().hex
     if directory.resume != "never" and saved_steps:
@@ -82,6 +90,7 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
             return StopRequest()
     else:
         state = place(eqx.filter_jit(parts.initial_state)(), parts.mesh)
+    directory.lock()
     directory.write_config(config)
     checkpoint.remove_leftovers(directory.checkpoints)
     describe_start(parts, directory.path, console)
@@ -103,7 +112,8 @@ def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console
     trainer, seq_len = config.trainer, config.model.seq_len
     mesh = data_mesh()
     rows = trainer.microbatch_size or trainer.batch_size
-    check_batch_divides(rows, mesh)
+    field = "trainer.microbatch_size" if trainer.microbatch_size else "trainer.batch_size"
+    check_batch_divides(field, rows, mesh)
     data = prepare(config.data, console.line)
     devices = {"device": mesh.devices.flat[0].device_kind, "device_count": mesh.size}
     return Parts(
@@ -125,7 +135,7 @@ def _data_facts(data: TextData) -> dict[str, Any]:
         "tokenizer": data.tokenizer.fingerprint,
         "documents": data.train.num_documents,
         "tokens": data.train.num_tokens,
-        "bytes": data.train.num_bytes,
+        "digest": data.train.manifest.digest,
     }
 
 
@@ -133,6 +143,10 @@ def _restore(parts: Parts, directory: RunDirectory, console: Console) -> tuple[T
     """The newest checkpoint that is whole, and the run's id; tells what is not as it was when the run began."""
     like = abstract(parts.initial_state, parts.mesh)
     restored = checkpoint.restore(directory.checkpoints, like, report=console.line)
+    old_config = load_config(directory.config_file)
+    for name, old, new in changed_fields(old_config, parts.config):
+        if name in ANOTHER_MODEL:
+            raise InputError(f"--resume {directory.path}: {name} was {old} and is {new}, which is another model")
     if restored.metadata["data"] != parts.facts["data"]:
         raise InputError(
             f"--resume {directory.path}: the training text is another one than the run began with: "
@@ -142,7 +156,6 @@ def _restore(parts: Parts, directory: RunDirectory, console: Console) -> tuple[T
     began_with, now = restored.metadata["environment"], parts.facts["environment"]
     if began_with != now:
         console.line(f"losses may differ in their last bits: the run began with {began_with}, and this is {now}")
-    old_config = load_config(directory.config_file)
     for name, old, new in changed_fields(old_config, parts.config):
         if name != "trainer.run_dir":
             console.line(f"{name} was {old} and is {new}")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from sophia_levanter.command_line import Command, dump_config, load_config
 from sophia_levanter.config import TrainConfig
@@ -15,6 +18,10 @@ from sophia_levanter.errors import InputError
 
 # What may differ between a run and its continuation by `--resume auto` without making it another run.
 _MAY_DIFFER = ("trainer.num_train_steps", "trainer.run_dir")
+LOCK_NAME = ".lock"
+
+# The open files whose locks this process holds: a lock goes when its file is closed.
+_locks: dict[Path, IO[str]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +48,43 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def lock(self) -> None:
+        """Make the directory and keep other processes out of it until this one ends.
+
+        Raises:
+            InputError: if another process has it, or it cannot be written.
+        """
+        if self.path in _locks:
+            return
+        with _naming(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK_NAME).open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"trainer.run_dir {self.path} is in use by another process; wait for it or name another directory"
+                ) from None
+        _locks[self.path] = lock
+
+    def unlock(self) -> None:
+        """Let others in."""
+        if lock := _locks.pop(self.path, None):
+            lock.close()
+
     def write_config(self, config: TrainConfig) -> None:
-        """Make the directory and put the resolved configuration into it."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Put the resolved configuration into the directory.
+
+        Raises:
+            InputError: if it cannot be written; nothing of it stays then.
+        """
         temporary = self.path / ".config.yaml.tmp"
-        temporary.write_text(dump_config(config))
-        temporary.replace(self.config_file)
+        with _naming(self.path):
+            try:
+                temporary.write_text(dump_config(config), encoding="utf-8")
+                temporary.replace(self.config_file)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
@@ -67,12 +105,12 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         run = RunDirectory(Path("runs", f"{command.config_name}-{now}").absolute(), "never")
     else:
-        run = RunDirectory(Path(given).expanduser().absolute(), "never")
+        run = RunDirectory(Path(os.path.abspath(os.path.expanduser(given))), "never")
     config = _with_absolute_paths(command.config, run.path)
     if not isinstance(command.resume, Path) and _holds_files(run.path):
         if command.resume != "auto":
             raise InputError(
-                f"trainer.run_dir {run.path} holds files already; --resume {run.path} continues a run, "
+                f"trainer.run_dir {run.path} holds files already; --resume auto continues the run that is there, "
                 "another --trainer.run_dir starts one"
             )
         _check_same_run(run, config)
@@ -81,9 +119,22 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
 
 
 def _holds_files(path: Path) -> bool:
-    if path.exists() and not path.is_dir():
-        raise InputError(f"trainer.run_dir {path} is a file; name a directory")
-    return path.is_dir() and any(path.iterdir())
+    with _naming(path):
+        path.name.encode("utf-8")
+        if path.exists() and not path.is_dir():
+            raise InputError(f"trainer.run_dir {path} is a file; name a directory")
+        return path.is_dir() and any(entry.name != LOCK_NAME for entry in path.iterdir())
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What the system says against a run directory, as an error that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        shown = str(path).encode("utf-8", "backslashreplace").decode()
+        raise InputError(f"trainer.run_dir {shown} cannot be used: {reason}; name another directory") from error
 
 
 def _check_same_run(run: RunDirectory, config: TrainConfig) -> None:
