@@ -64,7 +64,7 @@ def _run(argv: Sequence[str]) -> int:
     from sophia_levanter.training.run import run
 
     try:
-        stop = run(config, directory, _environment())
+        stopped_by = run(config, directory, _environment())
     except (TrainingFailed, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILURE
@@ -74,9 +74,9 @@ def _run(argv: Sequence[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
         directory.unlock()
-    if stop.signal is None:
+    if stopped_by is None:
         return DONE
-    return INTERRUPTED if stop.signal == signal.SIGINT else PREEMPTED
+    return INTERRUPTED if stopped_by == signal.SIGINT else PREEMPTED
 
 
 def _stop_before_training(number: int, frame: FrameType | None) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import equinox as eqx
@@ -73,9 +73,8 @@ def _map_arrays(function: Callable[[Any, NamedSharding], Any], tree: Any, mesh: 
     return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, NamedArray))
 
 
-def on_mesh(mesh: Mesh) -> ExitStack:
+@contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
     """A context in which named axes follow `AXIS_MAPPING` over the mesh: trace and run steps inside it."""
-    stack = ExitStack()
-    stack.enter_context(hax.partitioning.set_mesh(mesh))
-    stack.enter_context(hax.axis_mapping(AXIS_MAPPING))
-    return stack
+    with hax.partitioning.set_mesh(mesh), hax.axis_mapping(AXIS_MAPPING):
+        yield

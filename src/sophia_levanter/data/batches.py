@@ -71,11 +71,6 @@ class ValidationBatches:
         self._batch_size = batch_size
         self._starts = np.arange(count, dtype=np.int64) * total // count * seq_len
 
-    @property
-    def num_predicted_tokens(self) -> int:
-        """The sum of all weights."""
-        return int((self._ends - self._starts - 1).sum())
-
     def __len__(self) -> int:
         return -(-len(self._starts) // self._batch_size)
 

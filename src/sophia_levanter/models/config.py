@@ -80,10 +80,6 @@ class Gpt2Config:
     def Pos(self) -> Axis:
         return _axis("position", self.seq_len)
 
-    @property
-    def KeyPos(self) -> Axis:
-        return _axis("key_position", self.seq_len)
-
 
 def _axis(name: str, size: int) -> Axis:
     from haliax import Axis

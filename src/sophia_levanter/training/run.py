@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import equinox as eqx
@@ -54,7 +55,7 @@ class Parts:
         return TrainState.init(model, self.settings.optimizer)
 
 
-def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, Any]) -> StopRequest:
+def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, Any]) -> Signals | None:
     """Train as configured, in a run directory.
 
     Args:
@@ -87,7 +88,7 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
             console.line(
                 f"all {int(state.step)} steps are done; --trainer.num_train_steps with more of them extends the run"
             )
-            return StopRequest()
+            return None
     else:
         state = place(eqx.filter_jit(parts.initial_state)(), parts.mesh)
     directory.lock()
@@ -103,9 +104,9 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
             f"{stop.signal.name}: stopped after step {int(state.step)}, which is saved; "
             f"--resume {directory.path} goes on"
         )
-        return stop
+        return stop.signal
     describe_end(parts, loop, state, console)
-    return StopRequest()
+    return None
 
 
 def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console) -> Parts:

@@ -120,7 +120,7 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
 
 def _holds_files(path: Path) -> bool:
     with _naming(path):
-        path.name.encode("utf-8")
+        str(path).encode("utf-8")
         if path.exists() and not path.is_dir():
             raise InputError(f"trainer.run_dir {path} is a file; name a directory")
         return path.is_dir() and any(entry.name != LOCK_NAME for entry in path.iterdir())
