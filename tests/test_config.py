@@ -173,7 +173,14 @@ NOT_A_NUMBER = float("nan")
         *((cls, "interval", 0) for cls in (SophiaGConfig, SophiaHConfig)),
         *((SophiaGConfig, "curvature_batch_fraction", value) for value in (0.0, 1.1)),
         (SophiaGConfig, "curvature_reduce", "mean"),
+        *((SophiaGConfig, "curvature_max_grad_norm", value) for value in (0.0, -1.0)),
         (SophiaHConfig, "probe", "uniform"),
+        (SophiaHConfig, "num_probes", 0),
+        (SophiaHConfig, "curvature_microbatch_size", 0),
+        *((cls, "first_refresh", -1) for cls in (SophiaGConfig, SophiaHConfig)),
+        *((SophiaGConfig, "target_win_rate", value) for value in (0.0, 1.0)),
+        (SophiaGConfig, "denominator", "sum"),
+        (SophiaGConfig, "refresh_order", "during"),
         *(
             (TrainerConfig, name, 0)
             for name in (

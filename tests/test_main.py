@@ -85,6 +85,26 @@ def test_a_run_learns_and_says_how_it_went(optimizer, config_file, tmp_path, cap
     assert refreshes == ([0, 3, 6, 9] if optimizer.startswith("sophia") else [])
 
 
+def test_every_switch_of_the_curvature_together(config_file, tmp_path):
+    run_dir = tmp_path / "run"
+    switches = {
+        "denominator": "add",
+        "refresh_order": "after",
+        "first_refresh": "2",
+        "target_win_rate": "0.9",
+        "curvature_reduce": "average_then_square",
+        "curvature_max_grad_norm": "1.0",
+    }
+    options = [option for name, value in switches.items() for option in (f"--optimizer.{name}", value)]
+    precision = ["--trainer.compute_dtype", "bfloat16"]
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir), *options, *precision]) == 0
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rho = {r["step"]: r["optim/rho"] for r in records if "optim/rho" in r}
+    assert list(rho) == [2, 5, 8, 11]
+    assert 0.5 < rho[2] < rho[5] < rho[8] < rho[11]
+    assert losses(run_dir)[11] < losses(run_dir)[0] - 0.1
+
+
 @pytest.mark.parametrize("stopped_at", [5, 7], ids=["next_step_refreshes", "next_step_is_plain"])
 def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(stopped_at, config_file, tmp_path, capfd, stop_after):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -184,6 +204,14 @@ BAD = {
     "unknown tokenizer": (["--data.tokenizer", "gpt3"], "gpt2"),
     "heads": (["--model.num_heads", "3"], "model.num_heads 3 does not divide model.embed_dim 16"),
     "microbatches": (["--trainer.microbatch_size", "5"], "trainer.microbatch_size 5 does not divide"),
+    "curvature microbatches": (
+        ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.curvature_microbatch_size", "5"],
+        "optimizer.curvature_microbatch_size 5 does not divide trainer.batch_size 16",
+    ),
+    "curvature devices": (
+        ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.curvature_microbatch_size", "4"],
+        "optimizer.curvature_microbatch_size 4 does not divide over 8 devices",
+    ),
     "devices": (["--trainer.batch_size", "6", "--trainer.microbatch_size", "3"], "does not divide over 8 devices"),
     "missing file": (["--data.train", "nowhere.txt"], "nowhere.txt"),
     "empty file": (["--data.train", "EMPTY"], "empty"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.training.config import OptimizerConfig, SophiaGConfig, TrainerConfig
+from sophia_levanter.training.config import OptimizerConfig, SophiaGConfig, SophiaHConfig, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,12 @@ class TrainConfig:
             raise InputError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than "
                 f"trainer.num_train_steps {self.trainer.num_train_steps}"
+            )
+        own = self.optimizer.curvature_microbatch_size if isinstance(self.optimizer, SophiaHConfig) else None
+        if own is not None and self.trainer.batch_size % own:
+            raise InputError(
+                f"optimizer.curvature_microbatch_size {own} does not divide "
+                f"trainer.batch_size {self.trainer.batch_size}"
             )
 
 

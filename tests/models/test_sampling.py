@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.models.sampling import generate
-from sophia_levanter.optim.likelihood import sample_categorical
+from sophia_levanter.optim.categorical import sample_categorical
 
 DRAWN = 14  # tokens; the context holds 8
 KEY = 0

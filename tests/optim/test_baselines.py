@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from sophia_levanter.optim import AdamW, Lion
+from sophia_levanter.optim import AdamW, Lion, SophiaG
 
 STEPS = 6
 GRADS = np.random.default_rng(0).normal(size=(STEPS, 6)).astype(np.float32)
@@ -122,6 +122,53 @@ def test_named_arrays(cls):
 
 
 @pytest.mark.parametrize("cls", [AdamW, Lion])
+def test_a_gradient_transformation_comes_first(cls):
+    """Clipped inside is clipped by hand."""
+    clip = optax.clip_by_global_norm(0.5)
+    inside, outside = cls(0.1, gradient_transform=clip), cls(0.1)
+    params = {"w": jnp.asarray([1.0, -2.0])}
+    ours, theirs = inside.init(params), outside.init(params)
+    for scale in (10.0, 0.1, 3.0):
+        grads = {"w": scale * jnp.asarray([0.6, 0.8])}
+        clipped, _ = clip.update(grads, clip.init(params))
+        updates, ours = inside.update(grads, ours, params)
+        wanted, theirs = outside.update(clipped, theirs, params)
+        np.testing.assert_array_equal(updates["w"], wanted["w"])
+        assert inside.metrics(ours) == outside.metrics(theirs)
+    assert not np.array_equal(inside.metrics(ours)["momentum_norm"], 0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("cls", [AdamW, Lion])
+def test_a_gradient_that_is_not_finite_changes_nothing_but_counts(cls, bad):
+    optimizer = cls(0.1, weight_decay=0.5, gradient_transform=optax.trace(0.5))
+    good = {"w": jnp.ones(2), "b": jnp.ones(1)}
+    _, before = optimizer.update(good, optimizer.init(good), good)
+    spoilt = good | {"w": jnp.asarray([1.0, bad])}
+    updates, after = jax.jit(optimizer.update)(spoilt, before, good)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
+
+    def compare(new, old):
+        wanted = old + 1 if jnp.issubdtype(old.dtype, jnp.integer) else old
+        np.testing.assert_array_equal(new, wanted)
+
+    jax.tree.map(compare, after, before)
+    assert [int(count) for count in optax.tree.get_all_with_path(after, "count")[0][1:]] == [2]
+    updates, _ = optimizer.update(good, after, good)
+    assert all(leaf.all() for leaf in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("cls", [AdamW, Lion])
+def test_the_caller_may_know_that_the_gradient_is_not_finite(cls):
+    optimizer = cls(0.1)
+    params = {"w": jnp.ones(2)}
+    before = optimizer.init(params)
+    updates, after = optimizer.update(params, before, params, finite=jnp.asarray(False))
+    assert updates["w"].tolist() == [0, 0]
+    assert optimizer.metrics(after)["momentum_norm"] == 0
+
+
+@pytest.mark.parametrize("cls", [AdamW, Lion])
 @pytest.mark.parametrize(
     ("name", "value"),
     [("learning_rate", -1.0), ("b1", 1.0), ("b1", -0.1), ("b2", 1.0), ("b2", -0.1), ("weight_decay", -1.0)],
@@ -129,6 +176,24 @@ def test_named_arrays(cls):
 def test_argument_out_of_range(cls, name, value):
     with pytest.raises(ValueError, match=rf"^{name} is {value}; it must be in \[0, "):
         cls(**{name: value})
+
+
+@pytest.mark.parametrize("cls", [AdamW, Lion])
+def test_argument_of_the_wrong_kind(cls):
+    with pytest.raises(
+        TypeError, match=r"^learning_rate is '0\.1'; it must be a number or a function of the update count"
+    ):
+        cls(learning_rate="0.1")
+    with pytest.raises(TypeError, match=r"^weight_decay is a function; it must be a number"):
+        cls(weight_decay=lambda count: 0.1)
+
+
+@pytest.mark.parametrize("cls", [AdamW, Lion])
+def test_models_that_cannot_be_optimized(cls):
+    with pytest.raises(ValueError, match="the model has no floating-point array to optimize"):
+        cls().init({"steps": jnp.int32(1)})
+    with pytest.raises(TypeError, match=r"^model\['z'\] is complex"):
+        cls().init({"z": jnp.ones(1, jnp.complex64)})
 
 
 def test_eps_out_of_range():
@@ -142,5 +207,20 @@ def test_other_trees_are_named(cls):
     optimizer = cls()
     with pytest.raises(ValueError, match=r"grads\['b'\] has shape missing, the parameter has \(3,\)"):
         optimizer.update({"w": jnp.ones(2)}, optimizer.init(params), params)
-    with pytest.raises(ValueError, match="weight_decay_mask does not fit"):
+    with pytest.raises(ValueError, match=r"weight_decay_mask does not fit the parameters: it has nothing for \['b'\]"):
         cls(weight_decay_mask={"w": True}).init(params)
+
+
+@pytest.mark.parametrize("cls", [SophiaG, AdamW, Lion])
+def test_the_gradient_transforms_state_stays(cls):
+    """Its counts and keys too: `optax.ema` divides by 1 - decay^count."""
+    optimizer = cls(gradient_transform=optax.chain(optax.ema(0.9), optax.add_noise(0.1, 0.5, jax.random.key(0))))
+    params = {"w": jnp.ones(2)}
+
+    before = optimizer.init(params)
+    _, after = optimizer.update({"w": jnp.full(2, jnp.nan)}, before, params)
+    leaves = (jax.tree.leaves(state.gradient_state) for state in (before, after))
+    for old, new in zip(*leaves, strict=True):
+        if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+            old, new = jax.random.key_data(old), jax.random.key_data(new)
+        np.testing.assert_array_equal(new, old)

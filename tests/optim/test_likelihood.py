@@ -1,170 +1,289 @@
+"""Likelihoods' losses and samples against other implementations; their curvature is in test_curvature.py."""
+
+import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import scipy.special
+import scipy.stats
 
-from sophia_levanter.optim.likelihood import _first_above, categorical_loss, sample_categorical
+from sophia_levanter.optim import Bernoulli, Categorical, Normal
 
-SIZES = (2, 128, 129, 300, 1000)
-ROWS = 4096  # in most tests, so that one compilation a size will do
-LARGEST = np.nextafter(np.float32(1), np.float32(0))
-sample = jax.jit(sample_categorical)
-score = jax.jit(categorical_loss)
-
-
-def normal(shape, scale=2.0, seed=0):
-    return (scale * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)
-
-
-def distribution(logits):
-    """Cumulative probabilities in float64, where no rounding matters."""
-    logits = np.asarray(logits, np.float64)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.cumsum(weights, axis=-1) / weights.sum(-1, keepdims=True)
+KEY = jax.random.key(0)
+DRAWS = 20_000
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(scale=2, size=(2, 4, 3)).astype(np.float32)
+LABELS = RNG.integers(0, 3, (2, 4))
+NUMBERS = RNG.normal(scale=2, size=LOGITS.shape).astype(np.float32)
+YES = RNG.integers(0, 2, LOGITS.shape)
+VARIANCES = np.asarray([0.25, 1, 4], np.float32)
+NAMES = ("batch", "position", "class")
 
 
-def with_impossible_classes(classes):
-    """Logits where half of the classes and all beyond a random one cannot be drawn, and whether each can."""
-    rng = np.random.default_rng(classes)
-    possible = rng.random((ROWS, classes)) < 0.5
-    possible &= np.arange(classes) < rng.integers(1, classes + 1, size=(ROWS, 1))
-    possible[~possible.any(-1), classes // 2] = True
-    return np.where(possible, normal((ROWS, classes), seed=classes), -np.inf).astype(np.float32), possible
+def cross_entropy(logits=LOGITS):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
 
 
-def drawn(possible, labels):
-    return np.take_along_axis(possible, np.asarray(labels)[..., None], axis=-1)[..., 0]
+def in_order(array, names, wanted):
+    """A NamedArray of `names` with its axes in another order."""
+    return hax.named(jnp.asarray(array), names).rearrange(wanted)
 
 
-@pytest.mark.parametrize("classes", SIZES)
-def test_frequencies_are_the_softmax(classes):
-    logits = normal(classes)
-    # Evenly spaced uniforms give every class its expected count, but for one at each end.
-    uniforms = (np.arange(ROWS, dtype=np.float32) + 0.5) / ROWS
-    labels = sample(np.broadcast_to(logits, (ROWS, classes)), uniforms)
-    counts = np.bincount(labels, minlength=classes)
-    np.testing.assert_allclose(counts, np.diff(distribution(logits), prepend=0) * ROWS, atol=1.01)
+@pytest.mark.parametrize("axis", [-1, 2, 0, -3, 1, -2])
+def test_categorical_loss_over_any_position_of_the_classes(axis):
+    losses = Categorical(axis).loss(np.moveaxis(LOGITS, -1, axis), LABELS)
+    np.testing.assert_allclose(losses, cross_entropy(), rtol=1e-5)
 
 
-def test_random_draws_pass_a_chi_square_test():
-    logits = normal(129, scale=0.5)
-    labels = sample(np.broadcast_to(logits, (ROWS, 129)), jax.random.uniform(jax.random.key(1), (ROWS,)))
-    wanted = np.diff(distribution(logits), prepend=0) * ROWS
-    statistic = np.sum((np.bincount(labels, minlength=129) - wanted) ** 2 / wanted)
-    # The statistic has mean 128 and standard deviation sqrt(2 * 128).
-    assert abs(statistic - 128) < 5 * np.sqrt(2 * 128)
+@pytest.mark.parametrize("axis", ["class", 1, -2])
+@pytest.mark.parametrize("targets", [("position", "batch"), ("batch", "position"), None])
+def test_categorical_loss_of_named_logits(axis, targets):
+    logits = in_order(LOGITS, NAMES, ("position", "class", "batch"))
+    labels = LABELS.T if targets is None else in_order(LABELS, NAMES[:2], targets)
+    losses = Categorical(axis).loss(logits, labels)
+    np.testing.assert_allclose(losses, cross_entropy().T, rtol=1e-5)
+    assert [a.name for a in Categorical(axis).target_axes(logits)] == ["position", "batch"]
 
 
-@pytest.mark.parametrize("classes", SIZES)
-def test_agrees_with_a_search_of_the_cumulative_sum(classes):
-    logits = normal((ROWS, classes), seed=1)
-    uniforms = np.random.default_rng(2).random(ROWS, np.float32)
-    ends = distribution(logits)
-    wanted = np.sum(ends <= uniforms[:, None], axis=-1)
-    clear = np.min(np.abs(ends - uniforms[:, None]), axis=-1) > 2e-6
-    labels = np.asarray(sample(logits, uniforms))
-    assert clear.mean() > 0.9
-    np.testing.assert_array_equal(labels[clear], wanted[clear])
+def test_padded_classes_are_no_classes():
+    padded = np.concatenate([LOGITS, np.full((2, 4, 5), 9, np.float32)], axis=-1)
+    np.testing.assert_allclose(Categorical(num_classes=3).loss(padded, LABELS), cross_entropy(), rtol=1e-5)
+    first = Categorical(0, num_classes=3).loss(np.moveaxis(padded, -1, 0), LABELS)
+    np.testing.assert_allclose(first, cross_entropy(), rtol=1e-5)
+    drawn = Categorical(num_classes=3).sample(np.broadcast_to(padded, (500, *padded.shape)), key=KEY)
+    assert np.unique(drawn).tolist() == [0, 1, 2]
+    gradient = jax.grad(lambda x: jnp.sum(Categorical(num_classes=3).loss(x, LABELS)))(padded)
+    np.testing.assert_array_equal(gradient[..., 3:], 0)
+    assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("classes", SIZES)
-@pytest.mark.parametrize("uniform", [0.0, LARGEST])
-def test_ends_of_the_unit_interval(classes, uniform):
-    logits, possible = with_impossible_classes(classes)
-    labels = np.asarray(sample(logits, np.full(ROWS, uniform, np.float32)))
-    first, last = possible.argmax(-1), classes - 1 - possible[:, ::-1].argmax(-1)
-    if uniform == 0:
-        np.testing.assert_array_equal(labels, first)
+@pytest.mark.parametrize("axis", [-1, 0, "class"])
+def test_classes_are_drawn_from_the_softmax_independently(axis):
+    logits = np.broadcast_to(LOGITS, (DRAWS // 4, *LOGITS.shape))
+    if isinstance(axis, str):
+        given = in_order(logits, ("draw", *NAMES), ("draw", "class", "position", "batch"))
+        drawn = np.swapaxes(Categorical(axis).sample(given, key=KEY), 1, 2)
     else:
-        # A last class of less than the last uniform's share may be passed over.
-        assert drawn(possible, labels).all()
-        share = np.take_along_axis(np.exp(logits), last[:, None], -1)[:, 0] / np.exp(logits).sum(-1)
-        np.testing.assert_array_equal(labels[share > 1e-4], last[share > 1e-4])
+        drawn = np.asarray(Categorical(axis).sample(np.moveaxis(logits, -1, axis), key=KEY))
+    assert (drawn.shape, drawn.dtype) == (logits.shape[:-1], np.int32)
+    p = scipy.special.softmax(LOGITS.astype(np.float64), axis=-1)
+    seen = np.mean(drawn[..., None] == np.arange(3), axis=0)
+    assert np.all(np.abs(seen - p) < 5 * np.sqrt(p * (1 - p) / len(drawn)))
+    both = np.mean((drawn[:, 0, 0] == 0) & (drawn[:, 1, 3] == 0))
+    assert abs(both - p[0, 0, 0] * p[1, 3, 0]) < 2.5 / np.sqrt(len(drawn))
 
 
-@pytest.mark.parametrize("classes", SIZES)
-def test_impossible_classes_are_never_drawn(classes):
-    logits, possible = with_impossible_classes(classes)
-    ends = distribution(logits)
-    rng = np.random.default_rng(0)
-    rows = np.arange(ROWS)
-    for first in (0, 128, 256):
-        # Where a class ends rounding decides between its neighbours, and most of all at the edge of a block of 128.
-        near = np.clip(first + rng.integers(-6, 7, ROWS), 0, classes - 1)
-        at = ends[rows, near].astype(np.float32)
-        uniforms = np.clip(at + rng.integers(-2, 3, ROWS) * np.spacing(at), 0, LARGEST).astype(np.float32)
-        assert drawn(possible, sample(logits, uniforms)).all()
+def test_bernoulli_loss():
+    losses = Bernoulli().loss(LOGITS, YES)
+    np.testing.assert_allclose(
+        losses, -scipy.stats.bernoulli.logpmf(YES, scipy.special.expit(LOGITS.astype(np.float64))), rtol=1e-5
+    )
+    soft = np.full_like(LOGITS, 0.3)
+    np.testing.assert_allclose(
+        Bernoulli().loss(LOGITS, soft), optax.sigmoid_binary_cross_entropy(LOGITS, soft), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_array_equal(Bernoulli().loss(LOGITS, YES.astype(bool)), losses)
+
+
+def test_bernoulli_loss_of_extreme_logits():
+    logits, yes = jnp.asarray([1e4, -1e4, 1e4, -1e4]), jnp.asarray([1, 0, 0, 1])
+    value, pull = jax.vjp(lambda x: Bernoulli().loss(x, yes), logits)
+    assert value.tolist() == [0, 0, 1e4, 1e4]
+    assert pull(jnp.ones(4))[0].tolist() == [0, 0, 1, -1]
+
+
+@pytest.mark.parametrize("variance", [1.0, 3, 0.25, VARIANCES, VARIANCES.reshape(1, 1, 3), jnp.float32(2)])
+def test_normal_loss(variance):
+    wanted = -scipy.stats.norm.logpdf(NUMBERS, LOGITS, np.sqrt(variance))
+    np.testing.assert_allclose(Normal(variance).loss(LOGITS, NUMBERS), wanted, rtol=1e-5)
+    if np.ndim(variance) == 0 and variance == 1:
+        np.testing.assert_allclose(Normal().loss(LOGITS, NUMBERS), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("event_ndim", [0, 1, 2, 3])
+@pytest.mark.parametrize("likelihood", [Bernoulli, Normal])
+def test_event_axes_are_summed(likelihood, event_ndim):
+    single, summed = likelihood(), likelihood(event_ndim=event_ndim)
+    wanted = np.sum(single.loss(LOGITS, YES), axis=tuple(range(3 - event_ndim, 3)))
+    np.testing.assert_allclose(summed.loss(LOGITS, YES), wanted, rtol=1e-6)
+    np.testing.assert_array_equal(summed.sample(LOGITS, key=KEY), single.sample(LOGITS, key=KEY))
+    axes = summed.target_axes(hax.named(LOGITS, NAMES))
+    assert [axis.name for axis in axes] == list(NAMES[: 3 - event_ndim])
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Normal(), Normal(2.0, event_ndim=1)])
+def test_named_targets_are_brought_into_the_order_of_the_outputs(likelihood):
+    outputs = hax.named(LOGITS, NAMES)
+    targets = in_order(YES, NAMES, ("class", "batch", "position"))
+    np.testing.assert_array_equal(likelihood.loss(outputs, targets), likelihood.loss(LOGITS, YES))
+    np.testing.assert_array_equal(likelihood.loss(outputs, YES), likelihood.loss(LOGITS, YES))
+
+
+def test_bernoulli_draws_yes_with_its_probability_independently():
+    drawn = np.asarray(Bernoulli().sample(np.broadcast_to(LOGITS, (DRAWS, *LOGITS.shape)), key=KEY))
+    assert drawn.dtype == np.float32
+    assert np.unique(drawn).tolist() == [0, 1]
+    p = scipy.special.expit(LOGITS.astype(np.float64))
+    assert np.all(np.abs(drawn.mean(0) - p) < 5 * np.sqrt(p * (1 - p) / DRAWS))
+    correlations = np.corrcoef(drawn.reshape(DRAWS, -1), rowvar=False)
+    assert np.abs(correlations - np.eye(24)).max() < 5 / np.sqrt(DRAWS)
+
+
+@pytest.mark.parametrize("variance", [1.0, 4, VARIANCES])
+def test_normal_draws_from_the_normal_distribution_independently(variance):
+    drawn = np.asarray(Normal(variance).sample(np.broadcast_to(LOGITS, (DRAWS // 4, *LOGITS.shape)), key=KEY))
+    assert drawn.dtype == np.float32
+    standard = ((drawn - LOGITS) / np.sqrt(variance)).reshape(len(drawn), -1)
+    assert min(scipy.stats.kstest(column, "norm").pvalue for column in standard.T) > 1e-4
+    correlations = np.corrcoef(standard, rowvar=False)
+    assert np.abs(correlations - np.eye(24)).max() < 5 / np.sqrt(len(drawn))
 
 
 @pytest.mark.parametrize(
-    ("logits", "label"),
-    [
-        ([0.0, 1e4, -1e4], 1),
-        ([-1e30, -1e30, -1e4], 2),
-        ([3e38, -3e38], 0),
-        ([-np.inf, -np.inf, 0.0], 2),
-        ([-np.inf] * 200 + [5.0] + [-np.inf] * 200, 200),
-        ([-200.0] * 299 + [0.0], 299),
-    ],
+    ("likelihood", "targets"), [(Categorical(), LABELS), (Bernoulli(), YES), (Normal(VARIANCES), NUMBERS)]
 )
-def test_extreme_logits(logits, label):
-    uniforms = np.asarray([0, 0.25, 0.5, LARGEST], np.float32)
-    labels = sample(np.broadcast_to(np.asarray(logits, np.float32), (4, len(logits))), uniforms)
-    assert labels.tolist() == [label] * 4
-
-
-def test_shift_of_all_logits_changes_nothing():
-    logits, uniforms = np.full((4, 6), -5e4, np.float32), np.asarray([0.1, 0.3, 0.6, 0.9], np.float32)
-    assert sample(logits, uniforms).tolist() == [0, 1, 3, 5]
-
-
-@pytest.mark.parametrize(
-    ("ends", "target", "label"),
-    [
-        ([0.0, 1.0, 1.0, 3.0, 3.0], -1e-7, 1),
-        ([0.0, 1.0, 1.1, 3.0, 3.0], 1.0, 3),
-        ([0.0, 1.0, 0.9, 3.0, 3.0], 0.95, 1),
-        ([0.0, 1.0, 1.0, 3.0, 3.1], 3.0, 3),
-        ([0.0, 1.0, 1.0, 3.0, 3.0], 3.2, 3),
-    ],
-    ids=["target below 0", "sum rises", "sum dips", "sum rises at the end", "target above the sum"],
-)
-def test_rounding_in_the_search_leads_to_no_impossible_class(ends, target, label):
-    weights = np.asarray([0, 1, 0, 2, 0], np.float32)
-    assert jax.jit(_first_above)(weights, np.asarray(ends, np.float32), np.float32(target)) == label
-
-
-def test_a_class_holds_its_lower_end():
-    uniforms = np.asarray([0.25, 0.5, 0.75], np.float32)
-    assert sample(np.zeros((3, 4), np.float32), uniforms).tolist() == [1, 2, 3]
-
-
-def test_shapes_and_dtypes():
-    logits = jnp.asarray(normal((2, 64, 300)), jnp.bfloat16)
-    uniforms = np.random.default_rng(0).random((2, 64), np.float32)
-    labels = sample(logits, uniforms)
-    assert (labels.shape, labels.dtype) == ((2, 64), jnp.int32)
-    np.testing.assert_array_equal(labels, sample(np.asarray(logits, np.float32), uniforms))
-    assert sample(np.asarray([0, 9], np.float32), np.float32(0.5)) == 1
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_loss(dtype):
-    logits = jnp.asarray(normal((2, 3, 5)), dtype)
-    labels = np.asarray([[0, 1, 2], [3, 4, 0]])
-    losses = score(logits, labels)
-    probabilities = np.diff(distribution(logits), prepend=0)
-    wanted = -np.log(np.take_along_axis(probabilities, labels[..., None], -1)[..., 0])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_outputs_are_scored_and_drawn_in_float32(likelihood, targets, dtype):
+    half = jnp.asarray(LOGITS, dtype)
+    single = jnp.asarray(half, jnp.float32)
+    losses = likelihood.loss(half, targets)
     assert losses.dtype == jnp.float32
-    np.testing.assert_allclose(losses, wanted, rtol=2e-6)
+    np.testing.assert_array_equal(losses, likelihood.loss(single, targets))
+    drawn = likelihood.sample(half, key=KEY)
+    assert drawn.dtype == likelihood.sample(single, key=KEY).dtype
+    np.testing.assert_array_equal(drawn, likelihood.sample(single, key=KEY))
 
 
-def test_loss_keeps_float64():
+@pytest.mark.parametrize(
+    ("likelihood", "targets"), [(Categorical(), LABELS), (Bernoulli(), YES), (Normal(0.1), NUMBERS)]
+)
+def test_float64_outputs_are_scored_in_float64(likelihood, targets):
     with jax.enable_x64(True):
-        loss = score(jnp.asarray([1e4, 1e4 + 1e-9]), jnp.asarray(0))
-        assert loss.dtype == jnp.float64
-        assert abs(float(loss) - np.log(2) - 0.5e-9) < 2e-12
+        shift = 1e-12
+        low, high = (likelihood.loss(jnp.asarray(LOGITS, jnp.float64) + s * VARIANCES, targets) for s in (0, shift))
+        assert low.dtype == jnp.float64
+        assert 0 < np.abs(high - low).max() < 1e-9
 
 
-def test_loss_of_an_impossible_class_is_left_out_of_the_rest():
-    assert score(jnp.asarray([0.0, 0.0, -jnp.inf]), jnp.asarray(1)) == pytest.approx(np.log(2))
+def test_variance_may_be_traced():
+    losses = jax.vmap(lambda v: Normal(v).loss(LOGITS[0, 0], NUMBERS[0, 0]))(VARIANCES)
+    wanted = [Normal(float(v)).loss(LOGITS[0, 0], NUMBERS[0, 0]) for v in VARIANCES]
+    np.testing.assert_allclose(losses, wanted, rtol=1e-6)
+    assert jax.jit(lambda normal: normal.loss(LOGITS, NUMBERS))(Normal(jnp.float32(2))).shape == LOGITS.shape
+
+
+def named(array=LOGITS, names=NAMES):
+    return hax.named(jnp.asarray(array), names)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "axis", "message"),
+    [
+        (LOGITS, 3, r"shape \(2, 4, 3\) and no axis 3 of classes"),
+        (LOGITS, -4, "no axis -4 of classes"),
+        (np.float32(0.5), -1, r"shape \(\) and no axis -1 of classes; .* not a loss"),
+        (LOGITS, "class", "class axis is 'class' and the logits have no named axes; give its position"),
+        (named(), "vocab", "the logits have no axis 'vocab'; theirs are batch, position, class"),
+        (named(), 3, "the logits have no axis 3; theirs are batch, position, class"),
+        (named(np.float32(0), ()), -1, "the logits have no axis -1; theirs are none"),
+        (named(np.float32(0), ()), "vocab", "the logits have no axis 'vocab'"),
+    ],
+)
+def test_logits_without_the_class_axis_are_refused(outputs, axis, message):
+    with pytest.raises(ValueError, match=message):
+        Categorical(axis).sample(outputs, key=KEY)
+    with pytest.raises(ValueError, match=message):
+        Categorical(axis).loss(outputs, LABELS)
+
+
+@pytest.mark.parametrize("axis", [None, 1.0, True, ("class",)])
+def test_an_axis_that_is_no_position_or_name_is_refused(axis):
+    with pytest.raises(TypeError, match=r"axis is .*; it must be the class axis' position or name"):
+        Categorical(axis)
+
+
+@pytest.mark.parametrize("num_classes", [0, -1, 2.0, True])
+def test_num_classes_that_is_no_count_is_refused(num_classes):
+    with pytest.raises(ValueError, match=r"num_classes is .*; it must be a whole number of at least 1"):
+        Categorical(num_classes=num_classes)
+
+
+@pytest.mark.parametrize(("outputs", "axis"), [(LOGITS, 1), (named(), "position")])
+def test_more_classes_than_logits_are_refused(outputs, axis):
+    with pytest.raises(ValueError, match=f"num_classes is 5 and the logits have 4 on axis {axis!r}"):
+        Categorical(axis, num_classes=5).sample(outputs, key=KEY)
+
+
+@pytest.mark.parametrize(("likelihood", "targets"), [(Categorical(), LABELS), (Bernoulli(), YES), (Normal(), NUMBERS)])
+@pytest.mark.parametrize("dtype", [np.int32, bool, np.complex64])
+def test_outputs_that_are_no_real_numbers_are_refused(likelihood, targets, dtype):
+    outputs = LOGITS.astype(dtype)
+    with pytest.raises(TypeError, match=f"are {np.dtype(dtype)}; a likelihood needs floating-point numbers"):
+        likelihood.sample(outputs, key=KEY)
+    with pytest.raises(TypeError, match=f"are {np.dtype(dtype)}; a likelihood needs floating-point numbers"):
+        likelihood.loss(outputs, targets)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, bool])
+def test_classes_must_be_integers(dtype):
+    with pytest.raises(TypeError, match=f"targets .* are {np.dtype(dtype)}; they must be integer classes"):
+        Categorical().loss(LOGITS, LABELS.astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "targets"),
+    [
+        (Categorical(), LABELS[..., None]),
+        (Categorical(), LABELS[:1]),
+        (Categorical(0), LABELS),
+        (Categorical(), np.int32(1)),
+        (Bernoulli(), YES[..., :1]),
+        (Bernoulli(event_ndim=1), YES[..., 0]),
+        (Normal(), NUMBERS[..., None]),
+        (Normal(), np.float32(0)),
+        (Normal(event_ndim=2), NUMBERS[0]),
+    ],
+)
+def test_targets_are_not_broadcast(likelihood, targets):
+    message = rf"the targets have shape \({', '.join(map(str, targets.shape))},?\); with these outputs it must be"
+    with pytest.raises(ValueError, match=message):
+        likelihood.loss(LOGITS, targets)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "targets"),
+    [(Categorical("class"), named(LABELS, ("batch", "time"))), (Normal(), named(NUMBERS, ("batch", "time", "class")))],
+)
+def test_named_targets_with_other_axes_are_refused(likelihood, targets):
+    with pytest.raises(ValueError, match="targets"):
+        likelihood.loss(named(), targets)
+
+
+@pytest.mark.parametrize("variance", [0, -1.0, np.nan, np.asarray([1, 0.0]), jnp.asarray([-1.0]), np.inf])
+def test_variance_must_be_positive(variance):
+    with pytest.raises(ValueError, match=r"variance is .*; it must be in \(0, inf\)"):
+        Normal(variance)
+
+
+@pytest.mark.parametrize("variance", ["1", None, lambda step: 1.0, True])
+def test_variance_must_be_a_number(variance):
+    with pytest.raises(TypeError, match=r"variance is .* must be a number"):
+        Normal(variance)
+
+
+@pytest.mark.parametrize("variance", [np.ones((2, 3), np.float32), np.ones((5, 1, 1, 3), np.float32)])
+def test_variance_must_broadcast_to_the_outputs(variance):
+    for use in (lambda n: n.loss(LOGITS, NUMBERS), lambda n: n.sample(LOGITS, key=KEY)):
+        with pytest.raises(ValueError, match=r"variance has shape .* outputs"):
+            use(Normal(variance))
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli, Normal])
+def test_event_ndim_is_checked(likelihood):
+    for event_ndim in (-1, 1.0, True):
+        with pytest.raises(ValueError, match=r"event_ndim is .*; it must be a whole number of at least 0"):
+            likelihood(event_ndim=event_ndim)
+    with pytest.raises(ValueError, match=r"shape \(2, 4, 3\), fewer axes than event_ndim=4"):
+        likelihood(event_ndim=4).loss(LOGITS, YES)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sophia_levanter.optim import Sophia, SophiaG, SophiaH, SophiaState
+from sophia_levanter.optim import AdamW, GaussNewtonBartlett, Hutchinson, Lion, Sophia, SophiaG, SophiaH
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 PLAIN = {"learning_rate": 0.1, "b1": 0.5, "b2": 0.75, "rho": 0.5, "eps": 1e-8, "weight_decay": 0.0}
@@ -36,8 +37,16 @@ def grads_of(weight, bias):
 
 
 def state_of(momentum, curvature, count=1, refreshes=1):
-    arrays = ({"w": jnp.asarray(x, jnp.float32)} for x in (momentum, curvature))
-    return SophiaState(jnp.int32(count), jnp.int32(refreshes), *arrays)
+    m, h = ({"w": jnp.asarray(x, jnp.float32)} for x in (momentum, curvature))
+    return eqx.tree_at(
+        lambda s: (s.momentum, s.curvature, s.count, s.refresh_count),
+        Sophia().init(m),
+        (m, h, jnp.int32(count), jnp.int32(refreshes)),
+    )
+
+
+def assert_trees_equal(found, wanted):
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def one_step(optimizer, momentum_after, curvature, params, **counts):
@@ -87,12 +96,10 @@ def test_follows_the_authors_update_in_float32():
 
 def test_init():
     state = SophiaG().init(model(jnp.bfloat16))
-    assert (state.count.dtype, state.refresh_count.dtype, int(state.count), int(state.refresh_count)) == (
-        jnp.int32,
-        jnp.int32,
-        0,
-        0,
-    )
+    for count in (state.count, state.refresh_count, state.skipped_updates, state.skipped_refreshes):
+        assert (count.dtype, int(count)) == (jnp.int32, 0)
+    assert (state.refresh_pending.dtype, bool(state.refresh_pending)) == (jnp.bool_, False)
+    assert (state.rho, state.gradient_state) == (None, None)
     assert (state.momentum.weight.dtype, state.curvature.weight.dtype) == (jnp.bfloat16, jnp.float32)
     for tree in (state.momentum, state.curvature):
         assert (tree.steps, tree.width) == (None, None)
@@ -128,6 +135,31 @@ def test_eps_is_the_floor_of_the_denominator():
     assert updates.tolist() == pytest.approx([-0.1 * 0.5, -0.1 * 0.25])
 
 
+def test_an_added_eps_flips_the_step_where_the_curvature_is_negative():
+    optimizer = SophiaH(**PLAIN | {"eps": 0.5}, denominator="add")
+    # rho h + eps = [2, 0.5, -1, 0.25], where a floor of 0.5 would make it [1.5, 0.5, 0.5, 0.5].
+    updates, _ = one_step(optimizer, [1.0, 0.25, 0.25, 0.125], [3, 0, -3, -0.5], [0] * 4)
+    assert updates.tolist() == pytest.approx([-0.05, -0.05, 0.025, -0.05])
+
+
+def test_the_estimate_enters_before_or_after_the_update():
+    """`update` with an estimate is `refresh` and `update`, in the order that is asked for."""
+    params, grads = {"w": jnp.asarray([1.0, -2.0])}, {"w": jnp.asarray([0.8, -0.6])}
+    h_hat = {"w": jnp.asarray([16.0, 8.0])}
+    for order, wanted in (("before", [-0.02, 0.03]), ("after", [-0.1, 0.1])):
+        optimizer = SophiaG(**PLAIN, refresh_order=order)
+        state = optimizer.init(params)
+        if order == "before":
+            by_hand = optimizer.update(grads, optimizer.refresh(state, h_hat), params)
+        else:
+            updates, after = optimizer.update(grads, state, params)
+            by_hand = updates, optimizer.refresh(after, h_hat)
+        found = optimizer.update(grads, state, params, h_hat)
+        assert_trees_equal(found, by_hand)
+        assert found[0]["w"].tolist() == pytest.approx(wanted)
+        assert found[1].curvature["w"].tolist() == pytest.approx([4, 2])
+
+
 def masked_update(mask):
     optimizer = SophiaG(**PLAIN | {"weight_decay": 0.5}, weight_decay_mask=mask)
     updates, _ = optimizer.update(grads_of([0.0, 0.0], 0.0), optimizer.init(model()), model())
@@ -139,11 +171,14 @@ def test_weight_decay_masks():
     filtered = eqx.filter(model(), eqx.is_inexact_array)
     matrices = jax.tree.map(lambda leaf: leaf.ndim > 1, filtered)
     biases = jax.tree.map(lambda leaf: leaf.ndim == 1, filtered)
+    of_the_whole_model = jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, model())
     assert callable(matrices)
+    assert len(jax.tree.leaves(of_the_whole_model)) > len(jax.tree.leaves(matrices))
     assert masked_update(None) == [decayed, bias_decayed]
     assert masked_update(True) == [decayed, bias_decayed]
     assert masked_update(False) == [[0, 0], [0]]
     assert masked_update(matrices) == [decayed, [0]]
+    assert masked_update(of_the_whole_model) == [decayed, [0]]
     assert masked_update(biases) == [[0, 0], bias_decayed]
     assert masked_update(lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)) == [decayed, [0]]
 
@@ -236,18 +271,123 @@ def test_schedules():
         assert updates.tolist() == pytest.approx([-rate * 1 / (2 * (1 + count)) - rate * 0.5 * count])
 
 
-def test_refresh_due():
-    assert [step for step in range(25) if SophiaG(interval=10).refresh_due(step)] == [0, 10, 20]
-    assert all(SophiaH(interval=1).refresh_due(step) for step in range(3))
+def test_schedules_may_look_up_a_table_under_jit():
+    rates = jnp.asarray([0.5, 0.25, 0.125])
+    optimizer = SophiaG(**PLAIN | {"learning_rate": lambda count: rates[count]})
+    state, params = optimizer.init({"w": jnp.zeros(1)}), {"w": jnp.zeros(1)}
+    for rate in rates.tolist():
+        updates, state = jax.jit(optimizer.update)({"w": jnp.ones(1)}, state, params)
+        assert updates["w"].tolist() == [-rate]
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"interval": 10}, [0, 10, 20]),
+        ({"interval": np.int64(10), "first_refresh": 9}, [9, 19]),
+        ({"interval": 4, "first_refresh": np.int32(15)}, [15, 19, 23]),
+        ({"interval": 1}, list(range(25))),
+    ],
+)
+def test_refresh_due(settings, steps):
+    optimizer = SophiaG(**settings)
+    assert [step for step in range(25) if optimizer.refresh_due(step)] == steps
+    assert np.flatnonzero(jax.vmap(optimizer.refresh_due)(jnp.arange(25))).tolist() == steps
+    assert all(optimizer.refresh_due(step) is (step in steps) for step in range(25))
+
+
+def test_a_gradient_transformation_comes_first():
+    """Clipped inside is clipped by hand; the parameters reach it too, and its state is carried along."""
+    clip = optax.clip_by_global_norm(0.5)
+    inside, outside = SophiaG(**PLAIN, gradient_transform=clip), SophiaG(**PLAIN)
+    params = {"w": jnp.asarray([1.0, -2.0])}
+    ours, theirs = inside.init(params), outside.init(params)
+    for scale in (0.1, 10.0):
+        grads = {"w": scale * jnp.asarray([0.6, 0.8])}
+        clipped, _ = clip.update(grads, clip.init(params))
+        assert (scale == 0.1) == (clipped["w"].tolist() == grads["w"].tolist())
+        updates, ours = inside.update(grads, ours, params, {"w": jnp.full(2, 20.0)})
+        wanted, theirs = outside.update(clipped, theirs, params, {"w": jnp.full(2, 20.0)})
+        assert_trees_equal((updates, ours.momentum), (wanted, theirs.momentum))
+    decaying = SophiaG(**PLAIN, gradient_transform=optax.chain(optax.add_decayed_weights(0.5), optax.trace(0.5)))
+    state = decaying.init(params)
+    for wanted in ([0.25, -0.5], [0.125 + 0.375, -0.25 - 0.75]):
+        # Gradients 0, so that what arrives is 0.5 w, then 0.5 w + 0.25 w.
+        _, state = decaying.update({"w": jnp.zeros(2)}, state, params)
+        assert state.momentum["w"].tolist() == wanted
+
+
+BAD = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_gradient_that_is_not_finite_changes_nothing_but_counts(bad, order):
+    optimizer = SophiaG(
+        **PLAIN | {"weight_decay": 0.5, "rho": "auto"}, gradient_transform=optax.ema(0.5), refresh_order=order
+    )
+    params, good = {"w": jnp.asarray([1.0, 3.0]), "b": jnp.ones(1)}, {"w": jnp.ones(2), "b": jnp.ones(1)}
+    _, before = optimizer.update(good, optimizer.init(params), params, good)
+    _, before = optimizer.update(good, before, params, good)
+    updates, after = jax.jit(optimizer.update)({"w": jnp.asarray([1.0, bad]), "b": jnp.ones(1)}, before, params, good)
+    assert_trees_equal(updates, jax.tree.map(jnp.zeros_like, params))
+    counted = eqx.tree_at(
+        lambda s: (s.count, s.skipped_updates, s.skipped_refreshes, s.refresh_pending),
+        before,
+        (jnp.int32(3), jnp.int32(1), jnp.int32(1), jnp.asarray(True)),
+    )
+    assert_trees_equal(after, counted)
+    updates, after = optimizer.update(good, after, params, good)
+    assert all(leaf.all() for leaf in jax.tree.leaves(updates))
+    counts = (after.count, after.refresh_count, after.skipped_updates, after.skipped_refreshes, after.refresh_pending)
+    assert [int(count) for count in counts] == [4, 3, 1, 1, 0]
+    assert optimizer.metrics(after)["skipped_updates"] == optimizer.metrics(after)["skipped_refreshes"] == 1
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("given", [{}, {"finite": jnp.asarray(True)}])
+def test_an_estimate_that_is_not_finite_skips_that_refresh_only(bad, given):
+    optimizer = SophiaG(**PLAIN | {"rho": "auto"})
+    params, good = {"w": jnp.asarray([1.0, -2.0])}, {"w": jnp.ones(2)}
+    _, before = optimizer.update(good, optimizer.init(params), params, good)
+    spoilt = {"w": jnp.asarray([bad, 1.0])}
+    after = optimizer.refresh(before, spoilt, **given)
+    counted = eqx.tree_at(lambda s: (s.skipped_refreshes, s.refresh_pending), before, (jnp.int32(1), jnp.asarray(True)))
+    assert_trees_equal(after, counted)
+    updates, updated = optimizer.update(good, before, params, spoilt, **given)
+    wanted, without = optimizer.update(good, counted, params)
+    assert_trees_equal((updates, updated), (wanted, without))
+    assert updates["w"].all()
+    retried = optimizer.refresh(updated, good)
+    assert (int(retried.refresh_count), int(retried.skipped_refreshes), bool(retried.refresh_pending)) == (2, 1, False)
+
+
+def test_the_caller_may_know_that_the_gradient_is_not_finite():
+    """As when the loss was not, or another process's part of the gradient."""
+    optimizer = SophiaG(**PLAIN)
+    params = {"w": jnp.ones(2)}
+    before = optimizer.init(params)
+    updates, after = optimizer.update(params, before, params, params, finite=jnp.asarray(False))
+    assert_trees_equal((updates, after.momentum, after.curvature), (before.momentum,) * 2 + (before.curvature,))
+    assert (int(after.count), int(after.skipped_updates), int(after.skipped_refreshes)) == (1, 1, 1)
 
 
 def test_metrics():
     optimizer = SophiaH(**PLAIN | {"rho": 0.5, "eps": 0.1})
     # Denominators 1, 0.1, 0.1, 2: the first and the last are not clipped.
     metrics = optimizer.metrics(state_of([-0.9, 0.2, 0.1, 1.2], [2, -3, 0, 4]))
-    assert set(metrics) == {"win_rate", "curvature_nonpositive", "curvature_norm", "momentum_norm"}
+    assert set(metrics) == {
+        "win_rate",
+        "curvature_nonpositive",
+        "curvature_norm",
+        "momentum_norm",
+        "rho",
+        "skipped_updates",
+        "skipped_refreshes",
+    }
     assert {value.dtype for value in metrics.values()} == {jnp.dtype("float32")}
     assert metrics["win_rate"] == 0.5
+    assert (metrics["rho"], metrics["skipped_updates"], metrics["skipped_refreshes"]) == (0.5, 0, 0)
     assert metrics["curvature_nonpositive"] == 0.5
     assert float(metrics["curvature_norm"]) == pytest.approx(29**0.5)
     assert float(metrics["momentum_norm"]) == pytest.approx(2.3**0.5)
@@ -260,6 +400,13 @@ def test_win_rate_is_that_of_the_update_before():
     # After three updates m / (1 - 0.5^3) = [0.8, 1.2] and h / (1 - 0.75^2) = [1, 1].
     state = state_of([0.7, 1.05], [0.4375, 0.4375], count=3, refreshes=2)
     assert optimizer.metrics(state)["win_rate"] == 0.5
+    assert optimizer.metrics(state)["rho"] == 1.0
+
+
+def test_nothing_is_won_where_the_curvature_is_zero():
+    """As in embedding rows that no token has reached: m = 0 is below eps there."""
+    metrics = SophiaG(**PLAIN).metrics(state_of([0.0, 0.0, 0.1, 0.0], [0, -1, 4, 4]))
+    assert metrics["win_rate"] == 0.5
 
 
 def test_metrics_of_half_precision_momentum_do_not_underflow():
@@ -310,18 +457,51 @@ def test_scan_and_a_batch_of_optimizers():
     assert state.refresh_count.tolist() == [4] * 3
 
 
-def test_works_in_optax():
-    """As a transformation, with hyper-parameters in the state."""
-    make = optax.inject_hyperparams(
-        SophiaG, static_args=("interval", "bias_correct_momentum", "bias_correct_curvature")
-    )
-    injected, plain = make(**PLAIN), SophiaG(**PLAIN)
-    params, grads = {"w": jnp.asarray([1.0, -2.0])}, {"w": jnp.asarray([1.0, 0.0])}
-    state = injected.init(params)
-    state.hyperparams["learning_rate"] = jnp.asarray(0.2)
-    updates, state = jax.jit(injected.update)(grads, state, params)
-    wanted, _ = plain.update(grads, plain.init(params), params)
-    np.testing.assert_allclose(updates["w"], 2 * wanted["w"], rtol=1e-6)
+def placed(tree, mesh):
+    """Matrices split over the first axis, the rest on every device."""
+
+    def place(leaf):
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*("data",)[: leaf.ndim - 1])))
+
+    return jax.tree.map(place, tree)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_sharded_parameters(axis_type):
+    """The same numbers, with clipping and the win rate over all devices; and every array stays where it was."""
+    rng = np.random.default_rng(0)
+    tree = {"w": jnp.asarray(rng.normal(size=(16, 3)), jnp.float32), "b": jnp.asarray(rng.normal(size=3), jnp.float32)}
+    h_hat = jax.tree.map(lambda x: 30 * jnp.square(x), tree)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    optimizer = SophiaG.paper(learning_rate=0.1, rho="auto", interval=1)
+    update, refresh, results = jax.jit(optimizer.update), jax.jit(optimizer.refresh), []
+    for given, estimate in ((tree, h_hat), (placed(tree, mesh), placed(h_hat, mesh))):
+        params, state = given, optimizer.init(given)
+        for _ in range(3):
+            updates, state = update(params, refresh(state, estimate), params)
+            params = eqx.apply_updates(params, updates)
+        results.append((params, state, optimizer.metrics(state)))
+    jax.tree.map(lambda ours, one: np.testing.assert_allclose(ours, one, rtol=1e-5), *results[::-1])
+    params, state, metrics = results[1]
+    assert 0 < float(metrics["win_rate"]) < 1
+    for found in (params, updates, state.momentum, state.curvature):
+        for name, leaf in found.items():
+            assert leaf.sharding.is_equivalent_to(placed(tree, mesh)[name].sharding, leaf.ndim)
+            assert leaf.addressable_shards[0].data.shape == {"w": (2, 3), "b": (3,)}[name]
+
+
+def test_dtypes_are_kept_from_step_to_step():
+    """So that states go through scans, whatever the dtype of parameters, gradients and hyper-parameters."""
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
+        with jax.enable_x64(True):
+            params = {"w": jnp.ones(2, dtype)}
+            optimizer = SophiaG.paper(learning_rate=jnp.asarray(0.1), b1=jnp.asarray(0.9), rho="auto")
+            wide = {"w": jnp.ones(2, jnp.float64)}
+            state = eqx.filter_eval_shape(optimizer.init, params)
+            updates, after = eqx.filter_eval_shape(optimizer.update, params, state, params, wide)
+            assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+            assert (updates["w"].dtype, after.momentum["w"].dtype) == (dtype, dtype)
+            assert after.curvature["w"].dtype == jnp.promote_types(dtype, jnp.float32)
 
 
 @pytest.mark.parametrize("cls", [SophiaG, SophiaH])
@@ -349,9 +529,54 @@ def test_argument_out_of_range(cls, name, value):
         cls(**{name: value})
 
 
-def test_unknown_probe():
-    with pytest.raises(ValueError, match=r"^probe is 'uniform'; it must be one of rademacher, gaussian"):
-        SophiaH(probe="uniform")
+@pytest.mark.parametrize(
+    ("name", "value", "kinds"),
+    [
+        ("learning_rate", "0.1", "a number or a function of the update count"),
+        ("learning_rate", None, "a number or a function of the update count"),
+        ("learning_rate", True, "a number or a function of the update count"),
+        ("rho", 1j, "a number or a function of the update count"),
+        ("weight_decay", [0.1], "a number or a function of the update count"),
+        ("b1", None, "a number"),
+        ("b2", "0.99", "a number"),
+        ("eps", False, "a number"),
+        ("bias_correct_momentum", 1, "True or False"),
+        ("bias_correct_curvature", None, "True or False"),
+    ],
+)
+def test_argument_of_the_wrong_kind(name, value, kinds):
+    with pytest.raises(TypeError) as error:
+        SophiaG(**{name: value})
+    assert str(error.value) == f"{name} is {value!r}; it must be {kinds}"
+
+
+@pytest.mark.parametrize("name", ["b1", "b2", "eps"])
+def test_argument_that_may_be_no_schedule(name):
+    with pytest.raises(TypeError, match=rf"^{name} is a function; it must be a number"):
+        SophiaG(**{name: lambda count: 0.5})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("denominator", "sum", "one of max, add"),
+        ("refresh_order", None, "one of before, after"),
+        ("first_refresh", -1, "a whole number of at least 0"),
+        ("first_refresh", True, "a whole number of at least 0"),
+        ("interval", True, "a whole number of at least 1"),
+        ("interval", "10", "a whole number of at least 1"),
+        ("rho", "Auto", "a number, a function of the update count, or 'auto'"),
+    ],
+)
+def test_unknown_choice(name, value, wanted):
+    with pytest.raises(ValueError) as error:
+        SophiaG(**{name: value})
+    assert str(error.value) == f"{name} is {value!r}; it must be {wanted}"
+
+
+def test_a_batch_with_one_number_out_of_range():
+    with pytest.raises(ValueError, match="b1 is "):
+        SophiaG(b1=jnp.asarray([0.9, 1.0]))
 
 
 @pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
@@ -362,17 +587,40 @@ def test_interval_is_no_array():
 
 def test_limits_that_are_allowed():
     Sophia(learning_rate=0, b1=0, b2=0, weight_decay=0, interval=1)
+    Sophia(
+        learning_rate=np.float32(0.1), b1=np.float64(0.9), rho=jnp.asarray(0.1), eps=np.asarray(1e-8), weight_decay=1
+    )
 
 
 def test_defaults():
     g, h = SophiaG(), SophiaH()
     assert (g.learning_rate, g.b1, g.b2, g.rho, g.eps, g.weight_decay) == (6e-4, 0.965, 0.99, 0.05, 1e-12, 0.2)
-    assert (h.rho, h.probe, h.interval) == (0.01, "rademacher", 10)
+    assert (h.rho, h.interval) == (0.01, 10)
+    assert (g.estimator, h.estimator) == (GaussNewtonBartlett(), Hutchinson("rademacher", 1))
+    for optimizer in (g, h):
+        assert (optimizer.denominator, optimizer.refresh_order, optimizer.first_refresh) == ("max", "before", 0)
+        assert not (optimizer.bias_correct_momentum or optimizer.bias_correct_curvature)
+        assert (optimizer.gradient_transform, optimizer.weight_decay_mask) == (None, None)
+
+
+def test_an_estimator_of_ones_own():
+    def estimator(function, model, microbatches, *, key, **given):
+        return function, model, microbatches, key, given
+
+    assert Sophia(estimator=estimator).estimate("f", "m", "parts", key=1) == ("f", "m", "parts", 1, {})
+    assert Sophia(estimator=estimator).estimate("f", "m", key=1, weights=2) == ("f", "m", None, 1, {"weights": 2})
+    with pytest.raises(ValueError, match=r"^estimator is not set; use SophiaG, SophiaH or Sophia\(estimator="):
+        Sophia().estimate("f", "m", key=1)
 
 
 def test_model_without_floating_point_arrays():
     with pytest.raises(ValueError, match="the model has no floating-point array to optimize"):
         SophiaG().init({"steps": jnp.int32(1)})
+
+
+def test_complex_parameters_are_named():
+    with pytest.raises(TypeError, match=r"^model\['z'\] is complex \(complex64\)"):
+        SophiaG().init({"w": jnp.ones(1), "z": jnp.ones(1, jnp.complex64)})
 
 
 def test_other_trees_are_named_by_their_path():
@@ -383,5 +631,47 @@ def test_other_trees_are_named_by_their_path():
         optimizer.update({"w": jnp.ones(2)}, state, params)
     with pytest.raises(ValueError, match=r"h_hat\['w'\] has shape \(3,\), the parameter has \(2,\)"):
         optimizer.refresh(state, {"w": jnp.ones(3), "b": jnp.ones(3)})
-    with pytest.raises(ValueError, match="weight_decay_mask does not fit"):
+    with pytest.raises(ValueError, match=r"weight_decay_mask does not fit the parameters: it has nothing for \['b'\]"):
         SophiaG(weight_decay_mask={"w": True}).update(params, state, params)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rho": "auto", "gradient_transform": optax.ema(0.9)}])
+def test_a_new_state_may_be_donated(settings):
+    """No two of its arrays are one buffer."""
+    optimizer = SophiaG(**settings)
+    params = {"w": jnp.ones(2)}
+    state = optimizer.init(params)
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(set(pointers)) == len(pointers)
+    _, state = jax.jit(optimizer.update, donate_argnums=1)(params, state, params)
+    assert int(state.count) == 1
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_finite_may_be_a_python_bool(finite):
+    optimizer = SophiaG()
+    params = {"w": jnp.ones(2)}
+    updates, state = optimizer.update(params, optimizer.init(params), params, finite=finite)
+    assert (int(state.skipped_updates), bool(updates["w"].any())) == (not finite, finite)
+
+
+def test_a_strongly_typed_b2_leaves_the_curvatures_dtype():
+    with jax.enable_x64(True):
+        params = {"w": jnp.ones(2, jnp.float32)}
+        for b2 in (np.float64(0.99), jnp.float64(0.99)):
+            optimizer = SophiaG(b2=b2)
+            assert optimizer.refresh(optimizer.init(params), params).curvature["w"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("cls", [SophiaG, AdamW, Lion])
+@pytest.mark.parametrize("value", [1.0, optax.clip_by_global_norm])
+def test_a_gradient_transform_that_is_none(cls, value):
+    with pytest.raises(TypeError, match=r"^gradient_transform is "):
+        cls(gradient_transform=value)
+
+
+def test_a_transformation_that_overflows_is_a_gradient_that_is_not_finite():
+    optimizer = SophiaG(gradient_transform=optax.scale(1e39))
+    params = {"w": jnp.ones(2)}
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    assert jnp.isfinite(state.momentum["w"]).all()

@@ -7,6 +7,14 @@ import pytest
 from sophia_levanter.training.loop import StopRequest
 
 
+@pytest.fixture(autouse=True)
+def default_handler():
+    """Ctrl-C's own handler: a process started in the background of a script begins with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_the_first_signal_is_noted_and_the_second_acts():
     with StopRequest() as stop:
         assert stop.signal is None

@@ -1,13 +1,16 @@
 """From settings to optimizers: every field arrives."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import pytest
 
-from sophia_levanter.optim import AdamW, Lion, SophiaG, SophiaH
+from sophia_levanter.optim import AdamW, GaussNewtonBartlett, Hutchinson, Lion, SophiaG, SophiaH, WinRateController
 from sophia_levanter.training.config import AdamWConfig, LionConfig, SophiaGConfig, SophiaHConfig, TrainerConfig
-from sophia_levanter.training.optimizers import build_optimizer, build_step_settings, curvature_microbatches
+from sophia_levanter.training.optimizers import (
+    build_optimizer,
+    build_step_settings,
+    curvature_microbatches,
+    curvature_share,
+)
 
 RATES = {"learning_rate": 0.1, "final_learning_rate": 0.01, "warmup_steps": 10, "weight_decay": 0.3}
 SOPHIA = {
@@ -18,16 +21,33 @@ SOPHIA = {
     "interval": 4,
     "bias_correct_momentum": True,
     "bias_correct_curvature": True,
+    "denominator": "add",
+    "refresh_order": "after",
+    "first_refresh": 3,
 }
+GNB = {"curvature_reduce": "average_then_square", "curvature_max_grad_norm": 2.0}
 CASES = [
-    (SophiaGConfig(**RATES, **SOPHIA), SophiaG, SOPHIA),
-    (SophiaHConfig(**RATES, **SOPHIA, probe="gaussian"), SophiaH, SOPHIA | {"probe": "gaussian"}),
+    (
+        SophiaGConfig(**RATES, **SOPHIA, **GNB),
+        SophiaG,
+        SOPHIA | {"estimator": GaussNewtonBartlett(reduction="average_then_square", max_grad_norm=2.0)},
+    ),
+    (
+        SophiaHConfig(**RATES, **SOPHIA, probe="gaussian", num_probes=3),
+        SophiaH,
+        SOPHIA | {"estimator": Hutchinson("gaussian", 3)},
+    ),
+    (
+        SophiaGConfig(**RATES, **SOPHIA | {"target_win_rate": 0.4}),
+        SophiaG,
+        SOPHIA | {"rho": WinRateController(target=0.4, initial=0.6)},
+    ),
     (AdamWConfig(**RATES, b1=0.8, b2=0.7, eps=1e-5), AdamW, {"b1": 0.8, "b2": 0.7, "eps": 1e-5}),
     (LionConfig(**RATES, b1=0.8, b2=0.7), Lion, {"b1": 0.8, "b2": 0.7}),
 ]
 
 
-@pytest.mark.parametrize(("config", "kind", "fields"), CASES, ids=[kind.__name__ for _, kind, _ in CASES])
+@pytest.mark.parametrize(("config", "kind", "fields"), CASES, ids=["g", "h", "win rate", "adamw", "lion"])
 def test_every_setting_arrives(config, kind, fields):
     optimizer = build_optimizer(config, 110, mask := object())
     assert type(optimizer) is kind
@@ -54,11 +74,23 @@ def test_the_curvature_takes_whole_microbatches(fraction, batch_size, microbatch
     assert curvature_microbatches(SophiaGConfig(curvature_batch_fraction=fraction), trainer) == wanted
 
 
+def test_the_hessian_may_have_smaller_microbatches():
+    trainer = TrainerConfig(batch_size=480, microbatch_size=16)
+    config = SophiaHConfig(curvature_batch_fraction=1 / 15, curvature_microbatch_size=4)
+    assert curvature_microbatches(config, trainer) == 8
+    assert curvature_share(config, trainer) == pytest.approx(1 / 15)
+    assert build_step_settings(config, trainer, None).curvature_microbatch_size == 4
+
+
+def test_the_share_in_effect_is_that_of_whole_microbatches():
+    trainer = TrainerConfig(batch_size=12, microbatch_size=4)
+    assert curvature_share(SophiaGConfig(curvature_batch_fraction=0.5), trainer) == pytest.approx(2 / 3)
+
+
 def test_step_settings():
     trainer = TrainerConfig(batch_size=8, microbatch_size=2, seed=7, compute_dtype="bfloat16", max_grad_norm=0.5)
-    config = dataclasses.replace(SophiaGConfig(), curvature_reduce="average_then_square")
-    settings = build_step_settings(config, trainer, None)
+    settings = build_step_settings(SophiaGConfig(), trainer, None)
     assert (settings.seed, settings.max_grad_norm, settings.curvature_microbatches) == (7, 0.5, 2)
-    assert settings.curvature_reduce == "average_then_square"
+    assert settings.curvature_microbatch_size is None
     assert (settings.policy.param_dtype, settings.policy.compute_dtype) == (jnp.float32, jnp.bfloat16)
     assert build_step_settings(AdamWConfig(), trainer, None).curvature_microbatches is None

@@ -17,7 +17,7 @@ import pytest
 from sophia_levanter.batch import Batch, batch_from_windows
 from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config, decay_mask
 from sophia_levanter.models.huggingface import gpt2_from_state_dict, gpt2_to_state_dict
-from sophia_levanter.optim import AdamW, Lion, SophiaG, SophiaH
+from sophia_levanter.optim import AdamW, GaussNewtonBartlett, Hutchinson, Lion, SophiaG, SophiaH, WinRateController
 from sophia_levanter.optim.schedules import warmup_schedule
 from sophia_levanter.partition import data_mesh, on_mesh, place
 from sophia_levanter.training.step import StepSettings, TrainState, train_step
@@ -25,6 +25,7 @@ from sophia_levanter.training.step import StepSettings, TrainState, train_step
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = Gpt2Config(num_layers=2, num_heads=2, embed_dim=16, seq_len=12, loss_block_size=5, gradient_checkpointing="none")
 VOCAB_SIZE = 50
+AVERAGED = GaussNewtonBartlett(reduction="average_then_square")
 
 
 def jitted(settings: StepSettings, refresh: bool):
@@ -82,8 +83,8 @@ def test_golden_run(name: str, devices: int, num_microbatches: int):
         "weight_decay_mask": decay_mask,
     }
     sophia = "sophiag" in name
-    optimizer = SophiaG(**shared, rho=h["rho"], eps=1e-15) if sophia else AdamW(**shared)
-    settings = StepSettings(optimizer, max_grad_norm=h["grad_clip"], curvature_reduce="average_then_square")
+    optimizer = SophiaG(**shared, rho=h["rho"], eps=1e-15, estimator=AVERAGED) if sophia else AdamW(**shared)
+    settings = StepSettings(optimizer, max_grad_norm=h["grad_clip"])
     mesh = data_mesh(jax.devices()[:devices])
     state = place(TrainState.init(model, optimizer), mesh)
     plain, refreshing = jitted(settings, False), jitted(settings, True)
@@ -160,11 +161,13 @@ def test_a_mesh_changes_neither_gradient_nor_samples(optimizer):
     assert float(out_one.metrics["train/loss"]) == pytest.approx(float(out_four.metrics["train/loss"]), rel=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(), Lion(), SophiaG(), SophiaH()], ids=["adamw", "lion", "g", "h"])
+@pytest.mark.parametrize(
+    "optimizer", [AdamW(), Lion(), SophiaG(estimator=AVERAGED), SophiaH()], ids=["adamw", "lion", "g", "h"]
+)
 def test_microbatches_give_the_gradient_of_the_whole_batch(optimizer):
     refresh = optimizer.refresh_due(0)
-    whole, out_whole = one_step(optimizer, refresh=refresh, curvature_reduce="average_then_square")
-    parts, out_parts = one_step(optimizer, refresh=refresh, num_microbatches=4, curvature_reduce="average_then_square")
+    whole, out_whole = one_step(optimizer, refresh=refresh)
+    parts, out_parts = one_step(optimizer, refresh=refresh, num_microbatches=4)
     assert float(out_whole.metrics["train/loss"]) == pytest.approx(float(out_parts.metrics["train/loss"]), rel=1e-6)
     assert float(out_whole.metrics["train/grad_norm"]) == pytest.approx(
         float(out_parts.metrics["train/grad_norm"]), rel=1e-5
@@ -197,6 +200,43 @@ def test_a_part_of_the_batch_is_its_first_microbatches():
     whole, _ = one_step(SophiaH(), num_microbatches=4)
     assert gap(state.optimizer_state.curvature, first.optimizer_state.curvature) < 1e-4
     assert gap(state.optimizer_state.curvature, whole.optimizer_state.curvature) > 1e-2
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_hessian_is_estimated_in_microbatches_of_its_own(devices):
+    """The same rows and probe, so the same estimate, however the rows are cut and wherever they lie."""
+    wanted, _ = one_step(SophiaH(), batch=batch_from_windows(windows()[:4]))
+    cut, output = one_step(
+        SophiaH(), devices=devices, num_microbatches=2, curvature_microbatch_size=2, curvature_microbatches=2
+    )
+    whole, plain = one_step(SophiaH(), refresh=False)
+    assert gap(wanted.optimizer_state.curvature, cut.optimizer_state.curvature) < 1e-4
+    assert gap(whole.optimizer_state.momentum, cut.optimizer_state.momentum) < 1e-5
+    assert float(plain.metrics["train/loss"]) == pytest.approx(float(output.metrics["train/loss"]), rel=1e-6)
+
+
+def test_an_estimate_may_enter_after_the_update():
+    before, _ = one_step(SophiaG())
+    after, output = one_step(SophiaG(refresh_order="after"))
+    signs, _ = one_step(SophiaG(), refresh=False)
+    assert gap(before.optimizer_state.curvature, after.optimizer_state.curvature) == 0
+    assert gap(signs.model, after.model) == 0
+    assert gap(before.model, after.model) > 0
+    assert float(output.metrics["optim/curvature_norm"]) > 0
+
+
+def test_several_probes_of_the_step_are_those_of_the_estimator():
+    once, _ = one_step(SophiaH(b2=0.0))
+    twice, _ = one_step(SophiaH(b2=0.0, estimator=Hutchinson(num_probes=2)))
+    assert gap(once.optimizer_state.curvature, twice.optimizer_state.curvature) > 1e-2
+
+
+def test_rho_follows_the_win_rate():
+    optimizer = SophiaG(rho=WinRateController(target=0.5, initial=1e-6, gain=1.0))
+    state, output = one_step(optimizer)
+    assert float(output.metrics["optim/rho"]) == pytest.approx(1e-6)
+    state, output = one_step(optimizer, state=state)
+    assert float(output.metrics["optim/rho"]) == pytest.approx(1e-6 * np.exp(0.5), rel=1e-3)
 
 
 def test_gradients_above_the_limit_are_scaled_down_to_it():
@@ -235,7 +275,7 @@ def test_a_non_finite_gradient_changes_nothing_but_counts(optimizer):
         assert int(after.optimizer_state.count) == 2
         assert int(after.optimizer_state.refresh_count) == 1
         assert bool(output.refresh_pending)
-        assert int(after.skipped_refreshes) == 1
+        assert int(after.optimizer_state.skipped_refreshes) == 1
     good, output = one_step(optimizer, refresh=refresh, state=after)
     assert gap(floats(good.model), floats(after.model)) > 0
     assert (int(good.skipped_steps), int(output.skipped_in_a_row)) == (1, 0)
@@ -252,7 +292,7 @@ def test_a_non_finite_estimate_skips_the_refresh_only():
         bad = place(batch_from_windows(windows(), weights), mesh)
         after, output = jitted(StepSettings(optimizer), True)(batch, state, curvature_batch=bad)
     assert bool(output.refresh_pending)
-    assert int(after.skipped_refreshes) == 1
+    assert int(after.optimizer_state.skipped_refreshes) == 1
     assert int(after.skipped_steps) == 0
     assert float(output.metrics["optim/curvature_norm"]) == 0
     assert gap(after.model, state.model) > 0

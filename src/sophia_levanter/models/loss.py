@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sophia_levanter.optim.likelihood import sample_categorical
+from sophia_levanter.optim.categorical import sample_categorical
 
 
 class Targets(NamedTuple):

@@ -4,18 +4,33 @@ Needs jax, equinox and optax, and nothing else of this project.
 """
 
 from sophia_levanter.optim.baselines import AdamW, Lion
-from sophia_levanter.optim.curvature import gauss_newton_bartlett, hutchinson
+from sophia_levanter.optim.gauss_newton import GaussNewtonBartlett, GaussNewtonHutchinson
+from sophia_levanter.optim.hutchinson import Hutchinson
+from sophia_levanter.optim.likelihood import Bernoulli, Categorical, Likelihood, Normal
+from sophia_levanter.optim.microbatch import split_microbatches
 from sophia_levanter.optim.protocol import Optimizer
-from sophia_levanter.optim.sophia import Sophia, SophiaG, SophiaH, SophiaState
+from sophia_levanter.optim.shared_forward import value_grad_and_curvature
+from sophia_levanter.optim.sophia import Sophia, SophiaState
+from sophia_levanter.optim.variants import SophiaG, SophiaH, sophia_g
+from sophia_levanter.optim.win_rate import WinRateController
 
 __all__ = [
     "AdamW",
+    "Bernoulli",
+    "Categorical",
+    "GaussNewtonBartlett",
+    "GaussNewtonHutchinson",
+    "Hutchinson",
+    "Likelihood",
     "Lion",
+    "Normal",
     "Optimizer",
     "Sophia",
     "SophiaG",
     "SophiaH",
     "SophiaState",
-    "gauss_newton_bartlett",
-    "hutchinson",
+    "WinRateController",
+    "sophia_g",
+    "split_microbatches",
+    "value_grad_and_curvature",
 ]

@@ -3,53 +3,93 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import optax
 
-from sophia_levanter.optim.protocol import (
-    PyTree,
-    Scalar,
-    ScalarOrSchedule,
-    WeightDecayMask,
-    check_range,
-    check_same_structure,
-    decay_mask_tree,
-    differentiable,
-)
+from sophia_levanter.optim.checks import check_number, check_parameters, check_same_structure
+from sophia_levanter.optim.gradient_transform import check_gradient_transform, init_transform, transform_gradient
+from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule
+from sophia_levanter.optim.trees import WeightDecayMask, all_finite, decay_mask_tree, differentiable, where
+
+PyTree = Any
+
+
+class BaselineState(NamedTuple):
+    """The state of AdamW and Lion.
+
+    Attributes:
+        optax_state: optax's own.
+        gradient_state: the state of `gradient_transform`, or None.
+    """
+
+    optax_state: PyTree
+    gradient_state: PyTree | None
 
 
 class _OptaxOptimizer(eqx.Module):
     """An optax transformation on the differentiable part of a model."""
 
+    gradient_transform: optax.GradientTransformation | None = eqx.field(default=None, kw_only=True)
+
+    def __check_init__(self) -> None:
+        check_gradient_transform(self.gradient_transform)
+
     @abc.abstractmethod
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for these parameters."""
 
-    def init(self, model: PyTree) -> Any:
-        """optax's state."""
-        params = differentiable(model)
-        return self.transformation(params).init(params)
-
-    def update(self, grads: PyTree, state: Any, model: PyTree) -> tuple[PyTree, Any]:
-        """One step from the gradient of the mean loss: the step to add to the model, and the next state.
+    def init(self, model: PyTree) -> BaselineState:
+        """The state before the first step.
 
         Raises:
-            ValueError: if the gradient's tree is not the model's; names the path.
+            ValueError: if the model has no floating-point leaf.
+            TypeError: if a leaf is complex; names its path.
         """
+        check_parameters(model)
+        params = differentiable(model)
+        return BaselineState(self.transformation(params).init(params), init_transform(self.gradient_transform, params))
+
+    def update(
+        self, grads: PyTree, state: BaselineState, model: PyTree, h_hat: Any = None, *, finite: jax.Array | None = None
+    ) -> tuple[PyTree, BaselineState]:
+        """One step from the gradient of the mean loss: the step to add to the model, and the next state.
+
+        Where the gradient is not finite the step is zero and only counts in the state advance. `finite` says whether
+        it is; it is looked up if not given. `h_hat` is None, here for loops that train with Sophia too.
+
+        Raises:
+            ValueError: if the gradient's tree is not the model's; names the path. If there is an estimate.
+        """
+        if h_hat is not None:
+            raise ValueError(f"h_hat is given, and {type(self).__name__} has no curvature; ask `refresh_due` first")
         params = differentiable(model)
         check_same_structure("grads", grads, params)
-        return self.transformation(params).update(grads, state, params)
+        grads = differentiable(grads)
+        finite = all_finite(grads) if finite is None else jnp.asarray(finite)
+        grads, gradient_state, finite = transform_gradient(
+            self.gradient_transform, grads, state.gradient_state, params, finite
+        )
+        updates, new_state = self.transformation(params).update(grads, state.optax_state, params)
+        # Integer leaves are counts.
+        new_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old) if eqx.is_inexact_array(new) else new,
+            new_state,
+            state.optax_state,
+        )
+        zeros = jax.tree.map(jnp.zeros_like, updates)
+        return where(finite, updates, zeros), BaselineState(new_state, gradient_state)
 
     def refresh_due(self, step: int) -> bool:
         """Never: there is no curvature to estimate."""
         return False
 
-    def metrics(self, state: Any) -> dict[str, jax.Array]:
+    def metrics(self, state: BaselineState) -> dict[str, jax.Array]:
         """`momentum_norm`, the global 2-norm of the first moment as stored."""
-        return {"momentum_norm": optax.tree.norm(optax.tree.get(state, "mu"))}
+        return {"momentum_norm": optax.tree.norm(optax.tree.get(state.optax_state, "mu"))}
 
 
 class AdamW(_OptaxOptimizer):
@@ -62,9 +102,10 @@ class AdamW(_OptaxOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, multiplied by the learning rate.
         weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
+        gradient_transform: an optax transformation that the gradient goes through first; None for none.
 
     Raises:
-        ValueError: if a hyper-parameter that is a concrete number is out of its range.
+        TypeError, ValueError: if a hyper-parameter that is a concrete number is out of its range.
     """
 
     learning_rate: ScalarOrSchedule = 6e-4
@@ -76,7 +117,7 @@ class AdamW(_OptaxOptimizer):
 
     def __check_init__(self) -> None:
         _check_shared(self)
-        check_range("eps", self.eps, low=0)
+        check_number("eps", self.eps, low=0)
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for these parameters."""
@@ -103,7 +144,7 @@ class Lion(_OptaxOptimizer):
 
 
 def _check_shared(optimizer: AdamW | Lion) -> None:
-    check_range("learning_rate", optimizer.learning_rate, low=0)
-    check_range("b1", optimizer.b1, low=0, high=1)
-    check_range("b2", optimizer.b2, low=0, high=1)
-    check_range("weight_decay", optimizer.weight_decay, low=0)
+    check_number("learning_rate", optimizer.learning_rate, low=0, schedule=True)
+    check_number("b1", optimizer.b1, low=0, high=1)
+    check_number("b2", optimizer.b2, low=0, high=1)
+    check_number("weight_decay", optimizer.weight_decay, low=0)

@@ -1,65 +1,247 @@
-"""The categorical likelihood behind Gauss-Newton-Bartlett: draw labels from logits, and score them."""
+"""What a model's outputs say of its targets: draw targets from them, and score targets against them.
+
+Gauss-Newton-Bartlett needs both, since the Gauss-Newton matrix is the expected outer product of the gradient of the
+loss on targets drawn from the model itself (arXiv 2305.14342, section 2.3). A likelihood is any value with the
+methods of `Likelihood`.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import Any, Protocol
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 128
+from sophia_levanter.optim.categorical import categorical_loss, sample_categorical
+from sophia_levanter.optim.checks import check_count, check_number
+from sophia_levanter.optim.named import axis_names, is_named, plain
 
 
-def sample_categorical(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """Labels drawn from softmax(logits) by the inverse of the cumulative distribution, in float32.
+class Likelihood(Protocol):
+    """A distribution of targets given a model's outputs.
 
-    One uniform a position instead of one Gumbel variable a class: several times cheaper for large vocabularies. The
-    cumulative sum is taken over blocks of 128 classes first and then inside the block that was hit.
+    `loss` gives one number a target, so that targets can be weighted or left out; a training loss that goes with it
+    is the (weighted) mean of them.
+    """
+
+    def sample(self, outputs: Any, *, key: jax.Array) -> jax.Array:
+        """Targets drawn from the distribution that the outputs describe."""
+        ...
+
+    def loss(self, outputs: Any, targets: Any) -> jax.Array:
+        """The negative log-likelihood of each target in nats, in float32 or wider."""
+        ...
+
+    def target_axes(self, outputs: Any) -> tuple:
+        """The axes of the losses, for NamedArray outputs; asked for only where weights have named axes too."""
+        ...
+
+
+def check_likelihood(value: Any) -> None:
+    """Raise a TypeError if the value lacks a likelihood's methods, or is a class and no value."""
+    if isinstance(value, type) or not (hasattr(value, "sample") and hasattr(value, "loss")):
+        raise TypeError(f"likelihood is {value!r}; it must be a value such as Categorical(), Bernoulli() or Normal()")
+
+
+class Categorical(eqx.Module):
+    """A class out of several, from logits: softmax cross-entropy.
 
     Args:
-        logits: [..., classes]; -inf for a class that cannot be drawn (one at least must be possible).
-        uniforms: [...] float32 in [0, 1).
+        axis: the class axis of the logits, by position or, for NamedArrays, by name.
+        num_classes: how many of the logits are classes, where the rest is padding, which is never drawn; None for all.
 
-    Returns:
-        int32 labels, [...].
+    Raises:
+        ValueError: on use, if the logits have no such axis.
     """
-    classes = logits.shape[-1]
-    logits = logits.astype(jnp.float32)
-    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    padding = -classes % _BLOCK
-    weights = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, padding)])
-    blocks = weights.reshape(*weights.shape[:-1], -1, _BLOCK)
-    block_sums = jnp.sum(blocks, axis=-1)
-    block_ends = jnp.cumsum(block_sums, axis=-1)
-    target = uniforms * block_ends[..., -1]
-    block = _first_above(block_sums, block_ends, target)
-    hit = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    before = jnp.where(
-        block > 0, jnp.take_along_axis(block_ends, jnp.maximum(block - 1, 0)[..., None], axis=-1)[..., 0], 0
-    )
-    return block * _BLOCK + _first_above(hit, jnp.cumsum(hit, axis=-1), target - before)
+
+    axis: int | str = eqx.field(default=-1, static=True)
+    num_classes: int | None = eqx.field(default=None, static=True)
+
+    def __check_init__(self) -> None:
+        if isinstance(self.axis, bool) or not isinstance(self.axis, int | str):
+            raise TypeError(f"axis is {self.axis!r}; it must be the class axis' position or name")
+        if self.num_classes is not None:
+            check_count("num_classes", self.num_classes)
+
+    def sample(self, outputs: Any, *, key: jax.Array) -> jax.Array:
+        """int32 classes, in the order of the logits' other axes; drawn in float32."""
+        logits = self._logits(outputs)
+        return sample_categorical(logits, jax.random.uniform(key, logits.shape[:-1]))
+
+    def loss(self, outputs: Any, targets: Any) -> jax.Array:
+        """The cross-entropy of each target class.
+
+        Args:
+            outputs: [..., classes] logits, the class axis wherever `axis` says.
+            targets: [...] integers; a NamedArray is brought into the order of the logits' other axes.
+        """
+        logits = self._logits(outputs)
+        if is_named(targets) and is_named(outputs):
+            targets = _in_order(targets, self.target_axes(outputs))
+        targets = jnp.asarray(plain(targets))
+        if not jnp.issubdtype(targets.dtype, jnp.integer):
+            raise TypeError(f"targets of a categorical likelihood are {targets.dtype}; they must be integer classes")
+        _check_target_shape(targets, logits.shape[:-1])
+        return categorical_loss(logits, targets)
+
+    def target_axes(self, outputs: Any) -> tuple:
+        """The axes that targets have, for NamedArray logits."""
+        name = self._axis_of(outputs).name
+        return tuple(axis for axis in outputs.axes if axis.name != name)
+
+    def _axis_of(self, outputs: Any) -> Any:
+        if isinstance(self.axis, str):
+            for axis in outputs.axes:
+                if axis.name == self.axis:
+                    return axis
+            raise ValueError(f"the logits have no axis {self.axis!r}; theirs are {axis_names(outputs)}")
+        if not -len(outputs.axes) <= self.axis < len(outputs.axes):
+            raise ValueError(f"the logits have no axis {self.axis}; theirs are {axis_names(outputs) or 'none'}")
+        return outputs.axes[self.axis]
+
+    def _logits(self, outputs: Any) -> jax.Array:
+        """[..., classes], with the padding at -inf."""
+        if is_named(outputs):
+            logits = outputs.rearrange((*self.target_axes(outputs), self._axis_of(outputs))).array
+        else:
+            logits = jnp.asarray(outputs)
+            if isinstance(self.axis, str):
+                raise ValueError(
+                    f"the class axis is {self.axis!r} and the logits have no named axes; "
+                    f"give its position, as in Categorical(axis=-1)"
+                )
+            if not -logits.ndim <= self.axis < logits.ndim:
+                raise ValueError(
+                    f"the logits have shape {logits.shape} and no axis {self.axis} of classes; "
+                    "a categorical likelihood needs logits [..., classes], not a loss"
+                )
+            logits = jnp.moveaxis(logits, self.axis, -1)
+        _check_floating("logits", logits)
+        classes = logits.shape[-1]
+        if classes < 2 or self.num_classes == 1:
+            raise ValueError(
+                f"the outputs have one class on axis {self.axis!r}, which has no curvature; "
+                "for one number or one logit a target use Normal() or Bernoulli()"
+            )
+        if self.num_classes is None or self.num_classes == classes:
+            return logits
+        if self.num_classes > classes:
+            raise ValueError(f"num_classes is {self.num_classes} and the logits have {classes} on axis {self.axis!r}")
+        return jnp.where(jnp.arange(classes) < self.num_classes, logits, -jnp.inf)
 
 
-def _first_above(weights: jax.Array, ends: jax.Array, target: jax.Array) -> jax.Array:
-    """The first index of positive weight that ends above the target; the last such index where rounding left none.
+class _Elementwise(eqx.Module):
+    """Independent targets, one for each output; the loss of the last `event_ndim` axes is summed."""
 
-    The weights are looked at too because of rounding: a target may come out a little below 0, and a parallel
-    cumulative sum is not quite monotone, so that an index of weight 0 can be the first to end above the target.
-    """
-    positions = jnp.arange(weights.shape[-1], dtype=jnp.int32)
-    possible = weights > 0
-    last = jnp.max(jnp.where(possible, positions, 0), axis=-1, keepdims=True)
-    return jnp.min(jnp.where(possible & (ends > target[..., None]), positions, last), axis=-1)
+    event_ndim: int = eqx.field(default=0, static=True, kw_only=True)
+
+    def __check_init__(self) -> None:
+        check_count("event_ndim", self.event_ndim, low=0)
+
+    def target_axes(self, outputs: Any) -> tuple:
+        """The axes of the losses, for NamedArray outputs."""
+        return outputs.axes[: len(outputs.axes) - self.event_ndim]
+
+    def _outputs(self, outputs: Any) -> jax.Array:
+        array = jnp.asarray(plain(outputs))
+        _check_floating("outputs", array)
+        if array.ndim < self.event_ndim:
+            raise ValueError(f"the outputs have shape {array.shape}, fewer axes than event_ndim={self.event_ndim}")
+        return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+    def _targets(self, outputs: Any, targets: Any) -> jax.Array:
+        if is_named(targets) and is_named(outputs):
+            targets = _in_order(targets, outputs.axes)
+        targets = jnp.asarray(plain(targets))
+        _check_target_shape(targets, jnp.shape(plain(outputs)))
+        return targets
+
+    def _summed(self, losses: jax.Array) -> jax.Array:
+        return jnp.sum(losses, axis=tuple(range(losses.ndim - self.event_ndim, losses.ndim)))
 
 
-def categorical_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """-log softmax(logits)[label], in float32 or wider.
+class Bernoulli(_Elementwise):
+    """Yes or no, from the logit of yes: sigmoid cross-entropy.
 
     Args:
-        logits: [..., classes].
-        labels: [...] integers.
-
-    Returns:
-        [...] losses in nats.
+        event_ndim: how many of the last axes are summed in one target's loss (1 for [row, label] where the training
+            loss is the mean over rows of the sum over labels).
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    def sample(self, outputs: Any, *, key: jax.Array) -> jax.Array:
+        """float32 zeros and ones of the outputs' shape."""
+        logits = self._outputs(outputs)
+        return (jax.random.uniform(key, logits.shape) < jax.nn.sigmoid(logits)).astype(logits.dtype)
+
+    def loss(self, outputs: Any, targets: Any) -> jax.Array:
+        """The cross-entropy of each target.
+
+        Args:
+            outputs: [...] logits.
+            targets: [...] in [0, 1].
+        """
+        logits = self._outputs(outputs)
+        return self._summed(jax.nn.softplus(logits) - self._targets(outputs, targets) * logits)
+
+
+class Normal(_Elementwise):
+    """A real number with the output as mean: squared error over twice the variance, and a constant.
+
+    Args:
+        variance: of the targets around the mean, above 0; a number or an array that broadcasts to the outputs. The mean
+            of (y - output)^2 as a training loss is that of a variance of 1/2.
+        event_ndim: how many of the last axes are summed in one target's loss.
+    """
+
+    variance: Any = 1.0
+
+    def __check_init__(self) -> None:
+        check_number("variance", self.variance, low=0, low_open=True)
+
+    def sample(self, outputs: Any, *, key: jax.Array) -> jax.Array:
+        """float32 or wider numbers of the outputs' shape."""
+        mean = self._outputs(outputs)
+        return mean + jnp.sqrt(self._variance(mean)) * jax.random.normal(key, mean.shape, mean.dtype)
+
+    def loss(self, outputs: Any, targets: Any) -> jax.Array:
+        """The negative log-density of each target.
+
+        Args:
+            outputs: [...] means.
+            targets: [...] numbers.
+        """
+        mean = self._outputs(outputs)
+        variance = self._variance(mean)
+        error = self._targets(outputs, targets) - mean
+        return self._summed(jnp.square(error) / (2 * variance) + 0.5 * jnp.log(2 * math.pi * variance))
+
+    def _variance(self, mean: jax.Array) -> jax.Array:
+        """In the outputs' shape, which the mean has; broadcasting must not make it larger."""
+        variance = jnp.asarray(self.variance, mean.dtype)
+        try:
+            return jnp.broadcast_to(variance, mean.shape)
+        except ValueError as error:
+            raise ValueError(
+                f"variance has shape {variance.shape}, which does not broadcast to the outputs' {mean.shape}"
+            ) from error
+
+
+def _in_order(targets: Any, axes: tuple) -> Any:
+    """The targets with these axes in this order."""
+    if set(targets.axes) != set(axes):
+        wanted = ", ".join(f"{axis.name}: {axis.size}" for axis in axes)
+        raise ValueError(f"the targets have axes {axis_names(targets)}; with these outputs they must be {wanted}")
+    return targets.rearrange(axes)
+
+
+def _check_floating(name: str, array: jax.Array) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"the {name} are {array.dtype}; a likelihood needs floating-point numbers")
+
+
+def _check_target_shape(targets: jax.Array, wanted: tuple[int, ...]) -> None:
+    # Broadcasting would make [rows] and [rows, 1] a loss of [rows, rows].
+    if targets.shape != wanted:
+        raise ValueError(f"the targets have shape {targets.shape}; with these outputs it must be {wanted}")

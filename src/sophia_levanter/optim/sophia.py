@@ -3,57 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 
-from sophia_levanter.optim.curvature import PROBES, gauss_newton_bartlett, hutchinson
-from sophia_levanter.optim.likelihood import categorical_loss, sample_categorical
-from sophia_levanter.optim.protocol import (
-    PyTree,
-    Scalar,
-    ScalarOrSchedule,
-    WeightDecayMask,
-    check_range,
+from sophia_levanter.optim.checks import (
+    check_choice,
+    check_count,
+    check_number,
+    check_parameters,
     check_same_structure,
+    whole_number,
+)
+from sophia_levanter.optim.gradient_transform import check_gradient_transform, init_transform, transform_gradient
+from sophia_levanter.optim.optax_interop import as_optax
+from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule, value_at
+from sophia_levanter.optim.trees import (
+    WeightDecayMask,
+    all_finite,
     decay_mask_tree,
     differentiable,
-    value_at,
+    norm,
+    total,
 )
+from sophia_levanter.optim.win_rate import WinRateController, rho_or_controller
 
-SophiaT = TypeVar("SophiaT", bound="Sophia")
+PyTree = Any
+Estimator = Callable[..., PyTree]
+DENOMINATORS = ("max", "add")
+REFRESH_ORDERS = ("before", "after")
 
 
-class SophiaState(eqx.Module):
-    """The state of Sophia-G and Sophia-H.
+class SophiaState(NamedTuple):
+    """The state of Sophia.
 
     Attributes:
         count: int32 scalar, updates so far.
         refresh_count: int32 scalar, refreshes of the curvature so far.
         momentum: m, like the model's differentiable part, in its dtypes.
         curvature: h, the same shapes in at least float32: an average with weight 0.01 would be lost in bfloat16.
+        refresh_pending: bool scalar, the last refresh was skipped: try again at the next step.
+        skipped_updates: int32 scalar, updates whose gradient was not finite; they changed nothing but counts.
+        skipped_refreshes: int32 scalar, refreshes whose estimate was not finite.
+        rho: float32 scalar with a `WinRateController`, or None.
+        gradient_state: the state of `gradient_transform`, or None.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of that name, which optax hides too
     refresh_count: jax.Array
     momentum: PyTree
     curvature: PyTree
+    refresh_pending: jax.Array
+    skipped_updates: jax.Array
+    skipped_refreshes: jax.Array
+    rho: Any
+    gradient_state: PyTree | None
 
 
 class Sophia(eqx.Module):
-    """What Sophia-G and Sophia-H share: everything but the estimator.
+    """Sophia with an estimator of one's own; `SophiaG` and `SophiaH` are it with the paper's two.
 
         m     <- b1 m + (1 - b1) g                       every step
         h     <- b2 h + (1 - b2) h_hat                   every `interval` steps, before the update
         theta <- theta - lr wd theta - lr clip(m / max(rho h, eps), -1, 1)
 
+    Where the gradient is not finite, an update is zero and leaves m and h; where an estimate is not finite, h stays,
+    and `state.refresh_pending` asks for another one. Both are counted in the state, and nothing is raised.
+
     Args:
         learning_rate: a number or a function of the update count.
         b1: decay of m, in [0, 1).
         b2: decay of h per refresh, in [0, 1).
-        rho: scale of h, above 0; a number or a function of the update count. The paper calls it gamma.
+        rho: scale of h, above 0: a number, a function of the update count, a `WinRateController`, or "auto" for one
+            with its defaults. The paper calls it gamma.
         eps: floor of rho h, above 0. Where h is negative or tiny the step is the sign of m.
         weight_decay: decoupled decay, multiplied by the learning rate; a number or a function of the update count.
         interval: updates between two refreshes, at least 1.
@@ -61,50 +86,126 @@ class Sophia(eqx.Module):
         bias_correct_momentum: use m / (1 - b1^count) in the update.
         bias_correct_curvature: use h / (1 - b2^refresh_count) in the update. Uncorrected, h reaches 63 % of its value
             only after 1 / (1 - b2) refreshes, and steps are too long by as much.
+        denominator: `max` for max(rho h, eps); `add` for rho h + eps, which flips the step's sign where rho h < -eps.
+        refresh_order: whether an estimate given to `update` enters h `before` that update or `after` it.
+        first_refresh: the first step at which a refresh is due.
+        gradient_transform: an optax transformation that the gradient goes through first, such as
+            `optax.clip_by_global_norm(1.0)`; None for none.
+        estimator: what `estimate` calls: (function of the model, model, microbatches, key=...) -> h_hat.
 
     Raises:
-        ValueError: if a hyper-parameter that is a concrete number is out of its range.
+        TypeError, ValueError: if a hyper-parameter is of the wrong kind, or a concrete number out of its range.
     """
 
     learning_rate: ScalarOrSchedule = 6e-4
     b1: Scalar = 0.965
     b2: Scalar = 0.99
-    rho: ScalarOrSchedule = 0.05
+    rho: ScalarOrSchedule | WinRateController = eqx.field(default=0.05, converter=rho_or_controller(0.05))
     eps: Scalar = 1e-12
     weight_decay: ScalarOrSchedule = 0.2
-    interval: int = eqx.field(default=10, static=True)
+    interval: int = eqx.field(default=10, static=True, converter=whole_number)
     weight_decay_mask: WeightDecayMask = None
     bias_correct_momentum: bool = eqx.field(default=False, static=True)
     bias_correct_curvature: bool = eqx.field(default=False, static=True)
+    denominator: str = eqx.field(default="max", static=True)
+    refresh_order: str = eqx.field(default="before", static=True)
+    first_refresh: int = eqx.field(default=0, static=True, converter=whole_number)
+    gradient_transform: optax.GradientTransformation | None = None
+    estimator: Estimator | None = None
 
     def __check_init__(self) -> None:
-        check_range("learning_rate", self.learning_rate, low=0)
-        check_range("b1", self.b1, low=0, high=1)
-        check_range("b2", self.b2, low=0, high=1)
-        check_range("rho", self.rho, low=0, low_open=True)
-        check_range("eps", self.eps, low=0, low_open=True)
-        check_range("weight_decay", self.weight_decay, low=0)
-        if not isinstance(self.interval, int) or self.interval < 1:
-            raise ValueError(f"interval is {self.interval!r}; it must be a whole number of at least 1")
+        check_number("learning_rate", self.learning_rate, low=0, schedule=True)
+        check_number("b1", self.b1, low=0, high=1)
+        check_number("b2", self.b2, low=0, high=1)
+        if not isinstance(self.rho, WinRateController):
+            check_number("rho", self.rho, low=0, low_open=True, schedule=True)
+        check_number("eps", self.eps, low=0, low_open=True)
+        check_number("weight_decay", self.weight_decay, low=0, schedule=True)
+        check_count("interval", self.interval)
+        check_count("first_refresh", self.first_refresh, low=0)
+        check_choice("denominator", self.denominator, DENOMINATORS)
+        check_choice("refresh_order", self.refresh_order, REFRESH_ORDERS)
+        check_gradient_transform(self.gradient_transform)
+        if self.estimator is not None and not callable(self.estimator):
+            raise TypeError(f"estimator is {self.estimator!r}; it must be a function, such as GaussNewtonBartlett()")
+        for name in ("bias_correct_momentum", "bias_correct_curvature"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
 
     def init(self, model: PyTree) -> SophiaState:
         """m = 0 and h = 0.
 
         Raises:
             ValueError: if the model has no floating-point leaf.
+            TypeError: if a leaf is complex; names its path.
         """
-        params = differentiable(model)
-        if not jax.tree.leaves(params):
-            raise ValueError("the model has no floating-point array to optimize")
+        check_parameters(model)
+        return self._init_params(differentiable(model))
+
+    def _init_params(self, params: PyTree) -> SophiaState:
+        """The same for parameters of which none may be left, as in a group of `optax.multi_transform`."""
+
+        def zero() -> jax.Array:
+            """One array each, so that a state can be donated."""
+            return jnp.zeros((), jnp.int32)
+
         return SophiaState(
-            count=jnp.zeros((), jnp.int32),
-            refresh_count=jnp.zeros((), jnp.int32),
+            count=zero(),
+            refresh_count=zero(),
             momentum=jax.tree.map(jnp.zeros_like, params),
             curvature=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params),
+            refresh_pending=jnp.zeros((), bool),
+            skipped_updates=zero(),
+            skipped_refreshes=zero(),
+            rho=self.rho.start() if isinstance(self.rho, WinRateController) else None,
+            gradient_state=init_transform(self.gradient_transform, params),
         )
 
-    def update(self, grads: PyTree, state: SophiaState, model: PyTree) -> tuple[PyTree, SophiaState]:
+    def estimate(
+        self,
+        function: Callable[..., Any],
+        model: PyTree,
+        microbatches: PyTree = None,
+        *,
+        key: jax.Array,
+        weights: Any = None,
+    ) -> PyTree:
+        """What `estimator` gives: an estimate of the curvature's diagonal, like the model's differentiable part.
+
+        Args:
+            function: of the model, or of the model and a microbatch. For `SophiaG` it gives the outputs (logits
+                [..., classes] for the categorical likelihood), for `SophiaH` the scalar mean loss.
+            model: any pytree.
+            microbatches: a pytree of arrays [microbatch, ...] to go through one by one; None for a single pass.
+            key: a jax random key for the sampled targets, or the probe.
+            weights: for `SophiaG` of each target in the mean loss, 0 to leave it out; for `SophiaH` of each microbatch.
+
+        Raises:
+            ValueError: if the optimizer has no estimator, or the function gives something of the wrong shape.
+            TypeError: if it gives something of the wrong kind, or cannot be differentiated as the estimator needs.
+        """
+        if self.estimator is None:
+            raise ValueError("estimator is not set; use SophiaG, SophiaH or Sophia(estimator=...)")
+        given = {} if weights is None else {"weights": weights}
+        return self.estimator(function, model, microbatches, key=key, **given)
+
+    def update(
+        self,
+        grads: PyTree,
+        state: SophiaState,
+        model: PyTree,
+        h_hat: PyTree | None = None,
+        *,
+        finite: jax.Array | None = None,
+    ) -> tuple[PyTree, SophiaState]:
         """One step from the gradient of the mean loss.
+
+        Args:
+            grads: the gradient, like the model's differentiable part.
+            state: the state before.
+            model: the model before.
+            h_hat: an estimate to refresh the curvature with, before or after the update as `refresh_order` says.
+            finite: bool scalar, whether the gradient is finite; looked up if not given.
 
         Returns:
             The step to add to the model (`eqx.apply_updates`), and the next state.
@@ -114,141 +215,131 @@ class Sophia(eqx.Module):
         """
         params = differentiable(model)
         check_same_structure("grads", grads, params)
-        momentum = jax.tree.map(lambda m, g: (self.b1 * m + (1 - self.b1) * g).astype(m.dtype), state.momentum, grads)
-        state_after = SophiaState(state.count + 1, state.refresh_count, momentum, state.curvature)
-        learning_rate = value_at(self.learning_rate, state.count)
-        decay = learning_rate * value_at(self.weight_decay, state.count)
+        grads = differentiable(grads)
+        finite = all_finite(grads) if finite is None else jnp.asarray(finite)
+        grads, gradient_state, finite = transform_gradient(
+            self.gradient_transform, grads, state.gradient_state, params, finite
+        )
+        state = state._replace(gradient_state=gradient_state)
+        if h_hat is not None and self.refresh_order == "before":
+            state = self.refresh(state, h_hat, finite=finite)
+        updates, state = self._step(grads, state, params, finite)
+        if h_hat is not None and self.refresh_order == "after":
+            state = self.refresh(state, h_hat, finite=finite)
+        return updates, state
 
-        def step(p: jax.Array, m: jax.Array, d: jax.Array, decayed: bool) -> jax.Array:
-            clipped = learning_rate * jnp.clip(m / d, -1, 1)
-            return -(clipped + decay * p if decayed else clipped).astype(p.dtype)
-
-        mask = decay_mask_tree(self.weight_decay_mask, params)
-        return jax.tree.map(step, params, *self._ratio(state_after), mask), state_after
-
-    def refresh(self, state: SophiaState, h_hat: PyTree) -> SophiaState:
+    def refresh(self, state: SophiaState, h_hat: PyTree, *, finite: jax.Array | None = None) -> SophiaState:
         """h <- b2 h + (1 - b2) h_hat.
+
+        Args:
+            state: the state before.
+            h_hat: an estimate of the curvature's diagonal, like the model's differentiable part.
+            finite: bool scalar, whether the step that this belongs to is sound; the estimate is looked through besides.
 
         Raises:
             ValueError: if the estimate's tree is not the curvature's; names the path.
         """
         check_same_structure("h_hat", h_hat, state.curvature)
+        h_hat = differentiable(h_hat)
+        refreshed = all_finite(h_hat) if finite is None else jnp.asarray(finite) & all_finite(h_hat)
         curvature = jax.tree.map(
-            lambda h, new: self.b2 * h + (1 - self.b2) * new.astype(h.dtype), state.curvature, h_hat
+            lambda h, new: jnp.where(refreshed, self.b2 * h + (1 - self.b2) * new.astype(h.dtype), h).astype(h.dtype),
+            state.curvature,
+            h_hat,
         )
-        return SophiaState(state.count, state.refresh_count + 1, state.momentum, curvature)
+        after = state._replace(
+            refresh_count=state.refresh_count + refreshed,
+            curvature=curvature,
+            refresh_pending=~refreshed,
+            skipped_refreshes=state.skipped_refreshes + ~refreshed,
+        )
+        if not isinstance(self.rho, WinRateController):
+            return after
+        # Before the first update m is 0 and says nothing.
+        measured = refreshed & (state.count > 0)
+        steered = self.rho.next(state.rho, self._win_rate(after))
+        return after._replace(rho=jnp.where(measured, steered, state.rho))
 
     def refresh_due(self, step: int) -> bool:
-        """Whether h is refreshed before the update of this step; decided on the host."""
-        return step % self.interval == 0
+        """Whether an estimate is wanted at this step, from its number alone; decided on the host.
+
+        Where `state.refresh_pending` is set, one is wanted besides. To read it the host waits for the device, so a loop
+        does well to look only after steps that had an estimate.
+        """
+        return (step >= self.first_refresh) & ((step - self.first_refresh) % self.interval == 0)
 
     def metrics(self, state: SophiaState) -> dict[str, jax.Array]:
         """float32 scalars of a state after an update.
 
         `win_rate` is the share of coordinates with |m| < rho h, whose step is not clipped,
-        `curvature_nonpositive` the share with h <= 0; the norms are global 2-norms of m and h as stored.
+        `curvature_nonpositive` the share with h <= 0; the norms are global 2-norms of m and h as stored; `rho` is that
+        of the last update, or the controller's, which a refresh changes; `skipped_updates` and `skipped_refreshes` are
+        counts.
         """
-        momentum, denominator = self._ratio(state)
-        size = sum(leaf.size for leaf in jax.tree.leaves(momentum))
+        size = _size(state.momentum)
         return {
-            # Where h is 0, as in rows that no token has reached yet, nothing is won.
-            "win_rate": _total(
-                jax.tree.map(lambda m, d, h: (jnp.abs(m) < d) & (h > 0), momentum, denominator, state.curvature)
-            )
-            / size,
-            "curvature_nonpositive": _total(jax.tree.map(lambda h: h <= 0, state.curvature)) / size,
-            "curvature_norm": _norm(state.curvature),
-            "momentum_norm": _norm(state.momentum),
+            "win_rate": self._win_rate(state),
+            "curvature_nonpositive": total(jax.tree.map(lambda h: h <= 0, state.curvature)) / size,
+            "curvature_norm": norm(state.curvature),
+            "momentum_norm": norm(state.momentum),
+            "rho": jnp.asarray(self._rho(state), jnp.float32),
+            "skipped_updates": state.skipped_updates.astype(jnp.float32),
+            "skipped_refreshes": state.skipped_refreshes.astype(jnp.float32),
         }
+
+    def as_optax(self) -> optax.GradientTransformationExtraArgs:
+        """The same as an optax transformation; `update` takes the estimate as the extra argument `h_hat`.
+
+        It works in `optax.chain`, `optax.multi_transform`, `optax.apply_if_finite` and the like. Estimates are made
+        outside, with `estimate`, and given on the steps where `refresh_due` says so.
+        """
+        return as_optax(self)
+
+    def _step(self, grads: PyTree, state: SophiaState, params: PyTree, finite: jax.Array) -> tuple[PyTree, SophiaState]:
+        momentum = jax.tree.map(
+            lambda m, g: jnp.where(finite, self.b1 * m + (1 - self.b1) * g, m).astype(m.dtype), state.momentum, grads
+        )
+        after = state._replace(
+            count=state.count + 1, momentum=momentum, skipped_updates=state.skipped_updates + ~finite
+        )
+        learning_rate = value_at(self.learning_rate, state.count)
+        decay = learning_rate * value_at(self.weight_decay, state.count)
+
+        def step(p: jax.Array, m: jax.Array, d: jax.Array, decayed: bool) -> jax.Array:
+            clipped = learning_rate * jnp.clip(m / d, -1, 1)
+            return jnp.where(finite, -(clipped + decay * p if decayed else clipped), 0).astype(p.dtype)
+
+        mask = decay_mask_tree(self.weight_decay_mask, params)
+        return jax.tree.map(step, params, *self._ratio(after), mask), after
+
+    def _rho(self, state: SophiaState) -> Scalar:
+        """rho of the last update, for a state after it."""
+        return state.rho if isinstance(self.rho, WinRateController) else value_at(self.rho, state.count - 1)
 
     def _ratio(self, state: SophiaState) -> tuple[PyTree, PyTree]:
         """Numerator and denominator of the clipped ratio, for a state after its update."""
         momentum, curvature = state.momentum, state.curvature
+        # Before the first update and refresh m and h are 0, and stay 0 whatever they are divided by.
         if self.bias_correct_momentum:
-            momentum = _divide(momentum, 1 - self.b1**state.count)
+            momentum = _divide(momentum, 1 - self.b1 ** jnp.maximum(state.count, 1))
         if self.bias_correct_curvature:
-            # Before the first refresh h is 0, and stays 0 whatever it is divided by.
             curvature = _divide(curvature, 1 - self.b2 ** jnp.maximum(state.refresh_count, 1))
-        rho = value_at(self.rho, state.count - 1)
+        rho = self._rho(state)
+        if self.denominator == "add":
+            return momentum, jax.tree.map(lambda h: rho * h + self.eps, curvature)
         return momentum, jax.tree.map(lambda h: jnp.maximum(rho * h, self.eps), curvature)
 
-
-class SophiaG(Sophia):
-    """Sophia with the Gauss-Newton-Bartlett estimator; h never is negative. See `Sophia` for the arguments."""
-
-    def estimate(
-        self: SophiaT,
-        outputs_fn: Callable[[Any], jax.Array],
-        model: PyTree,
-        *,
-        key: jax.Array,
-        weights: jax.Array | None = None,
-    ) -> PyTree:
-        """B * g^2 for a classifier (Algorithm 2), with labels drawn from its own softmax in float32.
-
-        Args:
-            outputs_fn: model -> logits [..., classes].
-            model: any pytree.
-            key: a jax random key for the labels.
-            weights: [...] weight of each position in the mean loss, 0 to leave it out; 1 each if not given.
-
-        Returns:
-            An estimate of the Gauss-Newton diagonal of the (weighted) mean loss, like the differentiable part.
-        """
-
-        def sampled_loss(model: PyTree, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logits = outputs_fn(model)
-            labels = sample_categorical(jax.lax.stop_gradient(logits), jax.random.uniform(key, logits.shape[:-1]))
-            losses = categorical_loss(logits, labels)
-            w = jnp.ones_like(losses) if weights is None else jnp.broadcast_to(weights, losses.shape)
-            num_targets = jnp.sum(w)
-            # A position of weight w adds w g^2 to the diagonal, so its gradient enters with the root of w.
-            return jnp.sum(losses * jnp.sqrt(w)) / num_targets, num_targets
-
-        return gauss_newton_bartlett(sampled_loss, model, key=key)
+    def _win_rate(self, state: SophiaState) -> jax.Array:
+        """Where h is 0, as in rows that no token has reached yet, nothing is won."""
+        momentum, denominator = self._ratio(state)
+        unclipped = jax.tree.map(lambda m, d, h: (jnp.abs(m) < d) & (h > 0), momentum, denominator, state.curvature)
+        return total(unclipped) / _size(momentum)
 
 
-class SophiaH(Sophia):
-    """Sophia with Hutchinson's estimator; h may be negative, where the step is a sign step. See `Sophia`.
-
-    Args:
-        probe: the random direction's distribution: `rademacher` (lower variance) or `gaussian` (the paper's).
-    """
-
-    rho: ScalarOrSchedule = 0.01
-    probe: str = eqx.field(default="rademacher", static=True)
-
-    def __check_init__(self) -> None:
-        if self.probe not in PROBES:
-            raise ValueError(f"probe is {self.probe!r}; it must be one of {', '.join(PROBES)}")
-
-    def estimate(self, loss_fn: Callable[[Any], jax.Array], model: PyTree, *, key: jax.Array) -> PyTree:
-        """u * (H u) (Algorithm 1).
-
-        Args:
-            loss_fn: model -> scalar mean loss.
-            model: any pytree.
-            key: a jax random key for u.
-
-        Returns:
-            An estimate of the Hessian's diagonal, like the differentiable part.
-        """
-        return hutchinson(loss_fn, model, key=key, probe=self.probe)
+def _size(tree: PyTree) -> int:
+    """The number of coordinates; 1 where there is none, since it divides."""
+    return max(1, sum(leaf.size for leaf in jax.tree.leaves(tree)))
 
 
 def _divide(tree: PyTree, by: Scalar) -> PyTree:
     return jax.tree.map(lambda x: x / by, tree)
-
-
-def _total(tree: PyTree) -> jax.Array:
-    """The sum over all leaves, in at least float32."""
-    return sum((jnp.sum(_widened(leaf)) for leaf in jax.tree.leaves(tree)), start=jnp.zeros((), jnp.float32))
-
-
-def _norm(tree: PyTree) -> jax.Array:
-    """The global 2-norm, in at least float32."""
-    return jnp.sqrt(_total(jax.tree.map(lambda x: jnp.square(_widened(x)), tree)))
-
-
-def _widened(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

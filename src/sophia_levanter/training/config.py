@@ -24,6 +24,11 @@ def _check_positive(field: str, value: float) -> None:
         raise InputError(f"{field} is {value}; it must be above 0")
 
 
+def _check_at_least_1(field: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"{field} is {value}; it must be at least 1")
+
+
 def _check_beta(field: str, value: float) -> None:
     if not 0 <= value < 1:
         raise InputError(f"{field} is {value}; it must be in [0, 1)")
@@ -69,6 +74,10 @@ class SophiaConfig(OptimizerConfig):
     bias_correct_momentum: bool = False  # divide m by 1 - b1^steps
     bias_correct_curvature: bool = False  # divide h by 1 - b2^refreshes
     curvature_batch_fraction: float = 1.0  # part of the batch that refreshes the curvature, in whole microbatches
+    target_win_rate: float | None = None  # steer rho, from its value here, so that this share of steps is unclipped
+    denominator: str = "max"  # max(rho * h, eps); or add, rho * h + eps, as in the authors' code
+    refresh_order: str = "before"  # a new estimate enters h before the step's update; or after it
+    first_refresh: int = 0  # the first step that refreshes the curvature
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,8 +86,13 @@ class SophiaConfig(OptimizerConfig):
         _check_positive("optimizer.rho", self.rho)
         if not self.eps >= SMALLEST_EPS:
             raise InputError(f"optimizer.eps is {self.eps}; it must be at least {SMALLEST_EPS}, or float32 makes it 0")
-        if self.interval < 1:
-            raise InputError(f"optimizer.interval is {self.interval}; it must be at least 1")
+        _check_at_least_1("optimizer.interval", self.interval)
+        if self.first_refresh < 0:
+            raise InputError(f"optimizer.first_refresh is {self.first_refresh}; it must not be negative")
+        if self.target_win_rate is not None and not 0 < self.target_win_rate < 1:
+            raise InputError(f"optimizer.target_win_rate is {self.target_win_rate}; it must be in (0, 1)")
+        _check_choice("optimizer.denominator", self.denominator, ("max", "add"))
+        _check_choice("optimizer.refresh_order", self.refresh_order, ("before", "after"))
         if not 0 < self.curvature_batch_fraction <= 1:
             raise InputError(
                 f"optimizer.curvature_batch_fraction is {self.curvature_batch_fraction}; it must be in (0, 1]"
@@ -92,10 +106,13 @@ class SophiaGConfig(SophiaConfig):
 
     curvature_batch_fraction: float = 0.5  # part of the batch that refreshes the curvature, in whole microbatches
     curvature_reduce: str = "square_then_average"  # of microbatch gradients; or average_then_square, as the authors do
+    curvature_max_grad_norm: float | None = None  # clip the sampled gradient to this norm; 1.0 in the authors' code
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("optimizer.curvature_reduce", self.curvature_reduce, CURVATURE_REDUCTIONS)
+        if self.curvature_max_grad_norm is not None:
+            _check_positive("optimizer.curvature_max_grad_norm", self.curvature_max_grad_norm)
 
 
 @OptimizerConfig.register_subclass("sophia_h")
@@ -105,11 +122,16 @@ class SophiaHConfig(SophiaConfig):
 
     rho: float = 0.01  # scale of the curvature; coordinates with |m| >= rho * h take a clipped step
     probe: str = "rademacher"  # distribution of the random direction; or gaussian, as in the paper
+    num_probes: int = 1  # random directions that an estimate is averaged over
     curvature_batch_fraction: float = 0.07  # part of the batch that refreshes the curvature, in whole microbatches
+    curvature_microbatch_size: int | None = None  # rows at one time in the curvature's pass; none: as the gradient's
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("optimizer.probe", self.probe, ("rademacher", "gaussian"))
+        _check_at_least_1("optimizer.num_probes", self.num_probes)
+        if self.curvature_microbatch_size is not None:
+            _check_at_least_1("optimizer.curvature_microbatch_size", self.curvature_microbatch_size)
 
 
 @OptimizerConfig.register_subclass("adamw")

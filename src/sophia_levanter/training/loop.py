@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from sophia_levanter.batch import Batch, batch_from_windows
 from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.optim import Sophia
 from sophia_levanter.partition import on_mesh, place
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
@@ -160,7 +161,7 @@ class Loop:
         started = time.perf_counter()
         compiled = []
         # An optimizer without curvature never asks for the second step.
-        kinds = (False, True) if self.settings.optimizer.refresh_due(0) else (False,)
+        kinds = (False, True) if isinstance(self.settings.optimizer, Sophia) else (False,)
         self.console.line(f"compiling {len(kinds)} training step(s)")
         for refresh in kinds:
             step: Any = eqx.filter_jit(partial(train_step, self.settings, refresh), donate="all-except-first")

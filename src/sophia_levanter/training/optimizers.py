@@ -7,9 +7,18 @@ from typing import Any
 import jmp
 import optax
 
-from sophia_levanter.optim import AdamW, Lion, Optimizer, SophiaG, SophiaH
-from sophia_levanter.optim.protocol import WeightDecayMask
+from sophia_levanter.optim import (
+    AdamW,
+    GaussNewtonBartlett,
+    Hutchinson,
+    Lion,
+    Optimizer,
+    SophiaG,
+    SophiaH,
+    WinRateController,
+)
 from sophia_levanter.optim.schedules import warmup_schedule
+from sophia_levanter.optim.trees import WeightDecayMask
 from sophia_levanter.training.config import (
     AdamWConfig,
     LionConfig,
@@ -48,9 +57,11 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int, mask: WeightD
     }
     match config:
         case SophiaGConfig():
-            return SophiaG(**shared, **_sophia_arguments(config))
+            gnb = GaussNewtonBartlett(reduction=config.curvature_reduce, max_grad_norm=config.curvature_max_grad_norm)
+            return SophiaG(**shared, **_sophia_arguments(config), estimator=gnb)
         case SophiaHConfig():
-            return SophiaH(**shared, **_sophia_arguments(config), probe=config.probe)
+            hutchinson = Hutchinson(config.probe, config.num_probes)
+            return SophiaH(**shared, **_sophia_arguments(config), estimator=hutchinson)
         case AdamWConfig():
             return AdamW(**shared, b1=config.b1, b2=config.b2, eps=config.eps)
         case LionConfig():
@@ -59,13 +70,29 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int, mask: WeightD
 
 
 def _sophia_arguments(config: SophiaConfig) -> dict[str, Any]:
-    names = ("b1", "b2", "rho", "eps", "interval", "bias_correct_momentum", "bias_correct_curvature")
-    return {name: getattr(config, name) for name in names}
+    names = ("b1", "b2", "eps", "interval", "bias_correct_momentum", "bias_correct_curvature")
+    switches = ("denominator", "refresh_order", "first_refresh")
+    target = config.target_win_rate
+    rho = config.rho if target is None else WinRateController(target=target, initial=config.rho)
+    return {"rho": rho, **{name: getattr(config, name) for name in (*names, *switches)}}
+
+
+def curvature_microbatch_size(config: SophiaConfig, trainer: TrainerConfig) -> int:
+    """Rows in a microbatch of the pass that estimates the curvature."""
+    own = config.curvature_microbatch_size if isinstance(config, SophiaHConfig) else None
+    return own or trainer.microbatch_size or trainer.batch_size
 
 
 def curvature_microbatches(config: SophiaConfig, trainer: TrainerConfig) -> int:
     """How many whole microbatches come nearest to the wanted part of the batch; at least one."""
-    return max(1, round(config.curvature_batch_fraction * trainer.num_microbatches))
+    return max(
+        1, round(config.curvature_batch_fraction * trainer.batch_size / curvature_microbatch_size(config, trainer))
+    )
+
+
+def curvature_share(config: SophiaConfig, trainer: TrainerConfig) -> float:
+    """The part of the batch that the curvature is estimated on."""
+    return curvature_microbatches(config, trainer) * curvature_microbatch_size(config, trainer) / trainer.batch_size
 
 
 def build_step_settings(config: OptimizerConfig, trainer: TrainerConfig, mask: WeightDecayMask) -> StepSettings:
@@ -76,5 +103,5 @@ def build_step_settings(config: OptimizerConfig, trainer: TrainerConfig, mask: W
         policy=jmp.get_policy(f"params=float32,compute={trainer.compute_dtype},output=float32"),
         max_grad_norm=trainer.max_grad_norm,
         curvature_microbatches=curvature_microbatches(config, trainer) if isinstance(config, SophiaConfig) else None,
-        curvature_reduce=config.curvature_reduce if isinstance(config, SophiaGConfig) else "square_then_average",
+        curvature_microbatch_size=config.curvature_microbatch_size if isinstance(config, SophiaHConfig) else None,
     )

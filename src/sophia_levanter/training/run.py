@@ -24,6 +24,7 @@ from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.partition import abstract, check_batch_divides, data_mesh, place
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
+from sophia_levanter.training.config import SophiaHConfig
 from sophia_levanter.training.evaluation import Evaluator
 from sophia_levanter.training.loop import Loop, StopRequest
 from sophia_levanter.training.optimizers import build_schedule, build_step_settings
@@ -115,6 +116,8 @@ def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console
     rows = trainer.microbatch_size or trainer.batch_size
     field = "trainer.microbatch_size" if trainer.microbatch_size else "trainer.batch_size"
     check_batch_divides(field, rows, mesh)
+    if isinstance(config.optimizer, SophiaHConfig) and config.optimizer.curvature_microbatch_size:
+        check_batch_divides("optimizer.curvature_microbatch_size", config.optimizer.curvature_microbatch_size, mesh)
     data = prepare(config.data, console.line)
     devices = {"device": mesh.devices.flat[0].device_kind, "device_count": mesh.size}
     return Parts(

@@ -15,9 +15,9 @@ from haliax import NamedArray
 
 from sophia_levanter.batch import Batch, count_targets
 from sophia_levanter.models.gpt2 import Gpt2
-from sophia_levanter.optim import Optimizer, Sophia, SophiaG, SophiaH
-from sophia_levanter.optim.curvature import draw_probe, gnb_estimate, gnb_total, hessian_vector_product
-from sophia_levanter.optim.protocol import differentiable, value_at
+from sophia_levanter.optim import GaussNewtonBartlett, Hutchinson, Optimizer, Sophia, split_microbatches
+from sophia_levanter.optim.protocol import value_at
+from sophia_levanter.optim.shared_forward import GradientSums, LossesFn, accumulate
 
 PyTree = Any
 
@@ -29,19 +29,15 @@ class TrainState(eqx.Module):
         step: int32, steps taken.
         model: float32 parameters.
         optimizer_state: the optimizer's own state.
-        refresh_pending: bool, a refresh was due and its estimate or gradient was not finite: try at the next step.
         skipped_steps: int32, steps whose loss or gradient was not finite; they changed nothing but counts.
         skipped_in_a_row: int32, such steps since the last good one.
-        skipped_refreshes: int32, refreshes that did not happen because a number was not finite.
     """
 
     step: jax.Array
     model: Gpt2
     optimizer_state: PyTree
-    refresh_pending: jax.Array
     skipped_steps: jax.Array
     skipped_in_a_row: jax.Array
-    skipped_refreshes: jax.Array
 
     @staticmethod
     def init(model: Gpt2, optimizer: Optimizer) -> TrainState:
@@ -50,7 +46,12 @@ class TrainState(eqx.Module):
         def zero() -> jax.Array:
             return jnp.zeros((), jnp.int32)
 
-        return TrainState(zero(), model, optimizer.init(model), jnp.zeros((), bool), zero(), zero(), zero())
+        return TrainState(zero(), model, optimizer.init(model), zero(), zero())
+
+    @property
+    def refresh_pending(self) -> jax.Array:
+        """bool, a refresh was due and its estimate or gradient was not finite: try at the next step."""
+        return getattr(self.optimizer_state, "refresh_pending", jnp.zeros((), bool))
 
 
 class StepOutput(NamedTuple):
@@ -78,7 +79,8 @@ class StepSettings:
         policy: parameters' and compute dtypes.
         max_grad_norm: global norm above which gradients are scaled down to it; None for no clipping.
         curvature_microbatches: how many of the first microbatches refresh the curvature; None for all.
-        curvature_reduce: how GNB joins microbatches, see `optim.curvature.gnb_total`.
+        curvature_microbatch_size: rows in a microbatch of Hutchinson's pass; None for the gradient's. GNB shares the
+            gradient's forward pass, and so its microbatches.
     """
 
     optimizer: Optimizer
@@ -86,16 +88,7 @@ class StepSettings:
     policy: jmp.Policy = field(default_factory=lambda: jmp.get_policy("float32"))
     max_grad_norm: float | None = 1.0
     curvature_microbatches: int | None = None
-    curvature_reduce: str = "square_then_average"
-
-
-class _Sums(NamedTuple):
-    """Sums over microbatches: loss in nats, number of targets, gradient of the loss, and of GNB's total."""
-
-    loss: jax.Array
-    targets: jax.Array
-    grads: PyTree
-    gnb: PyTree
+    curvature_microbatch_size: int | None = None
 
 
 class _Keys(NamedTuple):
@@ -132,8 +125,7 @@ def train_step(
     """
     keys = _step_keys(settings.seed, state.step)
     sums, h_hat = _gradient_and_curvature(settings, refresh, state.model, batch, curvature_batch, samples, keys)
-    loss = sums.loss / sums.targets
-    grads = jax.tree.map(lambda g: g / sums.targets, sums.grads)
+    loss, grads = sums.mean()
     grad_norm = optax.tree.norm(grads)
     if settings.max_grad_norm is not None:
         scale = jnp.minimum(1.0, settings.max_grad_norm / grad_norm)
@@ -148,7 +140,6 @@ def train_step(
     }
     if refresh:
         metrics |= {f"optim/{name}": value for name, value in optimizer.metrics(new_state.optimizer_state).items()}
-        metrics["optim/skipped_refreshes"] = new_state.skipped_refreshes
     return new_state, StepOutput(metrics, new_state.refresh_pending, new_state.skipped_in_a_row)
 
 
@@ -165,28 +156,28 @@ def _gradient_and_curvature(
     curvature_batch: Batch | None,
     samples: NamedArray | None,
     keys: _Keys,
-) -> tuple[_Sums, PyTree | None]:
+) -> tuple[GradientSums, PyTree | None]:
     """The gradient's sums over the whole batch and, on a refresh, the estimate of the curvature's diagonal."""
     if not refresh:
         return _accumulate(settings, model, batch, keys), None
-    optimizer = settings.optimizer
-    total = batch.tokens.resolve_axis("microbatch").size
-    first, rest = _split(batch, settings.curvature_microbatches or total)
-    if isinstance(optimizer, SophiaH):
-        return _accumulate(settings, model, batch, keys), _hutchinson(settings, model, curvature_batch or first, keys)
-    assert isinstance(optimizer, SophiaG), f"{type(optimizer).__name__} has no curvature to refresh"
+    assert isinstance(settings.optimizer, Sophia), f"{type(settings.optimizer).__name__} has no curvature to refresh"
+    estimator = settings.optimizer.estimator
+    if isinstance(estimator, Hutchinson):
+        source = curvature_batch or _first_rows(settings, batch)
+        return _accumulate(settings, model, batch, keys), _hutchinson(settings, estimator, model, source, keys)
+    assert isinstance(estimator, GaussNewtonBartlett), f"no curvature pass for {type(estimator).__name__}"
+    first, rest = _split(batch, settings.curvature_microbatches or _num_microbatches(batch))
     source = curvature_batch or first
     if samples is None:
         samples = _row_uniforms(keys.curvature, source)
-    curved = _accumulate(settings, model, source, keys, samples=samples)
-    h_hat = gnb_estimate(curved.gnb, curved.targets, settings.curvature_reduce)
+    curved = _accumulate(settings, model, source, keys, samples=samples, estimator=estimator)
+    h_hat = estimator.finished(curved.curvature, curved.num_targets)
     if curvature_batch is not None:
         return _accumulate(settings, model, batch, keys), h_hat
-    curved = curved._replace(gnb=None)
     if rest is None:
         return curved, h_hat
-    offset = first.tokens.resolve_axis("microbatch").size
-    return jax.tree.map(jnp.add, curved, _accumulate(settings, model, rest, keys, offset=offset)), h_hat
+    start = curved._replace(curvature=None)
+    return _accumulate(settings, model, rest, keys, offset=_num_microbatches(first), start=start), h_hat
 
 
 def _accumulate(
@@ -196,65 +187,65 @@ def _accumulate(
     keys: _Keys,
     *,
     samples: NamedArray | None = None,
+    estimator: GaussNewtonBartlett | None = None,
     offset: int = 0,
-) -> _Sums:
-    """Sums over microbatches, one at a time; with samples also GNB's total, from the same forward pass.
+    start: GradientSums | None = None,
+) -> GradientSums:
+    """Sums over microbatches, one at a time; with samples and an estimator also GNB's, from the same forward pass.
 
     Args:
         offset: index of the first of these microbatches in the step's batch, for dropout.
+        start: the sums over the microbatches before.
     """
-
-    def one(microbatch: Batch, samples: NamedArray | None, index: jax.Array) -> _Sums:
-        def losses(model: Gpt2) -> tuple[jax.Array, jax.Array]:
-            key = jax.random.fold_in(keys.dropout, index) if model.config.dropout > 0 else None
-            return settings.policy.cast_to_compute(model).losses(microbatch, samples=samples, key=key)
-
-        (loss, sampled_loss), pull = eqx.filter_vjp(losses, model)
-        (grads,) = pull((jnp.ones_like(loss), jnp.zeros_like(sampled_loss)))
-        gnb = None
-        if samples is not None:
-            (sampled_grads,) = pull((jnp.zeros_like(loss), jnp.ones_like(sampled_loss)))
-            gnb = gnb_total(sampled_grads, settings.curvature_reduce)
-        return _Sums(loss, count_targets(microbatch), grads, gnb)
-
-    return _sum_over_microbatches(one, (batch, samples), offset)
-
-
-def _sum_over_microbatches(one: Any, xs: Any, offset: int = 0) -> Any:
-    """The sum of `one(*slice of xs, index)` over the axis `microbatch`, in a scan that holds one slice at a time."""
-    batch = xs[0]
-    num_microbatches = batch.tokens.resolve_axis("microbatch").size
-
-    def at(index: int | jax.Array) -> Any:
-        slices = jax.tree.map(
-            lambda x: hax.auto_sharded(x["microbatch", index]), xs, is_leaf=lambda x: isinstance(x, NamedArray)
-        )
-        return one(*slices, index + offset)
-
-    if num_microbatches == 1:
-        return at(0)
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(at, 0))
-    total, _ = jax.lax.scan(
-        lambda carry, index: (jax.tree.map(jnp.add, carry, at(index)), None), start, jnp.arange(num_microbatches)
+    indices = offset + jnp.arange(_num_microbatches(batch))
+    microbatches = (batch, samples, indices)
+    return accumulate(
+        _losses_fn(settings, keys), model, microbatches, key=keys.curvature, estimator=estimator, start=start
     )
-    return total
 
 
-def _hutchinson(settings: StepSettings, model: Gpt2, batch: Batch, keys: _Keys) -> PyTree:
-    """u * (H u) of the mean loss; one u for all microbatches, so that they only split the work."""
-    optimizer = settings.optimizer
-    assert isinstance(optimizer, SophiaH)
-    probe = draw_probe(keys.curvature, model, optimizer.probe)
+def _losses_fn(settings: StepSettings, keys: _Keys) -> LossesFn:
+    """(model, microbatch, key) -> mean losses of the true and of sampled labels, and their number."""
 
-    def one(microbatch: Batch, index: jax.Array) -> tuple[PyTree, jax.Array]:
-        def loss(model: Gpt2) -> jax.Array:
-            key = jax.random.fold_in(keys.dropout, index) if model.config.dropout > 0 else None
-            return settings.policy.cast_to_compute(model).losses(microbatch, key=key)[0]
+    def losses(model: Gpt2, microbatch: tuple, _: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        batch, samples, index = microbatch
+        batch, samples = hax.auto_sharded((batch, samples))
+        key = jax.random.fold_in(keys.dropout, index) if model.config.dropout > 0 else None
+        loss, sampled_loss = settings.policy.cast_to_compute(model).losses(batch, samples=samples, key=key)
+        num_targets = count_targets(batch)
+        divisor = jnp.where(num_targets > 0, num_targets, 1)
+        return loss / divisor, sampled_loss / divisor, num_targets
 
-        return hessian_vector_product(loss, model, probe), count_targets(microbatch)
+    return losses
 
-    product, targets = _sum_over_microbatches(one, (batch,))
-    return jax.tree.map(lambda u, hu: u * hu / targets, probe, product)
+
+def _hutchinson(settings: StepSettings, estimator: Hutchinson, model: Gpt2, batch: Batch, keys: _Keys) -> PyTree:
+    losses = _losses_fn(settings, keys)
+    indices = jnp.arange(_num_microbatches(batch))
+    return estimator(
+        lambda model, microbatch: losses(model, microbatch, keys.curvature)[0],
+        model,
+        (batch, None, indices),
+        key=keys.curvature,
+        weights=hax.sum(batch.weights, axis=("batch", "position")).array,
+    )
+
+
+def _num_microbatches(batch: Batch) -> int:
+    return batch.tokens.resolve_axis("microbatch").size
+
+
+def _first_rows(settings: StepSettings, batch: Batch) -> Batch:
+    """The first part of the batch in the microbatches of Hutchinson's pass."""
+    size = settings.curvature_microbatch_size
+    if size is not None:
+        rows = jax.tree.map(
+            lambda x: x.flatten_axes(("microbatch", "batch"), "batch"),
+            batch,
+            is_leaf=lambda x: isinstance(x, NamedArray),
+        )
+        batch, _ = split_microbatches(rows, size)
+    return _split(batch, settings.curvature_microbatches or _num_microbatches(batch))[0]
 
 
 def _split(batch: Batch, first: int) -> tuple[Batch, Batch | None]:
@@ -263,7 +254,7 @@ def _split(batch: Batch, first: int) -> tuple[Batch, Batch | None]:
     def part(where: slice) -> Batch:
         return jax.tree.map(lambda x: x[{"microbatch": where}], batch, is_leaf=lambda x: isinstance(x, NamedArray))
 
-    total = batch.tokens.resolve_axis("microbatch").size
+    total = _num_microbatches(batch)
     return part(slice(0, first)), part(slice(first, total)) if first < total else None
 
 
@@ -280,36 +271,11 @@ def _apply(
     optimizer: Optimizer, state: TrainState, grads: PyTree, h_hat: PyTree | None, finite: jax.Array
 ) -> TrainState:
     """Refresh and update where the numbers are finite; count either way."""
-    optimizer_state, pending = state.optimizer_state, state.refresh_pending
-    skipped_refreshes = state.skipped_refreshes
-    if h_hat is not None:
-        assert isinstance(optimizer, Sophia)
-        refreshed = finite & _all_finite(h_hat)
-        optimizer_state = _where(refreshed, optimizer.refresh(optimizer_state, h_hat), optimizer_state)
-        pending = ~refreshed
-        skipped_refreshes = skipped_refreshes + ~refreshed
-    updates, updated = optimizer.update(grads, optimizer_state, state.model)
-    new_model = _where(finite, eqx.apply_updates(state.model, updates), state.model)
-    # Integer leaves are counts, and those advance even where nothing else changes.
-    updated = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old) if eqx.is_inexact_array(new) else new, updated, optimizer_state
-    )
+    updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.model, h_hat, finite=finite)
     return TrainState(
         step=state.step + 1,
-        model=new_model,
-        optimizer_state=updated,
-        refresh_pending=pending,
+        model=eqx.apply_updates(state.model, updates),
+        optimizer_state=optimizer_state,
         skipped_steps=state.skipped_steps + ~finite,
         skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-        skipped_refreshes=skipped_refreshes,
     )
-
-
-def _where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """Arrays of `new` where the condition holds, of `old` elsewhere; leaves that are no arrays are those of `old`."""
-    return jax.tree.map(lambda n, o: jnp.where(condition, n, o) if eqx.is_array(n) else o, new, old)
-
-
-def _all_finite(tree: PyTree) -> jax.Array:
-    leaves = jax.tree.leaves(differentiable(tree))
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))

@@ -12,6 +12,7 @@ from sophia_levanter.data.bigram import bigram_bits_per_byte
 from sophia_levanter.models.sampling import generate
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.training.config import SophiaConfig
+from sophia_levanter.training.optimizers import curvature_share
 
 if TYPE_CHECKING:
     from sophia_levanter.training.loop import Loop
@@ -40,10 +41,8 @@ def describe_start(parts: Parts, directory: Path, console: Console) -> None:
         f"on {parts.mesh.size} {parts.mesh.devices.flat[0].device_kind} device(s)"
     )
     if isinstance(config.optimizer, SophiaConfig):
-        used = parts.settings.curvature_microbatches or trainer.num_microbatches
-        console.line(
-            f"curvature: every {config.optimizer.interval} steps, on {used / trainer.num_microbatches:.0%} of the batch"
-        )
+        share = curvature_share(config.optimizer, trainer)
+        console.line(f"curvature: every {config.optimizer.interval} steps, on {share:.0%} of the batch")
     console.line(f"run directory: {directory}")
 
 

@@ -1,0 +1,122 @@
+"""Checks of hyper-parameters and trees, where they are concrete: under `jit` and `vmap` numbers may be tracers."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sophia_levanter.optim.named import plain
+
+PyTree = Any
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float,
+    high: float = math.inf,
+    low_open: bool = False,
+    schedule: bool = False,
+) -> None:
+    """Check that a hyper-parameter is a number in [low, high), or (low, high) with `low_open`.
+
+    Args:
+        name: what the error calls it.
+        value: a number, or an array of them (a batch of optimizers); an array that is traced is taken as it is.
+        low, high, low_open: the range.
+        schedule: whether a function of the update count will do too; its values are not looked at.
+
+    Raises:
+        TypeError: if it is no real number.
+        ValueError: if it is out of range.
+    """
+    if callable(value):
+        if not schedule:
+            raise TypeError(f"{name} is a function; it must be a number")
+        return
+    if isinstance(value, jax.core.Tracer):
+        return
+    is_number = isinstance(value, Real | np.ndarray | jax.Array) and not isinstance(value, bool)
+    array = np.asarray(value) if is_number else np.asarray(False)
+    if not (np.issubdtype(array.dtype, np.integer) or jnp.issubdtype(array.dtype, jnp.floating)):
+        kinds = "a number or a function of the update count" if schedule else "a number"
+        raise TypeError(f"{name} is {value!r}; it must be {kinds}")
+    inside = (low < array if low_open else low <= array) & (array < high)
+    if not inside.all():
+        raise ValueError(f"{name} is {value}; it must be in {'(' if low_open else '['}{low}, {high})")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise a ValueError that lists the choices, if the value is none of them."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def whole_number(value: Any) -> Any:
+    """The value as an int if it is a whole number, itself if not, for `check_count` to complain of."""
+    if isinstance(value, bool | jax.Array):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def check_count(name: str, value: Any, *, low: int = 1) -> None:
+    """Raise a ValueError if the value is no int of at least `low`; jax's arrays, which may be traced, are none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")
+
+
+def check_scalar(name: str, value: Any) -> jax.Array:
+    """The value without named axes, if it is a scalar.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    value = plain(value)
+    if jnp.shape(value) != ():
+        raise ValueError(f"{name} has shape {jnp.shape(value)}; it must be a scalar mean loss, as of jnp.mean")
+    return value
+
+
+def check_parameters(model: PyTree) -> None:
+    """Check that there is something to optimize.
+
+    Raises:
+        ValueError: if the model has no floating-point leaf.
+        TypeError: if a leaf is complex; names its path.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(model, eqx.is_inexact_array))
+    if not leaves:
+        raise ValueError("the model has no floating-point array to optimize; integer and static leaves are left alone")
+    for path, leaf in leaves:
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"model{jax.tree_util.keystr(path)} is complex ({leaf.dtype}); "
+                "keep its real and imaginary part as two real arrays"
+            )
+
+
+def check_same_structure(name: str, tree: PyTree, params: PyTree) -> None:
+    """Raise a ValueError that names the first path where `tree` is not shaped like the parameters."""
+    found, wanted = _shapes(tree), _shapes(params)
+    for path in [*wanted, *found]:
+        if found.get(path) != wanted.get(path):
+            raise ValueError(
+                f"{name}{path} has shape {found.get(path, 'missing')}, the parameter has {wanted.get(path, 'missing')}"
+            )
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(tree, eqx.is_inexact_array))
+    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}

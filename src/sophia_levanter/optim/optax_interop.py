@@ -1,0 +1,61 @@
+"""Sophia as an optax transformation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import optax
+
+from sophia_levanter.optim.trees import differentiable
+
+if TYPE_CHECKING:
+    from sophia_levanter.optim.sophia import Sophia
+
+PyTree = Any
+
+
+def as_optax(optimizer: Sophia) -> optax.GradientTransformationExtraArgs:
+    """A Sophia as an optax transformation.
+
+    Its `update(grads, state, params, h_hat=None)` takes an estimate on the steps where one is due. Under
+    `optax.multi_transform` every group takes its part of the whole `h_hat`; under `optax.MultiSteps` the one given
+    with the last micro step of each counts.
+
+    Args:
+        optimizer: any `Sophia`.
+    """
+
+    def init(params: PyTree) -> Any:
+        return optimizer._init_params(differentiable(params))
+
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        h_hat: PyTree | None = None,
+        finite: jax.Array | None = None,
+        **_: Any,
+    ) -> tuple[PyTree, Any]:
+        if params is None:
+            raise ValueError("params is None; Sophia's update needs the parameters, as in update(grads, state, params)")
+        if h_hat is not None:
+            h_hat = _masked_like(differentiable(updates), h_hat)
+        return optimizer.update(updates, state, params, h_hat, finite=finite)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _masked_like(grads: PyTree, h_hat: PyTree) -> PyTree:
+    """The estimate without what optax masked in the gradient."""
+    if not any(_is_masked(leaf) for leaf in jax.tree.leaves(grads, is_leaf=_is_masked)):
+        return h_hat
+    try:
+        return jax.tree.map(lambda g, h: g if _is_masked(g) else h, grads, h_hat, is_leaf=_is_masked)
+    except ValueError as error:
+        raise ValueError(f"h_hat is not a tree like the parameters: {error}") from error
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
