@@ -1,0 +1,157 @@
+"""What estimators refuse, and how they say so."""
+
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from estimates import (
+    ESTIMATORS,
+    INPUTS,
+    KEY,
+    MODEL,
+    POSITIONS,
+    loss,
+    named_grid,
+)
+from jax.extend.core import Primitive
+
+from sophia_levanter.optim import (
+    Categorical,
+    GaussNewtonBartlett,
+    GaussNewtonHutchinson,
+    Hutchinson,
+)
+from sophia_levanter.optim.hutchinson import draw_probe
+
+doubled = jax.custom_vjp(lambda x: 2 * x)
+doubled.defvjp(lambda x: (2 * x, None), lambda _, c: (2 * c,))
+squared = jax.custom_vjp(lambda x: x**2)
+squared.defvjp(lambda x: (x**2, x), lambda x, c: (doubled(x) * c,))
+plainly_squared = jax.custom_vjp(lambda x: x**2)
+plainly_squared.defvjp(lambda x: (x**2, x), lambda x, c: (2 * x * c,))
+without_jvp = Primitive("without_jvp")
+without_jvp.def_impl(lambda x: x)
+without_jvp.def_abstract_eval(lambda x: x)
+
+
+def called_back(x):
+    return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+def test_a_custom_backward_of_ordinary_operations_has_a_forward_derivative():
+    estimate = Hutchinson()(lambda w: jnp.sum(plainly_squared(w)), jnp.ones(3), key=KEY)
+    assert estimate.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [squared, without_jvp.bind, lambda a: jax.scipy.special.gammainc(a, 2.0), called_back],
+    ids=["custom_vjp", "primitive", "incomplete gamma function", "callback"],
+)
+def test_an_operation_without_forward_derivative_is_refused(operation):
+    with pytest.raises(TypeError, match=r"loss_fn has an operation without a forward derivative.* use one that has it"):
+        Hutchinson()(lambda w: jnp.sum(operation(w)), jnp.ones(3), key=KEY)
+
+
+def test_outputs_without_forward_derivative_are_refused():
+    with pytest.raises(TypeError, match="outputs_fn has an operation without a forward derivative"):
+        GaussNewtonHutchinson()(lambda w: doubled(w), jnp.ones((2, 3)), key=KEY)
+    assert GaussNewtonBartlett()(lambda w: doubled(w), jnp.ones((2, 3)), key=KEY).shape == (2, 3)
+
+
+def test_errors_in_the_loss_itself_are_left_alone():
+    def broken(_):
+        raise TypeError("something else")
+
+    with pytest.raises(TypeError, match=r"^something else"):
+        Hutchinson()(broken, MODEL, key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Hutchinson("uniform"), ValueError, "probe is 'uniform'; it must be one of rademacher, gaussian"),
+        (lambda: GaussNewtonHutchinson(probe=None), ValueError, "probe is None; it must be one of rademacher"),
+        (lambda: draw_probe(KEY, MODEL, "normal"), ValueError, "probe is 'normal'"),
+        (lambda: Hutchinson(num_probes=0), ValueError, "num_probes is 0; it must be a whole number of at least 1"),
+        (lambda: GaussNewtonHutchinson(num_probes=1.5), ValueError, "num_probes is 1.5"),
+        (lambda: GaussNewtonBartlett(reduction="mean"), ValueError, "reduction is 'mean'; it must be one of square_th"),
+        (lambda: GaussNewtonBartlett(max_grad_norm=0), ValueError, r"max_grad_norm is 0; it must be in \(0, inf\)"),
+        (lambda: GaussNewtonBartlett(max_grad_norm="1"), TypeError, "max_grad_norm is '1'; it must be a number"),
+    ],
+)
+def test_bad_settings_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), GaussNewtonHutchinson(), Hutchinson()])
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        ({"count": jnp.int32(1), "text": "text"}, ValueError, "the model has no floating-point array"),
+        (
+            {"a": jnp.ones(2), "b": [jnp.ones(2, jnp.complex64)]},
+            TypeError,
+            r"model\['b'\]\[0\] is complex .*real arrays",
+        ),
+    ],
+)
+def test_models_that_cannot_be_estimated_are_refused(estimator, model, error, message):
+    with pytest.raises(error, match=message):
+        estimator(lambda m: jnp.zeros((2, 3)), model, key=KEY)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (2, 2)])
+def test_a_loss_that_is_no_scalar_is_refused(shape):
+    message = rf"shape \({', '.join(map(str, shape))},?\).* scalar"
+    with pytest.raises(ValueError, match=message):
+        Hutchinson()(lambda w: w, jnp.ones(shape), key=KEY)
+    with pytest.raises(ValueError, match=message):
+        Hutchinson()(lambda w, x: w * x, jnp.ones(shape), jnp.ones(2), key=KEY)
+    with pytest.raises(ValueError, match="sampled_loss .*" + message):
+        GaussNewtonBartlett().from_sampled_loss(lambda w, key: (w, 1), jnp.ones(shape), key=KEY)
+
+
+GNB_AND_GNH = [GaussNewtonBartlett(Categorical("class")), GaussNewtonHutchinson(Categorical("class"))]
+
+
+@pytest.mark.parametrize("estimator", GNB_AND_GNH)
+@pytest.mark.parametrize(
+    "weights",
+    [
+        np.ones(7),
+        np.ones((8, 3)),
+        np.ones((2, 3)),
+        hax.named(np.ones(3), ("class",)),
+        hax.named(np.ones(3), ("other",)),
+        hax.named(np.ones(3), ("row",)),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(estimator, weights):
+    with pytest.raises(ValueError, match="weights"):
+        estimator(named_grid, MODEL, key=KEY, weights=weights)
+
+
+@pytest.mark.parametrize(("estimator", "function"), ESTIMATORS)
+def test_weights_of_another_number_of_microbatches_are_refused(estimator, function):
+    x = jnp.asarray(INPUTS.reshape(2, 4, 3))
+    with pytest.raises(ValueError, match="weights"):
+        estimator(function, MODEL, x, key=KEY, weights=jnp.ones((3,)))
+
+
+def test_weights_of_microbatches_must_be_one_number_each():
+    with pytest.raises(ValueError, match=r"weights have shape \(2, 1\)"):
+        Hutchinson()(loss, MODEL, jnp.asarray(INPUTS.reshape(2, 4, 3)), key=KEY, weights=jnp.ones((2, 1)))
+
+
+def test_weights_without_microbatches_mean_nothing_to_hutchinson():
+    with pytest.raises(ValueError, match=r"weights .* microbatches"):
+        Hutchinson()(loss, MODEL, key=KEY, weights=jnp.ones(POSITIONS))
+
+
+@pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), GaussNewtonHutchinson()])
+def test_a_loss_instead_of_logits_is_refused(estimator):
+    with pytest.raises(ValueError, match=r"a categorical likelihood needs logits .* not a loss"):
+        estimator(loss, MODEL, key=KEY)
