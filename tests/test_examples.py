@@ -63,6 +63,7 @@ def test_char_transformer_looks_back_only():
     assert np.abs(before[40:] - after[40:]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_char_transformer_leaves_padding_out_with_and_without_a_refresh():
     example, optimizer = names_in("char_transformer"), SophiaG()
     model = example["Transformer"](9, jax.random.key(0))

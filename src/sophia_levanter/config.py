@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.training.config import OptimizerConfig, SophiaGConfig, SophiaHConfig, TrainerConfig
+from sophia_levanter.training.config import OptimizerConfig, SophiaConfig, SophiaGConfig, SophiaHConfig, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class TrainConfig:
             raise InputError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than "
                 f"trainer.num_train_steps {self.trainer.num_train_steps}"
+            )
+        if isinstance(self.optimizer, SophiaConfig) and self.optimizer.first_refresh >= self.trainer.num_train_steps:
+            raise InputError(
+                f"optimizer.first_refresh {self.optimizer.first_refresh} is never reached: "
+                f"trainer.num_train_steps is {self.trainer.num_train_steps}"
             )
         own = self.optimizer.curvature_microbatch_size if isinstance(self.optimizer, SophiaHConfig) else None
         if own is not None and self.trainer.batch_size % own:

@@ -13,6 +13,7 @@ from estimates import (
     POSITIONS,
     loss,
     named_grid,
+    outputs_fn,
 )
 from jax.extend.core import Primitive
 
@@ -155,3 +156,39 @@ def test_weights_without_microbatches_mean_nothing_to_hutchinson():
 def test_a_loss_instead_of_logits_is_refused(estimator):
     with pytest.raises(ValueError, match=r"a categorical likelihood needs logits .* not a loss"):
         estimator(loss, MODEL, key=KEY)
+
+
+@pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), GaussNewtonHutchinson(), Hutchinson()])
+@pytest.mark.parametrize("key", [None, 0])
+def test_what_is_no_key_is_refused(estimator, key):
+    with pytest.raises(TypeError, match=r"^key is"):
+        estimator(lambda m: m, jnp.ones(3), key=key)
+
+
+@pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), GaussNewtonHutchinson()])
+@pytest.mark.parametrize(
+    "outputs",
+    [{"a": jnp.ones((2, 3))}, (jnp.ones((2, 3)), 1.0), None, [[1.0, 2.0]]],
+    ids=["dict", "pair", "none", "list"],
+)
+def test_outputs_that_are_no_array_are_refused(estimator, outputs):
+    with pytest.raises(TypeError, match=r"the outputs are a .*; the function must give one array"):
+        estimator(lambda m: outputs, jnp.ones(3), key=KEY)
+
+
+@pytest.mark.parametrize("weights", [-np.ones(8), np.asarray([1.0] * 7 + [-0.5])])
+@pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), GaussNewtonHutchinson()])
+def test_negative_weights_are_refused(estimator, weights):
+    with pytest.raises(ValueError, match="weights have a negative entry"):
+        estimator(outputs_fn, MODEL, key=KEY, weights=weights)
+
+
+@pytest.mark.parametrize("result", [1.0, (1.0, 2.0, 3.0), None])
+def test_a_sampled_loss_gives_two_scalars(result):
+    with pytest.raises(TypeError, match="sampled_loss must give two scalars"):
+        GaussNewtonBartlett().from_sampled_loss(lambda m, key: result, jnp.ones(3), key=KEY)
+
+
+def test_a_mistake_that_mentions_a_tracer_is_left_alone():
+    with pytest.raises(TypeError, match="can only concatenate str"):
+        GaussNewtonHutchinson()(lambda m: "a" + m, jnp.ones(3), key=KEY)

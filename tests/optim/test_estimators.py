@@ -252,3 +252,17 @@ def test_a_likelihood_of_ones_own():
 
     draws = draws_of(lambda key: GaussNewtonBartlett(HeteroscedasticNormal())(outputs, model, key=key))
     assert_mean(draws, np.asarray([0.5, np.e]))  # Fisher's information of a normal distribution: 1/2 and 1/variance
+
+
+@pytest.mark.parametrize("num_probes", [1, 2])
+@pytest.mark.parametrize("microbatches", [None, jnp.arange(2.0)])
+def test_parameters_that_the_gradient_does_not_depend_on_have_no_curvature(num_probes, microbatches):
+    model = {"w": jnp.asarray([1.0, 2.0]), "unused": jnp.ones(3), "linear": jnp.ones(2)}
+
+    def loss(m, _=None):
+        return jnp.sum(m["w"] ** 2) + jnp.sum(m["linear"])
+
+    h_hat = Hutchinson(num_probes=num_probes)(loss, model, microbatches, key=KEY)
+    assert h_hat["w"].tolist() == [2.0, 2.0]
+    assert h_hat["unused"].tolist() == [0.0] * 3
+    assert h_hat["linear"].tolist() == [0.0] * 2

@@ -183,7 +183,7 @@ def named(array=LOGITS, names=NAMES):
     [
         (LOGITS, 3, r"shape \(2, 4, 3\) and no axis 3 of classes"),
         (LOGITS, -4, "no axis -4 of classes"),
-        (np.float32(0.5), -1, r"shape \(\) and no axis -1 of classes; .* not a loss"),
+        (jnp.float32(0.5), -1, r"shape \(\) and no axis -1 of classes; .* not a loss"),
         (LOGITS, "class", "class axis is 'class' and the logits have no named axes; give its position"),
         (named(), "vocab", "the logits have no axis 'vocab'; theirs are batch, position, class"),
         (named(), 3, "the logits have no axis 3; theirs are batch, position, class"),

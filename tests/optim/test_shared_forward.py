@@ -9,7 +9,14 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from sophia_levanter.optim import Bernoulli, Categorical, GaussNewtonBartlett, Normal, value_grad_and_curvature
+from sophia_levanter.optim import (
+    Bernoulli,
+    Categorical,
+    GaussNewtonBartlett,
+    Hutchinson,
+    Normal,
+    value_grad_and_curvature,
+)
 from sophia_levanter.optim.gauss_newton import REDUCTIONS
 from sophia_levanter.optim.shared_forward import accumulate
 
@@ -318,3 +325,33 @@ def test_a_loss_that_is_no_scalar_is_refused(which, name, shape):
 def test_models_that_cannot_be_differentiated_are_refused(model, error, message):
     with pytest.raises(error, match=message):
         value_grad_and_curvature(lambda m, key: (0.0, 0.0, 1), model, key=KEY, estimator=GaussNewtonBartlett())
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_missing_values_may_be_nan_where_the_weight_is_zero(named):
+    estimator = GaussNewtonBartlett(Normal())
+    x, weights = normal(4, 3), jnp.asarray([1.0, 0.0, 1.0, 1.0])
+
+    def losses(targets):
+        def of_model(w, key):
+            outputs, y, used = x @ w, targets, weights
+            if named:
+                outputs, y, used = (hax.named(a, ("row",)) for a in (outputs, y, used))
+            return estimator.losses(outputs, y, key=key, weights=used)
+
+        return value_grad_and_curvature(of_model, jnp.ones(3), key=KEY, estimator=estimator)
+
+    full = jnp.arange(4.0)
+    for one, other in zip(losses(full.at[1].set(jnp.nan)), losses(full), strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("result", [1.0, (1.0, 2.0), None])
+def test_losses_that_are_not_three_are_refused(result):
+    with pytest.raises(TypeError, match="losses_fn must give three scalars"):
+        value_grad_and_curvature(lambda m, key: result, jnp.ones(2), key=KEY, estimator=GaussNewtonBartlett())
+
+
+def test_another_estimator_cannot_share_the_forward():
+    with pytest.raises(TypeError, match="only a GaussNewtonBartlett can share"):
+        value_grad_and_curvature(lambda m, key: (1.0, 1.0, 1), jnp.ones(2), key=KEY, estimator=Hutchinson())

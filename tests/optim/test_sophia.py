@@ -10,7 +10,16 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sophia_levanter.optim import AdamW, GaussNewtonBartlett, Hutchinson, Lion, Sophia, SophiaG, SophiaH
+from sophia_levanter.optim import (
+    AdamW,
+    GaussNewtonBartlett,
+    Hutchinson,
+    Lion,
+    Sophia,
+    SophiaG,
+    SophiaH,
+    WinRateController,
+)
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 PLAIN = {"learning_rate": 0.1, "b1": 0.5, "b2": 0.75, "rho": 0.5, "eps": 1e-8, "weight_decay": 0.0}
@@ -675,3 +684,69 @@ def test_a_transformation_that_overflows_is_a_gradient_that_is_not_finite():
     params = {"w": jnp.ones(2)}
     _, state = optimizer.update(params, optimizer.init(params), params)
     assert jnp.isfinite(state.momentum["w"]).all()
+
+
+@pytest.mark.parametrize("finite", [1, "yes", jnp.asarray(1), jnp.ones(2, bool)])
+@pytest.mark.parametrize("cls", [SophiaG, AdamW])
+def test_finite_that_is_no_bool(cls, finite):
+    optimizer, params = cls(), {"w": jnp.ones(2)}
+    with pytest.raises(TypeError, match=r"^finite "):
+        optimizer.update(params, optimizer.init(params), params, finite=finite)
+
+
+@pytest.mark.parametrize("cls", [SophiaG, AdamW])
+@pytest.mark.parametrize("state", [None, {}, optax.adam(0.1).init({"w": jnp.ones(2)})])
+def test_a_state_that_is_none_of_ours(cls, state):
+    params = {"w": jnp.ones(2)}
+    with pytest.raises(TypeError, match=r"^state is a .*; it must be what init\(model\) gave"):
+        cls().update(params, state, params)
+
+
+def test_a_state_of_another_model_or_rho():
+    params = {"w": jnp.ones((3, 4))}
+    with pytest.raises(ValueError, match=r"state.momentum\['w'\] has shape \(1, 4\), the parameter has \(3, 4\)"):
+        SophiaG().update(params, SophiaG().init({"w": jnp.ones((1, 4))}), params)
+    for one, other in ((0.05, "auto"), ("auto", 0.05)):
+        with pytest.raises(ValueError, match=r"state.rho and rho do not go together"):
+            SophiaG(rho=one).update(params, SophiaG(rho=other).init(params), params)
+
+
+def test_complex_trees_and_other_containers_are_refused():
+    optimizer, params = SophiaG(), {"w": jnp.ones(2)}
+    state, wrong = optimizer.init(params), {"w": jnp.ones(2, jnp.complex64)}
+    with pytest.raises(TypeError, match=r"grads\['w'\] is complex"):
+        optimizer.update(wrong, state, params)
+    with pytest.raises(TypeError, match=r"h_hat\['w'\] is complex"):
+        optimizer.refresh(state, wrong)
+    optimizer, params = SophiaG(), [jnp.ones(2)]
+    with pytest.raises(ValueError, match="grads is made of other containers or axes"):
+        optimizer.update((jnp.ones(2),), optimizer.init(params), params)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"learning_rate": lambda count: None}, TypeError, "learning_rate at an update count is None"),
+        ({"rho": lambda count: jnp.ones(2)}, ValueError, r"rho has shape \(2,\); one optimizer has one number"),
+        ({"b1": jnp.asarray([0.9, 0.8])}, ValueError, r"b1 has shape \(2,\); one optimizer has one number"),
+    ],
+)
+def test_what_is_not_one_number_is_refused(settings, error, message):
+    optimizer, params = SophiaG(**settings), {"w": jnp.ones(2)}
+    with pytest.raises(error, match=message):
+        optimizer.update(params, optimizer.init(params), params)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rho": WinRateController}, "rho is "),
+        ({"estimator": GaussNewtonBartlett}, "estimator is "),
+        ({"estimator": 3}, "estimator is "),
+        ({"gradient_transform": optax.GradientTransformation}, "gradient_transform is "),
+        ({"gradient_transform": SophiaH()}, "gradient_transform is "),
+    ],
+)
+def test_classes_and_optimizers_in_the_wrong_place(settings, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        SophiaG(**settings)

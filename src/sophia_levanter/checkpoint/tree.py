@@ -73,7 +73,8 @@ def _check_model(folder: Path, there: dict[str, SavedArray], wanted: dict[str, A
         here = f"{wanted[path].dtype.name}{list(wanted[path].shape)}" if path in wanted else "missing"
         if saved != here:
             raise InputError(
-                f"{folder} is of another model: leaf {path} is {saved} in the checkpoint and {here} in this model; "
+                f"{folder} is of another model or optimizer: leaf {path} is {saved} in the checkpoint "
+                f"and {here} in this run; "
                 "use the configuration it was saved with"
             )
 

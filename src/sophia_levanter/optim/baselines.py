@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sophia_levanter.optim.checks import check_number, check_parameters, check_same_structure
+from sophia_levanter.optim.checks import check_flag, check_number, check_parameters, check_same_structure
 from sophia_levanter.optim.gradient_transform import check_gradient_transform, init_transform, transform_gradient
 from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule
 from sophia_levanter.optim.trees import WeightDecayMask, all_finite, decay_mask_tree, differentiable, where
@@ -66,10 +66,12 @@ class _OptaxOptimizer(eqx.Module):
         """
         if h_hat is not None:
             raise ValueError(f"h_hat is given, and {type(self).__name__} has no curvature; ask `refresh_due` first")
+        if not isinstance(state, BaselineState):
+            raise TypeError(f"state is a {type(state).__name__}; it must be what init(model) gave")
         params = differentiable(model)
         check_same_structure("grads", grads, params)
         grads = differentiable(grads)
-        finite = all_finite(grads) if finite is None else jnp.asarray(finite)
+        finite = all_finite(grads) if finite is None else check_flag("finite", finite)
         grads, gradient_state, finite = transform_gradient(
             self.gradient_transform, grads, state.gradient_state, params, finite
         )

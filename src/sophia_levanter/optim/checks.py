@@ -39,7 +39,7 @@ def check_number(
         TypeError: if it is no real number.
         ValueError: if it is out of range.
     """
-    if callable(value):
+    if callable(value) and not isinstance(value, type):
         if not schedule:
             raise TypeError(f"{name} is a function; it must be a number")
         return
@@ -77,16 +77,50 @@ def check_count(name: str, value: Any, *, low: int = 1) -> None:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")
 
 
-def check_scalar(name: str, value: Any) -> jax.Array:
-    """The value without named axes, if it is a scalar.
+def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, as of jnp.mean") -> jax.Array:
+    """The value as an array without named axes, if it is a real scalar.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if it has axes.
+        TypeError: if it is no real number.
     """
     value = plain(value)
+    array = jnp.asarray(value) if isinstance(value, Real | np.ndarray | jax.Array) else None
+    if array is None or jnp.iscomplexobj(array):
+        raise TypeError(f"{name} is {value!r}; it must be {what}")
+    if array.shape != ():
+        raise ValueError(f"{name} has shape {array.shape}; it must be {what}")
+    return array
+
+
+def check_key(key: Any) -> None:
+    """Raise a TypeError if this is no jax random key; keys of the old kind, uint32 arrays, are."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(f"key is {key!r}; it must be a jax random key, as jax.random.key(0) gives")
+
+
+def check_flag(name: str, value: Any) -> jax.Array:
+    """The value as a bool scalar.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if not isinstance(value, bool | np.bool_ | jax.Array | np.ndarray) or jnp.asarray(value).dtype != bool:
+        raise TypeError(f"{name} is {value!r}; it must be a bool")
     if jnp.shape(value) != ():
-        raise ValueError(f"{name} has shape {jnp.shape(value)}; it must be a scalar mean loss, as of jnp.mean")
-    return value
+        raise TypeError(f"{name} has shape {jnp.shape(value)}; it must be one bool")
+    return jnp.asarray(value)
+
+
+def check_not_negative(name: str, values: Any) -> None:
+    """Raise a ValueError if a concrete array has a negative entry, a TypeError if it is complex."""
+    array = plain(values)
+    if array is None or isinstance(array, jax.core.Tracer):
+        return
+    if np.iscomplexobj(array):
+        raise TypeError(f"{name} are complex; they must be real")
+    if (np.asarray(array) < 0).any():
+        raise ValueError(f"{name} have a negative entry; they must be 0 or more")
 
 
 def check_parameters(model: PyTree) -> None:
@@ -98,23 +132,41 @@ def check_parameters(model: PyTree) -> None:
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(model, eqx.is_inexact_array))
     if not leaves:
-        raise ValueError("the model has no floating-point array to optimize; integer and static leaves are left alone")
+        raise ValueError(
+            "the model has no floating-point array to optimize; integer and static leaves are left alone, "
+            "and Python numbers too (make them arrays with jnp.asarray)"
+        )
+    check_real("model", model)
+
+
+def check_real(name: str, tree: PyTree) -> None:
+    """Raise a TypeError that names the path of the first complex leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(tree, eqx.is_inexact_array))
     for path, leaf in leaves:
         if jnp.iscomplexobj(leaf):
             raise TypeError(
-                f"model{jax.tree_util.keystr(path)} is complex ({leaf.dtype}); "
+                f"{name}{jax.tree_util.keystr(path)} is complex ({leaf.dtype}); "
                 "keep its real and imaginary part as two real arrays"
             )
 
 
 def check_same_structure(name: str, tree: PyTree, params: PyTree) -> None:
-    """Raise a ValueError that names the first path where `tree` is not shaped like the parameters."""
+    """Check that `tree` is one of real arrays shaped like the parameters.
+
+    Raises:
+        ValueError: names the first path where it is not, or says that it is made of other containers.
+        TypeError: names the path of a complex leaf.
+    """
+    check_real(name, tree)
     found, wanted = _shapes(tree), _shapes(params)
     for path in [*wanted, *found]:
         if found.get(path) != wanted.get(path):
             raise ValueError(
                 f"{name}{path} has shape {found.get(path, 'missing')}, the parameter has {wanted.get(path, 'missing')}"
             )
+    ours, theirs = (str(jax.tree.structure(eqx.filter(t, eqx.is_inexact_array))) for t in (tree, params))
+    if ours != theirs:
+        raise ValueError(f"{name} is made of other containers or axes than the parameters: {ours}, and not {theirs}")
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

@@ -8,10 +8,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sophia_levanter.optim.checks import (
     check_choice,
     check_count,
+    check_key,
+    check_not_negative,
     check_number,
     check_parameters,
     check_scalar,
@@ -111,11 +114,17 @@ class GaussNewtonBartlett(eqx.Module):
             key: a jax random key for the targets.
         """
         check_parameters(model)
+        check_key(key)
 
         def one(*args: Any) -> tuple[PyTree, jax.Array]:
             def scalar_loss(model: PyTree) -> tuple[jax.Array, jax.Array]:
-                loss, num_targets = sampled_loss(model, *args)
-                return check_scalar("the first result of sampled_loss", loss), plain(num_targets)
+                results = sampled_loss(model, *args)
+                if not isinstance(results, tuple | list) or len(results) != 2:
+                    raise TypeError(
+                        "sampled_loss must give two scalars: the mean loss on sampled targets, their number"
+                    )
+                loss = check_scalar("the first result of sampled_loss", results[0])
+                return loss, check_scalar("the second result of sampled_loss", results[1], "the number of targets")
 
             loss, pull, num_targets = eqx.filter_vjp(scalar_loss, model, has_aux=True)
             n = jnp.asarray(num_targets, jnp.promote_types(loss.dtype, jnp.float32))
@@ -153,9 +162,16 @@ class GaussNewtonBartlett(eqx.Module):
             key: a jax random key for the sampled targets.
             weights: of each target in the mean; B is their sum.
         """
-        losses = self.likelihood.loss(outputs, targets)
-        w = target_weights(self.likelihood, outputs, losses, weights)
-        return weighted_mean(losses, w, jnp.sum(w)), *self.sampled_loss(outputs, key=key, weights=weights)
+        sampled = self.likelihood.sample(jax.lax.stop_gradient(outputs), key=key)
+        sampled_losses = self.likelihood.loss(outputs, sampled)
+        w = target_weights(self.likelihood, outputs, sampled_losses, weights)
+        targets = _where_used(self.likelihood, outputs, targets, sampled, w)
+        num_targets = jnp.sum(w)
+        return (
+            weighted_mean(self.likelihood.loss(outputs, targets), w, num_targets),
+            weighted_mean(sampled_losses, jnp.sqrt(w), num_targets),
+            num_targets,
+        )
 
     def accumulated(self, grad_sum: PyTree, num_targets: jax.Array) -> PyTree:
         """What one microbatch adds to the running total, in at least float32: G_i^2, or G_i."""
@@ -214,6 +230,7 @@ class GaussNewtonHutchinson(eqx.Module):
         weights: Any = None,
     ) -> PyTree:
         """An estimate of the Gauss-Newton diagonal of the mean loss; the arguments are `GaussNewtonBartlett`'s."""
+        check_key(key)
         probe_key, target_key = jax.random.split(key)
         _check_microbatch_weights(microbatches, weights)
 
@@ -256,6 +273,7 @@ def target_weights(likelihood: Likelihood, outputs: Any, losses: jax.Array, weig
     """
     if weights is None:
         return jnp.ones_like(losses)
+    check_not_negative("weights", weights)
     if is_named(weights) and is_named(outputs):
         axes = likelihood.target_axes(outputs)
         if not set(weights.axes) <= set(axes):
@@ -267,6 +285,20 @@ def target_weights(likelihood: Likelihood, outputs: Any, losses: jax.Array, weig
         return jnp.broadcast_to(array, losses.shape)
     except ValueError as error:
         raise ValueError(f"weights have shape {array.shape}; the targets' is {losses.shape}") from error
+
+
+def _where_used(likelihood: Likelihood, outputs: Any, targets: Any, sampled: jax.Array, weights: jax.Array) -> Any:
+    """The targets, and where the weight is 0 sampled ones: a missing value, marked by nan, has a gradient of nan."""
+    if is_named(targets) and is_named(outputs):
+        axes = likelihood.target_axes(outputs) if sampled.ndim < len(outputs.axes) else outputs.axes
+        if set(axes) != set(targets.axes):
+            return targets
+        targets = targets.rearrange(axes)
+    array = plain(targets)
+    if not isinstance(array, np.ndarray | jax.Array) or array.shape != sampled.shape:
+        return targets
+    used = weights.reshape(weights.shape + (1,) * (array.ndim - weights.ndim)) > 0
+    return jnp.where(used, array, sampled.astype(array.dtype))
 
 
 def weighted_mean(losses: jax.Array, weights: jax.Array, num_targets: jax.Array) -> jax.Array:

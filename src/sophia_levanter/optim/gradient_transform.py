@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from sophia_levanter.optim.checks import check_same_structure
 from sophia_levanter.optim.trees import all_finite, where
 
 PyTree = Any
@@ -14,7 +15,9 @@ PyTree = Any
 
 def check_gradient_transform(value: Any) -> None:
     """Raise a TypeError if the value is neither None nor an optax transformation."""
-    if value is not None and not (hasattr(value, "init") and hasattr(value, "update")):
+    missing = not (hasattr(value, "init") and hasattr(value, "update")) or isinstance(value, type)
+    # Our own optimizers have both, and would turn the step around.
+    if value is not None and (missing or hasattr(value, "refresh_due")):
         raise TypeError(
             f"gradient_transform is {value!r}; "
             "it must be an optax transformation, as optax.clip_by_global_norm(1.0) gives"
@@ -36,5 +39,6 @@ def transform_gradient(
     if transform is None:
         return grads, state, finite
     transformed, new_state = transform.update(grads, state, params)
+    check_same_structure("the gradient after gradient_transform", transformed, params)
     finite = finite & all_finite(transformed)
     return transformed, where(finite, new_state, state), finite

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sophia_levanter.optim.categorical import categorical_loss, sample_categorical
-from sophia_levanter.optim.checks import check_count, check_number
+from sophia_levanter.optim.checks import check_count, check_number, whole_number
 from sophia_levanter.optim.named import axis_names, is_named, plain
 
 
@@ -56,8 +57,8 @@ class Categorical(eqx.Module):
         ValueError: on use, if the logits have no such axis.
     """
 
-    axis: int | str = eqx.field(default=-1, static=True)
-    num_classes: int | None = eqx.field(default=None, static=True)
+    axis: int | str = eqx.field(default=-1, static=True, converter=whole_number)
+    num_classes: int | None = eqx.field(default=None, static=True, converter=whole_number)
 
     def __check_init__(self) -> None:
         if isinstance(self.axis, bool) or not isinstance(self.axis, int | str):
@@ -75,7 +76,8 @@ class Categorical(eqx.Module):
 
         Args:
             outputs: [..., classes] logits, the class axis wherever `axis` says.
-            targets: [...] integers; a NamedArray is brought into the order of the logits' other axes.
+            targets: [...] integers; a NamedArray is brought into the order of the logits' other axes. One that is no
+                class has the loss nan; give it the weight 0.
         """
         logits = self._logits(outputs)
         if is_named(targets) and is_named(outputs):
@@ -84,7 +86,8 @@ class Categorical(eqx.Module):
         if not jnp.issubdtype(targets.dtype, jnp.integer):
             raise TypeError(f"targets of a categorical likelihood are {targets.dtype}; they must be integer classes")
         _check_target_shape(targets, logits.shape[:-1])
-        return categorical_loss(logits, targets)
+        # What is no class has no loss: nan, also for -1, which would count from the end.
+        return categorical_loss(logits, jnp.where(targets < 0, logits.shape[-1], targets))
 
     def target_axes(self, outputs: Any) -> tuple:
         """The axes that targets have, for NamedArray logits."""
@@ -106,7 +109,7 @@ class Categorical(eqx.Module):
         if is_named(outputs):
             logits = outputs.rearrange((*self.target_axes(outputs), self._axis_of(outputs))).array
         else:
-            logits = jnp.asarray(outputs)
+            logits = _one_array(outputs)
             if isinstance(self.axis, str):
                 raise ValueError(
                     f"the class axis is {self.axis!r} and the logits have no named axes; "
@@ -145,7 +148,7 @@ class _Elementwise(eqx.Module):
         return outputs.axes[: len(outputs.axes) - self.event_ndim]
 
     def _outputs(self, outputs: Any) -> jax.Array:
-        array = jnp.asarray(plain(outputs))
+        array = _one_array(plain(outputs))
         _check_floating("outputs", array)
         if array.ndim < self.event_ndim:
             raise ValueError(f"the outputs have shape {array.shape}, fewer axes than event_ndim={self.event_ndim}")
@@ -155,6 +158,8 @@ class _Elementwise(eqx.Module):
         if is_named(targets) and is_named(outputs):
             targets = _in_order(targets, outputs.axes)
         targets = jnp.asarray(plain(targets))
+        if jnp.iscomplexobj(targets):
+            raise TypeError(f"the targets are {targets.dtype}; they must be real")
         _check_target_shape(targets, jnp.shape(plain(outputs)))
         return targets
 
@@ -234,6 +239,15 @@ def _in_order(targets: Any, axes: tuple) -> Any:
         wanted = ", ".join(f"{axis.name}: {axis.size}" for axis in axes)
         raise ValueError(f"the targets have axes {axis_names(targets)}; with these outputs they must be {wanted}")
     return targets.rearrange(axes)
+
+
+def _one_array(outputs: Any) -> jax.Array:
+    if not isinstance(outputs, np.ndarray | jax.Array):
+        raise TypeError(
+            f"the outputs are a {type(outputs).__name__}; the function must give one array "
+            "(where it gives a state too, take the first of the two)"
+        )
+    return jnp.asarray(outputs)
 
 
 def _check_floating(name: str, array: jax.Array) -> None:

@@ -25,8 +25,8 @@ def split_microbatches(
         microbatch_size: rows in a microbatch; it must divide the number of rows.
         fraction: the wanted part of the batch, in (0, 1]; what comes is the nearest number of whole microbatches, but
             at least one.
-        num_devices: over how many devices the rows are spread; a microbatch must divide over them, so that no device
-            is left without a row.
+        num_devices: over how many devices the rows will be spread; a microbatch must divide over them, so that no
+            device is left without a row. Put the result on them with the sharding [None, devices].
 
     Returns:
         The same tree with arrays [microbatch, row, ...], and the share of the batch that it holds.
@@ -36,6 +36,7 @@ def split_microbatches(
     """
     microbatch_size = whole_number(microbatch_size)
     check_count("microbatch_size", microbatch_size)
+    num_devices = whole_number(num_devices)
     check_count("num_devices", num_devices)
     if not isinstance(fraction, Real) or not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction!r}; it must be in (0, 1]")

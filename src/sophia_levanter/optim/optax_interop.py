@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import optax
 
+from sophia_levanter.optim.checks import check_real
 from sophia_levanter.optim.trees import differentiable
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def as_optax(optimizer: Sophia) -> optax.GradientTransformationExtraArgs:
     """
 
     def init(params: PyTree) -> Any:
+        check_real("params", params)
         return optimizer._init_params(differentiable(params))
 
     def update(

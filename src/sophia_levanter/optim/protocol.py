@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Protocol, TypeVar
 
 import jax
+import numpy as np
 
 PyTree = Any
 Scalar = float | jax.Array
@@ -45,6 +47,21 @@ class Optimizer(Protocol[State]):
         ...
 
 
-def value_at(value: ScalarOrSchedule, count: jax.Array) -> Scalar:
-    """A hyper-parameter at an update count, whether it is a number or a schedule."""
-    return value(count) if callable(value) else value
+def value_at(name: str, value: ScalarOrSchedule, count: jax.Array) -> Any:
+    """A hyper-parameter at an update count, whether it is a number or a schedule.
+
+    Raises:
+        TypeError: if what the schedule gives is no number.
+        ValueError: if there are several.
+    """
+    found = value(count) if callable(value) else value
+    if not isinstance(found, Real | np.ndarray | jax.Array):
+        raise TypeError(f"{name} at an update count is {found!r}; it must be a number")
+    check_one(name, found)
+    return found
+
+
+def check_one(name: str, value: Any) -> None:
+    """Raise a ValueError for an array of several numbers, which would broadcast over the parameters' last axis."""
+    if np.shape(value) != ():
+        raise ValueError(f"{name} has shape {np.shape(value)}; one optimizer has one number (several need vmap)")

@@ -9,10 +9,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from sophia_levanter.optim.checks import check_parameters, check_scalar
+from sophia_levanter.optim.checks import check_key, check_parameters, check_scalar, whole_number
 from sophia_levanter.optim.gauss_newton import GaussNewtonBartlett
 from sophia_levanter.optim.microbatch import num_microbatches, sum_over_microbatches
-from sophia_levanter.optim.named import is_named, plain
+from sophia_levanter.optim.named import is_named
 from sophia_levanter.optim.trees import widened
 
 PyTree = Any
@@ -59,13 +59,19 @@ def accumulate(
         start: sums over other microbatches, to be added to; without curvature.
     """
     check_parameters(model)
+    check_key(key)
 
     def one(*args: Any) -> GradientSums:
         def losses(model: PyTree) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-            loss, sampled_loss, num_targets = losses_fn(model, *args)
+            results = losses_fn(model, *args)
+            if not isinstance(results, tuple | list) or len(results) != 3:
+                raise TypeError(
+                    "losses_fn must give three scalars: the mean loss, that on sampled targets, their number"
+                )
+            loss, sampled_loss, num_targets = results
             first = check_scalar("the first result of losses_fn", loss)
             second = check_scalar("the second result of losses_fn", sampled_loss)
-            return (first, second), plain(num_targets)
+            return (first, second), check_scalar("the third result of losses_fn", num_targets, "the number of targets")
 
         (loss, sampled_loss), pull, num_targets = eqx.filter_vjp(losses, model, has_aux=True)
         n = jnp.asarray(num_targets, jnp.promote_types(loss.dtype, jnp.float32))
@@ -121,9 +127,10 @@ def value_grad_and_curvature(
         sums = accumulate(losses_fn, model, microbatches, key=key, estimator=estimator)
         return *sums.mean(), estimator.finished(sums.curvature, sums.num_targets)
     total = num_microbatches(microbatches)
-    if not isinstance(curvature_microbatches, int) or not 0 < curvature_microbatches <= total:
+    curvature_microbatches = whole_number(curvature_microbatches)
+    if type(curvature_microbatches) is not int or not 0 < curvature_microbatches <= total:
         raise ValueError(
-            f"curvature_microbatches is {curvature_microbatches}; it must be a whole number between 1 and {total}"
+            f"curvature_microbatches is {curvature_microbatches!r}; it must be a whole number between 1 and {total}"
         )
     first, rest = _split(microbatches, curvature_microbatches)
     sums = accumulate(losses_fn, model, first, key=key, estimator=estimator)

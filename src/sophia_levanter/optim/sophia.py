@@ -13,6 +13,7 @@ import optax
 from sophia_levanter.optim.checks import (
     check_choice,
     check_count,
+    check_flag,
     check_number,
     check_parameters,
     check_same_structure,
@@ -20,7 +21,7 @@ from sophia_levanter.optim.checks import (
 )
 from sophia_levanter.optim.gradient_transform import check_gradient_transform, init_transform, transform_gradient
 from sophia_levanter.optim.optax_interop import as_optax
-from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule, value_at
+from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule, check_one, value_at
 from sophia_levanter.optim.trees import (
     WeightDecayMask,
     all_finite,
@@ -47,7 +48,7 @@ class SophiaState(NamedTuple):
         curvature: h, the same shapes in at least float32: an average with weight 0.01 would be lost in bfloat16.
         refresh_pending: bool scalar, the last refresh was skipped: try again at the next step.
         skipped_updates: int32 scalar, updates whose gradient was not finite; they changed nothing but counts.
-        skipped_refreshes: int32 scalar, refreshes whose estimate was not finite.
+        skipped_refreshes: int32 scalar, refreshes whose estimate, or the gradient beside it, was not finite.
         rho: float32 scalar with a `WinRateController`, or None.
         gradient_state: the state of `gradient_transform`, or None.
     """
@@ -126,8 +127,8 @@ class Sophia(eqx.Module):
         check_choice("denominator", self.denominator, DENOMINATORS)
         check_choice("refresh_order", self.refresh_order, REFRESH_ORDERS)
         check_gradient_transform(self.gradient_transform)
-        if self.estimator is not None and not callable(self.estimator):
-            raise TypeError(f"estimator is {self.estimator!r}; it must be a function, such as GaussNewtonBartlett()")
+        if self.estimator is not None and (isinstance(self.estimator, type) or not callable(self.estimator)):
+            raise TypeError(f"estimator is {self.estimator!r}; it must be a value such as GaussNewtonBartlett()")
         for name in ("bias_correct_momentum", "bias_correct_curvature"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
@@ -214,9 +215,11 @@ class Sophia(eqx.Module):
             ValueError: if the gradient's tree is not the model's; names the path.
         """
         params = differentiable(model)
+        self._check_state(state)
         check_same_structure("grads", grads, params)
+        check_same_structure("state.momentum", state.momentum, params)
         grads = differentiable(grads)
-        finite = all_finite(grads) if finite is None else jnp.asarray(finite)
+        finite = all_finite(grads) if finite is None else check_flag("finite", finite)
         grads, gradient_state, finite = transform_gradient(
             self.gradient_transform, grads, state.gradient_state, params, finite
         )
@@ -239,9 +242,10 @@ class Sophia(eqx.Module):
         Raises:
             ValueError: if the estimate's tree is not the curvature's; names the path.
         """
+        self._check_state(state)
         check_same_structure("h_hat", h_hat, state.curvature)
         h_hat = differentiable(h_hat)
-        refreshed = all_finite(h_hat) if finite is None else jnp.asarray(finite) & all_finite(h_hat)
+        refreshed = all_finite(h_hat) if finite is None else check_flag("finite", finite) & all_finite(h_hat)
         curvature = jax.tree.map(
             lambda h, new: jnp.where(refreshed, self.b2 * h + (1 - self.b2) * new.astype(h.dtype), h).astype(h.dtype),
             state.curvature,
@@ -271,7 +275,8 @@ class Sophia(eqx.Module):
     def metrics(self, state: SophiaState) -> dict[str, jax.Array]:
         """float32 scalars of a state after an update.
 
-        `win_rate` is the share of coordinates with |m| < rho h, whose step is not clipped,
+        `win_rate` is the share of coordinates with h > 0 and |m| below the denominator, m and h corrected as in the
+        update, whose step is not clipped,
         `curvature_nonpositive` the share with h <= 0; the norms are global 2-norms of m and h as stored; `rho` is that
         of the last update, or the controller's, which a refresh changes; `skipped_updates` and `skipped_refreshes` are
         counts.
@@ -295,6 +300,16 @@ class Sophia(eqx.Module):
         """
         return as_optax(self)
 
+    def _check_state(self, state: Any) -> None:
+        if not isinstance(state, SophiaState):
+            raise TypeError(f"state is a {type(state).__name__}; it must be what init(model) gave")
+        if (state.rho is not None) != isinstance(self.rho, WinRateController):
+            raise ValueError(
+                "state.rho and rho do not go together; init anew after a change between a number and 'auto'"
+            )
+        for name in ("b1", "b2", "eps"):
+            check_one(name, getattr(self, name))
+
     def _step(self, grads: PyTree, state: SophiaState, params: PyTree, finite: jax.Array) -> tuple[PyTree, SophiaState]:
         momentum = jax.tree.map(
             lambda m, g: jnp.where(finite, self.b1 * m + (1 - self.b1) * g, m).astype(m.dtype), state.momentum, grads
@@ -302,8 +317,8 @@ class Sophia(eqx.Module):
         after = state._replace(
             count=state.count + 1, momentum=momentum, skipped_updates=state.skipped_updates + ~finite
         )
-        learning_rate = value_at(self.learning_rate, state.count)
-        decay = learning_rate * value_at(self.weight_decay, state.count)
+        learning_rate = value_at("learning_rate", self.learning_rate, state.count)
+        decay = learning_rate * value_at("weight_decay", self.weight_decay, state.count)
 
         def step(p: jax.Array, m: jax.Array, d: jax.Array, decayed: bool) -> jax.Array:
             clipped = learning_rate * jnp.clip(m / d, -1, 1)
@@ -314,7 +329,11 @@ class Sophia(eqx.Module):
 
     def _rho(self, state: SophiaState) -> Scalar:
         """rho of the last update, for a state after it."""
-        return state.rho if isinstance(self.rho, WinRateController) else value_at(self.rho, state.count - 1)
+        return (
+            state.rho
+            if isinstance(self.rho, WinRateController)
+            else value_at("rho", self.rho, jnp.maximum(state.count - 1, 0))
+        )
 
     def _ratio(self, state: SophiaState) -> tuple[PyTree, PyTree]:
         """Numerator and denominator of the clipped ratio, for a state after its update."""

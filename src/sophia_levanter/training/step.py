@@ -135,7 +135,7 @@ def train_step(
     metrics = {
         "train/loss": loss,
         "train/grad_norm": grad_norm,
-        "train/learning_rate": jnp.asarray(value_at(optimizer.learning_rate, state.step), jnp.float32),
+        "train/learning_rate": jnp.asarray(value_at("learning_rate", optimizer.learning_rate, state.step), jnp.float32),
         "train/skipped_steps": new_state.skipped_steps,
     }
     if refresh:
