@@ -185,7 +185,7 @@ def test_negative_weights_are_refused(estimator, weights):
 
 @pytest.mark.parametrize("result", [1.0, (1.0, 2.0, 3.0), None])
 def test_a_sampled_loss_gives_two_scalars(result):
-    with pytest.raises(TypeError, match="sampled_loss must give two scalars"):
+    with pytest.raises(TypeError, match="sampled_loss must give 2 scalars"):
         GaussNewtonBartlett().from_sampled_loss(lambda m, key: result, jnp.ones(3), key=KEY)
 
 

@@ -348,7 +348,7 @@ def test_missing_values_may_be_nan_where_the_weight_is_zero(named):
 
 @pytest.mark.parametrize("result", [1.0, (1.0, 2.0), None])
 def test_losses_that_are_not_three_are_refused(result):
-    with pytest.raises(TypeError, match="losses_fn must give three scalars"):
+    with pytest.raises(TypeError, match="losses_fn must give 3 scalars"):
         value_grad_and_curvature(lambda m, key: result, jnp.ones(2), key=KEY, estimator=GaussNewtonBartlett())
 
 

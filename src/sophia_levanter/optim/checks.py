@@ -93,6 +93,19 @@ def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, as of j
     return array
 
 
+def check_scalars(name: str, results: Any, what: Sequence[str]) -> list[jax.Array]:
+    """The results of a function as arrays, if they are as many real scalars as `what` describes.
+
+    Raises:
+        ValueError: if one has axes.
+        TypeError: if they are of another number, or one is no real number.
+    """
+    if not isinstance(results, tuple | list) or len(results) != len(what):
+        raise TypeError(f"{name} must give {len(what)} scalars: {', '.join(what)}")
+    named = zip(("first", "second", "third"), results, what, strict=False)
+    return [check_scalar(f"the {ordinal} result of {name}", result, wanted) for ordinal, result, wanted in named]
+
+
 def check_key(key: Any) -> None:
     """Raise a TypeError if this is no jax random key; keys of the old kind, uint32 arrays, are."""
     if not isinstance(key, jax.Array | np.ndarray):

@@ -17,7 +17,7 @@ from sophia_levanter.optim.checks import (
     check_not_negative,
     check_number,
     check_parameters,
-    check_scalar,
+    check_scalars,
     whole_number,
 )
 from sophia_levanter.optim.hutchinson import PROBES, forward_derivative, mean_over_probes
@@ -118,13 +118,9 @@ class GaussNewtonBartlett(eqx.Module):
 
         def one(*args: Any) -> tuple[PyTree, jax.Array]:
             def scalar_loss(model: PyTree) -> tuple[jax.Array, jax.Array]:
-                results = sampled_loss(model, *args)
-                if not isinstance(results, tuple | list) or len(results) != 2:
-                    raise TypeError(
-                        "sampled_loss must give two scalars: the mean loss on sampled targets, their number"
-                    )
-                loss = check_scalar("the first result of sampled_loss", results[0])
-                return loss, check_scalar("the second result of sampled_loss", results[1], "the number of targets")
+                what = ("a scalar mean loss on sampled targets", "the number of targets")
+                loss, num_targets = check_scalars("sampled_loss", sampled_loss(model, *args), what)
+                return loss, num_targets
 
             loss, pull, num_targets = eqx.filter_vjp(scalar_loss, model, has_aux=True)
             n = jnp.asarray(num_targets, jnp.promote_types(loss.dtype, jnp.float32))
@@ -146,9 +142,7 @@ class GaussNewtonBartlett(eqx.Module):
             weights: of each target in the mean; B is their sum. The mean has their roots, so that the expected square
                 of its gradient is the weighted sum of the targets' Gauss-Newton diagonals.
         """
-        targets = self.likelihood.sample(jax.lax.stop_gradient(outputs), key=key)
-        losses = self.likelihood.loss(outputs, targets)
-        w = target_weights(self.likelihood, outputs, losses, weights)
+        _, losses, w = self._sampled(outputs, key, weights)
         return weighted_mean(losses, jnp.sqrt(w), jnp.sum(w)), jnp.sum(w)
 
     def losses(
@@ -162,9 +156,7 @@ class GaussNewtonBartlett(eqx.Module):
             key: a jax random key for the sampled targets.
             weights: of each target in the mean; B is their sum.
         """
-        sampled = self.likelihood.sample(jax.lax.stop_gradient(outputs), key=key)
-        sampled_losses = self.likelihood.loss(outputs, sampled)
-        w = target_weights(self.likelihood, outputs, sampled_losses, weights)
+        sampled, sampled_losses, w = self._sampled(outputs, key, weights)
         targets = _where_used(self.likelihood, outputs, targets, sampled, w)
         num_targets = jnp.sum(w)
         return (
@@ -172,6 +164,12 @@ class GaussNewtonBartlett(eqx.Module):
             weighted_mean(sampled_losses, jnp.sqrt(w), num_targets),
             num_targets,
         )
+
+    def _sampled(self, outputs: Any, key: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Sampled targets, their losses, and the weights in the losses' shape."""
+        sampled = self.likelihood.sample(jax.lax.stop_gradient(outputs), key=key)
+        losses = self.likelihood.loss(outputs, sampled)
+        return sampled, losses, target_weights(self.likelihood, outputs, losses, weights)
 
     def accumulated(self, grad_sum: PyTree, num_targets: jax.Array) -> PyTree:
         """What one microbatch adds to the running total, in at least float32: G_i^2, or G_i."""

@@ -76,6 +76,18 @@ def num_microbatches(microbatches: PyTree) -> int:
     return count
 
 
+def split_at(microbatches: PyTree, first: int) -> tuple[PyTree, PyTree | None]:
+    """The first microbatches, and the rest if there are any."""
+
+    def part(where: slice) -> PyTree:
+        return jax.tree.map(
+            lambda x: x[{x.axes[0].name: where}] if is_named(x) else x[where], microbatches, is_leaf=is_named
+        )
+
+    total = num_microbatches(microbatches)
+    return part(slice(0, first)), part(slice(first, total)) if first < total else None
+
+
 def sum_over_microbatches(
     function: Callable[[Any, Any], PyTree], microbatches: PyTree, start: PyTree | None = None
 ) -> PyTree:

@@ -9,10 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from sophia_levanter.optim.checks import check_key, check_parameters, check_scalar, whole_number
+from sophia_levanter.optim.checks import check_key, check_parameters, check_scalars, whole_number
 from sophia_levanter.optim.gauss_newton import GaussNewtonBartlett
-from sophia_levanter.optim.microbatch import num_microbatches, sum_over_microbatches
-from sophia_levanter.optim.named import is_named
+from sophia_levanter.optim.microbatch import num_microbatches, split_at, sum_over_microbatches
 from sophia_levanter.optim.trees import widened
 
 PyTree = Any
@@ -63,15 +62,9 @@ def accumulate(
 
     def one(*args: Any) -> GradientSums:
         def losses(model: PyTree) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-            results = losses_fn(model, *args)
-            if not isinstance(results, tuple | list) or len(results) != 3:
-                raise TypeError(
-                    "losses_fn must give three scalars: the mean loss, that on sampled targets, their number"
-                )
-            loss, sampled_loss, num_targets = results
-            first = check_scalar("the first result of losses_fn", loss)
-            second = check_scalar("the second result of losses_fn", sampled_loss)
-            return (first, second), check_scalar("the third result of losses_fn", num_targets, "the number of targets")
+            what = ("a scalar mean loss", "a scalar mean loss on sampled targets", "the number of targets")
+            loss, sampled_loss, num_targets = check_scalars("losses_fn", losses_fn(model, *args), what)
+            return (loss, sampled_loss), num_targets
 
         (loss, sampled_loss), pull, num_targets = eqx.filter_vjp(losses, model, has_aux=True)
         n = jnp.asarray(num_targets, jnp.promote_types(loss.dtype, jnp.float32))
@@ -132,19 +125,10 @@ def value_grad_and_curvature(
         raise ValueError(
             f"curvature_microbatches is {curvature_microbatches!r}; it must be a whole number between 1 and {total}"
         )
-    first, rest = _split(microbatches, curvature_microbatches)
+    first, rest = split_at(microbatches, curvature_microbatches)
     sums = accumulate(losses_fn, model, first, key=key, estimator=estimator)
     h_hat = estimator.finished(sums.curvature, sums.num_targets)
-    if curvature_microbatches < total:
+    if rest is not None:
         start = sums._replace(curvature=None)
         sums = accumulate(losses_fn, model, rest, key=jax.random.fold_in(key, total), start=start)
     return *sums.mean(), h_hat
-
-
-def _split(microbatches: PyTree, first: int) -> tuple[PyTree, PyTree]:
-    def part(where: slice) -> PyTree:
-        return jax.tree.map(
-            lambda x: x[{x.axes[0].name: where}] if is_named(x) else x[where], microbatches, is_leaf=is_named
-        )
-
-    return part(slice(0, first)), part(slice(first, None))

@@ -276,10 +276,9 @@ class Sophia(eqx.Module):
         """float32 scalars of a state after an update.
 
         `win_rate` is the share of coordinates with h > 0 and |m| below the denominator, m and h corrected as in the
-        update, whose step is not clipped,
-        `curvature_nonpositive` the share with h <= 0; the norms are global 2-norms of m and h as stored; `rho` is that
-        of the last update, or the controller's, which a refresh changes; `skipped_updates` and `skipped_refreshes` are
-        counts.
+        update, whose step is not clipped; `curvature_nonpositive` is the share with h <= 0; the norms are global
+        2-norms of m and h as stored; `rho` is that of the last update, or the controller's, which a refresh changes;
+        `skipped_updates` and `skipped_refreshes` are counts.
         """
         size = _size(state.momentum)
         return {

@@ -16,6 +16,7 @@ from haliax import NamedArray
 from sophia_levanter.batch import Batch, count_targets
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.optim import GaussNewtonBartlett, Hutchinson, Optimizer, Sophia, split_microbatches
+from sophia_levanter.optim.microbatch import split_at
 from sophia_levanter.optim.protocol import value_at
 from sophia_levanter.optim.shared_forward import GradientSums, LossesFn, accumulate
 
@@ -166,7 +167,7 @@ def _gradient_and_curvature(
         source = curvature_batch or _first_rows(settings, batch)
         return _accumulate(settings, model, batch, keys), _hutchinson(settings, estimator, model, source, keys)
     assert isinstance(estimator, GaussNewtonBartlett), f"no curvature pass for {type(estimator).__name__}"
-    first, rest = _split(batch, settings.curvature_microbatches or _num_microbatches(batch))
+    first, rest = split_at(batch, settings.curvature_microbatches or _num_microbatches(batch))
     source = curvature_batch or first
     if samples is None:
         samples = _row_uniforms(keys.curvature, source)
@@ -245,17 +246,7 @@ def _first_rows(settings: StepSettings, batch: Batch) -> Batch:
             is_leaf=lambda x: isinstance(x, NamedArray),
         )
         batch, _ = split_microbatches(rows, size)
-    return _split(batch, settings.curvature_microbatches or _num_microbatches(batch))[0]
-
-
-def _split(batch: Batch, first: int) -> tuple[Batch, Batch | None]:
-    """The first microbatches, and the rest if any."""
-
-    def part(where: slice) -> Batch:
-        return jax.tree.map(lambda x: x[{"microbatch": where}], batch, is_leaf=lambda x: isinstance(x, NamedArray))
-
-    total = _num_microbatches(batch)
-    return part(slice(0, first)), part(slice(first, total)) if first < total else None
+    return split_at(batch, settings.curvature_microbatches or _num_microbatches(batch))[0]
 
 
 def _row_uniforms(key: jax.Array, batch: Batch) -> NamedArray:
