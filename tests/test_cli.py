@@ -8,11 +8,12 @@ from sophia_levanter import cli
 @pytest.mark.parametrize(
     ("arguments", "status", "wanted"),
     [
-        ([], 2, "'' is not one of the verbs train"),
-        (["trian"], 2, "'trian' is not one of the verbs train"),
-        (["--help"], 0, "usage: sophia-levanter {train}"),
+        ([], 2, "'' is not one of the verbs train, compare"),
+        (["trian"], 2, "'trian' is not one of the verbs train, compare"),
+        (["--help"], 0, "usage: sophia-levanter {train,compare}"),
         (["train", "--help"], 0, "--optimizer.learning_rate"),
         (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["compare", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
     ],
 )
 def test_verbs(arguments, status, wanted, monkeypatch, capsys):

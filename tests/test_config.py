@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.training.config import (
     AdamWConfig,
     LionConfig,
+    MuonConfig,
     OptimizerConfig,
     SophiaGConfig,
     SophiaHConfig,
@@ -130,6 +132,20 @@ def test_nano_runs_need_nothing_but_python():
         assert config.trainer.evaluate_every < config.trainer.num_train_steps
 
 
+def test_baselines_without_a_size(tmp_path):
+    def load(name):
+        path = tmp_path / f"{name}.yaml"
+        files = [str(CONFIG_DIR / "base" / f"{file}.yaml") for file in ("gpt2_nano", name)]
+        path.write_text(f"defaults: {files}\n")
+        return load_config(path)
+
+    adamw, nadamw, muon = (load(name) for name in ("adamw", "nadamw", "muon"))
+    assert nadamw.optimizer == dataclasses.replace(adamw.optimizer, nesterov=True)
+    shared = {field.name: getattr(adamw.optimizer, field.name) for field in dataclasses.fields(OptimizerConfig)}
+    assert muon.optimizer == MuonConfig(**shared, beta=0.95, b1=0.9, b2=0.95)
+    assert nadamw.trainer == muon.trainer == adamw.trainer
+
+
 def test_optimizers_of_one_size_differ_in_the_optimizer_only():
     for size in SHAPES:
         runs = [load_config(file) for file in FILES if file.stem.startswith(f"gpt2_{size}_")]
@@ -173,6 +189,9 @@ NOT_A_NUMBER = float("nan")
         *((cls, "interval", 0) for cls in (SophiaGConfig, SophiaHConfig)),
         *((SophiaGConfig, "curvature_batch_fraction", value) for value in (0.0, 1.1)),
         (SophiaGConfig, "curvature_reduce", "mean"),
+        (SophiaGConfig, "curvature_labels", "true"),
+        *((MuonConfig, beta, value) for beta in ("beta", "b1", "b2") for value in (1.0, -0.1)),
+        (MuonConfig, "eps", 0.0),
         *((SophiaGConfig, "curvature_max_grad_norm", value) for value in (0.0, -1.0)),
         (SophiaHConfig, "probe", "uniform"),
         (SophiaHConfig, "num_probes", 0),

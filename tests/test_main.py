@@ -51,7 +51,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
     return plan
 
 
-@pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h", "adamw", "lion"])
+@pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h", "adamw", "lion", "muon"])
 def test_a_run_learns_and_says_how_it_went(optimizer, config_file, tmp_path, capfd):
     run_dir = tmp_path / "run"
     extra = [] if optimizer != "sophia_h" else ["--optimizer.rho", "0.1", "--optimizer.interval", "3"]
@@ -94,6 +94,7 @@ def test_every_switch_of_the_curvature_together(config_file, tmp_path):
         "target_win_rate": "0.9",
         "curvature_reduce": "average_then_square",
         "curvature_max_grad_norm": "1.0",
+        "curvature_labels": "data",
     }
     options = [option for name, value in switches.items() for option in (f"--optimizer.{name}", value)]
     precision = ["--trainer.compute_dtype", "bfloat16"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 
 from sophia_levanter import main as train
+from sophia_levanter.commands import compare
 
-VERBS = {"train": train.main}
+VERBS = {"train": train.main, "compare": compare.main}
 
 
 def main() -> int:

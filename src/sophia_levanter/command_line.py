@@ -88,11 +88,20 @@ def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> TrainC
     Raises:
         InputError: if a file is missing or not YAML, a key is unknown, or a value is of the wrong type or out of range.
     """
+    return build_config(read_layers(path), {key: Setting(value) for key, value in overrides})
+
+
+def build_config(files: Sequence[Layer], overrides: Layer | None = None) -> TrainConfig:
+    """The configuration that the settings of files give, later ones on top of earlier ones, with overrides over all.
+
+    Raises:
+        InputError: if a key is unknown, or a value is of the wrong type or out of range.
+    """
     settings: Layer = {}
-    for layer in read_layers(path):
+    for layer in files:
         settings = _put_on_top(settings, layer)
     settings.setdefault(OPTIMIZER_TYPE, Setting(OptimizerConfig.get_choice_name(DEFAULT_OPTIMIZER)))
-    return _build(_put_on_top(settings, {key: Setting(value) for key, value in overrides}))
+    return _build(_put_on_top(settings, overrides or {}))
 
 
 def dump_config(config: TrainConfig) -> str:

@@ -88,9 +88,16 @@ def _environment() -> dict[str, str | int | None]:
     """What besides the configuration and the devices decides the last bits of the losses."""
     return {
         "jax": version("jax"),
-        "cpu_threads": os.cpu_count() if sys.platform == "darwin" else len(os.sched_getaffinity(0)),
+        "cpu_threads": _cpu_threads(),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def _cpu_threads() -> int | None:
+    """How many threads XLA computes with: one a core, unless the variable that it reads says otherwise."""
+    if os.environ.get("NPROC", "").isdecimal():
+        return int(os.environ["NPROC"])
+    return os.cpu_count() if sys.platform == "darwin" else len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

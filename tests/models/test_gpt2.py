@@ -12,10 +12,11 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from sophia_levanter.batch import Batch
-from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config, decay_mask
+from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config, decay_mask, matrix_axes
 from sophia_levanter.models.huggingface import gpt2_from_state_dict, gpt2_to_state_dict
-from sophia_levanter.optim import AdamW, SophiaG
+from sophia_levanter.optim import AdamW, Muon, SophiaG
 from sophia_levanter.optim.categorical import sample_categorical
+from sophia_levanter.optim.muon import matrices_tree
 from sophia_levanter.optim.trees import decay_mask_tree, differentiable
 
 logits_of = eqx.filter_jit(lambda model, tokens: model(tokens).array)
@@ -279,7 +280,30 @@ def test_decay_mask_is_by_role(make_model, use_bias):
     assert sum(mask.values()) == 6
 
 
-@pytest.mark.parametrize("cls", [SophiaG, AdamW])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_matrix_axes_are_by_role(make_model, use_bias):
+    params = differentiable(make_model(use_bias=use_bias))
+    found = {}
+
+    def note(path, x, entry):
+        name = ".".join(key.name for key in path if hasattr(key, "name")).removeprefix("blocks.stacked.")
+        found[name] = entry and tuple(entry)
+
+    jax.tree_util.tree_map_with_path(note, params, matrices_tree(matrix_axes, params))
+    assert {name: axes for name, axes in found.items() if axes} == {
+        # [layers, embed, qkv, heads, head_size]; the axes of neither side count the matrices
+        "attn.c_attn.weight": ((1,), (3, 4)),
+        # [layers, heads, head_size, embed]
+        "attn.c_proj.weight": ((1, 2), (3,)),
+        # [layers, embed, mlp] and [layers, mlp, embed]
+        "mlp.c_fc.weight": ((1,), (2,)),
+        "mlp.c_proj.weight": ((1,), (2,)),
+    }
+    assert {"wte.weight", "wpe.weight", "ln_1.weight", "ln_f.weight"} < set(found)
+    assert ("mlp.c_fc.bias" in found) == use_bias
+
+
+@pytest.mark.parametrize("cls", [SophiaG, AdamW, partial(Muon, matrices=matrix_axes)], ids=["g", "adamw", "muon"])
 def test_only_matrices_and_embeddings_decay(make_model, cls):
     model = make_model(use_bias=True)
     optimizer = cls(learning_rate=0.5, weight_decay=0.2, weight_decay_mask=decay_mask(model))

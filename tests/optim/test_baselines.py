@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from sophia_levanter.optim import AdamW, Lion, SophiaG
+from sophia_levanter.optim import AdamW, Lion, Muon, SophiaG
 
 STEPS = 6
 GRADS = np.random.default_rng(0).normal(size=(STEPS, 6)).astype(np.float32)
@@ -55,10 +55,11 @@ def rate(count):
     return 0.01 * (count + 1)
 
 
-def test_adamw_is_optax_adamw():
-    ours = trajectory(AdamW(rate, 0.8, 0.9, 1e-6, 0.3, matrices))
-    theirs = trajectory(None, optax.adamw(rate, b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.3, mask=matrices))
-    np.testing.assert_array_equal(ours, theirs)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_adamw_is_optax_adamw(nesterov):
+    ours = trajectory(AdamW(rate, 0.8, 0.9, 1e-6, 0.3, matrices, nesterov=nesterov))
+    theirs = optax.adamw(rate, b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.3, mask=matrices, nesterov=nesterov)
+    np.testing.assert_array_equal(ours, trajectory(None, theirs))
 
 
 def test_lion_is_optax_lion():
@@ -81,6 +82,18 @@ def test_adamw_by_hand(mask):
     np.testing.assert_allclose(trajectory(AdamW(0.05, 0.8, 0.9, 1e-3, 0.3, mask)), wanted, rtol=1e-5)
 
 
+def test_nadamw_by_hand():
+    theta = np.asarray([1, -2, 0.5, 3, 4, -1], np.float64)
+    m = v = np.zeros(6)
+    wanted = []
+    for t, g in enumerate(GRADS.astype(np.float64), start=1):
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+        ahead = 0.8 * m / (1 - 0.8 ** (t + 1)) + 0.2 * g / (1 - 0.8**t)
+        theta = theta - 0.05 * (ahead / (np.sqrt(v / (1 - 0.9**t)) + 1e-3) + 0.3 * theta)
+        wanted.append(theta)
+    np.testing.assert_allclose(trajectory(AdamW(0.05, 0.8, 0.9, 1e-3, 0.3, nesterov=True)), wanted, rtol=1e-5)
+
+
 def test_lion_by_hand():
     theta = np.asarray([1, -2, 0.5, 3, 4, -1], np.float64)
     m, wanted = np.zeros(6), []
@@ -91,7 +104,7 @@ def test_lion_by_hand():
     np.testing.assert_allclose(trajectory(Lion(0.05, 0.8, 0.9, 0.3)), wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
 def test_mask_tree_of_the_models_class(cls):
     mask = matrices(eqx.filter(start(), eqx.is_inexact_array))
     assert callable(mask)
@@ -99,7 +112,7 @@ def test_mask_tree_of_the_models_class(cls):
     np.testing.assert_array_equal(by_tree, trajectory(cls(0.05, weight_decay=0.3, weight_decay_mask=matrices)))
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
 def test_metrics_and_refresh(cls):
     optimizer = cls(b1=0.5, b2=0.5)
     params = {"w": jnp.zeros(2)}
@@ -121,7 +134,7 @@ def test_named_arrays(cls):
     assert updates["w"].array.tolist() == pytest.approx([-0.1, 0.1])
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
 def test_a_gradient_transformation_comes_first(cls):
     """Clipped inside is clipped by hand."""
     clip = optax.clip_by_global_norm(0.5)
@@ -139,7 +152,7 @@ def test_a_gradient_transformation_comes_first(cls):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("cls", [AdamW, Lion])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
 def test_a_gradient_that_is_not_finite_changes_nothing_but_counts(cls, bad):
     optimizer = cls(0.1, weight_decay=0.5, gradient_transform=optax.trace(0.5))
     good = {"w": jnp.ones(2), "b": jnp.ones(1)}
@@ -158,7 +171,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_counts(cls, bad):
     assert all(leaf.all() for leaf in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
 def test_the_caller_may_know_that_the_gradient_is_not_finite(cls):
     optimizer = cls(0.1)
     params = {"w": jnp.ones(2)}
@@ -168,7 +181,7 @@ def test_the_caller_may_know_that_the_gradient_is_not_finite(cls):
     assert optimizer.metrics(after)["momentum_norm"] == 0
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
 @pytest.mark.parametrize(
     ("name", "value"),
     [("learning_rate", -1.0), ("b1", 1.0), ("b1", -0.1), ("b2", 1.0), ("b2", -0.1), ("weight_decay", -1.0)],
@@ -178,7 +191,7 @@ def test_argument_out_of_range(cls, name, value):
         cls(**{name: value})
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
 def test_argument_of_the_wrong_kind(cls):
     with pytest.raises(
         TypeError, match=r"^learning_rate is '0\.1'; it must be a number or a function of the update count"
@@ -188,7 +201,7 @@ def test_argument_of_the_wrong_kind(cls):
         cls(weight_decay=lambda count: 0.1)
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
 def test_models_that_cannot_be_optimized(cls):
     with pytest.raises(ValueError, match="the model has no floating-point array to optimize"):
         cls().init({"steps": jnp.int32(1)})
@@ -196,12 +209,26 @@ def test_models_that_cannot_be_optimized(cls):
         cls().init({"z": jnp.ones(1, jnp.complex64)})
 
 
-def test_eps_out_of_range():
+@pytest.mark.parametrize("cls", [AdamW, Muon])
+def test_eps_out_of_range(cls):
     with pytest.raises(ValueError, match=r"^eps is -1\.0; it must be in \[0, inf\)"):
-        AdamW(eps=-1.0)
+        cls(eps=-1.0)
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion])
+def test_nesterov_is_a_switch():
+    with pytest.raises(TypeError, match=r"^nesterov is 1; it must be True or False"):
+        AdamW(nesterov=1)
+
+
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
+def test_a_parameter_may_have_the_name_of_the_moment(cls):
+    optimizer = cls(b1=0.5, b2=0.5)
+    params = {"mu": jnp.zeros(2)}
+    _, state = optimizer.update({"mu": jnp.asarray([6.0, 8.0])}, optimizer.init(params), params)
+    assert float(optimizer.metrics(state)["momentum_norm"]) == pytest.approx(5)
+
+
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
 def test_other_trees_are_named(cls):
     params = {"w": jnp.ones(2), "b": jnp.ones(3)}
     optimizer = cls()
@@ -211,7 +238,7 @@ def test_other_trees_are_named(cls):
         cls(weight_decay_mask={"w": True}).init(params)
 
 
-@pytest.mark.parametrize("cls", [SophiaG, AdamW, Lion])
+@pytest.mark.parametrize("cls", [SophiaG, AdamW, Lion, Muon])
 def test_the_gradient_transforms_state_stays(cls):
     """Its counts and keys too: `optax.ema` divides by 1 - decay^count."""
     optimizer = cls(gradient_transform=optax.chain(optax.ema(0.9), optax.add_noise(0.1, 0.5, jax.random.key(0))))

@@ -21,5 +21,5 @@ print(*sorted(name for name in sys.modules if name.startswith("sophia_levanter")
 
 
 def test_public_names_exist():
-    assert {"AdamW", "Lion", "Sophia", "SophiaG", "SophiaH", "sophia_g"} <= set(sophia_levanter.optim.__all__)
+    assert {"AdamW", "Lion", "Muon", "Sophia", "SophiaG", "SophiaH", "sophia_g"} <= set(sophia_levanter.optim.__all__)
     assert all(hasattr(sophia_levanter.optim, name) for name in sophia_levanter.optim.__all__)

@@ -3,8 +3,25 @@
 import jax.numpy as jnp
 import pytest
 
-from sophia_levanter.optim import AdamW, GaussNewtonBartlett, Hutchinson, Lion, SophiaG, SophiaH, WinRateController
-from sophia_levanter.training.config import AdamWConfig, LionConfig, SophiaGConfig, SophiaHConfig, TrainerConfig
+from sophia_levanter.models.gpt2 import matrix_axes
+from sophia_levanter.optim import (
+    AdamW,
+    GaussNewtonBartlett,
+    Hutchinson,
+    Lion,
+    Muon,
+    SophiaG,
+    SophiaH,
+    WinRateController,
+)
+from sophia_levanter.training.config import (
+    AdamWConfig,
+    LionConfig,
+    MuonConfig,
+    SophiaGConfig,
+    SophiaHConfig,
+    TrainerConfig,
+)
 from sophia_levanter.training.optimizers import (
     build_optimizer,
     build_step_settings,
@@ -42,12 +59,20 @@ CASES = [
         SophiaG,
         SOPHIA | {"rho": WinRateController(target=0.4, initial=0.6)},
     ),
-    (AdamWConfig(**RATES, b1=0.8, b2=0.7, eps=1e-5), AdamW, {"b1": 0.8, "b2": 0.7, "eps": 1e-5}),
+    (AdamWConfig(**RATES, b1=0.8, b2=0.7, eps=1e-5), AdamW, {"b1": 0.8, "b2": 0.7, "eps": 1e-5, "nesterov": False}),
+    (AdamWConfig(**RATES, nesterov=True), AdamW, {"nesterov": True}),
     (LionConfig(**RATES, b1=0.8, b2=0.7), Lion, {"b1": 0.8, "b2": 0.7}),
+    (
+        MuonConfig(**RATES, beta=0.9, b1=0.8, b2=0.7, eps=1e-5),
+        Muon,
+        {"beta": 0.9, "b1": 0.8, "b2": 0.7, "eps": 1e-5, "matrices": matrix_axes},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("config", "kind", "fields"), CASES, ids=["g", "h", "win rate", "adamw", "lion"])
+@pytest.mark.parametrize(
+    ("config", "kind", "fields"), CASES, ids=["g", "h", "win rate", "adamw", "nadamw", "lion", "muon"]
+)
 def test_every_setting_arrives(config, kind, fields):
     optimizer = build_optimizer(config, 110, mask := object())
     assert type(optimizer) is kind
@@ -92,5 +117,8 @@ def test_step_settings():
     settings = build_step_settings(SophiaGConfig(), trainer, None)
     assert (settings.seed, settings.max_grad_norm, settings.curvature_microbatches) == (7, 0.5, 2)
     assert settings.curvature_microbatch_size is None
+    assert settings.curvature_labels == "sampled"
+    by_data = SophiaGConfig(curvature_labels="data")
+    assert build_step_settings(by_data, trainer, None).curvature_labels == "data"
     assert (settings.policy.param_dtype, settings.policy.compute_dtype) == (jnp.float32, jnp.bfloat16)
     assert build_step_settings(AdamWConfig(), trainer, None).curvature_microbatches is None

@@ -15,9 +15,18 @@ import numpy as np
 import pytest
 
 from sophia_levanter.batch import Batch, batch_from_windows
-from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config, decay_mask
+from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config, decay_mask, matrix_axes
 from sophia_levanter.models.huggingface import gpt2_from_state_dict, gpt2_to_state_dict
-from sophia_levanter.optim import AdamW, GaussNewtonBartlett, Hutchinson, Lion, SophiaG, SophiaH, WinRateController
+from sophia_levanter.optim import (
+    AdamW,
+    GaussNewtonBartlett,
+    Hutchinson,
+    Lion,
+    Muon,
+    SophiaG,
+    SophiaH,
+    WinRateController,
+)
 from sophia_levanter.optim.schedules import warmup_schedule
 from sophia_levanter.partition import data_mesh, on_mesh, place
 from sophia_levanter.training.step import StepSettings, TrainState, train_step
@@ -25,6 +34,7 @@ from sophia_levanter.training.step import StepSettings, TrainState, train_step
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = Gpt2Config(num_layers=2, num_heads=2, embed_dim=16, seq_len=12, loss_block_size=5, gradient_checkpointing="none")
 VOCAB_SIZE = 50
+MUON = Muon(learning_rate=3e-3, matrices=matrix_axes, weight_decay_mask=decay_mask)
 AVERAGED = GaussNewtonBartlett(reduction="average_then_square")
 
 
@@ -215,6 +225,66 @@ def test_the_hessian_is_estimated_in_microbatches_of_its_own(devices):
     assert float(plain.metrics["train/loss"]) == pytest.approx(float(output.metrics["train/loss"]), rel=1e-6)
 
 
+def test_muon_learns():
+    mesh = data_mesh(jax.devices()[:4])
+    batch, state = place(batch_from_windows(windows()), mesh), place(TrainState.init(tiny_model(), MUON), mesh)
+    step, losses = jitted(StepSettings(MUON), False), []
+    with on_mesh(mesh):
+        for _ in range(10):
+            state, output = step(batch, state)
+            losses.append(float(output.metrics["train/loss"]))
+    assert losses[9] < losses[0] - 0.1
+
+
+def uneven_batch() -> Batch:
+    """Two microbatches of different numbers of targets."""
+    weights = np.ones((4, TINY.seq_len), np.float32)
+    weights[1, 3:] = 0
+    return batch_from_windows(windows(4), weights, num_microbatches=2)
+
+
+def test_the_targets_may_be_the_labels_of_the_curvature():
+    optimizer, config = SophiaG(), dataclasses.replace(TINY, num_layers=1, loss_block_size=12)
+    batch, state = uneven_batch(), TrainState.init(tiny_model(config), optimizer)
+
+    def curvature(labels, samples=None):
+        step = jitted(StepSettings(optimizer, curvature_labels=labels), True)
+        return step(batch, state, samples=samples)[0].optimizer_state.curvature
+
+    # Not bit for bit: where the labels are one array XLA shares their pass.
+    assert gap(curvature("data"), curvature("sampled", batch.targets)) < 1e-6
+
+
+@pytest.mark.parametrize("reduction", ["square_then_average", "average_then_square"])
+def test_the_curvature_of_true_labels_is_that_of_the_training_gradient(reduction):
+    """B (mean gradient)^2, by jax.grad."""
+    optimizer = SophiaG(b2=0.0, estimator=GaussNewtonBartlett(reduction=reduction))
+    batch = uneven_batch()
+    state, _ = one_step(optimizer, batch=batch, curvature_labels="data")
+    params, static = eqx.partition(tiny_model(), eqx.is_inexact_array)
+    vector, unravel = jax.flatten_util.ravel_pytree(params)
+
+    @jax.jit
+    @jax.grad
+    def mean_gradient(vector, tokens, targets, weights):
+        logits = eqx.combine(unravel(vector), static)(hax.named(tokens, ("batch", "position")))
+        scores = jax.nn.log_softmax(logits.rearrange(("batch", "position", "vocab")).array)
+        return -jnp.sum(weights * jnp.take_along_axis(scores, targets[..., None], -1)[..., 0]) / jnp.sum(weights)
+
+    parts = [[x.array[i] for x in (batch.tokens, batch.targets, batch.weights)] for i in range(2)]
+    sizes = [part[2].sum() for part in parts]
+    assert sizes[0] != sizes[1]
+    gradients = [mean_gradient(vector, *part) for part in parts]
+    total = sum(sizes)
+    if reduction == "average_then_square":
+        mean = sum(size * g for size, g in zip(sizes, gradients, strict=True)) / total
+        wanted = total * mean**2
+    else:
+        # Each microbatch's estimate is size * g^2; they are averaged by their sizes.
+        wanted = sum(size * (size * g**2) for size, g in zip(sizes, gradients, strict=True)) / total
+    assert gap(flat(state.optimizer_state.curvature), wanted) < 1e-5
+
+
 def test_an_estimate_may_enter_after_the_update():
     before, _ = one_step(SophiaG())
     after, output = one_step(SophiaG(refresh_order="after"))
@@ -259,7 +329,9 @@ def test_weights_leave_positions_out_of_loss_and_curvature():
     assert gap(state.optimizer_state.curvature, fewer.optimizer_state.curvature) < 1e-4
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(), Lion(), SophiaG(), SophiaH()], ids=["adamw", "lion", "g", "h"])
+@pytest.mark.parametrize(
+    "optimizer", [AdamW(), Lion(), MUON, SophiaG(), SophiaH()], ids=["adamw", "lion", "muon", "g", "h"]
+)
 def test_a_non_finite_gradient_changes_nothing_but_counts(optimizer):
     refresh = optimizer.refresh_due(0)
     before, _ = one_step(optimizer, refresh=refresh)

@@ -21,21 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from sophia_levanter.batch import Batch, batch_from_windows
+from sophia_levanter.benchmarks.models import Rows, Vectors, by_kind, train_batches, trained
+from sophia_levanter.benchmarks.moments import Moments
 from sophia_levanter.benchmarks.timing import Spread, markdown_table, spread
 from sophia_levanter.command_line import load_config
-from sophia_levanter.config import TrainConfig
-from sophia_levanter.data.batches import TrainBatches
 from sophia_levanter.data.prepare import prepare
-from sophia_levanter.models.gpt2 import Gpt2, decay_mask
+from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.optim import GaussNewtonBartlett
-from sophia_levanter.partition import data_mesh, on_mesh, place
-from sophia_levanter.training.optimizers import build_step_settings
-from sophia_levanter.training.step import TrainState, train_step
 
 ESTIMATORS = tuple(GaussNewtonBartlett(reduction=r) for r in ("square_then_average", "average_then_square"))
 PyTree = Any
-Vectors = dict[str, jax.Array]
-Rows = dict[str, tuple[int, ...]]
 
 
 class BothReductions(GaussNewtonBartlett):
@@ -46,18 +41,6 @@ class BothReductions(GaussNewtonBartlett):
 
     def finished(self, total: tuple, num_targets: jax.Array) -> tuple:
         return tuple(e.finished(part, num_targets) for e, part in zip(ESTIMATORS, total, strict=True))
-
-
-class Moments(NamedTuple):
-    """Running moments of a tree of arrays.
-
-    Attributes:
-        mean: the mean of each coordinate.
-        squares: the sum of squared differences from that mean.
-    """
-
-    mean: PyTree
-    squares: PyTree
 
 
 class Comparison(NamedTuple):
@@ -92,26 +75,6 @@ def embedding_rows(tokens: np.ndarray, vocab_size: int) -> Rows:
     return {f"token embedding, {kind}": tuple(np.flatnonzero(which).tolist()) for kind, which in kinds.items()}
 
 
-def by_kind(tree: Gpt2, rows: Rows) -> Vectors:
-    """The coordinates of a tree like the model, by kind of array.
-
-    Args:
-        tree: a model, or an estimate like it.
-        rows: of the token embedding, by kind.
-    """
-    embedding = tree.wte.weight.rearrange(("vocab", "embed")).array
-    parts: dict[str, list[jax.Array]] = {"block matrices": []}
-    parts |= {kind: [embedding[np.array(which, int)]] for kind, which in rows.items()}
-    parts |= {"position embedding": [], "norms": [], "biases": []}
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    for path, leaf in leaves:
-        name = jax.tree_util.keystr(path)
-        if ".wte" not in name:
-            parts[_kind(name)].append(leaf)
-    joined = {kind: jnp.concatenate([x.ravel() for x in found]) for kind, found in parts.items() if found}
-    return {kind: vector for kind, vector in joined.items() if vector.size}
-
-
 def moments_over_draws(
     estimate: Callable[[jax.Array], PyTree], key: jax.Array, num_draws: int
 ) -> tuple[Moments, PyTree]:
@@ -127,18 +90,12 @@ def moments_over_draws(
     at_once = math.gcd(num_draws, 10)
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(num_draws)).reshape(-1, at_once)
 
-    def add(carry: tuple[Moments, jax.Array], x: PyTree) -> tuple[tuple[Moments, jax.Array], PyTree]:
-        moments, count = carry
-        mean = jax.tree.map(lambda mean, x: mean + (x - mean) / (count + 1), moments.mean, x)
-        squares = jax.tree.map(
-            lambda s, x, before, after: s + (x - before) * (x - after), moments.squares, x, moments.mean, mean
-        )
-        return (Moments(mean, squares), count + 1), jax.tree.map(jnp.sum, x)
+    def add(moments: Moments, x: PyTree) -> tuple[Moments, PyTree]:
+        return moments.with_value(x), jax.tree.map(jnp.sum, x)
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(estimate, key))
-    (moments, _), sums = jax.lax.scan(
-        lambda carry, keys: jax.lax.scan(add, carry, jax.vmap(estimate)(keys)),
-        (Moments(zeros, zeros), jnp.zeros((), jnp.int32)),
+    moments, sums = jax.lax.scan(
+        lambda moments, keys: jax.lax.scan(add, moments, jax.vmap(estimate)(keys)),
+        Moments.like(jax.eval_shape(estimate, key)),
         keys,
     )
     return moments, jax.tree.map(jnp.ravel, sums)
@@ -183,27 +140,6 @@ def ragged_weights(shape: tuple[int, int], num_microbatches: int, seed: int = 0)
     return (np.random.default_rng(seed).random(shape) < share[:, None]).astype(np.float32)
 
 
-def trained(config: TrainConfig, batches: TrainBatches, vocab_size: int, num_steps: int) -> Gpt2:
-    """The model after some of a run's steps."""
-    mesh = data_mesh(jax.devices()[:1])
-    settings = build_step_settings(config.optimizer, config.trainer, decay_mask)
-
-    def initial_state() -> TrainState:
-        model = Gpt2.init(config.model, vocab_size=vocab_size, key=jax.random.key(config.trainer.seed))
-        return TrainState.init(model, settings.optimizer)
-
-    state = place(eqx.filter_jit(initial_state)(), mesh)
-    steps: dict[bool, Any] = {
-        refresh: eqx.filter_jit(partial(train_step, settings, refresh), donate="all-except-first")
-        for refresh in (False, True)
-    }
-    with on_mesh(mesh):
-        for step in range(num_steps):
-            batch = place(batch_from_windows(batches[step], num_microbatches=config.trainer.num_microbatches), mesh)
-            state, _ = steps[bool(settings.optimizer.refresh_due(step))](batch, state)
-    return state.model
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the comparison at initialisation and after training, with all targets and with ragged masks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -213,21 +149,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--microbatches", type=int, default=8)
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config)
-    trainer, data = config.trainer, prepare(config.data, print)
-    batches = TrainBatches(data.train, seq_len=config.model.seq_len, batch_size=trainer.batch_size, seed=trainer.seed)
+    data = prepare(config.data, print)
+    batches = train_batches(config, data)
     # One that no step of the run sees.
-    windows = batches[trainer.num_train_steps]
+    windows = batches[config.trainer.num_train_steps]
     num_targets = (windows.shape[0], windows.shape[1] - 1)
     masks: Mapping[str, np.ndarray | None] = {
         "all targets": None,
         "ragged masks": ragged_weights(num_targets, arguments.microbatches),
     }
     rows = []
-    for steps in dict.fromkeys((0, arguments.steps)):
-        model = trained(config, batches, data.tokenizer.vocab_size, steps)
+    for steps, state in trained(config, batches, data.tokenizer.vocab_size, (0, arguments.steps)):
         for mask, weights in masks.items():
             batch = batch_from_windows(windows, weights, num_microbatches=arguments.microbatches)
-            for c in compare(model, batch, num_draws=arguments.draws):
+            for c in compare(state.model, batch, num_draws=arguments.draws):
                 means = f"{c.mean:.3f} ± {c.mean_bound:.3f}"
                 rows.append((steps, mask, c.kind, f"{c.variance:.3f}", c.coordinates, means))
     print(
@@ -236,14 +171,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "coordinates. Ratios of means: with their 95 % bounds.\n"
     )
     print(markdown_table(["steps", "batch", "arrays", "variance", "variance of a coordinate", "mean"], rows))
-
-
-def _kind(name: str) -> str:
-    if ".wpe" in name:
-        return "position embedding"
-    if ".ln_" in name:
-        return "norms"
-    return "biases" if ".bias" in name else "block matrices"
 
 
 def _compare_kind(

@@ -8,6 +8,7 @@ import haliax.nn as hnn
 import jax
 import jax.numpy as jnp
 from haliax import Axis, AxisSpec, NamedArray
+from optax.contrib import MuonDimensionNumbers
 
 from sophia_levanter.batch import Batch
 from sophia_levanter.models.attention import causal_attention
@@ -187,16 +188,40 @@ def decay_mask(model: Gpt2) -> Gpt2:
         A prefix tree of bools for the model's parameters.
     """
 
-    def is_layer(x: object) -> bool:
-        return isinstance(x, hnn.Linear | hnn.Embedding | hnn.LayerNorm)
-
     def mask(layer: object) -> object:
         params = eqx.filter(layer, eqx.is_inexact_array)
         matrix = isinstance(layer, hnn.Linear | hnn.Embedding)
         decays = jax.tree.map(lambda _: False, params)
         return eqx.tree_at(lambda x: x.weight.array, decays, True) if matrix else decays
 
-    return jax.tree.map(mask, model, is_leaf=is_layer)
+    return jax.tree.map(mask, model, is_leaf=_is_layer)
+
+
+def matrix_axes(model: Gpt2) -> Gpt2:
+    """The matrices that Muon orthogonalises: the linear maps of the blocks, one for each layer, and of c_attn one for
+    each of query, key and value. Embeddings (the output head with them), norms and biases are Adam's.
+
+    Returns:
+        A prefix tree for the model's parameters: `optax.contrib.MuonDimensionNumbers`, or None.
+    """
+
+    def axes(layer: object) -> object:
+        if not isinstance(layer, hnn.Linear):
+            return None
+        # qkv is no axis of the matrices: like layers, it counts them.
+        position = {axis.name: i for i, axis in enumerate(layer.weight.axes)}
+        inputs, outputs = (
+            tuple(position[axis.name] for axis in hax.util.ensure_tuple(spec) if axis.name != "qkv")
+            for spec in (layer.In, layer.Out)
+        )
+        entries = (MuonDimensionNumbers(inputs, outputs), None)
+        return eqx.tree_at(lambda x: (x.weight, x.bias), layer, entries, is_leaf=lambda x: x is None)
+
+    return jax.tree.map(axes, model, is_leaf=_is_layer)
+
+
+def _is_layer(x: object) -> bool:
+    return isinstance(x, hnn.Linear | hnn.Embedding | hnn.LayerNorm)
 
 
 def _normal(config: Gpt2Config, axes: AxisSpec, key: jax.Array, std: float | None = None) -> NamedArray:

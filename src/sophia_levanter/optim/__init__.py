@@ -8,6 +8,7 @@ from sophia_levanter.optim.gauss_newton import GaussNewtonBartlett, GaussNewtonH
 from sophia_levanter.optim.hutchinson import Hutchinson
 from sophia_levanter.optim.likelihood import Bernoulli, Categorical, Likelihood, Normal
 from sophia_levanter.optim.microbatch import split_microbatches
+from sophia_levanter.optim.muon import Muon
 from sophia_levanter.optim.protocol import Optimizer
 from sophia_levanter.optim.shared_forward import value_grad_and_curvature
 from sophia_levanter.optim.sophia import Sophia, SophiaState
@@ -23,6 +24,7 @@ __all__ = [
     "Hutchinson",
     "Likelihood",
     "Lion",
+    "Muon",
     "Normal",
     "Optimizer",
     "Sophia",

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sophia_levanter.optim.cautious import cautious
 from sophia_levanter.optim.checks import check_flag, check_number, check_parameters, check_same_structure
 from sophia_levanter.optim.gradient_transform import check_gradient_transform, init_transform, transform_gradient
 from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule
@@ -19,7 +20,7 @@ PyTree = Any
 
 
 class BaselineState(NamedTuple):
-    """The state of AdamW and Lion.
+    """The state of AdamW, Lion and Muon.
 
     Attributes:
         optax_state: optax's own.
@@ -30,7 +31,7 @@ class BaselineState(NamedTuple):
     gradient_state: PyTree | None
 
 
-class _OptaxOptimizer(eqx.Module):
+class OptaxOptimizer(eqx.Module):
     """An optax transformation on the differentiable part of a model."""
 
     gradient_transform: optax.GradientTransformation | None = eqx.field(default=None, kw_only=True)
@@ -90,11 +91,14 @@ class _OptaxOptimizer(eqx.Module):
         return False
 
     def metrics(self, state: BaselineState) -> dict[str, jax.Array]:
-        """`momentum_norm`, the global 2-norm of the first moment as stored."""
-        return {"momentum_norm": optax.tree.norm(optax.tree.get(state.optax_state, "mu"))}
+        """`momentum_norm`, the global 2-norm of the first moment as stored, over all groups of parameters."""
+        found = optax.tree.get_all_with_path(state.optax_state, "mu")
+        # A parameter may be called mu too: the states that hold moments are named tuples, at the path's end.
+        moments = [mu for path, mu in found if isinstance(path[-1], optax.tree_utils.NamedTupleKey)]
+        return {"momentum_norm": optax.tree.norm(moments)}
 
 
-class AdamW(_OptaxOptimizer):
+class AdamW(OptaxOptimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), `optax.adamw`.
 
     Args:
@@ -104,6 +108,8 @@ class AdamW(_OptaxOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, multiplied by the learning rate.
         weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
+        nesterov: whether the step looks ahead in the first moment (NAdamW; Dozat 2016).
+        cautious: leave out the coordinates whose step would go up this batch's gradient (arXiv 2411.16085).
         gradient_transform: an optax transformation that the gradient goes through first; None for none.
 
     Raises:
@@ -116,19 +122,29 @@ class AdamW(_OptaxOptimizer):
     eps: Scalar = 1e-8
     weight_decay: Scalar = 0.1
     weight_decay_mask: WeightDecayMask = None
+    nesterov: bool = eqx.field(default=False, static=True)
+    cautious: bool = eqx.field(default=False, static=True)
 
     def __check_init__(self) -> None:
-        _check_shared(self)
+        check_shared(self)
         check_number("eps", self.eps, low=0)
+        for name in ("nesterov", "cautious"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for these parameters."""
         mask = decay_mask_tree(self.weight_decay_mask, params)
-        return optax.adamw(self.learning_rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=mask)
+        adam = optax.scale_by_adam(self.b1, self.b2, self.eps, nesterov=self.nesterov)
+        return optax.chain(
+            cautious(adam) if self.cautious else adam,
+            optax.add_decayed_weights(self.weight_decay, mask),
+            optax.scale_by_learning_rate(self.learning_rate),
+        )
 
 
-class Lion(_OptaxOptimizer):
-    """Lion (Chen et al. 2023, arXiv 2302.06675), `optax.lion`. The arguments are AdamW's, without eps."""
+class Lion(OptaxOptimizer):
+    """Lion (Chen et al. 2023, arXiv 2302.06675), `optax.lion`. The arguments are AdamW's, without eps and nesterov."""
 
     learning_rate: ScalarOrSchedule = 1e-4
     b1: Scalar = 0.95
@@ -137,7 +153,7 @@ class Lion(_OptaxOptimizer):
     weight_decay_mask: WeightDecayMask = None
 
     def __check_init__(self) -> None:
-        _check_shared(self)
+        check_shared(self)
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for these parameters."""
@@ -145,7 +161,12 @@ class Lion(_OptaxOptimizer):
         return optax.lion(self.learning_rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=mask)
 
 
-def _check_shared(optimizer: AdamW | Lion) -> None:
+def check_shared(optimizer: Any) -> None:
+    """Check the hyper-parameters that every baseline has.
+
+    Raises:
+        TypeError, ValueError: if one that is a concrete number is out of its range.
+    """
     check_number("learning_rate", optimizer.learning_rate, low=0, schedule=True)
     check_number("b1", optimizer.b1, low=0, high=1)
     check_number("b2", optimizer.b2, low=0, high=1)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sophia_levanter.optim.cautious import agreeing
 from sophia_levanter.optim.checks import (
     check_choice,
     check_count,
@@ -90,6 +91,8 @@ class Sophia(eqx.Module):
         denominator: `max` for max(rho h, eps); `add` for rho h + eps, which flips the step's sign where rho h < -eps.
         refresh_order: whether an estimate given to `update` enters h `before` that update or `after` it.
         first_refresh: the first step at which a refresh is due.
+        cautious: leave out the coordinates whose step would go up this batch's gradient, and scale the others up by as
+            much, array by array (arXiv 2411.16085). Momentum lags behind where the gradient turns round.
         gradient_transform: an optax transformation that the gradient goes through first, such as
             `optax.clip_by_global_norm(1.0)`; None for none.
         estimator: what `estimate` calls: (function of the model, model, microbatches, key=...) -> h_hat.
@@ -111,6 +114,7 @@ class Sophia(eqx.Module):
     denominator: str = eqx.field(default="max", static=True)
     refresh_order: str = eqx.field(default="before", static=True)
     first_refresh: int = eqx.field(default=0, static=True, converter=whole_number)
+    cautious: bool = eqx.field(default=False, static=True)
     gradient_transform: optax.GradientTransformation | None = None
     estimator: Estimator | None = None
 
@@ -129,7 +133,7 @@ class Sophia(eqx.Module):
         check_gradient_transform(self.gradient_transform)
         if self.estimator is not None and (isinstance(self.estimator, type) or not callable(self.estimator)):
             raise TypeError(f"estimator is {self.estimator!r}; it must be a value such as GaussNewtonBartlett()")
-        for name in ("bias_correct_momentum", "bias_correct_curvature"):
+        for name in ("bias_correct_momentum", "bias_correct_curvature", "cautious"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
 
@@ -319,12 +323,13 @@ class Sophia(eqx.Module):
         learning_rate = value_at("learning_rate", self.learning_rate, state.count)
         decay = learning_rate * value_at("weight_decay", self.weight_decay, state.count)
 
-        def step(p: jax.Array, m: jax.Array, d: jax.Array, decayed: bool) -> jax.Array:
-            clipped = learning_rate * jnp.clip(m / d, -1, 1)
+        def step(p: jax.Array, m: jax.Array, d: jax.Array, g: jax.Array, decayed: bool) -> jax.Array:
+            direction = jnp.clip(m / d, -1, 1)
+            clipped = learning_rate * (agreeing(direction, g) if self.cautious else direction)
             return jnp.where(finite, -(clipped + decay * p if decayed else clipped), 0).astype(p.dtype)
 
         mask = decay_mask_tree(self.weight_decay_mask, params)
-        return jax.tree.map(step, params, *self._ratio(after), mask), after
+        return jax.tree.map(step, params, *self._ratio(after), grads, mask), after
 
     def _rho(self, state: SophiaState) -> Scalar:
         """rho of the last update, for a state after it."""

@@ -10,6 +10,7 @@ from sophia_levanter.errors import InputError
 
 SCHEDULES = ("cosine", "linear", "constant")
 CURVATURE_REDUCTIONS = ("square_then_average", "average_then_square")
+CURVATURE_LABELS = ("sampled", "data")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 SMALLEST_EPS = 1e-37
 
@@ -78,6 +79,7 @@ class SophiaConfig(OptimizerConfig):
     denominator: str = "max"  # max(rho * h, eps); or add, rho * h + eps, as in the authors' code
     refresh_order: str = "before"  # a new estimate enters h before the step's update; or after it
     first_refresh: int = 0  # the first step that refreshes the curvature
+    cautious: bool = False  # leave out the coordinates whose step would go up this batch's gradient
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,11 +108,13 @@ class SophiaGConfig(SophiaConfig):
 
     curvature_batch_fraction: float = 0.5  # part of the batch that refreshes the curvature, in whole microbatches
     curvature_reduce: str = "square_then_average"  # of microbatch gradients; or average_then_square, as the authors do
+    curvature_labels: str = "sampled"  # of the gradient that is squared: drawn from the model; or data, the true labels
     curvature_max_grad_norm: float | None = None  # clip the sampled gradient to this norm; 1.0 in the authors' code
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("optimizer.curvature_reduce", self.curvature_reduce, CURVATURE_REDUCTIONS)
+        _check_choice("optimizer.curvature_labels", self.curvature_labels, CURVATURE_LABELS)
         if self.curvature_max_grad_norm is not None:
             _check_positive("optimizer.curvature_max_grad_norm", self.curvature_max_grad_norm)
 
@@ -142,6 +146,8 @@ class AdamWConfig(OptimizerConfig):
     b1: float = 0.9  # decay of the first moment
     b2: float = 0.95  # decay of the second moment
     eps: float = 1e-8  # added to the root of the second moment
+    nesterov: bool = False  # look ahead in the first moment: NAdamW
+    cautious: bool = False  # leave out the coordinates whose step would go up this batch's gradient
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,6 +170,23 @@ class LionConfig(OptimizerConfig):
         super().__post_init__()
         _check_beta("optimizer.b1", self.b1)
         _check_beta("optimizer.b2", self.b2)
+
+
+@OptimizerConfig.register_subclass("muon")
+@dataclass(frozen=True)
+class MuonConfig(OptimizerConfig):
+    """Muon (Jordan et al. 2024), optax's, for the blocks' matrices; AdamW with Nesterov momentum for the rest."""
+
+    beta: float = 0.95  # decay of the matrices' momentum
+    b1: float = 0.9  # decay of the first moment of the rest
+    b2: float = 0.95  # decay of the second moment of the rest
+    eps: float = 1e-8  # added to the root of the second moment, and to the norm that a matrix is divided by
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta", "b1", "b2"):
+            _check_beta(f"optimizer.{name}", getattr(self, name))
+        _check_positive("optimizer.eps", self.eps)
 
 
 @dataclass(frozen=True)

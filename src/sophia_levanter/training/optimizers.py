@@ -7,11 +7,13 @@ from typing import Any
 import jmp
 import optax
 
+from sophia_levanter.models.gpt2 import matrix_axes
 from sophia_levanter.optim import (
     AdamW,
     GaussNewtonBartlett,
     Hutchinson,
     Lion,
+    Muon,
     Optimizer,
     SophiaG,
     SophiaH,
@@ -22,6 +24,7 @@ from sophia_levanter.optim.trees import WeightDecayMask
 from sophia_levanter.training.config import (
     AdamWConfig,
     LionConfig,
+    MuonConfig,
     OptimizerConfig,
     SophiaConfig,
     SophiaGConfig,
@@ -63,15 +66,20 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int, mask: WeightD
             hutchinson = Hutchinson(config.probe, config.num_probes)
             return SophiaH(**shared, **_sophia_arguments(config), estimator=hutchinson)
         case AdamWConfig():
-            return AdamW(**shared, b1=config.b1, b2=config.b2, eps=config.eps)
+            return AdamW(
+                **shared, b1=config.b1, b2=config.b2, eps=config.eps, nesterov=config.nesterov, cautious=config.cautious
+            )
         case LionConfig():
             return Lion(**shared, b1=config.b1, b2=config.b2)
+        case MuonConfig():
+            coefficients = {name: getattr(config, name) for name in ("beta", "b1", "b2", "eps")}
+            return Muon(**shared, **coefficients, matrices=matrix_axes)
     raise TypeError(f"no optimizer for {type(config).__name__}")
 
 
 def _sophia_arguments(config: SophiaConfig) -> dict[str, Any]:
     names = ("b1", "b2", "eps", "interval", "bias_correct_momentum", "bias_correct_curvature")
-    switches = ("denominator", "refresh_order", "first_refresh")
+    switches = ("denominator", "refresh_order", "first_refresh", "cautious")
     target = config.target_win_rate
     rho = config.rho if target is None else WinRateController(target=target, initial=config.rho)
     return {"rho": rho, **{name: getattr(config, name) for name in (*names, *switches)}}
@@ -104,4 +112,5 @@ def build_step_settings(config: OptimizerConfig, trainer: TrainerConfig, mask: W
         max_grad_norm=trainer.max_grad_norm,
         curvature_microbatches=curvature_microbatches(config, trainer) if isinstance(config, SophiaConfig) else None,
         curvature_microbatch_size=config.curvature_microbatch_size if isinstance(config, SophiaHConfig) else None,
+        curvature_labels=config.curvature_labels if isinstance(config, SophiaGConfig) else "sampled",
     )

@@ -106,7 +106,8 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
         run = RunDirectory(Path("runs", f"{command.config_name}-{now}").absolute(), "never")
     else:
         run = RunDirectory(Path(os.path.abspath(os.path.expanduser(given))), "never")
-    config = _with_absolute_paths(command.config, run.path)
+    config = with_absolute_paths(command.config)
+    config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, run_dir=str(run.path)))
     if not isinstance(command.resume, Path) and _holds_files(run.path):
         if command.resume != "auto":
             raise InputError(
@@ -164,7 +165,8 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
     return {"optimizer.type": type(config.optimizer).__name__} | fields
 
 
-def _with_absolute_paths(config: TrainConfig, run_dir: Path) -> TrainConfig:
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The configuration with paths to the data that hold from anywhere."""
     data = config.data
     resolved = dataclasses.replace(
         data,
@@ -172,8 +174,7 @@ def _with_absolute_paths(config: TrainConfig, run_dir: Path) -> TrainConfig:
         validation=None if data.validation is None else _absolute_source(data.validation),
         cache_dir=os.path.abspath(os.path.expanduser(data.cache_dir)),
     )
-    trainer = dataclasses.replace(config.trainer, run_dir=str(run_dir))
-    return dataclasses.replace(config, data=resolved, trainer=trainer)
+    return dataclasses.replace(config, data=resolved)
 
 
 def _absolute_source(source: str) -> str:

@@ -82,6 +82,8 @@ class StepSettings:
         curvature_microbatches: how many of the first microbatches refresh the curvature; None for all.
         curvature_microbatch_size: rows in a microbatch of Hutchinson's pass; None for the gradient's. GNB shares the
             gradient's forward pass, and so its microbatches.
+        curvature_labels: "sampled", GNB's labels are drawn from the model; "data", they are the true ones (the
+            empirical Fisher variant), whose mean gradient is not 0 and enters the estimate.
     """
 
     optimizer: Optimizer
@@ -90,6 +92,7 @@ class StepSettings:
     max_grad_norm: float | None = 1.0
     curvature_microbatches: int | None = None
     curvature_microbatch_size: int | None = None
+    curvature_labels: str = "sampled"
 
 
 class _Keys(NamedTuple):
@@ -119,7 +122,7 @@ def train_step(
         curvature_batch: [microbatch, batch, position] to estimate the curvature on; if not given, the first
             `curvature_microbatches` of the batch, which then share their forward pass with the gradient (Sophia-G).
         samples: [microbatch, batch, position] int labels for GNB, like the microbatches it is estimated on; if not
-            given they are drawn from the model, by (seed, step, row).
+            given they are those of `curvature_labels`: the targets, or drawn from the model, by (seed, step, row).
 
     Returns:
         The state after the step, and what the host may want to know of it.
@@ -170,7 +173,8 @@ def _gradient_and_curvature(
     first, rest = split_at(batch, settings.curvature_microbatches or _num_microbatches(batch))
     source = curvature_batch or first
     if samples is None:
-        samples = _row_uniforms(keys.curvature, source)
+        by_data = settings.curvature_labels == "data"
+        samples = source.targets if by_data else _row_uniforms(keys.curvature, source)
     curved = _accumulate(settings, model, source, keys, samples=samples, estimator=estimator)
     h_hat = estimator.finished(curved.curvature, curved.num_targets)
     if curvature_batch is not None:
@@ -206,7 +210,7 @@ def _accumulate(
 
 
 def _losses_fn(settings: StepSettings, keys: _Keys) -> LossesFn:
-    """(model, microbatch, key) -> mean losses of the true and of sampled labels, and their number."""
+    """(model, microbatch, key) -> mean losses of the true and of the curvature's labels, and their number."""
 
     def losses(model: Gpt2, microbatch: tuple, _: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         batch, samples, index = microbatch

@@ -1,0 +1,241 @@
+"""`python -m sophia_levanter.commands.compare --config STUDY`: do the runs of a study, and say what they show."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+from sophia_levanter.comparison.records import Record, find, read_records, write_records
+from sophia_levanter.comparison.study import PlannedRun, Study, plan, read_study
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config_file import Layer, Setting
+from sophia_levanter.data.config import DataConfig
+from sophia_levanter.errors import InputError
+from sophia_levanter.training.run_directory import with_absolute_paths
+
+Texts = dict[DataConfig, dict[str, str]]
+RECORDS = "study.json"
+DONE, FAILURE, BAD_INPUT, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
+USAGE = """\
+usage: python -m sophia_levanter.commands.compare --config STUDY [--out DIR] [--ray] [--plan]
+       [--SECTION.FIELD VALUE ...] [--help]
+
+Does the training runs that a study asks for and that are not done yet, and writes what they show: study.json,
+report.md and plots. It may be interrupted and repeated at any time.
+
+  --config STUDY         YAML: arms with their config files, settings and grids; docs/studies.md tells more
+  --out DIR              where the results are and go; studies/NAME of the study's file if not given
+  --ray                  runs are Ray tasks of one core each, in place of one after the other on all cores
+  --plan                 prints the runs that are done and those that are not, and does none
+  --SECTION.FIELD VALUE  sets a field of every run, on top of the study: --data.train 'novels/*.txt'
+  --help                 prints this and exits"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for."""
+
+    study: Path
+    out: Path
+    ray: bool
+    plan_only: bool
+    overrides: Layer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says.
+
+    Returns:
+        The exit status: 0 done, 1 a run failed, 2 bad input, 75 stopped by SIGTERM (run it again), 130 interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # An arm's name or the report may hold what the terminal's encoding lacks.
+            stream.reconfigure(errors="replace")
+    words = sys.argv[1:] if argv is None else argv
+    if "--help" in words or "-h" in words:
+        print(USAGE)
+        return DONE
+    stopped_by: list[signal.Signals] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped_by.append(signal.Signals(number))
+        # Not SystemExit: where Ray waits, it would become one with another status.
+        raise KeyboardInterrupt
+
+    # A closed terminal, too, must not leave a run behind; nohup ignores it.
+    signals = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in signals}
+    try:
+        return _compare(parse(words))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILURE
+    except KeyboardInterrupt:
+        if stopped_by:
+            print(f"{stopped_by[0].name}: stopped; run the command again", file=sys.stderr)
+            return PREEMPTED
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def parse(words: Sequence[str]) -> Command:
+    """Reads the command line.
+
+    Raises:
+        InputError: if an argument is not known or has no value.
+    """
+    options: dict[str, str] = {}
+    flags: set[str] = set()
+    overrides: Layer = {}
+    rest = list(words)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if name in ("--ray", "--plan") and not equals:
+            flags.add(name)
+            continue
+        if name not in ("--config", "--out") and not (name.startswith("--") and "." in name):
+            raise InputError(f"unexpected argument {name!r}; --help shows the options")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise InputError(f"{name} has no value; write {name} VALUE")
+            value = rest.pop(0)
+        if name in ("--config", "--out"):
+            if not value:
+                raise InputError(f"{name} has an empty value")
+            options[name] = value
+        else:
+            overrides[name.removeprefix("--")] = Setting(value)
+    if "--config" not in options:
+        raise InputError("--config STUDY is missing; config/studies/quick.yaml is a small one to start with")
+    study = Path(options["--config"])
+    out = Path(options.get("--out", Path("studies") / study.stem))
+    return Command(study, out, "--ray" in flags, "--plan" in flags, overrides)
+
+
+def _compare(command: Command) -> int:
+    study = read_study(command.study)
+    runs = [replace(run, config=with_absolute_paths(run.config)) for run in plan(study, command.overrides)]
+    if any(path.is_file() for path in (command.out, *command.out.parents)):
+        raise InputError(f"--out {command.out} is a file or below one; name a directory")
+    if command.plan_only:
+        _print_plan(study, runs, read_records(command.out / RECORDS))
+        return DONE
+    with _alone_in(command.out):
+        records = read_records(command.out / RECORDS)
+        texts = _texts(runs, records, command.out)
+        missing = _missing(runs, records)
+        print(_counts(study, runs, missing), flush=True)
+        failures = _do(study, command, missing, records, texts) if missing else 0
+
+        from sophia_levanter.comparison.report import write_report
+
+        print(write_report(study, runs, records, command.out))
+    return FAILURE if failures else DONE
+
+
+def _texts(runs: Sequence[PlannedRun], records: Sequence[Record], out: Path) -> Texts:
+    """The digests of the texts that the runs are about.
+
+    Raises:
+        InputError: if a text is not there, or a record is of another one. The path may change, the text may not: runs
+            would be compared as if they were of one text.
+    """
+    from sophia_levanter.comparison.texts import digests
+
+    texts = {data: digests(data) for data in dict.fromkeys(run.config.data for run in runs)}
+    for run in runs:
+        record = find(records, run.config)
+        for name, then in (record.facts.get("texts", {}) if record else {}).items():
+            now = texts[run.config.data][name]
+            if then != now:
+                raise InputError(
+                    f"{out / RECORDS} holds runs on another text: the digest of data.{name} was {then} and is {now}; "
+                    "name another --out"
+                )
+    return texts
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Keep other comparisons out of the directory: each would write the file of records without the other's."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"--out {out} is in use by another comparison; wait for it or name another directory"
+            ) from None
+        yield
+
+
+def _counts(study: Study, runs: Sequence[PlannedRun], missing: Sequence[TrainConfig]) -> str:
+    return f"{study.name}: {len(runs)} runs, {len(missing)} to do"
+
+
+def _missing(runs: Sequence[PlannedRun], records: Sequence[Record]) -> list[TrainConfig]:
+    """The configurations without a record, each once however many arms share it."""
+    missing: list[TrainConfig] = []
+    for run in runs:
+        if find(records, run.config) is None and run.config not in missing:
+            missing.append(run.config)
+    return missing
+
+
+def _do(study: Study, command: Command, missing: Sequence[TrainConfig], records: list[Record], texts: Texts) -> int:
+    """Do the runs, putting each record into the file as it comes; the number of those that failed."""
+    # Only now what takes long to import: a mistake above is answered at once.
+    from sophia_levanter.comparison.execute import as_ray_tasks, one_by_one
+    from sophia_levanter.comparison.runner import Job, RunFailed, job_directory
+
+    folder = (command.out / "runs").absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [Job(config, job_directory(folder, config)) for config in missing]
+    failures = 0
+    with closing(as_ray_tasks(jobs) if command.ray else one_by_one(jobs)) as results:
+        for count, (index, result) in enumerate(results, start=1):
+            if isinstance(result, RunFailed):
+                print(f"error: {result}", file=sys.stderr)
+                failures += 1
+                continue
+            facts = result.facts | {"texts": texts[missing[index].data]}
+            records.append(replace(result, facts=facts))
+            write_records(command.out / RECORDS, study.name, records)
+            outcome = "diverged" if result.loss is None else f"validation loss {result.loss:.4f}"
+            print(f"{count}/{len(jobs)} {describe(missing[index])}: {outcome}", flush=True)
+    return failures
+
+
+def describe(config: TrainConfig) -> str:
+    """A run in a few words."""
+    optimizer = config.optimizer
+    rho = f" rho {optimizer.rho:g}" if hasattr(optimizer, "rho") else ""
+    name = type(optimizer).__name__.removesuffix("Config")
+    steps, seed = config.trainer.num_train_steps, config.trainer.seed
+    return f"{name} rate {optimizer.learning_rate:g}{rho} {steps} steps seed {seed}"
+
+
+def _print_plan(study: Study, runs: Sequence[PlannedRun], records: Sequence[Record]) -> None:
+    print(_counts(study, runs, _missing(runs, records)))
+    for run in runs:
+        state = "done" if find(records, run.config) else "to do"
+        point = " ".join(f"{name}={value}" for name, value in run.point.items())
+        print(f"{state:6} {run.arm} {point} tokens={run.tokens} seed={run.seed}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""The report of a study: tables in Markdown, and pictures beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sophia_levanter.comparison.costs import flops_per_token, seconds_per_step, tokens_per_step
+from sophia_levanter.comparison.records import Record
+from sophia_levanter.comparison.results import Cell, best, collect, lengths
+from sophia_levanter.comparison.speedup import SpeedUp, speed_ups
+from sophia_levanter.comparison.study import PlannedRun, Study
+from sophia_levanter.errors import InputError
+
+REPORT = "report.md"
+
+
+def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Record], out: Path) -> str:
+    """Writes `report.md` and the plots into a directory, and returns the report's text.
+
+    Args:
+        study: what was asked for.
+        runs: the runs of the study.
+        records: what was done, perhaps more than the study asks for now.
+        out: the directory.
+
+    Raises:
+        InputError: if matplotlib is not installed.
+    """
+    cells = collect(runs, records)
+    if not cells:
+        return f"# {study.name}\n\nNo run is done yet."
+    parts = [f"# {study.name}", _summary(records), "## The best of each arm", _best_table(cells)]
+    if study.baseline is not None:
+        parts += [f"## Speed-up over {study.baseline}", _speed_table(study, cells)]
+    parts += ["## All points", _all_table(cells)]
+    try:
+        from sophia_levanter.comparison.plots import write_plots
+    except ImportError:
+        raise InputError("plots need matplotlib; install sophia-levanter[compare]") from None
+    parts += [f"![{name}]({name})" for name in write_plots(cells, out)]
+    text = "\n\n".join(parts) + "\n"
+    (out / REPORT).write_text(text, encoding="utf-8")
+    return text
+
+
+def _summary(records: Sequence[Record]) -> str:
+    diverged = sum(record.loss is None for record in records)
+    # A run that diverged before its first checkpoint knows neither.
+    sizes = ", ".join(f"{n:,}" for n in sorted({record.parameters for record in records} - {0}))
+    texts = len({record.facts["data"]["digest"] for record in records if "data" in record.facts})
+    lines = [f"{len(records)} runs were started, {diverged} of them diverged; parameters: {sizes}."]
+    if texts > 1:
+        lines.append(f"**The runs are of {texts} different training texts.**")
+    return " ".join(lines)
+
+
+def _best_table(cells: Sequence[Cell]) -> str:
+    rows = []
+    for arm in dict.fromkeys(cell.arm for cell in cells):
+        for tokens in lengths(cells, arm):
+            cell = best(cells, arm, tokens)
+            assert cell is not None
+            tried = [c for c in cells if c.arm == arm and c.tokens == tokens]
+            rows.append([arm, f"{tokens:,}", str(len(tried)), _point(cell), _loss(cell), str(len(cell.records))])
+    return _table(["arm", "tokens", "points tried", "best point", "validation loss", "seeds"], rows)
+
+
+def _speed_table(study: Study, cells: Sequence[Cell]) -> str:
+    assert study.baseline is not None
+    rows = []
+    for arm in dict.fromkeys(cell.arm for cell in cells):
+        for found in speed_ups(cells, arm, study.baseline) if arm != study.baseline else []:
+            costs = _cost_ratios(cells, arm, study.baseline)
+            rows.append(
+                [
+                    arm,
+                    f"{found.tokens:,}",
+                    _factor(found, 1),
+                    *(_factor(found, cost) for cost in costs),
+                    _interval(found),
+                ]
+            )
+    note = (
+        "s: how much longer the baseline's whole schedule is than the arm's whole schedule that ends at the same loss; "
+        "beside tokens also with what a token costs. The interval is a bootstrap over seeds, in tokens."
+    )
+    return note + "\n\n" + _table(["arm", "baseline's tokens", "s", "s in FLOPs", "s in time", "95 % of s"], rows)
+
+
+def _cost_ratios(cells: Sequence[Cell], arm: str, baseline: str) -> tuple[float, float]:
+    """FLOPs and seconds of a token, of the arm over the baseline."""
+
+    def record(name: str) -> Record:
+        cell = best(cells, name, lengths(cells, name)[-1])
+        assert cell is not None
+        return next(iter(cell.records.values()))
+
+    ours, theirs = record(arm), record(baseline)
+    seconds = [seconds_per_step(r) / tokens_per_step(r) for r in (ours, theirs)]
+    return flops_per_token(ours) / flops_per_token(theirs), seconds[0] / seconds[1] if all(seconds) else math.nan
+
+
+def _factor(found: SpeedUp, cost: float) -> str:
+    return f"{found.bound}{found.factor / cost:.2f}"
+
+
+def _interval(found: SpeedUp) -> str:
+    # Around a bound it would be an interval of bounds.
+    if found.low is None or found.bound:
+        return "–"
+    return f"{found.low:.2f}–{found.high:.2f} ({found.seeds} seeds)"
+
+
+def _all_table(cells: Sequence[Cell]) -> str:
+    ordered = sorted(cells, key=lambda cell: (cell.tokens, cell.mean))
+    rows = [
+        [c.arm, f"{c.tokens:,}", _point(c), _loss(c), str(len(c.records)), str(c.diverged), _win_rate(c)]
+        for c in ordered
+    ]
+    return _table(["arm", "tokens", "point", "validation loss", "seeds", "diverged", "win rate at the end"], rows)
+
+
+def _point(cell: Cell) -> str:
+    return ", ".join(f"{name.split('.')[-1]} {_short(value)}" for name, value in cell.point.items()) or "–"
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _loss(cell: Cell) -> str:
+    if not math.isfinite(cell.mean):
+        return "diverged"
+    return f"{cell.mean:.4f}" + ("" if cell.spread is None else f" ± {cell.spread:.4f}")
+
+
+def _win_rate(cell: Cell) -> str:
+    rates = [r.win_rate[-1][1] for r in cell.records.values() if r.win_rate]
+    known = [rate for rate in rates if rate is not None]
+    return f"{sum(known) / len(known):.2f}" if known else "–"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

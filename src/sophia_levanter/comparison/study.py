@@ -1,0 +1,268 @@
+"""A study: which training runs are to be compared. Free of jax, so that a mistake is answered at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from sophia_levanter.command_line import build_config
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config_file import Layer, Setting, read_layers, show_value
+from sophia_levanter.errors import InputError
+
+ARM_FIELDS = ("config", "settings", "grid", "tokens", "seeds", "warmup_fraction", "final_fraction")
+STUDY_FIELDS = (*(name for name in ARM_FIELDS if name != "grid"), "evaluations", "baseline", "arms")
+SECTIONS = ("settings", "grid")
+# Fields of a run that the study sets, and what it sets them by.
+OWN_FIELDS = {
+    "trainer.num_train_steps": "tokens",
+    "trainer.seed": "seeds",
+    "trainer.evaluate_every": "evaluations",
+    "trainer.checkpoint_every": "evaluations",
+    "trainer.run_dir": "--out",
+    "optimizer.warmup_steps": "warmup_fraction",
+    "optimizer.final_learning_rate": "final_fraction",
+}
+# They stand in until the schedule is known, and fit every learning rate and number of steps.
+_NO_SCHEDULE = {
+    "trainer.num_train_steps": Setting(2**31 - 1),
+    "optimizer.warmup_steps": Setting(0),
+    "optimizer.final_learning_rate": Setting(0.0),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things compared: an optimizer, or a factor, with the grid that is tried of it.
+
+    Attributes:
+        name: the arm's name in tables and plots.
+        layers: settings of its runs, the later ones on top.
+        grid: the values tried of each field; all combinations run.
+        tokens: lengths of the schedules, in training tokens.
+        seeds: one run each at every point and length.
+        warmup_fraction: warm-up's share of the steps.
+        final_fraction: the last learning rate over the highest.
+    """
+
+    name: str
+    layers: tuple[Layer, ...] = ()
+    grid: dict[str, list[Setting]] = field(default_factory=dict)
+    tokens: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    warmup_fraction: float = 0.1
+    final_fraction: float = 0.05
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study file asks for.
+
+    Attributes:
+        name: the file's name without its suffix.
+        arms: what is compared.
+        baseline: the arm that the others are measured against; None for none.
+        evaluations: validation losses over a run, the last one included.
+    """
+
+    name: str
+    arms: tuple[Arm, ...]
+    baseline: str | None
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a study.
+
+    Attributes:
+        arm: the arm's name.
+        point: the grid's fields with their values here.
+        tokens: length of the schedule in training tokens, as asked for; the run's is whole steps.
+        seed: of weights, data order and samples.
+        config: all of it, without a run directory.
+    """
+
+    arm: str
+    point: dict[str, Any]
+    tokens: int
+    seed: int
+    config: TrainConfig
+
+
+def read_study(path: Path) -> Study:
+    """Reads a study file. Like other configuration files it may name files to start from under `defaults:`.
+
+    Raises:
+        InputError: if a file is missing or is not strict YAML, a key is unknown or a value is not what it must be.
+    """
+    merged: Layer = {}
+    for layer in read_layers(path):
+        merged |= layer
+    common = {key: setting for key, setting in merged.items() if not key.startswith("arms.")}
+    for key, setting in common.items():
+        _check_known(key, setting, STUDY_FIELDS, "")
+    names = dict.fromkeys(key.split(".")[1] for key in merged if key.startswith("arms."))
+    if not names:
+        raise InputError(f"{path}: arms is missing; name what is compared, each with its config, settings and grid")
+    arms = tuple(_arm(name, _below(f"arms.{name}.", merged), common, path) for name in names)
+    baseline = common.get("baseline", Setting(None)).value
+    if baseline is not None and not (isinstance(baseline, str) and baseline in names):
+        raise InputError(f"{path}: baseline is {show_value(baseline)}; it must be one of the arms {', '.join(names)}")
+    evaluations = common.get("evaluations", Setting(5, path))
+    return Study(path.stem, arms, baseline, _positive_int("evaluations", evaluations))
+
+
+def plan(study: Study, overrides: Layer) -> list[PlannedRun]:
+    """All runs that a study asks for: first every arm's shortest schedule with the first seed, then the longer ones.
+
+    Args:
+        study: the study.
+        overrides: settings of every run, on top of all others.
+
+    Raises:
+        InputError: if a run's configuration is not sound; names the arm.
+    """
+    _check_not_own("--", overrides)
+    runs = [run for arm in study.arms for run in _runs_of(arm, overrides, study.evaluations)]
+    seeds = list(dict.fromkeys(seed for arm in study.arms for seed in arm.seeds))
+    return sorted(runs, key=lambda run: (seeds.index(run.seed), run.tokens))
+
+
+def _runs_of(arm: Arm, overrides: Layer, evaluations: int) -> Iterator[PlannedRun]:
+    for values in itertools.product(*arm.grid.values()):
+        point = dict(zip(arm.grid, values, strict=True))
+        for tokens, seed in itertools.product(arm.tokens, arm.seeds):
+            try:
+                config = build_config([*arm.layers, point], overrides | _NO_SCHEDULE)
+                config = _with_schedule(config, arm, tokens, seed, evaluations)
+            except InputError as error:
+                raise InputError(f"arm {arm.name}: {error}") from None
+            yield PlannedRun(arm.name, {name: value.value for name, value in point.items()}, tokens, seed, config)
+
+
+def _with_schedule(config: TrainConfig, arm: Arm, tokens: int, seed: int, evaluations: int) -> TrainConfig:
+    steps = round(Fraction(tokens, config.trainer.batch_size * config.model.seq_len))
+    if steps < evaluations:
+        raise InputError(
+            f"tokens {tokens} are {steps} steps; it must be one at least for each of {evaluations} evaluations"
+        )
+    every = -(-steps // evaluations)
+    trainer = dataclasses.replace(
+        config.trainer,
+        num_train_steps=steps,
+        seed=seed,
+        evaluate_every=every,
+        checkpoint_every=every,
+        keep_checkpoints=1,
+        sample_tokens=0,
+        run_dir=None,
+    )
+    optimizer = dataclasses.replace(
+        config.optimizer,
+        warmup_steps=round(arm.warmup_fraction * steps),
+        final_learning_rate=arm.final_fraction * config.optimizer.learning_rate,
+    )
+    return dataclasses.replace(config, trainer=trainer, optimizer=optimizer)
+
+
+def _arm(name: str, own: Layer, common: Layer, path: Path) -> Arm:
+    if not own:
+        raise InputError(f"{path}: arms.{name} must be a section with config, settings or grid")
+    for key, setting in own.items():
+        _check_known(key, setting, ARM_FIELDS, f"arms.{name}.")
+    _check_not_own("settings.", _below("settings.", common))
+    for section in SECTIONS:
+        _check_not_own(f"arms.{name}.{section}.", _below(f"{section}.", own))
+    layers = [*_config_layers(common), _below("settings.", common), *_config_layers(own), _below("settings.", own)]
+    fields = {key: value for key, value in (common | own).items() if key.split(".")[0] not in ("config", *SECTIONS)}
+    if "tokens" not in fields:
+        raise InputError(f"{path}: tokens is missing; give the lengths of the schedules in training tokens")
+    return Arm(
+        name,
+        tuple(layers),
+        {key: _grid_values(name, key, value) for key, value in _below("grid.", own).items()},
+        tuple(_positive_ints("tokens", fields["tokens"])),
+        tuple(_ints("seeds", fields["seeds"])) if "seeds" in fields else (0,),
+        *(_fraction(key, fields.get(key, Setting(default))) for key, default in _FRACTIONS.items()),
+    )
+
+
+_FRACTIONS = {"warmup_fraction": Arm.warmup_fraction, "final_fraction": Arm.final_fraction}
+
+
+def _below(prefix: str, layer: Layer) -> Layer:
+    return {key.removeprefix(prefix): value for key, value in layer.items() if key.startswith(prefix)}
+
+
+def _check_known(key: str, setting: Setting, fields: Sequence[str], prefix: str) -> None:
+    name, _, rest = key.partition(".")
+    if name not in fields or (rest and name not in SECTIONS):
+        raise InputError(f"{setting.prefix}unknown key '{prefix}{key}'; the fields are {', '.join(fields)}")
+    if name in (*SECTIONS, "arms") and not rest and setting.value not in (None, {}):
+        raise InputError(f"{setting.prefix}{prefix}{key} is {show_value(setting.value)}; it must be a section")
+
+
+def _check_not_own(prefix: str, layer: Layer) -> None:
+    for key, setting in layer.items():
+        if key in OWN_FIELDS:
+            raise InputError(
+                f"{setting.prefix}{prefix}{key} would change nothing; a study sets it by {OWN_FIELDS[key]}"
+            )
+
+
+def _config_layers(layer: Layer) -> list[Layer]:
+    if "config" not in layer:
+        return []
+    setting = layer["config"]
+    names = setting.value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{setting.prefix}config is {show_value(names)}; it must be a list of file names")
+    assert setting.file is not None
+    try:
+        return [found for name in names for found in read_layers(setting.file.parent / name)]
+    except InputError as error:
+        raise InputError(f"{setting.prefix}config: {error}") from None
+
+
+def _grid_values(arm: str, key: str, setting: Setting) -> list[Setting]:
+    if not isinstance(setting.value, list) or not setting.value:
+        shown = show_value(setting.value)
+        raise InputError(f"{setting.prefix}arms.{arm}.grid.{key} is {shown}; it must be a list of values to try")
+    return [Setting(value, setting.file) for value in setting.value]
+
+
+def _ints(name: str, setting: Setting) -> list[int]:
+    given: list[Any] = setting.value if isinstance(setting.value, list) else [setting.value]
+    values = [int(value) if type(value) is float and value.is_integer() else value for value in given]
+    for value in values:
+        if type(value) is not int:
+            raise InputError(f"{setting.prefix}{name} holds {show_value(value)}; it must be a list of integers")
+    if not values:
+        raise InputError(f"{setting.prefix}{name} is an empty list; give at least one")
+    return values
+
+
+def _positive_ints(name: str, setting: Setting) -> list[int]:
+    for value in _ints(name, setting):
+        if value < 1:
+            raise InputError(f"{setting.prefix}{name} holds {value}; it must be at least 1")
+    return _ints(name, setting)
+
+
+def _positive_int(name: str, setting: Setting) -> int:
+    if isinstance(setting.value, list):
+        raise InputError(f"{setting.prefix}{name} is a list; it must be an integer")
+    return _positive_ints(name, setting)[0]
+
+
+def _fraction(name: str, setting: Setting) -> float:
+    value = setting.value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError(f"{setting.prefix}{name} is {show_value(value)}; it must be between 0 and 1")
+    return float(value)

@@ -1,0 +1,34 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# 64 tokens in a step.
+TINY = """
+model: {num_layers: 1, num_heads: 1, embed_dim: 16, seq_len: 32, loss_block_size: 32, gradient_checkpointing: none}
+optimizer: {learning_rate: 1e-2}
+data: {train: TEXT, validation: VALIDATION, tokenizer: bytes, cache_dir: CACHE}
+trainer: {batch_size: 2, evaluation_windows: 8, log_every: 100}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Writes a study; its runs have one device, as a user without accelerators has it."""
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    validation = tmp_path / "validation.txt"
+    validation.write_text(text_file.read_text()[-2000:])
+    names = {"TEXT": text_file, "VALIDATION": validation, "CACHE": tmp_path / "cache"}
+    tiny = TINY
+    for name, path in names.items():
+        tiny = tiny.replace(name, str(path))
+    (tmp_path / "tiny.yaml").write_text(tiny)
+
+    def write(text: str) -> Path:
+        path = tmp_path / "study.yaml"
+        path.write_text(text)
+        return path
+
+    return write

@@ -1,0 +1,242 @@
+"""The command that does a study: bad input, what is done and done again, tiny studies, and how they are stopped."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sophia_levanter.commands.compare import main
+from sophia_levanter.comparison import execute
+from sophia_levanter.comparison.records import Record, flat_config, read_records
+from sophia_levanter.comparison.runner import Job, RunFailed
+
+STUDY = """
+config: [tiny.yaml]
+tokens: [640]
+evaluations: 2
+baseline: adamw
+arms:
+  adamw: {settings: {optimizer: {type: adamw}}}
+  sophia: {settings: {optimizer: {type: sophia_g, interval: 3, rho: 0.5}}}
+"""
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs done; each at once, with a loss of its number. A job of seed 13 fails, and one of seed 66 diverges."""
+    jobs: list[Job] = []
+
+    def do(job: Job) -> Record:
+        jobs.append(job)
+        if job.config.trainer.seed == 13:
+            raise RunFailed("a.log: no luck")
+        loss = None if job.config.trainer.seed == 66 else float(len(jobs))
+        outcome = ("done" if loss else "diverged", loss, loss, [[10, loss]], [[10, loss]], [], [0.1, None], 1000, 6e3)
+        return Record(flat_config(job.config), *outcome, {"data": {"digest": "abc"}})
+
+    monkeypatch.setattr(execute, "do", do)
+    return jobs
+
+
+def arguments(study: Path, *more: object) -> list[str]:
+    return ["--config", str(study), "--out", str(study.parent / "out"), *map(str, more)]
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ([], "--config STUDY is missing"),
+        (["--out", "x"], "--config STUDY is missing"),
+        (["--plan", "STUDY"], "study.yaml'; --help shows the options"),
+        (["--config", "STUDY", "--confg", "x"], "unexpected argument '--confg'"),
+        (["--config", "STUDY", "--ray=1"], "unexpected argument '--ray'"),
+        (["--config"], "--config has no value; write --config VALUE"),
+        (["--config="], "--config has an empty value"),
+        (["--config", "--plan"], "--config has no value"),
+        (["--config", "STUDY", "--out"], "--out has no value"),
+        (["--config", "STUDY", "--out="], "--out has an empty value"),
+        (["--config", "STUDY", "--data.train"], "--data.train has no value"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["--config", "."], ".: cannot be read: Is a directory"),
+        (["--config", "STUDY", "--out", "STUDY"], "study.yaml is a file or below one; name a directory"),
+        (["--config", "STUDY", "--out", "STUDY/x"], "study.yaml/x is a file or below one; name a directory"),
+        (["--config", "STUDY", "--optimizer.roh", "1"], "arm adamw: unknown option '--optimizer.roh'"),
+        (["--config", "STUDY", "--optimizer.rho", "1"], "arm adamw: unknown option '--optimizer.rho'"),
+        (["--config", "STUDY", "--trainer.batch_size", "two"], "arm adamw: trainer.batch_size is 'two'"),
+        (["--config", "STUDY", "--trainer.seed", "1"], "--trainer.seed would change nothing; a study sets it by seeds"),
+        (["--config", "STUDY", "--trainer.batch_size", "2000"], "arm adamw: tokens 640 are 0 steps"),
+        (["--config", "tiny.yaml"], "tiny.yaml: unknown key 'model.num_layers'"),
+    ],
+)
+@pytest.mark.parametrize("plan", [[], ["--plan"]], ids=["", "plan"])
+def test_bad_input_is_one_line_and_writes_nothing(words, wanted, plan, write, tmp_path, capfd, monkeypatch, done):
+    monkeypatch.chdir(tmp_path)
+    study = str(write(STUDY))
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*plan, *(word.replace("STUDY", study) for word in words)]) == 2
+    out, error = capfd.readouterr()
+    assert error.startswith("error: ") and error.count("\n") == 1 and not out
+    assert wanted in error
+    assert not done and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_damaged_file_of_records_stays_as_it_is(write, capfd, done):
+    study = write(STUDY)
+    assert main(arguments(study)) == 0
+    file = study.parent / "out" / "study.json"
+    file.write_text(file.read_text()[:-20])
+    damaged = file.read_text()
+    capfd.readouterr()
+    assert main(arguments(study)) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: {file}: is no record of a study: ") and error.count("\n") == 1
+    assert file.read_text() == damaged and len(done) == 2
+
+
+def test_a_directory_has_one_comparison_at_a_time(write, tmp_path, capfd, done):
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(arguments(write(STUDY))) == 2
+        assert "out is in use by another comparison; wait for it or name another directory\n" in capfd.readouterr().err
+        assert main(arguments(write(STUDY), "--plan")) == 0
+    assert not done
+    assert main(arguments(write(STUDY))) == 0
+
+
+@pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["--config", "nowhere.yaml"], 2), (["--plan"], 2)])
+def test_the_real_command(words, status, tmp_path):
+    command = [sys.executable, "-m", "sophia_levanter.commands.compare", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == status
+    said, silent = (ended.stderr, ended.stdout) if status else (ended.stdout, ended.stderr)
+    assert said.startswith("error: " if status else "usage: ") and not silent
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_answered_without_heavy_imports(write):
+    script = """
+import sys
+from sophia_levanter.commands.compare import main
+assert main(["--config", sys.argv[1], "--plan"]) == 0
+assert main(["--config", sys.argv[1], "--optimizer.roh", "1"]) == 2
+print(*sorted({"jax", "numpy", "haliax", "equinox", "matplotlib", "ray"} & set(sys.modules)), file=sys.stderr)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(write(STUDY))], capture_output=True, text=True, check=True
+    )
+    assert ended.stderr.splitlines()[1:] == [""]
+
+
+# --- what is done, and what is not done again
+
+
+def test_the_plan_is_printed_and_not_done(write, capfd, done, tmp_path):
+    study = write(f"{STUDY}  lion: {{seeds: [3], settings: {{optimizer: {{type: lion}}}}}}\n")
+    assert main(arguments(study, "--plan")) == 0
+    assert capfd.readouterr().out.splitlines() == [
+        "study: 3 runs, 3 to do",
+        "to do  adamw  tokens=640 seed=0",
+        "to do  sophia  tokens=640 seed=0",
+        "to do  lion  tokens=640 seed=3",
+    ]
+    assert not done and not (tmp_path / "out").exists()
+    assert main(arguments(write(STUDY))) == 0
+    study = write(f"{STUDY}  third: {{grid: {{optimizer: {{type: [adamw], b1: [0.9, 0.5]}}}}}}\n")
+    capfd.readouterr()
+    assert main(arguments(study, "--plan")) == 0
+    # The first point of the third arm is the first arm's run.
+    assert capfd.readouterr().out.splitlines() == [
+        "study: 4 runs, 1 to do",
+        "done   adamw  tokens=640 seed=0",
+        "done   sophia  tokens=640 seed=0",
+        "done   third optimizer.type=adamw optimizer.b1=0.9 tokens=640 seed=0",
+        "to do  third optimizer.type=adamw optimizer.b1=0.5 tokens=640 seed=0",
+    ]
+
+
+def test_the_second_call_does_nothing_more_and_a_removed_record_is_done_again(write, tmp_path, capfd, done):
+    study = write(f"{STUDY}seeds: [0, 1]\n")
+    assert main(arguments(study)) == 0
+    assert len(done) == 4
+    assert main(arguments(study)) == 0
+    assert len(done) == 4
+    # Where the text lies makes no other run.
+    other = tmp_path / "other.txt"
+    other.write_text((tmp_path / "validation.txt").read_text())
+    assert main(arguments(study, "--data.validation", other)) == 0
+    assert len(done) == 4
+    file = tmp_path / "out" / "study.json"
+    tree = json.loads(file.read_text())
+    removed = tree["runs"].pop(1)
+    file.write_text(json.dumps(tree))
+    assert main(arguments(study)) == 0
+    assert [flat_config(job.config) for job in done[4:]] == [removed["config"]]
+    assert [record.loss for record in read_records(file)] == [1.0, 3.0, 4.0, 5.0]
+    assert "study: 4 runs, 1 to do\n1/1 SophiaG rate 0.01 rho 0.5 10 steps seed 0: validation loss 5.0000\n" in (
+        capfd.readouterr().out
+    )
+
+
+def test_another_text_needs_another_place(write, tmp_path, capsys, done):
+    study = write(STUDY)
+    assert main(arguments(study)) == 0
+    before = (tmp_path / "out" / "study.json").read_text()
+    other = tmp_path / "other.txt"
+    other.write_text("Another text altogether.")
+    assert main(arguments(study, "--data.validation", other)) == 2
+    error = capsys.readouterr().err
+    assert "study.json holds runs on another text: the digest of data.validation was" in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "out" / "study.json").read_text() == before
+
+
+def test_arms_share_the_runs_that_are_the_same(write, done):
+    assert main(arguments(write(f"{STUDY}  again: {{settings: {{optimizer: {{type: adamw}}}}}}\n"))) == 0
+    assert len(done) == 2
+    assert len({job.directory for job in done}) == 2
+
+
+def test_failures_and_divergences_leave_the_others(write, tmp_path, capfd, done):
+    study = write(f"{STUDY}seeds: [13, 66, 0]\n")
+    assert main(arguments(study)) == 1
+    out, error = capfd.readouterr()
+    assert error == "error: a.log: no luck\n" * 2
+    assert "3/6 AdamW rate 0.01 10 steps seed 66: diverged\n" in out
+    assert "4 runs were started, 2 of them diverged" in out
+    records = read_records(tmp_path / "out" / "study.json")
+    assert [(record.config["trainer.seed"], record.status) for record in records] == [
+        (66, "diverged"), (66, "diverged"), (0, "done"), (0, "done"),
+    ]  # fmt: skip
+    # What failed is tried again, what diverged is not.
+    assert main(arguments(study)) == 1
+    assert [job.config.trainer.seed for job in done[6:]] == [13, 13]
+
+
+def test_if_nothing_came_of_it_there_is_no_report(write, tmp_path, capfd, done):
+    assert main(arguments(write(f"{STUDY}seeds: 13\n"))) == 1
+    assert "No run is done yet." in capfd.readouterr().out
+    assert not (tmp_path / "out" / "report.md").exists()
+
+
+def test_results_go_to_a_directory_of_the_studys_name(write, tmp_path, monkeypatch, done):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--config", str(write(STUDY))]) == 0
+    assert {path.name for path in (tmp_path / "studies" / "study").iterdir()} >= {"study.json", "report.md", "runs"}
+    # The run's process may be elsewhere.
+    assert all(job.directory.is_absolute() and Path(job.config.data.train).is_absolute() for job in done)
+
+
+def test_a_terminal_that_lacks_letters(write):
+    study = write(STUDY.replace("sophia:", "größer:"))
+    command = [sys.executable, "-m", "sophia_levanter.commands.compare", "--config", str(study), "--plan"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "gr??er" in ended.stdout

@@ -1,0 +1,144 @@
+"""Whole tiny studies, and how they are stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sophia_levanter import checkpoint
+from sophia_levanter.commands.compare import main
+from sophia_levanter.comparison.records import read_records
+
+STUDY = """
+config: [tiny.yaml]
+tokens: [640]
+evaluations: 2
+baseline: adamw
+arms:
+  adamw: {settings: {optimizer: {type: adamw}}}
+  sophia: {settings: {optimizer: {type: sophia_g, interval: 3, rho: 0.5}}}
+"""
+
+
+def arguments(study: Path, *more: object) -> list[str]:
+    return ["--config", str(study), "--out", str(study.parent / "out"), *map(str, more)]
+
+
+def processes_of(folder: Path) -> list[str]:
+    """The command lines that name this folder, of processes that are alive."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if any(word.startswith(bytes(folder)) for word in words):
+                found.append(b" ".join(words).decode())
+    return found
+
+
+def test_a_tiny_study(write, tmp_path, capfd):
+    study = write(STUDY)
+    assert main(arguments(study)) == 0, capfd.readouterr().err
+    out = tmp_path / "out"
+    adamw, sophia = read_records(out / "study.json")
+    for record in (adamw, sophia):
+        assert record.status == "done" and record.loss == record.validation[-1][1]
+        assert [step for step, _ in record.validation] == [5, 10]
+        assert record.parameters > 256 * 16
+        assert record.facts["data"]["tokens"] > 15_000 and "environment" in record.facts
+        assert record.training[-1][1] < record.training[0][1]
+    assert (adamw.win_rate, adamw.seconds[1]) == ([], None)
+    assert [step for step, _ in sophia.win_rate] == [1, 4, 7, 10] and sophia.seconds[1] > 0
+    report = (out / "report.md").read_text()
+    assert report in capfd.readouterr().out
+    assert f"| sophia | 640 | 1 | – | {sophia.loss:.4f} | 1 |" in report
+    for name in ("final_loss.png", "curves.png", "win_rate.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(out.rglob("checkpoints"))
+
+
+THREE_ENDS = """
+config: [tiny.yaml]
+tokens: [1280]
+evaluations: 2
+arms:
+  bad:
+    settings:
+      optimizer: {type: adamw, learning_rate: 1e38, weight_decay: 1e3, schedule: constant}
+      trainer: {max_grad_norm: null}
+    warmup_fraction: 0
+  textless: {settings: {optimizer: {type: adamw}, data: {validation: MISSING}}}
+  good: {settings: {optimizer: {type: adamw, b1: 0.8}}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ray", [[], ["--ray"]], ids=["one_by_one", "ray"])
+def test_one_run_diverges_one_fails_and_one_is_good(ray, write, tmp_path, capfd):
+    missing = tmp_path / "missing.txt"
+    study = write(THREE_ENDS.replace("MISSING", str(missing)))
+    assert main(arguments(study, *ray)) == 1
+    out, error = capfd.readouterr()
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {tmp_path}/out/runs/") and ".log: " in line
+    assert "data.validation" in line and "missing.txt" in line
+    assert "learning_rate" not in error and "Traceback" not in error
+    assert "2 runs were started, 1 of them diverged" in out
+    by_rate = {record.config["optimizer.learning_rate"]: record for record in read_records(tmp_path / "out/study.json")}
+    assert (by_rate[1e38].status, by_rate[1e38].loss) == ("diverged", None)
+    assert (by_rate[1e-2].status, by_rate[1e-2].facts["environment"]["cpu_threads"] == 1) == ("done", bool(ray))
+    missing.write_text((tmp_path / "validation.txt").read_text())
+    assert main(arguments(study, *ray)) == 0
+    assert "study: 3 runs, 1 to do" in capfd.readouterr().out
+    assert [record.status for record in read_records(tmp_path / "out/study.json")].count("done") == 2
+
+
+LONG = STUDY.replace("640", "64000")  # 1000 steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ray", "number", "status", "wanted"),
+    [
+        ([], signal.SIGTERM, 75, "SIGTERM: stopped; run the command again"),
+        ([], signal.SIGHUP, 75, "SIGHUP: stopped; run the command again"),
+        ([], signal.SIGINT, 130, "interrupted; the same command goes on"),
+        (["--ray"], signal.SIGTERM, 75, "SIGTERM: stopped; run the command again"),
+        (["--ray"], signal.SIGINT, 130, "interrupted; the same command goes on"),
+    ],
+)
+def test_a_stopped_study_leaves_no_process_and_goes_on(ray, number, status, wanted, write, tmp_path):
+    """The signal goes to the whole group, as a terminal, a shell's `timeout` and most batch systems send it.
+
+    Ray's own processes are in that group too and end at SIGTERM, so there it goes to the command alone.
+    """
+    command = [sys.executable, "-m", "sophia_levanter.commands.compare", *arguments(write(LONG), *ray)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not any(file.stat().st_size > 3000 for file in tmp_path.glob("out/runs/*/metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    assert processes_of(tmp_path / "out")
+    (os.kill if ray and number == signal.SIGTERM else os.killpg)(process.pid, number)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == status, error
+    assert wanted in error and "Traceback" not in error
+    assert processes_of(tmp_path / "out") == []
+    if not ray:
+        # The one that ran has saved where it was, which is before the first regular checkpoint.
+        (folder,) = tmp_path.glob("out/runs/*/checkpoints")
+        (step,) = checkpoint.steps(folder)
+        assert 0 < step < 1000
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert [record.status for record in read_records(tmp_path / "out" / "study.json")] == ["done", "done"]
+    if not ray:
+        assert any(f"resuming after step {step} " in log.read_text() for log in tmp_path.glob("out/runs/*.log"))

@@ -1,0 +1,52 @@
+"""What a token costs, by hand."""
+
+import pytest
+
+from sophia_levanter.comparison.costs import flops_per_token, seconds_per_step, tokens_per_step
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.training.config import AdamWConfig, LionConfig, SophiaGConfig, SophiaHConfig, TrainerConfig
+
+QUARTERS = TrainerConfig(batch_size=32, microbatch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "more"),
+    [
+        (AdamWConfig(), 0.0),
+        (LionConfig(), 0.0),
+        (SophiaGConfig(interval=10, curvature_batch_fraction=1.0), 2 / 3 / 10),
+        (SophiaGConfig(interval=10, curvature_batch_fraction=0.5), 0.5 * 2 / 3 / 10),
+        (SophiaGConfig(interval=1, curvature_batch_fraction=0.25), 0.25 * 2 / 3),
+        # Only whole microbatches, and at least one.
+        (SophiaGConfig(interval=10, curvature_batch_fraction=0.05), 0.25 * 2 / 3 / 10),
+        (SophiaHConfig(interval=10, curvature_batch_fraction=0.5), 0.5 * 2 / 10),
+        (SophiaHConfig(interval=5, curvature_batch_fraction=1.0, num_probes=3), 3 * 2 / 5),
+        (SophiaHConfig(interval=10, curvature_batch_fraction=0.125, curvature_microbatch_size=4), 0.125 * 2 / 10),
+    ],
+)
+def test_flops_of_a_token(optimizer, more, make_record):
+    record = make_record(TrainConfig(optimizer=optimizer, trainer=QUARTERS), flops_per_token=6000.0)
+    assert flops_per_token(record) == pytest.approx(6000.0 * (1 + more))
+
+
+def test_a_batch_in_one_piece_refreshes_on_all_of_it(make_record):
+    config = TrainConfig(optimizer=SophiaGConfig(curvature_batch_fraction=0.5), trainer=TrainerConfig(batch_size=32))
+    assert flops_per_token(make_record(config, flops_per_token=1.0)) == pytest.approx(1 + 2 / 3 / 10)
+
+
+def test_refreshes_are_spread_over_the_steps(make_record):
+    config = TrainConfig(optimizer=SophiaGConfig(interval=4))
+    assert seconds_per_step(make_record(config, seconds=[0.1, 0.3])) == pytest.approx((3 * 0.1 + 0.3) / 4)
+
+
+def test_time_without_a_curvature_and_with_one_at_every_step(make_record):
+    assert seconds_per_step(make_record(TrainConfig(optimizer=AdamWConfig()), seconds=[0.1, None])) == 0.1
+    every = TrainConfig(optimizer=SophiaGConfig(interval=1))
+    assert seconds_per_step(make_record(every, seconds=[None, 0.3])) == 0.3
+    assert seconds_per_step(make_record(every, seconds=[None, None])) == 0.0
+
+
+def test_tokens_of_a_step(make_record):
+    config = TrainConfig(model=Gpt2Config(seq_len=64), trainer=TrainerConfig(batch_size=6))
+    assert tokens_per_step(make_record(config)) == 384

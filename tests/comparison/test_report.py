@@ -1,0 +1,126 @@
+"""The tables and pictures of small studies."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from sophia_levanter.comparison.records import flat_config
+from sophia_levanter.comparison.report import write_report
+from sophia_levanter.comparison.study import PlannedRun, Study
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.training.config import AdamWConfig, SophiaGConfig, TrainerConfig
+
+STUDY = Study("small", (), "adamw", 5)
+OPTIMIZERS = {"adamw": AdamWConfig, "sophia": SophiaGConfig}
+
+
+def planned(arm: str, tokens: int, rate: float = 0.01, seed: int = 0) -> PlannedRun:
+    trainer = TrainerConfig(num_train_steps=tokens // 100, batch_size=10, seed=seed)
+    optimizer = OPTIMIZERS[arm](learning_rate=rate, warmup_steps=0)
+    config = TrainConfig(model=Gpt2Config(seq_len=10), optimizer=optimizer, trainer=trainer)
+    return PlannedRun(arm, {"optimizer.learning_rate": rate}, tokens, seed, config)
+
+
+@pytest.fixture
+def study(make_record):
+    """Runs with records: Sophia's loss at a length is AdamW's at twice that; each token costs it more."""
+    losses = {1000: 4.0, 2000: 3.0, 4000: 2.0}
+    runs, records = [], []
+    for tokens in (1000, 2000):
+        for seed in (0, 1):
+            for arm, factor in (("adamw", 1), ("sophia", 2)):
+                runs.append(planned(arm, tokens, seed=seed))
+                more = {"seconds": [0.1, 0.6], "win_rate": [[5, 0.25], [10, 0.5]]} if arm == "sophia" else {}
+                loss = losses[factor * tokens] + 0.02 * seed
+                records.append(make_record(runs[-1].config, loss=loss, **more))
+    runs.append(planned("adamw", 1000, rate=100.0))
+    records.append(make_record(runs[-1].config, loss=None, parameters=0, facts={}))
+    return runs, records
+
+
+def test_the_report_of_a_study(study, tmp_path):
+    text = write_report(STUDY, *study, tmp_path)
+    assert (tmp_path / "report.md").read_text() == text
+    lines = text.splitlines()
+    assert lines[0] == "# small"
+    assert "9 runs were started, 1 of them diverged; parameters: 1,000." in lines
+    assert "| adamw | 1,000 | 2 | learning_rate 0.01 | 4.0100 ± 0.0141 | 2 |" in lines
+    assert "| sophia | 2,000 | 1 | learning_rate 0.01 | 2.0100 ± 0.0141 | 2 |" in lines
+    # A token of Sophia-G costs 1 + 2 / 3 / 10 of AdamW's FLOPs, and 0.15 s / 0.1 s of its time.
+    assert "| sophia | 2,000 | 2.00 | 1.88 | 1.33 | 2.00–2.00 (2 seeds) |" in lines
+    assert "| sophia | 1,000 | >1.00 | >0.94 | >0.67 | – |" in lines
+    assert "| adamw | 1,000 | learning_rate 100 | diverged | 1 | 1 | – |" in lines
+    assert "| sophia | 1,000 | learning_rate 0.01 | 3.0100 ± 0.0141 | 2 | 0 | 0.50 |" in lines
+    assert lines.index("## All points") > lines.index("## Speed-up over adamw")
+    for name in ("final_loss.png", "curves.png", "win_rate.png"):
+        assert f"![{name}]({name})" in lines
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_baseline_there_is_no_speed_up(study, tmp_path):
+    assert "Speed-up" not in write_report(dataclasses.replace(STUDY, baseline=None), *study, tmp_path)
+
+
+def test_without_a_curvature_there_is_no_win_rate(study, tmp_path):
+    runs, records = study
+    text = write_report(STUDY, [run for run in runs if run.arm == "adamw"], records, tmp_path)
+    assert "win_rate.png" not in text and not (tmp_path / "win_rate.png").exists()
+
+
+def test_a_study_without_runs(study, tmp_path):
+    assert write_report(STUDY, study[0], [], tmp_path) == "# small\n\nNo run is done yet."
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_part_of_a_study(study, tmp_path):
+    """No run of the baseline, or none of another arm, is done yet."""
+    runs, records = study
+    for arm in OPTIMIZERS:
+        done = [record for record in records if record.config["optimizer.type"].startswith(arm)]
+        assert done
+        text = write_report(STUDY, runs, done, tmp_path)
+        assert f"| {arm} | 1,000 |" in text and "| sophia | 1,000 | >" not in text
+
+
+def test_a_study_in_which_all_diverged(study, tmp_path, make_record):
+    runs, _ = study
+    nothing = {"validation": [], "win_rate": [], "seconds": [None, None], "parameters": 0, "facts": {}}
+    records = [make_record(run.config, loss=None, training=[[1, None]], **nothing) for run in runs]
+    text = write_report(STUDY, runs, records, tmp_path)
+    assert "| sophia | 1,000 | 1 | learning_rate 0.01 | diverged | 2 |" in text
+    assert (tmp_path / "final_loss.png").exists()
+
+
+def test_one_arm_diverged(study, tmp_path, make_record):
+    runs, records = study
+    records = [
+        make_record(run.config, loss=None, seconds=[None, None]) if run.arm == "sophia" else record
+        for run, record in zip(runs, records, strict=True)
+    ]
+    assert "| sophia | 2,000 | <1.00 | <0.94 | <nan | – |" in write_report(STUDY, runs, records, tmp_path)
+
+
+def test_records_that_are_not_asked_for_change_no_table(study, tmp_path, make_record):
+    runs, records = study
+    later = make_record(config=flat_config(runs[0].config) | {"optimizer.of_tomorrow": 1}, loss=0.1)
+    before = write_report(STUDY, runs, records, tmp_path)
+    after = write_report(STUDY, runs, [later, *records], tmp_path)
+    assert after == before.replace("9 runs were started", "10 runs were started")
+
+
+def test_runs_of_different_texts_are_pointed_out(study, tmp_path, make_record):
+    runs, records = study
+    other = make_record(runs[0].config, facts={"data": {"digest": "xyz"}})
+    assert "**The runs are of 2 different training texts.**" in write_report(
+        STUDY, runs, [other, *records[1:]], tmp_path
+    )
+
+
+def test_without_matplotlib_it_says_what_to_install(study, tmp_path, monkeypatch):
+    from sophia_levanter.errors import InputError
+
+    monkeypatch.setitem(sys.modules, "sophia_levanter.comparison.plots", None)
+    with pytest.raises(InputError, match=r"install sophia-levanter\[compare\]"):
+        write_report(STUDY, *study, tmp_path)

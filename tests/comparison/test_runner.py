@@ -1,0 +1,277 @@
+"""Doing a run and reading what it left, against processes that only pretend to train."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sophia_levanter.checkpoint.manifest import Manifest, SavedArray, write_manifest
+from sophia_levanter.command_line import load_config
+from sophia_levanter.comparison import runner
+from sophia_levanter.comparison.records import flat_config
+from sophia_levanter.comparison.runner import Job, RunFailed, do, has_diverged, job_directory, read_run
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.training.config import AdamWConfig, SophiaGConfig, TrainerConfig
+
+MODEL = Gpt2Config(num_layers=1, num_heads=1, embed_dim=8, seq_len=10)
+CONFIG = TrainConfig(
+    model=MODEL,
+    optimizer=SophiaGConfig(interval=2, warmup_steps=0),
+    trainer=TrainerConfig(num_train_steps=4, batch_size=5),
+)
+FACTS = {"data": {"digest": "abc"}, "environment": {"jax": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [
+        ([], False),
+        ([5.0] * 49 + [9.0] * 49, False),
+        ([5.0] * 50 + [9.0] * 49, False),
+        ([5.0] * 50 + [9.0] * 50, True),
+        ([5.0] * 50 + [5.9] * 50, False),
+        ([9.0] * 50 + [5.0] * 50, False),
+        ([5.0] * 50 + [9.0] * 50 + [5.5] * 50, False),  # it came back
+        ([5.0] * 50 + [5.9] * 50 + [6.1] * 50, True),  # slowly
+        ([9.0] * 50 + [2.0] * 50 + [4.0] * 50, True),  # though it is below where it began
+        ([5.0] * 50 + [float("inf")] * 50, False),  # ends by itself
+        ([5.0] * 50 + [float("inf")] * 50 + [9.0] * 50, True),
+        ([*np.linspace(9, 2, 500), *[2.0, 30.0] * 25], True),
+        ([*np.linspace(9, 2, 500), 30.0], False),
+    ],
+)
+def test_a_run_has_diverged(losses, diverged):
+    assert has_diverged(losses) == diverged
+
+
+def write_metrics(directory: Path, lines: list[dict]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_checkpoint(directory: Path, step: int) -> None:
+    folder = directory / "checkpoints" / f"step-{step:08}"
+    folder.mkdir(parents=True)
+    arrays = [
+        SavedArray(path, path, shape, "float32", shape, {})
+        for path, shape in {"model.a": (3, 4), "model.b": (5,), "optimizer.a": (3, 4), "step": ()}.items()
+    ]
+    write_manifest(folder, Manifest("id", step, FACTS, arrays))
+
+
+def step_line(step: int, loss: float | None, seconds: float, **more: float | None) -> dict:
+    return {"step": step, "train/loss": loss, "train/tokens_per_second": 50 / seconds, **more}
+
+
+METRICS = [
+    step_line(0, 5.0, 0.4, **{"optim/win_rate": 0.0}),
+    step_line(1, None, 0.1),
+    {"step": 1, "validation/loss": 4.0, "validation/bits_per_byte": 6.0},
+    step_line(2, 3.0, 0.6, **{"optim/win_rate": 0.5}),
+    step_line(3, 2.0, 0.2),
+    {"step": 3, "validation/loss": 2.5, "validation/bits_per_byte": 3.5},
+]
+
+
+def test_what_a_finished_run_says(tmp_path):
+    write_metrics(tmp_path, METRICS)
+    write_checkpoint(tmp_path, 2)
+    write_checkpoint(tmp_path, 4)
+    record = read_run(CONFIG, tmp_path, diverged=False)
+    assert record.config == flat_config(CONFIG)
+    assert (record.status, record.loss, record.bits_per_byte) == ("done", 2.5, 3.5)
+    assert record.validation == [[2, 4.0], [4, 2.5]]
+    assert record.training == [[1, 5.0], [2, None], [3, 3.0], [4, 2.0]]
+    assert record.win_rate == [[1, 0.0], [3, 0.5]]
+    assert record.seconds == [pytest.approx(0.15), pytest.approx(0.5)]
+    assert record.parameters == 17
+    # 6 for each weight of the layer and of the padded vocabulary (257 bytes and end-of-text), and attention's.
+    assert record.flops_per_token == 6 * (12 * 8**2 + 384 * 8) + 12 * 8 * 10
+    assert record.facts["data"] == FACTS["data"] and record.facts["environment"] == FACTS["environment"]
+    assert re.match(r"\d+\.\d+", record.facts["version"])
+    json.dumps(record.config)
+
+
+def test_a_long_run_has_fifty_points(tmp_path):
+    config = TrainConfig(model=MODEL, optimizer=AdamWConfig(warmup_steps=0), trainer=TrainerConfig(num_train_steps=500))
+    write_metrics(tmp_path, [step_line(i, i / 10, 0.1) for i in range(500)])
+    write_checkpoint(tmp_path, 500)
+    record = read_run(config, tmp_path, diverged=True)
+    assert len(record.training) == 50
+    assert record.training[0] == [10, pytest.approx(0.45)]
+    assert record.training[-1] == [500, pytest.approx(49.45)]
+    assert record.win_rate == []
+    assert record.seconds[1] is None
+
+
+def test_a_run_that_was_stopped_has_diverged(tmp_path):
+    write_metrics(tmp_path, METRICS[:4])
+    write_checkpoint(tmp_path, 3)
+    record = read_run(CONFIG, tmp_path, diverged=True)
+    assert (record.status, record.loss, record.bits_per_byte) == ("diverged", None, None)
+    assert (record.validation, record.parameters) == ([[2, 4.0]], 17)
+
+
+@pytest.mark.parametrize("last", [{"validation/loss": None}, {}])
+def test_a_last_loss_that_is_not_finite_is_a_divergence(last, tmp_path):
+    """Infinity is null in the metrics, and not-a-number is not there; the loss of an earlier step is no result."""
+    write_metrics(tmp_path, [*METRICS[:5], {"step": 3, **last}])
+    write_checkpoint(tmp_path, 4)
+    record = read_run(CONFIG, tmp_path, diverged=False)
+    assert (record.status, record.loss, record.bits_per_byte) == ("diverged", None, None)
+
+
+def test_a_run_may_diverge_before_its_first_checkpoint(tmp_path):
+    write_metrics(tmp_path, METRICS[:2])
+    record = read_run(CONFIG, tmp_path, diverged=True)
+    assert (record.status, record.parameters, list(record.facts)) == ("diverged", 0, ["version"])
+
+
+def test_each_configuration_has_a_directory_of_its_own(tmp_path):
+    """Also those that make no other run: a run's directory takes no other configuration."""
+    assert job_directory(tmp_path, CONFIG) == job_directory(tmp_path, CONFIG)
+    trainers = [TrainerConfig(num_train_steps=4, batch_size=5, **x) for x in ({}, {"seed": 1}, {"evaluate_every": 7})]
+    directories = {
+        job_directory(tmp_path, TrainConfig(model=MODEL, trainer=t, optimizer=CONFIG.optimizer)) for t in trainers
+    }
+    assert len(directories) == 3
+    assert all(directory.parent == tmp_path for directory in directories)
+
+
+PRETEND = """
+import json, os, pathlib, signal, sys, time
+metrics = pathlib.Path(sys.argv[1], "metrics.jsonl")
+def log(losses, last=None):
+    # As a run does it: what stands there is replaced, and then added to.
+    metrics.parent.mkdir(exist_ok=True)
+    new = metrics.with_name("new")
+    new.write_text("")
+    new.replace(metrics)
+    with metrics.open("a") as file:
+        for step, loss in enumerate(losses):
+            file.write(json.dumps({"step": step, "train/loss": loss, "train/tokens_per_second": 1.0}) + "\\n")
+        if last is not None:
+            file.write(json.dumps({"step": 3, "validation/loss": last, "validation/bits_per_byte": last}) + "\\n")
+"""
+
+
+@pytest.fixture
+def pretend(monkeypatch, tmp_path):
+    """Jobs are done by this text of Python in place of training; gives the job, and the processes as they come."""
+    processes: list[subprocess.Popen] = []
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+
+    def plan(text: str) -> tuple[Job, list[subprocess.Popen]]:
+        job = Job(CONFIG, tmp_path / "runs" / "job")
+
+        class Popen(subprocess.Popen):
+            def __init__(self, command: list[str], **options: object) -> None:
+                assert command[1:3] == ["-m", "sophia_levanter.main"] and command[-2:] == ["--resume", "auto"]
+                super().__init__([sys.executable, "-c", PRETEND + text, str(job.directory)], **options)
+                processes.append(self)
+
+        monkeypatch.setattr(runner.subprocess, "Popen", Popen)
+        return job, processes
+
+    yield plan
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_a_finished_run_is_recorded_and_its_checkpoints_go(pretend):
+    job, _ = pretend("log([5.0] * 4, last=2.0)")
+    write_checkpoint(job.directory, 4)
+    record = do(job)
+    assert (record.status, record.loss, record.parameters) == ("done", 2.0, 17)
+    assert [path.name for path in job.directory.iterdir()] == ["metrics.jsonl"]
+    written = load_config(job.directory.with_suffix(".yaml"))
+    assert written.trainer.run_dir == str(job.directory)
+    assert flat_config(written) == flat_config(CONFIG)
+
+
+def test_a_run_is_told_its_threads(pretend):
+    job, _ = pretend("log([1.0], last=float(os.environ['NPROC']))")
+    assert do(Job(job.config, job.directory, threads=3)).loss == 3.0
+
+
+def test_a_run_that_fails_says_why(pretend):
+    job, _ = pretend("print('model: GPT-2'); sys.exit('error: data.train is empty')")
+    with pytest.raises(RunFailed) as caught:
+        do(job)
+    assert str(caught.value) == f"{job.directory.with_suffix('.log')}: data.train is empty"
+
+
+def test_a_run_that_dies_silently_has_a_status(pretend):
+    job, _ = pretend("sys.exit(3)")
+    with pytest.raises(RunFailed, match=r"job\.log: exit status 3$"):
+        do(job)
+
+
+def test_a_run_that_gives_up_has_diverged(pretend):
+    job, _ = pretend("log([5.0, None]); sys.exit('error: the loss or gradient was not finite in 10 steps in a row')")
+    record = do(job)
+    assert (record.status, record.loss) == ("diverged", None)
+
+
+def test_a_run_that_diverges_is_stopped(pretend):
+    job, processes = pretend("log([5.0] * 50 + [7.0] * 50); time.sleep(600)")
+    assert do(job).status == "diverged"
+    assert processes[0].returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("lines", [100, 3])
+def test_what_an_attempt_before_left_is_not_this_run(lines, pretend):
+    """Its metrics stand there until the run replaces them, and need not end where the new lines begin."""
+    job, _ = pretend("time.sleep(0.3); log([5.0] * 100, last=2.0); time.sleep(0.3)")
+    write_metrics(job.directory, [step_line(i, 5.0 if i < 50 else 9.0, 0.123) for i in range(lines)])
+    assert do(job).loss == 2.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_interrupted_stops_the_run_and_lets_it_save(number, pretend):
+    """The run itself must not get the signal of its whole group besides: the second would end it without saving."""
+    job, processes = pretend("""
+got = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda n, frame: got.append(n))
+log([5.0])
+while not got:
+    time.sleep(0.01)
+time.sleep(0.3)
+(metrics.parent / "saved").write_text(repr([int(n) for n in got]))
+""")
+
+    def interrupt() -> None:
+        while not (job.directory / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, stop)
+    thread = threading.Thread(target=interrupt)
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            do(job)
+    finally:
+        thread.join()
+        signal.signal(number, before)
+    assert processes[0].returncode == 0
+    assert (job.directory / "saved").read_text() == repr([int(signal.SIGTERM)])
+
+
+def test_a_run_is_in_no_group_of_ours(pretend):
+    job, _ = pretend("log([5.0], last=float(os.getpgid(0) == os.getpid()))")
+    assert do(job).loss == 1.0

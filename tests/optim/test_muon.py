@@ -1,0 +1,194 @@
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.contrib import MuonDimensionNumbers
+
+from sophia_levanter.optim import Muon
+from sophia_levanter.optim.muon import matrices_tree
+
+STEPS = 4
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def run(optimizer, params, grads):
+    """The parameters after each gradient of a list."""
+    state, update, found = optimizer.init(params), eqx.filter_jit(optimizer.update), []
+    for g in grads:
+        updates, state = update(g, state, params)
+        params = eqx.apply_updates(params, updates)
+        found.append(params)
+    return found
+
+
+def rate(count):
+    return 0.01 * (count + 1)
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (3, 8), (5, 5)])
+def test_the_step_of_a_matrix_is_near_an_orthogonal_one(shape):
+    grad = normal(*shape)
+    params = {"w": jnp.zeros(shape)}
+    (after,) = run(Muon(0.1, weight_decay=0.0), params, [{"w": grad}])
+    step = np.asarray(-after["w"], np.float64) / (0.1 * 0.2 * np.sqrt(max(shape)))
+    u, s, v = np.linalg.svd(np.asarray(grad, np.float64), full_matrices=False)
+    assert s.max() / s.min() < 100
+    inside = u.T @ step @ v.T
+    np.testing.assert_allclose(inside - np.diag(np.diag(inside)), 0, atol=1e-3)
+    assert (np.diag(inside) > 0.6).all()
+    assert (np.diag(inside) < 1.25).all()
+
+
+def newton_schulz(x):
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def test_muon_by_hand():
+    grads = [normal(3, 6, seed=seed) for seed in range(STEPS)]
+    theta, m, wanted = np.asarray(normal(3, 6, seed=9), np.float64), np.zeros((3, 6)), []
+    found = run(Muon(rate, 0.8, weight_decay=0.3), {"w": jnp.asarray(theta, jnp.float32)}, [{"w": g} for g in grads])
+    for t, g in enumerate(np.asarray(grads, np.float64), start=1):
+        m = 0.8 * m + 0.2 * g
+        ahead = 0.8 * m / (1 - 0.8 ** (t + 1)) + 0.2 * g / (1 - 0.8**t)
+        theta = theta - 0.01 * t * (0.2 * np.sqrt(6) * newton_schulz(ahead) + 0.3 * theta)
+        wanted.append(theta)
+    np.testing.assert_allclose([p["w"] for p in found], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_each_matrix_of_a_stack_is_a_matrix_of_its_own():
+    """Also where the axes that count them do not come first, and where a side has several axes."""
+    stacked = [normal(2, 6, 3, 2, 4, seed=seed) for seed in range(STEPS + 1)]
+
+    def separate(x):
+        return {f"{layer}{part}": x[layer, :, part].reshape(6, 8) for layer in range(2) for part in range(3)}
+
+    optimizer = Muon(rate, matrices={"w": MuonDimensionNumbers((1,), (3, 4))})
+    together = run(optimizer, {"w": stacked[0]}, [{"w": g} for g in stacked[1:]])
+    apart = run(Muon(rate), separate(stacked[0]), [separate(g) for g in stacked[1:]])
+    for ours, theirs in zip(together, apart, strict=True):
+        for name, matrix in separate(ours["w"]).items():
+            np.testing.assert_allclose(matrix, theirs[name], rtol=1e-4, atol=1e-6)
+    one = run(Muon(rate, matrices={"w": MuonDimensionNumbers((1,), (2, 3, 4))}), {"w": stacked[0]}, [{"w": stacked[1]}])
+    assert np.abs(one[0]["w"] - together[0]["w"]).max() > 1e-3
+
+
+def test_the_other_leaves_follow_optax_adamw():
+    matrices = {"w": MuonDimensionNumbers(), "embedding": None, "norm": None}
+    mask = {"w": True, "embedding": True, "norm": False}
+
+    def tree(seed):
+        return {"w": normal(3, 4, seed=seed), "embedding": normal(5, 4, seed=seed), "norm": normal(4, seed=seed)}
+
+    def rest(tree):
+        return {name: tree[name] for name in ("embedding", "norm")}
+
+    optimizer = Muon(rate, 0.7, 0.8, 0.9, 1e-6, 0.3, mask, matrices)
+    found = run(optimizer, tree(9), [tree(seed) for seed in range(STEPS)])
+    adamw = optax.adamw(rate, 0.8, 0.9, 1e-6, weight_decay=0.3, mask=rest(mask), nesterov=True)
+    params = rest(tree(9))
+    state = adamw.init(params)
+    for step in range(STEPS):
+        updates, state = jax.jit(adamw.update)(rest(tree(step)), state, params)
+        params = optax.apply_updates(params, updates)
+        for name, array in params.items():
+            np.testing.assert_allclose(found[step][name], array, rtol=1e-6, atol=1e-7)
+
+
+def test_one_decay_and_one_mask_for_both_groups():
+    params = {"w": jnp.ones((2, 2)), "v": jnp.ones((2, 2)), "a": jnp.ones(2), "b": jnp.ones(2)}
+    optimizer = Muon(0.5, weight_decay=0.2, weight_decay_mask={"w": True, "v": False, "a": True, "b": False})
+    (after,) = run(optimizer, params, [jax.tree.map(jnp.zeros_like, params)])
+    for name, array in after.items():
+        np.testing.assert_allclose(array, 0.9 if name in "wa" else 1.0, rtol=1e-6)
+
+
+def test_the_momentum_norm_is_over_both_groups():
+    optimizer = Muon(beta=0.5, b1=0.75)
+    params = {"w": jnp.zeros((1, 2)), "b": jnp.zeros(1)}
+    grads = {"w": jnp.asarray([[6.0, 8.0]]), "b": jnp.asarray([48.0])}
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    assert float(optimizer.metrics(state)["momentum_norm"]) == pytest.approx(13)
+
+
+@pytest.mark.parametrize("where", ["w", "b"])
+def test_a_gradient_that_is_not_finite_leaves_both_groups(where):
+    optimizer = Muon(0.1)
+    good = {"w": normal(2, 3), "b": normal(2)}
+    _, before = optimizer.update(good, optimizer.init(good), good)
+    updates, after = jax.jit(optimizer.update)(good | {where: good[where] * jnp.nan}, before, good)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(new, old + 1 if jnp.issubdtype(old.dtype, jnp.integer) else old)
+    updates, _ = optimizer.update(good, after, good)
+    assert all(leaf.all() for leaf in jax.tree.leaves(updates))
+
+
+class Model(eqx.Module):
+    table: jax.Array
+    linear: hax.NamedArray
+    steps: jax.Array
+
+    def __call__(self):
+        raise AssertionError("the optimizer must not call the model, nor a tree of its shape")
+
+
+def test_matrices_may_be_a_function_a_tree_or_a_prefix():
+    model = Model(normal(3, 4), hax.named(normal(2, 3, 4), ("layers", "in", "out")), jnp.int32(1))
+    grads = eqx.filter(model, eqx.is_inexact_array)
+    entry = MuonDimensionNumbers(1, 2)
+    prefix = eqx.tree_at(lambda m: (m.table, m.linear, m.steps), model, (None, entry, None))
+    full = eqx.tree_at(lambda m: m.linear, prefix, eqx.tree_at(lambda x: x.array, model.linear, entry))
+    by_role = [prefix, full, lambda _: prefix, lambda _: full]
+    found = [run(Muon(matrices=matrices), model, [grads])[0] for matrices in by_role]
+    for other in found[1:]:
+        assert eqx.tree_equal(other, found[0])
+    assert found[0].linear.axes == model.linear.axes
+    assert int(found[0].steps) == 1
+    default = run(Muon(), model, [grads])[0]
+    assert np.abs(default.table - found[0].table).max() > 1e-5
+    assert np.abs(default.linear.array - found[0].linear.array).max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("matrices", "error", "message"),
+    [
+        ({"w": None}, ValueError, r"^matrices does not fit the parameters: it has nothing for \['b'\]$"),
+        (
+            {"w": None, "b": None, "c": MuonDimensionNumbers()},
+            ValueError,
+            r"^matrices does not fit the parameters: \['c'\] is no parameter$",
+        ),
+        ({"w": True, "b": None}, TypeError, r"^matrices\['w'\] is True; it must be a MuonDimensionNumbers or None$"),
+        (MuonDimensionNumbers(), ValueError, r"^matrices\['b'\] is .*; it must name different axes of .* \(2,\)$"),
+        ({"w": MuonDimensionNumbers(0, 3), "b": None}, ValueError, r"^matrices\['w'\] is .* \(2, 3\)$"),
+        ({"w": MuonDimensionNumbers(1, -1), "b": None}, ValueError, r"^matrices\['w'\] is .* \(2, 3\)$"),
+        ({"w": MuonDimensionNumbers((), 1), "b": None}, ValueError, r"^matrices\['w'\] is .* \(2, 3\)$"),
+    ],
+)
+def test_matrices_that_do_not_fit(matrices, error, message):
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(2)}
+    for given in (matrices, lambda _: matrices):
+        with pytest.raises(error, match=message):
+            Muon(matrices=given).init(params)
+
+
+def test_by_default_the_matrices_are_the_leaves_with_two_axes():
+    tree = matrices_tree(None, {"a": jnp.ones((2, 3)), "b": jnp.ones(2), "c": jnp.ones((2, 3, 4))})
+    assert tree == {"a": MuonDimensionNumbers(0, 1), "b": None, "c": None}
+
+
+@pytest.mark.parametrize("beta", [1.0, -0.1])
+def test_beta_out_of_range(beta):
+    with pytest.raises(ValueError, match=rf"^beta is {beta}; it must be in \[0, 1\)"):
+        Muon(beta=beta)
