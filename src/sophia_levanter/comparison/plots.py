@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sophia_levanter.comparison.costs import flops_per_token, seconds_per_step, tokens_per_step
 from sophia_levanter.comparison.records import Record
 from sophia_levanter.comparison.results import Cell, best, lengths
 
+Style = dict[str, Any]
+LINES = ("-", "--", ":", "-.")
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 DPI = 130
 LOSS = "validation loss (nats per token)"
@@ -30,59 +31,59 @@ def write_plots(cells: Sequence[Cell], out: Path) -> list[str]:
         The names of the files: `final_loss.png`, `curves.png`, and `win_rate.png` if a run has a curvature.
     """
     arms = list(dict.fromkeys(cell.arm for cell in cells))
-    colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
+    styles = {arm: _style(number) for number, arm in enumerate(arms)}
     names = ["final_loss.png", "curves.png"]
-    _final_losses(cells, colours, out / names[0])
-    _curves(cells, colours, out / names[1])
+    _final_losses(cells, styles, out / names[0])
+    _curves(cells, styles, out / names[1])
     longest = {arm: _longest(cells, arm) for arm in arms}
     with_curvature = {arm: record for arm, record in longest.items() if record is not None and record.win_rate}
     if with_curvature:
         names.append("win_rate.png")
-        _win_rates(with_curvature, colours, out / names[-1])
+        _win_rates(with_curvature, styles, out / names[-1])
     return names
 
 
-def _final_losses(cells: Sequence[Cell], colours: dict[str, str], path: Path) -> None:
-    figure, (axes,) = _figure(1, (7, 4.5))
-    for arm, colour in colours.items():
+def _final_losses(cells: Sequence[Cell], styles: dict[str, Style], path: Path) -> None:
+    figure, (axes,) = _figure(1, (8.5, 4.5))
+    for arm, style in styles.items():
         points = [cell for t in lengths(cells, arm) if (cell := best(cells, arm, t)) and math.isfinite(cell.mean)]
-        axes.plot([c.tokens for c in points], [c.mean for c in points], "o-", color=colour, label=arm, markersize=4)
+        axes.plot([c.tokens for c in points], [c.mean for c in points], marker="o", markersize=4, label=arm, **style)
         for cell in points:
             losses = cell.losses()
-            axes.plot([cell.tokens] * len(losses), losses, ".", color=colour, alpha=0.4, markersize=4)
+            axes.plot([cell.tokens] * len(losses), losses, ".", color=style["color"], alpha=0.4, markersize=4)
     axes.set_xscale("log")
     axes.set_xlabel("length of the whole schedule (training tokens)")
     axes.set_ylabel(LOSS)
-    _save(figure, path, [axes])
+    _save(figure, path)
 
 
-def _curves(cells: Sequence[Cell], colours: dict[str, str], path: Path) -> None:
-    figure, panels = _figure(4, (14, 3.8))
+def _curves(cells: Sequence[Cell], styles: dict[str, Style], path: Path) -> None:
+    figure, panels = _figure(4, (16, 3.8))
     scales: dict[str, Callable[[Record], float]] = {
         "steps": lambda record: 1,
         "training tokens": tokens_per_step,
         "FLOPs, refreshes counted": lambda record: flops_per_token(record) * tokens_per_step(record),
         "seconds": seconds_per_step,
     }
-    records = {arm: _longest(cells, arm) for arm in colours}
+    records = {arm: _longest(cells, arm) for arm in styles}
     for axes, (title, scale) in zip(panels, scales.items(), strict=True):
         for arm, record in records.items():
             if record is not None:
-                axes.plot(*_xy(record.validation, scale(record)), color=colours[arm], label=arm)
+                axes.plot(*_xy(record.validation, scale(record)), label=arm, **styles[arm])
         axes.set_xlabel(title)
     panels[0].set_ylabel(LOSS)
-    _save(figure, path, panels[:1])
+    _save(figure, path)
 
 
-def _win_rates(records: dict[str, Record], colours: dict[str, str], path: Path) -> None:
-    figure, (axes,) = _figure(1, (7, 4))
+def _win_rates(records: dict[str, Record], styles: dict[str, Style], path: Path) -> None:
+    figure, (axes,) = _figure(1, (8.5, 4))
     for arm, record in records.items():
-        axes.plot(*_xy(record.win_rate, 1), color=colours[arm], label=arm)
+        axes.plot(*_xy(record.win_rate, 1), label=arm, **styles[arm])
     axes.axhspan(0.1, 0.5, color="0.92", zorder=0)
     axes.set_ylim(0, 1)
     axes.set_xlabel("steps (grey: the range that the authors advise)")
     axes.set_ylabel("win rate: share of steps that are not clipped")
-    _save(figure, path, [axes])
+    _save(figure, path)
 
 
 def _longest(cells: Sequence[Cell], arm: str) -> Record | None:
@@ -105,10 +106,15 @@ def _figure(panels: int, size: tuple[float, float]) -> tuple[Figure, list[Any]]:
     return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
 
 
-def _save(figure: Figure, path: Path, with_legend: Sequence[Axes]) -> None:
+def _style(number: int) -> Style:
+    """What tells an arm's lines from the others'."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
+
+
+def _save(figure: Figure, path: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
-    for axes in with_legend:
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     figure.savefig(path)

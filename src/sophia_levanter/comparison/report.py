@@ -32,7 +32,7 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
     cells = collect(runs, records)
     if not cells:
         return f"# {study.name}\n\nNo run is done yet."
-    parts = [f"# {study.name}", _summary(records), "## The best of each arm", _best_table(cells)]
+    parts = [f"# {study.name}", _summary(cells, records), "## The best of each arm", _best_table(cells)]
     if study.baseline is not None:
         parts += [f"## Speed-up over {study.baseline}", _speed_table(study, cells)]
     parts += ["## All points", _all_table(cells)]
@@ -46,12 +46,15 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
     return text
 
 
-def _summary(records: Sequence[Record]) -> str:
+def _summary(cells: Sequence[Cell], records: Sequence[Record]) -> str:
     diverged = sum(record.loss is None for record in records)
     # A run that diverged before its first checkpoint knows neither.
     sizes = ", ".join(f"{n:,}" for n in sorted({record.parameters for record in records} - {0}))
     texts = len({record.facts["data"]["digest"] for record in records if "data" in record.facts})
     lines = [f"{len(records)} runs were started, {diverged} of them diverged; parameters: {sizes}."]
+    others = len(records) - len({id(record) for cell in cells for record in cell.records.values()})
+    if others:
+        lines.append(f"{others} of them are in no arm of the study as it is now.")
     if texts > 1:
         lines.append(f"**The runs are of {texts} different training texts.**")
     return " ".join(lines)
@@ -85,7 +88,9 @@ def _speed_table(study: Study, cells: Sequence[Cell]) -> str:
             )
     note = (
         "s: how much longer the baseline's whole schedule is than the arm's whole schedule that ends at the same loss; "
-        "beside tokens also with what a token costs. The interval is a bootstrap over seeds, in tokens."
+        "beside tokens also with what a token costs. The interval is a bootstrap over seeds, in tokens. The time is of "
+        "runs that may have shared the machine with others; `sophia_levanter.benchmarks.refresh_time` tells what a "
+        "step costs."
     )
     return note + "\n\n" + _table(["arm", "baseline's tokens", "s", "s in FLOPs", "s in time", "95 % of s"], rows)
 
