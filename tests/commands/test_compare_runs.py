@@ -12,6 +12,9 @@ import pytest
 from sophia_levanter import checkpoint
 from sophia_levanter.commands.compare import main
 from sophia_levanter.comparison.records import read_records
+from sophia_levanter.comparison.runner import job_directory
+from sophia_levanter.comparison.study import plan, read_study
+from sophia_levanter.training.run_directory import with_absolute_paths
 
 STUDY = """
 config: [tiny.yaml]
@@ -73,7 +76,7 @@ arms:
       optimizer: {type: adamw, learning_rate: 1e38, weight_decay: 1e3, schedule: constant}
       trainer: {max_grad_norm: null}
     warmup_fraction: 0
-  textless: {settings: {optimizer: {type: adamw}, data: {validation: MISSING}}}
+  blocked: {settings: {optimizer: {type: adamw, b1: 0.7}}}
   good: {settings: {optimizer: {type: adamw, b1: 0.8}}}
 """
 
@@ -81,19 +84,22 @@ arms:
 @pytest.mark.slow
 @pytest.mark.parametrize("ray", [[], ["--ray"]], ids=["one_by_one", "ray"])
 def test_one_run_diverges_one_fails_and_one_is_good(ray, write, tmp_path, capfd):
-    missing = tmp_path / "missing.txt"
-    study = write(THREE_ENDS.replace("MISSING", str(missing)))
+    study = write(THREE_ENDS)
+    (blocked,) = (run for run in plan(read_study(study), {}) if run.arm == "blocked")
+    in_the_way = job_directory(tmp_path / "out" / "runs", with_absolute_paths(blocked.config))
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
     assert main(arguments(study, *ray)) == 1
     out, error = capfd.readouterr()
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {tmp_path}/out/runs/") and ".log: " in line
-    assert "data.validation" in line and "missing.txt" in line
+    assert f"{in_the_way} is a file; name a directory" in line
     assert "learning_rate" not in error and "Traceback" not in error
     assert "2 runs were started, 1 of them diverged" in out
     by_rate = {record.config["optimizer.learning_rate"]: record for record in read_records(tmp_path / "out/study.json")}
     assert (by_rate[1e38].status, by_rate[1e38].loss) == ("diverged", None)
     assert (by_rate[1e-2].status, by_rate[1e-2].facts["environment"]["cpu_threads"] == 1) == ("done", bool(ray))
-    missing.write_text((tmp_path / "validation.txt").read_text())
+    in_the_way.unlink()
     assert main(arguments(study, *ray)) == 0
     assert "study: 3 runs, 1 to do" in capfd.readouterr().out
     assert [record.status for record in read_records(tmp_path / "out/study.json")].count("done") == 2

@@ -1,6 +1,7 @@
 """Doing jobs in order; Ray's tasks are in tests/commands/test_compare.py."""
 
 import sys
+import time
 
 import pytest
 
@@ -33,4 +34,16 @@ def test_a_run_that_fails_does_not_stop_the_others(monkeypatch, make_record, tmp
 def test_without_ray_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"install sophia-levanter\[cluster\]"):
-        next(as_ray_tasks([Job(TrainConfig(), tmp_path)]))
+        next(as_ray_tasks([Job(TrainConfig(), tmp_path)], lambda: False))
+
+
+@pytest.mark.slow
+def test_a_signal_that_ray_swallowed_stops_the_tasks_all_the_same(tmp_path, monkeypatch):
+    def endless(job: Job) -> None:
+        while True:
+            time.sleep(0.1)
+
+    monkeypatch.setattr(execute, "_attempt", endless)
+    stop_at = time.monotonic() + 15
+    with pytest.raises(KeyboardInterrupt):
+        next(as_ray_tasks([Job(TrainConfig(), tmp_path)], lambda: time.monotonic() > stop_at))

@@ -6,7 +6,7 @@ import fcntl
 import io
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in signals}
     try:
-        return _compare(parse(words))
+        return _compare(parse(words), stopped=lambda: bool(stopped_by))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -126,7 +126,7 @@ def parse(words: Sequence[str]) -> Command:
     return Command(study, out, "--ray" in flags, "--plan" in flags, overrides)
 
 
-def _compare(command: Command) -> int:
+def _compare(command: Command, stopped: Callable[[], bool]) -> int:
     study = read_study(command.study)
     runs = [replace(run, config=with_absolute_paths(run.config)) for run in plan(study, command.overrides)]
     if any(path.is_file() for path in (command.out, *command.out.parents)):
@@ -139,7 +139,7 @@ def _compare(command: Command) -> int:
         texts = _texts(runs, records, command.out)
         missing = _missing(runs, records)
         print(_counts(study, runs, missing), flush=True)
-        failures = _do(study, command, missing, records, texts) if missing else 0
+        failures = _do(study, command, missing, records, texts, stopped) if missing else 0
 
         from sophia_levanter.comparison.report import write_report
 
@@ -196,7 +196,14 @@ def _missing(runs: Sequence[PlannedRun], records: Sequence[Record]) -> list[Trai
     return missing
 
 
-def _do(study: Study, command: Command, missing: Sequence[TrainConfig], records: list[Record], texts: Texts) -> int:
+def _do(
+    study: Study,
+    command: Command,
+    missing: Sequence[TrainConfig],
+    records: list[Record],
+    texts: Texts,
+    stopped: Callable[[], bool],
+) -> int:
     """Do the runs, putting each record into the file as it comes; the number of those that failed."""
     # Only now what takes long to import: a mistake above is answered at once.
     from sophia_levanter.comparison.execute import as_ray_tasks, one_by_one
@@ -206,7 +213,7 @@ def _do(study: Study, command: Command, missing: Sequence[TrainConfig], records:
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [Job(config, job_directory(folder, config)) for config in missing]
     failures = 0
-    with closing(as_ray_tasks(jobs) if command.ray else one_by_one(jobs)) as results:
+    with closing(as_ray_tasks(jobs, stopped) if command.ray else one_by_one(jobs)) as results:
         for count, (index, result) in enumerate(results, start=1):
             if isinstance(result, RunFailed):
                 print(f"error: {result}", file=sys.stderr)

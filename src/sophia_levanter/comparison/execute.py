@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 
 from sophia_levanter.comparison.records import Record
-from sophia_levanter.comparison.runner import Job, RunFailed, do
+from sophia_levanter.comparison.runner import POLL_SECONDS, Job, RunFailed, do
 from sophia_levanter.errors import InputError
 
 Result = tuple[int, Record | RunFailed]
@@ -22,13 +22,18 @@ def one_by_one(jobs: Sequence[Job]) -> Generator[Result, None, None]:
         yield index, _attempt(job)
 
 
-def as_ray_tasks(jobs: Sequence[Job]) -> Generator[Result, None, None]:
+def as_ray_tasks(jobs: Sequence[Job], stopped: Callable[[], bool]) -> Generator[Result, None, None]:
     """The same in the order in which they end; as many at a time as Ray has cores, with one thread each.
 
     Small models gain: two runs of one thread do more steps than one run of two. On a cluster of several machines they
     must see the same files. Ray is started here unless RAY_ADDRESS names a cluster.
 
+    Args:
+        jobs: what to do.
+        stopped: whether a signal has come. An exception that its handler raises inside Ray can be lost there.
+
     Raises:
+        KeyboardInterrupt: if one has; the tasks have ended then.
         InputError: if Ray is not installed.
     """
     try:
@@ -44,8 +49,11 @@ def as_ray_tasks(jobs: Sequence[Job]) -> Generator[Result, None, None]:
     pending = {attempt.remote(replace(job, threads=1)): index for index, job in enumerate(jobs)}
     try:
         while pending:
-            (done, *_), _ = ray.wait(list(pending))
-            yield pending.pop(done), ray.get(done)
+            done, _ = ray.wait(list(pending), timeout=POLL_SECONDS)
+            if stopped():
+                raise KeyboardInterrupt
+            for task in done:
+                yield pending.pop(task), ray.get(task)
     finally:
         for task in pending:
             ray.cancel(task)
