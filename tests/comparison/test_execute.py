@@ -43,7 +43,7 @@ def test_a_signal_that_ray_swallowed_stops_the_tasks_all_the_same(tmp_path, monk
         while True:
             time.sleep(0.1)
 
-    monkeypatch.setattr(execute, "_attempt", endless)
+    monkeypatch.setattr(execute, "_task", endless)
     stop_at = time.monotonic() + 15
     with pytest.raises(KeyboardInterrupt):
         next(as_ray_tasks([Job(TrainConfig(), tmp_path)], lambda: time.monotonic() > stop_at))

@@ -45,7 +45,7 @@ def as_ray_tasks(jobs: Sequence[Job], stopped: Callable[[], bool]) -> Generator[
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     # Ray puts in its own, which ends with another exit status.
     signal.signal(signal.SIGTERM, stop)
-    attempt = ray.remote(num_cpus=1, max_retries=0)(_attempt)
+    attempt = ray.remote(num_cpus=1, max_retries=0)(_task)
     pending = {attempt.remote(replace(job, threads=1)): index for index, job in enumerate(jobs)}
     try:
         while pending:
@@ -60,6 +60,12 @@ def as_ray_tasks(jobs: Sequence[Job], stopped: Callable[[], bool]) -> Generator[
         if pending:
             ray.wait(list(pending), num_returns=len(pending), timeout=CANCEL_SECONDS)
         ray.shutdown()
+
+
+def _task(job: Job) -> Record | RunFailed:
+    # Ray cancels by SIGINT, which a shell ignores for what it runs in the background, and its children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return _attempt(job)
 
 
 def _attempt(job: Job) -> Record | RunFailed:
