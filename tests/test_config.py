@@ -196,7 +196,7 @@ NOT_A_NUMBER = float("nan")
         (SophiaHConfig, "probe", "uniform"),
         (SophiaHConfig, "num_probes", 0),
         (SophiaHConfig, "curvature_microbatch_size", 0),
-        *((cls, "first_refresh", -1) for cls in (SophiaGConfig, SophiaHConfig)),
+        *((SophiaHConfig, name, -1) for name in ("first_refresh", "initial_refreshes")),
         *((SophiaGConfig, "target_win_rate", value) for value in (0.0, 1.0)),
         (SophiaGConfig, "denominator", "sum"),
         (SophiaGConfig, "refresh_order", "during"),

@@ -7,7 +7,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.config import Gpt2Config
 from sophia_levanter.training.config import AdamWConfig, LionConfig, SophiaGConfig, SophiaHConfig, TrainerConfig
 
-QUARTERS = TrainerConfig(batch_size=32, microbatch_size=8)
+QUARTERS = TrainerConfig(num_train_steps=10_000, batch_size=32, microbatch_size=8)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,8 @@ QUARTERS = TrainerConfig(batch_size=32, microbatch_size=8)
         (SophiaGConfig(interval=10, curvature_batch_fraction=1.0), 2 / 3 / 10),
         (SophiaGConfig(interval=10, curvature_batch_fraction=0.5), 0.5 * 2 / 3 / 10),
         (SophiaGConfig(interval=1, curvature_batch_fraction=0.25), 0.25 * 2 / 3),
+        # 20 steps with a refresh each, and every tenth of the others.
+        (SophiaGConfig(interval=10, curvature_batch_fraction=1.0, initial_refreshes=20), 1018 * 2 / 3 / 10_000),
         # Only whole microbatches, and at least one.
         (SophiaGConfig(interval=10, curvature_batch_fraction=0.05), 0.25 * 2 / 3 / 10),
         (SophiaHConfig(interval=10, curvature_batch_fraction=0.5), 0.5 * 2 / 10),

@@ -291,6 +291,9 @@ def test_schedules_may_look_up_a_table_under_jit():
         ({"interval": np.int64(10), "first_refresh": 9}, [9, 19]),
         ({"interval": 4, "first_refresh": np.int32(15)}, [15, 19, 23]),
         ({"interval": 1}, list(range(25))),
+        ({"interval": 10, "initial_refreshes": 3}, [0, 1, 2, 10, 20]),
+        ({"interval": 10, "initial_refreshes": 12}, [*range(12), 20]),
+        ({"interval": 10, "first_refresh": 9, "initial_refreshes": np.int64(2)}, [9, 10, 19]),
     ],
 )
 def test_refresh_due(settings, steps):

@@ -77,6 +77,8 @@ def test_argument_that_may_be_no_schedule(name):
         ("refresh_order", None, "one of before, after"),
         ("first_refresh", -1, "a whole number of at least 0"),
         ("first_refresh", True, "a whole number of at least 0"),
+        ("initial_refreshes", -1, "a whole number of at least 0"),
+        ("initial_refreshes", 1.5, "a whole number of at least 0"),
         ("interval", True, "a whole number of at least 1"),
         ("interval", "10", "a whole number of at least 1"),
         ("rho", "Auto", "a number, a function of the update count, or 'auto'"),

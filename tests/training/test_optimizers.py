@@ -41,6 +41,7 @@ SOPHIA = {
     "denominator": "add",
     "refresh_order": "after",
     "first_refresh": 3,
+    "initial_refreshes": 5,
 }
 GNB = {"curvature_reduce": "average_then_square", "curvature_max_grad_norm": 2.0}
 CASES = [

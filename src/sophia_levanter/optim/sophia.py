@@ -91,6 +91,8 @@ class Sophia(eqx.Module):
         denominator: `max` for max(rho h, eps); `add` for rho h + eps, which flips the step's sign where rho h < -eps.
         refresh_order: whether an estimate given to `update` enters h `before` that update or `after` it.
         first_refresh: the first step at which a refresh is due.
+        initial_refreshes: how many steps from there on have one each, before the interval counts: h is an average of
+            few estimates then, of a model that changes quickly.
         cautious: leave out the coordinates whose step would go up this batch's gradient, and scale the others up by as
             much, array by array (arXiv 2411.16085). Momentum lags behind where the gradient turns round.
         gradient_transform: an optax transformation that the gradient goes through first, such as
@@ -114,6 +116,7 @@ class Sophia(eqx.Module):
     denominator: str = eqx.field(default="max", static=True)
     refresh_order: str = eqx.field(default="before", static=True)
     first_refresh: int = eqx.field(default=0, static=True, converter=whole_number)
+    initial_refreshes: int = eqx.field(default=0, static=True, converter=whole_number)
     cautious: bool = eqx.field(default=False, static=True)
     gradient_transform: optax.GradientTransformation | None = None
     estimator: Estimator | None = None
@@ -128,6 +131,7 @@ class Sophia(eqx.Module):
         check_number("weight_decay", self.weight_decay, low=0, schedule=True)
         check_count("interval", self.interval)
         check_count("first_refresh", self.first_refresh, low=0)
+        check_count("initial_refreshes", self.initial_refreshes, low=0)
         check_choice("denominator", self.denominator, DENOMINATORS)
         check_choice("refresh_order", self.refresh_order, REFRESH_ORDERS)
         check_gradient_transform(self.gradient_transform)
@@ -274,7 +278,8 @@ class Sophia(eqx.Module):
         Where `state.refresh_pending` is set, one is wanted besides. To read it the host waits for the device, so a loop
         does well to look only after steps that had an estimate.
         """
-        return (step >= self.first_refresh) & ((step - self.first_refresh) % self.interval == 0)
+        since = step - self.first_refresh
+        return (since >= 0) & ((since < self.initial_refreshes) | (since % self.interval == 0))
 
     def metrics(self, state: SophiaState) -> dict[str, jax.Array]:
         """float32 scalars of a state after an update.

@@ -79,6 +79,7 @@ class SophiaConfig(OptimizerConfig):
     denominator: str = "max"  # max(rho * h, eps); or add, rho * h + eps, as in the authors' code
     refresh_order: str = "before"  # a new estimate enters h before the step's update; or after it
     first_refresh: int = 0  # the first step that refreshes the curvature
+    initial_refreshes: int = 0  # this many steps from there on refresh it each, before the interval counts
     cautious: bool = False  # leave out the coordinates whose step would go up this batch's gradient
 
     def __post_init__(self) -> None:
@@ -89,8 +90,9 @@ class SophiaConfig(OptimizerConfig):
         if not self.eps >= SMALLEST_EPS:
             raise InputError(f"optimizer.eps is {self.eps}; it must be at least {SMALLEST_EPS}, or float32 makes it 0")
         _check_at_least_1("optimizer.interval", self.interval)
-        if self.first_refresh < 0:
-            raise InputError(f"optimizer.first_refresh is {self.first_refresh}; it must not be negative")
+        for name in ("first_refresh", "initial_refreshes"):
+            if getattr(self, name) < 0:
+                raise InputError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
         if self.target_win_rate is not None and not 0 < self.target_win_rate < 1:
             raise InputError(f"optimizer.target_win_rate is {self.target_win_rate}; it must be in (0, 1)")
         _check_choice("optimizer.denominator", self.denominator, ("max", "add"))

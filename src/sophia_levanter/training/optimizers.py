@@ -79,7 +79,7 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int, mask: WeightD
 
 def _sophia_arguments(config: SophiaConfig) -> dict[str, Any]:
     names = ("b1", "b2", "eps", "interval", "bias_correct_momentum", "bias_correct_curvature")
-    switches = ("denominator", "refresh_order", "first_refresh", "cautious")
+    switches = ("denominator", "refresh_order", "first_refresh", "initial_refreshes", "cautious")
     target = config.target_win_rate
     rho = config.rho if target is None else WinRateController(target=target, initial=config.rho)
     return {"rho": rho, **{name: getattr(config, name) for name in (*names, *switches)}}
