@@ -16,7 +16,7 @@ from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config, decay_mask, matrix_axe
 from sophia_levanter.models.huggingface import gpt2_from_state_dict, gpt2_to_state_dict
 from sophia_levanter.optim import AdamW, Muon, SophiaG
 from sophia_levanter.optim.categorical import sample_categorical
-from sophia_levanter.optim.muon import matrices_tree
+from sophia_levanter.optim.matrices import matrices_tree
 from sophia_levanter.optim.trees import decay_mask_tree, differentiable
 
 logits_of = eqx.filter_jit(lambda model, tokens: model(tokens).array)

@@ -8,7 +8,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 from sophia_levanter.optim import Muon
-from sophia_levanter.optim.muon import matrices_tree
+from sophia_levanter.optim.matrices import matrices_tree
 
 STEPS = 4
 

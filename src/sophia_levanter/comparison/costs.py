@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from sophia_levanter.comparison.records import Record, config_of
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.training.config import SophiaConfig, SophiaHConfig
@@ -37,7 +35,8 @@ def seconds_per_step(record: Record) -> float:
 def _refreshes_per_step(config: TrainConfig) -> float:
     """The share of a run's steps that refresh the curvature."""
     steps = config.trainer.num_train_steps
-    return float(np.mean(build_optimizer(config.optimizer, steps, None).refresh_due(np.arange(steps))))
+    optimizer = build_optimizer(config.optimizer, steps, None)
+    return sum(map(optimizer.refresh_due, range(steps))) / steps
 
 
 def tokens_per_step(record: Record) -> int:

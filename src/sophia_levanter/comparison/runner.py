@@ -39,6 +39,11 @@ MALLOC = {
 }
 
 
+def threads_environment(threads: int) -> dict[str, str]:
+    """What keeps a process to a number of threads: XLA's, and those of LAPACK, where XLA calls it."""
+    return {name: str(threads) for name in ("NPROC", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
+
+
 class RunFailed(Exception):
     """A run ended without a result; the message is its own."""
 
@@ -83,7 +88,7 @@ def do(job: Job) -> Record:
             stderr=subprocess.STDOUT,
             # ^C of a terminal would reach the run too, and a second signal ends it without saving.
             process_group=0,
-            env=os.environ | MALLOC | ({} if job.threads is None else {"NPROC": str(job.threads)}),
+            env=os.environ | MALLOC | ({} if job.threads is None else threads_environment(job.threads)),
         )
         try:
             diverged = _watch(process, metrics, stale)

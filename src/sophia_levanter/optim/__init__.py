@@ -6,6 +6,7 @@ Needs jax, equinox and optax, and nothing else of this project.
 from sophia_levanter.optim.baselines import AdamW, Lion
 from sophia_levanter.optim.gauss_newton import GaussNewtonBartlett, GaussNewtonHutchinson
 from sophia_levanter.optim.hutchinson import Hutchinson
+from sophia_levanter.optim.kronecker import KroneckerBasis
 from sophia_levanter.optim.likelihood import Bernoulli, Categorical, Likelihood, Normal
 from sophia_levanter.optim.microbatch import split_microbatches
 from sophia_levanter.optim.muon import Muon
@@ -22,6 +23,7 @@ __all__ = [
     "GaussNewtonBartlett",
     "GaussNewtonHutchinson",
     "Hutchinson",
+    "KroneckerBasis",
     "Likelihood",
     "Lion",
     "Muon",

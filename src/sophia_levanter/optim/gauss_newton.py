@@ -21,6 +21,7 @@ from sophia_levanter.optim.checks import (
     whole_number,
 )
 from sophia_levanter.optim.hutchinson import PROBES, forward_derivative, mean_over_probes
+from sophia_levanter.optim.kronecker import Coordinates
 from sophia_levanter.optim.likelihood import Categorical, Likelihood, check_likelihood
 from sophia_levanter.optim.microbatch import num_microbatches, sum_over_microbatches
 from sophia_levanter.optim.named import is_named, plain
@@ -47,6 +48,7 @@ class GaussNewtonBartlett(eqx.Module):
         reduction: how microbatches are joined.
         max_grad_norm: g is scaled down to this global norm before it is squared, as in the authors' code (1.0), which
             makes the estimate biased; None for not.
+        coordinates: those whose diagonal is estimated, the parameters' own if not given; `Sophia.estimator_at` sets it.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -55,6 +57,7 @@ class GaussNewtonBartlett(eqx.Module):
     likelihood: Likelihood = Categorical()
     reduction: str = eqx.field(default="square_then_average", static=True)
     max_grad_norm: Scalar | None = None
+    coordinates: Coordinates = Coordinates()
 
     def __check_init__(self) -> None:
         check_likelihood(self.likelihood)
@@ -176,13 +179,16 @@ class GaussNewtonBartlett(eqx.Module):
         wide = jax.tree.map(widened, grad_sum)
         if self.reduction == "average_then_square":
             return wide
-        return jax.tree.map(jnp.square, self._clipped(wide, num_targets))
+        return self._squared(wide, num_targets)
 
     def finished(self, total: PyTree, num_targets: jax.Array) -> PyTree:
         """The estimate from the sums of `accumulated` and of the numbers of targets over microbatches."""
         if self.reduction == "average_then_square":
-            total = jax.tree.map(jnp.square, self._clipped(total, num_targets))
+            total = self._squared(total, num_targets)
         return jax.tree.map(lambda x: x / num_targets, total)
+
+    def _squared(self, grad_sum: PyTree, num_targets: jax.Array) -> PyTree:
+        return jax.tree.map(jnp.square, self.coordinates.enter(self._clipped(grad_sum, num_targets)))
 
     def _clipped(self, grad_sum: PyTree, num_targets: jax.Array) -> PyTree:
         """Scaled so that the mean's gradient has at most the norm allowed."""
@@ -204,6 +210,7 @@ class GaussNewtonHutchinson(eqx.Module):
         likelihood: what the outputs say of the targets.
         probe: how u is drawn: `rademacher` or `gaussian`.
         num_probes: over how many u the estimate is averaged, one after the other.
+        coordinates: those whose diagonal is estimated, the parameters' own if not given; `Sophia.estimator_at` sets it.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -212,6 +219,7 @@ class GaussNewtonHutchinson(eqx.Module):
     likelihood: Likelihood = Categorical()
     probe: str = eqx.field(default="rademacher", static=True)
     num_probes: int = eqx.field(default=1, static=True, converter=whole_number)
+    coordinates: Coordinates = Coordinates()
 
     def __check_init__(self) -> None:
         check_likelihood(self.likelihood)
@@ -244,7 +252,7 @@ class GaussNewtonHutchinson(eqx.Module):
                 )
             return jax.tree.map(lambda x: x / num_targets, summed)
 
-        return mean_over_probes(self.probe, self.num_probes, probe_key, model, product)
+        return mean_over_probes(self.probe, self.num_probes, probe_key, model, product, self.coordinates)
 
     def _product(
         self, outputs_fn: Callable[[Any], Any], model: PyTree, u: PyTree, key: jax.Array, weights: Any

@@ -19,6 +19,7 @@ from sophia_levanter.optim.checks import (
     check_scalar,
     whole_number,
 )
+from sophia_levanter.optim.kronecker import Coordinates
 from sophia_levanter.optim.microbatch import num_microbatches, sum_over_microbatches
 from sophia_levanter.optim.named import plain
 from sophia_levanter.optim.trees import differentiable, widened
@@ -33,6 +34,7 @@ class Hutchinson(eqx.Module):
     Args:
         probe: how u is drawn: `rademacher` (lower variance) or `gaussian` (the paper's).
         num_probes: over how many u the estimate is averaged, one after the other.
+        coordinates: those whose diagonal is estimated, the parameters' own if not given; `Sophia.estimator_at` sets it.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -40,6 +42,7 @@ class Hutchinson(eqx.Module):
 
     probe: str = eqx.field(default="rademacher", static=True)
     num_probes: int = eqx.field(default=1, static=True, converter=whole_number)
+    coordinates: Coordinates = Coordinates()
 
     def __check_init__(self) -> None:
         check_choice("probe", self.probe, PROBES)
@@ -71,9 +74,7 @@ class Hutchinson(eqx.Module):
         if microbatches is None:
             if weights is not None:
                 raise ValueError("weights are of microbatches, and there are none; weigh the targets in loss_fn")
-            return mean_over_probes(
-                self.probe, self.num_probes, key, model, lambda u: hessian_vector_product(loss_fn, model, u)
-            )
+            return self._mean_over_probes(key, model, lambda u: hessian_vector_product(loss_fn, model, u))
         check_not_negative("weights", weights)
         count = num_microbatches(microbatches)
         w = jnp.ones(count) if weights is None else jnp.asarray(plain(weights))
@@ -88,7 +89,10 @@ class Hutchinson(eqx.Module):
 
             return sum_over_microbatches(one, (microbatches, w / jnp.sum(w)))
 
-        return mean_over_probes(self.probe, self.num_probes, key, model, product)
+        return self._mean_over_probes(key, model, product)
+
+    def _mean_over_probes(self, key: jax.Array, model: PyTree, product: Callable[[PyTree], PyTree]) -> PyTree:
+        return mean_over_probes(self.probe, self.num_probes, key, model, product, self.coordinates)
 
 
 def draw_probe(key: jax.Array, model: PyTree, probe: str = "rademacher") -> PyTree:
@@ -153,7 +157,12 @@ def forward_derivative(name: str, function: Callable[[Any], Any], model: PyTree,
 
 
 def mean_over_probes(
-    probe: str, num_probes: int, key: jax.Array, model: PyTree, product: Callable[[PyTree], PyTree]
+    probe: str,
+    num_probes: int,
+    key: jax.Array,
+    model: PyTree,
+    product: Callable[[PyTree], PyTree],
+    coordinates: Coordinates,
 ) -> PyTree:
     """The mean of u * product(u) over random directions u, in at least float32.
 
@@ -162,11 +171,13 @@ def mean_over_probes(
         key: a jax random key.
         model: any pytree.
         product: of a symmetric matrix with u, both like the model's differentiable part.
+        coordinates: those in which u is drawn and the two are multiplied.
     """
 
     def one(key: jax.Array, _: Any) -> PyTree:
         u = draw_probe(key, model, probe)
-        return jax.tree.map(lambda a, b: widened(a) * widened(b), u, product(u))
+        product_of_u = coordinates.enter(product(coordinates.leave(u)))
+        return jax.tree.map(lambda a, b: widened(a) * widened(b), u, product_of_u)
 
     if num_probes == 1:
         return one(key, 0)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
-from optax.contrib import MuonDimensionNumbers
 
 from sophia_levanter.optim.baselines import OptaxOptimizer, check_shared
 from sophia_levanter.optim.checks import check_number
+from sophia_levanter.optim.matrices import Matrices, matrices_tree
 from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule
 from sophia_levanter.optim.trees import WeightDecayMask, decay_mask_tree
 
 PyTree = Any
-Matrices = PyTree | Callable[[PyTree], PyTree] | None
 # Liu et al. 2025, section 2.2: the root mean square of AdamW's steps, so that the learning rate is on its scale.
 ADAMW_RMS = 0.2
 
@@ -78,60 +75,3 @@ class Muon(OptaxOptimizer):
             optax.add_decayed_weights(-self.weight_decay, decay_mask_tree(self.weight_decay_mask, params)),
             optax.scale_by_learning_rate(self.learning_rate, flip_sign=False),
         )
-
-
-def matrices_tree(matrices: Matrices, params: PyTree) -> PyTree:
-    """`MuonDimensionNumbers` for every leaf of params that is orthogonalised, None for the others.
-
-    Args:
-        matrices: as for `Muon`.
-        params: the parameters.
-
-    Raises:
-        ValueError: if a parameter has no entry, an entry no parameter, or axes are not a matrix's; names the path.
-        TypeError: if an entry is neither None nor a `MuonDimensionNumbers`.
-    """
-    if matrices is None:
-        return jax.tree.map(lambda x: MuonDimensionNumbers() if x.ndim == 2 else None, params)
-    leaves = jax.tree.leaves(matrices, is_leaf=_is_entry)
-    # A tree of a model's class may itself be callable.
-    is_tree = bool(leaves) and all(_is_entry(leaf) for leaf in leaves)
-    tree = matrices(params) if callable(matrices) and not is_tree else matrices
-    entries = dict(jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_entry)[0])
-    for path, entry in entries.items():
-        if not _is_entry(entry):
-            raise TypeError(f"matrices{_name(path)} is {entry!r}; it must be a MuonDimensionNumbers or None")
-    used = set()
-
-    def entry_of(path: tuple, x: jax.Array) -> MuonDimensionNumbers | None:
-        covering = next((path[:n] for n in range(len(path) + 1) if path[:n] in entries), None)
-        if covering is None:
-            raise ValueError(f"matrices does not fit the parameters: it has nothing for {_name(path)}")
-        used.add(covering)
-        _check_axes(_name(path), x, entries[covering])
-        return entries[covering]
-
-    found = jax.tree_util.tree_map_with_path(entry_of, params)
-    for path, entry in entries.items():
-        if entry is not None and path not in used:
-            raise ValueError(f"matrices does not fit the parameters: {_name(path)} is no parameter")
-    return found
-
-
-def _is_entry(x: Any) -> bool:
-    return x is None or isinstance(x, MuonDimensionNumbers)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path) or "the whole tree"
-
-
-def _check_axes(name: str, x: jax.Array, entry: MuonDimensionNumbers | None) -> None:
-    """Raise a ValueError if these are not one input and one output axis or more, all different; optax wraps numbers."""
-    if entry is None:
-        return
-    groups = [(axes,) if isinstance(axes, int) else tuple(axes) for axes in entry]
-    axes = [axis for group in groups for axis in group]
-    inside = all(-x.ndim <= axis < x.ndim for axis in axes)
-    if not (all(groups) and inside and len({axis % x.ndim for axis in axes}) == len(axes)):
-        raise ValueError(f"matrices{name} is {entry}; it must name different axes of the parameter's shape {x.shape}")

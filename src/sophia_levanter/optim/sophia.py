@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from sophia_levanter.optim.checks import (
     whole_number,
 )
 from sophia_levanter.optim.gradient_transform import check_gradient_transform, init_transform, transform_gradient
+from sophia_levanter.optim.kronecker import Coordinates, KroneckerBasis
 from sophia_levanter.optim.optax_interop import as_optax
 from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule, check_one, value_at
 from sophia_levanter.optim.trees import (
@@ -30,6 +32,7 @@ from sophia_levanter.optim.trees import (
     differentiable,
     norm,
     total,
+    where,
 )
 from sophia_levanter.optim.win_rate import WinRateController, rho_or_controller
 
@@ -52,6 +55,7 @@ class SophiaState(NamedTuple):
         skipped_refreshes: int32 scalar, refreshes whose estimate, or the gradient beside it, was not finite.
         rho: float32 scalar with a `WinRateController`, or None.
         gradient_state: the state of `gradient_transform`, or None.
+        basis: the state of `basis`, or None.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of that name, which optax hides too
@@ -63,6 +67,7 @@ class SophiaState(NamedTuple):
     skipped_refreshes: jax.Array
     rho: Any
     gradient_state: PyTree | None
+    basis: Any
 
 
 class Sophia(eqx.Module):
@@ -95,6 +100,8 @@ class Sophia(eqx.Module):
             few estimates then, of a model that changes quickly.
         cautious: leave out the coordinates whose step would go up this batch's gradient, and scale the others up by as
             much, array by array (arXiv 2411.16085). Momentum lags behind where the gradient turns round.
+        basis: a `KroneckerBasis` for matrices, whose h is diagonal and whose ratio is clipped there; None for the
+            parameters' own coordinates. It turns at every refresh, by the momentum.
         gradient_transform: an optax transformation that the gradient goes through first, such as
             `optax.clip_by_global_norm(1.0)`; None for none.
         estimator: what `estimate` calls: (function of the model, model, microbatches, key=...) -> h_hat.
@@ -118,6 +125,7 @@ class Sophia(eqx.Module):
     first_refresh: int = eqx.field(default=0, static=True, converter=whole_number)
     initial_refreshes: int = eqx.field(default=0, static=True, converter=whole_number)
     cautious: bool = eqx.field(default=False, static=True)
+    basis: KroneckerBasis | None = None
     gradient_transform: optax.GradientTransformation | None = None
     estimator: Estimator | None = None
 
@@ -137,6 +145,8 @@ class Sophia(eqx.Module):
         check_gradient_transform(self.gradient_transform)
         if self.estimator is not None and (isinstance(self.estimator, type) or not callable(self.estimator)):
             raise TypeError(f"estimator is {self.estimator!r}; it must be a value such as GaussNewtonBartlett()")
+        if self.basis is not None and not isinstance(self.basis, KroneckerBasis):
+            raise TypeError(f"basis is {self.basis!r}; it must be a KroneckerBasis or None")
         for name in ("bias_correct_momentum", "bias_correct_curvature", "cautious"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
@@ -168,6 +178,7 @@ class Sophia(eqx.Module):
             skipped_refreshes=zero(),
             rho=self.rho.start() if isinstance(self.rho, WinRateController) else None,
             gradient_state=init_transform(self.gradient_transform, params),
+            basis=None if self.basis is None else self.basis.init(params),
         )
 
     def estimate(
@@ -178,6 +189,7 @@ class Sophia(eqx.Module):
         *,
         key: jax.Array,
         weights: Any = None,
+        state: SophiaState | None = None,
     ) -> PyTree:
         """What `estimator` gives: an estimate of the curvature's diagonal, like the model's differentiable part.
 
@@ -188,15 +200,35 @@ class Sophia(eqx.Module):
             microbatches: a pytree of arrays [microbatch, ...] to go through one by one; None for a single pass.
             key: a jax random key for the sampled targets, or the probe.
             weights: for `SophiaG` of each target in the mean loss, 0 to leave it out; for `SophiaH` of each microbatch.
+            state: the state that the estimate is for; needed with a `basis` alone.
 
         Raises:
             ValueError: if the optimizer has no estimator, or the function gives something of the wrong shape.
             TypeError: if it gives something of the wrong kind, or cannot be differentiated as the estimator needs.
         """
+        given = {} if weights is None else {"weights": weights}
+        return self.estimator_at(state)(function, model, microbatches, key=key, **given)
+
+    def estimator_at(self, state: SophiaState | None) -> Estimator:
+        """The estimator of the diagonal in the coordinates of a state: `estimator` itself without a `basis`.
+
+        Raises:
+            ValueError: if the optimizer has no estimator, or a basis and no state is given.
+            TypeError: if it has a basis, and an estimator without a field `coordinates`.
+        """
         if self.estimator is None:
             raise ValueError("estimator is not set; use SophiaG, SophiaH or Sophia(estimator=...)")
-        given = {} if weights is None else {"weights": weights}
-        return self.estimator(function, model, microbatches, key=key, **given)
+        if self.basis is None:
+            return self.estimator
+        if state is None:
+            raise ValueError("state is missing; the curvature is estimated in its basis: estimate(..., state=state)")
+        self._check_state(state)
+        if not hasattr(self.estimator, "coordinates"):
+            raise TypeError(
+                f"estimator is {self.estimator!r}; with a basis it must have a field `coordinates`, as Hutchinson's has"
+            )
+        estimator: Any = self.estimator
+        return dataclasses.replace(estimator, coordinates=self.basis.at(state.basis))
 
     def update(
         self,
@@ -259,9 +291,14 @@ class Sophia(eqx.Module):
             state.curvature,
             h_hat,
         )
+        basis = state.basis
+        if self.basis is not None:
+            turned = self.basis.turned(basis, curvature, state.momentum)
+            basis, curvature = where(refreshed, turned, (basis, state.curvature))
         after = state._replace(
             refresh_count=state.refresh_count + refreshed,
             curvature=curvature,
+            basis=basis,
             refresh_pending=~refreshed,
             skipped_refreshes=state.skipped_refreshes + ~refreshed,
         )
@@ -328,13 +365,21 @@ class Sophia(eqx.Module):
         learning_rate = value_at("learning_rate", self.learning_rate, state.count)
         decay = learning_rate * value_at("weight_decay", self.weight_decay, state.count)
 
-        def step(p: jax.Array, m: jax.Array, d: jax.Array, g: jax.Array, decayed: bool) -> jax.Array:
-            direction = jnp.clip(m / d, -1, 1)
-            clipped = learning_rate * (agreeing(direction, g) if self.cautious else direction)
+        coordinates = self._coordinates(state)
+        direction = jax.tree.map(lambda m, d: jnp.clip(m / d, -1, 1), *self._ratio(after))
+        if self.cautious:
+            direction = jax.tree.map(agreeing, direction, coordinates.enter(grads))
+        direction = coordinates.leave(direction)
+
+        def step(p: jax.Array, u: jax.Array, decayed: bool) -> jax.Array:
+            clipped = learning_rate * u
             return jnp.where(finite, -(clipped + decay * p if decayed else clipped), 0).astype(p.dtype)
 
-        mask = decay_mask_tree(self.weight_decay_mask, params)
-        return jax.tree.map(step, params, *self._ratio(after), grads, mask), after
+        return jax.tree.map(step, params, direction, decay_mask_tree(self.weight_decay_mask, params)), after
+
+    def _coordinates(self, state: SophiaState) -> Coordinates:
+        """Those that h is diagonal in, and the ratio clipped."""
+        return Coordinates() if self.basis is None else self.basis.at(state.basis)
 
     def _rho(self, state: SophiaState) -> Scalar:
         """rho of the last update, for a state after it."""
@@ -346,7 +391,7 @@ class Sophia(eqx.Module):
 
     def _ratio(self, state: SophiaState) -> tuple[PyTree, PyTree]:
         """Numerator and denominator of the clipped ratio, for a state after its update."""
-        momentum, curvature = state.momentum, state.curvature
+        momentum, curvature = self._coordinates(state).enter(state.momentum), state.curvature
         # Before the first update and refresh m and h are 0, and stay 0 whatever they are divided by.
         if self.bias_correct_momentum:
             momentum = _divide(momentum, 1 - self.b1 ** jnp.maximum(state.count, 1))

@@ -11,6 +11,7 @@ from sophia_levanter.errors import InputError
 SCHEDULES = ("cosine", "linear", "constant")
 CURVATURE_REDUCTIONS = ("square_then_average", "average_then_square")
 CURVATURE_LABELS = ("sampled", "data")
+BASES = ("parameters", "kronecker")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 SMALLEST_EPS = 1e-37
 
@@ -81,11 +82,17 @@ class SophiaConfig(OptimizerConfig):
     first_refresh: int = 0  # the first step that refreshes the curvature
     initial_refreshes: int = 0  # this many steps from there on refresh it each, before the interval counts
     cautious: bool = False  # leave out the coordinates whose step would go up this batch's gradient
+    basis: str = "parameters"  # in which h is diagonal; or kronecker, eigenvectors of both sides of the matrices
+    basis_b2: float = 0.9  # decay of the moments behind the kronecker basis, per refresh
+    basis_max_size: int = 4096  # a side of a matrix with more coordinates than this keeps them
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_beta("optimizer.b1", self.b1)
         _check_beta("optimizer.b2", self.b2)
+        _check_choice("optimizer.basis", self.basis, BASES)
+        _check_beta("optimizer.basis_b2", self.basis_b2)
+        _check_at_least_1("optimizer.basis_max_size", self.basis_max_size)
         _check_positive("optimizer.rho", self.rho)
         if not self.eps >= SMALLEST_EPS:
             raise InputError(f"optimizer.eps is {self.eps}; it must be at least {SMALLEST_EPS}, or float32 makes it 0")

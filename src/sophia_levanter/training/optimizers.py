@@ -12,6 +12,7 @@ from sophia_levanter.optim import (
     AdamW,
     GaussNewtonBartlett,
     Hutchinson,
+    KroneckerBasis,
     Lion,
     Muon,
     Optimizer,
@@ -82,7 +83,10 @@ def _sophia_arguments(config: SophiaConfig) -> dict[str, Any]:
     switches = ("denominator", "refresh_order", "first_refresh", "initial_refreshes", "cautious")
     target = config.target_win_rate
     rho = config.rho if target is None else WinRateController(target=target, initial=config.rho)
-    return {"rho": rho, **{name: getattr(config, name) for name in (*names, *switches)}}
+    basis = None
+    if config.basis == "kronecker":
+        basis = KroneckerBasis(matrices=matrix_axes, b2=config.basis_b2, max_size=config.basis_max_size)
+    return {"rho": rho, "basis": basis, **{name: getattr(config, name) for name in (*names, *switches)}}
 
 
 def curvature_microbatch_size(config: SophiaConfig, trainer: TrainerConfig) -> int:

@@ -128,7 +128,7 @@ def train_step(
         The state after the step, and what the host may want to know of it.
     """
     keys = _step_keys(settings.seed, state.step)
-    sums, h_hat = _gradient_and_curvature(settings, refresh, state.model, batch, curvature_batch, samples, keys)
+    sums, h_hat = _gradient_and_curvature(settings, refresh, state, batch, curvature_batch, samples, keys)
     loss, grads = sums.mean()
     grad_norm = optax.tree.norm(grads)
     if settings.max_grad_norm is not None:
@@ -155,17 +155,18 @@ def _step_keys(seed: int, step: jax.Array) -> _Keys:
 def _gradient_and_curvature(
     settings: StepSettings,
     refresh: bool,
-    model: Gpt2,
+    state: TrainState,
     batch: Batch,
     curvature_batch: Batch | None,
     samples: NamedArray | None,
     keys: _Keys,
 ) -> tuple[GradientSums, PyTree | None]:
     """The gradient's sums over the whole batch and, on a refresh, the estimate of the curvature's diagonal."""
+    model = state.model
     if not refresh:
         return _accumulate(settings, model, batch, keys), None
     assert isinstance(settings.optimizer, Sophia), f"{type(settings.optimizer).__name__} has no curvature to refresh"
-    estimator = settings.optimizer.estimator
+    estimator = settings.optimizer.estimator_at(state.optimizer_state)
     if isinstance(estimator, Hutchinson):
         source = curvature_batch or _first_rows(settings, batch)
         return _accumulate(settings, model, batch, keys), _hutchinson(settings, estimator, model, source, keys)

@@ -1,0 +1,167 @@
+"""A basis in which a matrix's curvature is closer to diagonal than in its own coordinates."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from sophia_levanter.optim.checks import check_count, check_number, whole_number
+from sophia_levanter.optim.matrices import Matrices, MatrixView, matrix_views
+from sophia_levanter.optim.protocol import Scalar
+from sophia_levanter.optim.trees import widened
+
+PyTree = Any
+
+
+class Side(NamedTuple):
+    """One side, inputs or outputs, of the matrices of a parameter.
+
+    Attributes:
+        moment: float32 [matrix, n, n], the average of G G^T, or G^T G.
+        vectors: float32 [matrix, n, n], orthonormal columns, close to its eigenvectors.
+    """
+
+    moment: jax.Array
+    vectors: jax.Array
+
+
+Turn = tuple[Side | None, Side | None]
+Turns = tuple[Turn | None, ...]
+
+
+class KroneckerBasis(eqx.Module):
+    """Eigenvectors of the second moments of a matrix's gradient on either side, for a diagonal h in their basis.
+
+        L   <- b2 L + (1 - b2) G G^T            R   <- b2 R + (1 - b2) G^T G           at every refresh, G in x out
+        Q_L <- qr(L Q_L)                        Q_R <- qr(R Q_R)
+        G in the basis is Q_L^T G Q_R
+
+    One step of orthogonal iteration a refresh, from the identity, follows the eigenvectors as they change (as SOAP
+    does, Vyas et al. 2024, arXiv 2409.11321; Shampoo, Gupta et al. 2018, arXiv 1802.09568, has the same moments). The
+    diagonal in this basis is that of George et al. 2018 (arXiv 1806.03884). When the basis turns by A = Q_L^T Q_L,old
+    and C likewise, a diagonal h becomes (A * A) h (C * C)^T, the diagonal of what it was.
+
+    It holds 2 (in^2 + out^2) numbers for a matrix, and a step multiplies each by four matrices of its own size.
+
+    Args:
+        matrices: a tree (or prefix), or a function from parameters to one, of optax's `MuonDimensionNumbers` where a
+            parameter is a matrix and None where it keeps its coordinates; None takes the leaves with two axes. What
+            is neither input nor output axis counts matrices.
+        b2: decay of L and R per refresh, in [0, 1).
+        max_size: a side with more coordinates than this keeps them.
+
+    Raises:
+        TypeError, ValueError: if an argument is of the wrong kind or out of its range.
+    """
+
+    matrices: Matrices = None
+    b2: Scalar = 0.9
+    max_size: int = eqx.field(default=4096, static=True, converter=whole_number)
+
+    def __check_init__(self) -> None:
+        check_number("b2", self.b2, low=0, high=1)
+        check_count("max_size", self.max_size)
+
+    def init(self, params: PyTree) -> Turns:
+        """The basis of the parameters' own coordinates: for each leaf its two sides, or None.
+
+        Raises:
+            ValueError, TypeError: if `matrices` does not fit the parameters; names the path.
+        """
+        return tuple(None if view is None else self._start(view) for view in matrix_views(self.matrices, params))
+
+    def _start(self, view: MatrixView) -> Turn:
+        count, *sizes = view.sizes
+        left, right = (
+            Side(jnp.zeros((count, n, n)), jnp.tile(jnp.eye(n), (count, 1, 1))) if n <= self.max_size else None
+            for n in sizes
+        )
+        return left, right
+
+    def at(self, turns: Turns) -> Coordinates:
+        """The coordinates that a state of the basis stands for."""
+        return Coordinates(self.matrices, turns)
+
+    def turned(self, turns: Turns, curvature: PyTree, grads: PyTree) -> tuple[Turns, PyTree]:
+        """The basis after a refresh, and the curvature's diagonal in it.
+
+        Args:
+            turns: the state before.
+            curvature: h in the basis before, like the parameters.
+            grads: what enters the moments, like the parameters, in their own coordinates.
+        """
+        views = matrix_views(self.matrices, grads)
+        leaves, structure = jax.tree.flatten(curvature)
+        after = [
+            (turn, h) if view is None or turn is None else self._turned(view, turn, h, g)
+            for view, turn, h, g in zip(views, turns, leaves, jax.tree.leaves(grads), strict=True)
+        ]
+        return tuple(turn for turn, _ in after), jax.tree.unflatten(structure, [h for _, h in after])
+
+    def _turned(self, view: MatrixView, turn: Turn, h: jax.Array, g: jax.Array) -> tuple[Turn, jax.Array]:
+        g, h = view.matrices(widened(g)), view.matrices(h)
+        left, right = turn
+        if left is not None:
+            left, overlap = self._side(left, g @ _transposed(g))
+            h = jnp.square(overlap) @ h
+        if right is not None:
+            right, overlap = self._side(right, _transposed(g) @ g)
+            h = h @ _transposed(jnp.square(overlap))
+        return (left, right), view.parameter(h)
+
+    def _side(self, side: Side, second_moment: jax.Array) -> tuple[Side, jax.Array]:
+        """The side after, and the old vectors in the new ones' basis."""
+        moment = self.b2 * side.moment + (1 - self.b2) * second_moment
+        size = jnp.trace(moment, axis1=-2, axis2=-1)[:, None, None]
+        # Gradients are small, and their moments' products would leave float32's range.
+        scaled = moment / jnp.where(size > 0, size, 1)
+        vectors, _ = jnp.linalg.qr(scaled @ side.vectors)
+        # Before the first gradient there is nothing to turn to.
+        vectors = jnp.where(size > 0, vectors, side.vectors)
+        return Side(moment, vectors), _transposed(vectors) @ side.vectors
+
+
+class Coordinates(eqx.Module):
+    """The basis of a state, for trees like the parameters; by default their own coordinates.
+
+    Args:
+        matrices: as for `KroneckerBasis`.
+        turns: the state; None for the parameters' own coordinates.
+    """
+
+    matrices: Matrices = None
+    turns: Turns | None = None
+
+    def enter(self, tree: PyTree) -> PyTree:
+        """A tree in the basis: Q_L^T G Q_R for matrices. The shapes stay."""
+        return self._map(tree, lambda x, left, right: _times(left, x, right, inverse=True))
+
+    def leave(self, tree: PyTree) -> PyTree:
+        """A tree that is in the basis in the parameters' own coordinates again: Q_L G Q_R^T."""
+        return self._map(tree, lambda x, left, right: _times(left, x, right, inverse=False))
+
+    def _map(self, tree: PyTree, function: Any) -> PyTree:
+        if self.turns is None:
+            return tree
+        leaves, structure = jax.tree.flatten(tree)
+        views = matrix_views(self.matrices, tree)
+        mapped = [
+            x if view is None or turn is None else view.parameter(function(view.matrices(x), *turn)).astype(x.dtype)
+            for x, view, turn in zip(leaves, views, self.turns, strict=True)
+        ]
+        return jax.tree.unflatten(structure, mapped)
+
+
+def _times(left: Side | None, x: jax.Array, right: Side | None, *, inverse: bool) -> jax.Array:
+    if left is not None:
+        x = (_transposed(left.vectors) if inverse else left.vectors) @ x
+    if right is not None:
+        x = x @ (right.vectors if inverse else _transposed(right.vectors))
+    return x
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)

@@ -1,0 +1,118 @@
+"""Which parameters are matrices, and of which of their axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from optax.contrib import MuonDimensionNumbers
+
+PyTree = Any
+Matrices = PyTree | Callable[[PyTree], PyTree] | None
+
+
+class MatrixView:
+    """A parameter of any number of axes as matrices, in x out.
+
+    Attributes:
+        shape: the parameter's.
+        sizes: (matrices, in, out).
+    """
+
+    def __init__(self, axes: MuonDimensionNumbers, shape: Sequence[int]) -> None:
+        inputs, outputs = (_numbers(group, len(shape)) for group in axes)
+        others = tuple(axis for axis in range(len(shape)) if axis not in inputs + outputs)
+        self.shape = tuple(shape)
+        self._order = others + inputs + outputs
+        self.sizes = tuple(math.prod(shape[axis] for axis in group) for group in (others, inputs, outputs))
+
+    def matrices(self, x: jax.Array) -> jax.Array:
+        """[matrix, in, out] of an array of the parameter's shape."""
+        return jnp.transpose(x, self._order).reshape(self.sizes)
+
+    def parameter(self, x: jax.Array) -> jax.Array:
+        """The parameter's shape again, of [matrix, in, out]."""
+        back = sorted(range(len(self._order)), key=self._order.__getitem__)
+        return jnp.transpose(x.reshape([self.shape[axis] for axis in self._order]), back)
+
+
+def matrix_views(matrices: Matrices, params: PyTree) -> list[MatrixView | None]:
+    """A view of each leaf of params that is a matrix, None for the others, in the leaves' order.
+
+    Args:
+        matrices: as for `matrices_tree`.
+        params: the parameters.
+
+    Raises:
+        ValueError, TypeError: as `matrices_tree` does.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    entries = structure.flatten_up_to(matrices_tree(matrices, params))  # type: ignore[attr-defined]
+    return [
+        None if entry is None else MatrixView(entry, leaf.shape) for entry, leaf in zip(entries, leaves, strict=True)
+    ]
+
+
+def matrices_tree(matrices: Matrices, params: PyTree) -> PyTree:
+    """`MuonDimensionNumbers` for every leaf of params that is a matrix, None for the others.
+
+    Args:
+        matrices: a tree (or prefix), or a function from parameters to one, of optax's `MuonDimensionNumbers` where a
+            parameter is a matrix and None elsewhere; None takes the leaves with two axes.
+        params: the parameters.
+
+    Raises:
+        ValueError: if a parameter has no entry, an entry no parameter, or axes are not a matrix's; names the path.
+        TypeError: if an entry is neither None nor a `MuonDimensionNumbers`.
+    """
+    if matrices is None:
+        return jax.tree.map(lambda x: MuonDimensionNumbers() if x.ndim == 2 else None, params)
+    leaves = jax.tree.leaves(matrices, is_leaf=_is_entry)
+    # A tree of a model's class may itself be callable.
+    is_tree = bool(leaves) and all(_is_entry(leaf) for leaf in leaves)
+    tree = matrices(params) if callable(matrices) and not is_tree else matrices
+    entries = dict(jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_entry)[0])
+    for path, entry in entries.items():
+        if not _is_entry(entry):
+            raise TypeError(f"matrices{_name(path)} is {entry!r}; it must be a MuonDimensionNumbers or None")
+    used = set()
+
+    def entry_of(path: tuple, x: jax.Array) -> MuonDimensionNumbers | None:
+        covering = next((path[:n] for n in range(len(path) + 1) if path[:n] in entries), None)
+        if covering is None:
+            raise ValueError(f"matrices does not fit the parameters: it has nothing for {_name(path)}")
+        used.add(covering)
+        _check_axes(_name(path), x, entries[covering])
+        return entries[covering]
+
+    found = jax.tree_util.tree_map_with_path(entry_of, params)
+    for path, entry in entries.items():
+        if entry is not None and path not in used:
+            raise ValueError(f"matrices does not fit the parameters: {_name(path)} is no parameter")
+    return found
+
+
+def _is_entry(x: Any) -> bool:
+    return x is None or isinstance(x, MuonDimensionNumbers)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path) or "the whole tree"
+
+
+def _check_axes(name: str, x: jax.Array, entry: MuonDimensionNumbers | None) -> None:
+    """Raise a ValueError if these are not one input and one output axis or more, all different; optax wraps numbers."""
+    if entry is None:
+        return
+    groups = [(axes,) if isinstance(axes, int) else tuple(axes) for axes in entry]
+    inside = all(-x.ndim <= axis < x.ndim for group in groups for axis in group)
+    axes = [axis for group in groups for axis in _numbers(group, x.ndim)] if inside else []
+    if not (all(groups) and inside and len(set(axes)) == len(axes)):
+        raise ValueError(f"matrices{name} is {entry}; it must name different axes of the parameter's shape {x.shape}")
+
+
+def _numbers(group: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    return tuple(axis % ndim for axis in ((group,) if isinstance(group, int) else group))
