@@ -199,6 +199,9 @@ NOT_A_NUMBER = float("nan")
         *((SophiaHConfig, name, -1) for name in ("first_refresh", "initial_refreshes")),
         *((SophiaGConfig, "target_win_rate", value) for value in (0.0, 1.0)),
         (SophiaGConfig, "denominator", "sum"),
+        (SophiaGConfig, "basis", "eigen"),
+        (SophiaHConfig, "basis_b2", 1.0),
+        (SophiaHConfig, "basis_max_size", 0),
         (SophiaGConfig, "refresh_order", "during"),
         *(
             (TrainerConfig, name, 0)

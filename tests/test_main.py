@@ -95,6 +95,7 @@ def test_every_switch_of_the_curvature_together(config_file, tmp_path):
         "curvature_reduce": "average_then_square",
         "curvature_max_grad_norm": "1.0",
         "curvature_labels": "data",
+        "basis": "kronecker",
     }
     options = [option for name, value in switches.items() for option in (f"--optimizer.{name}", value)]
     precision = ["--trainer.compute_dtype", "bfloat16"]
@@ -106,10 +107,16 @@ def test_every_switch_of_the_curvature_together(config_file, tmp_path):
     assert losses(run_dir)[11] < losses(run_dir)[0] - 0.1
 
 
-@pytest.mark.parametrize("stopped_at", [5, 7], ids=["next_step_refreshes", "next_step_is_plain"])
-def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(stopped_at, config_file, tmp_path, capfd, stop_after):
+@pytest.mark.parametrize(
+    ("stopped_at", "basis"),
+    [(5, "parameters"), (7, "parameters"), (7, "kronecker")],
+    ids=["next_step_refreshes", "next_step_is_plain", "kronecker"],
+)
+def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
+    stopped_at, basis, config_file, tmp_path, capfd, stop_after
+):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    config = ["--config", str(config_file), "--trainer.checkpoint_every", "100"]
+    config = ["--config", str(config_file), "--trainer.checkpoint_every", "100", "--optimizer.basis", basis]
     assert main([*config, "--trainer.run_dir", str(whole)]) == 0
     stop_after(stopped_at - 1)
     assert main([*config, "--trainer.run_dir", str(parts)]) == 130

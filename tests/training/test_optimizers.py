@@ -8,6 +8,7 @@ from sophia_levanter.optim import (
     AdamW,
     GaussNewtonBartlett,
     Hutchinson,
+    KroneckerBasis,
     Lion,
     Muon,
     SophiaG,
@@ -60,6 +61,12 @@ CASES = [
         SophiaG,
         SOPHIA | {"rho": WinRateController(target=0.4, initial=0.6)},
     ),
+    (
+        SophiaHConfig(**RATES, basis="kronecker", basis_b2=0.6, basis_max_size=100),
+        SophiaH,
+        {"basis": KroneckerBasis(matrices=matrix_axes, b2=0.6, max_size=100)},
+    ),
+    (SophiaGConfig(**RATES), SophiaG, {"basis": None}),
     (AdamWConfig(**RATES, b1=0.8, b2=0.7, eps=1e-5), AdamW, {"b1": 0.8, "b2": 0.7, "eps": 1e-5, "nesterov": False}),
     (AdamWConfig(**RATES, nesterov=True), AdamW, {"nesterov": True}),
     (LionConfig(**RATES, b1=0.8, b2=0.7), Lion, {"b1": 0.8, "b2": 0.7}),
@@ -72,7 +79,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("config", "kind", "fields"), CASES, ids=["g", "h", "win rate", "adamw", "nadamw", "lion", "muon"]
+    ("config", "kind", "fields"),
+    CASES,
+    ids=["g", "h", "win rate", "basis", "no basis", "adamw", "nadamw", "lion", "muon"],
 )
 def test_every_setting_arrives(config, kind, fields):
     optimizer = build_optimizer(config, 110, mask := object())

@@ -21,6 +21,7 @@ from sophia_levanter.optim import (
     AdamW,
     GaussNewtonBartlett,
     Hutchinson,
+    KroneckerBasis,
     Lion,
     Muon,
     SophiaG,
@@ -159,6 +160,37 @@ def one_step(optimizer, *, devices=1, num_microbatches=1, refresh=True, batch=No
     state = place(state or TrainState.init(tiny_model(), optimizer), mesh)
     with on_mesh(mesh):
         return jitted(StepSettings(optimizer, **settings), refresh)(place(batch, mesh), state)
+
+
+KRONECKER = KroneckerBasis(matrices=matrix_axes)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("optimizer", [SophiaG, SophiaH])
+def test_a_kronecker_basis_on_a_mesh_in_microbatches(optimizer, devices):
+    """bfloat16 compute, the blocked loss and two microbatches, over steps in which the basis turns."""
+    optimizer = optimizer(learning_rate=3e-3, interval=2, basis=KRONECKER, weight_decay_mask=decay_mask)
+    policy = jmp.get_policy("params=float32,compute=bfloat16,output=float32")
+    settings = StepSettings(optimizer, policy=policy)
+    mesh = data_mesh(jax.devices()[:devices])
+    batch = place(batch_from_windows(windows(), num_microbatches=2), mesh)
+    state, losses = place(TrainState.init(tiny_model(), optimizer), mesh), []
+    steps = [jitted(settings, refresh) for refresh in (False, True)]
+    with on_mesh(mesh):
+        for step in range(8):
+            state, output = steps[step % 2 == 0](batch, state)
+            losses.append(float(output.metrics["train/loss"]))
+    assert losses[7] < losses[0] - 0.05
+    # Every layer of c_attn has a matrix each for query, key and value, over all heads: 16 x 16.
+    shapes = {side.vectors.shape for turn in state.optimizer_state.basis if turn is not None for side in turn}
+    assert shapes == {(6, 16, 16), (2, 16, 16), (2, 64, 64)}
+    for turn in state.optimizer_state.basis:
+        for side in turn or ():
+            n = side.vectors.shape[-1]
+            np.testing.assert_allclose(
+                jnp.swapaxes(side.vectors, 1, 2) @ side.vectors, [np.eye(n)] * len(side.vectors), atol=1e-5
+            )
+            assert float(jnp.max(jnp.abs(side.vectors - jnp.eye(n)))) > 0.1
 
 
 @pytest.mark.parametrize("optimizer", [SophiaG(interval=1), SophiaH(interval=1)], ids=["g", "h"])

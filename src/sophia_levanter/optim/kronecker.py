@@ -118,7 +118,9 @@ class KroneckerBasis(eqx.Module):
         size = jnp.trace(moment, axis1=-2, axis2=-1)[:, None, None]
         # Gradients are small, and their moments' products would leave float32's range.
         scaled = moment / jnp.where(size > 0, size, 1)
-        vectors, _ = jnp.linalg.qr(scaled @ side.vectors)
+        # One by one: a batch of them takes threads that it waits for, and where all of a pool's wait (eight devices of
+        # one CPU do) none is left to go on, in jaxlib 0.10.2.
+        vectors = jax.lax.map(lambda x: jnp.linalg.qr(x)[0], scaled @ side.vectors)
         # Before the first gradient there is nothing to turn to.
         vectors = jnp.where(size > 0, vectors, side.vectors)
         return Side(moment, vectors), _transposed(vectors) @ side.vectors

@@ -352,6 +352,8 @@ class Sophia(eqx.Module):
             raise ValueError(
                 "state.rho and rho do not go together; init anew after a change between a number and 'auto'"
             )
+        if (state.basis is None) != (self.basis is None):
+            raise ValueError("state.basis and basis do not go together; init anew after a change of the basis")
         for name in ("b1", "b2", "eps"):
             check_one(name, getattr(self, name))
 

@@ -1,0 +1,331 @@
+"""The Kronecker basis: what it does to trees, how it turns, and Sophia and its estimators in it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from estimates import (
+    FLAT,
+    FROM_FLAT,
+    INPUTS,
+    KEY,
+    MODEL,
+    assert_like_the_model,
+    assert_mean,
+    draws_of,
+    loss,
+    model_from,
+    outputs_fn,
+    softmax_inner,
+)
+from optax.contrib import MuonDimensionNumbers
+
+from sophia_levanter.optim import (
+    GaussNewtonBartlett,
+    GaussNewtonHutchinson,
+    Hutchinson,
+    KroneckerBasis,
+    Sophia,
+    SophiaG,
+    SophiaH,
+)
+from sophia_levanter.optim.kronecker import Side
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def orthogonal(n):
+    return jnp.asarray(np.linalg.qr(RNG.normal(size=(n, n)))[0], jnp.float32)
+
+
+def turned_sides(*sizes, count=1):
+    """Sides that stand anywhere."""
+    return tuple(Side(jnp.zeros((count, n, n)), jnp.stack([orthogonal(n) for _ in range(count)])) for n in sizes)
+
+
+# Two layers of 4 x (2 * 3), with the axes out of order.
+PARAMS = {"w": normal(2, 2, 4, 3), "v": normal(5), "m": normal(3, 2)}
+AXES = {"w": MuonDimensionNumbers(2, (1, 3)), "v": None, "m": MuonDimensionNumbers(0, 1)}
+BASIS = KroneckerBasis(matrices=AXES)
+# In the leaves' order: m, v, w.
+TURNS = (turned_sides(3, 2), None, turned_sides(4, 6, count=2))
+
+
+def test_a_tree_enters_and_leaves():
+    coordinates = BASIS.at(TURNS)
+    inside = coordinates.enter(PARAMS)
+    assert inside["v"] is PARAMS["v"]
+    np.testing.assert_allclose(
+        inside["m"], TURNS[0][0].vectors[0].T @ PARAMS["m"] @ TURNS[0][1].vectors[0], rtol=1e-5, atol=1e-6
+    )
+    for layer in range(2):
+        matrix = PARAMS["w"][layer].transpose(1, 0, 2).reshape(4, 6)
+        wanted = TURNS[2][0].vectors[layer].T @ matrix @ TURNS[2][1].vectors[layer]
+        np.testing.assert_allclose(inside["w"][layer].transpose(1, 0, 2).reshape(4, 6), wanted, rtol=1e-5, atol=1e-6)
+    for name, leaf in coordinates.leave(inside).items():
+        np.testing.assert_allclose(leaf, PARAMS[name], rtol=1e-5, atol=1e-6)
+
+
+def test_it_starts_at_the_parameters_own_coordinates():
+    for name, leaf in BASIS.at(BASIS.init(PARAMS)).enter(PARAMS).items():
+        np.testing.assert_array_equal(leaf, PARAMS[name])
+
+
+def test_without_axes_the_leaves_of_two_axes_are_matrices():
+    turns = KroneckerBasis().init(PARAMS)
+    assert [turn is None for turn in turns] == [False, True, True]
+
+
+@pytest.mark.parametrize(("max_size", "kept"), [(4, (False, True)), (3, (True, True)), (6, (False, False))])
+def test_a_large_side_keeps_its_coordinates(max_size, kept):
+    basis = KroneckerBasis(matrices=AXES, max_size=max_size)
+    turns = basis.init(PARAMS)
+    assert tuple(side is None for side in turns[2]) == kept
+    turns, _ = basis.turned(turns, PARAMS, PARAMS)
+    inside = basis.at(turns).enter(PARAMS)["w"]
+    np.testing.assert_allclose(jnp.linalg.norm(inside), jnp.linalg.norm(PARAMS["w"]), rtol=1e-5)
+    assert (float(jnp.max(jnp.abs(inside - PARAMS["w"]))) < 1e-6) == all(kept)
+
+
+def test_the_basis_finds_the_eigenvectors_and_follows_them():
+    """Gradients A Z B^T of white noise Z have the second moments A A^T and B B^T, times numbers."""
+    basis = KroneckerBasis(b2=0.98)
+    turns, h = basis.init({"w": jnp.zeros((4, 6))}), {"w": jnp.ones((4, 6))}
+    step = jax.jit(basis.turned)
+    for _ in range(2):  # other eigenvectors the second time
+        left, right = orthogonal(4) * 2.0 ** jnp.arange(4), orthogonal(6) * 2.0 ** jnp.arange(6)
+        for _ in range(400):
+            turns, h = step(turns, h, {"w": 1e-8 * left @ normal(4, 6) @ right.T})
+        for side, factor in zip(turns[0], (left, right), strict=True):
+            cosines = jnp.abs(side.vectors[0].T @ (factor / jnp.linalg.norm(factor, axis=0)))
+            # Orthogonal iteration puts the largest first.
+            assert float(jnp.min(jnp.diag(cosines[:, ::-1]))) > 0.95
+            np.testing.assert_allclose(side.vectors[0].T @ side.vectors[0], jnp.eye(len(factor)), atol=1e-5)
+
+
+def test_a_diagonal_turns_with_the_basis():
+    """The diagonal of K diag(h) K^T, K what takes the old coordinates to the new ones, by whole matrices."""
+    basis, params = KroneckerBasis(b2=0.5), {"w": normal(3, 4)}
+    turns, h = (turned_sides(3, 4),), {"w": jnp.abs(normal(3, 4))}
+    after, turned = basis.turned(turns, h, params)
+    (old_left, old_right), (left, right) = turns[0], after[0]
+    change = np.kron(left.vectors[0].T @ old_left.vectors[0], right.vectors[0].T @ old_right.vectors[0])
+    wanted = np.diag(change @ np.diag(h["w"].ravel()) @ change.T).reshape(3, 4)
+    np.testing.assert_allclose(turned["w"], wanted, rtol=1e-4)
+    assert float(jnp.max(jnp.abs(turned["w"] - h["w"]))) > 0.1
+    np.testing.assert_allclose(after[0][0].moment[0], 0.5 * params["w"] @ params["w"].T, rtol=1e-5)
+    np.testing.assert_allclose(after[0][1].moment[0], 0.5 * params["w"].T @ params["w"], rtol=1e-5)
+
+
+def test_no_gradient_yet_turns_nothing():
+    turns, h = BASIS.turned(TURNS, PARAMS, jax.tree.map(jnp.zeros_like, PARAMS))
+    for before, after in zip(jax.tree.leaves(TURNS), jax.tree.leaves(turns), strict=True):
+        np.testing.assert_array_equal(before, after)
+    for name in h:
+        np.testing.assert_allclose(h[name], PARAMS[name], rtol=1e-5, atol=1e-5)
+
+
+MODEL_BASIS = KroneckerBasis()
+MODEL_TURNS = tuple(turned_sides(3, 3) if leaf.ndim == 2 else None for leaf in jax.tree.leaves(FROM_FLAT(FLAT)))
+COORDINATES = MODEL_BASIS.at(MODEL_TURNS)
+
+
+@pytest.fixture(scope="module")
+def rotation():
+    """float64 [coordinate in the basis, parameter]."""
+    columns = [jax.flatten_util.ravel_pytree(COORDINATES.enter(FROM_FLAT(e)))[0] for e in np.eye(len(FLAT))]
+    matrix = np.stack(columns, axis=1).astype(np.float64)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(len(FLAT)), atol=1e-5)
+    assert np.abs(matrix - np.eye(len(FLAT))).max() > 0.5
+    return matrix
+
+
+@pytest.fixture(scope="module")
+def gauss_newton():
+    jacobian = np.asarray(jax.jacobian(lambda flat: model_from(flat)(INPUTS))(FLAT), np.float64)
+    return np.einsum("tci,tcd,tdj->ij", jacobian, softmax_inner(), jacobian) / len(INPUTS)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        GaussNewtonBartlett(),
+        GaussNewtonBartlett(reduction="average_then_square"),
+        GaussNewtonHutchinson(),
+        Hutchinson(),
+        Hutchinson("gaussian", num_probes=2),
+    ],
+    ids=repr,
+)
+def test_estimates_have_the_exact_diagonal_in_the_basis_as_their_mean(estimator, rotation, gauss_newton):
+    function, exact = outputs_fn, gauss_newton
+    if isinstance(estimator, Hutchinson):
+        function = loss
+        exact = np.asarray(jax.hessian(lambda flat: loss(model_from(flat)))(FLAT), np.float64)
+    optimizer = Sophia(basis=MODEL_BASIS, estimator=estimator)
+    state = optimizer.init(MODEL)._replace(basis=MODEL_TURNS)
+    draws = draws_of(lambda key: optimizer.estimate(function, MODEL, key=key, state=state))
+    assert_mean(draws, np.diag(rotation @ exact @ rotation.T))
+    with pytest.raises(AssertionError, match="the mean is off"):
+        assert_mean(draws, np.diag(exact))
+
+
+def test_microbatches_are_squared_apart_in_the_basis(rotation):
+    parts = INPUTS.reshape(2, 4, 3)
+    estimator = GaussNewtonBartlett(coordinates=COORDINATES)
+    keys = [jax.random.fold_in(KEY, i) for i in range(2)]
+
+    def gradient_sum(i):
+        def summed(flat):
+            losses, count = estimator.sampled_loss(model_from(flat)(parts[i]), key=keys[i])
+            return losses * count
+
+        return np.asarray(jax.grad(summed)(FLAT), np.float64)
+
+    wanted = sum((rotation @ gradient_sum(i)) ** 2 for i in range(2)) / 8
+    found = estimator(lambda m, x: m(x), MODEL, parts, key=KEY)
+    np.testing.assert_allclose(jax.flatten_util.ravel_pytree(found)[0], wanted, rtol=1e-4, atol=1e-6)
+
+
+def by_hand(grads, estimates, *, rate, b1, b2, rho, basis_b2, cautious):
+    """Sophia in a Kronecker basis in plain numpy, on one matrix."""
+    theta, m, h = np.zeros((3, 4)), np.zeros((3, 4)), np.zeros((3, 4))
+    moments, vectors = [np.zeros((3, 3)), np.zeros((4, 4))], [np.eye(3), np.eye(4)]
+    for step, (g, h_hat) in enumerate(zip(grads, estimates, strict=True)):
+        if h_hat is not None:
+            h = b2 * h + (1 - b2) * h_hat
+            if step:
+                old = list(vectors)
+                for side, gram in enumerate((m @ m.T, m.T @ m)):
+                    moments[side] = basis_b2 * moments[side] + (1 - basis_b2) * gram
+                    vectors[side] = np.linalg.qr(moments[side] @ vectors[side])[0]
+                left, right = (new.T @ before for new, before in zip(vectors, old, strict=True))
+                h = left**2 @ h @ (right**2).T
+        m = b1 * m + (1 - b1) * g
+        u = np.clip(vectors[0].T @ m @ vectors[1] / np.maximum(rho * h, 1e-12), -1, 1)
+        if cautious:
+            agrees = u * (vectors[0].T @ g @ vectors[1]) > 0
+            u = u * agrees / agrees.mean()
+        theta = theta - rate * vectors[0] @ u @ vectors[1].T
+    return theta
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("jit", [False, True])
+def test_steps_are_those_by_hand(cautious, jit):
+    settings = {"b1": 0.8, "b2": 0.7, "rho": 0.6, "cautious": cautious}
+    grads = [np.asarray(normal(3, 4), np.float64) for _ in range(12)]
+    estimates = [np.asarray(jnp.abs(normal(3, 4)), np.float64) if step % 3 == 0 else None for step in range(12)]
+    optimizer = SophiaG(learning_rate=0.01, weight_decay=0.0, basis=KroneckerBasis(b2=0.6), **settings)
+    params = {"w": jnp.zeros((3, 4))}
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update) if jit else optimizer.update
+    for g, h_hat in zip(grads, estimates, strict=True):
+        h_hat = None if h_hat is None else {"w": jnp.asarray(h_hat, jnp.float32)}
+        updates, state = update({"w": jnp.asarray(g, jnp.float32)}, state, params, h_hat)
+        params = optax.apply_updates(params, updates)
+    wanted = by_hand(grads, estimates, rate=0.01, basis_b2=0.6, **settings)
+    np.testing.assert_allclose(params["w"], wanted, atol=2e-5)
+    # Without a basis it is another way.
+    assert float(jnp.max(jnp.abs(state.basis[0][0].vectors - jnp.eye(3)))) > 0.1
+
+
+def test_an_estimate_that_is_not_finite_leaves_basis_and_curvature():
+    optimizer = SophiaG(basis=KroneckerBasis())
+    params = {"w": normal(3, 4)}
+    _, state = optimizer.update({"w": normal(3, 4)}, optimizer.init(params), params)
+    skipped = optimizer.refresh(state, {"w": jnp.full((3, 4), jnp.nan)})
+    for before, after in zip(jax.tree.leaves(state.basis), jax.tree.leaves(skipped.basis), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert skipped.refresh_pending and not jnp.any(skipped.curvature["w"])
+    taken = optimizer.refresh(state, {"w": jnp.ones((3, 4))})
+    assert jnp.any(taken.basis[0][0].moment) and not taken.refresh_pending
+
+
+def test_weight_decay_is_of_the_parameters_themselves():
+    optimizer = SophiaG(learning_rate=0.1, weight_decay=0.5, basis=KroneckerBasis())
+    params = {"w": normal(3, 4)}
+    state = optimizer.init(params)._replace(basis=(turned_sides(3, 4),))
+    updates, _ = optimizer.update({"w": jnp.zeros((3, 4))}, state, params)
+    np.testing.assert_allclose(updates["w"], -0.05 * params["w"], rtol=1e-6)
+
+
+def test_dtypes_of_parameters_in_bfloat16():
+    optimizer = SophiaG(basis=KroneckerBasis())
+    params = {"w": normal(3, 4).astype(jnp.bfloat16)}
+    h_hat = optimizer.estimate(
+        lambda p: jnp.ones((5, 3), jnp.bfloat16) @ p["w"], params, key=KEY, state=optimizer.init(params)
+    )
+    updates, state = optimizer.update({"w": params["w"]}, optimizer.init(params), params, h_hat)
+    assert updates["w"].dtype == state.momentum["w"].dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves((h_hat, state.curvature, state.basis))} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(("optimizer", "function"), [(SophiaG, outputs_fn), (SophiaH, loss)])
+def test_a_model_learns_under_jit_and_in_optax(optimizer, function):
+    optimizer = optimizer(learning_rate=0.05, weight_decay=0.0, rho=0.1, interval=2, basis=KroneckerBasis())
+    transformation = optax.chain(optimizer.as_optax())
+    model, state = FROM_FLAT(FLAT), transformation.init(FROM_FLAT(FLAT))
+
+    @jax.jit
+    def step(params, state, key):
+        whole = model_from(jax.flatten_util.ravel_pytree(params)[0])
+        h_hat = optimizer.estimate(function, whole, key=key, state=state[0])
+        assert_like_the_model(h_hat)
+        grads = jax.grad(lambda p: loss(model_from(jax.flatten_util.ravel_pytree(p)[0])))(params)
+        updates, state = transformation.update(grads, state, params, h_hat=h_hat)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(20):
+        model, state = step(model, state, jax.random.fold_in(KEY, i))
+    assert loss(model_from(jax.flatten_util.ravel_pytree(model)[0])) < 0.5 * loss(MODEL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "wanted"),
+    [
+        ({"b2": 1.0}, ValueError, "b2"),
+        ({"b2": "0.9"}, TypeError, "b2"),
+        ({"max_size": 0}, ValueError, "max_size is 0; it must be a whole number of at least 1"),
+    ],
+)
+def test_arguments_out_of_range(arguments, error, wanted):
+    with pytest.raises(error, match=f"^{wanted}"):
+        KroneckerBasis(**arguments)
+
+
+def test_axes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"matrices\['w'\] is .*it must name different axes of the parameter's shape"):
+        KroneckerBasis(matrices={"w": MuonDimensionNumbers(0, 0)}).init({"w": jnp.ones((3, 4))})
+
+
+def test_a_basis_of_another_kind():
+    with pytest.raises(TypeError, match=r"^basis is 'kronecker'; it must be a KroneckerBasis or None"):
+        SophiaG(basis="kronecker")
+
+
+def test_an_estimate_in_a_basis_needs_the_state():
+    optimizer = SophiaG(basis=KroneckerBasis())
+    with pytest.raises(ValueError, match=r"^state is missing; the curvature is estimated in its basis: estimate\("):
+        optimizer.estimate(outputs_fn, MODEL, key=KEY)
+    with pytest.raises(TypeError, match="it must be what init"):
+        optimizer.estimate(outputs_fn, MODEL, key=KEY, state={})
+
+
+def test_an_estimator_that_knows_no_basis():
+    optimizer = Sophia(basis=KroneckerBasis(), estimator=lambda function, model, microbatches, *, key: model)
+    with pytest.raises(TypeError, match="with a basis it must have a field `coordinates`, as Hutchinson's has"):
+        optimizer.estimate(outputs_fn, MODEL, key=KEY, state=optimizer.init(MODEL))
+
+
+def test_a_state_without_a_basis():
+    state = SophiaG().init(MODEL)
+    optimizer = SophiaG(basis=KroneckerBasis())
+    for with_basis, without in ((optimizer, state), (SophiaG(), optimizer.init(MODEL))):
+        with pytest.raises(ValueError, match=r"state\.basis and basis do not go together; init anew"):
+            with_basis.update(FROM_FLAT(FLAT), without, MODEL)
