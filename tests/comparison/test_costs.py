@@ -5,7 +5,14 @@ import pytest
 from sophia_levanter.comparison.costs import flops_per_token, seconds_per_step, tokens_per_step
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.training.config import AdamWConfig, LionConfig, SophiaGConfig, SophiaHConfig, TrainerConfig
+from sophia_levanter.training.config import (
+    AdamWConfig,
+    LionConfig,
+    MuonConfig,
+    SophiaGConfig,
+    SophiaHConfig,
+    TrainerConfig,
+)
 
 QUARTERS = TrainerConfig(num_train_steps=10_000, batch_size=32, microbatch_size=8)
 
@@ -52,3 +59,29 @@ def test_time_without_a_curvature_and_with_one_at_every_step(make_record):
 def test_tokens_of_a_step(make_record):
     config = TrainConfig(model=Gpt2Config(seq_len=64), trainer=TrainerConfig(batch_size=6))
     assert tokens_per_step(make_record(config)) == 384
+
+
+MODEL = Gpt2Config(num_layers=3, num_heads=2, embed_dim=8, seq_len=64)
+# Of each of three layers: queries, keys, values and their projection 8 x 8, and the MLP's 8 x 32 and 32 x 8.
+PER_TOKEN = 3 / (32 * 64)
+
+
+def matrix_flops(optimizer, make_record):
+    config = TrainConfig(model=MODEL, optimizer=optimizer, trainer=QUARTERS)
+    return flops_per_token(make_record(config, flops_per_token=0.0))
+
+
+def test_work_on_matrices_of_muon(make_record):
+    # Five times X X^T, its square, and their product with X.
+    square, oblong = 5 * 2 * (2 * 8**3 + 8**3), 5 * 2 * (2 * 8**2 * 32 + 8**3)
+    assert matrix_flops(MuonConfig(), make_record) == pytest.approx((4 * square + 2 * oblong) * PER_TOKEN)
+
+
+@pytest.mark.parametrize(("max_size", "large"), [(32, 32), (8, 0)])
+def test_work_on_matrices_of_a_kronecker_basis(max_size, large, make_record):
+    into = 4 * 2 * 2 * 8**3 + 2 * 2 * (8 * 8 * 32 + 8 * 32 * large)
+    cubes = 4 * 2 * 8**3 + 2 * (8**3 + large**3)
+    refresh = 3 * into + (4 + 8 / 3) * cubes
+    optimizer = SophiaGConfig(interval=5, basis="kronecker", basis_max_size=max_size)
+    assert matrix_flops(optimizer, make_record) == pytest.approx((2 * into + refresh / 5) * PER_TOKEN)
+    assert matrix_flops(SophiaGConfig(), make_record) == 0

@@ -1,27 +1,34 @@
-"""What a training token costs, the refreshes of the curvature counted."""
+"""What a training token costs, the refreshes of the curvature and work on whole matrices counted."""
 
 from __future__ import annotations
 
+import equinox as eqx
+import jax
+
 from sophia_levanter.comparison.records import Record, config_of
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.training.config import SophiaConfig, SophiaHConfig
+from sophia_levanter.models.gpt2 import Gpt2, matrix_axes
+from sophia_levanter.optim.matrices import matrix_views
+from sophia_levanter.training.config import MuonConfig, SophiaConfig, SophiaHConfig
 from sophia_levanter.training.optimizers import build_optimizer, curvature_share
+
+NEWTON_SCHULZ_ITERATIONS = 5
 
 
 def flops_per_token(record: Record) -> float:
-    """FLOPs of forward, backward and, spread over all steps, refreshes.
+    """FLOPs of forward, backward and, spread over all steps, refreshes and what is done to whole matrices.
 
     A refresh by GNB is one more backward pass over its part of the batch, two thirds of a gradient (the forward pass is
     shared); one by Hutchinson is a gradient and its derivative, two gradients for each probe. What optimizers do to
-    each parameter is not counted: it does not grow with the tokens. The time tells it.
+    each parameter by itself is not counted: the time tells it.
     """
     config = config_of(record)
     optimizer = config.optimizer
-    if not isinstance(optimizer, SophiaConfig):
-        return record.flops_per_token
-    gradients = 2.0 * optimizer.num_probes if isinstance(optimizer, SophiaHConfig) else 2 / 3
-    extra = gradients * curvature_share(optimizer, config.trainer) * _refreshes_per_step(config)
-    return record.flops_per_token * (1 + extra)
+    passes = 1.0
+    if isinstance(optimizer, SophiaConfig):
+        gradients = 2.0 * optimizer.num_probes if isinstance(optimizer, SophiaHConfig) else 2 / 3
+        passes += gradients * curvature_share(optimizer, config.trainer) * _refreshes_per_step(config)
+    return record.flops_per_token * passes + _matrix_flops_per_step(config) / tokens_per_step(record)
 
 
 def seconds_per_step(record: Record) -> float:
@@ -32,6 +39,11 @@ def seconds_per_step(record: Record) -> float:
     return plain + (refresh - plain) * _refreshes_per_step(config_of(record))
 
 
+def tokens_per_step(record: Record) -> int:
+    """Training tokens in a step."""
+    return record.config["trainer.batch_size"] * record.config["model.seq_len"]
+
+
 def _refreshes_per_step(config: TrainConfig) -> float:
     """The share of a run's steps that refresh the curvature."""
     steps = config.trainer.num_train_steps
@@ -39,6 +51,27 @@ def _refreshes_per_step(config: TrainConfig) -> float:
     return sum(map(optimizer.refresh_due, range(steps))) / steps
 
 
-def tokens_per_step(record: Record) -> int:
-    """Training tokens in a step."""
-    return record.config["trainer.batch_size"] * record.config["model.seq_len"]
+def _matrix_flops_per_step(config: TrainConfig) -> float:
+    """FLOPs of the products and decompositions of the blocks' matrices in a step, refreshes spread over all steps."""
+    optimizer = config.optimizer
+    kronecker = isinstance(optimizer, SophiaConfig) and optimizer.basis == "kronecker"
+    if not kronecker and not isinstance(optimizer, MuonConfig):
+        return 0.0
+    model = eqx.filter_eval_shape(Gpt2.init, config.model, vocab_size=1, key=jax.random.key(0))
+    sizes = [view.sizes for view in matrix_views(matrix_axes, model) if view is not None]
+    if isinstance(optimizer, MuonConfig):
+        return sum(count * _newton_schulz_flops(*sorted(sides)) for count, *sides in sizes)
+    assert isinstance(optimizer, SophiaConfig)
+    step = refresh = 0.0
+    for count, *sides in sizes:
+        turning = [n for n in sides if n <= optimizer.basis_max_size]
+        # One product with each side's square matrix: into the basis, or out of it.
+        change = sum(2.0 * n * sides[0] * sides[1] for n in turning)
+        step += count * 2 * change
+        # The estimate enters, the moments are formed, h turns; the iteration's product, its QR and the overlap.
+        refresh += count * (3 * change + sum((2 + 8 / 3 + 2) * n**3 for n in turning))
+    return step + refresh * _refreshes_per_step(config)
+
+
+def _newton_schulz_flops(short: int, long: int) -> float:
+    return NEWTON_SCHULZ_ITERATIONS * (4.0 * short**2 * long + 2.0 * short**3)
