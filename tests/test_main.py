@@ -108,15 +108,20 @@ def test_every_switch_of_the_curvature_together(config_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stopped_at", "basis"),
-    [(5, "parameters"), (7, "parameters"), (7, "kronecker")],
-    ids=["next_step_refreshes", "next_step_is_plain", "kronecker"],
+    ("stopped_at", "options"),
+    [
+        (5, []),
+        (7, []),
+        (7, ["--optimizer.basis", "kronecker"]),
+        (7, ["--optimizer.type", "muon"]),
+    ],
+    ids=["next_step_refreshes", "next_step_is_plain", "kronecker", "muon"],
 )
 def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
-    stopped_at, basis, config_file, tmp_path, capfd, stop_after
+    stopped_at, options, config_file, tmp_path, capfd, stop_after
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    config = ["--config", str(config_file), "--trainer.checkpoint_every", "100", "--optimizer.basis", basis]
+    config = ["--config", str(config_file), "--trainer.checkpoint_every", "100", *options]
     assert main([*config, "--trainer.run_dir", str(whole)]) == 0
     stop_after(stopped_at - 1)
     assert main([*config, "--trainer.run_dir", str(parts)]) == 130

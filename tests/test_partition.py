@@ -4,6 +4,7 @@ import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -33,6 +34,18 @@ def test_abstract_is_what_place_gives():
     for real, shape in zip(jax.tree.leaves(there), jax.tree.leaves(described), strict=True):
         assert (real.shape, real.dtype, real.sharding) == (shape.shape, shape.dtype, shape.sharding)
     assert isinstance(jax.tree.leaves(described)[0], jax.ShapeDtypeStruct)
+
+
+def test_what_an_optimizer_masked_stays():
+    """optax puts MaskedNodes where Muon's matrices are in Adam's state, in a NamedArray too."""
+    axes = hax.make_axes(batch=8, embed=3)
+
+    def make():
+        return {"adam": hax.NamedArray(optax.MaskedNode(), axes), "muon": hax.zeros(axes)}
+
+    there, described = place(make(), data_mesh()), abstract(make, data_mesh())
+    assert jax.tree.structure(there) == jax.tree.structure(described)
+    assert len(jax.tree.leaves(described)) == 1
 
 
 def test_rows_must_divide_over_the_devices():

@@ -63,12 +63,17 @@ def abstract(make: Callable[[], Any], mesh: Mesh) -> Any:
 def _map_arrays(function: Callable[[Any, NamedSharding], Any], tree: Any, mesh: Mesh) -> Any:
     """`function(array, its sharding)` for every array of the tree."""
 
+    def is_array(x: Any) -> bool:
+        return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
     def visit(x: Any) -> Any:
-        if isinstance(x, NamedArray):
-            spec = PartitionSpec(*(AXIS_MAPPING.get(axis.name) for axis in x.axes))
-            return NamedArray(function(x.array, NamedSharding(mesh, spec)), x.axes)
-        is_array = isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-        return function(x, NamedSharding(mesh, PartitionSpec())) if is_array else x
+        if not isinstance(x, NamedArray):
+            return function(x, NamedSharding(mesh, PartitionSpec())) if is_array(x) else x
+        # Where optax masks parameters, its state has named axes without an array.
+        if not is_array(x.array):
+            return x
+        spec = PartitionSpec(*(AXIS_MAPPING.get(axis.name) for axis in x.axes))
+        return NamedArray(function(x.array, NamedSharding(mesh, spec)), x.axes)
 
     return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, NamedArray))
 
