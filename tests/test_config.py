@@ -23,7 +23,13 @@ from sophia_levanter.training.config import (
 
 CONFIG_DIR = Path(__file__).parent.parent / "config"
 FILES = sorted(CONFIG_DIR.glob("*.yaml"))
-TYPES = {"sophia": SophiaGConfig, "sophia_h": SophiaHConfig, "adamw": AdamWConfig, "lion": LionConfig}
+TYPES = {
+    "sophia": SophiaGConfig,
+    "sophia_h": SophiaHConfig,
+    "sophia_kronecker": SophiaGConfig,
+    "adamw": AdamWConfig,
+    "lion": LionConfig,
+}
 
 # layers, heads, embed
 SHAPES = {
@@ -76,6 +82,9 @@ def test_shipped_configuration(file, tmp_path):
     assert not config.model.use_bias
     assert config.model.dropout == 0
     assert config.model.scale_attn_by_inverse_layer_idx
+    assert getattr(config.optimizer, "basis", None) == {"sophia_kronecker": "kronecker"}.get(
+        optimizer, "parameters" if optimizer.startswith("sophia") else None
+    )
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.yaml") == config
 
