@@ -113,7 +113,7 @@ def train_step_with_refresh(optimizer, model, state, batch, key):
         model,
         microbatches,
         key=key,
-        estimator=optimizer.estimator,
+        estimator=optimizer.estimator_at(state),
         curvature_microbatches=ROWS // MICROBATCH // 2,
     )
     updates, state = optimizer.update(grads, state, model, h_hat)

@@ -45,7 +45,9 @@ def train_step_with_refresh(optimizer, model, state, batch, key):
         return optimizer.estimator.losses(logits(model, images), classes, key=key)
 
     microbatches, _ = split_microbatches(batch, MICROBATCH)
-    loss, grads, h_hat = value_grad_and_curvature(losses, model, microbatches, key=key, estimator=optimizer.estimator)
+    loss, grads, h_hat = value_grad_and_curvature(
+        losses, model, microbatches, key=key, estimator=optimizer.estimator_at(state)
+    )
     updates, state = optimizer.update(grads, state, model, h_hat)
     return eqx.apply_updates(model, updates), state, loss
 

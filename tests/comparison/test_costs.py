@@ -81,7 +81,15 @@ def test_work_on_matrices_of_muon(make_record):
 def test_work_on_matrices_of_a_kronecker_basis(max_size, large, make_record):
     into = 4 * 2 * 2 * 8**3 + 2 * 2 * (8 * 8 * 32 + 8 * 32 * large)
     cubes = 4 * 2 * 8**3 + 2 * (8**3 + large**3)
-    refresh = 3 * into + (4 + 8 / 3) * cubes
-    optimizer = SophiaGConfig(interval=5, basis="kronecker", basis_max_size=max_size)
-    assert matrix_flops(optimizer, make_record) == pytest.approx((2 * into + refresh / 5) * PER_TOKEN)
+    settings = {"interval": 5, "basis": "kronecker", "basis_max_size": max_size}
+
+    def wanted(step, estimate):
+        """By how often a step and an estimate change coordinates."""
+        return pytest.approx((step * into + ((estimate + 2) * into + (4 + 8 / 3) * cubes) / 5) * PER_TOKEN)
+
+    once = SophiaGConfig(**settings, curvature_reduce="average_then_square")
+    assert matrix_flops(once, make_record) == wanted(2, 1)
+    apart = SophiaGConfig(**settings, curvature_batch_fraction=0.75, cautious=True)
+    assert matrix_flops(apart, make_record) == wanted(3, 3)
+    assert matrix_flops(SophiaHConfig(**settings, num_probes=2), make_record) == wanted(2, 4)
     assert matrix_flops(SophiaGConfig(), make_record) == 0

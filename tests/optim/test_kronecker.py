@@ -247,6 +247,24 @@ def test_an_estimate_that_is_not_finite_leaves_basis_and_curvature():
     assert jnp.any(taken.basis[0][0].moment) and not taken.refresh_pending
 
 
+def test_a_momentum_whose_square_is_not_finite_turns_nothing():
+    optimizer = SophiaG(learning_rate=1e-3, b1=0.0, basis=KroneckerBasis())
+    params = {"w": normal(3, 4)}
+    state = optimizer.init(params)
+    for size in (1.0, 1e22, 1.0):
+        updates, state = optimizer.update({"w": size * normal(3, 4)}, state, params, {"w": jnp.ones((3, 4))})
+        assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((updates, state)))
+    assert float(jnp.max(jnp.abs(state.basis[0][0].vectors - jnp.eye(3)))) > 0.1
+
+
+def test_dtypes_where_float64_is_at_hand():
+    with jax.enable_x64(True):
+        optimizer, params = SophiaG(basis=KroneckerBasis()), {"w": jnp.ones((3, 4), jnp.float32)}
+        state = optimizer.init(params)
+        after = optimizer.refresh(state, {"w": jnp.ones((3, 4), jnp.float32)})
+        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+
+
 def test_weight_decay_is_of_the_parameters_themselves():
     optimizer = SophiaG(learning_rate=0.1, weight_decay=0.5, basis=KroneckerBasis())
     params = {"w": normal(3, 4)}
@@ -302,6 +320,26 @@ def test_arguments_out_of_range(arguments, error, wanted):
 def test_axes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"matrices\['w'\] is .*it must name different axes of the parameter's shape"):
         KroneckerBasis(matrices={"w": MuonDimensionNumbers(0, 0)}).init({"w": jnp.ones((3, 4))})
+
+
+def test_parameters_without_a_matrix():
+    with pytest.raises(ValueError, match=r"^basis has no matrix to turn: no parameter has two axes"):
+        SophiaG(basis=KroneckerBasis()).init({"w": jnp.ones((2, 3, 4)), "v": jnp.ones(3)})
+
+
+def test_a_decay_for_each_column_is_refused():
+    optimizer = SophiaG(basis=KroneckerBasis(b2=jnp.asarray([0.5, 0.9])))
+    params = {"w": jnp.ones((2, 2))}
+    with pytest.raises(ValueError, match=r"^basis\.b2 has shape \(2,\)"):
+        optimizer.update(params, optimizer.init(params), params)
+
+
+def test_the_state_of_another_model():
+    optimizer = SophiaG(basis=KroneckerBasis())
+    with pytest.raises(ValueError, match=r"state\.momentum"):
+        optimizer.estimate(outputs_fn, MODEL, key=KEY, state=optimizer.init({"w": jnp.ones((2, 2))}))
+    with pytest.raises(ValueError, match=r"^the basis is of 3 parameters, and here are 1$"):
+        BASIS.at(TURNS).enter({"w": PARAMS["w"]})
 
 
 def test_a_basis_of_another_kind():

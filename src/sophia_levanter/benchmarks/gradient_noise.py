@@ -206,8 +206,8 @@ def measure(
 
 
 def momentum_of(config: TrainConfig, settings: StepSettings, state: TrainState) -> Momentum | None:
-    """Sophia's rho, which a controller may have moved, and b1; None for another optimizer."""
-    if not isinstance(config.optimizer, SophiaConfig):
+    """Sophia's rho, which a controller may have moved, and b1; None for another optimizer or another basis."""
+    if not isinstance(config.optimizer, SophiaConfig) or config.optimizer.basis != "parameters":
         return None
     return Momentum(float(settings.optimizer.metrics(state.optimizer_state)["rho"]), config.optimizer.b1)
 

@@ -9,8 +9,8 @@ from sophia_levanter.comparison.records import Record, config_of
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.gpt2 import Gpt2, matrix_axes
 from sophia_levanter.optim.matrices import matrix_views
-from sophia_levanter.training.config import MuonConfig, SophiaConfig, SophiaHConfig
-from sophia_levanter.training.optimizers import build_optimizer, curvature_share
+from sophia_levanter.training.config import MuonConfig, SophiaConfig, SophiaGConfig, SophiaHConfig
+from sophia_levanter.training.optimizers import build_optimizer, curvature_microbatches, curvature_share
 
 NEWTON_SCHULZ_ITERATIONS = 5
 
@@ -67,10 +67,24 @@ def _matrix_flops_per_step(config: TrainConfig) -> float:
         turning = [n for n in sides if n <= optimizer.basis_max_size]
         # One product with each side's square matrix: into the basis, or out of it.
         change = sum(2.0 * n * sides[0] * sides[1] for n in turning)
-        step += count * 2 * change
-        # The estimate enters, the moments are formed, h turns; the iteration's product, its QR and the overlap.
-        refresh += count * (3 * change + sum((2 + 8 / 3 + 2) * n**3 for n in turning))
+        # Cautious steps take the gradient there too.
+        step += count * (3 if optimizer.cautious else 2) * change
+        # The estimate, the moments, h turns; the iteration's product, its QR and the overlap.
+        refresh += count * (
+            (_changes_of_an_estimate(config) + 2) * change + sum((2 + 8 / 3 + 2) * n**3 for n in turning)
+        )
     return step + refresh * _refreshes_per_step(config)
+
+
+def _changes_of_an_estimate(config: TrainConfig) -> int:
+    """How often an estimate changes coordinates: Hutchinson's probe leaves the basis and its product enters it; GNB's
+    gradient enters it, of every microbatch where they are squared apart."""
+    optimizer = config.optimizer
+    if isinstance(optimizer, SophiaHConfig):
+        return 2 * optimizer.num_probes
+    assert isinstance(optimizer, SophiaGConfig)
+    apart = optimizer.curvature_reduce == "square_then_average"
+    return curvature_microbatches(optimizer, config.trainer) if apart else 1
 
 
 def _newton_schulz_flops(short: int, long: int) -> float:

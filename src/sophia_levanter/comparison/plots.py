@@ -62,7 +62,7 @@ def _curves(cells: Sequence[Cell], styles: dict[str, Style], path: Path) -> None
     scales: dict[str, Callable[[Record], float]] = {
         "steps": lambda record: 1,
         "training tokens": tokens_per_step,
-        "FLOPs, refreshes counted": lambda record: flops_per_token(record) * tokens_per_step(record),
+        "FLOPs, all counted": lambda record: flops_per_token(record) * tokens_per_step(record),
         "seconds": seconds_per_step,
     }
     records = {arm: _longest(cells, arm) for arm in styles}

@@ -17,11 +17,11 @@ PyTree = Any
 
 
 class Side(NamedTuple):
-    """One side, inputs or outputs, of the matrices of a parameter.
+    """One side, inputs or outputs, of the matrices of a parameter, in at least float32.
 
     Attributes:
-        moment: float32 [matrix, n, n], the average of G G^T, or G^T G.
-        vectors: float32 [matrix, n, n], orthonormal columns, close to its eigenvectors.
+        moment: [matrix, n, n], the average of m m^T, or m^T m.
+        vectors: [matrix, n, n], orthonormal columns, close to its eigenvectors.
     """
 
     moment: jax.Array
@@ -33,23 +33,25 @@ Turns = tuple[Turn | None, ...]
 
 
 class KroneckerBasis(eqx.Module):
-    """Eigenvectors of the second moments of a matrix's gradient on either side, for a diagonal h in their basis.
+    """Eigenvectors of the second moments of a matrix's momentum on either side, for a diagonal h in their basis.
 
-        L   <- b2 L + (1 - b2) G G^T            R   <- b2 R + (1 - b2) G^T G           at every refresh, G in x out
+        L   <- b2 L + (1 - b2) m m^T            R   <- b2 R + (1 - b2) m^T m           at every refresh, m in x out
         Q_L <- qr(L Q_L)                        Q_R <- qr(R Q_R)
         G in the basis is Q_L^T G Q_R
 
     One step of orthogonal iteration a refresh, from the identity, follows the eigenvectors as they change (as SOAP
-    does, Vyas et al. 2024, arXiv 2409.11321; Shampoo, Gupta et al. 2018, arXiv 1802.09568, has the same moments). The
-    diagonal in this basis is that of George et al. 2018 (arXiv 1806.03884). When the basis turns by A = Q_L^T Q_L,old
-    and C likewise, a diagonal h becomes (A * A) h (C * C)^T, the diagonal of what it was.
+    does, Vyas et al. 2024, arXiv 2409.11321; Shampoo, Gupta et al. 2018, arXiv 1802.09568, has such moments of
+    gradients). The diagonal in this basis is that of George et al. 2018 (arXiv 1806.03884). When the basis turns by
+    A = Q_L^T Q_L,old and C likewise, a diagonal h becomes (A * A) h (C * C)^T, the diagonal of what it was.
 
-    It holds 2 (in^2 + out^2) numbers for a matrix, and a step multiplies each by four matrices of its own size.
+    It holds 2 (in^2 + out^2) numbers for a matrix. A step takes the matrix into the basis and out again, by a product
+    with a square matrix of each side's size both times.
 
     Args:
         matrices: a tree (or prefix), or a function from parameters to one, of optax's `MuonDimensionNumbers` where a
-            parameter is a matrix and None where it keeps its coordinates; None takes the leaves with two axes. What
-            is neither input nor output axis counts matrices.
+            parameter is a matrix and None where it keeps its coordinates. What is neither input nor output axis
+            counts matrices. None takes the leaves with two axes: embeddings too, and in a model whose layers are
+            stacked the wrong ones. Under `vmap` of the optimizer itself it must be a function or None.
         b2: decay of L and R per refresh, in [0, 1).
         max_size: a side with more coordinates than this keeps them.
 
@@ -71,44 +73,50 @@ class KroneckerBasis(eqx.Module):
         Raises:
             ValueError, TypeError: if `matrices` does not fit the parameters; names the path.
         """
-        return tuple(None if view is None else self._start(view) for view in matrix_views(self.matrices, params))
-
-    def _start(self, view: MatrixView) -> Turn:
-        count, *sizes = view.sizes
-        left, right = (
-            Side(jnp.zeros((count, n, n)), jnp.tile(jnp.eye(n), (count, 1, 1))) if n <= self.max_size else None
-            for n in sizes
+        views = matrix_views(self.matrices, params)
+        return tuple(
+            None if view is None else self._start(view, jnp.promote_types(leaf.dtype, jnp.float32))
+            for view, leaf in zip(views, jax.tree.leaves(params), strict=True)
         )
-        return left, right
+
+    def _start(self, view: MatrixView, dtype: Any) -> Turn:
+        count, *sizes = view.sizes
+
+        def side(n: int) -> Side | None:
+            if n > self.max_size:
+                return None
+            return Side(jnp.zeros((count, n, n), dtype), jnp.tile(jnp.eye(n, dtype=dtype), (count, 1, 1)))
+
+        return side(sizes[0]), side(sizes[1])
 
     def at(self, turns: Turns) -> Coordinates:
         """The coordinates that a state of the basis stands for."""
         return Coordinates(self.matrices, turns)
 
-    def turned(self, turns: Turns, curvature: PyTree, grads: PyTree) -> tuple[Turns, PyTree]:
+    def turned(self, turns: Turns, curvature: PyTree, momentum: PyTree) -> tuple[Turns, PyTree]:
         """The basis after a refresh, and the curvature's diagonal in it.
 
         Args:
             turns: the state before.
             curvature: h in the basis before, like the parameters.
-            grads: what enters the moments, like the parameters, in their own coordinates.
+            momentum: m, like the parameters, in their own coordinates.
         """
-        views = matrix_views(self.matrices, grads)
+        views = matrix_views(self.matrices, momentum)
         leaves, structure = jax.tree.flatten(curvature)
         after = [
-            (turn, h) if view is None or turn is None else self._turned(view, turn, h, g)
-            for view, turn, h, g in zip(views, turns, leaves, jax.tree.leaves(grads), strict=True)
+            (turn, h) if view is None or turn is None else self._turned(view, turn, h, m)
+            for view, turn, h, m in zip(views, turns, leaves, jax.tree.leaves(momentum), strict=True)
         ]
         return tuple(turn for turn, _ in after), jax.tree.unflatten(structure, [h for _, h in after])
 
-    def _turned(self, view: MatrixView, turn: Turn, h: jax.Array, g: jax.Array) -> tuple[Turn, jax.Array]:
-        g, h = view.matrices(widened(g)), view.matrices(h)
+    def _turned(self, view: MatrixView, turn: Turn, h: jax.Array, m: jax.Array) -> tuple[Turn, jax.Array]:
+        m, h = view.matrices(widened(m)), view.matrices(h)
         left, right = turn
         if left is not None:
-            left, overlap = self._side(left, g @ _transposed(g))
+            left, overlap = self._side(left, m @ _transposed(m))
             h = jnp.square(overlap) @ h
         if right is not None:
-            right, overlap = self._side(right, _transposed(g) @ g)
+            right, overlap = self._side(right, _transposed(m) @ m)
             h = h @ _transposed(jnp.square(overlap))
         return (left, right), view.parameter(h)
 
@@ -116,13 +124,16 @@ class KroneckerBasis(eqx.Module):
         """The side after, and the old vectors in the new ones' basis."""
         moment = self.b2 * side.moment + (1 - self.b2) * second_moment
         size = jnp.trace(moment, axis1=-2, axis2=-1)[:, None, None]
+        # The square of a finite momentum may be beyond the dtype's range.
+        moment = jnp.where(jnp.isfinite(size), moment, side.moment)
+        # Before the first gradient there is nothing to turn to.
+        turns = jnp.isfinite(size) & (size > 0)
         # Gradients are small, and their moments' products would leave float32's range.
-        scaled = moment / jnp.where(size > 0, size, 1)
+        scaled = moment / jnp.where(turns, size, 1)
         # One by one: a batch of them takes threads that it waits for, and where all of a pool's wait (eight devices of
         # one CPU do) none is left to go on, in jaxlib 0.10.2.
         vectors = jax.lax.map(lambda x: jnp.linalg.qr(x)[0], scaled @ side.vectors)
-        # Before the first gradient there is nothing to turn to.
-        vectors = jnp.where(size > 0, vectors, side.vectors)
+        vectors = jnp.where(turns, vectors, side.vectors)
         return Side(moment, vectors), _transposed(vectors) @ side.vectors
 
 
@@ -138,7 +149,11 @@ class Coordinates(eqx.Module):
     turns: Turns | None = None
 
     def enter(self, tree: PyTree) -> PyTree:
-        """A tree in the basis: Q_L^T G Q_R for matrices. The shapes stay."""
+        """A tree in the basis: Q_L^T G Q_R for matrices. The shapes stay.
+
+        Raises:
+            ValueError: if the tree has another number of leaves than the parameters.
+        """
         return self._map(tree, lambda x, left, right: _times(left, x, right, inverse=True))
 
     def leave(self, tree: PyTree) -> PyTree:
@@ -149,6 +164,8 @@ class Coordinates(eqx.Module):
         if self.turns is None:
             return tree
         leaves, structure = jax.tree.flatten(tree)
+        if len(leaves) != len(self.turns):
+            raise ValueError(f"the basis is of {len(self.turns)} parameters, and here are {len(leaves)}")
         views = matrix_views(self.matrices, tree)
         mapped = [
             x if view is None or turn is None else view.parameter(function(view.matrices(x), *turn)).astype(x.dtype)

@@ -102,7 +102,7 @@ def value_grad_and_curvature(
         model: any pytree.
         microbatches: a pytree of arrays or NamedArrays [microbatch, ...].
         key: a jax random key for the sampled targets; each microbatch has one of its own.
-        estimator: how microbatches are joined; that of a `SophiaG` is `optimizer.estimator`.
+        estimator: how microbatches are joined; that of a `SophiaG` is `optimizer.estimator_at(state)`.
         curvature_microbatches: how many of the first microbatches the curvature is estimated on; None for all.
 
     Returns:

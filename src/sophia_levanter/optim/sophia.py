@@ -155,11 +155,16 @@ class Sophia(eqx.Module):
         """m = 0 and h = 0.
 
         Raises:
-            ValueError: if the model has no floating-point leaf.
+            ValueError: if the model has no floating-point leaf, or none of them is a matrix and there is a basis.
             TypeError: if a leaf is complex; names its path.
         """
         check_parameters(model)
-        return self._init_params(differentiable(model))
+        state = self._init_params(differentiable(model))
+        if state.basis is not None and not any(state.basis):
+            raise ValueError(
+                "basis has no matrix to turn: no parameter has two axes; name them by KroneckerBasis(matrices=...)"
+            )
+        return state
 
     def _init_params(self, params: PyTree) -> SophiaState:
         """The same for parameters of which none may be left, as in a group of `optax.multi_transform`."""
@@ -204,9 +209,13 @@ class Sophia(eqx.Module):
 
         Raises:
             ValueError: if the optimizer has no estimator, or the function gives something of the wrong shape.
-            TypeError: if it gives something of the wrong kind, or cannot be differentiated as the estimator needs.
+            TypeError: if it gives something of the wrong kind, or cannot be differentiated as the estimator needs, or
+                the estimator knows no basis and there is one.
         """
         given = {} if weights is None else {"weights": weights}
+        if state is not None:
+            self._check_state(state)
+            check_same_structure("state.momentum", state.momentum, differentiable(model))
         return self.estimator_at(state)(function, model, microbatches, key=key, **given)
 
     def estimator_at(self, state: SophiaState | None) -> Estimator:
@@ -223,7 +232,8 @@ class Sophia(eqx.Module):
         if state is None:
             raise ValueError("state is missing; the curvature is estimated in its basis: estimate(..., state=state)")
         self._check_state(state)
-        if not hasattr(self.estimator, "coordinates"):
+        fields = dataclasses.fields(self.estimator) if dataclasses.is_dataclass(self.estimator) else ()
+        if "coordinates" not in [field.name for field in fields]:
             raise TypeError(
                 f"estimator is {self.estimator!r}; with a basis it must have a field `coordinates`, as Hutchinson's has"
             )
@@ -356,6 +366,8 @@ class Sophia(eqx.Module):
             raise ValueError("state.basis and basis do not go together; init anew after a change of the basis")
         for name in ("b1", "b2", "eps"):
             check_one(name, getattr(self, name))
+        if self.basis is not None:
+            check_one("basis.b2", self.basis.b2)
 
     def _step(self, grads: PyTree, state: SophiaState, params: PyTree, finite: jax.Array) -> tuple[PyTree, SophiaState]:
         momentum = jax.tree.map(

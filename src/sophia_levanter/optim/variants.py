@@ -114,10 +114,10 @@ def sophia_g(
 ) -> optax.GradientTransformationExtraArgs:
     """Sophia as an optax transformation from its hyper-parameters, as `optax.inject_hyperparams` needs it.
 
-    The arguments are `Sophia`'s; Sophia-H differs in rho (0.01) and in the estimates that it is given. When to estimate
-    and how is not the transformation's business: `interval` and the estimator belong to a `SophiaG` beside it. A
-    `weight_decay_mask` that is a function must be named in `inject_hyperparams(..., static_args="weight_decay_mask")`,
-    or it is taken for a schedule.
+    The arguments are `Sophia`'s, of which it lacks `cautious` and `basis`; Sophia-H differs in rho (0.01) and in the
+    estimates that it is given. When to estimate and how is not the transformation's business: `interval` and the
+    estimator belong to a `SophiaG` beside it. A `weight_decay_mask` that is a function must be named in
+    `inject_hyperparams(..., static_args="weight_decay_mask")`, or it is taken for a schedule.
     """
     return Sophia(**locals()).as_optax()
 

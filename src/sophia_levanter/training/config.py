@@ -83,8 +83,8 @@ class SophiaConfig(OptimizerConfig):
     initial_refreshes: int = 0  # this many steps from there on refresh it each, before the interval counts
     cautious: bool = False  # leave out the coordinates whose step would go up this batch's gradient
     basis: str = "parameters"  # in which h is diagonal; or kronecker, eigenvectors of both sides of the matrices
-    basis_b2: float = 0.9  # decay of the moments behind the kronecker basis, per refresh
-    basis_max_size: int = 4096  # a side of a matrix with more coordinates than this keeps them
+    basis_b2: float = 0.9  # kronecker only: decay of the moments behind the basis, per refresh
+    basis_max_size: int = 4096  # kronecker only: a side of a matrix with more coordinates than this keeps them
 
     def __post_init__(self) -> None:
         super().__post_init__()

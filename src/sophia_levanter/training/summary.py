@@ -42,7 +42,12 @@ def describe_start(parts: Parts, directory: Path, console: Console) -> None:
     )
     if isinstance(config.optimizer, SophiaConfig):
         share = curvature_share(config.optimizer, trainer)
-        console.line(f"curvature: every {config.optimizer.interval} steps, on {share:.0%} of the batch")
+        first = config.optimizer.initial_refreshes
+        console.line(
+            f"curvature: every {config.optimizer.interval} steps, on {share:.0%} of the batch"
+            + (f", at each of the first {first} steps" if first else "")
+            + (", in a Kronecker basis" if config.optimizer.basis == "kronecker" else "")
+        )
     console.line(f"run directory: {directory}")
 
 
