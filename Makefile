@@ -1,6 +1,6 @@
 # Two commands do everything: `make train` and `make test`. Both set up what they need in .venv.
 PYTHON ?= python3
-CONFIG ?= config/gpt2_nano_sophia.yaml
+CONFIG ?= config/gpt2_nano_sophia_kronecker.yaml
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n 2
 
