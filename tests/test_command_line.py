@@ -18,6 +18,8 @@ from sophia_levanter.training.config import (
     TrainerConfig,
 )
 
+TYPES = "it must be one of sophia_g, sophia_h, adamw, lion, muon, soap"
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -220,8 +222,14 @@ def test_unknown_key_names_the_file_it_stands_in(write):
         ("model: 3", "model is 3; it must be a section of fields"),
         ("model: [num_layers]", "model is a list; it must be a section of fields"),
         ("optimizer: adamw", "optimizer is 'adamw'; it must be a section of fields"),
-        ("optimizer: {type: sgd}", "optimizer.type is 'sgd'; it must be one of sophia_g, sophia_h, adamw, lion, muon"),
-        ("optimizer: {type: [a]}", "optimizer.type is a list; it must be one of sophia_g, sophia_h, adamw, lion, muon"),
+        (
+            "optimizer: {type: sgd}",
+            f"optimizer.type is 'sgd'; {TYPES}",
+        ),
+        (
+            "optimizer: {type: [a]}",
+            f"optimizer.type is a list; {TYPES}",
+        ),
     ],
 )
 def test_wrong_types(write, text, problem):
@@ -320,7 +328,11 @@ def test_negative_numbers_are_values(write):
         ("optimizer.rho", "-inf", "optimizer.rho is '-inf'; it must be a finite number"),
         ("optimizer.rho", "[1, 2]", "optimizer.rho is a list; it must be a finite number"),
         ("model.use_bias", "yes", "model.use_bias is 'yes'; it must be true or false"),
-        ("optimizer.type", "sgd", "optimizer.type is 'sgd'; it must be one of sophia_g, sophia_h, adamw, lion, muon"),
+        (
+            "optimizer.type",
+            "sgd",
+            f"optimizer.type is 'sgd'; {TYPES}",
+        ),
         ("optimizer.roh", "1", "unknown option '--optimizer.roh'; did you mean --optimizer.rho?"),
         ("optimiser.rho", "1", "unknown option '--optimiser.rho'; did you mean --optimizer.rho?"),
         ("trainer.seed.x", "1", "unknown option '--trainer.seed.x'; did you mean --trainer.seed?"),

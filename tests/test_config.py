@@ -16,6 +16,7 @@ from sophia_levanter.training.config import (
     LionConfig,
     MuonConfig,
     OptimizerConfig,
+    SoapConfig,
     SophiaGConfig,
     SophiaHConfig,
     TrainerConfig,
@@ -149,11 +150,12 @@ def test_baselines_without_a_size(tmp_path):
         path.write_text(f"defaults: {files}\n")
         return load_config(path)
 
-    adamw, nadamw, muon = (load(name) for name in ("adamw", "nadamw", "muon"))
+    adamw, nadamw, muon, soap = (load(name) for name in ("adamw", "nadamw", "muon", "soap"))
     assert nadamw.optimizer == dataclasses.replace(adamw.optimizer, nesterov=True)
     shared = {field.name: getattr(adamw.optimizer, field.name) for field in dataclasses.fields(OptimizerConfig)}
     assert muon.optimizer == MuonConfig(**shared, beta=0.95, b1=0.9, b2=0.95)
-    assert nadamw.trainer == muon.trainer == adamw.trainer
+    assert soap.optimizer == SoapConfig(**shared, b1=0.95, b2=0.95, interval=10)
+    assert nadamw.trainer == muon.trainer == soap.trainer == adamw.trainer
 
 
 def test_optimizers_of_one_size_differ_in_the_optimizer_only():
@@ -202,6 +204,8 @@ NOT_A_NUMBER = float("nan")
         (SophiaGConfig, "curvature_labels", "true"),
         *((MuonConfig, beta, value) for beta in ("beta", "b1", "b2") for value in (1.0, -0.1)),
         (MuonConfig, "eps", 0.0),
+        (SoapConfig, "eps", 0.0),
+        (SoapConfig, "interval", 0),
         *((SophiaGConfig, "curvature_max_grad_norm", value) for value in (0.0, -1.0)),
         (SophiaHConfig, "probe", "uniform"),
         (SophiaHConfig, "num_probes", 0),

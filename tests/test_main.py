@@ -51,7 +51,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
     return plan
 
 
-@pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h", "adamw", "lion", "muon"])
+@pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h", "adamw", "lion", "muon", "soap"])
 def test_a_run_learns_and_says_how_it_went(optimizer, config_file, tmp_path, capfd):
     run_dir = tmp_path / "run"
     extra = [] if optimizer != "sophia_h" else ["--optimizer.rho", "0.1", "--optimizer.interval", "3"]
@@ -114,8 +114,9 @@ def test_every_switch_of_the_curvature_together(config_file, tmp_path):
         (7, []),
         (7, ["--optimizer.basis", "kronecker"]),
         (7, ["--optimizer.type", "muon"]),
+        (7, ["--optimizer.type", "soap"]),
     ],
-    ids=["next_step_refreshes", "next_step_is_plain", "kronecker", "muon"],
+    ids=["next_step_refreshes", "next_step_is_plain", "kronecker", "muon", "soap"],
 )
 def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
     stopped_at, options, config_file, tmp_path, capfd, stop_after

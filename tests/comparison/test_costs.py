@@ -9,6 +9,7 @@ from sophia_levanter.training.config import (
     AdamWConfig,
     LionConfig,
     MuonConfig,
+    SoapConfig,
     SophiaGConfig,
     SophiaHConfig,
     TrainerConfig,
@@ -75,6 +76,18 @@ def test_work_on_matrices_of_muon(make_record):
     # Five times X X^T, its square, and their product with X.
     square, oblong = 5 * 2 * (2 * 8**3 + 8**3), 5 * 2 * (2 * 8**2 * 32 + 8**3)
     assert matrix_flops(MuonConfig(), make_record) == pytest.approx((4 * square + 2 * oblong) * PER_TOKEN)
+
+
+def test_work_on_matrices_of_soap(make_record):
+    change, cubes = 4 * 2 * 2 * 8**3 + 2 * 2 * (8 * 8 * 32 + 8 * 32 * 32), 4 * 2 * 8**3 + 2 * (8**3 + 32**3)
+    config = TrainConfig(
+        model=MODEL,
+        optimizer=SoapConfig(warmup_steps=0, interval=4),
+        trainer=TrainerConfig(batch_size=32, num_train_steps=10),
+    )
+    # The basis turns at 0, 1, 2, 3, 4 and 8.
+    wanted = (4 * change + (change + (4 + 8 / 3) * cubes) * 6 / 10) * PER_TOKEN
+    assert flops_per_token(make_record(config, flops_per_token=0.0)) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(("max_size", "large"), [(32, 32), (8, 0)])

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from sophia_levanter.optim import AdamW, Lion, Muon, SophiaG
+from sophia_levanter.optim import AdamW, Lion, Muon, Soap, SophiaG
 
 STEPS = 6
 GRADS = np.random.default_rng(0).normal(size=(STEPS, 6)).astype(np.float32)
@@ -104,7 +104,7 @@ def test_lion_by_hand():
     np.testing.assert_allclose(trajectory(Lion(0.05, 0.8, 0.9, 0.3)), wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
 def test_mask_tree_of_the_models_class(cls):
     mask = matrices(eqx.filter(start(), eqx.is_inexact_array))
     assert callable(mask)
@@ -112,7 +112,7 @@ def test_mask_tree_of_the_models_class(cls):
     np.testing.assert_array_equal(by_tree, trajectory(cls(0.05, weight_decay=0.3, weight_decay_mask=matrices)))
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
 def test_metrics_and_refresh(cls):
     optimizer = cls(b1=0.5, b2=0.5)
     params = {"w": jnp.zeros(2)}
@@ -134,7 +134,7 @@ def test_named_arrays(cls):
     assert updates["w"].array.tolist() == pytest.approx([-0.1, 0.1])
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
 def test_a_gradient_transformation_comes_first(cls):
     """Clipped inside is clipped by hand."""
     clip = optax.clip_by_global_norm(0.5)
@@ -152,7 +152,7 @@ def test_a_gradient_transformation_comes_first(cls):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
 def test_a_gradient_that_is_not_finite_changes_nothing_but_counts(cls, bad):
     optimizer = cls(0.1, weight_decay=0.5, gradient_transform=optax.trace(0.5))
     good = {"w": jnp.ones(2), "b": jnp.ones(1)}
@@ -171,7 +171,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_counts(cls, bad):
     assert all(leaf.all() for leaf in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
 def test_the_caller_may_know_that_the_gradient_is_not_finite(cls):
     optimizer = cls(0.1)
     params = {"w": jnp.ones(2)}
@@ -181,7 +181,7 @@ def test_the_caller_may_know_that_the_gradient_is_not_finite(cls):
     assert optimizer.metrics(after)["momentum_norm"] == 0
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
 @pytest.mark.parametrize(
     ("name", "value"),
     [("learning_rate", -1.0), ("b1", 1.0), ("b1", -0.1), ("b2", 1.0), ("b2", -0.1), ("weight_decay", -1.0)],
@@ -191,7 +191,7 @@ def test_argument_out_of_range(cls, name, value):
         cls(**{name: value})
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
 def test_argument_of_the_wrong_kind(cls):
     with pytest.raises(
         TypeError, match=r"^learning_rate is '0\.1'; it must be a number or a function of the update count"
@@ -201,7 +201,7 @@ def test_argument_of_the_wrong_kind(cls):
         cls(weight_decay=lambda count: 0.1)
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
 def test_models_that_cannot_be_optimized(cls):
     with pytest.raises(ValueError, match="the model has no floating-point array to optimize"):
         cls().init({"steps": jnp.int32(1)})
@@ -209,7 +209,7 @@ def test_models_that_cannot_be_optimized(cls):
         cls().init({"z": jnp.ones(1, jnp.complex64)})
 
 
-@pytest.mark.parametrize("cls", [AdamW, Muon])
+@pytest.mark.parametrize("cls", [AdamW, Muon, Soap])
 def test_eps_out_of_range(cls):
     with pytest.raises(ValueError, match=r"^eps is -1\.0; it must be in \[0, inf\)"):
         cls(eps=-1.0)
@@ -220,7 +220,7 @@ def test_nesterov_is_a_switch():
         AdamW(nesterov=1)
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
 def test_a_parameter_may_have_the_name_of_the_moment(cls):
     optimizer = cls(b1=0.5, b2=0.5)
     params = {"mu": jnp.zeros(2)}
@@ -228,7 +228,7 @@ def test_a_parameter_may_have_the_name_of_the_moment(cls):
     assert float(optimizer.metrics(state)["momentum_norm"]) == pytest.approx(5)
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion, Muon])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
 def test_other_trees_are_named(cls):
     params = {"w": jnp.ones(2), "b": jnp.ones(3)}
     optimizer = cls()
@@ -238,7 +238,7 @@ def test_other_trees_are_named(cls):
         cls(weight_decay_mask={"w": True}).init(params)
 
 
-@pytest.mark.parametrize("cls", [SophiaG, AdamW, Lion, Muon])
+@pytest.mark.parametrize("cls", [SophiaG, AdamW, Lion, Muon, Soap])
 def test_the_gradient_transforms_state_stays(cls):
     """Its counts and keys too: `optax.ema` divides by 1 - decay^count."""
     optimizer = cls(gradient_transform=optax.chain(optax.ema(0.9), optax.add_noise(0.1, 0.5, jax.random.key(0))))

@@ -21,5 +21,6 @@ print(*sorted(name for name in sys.modules if name.startswith("sophia_levanter")
 
 
 def test_public_names_exist():
-    assert {"AdamW", "Lion", "Muon", "Sophia", "SophiaG", "SophiaH", "sophia_g"} <= set(sophia_levanter.optim.__all__)
+    names = {"AdamW", "Lion", "Muon", "Soap", "Sophia", "SophiaG", "SophiaH", "sophia_g"}
+    assert names <= set(sophia_levanter.optim.__all__)
     assert all(hasattr(sophia_levanter.optim, name) for name in sophia_levanter.optim.__all__)

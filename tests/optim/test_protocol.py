@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sophia_levanter.optim import AdamW, Lion, Muon, Optimizer, Sophia, SophiaG, SophiaH
+from sophia_levanter.optim import AdamW, Lion, Muon, Optimizer, Soap, Sophia, SophiaG, SophiaH
 from sophia_levanter.optim.protocol import value_at
 
 
@@ -12,7 +12,7 @@ def test_value_at():
     assert value_at("x", lambda count: 2 * count, jnp.int32(3)) == 6
 
 
-@pytest.mark.parametrize("cls", [Sophia, SophiaG, SophiaH, AdamW, Lion, Muon])
+@pytest.mark.parametrize("cls", [Sophia, SophiaG, SophiaH, AdamW, Lion, Muon, Soap])
 def test_every_optimizer_can_be_driven_by_the_protocol_alone(cls):
     optimizer: Optimizer = cls(learning_rate=0.1)
     params = {"w": jnp.asarray([1.0, -2.0])}

@@ -11,6 +11,7 @@ from sophia_levanter.optim import (
     KroneckerBasis,
     Lion,
     Muon,
+    Soap,
     SophiaG,
     SophiaH,
     WinRateController,
@@ -19,6 +20,7 @@ from sophia_levanter.training.config import (
     AdamWConfig,
     LionConfig,
     MuonConfig,
+    SoapConfig,
     SophiaGConfig,
     SophiaHConfig,
     TrainerConfig,
@@ -75,13 +77,18 @@ CASES = [
         Muon,
         {"beta": 0.9, "b1": 0.8, "b2": 0.7, "eps": 1e-5, "matrices": matrix_axes},
     ),
+    (
+        SoapConfig(**RATES, b1=0.8, b2=0.7, eps=1e-5, interval=3),
+        Soap,
+        {"b1": 0.8, "b2": 0.7, "eps": 1e-5, "interval": 3, "matrices": matrix_axes},
+    ),
 ]
 
 
 @pytest.mark.parametrize(
     ("config", "kind", "fields"),
     CASES,
-    ids=["g", "h", "win rate", "basis", "no basis", "adamw", "nadamw", "lion", "muon"],
+    ids=["g", "h", "win rate", "basis", "no basis", "adamw", "nadamw", "lion", "muon", "soap"],
 )
 def test_every_setting_arrives(config, kind, fields):
     optimizer = build_optimizer(config, 110, mask := object())

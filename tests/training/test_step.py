@@ -24,6 +24,7 @@ from sophia_levanter.optim import (
     KroneckerBasis,
     Lion,
     Muon,
+    Soap,
     SophiaG,
     SophiaH,
     WinRateController,
@@ -36,6 +37,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = Gpt2Config(num_layers=2, num_heads=2, embed_dim=16, seq_len=12, loss_block_size=5, gradient_checkpointing="none")
 VOCAB_SIZE = 50
 MUON = Muon(learning_rate=3e-3, matrices=matrix_axes, weight_decay_mask=decay_mask)
+SOAP = Soap(learning_rate=3e-3, matrices=matrix_axes, weight_decay_mask=decay_mask)
 AVERAGED = GaussNewtonBartlett(reduction="average_then_square")
 
 
@@ -257,10 +259,11 @@ def test_the_hessian_is_estimated_in_microbatches_of_its_own(devices):
     assert float(plain.metrics["train/loss"]) == pytest.approx(float(output.metrics["train/loss"]), rel=1e-6)
 
 
-def test_muon_learns():
+@pytest.mark.parametrize("optimizer", [MUON, SOAP], ids=["muon", "soap"])
+def test_optimizers_of_matrices_learn(optimizer):
     mesh = data_mesh(jax.devices()[:4])
-    batch, state = place(batch_from_windows(windows()), mesh), place(TrainState.init(tiny_model(), MUON), mesh)
-    step, losses = jitted(StepSettings(MUON), False), []
+    batch, state = place(batch_from_windows(windows()), mesh), place(TrainState.init(tiny_model(), optimizer), mesh)
+    step, losses = jitted(StepSettings(optimizer), False), []
     with on_mesh(mesh):
         for _ in range(10):
             state, output = step(batch, state)
@@ -362,7 +365,7 @@ def test_weights_leave_positions_out_of_loss_and_curvature():
 
 
 @pytest.mark.parametrize(
-    "optimizer", [AdamW(), Lion(), MUON, SophiaG(), SophiaH()], ids=["adamw", "lion", "muon", "g", "h"]
+    "optimizer", [AdamW(), Lion(), MUON, SOAP, SophiaG(), SophiaH()], ids=["adamw", "lion", "muon", "soap", "g", "h"]
 )
 def test_a_non_finite_gradient_changes_nothing_but_counts(optimizer):
     refresh = optimizer.refresh_due(0)

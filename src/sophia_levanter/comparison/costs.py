@@ -8,8 +8,10 @@ import jax
 from sophia_levanter.comparison.records import Record, config_of
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.gpt2 import Gpt2, matrix_axes
+from sophia_levanter.optim.kronecker import KroneckerBasis
 from sophia_levanter.optim.matrices import matrix_views
-from sophia_levanter.training.config import MuonConfig, SophiaConfig, SophiaGConfig, SophiaHConfig
+from sophia_levanter.optim.soap import turn_due
+from sophia_levanter.training.config import MuonConfig, SoapConfig, SophiaConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.training.optimizers import build_optimizer, curvature_microbatches, curvature_share
 
 NEWTON_SCHULZ_ITERATIONS = 5
@@ -55,25 +57,32 @@ def _matrix_flops_per_step(config: TrainConfig) -> float:
     """FLOPs of the products and decompositions of the blocks' matrices in a step, refreshes spread over all steps."""
     optimizer = config.optimizer
     kronecker = isinstance(optimizer, SophiaConfig) and optimizer.basis == "kronecker"
-    if not kronecker and not isinstance(optimizer, MuonConfig):
+    if not kronecker and not isinstance(optimizer, MuonConfig | SoapConfig):
         return 0.0
     model = eqx.filter_eval_shape(Gpt2.init, config.model, vocab_size=1, key=jax.random.key(0))
     sizes = [view.sizes for view in matrix_views(matrix_axes, model) if view is not None]
     if isinstance(optimizer, MuonConfig):
         return sum(count * _newton_schulz_flops(*sorted(sides)) for count, *sides in sizes)
-    assert isinstance(optimizer, SophiaConfig)
-    step = refresh = 0.0
+    if isinstance(optimizer, SoapConfig):
+        # The gradient and the first moment in, the step out, and the moments of both sides at every step; v turns.
+        step_changes, turn_changes, max_size = 4, 1, KroneckerBasis().max_size
+        steps = config.trainer.num_train_steps
+        turns = sum(bool(turn_due(step, optimizer.interval)) for step in range(steps)) / steps
+    else:
+        assert isinstance(optimizer, SophiaConfig)
+        # The momentum in and the step out, and for cautious steps the gradient; the estimate, the moments, h turns.
+        step_changes = 3 if optimizer.cautious else 2
+        turn_changes, max_size = _changes_of_an_estimate(config) + 2, optimizer.basis_max_size
+        turns = _refreshes_per_step(config)
+    flops = 0.0
     for count, *sides in sizes:
-        turning = [n for n in sides if n <= optimizer.basis_max_size]
+        turning = [n for n in sides if n <= max_size]
         # One product with each side's square matrix: into the basis, or out of it.
         change = sum(2.0 * n * sides[0] * sides[1] for n in turning)
-        # Cautious steps take the gradient there too.
-        step += count * (3 if optimizer.cautious else 2) * change
-        # The estimate, the moments, h turns; the iteration's product, its QR and the overlap.
-        refresh += count * (
-            (_changes_of_an_estimate(config) + 2) * change + sum((2 + 8 / 3 + 2) * n**3 for n in turning)
-        )
-    return step + refresh * _refreshes_per_step(config)
+        # The iteration's product, its QR and the overlap.
+        cubes = sum((2 + 8 / 3 + 2) * n**3 for n in turning)
+        flops += count * (step_changes * change + turns * (turn_changes * change + cubes))
+    return flops
 
 
 def _changes_of_an_estimate(config: TrainConfig) -> int:

@@ -12,6 +12,7 @@ from sophia_levanter.optim.microbatch import split_microbatches
 from sophia_levanter.optim.muon import Muon
 from sophia_levanter.optim.protocol import Optimizer
 from sophia_levanter.optim.shared_forward import value_grad_and_curvature
+from sophia_levanter.optim.soap import Soap
 from sophia_levanter.optim.sophia import Sophia, SophiaState
 from sophia_levanter.optim.variants import SophiaG, SophiaH, sophia_g
 from sophia_levanter.optim.win_rate import WinRateController
@@ -29,6 +30,7 @@ __all__ = [
     "Muon",
     "Normal",
     "Optimizer",
+    "Soap",
     "Sophia",
     "SophiaG",
     "SophiaH",

@@ -93,48 +93,68 @@ class KroneckerBasis(eqx.Module):
         """The coordinates that a state of the basis stands for."""
         return Coordinates(self.matrices, turns)
 
-    def turned(self, turns: Turns, curvature: PyTree, momentum: PyTree) -> tuple[Turns, PyTree]:
-        """The basis after a refresh, and the curvature's diagonal in it.
+    def observed(self, turns: Turns, tree: PyTree) -> Turns:
+        """The state with the second moments of a momentum, or gradient, like the parameters in its averages.
+
+        Moments that are not finite, as the squares of finite numbers may be, are left out.
+        """
+        views = matrix_views(self.matrices, tree)
+        return tuple(
+            None if view is None or turn is None else self._observed(turn, view.matrices(widened(x)))
+            for view, turn, x in zip(views, turns, jax.tree.leaves(tree), strict=True)
+        )
+
+    def _observed(self, turn: Turn, x: jax.Array) -> Turn:
+        def averaged(side: Side, second_moment: jax.Array) -> Side:
+            finite = jnp.isfinite(jnp.trace(second_moment, axis1=-2, axis2=-1))[:, None, None]
+            moment = self.b2 * side.moment + (1 - self.b2) * second_moment
+            return side._replace(moment=jnp.where(finite, moment, side.moment))
+
+        left, right = turn
+        return (
+            None if left is None else averaged(left, x @ _transposed(x)),
+            None if right is None else averaged(right, _transposed(x) @ x),
+        )
+
+    def turned(self, turns: Turns, diagonal: PyTree) -> tuple[Turns, PyTree]:
+        """The basis one step of orthogonal iteration on, and a diagonal, such as the curvature's, in it.
 
         Args:
             turns: the state before.
-            curvature: h in the basis before, like the parameters.
-            momentum: m, like the parameters, in their own coordinates.
+            diagonal: like the parameters, in the basis before.
         """
-        views = matrix_views(self.matrices, momentum)
-        leaves, structure = jax.tree.flatten(curvature)
+        views = matrix_views(self.matrices, diagonal)
+        leaves, structure = jax.tree.flatten(diagonal)
         after = [
-            (turn, h) if view is None or turn is None else self._turned(view, turn, h, m)
-            for view, turn, h, m in zip(views, turns, leaves, jax.tree.leaves(momentum), strict=True)
+            (turn, h) if view is None or turn is None else self._turned(view, turn, h)
+            for view, turn, h in zip(views, turns, leaves, strict=True)
         ]
         return tuple(turn for turn, _ in after), jax.tree.unflatten(structure, [h for _, h in after])
 
-    def _turned(self, view: MatrixView, turn: Turn, h: jax.Array, m: jax.Array) -> tuple[Turn, jax.Array]:
-        m, h = view.matrices(widened(m)), view.matrices(h)
+    def _turned(self, view: MatrixView, turn: Turn, h: jax.Array) -> tuple[Turn, jax.Array]:
+        h = view.matrices(h)
         left, right = turn
         if left is not None:
-            left, overlap = self._side(left, m @ _transposed(m))
+            left, overlap = _iterated(left)
             h = jnp.square(overlap) @ h
         if right is not None:
-            right, overlap = self._side(right, _transposed(m) @ m)
+            right, overlap = _iterated(right)
             h = h @ _transposed(jnp.square(overlap))
         return (left, right), view.parameter(h)
 
-    def _side(self, side: Side, second_moment: jax.Array) -> tuple[Side, jax.Array]:
-        """The side after, and the old vectors in the new ones' basis."""
-        moment = self.b2 * side.moment + (1 - self.b2) * second_moment
-        size = jnp.trace(moment, axis1=-2, axis2=-1)[:, None, None]
-        # The square of a finite momentum may be beyond the dtype's range.
-        moment = jnp.where(jnp.isfinite(size), moment, side.moment)
-        # Before the first gradient there is nothing to turn to.
-        turns = jnp.isfinite(size) & (size > 0)
-        # Gradients are small, and their moments' products would leave float32's range.
-        scaled = moment / jnp.where(turns, size, 1)
-        # One by one: a batch of them takes threads that it waits for, and where all of a pool's wait (eight devices of
-        # one CPU do) none is left to go on, in jaxlib 0.10.2.
-        vectors = jax.lax.map(lambda x: jnp.linalg.qr(x)[0], scaled @ side.vectors)
-        vectors = jnp.where(turns, vectors, side.vectors)
-        return Side(moment, vectors), _transposed(vectors) @ side.vectors
+
+def _iterated(side: Side) -> tuple[Side, jax.Array]:
+    """The side after, and the old vectors in the new ones' basis."""
+    size = jnp.trace(side.moment, axis1=-2, axis2=-1)[:, None, None]
+    # Before the first gradient there is nothing to turn to.
+    turns = size > 0
+    # Gradients are small, and their moments' products would leave float32's range.
+    scaled = side.moment / jnp.where(turns, size, 1)
+    # One by one: a batch of them takes threads that it waits for, and where all of a pool's wait (eight devices of
+    # one CPU do) none is left to go on, in jaxlib 0.10.2.
+    vectors = jax.lax.map(lambda x: jnp.linalg.qr(x)[0], scaled @ side.vectors)
+    vectors = jnp.where(turns, vectors, side.vectors)
+    return side._replace(vectors=vectors), _transposed(vectors) @ side.vectors
 
 
 class Coordinates(eqx.Module):

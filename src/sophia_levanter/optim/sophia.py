@@ -303,7 +303,7 @@ class Sophia(eqx.Module):
         )
         basis = state.basis
         if self.basis is not None:
-            turned = self.basis.turned(basis, curvature, state.momentum)
+            turned = self.basis.turned(self.basis.observed(basis, state.momentum), curvature)
             basis, curvature = where(refreshed, turned, (basis, state.curvature))
         after = state._replace(
             refresh_count=state.refresh_count + refreshed,

@@ -198,6 +198,24 @@ class MuonConfig(OptimizerConfig):
         _check_positive("optimizer.eps", self.eps)
 
 
+@OptimizerConfig.register_subclass("soap")
+@dataclass(frozen=True)
+class SoapConfig(OptimizerConfig):
+    """SOAP (Vyas et al. 2024) on the blocks' matrices; AdamW for the rest."""
+
+    b1: float = 0.95  # decay of the first moment
+    b2: float = 0.95  # decay of the second moments
+    eps: float = 1e-8  # added to the root of the second moment
+    interval: int = 10  # steps between two turns of the basis
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_beta("optimizer.b1", self.b1)
+        _check_beta("optimizer.b2", self.b2)
+        _check_positive("optimizer.eps", self.eps)
+        _check_at_least_1("optimizer.interval", self.interval)
+
+
 @dataclass(frozen=True)
 class TrainerConfig:
     """How long, how wide and where to train.

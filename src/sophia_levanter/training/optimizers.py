@@ -16,6 +16,7 @@ from sophia_levanter.optim import (
     Lion,
     Muon,
     Optimizer,
+    Soap,
     SophiaG,
     SophiaH,
     WinRateController,
@@ -27,6 +28,7 @@ from sophia_levanter.training.config import (
     LionConfig,
     MuonConfig,
     OptimizerConfig,
+    SoapConfig,
     SophiaConfig,
     SophiaGConfig,
     SophiaHConfig,
@@ -75,6 +77,9 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int, mask: WeightD
         case MuonConfig():
             coefficients = {name: getattr(config, name) for name in ("beta", "b1", "b2", "eps")}
             return Muon(**shared, **coefficients, matrices=matrix_axes)
+        case SoapConfig():
+            coefficients = {name: getattr(config, name) for name in ("b1", "b2", "eps", "interval")}
+            return Soap(**shared, **coefficients, matrices=matrix_axes)
     raise TypeError(f"no optimizer for {type(config).__name__}")
 
 

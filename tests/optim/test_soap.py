@@ -1,0 +1,122 @@
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.contrib import MuonDimensionNumbers
+
+from sophia_levanter.optim import AdamW, Soap
+from sophia_levanter.optim.soap import turn_due
+
+STEPS = 9
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def run(optimizer, params, grads):
+    """The parameters after each gradient of a list."""
+    state, update, found = optimizer.init(params), eqx.filter_jit(optimizer.update), []
+    for g in grads:
+        updates, state = update(g, state, params)
+        params = eqx.apply_updates(params, updates)
+        found.append(params)
+    return found
+
+
+def rate(count):
+    return 0.01 * (count + 1)
+
+
+def test_soap_by_hand():
+    """Algorithm 3, with the second moment turned as a diagonal is."""
+    grads = [normal(3, 4, seed=seed) for seed in range(STEPS)]
+    theta = np.asarray(normal(3, 4, seed=99), np.float64)
+    found = run(
+        Soap(rate, 0.8, 0.7, 1e-3, 0.3, interval=3), {"w": jnp.asarray(theta, jnp.float32)}, [{"w": g} for g in grads]
+    )
+    left, right, q_left, q_right = np.zeros((3, 3)), np.zeros((4, 4)), np.eye(3), np.eye(4)
+    m, v = np.zeros((3, 4)), np.zeros((3, 4))
+    for t, g in enumerate(np.asarray(grads, np.float64)):
+        left, right = 0.7 * left + 0.3 * g @ g.T, 0.7 * right + 0.3 * g.T @ g
+        if t in (0, 1, 2, 3, 6):
+            old = q_left, q_right
+            q_left, q_right = np.linalg.qr(left @ q_left)[0], np.linalg.qr(right @ q_right)[0]
+            v = (q_left.T @ old[0]) ** 2 @ v @ ((q_right.T @ old[1]) ** 2).T
+        m = 0.8 * m + 0.2 * g
+        v = 0.7 * v + 0.3 * (q_left.T @ g @ q_right) ** 2
+        ratio = (q_left.T @ m @ q_right) / (1 - 0.8 ** (t + 1)) / (np.sqrt(v / (1 - 0.7 ** (t + 1))) + 1e-3)
+        theta = theta - 0.01 * (t + 1) * (q_left @ ratio @ q_right.T + 0.3 * theta)
+        np.testing.assert_allclose(found[t]["w"], theta, rtol=1e-4, atol=1e-5, err_msg=f"after step {t}")
+
+
+def test_the_other_leaves_follow_optax_adamw():
+    matrices = {"w": MuonDimensionNumbers(), "embedding": None, "norm": None}
+
+    def tree(seed):
+        return {"w": normal(3, 4, seed=seed), "embedding": normal(5, 4, seed=seed), "norm": normal(4, seed=seed)}
+
+    mask = {"w": True, "embedding": True, "norm": False}
+    grads = [tree(seed) for seed in range(STEPS)]
+    found = run(Soap(rate, 0.8, 0.9, 1e-6, 0.3, mask, matrices=matrices), tree(9), grads)
+    adamw = optax.adamw(rate, 0.8, 0.9, 1e-6, weight_decay=0.3, mask=mask)
+    params, state = tree(9), adamw.init(tree(9))
+    for step in range(STEPS):
+        updates, state = jax.jit(adamw.update)(grads[step], state, params)
+        params = optax.apply_updates(params, updates)
+        for name in ("embedding", "norm"):
+            np.testing.assert_allclose(found[step][name], params[name], rtol=1e-6, atol=1e-7)
+    assert float(jnp.max(jnp.abs(found[-1]["w"] - params["w"]))) > 1e-3
+
+
+def test_each_matrix_of_a_stack_is_a_matrix_of_its_own():
+    stacked = [normal(2, 6, 4, seed=seed) for seed in range(STEPS + 1)]
+    optimizer = Soap(rate, matrices={"w": MuonDimensionNumbers((1,), (2,))})
+    together = run(optimizer, {"w": stacked[0]}, [{"w": g} for g in stacked[1:]])
+    apart = run(Soap(rate), dict(enumerate(stacked[0])), [dict(enumerate(g)) for g in stacked[1:]])
+    for ours, theirs in zip(together, apart, strict=True):
+        for layer in range(2):
+            np.testing.assert_allclose(ours["w"][layer], theirs[layer], rtol=1e-3, atol=1e-5)
+
+
+def test_steps_do_not_depend_on_the_coordinates():
+    """Once the basis is that of the moments, a rotated problem takes the rotated steps; AdamW does not."""
+    q = jnp.asarray(np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0], jnp.float32)
+    scales = jnp.asarray([1.0, 10.0, 100.0])[:, None] * jnp.asarray([1.0, 3.0, 9.0, 27.0])
+    grads = [scales * (1 + normal(3, 4, seed=seed)) for seed in range(80)]
+    zero = {"w": jnp.zeros((3, 4))}
+
+    def moved(optimizer, turn):
+        found = run(optimizer, zero, [{"w": turn @ g} for g in grads])
+        return turn.T @ (found[79]["w"] - found[59]["w"])
+
+    def gap(optimizer):
+        plain, rotated = moved(optimizer, jnp.eye(3)), moved(optimizer, q)
+        return float(jnp.linalg.norm(plain - rotated) / jnp.linalg.norm(plain))
+
+    assert gap(Soap(0.1, 0.9, 0.9, weight_decay=0.0, interval=1)) < 0.02
+    assert gap(AdamW(0.1, 0.9, 0.9, weight_decay=0.0)) > 0.3
+
+
+def test_named_arrays():
+    axes = hax.make_axes(embed=3, mlp=4)
+    named = {"w": hax.named(normal(3, 4), axes)}
+    optimizer = Soap(0.1)
+    updates, _ = optimizer.update(named, optimizer.init(named), named)
+    plain, _ = optimizer.update(
+        {"w": named["w"].array}, optimizer.init({"w": named["w"].array}), {"w": named["w"].array}
+    )
+    assert updates["w"].axes == axes
+    np.testing.assert_array_equal(updates["w"].array, plain["w"])
+
+
+def test_when_the_basis_turns():
+    assert [step for step in range(12) if turn_due(step, 4)] == [0, 1, 2, 3, 4, 8]
+
+
+def test_interval_out_of_range():
+    with pytest.raises(ValueError, match=r"^interval is 0; it must be"):
+        Soap(interval=0)
