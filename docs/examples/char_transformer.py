@@ -143,7 +143,6 @@ def main(optimizer=None):
         rho="auto",
         weight_decay=0.1,
         weight_decay_mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        bias_correct_curvature=True,
         gradient_transform=optax.clip_by_global_norm(1.0),
     )
     model = Transformer(characters, jax.random.key(1))

@@ -77,7 +77,6 @@ def main(sophia=None, adamw=None):
             b1=0.9,
             rho="auto",
             weight_decay=0.1,
-            bias_correct_curvature=True,
         ),
         "adamw": adamw or AdamW(learning_rate=lambda step: 3e-2 * decay(step), weight_decay=0.1),
     }

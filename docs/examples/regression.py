@@ -80,7 +80,7 @@ def main():
     data, test, noise = load()
     likelihood = Normal(variance=noise)
     decay = optax.cosine_decay_schedule(1.0, STEPS)
-    shared = {"rho": "auto", "b1": 0.9, "weight_decay": 0.1, "bias_correct_curvature": True}
+    shared = {"rho": "auto", "b1": 0.9, "weight_decay": 0.1}
     optimizers = {
         "sophia_g": SophiaG(
             learning_rate=lambda step: 3e-3 * decay(step), estimator=GaussNewtonBartlett(likelihood), **shared

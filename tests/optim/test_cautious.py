@@ -47,6 +47,7 @@ def _momentum_against_gradient(optimizer) -> np.ndarray:
 
 def test_sophia_leaves_out_what_momentum_alone_wants():
     settings = {"learning_rate": 0.5, "b1": 0.5, "b2": 0.0, "rho": 1.0, "weight_decay": 0.0}
+    settings |= {"bias_correct_momentum": False}
     plain = _momentum_against_gradient(Sophia(**settings))
     np.testing.assert_allclose(plain, [-0.5 * 0.75 / 100, -0.5 * 0.2 / 100], rtol=1e-5)
     careful = _momentum_against_gradient(Sophia(**settings, cautious=True))

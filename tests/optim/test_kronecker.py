@@ -221,7 +221,8 @@ def test_steps_are_those_by_hand(cautious, jit):
     settings = {"b1": 0.8, "b2": 0.7, "rho": 0.6, "cautious": cautious}
     grads = [np.asarray(normal(3, 4), np.float64) for _ in range(12)]
     estimates = [np.asarray(jnp.abs(normal(3, 4)), np.float64) if step % 3 == 0 else None for step in range(12)]
-    optimizer = SophiaG(learning_rate=0.01, weight_decay=0.0, basis=KroneckerBasis(b2=0.6), **settings)
+    uncorrected = {"bias_correct_momentum": False, "bias_correct_curvature": False}
+    optimizer = SophiaG(0.01, weight_decay=0.0, basis=KroneckerBasis(b2=0.6), **uncorrected, **settings)
     params = {"w": jnp.zeros((3, 4))}
     state = optimizer.init(params)
     update = jax.jit(optimizer.update) if jit else optimizer.update

@@ -17,7 +17,8 @@ from sophia_levanter.optim import (
 )
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-PLAIN = {"learning_rate": 0.1, "b1": 0.5, "b2": 0.75, "rho": 0.5, "eps": 1e-8, "weight_decay": 0.0}
+UNCORRECTED = {"bias_correct_momentum": False, "bias_correct_curvature": False}
+PLAIN = UNCORRECTED | {"learning_rate": 0.1, "b1": 0.5, "b2": 0.75, "rho": 0.5, "eps": 1e-8, "weight_decay": 0.0}
 
 
 class Model(eqx.Module):
@@ -65,9 +66,8 @@ def follow_golden(dtype):
     """Ours and theirs, [step, ...] of parameters, momentum and curvature, by name."""
     golden = np.load(GOLDEN / f"sophia_g_update_{dtype}.npz")
     given = json.loads(str(golden["hyperparameters"]))
-    optimizer = SophiaG(
-        given["lr"], given["beta1"], given["beta2"], given["rho"], 1e-15, given["weight_decay"], interval=given["k"]
-    )
+    rates = (given[name] for name in ("lr", "beta1", "beta2", "rho"))
+    optimizer = SophiaG(*rates, 1e-15, given["weight_decay"], interval=given["k"], **UNCORRECTED)
     model = {name: jnp.asarray(golden[f"param0/{name}"]) for name in "wb"}
     state = optimizer.init(model)
     update, refresh = jax.jit(optimizer.update), jax.jit(optimizer.refresh)
@@ -197,9 +197,8 @@ def test_weight_decay_is_decoupled():
 
 def corrected(momentum, curvature):
     """Updates over three steps of gradient 1, refreshed with 2 before the first and 4 before the third."""
-    optimizer = SophiaG(
-        **PLAIN | {"b2": 0.9, "rho": 1.0}, bias_correct_momentum=momentum, bias_correct_curvature=curvature
-    )
+    switches = {"bias_correct_momentum": momentum, "bias_correct_curvature": curvature}
+    optimizer = SophiaG(**PLAIN | {"b2": 0.9, "rho": 1.0} | switches)
     params = {"w": jnp.zeros(1)}
     state = optimizer.init(params)
     found = []
@@ -220,12 +219,12 @@ def test_bias_corrections():
 
 
 def test_corrected_curvature_before_the_first_refresh_is_zero():
-    updates, _ = one_step(SophiaG(**PLAIN, bias_correct_curvature=True), [0.5, -0.5], [0, 0], [0, 0], refreshes=0)
+    updates, _ = one_step(SophiaG(**PLAIN | {"bias_correct_curvature": True}), [0.5, -0.5], [0, 0], [0, 0], refreshes=0)
     assert updates.tolist() == pytest.approx([-0.1, 0.1])
 
 
 def test_bfloat16_parameters():
-    optimizer = SophiaG(learning_rate=1.0, weight_decay=0.0, rho=1.0)
+    optimizer = SophiaG(learning_rate=1.0, weight_decay=0.0, rho=1.0, **UNCORRECTED)
     start = {"w": jnp.ones(1, jnp.bfloat16)}
     state = optimizer.refresh(optimizer.init(start), {"w": jnp.ones(1, jnp.bfloat16)})
     # A hundred averages with weight 0.01 would stop growing near 0.5 in bfloat16.
@@ -403,7 +402,7 @@ def test_metrics():
 def test_win_rate_is_that_of_the_update_before():
     """With corrections and with rho at the last update's count."""
     shared = PLAIN | {"rho": lambda count: jnp.where(count == 2, 1.0, 1e9)}
-    optimizer = SophiaG(**shared, bias_correct_momentum=True, bias_correct_curvature=True)
+    optimizer = SophiaG(**shared | {"bias_correct_momentum": True, "bias_correct_curvature": True})
     # After three updates m / (1 - 0.5^3) = [0.8, 1.2] and h / (1 - 0.75^2) = [1, 1].
     state = state_of([0.7, 1.05], [0.4375, 0.4375], count=3, refreshes=2)
     assert optimizer.metrics(state)["win_rate"] == 0.5

@@ -115,7 +115,7 @@ def test_defaults():
     assert (g.estimator, h.estimator) == (GaussNewtonBartlett(), Hutchinson("rademacher", 1))
     for optimizer in (g, h):
         assert (optimizer.denominator, optimizer.refresh_order, optimizer.first_refresh) == ("max", "before", 0)
-        assert not (optimizer.bias_correct_momentum or optimizer.bias_correct_curvature)
+        assert optimizer.bias_correct_momentum and optimizer.bias_correct_curvature
         assert (optimizer.gradient_transform, optimizer.weight_decay_mask) == (None, None)
 
 

@@ -231,8 +231,8 @@ def test_sophia_g_is_the_optimizer_of_the_same_arguments():
         "eps": 0.3,
         "weight_decay": lambda count: 0.1 * count,
         "weight_decay_mask": [True, False],
-        "bias_correct_momentum": True,
-        "bias_correct_curvature": True,
+        "bias_correct_momentum": False,
+        "bias_correct_curvature": False,
         "denominator": "add",
         "refresh_order": "after",
     }

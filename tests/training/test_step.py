@@ -96,7 +96,10 @@ def test_golden_run(name: str, devices: int, num_microbatches: int):
         "weight_decay_mask": decay_mask,
     }
     sophia = "sophiag" in name
-    optimizer = SophiaG(**shared, rho=h["rho"], eps=1e-15, estimator=AVERAGED) if sophia else AdamW(**shared)
+    uncorrected = {"bias_correct_momentum": False, "bias_correct_curvature": False}
+    optimizer = (
+        SophiaG(**shared, **uncorrected, rho=h["rho"], eps=1e-15, estimator=AVERAGED) if sophia else AdamW(**shared)
+    )
     settings = StepSettings(optimizer, max_grad_norm=h["grad_clip"])
     mesh = data_mesh(jax.devices()[:devices])
     state = place(TrainState.init(model, optimizer), mesh)

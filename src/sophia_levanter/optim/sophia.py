@@ -91,8 +91,8 @@ class Sophia(eqx.Module):
         interval: updates between two refreshes, at least 1.
         weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
         bias_correct_momentum: use m / (1 - b1^count) in the update.
-        bias_correct_curvature: use h / (1 - b2^refresh_count) in the update. Uncorrected, h reaches 63 % of its value
-            only after 1 / (1 - b2) refreshes, and steps are too long by as much.
+        bias_correct_curvature: use h / (1 - b2^refresh_count) in the update. Uncorrected, as in the paper, h reaches
+            63 % of its value only after 1 / (1 - b2) refreshes, and steps are too long by as much.
         denominator: `max` for max(rho h, eps); `add` for rho h + eps, which flips the step's sign where rho h < -eps.
         refresh_order: whether an estimate given to `update` enters h `before` that update or `after` it.
         first_refresh: the first step at which a refresh is due.
@@ -118,8 +118,8 @@ class Sophia(eqx.Module):
     weight_decay: ScalarOrSchedule = 0.2
     interval: int = eqx.field(default=10, static=True, converter=whole_number)
     weight_decay_mask: WeightDecayMask = None
-    bias_correct_momentum: bool = eqx.field(default=False, static=True)
-    bias_correct_curvature: bool = eqx.field(default=False, static=True)
+    bias_correct_momentum: bool = eqx.field(default=True, static=True)
+    bias_correct_curvature: bool = eqx.field(default=True, static=True)
     denominator: str = eqx.field(default="max", static=True)
     refresh_order: str = eqx.field(default="before", static=True)
     first_refresh: int = eqx.field(default=0, static=True, converter=whole_number)

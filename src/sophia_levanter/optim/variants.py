@@ -17,7 +17,8 @@ from sophia_levanter.optim.win_rate import WinRateController, rho_or_controller
 PyTree = Any
 
 # arXiv 2305.14342, Algorithm 3 and section 3.1.
-_PAPER: dict[str, Any] = {"b1": 0.96, "b2": 0.99, "eps": 1e-12, "weight_decay": 0.2, "interval": 10}
+_UNCORRECTED = {"bias_correct_momentum": False, "bias_correct_curvature": False}
+_PAPER: dict[str, Any] = _UNCORRECTED | {"b1": 0.96, "b2": 0.99, "eps": 1e-12, "weight_decay": 0.2, "interval": 10}
 # github.com/Liuhong99/Sophia, commit a7e1572: h is refreshed after every tenth update.
 _AUTHORS: dict[str, Any] = _PAPER | {
     "b1": 0.965,
@@ -89,13 +90,13 @@ class SophiaH(Sophia):
     def optax(cls, **overrides: Any) -> SophiaH:
         """As `optax.contrib.sophia` (0.2.8): m corrected, h used before it is refreshed, eps 1e-8, decay 1e-4."""
         settings: dict[str, Any] = {"b1": 0.965, "b2": 0.99, "eps": 1e-8, "weight_decay": 1e-4, "interval": 10}
-        return cls(**{**settings, "bias_correct_momentum": True, "refresh_order": "after"} | overrides)
+        return cls(**{**settings, "bias_correct_curvature": False, "refresh_order": "after"} | overrides)
 
     @classmethod
     def levanter(cls, **overrides: Any) -> SophiaH:
         """As Levanter's `sophia-h` means to be (commit 0251ebf): m corrected, h refreshed after steps 9, 19, ...."""
         settings: dict[str, Any] = {"b1": 0.96, "b2": 0.99, "eps": 1e-12, "weight_decay": 0.1, "interval": 10}
-        late: dict[str, Any] = {"bias_correct_momentum": True, "refresh_order": "after", "first_refresh": 9}
+        late: dict[str, Any] = {"bias_correct_curvature": False, "refresh_order": "after", "first_refresh": 9}
         return cls(**{**settings, **late, "estimator": Hutchinson("gaussian")} | overrides)
 
 
@@ -107,8 +108,8 @@ def sophia_g(
     eps: Scalar = 1e-12,
     weight_decay: ScalarOrSchedule = 0.2,
     weight_decay_mask: WeightDecayMask = None,
-    bias_correct_momentum: bool = False,
-    bias_correct_curvature: bool = False,
+    bias_correct_momentum: bool = True,
+    bias_correct_curvature: bool = True,
     denominator: str = "max",
     refresh_order: str = "before",
 ) -> optax.GradientTransformationExtraArgs:

@@ -73,8 +73,8 @@ class SophiaConfig(OptimizerConfig):
     eps: float = 1e-12  # floor of rho * h
     weight_decay: float = 0.2  # decoupled; on matrices and embeddings, never on biases and norms
     interval: int = 10  # steps between two refreshes of the curvature
-    bias_correct_momentum: bool = False  # divide m by 1 - b1^steps
-    bias_correct_curvature: bool = False  # divide h by 1 - b2^refreshes
+    bias_correct_momentum: bool = True  # divide m by 1 - b1^steps; published: false
+    bias_correct_curvature: bool = True  # divide h by 1 - b2^refreshes; published: false
     curvature_batch_fraction: float = 1.0  # part of the batch that refreshes the curvature, in whole microbatches
     target_win_rate: float | None = None  # steer rho, from its value here, so that this share of steps is unclipped
     denominator: str = "max"  # max(rho * h, eps); or add, rho * h + eps, as in the authors' code
