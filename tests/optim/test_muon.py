@@ -6,29 +6,12 @@ import numpy as np
 import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
+from trajectories import normal, rate, run
 
 from sophia_levanter.optim import Muon
 from sophia_levanter.optim.matrices import matrices_tree
 
 STEPS = 4
-
-
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def run(optimizer, params, grads):
-    """The parameters after each gradient of a list."""
-    state, update, found = optimizer.init(params), eqx.filter_jit(optimizer.update), []
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = eqx.apply_updates(params, updates)
-        found.append(params)
-    return found
-
-
-def rate(count):
-    return 0.01 * (count + 1)
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (3, 8), (5, 5)])

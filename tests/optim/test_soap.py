@@ -1,4 +1,3 @@
-import equinox as eqx
 import haliax as hax
 import jax
 import jax.numpy as jnp
@@ -6,29 +5,12 @@ import numpy as np
 import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
+from trajectories import normal, rate, run
 
 from sophia_levanter.optim import AdamW, Soap
 from sophia_levanter.optim.soap import turn_due
 
 STEPS = 9
-
-
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def run(optimizer, params, grads):
-    """The parameters after each gradient of a list."""
-    state, update, found = optimizer.init(params), eqx.filter_jit(optimizer.update), []
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = eqx.apply_updates(params, updates)
-        found.append(params)
-    return found
-
-
-def rate(count):
-    return 0.01 * (count + 1)
 
 
 def test_soap_by_hand():
