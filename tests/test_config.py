@@ -205,7 +205,7 @@ NOT_A_NUMBER = float("nan")
         *((MuonConfig, beta, value) for beta in ("beta", "b1", "b2") for value in (1.0, -0.1)),
         (MuonConfig, "eps", 0.0),
         (SoapConfig, "eps", 0.0),
-        (SoapConfig, "interval", 0),
+        *((SoapConfig, name, 0) for name in ("interval", "basis_max_size")),
         *((SophiaGConfig, "curvature_max_grad_norm", value) for value in (0.0, -1.0)),
         (SophiaHConfig, "probe", "uniform"),
         (SophiaHConfig, "num_probes", 0),

@@ -78,11 +78,13 @@ def test_work_on_matrices_of_muon(make_record):
     assert matrix_flops(MuonConfig(), make_record) == pytest.approx((4 * square + 2 * oblong) * PER_TOKEN)
 
 
-def test_work_on_matrices_of_soap(make_record):
-    change, cubes = 4 * 2 * 2 * 8**3 + 2 * 2 * (8 * 8 * 32 + 8 * 32 * 32), 4 * 2 * 8**3 + 2 * (8**3 + 32**3)
+@pytest.mark.parametrize(("max_size", "large"), [(32, 32), (8, 0)])
+def test_work_on_matrices_of_soap(max_size, large, make_record):
+    change = 4 * 2 * 2 * 8**3 + 2 * 2 * (8 * 8 * 32 + 8 * 32 * large)
+    cubes = 4 * 2 * 8**3 + 2 * (8**3 + large**3)
     config = TrainConfig(
         model=MODEL,
-        optimizer=SoapConfig(warmup_steps=0, interval=4),
+        optimizer=SoapConfig(warmup_steps=0, interval=4, basis_max_size=max_size),
         trainer=TrainerConfig(batch_size=32, num_train_steps=10),
     )
     # The basis turns at 0, 1, 2, 3, 4 and 8.

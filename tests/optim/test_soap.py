@@ -13,12 +13,15 @@ from sophia_levanter.optim.soap import turn_due
 STEPS = 9
 
 
-def test_soap_by_hand():
-    """Algorithm 3, with the second moment turned as a diagonal is."""
+@pytest.mark.parametrize(("max_size", "both"), [(4, True), (3, False)])
+def test_soap_by_hand(max_size, both):
+    """Algorithm 3, with the second moment turned as a diagonal is, on both sides and on the shorter one."""
     grads = [normal(3, 4, seed=seed) for seed in range(STEPS)]
     theta = np.asarray(normal(3, 4, seed=99), np.float64)
     found = run(
-        Soap(rate, 0.8, 0.7, 1e-3, 0.3, interval=3), {"w": jnp.asarray(theta, jnp.float32)}, [{"w": g} for g in grads]
+        Soap(rate, 0.8, 0.7, 1e-3, 0.3, interval=3, max_size=max_size),
+        {"w": jnp.asarray(theta, jnp.float32)},
+        [{"w": g} for g in grads],
     )
     left, right, q_left, q_right = np.zeros((3, 3)), np.zeros((4, 4)), np.eye(3), np.eye(4)
     m, v = np.zeros((3, 4)), np.zeros((3, 4))
@@ -26,7 +29,8 @@ def test_soap_by_hand():
         left, right = 0.7 * left + 0.3 * g @ g.T, 0.7 * right + 0.3 * g.T @ g
         if t in (0, 1, 2, 3, 6):
             old = q_left, q_right
-            q_left, q_right = np.linalg.qr(left @ q_left)[0], np.linalg.qr(right @ q_right)[0]
+            q_left = np.linalg.qr(left @ q_left)[0]
+            q_right = np.linalg.qr(right @ q_right)[0] if both else q_right
             v = (q_left.T @ old[0]) ** 2 @ v @ ((q_right.T @ old[1]) ** 2).T
         m = 0.8 * m + 0.2 * g
         v = 0.7 * v + 0.3 * (q_left.T @ g @ q_right) ** 2
@@ -99,6 +103,8 @@ def test_when_the_basis_turns():
     assert [step for step in range(12) if turn_due(step, 4)] == [0, 1, 2, 3, 4, 8]
 
 
-def test_interval_out_of_range():
+def test_counts_out_of_range():
     with pytest.raises(ValueError, match=r"^interval is 0; it must be"):
         Soap(interval=0)
+    with pytest.raises(ValueError, match=r"^max_size is 0; it must be"):
+        Soap(max_size=0)

@@ -78,9 +78,9 @@ CASES = [
         {"beta": 0.9, "b1": 0.8, "b2": 0.7, "eps": 1e-5, "matrices": matrix_axes},
     ),
     (
-        SoapConfig(**RATES, b1=0.8, b2=0.7, eps=1e-5, interval=3),
+        SoapConfig(**RATES, b1=0.8, b2=0.7, eps=1e-5, interval=3, basis_max_size=100),
         Soap,
-        {"b1": 0.8, "b2": 0.7, "eps": 1e-5, "interval": 3, "matrices": matrix_axes},
+        {"b1": 0.8, "b2": 0.7, "eps": 1e-5, "interval": 3, "max_size": 100, "matrices": matrix_axes},
     ),
 ]
 

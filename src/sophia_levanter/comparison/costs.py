@@ -8,7 +8,6 @@ import jax
 from sophia_levanter.comparison.records import Record, config_of
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.gpt2 import Gpt2, matrix_axes
-from sophia_levanter.optim.kronecker import KroneckerBasis
 from sophia_levanter.optim.matrices import matrix_views
 from sophia_levanter.optim.soap import turn_due
 from sophia_levanter.training.config import MuonConfig, SoapConfig, SophiaConfig, SophiaGConfig, SophiaHConfig
@@ -65,18 +64,18 @@ def _matrix_flops_per_step(config: TrainConfig) -> float:
         return sum(count * _newton_schulz_flops(*sorted(sides)) for count, *sides in sizes)
     if isinstance(optimizer, SoapConfig):
         # The gradient and the first moment in, the step out, and the moments of both sides at every step; v turns.
-        step_changes, turn_changes, max_size = 4, 1, KroneckerBasis().max_size
+        step_changes, turn_changes = 4, 1
         steps = config.trainer.num_train_steps
         turns = sum(bool(turn_due(step, optimizer.interval)) for step in range(steps)) / steps
     else:
         assert isinstance(optimizer, SophiaConfig)
         # The momentum in and the step out, and for cautious steps the gradient; the estimate, the moments, h turns.
         step_changes = 3 if optimizer.cautious else 2
-        turn_changes, max_size = _changes_of_an_estimate(config) + 2, optimizer.basis_max_size
+        turn_changes = _changes_of_an_estimate(config) + 2
         turns = _refreshes_per_step(config)
     flops = 0.0
     for count, *sides in sizes:
-        turning = [n for n in sides if n <= max_size]
+        turning = [n for n in sides if n <= optimizer.basis_max_size]
         # One product with each side's square matrix: into the basis, or out of it.
         change = sum(2.0 * n * sides[0] * sides[1] for n in turning)
         # The iteration's product, its QR and the overlap.

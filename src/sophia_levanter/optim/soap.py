@@ -36,7 +36,7 @@ class SoapState(NamedTuple):
 
 
 class Soap(OptaxOptimizer):
-    """SOAP (Vyas et al. 2024, Algorithm 3) for matrices, on both sides; AdamW for all other parameters.
+    """SOAP (Vyas et al. 2024, Algorithm 3) for matrices; AdamW for all other parameters.
 
         L  <- b2 L + (1 - b2) g g^T,   R <- b2 R + (1 - b2) g^T g         every step
         Q_L <- qr(L Q_L),   Q_R <- qr(R Q_R)                              every `interval` steps, and the first ones
@@ -56,6 +56,7 @@ class Soap(OptaxOptimizer):
         weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
         interval: updates between two turns of the basis, at least 1.
         matrices: as for `KroneckerBasis`. None takes the leaves with two axes, embeddings too.
+        max_size: a side of a matrix with more coordinates than this keeps them.
         gradient_transform: an optax transformation that the gradient goes through first; None for none.
 
     Raises:
@@ -71,15 +72,17 @@ class Soap(OptaxOptimizer):
     weight_decay_mask: WeightDecayMask = None
     interval: int = eqx.field(default=10, static=True, converter=whole_number)
     matrices: Matrices = None
+    max_size: int = eqx.field(default=4096, static=True, converter=whole_number)
 
     def __check_init__(self) -> None:
         check_shared(self)
         check_number("eps", self.eps, low=0)
         check_count("interval", self.interval)
+        check_count("max_size", self.max_size)
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for these parameters."""
-        basis = KroneckerBasis(self.matrices, self.b2)
+        basis = KroneckerBasis(self.matrices, self.b2, self.max_size)
         return optax.chain(
             scale_by_soap(basis, self.b1, self.b2, self.eps, self.interval),
             optax.add_decayed_weights(self.weight_decay, decay_mask_tree(self.weight_decay_mask, params)),

@@ -207,6 +207,7 @@ class SoapConfig(OptimizerConfig):
     b2: float = 0.95  # decay of the second moments
     eps: float = 1e-8  # added to the root of the second moment
     interval: int = 10  # steps between two turns of the basis
+    basis_max_size: int = 4096  # a side of a matrix with more coordinates than this keeps them
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -214,6 +215,7 @@ class SoapConfig(OptimizerConfig):
         _check_beta("optimizer.b2", self.b2)
         _check_positive("optimizer.eps", self.eps)
         _check_at_least_1("optimizer.interval", self.interval)
+        _check_at_least_1("optimizer.basis_max_size", self.basis_max_size)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int, mask: WeightD
             return Muon(**shared, **coefficients, matrices=matrix_axes)
         case SoapConfig():
             coefficients = {name: getattr(config, name) for name in ("b1", "b2", "eps", "interval")}
-            return Soap(**shared, **coefficients, matrices=matrix_axes)
+            return Soap(**shared, **coefficients, matrices=matrix_axes, max_size=config.basis_max_size)
     raise TypeError(f"no optimizer for {type(config).__name__}")
 
 
