@@ -224,9 +224,12 @@ BAD = {
     ),
     "curvature devices": (
         ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.curvature_microbatch_size", "4"],
-        "optimizer.curvature_microbatch_size 4 does not divide over 8 devices",
+        "optimizer.curvature_microbatch_size 4 does not divide over mesh.data 8 devices",
     ),
-    "devices": (["--trainer.batch_size", "6", "--trainer.microbatch_size", "3"], "does not divide over 8 devices"),
+    "devices": (
+        ["--trainer.batch_size", "6", "--trainer.microbatch_size", "3"],
+        "does not divide over mesh.data 8 devices",
+    ),
     "missing file": (["--data.train", "nowhere.txt"], "nowhere.txt"),
     "empty file": (["--data.train", "EMPTY"], "empty"),
     "binary file": (["--data.train", "BINARY"], "binary.txt"),

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.models.config import Gpt2Config, pad_vocab
+from sophia_levanter.partition.config import MeshConfig, check_divides
 from sophia_levanter.training.config import OptimizerConfig, SophiaConfig, SophiaGConfig, SophiaHConfig, TrainerConfig
 
 
@@ -23,6 +24,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=SophiaGConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         if self.optimizer.warmup_steps > self.trainer.num_train_steps:
@@ -41,6 +43,38 @@ class TrainConfig:
                 f"optimizer.curvature_microbatch_size {own} does not divide "
                 f"trainer.batch_size {self.trainer.batch_size}"
             )
+
+
+def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:
+    """Refuse a model or a batch that does not divide over the mesh.
+
+    Args:
+        config: the run.
+        num_devices: that there are.
+        vocab_size: of the tokenizer; None if it is not known yet.
+
+    Raises:
+        InputError: names the field, what it is split over and a size that would do.
+    """
+    model, trainer, mesh = config.model, config.trainer, config.mesh
+    sizes = mesh.sizes(num_devices)
+    axes = {
+        "embed": ("model.embed_dim", model.embed_dim),
+        "heads": ("model.num_heads", model.num_heads),
+        "mlp": ("model.embed_dim x model.mlp_ratio", model.embed_dim * model.mlp_ratio),
+        "position": ("model.seq_len", model.seq_len),
+        "layers": ("model.num_layers", model.num_layers),
+    }
+    if vocab_size is not None:
+        axes["vocab"] = (f"the vocabulary of data.tokenizer {config.data.tokenizer}, padded,", pad_vocab(vocab_size))
+    check_divides(sizes, mesh.parameter_mapping, axes)
+    rows = [("trainer.microbatch_size", trainer.microbatch_size or 0)]
+    if trainer.microbatch_size is None:
+        rows = [("trainer.batch_size", trainer.batch_size)]
+    if isinstance(config.optimizer, SophiaHConfig) and config.optimizer.curvature_microbatch_size:
+        rows.append(("optimizer.curvature_microbatch_size", config.optimizer.curvature_microbatch_size))
+    for row in rows:
+        check_divides(sizes, mesh.compute_mapping, {"batch": row})
 
 
 def sections(optimizer: type[OptimizerConfig]) -> dict[str, type]:

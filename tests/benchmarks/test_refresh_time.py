@@ -4,7 +4,7 @@ import pytest
 
 from sophia_levanter.benchmarks import refresh_time
 from sophia_levanter.benchmarks.refresh_time import VARIANTS, measure, runs
-from sophia_levanter.partition import data_mesh, on_mesh
+from sophia_levanter.partition.mesh import partition_of
 
 NAMES = {name for variant in VARIANTS for name in variant[1:]} | {"adamw"}
 
@@ -15,7 +15,7 @@ def curvature(state) -> np.ndarray:
 
 @pytest.mark.slow
 def test_each_step_does_what_its_name_says(tiny):
-    with on_mesh(data_mesh(jax.devices()[:1])):
+    with partition_of(devices=jax.devices()[:1]).active():
         steps = runs(tiny, (), batch_size=30)
         assert steps.keys() == NAMES
         before, _ = steps["sophia plain"]()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
-from sophia_levanter.partition import data_mesh
+from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.evaluation import Evaluator
 
 CONFIG = Gpt2Config(num_layers=1, num_heads=2, embed_dim=8, seq_len=6, gradient_checkpointing="none")
@@ -26,7 +26,9 @@ def test_the_mean_over_tokens_and_the_bits_over_bytes(devices):
     weights[6:] = 0
     byte_lengths = np.array([0, 1, 2, 3, 1, 1, 2, 1, 1, 4, 1])
     batches = [(windows[:4], weights[:4]), (windows[4:], weights[4:])]
-    evaluator = Evaluator(batches, byte_lengths, data_mesh(jax.devices()[:devices]), jmp.get_policy("float32"))
+    evaluator = Evaluator(
+        batches, byte_lengths, partition_of(devices=jax.devices()[:devices]), jmp.get_policy("float32")
+    )
     evaluation = evaluator(model)
 
     logits = model(hax.named(windows[:, :-1], ("batch", "position"))).rearrange(("batch", "position", "vocab")).array

@@ -30,7 +30,7 @@ from sophia_levanter.optim import (
     WinRateController,
 )
 from sophia_levanter.optim.schedules import warmup_schedule
-from sophia_levanter.partition import data_mesh, on_mesh, place
+from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.step import StepSettings, TrainState, train_step
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -101,8 +101,8 @@ def test_golden_run(name: str, devices: int, num_microbatches: int):
         SophiaG(**shared, **uncorrected, rho=h["rho"], eps=1e-15, estimator=AVERAGED) if sophia else AdamW(**shared)
     )
     settings = StepSettings(optimizer, max_grad_norm=h["grad_clip"])
-    mesh = data_mesh(jax.devices()[:devices])
-    state = place(TrainState.init(model, optimizer), mesh)
+    partition = partition_of(devices=jax.devices()[:devices])
+    state = partition.place(TrainState.init(model, optimizer))
     plain, refreshing = jitted(settings, False), jitted(settings, True)
     loss, grad_norm = [], []
 
@@ -110,11 +110,14 @@ def test_golden_run(name: str, devices: int, num_microbatches: int):
         # The authors refresh after step 9, 19, ... on a fresh batch; that is before step 10, 20, ... here.
         inputs, labels = (golden[f"hessian_{x}"][t // h["k"] - 1] for x in ("inputs", "sampled_targets"))
         batch = batch_from_windows(np.pad(inputs, [(0, 0), (0, 1)]), num_microbatches=num_microbatches)
-        return {"curvature_batch": place(batch, mesh), "samples": place(labels_of(labels, num_microbatches), mesh)}
+        return {
+            "curvature_batch": partition.place(batch),
+            "samples": partition.place(labels_of(labels, num_microbatches)),
+        }
 
-    with on_mesh(mesh):
+    with partition.active():
         for t in range(h["steps"]):
-            batch = place(batch_of(golden["inputs"][t], golden["targets"][t], num_microbatches), mesh)
+            batch = partition.place(batch_of(golden["inputs"][t], golden["targets"][t], num_microbatches))
             if sophia and t and t % h["k"] == 0:
                 state, output = refreshing(batch, state, **curvature_at(t))
             else:
@@ -160,11 +163,11 @@ def gap(a, b) -> float:
 
 def one_step(optimizer, *, devices=1, num_microbatches=1, refresh=True, batch=None, state=None, **settings):
     """A step from the tiny model on one batch; gives the state after it and the step's output."""
-    mesh = data_mesh(jax.devices()[:devices])
+    partition = partition_of(devices=jax.devices()[:devices])
     batch = batch or batch_from_windows(windows(), num_microbatches=num_microbatches)
-    state = place(state or TrainState.init(tiny_model(), optimizer), mesh)
-    with on_mesh(mesh):
-        return jitted(StepSettings(optimizer, **settings), refresh)(place(batch, mesh), state)
+    state = partition.place(state or TrainState.init(tiny_model(), optimizer))
+    with partition.active():
+        return jitted(StepSettings(optimizer, **settings), refresh)(partition.place(batch), state)
 
 
 KRONECKER = KroneckerBasis(matrices=matrix_axes)
@@ -177,11 +180,11 @@ def test_a_kronecker_basis_on_a_mesh_in_microbatches(optimizer, devices):
     optimizer = optimizer(learning_rate=3e-3, interval=2, basis=KRONECKER, weight_decay_mask=decay_mask)
     policy = jmp.get_policy("params=float32,compute=bfloat16,output=float32")
     settings = StepSettings(optimizer, policy=policy)
-    mesh = data_mesh(jax.devices()[:devices])
-    batch = place(batch_from_windows(windows(), num_microbatches=2), mesh)
-    state, losses = place(TrainState.init(tiny_model(), optimizer), mesh), []
+    partition = partition_of(devices=jax.devices()[:devices])
+    batch = partition.place(batch_from_windows(windows(), num_microbatches=2))
+    state, losses = partition.place(TrainState.init(tiny_model(), optimizer)), []
     steps = [jitted(settings, refresh) for refresh in (False, True)]
-    with on_mesh(mesh):
+    with partition.active():
         for step in range(8):
             state, output = steps[step % 2 == 0](batch, state)
             losses.append(float(output.metrics["train/loss"]))
@@ -227,16 +230,16 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(optimizer):
 def test_the_shared_forward_gives_the_estimate_of_a_pass_of_its_own():
     batch = batch_from_windows(windows(), num_microbatches=4)
     optimizer = SophiaG()
-    mesh = data_mesh(jax.devices()[:1])
+    partition = partition_of(devices=jax.devices()[:1])
     settings = StepSettings(optimizer, curvature_microbatches=2)
     first = jax.tree.map(
-        lambda x: x[{"microbatch": slice(0, 2)}], place(batch, mesh), is_leaf=lambda x: hasattr(x, "axes")
+        lambda x: x[{"microbatch": slice(0, 2)}], partition.place(batch), is_leaf=lambda x: hasattr(x, "axes")
     )
-    with on_mesh(mesh):
+    with partition.active():
         state = TrainState.init(tiny_model(), optimizer)
-        shared, _ = jitted(settings, True)(place(batch, mesh), state)
-        apart, _ = jitted(settings, True)(place(batch, mesh), state, curvature_batch=first)
-        plain, _ = jitted(settings, False)(place(batch, mesh), state)
+        shared, _ = jitted(settings, True)(partition.place(batch), state)
+        apart, _ = jitted(settings, True)(partition.place(batch), state, curvature_batch=first)
+        plain, _ = jitted(settings, False)(partition.place(batch), state)
     assert gap(shared.optimizer_state.curvature, apart.optimizer_state.curvature) < 1e-5
     assert gap(shared.optimizer_state.momentum, plain.optimizer_state.momentum) < 1e-5
 
@@ -264,10 +267,13 @@ def test_the_hessian_is_estimated_in_microbatches_of_its_own(devices):
 
 @pytest.mark.parametrize("optimizer", [MUON, SOAP], ids=["muon", "soap"])
 def test_optimizers_of_matrices_learn(optimizer):
-    mesh = data_mesh(jax.devices()[:4])
-    batch, state = place(batch_from_windows(windows()), mesh), place(TrainState.init(tiny_model(), optimizer), mesh)
+    partition = partition_of(devices=jax.devices()[:4])
+    batch, state = (
+        partition.place(batch_from_windows(windows())),
+        partition.place(TrainState.init(tiny_model(), optimizer)),
+    )
     step, losses = jitted(StepSettings(optimizer), False), []
-    with on_mesh(mesh):
+    with partition.active():
         for _ in range(10):
             state, output = step(batch, state)
             losses.append(float(output.metrics["train/loss"]))
@@ -393,13 +399,13 @@ def test_a_non_finite_gradient_changes_nothing_but_counts(optimizer):
 
 
 def test_a_non_finite_estimate_skips_the_refresh_only():
-    mesh = data_mesh(jax.devices()[:1])
+    partition = partition_of(devices=jax.devices()[:1])
     weights = np.full((8, TINY.seq_len), np.inf, np.float32)
     optimizer = SophiaG()
-    state = place(TrainState.init(tiny_model(), optimizer), mesh)
-    batch = place(batch_from_windows(windows()), mesh)
-    with on_mesh(mesh):
-        bad = place(batch_from_windows(windows(), weights), mesh)
+    state = partition.place(TrainState.init(tiny_model(), optimizer))
+    batch = partition.place(batch_from_windows(windows()))
+    with partition.active():
+        bad = partition.place(batch_from_windows(windows(), weights))
         after, output = jitted(StepSettings(optimizer), True)(batch, state, curvature_batch=bad)
     assert bool(output.refresh_pending)
     assert int(after.optimizer_state.skipped_refreshes) == 1
@@ -451,9 +457,9 @@ def test_the_estimates_of_the_step_have_the_exact_diagonal_as_their_mean(kind: s
     optimizer = (SophiaG if kind == "g" else SophiaH)(b2=0.0)
     policy = jmp.get_policy(f"params=float32,compute={compute},output=float32")
     settings = StepSettings(optimizer, policy=policy)
-    mesh = data_mesh(jax.devices()[:devices])
-    batch = place(batch_from_windows(tokens, num_microbatches=2), mesh)
-    state = place(TrainState.init(model, optimizer), mesh)
+    partition = partition_of(devices=jax.devices()[:devices])
+    batch = partition.place(batch_from_windows(tokens, num_microbatches=2))
+    state = partition.place(TrainState.init(model, optimizer))
 
     @eqx.filter_jit
     def estimates(batch: Batch, state: TrainState) -> jax.Array:
@@ -463,7 +469,7 @@ def test_the_estimates_of_the_step_have_the_exact_diagonal_as_their_mean(kind: s
 
         return jax.lax.map(draw, jnp.arange(draws, dtype=jnp.int32))
 
-    with on_mesh(mesh):
+    with partition.active():
         drawn = np.asarray(estimates(batch, state), np.float64)
     mean, error = drawn.mean(0), drawn.std(0) / np.sqrt(draws)
     rounding = 0.0 if compute == "float32" else 0.05 * np.abs(exact).max()

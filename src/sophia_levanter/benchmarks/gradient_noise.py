@@ -32,7 +32,7 @@ from sophia_levanter.data.prepare import prepare
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.optim import GaussNewtonBartlett, value_grad_and_curvature
-from sophia_levanter.partition import data_mesh, on_mesh, place
+from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.config import SophiaConfig
 from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.step import StepSettings, TrainState
@@ -180,12 +180,12 @@ def measure(
         num_batches: how many to look at.
         momentum: Sophia's; None for another optimizer.
     """
-    trainer, mesh = config.trainer, data_mesh(jax.devices()[:1])
+    trainer, partition = config.trainer, partition_of(devices=jax.devices()[:1])
     moments: tuple[Moments, Moments] | None = None
     add = jax.jit(lambda moments, values: tuple(m.with_value(v) for m, v in zip(moments, values, strict=True)))
-    with on_mesh(mesh):
+    with partition.active():
         for step in range(trainer.num_train_steps, trainer.num_train_steps + num_batches):
-            batch = place(batch_from_windows(batches[step], num_microbatches=trainer.num_microbatches), mesh)
+            batch = partition.place(batch_from_windows(batches[step], num_microbatches=trainer.num_microbatches))
             # No step of the run has these keys.
             values = estimate(model, batch, jax.random.fold_in(jax.random.key(trainer.seed), step))
             moments = add(moments or tuple(map(Moments.like, values)), values)

@@ -16,7 +16,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.data.batches import TrainBatches
 from sophia_levanter.data.prepare import TextData
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
-from sophia_levanter.partition import data_mesh, on_mesh, place
+from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.step import TrainState, train_step
 
@@ -51,23 +51,25 @@ def trained(
     Yields:
         The number of steps and the state on one device, whose buffers the next step takes over.
     """
-    mesh = data_mesh(jax.devices()[:1])
+    partition = partition_of(devices=jax.devices()[:1])
     settings = build_step_settings(config.optimizer, config.trainer, decay_mask)
 
     def initial_state() -> TrainState:
         model = Gpt2.init(config.model, vocab_size=vocab_size, key=jax.random.key(config.trainer.seed))
         return TrainState.init(model, settings.optimizer)
 
-    state = place(eqx.filter_jit(initial_state)(), mesh)
+    state = partition.made(initial_state)
     steps: dict[bool, Any] = {
         refresh: eqx.filter_jit(partial(train_step, settings, refresh), donate="all-except-first")
         for refresh in (False, True)
     }
     done = 0
     for wanted in sorted(set(num_steps)):
-        with on_mesh(mesh):
+        with partition.active():
             for step in range(done, wanted):
-                batch = place(batch_from_windows(batches[step], num_microbatches=config.trainer.num_microbatches), mesh)
+                batch = partition.place(
+                    batch_from_windows(batches[step], num_microbatches=config.trainer.num_microbatches)
+                )
                 state, _ = steps[bool(settings.optimizer.refresh_due(step))](batch, state)
         done = wanted
         yield wanted, state

@@ -26,7 +26,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.config import Gpt2Config
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.models.huggingface import gpt2_to_state_dict
-from sophia_levanter.partition import data_mesh, on_mesh, place
+from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.config import SophiaGConfig
 from sophia_levanter.training.optimizers import build_schedule, build_step_settings
 from sophia_levanter.training.step import TrainState, train_step
@@ -116,12 +116,12 @@ def _model(config: TrainConfig) -> Gpt2:
 
 
 def _our_step(config: TrainConfig) -> Callable[[], float]:
-    mesh = data_mesh()
+    partition = partition_of()
     settings = build_step_settings(config.optimizer, config.trainer, decay_mask)
-    batch = place(batch_from_windows(_windows(config), num_microbatches=config.trainer.num_microbatches), mesh)
-    state = place(TrainState.init(_model(config), settings.optimizer), mesh)
+    batch = partition.place(batch_from_windows(_windows(config), num_microbatches=config.trainer.num_microbatches))
+    state = partition.place(TrainState.init(_model(config), settings.optimizer))
     step: Any = eqx.filter_jit(partial(train_step, settings, False), donate="all-except-first")
-    with on_mesh(mesh):
+    with partition.active():
         compiled = step.lower(batch, state).compile()
 
     def run() -> float:

@@ -29,7 +29,7 @@ from sophia_levanter.command_line import load_config
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.optim import Sophia
-from sophia_levanter.partition import data_mesh, on_mesh, place
+from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.step import StepSettings, TrainState, train_step
 
@@ -133,7 +133,7 @@ class _Run:
             return TrainState.init(model, settings.optimizer if optimizer is None else optimizer)
 
         self.batch = batch
-        self.state = place(eqx.filter_jit(initial_state)(), data_mesh(jax.devices()[:1]))
+        self.state = partition_of(devices=jax.devices()[:1]).made(initial_state)
 
     def step(self, function: Step, *, count: int | None = None) -> Callable[[], PyTree]:
         """What takes one step of the shared state; with `count` its optimizer is made to believe that many before."""
@@ -170,7 +170,7 @@ def runs(path: Path, overrides: Sequence[tuple[str, str]], batch_size: int) -> d
 
     config = config_of()
     windows = np.random.default_rng(0).integers(0, VOCAB_SIZE, (batch_size, config.model.seq_len + 1), dtype=np.int32)
-    batch = place(batch_from_windows(windows, num_microbatches=2), data_mesh(jax.devices()[:1]))
+    batch = partition_of(devices=jax.devices()[:1]).place(batch_from_windows(windows, num_microbatches=2))
     adamw = settings_of(("optimizer.type", "adamw"))
     whole = settings_of(("optimizer.curvature_batch_fraction", "1.0"))
     half = settings_of(("optimizer.curvature_batch_fraction", "0.5"))
@@ -199,7 +199,7 @@ def measure(
     path: Path, overrides: Sequence[tuple[str, str]], *, batch_size: int, rounds: int, interval: int = 10
 ) -> list[Cost]:
     """The cost of all variants; the arguments are those of `runs`."""
-    with on_mesh(data_mesh(jax.devices()[:1])):
+    with partition_of(devices=jax.devices()[:1]).active():
         seconds = seconds_in_turns(runs(path, overrides, batch_size), rounds)
     over_adamw = {name: s / seconds["adamw"] for name, s in seconds.items()}
     return [

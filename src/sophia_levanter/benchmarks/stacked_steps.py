@@ -28,7 +28,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.optim.protocol import value_at
-from sophia_levanter.partition import data_mesh, on_mesh
+from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, train_step
 
@@ -101,7 +101,7 @@ def compiled_step(config: TrainConfig, num_runs: int) -> tuple[Step, Batch, Trai
         step, state = stacked(config, vocab_size, seeds, [0.5**i for i in range(num_runs)])
         batch = stacked_batches(batches)
     # By leaf: the named axes know nothing of the runs in front.
-    on_one_device = NamedSharding(data_mesh(jax.devices()[:1]), PartitionSpec())
+    on_one_device = NamedSharding(partition_of(devices=jax.devices()[:1]).mesh, PartitionSpec())
     batch, state = jax.device_put((batch, state), on_one_device)
     jitted: Any = eqx.filter_jit(step, donate="all-except-first")
     return jitted.lower(batch, state).compile(), batch, state
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config)
-    with on_mesh(data_mesh(jax.devices()[:1])):
+    with partition_of(devices=jax.devices()[:1]).active():
         step, batch, state = compiled_step(config, arguments.runs)
         state, output = step(batch, state)
         jax.block_until_ready(output.metrics)

@@ -20,7 +20,7 @@ from sophia_levanter.benchmarks.timing import markdown_table
 from sophia_levanter.command_line import load_config
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
-from sophia_levanter.partition import abstract, data_mesh, on_mesh, place
+from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.step import TrainState, train_step
 
@@ -44,7 +44,7 @@ def temporary_bytes(config: TrainConfig, *, refresh: bool) -> int:
         config: the run; its data are not looked at.
         refresh: whether the step refreshes the curvature.
     """
-    mesh = data_mesh(jax.devices()[:1])
+    partition = partition_of(devices=jax.devices()[:1])
     settings = build_step_settings(config.optimizer, config.trainer, decay_mask)
 
     def initial_state() -> TrainState:
@@ -52,10 +52,10 @@ def temporary_bytes(config: TrainConfig, *, refresh: bool) -> int:
         return TrainState.init(model, settings.optimizer)
 
     windows = np.zeros((config.trainer.batch_size, config.model.seq_len + 1), np.int32)
-    batch = place(batch_from_windows(windows, num_microbatches=config.trainer.num_microbatches), mesh)
+    batch = partition.place(batch_from_windows(windows, num_microbatches=config.trainer.num_microbatches))
     step = jax.jit(partial(train_step, settings, refresh), donate_argnums=1)
-    with on_mesh(mesh):
-        compiled = step.lower(batch, abstract(initial_state, mesh)).compile()
+    with partition.active():
+        compiled = step.lower(batch, partition.abstract(initial_state)).compile()
     analysis = compiled.memory_analysis()
     assert analysis is not None, f"no memory analysis on {jax.default_backend()}"
     return analysis.temp_size_in_bytes

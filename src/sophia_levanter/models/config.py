@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from haliax import Axis
 
 VOCAB_MULTIPLE = 128
-CHECKPOINTING_POLICIES = ("none", "full")
+CHECKPOINTING_POLICIES = ("none", "full", "dots", "offload")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Gpt2Config:
     dropout: float = 0.0  # on embeddings, attention weights and each block's two outputs
     layer_norm_epsilon: float = 1e-5  # added to the variance in layer norms
     initializer_range: float = 0.02  # standard deviation of the initial weights
-    gradient_checkpointing: str = "full"  # what a block recomputes in the backward pass: none, or all of it (full)
+    gradient_checkpointing: str = "full"  # a block's backward pass computes again: none, full, or all but dots; offload
     scan_unroll: int = 1  # layers in one step of the scan over them: more compile longer and run faster on CPUs
     loss_block_size: int = 256  # positions whose logits exist at one time in the loss
 

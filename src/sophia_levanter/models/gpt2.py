@@ -14,6 +14,8 @@ from sophia_levanter.batch import Batch
 from sophia_levanter.models.attention import causal_attention
 from sophia_levanter.models.config import Gpt2Config, pad_vocab
 from sophia_levanter.models.loss import Targets, blocked_cross_entropy
+from sophia_levanter.models.rematerialisation import checkpointed
+from sophia_levanter.partition.mesh import in_use
 
 __all__ = ["Gpt2", "Gpt2Config"]
 
@@ -78,9 +80,13 @@ class Block(eqx.Module):
         )
 
     def __call__(self, x: NamedArray, layer: NamedArray, key: jax.Array | None) -> NamedArray:
+        return checkpointed(self.config.gradient_checkpointing, Block._forward)(self, x, layer, key)
+
+    def _forward(self, x: NamedArray, layer: NamedArray, key: jax.Array | None) -> NamedArray:
+        block = in_use(self)
         k_weights, k_attn, k_mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
-        x = x + _dropout(self.config, self.attn(_normalize(self.ln_1, x), layer, key=k_weights), k_attn)
-        return x + _dropout(self.config, self.mlp(_normalize(self.ln_2, x)), k_mlp)
+        x = x + _dropout(self.config, block.attn(_normalize(block.ln_1, x), layer, key=k_weights), k_attn)
+        return hax.auto_sharded(x + _dropout(self.config, block.mlp(_normalize(block.ln_2, x)), k_mlp))
 
 
 class Gpt2(eqx.Module):
@@ -114,9 +120,7 @@ class Gpt2(eqx.Module):
         """
         k_wte, k_wpe, k_blocks = jax.random.split(key, 3)
         Vocab = Axis("vocab", pad_vocab(vocab_size))
-        blocks = hnn.Stacked.init(config.Layers, Block, gradient_checkpointing=config.gradient_checkpointing == "full")(
-            config, key=jax.random.split(k_blocks, config.num_layers)
-        )
+        blocks = hnn.Stacked.init(config.Layers, Block)(config, key=jax.random.split(k_blocks, config.num_layers))
         return Gpt2(
             config,
             vocab_size,
@@ -136,6 +140,14 @@ class Gpt2(eqx.Module):
         Returns:
             [..., position, embed] in the parameters' dtype.
         """
+        return self._in_use()._hidden(tokens, key)
+
+    def _in_use(self) -> Gpt2:
+        """With whole parameters outside of the blocks, which gather their own."""
+        parts = (self.wte, self.wpe, self.ln_f)
+        return eqx.tree_at(lambda model: (model.wte, model.wpe, model.ln_f), self, in_use(parts))
+
+    def _hidden(self, tokens: NamedArray, key: jax.Array | None) -> NamedArray:
         num_positions = tokens.resolve_axis("position").size
         positions = self.wpe.weight[{"position": slice(0, num_positions)}]
         k_embed, k_blocks = (None, None) if key is None else jax.random.split(key)
@@ -155,7 +167,8 @@ class Gpt2(eqx.Module):
         Returns:
             [..., position, vocab] in the parameters' dtype.
         """
-        logits = self.hidden(tokens, key=key).dot(self.wte.weight, axis=self.config.Embed)
+        model = self._in_use()
+        logits = model._hidden(tokens, key).dot(model.wte.weight, axis=self.config.Embed)
         return logits[{"vocab": slice(0, self.vocab_size)}]
 
     def losses(
@@ -175,9 +188,10 @@ class Gpt2(eqx.Module):
         def array(x: NamedArray) -> jax.Array:
             return x.rearrange(("batch", "position", ...)).array
 
-        hidden = self.hidden(batch.tokens, key=key).rearrange(("batch", "position", "embed"))
+        model = self._in_use()
+        hidden = model._hidden(batch.tokens, key).rearrange(("batch", "position", "embed"))
         targets = Targets(array(batch.targets), array(batch.weights), None if samples is None else array(samples))
-        head = self.wte.weight.rearrange(("vocab", "embed")).array
+        head = model.wte.weight.rearrange(("vocab", "embed")).array
         return blocked_cross_entropy(self.vocab_size, self.config.loss_block_size, hidden.array, head, targets)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sophia_levanter.optim.categorical import sample_categorical
+from sophia_levanter.partition.mesh import by_row_shard, row_shards
 
 
 class Targets(NamedTuple):
@@ -84,11 +85,28 @@ blocked_cross_entropy.defvjp(_forward, _backward)
 def _run_blocks(
     vocab_size: int, block_size: int, hidden: jax.Array, head: jax.Array, targets: Targets, *, with_gradients: bool
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[_Gradients, ...]]:
+    """The sums over all rows, shard by shard, so that the head's gradient is added up over devices only once."""
+    shards = row_shards()
+    if shards == 1:
+        losses, gradients = _run_shard(vocab_size, block_size, head, hidden, targets, with_gradients=with_gradients)
+        return losses, _cast_head(gradients, head)
+
+    def run(hidden: jax.Array, targets: Targets) -> tuple:
+        return _run_shard(vocab_size, block_size, head, hidden, targets, with_gradients=with_gradients)
+
+    split = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), (hidden, targets))
+    losses, gradients = by_row_shard(jax.vmap(run)(*by_row_shard(split)))
+    joined = tuple(_Gradients(g.hidden.reshape(hidden.shape), jnp.sum(g.head, axis=0)) for g in gradients)
+    return (jnp.sum(losses[0]), jnp.sum(losses[1])), _cast_head(joined, head)
+
+
+def _run_shard(
+    vocab_size: int, block_size: int, head: jax.Array, hidden: jax.Array, targets: Targets, *, with_gradients: bool
+) -> tuple[tuple[jax.Array, jax.Array], tuple[_Gradients, ...]]:
     positions = hidden.shape[1]
     one_block = partial(_one_block, vocab_size, head, with_gradients=with_gradients)
     if positions <= block_size:
-        losses, gradients = one_block(hidden, targets)
-        return losses, _cast_head(gradients, head)
+        return one_block(hidden, targets)
 
     blocks = jax.tree.map(partial(_split_positions, block_size), (hidden, targets))
 
@@ -102,8 +120,7 @@ def _run_blocks(
         jax.eval_shape(lambda b: _summed_part(one_block(*b)), jax.tree.map(lambda x: x[0], blocks)),
     )
     (losses, heads), hiddens = jax.lax.scan(body, start, blocks)
-    gradients = tuple(_Gradients(_join_positions(h, positions), d) for h, d in zip(hiddens, heads, strict=True))
-    return losses, _cast_head(gradients, head)
+    return losses, tuple(_Gradients(_join_positions(h, positions), d) for h, d in zip(hiddens, heads, strict=True))
 
 
 def _summed_part(result: tuple) -> tuple:

@@ -9,11 +9,10 @@ import equinox as eqx
 import jax
 import jmp
 import numpy as np
-from jax.sharding import Mesh
 
 from sophia_levanter.batch import Batch, batch_from_windows, count_targets
 from sophia_levanter.models.gpt2 import Gpt2
-from sophia_levanter.partition import place
+from sophia_levanter.partition.mesh import Partition
 
 if TYPE_CHECKING:
     from sophia_levanter.data.batches import ValidationBatches
@@ -37,14 +36,16 @@ class Evaluator:
     Args:
         batches: the validation windows.
         byte_lengths: [vocab] bytes of text that each token stands for.
-        mesh: the devices.
+        partition: the devices, and where arrays lie on them.
         policy: parameters' and compute dtypes.
     """
 
-    def __init__(self, batches: ValidationBatches, byte_lengths: np.ndarray, mesh: Mesh, policy: jmp.Policy) -> None:
+    def __init__(
+        self, batches: ValidationBatches, byte_lengths: np.ndarray, partition: Partition, policy: jmp.Policy
+    ) -> None:
         self._batches = batches
         self._byte_lengths = byte_lengths
-        self._mesh = mesh
+        self._partition = partition
 
         @eqx.filter_jit
         def sums(model: Gpt2, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -58,7 +59,8 @@ class Evaluator:
         results = []
         text_bytes = 0
         for windows, weights in self._batches:
-            results.append(self._sums(model, place(batch_from_windows(windows, weights), self._mesh)))
+            with self._partition.active():
+                results.append(self._sums(model, self._partition.place(batch_from_windows(windows, weights))))
             text_bytes += int((self._byte_lengths[windows[:, 1:]] * (weights > 0)).sum())
         nats = sum(float(loss) for loss, _ in results)
         targets = sum(float(count) for _, count in results)

@@ -14,12 +14,11 @@ from typing import Any, Protocol
 
 import equinox as eqx
 import numpy as np
-from jax.sharding import Mesh
 
 from sophia_levanter.batch import Batch, batch_from_windows
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.optim import Sophia
-from sophia_levanter.partition import on_mesh, place
+from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
 from sophia_levanter.training.config import TrainerConfig
@@ -76,7 +75,7 @@ class Loop:
     Attributes:
         config: how long, and how often to evaluate, save and log.
         settings: what the step needs.
-        mesh: the devices.
+        partition: the devices, and where arrays lie on them.
         batches: the training windows.
         evaluate: gives a model's validation loss.
         save: writes a checkpoint of a state and gives its path.
@@ -88,7 +87,7 @@ class Loop:
 
     config: TrainerConfig
     settings: StepSettings
-    mesh: Mesh
+    partition: Partition
     batches: Batches
     evaluate: Callable[[Gpt2], Evaluation]
     save: Callable[[TrainState], Path]
@@ -115,7 +114,7 @@ class Loop:
         Raises:
             TrainingFailed: if too many steps in a row had a non-finite loss or gradient.
         """
-        with on_mesh(self.mesh):
+        with self.partition.active():
             plain, refreshing = self._compile(state)
             self.console.start(int(state.step), self.config.num_train_steps)
             self._last_time = time.perf_counter()
@@ -171,7 +170,7 @@ class Loop:
 
     def _batch(self, step: int) -> Batch:
         windows = self.batches[step]
-        return place(batch_from_windows(windows, num_microbatches=self.config.num_microbatches), self.mesh)
+        return self.partition.place(batch_from_windows(windows, num_microbatches=self.config.num_microbatches))
 
     def _read(self, step: int, output: StepOutput) -> None:
         """Wait for a step to end, and log it."""

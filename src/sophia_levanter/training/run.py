@@ -9,22 +9,19 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
-import equinox as eqx
 import jax
-from jax.sharding import Mesh
 
 from sophia_levanter import checkpoint
 from sophia_levanter.command_line import load_config
-from sophia_levanter.config import TrainConfig
+from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches
 from sophia_levanter.data.prepare import TextData, prepare
 from sophia_levanter.data.tokenizer import token_byte_lengths
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
-from sophia_levanter.partition import abstract, check_batch_divides, data_mesh, place
+from sophia_levanter.partition.mesh import Partition, partition_of
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
-from sophia_levanter.training.config import SophiaHConfig
 from sophia_levanter.training.evaluation import Evaluator
 from sophia_levanter.training.loop import Loop, StopRequest
 from sophia_levanter.training.optimizers import build_schedule, build_step_settings
@@ -42,7 +39,7 @@ class Parts:
     """What a run is made of before it has a state."""
 
     config: TrainConfig
-    mesh: Mesh
+    partition: Partition
     data: TextData
     batches: TrainBatches
     validation: ValidationBatches
@@ -91,7 +88,7 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
             )
             return None
     else:
-        state = place(eqx.filter_jit(parts.initial_state)(), parts.mesh)
+        state = parts.partition.made(parts.initial_state)
     directory.lock()
     directory.write_config(config)
     checkpoint.remove_leftovers(directory.checkpoints)
@@ -112,21 +109,22 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
 
 def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console) -> Parts:
     trainer, seq_len = config.trainer, config.model.seq_len
-    mesh = data_mesh()
-    rows = trainer.microbatch_size or trainer.batch_size
-    field = "trainer.microbatch_size" if trainer.microbatch_size else "trainer.batch_size"
-    check_batch_divides(field, rows, mesh)
-    if isinstance(config.optimizer, SophiaHConfig) and config.optimizer.curvature_microbatch_size:
-        check_batch_divides("optimizer.curvature_microbatch_size", config.optimizer.curvature_microbatch_size, mesh)
+    partition = partition_of(config.mesh)
+    mesh = partition.mesh
+    check_mesh(config, mesh.size)
     data = prepare(config.data, console.line)
+    check_mesh(config, mesh.size, data.tokenizer.vocab_size)
     devices = {"device": mesh.devices.flat[0].device_kind, "device_count": mesh.size}
     return Parts(
         config=config,
-        mesh=mesh,
+        partition=partition,
         data=data,
         batches=TrainBatches(data.train, seq_len=seq_len, batch_size=trainer.batch_size, seed=trainer.seed),
         validation=ValidationBatches(
-            data.validation, seq_len=seq_len, batch_size=rows, max_windows=trainer.evaluation_windows
+            data.validation,
+            seq_len=seq_len,
+            batch_size=trainer.microbatch_size or trainer.batch_size,
+            max_windows=trainer.evaluation_windows,
         ),
         settings=build_step_settings(config.optimizer, trainer, decay_mask),
         facts={"environment": {**environment, **devices}, "data": _data_facts(data)},
@@ -145,7 +143,7 @@ def _data_facts(data: TextData) -> dict[str, Any]:
 
 def _restore(parts: Parts, directory: RunDirectory, console: Console) -> tuple[TrainState, str]:
     """The newest checkpoint that is whole, and the run's id; tells what is not as it was when the run began."""
-    like = abstract(parts.initial_state, parts.mesh)
+    like = parts.partition.abstract(parts.initial_state)
     restored = checkpoint.restore(directory.checkpoints, like, report=console.line)
     old_config = load_config(directory.config_file)
     for name, old, new in changed_fields(old_config, parts.config):
@@ -188,19 +186,19 @@ def _make_loop(parts: Parts, directory: RunDirectory, state: TrainState, run_id:
             keep=trainer.keep_checkpoints,
         )
 
-    vocab_size = parts.data.tokenizer.vocab_size
+    flops = flops_per_token(parts.config.model, parts.data.tokenizer.vocab_size)
     return Loop(
         config=trainer,
         settings=parts.settings,
-        mesh=parts.mesh,
+        partition=parts.partition,
         batches=parts.batches,
         evaluate=Evaluator(
-            parts.validation, token_byte_lengths(parts.data.tokenizer), parts.mesh, parts.settings.policy
+            parts.validation, token_byte_lengths(parts.data.tokenizer), parts.partition, parts.settings.policy
         ),
         save=save,
         metrics=JsonLines(directory.metrics_file, first_step=step),
         console=console,
         tokens_per_step=trainer.batch_size * parts.config.model.seq_len,
-        mfu_per_token_rate=flops_per_token(parts.config.model, vocab_size) / peak_flops(list(parts.mesh.devices.flat)),
+        mfu_per_token_rate=flops / peak_flops(list(parts.partition.mesh.devices.flat)),
         saved_step=step if step in checkpoint.steps(directory.checkpoints) else None,
     )

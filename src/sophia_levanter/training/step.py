@@ -19,6 +19,7 @@ from sophia_levanter.optim import GaussNewtonBartlett, Hutchinson, Optimizer, So
 from sophia_levanter.optim.microbatch import split_at
 from sophia_levanter.optim.protocol import value_at
 from sophia_levanter.optim.shared_forward import GradientSums, LossesFn, accumulate
+from sophia_levanter.partition.mesh import at_rest
 
 PyTree = Any
 
@@ -268,10 +269,11 @@ def _apply(
 ) -> TrainState:
     """Refresh and update where the numbers are finite; count either way."""
     updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.model, h_hat, finite=finite)
-    return TrainState(
+    after = TrainState(
         step=state.step + 1,
         model=eqx.apply_updates(state.model, updates),
         optimizer_state=optimizer_state,
         skipped_steps=state.skipped_steps + ~finite,
         skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )
+    return at_rest(after)

@@ -15,6 +15,7 @@ from sophia_levanter.training.config import SophiaConfig
 from sophia_levanter.training.optimizers import curvature_share
 
 if TYPE_CHECKING:
+    from sophia_levanter.partition.mesh import Partition
     from sophia_levanter.training.loop import Loop
     from sophia_levanter.training.run import Parts
     from sophia_levanter.training.step import TrainState
@@ -38,7 +39,7 @@ def describe_start(parts: Parts, directory: Path, console: Console) -> None:
     console.line(
         f"optimizer: {type(parts.settings.optimizer).__name__}, {trainer.num_train_steps:,} steps of "
         f"{trainer.batch_size} x {model.seq_len} tokens in {trainer.num_microbatches} microbatch(es), "
-        f"on {parts.mesh.size} {parts.mesh.devices.flat[0].device_kind} device(s)"
+        f"on {describe_mesh(parts.partition)}"
     )
     if isinstance(config.optimizer, SophiaConfig):
         share = curvature_share(config.optimizer, trainer)
@@ -49,6 +50,17 @@ def describe_start(parts: Parts, directory: Path, console: Console) -> None:
             + (", in a Kronecker basis" if config.optimizer.basis == "kronecker" else "")
         )
     console.line(f"run directory: {directory}")
+
+
+def describe_mesh(partition: Partition) -> str:
+    """`8 TPU v4 device(s), data 4 x model 2, embed over data`."""
+    mesh = partition.mesh
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    split = [f"{name} over {' and '.join(over)}" for name, over in partition.parameters.items() if "data" in over]
+    parts = [f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s)"]
+    if axes:
+        parts += [axes, *(s for s in split if not s.startswith("batch"))]
+    return ", ".join(parts)
 
 
 def describe_end(parts: Parts, loop: Loop, state: TrainState, console: Console) -> None:
@@ -72,7 +84,8 @@ def _sample(parts: Parts, state: TrainState) -> str:
     data, trainer = parts.data, parts.config.trainer
     prompt = data.validation.read(0, min(PROMPT_TOKENS, data.validation.num_tokens))
     key = jax.random.key(trainer.seed)
-    drawn = generate(state.model, prompt.tolist(), trainer.sample_tokens, key=key)
+    with parts.partition.active():
+        drawn = generate(state.model, prompt.tolist(), trainer.sample_tokens, key=key)
     text = f"[{data.tokenizer.decode(prompt)}]{data.tokenizer.decode(drawn)}"
     # A model of bytes may well draw what a terminal takes for a command.
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,0 +1,101 @@
+"""The mesh's settings, and whether they fit a model and a number of devices. Free of jax."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sophia_levanter.errors import InputError
+
+MESH_AXES = ("replica", "data", "sequence", "model")
+TENSOR_AXES = ("heads", "mlp", "vocab")
+FSDP_AXES = ("embed", "mlp", "heads", "vocab", "layers")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are laid out, and along which of their axes the model's named axes are split.
+
+    Raises:
+        InputError: if a size is out of its range, or an axis has an unknown name.
+    """
+
+    replica: int = 1  # groups with slow links between them (slices, nodes): each has all parameters and its own rows
+    data: int = -1  # devices of a group that have rows of their own; -1: all that the other sizes leave
+    sequence: int = 1  # devices that a row's positions are split over
+    model: int = 1  # devices that heads, mlp and vocab are split over (tensor parallelism)
+    fsdp: str | None = None  # named axis of parameters, optimizer state and gradients that is split over data: embed
+    heads: str | None = "model"  # mesh axis that the attention's heads are split over: model, or null
+    mlp: str | None = "model"  # mesh axis that the MLP's hidden units are split over: model, or null
+    vocab: str | None = "model"  # mesh axis that the vocabulary is split over: model, or null
+    position: str | None = "sequence"  # mesh axis that positions are split over: sequence, or null
+
+    def __post_init__(self) -> None:
+        for name in MESH_AXES:
+            size = getattr(self, name)
+            if size < 1 and not (name == "data" and size == -1):
+                least = "at least 1, or -1 for all devices that are left" if name == "data" else "at least 1"
+                raise InputError(f"mesh.{name} is {size}; it must be {least}")
+        if self.fsdp is not None and self.fsdp not in FSDP_AXES:
+            raise InputError(f"mesh.fsdp is {self.fsdp!r}; it must be one of {', '.join(FSDP_AXES)}, or null")
+        for name, wanted in (*((name, "model") for name in TENSOR_AXES), ("position", "sequence")):
+            value = getattr(self, name)
+            if value not in (wanted, None):
+                raise InputError(f"mesh.{name} is {value!r}; it must be {wanted} or null")
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """The size of each mesh axis over so many devices, in the order of the mesh.
+
+        Raises:
+            InputError: if the product is not the number of devices; says what would fit.
+        """
+        sizes = {name: getattr(self, name) for name in MESH_AXES}
+        others = math.prod(size for name, size in sizes.items() if name != "data")
+        if sizes["data"] == -1:
+            sizes["data"] = max(1, num_devices // others)
+        if math.prod(sizes.values()) == num_devices:
+            return sizes
+        shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "data 1"
+        fits = f"mesh.data {num_devices // others}" if num_devices % others == 0 else "sizes whose product is that"
+        raise InputError(
+            f"mesh: {shown} is {math.prod(sizes.values())} devices, and there are {num_devices}; {fits} would fit"
+        )
+
+    @property
+    def compute_mapping(self) -> dict[str, tuple[str, ...]]:
+        """The mesh axes of each named axis, for activations and for parameters while they are in use."""
+        named = {name: getattr(self, name) for name in (*TENSOR_AXES, "position")}
+        return {"batch": ("replica", "data")} | {name: (axis,) for name, axis in named.items() if axis is not None}
+
+    @property
+    def parameter_mapping(self) -> dict[str, tuple[str, ...]]:
+        """The same for parameters, optimizer state and gradients at rest."""
+        mapping = self.compute_mapping
+        if self.fsdp is not None:
+            mapping[self.fsdp] = (*mapping.get(self.fsdp, ()), "data")
+        return mapping
+
+
+def check_divides(sizes: dict[str, int], mapping: dict[str, tuple[str, ...]], axes: dict[str, tuple[str, int]]) -> None:
+    """Refuse named axes that do not divide over the mesh axes they are split over.
+
+    Args:
+        sizes: of the mesh axes.
+        mapping: the mesh axes of each named axis.
+        axes: the configuration's field and the size, by named axis.
+
+    Raises:
+        InputError: names the field, the mesh axes and the nearest size that would do.
+    """
+    for name, (field, size) in axes.items():
+        over = {axis: sizes[axis] for axis in mapping.get(name, ()) if sizes[axis] > 1}
+        parts = math.prod(over.values())
+        if size % parts:
+            shown = " x ".join(f"mesh.{axis} {count}" for axis, count in over.items())
+            nearest = max(1, round(size / parts)) * parts
+            devices = "devices" if len(over) == 1 else f"= {parts} devices"
+            or_else = f"mesh.{name} null" if name in (*TENSOR_AXES, "position") else "a smaller mesh"
+            raise InputError(
+                f"{field} {size} does not divide over {shown} {devices}; "
+                f"a multiple of {parts} such as {nearest} would, or {or_else}"
+            )

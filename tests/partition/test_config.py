@@ -1,0 +1,139 @@
+"""What a mesh's settings mean, and what they refuse."""
+
+import pytest
+
+from sophia_levanter.config import TrainConfig, check_mesh
+from sophia_levanter.errors import InputError
+from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.partition.config import MeshConfig
+from sophia_levanter.training.config import SophiaHConfig, TrainerConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "sizes"),
+    [
+        ({}, 8, (1, 8, 1, 1)),
+        ({"model": 2}, 8, (1, 4, 1, 2)),
+        ({"replica": 2, "data": 2, "sequence": 2}, 8, (2, 2, 2, 1)),
+        ({"data": 1}, 1, (1, 1, 1, 1)),
+    ],
+)
+def test_sizes(settings, devices, sizes):
+    assert MeshConfig(**settings).sizes(devices) == dict(
+        zip(("replica", "data", "sequence", "model"), sizes, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "message"),
+    [
+        ({"data": 4}, 8, r"^mesh: data 4 is 4 devices, and there are 8; mesh.data 8 would fit$"),
+        ({"data": 4, "model": 4}, 8, r"^mesh: data 4 x model 4 is 16 devices, and there are 8; mesh.data 2 would fit$"),
+        ({"model": 3}, 8, r"^mesh: data 2 x model 3 is 6 devices, and there are 8; sizes whose product is that would"),
+        ({"model": 16}, 8, r"^mesh: model 16 is 16 devices, and there are 8; sizes whose product is that would fit$"),
+        ({"data": 2}, 1, r"^mesh: data 2 is 2 devices, and there are 1; mesh.data 1 would fit$"),
+    ],
+)
+def test_sizes_that_do_not_fit(settings, devices, message):
+    with pytest.raises(InputError, match=message):
+        MeshConfig(**settings).sizes(devices)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": 0}, "^mesh.data is 0; it must be at least 1, or -1 for all devices that are left$"),
+        ({"data": -2}, "^mesh.data is -2; it must be at least 1"),
+        ({"model": -1}, "^mesh.model is -1; it must be at least 1$"),
+        ({"fsdp": "width"}, "^mesh.fsdp is 'width'; it must be one of embed, mlp, heads, vocab, layers, or null$"),
+        ({"heads": "data"}, "^mesh.heads is 'data'; it must be model or null$"),
+        ({"position": "model"}, "^mesh.position is 'model'; it must be sequence or null$"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(InputError, match=message):
+        MeshConfig(**settings)
+
+
+def test_mappings():
+    mesh = MeshConfig(fsdp="embed", vocab=None)
+    assert mesh.compute_mapping == {
+        "batch": ("replica", "data"),
+        "heads": ("model",),
+        "mlp": ("model",),
+        "position": ("sequence",),
+    }
+    assert mesh.parameter_mapping == mesh.compute_mapping | {"embed": ("data",)}
+    assert MeshConfig(fsdp="mlp").parameter_mapping["mlp"] == ("model", "data")
+
+
+MODEL = Gpt2Config(num_layers=6, num_heads=6, embed_dim=96, seq_len=64)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "trainer", "devices", "message"),
+    [
+        (
+            MeshConfig(),
+            {},
+            8,
+            "^trainer.batch_size 12 does not divide over mesh.data 8 devices; a multiple of 8 such as",
+        ),
+        (
+            MeshConfig(),
+            {"microbatch_size": 6},
+            4,
+            "^trainer.microbatch_size 6 does not divide over mesh.data 4 devices",
+        ),
+        (
+            MeshConfig(replica=4, data=2),
+            {},
+            8,
+            "^trainer.batch_size 12 does not divide over mesh.replica 4 x mesh.data 2 = 8 devices",
+        ),
+        (
+            MeshConfig(model=4),
+            {},
+            4,
+            "^model.num_heads 6 does not divide over mesh.model 4 devices; a multiple of 4 such as 8 would",
+        ),
+        (
+            MeshConfig(model=5, heads=None),
+            {},
+            5,
+            "^model.embed_dim x model.mlp_ratio 384 does not divide over mesh.model 5",
+        ),
+        (MeshConfig(sequence=3), {}, 3, "^model.seq_len 64 does not divide over mesh.sequence 3"),
+        (MeshConfig(fsdp="layers"), {}, 4, "^model.num_layers 6 does not divide over mesh.data 4"),
+        (
+            MeshConfig(fsdp="heads", model=3),
+            {},
+            12,
+            "^model.num_heads 6 does not divide over mesh.model 3 x mesh.data 4",
+        ),
+        (
+            MeshConfig(model=5, heads=None, mlp=None),
+            {},
+            5,
+            "^the vocabulary of data.tokenizer bytes, padded, 50304 does",
+        ),
+    ],
+)
+def test_what_does_not_divide(mesh, trainer, devices, message):
+    config = TrainConfig(model=MODEL, mesh=mesh, trainer=TrainerConfig(batch_size=12, **trainer))
+    with pytest.raises(InputError, match=message):
+        check_mesh(config, devices, 50257)
+
+
+def test_hutchinsons_own_microbatch_must_divide_too():
+    optimizer = SophiaHConfig(curvature_microbatch_size=2)
+    config = TrainConfig(model=MODEL, optimizer=optimizer, trainer=TrainerConfig(batch_size=12))
+    with pytest.raises(InputError, match=r"^optimizer.curvature_microbatch_size 2 does not divide over mesh.data 4"):
+        check_mesh(config, 4)
+
+
+def test_what_fits():
+    config = TrainConfig(
+        model=MODEL, mesh=MeshConfig(data=2, model=3, fsdp="embed"), trainer=TrainerConfig(batch_size=12)
+    )
+    check_mesh(config, 6, 50257)
