@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
-from sophia_levanter.batch import batch_from_windows
 from sophia_levanter.benchmarks.timing import markdown_table
 from sophia_levanter.command_line import load_config
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.optimizers import build_step_settings
-from sophia_levanter.training.step import TrainState, train_step
+from sophia_levanter.training.lowering import lower_step
 
 VOCAB_SIZE = 50257
 
@@ -45,17 +40,7 @@ def temporary_bytes(config: TrainConfig, *, refresh: bool) -> int:
         refresh: whether the step refreshes the curvature.
     """
     partition = partition_of(devices=jax.devices()[:1])
-    settings = build_step_settings(config.optimizer, config.trainer, decay_mask)
-
-    def initial_state() -> TrainState:
-        model = Gpt2.init(config.model, vocab_size=VOCAB_SIZE, key=jax.random.key(0))
-        return TrainState.init(model, settings.optimizer)
-
-    windows = np.zeros((config.trainer.batch_size, config.model.seq_len + 1), np.int32)
-    batch = partition.place(batch_from_windows(windows, num_microbatches=config.trainer.num_microbatches))
-    step = jax.jit(partial(train_step, settings, refresh), donate_argnums=1)
-    with partition.active():
-        compiled = step.lower(batch, partition.abstract(initial_state)).compile()
+    compiled = lower_step(config, partition, VOCAB_SIZE, refresh=refresh).compile()
     analysis = compiled.memory_analysis()
     assert analysis is not None, f"no memory analysis on {jax.default_backend()}"
     return analysis.temp_size_in_bytes

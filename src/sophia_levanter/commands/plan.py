@@ -1,0 +1,145 @@
+"""`python -m sophia_levanter.commands.plan --config FILE`: what a run would take, before any machine is paid for."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sophia_levanter.command_line import load_config
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.errors import InputError
+from sophia_levanter.planning.target import GPUS, TPUS, Target, pretended_target, tpu_target
+
+DONE, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OPTIONS = ("--config", "--target", "--devices", "--gpu", "--mfu")
+USAGE = f"""\
+usage: python -m sophia_levanter.commands.plan --config FILE [--target TPU | --devices N [--gpu KIND]] [--mfu SHARE]
+       [--SECTION.FIELD VALUE ...] [--help]
+
+Compiles the steps of a run without data and without parameters, and prints parameters, FLOPs, each device's memory by
+kind, what devices send each other, the largest microbatch that fits, and how long the run would take.
+
+  --config FILE          the run's configuration, as for training
+  --target TPU           a TPU topology such as v4:2x2x4 ({", ".join(TPUS)}); compiled as for the real machine, which
+                         need not be there: pip install 'sophia-levanter[tpu]'
+  --devices N            so many GPUs, one if not given; compiled for this machine's CPU, and so approximate
+  --gpu KIND             {", ".join(GPUS)}; h100 if not given
+  --mfu SHARE            model FLOPs utilisation to expect, 0.4 if not given
+  --SECTION.FIELD VALUE  sets one field, on top of the file: --mesh.fsdp embed
+  --help                 prints this and exits"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for."""
+
+    config: TrainConfig
+    name: str
+    target: Target
+    mfu: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says.
+
+    Returns:
+        The exit status: 0 done, 1 the compiler failed, 2 bad input, 130 interrupted.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if "--help" in words or "-h" in words:
+        print(USAGE)
+        return DONE
+    try:
+        return _plan(parse(words))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except BrokenPipeError:
+        # Nobody reads on (`| head`); what Python would still flush must not fail either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILURE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def parse(words: Sequence[str]) -> Command:
+    """Reads the command line.
+
+    Raises:
+        InputError: if an argument is not known, has no value or a wrong one, or the configuration is at fault.
+    """
+    options: dict[str, str] = {}
+    overrides: list[tuple[str, str]] = []
+    rest = list(words)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if name not in OPTIONS and not (name.startswith("--") and "." in name):
+            raise InputError(f"unexpected argument {name!r}; --help shows the options")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise InputError(f"{name} has no value; write {name} VALUE")
+            value = rest.pop(0)
+        if name in OPTIONS:
+            options[name] = value
+        else:
+            overrides.append((name.removeprefix("--"), value))
+    if "--config" not in options:
+        raise InputError("--config FILE is missing; config/gpt2_large_sophia.yaml is one")
+    path = Path(options["--config"])
+    return Command(load_config(path, overrides), path.stem, _target(options), _mfu(options.get("--mfu", "0.4")))
+
+
+def _target(options: dict[str, str]) -> Target:
+    if "--target" in options:
+        for other in ("--devices", "--gpu"):
+            if other in options:
+                raise InputError(
+                    f"{other} does not go with --target, which says how many devices of what kind there are"
+                )
+        return tpu_target(options["--target"])
+    count = options.get("--devices", "1")
+    if not count.isdecimal():
+        raise InputError(f"--devices is {count!r}; it must be a whole number of at least 1")
+    return pretended_target(int(count), options.get("--gpu", "h100"))
+
+
+def _mfu(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise InputError(f"--mfu is {text!r}; it must be above 0 and at most 1")
+    return share
+
+
+def _plan(command: Command) -> int:
+    # For jax and libtpu, which look at these when they start: no TPU of this machine is used or asked about.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+    from jax.errors import JaxRuntimeError
+
+    from sophia_levanter.planning.run_plan import describe
+
+    try:
+        for line in describe(command.config, command.name, command.target, command.mfu):
+            print(line, flush=True)
+    except JaxRuntimeError as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return FAILURE
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""What a whole run would take, in lines for people."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from sophia_levanter.config import TrainConfig, check_mesh
+from sophia_levanter.data.tokenizer import load_tokenizer
+from sophia_levanter.errors import InputError
+from sophia_levanter.partition.mesh import Partition, partition_of
+from sophia_levanter.planning.step_plan import StepPlan, activation_bytes, bytes_by_kind, gradient_bytes, plan_step
+from sophia_levanter.planning.target import GIB, Target
+from sophia_levanter.training.config import SophiaConfig, SophiaHConfig
+from sophia_levanter.training.costs import matrix_flops_per_step, passes_per_step, refreshes_per_step
+from sophia_levanter.training.lowering import abstract_state
+from sophia_levanter.training.optimizers import curvature_microbatches
+from sophia_levanter.training.summary import count_parameters, describe_mesh
+from sophia_levanter.training.throughput import flops_per_token
+
+# Sizes of encodings that a machine may have to plan for before it can download them.
+VOCAB_SIZES = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
+# What a refresh of Hutchinson's may need of a plain step's temporaries before its rows are taken in smaller pieces.
+REFRESH_RATIO = 1.25
+SECONDS_PER_DAY = 86_400
+
+
+def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iterator[str]:
+    """Lines about a run on a target, as they are found.
+
+    Args:
+        config: the run.
+        name: of the configuration, for people.
+        target: the devices.
+        mfu: model FLOPs utilisation to expect.
+
+    Raises:
+        InputError: if the run does not fit the mesh, or the compiler for the target is missing.
+    """
+    vocab_size = VOCAB_SIZES.get(config.data.tokenizer) or load_tokenizer(config.data.tokenizer).vocab_size
+    check_mesh(config, target.num_devices, vocab_size)
+    partition = partition_of(config.mesh, target.devices())
+    state = abstract_state(config, partition, vocab_size)
+    yield f"{name} on {target.name}: {describe_mesh(partition)}"
+    if target.topology is None:
+        yield "approximate: compiled for this machine's CPU, whose compiler lays temporaries out in another way"
+    yield from _size(config, state, target, vocab_size, mfu)
+    kinds = (False, True) if isinstance(config.optimizer, SophiaConfig) else (False,)
+    plans = {refresh: plan_step(config, partition, vocab_size, refresh=refresh) for refresh in kinds}
+    yield from _memory(config, partition, vocab_size, state, plans, target)
+    yield from _collectives(config, state, plans)
+    fits = _fitter(partition, vocab_size, target)
+    yield _largest_microbatch(config, partition, target, fits)
+    if isinstance(config.optimizer, SophiaHConfig):
+        yield _hutchinsons_microbatch(config, partition, vocab_size, plans[False])
+
+
+def _size(config: TrainConfig, state: object, target: Target, vocab_size: int, mfu: float) -> Iterator[str]:
+    trainer = config.trainer
+    tokens = trainer.batch_size * config.model.seq_len
+    model_flops = flops_per_token(config.model, vocab_size) * tokens
+    step = model_flops * passes_per_step(config) + matrix_flops_per_step(config)
+    seconds = step / (mfu * target.chip.peak_flops * target.num_devices)
+    yield f"parameters        {count_parameters(state.model):,}"  # type: ignore[attr-defined]
+    yield (
+        f"FLOPs             {step:.3g} a step, {step / model_flops - 1:.1%} of them for curvature and matrices; "
+        f"{step * trainer.num_train_steps:.3g} a run"
+    )
+    yield (
+        f"time              {seconds:.3g} s a step, {seconds * trainer.num_train_steps / SECONDS_PER_DAY:.3g} days for "
+        f"{trainer.num_train_steps:,} steps of {tokens:,} tokens, at an MFU of {mfu:g}"
+    )
+
+
+def _memory(
+    config: TrainConfig,
+    partition: Partition,
+    vocab_size: int,
+    state: object,
+    plans: dict[bool, StepPlan],
+    target: Target,
+) -> Iterator[str]:
+    known = bytes_by_kind(state)  # type: ignore[arg-type]
+    gradients = gradient_bytes(state) * (config.trainer.num_microbatches > 1)  # type: ignore[arg-type]
+    activations = activation_bytes(config, partition, vocab_size)
+    yield f"GiB on each device, of {target.chip.memory / GIB:.0f}:"
+    yield f"  {'':22}" + "".join(f"{'refresh step' if refresh else 'plain step':>14}" for refresh in plans)
+    for kind, size in {**known, "gradients' sum": gradients, "activations": activations}.items():
+        yield f"  {kind:22}" + "".join(f"{size / GIB:14.2f}" for _ in plans)
+    rest = [
+        None if plan.temporaries is None else max(0, plan.temporaries - gradients - activations)
+        for plan in plans.values()
+    ]
+    yield f"  {'other temporaries':22}" + "".join(_gib(size) for size in rest)
+    totals = [None if plan.temporaries is None else plan.arguments + plan.temporaries for plan in plans.values()]
+    yield f"  {'together':22}" + "".join(_gib(size) for size in totals)
+    if True in plans and None not in (plans[True].temporaries, plans[False].temporaries):
+        ratio = plans[True].temporaries / plans[False].temporaries  # type: ignore[operator]
+        yield f"  the refresh step's temporaries are {ratio:.2f} times the plain step's"
+    if not all(plan.fits(target.chip.memory) for plan in plans.values()):
+        yield "  it does not fit"
+
+
+def _gib(size: int | None) -> str:
+    return f"{'too much':>14}" if size is None else f"{size / GIB:14.2f}"
+
+
+def _collectives(config: TrainConfig, state: object, plans: dict[bool, StepPlan]) -> Iterator[str]:
+    if not any(plan.collectives for plan in plans.values()):
+        return
+    kinds = sorted({kind for plan in plans.values() for kind in plan.collectives})
+    yield "GB that each device sends in a step:"
+    yield f"  {'':22}" + "".join(f"{'refresh step' if refresh else 'plain step':>14}" for refresh in plans)
+    for kind in kinds:
+        yield f"  {kind:22}" + "".join(f"{plan.collectives.get(kind, 0) / 1e9:14.2f}" for plan in plans.values())
+    totals = {refresh: sum(plan.collectives.values()) for refresh, plan in plans.items()}
+    yield f"  {'together':22}" + "".join(f"{total / 1e9:14.2f}" for total in totals.values())
+    if config.mesh.fsdp is not None:
+        item = 2 if config.trainer.compute_dtype == "bfloat16" else 4
+        minimum = 3 * item * count_parameters(state.model) / config.mesh.model  # type: ignore[attr-defined]
+        once = minimum * config.trainer.num_microbatches
+        more = 0.0
+        if isinstance(config.optimizer, SophiaConfig) and not isinstance(config.optimizer, SophiaHConfig):
+            more = minimum / 3 * curvature_microbatches(config.optimizer, config.trainer)
+        least = [once + (more if refresh else 0) for refresh in plans]
+        yield f"  {'least for FSDP':22}" + "".join(f"{size / 1e9:14.2f}" for size in least)
+    if True in plans:
+        share = refreshes_per_step(config)
+        mean = (1 - share) * totals[False] + share * totals[True]
+        yield f"  {mean / 1e9:.2f} in the mean over the run"
+
+
+def _fitter(partition: Partition, vocab_size: int, target: Target) -> Callable[[TrainConfig], bool]:
+    def fits(config: TrainConfig) -> bool:
+        refresh = isinstance(config.optimizer, SophiaConfig)
+        return plan_step(config, partition, vocab_size, refresh=refresh).fits(target.chip.memory)
+
+    return fits
+
+
+def _largest_microbatch(
+    config: TrainConfig, partition: Partition, target: Target, fits: Callable[[TrainConfig], bool]
+) -> str:
+    """By bisection over the sizes that divide the batch and over the devices, with the step that needs most."""
+    batch_size = config.trainer.batch_size
+    sizes = [n for n in range(partition.row_shards, batch_size + 1, partition.row_shards) if batch_size % n == 0]
+
+    def with_size(size: int) -> TrainConfig:
+        return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, microbatch_size=size))
+
+    if not sizes:
+        raise InputError(
+            f"trainer.batch_size {batch_size} has no microbatch that divides over {partition.row_shards} devices; "
+            f"a batch of a multiple of {partition.row_shards} has, or a mesh with fewer of them in data and replica"
+        )
+    low, high = 0, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if fits(with_size(sizes[middle])):
+            low = middle + 1
+        else:
+            high = middle
+    if low == 0:
+        least = f"trainer.microbatch_size {sizes[0]}, the smallest"
+        return (
+            f"{least}, does not fit {target.chip.memory / GIB:.0f} GiB: take more devices with mesh.fsdp, or mesh.model"
+        )
+    return f"the largest trainer.microbatch_size that fits is {sizes[low - 1]}, of {batch_size}"
+
+
+def _hutchinsons_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, plain: StepPlan) -> str:
+    """The largest microbatch of Hutchinson's pass that keeps the refresh near a plain step's memory."""
+    trainer, optimizer = config.trainer, config.optimizer
+    rows = trainer.microbatch_size or trainer.batch_size
+    sizes = [n for n in range(rows, 0, -1) if rows % n == 0 and n % partition.row_shards == 0]
+    for size in sizes:
+        own = dataclasses.replace(config, optimizer=dataclasses.replace(optimizer, curvature_microbatch_size=size))  # type: ignore[call-arg]
+        found = plan_step(own, partition, vocab_size, refresh=True)
+        if None in (found.temporaries, plain.temporaries):
+            continue
+        ratio = found.temporaries / plain.temporaries  # type: ignore[operator]
+        if ratio <= REFRESH_RATIO:
+            return (
+                f"optimizer.curvature_microbatch_size {size} is the largest whose refresh stays within {REFRESH_RATIO} "
+                f"times a plain step's temporaries ({ratio:.2f})"
+            )
+    return f"no optimizer.curvature_microbatch_size keeps the refresh within {REFRESH_RATIO} times the plain step's memory"

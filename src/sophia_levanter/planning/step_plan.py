@@ -1,0 +1,124 @@
+"""The memory and the collectives of one compiled step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from sophia_levanter.batch import batch_from_windows
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.models.gpt2 import Gpt2, decay_mask
+from sophia_levanter.partition.mesh import Partition
+from sophia_levanter.planning.collectives import collective_bytes
+from sophia_levanter.training.lowering import abstract_state, lower_step
+from sophia_levanter.training.optimizers import build_step_settings
+from sophia_levanter.training.step import TrainState
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step takes on one device, in bytes.
+
+    Attributes:
+        arguments: the state and the batch; the next state takes the same place.
+        temporaries: all else at the peak: gradients, activations, workspace; None if it does not fit the device.
+        collectives: what goes through each kind of collective.
+    """
+
+    arguments: int
+    temporaries: int | None
+    collectives: dict[str, float]
+
+    def fits(self, memory: float) -> bool:
+        """Whether arguments and temporaries are within so many bytes."""
+        return self.temporaries is not None and self.arguments + self.temporaries <= memory
+
+
+def plan_step(config: TrainConfig, partition: Partition, vocab_size: int, *, refresh: bool) -> StepPlan:
+    """Compile a step and read off what it takes."""
+    try:
+        compiled = lower_step(config, partition, vocab_size, refresh=refresh).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        state = abstract_state(config, partition, vocab_size)
+        return StepPlan(sum(bytes_by_kind(state).values()), None, {})
+    analysis = compiled.memory_analysis()
+    assert analysis is not None, "no memory analysis on this backend"
+    outside = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return StepPlan(
+        analysis.argument_size_in_bytes,
+        analysis.temp_size_in_bytes + max(0, outside),
+        collective_bytes(compiled.as_text() or ""),
+    )
+
+
+def bytes_by_kind(state: TrainState) -> dict[str, int]:
+    """Bytes of a state on one device: parameters, momentum, curvature and what else the optimizer keeps."""
+    optimizer_state = state.optimizer_state
+    kinds = {
+        "parameters": device_bytes(state.model),
+        "momentum": device_bytes(_named(optimizer_state, ("momentum", "mu"))),
+        "curvature": device_bytes(_named(optimizer_state, ("curvature",))),
+    }
+    others = device_bytes(state) - sum(kinds.values())
+    return {kind: size for kind, size in {**kinds, "other optimizer state": others}.items() if size}
+
+
+def _named(tree: Any, names: Sequence[str]) -> list[Any]:
+    """The parts of optimizer states, also of optax's nested ones, that have one of these names."""
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        found = [getattr(tree, name) for name in names if name in tree._fields]
+        return found or [part for child in tree for part in _named(child, names)]
+    if isinstance(tree, tuple | list | dict):
+        return [part for child in (tree.values() if isinstance(tree, dict) else tree) for part in _named(child, names)]
+    return []
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of `jax.ShapeDtypeStruct`s on one device."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def gradient_bytes(state: TrainState) -> int:
+    """The float32 sum of the gradients on one device."""
+    leaves = [leaf for leaf in jax.tree.leaves(state.model) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in leaves)
+
+
+def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int) -> int:
+    """What the forward pass over a microbatch keeps for the backward pass, on one device.
+
+    Counted on one device's rows and positions, with heads and MLP whole.
+    """
+    trainer, model_config = config.trainer, config.model
+    rows = (trainer.microbatch_size or trainer.batch_size) // partition.row_shards
+    positions = model_config.seq_len // partition.mesh.shape["sequence"]
+    policy = build_step_settings(config.optimizer, trainer, decay_mask).policy
+    model = eqx.filter_eval_shape(Gpt2.init, model_config, vocab_size=vocab_size, key=jax.random.key(0))
+    parameters, static = eqx.partition(model, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+
+    def kept(parameters: Any) -> list[jax.Array]:
+        batch = batch_from_windows(np.zeros((rows, positions + 1), np.int32))
+        one = jax.tree.map(lambda x: x["microbatch", 0], batch, is_leaf=lambda x: hasattr(x, "axes"))
+        cast = policy.cast_to_compute(eqx.combine(parameters, static))
+        _, pull = jax.vjp(lambda p: eqx.combine(p, static).losses(one)[0], eqx.filter(cast, eqx.is_array))
+        return jax.tree.leaves(pull)
+
+    jaxpr = jax.make_jaxpr(kept)(parameters).jaxpr
+    arguments = {id(variable) for variable in jaxpr.invars}
+    # The blocks' parameters in the compute dtype are kept too, but are no activations.
+    blocks = {leaf.shape for leaf in jax.tree.leaves(parameters.blocks)}
+    kept_arrays = {id(variable): variable.aval for variable in jaxpr.outvars if hasattr(variable, "aval")}
+    return sum(
+        math.prod(aval.shape) * aval.dtype.itemsize
+        for key, aval in kept_arrays.items()
+        if key not in arguments and aval.shape not in blocks
+    )
