@@ -68,13 +68,13 @@ def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = N
     if vocab_size is not None:
         axes["vocab"] = (f"the vocabulary of data.tokenizer {config.data.tokenizer}, padded,", pad_vocab(vocab_size))
     check_divides(sizes, mesh.parameter_mapping, axes)
-    rows = [("trainer.microbatch_size", trainer.microbatch_size or 0)]
-    if trainer.microbatch_size is None:
-        rows = [("trainer.batch_size", trainer.batch_size)]
-    if isinstance(config.optimizer, SophiaHConfig) and config.optimizer.curvature_microbatch_size:
-        rows.append(("optimizer.curvature_microbatch_size", config.optimizer.curvature_microbatch_size))
-    for row in rows:
-        check_divides(sizes, mesh.compute_mapping, {"batch": row})
+    check_divides(sizes, mesh.compute_mapping, {"batch": ("trainer.batch_size", trainer.batch_size)})
+    own = config.optimizer.curvature_microbatch_size if isinstance(config.optimizer, SophiaHConfig) else None
+    for row in (
+        ("trainer.microbatch_size", trainer.microbatch_size or trainer.batch_size),
+        ("optimizer.curvature_microbatch_size", own or trainer.batch_size),
+    ):
+        check_divides(sizes, mesh.compute_mapping, {"batch": row}, of=("trainer.batch_size", trainer.batch_size))
 
 
 def sections(optimizer: type[OptimizerConfig]) -> dict[str, type]:

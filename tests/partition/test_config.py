@@ -95,7 +95,7 @@ MODEL = Gpt2Config(num_layers=6, num_heads=6, embed_dim=96, seq_len=64)
             MeshConfig(model=4),
             {},
             4,
-            "^model.num_heads 6 does not divide over mesh.model 4 devices; a multiple of 4 such as 8 would",
+            "^model.num_heads 6 does not divide over mesh.model 4 devices; a multiple of 4 such as 4 would",
         ),
         (
             MeshConfig(model=5, heads=None),

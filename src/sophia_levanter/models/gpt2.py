@@ -15,7 +15,7 @@ from sophia_levanter.models.attention import causal_attention
 from sophia_levanter.models.config import Gpt2Config, pad_vocab
 from sophia_levanter.models.loss import Targets, blocked_cross_entropy
 from sophia_levanter.models.rematerialisation import checkpointed
-from sophia_levanter.partition.mesh import in_use
+from sophia_levanter.partition.mesh import at_rest, in_use
 
 __all__ = ["Gpt2", "Gpt2Config"]
 
@@ -80,7 +80,9 @@ class Block(eqx.Module):
         )
 
     def __call__(self, x: NamedArray, layer: NamedArray, key: jax.Array | None) -> NamedArray:
-        return checkpointed(self.config.gradient_checkpointing, Block._forward)(self, x, layer, key)
+        # What is kept of the parameters for the backward pass stays split, or the compiler may keep whole copies.
+        forward = checkpointed(self.config.gradient_checkpointing, Block._forward)
+        return forward(at_rest(self), x, layer, key)
 
     def _forward(self, x: NamedArray, layer: NamedArray, key: jax.Array | None) -> NamedArray:
         block = in_use(self)

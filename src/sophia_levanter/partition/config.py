@@ -76,13 +76,20 @@ class MeshConfig:
         return mapping
 
 
-def check_divides(sizes: dict[str, int], mapping: dict[str, tuple[str, ...]], axes: dict[str, tuple[str, int]]) -> None:
+def check_divides(
+    sizes: dict[str, int],
+    mapping: dict[str, tuple[str, ...]],
+    axes: dict[str, tuple[str, int]],
+    *,
+    of: tuple[str, int] | None = None,
+) -> None:
     """Refuse named axes that do not divide over the mesh axes they are split over.
 
     Args:
         sizes: of the mesh axes.
         mapping: the mesh axes of each named axis.
         axes: the configuration's field and the size, by named axis.
+        of: a field, and its size, that what would do must divide.
 
     Raises:
         InputError: names the field, the mesh axes and the nearest size that would do.
@@ -92,10 +99,14 @@ def check_divides(sizes: dict[str, int], mapping: dict[str, tuple[str, ...]], ax
         parts = math.prod(over.values())
         if size % parts:
             shown = " x ".join(f"mesh.{axis} {count}" for axis, count in over.items())
-            nearest = max(1, round(size / parts)) * parts
+            fitting = [
+                n for n in range(parts, max(size + parts, of[1] if of else 0) + 1, parts) if not of or of[1] % n == 0
+            ]
+            nearest = min(fitting, key=lambda n: abs(n - size))
+            multiple = f"a multiple of {parts}" + (f" that divides {of[0]} {of[1]}" if of else "")
             devices = "devices" if len(over) == 1 else f"= {parts} devices"
             or_else = f"mesh.{name} null" if name in (*TENSOR_AXES, "position") else "a smaller mesh"
             raise InputError(
                 f"{field} {size} does not divide over {shown} {devices}; "
-                f"a multiple of {parts} such as {nearest} would, or {or_else}"
+                f"{multiple} such as {nearest} would, or {or_else}"
             )

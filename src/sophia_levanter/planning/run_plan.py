@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.data.tokenizer import load_tokenizer
-from sophia_levanter.errors import InputError
 from sophia_levanter.partition.mesh import Partition, partition_of
 from sophia_levanter.planning.step_plan import StepPlan, activation_bytes, bytes_by_kind, gradient_bytes, plan_step
 from sophia_levanter.planning.target import GIB, Target
-from sophia_levanter.training.config import SophiaConfig, SophiaHConfig
+from sophia_levanter.training.config import SophiaConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.training.costs import matrix_flops_per_step, passes_per_step, refreshes_per_step
 from sophia_levanter.training.lowering import abstract_state
 from sophia_levanter.training.optimizers import curvature_microbatches
@@ -23,6 +22,7 @@ VOCAB_SIZES = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_ba
 # What a refresh of Hutchinson's may need of a plain step's temporaries before its rows are taken in smaller pieces.
 REFRESH_RATIO = 1.25
 SECONDS_PER_DAY = 86_400
+MIB = 2**20
 
 
 def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iterator[str]:
@@ -49,8 +49,7 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     plans = {refresh: plan_step(config, partition, vocab_size, refresh=refresh) for refresh in kinds}
     yield from _memory(config, partition, vocab_size, state, plans, target)
     yield from _collectives(config, state, plans)
-    fits = _fitter(partition, vocab_size, target)
-    yield _largest_microbatch(config, partition, target, fits)
+    yield _largest_microbatch(config, partition, vocab_size, target)
     if isinstance(config.optimizer, SophiaHConfig):
         yield _hutchinsons_microbatch(config, partition, vocab_size, plans[False])
 
@@ -83,17 +82,23 @@ def _memory(
     known = bytes_by_kind(state)  # type: ignore[arg-type]
     gradients = gradient_bytes(state) * (config.trainer.num_microbatches > 1)  # type: ignore[arg-type]
     activations = activation_bytes(config, partition, vocab_size)
-    yield f"GiB on each device, of {target.chip.memory / GIB:.0f}:"
-    yield f"  {'':22}" + "".join(f"{'refresh step' if refresh else 'plain step':>14}" for refresh in plans)
-    for kind, size in {**known, "gradients' sum": gradients, "activations": activations}.items():
-        yield f"  {kind:22}" + "".join(f"{size / GIB:14.2f}" for _ in plans)
-    rest = [
-        None if plan.temporaries is None else max(0, plan.temporaries - gradients - activations)
-        for plan in plans.values()
+    # XLA may keep less than what differentiation asks for.
+    kept = [
+        None if p.temporaries is None else min(activations, max(0, p.temporaries - gradients)) for p in plans.values()
     ]
-    yield f"  {'other temporaries':22}" + "".join(_gib(size) for size in rest)
+    rest = [
+        None if plan.temporaries is None else max(0, plan.temporaries - gradients - (size or 0))
+        for plan, size in zip(plans.values(), kept, strict=True)
+    ]
     totals = [None if plan.temporaries is None else plan.arguments + plan.temporaries for plan in plans.values()]
-    yield f"  {'together':22}" + "".join(_gib(size) for size in totals)
+    name, unit = ("GiB", GIB) if max(sum(known.values()), *(total or 0 for total in totals)) >= GIB else ("MiB", MIB)
+    yield f"{name} on each device, of {target.chip.memory / unit:,.0f}:"
+    yield _heading(plans)
+    for kind, size in {**known, "gradients' sum": gradients}.items():
+        yield _row(kind, [size] * len(plans), unit)
+    yield _row("activations", kept, unit)
+    yield _row("other temporaries", rest, unit)
+    yield _row("together", totals, unit)
     if True in plans and None not in (plans[True].temporaries, plans[False].temporaries):
         ratio = plans[True].temporaries / plans[False].temporaries  # type: ignore[operator]
         yield f"  the refresh step's temporaries are {ratio:.2f} times the plain step's"
@@ -101,71 +106,74 @@ def _memory(
         yield "  it does not fit"
 
 
-def _gib(size: int | None) -> str:
-    return f"{'too much':>14}" if size is None else f"{size / GIB:14.2f}"
+def _heading(plans: Iterable[bool]) -> str:
+    return _row("", ["refresh step" if refresh else "plain step" for refresh in plans], 1)
+
+
+def _row(name: str, cells: Iterable[float | str | None], unit: float) -> str:
+    shown = ["too much" if x is None else x if isinstance(x, str) else f"{x / unit:.2f}" for x in cells]
+    return f"  {name:22}" + "".join(f"{cell:>14}" for cell in shown)
 
 
 def _collectives(config: TrainConfig, state: object, plans: dict[bool, StepPlan]) -> Iterator[str]:
     if not any(plan.collectives for plan in plans.values()):
         return
     kinds = sorted({kind for plan in plans.values() for kind in plan.collectives})
-    yield "GB that each device sends in a step:"
-    yield f"  {'':22}" + "".join(f"{'refresh step' if refresh else 'plain step':>14}" for refresh in plans)
-    for kind in kinds:
-        yield f"  {kind:22}" + "".join(f"{plan.collectives.get(kind, 0) / 1e9:14.2f}" for plan in plans.values())
     totals = {refresh: sum(plan.collectives.values()) for refresh, plan in plans.items()}
-    yield f"  {'together':22}" + "".join(f"{total / 1e9:14.2f}" for total in totals.values())
+    name, unit = ("GB", 1e9) if max(totals.values()) >= 1e9 else ("MB", 1e6)
+    yield f"{name} that each device sends in a step:"
+    yield _heading(plans)
+    for kind in kinds:
+        yield _row(kind, [plan.collectives.get(kind, 0) for plan in plans.values()], unit)
+    yield _row("together", totals.values(), unit)
     if config.mesh.fsdp is not None:
         item = 2 if config.trainer.compute_dtype == "bfloat16" else 4
         minimum = 3 * item * count_parameters(state.model) / config.mesh.model  # type: ignore[attr-defined]
         once = minimum * config.trainer.num_microbatches
-        more = 0.0
-        if isinstance(config.optimizer, SophiaConfig) and not isinstance(config.optimizer, SophiaHConfig):
-            more = minimum / 3 * curvature_microbatches(config.optimizer, config.trainer)
-        least = [once + (more if refresh else 0) for refresh in plans]
-        yield f"  {'least for FSDP':22}" + "".join(f"{size / 1e9:14.2f}" for size in least)
+        least: list[float | str] = [once]
+        if isinstance(config.optimizer, SophiaGConfig):
+            least.append(once + minimum / 3 * curvature_microbatches(config.optimizer, config.trainer))
+        elif True in plans:
+            least.append("-")
+        yield _row("least for FSDP", least, unit)
     if True in plans:
         share = refreshes_per_step(config)
         mean = (1 - share) * totals[False] + share * totals[True]
-        yield f"  {mean / 1e9:.2f} in the mean over the run"
+        yield f"  {mean / unit:.2f} in the mean over the run"
 
 
-def _fitter(partition: Partition, vocab_size: int, target: Target) -> Callable[[TrainConfig], bool]:
-    def fits(config: TrainConfig) -> bool:
-        refresh = isinstance(config.optimizer, SophiaConfig)
-        return plan_step(config, partition, vocab_size, refresh=refresh).fits(target.chip.memory)
+def _largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, target: Target) -> str:
+    """Of the sizes that divide the batch and over the devices, with the step that needs most."""
+    batch_size, refresh = config.trainer.batch_size, isinstance(config.optimizer, SophiaConfig)
+    step = partition.row_shards
+    sizes = [n for n in range(step, batch_size + 1, step) if batch_size % n == 0]
 
-    return fits
+    def fits(size: int) -> bool:
+        trainer = dataclasses.replace(config.trainer, microbatch_size=size)
+        own = dataclasses.replace(config, trainer=trainer)
+        return plan_step(own, partition, vocab_size, refresh=refresh).fits(target.chip.memory)
 
-
-def _largest_microbatch(
-    config: TrainConfig, partition: Partition, target: Target, fits: Callable[[TrainConfig], bool]
-) -> str:
-    """By bisection over the sizes that divide the batch and over the devices, with the step that needs most."""
-    batch_size = config.trainer.batch_size
-    sizes = [n for n in range(partition.row_shards, batch_size + 1, partition.row_shards) if batch_size % n == 0]
-
-    def with_size(size: int) -> TrainConfig:
-        return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, microbatch_size=size))
-
-    if not sizes:
-        raise InputError(
-            f"trainer.batch_size {batch_size} has no microbatch that divides over {partition.row_shards} devices; "
-            f"a batch of a multiple of {partition.row_shards} has, or a mesh with fewer of them in data and replica"
-        )
-    low, high = 0, len(sizes)
-    while low < high:
-        middle = (low + high) // 2
-        if fits(with_size(sizes[middle])):
-            low = middle + 1
-        else:
-            high = middle
-    if low == 0:
+    found = largest(sizes, fits)
+    if found is None:
         least = f"trainer.microbatch_size {sizes[0]}, the smallest"
         return (
             f"{least}, does not fit {target.chip.memory / GIB:.0f} GiB: take more devices with mesh.fsdp, or mesh.model"
         )
-    return f"the largest trainer.microbatch_size that fits is {sizes[low - 1]}, of {batch_size}"
+    return f"the largest trainer.microbatch_size that fits is {found}, of {batch_size}"
+
+
+def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The largest of ascending sizes that fits; None if none does. Asks for the largest first: each answer is slow."""
+    if fits(sizes[-1]):
+        return sizes[-1]
+    low, high = 0, len(sizes) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if fits(sizes[middle]):
+            low = middle + 1
+        else:
+            high = middle
+    return sizes[low - 1] if low else None
 
 
 def _hutchinsons_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, plain: StepPlan) -> str:
@@ -184,4 +192,6 @@ def _hutchinsons_microbatch(config: TrainConfig, partition: Partition, vocab_siz
                 f"optimizer.curvature_microbatch_size {size} is the largest whose refresh stays within {REFRESH_RATIO} "
                 f"times a plain step's temporaries ({ratio:.2f})"
             )
-    return f"no optimizer.curvature_microbatch_size keeps the refresh within {REFRESH_RATIO} times the plain step's memory"
+    return (
+        f"no optimizer.curvature_microbatch_size keeps a refresh within {REFRESH_RATIO} times the plain step's memory"
+    )

@@ -1,0 +1,96 @@
+"""`plan`: what it prints, and what it refuses before it compiles anything."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sophia_levanter.commands import plan
+from sophia_levanter.planning.run_plan import largest
+
+ROOT = Path(__file__).parents[2]
+NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--config FILE is missing; config/gpt2_large_sophia.yaml is one"),
+        (["--config"], "--config has no value; write --config VALUE"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["--config", NANO, "extra"], "unexpected argument 'extra'; --help shows the options"),
+        (["--config", NANO, "--mfu", "1.5"], "--mfu is '1.5'; it must be above 0 and at most 1"),
+        (["--config", NANO, "--mfu", "half"], "--mfu is 'half'; it must be above 0 and at most 1"),
+        (["--config", NANO, "--devices", "-3"], "--devices is '-3'; it must be a whole number of at least 1"),
+        (["--config", NANO, "--devices", "8", "--gpu", "tpu"], "--gpu is 'tpu'; it must be one of a100-40"),
+        (["--config", NANO, "--target", "v4"], "--target is 'v4'; it must be a TPU and its chips along each axis"),
+        (["--config", NANO, "--target", "v4:2x2x1", "--devices", "4"], "--devices does not go with --target"),
+        (["--config", NANO, "--mesh.width", "4"], "unknown option '--mesh.width'; the fields of mesh are"),
+        (["--config", NANO, "--mesh.fsdp", "embd"], "mesh.fsdp is 'embd'; it must be one of embed, mlp"),
+        (["--config", NANO, "--devices", "2", "--mesh.model", "4"], "mesh: model 4 is 4 devices, and there are 2"),
+        (["--config", NANO, "--devices", "3"], "trainer.batch_size 8 does not divide over mesh.data 3 devices"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, capsys):
+    assert plan.main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: {message}")
+    assert printed.err.count("\n") == 1
+
+
+def test_help(capsys):
+    assert plan.main(["--help"]) == 0
+    assert "--target TPU" in capsys.readouterr().out
+
+
+def planned(*words):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "sophia_levanter.commands.plan", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def numbers(lines, start):
+    line = next(line for line in lines if line.strip().startswith(start))
+    return [float(word) for word in line.strip().removeprefix(start).split()]
+
+
+def test_a_plan():
+    config = str(ROOT / "config/gpt2_nano_sophia_h.yaml")
+    lines = planned("--config", config, "--devices", "4", "--gpu", "a100-40", "--mesh.fsdp", "embed")
+    assert lines[0] == "gpt2_nano_sophia_h on 4 x a100-40: 4 cpu device(s), data 4, embed over data"
+    assert lines[1].startswith("approximate")
+    assert lines[2].split() == ["parameters", "853,120"]
+    plain, refresh = numbers(lines, "together")
+    assert 0 < plain <= refresh
+    assert numbers(lines, "all-gather")[0] > 0
+    assert "the largest trainer.microbatch_size that fits is 8, of 8" in lines
+    assert any(line.startswith("optimizer.curvature_microbatch_size") or "no optimizer.curv" in line for line in lines)
+
+
+@pytest.mark.parametrize(("limit", "wanted"), [(0, None), (1, 1), (2, 2), (5, 4), (12, 12), (100, 12)])
+def test_the_largest_size_that_fits(limit, wanted):
+    asked = []
+
+    def fits(size):
+        asked.append(size)
+        return size <= limit
+
+    assert largest([1, 2, 3, 4, 6, 12], fits) == wanted
+    assert len(asked) <= 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the extra tpu")
+@pytest.mark.parametrize("target", ["v4:2x2x2", "v5e:2x4"])
+def test_a_plan_for_a_tpu(target):
+    lines = planned("--config", NANO, "--target", target, "--mesh.fsdp", "embed")
+    kind = "TPU v4" if target.startswith("v4") else "TPU v5"
+    assert lines[0].startswith(f"gpt2_nano_sophia on {target}: 8 {kind}")
+    assert not any("approximate" in line for line in lines)
+    assert numbers(lines, "all-gather")[0] > 0
