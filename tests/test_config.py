@@ -215,6 +215,8 @@ NOT_A_NUMBER = float("nan")
         (SophiaGConfig, "denominator", "sum"),
         (SophiaGConfig, "basis", "eigen"),
         (SophiaHConfig, "basis_b2", 1.0),
+        (SophiaGConfig, "curvature_dtype", "float16"),
+        (AdamWConfig, "momentum_dtype", "half"),
         (SophiaHConfig, "basis_max_size", 0),
         (SophiaGConfig, "refresh_order", "during"),
         *(
@@ -236,7 +238,7 @@ NOT_A_NUMBER = float("nan")
         (TrainerConfig, "seed", -1),
         (TrainerConfig, "seed", 2**32),
         (TrainerConfig, "sample_tokens", -1),
-        (TrainerConfig, "compute_dtype", "float16"),
+        *((TrainerConfig, name, "float16") for name in ("compute_dtype", "parameter_dtype")),
     ],
 )
 def test_value_out_of_range_names_the_field_and_the_value(cls, field, value):

@@ -251,3 +251,21 @@ def test_the_gradient_transforms_state_stays(cls):
         if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
             old, new = jax.random.key_data(old), jax.random.key_data(new)
         np.testing.assert_array_equal(new, old)
+
+
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
+def test_a_narrow_momentum(cls):
+    """Its dtype stays, and the steps stay near those of a wide one."""
+    params = {"w": jnp.asarray([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]])}
+
+    def run(optimizer):
+        state, steps = optimizer.init(params), []
+        for step in range(5):
+            updates, state = optimizer.update({"w": jnp.cos(params["w"] + step)}, state, params)
+            steps.append(updates["w"])
+        return jnp.stack(steps), state
+
+    (narrow, state), (wide, _) = run(cls(0.1, momentum_dtype=jnp.bfloat16)), run(cls(0.1))
+    assert jnp.dtype(jnp.bfloat16) in {leaf.dtype for leaf in jax.tree.leaves(state)}
+    assert narrow.dtype == jnp.float32
+    assert jnp.linalg.norm(narrow - wide) < 0.05 * jnp.linalg.norm(wide)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sophia_levanter.optim import (
+    KroneckerBasis,
     Sophia,
     SophiaG,
     SophiaH,
@@ -508,3 +509,56 @@ def test_dtypes_are_kept_from_step_to_step():
             assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
             assert (updates["w"].dtype, after.momentum["w"].dtype) == (dtype, dtype)
             assert after.curvature["w"].dtype == jnp.promote_types(dtype, jnp.float32)
+
+
+def test_momentum_and_curvature_have_dtypes_of_their_own():
+    params = {"w": jnp.asarray([1.0, -2.0])}
+    narrow = Sophia(**PLAIN, momentum_dtype=jnp.bfloat16, curvature_dtype=jnp.bfloat16)
+    wide = Sophia(**PLAIN)
+    # Numbers that bfloat16 has, so that only the order of rounding could tell.
+    grads, h_hat = {"w": jnp.asarray([0.5, 0.25])}, {"w": jnp.asarray([2.0, 0.5])}
+    (ours, after), (theirs, expected) = (
+        optimizer.update(grads, optimizer.init(params), params, h_hat) for optimizer in (narrow, wide)
+    )
+    assert_trees_equal(ours, theirs)
+    for name in ("momentum", "curvature"):
+        found, wanted = getattr(after, name)["w"], getattr(expected, name)["w"]
+        assert (found.dtype, wanted.dtype, ours["w"].dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+        np.testing.assert_array_equal(found.astype(jnp.float32), wanted)
+
+
+def test_a_narrow_curvature_is_averaged_in_float32():
+    """In bfloat16 the sum of 1 and 0.01 times 1.5 would be rounded twice."""
+    optimizer = Sophia(b2=0.99, curvature_dtype=jnp.bfloat16)
+    state = optimizer.init({"w": jnp.ones(1)})._replace(curvature={"w": jnp.ones(1, jnp.bfloat16)})
+    h = optimizer.refresh(state, {"w": jnp.full(1, 1.9)}).curvature["w"]
+    assert h == jnp.asarray(0.99 + 0.01 * 1.9, jnp.bfloat16)
+
+
+def test_a_narrow_momentum_is_averaged_in_the_gradients_dtype():
+    optimizer = Sophia(**PLAIN | {"b1": 0.9}, momentum_dtype=jnp.bfloat16)
+    params = {"w": jnp.ones(1)}
+    state = optimizer.init(params)._replace(momentum={"w": jnp.ones(1, jnp.bfloat16)})
+    _, after = optimizer.update({"w": jnp.full(1, 1.3)}, state, params)
+    assert after.momentum["w"] == jnp.asarray(0.9 + 0.1 * 1.3, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("basis", [None, KroneckerBasis()])
+def test_narrow_states_keep_their_dtypes(basis):
+    params = {"w": jnp.ones((3, 4))}
+    optimizer = Sophia(basis=basis, momentum_dtype=jnp.bfloat16, curvature_dtype=jnp.bfloat16)
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, after = optimizer.update(params, state, params, params)
+        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+        assert updates["w"].dtype == jnp.float32
+        state = after
+
+
+@pytest.mark.parametrize("name", ["momentum_dtype", "curvature_dtype"])
+@pytest.mark.parametrize("value", ["bfloat17", jnp.int32, 3.0])
+def test_no_dtype(name, value):
+    with pytest.raises(
+        TypeError, match=rf"^{name} is .*; it must be a floating-point dtype such as jnp.bfloat16, or None$"
+    ):
+        Sophia(**{name: value})

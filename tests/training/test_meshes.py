@@ -51,7 +51,7 @@ def train(config, num_devices, num_steps=STEPS):
 
     def initial_state():
         model = Gpt2.init(config.model, vocab_size=257, key=jax.random.key(0))
-        return TrainState.init(model, settings.optimizer)
+        return TrainState.init(model, settings.optimizer, settings.policy)
 
     state, losses = partition.made(initial_state), []
     with partition.active():

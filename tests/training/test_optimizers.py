@@ -68,7 +68,18 @@ CASES = [
         SophiaH,
         {"basis": KroneckerBasis(matrices=matrix_axes, b2=0.6, max_size=100)},
     ),
-    (SophiaGConfig(**RATES), SophiaG, {"basis": None}),
+    (SophiaGConfig(**RATES), SophiaG, {"basis": None, "momentum_dtype": jnp.float32, "curvature_dtype": jnp.float32}),
+    (SophiaHConfig(**RATES, curvature_dtype="bfloat16"), SophiaH, {"curvature_dtype": jnp.bfloat16}),
+    *(
+        (kind(**RATES, momentum_dtype="bfloat16"), made, {"momentum_dtype": jnp.bfloat16})
+        for kind, made in (
+            (SophiaGConfig, SophiaG),
+            (AdamWConfig, AdamW),
+            (LionConfig, Lion),
+            (MuonConfig, Muon),
+            (SoapConfig, Soap),
+        )
+    ),
     (AdamWConfig(**RATES, b1=0.8, b2=0.7, eps=1e-5), AdamW, {"b1": 0.8, "b2": 0.7, "eps": 1e-5, "nesterov": False}),
     (AdamWConfig(**RATES, nesterov=True), AdamW, {"nesterov": True}),
     (LionConfig(**RATES, b1=0.8, b2=0.7), Lion, {"b1": 0.8, "b2": 0.7}),
@@ -88,7 +99,6 @@ CASES = [
 @pytest.mark.parametrize(
     ("config", "kind", "fields"),
     CASES,
-    ids=["g", "h", "win rate", "basis", "no basis", "adamw", "nadamw", "lion", "muon", "soap"],
 )
 def test_every_setting_arrives(config, kind, fields):
     optimizer = build_optimizer(config, 110, mask := object())

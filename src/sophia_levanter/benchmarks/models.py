@@ -56,7 +56,7 @@ def trained(
 
     def initial_state() -> TrainState:
         model = Gpt2.init(config.model, vocab_size=vocab_size, key=jax.random.key(config.trainer.seed))
-        return TrainState.init(model, settings.optimizer)
+        return TrainState.init(model, settings.optimizer, settings.policy)
 
     state = partition.made(initial_state)
     steps: dict[bool, Any] = {

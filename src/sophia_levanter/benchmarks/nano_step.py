@@ -119,7 +119,7 @@ def _our_step(config: TrainConfig) -> Callable[[], float]:
     partition = partition_of()
     settings = build_step_settings(config.optimizer, config.trainer, decay_mask)
     batch = partition.place(batch_from_windows(_windows(config), num_microbatches=config.trainer.num_microbatches))
-    state = partition.place(TrainState.init(_model(config), settings.optimizer))
+    state = partition.place(TrainState.init(_model(config), settings.optimizer, settings.policy))
     step: Any = eqx.filter_jit(partial(train_step, settings, False), donate="all-except-first")
     with partition.active():
         compiled = step.lower(batch, state).compile()

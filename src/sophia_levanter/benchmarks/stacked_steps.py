@@ -39,7 +39,7 @@ Step = Callable[[Batch, TrainState], tuple[TrainState, StepOutput]]
 def initial_state(config: TrainConfig, settings: StepSettings, vocab_size: int, seed: int | jax.Array) -> TrainState:
     """The state of a run with a seed before its first step."""
     model = Gpt2.init(config.model, vocab_size=vocab_size, key=jax.random.key(seed))
-    return TrainState.init(model, settings.optimizer)
+    return TrainState.init(model, settings.optimizer, settings.policy)
 
 
 def step_of_run(

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import optax
 
 from sophia_levanter.optim.cautious import cautious
-from sophia_levanter.optim.checks import check_flag, check_number, check_parameters, check_same_structure
+from sophia_levanter.optim.checks import (
+    check_dtype,
+    check_flag,
+    check_number,
+    check_parameters,
+    check_same_structure,
+)
 from sophia_levanter.optim.gradient_transform import check_gradient_transform, init_transform, transform_gradient
 from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule
 from sophia_levanter.optim.trees import WeightDecayMask, all_finite, decay_mask_tree, differentiable, where
@@ -110,6 +116,7 @@ class AdamW(OptaxOptimizer):
         weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
         nesterov: whether the step looks ahead in the first moment (NAdamW; Dozat 2016).
         cautious: leave out the coordinates whose step would go up this batch's gradient (arXiv 2411.16085).
+        momentum_dtype: of the first moment; None for the parameters'.
         gradient_transform: an optax transformation that the gradient goes through first; None for none.
 
     Raises:
@@ -124,6 +131,7 @@ class AdamW(OptaxOptimizer):
     weight_decay_mask: WeightDecayMask = None
     nesterov: bool = eqx.field(default=False, static=True)
     cautious: bool = eqx.field(default=False, static=True)
+    momentum_dtype: Any = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
         check_shared(self)
@@ -135,7 +143,7 @@ class AdamW(OptaxOptimizer):
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for these parameters."""
         mask = decay_mask_tree(self.weight_decay_mask, params)
-        adam = optax.scale_by_adam(self.b1, self.b2, self.eps, nesterov=self.nesterov)
+        adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.momentum_dtype, nesterov=self.nesterov)
         return optax.chain(
             cautious(adam) if self.cautious else adam,
             optax.add_decayed_weights(self.weight_decay, mask),
@@ -151,6 +159,7 @@ class Lion(OptaxOptimizer):
     b2: Scalar = 0.98
     weight_decay: Scalar = 0.2
     weight_decay_mask: WeightDecayMask = None
+    momentum_dtype: Any = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
         check_shared(self)
@@ -158,7 +167,9 @@ class Lion(OptaxOptimizer):
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for these parameters."""
         mask = decay_mask_tree(self.weight_decay_mask, params)
-        return optax.lion(self.learning_rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=mask)
+        return optax.lion(
+            self.learning_rate, self.b1, self.b2, self.momentum_dtype, weight_decay=self.weight_decay, mask=mask
+        )
 
 
 def check_shared(optimizer: Any) -> None:
@@ -171,3 +182,4 @@ def check_shared(optimizer: Any) -> None:
     check_number("b1", optimizer.b1, low=0, high=1)
     check_number("b2", optimizer.b2, low=0, high=1)
     check_number("weight_decay", optimizer.weight_decay, low=0)
+    check_dtype("momentum_dtype", optimizer.momentum_dtype)

@@ -61,6 +61,16 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
+def check_dtype(name: str, value: Any) -> None:
+    """Raise a TypeError unless the value is None or a floating-point dtype."""
+    try:
+        floating = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise TypeError(f"{name} is {value!r}; it must be a floating-point dtype such as jnp.bfloat16, or None")
+
+
 def whole_number(value: Any) -> Any:
     """The value as an int if it is a whole number, itself if not, for `check_count` to complain of."""
     if isinstance(value, bool | jax.Array):

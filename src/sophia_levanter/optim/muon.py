@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import equinox as eqx
 import optax
 
 from sophia_levanter.optim.baselines import OptaxOptimizer, check_shared
@@ -35,6 +36,7 @@ class Muon(OptaxOptimizer):
         matrices: a tree (or prefix), or a function from parameters to one, of optax's `MuonDimensionNumbers` where a
             parameter is orthogonalised and None elsewhere. They number its input (reduction) and output axes; each
             index of the axes left is a matrix of its own. None takes the leaves with two axes, embeddings too.
+        momentum_dtype: of momentum and first moment; None for the parameters'.
         gradient_transform: an optax transformation that the gradient goes through first; None for none.
 
     Raises:
@@ -50,6 +52,7 @@ class Muon(OptaxOptimizer):
     weight_decay: Scalar = 0.1
     weight_decay_mask: WeightDecayMask = None
     matrices: Matrices = None
+    momentum_dtype: Any = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
         check_shared(self)
@@ -65,6 +68,7 @@ class Muon(OptaxOptimizer):
             eps=self.eps,
             adam_b1=self.b1,
             adam_b2=self.b2,
+            mu_dtype=self.momentum_dtype,
             # A function, since a tree of a model's class may itself be callable.
             muon_weight_dimension_numbers=lambda _: matrices,
             consistent_rms=ADAMW_RMS,

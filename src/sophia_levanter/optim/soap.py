@@ -57,6 +57,7 @@ class Soap(OptaxOptimizer):
         interval: updates between two turns of the basis, at least 1.
         matrices: as for `KroneckerBasis`. None takes the leaves with two axes, embeddings too.
         max_size: a side of a matrix with more coordinates than this keeps them.
+        momentum_dtype: of the first moment; None for the parameters'.
         gradient_transform: an optax transformation that the gradient goes through first; None for none.
 
     Raises:
@@ -73,6 +74,7 @@ class Soap(OptaxOptimizer):
     interval: int = eqx.field(default=10, static=True, converter=whole_number)
     matrices: Matrices = None
     max_size: int = eqx.field(default=4096, static=True, converter=whole_number)
+    momentum_dtype: Any = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
         check_shared(self)
@@ -84,20 +86,21 @@ class Soap(OptaxOptimizer):
         """The optax transformation for these parameters."""
         basis = KroneckerBasis(self.matrices, self.b2, self.max_size)
         return optax.chain(
-            scale_by_soap(basis, self.b1, self.b2, self.eps, self.interval),
+            scale_by_soap(basis, self.b1, self.b2, self.eps, self.interval, self.momentum_dtype),
             optax.add_decayed_weights(self.weight_decay, decay_mask_tree(self.weight_decay_mask, params)),
             optax.scale_by_learning_rate(self.learning_rate),
         )
 
 
 def scale_by_soap(
-    basis: KroneckerBasis, b1: Scalar, b2: Scalar, eps: Scalar, interval: int
+    basis: KroneckerBasis, b1: Scalar, b2: Scalar, eps: Scalar, interval: int, momentum_dtype: Any = None
 ) -> optax.GradientTransformation:
     """Adam's direction in a basis that turns every `interval` steps; the arguments are those of `Soap`."""
 
     def init(params: PyTree) -> SoapState:
         zeros = jax.tree.map(jnp.zeros_like, params)
-        return SoapState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros), basis.init(params))
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=momentum_dtype), params)
+        return SoapState(jnp.zeros((), jnp.int32), mu, zeros, basis.init(params))
 
     def update(grads: PyTree, state: SoapState, params: PyTree | None = None) -> tuple[PyTree, SoapState]:
         count = optax.safe_increment(state.count)
@@ -116,6 +119,7 @@ def scale_by_soap(
             optax.tree.bias_correction(coordinates.enter(mu), b1, count),
             optax.tree.bias_correction(nu, b2, count),
         )
+        mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
         return coordinates.leave(direction), SoapState(count, mu, nu, turns)
 
     return optax.GradientTransformation(init, update)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,6 +15,7 @@ from sophia_levanter.optim.cautious import agreeing
 from sophia_levanter.optim.checks import (
     check_choice,
     check_count,
+    check_dtype,
     check_flag,
     check_number,
     check_parameters,
@@ -25,6 +26,7 @@ from sophia_levanter.optim.gradient_transform import check_gradient_transform, i
 from sophia_levanter.optim.kronecker import Coordinates, KroneckerBasis
 from sophia_levanter.optim.optax_interop import as_optax
 from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule, check_one, value_at
+from sophia_levanter.optim.sophia_state import SophiaState
 from sophia_levanter.optim.trees import (
     WeightDecayMask,
     all_finite,
@@ -33,6 +35,7 @@ from sophia_levanter.optim.trees import (
     norm,
     total,
     where,
+    widened,
 )
 from sophia_levanter.optim.win_rate import WinRateController, rho_or_controller
 
@@ -40,34 +43,6 @@ PyTree = Any
 Estimator = Callable[..., PyTree]
 DENOMINATORS = ("max", "add")
 REFRESH_ORDERS = ("before", "after")
-
-
-class SophiaState(NamedTuple):
-    """The state of Sophia.
-
-    Attributes:
-        count: int32 scalar, updates so far.
-        refresh_count: int32 scalar, refreshes of the curvature so far.
-        momentum: m, like the model's differentiable part, in its dtypes.
-        curvature: h, the same shapes in at least float32: an average with weight 0.01 would be lost in bfloat16.
-        refresh_pending: bool scalar, the last refresh was skipped: try again at the next step.
-        skipped_updates: int32 scalar, updates whose gradient was not finite; they changed nothing but counts.
-        skipped_refreshes: int32 scalar, refreshes whose estimate, or the gradient beside it, was not finite.
-        rho: float32 scalar with a `WinRateController`, or None.
-        gradient_state: the state of `gradient_transform`, or None.
-        basis: the state of `basis`, or None.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of that name, which optax hides too
-    refresh_count: jax.Array
-    momentum: PyTree
-    curvature: PyTree
-    refresh_pending: jax.Array
-    skipped_updates: jax.Array
-    skipped_refreshes: jax.Array
-    rho: Any
-    gradient_state: PyTree | None
-    basis: Any
 
 
 class Sophia(eqx.Module):
@@ -102,6 +77,10 @@ class Sophia(eqx.Module):
             much, array by array (arXiv 2411.16085). Momentum lags behind where the gradient turns round.
         basis: a `KroneckerBasis` for matrices, whose h is diagonal and whose ratio is clipped there; None for the
             parameters' own coordinates. It turns at every refresh, by the momentum.
+        momentum_dtype: of m; None for the parameters'. The average is computed in the wider of it and the gradient's.
+        curvature_dtype: of h; None for float32, or wider where the parameters are. The average is computed in float32
+            at least, but in bfloat16 what changes h by less than 0.4 % is lost: with b2 = 0.99, an estimate within 40 %
+            of h.
         gradient_transform: an optax transformation that the gradient goes through first, such as
             `optax.clip_by_global_norm(1.0)`; None for none.
         estimator: what `estimate` calls: (function of the model, model, microbatches, key=...) -> h_hat.
@@ -126,6 +105,8 @@ class Sophia(eqx.Module):
     initial_refreshes: int = eqx.field(default=0, static=True, converter=whole_number)
     cautious: bool = eqx.field(default=False, static=True)
     basis: KroneckerBasis | None = None
+    momentum_dtype: Any = eqx.field(default=None, static=True)
+    curvature_dtype: Any = eqx.field(default=None, static=True)
     gradient_transform: optax.GradientTransformation | None = None
     estimator: Estimator | None = None
 
@@ -147,6 +128,8 @@ class Sophia(eqx.Module):
             raise TypeError(f"estimator is {self.estimator!r}; it must be a value such as GaussNewtonBartlett()")
         if self.basis is not None and not isinstance(self.basis, KroneckerBasis):
             raise TypeError(f"basis is {self.basis!r}; it must be a KroneckerBasis or None")
+        check_dtype("momentum_dtype", self.momentum_dtype)
+        check_dtype("curvature_dtype", self.curvature_dtype)
         for name in ("bias_correct_momentum", "bias_correct_curvature", "cautious"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
@@ -176,8 +159,8 @@ class Sophia(eqx.Module):
         return SophiaState(
             count=zero(),
             refresh_count=zero(),
-            momentum=jax.tree.map(jnp.zeros_like, params),
-            curvature=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params),
+            momentum=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=self.momentum_dtype), params),
+            curvature=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=self.curvature_dtype or _wide(p)), params),
             refresh_pending=jnp.zeros((), bool),
             skipped_updates=zero(),
             skipped_refreshes=zero(),
@@ -297,14 +280,17 @@ class Sophia(eqx.Module):
         h_hat = differentiable(h_hat)
         refreshed = all_finite(h_hat) if finite is None else check_flag("finite", finite) & all_finite(h_hat)
         curvature = jax.tree.map(
-            lambda h, new: jnp.where(refreshed, self.b2 * h + (1 - self.b2) * new.astype(h.dtype), h).astype(h.dtype),
+            lambda h, new: jnp.where(
+                refreshed, self.b2 * h.astype(_wide(h)) + (1 - self.b2) * new.astype(_wide(h)), h
+            ).astype(h.dtype),
             state.curvature,
             h_hat,
         )
         basis = state.basis
         if self.basis is not None:
-            turned = self.basis.turned(self.basis.observed(basis, state.momentum), curvature)
-            basis, curvature = where(refreshed, turned, (basis, state.curvature))
+            turns, curvature = self.basis.turned(self.basis.observed(basis, state.momentum), curvature)
+            curvature = jax.tree.map(lambda new, old: new.astype(old.dtype), curvature, state.curvature)
+            basis, curvature = where(refreshed, (turns, curvature), (basis, state.curvature))
         after = state._replace(
             refresh_count=state.refresh_count + refreshed,
             curvature=curvature,
@@ -371,7 +357,11 @@ class Sophia(eqx.Module):
 
     def _step(self, grads: PyTree, state: SophiaState, params: PyTree, finite: jax.Array) -> tuple[PyTree, SophiaState]:
         momentum = jax.tree.map(
-            lambda m, g: jnp.where(finite, self.b1 * m + (1 - self.b1) * g, m).astype(m.dtype), state.momentum, grads
+            lambda m, g: jnp.where(
+                finite, self.b1 * m.astype(jnp.promote_types(m.dtype, g.dtype)) + (1 - self.b1) * g, m
+            ).astype(m.dtype),
+            state.momentum,
+            grads,
         )
         after = state._replace(
             count=state.count + 1, momentum=momentum, skipped_updates=state.skipped_updates + ~finite
@@ -405,7 +395,8 @@ class Sophia(eqx.Module):
 
     def _ratio(self, state: SophiaState) -> tuple[PyTree, PyTree]:
         """Numerator and denominator of the clipped ratio, for a state after its update."""
-        momentum, curvature = self._coordinates(state).enter(state.momentum), state.curvature
+        momentum, curvature = jax.tree.map(widened, (state.momentum, state.curvature))
+        momentum = self._coordinates(state).enter(momentum)
         # Before the first update and refresh m and h are 0, and stay 0 whatever they are divided by.
         if self.bias_correct_momentum:
             momentum = _divide(momentum, 1 - self.b1 ** jnp.maximum(state.count, 1))
@@ -426,6 +417,11 @@ class Sophia(eqx.Module):
 def _size(tree: PyTree) -> int:
     """The number of coordinates; 1 where there is none, since it divides."""
     return max(1, sum(leaf.size for leaf in jax.tree.leaves(tree)))
+
+
+def _wide(x: jax.Array) -> Any:
+    """An average with weight 0.01 would be lost in bfloat16."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _divide(tree: PyTree, by: Scalar) -> PyTree:

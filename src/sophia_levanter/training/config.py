@@ -12,7 +12,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 CURVATURE_REDUCTIONS = ("square_then_average", "average_then_square")
 CURVATURE_LABELS = ("sampled", "data")
 BASES = ("parameters", "kronecker")
-COMPUTE_DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16")
 SMALLEST_EPS = 1e-37
 
 
@@ -49,6 +49,7 @@ class OptimizerConfig(draccus.ChoiceRegistry):
     schedule: str = "cosine"  # after the warm-up: cosine, linear, constant
     warmup_steps: int = 2000  # steps of linear growth from 0 to learning_rate
     weight_decay: float = 0.1  # decoupled; on matrices and embeddings, never on biases and norms
+    momentum_dtype: str = "float32"  # of the momentum, or first moment, between steps: float32 or bfloat16
 
     def __post_init__(self) -> None:
         _check_positive("optimizer.learning_rate", self.learning_rate)
@@ -58,6 +59,7 @@ class OptimizerConfig(draccus.ChoiceRegistry):
                 f"optimizer.final_learning_rate is {self.final_learning_rate}; "
                 f"it must be between 0 and optimizer.learning_rate, {self.learning_rate}"
             )
+        _check_choice("optimizer.momentum_dtype", self.momentum_dtype, DTYPES)
         for name in ("warmup_steps", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
@@ -85,6 +87,7 @@ class SophiaConfig(OptimizerConfig):
     basis: str = "parameters"  # in which h is diagonal; or kronecker, eigenvectors of both sides of the matrices
     basis_b2: float = 0.9  # kronecker only: decay of the moments behind the basis, per refresh
     basis_max_size: int = 4096  # kronecker only: a side of a matrix with more coordinates than this keeps them
+    curvature_dtype: str = "float32"  # of h between refreshes: float32 or bfloat16, which loses small changes
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,6 +96,7 @@ class SophiaConfig(OptimizerConfig):
         _check_choice("optimizer.basis", self.basis, BASES)
         _check_beta("optimizer.basis_b2", self.basis_b2)
         _check_at_least_1("optimizer.basis_max_size", self.basis_max_size)
+        _check_choice("optimizer.curvature_dtype", self.curvature_dtype, DTYPES)
         _check_positive("optimizer.rho", self.rho)
         if not self.eps >= SMALLEST_EPS:
             raise InputError(f"optimizer.eps is {self.eps}; it must be at least {SMALLEST_EPS}, or float32 makes it 0")
@@ -230,7 +234,8 @@ class TrainerConfig:
     batch_size: int = 480  # windows in a step
     microbatch_size: int | None = None  # windows whose gradient is computed at one time; the batch if not given
     seed: int = 0  # of the initial weights, the data order, dropout and curvature samples
-    compute_dtype: str = "float32"  # of activations and matrix products: float32 or bfloat16; parameters are float32
+    parameter_dtype: str = "float32"  # of the parameters between steps: float32 or bfloat16
+    compute_dtype: str = "float32"  # of activations and matrix products: float32 or bfloat16
     max_grad_norm: float | None = 1.0  # gradients with a larger global norm are scaled down to it
     max_skipped_steps: int = 10  # steps in a row with a non-finite gradient before the run gives up
     evaluate_every: int = 1000  # steps between two validation losses; one more comes at the end
@@ -263,7 +268,8 @@ class TrainerConfig:
             )
         if self.max_grad_norm is not None:
             _check_positive("trainer.max_grad_norm", self.max_grad_norm)
-        _check_choice("trainer.compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        for name in ("parameter_dtype", "compute_dtype"):
+            _check_choice(f"trainer.{name}", getattr(self, name), DTYPES)
 
     @property
     def num_microbatches(self) -> int:

@@ -21,7 +21,7 @@ def abstract_state(config: TrainConfig, partition: Partition, vocab_size: int) -
 
     def initial_state() -> TrainState:
         model = Gpt2.init(config.model, vocab_size=vocab_size, key=jax.random.key(0))
-        return TrainState.init(model, settings.optimizer)
+        return TrainState.init(model, settings.optimizer, settings.policy)
 
     return partition.abstract(initial_state)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import jmp
 import optax
 
@@ -60,6 +61,7 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int, mask: WeightD
         "learning_rate": build_schedule(config, num_train_steps),
         "weight_decay": config.weight_decay,
         "weight_decay_mask": mask,
+        "momentum_dtype": jnp.dtype(config.momentum_dtype),
     }
     match config:
         case SophiaGConfig():
@@ -91,7 +93,12 @@ def _sophia_arguments(config: SophiaConfig) -> dict[str, Any]:
     basis = None
     if config.basis == "kronecker":
         basis = KroneckerBasis(matrices=matrix_axes, b2=config.basis_b2, max_size=config.basis_max_size)
-    return {"rho": rho, "basis": basis, **{name: getattr(config, name) for name in (*names, *switches)}}
+    return {
+        "rho": rho,
+        "basis": basis,
+        "curvature_dtype": jnp.dtype(config.curvature_dtype),
+        **{name: getattr(config, name) for name in (*names, *switches)},
+    }
 
 
 def curvature_microbatch_size(config: SophiaConfig, trainer: TrainerConfig) -> int:
@@ -117,7 +124,7 @@ def build_step_settings(config: OptimizerConfig, trainer: TrainerConfig, mask: W
     return StepSettings(
         optimizer=build_optimizer(config, trainer.num_train_steps, mask),
         seed=trainer.seed,
-        policy=jmp.get_policy(f"params=float32,compute={trainer.compute_dtype},output=float32"),
+        policy=jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype},output=float32"),
         max_grad_norm=trainer.max_grad_norm,
         curvature_microbatches=curvature_microbatches(config, trainer) if isinstance(config, SophiaConfig) else None,
         curvature_microbatch_size=config.curvature_microbatch_size if isinstance(config, SophiaHConfig) else None,

@@ -50,7 +50,7 @@ class Parts:
         """The state before step 0, a function of the configuration alone."""
         key = jax.random.key(self.config.trainer.seed)
         model = Gpt2.init(self.config.model, vocab_size=self.data.tokenizer.vocab_size, key=key)
-        return TrainState.init(model, self.settings.optimizer)
+        return TrainState.init(model, self.settings.optimizer, self.settings.policy)
 
 
 def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, Any]) -> Signals | None:

@@ -29,7 +29,7 @@ class TrainState(eqx.Module):
 
     Attributes:
         step: int32, steps taken.
-        model: float32 parameters.
+        model: the parameters.
         optimizer_state: the optimizer's own state.
         skipped_steps: int32, steps whose loss or gradient was not finite; they changed nothing but counts.
         skipped_in_a_row: int32, such steps since the last good one.
@@ -42,12 +42,14 @@ class TrainState(eqx.Module):
     skipped_in_a_row: jax.Array
 
     @staticmethod
-    def init(model: Gpt2, optimizer: Optimizer) -> TrainState:
-        """The state before step 0."""
+    def init(model: Gpt2, optimizer: Optimizer, policy: jmp.Policy | None = None) -> TrainState:
+        """The state before step 0, the parameters in the policy's dtype."""
 
         def zero() -> jax.Array:
             return jnp.zeros((), jnp.int32)
 
+        if policy is not None:
+            model = policy.cast_to_param(model)
         return TrainState(zero(), model, optimizer.init(model), zero(), zero())
 
     @property
