@@ -226,6 +226,7 @@ BAD = {
         ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.curvature_microbatch_size", "4"],
         "optimizer.curvature_microbatch_size 4 does not divide over mesh.data 8 devices",
     ),
+    "cudnn": (["--model.attention", "cudnn"], "model.attention is 'cudnn', which needs a GPU, and this is a CPU"),
     "devices": (
         ["--trainer.batch_size", "6", "--trainer.microbatch_size", "3"],
         "does not divide over mesh.data 8 devices",

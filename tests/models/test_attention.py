@@ -4,8 +4,12 @@ import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from sophia_levanter.models.attention import causal_attention
+from sophia_levanter.models import attention
+from sophia_levanter.models.attention import causal_attention, forward_differentiable
+from sophia_levanter.partition.config import MeshConfig
+from sophia_levanter.partition.mesh import partition_of
 
 AXES = hax.make_axes(batch=2, position=5, heads=3, head_size=4)
 RATE = 0.4
@@ -85,3 +89,40 @@ def test_dropout_keeps_the_mean_and_causality():
     changed = np.asarray(many(keys, value.array.at[:, 3:].add(10.0)))
     np.testing.assert_array_equal(changed[:, :, :3], attended[:, :, :3])
     assert np.any(changed[:, :, 3:] != attended[:, :, 3:])
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, model=4), MeshConfig(heads=None)])
+def test_splash_is_the_same(mesh, monkeypatch):
+    """TPU's kernel, interpreted, and its gradients; on a mesh each device has its own rows and heads."""
+    kernel = partial(attention._splash, interpret=True)
+    axes = hax.make_axes(batch=8, position=128, heads=4, head_size=16)
+    arrays = np.random.default_rng(1).normal(size=(3, 8, 128, 4, 16)).astype(np.float32)
+
+    def loss(q, k, v):
+        return (causal_attention(*(hax.named(x, axes) for x in (q, k, v))).array ** 2).sum()
+
+    wanted, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
+    monkeypatch.setattr(attention, "_chosen", lambda *_: "splash")
+    monkeypatch.setattr(attention, "_splash", kernel)
+
+    def splash_loss(q, k, v):
+        return loss(q, k, v)
+
+    compiled = jax.jit(jax.value_and_grad(splash_loss, argnums=(0, 1, 2)))
+    if mesh is None:
+        found, ours = compiled(*arrays)
+    else:
+        with partition_of(mesh).active():
+            found, ours = compiled(*arrays)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    for mine, theirs in zip(ours, gradients, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-4)
+
+
+def test_curvature_that_needs_a_forward_derivative_has_ordinary_operations(monkeypatch):
+    monkeypatch.setattr(attention, "_splash", None)
+    monkeypatch.setattr(attention, "attention_for", lambda *_, **__: "splash")
+    with forward_differentiable():
+        np.testing.assert_allclose(causal_attention(*inputs()).array, by_hand(), atol=1e-6)
+    with pytest.raises(TypeError):
+        causal_attention(*inputs())

@@ -1,6 +1,7 @@
 import pytest
 
-from sophia_levanter.models.config import Gpt2Config, pad_vocab
+from sophia_levanter.errors import InputError
+from sophia_levanter.models.config import Gpt2Config, attention_for, pad_vocab
 
 
 @pytest.mark.parametrize(("vocab", "padded"), [(1, 128), (128, 128), (129, 256), (257, 384), (50257, 50304)])
@@ -19,3 +20,46 @@ def test_axes():
         "mlp": 64,
         "position": 16,
     }
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "positions", "head_size", "split", "chosen"),
+    [
+        ("cpu", "bfloat16", 1024, 64, False, "xla"),
+        ("gpu", "bfloat16", 1024, 64, False, "cudnn"),
+        ("gpu", "float32", 1024, 64, False, "xla"),
+        ("gpu", "bfloat16", 1024, 60, False, "xla"),
+        ("gpu", "bfloat16", 1024, 256, False, "xla"),
+        ("tpu", "bfloat16", 1024, 64, False, "splash"),
+        ("tpu", "float32", 1024, 64, False, "splash"),
+        ("tpu", "bfloat16", 1000, 64, False, "xla"),
+        ("tpu", "bfloat16", 1024, 64, True, "xla"),
+    ],
+)
+def test_attention_that_suits(platform, dtype, positions, head_size, split, chosen):
+    given = (platform, dtype, positions, head_size)
+    assert attention_for("auto", *given, split_positions=split) == chosen
+    assert attention_for("xla", *given, split_positions=split) == "xla"
+    if chosen != "xla":
+        assert attention_for(chosen, *given, split_positions=split) == chosen
+
+
+@pytest.mark.parametrize(
+    ("wanted", "platform", "dtype", "positions", "head_size", "split", "reason"),
+    [
+        ("cudnn", "cpu", "bfloat16", 1024, 64, False, "needs a GPU, and this is a CPU"),
+        ("splash", "gpu", "bfloat16", 1024, 64, False, "needs a TPU, and this is a GPU"),
+        ("cudnn", "gpu", "float32", 1024, 64, False, "needs trainer.compute_dtype bfloat16, not float32"),
+        ("cudnn", "gpu", "bfloat16", 1024, 60, False, "needs heads of a multiple of 8 up to 128, not 60"),
+        ("splash", "tpu", "bfloat16", 1000, 64, False, "needs a multiple of 128 positions, not 1000"),
+        ("splash", "tpu", "bfloat16", 1024, 64, True, r"cannot split positions over devices \(mesh.sequence\)"),
+    ],
+)
+def test_attention_that_cannot_be_had(wanted, platform, dtype, positions, head_size, split, reason):
+    with pytest.raises(InputError, match=rf"^model.attention is '{wanted}', which {reason}; auto or xla would do$"):
+        attention_for(wanted, platform, dtype, positions, head_size, split_positions=split)
+
+
+def test_no_attention():
+    with pytest.raises(InputError, match=r"^model.attention is 'flash'; it must be one of auto, xla, cudnn, splash$"):
+        Gpt2Config(attention="flash")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from haliax import Axis
 
 VOCAB_MULTIPLE = 128
+ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 CHECKPOINTING_POLICIES = ("none", "full", "dots", "offload")
 
 
@@ -34,6 +35,7 @@ class Gpt2Config:
     initializer_range: float = 0.02  # standard deviation of the initial weights
     gradient_checkpointing: str = "full"  # a block's backward pass computes again: none, full, or all but dots; offload
     scan_unroll: int = 1  # layers in one step of the scan over them: more compile longer and run faster on CPUs
+    attention: str = "auto"  # xla, cudnn (GPUs), splash (TPUs), or what suits the device: auto
     loss_block_size: int = 256  # positions whose logits exist at one time in the loss
 
     def __post_init__(self) -> None:
@@ -50,6 +52,8 @@ class Gpt2Config:
         for name in ("layer_norm_epsilon", "initializer_range"):
             if not getattr(self, name) > 0:
                 raise InputError(f"model.{name} is {getattr(self, name)}; it must be above 0")
+        if self.attention not in ATTENTIONS:
+            raise InputError(f"model.attention is {self.attention!r}; it must be one of {', '.join(ATTENTIONS)}")
         if self.gradient_checkpointing not in CHECKPOINTING_POLICIES:
             raise InputError(
                 f"model.gradient_checkpointing is {self.gradient_checkpointing!r}; "
@@ -79,6 +83,50 @@ class Gpt2Config:
     @property
     def Pos(self) -> Axis:
         return _axis("position", self.seq_len)
+
+
+def attention_for(
+    wanted: str, platform: str, dtype: str, positions: int, head_size: int, *, split_positions: bool = False
+) -> str:
+    """The implementation of attention that is used: the wanted one, or for `auto` the fastest that can do it.
+
+    Args:
+        wanted: one of `ATTENTIONS`.
+        platform: `cpu`, `gpu` or `tpu`.
+        dtype: of queries, keys and values.
+        positions, head_size: their sizes.
+        split_positions: whether positions are split over devices.
+
+    Raises:
+        InputError: if the wanted one cannot do it; says why.
+    """
+    if wanted == "xla":
+        return wanted
+    reasons = {
+        name: _why_not(name, platform, dtype, positions, head_size, split_positions) for name in ("cudnn", "splash")
+    }
+    if wanted == "auto":
+        return next((name for name, reason in reasons.items() if reason is None), "xla")
+    if reasons[wanted] is not None:
+        raise InputError(f"model.attention is {wanted!r}, which {reasons[wanted]}; auto or xla would do")
+    return wanted
+
+
+def _why_not(name: str, platform: str, dtype: str, positions: int, head_size: int, split_positions: bool) -> str | None:
+    """Why an implementation cannot be used, or None."""
+    device = {"cudnn": "gpu", "splash": "tpu"}[name]
+    if platform != device:
+        return f"needs a {device.upper()}, and this is a {platform.upper()}"
+    if split_positions:
+        return "cannot split positions over devices (mesh.sequence)"
+    if name == "cudnn":
+        if dtype != "bfloat16":
+            return f"needs trainer.compute_dtype bfloat16, not {dtype}"
+        if head_size % 8 or head_size > 128:
+            return f"needs heads of a multiple of 8 up to 128, not {head_size}"
+    elif positions % 128:
+        return f"needs a multiple of 128 positions, not {positions}"
+    return None
 
 
 def _axis(name: str, size: int) -> Axis:

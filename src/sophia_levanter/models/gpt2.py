@@ -41,7 +41,14 @@ class Attention(eqx.Module):
         query, keys, values = self.c_attn(x).unbind("qkv")
         if self.config.scale_attn_by_inverse_layer_idx:
             query = query / (layer + 1).astype(query.dtype)
-        attended = causal_attention(query, keys, values, dropout=self.config.dropout, dropout_key=key)
+        attended = causal_attention(
+            query,
+            keys,
+            values,
+            implementation=self.config.attention,
+            dropout=self.config.dropout,
+            dropout_key=key,
+        )
         return self.c_proj(attended)
 
 

@@ -75,6 +75,11 @@ class Partition:
             _active.reset(token)
 
     @property
+    def platform(self) -> str:
+        """`cpu`, `gpu` or `tpu`: what the devices are, or are compiled for."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def row_shards(self) -> int:
         """Over how many devices the rows of a batch are spread."""
         return math.prod(self.mesh.shape[axis] for axis in self.compute["batch"])
@@ -129,6 +134,11 @@ def arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
             (1, *inner), (replicas, 1, 1, 1), devices, allow_split_physical_axes=True
         )
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def active_partition() -> Partition | None:
+    """The partition in whose context this is called, if any."""
+    return _active.get()
 
 
 def is_split() -> bool:

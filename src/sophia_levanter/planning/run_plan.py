@@ -14,7 +14,7 @@ from sophia_levanter.training.config import SophiaConfig, SophiaGConfig, SophiaH
 from sophia_levanter.training.costs import matrix_flops_per_step, passes_per_step, refreshes_per_step
 from sophia_levanter.training.lowering import abstract_state
 from sophia_levanter.training.optimizers import curvature_microbatches
-from sophia_levanter.training.summary import count_parameters, describe_mesh
+from sophia_levanter.training.summary import attention_of, count_parameters, describe_mesh
 from sophia_levanter.training.throughput import flops_per_token
 
 # Sizes of encodings that a machine may have to plan for before it can download them.
@@ -40,10 +40,12 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     vocab_size = VOCAB_SIZES.get(config.data.tokenizer) or load_tokenizer(config.data.tokenizer).vocab_size
     check_mesh(config, target.num_devices, vocab_size)
     partition = partition_of(config.mesh, target.devices())
+    attention = attention_of(config, partition)
     state = abstract_state(config, partition, vocab_size)
     yield f"{name} on {target.name}: {describe_mesh(partition)}"
     if target.topology is None:
         yield "approximate: compiled for this machine's CPU, whose compiler lays temporaries out in another way"
+    yield f"attention         {attention}"
     yield from _size(config, state, target, vocab_size, mfu)
     kinds = (False, True) if isinstance(config.optimizer, SophiaConfig) else (False,)
     plans = {refresh: plan_step(config, partition, vocab_size, refresh=refresh) for refresh in kinds}

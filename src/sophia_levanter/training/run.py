@@ -27,7 +27,7 @@ from sophia_levanter.training.loop import Loop, StopRequest
 from sophia_levanter.training.optimizers import build_schedule, build_step_settings
 from sophia_levanter.training.run_directory import RunDirectory, changed_fields
 from sophia_levanter.training.step import StepSettings, TrainState
-from sophia_levanter.training.summary import describe_end, describe_start
+from sophia_levanter.training.summary import attention_of, describe_end, describe_start
 from sophia_levanter.training.throughput import flops_per_token, peak_flops
 
 # What shapes do not show, and yet makes the weights those of another model.
@@ -112,6 +112,7 @@ def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console
     partition = partition_of(config.mesh)
     mesh = partition.mesh
     check_mesh(config, mesh.size)
+    attention_of(config, partition)
     data = prepare(config.data, console.line)
     check_mesh(config, mesh.size, data.tokenizer.vocab_size)
     devices = {"device": mesh.devices.flat[0].device_kind, "device_count": mesh.size}

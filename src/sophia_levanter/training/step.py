@@ -14,6 +14,7 @@ import optax
 from haliax import NamedArray
 
 from sophia_levanter.batch import Batch, count_targets
+from sophia_levanter.models.attention import forward_differentiable
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.optim import GaussNewtonBartlett, Hutchinson, Optimizer, Sophia, split_microbatches
 from sophia_levanter.optim.microbatch import split_at
@@ -231,13 +232,14 @@ def _losses_fn(settings: StepSettings, keys: _Keys) -> LossesFn:
 def _hutchinson(settings: StepSettings, estimator: Hutchinson, model: Gpt2, batch: Batch, keys: _Keys) -> PyTree:
     losses = _losses_fn(settings, keys)
     indices = jnp.arange(_num_microbatches(batch))
-    return estimator(
-        lambda model, microbatch: losses(model, microbatch, keys.curvature)[0],
-        model,
-        (batch, None, indices),
-        key=keys.curvature,
-        weights=hax.sum(batch.weights, axis=("batch", "position")).array,
-    )
+    with forward_differentiable():
+        return estimator(
+            lambda model, microbatch: losses(model, microbatch, keys.curvature)[0],
+            model,
+            (batch, None, indices),
+            key=keys.curvature,
+            weights=hax.sum(batch.weights, axis=("batch", "position")).array,
+        )
 
 
 def _num_microbatches(batch: Batch) -> int:

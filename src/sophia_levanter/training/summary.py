@@ -9,12 +9,14 @@ import equinox as eqx
 import jax
 
 from sophia_levanter.data.bigram import bigram_bits_per_byte
+from sophia_levanter.models.config import attention_for
 from sophia_levanter.models.sampling import generate
 from sophia_levanter.tracking.console import Console
-from sophia_levanter.training.config import SophiaConfig
+from sophia_levanter.training.config import SophiaConfig, SophiaHConfig
 from sophia_levanter.training.optimizers import curvature_share
 
 if TYPE_CHECKING:
+    from sophia_levanter.config import TrainConfig
     from sophia_levanter.partition.mesh import Partition
     from sophia_levanter.training.loop import Loop
     from sophia_levanter.training.run import Parts
@@ -41,6 +43,12 @@ def describe_start(parts: Parts, directory: Path, console: Console) -> None:
         f"{trainer.batch_size} x {model.seq_len} tokens in {trainer.num_microbatches} microbatch(es), "
         f"on {describe_mesh(parts.partition)}"
     )
+    attention = attention_of(config, parts.partition)
+    swapped = isinstance(config.optimizer, SophiaHConfig) and attention != "xla"
+    console.line(
+        f"attention: {attention}"
+        + (", and xla in the curvature's pass, which needs a forward derivative" if swapped else "")
+    )
     if isinstance(config.optimizer, SophiaConfig):
         share = curvature_share(config.optimizer, trainer)
         first = config.optimizer.initial_refreshes
@@ -50,6 +58,23 @@ def describe_start(parts: Parts, directory: Path, console: Console) -> None:
             + (", in a Kronecker basis" if config.optimizer.basis == "kronecker" else "")
         )
     console.line(f"run directory: {directory}")
+
+
+def attention_of(config: TrainConfig, partition: Partition) -> str:
+    """The implementation of attention that a run uses.
+
+    Raises:
+        InputError: if the one that is asked for cannot be used on these devices.
+    """
+    model = config.model
+    return attention_for(
+        model.attention,
+        partition.platform,
+        config.trainer.compute_dtype,
+        model.seq_len,
+        model.embed_dim // model.num_heads,
+        split_positions=partition.mesh.shape["sequence"] > 1,
+    )
 
 
 def describe_mesh(partition: Partition) -> str:
