@@ -37,6 +37,8 @@ class TrainConfig:
                 f"optimizer.first_refresh {self.optimizer.first_refresh} is never reached: "
                 f"trainer.num_train_steps is {self.trainer.num_train_steps}"
             )
+        if self.mesh.coordinator is not None and self.trainer.run_dir is None:
+            raise InputError("trainer.run_dir is missing; the processes of mesh.coordinator must agree on it")
         own = self.optimizer.curvature_microbatch_size if isinstance(self.optimizer, SophiaHConfig) else None
         if own is not None and self.trainer.batch_size % own:
             raise InputError(

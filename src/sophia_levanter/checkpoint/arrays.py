@@ -118,6 +118,8 @@ def _open(folder: Path, saved: SavedArray, context: ts.Context) -> ts.TensorStor
 
 
 def _describe(number: int, path: str, array: Any) -> SavedArray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        raise TypeError(f"leaf {path} lies on several hosts; bring it to this one to save it")
     if not any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_)):
         raise TypeError(f"leaf {path} has dtype {array.dtype}, not numbers: of a random key, save jax.random.key_data")
     chunk_shape = array.sharding.shard_shape(array.shape) if isinstance(array, jax.Array) else array.shape

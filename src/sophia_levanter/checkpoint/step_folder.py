@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import jax
-
 from sophia_levanter.checkpoint.arrays import WORKERS, arrays_are_intact, write_arrays
 from sophia_levanter.checkpoint.manifest import (
     JSON,
@@ -67,7 +65,6 @@ def save(directory: Path, step: int, tree: Any, *, run_id: str, metadata: dict[s
     Raises `FileExistsError` when an intact checkpoint of this step is there (a damaged one is replaced, or else a run
     that fell back because of it could never get past it), and `CheckpointError` when the disk refuses.
     """
-    _require_one_process()
     if step < 0 or keep < 1:
         raise InputError(f"a checkpoint needs step >= 0 and keep >= 1, found step = {step} and keep = {keep}")
     metadata = json.loads(json.dumps(metadata))  # what JSON cannot hold fails here, before the arrays are written
@@ -107,7 +104,6 @@ def restore(directory: Path, like: Tree, *, report: Callable[[str], None], step:
     A damaged checkpoint is passed over for the one before it, with a line to `report`. Raises `CheckpointError` when
     all are damaged, and `InputError` when there is none or when it is of another model (leaves, shapes or dtypes).
     """
-    _require_one_process()
     found = steps(directory)
     if not found:
         raise InputError(f"{directory} holds no checkpoint (no step-* folder): name one that a run has saved to")
@@ -127,13 +123,6 @@ def restore(directory: Path, like: Tree, *, report: Callable[[str], None], step:
         else:
             return Restored(tree, manifest.step, manifest.metadata, manifest.run_id)
     raise CheckpointError(f"{directory} holds no intact checkpoint: {'; '.join(failures)}")
-
-
-def _require_one_process() -> None:
-    if jax.process_count() != 1:
-        raise InputError(
-            f"checkpoints are of a single process so far, found jax.process_count() = {jax.process_count()}"
-        )
 
 
 def _folder(directory: Path, step: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import haliax as hax
@@ -44,12 +45,13 @@ def generate(
     context = list(prompt)[-seq_len:]
     window = np.zeros(seq_len, np.int32)
     window[: len(context)] = context
-    uniforms = jax.random.uniform(key, (num_tokens,))
-    return np.asarray(_generate(model, jnp.asarray(window), jnp.asarray(len(context)), uniforms, temperature))
+    # Arrays of this host, which go with a model that lies on several.
+    uniforms = np.asarray(jax.random.uniform(key, (num_tokens,)))
+    return np.asarray(_generate(model, window, np.asarray(len(context)), uniforms, temperature))
 
 
 @eqx.filter_jit
-def _generate(model: Gpt2, window: jax.Array, length: jax.Array, uniforms: jax.Array, temperature: float) -> jax.Array:
+def _generate(model: Gpt2, window: Any, length: Any, uniforms: Any, temperature: float) -> jax.Array:
     seq_len = window.shape[0]
 
     def draw(carry: tuple[jax.Array, jax.Array], uniform: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:

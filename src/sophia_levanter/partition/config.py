@@ -30,6 +30,13 @@ class MeshConfig:
     vocab: str | None = "model"  # mesh axis that the vocabulary is split over: model, or null
     position: str | None = "sequence"  # mesh axis that positions are split over: sequence, or null
 
+    coordinator: str | None = (
+        None  # HOST:PORT of process 0 of several; auto: as a TPU pod or Slurm says; null: one process
+    )
+    num_processes: int | None = None  # with HOST:PORT: how many processes the run has
+    process_id: int | None = None  # with HOST:PORT: which of them this is, from 0
+    start_timeout: int = 300  # seconds to wait for the other processes
+
     def __post_init__(self) -> None:
         for name in MESH_AXES:
             size = getattr(self, name)
@@ -42,6 +49,27 @@ class MeshConfig:
             value = getattr(self, name)
             if value not in (wanted, None):
                 raise InputError(f"mesh.{name} is {value!r}; it must be {wanted} or null")
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        if self.start_timeout < 1:
+            raise InputError(f"mesh.start_timeout is {self.start_timeout}; it must be at least 1")
+        count, this = self.num_processes, self.process_id
+        if self.coordinator is None or self.coordinator == "auto":
+            for name, value in (("num_processes", count), ("process_id", this)):
+                if value is not None:
+                    raise InputError(f"mesh.{name} {value} goes with mesh.coordinator HOST:PORT alone")
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise InputError(f"mesh.coordinator is {self.coordinator!r}; it must be HOST:PORT, auto or null")
+        if count is None or this is None:
+            missing = "num_processes" if count is None else "process_id"
+            raise InputError(f"mesh.{missing} is missing; mesh.coordinator {self.coordinator} goes with it")
+        if count < 1:
+            raise InputError(f"mesh.num_processes is {count}; it must be at least 1")
+        if not 0 <= this < count:
+            raise InputError(f"mesh.process_id is {this}; it must be between 0 and mesh.num_processes - 1, {count - 1}")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """The size of each mesh axis over so many devices, in the order of the mesh.

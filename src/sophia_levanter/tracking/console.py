@@ -24,10 +24,11 @@ class Console:
     Args:
         log_every: steps between two plain lines.
         rich_console: where to print; standard output if not given.
+        quiet: print nothing.
     """
 
-    def __init__(self, log_every: int = 10, rich_console: RichConsole | None = None) -> None:
-        self._console = rich_console or _SurvivingConsole(soft_wrap=True, highlight=False)
+    def __init__(self, log_every: int = 10, rich_console: RichConsole | None = None, *, quiet: bool = False) -> None:
+        self._console = rich_console or _SurvivingConsole(soft_wrap=True, highlight=False, quiet=quiet)
         self._log_every = log_every
         self._progress: Progress | None = None
         self._task: TaskID | None = None

@@ -19,8 +19,9 @@ from sophia_levanter.batch import Batch, batch_from_windows
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.optim import Sophia
 from sophia_levanter.partition.mesh import Partition
+from sophia_levanter.partition.processes import all_stop
 from sophia_levanter.tracking.console import Console
-from sophia_levanter.tracking.jsonl import JsonLines
+from sophia_levanter.tracking.jsonl import JsonLines, NoLines
 from sophia_levanter.training.config import TrainerConfig
 from sophia_levanter.training.evaluation import Evaluation
 from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, train_step
@@ -41,18 +42,23 @@ class Batches(Protocol):
 class StopRequest:
     """Notes the first SIGINT or SIGTERM so that the loop can save and end; the second acts as it would without.
 
+    Args:
+        several: whether the run has several processes. Then jax's runtime notes SIGTERM, and tells all of them.
+
     Attributes:
         signal: the signal that came, or None.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, *, several: bool = False) -> None:
         self.signal: signal.Signals | None = None
+        self._several = several
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        self._before = {s: signal.signal(s, self._note) for s in self._SIGNALS}
+        if not self._several:
+            self._before = {s: signal.signal(s, self._note) for s in self._SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -91,7 +97,7 @@ class Loop:
     batches: Batches
     evaluate: Callable[[Gpt2], Evaluation]
     save: Callable[[TrainState], Path]
-    metrics: JsonLines
+    metrics: JsonLines | NoLines
     console: Console
     tokens_per_step: int
     mfu_per_token_rate: float
@@ -130,7 +136,7 @@ class Loop:
         batch = self._batch(step)
         # A step's numbers are read while the next one runs.
         unread: tuple[int, StepOutput] | None = None
-        while step < total and stop.signal is None:
+        while step < total and not all_stop(step, stop.signal is not None):
             refresh = refresh_pending or self.settings.optimizer.refresh_due(step)
             state, output = (refreshing if refresh else plain)(batch, state)
             if step + 1 < total:

@@ -20,8 +20,9 @@ from sophia_levanter.data.tokenizer import token_byte_lengths
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.partition.mesh import Partition, partition_of
+from sophia_levanter.partition.processes import is_first_process, on_this_host, start_processes, wait_for_all
 from sophia_levanter.tracking.console import Console
-from sophia_levanter.tracking.jsonl import JsonLines
+from sophia_levanter.tracking.jsonl import JsonLines, NoLines
 from sophia_levanter.training.evaluation import Evaluator
 from sophia_levanter.training.loop import Loop, StopRequest
 from sophia_levanter.training.optimizers import build_schedule, build_step_settings
@@ -69,8 +70,10 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
         TrainingFailed: if the numbers go bad.
         CheckpointError: if all checkpoints of the run are damaged.
     """
-    console = Console(config.trainer.log_every)
-    if directory.resume != "never":
+    start_processes(config.mesh)
+    first = is_first_process()
+    console = Console(config.trainer.log_every, quiet=not first)
+    if directory.resume != "never" and first:
         directory.lock()
     saved_steps = checkpoint.steps(directory.checkpoints)
     if directory.resume == "always" and not saved_steps:
@@ -89,20 +92,23 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
             return None
     else:
         state = parts.partition.made(parts.initial_state)
-    directory.lock()
-    directory.write_config(config)
-    checkpoint.remove_leftovers(directory.checkpoints)
+    # Every process has read what is there before the first one writes.
+    wait_for_all("restored")
+    if first:
+        directory.lock()
+        directory.write_config(config)
+        checkpoint.remove_leftovers(directory.checkpoints)
     describe_start(parts, directory.path, console)
     loop = _make_loop(parts, directory, state, run_id, console)
-    with StopRequest() as stop:
+    with StopRequest(several=jax.process_count() > 1) as stop:
         state = loop.run(state, stop)
     if int(state.step) < config.trainer.num_train_steps:
-        assert stop.signal is not None
+        # Of several processes one may have been signalled, and all have stopped.
+        signal = stop.signal or Signals.SIGTERM
         console.line(
-            f"{stop.signal.name}: stopped after step {int(state.step)}, which is saved; "
-            f"--resume {directory.path} goes on"
+            f"{signal.name}: stopped after step {int(state.step)}, which is saved; --resume {directory.path} goes on"
         )
-        return stop.signal
+        return signal
     describe_end(parts, loop, state, console)
     return None
 
@@ -178,10 +184,13 @@ def _make_loop(parts: Parts, directory: RunDirectory, state: TrainState, run_id:
     step = int(state.step)
 
     def save(state: TrainState) -> Path:
+        step, whole = int(state.step), on_this_host(state)
+        if not is_first_process():
+            return directory.checkpoints
         return checkpoint.save(
             directory.checkpoints,
-            int(state.step),
-            state,
+            step,
+            whole,
             run_id=run_id,
             metadata=parts.facts,
             keep=trainer.keep_checkpoints,
@@ -197,7 +206,7 @@ def _make_loop(parts: Parts, directory: RunDirectory, state: TrainState, run_id:
             parts.validation, token_byte_lengths(parts.data.tokenizer), parts.partition, parts.settings.policy
         ),
         save=save,
-        metrics=JsonLines(directory.metrics_file, first_step=step),
+        metrics=JsonLines(directory.metrics_file, first_step=step) if is_first_process() else NoLines(),
         console=console,
         tokens_per_step=trainer.batch_size * parts.config.model.seq_len,
         mfu_per_token_rate=flops / peak_flops(list(parts.partition.mesh.devices.flat)),

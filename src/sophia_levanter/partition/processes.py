@@ -1,0 +1,78 @@
+"""A run of several processes, one on each host: how they find each other, and what only the first of them does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sophia_levanter.errors import InputError
+from sophia_levanter.partition.config import MeshConfig
+
+
+def start_processes(config: MeshConfig) -> None:
+    """Wait for the other processes of the run, if it has any. Before anything else uses jax.
+
+    Raises:
+        InputError: if they do not come within `mesh.start_timeout`, or are not as many as they should be.
+    """
+    if config.coordinator is None or jax.distributed.is_initialized():
+        return
+    auto = config.coordinator == "auto"
+    try:
+        jax.distributed.initialize(
+            None if auto else config.coordinator,
+            config.num_processes,
+            config.process_id,
+            initialization_timeout=config.start_timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        if auto:
+            raise InputError(
+                f"mesh.coordinator is auto, and no cluster says who belongs to the run: {_first_line(error)}; "
+                "give HOST:PORT with mesh.num_processes and mesh.process_id"
+            ) from None
+        raise InputError(
+            f"mesh.coordinator {config.coordinator}: the {config.num_processes} processes of mesh.num_processes did "
+            f"not all come within {config.start_timeout} s (mesh.start_timeout): {_first_line(error)}"
+        ) from None
+    if config.num_processes is not None and jax.process_count() != config.num_processes:
+        raise InputError(
+            f"mesh.num_processes is {config.num_processes}, and jax found {jax.process_count()}; "
+            "each host may run one process, or one for each of its devices"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def is_first_process() -> bool:
+    """Whether this one writes files and talks to people."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Return when every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def on_this_host(tree: Any) -> Any:
+    """The tree with arrays that lie on several hosts whole, in this host's memory; all processes call it together."""
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return x
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(whole, tree)
+
+
+def all_stop(step: int, signalled: bool) -> bool:
+    """Whether every process is to stop before this step: one was signalled, and all agree on the step."""
+    if jax.process_count() == 1:
+        return signalled
+    return bool(multihost_utils.reached_preemption_sync_point(step))

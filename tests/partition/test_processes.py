@@ -1,0 +1,126 @@
+"""Runs of several real processes, which find each other by `jax.distributed` and talk through gloo."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from sophia_levanter.errors import InputError
+from sophia_levanter.partition.config import MeshConfig
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def start(arguments, devices):
+    """A training process with so many devices of its own."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "sophia_levanter.main", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start_two(arguments):
+    """Two processes of one run, with two devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    mesh = ["--mesh.coordinator", address, "--mesh.num_processes", "2"]
+    return [start([*arguments, *mesh, "--mesh.process_id", str(i)], devices=2) for i in range(2)]
+
+
+def ended(processes):
+    try:
+        results = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *result) for process, result in zip(processes, results, strict=True)]
+
+
+def losses(run_dir, name="train/loss"):
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return np.array([line[name] for line in lines if name in line])
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_go_on(config_file, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = ["--config", str(config_file), "--mesh.fsdp", "embed"]
+    results = ended([start([*common, "--trainer.run_dir", str(one)], devices=4)])
+    results += ended(start_two([*common, "--trainer.run_dir", str(two)]))
+    assert [status for status, _, _ in results] == [0, 0, 0], results
+    np.testing.assert_allclose(losses(two), losses(one), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses(two, "validation/loss"), losses(one, "validation/loss"), rtol=0, atol=1e-5)
+    # The second process has nothing to say.
+    assert "4 cpu device(s), data 4, embed over data" in results[1][1]
+    assert results[2][1].replace("[Gloo]", "").count("step ") == 0
+
+    # What two saved, one takes up on another mesh, and two take up what one saved.
+    more = ["--trainer.num_train_steps", "16"]
+    on_one = ended([start(["--resume", str(two), "--mesh.coordinator", "null", *ALONE, *more], devices=1)])
+    on_two = ended(start_two(["--resume", str(one), *more]))
+    assert [status for status, _, _ in on_one + on_two] == [0, 0, 0], (on_one, on_two)
+    assert len(losses(two)) == 16
+    np.testing.assert_allclose(losses(two), losses(one), rtol=0, atol=1e-5)
+
+
+ALONE = ["--mesh.num_processes", "null", "--mesh.process_id", "null"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_the_same_step(config_file, tmp_path):
+    run_dir = tmp_path / "run"
+    processes = start_two(
+        ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.num_train_steps", "100000"]
+    )
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert all(process.poll() is None for process in processes), ended(processes)
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    results = ended(processes)
+    assert [status for status, _, _ in results] == [75, 75], results
+    steps = losses(run_dir, "step")
+    saved = sorted((run_dir / "checkpoints").iterdir())[-1].name
+    assert int(saved.removeprefix("step-")) == steps[-1] + 1
+
+
+@pytest.mark.slow
+def test_a_process_that_is_left_alone_says_so(config_file, tmp_path):
+    mesh = ["--mesh.coordinator", "localhost:1", "--mesh.num_processes", "2", "--mesh.process_id", "1"]
+    arguments = ["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run"), "--mesh.start_timeout", "3"]
+    ((status, _, error),) = ended([start([*arguments, *mesh], devices=1)])
+    assert status != 0
+    assert "mesh.start_timeout" in error or "DEADLINE_EXCEEDED" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"coordinator": "here"}, r"^mesh.coordinator is 'here'; it must be HOST:PORT, auto or null$"),
+        ({"coordinator": "here:99999"}, r"^mesh.coordinator is 'here:99999'; it must be HOST:PORT, auto or null$"),
+        ({"coordinator": "here:80"}, "^mesh.num_processes is missing; mesh.coordinator here:80 goes with it$"),
+        ({"coordinator": "here:80", "num_processes": 2}, "^mesh.process_id is missing; mesh.coordinator here:80 goes"),
+        (
+            {"coordinator": "here:80", "num_processes": 0, "process_id": 0},
+            "^mesh.num_processes is 0; it must be at least 1",
+        ),
+        (
+            {"coordinator": "here:80", "num_processes": 2, "process_id": 2},
+            "^mesh.process_id is 2; it must be between 0 and mesh.num_processes - 1, 1$",
+        ),
+        ({"num_processes": 2}, "^mesh.num_processes 2 goes with mesh.coordinator HOST:PORT alone$"),
+        ({"coordinator": "auto", "process_id": 0}, "^mesh.process_id 0 goes with mesh.coordinator HOST:PORT alone$"),
+        ({"start_timeout": 0}, "^mesh.start_timeout is 0; it must be at least 1$"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(InputError, match=message):
+        MeshConfig(**settings)
