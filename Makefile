@@ -12,7 +12,7 @@ train: .venv/train.stamp
 test: .venv/dev.stamp
 	$(PYTEST) -m "not slow"
 
-test-all: .venv/dev.stamp
+test-all: .venv/tpu.stamp
 	$(PYTEST)
 
 lint: .venv/dev.stamp
@@ -34,6 +34,11 @@ clean:
 
 .venv/train.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e .
+	touch $@
+
+# The compiler for TPUs, which needs none.
+.venv/tpu.stamp: .venv/dev.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev,tpu]'
 	touch $@
 
 .venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python

@@ -14,6 +14,8 @@ if version("jaxlib").startswith("0.10."):
     # At this level of optimisation the other scheduler lets devices enter all-reduces in different orders, for ever.
     flags.append("--xla_cpu_enable_concurrency_optimized_scheduler=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+# Where libtpu is installed to compile for TPUs, jax would look for one.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 

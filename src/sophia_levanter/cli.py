@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from sophia_levanter import main as train
-from sophia_levanter.commands import compare
+from sophia_levanter.commands import compare, plan
 
-VERBS = {"train": train.main, "compare": compare.main}
+VERBS = {"train": train.main, "compare": compare.main, "plan": plan.main}
 
 
 def main() -> int:
