@@ -8,9 +8,9 @@ from sophia_levanter import cli
 @pytest.mark.parametrize(
     ("arguments", "status", "wanted"),
     [
-        ([], 2, "'' is not one of the verbs train, compare"),
-        (["trian"], 2, "'trian' is not one of the verbs train, compare"),
-        (["--help"], 0, "usage: sophia-levanter {train,compare}"),
+        ([], 2, "'' is not one of the verbs train, compare, plan"),
+        (["trian"], 2, "'trian' is not one of the verbs train, compare, plan"),
+        (["--help"], 0, "usage: sophia-levanter {train,compare,plan}"),
         (["train", "--help"], 0, "--optimizer.learning_rate"),
         (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["compare", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
