@@ -349,12 +349,12 @@ def test_a_later_format_is_refused_and_not_passed_over(tmp_path: Path, monkeypat
         restore(tmp_path, make_state(), report=silent)
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match="process_count"):
-        put(tmp_path, 1, make_state())
-    with pytest.raises(InputError, match="process_count"):
-        restore(tmp_path, make_state(), report=silent)
+def test_an_array_that_lies_on_several_hosts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = jnp.ones(3)
+    monkeypatch.setattr(type(array), "is_fully_addressable", False)
+    with pytest.raises(TypeError, match=r"^leaf model.weight lies on several hosts; bring it to this one to save it$"):
+        put(tmp_path, 1, {"model": {"weight": array}})
+    assert not list(tmp_path.glob("step-*"))
 
 
 # Committing.

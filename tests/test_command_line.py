@@ -180,7 +180,7 @@ def test_files_that_are_not_strict_yaml(write, text, problem):
             "optimizer: {type: adamw, rho: 1}",
             "optimizer.rho",
             "the fields of optimizer of type adamw are type, learning_rate, final_learning_rate, schedule, "
-            "warmup_steps, weight_decay, b1, b2, eps",
+            "warmup_steps, weight_decay, momentum_dtype, b1, b2, eps",
         ),
     ],
 )

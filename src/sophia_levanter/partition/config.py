@@ -29,10 +29,7 @@ class MeshConfig:
     mlp: str | None = "model"  # mesh axis that the MLP's hidden units are split over: model, or null
     vocab: str | None = "model"  # mesh axis that the vocabulary is split over: model, or null
     position: str | None = "sequence"  # mesh axis that positions are split over: sequence, or null
-
-    coordinator: str | None = (
-        None  # HOST:PORT of process 0 of several; auto: as a TPU pod or Slurm says; null: one process
-    )
+    coordinator: str | None = None  # HOST:PORT of process 0 of several, or auto, as a TPU pod or Slurm says
     num_processes: int | None = None  # with HOST:PORT: how many processes the run has
     process_id: int | None = None  # with HOST:PORT: which of them this is, from 0
     start_timeout: int = 300  # seconds to wait for the other processes
