@@ -17,8 +17,8 @@ from haliax import NamedArray
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sophia_levanter.errors import InputError
 from sophia_levanter.partition.config import MESH_AXES, MeshConfig
+from sophia_levanter.partition.processes import all_devices
 
 AxisMapping = Mapping[str, tuple[str, ...]]
 
@@ -115,10 +115,7 @@ def partition_of(config: MeshConfig | None = None, devices: Sequence[Any] | None
     Raises:
         InputError: if the sizes do not fit the devices, or jax cannot start the platform it is told to use.
     """
-    try:
-        devices = jax.devices() if devices is None else devices
-    except RuntimeError as error:
-        raise InputError(f"jax finds no devices: {str(error).splitlines()[0]}") from error
+    devices = all_devices() if devices is None else devices
     config = config or MeshConfig()
     sizes = config.sizes(len(devices))
     mesh = Mesh(arranged(tuple(sizes.values()), devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

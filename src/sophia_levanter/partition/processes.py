@@ -49,8 +49,25 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+def all_devices() -> list[jax.Device]:
+    """The devices of all processes.
+
+    Raises:
+        InputError: if jax cannot start the platform it is told to use.
+    """
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        raise InputError(f"jax finds no devices: {_first_line(error)}") from error
+
+
 def is_first_process() -> bool:
-    """Whether this one writes files and talks to people."""
+    """Whether this one writes files and talks to people.
+
+    Raises:
+        InputError: if jax cannot start the platform it is told to use.
+    """
+    all_devices()
     return jax.process_index() == 0
 
 
