@@ -73,8 +73,21 @@ ALL_GOLDENS = [
     [g if g in FAST_GOLDENS else pytest.param(*g, marks=pytest.mark.slow) for g in ALL_GOLDENS],
 )
 def test_golden_run(name: str, devices: int, num_microbatches: int):
+    """The key's bias has a gradient of zero in theory, whose rounding the optimizers normalise: with biases float32 is
+    the reference's within its first 40 steps, and all 80 are compared in float64, which leaves the reference's rounding
+    alone."""
+    if "nobias" in name:
+        check_golden_run(name, devices, num_microbatches, jnp.float32, steps=80)
+        return
+    check_golden_run(name, devices, num_microbatches, jnp.float32, steps=40)
+    with jax.enable_x64(True):
+        check_golden_run(name, devices, num_microbatches, jnp.float64, steps=80)
+
+
+def check_golden_run(name: str, devices: int, num_microbatches: int, dtype: jnp.dtype, steps: int):
     golden = np.load(GOLDEN / f"{name}.npz")
     h = json.loads(str(golden["hyperparameters"]))
+    assert steps <= h["steps"]
     config = Gpt2Config(
         num_layers=h["n_layer"],
         num_heads=h["n_head"],
@@ -85,6 +98,7 @@ def test_golden_run(name: str, devices: int, num_microbatches: int):
         loss_block_size=16,
     )
     initial = {key.removeprefix("init/"): golden[key] for key in golden.files if key.startswith("init/")}
+    policy = jmp.get_policy(jnp.dtype(dtype).name)
     model = gpt2_from_state_dict(config, initial, layout="linear")
     shared = {
         "learning_rate": warmup_schedule(
@@ -100,9 +114,9 @@ def test_golden_run(name: str, devices: int, num_microbatches: int):
     optimizer = (
         SophiaG(**shared, **uncorrected, rho=h["rho"], eps=1e-15, estimator=AVERAGED) if sophia else AdamW(**shared)
     )
-    settings = StepSettings(optimizer, max_grad_norm=h["grad_clip"])
+    settings = StepSettings(optimizer, max_grad_norm=h["grad_clip"], policy=policy)
     partition = partition_of(devices=jax.devices()[:devices])
-    state = partition.place(TrainState.init(model, optimizer))
+    state = partition.place(TrainState.init(model, optimizer, policy))
     plain, refreshing = jitted(settings, False), jitted(settings, True)
     loss, grad_norm = [], []
 
@@ -116,7 +130,7 @@ def test_golden_run(name: str, devices: int, num_microbatches: int):
         }
 
     with partition.active():
-        for t in range(h["steps"]):
+        for t in range(steps):
             batch = partition.place(batch_of(golden["inputs"][t], golden["targets"][t], num_microbatches))
             if sophia and t and t % h["k"] == 0:
                 state, output = refreshing(batch, state, **curvature_at(t))
@@ -125,12 +139,12 @@ def test_golden_run(name: str, devices: int, num_microbatches: int):
             loss.append(float(output.metrics["train/loss"]))
             grad_norm.append(float(output.metrics["train/grad_norm"]))
         if sophia:
-            refreshed, _ = refreshing(batch, state, **curvature_at(h["steps"]))
-    error = np.abs(np.array(loss) / golden["loss"] - 1)
+            refreshed, _ = refreshing(batch, state, **curvature_at(steps))
+    error = np.abs(np.array(loss) / golden["loss"][:steps] - 1)
     assert error[:10].max() < 1e-6
     assert error[:40].max() < 2e-4
     assert error.max() < 5e-3
-    assert np.abs(np.array(grad_norm) / golden["grad_norm"] - 1)[:10].max() < 1e-5
+    assert np.abs(np.array(grad_norm) / golden["grad_norm"][:steps] - 1)[:10].max() < 1e-5
     if not h["bias"]:
         final = gpt2_to_state_dict(state.model, layout="linear")
         for key, array in final.items():
