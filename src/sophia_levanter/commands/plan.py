@@ -121,16 +121,8 @@ def _mfu(text: str) -> float:
 
 
 def _plan(command: Command) -> int:
-    # For jax and libtpu, which look at these when they start: no TPU of this machine is used or asked about.
+    # For jax, which looks at it when it starts: no accelerator of this machine is used or asked about.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    for name, value in {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-    }.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
     from jax.errors import JaxRuntimeError

@@ -26,6 +26,7 @@ _NO_MATTER = (
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",
     "trainer.log_every",
+    "trainer.profile_steps",
     "trainer.sample_tokens",
     "trainer.evaluate_every",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.data.tokenizer import load_tokenizer
@@ -51,25 +52,50 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     plans = {refresh: plan_step(config, partition, vocab_size, refresh=refresh) for refresh in kinds}
     yield from _memory(config, partition, vocab_size, state, plans, target)
     yield from _collectives(config, state, plans)
-    yield _largest_microbatch(config, partition, vocab_size, target)
+    yield _largest_microbatch(config, partition, vocab_size, target.chip.memory)
     if isinstance(config.optimizer, SophiaHConfig):
         yield _hutchinsons_microbatch(config, partition, vocab_size, plans[False])
 
 
-def _size(config: TrainConfig, state: object, target: Target, vocab_size: int, mfu: float) -> Iterator[str]:
-    trainer = config.trainer
-    tokens = trainer.batch_size * config.model.seq_len
+@dataclass(frozen=True)
+class RunSize:
+    """How much a run is.
+
+    Attributes:
+        step_tokens: predicted tokens in a step.
+        step_flops: of a step in the mean over the run, with curvature and work on matrices.
+        extra: the share of them beyond the model's forward and backward pass.
+        step_seconds: at the model FLOPs utilisation that was asked for.
+        days: of the whole run.
+    """
+
+    step_tokens: int
+    step_flops: float
+    extra: float
+    step_seconds: float
+    days: float
+
+
+def run_size(config: TrainConfig, target: Target, vocab_size: int, mfu: float) -> RunSize:
+    """How much a run is, and how long it takes on a target at a model FLOPs utilisation."""
+    tokens = config.trainer.batch_size * config.model.seq_len
     model_flops = flops_per_token(config.model, vocab_size) * tokens
-    step = model_flops * passes_per_step(config) + matrix_flops_per_step(config)
-    seconds = step / (mfu * target.chip.peak_flops * target.num_devices)
+    flops = model_flops * passes_per_step(config) + matrix_flops_per_step(config)
+    seconds = flops / (mfu * target.chip.peak_flops * target.num_devices)
+    days = seconds * config.trainer.num_train_steps / SECONDS_PER_DAY
+    return RunSize(tokens, flops, flops / model_flops - 1, seconds, days)
+
+
+def _size(config: TrainConfig, state: object, target: Target, vocab_size: int, mfu: float) -> Iterator[str]:
+    size, steps = run_size(config, target, vocab_size, mfu), config.trainer.num_train_steps
     yield f"parameters        {count_parameters(state.model):,}"  # type: ignore[attr-defined]
     yield (
-        f"FLOPs             {step:.3g} a step, {step / model_flops - 1:.1%} of them for curvature and matrices; "
-        f"{step * trainer.num_train_steps:.3g} a run"
+        f"FLOPs             {size.step_flops:.3g} a step, {size.extra:.1%} of them for curvature and matrices; "
+        f"{size.step_flops * steps:.3g} a run"
     )
     yield (
-        f"time              {seconds:.3g} s a step, {seconds * trainer.num_train_steps / SECONDS_PER_DAY:.3g} days for "
-        f"{trainer.num_train_steps:,} steps of {tokens:,} tokens, at an MFU of {mfu:g}"
+        f"time              {size.step_seconds:.3g} s a step, {size.days:.3g} days for "
+        f"{steps:,} steps of {size.step_tokens:,} tokens, at an MFU of {mfu:g}"
     )
 
 
@@ -129,23 +155,30 @@ def _collectives(config: TrainConfig, state: object, plans: dict[bool, StepPlan]
         yield _row(kind, [plan.collectives.get(kind, 0) for plan in plans.values()], unit)
     yield _row("together", totals.values(), unit)
     if config.mesh.fsdp is not None:
-        item = 2 if config.trainer.compute_dtype == "bfloat16" else 4
-        minimum = 3 * item * count_parameters(state.model) / config.mesh.model  # type: ignore[attr-defined]
-        once = minimum * config.trainer.num_microbatches
-        least: list[float | str] = [once]
-        if isinstance(config.optimizer, SophiaGConfig):
-            least.append(once + minimum / 3 * curvature_microbatches(config.optimizer, config.trainer))
-        elif True in plans:
-            least.append("-")
-        yield _row("least for FSDP", least, unit)
+        least = fsdp_minimum(config, state)
+        yield _row("least for FSDP", ["-" if least[r] is None else least[r] for r in plans], unit)
     if True in plans:
         share = refreshes_per_step(config)
         mean = (1 - share) * totals[False] + share * totals[True]
         yield f"  {mean / unit:.2f} in the mean over the run"
 
 
-def _largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, target: Target) -> str:
-    """Of the sizes that divide the batch and over the devices, with the step that needs most."""
+def fsdp_minimum(config: TrainConfig, state: object) -> dict[bool, float | None]:
+    """The least bytes that a device sends in a plain and in a refresh step, parameters gathered in the compute dtype.
+
+    Every microbatch gathers each parameter twice and scatters its gradient once; one of GNB's refresh scatters a second
+    gradient. Hutchinson's pass has rows of its own: None.
+    """
+    item = 2 if config.trainer.compute_dtype == "bfloat16" else 4
+    once = item * count_parameters(state.model) / config.mesh.model  # type: ignore[attr-defined]
+    plain = 3 * once * config.trainer.num_microbatches
+    if not isinstance(config.optimizer, SophiaGConfig):
+        return {False: plain, True: None}
+    return {False: plain, True: plain + once * curvature_microbatches(config.optimizer, config.trainer)}
+
+
+def largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, memory: float) -> int | None:
+    """Of the sizes that divide the batch and over the devices, with the step that needs most; None if none fits."""
     batch_size, refresh = config.trainer.batch_size, isinstance(config.optimizer, SophiaConfig)
     step = partition.row_shards
     sizes = [n for n in range(step, batch_size + 1, step) if batch_size % n == 0]
@@ -153,15 +186,17 @@ def _largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: i
     def fits(size: int) -> bool:
         trainer = dataclasses.replace(config.trainer, microbatch_size=size)
         own = dataclasses.replace(config, trainer=trainer)
-        return plan_step(own, partition, vocab_size, refresh=refresh).fits(target.chip.memory)
+        return plan_step(own, partition, vocab_size, refresh=refresh).fits(memory)
 
-    found = largest(sizes, fits)
+    return largest(sizes, fits)
+
+
+def _largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, memory: float) -> str:
+    found = largest_microbatch(config, partition, vocab_size, memory)
     if found is None:
-        least = f"trainer.microbatch_size {sizes[0]}, the smallest"
-        return (
-            f"{least}, does not fit {target.chip.memory / GIB:.0f} GiB: take more devices with mesh.fsdp, or mesh.model"
-        )
-    return f"the largest trainer.microbatch_size that fits is {found}, of {batch_size}"
+        least = f"trainer.microbatch_size {partition.row_shards}, the smallest"
+        return f"{least}, does not fit {memory / GIB:.0f} GiB: take more devices with mesh.fsdp, or mesh.model"
+    return f"the largest trainer.microbatch_size that fits is {found}, of {config.trainer.batch_size}"
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -178,22 +213,33 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     return sizes[low - 1] if low else None
 
 
-def _hutchinsons_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, plain: StepPlan) -> str:
-    """The largest microbatch of Hutchinson's pass that keeps the refresh near a plain step's memory."""
+def hutchinsons_microbatch(
+    config: TrainConfig, partition: Partition, vocab_size: int, plain: StepPlan
+) -> tuple[int, float] | None:
+    """The largest `curvature_microbatch_size` whose refresh has temporaries near a plain step's, and their ratio."""
     trainer, optimizer = config.trainer, config.optimizer
     rows = trainer.microbatch_size or trainer.batch_size
     sizes = [n for n in range(rows, 0, -1) if rows % n == 0 and n % partition.row_shards == 0]
     for size in sizes:
         own = dataclasses.replace(config, optimizer=dataclasses.replace(optimizer, curvature_microbatch_size=size))  # type: ignore[call-arg]
         found = plan_step(own, partition, vocab_size, refresh=True)
-        if None in (found.temporaries, plain.temporaries):
+        if found.temporaries is None or plain.temporaries is None:
             continue
-        ratio = found.temporaries / plain.temporaries  # type: ignore[operator]
+        ratio = found.temporaries / plain.temporaries
         if ratio <= REFRESH_RATIO:
-            return (
-                f"optimizer.curvature_microbatch_size {size} is the largest whose refresh stays within {REFRESH_RATIO} "
-                f"times a plain step's temporaries ({ratio:.2f})"
-            )
+            return size, ratio
+    return None
+
+
+def _hutchinsons_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, plain: StepPlan) -> str:
+    found = hutchinsons_microbatch(config, partition, vocab_size, plain)
+    if found is None:
+        return (
+            f"no optimizer.curvature_microbatch_size keeps a refresh within {REFRESH_RATIO} times the plain step's "
+            "memory"
+        )
+    size, ratio = found
     return (
-        f"no optimizer.curvature_microbatch_size keeps a refresh within {REFRESH_RATIO} times the plain step's memory"
+        f"optimizer.curvature_microbatch_size {size} is the largest whose refresh stays within {REFRESH_RATIO} "
+        f"times a plain step's temporaries ({ratio:.2f})"
     )

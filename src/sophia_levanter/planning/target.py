@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,14 @@ from typing import Any
 from sophia_levanter.errors import InputError
 
 GIB = 2**30
+# For libtpu, which looks at these when it starts: it is to describe a machine, not to look for one.
+LIBTPU_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,8 @@ class Target:
             return jax.devices("cpu")
         from jax.experimental import topologies
 
+        for name, value in LIBTPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         try:
             described = topologies.get_topology_desc(
                 platform="tpu", topology_name=self.topology, **(self.chip.topology or {})

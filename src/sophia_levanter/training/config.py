@@ -244,6 +244,7 @@ class TrainerConfig:
     keep_checkpoints: int = 2  # newest checkpoints that are kept
     log_every: int = 10  # steps between two lines of progress where there is no terminal
     sample_tokens: int = 200  # tokens of text generated at the end of the run
+    profile_steps: str | None = None  # FIRST:END, steps to trace into run_dir/profile, END not among them
     run_dir: str | None = None  # config, metrics and checkpoints go here; runs/NAME-TIME if not given
 
     def __post_init__(self) -> None:
@@ -270,6 +271,22 @@ class TrainerConfig:
             _check_positive("trainer.max_grad_norm", self.max_grad_norm)
         for name in ("parameter_dtype", "compute_dtype"):
             _check_choice(f"trainer.{name}", getattr(self, name), DTYPES)
+        if self.profile_steps is not None and not self.profiled_steps:
+            raise InputError(
+                f"trainer.profile_steps is {self.profile_steps!r}; it must be FIRST:END, FIRST below END, like 10:15"
+            )
+        if self.profiled_steps.stop > self.num_train_steps:
+            raise InputError(
+                f"trainer.profile_steps is {self.profile_steps}, but trainer.num_train_steps is {self.num_train_steps}"
+            )
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps that `profile_steps` names; empty if it names none or is not FIRST:END."""
+        first, colon, end = (self.profile_steps or "").partition(":")
+        if not (colon and first.isdecimal() and end.isdecimal()):
+            return range(0)
+        return range(int(first), int(end))
 
     @property
     def num_microbatches(self) -> int:

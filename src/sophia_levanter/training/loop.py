@@ -24,6 +24,7 @@ from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines, NoLines
 from sophia_levanter.training.config import TrainerConfig
 from sophia_levanter.training.evaluation import Evaluation
+from sophia_levanter.training.profile import Profiler
 from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, train_step
 
 Step = Callable[[Batch, TrainState], tuple[TrainState, StepOutput]]
@@ -87,6 +88,7 @@ class Loop:
         save: writes a checkpoint of a state and gives its path.
         metrics: takes the numbers of each step.
         console: shows them.
+        profiler: traces some of the steps.
         tokens_per_step: predicted tokens in a step.
         mfu_per_token_rate: model FLOPs utilisation at one token a second.
     """
@@ -99,6 +101,7 @@ class Loop:
     save: Callable[[TrainState], Path]
     metrics: JsonLines | NoLines
     console: Console
+    profiler: Profiler
     tokens_per_step: int
     mfu_per_token_rate: float
     last_metrics: dict[str, float] = field(default_factory=dict)
@@ -127,6 +130,7 @@ class Loop:
             try:
                 return self._steps(state, plain, refreshing, stop)
             finally:
+                self._end_profile()
                 self.console.stop()
                 self.metrics.close()
 
@@ -138,19 +142,28 @@ class Loop:
         unread: tuple[int, StepOutput] | None = None
         while step < total and not all_stop(step, stop.signal is not None):
             refresh = refresh_pending or self.settings.optimizer.refresh_due(step)
-            state, output = (refreshing if refresh else plain)(batch, state)
+            if self.profiler.starts_at(step):
+                if unread is not None:
+                    self._read(*unread)
+                    unread = None
+                self.profiler.start()
+            with self.profiler.annotated(step):
+                state, output = (refreshing if refresh else plain)(batch, state)
             if step + 1 < total:
                 batch = self._batch(step + 1)
             if unread is not None:
                 self._read(*unread)
             unread = (step, output)
+            profiled = self.profiler.ends_after(step)
             step += 1
             evaluate = step % self.config.evaluate_every == 0 or step == total
             save = step % self.config.checkpoint_every == 0 or step == total
-            if refresh or evaluate or save:
+            if refresh or evaluate or save or profiled:
                 self._read(*unread)
                 unread = None
                 refresh_pending = bool(output.refresh_pending)
+            if profiled:
+                self._end_profile()
             if evaluate:
                 self._evaluate(step, state)
             if save:
@@ -209,6 +222,12 @@ class Loop:
             f"{evaluation.bits_per_byte:.4f} bits per byte"
         )
         self._last_time = time.perf_counter()
+
+    def _end_profile(self) -> None:
+        directory = self.profiler.stop()
+        if directory is not None:
+            self.console.line(f"profile: tensorboard --logdir {directory}")
+            self._last_time = time.perf_counter()
 
     def _save(self, step: int, state: TrainState) -> None:
         self.metrics.sync()

@@ -26,6 +26,7 @@ from sophia_levanter.tracking.jsonl import JsonLines, NoLines
 from sophia_levanter.training.evaluation import Evaluator
 from sophia_levanter.training.loop import Loop, StopRequest
 from sophia_levanter.training.optimizers import build_schedule, build_step_settings
+from sophia_levanter.training.profile import Profiler
 from sophia_levanter.training.run_directory import RunDirectory, changed_fields
 from sophia_levanter.training.step import StepSettings, TrainState
 from sophia_levanter.training.summary import attention_of, describe_end, describe_start
@@ -70,6 +71,7 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
         TrainingFailed: if the numbers go bad.
         CheckpointError: if all checkpoints of the run are damaged.
     """
+    _keep_compiled(Path(config.data.cache_dir).expanduser().absolute() / "compiled")
     start_processes(config.mesh)
     first = is_first_process()
     console = Console(config.trainer.log_every, quiet=not first)
@@ -111,6 +113,12 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
         return signal
     describe_end(parts, loop, state, console)
     return None
+
+
+def _keep_compiled(directory: Path) -> None:
+    """Have jax keep compiled programs, unless JAX_COMPILATION_CACHE_DIR has named a place for them already."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console) -> Parts:
@@ -208,6 +216,7 @@ def _make_loop(parts: Parts, directory: RunDirectory, state: TrainState, run_id:
         save=save,
         metrics=JsonLines(directory.metrics_file, first_step=step) if is_first_process() else NoLines(),
         console=console,
+        profiler=Profiler(trainer.profiled_steps, directory.profile),
         tokens_per_step=trainer.batch_size * parts.config.model.seq_len,
         mfu_per_token_rate=flops / peak_flops(list(parts.partition.mesh.devices.flat)),
         saved_step=step if step in checkpoint.steps(directory.checkpoints) else None,

@@ -1,4 +1,4 @@
-"""The directory of a run: `config.yaml`, `metrics.jsonl` and `checkpoints/`; and whether it may be used."""
+"""The directory of a run: `config.yaml`, `metrics.jsonl`, `checkpoints/` and `profile/`; and whether it may be used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sophia_levanter.data.documents import PYTHON_STDLIB
 from sophia_levanter.errors import InputError
 
 # What may differ between a run and its continuation by `--resume auto` without making it another run.
-_MAY_DIFFER = ("trainer.num_train_steps", "trainer.run_dir")
+_MAY_DIFFER = ("trainer.num_train_steps", "trainer.profile_steps", "trainer.run_dir")
 LOCK_NAME = ".lock"
 
 # The open files whose locks this process holds: a lock goes when its file is closed.
@@ -47,6 +47,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     def lock(self) -> None:
         """Make the directory and keep other processes out of it until this one ends.

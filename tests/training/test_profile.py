@@ -1,0 +1,74 @@
+"""Traces of training steps, read back as TensorBoard reads them."""
+
+import jax
+import pytest
+
+from sophia_levanter.command_line import load_config
+from sophia_levanter.main import main
+from sophia_levanter.training.profile import Profiler
+
+
+def traced_steps(directory):
+    """The numbers of the steps in each trace under a directory, the oldest first."""
+    return [
+        sorted(
+            {
+                dict(event.stats)["step_num"]
+                for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+                for line in plane.lines
+                for event in line.events
+                if event.name == "train"
+            }
+        )
+        for path in sorted(directory.glob("plugins/profile/*/*.xplane.pb"))
+    ]
+
+
+def test_a_trace_has_the_steps_asked_for_and_no_others(config_file, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    command = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.profile_steps", "4:7"]
+    assert main(command) == 0
+    assert traced_steps(run_dir / "profile") == [[4, 5, 6]]
+    assert f"profile: tensorboard --logdir {run_dir}/profile" in capsys.readouterr().out
+
+
+def test_a_resumed_run_traces_what_is_left(config_file, tmp_path):
+    run_dir = tmp_path / "run"
+    command = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.profile_steps", "5:9"]
+    assert main([*command, "--trainer.num_train_steps", "9"]) == 0
+    assert main([*command, "--resume", "auto", "--trainer.profile_steps", "8:11"]) == 0
+    assert sorted(traced_steps(run_dir / "profile")) == [[5, 6, 7, 8], [9, 10]]
+
+
+def test_a_trace_is_written_when_a_run_ends_within_it(tmp_path):
+    profiler = Profiler(range(2, 5), tmp_path)
+    assert [profiler.starts_at(step) for step in range(6)] == [False, False, True, True, True, False]
+    profiler.start()
+    with profiler.annotated(2):
+        jax.numpy.ones(3).block_until_ready()
+    assert not profiler.starts_at(3)
+    assert [profiler.ends_after(step) for step in (2, 3, 4)] == [False, False, True]
+    assert profiler.stop() == tmp_path
+    assert profiler.stop() is None
+    assert traced_steps(tmp_path) == [[2]]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("10", "trainer.profile_steps is '10'; it must be FIRST:END, FIRST below END, like 10:15"),
+        ("", "trainer.profile_steps is ''; it must be"),
+        ("7:7", "trainer.profile_steps is '7:7'; it must be"),
+        ("-3:2", "trainer.profile_steps is '-3:2'; it must be"),
+        ("1:2:3", "trainer.profile_steps is '1:2:3'; it must be"),
+        ("10:15", "trainer.profile_steps is 10:15, but trainer.num_train_steps is 12"),
+    ],
+)
+def test_bad_steps(given, message, config_file, capsys):
+    assert main(["--config", str(config_file), f"--trainer.profile_steps={given}"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_a_file_need_not_quote_what_yaml_could_take_for_a_time(config_file):
+    config_file.write_text(config_file.read_text() + "  profile_steps: 10:12\n")
+    assert load_config(config_file).trainer.profiled_steps == range(10, 12)
