@@ -16,6 +16,8 @@ if version("jaxlib").startswith("0.10."):
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 # Where libtpu is installed to compile for TPUs, jax would look for one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Eight devices that each decompose a matrix would wait for each other's LAPACK threads, thirty times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
