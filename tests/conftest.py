@@ -1,5 +1,5 @@
-"""The whole suite runs on eight pretended CPU devices, so that sharding is at hand in every test, and keeps what jax
-compiles. All this must be set before jax is imported, and reaches the processes that tests start."""
+"""The whole suite runs on eight pretended CPU devices, so that sharding is at hand in every test. All
+this must be set before jax is imported, and reaches the processes that tests start."""
 
 import os
 from importlib.metadata import version
@@ -18,8 +18,6 @@ os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices that each decompose a matrix would wait for each other's LAPACK threads, thirty times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 CONFIG = """
 model: {num_layers: 2, num_heads: 2, embed_dim: 16, seq_len: 16, loss_block_size: 8, gradient_checkpointing: none}

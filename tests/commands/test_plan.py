@@ -20,6 +20,7 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
     [
         ([], "--config FILE is missing; config/gpt2_large_sophia.yaml is one"),
         (["--config"], "--config has no value; write --config VALUE"),
+        (["--config="], "--config has an empty value"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["--config", NANO, "extra"], "unexpected argument 'extra'; --help shows the options"),
         (["--config", NANO, "--mfu", "1.5"], "--mfu is '1.5'; it must be above 0 and at most 1"),
@@ -27,6 +28,13 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
         (["--config", NANO, "--devices", "-3"], "--devices is '-3'; it must be a whole number of at least 1"),
         (["--config", NANO, "--devices", "8", "--gpu", "tpu"], "--gpu is 'tpu'; it must be one of a100-40"),
         (["--config", NANO, "--target", "v4"], "--target is 'v4'; it must be a TPU and its chips along each axis"),
+        (["--config", NANO, "--target", "v4:0x2x4"], "--target is 'v4:0x2x4'; a side of v4 has between 1 and 16 chips"),
+        (["--config", NANO, "--target", "v5e:1000x1000"], "--target is 'v5e:1000x1000'; a side of v5e has between 1"),
+        (["--config", NANO, "--trainer.batch_size", "9" * 20], f"trainer.batch_size is {'9' * 20}; it must be at most"),
+        (
+            ["--config", NANO, "--model.embed_dim", "9" * 11],
+            f"model.embed_dim is {'9' * 11}; it must be at most 1048576",
+        ),
         (["--config", NANO, "--target", "v4:2x2x1", "--devices", "4"], "--devices does not go with --target"),
         (["--config", NANO, "--mesh.width", "4"], "unknown option '--mesh.width'; the fields of mesh are"),
         (["--config", NANO, "--mesh.fsdp", "embd"], "mesh.fsdp is 'embd'; it must be one of embed, mlp"),

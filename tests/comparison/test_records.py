@@ -61,6 +61,13 @@ def test_a_damaged_file_is_one_line(text, tmp_path):
     assert message.endswith("; move it away to start anew")
 
 
+def test_a_run_without_a_configuration_is_one_line(make_record, tmp_path):
+    file = tmp_path / "study.json"
+    write_records(file, "study", [dataclasses.replace(make_record(), config=3)])
+    with pytest.raises(InputError, match=r"is no record of a study: a run's config is no mapping; move it away"):
+        read_records(file)
+
+
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
     (tmp_path / "study.json").mkdir()
     with pytest.raises(InputError, match=r"study\.json: is no record of a study: "):

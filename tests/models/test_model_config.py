@@ -60,6 +60,18 @@ def test_attention_that_cannot_be_had(wanted, platform, dtype, positions, head_s
         attention_for(wanted, platform, dtype, positions, head_size, split_positions=split)
 
 
+def test_kernels_have_no_dropout():
+    assert attention_for("auto", "tpu", "bfloat16", 1024, 64, dropout=True) == "xla"
+    with pytest.raises(InputError, match=r"^model.attention is 'cudnn', which has no dropout \(model.dropout\)"):
+        attention_for("cudnn", "gpu", "bfloat16", 1024, 64, dropout=True)
+
+
+@pytest.mark.parametrize("name", ["num_layers", "num_heads", "embed_dim", "seq_len"])
+def test_sizes_that_no_machine_has(name):
+    with pytest.raises(InputError, match=rf"^model.{name} is 1048577; it must be at most 1048576$"):
+        Gpt2Config(**{name: 2**20 + 1})
+
+
 def test_no_attention():
     with pytest.raises(InputError, match=r"^model.attention is 'flash'; it must be one of auto, xla, cudnn, splash$"):
         Gpt2Config(attention="flash")

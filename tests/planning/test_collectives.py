@@ -70,3 +70,54 @@ def test_a_loop_that_does_not_say_how_often_it_turns():
     hlo = LOOPS.replace("direction=LT", "direction=NE")
     with pytest.raises(ValueError, match="how often the loop inner_body turns cannot be told"):
         collective_bytes(hlo)
+
+
+# As v5e's compiler writes them: a gather in three parts, which each have the whole; a sum that a slice is taken of; a
+# sum whose operand is narrowed on the way.
+TPU = """\
+HloModule jit_step, is_scheduled=true
+
+%fused_computation.1 (p.1: bf16[16,4]) -> (bf16[16,4], bf16[128,4], u32[]) {
+  %p.1 = bf16[16,4] parameter(0)
+  %all-gather.1 = bf16[128,4] all-gather(%p.1), dimensions={0}
+  ROOT %tuple.1 = (bf16[16,4], bf16[128,4], u32[]) tuple(%p.1, %all-gather.1)
+}
+
+%async_collective_fusion.1 (p.2: bf16[16,4]) -> (bf16[16,4], bf16[128,4], u32[]) {
+  %p.2 = bf16[16,4] parameter(0)
+  %all-gather.2 = bf16[128,4] all-gather(%p.2), dimensions={0}
+  ROOT %tuple.2 = (bf16[16,4], bf16[128,4], u32[]) tuple(%p.2, %all-gather.2)
+}
+
+%fused_computation.3 (p.3: bf16[16,4]) -> bf16[128,4] {
+  %p.3 = bf16[16,4] parameter(0)
+  ROOT %all-gather.3 = bf16[128,4] all-gather(%p.3), dimensions={0}
+}
+
+%all-reduce-scatter.1 (input: bf16[120,4]) -> bf16[16,4] {
+  %input = bf16[120,4] parameter(0)
+  %zero = bf16[] constant(0)
+  %padded = bf16[128,4] pad(%input, %zero), padding=0_8x0_0
+  %all-reduce.4 = bf16[128,4] all-reduce(%padded), to_apply=%add
+  ROOT %slice.4 = bf16[16,4] dynamic-slice(%all-reduce.4, %zero, %zero), dynamic_slice_sizes={16,4}
+}
+
+ENTRY %main (a: bf16[16,4], b: bf16[120,4], c: f32[6]) -> bf16[6] {
+  %a = bf16[16,4] parameter(0)
+  %b = bf16[120,4] parameter(1)
+  %c = f32[6] parameter(2)
+  %async-collective-start = (bf16[16,4], bf16[128,4], u32[]) fusion(%a), kind=kCustom, calls=%fused_computation.1
+  %fusion.2 = (bf16[16,4], bf16[128,4], u32[]) fusion(%a), kind=kCustom, calls=%async_collective_fusion.1
+  %async-collective-done = bf16[128,4] fusion(%a), kind=kCustom, calls=%fused_computation.3
+  %scattered = bf16[16,4] fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %narrowed = bf16[6] all-reduce(%c), to_apply=%add
+}
+"""
+
+
+def test_what_tpus_write_in_parts_counts_once():
+    assert collective_bytes(TPU) == {
+        "all-gather": 128 * 4 * 2,
+        "reduce-scatter": 128 * 4 * 2,
+        "all-reduce": 2 * 6 * 2,
+    }

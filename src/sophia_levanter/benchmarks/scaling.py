@@ -85,20 +85,23 @@ def weak_table(configs: Path) -> Table:
     """What each TPU sends while both devices and rows grow, beside the least for FSDP."""
 
     def rows() -> Iterator[list[object]]:
-        for target in map(tpu_target, ("v5e:2x4", "v5e:8x8", "v5e:16x16")):
-            size = ("trainer.batch_size", str(4 * target.num_devices))
-            config = load_config(configs / "gpt2_large_sophia.yaml", [FSDP, size, ("trainer.microbatch_size", "null")])
+        for name, replicas in (("v5e:2x4", 1), ("v5e:8x8", 4), ("v5e:8x8", 1), ("v5e:16x16", 16), ("v5e:16x16", 1)):
+            target = tpu_target(name)
+            rows = ("trainer.batch_size", str(4 * target.num_devices))
+            overrides = [FSDP, rows, ("trainer.microbatch_size", "null"), ("mesh.replica", str(replicas))]
+            config = load_config(configs / "gpt2_large_sophia.yaml", overrides)
             partition = partition_of(config.mesh, target.devices())
-            least = fsdp_minimum(config, abstract_state(config, partition, VOCAB_SIZE))
+            least = fsdp_minimum(config, partition, abstract_state(config, partition, VOCAB_SIZE))
             for refresh in (False, True):
                 sent = plan_step(config, partition, VOCAB_SIZE, refresh=refresh).collectives
                 total, minimum = sum(sent.values()), least[refresh]
                 assert minimum
                 kinds = ", ".join(f"{kind} {n / 1e9:.2f}" for kind, n in sorted(sent.items()) if n > 5e6)
-                name = "refresh" if refresh else "plain"
-                yield [target.num_devices, name, f"{total / 1e9:.2f}", f"{total / minimum:.2f}", kinds]
+                mesh = f"{replicas} x {target.num_devices // replicas}"
+                step = "refresh" if refresh else "plain"
+                yield [target.num_devices, mesh, step, f"{total / 1e9:.2f}", f"{total / minimum:.2f}", kinds]
 
-    return ["TPUs", "step", "GB from each", "beside the least", "of which"], rows()
+    return ["TPUs", "replica x data", "step", "GB from each", "beside the least", "of which"], rows()
 
 
 def configs_table(configs: Path) -> Table:

@@ -87,6 +87,8 @@ def parse(words: Sequence[str]) -> Command:
                 raise InputError(f"{name} has no value; write {name} VALUE")
             value = rest.pop(0)
         if name in OPTIONS:
+            if not value:
+                raise InputError(f"{name} has an empty value")
             options[name] = value
         else:
             overrides.append((name.removeprefix("--"), value))

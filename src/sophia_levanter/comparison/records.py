@@ -102,7 +102,10 @@ def read_records(path: Path) -> list[Record]:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree["format"] != FORMAT:
             raise InputError(f"{path}: its format is {tree['format']}, and this version reads {FORMAT}")
-        return [Record(**fields) for fields in tree["runs"]]
+        records = [Record(**fields) for fields in tree["runs"]]
+        if not all(isinstance(record.config, dict) for record in records):
+            raise TypeError("a run's config is no mapping")
+        return records
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: is no record of a study: {error}; move it away to start anew") from None
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 VOCAB_MULTIPLE = 128
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+LARGEST = 2**20  # of any size of a model
 CHECKPOINTING_POLICIES = ("none", "full", "dots", "offload")
 
 
@@ -42,6 +43,8 @@ class Gpt2Config:
         for name in ("num_layers", "num_heads", "embed_dim", "seq_len", "mlp_ratio", "scan_unroll", "loss_block_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+            if getattr(self, name) > LARGEST:
+                raise InputError(f"model.{name} is {getattr(self, name)}; it must be at most {LARGEST}")
         if self.embed_dim % self.num_heads:
             raise InputError(
                 f"model.num_heads {self.num_heads} does not divide model.embed_dim {self.embed_dim}; "
@@ -86,7 +89,14 @@ class Gpt2Config:
 
 
 def attention_for(
-    wanted: str, platform: str, dtype: str, positions: int, head_size: int, *, split_positions: bool = False
+    wanted: str,
+    platform: str,
+    dtype: str,
+    positions: int,
+    head_size: int,
+    *,
+    split_positions: bool = False,
+    dropout: bool = False,
 ) -> str:
     """The implementation of attention that is used: the wanted one, or for `auto` the fastest that can do it.
 
@@ -96,6 +106,7 @@ def attention_for(
         dtype: of queries, keys and values.
         positions, head_size: their sizes.
         split_positions: whether positions are split over devices.
+        dropout: whether some of the attention's weights are dropped.
 
     Raises:
         InputError: if the wanted one cannot do it; says why.
@@ -103,7 +114,10 @@ def attention_for(
     if wanted == "xla":
         return wanted
     reasons = {
-        name: _why_not(name, platform, dtype, positions, head_size, split_positions) for name in ("cudnn", "splash")
+        name: "has no dropout (model.dropout)"
+        if dropout
+        else _why_not(name, platform, dtype, positions, head_size, split_positions)
+        for name in ("cudnn", "splash")
     }
     if wanted == "auto":
         return next((name for name, reason in reasons.items() if reason is None), "xla")

@@ -74,6 +74,11 @@ class MeshConfig:
         Raises:
             InputError: if the product is not the number of devices; says what would fit.
         """
+        if (self.num_processes or 1) > num_devices:
+            raise InputError(
+                f"mesh.num_processes is {self.num_processes}, and there are {num_devices} devices: "
+                "every process has one at least"
+            )
         sizes = {name: getattr(self, name) for name in MESH_AXES}
         others = math.prod(size for name, size in sizes.items() if name != "data")
         if sizes["data"] == -1:
@@ -81,10 +86,19 @@ class MeshConfig:
         if math.prod(sizes.values()) == num_devices:
             return sizes
         shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "data 1"
-        fits = f"mesh.data {num_devices // others}" if num_devices % others == 0 else "sizes whose product is that"
         raise InputError(
-            f"mesh: {shown} is {math.prod(sizes.values())} devices, and there are {num_devices}; {fits} would fit"
+            f"mesh: {shown} is {math.prod(sizes.values())} devices, and there are {num_devices}; "
+            f"{self._fitting(num_devices)} would fit"
         )
+
+    def _fitting(self, num_devices: int) -> str:
+        """The nearest sizes, not larger than those asked for but for `data`, whose product is the number of devices."""
+        rest, sizes = num_devices, {}
+        for name in ("model", "sequence", "replica"):
+            sizes[name] = max(n for n in range(1, getattr(self, name) + 1) if rest % n == 0)
+            rest //= sizes[name]
+        others = [f"mesh.{name} {size}" for name, size in sizes.items() if size > 1 or getattr(self, name) > 1]
+        return " with ".join([f"mesh.data {rest}", " and ".join(others)] if others else [f"mesh.data {rest}"])
 
     @property
     def compute_mapping(self) -> dict[str, tuple[str, ...]]:

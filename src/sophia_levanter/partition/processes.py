@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Timer
 from typing import Any
 
 import jax
@@ -11,38 +16,64 @@ from jax.experimental import multihost_utils
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.config import MeshConfig
 
+# Seconds that jaxlib waits longer than this module does.
+JAXLIB_MARGIN = 60
+
 
 def start_processes(config: MeshConfig) -> None:
     """Wait for the other processes of the run, if it has any. Before anything else uses jax.
 
+    Ends the process with status 2 and one line if they do not come within `mesh.start_timeout`.
+
     Raises:
-        InputError: if they do not come within `mesh.start_timeout`, or are not as many as they should be.
+        InputError: if no cluster says who they are, or they are not as many as they should be.
     """
     if config.coordinator is None or jax.distributed.is_initialized():
         return
     auto = config.coordinator == "auto"
     try:
-        jax.distributed.initialize(
-            None if auto else config.coordinator,
-            config.num_processes,
-            config.process_id,
-            initialization_timeout=config.start_timeout,
-        )
+        with _ending_after(config):
+            jax.distributed.initialize(
+                None if auto else config.coordinator,
+                config.num_processes,
+                config.process_id,
+                initialization_timeout=config.start_timeout + JAXLIB_MARGIN,
+            )
     except (RuntimeError, ValueError) as error:
         if auto:
             raise InputError(
                 f"mesh.coordinator is auto, and no cluster says who belongs to the run: {_first_line(error)}; "
                 "give HOST:PORT with mesh.num_processes and mesh.process_id"
             ) from None
-        raise InputError(
-            f"mesh.coordinator {config.coordinator}: the {config.num_processes} processes of mesh.num_processes did "
-            f"not all come within {config.start_timeout} s (mesh.start_timeout): {_first_line(error)}"
-        ) from None
+        raise InputError(f"mesh.coordinator {config.coordinator}: {_first_line(error)}") from None
     if config.num_processes is not None and jax.process_count() != config.num_processes:
         raise InputError(
             f"mesh.num_processes is {config.num_processes}, and jax found {jax.process_count()}; "
             "each host may run one process, or one for each of its devices"
         )
+
+
+@contextmanager
+def _ending_after(config: MeshConfig) -> Iterator[None]:
+    """Ends the process if the block takes longer than `mesh.start_timeout`: jaxlib would abort with a stack trace."""
+
+    def end() -> None:
+        expected = "" if config.num_processes is None else f"{config.num_processes} "
+        print(
+            f"error: mesh.coordinator {config.coordinator}: the {expected}processes of the run did not all come within "
+            f"{config.start_timeout} s (mesh.start_timeout); start the same command on every host",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    timer = Timer(config.start_timeout, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _first_line(error: Exception) -> str:

@@ -33,7 +33,7 @@ class _Instruction:
 def collective_bytes(hlo: str) -> dict[str, float]:
     """Bytes that go through each kind of collective on one device, loops counted as often as they turn.
 
-    An all-gather counts its result, a reduce-scatter its operand, an all-reduce its operand twice (it is one of each),
+    An all-gather counts its result, a reduce-scatter its operand, an all-reduce its result twice (it is one of each),
     the others their operand: what a ring of many devices sends.
 
     Args:
@@ -89,9 +89,12 @@ def _array_bytes(text: str) -> int:
 def _count(computations: dict[str, _Computation], name: str) -> Counter[str]:
     counts: Counter[str] = Counter()
     computation = computations.get(name, _Computation())
-    for instruction in computation.instructions.values():
+    for instruction_name, instruction in computation.instructions.items():
         kind = instruction.opcode.removesuffix("-start")
-        if kind in KINDS:
+        if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+            # How TPU's text writes a reduce-scatter: the slice that is taken of it is all that arrives.
+            counts["reduce-scatter"] += instruction.result_bytes
+        elif kind in KINDS:
             counts[kind] += _moved(kind, instruction, computation)
         elif instruction.opcode == "while":
             body = _attribute(instruction.text, "body")
@@ -99,10 +102,17 @@ def _count(computations: dict[str, _Computation], name: str) -> Counter[str]:
             if inside:
                 turns = _turns(computations, instruction)
                 counts.update({kind: turns * count for kind, count in inside.items()})
-        else:
+        elif not _continues(instruction_name, instruction):
             for called in instruction.called:
                 counts.update(_count(computations, called))
     return counts
+
+
+def _continues(name: str, instruction: _Instruction) -> bool:
+    """Whether a fusion holds a collective that another one has started, which TPU's text repeats in every part."""
+    return name.startswith("async-collective-done") or any(
+        called.startswith("async_collective_fusion") for called in instruction.called
+    )
 
 
 def _moved(kind: str, instruction: _Instruction, computation: _Computation) -> int:
@@ -113,7 +123,10 @@ def _moved(kind: str, instruction: _Instruction, computation: _Computation) -> i
         # A started one results in its operands beside its results.
         started = instruction.opcode.endswith("-start")
         return instruction.result_bytes - (operands if started else 0)
-    return operands * (2 if kind == "all-reduce" else 1)
+    if kind == "all-reduce":
+        # TPUs narrow the operand on the way.
+        return 2 * instruction.result_bytes
+    return operands
 
 
 def _attribute(text: str, name: str) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import jax
+
 from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.data.tokenizer import load_tokenizer
+from sophia_levanter.optim.named import is_named
 from sophia_levanter.partition.mesh import Partition, partition_of
 from sophia_levanter.planning.step_plan import StepPlan, activation_bytes, bytes_by_kind, gradient_bytes, plan_step
 from sophia_levanter.planning.target import GIB, Target
@@ -51,7 +55,7 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     kinds = (False, True) if isinstance(config.optimizer, SophiaConfig) else (False,)
     plans = {refresh: plan_step(config, partition, vocab_size, refresh=refresh) for refresh in kinds}
     yield from _memory(config, partition, vocab_size, state, plans, target)
-    yield from _collectives(config, state, plans)
+    yield from _collectives(config, partition, state, plans)
     yield _largest_microbatch(config, partition, vocab_size, target.chip.memory)
     if isinstance(config.optimizer, SophiaHConfig):
         yield _hutchinsons_microbatch(config, partition, vocab_size, plans[False])
@@ -124,6 +128,8 @@ def _memory(
     yield _heading(plans)
     for kind, size in {**known, "gradients' sum": gradients}.items():
         yield _row(kind, [size] * len(plans), unit)
+    # The batch, and what the layout of the state's arrays adds to them.
+    yield _row("batch and padding", [plan.arguments - sum(known.values()) for plan in plans.values()], unit)
     yield _row("activations", kept, unit)
     yield _row("other temporaries", rest, unit)
     yield _row("together", totals, unit)
@@ -143,7 +149,9 @@ def _row(name: str, cells: Iterable[float | str | None], unit: float) -> str:
     return f"  {name:22}" + "".join(f"{cell:>14}" for cell in shown)
 
 
-def _collectives(config: TrainConfig, state: object, plans: dict[bool, StepPlan]) -> Iterator[str]:
+def _collectives(
+    config: TrainConfig, partition: Partition, state: object, plans: dict[bool, StepPlan]
+) -> Iterator[str]:
     if not any(plan.collectives for plan in plans.values()):
         return
     kinds = sorted({kind for plan in plans.values() for kind in plan.collectives})
@@ -155,7 +163,7 @@ def _collectives(config: TrainConfig, state: object, plans: dict[bool, StepPlan]
         yield _row(kind, [plan.collectives.get(kind, 0) for plan in plans.values()], unit)
     yield _row("together", totals.values(), unit)
     if config.mesh.fsdp is not None:
-        least = fsdp_minimum(config, state)
+        least = fsdp_minimum(config, partition, state)
         yield _row("least for FSDP", ["-" if least[r] is None else least[r] for r in plans], unit)
     if True in plans:
         share = refreshes_per_step(config)
@@ -163,18 +171,25 @@ def _collectives(config: TrainConfig, state: object, plans: dict[bool, StepPlan]
         yield f"  {mean / unit:.2f} in the mean over the run"
 
 
-def fsdp_minimum(config: TrainConfig, state: object) -> dict[bool, float | None]:
+def fsdp_minimum(config: TrainConfig, partition: Partition, state: object) -> dict[bool, float | None]:
     """The least bytes that a device sends in a plain and in a refresh step, parameters gathered in the compute dtype.
 
-    Every microbatch gathers each parameter twice and scatters its gradient once; one of GNB's refresh scatters a second
-    gradient. Hutchinson's pass has rows of its own: None.
+    Every microbatch gathers each parameter that is in parts twice and scatters its gradient once; one of GNB's refresh
+    scatters a second gradient. Hutchinson's pass has rows of its own: None.
     """
     item = 2 if config.trainer.compute_dtype == "bfloat16" else 4
-    once = item * count_parameters(state.model) / config.mesh.model  # type: ignore[attr-defined]
-    plain = 3 * once * config.trainer.num_microbatches
+    once = item * _gathered_elements(partition, state.model, config.mesh.fsdp)  # type: ignore[attr-defined]
+    plain = 3.0 * once * config.trainer.num_microbatches
     if not isinstance(config.optimizer, SophiaGConfig):
         return {False: plain, True: None}
     return {False: plain, True: plain + once * curvature_microbatches(config.optimizer, config.trainer)}
+
+
+def _gathered_elements(partition: Partition, model: object, fsdp: str | None) -> int:
+    """Elements of the parameters that FSDP has in parts, as a device has them when they are gathered."""
+    named = [leaf for leaf in jax.tree.leaves(model, is_leaf=is_named) if is_named(leaf)]
+    parts = [leaf.array for leaf in named if fsdp in {axis.name for axis in leaf.axes}]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * partition.mesh.shape["data"] for x in parts)
 
 
 def largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, memory: float) -> int | None:

@@ -31,16 +31,20 @@ class Chip:
         memory: bytes that a program can have.
         peak_flops: dense bfloat16 FLOP/s as published.
         topology: what libtpu needs to be told to compile for it; None where there is no such compiler.
+        longest_side: chips along the longest side of the largest slice.
     """
 
     memory: float
     peak_flops: float
     topology: dict[str, Any] | None = None
+    longest_side: int = 16
 
 
 TPUS = {
     "v4": Chip(32 * GIB, 275e12, {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}),
-    "v5p": Chip(95 * GIB, 459e12, {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}),
+    "v5p": Chip(
+        95 * GIB, 459e12, {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}, longest_side=28
+    ),
     "v5e": Chip(16 * GIB, 197e12, {"chips_per_host_bounds": (2, 2, 1)}),
     "v6e": Chip(32 * GIB, 918e12, {"chips_per_host_bounds": (2, 2, 1)}),
 }
@@ -108,7 +112,11 @@ def tpu_target(text: str) -> Target:
             f"({', '.join(TPUS)})"
         )
     sides = [int(n) for n in match[2].split("x")]
-    if len(sides) != (3 if match[1] in ("v4", "v5p") else 2) or min(sides) < 1:
+    if min(sides) < 1 or max(sides) > TPUS[match[1]].longest_side:
+        raise InputError(
+            f"--target is {text!r}; a side of {match[1]} has between 1 and {TPUS[match[1]].longest_side} chips"
+        )
+    if len(sides) != (3 if match[1] in ("v4", "v5p") else 2):
         shape = "v4:2x2x4" if match[1] in ("v4", "v5p") else "v5e:4x8"
         raise InputError(f"--target is {text!r}; {match[1]} chips lie along {shape.count('x') + 1} axes, as in {shape}")
     return Target(text, math.prod(sides), TPUS[match[1]], text)

@@ -12,6 +12,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 CURVATURE_REDUCTIONS = ("square_then_average", "average_then_square")
 CURVATURE_LABELS = ("sampled", "data")
 BASES = ("parameters", "kronecker")
+MOST_WINDOWS = 2**20  # in a step: a billion tokens of 1,024 each
 DTYPES = ("float32", "bfloat16")
 SMALLEST_EPS = 1e-37
 
@@ -252,6 +253,8 @@ class TrainerConfig:
         for name in (*counts, "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.batch_size > MOST_WINDOWS:
+            raise InputError(f"trainer.batch_size is {self.batch_size}; it must be at most {MOST_WINDOWS}")
         if self.num_train_steps >= 2**31:
             raise InputError(f"trainer.num_train_steps is {self.num_train_steps}; it must be below {2**31}")
         if self.run_dir == "":

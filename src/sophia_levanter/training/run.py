@@ -71,9 +71,9 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
         TrainingFailed: if the numbers go bad.
         CheckpointError: if all checkpoints of the run are damaged.
     """
-    _keep_compiled(Path(config.data.cache_dir).expanduser().absolute() / "compiled")
     start_processes(config.mesh)
     first = is_first_process()
+    keep_compiled(Path(config.data.cache_dir).expanduser().absolute() / "compiled", jax.default_backend())
     console = Console(config.trainer.log_every, quiet=not first)
     if directory.resume != "never" and first:
         directory.lock()
@@ -115,9 +115,13 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
     return None
 
 
-def _keep_compiled(directory: Path) -> None:
-    """Have jax keep compiled programs, unless JAX_COMPILATION_CACHE_DIR has named a place for them already."""
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+def keep_compiled(directory: Path, platform: str) -> None:
+    """Have jax keep compiled programs, unless JAX_COMPILATION_CACHE_DIR has named a place for them already.
+
+    Not on CPUs: jaxlib 0.10.2 now and then aborts when it writes a CPU's program, and may refuse to read it again
+    (https://github.com/jax-ml/jax/issues/38445).
+    """
+    if platform != "cpu" and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(directory))
 
 

@@ -74,6 +74,7 @@ def attention_of(config: TrainConfig, partition: Partition) -> str:
         model.seq_len,
         model.embed_dim // model.num_heads,
         split_positions=partition.mesh.shape["sequence"] > 1,
+        dropout=model.dropout > 0,
     )
 
 
