@@ -17,7 +17,7 @@ from sophia_levanter.benchmarks.timing import markdown_table
 from sophia_levanter.command_line import load_config
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.planning.run_plan import fsdp_minimum, hutchinsons_microbatch, largest_microbatch, run_size
+from sophia_levanter.planning.run_plan import fsdp_minimum, hutchinsons_microbatch, run_size, vocab_size_of
 from sophia_levanter.planning.step_plan import plan_step
 from sophia_levanter.planning.target import GIB, Target, pretended_target, tpu_target
 from sophia_levanter.training.config import SophiaConfig
@@ -31,8 +31,8 @@ TARGETS = {
     "nano": ("1 x a100-40", []),
     "small": ("v4:2x2x1", [("trainer.microbatch_size", "48")]),
     "medium": ("v4:2x2x2", [FSDP, ("trainer.microbatch_size", "48")]),
-    "large": ("v4:2x2x4", [FSDP, ("trainer.microbatch_size", "48")]),
-    "xl": ("v5e:16x16", [FSDP, ("mesh.model", "8"), ("trainer.microbatch_size", "96")]),
+    "large": ("v4:2x2x4", [("trainer.microbatch_size", "48")]),
+    "xl": ("v5e:16x16", [("mesh.model", "8"), ("trainer.microbatch_size", "96")]),
 }
 
 Table = tuple[list[str], Iterator[list[object]]]
@@ -42,7 +42,6 @@ def state_table(configs: Path) -> Table:
     """What a step is given on each of N devices: parameters, momentum, curvature, and the batch's windows."""
 
     def rows() -> Iterator[list[object]]:
-        jax.config.update("jax_num_cpu_devices", 8)
         single = 0
         for count in (1, 2, 4, 8):
             config = load_config(configs / "gpt2_medium_sophia.yaml", [FSDP])
@@ -114,12 +113,12 @@ def configs_table(configs: Path) -> Table:
             yield _config_row(path, load_config(path, overrides), target)
 
     header = ["configuration", "on", "mesh", "parameters", "GiB, plain", "refresh", "GB sent, plain", "refresh"]
-    return [*header, "FLOPs a step", "days at an MFU of 0.4", "largest microbatch"], rows()
+    return [*header, "FLOPs a step", "days at an MFU of 0.4"], rows()
 
 
 def _config_row(path: Path, config: TrainConfig, target: Target) -> list[object]:
-    partition = partition_of(config.mesh, target.devices()[: target.num_devices])
-    vocab_size = 256 if config.data.tokenizer == "bytes" else VOCAB_SIZE
+    partition = partition_of(config.mesh, target.devices() if target.topology else jax.devices()[:1])
+    vocab_size = vocab_size_of(config)
     kinds = (False, True) if isinstance(config.optimizer, SophiaConfig) else (False,)
     plans = [plan_step(config, partition, vocab_size, refresh=refresh) for refresh in kinds]
     none = ["-"] * (2 - len(plans))
@@ -135,7 +134,6 @@ def _config_row(path: Path, config: TrainConfig, target: Target) -> list[object]
         *sent,
         f"{size.step_flops:.2e}",
         f"{size.days:.3g}",
-        largest_microbatch(config, partition, vocab_size, target.chip.memory),
     ]
 
 
@@ -149,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--configs", type=Path, default=Path("config"), help="the folder of the configurations")
     arguments = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
     header, rows = TABLES[arguments.table](arguments.configs)
     print(markdown_table(header, list(rows)))
 

@@ -42,7 +42,7 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     Raises:
         InputError: if the run does not fit the mesh, or the compiler for the target is missing.
     """
-    vocab_size = VOCAB_SIZES.get(config.data.tokenizer) or load_tokenizer(config.data.tokenizer).vocab_size
+    vocab_size = vocab_size_of(config)
     check_mesh(config, target.num_devices, vocab_size)
     partition = partition_of(config.mesh, target.devices())
     attention = attention_of(config, partition)
@@ -59,6 +59,11 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     yield _largest_microbatch(config, partition, vocab_size, target.chip.memory)
     if isinstance(config.optimizer, SophiaHConfig):
         yield _hutchinsons_microbatch(config, partition, vocab_size, plans[False])
+
+
+def vocab_size_of(config: TrainConfig) -> int:
+    """Classes that the run's model can predict; of well-known encodings without looking at them."""
+    return VOCAB_SIZES.get(config.data.tokenizer) or load_tokenizer(config.data.tokenizer).vocab_size
 
 
 @dataclass(frozen=True)
