@@ -118,7 +118,7 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
 def keep_compiled(directory: Path, platform: str) -> None:
     """Have jax keep compiled programs, unless JAX_COMPILATION_CACHE_DIR has named a place for them already.
 
-    Not on CPUs: jaxlib 0.10.2 now and then aborts when it writes a CPU's program, and may refuse to read it again
+    Not on CPUs, where jaxlib may refuse to read a program that it has written, with some lines of complaint each time
     (https://github.com/jax-ml/jax/issues/38445).
     """
     if platform != "cpu" and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
