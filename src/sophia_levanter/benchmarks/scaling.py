@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     header, rows = TABLES[arguments.table](arguments.configs)
     print(markdown_table(header, []), flush=True)
     for row in rows:
-        print(markdown_table(row, []).splitlines()[0], flush=True)
+        print(markdown_table([str(cell) for cell in row], []).splitlines()[0], flush=True)
 
 
 if __name__ == "__main__":
