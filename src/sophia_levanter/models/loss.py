@@ -166,7 +166,8 @@ def _one_block(
 def _draw(logits: jax.Array, samples: jax.Array) -> jax.Array:
     if jnp.issubdtype(samples.dtype, jnp.integer):
         return samples
-    return sample_categorical(jax.lax.stop_gradient(logits), samples)
+    # Row by row: TPU's compiler has several arrays like the logits for it.
+    return jax.lax.map(lambda row: sample_categorical(*row), (jax.lax.stop_gradient(logits), samples))
 
 
 def _split_positions(block_size: int, x: jax.Array) -> jax.Array:
