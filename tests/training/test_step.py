@@ -347,8 +347,9 @@ def test_an_estimate_may_enter_after_the_update():
     before, _ = one_step(SophiaG())
     after, output = one_step(SophiaG(refresh_order="after"))
     signs, _ = one_step(SophiaG(), refresh=False)
-    assert gap(before.optimizer_state.curvature, after.optimizer_state.curvature) == 0
-    assert gap(signs.model, after.model) == 0
+    # Three programs, which XLA fuses in ways of their own: the same but for the last bit.
+    assert gap(before.optimizer_state.curvature, after.optimizer_state.curvature) < 1e-6
+    assert gap(signs.model, after.model) < 1e-6
     assert gap(before.model, after.model) > 0
     assert float(output.metrics["optim/curvature_norm"]) > 0
 
