@@ -86,8 +86,8 @@ def weak_table(configs: Path) -> Table:
     def rows() -> Iterator[list[object]]:
         for name, replicas in (("v5e:2x4", 1), ("v5e:8x8", 4), ("v5e:8x8", 1), ("v5e:16x16", 16), ("v5e:16x16", 1)):
             target = tpu_target(name)
-            rows = ("trainer.batch_size", str(4 * target.num_devices))
-            overrides = [FSDP, rows, ("trainer.microbatch_size", "null"), ("mesh.replica", str(replicas))]
+            batch = ("trainer.batch_size", str(4 * target.num_devices))
+            overrides = [FSDP, batch, ("trainer.microbatch_size", "null"), ("mesh.replica", str(replicas))]
             config = load_config(configs / "gpt2_large_sophia.yaml", overrides)
             partition = partition_of(config.mesh, target.devices())
             least = fsdp_minimum(config, partition, abstract_state(config, partition, VOCAB_SIZE))
