@@ -5,9 +5,16 @@ from __future__ import annotations
 import sys
 
 from sophia_levanter import main as train
-from sophia_levanter.commands import compare, plan
+from sophia_levanter.commands import compare, inspect_data, plan, prepare_data, train_tokenizer
 
-VERBS = {"train": train.main, "compare": compare.main, "plan": plan.main}
+VERBS = {
+    "train": train.main,
+    "prepare_data": prepare_data.main,
+    "inspect_data": inspect_data.main,
+    "train_tokenizer": train_tokenizer.main,
+    "compare": compare.main,
+    "plan": plan.main,
+}
 
 
 def main() -> int:

@@ -195,10 +195,13 @@ def _field_types(optimizer: type[OptimizerConfig]) -> dict[str, Any]:
 
 
 def _convert(key: str, setting: Setting, annotation: Any) -> Any:
-    """The setting's value as the field's type, `annotation`: a scalar or a scalar that may be None."""
+    """The setting's value as the field's type, `annotation`: a scalar, one that may be None, or a list in its place."""
     kinds = typing.get_args(annotation) or (annotation,)
-    kind = next(kind for kind in kinds if kind is not NoneType)
+    kind = next(kind for kind in kinds if kind is not NoneType and typing.get_origin(kind) is None)
     value = setting.value
+    parts = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
+    if parts and isinstance(value, list):
+        return [_convert_part(f"{key}[{i}]", Setting(part, setting.file), parts[0]) for i, part in enumerate(value)]
     if setting.file is None and isinstance(value, str):
         if NoneType in kinds and value.lower() in ("null", "none"):
             return None
@@ -213,6 +216,21 @@ def _convert(key: str, setting: Setting, annotation: Any) -> Any:
     expected = EXPECTED[kind] + (" or null" if NoneType in kinds else "")
     hint = "; quote it" if kind is str and not isinstance(value, dict | list | NoneType) else ""
     raise InputError(f"{setting.prefix}{key} is {show_value(value)}; it must be {expected}{hint}")
+
+
+def _convert_part(key: str, setting: Setting, cls: type) -> dict[str, Any]:
+    """An item of a list, a mapping, with its values as the types of the fields of `cls`."""
+    if not isinstance(setting.value, dict):
+        raise InputError(f"{setting.prefix}{key} is {show_value(setting.value)}; it must be a mapping of fields")
+    hints = typing.get_type_hints(cls)
+    needed = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+    for name in [name for name in setting.value if name not in hints] + sorted(needed - set(setting.value)):
+        problem = "missing" if name in needed else "unknown"
+        raise InputError(f"{setting.prefix}{key}.{name} is {problem}; the fields are {', '.join(hints)}")
+    return {
+        name: _convert(f"{key}.{name}", Setting(value, setting.file), hints[name])
+        for name, value in setting.value.items()
+    }
 
 
 def _decode(tree: Mapping[str, Any]) -> TrainConfig:

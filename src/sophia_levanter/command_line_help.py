@@ -62,4 +62,5 @@ def _section_help(title: str, section: str, cls: type) -> str:
 
 def _type_name(annotation: object) -> str:
     kinds = typing.get_args(annotation) or (annotation,)
-    return "|".join(TYPE_NAMES.get(kind.__name__, "null") for kind in kinds)
+    scalars = [kind for kind in kinds if typing.get_origin(kind) is None]
+    return "|".join(TYPE_NAMES.get(kind.__name__, "null") for kind in scalars)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from sophia_levanter.data.token_store import TokenStore, TokenStoreWriter
+from sophia_levanter.data.encoding import encode
+from sophia_levanter.data.store_writer import TokenStoreWriter
+from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer
 
 
@@ -37,7 +39,7 @@ def make_store(tmp_path: Path) -> Callable[..., TokenStore]:
         tokenizer = tokenizer or ByteTokenizer()
         writer = TokenStoreWriter(tmp_path / f"store{made}", tokenizer, "test")
         for text in texts:
-            writer.append(tokenizer.encode(text), len(text.encode()))
+            writer.append(encode(tokenizer, ([text], []))[0])
         writer.finish()
         return TokenStore.open(tmp_path / f"store{made}", tokenizer)
 

@@ -51,14 +51,33 @@ def test_it_appears_at_once_when_it_is_complete(tmp_path: Path) -> None:
     assert built == [(tmp_path / "target").stat().st_ino]  # renamed, not copied
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    def fail(directory: Path) -> None:
-        (directory / "half").write_text("")
-        raise InputError("no")
+def half(directory: Path) -> None:
+    (directory / "half").write_text("")
+    raise InputError("no")
 
+
+def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no"):
-        make(tmp_path / "target", build=fail)
+        make(tmp_path / "target", build=half)
     assert names(tmp_path) == []
+
+
+def test_other_failures_leave_what_there_is_for_the_next(tmp_path: Path) -> None:
+    class Full(InputError):
+        pass
+
+    def fill(directory: Path) -> None:
+        (directory / "half").write_text("")
+        raise Full("full")
+
+    def go_on(directory: Path) -> None:
+        assert names(directory) == ["half"]
+        build(directory)
+
+    with pytest.raises(Full):
+        build_directory(tmp_path / "a", is_complete=is_complete, build=fill, resumes_after=Full, report=print)
+    make(tmp_path / "a", build=go_on)
+    assert names(tmp_path) == ["a"]
 
 
 def test_an_incomplete_target_is_replaced(tmp_path: Path) -> None:
@@ -68,10 +87,10 @@ def test_an_incomplete_target_is_replaced(tmp_path: Path) -> None:
     assert names(tmp_path / "target") == ["done"]
 
 
-def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
-    killed = tmp_path / ("0" * 31 + "f")
+@pytest.mark.parametrize("done", [False, True])
+def test_what_a_killed_process_leaves_is_gone_on_with(tmp_path: Path, done: bool) -> None:
     # The folder may hold other people's files, whatever they are called.
-    (tmp_path / "poetry.tmp-old").mkdir()
+    (tmp_path / "poetry.partial").mkdir()
     (tmp_path / "poetry.lock").write_text("theirs")
     theirs = names(tmp_path)
     program = f"""
@@ -79,18 +98,22 @@ import os, signal
 from pathlib import Path
 from sophia_levanter.data.cache import build_directory
 def build(directory):
-    (directory / "done").write_text("half")
+    (directory / {"done" if done else "half"!r}).write_text("killed")
     os.kill(os.getpid(), signal.SIGKILL)
-build_directory(Path({str(killed)!r}), is_complete=lambda d: d.exists(), build=build, report=print)
+target = Path({str(tmp_path / "target")!r})
+build_directory(target, is_complete=lambda d: (d / "done").exists(), build=build, report=print)
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
-    left = names(tmp_path)
-    assert killed.name not in left
-    assert any(name.startswith(f"{killed.name}.tmp-") for name in left)
-    make(tmp_path / "target")
-    assert names(tmp_path) == [*theirs, "target"]
-    make(killed)
-    assert (killed / "done").read_text() == "built"
+    assert "target" not in names(tmp_path)
+
+    def go_on(directory: Path) -> None:
+        assert (directory / "half").read_text() == "killed"
+        build(directory)
+
+    make(tmp_path / "other")
+    make(tmp_path / "target", build=refuse if done else go_on)
+    assert names(tmp_path) == sorted([*theirs, "other", "target"])
+    assert (tmp_path / "target" / "done").read_text() == ("killed" if done else "built")
 
 
 def test_a_second_builder_waits_for_the_first_and_leaves_its_work_alone(tmp_path: Path) -> None:
@@ -133,16 +156,12 @@ def test_a_second_builder_takes_over_when_the_first_fails(tmp_path: Path) -> Non
         with pytest.raises(InputError, match="first"):
             make(tmp_path / "target", build=fail)
 
-    def look_and_build(directory: Path) -> None:
-        make(tmp_path / "other")  # which removes leftovers
-        build(directory)
-
     first = threading.Thread(target=first_make)
     first.start()
     assert first_builds.wait(timeout=20)
-    make(tmp_path / "target", build=look_and_build, report=lambda line: second_waits.set())
+    make(tmp_path / "target", report=lambda line: second_waits.set())
     first.join()
-    assert names(tmp_path) == ["other", "target"]
+    assert names(tmp_path) == ["target"]
 
 
 def test_a_parent_that_is_a_file(tmp_path: Path) -> None:

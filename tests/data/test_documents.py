@@ -1,18 +1,27 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import lzma
 import sysconfig
 from pathlib import Path
 
+import fsspec
+import pyarrow
+import pyarrow.parquet
 import pytest
+from backports import zstd
 
-from sophia_levanter.data.documents import read_documents, resolve_files
+from sophia_levanter.data.config import DataConfig
+from sophia_levanter.data.documents import FileSource
+from sophia_levanter.data.text_files import find_files
 from sophia_levanter.errors import InputError
 
 
 def read(source: str | Path, text_field: str = "text") -> list[str]:
-    return list(read_documents(str(source), text_field, field="data.train"))
+    config = DataConfig(text_field=text_field)
+    return [text for _, text in FileSource(str(source), config, field="data.train").documents()]
 
 
 def error_of(source: str | Path, text_field: str = "text") -> str:
@@ -28,12 +37,18 @@ def json_lines(*records: object) -> bytes:
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
+def parquet(columns: dict[str, list], **options: object) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, **options)
+    return buffer.getvalue()
+
+
 def test_the_standard_library() -> None:
     texts = read("python_stdlib")
     root = Path(sysconfig.get_paths()["stdlib"])
     assert len(texts) > 300
     assert (root / "json" / "decoder.py").read_text(encoding="utf-8") in texts
-    names = [path.relative_to(root) for path in resolve_files("python_stdlib", field="data.train")]
+    names = [Path(file.name).relative_to(root) for file in find_files("python_stdlib", field="data.train")]
     assert names == sorted(names)
     assert not [name for name in names if {"site-packages", "test", "tests"}.intersection(name.parts)]
 
@@ -84,11 +99,108 @@ def test_json_lines(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl") == ["one\ntwo", "é"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "A.JSONL.GZ", "a.txt.gz"])
-def test_gzip(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.txt"])
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".GZ", gzip.compress), (".xz", lzma.compress), (".zst", zstd.compress)],
+)
+def test_compressions(tmp_path: Path, name: str, suffix: str, compress) -> None:
     content = json_lines({"text": "one"})
-    (tmp_path / name).write_bytes(gzip.compress(content))
-    assert read(tmp_path / name) == (["one"] if "jsonl" in name.lower() else [content.decode()])
+    # Two streams one after the other are one file.
+    (tmp_path / f"{name}{suffix}").write_bytes(compress(content) + compress(content))
+    both = ["one", "one"] if "jsonl" in name.lower() else [content.decode() * 2]
+    assert read(tmp_path / f"{name}{suffix}") == both
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_parquet(tmp_path: Path, suffix: str) -> None:
+    texts = [f"text {i}" for i in range(700)]
+    content = parquet({"text": [*texts, "", " "], "n": list(range(702))}, row_group_size=300)
+    (tmp_path / f"a.parquet{suffix}").write_bytes(gzip.compress(content) if suffix else content)
+    assert read(tmp_path / f"a.parquet{suffix}") == texts
+
+
+def test_a_folder_is_its_files_of_known_kinds(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("B")
+    (tmp_path / "a.md").write_text("no")
+    (tmp_path / "sub" / "c.jsonl.gz").write_bytes(gzip.compress(json_lines({"text": "C"})))
+    (tmp_path / "a.parquet").write_bytes(parquet({"text": ["A"]}))
+    assert read(tmp_path) == ["A", "B", "C"]
+
+
+@pytest.fixture
+def memory_files() -> fsspec.AbstractFileSystem:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe(
+        {
+            "/here/b.txt": b"B",
+            "/here/a.jsonl.gz": gzip.compress(json_lines({"text": "A"})),
+            "/here/c.parquet": parquet({"text": ["C"]}),
+            "/here/d.md": b"no",
+        }
+    )
+    yield filesystem
+    filesystem.rm("/here", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "texts"),
+    [("memory://here/b.txt", ["B"]), ("memory://here", ["A", "B", "C"]), ("memory://here/*.*", ["A", "B", "C", "no"])],
+)
+def test_urls(memory_files: fsspec.AbstractFileSystem, url: str, texts: list[str]) -> None:
+    assert read(url) == texts
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("memory://here/gone.txt", "no file is called"),
+        ("nothing://here", "unknown kind"),
+        ("https://127.0.0.1:9/a.txt", "cannot be read"),
+    ],
+)
+def test_urls_that_cannot_be_read(memory_files: fsspec.AbstractFileSystem, url: str, expected: str) -> None:
+    message = error_of(url)
+    assert url in message
+    assert expected in message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_reading_goes_on_from_any_position(tmp_path: Path, name: str) -> None:
+    texts = [["", *(f"{part} {i}" for i in range(20))] for part in range(3)]
+    for part in range(3):
+        if name == "a.parquet":
+            content = parquet({"text": texts[part]}, row_group_size=6)
+        else:
+            content = json_lines(*({"text": text} for text in texts[part]))
+        (tmp_path / f"{part}{name}").write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    source = FileSource(str(tmp_path / "*"), DataConfig(), field="data.train")
+    everything = list(source.documents())
+    assert [text for _, text in everything] == [text for part in texts for text in part if text]
+    for number, (position, _) in enumerate(everything):
+        rest = FileSource(str(tmp_path / "*"), DataConfig(), field="data.train").documents(position)
+        assert list(rest) == everything[number + 1 :]
+
+
+def test_the_share_that_is_read(tmp_path: Path) -> None:
+    for part in range(2):
+        (tmp_path / f"{part}.jsonl").write_bytes(json_lines(*({"text": "x" * 10_000} for _ in range(50))))
+    (tmp_path / "2.parquet").write_bytes(parquet({"text": ["x" * 10_000] * 50}))
+    source = FileSource(str(tmp_path / "*"), DataConfig(), field="data.train")
+    shares = [source.share_read() for _ in source.documents()]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.1
+    assert 0.4 < shares[49] <= 0.5
+    assert source.share_read() == 1
+
+
+def test_what_is_not_utf8_may_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"ab\xffc")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "d\xe9"}\n{"text": "e\\ud83d"}\n')
+    config = DataConfig(invalid_utf8="replace")
+    texts = [text for _, text in FileSource(str(tmp_path / "*"), config, field="data.train").documents()]
+    assert texts == ["ab\ufffdc", "d\ufffd", "e\ufffd"]
 
 
 def test_another_text_field(tmp_path: Path) -> None:
@@ -101,8 +213,14 @@ def test_no_file(tmp_path: Path, source: str) -> None:
     assert source in error_of(tmp_path / source)
 
 
-def test_a_folder_is_answered_with_a_glob(tmp_path: Path) -> None:
-    assert f"{tmp_path}/*.txt" in error_of(f"{tmp_path}/")
+def test_a_folder_of_other_files_is_answered_with_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("no")
+    assert f"{tmp_path}/*.md" in error_of(f"{tmp_path}/")
+
+
+def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    assert f"write datasets:{tmp_path}" in error_of(tmp_path)
 
 
 def test_a_link_to_nothing(tmp_path: Path) -> None:
@@ -112,22 +230,31 @@ def test_a_link_to_nothing(tmp_path: Path) -> None:
 
 def test_errors_of_resolving_come_before_reading(tmp_path: Path) -> None:
     with pytest.raises(InputError):
-        read_documents(str(tmp_path / "gone.txt"), "text", field="data.train")
+        FileSource(str(tmp_path / "gone.txt"), DataConfig(), field="data.train")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.txt", b"", "is empty"),
-        ("a.txt.gz", b"", "is empty"),
-        ("a.txt", b" \n\t", "no document with text"),
-        ("a.jsonl", b"\n" + json_lines({"text": " "}), "no document with text"),
         ("a.txt", "é".encode() + b"\xff", "0xff at byte offset 2"),
         ("a.txt", b"abc\0", "byte offset 3"),
         ("a.jsonl", json_lines({"text": "1"}) + b'{"text": "\xe9"}', ":2 is not UTF-8 text (0xe9 at byte offset 24"),
         ("a.txt.gz", gzip.compress(b"some text" * 9, mtime=0)[:-9], "truncated or damaged"),
         ("a.txt.gz", gzip.compress(b"some text" * 9, mtime=0)[:12] + b"damage" * 9, "truncated or damaged"),
         ("a.txt.gz", b"not compressed", "no gzip file"),
+        ("a.txt.xz", lzma.compress(b"some text" * 9)[:-9], "truncated or damaged"),
+        ("a.txt.xz", b"not compressed", "no xz file"),
+        ("a.jsonl.zst", zstd.compress(b"some text" * 9)[:-9], "truncated or damaged"),
+        ("a.jsonl.zst", b"not compressed", "no zst file"),
+        ("a.parquet", b"PAR1 and no more", "no Parquet file"),
+        ("a.parquet", parquet({"text": ["1"]})[:-9], "no Parquet file"),
+        (
+            "a.parquet",
+            parquet({"body": ["1"], "title": ["2"]}),
+            "no field 'text'; data.text_field may be 'body', 'title'",
+        ),
+        ("a.parquet", parquet({"text": ["1", None]}), "row 2: the field 'text' is not a string but a NoneType"),
+        ("a.parquet", parquet({"text": [1]}), "row 1: the field 'text' is not a string but a int"),
         ("a.jsonl", json_lines({"text": "1"}) + b'\n{"text": "2",}\n', "a.jsonl:3 is not JSON"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is not JSON"),
         ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1 is not JSON"),

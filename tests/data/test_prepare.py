@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from sophia_levanter.data import preparation as preparation_module
 from sophia_levanter.data import prepare as prepare_module
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.data import store_writer
+from sophia_levanter.data.config import DataConfig, MixturePart
+from sophia_levanter.data.documents import FileSource
 from sophia_levanter.data.prepare import TextData, prepare
 from sophia_levanter.data.token_store import TokenStore
-from sophia_levanter.data.tokenizer import Tokenizer
+from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
 from sophia_levanter.errors import InputError
 
 TEXTS = [f"the document number {i}, naïve\n" for i in range(60)]
@@ -58,7 +61,7 @@ def test_a_part_of_the_documents_is_held_out(config: DataConfig) -> None:
 
 def test_groups_keep_documents_apart(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sides(prepare(config, quiet))
-    monkeypatch.setattr(prepare_module, "ENCODE_CHARACTERS", 60)
+    monkeypatch.setattr(preparation_module, "BLOCK_CHARACTERS", 60)
     assert sides(prepare(replace(config, cache_dir=config.cache_dir + "2"), quiet)) == whole
 
 
@@ -72,7 +75,7 @@ def test_it_is_done_once_and_said(config: DataConfig, monkeypatch: pytest.Monkey
     said: list[str] = []
     first = prepare(config, said.append)
     assert any("60 documents" in line and "bytes per token" in line for line in said)
-    monkeypatch.setattr(prepare_module, "read_documents", None)
+    monkeypatch.setattr(FileSource, "documents", None)
     said.clear()
     again = prepare(config, said.append)
     assert len(said) == 1
@@ -141,25 +144,76 @@ def test_a_store_from_which_something_was_deleted_is_prepared_again(config: Data
 
 KILLED = """
 import os, signal, sys
-from sophia_levanter.data import prepare as module
+from sophia_levanter.data import preparation, store_writer
 from sophia_levanter.data.config import DataConfig
-def killing(*args, read=module.read_documents, **kwargs):
-    for number, text in enumerate(read(*args, **kwargs)):
-        if number == 40:
+from sophia_levanter.data.documents import FileSource
+from sophia_levanter.data.prepare import prepare
+documents = FileSource.documents
+def killing(self, *args):
+    for number, item in enumerate(documents(self, *args)):
+        if number == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGKILL)
-        yield text
-module.ENCODE_CHARACTERS = 100
-module.read_documents = killing
-module.prepare(DataConfig(train=sys.argv[1], validation_fraction=0.2, cache_dir=sys.argv[2]), print)
+        yield item
+FileSource.documents = killing
+preparation.BLOCK_CHARACTERS = 100
+store_writer.SHARD_TOKENS, store_writer.CHUNK_TOKENS = 256, 64
+store_writer.SHARD_DOCUMENTS, store_writer.CHUNK_DOCUMENTS = 8, 4
+prepare(DataConfig(train=sys.argv[1], validation_fraction=0.2, cache_dir=sys.argv[2]), print)
 """
 
 
-def test_a_killed_preparation_is_done_anew(config: DataConfig, tmp_path: Path) -> None:
-    killed = subprocess.run([sys.executable, "-c", KILLED, config.train, config.cache_dir], check=False)
-    assert killed.returncode == -9
-    assert list(Path(config.cache_dir).iterdir())
-    train, validation = sides(prepare(config, quiet))
+def content(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_killed_preparation_goes_on_to_the_same_store(config: DataConfig, tmp_path: Path) -> None:
+    def run(cache_dir: Path, kill_after: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", KILLED, config.train, str(cache_dir), str(kill_after)]
+        return subprocess.run(command, check=False, capture_output=True, text=True)
+
+    assert run(tmp_path / "whole", 1000).returncode == 0
+    said = []
+    for kill_after in (5, 30, 20):
+        killed = run(tmp_path / "killed", kill_after)
+        assert killed.returncode == -9
+        said.append(killed.stdout)
+    assert "going on" not in said[0]
+    assert "going on" in said[2]  # after the documents that the second left
+    assert run(tmp_path / "killed", 1000).returncode == 0
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_a_damaged_note_of_progress_is_begun_anew(config: DataConfig, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, config.train, config.cache_dir, "40"]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -9
+    (note,) = Path(config.cache_dir).glob("*.partial/progress.npz")
+    note.write_bytes(note.read_bytes()[:-30])
+    said: list[str] = []
+    train, validation = sides(prepare(config, said.append))
     assert sorted(train + validation) == sorted(TEXTS)
+    assert "preparing" in said[0]
+
+
+def test_a_full_disk_is_gone_on_from(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation_module, "BLOCK_CHARACTERS", 100)
+    monkeypatch.setattr(store_writer, "SHARD_TOKENS", 256)
+    monkeypatch.setattr(store_writer, "CHUNK_TOKENS", 64)
+    flush, calls = store_writer.ArrayWriter.flush, []
+
+    def full(self: store_writer.ArrayWriter) -> None:
+        calls.append(self)
+        if len(calls) > 4:
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+        flush(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_writer.ArrayWriter, "flush", full)
+        with pytest.raises(InputError, match=r"^data\.cache_dir: .*No space left.*make room.*goes on"):
+            prepare(config, quiet)
+    said: list[str] = []
+    train, validation = sides(prepare(config, said.append))
+    assert sorted(train + validation) == sorted(TEXTS)
+    assert "going on" in said[0]
     assert len(list(Path(config.cache_dir).iterdir())) == 1
 
 
@@ -178,33 +232,78 @@ print(data.train.num_documents + data.validation.num_documents)
 
 
 def test_progress_is_reported(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "REPORT_SECONDS", 0.0)
-    monkeypatch.setattr(prepare_module, "ENCODE_CHARACTERS", 400)
+    monkeypatch.setattr(preparation_module, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(preparation_module, "BLOCK_CHARACTERS", 400)
     said: list[str] = []
     prepare(config, said.append)
     assert sum("so far" in line for line in said) > 1
 
 
 def test_documents_are_read_as_they_are_written(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is bounded: no more than a group of documents is read before the first is written."""
+    """Memory is bounded: no more than a block of documents is read before the first is written."""
     ahead = 0
     most = 0
 
-    def reading(*args: object, **kwargs: object) -> Iterator[str]:
+    def reading(self: FileSource, start: tuple[int, int]) -> Iterator[tuple[tuple[int, int], str]]:
         nonlocal ahead, most
-        for text in TEXTS:
+        for number, text in enumerate(TEXTS, start=1):
             ahead += 1
             most = max(most, ahead)
-            yield text
+            yield (0, number), text
 
-    class Writer(prepare_module.TokenStoreWriter):
-        def append(self, *args, **kwargs) -> None:
+    class Writer(preparation_module.TokenStoreWriter):
+        def append(self, documents: store_writer.Documents) -> None:
             nonlocal ahead
-            ahead -= 1
-            super().append(*args, **kwargs)
+            ahead -= len(documents.lengths)
+            super().append(documents)
 
-    monkeypatch.setattr(prepare_module, "read_documents", reading)
-    monkeypatch.setattr(prepare_module, "TokenStoreWriter", Writer)
-    monkeypatch.setattr(prepare_module, "ENCODE_CHARACTERS", 100)
+    monkeypatch.setattr(FileSource, "documents", reading)
+    monkeypatch.setattr(preparation_module, "TokenStoreWriter", Writer)
+    monkeypatch.setattr(preparation_module, "BLOCK_CHARACTERS", 100)
     prepare(config, quiet)
     assert most < 10
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.txt", b""), ("a.txt.gz", b""), ("a.txt", b" \n\t"), ("a.jsonl", b'\n{"text": " "}\n')]
+)
+@pytest.mark.parametrize("field", ["train", "validation"])
+def test_a_source_without_text(config: DataConfig, tmp_path: Path, name: str, text: bytes, field: str) -> None:
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(InputError, match=rf"^data\.{field}: .*{name}.* is empty: there is no document with text"):
+        prepare(replace(config, **{field: str(tmp_path / name)}), quiet)
+
+
+def test_a_mixture(config: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("another text")
+    parts = (MixturePart(config.train, 3.0), MixturePart(str(tmp_path / "other.txt")))
+    data = prepare(replace(config, train=parts, validation=str(tmp_path / "other.txt")), quiet)
+    whole = data.train.read(0, data.train.num_tokens)
+    assert data.tokenizer.decode(whole) == "".join(TEXTS) + "another text"
+    assert [part["weight"] for part in data.train.facts["mixture"]] == [3.0, 1.0]
+    assert data.tokenizer.decode(data.validation.read(0, data.validation.num_tokens)) == "another text"
+
+
+def test_stores_that_were_prepared(config: DataConfig, tiny_bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = prepare(config, quiet)
+    folder = made.train.path.parent
+    Path(config.train).unlink()
+    used = prepare(replace(config, train=f"store:{folder}/"), quiet)
+    assert sides(used) == sides(made)
+    apart = replace(config, train=f"store:{folder}/train", validation=f"store:{folder}/validation")
+    assert sides(prepare(apart, quiet)) == sides(made)
+    with pytest.raises(
+        InputError, match=r"^data\.train: .*no finished token store.*without data.validation, store:FOLDER"
+    ):
+        prepare(replace(config, train=f"store:{folder}/train"), quiet)
+    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda name: tiny_bpe)
+    with pytest.raises(InputError, match=r"^data\.train: .*written with the tokenizer bytes \(.*\), not with tiny \("):
+        prepare(apart, quiet)
+
+
+def test_processes_make_the_same_store(config: DataConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here = prepare(replace(config, num_workers=0), quiet)
+    monkeypatch.setattr(ByteTokenizer, "is_slow", True)
+    monkeypatch.setattr(preparation_module, "BLOCK_CHARACTERS", 100)
+    there = prepare(replace(config, num_workers=2, cache_dir=str(tmp_path / "other")), quiet)
+    assert content(there.train.path.parent) == content(here.train.path.parent)

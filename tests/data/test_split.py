@@ -4,13 +4,17 @@ from collections import Counter
 
 import pytest
 
-from sophia_levanter.data.split import split_documents
+from sophia_levanter.data.split import Split
 from sophia_levanter.errors import InputError
 
 
 def split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
     sides: tuple[list[str], list[str]] = ([], [])
-    for held_out, text in split_documents(documents, fraction, field="data.train"):
+    splitting = Split(fraction, field="data.train")
+    for document in documents:
+        for held_out, text in splitting.push(document):
+            sides[held_out].append(text)
+    for held_out, text in splitting.finish():
         sides[held_out].append(text)
     return sides
 
@@ -66,6 +70,28 @@ def test_the_end_of_a_single_document_is_held_out() -> None:
     assert split(["é" * 90 + "ü" * 10], 0.1) == (["é" * 90], ["ü" * 10])
     assert split(["ab"], 0.001) == (["a"], ["b"])
     assert split(["ab"], 0.999) == (["a"], ["b"])
+
+
+def test_the_same_text_is_on_one_side_where_one_side_would_be_empty() -> None:
+    for documents in (["a", "b", "a", "b", "c"], ["c", "b", "b", "a", "a"]):
+        for fraction in (1e-9, 1 - 1e-9):
+            train, validation = split(documents, fraction)
+            assert sorted(train + validation) == sorted(documents)
+            assert train
+            assert validation
+            assert not set(train) & set(validation)
+    assert split(["é" * 90 + "ü" * 10] * 2, 0.1)[1] == ["ü" * 10]
+
+
+def test_it_goes_on_where_both_sides_had_documents() -> None:
+    begun = Split(0.1, field="data.train")
+    before = [side for text in DOCUMENTS[:200] for side in begun.push(text)]
+    assert begun.is_settled
+    going_on = Split(0.1, field="data.train", settled=True)
+    after = [side for text in DOCUMENTS[200:] for side in going_on.push(text)] + going_on.finish()
+    train, validation = split(DOCUMENTS, 0.1)
+    assert [text for held_out, text in before + after if not held_out] == train
+    assert [text for held_out, text in before + after if held_out] == validation
 
 
 def test_a_single_character_cannot_be_split() -> None:

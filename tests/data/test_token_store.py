@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sophia_levanter.data import token_store
-from sophia_levanter.data.token_store import TokenStore, TokenStoreWriter
+from sophia_levanter.data import store_writer, token_store
+from sophia_levanter.data.store_writer import Documents, TokenStoreWriter
+from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
 from sophia_levanter.errors import InputError
 
@@ -20,8 +21,8 @@ TOKENS = np.concatenate([[*text.encode(), 256] for text in TEXTS])
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_store, "SHARD_TOKENS", 64)
-    monkeypatch.setattr(token_store, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(store_writer, "SHARD_TOKENS", 64)
+    monkeypatch.setattr(store_writer, "CHUNK_TOKENS", 16)
 
 
 @pytest.fixture(params=["in memory", "from disk"])
@@ -69,7 +70,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     tokenizer = ByteTokenizer()
     tokenizer.vocab_size = 1 << 17
     writer = TokenStoreWriter(tmp_path / "store", tokenizer, "test")
-    writer.append(np.array([100_000, 5]), 2)
+    writer.append(Documents(np.array([100_000, 5, 256], np.uint32), np.array([3]), 2))
     writer.finish()
     tokens = TokenStore.open(tmp_path / "store").read(0, 3)
     assert tokens.dtype == np.uint32
@@ -82,7 +83,7 @@ def test_zeros_are_data(make_store: MakeStore, small_shards: None) -> None:
 
 def test_an_unfinished_store_is_none(tmp_path: Path) -> None:
     writer = TokenStoreWriter(tmp_path / "store", ByteTokenizer(), "test")
-    writer.append(np.array([1, 2]), 2)
+    writer.append(Documents(np.array([1, 2, 256], np.uint16), np.array([3]), 2))
     with pytest.raises(InputError, match="no finished token store"):
         TokenStore.open(tmp_path / "store")
 
@@ -138,7 +139,7 @@ def test_a_token_array_that_is_not_the_manifests(make_store: MakeStore) -> None:
         ("{", "damaged"),
         ("[]", "format None"),
         ('{"format_version": 99}', "format 99"),
-        ('{"format_version": 2}', "damaged"),
+        ('{"format_version": 3}', "damaged"),
     ],
 )
 def test_a_manifest_that_cannot_be_read(make_store: MakeStore, manifest: str, expected: str) -> None:
@@ -153,3 +154,40 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"^data\.cache_dir: cannot write"):
         TokenStoreWriter(tmp_path / "file" / "store", ByteTokenizer(), "test")
+
+
+def test_any_flipped_byte_is_found(make_store: MakeStore, small_shards: None) -> None:
+    """In whatever file of the store: on opening, or on reading everything."""
+    store = make_store(TEXTS)
+    store.verify()
+    rng = np.random.default_rng(0)
+    for path in [path for path in store.path.rglob("*") if path.is_file()]:
+        whole = path.read_bytes()
+        for place in rng.choice(len(whole), min(len(whole), 12), replace=False).tolist():
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << rng.integers(8)
+            path.write_bytes(damaged)
+            with pytest.raises(InputError) as info:
+                TokenStore.open(store.path).verify()
+            assert str(store.path) in str(info.value)
+            assert "\n" not in str(info.value)
+        path.write_bytes(whole)
+    TokenStore.open(store.path).verify()
+
+
+def test_documents_by_number(make_store: MakeStore, small_shards: None, where: None, monkeypatch) -> None:
+    monkeypatch.setattr(store_writer, "SHARD_DOCUMENTS", 4)
+    monkeypatch.setattr(store_writer, "CHUNK_DOCUMENTS", 2)
+    texts = [f"document {i} " * (i % 5) for i in range(11)]
+    store = make_store(texts)
+    assert [bytes(store.document(i).tolist()).decode() for i in range(11)] == texts
+    for number in (-1, 11):
+        with pytest.raises(IndexError):
+            store.document(number)
+
+
+def test_a_store_at_a_url(make_store: MakeStore) -> None:
+    store = make_store(TEXTS)
+    there = TokenStore.open(f"file://{store.path}")
+    np.testing.assert_array_equal(there.read(0, len(TOKENS)), TOKENS)
+    there.verify()

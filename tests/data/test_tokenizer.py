@@ -72,12 +72,6 @@ def test_lone_surrogates_do_not_break_encoding(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode("a\udc80b"))[0::2] == "ab"
 
 
-def test_a_batch_is_encoded_in_order(tiny_bpe: Tokenizer) -> None:
-    texts = [f"the {i} an " * i for i in range(50)]
-    for tokens, text in zip(tiny_bpe.encode_batch(texts), texts, strict=True):
-        assert tokens.tolist() == tiny_bpe.encode(text).tolist()
-
-
 def test_the_fingerprint_tells_encodings_apart(tiny_encoding: MakeEncoding) -> None:
     same = TiktokenTokenizer(tiny_encoding()).fingerprint
     assert TiktokenTokenizer(tiny_encoding()).fingerprint == same

@@ -12,6 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+from sophia_levanter.commands.arguments import (
+    BAD_INPUT,
+    DONE,
+    FAILURE,
+    INTERRUPTED,
+    PREEMPTED,
+    parse_arguments,
+)
 from sophia_levanter.comparison.records import Record, find, read_records, write_records
 from sophia_levanter.comparison.study import PlannedRun, Study, plan, read_study
 from sophia_levanter.config import TrainConfig
@@ -22,7 +30,6 @@ from sophia_levanter.training.run_directory import with_absolute_paths
 
 Texts = dict[DataConfig, dict[str, str]]
 RECORDS = "study.json"
-DONE, FAILURE, BAD_INPUT, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
 USAGE = """\
 usage: python -m sophia_levanter.commands.compare --config STUDY [--out DIR] [--ray] [--plan]
        [--SECTION.FIELD VALUE ...] [--help]
@@ -98,32 +105,11 @@ def parse(words: Sequence[str]) -> Command:
     Raises:
         InputError: if an argument is not known or has no value.
     """
-    options: dict[str, str] = {}
-    flags: set[str] = set()
-    overrides: Layer = {}
-    rest = list(words)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if name in ("--ray", "--plan") and not equals:
-            flags.add(name)
-            continue
-        if name not in ("--config", "--out") and not (name.startswith("--") and "." in name):
-            raise InputError(f"unexpected argument {name!r}; --help shows the options")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise InputError(f"{name} has no value; write {name} VALUE")
-            value = rest.pop(0)
-        if name in ("--config", "--out"):
-            if not value:
-                raise InputError(f"{name} has an empty value")
-            options[name] = value
-        else:
-            overrides[name.removeprefix("--")] = Setting(value)
-    if "--config" not in options:
-        raise InputError("--config STUDY is missing; config/studies/quick.yaml is a small one to start with")
-    study = Path(options["--config"])
-    out = Path(options.get("--out", Path("studies") / study.stem))
-    return Command(study, out, "--ray" in flags, "--plan" in flags, overrides)
+    arguments = parse_arguments(words, options=("--config", "--out"), flags=("--ray", "--plan"), overrides=True)
+    study = Path(arguments.needed("--config", "config/studies/quick.yaml is a small one to start with"))
+    out = Path(arguments.options.get("--out", Path("studies") / study.stem))
+    overrides = {name: Setting(value) for name, value in arguments.overrides}
+    return Command(study, out, "--ray" in arguments.flags, "--plan" in arguments.flags, overrides)
 
 
 def _compare(command: Command, stopped: Callable[[], bool]) -> int:

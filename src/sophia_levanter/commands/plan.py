@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sophia_levanter.command_line import load_config
+from sophia_levanter.commands.arguments import DONE, FAILURE, parse_arguments, run_command
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.planning.target import GPUS, TPUS, Target, pretended_target, tpu_target
 
-DONE, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 OPTIONS = ("--config", "--target", "--devices", "--gpu", "--mfu")
 USAGE = f"""\
 usage: python -m sophia_levanter.commands.plan --config FILE [--target TPU | --devices N [--gpu KIND]] [--mfu SHARE]
@@ -48,25 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 the compiler failed, 2 bad input, 130 interrupted.
     """
-    words = sys.argv[1:] if argv is None else argv
-    if "--help" in words or "-h" in words:
-        print(USAGE)
-        return DONE
-    try:
-        return _plan(parse(words))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except BrokenPipeError:
-        # Nobody reads on (`| head`); what Python would still flush must not fail either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILURE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    return run_command(argv, USAGE, lambda words: _plan(parse(words)))
 
 
 def parse(words: Sequence[str]) -> Command:
@@ -75,27 +57,11 @@ def parse(words: Sequence[str]) -> Command:
     Raises:
         InputError: if an argument is not known, has no value or a wrong one, or the configuration is at fault.
     """
-    options: dict[str, str] = {}
-    overrides: list[tuple[str, str]] = []
-    rest = list(words)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if name not in OPTIONS and not (name.startswith("--") and "." in name):
-            raise InputError(f"unexpected argument {name!r}; --help shows the options")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise InputError(f"{name} has no value; write {name} VALUE")
-            value = rest.pop(0)
-        if name in OPTIONS:
-            if not value:
-                raise InputError(f"{name} has an empty value")
-            options[name] = value
-        else:
-            overrides.append((name.removeprefix("--"), value))
-    if "--config" not in options:
-        raise InputError("--config FILE is missing; config/gpt2_large_sophia.yaml is one")
-    path = Path(options["--config"])
-    return Command(load_config(path, overrides), path.stem, _target(options), _mfu(options.get("--mfu", "0.4")))
+    arguments = parse_arguments(words, options=OPTIONS, overrides=True)
+    path = Path(arguments.needed("--config", "config/gpt2_large_sophia.yaml is one"))
+    options = arguments.options
+    config = load_config(path, arguments.overrides)
+    return Command(config, path.stem, _target(options), _mfu(options.get("--mfu", "0.4")))
 
 
 def _target(options: dict[str, str]) -> Target:

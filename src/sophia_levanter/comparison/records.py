@@ -22,6 +22,7 @@ _NO_MATTER = (
     "data.train",
     "data.validation",
     "data.cache_dir",
+    "data.num_workers",
     "trainer.run_dir",
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",

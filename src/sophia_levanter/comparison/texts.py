@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.prepare import prepare
+from sophia_levanter.data.token_store import Tokens, TokenStore, digest_of
 
 
 def digests(config: DataConfig) -> dict[str, str]:
@@ -13,4 +16,10 @@ def digests(config: DataConfig) -> dict[str, str]:
         InputError: if a text is not there or is empty.
     """
     data = prepare(config, lambda line: print(line, flush=True))
-    return {"train": data.train.manifest.digest, "validation": data.validation.manifest.digest}
+    return {"train": _digest(data.train), "validation": _digest(data.validation)}
+
+
+def _digest(corpus: Tokens) -> str:
+    if isinstance(corpus, TokenStore):
+        return corpus.manifest.digest
+    return digest_of(json.dumps(corpus.facts).encode())

@@ -7,40 +7,69 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from sophia_levanter.data.token_store import TokenStore
+from sophia_levanter.data.mixture import parts_of
+from sophia_levanter.data.token_store import Tokens
 from sophia_levanter.errors import InputError
 
 
 class TrainBatches:
-    """`batches[step]`: a pure function of the data, the seed and the step, at any step in constant time.
+    """`batches[step]`: a pure function of the data, the seed and the step, at any step in constant time and memory.
 
     A window is the `seq_len + 1` tokens from a multiple of `seq_len` on: the inputs and, moved on by one, the targets.
     Every epoch goes through all windows in an order of its own; the tokens after the last whole window are left out. A
-    batch may reach over the end of an epoch.
+    batch may reach over the end of an epoch. Of a mixture, each part has epochs of its own, and of the windows up to
+    any one every part has its share by weight, to within one window (grain's mixing, in which weights are rounded to a
+    hundredth of the smallest).
 
     Raises:
-        InputError: if the store is shorter than one window.
+        InputError: if the corpus, or a part of the mixture, is shorter than one window.
         ValueError: if `seed` is not in [0, 2^32).
     """
 
-    def __init__(self, store: TokenStore, *, seq_len: int, batch_size: int, seed: int) -> None:
-        self.num_windows = (store.num_tokens - 1) // seq_len
-        if self.num_windows < 1:
-            raise InputError(
-                f"data.train has {store.num_tokens} tokens, and one window needs {seq_len + 1} (model.seq_len + 1); "
-                "give more text or a shorter model.seq_len"
-            )
-        self._store = store
+    def __init__(self, corpus: Tokens, *, seq_len: int, batch_size: int, seed: int) -> None:
+        parts = parts_of(corpus)
+        counts = [(part.num_tokens - 1) // seq_len for part in parts]
+        for part, count in zip(parts, counts, strict=True):
+            if count < 1:
+                one = "data.train" if len(parts) == 1 else f"part {parts.index(part)} of data.train"
+                raise InputError(
+                    f"{one} has {part.num_tokens} tokens, and one window needs {seq_len + 1} (model.seq_len + 1); "
+                    "give more text or a shorter model.seq_len"
+                )
+        self.num_windows = sum(counts)
+        self._corpus = corpus
         self._seq_len = seq_len
-        windows = grain.MapDataset.range(self.num_windows).seed(seed).shuffle().repeat()
-        self._window_batches = windows.batch(batch_size)
+        starts = [
+            # Parts of the same length are in different orders.
+            grain.MapDataset.range(part.first, part.first + count * seq_len, seq_len).seed((seed + i) % 2**32).shuffle()
+            for i, (part, count) in enumerate(zip(parts, counts, strict=True))
+        ]
+        endless = [dataset.repeat() for dataset in starts]
+        mixed = endless[0] if len(parts) == 1 else grain.MapDataset.mix(endless, [part.weight for part in parts])
+        self._start_batches = mixed.batch(batch_size)
 
     def __getitem__(self, step: int) -> np.ndarray:
         """The batch of `step`, counted from 0: int32 [batch, seq_len + 1]."""
+        return self.rows(step)
+
+    def rows(self, step: int, wanted: np.ndarray | None = None) -> np.ndarray:
+        """The batch of `step`, of which only some rows are read; the others are zeros.
+
+        Args:
+            step: counted from 0.
+            wanted: numbers of rows, int [row]; all if not given.
+
+        Returns:
+            int32 [batch, seq_len + 1].
+        """
         if step < 0:
             raise IndexError(f"step {step} is negative")
-        windows = np.asarray(self._window_batches[step], dtype=np.int64)
-        return self._store.read_windows(windows * self._seq_len, self._seq_len + 1)
+        starts = np.asarray(self._start_batches[step], dtype=np.int64)
+        if wanted is None:
+            return self._corpus.read_windows(starts, self._seq_len + 1)
+        windows = np.zeros((len(starts), self._seq_len + 1), np.int32)
+        windows[wanted] = self._corpus.read_windows(starts[wanted], self._seq_len + 1)
+        return windows
 
 
 class ValidationBatches:
@@ -59,7 +88,7 @@ class ValidationBatches:
         InputError: if the store has no token to predict.
     """
 
-    def __init__(self, store: TokenStore, *, seq_len: int, batch_size: int, max_windows: int | None = None) -> None:
+    def __init__(self, store: Tokens, *, seq_len: int, batch_size: int, max_windows: int | None = None) -> None:
         if store.num_tokens < 2:
             raise InputError(
                 f"data.validation has {store.num_tokens} token(s), and at least 2 are needed; give more validation text"

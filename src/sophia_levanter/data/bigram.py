@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from sophia_levanter.data.token_store import TokenStore
+from sophia_levanter.data.token_store import Tokens
 from sophia_levanter.data.tokenizer import Tokenizer, token_byte_lengths
 
 NUM_SYMBOLS = 257  # the bytes and end-of-text
@@ -17,9 +17,7 @@ MAX_TRAIN_BYTES = 64 << 20
 READ_TOKENS = 1 << 20
 
 
-def bigram_bits_per_byte(
-    train: TokenStore, validation: np.ndarray | Iterable[np.ndarray], tokenizer: Tokenizer
-) -> float:
+def bigram_bits_per_byte(train: Tokens, validation: np.ndarray | Iterable[np.ndarray], tokenizer: Tokenizer) -> float:
     """Bits that a byte-bigram model counted on `train` needs for a byte of validation text.
 
     As with a language model, the first token of each array is context only and the others are predicted. End-of-text
@@ -65,7 +63,7 @@ class _Symbols:
         return self._table[first_place + np.arange(len(first_place))]
 
 
-def _train_symbols(train: TokenStore, symbols_of: _Symbols) -> Iterator[np.ndarray]:
+def _train_symbols(train: Tokens, symbols_of: _Symbols) -> Iterator[np.ndarray]:
     left = MAX_TRAIN_BYTES
     for start in range(0, train.num_tokens, READ_TOKENS):
         symbols = symbols_of(train.read(start, min(start + READ_TOKENS, train.num_tokens)))[:left]

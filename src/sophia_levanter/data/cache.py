@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sophia_levanter.data.files import sync_directory
 from sophia_levanter.errors import InputError
 
-_CONTENT = "content"
-_TEMPORARY = re.compile(r"(?P<target>[0-9a-f]{32})\.tmp-\w{8}")
+PARTIAL = ".partial"
 
 
 def build_directory(
@@ -22,13 +20,14 @@ def build_directory(
     *,
     is_complete: Callable[[Path], bool],
     build: Callable[[Path], None],
+    resumes_after: type[InputError] | tuple[type[InputError], ...] = (),
     report: Callable[[str], None],
 ) -> None:
     """Make `target` by `build(directory)`, unless it is complete.
 
-    `build` works in a temporary directory beside `target`, which becomes `target` when `build` returns and is removed
-    when it raises. A second process that wants the same target waits for the first. What killed processes left in the
-    parent of `target` is removed.
+    `build` works in `target.partial`, which becomes `target` when `build` returns. Where it was killed or failed, the
+    next call of `build` finds there what it left. After an `InputError` that is none of `resumes_after` nothing is
+    left: other input will have another target. A second process that wants the same target waits for the first.
 
     Raises:
         InputError: if the parent of `target` cannot be written.
@@ -37,7 +36,6 @@ def build_directory(
         return
     with _naming_cache_dir(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target.parent)
         lock = _lock(target, wait=False)
     if lock is None:
         report(f"waiting for another process that prepares {target}")
@@ -46,37 +44,32 @@ def build_directory(
     assert lock is not None
     try:
         if not is_complete(target):
-            _build_beside(target, build)
+            _build_beside(target, is_complete, build, resumes_after)
     finally:
         _unlock(target, lock)
 
 
-def _build_beside(target: Path, build: Callable[[Path], None]) -> None:
+def _build_beside(
+    target: Path,
+    is_complete: Callable[[Path], bool],
+    build: Callable[[Path], None],
+    resumes_after: type[InputError] | tuple[type[InputError], ...],
+) -> None:
+    partial = target.with_name(target.name + PARTIAL)
     with _naming_cache_dir(target.parent):
-        temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
+        partial.mkdir(exist_ok=True)
     try:
-        content = temporary / _CONTENT  # made by mkdir: mkdtemp's own permissions are for its owner only
-        content.mkdir()
-        build(content)
-        with _naming_cache_dir(target.parent):
-            shutil.rmtree(target, ignore_errors=True)  # one from which something has been deleted
-            content.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_leftovers(parent: Path) -> None:
-    """A temporary directory whose target nobody has locked belongs to a process that is gone."""
-    for temporary in parent.iterdir():
-        # The folder is the user's choice and may hold other things: only names that are made here count.
-        name = _TEMPORARY.fullmatch(temporary.name)
-        if name is None:
-            continue
-        target = parent / name["target"]
-        lock = _lock(target, wait=False)
-        if lock is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            _unlock(target, lock)
+        if not is_complete(partial):
+            build(partial)
+    except resumes_after:
+        raise
+    except InputError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    with _naming_cache_dir(target.parent):
+        shutil.rmtree(target, ignore_errors=True)  # one from which something has been deleted
+        partial.rename(target)
+        sync_directory(target.parent)
 
 
 def _lock_path(target: Path) -> Path:

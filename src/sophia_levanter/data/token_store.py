@@ -1,26 +1,48 @@
-"""A corpus as one long array of token ids on disk, with an end-of-text after each document."""
+"""A corpus as one long array of token ids, with an end-of-text after each document: how it is read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import tensorstore as ts
 
+from sophia_levanter.data.arrays import kvstore_spec, open_array
 from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
-SHARD_TOKENS = 1 << 22  # one file
-CHUNK_TOKENS = 1 << 14  # what one random read fetches and checks
+TOKENS, DOCUMENT_ENDS = "tokens", "document_ends"
+SIDES = ("train", "validation")  # the stores of a text of which a part is held out
 IN_MEMORY_BYTES = 1 << 30  # smaller stores are read once and kept
 CACHE_BYTES = 1 << 26  # for shard indices and chunks of the larger ones
+READ_TOKENS = 1 << 22  # at once, where all are read
+
+
+class Tokens(Protocol):
+    """A corpus that batches are cut from: a token store, or another program's file."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What tells it from other corpora: JSON values, kept with checkpoints and compared on resuming."""
+        ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The tokens in `[start, stop)`, int [position]."""
+        ...
+
+    def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The `length` tokens from each of `starts` on, int32 [window, position]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,52 +57,63 @@ class Manifest:
     num_tokens: int  # end-of-text included
     num_bytes: int  # of UTF-8 text
     digest: str  # BLAKE2b of all tokens, in the array's dtype
+    document_ends_digest: str
+    arrays: dict[str, str]  # BLAKE2b of each array's zarr.json
+    checksum: str = ""  # BLAKE2b of all the above
+
+    def with_checksum(self) -> Manifest:
+        """The manifest with the checksum that its other values have."""
+        values = asdict(self) | {"checksum": ""}
+        return Manifest(**(values | {"checksum": digest_of(json.dumps(values, sort_keys=True).encode())}))
+
+
+def digest_of(data: bytes) -> str:
+    """BLAKE2b of 16 bytes, in hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 class TokenStore:
     """A finished token store, opened by `TokenStore.open`.
 
     Attributes:
-        path: its directory.
+        location: its directory, a path or a URL.
         manifest: what it holds.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, array: ts.TensorStore) -> None:
-        self.path = path
+    def __init__(self, location: str, manifest: Manifest, array: ts.TensorStore) -> None:
+        self.location = location
         self.manifest = manifest
         self._array = array
 
     @classmethod
-    def open(cls, path: str | Path, tokenizer: Tokenizer | None = None) -> TokenStore:
-        """Open the store at `path`.
+    def open(cls, location: str | Path, tokenizer: Tokenizer | None = None) -> TokenStore:
+        """Open the store at `location`.
 
         Args:
-            path: its directory.
+            location: its directory: a path, or a URL that tensorstore reads, such as gs://bucket/folder.
             tokenizer: if given, the store must have been written with it.
 
         Raises:
             InputError: if there is no finished store, it is damaged or of another format, or of another tokenizer.
         """
-        path = Path(path)
-        manifest = _read_manifest(path)
+        location = str(location).rstrip("/")
+        manifest = _read_manifest(location)
         if tokenizer is not None and manifest.tokenizer_fingerprint != tokenizer.fingerprint:
             raise InputError(
-                f"{path}: the token store was written with the tokenizer {manifest.tokenizer_name} "
+                f"{location}: the token store was written with the tokenizer {manifest.tokenizer_name} "
                 f"({manifest.tokenizer_fingerprint}), not with {tokenizer.name} ({tokenizer.fingerprint}); "
                 f"prepare the data with {tokenizer.name}"
             )
-        try:
-            array = ts.open(
-                _spec(path),
-                open=True,
-                read=True,
-                context=ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}}),
-            ).result()
-        except ValueError as error:
-            raise _damaged(path, error) from error
-        if array.shape != (manifest.num_tokens,):
-            raise _damaged(path, f"{array.shape[0]} tokens where the manifest has {manifest.num_tokens}")
-        return cls(path, manifest, array)
+        for name, digest in manifest.arrays.items():
+            if digest_of(_read_file(location, f"{name}/zarr.json") or b"") != digest:
+                raise _damaged(location, f"{name}/zarr.json is not what was written")
+        array = _open(location, TOKENS, manifest.num_tokens)
+        return cls(location, manifest, array)
+
+    @property
+    def path(self) -> Path:
+        """`location`, where that is a path."""
+        return Path(self.location)
 
     @property
     def num_tokens(self) -> int:
@@ -95,8 +128,22 @@ class TokenStore:
         return self.manifest.num_bytes
 
     @property
+    def dtype(self) -> np.dtype:
+        """Of the tokens: uint16 or uint32."""
+        return self._array.dtype.numpy_dtype
+
+    @property
     def tokenizer_fingerprint(self) -> str:
         return self.manifest.tokenizer_fingerprint
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "tokenizer": self.tokenizer_fingerprint,
+            "documents": self.num_documents,
+            "tokens": self.num_tokens,
+            "digest": self.manifest.digest,
+        }
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens in `[start, stop)`, uint16 or uint32 [position], read-only.
@@ -106,7 +153,7 @@ class TokenStore:
             InputError: if the store is damaged there.
         """
         if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"[{start}, {stop}) is not within the {self.num_tokens} tokens of {self.path}")
+            raise IndexError(f"[{start}, {stop}) is not within the {self.num_tokens} tokens of {self.location}")
         if self._fits_in_memory:
             return self._tokens[start:stop]
         return self._fetch([slice(start, stop)])[0]
@@ -119,148 +166,126 @@ class TokenStore:
             InputError: if the store is damaged there.
         """
         if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
-            raise IndexError(f"a window is not within the {self.num_tokens} tokens of {self.path}")
+            raise IndexError(f"a window is not within the {self.num_tokens} tokens of {self.location}")
         if self._fits_in_memory:
             return self._tokens[starts[:, None] + np.arange(length)].astype(np.int32)
         return np.stack(self._fetch([slice(start, start + length) for start in starts.tolist()])).astype(np.int32)
 
+    def document(self, number: int) -> np.ndarray:
+        """The tokens of a document, counted from 0, without its end-of-text: uint16 or uint32 [position].
+
+        Raises:
+            IndexError: if there is none of this number.
+            InputError: if the store is damaged there.
+        """
+        if not 0 <= number < self.num_documents:
+            raise IndexError(f"document {number} is not one of the {self.num_documents} of {self.location}")
+        first = max(number - 1, 0)
+        ends = self._read_ends(first, number + 1).tolist()
+        return self.read(ends[0] if number else 0, ends[-1] - 1)
+
+    def verify(self) -> None:
+        """Read everything and compare it with the manifest.
+
+        Raises:
+            InputError: if the store is damaged.
+        """
+        if tokens_digest(self._array, self.location) != self.manifest.digest:
+            raise _damaged(self.location, "the tokens are not those that were written")
+        ends = _open(self.location, DOCUMENT_ENDS, self.num_documents)
+        if tokens_digest(ends, self.location) != self.manifest.document_ends_digest:
+            raise _damaged(self.location, "the documents' ends are not those that were written")
+
     @property
     def _fits_in_memory(self) -> bool:
-        return self.num_tokens * self._array.dtype.numpy_dtype.itemsize < IN_MEMORY_BYTES
+        return self.num_tokens * self.dtype.itemsize < IN_MEMORY_BYTES
 
     @cached_property
     def _tokens(self) -> np.ndarray:
         return self._fetch([slice(0, self.num_tokens)])[0]
+
+    @cached_property
+    def _ends(self) -> ts.TensorStore:
+        return _open(self.location, DOCUMENT_ENDS, self.num_documents)
+
+    def _read_ends(self, start: int, stop: int) -> np.ndarray:
+        try:
+            return self._ends[start:stop].read().result()
+        except ValueError as error:
+            raise _damaged(self.location, error) from error
 
     def _fetch(self, ranges: list[slice]) -> list[np.ndarray]:
         futures = [self._array[tokens].read() for tokens in ranges]  # all at once: the reads overlap
         try:
             arrays = [future.result() for future in futures]
         except ValueError as error:
-            raise _damaged(self.path, error) from error
+            raise _damaged(self.location, error) from error
         for array in arrays:
             array.flags.writeable = False
         return arrays
 
 
-class TokenStoreWriter:
-    """Writes a store at `path` document by document, holding one shard in memory. `finish` makes it a store.
+def tokens_digest(array: ts.TensorStore, location: str) -> str:
+    """BLAKE2b of a whole array, read in pieces.
 
     Raises:
-        InputError: from any method, if the disk does not take it.
+        InputError: if the array is damaged.
     """
-
-    def __init__(self, path: Path, tokenizer: Tokenizer, source: str) -> None:
-        self._path = path
-        self._tokenizer = tokenizer
-        self._source = source
-        self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-        self._buffer = np.empty(SHARD_TOKENS, self._dtype)
-        self._filled = 0
-        self._num_written = 0
-        self._digest = hashlib.blake2b(digest_size=16)
-        self.num_documents = 0
-        self.num_bytes = 0
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(0, array.shape[0], READ_TOKENS):
         try:
-            self._array = ts.open(_spec(path, self._dtype), create=True).result()
+            tokens = array[start : min(start + READ_TOKENS, array.shape[0])].read().result()
+            digest.update(np.ascontiguousarray(tokens).data)
         except ValueError as error:
-            raise _not_written(path, error) from error
-
-    @property
-    def num_tokens(self) -> int:
-        return self._num_written + self._filled
-
-    def append(self, tokens: np.ndarray, num_bytes: int) -> None:
-        """Add a document of `tokens` (int [position], without end-of-text), `num_bytes` long as UTF-8."""
-        self._put(tokens)
-        self._put(np.array([self._tokenizer.end_of_text]))
-        self.num_documents += 1
-        self.num_bytes += num_bytes
-
-    def finish(self) -> None:
-        self._flush()
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            source=self._source,
-            tokenizer_name=self._tokenizer.name,
-            tokenizer_fingerprint=self._tokenizer.fingerprint,
-            num_documents=self.num_documents,
-            num_tokens=self.num_tokens,
-            num_bytes=self.num_bytes,
-            digest=self._digest.hexdigest(),
-        )
-        try:
-            with (self._path / MANIFEST_NAME).open("w", encoding="utf-8") as file:
-                json.dump(asdict(manifest), file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise _not_written(self._path, error) from error
-
-    def _put(self, tokens: np.ndarray) -> None:
-        while tokens.size:
-            taken = min(tokens.size, SHARD_TOKENS - self._filled)
-            self._buffer[self._filled : self._filled + taken] = tokens[:taken]
-            self._filled += taken
-            tokens = tokens[taken:]
-            if self._filled == SHARD_TOKENS:
-                self._flush()
-
-    def _flush(self) -> None:
-        end = self._num_written + self._filled
-        self._digest.update(self._buffer[: self._filled].data)
-        try:
-            self._array = self._array.resize(exclusive_max=[end]).result()
-            self._array[self._num_written : end].write(self._buffer[: self._filled]).result()
-        except ValueError as error:
-            raise _not_written(self._path, error) from error
-        self._num_written, self._filled = end, 0
+            raise _damaged(location, error) from error
+    return digest.hexdigest()
 
 
-def _spec(path: Path, dtype: np.dtype | None = None) -> dict:
-    spec: dict = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path}/tokens/"},
-        # Otherwise a chunk whose file is gone would read as zeros.
-        "fill_missing_data_reads": False,
-        "store_data_equal_to_fill_value": True,
-    }
-    if dtype is not None:
-        codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-        sharding = {"chunk_shape": [CHUNK_TOKENS], "codecs": codecs, "index_codecs": codecs}
-        spec["metadata"] = {
-            "shape": [0],
-            "data_type": dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD_TOKENS]}},
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        }
-    return spec
-
-
-def _read_manifest(path: Path) -> Manifest:
+def _open(location: str, name: str, length: int) -> ts.TensorStore:
     try:
-        values = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no finished token store is there (no {MANIFEST_NAME})") from None
-    except (OSError, ValueError) as error:
-        raise _damaged(path, f"{MANIFEST_NAME}: {error}") from error
+        array = open_array(f"{location}/{name}", CACHE_BYTES)
+    except ValueError as error:
+        raise _damaged(location, error) from error
+    if array.shape != (length,):
+        raise _damaged(location, f"{array.shape[0]} {name} where the manifest has {length}")
+    return array
+
+
+def _read_file(location: str, name: str) -> bytes | None:
+    """The content of a file in the store; None if there is none.
+
+    Raises:
+        ValueError: if the place cannot be read.
+    """
+    read = ts.KvStore.open(kvstore_spec(location)).result().read(name).result()
+    return read.value if read.state == "value" else None
+
+
+def _read_manifest(location: str) -> Manifest:
+    try:
+        content = _read_file(location, MANIFEST_NAME)
+    except ValueError as error:
+        raise InputError(f"{location}: the token store cannot be read: {error}") from error
+    if content is None:
+        raise InputError(f"{location}: no finished token store is there (no {MANIFEST_NAME})")
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        raise _damaged(location, f"{MANIFEST_NAME}: {error}") from error
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{path}: a token store of format {version!r}, and this program reads {FORMAT_VERSION}; "
+            f"{location}: a token store of format {version!r}, and this program reads {FORMAT_VERSION}; "
             "delete it and it is prepared again"
         )
     try:
-        return Manifest(**values)
+        manifest = Manifest(**values)
     except TypeError as error:
-        raise _damaged(path, f"{MANIFEST_NAME}: {error}") from error
+        raise _damaged(location, f"{MANIFEST_NAME}: {error}") from error
+    if manifest.with_checksum() != manifest:
+        raise _damaged(location, f"{MANIFEST_NAME} is not what was written")
+    return manifest
 
 
-def _damaged(path: Path, reason: object) -> InputError:
-    return InputError(f"{path}: the token store is damaged ({reason}); delete it and it is prepared again")
-
-
-def _not_written(path: Path, reason: object) -> InputError:
-    return InputError(
-        f"data.cache_dir: cannot write the token store {path} ({reason}); make room or choose another place"
-    )
+def _damaged(location: str, reason: object) -> InputError:
+    return InputError(f"{location}: the token store is damaged ({reason}); delete it and it is prepared again")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tiktoken
 
+from sophia_levanter.data.bpe import load_bpe
+from sophia_levanter.data.names import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
 
 BYTES = "bytes"
-MAX_ENCODING_THREADS = 8
 
 
 class Tokenizer(ABC):
@@ -28,7 +27,10 @@ class Tokenizer(ABC):
         token_bytes: the bytes each id decodes to, `vocab_size` of them; empty for end-of-text, other special tokens and
             unused ids.
         fingerprint: a hash of what defines the encoding; equal only if the ids mean the same.
+        is_slow: whether it is worth several processes.
     """
+
+    is_slow = True
 
     def __init__(self, name: str, end_of_text: int, token_bytes: Sequence[bytes], pattern: str) -> None:
         self.name = name
@@ -43,10 +45,6 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, int32 [position]. Special tokens spelled out in it are ordinary text."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text, in threads where that is faster."""
-        return [self.encode(text) for text in texts]
 
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
         """The bytes that `tokens` stand for; end-of-text stands for none.
@@ -69,6 +67,8 @@ class Tokenizer(ABC):
 
 class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes of the UTF-8 text, 256 is end-of-text."""
+
+    is_slow = False
 
     def __init__(self) -> None:
         super().__init__(BYTES, 256, [*(bytes([value]) for value in range(256)), b""], pattern="")
@@ -100,15 +100,16 @@ class TiktokenTokenizer(Tokenizer):
         super().__init__(encoding.name, end_of_text, _token_bytes(encoding), pattern=encoding._pat_str)
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_ENCODING_THREADS)) as threads:
-            return list(threads.map(self.encode, texts))
+        try:
+            # As an array: a list of Python's integers takes longer to turn into one than to make. Nothing is special.
+            ids = self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        except UnicodeEncodeError:  # half of a surrogate pair, as a command line may hold
+            return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
+        return ids.astype(np.int32)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: `bytes`, or a tiktoken encoding such as `gpt2`.
+    """The tokenizer called `name`: `bytes`, a tiktoken encoding such as `gpt2`, or a file that `save_bpe` wrote.
 
     tiktoken downloads an encoding on first use and keeps it in its own cache.
 
@@ -117,6 +118,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == BYTES:
         return ByteTokenizer()
+    if name.endswith(TRAINED_TOKENIZER):
+        return TiktokenTokenizer(load_bpe(name))
     known = [BYTES, *tiktoken.list_encoding_names()]
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]

@@ -239,16 +239,19 @@ def hutchinsons_microbatch(
     """The largest `curvature_microbatch_size` whose refresh has temporaries near a plain step's, and their ratio."""
     trainer, optimizer = config.trainer, config.optimizer
     rows = trainer.microbatch_size or trainer.batch_size
-    sizes = [n for n in range(rows, 0, -1) if rows % n == 0 and n % partition.row_shards == 0]
-    for size in sizes:
+    sizes = [n for n in range(partition.row_shards, rows + 1, partition.row_shards) if rows % n == 0]
+    ratios = {}
+
+    def near_plain(size: int) -> bool:
         own = dataclasses.replace(config, optimizer=dataclasses.replace(optimizer, curvature_microbatch_size=size))  # type: ignore[call-arg]
         found = plan_step(own, partition, vocab_size, refresh=True)
         if found.temporaries is None or plain.temporaries is None:
-            continue
-        ratio = found.temporaries / plain.temporaries
-        if ratio <= REFRESH_RATIO:
-            return size, ratio
-    return None
+            return False
+        ratios[size] = found.temporaries / plain.temporaries
+        return ratios[size] <= REFRESH_RATIO
+
+    size = largest(sizes, near_plain)
+    return None if size is None else (size, ratios[size])
 
 
 def _hutchinsons_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, plain: StepPlan) -> str:

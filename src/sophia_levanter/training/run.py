@@ -146,18 +146,8 @@ def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console
             max_windows=trainer.evaluation_windows,
         ),
         settings=build_step_settings(config.optimizer, trainer, decay_mask),
-        facts={"environment": {**environment, **devices}, "data": _data_facts(data)},
+        facts={"environment": {**environment, **devices}, "data": data.train.facts},
     )
-
-
-def _data_facts(data: TextData) -> dict[str, Any]:
-    """What tells one training text from another."""
-    return {
-        "tokenizer": data.tokenizer.fingerprint,
-        "documents": data.train.num_documents,
-        "tokens": data.train.num_tokens,
-        "digest": data.train.manifest.digest,
-    }
 
 
 def _restore(parts: Parts, directory: RunDirectory, console: Console) -> tuple[TrainState, str]:

@@ -13,7 +13,8 @@ from typing import IO, Any, Literal
 
 from sophia_levanter.command_line import Command, dump_config, load_config
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.data.documents import PYTHON_STDLIB
+from sophia_levanter.data.config import MixturePart
+from sophia_levanter.data.names import absolute_source, absolute_tokenizer
 from sophia_levanter.errors import InputError
 
 # What may differ between a run and its continuation by `--resume auto` without making it another run.
@@ -172,14 +173,16 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """The configuration with paths to the data that hold from anywhere."""
     data = config.data
+    train: str | tuple[MixturePart, ...]
+    if isinstance(data.train, str):
+        train = absolute_source(data.train)
+    else:
+        train = tuple(dataclasses.replace(part, source=absolute_source(part.source)) for part in data.train)
     resolved = dataclasses.replace(
         data,
-        train=_absolute_source(data.train),
-        validation=None if data.validation is None else _absolute_source(data.validation),
+        train=train,
+        validation=None if data.validation is None else absolute_source(data.validation),
+        tokenizer=absolute_tokenizer(data.tokenizer),
         cache_dir=os.path.abspath(os.path.expanduser(data.cache_dir)),
     )
     return dataclasses.replace(config, data=resolved)
-
-
-def _absolute_source(source: str) -> str:
-    return source if source == PYTHON_STDLIB else os.path.abspath(os.path.expanduser(source))

@@ -1,0 +1,120 @@
+"""What the commands' command lines have in common. Imports nothing heavy, to answer at once."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from sophia_levanter.errors import InputError
+
+DONE, FAILURE, BAD_INPUT, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
+
+
+@dataclass
+class Arguments:
+    """A command line, taken apart.
+
+    Attributes:
+        options: values by the option's name, dashes included.
+        flags: names of the options without a value that were given.
+        overrides: dotted field paths and values as typed, of `--SECTION.FIELD VALUE`.
+        words: what is no option.
+    """
+
+    options: dict[str, str] = field(default_factory=dict)
+    flags: set[str] = field(default_factory=set)
+    overrides: list[tuple[str, str]] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+
+    def needed(self, name: str, hint: str) -> str:
+        """The value of an option that must be given.
+
+        Raises:
+            InputError: if it is not.
+        """
+        if name not in self.options:
+            raise InputError(f"{name} is missing; {hint}")
+        return self.options[name]
+
+
+def parse_arguments(
+    given: Sequence[str],
+    *,
+    options: Collection[str] = (),
+    flags: Collection[str] = (),
+    overrides: bool = False,
+    words: bool = False,
+) -> Arguments:
+    """Takes a command line apart. A value follows its option as the next word or after `=`.
+
+    Args:
+        given: the command line.
+        options: names of options with a value, dashes included; each may be given once.
+        flags: names of options without one.
+        overrides: whether there may be `--SECTION.FIELD VALUE`; of several for one field the last counts.
+        words: whether there may be words that are no options.
+
+    Raises:
+        InputError: if an argument is not known, or has no value or one too many.
+    """
+    parsed = Arguments()
+    rest = list(given)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name in flags and not equals:
+            parsed.flags.add(name)
+            continue
+        if words and not word.startswith("-"):
+            parsed.words.append(word)
+            continue
+        is_override = overrides and name.startswith("--") and "." in name
+        if name not in options and not is_override:
+            raise InputError(f"unexpected argument {name!r}; --help shows the options")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise InputError(f"{name} has no value; write {name} VALUE")
+            value = rest.pop(0)
+        if is_override:
+            parsed.overrides.append((name.removeprefix("--"), value))
+            continue
+        if not value:
+            raise InputError(f"{name} has an empty value")
+        if name in parsed.options:
+            raise InputError(f"{name} is given twice")
+        parsed.options[name] = value
+    return parsed
+
+
+def run_command(given: Sequence[str] | None, usage: str, run: Callable[[Sequence[str]], int]) -> int:
+    """`run(command line)`, or the usage where that is asked for; errors as one line each.
+
+    Returns:
+        The exit status: what `run` gives, 1 failure, 2 bad input, 130 interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What is printed may hold what the terminal's encoding lacks.
+            stream.reconfigure(errors="replace")
+    words = sys.argv[1:] if given is None else given
+    try:
+        if "--help" in words or "-h" in words:
+            print(usage)
+            return DONE
+        return run(words)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except BrokenPipeError:
+        # Nobody reads on (`| head`); what Python would still flush must not fail either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILURE
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,81 @@
+"""`python -m sophia_levanter.commands.inspect_data STORE`: what a token store holds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sophia_levanter.commands.arguments import DONE, parse_arguments, run_command
+from sophia_levanter.errors import InputError
+
+SHOWN_CHARACTERS = 300
+USAGE = """\
+usage: python -m sophia_levanter.commands.inspect_data STORE [--documents N] [--verify] [--help]
+
+Prints what a token store holds and the beginnings of a few of its documents.
+
+  STORE                  a folder that prepare_data has named, or a URL such as gs://bucket/folder; one that holds the
+                         stores train and validation prints both
+  --documents N          so many documents, spread evenly; 3 if not given
+  --verify               reads everything and compares it with the checksums
+  --help                 prints this and exits"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says.
+
+    Returns:
+        The exit status: 0 done, 1 failure, 2 bad input or a damaged store, 130 interrupted.
+    """
+    return run_command(argv, USAGE, _inspect)
+
+
+def _inspect(words: Sequence[str]) -> int:
+    arguments = parse_arguments(words, options=("--documents",), flags=("--verify",), words=True)
+    if len(arguments.words) != 1:
+        raise InputError("name one STORE; --help shows the options")
+    count = arguments.options.get("--documents", "3")
+    if not count.isdecimal():
+        raise InputError(f"--documents is {count!r}; it must be a whole number")
+    location = arguments.words[0].rstrip("/")
+
+    from sophia_levanter.data.token_store import SIDES
+
+    folders = [f"{location}/{name}" for name in ("all", *SIDES) if Path(location, name).is_dir()]
+    for store in folders or [location]:
+        _print_store(store, int(count), verify="--verify" in arguments.flags)
+    return DONE
+
+
+def _print_store(location: str, count: int, *, verify: bool) -> None:
+    from sophia_levanter.data.token_store import TokenStore
+    from sophia_levanter.data.tokenizer import load_tokenizer
+
+    store = TokenStore.open(location)
+    manifest = store.manifest
+    print(location)
+    print(f"  source      {manifest.source}")
+    print(f"  tokenizer   {manifest.tokenizer_name} ({manifest.tokenizer_fingerprint})")
+    print(f"  documents   {manifest.num_documents:,}")
+    print(f"  tokens      {manifest.num_tokens:,} ({store.dtype})")
+    print(f"  text        {manifest.num_bytes:,} bytes, {manifest.num_bytes / manifest.num_tokens:.2f} per token")
+    print(f"  digest      {manifest.digest}")
+    if verify:
+        store.verify()
+        print("  verified    every token and document end is what was written")
+    tokenizer = load_tokenizer(manifest.tokenizer_name)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise InputError(
+            f"{location}: the tokenizer {manifest.tokenizer_name} that it was written with has the fingerprint "
+            f"{manifest.tokenizer_fingerprint}, and the one that is here {tokenizer.fingerprint}"
+        )
+    shown = min(count, manifest.num_documents)
+    for number in [i * manifest.num_documents // shown for i in range(shown)]:
+        tokens = store.document(number)
+        text = tokenizer.decode(tokens[:SHOWN_CHARACTERS])[:SHOWN_CHARACTERS]
+        print(f"  document {number:,}, {len(tokens):,} tokens: {text!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

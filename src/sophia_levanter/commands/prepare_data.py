@@ -1,0 +1,55 @@
+"""`python -m sophia_levanter.commands.prepare_data --config FILE`: text to token stores, before a run needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sophia_levanter.command_line import load_config
+from sophia_levanter.commands.arguments import DONE, parse_arguments, run_command
+from sophia_levanter.errors import InputError
+
+USAGE = """\
+usage: python -m sophia_levanter.commands.prepare_data --config FILE [--ray ADDRESS] [--data.FIELD VALUE ...] [--help]
+
+Makes the token stores of a configuration's data section, in data.cache_dir; one that is there is left as it is. It may
+be killed at any time: the same command goes on. Training does the same by itself when a store is missing.
+
+  --config FILE          a run's configuration, or one with a data section alone, such as config/data/openwebtext.yaml
+  --ray ADDRESS          tokens are made by the cores of this Ray cluster (auto: the one that this machine belongs to)
+                         in place of data.num_workers processes
+  --data.FIELD VALUE     sets one field, on top of the file: --data.train 'texts/*.jsonl.zst'
+  --help                 prints this and exits"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says.
+
+    Returns:
+        The exit status: 0 done, 1 failure, 2 bad input, 130 interrupted.
+    """
+    return run_command(argv, USAGE, _prepare)
+
+
+def _prepare(words: Sequence[str]) -> int:
+    arguments = parse_arguments(words, options=("--config", "--ray"), overrides=True)
+    path = Path(arguments.needed("--config", "config/data/openwebtext.yaml is one"))
+    ray = arguments.options.get("--ray")
+    config = load_config(path, arguments.overrides)
+
+    # Only now what takes long to import: a mistake above is answered at once.
+    from sophia_levanter.data.prepare import prepare
+
+    data = prepare(config.data, lambda line: print(line, flush=True), ray=ray)
+    for name, corpus in (("training", data.train), ("validation", data.validation)):
+        print(f"{corpus.num_tokens:,} {name} tokens ({data.tokenizer.name})")
+    if data.train.num_tokens < config.model.seq_len + 1:
+        raise InputError(
+            f"data.train has {data.train.num_tokens} tokens, fewer than model.seq_len {config.model.seq_len} + 1"
+        )
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""`python -m sophia_levanter.commands.train_tokenizer --config FILE --vocab_size N --out FILE.tiktoken`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sophia_levanter.command_line import load_config
+from sophia_levanter.commands.arguments import DONE, parse_arguments, run_command
+from sophia_levanter.data.config import DataConfig
+from sophia_levanter.data.names import TRAINED_TOKENIZER
+from sophia_levanter.errors import InputError
+
+TRAIN_BYTES = 1 << 30
+USAGE = f"""\
+usage: python -m sophia_levanter.commands.train_tokenizer --config FILE --vocab_size N --out FILE{TRAINED_TOKENIZER}
+       [--data.FIELD VALUE ...] [--help]
+
+Trains a byte-pair encoding on a configuration's training text, documents that are held out left out, at most the first
+GiB of it. Use it as --data.tokenizer FILE{TRAINED_TOKENIZER}.
+
+  --config FILE          a run's configuration, or one with a data section alone
+  --vocab_size N         tokens, the 256 bytes and end-of-text included
+  --out FILE             where it is saved; must be called *{TRAINED_TOKENIZER}
+  --data.FIELD VALUE     sets one field, on top of the file: --data.train 'texts/*.jsonl.zst'
+  --help                 prints this and exits"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says.
+
+    Returns:
+        The exit status: 0 done, 1 failure, 2 bad input, 130 interrupted.
+    """
+    return run_command(argv, USAGE, _train)
+
+
+def _train(words: Sequence[str]) -> int:
+    arguments = parse_arguments(words, options=("--config", "--vocab_size", "--out"), overrides=True)
+    path = Path(arguments.needed("--config", "config/data/openwebtext.yaml is one"))
+    size = arguments.needed("--vocab_size", "GPT-2 has 50257")
+    out = Path(arguments.needed("--out", f"such as my{TRAINED_TOKENIZER}"))
+    if not size.isdecimal():
+        raise InputError(f"--vocab_size is {size!r}; it must be a whole number")
+    if out.suffix != TRAINED_TOKENIZER:
+        raise InputError(f"--out {out} must be called *{TRAINED_TOKENIZER}, by which a tokenizer's file is known")
+    config = load_config(path, arguments.overrides)
+
+    # Only now what takes long to import: a mistake above is answered at once.
+    from sophia_levanter.data.bpe import first_bytes, save_bpe, train_bpe
+    from sophia_levanter.data.tokenizer import load_tokenizer
+
+    ranks = train_bpe(first_bytes(_training_texts(config.data), TRAIN_BYTES), int(size))
+    save_bpe(out, ranks)
+    print(f"{load_tokenizer(str(out)).vocab_size:,} tokens, end-of-text included, in {out}")
+    return DONE
+
+
+def _training_texts(config: DataConfig) -> Iterator[str]:
+    from sophia_levanter.data.sources import open_source
+    from sophia_levanter.data.split import NoSplit, Split
+
+    names = [config.train] if isinstance(config.train, str) else [part.source for part in config.train]
+    for name in names:
+        field = "data.train"
+        split = Split(config.validation_fraction, field=field) if config.validation is None else NoSplit()
+        for _, text in open_source(name, config, field=field).documents():
+            yield from (own for held_out, own in split.push(text) if not held_out)
+        yield from (own for held_out, own in split.finish() if not held_out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

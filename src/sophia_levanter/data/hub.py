@@ -1,0 +1,137 @@
+"""Documents of Hugging Face datasets: from the hub, or from a folder that `datasets` saved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from sophia_levanter.data.config import DataConfig
+from sophia_levanter.data.documents import START, Position, text_of_record
+from sophia_levanter.data.names import HUB, SAVED
+from sophia_levanter.data.text_files import DATASET_MARKS, optional_import
+from sophia_levanter.errors import InputError
+
+OPTIONS = {HUB: ("split", "name", "revision", "streaming"), SAVED: ("split",)}
+
+
+@dataclass(frozen=True)
+class DatasetName:
+    """`hub:NAME?split=train&name=CONFIG&revision=COMMIT&streaming=false`, or `datasets:FOLDER?split=train`, in parts.
+
+    Attributes:
+        kind: `hub:` or `datasets:`.
+        path: the dataset's name, or the folder.
+        split: which split.
+        name: the dataset's configuration, if it has several.
+        revision: a commit, tag or branch; the newest if not given.
+        streaming: whether it is read as it arrives, rather than downloaded first.
+    """
+
+    kind: str
+    path: str
+    split: str = "train"
+    name: str | None = None
+    revision: str | None = None
+    streaming: bool = True
+
+    @classmethod
+    def parse(cls, source: str, field: str) -> DatasetName:
+        """Takes a source's name apart.
+
+        Raises:
+            InputError: if an option is unknown or has a wrong value, or the path is missing.
+        """
+        kind = next(kind for kind in OPTIONS if source.startswith(kind))
+        path, _, query = source.removeprefix(kind).partition("?")
+        if not path:
+            raise InputError(f"{field}: {source!r} names no dataset; write {kind}NAME")
+        options: dict[str, Any] = {}
+        for key, value in parse_qsl(query, keep_blank_values=True):
+            if key not in OPTIONS[kind]:
+                raise InputError(f"{field}: {source!r}: unknown option {key!r}; there are {', '.join(OPTIONS[kind])}")
+            if not value:
+                raise InputError(f"{field}: {source!r}: the option {key!r} is empty")
+            options[key] = value
+        streaming = options.pop("streaming", "true")
+        if streaming not in ("true", "false"):
+            raise InputError(f"{field}: {source!r}: streaming is {streaming!r}; it must be true or false")
+        return cls(kind, path, streaming=streaming == "true", **options)
+
+
+class DatasetSource:
+    """The rows of a Hugging Face dataset as documents; those without text are left out.
+
+    Raises:
+        InputError: if `datasets` is not installed, there is no such dataset, configuration, split or field, or the hub
+            cannot be reached.
+    """
+
+    def __init__(self, source: str, config: DataConfig, *, field: str) -> None:
+        self._source = source
+        self._name = DatasetName.parse(source, field)
+        self._config = config
+        self._field = field
+        self._done = 0
+        self._rows: int | None = None
+
+    @property
+    def identity(self) -> Any:
+        """What the documents depend on, as a JSON value; of a dataset on the hub what its name says."""
+        if self._name.kind == HUB:
+            return [self._source, self._config.text_field, self._config.invalid_utf8]
+        folder = Path(os.path.abspath(os.path.expanduser(self._name.path)))
+        if not any((folder / mark).is_file() for mark in DATASET_MARKS):
+            raise InputError(
+                f"{self._field}: {folder} is no folder that `datasets` saved (no {DATASET_MARKS[0]} in it)"
+            )
+        files = sorted((str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*"))
+        return [self._source, str(folder), files, self._config.text_field, self._config.invalid_utf8]
+
+    def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
+        """Each document from `start` on, with the position after it."""
+        dataset = self._load()
+        self._done = start[1]
+        info = getattr(dataset, "info", None)
+        splits = getattr(info, "splits", None) or {}
+        split = splits.get(self._name.split)
+        self._rows = len(dataset) if hasattr(dataset, "__len__") else getattr(split, "num_examples", None)
+        if start[1] and start[1] == self._rows:
+            return
+        for row in dataset.skip(start[1]) if start[1] else dataset:
+            self._done += 1
+            text = text_of_record(row, self._config, f"{self._source}, row {self._done}", self._field)
+            if text and not text.isspace():
+                yield (0, self._done), text
+
+    def share_read(self) -> float | None:
+        """How much of the source has been read, from 0 to 1; None if that cannot be known."""
+        return min(self._done / self._rows, 1.0) if self._rows else None
+
+    def _load(self) -> Any:
+        datasets = optional_import("datasets", "datasets", f"{self._field}: {self._source}")
+        name = self._name
+        try:
+            if name.kind == HUB:
+                return datasets.load_dataset(
+                    name.path, name.name, split=name.split, revision=name.revision, streaming=name.streaming
+                )
+            loaded = datasets.load_from_disk(os.path.expanduser(name.path))
+        except Exception as error:
+            # What can go wrong has many classes in four libraries. A network library's message is not shown: it may
+            # spell out the address of a proxy, password included.
+            known = isinstance(error, ValueError) or type(error).__module__.startswith("datasets.")
+            shown = f": {str(error).splitlines()[0]}" if known and str(error) else ""
+            raise InputError(
+                f"{self._field}: {self._source} cannot be loaded ({type(error).__name__}){shown}"
+            ) from error
+        if not isinstance(loaded, datasets.DatasetDict):
+            return loaded
+        if name.split not in loaded:
+            raise InputError(
+                f"{self._field}: {self._source} has no split {name.split!r}; there are {', '.join(loaded)}"
+            )
+        return loaded[name.split]

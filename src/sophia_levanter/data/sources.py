@@ -1,0 +1,39 @@
+"""A source of documents, named by one string."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from sophia_levanter.data.config import DataConfig
+from sophia_levanter.data.documents import START, FileSource, Position
+from sophia_levanter.data.hub import DatasetSource
+from sophia_levanter.data.names import HUB, SAVED
+
+
+class Source(Protocol):
+    """Documents in a fixed order, which can be read from any place on."""
+
+    @property
+    def identity(self) -> Any:
+        """What the documents depend on, as a JSON value."""
+        ...
+
+    def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
+        """Each document from `start` on, with the position after it."""
+        ...
+
+    def share_read(self) -> float | None:
+        """How much of it has been read, from 0 to 1; None if that cannot be known."""
+        ...
+
+
+def open_source(name: str, config: DataConfig, *, field: str) -> Source:
+    """The source that `name` means: `hub:...`, `datasets:...`, or files as `find_files` says.
+
+    Raises:
+        InputError: if there is no such source.
+    """
+    if name.startswith((HUB, SAVED)):
+        return DatasetSource(name, config, field=field)
+    return FileSource(name, config, field=field)

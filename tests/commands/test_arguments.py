@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+
+from sophia_levanter.commands.arguments import Arguments, parse_arguments, run_command
+from sophia_levanter.errors import InputError
+
+
+def parse(*words: str) -> Arguments:
+    return parse_arguments(words, options=("--config", "--out"), flags=("--all",), overrides=True)
+
+
+def test_options_flags_and_overrides() -> None:
+    parsed = parse("--config", "a", "--all", "--x.y", "1", "--x.y=2", "--out=b=c", "--x.z=")
+    assert parsed == Arguments({"--config": "a", "--out": "b=c"}, {"--all"}, [("x.y", "1"), ("x.y", "2"), ("x.z", "")])
+
+
+def test_words() -> None:
+    assert parse_arguments(["a", "--n", "1", "b"], options=("--n",), words=True).words == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["word"], "unexpected argument 'word'"),
+        (["--other", "1"], "unexpected argument '--other'"),
+        (["--all=1"], "unexpected argument '--all'"),
+        (["--config"], "--config has no value"),
+        (["--config", "--all"], "--config has no value"),
+        (["--config", ""], "--config has an empty value"),
+        (["--config", "a", "--config", "b"], "--config is given twice"),
+        (["--x.y"], "--x.y has no value"),
+    ],
+)
+def test_command_lines_that_are_none(words: list[str], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        parse(*words)
+
+
+def test_overrides_only_where_they_are_meant() -> None:
+    with pytest.raises(InputError, match="unexpected argument '--x.y'"):
+        parse_arguments(["--x.y", "1"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (InputError("wrong"), 2, "error: wrong\n"),
+        (OSError("failed"), 1, "error: failed\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on\n"),
+    ],
+)
+def test_errors_are_a_line_and_a_status(
+    error: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(words: object) -> int:
+        raise error
+
+    assert run_command([], "usage", fail) == status
+    assert capsys.readouterr().err == line
+    assert run_command(["--help"], "usage", fail) == 0
+    assert capsys.readouterr().out == "usage\n"

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sophia_levanter.commands import inspect_data, prepare_data, train_tokenizer
+
+TEXTS = [f"the document number {i}, naïve\n" * 3 for i in range(60)]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    (tmp_path / "data.yaml").write_text(
+        f"data:\n  train: {tmp_path}/train.jsonl\n  validation_fraction: 0.2\n  cache_dir: {tmp_path}/cache\n"
+        "model:\n  seq_len: 32\n"
+    )
+    return str(tmp_path / "data.yaml")
+
+
+def store_of(tmp_path: Path) -> str:
+    (folder,) = (tmp_path / "cache").iterdir()
+    return str(folder)
+
+
+def test_prepare_and_inspect(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare_data.main(["--config", config]) == 0
+    out = capsys.readouterr().out
+    assert "data.train: 60 documents" in out
+    assert "validation tokens (bytes)" in out
+    assert prepare_data.main(["--config", config]) == 0
+    assert "is prepared already" in capsys.readouterr().out
+    assert inspect_data.main([store_of(tmp_path), "--documents", "2", "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("verified") == 2
+    assert out.count("  document ") == 4
+    assert "the document number" in out
+    assert "tokenizer   bytes (" in out
+    assert inspect_data.main([f"{store_of(tmp_path)}/train", "--documents", "1000"]) == 0
+    assert capsys.readouterr().out.count("  document ") > 40
+
+
+def test_a_tokenizer_is_trained_and_used(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "my.tiktoken")
+    assert train_tokenizer.main(["--config", config, "--vocab_size", "300", "--out", out]) == 0
+    assert capsys.readouterr().out == f"300 tokens, end-of-text included, in {out}\n"
+    assert prepare_data.main(["--config", config, "--data.tokenizer", out]) == 0
+    capsys.readouterr()
+    assert inspect_data.main([store_of(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert f"tokenizer   {out} (" in shown
+    assert "the document number" in shown
+    # Another one in its place is not taken for it.
+    assert train_tokenizer.main(["--config", config, "--vocab_size", "280", "--out", out]) == 0
+    capsys.readouterr()
+    assert inspect_data.main([store_of(tmp_path)]) == 2
+    assert "fingerprint" in capsys.readouterr().err
+
+
+def test_held_out_documents_train_no_tokenizer(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [*TEXTS, *("zqzqzqzqzq " * 50 + str(i) for i in range(3))]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    out = tmp_path / "my.tiktoken"
+    arguments = ["--config", config, "--vocab_size", "270", "--out", str(out), "--data.validation_fraction"]
+    assert train_tokenizer.main([*arguments, "0.000001"]) == 0
+    with_them = out.read_text()
+    assert train_tokenizer.main([*arguments, "0.999999"]) == 0
+    assert out.read_text() != with_them
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "expected"),
+    [
+        (prepare_data, [], "--config is missing"),
+        (prepare_data, ["--config", "CONFIG", "--data.train", "/gone"], "data.train: no file is called"),
+        (prepare_data, ["--config", "CONFIG", "--data.num_workers", "-1"], "data.num_workers is -1"),
+        (prepare_data, ["--config", "CONFIG", "--data.invalid_utf8", "drop"], "data.invalid_utf8 is 'drop'"),
+        (prepare_data, ["--config", "CONFIG", "--model.seq_len", "999999"], "fewer than model.seq_len"),
+        (inspect_data, [], "name one STORE"),
+        (inspect_data, ["/gone"], "no finished token store"),
+        (inspect_data, ["/gone", "--documents", "-1"], "--documents is '-1'"),
+        (inspect_data, ["gs:/bucket"], "no finished token store"),
+        (train_tokenizer, ["--config", "CONFIG"], "--vocab_size is missing; GPT-2 has 50257"),
+        (train_tokenizer, ["--config", "CONFIG", "--vocab_size", "x", "--out", "a.tiktoken"], "--vocab_size is 'x'"),
+        (
+            train_tokenizer,
+            ["--config", "CONFIG", "--vocab_size", "300", "--out", "a.json"],
+            "must be called *.tiktoken",
+        ),
+        (train_tokenizer, ["--config", "CONFIG", "--vocab_size", "9", "--out", "a.tiktoken"], "--vocab_size is 9"),
+    ],
+)
+def test_bad_input_is_a_line_and_status_2(
+    config: str, command, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([config if word == "CONFIG" else word for word in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert expected in error

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from sophia_levanter.data.config import DataConfig
+from sophia_levanter.data.hub import DatasetName, DatasetSource
+from sophia_levanter.data.prepare import prepare
+from sophia_levanter.errors import InputError
+
+TEXTS = [f"text {i}" for i in range(50)]
+
+
+def source(name: str, **fields: str) -> DatasetSource:
+    return DatasetSource(name, DataConfig(**fields), field="data.train")
+
+
+def read(name: str, **fields: str) -> list[str]:
+    return [text for _, text in source(name, **fields).documents()]
+
+
+def error_of(name: str, **fields: str) -> str:
+    with pytest.raises(InputError) as info:
+        read(name, **fields)
+    message = str(info.value)
+    assert message.startswith("data.train: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def on_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A dataset that `datasets` finds by a name as on the hub: it looks for a folder of that name first."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "someone" / "texts"
+    folder.mkdir(parents=True)
+    for split, texts in (("train", TEXTS), ("test", ["held out"])):
+        Dataset.from_dict({"text": texts, "title": texts}).to_parquet(folder / f"{split}.parquet")
+    return "hub:someone/texts"
+
+
+@pytest.mark.parametrize("streaming", ["", "&streaming=false", "&streaming=true"])
+def test_the_hub(on_hub: str, streaming: str) -> None:
+    assert read(f"{on_hub}?split=train{streaming}") == TEXTS
+    assert read(f"{on_hub}?split=test{streaming}") == ["held out"]
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_reading_goes_on_from_any_row(on_hub: str, streaming: str) -> None:
+    name = f"{on_hub}?streaming={streaming}"
+    everything = list(source(name).documents())
+    for number in (0, 7, 48, 49):
+        assert list(source(name).documents(everything[number][0])) == everything[number + 1 :]
+
+
+def test_the_share_that_is_read(on_hub: str) -> None:
+    reading = source(f"{on_hub}?streaming=false")
+    shares = [reading.share_read() for _ in reading.documents()]
+    assert shares[0] == pytest.approx(1 / 50)
+    assert shares[-1] == 1
+
+
+def test_folders_that_datasets_saved(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"text": ["", *TEXTS]})
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict(train=rows, test=Dataset.from_dict({"text": ["held out"]})).save_to_disk(tmp_path / "both")
+    assert read(f"datasets:{tmp_path}/one") == TEXTS
+    assert read(f"datasets:{tmp_path}/both") == TEXTS
+    assert read(f"datasets:{tmp_path}/both?split=test") == ["held out"]
+    assert "no split 'dev'; there are train, test" in error_of(f"datasets:{tmp_path}/both?split=dev")
+    assert "may be 'text'" in error_of(f"datasets:{tmp_path}/one", text_field="body")
+    before = source(f"datasets:{tmp_path}/one").identity
+    rows.map(lambda row: {"text": row["text"].upper()}).save_to_disk(tmp_path / "one")
+    assert source(f"datasets:{tmp_path}/one").identity != before
+
+
+def test_a_dataset_becomes_tokens(on_hub: str, tmp_path: Path) -> None:
+    data = prepare(DataConfig(train=on_hub, validation=f"{on_hub}?split=test", cache_dir=str(tmp_path)), print)
+    assert data.tokenizer.decode(data.train.read(0, data.train.num_tokens)) == "".join(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("hub:", "names no dataset"),
+        ("hub:a?splitt=train", "unknown option 'splitt'; there are split, name, revision, streaming"),
+        ("datasets:a?revision=b", "unknown option 'revision'; there are split"),
+        ("hub:a?split=", "the option 'split' is empty"),
+        ("hub:a?streaming=yes", "streaming is 'yes'"),
+    ],
+)
+def test_names_that_are_none(name: str, expected: str) -> None:
+    assert expected in error_of(name)
+
+
+def test_a_name_in_parts() -> None:
+    assert DatasetName.parse("hub:a/b?name=c&revision=d&split=train[:1%]&streaming=false", "data.train") == DatasetName(
+        "hub:", "a/b", "train[:1%]", "c", "d", False
+    )
+
+
+def test_what_is_not_there(on_hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "cannot be loaded (ValueError)" in error_of(f"{on_hub}?name=other")
+    assert "cannot be loaded (ValueError)" in error_of(f"{on_hub}?split=dev")
+    assert "may be 'text', 'title'" in error_of(on_hub, text_field="body")
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@127.0.0.1:9")
+    message = error_of("hub:nobody/nothing")
+    assert "cannot be loaded" in message
+    assert "secret" not in message
+    with pytest.raises(InputError, match="no folder that `datasets` saved"):
+        _ = source(f"datasets:{tmp_path}").identity
