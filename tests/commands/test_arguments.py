@@ -38,7 +38,7 @@ def test_command_lines_that_are_none(words: list[str], expected: str) -> None:
 
 
 def test_overrides_only_where_they_are_meant() -> None:
-    with pytest.raises(InputError, match="unexpected argument '--x.y'"):
+    with pytest.raises(InputError, match=r"unexpected argument '--x\.y'"):
         parse_arguments(["--x.y", "1"])
 
 

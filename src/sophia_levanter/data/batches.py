@@ -65,7 +65,7 @@ class TrainBatches:
         if step < 0:
             raise IndexError(f"step {step} is negative")
         starts = np.asarray(self._start_batches[step], dtype=np.int64)
-        if wanted is None:
+        if wanted is None or len(wanted) == len(starts):
             return self._corpus.read_windows(starts, self._seq_len + 1)
         windows = np.zeros((len(starts), self._seq_len + 1), np.int32)
         windows[wanted] = self._corpus.read_windows(starts[wanted], self._seq_len + 1)

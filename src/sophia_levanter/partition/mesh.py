@@ -84,6 +84,14 @@ class Partition:
         """Over how many devices the rows of a batch are spread."""
         return math.prod(self.mesh.shape[axis] for axis in self.compute["batch"])
 
+    def rows_of_this_process(self, num_rows: int) -> np.ndarray:
+        """Numbers of the rows of a microbatch that devices of this process have, ascending: int [row]."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.compute["batch"]))
+        wanted = np.zeros(num_rows, bool)
+        for index in sharding.addressable_devices_indices_map((num_rows,)).values():
+            wanted[index] = True
+        return np.flatnonzero(wanted)
+
     def _map_arrays(self, function: Callable[[Any, NamedSharding], Any], tree: Any) -> Any:
         """`function(array, its sharding)` for every array of the tree."""
 

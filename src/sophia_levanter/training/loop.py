@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import equinox as eqx
-import numpy as np
 
-from sophia_levanter.batch import Batch, batch_from_windows
+from sophia_levanter.batch import Batch
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.optim import Sophia
 from sophia_levanter.partition.mesh import Partition
@@ -24,20 +23,18 @@ from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines, NoLines
 from sophia_levanter.training.config import TrainerConfig
 from sophia_levanter.training.evaluation import Evaluation
+from sophia_levanter.training.loading import BatchLoader
 from sophia_levanter.training.profile import Profiler
 from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, train_step
 
 Step = Callable[[Batch, TrainState], tuple[TrainState, StepOutput]]
 
 
+NO_WAIT_SECONDS = 1e-3
+
+
 class TrainingFailed(Exception):
     """The run cannot go on; the message says why and what to try."""
-
-
-class Batches(Protocol):
-    """Windows of a step, int32 [batch, position + 1]; a pure function of the step."""
-
-    def __getitem__(self, step: int) -> np.ndarray: ...
 
 
 class StopRequest:
@@ -83,7 +80,7 @@ class Loop:
         config: how long, and how often to evaluate, save and log.
         settings: what the step needs.
         partition: the devices, and where arrays lie on them.
-        batches: the training windows.
+        loader: puts the training batches on the devices.
         evaluate: gives a model's validation loss.
         save: writes a checkpoint of a state and gives its path.
         metrics: takes the numbers of each step.
@@ -91,12 +88,13 @@ class Loop:
         profiler: traces some of the steps.
         tokens_per_step: predicted tokens in a step.
         mfu_per_token_rate: model FLOPs utilisation at one token a second.
+        waited_steps: how many steps began late because their batch was not there.
     """
 
     config: TrainerConfig
     settings: StepSettings
     partition: Partition
-    batches: Batches
+    loader: BatchLoader
     evaluate: Callable[[Gpt2], Evaluation]
     save: Callable[[TrainState], Path]
     metrics: JsonLines | NoLines
@@ -107,6 +105,7 @@ class Loop:
     last_metrics: dict[str, float] = field(default_factory=dict)
     saved: Path | None = None
     saved_step: int | None = None
+    waited_steps: int = 0
     _last_time: float = 0.0
     _step_seconds: list[float] = field(default_factory=list)
 
@@ -137,7 +136,8 @@ class Loop:
     def _steps(self, state: TrainState, plain: Step, refreshing: Step, stop: StopRequest) -> TrainState:
         step, total = int(state.step), self.config.num_train_steps
         refresh_pending = bool(state.refresh_pending)
-        batch = self._batch(step)
+        batches = self.loader.load_all(step, total)
+        batch = next(batches)
         # A step's numbers are read while the next one runs.
         unread: tuple[int, StepOutput] | None = None
         while step < total and not all_stop(step, stop.signal is not None):
@@ -150,7 +150,7 @@ class Loop:
             with self.profiler.annotated(step):
                 state, output = (refreshing if refresh else plain)(batch, state)
             if step + 1 < total:
-                batch = self._batch(step + 1)
+                batch = self._next(batches, output)
             if unread is not None:
                 self._read(*unread)
             unread = (step, output)
@@ -175,7 +175,7 @@ class Loop:
         return state
 
     def _compile(self, state: TrainState) -> tuple[Step, Step]:
-        batch = self._batch(int(state.step))
+        batch = self.loader.load(int(state.step))
         started = time.perf_counter()
         compiled = []
         # An optimizer without curvature never asks for the second step.
@@ -187,9 +187,13 @@ class Loop:
         self.console.line(f"compiled in {time.perf_counter() - started:.1f} s")
         return compiled[0], compiled[-1]
 
-    def _batch(self, step: int) -> Batch:
-        windows = self.batches[step]
-        return self.partition.place(batch_from_windows(windows, num_microbatches=self.config.num_microbatches))
+    def _next(self, batches: Iterator[Batch], running: StepOutput) -> Batch:
+        """The next batch, for when the `running` step is done."""
+        started = time.perf_counter()
+        batch = next(batches)
+        blocked = time.perf_counter() - started > NO_WAIT_SECONDS
+        self.waited_steps += blocked and all(x.is_ready() for x in running.metrics.values())  # type: ignore[attr-defined]
+        return batch
 
     def _read(self, step: int, output: StepOutput) -> None:
         """Wait for a step to end, and log it."""

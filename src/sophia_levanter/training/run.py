@@ -24,6 +24,7 @@ from sophia_levanter.partition.processes import is_first_process, on_this_host, 
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines, NoLines
 from sophia_levanter.training.evaluation import Evaluator
+from sophia_levanter.training.loading import BatchLoader
 from sophia_levanter.training.loop import Loop, StopRequest
 from sophia_levanter.training.optimizers import build_schedule, build_step_settings
 from sophia_levanter.training.profile import Profiler
@@ -203,7 +204,7 @@ def _make_loop(parts: Parts, directory: RunDirectory, state: TrainState, run_id:
         config=trainer,
         settings=parts.settings,
         partition=parts.partition,
-        batches=parts.batches,
+        loader=BatchLoader(parts.batches, parts.partition, trainer.batch_size, trainer.num_microbatches),
         evaluate=Evaluator(
             parts.validation, token_byte_lengths(parts.data.tokenizer), parts.partition, parts.settings.policy
         ),

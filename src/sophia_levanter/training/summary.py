@@ -93,7 +93,10 @@ def describe_end(parts: Parts, loop: Loop, state: TrainState, console: Console) 
     """Print the losses beside a byte-bigram's, the speed, where the checkpoint lies, and a sample of text."""
     numbers, tokenizer = loop.last_metrics, parts.data.tokenizer
     bigram = bigram_bits_per_byte(parts.data.train, parts.validation.token_windows(), tokenizer)
-    console.line(f"done: {int(state.step):,} steps, {loop.tokens_per_second:,.0f} tokens/s")
+    console.line(
+        f"done: {int(state.step):,} steps, {loop.tokens_per_second:,.0f} tokens/s, "
+        f"{loop.waited_steps} step(s) waited for data"
+    )
     console.line(
         f"validation: {numbers['validation/loss']:.4f} nats per token, "
         f"{numbers['validation/bits_per_byte']:.4f} bits per byte; "
