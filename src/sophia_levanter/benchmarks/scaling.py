@@ -15,7 +15,7 @@ import jax
 
 from sophia_levanter.benchmarks.timing import markdown_table
 from sophia_levanter.command_line import load_config
-from sophia_levanter.config import TrainConfig
+from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.planning.run_plan import fsdp_minimum, hutchinsons_microbatch, run_size, vocab_size_of
 from sophia_levanter.planning.step_plan import plan_step
@@ -26,13 +26,13 @@ from sophia_levanter.training.summary import count_parameters, describe_mesh
 
 VOCAB_SIZE = 50257
 FSDP = ("mesh.fsdp", "embed")
-# A target for each size of the configurations, and what a run there sets.
+# A target for each size of the configurations, over how many devices rows are spread there, and what a run sets.
 TARGETS = {
-    "nano": ("1 x a100-40", []),
-    "small": ("v4:2x2x1", [("trainer.microbatch_size", "48")]),
-    "medium": ("v4:2x2x2", [FSDP, ("trainer.microbatch_size", "48")]),
-    "large": ("v4:2x2x4", [("trainer.microbatch_size", "48")]),
-    "xl": ("v5e:16x16", [("mesh.model", "8"), ("trainer.microbatch_size", "96")]),
+    "nano": ("1 x a100-40", 1, []),
+    "small": ("v4:2x2x1", 4, [("trainer.microbatch_size", "48")]),
+    "medium": ("v4:2x2x2", 8, [FSDP, ("trainer.microbatch_size", "48")]),
+    "large": ("v4:2x2x4", 16, [("trainer.microbatch_size", "48")]),
+    "xl": ("v5e:16x16", 32, [("mesh.model", "8"), ("trainer.microbatch_size", "96")]),
 }
 
 Table = tuple[list[str], Iterator[list[object]]]
@@ -108,7 +108,9 @@ def configs_table(configs: Path) -> Table:
 
     def rows() -> Iterator[list[object]]:
         for path in sorted(configs.glob("*.yaml")):
-            name, overrides = TARGETS[path.stem.split("_")[1]]
+            name, row_shards, overrides = TARGETS[path.stem.split("_")[1]]
+            if path.stem.endswith("sophia_h"):  # the files' own is for one accelerator
+                overrides = [*overrides, ("optimizer.curvature_microbatch_size", str(row_shards))]
             target = tpu_target(name) if ":" in name else pretended_target(1, name.split()[-1])
             yield _config_row(path, load_config(path, overrides), target)
 
@@ -119,6 +121,7 @@ def configs_table(configs: Path) -> Table:
 def _config_row(path: Path, config: TrainConfig, target: Target) -> list[object]:
     partition = partition_of(config.mesh, target.devices() if target.topology else jax.devices()[:1])
     vocab_size = vocab_size_of(config)
+    check_mesh(config, partition.mesh.size, vocab_size)
     kinds = (False, True) if isinstance(config.optimizer, SophiaConfig) else (False,)
     plans = [plan_step(config, partition, vocab_size, refresh=refresh) for refresh in kinds]
     none = ["-"] * (2 - len(plans))
