@@ -6,11 +6,12 @@ import pytest
 
 from sophia_levanter.command_line import dump_config, load_config, parse_command_line
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.data.config import DataConfig, MixturePart
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.config import Gpt2Config
 from sophia_levanter.training.config import (
     AdamWConfig,
+    BatchSizeChange,
     LionConfig,
     OptimizerConfig,
     SophiaGConfig,
@@ -217,7 +218,7 @@ def test_unknown_key_names_the_file_it_stands_in(write):
         ("model: {use_bias: yes}", "model.use_bias is 'yes'; it must be true or false"),
         ("model: {use_bias: 1}", "model.use_bias is 1; it must be true or false"),
         ("data: {text_field: 12}", "data.text_field is 12; it must be a string; quote it"),
-        ("data: {train: [a.txt]}", "data.train is a list; it must be a string"),
+        ("data: {validation: [a.txt]}", "data.validation is a list; it must be a string or null"),
         ("data: {validation: 1.5}", "data.validation is 1.5; it must be a string or null; quote it"),
         ("model: 3", "model is 3; it must be a section of fields"),
         ("model: [num_layers]", "model is a list; it must be a section of fields"),
@@ -477,3 +478,96 @@ print(*sorted({"jax", "jaxlib", "numpy", "haliax", "equinox", "tensorstore"} & s
 """
     command = [sys.executable, "-c", script, str(write("model: {num_layers: 2}"))]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == ""
+
+
+MIXTURE = """\
+data:
+  train:
+    - {source: python_stdlib, weight: 3}
+    - {source: other.txt}
+  validation: other.txt
+"""
+
+
+def test_a_mixture_of_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(MIXTURE)
+    config = load_config(tmp_path / "a.yaml")
+    assert config.data.train == (MixturePart("python_stdlib", 3.0), MixturePart("other.txt", 1.0))
+    (tmp_path / "b.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "b.yaml") == config
+    assert load_config(tmp_path / "a.yaml", [("data.train", "one.txt")]).data.train == "one.txt"
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ("[other.txt]", "data.train[0] is 'other.txt'; it must be a mapping of fields"),
+        ("[{source: a, wieght: 2}]", "data.train[0].wieght is unknown; the fields are source, weight"),
+        ("[{weight: 2}]", "data.train[0].source is missing; the fields are source, weight"),
+        ("[{source: a, weight: x}]", "data.train[0].weight is 'x'; it must be a finite number"),
+        ("[{source: a, weight: 0}]", "the weight of a is 0.0; it must be positive"),
+        ("[{source: ''}]", "data.train has a part with an empty source"),
+        ("[]", "data.train is empty"),
+        ("{source: a}", "data.train is a mapping; it must be a string"),
+        ("7", "data.train is 7; it must be a string"),
+    ],
+)
+def test_mixtures_that_are_none(tmp_path: Path, train: str, expected: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"data:\n  train: {train}\n  validation: b.txt\n")
+    with pytest.raises(InputError) as info:
+        load_config(tmp_path / "a.yaml")
+    assert expected in str(info.value)
+
+
+def test_changes_of_the_batch_size(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("trainer:\n  batch_size_changes:\n    - {step: 10, batch_size: 960}\n")
+    changes = (BatchSizeChange(10, 960),)
+    config = load_config(tmp_path / "a.yaml")
+    assert config.trainer.batch_size_changes == changes
+    (tmp_path / "b.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "b.yaml") == config
+    on_top = load_config(tmp_path / "a.yaml", [("trainer.batch_size_changes", "[{step: 20, batch_size: 5}]")])
+    assert on_top.trainer.batch_size_changes == (BatchSizeChange(20, 5),)
+    assert load_config(tmp_path / "a.yaml", [("trainer.batch_size_changes", "[]")]).trainer.batch_size_changes == ()
+    assert [config.trainer.at_step(step).batch_size for step in (0, 9, 10, 11)] == [480, 480, 960, 960]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        ("batch_size_changes: 5", "trainer.batch_size_changes is 5; it must be a list"),
+        ("batch_size_changes: null", "trainer.batch_size_changes is null; it must be a list"),
+        ("batch_size_changes: [5]", "trainer.batch_size_changes[0] is 5; it must be a mapping"),
+        ("batch_size_changes: [{step: 0, batch_size: 2}]", "batch_size_changes: step is 0; it must be at least 1"),
+        ("batch_size_changes: [{step: 1, batch_size: 0}]", "batch_size_changes: batch_size is 0"),
+        (
+            "batch_size_changes: [{step: 1, batch_size: 2.5}]",
+            "batch_size is 2.5; it must be an int",
+        ),
+        ("batch_size_changes: [{step: 1}]", "batch_size_changes[0].batch_size is missing"),
+        (
+            "batch_size_changes: [{step: 2, batch_size: 4}, {step: 2, batch_size: 8}]",
+            "batch_size_changes are at the steps [2, 2]; each must be above",
+        ),
+        (
+            "batch_size_changes: [{step: 100000, batch_size: 4}]",
+            "batch_size_changes has the step 100000, which is never reached",
+        ),
+        (
+            "{batch_size: 8, microbatch_size: 4, batch_size_changes: [{step: 2, batch_size: 6}]}",
+            "trainer.microbatch_size 4 does not divide trainer.batch_size 6",
+        ),
+    ],
+)
+def test_changes_of_the_batch_size_that_are_none(tmp_path: Path, trainer: str, expected: str) -> None:
+    text = f"trainer: {trainer}" if trainer.startswith("{") else f"trainer:\n  {trainer}"
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(InputError) as info:
+        load_config(tmp_path / "a.yaml")
+    assert expected in str(info.value)
+
+
+def test_a_mixture_without_a_validation_text(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(MIXTURE.replace("  validation: other.txt\n", ""))
+    with pytest.raises(InputError, match=r"^data\.validation is missing; data\.train is a mixture"):
+        load_config(tmp_path / "a.yaml")

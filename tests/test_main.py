@@ -423,3 +423,23 @@ def test_kill_9_and_resume_continue_bitwise(killed_at, config_file, tmp_path):
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert losses(killed) == losses(whole)
+
+
+@pytest.mark.parametrize("stop_at", [4, 5])
+def test_the_batch_size_changes_on_the_way(stop_at, config_file, tmp_path, stop_after, capfd):
+    changes = ["--trainer.batch_size_changes", "[{step: 5, batch_size: 24}, {step: 9, batch_size: 8}]"]
+    common = ["--config", str(config_file), *changes]
+    whole, stopped, without = tmp_path / "whole", tmp_path / "stopped", tmp_path / "without"
+    assert main([*common, "--trainer.run_dir", str(whole)]) == 0
+    out = capfd.readouterr().out
+    for size in (16, 24, 8):
+        assert f"for batches of {size}" in out
+    assert "batch size: 24 from step 5 on" in out
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(without)]) == 0
+    before, after = losses(whole), losses(without)
+    assert [before[step] == after[step] for step in range(12)] == [True] * 5 + [False] * 7
+
+    stop_after(stop_at)
+    assert main([*common, "--trainer.run_dir", str(stopped)]) == 130
+    assert main(["--resume", str(stopped)]) == 0
+    assert losses(stopped) == losses(whole)

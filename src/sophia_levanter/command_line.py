@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, Literal
 
 import draccus
@@ -196,12 +196,17 @@ def _field_types(optimizer: type[OptimizerConfig]) -> dict[str, Any]:
 
 def _convert(key: str, setting: Setting, annotation: Any) -> Any:
     """The setting's value as the field's type, `annotation`: a scalar, one that may be None, or a list in its place."""
-    kinds = typing.get_args(annotation) or (annotation,)
-    kind = next(kind for kind in kinds if kind is not NoneType and typing.get_origin(kind) is None)
-    value = setting.value
+    kinds = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     parts = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
+    scalars = [kind for kind in kinds if kind is not NoneType and typing.get_origin(kind) is None]
+    value = setting.value
+    if not scalars and setting.file is None and isinstance(value, str):
+        value = parse_value(value)
     if parts and isinstance(value, list):
         return [_convert_part(f"{key}[{i}]", Setting(part, setting.file), parts[0]) for i, part in enumerate(value)]
+    if not scalars:
+        raise InputError(f"{setting.prefix}{key} is {show_value(value)}; it must be a list, such as [{{...}}, {{...}}]")
+    kind = scalars[0]
     if setting.file is None and isinstance(value, str):
         if NoneType in kinds and value.lower() in ("null", "none"):
             return None
@@ -227,10 +232,12 @@ def _convert_part(key: str, setting: Setting, cls: type) -> dict[str, Any]:
     for name in [name for name in setting.value if name not in hints] + sorted(needed - set(setting.value)):
         problem = "missing" if name in needed else "unknown"
         raise InputError(f"{setting.prefix}{key}.{name} is {problem}; the fields are {', '.join(hints)}")
-    return {
+    values = {
         name: _convert(f"{key}.{name}", Setting(value, setting.file), hints[name])
         for name, value in setting.value.items()
     }
+    cls(**values)  # whose complaints draccus would take for a sign that another type is meant
+    return values
 
 
 def _decode(tree: Mapping[str, Any]) -> TrainConfig:

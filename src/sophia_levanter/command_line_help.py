@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from types import UnionType
 
 from draccus.wrappers.docstring import get_attribute_docstring
 
@@ -61,6 +62,6 @@ def _section_help(title: str, section: str, cls: type) -> str:
 
 
 def _type_name(annotation: object) -> str:
-    kinds = typing.get_args(annotation) or (annotation,)
+    kinds = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     scalars = [kind for kind in kinds if typing.get_origin(kind) is None]
-    return "|".join(TYPE_NAMES.get(kind.__name__, "null") for kind in scalars)
+    return "|".join(TYPE_NAMES.get(kind.__name__, "null") for kind in scalars) or "LIST"

@@ -40,11 +40,11 @@ class TrainConfig:
         if self.mesh.coordinator is not None and self.trainer.run_dir is None:
             raise InputError("trainer.run_dir is missing; the processes of mesh.coordinator must agree on it")
         own = self.optimizer.curvature_microbatch_size if isinstance(self.optimizer, SophiaHConfig) else None
-        if own is not None and self.trainer.batch_size % own:
-            raise InputError(
-                f"optimizer.curvature_microbatch_size {own} does not divide "
-                f"trainer.batch_size {self.trainer.batch_size}"
-            )
+        for trainer in self.trainer.parts:
+            if own is not None and trainer.batch_size % own:
+                raise InputError(
+                    f"optimizer.curvature_microbatch_size {own} does not divide trainer.batch_size {trainer.batch_size}"
+                )
 
 
 def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:
@@ -70,13 +70,15 @@ def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = N
     if vocab_size is not None:
         axes["vocab"] = (f"the vocabulary of data.tokenizer {config.data.tokenizer}, padded,", pad_vocab(vocab_size))
     check_divides(sizes, mesh.parameter_mapping, axes)
-    check_divides(sizes, mesh.compute_mapping, {"batch": ("trainer.batch_size", trainer.batch_size)})
+    for part in trainer.parts:
+        check_divides(sizes, mesh.compute_mapping, {"batch": ("trainer.batch_size", part.batch_size)})
     own = config.optimizer.curvature_microbatch_size if isinstance(config.optimizer, SophiaHConfig) else None
-    for row in (
-        ("trainer.microbatch_size", trainer.microbatch_size or trainer.batch_size),
-        ("optimizer.curvature_microbatch_size", own or trainer.batch_size),
-    ):
-        check_divides(sizes, mesh.compute_mapping, {"batch": row}, of=("trainer.batch_size", trainer.batch_size))
+    for part in trainer.parts:
+        for row in (
+            ("trainer.microbatch_size", part.microbatch_size or part.batch_size),
+            ("optimizer.curvature_microbatch_size", own or part.batch_size),
+        ):
+            check_divides(sizes, mesh.compute_mapping, {"batch": row}, of=("trainer.batch_size", part.batch_size))
 
 
 def sections(optimizer: type[OptimizerConfig]) -> dict[str, type]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -143,3 +144,40 @@ def test_a_few_validation_windows_are_spread_evenly(make_store: MakeStore) -> No
 def test_a_validation_set_with_nothing_to_predict(make_store: MakeStore) -> None:
     with pytest.raises(InputError, match=r"^data\.validation has 1 token"):
         ValidationBatches(make_store([""]), seq_len=4, batch_size=1)
+
+
+def test_changes_of_the_batch_size_keep_the_order(make_store: MakeStore) -> None:
+    store = make_store([TEXT])
+    one = TrainBatches(store, seq_len=16, batch_size=1, seed=5)
+    windows = np.concatenate([one[step] for step in range(200)])
+    changing = TrainBatches(store, seq_len=16, batch_size=2, seed=5, changes=[(3, 7), (5, 1), (6, 20)])
+    sizes = [2, 2, 2, 7, 7, 1, 20, 20, 20]
+    for step in (8, 0, 5, 3, 4, 7, 6, 2, 1):
+        first = sum(sizes[:step])
+        np.testing.assert_array_equal(changing[step], windows[first : first + sizes[step]])
+
+
+def test_rows_that_are_not_wanted_are_not_read(make_store: MakeStore) -> None:
+    batches = TrainBatches(make_store([TEXT]), seq_len=16, batch_size=6, seed=5)
+    rows = batches.rows(3, np.array([1, 4]))
+    np.testing.assert_array_equal(rows[[1, 4]], batches[3][[1, 4]])
+    assert not rows[[0, 2, 3, 5]].any()
+
+
+def test_the_shuffle_takes_no_memory(make_store: MakeStore) -> None:
+    """A permutation of so many windows would take 8 GB."""
+
+    class Large:
+        num_tokens = 10**12
+
+        def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+            return np.broadcast_to(starts[:, None], (len(starts), length))
+
+    tracemalloc.start()
+    batches = TrainBatches(Large(), seq_len=1000, batch_size=32, seed=0)
+    starts = np.concatenate([batches[step][:, 0] for step in (0, 7, 10**6, 10**8)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    assert len(set(starts.tolist())) == 128
+    assert starts.max() > 10**11

@@ -18,6 +18,7 @@ from sophia_levanter.data.tokenizer import ByteTokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.config import MeshConfig
 from sophia_levanter.partition.mesh import partition_of
+from sophia_levanter.training.config import TrainerConfig
 from sophia_levanter.training.loading import BatchLoader
 
 STEPS = 1000
@@ -34,7 +35,7 @@ def store(tmp_path: Path) -> TokenStore:
 
 def loader(store: TokenStore, config: MeshConfig | None = None) -> BatchLoader:
     batches = TrainBatches(store, seq_len=16, batch_size=16, seed=3)
-    return BatchLoader(batches, partition_of(config), batch_size=16, num_microbatches=2)
+    return BatchLoader(batches, partition_of(config), TrainerConfig(batch_size=16, microbatch_size=8))
 
 
 @pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(data=4, model=2), MeshConfig(data=2, sequence=2, model=2)])
@@ -59,7 +60,7 @@ def test_only_a_few_batches_are_loaded_ahead(store: TokenStore) -> None:
             return super().rows(step, wanted)
 
     batches = Counted(store, seq_len=16, batch_size=16, seed=3)
-    loading = BatchLoader(batches, partition_of(), batch_size=16, num_microbatches=1)
+    loading = BatchLoader(batches, partition_of(), TrainerConfig(batch_size=16))
     for done, _ in enumerate(loading.load_all(0, 100), start=1):
         assert len(read) <= done + 4
 
@@ -84,6 +85,7 @@ from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.partition.config import MeshConfig
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.partition.processes import start_processes
+from sophia_levanter.training.config import TrainerConfig
 from sophia_levanter.training.loading import BatchLoader
 
 store, out, steps, address, count, number = sys.argv[1:]
@@ -99,7 +101,8 @@ class Counted(TrainBatches):
         return windows
 
 batches = Counted(TokenStore.open(store), seq_len=16, batch_size=16, seed=3)
-loading = BatchLoader(batches, partition_of(MeshConfig(fsdp="embed")), batch_size=16, num_microbatches=2)
+trainer = TrainerConfig(batch_size=16, microbatch_size=8)
+loading = BatchLoader(batches, partition_of(MeshConfig(fsdp="embed")), trainer)
 found = np.full((int(steps), 2, 8, 16), -2, np.int32)
 for step, batch in enumerate(loading.load_all(0, int(steps))):
     for shard in batch.tokens.array.addressable_shards:

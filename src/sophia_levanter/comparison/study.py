@@ -147,6 +147,8 @@ def _runs_of(arm: Arm, overrides: Layer, evaluations: int) -> Iterator[PlannedRu
 
 
 def _with_schedule(config: TrainConfig, arm: Arm, tokens: int, seed: int, evaluations: int) -> TrainConfig:
+    if config.trainer.batch_size_changes:
+        raise InputError("trainer.batch_size_changes is set; the runs of a study have one batch size")
     steps = round(Fraction(tokens, config.trainer.batch_size * config.model.seq_len))
     if steps < evaluations:
         raise InputError(

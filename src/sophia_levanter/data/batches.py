@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -19,14 +19,23 @@ class TrainBatches:
     Every epoch goes through all windows in an order of its own; the tokens after the last whole window are left out. A
     batch may reach over the end of an epoch. Of a mixture, each part has epochs of its own, and of the windows up to
     any one every part has its share by weight, to within one window (grain's mixing, in which weights are rounded to a
-    hundredth of the smallest).
+    hundredth of the smallest). The order of the windows does not depend on how many make a batch.
+
+    Args:
+        corpus: the tokens.
+        seq_len: tokens that a window predicts.
+        batch_size: windows in a batch.
+        changes: `(step, batch size)` where another size begins, ascending.
+        seed: of the order.
 
     Raises:
         InputError: if the corpus, or a part of the mixture, is shorter than one window.
         ValueError: if `seed` is not in [0, 2^32).
     """
 
-    def __init__(self, corpus: Tokens, *, seq_len: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, corpus: Tokens, *, seq_len: int, batch_size: int, seed: int, changes: Sequence[tuple[int, int]] = ()
+    ) -> None:
         parts = parts_of(corpus)
         counts = [(part.num_tokens - 1) // seq_len for part in parts]
         for part, count in zip(parts, counts, strict=True):
@@ -45,8 +54,8 @@ class TrainBatches:
             for i, (part, count) in enumerate(zip(parts, counts, strict=True))
         ]
         endless = [dataset.repeat() for dataset in starts]
-        mixed = endless[0] if len(parts) == 1 else grain.MapDataset.mix(endless, [part.weight for part in parts])
-        self._start_batches = mixed.batch(batch_size)
+        self._starts = endless[0] if len(parts) == 1 else grain.MapDataset.mix(endless, [p.weight for p in parts])
+        self._sizes = [(0, batch_size), *changes]
 
     def __getitem__(self, step: int) -> np.ndarray:
         """The batch of `step`, counted from 0: int32 [batch, seq_len + 1]."""
@@ -64,12 +73,23 @@ class TrainBatches:
         """
         if step < 0:
             raise IndexError(f"step {step} is negative")
-        starts = np.asarray(self._start_batches[step], dtype=np.int64)
+        first, size = self._window_range(step)
+        starts = np.array([self._starts[window] for window in range(first, first + size)], dtype=np.int64)
         if wanted is None or len(wanted) == len(starts):
             return self._corpus.read_windows(starts, self._seq_len + 1)
         windows = np.zeros((len(starts), self._seq_len + 1), np.int32)
         windows[wanted] = self._corpus.read_windows(starts[wanted], self._seq_len + 1)
         return windows
+
+    def _window_range(self, step: int) -> tuple[int, int]:
+        """Number of the first window of a step, and how many there are."""
+        before, since, size = 0, 0, 0
+        for begins, next_size in self._sizes:
+            if begins > step:
+                break
+            before += (begins - since) * size
+            since, size = begins, next_size
+        return before + (step - since) * size, size
 
 
 class ValidationBatches:

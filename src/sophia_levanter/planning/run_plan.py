@@ -44,6 +44,10 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     """
     vocab_size = vocab_size_of(config)
     check_mesh(config, target.num_devices, vocab_size)
+    if config.trainer.batch_size_changes:
+        largest_part = max(config.trainer.parts, key=lambda trainer: trainer.batch_size)
+        config = dataclasses.replace(config, trainer=largest_part)
+        yield f"the batch size changes; all this is for batches of {largest_part.batch_size}, the largest"
     partition = partition_of(config.mesh, target.devices())
     attention = attention_of(config, partition)
     state = abstract_state(config, partition, vocab_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import draccus
 
@@ -224,6 +224,23 @@ class SoapConfig(OptimizerConfig):
 
 
 @dataclass(frozen=True)
+class BatchSizeChange:
+    """Another batch size from a step on.
+
+    Raises:
+        InputError: if a number is below 1.
+    """
+
+    step: int  # the first step with it, counted from 0
+    batch_size: int  # windows in a step
+
+    def __post_init__(self) -> None:
+        for name in ("step", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"trainer.batch_size_changes: {name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """How long, how wide and where to train.
 
@@ -233,6 +250,7 @@ class TrainerConfig:
 
     num_train_steps: int = 100_000  # optimizer steps in the whole run
     batch_size: int = 480  # windows in a step
+    batch_size_changes: tuple[BatchSizeChange, ...] = ()  # other sizes later: [{step: 1000, batch_size: 960}, ...]
     microbatch_size: int | None = None  # windows whose gradient is computed at one time; the batch if not given
     seed: int = 0  # of the initial weights, the data order, dropout and curvature samples
     parameter_dtype: str = "float32"  # of the parameters between steps: float32 or bfloat16
@@ -270,6 +288,16 @@ class TrainerConfig:
             raise InputError(
                 f"trainer.microbatch_size {self.microbatch_size} does not divide trainer.batch_size {self.batch_size}"
             )
+        steps = [change.step for change in self.batch_size_changes]
+        if steps != sorted(set(steps)):
+            raise InputError(f"trainer.batch_size_changes are at the steps {steps}; each must be above the one before")
+        for change in self.batch_size_changes:
+            if change.step >= self.num_train_steps:
+                raise InputError(
+                    f"trainer.batch_size_changes has the step {change.step}, which is never reached: "
+                    f"trainer.num_train_steps is {self.num_train_steps}"
+                )
+            self.at_step(change.step)  # whether this size would do as the only one
         if self.max_grad_norm is not None:
             _check_positive("trainer.max_grad_norm", self.max_grad_norm)
         for name in ("parameter_dtype", "compute_dtype"):
@@ -290,6 +318,23 @@ class TrainerConfig:
         if not (colon and first.isdecimal() and end.isdecimal()):
             return range(0)
         return range(int(first), int(end))
+
+    def at_step(self, step: int) -> TrainerConfig:
+        """The same with the batch size of a step, and no changes."""
+        if not self.batch_size_changes:
+            return self
+        sizes = [change.batch_size for change in self.batch_size_changes if change.step <= step]
+        return replace(self, batch_size=sizes[-1] if sizes else self.batch_size, batch_size_changes=())
+
+    @property
+    def size_changes(self) -> list[tuple[int, int]]:
+        """`(step, batch size)` of each change."""
+        return [(change.step, change.batch_size) for change in self.batch_size_changes]
+
+    @property
+    def parts(self) -> list[TrainerConfig]:
+        """The same with each of its batch sizes, and no changes."""
+        return [self.at_step(step) for step in (0, *(change.step for change in self.batch_size_changes))]
 
     @property
     def num_microbatches(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from sophia_levanter.batch import Batch, batch_from_windows
 from sophia_levanter.partition.mesh import Partition
+from sophia_levanter.training.config import TrainerConfig
 
 READ_THREADS = 2
 BATCHES_AHEAD = 2  # are on the devices, or on their way there
@@ -31,14 +32,12 @@ class BatchLoader:
     Attributes:
         batches: the windows.
         partition: the devices.
-        batch_size: rows in a batch.
-        num_microbatches: how many parts they fall into.
+        config: the batch sizes, and into how many microbatches they fall.
     """
 
     batches: Batches
     partition: Partition
-    batch_size: int
-    num_microbatches: int
+    config: TrainerConfig
 
     def load(self, step: int) -> Batch:
         """The batch of a step, [microbatch, batch, position], on the devices.
@@ -46,11 +45,12 @@ class BatchLoader:
         Raises:
             InputError: if the corpus is damaged there.
         """
-        size = self.batch_size // self.num_microbatches
+        trainer = self.config.at_step(int(step))
+        size = trainer.batch_size // trainer.num_microbatches
         rows = self.partition.rows_of_this_process(size)
-        wanted = (np.arange(self.num_microbatches)[:, None] * size + rows).ravel()
+        wanted = (np.arange(trainer.num_microbatches)[:, None] * size + rows).ravel()
         windows = self.batches.rows(int(step), wanted)
-        return self.partition.place(batch_from_windows(windows, num_microbatches=self.num_microbatches))
+        return self.partition.place(batch_from_windows(windows, num_microbatches=trainer.num_microbatches))
 
     def load_all(self, first: int, stop: int) -> Iterator[Batch]:
         """The batches of the steps in `[first, stop)`, of which the next few are loaded meanwhile."""

@@ -16,7 +16,7 @@ import equinox as eqx
 
 from sophia_levanter.batch import Batch
 from sophia_levanter.models.gpt2 import Gpt2
-from sophia_levanter.optim import Sophia
+from sophia_levanter.optim import Optimizer, Sophia
 from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.partition.processes import all_stop
 from sophia_levanter.tracking.console import Console
@@ -72,13 +72,30 @@ class StopRequest:
         self._before = {}
 
 
+@dataclass(frozen=True)
+class CompiledSteps:
+    """Steps for batches of one size.
+
+    Attributes:
+        batch_size: that size.
+        optimizer: says when the curvature is due.
+        plain: the step without a refresh.
+        refreshing: the step with one; `plain` where the optimizer has no curvature.
+    """
+
+    batch_size: int
+    optimizer: Optimizer
+    plain: Step
+    refreshing: Step
+
+
 @dataclass
 class Loop:
     """A run of training steps.
 
     Attributes:
         config: how long, and how often to evaluate, save and log.
-        settings: what the step needs.
+        settings_of: gives what the step needs, of a trainer's settings with one batch size.
         partition: the devices, and where arrays lie on them.
         loader: puts the training batches on the devices.
         evaluate: gives a model's validation loss.
@@ -86,13 +103,13 @@ class Loop:
         metrics: takes the numbers of each step.
         console: shows them.
         profiler: traces some of the steps.
-        tokens_per_step: predicted tokens in a step.
+        tokens_per_window: predicted tokens in a row of a batch.
         mfu_per_token_rate: model FLOPs utilisation at one token a second.
         waited_steps: how many steps began late because their batch was not there.
     """
 
     config: TrainerConfig
-    settings: StepSettings
+    settings_of: Callable[[TrainerConfig], StepSettings]
     partition: Partition
     loader: BatchLoader
     evaluate: Callable[[Gpt2], Evaluation]
@@ -100,12 +117,13 @@ class Loop:
     metrics: JsonLines | NoLines
     console: Console
     profiler: Profiler
-    tokens_per_step: int
+    tokens_per_window: int
     mfu_per_token_rate: float
     last_metrics: dict[str, float] = field(default_factory=dict)
     saved: Path | None = None
     saved_step: int | None = None
     waited_steps: int = 0
+    _tokens: int = 0
     _last_time: float = 0.0
     _step_seconds: list[float] = field(default_factory=list)
 
@@ -123,17 +141,17 @@ class Loop:
             TrainingFailed: if too many steps in a row had a non-finite loss or gradient.
         """
         with self.partition.active():
-            plain, refreshing = self._compile(state)
+            compiled = self._compile(state, int(state.step))
             self.console.start(int(state.step), self.config.num_train_steps)
             self._last_time = time.perf_counter()
             try:
-                return self._steps(state, plain, refreshing, stop)
+                return self._steps(state, compiled, stop)
             finally:
                 self._end_profile()
                 self.console.stop()
                 self.metrics.close()
 
-    def _steps(self, state: TrainState, plain: Step, refreshing: Step, stop: StopRequest) -> TrainState:
+    def _steps(self, state: TrainState, compiled: CompiledSteps, stop: StopRequest) -> TrainState:
         step, total = int(state.step), self.config.num_train_steps
         refresh_pending = bool(state.refresh_pending)
         batches = self.loader.load_all(step, total)
@@ -141,14 +159,20 @@ class Loop:
         # A step's numbers are read while the next one runs.
         unread: tuple[int, StepOutput] | None = None
         while step < total and not all_stop(step, stop.signal is not None):
-            refresh = refresh_pending or self.settings.optimizer.refresh_due(step)
+            if self.config.at_step(step).batch_size != compiled.batch_size:
+                if unread is not None:
+                    self._read(*unread)
+                    unread = None
+                compiled = self._compile(state, step)
+                self._last_time = time.perf_counter()
+            refresh = refresh_pending or compiled.optimizer.refresh_due(step)
             if self.profiler.starts_at(step):
                 if unread is not None:
                     self._read(*unread)
                     unread = None
                 self.profiler.start()
             with self.profiler.annotated(step):
-                state, output = (refreshing if refresh else plain)(batch, state)
+                state, output = (compiled.refreshing if refresh else compiled.plain)(batch, state)
             if step + 1 < total:
                 batch = self._next(batches, output)
             if unread is not None:
@@ -174,18 +198,22 @@ class Loop:
             self._save(step, state)
         return state
 
-    def _compile(self, state: TrainState) -> tuple[Step, Step]:
-        batch = self.loader.load(int(state.step))
+    def _compile(self, state: TrainState, step: int) -> CompiledSteps:
+        """Steps for batches of the size that they have from `step` on."""
+        trainer = self.config.at_step(step)
+        settings = self.settings_of(trainer)
+        batch = self.loader.load(step)
         started = time.perf_counter()
         compiled = []
         # An optimizer without curvature never asks for the second step.
-        kinds = (False, True) if isinstance(self.settings.optimizer, Sophia) else (False,)
-        self.console.line(f"compiling {len(kinds)} training step(s)")
+        kinds = (False, True) if isinstance(settings.optimizer, Sophia) else (False,)
+        size = f" for batches of {trainer.batch_size}" if self.config.batch_size_changes else ""
+        self.console.line(f"compiling {len(kinds)} training step(s){size}")
         for refresh in kinds:
-            step: Any = eqx.filter_jit(partial(train_step, self.settings, refresh), donate="all-except-first")
-            compiled.append(step.lower(batch, state).compile())
+            function: Any = eqx.filter_jit(partial(train_step, settings, refresh), donate="all-except-first")
+            compiled.append(function.lower(batch, state).compile())
         self.console.line(f"compiled in {time.perf_counter() - started:.1f} s")
-        return compiled[0], compiled[-1]
+        return CompiledSteps(trainer.batch_size, settings.optimizer, compiled[0], compiled[-1])
 
     def _next(self, batches: Iterator[Batch], running: StepOutput) -> Batch:
         """The next batch, for when the `running` step is done."""
@@ -201,7 +229,9 @@ class Loop:
         now = time.perf_counter()
         self._step_seconds.append(now - self._last_time)
         self._last_time = now
-        rate = self.tokens_per_step / self._step_seconds[-1]
+        tokens = self.config.at_step(step).batch_size * self.tokens_per_window
+        self._tokens += tokens
+        rate = tokens / self._step_seconds[-1]
         numbers |= {"train/tokens_per_second": rate, "train/mfu": rate * self.mfu_per_token_rate}
         self.metrics.log(step, numbers)
         self.last_metrics |= numbers
@@ -241,4 +271,4 @@ class Loop:
     @property
     def tokens_per_second(self) -> float:
         """Over all steps of this process, without evaluations and saves."""
-        return self.tokens_per_step * len(self._step_seconds) / sum(self._step_seconds) if self._step_seconds else 0.0
+        return self._tokens / sum(self._step_seconds) if self._step_seconds else 0.0

@@ -139,7 +139,9 @@ def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console
         config=config,
         partition=partition,
         data=data,
-        batches=TrainBatches(data.train, seq_len=seq_len, batch_size=trainer.batch_size, seed=trainer.seed),
+        batches=TrainBatches(
+            data.train, seq_len=seq_len, batch_size=trainer.batch_size, seed=trainer.seed, changes=trainer.size_changes
+        ),
         validation=ValidationBatches(
             data.validation,
             seq_len=seq_len,
@@ -202,9 +204,9 @@ def _make_loop(parts: Parts, directory: RunDirectory, state: TrainState, run_id:
     flops = flops_per_token(parts.config.model, parts.data.tokenizer.vocab_size)
     return Loop(
         config=trainer,
-        settings=parts.settings,
+        settings_of=lambda trainer: build_step_settings(parts.config.optimizer, trainer, decay_mask),
         partition=parts.partition,
-        loader=BatchLoader(parts.batches, parts.partition, trainer.batch_size, trainer.num_microbatches),
+        loader=BatchLoader(parts.batches, parts.partition, trainer),
         evaluate=Evaluator(
             parts.validation, token_byte_lengths(parts.data.tokenizer), parts.partition, parts.settings.policy
         ),
@@ -212,7 +214,7 @@ def _make_loop(parts: Parts, directory: RunDirectory, state: TrainState, run_id:
         metrics=JsonLines(directory.metrics_file, first_step=step) if is_first_process() else NoLines(),
         console=console,
         profiler=Profiler(trainer.profiled_steps, directory.profile),
-        tokens_per_step=trainer.batch_size * parts.config.model.seq_len,
+        tokens_per_window=parts.config.model.seq_len,
         mfu_per_token_rate=flops / peak_flops(list(parts.partition.mesh.devices.flat)),
         saved_step=step if step in checkpoint.steps(directory.checkpoints) else None,
     )

@@ -43,6 +43,8 @@ def describe_start(parts: Parts, directory: Path, console: Console) -> None:
         f"{trainer.batch_size} x {model.seq_len} tokens in {trainer.num_microbatches} microbatch(es), "
         f"on {describe_mesh(parts.partition)}"
     )
+    for step, size in trainer.size_changes:
+        console.line(f"batch size: {size} from step {step:,} on")
     attention = attention_of(config, parts.partition)
     swapped = isinstance(config.optimizer, SophiaHConfig) and attention != "xla"
     console.line(
