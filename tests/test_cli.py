@@ -8,12 +8,18 @@ from sophia_levanter import cli
 @pytest.mark.parametrize(
     ("arguments", "status", "wanted"),
     [
-        ([], 2, "'' is not one of the verbs train, compare, plan"),
-        (["trian"], 2, "'trian' is not one of the verbs train, compare, plan"),
-        (["--help"], 0, "usage: sophia-levanter {train,compare,plan}"),
+        ([], 2, "'' is not one of the verbs train, prepare_data, inspect_data, train_tokenizer, compare, plan"),
+        (
+            ["trian"],
+            2,
+            "'trian' is not one of the verbs train, prepare_data, inspect_data, train_tokenizer, compare, plan",
+        ),
+        (["--help"], 0, "usage: sophia-levanter {train,prepare_data,inspect_data,train_tokenizer,compare,plan}"),
         (["train", "--help"], 0, "--optimizer.learning_rate"),
         (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["compare", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["prepare_data", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["inspect_data", "nowhere"], 2, "nowhere: no finished token store"),
     ],
 )
 def test_verbs(arguments, status, wanted, monkeypatch, capsys):

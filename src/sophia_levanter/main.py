@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
@@ -11,10 +10,8 @@ from importlib.metadata import version
 from types import FrameType
 
 from sophia_levanter.command_line import dump_config, parse_command_line
-from sophia_levanter.errors import InputError
+from sophia_levanter.commands.arguments import DONE, FAILURE, INTERRUPTED, PREEMPTED, run_command
 from sophia_levanter.training.run_directory import choose_run_directory
-
-DONE, FAILURE, BAD_INPUT, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,25 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failure, 2 bad input, 75 stopped by SIGTERM (run it again), 130 interrupted.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A sample of text may hold what the terminal's encoding lacks.
-            stream.reconfigure(errors="replace")
-    try:
-        return _run(sys.argv[1:] if argv is None else argv)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except BrokenPipeError:
-        # Nobody reads on (`--help | head`); what Python would still flush must not fail either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILURE
-    except KeyboardInterrupt:
-        print("interrupted; nothing since the last checkpoint is saved", file=sys.stderr)
-        return INTERRUPTED
+    return run_command(argv, _run, interrupted="interrupted; nothing since the last checkpoint is saved")
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -73,7 +73,7 @@ def test_held_out_documents_train_no_tokenizer(config: str, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("command", "arguments", "expected"),
     [
-        (prepare_data, [], "--config is missing"),
+        (prepare_data, [], "--config FILE is missing"),
         (prepare_data, ["--config", "CONFIG", "--data.train", "/gone"], "data.train: no file is called"),
         (prepare_data, ["--config", "CONFIG", "--data.num_workers", "-1"], "data.num_workers is -1"),
         (prepare_data, ["--config", "CONFIG", "--data.invalid_utf8", "drop"], "data.invalid_utf8 is 'drop'"),
@@ -82,7 +82,7 @@ def test_held_out_documents_train_no_tokenizer(config: str, tmp_path: Path, caps
         (inspect_data, ["/gone"], "no finished token store"),
         (inspect_data, ["/gone", "--documents", "-1"], "--documents is '-1'"),
         (inspect_data, ["gs:/bucket"], "no finished token store"),
-        (train_tokenizer, ["--config", "CONFIG"], "--vocab_size is missing; GPT-2 has 50257"),
+        (train_tokenizer, ["--config", "CONFIG"], "--vocab_size N is missing; GPT-2 has 50257"),
         (train_tokenizer, ["--config", "CONFIG", "--vocab_size", "x", "--out", "a.tiktoken"], "--vocab_size is 'x'"),
         (
             train_tokenizer,

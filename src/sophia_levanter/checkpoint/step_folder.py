@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import uuid
@@ -22,6 +21,7 @@ from sophia_levanter.checkpoint.manifest import (
 )
 from sophia_levanter.checkpoint.tree import arrays_of, read_tree
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import sync
 
 Tree = TypeVar("Tree")
 
@@ -76,14 +76,14 @@ def save(directory: Path, step: int, tree: Any, *, run_id: str, metadata: dict[s
     try:
         partial.mkdir(parents=True)
         arrays = write_arrays(partial, arrays_of(tree))
-        _fsync_all(partial)
+        _sync_all(partial)
         write_manifest(partial, Manifest(run_id, step, metadata, arrays))
-        _fsync(partial)
+        sync(partial)
         if final.exists():
             _remove(final)
         partial.rename(final)
-        _fsync(directory)
-        _fsync(directory.parent)
+        sync(directory)
+        sync(directory.parent)
     except OSError as error:
         raise CheckpointError(f"{final} could not be written: {one_line(error)}") from error
     finally:
@@ -151,19 +151,11 @@ def _remove(folder: Path) -> None:
     """Rename, then delete: a kill half-way leaves a leftover and never a step that looks whole."""
     removed = _with_suffix(folder, "removed")
     folder.rename(removed)
-    _fsync(folder.parent)
+    sync(folder.parent)
     # A reader may hold a file open (NFS then refuses); what stays is removed with the leftovers.
     shutil.rmtree(removed, ignore_errors=True)
 
 
-def _fsync_all(folder: Path) -> None:
+def _sync_all(folder: Path) -> None:
     with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(_fsync, [folder, *folder.rglob("*")]))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        list(pool.map(sync, [folder, *folder.rglob("*")]))

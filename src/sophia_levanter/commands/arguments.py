@@ -29,14 +29,14 @@ class Arguments:
     overrides: list[tuple[str, str]] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
 
-    def needed(self, name: str, hint: str) -> str:
+    def needed(self, name: str, placeholder: str, hint: str) -> str:
         """The value of an option that must be given.
 
         Raises:
             InputError: if it is not.
         """
         if name not in self.options:
-            raise InputError(f"{name} is missing; {hint}")
+            raise InputError(f"{name} {placeholder} is missing; {hint}")
         return self.options[name]
 
 
@@ -89,8 +89,20 @@ def parse_arguments(
     return parsed
 
 
-def run_command(given: Sequence[str] | None, usage: str, run: Callable[[Sequence[str]], int]) -> int:
-    """`run(command line)`, or the usage where that is asked for; errors as one line each.
+def run_command(
+    given: Sequence[str] | None,
+    run: Callable[[Sequence[str]], int],
+    *,
+    usage: str | None = None,
+    interrupted: str = "interrupted; the same command goes on",
+) -> int:
+    """`run(command line)`, errors as one line each.
+
+    Args:
+        given: the command line; this process's if None.
+        run: does what it says.
+        usage: printed in place of that where --help is asked for; None leaves this to `run`.
+        interrupted: what is said on Ctrl-C.
 
     Returns:
         The exit status: what `run` gives, 1 failure, 2 bad input, 130 interrupted.
@@ -101,7 +113,7 @@ def run_command(given: Sequence[str] | None, usage: str, run: Callable[[Sequence
             stream.reconfigure(errors="replace")
     words = sys.argv[1:] if given is None else given
     try:
-        if "--help" in words or "-h" in words:
+        if usage is not None and ("--help" in words or "-h" in words):
             print(usage)
             return DONE
         return run(words)
@@ -116,5 +128,5 @@ def run_command(given: Sequence[str] | None, usage: str, run: Callable[[Sequence
         print(f"error: {error}", file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return INTERRUPTED

@@ -106,7 +106,7 @@ def parse(words: Sequence[str]) -> Command:
         InputError: if an argument is not known or has no value.
     """
     arguments = parse_arguments(words, options=("--config", "--out"), flags=("--ray", "--plan"), overrides=True)
-    study = Path(arguments.needed("--config", "config/studies/quick.yaml is a small one to start with"))
+    study = Path(arguments.needed("--config", "STUDY", "config/studies/quick.yaml is a small one to start with"))
     out = Path(arguments.options.get("--out", Path("studies") / study.stem))
     overrides = {name: Setting(value) for name, value in arguments.overrides}
     return Command(study, out, "--ray" in arguments.flags, "--plan" in arguments.flags, overrides)

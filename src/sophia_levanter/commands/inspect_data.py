@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failure, 2 bad input or a damaged store, 130 interrupted.
     """
-    return run_command(argv, USAGE, _inspect)
+    return run_command(argv, _inspect, usage=USAGE)
 
 
 def _inspect(words: Sequence[str]) -> int:

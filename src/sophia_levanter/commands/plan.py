@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 the compiler failed, 2 bad input, 130 interrupted.
     """
-    return run_command(argv, USAGE, lambda words: _plan(parse(words)))
+    return run_command(argv, lambda words: _plan(parse(words)), usage=USAGE)
 
 
 def parse(words: Sequence[str]) -> Command:
@@ -58,7 +58,7 @@ def parse(words: Sequence[str]) -> Command:
         InputError: if an argument is not known, has no value or a wrong one, or the configuration is at fault.
     """
     arguments = parse_arguments(words, options=OPTIONS, overrides=True)
-    path = Path(arguments.needed("--config", "config/gpt2_large_sophia.yaml is one"))
+    path = Path(arguments.needed("--config", "FILE", "config/gpt2_large_sophia.yaml is one"))
     options = arguments.options
     config = load_config(path, arguments.overrides)
     return Command(config, path.stem, _target(options), _mfu(options.get("--mfu", "0.4")))

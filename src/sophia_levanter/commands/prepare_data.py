@@ -29,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failure, 2 bad input, 130 interrupted.
     """
-    return run_command(argv, USAGE, _prepare)
+    return run_command(argv, _prepare, usage=USAGE)
 
 
 def _prepare(words: Sequence[str]) -> int:
     arguments = parse_arguments(words, options=("--config", "--ray"), overrides=True)
-    path = Path(arguments.needed("--config", "config/data/openwebtext.yaml is one"))
+    path = Path(arguments.needed("--config", "FILE", "config/data/openwebtext.yaml is one"))
     ray = arguments.options.get("--ray")
     config = load_config(path, arguments.overrides)
 

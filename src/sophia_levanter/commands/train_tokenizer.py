@@ -33,14 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failure, 2 bad input, 130 interrupted.
     """
-    return run_command(argv, USAGE, _train)
+    return run_command(argv, _train, usage=USAGE)
 
 
 def _train(words: Sequence[str]) -> int:
     arguments = parse_arguments(words, options=("--config", "--vocab_size", "--out"), overrides=True)
-    path = Path(arguments.needed("--config", "config/data/openwebtext.yaml is one"))
-    size = arguments.needed("--vocab_size", "GPT-2 has 50257")
-    out = Path(arguments.needed("--out", f"such as my{TRAINED_TOKENIZER}"))
+    path = Path(arguments.needed("--config", "FILE", "config/data/openwebtext.yaml is one"))
+    size = arguments.needed("--vocab_size", "N", "GPT-2 has 50257")
+    out = Path(arguments.needed("--out", "FILE", f"such as my{TRAINED_TOKENIZER}"))
     if not size.isdecimal():
         raise InputError(f"--vocab_size is {size!r}; it must be a whole number")
     if out.suffix != TRAINED_TOKENIZER:

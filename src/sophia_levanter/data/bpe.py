@@ -10,9 +10,9 @@ from typing import Any
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from sophia_levanter.data.files import write_atomically
 from sophia_levanter.data.text_files import optional_import
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTES = 256

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sophia_levanter.data.files import sync_directory
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import sync
 
 PARTIAL = ".partial"
 
@@ -69,7 +69,7 @@ def _build_beside(
     with _naming_cache_dir(target.parent):
         shutil.rmtree(target, ignore_errors=True)  # one from which something has been deleted
         partial.rename(target)
-        sync_directory(target.parent)
+        sync(target.parent)
 
 
 def _lock_path(target: Path) -> Path:

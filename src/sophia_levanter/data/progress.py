@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from sophia_levanter.data.documents import Position
-from sophia_levanter.data.files import write_atomically
 from sophia_levanter.data.store_writer import WriterState
+from sophia_levanter.files import write_atomically
 
 FILE_NAME = "progress.npz"
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from sophia_levanter.data.arrays import ArrayWriter, open_array
-from sophia_levanter.data.files import write_atomically
 from sophia_levanter.data.token_store import (
     DOCUMENT_ENDS,
     FORMAT_VERSION,
@@ -22,6 +21,7 @@ from sophia_levanter.data.token_store import (
 )
 from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import write_atomically
 
 SHARD_TOKENS = 1 << 22  # one file
 CHUNK_TOKENS = 1 << 14  # what one random read fetches and checks

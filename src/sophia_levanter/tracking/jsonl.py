@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from sophia_levanter.files import write_atomically
+
 
 class JsonLines:
     """Appends one JSON object a step to a file; a resumed run goes on where its checkpoint is.
@@ -26,7 +28,7 @@ class JsonLines:
                 for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
                 if _step_of(line) < first_step
             ]
-            _replace(path, "".join(f"{line}\n" for line in kept))
+            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         self._file = path.open("a")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -64,12 +66,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

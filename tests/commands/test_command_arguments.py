@@ -56,7 +56,7 @@ def test_errors_are_a_line_and_a_status(
     def fail(words: object) -> int:
         raise error
 
-    assert run_command([], "usage", fail) == status
+    assert run_command([], fail, usage="usage") == status
     assert capsys.readouterr().err == line
-    assert run_command(["--help"], "usage", fail) == 0
+    assert run_command(["--help"], fail, usage="usage") == 0
     assert capsys.readouterr().out == "usage\n"
