@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from sophia_levanter.data.encoding import encode
+from sophia_levanter.data.blocks import encode
 from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer

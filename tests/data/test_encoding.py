@@ -12,7 +12,8 @@ import numpy as np
 import psutil
 import pytest
 
-from sophia_levanter.data.encoding import Texts, Workers, encode, encode_blocks, processes
+from sophia_levanter.data.blocks import Texts, encode
+from sophia_levanter.data.encoding import Workers, encode_blocks, processes
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
 
 

@@ -13,6 +13,7 @@ import pytest
 from sophia_levanter.data import preparation as preparation_module
 from sophia_levanter.data import prepare as prepare_module
 from sophia_levanter.data import store_writer
+from sophia_levanter.data.blocks import Documents
 from sophia_levanter.data.config import DataConfig, MixturePart
 from sophia_levanter.data.documents import FileSource
 from sophia_levanter.data.prepare import TextData, prepare
@@ -145,6 +146,7 @@ def test_a_store_from_which_something_was_deleted_is_prepared_again(config: Data
 KILLED = """
 import os, signal, sys
 from sophia_levanter.data import preparation, store_writer
+from sophia_levanter.data.blocks import Documents
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.documents import FileSource
 from sophia_levanter.data.prepare import prepare
@@ -220,6 +222,7 @@ def test_a_full_disk_is_gone_on_from(config: DataConfig, monkeypatch: pytest.Mon
 def test_two_processes_at_once(config: DataConfig) -> None:
     program = """
 import sys
+from sophia_levanter.data.blocks import Documents
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.prepare import prepare
 data = prepare(DataConfig(train=sys.argv[1], validation_fraction=0.2, cache_dir=sys.argv[2]), lambda line: None)
@@ -252,7 +255,7 @@ def test_documents_are_read_as_they_are_written(config: DataConfig, monkeypatch:
             yield (0, number), text
 
     class Writer(preparation_module.TokenStoreWriter):
-        def append(self, documents: store_writer.Documents) -> None:
+        def append(self, documents: Documents) -> None:
             nonlocal ahead
             ahead -= len(documents.lengths)
             super().append(documents)

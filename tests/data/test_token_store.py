@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sophia_levanter.data import store_writer, token_store
-from sophia_levanter.data.store_writer import Documents, TokenStoreWriter
+from sophia_levanter.data.blocks import Documents
+from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
 from sophia_levanter.errors import InputError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.data.batches import TrainBatches
-from sophia_levanter.data.encoding import encode
+from sophia_levanter.data.blocks import encode
 from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer

@@ -21,15 +21,15 @@ import numpy as np
 import psutil
 import tiktoken
 
-from sophia_levanter.benchmarks.timing import markdown_table, spread
 from sophia_levanter.data import token_store
-from sophia_levanter.data.batches import TrainBatches
+from sophia_levanter.data.blocks import Documents
 from sophia_levanter.data.config import DataConfig
-from sophia_levanter.data.prepare import prepare
-from sophia_levanter.data.sources import open_source
-from sophia_levanter.data.store_writer import Documents, TokenStoreWriter
+from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import load_tokenizer
+
+# The processes that make tokens import this module again, as they do the program of a run. What takes long to import,
+# jax and grain above all, is therefore imported where it is used, as there.
 
 TOKENIZER = "gpt2"
 BATCH_SIZE, SEQ_LEN = 32, 1024
@@ -42,10 +42,15 @@ Table = tuple[list[str], Iterator[list[object]]]
 def prepare_table(text: str, work: Path, rounds: int) -> Table:
     """Each round both ways."""
 
+    from sophia_levanter.benchmarks.timing import spread
+    from sophia_levanter.data.prepare import prepare
+    from sophia_levanter.data.sources import open_source
+
     def rows() -> Iterator[list[object]]:
         config = DataConfig(train=text, validation=text, tokenizer=TOKENIZER, num_workers=2)
         texts = [document for _, document in open_source(text, config, field="data.train").documents()]
         size = sum(len(document.encode()) for document in texts) / 1e6
+        load_tokenizer(TOKENIZER)  # whose complaint is one line
         encoding = tiktoken.get_encoding(TOKENIZER)
         ratios = []
         for number in range(rounds):
@@ -112,6 +117,8 @@ def _own_memory(pid: int) -> float:
 def read_table(num_tokens: int, work: Path, batches: int) -> Table:
     """Random batches from disk, the files in the system's cache, and after they were put out of it."""
 
+    from sophia_levanter.benchmarks.timing import spread
+
     def rows() -> Iterator[list[object]]:
         token_store.IN_MEMORY_BYTES = 0
         first: dict[bool, float] = {}
@@ -141,6 +148,8 @@ def _store_of(size: int, path: Path) -> TokenStore:
 
 def _batch_seconds(store: TokenStore, batches: int, *, cold: bool) -> np.ndarray:
     """Seconds of each batch, [batch]."""
+    from sophia_levanter.data.batches import TrainBatches
+
     reader = TrainBatches(store, seq_len=SEQ_LEN, batch_size=BATCH_SIZE, seed=0)
     if cold:
         for path in (store.path / "tokens").rglob("*"):
@@ -160,6 +169,8 @@ def _batch_seconds(store: TokenStore, batches: int, *, cold: bool) -> np.ndarray
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one table, in Markdown."""
+    from sophia_levanter.benchmarks.timing import markdown_table
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=("prepare", "memory", "read"))
     parser.add_argument("--text", default="novels-train.jsonl.gz", help="a file or glob of text to prepare")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sophia_levanter.data.arrays import ArrayWriter, open_array
+from sophia_levanter.data.blocks import Documents, store_dtype
 from sophia_levanter.data.token_store import (
     DOCUMENT_ENDS,
     FORMAT_VERSION,
@@ -34,21 +35,6 @@ class NotWritten(InputError):
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Documents one after the other, as a tokenizer makes them.
-
-    Attributes:
-        tokens: [position], in a store's dtype, with an end-of-text after each document.
-        lengths: int64 [document], of the tokens.
-        num_bytes: of their text in UTF-8, together.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    num_bytes: int
-
-
-@dataclass(frozen=True)
 class WriterState:
     """Where a writer was: files that hold so many tokens and document ends, what comes after those, and its counts."""
 
@@ -56,11 +42,6 @@ class WriterState:
     num_bytes: int = 0
     written: dict[str, int] = field(default_factory=lambda: {TOKENS: 0, DOCUMENT_ENDS: 0})
     tails: dict[str, np.ndarray | None] = field(default_factory=lambda: {TOKENS: None, DOCUMENT_ENDS: None})
-
-
-def store_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """uint16 where every id fits, else uint32."""
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 class TokenStoreWriter:

@@ -1,0 +1,78 @@
+"""The work of the processes that make tokens. Imports no more than that takes, so that they start at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents one after the other, as a tokenizer makes them.
+
+    Attributes:
+        tokens: [position], in a store's dtype, with an end-of-text after each document.
+        lengths: int64 [document], of the tokens.
+        num_bytes: of their text in UTF-8, together.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    num_bytes: int
+
+
+# The texts of a block: of its documents for training, and of those held out.
+Texts = tuple[list[str], list[str]]
+Encoded = tuple[Documents, Documents]
+
+
+def store_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """uint16 where every id fits, else uint32."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+def encode(tokenizer: Tokenizer, texts: Texts) -> Encoded:
+    """The tokens of a block, an end-of-text after each document."""
+    train, held_out = texts
+    return _documents(tokenizer, train), _documents(tokenizer, held_out)
+
+
+def _documents(tokenizer: Tokenizer, texts: list[str]) -> Documents:
+    dtype = store_dtype(tokenizer)
+    end = np.array([tokenizer.end_of_text], dtype)
+    pieces = [tokenizer.encode(text).astype(dtype) for text in texts]
+    lengths = np.array([len(piece) + 1 for piece in pieces], np.int64)
+    tokens = np.concatenate([array for piece in pieces for array in (piece, end)]) if pieces else np.empty(0, dtype)
+    return Documents(tokens, lengths, sum(len(text.encode("utf-8")) for text in texts))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(name: str) -> Tokenizer:
+    return load_tokenizer(name)
+
+
+def encode_with(tokenizer: str, texts: Texts) -> Encoded:
+    """`encode` with the tokenizer of this name, which a process loads once."""
+    return encode(_tokenizer(tokenizer), texts)
+
+
+def start_worker(tokenizer: str) -> None:
+    """Make a process ready for work, and end it with the one that started it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _tokenizer(tokenizer)
