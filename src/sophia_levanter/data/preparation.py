@@ -16,7 +16,6 @@ from sophia_levanter.data.cache import build_directory
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.documents import START, Position
 from sophia_levanter.data.encoding import Workers, encode_blocks, processes, ray_tasks
-from sophia_levanter.data.memory import return_freed_memory
 from sophia_levanter.data.progress import Progress, forget_progress, load_progress, save_progress
 from sophia_levanter.data.sources import Source, open_source
 from sophia_levanter.data.split import NoSplit, Split
@@ -25,7 +24,7 @@ from sophia_levanter.data.token_store import FORMAT_VERSION, MANIFEST_NAME, SIDE
 from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
 
-BLOCK_CHARACTERS = 1 << 20  # of text are encoded by one process at a time, rounded up to whole documents
+BLOCK_CHARACTERS = 1 << 18  # of text are encoded by one process at a time, rounded up to whole documents
 REPORT_SECONDS = 5.0
 
 Report = Callable[[str], None]
@@ -129,7 +128,6 @@ class Preparation:
             if position is not None and written != [writer.num_written for writer in writers]:
                 written = [writer.num_written for writer in writers]
                 _save(directory, Progress(position, tuple(writer.state for writer in writers)))
-                return_freed_memory()
             if time.monotonic() >= next_report:
                 report(f"{self.field}: {_counts(writers)} so far; {speed}")
                 next_report = time.monotonic() + REPORT_SECONDS

@@ -24,7 +24,7 @@ from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import write_atomically
 
-SHARD_TOKENS = 1 << 22  # one file
+SHARD_TOKENS = 1 << 21  # one file
 CHUNK_TOKENS = 1 << 14  # what one random read fetches and checks
 SHARD_DOCUMENTS = 1 << 18
 CHUNK_DOCUMENTS = 1 << 12
