@@ -74,7 +74,8 @@ class ArrayWriter:
             return
         end = self.length
         self._array = self._array.resize(exclusive_max=[end]).result()
-        self._array[self.num_written : end].write(self.tail).result()
+        # Not copied first: the buffer stays as it is until all is written.
+        self._array[self.num_written : end].write(self.tail, can_reference_source_data_indefinitely=True).result()
         self.num_written, self._filled = end, 0
 
 

@@ -16,6 +16,7 @@ from sophia_levanter.data.cache import build_directory
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.documents import START, Position
 from sophia_levanter.data.encoding import Workers, encode_blocks, processes, ray_tasks
+from sophia_levanter.data.memory import return_freed_memory
 from sophia_levanter.data.progress import Progress, forget_progress, load_progress, save_progress
 from sophia_levanter.data.sources import Source, open_source
 from sophia_levanter.data.split import NoSplit, Split
@@ -128,6 +129,7 @@ class Preparation:
             if position is not None and written != [writer.num_written for writer in writers]:
                 written = [writer.num_written for writer in writers]
                 _save(directory, Progress(position, tuple(writer.state for writer in writers)))
+                return_freed_memory()
             if time.monotonic() >= next_report:
                 report(f"{self.field}: {_counts(writers)} so far; {speed}")
                 next_report = time.monotonic() + REPORT_SECONDS
