@@ -241,6 +241,7 @@ BAD = {
         "arm a: tokens 449 are 4 steps; it must be one at least for each of 5 evaluations",
     ),
     "very many tokens": (f"config: [tiny.yaml]\n{ARM}tokens: {10**400}", "arm a: trainer.num_train_steps is 1000"),
+    "a seed twice": (f"{GOOD}{ARM}seeds: [1, 2, 1]", "FILE: seeds is [1, 2, 1], in which a value stands twice"),
     "no seeds": (f"{GOOD}{ARM}seeds: []", "FILE: seeds is an empty list"),
     "a seed is a word": (f"{GOOD}{ARM}seeds: [0, one]", "FILE: seeds holds 'one'; it must be a list of integers"),
     "negative seed": (f"{GOOD}{ARM}seeds: [-1]", "arm a: trainer.seed is -1; it must be between 0 and"),

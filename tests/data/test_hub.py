@@ -101,13 +101,20 @@ def test_a_name_in_parts() -> None:
     )
 
 
-def test_what_is_not_there(on_hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_there(on_hub: str) -> None:
     assert "cannot be loaded (ValueError)" in error_of(f"{on_hub}?name=other")
     assert "cannot be loaded (ValueError)" in error_of(f"{on_hub}?split=dev")
     assert "may be 'text', 'title'" in error_of(on_hub, text_field="body")
+
+
+@pytest.mark.slow  # `datasets` tries again and again
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@127.0.0.1:9")
     message = error_of("hub:nobody/nothing")
     assert "cannot be loaded" in message
     assert "secret" not in message
+
+
+def test_a_folder_that_datasets_did_not_save(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no folder that `datasets` saved"):
         _ = source(f"datasets:{tmp_path}").identity

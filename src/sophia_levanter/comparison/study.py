@@ -108,6 +108,8 @@ def read_study(path: Path) -> Study:
     for key, setting in common.items():
         _check_known(key, setting, STUDY_FIELDS, "")
     names = dict.fromkeys(key.split(".")[1] for key in merged if key.startswith("arms."))
+    if "" in names:
+        raise InputError(f"{path}: arms has one with an empty name")
     if not names:
         raise InputError(f"{path}: arms is missing; name what is compared, each with its config, settings and grid")
     arms = tuple(_arm(name, _below(f"arms.{name}.", merged), common, path) for name in names)
@@ -247,6 +249,8 @@ def _ints(name: str, setting: Setting) -> list[int]:
             raise InputError(f"{setting.prefix}{name} holds {show_value(value)}; it must be a list of integers")
     if not values:
         raise InputError(f"{setting.prefix}{name} is an empty list; give at least one")
+    if len(set(values)) < len(values):
+        raise InputError(f"{setting.prefix}{name} is {values}, in which a value stands twice")
     return values
 
 
