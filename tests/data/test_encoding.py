@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from sophia_levanter.data.blocks import Texts, encode
-from sophia_levanter.data.encoding import Workers, encode_blocks, processes
+from sophia_levanter.data.encoding import Workers, encode_blocks, processes, ray_tasks
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
+from sophia_levanter.errors import InputError
 
 
 def blocks(count: int) -> Iterator[tuple[int, Texts]]:
@@ -101,11 +102,16 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, number: signal.S
     assert not alive
 
 
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:1", "nowhere", "localhost:port"])
+def test_a_ray_cluster_that_is_not_there(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match=rf"^--ray {address}: no Ray cluster is there"):
+        list(encode_blocks(blocks(10), ByteTokenizer(), lambda: ray_tasks(address, "bytes")))
+
+
 @pytest.mark.slow
 def test_ray_tasks_give_the_same() -> None:
     from ray.cluster_utils import Cluster
-
-    from sophia_levanter.data.encoding import ray_tasks
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,9 +17,11 @@ from typing import Any, Protocol
 from sophia_levanter.data.blocks import Encoded, Texts, encode, encode_with, start_worker
 from sophia_levanter.data.text_files import optional_import
 from sophia_levanter.data.tokenizer import Tokenizer
+from sophia_levanter.errors import InputError
 
 # So few blocks are done before other processes have started.
 FEW_BLOCKS = 4
+CONNECT_SECONDS = 10
 
 
 class Workers(Protocol):
@@ -65,12 +69,21 @@ def ray_tasks(address: str, tokenizer: str) -> Iterator[Workers]:
     """Workers on a Ray cluster: tasks of one core each.
 
     Raises:
-        ConnectionError: if there is no cluster at the address.
+        InputError: if Ray is not installed, or there is no cluster at the address.
     """
     # Otherwise a token file that Ray leaves in the home folder would ask for authentication later.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray = optional_import("ray", "'ray>=2.60'", "--ray")
-    ray.init(address=address, log_to_driver=False)
+    try:
+        if address != "auto":
+            # Ray itself would try for a minute, and say so many times.
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--ray {address}: no Ray cluster is there; give HOST:PORT of its head, or start one"
+        ) from error
     try:
         yield _RayTasks(ray, tokenizer)
     finally:
