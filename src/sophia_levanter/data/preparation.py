@@ -76,7 +76,7 @@ class Preparation:
         source = open_source(name, config, field=field)
         identity = [FORMAT_VERSION, source.identity, tokenizer.fingerprint, held_out]
         directory = Path(os.path.expanduser(config.cache_dir)).absolute() / digest_of(json.dumps(identity).encode())
-        count = config.num_workers if config.num_workers is not None else len(os.sched_getaffinity(0))
+        count = config.num_workers if config.num_workers is not None else _num_cores()
         workers: Callable[[], AbstractContextManager[Workers]] | None = None
         if ray is not None:
             workers = partial(ray_tasks, ray, config.tokenizer)
@@ -187,6 +187,10 @@ class _Speed:
         left = (1 - share) * (time.monotonic() - self._started_at_share) / (share - self._share_before)
         minutes, seconds = divmod(round(left), 60)
         return f"{shown}, {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _save(directory: Path, progress: Progress) -> None:
