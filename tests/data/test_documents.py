@@ -43,6 +43,11 @@ def parquet(columns: dict[str, list], **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def flipped_pages(content: bytes) -> bytes:
+    """The file with its first page's header overwritten, which pyarrow says in several lines."""
+    return content[:4] + b"\xff" * 40 + content[44:]
+
+
 def test_the_standard_library() -> None:
     texts = read("python_stdlib")
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -254,6 +259,7 @@ def test_errors_of_resolving_come_before_reading(tmp_path: Path) -> None:
             "no field 'text'; data.text_field may be 'body', 'title'",
         ),
         ("a.parquet", parquet({"text": ["1", None]}), "row 2: the field 'text' is not a string but a NoneType"),
+        ("a.parquet", flipped_pages(parquet({"text": ["some text"] * 500})), "cannot read"),
         ("a.parquet", parquet({"text": [1]}), "row 1: the field 'text' is not a string but a int"),
         ("a.jsonl", json_lines({"text": "1"}) + b'\n{"text": "2",}\n', "a.jsonl:3 is not JSON"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is not JSON"),

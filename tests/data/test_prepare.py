@@ -185,11 +185,15 @@ def test_a_killed_preparation_goes_on_to_the_same_store(config: DataConfig, tmp_
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
-def test_a_damaged_note_of_progress_is_begun_anew(config: DataConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "flag", "empty"])
+def test_a_damaged_note_of_progress_is_begun_anew(config: DataConfig, tmp_path: Path, damage: str) -> None:
     command = [sys.executable, "-c", KILLED, config.train, config.cache_dir, "40"]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -9
     (note,) = Path(config.cache_dir).glob("*.partial/progress.npz")
-    note.write_bytes(note.read_bytes()[:-30])
+    content = bytearray(note.read_bytes()[: -30 if damage == "cut" else None])
+    if damage == "flag":
+        content[content.index(b"PK\x01\x02") + 8] |= 1  # says that it is encrypted
+    note.write_bytes(content if damage != "empty" else b"")
     said: list[str] = []
     train, validation = sides(prepare(config, said.append))
     assert sorted(train + validation) == sorted(TEXTS)

@@ -99,7 +99,8 @@ def readable(file: TextFile, field: str) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, gzip.BadGzipFile):
             raise _undone(file, field, error) from error
-        raise InputError(f"{field}: cannot read {file.name}: {error.strerror or error}") from error
+        reason = error.strerror or " ".join(str(error).split())
+        raise InputError(f"{field}: cannot read {file.name}: {reason}") from error
     except Exception as error:
         # Each compression has an error of its own.
         if isinstance(error, EOFError | zlib.error | lzma.LZMAError) or type(error).__name__ == "ZstdError":
