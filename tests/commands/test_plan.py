@@ -25,7 +25,12 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
         (["--config", NANO, "extra"], "unexpected argument 'extra'; --help shows the options"),
         (["--config", NANO, "--mfu", "1.5"], "--mfu is '1.5'; it must be above 0 and at most 1"),
         (["--config", NANO, "--mfu", "half"], "--mfu is 'half'; it must be above 0 and at most 1"),
-        (["--config", NANO, "--devices", "-3"], "--devices is '-3'; it must be a whole number of at least 1"),
+        (["--config", NANO, "--devices", "-3"], "--devices is '-3'; it must be a whole number"),
+        (
+            ["--config", NANO, "--devices", "9" * 5000],
+            "--devices is '99999999999999999999…'; it must be a whole number",
+        ),
+        (["--config", NANO, "--target", "v4:" + "9" * 5000 + "x2x1"], "--target is 'v4:9999"),
         (["--config", NANO, "--devices", "8", "--gpu", "tpu"], "--gpu is 'tpu'; it must be one of a100-40"),
         (["--config", NANO, "--target", "v4"], "--target is 'v4'; it must be a TPU and its chips along each axis"),
         (["--config", NANO, "--target", "v4:0x2x4"], "--target is 'v4:0x2x4'; a side of v4 has between 1 and 16 chips"),

@@ -40,6 +40,18 @@ class Arguments:
         return self.options[name]
 
 
+def whole_number(name: str, text: str) -> int:
+    """The number that an option's value spells.
+
+    Raises:
+        InputError: if it is none from 0 to a billion.
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        shown = text if len(text) < 20 else f"{text[:20]}…"
+        raise InputError(f"{name} is {shown!r}; it must be a whole number, below a billion")
+    return int(text)
+
+
 def parse_arguments(
     given: Sequence[str],
     *,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sophia_levanter.commands.arguments import DONE, parse_arguments, run_command
+from sophia_levanter.commands.arguments import DONE, parse_arguments, run_command, whole_number
 from sophia_levanter.errors import InputError
 
 SHOWN_CHARACTERS = 300
@@ -35,16 +35,14 @@ def _inspect(words: Sequence[str]) -> int:
     arguments = parse_arguments(words, options=("--documents",), flags=("--verify",), words=True)
     if len(arguments.words) != 1:
         raise InputError("name one STORE; --help shows the options")
-    count = arguments.options.get("--documents", "3")
-    if not count.isdecimal():
-        raise InputError(f"--documents is {count!r}; it must be a whole number")
+    count = whole_number("--documents", arguments.options.get("--documents", "3"))
     location = arguments.words[0].rstrip("/")
 
     from sophia_levanter.data.token_store import SIDES
 
     folders = [f"{location}/{name}" for name in ("all", *SIDES) if Path(location, name).is_dir()]
     for store in folders or [location]:
-        _print_store(store, int(count), verify="--verify" in arguments.flags)
+        _print_store(store, count, verify="--verify" in arguments.flags)
     return DONE
 
 

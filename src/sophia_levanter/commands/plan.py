@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sophia_levanter.command_line import load_config
-from sophia_levanter.commands.arguments import DONE, FAILURE, parse_arguments, run_command
+from sophia_levanter.commands.arguments import DONE, FAILURE, parse_arguments, run_command, whole_number
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.planning.target import GPUS, TPUS, Target, pretended_target, tpu_target
@@ -72,10 +72,8 @@ def _target(options: dict[str, str]) -> Target:
                     f"{other} does not go with --target, which says how many devices of what kind there are"
                 )
         return tpu_target(options["--target"])
-    count = options.get("--devices", "1")
-    if not count.isdecimal():
-        raise InputError(f"--devices is {count!r}; it must be a whole number of at least 1")
-    return pretended_target(int(count), options.get("--gpu", "h100"))
+    count = whole_number("--devices", options.get("--devices", "1"))
+    return pretended_target(count, options.get("--gpu", "h100"))
 
 
 def _mfu(text: str) -> float:

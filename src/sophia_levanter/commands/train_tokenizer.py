@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sophia_levanter.command_line import load_config
-from sophia_levanter.commands.arguments import DONE, parse_arguments, run_command
+from sophia_levanter.commands.arguments import DONE, parse_arguments, run_command, whole_number
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.names import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
@@ -39,10 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(words: Sequence[str]) -> int:
     arguments = parse_arguments(words, options=("--config", "--vocab_size", "--out"), overrides=True)
     path = Path(arguments.needed("--config", "FILE", "config/data/openwebtext.yaml is one"))
-    size = arguments.needed("--vocab_size", "N", "GPT-2 has 50257")
+    size = whole_number("--vocab_size", arguments.needed("--vocab_size", "N", "GPT-2 has 50257"))
     out = Path(arguments.needed("--out", "FILE", f"such as my{TRAINED_TOKENIZER}"))
-    if not size.isdecimal():
-        raise InputError(f"--vocab_size is {size!r}; it must be a whole number")
     if out.suffix != TRAINED_TOKENIZER:
         raise InputError(f"--out {out} must be called *{TRAINED_TOKENIZER}, by which a tokenizer's file is known")
     config = load_config(path, arguments.overrides)
@@ -51,7 +49,7 @@ def _train(words: Sequence[str]) -> int:
     from sophia_levanter.data.bpe import first_bytes, save_bpe, train_bpe
     from sophia_levanter.data.tokenizer import load_tokenizer
 
-    ranks = train_bpe(first_bytes(_training_texts(config.data), TRAIN_BYTES), int(size))
+    ranks = train_bpe(first_bytes(_training_texts(config.data), TRAIN_BYTES), size)
     save_bpe(out, ranks)
     print(f"{load_tokenizer(str(out)).vocab_size:,} tokens, end-of-text included, in {out}")
     return DONE

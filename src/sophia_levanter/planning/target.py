@@ -105,7 +105,7 @@ def tpu_target(text: str) -> Target:
     Raises:
         InputError: if it is none.
     """
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
+    match = re.fullmatch(r"(\w+):(\d{1,9}(?:x\d{1,9})+)", text)
     if match is None or match[1] not in TPUS:
         raise InputError(
             f"--target is {text!r}; it must be a TPU and its chips along each axis, such as v4:2x2x4 or v5e:4x8 "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import draccus
@@ -315,7 +316,7 @@ class TrainerConfig:
     def profiled_steps(self) -> range:
         """The steps that `profile_steps` names; empty if it names none or is not FIRST:END."""
         first, colon, end = (self.profile_steps or "").partition(":")
-        if not (colon and first.isdecimal() and end.isdecimal()):
+        if not (colon and re.fullmatch(r"[0-9]{1,9}", first) and re.fullmatch(r"[0-9]{1,9}", end)):
             return range(0)
         return range(int(first), int(end))
 
