@@ -443,3 +443,23 @@ def test_the_batch_size_changes_on_the_way(stop_at, config_file, tmp_path, stop_
     assert main([*common, "--trainer.run_dir", str(stopped)]) == 130
     assert main(["--resume", str(stopped)]) == 0
     assert losses(stopped) == losses(whole)
+
+
+def test_sigterm_before_training_is_not_swallowed(config_file, tmp_path):
+    """Wherever it comes: here in a callback of the garbage collector, where an exception is only printed."""
+    program = """
+import gc, signal, sys
+from sophia_levanter.main import main
+from sophia_levanter.training import run
+def collect(*arguments):
+    gc.callbacks.append(lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    gc.collect()
+    print("went on")
+run.run = collect
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", program, "--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 75
+    assert result.stdout == ""
+    assert result.stderr == "SIGTERM: stopped outside training; run the command again\n"

@@ -59,8 +59,10 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _stop_before_training(number: int, frame: FrameType | None) -> None:
-    print("SIGTERM: stopped outside training; run the command again", file=sys.stderr)
-    sys.exit(PREEMPTED)
+    print("SIGTERM: stopped outside training; run the command again", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Not sys.exit: where the signal comes inside a callback of the garbage collector, Python would swallow that.
+    os._exit(PREEMPTED)
 
 
 def _environment() -> dict[str, str | int | None]:
