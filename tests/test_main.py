@@ -463,3 +463,47 @@ sys.exit(main(sys.argv[1:]))
     assert result.returncode == 75
     assert result.stdout == ""
     assert result.stderr == "SIGTERM: stopped outside training; run the command again\n"
+
+
+def flip_a_byte(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_store_is_found_before_the_run_has_a_directory(config_file, tmp_path, capfd):
+    arguments = ["--config", str(config_file), "--data.cache_dir", str(tmp_path / "own")]
+    assert main([*arguments, "--trainer.run_dir", str(tmp_path / "first")]) == 0
+    (shard,) = (tmp_path / "own").glob("*/validation/tokens/c/0")
+    flip_a_byte(shard, 50)
+    capfd.readouterr()
+    assert main([*arguments, "--trainer.run_dir", str(tmp_path / "second")]) == 2
+    assert "damaged" in capfd.readouterr().err
+    assert not (tmp_path / "second").exists()
+
+
+def test_what_was_trained_is_saved_when_the_data_turn_out_damaged(config_file, tmp_path, capfd):
+    tokens = np.random.default_rng(0).integers(0, 257, 16 * 16 * 12 + 1).astype(np.uint16)
+    tokens[-20] = 60000  # in the last window, which comes at some step of the first epoch
+    tokens.tofile(tmp_path / "train.bin")
+    tokens[:500].tofile(tmp_path / "val.bin")
+    data = ["--data.train", f"nanogpt:{tmp_path}/train.bin", "--data.validation", f"nanogpt:{tmp_path}/val.bin"]
+    run_dir = tmp_path / "run"
+    assert main(["--config", str(config_file), *data, "--trainer.run_dir", str(run_dir)]) == 2
+    assert "token id 60000" in capfd.readouterr().err
+    done = len(losses(run_dir))
+    assert 0 < done < 12
+    assert checkpoint.steps(run_dir / "checkpoints")[-1] == done
+
+
+def test_another_validation_text_and_batch_size_are_said_on_resuming(config_file, tmp_path, capfd):
+    (tmp_path / "v.txt").write_text("some text to validate with " * 20)
+    run_dir = tmp_path / "run"
+    data = ["--data.validation", str(tmp_path / "v.txt")]
+    assert main(["--config", str(config_file), *data, "--trainer.run_dir", str(run_dir)]) == 0
+    (tmp_path / "v.txt").write_text("another text to validate with " * 20)
+    more = ["--trainer.num_train_steps", "13", "--trainer.batch_size", "32"]
+    assert main(["--resume", str(run_dir), *more]) == 0
+    out = capfd.readouterr().out
+    assert "the validation text is another one than the run began with" in out
+    assert "trainer.batch_size_changes keeps their order" in out

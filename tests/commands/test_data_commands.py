@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import base64
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from sophia_levanter import main as train
 from sophia_levanter.commands import inspect_data, prepare_data, train_tokenizer
 
 TEXTS = [f"the document number {i}, naïve\n" * 3 for i in range(60)]
@@ -100,3 +107,58 @@ def test_bad_input_is_a_line_and_status_2(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert expected in error
+
+
+def test_training_finds_what_was_prepared_by_relative_names(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    names = ["--data.train", "../train.jsonl", "--data.cache_dir", "../cache"]
+    assert prepare_data.main(["--config", config, *names]) == 0
+    assert inspect_data.main([f"../cache/{Path(store_of(tmp_path)).name}"]) == 0
+    capsys.readouterr()
+    arguments = [
+        "--config",
+        config,
+        *names,
+        "--model.embed_dim",
+        "16",
+        "--model.num_heads",
+        "2",
+        "--model.num_layers",
+        "1",
+    ]
+    arguments += ["--trainer.num_train_steps", "2", "--trainer.batch_size", "8", "--optimizer.warmup_steps", "0"]
+    assert train.main([*arguments, "--trainer.run_dir", "../run"]) == 0
+    assert "is prepared already" in capsys.readouterr().out
+    assert train.main(["--resume", "../run", "--trainer.num_train_steps", "3"]) == 0
+
+
+def test_a_text_without_documents_trains_no_tokenizer(config: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "empty.txt").write_text(" ")
+    arguments = ["--config", config, "--vocab_size", "300", "--out", str(tmp_path / "a.tiktoken")]
+    assert train_tokenizer.main([*arguments, "--data.train", str(tmp_path / "empty.txt")]) == 2
+    assert "is empty" in capsys.readouterr().err
+    assert not (tmp_path / "a.tiktoken").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signals_end_a_preparation_with_one_line(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    lines = "\n".join(json.dumps({"text": f"{i} words and words " * 2000}) for i in range(4000))
+    (tmp_path / "many.jsonl").write_text(lines)
+    (tmp_path / "my.tiktoken").write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
+    (tmp_path / "data.yaml").write_text(f"data: {{tokenizer: {tmp_path}/my.tiktoken, num_workers: 2}}\n")
+    command = [sys.executable, "-m", "sophia_levanter.commands.prepare_data", "--config", str(tmp_path / "data.yaml")]
+    command += ["--data.train", str(tmp_path / "many.jsonl"), "--data.cache_dir", str(tmp_path / "cache")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert "preparing" in process.stdout.readline()
+    time.sleep(0.4)  # about when the workers import what they need
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert error.count("\n") == 1
+    assert "the same command goes on" in error

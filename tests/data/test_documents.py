@@ -276,3 +276,9 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, expected: str) -> 
     message = error_of(tmp_path / name)
     assert expected in message
     assert str(tmp_path / name) in message
+
+
+def test_a_url_with_a_password_is_refused_and_not_shown() -> None:
+    message = error_of("https://user:s3cret@127.0.0.1:1/a.jsonl")
+    assert "password" in message
+    assert "s3cret" not in message

@@ -7,6 +7,7 @@ from datasets import Dataset, DatasetDict
 
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.hub import DatasetName, DatasetSource
+from sophia_levanter.data.names import absolute_source
 from sophia_levanter.data.prepare import prepare
 from sophia_levanter.errors import InputError
 
@@ -118,3 +119,33 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_folder_that_datasets_did_not_save(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no folder that `datasets` saved"):
         _ = source(f"datasets:{tmp_path}").identity
+
+
+def test_a_folder_is_known_by_its_files(on_hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = source(on_hub).identity
+    Dataset.from_dict({"text": ["other"], "title": [""]}).to_parquet(tmp_path / "someone" / "texts" / "train.parquet")
+    assert source(on_hub).identity != before
+    absolute = absolute_source(f"{on_hub}?split=test")
+    assert absolute == f"hub:{tmp_path}/someone/texts?split=test"
+    monkeypatch.chdir("/")
+    assert read(absolute) == ["held out"]
+    assert absolute_source(on_hub) == on_hub  # there is no such folder here
+
+
+def test_rows_that_cannot_be_read(on_hub: str, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "train.jsonl").write_bytes(b'{"text": "good"}\n' * 60 + b'{"text": \n')
+    assert "cannot be" in error_of(f"hub:{tmp_path}/bad")
+    (tmp_path / "bad" / "train.jsonl").write_bytes(b'{"text": "good"}\n' * 60 + b'{"text": "\xe9"}\n')
+    assert "cannot be" in error_of(f"hub:{tmp_path}/bad")
+
+
+def test_a_network_that_fails_on_the_way_leaves_what_is_done(on_hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def __iter__(self):
+            yield {"text": "good"}
+            raise ConnectionError("http://user:secret@proxy")
+
+    monkeypatch.setattr(DatasetSource, "_load", lambda self: Failing())
+    with pytest.raises(OSError, match=r"after row 1, cannot be read \(ConnectionError\)$"):
+        read(on_hub)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import requests
 import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from sophia_levanter.data.tokenizer import (
     ByteTokenizer,
@@ -123,3 +124,9 @@ def test_gpt2(no_network: None) -> None:
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
     assert tokenizer.encode("Hello world").tolist() == [15496, 995]
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_a_text_that_the_pattern_gives_up_on_is_encoded_in_pieces(tiny_encoding: MakeEncoding) -> None:
+    tokenizer = TiktokenTokenizer(tiny_encoding(pattern=r50k_pat_str))
+    text = "the end" + " " * 2_000_000 + "the an"
+    assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ def _inspect(words: Sequence[str]) -> int:
         raise InputError("name one STORE; --help shows the options")
     count = whole_number("--documents", arguments.options.get("--documents", "3"))
     location = arguments.words[0].rstrip("/")
+    if "://" not in location:
+        location = os.path.abspath(os.path.expanduser(location))
 
     from sophia_levanter.data.token_store import SIDES
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from sophia_levanter.command_line import load_config
-from sophia_levanter.commands.arguments import DONE, parse_arguments, run_command
+from sophia_levanter.commands.arguments import DONE, PREEMPTED, parse_arguments, run_command
 from sophia_levanter.errors import InputError
+from sophia_levanter.training.run_directory import with_absolute_paths
 
 USAGE = """\
 usage: python -m sophia_levanter.commands.prepare_data --config FILE [--ray ADDRESS] [--data.FIELD VALUE ...] [--help]
@@ -27,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says.
 
     Returns:
-        The exit status: 0 done, 1 failure, 2 bad input, 130 interrupted.
+        The exit status: 0 done, 1 failure, 2 bad input, 75 stopped by SIGTERM (run it again), 130 interrupted.
     """
     return run_command(argv, _prepare, usage=USAGE)
 
@@ -36,8 +39,13 @@ def _prepare(words: Sequence[str]) -> int:
     arguments = parse_arguments(words, options=("--config", "--ray"), overrides=True)
     path = Path(arguments.needed("--config", "FILE", "config/data/openwebtext.yaml is one"))
     ray = arguments.options.get("--ray")
-    config = load_config(path, arguments.overrides)
+    config = with_absolute_paths(load_config(path, arguments.overrides))
 
+    def stop(number: int, frame: FrameType | None) -> None:
+        print("SIGTERM: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(PREEMPTED)
+
+    signal.signal(signal.SIGTERM, stop)
     # Only now what takes long to import: a mistake above is answered at once.
     from sophia_levanter.data.prepare import prepare
 

@@ -11,6 +11,7 @@ from sophia_levanter.commands.arguments import DONE, parse_arguments, run_comman
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.names import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
+from sophia_levanter.training.run_directory import with_absolute_paths
 
 TRAIN_BYTES = 1 << 30
 USAGE = f"""\
@@ -41,9 +42,11 @@ def _train(words: Sequence[str]) -> int:
     path = Path(arguments.needed("--config", "FILE", "config/data/openwebtext.yaml is one"))
     size = whole_number("--vocab_size", arguments.needed("--vocab_size", "N", "GPT-2 has 50257"))
     out = Path(arguments.needed("--out", "FILE", f"such as my{TRAINED_TOKENIZER}"))
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder; name a file")
     if out.suffix != TRAINED_TOKENIZER:
         raise InputError(f"--out {out} must be called *{TRAINED_TOKENIZER}, by which a tokenizer's file is known")
-    config = load_config(path, arguments.overrides)
+    config = with_absolute_paths(load_config(path, arguments.overrides))
 
     # Only now what takes long to import: a mistake above is answered at once.
     from sophia_levanter.data.bpe import first_bytes, save_bpe, train_bpe
@@ -56,6 +59,15 @@ def _train(words: Sequence[str]) -> int:
 
 
 def _training_texts(config: DataConfig) -> Iterator[str]:
+    found = False
+    for text in _all_texts(config):
+        found = True
+        yield text
+    if not found:
+        raise InputError(f"data.train: {config.train!r} is empty: there is no document with text in it")
+
+
+def _all_texts(config: DataConfig) -> Iterator[str]:
     from sophia_levanter.data.sources import open_source
     from sophia_levanter.data.split import NoSplit, Split
 

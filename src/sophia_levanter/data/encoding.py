@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -59,9 +61,24 @@ def processes(count: int, tokenizer: str) -> Iterator[Workers]:
     context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
     pool = ProcessPoolExecutor(count, context, start_worker, (tokenizer,))
     try:
+        with _ctrl_c_ignored():
+            pool.submit(int)
         yield _Processes(pool, count, tokenizer)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """Processes that are started in here ignore Ctrl-C, which is for this one, from their first moment."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -81,10 +81,10 @@ class DatasetSource:
     @property
     def identity(self) -> Any:
         """What the documents depend on, as a JSON value; of a dataset on the hub what its name says."""
-        if self._name.kind == HUB:
-            return [self._source, self._config.text_field, self._config.invalid_utf8]
         folder = Path(os.path.abspath(os.path.expanduser(self._name.path)))
-        if not any((folder / mark).is_file() for mark in DATASET_MARKS):
+        if self._name.kind == HUB and not Path(self._name.path).is_dir():
+            return [self._source, self._config.text_field, self._config.invalid_utf8]
+        if self._name.kind == SAVED and not any((folder / mark).is_file() for mark in DATASET_MARKS):
             raise InputError(
                 f"{self._field}: {folder} is no folder that `datasets` saved (no {DATASET_MARKS[0]} in it)"
             )
@@ -101,7 +101,7 @@ class DatasetSource:
         self._rows = len(dataset) if hasattr(dataset, "__len__") else getattr(split, "num_examples", None)
         if start[1] and start[1] == self._rows:
             return
-        for row in dataset.skip(start[1]) if start[1] else dataset:
+        for row in self._rows_of(dataset.skip(start[1]) if start[1] else dataset):
             self._done += 1
             text = text_of_record(row, self._config, f"{self._source}, row {self._done}", self._field)
             if text and not text.isspace():
@@ -110,6 +110,23 @@ class DatasetSource:
     def share_read(self) -> float | None:
         """How much of the source has been read, from 0 to 1; None if that cannot be known."""
         return min(self._done / self._rows, 1.0) if self._rows else None
+
+    def _rows_of(self, dataset: Any) -> Iterator[Any]:
+        rows = iter(dataset)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                where = (
+                    f"{self._field}: {self._source}, after row {self._done}, cannot be read ({type(error).__name__})"
+                )
+                if isinstance(error, ValueError) or type(error).__module__.startswith("datasets."):
+                    raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
+                # A network that failed: what is done stays, and the same command goes on.
+                raise OSError(where) from error
+            yield row
 
     def _load(self) -> Any:
         datasets = optional_import("datasets", "datasets", f"{self._field}: {self._source}")

@@ -75,7 +75,8 @@ class Preparation:
         """
         source = open_source(name, config, field=field)
         identity = [FORMAT_VERSION, source.identity, tokenizer.fingerprint, held_out]
-        directory = Path(os.path.expanduser(config.cache_dir)).absolute() / digest_of(json.dumps(identity).encode())
+        cache_dir = Path(os.path.abspath(os.path.expanduser(config.cache_dir)))
+        directory = cache_dir / digest_of(json.dumps(identity).encode())
         count = config.num_workers if config.num_workers is not None else _num_cores()
         workers: Callable[[], AbstractContextManager[Workers]] | None = None
         if ray is not None:

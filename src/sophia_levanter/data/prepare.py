@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.mixture import Mixture
-from sophia_levanter.data.names import NANOGPT, STORE
+from sophia_levanter.data.names import NANOGPT, STORE, absolute_source
 from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.data.preparation import Preparation, Report
 from sophia_levanter.data.token_store import SIDES, Tokens, TokenStore
@@ -74,7 +74,8 @@ def _looked_up(
         corpus = NanogptTokens(name, tokenizer, field=field)
         return lambda report: [corpus]
     if name.startswith(STORE):
-        stores = _stores(field, name.removeprefix(STORE).rstrip("/"), tokenizer, both=held_out is not None)
+        location = absolute_source(name).removeprefix(STORE).rstrip("/")
+        stores = _stores(field, location, tokenizer, both=held_out is not None)
         return lambda report: stores
     return Preparation.of(field, name, config, tokenizer, held_out=held_out, ray=ray).stores
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit
 
 from sophia_levanter.data.names import PYTHON_STDLIB
 from sophia_levanter.errors import InputError
@@ -67,6 +68,10 @@ def find_files(source: str, *, field: str) -> list[TextFile]:
             raise InputError(f"{field}: {PYTHON_STDLIB}: this Python has no source files of its library; name a file")
         return [_local_file(path, field) for path in paths]
     if "://" in source:
+        if "@" in urlsplit(source).netloc:
+            raise InputError(
+                f"{field}: the URL holds a name or a password; leave them to the environment of the library"
+            )
         return _remote_files(source, field)
     pattern = os.path.abspath(os.path.expanduser(source))
     if os.path.isdir(pattern):

@@ -15,6 +15,7 @@ from sophia_levanter.data.names import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
 
 BYTES = "bytes"
+PIECE_CHARACTERS = 100_000
 
 
 class Tokenizer(ABC):
@@ -100,6 +101,16 @@ class TiktokenTokenizer(Tokenizer):
         super().__init__(encoding.name, end_of_text, _token_bytes(encoding), pattern=encoding._pat_str)
 
     def encode(self, text: str) -> np.ndarray:
+        try:
+            return self._encode(text)
+        except ValueError as error:
+            if len(text) <= PIECE_CHARACTERS or isinstance(error, UnicodeError):
+                raise
+            # The pattern that cuts text into words gives up in a run of a million spaces; in pieces it does not.
+            pieces = [text[i : i + PIECE_CHARACTERS] for i in range(0, len(text), PIECE_CHARACTERS)]
+            return np.concatenate([self._encode(piece) for piece in pieces])
+
+    def _encode(self, text: str) -> np.ndarray:
         try:
             # As an array: a list of Python's integers takes longer to turn into one than to make. Nothing is special.
             ids = self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())

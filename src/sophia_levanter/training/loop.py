@@ -15,6 +15,7 @@ from typing import Any
 import equinox as eqx
 
 from sophia_levanter.batch import Batch
+from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.optim import Optimizer, Sophia
 from sophia_levanter.partition.mesh import Partition
@@ -174,7 +175,12 @@ class Loop:
             with self.profiler.annotated(step):
                 state, output = (compiled.refreshing if refresh else compiled.plain)(batch, state)
             if step + 1 < total:
-                batch = self._next(batches, output)
+                try:
+                    batch = self._next(batches, output)
+                except InputError:  # a corpus that is damaged further on
+                    self._read(step, output)
+                    self._save(step + 1, state)
+                    raise
             if unread is not None:
                 self._read(*unread)
             unread = (step, output)

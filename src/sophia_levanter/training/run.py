@@ -134,6 +134,8 @@ def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console
     attention_of(config, partition)
     data = prepare(config.data, console.line)
     check_mesh(config, mesh.size, data.tokenizer.vocab_size)
+    for corpus in (data.train, data.validation):
+        corpus.read(0, 1)  # of one that is kept in memory all is read here, before the run has a directory
     devices = {"device": mesh.devices.flat[0].device_kind, "device_count": mesh.size}
     return Parts(
         config=config,
@@ -149,7 +151,11 @@ def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console
             max_windows=trainer.evaluation_windows,
         ),
         settings=build_step_settings(config.optimizer, trainer, decay_mask),
-        facts={"environment": {**environment, **devices}, "data": data.train.facts},
+        facts={
+            "environment": {**environment, **devices},
+            "data": data.train.facts,
+            "validation": data.validation.facts,
+        },
     )
 
 
@@ -166,6 +172,8 @@ def _restore(parts: Parts, directory: RunDirectory, console: Console) -> tuple[T
             f"--resume {directory.path}: the training text is another one than the run began with: "
             f"{parts.facts['data']} now, {restored.metadata['data']} then"
         )
+    if restored.metadata.get("validation", parts.facts["validation"]) != parts.facts["validation"]:
+        console.line("the validation text is another one than the run began with; its losses do not compare")
     console.line(f"resuming after step {restored.step} of {directory.path}")
     began_with, now = restored.metadata["environment"], parts.facts["environment"]
     if began_with != now:
@@ -173,6 +181,8 @@ def _restore(parts: Parts, directory: RunDirectory, console: Console) -> tuple[T
     for name, old, new in changed_fields(old_config, parts.config):
         if name != "trainer.run_dir":
             console.line(f"{name} was {old} and is {new}")
+        if name == "trainer.batch_size":
+            console.line("so windows are skipped or come again; trainer.batch_size_changes keeps their order")
     rates = [
         float(build_schedule(c.optimizer, c.trainer.num_train_steps)(restored.step)) for c in (old_config, parts.config)
     ]

@@ -103,7 +103,7 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
     assert command.config is not None
     given = command.config.trainer.run_dir
     if isinstance(command.resume, Path):
-        run = RunDirectory(command.resume.absolute(), "always")
+        run = RunDirectory(Path(os.path.abspath(command.resume)), "always")
     elif given is None:
         if command.resume == "auto":
             raise InputError("--resume auto needs --trainer.run_dir, the directory that later attempts look into")
