@@ -562,3 +562,10 @@ def test_no_dtype(name, value):
         TypeError, match=rf"^{name} is .*; it must be a floating-point dtype such as jnp.bfloat16, or None$"
     ):
         Sophia(**{name: value})
+
+
+def test_more_parameters_than_an_int32_counts():
+    optimizer = SophiaG(learning_rate=1e-3)
+    model = {"w": jax.ShapeDtypeStruct((3, 2**30), jnp.float32)}
+    metrics = jax.eval_shape(lambda model: optimizer.metrics(optimizer.init(model)), model)
+    assert metrics["win_rate"].shape == ()

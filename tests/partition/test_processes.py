@@ -25,13 +25,15 @@ def start(arguments, devices):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def start_two(arguments):
-    """Two processes of one run, with two devices each."""
+def start_two(arguments, of_second=()):
+    """Two processes of one run, with two devices each, and what the second has besides."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     mesh = ["--mesh.coordinator", address, "--mesh.num_processes", "2"]
-    return [start([*arguments, *mesh, "--mesh.process_id", str(i)], devices=2) for i in range(2)]
+    return [
+        start([*arguments, *mesh, "--mesh.process_id", str(i), *(of_second if i else ())], devices=2) for i in range(2)
+    ]
 
 
 def ended(processes):
@@ -125,3 +127,20 @@ def test_a_process_that_is_left_alone_says_so(config_file, tmp_path):
 def test_settings_that_do_not_go_together(settings, message):
     with pytest.raises(InputError, match=message):
         MeshConfig(**settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        (["--optimizer.learning_rate", "1e-3"], "the configuration is not the same in all processes"),
+        (["--trainer.batch_size", "32"], "the configuration is not the same in all processes"),
+        (["--data.validation_fraction", "0.5"], "the text is not the same in all processes"),
+    ],
+)
+def test_processes_of_different_commands_do_not_train_together(config_file, tmp_path, option, expected):
+    processes = start_two(["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run")], option)
+    for status, _, error in ended(processes):
+        assert status == 2
+        assert expected in error.splitlines()[-1]
+    assert not (tmp_path / "run").exists()

@@ -414,9 +414,9 @@ class Sophia(eqx.Module):
         return total(unclipped) / _size(momentum)
 
 
-def _size(tree: PyTree) -> int:
-    """The number of coordinates; 1 where there is none, since it divides."""
-    return max(1, sum(leaf.size for leaf in jax.tree.leaves(tree)))
+def _size(tree: PyTree) -> float:
+    """The number of coordinates, which may be more than an int32 holds; 1 where there is none, since it divides."""
+    return float(max(1, sum(leaf.size for leaf in jax.tree.leaves(tree))))
 
 
 def _wide(x: jax.Array) -> Any:

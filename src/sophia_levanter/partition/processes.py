@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -100,6 +101,24 @@ def is_first_process() -> bool:
     """
     all_devices()
     return jax.process_index() == 0
+
+
+def check_agreement(what: str, text: str) -> None:
+    """All processes call it together, with the same text if they are of one run.
+
+    Args:
+        what: the text is, for the message.
+        text: anything that must be the same everywhere.
+
+    Raises:
+        InputError: in every process, if the texts differ.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.uint32)
+    everywhere = multihost_utils.process_allgather(digest)
+    if (everywhere != everywhere[0]).any():
+        raise InputError(f"{what} is not the same in all processes of the run; start the same command on every host")
 
 
 def wait_for_all(name: str) -> None:

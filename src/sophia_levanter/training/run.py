@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -12,15 +13,22 @@ from typing import Any
 import jax
 
 from sophia_levanter import checkpoint
-from sophia_levanter.command_line import load_config
+from sophia_levanter.command_line import dump_config, load_config
 from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches
+from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.prepare import TextData, prepare
 from sophia_levanter.data.tokenizer import token_byte_lengths
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.partition.mesh import Partition, partition_of
-from sophia_levanter.partition.processes import is_first_process, on_this_host, start_processes, wait_for_all
+from sophia_levanter.partition.processes import (
+    check_agreement,
+    is_first_process,
+    on_this_host,
+    start_processes,
+    wait_for_all,
+)
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines, NoLines
 from sophia_levanter.training.evaluation import Evaluator
@@ -74,6 +82,7 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
     """
     start_processes(config.mesh)
     first = is_first_process()
+    check_agreement("the configuration", _shared_config(config))
     keep_compiled(Path(config.data.cache_dir).expanduser().absolute() / "compiled", jax.default_backend())
     console = Console(config.trainer.log_every, quiet=not first)
     if directory.resume != "never" and first:
@@ -85,6 +94,7 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
             f"start the run with --config FILE --trainer.run_dir {directory.path} --resume auto"
         )
     parts = _build(config, environment, console)
+    check_agreement("the text", json.dumps([parts.facts["data"], parts.facts["validation"]]))
     run_id = uuid.uuid4().hex
     if directory.resume != "never" and saved_steps:
         state, run_id = _restore(parts, directory, console)
@@ -114,6 +124,12 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
         return signal
     describe_end(parts, loop, state, console)
     return None
+
+
+def _shared_config(config: TrainConfig) -> str:
+    """What all processes of a run must agree on; each may have its own copy of the data."""
+    mesh = config.mesh if config.mesh.process_id is None else replace(config.mesh, process_id=0)
+    return dump_config(replace(config, mesh=mesh, data=DataConfig()))
 
 
 def keep_compiled(directory: Path, platform: str) -> None:
