@@ -113,7 +113,7 @@ def encode_blocks(
     """Each block's mark with its tokens, in the order of the blocks.
 
     Args:
-        blocks: a mark and the texts of each. A few more than there are workers are in memory at one time.
+        blocks: a mark and the texts of each. About twice as many as there are workers are in memory at one time.
         tokenizer: what to encode with.
         workers: makes a context of `Workers`; None encodes here. They are not started for a few blocks.
 
