@@ -16,7 +16,7 @@ import draccus
 
 from sophia_levanter.command_line_help import help_text
 from sophia_levanter.config import TrainConfig, sections
-from sophia_levanter.config_file import Layer, Setting, dump_yaml, parse_value, read_layers, show_value
+from sophia_levanter.config_file import Layer, Setting, dump_yaml, flatten, parse_value, read_layers, show_value
 from sophia_levanter.errors import InputError
 from sophia_levanter.training.config import OptimizerConfig
 
@@ -102,6 +102,19 @@ def build_config(files: Sequence[Layer], overrides: Layer | None = None) -> Trai
         settings = _put_on_top(settings, layer)
     settings.setdefault(OPTIMIZER_TYPE, Setting(OptimizerConfig.get_choice_name(DEFAULT_OPTIMIZER)))
     return _build(_put_on_top(settings, overrides or {}))
+
+
+def config_in(tree: Mapping[str, Any], source: Path) -> TrainConfig:
+    """The configuration that `draccus.encode` made a tree of.
+
+    Args:
+        tree: sections with their fields.
+        source: where it comes from, for messages.
+
+    Raises:
+        InputError: if a key is unknown, or a value is of the wrong type or out of range.
+    """
+    return build_config([flatten(tree, source)])
 
 
 def dump_config(config: TrainConfig) -> str:

@@ -118,7 +118,7 @@ def _read_layers(path: Path, including: tuple[Path, ...]) -> list[Layer]:
     if not isinstance(defaults, list) or not all(isinstance(name, str) and name for name in defaults):
         raise InputError(f"{path}: {DEFAULTS_KEY} is {defaults!r}; it must be a list of file names")
     layers = [layer for name in defaults for layer in _read_layers(path.parent / name, (*including, resolved))]
-    return [*layers, _flatten(tree, path)]
+    return [*layers, flatten(tree, path)]
 
 
 def _read_tree(path: Path, included_from: Path | None) -> dict[Any, Any]:
@@ -148,13 +148,23 @@ def _read_tree(path: Path, included_from: Path | None) -> dict[Any, Any]:
     return tree
 
 
-def _flatten(tree: Mapping[Any, Any], file: Path, prefix: str = "") -> Layer:
+def flatten(tree: Mapping[Any, Any], file: Path, prefix: str = "") -> Layer:
+    """The settings in a tree of sections.
+
+    Args:
+        tree: as read from YAML.
+        file: where they come from, for messages.
+        prefix: of their names.
+
+    Raises:
+        InputError: if a key has a dot.
+    """
     layer: Layer = {}
     for key, value in tree.items():
         if "." in str(key):
             raise InputError(f"{file}: key {prefix + str(key)!r} has a dot; write the section, and the field inside it")
         if isinstance(value, Mapping) and value:
-            layer |= _flatten(value, file, f"{prefix}{key}.")
+            layer |= flatten(value, file, f"{prefix}{key}.")
         else:
             layer[f"{prefix}{key}"] = Setting(value, file)
     return layer

@@ -1,102 +1,154 @@
-"""Arrays on the disk: each one a zarr3 array, each chunk checked against its digest when it is read."""
+"""Arrays in a storage: each one a zarr3 array, each file checked against its digest when it is read."""
 
-import hashlib
-import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeAlias
+
 import numpy as np
 import tensorstore as ts
+import xxhash
 
-from sophia_levanter.checkpoint.manifest import FILE_NAME, Box, CheckpointError, SavedArray, one_line
+from sophia_levanter.checkpoint.manifest import Box, CheckpointError, SavedArray, one_line
+from sophia_levanter.checkpoint.shards import HostArray, whole
+from sophia_levanter.kvstore import context_spec, kvstore_spec
 
-# Arrays in flight: enough to keep a disk busy, few enough to need little memory beyond what the tree itself takes.
+# Chunks in flight: enough to keep a disk busy, few enough to need little memory beyond what the tree itself takes.
 WORKERS = 8
+HEADER = "zarr.json"
+
+Digests: TypeAlias = dict[str, dict[str, str]]  # by an array's path in the tree and a file's name
 
 
-def make_context() -> ts.Context:
-    # No cache, which would hold a whole save. No fsync at each write: `save` does it once, in half the time.
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
+def write_arrays(folder: str, arrays: Sequence[HostArray], *, headers: bool) -> Digests:
+    """Write a host's chunks of the arrays, concurrently.
 
+    Args:
+        folder: the path or URL of the checkpoint.
+        arrays: what this host writes.
+        headers: whether it also writes each array's zarr.json, as one host does.
 
-def write_arrays(folder: Path, arrays: dict[str, Any]) -> list[SavedArray]:
-    """Write the arrays (by their path in the tree) concurrently; a chunk is a shard, a replicated array one chunk.
+    Returns:
+        The digests of what was written.
 
-    Raises `CheckpointError` when the disk refuses, `TypeError` for an array that does not hold numbers.
+    Raises:
+        CheckpointError: if the storage refuses; names the leaf and its folder.
     """
+    context = ts.Context(context_spec())
 
-    def write(saved: SavedArray, opening: Any, array: Any) -> None:
-        try:
-            store = opening.result()
-            for box, shard in _shards(array):
-                data = np.asarray(shard, dtype=store.dtype.numpy_dtype, order="C")
-                store[_slices(box)].write(data, can_reference_source_data_indefinitely=True).result()
-                saved.chunks[saved.chunk_name(box)] = _digest(data)
-        except ValueError as error:  # how tensorstore reports a full disk, among others
-            raise CheckpointError(f"leaf {saved.path}, {folder / saved.folder}: {one_line(error)}") from error
+    def write_header(saved: SavedArray) -> str:
+        with _naming(folder, saved):
+            ts.open(_spec(folder, saved), context=context, create=True).result()
+            return _digest(_read_header(folder, saved, context))
 
-    context = make_context()
-    described = [_describe(number, path, array) for number, (path, array) in enumerate(arrays.items())]
-    opening = [ts.open(_spec(folder, saved), context=context, create=True) for saved in described]
+    def write_chunk(saved: SavedArray, box: Box, part: Any) -> str:
+        with _naming(folder, saved):
+            data = np.asarray(part, dtype=saved.numpy_dtype, order="C")
+            writing = _open(folder, saved, context)[_slices(box)].write(
+                data, can_reference_source_data_indefinitely=True
+            )
+            digest = _digest(_bytes(data))
+            writing.result()
+            return digest
+
     with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(write, described, opening, arrays.values()))
-    return described
+        tasks = {(a.saved.path, HEADER): pool.submit(write_header, a.saved) for a in arrays if headers}
+        for saved, parts in arrays:
+            tasks |= {
+                (saved.path, saved.chunk_name(box)): pool.submit(write_chunk, saved, box, part)
+                for box, part in parts.items()
+            }
+        try:
+            written = {names: task.result() for names, task in tasks.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
+    digests: Digests = {}
+    for (path, name), digest in written.items():
+        digests.setdefault(path, {})[name] = digest
+    return digests
 
 
-def read_parts(folder: Path, saved: SavedArray, wanted: set[Box], context: ts.Context) -> dict[Box, np.ndarray]:
-    """The wanted parts of an array. Reads the chunks that one of them touches, each once.
+def with_digests(arrays: Sequence[HostArray], hosts: Sequence[Digests]) -> list[SavedArray]:
+    """The arrays' descriptions with the digests that the hosts have found among them."""
+    complete = []
+    for saved, _ in arrays:
+        found = {name: digest for digests in hosts for name, digest in digests.get(saved.path, {}).items()}
+        names = [saved.chunk_name(box) for box in saved.boxes()]
+        complete.append(replace(saved, header=found[HEADER], chunks={name: found[name] for name in names}))
+    return complete
 
-    Raises `CheckpointError` for a chunk that is missing or not the one that was saved.
+
+def read_parts(folder: str, wanted: Sequence[tuple[SavedArray, set[Box]]]) -> Iterator[dict[Box, np.ndarray]]:
+    """Parts of arrays. Reads the chunks that one of them touches, each once, many at a time.
+
+    Args:
+        folder: the path or URL of the checkpoint.
+        wanted: arrays, and the parts that are wanted of each.
+
+    Yields:
+        For each array its parts.
+
+    Raises:
+        CheckpointError: for a file that is missing or not the one that was saved.
     """
-    dtype = ts.dtype(saved.dtype).numpy_dtype
-    parts = {part: np.empty([stop - start for start, stop in part], dtype) for part in wanted}
-    store = _open(folder, saved, context)
-    for chunk in saved.boxes():
-        touched = [(part, common) for part in wanted if (common := _overlap(part, chunk)) is not None]
-        if not touched:
-            continue
-        data = _read_chunk(folder, saved, store, chunk)
-        for part, common in touched:
-            if part == chunk:
-                parts[part] = data
-            else:
-                parts[part][_slices(common, part)] = data[_slices(common, chunk)]
-    return parts
-
-
-def arrays_are_intact(folder: Path, arrays: list[SavedArray]) -> bool:
-    def read_all(saved: SavedArray) -> None:
-        store = _open(folder, saved, context)
-        for chunk in saved.boxes():
-            _read_chunk(folder, saved, store, chunk)
-
-    context = make_context()
+    context = ts.Context(context_spec())
+    pool = ThreadPoolExecutor(WORKERS)
     try:
-        with ThreadPoolExecutor(WORKERS) as pool:
-            list(pool.map(read_all, arrays))
-    except CheckpointError:
-        return False
-    return True
+        list(pool.map(lambda saved: _check_header(folder, saved, context), [saved for saved, _ in wanted]))
+        reading = deque(
+            [
+                (chunk, pool.submit(_read_chunk, folder, saved, chunk, context))
+                for chunk in saved.boxes()
+                if any(_overlap(part, chunk) is not None for part in parts)
+            ]
+            for saved, parts in wanted
+        )
+        for saved, parts in wanted:
+            yield _assembled(saved, parts, reading.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def box_of(index: Any, shape: tuple[int, ...]) -> Box:
-    """The part of an array that a tuple of slices, as jax gives a shard, stands for."""
-    bounds = (part.indices(size) for part, size in zip(index, shape, strict=True))
-    return tuple((start, stop) for start, stop, _ in bounds)
+def find_damage(folder: str, arrays: Sequence[SavedArray]) -> list[str]:
+    """What is wrong with any file of the arrays, a line each; reads every byte."""
+    context = ts.Context(context_spec())
+
+    def check(saved: SavedArray, box: Box | None) -> str | None:
+        try:
+            if box is None:
+                _check_header(folder, saved, context)
+            else:
+                _read_chunk(folder, saved, box, context)
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        checks = [pool.submit(check, saved, box) for saved in arrays for box in (None, *saved.boxes())]
+        return [line for task in checks if (line := task.result()) is not None]
 
 
-def whole(shape: tuple[int, ...]) -> Box:
-    return tuple((0, size) for size in shape)
+def _assembled(
+    saved: SavedArray, parts: set[Box], chunks: list[tuple[Box, Future[np.ndarray]]]
+) -> dict[Box, np.ndarray]:
+    read = {chunk: task.result() for chunk, task in chunks}
+    assembled = {part: read[part] for part in parts if part in read}
+    for part in parts - set(assembled):
+        assembled[part] = np.empty([stop - start for start, stop in part], saved.numpy_dtype)
+        for chunk, data in read.items():
+            if (common := _overlap(part, chunk)) is not None:
+                assembled[part][_slices(common, part)] = data[_slices(common, chunk)]
+    return assembled
 
 
-def _spec(folder: Path, saved: SavedArray) -> dict[str, Any]:
+def _spec(folder: str, saved: SavedArray) -> dict[str, Any]:
     return {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{folder / saved.folder}/"},
+        "kvstore": kvstore_spec(f"{folder}/{saved.folder}"),
+        # A chunk whose file is gone is an error; otherwise it would read as zeros.
         "store_data_equal_to_fill_value": True,
         "fill_missing_data_reads": False,
         "metadata": {
@@ -109,53 +161,53 @@ def _spec(folder: Path, saved: SavedArray) -> dict[str, Any]:
     }
 
 
-def _open(folder: Path, saved: SavedArray, context: ts.Context) -> ts.TensorStore:
-    """The array on the disk, which must be laid out as the manifest says."""
-    try:
-        return ts.open(_spec(folder, saved), context=context, open=True).result()
-    except Exception as error:  # whatever damage makes of it
-        raise CheckpointError(f"leaf {saved.path}, {folder / saved.folder}: {one_line(error)}") from error
+def _open(folder: str, saved: SavedArray, context: ts.Context) -> ts.TensorStore:
+    """The array as the manifest describes it. Its zarr.json is not looked at."""
+    return ts.open(_spec(folder, saved), context=context, open=True, assume_metadata=True).result()
 
 
-def _describe(number: int, path: str, array: Any) -> SavedArray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        raise TypeError(f"leaf {path} lies on several hosts; bring it to this one to save it")
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_)):
-        raise TypeError(f"leaf {path} has dtype {array.dtype}, not numbers: of a random key, save jax.random.key_data")
-    chunk_shape = array.sharding.shard_shape(array.shape) if isinstance(array, jax.Array) else array.shape
-    # The number keeps the names apart, on disks that ignore case too; the rest is for people.
-    folder = f"arrays/{number:04d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', path)[:150]}"
-    return SavedArray(path, folder, array.shape, array.dtype.name, tuple(max(1, size) for size in chunk_shape), {})
+def _read_header(folder: str, saved: SavedArray, context: ts.Context) -> bytes:
+    store = ts.KvStore.open(kvstore_spec(f"{folder}/{saved.folder}"), context=context).result()
+    return bytes(store.read(HEADER).result().value)
 
 
-def _shards(array: Any) -> Iterator[tuple[Box, Any]]:
-    """The distinct shards of an array; none of one without elements."""
-    if array.size == 0:
-        return
-    if not isinstance(array, jax.Array):
-        yield whole(array.shape), array
-        return
-    for shard in array.addressable_shards:
-        if shard.replica_id == 0:
-            yield box_of(shard.index, array.shape), shard.data
+def _check_header(folder: str, saved: SavedArray, context: ts.Context) -> None:
+    with _naming(folder, saved, HEADER):
+        if _digest(_read_header(folder, saved, context)) != saved.header:
+            raise ValueError("not the bytes of the manifest's digest")
 
 
-def _read_chunk(folder: Path, saved: SavedArray, store: ts.TensorStore, box: Box) -> np.ndarray:
+def _read_chunk(folder: str, saved: SavedArray, box: Box, context: ts.Context) -> np.ndarray:
     name = saved.chunk_name(box)
-    try:
-        data = store[_slices(box)].read().result()
-        intact = _digest(data) == saved.chunks[name]
-    except Exception as error:  # whatever damage makes of it
-        raise CheckpointError(f"leaf {saved.path}, {folder / saved.folder / name}: {one_line(error)}") from error
-    if not intact:
-        raise CheckpointError(
-            f"leaf {saved.path}, {folder / saved.folder / name}: not the bytes of {FILE_NAME}'s digest"
-        )
-    return data
+    with _naming(folder, saved, name):
+        data = _open(folder, saved, context)[_slices(box)].read().result()
+        if _digest(_bytes(data)) != saved.chunks[name]:
+            raise ValueError("not the bytes of the manifest's digest")
+        return data
 
 
-def _digest(data: np.ndarray) -> str:
-    return hashlib.sha256(data.reshape(-1).view(np.uint8).data).hexdigest()
+class _naming:
+    """Whatever goes wrong in the block, as an error that names the leaf and the file or folder."""
+
+    def __init__(self, folder: str, saved: SavedArray, name: str | None = None) -> None:
+        self._where = f"leaf {saved.path}, {folder}/{saved.folder}" + (f"/{name}" if name else "")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # tensorstore has many errors for what damage and full disks can do.
+        if isinstance(error, Exception):
+            raise CheckpointError(f"{self._where}: {one_line(error)}") from error
+
+
+def _bytes(data: np.ndarray) -> memoryview:
+    return data.reshape(-1).view(np.uint8).data
+
+
+def _digest(content: bytes | memoryview) -> str:
+    """Against damage, not malice: 128 bits of a hash that is as fast as memory."""
+    return xxhash.xxh3_128_hexdigest(content)
 
 
 def _overlap(a: Box, b: Box) -> Box | None:
@@ -165,5 +217,5 @@ def _overlap(a: Box, b: Box) -> Box | None:
 
 def _slices(box: Box, within: Box | None = None) -> tuple[slice, ...]:
     """Indexes that part of the whole array, or of the part `within`."""
-    origins = [start for start, _ in within] if within else [0] * len(box)
+    origins = [start for start, _ in within or whole([0] * len(box))]
     return tuple(slice(start - origin, stop - origin) for (start, stop), origin in zip(box, origins, strict=True))

@@ -3,17 +3,16 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from sophia_levanter.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "manifest.json"
+_DIGEST_LINE = '{{"digest": "{}",'
 
 JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
 Box: TypeAlias = tuple[tuple[int, int], ...]  # a part of an array: (start, stop) along each axis
@@ -25,10 +24,15 @@ class CheckpointError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class SavedArray:
-    """One leaf: `path` in the tree, `folder` in the checkpoint, and the SHA-256 of each chunk's bytes by file name.
+    """One leaf of the tree.
 
-    The digests are of the array's own bytes (row-major, little-endian), so that a chunk can be checked wherever the
-    storage splits or wraps it.
+    Attributes:
+        path: its name in the tree.
+        folder: where it lies among the checkpoint's arrays.
+        shape, dtype, chunk_shape: as in zarr.json.
+        header: digest of the file zarr.json.
+        chunks: digests of the chunks by file name, each of the array's own bytes (row-major, little-endian), so that a
+            chunk can be checked wherever the storage splits or wraps it.
     """
 
     path: str
@@ -36,6 +40,7 @@ class SavedArray:
     shape: tuple[int, ...]
     dtype: str
     chunk_shape: tuple[int, ...]
+    header: str
     chunks: dict[str, str]
 
     def chunk_name(self, box: Box) -> str:
@@ -47,41 +52,80 @@ class SavedArray:
         for index in np.ndindex(*grid):
             yield tuple((i * chunk, (i + 1) * chunk) for i, chunk in zip(index, self.chunk_shape, strict=True))
 
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.numpy_dtype).itemsize
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        import tensorstore as ts  # which knows bfloat16
+
+        return ts.dtype(self.dtype).numpy_dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        run_id: of the run that saved it.
+        step: steps taken.
+        saved_at: seconds since 1970.
+        metadata: whatever the run wants to find again.
+        folder: the one beside the manifest that holds the arrays.
+        arrays: the leaves.
+    """
+
     run_id: str
     step: int
+    saved_at: float
     metadata: dict[str, JSON]
+    folder: str
     arrays: list[SavedArray]
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write it and wait until the disk has it."""
-    body = {"format": FORMAT, **dataclasses.asdict(manifest)}
-    with open(folder / FILE_NAME, "x", encoding="utf-8") as file:
-        json.dump({"digest": _digest(body), **body}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The file's content: JSON, whose first line is a digest of all the bytes after it."""
+    body = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1).removeprefix("{").encode()
+    return f"{_DIGEST_LINE.format(_digest(body))}".encode() + body
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Raises `CheckpointError` when it is damaged, `InputError` when another version of this package wrote it."""
-    file = folder / FILE_NAME
-    try:
-        body = json.loads(file.read_bytes())
-        intact = body.pop("digest") == _digest(body)
-    except Exception as error:  # whatever damage makes of it
-        raise CheckpointError(f"{file}: {one_line(error)}") from error
-    if not intact:
-        raise CheckpointError(f"{file}: its digest does not match its contents")
-    if body.pop("format") != FORMAT:
+def decode_manifest(file: str, content: bytes) -> Manifest:
+    """The manifest in a file's content.
+
+    Args:
+        file: its name, for messages.
+        content: its bytes.
+
+    Raises:
+        CheckpointError: if it is damaged.
+        InputError: if another version of this package wrote it.
+    """
+    head, newline, rest = content.partition(b"\n")
+    if head.decode(errors="replace") == _DIGEST_LINE.format(_digest(newline + rest)):
+        body = json.loads(content)
+    else:
+        body = _of_another_format(content)
+        if body is None:
+            raise CheckpointError(f"{file}: its digest does not match its contents")
+    if body.get("format") != FORMAT:
         raise InputError(f"{file} is not in format {FORMAT}: read it with the version of this package that wrote it")
-    body["arrays"] = [
+    arrays = [
         SavedArray(**{**entry, "shape": tuple(entry["shape"]), "chunk_shape": tuple(entry["chunk_shape"])})
         for entry in body["arrays"]
     ]
-    return Manifest(**body)
+    return Manifest(body["run_id"], body["step"], body["saved_at"], body["metadata"], body["folder"], arrays)
+
+
+def _of_another_format(content: bytes) -> dict[str, Any] | None:
+    """The manifest of format 1, whose digest was of its sorted JSON; None if it is not whole or of no such format."""
+    try:
+        body = json.loads(content)
+        digest = body.pop("digest")
+        whole = body["format"] == 1 and digest == _digest(json.dumps(body, sort_keys=True).encode())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return body if whole else None
 
 
 def one_line(error: Exception) -> str:
@@ -89,5 +133,5 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split(" [source locations=")[0].split()) or type(error).__name__
 
 
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,15 +1,16 @@
 """Trees of arrays: which leaves are saved and under which names, and how what was read goes onto the devices."""
 
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import FlattenedIndexKey, keystr, tree_flatten_with_path, tree_unflatten
 
-from sophia_levanter.checkpoint.arrays import WORKERS, box_of, make_context, read_parts, whole
+from sophia_levanter.checkpoint.arrays import read_parts
 from sophia_levanter.checkpoint.manifest import Box, SavedArray
+from sophia_levanter.checkpoint.shards import box_of, whole
 from sophia_levanter.errors import InputError
 
 Tree = TypeVar("Tree")
@@ -23,24 +24,25 @@ def arrays_of(tree: Any) -> dict[str, Any]:
     return {path: leaf for path, leaf in _named_leaves(tree)[0] if _is_array(leaf)}
 
 
-def read_tree(folder: Path, saved: list[SavedArray], like: Tree) -> Tree:
+def read_tree(folder: str, saved: Sequence[SavedArray], like: Tree, *, cast: bool) -> Tree:
     """`like` with the saved arrays in place of its own, each with the sharding of the one it replaces.
 
-    Raises `InputError` when the arrays are not those of `like`, `CheckpointError` when one cannot be read.
+    Args:
+        folder: the path or URL that holds the arrays.
+        saved: what is there.
+        like: what is wanted.
+        cast: whether floating-point arrays may be of another dtype than the wanted one.
+
+    Raises:
+        InputError: if the arrays are not those of `like`.
+        CheckpointError: if one cannot be read.
     """
     named, structure = _named_leaves(like)
     wanted = {path: leaf for path, leaf in named if _is_array(leaf)}
     there = {array.path: array for array in saved}
-    _check_model(folder, there, wanted)
-
-    def read(path: str) -> dict[Box, np.ndarray]:
-        return read_parts(folder, there[path], _wanted_boxes(wanted[path]), context)
-
-    context = make_context()
-    # This thread places what the workers read: jax's settings (default device, x64) may hold for this thread alone.
-    with ThreadPoolExecutor(WORKERS) as pool:
-        parts = zip(wanted, pool.map(read, wanted), strict=True)
-        placed = {path: _place(path, part, wanted[path]) for path, part in parts}
+    _check_model(folder, there, wanted, cast)
+    parts = read_parts(folder, [(there[path], _wanted_boxes(leaf)) for path, leaf in wanted.items()])
+    placed = {path: _place(path, part, wanted[path]) for path, part in zip(wanted, parts, strict=True)}
     return tree_unflatten(structure, [placed.get(path, leaf) for path, leaf in named])
 
 
@@ -66,17 +68,20 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
-def _check_model(folder: Path, there: dict[str, SavedArray], wanted: dict[str, Any]) -> None:
+def _check_model(folder: str, there: dict[str, SavedArray], wanted: dict[str, Any], cast: bool) -> None:
     """Refuse a checkpoint of another model: that is not damage, and an older one would not do either."""
     for path in [*wanted, *there]:
+        if path in there and path in wanted and there[path].shape == wanted[path].shape:
+            saved_dtype, dtype = there[path].numpy_dtype, wanted[path].dtype
+            castable = cast and all(jnp.issubdtype(d, np.floating) for d in (saved_dtype, dtype))
+            if saved_dtype.name == dtype.name or castable:
+                continue
         saved = f"{there[path].dtype}{list(there[path].shape)}" if path in there else "missing"
         here = f"{wanted[path].dtype.name}{list(wanted[path].shape)}" if path in wanted else "missing"
-        if saved != here:
-            raise InputError(
-                f"{folder} is of another model or optimizer: leaf {path} is {saved} in the checkpoint "
-                f"and {here} in this run; "
-                "use the configuration it was saved with"
-            )
+        raise InputError(
+            f"{folder} is of another model or optimizer: leaf {path} is {saved} in the checkpoint "
+            f"and {here} in this run; use the configuration it was saved with"
+        )
 
 
 def _sharding(like: Any) -> jax.sharding.Sharding | None:
@@ -94,6 +99,7 @@ def _wanted_boxes(like: Any) -> set[Box]:
 
 
 def _place(path: str, parts: dict[Box, np.ndarray], like: Any) -> Any:
+    parts = {box: part.astype(like.dtype, copy=False) for box, part in parts.items()}
     if isinstance(like, np.ndarray | np.generic):
         return parts[whole(like.shape)]
     sharding = _sharding(like)

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sophia_levanter.checkpoint.manifest import read_manifest
+from sophia_levanter import checkpoint
 from sophia_levanter.command_line import dump_config
 from sophia_levanter.comparison.records import Record, flat_config
 from sophia_levanter.config import TrainConfig
@@ -29,6 +29,7 @@ from sophia_levanter.training.throughput import flops_per_token
 DIVERGED_NATS, DIVERGED_STEPS = 1.0, 50
 POINTS = 50  # entries of a record's training curve
 POLL_SECONDS = 1.0
+FACTS = ("environment", "data", "validation")  # of a run's checkpoint that go into its record
 
 # glibc gives every large buffer of a step back to the system, and the page faults are a quarter of a small step's time.
 MALLOC = {
@@ -170,9 +171,10 @@ def read_run(config: TrainConfig, directory: Path, *, diverged: bool) -> Record:
     diverged = diverged or loss is None
     every = max(1, steps // POINTS)
     rates = series("optim/win_rate")
-    checkpoint = max((directory / "checkpoints").glob("step-*"), default=None)
-    manifest = None if checkpoint is None else read_manifest(checkpoint)
-    arrays, facts = ([], {}) if manifest is None else (manifest.arrays, manifest.metadata)
+    saved = checkpoint.steps(directory / "checkpoints")
+    manifest = checkpoint.read_step(directory / "checkpoints", saved[-1]) if saved else None
+    arrays = [] if manifest is None else manifest.arrays
+    facts = {} if manifest is None else {name: manifest.metadata[name] for name in FACTS}
     return Record(
         config=flat_config(config),
         status="diverged" if diverged else "done",

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from sophia_levanter.kvstore import context_spec, kvstore_spec
+
 
 class ArrayWriter:
     """Appends to the array in `path`, holding one shard in memory.
@@ -85,13 +87,8 @@ def open_array(location: str, cache_bytes: int = 0) -> ts.TensorStore:
     Raises:
         ValueError: if it is not there or cannot be read.
     """
-    context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+    context = ts.Context(context_spec(cache_bytes))
     return ts.open(_spec(location), open=True, read=True, context=context).result()
-
-
-def kvstore_spec(location: str) -> Any:
-    """What tensorstore calls the folder at a path, or at a URL such as gs://bucket/folder."""
-    return f"{location}/" if "://" in location else {"driver": "file", "path": f"{location}/"}
 
 
 def _spec(location: str) -> dict[str, Any]:

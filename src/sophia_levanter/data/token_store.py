@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 import tensorstore as ts
 
-from sophia_levanter.data.arrays import kvstore_spec, open_array
+from sophia_levanter.data.arrays import open_array
 from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
+from sophia_levanter.kvstore import kvstore_spec
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"

@@ -33,6 +33,7 @@ class MeshConfig:
     num_processes: int | None = None  # with HOST:PORT: how many processes the run has
     process_id: int | None = None  # with HOST:PORT: which of them this is, from 0
     start_timeout: int = 300  # seconds to wait for the other processes
+    heartbeat_timeout: int = 20  # seconds without a sign of life after which a process counts as dead, and all end
 
     def __post_init__(self) -> None:
         for name in MESH_AXES:
@@ -49,8 +50,9 @@ class MeshConfig:
         self._check_processes()
 
     def _check_processes(self) -> None:
-        if self.start_timeout < 1:
-            raise InputError(f"mesh.start_timeout is {self.start_timeout}; it must be at least 1")
+        for name in ("start_timeout", "heartbeat_timeout"):
+            if getattr(self, name) < 1:
+                raise InputError(f"mesh.{name} is {getattr(self, name)}; it must be at least 1")
         count, this = self.num_processes, self.process_id
         if self.coordinator is None or self.coordinator == "auto":
             for name, value in (("num_processes", count), ("process_id", this)):

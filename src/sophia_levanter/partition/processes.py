@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Timer
-from typing import Any
 
 import jax
 import numpy as np
@@ -39,6 +38,7 @@ def start_processes(config: MeshConfig) -> None:
                 config.num_processes,
                 config.process_id,
                 initialization_timeout=config.start_timeout + JAXLIB_MARGIN,
+                heartbeat_timeout_seconds=config.heartbeat_timeout,
             )
     except (RuntimeError, ValueError) as error:
         if auto:
@@ -125,17 +125,6 @@ def wait_for_all(name: str) -> None:
     """Return when every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def on_this_host(tree: Any) -> Any:
-    """The tree with arrays that lie on several hosts whole, in this host's memory; all processes call it together."""
-
-    def whole(x: Any) -> Any:
-        if not isinstance(x, jax.Array) or x.is_fully_addressable:
-            return x
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-    return jax.tree.map(whole, tree)
 
 
 def all_stop(step: int, signalled: bool) -> bool:

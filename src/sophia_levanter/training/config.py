@@ -261,7 +261,12 @@ class TrainerConfig:
     evaluate_every: int = 1000  # steps between two validation losses; one more comes at the end
     evaluation_windows: int | None = 512  # windows in a validation loss, spread evenly; all if not given
     checkpoint_every: int = 1000  # steps between two checkpoints; one more comes at the end
+    checkpoint_dir: str | None = None  # checkpoints go to this path, gs:// or s3://; run_dir/checkpoints if not given
     keep_checkpoints: int = 2  # newest checkpoints that are kept
+    keep_every: int | None = None  # checkpoints at multiples of so many steps are kept for ever
+    keep_best: bool = True  # the checkpoint with the lowest validation loss is kept
+    cast_checkpoint: bool = False  # on resuming, convert arrays that were saved in another floating-point dtype
+    step_timeout: int | None = 3600  # seconds that a step, evaluation batch or save may take before the run ends
     log_every: int = 10  # steps between two lines of progress where there is no terminal
     sample_tokens: int = 200  # tokens of text generated at the end of the run
     profile_steps: str | None = None  # FIRST:END, steps to trace into run_dir/profile, END not among them
@@ -278,7 +283,11 @@ class TrainerConfig:
             raise InputError(f"trainer.num_train_steps is {self.num_train_steps}; it must be below {2**31}")
         if self.run_dir == "":
             raise InputError("trainer.run_dir is empty; leave it out for a directory of its own under runs/")
-        for name in ("microbatch_size", "evaluation_windows"):
+        if self.checkpoint_dir == "":
+            raise InputError(
+                "trainer.checkpoint_dir is empty; leave it out for the folder checkpoints in the run's own"
+            )
+        for name in ("microbatch_size", "evaluation_windows", "keep_every", "step_timeout"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.seed < 2**32:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import equinox as eqx
@@ -54,14 +55,21 @@ class Evaluator:
 
         self._sums = sums
 
-    def __call__(self, model: Gpt2) -> Evaluation:
-        """The losses of a model, each token weighted the same."""
+    def __call__(self, model: Gpt2, on_progress: Callable[[], None] = lambda: None) -> Evaluation:
+        """The losses of a model, each token weighted the same.
+
+        Args:
+            model: the model.
+            on_progress: called after each batch.
+        """
         results = []
         text_bytes = 0
         for windows, weights in self._batches:
             with self._partition.active():
                 results.append(self._sums(model, self._partition.place(batch_from_windows(windows, weights))))
             text_bytes += int((self._byte_lengths[windows[:, 1:]] * (weights > 0)).sum())
-        nats = sum(float(loss) for loss, _ in results)
-        targets = sum(float(count) for _, count in results)
+        nats = targets = 0.0
+        for loss, count in results:
+            nats, targets = nats + float(loss), targets + float(count)
+            on_progress()
         return Evaluation(nats / targets, nats / math.log(2) / text_bytes if text_bytes else math.nan)

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import equinox as eqx
 
 from sophia_levanter.batch import Batch
+from sophia_levanter.checkpoint import CheckpointError
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.optim import Optimizer, Sophia
@@ -22,11 +22,13 @@ from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.partition.processes import all_stop
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines, NoLines
+from sophia_levanter.training.checkpoints import RunCheckpoints
 from sophia_levanter.training.config import TrainerConfig
 from sophia_levanter.training.evaluation import Evaluation
 from sophia_levanter.training.loading import BatchLoader
 from sophia_levanter.training.profile import Profiler
 from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, train_step
+from sophia_levanter.training.watchdog import Watchdog
 
 Step = Callable[[Batch, TrainState], tuple[TrainState, StepOutput]]
 
@@ -99,13 +101,14 @@ class Loop:
         settings_of: gives what the step needs, of a trainer's settings with one batch size.
         partition: the devices, and where arrays lie on them.
         loader: puts the training batches on the devices.
-        evaluate: gives a model's validation loss.
-        save: writes a checkpoint of a state and gives its path.
+        evaluate: gives a model's validation loss; calls a function on its way.
+        checkpoints: saves states while training goes on.
         metrics: takes the numbers of each step.
         console: shows them.
         profiler: traces some of the steps.
         tokens_per_window: predicted tokens in a row of a batch.
         mfu_per_token_rate: model FLOPs utilisation at one token a second.
+        saved: the last checkpoint's path or URL; None before the end.
         waited_steps: how many steps began late because their batch was not there.
     """
 
@@ -113,20 +116,20 @@ class Loop:
     settings_of: Callable[[TrainerConfig], StepSettings]
     partition: Partition
     loader: BatchLoader
-    evaluate: Callable[[Gpt2], Evaluation]
-    save: Callable[[TrainState], Path]
+    evaluate: Callable[[Gpt2, Callable[[], None]], Evaluation]
+    checkpoints: RunCheckpoints
     metrics: JsonLines | NoLines
     console: Console
     profiler: Profiler
     tokens_per_window: int
     mfu_per_token_rate: float
     last_metrics: dict[str, float] = field(default_factory=dict)
-    saved: Path | None = None
-    saved_step: int | None = None
+    saved: str | None = None
     waited_steps: int = 0
     _tokens: int = 0
     _last_time: float = 0.0
     _step_seconds: list[float] = field(default_factory=list)
+    _watchdog: Watchdog = field(init=False)
 
     def run(self, state: TrainState, stop: StopRequest) -> TrainState:
         """Train until the last step or until asked to stop; the last state is saved either way.
@@ -140,13 +143,20 @@ class Loop:
 
         Raises:
             TrainingFailed: if too many steps in a row had a non-finite loss or gradient.
+            CheckpointError: if a state could not be saved.
         """
-        with self.partition.active():
+        self._watchdog = Watchdog(self.config.step_timeout)
+        with self.partition.active(), self._watchdog:
             compiled = self._compile(state, int(state.step))
             self.console.start(int(state.step), self.config.num_train_steps)
             self._last_time = time.perf_counter()
             try:
-                return self._steps(state, compiled, stop)
+                state = self._steps(state, compiled, stop)
+                self.saved = self.checkpoints.wait()
+                return state
+            except Exception as error:
+                self._end_save(error)
+                raise
             finally:
                 self._end_profile()
                 self.console.stop()
@@ -160,6 +170,8 @@ class Loop:
         # A step's numbers are read while the next one runs.
         unread: tuple[int, StepOutput] | None = None
         while step < total and not all_stop(step, stop.signal is not None):
+            self._watchdog.begin(f"step {step}")
+            self.checkpoints.check()
             if self.config.at_step(step).batch_size != compiled.batch_size:
                 if unread is not None:
                     self._read(*unread)
@@ -179,7 +191,7 @@ class Loop:
                     batch = self._next(batches, output)
                 except InputError:  # a corpus that is damaged further on
                     self._read(step, output)
-                    self._save(step + 1, state)
+                    self._save(step + 1, state, evaluated=False)
                     raise
             if unread is not None:
                 self._read(*unread)
@@ -197,15 +209,16 @@ class Loop:
             if evaluate:
                 self._evaluate(step, state)
             if save:
-                self._save(step, state)
+                self._save(step, state, evaluated=evaluate)
         if unread is not None:
             self._read(*unread)
-        if self.saved_step != step:
-            self._save(step, state)
+        if self.checkpoints.saved_step != step:
+            self._save(step, state, evaluated=False)
         return state
 
     def _compile(self, state: TrainState, step: int) -> CompiledSteps:
         """Steps for batches of the size that they have from `step` on."""
+        self._watchdog.pause()
         trainer = self.config.at_step(step)
         settings = self.settings_of(trainer)
         batch = self.loader.load(step)
@@ -253,7 +266,7 @@ class Loop:
             )
 
     def _evaluate(self, step: int, state: TrainState) -> None:
-        evaluation = self.evaluate(state.model)
+        evaluation = self.evaluate(state.model, lambda: self._watchdog.begin(f"the evaluation after step {step}"))
         numbers = {"validation/loss": evaluation.loss, "validation/bits_per_byte": evaluation.bits_per_byte}
         self.metrics.log(step - 1, {k: v for k, v in numbers.items() if not math.isnan(v)})
         self.last_metrics |= numbers
@@ -269,10 +282,19 @@ class Loop:
             self.console.line(f"profile: tensorboard --logdir {directory}")
             self._last_time = time.perf_counter()
 
-    def _save(self, step: int, state: TrainState) -> None:
+    def _save(self, step: int, state: TrainState, *, evaluated: bool) -> None:
+        self._watchdog.begin(f"saving step {step}")
         self.metrics.sync()
-        self.saved, self.saved_step = self.save(state), step
+        self.checkpoints.save(step, state, self.last_metrics, evaluated=evaluated)
         self._last_time = time.perf_counter()
+
+    def _end_save(self, error: Exception) -> None:
+        """Before the run ends with an error: what is being saved is saved, and a failure to is not forgotten."""
+        try:
+            self.checkpoints.wait()
+        except (CheckpointError, FileExistsError) as another:
+            if another is not error:
+                self.console.line(f"WARNING: {another}")
 
     @property
     def tokens_per_second(self) -> float:

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 
 from sophia_levanter import checkpoint
-from sophia_levanter.command_line import dump_config, load_config
+from sophia_levanter.checkpoint import Restored
+from sophia_levanter.command_line import config_in, dump_config
 from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches
 from sophia_levanter.data.config import DataConfig
@@ -22,21 +23,22 @@ from sophia_levanter.data.tokenizer import token_byte_lengths
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.partition.mesh import Partition, partition_of
+from sophia_levanter.partition.messages import Processes
 from sophia_levanter.partition.processes import (
     check_agreement,
     is_first_process,
-    on_this_host,
     start_processes,
     wait_for_all,
 )
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines, NoLines
+from sophia_levanter.training.checkpoints import RunCheckpoints
 from sophia_levanter.training.evaluation import Evaluator
 from sophia_levanter.training.loading import BatchLoader
 from sophia_levanter.training.loop import Loop, StopRequest
 from sophia_levanter.training.optimizers import build_schedule, build_step_settings
 from sophia_levanter.training.profile import Profiler
-from sophia_levanter.training.run_directory import RunDirectory, changed_fields
+from sophia_levanter.training.run_directory import RunDirectory, changed_fields, check_same_run
 from sophia_levanter.training.step import StepSettings, TrainState
 from sophia_levanter.training.summary import attention_of, describe_end, describe_start
 from sophia_levanter.training.throughput import flops_per_token, peak_flops
@@ -87,17 +89,25 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
     console = Console(config.trainer.log_every, quiet=not first)
     if directory.resume != "never" and first:
         directory.lock()
-    saved_steps = checkpoint.steps(directory.checkpoints)
-    if directory.resume == "always" and not saved_steps:
+    processes = Processes.of_this_run()
+    # The first process looks: disks that hosts share do not always show all of them the same.
+    is_saved = processes.broadcast("saved", str(bool(checkpoint.steps(directory.checkpoints))), 120) == "True"
+    if directory.resume == "never" and is_saved:
+        raise InputError(
+            f"trainer.checkpoint_dir {directory.checkpoints} holds checkpoints already; --resume auto continues the "
+            "run that they are of, another --trainer.checkpoint_dir starts one"
+        )
+    if directory.resume == "always" and not is_saved:
         raise InputError(
             f"--resume {directory.path}: {directory.checkpoints} holds no checkpoint to go on from; "
             f"start the run with --config FILE --trainer.run_dir {directory.path} --resume auto"
         )
     parts = _build(config, environment, console)
     check_agreement("the text", json.dumps([parts.facts["data"], parts.facts["validation"]]))
-    run_id = uuid.uuid4().hex
-    if directory.resume != "never" and saved_steps:
-        state, run_id = _restore(parts, directory, console)
+    restored = None
+    if is_saved:
+        restored = _restore(parts, directory, processes, console)
+        state = restored.tree
         if int(state.step) >= config.trainer.num_train_steps:
             console.line(
                 f"all {int(state.step)} steps are done; --trainer.num_train_steps with more of them extends the run"
@@ -112,7 +122,7 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
         directory.write_config(config)
         checkpoint.remove_leftovers(directory.checkpoints)
     describe_start(parts, directory.path, console)
-    loop = _make_loop(parts, directory, state, run_id, console)
+    loop = _make_loop(parts, directory, processes, state, restored, console)
     with StopRequest(several=jax.process_count() > 1) as stop:
         state = loop.run(state, stop)
     if int(state.step) < config.trainer.num_train_steps:
@@ -175,11 +185,19 @@ def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console
     )
 
 
-def _restore(parts: Parts, directory: RunDirectory, console: Console) -> tuple[TrainState, str]:
-    """The newest checkpoint that is whole, and the run's id; tells what is not as it was when the run began."""
-    like = parts.partition.abstract(parts.initial_state)
-    restored = checkpoint.restore(directory.checkpoints, like, report=console.line)
-    old_config = load_config(directory.config_file)
+def _restore(parts: Parts, directory: RunDirectory, processes: Processes, console: Console) -> Restored[TrainState]:
+    """The newest checkpoint that is whole; tells what is not as it was when it was saved."""
+    restored: Restored[TrainState] = checkpoint.restore(
+        directory.checkpoints,
+        parts.partition.abstract(parts.initial_state),
+        report=console.line,
+        cast=parts.config.trainer.cast_checkpoint,
+        processes=processes,
+    )
+    saved_config: Any = restored.metadata["config"]
+    old_config = config_in(saved_config, Path(f"{directory.checkpoints}/step-{restored.step:08d}"))
+    if directory.resume == "if_saved":
+        check_same_run("checkpoint_dir", str(directory.checkpoints), old_config, parts.config)
     for name, old, new in changed_fields(old_config, parts.config):
         if name in ANOTHER_MODEL:
             raise InputError(f"--resume {directory.path}: {name} was {old} and is {new}, which is another model")
@@ -207,26 +225,20 @@ def _restore(parts: Parts, directory: RunDirectory, console: Console) -> tuple[T
             f"the schedule is another one: at step {restored.step} the learning rate was {rates[0]:.3g} "
             f"and is {rates[1]:.3g}"
         )
-    return restored.tree, restored.run_id
+    return restored
 
 
-def _make_loop(parts: Parts, directory: RunDirectory, state: TrainState, run_id: str, console: Console) -> Loop:
+def _make_loop(
+    parts: Parts,
+    directory: RunDirectory,
+    processes: Processes,
+    state: TrainState,
+    restored: Restored[TrainState] | None,
+    console: Console,
+) -> Loop:
     trainer = parts.config.trainer
     step = int(state.step)
-
-    def save(state: TrainState) -> Path:
-        step, whole = int(state.step), on_this_host(state)
-        if not is_first_process():
-            return directory.checkpoints
-        return checkpoint.save(
-            directory.checkpoints,
-            step,
-            whole,
-            run_id=run_id,
-            metadata=parts.facts,
-            keep=trainer.keep_checkpoints,
-        )
-
+    best: Any = None if restored is None else restored.metadata["best"]
     flops = flops_per_token(parts.config.model, parts.data.tokenizer.vocab_size)
     return Loop(
         config=trainer,
@@ -236,11 +248,19 @@ def _make_loop(parts: Parts, directory: RunDirectory, state: TrainState, run_id:
         evaluate=Evaluator(
             parts.validation, token_byte_lengths(parts.data.tokenizer), parts.partition, parts.settings.policy
         ),
-        save=save,
+        checkpoints=RunCheckpoints(
+            directory.checkpoints,
+            parts.config,
+            parts.facts,
+            # Of all the ids only the first process's is saved.
+            run_id=uuid.uuid4().hex if restored is None else restored.run_id,
+            processes=processes,
+            best=best,
+            saved_step=None if restored is None else restored.step,
+        ),
         metrics=JsonLines(directory.metrics_file, first_step=step) if is_first_process() else NoLines(),
         console=console,
         profiler=Profiler(trainer.profiled_steps, directory.profile),
         tokens_per_window=parts.config.model.seq_len,
         mfu_per_token_rate=flops / peak_flops(list(parts.partition.mesh.devices.flat)),
-        saved_step=step if step in checkpoint.steps(directory.checkpoints) else None,
     )

@@ -32,10 +32,12 @@ class RunDirectory:
     Attributes:
         path: the directory.
         resume: `never` for a new run, `if_saved` to go on from a checkpoint if there is one, `always` to need one.
+        checkpoint_dir: where the checkpoints lie, a path or a URL; in the directory itself if not given.
     """
 
     path: Path
     resume: Literal["never", "if_saved", "always"]
+    checkpoint_dir: str | None = None
 
     @property
     def config_file(self) -> Path:
@@ -46,8 +48,8 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def checkpoints(self) -> Path | str:
+        return self.path / "checkpoints" if self.checkpoint_dir is None else self.checkpoint_dir
 
     @property
     def profile(self) -> Path:
@@ -113,14 +115,18 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
         run = RunDirectory(Path(os.path.abspath(os.path.expanduser(given))), "never")
     config = with_absolute_paths(command.config)
     config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, run_dir=str(run.path)))
+    run = dataclasses.replace(run, checkpoint_dir=config.trainer.checkpoint_dir)
     if not isinstance(command.resume, Path) and _holds_files(run.path):
         if command.resume != "auto":
             raise InputError(
                 f"trainer.run_dir {run.path} holds files already; --resume auto continues the run that is there, "
                 "another --trainer.run_dir starts one"
             )
-        _check_same_run(run, config)
-        return RunDirectory(run.path, "if_saved"), config
+        _check_config_file(run, config)
+        return dataclasses.replace(run, resume="if_saved"), config
+    if command.resume == "auto" and run.checkpoint_dir is not None:
+        # The directory may have gone with the machine, and the checkpoints not.
+        return dataclasses.replace(run, resume="if_saved"), config
     return run, config
 
 
@@ -143,14 +149,29 @@ def _naming(path: Path) -> Iterator[None]:
         raise InputError(f"trainer.run_dir {shown} cannot be used: {reason}; name another directory") from error
 
 
-def _check_same_run(run: RunDirectory, config: TrainConfig) -> None:
+def _check_config_file(run: RunDirectory, config: TrainConfig) -> None:
     if not run.config_file.exists():
         raise InputError(f"trainer.run_dir {run.path} holds files but no run; name an empty or a new directory")
-    for name, old, new in changed_fields(load_config(run.config_file), config):
+    check_same_run("run_dir", str(run.path), load_config(run.config_file), config)
+
+
+def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -> None:
+    """For `--resume auto`, which continues the very run that it starts.
+
+    Args:
+        field: of the trainer, that names the place.
+        place: where the run was found.
+        old: its configuration.
+        new: the one that it is to have now.
+
+    Raises:
+        InputError: if they differ in what makes another run.
+    """
+    for name, before, after in changed_fields(old, new):
         if name not in _MAY_DIFFER:
             raise InputError(
-                f"trainer.run_dir {run.path} holds another run: its {name} is {old!r}, this one's is {new!r}; "
-                "name another --trainer.run_dir"
+                f"trainer.{field} {place} holds another run: its {name} is {before!r}, this one's is {after!r}; "
+                f"name another --trainer.{field}"
             )
 
 
@@ -171,7 +192,7 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The configuration with paths to the data that hold from anywhere."""
+    """The configuration with paths to data and checkpoints that hold from anywhere."""
     data = config.data
     train: str | tuple[MixturePart, ...]
     if isinstance(data.train, str):
@@ -185,4 +206,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         tokenizer=absolute_tokenizer(data.tokenizer),
         cache_dir=os.path.abspath(os.path.expanduser(data.cache_dir)),
     )
-    return dataclasses.replace(config, data=resolved)
+    trainer = config.trainer
+    if trainer.checkpoint_dir is not None and "://" not in trainer.checkpoint_dir:
+        absolute = os.path.abspath(os.path.expanduser(trainer.checkpoint_dir))
+        trainer = dataclasses.replace(trainer, checkpoint_dir=absolute)
+    return dataclasses.replace(config, data=resolved, trainer=trainer)

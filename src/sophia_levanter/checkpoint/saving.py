@@ -1,0 +1,282 @@
+"""Saving a tree as a step: at once, or while training goes on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from sophia_levanter.checkpoint.arrays import with_digests, write_arrays
+from sophia_levanter.checkpoint.manifest import (
+    JSON,
+    CheckpointError,
+    Manifest,
+    SavedArray,
+    encode_manifest,
+    one_line,
+)
+from sophia_levanter.checkpoint.restoring import is_intact
+from sophia_levanter.checkpoint.shards import HostArray, copied_to_host, host_arrays
+from sophia_levanter.checkpoint.storage import Stage, Storage, step_name, storage_at
+from sophia_levanter.checkpoint.tree import arrays_of
+from sophia_levanter.errors import InputError
+from sophia_levanter.partition.messages import NoAnswer, Processes
+
+# Seconds that a process waits for what another does, beyond what it has needed for the same itself.
+PATIENCE = 120.0
+
+# All processes save in the same order, and so agree on the number of a save.
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which steps stay when one has been saved. Later ones, there when a run was taken back, are left alone.
+
+    Attributes:
+        last: the newest so many.
+        every: the multiples of this too, for ever.
+        best: and this step.
+
+    Raises:
+        InputError: if a number is below 1.
+    """
+
+    last: int
+    every: int | None = None
+    best: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.last < 1 or (self.every is not None and self.every < 1):
+            raise InputError(
+                f"the last {self.last} and every {self.every} steps are to be kept; neither may be below 1"
+            )
+
+    def surplus(self, steps: list[int]) -> list[int]:
+        """Those of some steps, ascending, that go."""
+        return [s for s in steps[: -self.last] if s != self.best and (self.every is None or s % self.every)]
+
+
+def save(
+    directory: Path | str,
+    step: int,
+    tree: Any,
+    *,
+    run_id: str,
+    metadata: dict[str, JSON],
+    retention: Retention,
+    processes: Processes | None = None,
+) -> str:
+    """Write the arrays of `tree` as `directory/step-NNNNNNNN`, durably or not at all.
+
+    Leaves that are jax or numpy arrays, or numpy scalars, are saved; others, Python numbers among them, are not. All
+    processes of a run call it together, and each writes shards that it has; `directory` is then one that all share.
+
+    Args:
+        directory: a path, or a `gs://` or `s3://` URL.
+        step: steps taken.
+        tree: any pytree.
+        run_id: of the run.
+        metadata: what the run wants to find again, as JSON.
+        retention: which steps stay.
+        processes: those of the run; this one alone if not given.
+
+    Returns:
+        The path or URL of the step.
+
+    Raises:
+        CheckpointError: on every process, if one of them could not do its part; nothing is committed then.
+        FileExistsError: if an intact checkpoint of this step is there. A damaged one is replaced, or else a run that
+            fell back because of it could never get past it.
+    """
+    return _prepared(storage_at(directory), step, tree, run_id, metadata, retention, processes or Processes()).run()
+
+
+class Saver:
+    """Saves while training goes on: `save` returns when the arrays are copied, and a thread of its own does the rest.
+
+    Args:
+        directory: a path, or a `gs://` or `s3://` URL.
+        run_id: of the run.
+        processes: those of the run, which all make the same calls; this one alone if not given.
+        on_failure: called with the error, by the thread, as soon as a save has failed.
+
+    Attributes:
+        saved: the path or URL of the last committed step; None before.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        run_id: str,
+        processes: Processes | None = None,
+        on_failure: Callable[[Exception], None] | None = None,
+    ) -> None:
+        self.saved: str | None = None
+        self._storage = storage_at(directory)
+        self._run_id = run_id
+        self._processes = processes or Processes()
+        self._on_failure = on_failure
+        self._thread: Thread | None = None
+        self._failure: Exception | None = None
+
+    def save(self, step: int, tree: Any, *, metadata: dict[str, JSON], retention: Retention) -> None:
+        """Begin a save, as the function `save` does it, when the one before has ended.
+
+        The arrays may be given away (donated) as soon as it returns.
+
+        Raises:
+            CheckpointError, FileExistsError: if the save before has failed.
+        """
+        self.wait()
+        job = _prepared(self._storage, step, tree, self._run_id, metadata, retention, self._processes)
+        job = replace(job, arrays=copied_to_host(job.arrays))
+        self._thread = Thread(target=self._run, args=(job,), name=f"save of step {step}", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what the last save has failed with, if it has; to be called often."""
+        if self._failure is not None:
+            raise self._failure
+
+    def wait(self) -> None:
+        """Return when the last save is committed.
+
+        Raises:
+            CheckpointError, FileExistsError: if it has failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def _run(self, job: _Save) -> None:
+        try:
+            self.saved = job.run()
+        except Exception as error:
+            self._failure = error
+            if self._on_failure is not None:
+                self._on_failure(error)
+
+
+def _prepared(
+    storage: Storage,
+    step: int,
+    tree: Any,
+    run_id: str,
+    metadata: dict[str, JSON],
+    retention: Retention,
+    processes: Processes,
+) -> _Save:
+    if step < 0:
+        raise InputError(f"a checkpoint needs step >= 0, found {step}")
+    arrays = host_arrays(arrays_of(tree), process=processes.index, num_processes=processes.count)
+    # What JSON cannot hold fails here, before the arrays are written.
+    return _Save(storage, step, arrays, run_id, json.loads(json.dumps(metadata)), retention, processes, next(_numbers))
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One save, on each process of a run. The first one chooses the place, and commits when all have written."""
+
+    storage: Storage
+    step: int
+    arrays: Sequence[HostArray]
+    run_id: str
+    metadata: dict[str, JSON]
+    retention: Retention
+    processes: Processes
+    number: int
+
+    def run(self) -> str:
+        """Write, commit, and remove the steps that go; the path or URL of the step."""
+        final = self.storage.folder(step_name(self.step))
+        started = time.monotonic()
+        try:
+            stage = Stage(*self._by_first("stage", self._stage, PATIENCE))
+            outcome = self._write(stage)
+            patience = PATIENCE + time.monotonic() - started
+            if not self.processes.is_first:
+                self._gather(outcome, patience)  # which from here only sends it
+            self._by_first("commit", lambda: self._commit(stage, outcome, patience), patience)
+            if self.number:
+                self.processes.forget(f"save/{self.number - 1}")
+        except FileExistsError:
+            raise
+        except (OSError, NoAnswer, CheckpointError) as error:
+            raise CheckpointError(f"{final} could not be written: {one_line(error)}") from error
+        return final
+
+    def _stage(self) -> Stage:
+        if self.step in self.storage.steps() and is_intact(self.storage, self.step):
+            raise FileExistsError(
+                f"{self.storage.folder(step_name(self.step))} already holds a checkpoint: "
+                f"remove it to save step {self.step} again"
+            )
+        return self.storage.new_stage(self.step)
+
+    def _write(self, stage: Stage) -> dict[str, Any]:
+        """The digests of what this process has written, or why it could not."""
+        folder = self.storage.folder(f"{stage.folder}/{stage.arrays}")
+        try:
+            digests = write_arrays(folder, self.arrays, headers=self.processes.is_first)
+            self.storage.sync_stage(stage)
+        except (OSError, CheckpointError) as error:
+            return {"failure": one_line(error)}
+        return {"digests": digests}
+
+    def _commit(self, stage: Stage, outcome: dict[str, Any], patience: float) -> None:
+        try:
+            outcomes = self._gather(outcome, patience)
+            for number, one in enumerate(outcomes):
+                if "failure" in one:
+                    raise CheckpointError((f"process {number}: " if len(outcomes) > 1 else "") + one["failure"])
+            arrays = with_digests(self.arrays, [one["digests"] for one in outcomes])
+            self._check_that_all_is_here(stage, arrays, outcomes[1:])
+            manifest = Manifest(self.run_id, self.step, time.time(), self.metadata, stage.arrays, arrays)
+            if self.step in self.storage.steps():
+                self.storage.remove(self.step)  # damaged, as `_stage` has seen
+            self.storage.commit(stage, self.step, encode_manifest(manifest))
+        except BaseException:
+            self.storage.discard(stage)
+            raise
+        for old in self.retention.surplus([saved for saved in self.storage.steps() if saved <= self.step]):
+            self.storage.remove(old)
+
+    def _check_that_all_is_here(self, stage: Stage, arrays: list[SavedArray], others: list[dict[str, Any]]) -> None:
+        folders = {array.path: array.folder for array in arrays}
+        for number, outcome in enumerate(others, start=1):
+            for path, names in outcome["digests"].items():
+                file = f"{stage.folder}/{stage.arrays}/{folders[path]}/{next(iter(names))}"
+                if not self.storage.sees(file):
+                    raise CheckpointError(
+                        f"process {number} has written {file}, and it is not here: "
+                        "checkpoints of several hosts need a disk that all of them share, or a bucket"
+                    )
+
+    def _gather(self, outcome: dict[str, Any], patience: float) -> list[dict[str, Any]]:
+        texts = self.processes.gather(f"save/{self.number}/written", json.dumps(outcome), patience)
+        return [json.loads(text) for text in texts]
+
+    def _by_first(self, name: str, work: Callable[[], Any], patience: float) -> Any:
+        """What the first process's work gives, or why it could not be done, on every process."""
+        text = None
+        if self.processes.is_first:
+            try:
+                text = json.dumps({"result": work()})
+            except (OSError, NoAnswer, CheckpointError) as error:
+                self._broadcast(name, json.dumps({"failure": one_line(error)}), patience)
+                raise
+        answer = json.loads(self._broadcast(name, text, patience))
+        if "failure" in answer:
+            raise CheckpointError(answer["failure"])
+        return answer["result"]
+
+    def _broadcast(self, name: str, text: str | None, patience: float) -> str:
+        return self.processes.broadcast(f"save/{self.number}/{name}", text, patience)

@@ -1,0 +1,263 @@
+"""Where checkpoints lie: a folder on a disk, or a prefix in a bucket. Each has its own way to commit a step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import tensorstore as ts
+
+from sophia_levanter.checkpoint.manifest import FILE_NAME, CheckpointError, one_line
+from sophia_levanter.errors import InputError
+from sophia_levanter.files import sync
+from sophia_levanter.kvstore import context_spec, kvstore_spec
+
+_STEP = re.compile(r"step-(\d{8,})")
+_ARRAYS = re.compile(r"step-\d{8,}/arrays-[0-9a-f]{32}/")
+_LEFTOVER = re.compile(r"step-\d{8,}\.(partial|removed)-[0-9a-f]{32}")
+
+
+class Stage(NamedTuple):
+    """Where a step is written before it is committed.
+
+    Attributes:
+        folder: in the storage; the name of the step itself in a bucket, where nothing can be renamed.
+        arrays: the folder in it that holds the arrays.
+    """
+
+    folder: str
+    arrays: str
+
+
+class Storage(Protocol):
+    """Steps by number. What is no committed step cannot be seen here.
+
+    Attributes:
+        location: its path or URL, for messages.
+    """
+
+    location: str
+
+    def steps(self) -> list[int]:
+        """The committed steps, ascending; none where there is nothing."""
+        ...
+
+    def folder(self, name: str) -> str:
+        """The path or URL of a folder in it."""
+        ...
+
+    def read_manifest(self, step: int) -> bytes:
+        """The content of a committed step's manifest. Raises `CheckpointError` if it cannot be read."""
+        ...
+
+    def new_stage(self, step: int) -> Stage:
+        """A place of its own for a save."""
+        ...
+
+    def sync_stage(self, stage: Stage) -> None:
+        """Return when what this host has written is there to stay."""
+        ...
+
+    def sees(self, file: str) -> bool:
+        """Whether a file that another host has written is there for this one."""
+        ...
+
+    def commit(self, stage: Stage, step: int, manifest: bytes) -> None:
+        """Make it the step. Raises `FileExistsError` if that step has come to be there meanwhile."""
+        ...
+
+    def discard(self, stage: Stage) -> None:
+        """Remove what a failed save has written, as far as that can be done."""
+        ...
+
+    def remove(self, step: int) -> None:
+        """Remove a committed step; a kill half-way leaves a leftover and never a step that looks whole."""
+        ...
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed saves left. No save into it may be under way."""
+        ...
+
+
+def storage_at(location: str | Path) -> Storage:
+    """The storage at a path, or at a `gs://` or `s3://` URL.
+
+    Raises:
+        InputError: if the URL is of another kind or names no bucket.
+    """
+    scheme, separator, rest = str(location).partition("://")
+    if not separator:
+        return DiskStorage(Path(location))
+    if scheme not in ("gs", "s3"):
+        raise InputError(f"{location}: checkpoints go to a path, or to gs:// or s3://")
+    if not rest.strip("/") or rest.startswith("/"):
+        raise InputError(f"{location} names no bucket; write {scheme}://BUCKET/FOLDER")
+    return BucketStorage(str(location).rstrip("/"))
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+class DiskStorage:
+    """A folder. A step is written aside and renamed when all of it is on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.location = str(path)
+        self._path = path
+
+    def steps(self) -> list[int]:
+        if not self._path.is_dir():
+            return []
+        names = (_STEP.fullmatch(entry.name) for entry in self._path.iterdir())
+        return sorted(int(name[1]) for name in names if name)
+
+    def folder(self, name: str) -> str:
+        return str(self._path / name)
+
+    def read_manifest(self, step: int) -> bytes:
+        file = self._path / step_name(step) / FILE_NAME
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{file}: {one_line(error)}") from error
+
+    def new_stage(self, step: int) -> Stage:
+        folder = _aside(step, "partial")
+        (self._path / folder).mkdir(parents=True)
+        return Stage(folder, "arrays")
+
+    def sync_stage(self, stage: Stage) -> None:
+        # tensorstore has seen to the files, and to the names in the folders that they are in.
+        folder = self._path / stage.folder
+        for path in (folder / stage.arrays, folder):
+            if path.exists():
+                sync(path)
+
+    def sees(self, file: str) -> bool:
+        return (self._path / file).exists()
+
+    def commit(self, stage: Stage, step: int, manifest: bytes) -> None:
+        folder, final = self._path / stage.folder, self._path / step_name(step)
+        with (folder / FILE_NAME).open("xb") as file:
+            file.write(manifest)
+            file.flush()
+            os.fsync(file.fileno())
+        sync(folder)
+        try:
+            folder.rename(final)  # which refuses to take the place of a folder that holds anything
+        except OSError as error:
+            if final.exists():
+                raise FileExistsError(f"{final} has come to be there meanwhile") from error
+            raise
+        sync(self._path)
+        sync(self._path.parent)
+
+    def discard(self, stage: Stage) -> None:
+        shutil.rmtree(self._path / stage.folder, ignore_errors=True)
+
+    def remove(self, step: int) -> None:
+        removed = self._path / _aside(step, "removed")
+        (self._path / step_name(step)).rename(removed)
+        sync(self._path)
+        # A reader may hold a file open (NFS then refuses); what stays is removed with the leftovers.
+        shutil.rmtree(removed, ignore_errors=True)
+
+    def remove_leftovers(self) -> None:
+        if self._path.is_dir():
+            for entry in list(self._path.iterdir()):
+                if _LEFTOVER.fullmatch(entry.name):
+                    shutil.rmtree(entry)
+
+
+class BucketStorage:
+    """A prefix in a bucket. A step is there as soon as its manifest is, which is written on condition that none is.
+
+    The arrays of each save have a prefix of their own, which its manifest names: two saves never mix.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.location = url
+        self._opened: ts.KvStore | None = None
+
+    @property
+    def _store(self) -> ts.KvStore:
+        if self._opened is None:
+            try:
+                self._opened = ts.KvStore.open(kvstore_spec(self.location), context=ts.Context(context_spec())).result()
+            except ValueError as error:
+                raise InputError(f"{self.location}: {one_line(error)}") from error
+        return self._opened
+
+    def steps(self) -> list[int]:
+        names = (_STEP.fullmatch(key.removesuffix(f"/{FILE_NAME}")) for key in self._keys())
+        return sorted(int(name[1]) for name in names if name)
+
+    def folder(self, name: str) -> str:
+        return f"{self.location}/{name}"
+
+    def read_manifest(self, step: int) -> bytes:
+        key = f"{step_name(step)}/{FILE_NAME}"
+        try:
+            found = self._store.read(key).result()
+        except Exception as error:  # whatever the client makes of a server's answer
+            raise CheckpointError(f"{self.location}/{key}: {one_line(error)}") from error
+        if found.state != "value":
+            raise CheckpointError(f"{self.location}/{key} is missing")
+        return bytes(found.value)
+
+    def new_stage(self, step: int) -> Stage:
+        return Stage(step_name(step), f"arrays-{uuid.uuid4().hex}")
+
+    def sync_stage(self, stage: Stage) -> None:
+        """Nothing to do: an object is there to stay when its write has been answered."""
+
+    def sees(self, file: str) -> bool:
+        return True
+
+    def commit(self, stage: Stage, step: int, manifest: bytes) -> None:
+        key = f"{step_name(step)}/{FILE_NAME}"
+        there = self._do(self._store.read(key))
+        if there.state == "missing":
+            if self._do(self._store.write(key, manifest, if_equal=there.stamp.generation)).generation:
+                return
+            there = self._do(self._store.read(key))
+        if there.value != manifest:  # its own, where a write was done and the answer to it was lost
+            raise FileExistsError(f"{self.location}/{key} has come to be there meanwhile")
+
+    def discard(self, stage: Stage) -> None:
+        with contextlib.suppress(CheckpointError):  # what stays is a leftover
+            self._delete_all(f"{stage.folder}/{stage.arrays}/")
+
+    def remove(self, step: int) -> None:
+        self._do(self._store.write(f"{step_name(step)}/{FILE_NAME}", None))
+        self._delete_all(f"{step_name(step)}/")
+
+    def remove_leftovers(self) -> None:
+        saves = {found[0] for key in self._keys() if (found := _ARRAYS.match(key))}
+        manifests = {step_name(step): self.read_manifest(step) for step in self.steps()} if saves else {}
+        for prefix in saves:
+            step, arrays, _ = prefix.split("/")
+            if arrays.encode() not in manifests.get(step, b""):
+                self._delete_all(prefix)
+
+    def _keys(self) -> list[str]:
+        return [key.decode() for key in self._do(self._store.list())]
+
+    def _delete_all(self, prefix: str) -> None:
+        self._do(self._store.delete_range(ts.KvStore.KeyRange(prefix, prefix.removesuffix("/") + "0")))
+
+    def _do(self, request: Any) -> Any:
+        try:
+            return request.result()
+        except Exception as error:  # whatever the client makes of a server's answer, or of none
+            raise CheckpointError(f"{self.location}: {one_line(error)}") from error
+
+
+def _aside(step: int, kind: str) -> str:
+    return f"{step_name(step)}.{kind}-{uuid.uuid4().hex}"

@@ -1,0 +1,36 @@
+"""Folders as tensorstore knows them: on a disk, or in a bucket."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+# Of a request to a bucket, with pauses that grow to half a minute: one that does not answer is given up after two.
+_RETRIES = {"max_retries": 8}
+
+
+def kvstore_spec(location: str) -> dict[str, Any] | str:
+    """What tensorstore calls the folder at a path, or at a URL such as gs://bucket/folder.
+
+    Of `s3://`, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL names a server other than Amazon's, and AWS_REGION or
+    AWS_DEFAULT_REGION its region, as for Amazon's own tools; tensorstore itself reads neither.
+    """
+    folder = f"{location.rstrip('/')}/"
+    scheme, separator, rest = folder.partition("://")
+    if not separator:
+        return {"driver": "file", "path": folder}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if scheme != "s3" or not endpoint:
+        return folder
+    bucket, _, path = rest.partition("/")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return {"driver": "s3", "bucket": bucket, "path": path, "endpoint": endpoint, "aws_region": region}
+
+
+def context_spec(cache_bytes: int = 0) -> dict[str, Any]:
+    """Of a `tensorstore.Context`: a cache of chunks of so many bytes, and requests to buckets that end some time."""
+    return {
+        "cache_pool": {"total_bytes_limit": cache_bytes},
+        "gcs_request_retries": _RETRIES,
+        "s3_request_retries": _RETRIES,
+    }

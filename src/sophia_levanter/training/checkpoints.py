@@ -1,0 +1,107 @@
+"""What a training run saves, and when it learns that it could not."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import draccus
+
+from sophia_levanter.checkpoint import JSON, Retention, Saver
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.partition.messages import Processes
+from sophia_levanter.training.step import TrainState
+
+# Seconds for the loop to see that a save has failed, before the process ends all the same: of several processes one
+# may have ended already, and this one wait for it in the midst of a step.
+GRACE = 5.0
+FAILURE = 1
+
+
+class RunCheckpoints:
+    """Saves a run's state while it trains: all that is needed to go on, and what the run looked like at the time.
+
+    Args:
+        directory: a path, or a `gs://` or `s3://` URL.
+        config: the run's configuration, which is saved too.
+        facts: what besides the configuration decides the numbers, to be saved too.
+        run_id: of the run.
+        processes: those of the run.
+        best: step and validation loss of the best checkpoint so far, as saved with the one that the run goes on from.
+
+    Attributes:
+        saved_step: the step of the last save that was begun.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        config: TrainConfig,
+        facts: Mapping[str, Any],
+        *,
+        run_id: str,
+        processes: Processes,
+        best: dict[str, Any] | None = None,
+        saved_step: int | None = None,
+    ) -> None:
+        self.saved_step = saved_step
+        self._trainer = config.trainer
+        self._metadata: dict[str, JSON] = {**facts, "config": draccus.encode(config)}
+        self._best = best
+        on_failure = _end_soon if processes.count > 1 else None
+        self._saver = Saver(directory, run_id=run_id, processes=processes, on_failure=on_failure)
+
+    def save(self, step: int, state: TrainState, numbers: Mapping[str, float], *, evaluated: bool) -> None:
+        """Begin to save a state; its buffers may be given away when this returns.
+
+        Args:
+            step: steps taken.
+            state: the state after them.
+            numbers: the latest metrics by name.
+            evaluated: whether the validation loss among them is this state's.
+
+        Raises:
+            CheckpointError: if the save before has failed.
+        """
+        loss = numbers.get("validation/loss", math.nan)
+        if evaluated and math.isfinite(loss) and (self._best is None or loss < self._best["validation/loss"]):
+            self._best = {"step": step, "validation/loss": loss}
+        finite: dict[str, JSON] = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        if not evaluated:
+            finite = {name: value for name, value in finite.items() if not name.startswith("validation/")}
+        retention = Retention(
+            self._trainer.keep_checkpoints,
+            every=self._trainer.keep_every,
+            best=self._best["step"] if self._best and self._trainer.keep_best else None,
+        )
+        metadata: dict[str, JSON] = {**self._metadata, "metrics": finite, "best": self._best}
+        self._saver.save(step, state, metadata=metadata, retention=retention)
+        self.saved_step = step
+
+    def check(self) -> None:
+        """Raise what the last save has failed with (`CheckpointError`), if it has; to be called at every step."""
+        self._saver.check()
+
+    def wait(self) -> str | None:
+        """The path or URL of the last checkpoint, when it is committed.
+
+        Raises:
+            CheckpointError: if it could not be.
+        """
+        self._saver.wait()
+        return self._saver.saved
+
+
+def _end_soon(error: Exception) -> None:
+    def end() -> None:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(FAILURE)
+
+    timer = Timer(GRACE, end)
+    timer.daemon = True
+    timer.start()
