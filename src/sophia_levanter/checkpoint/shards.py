@@ -103,7 +103,7 @@ def _holders(array: Any) -> dict[Box, set[int]]:
         # Each process has one of its own, with the same numbers.
         return {box: {0} for box in _local_parts(array)}
     holders: dict[Box, set[int]] = {}
-    devices: dict[Any, Any] = array.sharding.devices_indices_map(array.shape)
+    devices: Mapping[Any, Any] = array.sharding.devices_indices_map(array.shape)
     for device, index in devices.items():
         holders.setdefault(box_of(index, array.shape), set()).add(device.process_index)
     return holders
