@@ -214,12 +214,13 @@ class _Save:
         return final
 
     def _stage(self) -> Stage:
-        if self.step in self.storage.steps() and is_intact(self.storage, self.step):
+        is_there = self.step in self.storage.steps()
+        if is_there and is_intact(self.storage, self.step):
             raise FileExistsError(
                 f"{self.storage.folder(step_name(self.step))} already holds a checkpoint: "
                 f"remove it to save step {self.step} again"
             )
-        return self.storage.new_stage(self.step)
+        return self.storage.new_stage(self.step, replaces=is_there)
 
     def _write(self, stage: Stage) -> dict[str, Any]:
         """The digests of what this process has written, or why it could not."""
@@ -240,8 +241,6 @@ class _Save:
             arrays = with_digests(self.arrays, [one["digests"] for one in outcomes])
             self._check_that_all_is_here(stage, arrays, outcomes[1:])
             manifest = Manifest(self.run_id, self.step, time.time(), self.metadata, stage.arrays, arrays)
-            if self.step in self.storage.steps():
-                self.storage.remove(self.step)  # damaged, as `_stage` has seen
             self.storage.commit(stage, self.step, encode_manifest(manifest))
         except BaseException:
             self.storage.discard(stage)

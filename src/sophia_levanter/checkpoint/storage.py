@@ -28,10 +28,12 @@ class Stage(NamedTuple):
     Attributes:
         folder: in the storage; the name of the step itself in a bucket, where nothing can be renamed.
         arrays: the folder in it that holds the arrays.
+        replaces: whether a damaged checkpoint of the step is there, whose place this one takes.
     """
 
     folder: str
     arrays: str
+    replaces: bool
 
 
 class Storage(Protocol):
@@ -55,7 +57,7 @@ class Storage(Protocol):
         """The content of a committed step's manifest. Raises `CheckpointError` if it cannot be read."""
         ...
 
-    def new_stage(self, step: int) -> Stage:
+    def new_stage(self, step: int, *, replaces: bool) -> Stage:
         """A place of its own for a save."""
         ...
 
@@ -68,7 +70,7 @@ class Storage(Protocol):
         ...
 
     def commit(self, stage: Stage, step: int, manifest: bytes) -> None:
-        """Make it the step. Raises `FileExistsError` if that step has come to be there meanwhile."""
+        """Make it the step. Raises `FileExistsError` if another has come to be there since the stage was made."""
         ...
 
     def discard(self, stage: Stage) -> None:
@@ -127,10 +129,10 @@ class DiskStorage:
         except OSError as error:
             raise CheckpointError(f"{file}: {one_line(error)}") from error
 
-    def new_stage(self, step: int) -> Stage:
+    def new_stage(self, step: int, *, replaces: bool) -> Stage:
         folder = _aside(step, "partial")
         (self._path / folder).mkdir(parents=True)
-        return Stage(folder, "arrays")
+        return Stage(folder, "arrays", replaces)
 
     def sync_stage(self, stage: Stage) -> None:
         # tensorstore has seen to the files, and to the names in the folders that they are in.
@@ -149,6 +151,8 @@ class DiskStorage:
             file.flush()
             os.fsync(file.fileno())
         sync(folder)
+        if stage.replaces and final.exists():
+            self.remove(step)
         try:
             folder.rename(final)  # which refuses to take the place of a folder that holds anything
         except OSError as error:
@@ -211,8 +215,8 @@ class BucketStorage:
             raise CheckpointError(f"{self.location}/{key} is missing")
         return bytes(found.value)
 
-    def new_stage(self, step: int) -> Stage:
-        return Stage(step_name(step), f"arrays-{uuid.uuid4().hex}")
+    def new_stage(self, step: int, *, replaces: bool) -> Stage:
+        return Stage(step_name(step), f"arrays-{uuid.uuid4().hex}", replaces)
 
     def sync_stage(self, stage: Stage) -> None:
         """Nothing to do: an object is there to stay when its write has been answered."""
@@ -223,8 +227,9 @@ class BucketStorage:
     def commit(self, stage: Stage, step: int, manifest: bytes) -> None:
         key = f"{step_name(step)}/{FILE_NAME}"
         there = self._do(self._store.read(key))
-        if there.state == "missing":
+        if there.state == "missing" or stage.replaces:
             if self._do(self._store.write(key, manifest, if_equal=there.stamp.generation)).generation:
+                self._remove_other_arrays(stage)
                 return
             there = self._do(self._store.read(key))
         if there.value != manifest:  # its own, where a write was done and the answer to it was lost
@@ -245,6 +250,13 @@ class BucketStorage:
             step, arrays, _ = prefix.split("/")
             if arrays.encode() not in manifests.get(step, b""):
                 self._delete_all(prefix)
+
+    def _remove_other_arrays(self, stage: Stage) -> None:
+        if stage.replaces:
+            saves = {found[0] for key in self._keys() if (found := _ARRAYS.match(key))}
+            for prefix in saves - {f"{stage.folder}/{stage.arrays}/"}:
+                if prefix.startswith(f"{stage.folder}/"):
+                    self._delete_all(prefix)
 
     def _keys(self) -> list[str]:
         return [key.decode() for key in self._do(self._store.list())]

@@ -1,0 +1,298 @@
+"""Checkpoints at gs:// and s3://, by tensorstore's own clients and servers that answer as Google's and Amazon's do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pytest
+from fake_gcs import FakeGcs, serving
+from trees import bits, blank, make_state, silent
+
+from sophia_levanter.checkpoint import (
+    CheckpointError,
+    Retention,
+    damage,
+    remove_leftovers,
+    restore,
+    save,
+    steps,
+)
+from sophia_levanter.errors import InputError
+
+
+class Bucket(Protocol):
+    url: str
+
+    def names(self) -> list[str]: ...
+    def get(self, name: str) -> bytes: ...
+    def put(self, name: str, content: bytes) -> None: ...
+    def delete(self, name: str) -> None: ...
+
+
+class Google:
+    url = "gs://bucket/run/checkpoints"
+
+    def __init__(self, server: FakeGcs) -> None:
+        self.server = server
+
+    def names(self) -> list[str]:
+        return sorted(self.server.objects)
+
+    def get(self, name: str) -> bytes:
+        return self.server.objects[name][1]
+
+    def put(self, name: str, content: bytes) -> None:
+        self.server.objects[name] = (next(self.server.generations), content)
+
+    def delete(self, name: str) -> None:
+        del self.server.objects[name]
+
+
+class Amazon:
+    url = "s3://bucket/run/checkpoints"
+
+    def __init__(self, address: str) -> None:
+        import boto3
+
+        self.client = boto3.client("s3", endpoint_url=address, region_name="us-east-1")
+        self.client.create_bucket(Bucket="bucket")
+
+    def names(self) -> list[str]:
+        return sorted(found["Key"] for found in self.client.list_objects_v2(Bucket="bucket").get("Contents", []))
+
+    def get(self, name: str) -> bytes:
+        return self.client.get_object(Bucket="bucket", Key=name)["Body"].read()
+
+    def put(self, name: str, content: bytes) -> None:
+        self.client.put_object(Bucket="bucket", Key=name, Body=content)
+
+    def delete(self, name: str) -> None:
+        self.client.delete_object(Bucket="bucket", Key=name)
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    if request.param == "gs":
+        with serving(FakeGcs()) as server:
+            monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server.address)
+            yield Google(server)
+        return
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield Amazon(f"http://{host}:{port}")
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST"))
+    server.stop()
+
+
+def put(bucket: Bucket, step: int, *, keep: int = 9) -> str:
+    return save(bucket.url, step, make_state(step), run_id="run", metadata={"seed": step}, retention=Retention(keep))
+
+
+def test_what_is_saved_comes_back_and_old_steps_go(bucket: Bucket) -> None:
+    assert steps(bucket.url) == []
+    for step in (1, 2, 3):
+        assert put(bucket, step, keep=2) == f"{bucket.url}/step-0000000{step}"
+    assert steps(bucket.url) == [2, 3]
+    assert not [name for name in bucket.names() if "step-00000001" in name]
+    restored = restore(bucket.url, blank(make_state()), report=silent)
+    assert bits(restored.tree) == bits(make_state(3))
+    assert (restored.step, restored.run_id, restored.metadata) == (3, "run", {"seed": 3})
+    with pytest.raises(FileExistsError, match="step-00000003 already holds a checkpoint"):
+        put(bucket, 3)
+
+
+def test_a_flipped_bit_and_a_lost_object_are_found(bucket: Bucket) -> None:
+    put(bucket, 1)
+    rng = random.Random(0)
+    names = bucket.names()
+    for name in [*rng.sample(names, k=8), next(name for name in names if name.endswith("manifest.json"))]:
+        content = bucket.get(name)
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        for change in (bytes(flipped), b"", None):
+            if change is None:
+                bucket.delete(name)
+            else:
+                bucket.put(name, change)
+            if not (change is None and name.endswith("manifest.json")):  # then there is no such step
+                (line,) = damage(bucket.url, 1)
+                assert name.removeprefix("run/") in line
+                with pytest.raises(CheckpointError):
+                    restore(bucket.url, make_state(), report=silent)
+        bucket.put(name, content)
+    assert damage(bucket.url, 1) == []
+
+
+def test_a_damaged_step_is_passed_over_and_can_be_saved_again(bucket: Bucket) -> None:
+    put(bucket, 1)
+    put(bucket, 2)
+    lost = next(name for name in bucket.names() if "step-00000002/arrays-" in name)
+    bucket.delete(lost)
+    lines: list[str] = []
+    assert restore(bucket.url, make_state(), report=lines.append).step == 1
+    assert len(lines) == 1 and lost.removeprefix("run/") in lines[0]
+    put(bucket, 2)
+    assert bits(restore(bucket.url, blank(make_state()), report=silent).tree) == bits(make_state(2))
+    assert not [name for name in bucket.names() if lost.split("/")[3] in name], "the damaged one's arrays are gone"
+    remove_leftovers(bucket.url)
+    assert damage(bucket.url, 2) == []
+
+
+def test_a_folder_copied_from_a_bucket_is_a_checkpoint(bucket: Bucket, tmp_path: Path) -> None:
+    put(bucket, 5)
+    for name in bucket.names():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bucket.get(name))
+    restored = restore(tmp_path / "run" / "checkpoints", blank(make_state()), report=silent)
+    assert bits(restored.tree) == bits(make_state(5))
+
+
+RACE = """
+import sys, time
+import numpy as np
+from sophia_levanter.checkpoint import Retention, save, saving
+url, writer = sys.argv[1], int(sys.argv[2])
+write = saving.write_arrays
+def waiting(*arguments, **options):
+    digests = write(*arguments, **options)
+    print("written", flush=True)
+    sys.stdin.readline()
+    return digests
+saving.write_arrays = waiting
+try:
+    tree = {str(i): np.full(50, writer) for i in range(4)}
+    save(url, 7, tree, run_id=str(writer), metadata={}, retention=Retention(9))
+except FileExistsError:
+    print("too late")
+else:
+    print("committed")
+"""
+
+
+def start(program: str, *arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+@pytest.mark.slow
+def test_of_writers_that_race_for_a_step_one_commits(bucket: Bucket) -> None:
+    """On the same footing: all have written their arrays, and are let go at once."""
+    writers = [start(RACE, bucket.url, number) for number in range(3)]
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == "written\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    said = [writer.communicate(timeout=60)[0].strip() for writer in writers]
+    assert sorted(said) == ["committed", "too late", "too late"]
+    restored = restore(bucket.url, {str(i): np.zeros(50, int) for i in range(4)}, report=silent)
+    assert restored.run_id == str(said.index("committed"))
+    assert all((leaf == said.index("committed")).all() for leaf in restored.tree.values())
+    remove_leftovers(bucket.url)
+    assert damage(bucket.url, 7) == []
+    assert len({name.split("/")[3] for name in bucket.names() if "arrays-" in name}) == 1, "the losers' arrays are gone"
+
+
+SAVE_FOR_EVER = """
+import sys
+import numpy as np
+from sophia_levanter.checkpoint import Retention, save, steps
+url = sys.argv[1]
+step = max(steps(url), default=0)
+while True:
+    step += 1
+    save(url, step, {str(i): np.full(100, step) for i in range(8)}, run_id="r", metadata={}, retention=Retention(2))
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_the_midst_of_saves_to_a_bucket(bucket: Bucket) -> None:
+    like = {str(i): np.zeros(100, int) for i in range(8)}
+    rng = random.Random(0)
+    leftovers = 0
+    for _ in range(8):
+        process = start(SAVE_FOR_EVER, bucket.url)
+        assert process.stdout is not None
+        committed = int(process.stdout.readline())
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        committed = max([committed, *map(int, process.stdout.read().split())])
+        process.wait()
+        before = len(bucket.names())
+        remove_leftovers(bucket.url)
+        leftovers += before - len(bucket.names())
+        assert all(damage(bucket.url, step) == [] for step in steps(bucket.url))
+        restored = restore(bucket.url, like, report=silent)
+        assert restored.step in (committed, committed + 1)
+        assert all((leaf == restored.step).all() for leaf in restored.tree.values())
+        # 8 arrays of 2 objects, and the manifest, of 2 steps; or of 3, where the kill came before the oldest went.
+        assert len(bucket.names()) in (2 * 17, 3 * 17)
+    assert leftovers > 0
+
+
+def test_a_bucket_that_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(FakeGcs()) as server:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server.address)
+        bucket = Google(server)
+        put(bucket, 1)
+        server.refused = "model.scale/c"
+        with pytest.raises(CheckpointError, match="step-00000002 could not be written: leaf model.scale, gs://.*quota"):
+            put(bucket, 2)
+        assert steps(bucket.url) == [1]
+        assert not [name for name in bucket.names() if "step-00000002" in name]
+        server.refused = None
+        put(bucket, 2)
+        assert steps(bucket.url) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("http://host/folder", "checkpoints go to a path, or to gs:// or s3://"),
+        ("memory://x", "checkpoints go to a path, or to gs:// or s3://"),
+        ("gs://", "gs:// names no bucket; write gs://BUCKET/FOLDER"),
+        ("s3:///folder", "names no bucket"),
+        ("s3://b/folder", "s3://b/folder: .*bucket name"),
+    ],
+)
+def test_what_is_no_bucket(location: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        steps(location)
+
+
+def test_keys_stay_out_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-access-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-key")
+    monkeypatch.setattr("sophia_levanter.kvstore._RETRIES", {"max_retries": 1})
+    with pytest.raises(CheckpointError) as error:
+        steps("s3://bucket/run")
+    assert "\n" not in str(error.value)
+    assert "key" not in str(error.value) and not os.environ["AWS_SECRET_ACCESS_KEY"] in str(error.value)
