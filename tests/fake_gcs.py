@@ -1,4 +1,4 @@
-"""A server that answers as Google's object storage does, as far as tensorstore's client asks; it keeps preconditions."""
+"""A server that answers as Google's object storage does to tensorstore's client, preconditions included."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def serving(bucket: FakeGcs) -> Iterator[FakeGcs]:
         def _list(self, query: dict[str, str]) -> None:
             names = sorted(name for name in bucket.objects if name.startswith(query.get("prefix", "")))
             start = max(query.get("startOffset", ""), query.get("pageToken", ""))
-            names = [name for name in names if name >= start and not ("endOffset" in query and name >= query["endOffset"])]
+            names = [
+                name for name in names if name >= start and not ("endOffset" in query and name >= query["endOffset"])
+            ]
             answer: dict[str, object] = {"items": [{"name": name, "size": "0"} for name in names[:PAGE]]}
             if len(names) > PAGE:
                 answer["nextPageToken"] = names[PAGE]

@@ -16,9 +16,9 @@ from typing import Protocol
 
 import numpy as np
 import pytest
-from fake_gcs import FakeGcs, serving
 from trees import bits, blank, make_state, silent
 
+from fake_gcs import FakeGcs, serving
 from sophia_levanter.checkpoint import (
     CheckpointError,
     Retention,
@@ -263,7 +263,7 @@ def test_a_bucket_that_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
         bucket = Google(server)
         put(bucket, 1)
         server.refused = "model.scale/c"
-        with pytest.raises(CheckpointError, match="step-00000002 could not be written: leaf model.scale, gs://.*quota"):
+        with pytest.raises(CheckpointError, match=r"could not be written: leaf model\.scale, gs://.*quota"):
             put(bucket, 2)
         assert steps(bucket.url) == [1]
         assert not [name for name in bucket.names() if "step-00000002" in name]
@@ -295,4 +295,4 @@ def test_keys_stay_out_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError) as error:
         steps("s3://bucket/run")
     assert "\n" not in str(error.value)
-    assert "key" not in str(error.value) and not os.environ["AWS_SECRET_ACCESS_KEY"] in str(error.value)
+    assert "key" not in str(error.value) and os.environ["AWS_SECRET_ACCESS_KEY"] not in str(error.value)

@@ -6,16 +6,30 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore as ts
+from jax.sharding import NamedSharding, PartitionSpec
 from trees import bits, chunk_files, files, make_model, make_state, put, silent
 
-from sophia_levanter.checkpoint import CheckpointError, Retention, remove_leftovers, restore, save, steps
+from sophia_levanter.checkpoint import (
+    CheckpointError,
+    Retention,
+    Saver,
+    damage,
+    remove_leftovers,
+    restore,
+    save,
+    saving,
+    steps,
+)
 from sophia_levanter.errors import InputError
 from sophia_levanter.kvstore import context_spec
 
@@ -94,29 +108,189 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
     assert events[renamed + 1 :] == [tmp_path / "checkpoints", tmp_path]
 
 
+# While training goes on.
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Saves write nothing until this is set."""
+    event = threading.Event()
+    write = saving.write_arrays
+
+    def waiting(*arguments: Any, **options: Any) -> Any:
+        assert event.wait(60)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(saving, "write_arrays", waiting)
+    return event
+
+
+def saver_at(directory: Path) -> Saver:
+    return Saver(directory, run_id="run")
+
+
+def begin(saver: Saver, step: int, tree: Any, *, retention: Retention | None = None) -> None:
+    saver.save(step, tree, metadata={"seed": step}, retention=retention or Retention(9))
+
+
+def test_buffers_may_be_given_away_once_a_save_has_begun(tmp_path: Path, held: threading.Event) -> None:
+    mesh = jax.make_mesh((8,), ("x",))
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    tree = {"split": jax.device_put(jnp.arange(64.0), sharding), "whole": jnp.arange(1000.0), "host": np.arange(5)}
+    wanted = jax.tree.map(np.array, tree)
+    saver = saver_at(tmp_path)
+    begin(saver, 1, tree)
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    devices = {name: tree[name] for name in ("split", "whole")}
+    after = jax.block_until_ready(step(devices))
+    assert all(array.is_deleted() for array in devices.values())
+    tree["host"][:] = -1
+    assert steps(tmp_path) == [] and saver.saved is None
+    held.set()
+    saver.wait()
+    assert saver.saved == str(tmp_path / "step-00000001")
+    found = restore(tmp_path, wanted, report=silent).tree
+    assert bits(found) == bits(wanted)
+    assert (np.asarray(after["whole"]) == -1).all()
+
+
+def test_a_save_waits_for_the_one_before(tmp_path: Path, held: threading.Event) -> None:
+    saver = saver_at(tmp_path)
+    begin(saver, 1, make_model())
+    second = threading.Thread(target=begin, args=(saver, 2, make_model()))
+    second.start()
+    time.sleep(0.2)
+    assert second.is_alive() and steps(tmp_path) == []
+    held.set()
+    second.join(60)
+    saver.wait()
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_a_failed_save_is_told_at_the_next_look_and_the_next_wait(tmp_path: Path) -> None:
+    told: list[Exception] = []
+    saver = Saver(tmp_path / "folder", run_id="run", on_failure=told.append)
+    (tmp_path / "folder").touch()
+    begin(saver, 1, make_model())
+    deadline = time.monotonic() + 60
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for look in (saver.check, saver.wait, lambda: begin(saver, 2, make_model())):
+        with pytest.raises(CheckpointError, match="step-00000001 could not be written"):
+            look()
+
+
+def test_retention() -> None:
+    steps = [10, 20, 30, 40, 50, 60]
+    assert Retention(2).surplus(steps) == [10, 20, 30, 40]
+    assert Retention(1, every=20).surplus(steps) == [10, 30, 50]
+    assert Retention(2, best=30).surplus(steps) == [10, 20, 40]
+    assert Retention(9).surplus(steps) == []
+
+
+def test_50_saves_need_no_more_memory_than_5(tmp_path: Path) -> None:
+    """A context that is shared by all saves grows by 8 MiB with each, which this would see."""
+    finished = subprocess.run([sys.executable, "-c", FIFTY_SAVES, str(tmp_path)], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    early, late = (int(word) for word in finished.stdout.split())
+    assert late - early < 45 * 8 * 2**20 / 8, (early, late)
+
+
+FIFTY_SAVES = """
+import sys
+import numpy as np
+import psutil
+from sophia_levanter.checkpoint import Retention, Saver
+saver = Saver(sys.argv[1], run_id="r")
+tree = {str(i): np.ones((4, 2**17), np.float32) for i in range(4)}
+for step in range(50):
+    saver.save(step, tree, metadata={}, retention=Retention(2))
+    if step in (5, 49):
+        saver.wait()
+        print(psutil.Process().memory_info().rss)
+"""
+
+
+FULL_DISK = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from sophia_levanter.checkpoint import CheckpointError, Retention, Saver, damage, steps
+directory = Path(sys.argv[1], "run", "checkpoints")
+ballast = Path(sys.argv[1], "ballast")
+ballast.write_bytes(bytes(2**20))
+saver = Saver(directory, run_id="r")
+for step in range(1, 100):
+    try:
+        saver.check()
+        # 1 MiB, and 6 MiB of disk.
+        tree = {str(i): np.full((4, 2**15), step, "f4") for i in range(2)}
+        saver.save(step, tree, metadata={}, retention=Retention(99))
+        time.sleep(0.1)
+    except CheckpointError as error:
+        print(step - 1, "failed, seen at", step, ":", error)
+        break
+whole = steps(directory)
+print(*whole)
+assert whole == list(range(1, step - 1)) and all(damage(directory, s) == [] for s in whole)
+assert sorted(path.name for path in directory.iterdir()) == [f"step-{s:08d}" for s in whole]
+ballast.unlink()
+saver = Saver(directory, run_id="r")
+saver.save(step, {"x": np.ones(10)}, metadata={}, retention=Retention(99))
+saver.wait()
+assert damage(directory, step) == []
+print("saved", step)
+"""
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """A real one, of 6 MiB, in a namespace where this process may mount it."""
+    inside = f"mount -t tmpfs -o size=6m none {tmp_path} && exec {sys.executable} -c '{FULL_DISK}' {tmp_path}"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*command, f"mount -t tmpfs none {tmp_path}"], capture_output=True).returncode:
+        pytest.skip("this machine does not let a test mount a tmpfs")
+    finished = subprocess.run([*command, inside], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    failure, whole, after = finished.stdout.splitlines()
+    assert "No space left on device" in failure and "leaf " in failure
+    assert len(whole.split()) >= 3 and after.startswith("saved")
+
+
+# Killed.
+
 SAVE_FOR_EVER = """
 import sys
 from pathlib import Path
 import numpy as np
-from sophia_levanter.checkpoint import Retention, restore, save, steps
-directory = Path(sys.argv[1])
+from sophia_levanter.checkpoint import Retention, Saver, steps
+directory, damaging = Path(sys.argv[1]), sys.argv[2] == "again"
 step = max(steps(directory), default=0)
+saver = Saver(directory, run_id="r")
+
+def save(value):
+    tree = {str(i): np.full((64, 64), value) for i in range(20)}
+    saver.save(step, tree, metadata={}, retention=Retention(9 if damaging else 2))
+    saver.wait()
+
 while True:
     step += 1
-    tree = {str(i): np.full((64, 64), step) for i in range(20)}
-    save(directory, step, tree, run_id="r", metadata={}, retention=Retention(2))
+    save(step)
     print(step, flush=True)
+    if damaging:
+        # The step is damaged, and saved once more under the same number.
+        next(directory.glob(f"step-{step:08d}/arrays/*-7/c.*")).write_bytes(b"")
+        save(-step)
 """
 
 
-@pytest.mark.slow
-def test_killed_in_the_midst_of_saves(tmp_path: Path) -> None:
+def kills(directory: Path, how: str, count: int) -> None:
+    """Kill a saving process so many times, and look at what is there each time."""
     like = {str(i): np.zeros((64, 64), int) for i in range(20)}
     rng = random.Random(0)
     leftovers = 0
-    for _ in range(6):
+    for _ in range(count):
         process = subprocess.Popen(
-            [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SAVE_FOR_EVER, str(directory), how], stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
         committed = int(process.stdout.readline())
@@ -125,10 +299,27 @@ def test_killed_in_the_midst_of_saves(tmp_path: Path) -> None:
         committed = max([committed, *map(int, process.stdout.read().split())])
         process.wait()
 
-        leftovers += len([path for path in tmp_path.iterdir() if "." in path.name])
-        remove_leftovers(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in steps(tmp_path)]
-        restored = restore(tmp_path, like, report=silent)
-        assert restored.step in (committed, committed + 1)
-        assert all((leaf == restored.step).all() for leaf in restored.tree.values())
+        leftovers += len([path for path in directory.iterdir() if "." in path.name])
+        remove_leftovers(directory)
+        assert sorted(path.name for path in directory.iterdir()) == [f"step-{step:08d}" for step in steps(directory)]
+        found = {step: damage(directory, step) for step in steps(directory)}
+        # Between a damaged step and the one that takes its place there is a moment without either.
+        assert max(found) in (committed, committed + 1, committed - (how == "again"))
+        # The file that was damaged on purpose, and no other.
+        wrong = [line for lines in found.values() for line in lines]
+        assert not wrong or (how == "again" and all(line.startswith("leaf 7, ") for line in wrong))
+        restored = restore(directory, like, report=lambda line: None)
+        assert restored.step == max(step for step, lines in found.items() if not lines)
+        values = {int(value) for leaf in restored.tree.values() for value in leaf.reshape(-1)}
+        assert len(values) == 1 and abs(values.pop()) == restored.step
     assert leftovers > 0
+
+
+def test_killed_a_few_times(tmp_path: Path) -> None:
+    kills(tmp_path, "once", 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["once", "again"])
+def test_killed_in_the_midst_of_saves(tmp_path: Path, how: str) -> None:
+    kills(tmp_path, how, 60)
