@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file
 
 from sophia_levanter.batch import batch_from_windows
 from sophia_levanter.command_line import load_config
@@ -15,10 +15,9 @@ from sophia_levanter.data.batches import TrainBatches
 from sophia_levanter.data.prepare import prepare
 from sophia_levanter.main import main
 from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.models.gpt2 import Gpt2
-from sophia_levanter.models.huggingface import gpt2_from_state_dict, gpt2_to_state_dict
+from sophia_levanter.models.huggingface import gpt2_from_state_dict
 from sophia_levanter.tracking.console import Console
-from sophia_levanter.training.run import _build, _initial_weights
+from sophia_levanter.training.run import _build, _digest, _initial_weights
 
 MESHES = {
     "data": [],
@@ -27,19 +26,10 @@ MESHES = {
 BIASES = ["--model.use_bias", "true"]
 
 
-@pytest.fixture
-def exported(tmp_path):
-    """A folder as transformers saves GPT-2, of the tiny configuration's shape with biases; and its model."""
+def saved_model(folder):
+    """The model in the folder, not by way of what is tested."""
     config = Gpt2Config(num_layers=2, num_heads=2, embed_dim=16, seq_len=16, loss_block_size=8, use_bias=True)
-    drawn = gpt2_to_state_dict(Gpt2.init(config, vocab_size=257, key=jax.random.key(7)))
-    # Larger than drawn ones, so that no other weights have their loss.
-    arrays = {name: np.ascontiguousarray(10 * array) for name, array in drawn.items()}
-    folder = tmp_path / "gpt2"
-    folder.mkdir()
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 16, "vocab_size": 257}
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **shape}))
-    save_file(arrays, folder / "model.safetensors")
-    return folder, gpt2_from_state_dict(config, arrays)
+    return gpt2_from_state_dict(config, load_file(folder / "model.safetensors"))
 
 
 def losses(run_dir):
@@ -59,9 +49,9 @@ def first_loss(model, config):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_first_loss_is_that_of_the_weights_and_going_on_needs_no_file(
-    mesh, exported, config_file, tmp_path, monkeypatch, capfd
+    mesh, gpt2_folder, config_file, tmp_path, monkeypatch, capfd
 ):
-    folder, model = exported
+    folder, model = gpt2_folder, saved_model(gpt2_folder)
     run_dir = tmp_path / "run"
     monkeypatch.chdir(tmp_path)
     run = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.initial_weights", "gpt2"]
@@ -82,8 +72,8 @@ def test_the_first_loss_is_that_of_the_weights_and_going_on_needs_no_file(
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("optimizer", ["sophia_g", "muon"])
-def test_the_state_has_the_weights_where_drawn_ones_would_lie(mesh, optimizer, exported, config_file):
-    folder, model = exported
+def test_the_state_has_the_weights_where_drawn_ones_would_lie(mesh, optimizer, gpt2_folder, config_file):
+    folder, model = gpt2_folder, saved_model(gpt2_folder)
     options = [*BIASES, *MESHES[mesh], "--optimizer.type", optimizer, "--trainer.parameter_dtype", "bfloat16"]
     options += ["--trainer.initial_weights", str(folder)]
     names = [name.removeprefix("--") for name in options[::2]]
@@ -117,7 +107,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_weights_are_one_line_and_write_nothing(name, exported, config_file, tmp_path, capfd, monkeypatch):
+def test_bad_weights_are_one_line_and_write_nothing(name, gpt2_folder, config_file, tmp_path, capfd, monkeypatch):
     arguments, wanted = BAD[name]
     monkeypatch.chdir(tmp_path)
     options = {"--trainer.initial_weights": "gpt2", "--model.use_bias": "true"} | {arguments[0]: arguments[1]}
@@ -129,14 +119,21 @@ def test_bad_weights_are_one_line_and_write_nothing(name, exported, config_file,
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
-def test_a_run_that_has_begun_takes_no_other_weights(exported, config_file, tmp_path, capfd):
+def test_a_run_that_has_begun_takes_no_other_weights(gpt2_folder, config_file, tmp_path, capfd):
     run_dir = tmp_path / "run"
     run = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.num_train_steps", "2"]
     assert main([*run, *BIASES]) == 0
     capfd.readouterr()
-    weights = ["--trainer.initial_weights", str(exported[0])]
+    weights = ["--trainer.initial_weights", str(gpt2_folder)]
     assert main(["--resume", str(run_dir), *weights, "--trainer.num_train_steps", "4"]) == 2
     error = capfd.readouterr().err
-    assert f"trainer.initial_weights was None and is {exported[0]}, but the run has begun" in error
+    assert f"trainer.initial_weights was None and is {gpt2_folder}, but the run has begun" in error
     assert main([*run, *BIASES, *weights, "--resume", "auto"]) == 2
     assert "holds another run: its trainer.initial_weights is None" in capfd.readouterr().err
+
+
+def test_other_weights_have_another_digest(gpt2_folder):
+    model = jax.tree.map(np.asarray, saved_model(gpt2_folder))
+    again, other = jax.tree.map(np.copy, (model, model))
+    jax.tree.leaves(other)[-1].flat[-1] += 1
+    assert _digest(model) == _digest(again) != _digest(other)
