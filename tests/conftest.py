@@ -3,6 +3,7 @@ this must be set before jax is imported, and reaches the processes that tests st
 
 import gc
 import itertools
+import json
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -74,3 +75,24 @@ def config_file(tmp_path: Path, text_file: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(CONFIG.replace("TEXT", str(text_file)).replace("CACHE", str(tmp_path / "cache")))
     return path
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path: Path) -> Path:
+    """A folder as transformers saves GPT-2: that configuration's shape with biases, weights larger than drawn ones."""
+    import jax
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
+    from sophia_levanter.models.huggingface import gpt2_to_state_dict
+
+    config = Gpt2Config(num_layers=2, num_heads=2, embed_dim=16, seq_len=16, use_bias=True)
+    drawn = gpt2_to_state_dict(Gpt2.init(config, vocab_size=257, key=jax.random.key(7)))
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 16, "vocab_size": 257}
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **shape}))
+    arrays = {name: np.ascontiguousarray(10 * array) for name, array in drawn.items()}
+    save_file(arrays, folder / "model.safetensors")
+    return folder

@@ -76,6 +76,17 @@ ALONE = ["--mesh.num_processes", "null", "--mesh.process_id", "null"]
 
 
 @pytest.mark.slow
+def test_two_processes_start_from_the_weights_of_a_file(config_file, gpt2_folder, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = ["--config", str(config_file), "--mesh.fsdp", "embed", "--model.use_bias", "true"]
+    common += ["--trainer.initial_weights", str(gpt2_folder), "--trainer.num_train_steps", "3"]
+    results = ended([start([*common, "--trainer.run_dir", str(one)], devices=4)])
+    results += ended(start_two([*common, "--trainer.run_dir", str(two)]))
+    assert [status for status, _, _ in results] == [0, 0, 0], results
+    np.testing.assert_allclose(losses(two), losses(one), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(config_file, tmp_path):
     run_dir = tmp_path / "run"
     processes = start_two(

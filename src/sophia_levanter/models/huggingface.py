@@ -30,6 +30,11 @@ def gpt2_from_state_dict(config: Gpt2Config, arrays: Mapping[str, np.ndarray], *
     Raises:
         ValueError: if an array is missing, unknown or of another shape; names it.
     """
+    return jax.tree.map(jnp.asarray, gpt2_on_host(config, arrays, layout=layout))
+
+
+def gpt2_on_host(config: Gpt2Config, arrays: Mapping[str, np.ndarray], *, layout: str = "conv1d") -> Gpt2:
+    """`gpt2_from_state_dict` with numpy arrays for leaves, for a model that no single device can hold."""
     _check_layout(layout)
     ignored = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
     given = {n.removeprefix(_PREFIX): np.asarray(a) for n, a in arrays.items() if not n.endswith(ignored)}
@@ -141,4 +146,4 @@ def _matrix_shape(name: str, config: Gpt2Config) -> tuple[int, int]:
 
 
 def _filled(leaf: NamedArray, array: np.ndarray) -> NamedArray:
-    return NamedArray(jnp.asarray(array.reshape([axis.size for axis in leaf.axes])), leaf.axes)
+    return NamedArray(array.reshape([axis.size for axis in leaf.axes]), leaf.axes)

@@ -59,10 +59,15 @@ class Partition:
 
         return self._map_arrays(describe, eqx.filter_eval_shape(make))
 
-    def made(self, make: Callable[[], Any]) -> Any:
-        """What `place(make())` would give, computed where it lies: no device ever holds the whole."""
+    def made(self, make: Callable[..., Any], *placed: Any) -> Any:
+        """What `place(make(*placed))` would give, computed where it lies: no device ever holds the whole.
+
+        Args:
+            make: a function of arrays.
+            placed: its arguments, as `place` gives them.
+        """
         with self.active():
-            return eqx.filter_jit(lambda: at_rest(make()))()
+            return eqx.filter_jit(lambda *arrays: at_rest(make(*arrays)))(*placed)
 
     @contextmanager
     def active(self) -> Iterator[None]:

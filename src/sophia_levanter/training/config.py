@@ -270,6 +270,7 @@ class TrainerConfig:
     log_every: int = 10  # steps between two lines of progress where there is no terminal
     sample_tokens: int = 200  # tokens of text generated at the end of the run
     profile_steps: str | None = None  # FIRST:END, steps to trace into run_dir/profile, END not among them
+    initial_weights: str | None = None  # a Hugging Face GPT-2 folder or nanoGPT's ckpt.pt; drawn by seed if not given
     run_dir: str | None = None  # config, metrics and checkpoints go here; runs/NAME-TIME if not given
 
     def __post_init__(self) -> None:
@@ -283,6 +284,8 @@ class TrainerConfig:
             raise InputError(f"trainer.num_train_steps is {self.num_train_steps}; it must be below {2**31}")
         if self.run_dir == "":
             raise InputError("trainer.run_dir is empty; leave it out for a directory of its own under runs/")
+        if self.initial_weights == "":
+            raise InputError("trainer.initial_weights is empty; leave it out for weights drawn by trainer.seed")
         if self.checkpoint_dir == "":
             raise InputError(
                 "trainer.checkpoint_dir is empty; leave it out for the folder checkpoints in the run's own"

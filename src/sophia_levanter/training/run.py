@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Any
 
 import jax
+import numpy as np
 
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
@@ -19,9 +22,10 @@ from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.prepare import TextData, prepare
-from sophia_levanter.data.tokenizer import token_byte_lengths
+from sophia_levanter.data.tokenizer import load_tokenizer, token_byte_lengths
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
+from sophia_levanter.models.pretrained import read_gpt2
 from sophia_levanter.partition.mesh import Partition, partition_of
 from sophia_levanter.partition.messages import Processes
 from sophia_levanter.partition.processes import (
@@ -60,10 +64,15 @@ class Parts:
     facts: dict[str, Any]
 
     def initial_state(self) -> TrainState:
-        """The state before step 0, a function of the configuration alone."""
+        """The state before step 0, a function of the configuration alone: weights are drawn, not read."""
         key = jax.random.key(self.config.trainer.seed)
         model = Gpt2.init(self.config.model, vocab_size=self.data.tokenizer.vocab_size, key=key)
         return TrainState.init(model, self.settings.optimizer, self.settings.policy)
+
+    def state_from(self, weights: Gpt2) -> TrainState:
+        """The state before step 0 on the devices, with weights from this host's memory."""
+        start = partial(TrainState.init, optimizer=self.settings.optimizer, policy=self.settings.policy)
+        return self.partition.made(start, self.partition.place(weights))
 
 
 def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, Any]) -> Signals | None:
@@ -102,6 +111,8 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
             f"--resume {directory.path}: {directory.checkpoints} holds no checkpoint to go on from; "
             f"start the run with --config FILE --trainer.run_dir {directory.path} --resume auto"
         )
+    # Before the text is prepared, which may take hours.
+    weights = None if is_saved else _initial_weights(config, console)
     parts = _build(config, environment, console)
     check_agreement("the text", json.dumps([parts.facts["data"], parts.facts["validation"]]))
     restored = None
@@ -113,8 +124,11 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
                 f"all {int(state.step)} steps are done; --trainer.num_train_steps with more of them extends the run"
             )
             return None
-    else:
+    elif weights is None:
         state = parts.partition.made(parts.initial_state)
+    else:
+        state = parts.state_from(weights)
+        del weights
     # Every process has read what is there before the first one writes.
     wait_for_all("restored")
     if first:
@@ -150,6 +164,32 @@ def keep_compiled(directory: Path, platform: str) -> None:
     """
     if platform != "cpu" and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _initial_weights(config: TrainConfig, console: Console) -> Gpt2 | None:
+    """The weights that the run starts from, in this host's memory; None if they are drawn."""
+    path = config.trainer.initial_weights
+    if path is None:
+        return None
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    weights = read_gpt2(
+        path,
+        config.model,
+        tokenizer=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        dtype=config.trainer.parameter_dtype,
+        report=console.line,
+    )
+    if jax.process_count() > 1:
+        check_agreement("trainer.initial_weights", _digest(weights))
+    return weights
+
+
+def _digest(weights: Gpt2) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in jax.tree.leaves(weights):
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console) -> Parts:
@@ -201,6 +241,11 @@ def _restore(parts: Parts, directory: RunDirectory, processes: Processes, consol
     for name, old, new in changed_fields(old_config, parts.config):
         if name in ANOTHER_MODEL:
             raise InputError(f"--resume {directory.path}: {name} was {old} and is {new}, which is another model")
+        if name == "trainer.initial_weights":
+            raise InputError(
+                f"--resume {directory.path}: {name} was {old} and is {new}, but the run has begun; "
+                "another --trainer.run_dir starts one"
+            )
     if restored.metadata["data"] != parts.facts["data"]:
         raise InputError(
             f"--resume {directory.path}: the training text is another one than the run began with: "

@@ -192,8 +192,8 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The configuration with paths to data and checkpoints that hold from anywhere."""
-    data = config.data
+    """The configuration with paths to data, weights and checkpoints that hold from anywhere."""
+    data, trainer = config.data, config.trainer
     train: str | tuple[MixturePart, ...]
     if isinstance(data.train, str):
         train = absolute_source(data.train)
@@ -204,10 +204,14 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         train=train,
         validation=None if data.validation is None else absolute_source(data.validation),
         tokenizer=absolute_tokenizer(data.tokenizer),
-        cache_dir=os.path.abspath(os.path.expanduser(data.cache_dir)),
+        cache_dir=_absolute(data.cache_dir),
     )
-    trainer = config.trainer
     if trainer.checkpoint_dir is not None and "://" not in trainer.checkpoint_dir:
-        absolute = os.path.abspath(os.path.expanduser(trainer.checkpoint_dir))
-        trainer = dataclasses.replace(trainer, checkpoint_dir=absolute)
+        trainer = dataclasses.replace(trainer, checkpoint_dir=_absolute(trainer.checkpoint_dir))
+    if trainer.initial_weights is not None:
+        trainer = dataclasses.replace(trainer, initial_weights=_absolute(trainer.initial_weights))
     return dataclasses.replace(config, data=resolved, trainer=trainer)
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))

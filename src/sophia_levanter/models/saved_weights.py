@@ -1,0 +1,236 @@
+"""Models in files, described before they are read: a Hugging Face folder, or a checkpoint of nanoGPT or the Sophia
+authors.
+
+Nothing that a file holds is ever run: safetensors has arrays only, and torch loads tensors and plain values only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from sophia_levanter.errors import InputError
+
+FIELD = "trainer.initial_weights"
+# Of torch.compile, of data-parallel training, and of GPT2LMHeadModel and nanoGPT's GPT.
+_PREFIXES = ("_orig_mod.", "module.", "transformer.")
+_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks
+_TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
+_FLOATS = ("F16", "BF16", "F32", "F64")
+# nanoGPT's epsilon is in its code, not in its checkpoints.
+_NANOGPT_EPSILON = 1e-5
+_NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model in a file, of which only the description is read yet.
+
+    Attributes:
+        file: the file or folder.
+        fields: what the fields of a Gpt2Config must be for it.
+        vocab_size: rows of its token embedding.
+        layout: of its matrices, as for `gpt2_from_state_dict`.
+        arrays: its (name, array), without prefixes and masks; each is read when its turn comes.
+    """
+
+    file: Path
+    fields: dict[str, Any]
+    vocab_size: int
+    layout: str
+    arrays: Iterator[tuple[str, np.ndarray]]
+
+
+def open_model(path: Path) -> SavedModel:
+    """The model in a folder of transformers, or in a `ckpt.pt` of nanoGPT or the Sophia authors.
+
+    Raises:
+        InputError: if there is none, or it computes what `Gpt2` cannot; from `arrays` if one cannot be read.
+    """
+    if os.path.isdir(path):
+        return _huggingface(path)
+    if not os.path.exists(path):
+        raise input_error(path, "there is no such file; name a folder of transformers' GPT-2, or nanoGPT's ckpt.pt")
+    if path.suffix in (".safetensors", ".bin", ".json"):
+        raise input_error(path, f"name the folder, {path.parent}, which must hold config.json and model.safetensors")
+    return _nanogpt(path)
+
+
+def input_error(file: Path, text: str) -> InputError:
+    """What is wrong with a file."""
+    return InputError(f"{FIELD} {file}: {text}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _plain_name(name: str) -> str:
+    while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _value(file: Path, values: Mapping[str, Any], name: str, kind: Any, default: Any = None) -> Any:
+    """`values[name]`, which must be of a kind, and a number above 0."""
+    value: Any = values.get(name, default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is not bool and not value > 0):
+        wanted = {bool: "true or false", int: "an integer above 0", float: "a number above 0"}[kind]
+        raise input_error(file, f"{name} is {value!r}; it must be {wanted}")
+    return value
+
+
+def _huggingface(folder: Path) -> SavedModel:
+    file = folder / "config.json"
+    if not os.path.exists(file):
+        nano = f"; name {folder / 'ckpt.pt'}" if os.path.exists(folder / "ckpt.pt") else ""
+        raise input_error(folder, f"there is no config.json in it{nano or ', as transformers saves with GPT-2'}")
+    values = _json(file)
+    if values.get("model_type") != "gpt2":
+        raise input_error(file, f"model_type is {values.get('model_type')!r}; only gpt2 is read")
+    activation = values.get("activation_function", "gelu_new")
+    if activation not in _TANH_GELUS:
+        raise input_error(
+            file, f"activation_function is {activation!r}; this model computes {' alias '.join(_TANH_GELUS)}"
+        )
+    if values.get("scale_attn_weights", True) is not True:
+        raise input_error(file, "scale_attn_weights is false; this model divides scores by the root of the heads' size")
+    width = _value(file, values, "n_embd", int, 768)
+    inner = 4 * width if values.get("n_inner") is None else _value(file, values, "n_inner", int)
+    if inner % width:
+        raise input_error(
+            file, f"n_inner is {inner}, which is no multiple of n_embd {width}; model.mlp_ratio is an integer"
+        )
+    # What config.json leaves out has the default of transformers' GPT2Config.
+    return SavedModel(
+        file=folder,
+        fields={
+            "num_layers": _value(file, values, "n_layer", int, 12),
+            "num_heads": _value(file, values, "n_head", int, 12),
+            "embed_dim": width,
+            "seq_len": _value(file, values, "n_positions", int, 1024),
+            "mlp_ratio": inner // width,
+            "use_bias": True,
+            "scale_attn_by_inverse_layer_idx": _value(file, values, "scale_attn_by_inverse_layer_idx", bool, False),
+            "layer_norm_epsilon": _value(file, values, "layer_norm_epsilon", float, 1e-5),
+        },
+        vocab_size=_value(file, values, "vocab_size", int, 50257),
+        layout="conv1d",
+        arrays=_safetensors(_shards(folder)),
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise input_error(file, f"is no JSON: {_first_line(error)}") from None
+    if not isinstance(values, dict):
+        raise input_error(file, "is no JSON object")
+    return values
+
+
+def _shards(folder: Path) -> list[Path]:
+    if os.path.exists(folder / "model.safetensors"):
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if os.path.exists(index):
+        names = _json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise input_error(index, "has no weight_map from names to files")
+        return [folder / name for name in sorted(set(names.values()))]
+    if list(folder.glob("pytorch_model*.bin*")):
+        raise input_error(
+            folder,
+            "there is pytorch_model.bin and no model.safetensors, and pickles are not read, since they may run code; "
+            "save_pretrained of a current transformers writes model.safetensors",
+        )
+    raise input_error(folder, "there is neither model.safetensors nor model.safetensors.index.json in it")
+
+
+def _safetensors(files: list[Path]) -> Iterator[tuple[str, np.ndarray]]:
+    for file in files:
+        try:
+            with safe_open(file, "np") as opened:
+                for name in opened.keys():  # noqa: SIM118  # it has nothing else of a mapping
+                    if name.endswith(_BUFFERS):
+                        continue
+                    dtype = opened.get_slice(name).get_dtype()
+                    if dtype not in _FLOATS:
+                        raise input_error(file, f"{name} is {dtype}; it must be one of {', '.join(_FLOATS)}")
+                    yield _plain_name(name), opened.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise input_error(
+                file, f"is missing, damaged or not whole: {_first_line(error)}; download it again"
+            ) from None
+
+
+def _nanogpt(file: Path) -> SavedModel:
+    checkpoint = _torch_load(file)
+    values, tensors = (checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ("model_args", "model"))
+    if not isinstance(values, dict) or not isinstance(tensors, dict):
+        raise input_error(file, "is no checkpoint of nanoGPT or the Sophia authors, a dict with model and model_args")
+    # Forks of nanoGPT say here that they compute something else.
+    known = (*_NANOGPT_ARGS, "scale_attn_by_inverse_layer_idx")
+    for name, value in values.items():
+        if name not in known and value is not None and value is not False:
+            raise input_error(file, f"model_args has {name} {value!r}, which this model does not have")
+    return SavedModel(
+        file=file,
+        fields={
+            "num_layers": _value(file, values, "n_layer", int),
+            "num_heads": _value(file, values, "n_head", int),
+            "embed_dim": _value(file, values, "n_embd", int),
+            "seq_len": _value(file, values, "block_size", int),
+            "mlp_ratio": 4,
+            "use_bias": _value(file, values, "bias", bool),
+            "scale_attn_by_inverse_layer_idx": _value(file, values, "scale_attn_by_inverse_layer_idx", bool, False),
+            "layer_norm_epsilon": _NANOGPT_EPSILON,
+        },
+        vocab_size=_value(file, values, "vocab_size", int),
+        layout="linear",
+        arrays=_torch_arrays(file, tensors),
+    )
+
+
+def _torch_load(file: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise input_error(
+            file,
+            f"is read by torch, which cannot be imported ({_first_line(error)}); pip install torch: "
+            "it loads tensors and plain values, and code pickled in the file is never run",
+        ) from None
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch has no common one
+        if "weights_only" in str(error):
+            # What torch says goes on with how to run the file's code.
+            reason = "holds more than tensors and plain values, and code pickled in a file is never run"
+        else:
+            reason = f"torch cannot load it: {_first_line(error)}"
+        raise input_error(file, f"{reason}; name the ckpt.pt of nanoGPT or the Sophia authors") from None
+
+
+def _torch_arrays(file: Path, tensors: Mapping[Any, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    import torch
+
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise input_error(file, f"model has {name!r}, which is no named tensor")
+        if name.endswith(_BUFFERS):
+            continue
+        if not tensor.is_floating_point():
+            raise input_error(file, f"{name} is {tensor.dtype}; it must be floating-point")
+        # numpy has no bfloat16 that torch knows of.
+        yield _plain_name(name), tensor.detach().to(torch.float32).numpy()

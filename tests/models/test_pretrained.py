@@ -1,0 +1,413 @@
+"""Weights in files of others become the model that they are of; all else is one line."""
+
+import builtins
+import dataclasses
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from sophia_levanter.errors import InputError
+from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.models.huggingface import gpt2_to_state_dict
+from sophia_levanter.models.pretrained import read_gpt2
+
+VOCAB = 128  # of its own padded size, since padding is not in the files
+
+
+def hf_config(config, **changes):
+    return {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_embd": config.embed_dim,
+        "n_inner": None,
+        "n_positions": config.seq_len,
+        "vocab_size": VOCAB,
+        "layer_norm_epsilon": 1e-05,
+    } | changes
+
+
+def nanogpt_args(config, **changes):
+    return {
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_embd": config.embed_dim,
+        "block_size": config.seq_len,
+        "bias": config.use_bias,
+        "vocab_size": VOCAB,
+        "dropout": 0.0,
+    } | changes
+
+
+def save_folder(folder, config, arrays, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf_config(config, **changes)))
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(VOCAB, use_bias=True)
+
+
+@pytest.fixture
+def arrays(model):
+    return gpt2_to_state_dict(model)
+
+
+@pytest.fixture
+def folder(model, arrays, tmp_path):
+    return save_folder(tmp_path / "gpt2", model.config, arrays)
+
+
+def read(path, config, dtype="float32", vocab_size=VOCAB, lines=None):
+    return read_gpt2(
+        str(path),
+        config,
+        tokenizer="words",
+        vocab_size=vocab_size,
+        dtype=dtype,
+        report=(lines if lines is not None else []).append,
+    )
+
+
+def refused(path, config, **options):
+    with pytest.raises(InputError) as caught:
+        read(path, config, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def assert_same(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert isinstance(a, np.ndarray)
+        np.testing.assert_array_equal(a, np.asarray(b))
+
+
+def test_a_folder_with_the_prefix(folder, model):
+    lines = []
+    assert_same(read(folder, model.config, lines=lines), model)
+    assert lines == [f"initial weights: {folder}"]
+
+
+def test_official_names_without_the_prefix_and_with_masks(model, arrays, tmp_path):
+    official = {name.removeprefix("transformer."): array for name, array in arrays.items()}
+    for i in range(2):
+        official[f"h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 8, 8), bool))
+        official[f"h.{i}.attn.masked_bias"] = np.full((), -np.inf, np.float32)
+    assert_same(read(save_folder(tmp_path / "gpt2", model.config, official), model.config), model)
+
+
+def test_an_equal_head_is_the_tied_one(folder, model, arrays):
+    save_folder(folder, model.config, arrays | {"lm_head.weight": arrays["transformer.wte.weight"].copy()})
+    assert_same(read(folder, model.config), model)
+
+
+def test_another_head_is_refused(folder, model, arrays):
+    save_folder(folder, model.config, arrays | {"lm_head.weight": arrays["transformer.wte.weight"] + 1})
+    assert "gpt2: lm_head.weight differs from wte.weight" in refused(folder, model.config)
+
+
+def test_shards(folder, model, arrays):
+    names = sorted(arrays)
+    files = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    (folder / "model.safetensors").unlink()
+    for file, part in files.items():
+        save_file({name: np.ascontiguousarray(arrays[name]) for name in part}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(read(folder, model.config), model)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert "model-00002-of-00002.safetensors: is missing, damaged" in refused(folder, model.config)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    assert "index.json: has no weight_map" in refused(folder, model.config)
+    (folder / "model.safetensors.index.json").write_text("{")
+    assert "index.json: is no JSON" in refused(folder, model.config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("saved", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_dtypes(saved, dtype, folder, model, arrays):
+    save_folder(folder, model.config, {name: array.astype(saved) for name, array in arrays.items()})
+    found = gpt2_to_state_dict(read(folder, model.config, dtype))
+    for name, array in arrays.items():
+        assert found[name].dtype == dtype
+        np.testing.assert_array_equal(found[name], array.astype(saved).astype(dtype), err_msg=name)
+
+
+def test_integers_are_no_weights(folder, model, arrays):
+    save_folder(folder, model.config, arrays | {"transformer.ln_f.bias": np.zeros(8, np.int8)})
+    assert "transformer.ln_f.bias is I8; it must be one of F16" in refused(folder, model.config)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_named(bad, folder, model, arrays):
+    arrays = {name: array.copy() for name, array in arrays.items()}
+    arrays["transformer.h.1.mlp.c_fc.bias"][3] = bad
+    save_folder(folder, model.config, arrays)
+    assert "h.1.mlp.c_fc.bias has numbers that are not finite in float32" in refused(folder, model.config)
+
+
+def test_numbers_beyond_the_parameters_dtype_are_not_finite(folder, model, arrays):
+    save_folder(folder, model.config, arrays | {"transformer.ln_f.bias": np.full(8, 1e300)})
+    assert "ln_f.bias has numbers that are not finite in bfloat16" in refused(folder, model.config, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (
+            {"n_layer": 12},
+            "model.num_layers is 2, and trainer.initial_weights FOLDER has 12; set --model.num_layers 12",
+        ),
+        ({"n_head": 4}, "model.num_heads is 2, and trainer.initial_weights FOLDER has 4; set --model.num_heads 4"),
+        (
+            {"n_embd": 16, "n_inner": 16},
+            "model.embed_dim is 8, and trainer.initial_weights FOLDER has 16; "
+            "set --model.embed_dim 16 --model.mlp_ratio 1",
+        ),
+        ({"n_positions": 16}, "model.seq_len is 8, and trainer.initial_weights FOLDER has 16; set --model.seq_len 16"),
+        ({"n_positions": 4}, "model.seq_len is 8, and trainer.initial_weights FOLDER has 4; set --model.seq_len 4"),
+        ({"n_inner": 16}, "set --model.mlp_ratio 2"),
+        ({"n_inner": 12}, "config.json: n_inner is 12, which is no multiple of n_embd 8"),
+        ({"layer_norm_epsilon": 1e-6}, "set --model.layer_norm_epsilon 1e-06"),
+        (
+            {"scale_attn_by_inverse_layer_idx": True},
+            "model.scale_attn_by_inverse_layer_idx is false, and trainer.initial_weights FOLDER has true; "
+            "set --model.scale_attn_by_inverse_layer_idx true",
+        ),
+        ({"activation_function": "relu"}, "activation_function is 'relu'; this model computes gelu_new"),
+        ({"activation_function": "gelu"}, "activation_function is 'gelu'"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is false"),
+        ({"model_type": "llama"}, "config.json: model_type is 'llama'; only gpt2 is read"),
+        ({"n_layer": "2"}, "config.json: n_layer is '2'; it must be an integer above 0"),
+        ({"n_embd": 0}, "config.json: n_embd is 0; it must be an integer above 0"),
+        ({"n_head": True}, "config.json: n_head is True"),
+        ({"layer_norm_epsilon": None}, "layer_norm_epsilon is None; it must be a number above 0"),
+        ({"scale_attn_by_inverse_layer_idx": 1}, "scale_attn_by_inverse_layer_idx is 1; it must be true or false"),
+        (
+            {"vocab_size": 90},
+            "data.tokenizer words has 128 tokens, and trainer.initial_weights FOLDER has 90; set --data.tokenizer to",
+        ),
+        ({"vocab_size": 50257}, "has 50257; set --data.tokenizer gpt2"),
+    ],
+)
+def test_another_model_names_the_field_and_the_value(change, wanted, folder, model, arrays):
+    save_folder(folder, model.config, arrays, **change)
+    assert wanted.replace("FOLDER", str(folder)) in refused(folder, model.config)
+
+
+def test_what_config_json_leaves_out_has_transformers_defaults(folder, model):
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    message = refused(folder, model.config)
+    assert message.endswith("--model.num_layers 12 --model.num_heads 12 --model.embed_dim 768 --model.seq_len 1024")
+
+
+def test_hugging_face_weights_need_biases(folder, model):
+    config = dataclasses.replace(model.config, use_bias=False)
+    assert "model.use_bias is false" in refused(folder, config)
+    assert refused(folder, config).endswith("; set --model.use_bias true")
+
+
+def test_a_padded_vocabulary_loses_its_padding(make_model, tmp_path):
+    model = make_model(VOCAB, use_bias=True)
+    folder = save_folder(tmp_path / "gpt2", model.config, gpt2_to_state_dict(model))
+    lines = []
+    found = read(folder, model.config, vocab_size=100, lines=lines)
+    assert found.vocab_size == 100
+    wte = np.asarray(model.wte.weight.array)
+    np.testing.assert_array_equal(found.wte.weight.array, np.where(np.arange(128)[:, None] < 100, wte, 0))
+    assert lines[1] == "its vocabulary of 128 is the 100 tokens of data.tokenizer words and padding, which is left out"
+    assert "has 128" in refused(folder, model.config, vocab_size=129)
+
+
+def test_arrays_that_are_not_those_of_config_json(folder, model, arrays):
+    fewer = {name: array for name, array in arrays.items() if not name.endswith("h.1.ln_1.bias")}
+    save_folder(folder, model.config, fewer)
+    assert f"trainer.initial_weights {folder}: h.1.ln_1.bias is missing" in refused(folder, model.config)
+    save_folder(folder, model.config, arrays | {"transformer.wte.weight": np.ones((100, 8))})
+    assert "wte.weight has shape (100, 8), but vocab_size is 128" in refused(folder, model.config)
+    save_folder(folder, model.config, {"other": np.ones(2, np.float32)})
+    assert "wte.weight is missing: this is no GPT-2 state dict" in refused(folder, model.config)
+    save_folder(folder, model.config, arrays | {"transformer.h.0.crossattention.c_attn.weight": np.ones(2)})
+    assert "h.0.crossattention.c_attn.weight is not in this model" in refused(folder, model.config)
+
+
+def test_no_such_file(model, tmp_path):
+    assert "nowhere: there is no such file; name a folder" in refused(tmp_path / "nowhere", model.config)
+    assert "there is no such file" in refused("a\0b", model.config)
+
+
+def test_a_folder_of_something_else(folder, model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "there is no config.json in it, as" in refused(tmp_path / "empty", model.config)
+    (tmp_path / "empty" / "ckpt.pt").touch()
+    assert refused(tmp_path / "empty", model.config).endswith(f"name {tmp_path}/empty/ckpt.pt")
+    assert f"name the folder, {folder}," in refused(folder / "model.safetensors", model.config)
+    (folder / "model.safetensors").unlink()
+    assert "there is neither model.safetensors nor" in refused(folder, model.config)
+    (folder / "pytorch_model.bin").touch()
+    assert "there is pytorch_model.bin and no model.safetensors, and pickles are not read" in refused(
+        folder, model.config
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [(b"{", "is no JSON"), (b"\xff", "is no JSON"), (b"[" * 100_000, "is no JSON"), (b"3", "is no JSON object")],
+)
+def test_a_config_that_is_no_json(text, wanted, folder, model):
+    (folder / "config.json").write_bytes(text)
+    assert f"config.json: {wanted}" in refused(folder, model.config)
+
+
+@pytest.mark.parametrize("size", [0, 20, 4000, -1])
+def test_a_truncated_file(size, folder, model):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    assert len(content) > 4000
+    file.write_bytes(content[:size])
+    assert "model.safetensors: is missing, damaged or not whole" in refused(folder, model.config)
+
+
+@pytest.fixture
+def save_checkpoint(tmp_path):
+    """Writes what nanoGPT does: all of it in one dict, names as torch.compile and data-parallel training leave them."""
+    torch = pytest.importorskip("torch")
+
+    def save(model, prefix="", dtype="float32", **changes):
+        tensors = {
+            prefix + name: torch.from_numpy(np.array(array, order="C")).to(getattr(torch, dtype))
+            for name, array in gpt2_to_state_dict(model, layout="linear").items()
+        }
+        tensors[f"{prefix}lm_head.weight"] = tensors[f"{prefix}transformer.wte.weight"]
+        tensors[f"{prefix}transformer.h.0.attn.bias"] = torch.tril(torch.ones(1, 1, 8, 8))
+        whole = {
+            "model": tensors,
+            "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]},
+            "model_args": nanogpt_args(model.config),
+            "iter_num": 7,
+            "best_val_loss": torch.tensor(3.0),
+            "config": {"out_dir": "out"},
+        }
+        file = tmp_path / "ckpt.pt"
+        torch.save(whole | changes, file)
+        return file
+
+    return save
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_checkpoint_of_nanogpt(use_bias, prefix, make_model, save_checkpoint):
+    model = make_model(VOCAB, use_bias=use_bias)
+    assert_same(read(save_checkpoint(model, prefix), model.config), model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("saved", ["float16", "bfloat16"])
+def test_dtypes_of_checkpoints(saved, dtype, model, save_checkpoint):
+    found = gpt2_to_state_dict(read(save_checkpoint(model, dtype=saved), model.config, dtype))
+    for name, array in gpt2_to_state_dict(model).items():
+        np.testing.assert_array_equal(found[name], array.astype(saved).astype(dtype), err_msg=name)
+
+
+def test_the_sophia_authors_scaled_attention(make_model, save_checkpoint):
+    model = make_model(VOCAB, scale_attn_by_inverse_layer_idx=True)
+    file = save_checkpoint(model, model_args=nanogpt_args(model.config, scale_attn_by_inverse_layer_idx=True))
+    assert_same(read(file, model.config), model)
+    plain = dataclasses.replace(model.config, scale_attn_by_inverse_layer_idx=False)
+    assert refused(file, plain).endswith("; set --model.scale_attn_by_inverse_layer_idx true")
+
+
+def test_a_checkpoint_of_another_model(make_model, save_checkpoint):
+    model = make_model(VOCAB)
+    file = save_checkpoint(model, model_args=nanogpt_args(model.config, bias=True))
+    assert refused(file, model.config).endswith("; set --model.use_bias true")
+    with_bias = dataclasses.replace(model.config, use_bias=True)
+    assert "is missing" in refused(file, with_bias)
+    assert refused(save_checkpoint(model), with_bias).endswith("; set --model.use_bias false")
+    file = save_checkpoint(model, model_args=nanogpt_args(model.config, use_relu=True))
+    assert "model_args has use_relu True, which this model does not have" in refused(file, model.config)
+    file = save_checkpoint(model, model_args=nanogpt_args(model.config, use_relu=False))
+    assert_same(read(file, model.config), model)
+    epsilon = dataclasses.replace(model.config, layer_norm_epsilon=1e-6)
+    assert refused(file, epsilon).endswith("; set --model.layer_norm_epsilon 1e-05")
+    file = save_checkpoint(model, model_args={"n_layer": 2})
+    assert "n_head is None; it must be an integer above 0" in refused(file, model.config)
+
+
+class Malicious:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("this was run",)
+
+
+def test_no_checkpoint(model, save_checkpoint, tmp_path, capsys):
+    import torch
+
+    file = tmp_path / "other.pt"
+    for other in ({"model": {}}, [1], {"model": 1, "model_args": {}}, torch.zeros(3)):
+        torch.save(other, file)
+        assert "is no checkpoint of nanoGPT or the Sophia authors" in refused(file, model.config)
+    torch.save({"model": {"wte.weight": 3}, "model_args": nanogpt_args(model.config)}, file)
+    assert "model has 'wte.weight', which is no named tensor" in refused(file, model.config)
+    torch.save({"model": {"x": torch.ones(3, dtype=torch.int64)}, "model_args": nanogpt_args(model.config)}, file)
+    assert "x is torch.int64; it must be floating-point" in refused(file, model.config)
+    for content in (b"", b"no checkpoint", save_checkpoint(model).read_bytes()[:2000]):
+        file.write_bytes(content)
+        assert "torch cannot load it: " in refused(file, model.config)
+    torch.save({"model": Malicious(), "model_args": {}}, file)
+    assert "holds more than tensors and plain values, and code pickled in a file is never run" in refused(
+        file, model.config
+    )
+    assert "this was run" not in capsys.readouterr().out
+
+
+def test_without_torch_one_line_says_so(model, tmp_path, monkeypatch):
+    file = tmp_path / "ckpt.pt"
+    file.write_bytes(b"cbuiltins\nprint\n(S'this was run'\ntR.")
+    real = builtins.__import__
+
+    def without_torch(name, *arguments, **options):
+        if name.partition(".")[0] == "torch":
+            raise ImportError("No module named 'torch'")
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    message = refused(file, model.config)
+    assert "ckpt.pt: is read by torch, which cannot be imported (No module named 'torch'); pip install torch" in message
+    assert message.endswith("code pickled in the file is never run")
+
+
+def test_transformers_own_model_gives_the_same_logits(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from haliax import NamedArray
+
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=3, n_head=4, n_embd=48, n_positions=40, vocab_size=101, initializer_range=0.2)
+    )
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    theirs.eval().save_pretrained(tmp_path / "gpt2")
+    config = Gpt2Config(num_layers=3, num_heads=4, embed_dim=48, seq_len=40, use_bias=True)
+    ours = jax.tree.map(jax.numpy.asarray, read(tmp_path / "gpt2", config, vocab_size=101))
+    tokens = np.random.default_rng(0).integers(0, 101, (2, 40)).astype(np.int32)
+    found = ours(NamedArray(jax.numpy.asarray(tokens), (config.Pos.resize(2).alias("batch"), config.Pos))).array
+    with torch.no_grad():
+        wanted = theirs(torch.from_numpy(tokens).long()).logits.numpy()
+    assert np.abs(wanted).max() > 1
+    np.testing.assert_allclose(found, wanted, atol=1e-4)

@@ -1,0 +1,139 @@
+"""Runs that start from weights in a file."""
+
+import json
+import shutil
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from sophia_levanter.batch import batch_from_windows
+from sophia_levanter.command_line import load_config
+from sophia_levanter.data.batches import TrainBatches
+from sophia_levanter.data.prepare import prepare
+from sophia_levanter.main import main
+from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.models.huggingface import gpt2_from_state_dict
+from sophia_levanter.tracking.console import Console
+from sophia_levanter.training.run import _build, _digest, _initial_weights
+
+MESHES = {
+    "data": [],
+    "fsdp and model": ["--mesh.data", "4", "--mesh.model", "2", "--mesh.fsdp", "embed"],
+}
+BIASES = ["--model.use_bias", "true"]
+
+
+def saved_model(folder):
+    """The model in the folder, not by way of what is tested."""
+    config = Gpt2Config(num_layers=2, num_heads=2, embed_dim=16, seq_len=16, loss_block_size=8, use_bias=True)
+    return gpt2_from_state_dict(config, load_file(folder / "model.safetensors"))
+
+
+def losses(run_dir):
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
+
+
+def first_loss(model, config):
+    """The mean loss of a model on a run's first batch, on one device."""
+    data = prepare(config.data, print)
+    windows = TrainBatches(data.train, seq_len=16, batch_size=16, seed=config.trainer.seed)[0]
+    batch = jax.tree.map(
+        lambda x: x["microbatch", 0], batch_from_windows(windows), is_leaf=lambda x: hasattr(x, "axes")
+    )
+    return float(model.losses(batch)[0]) / windows[:, 1:].size
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_first_loss_is_that_of_the_weights_and_going_on_needs_no_file(
+    mesh, gpt2_folder, config_file, tmp_path, monkeypatch, capfd
+):
+    folder, model = gpt2_folder, saved_model(gpt2_folder)
+    run_dir = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    run = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.initial_weights", "gpt2"]
+    run += [*BIASES, *MESHES[mesh]]
+    assert main([*run, "--trainer.num_train_steps", "2"]) == 0
+    assert f"initial weights: {folder}\n" in capfd.readouterr().out
+    config = load_config(run_dir / "config.yaml")
+    assert config.trainer.initial_weights == str(folder)
+    assert losses(run_dir)[0] == pytest.approx(first_loss(model, config), rel=1e-5)
+    assert losses(run_dir)[0] > 5.6  # log 257 is what small random weights have
+    shutil.rmtree(folder)
+    assert main([*run, "--resume", "auto", "--trainer.num_train_steps", "3"]) == 0
+    assert "initial weights" not in capfd.readouterr().out
+    monkeypatch.chdir("/")
+    assert main(["--resume", str(run_dir), "--trainer.num_train_steps", "4"]) == 0
+    assert list(losses(run_dir)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("optimizer", ["sophia_g", "muon"])
+def test_the_state_has_the_weights_where_drawn_ones_would_lie(mesh, optimizer, gpt2_folder, config_file):
+    folder, model = gpt2_folder, saved_model(gpt2_folder)
+    options = [*BIASES, *MESHES[mesh], "--optimizer.type", optimizer, "--trainer.parameter_dtype", "bfloat16"]
+    options += ["--trainer.initial_weights", str(folder)]
+    names = [name.removeprefix("--") for name in options[::2]]
+    config = load_config(config_file, list(zip(names, options[1::2], strict=True)))
+    console = Console(1, quiet=True)
+    weights, parts = _initial_weights(config, console), _build(config, {}, console)
+    before = jax.tree.map(np.copy, weights)
+    state = parts.state_from(weights)
+    drawn = parts.partition.made(parts.initial_state)
+    assert jax.tree.structure(state) == jax.tree.structure(drawn)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(drawn), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+    for ours, theirs in zip(jax.tree.leaves(state.model), jax.tree.leaves(model), strict=True):
+        assert ours.dtype == "bfloat16"
+        np.testing.assert_array_equal(ours, np.asarray(theirs).astype("bfloat16"))
+    # What a step does to its buffers does not reach the host's copy.
+    eqx.filter_jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate="all")(state)
+    for ours, theirs in zip(jax.tree.leaves(weights), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+BAD = {
+    "missing": (["--trainer.initial_weights", "nowhere"], "nowhere: there is no such file"),
+    "empty": (["--trainer.initial_weights", ""], "trainer.initial_weights is empty"),
+    "no biases": (["--model.use_bias", "false"], "set --model.use_bias true"),
+    "layers": (["--model.num_layers", "3"], "model.num_layers is 3, and trainer.initial_weights"),
+    "tokenizer": (["--data.tokenizer", "gpt2"], "data.tokenizer gpt2 has 50257 tokens, and"),
+    "a file that is no checkpoint": (["--trainer.initial_weights", "text.txt"], "text.txt: "),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_weights_are_one_line_and_write_nothing(name, gpt2_folder, config_file, tmp_path, capfd, monkeypatch):
+    arguments, wanted = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    options = {"--trainer.initial_weights": "gpt2", "--model.use_bias": "true"} | {arguments[0]: arguments[1]}
+    words = [word for option in options.items() for word in option]
+    assert main(["--config", str(config_file), "--trainer.run_dir", "run", *words]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert wanted in error
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_run_that_has_begun_takes_no_other_weights(gpt2_folder, config_file, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    run = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.num_train_steps", "2"]
+    assert main([*run, *BIASES]) == 0
+    capfd.readouterr()
+    weights = ["--trainer.initial_weights", str(gpt2_folder)]
+    assert main(["--resume", str(run_dir), *weights, "--trainer.num_train_steps", "4"]) == 2
+    error = capfd.readouterr().err
+    assert f"trainer.initial_weights was None and is {gpt2_folder}, but the run has begun" in error
+    assert main([*run, *BIASES, *weights, "--resume", "auto"]) == 2
+    assert "holds another run: its trainer.initial_weights is None" in capfd.readouterr().err
+
+
+def test_other_weights_have_another_digest(gpt2_folder):
+    model = jax.tree.map(np.asarray, saved_model(gpt2_folder))
+    again, other = jax.tree.map(np.copy, (model, model))
+    jax.tree.leaves(other)[-1].flat[-1] += 1
+    assert _digest(model) == _digest(again) != _digest(other)
