@@ -39,12 +39,13 @@ def _run(argv: Sequence[str]) -> int:
     from jax.errors import JaxRuntimeError
 
     from sophia_levanter.checkpoint import CheckpointError
+    from sophia_levanter.partition.messages import NoAnswer
     from sophia_levanter.training.loop import TrainingFailed
     from sophia_levanter.training.run import run
 
     try:
         stopped_by = run(config, directory, _environment())
-    except (TrainingFailed, CheckpointError) as error:
+    except (TrainingFailed, CheckpointError, NoAnswer) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILURE
     except JaxRuntimeError as error:

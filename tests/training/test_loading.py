@@ -55,9 +55,9 @@ def test_only_a_few_batches_are_loaded_ahead(store: TokenStore) -> None:
     read = []
 
     class Counted(TrainBatches):
-        def rows(self, step: int, wanted: np.ndarray | None = None) -> np.ndarray:
+        def rows(self, step: int, wanted: np.ndarray | None = None, *, skipped_windows: int = 0) -> np.ndarray:
             read.append(step)
-            return super().rows(step, wanted)
+            return super().rows(step, wanted, skipped_windows=skipped_windows)
 
     batches = Counted(store, seq_len=16, batch_size=16, seed=3)
     loading = BatchLoader(batches, partition_of(), TrainerConfig(batch_size=16))
@@ -93,7 +93,7 @@ if int(count) > 1:
     start_processes(MeshConfig(coordinator=address, num_processes=int(count), process_id=int(number)))
 read = 0
 class Counted(TrainBatches):
-    def rows(self, step, wanted):
+    def rows(self, step, wanted, *, skipped_windows):
         global read
         read += len(wanted)
         windows = np.full((16, 17), -1, np.int32)  # what is not read must not get anywhere

@@ -52,6 +52,11 @@ def remove_leftovers(directory: Path | str) -> None:
     storage_at(directory).remove_leftovers()
 
 
+def remove(directory: Path | str, step: int) -> None:
+    """Remove a committed step; a kill half-way leaves a leftover and never a step that looks whole."""
+    storage_at(directory).remove(step)
+
+
 def read_step(directory: Path | str, step: int) -> Manifest:
     """The manifest of a committed step.
 

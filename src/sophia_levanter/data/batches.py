@@ -61,12 +61,13 @@ class TrainBatches:
         """The batch of `step`, counted from 0: int32 [batch, seq_len + 1]."""
         return self.rows(step)
 
-    def rows(self, step: int, wanted: np.ndarray | None = None) -> np.ndarray:
+    def rows(self, step: int, wanted: np.ndarray | None = None, *, skipped_windows: int = 0) -> np.ndarray:
         """The batch of `step`, of which only some rows are read; the others are zeros.
 
         Args:
             step: counted from 0.
             wanted: numbers of rows, int [row]; all if not given.
+            skipped_windows: how much further on in the order of the windows this batch is.
 
         Returns:
             int32 [batch, seq_len + 1].
@@ -74,12 +75,17 @@ class TrainBatches:
         if step < 0:
             raise IndexError(f"step {step} is negative")
         first, size = self._window_range(step)
+        first += skipped_windows
         starts = np.array([self._starts[window] for window in range(first, first + size)], dtype=np.int64)
         if wanted is None or len(wanted) == len(starts):
             return self._corpus.read_windows(starts, self._seq_len + 1)
         windows = np.zeros((len(starts), self._seq_len + 1), np.int32)
         windows[wanted] = self._corpus.read_windows(starts[wanted], self._seq_len + 1)
         return windows
+
+    def windows_between(self, step: int, later: int) -> int:
+        """How many windows the steps in `[step, later)` have."""
+        return self._window_range(later)[0] - self._window_range(step)[0]
 
     def _window_range(self, step: int) -> tuple[int, int]:
         """Number of the first window of a step, and how many there are."""

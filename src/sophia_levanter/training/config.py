@@ -257,7 +257,9 @@ class TrainerConfig:
     parameter_dtype: str = "float32"  # of the parameters between steps: float32 or bfloat16
     compute_dtype: str = "float32"  # of activations and matrix products: float32 or bfloat16
     max_grad_norm: float | None = 1.0  # gradients with a larger global norm are scaled down to it
-    max_skipped_steps: int = 10  # steps in a row with a non-finite gradient before the run gives up
+    loss_spike_factor: float | None = None  # steps whose loss is above so many times its recent mean change nothing
+    max_skipped_steps: int = 10  # steps in a row that were skipped for their loss or gradient before the run gives up
+    max_rollbacks: int = 0  # times that it goes back to its last good checkpoint, and past the data since, instead
     evaluate_every: int = 1000  # steps between two validation losses; one more comes at the end
     evaluation_windows: int | None = 512  # windows in a validation loss, spread evenly; all if not given
     checkpoint_every: int = 1000  # steps between two checkpoints; one more comes at the end
@@ -295,8 +297,9 @@ class TrainerConfig:
                 raise InputError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"trainer.seed is {self.seed}; it must be between 0 and {2**32 - 1}")
-        if self.sample_tokens < 0:
-            raise InputError(f"trainer.sample_tokens is {self.sample_tokens}; it must not be negative")
+        for name in ("sample_tokens", "max_rollbacks"):
+            if getattr(self, name) < 0:
+                raise InputError(f"trainer.{name} is {getattr(self, name)}; it must not be negative")
         if self.microbatch_size is not None and self.batch_size % self.microbatch_size:
             raise InputError(
                 f"trainer.microbatch_size {self.microbatch_size} does not divide trainer.batch_size {self.batch_size}"
@@ -313,6 +316,8 @@ class TrainerConfig:
             self.at_step(change.step)  # whether this size would do as the only one
         if self.max_grad_norm is not None:
             _check_positive("trainer.max_grad_norm", self.max_grad_norm)
+        if self.loss_spike_factor is not None and not self.loss_spike_factor > 1:
+            raise InputError(f"trainer.loss_spike_factor is {self.loss_spike_factor}; it must be above 1")
         for name in ("parameter_dtype", "compute_dtype"):
             _check_choice(f"trainer.{name}", getattr(self, name), DTYPES)
         if self.profile_steps is not None and not self.profiled_steps:

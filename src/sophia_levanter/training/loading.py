@@ -20,7 +20,7 @@ BATCHES_AHEAD = 2  # are on the devices, or on their way there
 class Batches(Protocol):
     """Windows of a step; a pure function of the step."""
 
-    def rows(self, step: int, wanted: np.ndarray) -> np.ndarray:
+    def rows(self, step: int, wanted: np.ndarray, *, skipped_windows: int) -> np.ndarray:
         """int32 [batch, position + 1], in which only the `wanted` rows need be right."""
         ...
 
@@ -33,11 +33,13 @@ class BatchLoader:
         batches: the windows.
         partition: the devices.
         config: the batch sizes, and into how many microbatches they fall.
+        skipped_windows: of the order of the windows, that the run has passed over.
     """
 
     batches: Batches
     partition: Partition
     config: TrainerConfig
+    skipped_windows: int = 0
 
     def load(self, step: int) -> Batch:
         """The batch of a step, [microbatch, batch, position], on the devices.
@@ -49,7 +51,7 @@ class BatchLoader:
         size = trainer.batch_size // trainer.num_microbatches
         rows = self.partition.rows_of_this_process(size)
         wanted = (np.arange(trainer.num_microbatches)[:, None] * size + rows).ravel()
-        windows = self.batches.rows(int(step), wanted)
+        windows = self.batches.rows(int(step), wanted, skipped_windows=self.skipped_windows)
         return self.partition.place(batch_from_windows(windows, num_microbatches=trainer.num_microbatches))
 
     def load_all(self, first: int, stop: int) -> Iterator[Batch]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import equinox as eqx
@@ -28,6 +26,7 @@ from sophia_levanter.training.evaluation import Evaluation
 from sophia_levanter.training.loading import BatchLoader
 from sophia_levanter.training.profile import Profiler
 from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, train_step
+from sophia_levanter.training.stopping import StopRequest
 from sophia_levanter.training.watchdog import Watchdog
 
 Step = Callable[[Batch, TrainState], tuple[TrainState, StepOutput]]
@@ -37,42 +36,15 @@ NO_WAIT_SECONDS = 1e-3
 
 
 class TrainingFailed(Exception):
-    """The run cannot go on; the message says why and what to try."""
-
-
-class StopRequest:
-    """Notes the first SIGINT or SIGTERM so that the loop can save and end; the second acts as it would without.
-
-    Args:
-        several: whether the run has several processes. Then jax's runtime notes SIGTERM, and tells all of them.
+    """The run cannot go on; the message says why and what to try.
 
     Attributes:
-        signal: the signal that came, or None.
+        steps: those in a row that changed nothing.
     """
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, *, several: bool = False) -> None:
-        self.signal: signal.Signals | None = None
-        self._several = several
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if not self._several:
-            self._before = {s: signal.signal(s, self._note) for s in self._SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
-        self._before = {}
+    def __init__(self, message: str, steps: range) -> None:
+        super().__init__(message)
+        self.steps = steps
 
 
 @dataclass(frozen=True)
@@ -142,7 +114,7 @@ class Loop:
             The last state.
 
         Raises:
-            TrainingFailed: if too many steps in a row had a non-finite loss or gradient.
+            TrainingFailed: if too many steps in a row were skipped for their loss or gradient.
             CheckpointError: if a state could not be saved.
         """
         self._watchdog = Watchdog(self.config.step_timeout)
@@ -258,11 +230,21 @@ class Loop:
         self.console.step(step, numbers, (self.config.num_train_steps - step - 1) * sum(recent) / len(recent))
         in_a_row = int(output.skipped_in_a_row)
         if in_a_row:
-            self.console.line(f"step {step}: the loss or gradient is not finite; the step changed nothing")
+            self._say_skipped(step, numbers, in_a_row)
+
+    def _say_skipped(self, step: int, numbers: dict[str, float], in_a_row: int) -> None:
+        loss = numbers["train/loss"]
+        spike = math.isfinite(loss) and math.isfinite(numbers["train/grad_norm"])
+        if spike:
+            what, hint = "loss was a spike", "; or a larger --trainer.loss_spike_factor"
+        else:
+            what, hint = "loss or gradient was not finite", ""
+        self.console.line(f"step {step}: the {what} (loss {loss:.4g}); the step changed nothing")
         if in_a_row >= self.config.max_skipped_steps:
             raise TrainingFailed(
-                f"the loss or gradient was not finite in {in_a_row} steps in a row, the last of them step {step}; "
-                "try a lower --optimizer.learning_rate or more --optimizer.warmup_steps"
+                f"the {what} in {in_a_row} steps in a row, the last of them step {step}; "
+                f"try a lower --optimizer.learning_rate or more --optimizer.warmup_steps{hint}",
+                range(step + 1 - in_a_row, step + 1),
             )
 
     def _evaluate(self, step: int, state: TrainState) -> None:

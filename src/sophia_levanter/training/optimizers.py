@@ -126,6 +126,7 @@ def build_step_settings(config: OptimizerConfig, trainer: TrainerConfig, mask: W
         seed=trainer.seed,
         policy=jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype},output=float32"),
         max_grad_norm=trainer.max_grad_norm,
+        loss_spike_factor=trainer.loss_spike_factor,
         curvature_microbatches=curvature_microbatches(config, trainer) if isinstance(config, SophiaConfig) else None,
         curvature_microbatch_size=config.curvature_microbatch_size if isinstance(config, SophiaHConfig) else None,
         curvature_labels=config.curvature_labels if isinstance(config, SophiaGConfig) else "sampled",

@@ -17,7 +17,7 @@ import numpy as np
 
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
-from sophia_levanter.command_line import config_in, dump_config
+from sophia_levanter.command_line import dump_config
 from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches
 from sophia_levanter.data.config import DataConfig
@@ -39,16 +39,15 @@ from sophia_levanter.tracking.jsonl import JsonLines, NoLines
 from sophia_levanter.training.checkpoints import RunCheckpoints
 from sophia_levanter.training.evaluation import Evaluator
 from sophia_levanter.training.loading import BatchLoader
-from sophia_levanter.training.loop import Loop, StopRequest
-from sophia_levanter.training.optimizers import build_schedule, build_step_settings
+from sophia_levanter.training.loop import Loop, TrainingFailed
+from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.profile import Profiler
-from sophia_levanter.training.run_directory import RunDirectory, changed_fields, check_same_run
+from sophia_levanter.training.resuming import go_back, resume
+from sophia_levanter.training.run_directory import RunDirectory
 from sophia_levanter.training.step import StepSettings, TrainState
+from sophia_levanter.training.stopping import StopRequest
 from sophia_levanter.training.summary import attention_of, describe_end, describe_start
 from sophia_levanter.training.throughput import flops_per_token, peak_flops
-
-# What shapes do not show, and yet makes the weights those of another model.
-ANOTHER_MODEL = ("model.num_heads", "model.scale_attn_by_inverse_layer_idx", "model.layer_norm_epsilon")
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ class Parts:
     validation: ValidationBatches
     settings: StepSettings
     facts: dict[str, Any]
+    processes: Processes
 
     def initial_state(self) -> TrainState:
         """The state before step 0, a function of the configuration alone: weights are drawn, not read."""
@@ -117,7 +117,7 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
     check_agreement("the text", json.dumps([parts.facts["data"], parts.facts["validation"]]))
     restored = None
     if is_saved:
-        restored = _restore(parts, directory, processes, console)
+        restored = resume(parts, directory, console)
         state = restored.tree
         if int(state.step) >= config.trainer.num_train_steps:
             console.line(
@@ -136,9 +136,8 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
         directory.write_config(config)
         checkpoint.remove_leftovers(directory.checkpoints)
     describe_start(parts, directory.path, console)
-    loop = _make_loop(parts, directory, processes, state, restored, console)
     with StopRequest(several=jax.process_count() > 1) as stop:
-        state = loop.run(state, stop)
+        loop, state = _train(parts, directory, state, restored, console, stop)
     if int(state.step) < config.trainer.num_train_steps:
         # Of several processes one may have been signalled, and all have stopped.
         signal = stop.signal or Signals.SIGTERM
@@ -222,61 +221,38 @@ def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console
             "data": data.train.facts,
             "validation": data.validation.facts,
         },
+        processes=Processes.of_this_run(),
     )
 
 
-def _restore(parts: Parts, directory: RunDirectory, processes: Processes, console: Console) -> Restored[TrainState]:
-    """The newest checkpoint that is whole; tells what is not as it was when it was saved."""
-    restored: Restored[TrainState] = checkpoint.restore(
-        directory.checkpoints,
-        parts.partition.abstract(parts.initial_state),
-        report=console.line,
-        cast=parts.config.trainer.cast_checkpoint,
-        processes=processes,
-    )
-    saved_config: Any = restored.metadata["config"]
-    old_config = config_in(saved_config, Path(f"{directory.checkpoints}/step-{restored.step:08d}"))
-    if directory.resume == "if_saved":
-        check_same_run("checkpoint_dir", str(directory.checkpoints), old_config, parts.config)
-    for name, old, new in changed_fields(old_config, parts.config):
-        if name in ANOTHER_MODEL:
-            raise InputError(f"--resume {directory.path}: {name} was {old} and is {new}, which is another model")
-        if name == "trainer.initial_weights":
-            raise InputError(
-                f"--resume {directory.path}: {name} was {old} and is {new}, but the run has begun; "
-                "another --trainer.run_dir starts one"
-            )
-    if restored.metadata["data"] != parts.facts["data"]:
-        raise InputError(
-            f"--resume {directory.path}: the training text is another one than the run began with: "
-            f"{parts.facts['data']} now, {restored.metadata['data']} then"
-        )
-    if restored.metadata.get("validation", parts.facts["validation"]) != parts.facts["validation"]:
-        console.line("the validation text is another one than the run began with; its losses do not compare")
-    console.line(f"resuming after step {restored.step} of {directory.path}")
-    began_with, now = restored.metadata["environment"], parts.facts["environment"]
-    if began_with != now:
-        console.line(f"losses may differ in their last bits: the run began with {began_with}, and this is {now}")
-    for name, old, new in changed_fields(old_config, parts.config):
-        if name != "trainer.run_dir":
-            console.line(f"{name} was {old} and is {new}")
-        if name == "trainer.batch_size":
-            console.line("so windows are skipped or come again; trainer.batch_size_changes keeps their order")
-    rates = [
-        float(build_schedule(c.optimizer, c.trainer.num_train_steps)(restored.step)) for c in (old_config, parts.config)
-    ]
-    if rates[0] != rates[1]:
-        console.line(
-            f"the schedule is another one: at step {restored.step} the learning rate was {rates[0]:.3g} "
-            f"and is {rates[1]:.3g}"
-        )
-    return restored
+def _train(
+    parts: Parts,
+    directory: RunDirectory,
+    state: TrainState,
+    restored: Restored[TrainState] | None,
+    console: Console,
+    stop: StopRequest,
+) -> tuple[Loop, TrainState]:
+    """The loop that came to an end, and the last state; before it, loops that went wrong and back to a checkpoint."""
+    for left in range(parts.config.trainer.max_rollbacks, -1, -1):
+        skipped_windows = int(state.skipped_windows)
+        loop = _make_loop(parts, directory, state, restored, console)
+        try:
+            return loop, loop.run(state, stop)
+        except TrainingFailed as error:
+            if not left:
+                raise
+            console.line(f"WARNING: {error}")
+            restored = go_back(parts, directory, console, error.steps, skipped_windows)
+            if restored is None:
+                raise
+            state = restored.tree
+    raise AssertionError("the last loop returns or raises")
 
 
 def _make_loop(
     parts: Parts,
     directory: RunDirectory,
-    processes: Processes,
     state: TrainState,
     restored: Restored[TrainState] | None,
     console: Console,
@@ -289,7 +265,7 @@ def _make_loop(
         config=trainer,
         settings_of=lambda trainer: build_step_settings(parts.config.optimizer, trainer, decay_mask),
         partition=parts.partition,
-        loader=BatchLoader(parts.batches, parts.partition, trainer),
+        loader=BatchLoader(parts.batches, parts.partition, trainer, int(state.skipped_windows)),
         evaluate=Evaluator(
             parts.validation, token_byte_lengths(parts.data.tokenizer), parts.partition, parts.settings.policy
         ),
@@ -299,7 +275,7 @@ def _make_loop(
             parts.facts,
             # Of all the ids only the first process's is saved.
             run_id=uuid.uuid4().hex if restored is None else restored.run_id,
-            processes=processes,
+            processes=parts.processes,
             best=best,
             saved_step=None if restored is None else restored.step,
         ),

@@ -24,6 +24,8 @@ from sophia_levanter.partition.mesh import at_rest
 
 PyTree = Any
 
+RECENT_LOSS_DECAY = 0.98  # of the mean that a spike is one above
+
 
 class TrainState(eqx.Module):
     """All that a step changes.
@@ -32,8 +34,11 @@ class TrainState(eqx.Module):
         step: int32, steps taken.
         model: the parameters.
         optimizer_state: the optimizer's own state.
-        skipped_steps: int32, steps whose loss or gradient was not finite; they changed nothing but counts.
+        skipped_steps: int32, steps whose loss or gradient was not finite, or whose loss was a spike; they changed
+            nothing but counts.
         skipped_in_a_row: int32, such steps since the last good one.
+        recent_loss: float32, exponential mean of the losses of good steps, nats; infinite before the first.
+        skipped_windows: int32, windows of the data order that the run has passed over, going back to a checkpoint.
     """
 
     step: jax.Array
@@ -41,6 +46,8 @@ class TrainState(eqx.Module):
     optimizer_state: PyTree
     skipped_steps: jax.Array
     skipped_in_a_row: jax.Array
+    recent_loss: jax.Array
+    skipped_windows: jax.Array
 
     @staticmethod
     def init(model: Gpt2, optimizer: Optimizer, policy: jmp.Policy | None = None) -> TrainState:
@@ -51,7 +58,8 @@ class TrainState(eqx.Module):
 
         if policy is not None:
             model = policy.cast_to_param(model)
-        return TrainState(zero(), model, optimizer.init(model), zero(), zero())
+        infinite = jnp.full((), jnp.inf, jnp.float32)
+        return TrainState(zero(), model, optimizer.init(model), zero(), zero(), infinite, zero())
 
     @property
     def refresh_pending(self) -> jax.Array:
@@ -83,6 +91,7 @@ class StepSettings:
         seed: of dropout and curvature samples.
         policy: parameters' and compute dtypes.
         max_grad_norm: global norm above which gradients are scaled down to it; None for no clipping.
+        loss_spike_factor: a step whose loss is more than so many times the recent mean is skipped; None for none.
         curvature_microbatches: how many of the first microbatches refresh the curvature; None for all.
         curvature_microbatch_size: rows in a microbatch of Hutchinson's pass; None for the gradient's. GNB shares the
             gradient's forward pass, and so its microbatches.
@@ -94,6 +103,7 @@ class StepSettings:
     seed: int = 0
     policy: jmp.Policy = field(default_factory=lambda: jmp.get_policy("float32"))
     max_grad_norm: float | None = 1.0
+    loss_spike_factor: float | None = None
     curvature_microbatches: int | None = None
     curvature_microbatch_size: int | None = None
     curvature_labels: str = "sampled"
@@ -115,8 +125,8 @@ def train_step(
 ) -> tuple[TrainState, StepOutput]:
     """One step: gradient over all microbatches, if `refresh` the curvature, then the update.
 
-    A non-finite loss or gradient leaves parameters, momentum and curvature as they were; a non-finite estimate skips
-    the refresh. Counts advance in both cases.
+    A non-finite loss or gradient, or a spike of the loss, leaves parameters, momentum and curvature as they were; a
+    non-finite estimate skips the refresh. Counts advance in both cases.
 
     Args:
         settings: what stays the same over the run.
@@ -138,7 +148,10 @@ def train_step(
     if settings.max_grad_norm is not None:
         scale = jnp.minimum(1.0, settings.max_grad_norm / grad_norm)
         grads = jax.tree.map(lambda g: g * scale, grads)
-    new_state = _apply(settings.optimizer, state, grads, h_hat, jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if settings.loss_spike_factor is not None:
+        good &= loss <= settings.loss_spike_factor * state.recent_loss
+    new_state = _apply(settings.optimizer, state, loss, grads, h_hat, good)
     optimizer = settings.optimizer
     metrics = {
         "train/loss": loss,
@@ -269,15 +282,24 @@ def _row_uniforms(key: jax.Array, batch: Batch) -> NamedArray:
 
 
 def _apply(
-    optimizer: Optimizer, state: TrainState, grads: PyTree, h_hat: PyTree | None, finite: jax.Array
+    optimizer: Optimizer,
+    state: TrainState,
+    loss: jax.Array,
+    grads: PyTree,
+    h_hat: PyTree | None,
+    good: jax.Array,
 ) -> TrainState:
-    """Refresh and update where the numbers are finite; count either way."""
-    updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.model, h_hat, finite=finite)
+    """Refresh and update where the numbers are good; count either way."""
+    updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.model, h_hat, finite=good)
+    is_first = jnp.isinf(state.recent_loss)
+    recent = jnp.where(is_first, loss, RECENT_LOSS_DECAY * state.recent_loss + (1 - RECENT_LOSS_DECAY) * loss)
     after = TrainState(
         step=state.step + 1,
         model=eqx.apply_updates(state.model, updates),
         optimizer_state=optimizer_state,
-        skipped_steps=state.skipped_steps + ~finite,
-        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        skipped_steps=state.skipped_steps + ~good,
+        skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
+        recent_loss=jnp.where(good, recent, state.recent_loss),
+        skipped_windows=state.skipped_windows,
     )
     return at_rest(after)

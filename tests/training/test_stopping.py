@@ -1,10 +1,10 @@
-"""The loop's host side, with real steps of a tiny model."""
+"""The first signal asks a run to stop, the second acts."""
 
 import signal
 
 import pytest
 
-from sophia_levanter.training.loop import StopRequest
+from sophia_levanter.training.stopping import StopRequest
 
 
 @pytest.fixture(autouse=True)

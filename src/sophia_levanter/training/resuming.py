@@ -1,0 +1,120 @@
+"""Going on from a checkpoint: at a start, and after steps that went wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import numpy as np
+
+from sophia_levanter import checkpoint
+from sophia_levanter.checkpoint import Restored
+from sophia_levanter.command_line import config_in
+from sophia_levanter.errors import InputError
+from sophia_levanter.partition.processes import wait_for_all
+from sophia_levanter.tracking.console import Console
+from sophia_levanter.training.optimizers import build_schedule
+from sophia_levanter.training.run_directory import RunDirectory, changed_fields, check_same_run
+from sophia_levanter.training.step import TrainState
+
+if TYPE_CHECKING:
+    from sophia_levanter.training.run import Parts
+
+# What shapes do not show, and yet makes the weights those of another model.
+ANOTHER_MODEL = ("model.num_heads", "model.scale_attn_by_inverse_layer_idx", "model.layer_norm_epsilon")
+
+
+def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[TrainState]:
+    """The newest checkpoint that is whole; tells what is not as it was when it was saved.
+
+    Raises:
+        CheckpointError: if none is whole.
+        InputError: if it is of another model, optimizer or text.
+    """
+    restored = _read(parts, directory, console)
+    saved_config: Any = restored.metadata["config"]
+    old_config = config_in(saved_config, Path(f"{directory.checkpoints}/step-{restored.step:08d}"))
+    if directory.resume == "if_saved":
+        check_same_run("checkpoint_dir", str(directory.checkpoints), old_config, parts.config)
+    for name, old, new in changed_fields(old_config, parts.config):
+        if name in ANOTHER_MODEL:
+            raise InputError(f"--resume {directory.path}: {name} was {old} and is {new}, which is another model")
+        if name == "trainer.initial_weights":
+            raise InputError(
+                f"--resume {directory.path}: {name} was {old} and is {new}, but the run has begun; "
+                "another --trainer.run_dir starts one"
+            )
+    if restored.metadata["data"] != parts.facts["data"]:
+        raise InputError(
+            f"--resume {directory.path}: the training text is another one than the run began with: "
+            f"{parts.facts['data']} now, {restored.metadata['data']} then"
+        )
+    if restored.metadata.get("validation", parts.facts["validation"]) != parts.facts["validation"]:
+        console.line("the validation text is another one than the run began with; its losses do not compare")
+    console.line(f"resuming after step {restored.step} of {directory.path}")
+    began_with, now = restored.metadata["environment"], parts.facts["environment"]
+    if began_with != now:
+        console.line(f"losses may differ in their last bits: the run began with {began_with}, and this is {now}")
+    for name, old, new in changed_fields(old_config, parts.config):
+        if name != "trainer.run_dir":
+            console.line(f"{name} was {old} and is {new}")
+        if name == "trainer.batch_size":
+            console.line("so windows are skipped or come again; trainer.batch_size_changes keeps their order")
+    rates = [
+        float(build_schedule(c.optimizer, c.trainer.num_train_steps)(restored.step)) for c in (old_config, parts.config)
+    ]
+    if rates[0] != rates[1]:
+        console.line(
+            f"the schedule is another one: at step {restored.step} the learning rate was {rates[0]:.3g} "
+            f"and is {rates[1]:.3g}"
+        )
+    return restored
+
+
+def go_back(
+    parts: Parts, directory: RunDirectory, console: Console, wrong: range, skipped_windows: int
+) -> Restored[TrainState] | None:
+    """The last checkpoint from before steps that went wrong, to go on from with the data that come after theirs.
+
+    Later checkpoints are removed: a restart would begin with them.
+
+    Args:
+        parts: the run.
+        directory: its directory.
+        console: is told.
+        wrong: those steps.
+        skipped_windows: of the order of the data, that the run had passed over before.
+
+    Returns:
+        The checkpoint; None if there is none from before.
+
+    Raises:
+        CheckpointError: if none of them is whole.
+    """
+    saved = checkpoint.steps(directory.checkpoints)
+    later = [step for step in saved if step > wrong.start]
+    wait_for_all("all have looked")
+    if len(later) == len(saved):
+        return None
+    if parts.processes.is_first:
+        for step in later:
+            checkpoint.remove(directory.checkpoints, step)
+    wait_for_all("later ones are removed")
+    restored = _read(parts, directory, console)
+    passed = parts.batches.windows_between(restored.step, wrong.stop)
+    console.line(f"going back to step {restored.step}, and on with the data after the {passed} windows since then")
+    windows = parts.partition.place(np.asarray(skipped_windows + passed, np.int32))
+    tree = eqx.tree_at(lambda state: state.skipped_windows, restored.tree, windows)
+    return dataclasses.replace(restored, tree=tree)
+
+
+def _read(parts: Parts, directory: RunDirectory, console: Console) -> Restored[TrainState]:
+    return checkpoint.restore(
+        directory.checkpoints,
+        parts.partition.abstract(parts.initial_state),
+        report=console.line,
+        cast=parts.config.trainer.cast_checkpoint,
+        processes=parts.processes,
+    )

@@ -1,0 +1,328 @@
+"""What befalls a run: bad numbers, kills, full disks, steps that never end. What it had comes back, bit for bit."""
+
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+
+from sophia_levanter import checkpoint
+from sophia_levanter.main import main
+from sophia_levanter.training.loading import BatchLoader
+
+
+def metrics(run_dir: Path, name: str = "train/loss") -> dict[int, float | None]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record[name] for record in map(json.loads, lines) if name in record}
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch):
+    """Makes the batches of some steps have a weight of another value, by the windows' place in the data."""
+
+    def planted(steps: set[int], weight: float) -> None:
+        load = BatchLoader.load
+
+        def load_planted(self: BatchLoader, step: int):
+            batch = load(self, step)
+            if int(step) + self.skipped_windows // self.config.batch_size not in steps:
+                return batch
+            # One window of one microbatch.
+            weights = jax.tree.map(lambda x: x.at[0, 1, 3].set(weight), batch.weights)
+            return eqx.tree_at(lambda b: b.weights, batch, weights)
+
+        monkeypatch.setattr(BatchLoader, "load", load_planted)
+
+    return planted
+
+
+@pytest.mark.parametrize("options", [[], ["--mesh.fsdp", "embed", "--trainer.compute_dtype", "bfloat16"]])
+@pytest.mark.parametrize("bad", [5, 6], ids=["plain", "refreshing"])
+def test_a_nan_in_one_batch_changes_nothing_and_the_run_goes_on(bad, options, config_file, tmp_path, plant, capfd):
+    plant({bad}, np.nan)
+    command = ["--config", str(config_file), *options]
+    assert main([*command, "--trainer.run_dir", str(tmp_path / "run")]) == 0
+    assert (
+        f"step {bad}: the loss or gradient was not finite (loss nan); the step changed nothing"
+        in capfd.readouterr().out
+    )
+    found = metrics(tmp_path / "run")
+    assert [step for step, loss in found.items() if loss is None] == [bad]
+    assert metrics(tmp_path / "run", "train/skipped_steps") == {step: int(step >= bad) for step in range(12)}
+
+    # The state around it: as after the steps before.
+    for last in (bad, bad + 1):
+        steps = ["--trainer.num_train_steps", str(last), "--optimizer.schedule", "constant"]
+        assert main([*command, *steps, "--trainer.run_dir", str(tmp_path / str(last))]) == 0
+    before, after = (state_of(tmp_path / str(last)) for last in (bad, bad + 1))
+    assert before.keys() == after.keys()
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert not {path for path in changed if before[path].dtype.kind == "f"}
+    assert {"step", "skipped_steps", "skipped_in_a_row"} <= changed
+
+
+def state_of(run_dir: Path) -> dict[str, np.ndarray]:
+    (step, *_) = reversed(checkpoint.steps(run_dir / "checkpoints"))
+    return dict(checkpoint.read_arrays(run_dir / "checkpoints", checkpoint.read_step(run_dir / "checkpoints", step)))
+
+
+def test_spikes_of_the_loss_are_skipped_when_asked(config_file, tmp_path, capfd):
+    """Where the learning rate grows too high, losses go up."""
+    factor, run_dir = 1.01, tmp_path / "run"
+    options = ["--optimizer.learning_rate", "0.5", "--optimizer.warmup_steps", "12", "--trainer.num_train_steps", "16"]
+    command = ["--config", str(config_file), *options, "--trainer.run_dir"]
+    assert main([*command, str(tmp_path / "without")]) == 0
+    assert metrics(tmp_path / "without", "train/skipped_steps")[15] == 0
+    assert main([*command, str(run_dir), "--trainer.loss_spike_factor", str(factor)]) == 0
+    recent, skipped = math.inf, []
+    for step, loss in metrics(run_dir).items():
+        if loss > factor * recent:
+            skipped.append(step)
+        else:
+            recent = loss if math.isinf(recent) else 0.98 * recent + 0.02 * loss
+    counts = metrics(run_dir, "train/skipped_steps")
+    assert skipped and counts == {step: len([s for s in skipped if s <= step]) for step in range(16)}
+    assert f"step {skipped[0]}: the loss was a spike (loss " in capfd.readouterr().out
+
+    few = ["--trainer.loss_spike_factor", "1.000001", "--trainer.max_skipped_steps", "1"]
+    assert main([*command, str(tmp_path / "ends"), *few]) == 1
+    error = capfd.readouterr().err
+    assert "error: the loss was a spike in 1 steps in a row" in error and "--trainer.loss_spike_factor" in error
+
+
+def test_a_run_goes_back_and_past_the_data_where_it_went_wrong(config_file, tmp_path, plant, capfd):
+    plant({7, 8, 9}, np.nan)
+    run_dir = tmp_path / "run"
+    command = ["--config", str(config_file), "--trainer.max_skipped_steps", "3", "--trainer.checkpoint_every", "4"]
+    assert main([*command, "--trainer.run_dir", str(tmp_path / "ends")]) == 1
+    capfd.readouterr()
+    assert main([*command, "--trainer.run_dir", str(run_dir), "--trainer.max_rollbacks", "1"]) == 0
+    out = capfd.readouterr().out
+    assert "WARNING: the loss or gradient was not finite in 3 steps in a row, the last of them step 9" in out
+    assert "going back to step 4, and on with the data after the 96 windows since then" in out
+    assert all(loss is not None for loss in metrics(run_dir).values())
+    state = state_of(run_dir)
+    assert (int(state["step"]), int(state["skipped_windows"]), int(state["skipped_steps"])) == (12, 96, 0)
+
+    # It has the losses of a run that never had the bad windows in its order.
+    whole = metrics(run_dir)
+    assert main(["--resume", str(run_dir), "--trainer.num_train_steps", "14"]) == 0
+    more = metrics(run_dir)
+    assert {step: more[step] for step in whole} == whole and set(more) == set(range(14))
+
+
+def test_a_run_that_goes_wrong_from_the_start_cannot_go_back(config_file, tmp_path, plant, capfd):
+    plant({0, 1, 2}, np.nan)
+    options = ["--trainer.max_skipped_steps", "3", "--trainer.max_rollbacks", "2", "--trainer.checkpoint_every", "100"]
+    assert main(["--config", str(config_file), *options, "--trainer.run_dir", str(tmp_path / "run")]) == 1
+    assert "error: the loss or gradient was not finite in 3 steps in a row" in capfd.readouterr().err
+
+
+def test_a_checkpoint_has_all_that_a_run_goes_on_from(config_file, tmp_path):
+    """The checkpoints alone, in another place: no file of the run's directory is needed."""
+    first, second, whole = tmp_path / "first", tmp_path / "second", tmp_path / "whole"
+    command = ["--config", str(config_file), "--trainer.checkpoint_dir", str(tmp_path / "kept")]
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(whole)]) == 0
+    assert main([*command, "--trainer.run_dir", str(first), "--trainer.num_train_steps", "6", *SAME_RATE]) == 0
+    assert not (first / "checkpoints").exists()
+    manifest = checkpoint.read_step(tmp_path / "kept", 6)
+    assert manifest.metadata["config"]["trainer"]["num_train_steps"] == 6
+    assert manifest.metadata["best"] == {"step": 6, "validation/loss": manifest.metadata["metrics"]["validation/loss"]}
+    assert {"environment", "data", "validation", "metrics"} <= set(manifest.metadata)
+    auto = [*command, "--trainer.run_dir", str(second), "--resume", "auto", *SAME_RATE]
+    assert main([*auto, "--trainer.num_train_steps", "8"]) == 0
+    assert list(metrics(second)) == [6, 7]
+    assert checkpoint.read_step(tmp_path / "kept", 8).run_id == manifest.run_id
+
+
+SAME_RATE = ["--optimizer.schedule", "constant"]
+
+
+def test_checkpoints_of_another_run_are_in_the_way(config_file, tmp_path, capfd):
+    command = ["--config", str(config_file), "--trainer.checkpoint_dir", str(tmp_path / "kept")]
+    assert main([*command, "--trainer.run_dir", str(tmp_path / "first")]) == 0
+    capfd.readouterr()
+    assert main([*command, "--trainer.run_dir", str(tmp_path / "second")]) == 2
+    assert (
+        f"trainer.checkpoint_dir {tmp_path / 'kept'} holds checkpoints already; --resume auto" in capfd.readouterr().err
+    )
+    auto = ["--trainer.run_dir", str(tmp_path / "second"), "--resume", "auto", "--trainer.seed", "5"]
+    assert main([*command, *auto]) == 2
+    assert "holds another run: its trainer.seed is 0, this one's is 5" in capfd.readouterr().err
+    assert not (tmp_path / "second" / "config.yaml").exists()
+    for location, message in (("ftp://x/y", "checkpoints go to a path, or to gs:// or s3://"), ("gs://", "no bucket")):
+        assert main(["--config", str(config_file), "--trainer.checkpoint_dir", location]) == 2
+        assert message in capfd.readouterr().err
+
+
+def test_what_stays(config_file, tmp_path):
+    """The newest, multiples of keep_every, and the best by validation loss."""
+    run_dir = tmp_path / "run"
+    # The rate grows and the loss with it: the best is an early one.
+    keep = ["--trainer.keep_checkpoints", "2", "--trainer.keep_every", "7", "--trainer.checkpoint_every", "1"]
+    command = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), *keep, "--trainer.evaluate_every", "1"]
+    assert main([*command, "--optimizer.learning_rate", "0.5", "--optimizer.warmup_steps", "12"]) == 0
+    losses = metrics(run_dir, "validation/loss")
+    best = min(losses, key=losses.get) + 1
+    assert best not in (7, 11, 12)
+    assert checkpoint.steps(run_dir / "checkpoints") == sorted({best, 7, 11, 12})
+
+
+def test_another_dtype_only_when_asked(config_file, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 0
+    more = ["--resume", str(run_dir), "--trainer.num_train_steps", "13", "--optimizer.momentum_dtype", "bfloat16"]
+    assert main(more) == 2
+    assert "leaf optimizer_state.momentum" in capfd.readouterr().err
+    assert main([*more, "--trainer.cast_checkpoint", "true"]) == 0
+    assert 12 in metrics(run_dir)
+
+
+# Processes of their own, that end in ways of their own.
+
+KILLED = """
+import os, signal, sys
+from sophia_levanter.checkpoint import saving
+from sophia_levanter.main import main
+from sophia_levanter.tracking.jsonl import JsonLines
+from sophia_levanter.training.evaluation import Evaluator
+
+when, step, *arguments = sys.argv[1:]
+step = int(step)
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+log, evaluate, write, run = JsonLines.log, Evaluator.__call__, saving.write_arrays, saving._Save.run
+seen = -1
+
+def log_or_die(self, at, numbers):
+    global seen
+    log(self, at, numbers)
+    seen = at
+    if when == "step" and at >= step:
+        die()
+
+def evaluate_or_die(self, model, on_progress):
+    def progress():
+        on_progress()
+        if when == "evaluation" and seen >= step:
+            die()
+    return evaluate(self, model, progress)
+
+def write_or_die(folder, arrays, **options):
+    if when == "save" and seen >= step:
+        write(folder, arrays[::2], **options)
+        die()
+    return write(folder, arrays, **options)
+
+def run_and_die(self):
+    done = run(self)
+    if when == "committed" and seen >= step:
+        die()
+    return done
+
+JsonLines.log, Evaluator.__call__ = log_or_die, evaluate_or_die
+saving.write_arrays, saving._Save.run = write_or_die, run_and_die
+sys.exit(main(arguments))
+"""
+
+
+def start(*command: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_20_steps_and_resumed_the_losses_are_those_of_an_undisturbed_run(config_file, tmp_path):
+    steps, rng = 200, random.Random(7)
+    command = ["--config", config_file, "--trainer.num_train_steps", steps, "--trainer.evaluate_every", 6]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start("-m", "sophia_levanter.main", *command, "--trainer.run_dir", whole)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    wanted, wanted_losses = metrics(whole), metrics(whole, "validation/loss")
+
+    at = sorted(rng.sample(range(1, steps - 8), 20))
+    assert {step % 3 for step in at} == {0, 1, 2}, "on refreshing steps and others"
+    for number, step in enumerate(at):
+        when = ("step", "evaluation", "save", "committed")[number % 4]
+        process = start("-c", KILLED, when, step, *command, "--trainer.run_dir", killed, "--resume", "auto")
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, (when, step, out)
+        found = metrics(killed)
+        assert max(found) >= step - 1
+        assert found == {done: wanted[done] for done in found}
+    process = start("-m", "sophia_levanter.main", "--resume", killed)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert metrics(killed) == wanted
+    assert metrics(killed, "validation/loss") == wanted_losses
+
+
+def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_room(config_file, tmp_path):
+    """A real one, in a namespace where this process may mount it."""
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run([*namespace, f"mount -t tmpfs none {disk}"], capture_output=True).returncode:
+        pytest.skip("this machine does not let a test mount a tmpfs")
+    script = f"""
+mount -t tmpfs -o size=3m none {disk} || exit 99
+head -c 1900k /dev/zero > {disk}/ballast
+train="{sys.executable} -m sophia_levanter.main"
+dir="--trainer.run_dir {tmp_path}/run --trainer.checkpoint_dir {disk}/checkpoints"
+$train --config {config_file} $dir --trainer.checkpoint_every 2 --trainer.keep_checkpoints 9; echo "exit $?"
+{sys.executable} -m sophia_levanter.commands.checkpoints verify {disk}/checkpoints; echo "exit $?"
+rm {disk}/ballast
+$train --resume {tmp_path}/run; echo "exit $?"
+"""
+    finished = subprocess.run([*namespace, script], capture_output=True, text=True, timeout=300)
+    lines = finished.stdout.splitlines()
+    exits = [line for line in lines if line.startswith("exit ")]
+    assert exits == ["exit 1", "exit 0", "exit 0"], finished.stdout + finished.stderr
+    (error,) = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert "could not be written: leaf " in error and "No space left on device" in error
+    assert any("resuming after step " in line for line in lines)
+    assert "Traceback" not in finished.stderr
+    assert list(metrics(tmp_path / "run")) == list(range(12))
+
+
+STUCK = """
+import sys, time
+from sophia_levanter.main import main
+from sophia_levanter.tracking.jsonl import JsonLines
+log = JsonLines.log
+def never_ending(self, step, numbers):
+    log(self, step, numbers)
+    if step == 8:
+        time.sleep(1000)
+JsonLines.log = never_ending
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_that_is_stuck_is_ended_and_goes_on_when_started_again(config_file, tmp_path):
+    command = ["--config", config_file, "--trainer.run_dir", tmp_path / "run", "--resume", "auto"]
+    started = time.monotonic()
+    process = start("-c", STUCK, *command, "--trainer.step_timeout", 3)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "has taken more than 3 s (trainer.step_timeout); the run goes on from its last checkpoint" in out
+    assert "never_ending" in out and "most recent call first" in out, "every thread's stack is shown"
+    assert time.monotonic() - started < 100
+    process = start("-m", "sophia_levanter.main", "--resume", tmp_path / "run")
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    assert "resuming after step 6" in out
+    assert list(metrics(tmp_path / "run")) == list(range(12))
