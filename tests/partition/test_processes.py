@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from sophia_levanter import checkpoint
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.config import MeshConfig
 
@@ -87,21 +88,59 @@ def test_two_processes_start_from_the_weights_of_a_file(config_file, gpt2_folder
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_after_the_same_step(config_file, tmp_path):
+@pytest.mark.parametrize(("number", "statuses"), [(signal.SIGTERM, [75, 75]), (signal.SIGINT, [75, 130])])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(number, statuses, config_file, tmp_path):
     run_dir = tmp_path / "run"
     processes = start_two(
         ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.num_train_steps", "100000"]
     )
-    metrics = run_dir / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
-        assert all(process.poll() is None for process in processes), ended(processes)
-        time.sleep(0.2)
-    processes[1].send_signal(signal.SIGTERM)
+    wait_for_steps(run_dir, 5, processes)
+    processes[1].send_signal(number)
     results = ended(processes)
-    assert [status for status, _, _ in results] == [75, 75], results
+    assert [status for status, _, _ in results] == statuses, results
     steps = losses(run_dir, "step")
     saved = sorted((run_dir / "checkpoints").iterdir())[-1].name
     assert int(saved.removeprefix("step-")) == steps[-1] + 1
+
+
+def wait_for_steps(run_dir, count, processes):
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > count):
+        assert all(process.poll() is None for process in processes), ended(processes)
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(config_file, tmp_path):
+    """Within the heartbeat and what it takes to tell."""
+    run_dir = tmp_path / "run"
+    common = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--mesh.heartbeat_timeout", "5"]
+    processes = start_two([*common, "--trainer.num_train_steps", "100000", "--optimizer.schedule", "constant"])
+    wait_for_steps(run_dir, 20, processes)
+    processes[1].kill()
+    killed = time.monotonic()
+    assert processes[0].wait(60) != 0
+    assert time.monotonic() - killed < 10
+    ended(processes)
+    (*_, last) = checkpoint.steps(run_dir / "checkpoints")
+    results = ended(start_two(["--resume", str(run_dir), "--trainer.num_train_steps", str(last + 3)]))
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert sorted(set(losses(run_dir, "step").tolist())) == list(range(last + 3))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_is_noticed(config_file, tmp_path):
+    """Alive, with a heartbeat, and stuck: the others' watchdogs end the run."""
+    run_dir = tmp_path / "run"
+    common = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.step_timeout", "4"]
+    processes = start_two([*common, "--trainer.num_train_steps", "100000", "--mesh.heartbeat_timeout", "100"])
+    wait_for_steps(run_dir, 5, processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    assert processes[0].wait(60) == 1
+    processes[1].kill()
+    (_, error), _ = [process.communicate() for process in processes]
+    assert "has taken more than 4 s (trainer.step_timeout)" in error
+    assert "Current thread" in error or "most recent call first" in error
 
 
 @pytest.mark.slow

@@ -81,7 +81,8 @@ def test_spikes_of_the_loss_are_skipped_when_asked(config_file, tmp_path, capfd)
     command = ["--config", str(config_file), *options, "--trainer.run_dir"]
     assert main([*command, str(tmp_path / "without")]) == 0
     assert metrics(tmp_path / "without", "train/skipped_steps")[15] == 0
-    assert main([*command, str(run_dir), "--trainer.loss_spike_factor", str(factor)]) == 0
+    many = ["--trainer.loss_spike_factor", str(factor), "--trainer.max_skipped_steps", "100"]
+    assert main([*command, str(run_dir), *many]) == 0
     recent, skipped = math.inf, []
     for step, loss in metrics(run_dir).items():
         if loss > factor * recent:
