@@ -131,15 +131,17 @@ class DiskStorage:
 
     def new_stage(self, step: int, *, replaces: bool) -> Stage:
         folder = _aside(step, "partial")
+        new = [path for path in (self._path, *self._path.parents) if not path.exists()]
         (self._path / folder).mkdir(parents=True)
+        for path in new:
+            sync(path.parent)
         return Stage(folder, "arrays", replaces)
 
     def sync_stage(self, stage: Stage) -> None:
         # tensorstore has seen to the files, and to the names in the folders that they are in.
-        folder = self._path / stage.folder
-        for path in (folder / stage.arrays, folder):
-            if path.exists():
-                sync(path)
+        arrays = self._path / stage.folder / stage.arrays
+        if arrays.exists():
+            sync(arrays)
 
     def sees(self, file: str) -> bool:
         return (self._path / file).exists()
@@ -160,7 +162,6 @@ class DiskStorage:
                 raise FileExistsError(f"{final} has come to be there meanwhile") from error
             raise
         sync(self._path)
-        sync(self._path.parent)
 
     def discard(self, stage: Stage) -> None:
         shutil.rmtree(self._path / stage.folder, ignore_errors=True)
