@@ -496,6 +496,18 @@ def test_what_was_trained_is_saved_when_the_data_turn_out_damaged(config_file, t
     assert checkpoint.steps(run_dir / "checkpoints")[-1] == done
 
 
+def test_what_was_trained_is_saved_when_the_validation_text_turns_out_damaged(config_file, tmp_path, capfd):
+    tokens = np.random.default_rng(0).integers(0, 257, 16 * 16 * 12 + 1).astype(np.uint16)
+    tokens.tofile(tmp_path / "train.bin")
+    tokens[-20] = 60000
+    tokens.tofile(tmp_path / "val.bin")
+    data = ["--data.train", f"nanogpt:{tmp_path}/train.bin", "--data.validation", f"nanogpt:{tmp_path}/val.bin"]
+    run_dir, every = tmp_path / "run", ["--trainer.evaluation_windows", "null"]
+    assert main(["--config", str(config_file), *data, *every, "--trainer.run_dir", str(run_dir)]) == 2
+    assert "token id 60000" in capfd.readouterr().err
+    assert checkpoint.steps(run_dir / "checkpoints") == [6]
+
+
 def test_another_validation_text_and_batch_size_are_said_on_resuming(config_file, tmp_path, capfd):
     (tmp_path / "v.txt").write_text("some text to validate with " * 20)
     run_dir = tmp_path / "run"

@@ -168,6 +168,26 @@ check(restored(fsdp).tree, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
+def test_one_that_does_not_answer_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    body = """
+saving.PATIENCE = 2
+write = saving.write_arrays
+def slow(folder, arrays, **options):
+    time.sleep(5 * index)
+    return write(folder, arrays, **options)
+saving.write_arrays = slow
+failing(1)
+assert checkpoint.steps(directory) == []
+saving.PATIENCE = 60
+save(2)
+saver.wait()
+"""
+    first, second = run(tmp_path, 2, body)
+    assert "process 1 did not answer within 2 s" in first and "process 1 did not answer within 2 s" in second
+    assert float(first.split()[2]) < 4
+    assert steps(tmp_path) == [2]
+
+
 def test_a_disk_that_is_not_shared_is_noticed(tmp_path: Path) -> None:
     body = """
 from sophia_levanter.checkpoint.storage import DiskStorage

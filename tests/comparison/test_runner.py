@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sophia_levanter.checkpoint.manifest import Manifest, SavedArray, write_manifest
+from sophia_levanter.checkpoint.manifest import FILE_NAME, Manifest, SavedArray, encode_manifest
 from sophia_levanter.command_line import load_config
 from sophia_levanter.comparison import runner
 from sophia_levanter.comparison.records import flat_config
@@ -28,7 +28,7 @@ CONFIG = TrainConfig(
     optimizer=SophiaGConfig(interval=2, warmup_steps=0),
     trainer=TrainerConfig(num_train_steps=4, batch_size=5),
 )
-FACTS = {"data": {"digest": "abc"}, "environment": {"jax": "1"}}
+FACTS = {"data": {"digest": "abc"}, "environment": {"jax": "1"}, "validation": {"digest": "def"}}
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,10 @@ def write_checkpoint(directory: Path, step: int) -> None:
     folder = directory / "checkpoints" / f"step-{step:08}"
     folder.mkdir(parents=True)
     arrays = [
-        SavedArray(path, path, shape, "float32", shape, {})
+        SavedArray(path, path, shape, "float32", shape, "", {})
         for path, shape in {"model.a": (3, 4), "model.b": (5,), "optimizer.a": (3, 4), "step": ()}.items()
     ]
-    write_manifest(folder, Manifest("id", step, FACTS, arrays))
+    (folder / FILE_NAME).write_bytes(encode_manifest(Manifest("id", step, 0.0, FACTS, "arrays", arrays)))
 
 
 def step_line(step: int, loss: float | None, seconds: float, **more: float | None) -> dict:

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from fake_gcs import FakeGcs, serving
 from sophia_levanter import checkpoint
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.config import MeshConfig
@@ -18,12 +19,14 @@ from sophia_levanter.partition.config import MeshConfig
 pytestmark = pytest.mark.timeout(600)
 
 
-def start(arguments, devices):
-    """A training process with so many devices of its own."""
+def start(arguments, devices, folder=None):
+    """A training process with so many devices of its own, in a folder."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "sophia_levanter.main", *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def start_two(arguments, of_second=()):
@@ -108,6 +111,34 @@ def wait_for_steps(run_dir, count, processes):
     while not (metrics.exists() and metrics.read_text().count("\n") > count):
         assert all(process.poll() is None for process in processes), ended(processes)
         time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_bucket_share_no_disk(config_file, tmp_path, monkeypatch):
+    """Each has a run directory of its own; a third that has none goes on from the bucket alone."""
+    with serving(FakeGcs()) as bucket:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", bucket.address)
+        kept = ["--config", str(config_file), "--trainer.checkpoint_dir", "gs://bucket/run", "--mesh.fsdp", "embed"]
+        steady = ["--optimizer.schedule", "constant", "--resume", "auto", "--trainer.run_dir"]
+        six = ["--trainer.num_train_steps", "6"]
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        mesh = ["--mesh.coordinator", address, "--mesh.num_processes", "2", "--mesh.process_id"]
+        for number in range(2):
+            (tmp_path / f"host{number}").mkdir()
+        processes = [
+            start([*kept, *six, *steady, "run", *mesh, str(i)], devices=2, folder=tmp_path / f"host{i}")
+            for i in range(2)
+        ]
+        results = ended(processes)
+        assert [status for status, _, _ in results] == [0, 0], results
+        assert (tmp_path / "host0" / "run" / "metrics.jsonl").exists() and not (tmp_path / "host1" / "run").exists()
+        assert checkpoint.steps("gs://bucket/run") == [6]
+        results = ended([start([*kept, *steady, str(tmp_path / "third")], devices=4)])
+        assert results[0][0] == 0, results
+        assert "resuming after step 6" in results[0][1]
+        assert losses(tmp_path / "third", "step").max() == 11
 
 
 @pytest.mark.slow

@@ -142,7 +142,6 @@ class Loop:
         # A step's numbers are read while the next one runs.
         unread: tuple[int, StepOutput] | None = None
         while step < total and not all_stop(step, stop.signal is not None):
-            self._watchdog.begin(f"step {step}")
             self.checkpoints.check()
             if self.config.at_step(step).batch_size != compiled.batch_size:
                 if unread is not None:
@@ -150,6 +149,7 @@ class Loop:
                     unread = None
                 compiled = self._compile(state, step)
                 self._last_time = time.perf_counter()
+            self._watchdog.begin(f"step {step}")
             refresh = refresh_pending or compiled.optimizer.refresh_due(step)
             if self.profiler.starts_at(step):
                 if unread is not None:
@@ -179,7 +179,11 @@ class Loop:
             if profiled:
                 self._end_profile()
             if evaluate:
-                self._evaluate(step, state)
+                try:
+                    self._evaluate(step, state)
+                except InputError:  # validation text that is damaged
+                    self._save(step, state, evaluated=False)
+                    raise
             if save:
                 self._save(step, state, evaluated=evaluate)
         if unread is not None:

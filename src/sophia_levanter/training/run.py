@@ -150,9 +150,12 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
 
 
 def _shared_config(config: TrainConfig) -> str:
-    """What all processes of a run must agree on; each may have its own copy of the data."""
+    """What all processes of a run must agree on, as text; each may have its own copy of the data."""
     mesh = config.mesh if config.mesh.process_id is None else replace(config.mesh, process_id=0)
-    return dump_config(replace(config, mesh=mesh, data=DataConfig()))
+    trainer = config.trainer
+    if trainer.checkpoint_dir is not None:
+        trainer = replace(trainer, run_dir="each its own")
+    return dump_config(replace(config, mesh=mesh, data=DataConfig(), trainer=trainer))
 
 
 def keep_compiled(directory: Path, platform: str) -> None:

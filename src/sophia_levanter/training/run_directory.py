@@ -17,8 +17,28 @@ from sophia_levanter.data.config import MixturePart
 from sophia_levanter.data.names import absolute_source, absolute_tokenizer
 from sophia_levanter.errors import InputError
 
-# What may differ between a run and its continuation by `--resume auto` without making it another run.
-_MAY_DIFFER = ("trainer.num_train_steps", "trainer.profile_steps", "trainer.run_dir")
+# What may differ between a run and its continuation by `--resume auto` without making it another run: how long it is,
+# and what has nothing to do with its numbers, such as the host that a new attempt finds the others by.
+_MAY_DIFFER = (
+    "trainer.num_train_steps",
+    "trainer.profile_steps",
+    "trainer.run_dir",
+    "trainer.checkpoint_dir",
+    "trainer.checkpoint_every",
+    "trainer.keep_checkpoints",
+    "trainer.keep_every",
+    "trainer.keep_best",
+    "trainer.cast_checkpoint",
+    "trainer.step_timeout",
+    "trainer.log_every",
+    "data.cache_dir",
+    "data.num_workers",
+    "mesh.coordinator",
+    "mesh.num_processes",
+    "mesh.process_id",
+    "mesh.start_timeout",
+    "mesh.heartbeat_timeout",
+)
 LOCK_NAME = ".lock"
 
 # The open files whose locks this process holds: a lock goes when its file is closed.
