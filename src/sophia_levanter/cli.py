@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 
 from sophia_levanter import main as train
-from sophia_levanter.commands import compare, inspect_data, plan, prepare_data, train_tokenizer
+from sophia_levanter.commands import checkpoints, compare, inspect_data, plan, prepare_data, train_tokenizer
 
 VERBS = {
     "train": train.main,
     "prepare_data": prepare_data.main,
     "inspect_data": inspect_data.main,
     "train_tokenizer": train_tokenizer.main,
+    "checkpoints": checkpoints.main,
     "compare": compare.main,
     "plan": plan.main,
 }

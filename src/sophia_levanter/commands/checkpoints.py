@@ -1,0 +1,195 @@
+"""`python -m sophia_levanter.commands.checkpoints list|verify|show|diff|prune DIR`: what a run has saved."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sophia_levanter.commands.arguments import (
+    DONE,
+    FAILURE,
+    Arguments,
+    parse_arguments,
+    run_command,
+    whole_number,
+)
+from sophia_levanter.errors import InputError
+
+USAGE = """\
+usage: python -m sophia_levanter.commands.checkpoints list DIR
+       python -m sophia_levanter.commands.checkpoints verify DIR [--step N]
+       python -m sophia_levanter.commands.checkpoints show DIR [--step N]
+       python -m sophia_levanter.commands.checkpoints diff DIR A B
+       python -m sophia_levanter.commands.checkpoints prune DIR --keep N [--every K] [--dry_run]
+
+  DIR                    a run directory, a folder of checkpoints, or a gs:// or s3:// URL of one
+  list                   each step with its age, size and losses
+  verify                 reads every byte and names what is damaged; status 1 if anything is
+  show                   what the newest step, or step N, holds: names, shapes, norms
+  diff                   in what steps A and B differ
+  prune                  keeps the newest N steps, the best one and with --every the multiples of K, and removes the
+                         others and what killed saves have left; --dry_run only says what would go
+  --help                 prints this and exits"""
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "list": (),
+    "verify": ("--step",),
+    "show": ("--step",),
+    "diff": (),
+    "prune": ("--keep", "--every"),
+}
+_STEP_FOLDER = re.compile(r"(.*)/step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where checkpoints lie.
+
+    Attributes:
+        location: their folder, a path or a URL.
+        run_dir: the directory of the run that they are of, if it is on this machine.
+    """
+
+    location: str
+    run_dir: Path | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says.
+
+    Returns:
+        The exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted.
+    """
+    return run_command(argv, _run, usage=USAGE)
+
+
+def _run(given: Sequence[str]) -> int:
+    names = ", ".join(OPTIONS)
+    if not given:
+        raise InputError(f"say what to do: {names}; --help shows how")
+    what, *rest = given
+    if what not in OPTIONS:
+        near = difflib.get_close_matches(what, OPTIONS, n=1)
+        raise InputError(f"{what!r} is none of {names}" + (f"; did you mean {near[0]}?" if near else ""))
+    flags = ("--dry_run",) if what == "prune" else ()
+    arguments = parse_arguments(rest, options=OPTIONS[what], flags=flags, words=True)
+    expected = ["DIR", "A", "B"] if what == "diff" else ["DIR"]
+    if len(arguments.words) != len(expected):
+        raise InputError(f"{what} takes {' '.join(expected)}; --help shows the options")
+    numbers = {name: whole_number(name, text) for name, text in arguments.options.items()}
+    if what == "prune":
+        arguments.needed("--keep", "N", "the newest N steps stay")
+        for name, number in numbers.items():
+            if number < 1:
+                raise InputError(f"{name} is {number}; it must be at least 1")
+    place = _place(arguments.words[0].rstrip("/") or "/")
+
+    # Only now what takes long to import.
+    from sophia_levanter.checkpoint import CheckpointError
+
+    try:
+        return _do(what, place, arguments, numbers)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILURE
+
+
+def _place(text: str) -> Place:
+    if "://" in text:
+        return Place(text, None)
+    path = Path(os.path.abspath(os.path.expanduser(text)))
+    if not path.is_dir():
+        raise InputError(f"{text}: there is no such directory")
+    if (path / "config.yaml").is_file():
+        from sophia_levanter.command_line import load_config
+
+        elsewhere = load_config(path / "config.yaml").trainer.checkpoint_dir
+        return Place(elsewhere or str(path / "checkpoints"), path)
+    return Place(str(path), path.parent if (path.parent / "config.yaml").is_file() else None)
+
+
+def _do(what: str, place: Place, arguments: Arguments, numbers: dict[str, int]) -> int:
+    from sophia_levanter import checkpoint
+    from sophia_levanter.checkpoint import report
+
+    if match := _STEP_FOLDER.fullmatch(place.location):
+        raise InputError(
+            f"{place.location} is one step; name its folder {match[1]}, and {int(match[2])} where a step goes"
+        )
+    steps = checkpoint.steps(place.location)
+    if not steps:
+        raise InputError(f"{place.location} holds no checkpoint (no step-* folder)")
+    wanted = [whole_number("a step", word) for word in arguments.words[1:]]
+    wanted += [numbers["--step"]] if "--step" in numbers else []
+    for step in wanted:
+        if step not in steps:
+            raise InputError(f"{place.location} holds no step {step}: it has {', '.join(map(str, steps))}")
+    if what == "list":
+        lines = report.list_steps(place.location, steps)
+    elif what == "show":
+        lines = report.describe(place.location, wanted[0] if wanted else steps[-1])
+    elif what == "diff":
+        lines = report.compare(place.location, *wanted)
+    elif what == "verify":
+        return _verify(place.location, wanted or steps)
+    else:
+        return _prune(place, steps, numbers, dry_run="--dry_run" in arguments.flags)
+    for line in lines:
+        print(line)
+    return DONE
+
+
+def _verify(location: str, steps: Sequence[int]) -> int:
+    from sophia_levanter.checkpoint import report
+
+    damaged = 0
+    for step in steps:
+        wrong, summary = report.verify(location, step)
+        damaged += bool(wrong)
+        for line in wrong:
+            print(f"step {step}: {line}")
+        print(f"step {step}: {summary}", flush=True)
+    return FAILURE if damaged else DONE
+
+
+def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_run: bool) -> int:
+    from sophia_levanter import checkpoint
+    from sophia_levanter.checkpoint import report
+    from sophia_levanter.training.run_directory import RunDirectory
+
+    run = None if place.run_dir is None else RunDirectory(place.run_dir, "never")
+    if run is not None and not dry_run:
+        run.lock()
+    try:
+        best = report.best_step(place.location, steps)
+        going = checkpoint.Retention(numbers["--keep"], every=numbers.get("--every"), best=best).surplus(list(steps))
+        staying = [step for step in steps if step not in going]
+        shown = ", ".join(map(str, staying))
+        if going and not any(checkpoint.damage(place.location, step) == [] for step in reversed(staying)):
+            print(
+                f"error: of the steps that would stay, {shown}, none is whole; nothing was removed",
+                file=sys.stderr,
+            )
+            return FAILURE
+        for step in going:
+            size = report.size_of_step(place.location, step)
+            if not dry_run:
+                checkpoint.remove(place.location, step)
+            print(f"{'would remove' if dry_run else 'removed'} step {step}, {size}", flush=True)
+        if not dry_run:
+            checkpoint.remove_leftovers(place.location)
+        print(
+            f"{', '.join(map(str, staying))} {'would stay' if dry_run else 'stay'}; the best is {best or 'not known'}"
+        )
+    finally:
+        if run is not None:
+            run.unlock()
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

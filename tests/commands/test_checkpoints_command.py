@@ -1,0 +1,255 @@
+"""The command that lists, verifies, shows, compares and prunes checkpoints."""
+
+import fcntl
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fake_gcs import FakeGcs, serving
+from sophia_levanter.checkpoint import Retention, save, steps
+from sophia_levanter.commands.checkpoints import main
+from sophia_levanter.main import main as train
+
+
+def tree(step: int) -> dict:
+    return {
+        "model": {"up": {"weight": jnp.full((4, 3), float(step)), "bias": jnp.zeros(3)}, "same": jnp.arange(5.0)},
+        "step": np.int32(step),
+    }
+
+
+def put(location: Path | str, step: int, content: dict | None = None, **metadata) -> None:
+    save(location, step, content or tree(step), run_id="a run", metadata=metadata, retention=Retention(99))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Steps 1 to 4, of which the second is the best."""
+    for step in (1, 2, 3, 4):
+        put(
+            tmp_path / "run",
+            step,
+            best={"step": min(step, 2), "validation/loss": 3.5},
+            metrics={"train/loss": 5.0 - step / 10, "validation/loss": 3.5 + abs(step - 2)},
+            config={"optimizer": {"rho": 0.1 * step}, "model": {"num_layers": 2}},
+        )
+    return tmp_path / "run"
+
+
+def command(capfd, *words: object) -> tuple[int, str, str]:
+    capfd.readouterr()
+    status = main([str(word) for word in words])
+    out, error = capfd.readouterr()
+    return status, out, error
+
+
+def test_list(saved, capfd):
+    (saved / "step-00000003" / "manifest.json").write_text("{}")
+    status, out, _ = command(capfd, "list", saved)
+    assert status == 0
+    header, first, second, third, fourth = out.splitlines()
+    assert header.split() == ["step", "saved", "size", "loss", "validation"]
+    assert re.fullmatch(r" +1  \d s ago +84 B +4\.9000 +4\.5000", first)
+    assert re.fullmatch(r" +2  \d s ago +84 B +4\.8000 +3\.5000  best", second)
+    assert "3  damaged: " in third and str(saved / "step-00000003") in third
+    assert "best" not in fourth
+
+
+def test_verify(saved, capfd):
+    status, out, _ = command(capfd, "verify", saved)
+    assert status == 0
+    assert [re.sub(r"\d\.\d s", "T", line) for line in out.splitlines()] == [
+        f"step {step}: intact, 9 files, 84 B, T" for step in (1, 2, 3, 4)
+    ]
+
+
+def changed(path: Path, content: bytes) -> None:
+    assert path.read_bytes() != content
+    path.write_bytes(content)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    rng = random.Random(str(path))
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+FAULTS = {
+    "flipped": flip,
+    "cut": lambda path: changed(path, path.read_bytes()[:-1]),
+    "emptied": lambda path: changed(path, b""),
+    "lost": lambda path: path.unlink(),
+    "zeroed": lambda path: changed(path, bytes(path.stat().st_size)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_verify_finds_each_planted_fault(saved, tmp_path, capfd, fault):
+    # A bias of zeros has zeros for a chunk, and a checksum behind them.
+    for number, original in enumerate(sorted(p for p in (saved / "step-00000003").rglob("*") if p.is_file())):
+        copy = shutil.copytree(saved, tmp_path / str(number))
+        path = copy / original.relative_to(saved)
+        FAULTS[fault](path)
+        status, out, _ = command(capfd, "verify", copy)
+        lines = out.splitlines()
+        assert status == 1
+        assert [line.split(",")[0] for line in lines if "intact" in line] == [f"step {s}: intact" for s in (1, 2, 4)]
+        assert lines[2].startswith("step 3: ") and str(path) in lines[2]
+        assert lines[3] == "step 3: damaged, 1 file(s)"
+        assert ("leaf " in lines[2]) == (path.name != "manifest.json")
+
+
+def test_verify_finds_a_sound_chunk_of_another_step_and_edited_headers(saved, capfd):
+    chunk = next((saved / "step-00000003").rglob("*up.weight/c*"))
+    shutil.copy(str(chunk).replace("step-00000003", "step-00000002"), chunk)
+    header = next((saved / "step-00000004").rglob("*up.weight/zarr.json"))
+    described = json.loads(header.read_text())
+    described["shape"] = [3, 4]
+    header.write_text(json.dumps(described))
+    manifest = saved / "step-00000001" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"float32"', '"int32"', 1))
+    status, out, _ = command(capfd, "verify", saved)
+    assert status == 1
+    for path in (chunk, header, manifest):
+        assert str(path) in out
+    assert "step 2: intact" in out
+    assert command(capfd, "verify", saved, "--step", 2)[0] == 0
+
+
+def test_show(saved, capfd):
+    put(saved, 5, {"x": jnp.array([3.0, jnp.nan, 4.0])})
+    status, out, _ = command(capfd, "show", saved, "--step", 2)
+    assert status == 0
+    assert out.startswith("step 2 of run a run, saved 20")
+    lines = out.splitlines()
+    assert "metrics: train/loss 4.8, validation/loss 3.5" in lines
+    assert "config.optimizer: rho 0.2" in lines
+    assert lines[lines.index("model") :] == [
+        "model",
+        "  same      float32[5], 1 chunk(s), 20 B, norm 5.477",
+        "  up",
+        "    bias    float32[3], 1 chunk(s), 12 B, norm 0",
+        "    weight  float32[4, 3], 1 chunk(s), 48 B, norm 6.928",
+        "step        int32[], 1 chunk(s), 4 B, = 2",
+        "",
+        "model: 3 array(s), 20 numbers, 80 B",
+    ]
+    assert "x  float32[3], 1 chunk(s), 12 B, norm 5, 1 NOT FINITE" in command(capfd, "show", saved)[1]
+
+
+def test_diff(saved, capfd):
+    put(saved, 5, {"model": {"up": {"weight": jnp.ones((3, 4))}, "same": jnp.arange(5.0)}, "new": jnp.ones(2)})
+    status, out, _ = command(capfd, "diff", saved, 1, 3)
+    assert status == 0
+    assert [line.split() for line in out.splitlines()] == [
+        ["config.optimizer.rho:", "0.1", "in", "1,", "0.30000000000000004", "in", "3"],
+        ["model.up.weight", "change", "2.000e+00,", "at", "most", "2.000e+00"],
+        ["step", "change", "2.000e+00,", "at", "most", "2.000e+00"],
+        ["2", "of", "4", "arrays", "are", "the", "same"],
+    ]
+    out = command(capfd, "diff", saved, 4, 5)[1]
+    assert "model.up.weight: float32[4, 3] in 4, float32[3, 4] in 5" in out
+    assert "model.up.bias: float32[3] in 4, missing in 5" in out
+    assert "new: missing in 4, float32[2] in 5" in out
+
+
+def test_prune(saved, capfd):
+    killed = saved / f"step-00000005.partial-{'0a' * 16}"
+    shutil.copytree(saved / "step-00000004", killed)
+    status, out, _ = command(capfd, "prune", saved, "--keep", 1, "--every", 3, "--dry_run")
+    assert status == 0 and steps(saved) == [1, 2, 3, 4] and killed.exists()
+    assert out.splitlines() == ["would remove step 1, 84 B", "2, 3, 4 would stay; the best is 2"]
+    status, out, _ = command(capfd, "prune", saved, "--keep", 1)
+    assert status == 0 and steps(saved) == [2, 4] and not killed.exists()
+    assert out.splitlines() == ["removed step 1, 84 B", "removed step 3, 84 B", "2, 4 stay; the best is 2"]
+
+
+def test_prune_keeps_a_whole_one(saved, capfd):
+    for step in (2, 4):
+        next((saved / f"step-0000000{step}").rglob("c*")).unlink()
+    status, _, error = command(capfd, "prune", saved, "--keep", 1)
+    assert status == 1
+    assert error == "error: of the steps that would stay, 2, 4, none is whole; nothing was removed\n"
+    assert steps(saved) == [1, 2, 3, 4]
+
+
+def test_a_real_run(config_file, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    assert train(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 0
+    for place in (run_dir, run_dir / "checkpoints"):
+        assert "12" in command(capfd, "list", place)[1].splitlines()[2]
+    out = command(capfd, "show", run_dir)[1]
+    assert "config.optimizer: type sophia_g, learning_rate 0.01" in out
+    assert re.search(r"\n      c_attn\n +weight +float32\[2, 16, 3, 2, 8\], 1 chunk\(s\), 6\.1 kB, norm \d", out)
+    assert re.search(r"\nmodel: \d+ array\(s\), 12,624 numbers, 50\.5 kB\n", out)
+    assert "step  change" in re.sub(" +", "  ", command(capfd, "diff", run_dir, 6, 12)[1])
+
+    # While it runs, nothing is removed.
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for place in (run_dir, run_dir / "checkpoints"):
+            status, _, error = command(capfd, "prune", place, "--keep", 1)
+            assert status == 2 and "is in use by another process" in error
+    assert command(capfd, "prune", run_dir, "--keep", 1)[0] == 0
+    elsewhere = ["--trainer.run_dir", str(tmp_path / "second"), "--trainer.checkpoint_dir", str(tmp_path / "kept")]
+    assert train(["--config", str(config_file), *elsewhere]) == 0
+    assert command(capfd, "verify", tmp_path / "second")[0] == 0
+
+
+def test_a_bucket(monkeypatch, capfd):
+    with serving(FakeGcs()) as bucket:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", bucket.address)
+        for step in (1, 2, 3):
+            put("gs://bucket/run", step)
+        assert len(command(capfd, "list", "gs://bucket/run/")[1].splitlines()) == 4
+        assert command(capfd, "verify", "gs://bucket/run")[0] == 0
+        assert command(capfd, "prune", "gs://bucket/run", "--keep", 1)[1].endswith("3 stay; the best is not known\n")
+        assert not [name for name in bucket.objects if "step-00000002" in name]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "say what to do: list, verify, show, diff, prune; --help shows how"),
+        (["lst", "DIR"], "'lst' is none of list, verify, show, diff, prune; did you mean list?"),
+        (["list"], "list takes DIR; --help shows the options"),
+        (["list", "DIR", "x"], "list takes DIR; --help"),
+        (["list", "DIR", "--step", "1"], "unexpected argument '--step'"),
+        (["list", "nowhere"], "nowhere: there is no such directory"),
+        (["list", "DIR/step-00000001/arrays"], "arrays holds no checkpoint (no step-* folder)"),
+        (["show", "DIR/step-00000001"], "run, and 1 as a step"),
+        (["list", "http://host/x"], "checkpoints go to a path, or to gs:// or s3://"),
+        (["show", "DIR", "--step", "7"], "holds no step 7: it has 1, 2, 3, 4"),
+        (["verify", "DIR", "--step", "x"], "--step is 'x'; it must be a whole number"),
+        (["diff", "DIR", "1"], "diff takes DIR A B"),
+        (["diff", "DIR", "1", "y"], "a step is 'y'; it must be a whole number"),
+        (["prune", "DIR"], "--keep N is missing; the newest N steps stay"),
+        (["prune", "DIR", "--keep", "0"], "--keep is 0; it must be at least 1"),
+        (["prune", "DIR", "--keep", "1", "--every", "0"], "--every is 0; it must be at least 1"),
+        (["prune", "DIR", "--keep", "9" * 30], "it must be a whole number, below a billion"),
+    ],
+)
+def test_bad_input(saved, capfd, words, message):
+    status, out, error = command(capfd, *(word.replace("DIR", str(saved)) for word in words))
+    assert (status, out) == (2, "")
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert steps(saved) == [1, 2, 3, 4]
+
+
+def test_damage_is_one_line(saved, capfd):
+    next((saved / "step-00000004").rglob("c*")).unlink()
+    status, _, error = command(capfd, "show", saved)
+    assert status == 1 and error.startswith("error: leaf ") and error.count("\n") == 1
+
+
+def test_help(capfd):
+    status, out, _ = command(capfd, "--help")
+    assert status == 0 and all(f"checkpoints {what} DIR" in out for what in ("list", "verify", "show", "diff", "prune"))
