@@ -8,13 +8,21 @@ from sophia_levanter import cli
 @pytest.mark.parametrize(
     ("arguments", "status", "wanted"),
     [
-        ([], 2, "'' is not one of the verbs train, prepare_data, inspect_data, train_tokenizer, compare, plan"),
+        (
+            [],
+            2,
+            "'' is not one of the verbs train, prepare_data, inspect_data, train_tokenizer, compare, plan, checkpoints",
+        ),
         (
             ["trian"],
             2,
-            "'trian' is not one of the verbs train, prepare_data, inspect_data, train_tokenizer, compare, plan",
+            "'trian' is not one of the verbs train, prepare_data, inspect_data, train_tokenizer, compare, plan, ch",
         ),
-        (["--help"], 0, "usage: sophia-levanter {train,prepare_data,inspect_data,train_tokenizer,compare,plan}"),
+        (
+            ["--help"],
+            0,
+            "usage: sophia-levanter {train,prepare_data,inspect_data,train_tokenizer,compare,plan,checkpoints}",
+        ),
         (["train", "--help"], 0, "--optimizer.learning_rate"),
         (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["compare", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),

@@ -12,9 +12,9 @@ VERBS = {
     "prepare_data": prepare_data.main,
     "inspect_data": inspect_data.main,
     "train_tokenizer": train_tokenizer.main,
-    "checkpoints": checkpoints.main,
     "compare": compare.main,
     "plan": plan.main,
+    "checkpoints": checkpoints.main,
 }
 
 

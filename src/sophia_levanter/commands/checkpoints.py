@@ -117,9 +117,7 @@ def _do(what: str, place: Place, arguments: Arguments, numbers: dict[str, int]) 
     from sophia_levanter.checkpoint import report
 
     if match := _STEP_FOLDER.fullmatch(place.location):
-        raise InputError(
-            f"{place.location} is one step; name its folder {match[1]}, and {int(match[2])} where a step goes"
-        )
+        raise InputError(f"{place.location} is one step; name the folder {match[1]}, and {int(match[2])} as a step")
     steps = checkpoint.steps(place.location)
     if not steps:
         raise InputError(f"{place.location} holds no checkpoint (no step-* folder)")
