@@ -147,6 +147,15 @@ def test_a_checkpoint_has_all_that_a_run_goes_on_from(config_file, tmp_path):
 SAME_RATE = ["--optimizer.schedule", "constant"]
 
 
+def test_a_run_whose_checkpoints_are_gone_says_that_it_begins_again(config_file, tmp_path, capfd):
+    command = ["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run"), "--resume", "auto"]
+    assert main(command) == 0
+    assert "WARNING" not in capfd.readouterr().out
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "gone")
+    assert main(command) == 0
+    assert "checkpoints holds no checkpoint: the run begins again at step 0" in capfd.readouterr().out
+
+
 def test_checkpoints_of_another_run_are_in_the_way(config_file, tmp_path, capfd):
     command = ["--config", str(config_file), "--trainer.checkpoint_dir", str(tmp_path / "kept")]
     assert main([*command, "--trainer.run_dir", str(tmp_path / "first")]) == 0

@@ -125,6 +125,7 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
             )
             return None
     elif weights is None:
+        _say_if_lost(directory, console)
         state = parts.partition.made(parts.initial_state)
     else:
         state = parts.state_from(weights)
@@ -147,6 +148,15 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
         return signal
     describe_end(parts, loop, state, console)
     return None
+
+
+def _say_if_lost(directory: RunDirectory, console: Console) -> None:
+    """A run that begins again although it had begun: its disk may not be there, or it was killed before it saved."""
+    if directory.resume == "if_saved" and directory.metrics_file.exists() and directory.metrics_file.stat().st_size:
+        console.line(
+            f"WARNING: {directory.metrics_file} has steps, and {directory.checkpoints} holds no checkpoint: "
+            "the run begins again at step 0"
+        )
 
 
 def _shared_config(config: TrainConfig) -> str:
