@@ -142,6 +142,21 @@ def test_two_processes_with_a_bucket_share_no_disk(config_file, tmp_path, monkey
 
 
 @pytest.mark.slow
+def test_a_save_that_fails_ends_all_processes(config_file, tmp_path, monkeypatch):
+    with serving(FakeGcs(refused="step-00000012/")) as bucket:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", bucket.address)
+        kept = ["--config", str(config_file), "--trainer.checkpoint_dir", "gs://bucket/run", "--mesh.fsdp", "embed"]
+        long = ["--trainer.num_train_steps", "100000", "--trainer.run_dir", str(tmp_path / "run")]
+        results = ended(start_two([*kept, *long]))
+        assert [status for status, _, _ in results] == [1, 1], results
+        for _, _, error in results:
+            (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+            assert "step-00000012 could not be written: process " in line and "quota" in line
+        assert "Traceback" not in results[0][2] + results[1][2]
+        assert checkpoint.steps("gs://bucket/run") == [6]
+
+
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(config_file, tmp_path):
     """Within the heartbeat and what it takes to tell."""
     run_dir = tmp_path / "run"
