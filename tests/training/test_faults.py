@@ -1,5 +1,6 @@
 """What befalls a run: bad numbers, kills, full disks, steps that never end. What it had comes back, bit for bit."""
 
+import fcntl
 import json
 import math
 import random
@@ -14,7 +15,9 @@ import jax
 import numpy as np
 import pytest
 
+from fake_gcs import FakeGcs, serving
 from sophia_levanter import checkpoint
+from sophia_levanter.commands.checkpoints import main as prune
 from sophia_levanter.main import main
 from sophia_levanter.training.loading import BatchLoader
 
@@ -171,6 +174,38 @@ def test_checkpoints_of_another_run_are_in_the_way(config_file, tmp_path, capfd)
     for location, message in (("ftp://x/y", "checkpoints go to a path, or to gs:// or s3://"), ("gs://", "no bucket")):
         assert main(["--config", str(config_file), "--trainer.checkpoint_dir", location]) == 2
         assert message in capfd.readouterr().err
+
+
+def test_two_runs_do_not_write_to_one_place(config_file, tmp_path, capfd):
+    kept = tmp_path / "kept"
+    arguments = ["--trainer.checkpoint_dir", str(kept), "--resume", "auto", "--config", str(config_file)]
+    assert main([*arguments, "--trainer.run_dir", str(tmp_path / "first")]) == 0
+    with (kept / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for status in (
+            main([*arguments, "--trainer.run_dir", str(tmp_path / "second")]),
+            prune(["prune", str(kept), "--keep", "1"]),
+        ):
+            assert status == 2
+            assert f"{kept} is in use by another process" in capfd.readouterr().err
+    assert checkpoint.steps(kept) == [6, 12]
+    assert prune(["prune", str(kept), "--keep", "1"]) == 0
+
+
+def test_where_nothing_can_be_written_is_found_before_the_first_step(config_file, tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").touch()
+    run_dir = tmp_path / "run"
+    command = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.checkpoint_dir"]
+    for place in (tmp_path / "file", tmp_path / "file" / "folder"):
+        assert main([*command, str(place)]) == 2
+        error = capfd.readouterr().err
+        assert error == f"error: {place} cannot be written: Not a directory; name another directory\n"
+    with serving(FakeGcs(refused="")) as bucket:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", bucket.address)
+        assert main([*command, "gs://bucket/run"]) == 2
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "gs://bucket/run: " in error and "the quota is used up" in error
+    assert not run_dir.exists()
 
 
 def test_what_stays(config_file, tmp_path):

@@ -14,6 +14,7 @@ is found by the digests.
 from sophia_levanter.checkpoint.manifest import JSON, CheckpointError, Manifest, SavedArray
 from sophia_levanter.checkpoint.restoring import (
     Restored,
+    check_writable,
     damage,
     read_arrays,
     read_step,
@@ -32,6 +33,7 @@ __all__ = [
     "Retention",
     "SavedArray",
     "Saver",
+    "check_writable",
     "damage",
     "read_arrays",
     "read_step",

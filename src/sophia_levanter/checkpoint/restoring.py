@@ -52,6 +52,15 @@ def remove_leftovers(directory: Path | str) -> None:
     storage_at(directory).remove_leftovers()
 
 
+def check_writable(directory: Path | str) -> None:
+    """Find out before the first save whether one can be made.
+
+    Raises:
+        InputError: if nothing can be written there.
+    """
+    storage_at(directory).check_writable()
+
+
 def remove(directory: Path | str, step: int) -> None:
     """Remove a committed step; a kill half-way leaves a leftover and never a step that looks whole."""
     storage_at(directory).remove(step)

@@ -57,6 +57,10 @@ class Storage(Protocol):
         """The content of a committed step's manifest. Raises `CheckpointError` if it cannot be read."""
         ...
 
+    def check_writable(self) -> None:
+        """Find out before the first save. Raises `InputError` if nothing can be written there."""
+        ...
+
     def new_stage(self, step: int, *, replaces: bool) -> Stage:
         """A place of its own for a save."""
         ...
@@ -128,6 +132,15 @@ class DiskStorage:
             return file.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{file}: {one_line(error)}") from error
+
+    def check_writable(self) -> None:
+        probe = self._path / _aside(0, "partial")
+        try:
+            probe.mkdir(parents=True)
+            (probe / FILE_NAME).touch()
+            shutil.rmtree(probe)
+        except OSError as error:
+            raise InputError(f"{self.location} cannot be written: {error.strerror}; name another directory") from error
 
     def new_stage(self, step: int, *, replaces: bool) -> Stage:
         folder = _aside(step, "partial")
@@ -215,6 +228,15 @@ class BucketStorage:
         if found.state != "value":
             raise CheckpointError(f"{self.location}/{key} is missing")
         return bytes(found.value)
+
+    def check_writable(self) -> None:
+        # What is left of it, where objects cannot be deleted, is a leftover.
+        probe = f"{step_name(0)}/arrays-{uuid.uuid4().hex}/probe"
+        try:
+            self._do(self._store.write(probe, b""))
+            self._do(self._store.write(probe, None))
+        except CheckpointError as error:
+            raise InputError(f"{error}; it must be a bucket that can be written and deleted from") from error
 
     def new_stage(self, step: int, *, replaces: bool) -> Stage:
         return Stage(step_name(step), f"arrays-{uuid.uuid4().hex}", replaces)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sophia_levanter.commands.arguments import (
     DONE,
@@ -19,6 +20,9 @@ from sophia_levanter.commands.arguments import (
     whole_number,
 )
 from sophia_levanter.errors import InputError
+
+if TYPE_CHECKING:
+    from sophia_levanter.training.run_directory import RunDirectory
 
 USAGE = """\
 usage: python -m sophia_levanter.commands.checkpoints list DIR
@@ -157,9 +161,8 @@ def _verify(location: str, steps: Sequence[int]) -> int:
 def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_run: bool) -> int:
     from sophia_levanter import checkpoint
     from sophia_levanter.checkpoint import report
-    from sophia_levanter.training.run_directory import RunDirectory
 
-    run = None if place.run_dir is None else RunDirectory(place.run_dir, "never")
+    run = _run_of(place)
     if run is not None and not dry_run:
         run.lock()
     try:
@@ -187,6 +190,16 @@ def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_r
         if run is not None:
             run.unlock()
     return DONE
+
+
+def _run_of(place: Place) -> RunDirectory | None:
+    """The directories that a run which writes there has locked; None in a bucket, where none does."""
+    from sophia_levanter.training.run_directory import RunDirectory
+
+    if place.run_dir is not None:
+        inside = place.location == str(place.run_dir / "checkpoints")
+        return RunDirectory(place.run_dir, "never", None if inside else place.location)
+    return None if "://" in place.location else RunDirectory(Path(place.location), "never")
 
 
 if __name__ == "__main__":

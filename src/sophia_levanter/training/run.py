@@ -130,6 +130,8 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
     else:
         state = parts.state_from(weights)
         del weights
+    if first and config.trainer.checkpoint_dir is not None:
+        checkpoint.check_writable(config.trainer.checkpoint_dir)
     # Every process has read what is there before the first one writes.
     wait_for_all("restored")
     if first:

@@ -76,28 +76,25 @@ class RunDirectory:
         return self.path / "profile"
 
     def lock(self) -> None:
-        """Make the directory and keep other processes out of it until this one ends.
+        """Make the directory, and the one of the checkpoints, and keep other processes out until this one ends.
 
         Raises:
-            InputError: if another process has it, or it cannot be written.
+            InputError: if another process has one of them, or it cannot be written.
         """
-        if self.path in _locks:
-            return
-        with _naming(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK_NAME).open("w")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"trainer.run_dir {self.path} is in use by another process; wait for it or name another directory"
-                ) from None
-        _locks[self.path] = lock
+        for field, path in self._lockable():
+            _lock(field, path)
 
     def unlock(self) -> None:
         """Let others in."""
-        if lock := _locks.pop(self.path, None):
-            lock.close()
+        for _, path in self._lockable():
+            if lock := _locks.pop(path, None):
+                lock.close()
+
+    def _lockable(self) -> list[tuple[str, Path]]:
+        places = [("run_dir", self.path)]
+        if self.checkpoint_dir is not None and "://" not in self.checkpoint_dir:
+            places.append(("checkpoint_dir", Path(self.checkpoint_dir)))
+        return places
 
     def write_config(self, config: TrainConfig) -> None:
         """Put the resolved configuration into the directory.
@@ -106,7 +103,7 @@ class RunDirectory:
             InputError: if it cannot be written; nothing of it stays then.
         """
         temporary = self.path / ".config.yaml.tmp"
-        with _naming(self.path):
+        with _naming("run_dir", self.path):
             try:
                 temporary.write_text(dump_config(config), encoding="utf-8")
                 temporary.replace(self.config_file)
@@ -151,22 +148,37 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
 
 
 def _holds_files(path: Path) -> bool:
-    with _naming(path):
+    with _naming("run_dir", path):
         str(path).encode("utf-8")
         if path.exists() and not path.is_dir():
             raise InputError(f"trainer.run_dir {path} is a file; name a directory")
         return path.is_dir() and any(entry.name != LOCK_NAME for entry in path.iterdir())
 
 
+def _lock(field: str, path: Path) -> None:
+    if path in _locks:
+        return
+    with _naming(field, path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / LOCK_NAME).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"trainer.{field} {path} is in use by another process; wait for it or name another directory"
+            ) from None
+    _locks[path] = lock
+
+
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """What the system says against a run directory, as an error that names it."""
+def _naming(field: str, path: Path) -> Iterator[None]:
+    """What the system says against a directory, as an error that names it."""
     try:
         yield
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         shown = str(path).encode("utf-8", "backslashreplace").decode()
-        raise InputError(f"trainer.run_dir {shown} cannot be used: {reason}; name another directory") from error
+        raise InputError(f"trainer.{field} {shown} cannot be used: {reason}; name another directory") from error
 
 
 def _check_config_file(run: RunDirectory, config: TrainConfig) -> None:
