@@ -182,11 +182,11 @@ def test_two_runs_do_not_write_to_one_place(config_file, tmp_path, capfd):
     assert main([*arguments, "--trainer.run_dir", str(tmp_path / "first")]) == 0
     with (kept / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for status in (
-            main([*arguments, "--trainer.run_dir", str(tmp_path / "second")]),
-            prune(["prune", str(kept), "--keep", "1"]),
+        for run, words in (
+            (main, [*arguments, "--trainer.run_dir", str(tmp_path / "second")]),
+            (prune, ["prune", str(kept), "--keep", "1"]),
         ):
-            assert status == 2
+            assert run(words) == 2
             assert f"{kept} is in use by another process" in capfd.readouterr().err
     assert checkpoint.steps(kept) == [6, 12]
     assert prune(["prune", str(kept), "--keep", "1"]) == 0
