@@ -59,6 +59,8 @@ def test_an_intact_step_is_never_written_into(tmp_path: Path) -> None:
 def test_leftovers_are_no_steps_and_are_removed(tmp_path: Path) -> None:
     kept = [put(tmp_path, 1, make_model()), tmp_path / "notes.txt", tmp_path / "step-00000001.backup"]
     kept[1].touch()
+    (tmp_path / "step-000000001").mkdir()
+    kept.append(tmp_path / "step-000000001")
     for name in ("step-00000002.partial-" + "0a" * 16, "step-00000003.removed-" + "f1" * 16, kept[2].name):
         shutil.copytree(kept[0], tmp_path / name)
     assert steps(tmp_path) == [1]

@@ -210,8 +210,11 @@ def test_a_bucket(monkeypatch, capfd):
             put("gs://bucket/run", step)
         assert len(command(capfd, "list", "gs://bucket/run/")[1].splitlines()) == 4
         assert command(capfd, "verify", "gs://bucket/run")[0] == 0
+        under_way = f"run/step-00000004/arrays-{'0a' * 16}/x"
+        bucket.objects[under_way] = (9, b"")
         assert command(capfd, "prune", "gs://bucket/run", "--keep", 1)[1].endswith("3 stay; the best is not known\n")
         assert not [name for name in bucket.objects if "step-00000002" in name]
+        assert under_way in bucket.objects
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,16 @@ def test_a_save_that_fails_ends_all_processes(config_file, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+def test_a_place_that_cannot_be_written_is_an_error_in_all_processes(config_file, tmp_path):
+    (tmp_path / "file").touch()
+    arguments = ["--trainer.run_dir", str(tmp_path / "run"), "--trainer.checkpoint_dir", str(tmp_path / "file")]
+    for status, _, error in ended(start_two(["--config", str(config_file), *arguments])):
+        assert status == 2
+        assert error.splitlines()[-1].startswith(f"error: {tmp_path / 'file'} cannot be written: Not a directory")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(config_file, tmp_path):
     """Within the heartbeat and what it takes to tell."""
     run_dir = tmp_path / "run"

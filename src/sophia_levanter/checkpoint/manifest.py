@@ -108,13 +108,14 @@ def decode_manifest(file: str, content: bytes) -> Manifest:
         body = _of_another_format(content)
         if body is None:
             raise CheckpointError(f"{file}: its digest does not match its contents")
-    if body.get("format") != FORMAT:
+    if body.pop("format", None) != FORMAT:
         raise InputError(f"{file} is not in format {FORMAT}: read it with the version of this package that wrote it")
+    body.pop("digest")
     arrays = [
         SavedArray(**{**entry, "shape": tuple(entry["shape"]), "chunk_shape": tuple(entry["chunk_shape"])})
-        for entry in body["arrays"]
+        for entry in body.pop("arrays")
     ]
-    return Manifest(body["run_id"], body["step"], body["saved_at"], body["metadata"], body["folder"], arrays)
+    return Manifest(**body, arrays=arrays)
 
 
 def _of_another_format(content: bytes) -> dict[str, Any] | None:

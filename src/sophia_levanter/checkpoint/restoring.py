@@ -77,15 +77,15 @@ def read_step(directory: Path | str, step: int) -> Manifest:
 
 
 def read_arrays(directory: Path | str, manifest: Manifest) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of a step, one by one, with their paths in the tree.
+    """The arrays of a step with their paths in the tree, of which one at a time is in memory.
 
     Raises:
         CheckpointError: if a file is damaged.
     """
     folder = _arrays_folder(storage_at(directory), manifest)
-    parts = read_parts(folder, [(saved, {whole(saved.shape)}) for saved in manifest.arrays])
-    for saved, part in zip(manifest.arrays, parts, strict=True):
-        yield saved.path, part[whole(saved.shape)]
+    for saved in manifest.arrays:
+        (parts,) = read_parts(folder, [(saved, {whole(saved.shape)})])
+        yield saved.path, parts[whole(saved.shape)]
 
 
 def damage(directory: Path | str, step: int) -> list[str]:

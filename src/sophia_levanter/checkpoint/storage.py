@@ -17,7 +17,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.files import sync
 from sophia_levanter.kvstore import context_spec, kvstore_spec
 
-_STEP = re.compile(r"step-(\d{8,})")
+_STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,})")
 _ARRAYS = re.compile(r"step-\d{8,}/arrays-[0-9a-f]{32}/")
 _LEFTOVER = re.compile(r"step-\d{8,}\.(partial|removed)-[0-9a-f]{32}")
 

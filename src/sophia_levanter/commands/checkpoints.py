@@ -37,7 +37,7 @@ usage: python -m sophia_levanter.commands.checkpoints list DIR
   show                   what the newest step, or step N, holds: names, shapes, norms
   diff                   in what steps A and B differ
   prune                  keeps the newest N steps, the best one and with --every the multiples of K, and removes the
-                         others and what killed saves have left; --dry_run only says what would go
+                         others and, but for buckets, what killed saves have left; --dry_run only says what would go
   --help                 prints this and exits"""
 OPTIONS: dict[str, tuple[str, ...]] = {
     "list": (),
@@ -181,7 +181,7 @@ def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_r
             if not dry_run:
                 checkpoint.remove(place.location, step)
             print(f"{'would remove' if dry_run else 'removed'} step {step}, {size}", flush=True)
-        if not dry_run:
+        if run is not None and not dry_run:  # in a bucket a save may be under way
             checkpoint.remove_leftovers(place.location)
         print(
             f"{', '.join(map(str, staying))} {'would stay' if dry_run else 'stay'}; the best is {best or 'not known'}"

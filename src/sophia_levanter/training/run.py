@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from signal import Signals
 from typing import Any
 
 import jax
-import numpy as np
 
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
@@ -22,10 +20,9 @@ from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.prepare import TextData, prepare
-from sophia_levanter.data.tokenizer import load_tokenizer, token_byte_lengths
+from sophia_levanter.data.tokenizer import token_byte_lengths
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
-from sophia_levanter.models.pretrained import read_gpt2
 from sophia_levanter.partition.mesh import Partition, partition_of
 from sophia_levanter.partition.messages import Processes
 from sophia_levanter.partition.processes import (
@@ -38,6 +35,7 @@ from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines, NoLines
 from sophia_levanter.training.checkpoints import RunCheckpoints
 from sophia_levanter.training.evaluation import Evaluator
+from sophia_levanter.training.initial_weights import read_initial_weights
 from sophia_levanter.training.loading import BatchLoader
 from sophia_levanter.training.loop import Loop, TrainingFailed
 from sophia_levanter.training.optimizers import build_step_settings
@@ -48,6 +46,8 @@ from sophia_levanter.training.step import StepSettings, TrainState
 from sophia_levanter.training.stopping import StopRequest
 from sophia_levanter.training.summary import attention_of, describe_end, describe_start
 from sophia_levanter.training.throughput import flops_per_token, peak_flops
+
+PATIENCE = 120.0  # seconds that the others wait for what the first process looks into
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
     check_agreement("the configuration", _shared_config(config))
     keep_compiled(Path(config.data.cache_dir).expanduser().absolute() / "compiled", jax.default_backend())
     console = Console(config.trainer.log_every, quiet=not first)
-    if directory.resume != "never" and first:
-        directory.lock()
     processes = Processes.of_this_run()
+    if directory.resume != "never":
+        _by_first(processes, "lock", directory.lock)
     # The first process looks: disks that hosts share do not always show all of them the same.
-    is_saved = processes.broadcast("saved", str(bool(checkpoint.steps(directory.checkpoints))), 120) == "True"
+    is_saved = processes.broadcast("saved", str(bool(checkpoint.steps(directory.checkpoints))), PATIENCE) == "True"
     if directory.resume == "never" and is_saved:
         raise InputError(
             f"trainer.checkpoint_dir {directory.checkpoints} holds checkpoints already; --resume auto continues the "
@@ -112,7 +112,7 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
             f"start the run with --config FILE --trainer.run_dir {directory.path} --resume auto"
         )
     # Before the text is prepared, which may take hours.
-    weights = None if is_saved else _initial_weights(config, console)
+    weights = None if is_saved else read_initial_weights(config, console)
     parts = _build(config, environment, console)
     check_agreement("the text", json.dumps([parts.facts["data"], parts.facts["validation"]]))
     restored = None
@@ -130,14 +130,17 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
     else:
         state = parts.state_from(weights)
         del weights
-    if first and config.trainer.checkpoint_dir is not None:
-        checkpoint.check_writable(config.trainer.checkpoint_dir)
     # Every process has read what is there before the first one writes.
     wait_for_all("restored")
-    if first:
+
+    def take_directory() -> None:
+        if config.trainer.checkpoint_dir is not None:
+            checkpoint.check_writable(config.trainer.checkpoint_dir)
         directory.lock()
         directory.write_config(config)
         checkpoint.remove_leftovers(directory.checkpoints)
+
+    _by_first(processes, "directory", take_directory)
     describe_start(parts, directory.path, console)
     with StopRequest(several=jax.process_count() > 1) as stop:
         loop, state = _train(parts, directory, state, restored, console, stop)
@@ -150,6 +153,22 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
         return signal
     describe_end(parts, loop, state, console)
     return None
+
+
+def _by_first(processes: Processes, name: str, work: Callable[[], None]) -> None:
+    """Have the first process do some work; what input it finds fault with is an error in all of them.
+
+    Raises:
+        InputError: as the work does.
+    """
+    failure = None
+    if processes.is_first:
+        try:
+            work()
+        except InputError as error:
+            failure = str(error)
+    if failure := processes.first_failure(name, failure, PATIENCE):
+        raise InputError(failure)
 
 
 def _say_if_lost(directory: RunDirectory, console: Console) -> None:
@@ -178,32 +197,6 @@ def keep_compiled(directory: Path, platform: str) -> None:
     """
     if platform != "cpu" and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(directory))
-
-
-def _initial_weights(config: TrainConfig, console: Console) -> Gpt2 | None:
-    """The weights that the run starts from, in this host's memory; None if they are drawn."""
-    path = config.trainer.initial_weights
-    if path is None:
-        return None
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    weights = read_gpt2(
-        path,
-        config.model,
-        tokenizer=tokenizer.name,
-        vocab_size=tokenizer.vocab_size,
-        dtype=config.trainer.parameter_dtype,
-        report=console.line,
-    )
-    if jax.process_count() > 1:
-        check_agreement("trainer.initial_weights", _digest(weights))
-    return weights
-
-
-def _digest(weights: Gpt2) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for array in jax.tree.leaves(weights):
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console) -> Parts:

@@ -1,0 +1,45 @@
+"""The weights that `trainer.initial_weights` names."""
+
+from __future__ import annotations
+
+import hashlib
+
+import jax
+import numpy as np
+
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.data.tokenizer import load_tokenizer
+from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.models.pretrained import read_gpt2
+from sophia_levanter.partition.processes import check_agreement
+from sophia_levanter.tracking.console import Console
+
+
+def read_initial_weights(config: TrainConfig, console: Console) -> Gpt2 | None:
+    """The weights that a run starts from, in this host's memory; None if they are drawn.
+
+    Raises:
+        InputError: if they cannot be read, are of another model, or are not the same in all processes.
+    """
+    path = config.trainer.initial_weights
+    if path is None:
+        return None
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    weights = read_gpt2(
+        path,
+        config.model,
+        tokenizer=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        dtype=config.trainer.parameter_dtype,
+        report=console.line,
+    )
+    if jax.process_count() > 1:
+        check_agreement("trainer.initial_weights", _digest(weights))
+    return weights
+
+
+def _digest(weights: Gpt2) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in jax.tree.leaves(weights):
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
