@@ -154,8 +154,9 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]], 
 def _existing_run(run_dir: Path) -> Path:
     if not run_dir.is_dir():
         raise InputError(f"--resume {run_dir}: there is no such directory")
-    if not (run_dir / "config.yaml").is_file():
-        raise InputError(f"--resume {run_dir}: holds no config.yaml; a run directory does")
+    config = run_dir / "config.yaml"
+    if not config.is_file() or not config.stat().st_size:
+        raise InputError(f"--resume {run_dir}: holds no config.yaml with anything in it; a run directory does")
     return run_dir
 
 

@@ -1,5 +1,6 @@
 """No damage is ever taken for a checkpoint, and all of it is found."""
 
+import hashlib
 import random
 import re
 import shutil
@@ -167,3 +168,17 @@ def test_a_step_asked_for_does_not_fall_back(tmp_path: Path) -> None:
         restore(tmp_path, make_state(), report=silent, step=2)
     with pytest.raises(InputError, match="step 5: it has 1, 2"):
         restore(tmp_path, make_state(), report=silent, step=5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"arrays": [', '"errors": ['), ('"header"', '"footer"'), ('"run_id"', '"ru"')]
+)
+def test_a_manifest_that_is_none_is_damage(saved: Path, tmp_path: Path, old: str, new: str) -> None:
+    """With a right digest, as another program may write it."""
+    file = shutil.copytree(saved, tmp_path / "copy") / "step-00000001" / "manifest.json"
+    _, _, rest = file.read_text().partition("\n")
+    rest = "\n" + rest.replace(old, new, 1)
+    digest = hashlib.sha256(rest.encode()).hexdigest()
+    file.write_text(f'{{"digest": "{digest}",{rest}')
+    with pytest.raises(CheckpointError, match="is no manifest of a checkpoint"):
+        restore(tmp_path / "copy", make_state(), report=silent)

@@ -69,6 +69,17 @@ def test_leftovers_are_no_steps_and_are_removed(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
+def test_a_step_that_is_a_link_goes_too(tmp_path: Path) -> None:
+    put(tmp_path / "run", 1, make_model())
+    (tmp_path / "run" / "step-00000001").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "step-00000001").symlink_to(tmp_path / "elsewhere")
+    put(tmp_path / "run", 2, make_model(), keep=1)
+    (tmp_path / "run" / f"step-00000003.removed-{'0a' * 16}").symlink_to(tmp_path / "elsewhere")
+    remove_leftovers(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000002"]
+    assert (tmp_path / "elsewhere" / "manifest.json").exists()
+
+
 def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, 1, make_state(1))
 

@@ -123,6 +123,14 @@ def test_a_run_goes_back_and_past_the_data_where_it_went_wrong(config_file, tmp_
     assert {step: more[step] for step in whole} == whole and set(more) == set(range(14))
 
 
+def test_a_checkpoint_to_go_back_to_is_not_pushed_out(config_file, tmp_path, plant, capfd):
+    plant({7, 8, 9}, np.nan)
+    often = ["--trainer.checkpoint_every", "1", "--trainer.keep_checkpoints", "1", "--trainer.keep_best", "false"]
+    options = [*often, "--trainer.max_skipped_steps", "3", "--trainer.max_rollbacks", "1"]
+    assert main(["--config", str(config_file), *options, "--trainer.run_dir", str(tmp_path / "run")]) == 0
+    assert "going back to step 7, and on with the data after the 48 windows" in capfd.readouterr().out
+
+
 def test_a_run_that_goes_wrong_from_the_start_cannot_go_back(config_file, tmp_path, plant, capfd):
     plant({0, 1, 2}, np.nan)
     options = ["--trainer.max_skipped_steps", "3", "--trainer.max_rollbacks", "2", "--trainer.checkpoint_every", "100"]
@@ -150,13 +158,47 @@ def test_a_checkpoint_has_all_that_a_run_goes_on_from(config_file, tmp_path):
 SAME_RATE = ["--optimizer.schedule", "constant"]
 
 
-def test_a_run_whose_checkpoints_are_gone_says_that_it_begins_again(config_file, tmp_path, capfd):
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(config_file, tmp_path, capfd):
+    command = ["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run"), "--resume", "auto"]
+    steady = ["--trainer.num_train_steps", "30", "--trainer.evaluate_every", "30"]
+    assert main([*command, *steady]) == 0
+    assert "WARNING" not in capfd.readouterr().out
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "gone")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for more in ([], ["--trainer.checkpoint_dir", str(tmp_path / "elsewhere")]):
+        assert main([*command, *steady, *more]) == 2
+        assert "holds no checkpoint: bring them back, or remove the metrics" in capfd.readouterr().err
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "gone").rename(tmp_path / "run" / "checkpoints")
+    assert main([*command, "--trainer.num_train_steps", "31", "--trainer.evaluate_every", "30"]) == 0
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_again(config_file, tmp_path, capfd):
     command = ["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run"), "--resume", "auto"]
     assert main(command) == 0
-    assert "WARNING" not in capfd.readouterr().out
     (tmp_path / "run" / "checkpoints").rename(tmp_path / "gone")
     assert main(command) == 0
     assert "checkpoints holds no checkpoint: the run begins again at step 0" in capfd.readouterr().out
+
+
+def test_other_validation_windows_have_a_best_of_their_own(config_file, tmp_path):
+    run_dir = tmp_path / "run"
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 0
+    best = checkpoint.read_step(run_dir / "checkpoints", 12).metadata["best"]
+    assert best["step"] == 12
+    more = ["--trainer.num_train_steps", "13", "--trainer.evaluation_windows", "3", "--optimizer.learning_rate", "9"]
+    assert main(["--resume", str(run_dir), *more]) == 0
+    found = checkpoint.read_step(run_dir / "checkpoints", 13).metadata
+    assert found["metrics"]["validation/loss"] > best["validation/loss"]
+    assert found["best"]["step"] == 13
+
+
+def test_a_run_directory_that_was_only_locked_is_empty(config_file, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for name in (".lock", "config.yaml.tmp"):
+        (run_dir / name).touch()
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto"]) == 0
 
 
 def test_checkpoints_of_another_run_are_in_the_way(config_file, tmp_path, capfd):
@@ -171,7 +213,11 @@ def test_checkpoints_of_another_run_are_in_the_way(config_file, tmp_path, capfd)
     assert main([*command, *auto]) == 2
     assert "holds another run: its trainer.seed is 0, this one's is 5" in capfd.readouterr().err
     assert not (tmp_path / "second" / "config.yaml").exists()
-    for location, message in (("ftp://x/y", "checkpoints go to a path, or to gs:// or s3://"), ("gs://", "no bucket")):
+    for location, message in (
+        ("ftp://x/y", "checkpoints go to a path, or to gs:// or s3://"),
+        ("gs://", "no bucket"),
+        ("gs:/bucket/x", "trainer.checkpoint_dir is gs:/bucket/x; write a path, gs:// or s3://"),
+    ):
         assert main(["--config", str(config_file), "--trainer.checkpoint_dir", location]) == 2
         assert message in capfd.readouterr().err
 

@@ -24,6 +24,15 @@ def test_the_first_signal_is_noted_and_the_second_acts():
             signal.raise_signal(signal.SIGINT)
 
 
+def test_further_sigterms_do_not_stop_the_saving():
+    with StopRequest() as stop:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with StopRequest():

@@ -111,11 +111,14 @@ def decode_manifest(file: str, content: bytes) -> Manifest:
     if body.pop("format", None) != FORMAT:
         raise InputError(f"{file} is not in format {FORMAT}: read it with the version of this package that wrote it")
     body.pop("digest")
-    arrays = [
-        SavedArray(**{**entry, "shape": tuple(entry["shape"]), "chunk_shape": tuple(entry["chunk_shape"])})
-        for entry in body.pop("arrays")
-    ]
-    return Manifest(**body, arrays=arrays)
+    try:
+        arrays = [
+            SavedArray(**{**entry, "shape": tuple(entry["shape"]), "chunk_shape": tuple(entry["chunk_shape"])})
+            for entry in body.pop("arrays")
+        ]
+        return Manifest(**body, arrays=arrays)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: it is no manifest of a checkpoint: {one_line(error)}") from error
 
 
 def _of_another_format(content: bytes) -> dict[str, Any] | None:

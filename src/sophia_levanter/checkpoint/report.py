@@ -12,6 +12,7 @@ import numpy as np
 
 from sophia_levanter.checkpoint.manifest import CheckpointError, Manifest, SavedArray
 from sophia_levanter.checkpoint.restoring import damage, read_arrays, read_step
+from sophia_levanter.errors import InputError
 
 
 def list_steps(location: str, steps: Sequence[int]) -> Iterator[str]:
@@ -21,7 +22,7 @@ def list_steps(location: str, steps: Sequence[int]) -> Iterator[str]:
     for step in steps:
         try:
             manifest = read_step(location, step)
-        except CheckpointError as error:
+        except (CheckpointError, InputError) as error:
             yield f"{step:>10}  damaged: {error}"
             continue
         metrics = _mapping(manifest.metadata, "metrics")
@@ -35,7 +36,10 @@ def list_steps(location: str, steps: Sequence[int]) -> Iterator[str]:
 def verify(location: str, step: int) -> tuple[list[str], str]:
     """What is wrong with a step, a line for each file, and all in one line; every byte is read."""
     started = time.perf_counter()
-    wrong = damage(location, step)
+    try:
+        wrong = damage(location, step)
+    except InputError as error:  # of another format, and no reason not to look at the other steps
+        wrong = [str(error)]
     if wrong:
         return wrong, f"damaged, {len(wrong)} file(s)"
     arrays = read_step(location, step).arrays
@@ -108,7 +112,7 @@ def best_step(location: str, steps: Sequence[int]) -> int | None:
     for step in reversed(steps):
         try:
             best = _mapping(read_step(location, step).metadata, "best").get("step")
-        except CheckpointError:
+        except (CheckpointError, InputError):
             continue
         return best if isinstance(best, int) else None
     return None
@@ -118,7 +122,7 @@ def size_of_step(location: str, step: int) -> str:
     """The size of a step's arrays, for people."""
     try:
         return _size(_num_bytes(read_step(location, step).arrays))
-    except CheckpointError:
+    except (CheckpointError, InputError):
         return "damaged"
 
 

@@ -17,7 +17,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.files import sync
 from sophia_levanter.kvstore import context_spec, kvstore_spec
 
-_STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,})")
+_STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 _ARRAYS = re.compile(r"step-\d{8,}/arrays-[0-9a-f]{32}/")
 _LEFTOVER = re.compile(r"step-\d{8,}\.(partial|removed)-[0-9a-f]{32}")
 
@@ -181,16 +181,16 @@ class DiskStorage:
 
     def remove(self, step: int) -> None:
         removed = self._path / _aside(step, "removed")
-        (self._path / step_name(step)).rename(removed)
+        with contextlib.suppress(FileNotFoundError):  # someone else has removed it
+            (self._path / step_name(step)).rename(removed)
         sync(self._path)
-        # A reader may hold a file open (NFS then refuses); what stays is removed with the leftovers.
-        shutil.rmtree(removed, ignore_errors=True)
+        _delete(removed)
 
     def remove_leftovers(self) -> None:
         if self._path.is_dir():
             for entry in list(self._path.iterdir()):
                 if _LEFTOVER.fullmatch(entry.name):
-                    shutil.rmtree(entry)
+                    _delete(entry)
 
 
 class BucketStorage:
@@ -292,6 +292,14 @@ class BucketStorage:
             return request.result()
         except Exception as error:  # whatever the client makes of a server's answer, or of none
             raise CheckpointError(f"{self.location}: {one_line(error)}") from error
+
+
+def _delete(path: Path) -> None:
+    """Remove a leftover. What stays, as NFS keeps a file that a reader has open, is removed at a later start."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _aside(step: int, kind: str) -> str:

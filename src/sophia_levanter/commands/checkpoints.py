@@ -113,6 +113,8 @@ def _place(text: str) -> Place:
 
         elsewhere = load_config(path / "config.yaml").trainer.checkpoint_dir
         return Place(elsewhere or str(path / "checkpoints"), path)
+    if (path / "checkpoints").is_dir():
+        return Place(str(path / "checkpoints"), path)
     return Place(str(path), path.parent if (path.parent / "config.yaml").is_file() else None)
 
 

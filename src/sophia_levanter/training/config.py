@@ -286,6 +286,8 @@ class TrainerConfig:
             raise InputError(f"trainer.num_train_steps is {self.num_train_steps}; it must be below {2**31}")
         if self.run_dir == "":
             raise InputError("trainer.run_dir is empty; leave it out for a directory of its own under runs/")
+        if re.match(r"(gs|s3):(?!//)", self.checkpoint_dir or ""):
+            raise InputError(f"trainer.checkpoint_dir is {self.checkpoint_dir}; write a path, gs:// or s3://")
         if self.initial_weights == "":
             raise InputError("trainer.initial_weights is empty; leave it out for weights drawn by trainer.seed")
         if self.checkpoint_dir == "":

@@ -184,7 +184,8 @@ class Loop:
                 except InputError:  # validation text that is damaged
                     self._save(step, state, evaluated=False)
                     raise
-            if save:
+            # What follows skipped steps may go back to a checkpoint from before them, which this one could push out.
+            if save and (step == total or not int(output.skipped_in_a_row)):
                 self._save(step, state, evaluated=evaluate)
         if unread is not None:
             self._read(*unread)

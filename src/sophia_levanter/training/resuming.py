@@ -11,7 +11,7 @@ import numpy as np
 
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
-from sophia_levanter.command_line import config_in
+from sophia_levanter.command_line import config_in, load_config
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.processes import wait_for_all
 from sophia_levanter.tracking.console import Console
@@ -34,7 +34,9 @@ def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[
         InputError: if it is of another model, optimizer or text.
     """
     restored = _read(parts, directory, console)
-    saved_config: Any = restored.metadata["config"]
+    saved_config: Any = restored.metadata.get("config")
+    if saved_config is None:
+        raise InputError(f"{directory.checkpoints} holds checkpoints that no training run has saved")
     old_config = config_in(saved_config, Path(f"{directory.checkpoints}/step-{restored.step:08d}"))
     if directory.resume == "if_saved":
         check_same_run("checkpoint_dir", str(directory.checkpoints), old_config, parts.config)
@@ -51,7 +53,7 @@ def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[
             f"--resume {directory.path}: the training text is another one than the run began with: "
             f"{parts.facts['data']} now, {restored.metadata['data']} then"
         )
-    if restored.metadata.get("validation", parts.facts["validation"]) != parts.facts["validation"]:
+    if restored.metadata["validation"] != parts.facts["validation"]:
         console.line("the validation text is another one than the run began with; its losses do not compare")
     console.line(f"resuming after step {restored.step} of {directory.path}")
     began_with, now = restored.metadata["environment"], parts.facts["environment"]
@@ -71,6 +73,36 @@ def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[
             f"and is {rates[1]:.3g}"
         )
     return restored
+
+
+def check_not_begun(directory: RunDirectory, console: Console) -> None:
+    """Whether a run without checkpoints may begin: it may have begun before, and its disk not be there now.
+
+    A run that was killed before its first checkpoint begins again, and says so.
+
+    Raises:
+        InputError: if its metrics tell that it has saved.
+    """
+    if not directory.metrics_file.exists() or not directory.metrics_file.stat().st_size:
+        return
+    lines = directory.metrics_file.read_bytes().count(b"\n")
+    every = load_config(directory.config_file).trainer.checkpoint_every
+    # Steps beyond the second save come when the first is committed; a step has two lines at most.
+    if lines > 4 * every:
+        raise InputError(
+            f"{directory.metrics_file} has {lines} lines, and {directory.checkpoints} holds no checkpoint: bring them "
+            "back, or remove the metrics to begin again at step 0"
+        )
+    console.line(f"WARNING: {directory.checkpoints} holds no checkpoint: the run begins again at step 0")
+
+
+def best_so_far(parts: Parts, restored: Restored[TrainState]) -> dict[str, Any] | None:
+    """Step and validation loss of the best checkpoint, if losses to come compare with it."""
+    saved_config: Any = restored.metadata["config"]
+    same_windows = saved_config["trainer"]["evaluation_windows"] == parts.config.trainer.evaluation_windows
+    same_text = restored.metadata["validation"] == parts.facts["validation"]
+    best: Any = restored.metadata.get("best")
+    return best if same_windows and same_text else None
 
 
 def go_back(
@@ -97,6 +129,7 @@ def go_back(
     later = [step for step in saved if step > wrong.start]
     wait_for_all("all have looked")
     if len(later) == len(saved):
+        console.line("there is no checkpoint from before those steps to go back to")
         return None
     if parts.processes.is_first:
         for step in later:

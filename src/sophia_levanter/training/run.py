@@ -40,7 +40,7 @@ from sophia_levanter.training.loading import BatchLoader
 from sophia_levanter.training.loop import Loop, TrainingFailed
 from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.profile import Profiler
-from sophia_levanter.training.resuming import go_back, resume
+from sophia_levanter.training.resuming import best_so_far, check_not_begun, go_back, resume
 from sophia_levanter.training.run_directory import RunDirectory
 from sophia_levanter.training.step import StepSettings, TrainState
 from sophia_levanter.training.stopping import StopRequest
@@ -111,6 +111,8 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
             f"--resume {directory.path}: {directory.checkpoints} holds no checkpoint to go on from; "
             f"start the run with --config FILE --trainer.run_dir {directory.path} --resume auto"
         )
+    if directory.resume == "if_saved" and not is_saved:
+        _by_first(processes, "begin", lambda: check_not_begun(directory, console))
     # Before the text is prepared, which may take hours.
     weights = None if is_saved else read_initial_weights(config, console)
     parts = _build(config, environment, console)
@@ -125,7 +127,6 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
             )
             return None
     elif weights is None:
-        _say_if_lost(directory, console)
         state = parts.partition.made(parts.initial_state)
     else:
         state = parts.state_from(weights)
@@ -169,15 +170,6 @@ def _by_first(processes: Processes, name: str, work: Callable[[], None]) -> None
             failure = str(error)
     if failure := processes.first_failure(name, failure, PATIENCE):
         raise InputError(failure)
-
-
-def _say_if_lost(directory: RunDirectory, console: Console) -> None:
-    """A run that begins again although it had begun: its disk may not be there, or it was killed before it saved."""
-    if directory.resume == "if_saved" and directory.metrics_file.exists() and directory.metrics_file.stat().st_size:
-        console.line(
-            f"WARNING: {directory.metrics_file} has steps, and {directory.checkpoints} holds no checkpoint: "
-            "the run begins again at step 0"
-        )
 
 
 def _shared_config(config: TrainConfig) -> str:
@@ -267,7 +259,6 @@ def _make_loop(
 ) -> Loop:
     trainer = parts.config.trainer
     step = int(state.step)
-    best: Any = None if restored is None else restored.metadata["best"]
     flops = flops_per_token(parts.config.model, parts.data.tokenizer.vocab_size)
     return Loop(
         config=trainer,
@@ -284,7 +275,7 @@ def _make_loop(
             # Of all the ids only the first process's is saved.
             run_id=uuid.uuid4().hex if restored is None else restored.run_id,
             processes=parts.processes,
-            best=best,
+            best=None if restored is None else best_so_far(parts, restored),
             saved_step=None if restored is None else restored.step,
         ),
         metrics=JsonLines(directory.metrics_file, first_step=step) if is_first_process() else NoLines(),

@@ -16,6 +16,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.data.config import MixturePart
 from sophia_levanter.data.names import absolute_source, absolute_tokenizer
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import write_atomically
 
 # What may differ between a run and its continuation by `--resume auto` without making it another run: how long it is,
 # and what has nothing to do with its numbers, such as the host that a new attempt finds the others by.
@@ -40,6 +41,7 @@ _MAY_DIFFER = (
     "mesh.heartbeat_timeout",
 )
 LOCK_NAME = ".lock"
+UNFINISHED_CONFIG = "config.yaml.tmp"
 
 # The open files whose locks this process holds: a lock goes when its file is closed.
 _locks: dict[Path, IO[str]] = {}
@@ -102,13 +104,11 @@ class RunDirectory:
         Raises:
             InputError: if it cannot be written; nothing of it stays then.
         """
-        temporary = self.path / ".config.yaml.tmp"
         with _naming("run_dir", self.path):
             try:
-                temporary.write_text(dump_config(config), encoding="utf-8")
-                temporary.replace(self.config_file)
+                write_atomically(self.config_file, dump_config(config).encode())
             finally:
-                temporary.unlink(missing_ok=True)
+                (self.path / UNFINISHED_CONFIG).unlink(missing_ok=True)
 
 
 def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
@@ -152,7 +152,7 @@ def _holds_files(path: Path) -> bool:
         str(path).encode("utf-8")
         if path.exists() and not path.is_dir():
             raise InputError(f"trainer.run_dir {path} is a file; name a directory")
-        return path.is_dir() and any(entry.name != LOCK_NAME for entry in path.iterdir())
+        return path.is_dir() and any(entry.name not in (LOCK_NAME, UNFINISHED_CONFIG) for entry in path.iterdir())
 
 
 def _lock(field: str, path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class StopRequest:
-    """Notes the first SIGINT or SIGTERM so that the loop can save and end; the second acts as it would without.
+    """Notes SIGINT or SIGTERM so that the loop can save and end; a SIGINT after that acts as it would without.
 
     Args:
         several: whether the run has several processes. Then jax's runtime notes SIGTERM, and tells all of them; a
@@ -37,8 +37,9 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
+        self.signal = self.signal or signal.Signals(number)
+        # Further SIGTERMs, which some schedulers send to a group and to its processes, do not stop the saving.
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._note(number, frame)
