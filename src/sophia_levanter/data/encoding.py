@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -41,7 +40,8 @@ class _Processes:
         self._tokenizer = tokenizer
 
     def submit(self, texts: Texts) -> Future[Encoded]:
-        return self._pool.submit(encode_with, self._tokenizer, texts)
+        with _ctrl_c_held():  # a worker may be started for it
+            return self._pool.submit(encode_with, self._tokenizer, texts)
 
 
 class _RayTasks:
@@ -59,26 +59,22 @@ class _RayTasks:
 def processes(count: int, tokenizer: str) -> Iterator[Workers]:
     """Workers on this machine, one process each, which end with this one however it ends."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
-    pool = ProcessPoolExecutor(count, context, start_worker, (tokenizer,))
+    with _ctrl_c_held():
+        pool = ProcessPoolExecutor(count, context, start_worker, (tokenizer,))
     try:
-        with _ctrl_c_ignored():
-            pool.submit(int)
         yield _Processes(pool, count, tokenizer)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
-    """Processes that are started in here ignore Ctrl-C, which is for this one, from their first moment."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ctrl_c_held() -> Iterator[None]:
+    """Processes that are started in here never hear Ctrl-C, which is for this one and reaches it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
