@@ -414,6 +414,8 @@ def test_resume_reads_the_run_directory(write):
 def test_resume_errors(tmp_path):
     assert parse_error("--resume", tmp_path / "no") == f"--resume {tmp_path}/no: there is no such directory"
     assert parse_error("--resume", tmp_path) == f"--resume {tmp_path}: holds no config.yaml; a run directory does"
+    (tmp_path / "config.yaml").touch()
+    assert "its config.yaml is empty; put the run's configuration there" in parse_error("--resume", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -155,8 +155,10 @@ def _existing_run(run_dir: Path) -> Path:
     if not run_dir.is_dir():
         raise InputError(f"--resume {run_dir}: there is no such directory")
     config = run_dir / "config.yaml"
-    if not config.is_file() or not config.stat().st_size:
-        raise InputError(f"--resume {run_dir}: holds no config.yaml with anything in it; a run directory does")
+    if not config.is_file():
+        raise InputError(f"--resume {run_dir}: holds no config.yaml; a run directory does")
+    if not config.stat().st_size:
+        raise InputError(f"--resume {run_dir}: its config.yaml is empty; put the run's configuration there")
     return run_dir
 
 
