@@ -183,9 +183,9 @@ def _build(settings: Layer) -> TrainConfig:
         section, _, name = key.partition(".")
         field = ".".join(key.split(".")[:2])
         if key in fields:
-            tree.setdefault(section, {})[name] = _convert(key, setting, fields[key])
+            tree.setdefault(section, {})[name] = convert_value(key, setting, fields[key])
         elif field in fields and setting.file is not None:
-            _convert(field, Setting({}, setting.file), fields[field])  # raises: the file has a mapping there
+            convert_value(field, Setting({}, setting.file), fields[field])  # raises: the file has a mapping there
         elif key not in sections(optimizer):
             raise _unknown_key(key, setting, optimizer)
         elif setting.value is not None and setting.value != {}:
@@ -210,7 +210,7 @@ def _field_types(optimizer: type[OptimizerConfig]) -> dict[str, Any]:
     return types
 
 
-def _convert(key: str, setting: Setting, annotation: Any) -> Any:
+def convert_value(key: str, setting: Setting, annotation: Any) -> Any:
     """The setting's value as the field's type, `annotation`: a scalar, one that may be None, or a list in its place."""
     kinds = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     parts = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
@@ -249,7 +249,7 @@ def _convert_part(key: str, setting: Setting, cls: type) -> dict[str, Any]:
         problem = "missing" if name in needed else "unknown"
         raise InputError(f"{setting.prefix}{key}.{name} is {problem}; the fields are {', '.join(hints)}")
     values = {
-        name: _convert(f"{key}.{name}", Setting(value, setting.file), hints[name])
+        name: convert_value(f"{key}.{name}", Setting(value, setting.file), hints[name])
         for name, value in setting.value.items()
     }
     cls(**values)  # whose complaints draccus would take for a sign that another type is meant

@@ -1,0 +1,106 @@
+"""What the launcher asks of a backend: machines, and the commands that start a run's processes on them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is to be launched.
+
+    Attributes:
+        run_dir: of the run, as its configuration has it.
+        directory: where the launcher keeps what it knows of it, on this machine: RUN_DIR/launch.
+        config_file: the run's resolved configuration, in that directory.
+    """
+
+    run_dir: Path
+    directory: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.directory / "config.yaml"
+
+
+def training_command(python: str, config_file: str, mesh: Mapping[str, object] | None = None) -> list[str]:
+    """The command line of one training process: it begins the run, or goes on with it.
+
+    Args:
+        python: the interpreter.
+        config_file: the resolved configuration, where the process finds it.
+        mesh: fields of the mesh section to set: coordinator, num_processes, process_id.
+    """
+    words = [python, "-u", "-m", "sophia_levanter.main", "--config", config_file, "--resume", "auto"]
+    for name, value in (mesh or {}).items():
+        words += [f"--mesh.{name}", str(value)]
+    return words
+
+
+@dataclass(frozen=True)
+class HostCommand:
+    """A process that the launcher starts on its own machine for an attempt: a host's, or one that talks to hosts.
+
+    Attributes:
+        label: the log's name: process-0.
+        words: the command line.
+        env: environment variables on top of the launcher's.
+        labelled: whether it speaks for several processes: its lines begin with "N: ", N the process.
+        by_stdin: whether it is told to stop by the end of its standard input, which ssh passes on; by SIGTERM if not.
+    """
+
+    label: str
+    words: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+    labelled: bool = False
+    by_stdin: bool = False
+
+    def shown(self) -> str:
+        """As a person would type it."""
+        return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.env.items()), shlex.join(self.words)])
+
+
+class Unavailable(Exception):
+    """There are no machines, or no longer: an attempt that could not begin, and not for the run's fault."""
+
+
+class Backend(Protocol):
+    """Where a run's processes are started."""
+
+    num_processes: int
+
+    def describe(self, job: Job) -> list[str]:
+        """What would be created, run and paid for, as lines for people. Nothing is started."""
+
+    def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
+        """Have machines ready for an attempt; returns early where the launcher was told to stop.
+
+        Args:
+            job: the run.
+            attempt: its number, from 1.
+            say: tells people.
+            stopped: whether the launcher was told to stop.
+
+        Raises:
+            InputError: if what the cluster's file asks for cannot be had.
+            Unavailable: if machines are gone, or do not come.
+        """
+
+    def commands(self, job: Job, attempt: int) -> list[HostCommand]:
+        """What to start for an attempt on the machines that are ready."""
+
+    def was_preempted(self, statuses: Sequence[int | None]) -> bool:
+        """Whether an attempt that did not end by itself lost its machines to their owner.
+
+        Args:
+            statuses: exit status of each command; None for those that did not end.
+        """
+
+    def release(self, say: Say) -> None:
+        """Give back what is paid for: the run is over."""
