@@ -35,7 +35,7 @@ class ClusterConfig:
     secrets: tuple[str, ...] = ()  # names of variables that are passed on, their values never written anywhere
     max_failures: int = 10  # attempts that may fail before the run is given up
     max_preemptions: int = 100  # attempts that may be preempted before it is
-    back_off: float = 10.0  # seconds before the next attempt after a failure; doubles with each in a row, up to 300
+    back_off: float = 5.0  # seconds before the next attempt after a failure; doubles with each in a row, up to 300
     crash_loop: int = 3  # failures in a row at the same step that are taken for the run's own fault, and end it
     stop_timeout: int = 120  # seconds that processes have to save and end when they are told to
 

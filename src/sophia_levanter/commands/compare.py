@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import signal
 import sys
@@ -26,6 +25,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config_file import Layer, Setting
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import lock
 from sophia_levanter.training.run_directory import with_absolute_paths
 
 Texts = dict[DataConfig, dict[str, str]]
@@ -159,13 +159,10 @@ def _texts(runs: Sequence[PlannedRun], records: Sequence[Record], out: Path) -> 
 def _alone_in(out: Path) -> Iterator[None]:
     """Keep other comparisons out of the directory: each would write the file of records without the other's."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"--out {out} is in use by another comparison; wait for it or name another directory"
-            ) from None
+    held = lock(out / ".lock")
+    if held is None:
+        raise InputError(f"--out {out} is in use by another comparison; wait for it or name another directory")
+    with held:
         yield
 
 

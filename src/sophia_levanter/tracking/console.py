@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sophia_levanter.tracking.step_lines import show_numbers, show_step
+
 
 class _SurvivingConsole(RichConsole):
     """A console whose reader may leave (`| head`): the run goes on, in silence."""
@@ -50,14 +52,11 @@ class Console:
 
     def step(self, step: int, metrics: Mapping[str, float], seconds_left: float) -> None:
         """Show a step's metrics, by their names in metrics.jsonl."""
-        numbers = (
-            f"loss {metrics['train/loss']:.3f}  {metrics['train/tokens_per_second']:,.0f} tokens/s  "
-            f"MFU {metrics['train/mfu']:.1%}"
-        )
+        numbers = show_numbers(metrics)
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step + 1, numbers=numbers)
         elif (step + 1) % self._log_every == 0 or step + 1 == self._total:
-            self.line(f"step {step + 1}/{self._total}  {numbers}  {_duration(seconds_left)} left")
+            self.line(f"{show_step(step + 1, self._total, numbers)}  {_duration(seconds_left)} left")
 
     def stop(self) -> None:
         """End the bar."""

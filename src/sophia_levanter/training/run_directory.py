@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from sophia_levanter import files
 from sophia_levanter.command_line import Command, dump_config, load_config
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.data.config import MixturePart
 from sophia_levanter.data.names import absolute_source, absolute_tokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.files import write_atomically
 
 # What may differ between a run and its continuation by `--resume auto` without making it another run: how long it is,
 # and what has nothing to do with its numbers, such as the host that a new attempt finds the others by.
@@ -42,6 +41,7 @@ _MAY_DIFFER = (
 )
 LOCK_NAME = ".lock"
 UNFINISHED_CONFIG = "config.yaml.tmp"
+LAUNCH = "launch"  # what the launcher knows of the run
 
 # The open files whose locks this process holds: a lock goes when its file is closed.
 _locks: dict[Path, IO[str]] = {}
@@ -106,7 +106,7 @@ class RunDirectory:
         """
         with _naming("run_dir", self.path):
             try:
-                write_atomically(self.config_file, dump_config(config).encode())
+                files.write_atomically(self.config_file, dump_config(config).encode())
             finally:
                 (self.path / UNFINISHED_CONFIG).unlink(missing_ok=True)
 
@@ -152,7 +152,9 @@ def _holds_files(path: Path) -> bool:
         str(path).encode("utf-8")
         if path.exists() and not path.is_dir():
             raise InputError(f"trainer.run_dir {path} is a file; name a directory")
-        return path.is_dir() and any(entry.name not in (LOCK_NAME, UNFINISHED_CONFIG) for entry in path.iterdir())
+        return path.is_dir() and any(
+            entry.name not in (LOCK_NAME, UNFINISHED_CONFIG, LAUNCH) for entry in path.iterdir()
+        )
 
 
 def _lock(field: str, path: Path) -> None:
@@ -160,13 +162,9 @@ def _lock(field: str, path: Path) -> None:
         return
     with _naming(field, path):
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / LOCK_NAME).open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"trainer.{field} {path} is in use by another process; wait for it or name another directory"
-            ) from None
+        lock = files.lock(path / LOCK_NAME)
+    if lock is None:
+        raise InputError(f"trainer.{field} {path} is in use by another process; wait for it or name another directory")
     _locks[path] = lock
 
 

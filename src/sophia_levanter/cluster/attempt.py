@@ -1,0 +1,141 @@
+"""The processes of one attempt, as the launcher's machine sees them: started, listened to, told to stop, killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import IO
+
+from sophia_levanter.cluster.backend import HostCommand
+from sophia_levanter.cluster.child import bound_to_this_process
+
+_LABELLED = re.compile(r"(\d+): (.*)")
+TAIL_LINES = 20
+
+
+class Attempt:
+    """Runs commands and keeps what they print, a file for each of the run's processes.
+
+    Args:
+        commands: what to start.
+        directory: for the logs, process-N.log; is made.
+        on_line: told of every line: the log's name, and the line.
+        secrets: texts that no log is to hold.
+    """
+
+    def __init__(
+        self,
+        commands: Sequence[HostCommand],
+        directory: Path,
+        on_line: Callable[[str, str], None],
+        secrets: Collection[str] = (),
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._commands = commands
+        self._directory = directory
+        self._on_line = on_line
+        self._secrets = secrets
+        self._logs: dict[str, IO[str]] = {}
+        self._tails: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=TAIL_LINES))
+        self._lock = threading.Lock()
+        self._killed: set[int] = set()
+        self._ended: list[int] = []
+        self._processes = [self._start(command) for command in commands]
+        self._readers = [
+            threading.Thread(target=self._read, args=pair, daemon=True)
+            for pair in zip(commands, self._processes, strict=True)
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _start(self, command: HostCommand) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            bound_to_this_process(command.words),
+            env=os.environ | dict(command.env),
+            stdin=subprocess.PIPE if command.by_stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is the launcher's to pass on
+        )
+
+    def poll(self) -> list[int | None]:
+        """The exit status of each command, -N for signal N; None for those that live or were killed by `kill`."""
+        for index, process in enumerate(self._processes):
+            if process.poll() is not None and index not in self._ended:
+                self._ended.append(index)
+        return [None if i in self._killed else process.returncode for i, process in enumerate(self._processes)]
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether no command lives, as `poll` last saw it."""
+        return len(self._ended) == len(self._processes)
+
+    def stop(self) -> None:
+        """Have all of them save and end."""
+        for command, process in zip(self._commands, self._processes, strict=True):
+            if process.poll() is not None:
+                continue
+            if command.by_stdin:
+                assert process.stdin is not None
+                process.stdin.close()
+            else:
+                process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End those that live, at once, with all that they have started."""
+        for index, process in enumerate(self._processes):
+            if process.poll() is None:
+                self._killed.add(index)
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+
+    def close(self) -> None:
+        """Leave no process, and the logs complete."""
+        self.kill()
+        for reader in self._readers:
+            # A process that a dead one has left behind may hold the pipe open.
+            reader.join(timeout=5)
+        with self._lock:
+            for log in self._logs.values():
+                log.close()
+            self._logs.clear()
+
+    def tail(self, label: str) -> list[str]:
+        """The last lines of a process's log."""
+        with self._lock:
+            return list(self._tails[label])
+
+    def culprit(self) -> str | None:
+        """The log of the first command that ended other than well; None if none did."""
+        for index in self._ended:
+            if index not in self._killed and self._processes[index].returncode:
+                return self._commands[index].label
+        return None
+
+    def _read(self, command: HostCommand, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        for raw in process.stdout:
+            line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
+            for secret in self._secrets:
+                line = line.replace(secret, "***")
+            label = command.label
+            if command.labelled and (match := _LABELLED.match(line)):
+                label, line = f"process-{match[1]}", match[2]
+            self._keep(label, line)
+            self._on_line(label, line)
+
+    def _keep(self, label: str, line: str) -> None:
+        with self._lock:
+            if label not in self._logs:
+                path = self._directory / f"{label}.log"
+                self._logs[label] = path.open("a", encoding="utf-8", buffering=1)
+            self._logs[label].write(f"{time.strftime('%H:%M:%S')} {line}\n")
+            self._tails[label].append(line)

@@ -1,0 +1,57 @@
+"""All processes of a run on this machine."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+from sophia_levanter.cluster.backend import HostCommand, Job, Say, training_command
+from sophia_levanter.cluster.config import LocalCluster
+
+
+class LocalBackend:
+    """Starts the processes here.
+
+    Args:
+        cluster: how many.
+    """
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self._cluster = cluster
+        self.num_processes = cluster.processes
+
+    def describe(self, job: Job) -> list[str]:
+        """The commands that would run."""
+        return ["on this machine, nothing is paid for:", *(command.shown() for command in self._commands(job, 0))]
+
+    def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
+        """Nothing: the machine is there."""
+
+    def commands(self, job: Job, attempt: int) -> list[HostCommand]:
+        """One for each process, with a port for them to meet at."""
+        return self._commands(job, free_port())
+
+    def _commands(self, job: Job, port: int) -> list[HostCommand]:
+        count = self.num_processes
+        commands = []
+        for index in range(count):
+            mesh = {"coordinator": f"localhost:{port}", "num_processes": count, "process_id": index}
+            words = training_command(sys.executable, str(job.config_file), mesh if count > 1 else None)
+            commands.append(HostCommand(f"process-{index}", words, self._cluster.env))
+        return commands
+
+    def was_preempted(self, statuses: Sequence[int | None]) -> bool:
+        """Never: a machine of one's own has no other owner."""
+        return False
+
+    def release(self, say: Say) -> None:
+        """Nothing."""
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port: int = free.getsockname()[1]
+    return port

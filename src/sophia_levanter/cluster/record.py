@@ -1,0 +1,138 @@
+"""What a launcher leaves on the disk for people, and for the commands that ask after a run: RUN_DIR/launch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sophia_levanter.errors import InputError
+from sophia_levanter.files import lock, write_atomically
+from sophia_levanter.tracking.step_lines import Progress
+
+DIRECTORY = "launch"
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a launched run stands.
+
+    Attributes:
+        state: starting, running, waiting, done, failed, stopped or refused.
+        backend: where it runs.
+        processes: that it has.
+        attempt: number of the present or last one, from 1; 0 before the first.
+        failures: attempts that failed.
+        preemptions: attempts that were preempted.
+        progress: as the run last printed it.
+        exit_status: of the launcher, once it has ended.
+    """
+
+    state: str
+    backend: str
+    processes: int
+    attempt: int = 0
+    failures: int = 0
+    preemptions: int = 0
+    progress: Progress | None = None
+    exit_status: int | None = None
+
+    def __str__(self) -> str:
+        hosts = f"{self.processes} process{'es' if self.processes > 1 else ''} ({self.backend})"
+        parts = [self.state, hosts, f"attempt {self.attempt}"]
+        parts += [str(self.progress)] if self.progress else []
+        parts.append(f"{self.failures} failures, {self.preemptions} preemptions")
+        return "; ".join(parts)
+
+
+class LaunchRecord:
+    """The directory of one launched run.
+
+    Args:
+        directory: RUN_DIR/launch.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._status_file = directory / "status.json"
+        self._stop_file = directory / "stop"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the directory this launcher's.
+
+        Raises:
+            InputError: if another launcher has it, or it cannot be written.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            held = lock(self.directory / ".lock")
+        except OSError as error:
+            raise InputError(
+                f"trainer.run_dir {self.directory.parent} cannot be used: {error.strerror}; name another directory"
+            ) from None
+        if held is None:
+            raise InputError(
+                f"trainer.run_dir {self.directory.parent} has a launcher already; "
+                f"launch status {self.directory.parent} shows how it stands"
+            )
+        with held:
+            self._stop_file.unlink(missing_ok=True)
+            yield
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a launcher is at work."""
+        if not (self.directory / ".lock").exists():
+            return False
+        held = lock(self.directory / ".lock")
+        if held is None:
+            return True
+        held.close()
+        return False
+
+    def write(self, status: Status) -> None:
+        """Leave the status for those who ask."""
+        write_atomically(self._status_file, json.dumps(dataclasses.asdict(status)).encode())
+
+    def read(self) -> Status:
+        """The status that was left last.
+
+        Raises:
+            InputError: if there is none.
+        """
+        try:
+            fields = json.loads(self._status_file.read_text())
+            progress = fields.pop("progress")
+            return Status(**fields, progress=None if progress is None else Progress(**progress))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise InputError(f"{self.directory.parent} holds no run that was launched") from None
+
+    def ask_to_stop(self) -> None:
+        """Have the launcher stop the run; it looks each second, on whatever machine it is."""
+        self._stop_file.touch()
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether someone has."""
+        return self._stop_file.exists()
+
+    def attempt_directory(self, attempt: int) -> Path:
+        """Where the logs of an attempt's processes are."""
+        return self.directory / f"attempt-{attempt:03d}"
+
+    def attempts(self) -> list[Path]:
+        """The directories of all attempts, the oldest first."""
+        return sorted(self.directory.glob("attempt-*"))
+
+    def next_attempt(self) -> int:
+        """The number of the next one: those of earlier launchers keep their logs."""
+        numbers = [0]
+        for path in self.attempts():
+            with contextlib.suppress(ValueError):
+                numbers.append(int(path.name.removeprefix("attempt-")))
+        return max(numbers) + 1

@@ -1,0 +1,198 @@
+"""Brings a run to its end: attempts, one after the other, each in fresh processes, until it is done or given up."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from sophia_levanter.cluster.attempt import Attempt
+from sophia_levanter.cluster.backend import Backend, Job, Say, Unavailable
+from sophia_levanter.cluster.config import ClusterConfig
+from sophia_levanter.cluster.outcome import Budgets, Outcome, outcome_of
+from sophia_levanter.cluster.record import LaunchRecord, Status
+from sophia_levanter.commands.arguments import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
+from sophia_levanter.errors import InputError
+from sophia_levanter.tracking.step_lines import Progress, read_progress
+
+POLL_SECONDS = 0.2
+STATUS_SECONDS = 2.0
+# How long after the first process has failed others may show that they have, too.
+GATHER_SECONDS = 2.0
+STATES = {DONE: "done", FAILURE: "failed", BAD_INPUT: "refused", PREEMPTED: "stopped", INTERRUPTED: "stopped"}
+
+
+class Supervisor:
+    """Runs a job on a backend.
+
+    Args:
+        backend: where.
+        job: what.
+        policy: how often.
+        record: where its state is left for others.
+        say: tells people.
+    """
+
+    def __init__(self, backend: Backend, job: Job, policy: ClusterConfig, record: LaunchRecord, say: Say) -> None:
+        self._backend = backend
+        self._job = job
+        self._policy = policy
+        self._record = record
+        self._say = say
+        self._budgets = Budgets(policy)
+        self._signal: signal.Signals | None = None
+        self._interrupts = 0
+        self._progress: Progress | None = None
+        self._status = Status("starting", policy.backend, backend.num_processes)
+        self._written = 0.0
+
+    def run(self) -> int:
+        """Attempt after attempt.
+
+        Returns:
+            The exit status: 0 done, 1 given up, 2 bad input, 75 stopped by SIGTERM or `launch stop`, 130 by Ctrl-C.
+        """
+        with self._signals_noted():
+            try:
+                status = self._until_the_end()
+            finally:
+                self._backend.release(self._say)
+        self._update(state=STATES[status], exit_status=status)
+        return status
+
+    def _until_the_end(self) -> int:
+        while True:
+            number = self._record.next_attempt()
+            self._record.attempt_directory(number).mkdir(parents=True)
+            self._update(state="starting", attempt=number)
+            began = time.monotonic()
+            outcome = self._attempt(number)
+            given_up = None
+            if outcome.kind in ("preempted", "failed", "unavailable"):
+                given_up = self._budgets.charge(outcome)
+            self._tell(outcome, time.monotonic() - began)
+            if outcome.kind == "done":
+                return DONE
+            if outcome.kind == "refused":
+                self._say(f"error: {outcome.reason}")
+                return BAD_INPUT
+            if given_up is not None:
+                self._say(f"error: given up after {given_up}; the logs are in {self._record.directory}")
+                return FAILURE
+            self._pause()
+            if self._told_to_stop():
+                return INTERRUPTED if self._signal == signal.SIGINT else PREEMPTED
+
+    def _attempt(self, number: int) -> Outcome:
+        self._progress = None
+        try:
+            self._backend.prepare(self._job, number, self._say, self._told_to_stop)
+            if self._told_to_stop():
+                return Outcome("stopped", "before its processes were started")
+            commands = self._backend.commands(self._job, number)
+        except InputError as error:
+            return Outcome("refused", str(error))
+        except Unavailable as error:
+            return Outcome("unavailable", str(error))
+        secrets = [value for name in self._policy.secrets if (value := os.environ.get(name))]
+        attempt = Attempt(commands, self._record.attempt_directory(number), self._hear, secrets)
+        try:
+            statuses = self._follow(attempt)
+        finally:
+            attempt.close()
+        culprit = attempt.culprit()
+        tail = attempt.tail(culprit) if culprit else ()
+        outcome = outcome_of(statuses, culprit, tail, self._progress, told_to_stop=self._told_to_stop())
+        if outcome.kind == "failed" and self._backend.was_preempted(statuses):
+            return Outcome("preempted", f"its machines are gone; {outcome.reason}", self._progress)
+        return outcome
+
+    def _follow(self, attempt: Attempt) -> list[int | None]:
+        """Until all processes have ended, or are killed because one has ended and the others do not.
+
+        Returns:
+            The exit status of each; None for those that were killed.
+        """
+        deadline = float("inf")
+        told = ended_well = False
+        while True:
+            statuses = attempt.poll()
+            if attempt.all_ended:
+                return statuses
+            now = time.monotonic()
+            ended = [status for status in statuses if status is not None]
+            if any(status not in (DONE, PREEMPTED) for status in ended):
+                # Its peers would wait for it in vain.
+                deadline = min(deadline, now + GATHER_SECONDS)
+            elif ended and not ended_well:
+                ended_well = True
+                deadline = min(deadline, now + self._policy.stop_timeout)
+            if self._told_to_stop() and not told:
+                told = True
+                attempt.stop()
+                deadline = min(deadline, now + self._policy.stop_timeout)
+            if now > deadline or self._interrupts > 1:
+                attempt.kill()
+                return attempt.poll()
+            if now > self._written + STATUS_SECONDS:
+                self._update(state="running", progress=self._progress or self._status.progress)
+            time.sleep(POLL_SECONDS)
+
+    def _tell(self, outcome: Outcome, seconds: float) -> None:
+        budgets, policy = self._budgets, self._policy
+        self._update(
+            failures=budgets.failures,
+            preemptions=budgets.preemptions,
+            progress=outcome.progress or self._status.progress,
+        )
+        for line in outcome.tail:
+            self._say(f"  | {line}")
+        parts = [f"{self._backend.num_processes} process(es)"]
+        parts += [str(outcome.progress)] if outcome.progress else []
+        self._say(
+            f"attempt {self._status.attempt}: {', '.join(parts)}, {seconds:.0f} s; {outcome.kind}: {outcome.reason}; "
+            f"failures {budgets.failures} of {policy.max_failures}, "
+            f"preemptions {budgets.preemptions} of {policy.max_preemptions}"
+        )
+
+    def _pause(self) -> None:
+        if self._told_to_stop() or not (seconds := self._budgets.pause):
+            return
+        self._say(f"the next attempt begins in {seconds:.0f} s")
+        self._update(state="waiting")
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._told_to_stop():
+            time.sleep(POLL_SECONDS)
+
+    def _hear(self, label: str, line: str) -> None:
+        if label == "process-0":
+            self._progress = read_progress(line) or self._progress
+            self._say(line)
+
+    def _update(self, **changes: Any) -> None:
+        self._status = dataclasses.replace(self._status, **changes)
+        self._written = time.monotonic()
+        self._record.write(self._status)
+
+    def _told_to_stop(self) -> bool:
+        return self._signal is not None or self._record.asked_to_stop
+
+    @contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        def note(number: int, frame: FrameType | None) -> None:
+            self._signal = self._signal or signal.Signals(number)
+            self._interrupts += number == signal.SIGINT
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # nohup ignores SIGHUP, and is to go on doing so.
+        before = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,204 @@
+"""`python -m sophia_levanter.commands.launch --config FILE --cluster FILE`: a run on many hosts, to its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sophia_levanter.cluster.backend import Backend, Job
+from sophia_levanter.cluster.config import (
+    ClusterConfig,
+    GcloudCluster,
+    LocalCluster,
+    RayCluster,
+    SlurmCluster,
+    read_cluster,
+)
+from sophia_levanter.cluster.record import DIRECTORY, LaunchRecord
+from sophia_levanter.command_line import Command, dump_config, load_config
+from sophia_levanter.commands.arguments import DONE, FAILURE, parse_arguments, run_command, whole_number
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.errors import InputError
+from sophia_levanter.files import write_atomically
+from sophia_levanter.training.run_directory import choose_run_directory
+
+USAGE = """\
+usage: python -m sophia_levanter.commands.launch --config FILE --cluster FILE [--dry_run] [--SECTION.FIELD VALUE ...]
+       python -m sophia_levanter.commands.launch status RUN_DIR
+       python -m sophia_levanter.commands.launch logs RUN_DIR [--process N] [--attempt N]
+       python -m sophia_levanter.commands.launch stop RUN_DIR
+
+Starts one training process on each host of a cluster, and starts them again from the last checkpoint when a host dies,
+hangs or is taken away, until the run is done. The same command goes on with a run that was stopped.
+
+  --config FILE          the run's configuration, as for training; its run directory is runs/NAME if not given
+  --cluster FILE         where: backend local, ray, slurm or gcloud; infra/ has one of each
+  --dry_run              prints what would be created, run and paid for, and does nothing
+  --SECTION.FIELD VALUE  sets one field of the run, on top of the file: --trainer.checkpoint_dir gs://bucket/run
+  status                 how a launched run stands
+  logs                   what its processes printed in the last attempt, or in --attempt; all of them, or --process
+  stop                   has the run save and end, and waits for that
+  --help                 prints this and exits
+
+Exit status: 0 done, 1 given up, 2 bad input, 75 stopped (run the command again), 130 interrupted; once interrupted the
+run is saved, twice it ends at once."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run that is to be launched.
+
+    Attributes:
+        config: of the run, with its run directory.
+        cluster: where.
+        words: the command line that says so.
+    """
+
+    config: TrainConfig
+    cluster: ClusterConfig
+    words: Sequence[str]
+    dry_run: bool
+
+    @property
+    def job(self) -> Job:
+        """What the backends need to know of it."""
+        run_dir = Path(self.config.trainer.run_dir or "")
+        return Job(run_dir, run_dir.absolute() / DIRECTORY)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says.
+
+    Returns:
+        The exit status: 0 done, 1 given up, 2 bad input, 75 stopped (run it again), 130 interrupted.
+    """
+    return run_command(argv, _run, usage=USAGE)
+
+
+def _run(words: Sequence[str]) -> int:
+    verbs = {"status": _status, "logs": _logs, "stop": _stop}
+    if words and words[0] in verbs:
+        return verbs[words[0]](words[1:])
+    return _launch(parse(words))
+
+
+def parse(words: Sequence[str]) -> Launch:
+    """Reads the command line of a launch.
+
+    Raises:
+        InputError: if an argument is not known or a file is at fault, or the directory holds another run.
+    """
+    arguments = parse_arguments(words, options=("--config", "--cluster"), flags=("--dry_run",), overrides=True)
+    path = Path(arguments.needed("--config", "FILE", "config/gpt2_large_sophia.yaml is one"))
+    cluster = read_cluster(Path(arguments.needed("--cluster", "FILE", "infra/local.yaml is one")))
+    config = load_config(path, arguments.overrides)
+    for name in ("coordinator", "num_processes", "process_id"):
+        if getattr(config.mesh, name) is not None:
+            raise InputError(f"mesh.{name} is {getattr(config.mesh, name)!r}, and the launcher sets it; leave it out")
+    if config.trainer.run_dir is None:
+        config = _with_run_dir(config, str(Path("runs", path.stem)))
+    if not isinstance(cluster, GcloudCluster):
+        _, config = choose_run_directory(Command(config, path.stem, "auto"))
+    elif config.trainer.checkpoint_dir is None or "://" not in config.trainer.checkpoint_dir:
+        raise InputError(
+            f"trainer.checkpoint_dir is {config.trainer.checkpoint_dir}; the hosts of a TPU slice share no disk, and "
+            "their disks go with them: name a bucket, --trainer.checkpoint_dir gs://BUCKET/RUN"
+        )
+    return Launch(config, cluster, words, "--dry_run" in arguments.flags)
+
+
+def _with_run_dir(config: TrainConfig, run_dir: str) -> TrainConfig:
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, run_dir=run_dir))
+
+
+def _launch(launch: Launch) -> int:
+    backend = _backend(launch)
+    if launch.dry_run:
+        for line in backend.describe(launch.job):
+            print(line)
+        return DONE
+    record = LaunchRecord(launch.job.directory)
+    with record.held():
+        write_atomically(launch.job.config_file, dump_config(launch.config).encode())
+        # Not before: what takes its time to import comes after what may be at fault.
+        from sophia_levanter.cluster.supervisor import Supervisor
+
+        return Supervisor(backend, launch.job, launch.cluster, record, _say).run()
+
+
+def _backend(launch: Launch) -> Backend:
+    cluster = launch.cluster
+    if isinstance(cluster, LocalCluster):
+        from sophia_levanter.cluster.local import LocalBackend
+
+        return LocalBackend(cluster)
+    raise AssertionError(f"backend {cluster.backend}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _status(words: Sequence[str]) -> int:
+    record, _ = _record(words)
+    status = record.read()
+    print(status)
+    if status.exit_status is None and not record.is_held:
+        print("its launcher is gone, and the run with it: the same launch command goes on")
+        return FAILURE
+    return DONE
+
+
+def _logs(words: Sequence[str]) -> int:
+    record, options = _record(words, "--process", "--attempt")
+    attempts = record.attempts()
+    if "--attempt" in options:
+        wanted = record.attempt_directory(whole_number("--attempt", options["--attempt"]))
+        if wanted not in attempts:
+            raise InputError(f"--attempt {options['--attempt']}: there are logs of {len(attempts)} attempts")
+        attempts = [wanted]
+    logs = sorted(attempts[-1].glob("*.log")) if attempts else []
+    if "--process" in options:
+        name = f"process-{whole_number('--process', options['--process'])}"
+        if name not in [log.stem for log in logs]:
+            raise InputError(
+                f"--process {options['--process']}: there are logs of {', '.join(log.stem for log in logs)}"
+            )
+        logs = [log for log in logs if log.stem == name]
+    for log in logs:
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                print(f"{log.stem} | {line}", end="")
+    return DONE
+
+
+def _stop(words: Sequence[str]) -> int:
+    record, _ = _record(words)
+    record.read()
+    if not record.is_held:
+        print(f"nothing runs; {record.read()}")
+        return DONE
+    record.ask_to_stop()
+    print("asked the run to save and to end", flush=True)
+    while record.is_held:
+        time.sleep(0.5)
+    print(record.read())
+    return DONE
+
+
+def _record(words: Sequence[str], *options: str) -> tuple[LaunchRecord, dict[str, str]]:
+    arguments = parse_arguments(words, options=options, words=True)
+    if len(arguments.words) != 1:
+        raise InputError("give one run directory: launch status RUN_DIR")
+    run_dir = Path(arguments.words[0])
+    if not (run_dir / DIRECTORY).is_dir():
+        raise InputError(f"{run_dir} holds no run that was launched")
+    return LaunchRecord(run_dir / DIRECTORY), arguments.options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
