@@ -18,7 +18,6 @@ class Job:
     Attributes:
         run_dir: of the run, as its configuration has it.
         directory: where the launcher keeps what it knows of it, on this machine: RUN_DIR/launch.
-        config_file: the run's resolved configuration, in that directory.
     """
 
     run_dir: Path
@@ -26,7 +25,12 @@ class Job:
 
     @property
     def config_file(self) -> Path:
+        """The run's resolved configuration, for its processes."""
         return self.directory / "config.yaml"
+
+    def attempt_directory(self, attempt: int) -> Path:
+        """Where the logs of an attempt's processes are."""
+        return self.directory / f"attempt-{attempt:03d}"
 
 
 def training_command(python: str, config_file: str, mesh: Mapping[str, object] | None = None) -> list[str]:

@@ -136,6 +136,10 @@ def _backend(launch: Launch) -> Backend:
         from sophia_levanter.cluster.local import LocalBackend
 
         return LocalBackend(cluster)
+    if isinstance(cluster, RayCluster):
+        from sophia_levanter.cluster.ray_backend import RayBackend
+
+        return RayBackend(cluster)
     raise AssertionError(f"backend {cluster.backend}")
 
 

@@ -1,0 +1,101 @@
+"""Workers of a Ray cluster. Free of Ray: what talks to it is a process of its own for each attempt, ray_driver."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sophia_levanter.cluster.backend import HostCommand, Job, Say, training_command
+from sophia_levanter.cluster.config import RayCluster
+from sophia_levanter.errors import InputError
+
+# What a driver leaves beside the logs of its attempt when nodes were taken away: their ids.
+LOST_NODES = "lost_nodes.json"
+
+
+class RayBackend:
+    """Starts a driver of Ray here, which has Ray Train start the processes.
+
+    Args:
+        cluster: where, and how many.
+    """
+
+    def __init__(self, cluster: RayCluster) -> None:
+        self._cluster = cluster
+        self._lost_nodes: set[str] = set()
+        self._lost_file = Path()
+        self.num_processes = cluster.num_processes
+
+    def describe(self, job: Job) -> list[str]:
+        """What each worker would run, and on what."""
+        cluster = self._cluster
+        mesh = {"coordinator": "WORKER_0:PORT", "num_processes": self.num_processes, "process_id": "N"}
+        where = (
+            "a Ray cluster that is started here" if cluster.address == "local" else f"the Ray cluster {cluster.address}"
+        )
+        if cluster.shape is not None:
+            on = f"{cluster.slices} whole slice(s) of {cluster.shape}"
+        else:
+            on = f"workers of {cluster.cpus_per_worker:g} CPU(s) and {cluster.gpus_per_worker} GPU(s) each"
+        command = HostCommand("worker", training_command("python", "CONFIG", mesh), cluster.env)
+        return [
+            f"on {where} (RAY_AUTH_MODE {cluster.auth}): {self.num_processes} processes on {on}",
+            f"paid for: those nodes, as the cluster's configuration says; waits {cluster.start_timeout} s for them at most",
+            f"each of them: {command.shown()}",
+            f"with CONFIG a copy of what would be {job.config_file}",
+        ]
+
+    def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
+        """Checks what can be checked without Ray's answer; the driver waits for nodes."""
+        if any(importlib.util.find_spec(name) is None for name in ("ray", "pydantic")):
+            raise InputError("backend ray needs Ray Train; install sophia-levanter[cluster]")
+        for name in self._cluster.secrets:
+            if name not in os.environ:
+                raise InputError(f"secrets names {name}, which is not set in the launcher's environment")
+
+    def commands(self, job: Job, attempt: int) -> list[HostCommand]:
+        """One: the driver."""
+        directory = job.attempt_directory(attempt)
+        self._lost_file = directory / LOST_NODES
+        order = {
+            "cluster": {
+                "address": self._cluster.address,
+                "workers": self.num_processes,
+                "cpus_per_worker": self._cluster.cpus_per_worker,
+                "gpus_per_worker": self._cluster.gpus_per_worker,
+                "slices": self._cluster.slices,
+                "generation": self._cluster.shape and self._cluster.shape.generation,
+                "topology": self._cluster.shape and self._cluster.shape.topology,
+                "start_timeout": self._cluster.start_timeout,
+                "stop_timeout": self._cluster.stop_timeout,
+            },
+            "config": job.config_file.read_text(),
+            "env": dict(self._cluster.env),
+            "secrets": list(self._cluster.secrets),
+            "lost_nodes": sorted(self._lost_nodes),
+            "lost_file": str(self._lost_file),
+            "storage": str(job.directory / "ray"),
+        }
+        order_file = directory / "ray.json"
+        order_file.write_text(json.dumps(order))
+        words = [sys.executable, "-u", "-m", "sophia_levanter.cluster.ray_driver", str(order_file)]
+        return [HostCommand("ray", words, {"RAY_AUTH_MODE": self._cluster.auth}, labelled=True)]
+
+    def was_preempted(self, statuses: Sequence[int | None]) -> bool:
+        """Whether Ray said that nodes were taken away; they are avoided from then on."""
+        return bool(self._read_lost())
+
+    def _read_lost(self) -> set[str]:
+        try:
+            lost = set(json.loads(self._lost_file.read_text()))
+        except (OSError, ValueError):
+            return set()
+        self._lost_nodes |= lost
+        return lost
+
+    def release(self, say: Say) -> None:
+        """Nothing: the cluster is not the launcher's."""

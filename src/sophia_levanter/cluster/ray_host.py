@@ -1,0 +1,166 @@
+"""What runs in each worker of Ray Train: starts the training process, listens to it, and tells it when to stop.
+
+The training process is one of its own rather than the worker itself, so that it is the same program as everywhere, with
+jax's heartbeat of 20 s (Ray's JaxConfig leaves it at 100) and SIGTERM as its way to be told to stop.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import get_context, get_preemption_info
+from ray.train.collective import broadcast_from_rank_zero
+from ray.util.tpu import get_tpu_coordinator_env_vars
+
+from sophia_levanter.cluster.backend import training_command
+from sophia_levanter.cluster.child import bound_to_this_process
+from sophia_levanter.cluster.local import free_port
+from sophia_levanter.commands.arguments import DONE, PREEMPTED
+
+POLL_SECONDS = 0.5
+
+
+class ProcessFailed(Exception):
+    """The training process of a worker ended otherwise than well."""
+
+
+class Board:
+    """An actor beside the driver: workers put up what their processes print and how they end, and see what to do.
+
+    Args:
+        num_processes: that the run has.
+    """
+
+    def __init__(self, num_processes: int) -> None:
+        self._num_processes = num_processes
+        self._lines: list[tuple[int, str]] = []
+        self._statuses: dict[int, int] = {}
+        self._lost_nodes: set[str] = set()
+        self._stop = False
+        self._hosts = 0
+
+    def arrive(self) -> None:
+        """A worker has started its process."""
+        self._hosts += 1
+
+    def report(self, rank: int, lines: list[str], status: int | None, lost_nodes: list[str]) -> None:
+        """What a worker has to tell.
+
+        Args:
+            rank: of the worker.
+            lines: that its process has printed since.
+            status: of the process, once it has ended.
+            lost_nodes: ids of nodes that Ray says will be taken away.
+        """
+        self._lines += [(rank, line) for line in lines]
+        self._lost_nodes |= set(lost_nodes)
+        if status is not None:
+            self._statuses[rank] = status
+
+    def verdict(self) -> str:
+        """What the workers are to do: go on, stop (have processes save and end), or finish (all have ended)."""
+        if len(self._statuses) == self._num_processes:
+            return "finish"
+        return "stop" if self._stop or self._lost_nodes else "go on"
+
+    def stop(self) -> None:
+        """Have the processes save and end."""
+        self._stop = True
+
+    def take(self) -> dict[str, Any]:
+        """For the driver: new lines, and all statuses, lost nodes and the number of hosts so far."""
+        lines, self._lines = self._lines, []
+        return {
+            "lines": lines,
+            "statuses": dict(self._statuses),
+            "lost_nodes": sorted(self._lost_nodes),
+            "hosts": self._hosts,
+        }
+
+
+def run_host(order: dict[str, Any]) -> None:
+    """Ray Train's function for each worker: all call Ray's collectives the same number of times.
+
+    Args:
+        order: config (the run's, as YAML), env, secrets (a box with a reference to their values), board, slices.
+
+    Raises:
+        ProcessFailed: if the training process ended otherwise than done or preempted.
+    """
+    rank, count = get_context().get_world_rank(), get_context().get_world_size()
+    address = f"{ray.util.get_node_ip_address()}:{free_port()}" if rank == 0 else None
+    coordinator = broadcast_from_rank_zero(address)
+    environment = os.environ | order["env"] | ray.get(order["secrets"][0])
+    if order["slices"] > 1:
+        slice_id = rank // (count // order["slices"])
+        host = coordinator.rpartition(":")[0]
+        environment |= get_tpu_coordinator_env_vars(host, order["slices"], slice_id)
+    with tempfile.TemporaryDirectory() as directory:
+        config_file = Path(directory, "config.yaml")
+        config_file.write_text(order["config"])
+        mesh = {"coordinator": coordinator, "num_processes": count, "process_id": rank}
+        words = training_command(sys.executable, str(config_file), mesh if count > 1 else None)
+        process = subprocess.Popen(
+            bound_to_this_process(words),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            _attend(process, rank, order["board"])
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _attend(process: subprocess.Popen[bytes], rank: int, board: Any) -> None:
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
+    reader.start()
+    ray.get(board.arrive.remote())
+    told = False
+    lost_nodes: list[str] = []
+    while True:
+        status = process.poll()
+        if status is not None:
+            reader.join(timeout=5)
+        ray.get(board.report.remote(rank, _drained(lines), status, lost_nodes))
+        if status not in (None, DONE, PREEMPTED):
+            raise ProcessFailed(f"process {rank} ended with status {status}")
+        verdict = broadcast_from_rank_zero(ray.get(board.verdict.remote()) if rank == 0 else None)
+        preemption = get_preemption_info()
+        lost_nodes = [] if preemption is None else preemption.preempted_node_ids
+        if verdict == "finish":
+            return
+        if verdict == "stop" and not told:
+            told = True
+            process.send_signal(signal.SIGTERM)
+        time.sleep(POLL_SECONDS)
+
+
+def _read(process: subprocess.Popen[bytes], lines: queue.SimpleQueue[str]) -> None:
+    assert process.stdout is not None
+    for raw in process.stdout:
+        lines.put(raw.decode(errors="replace").rstrip("\r\n"))
+
+
+def _drained(lines: queue.SimpleQueue[str]) -> list[str]:
+    drained = []
+    while True:
+        try:
+            drained.append(lines.get_nowait())
+        except queue.Empty:
+            return drained
