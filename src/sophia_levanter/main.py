@@ -10,7 +10,8 @@ from importlib.metadata import version
 from types import FrameType
 
 from sophia_levanter.command_line import dump_config, parse_command_line
-from sophia_levanter.commands.arguments import DONE, FAILURE, INTERRUPTED, PREEMPTED, run_command
+from sophia_levanter.commands.arguments import run_command
+from sophia_levanter.exit_status import DONE, FAILURE, INTERRUPTED, PREEMPTED
 from sophia_levanter.training.run_directory import choose_run_directory
 
 

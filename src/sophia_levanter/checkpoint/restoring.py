@@ -17,12 +17,9 @@ from sophia_levanter.checkpoint.shards import whole
 from sophia_levanter.checkpoint.storage import Storage, step_name, storage_at
 from sophia_levanter.checkpoint.tree import read_tree
 from sophia_levanter.errors import InputError
-from sophia_levanter.partition.messages import NoAnswer, Processes
+from sophia_levanter.partition.messages import PATIENCE, NoAnswer, Processes
 
 Tree = TypeVar("Tree")
-
-# Seconds that a process waits for the others to read their parts, beyond what it has needed itself.
-PATIENCE = 120.0
 
 _numbers = itertools.count()
 

@@ -25,10 +25,7 @@ from sophia_levanter.checkpoint.shards import HostArray, copied_to_host, host_ar
 from sophia_levanter.checkpoint.storage import Stage, Storage, step_name, storage_at
 from sophia_levanter.checkpoint.tree import arrays_of
 from sophia_levanter.errors import InputError
-from sophia_levanter.partition.messages import NoAnswer, Processes
-
-# Seconds that a process waits for what another does, beyond what it has needed for the same itself.
-PATIENCE = 120.0
+from sophia_levanter.partition.messages import PATIENCE, NoAnswer, Processes
 
 # All processes save in the same order, and so agree on the number of a save.
 _numbers = itertools.count()

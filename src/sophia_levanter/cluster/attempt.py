@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import IO
@@ -43,7 +44,7 @@ class Attempt:
         self._on_line = on_line
         self._secrets = secrets
         self._logs: dict[str, IO[str]] = {}
-        self._tails: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=TAIL_LINES))
+        self._tails: dict[str, deque[str]] = {command.label: deque(maxlen=TAIL_LINES) for command in commands}
         self._lock = threading.Lock()
         self._killed: set[int] = set()
         self._ended: list[int] = []
@@ -98,10 +99,12 @@ class Attempt:
             process.wait()
 
     def close(self) -> None:
-        """Leave no process, and the logs complete."""
+        """Leave no process, nor what one that has ended left behind, and the logs complete."""
         self.kill()
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         for reader in self._readers:
-            # A process that a dead one has left behind may hold the pipe open.
             reader.join(timeout=5)
         with self._lock:
             for log in self._logs.values():
@@ -109,12 +112,16 @@ class Attempt:
             self._logs.clear()
 
     def tail(self, label: str) -> list[str]:
-        """The last lines of a process's log."""
-        with self._lock:
-            return list(self._tails[label])
+        """The last lines of a command."""
+        return list(self._tails[label])
+
+    @property
+    def first_status(self) -> int | None:
+        """The exit status of the command that was the first to end by itself; None if none did."""
+        return next((self._processes[i].returncode for i in self._ended if i not in self._killed), None)
 
     def culprit(self) -> str | None:
-        """The log of the first command that ended other than well; None if none did."""
+        """The label of the first command that ended other than well; None if none did."""
         for index in self._ended:
             if index not in self._killed and self._processes[index].returncode:
                 return self._commands[index].label
@@ -126,6 +133,7 @@ class Attempt:
             line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
             for secret in self._secrets:
                 line = line.replace(secret, "***")
+            self._tails[command.label].append(line)
             label = command.label
             if command.labelled and (match := _LABELLED.match(line)):
                 label, line = f"process-{match[1]}", match[2]
@@ -138,4 +146,3 @@ class Attempt:
                 path = self._directory / f"{label}.log"
                 self._logs[label] = path.open("a", encoding="utf-8", buffering=1)
             self._logs[label].write(f"{time.strftime('%H:%M:%S')} {line}\n")
-            self._tails[label].append(line)

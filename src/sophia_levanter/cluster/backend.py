@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+
+from sophia_levanter.errors import InputError
 
 Say = Callable[[str], None]
 
@@ -45,6 +48,17 @@ def training_command(python: str, config_file: str, mesh: Mapping[str, object] |
     for name, value in (mesh or {}).items():
         words += [f"--mesh.{name}", str(value)]
     return words
+
+
+def check_secrets(names: Sequence[str]) -> None:
+    """Whether the launcher has what it is to pass on by environment.
+
+    Raises:
+        InputError: if a variable of these names is not set.
+    """
+    for name in names:
+        if not os.environ.get(name):
+            raise InputError(f"secrets names {name}, which is not set in the launcher's environment; export it first")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 
-from sophia_levanter.cluster.backend import HostCommand, Job, Say, training_command
+from sophia_levanter.cluster.backend import HostCommand, Job, Say, check_secrets, training_command
 from sophia_levanter.cluster.config import LocalCluster
 
 
@@ -26,7 +26,8 @@ class LocalBackend:
         return ["on this machine, nothing is paid for:", *(command.shown() for command in self._commands(job, 0))]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
-        """Nothing: the machine is there."""
+        """Checks that secrets are there; the machine is."""
+        check_secrets(self._cluster.secrets)
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
         """One for each process, with a port for them to meet at."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sophia_levanter.cluster.config import ClusterConfig
-from sophia_levanter.commands.arguments import BAD_INPUT, DONE, PREEMPTED
+from sophia_levanter.exit_status import BAD_INPUT, DONE, PREEMPTED
 from sophia_levanter.tracking.step_lines import Progress
 
 LONGEST_BACK_OFF = 300.0
@@ -34,6 +34,7 @@ class Outcome:
 
 def outcome_of(
     statuses: Sequence[int | None],
+    first: int | None,
     culprit: str | None,
     tail: Sequence[str],
     progress: Progress | None,
@@ -44,6 +45,7 @@ def outcome_of(
 
     Args:
         statuses: of each command, -N for signal N; None for those that the launcher had to kill.
+        first: the status of the one that was the first to end.
         culprit: the command that was the first to end other than well.
         tail: the last lines that it printed.
         progress: of the run, as it last printed it.
@@ -58,8 +60,11 @@ def outcome_of(
         return Outcome("stopped", reason, progress)
     if all_well:
         return Outcome("preempted", "the run was told to stop, and is saved", progress)
+    if first == PREEMPTED:
+        return Outcome("preempted", f"{culprit} was told to stop; the last checkpoint counts", progress)
     if ended and all(status == BAD_INPUT for status in ended):
-        return Outcome("refused", tail[-1].removeprefix("error: ") if tail else "its input is at fault", progress)
+        errors = [line.partition("error: ")[2] for line in tail if "error: " in line]
+        return Outcome("refused", errors[-1] if errors else "its input is at fault", progress)
     return Outcome("failed", f"{culprit or 'a process'} {_how(ended)}", progress, tail)
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sophia_levanter.cluster.backend import HostCommand, Job, Say, training_command
+from sophia_levanter.cluster.backend import HostCommand, Job, Say, check_secrets, training_command
 from sophia_levanter.cluster.config import RayCluster
 from sophia_levanter.errors import InputError
 
@@ -27,7 +27,7 @@ class RayBackend:
     def __init__(self, cluster: RayCluster) -> None:
         self._cluster = cluster
         self._lost_nodes: set[str] = set()
-        self._lost_file = Path()
+        self._lost_file = Path(os.devnull, LOST_NODES)
         self.num_processes = cluster.num_processes
 
     def describe(self, job: Job) -> list[str]:
@@ -44,7 +44,7 @@ class RayBackend:
         command = HostCommand("worker", training_command("python", "CONFIG", mesh), cluster.env)
         return [
             f"on {where} (RAY_AUTH_MODE {cluster.auth}): {self.num_processes} processes on {on}",
-            f"paid for: those nodes, as the cluster's configuration says; waits {cluster.start_timeout} s for them at most",
+            f"paid for: those nodes, as the cluster's configuration says; waited for {cluster.start_timeout} s at most",
             f"each of them: {command.shown()}",
             f"with CONFIG a copy of what would be {job.config_file}",
         ]
@@ -53,13 +53,13 @@ class RayBackend:
         """Checks what can be checked without Ray's answer; the driver waits for nodes."""
         if any(importlib.util.find_spec(name) is None for name in ("ray", "pydantic")):
             raise InputError("backend ray needs Ray Train; install sophia-levanter[cluster]")
-        for name in self._cluster.secrets:
-            if name not in os.environ:
-                raise InputError(f"secrets names {name}, which is not set in the launcher's environment")
+        check_secrets(self._cluster.secrets)
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
         """One: the driver."""
         directory = job.attempt_directory(attempt)
+        if self._lost_file.exists():
+            self._lost_nodes |= set(json.loads(self._lost_file.read_text()))
         self._lost_file = directory / LOST_NODES
         order = {
             "cluster": {
@@ -86,16 +86,8 @@ class RayBackend:
         return [HostCommand("ray", words, {"RAY_AUTH_MODE": self._cluster.auth}, labelled=True)]
 
     def was_preempted(self, statuses: Sequence[int | None]) -> bool:
-        """Whether Ray said that nodes were taken away; they are avoided from then on."""
-        return bool(self._read_lost())
-
-    def _read_lost(self) -> set[str]:
-        try:
-            lost = set(json.loads(self._lost_file.read_text()))
-        except (OSError, ValueError):
-            return set()
-        self._lost_nodes |= lost
-        return lost
+        """Whether Ray said that nodes were taken away, or that a process was told to stop from outside."""
+        return self._lost_file.exists()
 
     def release(self, say: Say) -> None:
         """Nothing: the cluster is not the launcher's."""

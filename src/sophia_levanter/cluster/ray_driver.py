@@ -24,7 +24,7 @@ from ray.train.v2.jax import JaxConfig, JaxTrainer
 
 from sophia_levanter.cluster.ray_host import Board, run_host
 from sophia_levanter.cluster.ray_slices import Fence
-from sophia_levanter.commands.arguments import BAD_INPUT, DONE, FAILURE, PREEMPTED
+from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, PREEMPTED
 
 POLL_SECONDS = 0.5
 FENCE_SECONDS = 5.0
@@ -160,10 +160,14 @@ def _status(error: Exception | None, seen: dict[str, Any], order: dict[str, Any]
         lost |= set(error.preemption_info.preempted_node_ids)
     if isinstance(error, WorkerGroupError):
         lost |= {"unknown" for failure in error.worker_failures.values() if getattr(failure, "preempted", False)}
-    if lost:
-        Path(order["lost_file"]).write_text(json.dumps(sorted(lost)))
     if len(statuses) == order["cluster"]["workers"] and set(statuses) <= {DONE, PREEMPTED}:
-        return max(statuses)
+        status = max(statuses)
+    else:
+        status = FAILURE
+    if lost or (status == FAILURE and statuses[:1] == [PREEMPTED]):
+        Path(order["lost_file"]).write_text(json.dumps(sorted(lost)))
+    if status != FAILURE:
+        return status
     if statuses and all(status == BAD_INPUT for status in statuses):
         return BAD_INPUT
     if isinstance(error, TrainingFailedError) and not statuses:

@@ -25,7 +25,7 @@ from ray.util.tpu import get_tpu_coordinator_env_vars
 from sophia_levanter.cluster.backend import training_command
 from sophia_levanter.cluster.child import bound_to_this_process
 from sophia_levanter.cluster.local import free_port
-from sophia_levanter.commands.arguments import DONE, PREEMPTED
+from sophia_levanter.exit_status import DONE, PREEMPTED
 
 POLL_SECONDS = 0.5
 

@@ -16,8 +16,8 @@ from sophia_levanter.cluster.backend import Backend, Job, Say, Unavailable
 from sophia_levanter.cluster.config import ClusterConfig
 from sophia_levanter.cluster.outcome import Budgets, Outcome, outcome_of
 from sophia_levanter.cluster.record import LaunchRecord, Status
-from sophia_levanter.commands.arguments import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
 from sophia_levanter.errors import InputError
+from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
 from sophia_levanter.tracking.step_lines import Progress, read_progress
 
 POLL_SECONDS = 0.2
@@ -107,7 +107,8 @@ class Supervisor:
             attempt.close()
         culprit = attempt.culprit()
         tail = attempt.tail(culprit) if culprit else ()
-        outcome = outcome_of(statuses, culprit, tail, self._progress, told_to_stop=self._told_to_stop())
+        told = self._told_to_stop()
+        outcome = outcome_of(statuses, attempt.first_status, culprit, tail, self._progress, told_to_stop=told)
         if outcome.kind == "failed" and self._backend.was_preempted(statuses):
             return Outcome("preempted", f"its machines are gone; {outcome.reason}", self._progress)
         return outcome
@@ -152,10 +153,12 @@ class Supervisor:
         )
         for line in outcome.tail:
             self._say(f"  | {line}")
-        parts = [f"{self._backend.num_processes} process(es)"]
+        count = self._backend.num_processes
+        parts = [f"{count} process{'es' if count > 1 else ''}"]
         parts += [str(outcome.progress)] if outcome.progress else []
         self._say(
-            f"attempt {self._status.attempt}: {', '.join(parts)}, {seconds:.0f} s; {outcome.kind}: {outcome.reason}; "
+            f"launch: attempt {self._status.attempt}: {', '.join(parts)}, {seconds:.0f} s; "
+            f"{outcome.kind}: {outcome.reason}; "
             f"failures {budgets.failures} of {policy.max_failures}, "
             f"preemptions {budgets.preemptions} of {policy.max_preemptions}"
         )
@@ -163,7 +166,7 @@ class Supervisor:
     def _pause(self) -> None:
         if self._told_to_stop() or not (seconds := self._budgets.pause):
             return
-        self._say(f"the next attempt begins in {seconds:.0f} s")
+        self._say(f"launch: the next attempt begins in {seconds:.0f} s")
         self._update(state="waiting")
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self._told_to_stop():

@@ -9,8 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from sophia_levanter.errors import InputError
-
-DONE, FAILURE, BAD_INPUT, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
+from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, INTERRUPTED
 
 
 @dataclass

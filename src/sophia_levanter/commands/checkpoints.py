@@ -11,15 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sophia_levanter.commands.arguments import (
-    DONE,
-    FAILURE,
-    Arguments,
-    parse_arguments,
-    run_command,
-    whole_number,
-)
+from sophia_levanter.commands.arguments import Arguments, parse_arguments, run_command, whole_number
 from sophia_levanter.errors import InputError
+from sophia_levanter.exit_status import DONE, FAILURE
 
 if TYPE_CHECKING:
     from sophia_levanter.training.run_directory import RunDirectory

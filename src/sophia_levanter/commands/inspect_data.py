@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sophia_levanter.commands.arguments import DONE, parse_arguments, run_command, whole_number
+from sophia_levanter.commands.arguments import parse_arguments, run_command, whole_number
 from sophia_levanter.errors import InputError
+from sophia_levanter.exit_status import DONE
 
 SHOWN_CHARACTERS = 300
 USAGE = """\

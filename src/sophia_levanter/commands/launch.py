@@ -15,14 +15,14 @@ from sophia_levanter.cluster.config import (
     GcloudCluster,
     LocalCluster,
     RayCluster,
-    SlurmCluster,
     read_cluster,
 )
 from sophia_levanter.cluster.record import DIRECTORY, LaunchRecord
 from sophia_levanter.command_line import Command, dump_config, load_config
-from sophia_levanter.commands.arguments import DONE, FAILURE, parse_arguments, run_command, whole_number
+from sophia_levanter.commands.arguments import parse_arguments, run_command, whole_number
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.errors import InputError
+from sophia_levanter.exit_status import DONE, FAILURE
 from sophia_levanter.files import write_atomically
 from sophia_levanter.training.run_directory import choose_run_directory
 

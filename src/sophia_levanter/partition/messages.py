@@ -9,6 +9,9 @@ from typing import Any
 import jax
 from jax._src import distributed
 
+# Seconds that a process waits for what another does, beyond what it has needed for the same itself.
+PATIENCE = 120.0
+
 
 class NoAnswer(Exception):
     """A process did not say what it should have in time; the message is one line with its number."""

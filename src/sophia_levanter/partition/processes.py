@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sophia_levanter.errors import InputError
+from sophia_levanter.exit_status import FAILURE
 from sophia_levanter.partition.config import MeshConfig
 
 # Seconds that jaxlib waits longer than this module does.
@@ -23,7 +24,7 @@ JAXLIB_MARGIN = 60
 def start_processes(config: MeshConfig) -> None:
     """Wait for the other processes of the run, if it has any. Before anything else uses jax.
 
-    Ends the process with status 2 and one line if they do not come within `mesh.start_timeout`.
+    Ends the process with status 1 and one line if they do not come within `mesh.start_timeout`.
 
     Raises:
         InputError: if no cluster says who they are, or they are not as many as they should be.
@@ -66,7 +67,7 @@ def _ending_after(config: MeshConfig) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(2)
+        os._exit(FAILURE)
 
     timer = Timer(config.start_timeout, end)
     timer.daemon = True

@@ -14,13 +14,13 @@ import draccus
 
 from sophia_levanter.checkpoint import JSON, Retention, Saver
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.exit_status import FAILURE
 from sophia_levanter.partition.messages import Processes
 from sophia_levanter.training.step import TrainState
 
 # Seconds for the loop to see that a save has failed, before the process ends all the same: of several processes one
 # may have ended already, and this one wait for it in the midst of a step.
 GRACE = 5.0
-FAILURE = 1
 
 
 class RunCheckpoints:

@@ -24,7 +24,7 @@ from sophia_levanter.data.tokenizer import token_byte_lengths
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.partition.mesh import Partition, partition_of
-from sophia_levanter.partition.messages import Processes
+from sophia_levanter.partition.messages import PATIENCE, Processes
 from sophia_levanter.partition.processes import (
     check_agreement,
     is_first_process,
@@ -46,8 +46,6 @@ from sophia_levanter.training.step import StepSettings, TrainState
 from sophia_levanter.training.stopping import StopRequest
 from sophia_levanter.training.summary import attention_of, describe_end, describe_start
 from sophia_levanter.training.throughput import flops_per_token, peak_flops
-
-PATIENCE = 120.0  # seconds that the others wait for what the first process looks into
 
 
 @dataclass(frozen=True)

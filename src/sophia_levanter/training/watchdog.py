@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-FAILURE = 1
+from sophia_levanter.exit_status import FAILURE
 
 
 class Watchdog:

@@ -1,0 +1,112 @@
+"""Launched runs for the tests: real launchers, real training processes, and hands that kill them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+NANO = Path(__file__).parents[2] / "config" / "gpt2_nano_sophia.yaml"
+# Some 0.15 s a step on one core: time enough to kill something between two of them.
+OPTIONS = [
+    *("--config", str(NANO), "--mesh.fsdp", "embed", "--trainer.num_train_steps", "40"),
+    *("--optimizer.warmup_steps", "5", "--optimizer.interval", "4", "--trainer.checkpoint_every", "10"),
+    *("--trainer.batch_size", "8", "--trainer.microbatch_size", "8", "--trainer.log_every", "2"),
+    *("--trainer.evaluation_windows", "16", "--trainer.sample_tokens", "0", "--trainer.evaluate_every", "1000"),
+]
+
+
+class Launched:
+    """A launcher at work, its output in a file.
+
+    Args:
+        run_dir: of the run.
+        cluster: the cluster's file.
+        options: more of its command line.
+        env: more of its environment.
+    """
+
+    def __init__(self, run_dir, cluster, *options, env=None, common=OPTIONS):
+        self.run_dir = Path(run_dir)
+        self.output = Path(f"{run_dir}.log")
+        words = [*common, "--cluster", str(cluster), "--trainer.run_dir", str(run_dir), *options]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": one_device()} | (env or {})
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sophia_levanter.commands.launch", *words],
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+    @property
+    def text(self):
+        return self.output.read_text(errors="replace")
+
+    def wait(self, timeout=400):
+        """The exit status."""
+        return self.process.wait(timeout)
+
+    def until(self, reached, what, timeout=200):
+        """Waits for something, which must come while the launcher lives."""
+        until = time.monotonic() + timeout
+        while not (found := reached()):
+            assert self.process.poll() is None, f"ended before {what}: {self.text}"
+            assert time.monotonic() < until, f"no {what}: {self.text}"
+            time.sleep(0.1)
+        return found
+
+    def until_step(self, step):
+        """Waits for a step to be done."""
+        return self.until(lambda: any(line["step"] >= step for line in metrics(self.run_dir)), f"step {step}")
+
+    def status(self):
+        return json.loads((self.run_dir / "launch" / "status.json").read_text())
+
+
+def one_device():
+    """XLA's flags of the tests, but for a single device in each process."""
+    return os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+
+
+def metrics(run_dir):
+    """The lines of metrics.jsonl; one that is just being written does not count."""
+    path = Path(run_dir) / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def losses(run_dir):
+    """Training losses by step; each step once."""
+    found = [(line["step"], line["train/loss"]) for line in metrics(run_dir) if "train/loss" in line]
+    assert [step for step, _ in found] == list(range(len(found)))
+    return [loss for _, loss in found]
+
+
+def training_process(run_dir, process_id):
+    """The training process of that number of a run, whichever backend started it."""
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        words = process.info["cmdline"] or []
+        if words[-1:] == [str(process_id)] and "sophia_levanter.main" in words and str(run_dir) in _config_of(words):
+            return process
+    return None
+
+
+def _config_of(words):
+    try:
+        return Path(words[words.index("--config") + 1]).read_text()
+    except OSError:
+        return ""

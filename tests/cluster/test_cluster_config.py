@@ -1,0 +1,80 @@
+"""Clusters' files: what they say, and what is wrong with them."""
+
+import pytest
+
+from sophia_levanter.cluster.config import GcloudCluster, LocalCluster, RayCluster, SlurmCluster, read_cluster
+from sophia_levanter.errors import InputError
+
+
+def read(tmp_path, text):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    return read_cluster(path)
+
+
+def test_each_backend_has_its_fields(tmp_path):
+    local = read(
+        tmp_path, "backend: local\nprocesses: 3\nback_off: 1\nenv: {A_B: '1', C: \"x y\"}\nsecrets: [API_KEY]\n"
+    )
+    assert local == LocalCluster(processes=3, back_off=1.0, env={"A_B": "1", "C": "x y"}, secrets=("API_KEY",))
+    ray = read(tmp_path, "backend: ray\naccelerator: v4-32\nslices: 2\n")
+    assert isinstance(ray, RayCluster) and ray.num_processes == 8
+    assert read(tmp_path, "backend: ray\nworkers: 2\ngpus_per_worker: 8\n").num_processes == 2
+    slurm = read(tmp_path, "backend: slurm\nnodes: 2\ngpus_per_node: 8\ntime: 12:00:00\noptions: [--qos=high]\n")
+    assert isinstance(slurm, SlurmCluster) and slurm.time == "12:00:00"
+    gcloud = read(tmp_path, "backend: gcloud\nzone: us-central2-b\naccelerator: v5e-16\ncapacity: spot\n")
+    assert isinstance(gcloud, GcloudCluster) and gcloud.num_processes == 4
+    assert gcloud.shape.accelerator_type == "v5litepod-16"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("processes: 2\n", "backend is missing; it must be one of local, ray, slurm, gcloud"),
+        ("backend: kubernetes\n", "backend is 'kubernetes'; it must be one of"),
+        ("backend: [local]\n", "backend is a list; it must be one of"),
+        ("backend: local\nproceses: 2\n", "unknown key 'proceses'; did you mean 'processes'?"),
+        ("backend: local\nzzz: 2\n", "unknown key 'zzz'; the fields of backend local are env, secrets"),
+        ("backend: local\nprocesses: two\n", "processes is 'two'; it must be an integer"),
+        ("backend: local\nprocesses: 0\n", "processes is 0; it must be at least 1"),
+        ("backend: local\nprocesses: 2.0\n", "processes is 2.0; it must be an integer"),
+        ("backend: local\nback_off: -1\n", "back_off is -1.0; it must be between 0 and 300"),
+        ("backend: local\nmax_failures: -1\n", "max_failures is -1; it must be at least 0"),
+        ("backend: local\ncrash_loop: 0\n", "crash_loop is 0; it must be at least 1"),
+        ("backend: local\nenv: [A]\n", "env is a list; it must be a section of NAME: VALUE"),
+        ("backend: local\nenv: {A: 1}\n", "env.A is 1; it must be a string; quote it"),
+        ("backend: local\nenv: {1A: x}\n", "'1A' is no name of an environment variable"),
+        ("backend: local\nenv: {WANDB_API_KEY: x}\n", "env.WANDB_API_KEY looks like a secret; name it under secrets"),
+        ("backend: local\nenv: {HF_TOKEN: x}\n", "env.HF_TOKEN looks like a secret"),
+        ("backend: local\nsecrets: WANDB_API_KEY\n", "secrets is 'WANDB_API_KEY'; it must be a list of strings"),
+        ("backend: local\nsecrets: ['A=b']\n", "'A=b' is no name of an environment variable"),
+        ("backend: ray\n", "give either workers, how many processes the run has, or accelerator"),
+        ("backend: ray\nworkers: 2\naccelerator: v4-32\n", "give either workers"),
+        ("backend: ray\naccelerator: v4-33\n", "accelerator is 'v4-33'; slices of v4 are v4-8, v4-16"),
+        ("backend: ray\naccelerator: h100\n", "accelerator is 'h100'; it must be a TPU slice such as v4-32"),
+        ("backend: ray\nworkers: 2\nslices: 2\n", "slices is 2, which goes with accelerator"),
+        ("backend: ray\nworkers: 2\nauth: none\n", "auth is 'none'; it must be disabled or token"),
+        ("backend: slurm\nnodes: 0\n", "nodes is 0; it must be at least 1"),
+        ("backend: slurm\npartition: a b\n", "partition is 'a b'; it must be one word"),
+        (
+            "backend: slurm\noptions: [qos=high]\n",
+            "options holds 'qos=high'; an option of sbatch looks like --qos=high",
+        ),
+        ("backend: gcloud\nzone: z\n", "accelerator is missing; it is a TPU slice such as v4-32"),
+        ("backend: gcloud\naccelerator: v4-8\n", "zone is missing"),
+        ("backend: gcloud\nzone: z\naccelerator: v4-8\ncapacity: cheap\n", "capacity is 'cheap'; it must be on-demand"),
+        ("backend: gcloud\nzone: z\naccelerator: v4-8\nname: A_b\n", "name is 'A_b'; it must be up to 40 of"),
+        ("backend: local\nbackend: ray\n", "duplicate key 'backend'"),
+        ("- backend: local\n", "holds a list"),
+    ],
+)
+def test_a_mistake_has_one_line(text, message, tmp_path):
+    with pytest.raises(InputError, match=r"cluster\.yaml: ") as error:
+        read(tmp_path, text)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="there is no such file"):
+        read_cluster(tmp_path / "none.yaml")

@@ -1,0 +1,82 @@
+"""How an attempt's exit statuses are read, and when a run is given up."""
+
+import pytest
+
+from sophia_levanter.cluster.config import LocalCluster
+from sophia_levanter.cluster.outcome import Budgets, Outcome, outcome_of
+from sophia_levanter.tracking.step_lines import Progress
+
+
+@pytest.mark.parametrize(
+    ("statuses", "told", "kind", "reason"),
+    [
+        ([0, 0], False, "done", "the run is complete"),
+        ([0, 0], True, "done", "the run is complete"),
+        ([75, 75], False, "preempted", "the run was told to stop, and is saved"),
+        ([75, 75], True, "stopped", "as asked; the run is saved"),
+        ([75, None], True, "stopped", "as asked, and not saved: the last checkpoint counts"),
+        ([75, None], False, "preempted", "process-1 was told to stop; the last checkpoint counts"),
+        ([75, -6], False, "preempted", "process-1 was told to stop; the last checkpoint counts"),
+        ([0, None], False, "failed", "process-1 ended, and others did not"),
+        ([-9, 75], False, "failed", "process-1 was ended by SIGKILL"),
+        ([2, None], False, "refused", "model.num_heads 3: no"),
+        ([2, -9], False, "failed", "process-1 ended with status 2"),
+        ([-9, None], False, "failed", "process-1 was ended by SIGKILL"),
+        ([None, 137], False, "failed", "process-1 was ended by SIGKILL"),
+        ([1, -6], False, "failed", "process-1 ended with status 1"),
+        ([-6, -6], True, "stopped", "as asked, and not saved: the last checkpoint counts"),
+        ([None, None], True, "stopped", "as asked, and not saved: the last checkpoint counts"),
+    ],
+)
+def test_statuses(statuses, told, kind, reason):
+    tail = ["something", "0: error: model.num_heads 3: no", "after it"]
+    first = next((status for status in statuses if status is not None), None)
+    outcome = outcome_of(statuses, first, "process-1", tail, Progress(3), told_to_stop=told)
+    assert (outcome.kind, outcome.reason, outcome.progress) == (kind, reason, Progress(3))
+
+
+def failed_at(step):
+    return Outcome("failed", "because", None if step is None else Progress(step))
+
+
+PREEMPTED = Outcome("preempted", "because", Progress(7))
+
+
+def test_failures_at_one_step_are_a_crash_loop():
+    budgets = Budgets(LocalCluster(crash_loop=3))
+    assert [budgets.charge(failed_at(step)) for step in (5, 5, 6, 6)] == [None] * 4
+    assert budgets.charge(failed_at(6)) == "3 attempts in a row failed after step 6 (crash_loop), and another would too"
+    budgets = Budgets(LocalCluster(crash_loop=2))
+    assert budgets.charge(failed_at(None)) is None
+    assert "failed before the first step" in budgets.charge(failed_at(None))
+
+
+def test_a_preemption_breaks_a_crash_loop():
+    budgets = Budgets(LocalCluster(crash_loop=2))
+    assert [budgets.charge(o) for o in (failed_at(6), PREEMPTED, failed_at(6))] == [None] * 3
+    assert budgets.charge(failed_at(6)) is not None
+
+
+def test_the_budgets_are_apart():
+    budgets = Budgets(LocalCluster(max_failures=2, max_preemptions=1))
+    assert [budgets.charge(o) for o in (failed_at(1), PREEMPTED, failed_at(2))] == [None] * 3
+    assert (budgets.failures, budgets.preemptions) == (2, 1)
+    assert budgets.charge(PREEMPTED) == "2 preemptions (max_preemptions)"
+    assert budgets.charge(failed_at(3)) == "3 failures (max_failures)"
+    assert Budgets(LocalCluster(max_failures=0)).charge(failed_at(3)) == "1 failures (max_failures)"
+
+
+def test_what_could_not_begin_is_a_failure_and_no_crash_loop():
+    budgets = Budgets(LocalCluster(crash_loop=1, max_failures=1))
+    missing = Outcome("unavailable", "no machines")
+    assert budgets.charge(missing) is None
+    assert budgets.charge(missing) == "2 failures (max_failures)"
+
+
+def test_the_pause_doubles_until_the_run_comes_further():
+    budgets = Budgets(LocalCluster(back_off=10, crash_loop=100, max_failures=100))
+    pauses = []
+    for outcome in [failed_at(1)] * 7 + [failed_at(2), PREEMPTED, Outcome("preempted", "at once")]:
+        budgets.charge(outcome)
+        pauses.append(budgets.pause)
+    assert pauses == [10, 20, 40, 80, 160, 300, 300, 10, 0, 10]

@@ -1,0 +1,238 @@
+"""Attempts of runs whose training processes are lines of shell: what is started, ended, counted and said."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sophia_levanter.cluster import supervisor
+from sophia_levanter.cluster.backend import HostCommand, Job, Unavailable
+from sophia_levanter.cluster.config import LocalCluster
+from sophia_levanter.cluster.record import LaunchRecord
+from sophia_levanter.cluster.supervisor import Supervisor
+from sophia_levanter.errors import InputError
+
+STEP = "step 4/9  loss 2.500  1,234 tokens/s  MFU 1.0%"
+
+
+class Scripts:
+    """A backend whose attempts are scripts, each a list with one for each process."""
+
+    def __init__(self, *attempts, preempted=(), labelled=False, by_stdin=False):
+        self.attempts = attempts
+        self.preempted = preempted
+        self.options = {"labelled": labelled, "by_stdin": by_stdin}
+        self.num_processes = max(len(a) for a in attempts if isinstance(a, list))
+        self.started = 0
+        self.released = 0
+
+    def describe(self, job):
+        return []
+
+    def prepare(self, job, attempt, say, stopped):
+        self.started += 1
+        if isinstance(self._now, Exception):
+            raise self._now
+
+    @property
+    def _now(self):
+        return self.attempts[self.started - 1]
+
+    def commands(self, job, attempt):
+        return [
+            HostCommand(f"process-{i}", ["bash", "-c", s], {"N": str(i)}, **self.options)
+            for i, s in enumerate(self._now)
+        ]
+
+    def was_preempted(self, statuses):
+        return self.started in self.preempted
+
+    def release(self, say):
+        self.released += 1
+
+
+def run(tmp_path, backend, **policy):
+    """The exit status, the lines that were said, and the last status."""
+    job = Job(tmp_path / "run", tmp_path / "run" / "launch")
+    record = LaunchRecord(job.directory)
+    said = []
+    policy = {"back_off": 0.0, "stop_timeout": 5, **policy}
+    with record.held():
+        status = Supervisor(
+            backend, job, LocalCluster(processes=backend.num_processes, **policy), record, said.append
+        ).run()
+    assert backend.released == 1
+    return status, said, record
+
+
+def lives(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_all_processes_end_well(tmp_path):
+    status, said, record = run(tmp_path, Scripts([f"echo '{STEP}'; echo tail >&2", "echo two"]))
+    assert status == 0
+    assert said == [
+        STEP,
+        "tail",
+        "launch: attempt 1: 2 processes, step 4/9, loss 2.500, 1,234 tokens/s, 0 s; done: the run is complete; "
+        "failures 0 of 10, preemptions 0 of 100",
+    ]
+    left = record.read()
+    assert (left.state, left.attempt, left.exit_status, left.progress.step) == ("done", 1, 0, 4)
+    logs = record.attempt_directory(1)
+    assert [line[9:] for line in (logs / "process-0.log").read_text().splitlines()] == [STEP, "tail"]
+    assert (logs / "process-1.log").read_text().endswith(" two\n")
+
+
+def test_a_dead_process_ends_its_peers_and_all_begin_again(tmp_path):
+    marker = tmp_path / "peer"
+    first = ["echo $$; kill -9 $$", f"echo $$ > {marker}; sleep 1000 & echo $! >> {marker}; wait"]
+    status, said, record = run(tmp_path, Scripts(first, ["true", "true"]))
+    assert status == 0
+    assert "failed: process-0 was ended by SIGKILL; failures 1 of 10" in said[-2]
+    # What the peer had started is gone, too.
+    assert not any(lives(int(pid)) for pid in marker.read_text().split())
+    assert record.read().failures == 1
+
+
+def test_a_process_that_does_not_end_with_the_others_is_a_failure(tmp_path):
+    status, said, _ = run(tmp_path, Scripts(["true", "sleep 1000"], ["true", "true"]), stop_timeout=1)
+    assert status == 0
+    assert "failed: a process ended, and others did not" in said[0]
+
+
+def test_bad_input_is_not_tried_again(tmp_path):
+    backend = Scripts(["echo 'error: model.num_heads 3: no' >&2; exit 2", "sleep 1000"])
+    status, said, record = run(tmp_path, backend)
+    assert (status, backend.started) == (2, 1)
+    assert said[-1] == "error: model.num_heads 3: no"
+    assert record.read().state == "refused"
+    backend = Scripts(InputError("nodes is 2: no"), ["true"])
+    assert run(tmp_path / "other", backend)[0] == 2
+
+
+def test_preemptions_have_a_budget_of_their_own(tmp_path):
+    backend = Scripts([f"echo '{STEP}'; exit 75"], ["exit 1"], ["exit 75"], ["true"], preempted=(2,))
+    status, said, record = run(tmp_path, backend, max_failures=0)
+    assert status == 0
+    assert "preempted: its machines are gone; process-0 ended with status 1" in " ".join(said)
+    assert (record.read().failures, record.read().preemptions) == (0, 3)
+    status, said, _ = run(tmp_path / "other", Scripts(["exit 75"], ["exit 75"]), max_preemptions=1)
+    assert status == 1
+    assert said[-1].startswith("error: given up after 2 preemptions (max_preemptions); the logs are in ")
+
+
+def test_a_crash_loop_ends_with_the_tail_of_the_log(tmp_path):
+    script = f"echo '{STEP}'; for i in $(seq 30); do echo line $i; done; exit 1"
+    status, said, _ = run(tmp_path, Scripts(*[[script]] * 4), crash_loop=3)
+    assert status == 1
+    assert said[-1].startswith("error: given up after 3 attempts in a row failed after step 4 (crash_loop)")
+    assert said[-22:-2] == [f"  | line {i}" for i in range(11, 31)]
+
+
+def test_machines_that_do_not_come_are_a_failure(tmp_path):
+    status, said, _ = run(tmp_path, Scripts(Unavailable("no capacity"), ["true"]))
+    assert status == 0
+    assert "unavailable: no capacity; failures 1 of 10" in said[0]
+
+
+@pytest.mark.parametrize("by_stdin", [False, True])
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (None, 75)])
+def test_told_to_stop_all_save_and_end(by_stdin, number, expected, tmp_path):
+    saves = "read line; exit 75" if by_stdin else "trap 'echo saved; exit 75' TERM; sleep 1000 & wait"
+    said = []
+
+    def tell():
+        while not list(tmp_path.glob("run/launch/attempt-001/*")):
+            time.sleep(0.05)
+        time.sleep(0.3)
+        if number is None:
+            LaunchRecord(tmp_path / "run" / "launch").ask_to_stop()
+        else:
+            os.kill(os.getpid(), number)
+
+    threading.Thread(target=tell).start()
+    status, said, record = run(tmp_path, Scripts([f"echo here; {saves}"] * 2, by_stdin=by_stdin))
+    assert status == expected
+    assert "stopped: as asked; the run is saved" in said[-1]
+    assert record.read().state == "stopped"
+
+
+def test_labelled_lines_are_told_apart_and_secrets_kept_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("THE_KEY", "hunter2hunter2")
+    backend = Scripts([f"echo '1: two'; echo '0: {STEP}'; echo all; echo 1: $THE_KEY; exit 1"], ["true"], labelled=True)
+    status, said, record = run(tmp_path, backend, secrets=("THE_KEY",))
+    assert status == 0
+    logs = record.attempt_directory(1)
+    assert (logs / "process-1.log").read_text().count("\n") == 2
+    everything = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file()) + "".join(said)
+    assert "hunter2" not in everything and "***" in everything
+
+
+def test_a_killed_launcher_leaves_no_process(tmp_path):
+    code = f"""
+import sys, pathlib
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_supervisor import *
+run(pathlib.Path({str(tmp_path)!r}), Scripts(["echo $$ > {tmp_path}/pid; exec sleep 1000"]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        if not lives(pid):
+            break
+        time.sleep(0.05)
+    assert not lives(pid)
+    assert not LaunchRecord(tmp_path / "run" / "launch").is_held
+
+
+def test_a_command_that_cannot_be_started(tmp_path):
+    class Missing(Scripts):
+        def commands(self, job, attempt):
+            return [HostCommand("process-0", ["/nowhere/srun"])]
+
+    status, said, _ = run(tmp_path, Missing(["true"]), max_failures=0)
+    assert status == 1
+    assert "  | error: /nowhere/srun cannot be started: No such file or directory" in said
+
+
+def test_the_status_of_a_run_that_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "STATUS_SECONDS", 0.0)
+    script = f"echo '{STEP}'; until [ -e {tmp_path}/go ]; do sleep 0.05; done"
+    record = LaunchRecord(tmp_path / "run" / "launch")
+    seen = []
+
+    def look():
+        while not seen or seen[-1].progress is None:
+            time.sleep(0.05)
+            if (record.directory / "status.json").exists():
+                seen.append(record.read())
+        assert record.is_held
+        (tmp_path / "go").touch()
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    run(tmp_path, Scripts([script]))
+    watcher.join()
+    assert str(seen[-1]) == (
+        "running; 1 process (local); attempt 1; step 4/9, loss 2.500, 1,234 tokens/s; 0 failures, 0 preemptions"
+    )
+    assert json.loads((record.directory / "status.json").read_text())["state"] == "done"

@@ -1,0 +1,158 @@
+"""The command that launches runs: its command lines, and runs of real processes on this machine."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from sophia_levanter.commands import launch
+
+
+def main(capsys, *words):
+    status = launch.main(list(map(str, words)))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def cluster_file(tmp_path, text="backend: local\nprocesses: 2\n"):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_dry_run_shows_the_commands_and_writes_nothing(config_file, tmp_path, capsys):
+    cluster = cluster_file(tmp_path, "backend: local\nprocesses: 2\nenv: {A: \"x y; $(b) 'c'\"}\nsecrets: [MY_KEY]\n")
+    run_dir = tmp_path / "the run"
+    before = sorted(tmp_path.iterdir())
+    words = ["--config", config_file, "--cluster", cluster, "--trainer.run_dir", run_dir, "--dry_run"]
+    status, out, err = main(capsys, *words)
+    assert (status, err) == (0, "")
+    assert sorted(tmp_path.iterdir()) == before
+    lines = out.splitlines()
+    assert lines[0] == "on this machine, nothing is paid for:"
+    # A shell takes what is shown as it was meant.
+    shown = subprocess.run(
+        ["bash", "-c", lines[2].replace(sys.executable, "printf '%s\\n' \"$A\"")],
+        env={**os.environ, "A": "x y; $(b) 'c'"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert shown[0] == "x y; $(b) 'c'"
+    assert str(run_dir / "launch" / "config.yaml") in shown
+    assert shown[-1] == "1"
+
+
+def test_a_dry_run_of_ray(config_file, tmp_path, capsys):
+    cluster = cluster_file(tmp_path, "backend: ray\naccelerator: v4-32\nslices: 2\n")
+    words = ["--config", config_file, "--cluster", cluster, "--trainer.run_dir", tmp_path / "run", "--dry_run"]
+    status, out, _ = main(capsys, *words)
+    assert status == 0
+    assert out.startswith(
+        "on the Ray cluster auto (RAY_AUTH_MODE disabled): 8 processes on 2 whole slice(s) of "
+        "v4-32: 16 chips (2x2x4), 4 hosts, 512 GiB\npaid for: those nodes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--config FILE is missing; config/gpt2_large_sophia.yaml is one"),
+        (["--config", "CONFIG"], "--cluster FILE is missing; infra/local.yaml is one"),
+        (["--config", "nowhere.yaml", "--cluster", "CLUSTER"], "nowhere.yaml: there is no such file"),
+        (["--config", "CONFIG", "--cluster", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["--config", "CONFIG", "--cluster", "CONFIG"], "backend is missing"),
+        (["--config", "CONFIG", "--cluster", "CLUSTER", "--dryrun"], "unexpected argument '--dryrun'"),
+        (["--config", "CONFIG", "--cluster", "CLUSTER", "--model.heads", "2"], "unknown option '--model.heads'"),
+        (
+            ["--config", "CONFIG", "--cluster", "CLUSTER", "--mesh.coordinator", "auto", "--trainer.run_dir", "run"],
+            "mesh.coordinator is 'auto', and the launcher sets it; leave it out",
+        ),
+        (["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "CONFIG"], "is a file; name a directory"),
+        (
+            ["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "/proc/no/run"],
+            "/proc/no/run cannot be used",
+        ),
+        (["status"], "give one run directory"),
+        (["status", "a", "b"], "give one run directory"),
+        (["logs", "FOLDER"], "holds no run that was launched"),
+        (["stop", "nowhere"], "nowhere holds no run that was launched"),
+        (["start", "FOLDER"], "unexpected argument 'start'"),
+    ],
+)
+def test_bad_input(words, message, config_file, tmp_path, capsys):
+    places = {"CONFIG": config_file, "CLUSTER": cluster_file(tmp_path), "FOLDER": tmp_path}
+    status, out, err = main(capsys, *(places.get(word, word) for word in words))
+    assert status == 2
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert message in err
+    assert out == ""
+
+
+def test_a_bucket_is_needed_where_hosts_share_no_disk(config_file, tmp_path, capsys):
+    cluster = cluster_file(tmp_path, "backend: gcloud\nzone: us-central2-b\naccelerator: v4-32\n")
+    status, _, err = main(capsys, "--config", config_file, "--cluster", cluster, "--trainer.checkpoint_dir", "ckpt")
+    assert status == 2
+    assert "trainer.checkpoint_dir is ckpt; the hosts of a TPU slice share no disk" in err
+
+
+def test_a_run_of_one_process_then_again_then_another(config_file, tmp_path, capfd):
+    """A launched run that is done is done; its directory is not for another run."""
+    cluster, run_dir = cluster_file(tmp_path, "backend: local\n"), tmp_path / "run"
+    words = ["--config", config_file, "--cluster", cluster, "--trainer.run_dir", run_dir]
+    status, out, _ = main(capfd, *words)
+    assert status == 0
+    assert "launch: attempt 1: 1 process, step 12/12, loss " in out
+    assert yaml.safe_load((run_dir / "launch" / "config.yaml").read_text())["trainer"]["run_dir"] == str(run_dir)
+
+    status, out, _ = main(capfd, *words)
+    assert status == 0
+    assert "all 12 steps are done" in out
+
+    status, _, err = main(capfd, *words, "--optimizer.rho", "0.1")
+    assert status == 2
+    assert f"trainer.run_dir {run_dir} holds another run: its optimizer.rho is 0.5" in err
+
+    status, out, _ = main(capfd, "status", run_dir)
+    assert (status, out) == (0, "done; 1 process (local); attempt 2; step 12; 0 failures, 0 preemptions\n")
+    assert "step 12/12" in main(capfd, "logs", run_dir, "--attempt", "1", "--process", "0")[1]
+    assert "all 12 steps are done" in main(capfd, "logs", run_dir)[1]
+    assert main(capfd, "stop", run_dir)[1].startswith("nothing runs; done")
+    for wrong, message in (
+        ("--attempt", "--attempt 7: there are logs of 2"),
+        ("--process", "--process 7: there are logs"),
+    ):
+        status, _, err = main(capfd, "logs", run_dir, wrong, "7")
+        assert status == 2 and message in err
+
+
+def test_a_secret_that_is_not_set(config_file, tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("MY_KEY", raising=False)
+    cluster = cluster_file(tmp_path, "backend: local\nsecrets: [MY_KEY]\n")
+    status, out, _ = main(capfd, "--config", config_file, "--cluster", cluster, "--trainer.run_dir", tmp_path / "run")
+    assert status == 2
+    assert out.endswith(
+        "error: secrets names MY_KEY, which is not set in the launcher's environment; export it first\n"
+    )
+
+
+def test_a_run_whose_launcher_is_gone(tmp_path, capsys):
+    (tmp_path / "launch").mkdir()
+    fields = '"backend": "local", "processes": 2, "progress": null, "exit_status": null'
+    (tmp_path / "launch" / "status.json").write_text(f'{{"state": "running", {fields}}}')
+    status, out, _ = main(capsys, "status", tmp_path)
+    assert status == 1
+    assert "its launcher is gone, and the run with it" in out
+    (tmp_path / "launch" / "status.json").write_text("{")
+    assert main(capsys, "status", tmp_path)[0] == 2
+
+
+def test_a_mistake_that_only_the_run_finds_ends_it_at_once(config_file, tmp_path, capfd):
+    words = ["--config", config_file, "--cluster", cluster_file(tmp_path), "--trainer.run_dir", tmp_path / "run"]
+    status, out, _ = main(capfd, *words, "--trainer.batch_size", "3", "--trainer.microbatch_size", "3")
+    assert status == 2
+    assert "error: trainer.batch_size 3 does not divide over mesh.data" in out.splitlines()[-1]
+    assert np.char.count(out, "launch: attempt") == 1
