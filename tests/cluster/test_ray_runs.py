@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from launched import OPTIONS, Launched, losses, metrics, one_device, training_process
 
@@ -48,13 +50,26 @@ def cluster_file(tmp_path, cluster, *lines):
 
 
 def test_two_nodes_train_as_one_process(cluster, undisturbed, tmp_path):
-    with Launched(tmp_path / "run", cluster_file(tmp_path, cluster, "workers: 2")) as run:
+    """And what is secret reaches both, and stands nowhere."""
+    secret = {"THE_API_KEY": "correct-horse-battery"}
+    file = cluster_file(tmp_path, cluster, "workers: 2", "secrets: [THE_API_KEY]")
+    with Launched(tmp_path / "run", file, env=secret) as run:
+        run.until_step(2)
+        for i in range(2):
+            assert training_process(run.run_dir, i).environ()["THE_API_KEY"] == secret["THE_API_KEY"]
+        command_lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
         assert run.wait() == 0, run.text
     assert "on 2 cpu device(s), data 2, embed over data" in run.text
     np.testing.assert_allclose(losses(run.run_dir), undisturbed, rtol=0, atol=1e-5)
     status = run.status()
     assert (status["state"], status["failures"], status["preemptions"], status["exit_status"]) == ("done", 0, 0, 0)
     assert (run.run_dir / "launch" / "attempt-001" / "process-1.log").exists()
+    session = Path(cluster.head_node.get_session_dir_path())
+    kept = [path for top in (run.run_dir, session) for path in top.rglob("*") if path.is_file()]
+    assert any(path.name.startswith("raylet") for path in kept)
+    texts = [path.read_bytes() for path in [*kept, run.output]]
+    assert not any(secret["THE_API_KEY"].encode() in text for text in texts)
+    assert not any(secret["THE_API_KEY"] in line for line in command_lines)
 
 
 def kill_training_process(run, cluster):

@@ -66,7 +66,7 @@ def main(order_file: Path) -> int:
         print(f"not used, for they lack a host or are about to: {', '.join(fenced)}", flush=True)
     fit.start()
     seen = _follow(fit, board, fence, cluster["start_timeout"], told)
-    return _status(fit.error, seen, order)
+    return exit_status(fit.error, seen, order)
 
 
 class _Fit(threading.Thread):
@@ -153,7 +153,14 @@ def _follow(fit: _Fit, board: Any, fence: Fence | None, start_timeout: float, to
         fit.join(timeout=POLL_SECONDS)
 
 
-def _status(error: Exception | None, seen: dict[str, Any], order: dict[str, Any]) -> int:
+def exit_status(error: Exception | None, seen: dict[str, Any], order: dict[str, Any]) -> int:
+    """The driver's, from what the board had at last; leaves the lost nodes for the launcher.
+
+    Args:
+        error: of `fit`, if it raised one.
+        seen: statuses of the processes in the order in which they ended, and lost_nodes.
+        order: the driver's.
+    """
     statuses = list(seen["statuses"].values())
     lost = set(seen["lost_nodes"])
     if isinstance(error, PreemptionError):

@@ -1,0 +1,133 @@
+"""What the launcher and a driver of Ray tell each other, without a cluster."""
+
+import json
+import os
+
+import pytest
+
+from sophia_levanter.cluster import ray_driver
+from sophia_levanter.cluster.backend import Job
+from sophia_levanter.cluster.config import RayCluster
+from sophia_levanter.cluster.ray_backend import RayBackend
+from sophia_levanter.cluster.ray_host import Board
+from sophia_levanter.cluster.ray_slices import broken_slices
+from sophia_levanter.errors import InputError
+
+
+def job_in(tmp_path):
+    job = Job(tmp_path / "run", tmp_path / "run" / "launch")
+    for attempt in (1, 2):
+        job.attempt_directory(attempt).mkdir(parents=True)
+    job.config_file.write_text("trainer: {}\n")
+    return job
+
+
+def order_of(job, backend, attempt):
+    (command,) = backend.commands(job, attempt)
+    return command, json.loads(job.attempt_directory(attempt).joinpath("ray.json").read_text())
+
+
+def test_the_order_of_an_attempt_holds_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("THE_KEY", "correct-horse-battery")
+    job = job_in(tmp_path)
+    backend = RayBackend(RayCluster(accelerator="v5e-16", slices=2, env={"A": "b c"}, secrets=("THE_KEY",)))
+    backend.prepare(job, 1, print, lambda: False)
+    command, order = order_of(job, backend, 1)
+    assert command.env == {"RAY_AUTH_MODE": "disabled"}
+    assert order["secrets"] == ["THE_KEY"]
+    assert order["cluster"] | {"workers": 8, "topology": "4x4", "generation": "v5e", "slices": 2} == order["cluster"]
+    assert order["config"] == "trainer: {}\n"
+    assert not any(b"correct" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_secret_must_be_there(tmp_path, monkeypatch):
+    monkeypatch.delenv("THE_KEY", raising=False)
+    backend = RayBackend(RayCluster(workers=2, secrets=("THE_KEY",)))
+    with pytest.raises(InputError, match="secrets names THE_KEY, which is not set"):
+        backend.prepare(job_in(tmp_path), 1, print, lambda: False)
+
+
+def test_nodes_that_were_taken_away_are_avoided_from_then_on(tmp_path):
+    job = job_in(tmp_path)
+    backend = RayBackend(RayCluster(workers=2))
+    _, order = order_of(job, backend, 1)
+    assert not backend.was_preempted([1])
+    with open(order["lost_file"], "w") as file:
+        json.dump(["node-1"], file)
+    assert backend.was_preempted([1])
+    _, order = order_of(job, backend, 2)
+    assert order["lost_nodes"] == ["node-1"]
+    assert not backend.was_preempted([1])
+
+
+@pytest.mark.parametrize(
+    ("statuses", "lost_nodes", "status", "preempted"),
+    [
+        ({0: 0, 1: 0}, [], 0, False),
+        ({1: 75, 0: 75}, [], 75, False),
+        ({1: 75, 0: 75}, ["a"], 75, True),
+        ({0: 2, 1: 2}, [], 2, False),
+        ({0: 2}, [], 2, False),
+        ({1: -9, 0: -6}, [], 1, False),
+        ({1: -9}, ["a"], 1, True),
+        ({1: 75}, [], 1, True),
+        ({1: 75, 0: -6}, [], 1, True),
+        ({0: -6, 1: 75}, [], 1, False),
+        ({}, [], 1, False),
+    ],
+)
+def test_the_drivers_exit_status(statuses, lost_nodes, status, preempted, tmp_path):
+    order = {"cluster": {"workers": 2}, "lost_file": str(tmp_path / "lost")}
+    seen = {"statuses": statuses, "lost_nodes": lost_nodes}
+    assert ray_driver.exit_status(None, seen, order) == status
+    assert (tmp_path / "lost").exists() == preempted
+
+
+def test_the_board_has_all_stop_together_and_finish_together():
+    board = Board(2)
+    board.report(0, ["a"], None, [])
+    board.report(1, ["b", "c"], None, [])
+    assert board.verdict() == "go on"
+    assert board.take()["lines"] == [(0, "a"), (1, "b"), (1, "c")]
+    assert board.take()["lines"] == []
+    board.report(1, [], None, ["node"])
+    assert board.verdict() == "stop"
+    board.report(0, [], 75, [])
+    assert board.verdict() == "stop"
+    board.report(1, [], 75, [])
+    assert board.verdict() == "finish"
+    assert board.take() == {"lines": [], "statuses": {0: 75, 1: 75}, "lost_nodes": ["node"], "hosts": 0}
+
+
+def node(name, worker, alive=True, pod="v4-16"):
+    labels = {"ray.io/tpu-slice-name": name, "ray.io/tpu-pod-type": pod} if name else {}
+    return {
+        "NodeID": f"{name}{worker}",
+        "Alive": alive,
+        "Labels": labels,
+        "Resources": {"TPU": 4} if name else {"CPU": 1},
+    }
+
+
+def test_slices_that_lack_a_host_are_broken():
+    nodes = [node(None, 0), *(node(name, i) for name in "ab" for i in range(2))]
+    assert broken_slices(nodes, "2x2x2", ()) == {}
+    assert broken_slices(nodes[:-1], "2x2x2", ()) == {"b": "v4-16"}
+    assert broken_slices([*nodes[:-1], node("b", 1, alive=False)], "2x2x2", ()) == {"b": "v4-16"}
+    assert broken_slices(nodes, "2x2x2", ("a1",)) == {"a": "v4-16"}
+    # A slice that is gone altogether needs no fence.
+    assert broken_slices([*nodes[:3], *(node("b", i, alive=False) for i in range(2))], "2x2x2", ("b1",)) == {}
+
+
+def test_an_address_where_nothing_answers_is_bad_input(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name in ("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"):
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    (tmp_path / "order").write_text(json.dumps({"cluster": {"address": "auto"}}))
+
+    def refuse(**options):
+        raise ConnectionError("Could not find any running Ray\ninstance")
+
+    monkeypatch.setattr("ray.init", refuse)
+    assert ray_driver.main(tmp_path / "order") == 2
+    assert capsys.readouterr().out == "error: address auto: Could not find any running Ray\n"
