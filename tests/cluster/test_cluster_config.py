@@ -53,6 +53,11 @@ def test_each_backend_has_its_fields(tmp_path):
         ("backend: ray\naccelerator: v4-33\n", "accelerator is 'v4-33'; slices of v4 are v4-8, v4-16"),
         ("backend: ray\naccelerator: h100\n", "accelerator is 'h100'; it must be a TPU slice such as v4-32"),
         ("backend: ray\nworkers: 2\nslices: 2\n", "slices is 2, which goes with accelerator"),
+        (
+            "backend: ray\nworkers: 2\naddress: ray://head:10001\n",
+            "address is 'ray://head:10001'; it must be auto, local",
+        ),
+        ("backend: ray\nworkers: 2\naddress: head\n", "address is 'head'; it must be auto, local or HOST:PORT"),
         ("backend: ray\nworkers: 2\nauth: none\n", "auth is 'none'; it must be disabled or token"),
         ("backend: slurm\nnodes: 0\n", "nodes is 0; it must be at least 1"),
         ("backend: slurm\npartition: a b\n", "partition is 'a b'; it must be one word"),

@@ -6,8 +6,9 @@ import os
 import pytest
 
 from sophia_levanter.cluster import ray_driver
-from sophia_levanter.cluster.backend import Job
+from sophia_levanter.cluster.backend import Job, Unavailable
 from sophia_levanter.cluster.config import RayCluster
+from sophia_levanter.cluster.local import free_port
 from sophia_levanter.cluster.ray_backend import RayBackend
 from sophia_levanter.cluster.ray_host import Board
 from sophia_levanter.cluster.ray_slices import broken_slices
@@ -45,6 +46,17 @@ def test_a_secret_must_be_there(tmp_path, monkeypatch):
     backend = RayBackend(RayCluster(workers=2, secrets=("THE_KEY",)))
     with pytest.raises(InputError, match="secrets names THE_KEY, which is not set"):
         backend.prepare(job_in(tmp_path), 1, print, lambda: False)
+
+
+def test_an_address_where_nothing_listens(tmp_path):
+    job = job_in(tmp_path)
+    backend = RayBackend(RayCluster(workers=2, address=f"127.0.0.1:{free_port()}"))
+    with pytest.raises(InputError, match="nothing answers there; start the cluster first"):
+        backend.prepare(job, 1, print, lambda: False)
+    # Once the run has begun there, its head may come back.
+    backend.commands(job, 1)
+    with pytest.raises(Unavailable, match="nothing answers there$"):
+        backend.prepare(job, 2, print, lambda: False)
 
 
 def test_nodes_that_were_taken_away_are_avoided_from_then_on(tmp_path):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sophia_levanter.cluster.backend import HostCommand, Job, Say, check_secrets, training_command
+from sophia_levanter.cluster.backend import HostCommand, Job, Say, Unavailable, check_secrets, training_command
 from sophia_levanter.cluster.config import RayCluster
 from sophia_levanter.errors import InputError
 
 # What a driver leaves beside the logs of its attempt when nodes were taken away: their ids.
 LOST_NODES = "lost_nodes.json"
+CONNECT_SECONDS = 10.0
 
 
 class RayBackend:
@@ -27,6 +29,7 @@ class RayBackend:
     def __init__(self, cluster: RayCluster) -> None:
         self._cluster = cluster
         self._lost_nodes: set[str] = set()
+        self._has_begun = False
         self._lost_file = Path(os.devnull, LOST_NODES)
         self.num_processes = cluster.num_processes
 
@@ -54,9 +57,14 @@ class RayBackend:
         if any(importlib.util.find_spec(name) is None for name in ("ray", "pydantic")):
             raise InputError("backend ray needs Ray Train; install sophia-levanter[cluster]")
         check_secrets(self._cluster.secrets)
+        host, _, port = self._cluster.address.rpartition(":")
+        if host and not _answers(host, int(port)):
+            problem = f"address {self._cluster.address}: nothing answers there"
+            raise Unavailable(problem) if self._has_begun else InputError(f"{problem}; start the cluster first")
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
         """One: the driver."""
+        self._has_begun = True
         directory = job.attempt_directory(attempt)
         if self._lost_file.exists():
             self._lost_nodes |= set(json.loads(self._lost_file.read_text()))
@@ -91,3 +99,12 @@ class RayBackend:
 
     def release(self, say: Say) -> None:
         """Nothing: the cluster is not the launcher's."""
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether a port is open: Ray itself would ask for minutes."""
+    try:
+        socket.create_connection((host.strip("[]"), port), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
