@@ -1,0 +1,30 @@
+# For NVIDIA GPUs: CUDA 13 is wheels, the driver (580 or later) is the host's. Build it from the top of the repository:
+#   docker build -f infra/docker/cuda.Dockerfile -t sophia-levanter-cuda:0.1.0 .
+
+FROM python:3.12.12-slim-bookworm AS build
+WORKDIR /build
+COPY constraints.txt ./
+COPY infra/constraints.txt infra/
+RUN python -m venv /opt/venv \
+    && /opt/venv/bin/pip install --no-cache-dir -c constraints.txt setuptools
+COPY pyproject.toml README.md LICENSE ./
+COPY src src/
+RUN /opt/venv/bin/pip install --no-cache-dir --no-build-isolation -c constraints.txt -c infra/constraints.txt \
+    '.[data,cluster]' 'ray[default]' 'jax[cuda13]'
+
+FROM python:3.12.12-slim-bookworm
+# KubeRay's probes call wget; Ray's dashboard reads processes with ps.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends procps wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --user-group --create-home trainer
+COPY --from=build /opt/venv /opt/venv
+COPY config /app/config/
+COPY infra/ray /app/infra/ray/
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
+# NVIDIA's container runtime reads these, and puts the host's driver in.
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+WORKDIR /home/trainer
+# By number, because Kubernetes can tell of a number alone that it is not root.
+USER 10001:10001
+CMD ["python", "-m", "sophia_levanter.main", "--help"]
