@@ -55,7 +55,7 @@ def test_an_address_where_nothing_listens(tmp_path):
         backend.prepare(job, 1, print, lambda: False)
     # Once the run has begun there, its head may come back.
     backend.commands(job, 1)
-    with pytest.raises(Unavailable, match="nothing answers there$"):
+    with pytest.raises(Unavailable, match=r"nothing answers there$"):
         backend.prepare(job, 2, print, lambda: False)
 
 

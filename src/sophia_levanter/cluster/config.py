@@ -92,8 +92,8 @@ class RayCluster(ClusterConfig):
         super().__post_init__()
         if self.address not in ("auto", "local") and not re.fullmatch(r"[\w.\-\[\]:]+:\d{1,5}", self.address):
             raise InputError(
-                f"address is {self.address!r}; it must be auto, local or HOST:PORT, and the launcher run on a machine of "
-                "the cluster"
+                f"address is {self.address!r}; it must be auto, local or HOST:PORT, and the launcher run on a machine "
+                "of the cluster"
             )
         if self.auth not in ("disabled", "token"):
             raise InputError(f"auth is {self.auth!r}; it must be disabled or token")
