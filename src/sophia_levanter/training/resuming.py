@@ -60,7 +60,7 @@ def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[
     if began_with != now:
         console.line(f"losses may differ in their last bits: the run began with {began_with}, and this is {now}")
     for name, old, new in changed_fields(old_config, parts.config):
-        if name != "trainer.run_dir":
+        if name not in ("trainer.run_dir", "mesh.coordinator", "mesh.process_id"):
             console.line(f"{name} was {old} and is {new}")
         if name == "trainer.batch_size":
             console.line("so windows are skipped or come again; trainer.batch_size_changes keeps their order")
