@@ -69,7 +69,8 @@ class HostCommand:
         label: the log's name: process-0.
         words: the command line.
         env: environment variables on top of the launcher's.
-        labelled: whether it speaks for several processes: its lines begin with "N: ", N the process.
+        labelled: whether it speaks for several processes: lines of theirs begin with "N: ", N the process, and blanks
+            before it where there are more than ten; other lines are its own.
         by_stdin: whether it is told to stop by the end of its standard input, which ssh passes on; by SIGTERM if not.
     """
 

@@ -38,6 +38,8 @@ def start_processes(config: MeshConfig) -> None:
                 None if auto else config.coordinator,
                 config.num_processes,
                 config.process_id,
+                # Where jax finds Slurm it would give each process one GPU, although all else is said.
+                cluster_detection_method=None if auto else "deactivate",
                 initialization_timeout=config.start_timeout + JAXLIB_MARGIN,
                 heartbeat_timeout_seconds=config.heartbeat_timeout,
             )

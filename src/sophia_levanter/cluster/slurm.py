@@ -1,0 +1,157 @@
+"""Attempts inside a Slurm job: one srun for each, with a process on every node. `slurm_job` submits that job.
+
+What is said of Slurm here was seen on version 22.05.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+
+from sophia_levanter.cluster.backend import HostCommand, Job, Say, Unavailable, training_command
+from sophia_levanter.cluster.config import SlurmCluster
+from sophia_levanter.errors import InputError
+
+# The name of the steps that train, to tell them from a person's own in the same allocation.
+STEP = "sophia_levanter"
+# Seconds that what is left of an earlier attempt may take to be gone after SIGKILL.
+LEFTOVERS_TIMEOUT = 60
+# srun ends its tasks with SIGKILL when it is sent SIGTERM, so they are told to save by the end of their input. The
+# process that waits for it has none of the task's streams: srun would wait for it.
+TASK = 'exec 3<&0; {{ cat <&3; kill -TERM $$; }} >/dev/null 2>&1 & exec "$@"{mesh} </dev/null 3<&-'
+
+
+class SlurmBackend:
+    """Starts a run's processes on the nodes of the allocation that the launcher is in, one on each."""
+
+    def __init__(self, cluster: SlurmCluster) -> None:
+        self.cluster = cluster
+        self.num_processes = cluster.nodes
+        self._first_node: str | None = None
+
+    def describe(self, job: Job) -> list[str]:
+        """What is taken, and what is run on it."""
+        return [_taken(self.cluster), f"each attempt: {self.commands(job, 1)[0].shown()}"]
+
+    def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
+        """Makes sure that the allocation is the one asked for, and that nothing of an earlier attempt is left in it.
+
+        Raises:
+            InputError: if this is no allocation or another one, or a secret is not in the environment.
+            Unavailable: if Slurm does not answer, or processes of an earlier attempt cannot be ended.
+        """
+        _check_allocation(self.cluster)
+        nodes = ask("scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")).split()
+        if len(nodes) != self.cluster.nodes:
+            raise Unavailable(f"scontrol names {len(nodes)} nodes of this job, which has {self.cluster.nodes}")
+        self._first_node = nodes[0]
+        _end_leftovers(say, stopped)
+
+    def commands(self, job: Job, attempt: int) -> list[HostCommand]:
+        """One srun, which speaks for all processes."""
+        cluster = self.cluster
+        mesh: dict[str, object] = {}
+        if cluster.nodes > 1:
+            coordinator = f"{self._first_node}:{_port(attempt)}" if self._first_node else "FIRST_NODE:PORT"
+            mesh = {"coordinator": coordinator, "num_processes": cluster.nodes}
+        words = [
+            "srun",
+            f"--job-name={STEP}",
+            "--export=ALL",  # also where the job itself was submitted with another --export
+            "--label",
+            # Not 1: when a process has saved and ended with 75, the others would be killed on their last lines, and
+            # srun would say 143. Peers of one that died end by themselves; those that are stuck are ended by --wait.
+            "--kill-on-bad-exit=0",
+            f"--wait={cluster.stop_timeout}",
+            f"--nodes={cluster.nodes}",
+            f"--ntasks={cluster.nodes}",
+            "--ntasks-per-node=1",
+        ]
+        if cluster.gpus_per_node:
+            words.append(f"--gpus-per-node={cluster.gpus_per_node}")
+        if cluster.cpus_per_node is not None:
+            words.append(f"--cpus-per-task={cluster.cpus_per_node}")
+        words += ["bash", "-c", TASK.format(mesh=' --mesh.process_id "$SLURM_PROCID"' if mesh else ""), "-"]
+        words += training_command(cluster.python, str(job.config_file), mesh)
+        return [HostCommand("srun", words, env=cluster.env, labelled=True, by_stdin=True)]
+
+    def was_preempted(self, statuses: Sequence[int | None]) -> bool:
+        """Never: a job whose nodes are taken ends with them, and Slurm queues it again."""
+        return False
+
+    def release(self, say: Say) -> None:
+        """Nothing: the allocation ends with the launcher."""
+
+
+def _check_allocation(cluster: SlurmCluster) -> None:
+    if "SLURM_JOB_ID" not in os.environ:
+        raise InputError("backend slurm: SLURM_JOB_ID is not set; attempts are started inside a Slurm job")
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "an unknown number")
+    if nodes != str(cluster.nodes):
+        raise InputError(f"nodes is {cluster.nodes}, and this Slurm job has {nodes}; make them the same")
+    for name in cluster.secrets:
+        if name not in os.environ:
+            raise InputError(
+                f"secrets: {name} is not set in the job; set it where the job is submitted (sbatch's --export=ALL, "
+                "the default, passes it on), or in a line of setup"
+            )
+
+
+def _end_leftovers(say: Say, stopped: Callable[[], bool]) -> None:
+    """Tasks outlive an srun that was killed, if they hang."""
+    deadline = time.monotonic() + LEFTOVERS_TIMEOUT
+    said = False
+    while (steps := _steps()) and not stopped():
+        if time.monotonic() > deadline:
+            raise Unavailable(f"processes of an earlier attempt do not end (Slurm's steps {', '.join(steps)})")
+        if not said:
+            say("ending what is left of an earlier attempt")
+        said = True
+        # Fails for a step that has ended meanwhile.
+        subprocess.run(["scancel", "--signal=KILL", *steps], stderr=subprocess.DEVNULL, check=False)
+        time.sleep(1)
+
+
+def _steps() -> list[str]:
+    listed = ask(
+        "squeue", "--noheader", "--steps", f"--jobs={os.environ['SLURM_JOB_ID']}", f"--format=%i {STEP}=%j"
+    ).splitlines()
+    return [line.split()[0] for line in listed if line.strip().endswith(f" {STEP}={STEP}")]
+
+
+def ask(*words: str) -> str:
+    """What a command of Slurm prints.
+
+    Raises:
+        InputError: if there is none on this machine.
+        Unavailable: if it fails.
+    """
+    try:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise InputError(f"backend slurm: there is no {words[0]} here; it belongs to Slurm") from None
+    if done.returncode:
+        raise Unavailable(f"{words[0]}: {last_line(done.stderr) or f'ended with status {done.returncode}'}")
+    return done.stdout
+
+
+def last_line(text: str) -> str:
+    """What a command of Slurm complains of, without its name."""
+    lines = text.strip().splitlines()
+    return re.sub(r"^\w+: error: ", "", lines[-1]) if lines else ""
+
+
+def _port(attempt: int) -> int:
+    """Below those that Linux gives to clients; another one for each attempt, and far from those of jobs beside it."""
+    return 12_000 + (int(os.environ["SLURM_JOB_ID"]) * 127 + attempt) % 20_000
+
+
+def _taken(cluster: SlurmCluster) -> str:
+    cpus = "all their CPUs" if cluster.cpus_per_node is None else f"{cluster.cpus_per_node} CPUs each"
+    gpus = cluster.nodes * cluster.gpus_per_node
+    shown = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}, {cpus}, {cluster.gpus_per_node} GPUs each"
+    time_limit = f"up to {cluster.time}" if cluster.time else "the partition's time limit"
+    return f"taken: {shown}, {gpus} GPUs in all, for {time_limit} at a time, until the run is done"

@@ -1,0 +1,192 @@
+"""The Slurm job that a run's launcher is in: its script, and how it is submitted on a login node."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sophia_levanter.cluster.backend import Job, Say, Unavailable
+from sophia_levanter.cluster.config import SlurmCluster
+from sophia_levanter.cluster.slurm import SlurmBackend, ask, last_line
+from sophia_levanter.commands.arguments import FAILURE, INTERRUPTED, PREEMPTED
+from sophia_levanter.errors import InputError
+
+# Ends of a job with which sbatch --wait may say 0 although the run is not done.
+BAD_ENDS = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
+
+
+SCRIPT_BODY = """\
+# Slurm sends SIGTERM to this script alone, before the job's time ends. The launcher is told, and saves.
+told='' again='' launcher='' status={preempted}
+tell() {{
+  told=yes again=yes
+  [ -z "$launcher" ] || kill -TERM "$launcher" 2>/dev/null
+}}
+trap tell TERM
+
+set -e
+{setup}
+set +e
+
+if [ -z "$told" ]; then
+  {words} </dev/null &
+  launcher=$!
+  [ -z "$told" ] || tell
+  again=yes
+fi
+# A signal ends `wait` before the launcher has ended.
+while [ -n "$again" ] && [ -n "$launcher" ]; do
+  again=''
+  wait "$launcher"
+  status=$?
+done
+# 143: told before it could listen.
+[ -z "$told" ] || [ "$status" != 143 ] || status={preempted}
+
+# A job that was cancelled is no longer running, and stays so.
+if [ -n "$told" ] && [ "$status" = {preempted} ] &&
+  [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+  echo "job $SLURM_JOB_ID is queued again"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""
+
+
+def sbatch_script(cluster: SlurmCluster, job: Job, words: Sequence[str]) -> str:
+    """The script that sbatch is given.
+
+    Args:
+        cluster: what to ask Slurm for.
+        job: the run.
+        words: the launcher's command line, for inside the allocation.
+
+    Raises:
+        InputError: if Slurm cannot write a log into the run's directory.
+    """
+    directory = os.path.abspath(job.directory)
+    if re.search(r"[\n\r\\]", directory):
+        raise InputError(
+            f"trainer.run_dir {directory!r}: Slurm takes no line break or backslash in a log's name; choose another"
+        )
+    options = [
+        f"--job-name={re.sub(r'[^A-Za-z0-9_.-]+', '_', job.run_dir.name) or 'run'}",
+        f"--nodes={cluster.nodes}",
+        "--ntasks-per-node=1",
+        f"--output={directory.replace('%', '%%')}/slurm-%j.log",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=B:TERM@{cluster.save_before}",
+    ]
+    if cluster.gpus_per_node:
+        options.append(f"--gpus-per-node={cluster.gpus_per_node}")
+    options.append("--exclusive" if cluster.cpus_per_node is None else f"--cpus-per-task={cluster.cpus_per_node}")
+    for name in ("partition", "account", "time"):
+        if (value := getattr(cluster, name)) is not None:
+            options.append(f"--{name}={value}")
+    body = SCRIPT_BODY.format(
+        setup="\n".join(cluster.setup) or ":",
+        words=" ".join(shlex.quote(word) for word in words),
+        preempted=PREEMPTED,
+    )
+    directives = "\n".join(f"#SBATCH {_quoted(option)}" for option in (*options, *cluster.options))
+    return f"#!/bin/bash\n{directives}\n\n{body}"
+
+
+def describe_submission(cluster: SlurmCluster, job: Job, words: Sequence[str]) -> list[str]:
+    """What `submit` would do, as lines for people: the command, the script, and what the job takes and runs."""
+    return [
+        f"would run: {shlex.join(_sbatch(job))}",
+        f"{_script(job)}:",
+        *(f"  {line}".rstrip() for line in sbatch_script(cluster, job, words).splitlines()),
+        *SlurmBackend(cluster).describe(job),
+    ]
+
+
+def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> int:
+    """Submits a job that runs the launcher on the run's nodes, and waits for its end.
+
+    Args:
+        cluster: what to ask Slurm for.
+        job: the run; its directory is there, on a disk that all nodes share.
+        words: the launcher's command line, for inside the allocation.
+        say: tells people.
+
+    Returns:
+        The launcher's exit status; 1 if the job ended otherwise, 130 on Ctrl-C, after which the job goes on.
+
+    Raises:
+        InputError: if there is no sbatch here, or it refuses the job.
+    """
+    _script(job).write_text(sbatch_script(cluster, job, words), encoding="utf-8")
+    number = ""
+    try:
+        sbatch = subprocess.Popen(
+            _sbatch(job), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    except FileNotFoundError:
+        raise InputError("backend slurm: there is no sbatch here; run this on a login node of the cluster") from None
+    try:
+        assert sbatch.stdout is not None
+        # NUMBER, or NUMBER;CLUSTER
+        number = sbatch.stdout.readline().strip().partition(";")[0]
+        if number:
+            say(f"Slurm job {number}; its log: {job.directory / f'slurm-{number}.log'}")
+        _, errors = sbatch.communicate()
+        if not number:
+            raise InputError(f"sbatch: {last_line(errors) or f'ended with status {sbatch.returncode}'}")
+        if errors.strip():
+            say(errors.strip())
+        return _status_of(number, sbatch.returncode, say)
+    except KeyboardInterrupt:
+        say(_goes_on(job, number))
+        return INTERRUPTED
+    finally:
+        sbatch.terminate()
+        sbatch.wait()
+
+
+def _script(job: Job) -> Path:
+    return job.directory / "job.sh"
+
+
+def _sbatch(job: Job) -> list[str]:
+    return ["sbatch", "--wait", "--parsable", os.path.abspath(_script(job))]
+
+
+def _status_of(number: str, status: int, say: Say) -> int:
+    while (state := _state(number)) == "COMPLETING":
+        time.sleep(1)
+    if state in BAD_ENDS or status < 0:
+        say(f"Slurm job {number} was not run to its end: {state or f'sbatch died of signal {-status}'}")
+        return status if status > 0 else FAILURE
+    return status
+
+
+def _state(number: str) -> str | None:
+    """Of a job; None if Slurm does not say, or has forgotten it."""
+    try:
+        return ask("squeue", "--noheader", f"--jobs={number}", "--states=all", "--format=%T").strip() or None
+    except (Unavailable, InputError):
+        return None
+
+
+def _goes_on(job: Job, number: str) -> str:
+    if not number:
+        return "interrupted before Slurm answered; squeue --me says whether there is a job"
+    stop = shlex.join(["python", "-m", "sophia_levanter.commands.launch", "stop", str(job.run_dir)])
+    return f"job {number} goes on; {stop} ends it, or scancel {number} where it has not begun"
+
+
+def _quoted(option: str) -> str:
+    """As sbatch reads a line of a script: double quotes keep blanks and #, and a backslash the next character."""
+    if re.fullmatch(r"[\w./:=,@%+-]+", option):
+        return option
+    name, equals, value = option.partition("=")
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}{equals}"{escaped}"'
