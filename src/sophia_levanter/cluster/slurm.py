@@ -116,10 +116,9 @@ def _end_leftovers(say: Say, stopped: Callable[[], bool]) -> None:
 
 
 def _steps() -> list[str]:
-    listed = ask(
-        "squeue", "--noheader", "--steps", f"--jobs={os.environ['SLURM_JOB_ID']}", f"--format=%i {STEP}=%j"
-    ).splitlines()
-    return [line.split()[0] for line in listed if line.strip().endswith(f" {STEP}={STEP}")]
+    listed = ask("squeue", "--noheader", "--steps", f"--jobs={os.environ['SLURM_JOB_ID']}", "--format=%i %j")
+    steps = [line.split() for line in listed.splitlines()]
+    return [words[0] for words in steps if words[1:] == [STEP]]
 
 
 def ask(*words: str) -> str:
