@@ -7,6 +7,7 @@ status, step-ID.N a step's name and tasks, and requeued the jobs that were queue
 
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -179,11 +180,12 @@ class Srun:
 
     def wait(self) -> None:
         ended_at = None
+        limit = float(self.options.get("wait", 0)) or math.inf
         while None in (statuses := [task.poll() for task in self.tasks]):
             bad = any(statuses) and self.options.get("kill-on-bad-exit", "0") == "1"
             if ended_at is None and statuses != [None] * self.count:
                 ended_at = time.monotonic()
-            if bad or (ended_at is not None and time.monotonic() - ended_at > float(self.options.get("wait") or "inf")):
+            if bad or (ended_at is not None and time.monotonic() - ended_at > limit):
                 self.force()
             time.sleep(0.02)
 

@@ -14,7 +14,7 @@ import pytest
 from fake_slurm import ODD_NAME, tasks, until
 
 from sophia_levanter.cluster.backend import Job
-from sophia_levanter.cluster.config import SlurmCluster
+from sophia_levanter.cluster.config import SlurmCluster, read_cluster
 from sophia_levanter.cluster.slurm_job import describe_submission, sbatch_script, submit
 from sophia_levanter.errors import InputError
 
@@ -78,6 +78,14 @@ def test_script_is_shell_and_says_what_is_asked(tmp_path: Path, slurm_run: Job):
 def test_whole_nodes_unless_cpus_are_given(slurm_run: Job):
     assert "exclusive" in fake_slurm.directives(sbatch_script(SlurmCluster(), slurm_run, ["python"]))
     assert "exclusive" not in fake_slurm.directives(sbatch_script(SlurmCluster(cpus_per_node=4), slurm_run, ["python"]))
+
+
+@pytest.mark.parametrize("name", ["slurm_1_node", "slurm_2x8_h100"])
+def test_clusters_that_come_along(slurm_run: Job, name: str):
+    cluster = read_cluster(Path(__file__).parents[2] / "infra" / "gpu" / f"{name}.yaml")
+    options = fake_slurm.directives(sbatch_script(cluster, slurm_run, ["python"]))
+    assert options["gpus-per-node"] == "8" and options["time"] == cluster.time
+    assert cluster.save_before >= cluster.stop_timeout
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\\b"])
@@ -206,7 +214,7 @@ SUBMITTING = """
 import sys
 from pathlib import Path
 from sophia_levanter.cluster.backend import Job
-from sophia_levanter.cluster.config import SlurmCluster
+from sophia_levanter.cluster.config import SlurmCluster, read_cluster
 from sophia_levanter.cluster.slurm_job import submit
 job = Job(Path(sys.argv[1]), Path(sys.argv[1]) / "launch")
 sys.exit(submit(SlurmCluster(), job, sys.argv[2:], lambda line: print(line, flush=True)))
