@@ -1,6 +1,7 @@
-"""A fake Slurm, and a run for it."""
+"""A fake Slurm with a run for it, and what launched runs are compared with."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import fake_slurm
 import pytest
 from fake_slurm import ODD_NAME
+from launched import OPTIONS, losses, one_device
 
 from sophia_levanter.cluster.backend import Job
 
@@ -53,7 +55,7 @@ def slurm_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 @pytest.fixture
 def allocation(slurm_commands: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As inside a job of two nodes."""
-    for name, value in (("ID", "100"), ("NUM_NODES", "2"), ("NODELIST", "node[1-2]")):
+    for name, value in (("ID", "100"), ("NUM_NODES", "2"), ("NODELIST", "127.0.0.[1-2]")):
         monkeypatch.setenv(f"SLURM_JOB_{name}", value)
     (slurm_commands / "job-100").write_text("RUNNING")
     return slurm_commands
@@ -73,3 +75,13 @@ def python(tmp_path: Path) -> str:
     path.write_text(TRAINING)
     path.chmod(0o755)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the launched runs as one process with two devices has them."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    environment = os.environ | {"XLA_FLAGS": one_device().replace("count=1", "count=2")}
+    words = [sys.executable, "-m", "sophia_levanter.main", *OPTIONS, "--trainer.run_dir", str(run_dir)]
+    subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return losses(run_dir)

@@ -95,7 +95,7 @@ def sbatch(words: list[str]) -> int:
     environment = {
         "SLURM_JOB_ID": number,
         "SLURM_JOB_NUM_NODES": nodes,
-        "SLURM_JOB_NODELIST": "node1" if nodes == "1" else f"node[1-{nodes}]",
+        "SLURM_JOB_NODELIST": "127.0.0.1" if nodes == "1" else f"127.0.0.[1-{nodes}]",
     }
     with open(log, "a") as file:
         subprocess.Popen(
@@ -223,7 +223,7 @@ def tasks(tmp_path: Path, number: int = 2) -> list[dict]:
 
 def scontrol(words: list[str]) -> int:
     if words[:2] == ["show", "hostnames"]:
-        match = re.fullmatch(r"(\w+)\[(\d+)-(\d+)\]", words[2])
+        match = re.fullmatch(r"([\w.]+)\[(\d+)-(\d+)\]", words[2])
         names = [f"{match[1]}{i}" for i in range(int(match[2]), int(match[3]) + 1)] if match else [words[2]]
         print("\n".join(names))
         return 0

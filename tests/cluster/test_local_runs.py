@@ -1,25 +1,14 @@
 """Runs of two real training processes on this machine, and what befalls them."""
 
-import os
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from launched import OPTIONS, Launched, losses, one_device, training_process
+from launched import OPTIONS, Launched, losses, training_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The losses of the run as one process with two devices does it."""
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    environment = os.environ | {"XLA_FLAGS": one_device().replace("count=1", "count=2")}
-    words = [sys.executable, "-m", "sophia_levanter.main", *OPTIONS, "--trainer.run_dir", str(run_dir)]
-    subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return losses(run_dir)
 
 
 @pytest.fixture

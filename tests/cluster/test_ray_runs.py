@@ -1,7 +1,6 @@
 """Runs on real Ray clusters, whose nodes are processes of this machine, and what befalls them."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from launched import OPTIONS, Launched, losses, metrics, one_device, training_process
+from launched import Launched, losses, metrics, one_device, training_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -28,16 +27,6 @@ def cluster(tmp_path_factory):
             cluster.add_node(num_cpus=1)
         yield cluster
         cluster.shutdown()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The losses of the run as one process with two devices does it."""
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    environment = os.environ | {"XLA_FLAGS": one_device().replace("count=1", "count=2")}
-    words = [sys.executable, "-m", "sophia_levanter.main", *OPTIONS, "--trainer.run_dir", str(run_dir)]
-    subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return losses(run_dir)
 
 
 def cluster_file(tmp_path, cluster, *lines):

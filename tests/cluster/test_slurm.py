@@ -48,7 +48,7 @@ def test_words_arrive_unchanged_at_every_task(allocation: Path, slurm_run: Job, 
                 "--resume",
                 "auto",
             ),
-            *("--mesh.coordinator", f"node1:{slurm._port(1)}", "--mesh.num_processes", "2"),
+            *("--mesh.coordinator", f"127.0.0.1:{slurm._port(1)}", "--mesh.num_processes", "2"),
             *("--mesh.process_id", str(number)),
         ]
     assert not list(tmp_path.rglob("no"))
@@ -58,7 +58,7 @@ def test_one_node_has_no_mesh(
     allocation: Path, slurm_run: Job, python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "127.0.0.1")
     (tmp_path / "record" / "ends").write_text("0")
     process = attempt(SlurmBackend(SlurmCluster(python=python)), slurm_run)
     output_of(process)
@@ -155,7 +155,7 @@ def test_outside_an_allocation(slurm_commands: Path, slurm_run: Job, monkeypatch
 
 def test_a_secret_that_is_not_there(allocation: Path, slurm_run: Job, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(InputError, match="secrets: WANDB_API_KEY is not set in the job"):
+    with pytest.raises(InputError, match="secrets names WANDB_API_KEY, which is not set in the launcher's environment"):
         SlurmBackend(SlurmCluster(nodes=2, secrets=("WANDB_API_KEY",))).prepare(slurm_run, 1, print, lambda: False)
 
 

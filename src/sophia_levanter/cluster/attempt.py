@@ -17,7 +17,7 @@ from typing import IO
 from sophia_levanter.cluster.backend import HostCommand
 from sophia_levanter.cluster.child import bound_to_this_process
 
-_LABELLED = re.compile(r"(\d+): (.*)")
+_LABELLED = re.compile(r" *(\d+): (.*)")
 TAIL_LINES = 20
 
 

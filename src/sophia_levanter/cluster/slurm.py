@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
-from sophia_levanter.cluster.backend import HostCommand, Job, Say, Unavailable, training_command
+from sophia_levanter.cluster.backend import HostCommand, Job, Say, Unavailable, check_secrets, training_command
 from sophia_levanter.cluster.config import SlurmCluster
 from sophia_levanter.errors import InputError
 
@@ -92,12 +92,7 @@ def _check_allocation(cluster: SlurmCluster) -> None:
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "an unknown number")
     if nodes != str(cluster.nodes):
         raise InputError(f"nodes is {cluster.nodes}, and this Slurm job has {nodes}; make them the same")
-    for name in cluster.secrets:
-        if name not in os.environ:
-            raise InputError(
-                f"secrets: {name} is not set in the job; set it where the job is submitted (sbatch's --export=ALL, "
-                "the default, passes it on), or in a line of setup"
-            )
+    check_secrets(cluster.secrets)
 
 
 def _end_leftovers(say: Say, stopped: Callable[[], bool]) -> None:

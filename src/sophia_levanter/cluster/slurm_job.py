@@ -13,8 +13,8 @@ from pathlib import Path
 from sophia_levanter.cluster.backend import Job, Say, Unavailable
 from sophia_levanter.cluster.config import SlurmCluster
 from sophia_levanter.cluster.slurm import SlurmBackend, ask, last_line
-from sophia_levanter.commands.arguments import FAILURE, INTERRUPTED, PREEMPTED
 from sophia_levanter.errors import InputError
+from sophia_levanter.exit_status import FAILURE, INTERRUPTED, PREEMPTED
 
 # Ends of a job with which sbatch --wait may say 0 although the run is not done.
 BAD_ENDS = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")

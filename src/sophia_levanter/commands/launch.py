@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from sophia_levanter.cluster.config import (
     GcloudCluster,
     LocalCluster,
     RayCluster,
+    SlurmCluster,
     read_cluster,
 )
 from sophia_levanter.cluster.record import DIRECTORY, LaunchRecord
@@ -55,12 +57,13 @@ class Launch:
     Attributes:
         config: of the run, with its run directory.
         cluster: where.
-        words: the command line that says so.
+        cluster_file: that says so.
+        dry_run: whether to print what would be done.
     """
 
     config: TrainConfig
     cluster: ClusterConfig
-    words: Sequence[str]
+    cluster_file: Path
     dry_run: bool
 
     @property
@@ -94,7 +97,8 @@ def parse(words: Sequence[str]) -> Launch:
     """
     arguments = parse_arguments(words, options=("--config", "--cluster"), flags=("--dry_run",), overrides=True)
     path = Path(arguments.needed("--config", "FILE", "config/gpt2_large_sophia.yaml is one"))
-    cluster = read_cluster(Path(arguments.needed("--cluster", "FILE", "infra/local.yaml is one")))
+    cluster_file = Path(arguments.needed("--cluster", "FILE", "infra/local.yaml is one"))
+    cluster = read_cluster(cluster_file)
     config = load_config(path, arguments.overrides)
     for name in ("coordinator", "num_processes", "process_id"):
         if getattr(config.mesh, name) is not None:
@@ -108,7 +112,7 @@ def parse(words: Sequence[str]) -> Launch:
             f"trainer.checkpoint_dir is {config.trainer.checkpoint_dir}; the hosts of a TPU slice share no disk, and "
             "their disks go with them: name a bucket, --trainer.checkpoint_dir gs://BUCKET/RUN"
         )
-    return Launch(config, cluster, words, "--dry_run" in arguments.flags)
+    return Launch(config, cluster, cluster_file, "--dry_run" in arguments.flags)
 
 
 def _with_run_dir(config: TrainConfig, run_dir: str) -> TrainConfig:
@@ -116,11 +120,11 @@ def _with_run_dir(config: TrainConfig, run_dir: str) -> TrainConfig:
 
 
 def _launch(launch: Launch) -> int:
+    if isinstance(launch.cluster, SlurmCluster) and "SLURM_JOB_ID" not in os.environ:
+        return _submit(launch, launch.cluster)
     backend = _backend(launch)
     if launch.dry_run:
-        for line in backend.describe(launch.job):
-            print(line)
-        return DONE
+        return _print(backend.describe(launch.job))
     record = LaunchRecord(launch.job.directory)
     with record.held():
         write_atomically(launch.job.config_file, dump_config(launch.config).encode())
@@ -128,6 +132,20 @@ def _launch(launch: Launch) -> int:
         from sophia_levanter.cluster.supervisor import Supervisor
 
         return Supervisor(backend, launch.job, launch.cluster, record, _say).run()
+
+
+def _submit(launch: Launch, cluster: SlurmCluster) -> int:
+    """The launcher of a Slurm job is on its first node: this one submits it, and waits."""
+    from sophia_levanter.cluster.slurm_job import describe_submission, submit
+
+    job = launch.job
+    words = [cluster.python, "-u", "-m", "sophia_levanter.commands.launch", "--config", str(job.config_file)]
+    words += ["--cluster", str(launch.cluster_file.absolute())]
+    if launch.dry_run:
+        return _print(describe_submission(cluster, job, words))
+    with LaunchRecord(job.directory).held():
+        write_atomically(job.config_file, dump_config(launch.config).encode())
+    return submit(cluster, job, words, _say)
 
 
 def _backend(launch: Launch) -> Backend:
@@ -140,7 +158,17 @@ def _backend(launch: Launch) -> Backend:
         from sophia_levanter.cluster.ray_backend import RayBackend
 
         return RayBackend(cluster)
+    if isinstance(cluster, SlurmCluster):
+        from sophia_levanter.cluster.slurm import SlurmBackend
+
+        return SlurmBackend(cluster)
     raise AssertionError(f"backend {cluster.backend}")
+
+
+def _print(lines: Sequence[str]) -> int:
+    for line in lines:
+        print(line)
+    return DONE
 
 
 def _say(line: str) -> None:
