@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from sophia_levanter import main as train
-from sophia_levanter.commands import checkpoints, compare, inspect_data, launch, plan, prepare_data, train_tokenizer
+from sophia_levanter.commands import checkpoints, compare, inspect_data, launch, plan, prepare_data, tpu, train_tokenizer
 
 VERBS = {
     "train": train.main,
@@ -16,6 +16,7 @@ VERBS = {
     "plan": plan.main,
     "checkpoints": checkpoints.main,
     "launch": launch.main,
+    "tpu": tpu.main,
 }
 
 

@@ -1,0 +1,159 @@
+"""`python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD...`: a training process under ssh.
+
+It is told to stop by the end of standard input, which is all that a host hears of a connection or a launcher that is
+gone, or by SIGTERM or SIGHUP, as when the machine is shut down. What it prints is passed on, and kept in the file.
+Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+from sophia_levanter.commands.arguments import FAILURE, parse_arguments, run_command, whole_number
+from sophia_levanter.errors import InputError
+
+USAGE = """\
+usage: python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD...
+
+  WORD...           the command line of a process; it gets SIGTERM when standard input ends
+  --grace SECONDS   after which it then gets SIGKILL
+  --log FILE        a new file for what it prints; where there is one already, the process is not started a second time
+  --help            prints this and exits"""
+_PR_SET_PDEATHSIG = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says.
+
+    Returns:
+        The process's exit status, 128 + N if signal N ended it; 1 if it was started before, 2 for bad input.
+    """
+    return run_command(argv, _run, usage=USAGE)
+
+
+def _run(given: Sequence[str]) -> int:
+    own, dashes, words = _split(given)
+    arguments = parse_arguments(own, options=("--grace", "--log"))
+    grace = whole_number("--grace", arguments.needed("--grace", "SECONDS", "then comes SIGKILL"))
+    log_file = Path(arguments.needed("--log", "FILE", "what the process prints is kept there"))
+    if not words:
+        raise InputError(f"{dashes or '--'} WORD... is missing; it is the command line of the process")
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        log = log_file.open("xb", buffering=0)
+    except FileExistsError:
+        # gcloud connects again where a connection has broken, and would run a second process beside the first.
+        print(f"error: {log_file} exists: the process was started once, and its connection is gone", file=sys.stderr)
+        return FAILURE
+    with log:
+        return run_child(words, grace, log)
+
+
+def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
+    """Runs a process to its end.
+
+    Args:
+        words: its command line.
+        grace: seconds between the SIGTERM and the SIGKILL.
+        log: for what it prints.
+
+    Returns:
+        Its exit status; 128 + N if signal N ended it.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        child = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # Before there are threads, which this is not safe with.
+            preexec_fn=_die_with(os.getpid()),
+        )
+    except OSError as error:
+        raise InputError(f"{words[0]} cannot be started: {error.strerror}") from None
+    assert child.stdout is not None
+    printing = threading.Thread(target=_pass_on, args=(child.stdout, log), daemon=True)
+    for thread in (
+        printing,
+        threading.Thread(target=_wait_for_end_of_input, args=(stop,), daemon=True),
+        threading.Thread(target=_end, args=(child, stop, grace), daemon=True),
+    ):
+        thread.start()
+    status = child.wait()
+    # What it has started must not hold the devices, nor the pipe.
+    _kill_group(child.pid)
+    printing.join(timeout=5)
+    return 128 - status if status < 0 else status
+
+
+def _split(given: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    if "--" not in given:
+        return list(given), "", []
+    at = list(given).index("--")
+    return list(given[:at]), "--", list(given[at + 1 :])
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """What a child does so that it gets SIGKILL when this process does, which then can tell it nothing any more."""
+    libc = ctypes.CDLL(None)
+
+    def ask_for_it() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # gone before the request
+            os._exit(128 + signal.SIGKILL)
+
+    return ask_for_it
+
+
+def _wait_for_end_of_input(stop: threading.Event) -> None:
+    while os.read(0, 65536):
+        pass
+    stop.set()
+
+
+def _end(child: subprocess.Popen[bytes], stop: threading.Event, grace: float) -> None:
+    stop.wait()
+    child.terminate()
+    try:
+        child.wait(grace)
+    except subprocess.TimeoutExpired:
+        _kill_group(child.pid)
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _pass_on(source: IO[bytes], log: IO[bytes]) -> None:
+    """To standard output and the log, each as long as it takes it: a process that saves must not fail at printing."""
+    sinks = {1: True, log.fileno(): True}
+    while content := os.read(source.fileno(), 65536):
+        for sink in sinks:
+            try:
+                if sinks[sink]:
+                    _write(sink, content)
+            except OSError:
+                sinks[sink] = False
+
+
+def _write(sink: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(sink, content) :]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""`python -m sophia_levanter.commands.tpu create|list|delete|ssh|logs --cluster FILE`: TPU slices, by hand."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sophia_levanter.cluster.config import GcloudCluster, read_cluster
+from sophia_levanter.cluster.gcloud_calls import missing_gcloud
+from sophia_levanter.cluster.gcloud_words import GcloudWords, resource_name
+from sophia_levanter.commands.arguments import DONE, FAILURE, parse_arguments, run_command
+from sophia_levanter.errors import InputError
+
+USAGE = """\
+usage: python -m sophia_levanter.commands.tpu create --cluster FILE [NAME] [--dry_run]
+       python -m sophia_levanter.commands.tpu list   --cluster FILE [--dry_run]
+       python -m sophia_levanter.commands.tpu delete --cluster FILE [NAME] [--dry_run]
+       python -m sophia_levanter.commands.tpu ssh    --cluster FILE [NAME] [--dry_run] -- COMMAND...
+       python -m sophia_levanter.commands.tpu logs   --cluster FILE [NAME] [--dry_run]
+
+  NAME            of the queued resource, where the cluster's file has none; a run directory's name will do
+  --cluster FILE  a cluster's file with backend: gcloud
+  create          asks for the slices, which are paid for from when they are active; does not wait for them
+  list            all queued resources of the zone with their states
+  delete          the queued resource with its slices
+  ssh             runs COMMAND on all workers of all slices: one word is a line of shell, several arrive as they are
+  logs            what the newest attempt prints on worker 0 of the first slice, until Ctrl-C
+  --dry_run       prints the commands of gcloud, and runs none
+  --help          prints this and exits"""
+ACTIONS = ("create", "list", "delete", "ssh", "logs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says.
+
+    Returns:
+        The exit status: 0 done, 1 gcloud or the command failed, 2 bad input, 130 interrupted.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    own = given[: given.index("--")] if "--" in given else given
+    # A --help behind the dashes is COMMAND's.
+    return run_command(own, lambda words: _run(words, given[len(own) + 1 :]), usage=USAGE, interrupted="interrupted")
+
+
+def _run(given: Sequence[str], command: Sequence[str]) -> int:
+    names = ", ".join(ACTIONS)
+    if not given:
+        raise InputError(f"say what to do: {names}; --help shows how")
+    what, *rest = given
+    if what not in ACTIONS:
+        near = difflib.get_close_matches(what, ACTIONS, n=1)
+        raise InputError(f"{what!r} is none of {names}" + (f"; did you mean {near[0]}?" if near else ""))
+    arguments = parse_arguments(rest, options=("--cluster",), flags=("--dry_run",), words=True)
+    cluster = _cluster(Path(arguments.needed("--cluster", "FILE", "it says which slices, and where")))
+    if len(arguments.words) > (what != "list"):
+        raise InputError(f"unexpected argument {arguments.words[-1]!r}; --help shows the options")
+    if (what == "ssh") != bool(command):
+        raise InputError(
+            "ssh takes -- COMMAND..., what to run on the workers" if what == "ssh" else f"{what} takes no -- COMMAND"
+        )
+    lines = _lines(what, cluster, arguments.words, command)
+    if "--dry_run" in arguments.flags:
+        for line in lines:
+            print(shlex.join(line))
+        return DONE
+    statuses = [_gcloud(line) for line in lines]  # of all slices, also where the command fails on one
+    return FAILURE if any(statuses) else DONE
+
+
+def _cluster(path: Path) -> GcloudCluster:
+    cluster = read_cluster(path)
+    if not isinstance(cluster, GcloudCluster):
+        raise InputError(f"{path}: backend is {cluster.backend}; tpu is for backend gcloud")
+    return cluster
+
+
+def _lines(what: str, cluster: GcloudCluster, given: Sequence[str], command: Sequence[str]) -> list[list[str]]:
+    if what == "list":
+        return [GcloudWords(cluster, "").list_all()]
+    if given and cluster.name is not None and given[0] != cluster.name:
+        raise InputError(f"{given[0]} is not the name in the cluster's file, {cluster.name}; leave one of them out")
+    words = GcloudWords(cluster, resource_name(cluster, Path(given[0]).name if given else ""))
+    if what == "create":
+        return [words.create()]
+    if what == "delete":
+        return [words.delete()]
+    if what == "logs":
+        return [words.ssh(words.node_names[0], 0, words.newest_log())]
+    line = command[0] if len(command) == 1 else shlex.join(command)
+    return [words.ssh(node, "all", line) for node in words.node_names]
+
+
+def _gcloud(line: Sequence[str]) -> int:
+    try:
+        return subprocess.run(line, check=False).returncode
+    except FileNotFoundError:
+        raise InputError(missing_gcloud()) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
