@@ -196,3 +196,16 @@ def serving(api: FakeTpuApi) -> Iterator[FakeTpuApi]:
         api.address = f"http://127.0.0.1:{server.server_port}"
         yield api
         server.shutdown()
+
+
+def hosts_of_this_machine(folder: Path) -> None:
+    """Puts an `ssh` and a `scp` first on the PATH of `environment`: each address is a home folder on this machine."""
+    (folder / "bin").mkdir(parents=True)
+    ssh = 'while [ "$1" != -- ]; do host="${1#*@}"; shift; done; shift; mkdir -p "$HOSTS/$host"; cd "$HOSTS/$host"\n'
+    ssh += 'echo "$*" >> "$HOSTS/ssh.log"; HOME="$PWD" exec bash -c "$*"\n'
+    scp = 'to="${@: -1}"; host="${to%%:*}"; host="$HOSTS/${host#*@}"; mkdir -p "$host"\n'
+    scp += 'cp "${@: -2:1}" "$host/${to#*:}"\n'
+    for name, script in (("ssh", ssh), ("scp", scp)):
+        file = folder / "bin" / name
+        file.write_text(f"#!/bin/bash\nHOSTS={folder / 'hosts'}\n{script}")
+        file.chmod(0o755)

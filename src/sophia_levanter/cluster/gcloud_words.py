@@ -104,7 +104,7 @@ class GcloudWords:
         """The lines of the cluster's file, for a host that they have not yet been run on."""
         lines = "\n".join(self.cluster.setup)
         marker = f"sophia_levanter-setup-{hashlib.sha256(lines.encode()).hexdigest()[:12]}"
-        return f"test -e {marker} || {{ bash -e -c {shlex.quote(lines)} && touch {marker}; }}"
+        return f"test -e {marker} || {{ bash -e -o pipefail -c {shlex.quote(lines)} && touch {marker}; }}"
 
     def training(self, words: Sequence[str], env: Mapping[str, str], log: str) -> str:
         """Runs a training process on a host.
