@@ -37,16 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The process's exit status, 128 + N if signal N ended it; 1 if it was started before, 2 for bad input.
     """
-    return run_command(argv, _run, usage=USAGE)
+    given = sys.argv[1:] if argv is None else list(argv)
+    own = given[: given.index("--")] if "--" in given else given
+    # A --help behind the dashes is the process's.
+    return run_command(own, lambda arguments: _run(arguments, given[len(own) + 1 :]), usage=USAGE)
 
 
-def _run(given: Sequence[str]) -> int:
-    own, dashes, words = _split(given)
-    arguments = parse_arguments(own, options=("--grace", "--log"))
+def _run(given: Sequence[str], words: Sequence[str]) -> int:
+    arguments = parse_arguments(given, options=("--grace", "--log"))
     grace = whole_number("--grace", arguments.needed("--grace", "SECONDS", "then comes SIGKILL"))
     log_file = Path(arguments.needed("--log", "FILE", "what the process prints is kept there"))
     if not words:
-        raise InputError(f"{dashes or '--'} WORD... is missing; it is the command line of the process")
+        raise InputError("-- WORD... is missing; it is the command line of the process")
     log_file.parent.mkdir(parents=True, exist_ok=True)
     try:
         log = log_file.open("xb", buffering=0)
@@ -97,13 +99,6 @@ def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
     _kill_group(child.pid)
     printing.join(timeout=5)
     return 128 - status if status < 0 else status
-
-
-def _split(given: Sequence[str]) -> tuple[list[str], str, list[str]]:
-    if "--" not in given:
-        return list(given), "", []
-    at = list(given).index("--")
-    return list(given[:at]), "--", list(given[at + 1 :])
 
 
 def _die_with(parent: int) -> Callable[[], None]:
