@@ -192,7 +192,7 @@ def serving(api: FakeTpuApi) -> Iterator[FakeTpuApi]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         api.address = f"http://127.0.0.1:{server.server_port}"
         yield api
         server.shutdown()

@@ -42,7 +42,7 @@ def test_slices(name, topology, chips, hosts, memory, runtime_version):
     ],
 )
 def test_there_is_no_such_slice(name, wanted):
-    with pytest.raises(InputError, match="^accelerator is ") as error:
+    with pytest.raises(InputError, match=r"^accelerator is ") as error:
         tpu_shape(name)
     assert wanted in str(error.value)
 

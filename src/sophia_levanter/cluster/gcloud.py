@@ -162,7 +162,9 @@ class GcloudBackend:
         return self._words.training(words, env, f"{stamp}-attempt-{attempt}.log")
 
     def _copies(self, job: Job) -> list[list[str]]:
-        return [self._words.scp(node, str(job.config_file), self._words.config_file) for node in self._words.node_names]
+        # gcloud takes what comes before a colon for a host, if there is no slash before it.
+        file = os.path.abspath(job.config_file)
+        return [self._words.scp(node, file, self._words.config_file) for node in self._words.node_names]
 
     def _setups(self) -> list[list[str]]:
         return [self._words.ssh(node, "all", self._words.setup()) for node in self._words.node_names]

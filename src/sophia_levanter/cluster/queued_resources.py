@@ -48,7 +48,7 @@ class Node:
         return self.state == "READY" and self.health in (None, "HEALTHY", "HEALTH_UNSPECIFIED")
 
     def __str__(self) -> str:
-        health = f" and {self.health}" if self.health and not self.whole else ""
+        health = f" and {self.health}" if self.state == "READY" and self.health else ""
         return f"slice {self.name} is {self.state}{health}"
 
 
