@@ -130,6 +130,15 @@ def test_the_process_is_not_started_a_second_time(start, tmp_path):
     assert not (tmp_path / "second").exists()
 
 
+def test_the_process_of_an_earlier_attempt_is_told_to_end_and_waited_for(start):
+    earlier = start(*child("75"))
+    assert earlier.stdout.readline() == b"up\n"
+    later = start("echo", "later", log="logs/b.log")
+    assert later.wait(30) == 0
+    assert earlier.wait(30) == 75
+    assert later.stdout.read() == b"waiting until the process of an earlier attempt has ended\nlater\n"
+
+
 def test_words_arrive_unchanged(start):
     words = ["a  b", "--help", "", "$(touch x); 'q' \"r\"\n"]
     host = start(sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))", *words)

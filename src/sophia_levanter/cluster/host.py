@@ -1,7 +1,8 @@
 """`python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD...`: a training process under ssh.
 
 It is told to stop by the end of standard input, which is all that a host hears of a connection or a launcher that is
-gone, or by SIGTERM or SIGHUP, as when the machine is shut down. What it prints is passed on, and kept in the file.
+gone, or by SIGTERM or SIGHUP, as when the machine is shut down. What it prints is passed on, and kept in the file, in
+whose folder there is one process at a time.
 Imports nothing heavy.
 """
 
@@ -9,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +32,7 @@ usage: python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD
   --log FILE        a new file for what it prints; where there is one already, the process is not started a second time
   --help            prints this and exits"""
 _PR_SET_PDEATHSIG = 1
+_PATIENCE = 10.0  # seconds beyond the grace in which the process of an earlier attempt ends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +60,7 @@ def _run(given: Sequence[str], words: Sequence[str]) -> int:
         # gcloud connects again where a connection has broken, and would run a second process beside the first.
         print(f"error: {log_file} exists: the process was started once, and its connection is gone", file=sys.stderr)
         return FAILURE
-    with log:
+    with log, _alone_on_this_host(log_file.parent, grace + _PATIENCE):
         return run_child(words, grace, log)
 
 
@@ -99,6 +103,33 @@ def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
     _kill_group(child.pid)
     printing.join(timeout=5)
     return 128 - status if status < 0 else status
+
+
+@contextlib.contextmanager
+def _alone_on_this_host(folder: Path, seconds: float) -> Iterator[None]:
+    """Waits until the process of an earlier attempt is gone, which holds the devices; it is told to end."""
+    with (folder / "lock").open("a+") as lock:
+        deadline = time.monotonic() + seconds
+        told = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise OSError(f"{folder}: the process of an earlier attempt does not end") from None
+            if not told:
+                print("waiting until the process of an earlier attempt has ended", flush=True)
+                lock.seek(0)
+                if (holder := lock.read()).isdecimal():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(holder), signal.SIGTERM)
+                    told = True
+            time.sleep(0.1)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def _die_with(parent: int) -> Callable[[], None]:
