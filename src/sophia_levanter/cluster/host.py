@@ -124,7 +124,7 @@ def _alone_on_this_host(folder: Path, seconds: float) -> Iterator[None]:
                 if (holder := lock.read()).isdecimal():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(int(holder), signal.SIGTERM)
-                    told = True
+                told = True
             time.sleep(0.1)
         lock.truncate(0)
         lock.write(str(os.getpid()))
