@@ -21,7 +21,7 @@ from sophia_levanter import cli
         (
             ["--help"],
             0,
-            "usage: sophia-levanter {train,prepare_data,inspect_data,train_tokenizer,compare,plan,checkpoints,launch,tpu}",
+            "usage: sophia-levanter {train,prepare_data,inspect_data,train_tokenizer,compare,plan,checkpoints,launch,t",
         ),
         (["train", "--help"], 0, "--optimizer.learning_rate"),
         (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),

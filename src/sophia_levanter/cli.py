@@ -5,7 +5,16 @@ from __future__ import annotations
 import sys
 
 from sophia_levanter import main as train
-from sophia_levanter.commands import checkpoints, compare, inspect_data, launch, plan, prepare_data, tpu, train_tokenizer
+from sophia_levanter.commands import (
+    checkpoints,
+    compare,
+    inspect_data,
+    launch,
+    plan,
+    prepare_data,
+    tpu,
+    train_tokenizer,
+)
 
 VERBS = {
     "train": train.main,

@@ -204,7 +204,8 @@ def hosts_of_this_machine(folder: Path) -> None:
     ssh = 'while [ "$1" != -- ]; do host="${1#*@}"; shift; done; shift; mkdir -p "$HOSTS/$host"; cd "$HOSTS/$host"\n'
     ssh += 'echo "$*" >> "$HOSTS/ssh.log"; HOME="$PWD" exec bash -c "$*"\n'
     scp = 'to="${@: -1}"; host="${to%%:*}"; host="$HOSTS/${host#*@}"; mkdir -p "$host"\n'
-    scp += 'cp "${@: -2:1}" "$host/${to#*:}"\n'
+    scp += 'while [ $# -gt 1 ]; do case "$1" in -[oiFP]) shift 2;; -*) shift;; *) files+=("$1"); shift;; esac; done\n'
+    scp += 'cp "${files[@]}" "$host/${to#*:}"\n'
     for name, script in (("ssh", ssh), ("scp", scp)):
         file = folder / "bin" / name
         file.write_text(f"#!/bin/bash\nHOSTS={folder / 'hosts'}\n{script}")

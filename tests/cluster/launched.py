@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -89,24 +90,22 @@ def metrics(run_dir):
     return [json.loads(line) for line in lines]
 
 
-def losses(run_dir):
-    """Training losses by step; each step once."""
+def losses(run_dir, first=0):
+    """Training losses by step, from the first that there is on; each step once."""
     found = [(line["step"], line["train/loss"]) for line in metrics(run_dir) if "train/loss" in line]
-    assert [step for step, _ in found] == list(range(len(found)))
+    assert [step for step, _ in found] == list(range(first, first + len(found)))
     return [loss for _, loss in found]
 
 
-def training_process(run_dir, process_id):
-    """The training process of that number of a run, whichever backend started it."""
-    for process in psutil.process_iter(["cmdline", "environ"]):
+def training_process(run_dir, process_id=None):
+    """The training process of a run, of that number if it has several, whichever backend started it."""
+    for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if words[-1:] == [str(process_id)] and "sophia_levanter.main" in words and str(run_dir) in _config_of(words):
-            return process
+        if words[1:4] != ["-u", "-m", "sophia_levanter.main"] or (
+            process_id is not None and words[-1] != str(process_id)
+        ):
+            continue
+        with contextlib.suppress(OSError, psutil.Error):
+            if str(run_dir) in Path(process.cwd(), words[words.index("--config") + 1]).read_text():
+                return process
     return None
-
-
-def _config_of(words):
-    try:
-        return Path(words[words.index("--config") + 1]).read_text()
-    except OSError:
-        return ""

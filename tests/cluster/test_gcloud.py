@@ -15,8 +15,10 @@ from sophia_levanter.cluster.queued_resources import QueuedResource
 from sophia_levanter.errors import InputError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gcloud"
-slow = pytest.mark.slow  # each call of gcloud takes about a second
-pytestmark = pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
+pytestmark = [
+    pytest.mark.slow,  # each call of gcloud takes about a second
+    pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed"),
+]
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def test_what_is_created(api, golden, fields):
 
 @pytest.mark.parametrize(
     "states",
-    [["FAILED"], *(pytest.param(states, marks=slow) for states in (["SUSPENDING", "SUSPENDED"], ["DELETING", "GONE"]))],
+    [["FAILED"], ["SUSPENDING", "SUSPENDED"], ["DELETING", "GONE"]],
 )
 def test_what_is_over_is_deleted_and_created_anew(api, states):
     api.add("a-run", spec(), states)
@@ -83,9 +85,7 @@ def test_what_is_over_is_deleted_and_created_anew(api, states):
     assert said[0].startswith(f"queued resource a-run is {states[0]}; ")
 
 
-@pytest.mark.parametrize(
-    "state", ["PREEMPTED", pytest.param("TERMINATED", marks=slow), pytest.param("GONE", marks=slow)]
-)
+@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED", "GONE"])
 def test_a_slice_that_lost_a_host_is_not_used_again(api, state):
     body = spec(nodeId=None, multisliceParams={"nodeCount": 2})
     api.add("a-run", body, ["ACTIVE"])
@@ -101,7 +101,6 @@ def test_a_slice_that_lost_a_host_is_not_used_again(api, state):
     ]
 
 
-@slow
 def test_a_slice_that_stays_sick_is_replaced(api, monkeypatch):
     monkeypatch.setattr("sophia_levanter.cluster.queued_resources.SETTLE", 0.1)
     api.add("a-run", spec(), ["ACTIVE"])
@@ -140,9 +139,9 @@ def test_a_quota_is_not_waited_for_without_end(api):
     ("status", "said"),
     [
         (403, "PERMISSION_DENIED: Permission denied on 'locations/moon-a' (or it may not exist)."),
-        pytest.param(404, "NOT_FOUND: Permission denied on 'locations/moon-a'", marks=slow),
-        pytest.param(400, "INVALID_ARGUMENT: Permission denied on 'locations/moon-a'", marks=slow),
-        pytest.param(401, "UNAUTHENTICATED: Permission denied on 'locations/moon-a'", marks=slow),
+        (404, "NOT_FOUND: Permission denied on 'locations/moon-a'"),
+        (400, "INVALID_ARGUMENT: Permission denied on 'locations/moon-a'"),
+        (401, "UNAUTHENTICATED: Permission denied on 'locations/moon-a'"),
     ],
 )
 def test_what_cannot_be_had_is_bad_input(api, job, status, said):
@@ -190,9 +189,9 @@ def test_a_launcher_that_is_told_to_stop_does_not_wait(api, job):
         ("ACTIVE", ("READY", "HEALTHY"), False),
         ("ACTIVE", ("PREEMPTED", "HEALTHY"), True),
         ("SUSPENDING", ("READY", "HEALTHY"), True),
-        pytest.param("ACTIVE", ("GONE", ""), True, marks=slow),
-        pytest.param("SUSPENDED", ("GONE", ""), True, marks=slow),
-        pytest.param("GONE", ("GONE", ""), True, marks=slow),
+        ("ACTIVE", ("GONE", ""), True),
+        ("SUSPENDED", ("GONE", ""), True),
+        ("GONE", ("GONE", ""), True),
     ],
 )
 def test_preemption(api, state, node, preempted):
@@ -209,7 +208,6 @@ def test_no_answer_is_no_preemption(tmp_path, monkeypatch):
     assert backend().was_preempted([1]) is False
 
 
-@slow
 def test_slices_that_are_kept(api, job):
     api.add("a-run", spec(), ["ACTIVE"])
     said = []

@@ -40,11 +40,16 @@ def job(tmp_path):
     return job
 
 
+@slow
 def test_a_run_on_slices_from_nothing_to_nothing(api, job, tmp_path):
     api.states = ["ACCEPTED", "WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
     said = []
     setup = ('echo "it\'s $((1 + 1))" >> installed', "cd /", 'touch "$HOME/the second line"')
-    slices = backend(setup=setup, python=fake_python(tmp_path), env={"AWKWARD": AWKWARD})
+    files = [tmp_path / "a wheel.whl", tmp_path / "constraints.txt"]
+    for file in files:
+        file.write_text(file.name)
+    fields = {"setup": setup, "files": tuple(map(str, files)), "env": {"AWKWARD": AWKWARD}}
+    slices = backend(python=fake_python(tmp_path), **fields)
     slices.prepare(job, 1, said.append, lambda: False)
     assert said == [
         "created queued resource a-run; it is paid for from when it is active until it is deleted",
@@ -55,6 +60,7 @@ def test_a_run_on_slices_from_nothing_to_nothing(api, job, tmp_path):
     assert [host.name for host in hosts] == [f"192.0.2.{i}" for i in range(4)]
     for host in hosts:
         assert (host / "sophia_levanter-a-run.yaml").read_text() == "trainer: {}\n"
+        assert [(host / file.name).read_text() for file in files] == [file.name for file in files]
         assert (host / "installed").read_text() == "it's 2\n"
         assert (host / "the second line").exists()
 
@@ -129,7 +135,8 @@ def test_a_host_that_is_not_reached_is_not_bad_input(status, errors, unreachable
     assert Answer(status, "", errors).unreachable is unreachable
 
 
-@pytest.mark.parametrize("internal_ips", [False, pytest.param(True, marks=slow)])
+@slow
+@pytest.mark.parametrize("internal_ips", [False, True])
 def test_arguments_arrive_unchanged_on_every_worker_of_two_slices(api, job, tmp_path, internal_ips):
     api.add("a-run", spec(nodeId=None, multisliceParams={"nodeCount": 2}), ["ACTIVE"])
     fields = {"slices": 2, "internal_ips": internal_ips, "env": {"AWKWARD": AWKWARD, "EMPTY": ""}}
@@ -214,13 +221,28 @@ def test_what_is_described_can_be_pasted(job):
     words = GcloudWords(cluster(slices=2, capacity="spot", setup=setup, env={"AWKWARD": AWKWARD}), "a-run")
     assert commands[0] == words.create()
     assert commands[1:3] == [
-        words.scp(node, str(job.config_file), "sophia_levanter-a-run.yaml") for node in ("a-run-0", "a-run-1")
+        words.scp(node, [str(job.config_file)], "sophia_levanter-a-run.yaml") for node in ("a-run-0", "a-run-1")
     ]
     assert commands[3:5] == [words.ssh(node, "all", words.setup()) for node in ("a-run-0", "a-run-1")]
     assert [re.findall(r"process_id (\d+)$", words[-1]) for words in commands[5:13]] == [[str(i)] for i in range(8)]
     assert commands[13:] == [words.delete()]
     paid = "paid for: 2 x v4-32: 16 chips (2x2x4), 4 hosts, 512 GiB; spot, 32 chips in all, from when it is active"
     assert lines[2] == f"{paid} until it is deleted, by the prices at https://cloud.google.com/tpu/pricing"
+
+
+def test_a_file_that_is_not_there(job):
+    with pytest.raises(InputError, match=r"^files names nowhere.whl, which is not there$"):
+        backend(files=("nowhere.whl",)).prepare(job, 1, print, lambda: False)
+
+
+def test_another_wheel_is_installed_anew(tmp_path):
+    wheel = tmp_path / "a.whl"
+    words = GcloudWords(cluster(setup=("true",), files=(str(wheel),)), "a-run")
+    lines = []
+    for content in ("one", "two", "one"):
+        wheel.write_text(content)
+        lines.append(words.setup())
+    assert lines[0] == lines[2] != lines[1]
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,6 @@ def test_words_arrive_unchanged(start):
         (["--log", "x.log", "--", "true"], "error: --grace SECONDS is missing"),
         (["--grace", "1", "--", "true"], "error: --log FILE is missing"),
         (["--grace", "soon", "--log", "x.log", "--", "true"], "error: --grace is 'soon'"),
-        (["--grace", "1", "--log", "x.log", "--", "./nothing"], "error: ./nothing cannot be started: No such file"),
     ],
 )
 def test_bad_input(arguments, wanted, tmp_path):
@@ -161,6 +160,12 @@ def test_bad_input(arguments, wanted, tmp_path):
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(wanted)
     assert result.stderr.count("\n") == 1
+
+
+def test_a_command_that_is_not_there(start):
+    host = start("./nothing")
+    assert host.stdout.read() == b"error: ./nothing cannot be started: No such file or directory\n"
+    assert host.wait() == 1
 
 
 def test_it_imports_nothing_heavy():

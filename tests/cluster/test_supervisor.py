@@ -118,8 +118,11 @@ def test_bad_input_is_not_tried_again(tmp_path):
     assert (status, backend.started) == (2, 1)
     assert said[-1] == "error: model.num_heads 3: no"
     assert record.read().state == "refused"
-    backend = Scripts(InputError("nodes is 2: no"), ["true"])
-    assert run(tmp_path / "other", backend)[0] == 2
+    backend = Scripts(InputError("setup failed:\npip: no"), ["true"])
+    status, said, _ = run(tmp_path / "other", backend)
+    assert status == 2
+    assert said[0] == "  | pip: no"
+    assert said[-1] == "error: setup failed:"
 
 
 def test_preemptions_have_a_budget_of_their_own(tmp_path):

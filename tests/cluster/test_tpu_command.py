@@ -26,6 +26,7 @@ def cluster_file(tmp_path):
 
 
 @needs_gcloud
+@pytest.mark.slow
 def test_slices_by_hand(cluster_file, tmp_path, monkeypatch, capfd):
     hosts_of_this_machine(tmp_path)
     with serving(FakeTpuApi(hosts=2, states=["ACTIVE"])) as api:

@@ -177,7 +177,8 @@ class GcloudCluster(ClusterConfig):
     subnetwork: str | None = None
     internal_ips: bool = False  # no addresses that the world can reach; ssh then needs --tunnel-through-iap
     service_account: str | None = None  # that the hosts act as, with the right to write trainer.checkpoint_dir
-    setup: tuple[str, ...] = ()  # lines of shell on every host, once: pip install 'sophia-levanter[data,tpu]'
+    files: tuple[str, ...] = ()  # of this machine, for the home folder of every host: a wheel of this project
+    setup: tuple[str, ...] = ()  # lines of shell on every host, once, after that: pip install that wheel
     python: str = "python3"  # on the hosts
     keep: bool = False  # leave the slices running, and paid for, when the run is over
     start_timeout: int = 24 * 3600  # seconds to wait for capacity

@@ -55,7 +55,7 @@ class GcloudBackend:
             f"  {shlex.join(self._words.create())}",
             f"paid for: {cluster.slices} x {shape}; {cluster.capacity}, {cluster.slices * shape.chips} chips in all, "
             f"from when it is active until it is deleted, by the prices at {PRICES}",
-            "would then copy the configuration to every host:",
+            "would then copy the configuration, and files, to every host:",
             *(f"  {shlex.join(words)}" for words in self._copies(job)),
         ]
         if cluster.setup:
@@ -76,12 +76,15 @@ class GcloudBackend:
             Unavailable: if they do not come within `start_timeout`, or cannot be reached.
         """
         self._nodes = []
+        for file in self._cluster.files:
+            if not Path(file).is_file():
+                raise InputError(f"files names {file}, which is not there")
         try:
             nodes = self._resource.acquire(say, stopped)
             say(f"queued resource {self._words.name}: {self._cluster.slices} x {self._cluster.shape} ready")
             # One after another: the first one makes gcloud's ssh key where there is none.
             for words in self._copies(job):
-                self._check(call(words, stopped), "copying the configuration")
+                self._check(call(words, stopped), "copying files")
             if self._cluster.setup:
                 with ThreadPoolExecutor(len(nodes)) as pool:
                     answers = list(pool.map(lambda words: call(words, stopped), self._setups()))
@@ -158,13 +161,17 @@ class GcloudBackend:
                 "MEGASCALE_NUM_SLICES": str(len(nodes)),
                 "MEGASCALE_SLICE_ID": str(slice_id),
             }
-        words = training_command(self._cluster.python, self._words.config_file, mesh)
+        words = training_command(
+            self._cluster.python, self._words.config_file, mesh if self.num_processes > 1 else None
+        )
         return self._words.training(words, env, f"{stamp}-attempt-{attempt}.log")
 
     def _copies(self, job: Job) -> list[list[str]]:
         # gcloud takes what comes before a colon for a host, if there is no slash before it.
-        file = os.path.abspath(job.config_file)
-        return [self._words.scp(node, file, self._words.config_file) for node in self._words.node_names]
+        files = [os.path.abspath(file) for file in self._cluster.files]
+        words, config = self._words, os.path.abspath(job.config_file)
+        copies = [words.scp(node, [config], words.config_file) for node in words.node_names]
+        return copies + [words.scp(node, files, "") for node in words.node_names if files]
 
     def _setups(self) -> list[list[str]]:
         return [self._words.ssh(node, "all", self._words.setup()) for node in self._words.node_names]

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sophia_levanter.cluster.config import GcloudCluster
 from sophia_levanter.errors import InputError
@@ -95,15 +96,18 @@ class GcloudWords:
         to = [node, *self._place, f"--worker={worker}", *self._tunnel, *_KEEPALIVE, "--quiet"]
         return [*self._tpu_vm, "ssh", *to, f"--command={command}"]
 
-    def scp(self, node: str, file: str, destination: str) -> list[str]:
-        """Copies a file to all workers."""
+    def scp(self, node: str, files: Sequence[str], destination: str) -> list[str]:
+        """Copies files to all workers."""
         to = [f"{node}:{destination}", *self._place, "--worker=all", *self._tunnel, "--quiet"]
-        return [*self._tpu_vm, "scp", file, *to]
+        return [*self._tpu_vm, "scp", *files, *to]
 
     def setup(self) -> str:
         """The lines of the cluster's file, for a host that they have not yet been run on."""
         lines = "\n".join(self.cluster.setup)
-        marker = f"sophia_levanter-setup-{hashlib.sha256(lines.encode()).hexdigest()[:12]}"
+        digest = hashlib.sha256(lines.encode())
+        for path in map(Path, self.cluster.files):
+            digest.update(path.read_bytes() if path.is_file() else b"")
+        marker = f"sophia_levanter-setup-{digest.hexdigest()[:12]}"
         return f"test -e {marker} || {{ bash -e -o pipefail -c {shlex.quote(lines)} && touch {marker}; }}"
 
     def training(self, words: Sequence[str], env: Mapping[str, str], log: str) -> str:

@@ -9,7 +9,6 @@ Imports nothing heavy.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import signal
@@ -17,12 +16,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from sophia_levanter.commands.arguments import FAILURE, parse_arguments, run_command, whole_number
+from sophia_levanter.cluster.child import bound_to_this_process
+from sophia_levanter.commands.arguments import parse_arguments, run_command, whole_number
 from sophia_levanter.errors import InputError
+from sophia_levanter.exit_status import FAILURE
 
 USAGE = """\
 usage: python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD...
@@ -31,7 +32,6 @@ usage: python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD
   --grace SECONDS   after which it then gets SIGKILL
   --log FILE        a new file for what it prints; where there is one already, the process is not started a second time
   --help            prints this and exits"""
-_PR_SET_PDEATHSIG = 1
 _PATIENCE = 10.0  # seconds beyond the grace in which the process of an earlier attempt ends
 
 
@@ -78,18 +78,13 @@ def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    try:
-        child = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            # Before there are threads, which this is not safe with.
-            preexec_fn=_die_with(os.getpid()),
-        )
-    except OSError as error:
-        raise InputError(f"{words[0]} cannot be started: {error.strerror}") from None
+    child = subprocess.Popen(
+        bound_to_this_process(words),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     assert child.stdout is not None
     printing = threading.Thread(target=_pass_on, args=(child.stdout, log), daemon=True)
     for thread in (
@@ -130,18 +125,6 @@ def _alone_on_this_host(folder: Path, seconds: float) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    """What a child does so that it gets SIGKILL when this process does, which then can tell it nothing any more."""
-    libc = ctypes.CDLL(None)
-
-    def ask_for_it() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # gone before the request
-            os._exit(128 + signal.SIGKILL)
-
-    return ask_for_it
 
 
 def _wait_for_end_of_input(stop: threading.Event) -> None:

@@ -95,10 +95,9 @@ class Supervisor:
             if self._told_to_stop():
                 return Outcome("stopped", "before its processes were started")
             commands = self._backend.commands(self._job, number)
-        except InputError as error:
-            return Outcome("refused", str(error))
-        except Unavailable as error:
-            return Outcome("unavailable", str(error))
+        except (InputError, Unavailable) as error:
+            reason, *details = str(error).splitlines()
+            return Outcome("refused" if isinstance(error, InputError) else "unavailable", reason, tail=details)
         secrets = [value for name in self._policy.secrets if (value := os.environ.get(name))]
         attempt = Attempt(commands, self._record.attempt_directory(number), self._hear, secrets)
         try:

@@ -162,7 +162,10 @@ def _backend(launch: Launch) -> Backend:
         from sophia_levanter.cluster.slurm import SlurmBackend
 
         return SlurmBackend(cluster)
-    raise AssertionError(f"backend {cluster.backend}")
+    assert isinstance(cluster, GcloudCluster)
+    from sophia_levanter.cluster.gcloud import GcloudBackend
+
+    return GcloudBackend(cluster, launch.job.run_dir)
 
 
 def _print(lines: Sequence[str]) -> int:

@@ -12,8 +12,9 @@ from pathlib import Path
 from sophia_levanter.cluster.config import GcloudCluster, read_cluster
 from sophia_levanter.cluster.gcloud_calls import missing_gcloud
 from sophia_levanter.cluster.gcloud_words import GcloudWords, resource_name
-from sophia_levanter.commands.arguments import DONE, FAILURE, parse_arguments, run_command
+from sophia_levanter.commands.arguments import parse_arguments, run_command
 from sophia_levanter.errors import InputError
+from sophia_levanter.exit_status import DONE, FAILURE
 
 USAGE = """\
 usage: python -m sophia_levanter.commands.tpu create --cluster FILE [NAME] [--dry_run]
