@@ -48,7 +48,8 @@ def test_a_dry_run_shows_the_commands_and_writes_nothing(config_file, tmp_path, 
 
 def test_a_dry_run_of_ray(config_file, tmp_path, capsys):
     cluster = cluster_file(tmp_path, "backend: ray\naccelerator: v4-32\nslices: 2\n")
-    words = ["--config", config_file, "--cluster", cluster, "--trainer.run_dir", tmp_path / "run", "--dry_run"]
+    words = ["--trainer.batch_size", 32, "--trainer.microbatch_size", 32]
+    words += ["--config", config_file, "--cluster", cluster, "--trainer.run_dir", tmp_path / "run", "--dry_run"]
     status, out, _ = main(capsys, *words)
     assert status == 0
     assert out.startswith(
@@ -92,8 +93,32 @@ def test_bad_input(words, message, config_file, tmp_path, capsys):
     assert out == ""
 
 
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        (
+            "backend: gcloud\nzone: z\naccelerator: v4-64\n",
+            "trainer.batch_size 16 does not divide over mesh.data 32",
+        ),
+        ("backend: ray\naccelerator: v4-32\n", "trainer.microbatch_size 8 does not divide over mesh.data 16 devices"),
+        (
+            "backend: ray\nworkers: 2\ngpus_per_worker: 8\n",
+            "trainer.microbatch_size 8 does not divide over mesh.data 16",
+        ),
+        ("backend: slurm\nnodes: 4\ngpus_per_node: 4\n", "trainer.microbatch_size 8 does not divide over mesh.data 16"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_found_before_anything_is_paid_for(
+    cluster, message, config_file, tmp_path, capsys
+):
+    words = ["--config", config_file, "--cluster", cluster_file(tmp_path, cluster), "--dry_run"]
+    status, _, err = main(capsys, *words)
+    assert status == 2
+    assert message in err
+
+
 def test_a_bucket_is_needed_where_hosts_share_no_disk(config_file, tmp_path, capsys):
-    cluster = cluster_file(tmp_path, "backend: gcloud\nzone: us-central2-b\naccelerator: v4-32\n")
+    cluster = cluster_file(tmp_path, "backend: gcloud\nzone: us-central2-b\naccelerator: v4-8\n")
     status, _, err = main(capsys, "--config", config_file, "--cluster", cluster, "--trainer.checkpoint_dir", "ckpt")
     assert status == 2
     assert "trainer.checkpoint_dir is ckpt; the hosts of a TPU slice share no disk" in err

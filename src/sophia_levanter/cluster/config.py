@@ -55,6 +55,11 @@ class ClusterConfig:
                     f"env.{name} looks like a secret; name it under secrets, and keep its value out of files"
                 )
 
+    @property
+    def num_devices(self) -> int | None:
+        """That the run has in all; None where the file does not tell."""
+        return None
+
     def _at_least(self, name: str, least: int) -> None:
         if getattr(self, name) < least:
             raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
@@ -125,6 +130,10 @@ class RayCluster(ClusterConfig):
         """That the run has."""
         return self.slices * self.shape.hosts if self.shape else self.workers or 0
 
+    @property
+    def num_devices(self) -> int | None:
+        return self.slices * self.shape.chips if self.shape else self.num_processes * self.gpus_per_worker or None
+
 
 @dataclass(frozen=True)
 class SlurmCluster(ClusterConfig):
@@ -158,6 +167,10 @@ class SlurmCluster(ClusterConfig):
                 raise InputError(f"options holds {option!r}; an option of sbatch looks like --qos=high")
         if any("\n" in line for line in self.setup):
             raise InputError("setup holds an item with a line break; each is one line of shell")
+
+    @property
+    def num_devices(self) -> int | None:
+        return self.nodes * self.gpus_per_node or None
 
 
 @dataclass(frozen=True)
@@ -208,6 +221,10 @@ class GcloudCluster(ClusterConfig):
     def num_processes(self) -> int:
         """That the run has."""
         return self.slices * self.shape.hosts
+
+    @property
+    def num_devices(self) -> int | None:
+        return self.slices * self.shape.chips
 
 
 BACKENDS: dict[str, type[ClusterConfig]] = {

@@ -61,7 +61,7 @@ class Supervisor:
             try:
                 status = self._until_the_end()
             finally:
-                self._backend.release(self._say)
+                self._backend.release(self._tell)
         self._update(state=STATES[status], exit_status=status)
         return status
 
@@ -75,7 +75,7 @@ class Supervisor:
             given_up = None
             if outcome.kind in ("preempted", "failed", "unavailable"):
                 given_up = self._budgets.charge(outcome)
-            self._tell(outcome, time.monotonic() - began)
+            self._tell_outcome(outcome, time.monotonic() - began)
             if outcome.kind == "done":
                 return DONE
             if outcome.kind == "refused":
@@ -91,7 +91,7 @@ class Supervisor:
     def _attempt(self, number: int) -> Outcome:
         self._progress = None
         try:
-            self._backend.prepare(self._job, number, self._say, self._told_to_stop)
+            self._backend.prepare(self._job, number, self._tell, self._told_to_stop)
             if self._told_to_stop():
                 return Outcome("stopped", "before its processes were started")
             commands = self._backend.commands(self._job, number)
@@ -143,7 +143,11 @@ class Supervisor:
                 self._update(state="running", progress=self._progress or self._status.progress)
             time.sleep(POLL_SECONDS)
 
-    def _tell(self, outcome: Outcome, seconds: float) -> None:
+    def _tell(self, line: str) -> None:
+        """Of the launcher's own, among the run's."""
+        self._say(f"launch: {line}")
+
+    def _tell_outcome(self, outcome: Outcome, seconds: float) -> None:
         budgets, policy = self._budgets, self._policy
         self._update(
             failures=budgets.failures,
@@ -155,8 +159,8 @@ class Supervisor:
         count = self._backend.num_processes
         parts = [f"{count} process{'es' if count > 1 else ''}"]
         parts += [str(outcome.progress)] if outcome.progress else []
-        self._say(
-            f"launch: attempt {self._status.attempt}: {', '.join(parts)}, {seconds:.0f} s; "
+        self._tell(
+            f"attempt {self._status.attempt}: {', '.join(parts)}, {seconds:.0f} s; "
             f"{outcome.kind}: {outcome.reason}; "
             f"failures {budgets.failures} of {policy.max_failures}, "
             f"preemptions {budgets.preemptions} of {policy.max_preemptions}"
@@ -165,7 +169,7 @@ class Supervisor:
     def _pause(self) -> None:
         if self._told_to_stop() or not (seconds := self._budgets.pause):
             return
-        self._say(f"launch: the next attempt begins in {seconds:.0f} s")
+        self._tell(f"the next attempt begins in {seconds:.0f} s")
         self._update(state="waiting")
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self._told_to_stop():

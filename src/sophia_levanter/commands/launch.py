@@ -22,7 +22,7 @@ from sophia_levanter.cluster.config import (
 from sophia_levanter.cluster.record import DIRECTORY, LaunchRecord
 from sophia_levanter.command_line import Command, dump_config, load_config
 from sophia_levanter.commands.arguments import parse_arguments, run_command, whole_number
-from sophia_levanter.config import TrainConfig
+from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, FAILURE
 from sophia_levanter.files import write_atomically
@@ -103,6 +103,9 @@ def parse(words: Sequence[str]) -> Launch:
     for name in ("coordinator", "num_processes", "process_id"):
         if getattr(config.mesh, name) is not None:
             raise InputError(f"mesh.{name} is {getattr(config.mesh, name)!r}, and the launcher sets it; leave it out")
+    if cluster.num_devices is not None:
+        # Before anything is paid for.
+        check_mesh(config, cluster.num_devices)
     if config.trainer.run_dir is None:
         config = _with_run_dir(config, str(Path("runs", path.stem)))
     if not isinstance(cluster, GcloudCluster):
