@@ -9,6 +9,7 @@ from pathlib import Path
 import fake_slurm
 import pytest
 from fake_slurm import ODD_NAME
+from fake_tpu_api import FakeTpuApi, hosts_of_this_machine, serving
 from launched import OPTIONS, losses, one_device
 
 from sophia_levanter.cluster.backend import Job
@@ -85,3 +86,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     words = [sys.executable, "-m", "sophia_levanter.main", *OPTIONS, "--trainer.run_dir", str(run_dir)]
     subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL)
     return losses(run_dir)
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTpuApi]:
+    """Google's API for TPUs, where gcloud looks for it, and hosts that are folders."""
+    hosts_of_this_machine(tmp_path)
+    with serving(FakeTpuApi()) as api:
+        for name, value in api.environment(tmp_path).items():
+            monkeypatch.setenv(name, value)
+        yield api
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """A run for its slices."""
+    job = Job(Path("My run"), tmp_path / "My run" / "launch")
+    job.directory.mkdir(parents=True)
+    job.config_file.write_text("trainer: {}\n")
+    return job

@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fake_tpu_api import FakeTpuApi, hosts_of_this_machine, serving
 from gcloud_cases import backend, cluster, spec
 
-from sophia_levanter.cluster.backend import Job, Unavailable
+from sophia_levanter.cluster.backend import Unavailable
 from sophia_levanter.cluster.gcloud_words import GcloudWords
 from sophia_levanter.cluster.queued_resources import QueuedResource
 from sophia_levanter.errors import InputError
@@ -19,23 +18,6 @@ pytestmark = [
     pytest.mark.slow,  # each call of gcloud takes about a second
     pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed"),
 ]
-
-
-@pytest.fixture
-def api(tmp_path, monkeypatch):
-    hosts_of_this_machine(tmp_path)
-    with serving(FakeTpuApi()) as api:
-        for name, value in api.environment(tmp_path).items():
-            monkeypatch.setenv(name, value)
-        yield api
-
-
-@pytest.fixture
-def job(tmp_path):
-    job = Job(Path("My run"), tmp_path / "My run" / "launch")
-    job.directory.mkdir(parents=True)
-    job.config_file.write_text("trainer: {}\n")
-    return job
 
 
 def acquire(said, stopped=lambda: False, **fields):

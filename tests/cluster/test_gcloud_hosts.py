@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_tpu_api import FakeTpuApi, hosts_of_this_machine, serving
 from gcloud_cases import AWKWARD, FAKE_PYTHON, backend, cluster, fake_python, spec
 
 from sophia_levanter.cluster.backend import Job
@@ -21,23 +20,6 @@ from sophia_levanter.errors import InputError
 
 slow = pytest.mark.slow  # each call of gcloud takes about a second
 pytestmark = pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
-
-
-@pytest.fixture
-def api(tmp_path, monkeypatch):
-    hosts_of_this_machine(tmp_path)
-    with serving(FakeTpuApi()) as api:
-        for name, value in api.environment(tmp_path).items():
-            monkeypatch.setenv(name, value)
-        yield api
-
-
-@pytest.fixture
-def job(tmp_path):
-    job = Job(Path("My run"), tmp_path / "My run" / "launch")
-    job.directory.mkdir(parents=True)
-    job.config_file.write_text("trainer: {}\n")
-    return job
 
 
 @slow

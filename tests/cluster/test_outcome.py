@@ -35,6 +35,11 @@ def test_statuses(statuses, told, kind, reason):
     assert (outcome.kind, outcome.reason, outcome.progress) == (kind, reason, Progress(3))
 
 
+def test_a_directory_that_is_still_in_use_is_tried_again():
+    tail = ["error: trainer.run_dir run is in use by another process; wait for it or name another directory"]
+    assert outcome_of([2, 2], 2, "process-0", tail, None, told_to_stop=False).kind == "failed"
+
+
 def failed_at(step):
     return Outcome("failed", "because", None if step is None else Progress(step))
 

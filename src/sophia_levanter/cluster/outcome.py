@@ -10,6 +10,7 @@ from typing import Literal
 from sophia_levanter.cluster.config import ClusterConfig
 from sophia_levanter.exit_status import BAD_INPUT, DONE, PREEMPTED
 from sophia_levanter.tracking.step_lines import Progress
+from sophia_levanter.training.run_directory import IN_USE
 
 LONGEST_BACK_OFF = 300.0
 
@@ -64,7 +65,9 @@ def outcome_of(
         return Outcome("preempted", f"{culprit} was told to stop; the last checkpoint counts", progress)
     if ended and all(status == BAD_INPUT for status in ended):
         errors = [line.partition("error: ")[2] for line in tail if "error: " in line]
-        return Outcome("refused", errors[-1] if errors else "its input is at fault", progress)
+        reason = errors[-1] if errors else "its input is at fault"
+        # What is left of an earlier attempt on another machine may need a moment to be gone.
+        return Outcome("failed" if IN_USE in reason else "refused", reason, progress)
     return Outcome("failed", f"{culprit or 'a process'} {_how(ended)}", progress, tail)
 
 

@@ -40,6 +40,7 @@ _MAY_DIFFER = (
     "mesh.heartbeat_timeout",
 )
 LOCK_NAME = ".lock"
+IN_USE = "is in use by another process"
 UNFINISHED_CONFIG = "config.yaml.tmp"
 LAUNCH = "launch"  # what the launcher knows of the run
 
@@ -164,7 +165,7 @@ def _lock(field: str, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         lock = files.lock(path / LOCK_NAME)
     if lock is None:
-        raise InputError(f"trainer.{field} {path} is in use by another process; wait for it or name another directory")
+        raise InputError(f"trainer.{field} {path} {IN_USE}; wait for it or name another directory")
     _locks[path] = lock
 
 
