@@ -254,7 +254,11 @@ def scancel(words: list[str]) -> int:
             for pid in (state() / f"step-{step}").read_text().split("\n")[1:]:
                 kill(int(pid))
         return 0
-    (state() / f"job-{words[0]}").write_text("COMPLETING")
+    job = state() / f"job-{words[0]}"
+    if job.read_text() == "PENDING":
+        job.write_text("CANCELLED")
+        return 0
+    job.write_text("COMPLETING")
     os.kill(int((state() / f"pid-{words[0]}").read_text()), signal.SIGTERM)
     return 0
 

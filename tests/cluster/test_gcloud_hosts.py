@@ -15,7 +15,7 @@ from gcloud_cases import AWKWARD, FAKE_PYTHON, backend, cluster, fake_python, sp
 from sophia_levanter.cluster.backend import Job
 from sophia_levanter.cluster.gcloud import GcloudBackend
 from sophia_levanter.cluster.gcloud_calls import Answer
-from sophia_levanter.cluster.gcloud_words import GcloudWords
+from sophia_levanter.cluster.gcloud_words import GcloudWords, resource_name
 from sophia_levanter.errors import InputError
 
 slow = pytest.mark.slow  # each call of gcloud takes about a second
@@ -181,7 +181,7 @@ def test_a_secret_is_fetched_on_the_host_and_written_nowhere(job, tmp_path, foun
         text=True,
     )
     output = process.stdout.readline()
-    assert process.wait(30) == (0 if found else 2)
+    assert process.wait(30) == (0 if found else 1)
     asked = (tmp_path / "asked").read_text()
     assert asked == "secrets versions access latest --secret=WANDB_API_KEY --project=a-project\n"
     assert output == (f"{secret}\n" if found else "")
@@ -229,11 +229,12 @@ def test_another_wheel_is_installed_anew(tmp_path):
 
 @pytest.mark.parametrize(
     ("run_dir", "name"),
-    [("runs/My run", "my-run"), ("123_GPT.2", "gpt-2"), ("x" * 60, "x" * 40), ("a" * 39 + "_b", "a" * 39)],
+    [("runs/My run", "my-run"), ("123_GPT.2", "gpt-2"), ("x" * 60, "x" * 33), ("a" * 32 + "_b", "a" * 32)],
 )
-def test_the_queued_resource_is_named_after_the_run(run_dir, name):
+def test_the_queued_resource_is_named_after_the_run_and_its_place(run_dir, name):
     slices = GcloudBackend(cluster(name=None), Path(run_dir))
-    assert f"queued resource {name} in" in slices.describe(Job(Path(run_dir), Path(run_dir)))[0]
+    assert re.search(rf"queued resource {name}-[0-9a-f]{{6}} in", slices.describe(Job(Path(run_dir), Path(run_dir)))[0])
+    assert resource_name(cluster(name=None), Path("/elsewhere", run_dir)) != slices._words.name
 
 
 def test_a_run_that_no_name_can_be_made_of():

@@ -28,7 +28,7 @@ def test_a_spot_slice_that_is_taken_away(undisturbed, tmp_path):
             "XLA_FLAGS": one_device().replace("count=1", "count=2"),
             "TENSORSTORE_GCS_HTTP_URL": bucket.address,
         }
-        lines = ["backend: gcloud", "zone: us-central2-b", "accelerator: v4-8", "capacity: spot"]
+        lines = ["backend: gcloud", "zone: us-central2-b", "accelerator: v4-8", "capacity: spot", "name: run"]
         lines += [f"python: {sys.executable}", "env:", *(f"  {name}: {value}" for name, value in variables.items())]
         (tmp_path / "cluster.yaml").write_text("\n".join(lines))
         options = ["--trainer.checkpoint_dir", "gs://bucket/run", "--data.cache_dir", cache]

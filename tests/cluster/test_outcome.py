@@ -31,13 +31,19 @@ from sophia_levanter.tracking.step_lines import Progress
 def test_statuses(statuses, told, kind, reason):
     tail = ["something", "0: error: model.num_heads 3: no", "after it"]
     first = next((status for status in statuses if status is not None), None)
-    outcome = outcome_of(statuses, first, "process-1", tail, Progress(3), told_to_stop=told)
+    outcome = outcome_of(statuses, first, "process-1", tail, Progress(3), told_to_stop=told, has_begun=False)
     assert (outcome.kind, outcome.reason, outcome.progress) == (kind, reason, Progress(3))
 
 
 def test_a_directory_that_is_still_in_use_is_tried_again():
     tail = ["error: trainer.run_dir run is in use by another process; wait for it or name another directory"]
-    assert outcome_of([2, 2], 2, "process-0", tail, None, told_to_stop=False).kind == "failed"
+    assert outcome_of([2, 2], 2, "process-0", tail, None, told_to_stop=False, has_begun=False).kind == "failed"
+
+
+def test_what_is_refused_once_the_run_has_trained_is_a_failure():
+    tail = ["error: trainer.run_dir run cannot be used: Stale file handle; name another directory"]
+    outcome = outcome_of([2, None], 2, "process-0", tail, None, told_to_stop=False, has_begun=True)
+    assert (outcome.kind, outcome.tail) == ("failed", tail)
 
 
 def failed_at(step):

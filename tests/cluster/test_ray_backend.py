@@ -4,6 +4,10 @@ import json
 import os
 
 import pytest
+from ray._private.accelerators.tpu import infer_tpu_pod_type_from_topology
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.config import ScalingConfig
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from sophia_levanter.cluster import ray_driver
 from sophia_levanter.cluster.backend import Job, Unavailable
@@ -12,6 +16,7 @@ from sophia_levanter.cluster.local import free_port
 from sophia_levanter.cluster.ray_backend import RayBackend
 from sophia_levanter.cluster.ray_host import Board
 from sophia_levanter.cluster.ray_slices import broken_slices
+from sophia_levanter.cluster.tpu_shapes import GENERATIONS, shapes_of
 from sophia_levanter.errors import InputError
 
 
@@ -112,7 +117,9 @@ def test_the_board_has_all_stop_together_and_finish_together():
 
 
 def node(name, worker, alive=True, pod="v4-16"):
-    labels = {"ray.io/tpu-slice-name": name, "ray.io/tpu-pod-type": pod} if name else {}
+    labels = (
+        {"ray.io/tpu-slice-name": name, "ray.io/tpu-pod-type": pod, "ray.io/tpu-worker-id": str(worker)} if name else {}
+    )
     return {
         "NodeID": f"{name}{worker}",
         "Alive": alive,
@@ -123,12 +130,45 @@ def node(name, worker, alive=True, pod="v4-16"):
 
 def test_slices_that_lack_a_host_are_broken():
     nodes = [node(None, 0), *(node(name, i) for name in "ab" for i in range(2))]
-    assert broken_slices(nodes, "2x2x2", ()) == {}
-    assert broken_slices(nodes[:-1], "2x2x2", ()) == {"b": "v4-16"}
-    assert broken_slices([*nodes[:-1], node("b", 1, alive=False)], "2x2x2", ()) == {"b": "v4-16"}
-    assert broken_slices(nodes, "2x2x2", ("a1",)) == {"a": "v4-16"}
-    # A slice that is gone altogether needs no fence.
-    assert broken_slices([*nodes[:3], *(node("b", i, alive=False) for i in range(2))], "2x2x2", ("b1",)) == {}
+
+    def broken(nodes, lost=()):
+        return broken_slices(nodes, "v4-16", "2x2x2", lost)
+
+    assert broken(nodes) == set()
+    assert broken(nodes[:-1]) == {"b"}
+    assert broken([*nodes[:-1], node("b", 1, alive=False)]) == {"b"}
+    assert broken(nodes, ("a1",)) == {"a"}
+    # One that is gone altogether, or lacks its first host, Ray does not reserve.
+    assert broken([*nodes[:3], *(node("b", i, alive=False) for i in range(2))], ("b1",)) == set()
+    assert broken([*nodes[:3], node("b", 1)]) == set()
+    # Others' slices are left alone.
+    assert broken([*nodes, node("c", 0, pod="v4-8"), node("d", 0, pod="v4-32")]) == set()
+
+
+@pytest.mark.parametrize("shape", [shape for name in GENERATIONS for shape in shapes_of(name)], ids=str)
+def test_ray_knows_every_slice_as_we_do(shape):
+    accelerator = ray_driver.ray_accelerator(shape.generation)
+    scaling = ScalingConfig(
+        num_workers=shape.hosts, use_tpu=True, topology=shape.topology, accelerator_type=accelerator
+    )
+    assert scaling.num_tpus_per_worker * shape.hosts == shape.chips
+    assert infer_tpu_pod_type_from_topology(shape.topology, accelerator) == shape.accelerator_type
+
+
+class Death(Exception):
+    preempted = True
+
+
+@pytest.mark.parametrize("wrap", [lambda death: death, lambda death: WorkerHealthCheckFailedError("worker 0", death)])
+def test_a_preemption_that_came_without_notice(wrap, tmp_path):
+    order = {"cluster": {"workers": 2}, "lost_file": str(tmp_path / "lost")}
+    error = WorkerGroupError("a worker died", {0: wrap(Death()), 1: RuntimeError("of a collective")})
+    assert ray_driver.exit_status(error, {"statuses": {1: -6}, "lost_nodes": []}, order) == 1
+    assert (tmp_path / "lost").exists()
+    (tmp_path / "lost").unlink()
+    error = WorkerGroupError("a worker died", {0: RuntimeError("by itself")})
+    assert ray_driver.exit_status(error, {"statuses": {}, "lost_nodes": []}, order) == 1
+    assert not (tmp_path / "lost").exists()
 
 
 def test_an_address_where_nothing_answers_is_bad_input(tmp_path, capsys, monkeypatch):

@@ -15,7 +15,9 @@ from fake_slurm import ODD_NAME, tasks, until
 
 from sophia_levanter.cluster.backend import Job
 from sophia_levanter.cluster.config import SlurmCluster, read_cluster
-from sophia_levanter.cluster.slurm_job import describe_submission, sbatch_script, submit
+from sophia_levanter.cluster.record import STOP
+from sophia_levanter.cluster.slurm_job import cancel_if_queued, describe_submission, sbatch_script, submit
+from sophia_levanter.commands import launch
 from sophia_levanter.errors import InputError
 
 
@@ -67,7 +69,7 @@ def test_script_is_shell_and_says_what_is_asked(tmp_path: Path, slurm_run: Job):
         "time": "1:00:00",
         "open-mode": "append",
         "requeue": "",
-        "signal": "B:TERM@120",
+        "signal": "B:TERM@180",
         "qos": "high",
         "constraint": 'a#"b',
         "job-name": "run_a_b_c_j_touch_no_d_e",
@@ -152,6 +154,26 @@ def test_time_that_ends_during_setup(slurm_commands: Path, slurm_run: Job, tmp_p
     assert "launched" not in log.read_text()
 
 
+def test_stopped_run_is_not_queued_again(slurm_commands: Path, slurm_run: Job):
+    """Somebody has asked it to stop, and the job's time ends while it saves."""
+    process = start_job(slurm_run, shell(LISTENING.format(75)))
+    log = slurm_run.directory / "slurm-100.log"
+    until(lambda: log.exists() and "ready" in log.read_text())
+    (slurm_run.directory / STOP).touch()
+    tell_script(slurm_commands)
+    assert process.wait(timeout=60) == 75
+    assert not (slurm_commands / "requeued").exists()
+
+
+def test_job_in_the_queue_is_cancelled_by_stop(slurm_commands: Path, slurm_run: Job, capsys):
+    (slurm_run.directory / "slurm_job").write_text("100")
+    (slurm_commands / "job-100").write_text("PENDING")
+    assert launch.main(["stop", str(slurm_run.run_dir)]) == 0
+    assert capsys.readouterr().out == "Slurm job 100, which had not begun, is cancelled\n"
+    assert (slurm_commands / "job-100").read_text() == "CANCELLED"
+    assert cancel_if_queued(slurm_run.directory) is None
+
+
 def test_cancelled_job_is_not_queued_again(slurm_commands: Path, slurm_run: Job):
     said: list[str] = []
     assert (
@@ -215,6 +237,7 @@ import sys
 from pathlib import Path
 from sophia_levanter.cluster.backend import Job
 from sophia_levanter.cluster.config import SlurmCluster, read_cluster
+from sophia_levanter.cluster.record import STOP
 from sophia_levanter.cluster.slurm_job import submit
 job = Job(Path(sys.argv[1]), Path(sys.argv[1]) / "launch")
 sys.exit(submit(SlurmCluster(), job, sys.argv[2:], lambda line: print(line, flush=True)))

@@ -15,7 +15,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 def slurm_file(slurm_commands, tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     path = tmp_path / "slurm.yaml"
-    lines = ["backend: slurm", "nodes: 2", "back_off: 1", "stop_timeout: 40", f"python: {sys.executable}"]
+    lines = [
+        "backend: slurm",
+        "nodes: 2",
+        "back_off: 1",
+        "stop_timeout: 40",
+        "save_before: 90",
+        f"python: {sys.executable}",
+    ]
     path.write_text("\n".join([*lines, "secrets: [THE_API_KEY]"]))
     return path
 

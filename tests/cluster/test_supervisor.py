@@ -13,11 +13,13 @@ import psutil
 import pytest
 
 from sophia_levanter.cluster import supervisor
+from sophia_levanter.cluster.attempt import Attempt
 from sophia_levanter.cluster.backend import HostCommand, Job, Unavailable
 from sophia_levanter.cluster.config import LocalCluster
 from sophia_levanter.cluster.record import LaunchRecord
 from sophia_levanter.cluster.supervisor import Supervisor
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import lock
 
 STEP = "step 4/9  loss 2.500  1,234 tokens/s  MFU 1.0%"
 
@@ -181,6 +183,45 @@ def test_labelled_lines_are_told_apart_and_secrets_kept_out(tmp_path, monkeypatc
     assert (logs / "process-1.log").read_text().count("\n") == 2
     everything = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file()) + "".join(said)
     assert "hunter2" not in everything and "***" in everything
+
+
+def test_a_reader_that_has_left_and_a_full_disk_do_not_stop_the_run(tmp_path, monkeypatch):
+    """Else a process would wait for ever to print."""
+    job = Job(tmp_path / "run", tmp_path / "run" / "launch")
+    record = LaunchRecord(job.directory)
+    backend = Scripts(["for i in $(seq 20000); do echo a long line of output; done"])
+
+    def fail(*arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(Attempt, "_keep", fail)
+    monkeypatch.setattr(record, "write", fail)
+    monkeypatch.setattr(Supervisor, "_tell", lambda self, line: None)
+    with record.held():
+        assert Supervisor(backend, job, LocalCluster(), record, fail).run() == 0
+
+
+def test_bad_input_after_training_has_begun_is_tried_again(tmp_path):
+    first = f"echo '{STEP}'; exit 1"
+    status, _, record = run(tmp_path, Scripts([first], ["echo 'error: a disk is gone'; exit 2"], ["true"]))
+    assert status == 0
+    assert record.read().failures == 2
+
+
+def test_a_secret_of_several_lines_is_kept_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("THE_KEY", "-----BEGIN\nabcdefgh\n}")
+    status, said, _ = run(tmp_path, Scripts(['echo "$THE_KEY"']), secrets=("THE_KEY",))
+    assert status == 0
+    assert said[:3] == ["***", "***", "}"]
+
+
+def test_one_who_looks_does_not_keep_a_launcher_out(tmp_path):
+    record = LaunchRecord(tmp_path / "launch")
+    record.directory.mkdir()
+    looking = lock(record.directory / ".lock")
+    threading.Timer(0.3, looking.close).start()
+    with record.held():
+        pass
 
 
 def test_a_killed_launcher_leaves_no_process(tmp_path):

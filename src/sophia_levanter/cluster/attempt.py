@@ -19,6 +19,7 @@ from sophia_levanter.cluster.child import bound_to_this_process
 
 _LABELLED = re.compile(r" *(\d+): (.*)")
 TAIL_LINES = 20
+SHORTEST_SECRET = 6  # in characters: shorter ones would be found everywhere
 
 
 class Attempt:
@@ -42,13 +43,19 @@ class Attempt:
         self._commands = commands
         self._directory = directory
         self._on_line = on_line
-        self._secrets = secrets
+        self._secrets = [part for secret in secrets for part in secret.splitlines() if len(part) >= SHORTEST_SECRET]
         self._logs: dict[str, IO[str]] = {}
         self._tails: dict[str, deque[str]] = {command.label: deque(maxlen=TAIL_LINES) for command in commands}
         self._lock = threading.Lock()
         self._killed: set[int] = set()
         self._ended: list[int] = []
-        self._processes = [self._start(command) for command in commands]
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for command in commands:
+                self._processes.append(self._start(command))
+        except OSError:
+            self.kill()
+            raise
         self._readers = [
             threading.Thread(target=self._read, args=pair, daemon=True)
             for pair in zip(commands, self._processes, strict=True)
@@ -137,8 +144,11 @@ class Attempt:
             label = command.label
             if command.labelled and (match := _LABELLED.match(line)):
                 label, line = f"process-{match[1]}", match[2]
-            self._keep(label, line)
-            self._on_line(label, line)
+            # A full disk or a reader that has left must not stop the reading: the process would wait for it for ever.
+            with contextlib.suppress(OSError):
+                self._keep(label, line)
+            with contextlib.suppress(OSError):
+                self._on_line(label, line)
 
     def _keep(self, label: str, line: str) -> None:
         with self._lock:

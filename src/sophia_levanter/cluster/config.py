@@ -147,7 +147,7 @@ class SlurmCluster(ClusterConfig):
     partition: str | None = None
     account: str | None = None
     time: str | None = None  # of one job, such as 12:00:00; a job that comes to its end saves, and is queued again
-    save_before: int = 120  # seconds before the end of that time at which the run saves
+    save_before: int = 180  # seconds before the end of that time at which the run saves
     options: tuple[str, ...] = ()  # more of sbatch's: --qos=high
     setup: tuple[str, ...] = ()  # lines of shell before the run: module load cuda/13, source .venv/bin/activate
     python: str = "python"  # after those lines
@@ -157,6 +157,11 @@ class SlurmCluster(ClusterConfig):
         for name in ("nodes", "save_before"):
             self._at_least(name, 1)
         self._at_least("gpus_per_node", 0)
+        if self.save_before < self.stop_timeout + 30:
+            raise InputError(
+                f"save_before is {self.save_before}; it must be at least stop_timeout {self.stop_timeout} + 30, for a "
+                "save to be over before the job's time is"
+            )
         if self.cpus_per_node is not None:
             self._at_least("cpus_per_node", 1)
         for name in ("partition", "account", "time"):

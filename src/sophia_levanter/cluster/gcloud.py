@@ -18,6 +18,8 @@ from sophia_levanter.cluster.queued_resources import Node, QueuedResource
 from sophia_levanter.errors import InputError
 
 PRICES = "https://cloud.google.com/tpu/pricing"
+# In polls, while Google refuses to delete: some seven minutes in all.
+RELEASE_PAUSES = (1, 2, 4, 8, 12)
 # Below the ports that the kernel gives away, and none that a TPU's own software listens on. Another one for each
 # attempt, since a port of the one before may still be taken.
 _COORDINATOR_PORT, _SLICES_PORT, _PORTS = 20000, 21000, 1000
@@ -43,8 +45,9 @@ class GcloudBackend:
         """
         self.num_processes = cluster.num_processes
         self._cluster = cluster
-        self._words = GcloudWords(cluster, resource_name(cluster, run_dir.name))
+        self._words = GcloudWords(cluster, resource_name(cluster, run_dir))
         self._resource = QueuedResource(self._words, poll)
+        self._poll = poll
         self._nodes: list[Node] = []
 
     def describe(self, job: Job) -> list[str]:
@@ -127,6 +130,12 @@ class GcloudBackend:
             say(f"queued resource {self._words.name} stays, and is paid for until you delete it: {by_hand}")
             return
         answer = self._resource.delete(lambda: False)
+        for pause in RELEASE_PAUSES:
+            if not answer.status or answer.final:
+                break
+            say(f"gcloud: {answer.error}; trying again, for the slices are paid for")
+            time.sleep(pause * self._poll)
+            answer = self._resource.delete(lambda: False)
         if answer.code == "NOT_FOUND":
             say(f"queued resource {self._words.name} is gone")
         elif answer.status:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,18 +18,19 @@ _QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
 _KEEPALIVE = ("--ssh-flag=-oServerAliveInterval=15", "--ssh-flag=-oServerAliveCountMax=4")
 
 
-def resource_name(cluster: GcloudCluster, run_name: str) -> str:
-    """The queued resource's name: the one in the cluster's file, or one made of the run directory's.
+def resource_name(cluster: GcloudCluster, run_dir: Path) -> str:
+    """The queued resource's name: the one in the cluster's file, or one made of the run directory and its place.
 
     Raises:
         InputError: if there is neither.
     """
     if cluster.name is not None:
         return cluster.name
-    made = re.sub(r"[^a-z0-9]+", "-", run_name.lower()).lstrip("-0123456789")[:40].rstrip("-")
+    made = re.sub(r"[^a-z0-9]+", "-", run_dir.name.lower()).lstrip("-0123456789")[:33].rstrip("-")
     if not made:
-        raise InputError(f"name is missing, and none can be made of {run_name!r}; give the queued resource a name")
-    return made
+        raise InputError(f"name is missing, and none can be made of {run_dir.name!r}; give the queued resource a name")
+    # Two runs must not take each other's slices because their directories have the same name.
+    return f"{made}-{hashlib.sha256(os.fsencode(run_dir.absolute())).hexdigest()[:6]}"
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class GcloudWords:
         of_project = f" --project={cluster.project}" if cluster.project else ""
         # Two commands for each secret: the status of `export NAME="$(...)"` would be export's.
         parts = [
-            f'{name}="$(gcloud secrets versions access latest --secret={name}{of_project})" || exit 2; export {name}'
+            f'{name}="$(gcloud secrets versions access latest --secret={name}{of_project})" || exit 1; export {name}'
             for name in cluster.secrets
         ]
         parts += [f"export {name}={shlex.quote(value)}" for name, value in {**cluster.env, **env}.items()]

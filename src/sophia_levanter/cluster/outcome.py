@@ -41,6 +41,7 @@ def outcome_of(
     progress: Progress | None,
     *,
     told_to_stop: bool,
+    has_begun: bool,
 ) -> Outcome:
     """What the exit statuses of an attempt's commands say.
 
@@ -51,6 +52,8 @@ def outcome_of(
         tail: the last lines that it printed.
         progress: of the run, as it last printed it.
         told_to_stop: whether the launcher was.
+        has_begun: whether an earlier attempt has trained: what is refused then was accepted before, so it is not input
+            that is at fault but, say, a disk.
     """
     ended = [status for status in statuses if status is not None]
     all_well = len(ended) == len(statuses) and all(status in (DONE, PREEMPTED) for status in ended)
@@ -66,8 +69,10 @@ def outcome_of(
     if ended and all(status == BAD_INPUT for status in ended):
         errors = [line.partition("error: ")[2] for line in tail if "error: " in line]
         reason = errors[-1] if errors else "its input is at fault"
-        # What is left of an earlier attempt on another machine may need a moment to be gone.
-        return Outcome("failed" if IN_USE in reason else "refused", reason, progress)
+        # A lock may be that of an earlier attempt on another machine, which needs a moment to be gone.
+        if has_begun or IN_USE in reason:
+            return Outcome("failed", reason, progress, tail)
+        return Outcome("refused", reason, progress)
     return Outcome("failed", f"{culprit or 'a process'} {_how(ended)}", progress, tail)
 
 

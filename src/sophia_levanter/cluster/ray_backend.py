@@ -78,6 +78,7 @@ class RayBackend:
                 "slices": self._cluster.slices,
                 "generation": self._cluster.shape and self._cluster.shape.generation,
                 "topology": self._cluster.shape and self._cluster.shape.topology,
+                "pod_type": self._cluster.shape and self._cluster.shape.accelerator_type,
                 "start_timeout": self._cluster.start_timeout,
                 "stop_timeout": self._cluster.stop_timeout,
             },

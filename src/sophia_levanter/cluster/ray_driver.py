@@ -24,6 +24,7 @@ from ray.train.v2.jax import JaxConfig, JaxTrainer
 
 from sophia_levanter.cluster.ray_host import Board, run_host
 from sophia_levanter.cluster.ray_slices import Fence
+from sophia_levanter.cluster.tpu_shapes import GENERATIONS
 from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, PREEMPTED
 
 POLL_SECONDS = 0.5
@@ -48,7 +49,7 @@ def main(order_file: Path) -> int:
 
     try:
         ray.init(
-            address=None if cluster["address"] == "local" else cluster["address"],
+            address=cluster["address"],
             include_dashboard=False if cluster["address"] == "local" else None,
             log_to_driver=False,
             logging_level=logging.WARNING,
@@ -61,12 +62,17 @@ def main(order_file: Path) -> int:
     here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
     board = ray.remote(num_cpus=0, resources=here)(Board).remote(cluster["workers"])
     fit = _Fit(_trainer(order, board))
-    fence = Fence(cluster["topology"], order["lost_nodes"]) if cluster["topology"] else None
+    fence = Fence(cluster["pod_type"], cluster["topology"], order["lost_nodes"]) if cluster["topology"] else None
     if fence is not None and (fenced := fence.update()):
         print(f"not used, for they lack a host or are about to: {', '.join(fenced)}", flush=True)
     fit.start()
-    seen = _follow(fit, board, fence, cluster["start_timeout"], told)
+    seen = _follow(fit, board, fence, cluster["start_timeout"], cluster["stop_timeout"], told)
     return exit_status(fit.error, seen, order)
+
+
+def ray_accelerator(generation: str) -> str:
+    """Ray's name of a generation of TPUs: TPU-V5LITEPOD for v5e."""
+    return f"TPU-{GENERATIONS[generation].type_prefix.upper()}"
 
 
 class _Fit(threading.Thread):
@@ -94,7 +100,7 @@ def _trainer(order: dict[str, Any], board: Any) -> JaxTrainer:
         accelerator = {
             "use_tpu": True,
             "topology": cluster["topology"],
-            "accelerator_type": f"TPU-{cluster['generation'].upper()}",
+            "accelerator_type": ray_accelerator(cluster["generation"]),
         }
         resources = {}
     # In the object store, whence only the workers take it: not in what Ray keeps of a run, or shows.
@@ -127,9 +133,12 @@ def _trainer(order: dict[str, Any], board: Any) -> JaxTrainer:
     )
 
 
-def _follow(fit: _Fit, board: Any, fence: Fence | None, start_timeout: float, told: list[int]) -> dict[str, Any]:
+def _follow(
+    fit: _Fit, board: Any, fence: Fence | None, start_timeout: float, stop_timeout: float, told: list[int]
+) -> dict[str, Any]:
     """Prints lines until the attempt is over; what the board had at last."""
     began = fenced = time.monotonic()
+    first_ended: float | None = None
     seen: dict[str, Any] = {"statuses": {}, "lost_nodes": [], "hosts": 0}
     while True:
         over = not fit.is_alive()
@@ -150,6 +159,10 @@ def _follow(fit: _Fit, board: Any, fence: Fence | None, start_timeout: float, to
         if fence is not None and now > fenced + FENCE_SECONDS:
             fence.update()
             fenced = now
+        first_ended = first_ended or (now if seen["statuses"] else None)
+        if first_ended is not None and now > first_ended + stop_timeout:
+            print(f"one process has ended, and others have not within {stop_timeout} s (stop_timeout)", flush=True)
+            return seen
         fit.join(timeout=POLL_SECONDS)
 
 
@@ -166,7 +179,7 @@ def exit_status(error: Exception | None, seen: dict[str, Any], order: dict[str, 
     if isinstance(error, PreemptionError):
         lost |= set(error.preemption_info.preempted_node_ids)
     if isinstance(error, WorkerGroupError):
-        lost |= {"unknown" for failure in error.worker_failures.values() if getattr(failure, "preempted", False)}
+        lost |= {"unknown" for failure in error.worker_failures.values() if _was_preempted(failure)}
     if len(statuses) == order["cluster"]["workers"] and set(statuses) <= {DONE, PREEMPTED}:
         status = max(statuses)
     else:
@@ -183,6 +196,11 @@ def exit_status(error: Exception | None, seen: dict[str, Any], order: dict[str, 
         if status not in (DONE, PREEMPTED):
             print(f"process {rank} ended with status {status}", flush=True)
     return FAILURE
+
+
+def _was_preempted(failure: Any) -> bool:
+    """Whether Ray says of a worker's death that its node was taken away."""
+    return bool(getattr(getattr(failure, "health_check_failure", failure), "preempted", False))
 
 
 if __name__ == "__main__":

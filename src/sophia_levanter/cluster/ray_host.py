@@ -6,6 +6,7 @@ jax's heartbeat of 20 s (Ray's JaxConfig leaves it at 100) and SIGTERM as its wa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -25,9 +26,10 @@ from ray.util.tpu import get_tpu_coordinator_env_vars
 from sophia_levanter.cluster.backend import training_command
 from sophia_levanter.cluster.child import bound_to_this_process
 from sophia_levanter.cluster.local import free_port
-from sophia_levanter.exit_status import DONE, PREEMPTED
+from sophia_levanter.exit_status import DONE, FAILURE, PREEMPTED
 
 POLL_SECONDS = 0.5
+BARRIER_SECONDS = 15.0
 
 
 class ProcessFailed(Exception):
@@ -118,12 +120,22 @@ def run_host(order: dict[str, Any]) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        attended = threading.Event()
+        threading.Thread(target=_end_with, args=(process, attended), daemon=True).start()
         try:
             _attend(process, rank, order["board"])
         finally:
-            if process.poll() is None:
+            attended.set()
+            # With all that it has started, be it there itself or not.
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _end_with(process: subprocess.Popen[bytes], attended: threading.Event) -> None:
+    """Ends this worker if its process has failed, and it waits in vain for workers whose nodes are gone."""
+    if process.wait() not in (DONE, PREEMPTED) and not attended.wait(BARRIER_SECONDS):
+        os._exit(FAILURE)
 
 
 def _attend(process: subprocess.Popen[bytes], rank: int, board: Any) -> None:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import lock, write_atomically
 from sophia_levanter.tracking.step_lines import Progress
 
 DIRECTORY = "launch"
+STOP = "stop"  # a file that is there when the launcher has been told to stop
+LOOK_SECONDS = 1.0
+LEASE_SECONDS = 180.0  # after which a file server gives up a client that is gone
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class LaunchRecord:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._status_file = directory / "status.json"
-        self._stop_file = directory / "stop"
+        self._stop_file = directory / STOP
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -70,7 +76,7 @@ class LaunchRecord:
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            held = lock(self.directory / ".lock")
+            held = self._lock()
         except OSError as error:
             raise InputError(
                 f"trainer.run_dir {self.directory.parent} cannot be used: {error.strerror}; name another directory"
@@ -83,6 +89,13 @@ class LaunchRecord:
         with held:
             self._stop_file.unlink(missing_ok=True)
             yield
+
+    def _lock(self) -> IO[str] | None:
+        """Waits for those who only look, and in a Slurm job that was queued again for the lock of a host that died."""
+        until = time.monotonic() + (LEASE_SECONDS if "SLURM_RESTART_COUNT" in os.environ else LOOK_SECONDS)
+        while (held := lock(self.directory / ".lock")) is None and time.monotonic() < until:
+            time.sleep(0.1)
+        return held
 
     @property
     def is_held(self) -> bool:
@@ -119,7 +132,10 @@ class LaunchRecord:
     @property
     def asked_to_stop(self) -> bool:
         """Whether someone has."""
-        return self._stop_file.exists()
+        try:
+            return self._stop_file.exists()
+        except OSError:  # of a disk on the network
+            return False
 
     def attempt_directory(self, attempt: int) -> Path:
         """Where the logs of an attempt's processes are."""

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from sophia_levanter.cluster.backend import Job, Say, Unavailable
 from sophia_levanter.cluster.config import SlurmCluster
+from sophia_levanter.cluster.record import STOP
 from sophia_levanter.cluster.slurm import SlurmBackend, ask, last_line
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import FAILURE, INTERRUPTED, PREEMPTED
 
+NUMBER = "slurm_job"  # a file beside the script, with the job's
 # Ends of a job with which sbatch --wait may say 0 although the run is not done.
 BAD_ENDS = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
 
@@ -48,8 +50,8 @@ done
 # 143: told before it could listen.
 [ -z "$told" ] || [ "$status" != 143 ] || status={preempted}
 
-# A job that was cancelled is no longer running, and stays so.
-if [ -n "$told" ] && [ "$status" = {preempted} ] &&
+# A job that was cancelled is no longer running, and stays so; one that somebody has stopped does, too.
+if [ -n "$told" ] && [ "$status" = {preempted} ] && [ ! -e {stop} ] &&
   [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
   echo "job $SLURM_JOB_ID is queued again"
   scontrol requeue "$SLURM_JOB_ID"
@@ -93,6 +95,7 @@ def sbatch_script(cluster: SlurmCluster, job: Job, words: Sequence[str]) -> str:
         setup="\n".join(cluster.setup) or ":",
         words=" ".join(shlex.quote(word) for word in words),
         preempted=PREEMPTED,
+        stop=shlex.quote(f"{directory}/{STOP}"),
     )
     directives = "\n".join(f"#SBATCH {_quoted(option)}" for option in (*options, *cluster.options))
     return f"#!/bin/bash\n{directives}\n\n{body}"
@@ -136,6 +139,7 @@ def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> i
         # NUMBER, or NUMBER;CLUSTER
         number = sbatch.stdout.readline().strip().partition(";")[0]
         if number:
+            (job.directory / NUMBER).write_text(number)
             say(f"Slurm job {number}; its log: {job.directory / f'slurm-{number}.log'}")
         _, errors = sbatch.communicate()
         if not number:
@@ -149,6 +153,25 @@ def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> i
     finally:
         sbatch.terminate()
         sbatch.wait()
+
+
+def cancel_if_queued(directory: Path) -> str | None:
+    """End the job that a run was submitted as, if it waits in the queue.
+
+    Args:
+        directory: the launcher's, of the run.
+
+    Returns:
+        The job's number, if it was ended.
+    """
+    try:
+        number = (directory / NUMBER).read_text()
+    except OSError:
+        return None
+    if _state(number) not in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+        return None
+    ask("scancel", number)
+    return number
 
 
 def _script(job: Job) -> Path:

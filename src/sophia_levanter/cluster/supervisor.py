@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -47,6 +48,7 @@ class Supervisor:
         self._budgets = Budgets(policy)
         self._signal: signal.Signals | None = None
         self._interrupts = 0
+        self._has_begun = False
         self._progress: Progress | None = None
         self._status = Status("starting", policy.backend, backend.num_processes)
         self._written = 0.0
@@ -107,7 +109,16 @@ class Supervisor:
         culprit = attempt.culprit()
         tail = attempt.tail(culprit) if culprit else ()
         told = self._told_to_stop()
-        outcome = outcome_of(statuses, attempt.first_status, culprit, tail, self._progress, told_to_stop=told)
+        outcome = outcome_of(
+            statuses,
+            attempt.first_status,
+            culprit,
+            tail,
+            self._progress,
+            told_to_stop=told,
+            has_begun=self._has_begun,
+        )
+        self._has_begun |= self._progress is not None
         if outcome.kind == "failed" and self._backend.was_preempted(statuses):
             return Outcome("preempted", f"its machines are gone; {outcome.reason}", self._progress)
         return outcome
@@ -183,7 +194,9 @@ class Supervisor:
     def _update(self, **changes: Any) -> None:
         self._status = dataclasses.replace(self._status, **changes)
         self._written = time.monotonic()
-        self._record.write(self._status)
+        # Others then see an older one; the run does not depend on it.
+        with contextlib.suppress(OSError):
+            self._record.write(self._status)
 
     def _told_to_stop(self) -> bool:
         return self._signal is not None or self._record.asked_to_stop

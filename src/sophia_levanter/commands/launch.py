@@ -215,10 +215,14 @@ def _logs(words: Sequence[str]) -> int:
 
 
 def _stop(words: Sequence[str]) -> int:
+    from sophia_levanter.cluster.slurm_job import cancel_if_queued
+
     record, _ = _record(words)
-    record.read()
     if not record.is_held:
-        print(f"nothing runs; {record.read()}")
+        if number := cancel_if_queued(record.directory):
+            print(f"Slurm job {number}, which had not begun, is cancelled")
+        else:
+            print(f"nothing runs; {record.read()}")
         return DONE
     record.ask_to_stop()
     print("asked the run to save and to end", flush=True)

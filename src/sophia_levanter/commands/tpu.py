@@ -23,7 +23,7 @@ usage: python -m sophia_levanter.commands.tpu create --cluster FILE [NAME] [--dr
        python -m sophia_levanter.commands.tpu ssh    --cluster FILE [NAME] [--dry_run] -- COMMAND...
        python -m sophia_levanter.commands.tpu logs   --cluster FILE [NAME] [--dry_run]
 
-  NAME            of the queued resource, where the cluster's file has none; a run directory's name will do
+  NAME            of the queued resource, where the cluster's file has none; or the run directory that it is for
   --cluster FILE  a cluster's file with backend: gcloud
   create          asks for the slices, which are paid for from when they are active; does not wait for them
   list            all queued resources of the zone with their states
@@ -82,9 +82,7 @@ def _cluster(path: Path) -> GcloudCluster:
 def _lines(what: str, cluster: GcloudCluster, given: Sequence[str], command: Sequence[str]) -> list[list[str]]:
     if what == "list":
         return [GcloudWords(cluster, "").list_all()]
-    if given and cluster.name is not None and given[0] != cluster.name:
-        raise InputError(f"{given[0]} is not the name in the cluster's file, {cluster.name}; leave one of them out")
-    words = GcloudWords(cluster, resource_name(cluster, Path(given[0]).name if given else ""))
+    words = GcloudWords(cluster, _name(cluster, given))
     if what == "create":
         return [words.create()]
     if what == "delete":
@@ -93,6 +91,14 @@ def _lines(what: str, cluster: GcloudCluster, given: Sequence[str], command: Seq
         return [words.ssh(words.node_names[0], 0, words.newest_log())]
     line = command[0] if len(command) == 1 else shlex.join(command)
     return [words.ssh(node, "all", line) for node in words.node_names]
+
+
+def _name(cluster: GcloudCluster, given: Sequence[str]) -> str:
+    if not given or Path(given[0]).is_dir():
+        return resource_name(cluster, Path(*given))
+    if cluster.name is not None and given[0] != cluster.name:
+        raise InputError(f"{given[0]} is not the name in the cluster's file, {cluster.name}; leave one of them out")
+    return given[0]
 
 
 def _gcloud(line: Sequence[str]) -> int:
