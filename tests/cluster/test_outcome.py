@@ -35,6 +35,13 @@ def test_statuses(statuses, told, kind, reason):
     assert (outcome.kind, outcome.reason, outcome.progress) == (kind, reason, Progress(3))
 
 
+def test_what_has_not_trained_has_saved_nothing():
+    stopped = outcome_of([75], 75, "process-0", [], None, told_to_stop=True, has_begun=False)
+    assert (stopped.kind, stopped.reason) == ("stopped", "as asked")
+    preempted = outcome_of([75], 75, "process-0", [], None, told_to_stop=False, has_begun=False)
+    assert (preempted.kind, preempted.reason) == ("preempted", "the run was told to stop")
+
+
 def test_a_directory_that_is_still_in_use_is_tried_again():
     tail = ["error: trainer.run_dir run is in use by another process; wait for it or name another directory"]
     assert outcome_of([2, 2], 2, "process-0", tail, None, told_to_stop=False, has_begun=False).kind == "failed"
@@ -74,7 +81,7 @@ def test_the_budgets_are_apart():
     assert (budgets.failures, budgets.preemptions) == (2, 1)
     assert budgets.charge(PREEMPTED) == "2 preemptions (max_preemptions)"
     assert budgets.charge(failed_at(3)) == "3 failures (max_failures)"
-    assert Budgets(LocalCluster(max_failures=0)).charge(failed_at(3)) == "1 failures (max_failures)"
+    assert Budgets(LocalCluster(max_failures=0)).charge(failed_at(3)) == "1 failure (max_failures)"
 
 
 def test_what_could_not_begin_is_a_failure_and_no_crash_loop():

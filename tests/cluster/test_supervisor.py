@@ -168,7 +168,7 @@ def test_told_to_stop_all_save_and_end(by_stdin, number, expected, tmp_path):
             os.kill(os.getpid(), number)
 
     threading.Thread(target=tell).start()
-    status, said, record = run(tmp_path, Scripts([f"echo here; {saves}"] * 2, by_stdin=by_stdin))
+    status, said, record = run(tmp_path, Scripts([f"echo '{STEP}'; {saves}"] * 2, by_stdin=by_stdin))
     assert status == expected
     assert "stopped: as asked; the run is saved" in said[-1]
     assert record.read().state == "stopped"
@@ -209,10 +209,11 @@ def test_bad_input_after_training_has_begun_is_tried_again(tmp_path):
 
 
 def test_a_secret_of_several_lines_is_kept_out(tmp_path, monkeypatch):
-    monkeypatch.setenv("THE_KEY", "-----BEGIN\nabcdefgh\n}")
-    status, said, _ = run(tmp_path, Scripts(['echo "$THE_KEY"']), secrets=("THE_KEY",))
+    monkeypatch.setenv("THE_KEY", "-----BEGIN\nabcdefgh \n}\n")
+    status, said, _ = run(tmp_path, Scripts(['echo "$THE_KEY"; echo " abcdefgh"']), secrets=("THE_KEY",))
     assert status == 0
-    assert said[:3] == ["***", "***", "}"]
+    assert said[:4] == ["***", "*** ", "}", ""]
+    assert said[4] == " ***"
 
 
 def test_one_who_looks_does_not_keep_a_launcher_out(tmp_path):

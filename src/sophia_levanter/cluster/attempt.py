@@ -43,7 +43,9 @@ class Attempt:
         self._commands = commands
         self._directory = directory
         self._on_line = on_line
-        self._secrets = [part for secret in secrets for part in secret.splitlines() if len(part) >= SHORTEST_SECRET]
+        self._secrets = [
+            part.strip() for secret in secrets for part in secret.splitlines() if len(part.strip()) >= SHORTEST_SECRET
+        ]
         self._logs: dict[str, IO[str]] = {}
         self._tails: dict[str, deque[str]] = {command.label: deque(maxlen=TAIL_LINES) for command in commands}
         self._lock = threading.Lock()

@@ -16,6 +16,7 @@ from sophia_levanter.command_line import convert_value
 from sophia_levanter.config_file import Layer, Setting, read_layers, show_value
 from sophia_levanter.errors import InputError
 
+LARGEST = 1_000_000
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Names of variables whose values no file should hold.
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)S?(_|$)")
@@ -50,6 +51,8 @@ class ClusterConfig:
             if not NAME.fullmatch(name):
                 raise InputError(f"{name!r} is no name of an environment variable")
         for name in self.env:
+            if "\0" in self.env[name] or self.env[name] != self.env[name].encode("utf-8", "replace").decode():
+                raise InputError(f"env.{name} holds a character that no environment variable can have")
             if SECRET.search(name.upper()):
                 raise InputError(
                     f"env.{name} looks like a secret; name it under secrets, and keep its value out of files"
@@ -63,6 +66,8 @@ class ClusterConfig:
     def _at_least(self, name: str, least: int) -> None:
         if getattr(self, name) < least:
             raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if getattr(self, name) > LARGEST:
+            raise InputError(f"{name} is {getattr(self, name)}; it must be at most {LARGEST}")
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class LocalCluster(ClusterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least("processes", 1)
+        if self.processes > 1024:
+            raise InputError(f"processes is {self.processes}; it must be at most 1024, all on this machine")
 
 
 @dataclass(frozen=True)
@@ -277,8 +284,11 @@ def read_cluster(path: Path) -> ClusterConfig:
 
 
 def _words(key: str, setting: Setting) -> tuple[str, ...]:
-    if not isinstance(setting.value, list) or not all(isinstance(word, str) for word in setting.value):
+    if not isinstance(setting.value, list):
         raise InputError(f"{setting.prefix}{key} is {show_value(setting.value)}; it must be a list of strings")
+    for word in setting.value:
+        if not isinstance(word, str):
+            raise InputError(f"{setting.prefix}{key} holds {show_value(word)}; it must be a list of strings")
     return tuple(setting.value)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sophia_levanter.cluster.config import ClusterConfig
+from sophia_levanter.cluster.record import counted
 from sophia_levanter.exit_status import BAD_INPUT, DONE, PREEMPTED
 from sophia_levanter.tracking.step_lines import Progress
 from sophia_levanter.training.run_directory import IN_USE
@@ -60,10 +61,11 @@ def outcome_of(
     if all_well and PREEMPTED not in ended:
         return Outcome("done", "the run is complete", progress)
     if told_to_stop:
-        reason = "as asked; the run is saved" if all_well else "as asked, and not saved: the last checkpoint counts"
+        saved = "; the run is saved" if progress else ""
+        reason = f"as asked{saved}" if all_well else "as asked, and not saved: the last checkpoint counts"
         return Outcome("stopped", reason, progress)
     if all_well:
-        return Outcome("preempted", "the run was told to stop, and is saved", progress)
+        return Outcome("preempted", "the run was told to stop" + (", and is saved" if progress else ""), progress)
     if first == PREEMPTED:
         return Outcome("preempted", f"{culprit} was told to stop; the last checkpoint counts", progress)
     if ended and all(status == BAD_INPUT for status in ended):
@@ -116,7 +118,7 @@ class Budgets:
             self._same_step = 0
             self._in_a_row = 0 if outcome.progress else self._in_a_row + 1
             if self.preemptions > self._policy.max_preemptions:
-                return f"{self.preemptions} preemptions (max_preemptions)"
+                return f"{counted(self.preemptions, 'preemption')} (max_preemptions)"
             return None
         self.failures += 1
         step = outcome.progress.step if outcome.progress else None
@@ -128,9 +130,9 @@ class Budgets:
             self._in_a_row += 1
         if self._same_step >= self._policy.crash_loop:
             at = "before the first step" if step is None else f"after step {step}"
-            return f"{self._same_step} attempts in a row failed {at} (crash_loop), and another would too"
+            return f"{counted(self._same_step, 'attempt')} in a row failed {at} (crash_loop), and another would too"
         if self.failures > self._policy.max_failures:
-            return f"{self.failures} failures (max_failures)"
+            return f"{counted(self.failures, 'failure')} (max_failures)"
         return None
 
     @property

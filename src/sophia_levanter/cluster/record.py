@@ -18,6 +18,7 @@ from sophia_levanter.files import lock, write_atomically
 from sophia_levanter.tracking.step_lines import Progress
 
 DIRECTORY = "launch"
+NUMBERS = ("processes", "attempt", "failures", "preemptions")
 STOP = "stop"  # a file that is there when the launcher has been told to stop
 LOOK_SECONDS = 1.0
 LEASE_SECONDS = 180.0  # after which a file server gives up a client that is gone
@@ -48,11 +49,17 @@ class Status:
     exit_status: int | None = None
 
     def __str__(self) -> str:
-        hosts = f"{self.processes} process{'es' if self.processes > 1 else ''} ({self.backend})"
+        hosts = f"{counted(self.processes, 'process')} ({self.backend})"
         parts = [self.state, hosts, f"attempt {self.attempt}"]
         parts += [str(self.progress)] if self.progress else []
-        parts.append(f"{self.failures} failures, {self.preemptions} preemptions")
+        parts.append(f"{counted(self.failures, 'failure')}, {counted(self.preemptions, 'preemption')}")
         return "; ".join(parts)
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things, for people."""
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{number} {what if number == 1 else plural}"
 
 
 class LaunchRecord:
@@ -118,12 +125,17 @@ class LaunchRecord:
         Raises:
             InputError: if there is none.
         """
+        if not self._status_file.exists():
+            raise InputError(f"{self.directory.parent} holds no run that was launched")
         try:
             fields = json.loads(self._status_file.read_text())
             progress = fields.pop("progress")
-            return Status(**fields, progress=None if progress is None else Progress(**progress))
+            status = Status(**fields, progress=None if progress is None else Progress(**progress))
+            if not all(isinstance(getattr(status, name), int) for name in NUMBERS):
+                raise TypeError
+            return status
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            raise InputError(f"{self.directory.parent} holds no run that was launched") from None
+            raise InputError(f"{self._status_file} is damaged; the same launch command goes on with the run") from None
 
     def ask_to_stop(self) -> None:
         """Have the launcher stop the run; it looks each second, on whatever machine it is."""

@@ -16,7 +16,7 @@ from sophia_levanter.cluster.attempt import Attempt
 from sophia_levanter.cluster.backend import Backend, Job, Say, Unavailable
 from sophia_levanter.cluster.config import ClusterConfig
 from sophia_levanter.cluster.outcome import Budgets, Outcome, outcome_of
-from sophia_levanter.cluster.record import LaunchRecord, Status
+from sophia_levanter.cluster.record import LaunchRecord, Status, counted
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
 from sophia_levanter.tracking.step_lines import Progress, read_progress
@@ -77,18 +77,27 @@ class Supervisor:
             given_up = None
             if outcome.kind in ("preempted", "failed", "unavailable"):
                 given_up = self._budgets.charge(outcome)
+            if outcome.kind == "refused":
+                for line in outcome.tail:
+                    self._say(f"  | {line}")
+                self._say(f"error: {outcome.reason}")
+                return BAD_INPUT
             self._tell_outcome(outcome, time.monotonic() - began)
             if outcome.kind == "done":
                 return DONE
-            if outcome.kind == "refused":
-                self._say(f"error: {outcome.reason}")
-                return BAD_INPUT
+            if outcome.kind == "stopped":
+                return self._stopped_status
             if given_up is not None:
                 self._say(f"error: given up after {given_up}; the logs are in {self._record.directory}")
                 return FAILURE
             self._pause()
             if self._told_to_stop():
-                return INTERRUPTED if self._signal == signal.SIGINT else PREEMPTED
+                self._tell("told to stop; the same command goes on")
+                return self._stopped_status
+
+    @property
+    def _stopped_status(self) -> int:
+        return INTERRUPTED if self._signal == signal.SIGINT else PREEMPTED
 
     def _attempt(self, number: int) -> Outcome:
         self._progress = None
@@ -145,6 +154,7 @@ class Supervisor:
                 deadline = min(deadline, now + self._policy.stop_timeout)
             if self._told_to_stop() and not told:
                 told = True
+                self._tell("told to stop; the run saves and ends (Ctrl-C again ends it at once)")
                 attempt.stop()
                 deadline = min(deadline, now + self._policy.stop_timeout)
             if now > deadline or self._interrupts > 1:
@@ -167,8 +177,7 @@ class Supervisor:
         )
         for line in outcome.tail:
             self._say(f"  | {line}")
-        count = self._backend.num_processes
-        parts = [f"{count} process{'es' if count > 1 else ''}"]
+        parts = [counted(self._backend.num_processes, "process")]
         parts += [str(outcome.progress)] if outcome.progress else []
         self._tell(
             f"attempt {self._status.attempt}: {', '.join(parts)}, {seconds:.0f} s; "

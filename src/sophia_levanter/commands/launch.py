@@ -84,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> int:
     verbs = {"status": _status, "logs": _logs, "stop": _stop}
-    if words and words[0] in verbs:
+    if words and not words[0].startswith("-"):
+        if words[0] not in verbs:
+            raise InputError(f"{words[0]!r} is none of {', '.join(verbs)}; a launch begins with --config FILE")
         return verbs[words[0]](words[1:])
     return _launch(parse(words))
 
@@ -106,6 +108,11 @@ def parse(words: Sequence[str]) -> Launch:
     if cluster.num_devices is not None:
         # Before anything is paid for.
         check_mesh(config, cluster.num_devices)
+    if "://" in (config.trainer.run_dir or ""):
+        raise InputError(
+            f"trainer.run_dir {config.trainer.run_dir} is a URL, and must be a directory; "
+            "trainer.checkpoint_dir may be a URL"
+        )
     if config.trainer.run_dir is None:
         config = _with_run_dir(config, str(Path("runs", path.stem)))
     if not isinstance(cluster, GcloudCluster):
@@ -178,11 +185,19 @@ def _print(lines: Sequence[str]) -> int:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    try:
+        print(line, flush=True)
+    except OSError:
+        # The reader has left, or the disk is full: the run goes on, and its logs have all of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _status(words: Sequence[str]) -> int:
     record, _ = _record(words)
+    return _show(record)
+
+
+def _show(record: LaunchRecord) -> int:
     status = record.read()
     print(status)
     if status.exit_status is None and not record.is_held:
@@ -197,15 +212,15 @@ def _logs(words: Sequence[str]) -> int:
     if "--attempt" in options:
         wanted = record.attempt_directory(whole_number("--attempt", options["--attempt"]))
         if wanted not in attempts:
-            raise InputError(f"--attempt {options['--attempt']}: there are logs of {len(attempts)} attempts")
+            there = ", ".join(path.name for path in attempts) or "none"
+            raise InputError(f"--attempt {options['--attempt']}: there are logs of {there}")
         attempts = [wanted]
     logs = sorted(attempts[-1].glob("*.log")) if attempts else []
     if "--process" in options:
         name = f"process-{whole_number('--process', options['--process'])}"
         if name not in [log.stem for log in logs]:
-            raise InputError(
-                f"--process {options['--process']}: there are logs of {', '.join(log.stem for log in logs)}"
-            )
+            there = ", ".join(log.stem for log in logs) or "none"
+            raise InputError(f"--process {options['--process']}: there are logs of {there}")
         logs = [log for log in logs if log.stem == name]
     for log in logs:
         with log.open(encoding="utf-8", errors="replace") as lines:
@@ -222,13 +237,14 @@ def _stop(words: Sequence[str]) -> int:
         if number := cancel_if_queued(record.directory):
             print(f"Slurm job {number}, which had not begun, is cancelled")
         else:
-            print(f"nothing runs; {record.read()}")
+            print("nothing runs", flush=True)
+            _show(record)
         return DONE
     record.ask_to_stop()
     print("asked the run to save and to end", flush=True)
     while record.is_held:
         time.sleep(0.5)
-    print(record.read())
+    _show(record)
     return DONE
 
 
