@@ -425,7 +425,7 @@ def test_kill_9_and_resume_continue_bitwise(killed_at, config_file, tmp_path):
     assert losses(killed) == losses(whole)
 
 
-@pytest.mark.parametrize("stop_at", [4, 5])
+@pytest.mark.parametrize("stop_at", [4, pytest.param(5, marks=pytest.mark.slow)])
 def test_the_batch_size_changes_on_the_way(stop_at, config_file, tmp_path, stop_after, capfd):
     changes = ["--trainer.batch_size_changes", "[{step: 5, batch_size: 24}, {step: 9, batch_size: 8}]"]
     common = ["--config", str(config_file), *changes]

@@ -180,6 +180,7 @@ def test_prune_keeps_a_whole_one(saved, capfd):
     assert steps(saved) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_real_run(config_file, tmp_path, capfd):
     run_dir = tmp_path / "run"
     assert train(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 0

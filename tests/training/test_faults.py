@@ -77,6 +77,7 @@ def state_of(run_dir: Path) -> dict[str, np.ndarray]:
     return dict(checkpoint.read_arrays(run_dir / "checkpoints", checkpoint.read_step(run_dir / "checkpoints", step)))
 
 
+@pytest.mark.slow
 def test_spikes_of_the_loss_are_skipped_when_asked(config_file, tmp_path, capfd):
     """Where the learning rate grows too high, losses go up."""
     factor, run_dir = 1.01, tmp_path / "run"
@@ -403,6 +404,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stuck_is_ended_and_goes_on_when_started_again(config_file, tmp_path):
     command = ["--config", config_file, "--trainer.run_dir", tmp_path / "run", "--resume", "auto"]
     started = time.monotonic()
