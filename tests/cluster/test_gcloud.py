@@ -179,7 +179,7 @@ def test_a_launcher_that_is_told_to_stop_does_not_wait(api, job):
 def test_preemption(api, state, node, preempted):
     api.add("a-run", spec(), [state])
     api.nodes["a-run"] = node
-    assert backend().was_preempted([1, None]) is preempted
+    assert backend().was_preempted() is preempted
 
 
 def test_no_answer_is_no_preemption(tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ def test_no_answer_is_no_preemption(tmp_path, monkeypatch):
     gcloud.write_text("#!/bin/bash\necho 'ERROR: gcloud crashed (ConnectionError): no route to host' >&2; exit 1\n")
     gcloud.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert backend().was_preempted([1]) is False
+    assert backend().was_preempted() is False
 
 
 def test_slices_that_are_kept(api, job):

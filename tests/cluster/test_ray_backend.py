@@ -68,13 +68,13 @@ def test_nodes_that_were_taken_away_are_avoided_from_then_on(tmp_path):
     job = job_in(tmp_path)
     backend = RayBackend(RayCluster(workers=2))
     _, order = order_of(job, backend, 1)
-    assert not backend.was_preempted([1])
+    assert not backend.was_preempted()
     with open(order["lost_file"], "w") as file:
         json.dump(["node-1"], file)
-    assert backend.was_preempted([1])
+    assert backend.was_preempted()
     _, order = order_of(job, backend, 2)
     assert order["lost_nodes"] == ["node-1"]
-    assert not backend.was_preempted([1])
+    assert not backend.was_preempted()
 
 
 @pytest.mark.parametrize(

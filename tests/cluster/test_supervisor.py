@@ -53,7 +53,7 @@ class Scripts:
             for i, s in enumerate(self._now)
         ]
 
-    def was_preempted(self, statuses):
+    def was_preempted(self):
         return self.started in self.preempted
 
     def release(self, say):

@@ -81,7 +81,7 @@ def test_a_dry_run_of_ray(config_file, tmp_path, capsys):
         (["status", "a", "b"], "give one run directory"),
         (["logs", "FOLDER"], "holds no run that was launched"),
         (["stop", "nowhere"], "nowhere holds no run that was launched"),
-        (["stats", "FOLDER"], "'stats' is none of status, logs, stop; a launch begins with --config FILE"),
+        (["stats", "FOLDER"], "'stats' is none of status, logs, stop; did you mean status?"),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "gs://bucket/run"],
             "trainer.run_dir gs://bucket/run is a URL, and must be a directory; trainer.checkpoint_dir may be a URL",

@@ -27,7 +27,7 @@ class Attempt:
 
     Args:
         commands: what to start.
-        directory: for the logs, process-N.log; is made.
+        directory: for the logs, process-N.log.
         on_line: told of every line: the log's name, and the line.
         secrets: texts that no log is to hold.
     """
@@ -39,7 +39,6 @@ class Attempt:
         on_line: Callable[[str, str], None],
         secrets: Collection[str] = (),
     ) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         self._commands = commands
         self._directory = directory
         self._on_line = on_line

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from sophia_levanter.cluster.record import LaunchRecord
 from sophia_levanter.errors import InputError
 
 Say = Callable[[str], None]
@@ -33,7 +34,7 @@ class Job:
 
     def attempt_directory(self, attempt: int) -> Path:
         """Where the logs of an attempt's processes are."""
-        return self.directory / f"attempt-{attempt:03d}"
+        return LaunchRecord(self.directory).attempt_directory(attempt)
 
 
 def training_command(python: str, config_file: str, mesh: Mapping[str, object] | None = None) -> list[str]:
@@ -114,12 +115,8 @@ class Backend(Protocol):
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
         """What to start for an attempt on the machines that are ready."""
 
-    def was_preempted(self, statuses: Sequence[int | None]) -> bool:
-        """Whether an attempt that did not end by itself lost its machines to their owner.
-
-        Args:
-            statuses: exit status of each command; None for those that did not end.
-        """
+    def was_preempted(self) -> bool:
+        """Whether the last attempt, which failed, has lost its machines to their owner."""
 
     def release(self, say: Say) -> None:
         """Give back what is paid for: the run is over."""

@@ -102,7 +102,7 @@ class GcloudBackend:
         stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
         return self._host_commands(self._nodes, attempt, stamp)
 
-    def was_preempted(self, statuses: Sequence[int | None]) -> bool:
+    def was_preempted(self) -> bool:
         """Whether the slices are no longer there."""
 
         def never() -> bool:

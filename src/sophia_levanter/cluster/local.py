@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from sophia_levanter.cluster.backend import HostCommand, Job, Say, check_secrets, training_command
 from sophia_levanter.cluster.config import LocalCluster
@@ -42,7 +42,7 @@ class LocalBackend:
             commands.append(HostCommand(f"process-{index}", words, self._cluster.env))
         return commands
 
-    def was_preempted(self, statuses: Sequence[int | None]) -> bool:
+    def was_preempted(self) -> bool:
         """Never: a machine of one's own has no other owner."""
         return False
 

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from sophia_levanter.cluster.backend import HostCommand, Job, Say, Unavailable, check_secrets, training_command
@@ -94,7 +94,7 @@ class RayBackend:
         words = [sys.executable, "-u", "-m", "sophia_levanter.cluster.ray_driver", str(order_file)]
         return [HostCommand("ray", words, {"RAY_AUTH_MODE": self._cluster.auth}, labelled=True)]
 
-    def was_preempted(self, statuses: Sequence[int | None]) -> bool:
+    def was_preempted(self) -> bool:
         """Whether Ray said that nodes were taken away, or that a process was told to stop from outside."""
         return self._lost_file.exists()
 

@@ -17,7 +17,6 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.files import lock, write_atomically
 from sophia_levanter.tracking.step_lines import Progress
 
-DIRECTORY = "launch"
 NUMBERS = ("processes", "attempt", "failures", "preemptions")
 STOP = "stop"  # a file that is there when the launcher has been told to stop
 LOOK_SECONDS = 1.0

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from sophia_levanter.cluster.backend import HostCommand, Job, Say, Unavailable, check_secrets, training_command
 from sophia_levanter.cluster.config import SlurmCluster
@@ -78,7 +78,7 @@ class SlurmBackend:
         words += training_command(cluster.python, str(job.config_file), mesh)
         return [HostCommand("srun", words, env=cluster.env, labelled=True, by_stdin=True)]
 
-    def was_preempted(self, statuses: Sequence[int | None]) -> bool:
+    def was_preempted(self) -> bool:
         """Never: a job whose nodes are taken ends with them, and Slurm queues it again."""
         return False
 

@@ -128,7 +128,7 @@ class Supervisor:
             has_begun=self._has_begun,
         )
         self._has_begun |= self._progress is not None
-        if outcome.kind == "failed" and self._backend.was_preempted(statuses):
+        if outcome.kind == "failed" and self._backend.was_preempted():
             return Outcome("preempted", f"its machines are gone; {outcome.reason}", self._progress)
         return outcome
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import sys
@@ -49,6 +50,22 @@ def whole_number(name: str, text: str) -> int:
         shown = text if len(text) < 20 else f"{text[:20]}…"
         raise InputError(f"{name} is {shown!r}; it must be a whole number, below a billion")
     return int(text)
+
+
+def chosen(given: Sequence[str], verbs: Collection[str]) -> tuple[str, list[str]]:
+    """The verb that a command line begins with, and what comes after it.
+
+    Raises:
+        InputError: if it begins with none of them; names the nearest.
+    """
+    names = ", ".join(verbs)
+    if not given:
+        raise InputError(f"say what to do: {names}; --help shows how")
+    verb, *rest = given
+    if verb not in verbs:
+        near = difflib.get_close_matches(verb, verbs, n=1)
+        raise InputError(f"{verb!r} is none of {names}" + (f"; did you mean {near[0]}?" if near else ""))
+    return verb, rest
 
 
 def parse_arguments(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sophia_levanter.commands.arguments import Arguments, parse_arguments, run_command, whole_number
+from sophia_levanter.commands.arguments import Arguments, chosen, parse_arguments, run_command, whole_number
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, FAILURE
 
@@ -66,13 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(given: Sequence[str]) -> int:
-    names = ", ".join(OPTIONS)
-    if not given:
-        raise InputError(f"say what to do: {names}; --help shows how")
-    what, *rest = given
-    if what not in OPTIONS:
-        near = difflib.get_close_matches(what, OPTIONS, n=1)
-        raise InputError(f"{what!r} is none of {names}" + (f"; did you mean {near[0]}?" if near else ""))
+    what, rest = chosen(given, OPTIONS)
     flags = ("--dry_run",) if what == "prune" else ()
     arguments = parse_arguments(rest, options=OPTIONS[what], flags=flags, words=True)
     expected = ["DIR", "A", "B"] if what == "diff" else ["DIR"]

@@ -19,14 +19,14 @@ from sophia_levanter.cluster.config import (
     SlurmCluster,
     read_cluster,
 )
-from sophia_levanter.cluster.record import DIRECTORY, LaunchRecord
+from sophia_levanter.cluster.record import LaunchRecord
 from sophia_levanter.command_line import Command, dump_config, load_config
-from sophia_levanter.commands.arguments import parse_arguments, run_command, whole_number
+from sophia_levanter.commands.arguments import chosen, parse_arguments, run_command, whole_number
 from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, FAILURE
 from sophia_levanter.files import write_atomically
-from sophia_levanter.training.run_directory import choose_run_directory
+from sophia_levanter.training.run_directory import LAUNCH, choose_run_directory
 
 USAGE = """\
 usage: python -m sophia_levanter.commands.launch --config FILE --cluster FILE [--dry_run] [--SECTION.FIELD VALUE ...]
@@ -70,7 +70,7 @@ class Launch:
     def job(self) -> Job:
         """What the backends need to know of it."""
         run_dir = Path(self.config.trainer.run_dir or "")
-        return Job(run_dir, run_dir.absolute() / DIRECTORY)
+        return Job(run_dir, run_dir.absolute() / LAUNCH)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,9 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     verbs = {"status": _status, "logs": _logs, "stop": _stop}
     if words and not words[0].startswith("-"):
-        if words[0] not in verbs:
-            raise InputError(f"{words[0]!r} is none of {', '.join(verbs)}; a launch begins with --config FILE")
-        return verbs[words[0]](words[1:])
+        verb, rest = chosen(words, verbs)
+        return verbs[verb](rest)
     return _launch(parse(words))
 
 
@@ -253,9 +252,9 @@ def _record(words: Sequence[str], *options: str) -> tuple[LaunchRecord, dict[str
     if len(arguments.words) != 1:
         raise InputError("give one run directory: launch status RUN_DIR")
     run_dir = Path(arguments.words[0])
-    if not (run_dir / DIRECTORY).is_dir():
+    if not (run_dir / LAUNCH).is_dir():
         raise InputError(f"{run_dir} holds no run that was launched")
-    return LaunchRecord(run_dir / DIRECTORY), arguments.options
+    return LaunchRecord(run_dir / LAUNCH), arguments.options
 
 
 if __name__ == "__main__":

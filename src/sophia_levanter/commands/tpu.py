@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from sophia_levanter.cluster.config import GcloudCluster, read_cluster
 from sophia_levanter.cluster.gcloud_calls import missing_gcloud
 from sophia_levanter.cluster.gcloud_words import GcloudWords, resource_name
-from sophia_levanter.commands.arguments import parse_arguments, run_command
+from sophia_levanter.commands.arguments import chosen, parse_arguments, run_command
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, FAILURE
 
@@ -48,13 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(given: Sequence[str], command: Sequence[str]) -> int:
-    names = ", ".join(ACTIONS)
-    if not given:
-        raise InputError(f"say what to do: {names}; --help shows how")
-    what, *rest = given
-    if what not in ACTIONS:
-        near = difflib.get_close_matches(what, ACTIONS, n=1)
-        raise InputError(f"{what!r} is none of {names}" + (f"; did you mean {near[0]}?" if near else ""))
+    what, rest = chosen(given, ACTIONS)
     arguments = parse_arguments(rest, options=("--cluster",), flags=("--dry_run",), words=True)
     cluster = _cluster(Path(arguments.needed("--cluster", "FILE", "it says which slices, and where")))
     if len(arguments.words) > (what != "list"):
