@@ -58,18 +58,9 @@ def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = N
     Raises:
         InputError: names the field, what it is split over and a size that would do.
     """
-    model, trainer, mesh = config.model, config.trainer, config.mesh
+    check_parameters(config, num_devices, vocab_size)
+    trainer, mesh = config.trainer, config.mesh
     sizes = mesh.sizes(num_devices)
-    axes = {
-        "embed": ("model.embed_dim", model.embed_dim),
-        "heads": ("model.num_heads", model.num_heads),
-        "mlp": ("model.embed_dim x model.mlp_ratio", model.embed_dim * model.mlp_ratio),
-        "position": ("model.seq_len", model.seq_len),
-        "layers": ("model.num_layers", model.num_layers),
-    }
-    if vocab_size is not None:
-        axes["vocab"] = (f"the vocabulary of data.tokenizer {config.data.tokenizer}, padded,", pad_vocab(vocab_size))
-    check_divides(sizes, mesh.parameter_mapping, axes)
     for part in trainer.parts:
         check_divides(sizes, mesh.compute_mapping, {"batch": ("trainer.batch_size", part.batch_size)})
     own = config.optimizer.curvature_microbatch_size if isinstance(config.optimizer, SophiaHConfig) else None
@@ -79,6 +70,21 @@ def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = N
             ("optimizer.curvature_microbatch_size", own or part.batch_size),
         ):
             check_divides(sizes, mesh.compute_mapping, {"batch": row}, of=("trainer.batch_size", part.batch_size))
+
+
+def check_parameters(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:
+    """`check_mesh` for the model alone."""
+    model, mesh = config.model, config.mesh
+    axes = {
+        "embed": ("model.embed_dim", model.embed_dim),
+        "heads": ("model.num_heads", model.num_heads),
+        "mlp": ("model.embed_dim x model.mlp_ratio", model.embed_dim * model.mlp_ratio),
+        "position": ("model.seq_len", model.seq_len),
+        "layers": ("model.num_layers", model.num_layers),
+    }
+    if vocab_size is not None:
+        axes["vocab"] = (f"the vocabulary of data.tokenizer {config.data.tokenizer}, padded,", pad_vocab(vocab_size))
+    check_divides(mesh.sizes(num_devices), mesh.parameter_mapping, axes)
 
 
 def sections(optimizer: type[OptimizerConfig]) -> dict[str, type]:

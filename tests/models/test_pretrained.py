@@ -166,22 +166,21 @@ def test_numbers_beyond_the_parameters_dtype_are_not_finite(folder, model, array
     [
         (
             {"n_layer": 12},
-            "model.num_layers is 2, and trainer.initial_weights FOLDER has 12; set --model.num_layers 12",
+            "model.num_layers is 2, and FOLDER has 12; set --model.num_layers 12",
         ),
-        ({"n_head": 4}, "model.num_heads is 2, and trainer.initial_weights FOLDER has 4; set --model.num_heads 4"),
+        ({"n_head": 4}, "model.num_heads is 2, and FOLDER has 4; set --model.num_heads 4"),
         (
             {"n_embd": 16, "n_inner": 16},
-            "model.embed_dim is 8, and trainer.initial_weights FOLDER has 16; "
-            "set --model.embed_dim 16 --model.mlp_ratio 1",
+            "model.embed_dim is 8, and FOLDER has 16; set --model.embed_dim 16 --model.mlp_ratio 1",
         ),
-        ({"n_positions": 16}, "model.seq_len is 8, and trainer.initial_weights FOLDER has 16; set --model.seq_len 16"),
-        ({"n_positions": 4}, "model.seq_len is 8, and trainer.initial_weights FOLDER has 4; set --model.seq_len 4"),
+        ({"n_positions": 16}, "model.seq_len is 8, and FOLDER has 16; set --model.seq_len 16"),
+        ({"n_positions": 4}, "model.seq_len is 8, and FOLDER has 4; set --model.seq_len 4"),
         ({"n_inner": 16}, "set --model.mlp_ratio 2"),
         ({"n_inner": 12}, "config.json: n_inner is 12, which is no multiple of n_embd 8"),
         ({"layer_norm_epsilon": 1e-6}, "set --model.layer_norm_epsilon 1e-06"),
         (
             {"scale_attn_by_inverse_layer_idx": True},
-            "model.scale_attn_by_inverse_layer_idx is false, and trainer.initial_weights FOLDER has true; "
+            "model.scale_attn_by_inverse_layer_idx is false, and FOLDER has true; "
             "set --model.scale_attn_by_inverse_layer_idx true",
         ),
         ({"activation_function": "relu"}, "activation_function is 'relu'; this model computes gelu_new"),
@@ -195,7 +194,7 @@ def test_numbers_beyond_the_parameters_dtype_are_not_finite(folder, model, array
         ({"scale_attn_by_inverse_layer_idx": 1}, "scale_attn_by_inverse_layer_idx is 1; it must be true or false"),
         (
             {"vocab_size": 90},
-            "data.tokenizer words has 128 tokens, and trainer.initial_weights FOLDER has 90; set --data.tokenizer to",
+            "data.tokenizer words has 128 tokens, and FOLDER has 90; set --data.tokenizer to",
         ),
         ({"vocab_size": 50257}, "has 50257; set --data.tokenizer gpt2"),
     ],
@@ -232,7 +231,7 @@ def test_a_padded_vocabulary_loses_its_padding(make_model, tmp_path):
 def test_arrays_that_are_not_those_of_config_json(folder, model, arrays):
     fewer = {name: array for name, array in arrays.items() if not name.endswith("h.1.ln_1.bias")}
     save_folder(folder, model.config, fewer)
-    assert f"trainer.initial_weights {folder}: h.1.ln_1.bias is missing" in refused(folder, model.config)
+    assert f"{folder}: h.1.ln_1.bias is missing" in refused(folder, model.config)
     save_folder(folder, model.config, arrays | {"transformer.wte.weight": np.ones((100, 8))})
     assert "wte.weight has shape (100, 8), but vocab_size is 128" in refused(folder, model.config)
     save_folder(folder, model.config, {"other": np.ones(2, np.float32)})

@@ -101,7 +101,7 @@ BAD = {
     "missing": (["--trainer.initial_weights", "nowhere"], "nowhere: there is no such file"),
     "empty": (["--trainer.initial_weights", ""], "trainer.initial_weights is empty"),
     "no biases": (["--model.use_bias", "false"], "set --model.use_bias true"),
-    "layers": (["--model.num_layers", "3"], "model.num_layers is 3, and trainer.initial_weights"),
+    "layers": (["--model.num_layers", "3"], "model.num_layers is 3, and "),
     "a file that is no checkpoint": (["--trainer.initial_weights", "text.txt"], "text.txt: "),
 }
 

@@ -15,7 +15,7 @@ from sophia_levanter.checkpoint.arrays import find_damage, read_parts
 from sophia_levanter.checkpoint.manifest import FILE_NAME, JSON, CheckpointError, Manifest, decode_manifest
 from sophia_levanter.checkpoint.shards import whole
 from sophia_levanter.checkpoint.storage import Storage, step_name, storage_at
-from sophia_levanter.checkpoint.tree import read_tree
+from sophia_levanter.checkpoint.tree import arrays_of, read_tree
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.messages import PATIENCE, NoAnswer, Processes
 
@@ -106,6 +106,7 @@ def restore(
     report: Callable[[str], None],
     step: int | None = None,
     cast: bool = False,
+    partial: bool = False,
     processes: Processes | None = None,
 ) -> Restored[Tree]:
     """Read the newest intact checkpoint in `directory`, or exactly `step`, into the structure of `like`.
@@ -121,6 +122,7 @@ def restore(
         report: gets a line for each damaged checkpoint that is passed over for the one before it.
         step: the one to read; the newest that is whole if not given.
         cast: convert floating-point arrays of another dtype, which otherwise are refused.
+        partial: pass over arrays that `like` does not have, which otherwise are refused.
         processes: those of the run; this one alone if not given.
 
     Raises:
@@ -138,6 +140,7 @@ def restore(
     if step is not None and step not in found:
         raise InputError(f"{directory} holds no checkpoint of step {step}: it has {', '.join(map(str, found))}")
 
+    wanted = arrays_of(like)
     failures: list[str] = []
     for candidate in [step] if step is not None else reversed(found):
         if failures:
@@ -145,7 +148,8 @@ def restore(
         started, failure = time.monotonic(), None
         try:
             manifest = _read_manifest(storage, candidate)
-            tree = read_tree(_arrays_folder(storage, manifest), manifest.arrays, like, cast=cast)
+            arrays = [saved for saved in manifest.arrays if not partial or saved.path in wanted]
+            tree = read_tree(_arrays_folder(storage, manifest), arrays, like, cast=cast)
         except CheckpointError as error:
             failure = str(error)
         try:

@@ -11,7 +11,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.models.config import Gpt2Config, pad_vocab
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.models.huggingface import gpt2_on_host
-from sophia_levanter.models.saved_weights import FIELD, SavedModel, input_error, open_model
+from sophia_levanter.models.saved_weights import SavedModel, input_error, open_model
 
 
 def read_gpt2(
@@ -74,7 +74,7 @@ def _check_fields(saved: SavedModel, config: Gpt2Config) -> None:
     name, value = next(iter(wrong.items()))
     options = " ".join(f"--model.{name} {_shown(value)}" for name, value in wrong.items())
     ours = _shown(getattr(config, name))
-    raise InputError(f"model.{name} is {ours}, and {FIELD} {saved.file} has {_shown(value)}; set {options}")
+    raise InputError(f"model.{name} is {ours}, and {saved.file} has {_shown(value)}; set {options}")
 
 
 def _check_vocabulary(saved: SavedModel, tokenizer: str, vocab_size: int) -> None:
@@ -82,7 +82,7 @@ def _check_vocabulary(saved: SavedModel, tokenizer: str, vocab_size: int) -> Non
         return
     gpt2 = saved.vocab_size in (50257, pad_vocab(50257))
     raise InputError(
-        f"data.tokenizer {tokenizer} has {vocab_size} tokens, and {FIELD} {saved.file} has {saved.vocab_size}; "
+        f"data.tokenizer {tokenizer} has {vocab_size} tokens, and {saved.file} has {saved.vocab_size}; "
         + ("set --data.tokenizer gpt2" if gpt2 else "set --data.tokenizer to the one that it was trained with")
     )
 

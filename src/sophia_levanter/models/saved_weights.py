@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 
 from sophia_levanter.errors import InputError
 
-FIELD = "trainer.initial_weights"
 # Of torch.compile, of data-parallel training, and of GPT2LMHeadModel and nanoGPT's GPT.
 _PREFIXES = ("_orig_mod.", "module.", "transformer.")
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks
@@ -27,6 +26,10 @@ _FLOATS = ("F16", "BF16", "F32", "F64")
 # nanoGPT's epsilon is in its code, not in its checkpoints.
 _NANOGPT_EPSILON = 1e-5
 _NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+
+
+class WeightsError(InputError):
+    """Something is wrong with a file of weights, whose name the message begins with."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,9 @@ def open_model(path: Path) -> SavedModel:
     return _nanogpt(path)
 
 
-def input_error(file: Path, text: str) -> InputError:
+def input_error(file: Path, text: str) -> WeightsError:
     """What is wrong with a file."""
-    return InputError(f"{FIELD} {file}: {text}")
+    return WeightsError(f"{file}: {text}")
 
 
 def _first_line(error: Exception) -> str:

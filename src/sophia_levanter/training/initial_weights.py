@@ -9,8 +9,10 @@ import numpy as np
 
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.data.tokenizer import load_tokenizer
+from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.models.pretrained import read_gpt2
+from sophia_levanter.models.saved_weights import WeightsError
 from sophia_levanter.partition.processes import check_agreement
 from sophia_levanter.tracking.console import Console
 
@@ -25,14 +27,17 @@ def read_initial_weights(config: TrainConfig, console: Console) -> Gpt2 | None:
     if path is None:
         return None
     tokenizer = load_tokenizer(config.data.tokenizer)
-    weights = read_gpt2(
-        path,
-        config.model,
-        tokenizer=tokenizer.name,
-        vocab_size=tokenizer.vocab_size,
-        dtype=config.trainer.parameter_dtype,
-        report=console.line,
-    )
+    try:
+        weights = read_gpt2(
+            path,
+            config.model,
+            tokenizer=tokenizer.name,
+            vocab_size=tokenizer.vocab_size,
+            dtype=config.trainer.parameter_dtype,
+            report=console.line,
+        )
+    except WeightsError as error:
+        raise InputError(f"trainer.initial_weights {error}") from None
     if jax.process_count() > 1:
         check_agreement("trainer.initial_weights", _digest(weights))
     return weights

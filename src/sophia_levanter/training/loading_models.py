@@ -1,0 +1,150 @@
+"""A trained model from where it lies: a run directory, checkpoints, a folder of transformers, or nanoGPT's ckpt.pt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jmp
+
+from sophia_levanter import checkpoint
+from sophia_levanter.command_line import build_config
+from sophia_levanter.config import TrainConfig, check_parameters
+from sophia_levanter.config_file import Layer, Setting, flatten, read_layers
+from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
+from sophia_levanter.errors import InputError
+from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.models.pretrained import read_gpt2
+from sophia_levanter.models.saved_weights import open_model
+from sophia_levanter.partition.mesh import Partition, partition_of
+
+Overrides = Sequence[tuple[str, str]]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model on the devices.
+
+    Attributes:
+        model: the model, laid out as the partition says, in `config.trainer.parameter_dtype`.
+        config: the run's configuration with the overrides; of a file without a run, the defaults with its shape.
+        tokenizer: the one that the model was trained with.
+        partition: the devices.
+        source: what was read, for people.
+        step: how long it was trained; None where the file does not tell.
+    """
+
+    model: Gpt2
+    config: TrainConfig
+    tokenizer: Tokenizer
+    partition: Partition
+    source: str
+    step: int | None
+
+
+def load_model(place: str, *, step: int | None = None, overrides: Overrides = (), report: Report) -> LoadedModel:
+    """The model in a place, spread over all devices as `--mesh` options say; each has all of it without them.
+
+    Args:
+        place: a run directory; a directory or URL of checkpoints; a folder of transformers' GPT-2; nanoGPT's `ckpt.pt`.
+        step: of the run's checkpoints; the newest that is whole if not given.
+        overrides: dotted field paths and values as typed, on top of the run's configuration without its mesh.
+        report: takes a line of news for the user.
+
+    Raises:
+        InputError: if there is no model, or the overrides are for another one.
+        CheckpointError: if all checkpoints are damaged, or the one that is asked for.
+    """
+    for name, _ in overrides:
+        if name.startswith("model.") and name not in ("model.attention", "model.scan_unroll", "model.loss_block_size"):
+            raise InputError(f"--{name} does not go with {place}, whose model has a shape already")
+    if "://" not in place:
+        place = os.path.abspath(os.path.expanduser(place))
+        if not os.path.exists(place):
+            raise InputError(
+                f"{place}: there is no such file or directory; name a run directory, a folder of transformers' GPT-2, "
+                "or nanoGPT's ckpt.pt"
+            )
+        if os.path.isfile(os.path.join(place, "config.yaml")):
+            return _from_run(Path(place), step, overrides, report)
+        if os.path.isfile(os.path.join(os.path.dirname(place), "config.yaml")) and checkpoint.steps(place):
+            return _from_run(Path(place).parent, step, overrides, report)
+    if ("://" in place or os.path.isdir(place)) and checkpoint.steps(place):
+        return _from_checkpoints(place, step, overrides, report)
+    if "://" in place:
+        raise InputError(f"{place} holds no checkpoint (no step-* folder)")
+    if step is not None:
+        raise InputError(f"--step {step} does not go with {place}, which is no run directory")
+    return _from_file(Path(place), overrides, report)
+
+
+def _from_run(run_dir: Path, step: int | None, overrides: Overrides, report: Report) -> LoadedModel:
+    config = _config(read_layers(run_dir / "config.yaml"), overrides)
+    directory = config.trainer.checkpoint_dir or run_dir / "checkpoints"
+    if not checkpoint.steps(directory):
+        raise InputError(f"{run_dir}: {directory} holds no checkpoint yet (no step-* folder)")
+    return _restored(directory, str(run_dir), config, step, report)
+
+
+def _from_checkpoints(directory: str, step: int | None, overrides: Overrides, report: Report) -> LoadedModel:
+    newest = checkpoint.steps(directory)[-1] if step is None else step
+    saved: Any = checkpoint.read_step(directory, newest).metadata.get("config")
+    if saved is None:
+        raise InputError(f"{directory} holds checkpoints that no training run has saved")
+    config = _config([flatten(saved, Path(directory))], overrides)
+    return _restored(directory, directory, config, step, report)
+
+
+def _restored(directory: Path | str, shown: str, config: TrainConfig, step: int | None, report: Report) -> LoadedModel:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    partition = _partition(config, tokenizer)
+    policy = jmp.get_policy(config.trainer.parameter_dtype)
+
+    def made() -> Gpt2:
+        model = Gpt2.init(config.model, vocab_size=tokenizer.vocab_size, key=jax.random.key(0))
+        return policy.cast_to_param(model)
+
+    like = {"model": partition.abstract(made)}
+    restored = checkpoint.restore(directory, like, report=report, step=step, cast=True, partial=True)
+    trained_with: Any = restored.metadata["validation"]
+    if trained_with["tokenizer"] != tokenizer.fingerprint:
+        raise InputError(
+            f"data.tokenizer {tokenizer.name} is not the one that {shown} was trained with; "
+            "name that with --data.tokenizer"
+        )
+    source = f"step {restored.step:,} of {shown}"
+    return LoadedModel(restored.tree["model"], config, tokenizer, partition, source, restored.step)
+
+
+def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:
+    saved = open_model(path)
+    shape = {f"model.{name}": Setting(value, path) for name, value in saved.fields.items()}
+    config = _config([shape, {"data.tokenizer": Setting("gpt2", path)}], overrides)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    partition = _partition(config, tokenizer)
+    weights = read_gpt2(
+        str(path),
+        config.model,
+        tokenizer=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        dtype=config.trainer.parameter_dtype,
+        report=report,
+    )
+    return LoadedModel(partition.place(weights), config, tokenizer, partition, str(path), None)
+
+
+def _config(layers: Sequence[Layer], overrides: Overrides) -> TrainConfig:
+    """The configuration with overrides, on whatever devices there are now."""
+    kept = [{name: value for name, value in layer.items() if not name.startswith("mesh.")} for layer in layers]
+    return build_config(kept, {name: Setting(value) for name, value in overrides})
+
+
+def _partition(config: TrainConfig, tokenizer: Tokenizer) -> Partition:
+    partition = partition_of(config.mesh)
+    check_parameters(config, partition.mesh.size, tokenizer.vocab_size)
+    return partition

@@ -1,0 +1,122 @@
+"""A trained model from wherever it lies, on whatever devices there are."""
+
+import jax
+import numpy as np
+import pytest
+
+from sophia_levanter.checkpoint import CheckpointError
+from sophia_levanter.errors import InputError
+from sophia_levanter.main import main
+from sophia_levanter.models.saved_weights import open_model
+from sophia_levanter.training.loading_models import load_model
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of 12 steps with checkpoints after 6 and 12, with biases and its parameters split over eight devices."""
+    root = tmp_path_factory.mktemp("trained")
+    text = root / "text.txt"
+    text.write_text("".join(f"Line {i} says {i * i}.\n" for i in range(500)))
+    sizes = (
+        "{num_layers: 2, num_heads: 2, embed_dim: 16, seq_len: 16, loss_block_size: 8, gradient_checkpointing: none}"
+    )
+    config = root / "tiny.yaml"
+    config.write_text(
+        f"model: {sizes}\noptimizer: {{type: adamw, warmup_steps: 2}}\nmesh: {{fsdp: embed}}\n"
+        f"data: {{train: {text}, tokenizer: bytes, cache_dir: {root / 'cache'}}}\n"
+        "trainer: {num_train_steps: 12, batch_size: 8, checkpoint_every: 6, evaluate_every: 6, sample_tokens: 0}\n"
+    )
+    assert main(["--config", str(config), "--trainer.run_dir", str(root / "run")]) == 0
+    return root / "run"
+
+
+def load(place, **arguments):
+    news = []
+    return load_model(str(place), report=news.append, **arguments), news
+
+
+def weights(loaded):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(loaded.model)]
+
+
+def test_a_run_gives_its_newest_step_or_another(run_dir):
+    newest, _ = load(run_dir)
+    assert (newest.step, newest.source) == (12, f"step 12 of {run_dir}")
+    assert newest.tokenizer.name == "bytes" and newest.config.model.seq_len == 16
+    assert newest.model.wte.weight.array.sharding.is_fully_replicated  # the run's mesh is not asked for
+    earlier, _ = load(run_dir, step=6)
+    assert earlier.step == 6
+    assert any((a != b).any() for a, b in zip(weights(newest), weights(earlier), strict=True))
+
+
+def test_checkpoints_without_their_run_directory_do(run_dir, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.symlink_to(run_dir / "checkpoints")
+    for place in (run_dir / "checkpoints", elsewhere):
+        for a, b in zip(weights(load(place)[0]), weights(load(run_dir)[0]), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_mesh_splits_the_model(run_dir):
+    split, _ = load(run_dir, overrides=[("mesh.fsdp", "embed")])
+    assert not split.model.wte.weight.array.sharding.is_fully_replicated
+    for a, b in zip(weights(split), weights(load(run_dir)[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_another_dtype(run_dir):
+    small, _ = load(run_dir, overrides=[("trainer.parameter_dtype", "bfloat16")])
+    assert {leaf.dtype.name for leaf in weights(small)} == {"bfloat16"}
+
+
+def test_a_folder_of_transformers(gpt2_folder):
+    loaded, news = load(gpt2_folder, overrides=[("data.tokenizer", "bytes")])
+    assert (loaded.step, loaded.config.model.num_layers, loaded.config.model.use_bias) == (None, 2, True)
+    arrays = dict(open_model(gpt2_folder).arrays)
+    np.testing.assert_array_equal(np.asarray(loaded.model.wpe.weight.array), arrays["wpe.weight"])
+    assert str(gpt2_folder) in news[0]
+
+
+def test_the_newest_whole_one_is_taken(run_dir, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    (copy / "checkpoints/step-00000012/manifest.json").write_text("{}")
+    loaded, news = load(copy)
+    assert loaded.step == 6 and "damaged checkpoint" in news[0]
+    with pytest.raises(CheckpointError, match="digest"):
+        load(copy, step=12)
+
+
+def refused(place, **arguments):
+    with pytest.raises(InputError) as error:
+        load(place, **arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_bad_input(run_dir, tmp_path, gpt2_folder):
+    assert "nowhere: there is no such file or directory; name a run directory" in refused(tmp_path / "nowhere")
+    assert "there is no config.json" in refused(tmp_path)
+    assert "holds no checkpoint of step 7: it has 6, 12" in refused(run_dir, step=7)
+    assert "--step 6 does not go with" in refused(gpt2_folder, step=6)
+    assert "data.tokenizer gpt2" in refused(gpt2_folder) or "tiktoken's cache" in refused(gpt2_folder)
+    assert "--model.num_layers does not go with" in refused(run_dir, overrides=[("model.num_layers", "3")])
+    assert "unknown option '--trainer.batchsize'" in refused(run_dir, overrides=[("trainer.batchsize", "3")])
+    assert "does not divide over mesh.data" in refused(run_dir, overrides=[("mesh.fsdp", "layers")])
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/config.yaml").write_text((run_dir / "config.yaml").read_text())
+    assert "holds no checkpoint yet" in refused(tmp_path / "begun")
+
+
+def test_a_tokenizer_of_the_same_size_is_not_taken_for_the_runs(run_dir, monkeypatch):
+    from sophia_levanter.data.tokenizer import ByteTokenizer
+
+    class Other(ByteTokenizer):
+        def __init__(self):
+            super().__init__()
+            self.fingerprint = "another"
+
+    monkeypatch.setattr("sophia_levanter.training.loading_models.load_tokenizer", lambda name: Other())
+    assert "data.tokenizer bytes is not the one that" in refused(run_dir)
