@@ -8,6 +8,8 @@ from sophia_levanter import main as train
 from sophia_levanter.commands import (
     checkpoints,
     compare,
+    evaluate,
+    export,
     inspect_data,
     launch,
     plan,
@@ -22,6 +24,8 @@ VERBS = {
     "inspect_data": inspect_data.main,
     "train_tokenizer": train_tokenizer.main,
     "compare": compare.main,
+    "evaluate": evaluate.main,
+    "export": export.main,
     "plan": plan.main,
     "checkpoints": checkpoints.main,
     "launch": launch.main,

@@ -39,7 +39,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     )
     tokenizer.train_from_iterator(texts, trainer)
     by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    decoder = _bytes_of_characters()
+    decoder = bytes_of_characters()
     return {bytes(decoder[character] for character in token): rank for rank, (token, _) in enumerate(by_id)}
 
 
@@ -90,8 +90,8 @@ def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
             return
 
 
-def _bytes_of_characters() -> dict[str, int]:
-    """The byte that each character of GPT-2's printable alphabet stands for.
+def bytes_of_characters() -> dict[str, int]:
+    """The byte that each character of GPT-2's printable alphabet stands for, in which vocabularies are written.
 
     Printable bytes stand for themselves, the others for the characters from 256 on, in order.
     """

@@ -42,9 +42,7 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None) -> Te
     """
     tokenizer = load_tokenizer(config.tokenizer)
     if config.validation is None:
-        assert isinstance(config.train, str)
-        both = _looked_up("data.train", config.train, config, tokenizer, ray, held_out=config.validation_fraction)
-        train, validation = both(report)
+        train, validation = _two_sides(config, tokenizer, ray)(report)
         return TextData(tokenizer, train, validation)
     # All are looked up before the first is read: a misspelt validation path must not wait for the training text.
     names = [config.train] if isinstance(config.train, str) else [part.source for part in config.train]
@@ -55,6 +53,27 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None) -> Te
     if isinstance(config.train, str):
         return TextData(tokenizer, corpora[0], validation)
     return TextData(tokenizer, Mixture(corpora, [part.weight for part in config.train]), validation)
+
+
+def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report) -> Tokens:
+    """The tokens to validate with; of a training text, only one that a part is held out of is looked at.
+
+    Args:
+        config: as for `prepare`.
+        tokenizer: the one that `config` names.
+        report: takes a line of news for the user.
+
+    Raises:
+        InputError: if a source or the cache is not usable.
+    """
+    if config.validation is None:
+        return _two_sides(config, tokenizer, None)(report)[1]
+    return _looked_up("data.validation", config.validation, config, tokenizer, None)(report)[0]
+
+
+def _two_sides(config: DataConfig, tokenizer: Tokenizer, ray: str | None) -> Make:
+    assert isinstance(config.train, str)
+    return _looked_up("data.train", config.train, config, tokenizer, ray, held_out=config.validation_fraction)
 
 
 def _looked_up(

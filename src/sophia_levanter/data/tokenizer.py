@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tiktoken
 
-from sophia_levanter.data.bpe import load_bpe
+from sophia_levanter.data.bpe import END_OF_TEXT, load_bpe
 from sophia_levanter.data.names import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
 
@@ -27,17 +27,30 @@ class Tokenizer(ABC):
         end_of_text: the id that ends a document.
         token_bytes: the bytes each id decodes to, `vocab_size` of them; empty for end-of-text, other special tokens and
             unused ids.
+        special_tokens: ids by name, end-of-text among them.
+        pattern: the regular expression that cuts text into words, none of which shares a token with another; empty if
+            text is not cut.
         fingerprint: a hash of what defines the encoding; equal only if the ids mean the same.
         is_slow: whether it is worth several processes.
     """
 
     is_slow = True
 
-    def __init__(self, name: str, end_of_text: int, token_bytes: Sequence[bytes], pattern: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        end_of_text: int,
+        token_bytes: Sequence[bytes],
+        *,
+        special_tokens: Mapping[str, int],
+        pattern: str,
+    ) -> None:
         self.name = name
         self.vocab_size = len(token_bytes)
         self.end_of_text = end_of_text
         self.token_bytes = token_bytes
+        self.special_tokens = special_tokens
+        self.pattern = pattern
         digest = hashlib.blake2b(f"{end_of_text} {pattern}".encode(), digest_size=16)
         for token in token_bytes:
             digest.update(len(token).to_bytes(4, "little") + token)
@@ -72,7 +85,8 @@ class ByteTokenizer(Tokenizer):
     is_slow = False
 
     def __init__(self) -> None:
-        super().__init__(BYTES, 256, [*(bytes([value]) for value in range(256)), b""], pattern="")
+        values = [bytes([value]) for value in range(256)]
+        super().__init__(BYTES, 256, [*values, b""], special_tokens={END_OF_TEXT: 256}, pattern="")
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.int32)
@@ -98,7 +112,13 @@ class TiktokenTokenizer(Tokenizer):
             ) from None
         self._encoding = encoding
         # tiktoken shows the pattern that cuts text into words under a private name only.
-        super().__init__(encoding.name, end_of_text, _token_bytes(encoding), pattern=encoding._pat_str)
+        super().__init__(
+            encoding.name,
+            end_of_text,
+            _token_bytes(encoding),
+            special_tokens={name: encoding.encode_single_token(name) for name in encoding.special_tokens_set},
+            pattern=encoding._pat_str,
+        )
 
     def encode(self, text: str) -> np.ndarray:
         try:

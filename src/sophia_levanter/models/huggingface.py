@@ -94,6 +94,16 @@ def gpt2_to_state_dict(model: Gpt2, *, layout: str = "conv1d") -> dict[str, np.n
     return arrays
 
 
+def with_biases(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A state dict in conv1d layout with zeros for the biases that it lacks, as transformers' GPT-2 always has them."""
+    biases = {
+        name.removesuffix("weight") + "bias": np.zeros(array.shape[-1:], array.dtype)
+        for name, array in arrays.items()
+        if name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight"))
+    }
+    return biases | dict(arrays)
+
+
 def _check_layout(layout: str) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")

@@ -25,6 +25,9 @@ _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 # nanoGPT's epsilon is in its code, not in its checkpoints.
 _NANOGPT_EPSILON = 1e-5
+# What an exported folder has of its own: a field of config.json, and a tokenizer that has no name elsewhere.
+OWN_FIELD = "sophia_levanter"
+TOKENIZER_FILE = "tokenizer.tiktoken"
 _NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 
 
@@ -42,6 +45,8 @@ class SavedModel:
         vocab_size: rows of its token embedding.
         layout: of its matrices, as for `gpt2_from_state_dict`.
         arrays: its (name, array), without prefixes and masks; each is read when its turn comes.
+        tokenizer: what `data.tokenizer` was for it, where the file tells.
+        tokenizer_fingerprint: of that tokenizer.
     """
 
     file: Path
@@ -49,6 +54,8 @@ class SavedModel:
     vocab_size: int
     layout: str
     arrays: Iterator[tuple[str, np.ndarray]]
+    tokenizer: str | None = None
+    tokenizer_fingerprint: str | None = None
 
 
 def open_model(path: Path) -> SavedModel:
@@ -113,6 +120,9 @@ def _huggingface(folder: Path) -> SavedModel:
         raise input_error(
             file, f"n_inner is {inner}, which is no multiple of n_embd {width}; model.mlp_ratio is an integer"
         )
+    own, shards = _own_values(file, values), _shards(folder)
+    # transformers' GPT-2 always has biases. Those of a model without are 0, until it is trained on elsewhere.
+    use_bias = own["use_bias"] or any(array.any() for _, array in _safetensors(shards, only=".bias"))
     # What config.json leaves out has the default of transformers' GPT2Config.
     return SavedModel(
         file=folder,
@@ -122,14 +132,25 @@ def _huggingface(folder: Path) -> SavedModel:
             "embed_dim": width,
             "seq_len": _value(file, values, "n_positions", int, 1024),
             "mlp_ratio": inner // width,
-            "use_bias": True,
+            "use_bias": use_bias,
             "scale_attn_by_inverse_layer_idx": _value(file, values, "scale_attn_by_inverse_layer_idx", bool, False),
             "layer_norm_epsilon": _value(file, values, "layer_norm_epsilon", float, 1e-5),
         },
         vocab_size=_value(file, values, "vocab_size", int, 50257),
         layout="conv1d",
-        arrays=_safetensors(_shards(folder)),
+        arrays=_safetensors(shards),
+        tokenizer=str(folder / TOKENIZER_FILE) if own["tokenizer"] == TOKENIZER_FILE else own["tokenizer"],
+        tokenizer_fingerprint=own["tokenizer_fingerprint"],
     )
+
+
+def _own_values(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What this package's export says of the model, in whatever folder."""
+    own = values.get(OWN_FIELD, {})
+    kinds = {"use_bias": (bool, True), "tokenizer": (str, None), "tokenizer_fingerprint": (str, None)}
+    if not isinstance(own, dict) or any(name in own and type(own[name]) is not kinds[name][0] for name in kinds):
+        raise input_error(file, f"{OWN_FIELD} is not what an export writes; take it out, and name --data.tokenizer")
+    return {name: own.get(name, default) for name, (_, default) in kinds.items()}
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -160,12 +181,13 @@ def _shards(folder: Path) -> list[Path]:
     raise input_error(folder, "there is neither model.safetensors nor model.safetensors.index.json in it")
 
 
-def _safetensors(files: list[Path]) -> Iterator[tuple[str, np.ndarray]]:
+def _safetensors(files: list[Path], only: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """The (name, array) of those whose names end so."""
     for file in files:
         try:
             with safe_open(file, "np") as opened:
                 for name in opened.keys():  # noqa: SIM118  # it has nothing else of a mapping
-                    if name.endswith(_BUFFERS):
+                    if name.endswith(_BUFFERS) or not name.endswith(only):
                         continue
                     dtype = opened.get_slice(name).get_dtype()
                     if dtype not in _FLOATS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,12 +12,14 @@ import jax
 import jmp
 import numpy as np
 
-from sophia_levanter.batch import Batch, batch_from_windows, count_targets
+from sophia_levanter.batch import Batch, batch_from_windows
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.partition.mesh import Partition
 
 if TYPE_CHECKING:
     from sophia_levanter.data.batches import ValidationBatches
+
+BATCHES_AHEAD = 4  # given to the devices while they compute one
 
 
 class Evaluation(NamedTuple):
@@ -25,10 +28,14 @@ class Evaluation(NamedTuple):
     Attributes:
         loss: mean over predicted tokens, nats.
         bits_per_byte: total bits over the bytes of text that the predicted tokens stand for; end-of-text has none.
+        tokens: that were predicted.
+        text_bytes: that they stand for.
     """
 
     loss: float
     bits_per_byte: float
+    tokens: int
+    text_bytes: int
 
 
 class Evaluator:
@@ -49,11 +56,11 @@ class Evaluator:
         self._partition = partition
 
         @eqx.filter_jit
-        def sums(model: Gpt2, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        def summed_loss(model: Gpt2, batch: Batch) -> jax.Array:
             one = jax.tree.map(lambda x: x["microbatch", 0], batch, is_leaf=lambda x: hasattr(x, "axes"))
-            return policy.cast_to_compute(model).losses(one)[0], count_targets(one)
+            return policy.cast_to_compute(model).losses(one)[0]
 
-        self._sums = sums
+        self._summed_loss = summed_loss
 
     def __call__(self, model: Gpt2, on_progress: Callable[[], None] = lambda: None) -> Evaluation:
         """The losses of a model, each token weighted the same.
@@ -62,14 +69,19 @@ class Evaluator:
             model: the model.
             on_progress: called after each batch.
         """
-        results = []
-        text_bytes = 0
+        pending: deque[jax.Array] = deque()
+        nats = 0.0
+        tokens = text_bytes = 0
         for windows, weights in self._batches:
             with self._partition.active():
-                results.append(self._sums(model, self._partition.place(batch_from_windows(windows, weights))))
+                pending.append(self._summed_loss(model, self._partition.place(batch_from_windows(windows, weights))))
+            tokens += int(np.count_nonzero(weights))
             text_bytes += int((self._byte_lengths[windows[:, 1:]] * (weights > 0)).sum())
-        nats = targets = 0.0
-        for loss, count in results:
-            nats, targets = nats + float(loss), targets + float(count)
+            if len(pending) > BATCHES_AHEAD:
+                nats += float(pending.popleft())
+                on_progress()
+        for loss in pending:
+            nats += float(loss)
             on_progress()
-        return Evaluation(nats / targets, nats / math.log(2) / text_bytes if text_bytes else math.nan)
+        bits_per_byte = nats / math.log(2) / text_bytes if text_bytes else math.nan
+        return Evaluation(nats / tokens, bits_per_byte, tokens, text_bytes)

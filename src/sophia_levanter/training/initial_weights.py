@@ -32,12 +32,14 @@ def read_initial_weights(config: TrainConfig, console: Console) -> Gpt2 | None:
             path,
             config.model,
             tokenizer=tokenizer.name,
+            fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
             dtype=config.trainer.parameter_dtype,
             report=console.line,
         )
     except WeightsError as error:
         raise InputError(f"trainer.initial_weights {error}") from None
+    console.line(f"initial weights: {path}")
     if jax.process_count() > 1:
         check_agreement("trainer.initial_weights", _digest(weights))
     return weights

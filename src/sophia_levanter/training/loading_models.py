@@ -12,6 +12,7 @@ import jax
 import jmp
 
 from sophia_levanter import checkpoint
+from sophia_levanter.checkpoint import CheckpointError
 from sophia_levanter.command_line import build_config
 from sophia_levanter.config import TrainConfig, check_parameters
 from sophia_levanter.config_file import Layer, Setting, flatten, read_layers
@@ -102,6 +103,7 @@ def _from_checkpoints(directory: str, step: int | None, overrides: Overrides, re
 
 def _restored(directory: Path | str, shown: str, config: TrainConfig, step: int | None, report: Report) -> LoadedModel:
     tokenizer = load_tokenizer(config.data.tokenizer)
+    _check_tokenizer(directory, shown, tokenizer, step)
     partition = _partition(config, tokenizer)
     policy = jmp.get_policy(config.trainer.parameter_dtype)
 
@@ -111,26 +113,36 @@ def _restored(directory: Path | str, shown: str, config: TrainConfig, step: int 
 
     like = {"model": partition.abstract(made)}
     restored = checkpoint.restore(directory, like, report=report, step=step, cast=True, partial=True)
-    trained_with: Any = restored.metadata["validation"]
-    if trained_with["tokenizer"] != tokenizer.fingerprint:
+    source = f"step {restored.step:,} of {shown}"
+    return LoadedModel(restored.tree["model"], config, tokenizer, partition, source, restored.step)
+
+
+def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, step: int | None) -> None:
+    """Before anything is restored, which would be found to be of another size at best."""
+    for candidate in reversed(checkpoint.steps(directory)) if step is None else [step]:
+        try:
+            trained_with: Any = checkpoint.read_step(directory, candidate).metadata["validation"]
+        except CheckpointError:
+            continue  # passed over on restoring too, or named there
+        if trained_with["tokenizer"] == tokenizer.fingerprint:
+            return
         raise InputError(
             f"data.tokenizer {tokenizer.name} is not the one that {shown} was trained with; "
             "name that with --data.tokenizer"
         )
-    source = f"step {restored.step:,} of {shown}"
-    return LoadedModel(restored.tree["model"], config, tokenizer, partition, source, restored.step)
 
 
 def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:
     saved = open_model(path)
     shape = {f"model.{name}": Setting(value, path) for name, value in saved.fields.items()}
-    config = _config([shape, {"data.tokenizer": Setting("gpt2", path)}], overrides)
+    config = _config([shape, {"data.tokenizer": Setting(saved.tokenizer or "gpt2", path)}], overrides)
     tokenizer = load_tokenizer(config.data.tokenizer)
     partition = _partition(config, tokenizer)
     weights = read_gpt2(
         str(path),
         config.model,
         tokenizer=tokenizer.name,
+        fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         dtype=config.trainer.parameter_dtype,
         report=report,

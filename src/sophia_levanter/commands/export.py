@@ -1,0 +1,98 @@
+"""`python -m sophia_levanter.commands.export MODEL OUT_DIR`: a trained model as a folder for transformers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sophia_levanter.commands.arguments import parse_arguments, run_command, whole_number
+from sophia_levanter.errors import InputError
+from sophia_levanter.exit_status import DONE, FAILURE
+
+DTYPES = ("float32", "bfloat16", "float16")
+USAGE = """\
+usage: python -m sophia_levanter.commands.export MODEL OUT_DIR [--step N] [--dtype TYPE] [--SECTION.FIELD VALUE ...]
+       [--help]
+
+Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load, and --trainer.initial_weights too.
+
+  MODEL                  a run directory, a folder of transformers' GPT-2, or nanoGPT's ckpt.pt
+  OUT_DIR                a new or an empty folder
+  --step N               of the run's checkpoints; the newest if not given
+  --dtype TYPE           float32, bfloat16 or float16; as the model has it if not given
+  --SECTION.FIELD VALUE  sets one field, on top of the run's: --data.tokenizer cl100k_base for a ckpt.pt of that
+  --help                 prints this and exits"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for."""
+
+    model: str
+    folder: Path
+    step: int | None
+    dtype: str | None
+    overrides: Sequence[tuple[str, str]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says.
+
+    Returns:
+        The exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted.
+    """
+    return run_command(
+        argv, lambda words: _export(parse(words)), usage=USAGE, interrupted="interrupted; nothing was written"
+    )
+
+
+def parse(words: Sequence[str]) -> Command:
+    """Reads the command line.
+
+    Raises:
+        InputError: if an argument is not known, is missing, or has no value or a wrong one.
+    """
+    arguments = parse_arguments(words, options=("--step", "--dtype"), overrides=True, words=True)
+    if len(arguments.words) != 2:
+        raise InputError(f"{len(arguments.words)} words are given; write MODEL OUT_DIR; --help shows the options")
+    dtype = arguments.options.get("--dtype")
+    if dtype not in (None, *DTYPES):
+        raise InputError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    step = arguments.options.get("--step")
+    model, folder = arguments.words
+    return Command(
+        model,
+        Path(os.path.abspath(os.path.expanduser(folder))),
+        None if step is None else whole_number("--step", step),
+        dtype,
+        arguments.overrides,
+    )
+
+
+def _export(command: Command) -> int:
+    # Only now what takes long to import.
+    from sophia_levanter.checkpoint import CheckpointError
+    from sophia_levanter.training.exporting import check_new_folder, export_model
+    from sophia_levanter.training.loading_models import load_model
+
+    check_new_folder(command.folder)
+    try:
+        loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=print)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILURE
+    export_model(loaded, command.folder, command.dtype)
+    weights = loaded.model.wte.weight.array
+    print(
+        f"{loaded.source} is in {command.folder}: {command.dtype or weights.dtype.name}, "
+        f"{(command.folder / 'model.safetensors').stat().st_size:,} bytes, "
+        f"tokenizer {os.path.basename(loaded.tokenizer.name)}"
+    )
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

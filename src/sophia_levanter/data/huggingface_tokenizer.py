@@ -1,0 +1,119 @@
+"""A tokenizer as the files of transformers' AutoTokenizer, which then gives the same ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from sophia_levanter.data.bpe import END_OF_TEXT, bytes_of_characters
+from sophia_levanter.data.tokenizer import Tokenizer
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of `tokenizer.json`, the format of the package `tokenizers`.
+
+    It differs from the tokenizer in one thing: a special token that is spelled out in a text becomes that token, as
+    transformers has it, unless its caller asks for `split_special_tokens`.
+    """
+    ranks = ranks_of(tokenizer)
+    characters = {byte: character for character, byte in bytes_of_characters().items()}
+
+    def written(token: bytes) -> str:
+        return "".join(characters[byte] for byte in token)
+
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": token,
+                "content": name,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for name, token in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+        ],
+        "normalizer": None,
+        "pre_tokenizer": _pre_tokenizer(tokenizer.pattern),
+        "post_processor": None,
+        "decoder": _byte_level(use_regex=True),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # like tiktoken, look a whole word up first
+            "vocab": {written(token): rank for token, rank in ranks.items()},
+            "merges": [[written(left), written(right)] for left, right in merges_of(ranks)],
+        },
+    }
+
+
+def tokenizer_config_json(seq_len: int) -> dict[str, Any]:
+    """The content of `tokenizer_config.json`, for a model that reads so many tokens."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # tokenizer.json as it is
+        "model_max_length": seq_len,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def ranks_of(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """The id of each token that stands for bytes."""
+    return {token: rank for rank, token in enumerate(tokenizer.token_bytes) if token}
+
+
+def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pairs that a byte-pair encoding merges, in order, from the ranks of its tokens.
+
+    A token's pair is what its bytes become by the merges before it. A token that they do not make two parts of has
+    none: it is only found where it is a whole word.
+    """
+    pairs = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = _merged(token, ranks, below=rank)
+        if len(parts) == 2:
+            pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def _merged(token: bytes, ranks: Mapping[bytes, int], *, below: int) -> list[bytes]:
+    """The bytes of a token, merged by the ranks below one; of equal ranks the leftmost first."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 1:
+        rank, i = min((ranks.get(parts[i] + parts[i + 1], below), i) for i in range(len(parts) - 1))
+        if rank >= below:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def _pre_tokenizer(pattern: str) -> dict[str, Any]:
+    if pattern in ("", r50k_pat_str):
+        # GPT-2's pattern, which byte-level pre-tokenizers have in them. Bytes are the same whatever words they are in,
+        # and short words are faster.
+        return _byte_level(use_regex=True)
+    split = {"type": "Split", "pattern": {"Regex": _oniguruma(pattern)}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
+
+
+def _byte_level(*, use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _oniguruma(pattern: str) -> str:
+    """A pattern of tiktoken's in the dialect of `tokenizers`, in which `{1,3}+` is no possessive quantifier but a
+    second one, and `$` matches before every newline."""
+    return re.sub(r"(\\p\{\w+\}\{[\d,]+\})\+", r"(?>\1)", pattern).replace("$", r"\z")

@@ -1,0 +1,145 @@
+"""A trained model as a folder that transformers reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+import sophia_levanter
+from sophia_levanter.data.bpe import save_bpe
+from sophia_levanter.data.huggingface_tokenizer import ranks_of, tokenizer_config_json, tokenizer_json
+from sophia_levanter.data.names import TRAINED_TOKENIZER
+from sophia_levanter.errors import InputError
+from sophia_levanter.files import sync, write_atomically
+from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.models.huggingface import gpt2_to_state_dict, with_biases
+from sophia_levanter.models.saved_weights import OWN_FIELD, TOKENIZER_FILE
+from sophia_levanter.training.loading_models import LoadedModel
+
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) -> None:
+    """Write a model and its tokenizer as transformers' `save_pretrained` does, and what they are called here.
+
+    Args:
+        loaded: the model.
+        folder: where to; it is there when all of it is.
+        dtype: of the weights, `float32`, `bfloat16` or `float16`; as they are if not given.
+
+    Raises:
+        InputError: if the folder holds files or cannot be made, or the dtype cannot hold the weights.
+    """
+    tokenizer = loaded.tokenizer
+    has_own_file = tokenizer.name.endswith(TRAINED_TOKENIZER)
+    arrays = with_biases(_cast(gpt2_to_state_dict(loaded.model), dtype))
+    own = {
+        "version": sophia_levanter.__version__,
+        "step": loaded.step,
+        "tokenizer": TOKENIZER_FILE if has_own_file else tokenizer.name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "use_bias": loaded.model.config.use_bias,
+    }
+    end_of_text = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
+    shape = _shape(loaded.model, arrays["transformer.wte.weight"].dtype.name)
+    documents: dict[str, dict[str, Any]] = {
+        "config.json": {**shape, **end_of_text, OWN_FIELD: own},
+        "generation_config.json": {**end_of_text, "pad_token_id": tokenizer.end_of_text},
+        "tokenizer.json": tokenizer_json(tokenizer),
+        "tokenizer_config.json": tokenizer_config_json(loaded.model.config.seq_len),
+    }
+    with _whole(folder) as partial:
+        for name, values in documents.items():
+            write_atomically(partial / name, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+        if has_own_file:
+            save_bpe(partial / TOKENIZER_FILE, ranks_of(tokenizer))
+        _save(partial / "model.safetensors", arrays)
+        # safetensors makes a file for its owner alone.
+        shutil.copymode(partial / "config.json", partial / "model.safetensors")
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse to export over files.
+
+    Raises:
+        InputError: if there is something other than an empty folder.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds files already; name an empty or a new folder")
+    if not folder.is_dir() and os.path.lexists(folder):
+        raise InputError(f"{folder} is a file; name an empty or a new folder")
+
+
+def _shape(model: Gpt2, dtype: str) -> dict[str, Any]:
+    """The fields of transformers' GPT2Config that describe the model."""
+    config = model.config
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "initializer_range": config.initializer_range,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "n_embd": config.embed_dim,
+        "n_head": config.num_heads,
+        "n_inner": config.embed_dim * config.mlp_ratio,
+        "n_layer": config.num_layers,
+        "n_positions": config.seq_len,
+        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": True,
+        "torch_dtype": dtype,  # transformers 5 says dtype, and reads both
+        "vocab_size": model.vocab_size,
+    }
+
+
+def _cast(arrays: Mapping[str, np.ndarray], dtype: str | None) -> dict[str, np.ndarray]:
+    if dtype is None:
+        return dict(arrays)
+    cast = {}
+    for name, array in arrays.items():
+        with np.errstate(over="ignore"):
+            cast[name] = array.astype(_DTYPES[dtype])
+        if not np.isfinite(cast[name]).all():
+            raise InputError(f"--dtype {dtype} cannot hold {name}; --dtype float32 would, if its numbers are finite")
+    return cast
+
+
+def _save(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    try:
+        save_file(contiguous, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}") from error
+    sync(file)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which then takes the place of `folder`; nothing is left of it after an error."""
+    check_new_folder(folder)
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}; name another folder") from error
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
