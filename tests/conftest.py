@@ -93,6 +93,6 @@ def gpt2_folder(tmp_path: Path) -> Path:
     folder.mkdir()
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 16, "vocab_size": 257}
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **shape}))
-    arrays = {name: np.ascontiguousarray(10 * array) for name, array in drawn.items()}
+    arrays = {name: np.ascontiguousarray(10 * array + 0.01) for name, array in drawn.items()}
     save_file(arrays, folder / "model.safetensors")
     return folder

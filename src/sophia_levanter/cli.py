@@ -24,12 +24,12 @@ VERBS = {
     "inspect_data": inspect_data.main,
     "train_tokenizer": train_tokenizer.main,
     "compare": compare.main,
-    "evaluate": evaluate.main,
-    "export": export.main,
     "plan": plan.main,
     "checkpoints": checkpoints.main,
     "launch": launch.main,
     "tpu": tpu.main,
+    "evaluate": evaluate.main,
+    "export": export.main,
 }
 
 

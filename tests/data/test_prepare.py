@@ -16,9 +16,9 @@ from sophia_levanter.data import store_writer
 from sophia_levanter.data.blocks import Documents
 from sophia_levanter.data.config import DataConfig, MixturePart
 from sophia_levanter.data.documents import FileSource
-from sophia_levanter.data.prepare import TextData, prepare
+from sophia_levanter.data.prepare import TextData, prepare, prepare_validation
 from sophia_levanter.data.token_store import TokenStore
-from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
+from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 
 TEXTS = [f"the document number {i}, naïve\n" for i in range(60)]
@@ -314,3 +314,21 @@ def test_processes_make_the_same_store(config: DataConfig, monkeypatch: pytest.M
     monkeypatch.setattr(preparation_module, "BLOCK_CHARACTERS", 100)
     there = prepare(replace(config, num_workers=2, cache_dir=str(tmp_path / "other")), quiet)
     assert content(there.train.path.parent) == content(here.train.path.parent)
+
+
+def test_only_the_validation_text_is_looked_at_where_it_has_one_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "validation.txt").write_text("held out")
+    config = DataConfig(
+        train=str(tmp_path / "nowhere.txt"), validation=str(tmp_path / "validation.txt"), cache_dir=str(tmp_path / "c")
+    )
+    tokens = prepare_validation(config, load_tokenizer("bytes"), print)
+    assert bytes(tokens.read(0, 8).tolist()) == b"held out"
+    with pytest.raises(InputError, match="nowhere"):
+        prepare(config, print)
+
+
+def test_the_validation_side_of_one_text(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(f"line {i}" for i in range(100)))
+    config = DataConfig(train=str(tmp_path / "text.txt"), cache_dir=str(tmp_path / "c"))
+    side = prepare_validation(config, load_tokenizer("bytes"), print)
+    assert side.facts == prepare(config, print).validation.facts

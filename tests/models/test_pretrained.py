@@ -12,8 +12,9 @@ from safetensors.numpy import save_file
 
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.models.huggingface import gpt2_to_state_dict
+from sophia_levanter.models.huggingface import gpt2_to_state_dict, with_biases
 from sophia_levanter.models.pretrained import read_gpt2
+from sophia_levanter.models.saved_weights import open_model
 
 VOCAB = 128  # of its own padded size, since padding is not in the files
 
@@ -66,11 +67,12 @@ def folder(model, arrays, tmp_path):
     return save_folder(tmp_path / "gpt2", model.config, arrays)
 
 
-def read(path, config, dtype="float32", vocab_size=VOCAB, lines=None):
+def read(path, config, dtype="float32", vocab_size=VOCAB, lines=None, fingerprint="of words"):
     return read_gpt2(
         str(path),
         config,
         tokenizer="words",
+        fingerprint=fingerprint,
         vocab_size=vocab_size,
         dtype=dtype,
         report=(lines if lines is not None else []).append,
@@ -95,7 +97,7 @@ def assert_same(found, wanted):
 def test_a_folder_with_the_prefix(folder, model):
     lines = []
     assert_same(read(folder, model.config, lines=lines), model)
-    assert lines == [f"initial weights: {folder}"]
+    assert lines == []
 
 
 def test_official_names_without_the_prefix_and_with_masks(model, arrays, tmp_path):
@@ -216,6 +218,45 @@ def test_hugging_face_weights_need_biases(folder, model):
     assert refused(folder, config).endswith("; set --model.use_bias true")
 
 
+def test_biases_of_0_go_with_a_model_that_has_none(make_model, tmp_path):
+    model = make_model(VOCAB, use_bias=False)
+    folder = save_folder(tmp_path / "gpt2", model.config, with_biases(gpt2_to_state_dict(model)))
+    assert_same(read(folder, model.config), model)
+    biased = gpt2_to_state_dict(read(folder, dataclasses.replace(model.config, use_bias=True)))
+    assert not any(array.any() for name, array in biased.items() if name.endswith(".bias"))
+
+
+def test_what_an_export_says_of_biases_holds_until_they_are_trained(make_model, tmp_path):
+    model = make_model(VOCAB, use_bias=False)
+    arrays = with_biases(gpt2_to_state_dict(model))
+    folder = save_folder(tmp_path / "gpt2", model.config, arrays, sophia_levanter={"use_bias": False})
+    assert open_model(folder).fields["use_bias"] is False
+    read(folder, dataclasses.replace(model.config, use_bias=True))
+    arrays["transformer.h.1.ln_2.bias"] = np.ones(8, np.float32)
+    save_folder(folder, model.config, arrays, sophia_levanter={"use_bias": False})
+    assert open_model(folder).fields["use_bias"] is True
+    assert "has biases that are not 0 (h.1.ln_2.bias); set --model.use_bias true" in refused(folder, model.config)
+
+
+def test_an_export_tells_its_tokenizer(folder, model, arrays):
+    own = {"tokenizer": "bytes", "tokenizer_fingerprint": "of bytes"}
+    save_folder(folder, model.config, arrays, sophia_levanter=own)
+    assert open_model(folder).tokenizer == "bytes"
+    assert f"data.tokenizer words is not the one that {folder} was trained with; set --data.tokenizer bytes" in refused(
+        folder, model.config
+    )
+    read(folder, model.config, fingerprint="of bytes")
+    save_folder(folder, model.config, arrays, sophia_levanter={"tokenizer": "tokenizer.tiktoken"})
+    assert open_model(folder).tokenizer == str(folder / "tokenizer.tiktoken")
+    read(folder, model.config)
+
+
+@pytest.mark.parametrize("own", [3, {"tokenizer": 3}, {"use_bias": "false"}, {"tokenizer_fingerprint": None}])
+def test_an_export_that_somebody_has_edited(own, folder, model, arrays):
+    save_folder(folder, model.config, arrays, sophia_levanter=own)
+    assert "config.json: sophia_levanter is not what an export writes" in refused(folder, model.config)
+
+
 def test_a_padded_vocabulary_loses_its_padding(make_model, tmp_path):
     model = make_model(VOCAB, use_bias=True)
     folder = save_folder(tmp_path / "gpt2", model.config, gpt2_to_state_dict(model))
@@ -224,7 +265,7 @@ def test_a_padded_vocabulary_loses_its_padding(make_model, tmp_path):
     assert found.vocab_size == 100
     wte = np.asarray(model.wte.weight.array)
     np.testing.assert_array_equal(found.wte.weight.array, np.where(np.arange(128)[:, None] < 100, wte, 0))
-    assert lines[1] == "its vocabulary of 128 is the 100 tokens of data.tokenizer words and padding, which is left out"
+    assert lines == ["its vocabulary of 128 is the 100 tokens of data.tokenizer words and padding, which is left out"]
     assert "has 128" in refused(folder, model.config, vocab_size=129)
 
 

@@ -37,3 +37,4 @@ def test_the_mean_over_tokens_and_the_bits_over_bytes(devices):
     assert evaluation.loss == pytest.approx(nats / weights.sum(), rel=1e-5)
     text_bytes = (byte_lengths[windows[:, 1:]] * weights).sum()
     assert evaluation.bits_per_byte == pytest.approx(nats / np.log(2) / text_bytes, rel=1e-5)
+    assert (evaluation.tokens, evaluation.text_bytes) == (weights.sum(), text_bytes)

@@ -53,7 +53,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,  # like tiktoken, look a whole word up first
-            "vocab": {written(token): rank for token, rank in ranks.items()},
+            # Special tokens too, or they would be numbered without the gaps before them.
+            "vocab": {written(token): rank for token, rank in ranks.items()} | dict(tokenizer.special_tokens),
             "merges": [[written(left), written(right)] for left, right in merges_of(ranks)],
         },
     }

@@ -1,0 +1,196 @@
+"""`evaluate` and `export` of a run: the loss of its model on a text, and its way into a folder and from there on."""
+
+import json
+import re
+import shutil
+
+import equinox as eqx
+import haliax as hax
+import jax
+import numpy as np
+import pytest
+
+from sophia_levanter.commands import evaluate, export
+from sophia_levanter.data.bpe import save_bpe, train_bpe
+from sophia_levanter.main import main
+from sophia_levanter.models.huggingface import gpt2_to_state_dict
+from sophia_levanter.training.loading_models import load_model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a finished run and the same model exported."""
+    root = tmp_path_factory.mktemp("trained")
+    (root / "text.txt").write_text("".join(f"Line {i} says {i * i} — naïve.\n" for i in range(300)))
+    (root / "other.txt").write_text("Another text, of 300 or so bytes.\n" * 9)
+    sizes = (
+        "{num_layers: 2, num_heads: 2, embed_dim: 16, seq_len: 16, loss_block_size: 8,\n gradient_checkpointing: none}"
+    )
+    (root / "tiny.yaml").write_text(
+        f"model: {sizes}\noptimizer: {{type: adamw, warmup_steps: 2, learning_rate: 1e-2}}\n"
+        f"data: {{train: {root / 'text.txt'}, tokenizer: bytes, cache_dir: {root / 'cache'}}}\n"
+        "trainer: {num_train_steps: 12, batch_size: 8, checkpoint_every: 6, evaluate_every: 6, sample_tokens: 0,\n"
+        "  evaluation_windows: 10}\n"
+    )
+    assert main(["--config", str(root / "tiny.yaml"), "--trainer.run_dir", str(root / "run")]) == 0
+    assert export.main([str(root / "run"), str(root / "exported")]) == 0
+    return root
+
+
+@pytest.fixture
+def evaluated(trained, capsys):
+    """The figures that the command prints for the run or another model; a loss of four digits is too coarse."""
+
+    def run(place="run", *words):
+        capsys.readouterr()
+        assert evaluate.main([str(trained / place), *words]) == 0
+        shown = capsys.readouterr().out
+        figures = dict(re.findall(r"^(loss|perplexity|bits per byte|tokens) +([\d.,]+)", shown, re.MULTILINE))
+        figures["bytes"] = re.search(r"stand for ([\d,]+) bytes", shown)[1]
+        return {name: float(value.strip(",").replace(",", "")) for name, value in figures.items()}, shown
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def own_mean(trained):
+    """Sum of the losses and number of tokens of the other text, window by window on one device."""
+    loaded = load_model(str(trained / "run"), report=print)
+    model = jax.device_put(loaded.model, jax.devices()[0])
+    logits_of = eqx.filter_jit(lambda model, ids: model(hax.named(ids, "position")).array)
+    ids = np.array([*(trained / "other.txt").read_bytes(), 256], np.int32)
+    nats = count = 0
+    for start in range(0, len(ids) - 1, 16):
+        window = ids[start : start + 17]
+        logits = logits_of(model, np.pad(window[:-1], (0, 17 - len(window))))
+        chosen = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(window) - 1), window[1:]]
+        nats, count = nats - float(chosen.sum()), count + len(window) - 1
+    return nats, count
+
+
+def test_it_is_the_runs_own_validation_loss(trained, evaluated):
+    records = [json.loads(line) for line in (trained / "run/metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if "validation/loss" in record][-1]
+    figures, shown = evaluated("run", "--windows", "10")
+    assert figures["loss"] == pytest.approx(last["validation/loss"], abs=1e-4)
+    assert figures["bits per byte"] == pytest.approx(last["validation/bits_per_byte"], abs=1e-4)
+    assert f"step 12 of {trained / 'run'}\n" in shown
+    assert f"text           what is held out of {trained / 'text.txt'}, tokenizer bytes\n" in shown
+    earlier, _ = evaluated("run", "--windows", "10", "--step", "6")
+    assert earlier["loss"] > figures["loss"] + 0.01
+
+
+MESHES = {
+    "a batch that does not divide": ["--batch_size", "3"],
+    "one batch": ["--batch_size", "64"],
+    "parameters split": ["--mesh.fsdp", "embed"],
+    "tensors split": ["--mesh.data", "4", "--mesh.model", "2", "--mesh.fsdp", "embed"],
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_token_counts_once_whatever_the_mesh_and_the_batch(mesh, trained, own_mean, evaluated):
+    size = (trained / "other.txt").stat().st_size
+    nats, count = own_mean
+    figures, _ = evaluated("run", "--data.validation", str(trained / "other.txt"), *MESHES[mesh])
+    assert figures["tokens"] == count == size
+    assert figures["bytes"] == size - 1  # the first is not predicted, and end-of-text has none
+    assert figures["loss"] == pytest.approx(nats / count, abs=6e-5)
+    assert figures["bits per byte"] == pytest.approx(nats / np.log(2) / (count - 1), abs=6e-5)
+    assert figures["perplexity"] == pytest.approx(np.exp(nats / count), abs=6e-3)
+
+
+def test_an_exported_model_on_a_text(trained, evaluated):
+    text = ["--data.validation", str(trained / "other.txt"), "--data.cache_dir", str(trained / "cache")]
+    ours, _ = evaluated("run", *text)
+    theirs, shown = evaluated("exported", *text)
+    assert theirs == ours
+    assert f"text           {trained / 'other.txt'}, tokenizer bytes\n" in shown
+    coarse, _ = evaluated("exported", *text, "--trainer.compute_dtype", "bfloat16")
+    assert coarse["loss"] == pytest.approx(ours["loss"], rel=0.02)
+
+
+def weights(place, **options):
+    return gpt2_to_state_dict(load_model(str(place), report=print, **options).model)
+
+
+def assert_same(found, wanted):
+    assert set(found) == set(wanted)
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_a_run_goes_out_and_another_starts_from_it(trained, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert export.main([str(trained / "run"), "out"]) == 0
+    size = (tmp_path / "out/model.safetensors").stat().st_size
+    assert capfd.readouterr().out == (
+        f"step 12 of {trained / 'run'} is in {tmp_path / 'out'}: float32, {size:,} bytes, tokenizer bytes\n"
+    )
+    assert_same(weights("out"), weights(trained / "run"))
+    assert export.main([str(trained / "run"), "half", "--step", "6", "--dtype=bfloat16"]) == 0
+    assert json.loads((tmp_path / "half/config.json").read_text())["sophia_levanter"]["step"] == 6
+    earlier = {name: array.astype("bfloat16") for name, array in weights(trained / "run", step=6).items()}
+    assert_same(weights("half"), earlier)
+
+    # A learning rate that moves nothing leaves the weights as they were.
+    still = ["--optimizer.learning_rate", "1e-30", "--optimizer.final_learning_rate", "0"]
+    again = ["--trainer.run_dir", "again", "--trainer.initial_weights", "out", "--trainer.num_train_steps", "2"]
+    assert main(["--config", str(trained / "tiny.yaml"), *again, *still]) == 0
+    assert_same(weights("again"), weights("out"))
+
+
+BAD = {
+    "no model": ([], "0 models are given; write one MODEL"),
+    "two models": (["a", "b"], "2 models are given"),
+    "no windows": (["RUN", "--windows", "0"], "--windows is 0; it must be at least 1"),
+    "no batch": (["RUN", "--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
+    "no number": (["RUN", "--windows", "all"], "--windows is 'all'; it must be a whole number"),
+    "an unknown option": (["RUN", "--window", "3"], "unexpected argument '--window'"),
+    "nowhere": (["nowhere"], "nowhere: there is no such file or directory"),
+    "no such step": (["RUN", "--step", "7"], "holds no checkpoint of step 7: it has 6, 12"),
+    "a folder without a text": (["FOLDER"], "--data.validation TEXT is missing: FOLDER is no run"),
+    "no such text": (["RUN", "--data.validation", "nowhere.txt"], "nowhere.txt"),
+    "another vocabulary": (["RUN", "--data.tokenizer", "WORDS"], "WORDS is not the one that RUN was trained with"),
+    "another vocabulary in a folder": (
+        ["FOLDER", "--data.tokenizer", "WORDS"],
+        "WORDS is not the one that FOLDER was trained with; set --data.tokenizer bytes",
+    ),
+    "a mesh of more devices": (["RUN", "--mesh.model", "16"], "and there are 8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words, wanted = BAD[name]
+    places = {"RUN": trained / "run", "FOLDER": trained / "exported", "WORDS": tmp_path / "words.tiktoken"}
+    if "WORDS" in words:
+        save_bpe(places["WORDS"], train_bpe(["the other anthem " * 9], 270))
+    for short, place in places.items():
+        words, wanted = [word.replace(short, str(place)) for word in words], wanted.replace(short, str(place))
+    assert evaluate.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert wanted in error
+
+
+def test_a_damaged_step_is_a_failure(trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    (tmp_path / "run/checkpoints/step-00000012/manifest.json").write_text("{}")
+    assert evaluate.main([str(tmp_path / "run"), "--step", "12"]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_help(capsys):
+    assert evaluate.main(["--help"]) == 0
+    assert capsys.readouterr().out == evaluate.USAGE + "\n"
+
+
+def test_progress_is_told_now_and_then(monkeypatch, capsys):
+    clock = iter(range(0, 100, 3))
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
+    advance = evaluate._progress(5)
+    for _ in range(5):
+        advance()
+    assert capsys.readouterr().err == "2 of 5 batches\n4 of 5 batches\n"
