@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from pages import PAGES, ROOT, read_page
 
+from pages import PAGES, ROOT, read_page
 from sophia_levanter.cli import VERBS
 from sophia_levanter.command_line import FLAGS, OPTIONS, load_config, parse_command_line
 from sophia_levanter.command_line_help import help_text

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from pages import ROOT
 
 HEAVY = ("haliax", "draccus", "orbax", "ray", "datasets", "wandb")

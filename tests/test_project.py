@@ -5,6 +5,7 @@ import tomllib
 
 import pytest
 import yaml
+
 from pages import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
