@@ -4,7 +4,7 @@ CONFIG ?= config/gpt2_nano_sophia_kronecker.yaml
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n 2
 
-.PHONY: train test test-all lint docs clean
+.PHONY: train test test-all lint docs wheel clean
 
 train: .venv/train.stamp
 	$(BIN)/python -m sophia_levanter.main --config $(CONFIG) $(ARGS)
@@ -22,6 +22,11 @@ lint: .venv/dev.stamp
 
 docs: .venv/dev.stamp
 	$(BIN)/mkdocs build --strict
+
+# Into dist/. setuptools would take files that are gone from the source out of an old build/.
+wheel: | .venv/bin/python
+	rm -rf build
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 
 clean:
 	rm -rf .venv .cache site build dist
