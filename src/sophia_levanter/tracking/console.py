@@ -13,10 +13,9 @@ from rich.text import Text
 
 from sophia_levanter.tracking.step_lines import StepNumbers, show_step
 
-# Columns of a terminal: from here on a bar is drawn beside the numbers, so wide.
-WIDTH_FOR_BAR = 100
-BAR_WIDTH = 20
-ELAPSED_WIDTH = 9
+# Columns of a terminal from which on there is room for a bar, and for the time that has passed; and of these two.
+WIDTH_FOR_BAR, BAR_WIDTH = 120, 20
+WIDTH_FOR_ELAPSED, ELAPSED_WIDTH = 70, 9
 
 
 class _SurvivingConsole(RichConsole):
@@ -60,7 +59,7 @@ class Console:
 
     def notice(self, text: str) -> None:
         """Print a line that one who asked for quiet wants to see too: a warning, or what came of the run."""
-        self._console.print(text, markup=False, emoji=False)
+        self._console.print(text, markup=False, emoji=False, highlight=False)
 
     def rows(self, rows: Sequence[tuple[str, str]], notices: Collection[str] = ()) -> None:
         """Print names and texts: a table in a terminal, lines elsewhere.
@@ -83,12 +82,12 @@ class Console:
         self._total = total
         if not self._console.is_terminal or self._quiet:
             return
-        wide = self._console.width >= WIDTH_FOR_BAR
+        width = self._console.width
         self._progress = Progress(
             TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
-            *([BarColumn(BAR_WIDTH)] if wide else []),
+            *([BarColumn(BAR_WIDTH)] if width >= WIDTH_FOR_BAR else []),
             TextColumn("{task.fields[numbers]}", markup=False),
-            TimeElapsedColumn(),
+            *([TimeElapsedColumn()] if width >= WIDTH_FOR_ELAPSED else []),
             TextColumn("{task.fields[left]}", markup=False),
             console=self._console,
         )
@@ -119,9 +118,9 @@ class Console:
     def _room_for_numbers(self, left: str) -> int:
         """Columns beside the other parts of the bar, with a blank between two of them."""
         width = self._console.width
-        others = [2 * len(str(self._total)) + 1, ELAPSED_WIDTH, len(left)]
-        if width >= WIDTH_FOR_BAR:
-            others.append(BAR_WIDTH)
+        others = [2 * len(str(self._total)) + 1, len(left)]
+        others += [BAR_WIDTH] if width >= WIDTH_FOR_BAR else []
+        others += [ELAPSED_WIDTH] if width >= WIDTH_FOR_ELAPSED else []
         return width - sum(others) - len(others)
 
 
