@@ -35,10 +35,10 @@ class Wandb:
     def __init__(
         self, config: TrackingConfig, directory: Path, run_id: str, facts: Mapping[str, Any], say: Say, warn: Say
     ) -> None:
-        # Before a first line of wandb's own, and before it asks a terminal for a key.
-        wandb.setup(wandb.Settings(silent=True, console="off"))
 
         def start(mode: Any) -> wandb.Run:
+            # Before a first line of wandb's own, and before it asks a terminal for a key.
+            wandb.setup(wandb.Settings(silent=True, console="off"))
             return wandb.init(
                 mode=mode,
                 dir=directory,
@@ -58,6 +58,8 @@ class Wandb:
         except Exception as error:
             if config.wandb == "offline":
                 raise
+            # wandb's service has the run's id in use still.
+            wandb.teardown()
             self._run = start("offline")
             reason = " ".join(str(error).split())
             warn(f"WARNING: wandb: {reason}; the run is logged offline, and uploaded by: {self._upload}")
@@ -81,3 +83,6 @@ class Wandb:
             raise TimeoutError(
                 f"not all was uploaded within {FINISH_SECONDS} s of the run's end; the rest is by: {self._upload}"
             ) from None
+        finally:
+            # What finish leaves to the end of the process: files are whole only now.
+            wandb.teardown()
