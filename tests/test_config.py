@@ -165,7 +165,7 @@ def test_optimizers_of_one_size_differ_in_the_optimizer_only():
 
 
 def test_sections():
-    assert list(sections(AdamWConfig)) == ["model", "optimizer", "data", "trainer", "mesh"]
+    assert list(sections(AdamWConfig)) == ["model", "optimizer", "data", "trainer", "mesh", "tracking"]
     assert sections(AdamWConfig)["optimizer"] is AdamWConfig
 
 

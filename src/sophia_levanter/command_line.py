@@ -22,7 +22,7 @@ from sophia_levanter.training.config import OptimizerConfig
 
 OPTIMIZER_TYPE = "optimizer.type"
 DEFAULT_OPTIMIZER = type(TrainConfig().optimizer)
-FLAGS = ("--print_config", "--help")
+FLAGS = ("--print_config", "--quiet", "--help")
 OPTIONS = ("--config", "--resume", *FLAGS)
 EXPECTED = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
 
@@ -36,6 +36,7 @@ class Command:
         config_name: the config file's name without its suffix; the run directory's name under `--resume DIR`.
         resume: a run directory to go on with; "auto" to go on with `config.trainer.run_dir` if it holds a run.
         print_config: whether to print the configuration in place of training.
+        quiet: whether to print only warnings and the result.
         help: the text to print in place of anything else.
     """
 
@@ -43,11 +44,12 @@ class Command:
     config_name: str = ""
     resume: Path | Literal["auto"] | None = None
     print_config: bool = False
+    quiet: bool = False
     help: str | None = None
 
 
 def parse_command_line(argv: Sequence[str]) -> Command:
-    """Reads `--config FILE [--SECTION.FIELD VALUE ...] [--resume DIR|auto] [--print_config] [--help]`.
+    """Reads `--config FILE [--SECTION.FIELD VALUE ...] [--resume DIR|auto] [--print_config] [--quiet] [--help]`.
 
     A value follows its option as the next word or after `=`; of several values for one option the last counts.
     `--resume DIR` reads DIR/config.yaml in place of `--config`.
@@ -57,20 +59,23 @@ def parse_command_line(argv: Sequence[str]) -> Command:
     """
     if "--help" in argv or "-h" in argv:
         return Command(help=help_text())
-    options, overrides, print_config = _split(argv)
+    options, overrides, flags = _split(argv)
+    print_config, quiet = "--print_config" in flags, "--quiet" in flags
     resume = options.get("--resume")
     if resume is None or resume == "auto":
         if "--config" not in options:
             raise InputError("--config FILE is missing; config/gpt2_nano_sophia.yaml is a small one to start with")
         path = Path(options["--config"])
         config = load_config(path, overrides)
-        return Command(config, path.stem, "auto" if resume else None, print_config)
+        return Command(config, path.stem, "auto" if resume else None, print_config, quiet)
     if "--config" in options:
         raise InputError(f"--config {options['--config']} does not go with --resume {resume}, which has its own config")
     if any(name == "trainer.run_dir" for name, _ in overrides):
         raise InputError(f"--trainer.run_dir does not go with --resume {resume}, which is the run directory")
     run_dir = _existing_run(Path(resume))
-    return Command(load_config(run_dir / "config.yaml", overrides), run_dir.resolve().name, run_dir, print_config)
+    return Command(
+        load_config(run_dir / "config.yaml", overrides), run_dir.resolve().name, run_dir, print_config, quiet
+    )
 
 
 def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> TrainConfig:
@@ -122,9 +127,9 @@ def dump_config(config: TrainConfig) -> str:
     return dump_yaml(draccus.encode(config))
 
 
-def _split(argv: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]], bool]:
-    """The options `--config` and `--resume`, the overrides, and whether `--print_config` is given."""
-    options, overrides, print_config = {}, [], False
+def _split(argv: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]], set[str]]:
+    """The options `--config` and `--resume`, the overrides, and the flags that are given."""
+    options, overrides, flags = {}, [], set()
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -134,7 +139,7 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]], 
         if name in FLAGS:
             if equals:
                 raise InputError(f"{name} takes no value, found {value!r}")
-            print_config = True
+            flags.add(name)
             continue
         if "." not in name and name not in OPTIONS:
             raise _unknown_key(name.removeprefix("--"), Setting(value), DEFAULT_OPTIMIZER)
@@ -148,7 +153,7 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]], 
             options[name] = value
         else:
             overrides.append((name.removeprefix("--"), value))
-    return options, overrides, print_config
+    return options, overrides, flags
 
 
 def _existing_run(run_dir: Path) -> Path:

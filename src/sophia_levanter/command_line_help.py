@@ -14,7 +14,7 @@ from sophia_levanter.training.config import OptimizerConfig
 
 USAGE = """\
 usage: python -m sophia_levanter.main --config FILE [--SECTION.FIELD VALUE ...] [--resume DIR|auto]
-       [--print_config] [--help]
+       [--print_config] [--quiet] [--help]
 
 Trains a GPT-2 model.
 
@@ -23,6 +23,7 @@ Trains a GPT-2 model.
   --resume DIR           goes on with the run in DIR; needs no --config
   --resume auto          goes on with the run in trainer.run_dir if it holds one, and starts it otherwise
   --print_config         prints the resolved configuration and exits
+  --quiet                prints warnings and, at the end, the result and the checkpoint; nothing while it trains
   --help                 prints this and exits"""
 
 TYPE_NAMES = {"str": "TEXT", "int": "INT", "float": "NUMBER", "bool": "true|false"}

@@ -9,6 +9,7 @@ from sophia_levanter.data.config import DataConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.config import Gpt2Config, pad_vocab
 from sophia_levanter.partition.config import MeshConfig, check_divides
+from sophia_levanter.tracking.config import TrackingConfig
 from sophia_levanter.training.config import OptimizerConfig, SophiaConfig, SophiaGConfig, SophiaHConfig, TrainerConfig
 
 
@@ -25,6 +26,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         if self.optimizer.warmup_steps > self.trainer.num_train_steps:

@@ -12,6 +12,7 @@ from types import FrameType
 from sophia_levanter.command_line import dump_config, parse_command_line
 from sophia_levanter.commands.arguments import run_command
 from sophia_levanter.exit_status import DONE, FAILURE, INTERRUPTED, PREEMPTED
+from sophia_levanter.tracking.config import check_installed
 from sophia_levanter.training.run_directory import choose_run_directory
 
 
@@ -33,6 +34,7 @@ def _run(argv: Sequence[str]) -> int:
     if command.print_config:
         print(dump_config(command.config), end="")
         return DONE
+    check_installed(command.config.tracking)
     directory, config = choose_run_directory(command)
     before = signal.signal(signal.SIGTERM, _stop_before_training)
 
@@ -45,7 +47,7 @@ def _run(argv: Sequence[str]) -> int:
     from sophia_levanter.training.run import run
 
     try:
-        stopped_by = run(config, directory, _environment())
+        stopped_by = run(config, directory, _environment(), quiet=command.quiet)
     except (TrainingFailed, CheckpointError, NoAnswer) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILURE

@@ -9,7 +9,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.config import Gpt2Config
 from sophia_levanter.partition.config import MeshConfig
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.planning.step_plan import activation_bytes, bytes_by_kind, device_bytes, gradient_bytes, plan_step
+from sophia_levanter.planning.step_plan import activation_bytes, gradient_bytes, plan_step
 from sophia_levanter.training.config import (
     AdamWConfig,
     LionConfig,
@@ -19,6 +19,7 @@ from sophia_levanter.training.config import (
     TrainerConfig,
 )
 from sophia_levanter.training.lowering import abstract_state
+from sophia_levanter.training.memory import bytes_by_kind, device_bytes
 
 VOCAB = 257
 MODEL = Gpt2Config(num_layers=3, num_heads=2, embed_dim=32, seq_len=16, loss_block_size=8)

@@ -79,7 +79,7 @@ def test_the_state_has_the_weights_where_drawn_ones_would_lie(mesh, optimizer, g
     options += ["--trainer.initial_weights", str(folder)]
     names = [name.removeprefix("--") for name in options[::2]]
     config = load_config(config_file, list(zip(names, options[1::2], strict=True)))
-    console = Console(1, quiet=True)
+    console = Console(1, silent=True)
     weights, parts = read_initial_weights(config, console), _build(config, {}, console)
     before = jax.tree.map(np.copy, weights)
     state = parts.state_from(weights)

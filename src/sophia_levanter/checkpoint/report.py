@@ -57,7 +57,7 @@ def describe(location: str, step: int) -> Iterator[str]:
     saved_at = datetime.datetime.fromtimestamp(manifest.saved_at, datetime.UTC)
     when = f"{saved_at:%Y-%m-%d %H:%M:%S} UTC ({_age(manifest.saved_at)})"
     yield f"step {manifest.step} of run {manifest.run_id}, saved {when}"
-    for name in ("metrics", "best", "environment", "data", "validation"):
+    for name in ("metrics", "best", "code", "environment", "data", "validation"):
         values = manifest.metadata.get(name)
         if values:
             yield f"{name}: {_in_line(values)}"

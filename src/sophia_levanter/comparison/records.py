@@ -15,6 +15,7 @@ from sophia_levanter.command_line import build_config
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config_file import Setting
 from sophia_levanter.errors import InputError
+from sophia_levanter.tracking.config import TrackingConfig
 from sophia_levanter.training.config import OptimizerConfig
 
 # Where a run's files lie, and how often it says or saves something, makes it no other run.
@@ -35,6 +36,7 @@ _NO_MATTER = (
     "trainer.profile_steps",
     "trainer.sample_tokens",
     "trainer.evaluate_every",
+    *(f"tracking.{field.name}" for field in dataclasses.fields(TrackingConfig)),
 )
 FORMAT = 1
 

@@ -13,11 +13,12 @@ from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.optim.named import is_named
 from sophia_levanter.partition.mesh import Partition, partition_of
-from sophia_levanter.planning.step_plan import StepPlan, activation_bytes, bytes_by_kind, gradient_bytes, plan_step
+from sophia_levanter.planning.step_plan import StepPlan, activation_bytes, gradient_bytes, plan_step
 from sophia_levanter.planning.target import GIB, Target
 from sophia_levanter.training.config import SophiaConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.training.costs import matrix_flops_per_step, passes_per_step, refreshes_per_step
 from sophia_levanter.training.lowering import abstract_state
+from sophia_levanter.training.memory import bytes_by_kind
 from sophia_levanter.training.optimizers import curvature_microbatches
 from sophia_levanter.training.summary import attention_of, count_parameters, describe_mesh
 from sophia_levanter.training.throughput import flops_per_token

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.planning.collectives import collective_bytes
 from sophia_levanter.training.lowering import abstract_state, lower_step
+from sophia_levanter.training.memory import bytes_by_kind, step_bytes
 from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.step import TrainState
 
@@ -49,42 +49,9 @@ def plan_step(config: TrainConfig, partition: Partition, vocab_size: int, *, ref
             raise
         state = abstract_state(config, partition, vocab_size)
         return StepPlan(sum(bytes_by_kind(state).values()), None, {})
-    analysis = compiled.memory_analysis()
-    assert analysis is not None, "no memory analysis on this backend"
-    outside = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return StepPlan(
-        analysis.argument_size_in_bytes,
-        analysis.temp_size_in_bytes + max(0, outside),
-        collective_bytes(compiled.as_text() or ""),
-    )
-
-
-def bytes_by_kind(state: TrainState) -> dict[str, int]:
-    """Bytes of a state on one device: parameters, momentum, curvature and what else the optimizer keeps."""
-    optimizer_state = state.optimizer_state
-    kinds = {
-        "parameters": device_bytes(state.model),
-        "momentum": device_bytes(_named(optimizer_state, ("momentum", "mu"))),
-        "curvature": device_bytes(_named(optimizer_state, ("curvature",))),
-    }
-    others = device_bytes(state) - sum(kinds.values())
-    return {kind: size for kind, size in {**kinds, "other optimizer state": others}.items() if size}
-
-
-def _named(tree: Any, names: Sequence[str]) -> list[Any]:
-    """The parts of optimizer states, also of optax's nested ones, that have one of these names."""
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        found = [getattr(tree, name) for name in names if name in tree._fields]
-        return found or [part for child in tree for part in _named(child, names)]
-    if isinstance(tree, tuple | list | dict):
-        return [part for child in (tree.values() if isinstance(tree, dict) else tree) for part in _named(child, names)]
-    return []
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of `jax.ShapeDtypeStruct`s on one device."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    sizes = step_bytes(compiled)
+    assert sizes is not None, "no memory analysis on this backend"
+    return StepPlan(*sizes, collective_bytes(compiled.as_text() or ""))
 
 
 def gradient_bytes(state: TrainState) -> int:

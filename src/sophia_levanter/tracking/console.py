@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+from rich.text import Text
 
-from sophia_levanter.tracking.step_lines import show_numbers, show_step
+from sophia_levanter.tracking.step_lines import StepNumbers, show_step
+
+# Columns of a terminal from which on there is room for a bar, and for the time that has passed; and of these two.
+WIDTH_FOR_BAR, BAR_WIDTH = 120, 20
+WIDTH_FOR_ELAPSED, ELAPSED_WIDTH = 70, 9
 
 
 class _SurvivingConsole(RichConsole):
@@ -21,42 +27,87 @@ class _SurvivingConsole(RichConsole):
 
 
 class Console:
-    """A progress bar in a terminal, plain lines elsewhere.
+    """A progress bar and tables in a terminal, plain lines elsewhere. No text is read as markup.
 
     Args:
         log_every: steps between two plain lines.
         rich_console: where to print; standard output if not given.
-        quiet: print nothing.
+        quiet: print notices alone.
+        silent: print nothing.
     """
 
-    def __init__(self, log_every: int = 10, rich_console: RichConsole | None = None, *, quiet: bool = False) -> None:
-        self._console = rich_console or _SurvivingConsole(soft_wrap=True, highlight=False, quiet=quiet)
+    def __init__(
+        self,
+        log_every: int = 10,
+        rich_console: RichConsole | None = None,
+        *,
+        quiet: bool = False,
+        silent: bool = False,
+    ) -> None:
+        self._console = rich_console or _SurvivingConsole(soft_wrap=True, highlight=False, quiet=silent)
         self._log_every = log_every
+        self._quiet = quiet
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._total = 0
+        self._numbers = StepNumbers()
 
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
-        self._console.print(text, markup=False, emoji=False)
+        if not self._quiet:
+            self.notice(text)
+
+    def notice(self, text: str) -> None:
+        """Print a line that one who asked for quiet wants to see too: a warning, or what came of the run."""
+        self._console.print(text, markup=False, emoji=False, highlight=False)
+
+    def rows(self, rows: Sequence[tuple[str, str]], notices: Collection[str] = ()) -> None:
+        """Print names and texts: a table in a terminal, lines elsewhere.
+
+        Args:
+            rows: name and text of each.
+            notices: names of rows that are printed, as lines, to one who asked for quiet.
+        """
+        if self._console.is_terminal and not self._quiet:
+            table = Table(Column(no_wrap=True), Column(overflow="fold"), show_header=False)
+            for name, text in rows:
+                table.add_row(Text(name), Text(text))
+            self._console.print(table, soft_wrap=False)
+            return
+        for name, text in rows:
+            (self.notice if name in notices else self.line)(f"{name}: {text}")
 
     def start(self, completed: int, total: int) -> None:
         """Begin to show progress."""
         self._total = total
-        if not self._console.is_terminal:
+        if not self._console.is_terminal or self._quiet:
             return
-        columns = (TextColumn("{task.fields[numbers]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=self._console)
-        self._task = self._progress.add_task("train", total=total, completed=completed, numbers="training")
+        width = self._console.width
+        self._progress = Progress(
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
+            *([BarColumn(BAR_WIDTH)] if width >= WIDTH_FOR_BAR else []),
+            TextColumn("{task.fields[numbers]}", markup=False),
+            *([TimeElapsedColumn()] if width >= WIDTH_FOR_ELAPSED else []),
+            TextColumn("{task.fields[left]}", markup=False),
+            console=self._console,
+        )
+        self._task = self._progress.add_task("train", total=total, completed=completed, numbers="training", left="")
         self._progress.start()
 
     def step(self, step: int, metrics: Mapping[str, float], seconds_left: float) -> None:
         """Show a step's metrics, by their names in metrics.jsonl."""
-        numbers = show_numbers(metrics)
+        self._numbers.update(metrics)
+        left = f"{show_duration(seconds_left)} left"
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=step + 1, numbers=numbers)
+            numbers = self._numbers.within(self._room_for_numbers(left))
+            self._progress.update(self._task, completed=step + 1, numbers=numbers, left=left)
         elif (step + 1) % self._log_every == 0 or step + 1 == self._total:
-            self.line(f"{show_step(step + 1, self._total, numbers)}  {_duration(seconds_left)} left")
+            self.line(f"{show_step(step + 1, self._total, self._numbers)}  {left}")
+
+    @property
+    def smoothed_loss(self) -> float:
+        """As shown at the last step, nats per token."""
+        return self._numbers.smoothed_loss
 
     def stop(self) -> None:
         """End the bar."""
@@ -64,8 +115,17 @@ class Console:
             self._progress.stop()
             self._progress = None
 
+    def _room_for_numbers(self, left: str) -> int:
+        """Columns beside the other parts of the bar, with a blank between two of them."""
+        width = self._console.width
+        others = [2 * len(str(self._total)) + 1, len(left)]
+        others += [BAR_WIDTH] if width >= WIDTH_FOR_BAR else []
+        others += [ELAPSED_WIDTH] if width >= WIDTH_FOR_ELAPSED else []
+        return width - sum(others) - len(others)
 
-def _duration(seconds: float) -> str:
+
+def show_duration(seconds: float) -> str:
+    """`1:02:03`, hours first."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

@@ -47,19 +47,6 @@ class JsonLines:
         self._file.close()
 
 
-class NoLines:
-    """What takes the metrics where another process writes them."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Do nothing."""
-
-    def sync(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 def _step_of(line: str) -> float:
     """The line's step; a line that a kill cut short is as good as from the future."""
     try:

@@ -6,31 +6,25 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
-
-import equinox as eqx
 
 from sophia_levanter.batch import Batch
 from sophia_levanter.checkpoint import CheckpointError
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2
-from sophia_levanter.optim import Optimizer, Sophia
 from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.partition.processes import all_stop
 from sophia_levanter.tracking.console import Console
-from sophia_levanter.tracking.jsonl import JsonLines, NoLines
+from sophia_levanter.tracking.trackers import Trackers
 from sophia_levanter.training.checkpoints import RunCheckpoints
+from sophia_levanter.training.compiled_steps import CompiledSteps, compile_steps
 from sophia_levanter.training.config import TrainerConfig
 from sophia_levanter.training.evaluation import Evaluation
 from sophia_levanter.training.loading import BatchLoader
 from sophia_levanter.training.profile import Profiler
-from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, train_step
+from sophia_levanter.training.step import StepOutput, StepSettings, TrainState
 from sophia_levanter.training.stopping import StopRequest
 from sophia_levanter.training.watchdog import Watchdog
-
-Step = Callable[[Batch, TrainState], tuple[TrainState, StepOutput]]
-
 
 NO_WAIT_SECONDS = 1e-3
 
@@ -47,23 +41,6 @@ class TrainingFailed(Exception):
         self.steps = steps
 
 
-@dataclass(frozen=True)
-class CompiledSteps:
-    """Steps for batches of one size.
-
-    Attributes:
-        batch_size: that size.
-        optimizer: says when the curvature is due.
-        plain: the step without a refresh.
-        refreshing: the step with one; `plain` where the optimizer has no curvature.
-    """
-
-    batch_size: int
-    optimizer: Optimizer
-    plain: Step
-    refreshing: Step
-
-
 @dataclass
 class Loop:
     """A run of training steps.
@@ -75,12 +52,15 @@ class Loop:
         loader: puts the training batches on the devices.
         evaluate: gives a model's validation loss; calls a function on its way.
         checkpoints: saves states while training goes on.
-        metrics: takes the numbers of each step.
+        trackers: take the numbers of each step.
         console: shows them.
         profiler: traces some of the steps.
         tokens_per_window: predicted tokens in a row of a batch.
         mfu_per_token_rate: model FLOPs utilisation at one token a second.
+        best: step and validation loss of the best evaluation so far; None before the first.
         saved: the last checkpoint's path or URL; None before the end.
+        first_step: that `run` began with.
+        seconds: that it took.
         waited_steps: how many steps began late because their batch was not there.
     """
 
@@ -90,13 +70,16 @@ class Loop:
     loader: BatchLoader
     evaluate: Callable[[Gpt2, Callable[[], None]], Evaluation]
     checkpoints: RunCheckpoints
-    metrics: JsonLines | NoLines
+    trackers: Trackers
     console: Console
     profiler: Profiler
     tokens_per_window: int
     mfu_per_token_rate: float
+    best: dict[str, Any] | None = None
     last_metrics: dict[str, float] = field(default_factory=dict)
     saved: str | None = None
+    first_step: int = 0
+    seconds: float = 0.0
     waited_steps: int = 0
     _tokens: int = 0
     _last_time: float = 0.0
@@ -118,13 +101,16 @@ class Loop:
             CheckpointError: if a state could not be saved.
         """
         self._watchdog = Watchdog(self.config.step_timeout)
+        self.first_step = int(state.step)
+        started, failed = time.perf_counter(), True
         with self.partition.active(), self._watchdog:
-            compiled = self._compile(state, int(state.step))
-            self.console.start(int(state.step), self.config.num_train_steps)
-            self._last_time = time.perf_counter()
             try:
+                compiled = self._compile(state, self.first_step)
+                self.console.start(self.first_step, self.config.num_train_steps)
+                self._last_time = time.perf_counter()
                 state = self._steps(state, compiled, stop)
                 self.saved = self.checkpoints.wait()
+                failed = False
                 return state
             except Exception as error:
                 self._end_save(error)
@@ -132,7 +118,10 @@ class Loop:
             finally:
                 self._end_profile()
                 self.console.stop()
-                self.metrics.close()
+                self.seconds = time.perf_counter() - started
+                # Trackers take their time, and have bounds of their own.
+                self._watchdog.pause()
+                self.trackers.close(failed=failed)
 
     def _steps(self, state: TrainState, compiled: CompiledSteps, stop: StopRequest) -> TrainState:
         step, total = int(state.step), self.config.num_train_steps
@@ -198,18 +187,9 @@ class Loop:
         self._watchdog.pause()
         trainer = self.config.at_step(step)
         settings = self.settings_of(trainer)
+        of = f" for batches of {trainer.batch_size}" if self.config.batch_size_changes else ""
         batch = self.loader.load(step)
-        started = time.perf_counter()
-        compiled = []
-        # An optimizer without curvature never asks for the second step.
-        kinds = (False, True) if isinstance(settings.optimizer, Sophia) else (False,)
-        size = f" for batches of {trainer.batch_size}" if self.config.batch_size_changes else ""
-        self.console.line(f"compiling {len(kinds)} training step(s){size}")
-        for refresh in kinds:
-            function: Any = eqx.filter_jit(partial(train_step, settings, refresh), donate="all-except-first")
-            compiled.append(function.lower(batch, state).compile())
-        self.console.line(f"compiled in {time.perf_counter() - started:.1f} s")
-        return CompiledSteps(trainer.batch_size, settings.optimizer, compiled[0], compiled[-1])
+        return compile_steps(settings, batch, state, trainer.batch_size, self.console.line, of)
 
     def _next(self, batches: Iterator[Batch], running: StepOutput) -> Batch:
         """The next batch, for when the `running` step is done."""
@@ -229,7 +209,7 @@ class Loop:
         self._tokens += tokens
         rate = tokens / self._step_seconds[-1]
         numbers |= {"train/tokens_per_second": rate, "train/mfu": rate * self.mfu_per_token_rate}
-        self.metrics.log(step, numbers)
+        self.trackers.log(step, numbers)
         self.last_metrics |= numbers
         recent = self._step_seconds[-20:]
         self.console.step(step, numbers, (self.config.num_train_steps - step - 1) * sum(recent) / len(recent))
@@ -244,7 +224,7 @@ class Loop:
             what, hint = "loss was a spike", "; or a larger --trainer.loss_spike_factor"
         else:
             what, hint = "loss or gradient was not finite", ""
-        self.console.line(f"step {step}: the {what} (loss {loss:.4g}); the step changed nothing")
+        self.console.notice(f"step {step}: the {what} (loss {loss:.4g}); the step changed nothing")
         if in_a_row >= self.config.max_skipped_steps:
             raise TrainingFailed(
                 f"the {what} in {in_a_row} steps in a row, the last of them step {step}; "
@@ -255,8 +235,10 @@ class Loop:
     def _evaluate(self, step: int, state: TrainState) -> None:
         evaluation = self.evaluate(state.model, lambda: self._watchdog.begin(f"the evaluation after step {step}"))
         numbers = {"validation/loss": evaluation.loss, "validation/bits_per_byte": evaluation.bits_per_byte}
-        self.metrics.log(step - 1, {k: v for k, v in numbers.items() if not math.isnan(v)})
+        self.trackers.log(step - 1, {k: v for k, v in numbers.items() if not math.isnan(v)})
         self.last_metrics |= numbers
+        if math.isfinite(evaluation.loss) and (self.best is None or evaluation.loss < self.best["validation/loss"]):
+            self.best = {"step": step, "validation/loss": evaluation.loss}
         self.console.line(
             f"step {step}: validation loss {evaluation.loss:.4f} nats per token, "
             f"{evaluation.bits_per_byte:.4f} bits per byte"
@@ -271,7 +253,7 @@ class Loop:
 
     def _save(self, step: int, state: TrainState, *, evaluated: bool) -> None:
         self._watchdog.begin(f"saving step {step}")
-        self.metrics.sync()
+        self.trackers.sync()
         self.checkpoints.save(step, state, self.last_metrics, evaluated=evaluated)
         self._last_time = time.perf_counter()
 
@@ -281,7 +263,7 @@ class Loop:
             self.checkpoints.wait()
         except (CheckpointError, FileExistsError) as another:
             if another is not error:
-                self.console.line(f"WARNING: {another}")
+                self.console.notice(f"WARNING: {another}")
 
     @property
     def tokens_per_second(self) -> float:

@@ -20,7 +20,7 @@ from sophia_levanter.training.run_directory import RunDirectory, changed_fields,
 from sophia_levanter.training.step import TrainState
 
 if TYPE_CHECKING:
-    from sophia_levanter.training.run import Parts
+    from sophia_levanter.training.parts import Parts
 
 # What shapes do not show, and yet makes the weights those of another model.
 ANOTHER_MODEL = ("model.num_heads", "model.scale_attn_by_inverse_layer_idx", "model.layer_norm_epsilon")
@@ -93,7 +93,7 @@ def check_not_begun(directory: RunDirectory, console: Console) -> None:
             f"{directory.metrics_file} has {lines} lines, and {directory.checkpoints} holds no checkpoint: bring them "
             "back, or remove the metrics to begin again at step 0"
         )
-    console.line(f"WARNING: {directory.checkpoints} holds no checkpoint: the run begins again at step 0")
+    console.notice(f"WARNING: {directory.checkpoints} holds no checkpoint: the run begins again at step 0")
 
 
 def best_so_far(parts: Parts, restored: Restored[TrainState]) -> dict[str, Any] | None:
@@ -147,7 +147,7 @@ def _read(parts: Parts, directory: RunDirectory, console: Console) -> Restored[T
     return checkpoint.restore(
         directory.checkpoints,
         parts.partition.abstract(parts.initial_state),
-        report=console.line,
+        report=console.notice,
         cast=parts.config.trainer.cast_checkpoint,
         processes=parts.processes,
     )

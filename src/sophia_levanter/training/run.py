@@ -5,25 +5,22 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from signal import Signals
 from typing import Any
 
+import draccus
 import jax
 
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
 from sophia_levanter.command_line import dump_config
-from sophia_levanter.config import TrainConfig, check_mesh
-from sophia_levanter.data.batches import TrainBatches, ValidationBatches
+from sophia_levanter.config import TrainConfig
 from sophia_levanter.data.config import DataConfig
-from sophia_levanter.data.prepare import TextData, prepare
 from sophia_levanter.data.tokenizer import token_byte_lengths
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.gpt2 import Gpt2, decay_mask
-from sophia_levanter.partition.mesh import Partition, partition_of
+from sophia_levanter.models.gpt2 import decay_mask
 from sophia_levanter.partition.messages import PATIENCE, Processes
 from sophia_levanter.partition.processes import (
     check_agreement,
@@ -32,54 +29,34 @@ from sophia_levanter.partition.processes import (
     wait_for_all,
 )
 from sophia_levanter.tracking.console import Console
-from sophia_levanter.tracking.jsonl import JsonLines, NoLines
+from sophia_levanter.tracking.jsonl import JsonLines
+from sophia_levanter.tracking.trackers import Trackers, start_others
 from sophia_levanter.training.checkpoints import RunCheckpoints
 from sophia_levanter.training.evaluation import Evaluator
 from sophia_levanter.training.initial_weights import read_initial_weights
 from sophia_levanter.training.loading import BatchLoader
 from sophia_levanter.training.loop import Loop, TrainingFailed
 from sophia_levanter.training.optimizers import build_step_settings
+from sophia_levanter.training.parts import Parts, build_parts
 from sophia_levanter.training.profile import Profiler
 from sophia_levanter.training.resuming import best_so_far, check_not_begun, go_back, resume
 from sophia_levanter.training.run_directory import RunDirectory
-from sophia_levanter.training.step import StepSettings, TrainState
+from sophia_levanter.training.step import TrainState
 from sophia_levanter.training.stopping import StopRequest
-from sophia_levanter.training.summary import attention_of, describe_end, describe_start
+from sophia_levanter.training.summary import describe_end, describe_start
 from sophia_levanter.training.throughput import flops_per_token, peak_flops
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of before it has a state."""
-
-    config: TrainConfig
-    partition: Partition
-    data: TextData
-    batches: TrainBatches
-    validation: ValidationBatches
-    settings: StepSettings
-    facts: dict[str, Any]
-    processes: Processes
-
-    def initial_state(self) -> TrainState:
-        """The state before step 0, a function of the configuration alone: weights are drawn, not read."""
-        key = jax.random.key(self.config.trainer.seed)
-        model = Gpt2.init(self.config.model, vocab_size=self.data.tokenizer.vocab_size, key=key)
-        return TrainState.init(model, self.settings.optimizer, self.settings.policy)
-
-    def state_from(self, weights: Gpt2) -> TrainState:
-        """The state before step 0 on the devices, with weights from this host's memory."""
-        start = partial(TrainState.init, optimizer=self.settings.optimizer, policy=self.settings.policy)
-        return self.partition.made(start, self.partition.place(weights))
-
-
-def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, Any]) -> Signals | None:
+def run(
+    config: TrainConfig, directory: RunDirectory, environment: Mapping[str, Any], *, quiet: bool = False
+) -> Signals | None:
     """Train as configured, in a run directory.
 
     Args:
         config: the resolved configuration.
         directory: where the run's files go, and whether it goes on from them.
         environment: what besides the configuration decides the numbers (versions, flags), to be recorded.
+        quiet: whether to print only warnings and the result.
 
     Returns:
         The signal that ended the run before its last step, if any.
@@ -90,10 +67,9 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
         CheckpointError: if all checkpoints of the run are damaged.
     """
     start_processes(config.mesh)
-    first = is_first_process()
     check_agreement("the configuration", _shared_config(config))
     keep_compiled(Path(config.data.cache_dir).expanduser().absolute() / "compiled", jax.default_backend())
-    console = Console(config.trainer.log_every, quiet=not first)
+    console = Console(config.trainer.log_every, quiet=quiet, silent=not is_first_process())
     processes = Processes.of_this_run()
     if directory.resume != "never":
         _by_first(processes, "lock", directory.lock)
@@ -113,14 +89,14 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
         _by_first(processes, "begin", lambda: check_not_begun(directory, console))
     # Before the text is prepared, which may take hours.
     weights = None if is_saved else read_initial_weights(config, console)
-    parts = _build(config, environment, console)
+    parts = build_parts(config, environment, console)
     check_agreement("the text", json.dumps([parts.facts["data"], parts.facts["validation"]]))
     restored = None
     if is_saved:
         restored = resume(parts, directory, console)
         state = restored.tree
         if int(state.step) >= config.trainer.num_train_steps:
-            console.line(
+            console.notice(
                 f"all {int(state.step)} steps are done; --trainer.num_train_steps with more of them extends the run"
             )
             return None
@@ -141,12 +117,14 @@ def run(config: TrainConfig, directory: RunDirectory, environment: Mapping[str, 
 
     _by_first(processes, "directory", take_directory)
     describe_start(parts, directory.path, console)
+    # Of all the ids only the first process's is saved.
+    run_id = uuid.uuid4().hex if restored is None else restored.run_id
     with StopRequest(several=jax.process_count() > 1) as stop:
-        loop, state = _train(parts, directory, state, restored, console, stop)
+        loop, state = _train(parts, directory, run_id, state, restored, console, stop)
     if int(state.step) < config.trainer.num_train_steps:
         # Of several processes one may have been signalled, and all have stopped.
         signal = stop.signal or Signals.SIGTERM
-        console.line(
+        console.notice(
             f"{signal.name}: stopped after step {int(state.step)}, which is saved; --resume {directory.path} goes on"
         )
         return signal
@@ -189,43 +167,10 @@ def keep_compiled(directory: Path, platform: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
-def _build(config: TrainConfig, environment: Mapping[str, Any], console: Console) -> Parts:
-    trainer, seq_len = config.trainer, config.model.seq_len
-    partition = partition_of(config.mesh)
-    mesh = partition.mesh
-    check_mesh(config, mesh.size)
-    attention_of(config, partition)
-    data = prepare(config.data, console.line)
-    check_mesh(config, mesh.size, data.tokenizer.vocab_size)
-    for corpus in (data.train, data.validation):
-        corpus.read(0, 1)  # of one that is kept in memory all is read here, before the run has a directory
-    devices = {"device": mesh.devices.flat[0].device_kind, "device_count": mesh.size}
-    return Parts(
-        config=config,
-        partition=partition,
-        data=data,
-        batches=TrainBatches(
-            data.train, seq_len=seq_len, batch_size=trainer.batch_size, seed=trainer.seed, changes=trainer.size_changes
-        ),
-        validation=ValidationBatches(
-            data.validation,
-            seq_len=seq_len,
-            batch_size=trainer.microbatch_size or trainer.batch_size,
-            max_windows=trainer.evaluation_windows,
-        ),
-        settings=build_step_settings(config.optimizer, trainer, decay_mask),
-        facts={
-            "environment": {**environment, **devices},
-            "data": data.train.facts,
-            "validation": data.validation.facts,
-        },
-        processes=Processes.of_this_run(),
-    )
-
-
 def _train(
     parts: Parts,
     directory: RunDirectory,
+    run_id: str,
     state: TrainState,
     restored: Restored[TrainState] | None,
     console: Console,
@@ -234,13 +179,13 @@ def _train(
     """The loop that came to an end, and the last state; before it, loops that went wrong and back to a checkpoint."""
     for left in range(parts.config.trainer.max_rollbacks, -1, -1):
         skipped_windows = int(state.skipped_windows)
-        loop = _make_loop(parts, directory, state, restored, console)
+        loop = _make_loop(parts, directory, run_id, state, restored, console)
         try:
             return loop, loop.run(state, stop)
         except TrainingFailed as error:
             if not left:
                 raise
-            console.line(f"WARNING: {error}")
+            console.notice(f"WARNING: {error}")
             restored = go_back(parts, directory, console, error.steps, skipped_windows)
             if restored is None:
                 raise
@@ -251,12 +196,14 @@ def _train(
 def _make_loop(
     parts: Parts,
     directory: RunDirectory,
+    run_id: str,
     state: TrainState,
     restored: Restored[TrainState] | None,
     console: Console,
 ) -> Loop:
     trainer = parts.config.trainer
     step = int(state.step)
+    best = None if restored is None else best_so_far(parts, restored)
     flops = flops_per_token(parts.config.model, parts.data.tokenizer.vocab_size)
     return Loop(
         config=trainer,
@@ -270,15 +217,31 @@ def _make_loop(
             directory.checkpoints,
             parts.config,
             parts.facts,
-            # Of all the ids only the first process's is saved.
-            run_id=uuid.uuid4().hex if restored is None else restored.run_id,
+            run_id=run_id,
             processes=parts.processes,
-            best=None if restored is None else best_so_far(parts, restored),
+            best=best,
             saved_step=None if restored is None else restored.step,
         ),
-        metrics=JsonLines(directory.metrics_file, first_step=step) if is_first_process() else NoLines(),
+        trackers=_start_trackers(parts, directory, run_id, step, console),
         console=console,
         profiler=Profiler(trainer.profiled_steps, directory.profile),
         tokens_per_window=parts.config.model.seq_len,
         mfu_per_token_rate=flops / peak_flops(list(parts.partition.mesh.devices.flat)),
+        best=best,
     )
+
+
+def _start_trackers(parts: Parts, directory: RunDirectory, run_id: str, step: int, console: Console) -> Trackers:
+    """What takes the numbers from a step on; nothing in any process but the first."""
+    if not parts.processes.is_first:
+        return Trackers(None)
+    lines = JsonLines(directory.metrics_file, first_step=step)
+    others = start_others(
+        parts.config.tracking,
+        directory.path,
+        run_id=run_id,
+        first_step=step,
+        facts={**draccus.encode(parts.config), "code": parts.facts["code"]},
+        console=console,
+    )
+    return Trackers(lines, others, max_grad_norm=parts.config.trainer.max_grad_norm)

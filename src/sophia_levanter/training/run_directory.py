@@ -16,6 +16,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.data.config import MixturePart
 from sophia_levanter.data.names import absolute_source, absolute_tokenizer
 from sophia_levanter.errors import InputError
+from sophia_levanter.tracking.config import TrackingConfig
 
 # What may differ between a run and its continuation by `--resume auto` without making it another run: how long it is,
 # and what has nothing to do with its numbers, such as the host that a new attempt finds the others by.
@@ -38,6 +39,7 @@ _MAY_DIFFER = (
     "mesh.process_id",
     "mesh.start_timeout",
     "mesh.heartbeat_timeout",
+    *(f"tracking.{field.name}" for field in dataclasses.fields(TrackingConfig)),
 )
 LOCK_NAME = ".lock"
 IN_USE = "is in use by another process"

@@ -20,6 +20,7 @@ from sophia_levanter.optim import GaussNewtonBartlett, Hutchinson, Optimizer, So
 from sophia_levanter.optim.microbatch import split_at
 from sophia_levanter.optim.protocol import value_at
 from sophia_levanter.optim.shared_forward import GradientSums, LossesFn, accumulate
+from sophia_levanter.optim.trees import norm
 from sophia_levanter.partition.mesh import at_rest
 
 PyTree = Any
@@ -72,7 +73,7 @@ class StepOutput(NamedTuple):
 
     Attributes:
         metrics: scalars by their names in metrics.jsonl; `train/loss` is the mean in nats, `train/grad_norm` is from
-            before clipping; after a refresh the optimizer's own metrics as `optim/...`.
+            before clipping; after a refresh `train/parameter_norm` and the optimizer's own metrics as `optim/...`.
         refresh_pending: as in the state after the step.
         skipped_in_a_row: as in the state after the step.
     """
@@ -160,6 +161,7 @@ def train_step(
         "train/skipped_steps": new_state.skipped_steps,
     }
     if refresh:
+        metrics["train/parameter_norm"] = norm(new_state.model)
         metrics |= {f"optim/{name}": value for name, value in optimizer.metrics(new_state.optimizer_state).items()}
     return new_state, StepOutput(metrics, new_state.refresh_pending, new_state.skipped_in_a_row)
 

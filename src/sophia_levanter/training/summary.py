@@ -11,55 +11,80 @@ import jax
 from sophia_levanter.data.bigram import bigram_bits_per_byte
 from sophia_levanter.models.config import attention_for
 from sophia_levanter.models.sampling import generate
-from sophia_levanter.tracking.console import Console
+from sophia_levanter.tracking.console import Console, show_duration
 from sophia_levanter.training.config import SophiaConfig, SophiaHConfig
+from sophia_levanter.training.memory import bytes_by_kind, show_bytes
 from sophia_levanter.training.optimizers import curvature_share
 
 if TYPE_CHECKING:
     from sophia_levanter.config import TrainConfig
     from sophia_levanter.partition.mesh import Partition
     from sophia_levanter.training.loop import Loop
-    from sophia_levanter.training.run import Parts
+    from sophia_levanter.training.parts import Parts
     from sophia_levanter.training.step import TrainState
 
 PROMPT_TOKENS = 32
 
 
 def describe_start(parts: Parts, directory: Path, console: Console) -> None:
-    """Print the model's, the data's and the step's sizes."""
-    config, data = parts.config, parts.data
-    trainer, model = config.trainer, config.model
-    size = count_parameters(eqx.filter_eval_shape(parts.initial_state).model)
-    console.line(
-        f"model: GPT-2, {size:,} parameters, {model.num_layers} layers, {model.num_heads} heads, "
-        f"{model.embed_dim} wide, {model.seq_len} positions, {data.tokenizer.vocab_size:,} tokens"
-    )
-    console.line(
-        f"data: {data.train.num_tokens:,} training and {data.validation.num_tokens:,} validation tokens "
-        f"({data.tokenizer.name})"
-    )
-    console.line(
-        f"optimizer: {type(parts.settings.optimizer).__name__}, {trainer.num_train_steps:,} steps of "
-        f"{trainer.batch_size} x {model.seq_len} tokens in {trainer.num_microbatches} microbatch(es), "
-        f"on {describe_mesh(parts.partition)}"
-    )
-    for step, size in trainer.size_changes:
-        console.line(f"batch size: {size} from step {step:,} on")
+    """Print the model's, the data's and the step's sizes, and where the run's files go."""
+    config, data, schedule = parts.config, parts.data, parts.config.optimizer
+    trainer, model, tracking = config.trainer, config.model, config.tracking
+    state = parts.partition.abstract(parts.initial_state)
     attention = attention_of(config, parts.partition)
-    swapped = isinstance(config.optimizer, SophiaHConfig) and attention != "xla"
-    console.line(
-        f"attention: {attention}"
-        + (", and xla in the curvature's pass, which needs a forward derivative" if swapped else "")
+    swapped = isinstance(schedule, SophiaHConfig) and attention != "xla"
+    decay = "" if schedule.schedule == "constant" else f" to {schedule.final_learning_rate:g}"
+    changes = "".join(f", {size} from step {step:,} on" for step, size in trainer.size_changes)
+    trackers = ["metrics.jsonl"]
+    trackers += [f"wandb ({tracking.wandb})"] if tracking.wandb else []
+    trackers += ["tensorboard"] if tracking.tensorboard else []
+    rows = [
+        (
+            "model",
+            f"GPT-2, {count_parameters(state.model):,} parameters, {model.num_layers} layers, {model.num_heads} heads, "
+            f"{model.embed_dim} wide, {model.seq_len} positions",
+        ),
+        ("data", f"{data.train.num_tokens:,} training and {data.validation.num_tokens:,} validation tokens"),
+        ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens"),
+        ("optimizer", f"{type(parts.settings.optimizer).__name__}, weight decay {schedule.weight_decay:g}"),
+        (
+            "schedule",
+            f"{trainer.num_train_steps:,} steps, learning rate {schedule.learning_rate:g} after "
+            f"{schedule.warmup_steps:,} of them, then {schedule.schedule}{decay}",
+        ),
+        (
+            "batch",
+            f"{trainer.batch_size} x {model.seq_len} tokens in {trainer.num_microbatches} microbatch(es){changes}",
+        ),
+        *([("curvature", _curvature(config))] if isinstance(schedule, SophiaConfig) else []),
+        (
+            "attention",
+            attention + (", and xla in the curvature's pass, which needs a forward derivative" if swapped else ""),
+        ),
+        ("devices", describe_mesh(parts.partition)),
+        ("memory", _state_bytes(state)),
+        ("run directory", str(directory)),
+        ("tracking", ", ".join(trackers)),
+    ]
+    console.rows(rows)
+
+
+def _curvature(config: TrainConfig) -> str:
+    optimizer = config.optimizer
+    assert isinstance(optimizer, SophiaConfig)
+    first = optimizer.initial_refreshes
+    return (
+        f"every {optimizer.interval} steps, on {curvature_share(optimizer, config.trainer):.0%} of the batch"
+        + (f", at each of the first {first} steps" if first else "")
+        + (", in a Kronecker basis" if optimizer.basis == "kronecker" else "")
     )
-    if isinstance(config.optimizer, SophiaConfig):
-        share = curvature_share(config.optimizer, trainer)
-        first = config.optimizer.initial_refreshes
-        console.line(
-            f"curvature: every {config.optimizer.interval} steps, on {share:.0%} of the batch"
-            + (f", at each of the first {first} steps" if first else "")
-            + (", in a Kronecker basis" if config.optimizer.basis == "kronecker" else "")
-        )
-    console.line(f"run directory: {directory}")
+
+
+def _state_bytes(state: TrainState) -> str:
+    """`9.8 MiB of state on each device: parameters 3.3 MiB, momentum 3.3 MiB, ...`."""
+    kinds = bytes_by_kind(state)
+    parts = ", ".join(f"{kind} {show_bytes(size)}" for kind, size in kinds.items() if size >= 1024)
+    return f"{show_bytes(sum(kinds.values()))} of state on each device: {parts}"
 
 
 def attention_of(config: TrainConfig, partition: Partition) -> str:
@@ -92,21 +117,36 @@ def describe_mesh(partition: Partition) -> str:
 
 
 def describe_end(parts: Parts, loop: Loop, state: TrainState, console: Console) -> None:
-    """Print the losses beside a byte-bigram's, the speed, where the checkpoint lies, and a sample of text."""
-    numbers, tokenizer = loop.last_metrics, parts.data.tokenizer
+    """Print how much was done, the losses beside a byte-bigram's, where the checkpoint lies, and a sample of text."""
+    numbers, tokenizer, step = loop.last_metrics, parts.data.tokenizer, int(state.step)
     bigram = bigram_bits_per_byte(parts.data.train, parts.validation.token_windows(), tokenizer)
-    console.line(
-        f"done: {int(state.step):,} steps, {loop.tokens_per_second:,.0f} tokens/s, "
-        f"{loop.waited_steps} step(s) waited for data"
-    )
-    console.line(
-        f"validation: {numbers['validation/loss']:.4f} nats per token, "
-        f"{numbers['validation/bits_per_byte']:.4f} bits per byte; "
-        f"a byte-bigram model of the same training text needs {bigram:.4f}"
-    )
+    tokens = parts.batches.windows_between(0, step) * parts.config.model.seq_len
+    skipped, best = int(state.skipped_steps), loop.best
+    since = f" since step {loop.first_step:,}" if loop.first_step else ""
+    rows = [
+        (
+            "done",
+            f"{step:,} steps, {tokens:,} tokens, {show_duration(loop.seconds)}{since}, "
+            f"{loop.tokens_per_second:,.0f} tokens/s, {loop.waited_steps} step(s) waited for data",
+        ),
+        (
+            "training",
+            f"{numbers['train/loss']:.4f} nats per token at the last step, {console.smoothed_loss:.4f} smoothed",
+        ),
+        (
+            "validation",
+            f"{numbers['validation/loss']:.4f} nats per token, {numbers['validation/bits_per_byte']:.4f} bits per "
+            f"byte; a byte-bigram model of the same training text needs {bigram:.4f}",
+        ),
+    ]
+    if best is not None:
+        rows.append(("best validation", f"{best['validation/loss']:.4f} nats per token, after step {best['step']:,}"))
     if "optim/win_rate" in numbers:
-        console.line(f"win rate: {numbers['optim/win_rate']:.1%} of the coordinates took an unclipped step")
-    console.line(f"checkpoint: {loop.saved}")
+        rows.append(("win rate", f"{numbers['optim/win_rate']:.1%} of the coordinates took an unclipped step"))
+    if skipped:
+        rows.append(("skipped", f"{skipped:,} steps, for their loss or gradient"))
+    rows.append(("checkpoint", str(loop.saved)))
+    console.rows(rows, notices=("done", "validation", "checkpoint"))
     if parts.config.trainer.sample_tokens:
         console.line(f"sample, after the prompt in brackets:\n{_sample(parts, state)}")
 

@@ -1,0 +1,46 @@
+"""Metrics as TensorBoard's event files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+FLUSH_SECONDS = 5.0
+
+
+class TensorBoard:
+    """Writes scalars into an event file of its own, which TensorBoard shows with the others in the directory.
+
+    Not by tensorboardX's SummaryWriter, in whose own thread and queue a full disk would show too late.
+
+    Args:
+        directory: of the event files.
+        first_step: TensorBoard forgets this step and later ones of older files, left by a run that died.
+    """
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        directory.mkdir(exist_ok=True)
+        # Names have seconds, in which a run may begin anew.
+        self._events = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
+        self._flushed = time.monotonic()
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of a step."""
+        for name, value in metrics.items():
+            self._write(Event(step=step, summary=scalar(name, value)))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    def close(self, *, failed: bool) -> None:
+        self._events.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)

@@ -1,0 +1,105 @@
+"""All that takes the numbers of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sophia_levanter.tracking.authors import AuthorsMetrics
+from sophia_levanter.tracking.background import Background
+from sophia_levanter.tracking.config import TrackingConfig
+from sophia_levanter.tracking.console import Console
+from sophia_levanter.tracking.jsonl import JsonLines
+from sophia_levanter.tracking.tracker import Tracker
+
+
+class Trackers:
+    """metrics.jsonl, whose failure is the run's, and others, whose failures are not.
+
+    Args:
+        lines: metrics.jsonl; None where another process writes it, which then has the other trackers too.
+        others: get each step's metrics under the Sophia authors' names as well.
+        max_grad_norm: that gradients are clipped to; None for no clipping.
+    """
+
+    def __init__(
+        self, lines: JsonLines | None, others: Sequence[Background] = (), *, max_grad_norm: float | None = None
+    ) -> None:
+        self._lines = lines
+        self._others = others
+        self._authors = AuthorsMetrics(max_grad_norm)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hand a step's metrics to all of them."""
+        if self._lines is not None:
+            self._lines.log(step, metrics)
+        both = {**metrics, **self._authors.of(step, metrics)}
+        for tracker in self._others:
+            tracker.log(step, both)
+
+    def sync(self) -> None:
+        """Return when all lines of metrics.jsonl are on the disk."""
+        if self._lines is not None:
+            self._lines.sync()
+
+    def close(self, *, failed: bool) -> None:
+        """End all of them, whether or not the lines can be written to the last."""
+        try:
+            if self._lines is not None:
+                self._lines.close()
+        finally:
+            for tracker in self._others:
+                tracker.close(failed=failed)
+
+
+def start_others(
+    config: TrackingConfig,
+    directory: Path,
+    *,
+    run_id: str,
+    first_step: int,
+    facts: Mapping[str, Any],
+    console: Console,
+) -> list[Background]:
+    """The trackers besides metrics.jsonl that a configuration asks for.
+
+    Args:
+        config: says which.
+        directory: of the run.
+        run_id: of the run.
+        first_step: that will be logged.
+        facts: the configuration to show, nested.
+        console: says where the numbers are to be seen, and what is wrong with a tracker.
+    """
+
+    def say(text: str) -> None:
+        console.line(_without_secrets(text))
+
+    def warn(text: str) -> None:
+        console.notice(_without_secrets(text))
+
+    def start_wandb() -> Tracker:
+        from sophia_levanter.tracking.wandb import Wandb
+
+        return Wandb(config, directory, run_id, facts, say, warn)
+
+    def start_tensorboard() -> Tracker:
+        from sophia_levanter.tracking.tensorboard import TensorBoard
+
+        return TensorBoard(directory / "tensorboard", first_step)
+
+    others = []
+    if config.wandb is not None:
+        others.append(Background("wandb", start_wandb, warn))
+    if config.tensorboard:
+        others.append(Background("tensorboard", start_tensorboard, warn))
+        say(f"tensorboard: tensorboard --logdir {directory / 'tensorboard'}")
+    return others
+
+
+def _without_secrets(text: str) -> str:
+    """The text without wandb's key, should a message of wandb's have it."""
+    key = os.environ.get("WANDB_API_KEY")
+    return text.replace(key, "***") if key else text

@@ -1,0 +1,61 @@
+"""The steps that a run takes, compiled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+
+from sophia_levanter.batch import Batch
+from sophia_levanter.optim import Optimizer, Sophia
+from sophia_levanter.training.memory import show_bytes, step_bytes
+from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, train_step
+
+Step = Callable[[Batch, TrainState], tuple[TrainState, StepOutput]]
+
+
+@dataclass(frozen=True)
+class CompiledSteps:
+    """Steps for batches of one size.
+
+    Attributes:
+        batch_size: that size.
+        optimizer: says when the curvature is due.
+        plain: the step without a refresh.
+        refreshing: the step with one; `plain` where the optimizer has no curvature.
+    """
+
+    batch_size: int
+    optimizer: Optimizer
+    plain: Step
+    refreshing: Step
+
+
+def compile_steps(
+    settings: StepSettings, batch: Batch, state: TrainState, batch_size: int, say: Callable[[str], None], of: str = ""
+) -> CompiledSteps:
+    """Compiles the step, and the one that refreshes the curvature where the optimizer has any.
+
+    Args:
+        settings: what stays the same over the run.
+        batch: one of the size that the steps are for.
+        state: where the run is.
+        batch_size: that size.
+        say: is told what is compiled, how long it took and what memory a step needs.
+        of: what kind of steps, for the first of these lines.
+    """
+    started = time.perf_counter()
+    kinds = (False, True) if isinstance(settings.optimizer, Sophia) else (False,)
+    say(f"compiling {len(kinds)} training step(s){of}")
+    compiled = []
+    for refresh in kinds:
+        function: Any = eqx.filter_jit(partial(train_step, settings, refresh), donate="all-except-first")
+        compiled.append(function.lower(batch, state).compile())
+    sizes = [sum(size) for step in compiled if (size := step_bytes(step.compiled)) is not None]
+    needs = f"; a step needs at most {show_bytes(max(sizes))} on each device" if sizes else ""
+    say(f"compiled in {time.perf_counter() - started:.1f} s{needs}")
+    return CompiledSteps(batch_size, settings.optimizer, compiled[0], compiled[-1])

@@ -1,0 +1,87 @@
+"""What a run is made of, from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+
+from sophia_levanter.config import TrainConfig, check_mesh
+from sophia_levanter.data.batches import TrainBatches, ValidationBatches
+from sophia_levanter.data.prepare import TextData, prepare
+from sophia_levanter.models.gpt2 import Gpt2, decay_mask
+from sophia_levanter.partition.mesh import Partition, partition_of
+from sophia_levanter.partition.messages import Processes
+from sophia_levanter.tracking.console import Console
+from sophia_levanter.training.code_version import code_version
+from sophia_levanter.training.optimizers import build_step_settings
+from sophia_levanter.training.step import StepSettings, TrainState
+from sophia_levanter.training.summary import attention_of
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of before it has a state."""
+
+    config: TrainConfig
+    partition: Partition
+    data: TextData
+    batches: TrainBatches
+    validation: ValidationBatches
+    settings: StepSettings
+    facts: dict[str, Any]
+    processes: Processes
+
+    def initial_state(self) -> TrainState:
+        """The state before step 0, a function of the configuration alone: weights are drawn, not read."""
+        key = jax.random.key(self.config.trainer.seed)
+        model = Gpt2.init(self.config.model, vocab_size=self.data.tokenizer.vocab_size, key=key)
+        return TrainState.init(model, self.settings.optimizer, self.settings.policy)
+
+    def state_from(self, weights: Gpt2) -> TrainState:
+        """The state before step 0 on the devices, with weights from this host's memory."""
+        start = partial(TrainState.init, optimizer=self.settings.optimizer, policy=self.settings.policy)
+        return self.partition.made(start, self.partition.place(weights))
+
+
+def build_parts(config: TrainConfig, environment: Mapping[str, Any], console: Console) -> Parts:
+    """The parts of a run; its text is prepared.
+
+    Raises:
+        InputError: if they do not fit each other or the data.
+    """
+    trainer, seq_len = config.trainer, config.model.seq_len
+    partition = partition_of(config.mesh)
+    mesh = partition.mesh
+    check_mesh(config, mesh.size)
+    attention_of(config, partition)
+    data = prepare(config.data, console.line)
+    check_mesh(config, mesh.size, data.tokenizer.vocab_size)
+    for corpus in (data.train, data.validation):
+        corpus.read(0, 1)  # of one that is kept in memory all is read here, before the run has a directory
+    devices = {"device": mesh.devices.flat[0].device_kind, "device_count": mesh.size}
+    return Parts(
+        config=config,
+        partition=partition,
+        data=data,
+        batches=TrainBatches(
+            data.train, seq_len=seq_len, batch_size=trainer.batch_size, seed=trainer.seed, changes=trainer.size_changes
+        ),
+        validation=ValidationBatches(
+            data.validation,
+            seq_len=seq_len,
+            batch_size=trainer.microbatch_size or trainer.batch_size,
+            max_windows=trainer.evaluation_windows,
+        ),
+        settings=build_step_settings(config.optimizer, trainer, decay_mask),
+        facts={
+            "environment": {**environment, **devices},
+            "data": data.train.facts,
+            "validation": data.validation.facts,
+            "code": code_version(),
+        },
+        processes=Processes.of_this_run(),
+    )

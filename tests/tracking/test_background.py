@@ -1,0 +1,110 @@
+"""Trackers that a run can do without: what goes wrong with them is said once, and holds nobody up."""
+
+import threading
+import time
+
+import pytest
+
+from sophia_levanter.tracking import background
+from sophia_levanter.tracking.background import Background
+
+
+class Recorder:
+    """Keeps what it is given, and does `trouble` when it is asked to log or to close."""
+
+    def __init__(self, in_log=None, in_close=None):
+        self.logged, self.closed = [], []
+        self._in_log, self._in_close = in_log, in_close
+
+    def log(self, step, metrics):
+        if self._in_log is not None:
+            self._in_log()
+        self.logged.append((step, metrics))
+
+    def close(self, *, failed):
+        if self._in_close is not None:
+            self._in_close()
+        self.closed.append(failed)
+
+
+def full_disk():
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_everything_arrives_in_order(failed):
+    recorder, said = Recorder(), []
+    tracker = Background("recorder", lambda: recorder, said.append)
+    for step in range(1000):
+        tracker.log(step, {"train/loss": float(step)})
+    tracker.close(failed=failed)
+    assert recorder.logged == [(step, {"train/loss": float(step)}) for step in range(1000)]
+    assert recorder.closed == [failed] and not said
+
+
+@pytest.mark.parametrize(
+    "make", [full_disk, lambda: Recorder(in_log=full_disk), lambda: Recorder(in_close=full_disk)], ids=str
+)
+def test_a_failure_is_one_warning(make):
+    said = []
+    tracker = Background("recorder", make, said.append)
+    for step in range(5):
+        tracker.log(step, {})
+        time.sleep(0.01)
+    tracker.close(failed=False)
+    tracker.close(failed=False)
+    assert said == ["WARNING: recorder: [Errno 28] No space left on device; the run goes on without it"]
+
+
+def test_messages_of_several_lines_and_none_are_one_line():
+    def fail(error):
+        def start():
+            raise error
+
+        return start
+
+    said = []
+    for error in (ValueError("one\n  two"), KeyError()):
+        Background("recorder", fail(error), said.append).close(failed=False)
+    assert [line.split(": ")[2] for line in said] == [
+        "one two; the run goes on without it",
+        "KeyError; the run goes on without it",
+    ]
+
+
+@pytest.mark.parametrize("where", ["start", "log", "close"])
+def test_one_that_hangs_holds_nobody_up(where, monkeypatch):
+    monkeypatch.setattr(background, "CLOSE_SECONDS", 0.2)
+    released, said = threading.Event(), []
+    recorder = Recorder(in_log=released.wait if where == "log" else None, in_close=released.wait)
+
+    def start():
+        if where == "start":
+            released.wait()
+        return recorder
+
+    tracker = Background("recorder", start, said.append)
+    began = time.monotonic()
+    tracker.log(0, {})
+    tracker.close(failed=False)
+    released.set()
+    assert time.monotonic() - began < 5
+    assert said == ["WARNING: recorder: has not ended within 0 s; the run goes on without it"]
+
+
+@pytest.mark.parametrize("late", ["log", "close"])
+def test_one_that_does_not_keep_up_is_left_out(late, monkeypatch):
+    monkeypatch.setattr(background, "LONGEST_QUEUE", 3)
+    released, said = threading.Event(), []
+    recorder = Recorder(in_log=released.wait)
+    tracker = Background("recorder", lambda: recorder, said.append)
+    tracker.log(0, {})
+    while not tracker._queue.empty():
+        time.sleep(0.001)
+    for step in range(1, 4 if late == "close" else 9):
+        tracker.log(step, {})
+    tracker.close(failed=False)
+    released.set()
+    tracker._thread.join()
+    assert said == ["WARNING: recorder: does not keep up: 3 records wait for it; the run goes on without it"]
+    assert len(recorder.logged) == 1 and not recorder.closed

@@ -1,0 +1,108 @@
+"""Whole runs and where their numbers go."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import wandb_files
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sophia_levanter import checkpoint
+from sophia_levanter.command_line import dump_config, load_config
+from sophia_levanter.main import main
+from sophia_levanter.tracking import tensorboard, wandb
+from sophia_levanter.tracking.jsonl import JsonLines
+from sophia_levanter.tracking.trackers import Trackers
+
+BOTH = ["--tracking.wandb", "offline", "--tracking.tensorboard", "true"]
+
+
+def records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(run_dir: Path, name: str) -> list[tuple[int, float]]:
+    accumulator = EventAccumulator(str(run_dir / "tensorboard"))
+    accumulator.Reload()
+    return [(event.step, event.value) for event in accumulator.Scalars(name)]
+
+
+def test_a_run_that_dies_and_goes_on_is_one_run_everywhere(config_file, tmp_path, monkeypatch, capfd):
+    run_dir = tmp_path / "run"
+    again = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto"]
+    log = JsonLines.log
+
+    def log_or_fail(self, step, metrics):
+        if step == 9:
+            raise OSError(28, "No space left on device")
+        log(self, step, metrics)
+
+    monkeypatch.setattr(JsonLines, "log", log_or_fail)
+    # metrics.jsonl is not one of the trackers that a run can do without.
+    assert main([*again, *BOTH]) == 1
+    monkeypatch.setattr(JsonLines, "log", log)
+    assert main([*again, *BOTH, "--tracking.wandb_name", "again"]) == 0
+    out = capfd.readouterr().out
+    assert out.count("wandb: offline; to upload it: wandb sync ") == 2
+
+    saved = checkpoint.read_step(run_dir / "checkpoints", 12)
+    runs = wandb_files.runs(run_dir)
+    assert [run["id"] for run in runs] == [saved.run_id] * 2
+    assert [(run["name"], run["exit"]) for run in runs] == [("run", 1), ("again", 0)]
+    steps = [[row["step"] for row in run["history"] if "train/loss" in row] for run in runs]
+    assert steps == [list(range(9)), list(range(6, 12))]
+    losses = [(r["step"], r["train/loss"]) for r in records(run_dir) if "train/loss" in r]
+    assert [step for step, _ in losses] == list(range(12))
+    assert [step for step, _ in events(run_dir, "train/loss")] == list(range(12))
+    assert dict(events(run_dir, "train/loss")) == pytest.approx(dict(losses))
+    assert [step for step, _ in events(run_dir, "val/loss")] == [5, 11]
+
+    # The authors' names, and what the run is of.
+    last = runs[1]["history"][3]
+    assert last["iter"] == last["step"] == 9
+    for theirs, ours in {
+        "lr": "train/learning_rate",
+        "param_norm": "train/parameter_norm",
+        "train/win_rate": "optim/win_rate",
+        "momentum_norm": "optim/momentum_norm",
+        "hessian_norm2": "optim/curvature_norm",
+    }.items():
+        assert last[theirs] == last[ours]
+    config = runs[1]["config"]
+    assert config["optimizer"]["rho"] == 0.5 and config["code"] == saved.metadata["code"]
+    assert config["code"]["version"] == "0.1.0"
+
+
+def test_trackers_that_fail_stop_no_run(config_file, tmp_path, monkeypatch, capfd):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(wandb.Wandb, "__init__", fail)
+    monkeypatch.setattr(tensorboard.TensorBoard, "log", fail)
+    run_dir = tmp_path / "run"
+    arguments = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--optimizer.type", "adamw", *BOTH]
+    assert main([*arguments, "--quiet"]) == 0
+    assert [record["step"] for record in records(run_dir) if "train/loss" in record] == list(range(12))
+    *warnings, done, validation, saved = capfd.readouterr().out.splitlines()
+    assert sorted(warnings) == [
+        f"WARNING: {name}: [Errno 28] No space left on device; the run goes on without it"
+        for name in ("tensorboard", "wandb")
+    ]
+    # This is all that --quiet leaves.
+    assert re.match(r"done: 12 steps, 3,072 tokens, 0:\d\d:\d\d, [\d,]+ tokens/s, ", done)
+    assert re.match(r"validation: \d\.\d+ nats per token, ", validation)
+    assert saved == f"checkpoint: {run_dir}/checkpoints/step-00000012"
+
+
+def test_a_process_that_is_not_the_first_tracks_nothing():
+    trackers = Trackers(None)
+    trackers.log(0, {"train/loss": 1.0})
+    trackers.sync()
+    trackers.close(failed=False)
+
+
+def test_the_section_is_written_and_read(config_file, tmp_path):
+    config = load_config(config_file, [("tracking.wandb", "offline"), ("tracking.wandb_group", "null")])
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "dumped.yaml") == config

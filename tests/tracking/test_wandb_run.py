@@ -1,0 +1,117 @@
+"""Runs of Weights & Biases: offline, as `wandb sync` would read them, and where no server answers."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import wandb_files
+
+from sophia_levanter.tracking.config import TrackingConfig
+from sophia_levanter.tracking.wandb import Wandb
+
+SECRET = "s3cr3t" * 8
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from sophia_levanter.tracking import wandb as tracking_wandb
+from sophia_levanter.tracking.config import TrackingConfig
+from sophia_levanter.tracking.console import Console
+from sophia_levanter.tracking.trackers import Trackers, start_others
+tracking_wandb.INIT_SECONDS = 1
+directory = Path(sys.argv[1])
+others = start_others(
+    TrackingConfig(wandb="online"), directory, run_id="abc", first_step=0, facts={}, console=Console()
+)
+trackers = Trackers(None, others)
+trackers.log(0, {"train/loss": 2.0})
+trackers.close(failed=False)
+"""
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_this_machine(monkeypatch, tmp_path):
+    """No account, no settings and no reports of errors."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def test_offline(tmp_path, capfd):
+    config, said = TrackingConfig("offline", "a project", wandb_group="a group"), []
+    for first, failed in ((0, True), (2, False)):
+        run = Wandb(config, tmp_path, "abc", {"model": {"num_layers": 2 + first}}, said.append, said.append)
+        for step in range(first, 4):
+            run.log(step, {"train/loss": step + first / 10})
+        run.close(failed=failed)
+    out, err = capfd.readouterr()
+    assert not out and not err, "wandb says nothing of its own"
+    first, second = wandb_files.runs(tmp_path)
+    assert [line.partition(": offline; to upload it: wandb sync ")[::2] for line in said] == [
+        ("wandb", str(folder)) for folder in sorted(tmp_path.glob("wandb/offline-run-*"))
+    ]
+    names = {"id": "abc", "name": tmp_path.name, "project": "a project", "group": "a group", "axis": ("*", "step")}
+    assert first.items() >= names.items() and second.items() >= names.items()
+    assert first["config"]["model"] == {"num_layers": 2} and second["config"]["model"] == {"num_layers": 4}
+    assert [(row["step"], row["train/loss"]) for row in first["history"]] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert [(row["step"], row["train/loss"]) for row in second["history"]] == [(2, 2.2), (3, 3.2)]
+    assert (first["exit"], second["exit"]) == (1, 0)
+
+
+@pytest.fixture
+def silent_server():
+    """The address of one that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        SECRET,
+        *(pytest.param(key, marks=pytest.mark.slow) for key in (None, "short", f"{SECRET} to a silent server")),
+    ],
+    ids=["refused", "no_key", "bad_key", "silent"],
+)
+def test_where_no_server_answers_the_run_is_offline(key, silent_server, tmp_path):
+    key, _, silent = (key or "").partition(" to ")
+    server = silent_server if silent else "http://127.0.0.1:9"
+    environment = {**os.environ, "WANDB_BASE_URL": server} | ({"WANDB_API_KEY": key} if key else {})
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    (line,) = done.stdout.splitlines()
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    assert line.startswith("WARNING: wandb: ")
+    assert line.endswith(f"; the run is logged offline, and uploaded by: wandb sync {folder}")
+    (run,) = wandb_files.runs(tmp_path)
+    assert run["history"][0]["train/loss"] == 2.0
+    if key == SECRET:
+        files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
+        assert SECRET not in done.stdout and not [f for f in files if SECRET.encode() in f.read_bytes()]
+    else:
+        assert "API key" in line
+
+
+@pytest.mark.parametrize(("uploaded", "message"), [(True, None), (False, "wandb sync ")])
+def test_the_end_waits_for_uploads_only_so_long(uploaded, message, tmp_path, monkeypatch):
+    run = Wandb(TrackingConfig("offline"), tmp_path, "abc", {}, lambda line: None, lambda line: None)
+    assert 0 < run._run.settings.finish_timeout <= 60 and run._run.settings.finish_timeout_raises
+    finish = run._run.finish
+
+    def finish_or_not(exit_code):
+        finish(exit_code=exit_code)
+        if not uploaded:
+            raise TimeoutError("Timed out finishing run.")
+
+    monkeypatch.setattr(run._run, "finish", finish_or_not)
+    if uploaded:
+        run.close(failed=False)
+        return
+    with pytest.raises(TimeoutError, match=f"{message}{tmp_path}"):
+        run.close(failed=False)
