@@ -1,3 +1,5 @@
+"""Which tokens may be drawn, how often they are, and that a row's text is its own."""
+
 import equinox as eqx
 import haliax as hax
 import jax
@@ -5,12 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sophia_levanter.models.sampling import generate
+from sophia_levanter.errors import InputError
+from sophia_levanter.models import sampling as sampling_module
+from sophia_levanter.models.config import Sampling
+from sophia_levanter.models.sampling import generate, restricted
 from sophia_levanter.optim.categorical import sample_categorical
+from sophia_levanter.partition.config import MeshConfig
+from sophia_levanter.partition.mesh import partition_of
 
-DRAWN = 14  # tokens; the context holds 8
-KEY = 0
-TEMPERATURE = 2.0
+DRAWN = 18  # tokens; the context holds 8, and is halved three times
+HOT = Sampling(temperature=2.0)
+PROMPTS = [[5, 6, 7], [9], [3, 1, 4, 1, 5, 9, 2, 6]]
+KEYS = jax.random.split(jax.random.key(0), len(PROMPTS))
+
+
+def texts(model, prompts, keys=KEYS, num_tokens=DRAWN, sampling=HOT, **arguments):
+    """The tokens of each prompt."""
+    drawn = list(generate(model, prompts, num_tokens, keys=keys, sampling=sampling, **arguments))
+    return [[token for token in row if token is not None] for row in zip(*drawn, strict=True)]
 
 
 @pytest.fixture
@@ -37,49 +51,67 @@ def rigged(make_model):
 
 
 def test_predicts_what_the_head_is_rigged_to(rigged):
-    tokens = generate(rigged, [5, 6, 7], DRAWN, key=jax.random.key(KEY), temperature=TEMPERATURE)
-    assert (tokens.dtype, tokens.shape) == (np.int32, (DRAWN,))
-    # The prompt's last position is 2; a full context stays at position 7.
-    assert tokens.tolist() == [22, 23, 24, 25, 26] + [27] * (DRAWN - 5)
+    # Prompts end at positions 2, 0 and 7; of a full context of eight the last four go on, the newest at position 3.
+    assert texts(rigged, PROMPTS, num_tokens=12) == [
+        [22, 23, 24, 25, 26, 27, 23, 24, 25, 26, 27, 23],
+        [20, 21, 22, 23, 24, 25, 26, 27, 23, 24, 25, 26],
+        [27, 23, 24, 25, 26, 27, 23, 24, 25, 26, 27, 23],
+    ]
+
+
+def test_end_of_text_ends_a_row(rigged):
+    assert texts(rigged, PROMPTS, end_of_text=24) == [[22, 23, 24], [20, 21, 22, 23, 24], [27, 23, 24]]
+    assert len(list(generate(rigged, PROMPTS, DRAWN, keys=KEYS, sampling=HOT, end_of_text=24))) == 5
 
 
 def test_a_prompt_longer_than_the_context(rigged):
-    tokens = generate(rigged, list(range(11)), DRAWN, key=jax.random.key(KEY), temperature=TEMPERATURE)
-    assert tokens.tolist() == [27] * DRAWN
+    assert texts(rigged, [list(range(11))], KEYS[:1], 3) == [[27, 23, 24]]
 
 
-def one_by_one(model, prompt):
-    """The same draws, with the window put together by hand each time."""
-    uniforms = jax.random.uniform(jax.random.key(KEY), (DRAWN,))
+def by_whole_contexts(model, prompt, key, sampling):
+    """The same draws by the model's forward pass over a context put together by hand each time."""
 
     @jax.jit
     def draw(window, last, uniform):
-        return sample_categorical(model(hax.named(window, "position")).array[last] / TEMPERATURE, uniform)
+        logits = model(hax.named(window, "position")).array[last]
+        if sampling.temperature == 0:
+            return jnp.argmax(logits)
+        return sample_categorical(restricted(logits, sampling), uniform)
 
-    tokens = list(prompt)
-    for uniform in uniforms:
-        seen = tokens[-8:]
+    context, drawn = list(prompt), []
+    for n in range(DRAWN):
         window = np.zeros(8, np.int32)
-        window[: len(seen)] = seen
-        tokens.append(int(draw(window, len(seen) - 1, uniform)))
-    return tokens[len(prompt) :]
+        window[: len(context)] = context
+        uniform = jax.random.uniform(jax.random.fold_in(key, n))
+        drawn.append(int(draw(window, len(context) - 1, uniform)))
+        context = context + drawn[-1:] if len(context) < 8 else [*context[-3:], drawn[-1]]
+    return drawn
 
 
-def test_is_the_same_as_one_by_one(make_model):
+@pytest.mark.parametrize("sampling", [HOT, Sampling(0), Sampling(1.5, 40, 0.9)], ids=str)
+def test_is_the_same_as_with_whole_contexts(make_model, sampling):
+    model = make_model(scale_attn_by_inverse_layer_idx=True, use_bias=True)
+    found = texts(model, PROMPTS, sampling=sampling)
+    assert found == [by_whole_contexts(model, p, k, sampling) for p, k in zip(PROMPTS, KEYS, strict=True)]
+    assert sampling.temperature == 0 or len({*found[0]}) > 3
+
+
+def test_a_row_has_its_own_text(make_model):
     model = make_model()
-    tokens = generate(model, [5, 6, 7], DRAWN, key=jax.random.key(KEY), temperature=TEMPERATURE)
-    assert tokens.tolist() == one_by_one(model, [5, 6, 7])
-    assert len(set(tokens.tolist())) > 3
-    again = generate(model, (5, 6, 7), DRAWN, key=jax.random.key(KEY), temperature=TEMPERATURE)
-    np.testing.assert_array_equal(again, tokens)
-    other = generate(model, [5, 6, 7], DRAWN, key=jax.random.key(KEY + 1), temperature=TEMPERATURE)
-    assert not np.array_equal(other, tokens)
-    # Only the last eight tokens of a prompt are read.
-    long = [9, 9, *range(8)]
-    np.testing.assert_array_equal(
-        generate(model, long, DRAWN, key=jax.random.key(KEY), temperature=TEMPERATURE),
-        generate(model, long[2:], DRAWN, key=jax.random.key(KEY), temperature=TEMPERATURE),
-    )
+    together = texts(model, PROMPTS)
+    for row in (0, 1, 2):
+        assert texts(model, [PROMPTS[row]], KEYS[row][None]) == [together[row]]
+    assert texts(model, PROMPTS[::-1], KEYS[::-1]) == together[::-1]
+    # Another key, another text.
+    assert texts(model, [PROMPTS[0]], KEYS[1][None]) != [together[0]]
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=4, model=2, fsdp="embed")], ids=["rows", "all"])
+def test_a_mesh_changes_nothing(make_model, mesh):
+    model = make_model()
+    partition = partition_of(mesh)
+    with partition.active():
+        assert texts(partition.place(model), PROMPTS) == texts(model, PROMPTS)
 
 
 def test_padding_of_the_vocabulary_is_never_drawn(make_model):
@@ -87,20 +119,110 @@ def test_padding_of_the_vocabulary_is_never_drawn(make_model):
     weight = model.wte.weight.array
     rows = jnp.where(jnp.arange(128)[:, None] < 100, weight, 100 * weight)
     model = eqx.tree_at(lambda m: m.wte.weight.array, model, rows)
-    tokens = generate(model, [5, 6, 7], DRAWN, key=jax.random.key(KEY), temperature=TEMPERATURE)
-    assert tokens.min() >= 0
-    assert tokens.max() < 100
+    for sampling in (HOT, Sampling(0), Sampling(2.0, 100, 0.99)):
+        assert max(map(max, texts(model, PROMPTS, sampling=sampling))) < 100
 
 
 @pytest.mark.parametrize(
-    ("prompt", "temperature", "message"),
+    ("prompt", "message"),
+    [([], "prompt is empty"), ([100], r"outside \[0, 100\)"), ([-1], "outside")],
+)
+def test_bad_prompts(make_model, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        generate(make_model(), [[1], prompt], 1, keys=KEYS[:2], sampling=HOT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
     [
-        ([], 1.0, "prompt is empty"),
-        ([100], 1.0, r"outside \[0, 100\)"),
-        ([-1], 1.0, "outside"),
-        ([1], 0.0, "temperature"),
+        ({"temperature": -1.0}, "temperature is -1.0; it must be 0, for the likeliest token, or above"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"top_k": 0}, "top_k is 0; it must be at least 1"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"top_p": float("nan")}, "top_p is nan"),
     ],
 )
-def test_bad_input(make_model, prompt, temperature, message):
-    with pytest.raises(ValueError, match=message):
-        generate(make_model(), prompt, 1, key=jax.random.key(KEY), temperature=temperature)
+def test_bad_numbers(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Sampling(**arguments)
+
+
+def by_numpy(logits, temperature, top_k, top_p):
+    """One row's logits as transformers' TemperatureLogitsWarper, TopKLogitsWarper and TopPLogitsWarper leave them."""
+    scores = logits.astype(np.float64) / temperature
+    if top_k is not None:
+        scores[scores < np.sort(scores)[-min(top_k, len(scores))]] = -np.inf
+    if top_p is not None:
+        ascending = np.argsort(scores, kind="stable")
+        weights = np.exp(scores[ascending] - scores.max())
+        removed = np.cumsum(weights / weights.sum()) <= 1 - top_p
+        removed[-1] = False
+        scores[ascending[removed]] = -np.inf
+    return scores
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("top_k", [None, 1, 5, 300, 1000])
+@pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.9, 1.0])
+def test_restrictions(temperature, top_k, top_p):
+    logits = np.random.default_rng(0).normal(size=(3, 300)).astype(np.float32)
+    found = np.asarray(restricted(jnp.asarray(logits), Sampling(temperature, top_k, top_p)))
+    for row, given in zip(found, logits, strict=True):
+        wanted = by_numpy(given, temperature, top_k, top_p)
+        np.testing.assert_array_equal(row == -np.inf, wanted == -np.inf)
+        np.testing.assert_allclose(row[row > -np.inf], wanted[wanted > -np.inf], rtol=1e-6)
+
+
+def kept(probabilities, **arguments):
+    found = restricted(jnp.log(jnp.asarray(probabilities)), Sampling(1.0, **arguments))
+    return np.flatnonzero(np.asarray(found) > -np.inf).tolist()
+
+
+def test_the_token_that_reaches_top_p_is_kept():
+    probabilities = [0.1, 0.4, 0.2, 0.25, 0.05]
+    assert kept(probabilities, top_p=0.39) == [1]
+    assert kept(probabilities, top_p=0.41) == [1, 3]
+    assert kept(probabilities, top_p=0.66) == [1, 2, 3]
+    # Of what top_k leaves, 1 has 0.4 / 0.65 and reaches it alone.
+    assert kept(probabilities, top_p=0.6, top_k=2) == [1]
+    assert kept(probabilities, top_p=0.6, top_k=3) == [1, 3]
+
+
+def test_equally_likely_tokens():
+    # Those as likely as the k-th stay, as in transformers; of those for top_p the first ones.
+    assert kept([0.2, 0.3, 0.3, 0.2], top_k=1) == [1, 2]
+    assert kept([0.25] * 4, top_p=0.49) == [0, 1]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, 6), Sampling(1.3, 8, 0.8)], ids=str)
+def test_frequencies_are_the_probabilities(sampling):
+    logits = np.random.default_rng(3).normal(size=10).astype(np.float32)
+    draws = 20_000
+    keys = jax.random.key_data(jax.random.split(jax.random.key(5), draws))
+    drawn = jax.jit(sampling_module._drawn, static_argnums=3)(jnp.tile(logits, (draws, 1)), keys, 7, sampling)
+    wanted = np.asarray(jax.nn.softmax(restricted(jnp.asarray(logits), sampling)))
+    counts = np.bincount(np.asarray(drawn), minlength=10)
+    possible = wanted > 0
+    assert counts[~possible].sum() == 0
+    squares = (counts - draws * wanted)[possible] ** 2 / (draws * wanted[possible])
+    # Chi-squared of at most nine degrees of freedom is above 27.9 once in a thousand.
+    assert squares.sum() < 27.9
+
+
+def test_few_lengths_are_compiled():
+    lengths = {needed: sampling_module._prefill_length(needed, 1024) for needed in (1, 128, 129, 511, 512, 513, 1023)}
+    assert lengths == {1: 128, 128: 128, 129: 256, 511: 512, 512: 512, 513: 1024, 1023: 1024}
+    assert sampling_module._prefill_length(3, 1000) == 1000
+    assert sampling_module._prefill_length(3, 128) == 128
+
+
+def test_a_short_prompt_of_a_long_context(make_model):
+    """The whole context is not read for it."""
+    model = make_model(seq_len=256, embed_dim=4, num_heads=1)
+    found = texts(model, [[5, 6, 7]], KEYS[:1], 2)
+    window = np.pad([5, 6, 7, found[0][0]], (0, 252)).astype(np.int32)
+    logits = model(hax.named(window, "position")).array[2:4]
+    uniforms = jnp.stack([jax.random.uniform(jax.random.fold_in(KEYS[0], n)) for n in range(2)])
+    assert found[0] == sample_categorical(restricted(logits, HOT), uniforms).tolist()

@@ -1,7 +1,9 @@
-"""The shape of a GPT-2 model. Free of jax, so that a command line can be checked at once."""
+"""The shape of a GPT-2 model, and how tokens are drawn from it. Free of jax, so that a command line can be checked
+at once."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,6 +88,27 @@ class Gpt2Config:
     @property
     def Pos(self) -> Axis:
         return _axis("position", self.seq_len)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: the temperature is applied first, then `top_k`, then `top_p`.
+
+    Raises:
+        InputError: if a number is out of its range.
+    """
+
+    temperature: float = 0.8  # logits are divided by it; 0 takes the likeliest token
+    top_k: int | None = None  # only from so many of the likeliest tokens, and those that are as likely as the last
+    top_p: float | None = None  # only from the fewest of the likeliest tokens that have this probability together
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}; it must be 0, for the likeliest token, or above")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k is {self.top_k}; it must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
 
 
 def attention_for(

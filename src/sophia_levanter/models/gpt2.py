@@ -38,18 +38,20 @@ class Attention(eqx.Module):
         )
 
     def __call__(self, x: NamedArray, layer: NamedArray, *, key: jax.Array | None) -> NamedArray:
-        query, keys, values = self.c_attn(x).unbind("qkv")
-        if self.config.scale_attn_by_inverse_layer_idx:
-            query = query / (layer + 1).astype(query.dtype)
         attended = causal_attention(
-            query,
-            keys,
-            values,
+            *self.project(x, layer),
             implementation=self.config.attention,
             dropout=self.config.dropout,
             dropout_key=key,
         )
         return self.c_proj(attended)
+
+    def project(self, x: NamedArray, layer: NamedArray) -> tuple[NamedArray, NamedArray, NamedArray]:
+        """Queries, keys and values, each [..., heads, head_size], the queries scaled as the layer has it."""
+        query, keys, values = self.c_attn(x).unbind("qkv")
+        if self.config.scale_attn_by_inverse_layer_idx:
+            query = query / (layer + 1).astype(query.dtype)
+        return query, keys, values
 
 
 class Mlp(eqx.Module):
@@ -94,8 +96,14 @@ class Block(eqx.Module):
     def _forward(self, x: NamedArray, layer: NamedArray, key: jax.Array | None) -> NamedArray:
         block = in_use(self)
         k_weights, k_attn, k_mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
-        x = x + _dropout(self.config, block.attn(_normalize(block.ln_1, x), layer, key=k_weights), k_attn)
-        return hax.auto_sharded(x + _dropout(self.config, block.mlp(_normalize(block.ln_2, x)), k_mlp))
+        return block.combine(x, block.attn(normalize(block.ln_1, x), layer, key=k_weights), k_attn, k_mlp)
+
+    def combine(
+        self, x: NamedArray, attention: NamedArray, k_attn: jax.Array | None = None, k_mlp: jax.Array | None = None
+    ) -> NamedArray:
+        """The block's result, given what it is applied to and the attention's result; with keys there is dropout."""
+        x = x + _dropout(self.config, attention, k_attn)
+        return hax.auto_sharded(x + _dropout(self.config, self.mlp(normalize(self.ln_2, x)), k_mlp))
 
 
 class Gpt2(eqx.Module):
@@ -149,9 +157,9 @@ class Gpt2(eqx.Module):
         Returns:
             [..., position, embed] in the parameters' dtype.
         """
-        return self._in_use()._hidden(tokens, key)
+        return self.gathered()._hidden(tokens, key)
 
-    def _in_use(self) -> Gpt2:
+    def gathered(self) -> Gpt2:
         """With whole parameters outside of the blocks, which gather their own."""
         parts = (self.wte, self.wpe, self.ln_f)
         return eqx.tree_at(lambda model: (model.wte, model.wpe, model.ln_f), self, in_use(parts))
@@ -164,7 +172,7 @@ class Gpt2(eqx.Module):
         layers = hax.arange(self.config.Layers)
         keys = None if k_blocks is None else jax.random.split(k_blocks, self.config.num_layers)
         x = self.blocks.fold(x, layers, keys, unroll=self.config.scan_unroll)
-        return _normalize(self.ln_f, x)
+        return normalize(self.ln_f, x)
 
     def __call__(self, tokens: NamedArray, *, key: jax.Array | None = None) -> NamedArray:
         """Logits over the true vocabulary.
@@ -176,8 +184,12 @@ class Gpt2(eqx.Module):
         Returns:
             [..., position, vocab] in the parameters' dtype.
         """
-        model = self._in_use()
-        logits = model._hidden(tokens, key).dot(model.wte.weight, axis=self.config.Embed)
+        model = self.gathered()
+        return model.head(model._hidden(tokens, key))
+
+    def head(self, hidden: NamedArray) -> NamedArray:
+        """Logits over the true vocabulary, [..., vocab], of final hidden states, [..., embed]."""
+        logits = hidden.dot(self.wte.weight, axis=self.config.Embed)
         return logits[{"vocab": slice(0, self.vocab_size)}]
 
     def losses(
@@ -197,7 +209,7 @@ class Gpt2(eqx.Module):
         def array(x: NamedArray) -> jax.Array:
             return x.rearrange(("batch", "position", ...)).array
 
-        model = self._in_use()
+        model = self.gathered()
         hidden = model._hidden(batch.tokens, key).rearrange(("batch", "position", "embed"))
         targets = Targets(array(batch.targets), array(batch.weights), None if samples is None else array(samples))
         head = model.wte.weight.rearrange(("vocab", "embed")).array
@@ -265,7 +277,7 @@ def _norm(config: Gpt2Config) -> hnn.LayerNorm:
     return hnn.LayerNorm.init(config.Embed, eps=config.layer_norm_epsilon, use_bias=config.use_bias)
 
 
-def _normalize(norm: hnn.LayerNorm, x: NamedArray) -> NamedArray:
+def normalize(norm: hnn.LayerNorm, x: NamedArray) -> NamedArray:
     """The layer norm with its statistics in float32."""
     return norm(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 

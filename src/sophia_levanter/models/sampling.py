@@ -2,66 +2,179 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
 
-import equinox as eqx
 import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from haliax import Axis, NamedArray
 
+from sophia_levanter.models.config import Sampling
+from sophia_levanter.models.decoding import Cache, decode_step, prefill
 from sophia_levanter.models.gpt2 import Gpt2
-from sophia_levanter.optim.likelihood import sample_categorical
+from sophia_levanter.optim.categorical import sample_categorical
+from sophia_levanter.partition.mesh import row_shards
+
+SHORTEST_PREFILL = 128
 
 
 def generate(
-    model: Gpt2, prompt: Sequence[int], num_tokens: int, *, key: jax.Array, temperature: float = 0.8
-) -> np.ndarray:
-    """Tokens drawn one after the other, each given as many of those before it as the model's context holds.
+    model: Gpt2,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    *,
+    keys: jax.Array,
+    sampling: Sampling,
+    end_of_text: int | None = None,
+) -> Iterator[list[int | None]]:
+    """Tokens drawn one after the other, one for each prompt at a time.
 
-    Every token costs a forward pass over the whole context.
+    A token costs one position of the model, not the whole context. When a row's context is full, the last half of it is
+    read anew as a context of its own, since the model has learned its positions one by one and cannot shift them. What
+    a row gets depends on its prompt and its key alone, not on the rows beside it.
 
     Args:
-        model: a trained model.
-        prompt: at least one token; only the last `seq_len` are read.
-        num_tokens: how many to draw.
-        key: a jax random key.
-        temperature: above 0; logits are divided by it.
+        model: a trained model in the dtype to compute in; where it lies on several devices, inside its partition's context.
+        prompts: at least one token each; of a longer one than the model's context only the last `seq_len` are read.
+        num_tokens: how many to draw for each prompt, at most.
+        keys: jax random keys, [prompt].
+        sampling: how they are drawn.
+        end_of_text: a token that ends a row, if any does.
 
-    Returns:
-        int32 [num_tokens], without the prompt.
+    Yields:
+        Each prompt's next token; None once it has ended. Stops when all have.
 
     Raises:
-        ValueError: if the prompt is empty or holds an id the model does not have, or the temperature is not above 0.
+        ValueError: if a prompt is empty or holds an id the model does not have.
     """
-    if not prompt:
-        raise ValueError("the prompt is empty; give at least one token")
-    if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
-        raise ValueError(f"the prompt holds ids outside [0, {model.vocab_size})")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be above 0")
-    seq_len = model.config.seq_len
-    context = list(prompt)[-seq_len:]
-    window = np.zeros(seq_len, np.int32)
-    window[: len(context)] = context
-    # Arrays of this host, which go with a model that lies on several.
-    uniforms = np.asarray(jax.random.uniform(key, (num_tokens,)))
-    return np.asarray(_generate(model, window, np.asarray(len(context)), uniforms, temperature))
+    for prompt in prompts:
+        if not len(prompt):
+            raise ValueError("a prompt is empty; give at least one token")
+        if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+            raise ValueError(f"a prompt holds ids outside [0, {model.vocab_size})")
+    rows = _Rows(model, prompts, keys, sampling)
+
+    def draws() -> Iterator[list[int | None]]:
+        going = list(range(len(prompts)))
+        for number in range(num_tokens):
+            drawn = rows.draw(number)
+            yield [token if row in going else None for row, token in enumerate(drawn[: len(prompts)])]
+            going = [row for row in going if drawn[row] != end_of_text]
+            if not going:
+                return
+            for row in going:
+                rows.append(row, drawn[row])
+
+    return draws()
 
 
-@eqx.filter_jit
-def _generate(model: Gpt2, window: Any, length: Any, uniforms: Any, temperature: float) -> jax.Array:
-    seq_len = window.shape[0]
+def restricted(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """The logits to draw from, where the temperature is not 0.
 
-    def draw(carry: tuple[jax.Array, jax.Array], uniform: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        window, length = carry
-        logits = model(hax.named(window, "position")).array
-        token = sample_categorical(logits[length - 1] / temperature, uniform)
-        # A full window drops its oldest token, else the new one goes behind the last.
-        full = length == seq_len
-        window = jnp.where(full, jnp.roll(window, -1), window).at[jnp.minimum(length, seq_len - 1)].set(token)
-        return (window, jnp.minimum(length + 1, seq_len)), token
+    Args:
+        logits: [..., vocab].
+        sampling: as in transformers, the tokens as likely as the k-th stay, and so does the one that reaches `top_p`.
 
-    _, tokens = jax.lax.scan(draw, (window, length), uniforms)
-    return tokens
+    Returns:
+        float32 [..., vocab], divided by the temperature; -inf for what is not to be drawn.
+    """
+    logits = logits.astype(jnp.float32) / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        order = jnp.argsort(logits, axis=-1, descending=True)
+        probabilities = jnp.take_along_axis(jax.nn.softmax(logits), order, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        kept = jnp.put_along_axis(jnp.zeros_like(logits, bool), order, before < sampling.top_p, axis=-1, inplace=False)
+        logits = jnp.where(kept, logits, -jnp.inf)
+    return logits
+
+
+class _Rows:
+    """Prompts with what was drawn after them, and the cache that belongs to them."""
+
+    def __init__(self, model: Gpt2, prompts: Sequence[Sequence[int]], keys: jax.Array, sampling: Sampling) -> None:
+        self._model, self._sampling = model, sampling
+        self._seq_len = model.config.seq_len
+        # As many rows as divide over the devices; those that nobody asked for stay as they are.
+        surplus = -len(prompts) % row_shards()
+        self._contexts = [list(map(int, prompt))[-self._seq_len :] for prompt in (*prompts, *surplus * [[0]])]
+        # Arrays of this host, which go with a model that lies on several.
+        self._keys = np.pad(np.asarray(jax.random.key_data(keys)), ((0, surplus), (0, 0)))
+        self._Batch = Axis("batch", len(self._contexts))
+        self._cache = _empty(model, self._Batch)
+        for row in range(len(prompts)):
+            self._prefill(row)
+
+    def draw(self, number: int) -> list[int]:
+        """The next token of each row, the `number`-th."""
+        last = np.array([context[-1] for context in self._contexts], np.int32)
+        positions = np.array([len(context) - 1 for context in self._contexts], np.int32)
+        tokens, self._cache = _draw(
+            self._model,
+            self._cache,
+            hax.named(last, self._Batch),
+            hax.named(positions, self._Batch),
+            self._keys,
+            np.int32(number),
+            self._sampling,
+        )
+        return np.asarray(tokens).tolist()
+
+    def append(self, row: int, token: int) -> None:
+        """Put a token behind a row's last; when the context is full, go on with its last half."""
+        context = self._contexts[row]
+        context.append(token)
+        if len(context) > self._seq_len:
+            del context[: -max(1, self._seq_len // 2)]
+            self._prefill(row)
+
+    def _prefill(self, row: int) -> None:
+        """Put all but a row's last token, which is the next to be decoded, into the cache."""
+        context = self._contexts[row][:-1]
+        if context:
+            window = np.zeros(_prefill_length(len(context), self._seq_len), np.int32)
+            window[: len(context)] = context
+            self._cache = _prefill(self._model, self._cache, np.int32(row), hax.named(window, "position"))
+
+
+@partial(jax.jit, static_argnames="Batch")
+def _empty(model: Gpt2, Batch: Axis) -> Cache:
+    return Cache.init(model, Batch)
+
+
+_prefill = jax.jit(prefill, donate_argnames="cache")
+
+
+@partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
+def _draw(
+    model: Gpt2,
+    cache: Cache,
+    tokens: NamedArray,
+    positions: NamedArray,
+    keys: jax.Array,
+    number: jax.Array,
+    sampling: Sampling,
+) -> tuple[jax.Array, Cache]:
+    """The next token of each row, int32 [batch] on every device, after `tokens` at `positions`."""
+    logits, cache = decode_step(model, cache, tokens, positions)
+    drawn = _drawn(logits.rearrange(("batch", "vocab")).array, keys, number, sampling)
+    return hax.shard(hax.named(drawn, "batch"), {}).array, cache
+
+
+def _drawn(logits: jax.Array, keys: jax.Array, number: jax.Array, sampling: Sampling) -> jax.Array:
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    row_keys = jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(keys), number)
+    return sample_categorical(restricted(logits, sampling), jax.vmap(jax.random.uniform)(row_keys))
+
+
+def _prefill_length(needed: int, seq_len: int) -> int:
+    """The context's length halved while that is enough and a multiple of 128, which kernels like: few are compiled."""
+    length = seq_len
+    while length % (2 * SHORTEST_PREFILL) == 0 and length // 2 >= needed:
+        length //= 2
+    return length

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 
 from sophia_levanter.data.bigram import bigram_bits_per_byte
-from sophia_levanter.models.config import attention_for
+from sophia_levanter.models.config import Sampling, attention_for
 from sophia_levanter.models.sampling import generate
 from sophia_levanter.tracking.console import Console, show_duration
 from sophia_levanter.training.config import SophiaConfig, SophiaHConfig
@@ -154,9 +154,11 @@ def describe_end(parts: Parts, loop: Loop, state: TrainState, console: Console) 
 def _sample(parts: Parts, state: TrainState) -> str:
     data, trainer = parts.data, parts.config.trainer
     prompt = data.validation.read(0, min(PROMPT_TOKENS, data.validation.num_tokens))
-    key = jax.random.key(trainer.seed)
+    keys = jax.random.key(trainer.seed)[None]
     with parts.partition.active():
-        drawn = generate(state.model, prompt.tolist(), trainer.sample_tokens, key=key)
+        model = jax.jit(parts.settings.policy.cast_to_compute)(state.model)
+        steps = generate(model, [prompt.tolist()], trainer.sample_tokens, keys=keys, sampling=Sampling())
+        drawn = [token for row in steps for token in row if token is not None]
     text = f"[{data.tokenizer.decode(prompt)}]{data.tokenizer.decode(drawn)}"
     # A model of bytes may well draw what a terminal takes for a command.
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
