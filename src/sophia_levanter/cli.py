@@ -12,6 +12,7 @@ from sophia_levanter.commands import (
     launch,
     plan,
     prepare_data,
+    report,
     tpu,
     train_tokenizer,
 )
@@ -24,6 +25,7 @@ VERBS = {
     "compare": compare.main,
     "plan": plan.main,
     "checkpoints": checkpoints.main,
+    "report": report.main,
     "launch": launch.main,
     "tpu": tpu.main,
 }
