@@ -14,6 +14,7 @@ from sophia_levanter.commands import (
     launch,
     plan,
     prepare_data,
+    report,
     tpu,
     train_tokenizer,
 )
@@ -26,6 +27,7 @@ VERBS = {
     "compare": compare.main,
     "plan": plan.main,
     "checkpoints": checkpoints.main,
+    "report": report.main,
     "launch": launch.main,
     "tpu": tpu.main,
     "evaluate": evaluate.main,

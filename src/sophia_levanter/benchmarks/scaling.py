@@ -16,8 +16,9 @@ import jax
 from sophia_levanter.benchmarks.timing import markdown_table
 from sophia_levanter.command_line import load_config
 from sophia_levanter.config import TrainConfig, check_mesh
+from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.planning.run_plan import fsdp_minimum, hutchinsons_microbatch, run_size, vocab_size_of
+from sophia_levanter.planning.run_plan import fsdp_minimum, hutchinsons_microbatch, run_size
 from sophia_levanter.planning.step_plan import plan_step
 from sophia_levanter.planning.target import GIB, Target, pretended_target, tpu_target
 from sophia_levanter.training.config import SophiaConfig
@@ -120,7 +121,7 @@ def configs_table(configs: Path) -> Table:
 
 def _config_row(path: Path, config: TrainConfig, target: Target) -> list[object]:
     partition = partition_of(config.mesh, target.devices() if target.topology else jax.devices()[:1])
-    vocab_size = vocab_size_of(config)
+    vocab_size = vocab_size_of(config.data.tokenizer)
     check_mesh(config, partition.mesh.size, vocab_size)
     kinds = (False, True) if isinstance(config.optimizer, SophiaConfig) else (False,)
     plans = [plan_step(config, partition, vocab_size, refresh=refresh) for refresh in kinds]

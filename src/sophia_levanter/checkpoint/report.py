@@ -27,7 +27,7 @@ def list_steps(location: str, steps: Sequence[int]) -> Iterator[str]:
             continue
         metrics = _mapping(manifest.metadata, "metrics")
         yield (
-            f"{step:>10}  {_age(manifest.saved_at):<16}  {_size(_num_bytes(manifest.arrays)):>9}  "
+            f"{step:>10}  {age(manifest.saved_at):<16}  {_size(_num_bytes(manifest.arrays)):>9}  "
             f"{_number(metrics.get('train/loss')):>8}  {_number(metrics.get('validation/loss')):>10}"
             + ("  best" if step == best else "")
         )
@@ -55,7 +55,7 @@ def describe(location: str, step: int) -> Iterator[str]:
     """
     manifest = read_step(location, step)
     saved_at = datetime.datetime.fromtimestamp(manifest.saved_at, datetime.UTC)
-    when = f"{saved_at:%Y-%m-%d %H:%M:%S} UTC ({_age(manifest.saved_at)})"
+    when = f"{saved_at:%Y-%m-%d %H:%M:%S} UTC ({age(manifest.saved_at)})"
     yield f"step {manifest.step} of run {manifest.run_id}, saved {when}"
     for name in ("metrics", "best", "code", "environment", "data", "validation"):
         values = manifest.metadata.get(name)
@@ -195,7 +195,8 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
-def _age(saved_at: float) -> str:
+def age(saved_at: float) -> str:
+    """How long ago a time was, given in seconds since 1970, for people."""
     seconds = max(0, int(time.time() - saved_at))
     for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= size:

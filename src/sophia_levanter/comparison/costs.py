@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from sophia_levanter.comparison.records import Record, config_of
-from sophia_levanter.training.costs import matrix_flops_per_step, passes_per_step, refreshes_per_step
+from sophia_levanter.training.costs import flops_per_step, refreshes_per_step
 
 
 def flops_per_token(record: Record) -> float:
-    """FLOPs of forward, backward and, spread over all steps, refreshes and what is done to whole matrices.
-
-    What optimizers do to each parameter by itself is not counted: the time tells it.
-    """
-    config = config_of(record)
-    matrices = matrix_flops_per_step(config) / tokens_per_step(record)
-    return record.flops_per_token * passes_per_step(config) + matrices
+    """FLOPs of a step, all counted, over its tokens."""
+    return flops_per_step(config_of(record), record.flops_per_token) / tokens_per_step(record)
 
 
 def seconds_per_step(record: Record) -> float:

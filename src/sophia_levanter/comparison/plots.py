@@ -1,4 +1,4 @@
-"""Pictures of a study. matplotlib is imported here alone."""
+"""Pictures of a study. Of this package only this module imports matplotlib."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from matplotlib.figure import Figure
 from sophia_levanter.comparison.costs import flops_per_token, seconds_per_step, tokens_per_step
 from sophia_levanter.comparison.records import Record
 from sophia_levanter.comparison.results import Cell, best, lengths
+from sophia_levanter.comparison.styles import ADVISED_WIN_RATES, Style, style_of
 
-Style = dict[str, Any]
-LINES = ("-", "--", ":", "-.")
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 DPI = 130
 LOSS = "validation loss (nats per token)"
 
@@ -31,7 +29,7 @@ def write_plots(cells: Sequence[Cell], out: Path) -> list[str]:
         The names of the files: `final_loss.png`, `curves.png`, and `win_rate.png` if a run has a curvature.
     """
     arms = list(dict.fromkeys(cell.arm for cell in cells))
-    styles = {arm: _style(number) for number, arm in enumerate(arms)}
+    styles = {arm: style_of(number) for number, arm in enumerate(arms)}
     names = ["final_loss.png", "curves.png"]
     _final_losses(cells, styles, out / names[0])
     _curves(cells, styles, out / names[1])
@@ -79,7 +77,7 @@ def _win_rates(records: dict[str, Record], styles: dict[str, Style], path: Path)
     figure, (axes,) = _figure(1, (8.5, 4))
     for arm, record in records.items():
         axes.plot(*_xy(record.win_rate, 1), label=arm, **styles[arm])
-    axes.axhspan(0.1, 0.5, color="0.92", zorder=0)
+    axes.axhspan(*ADVISED_WIN_RATES, color="0.92", zorder=0)
     axes.set_ylim(0, 1)
     axes.set_xlabel("steps (grey: the range that the authors advise)")
     axes.set_ylabel("win rate: share of steps that are not clipped")
@@ -104,11 +102,6 @@ def _xy(series: Sequence[Sequence[float | None]], scale: float) -> tuple[list[fl
 def _figure(panels: int, size: tuple[float, float]) -> tuple[Figure, list[Any]]:
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
-
-
-def _style(number: int) -> Style:
-    """What tells an arm's lines from the others'."""
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
 
 
 def _save(figure: Figure, path: Path) -> None:

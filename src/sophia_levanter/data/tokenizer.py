@@ -16,6 +16,8 @@ from sophia_levanter.errors import InputError
 
 BYTES = "bytes"
 PIECE_CHARACTERS = 100_000
+# Of encodings that a machine may have to know of before it can download them.
+VOCAB_SIZES = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
 
 
 class Tokenizer(ABC):
@@ -164,6 +166,15 @@ def load_tokenizer(name: str) -> Tokenizer:
             f"connect to the network, set TIKTOKEN_CACHE_DIR to a folder that holds it, or use data.tokenizer {BYTES}"
         ) from error
     return TiktokenTokenizer(encoding)
+
+
+def vocab_size_of(name: str) -> int:
+    """The number of ids of the tokenizer called `name`; of well-known encodings without looking at them.
+
+    Raises:
+        InputError: as `load_tokenizer` does.
+    """
+    return VOCAB_SIZES.get(name) or load_tokenizer(name).vocab_size
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 
 from sophia_levanter.config import TrainConfig, check_mesh
-from sophia_levanter.data.tokenizer import load_tokenizer
+from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.optim.named import is_named
 from sophia_levanter.partition.mesh import Partition, partition_of
 from sophia_levanter.planning.step_plan import StepPlan, activation_bytes, gradient_bytes, plan_step
@@ -23,8 +23,6 @@ from sophia_levanter.training.optimizers import curvature_microbatches
 from sophia_levanter.training.summary import attention_of, count_parameters, describe_mesh
 from sophia_levanter.training.throughput import flops_per_token
 
-# Sizes of encodings that a machine may have to plan for before it can download them.
-VOCAB_SIZES = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
 # What a refresh of Hutchinson's may need of a plain step's temporaries before its rows are taken in smaller pieces.
 REFRESH_RATIO = 1.25
 SECONDS_PER_DAY = 86_400
@@ -43,7 +41,7 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     Raises:
         InputError: if the run does not fit the mesh, or the compiler for the target is missing.
     """
-    vocab_size = vocab_size_of(config)
+    vocab_size = vocab_size_of(config.data.tokenizer)
     check_mesh(config, target.num_devices, vocab_size)
     if config.trainer.batch_size_changes:
         largest_part = max(config.trainer.parts, key=lambda trainer: trainer.batch_size)
@@ -64,11 +62,6 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     yield _largest_microbatch(config, partition, vocab_size, target.chip.memory)
     if isinstance(config.optimizer, SophiaHConfig):
         yield _hutchinsons_microbatch(config, partition, vocab_size, plans[False])
-
-
-def vocab_size_of(config: TrainConfig) -> int:
-    """Classes that the run's model can predict; of well-known encodings without looking at them."""
-    return VOCAB_SIZES.get(config.data.tokenizer) or load_tokenizer(config.data.tokenizer).vocab_size
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,19 @@ from sophia_levanter.training.optimizers import build_optimizer, curvature_micro
 NEWTON_SCHULZ_ITERATIONS = 5
 
 
+def flops_per_step(config: TrainConfig, flops_per_token: float) -> float:
+    """FLOPs of a step: forward, backward and, spread over all steps, refreshes and what is done to whole matrices.
+
+    What optimizers do to each parameter by itself is not counted: the time tells it.
+
+    Args:
+        config: of the run; its batch size is that of all steps.
+        flops_per_token: of the model's forward and backward pass.
+    """
+    tokens = config.trainer.batch_size * config.model.seq_len
+    return flops_per_token * passes_per_step(config) * tokens + matrix_flops_per_step(config)
+
+
 def passes_per_step(config: TrainConfig) -> float:
     """Forward and backward passes over the batch in a step, refreshes of the curvature spread over all steps.
 

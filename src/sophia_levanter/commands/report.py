@@ -1,0 +1,113 @@
+"""`python -m sophia_levanter.commands.report RUN_DIR... -o report.html`: training runs on one page."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sophia_levanter.commands.arguments import parse_arguments, run_command
+from sophia_levanter.comparison.styles import MOST_STYLES
+from sophia_levanter.errors import InputError
+from sophia_levanter.exit_status import DONE
+
+USAGE = """\
+usage: python -m sophia_levanter.commands.report [NAME=]RUN_DIR [[NAME=]RUN_DIR ...] [-o FILE.html] [--help]
+
+Writes one page with the runs' losses, win rates, throughput and configurations, which needs no network, and pictures of
+its curves beside it.
+
+  [NAME=]RUN_DIR         a run directory, and what to call the run; its directory's name if not given
+  -o, --output FILE      where the page goes, report.html if not given; pictures become FILE-loss.png, ...
+  --help                 prints this and exits"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says.
+
+    Returns:
+        The exit status: 0 done, 1 failure, 2 bad input, 130 interrupted.
+    """
+    return run_command(argv, _report, usage=USAGE)
+
+
+def parse(words: Sequence[str]) -> tuple[dict[str, Path], Path]:
+    """Reads the command line.
+
+    Returns:
+        Run directories by the runs' names, and the file of the page.
+
+    Raises:
+        InputError: if an argument is not known, a run is named twice, or the page cannot go where it is to.
+    """
+    arguments = parse_arguments(words, options=("-o", "--output"), words=True)
+    if len(arguments.options) > 1:
+        raise InputError("-o and --output are the same; give one of them")
+    page = Path(next(iter(arguments.options.values()), "report.html"))
+    if page.suffix != ".html":
+        raise InputError(f"--output {page} is no name of a page; it must end in .html")
+    if page.is_dir():
+        raise InputError(f"--output {page} is a directory; name a file")
+    if not page.parent.is_dir():
+        raise InputError(f"--output {page}: there is no directory {page.parent}; make it first")
+    if not arguments.words:
+        raise InputError("name at least one run directory: RUN_DIR or NAME=RUN_DIR; --help shows the options")
+    if len(arguments.words) > MOST_STYLES:
+        raise InputError(
+            f"{len(arguments.words)} runs are too many to tell their curves apart; name at most {MOST_STYLES}"
+        )
+    return _named(arguments.words), page
+
+
+def _named(words: Sequence[str]) -> dict[str, Path]:
+    runs: dict[str, Path] = {}
+    for word in words:
+        name, path = _name_and_path(word)
+        name = name.encode(errors="replace").decode()  # what pictures cannot show
+        for other, known in runs.items():
+            if os.path.realpath(path) == os.path.realpath(known):
+                raise InputError(f"{word} is given twice" if other == name else f"{word} is the same run as {other}")
+        if name in runs:
+            raise InputError(f"two runs are called {name}: {runs[name]} and {path}; write NAME=RUN_DIR for one of them")
+        runs[name] = path
+    return runs
+
+
+def _name_and_path(word: str) -> tuple[str, Path]:
+    before, equals, after = word.partition("=")
+    # Directories are called runs/lr=0.01 too.
+    if not equals or "/" in before or Path(word).is_dir():
+        path = Path(os.path.expanduser(word))
+        return Path(os.path.abspath(path)).name or word, path
+    if not before.strip() or not after:
+        raise InputError(f"{word!r} lacks a name or a directory; write NAME=RUN_DIR")
+    return before.strip(), Path(os.path.expanduser(after))
+
+
+def _report(words: Sequence[str]) -> int:
+    named, page = parse(words)
+    for path in named.values():
+        if not path.is_dir():
+            raise InputError(f"{path}: there is no such directory")
+
+    # For jax, which looks at it when it starts: an accelerator may be in use by the very run.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+    from sophia_levanter.reporting.comparability import compare
+    from sophia_levanter.reporting.runs import read_run
+
+    runs = [read_run(name, path) for name, path in named.items()]
+    comparability = compare(runs)
+    try:
+        from sophia_levanter.reporting.writing import in_lines, write_report
+    except ImportError:
+        raise InputError("a report needs matplotlib; install sophia-levanter[compare]") from None
+    files = write_report(runs, comparability, page)
+    print("\n".join(in_lines(runs, comparability)))
+    print(f"{files[0]}, and {len(files) - 1} pictures: {page.stem}-*.png")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

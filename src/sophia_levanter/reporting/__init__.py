@@ -1,0 +1,1 @@
+"""Runs in tables and pictures, from the files that they leave."""

@@ -1,0 +1,76 @@
+"""What the runs are: their configurations beside each other, and their text and machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import draccus
+
+from sophia_levanter.reporting.headline import NOTHING
+from sophia_levanter.reporting.runs import Run
+
+Row = tuple[str, list[str]]
+# Every run has its own, and it stands among the facts.
+RUN_DIR = "trainer.run_dir"
+
+
+def configurations(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
+    """The fields in which runs differ, those that some of them lack last, and the others; with their values in each."""
+    flat = [_flat(draccus.encode(run.config)) for run in runs]
+    names = [name for name in dict.fromkeys(name for fields in flat for name in fields) if name != RUN_DIR]
+    rows = [(name, [_shown(fields[name]) if name in fields else NOTHING for fields in flat]) for name in names]
+    differing = [row for row in rows if len(set(row[1])) > 1]
+    differing.sort(key=lambda row: len({*row[1]} - {NOTHING}) == 1)
+    return differing, [row for row in rows if row not in differing]
+
+
+def facts(runs: Sequence[Run]) -> list[Row]:
+    """Where the runs lie, their text and their machines."""
+    rows: dict[str, list[str]] = {
+        "run directory": [str(run.path) for run in runs],
+        "checkpoint that this is from": [run.checkpoint for run in runs],
+        "training text": [_shown(run.config.data.train) for run in runs],
+        "its digest": [_digest(run.facts.get("data")) for run in runs],
+        "its tokens": [_tokens(run.facts.get("data")) for run in runs],
+        "validation text": [_validation(run) for run in runs],
+        "its digest ": [_digest(run.facts.get("validation")) for run in runs],
+        "its tokens ": [_tokens(run.facts.get("validation")) for run in runs],
+        "tokenizer": [run.config.data.tokenizer for run in runs],
+        "device": [_device(run.facts.get("environment", {})) for run in runs],
+        "jax": [str(run.facts.get("environment", {}).get("jax", NOTHING)) for run in runs],
+    }
+    return [(name.strip(), values) for name, values in rows.items()]
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _validation(run: Run) -> str:
+    data = run.config.data
+    return data.validation or f"{data.validation_fraction:.3g} of the training text's documents"
+
+
+def _digest(corpus: Mapping[str, Any] | None) -> str:
+    if not corpus:
+        return NOTHING
+    return ", ".join(_digest(part) for part in corpus["mixture"]) if "mixture" in corpus else str(corpus.get("digest"))
+
+
+def _tokens(corpus: Mapping[str, Any] | None) -> str:
+    if not corpus:
+        return NOTHING
+    return ", ".join(_tokens(part) for part in corpus["mixture"]) if "mixture" in corpus else f"{corpus['tokens']:,}"
+
+
+def _device(environment: Mapping[str, Any]) -> str:
+    if "device" not in environment:
+        return NOTHING
+    threads = f", {environment['cpu_threads']} threads" if environment["device"] == "cpu" else ""
+    return f"{environment['device_count']} × {environment['device']}{threads}"

@@ -1,0 +1,159 @@
+"""Which pictures a report has, and what each of them says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import numpy as np
+
+from sophia_levanter.reporting.runs import Run
+
+
+class Kind(Enum):
+    """How a curve is drawn: with markers, as a plain line, or as a smooth line over a faint one."""
+
+    POINTS = auto()
+    LINE = auto()
+    SMOOTHED = auto()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture.
+
+    Attributes:
+        key: in names of files.
+        title: above it.
+        series: the name in metrics.jsonl.
+        label: beside the vertical axis.
+        caption: what it says, in a sentence or two.
+        kind: how its curves are drawn.
+        limits: of the vertical axis; None for what suits the curves.
+        from_zero: whether the vertical axis begins at 0.
+        may_be_logarithmic: whether the vertical axis may be, where values are far apart.
+    """
+
+    key: str
+    title: str
+    series: str
+    label: str
+    caption: str
+    kind: Kind = Kind.SMOOTHED
+    limits: tuple[float, float] | None = None
+    from_zero: bool = False
+    may_be_logarithmic: bool = False
+
+
+VALIDATION = Panel(
+    "validation",
+    "Validation loss",
+    "validation/loss",
+    "validation loss (nats per token)",
+    "On held-out text. Lower is better.",
+    Kind.POINTS,
+)
+BITS = Panel(
+    "validation",
+    "Validation, bits per byte",
+    "validation/bits_per_byte",
+    "validation (bits per byte of text)",
+    "On held-out text, whatever the tokenizer. Lower is better.",
+    Kind.POINTS,
+)
+TRAINING = Panel(
+    "training",
+    "Training loss",
+    "train/loss",
+    "training loss (nats per token)",
+    "Of each step's batch, before the step: faint; smoothed over 5 % of the curve: bold.",
+)
+OTHERS = (
+    Panel(
+        "win_rate",
+        "Win rate",
+        "optim/win_rate",
+        "share of unclipped coordinates",
+        "The share of coordinates whose step is not clipped. The authors advise 0.1 to 0.5 (grey): lower is close to "
+        "sign descent, and a larger rho raises it.",
+        Kind.LINE,
+        limits=(0.0, 1.0),
+    ),
+    Panel(
+        "rho",
+        "rho",
+        "optim/rho",
+        "rho",
+        "The scale of the curvature, steered by the win rate.",
+        Kind.LINE,
+        may_be_logarithmic=True,
+    ),
+    Panel(
+        "curvature_norm",
+        "Curvature norm",
+        "optim/curvature_norm",
+        "norm of h",
+        "Of the estimate h of the Hessian's diagonal. It should level off and not collapse.",
+        Kind.LINE,
+        may_be_logarithmic=True,
+    ),
+    Panel(
+        "curvature_nonpositive",
+        "Curvature not positive",
+        "optim/curvature_nonpositive",
+        "share of h ≤ 0",
+        "The share of coordinates without positive curvature; their steps are clipped.",
+        Kind.LINE,
+        from_zero=True,
+    ),
+    Panel(
+        "momentum_norm",
+        "Momentum norm",
+        "optim/momentum_norm",
+        "norm of m",
+        "Of the mean gradient that steps follow.",
+        Kind.LINE,
+        may_be_logarithmic=True,
+    ),
+    Panel(
+        "gradient_norm",
+        "Gradient norm",
+        "train/grad_norm",
+        "norm of the gradient",
+        "Before it is clipped to trainer.max_grad_norm. Spikes are steps to look at.",
+        may_be_logarithmic=True,
+    ),
+    Panel("learning_rate", "Learning rate", "train/learning_rate", "learning rate", "", Kind.LINE, from_zero=True),
+    Panel(
+        "skipped_steps",
+        "Skipped steps",
+        "train/skipped_steps",
+        "steps skipped so far",
+        "Steps whose loss or gradient was not finite or, with trainer.loss_spike_factor, a spike; they change nothing.",
+        Kind.LINE,
+        from_zero=True,
+    ),
+    Panel(
+        "throughput",
+        "Throughput",
+        "train/tokens_per_second",
+        "tokens per second",
+        "Of all devices together; steps that refresh the curvature are slower.",
+        from_zero=True,
+    ),
+)
+
+
+def other_panels(runs: Sequence[Run]) -> list[Panel]:
+    """The panels besides the losses that have something to show for these runs."""
+    return [panel for panel in OTHERS if any(_tells(panel, run) for run in runs)]
+
+
+def _tells(panel: Panel, run: Run) -> bool:
+    series = run.series.get(panel.series)
+    if series is None or not np.isfinite(series.values).any():
+        return False
+    if panel.key == "rho":
+        return np.unique(series.values).size > 1
+    return panel.key != "skipped_steps" or series.last > 0
