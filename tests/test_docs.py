@@ -36,6 +36,14 @@ def test_every_config_named_in_the_pages_is_there():
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+def test_every_test_named_in_the_pages_is_there():
+    named = {found for page in PAGES for found in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text())}
+    assert named
+    missing = [(file, test) for file, test in named if not (ROOT / file).exists()]
+    assert not missing
+    assert not [(file, test) for file, test in named if f"def {test}" not in (ROOT / file).read_text()]
+
+
 def test_the_site_is_built_without_warnings_and_loads_nothing_from_elsewhere(tmp_path):
     mkdocs = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     built = subprocess.run(mkdocs, cwd=ROOT, capture_output=True, text=True)
