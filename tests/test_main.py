@@ -65,8 +65,12 @@ def test_a_run_learns_and_says_how_it_went(optimizer, config_file, tmp_path, cap
     assert checkpoint.steps(run_dir / "checkpoints") == [6, 12]
     for wanted in (
         r"model: GPT-2, [\d,]+ parameters",
-        r"compiling \d training step\(s\)\ncompiled in [\d.]+ s",
-        r"step 4/12  loss \d\.\d+  [\d,]+ tokens/s  MFU",
+        r"schedule: 12 steps, learning rate 0\.01 after 2 of them, then cosine to 0\.001\n",
+        r"memory: [\d.]+ KiB of state on each device: parameters [\d.]+ KiB",
+        r"compiling \d training step\(s\)\ncompiled in [\d.]+ s; a step needs at most [\d.]+ [KM]iB on each device\n",
+        r"step 4/12  loss \d\.\d+  smoothed \d\.\d+  [\d,]+ tokens/s  MFU",
+        r"done: 12 steps, 3,072 tokens, 0:\d\d:\d\d, [\d,]+ tokens/s",
+        r"best validation: \d\.\d+ nats per token, after step 12\n",
         r"validation: \d\.\d+ nats per token, \d\.\d+ bits per byte; a byte-bigram .* needs \d\.\d+",
         rf"checkpoint: {re.escape(str(run_dir))}/checkpoints/step-00000012",
         r"sample, after the prompt in brackets:\n\[",
@@ -451,7 +455,7 @@ def test_sigterm_before_training_is_not_swallowed(config_file, tmp_path):
 import gc, signal, sys
 from sophia_levanter.main import main
 from sophia_levanter.training import run
-def collect(*arguments):
+def collect(*arguments, **options):
     gc.callbacks.append(lambda *arguments: signal.raise_signal(signal.SIGTERM))
     gc.collect()
     print("went on")

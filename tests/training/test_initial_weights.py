@@ -18,7 +18,7 @@ from sophia_levanter.models.config import Gpt2Config
 from sophia_levanter.models.huggingface import gpt2_from_state_dict
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.training.initial_weights import _digest, read_initial_weights
-from sophia_levanter.training.run import _build
+from sophia_levanter.training.parts import build_parts
 
 MESHES = {
     "data": [],
@@ -80,7 +80,7 @@ def test_the_state_has_the_weights_where_drawn_ones_would_lie(mesh, optimizer, g
     names = [name.removeprefix("--") for name in options[::2]]
     config = load_config(config_file, list(zip(names, options[1::2], strict=True)))
     console = Console(1, silent=True)
-    weights, parts = read_initial_weights(config, console), _build(config, {}, console)
+    weights, parts = read_initial_weights(config, console), build_parts(config, {}, console)
     before = jax.tree.map(np.copy, weights)
     state = parts.state_from(weights)
     drawn = parts.partition.made(parts.initial_state)
