@@ -28,6 +28,7 @@ td {{ overflow-wrap: anywhere; }}
 .headline {{ width: 100%; }}
 .headline td {{ white-space: nowrap; overflow-wrap: normal; }}
 .headline th:first-child {{ position: sticky; left: 0; background: #fff; }}
+.headline td:last-child {{ white-space: normal; min-width: 110px; }}
 .headline .number {{ text-align: right; }}
 .headline strong {{ background: #dff2e4; border-radius: 3px; padding: 1px 5px; margin-right: -5px; }}
 .headline small {{ color: #a04300; font-weight: 600; }}
@@ -73,6 +74,7 @@ _BODY = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <link rel="icon" href="data:,">
 <title>$title</title>
 <style>STYLE</style>
