@@ -25,9 +25,9 @@ VERBS = {
     "compare": compare.main,
     "plan": plan.main,
     "checkpoints": checkpoints.main,
-    "report": report.main,
     "launch": launch.main,
     "tpu": tpu.main,
+    "report": report.main,
 }
 
 
