@@ -144,7 +144,7 @@ def _set_limits(axes: Axes, panel: Panel, drawn: Sequence[tuple[Run, np.ndarray]
     if found is None:
         return
     if panel.from_zero:
-        top = max(float(np.nanmax(values)) for values in curves if np.isfinite(values).any())
+        top = max(float(np.nanmax(values)) for _, values in drawn if np.isfinite(values).any())
         axes.set_ylim(0, 1.05 * top or 1.0)
     elif panel.may_be_logarithmic and spans_decades(curves):
         axes.set_yscale("log")
