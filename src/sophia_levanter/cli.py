@@ -24,14 +24,14 @@ VERBS = {
     "prepare_data": prepare_data.main,
     "inspect_data": inspect_data.main,
     "train_tokenizer": train_tokenizer.main,
+    "evaluate": evaluate.main,
+    "export": export.main,
+    "report": report.main,
     "compare": compare.main,
     "plan": plan.main,
     "checkpoints": checkpoints.main,
-    "report": report.main,
     "launch": launch.main,
     "tpu": tpu.main,
-    "evaluate": evaluate.main,
-    "export": export.main,
 }
 
 

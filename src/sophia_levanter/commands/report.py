@@ -77,7 +77,7 @@ def _named(words: Sequence[str]) -> dict[str, Path]:
 def _name_and_path(word: str) -> tuple[str, Path]:
     before, equals, after = word.partition("=")
     # Directories are called runs/lr=0.01 too.
-    if not equals or "/" in before or Path(word).is_dir():
+    if not equals or "/" in before or os.path.isdir(word):
         path = Path(os.path.expanduser(word))
         return Path(os.path.abspath(path)).name or word, path
     if not before.strip() or not after:
@@ -88,7 +88,7 @@ def _name_and_path(word: str) -> tuple[str, Path]:
 def _report(words: Sequence[str]) -> int:
     named, page = parse(words)
     for path in named.values():
-        if not path.is_dir():
+        if not os.path.isdir(path):  # which, unlike Path's, takes any word
             raise InputError(f"{path}: there is no such directory")
 
     # For jax, which looks at it when it starts: an accelerator may be in use by the very run.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -61,7 +62,10 @@ def png(panels: Sequence[Panel], runs: Sequence[Run], axis: Axis) -> bytes:
         if len(runs) > 1:
             figure.legend(handles=[_sample(run, i) for i, run in enumerate(runs)], loc="outside upper center", ncols=4)
         content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=DPI)
+        with warnings.catch_warnings():
+            # A name in a script that matplotlib's font lacks shows as boxes, which is no news to its owner.
+            warnings.filterwarnings("ignore", "Glyph", UserWarning)
+            figure.savefig(content, format="png", dpi=DPI)
         return content.getvalue()
 
 
@@ -140,7 +144,7 @@ def _set_limits(axes: Axes, panel: Panel, drawn: Sequence[tuple[Run, np.ndarray]
     if found is None:
         return
     if panel.from_zero:
-        top = max(float(np.nanmax(values)) for values in curves if np.isfinite(values).any())
+        top = max(float(np.nanmax(values)) for _, values in drawn if np.isfinite(values).any())
         axes.set_ylim(0, 1.05 * top or 1.0)
     elif panel.may_be_logarithmic and spans_decades(curves):
         axes.set_yscale("log")

@@ -34,6 +34,7 @@ class Cell:
 
 COLUMNS = (
     "run",
+    "status",
     "optimizer",
     "parameters",
     "steps",
@@ -45,7 +46,6 @@ COLUMNS = (
     "tokens/s",
     "MFU",
     "skipped steps",
-    "status",
 )
 
 
@@ -59,6 +59,7 @@ def headline(runs: Sequence[Run], comparability: Comparability) -> list[list[Cel
     return [
         [
             Cell(run.name),
+            Cell(status(run)),
             Cell(run.optimizer),
             Cell(NOTHING if run.parameters is None else short(run.parameters)),
             Cell(f"{run.steps_done:,} / {run.total_steps:,}"),
@@ -70,7 +71,6 @@ def headline(runs: Sequence[Run], comparability: Comparability) -> list[list[Cel
             Cell(_throughput(run)),
             Cell(_utilisation(run)),
             Cell(f"{_last(run, 'train/skipped_steps', 0.0):,.0f}"),
-            Cell(status(run)),
         ]
         for i, run in enumerate(runs)
     ]

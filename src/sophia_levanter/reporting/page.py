@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from importlib.metadata import version
 
@@ -19,12 +20,15 @@ from sophia_levanter.reporting.runs import Run
 from sophia_levanter.reporting.template import PAGE
 
 NUMBERS = ("parameters", "steps", "tokens", "win rate", "tokens/s", "MFU", "skipped steps", "bits per byte")
+OF_OTHER_TOKENS = "It is per token, and not to be compared between tokenizers."
 
 
 def loss_panels(comparability: Comparability) -> list[Panel]:
     """The panels of losses that can be compared as far as any can."""
-    per_token = comparability.same_tokenizer and comparability.same_text
-    return [VALIDATION if per_token else BITS, TRAINING]
+    validation = VALIDATION if comparability.same_tokenizer and comparability.same_text else BITS
+    if comparability.same_tokenizer:
+        return [validation, TRAINING]
+    return [validation, replace(TRAINING, caption=f"{TRAINING.caption} {OF_OTHER_TOKENS}")]
 
 
 def axes_of(runs: Sequence[Run]) -> list[Axis]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -95,14 +95,11 @@ class Run:
 
     def tokens_at(self, steps: np.ndarray) -> np.ndarray:
         """Training tokens after so many steps, float64 [point]."""
-        return self._spent(steps, lambda config: config.trainer.batch_size * config.model.seq_len)
+        return self._spent(steps, [part.batch_size * self.config.model.seq_len for part in self.config.trainer.parts])
 
     def flops_at(self, steps: np.ndarray) -> np.ndarray | None:
         """FLOPs after so many steps, curvature and work on matrices counted, float64 [point]; None if not known."""
-        if self.vocab_size is None:
-            return None
-        of_model = flops_per_token(self.config.model, self.vocab_size)
-        return self._spent(steps, lambda config: flops_per_step(config, of_model))
+        return None if self._flops_of_steps is None else self._spent(steps, self._flops_of_steps)
 
     def seconds_at(self, steps: np.ndarray) -> np.ndarray | None:
         """Seconds of training after so many steps, float64 [point]; None if not known."""
@@ -119,12 +116,20 @@ class Run:
         tokens = self.tokens_at(rates.steps) - self.tokens_at(rates.steps - 1)
         return np.append(0, rates.steps), np.append(0.0, np.cumsum(tokens / rates.values))
 
-    def _spent(self, steps: np.ndarray, of_a_step: Callable[[TrainConfig], float]) -> np.ndarray:
-        """The sum over the steps so far of what a step takes, which depends on its batch size."""
-        trainer = self.config.trainer
-        starts = [0, *(step for step, _ in trainer.size_changes), max(self.total_steps, self.steps_done)]
-        each = [of_a_step(replace(self.config, trainer=part)) for part in trainer.parts]
-        return np.interp(steps, starts, np.append(0.0, np.cumsum(np.array(each) * np.diff(starts))))
+    @cached_property
+    def _flops_of_steps(self) -> list[float] | None:
+        """Of a step with each of the run's batch sizes."""
+        if self.vocab_size is None:
+            return None
+        of_model = flops_per_token(self.config.model, self.vocab_size)
+        parts = self.config.trainer.parts
+        return [flops_per_step(replace(self.config, trainer=part), of_model) for part in parts]
+
+    def _spent(self, steps: np.ndarray, of_steps: Sequence[float]) -> np.ndarray:
+        """The sum over the steps so far of what a step with each of the run's batch sizes takes."""
+        changes = [step for step, _ in self.config.trainer.size_changes]
+        starts = [0, *changes, max(self.total_steps, self.steps_done)]
+        return np.interp(steps, starts, np.append(0.0, np.cumsum(np.array(of_steps) * np.diff(starts))))
 
 
 def read_run(name: str, path: Path) -> Run:
@@ -135,10 +140,8 @@ def read_run(name: str, path: Path) -> Run:
         path: its directory.
 
     Raises:
-        InputError: if it is not there, or is no directory of a run that has begun.
+        InputError: if it is no directory of a run that has begun.
     """
-    if not path.is_dir():
-        raise InputError(f"{path}: there is no such directory")
     directory = RunDirectory(path, "never")
     if not directory.config_file.is_file():
         raise InputError(f"{path} holds no config.yaml; name a run directory")

@@ -22,17 +22,20 @@ h3 {{ font-size: 14px; margin: 0 0 4px; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: left; padding: 5px 10px; border-bottom: 1px solid #e3e6ea; vertical-align: top; }}
-thead th {{ color: #57606a; font-weight: 600; border-bottom: 2px solid #c8ced4; vertical-align: bottom; }}
+thead th {{
+  color: #57606a; font-weight: 600; border-bottom: 2px solid #c8ced4; vertical-align: bottom; max-width: 220px;
+}}
 tbody th {{ font-weight: 600; }}
 td {{ overflow-wrap: anywhere; }}
 .headline {{ width: 100%; }}
 .headline td {{ white-space: nowrap; overflow-wrap: normal; }}
 .headline th:first-child {{ position: sticky; left: 0; background: #fff; }}
+.headline td:nth-child(2) {{ white-space: normal; min-width: 100px; }}
 .headline .number {{ text-align: right; }}
 .headline strong {{ background: #dff2e4; border-radius: 3px; padding: 1px 5px; margin-right: -5px; }}
 .headline small {{ color: #a04300; font-weight: 600; }}
 .name {{
-  display: inline-flex; align-items: center; gap: 7px; width: max-content; max-width: 260px; overflow-wrap: anywhere;
+  display: inline-flex; align-items: center; gap: 7px; width: max-content; max-width: 220px; overflow-wrap: anywhere;
 }}
 .name img {{ width: 32px; height: 11px; flex: none; }}
 .legend {{
@@ -63,6 +66,10 @@ summary {{ cursor: pointer; color: #0550ae; }}
   .losses .grid {{ display: grid; margin-bottom: 16px; }}
   .losses label, .losses .against {{ display: none; }}
   .legend {{ position: static; max-height: none; }}
+  table {{ font-size: 9px; }}
+  th, td {{ padding: 2px 4px; }}
+  .headline td {{ white-space: normal; }}
+  .wide {{ overflow: visible; }}
   figure, tr {{ break-inside: avoid; }}
   .grid {{ grid-template-columns: 1fr 1fr; }}
   * {{ print-color-adjust: exact; }}
@@ -73,6 +80,7 @@ _BODY = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <link rel="icon" href="data:,">
 <title>$title</title>
 <style>STYLE</style>

@@ -1,0 +1,72 @@
+"""Series for pictures: thin, smooth, within limits."""
+
+import numpy as np
+import pytest
+
+from sophia_levanter.reporting.curves import limits, smooth, spans_decades, thin
+
+NAN = np.nan
+
+
+def test_few_points_stay():
+    bins = thin(np.array([1, 2, 3]), np.array([5.0, NAN, 4.0]), most=3)
+    assert bins.x.tolist() == [1, 2, 3] and bins.low is bins.high
+    np.testing.assert_array_equal(bins.mean, [5, NAN, 4])
+
+
+def test_many_points_become_means_of_their_neighbours():
+    values = np.array([1.0, 3.0, NAN, 5.0, NAN, NAN, 7.0, 9.0])
+    bins = thin(np.arange(8), values, most=4)
+    assert bins.x.tolist() == [0.5, 2.5, 4.5, 6.5]
+    np.testing.assert_array_equal(bins.mean, [2, 5, NAN, 8])
+    np.testing.assert_array_equal(bins.low, [1, 5, NAN, 7])
+    np.testing.assert_array_equal(bins.high, [3, 5, NAN, 9])
+
+
+def test_a_million_points_are_two_thousand():
+    x = np.arange(1_000_003)
+    bins = thin(x, x.astype(float))
+    assert len(bins.x) == 2000 and bins.low[0] == 0 and bins.high[-1] == x[-1]
+
+
+def test_smoothing_takes_means_and_keeps_gaps():
+    values = np.tile([1.0, 3.0], 50)
+    values[10] = NAN
+    smoothed = smooth(values)
+    assert np.isnan(smoothed[10]) and np.isfinite(np.delete(smoothed, 10)).all()
+    assert smoothed[50] == pytest.approx(np.mean(values[48:53]))
+    assert smoothed[0] == pytest.approx(np.mean(values[:3]))
+    assert smooth(np.array([4.0])).tolist() == [4.0]
+
+
+def curve(end: float, start: float = 10.0) -> np.ndarray:
+    return end + (start - end) * np.exp(-np.arange(100) / 5)
+
+
+def test_the_first_steps_do_not_set_the_limits():
+    low, high = limits([curve(3.0)])
+    assert 2.7 < low < 3.0 and 3.3 < high < 5.0
+
+
+def test_a_curve_that_flies_off_does_not_set_the_limits():
+    low, high = limits([curve(3.0), curve(3.1), np.append(curve(3.0)[:50], np.full(50, 1e6))])
+    assert low > 2.7 and high < 5.0
+
+
+def test_a_worse_curve_is_seen():
+    assert limits([curve(3.0), curve(3.1), curve(6.0)])[1] > 6.0
+
+
+def test_limits_of_little():
+    assert limits([np.array([NAN])]) is None
+    assert limits([]) is None
+    for only in (2.0, 0.0, -1.0):
+        low, high = limits([np.array([only])])
+        assert low < only < high
+
+
+def test_decades():
+    assert spans_decades([np.array([1e-3, 1.0]), np.array([NAN])])
+    assert not spans_decades([np.array([0.5, 1.0])])
+    assert not spans_decades([np.array([0.0, 1.0])])
+    assert not spans_decades([np.array([NAN])])
