@@ -11,17 +11,17 @@ from sophia_levanter import cli
         (
             [],
             2,
-            "'' is not one of the verbs train, prepare_data, inspect_data, train_tokenizer, compare, plan, checkpoints",
+            "'' is not one of the verbs train, prepare_data, inspect_data, train_tokenizer, ",
         ),
         (
             ["trian"],
             2,
-            "'trian' is not one of the verbs train, prepare_data, inspect_data, train_tokenizer, compare, plan, ch",
+            "'trian' is not one of the verbs train, prepare_data, inspect_data, train_tokenizer, ",
         ),
         (
             ["--help"],
             0,
-            "usage: sophia-levanter {train,prepare_data,inspect_data,train_tokenizer,compare,plan,checkpoints,launch,t",
+            "usage: sophia-levanter {train,prepare_data,inspect_data,train_tokenizer,",
         ),
         (["train", "--help"], 0, "--optimizer.learning_rate"),
         (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
