@@ -438,7 +438,7 @@ def test_the_batch_size_changes_on_the_way(stop_at, config_file, tmp_path, stop_
     out = capfd.readouterr().out
     for size in (16, 24, 8):
         assert f"for batches of {size}" in out
-    assert "batch size: 24 from step 5 on" in out
+    assert "microbatch(es), batches of 24 from step 5 on, batches of 8 from step 9 on\n" in out
     assert main(["--config", str(config_file), "--trainer.run_dir", str(without)]) == 0
     before, after = losses(whole), losses(without)
     assert [before[step] == after[step] for step in range(12)] == [True] * 5 + [False] * 7

@@ -66,7 +66,7 @@ class Background:
                 tracker.log(*item)
             tracker.close(failed=item)
         except Exception as error:
-            self._leave_out(" ".join(str(error).split()) or type(error).__name__)
+            self._leave_out(" ".join(str(error).split()).rstrip(".") or type(error).__name__)
 
     def _leave_out(self, reason: str) -> None:
         if not self._left_out.is_set():

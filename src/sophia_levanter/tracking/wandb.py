@@ -61,7 +61,7 @@ class Wandb:
             # wandb's service has the run's id in use still.
             wandb.teardown()
             self._run = start("offline")
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()).rstrip(".")
             warn(f"WARNING: wandb: {reason}; the run is logged offline, and uploaded by: {self._upload}")
         else:
             say(f"wandb: {self._run.url}" if self._run.url else f"wandb: offline; to upload it: {self._upload}")

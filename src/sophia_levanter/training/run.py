@@ -67,9 +67,9 @@ def run(
         CheckpointError: if all checkpoints of the run are damaged.
     """
     start_processes(config.mesh)
+    console = Console(config.trainer.log_every, quiet=quiet, silent=not is_first_process())
     check_agreement("the configuration", _shared_config(config))
     keep_compiled(Path(config.data.cache_dir).expanduser().absolute() / "compiled", jax.default_backend())
-    console = Console(config.trainer.log_every, quiet=quiet, silent=not is_first_process())
     processes = Processes.of_this_run()
     if directory.resume != "never":
         _by_first(processes, "lock", directory.lock)

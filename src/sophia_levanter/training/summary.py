@@ -34,7 +34,7 @@ def describe_start(parts: Parts, directory: Path, console: Console) -> None:
     attention = attention_of(config, parts.partition)
     swapped = isinstance(schedule, SophiaHConfig) and attention != "xla"
     decay = "" if schedule.schedule == "constant" else f" to {schedule.final_learning_rate:g}"
-    changes = "".join(f", {size} from step {step:,} on" for step, size in trainer.size_changes)
+    changes = "".join(f", batches of {size} from step {step:,} on" for step, size in trainer.size_changes)
     trackers = ["metrics.jsonl"]
     trackers += [f"wandb ({tracking.wandb})"] if tracking.wandb else []
     trackers += ["tensorboard"] if tracking.tensorboard else []
