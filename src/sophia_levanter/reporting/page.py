@@ -56,8 +56,9 @@ def render(runs: Sequence[Run], comparability: Comparability) -> str:
         losses=_losses(runs, loss_panels(comparability)),
         others="".join(_panel(panel, runs, STEPS) for panel in other_panels(runs)),
         differing=_differing(differing, names),
-        same=_table(same, names),
+        same=_table([(name, values[:1]) for name, values in same], ["of each run" if len(runs) > 1 else names[0]]),
         num_same=len(same),
+        fields="fields that are the same" if len(runs) > 1 else "fields",
         facts=_table(facts(runs), names),
     )
 

@@ -97,7 +97,7 @@ $losses
 <div class="grid small">$others</div>
 <h2>Configuration</h2>
 $differing
-<details><summary>$num_same fields that are the same</summary><div class="wide">$same</div></details>
+<details><summary>$num_same $fields</summary><div class="wide">$same</div></details>
 <h2>Text and machine</h2>
 <div class="wide">$facts</div>
 </body>
