@@ -131,7 +131,9 @@ def _without_placeholders(arguments):
     for word in arguments:
         if re.match(r"--(SECTION|\w+\.FIELD)", word):
             continue
-        if not PLACEHOLDER.match(word):
+        # Files of the project are in config/; others are the reader's own.
+        own_file = sound[-1:] == ["--config"] and not word.startswith("config/")
+        if not PLACEHOLDER.match(word) and not own_file:
             sound.append(word)
         elif sound and sound[-1].startswith("--"):
             sound.pop()
