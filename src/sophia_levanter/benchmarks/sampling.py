@@ -1,8 +1,8 @@
 """Time to draw a token: `python -m sophia_levanter.benchmarks.sampling`.
 
-With the cache of keys and values, after prompts of one token: over texts of several lengths, those beyond the context
-included, and for several rows at a time. Beside it the forward pass over the whole context for every token. All with the
-same drawn model in one process, in turns.
+With the cache of keys and values, after prompts of one token: texts of several lengths, also beyond the context, and
+several rows at a time. Beside it the forward pass over the whole context for every token. All with the same drawn model
+in one process, in turns.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Cache(eqx.Module):
             Batch: the axis of the rows, `batch`.
         """
         config = model.config
-        # Each head's positions lie together: on CPUs, many rows' attention is tens of times faster than with heads inside.
+        # A head's positions lie together: with heads inside, attention of many rows is tens of times slower on CPUs.
         axes = (config.Layers, Batch, config.Heads, config.Pos, config.HeadSize)
         zeros = hax.zeros(axes, model.wpe.weight.dtype)
         return hax.auto_sharded(Cache(zeros, zeros))
