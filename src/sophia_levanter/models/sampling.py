@@ -36,7 +36,7 @@ def generate(
     a row gets depends on its prompt and its key alone, not on the rows beside it.
 
     Args:
-        model: a trained model in the dtype to compute in; where it lies on several devices, inside its partition's context.
+        model: a trained model in the dtype to compute in; what lies on several devices, inside its partition's context.
         prompts: at least one token each; of a longer one than the model's context only the last `seq_len` are read.
         num_tokens: how many to draw for each prompt, at most.
         keys: jax random keys, [prompt].
