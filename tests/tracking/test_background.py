@@ -43,7 +43,9 @@ def test_everything_arrives_in_order(failed):
 
 
 @pytest.mark.parametrize(
-    "make", [full_disk, lambda: Recorder(in_log=full_disk), lambda: Recorder(in_close=full_disk)], ids=str
+    "make",
+    [full_disk, lambda: Recorder(in_log=full_disk), lambda: Recorder(in_close=full_disk)],
+    ids=["start", "log", "close"],
 )
 def test_a_failure_is_one_warning(make):
     said = []
