@@ -19,17 +19,17 @@ class Arguments:
 
     Attributes:
         options: values by the option's name, dashes included.
-        repeated: the values of each option that may be given several times, in their order.
         flags: names of the options without a value that were given.
         overrides: dotted field paths and values as typed, of `--SECTION.FIELD VALUE`.
         words: what is no option.
+        repeated: the values of each option that may be given several times, in their order.
     """
 
     options: dict[str, str] = field(default_factory=dict)
-    repeated: dict[str, list[str]] = field(default_factory=dict)
     flags: set[str] = field(default_factory=set)
     overrides: list[tuple[str, str]] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
+    repeated: dict[str, list[str]] = field(default_factory=dict)
 
     def needed(self, name: str, placeholder: str, hint: str) -> str:
         """The value of an option that must be given.

@@ -178,12 +178,13 @@ def _sample(command: Command, prompts: Sequence[Sequence[int]], loaded: LoadedMo
     ]
     started = time.monotonic()
     times, drawn = [started], 0
-    for tokens in _drawn(command, prompts, rows, loaded):
-        times.append(time.monotonic())
-        for text, token in zip(texts, tokens, strict=True):
-            if token is not None:
-                text.add(token)
-                drawn += 1
+    with loaded.partition.active():
+        for tokens in _drawn(command, prompts, rows, loaded):
+            times.append(time.monotonic())
+            for text, token in zip(texts, tokens, strict=True):
+                if token is not None:
+                    text.add(token)
+                    drawn += 1
     for (prompt, sample), text, characters in zip(rows, texts, written, strict=True):
         text.end()
         heading = "" if alone else f"--- prompt {prompt + 1}, sample {sample + 1}\n"
@@ -208,15 +209,14 @@ def _drawn(
 
     trainer = loaded.config.trainer
     policy = jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype}")
-    with loaded.partition.active():
-        yield from generate(
-            jax.jit(policy.cast_to_compute)(loaded.model),
-            [prompts[prompt] for prompt, _ in rows],
-            command.tokens,
-            keys=_keys(command.seed, rows),
-            sampling=command.sampling,
-            end_of_text=loaded.tokenizer.end_of_text,
-        )
+    return generate(
+        jax.jit(policy.cast_to_compute)(loaded.model),
+        [prompts[prompt] for prompt, _ in rows],
+        command.tokens,
+        keys=_keys(command.seed, rows),
+        sampling=command.sampling,
+        end_of_text=loaded.tokenizer.end_of_text,
+    )
 
 
 def _keys(seed: int, rows: Sequence[tuple[int, int]]) -> jax.Array:
