@@ -15,6 +15,7 @@ from sophia_levanter.commands import (
     plan,
     prepare_data,
     report,
+    sample,
     tpu,
     train_tokenizer,
 )
@@ -26,6 +27,7 @@ VERBS = {
     "train_tokenizer": train_tokenizer.main,
     "evaluate": evaluate.main,
     "export": export.main,
+    "sample": sample.main,
     "report": report.main,
     "compare": compare.main,
     "plan": plan.main,

@@ -19,6 +19,13 @@ def test_words() -> None:
     assert parse_arguments(["a", "--n", "1", "b"], options=("--n",), words=True).words == ["a", "b"]
 
 
+def test_options_that_may_be_repeated() -> None:
+    parsed = parse_arguments(["--n", "1", "--n=--2"], repeatable=("--n", "--m"))
+    assert parsed.repeated == {"--n": ["1", "--2"], "--m": []}
+    with pytest.raises(InputError, match="--m has an empty value"):
+        parse_arguments(["--m", ""], repeatable=("--m",))
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -22,12 +22,14 @@ class Arguments:
         flags: names of the options without a value that were given.
         overrides: dotted field paths and values as typed, of `--SECTION.FIELD VALUE`.
         words: what is no option.
+        repeated: the values of each option that may be given several times, in their order.
     """
 
     options: dict[str, str] = field(default_factory=dict)
     flags: set[str] = field(default_factory=set)
     overrides: list[tuple[str, str]] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
+    repeated: dict[str, list[str]] = field(default_factory=dict)
 
     def needed(self, name: str, placeholder: str, hint: str) -> str:
         """The value of an option that must be given.
@@ -72,6 +74,7 @@ def parse_arguments(
     given: Sequence[str],
     *,
     options: Collection[str] = (),
+    repeatable: Collection[str] = (),
     flags: Collection[str] = (),
     overrides: bool = False,
     words: bool = False,
@@ -81,6 +84,7 @@ def parse_arguments(
     Args:
         given: the command line.
         options: names of options with a value, dashes included; each may be given once.
+        repeatable: names of options with a value that may be given several times.
         flags: names of options without one.
         overrides: whether there may be `--SECTION.FIELD VALUE`; of several for one field the last counts.
         words: whether there may be words that are no options.
@@ -88,7 +92,7 @@ def parse_arguments(
     Raises:
         InputError: if an argument is not known, or has no value or one too many.
     """
-    parsed = Arguments()
+    parsed = Arguments(repeated={name: [] for name in repeatable})
     rest = list(given)
     while rest:
         word = rest.pop(0)
@@ -100,7 +104,7 @@ def parse_arguments(
             parsed.words.append(word)
             continue
         is_override = overrides and name.startswith("--") and "." in name
-        if name not in options and not is_override:
+        if name not in options and name not in repeatable and not is_override:
             raise InputError(f"unexpected argument {name!r}; --help shows the options")
         if not equals:
             if not rest or rest[0].startswith("--"):
@@ -111,6 +115,9 @@ def parse_arguments(
             continue
         if not value:
             raise InputError(f"{name} has an empty value")
+        if name in repeatable:
+            parsed.repeated[name].append(value)
+            continue
         if name in parsed.options:
             raise InputError(f"{name} is given twice")
         parsed.options[name] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -175,6 +176,11 @@ def vocab_size_of(name: str) -> int:
         InputError: as `load_tokenizer` does.
     """
     return VOCAB_SIZES.get(name) or load_tokenizer(name).vocab_size
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD for what a terminal may take for a command, as a model of bytes may well write it."""
+    return "".join(c if unicodedata.category(c) != "Cc" or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:

@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 
 from sophia_levanter.data.bigram import bigram_bits_per_byte
+from sophia_levanter.data.tokenizer import printable
 from sophia_levanter.models.config import Sampling, attention_for
 from sophia_levanter.models.sampling import generate
 from sophia_levanter.tracking.console import Console, show_duration
@@ -159,9 +160,7 @@ def _sample(parts: Parts, state: TrainState) -> str:
         model = jax.jit(parts.settings.policy.cast_to_compute)(state.model)
         steps = generate(model, [prompt.tolist()], trainer.sample_tokens, keys=keys, sampling=Sampling())
         drawn = [token for row in steps for token in row if token is not None]
-    text = f"[{data.tokenizer.decode(prompt)}]{data.tokenizer.decode(drawn)}"
-    # A model of bytes may well draw what a terminal takes for a command.
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return printable(f"[{data.tokenizer.decode(prompt)}]{data.tokenizer.decode(drawn)}")
 
 
 def count_parameters(model: object) -> int:

@@ -1,0 +1,254 @@
+"""`python -m sophia_levanter.commands.sample MODEL`: text that a trained model goes on with."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sophia_levanter.commands.arguments import Arguments, parse_arguments, run_command, whole_number
+from sophia_levanter.errors import InputError
+from sophia_levanter.exit_status import DONE, FAILURE
+from sophia_levanter.models.config import Sampling
+
+if TYPE_CHECKING:
+    import jax
+
+    from sophia_levanter.data.tokenizer import Tokenizer
+    from sophia_levanter.training.loading_models import LoadedModel
+
+OPTIONS = ("--prompt_file", "--tokens", "--temperature", "--top_k", "--top_p", "--seed", "--samples", "--step")
+TOKENS = 200
+USAGE = f"""\
+usage: python -m sophia_levanter.commands.sample MODEL [--prompt TEXT ...] [--prompt_file FILE] [--tokens N]
+       [--temperature T] [--top_k K] [--top_p P] [--seed S] [--samples N] [--step N]
+       [--SECTION.FIELD VALUE ...] [--help]
+
+Prints prompts and how the model goes on with them, up to the end of the document that it writes. One text comes token
+by token; several come when all are done, each under a heading. All else is said on standard error.
+
+  MODEL                  a run directory, a folder of transformers' GPT-2, or nanoGPT's ckpt.pt
+  --prompt TEXT          what the text begins with; may be given several times. Without a prompt the model begins a
+                         document
+  --prompt_file FILE     a prompt from a file, in UTF-8, as it is there
+  --tokens N             to draw, at most; {TOKENS} if not given. May go beyond the model's context
+  --temperature T        logits are divided by it; 0 takes the likeliest token; {Sampling.temperature} if not given
+  --top_k K              draws from the K likeliest tokens only
+  --top_p P              draws from the fewest of the likeliest tokens that have probability P together, of those that
+                         the temperature and --top_k give
+  --seed S               of the draws; 0 if not given
+  --samples N            texts for each prompt; 1 if not given
+  --step N               of the run's checkpoints; the newest if not given
+  --SECTION.FIELD VALUE  sets one field, on top of the run's: --trainer.compute_dtype float32, --mesh.fsdp embed
+  --help                 prints this and exits"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for; no prompts for the start of a document."""
+
+    model: str
+    prompts: Sequence[str]
+    tokens: int
+    sampling: Sampling
+    seed: int
+    samples: int
+    step: int | None
+    overrides: Sequence[tuple[str, str]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says.
+
+    Returns:
+        The exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted.
+    """
+    return run_command(argv, lambda words: _run(parse(words)), usage=USAGE, interrupted="interrupted")
+
+
+def parse(words: Sequence[str]) -> Command:
+    """Reads the command line, and the prompt's file.
+
+    Raises:
+        InputError: if an argument is not known, is missing, or has no value or a wrong one, or the file is no text.
+    """
+    arguments = parse_arguments(words, options=OPTIONS, repeatable=("--prompt",), overrides=True, words=True)
+    if len(arguments.words) != 1:
+        raise InputError(
+            f"{len(arguments.words)} models are given; write one MODEL, and each prompt after --prompt; "
+            "--help shows the options"
+        )
+    names = ("--tokens", "--top_k", "--seed", "--samples", "--step")
+    numbers = {name: whole_number(name, arguments.options[name]) for name in names if name in arguments.options}
+    for name in ("--tokens", "--samples"):
+        if numbers.get(name) == 0:
+            raise InputError(f"{name} is 0; it must be at least 1")
+    temperature = _number(arguments, "--temperature")
+    return Command(
+        arguments.words[0],
+        prompts=[*arguments.repeated["--prompt"], *_prompt_of_file(arguments)],
+        tokens=numbers.get("--tokens", TOKENS),
+        sampling=Sampling(
+            Sampling.temperature if temperature is None else temperature,
+            numbers.get("--top_k"),
+            _number(arguments, "--top_p"),
+        ),
+        seed=numbers.get("--seed", 0),
+        samples=numbers.get("--samples", 1),
+        step=numbers.get("--step"),
+        overrides=arguments.overrides,
+    )
+
+
+def _number(arguments: Arguments, name: str) -> float | None:
+    text = arguments.options.get(name)
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        raise InputError(f"{name} is {text!r}; it must be a number") from None
+
+
+def _prompt_of_file(arguments: Arguments) -> list[str]:
+    name = arguments.options.get("--prompt_file")
+    if name is None:
+        return []
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(f"--prompt_file {name}: there is no such file")
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt_file {name} is no text in UTF-8: byte {error.start:,} is wrong") from None
+    if not text:
+        raise InputError(f"--prompt_file {name} is empty; without a prompt the model begins a document")
+    return [text]
+
+
+def _run(command: Command) -> int:
+    # Only now what takes long to import.
+    from jax.errors import JaxRuntimeError
+
+    from sophia_levanter.checkpoint import CheckpointError
+    from sophia_levanter.training.loading_models import load_model
+
+    try:
+        loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=_tell)
+        _tell(f"model: {loaded.source}")
+        prompts = _encoded(command.prompts, loaded)
+        if not command.prompts:
+            _tell("no prompt: the model begins a document")
+        _sample(command, prompts, loaded)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILURE
+    except JaxRuntimeError as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return FAILURE
+    return DONE
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _encoded(prompts: Sequence[str], loaded: LoadedModel) -> list[list[int]]:
+    """Each prompt's tokens; end-of-text, after which a document begins, if there is none."""
+    encoded = [loaded.tokenizer.encode(prompt).tolist() for prompt in prompts]
+    context = loaded.config.model.seq_len
+    for number, tokens in enumerate(encoded, 1):
+        if len(tokens) > context:
+            raise InputError(
+                f"prompt {number} has {len(tokens):,} tokens, more than the {context:,} of the model's context; "
+                "give a shorter one"
+            )
+    return encoded or [[loaded.tokenizer.end_of_text]]
+
+
+def _sample(command: Command, prompts: Sequence[Sequence[int]], loaded: LoadedModel) -> None:
+    rows = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(command.samples)]
+    written: list[list[str]] = [[] for _ in rows]
+    alone = len(rows) == 1
+    texts = [
+        _Text(loaded.tokenizer, prompts[prompt], _print_at_once if alone else characters.append)
+        for (prompt, _), characters in zip(rows, written, strict=True)
+    ]
+    started = time.monotonic()
+    times, drawn = [started], 0
+    with loaded.partition.active():
+        for tokens in _drawn(command, prompts, rows, loaded):
+            times.append(time.monotonic())
+            for text, token in zip(texts, tokens, strict=True):
+                if token is not None:
+                    text.add(token)
+                    drawn += 1
+    for (prompt, sample), text, characters in zip(rows, texts, written, strict=True):
+        text.end()
+        heading = "" if alone else f"--- prompt {prompt + 1}, sample {sample + 1}\n"
+        print(heading + "".join(characters))
+    sys.stdout.flush()
+    speed = f", then {(drawn - len(rows)) / (times[-1] - times[1]):,.0f} tokens/s" if len(times) > 2 else ""
+    _tell(f"{drawn:,} token(s): {times[1] - started:.1f} s to the first, with compiling{speed}")
+
+
+def _print_at_once(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _drawn(
+    command: Command, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], loaded: LoadedModel
+) -> Iterator[list[int | None]]:
+    """The next token of each row, a prompt's and a sample's number; None where the document has come to its end."""
+    import jax
+    import jmp
+
+    from sophia_levanter.models.sampling import generate
+
+    trainer = loaded.config.trainer
+    policy = jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype}")
+    return generate(
+        jax.jit(policy.cast_to_compute)(loaded.model),
+        [prompts[prompt] for prompt, _ in rows],
+        command.tokens,
+        keys=_keys(command.seed, rows),
+        sampling=command.sampling,
+        end_of_text=loaded.tokenizer.end_of_text,
+    )
+
+
+def _keys(seed: int, rows: Sequence[tuple[int, int]]) -> jax.Array:
+    """A key for each row, which does not depend on how many there are."""
+    import jax
+    import jax.numpy as jnp
+
+    def key(row: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row[0]), row[1])
+
+    return jax.vmap(key)(jnp.array(rows))
+
+
+class _Text:
+    """A prompt and what comes after it, given on as a terminal can show it. Characters may be split over tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], give: Callable[[str], None]) -> None:
+        from sophia_levanter.data.tokenizer import printable
+
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._give = lambda text: give(printable(text))
+        self._give(tokenizer.decode(prompt))
+
+    def add(self, token: int) -> None:
+        """Give on the characters that end with a token."""
+        self._give(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+
+    def end(self) -> None:
+        """Give on what is left of a character that has not come to its end."""
+        self._give(self._decoder.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""`sample`: what it prints where, and what it refuses."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from sophia_levanter.commands import sample
+from sophia_levanter.data.tokenizer import ByteTokenizer
+from sophia_levanter.main import main
+from sophia_levanter.models.config import Sampling
+
+BYTES = ("--data.tokenizer", "bytes")
+END = 256
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of four steps with checkpoints after two and four."""
+    root = tmp_path_factory.mktemp("trained")
+    (root / "text.txt").write_text("".join(f"Line {i} says {i * i}.\n" for i in range(300)))
+    (root / "tiny.yaml").write_text(
+        "model: {num_layers: 1, num_heads: 2, embed_dim: 8, seq_len: 16, loss_block_size: 8}\n"
+        "optimizer: {type: adamw, warmup_steps: 2, learning_rate: 1e-2}\n"
+        f"data: {{train: {root / 'text.txt'}, tokenizer: bytes, cache_dir: {root / 'cache'}}}\n"
+        "trainer: {num_train_steps: 4, batch_size: 8, checkpoint_every: 2, evaluate_every: 4, sample_tokens: 0}\n"
+    )
+    assert main(["--config", str(root / "tiny.yaml"), "--trainer.run_dir", str(root / "run")]) == 0
+    return root / "run"
+
+
+@pytest.fixture
+def sampled(run_dir, capsys):
+    """What the command prints for the run, on standard output and on standard error."""
+
+    def run(*words):
+        capsys.readouterr()
+        assert sample.main([str(run_dir), "--tokens", "24", *words]) == 0
+        return capsys.readouterr()
+
+    return run
+
+
+def test_a_text_begins_with_its_prompt_and_is_the_seeds(sampled, run_dir):
+    first = sampled("--prompt", "Line ")
+    assert first.out.startswith("Line ") and first.out.endswith("\n")
+    assert len(first.out) > len("Line \n") + 5
+    assert first.err.startswith(f"model: step 4 of {run_dir}\n")
+    assert " token(s): " in first.err and first.err.endswith(" tokens/s\n")
+    assert sampled("--prompt", "Line ").out == first.out
+    assert sampled("--prompt", "Line ", "--seed", "1").out != first.out
+    assert sampled("--prompt", "Line ", "--step", "2").out != first.out
+    assert sampled("--prompt", "Line ", "--mesh.fsdp", "embed").out == first.out
+
+
+def test_several_texts_have_headings_and_are_those_of_one(sampled, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Say:\n")
+    shown = sampled(
+        "--prompt", "Line ", "--prompt=--x", "--prompt_file", str(tmp_path / "prompt.txt"), "--samples", "2"
+    )
+    parts = shown.out.removeprefix("--- ").split("\n--- ")
+    texts = dict(part.split("\n", 1) for part in parts)
+    assert list(texts) == [f"prompt {prompt}, sample {number}" for prompt in (1, 2, 3) for number in (1, 2)]
+    assert texts["prompt 1, sample 1"] + "\n" == sampled("--prompt", "Line ").out
+    assert texts["prompt 1, sample 1"] != texts["prompt 1, sample 2"]
+    assert texts["prompt 2, sample 1"].startswith("--x") and texts["prompt 3, sample 2"].startswith("Say:\n")
+
+
+def test_without_a_prompt_a_document_begins(sampled):
+    shown = sampled("--temperature", "2")
+    assert "no prompt: the model begins a document\n" in shown.err
+    assert len(shown.out) > 5
+
+
+def test_a_folder_of_transformers(gpt2_folder, capsys):
+    assert sample.main([str(gpt2_folder), *BYTES, "--prompt", "x" * 16, "--tokens", "20", "--top_k", "3"]) == 0
+    assert capsys.readouterr().out.startswith("x" * 16)
+
+
+@pytest.fixture
+def rigged(monkeypatch):
+    """Draws what it is told to, and keeps what it was asked for."""
+    asked = {}
+
+    def rig(*steps):
+        def generate(model, prompts, num_tokens, **arguments):
+            asked.update(arguments, prompts=prompts, num_tokens=num_tokens)
+            yield from map(list, steps)
+
+        monkeypatch.setattr("sophia_levanter.models.sampling.generate", generate)
+        return asked
+
+    return rig
+
+
+def test_one_text_comes_token_by_token(sampled, rigged, monkeypatch):
+    asked = rigged(*([byte] for byte in "né".encode()), [END])
+    written = []
+    monkeypatch.setattr(sample, "_print_at_once", written.append)
+    shown = sampled("--prompt", "To", "--top_p", "0.5", "--top_k", "7", "--temperature", "0.9")
+    assert written == ["To", "n", "", "é", "", ""]
+    assert shown.out == "\n"
+    assert shown.err.splitlines()[-1].startswith("4 token(s): ")
+    del asked["keys"]
+    assert asked == {
+        "prompts": [[84, 111]],
+        "num_tokens": 24,
+        "sampling": Sampling(0.9, 7, 0.5),
+        "end_of_text": END,
+    }
+
+
+def test_a_row_that_has_ended_stays_as_it_is(sampled, rigged):
+    rigged([65, 66], [END, 67], [None, 68])
+    shown = sampled("--prompt", ">", "--samples", "2")
+    assert shown.out == "--- prompt 1, sample 1\n>A\n--- prompt 1, sample 2\n>BCD\n"
+    assert shown.err.splitlines()[-1].startswith("5 token(s): ")
+
+
+def test_what_a_terminal_may_take_for_a_command_is_not_printed():
+    given = []
+    text = sample._Text(ByteTokenizer(), list(b"\x1b[2J"), given.append)
+    for byte in "\r\x07\t\n€".encode():
+        text.add(byte)
+    text.add(0xC3)
+    text.end()
+    assert given == ["\ufffd[2J", "\ufffd", "\ufffd", "\t", "\n", "", "", "€", "", "\ufffd"]
+
+
+def test_a_reader_that_leaves(run_dir):
+    """`| head` ends it without a word."""
+    command = [sys.executable, "-m", "sophia_levanter.commands.sample", str(run_dir), "--tokens", "100000"]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.read(1)
+        process.stdout.close()
+        news = process.stderr.read().decode()
+        assert process.wait(timeout=60) == 1
+    assert "Traceback" not in news and "rror" not in news
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "0 models are given; write one MODEL, and each prompt after --prompt"),
+        (["RUN", "Once upon"], "2 models are given"),
+        (["RUN", "--prompt", ""], "--prompt has an empty value"),
+        (["RUN", "--prompt"], "--prompt has no value"),
+        (["RUN", "--prompt", "x" * 17], "prompt 1 has 17 tokens, more than the 16 of the model's context"),
+        (["RUN", "--prompt", "x", "--prompt", "y" * 1700], "prompt 2 has 1,700 tokens, more than the 16"),
+        (["RUN", "--tokens", "0"], "--tokens is 0; it must be at least 1"),
+        (["RUN", "--tokens", "many"], "--tokens is 'many'; it must be a whole number"),
+        (["RUN", "--samples", "0"], "--samples is 0; it must be at least 1"),
+        (["RUN", "--seed", "-1"], "--seed is '-1'; it must be a whole number"),
+        (["RUN", "--top_k", "0"], "top_k is 0; it must be at least 1"),
+        (["RUN", "--top_p", "0"], "top_p is 0.0; it must be above 0 and at most 1"),
+        (["RUN", "--top_p", "1.5"], "top_p is 1.5; it must be above 0 and at most 1"),
+        (["RUN", "--top_p", "most"], "--top_p is 'most'; it must be a number"),
+        (["RUN", "--temperature", "-1"], "temperature is -1.0; it must be 0, for the likeliest token, or above"),
+        (["RUN", "--temperature", "nan"], "temperature is nan"),
+        (["RUN", "--top-k", "3"], "unexpected argument '--top-k'"),
+        (["RUN", "--trainer.batchsize", "3"], "unknown option '--trainer.batchsize'"),
+        (["RUN", "--prompt_file", "nowhere.txt"], "--prompt_file nowhere.txt: there is no such file"),
+        (["RUN", "--prompt_file", "HERE"], "--prompt_file HERE: there is no such file"),
+        (["RUN", "--prompt_file", "HERE/empty"], "--prompt_file HERE/empty is empty"),
+        (["RUN", "--prompt_file", "HERE/latin1"], "--prompt_file HERE/latin1 is no text in UTF-8: byte 3 is wrong"),
+        (["RUN", "--step", "3"], "RUN/checkpoints holds no checkpoint of step 3: it has 2, 4"),
+        (["HERE/nowhere"], "HERE/nowhere: there is no such file or directory; name a run directory"),
+        (["HERE"], "HERE: there is no config.json"),
+        (["HERE/begun"], "HERE/begun: HERE/begun/checkpoints holds no checkpoint yet"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, run_dir, tmp_path, capsys):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "latin1").write_bytes("naïve".encode("latin1").replace(b"na", b"nai"))
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/config.yaml").write_text((run_dir / "config.yaml").read_text())
+
+    def filled(text):
+        return text.replace("RUN", str(run_dir)).replace("HERE", str(tmp_path))
+
+    capsys.readouterr()
+    assert sample.main([filled(word) for word in words]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    line = shown.err.splitlines()[-1]
+    assert line.startswith("error: ") and filled(message) in line
+    assert [line for line in shown.err.splitlines() if not line.startswith("model: ")] == [line]
+
+
+def test_damage_is_a_failure(run_dir, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    for step in ("00000002", "00000004"):
+        (copy / f"checkpoints/step-{step}/manifest.json").write_text("{}")
+    assert sample.main([str(copy)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_help(capsys):
+    assert sample.main(["--help"]) == 0
+    assert "--top_p P" in capsys.readouterr().out
