@@ -38,7 +38,7 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
 
 .venv/train.stamp: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[compare]'
 	touch $@
 
 # The compiler for TPUs, which needs none.
