@@ -218,6 +218,7 @@ def test_unknown_key_names_the_file_it_stands_in(write):
         ("model: {use_bias: yes}", "model.use_bias is 'yes'; it must be true or false"),
         ("model: {use_bias: 1}", "model.use_bias is 1; it must be true or false"),
         ("data: {text_field: 12}", "data.text_field is 12; it must be a string; quote it"),
+        ("data: {validation_fraction: 2}", "data.validation_fraction is 2.0; it must be between 0 and 1"),
         ("data: {validation: [a.txt]}", "data.validation is a list; it must be a string or null"),
         ("data: {validation: 1.5}", "data.validation is 1.5; it must be a string or null; quote it"),
         ("model: 3", "model is 3; it must be a section of fields"),
