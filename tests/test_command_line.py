@@ -218,7 +218,6 @@ def test_unknown_key_names_the_file_it_stands_in(write):
         ("model: {use_bias: yes}", "model.use_bias is 'yes'; it must be true or false"),
         ("model: {use_bias: 1}", "model.use_bias is 1; it must be true or false"),
         ("data: {text_field: 12}", "data.text_field is 12; it must be a string; quote it"),
-        ("data: {validation_fraction: 2}", "data.validation_fraction is 2.0; it must be between 0 and 1"),
         ("data: {validation: [a.txt]}", "data.validation is a list; it must be a string or null"),
         ("data: {validation: 1.5}", "data.validation is 1.5; it must be a string or null; quote it"),
         ("model: 3", "model is 3; it must be a section of fields"),
@@ -314,6 +313,11 @@ def test_negative_numbers_are_values(write):
     path = write("")
     assert parse_error("--config", path, "--optimizer.rho", "-1e-3") == "optimizer.rho is -0.001; it must be above 0"
     assert parse_error("--config", path, "--model.num_layers", "-3") == "model.num_layers is -3; it must be at least 1"
+
+
+def test_the_share_that_is_held_out_is_between_0_and_1(write):
+    error = parse_error("--config", write(""), "--data.validation_fraction", "2")
+    assert error == "data.validation_fraction is 2.0; it must be between 0 and 1"
 
 
 @pytest.mark.parametrize(
