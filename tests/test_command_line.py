@@ -315,6 +315,11 @@ def test_negative_numbers_are_values(write):
     assert parse_error("--config", path, "--model.num_layers", "-3") == "model.num_layers is -3; it must be at least 1"
 
 
+def test_the_share_that_is_held_out_is_between_0_and_1(write):
+    error = parse_error("--config", write(""), "--data.validation_fraction", "2")
+    assert error == "data.validation_fraction is 2.0; it must be between 0 and 1"
+
+
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from pages import PAGES, ROOT, anchors, links, read_page
+from sophia_levanter.config import sections
+from sophia_levanter.training.config import OptimizerConfig, SophiaGConfig
 
 EXAMPLES = [
     (page.relative_to(ROOT), code)
@@ -34,6 +36,12 @@ def test_every_config_named_in_the_pages_is_there():
     named = {name for page in PAGES for name in re.findall(r"\b(?:config|infra)/[a-z0-9_/]+\.yaml", page.read_text())}
     assert named
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_reference_has_every_setting():
+    page = (ROOT / "docs" / "reference" / "configuration.md").read_text()
+    wanted = [*sections(SophiaGConfig), *(f"optimizer {kind}" for kind in OptimizerConfig.get_known_choices())]
+    assert not [name for name in wanted if f"<!-- fields of {name} -->" not in page]
 
 
 def test_every_test_named_in_the_pages_is_there():

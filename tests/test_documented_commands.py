@@ -11,6 +11,7 @@ from pages import PAGES, ROOT, read_page
 from sophia_levanter.cli import VERBS
 from sophia_levanter.command_line import FLAGS, OPTIONS, load_config, parse_command_line
 from sophia_levanter.command_line_help import help_text
+from sophia_levanter.optim import SophiaG
 
 STARTS = r"(?:make|python -m sophia_levanter[\w.]*|sophia-levanter)(?= |$)"
 FIELDS = set(re.findall(r"--[a-z]+\.\w+", help_text()))
@@ -43,6 +44,14 @@ def test_commands_are_found():
 def test_command(command, page, monkeypatch):
     monkeypatch.chdir(ROOT)
     check(command)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_settings_named_in_prose_are_fields(page):
+    of_sections = r"(?:model|optimizer|data|trainer|mesh|tracking)\.[a-z]\w*"
+    named = set(re.findall(rf"`(?:--)?({of_sections})[`: =]", read_page(page).text))
+    methods = {f"optimizer.{name}" for name in dir(SophiaG)}
+    assert not {name for name in named if f"--{name}" not in FIELDS} - methods - {"model.safetensors", "model.py"}
 
 
 @pytest.mark.parametrize(

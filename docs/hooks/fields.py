@@ -27,16 +27,16 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def _table(section: str, optimizer: str | None) -> str:
     config = TrainConfig()
     cls = sections(type(config.optimizer))[section]
-    common: set[str] = set()
+    common: dict[str, Any] = {}
     if optimizer is not None:
         cls = OptimizerConfig.get_known_choices()[optimizer]
-        common = {field.name for field in dataclasses.fields(OptimizerConfig)}
+        common = {field.name: field.default for field in dataclasses.fields(OptimizerConfig)}
     elif section == "optimizer":
         cls = OptimizerConfig
     lines = ["| field | value | default | |", "| --- | --- | --- | --- |"]
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if field.name not in common:
+        if field.name not in common or field.default != common[field.name]:
             comment = get_attribute_docstring(cls, field.name).comment_inline.replace("|", r"\|")
             default = show_value(field.default)
             lines.append(f"| `{section}.{field.name}` | {_kind(hints[field.name])} | {default} | {comment} |")
