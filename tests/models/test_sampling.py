@@ -106,12 +106,17 @@ def test_a_row_has_its_own_text(make_model):
     assert texts(model, [PROMPTS[0]], KEYS[1][None]) != [together[0]]
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=4, model=2, fsdp="embed")], ids=["rows", "all"])
-def test_a_mesh_changes_nothing(make_model, mesh):
+@pytest.mark.parametrize(
+    ("mesh", "copies"),
+    [(MeshConfig(), 1), (MeshConfig(), 4), (MeshConfig(data=4, model=2, fsdp="embed"), 4)],
+    ids=["rows that do not divide", "rows", "all"],
+)
+def test_a_mesh_changes_nothing(make_model, mesh, copies):
     model = make_model()
+    prompts, keys = PROMPTS[:2] * copies, jnp.tile(KEYS[:2], copies)
     partition = partition_of(mesh)
     with partition.active():
-        assert texts(partition.place(model), PROMPTS) == texts(model, PROMPTS)
+        assert texts(partition.place(model), prompts, keys) == texts(model, PROMPTS[:2], KEYS[:2]) * copies
 
 
 def test_padding_of_the_vocabulary_is_never_drawn(make_model):

@@ -15,7 +15,6 @@ from sophia_levanter.models.config import Sampling
 from sophia_levanter.models.decoding import Cache, decode_step, prefill
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.optim.categorical import sample_categorical
-from sophia_levanter.partition.mesh import row_shards
 
 SHORTEST_PREFILL = 128
 
@@ -33,7 +32,8 @@ def generate(
 
     A token costs one position of the model, not the whole context. When a row's context is full, the last half of it is
     read anew as a context of its own, since the model has learned its positions one by one and cannot shift them. What
-    a row gets depends on its prompt and its key alone, not on the rows beside it.
+    a row gets depends on its prompt and its key alone, not on the rows beside it. Where their number divides over
+    the devices that have rows of their own, they are spread over these.
 
     Args:
         model: a trained model in the dtype to compute in; what lies on several devices, inside its partition's context.
@@ -60,7 +60,7 @@ def generate(
         going = list(range(len(prompts)))
         for number in range(num_tokens):
             drawn = rows.draw(number)
-            yield [token if row in going else None for row, token in enumerate(drawn[: len(prompts)])]
+            yield [token if row in going else None for row, token in enumerate(drawn)]
             going = [row for row in going if drawn[row] != end_of_text]
             if not going:
                 return
@@ -99,11 +99,9 @@ class _Rows:
     def __init__(self, model: Gpt2, prompts: Sequence[Sequence[int]], keys: jax.Array, sampling: Sampling) -> None:
         self._model, self._sampling = model, sampling
         self._seq_len = model.config.seq_len
-        # As many rows as divide over the devices; those that nobody asked for stay as they are.
-        surplus = -len(prompts) % row_shards()
-        self._contexts = [list(map(int, prompt))[-self._seq_len :] for prompt in (*prompts, *surplus * [[0]])]
+        self._contexts = [list(map(int, prompt))[-self._seq_len :] for prompt in prompts]
         # Arrays of this host, which go with a model that lies on several.
-        self._keys = np.pad(np.asarray(jax.random.key_data(keys)), ((0, surplus), (0, 0)))
+        self._keys = np.asarray(jax.random.key_data(keys))
         self._Batch = Axis("batch", len(self._contexts))
         self._cache = _empty(model, self._Batch)
         for row in range(len(prompts)):
