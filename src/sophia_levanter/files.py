@@ -11,10 +11,15 @@ from typing import IO
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace the file at `path`: whoever is killed, it has its old content or the new one, also after a power cut."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        # Of a full disk the system does not say which file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     temporary.replace(path)
     sync(path.parent)
 

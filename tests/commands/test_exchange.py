@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.commands import evaluate, export
+from sophia_levanter.data import batches as batches_module
 from sophia_levanter.data.bpe import save_bpe, train_bpe
 from sophia_levanter.main import main
 from sophia_levanter.models.huggingface import gpt2_to_state_dict
@@ -98,6 +99,28 @@ def test_every_token_counts_once_whatever_the_mesh_and_the_batch(mesh, trained, 
     assert figures["loss"] == pytest.approx(nats / count, abs=6e-5)
     assert figures["bits per byte"] == pytest.approx(nats / np.log(2) / (count - 1), abs=6e-5)
     assert figures["perplexity"] == pytest.approx(np.exp(nats / count), abs=6e-3)
+
+
+def test_a_batch_is_no_larger_than_the_text(trained, evaluated, monkeypatch):
+    sizes = []
+    batches = batches_module.ValidationBatches
+
+    def note(*arguments, batch_size, **named):
+        sizes.append(batch_size)
+        return batches(*arguments, batch_size=batch_size, **named)
+
+    monkeypatch.setattr(batches_module, "ValidationBatches", note)
+    figures, _ = evaluated("run", "--windows", "3", "--batch_size", "999999999")
+    assert sizes == [8] and figures["tokens"] == 48
+
+
+def test_no_memory_is_one_line(trained, monkeypatch, capsys):
+    def fail(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
+
+    monkeypatch.setattr(evaluate, "_evaluate", fail)
+    assert evaluate.main([str(trained / "run")]) == 1
+    assert capsys.readouterr().err.endswith("error: RESOURCE_EXHAUSTED: Out of memory\n")
 
 
 def test_an_exported_model_on_a_text(trained, evaluated):

@@ -20,7 +20,8 @@ BAD = {
     "its own folder": (["MODEL", "MODEL"], "MODEL holds files already"),
     "another tokenizer": (["MODEL", "out", "--data.tokenizer", "bites"], "did you mean bytes?"),
     "another model": (["MODEL", "out", "--model.use_bias", "false"], "--model.use_bias does not go with MODEL"),
-    "a folder of another kind": (["full", "out"], "there is no config.json in it"),
+    "an empty word": (["MODEL", ""], "an argument is empty"),
+    "a folder of another kind": (["full", "out"], "holds no model: no config.yaml of a run"),
 }
 
 
@@ -49,3 +50,10 @@ def test_a_folder_of_transformers_goes_out_with_the_tokenizer_that_is_named(gpt2
 def test_help(capsys):
     assert export.main(["--help"]) == 0
     assert capsys.readouterr().out == export.USAGE + "\n"
+
+
+def test_a_link_to_an_empty_folder_stays_one(gpt2_folder, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    assert export.main([str(gpt2_folder), str(tmp_path / "link"), "--data.tokenizer", "bytes"]) == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there/config.json").exists()

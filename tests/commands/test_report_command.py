@@ -1,7 +1,9 @@
 """The command that puts runs on one page."""
 
 import base64
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -253,3 +255,15 @@ def test_a_browser_shows_it(width, height, runs, capfd):
     blue, red = np.array([0, 0x72, 0xB2]) / 255, np.array([0xD5, 0x5E, 0]) / 255
     for colour in (blue, red):
         assert (np.abs(pixels - colour).max(axis=-1) < 0.02).sum() > 100
+
+
+@pytest.mark.usefixtures("no_pngs")
+@pytest.mark.parametrize(("number", "expected"), [(errno.ENOSPC, 1), (errno.EROFS, 2)])
+def test_a_page_that_cannot_be_written(number, expected, runs, capfd, monkeypatch):
+    def fail(path, content):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("sophia_levanter.reporting.writing.write_atomically", fail)
+    status, _, error = command(capfd, runs / "sophia", "-o", runs / "page.html")
+    assert status == expected
+    assert error.count("\n") == 1 and "page.html" in error and os.strerror(number) in error

@@ -158,8 +158,13 @@ def test_a_reader_that_leaves(run_dir):
         (["RUN", "--top_p", "0"], "top_p is 0.0; it must be above 0 and at most 1"),
         (["RUN", "--top_p", "1.5"], "top_p is 1.5; it must be above 0 and at most 1"),
         (["RUN", "--top_p", "most"], "--top_p is 'most'; it must be a number"),
-        (["RUN", "--temperature", "-1"], "temperature is -1.0; it must be 0, for the likeliest token, or above"),
+        (
+            ["RUN", "--temperature", "-1"],
+            "temperature is -1.0; it must be 0, for the likeliest token, or from 1e-06 on",
+        ),
         (["RUN", "--temperature", "nan"], "temperature is nan"),
+        (["RUN", "--prompt", "a\udcff"], r"--prompt 'a\udcff' is no text in UTF-8"),
+        ([""], "an argument is empty"),
         (["RUN", "--top-k", "3"], "unexpected argument '--top-k'"),
         (["RUN", "--trainer.batchsize", "3"], "unknown option '--trainer.batchsize'"),
         (["RUN", "--prompt_file", "nowhere.txt"], "--prompt_file nowhere.txt: there is no such file"),
@@ -168,8 +173,8 @@ def test_a_reader_that_leaves(run_dir):
         (["RUN", "--prompt_file", "HERE/latin1"], "--prompt_file HERE/latin1 is no text in UTF-8: byte 3 is wrong"),
         (["RUN", "--step", "3"], "RUN/checkpoints holds no checkpoint of step 3: it has 2, 4"),
         (["HERE/nowhere"], "HERE/nowhere: there is no such file or directory; name a run directory"),
-        (["HERE"], "HERE: there is no config.json"),
-        (["HERE/begun"], "HERE/begun: HERE/begun/checkpoints holds no checkpoint yet"),
+        (["HERE"], "HERE holds no model: no config.yaml of a run"),
+        (["HERE/begun"], "HERE/begun: the run has saved no checkpoint"),
     ],
 )
 def test_bad_input_is_one_line(words, message, run_dir, tmp_path, capsys):

@@ -44,7 +44,7 @@ def decoded(model):
         positions = np.minimum(np.array(READ_AT_ONCE) + n, LENGTH - 1)
         tokens = TOKENS[np.arange(ROWS), positions]
         logits, cache = step(model, cache, hax.named(tokens, Batch), hax.named(positions, Batch))
-        assert logits.array.dtype == model.wte.weight.dtype
+        assert logits.array.dtype == np.float32
         found.append(np.asarray(logits.rearrange(("batch", "vocab")).array))
         at.append(positions)
     return np.array(at), np.array(found)
@@ -69,7 +69,9 @@ def test_bfloat16(make_model):
     full = expected(model, at).astype(np.float32)
     away = np.abs(full - expected(exact, at)).max()
     assert 1e-3 < away < 0.2
-    assert np.abs(logits.astype(np.float32) - full).max() <= away
+    # They are not rounded to bfloat16, as those of the whole context are: by 1 in 256 at most.
+    assert np.abs(logits - full).max() <= away + np.abs(full).max() / 256
+    assert (logits != logits.astype(jnp.bfloat16)).any()
 
 
 @pytest.mark.parametrize(

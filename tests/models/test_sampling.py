@@ -140,8 +140,9 @@ def test_bad_prompts(make_model, prompt, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": -1.0}, "temperature is -1.0; it must be 0, for the likeliest token, or above"),
+        ({"temperature": -1.0}, "temperature is -1.0; it must be 0, for the likeliest token, or from 1e-06 on"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1e-40}, "temperature is 1e-40; it must be 0, for the likeliest token, or from 1e-06 on"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"top_k": 0}, "top_k is 0; it must be at least 1"),
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),

@@ -103,6 +103,12 @@ def test_axes_follow_the_batch_size(tmp_path):
     np.testing.assert_allclose(found["flops"], tokens * (6 * (12 * 8**2 + 384 * 8) + 12 * 8 * 10))
 
 
+def test_steps_whose_lines_are_gone_take_time(tmp_path):
+    lines = [line | {"train/tokens_per_second": 100.0} for line in step_lines(10) if "train/loss" in line]
+    run = read_run("a", write_run(tmp_path, lines=[line for line in lines if line["step"] > 4 and line["step"] != 7]))
+    assert run.seconds_at(np.array(10)) == pytest.approx(500 / 100)
+
+
 def test_a_run_without_rates_has_no_time(tmp_path):
     run = read_run("a", write_run(tmp_path, lines=[{"step": 0, "train/loss": 5.0}]))
     assert positions(run)["time"] is None

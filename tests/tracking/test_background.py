@@ -75,8 +75,7 @@ def test_messages_of_several_lines_and_none_are_one_line():
 
 
 @pytest.mark.parametrize("where", ["start", "log", "close"])
-def test_one_that_hangs_holds_nobody_up(where, monkeypatch):
-    monkeypatch.setattr(background, "CLOSE_SECONDS", 0.2)
+def test_one_that_hangs_holds_nobody_up(where):
     released, said = threading.Event(), []
     recorder = Recorder(in_log=released.wait if where == "log" else None, in_close=released.wait)
 
@@ -88,7 +87,7 @@ def test_one_that_hangs_holds_nobody_up(where, monkeypatch):
     tracker = Background("recorder", start, said.append)
     began = time.monotonic()
     tracker.log(0, {})
-    tracker.close(failed=False)
+    tracker.close(failed=False, seconds=0.2)
     released.set()
     assert time.monotonic() - began < 5
     assert said == ["WARNING: recorder: has not ended within 0 s; the run goes on without it"]

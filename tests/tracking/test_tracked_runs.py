@@ -2,7 +2,9 @@
 
 import json
 import re
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import wandb_files
@@ -12,8 +14,11 @@ from sophia_levanter import checkpoint
 from sophia_levanter.command_line import dump_config, load_config
 from sophia_levanter.main import main
 from sophia_levanter.tracking import tensorboard, wandb
+from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
-from sophia_levanter.tracking.trackers import Trackers
+from sophia_levanter.training.loop import Loop, TrainingFailed
+from sophia_levanter.training.run import _start_others
+from sophia_levanter.training.run_directory import RunDirectory
 
 BOTH = ["--tracking.wandb", "offline", "--tracking.tensorboard", "true"]
 
@@ -95,11 +100,51 @@ def test_trackers_that_fail_stop_no_run(config_file, tmp_path, monkeypatch, capf
     assert saved == f"checkpoint: {run_dir}/checkpoints/step-00000012"
 
 
-def test_a_process_that_is_not_the_first_tracks_nothing():
-    trackers = Trackers(None)
-    trackers.log(0, {"train/loss": 1.0})
-    trackers.sync()
-    trackers.close(failed=False)
+def test_a_process_that_is_not_the_first_tracks_nothing(config_file, tmp_path):
+    parts = SimpleNamespace(
+        processes=SimpleNamespace(is_first=False), config=load_config(config_file, [("tracking.tensorboard", "true")])
+    )
+    before = threading.active_count()
+    others = _start_others(parts, RunDirectory(tmp_path / "run", "never"), "abc", 0, Console())
+    others.log(0, {"train/loss": 1.0})
+    others.close(failed=False)
+    assert threading.active_count() == before and not (tmp_path / "run").exists()
+
+
+class Recorder:
+    def __init__(self):
+        self.logged, self.closed = [], []
+
+    def log(self, step, metrics):
+        self.logged.append((step, metrics))
+
+    def close(self, *, failed):
+        self.closed.append(failed)
+
+
+def test_trackers_outlive_a_rollback(config_file, tmp_path, monkeypatch):
+    recorders = []
+
+    def make(*arguments):
+        recorders.append(Recorder())
+        return recorders[-1]
+
+    monkeypatch.setattr(tensorboard, "TensorBoard", make)
+    arguments = ["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run"), "--optimizer.type", "adamw"]
+    arguments += ["--tracking.tensorboard", "true", "--trainer.checkpoint_every", "2"]
+    calls = iter([True])
+    read = Loop._read
+
+    def fail_once(self, step, output):
+        read(self, step, output)
+        if step == 7 and next(calls, False):
+            raise TrainingFailed("made up", range(6, 8))
+
+    monkeypatch.setattr(Loop, "_read", fail_once)
+    assert main([*arguments, "--trainer.max_rollbacks", "1"]) == 0
+    (recorder,) = recorders
+    assert recorder.closed == [False]
+    assert [step for step, metrics in recorder.logged if "train/loss" in metrics] == [*range(8), *range(6, 12)]
 
 
 def test_the_section_is_written_and_read(config_file, tmp_path):

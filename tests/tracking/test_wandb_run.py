@@ -21,15 +21,13 @@ from pathlib import Path
 from sophia_levanter.tracking import wandb as tracking_wandb
 from sophia_levanter.tracking.config import TrackingConfig
 from sophia_levanter.tracking.console import Console
-from sophia_levanter.tracking.trackers import Trackers, start_others
+from sophia_levanter.tracking.trackers import start_others
 tracking_wandb.INIT_SECONDS, tracking_wandb.FINISH_SECONDS = int(sys.argv[2]), 3
 directory = Path(sys.argv[1])
-others = start_others(
-    TrackingConfig(wandb="online"), directory, run_id="abc", first_step=0, facts={}, console=Console()
-)
-trackers = Trackers(None, others)
-trackers.log(0, {"train/loss": 2.0})
-trackers.close(failed=False)
+config, console = TrackingConfig(wandb="online"), Console()
+others = start_others(config, directory, run_id="abc", first_step=0, facts={}, max_grad_norm=None, console=console)
+others.log(0, {"train/loss": 2.0})
+others.close(failed=False)
 """
 
 
@@ -128,3 +126,14 @@ def test_a_server_that_goes_away_does_not_hold_the_end_up(tmp_path):
         "WARNING: wandb: not all was uploaded within 3 s of the run's end; the rest is by: "
         f"wandb sync {folder}; the run goes on without it"
     )
+
+
+def test_no_url_of_a_repository_is_kept(tmp_path, monkeypatch):
+    for command in ("init -q", "remote add origin https://a-token:x@example.org/a/b.git"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    run = Wandb(TrackingConfig("offline"), tmp_path, "abc", {}, lambda _: None, lambda _: None)
+    run.log(0, {"train/loss": 1.0})
+    run.close(failed=False)
+    files = [file for file in (tmp_path / "wandb").rglob("*") if file.is_file()]
+    assert files and not [file for file in files if b"a-token" in file.read_bytes()]

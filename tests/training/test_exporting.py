@@ -1,5 +1,6 @@
 """A model that is exported comes back the same; what cannot be written leaves nothing."""
 
+import dataclasses
 import json
 import os
 
@@ -151,3 +152,11 @@ def test_a_write_that_fails_leaves_nothing(make_loaded, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         export_model(make_loaded(), tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+def test_numbers_that_are_not_finite_are_refused(make_loaded, tmp_path):
+    loaded = make_loaded()
+    broken = eqx.tree_at(lambda m: m.wpe.weight.array, loaded.model, loaded.model.wpe.weight.array.at[0, 0].set(np.nan))
+    with pytest.raises(InputError, match=r"wpe\.weight has numbers that are not finite"):
+        export_model(dataclasses.replace(loaded, model=broken), tmp_path / "out")
+    assert not os.listdir(tmp_path)

@@ -1,5 +1,7 @@
 """A trained model from wherever it lies, on whatever devices there are."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -78,11 +80,11 @@ def test_a_folder_of_transformers(gpt2_folder):
 
 
 def test_the_newest_whole_one_is_taken(run_dir, tmp_path):
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
     (copy / "checkpoints/step-00000012/manifest.json").write_text("{}")
+    shutil.copytree(copy / "checkpoints", tmp_path / "bare")
+    assert load(tmp_path / "bare")[0].step == 6
     loaded, news = load(copy)
     assert loaded.step == 6 and "damaged checkpoint" in news[0]
     with pytest.raises(CheckpointError, match="digest"):
@@ -98,7 +100,7 @@ def refused(place, **arguments):
 
 def test_bad_input(run_dir, tmp_path, gpt2_folder):
     assert "nowhere: there is no such file or directory; name a run directory" in refused(tmp_path / "nowhere")
-    assert "there is no config.json" in refused(tmp_path)
+    assert "holds no model: no config.yaml of a run" in refused(tmp_path)
     assert "holds no checkpoint of step 7: it has 6, 12" in refused(run_dir, step=7)
     assert "--step 6 does not go with" in refused(gpt2_folder, step=6)
     assert "data.tokenizer gpt2" in refused(gpt2_folder) or "tiktoken's cache" in refused(gpt2_folder)
@@ -107,7 +109,7 @@ def test_bad_input(run_dir, tmp_path, gpt2_folder):
     assert "does not divide over mesh.data" in refused(run_dir, overrides=[("mesh.fsdp", "layers")])
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/config.yaml").write_text((run_dir / "config.yaml").read_text())
-    assert "holds no checkpoint yet" in refused(tmp_path / "begun")
+    assert "the run has saved no checkpoint" in refused(tmp_path / "begun")
 
 
 def test_a_tokenizer_of_the_same_size_is_not_taken_for_the_runs(run_dir, monkeypatch):
@@ -120,3 +122,11 @@ def test_a_tokenizer_of_the_same_size_is_not_taken_for_the_runs(run_dir, monkeyp
 
     monkeypatch.setattr("sophia_levanter.training.loading_models.load_tokenizer", lambda name: Other())
     assert "data.tokenizer bytes is not the one that" in refused(run_dir)
+
+
+def test_checkpoints_inside_a_run_directory_are_those_that_are_meant(run_dir, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    (copy / "backup").mkdir()
+    shutil.copytree(copy / "checkpoints/step-00000006", copy / "backup/step-00000006")
+    assert load(copy / "backup")[0].step == 6

@@ -100,6 +100,8 @@ def parse_arguments(
         if name in flags and not equals:
             parsed.flags.add(name)
             continue
+        if words and not word:
+            raise InputError("an argument is empty; --help shows what belongs there")
         if words and not word.startswith("-"):
             parsed.words.append(word)
             continue

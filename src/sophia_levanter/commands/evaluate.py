@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sophia_levanter.commands.arguments import parse_arguments, run_command, whole_number
+from sophia_levanter.commands.on_models import failing_in_one_line
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, FAILURE
+from sophia_levanter.exit_status import DONE
 
 if TYPE_CHECKING:
     from sophia_levanter.data.batches import ValidationBatches
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted.
     """
-    return run_command(argv, lambda words: _run(parse(words)), usage=USAGE, interrupted="interrupted")
+    return run_command(argv, _parsed_and_run, usage=USAGE, interrupted="interrupted")
 
 
 def parse(words: Sequence[str]) -> Command:
@@ -79,16 +80,16 @@ def parse(words: Sequence[str]) -> Command:
     )
 
 
+def _parsed_and_run(words: Sequence[str]) -> int:
+    command = parse(words)
+    return failing_in_one_line(lambda: _run(command))
+
+
 def _run(command: Command) -> int:
     # Only now what takes long to import.
-    from sophia_levanter.checkpoint import CheckpointError
     from sophia_levanter.training.loading_models import load_model
 
-    try:
-        loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=print)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILURE
+    loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=_tell)
     batches, text = _batches(command, loaded)
     started = time.monotonic()
     evaluation = _evaluate(loaded, batches)
@@ -99,6 +100,10 @@ def _run(command: Command) -> int:
     return DONE
 
 
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _batches(command: Command, loaded: LoadedModel) -> tuple[ValidationBatches, str]:
     """The windows to evaluate, and what text they are of."""
     from sophia_levanter.data.batches import ValidationBatches
@@ -107,9 +112,11 @@ def _batches(command: Command, loaded: LoadedModel) -> tuple[ValidationBatches, 
     data = loaded.config.data
     if data.validation is None and loaded.step is None:
         raise InputError(f"--data.validation TEXT is missing: {loaded.source} is no run, which has a text of its own")
-    tokens = prepare_validation(data, loaded.tokenizer, print)
+    tokens = prepare_validation(data, loaded.tokenizer, _tell)
     shards = loaded.partition.row_shards
-    wanted = command.batch_size or WINDOWS_PER_DEVICE * shards
+    # No more than there are, which memory may not hold.
+    windows = max(1, -(-(tokens.num_tokens - 1) // loaded.config.model.seq_len))
+    wanted = min(command.batch_size or WINDOWS_PER_DEVICE * shards, command.windows or windows, windows)
     batches = ValidationBatches(
         tokens,
         seq_len=loaded.config.model.seq_len,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sophia_levanter.commands.arguments import parse_arguments, run_command, whole_number
+from sophia_levanter.commands.on_models import failing_in_one_line
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, FAILURE
+from sophia_levanter.exit_status import DONE
 
 DTYPES = ("float32", "bfloat16", "float16")
 USAGE = """\
@@ -44,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted.
     """
-    return run_command(
-        argv, lambda words: _export(parse(words)), usage=USAGE, interrupted="interrupted; nothing was written"
-    )
+    return run_command(argv, _parsed_and_run, usage=USAGE, interrupted="interrupted; nothing was written")
 
 
 def parse(words: Sequence[str]) -> Command:
@@ -65,25 +64,25 @@ def parse(words: Sequence[str]) -> Command:
     model, folder = arguments.words
     return Command(
         model,
-        Path(os.path.abspath(os.path.expanduser(folder))),
+        Path(os.path.realpath(os.path.expanduser(folder))),
         None if step is None else whole_number("--step", step),
         dtype,
         arguments.overrides,
     )
 
 
+def _parsed_and_run(words: Sequence[str]) -> int:
+    command = parse(words)
+    return failing_in_one_line(lambda: _export(command))
+
+
 def _export(command: Command) -> int:
     # Only now what takes long to import.
-    from sophia_levanter.checkpoint import CheckpointError
     from sophia_levanter.training.exporting import check_new_folder, export_model
     from sophia_levanter.training.loading_models import load_model
 
     check_new_folder(command.folder)
-    try:
-        loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=print)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILURE
+    loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=print)
     export_model(loaded, command.folder, command.dtype)
     weights = loaded.model.wte.weight.array
     print(

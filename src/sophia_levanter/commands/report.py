@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -103,7 +104,12 @@ def _report(words: Sequence[str]) -> int:
         from sophia_levanter.reporting.writing import in_lines, write_report
     except ImportError:
         raise InputError("a report needs matplotlib; install sophia-levanter[compare]") from None
-    files = write_report(runs, comparability, page)
+    try:
+        files = write_report(runs, comparability, page)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"--output {page} cannot be written: {error.strerror}; name another place") from error
     print("\n".join(in_lines(runs, comparability)))
     print(f"{files[0]}, and {len(files) - 1} pictures: {page.stem}-*.png")
     return DONE

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sophia_levanter.commands.arguments import Arguments, parse_arguments, run_command, whole_number
+from sophia_levanter.commands.on_models import failing_in_one_line
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, FAILURE
+from sophia_levanter.exit_status import DONE
 from sophia_levanter.models.config import Sampling
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted.
     """
-    return run_command(argv, lambda words: _run(parse(words)), usage=USAGE, interrupted="interrupted")
+    return run_command(argv, _parsed_and_run, usage=USAGE, interrupted="interrupted")
 
 
 def parse(words: Sequence[str]) -> Command:
@@ -87,6 +88,10 @@ def parse(words: Sequence[str]) -> Command:
     for name in ("--tokens", "--samples"):
         if numbers.get(name) == 0:
             raise InputError(f"{name} is 0; it must be at least 1")
+    for prompt in arguments.repeated["--prompt"]:
+        # Bytes that are no text come as half a pair of surrogates.
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InputError(f"--prompt {prompt!a} is no text in UTF-8")
     temperature = _number(arguments, "--temperature")
     return Command(
         arguments.words[0],
@@ -128,26 +133,21 @@ def _prompt_of_file(arguments: Arguments) -> list[str]:
     return [text]
 
 
+def _parsed_and_run(words: Sequence[str]) -> int:
+    command = parse(words)
+    return failing_in_one_line(lambda: _run(command))
+
+
 def _run(command: Command) -> int:
     # Only now what takes long to import.
-    from jax.errors import JaxRuntimeError
-
-    from sophia_levanter.checkpoint import CheckpointError
     from sophia_levanter.training.loading_models import load_model
 
-    try:
-        loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=_tell)
-        _tell(f"model: {loaded.source}")
-        prompts = _encoded(command.prompts, loaded)
-        if not command.prompts:
-            _tell("no prompt: the model begins a document")
-        _sample(command, prompts, loaded)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILURE
-    except JaxRuntimeError as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return FAILURE
+    loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=_tell)
+    _tell(f"model: {loaded.source}")
+    prompts = _encoded(command.prompts, loaded)
+    if not command.prompts:
+        _tell("no prompt: the model begins a document")
+    _sample(command, prompts, loaded)
     return DONE
 
 
@@ -188,8 +188,7 @@ def _sample(command: Command, prompts: Sequence[Sequence[int]], loaded: LoadedMo
     for (prompt, sample), text, characters in zip(rows, texts, written, strict=True):
         text.end()
         heading = "" if alone else f"--- prompt {prompt + 1}, sample {sample + 1}\n"
-        print(heading + "".join(characters))
-    sys.stdout.flush()
+        print(heading + "".join(characters), flush=True)
     speed = f", then {(drawn - len(rows)) / (times[-1] - times[1]):,.0f} tokens/s" if len(times) > 2 else ""
     _tell(f"{drawn:,} token(s): {times[1] - started:.1f} s to the first, with compiling{speed}")
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 VOCAB_MULTIPLE = 128
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+SMALLEST_TEMPERATURE = 1e-6  # logits divided by less may not be finite
 LARGEST = 2**20  # of any size of a model
 CHECKPOINTING_POLICIES = ("none", "full", "dots", "offload")
 
@@ -103,8 +104,11 @@ class Sampling:
     top_p: float | None = None  # only from the fewest of the likeliest tokens that have this probability together
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature is {self.temperature}; it must be 0, for the likeliest token, or above")
+        if self.temperature != 0 and not SMALLEST_TEMPERATURE <= self.temperature < math.inf:
+            raise InputError(
+                f"temperature is {self.temperature}; it must be 0, for the likeliest token, or from "
+                f"{SMALLEST_TEMPERATURE} on"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k is {self.top_k}; it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:

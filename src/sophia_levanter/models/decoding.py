@@ -5,6 +5,7 @@ from __future__ import annotations
 import equinox as eqx
 import haliax as hax
 import jax
+import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
 from sophia_levanter.models.attention import causal_attention
@@ -80,7 +81,7 @@ def decode_step(model: Gpt2, cache: Cache, tokens: NamedArray, positions: NamedA
         positions: int32 [batch], where each row has its token; less than the context's length.
 
     Returns:
-        Logits over the true vocabulary, [batch, vocab] in the parameters' dtype, and the cache with these tokens.
+        Logits over the true vocabulary, float32 [batch, vocab], and the cache with these tokens.
     """
     model = model.gathered()
 
@@ -95,7 +96,8 @@ def decode_step(model: Gpt2, cache: Cache, tokens: NamedArray, positions: NamedA
     x, made = scan(hax.auto_sharded(model.wte.embed(tokens) + model.wpe.embed(positions)), layers, cache)
     # One write for all layers: a scan that gave whole caches would copy them at every token.
     cache = hax.auto_sharded(_with(cache, made.keys, made.values, positions))
-    return model.head(normalize(model.ln_f, x)), cache
+    # Of logits rounded to bfloat16 many are the likeliest.
+    return model.head(normalize(model.ln_f, x), jnp.float32), cache
 
 
 def _with(cache: Cache, keys: NamedArray, values: NamedArray, positions: NamedArray) -> Cache:

@@ -8,6 +8,7 @@ import haliax.nn as hnn
 import jax
 import jax.numpy as jnp
 from haliax import Axis, AxisSpec, NamedArray
+from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers
 
 from sophia_levanter.batch import Batch
@@ -187,9 +188,17 @@ class Gpt2(eqx.Module):
         model = self.gathered()
         return model.head(model._hidden(tokens, key))
 
-    def head(self, hidden: NamedArray) -> NamedArray:
-        """Logits over the true vocabulary, [..., vocab], of final hidden states, [..., embed]."""
-        logits = hidden.dot(self.wte.weight, axis=self.config.Embed)
+    def head(self, hidden: NamedArray, dtype: DTypeLike | None = None) -> NamedArray:
+        """Logits over the true vocabulary.
+
+        Args:
+            hidden: final hidden states, [..., embed].
+            dtype: of the logits; that of the hidden states if not given.
+
+        Returns:
+            [..., vocab].
+        """
+        logits = hax.dot(hidden, self.wte.weight, axis=self.config.Embed, preferred_element_type=dtype)
         return logits[{"vocab": slice(0, self.vocab_size)}]
 
     def losses(

@@ -44,8 +44,8 @@ class Background:
         except queue.Full:
             self._leave_out(f"does not keep up: {LONGEST_QUEUE:,} records wait for it")
 
-    def close(self, *, failed: bool) -> None:
-        """Let the tracker end, for `CLOSE_SECONDS` at most."""
+    def close(self, *, failed: bool, seconds: float = CLOSE_SECONDS) -> None:
+        """Let the tracker end, for so many seconds at most."""
         if self._left_out.is_set():
             return
         try:
@@ -53,9 +53,9 @@ class Background:
         except queue.Full:
             self._leave_out(f"does not keep up: {LONGEST_QUEUE:,} records wait for it")
             return
-        self._thread.join(CLOSE_SECONDS)
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            self._leave_out(f"has not ended within {CLOSE_SECONDS:.0f} s")
+            self._leave_out(f"has not ended within {seconds:.0f} s")
 
     def _work(self) -> None:
         try:

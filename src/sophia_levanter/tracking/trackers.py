@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sophia_levanter.tracking.authors import AuthorsMetrics
-from sophia_levanter.tracking.background import Background
+from sophia_levanter.tracking.background import CLOSE_SECONDS, Background
 from sophia_levanter.tracking.config import TrackingConfig
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
@@ -20,38 +21,52 @@ class Trackers:
 
     Args:
         lines: metrics.jsonl; None where another process writes it, which then has the other trackers too.
-        others: get each step's metrics under the Sophia authors' names as well.
-        max_grad_norm: that gradients are clipped to; None for no clipping.
+        others: the rest, which outlive this.
     """
 
-    def __init__(
-        self, lines: JsonLines | None, others: Sequence[Background] = (), *, max_grad_norm: float | None = None
-    ) -> None:
+    def __init__(self, lines: JsonLines | None, others: Others) -> None:
         self._lines = lines
         self._others = others
-        self._authors = AuthorsMetrics(max_grad_norm)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hand a step's metrics to all of them."""
         if self._lines is not None:
             self._lines.log(step, metrics)
-        both = {**metrics, **self._authors.of(step, metrics)}
-        for tracker in self._others:
-            tracker.log(step, both)
+        self._others.log(step, metrics)
 
     def sync(self) -> None:
         """Return when all lines of metrics.jsonl are on the disk."""
         if self._lines is not None:
             self._lines.sync()
 
-    def close(self, *, failed: bool) -> None:
-        """End all of them, whether or not the lines can be written to the last."""
-        try:
-            if self._lines is not None:
-                self._lines.close()
-        finally:
-            for tracker in self._others:
-                tracker.close(failed=failed)
+    def close(self) -> None:
+        """End metrics.jsonl."""
+        if self._lines is not None:
+            self._lines.close()
+
+
+class Others:
+    """The trackers besides metrics.jsonl, from a run's start to its end, whatever checkpoints it goes back to.
+
+    Args:
+        trackers: get each step's metrics under the Sophia authors' names as well.
+        max_grad_norm: that gradients are clipped to; None for no clipping.
+    """
+
+    def __init__(self, trackers: Sequence[Background] = (), *, max_grad_norm: float | None = None) -> None:
+        self._trackers = trackers
+        self._authors = AuthorsMetrics(max_grad_norm)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hand a step's metrics to all of them."""
+        both = {**metrics, **self._authors.of(step, metrics)}
+        for tracker in self._trackers:
+            tracker.log(step, both)
+
+    def close(self, *, failed: bool, seconds: float = CLOSE_SECONDS) -> None:
+        """Let each of them end, for so many seconds at most."""
+        for tracker in self._trackers:
+            tracker.close(failed=failed, seconds=seconds)
 
 
 def start_others(
@@ -61,8 +76,9 @@ def start_others(
     run_id: str,
     first_step: int,
     facts: Mapping[str, Any],
+    max_grad_norm: float | None,
     console: Console,
-) -> list[Background]:
+) -> Others:
     """The trackers besides metrics.jsonl that a configuration asks for.
 
     Args:
@@ -71,6 +87,7 @@ def start_others(
         run_id: of the run.
         first_step: that will be logged.
         facts: the configuration to show, nested.
+        max_grad_norm: that gradients are clipped to; None for no clipping.
         console: says where the numbers are to be seen, and what is wrong with a tracker.
     """
 
@@ -95,8 +112,8 @@ def start_others(
         others.append(Background("wandb", start_wandb, warn))
     if config.tensorboard:
         others.append(Background("tensorboard", start_tensorboard, warn))
-        say(f"tensorboard: tensorboard --logdir {directory / 'tensorboard'}")
-    return others
+        say(f"tensorboard: tensorboard --logdir {shlex.quote(str(directory / 'tensorboard'))}")
+    return Others(others, max_grad_norm=max_grad_norm)
 
 
 def _without_secrets(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,11 @@ class Wandb:
                 name=config.wandb_name or directory.name,
                 group=config.wandb_group,
                 settings=wandb.Settings(
-                    init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True
+                    init_timeout=INIT_SECONDS,
+                    finish_timeout=FINISH_SECONDS,
+                    finish_timeout_raises=True,
+                    # It would note the repository's URL, in which there may be a token; the commit is in the facts.
+                    disable_git=True,
                 ),
             )
 
@@ -70,7 +75,7 @@ class Wandb:
 
     @property
     def _upload(self) -> str:
-        return f"wandb sync {Path(self._run.dir).parent}"
+        return f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a step."""

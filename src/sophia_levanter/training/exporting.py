@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -25,8 +25,6 @@ from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.models.huggingface import gpt2_to_state_dict, with_biases
 from sophia_levanter.models.saved_weights import OWN_FIELD, TOKENIZER_FILE
 from sophia_levanter.training.loading_models import LoadedModel
-
-_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) -> None:
@@ -106,14 +104,14 @@ def _shape(model: Gpt2, dtype: str) -> dict[str, Any]:
 
 
 def _cast(arrays: Mapping[str, np.ndarray], dtype: str | None) -> dict[str, np.ndarray]:
-    if dtype is None:
-        return dict(arrays)
     cast = {}
     for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise InputError(f"{name} has numbers that are not finite; export an earlier --step")
         with np.errstate(over="ignore"):
-            cast[name] = array.astype(_DTYPES[dtype])
+            cast[name] = array if dtype is None else array.astype(jnp.dtype(dtype))
         if not np.isfinite(cast[name]).all():
-            raise InputError(f"--dtype {dtype} cannot hold {name}; --dtype float32 would, if its numbers are finite")
+            raise InputError(f"--dtype {dtype} cannot hold {name}; --dtype float32 would")
     return cast
 
 

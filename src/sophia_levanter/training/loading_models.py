@@ -12,7 +12,7 @@ import jax
 import jmp
 
 from sophia_levanter import checkpoint
-from sophia_levanter.checkpoint import CheckpointError
+from sophia_levanter.checkpoint import CheckpointError, Manifest
 from sophia_levanter.command_line import build_config
 from sophia_levanter.config import TrainConfig, check_parameters
 from sophia_levanter.config_file import Layer, Setting, flatten, read_layers
@@ -73,12 +73,15 @@ def load_model(place: str, *, step: int | None = None, overrides: Overrides = ()
             )
         if os.path.isfile(os.path.join(place, "config.yaml")):
             return _from_run(Path(place), step, overrides, report)
-        if os.path.isfile(os.path.join(os.path.dirname(place), "config.yaml")) and checkpoint.steps(place):
-            return _from_run(Path(place).parent, step, overrides, report)
     if ("://" in place or os.path.isdir(place)) and checkpoint.steps(place):
         return _from_checkpoints(place, step, overrides, report)
     if "://" in place:
         raise InputError(f"{place} holds no checkpoint (no step-* folder)")
+    if os.path.isdir(place) and not any(os.path.exists(os.path.join(place, n)) for n in ("config.json", "ckpt.pt")):
+        raise InputError(
+            f"{place} holds no model: no config.yaml of a run, no checkpoints (step-*), and no config.json of "
+            "transformers' GPT-2"
+        )
     if step is not None:
         raise InputError(f"--step {step} does not go with {place}, which is no run directory")
     return _from_file(Path(place), overrides, report)
@@ -88,13 +91,13 @@ def _from_run(run_dir: Path, step: int | None, overrides: Overrides, report: Rep
     config = _config(read_layers(run_dir / "config.yaml"), overrides)
     directory = config.trainer.checkpoint_dir or run_dir / "checkpoints"
     if not checkpoint.steps(directory):
-        raise InputError(f"{run_dir}: {directory} holds no checkpoint yet (no step-* folder)")
+        raise InputError(f"{run_dir}: the run has saved no checkpoint (no step-* folder in {directory})")
     return _restored(directory, str(run_dir), config, step, report)
 
 
 def _from_checkpoints(directory: str, step: int | None, overrides: Overrides, report: Report) -> LoadedModel:
-    newest = checkpoint.steps(directory)[-1] if step is None else step
-    saved: Any = checkpoint.read_step(directory, newest).metadata.get("config")
+    manifest = _newest_manifest(directory, step)
+    saved: Any = None if manifest is None else manifest.metadata.get("config")
     if saved is None:
         raise InputError(f"{directory} holds checkpoints that no training run has saved")
     config = _config([flatten(saved, Path(directory))], overrides)
@@ -119,17 +122,23 @@ def _restored(directory: Path | str, shown: str, config: TrainConfig, step: int 
 
 def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, step: int | None) -> None:
     """Before anything is restored, which would be found to be of another size at best."""
-    for candidate in reversed(checkpoint.steps(directory)) if step is None else [step]:
-        try:
-            trained_with: Any = checkpoint.read_step(directory, candidate).metadata["validation"]
-        except CheckpointError:
-            continue  # passed over on restoring too, or named there
-        if trained_with["tokenizer"] == tokenizer.fingerprint:
-            return
+    manifest = _newest_manifest(directory, step)
+    trained_with: Any = None if manifest is None else manifest.metadata["validation"]
+    if trained_with is not None and trained_with["tokenizer"] != tokenizer.fingerprint:
         raise InputError(
             f"data.tokenizer {tokenizer.name} is not the one that {shown} was trained with; "
             "name that with --data.tokenizer"
         )
+
+
+def _newest_manifest(directory: Path | str, step: int | None) -> Manifest | None:
+    """The newest that is whole, or that of a step; None where restoring will say that there is none."""
+    for candidate in reversed(checkpoint.steps(directory)) if step is None else [step]:
+        try:
+            return checkpoint.read_step(directory, candidate)
+        except CheckpointError:
+            continue
+    return None
 
 
 def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:

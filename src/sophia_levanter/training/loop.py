@@ -102,7 +102,7 @@ class Loop:
         """
         self._watchdog = Watchdog(self.config.step_timeout)
         self.first_step = int(state.step)
-        started, failed = time.perf_counter(), True
+        started = time.perf_counter()
         with self.partition.active(), self._watchdog:
             try:
                 compiled = self._compile(state, self.first_step)
@@ -110,7 +110,6 @@ class Loop:
                 self._last_time = time.perf_counter()
                 state = self._steps(state, compiled, stop)
                 self.saved = self.checkpoints.wait()
-                failed = False
                 return state
             except Exception as error:
                 self._end_save(error)
@@ -119,9 +118,7 @@ class Loop:
                 self._end_profile()
                 self.console.stop()
                 self.seconds = time.perf_counter() - started
-                # Trackers take their time, and have bounds of their own.
-                self._watchdog.pause()
-                self.trackers.close(failed=failed)
+                self.trackers.close()
 
     def _steps(self, state: TrainState, compiled: CompiledSteps, stop: StopRequest) -> TrainState:
         step, total = int(state.step), self.config.num_train_steps

@@ -28,9 +28,10 @@ from sophia_levanter.partition.processes import (
     start_processes,
     wait_for_all,
 )
+from sophia_levanter.tracking.background import CLOSE_SECONDS
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
-from sophia_levanter.tracking.trackers import Trackers, start_others
+from sophia_levanter.tracking.trackers import Others, Trackers, start_others
 from sophia_levanter.training.checkpoints import RunCheckpoints
 from sophia_levanter.training.evaluation import Evaluator
 from sophia_levanter.training.initial_weights import read_initial_weights
@@ -45,6 +46,9 @@ from sophia_levanter.training.step import TrainState
 from sophia_levanter.training.stopping import StopRequest
 from sophia_levanter.training.summary import describe_end, describe_start
 from sophia_levanter.training.throughput import flops_per_token, peak_flops
+
+# For trackers to end in where the run was told to stop.
+STOPPED_SECONDS = 10.0
 
 
 def run(
@@ -119,8 +123,30 @@ def run(
     describe_start(parts, directory.path, console)
     # Of all the ids only the first process's is saved.
     run_id = uuid.uuid4().hex if restored is None else restored.run_id
+    others = _start_others(parts, directory, run_id, int(state.step), console)
+    try:
+        stopped_by = _train_to_the_end(parts, directory, run_id, state, restored, console, others)
+    except Exception:
+        others.close(failed=True)
+        raise
+    # What stops a run may soon kill it.
+    others.close(failed=stopped_by is not None, seconds=STOPPED_SECONDS if stopped_by else CLOSE_SECONDS)
+    return stopped_by
+
+
+def _train_to_the_end(
+    parts: Parts,
+    directory: RunDirectory,
+    run_id: str,
+    state: TrainState,
+    restored: Restored[TrainState] | None,
+    console: Console,
+    others: Others,
+) -> Signals | None:
+    """Train, and say how it went; the signal that ended it before its last step, if any."""
+    config = parts.config
     with StopRequest(several=jax.process_count() > 1) as stop:
-        loop, state = _train(parts, directory, run_id, state, restored, console, stop)
+        loop, state = _train(parts, directory, run_id, state, restored, console, others, stop)
     if int(state.step) < config.trainer.num_train_steps:
         # Of several processes one may have been signalled, and all have stopped.
         signal = stop.signal or Signals.SIGTERM
@@ -174,12 +200,13 @@ def _train(
     state: TrainState,
     restored: Restored[TrainState] | None,
     console: Console,
+    others: Others,
     stop: StopRequest,
 ) -> tuple[Loop, TrainState]:
     """The loop that came to an end, and the last state; before it, loops that went wrong and back to a checkpoint."""
     for left in range(parts.config.trainer.max_rollbacks, -1, -1):
         skipped_windows = int(state.skipped_windows)
-        loop = _make_loop(parts, directory, run_id, state, restored, console)
+        loop = _make_loop(parts, directory, run_id, state, restored, console, others)
         try:
             return loop, loop.run(state, stop)
         except TrainingFailed as error:
@@ -200,6 +227,7 @@ def _make_loop(
     state: TrainState,
     restored: Restored[TrainState] | None,
     console: Console,
+    others: Others,
 ) -> Loop:
     trainer = parts.config.trainer
     step = int(state.step)
@@ -222,7 +250,9 @@ def _make_loop(
             best=best,
             saved_step=None if restored is None else restored.step,
         ),
-        trackers=_start_trackers(parts, directory, run_id, step, console),
+        trackers=Trackers(
+            JsonLines(directory.metrics_file, first_step=step) if parts.processes.is_first else None, others
+        ),
         console=console,
         profiler=Profiler(trainer.profiled_steps, directory.profile),
         tokens_per_window=parts.config.model.seq_len,
@@ -231,17 +261,16 @@ def _make_loop(
     )
 
 
-def _start_trackers(parts: Parts, directory: RunDirectory, run_id: str, step: int, console: Console) -> Trackers:
-    """What takes the numbers from a step on; nothing in any process but the first."""
+def _start_others(parts: Parts, directory: RunDirectory, run_id: str, step: int, console: Console) -> Others:
+    """The trackers that take the numbers from a step on; none in any process but the first."""
     if not parts.processes.is_first:
-        return Trackers(None)
-    lines = JsonLines(directory.metrics_file, first_step=step)
-    others = start_others(
+        return Others()
+    return start_others(
         parts.config.tracking,
         directory.path,
         run_id=run_id,
         first_step=step,
         facts={**draccus.encode(parts.config), "code": parts.facts["code"]},
+        max_grad_norm=parts.config.trainer.max_grad_norm,
         console=console,
     )
-    return Trackers(lines, others, max_grad_norm=parts.config.trainer.max_grad_norm)

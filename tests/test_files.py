@@ -1,0 +1,20 @@
+"""Files that are written whole or not at all."""
+
+import os
+
+import pytest
+
+from sophia_levanter import files
+
+
+def test_a_full_disk_leaves_nothing_and_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    files.write_atomically(path, b"old")
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.txt"):
+        files.write_atomically(path, b"new")
+    assert os.listdir(tmp_path) == ["a.txt"] and path.read_bytes() == b"old"
