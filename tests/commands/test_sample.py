@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -207,3 +209,16 @@ def test_damage_is_a_failure(run_dir, tmp_path, capsys):
 def test_help(capsys):
     assert sample.main(["--help"]) == 0
     assert "--top_p P" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_it_at_once(run_dir):
+    words = [sys.executable, "-m", "sophia_levanter.commands.sample", str(run_dir), "--prompt", "To"]
+    # A shell may have it ignore the signal.
+    heeding = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        [*words, "--tokens", "1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding
+    )
+    assert process.stdout.read(10)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.endswith("\ninterrupted\n")

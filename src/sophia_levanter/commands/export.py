@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sophia_levanter.commands.arguments import parse_arguments, run_command, whole_number
-from sophia_levanter.commands.on_models import failing_in_one_line
+from sophia_levanter.commands.arguments import parse_arguments, whole_number
+from sophia_levanter.commands.on_models import run_on_model
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted.
     """
-    return run_command(argv, _parsed_and_run, usage=USAGE, interrupted="interrupted; nothing was written")
+    return run_on_model(argv, parse, _export, usage=USAGE, interrupted="interrupted; nothing was written")
 
 
 def parse(words: Sequence[str]) -> Command:
@@ -69,11 +69,6 @@ def parse(words: Sequence[str]) -> Command:
         dtype,
         arguments.overrides,
     )
-
-
-def _parsed_and_run(words: Sequence[str]) -> int:
-    command = parse(words)
-    return failing_in_one_line(lambda: _export(command))
 
 
 def _export(command: Command) -> int:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sophia_levanter.commands.arguments import Arguments, parse_arguments, run_command, whole_number
-from sophia_levanter.commands.on_models import failing_in_one_line
+from sophia_levanter.commands.arguments import Arguments, parse_arguments, whole_number
+from sophia_levanter.commands.on_models import run_on_model
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE
 from sophia_levanter.models.config import Sampling
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted.
     """
-    return run_command(argv, _parsed_and_run, usage=USAGE, interrupted="interrupted")
+    return run_on_model(argv, parse, _run, usage=USAGE)
 
 
 def parse(words: Sequence[str]) -> Command:
@@ -131,11 +131,6 @@ def _prompt_of_file(arguments: Arguments) -> list[str]:
     if not text:
         raise InputError(f"--prompt_file {name} is empty; without a prompt the model begins a document")
     return [text]
-
-
-def _parsed_and_run(words: Sequence[str]) -> int:
-    command = parse(words)
-    return failing_in_one_line(lambda: _run(command))
 
 
 def _run(command: Command) -> int:

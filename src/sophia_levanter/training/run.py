@@ -125,7 +125,9 @@ def run(
     run_id = uuid.uuid4().hex if restored is None else restored.run_id
     others = _start_others(parts, directory, run_id, int(state.step), console)
     try:
-        stopped_by = _train_to_the_end(parts, directory, run_id, state, restored, console, others)
+        with StopRequest(several=jax.process_count() > 1) as stop:
+            loop, state = _train(parts, directory, run_id, state, restored, console, others, stop)
+        stopped_by = _tell_the_end(parts, directory, loop, state, stop, console)
     except Exception:
         others.close(failed=True)
         raise
@@ -134,20 +136,11 @@ def run(
     return stopped_by
 
 
-def _train_to_the_end(
-    parts: Parts,
-    directory: RunDirectory,
-    run_id: str,
-    state: TrainState,
-    restored: Restored[TrainState] | None,
-    console: Console,
-    others: Others,
+def _tell_the_end(
+    parts: Parts, directory: RunDirectory, loop: Loop, state: TrainState, stop: StopRequest, console: Console
 ) -> Signals | None:
-    """Train, and say how it went; the signal that ended it before its last step, if any."""
-    config = parts.config
-    with StopRequest(several=jax.process_count() > 1) as stop:
-        loop, state = _train(parts, directory, run_id, state, restored, console, others, stop)
-    if int(state.step) < config.trainer.num_train_steps:
+    """Say how the run went; the signal that ended it before its last step, if any."""
+    if int(state.step) < parts.config.trainer.num_train_steps:
         # Of several processes one may have been signalled, and all have stopped.
         signal = stop.signal or Signals.SIGTERM
         console.notice(
