@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +22,8 @@ os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices that each decompose a matrix would wait for each other's LAPACK threads, thirty times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# A shell has what it starts in the background ignore Ctrl-C, and the processes that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CONFIG = """
 model: {num_layers: 2, num_heads: 2, embed_dim: 16, seq_len: 16, loss_block_size: 8, gradient_checkpointing: none}
