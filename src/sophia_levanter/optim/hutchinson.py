@@ -145,6 +145,7 @@ def forward_derivative(name: str, function: Callable[[Any], Any], model: PyTree,
     """
     try:
         return eqx.filter_jvp(function, (model,), (vector,))
+    # jax and its kernels have no common error for this: a custom_vjp raises the first, other primitives the rest.
     except (TypeError, ValueError, NotImplementedError) as error:
         if not re.search(r"forward-mode|ifferentiation rule|\bjvp\b", str(error), re.IGNORECASE):
             raise
