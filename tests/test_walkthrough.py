@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def commands():
-    section = (ROOT / "README.md").read_text().split("## Look at it and use it")[1]
+    section = (ROOT / "README.md").read_text().split("## Use the trained model")[1]
     block = section.split("```\n")[1]
     return [line for line in block.splitlines() if line.startswith("python -m")]
 
