@@ -25,7 +25,9 @@ def test_axes():
 @pytest.mark.parametrize(
     ("platform", "dtype", "positions", "head_size", "split", "chosen"),
     [
-        ("cpu", "bfloat16", 1024, 64, False, "xla"),
+        ("cpu", "bfloat16", 1024, 64, False, "blocked"),
+        ("cpu", "float32", 1000, 60, False, "blocked"),
+        ("cpu", "float32", 1024, 64, True, "xla"),
         ("gpu", "bfloat16", 1024, 64, False, "cudnn"),
         ("gpu", "float32", 1024, 64, False, "xla"),
         ("gpu", "bfloat16", 1024, 60, False, "xla"),
@@ -52,6 +54,7 @@ def test_attention_that_suits(platform, dtype, positions, head_size, split, chos
         ("cudnn", "gpu", "float32", 1024, 64, False, "needs trainer.compute_dtype bfloat16, not float32"),
         ("cudnn", "gpu", "bfloat16", 1024, 60, False, "needs heads of a multiple of 8 up to 128, not 60"),
         ("splash", "tpu", "bfloat16", 1000, 64, False, "needs a multiple of 128 positions, not 1000"),
+        ("blocked", "cpu", "float32", 1024, 64, True, r"cannot split positions over devices \(mesh.sequence\)"),
         ("splash", "tpu", "bfloat16", 1024, 64, True, r"cannot split positions over devices \(mesh.sequence\)"),
     ],
 )
@@ -73,5 +76,7 @@ def test_sizes_that_no_machine_has(name):
 
 
 def test_no_attention():
-    with pytest.raises(InputError, match=r"^model.attention is 'flash'; it must be one of auto, xla, cudnn, splash$"):
+    with pytest.raises(
+        InputError, match=r"^model.attention is 'flash'; it must be one of auto, blocked, xla, cudnn, splash$"
+    ):
         Gpt2Config(attention="flash")

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from sophia_levanter.allocation import return_freed_memory
 from sophia_levanter.data.blocks import Texts
 from sophia_levanter.data.cache import build_directory
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.documents import START, Position
 from sophia_levanter.data.encoding import Workers, encode_blocks, processes, ray_tasks
-from sophia_levanter.data.memory import return_freed_memory
 from sophia_levanter.data.progress import Progress, forget_progress, load_progress, save_progress
 from sophia_levanter.data.sources import Source, open_source
 from sophia_levanter.data.split import NoSplit, Split

@@ -10,13 +10,15 @@ from typing import Any
 import haliax as hax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from haliax import NamedArray
 from jax.sharding import PartitionSpec
 
 from sophia_levanter.models.config import attention_for
-from sophia_levanter.partition.mesh import active_partition
+from sophia_levanter.partition.mesh import active_partition, is_axis_split
 
 ORDER = ("position", "heads", "head_size")
+BLOCK_SIZE, MOST_BLOCKS = 64, 8  # queries in a block of attention at least, and blocks at most
 
 
 def causal_attention(
@@ -32,7 +34,7 @@ def causal_attention(
 
     Args:
         query, key, value: [..., position, heads, head_size].
-        implementation: `xla`, `cudnn` or `splash`, or `auto` for what suits the device and the arrays.
+        implementation: `blocked`, `xla`, `cudnn` or `splash`, or `auto` for what suits the device and the arrays.
         dropout: rate at which attention weights are dropped, where a key is given.
         dropout_key: a jax random key; None for no dropout.
 
@@ -48,6 +50,8 @@ def causal_attention(
     chosen = _chosen(implementation, q)
     if chosen == "splash":
         attended = _splash(*flat)
+    elif chosen == "blocked":
+        attended = jnp.swapaxes(blocked_attention(*(jnp.swapaxes(x, 1, 2) for x in flat)), 1, 2)
     else:
         fused: Any = chosen
         attended = jax.nn.dot_product_attention(*flat, is_causal=True, implementation=fused)
@@ -59,7 +63,7 @@ _forward_differentiable: ContextVar[bool] = ContextVar("forward_differentiable",
 
 @contextmanager
 def forward_differentiable() -> Iterator[None]:
-    """A context in which attention is made of ordinary operations, which Hutchinson's estimator can differentiate."""
+    """A context in which attention is made of ordinary operations, so that its gradient has a forward derivative."""
     token = _forward_differentiable.set(True)
     try:
         yield
@@ -68,13 +72,85 @@ def forward_differentiable() -> Iterator[None]:
 
 
 def _chosen(implementation: str, query: jax.Array) -> str:
-    if _forward_differentiable.get():
-        return "xla"
     partition = active_partition()
     platform = jax.default_backend() if partition is None else partition.platform
-    split = partition is not None and partition.mesh.shape["sequence"] > 1
     positions, _, head_size = query.shape[-3:]
-    return attention_for(implementation, platform, query.dtype.name, positions, head_size, split_positions=split)
+    chosen = attention_for(
+        implementation, platform, query.dtype.name, positions, head_size, split_positions=is_axis_split("position")
+    )
+    return "xla" if _forward_differentiable.get() and chosen not in ("blocked", "xla") else chosen
+
+
+@jax.custom_vjp
+def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal attention in blocks of queries, without the blocks above the diagonal, for CPUs.
+
+    The backward pass computes the weights again, block by block. Both passes are made of ordinary operations, so that
+    forward over reverse mode works; forward mode alone does not.
+
+    Args:
+        q, k, v: [batch, heads, position, head_size], of any number of positions.
+
+    Returns:
+        [batch, heads, position, head_size] in the query's dtype; scores and weights are float32 or wider.
+    """
+    return _attend_blocks(q, k, v)[0]
+
+
+def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    outputs, log_normalizers = [], []
+    for start, end in _query_blocks(q.shape[2]):
+        scores = _block_scores(q, k, start, end)
+        highest = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
+        weights = jnp.exp(scores - highest)
+        total = jnp.sum(weights, -1, keepdims=True)
+        # Divided after the product, which is smaller than the weights.
+        outputs.append(_product("bhqk,bhkd->bhqd", weights.astype(v.dtype), v[:, :, :end]) / total)
+        log_normalizers.append(highest + jnp.log(total))
+    output = jnp.concatenate(outputs, 2)
+    # What is kept of the output is not rounded: the backward pass subtracts nearly equal numbers.
+    return output.astype(q.dtype), (q, k, v, output, jnp.concatenate(log_normalizers, 2))
+
+
+def _attend_blocks_back(kept: tuple[jax.Array, ...], d_output: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v, output, log_normalizers = kept
+    # sum_k weight * d_weight, the softmax's own term, by way of the output.
+    inner = jnp.sum(d_output * output, -1, keepdims=True)
+    # [batch, heads, head_size, position]: XLA's CPU backend is slow at products whose first factor is transposed, and
+    # these are smaller than the weights.
+    q_columns, d_output_columns = jnp.swapaxes(q, 2, 3), jnp.swapaxes(d_output, 2, 3)
+    d_q = []
+    d_k = d_v = jnp.zeros(q_columns.shape, output.dtype)
+    for start, end in _query_blocks(q.shape[2]):
+        rows = slice(start, end)
+        weights = jnp.exp(_block_scores(q, k, start, end) - log_normalizers[:, :, rows])
+        d_weights = _product("bhqd,bhkd->bhqk", d_output[:, :, rows], v[:, :, :end])
+        d_scores = (weights * (d_weights - inner[:, :, rows]) * q.shape[-1] ** -0.5).astype(q.dtype)
+        d_q.append(jnp.einsum("bhqk,bhkd->bhqd", d_scores, k[:, :, :end]))
+        d_k = d_k.at[..., :end].add(_product("bhdq,bhqk->bhdk", q_columns[..., rows], d_scores))
+        d_v = d_v.at[..., :end].add(_product("bhdq,bhqk->bhdk", d_output_columns[..., rows], weights.astype(q.dtype)))
+    d_k, d_v = (jnp.swapaxes(x, 2, 3).astype(q.dtype) for x in (d_k, d_v))
+    return jnp.concatenate(d_q, 2), d_k, d_v
+
+
+blocked_attention.defvjp(_attend_blocks, _attend_blocks_back)
+
+
+def _query_blocks(positions: int) -> list[tuple[int, int]]:
+    """Where each block of queries starts and ends; the last one may be shorter."""
+    size = max(BLOCK_SIZE, -(-positions // MOST_BLOCKS))
+    return [(start, min(start + size, positions)) for start in range(0, positions, size)]
+
+
+def _block_scores(q: jax.Array, k: jax.Array, start: int, end: int) -> jax.Array:
+    """[batch, heads, query in block, key], the keys up to the block's end."""
+    scores = _product("bhqd,bhkd->bhqk", q[:, :, start:end], k[:, :, :end]) * q.shape[-1] ** -0.5
+    return jnp.where(np.tril(np.ones((end - start, end), bool), start), scores, -jnp.inf)
+
+
+def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """In float32 or wider."""
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:

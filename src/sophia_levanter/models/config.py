@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from haliax import Axis
 
 VOCAB_MULTIPLE = 128
-ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+ATTENTIONS = ("auto", "blocked", "xla", "cudnn", "splash")
 SMALLEST_TEMPERATURE = 1e-6  # logits divided by less may not be finite
 LARGEST = 2**20  # of any size of a model
 CHECKPOINTING_POLICIES = ("none", "full", "dots", "offload")
@@ -39,7 +39,7 @@ class Gpt2Config:
     initializer_range: float = 0.02  # standard deviation of the initial weights
     gradient_checkpointing: str = "full"  # a block's backward pass computes again: none, full, or all but dots; offload
     scan_unroll: int = 1  # layers in one step of the scan over them: more compile longer and run faster on CPUs
-    attention: str = "auto"  # xla, cudnn (GPUs), splash (TPUs), or what suits the device: auto
+    attention: str = "auto"  # blocked (CPUs), cudnn (GPUs), splash (TPUs), xla, or auto for what suits the device
     loss_block_size: int = 256  # positions whose logits exist at one time in the loss
 
     def __post_init__(self) -> None:
@@ -144,10 +144,11 @@ def attention_for(
         name: "has no dropout (model.dropout)"
         if dropout
         else _why_not(name, platform, dtype, positions, head_size, split_positions)
-        for name in ("cudnn", "splash")
+        for name in ("cudnn", "splash", "blocked")
     }
     if wanted == "auto":
-        return next((name for name, reason in reasons.items() if reason is None), "xla")
+        fastest = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}[platform]
+        return fastest if reasons[fastest] is None else "xla"
     if reasons[wanted] is not None:
         raise InputError(f"model.attention is {wanted!r}, which {reasons[wanted]}; auto or xla would do")
     return wanted
@@ -155,7 +156,7 @@ def attention_for(
 
 def _why_not(name: str, platform: str, dtype: str, positions: int, head_size: int, split_positions: bool) -> str | None:
     """Why an implementation cannot be used, or None."""
-    device = {"cudnn": "gpu", "splash": "tpu"}[name]
+    device = {"cudnn": "gpu", "splash": "tpu"}.get(name, platform)
     if platform != device:
         return f"needs a {device.upper()}, and this is a {platform.upper()}"
     if split_positions:
@@ -165,7 +166,7 @@ def _why_not(name: str, platform: str, dtype: str, positions: int, head_size: in
             return f"needs trainer.compute_dtype bfloat16, not {dtype}"
         if head_size % 8 or head_size > 128:
             return f"needs heads of a multiple of 8 up to 128, not {head_size}"
-    elif positions % 128:
+    elif name == "splash" and positions % 128:
         return f"needs a multiple of 128 positions, not {positions}"
     return None
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from haliax import Axis, NamedArray
 
 from sophia_levanter.models.attention import causal_attention
-from sophia_levanter.models.gpt2 import Block, Gpt2, normalize
+from sophia_levanter.models.gpt2 import Block, Gpt2
+from sophia_levanter.models.layers import layer_norm
 from sophia_levanter.partition.mesh import in_use
 
 
@@ -54,7 +55,7 @@ def prefill(model: Gpt2, cache: Cache, row: jax.Array, tokens: NamedArray) -> Ca
 
     def through(block: Block, x: NamedArray, layer: NamedArray) -> tuple[NamedArray, Cache]:
         block = in_use(block)
-        query, keys, values = block.attn.project(normalize(block.ln_1, x), layer)
+        query, keys, values = block.attn.project(layer_norm(block.ln_1, x), layer)
         attended = causal_attention(query, keys, values, implementation=model.config.attention)
         return block.combine(x, block.attn.c_proj(attended)), Cache(keys, values)
 
@@ -87,7 +88,7 @@ def decode_step(model: Gpt2, cache: Cache, tokens: NamedArray, positions: NamedA
 
     def through(block: Block, x: NamedArray, layer: NamedArray, kept: Cache) -> tuple[NamedArray, Cache]:
         block = in_use(block)
-        query, keys, values = block.attn.project(normalize(block.ln_1, x), layer)
+        query, keys, values = block.attn.project(layer_norm(block.ln_1, x), layer)
         attended = _attention(query, _with(kept, keys, values, positions), positions)
         return block.combine(x, block.attn.c_proj(attended)), Cache(keys, values)
 
@@ -97,7 +98,7 @@ def decode_step(model: Gpt2, cache: Cache, tokens: NamedArray, positions: NamedA
     # One write for all layers: a scan that gave whole caches would copy them at every token.
     cache = hax.auto_sharded(_with(cache, made.keys, made.values, positions))
     # Of logits rounded to bfloat16 many are the likeliest.
-    return model.head(normalize(model.ln_f, x), jnp.float32), cache
+    return model.head(layer_norm(model.ln_f, x), jnp.float32), cache
 
 
 def _with(cache: Cache, keys: NamedArray, values: NamedArray, positions: NamedArray) -> Cache:

@@ -6,7 +6,6 @@ import equinox as eqx
 import haliax as hax
 import haliax.nn as hnn
 import jax
-import jax.numpy as jnp
 from haliax import Axis, AxisSpec, NamedArray
 from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers
@@ -14,6 +13,7 @@ from optax.contrib import MuonDimensionNumbers
 from sophia_levanter.batch import Batch
 from sophia_levanter.models.attention import causal_attention
 from sophia_levanter.models.config import Gpt2Config, pad_vocab
+from sophia_levanter.models.layers import gelu, layer_norm, linear
 from sophia_levanter.models.loss import Targets, blocked_cross_entropy
 from sophia_levanter.models.rematerialisation import checkpointed
 from sophia_levanter.partition.mesh import at_rest, in_use
@@ -45,11 +45,12 @@ class Attention(eqx.Module):
             dropout=self.config.dropout,
             dropout_key=key,
         )
-        return self.c_proj(attended)
+        return linear(self.c_proj, attended)
 
     def project(self, x: NamedArray, layer: NamedArray) -> tuple[NamedArray, NamedArray, NamedArray]:
         """Queries, keys and values, each [..., heads, head_size], the queries scaled as the layer has it."""
-        query, keys, values = self.c_attn(x).unbind("qkv")
+        qkv = linear(self.c_attn, x)
+        query, keys, values = (part["qkv", 0] for part in qkv.split("qkv", [Axis("qkv", 1)] * 3))
         if self.config.scale_attn_by_inverse_layer_idx:
             query = query / (layer + 1).astype(query.dtype)
         return query, keys, values
@@ -70,7 +71,7 @@ class Mlp(eqx.Module):
         )
 
     def __call__(self, x: NamedArray) -> NamedArray:
-        return self.c_proj(hnn.gelu(self.c_fc(x), approximate=True))
+        return linear(self.c_proj, gelu(linear(self.c_fc, x)))
 
 
 class Block(eqx.Module):
@@ -97,14 +98,14 @@ class Block(eqx.Module):
     def _forward(self, x: NamedArray, layer: NamedArray, key: jax.Array | None) -> NamedArray:
         block = in_use(self)
         k_weights, k_attn, k_mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
-        return block.combine(x, block.attn(normalize(block.ln_1, x), layer, key=k_weights), k_attn, k_mlp)
+        return block.combine(x, block.attn(layer_norm(block.ln_1, x), layer, key=k_weights), k_attn, k_mlp)
 
     def combine(
         self, x: NamedArray, attention: NamedArray, k_attn: jax.Array | None = None, k_mlp: jax.Array | None = None
     ) -> NamedArray:
         """The block's result, given what it is applied to and the attention's result; with keys there is dropout."""
         x = x + _dropout(self.config, attention, k_attn)
-        return hax.auto_sharded(x + _dropout(self.config, self.mlp(normalize(self.ln_2, x)), k_mlp))
+        return hax.auto_sharded(x + _dropout(self.config, self.mlp(layer_norm(self.ln_2, x)), k_mlp))
 
 
 class Gpt2(eqx.Module):
@@ -173,7 +174,7 @@ class Gpt2(eqx.Module):
         layers = hax.arange(self.config.Layers)
         keys = None if k_blocks is None else jax.random.split(k_blocks, self.config.num_layers)
         x = self.blocks.fold(x, layers, keys, unroll=self.config.scan_unroll)
-        return normalize(self.ln_f, x)
+        return layer_norm(self.ln_f, x)
 
     def __call__(self, tokens: NamedArray, *, key: jax.Array | None = None) -> NamedArray:
         """Logits over the true vocabulary.
@@ -284,11 +285,6 @@ def _linear(config: Gpt2Config, In: AxisSpec, Out: AxisSpec, *, key: jax.Array, 
 
 def _norm(config: Gpt2Config) -> hnn.LayerNorm:
     return hnn.LayerNorm.init(config.Embed, eps=config.layer_norm_epsilon, use_bias=config.use_bias)
-
-
-def normalize(norm: hnn.LayerNorm, x: NamedArray) -> NamedArray:
-    """The layer norm with its statistics in float32."""
-    return norm(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
 def _dropout(config: Gpt2Config, x: NamedArray, key: jax.Array | None) -> NamedArray:

@@ -157,6 +157,12 @@ def is_split() -> bool:
     return partition is not None and partition.mesh.shape["data"] > 1 and partition.parameters != partition.compute
 
 
+def is_axis_split(name: str) -> bool:
+    """Whether a named axis of activations is split over devices where this is called."""
+    partition = _active.get()
+    return partition is not None and any(partition.mesh.shape[axis] > 1 for axis in partition.compute.get(name, ()))
+
+
 def row_shards() -> int:
     """Over how many devices the rows of a batch are spread where this is called; 1 without a partition."""
     partition = _active.get()

@@ -1,0 +1,102 @@
+"""The layers of a block, laid out so that XLA's CPU backend needs no transposed copies and few passes over memory."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import haliax as hax
+import haliax.nn as hnn
+import jax
+import jax.numpy as jnp
+from haliax import Axis, NamedArray
+from haliax.util import ensure_tuple
+
+from sophia_levanter.partition.mesh import is_axis_split
+
+
+def linear(layer: hnn.Linear, x: NamedArray) -> NamedArray:
+    """The layer as one product of two matrices: [row, in] and [in, out].
+
+    Products over several axes are right as well, but XLA's CPU backend copies their operands, transposed, in the
+    backward pass. Axes that are split over devices stay apart where joining them would move data.
+
+    Args:
+        layer: its axes may each be several.
+        x: [..., In].
+
+    Returns:
+        [..., Out].
+    """
+    In, Out = ensure_tuple(layer.In), ensure_tuple(layer.Out)
+    rows = tuple(axis for axis in x.axes if axis not in In)
+    joined = _join(_join(x.rearrange((*rows, *In)), rows), In)
+    weight = _join(_join(layer.weight, In), Out)
+    y = hax.auto_sharded(hax.dot(joined, weight, axis=[axis for axis in weight.axes if axis in joined.axes]))
+    for axes in (rows, Out):
+        if _can_join(axes):
+            y = y.unflatten_axis(axes[0].name, axes)
+    return y if layer.bias is None else hax.auto_sharded(y + layer.bias)
+
+
+def _can_join(axes: tuple[Axis, ...]) -> bool:
+    return len(axes) > 1 and not any(is_axis_split(axis.name) for axis in axes[1:])
+
+
+def _join(x: NamedArray, axes: tuple[Axis, ...]) -> NamedArray:
+    """With neighbouring axes as one, which has the first one's name and is split over devices as it is."""
+    return x.flatten_axes(axes, axes[0].name) if _can_join(axes) else x
+
+
+def gelu(x: NamedArray) -> NamedArray:
+    """The tanh approximation of GELU. The backward pass computes the tanh again, which is cheaper than keeping it."""
+    return NamedArray(_gelu(x.array), x.axes)
+
+
+_tanh_gelu = partial(jax.nn.gelu, approximate=True)
+_gelu = jax.custom_vjp(_tanh_gelu)
+
+
+def _gelu_backward(x: jax.Array, d_y: jax.Array) -> tuple[jax.Array]:
+    # Without the barrier the compiler would find that both passes have the same tanh, and keep it.
+    return jax.vjp(_tanh_gelu, jax.lax.optimization_barrier(x))[1](d_y)
+
+
+_gelu.defvjp(lambda x: (_tanh_gelu(x), x), _gelu_backward)
+
+
+def layer_norm(norm: hnn.LayerNorm, x: NamedArray) -> NamedArray:
+    """The layer norm with its statistics in float32 or wider, in the dtype of x."""
+    (axis,) = ensure_tuple(norm.axis)
+    x = x.rearrange((..., axis))
+    bias = None if norm.bias is None else norm.bias.array
+    return NamedArray(_layer_norm(norm.eps, x.array, norm.weight.array, bias), x.axes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _layer_norm(eps: float, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return _layer_norm_forward(eps, x, weight, bias)[0]
+
+
+def _layer_norm_forward(eps: float, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, tuple]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = jnp.mean(wide, -1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide - mean), -1, keepdims=True) + eps)
+    y = (wide - mean) * scale * weight
+    return (y if bias is None else y + bias).astype(x.dtype), (x, mean, scale, weight, bias)
+
+
+def _layer_norm_backward(eps: float, kept: tuple, d_y: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+    x, mean, scale, weight, bias = kept
+    normal = (x.astype(mean.dtype) - mean) * scale
+    d_y = d_y.astype(mean.dtype)
+    d_normal = d_y * weight
+    along_mean = jnp.mean(d_normal, -1, keepdims=True)
+    along_normal = jnp.mean(d_normal * normal, -1, keepdims=True)
+    d_x = scale * (d_normal - along_mean - normal * along_normal)
+    rows = tuple(range(x.ndim - 1))
+    d_weight = jnp.sum(d_y * normal, rows).astype(weight.dtype)
+    return d_x.astype(x.dtype), d_weight, None if bias is None else jnp.sum(d_y, rows).astype(bias.dtype)
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
