@@ -170,9 +170,9 @@ def test_blocked_attention_computes_no_block_above_the_diagonal():
     assert cost < 0.7 * 2 * 2 * 512 * 512 * 4 + 12 * 512 * 512 * 0.6  # two products and some operations a weight
 
 
-@pytest.mark.parametrize("size", [1.0, 300.0])
+@pytest.mark.parametrize("size", [1.0, 3.0, 300.0])
 def test_blocked_attention_in_bfloat16_is_as_near_the_truth(size):
-    """Scores of 1e5 neither overflow nor lose the softmax."""
+    """At a size of 300 scores are of 1e5, weights 0 or 1, and the gradients of queries and keys 0."""
     rng = np.random.default_rng(0)
     exact = tuple(size * rng.normal(size=(3, 2, 100, 2, 16)).astype(np.float32))
     truth = value_gradient_and_hessian_product("xla", exact, exact)[1]
@@ -182,7 +182,8 @@ def test_blocked_attention_in_bfloat16_is_as_near_the_truth(size):
         gradient = value_gradient_and_hessian_product(name, rounded, rounded)[1]
         assert all(g.dtype == jnp.bfloat16 and np.isfinite(np.asarray(g, np.float32)).all() for g in gradient)
         errors[name] = [np.linalg.norm(np.asarray(g, np.float32) - t) for g, t in zip(gradient, truth, strict=True)]
-    assert np.all(np.array(errors["blocked"]) <= 1.1 * np.array(errors["xla"]))
+    rounding = 1e-6 * size**2 * np.linalg.norm(exact[0]) * np.array([1, 1, 0])
+    assert np.all(np.array(errors["blocked"]) <= 1.1 * np.array(errors["xla"]) + rounding)
 
 
 def test_curvature_that_needs_a_forward_derivative_has_ordinary_operations(monkeypatch):
