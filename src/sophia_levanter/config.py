@@ -10,7 +10,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.models.config import Gpt2Config, pad_vocab
 from sophia_levanter.partition.config import MeshConfig, check_divides
 from sophia_levanter.tracking.config import TrackingConfig
-from sophia_levanter.training.config import OptimizerConfig, SophiaConfig, SophiaGConfig, SophiaHConfig, TrainerConfig
+from sophia_levanter.training.config import OptimizerConfig, SophiaConfig, SophiaGConfig, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TrainConfig:
             )
         if self.mesh.coordinator is not None and self.trainer.run_dir is None:
             raise InputError("trainer.run_dir is missing; the processes of mesh.coordinator must agree on it")
-        own = self.optimizer.curvature_microbatch_size if isinstance(self.optimizer, SophiaHConfig) else None
+        own = self.optimizer.curvature_microbatch_size if isinstance(self.optimizer, SophiaConfig) else None
         for trainer in self.trainer.parts:
             if own is not None and trainer.batch_size % own:
                 raise InputError(
@@ -65,7 +65,7 @@ def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = N
     sizes = mesh.sizes(num_devices)
     for part in trainer.parts:
         check_divides(sizes, mesh.compute_mapping, {"batch": ("trainer.batch_size", part.batch_size)})
-    own = config.optimizer.curvature_microbatch_size if isinstance(config.optimizer, SophiaHConfig) else None
+    own = config.optimizer.curvature_microbatch_size if isinstance(config.optimizer, SophiaConfig) else None
     for part in trainer.parts:
         for row in (
             ("trainer.microbatch_size", part.microbatch_size or part.batch_size),

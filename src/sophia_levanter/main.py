@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from types import FrameType
 
+from sophia_levanter.allocation import keep_freed_memory
 from sophia_levanter.command_line import dump_config, parse_command_line
 from sophia_levanter.commands.arguments import run_command
 from sophia_levanter.exit_status import DONE, FAILURE, INTERRUPTED, PREEMPTED
@@ -34,6 +35,7 @@ def _run(argv: Sequence[str]) -> int:
     if command.print_config:
         print(dump_config(command.config), end="")
         return DONE
+    keep_freed_memory()
     check_installed(command.config.tracking)
     directory, config = choose_run_directory(command)
     before = signal.signal(signal.SIGTERM, _stop_before_training)

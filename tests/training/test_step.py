@@ -266,14 +266,16 @@ def test_a_part_of_the_batch_is_its_first_microbatches():
     assert gap(state.optimizer_state.curvature, whole.optimizer_state.curvature) > 1e-2
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_the_hessian_is_estimated_in_microbatches_of_its_own(devices):
-    """The same rows and probe, so the same estimate, however the rows are cut and wherever they lie."""
-    wanted, _ = one_step(SophiaH(), batch=batch_from_windows(windows()[:4]))
+@pytest.mark.parametrize("optimizer", [SophiaH(), SophiaG()], ids=["H", "G"])
+@pytest.mark.parametrize(("devices", "size", "count"), [(1, 2, 2), (2, 2, 2), (1, 1, 3), (2, 2, 3)])
+def test_the_curvature_is_estimated_in_microbatches_of_its_own(optimizer, devices, size, count):
+    """The same rows, probe and labels, so the same curvature, and all rows have their part in the gradient."""
+    rows = batch_from_windows(windows()[: size * count], num_microbatches=count)
+    wanted, _ = one_step(optimizer, batch=rows)
     cut, output = one_step(
-        SophiaH(), devices=devices, num_microbatches=2, curvature_microbatch_size=2, curvature_microbatches=2
+        optimizer, devices=devices, num_microbatches=2, curvature_microbatch_size=size, curvature_microbatches=count
     )
-    whole, plain = one_step(SophiaH(), refresh=False)
+    whole, plain = one_step(optimizer, refresh=False)
     assert gap(wanted.optimizer_state.curvature, cut.optimizer_state.curvature) < 1e-4
     assert gap(whole.optimizer_state.momentum, cut.optimizer_state.momentum) < 1e-5
     assert float(plain.metrics["train/loss"]) == pytest.approx(float(output.metrics["train/loss"]), rel=1e-6)

@@ -56,13 +56,13 @@ MODELS = {"nano": _model(128, 8, 128), "3.3M": _model(256, 4, 256)}
 def optimizers(width: int) -> dict[str, OptimizerConfig]:
     """What is compared; the first is what the others are divided by."""
     kronecker = SophiaGConfig(
-        basis="kronecker", basis_max_size=width, interval=5, b2=0.95, rho=0.1, curvature_batch_fraction=0.25
+        basis="kronecker", basis_max_size=width, interval=5, curvature_batch_fraction=0.25, curvature_microbatch_size=2
     )
     return {
         "AdamW": AdamWConfig(),
         "Lion": LionConfig(),
         "Sophia-G, whole batch": SophiaGConfig(curvature_batch_fraction=1.0),
-        "Sophia-G, half the batch": SophiaGConfig(curvature_batch_fraction=0.5),
+        "Sophia-G, half the batch": SophiaGConfig(curvature_batch_fraction=0.5, curvature_microbatch_size=4),
         "Sophia-H, one row": SophiaHConfig(curvature_microbatch_size=1),
         "Sophia-G, Kronecker": kronecker,
         "Muon": MuonConfig(),

@@ -31,14 +31,6 @@ POINTS = 50  # entries of a record's training curve
 POLL_SECONDS = 1.0
 FACTS = ("environment", "data", "validation")  # of a run's checkpoint that go into its record
 
-# glibc gives every large buffer of a step back to the system, and the page faults are a quarter of a small step's time.
-MALLOC = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**35),
-    "MALLOC_TOP_PAD_": str(2**28),
-}
-
 
 def threads_environment(threads: int) -> dict[str, str]:
     """What keeps a process to a number of threads: XLA's, and those of LAPACK, where XLA calls it."""
@@ -89,7 +81,7 @@ def do(job: Job) -> Record:
             stderr=subprocess.STDOUT,
             # ^C of a terminal would reach the run too, and a second signal ends it without saving.
             process_group=0,
-            env=os.environ | MALLOC | ({} if job.threads is None else threads_environment(job.threads)),
+            env=os.environ | ({} if job.threads is None else threads_environment(job.threads)),
         )
         try:
             diverged = _watch(process, metrics, stale)

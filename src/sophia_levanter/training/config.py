@@ -80,6 +80,7 @@ class SophiaConfig(OptimizerConfig):
     bias_correct_momentum: bool = True  # divide m by 1 - b1^steps; published: false
     bias_correct_curvature: bool = True  # divide h by 1 - b2^refreshes; published: false
     curvature_batch_fraction: float = 1.0  # part of the batch that refreshes the curvature, in whole microbatches
+    curvature_microbatch_size: int | None = None  # rows of a microbatch of that part; none: as the gradient's
     target_win_rate: float | None = None  # steer rho, from its value here, so that this share of steps is unclipped
     denominator: str = "max"  # max(rho * h, eps); or add, rho * h + eps, as in the authors' code
     refresh_order: str = "before"  # a new estimate enters h before the step's update; or after it
@@ -102,6 +103,8 @@ class SophiaConfig(OptimizerConfig):
         _check_positive("optimizer.rho", self.rho)
         if not self.eps >= SMALLEST_EPS:
             raise InputError(f"optimizer.eps is {self.eps}; it must be at least {SMALLEST_EPS}, or float32 makes it 0")
+        if self.curvature_microbatch_size is not None:
+            _check_at_least_1("optimizer.curvature_microbatch_size", self.curvature_microbatch_size)
         _check_at_least_1("optimizer.interval", self.interval)
         for name in ("first_refresh", "initial_refreshes"):
             if getattr(self, name) < 0:
@@ -143,14 +146,11 @@ class SophiaHConfig(SophiaConfig):
     probe: str = "rademacher"  # distribution of the random direction; or gaussian, as in the paper
     num_probes: int = 1  # random directions that an estimate is averaged over
     curvature_batch_fraction: float = 0.07  # part of the batch that refreshes the curvature, in whole microbatches
-    curvature_microbatch_size: int | None = None  # rows at one time in the curvature's pass; none: as the gradient's
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("optimizer.probe", self.probe, ("rademacher", "gaussian"))
         _check_at_least_1("optimizer.num_probes", self.num_probes)
-        if self.curvature_microbatch_size is not None:
-            _check_at_least_1("optimizer.curvature_microbatch_size", self.curvature_microbatch_size)
 
 
 @OptimizerConfig.register_subclass("adamw")

@@ -103,8 +103,7 @@ def _sophia_arguments(config: SophiaConfig) -> dict[str, Any]:
 
 def curvature_microbatch_size(config: SophiaConfig, trainer: TrainerConfig) -> int:
     """Rows in a microbatch of the pass that estimates the curvature."""
-    own = config.curvature_microbatch_size if isinstance(config, SophiaHConfig) else None
-    return own or trainer.microbatch_size or trainer.batch_size
+    return config.curvature_microbatch_size or trainer.microbatch_size or trainer.batch_size
 
 
 def curvature_microbatches(config: SophiaConfig, trainer: TrainerConfig) -> int:
@@ -128,6 +127,6 @@ def build_step_settings(config: OptimizerConfig, trainer: TrainerConfig, mask: W
         max_grad_norm=trainer.max_grad_norm,
         loss_spike_factor=trainer.loss_spike_factor,
         curvature_microbatches=curvature_microbatches(config, trainer) if isinstance(config, SophiaConfig) else None,
-        curvature_microbatch_size=config.curvature_microbatch_size if isinstance(config, SophiaHConfig) else None,
+        curvature_microbatch_size=config.curvature_microbatch_size if isinstance(config, SophiaConfig) else None,
         curvature_labels=config.curvature_labels if isinstance(config, SophiaGConfig) else "sampled",
     )

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import jmp
 import optax
-from haliax import NamedArray
+from haliax import Axis, NamedArray
 
 from sophia_levanter.batch import Batch, count_targets
 from sophia_levanter.models.attention import forward_differentiable
 from sophia_levanter.models.gpt2 import Gpt2
-from sophia_levanter.optim import GaussNewtonBartlett, Hutchinson, Optimizer, Sophia, split_microbatches
+from sophia_levanter.optim import GaussNewtonBartlett, Hutchinson, Optimizer, Sophia
 from sophia_levanter.optim.microbatch import split_at
+from sophia_levanter.optim.named import is_named
 from sophia_levanter.optim.protocol import value_at
 from sophia_levanter.optim.shared_forward import GradientSums, LossesFn, accumulate
 from sophia_levanter.optim.trees import norm
@@ -94,8 +95,7 @@ class StepSettings:
         max_grad_norm: global norm above which gradients are scaled down to it; None for no clipping.
         loss_spike_factor: a step whose loss is more than so many times the recent mean is skipped; None for none.
         curvature_microbatches: how many of the first microbatches refresh the curvature; None for all.
-        curvature_microbatch_size: rows in a microbatch of Hutchinson's pass; None for the gradient's. GNB shares the
-            gradient's forward pass, and so its microbatches.
+        curvature_microbatch_size: rows of a microbatch that refreshes the curvature; None for the gradient's.
         curvature_labels: "sampled", GNB's labels are drawn from the model; "data", they are the true ones (the
             empirical Fisher variant), whose mean gradient is not 0 and enters the estimate.
     """
@@ -187,22 +187,23 @@ def _gradient_and_curvature(
     assert isinstance(settings.optimizer, Sophia), f"{type(settings.optimizer).__name__} has no curvature to refresh"
     estimator = settings.optimizer.estimator_at(state.optimizer_state)
     if isinstance(estimator, Hutchinson):
-        source = curvature_batch or _first_rows(settings, batch)
+        source = curvature_batch or _curvature_rows(settings, batch)[0]
         return _accumulate(settings, model, batch, keys), _hutchinson(settings, estimator, model, source, keys)
     assert isinstance(estimator, GaussNewtonBartlett), f"no curvature pass for {type(estimator).__name__}"
-    first, rest = split_at(batch, settings.curvature_microbatches or _num_microbatches(batch))
+    first, others = _curvature_rows(settings, batch)
     source = curvature_batch or first
     if samples is None:
         by_data = settings.curvature_labels == "data"
         samples = source.targets if by_data else _row_uniforms(keys.curvature, source)
-    curved = _accumulate(settings, model, source, keys, samples=samples, estimator=estimator)
-    h_hat = estimator.finished(curved.curvature, curved.num_targets)
+    sums = _accumulate(settings, model, source, keys, samples=samples, estimator=estimator)
+    h_hat = estimator.finished(sums.curvature, sums.num_targets)
     if curvature_batch is not None:
         return _accumulate(settings, model, batch, keys), h_hat
-    if rest is None:
-        return curved, h_hat
-    start = curved._replace(curvature=None)
-    return _accumulate(settings, model, rest, keys, offset=_num_microbatches(first), start=start), h_hat
+    offset = _num_microbatches(first)
+    for part in others:
+        sums = _accumulate(settings, model, part, keys, offset=offset, start=sums._replace(curvature=None))
+        offset += _num_microbatches(part)
+    return sums, h_hat
 
 
 def _accumulate(
@@ -261,17 +262,30 @@ def _num_microbatches(batch: Batch) -> int:
     return batch.tokens.resolve_axis("microbatch").size
 
 
-def _first_rows(settings: StepSettings, batch: Batch) -> Batch:
-    """The first part of the batch in the microbatches of Hutchinson's pass."""
-    size = settings.curvature_microbatch_size
-    if size is not None:
-        rows = jax.tree.map(
-            lambda x: x.flatten_axes(("microbatch", "batch"), "batch"),
-            batch,
-            is_leaf=lambda x: isinstance(x, NamedArray),
-        )
-        batch, _ = split_microbatches(rows, size)
-    return split_at(batch, settings.curvature_microbatches or _num_microbatches(batch))[0]
+def _curvature_rows(settings: StepSettings, batch: Batch) -> tuple[Batch, list[Batch]]:
+    """The microbatches that refresh the curvature, the first rows of the batch, and the other rows in microbatches."""
+    size, count = settings.curvature_microbatch_size, settings.curvature_microbatches
+    if size is None:
+        first, rest = split_at(batch, count or _num_microbatches(batch))
+        return first, [] if rest is None else [rest]
+    num, gradient_size = (batch.tokens.resolve_axis(name).size for name in ("microbatch", "batch"))
+    end = num * gradient_size
+    used = end if count is None else count * size
+    # What these rows leave of a microbatch of the gradient's is one of its own.
+    whole = used + -used % gradient_size
+
+    def part(start: int, stop: int, rows: int) -> Batch:
+        return jax.tree.map(lambda x: _regroup(x, slice(start, stop), rows), batch, is_leaf=is_named)
+
+    others = [part(used, whole, whole - used)] if used < whole else []
+    return part(0, used, size), others + ([part(whole, end, gradient_size)] if whole < end else [])
+
+
+def _regroup(x: NamedArray, rows: slice, size: int) -> NamedArray:
+    """Some rows of [microbatch, batch, ...], in microbatches of another size."""
+    flat = x.flatten_axes(("microbatch", "batch"), "batch")["batch", rows]
+    count = flat.resolve_axis("batch").size // size
+    return flat.unflatten_axis("batch", (Axis("microbatch", count), Axis("batch", size)))
 
 
 def _row_uniforms(key: jax.Array, batch: Batch) -> NamedArray:
