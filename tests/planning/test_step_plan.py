@@ -9,7 +9,16 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.config import Gpt2Config
 from sophia_levanter.partition.config import MeshConfig
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.planning.step_plan import activation_bytes, gradient_bytes, plan_step
+from sophia_levanter.planning.step_plan import (
+    StepPlan,
+    StepTime,
+    activation_bytes,
+    gradient_bytes,
+    mean_bytes_sent,
+    plan_step,
+    step_time,
+)
+from sophia_levanter.planning.target import Chip, Target
 from sophia_levanter.training.config import (
     AdamWConfig,
     LionConfig,
@@ -18,8 +27,10 @@ from sophia_levanter.training.config import (
     SophiaHConfig,
     TrainerConfig,
 )
+from sophia_levanter.training.costs import matrix_flops
 from sophia_levanter.training.lowering import abstract_state
 from sophia_levanter.training.memory import bytes_by_kind, device_bytes
+from sophia_levanter.training.throughput import flops_per_token
 
 VOCAB = 257
 MODEL = Gpt2Config(num_layers=3, num_heads=2, embed_dim=32, seq_len=16, loss_block_size=8)
@@ -93,3 +104,57 @@ def test_hutchinsons_refresh_needs_more():
     partition = partition_of(config.mesh, jax.devices()[:1])
     plain, refresh = (plan_step(config, partition, VOCAB, refresh=refresh) for refresh in (False, True))
     assert refresh.temporaries > plain.temporaries
+
+
+# A refresh at every fourth step, which sends more.
+KRONECKER = SophiaGConfig(warmup_steps=0, interval=4, basis="kronecker", curvature_batch_fraction=1.0)
+PLANS = {
+    False: StepPlan(arguments=1, temporaries=1, collectives={"all-gather": 100e9, "all-reduce": 200e9}),
+    True: StepPlan(arguments=1, temporaries=1, collectives={"all-gather": 700e9}),
+}
+TARGET = Target("test", 8, Chip(memory=1, peak_flops=1e12, bandwidth=200e9, qr_flops=1e9, newton_schulz_flops=1e10))
+
+
+def timed(optimizer, plans):
+    config = dataclasses.replace(CONFIG, optimizer=optimizer)
+    return config, step_time(config, partition_of(CONFIG.mesh), VOCAB, plans, TARGET, mfu=0.5)
+
+
+def test_what_is_sent_is_averaged_over_the_run():
+    config = dataclasses.replace(CONFIG, optimizer=KRONECKER)
+    assert mean_bytes_sent(config, PLANS) == pytest.approx(300e9 * 3 / 4 + 700e9 / 4)
+    assert mean_bytes_sent(CONFIG, {False: PLANS[False]}) == 300e9
+
+
+def test_the_time_of_a_step_is_priced_by_kind():
+    config, time = timed(KRONECKER, PLANS)
+    model = flops_per_token(MODEL, VOCAB) * 32 * 16 * (1 + 2 / 3 / 4)
+    share = matrix_flops(config, 8)
+    assert time.products == pytest.approx((model / 8 + share.products) / (0.5 * 1e12))
+    # At a side of 32 the rate is 1/512 of that at 2048, and at 128 1/64.
+    rates = {32: 1e9 / 512, 128: 1e9 / 64}
+    assert time.qr == pytest.approx(sum(flops / rates[side] for side, flops in share.qr.items()))
+    assert share.qr.keys() == rates.keys()
+    assert time.newton_schulz == 0
+    assert time.communication == pytest.approx(400 / 200)
+
+
+def test_newton_schulz_has_a_rate_of_its_own():
+    config, time = timed(MuonConfig(warmup_steps=0), {False: PLANS[False]})
+    assert time.newton_schulz == pytest.approx(matrix_flops(config, 8).newton_schulz / 1e10)
+    assert time.qr == 0
+    assert time.communication == pytest.approx(300 / 200)
+
+
+@pytest.mark.parametrize(
+    ("communication", "bound", "overlapped", "serial"),
+    [(5.0, "compute", 6.0, 11.0), (7.0, "communication", 7.0, 13.0), (None, "compute", 6.0, 6.0)],
+)
+def test_what_bounds_a_step(communication, bound, overlapped, serial):
+    time = StepTime(products=3.0, qr=2.0, newton_schulz=1.0, communication=communication)
+    assert (time.bound, time.overlapped, time.serial) == (bound, overlapped, serial)
+
+
+def test_communication_of_a_step_that_does_not_fit_is_unknown():
+    _, time = timed(KRONECKER, {**PLANS, True: StepPlan(arguments=1, temporaries=None, collectives={})})
+    assert time.communication is None

@@ -18,12 +18,14 @@ from sophia_levanter.command_line import load_config
 from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.planning.run_plan import fsdp_minimum, hutchinsons_microbatch, run_size
-from sophia_levanter.planning.step_plan import plan_step
+from sophia_levanter.planning.run_plan import SECONDS_PER_DAY, fsdp_minimum, hutchinsons_microbatch
+from sophia_levanter.planning.step_plan import plan_step, step_time
 from sophia_levanter.planning.target import GIB, Target, pretended_target, tpu_target
 from sophia_levanter.training.config import SophiaConfig
+from sophia_levanter.training.costs import flops_per_step
 from sophia_levanter.training.lowering import abstract_state
 from sophia_levanter.training.summary import count_parameters, describe_mesh
+from sophia_levanter.training.throughput import flops_per_token
 
 VOCAB_SIZE = 50257
 FSDP = ("mesh.fsdp", "embed")
@@ -124,20 +126,22 @@ def _config_row(path: Path, config: TrainConfig, target: Target) -> list[object]
     vocab_size = vocab_size_of(config.data.tokenizer)
     check_mesh(config, partition.mesh.size, vocab_size)
     kinds = (False, True) if isinstance(config.optimizer, SophiaConfig) else (False,)
-    plans = [plan_step(config, partition, vocab_size, refresh=refresh) for refresh in kinds]
+    plans = {refresh: plan_step(config, partition, vocab_size, refresh=refresh) for refresh in kinds}
     none = ["-"] * (2 - len(plans))
-    memory = ["-" if p.temporaries is None else f"{(p.arguments + p.temporaries) / GIB:.2f}" for p in plans] + none
-    sent = [f"{sum(p.collectives.values()) / 1e9:.1f}" for p in plans] + none
-    size = run_size(config, target, vocab_size, mfu=0.4)
+    memory = ["-" if p.temporaries is None else f"{(p.arguments + p.temporaries) / GIB:.2f}" for p in plans.values()]
+    sent = [f"{sum(p.collectives.values()) / 1e9:.1f}" for p in plans.values()]
+    seconds = step_time(config, partition, vocab_size, plans, target, mfu=0.4).overlapped
     return [
         path.stem,
         target.name,
         describe_mesh(partition),
         f"{count_parameters(abstract_state(config, partition, vocab_size).model):,}",
         *memory,
+        *none,
         *sent,
-        f"{size.step_flops:.2e}",
-        f"{size.days:.3g}",
+        *none,
+        f"{flops_per_step(config, flops_per_token(config.model, vocab_size)):.2e}",
+        f"{seconds * config.trainer.num_train_steps / SECONDS_PER_DAY:.3g}",
     ]
 
 

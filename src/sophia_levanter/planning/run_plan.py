@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import jax
 
@@ -13,10 +12,18 @@ from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.optim.named import is_named
 from sophia_levanter.partition.mesh import Partition, partition_of
-from sophia_levanter.planning.step_plan import StepPlan, activation_bytes, gradient_bytes, plan_step
-from sophia_levanter.planning.target import GIB, Target
+from sophia_levanter.planning.step_plan import (
+    StepPlan,
+    StepTime,
+    activation_bytes,
+    gradient_bytes,
+    mean_bytes_sent,
+    plan_step,
+    step_time,
+)
+from sophia_levanter.planning.target import GIB, GPUS_OF_A_NODE, QR_SIDE, Target
 from sophia_levanter.training.config import SophiaConfig, SophiaGConfig, SophiaHConfig
-from sophia_levanter.training.costs import matrix_flops_per_step, passes_per_step, refreshes_per_step
+from sophia_levanter.training.costs import flops_per_step
 from sophia_levanter.training.lowering import abstract_state
 from sophia_levanter.training.memory import bytes_by_kind
 from sophia_levanter.training.optimizers import curvature_microbatches
@@ -52,58 +59,57 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     state = abstract_state(config, partition, vocab_size)
     yield f"{name} on {target.name}: {describe_mesh(partition)}"
     if target.topology is None:
-        yield "approximate: compiled for this machine's CPU, whose compiler lays temporaries out in another way"
+        yield (
+            "approximate: compiled for this machine's CPU, whose compiler lays temporaries out in another way and "
+            "all-reduces what others scatter"
+        )
     yield f"attention         {attention}"
-    yield from _size(config, state, target, vocab_size, mfu)
+    yield from _size(config, state, vocab_size)
     kinds = (False, True) if isinstance(config.optimizer, SophiaConfig) else (False,)
     plans = {refresh: plan_step(config, partition, vocab_size, refresh=refresh) for refresh in kinds}
     yield from _memory(config, partition, vocab_size, state, plans, target)
     yield from _collectives(config, partition, state, plans)
+    yield from _time(config, step_time(config, partition, vocab_size, plans, target, mfu), target, mfu)
     yield _largest_microbatch(config, partition, vocab_size, target.chip.memory)
     if isinstance(config.optimizer, SophiaHConfig):
         yield _hutchinsons_microbatch(config, partition, vocab_size, plans[False])
 
 
-@dataclass(frozen=True)
-class RunSize:
-    """How much a run is.
-
-    Attributes:
-        step_tokens: predicted tokens in a step.
-        step_flops: of a step in the mean over the run, with curvature and work on matrices.
-        extra: the share of them beyond the model's forward and backward pass.
-        step_seconds: at the model FLOPs utilisation that was asked for.
-        days: of the whole run.
-    """
-
-    step_tokens: int
-    step_flops: float
-    extra: float
-    step_seconds: float
-    days: float
-
-
-def run_size(config: TrainConfig, target: Target, vocab_size: int, mfu: float) -> RunSize:
-    """How much a run is, and how long it takes on a target at a model FLOPs utilisation."""
-    tokens = config.trainer.batch_size * config.model.seq_len
-    model_flops = flops_per_token(config.model, vocab_size) * tokens
-    flops = model_flops * passes_per_step(config) + matrix_flops_per_step(config)
-    seconds = flops / (mfu * target.chip.peak_flops * target.num_devices)
-    days = seconds * config.trainer.num_train_steps / SECONDS_PER_DAY
-    return RunSize(tokens, flops, flops / model_flops - 1, seconds, days)
-
-
-def _size(config: TrainConfig, state: object, target: Target, vocab_size: int, mfu: float) -> Iterator[str]:
-    size, steps = run_size(config, target, vocab_size, mfu), config.trainer.num_train_steps
+def _size(config: TrainConfig, state: object, vocab_size: int) -> Iterator[str]:
+    per_token, steps = flops_per_token(config.model, vocab_size), config.trainer.num_train_steps
+    flops = flops_per_step(config, per_token)
+    extra = flops / (per_token * config.trainer.batch_size * config.model.seq_len) - 1
     yield f"parameters        {count_parameters(state.model):,}"  # type: ignore[attr-defined]
     yield (
-        f"FLOPs             {size.step_flops:.3g} a step, {size.extra:.1%} of them for curvature and matrices; "
-        f"{size.step_flops * steps:.3g} a run"
+        f"FLOPs             {flops:.3g} a step, {extra:.1%} of them for curvature and matrices; "
+        f"{flops * steps:.3g} a run"
     )
-    yield (
-        f"time              {size.step_seconds:.3g} s a step, {size.days:.3g} days for "
-        f"{steps:,} steps of {size.step_tokens:,} tokens, at an MFU of {mfu:g}"
-    )
+
+
+def _time(config: TrainConfig, time: StepTime, target: Target, mfu: float) -> Iterator[str]:
+    chip, steps = target.chip, config.trainer.num_train_steps
+    parts, rates = [f"{time.products:.3g} products at an MFU of {mfu:g}"], []
+    if time.qr:
+        parts.append(f"{time.qr:.3g} QR")
+        source = "published" if chip.qr_measured else "assumed, not measured on this chip"
+        rates.append(f"QR {chip.qr_flops / 1e12:g} TFLOP/s at a side of {QR_SIDE} ({source})")
+    if time.newton_schulz:
+        parts.append(f"{time.newton_schulz:.3g} Newton-Schulz")
+        rates.append(f"Newton-Schulz {chip.newton_schulz_flops / 1e12:g} TFLOP/s (assumed, not measured on this chip)")
+    if time.communication:
+        parts.append(f"{time.communication:.3g} communication at {chip.bandwidth / 1e9:g} GB/s")
+    elif time.communication is None:
+        parts.append("communication unknown: the step does not fit")
+    yield f"time              {time.overlapped:.3g} s a step: {', '.join(parts)}"
+    days = f"{time.overlapped * steps / SECONDS_PER_DAY:.3g}"
+    if time.communication:
+        days += f" to {time.serial * steps / SECONDS_PER_DAY:.3g}"
+        yield f"  bounded by {time.bound} if communication overlaps fully; {time.serial:.3g} s a step if none overlaps"
+    yield f"  {days} days for {steps:,} steps of {config.trainer.batch_size * config.model.seq_len:,} tokens"
+    if rates:
+        yield f"  rates: {', '.join(rates)}"
+    if time.communication and target.topology is None and target.num_devices > GPUS_OF_A_NODE:
+        yield f"  the bandwidth is that of NVLink; the network between nodes of {GPUS_OF_A_NODE} GPUs is slower"
 
 
 def _memory(
@@ -169,9 +175,7 @@ def _collectives(
         least = fsdp_minimum(config, partition, state)
         yield _row("least for FSDP", ["-" if least[r] is None else least[r] for r in plans], unit)
     if True in plans:
-        share = refreshes_per_step(config)
-        mean = (1 - share) * totals[False] + share * totals[True]
-        yield f"  {mean / unit:.2f} in the mean over the run"
+        yield f"  {mean_bytes_sent(config, plans) / unit:.2f} in the mean over the run"
 
 
 def fsdp_minimum(config: TrainConfig, partition: Partition, state: object) -> dict[bool, float | None]:

@@ -1,4 +1,4 @@
-"""The memory and the collectives of one compiled step."""
+"""The memory, the collectives and the time of a step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.planning.collectives import collective_bytes
+from sophia_levanter.planning.target import Target
+from sophia_levanter.training.costs import matrix_flops, passes_per_step, refreshes_per_step
 from sophia_levanter.training.lowering import abstract_state, lower_step
 from sophia_levanter.training.memory import bytes_by_kind, step_bytes
 from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.step import TrainState
+from sophia_levanter.training.throughput import flops_per_token
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,78 @@ def plan_step(config: TrainConfig, partition: Partition, vocab_size: int, *, ref
     sizes = step_bytes(compiled)
     assert sizes is not None, "no memory analysis on this backend"
     return StepPlan(*sizes, collective_bytes(compiled.as_text() or ""))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step on the device with the most work, averaged over the run.
+
+    Attributes:
+        products: the model's matrix products and those of an optimizer with its matrices.
+        qr: QR decompositions.
+        newton_schulz: Newton-Schulz iterations.
+        communication: what the device sends, at the bandwidth of its links; None if the steps do not fit the device.
+    """
+
+    products: float
+    qr: float
+    newton_schulz: float
+    communication: float | None
+
+    @property
+    def compute(self) -> float:
+        """All but communication."""
+        return self.products + self.qr + self.newton_schulz
+
+    @property
+    def overlapped(self) -> float:
+        """Of a step whose communication overlaps fully with computation."""
+        return max(self.compute, self.communication or 0.0)
+
+    @property
+    def serial(self) -> float:
+        """Of a step whose communication does not overlap with computation."""
+        return self.compute + (self.communication or 0.0)
+
+    @property
+    def bound(self) -> str:
+        """What bounds the overlapped step."""
+        return "compute" if self.overlapped == self.compute else "communication"
+
+
+def step_time(
+    config: TrainConfig, partition: Partition, vocab_size: int, plans: dict[bool, StepPlan], target: Target, mfu: float
+) -> StepTime:
+    """The time of a step on a target, from rates of each kind of operation.
+
+    Matrices of the optimizer are divided over the mesh's data axis.
+
+    Args:
+        config: of the run.
+        partition: of the target's devices.
+        vocab_size: of the tokenizer.
+        plans: of the plain step and, if there is one, of the refresh step.
+        target: the devices.
+        mfu: the share of the peak that matrix products reach.
+    """
+    chip, tokens = target.chip, config.trainer.batch_size * config.model.seq_len
+    model = flops_per_token(config.model, vocab_size) * tokens * passes_per_step(config) / target.num_devices
+    matrices = matrix_flops(config, partition.mesh.shape["data"])
+    fits = all(plan.temporaries is not None for plan in plans.values())
+    return StepTime(
+        products=(model + matrices.products) / (mfu * chip.peak_flops),
+        qr=sum(flops / chip.qr_rate(side) for side, flops in matrices.qr.items()),
+        newton_schulz=matrices.newton_schulz / chip.newton_schulz_flops,
+        communication=mean_bytes_sent(config, plans) / chip.bandwidth if fits else None,
+    )
+
+
+def mean_bytes_sent(config: TrainConfig, plans: dict[bool, StepPlan]) -> float:
+    """Bytes that a device sends in a step, averaged over the plain and the refresh steps of the run."""
+    sent = {refresh: sum(plan.collectives.values()) for refresh, plan in plans.items()}
+    if True not in sent:
+        return sent[False]
+    return sent[False] + (sent[True] - sent[False]) * refreshes_per_step(config)
 
 
 def gradient_bytes(state: TrainState) -> int:

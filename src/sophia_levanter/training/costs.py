@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field
+
 import equinox as eqx
 import jax
 
@@ -15,6 +18,26 @@ from sophia_levanter.training.optimizers import build_optimizer, curvature_micro
 NEWTON_SCHULZ_ITERATIONS = 5
 
 
+@dataclass(frozen=True)
+class MatrixFlops:
+    """FLOPs of an optimizer's work on whole matrices in a step, averaged over the run.
+
+    Attributes:
+        products: changes of basis, second moments and the products of the basis's iteration.
+        newton_schulz: Newton-Schulz iterations.
+        qr: QR decompositions, by the side of the square matrix.
+    """
+
+    products: float = 0.0
+    newton_schulz: float = 0.0
+    qr: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.products + self.newton_schulz + sum(self.qr.values())
+
+
 def flops_per_step(config: TrainConfig, flops_per_token: float) -> float:
     """FLOPs of a step: forward, backward and, spread over all steps, refreshes and what is done to whole matrices.
 
@@ -25,7 +48,7 @@ def flops_per_step(config: TrainConfig, flops_per_token: float) -> float:
         flops_per_token: of the model's forward and backward pass.
     """
     tokens = config.trainer.batch_size * config.model.seq_len
-    return flops_per_token * passes_per_step(config) * tokens + matrix_flops_per_step(config)
+    return flops_per_token * passes_per_step(config) * tokens + matrix_flops(config).total
 
 
 def passes_per_step(config: TrainConfig) -> float:
@@ -48,16 +71,28 @@ def refreshes_per_step(config: TrainConfig) -> float:
     return sum(map(optimizer.refresh_due, range(steps))) / steps
 
 
-def matrix_flops_per_step(config: TrainConfig) -> float:
-    """FLOPs of the products and decompositions of the blocks' matrices in a step, refreshes spread over all steps."""
+def matrix_flops(config: TrainConfig, num_shards: int = 1) -> MatrixFlops:
+    """FLOPs of the work on the blocks' matrices in a step, averaged over the run.
+
+    Args:
+        config: of the run.
+        num_shards: devices that the matrices are divided over. The result is that of the device with the most matrices:
+            each device holds whole matrices, so counts are rounded up. Factors with equal sides are divided together.
+    """
     optimizer = config.optimizer
     kronecker = isinstance(optimizer, SophiaConfig) and optimizer.basis == "kronecker"
     if not kronecker and not isinstance(optimizer, MuonConfig | SoapConfig):
-        return 0.0
+        return MatrixFlops()
     model = eqx.filter_eval_shape(Gpt2.init, config.model, vocab_size=1, key=jax.random.key(0))
     sizes = [view.sizes for view in matrix_views(matrix_axes, model) if view is not None]
+
+    def share(count: int) -> int:
+        return -(-count // num_shards)
+
     if isinstance(optimizer, MuonConfig):
-        return sum(count * _newton_schulz_flops(*sorted(sides)) for count, *sides in sizes)
+        return MatrixFlops(
+            newton_schulz=sum(share(count) * newton_schulz_flops(*sorted(sides)) for count, *sides in sizes)
+        )
     if isinstance(optimizer, SoapConfig):
         # The gradient and the first moment in, the step out, and the moments of both sides at every step; v turns.
         step_changes, turn_changes = 4, 1
@@ -69,15 +104,18 @@ def matrix_flops_per_step(config: TrainConfig) -> float:
         step_changes = 3 if optimizer.cautious else 2
         turn_changes = _changes_of_an_estimate(config) + 2
         turns = refreshes_per_step(config)
-    flops = 0.0
+    products = 0.0
+    factors: Counter[int] = Counter()
     for count, *sides in sizes:
         turning = [n for n in sides if n <= optimizer.basis_max_size]
         # One product with each side's square matrix: into the basis, or out of it.
         change = sum(2.0 * n * sides[0] * sides[1] for n in turning)
-        # The iteration's product, its QR and the overlap.
-        cubes = sum((2 + 8 / 3 + 2) * n**3 for n in turning)
-        flops += count * (step_changes * change + turns * (turn_changes * change + cubes))
-    return flops
+        products += share(count) * (step_changes + turns * turn_changes) * change
+        for n in turning:
+            factors[n] += count
+    # The iteration's product and the overlap of the new vectors with the old.
+    products += sum(turns * share(count) * 4.0 * n**3 for n, count in factors.items())
+    return MatrixFlops(products, qr={n: turns * share(count) * qr_flops(n) for n, count in factors.items()})
 
 
 def _changes_of_an_estimate(config: TrainConfig) -> int:
@@ -91,5 +129,11 @@ def _changes_of_an_estimate(config: TrainConfig) -> int:
     return curvature_microbatches(optimizer, config.trainer) if apart else 1
 
 
-def _newton_schulz_flops(short: int, long: int) -> float:
+def qr_flops(side: int) -> float:
+    """FLOPs of the QR decomposition of a square matrix: 4/3 n^3 for R and as many to form Q."""
+    return 8 / 3 * side**3
+
+
+def newton_schulz_flops(short: int, long: int) -> float:
+    """FLOPs of orthogonalising a matrix by Newton-Schulz iterations."""
     return NEWTON_SCHULZ_ITERATIONS * (4.0 * short**2 * long + 2.0 * short**3)

@@ -1,0 +1,58 @@
+"""What `plan` prints about time."""
+
+import pytest
+
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.planning.run_plan import _time
+from sophia_levanter.planning.step_plan import StepTime
+from sophia_levanter.planning.target import pretended_target, tpu_target
+from sophia_levanter.training.config import TrainerConfig
+
+CONFIG = TrainConfig(model=Gpt2Config(seq_len=64), trainer=TrainerConfig(batch_size=8, num_train_steps=86_400))
+ASSUMED = "assumed, not measured on this chip"
+
+
+def lines(time, target):
+    return list(_time(CONFIG, time, target, mfu=0.4))
+
+
+def test_one_device_that_multiplies_only():
+    time = StepTime(products=2.0, qr=0.0, newton_schulz=0.0, communication=0.0)
+    assert lines(time, pretended_target(1, "h100")) == [
+        "time              2 s a step: 2 products at an MFU of 0.4",
+        "  2 days for 86,400 steps of 512 tokens",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "gigabytes"),
+    [
+        (pretended_target(8, "a100-80"), "1.43 TFLOP/s at a side of 2048 (published)", 300),
+        (tpu_target("v5e:2x4"), f"0.36 TFLOP/s at a side of 2048 ({ASSUMED})", 200),
+    ],
+)
+def test_a_step_bounded_by_computation(target, source, gigabytes):
+    time = StepTime(products=2.0, qr=0.5, newton_schulz=0.0, communication=1.0)
+    assert lines(time, target) == [
+        f"time              2.5 s a step: 2 products at an MFU of 0.4, 0.5 QR, 1 communication at {gigabytes} GB/s",
+        "  bounded by compute if communication overlaps fully; 3.5 s a step if none overlaps",
+        "  2.5 to 3.5 days for 86,400 steps of 512 tokens",
+        f"  rates: QR {source}",
+    ]
+
+
+def test_a_step_bounded_by_communication_between_nodes():
+    time = StepTime(products=2.0, qr=0.0, newton_schulz=0.5, communication=4.0)
+    assert lines(time, pretended_target(16, "h100")) == [
+        "time              4 s a step: 2 products at an MFU of 0.4, 0.5 Newton-Schulz, 4 communication at 450 GB/s",
+        "  bounded by communication if communication overlaps fully; 6.5 s a step if none overlaps",
+        "  4 to 6.5 days for 86,400 steps of 512 tokens",
+        f"  rates: Newton-Schulz 247 TFLOP/s ({ASSUMED})",
+        "  the bandwidth is that of NVLink; the network between nodes of 8 GPUs is slower",
+    ]
+
+
+def test_a_step_that_does_not_fit():
+    time = StepTime(products=2.0, qr=0.0, newton_schulz=0.0, communication=None)
+    assert lines(time, tpu_target("v5e:2x4"))[0].endswith(", communication unknown: the step does not fit")
