@@ -83,6 +83,11 @@ def test_a_plan():
     plain, refresh = numbers(lines, "together")
     assert 0 < plain <= refresh
     assert numbers(lines, "all-gather")[0] > 0
+    time = next(i for i, line in enumerate(lines) if line.startswith("time"))
+    assert " products at an MFU of 0.4, " in lines[time]
+    assert lines[time].endswith(" communication at 300 GB/s")
+    assert lines[time + 1].startswith("  bounded by ")
+    assert lines[time + 2].endswith(" days for 1,000 steps of 1,024 tokens")
     assert "the largest trainer.microbatch_size that fits is 8, of 8" in lines
     assert any(line.startswith("optimizer.curvature_microbatch_size") or "no optimizer.curv" in line for line in lines)
 
