@@ -42,6 +42,7 @@ from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.step import TrainState, train_step
 
 VOCAB_SIZE, BATCH_SIZE = 257, 8
+TORCH_SCRIPT = Path(__file__).with_name("peers_torch.py")
 WARMUP = 5  # rounds that are not counted
 Step = Callable[[], float]  # takes a step, and returns its seconds
 
@@ -107,9 +108,8 @@ def torch_step(python: Path, model: Gpt2Config) -> Iterator[Step]:
     """A step of PyTorch, in a process of its own that sleeps between two steps."""
     sizes = {name: getattr(model, name) for name in ("num_layers", "embed_dim", "num_heads", "mlp_ratio", "seq_len")}
     words = [f"--{name}={size}" for name, size in {**sizes, "vocab_size": VOCAB_SIZE, "batch_size": BATCH_SIZE}.items()]
-    script = Path(__file__).with_name("peers_torch.py")
     with subprocess.Popen(
-        [str(python), str(script), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [str(python), str(TORCH_SCRIPT), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         stdin, stdout = process.stdin, process.stdout

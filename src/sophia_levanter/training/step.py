@@ -21,7 +21,7 @@ from sophia_levanter.optim.microbatch import split_at
 from sophia_levanter.optim.named import is_named
 from sophia_levanter.optim.protocol import value_at
 from sophia_levanter.optim.shared_forward import GradientSums, LossesFn, accumulate
-from sophia_levanter.optim.trees import norm
+from sophia_levanter.optim.trees import all_finite, norm
 from sophia_levanter.partition.mesh import at_rest
 
 PyTree = Any
@@ -187,8 +187,9 @@ def _gradient_and_curvature(
     assert isinstance(settings.optimizer, Sophia), f"{type(settings.optimizer).__name__} has no curvature to refresh"
     estimator = settings.optimizer.estimator_at(state.optimizer_state)
     if isinstance(estimator, Hutchinson):
-        source = curvature_batch or _curvature_rows(settings, batch)[0]
-        return _accumulate(settings, model, batch, keys), _hutchinson(settings, estimator, model, source, keys)
+        sums = _accumulate(settings, model, batch, keys)
+        source = _after(sums, curvature_batch or _curvature_rows(settings, batch)[0])
+        return sums, _hutchinson(settings, estimator, model, source, keys)
     assert isinstance(estimator, GaussNewtonBartlett), f"no curvature pass for {type(estimator).__name__}"
     first, others = _curvature_rows(settings, batch)
     source = curvature_batch or first
@@ -201,9 +202,21 @@ def _gradient_and_curvature(
         return _accumulate(settings, model, batch, keys), h_hat
     offset = _num_microbatches(first)
     for part in others:
-        sums = _accumulate(settings, model, part, keys, offset=offset, start=sums._replace(curvature=None))
+        start = sums._replace(curvature=None)
+        sums = _accumulate(settings, model, _after(sums, part), keys, offset=offset, start=start)
         offset += _num_microbatches(part)
     return sums, h_hat
+
+
+def _after(sums: GradientSums, batch: Batch) -> Batch:
+    """The batch, for a pass that begins when these sums are complete.
+
+    Two passes at a time would need the memory of both. On CPUs they may never end: devices enter the collectives of
+    passes that do not depend on each other in different orders. Where a sum is not finite the step changes nothing,
+    whatever the batch is.
+    """
+    finite = all_finite(sums.grads)
+    return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), batch)
 
 
 def _accumulate(
