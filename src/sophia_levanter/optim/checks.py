@@ -87,6 +87,12 @@ def check_count(name: str, value: Any, *, low: int = 1) -> None:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")
 
 
+def check_mesh_axis(value: Any) -> None:
+    """Raise a TypeError unless the value is None or a name."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"mesh_axis is {value!r}; it must be the name of an axis of the mesh, or None")
+
+
 def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, as of jnp.mean") -> jax.Array:
     """The value as an array without named axes, if it is a real scalar.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from sophia_levanter.optim.checks import check_count, check_number, whole_number
-from sophia_levanter.optim.matrices import Matrices, MatrixView, matrix_views
+from sophia_levanter.optim.checks import check_count, check_mesh_axis, check_number, whole_number
+from sophia_levanter.optim.matrices import Matrices, MatrixView, by_matrix, matrix_views
 from sophia_levanter.optim.protocol import Scalar
 from sophia_levanter.optim.trees import widened
 
@@ -54,6 +55,8 @@ class KroneckerBasis(eqx.Module):
             stacked the wrong ones. Under `vmap` of the optimizer itself it must be a function or None.
         b2: decay of L and R per refresh, in [0, 1).
         max_size: a side with more coordinates than this keeps them.
+        mesh_axis: axis of the mesh whose devices share the matrices among them, each with its own to decompose and to
+            rotate; None for all of them on every device.
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of its range.
@@ -62,10 +65,12 @@ class KroneckerBasis(eqx.Module):
     matrices: Matrices = None
     b2: Scalar = 0.9
     max_size: int = eqx.field(default=4096, static=True, converter=whole_number)
+    mesh_axis: str | None = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
         check_number("b2", self.b2, low=0, high=1)
         check_count("max_size", self.max_size)
+        check_mesh_axis(self.mesh_axis)
 
     def init(self, params: PyTree) -> Turns:
         """The basis of the parameters' own coordinates: for each leaf its two sides, or None.
@@ -91,29 +96,27 @@ class KroneckerBasis(eqx.Module):
 
     def at(self, turns: Turns) -> Coordinates:
         """The coordinates that a state of the basis stands for."""
-        return Coordinates(self.matrices, turns)
+        return Coordinates(self.matrices, turns, self.mesh_axis)
 
     def observed(self, turns: Turns, tree: PyTree) -> Turns:
         """The state with the second moments of a momentum, or gradient, like the parameters in its averages.
 
         Moments that are not finite, as the squares of finite numbers may be, are left out.
         """
-        views = matrix_views(self.matrices, tree)
-        return tuple(
-            None if view is None or turn is None else self._observed(turn, view.matrices(widened(x)))
-            for view, turn, x in zip(views, turns, jax.tree.leaves(tree), strict=True)
-        )
+        after: list[Turn | None] = [None] * len(turns)
+        for index, _, turn in self.at(turns).by_matrix(jax.tree.map(widened, tree), self._averaged):
+            after[index] = turn
+        return tuple(after)
 
-    def _observed(self, turn: Turn, x: jax.Array) -> Turn:
-        def averaged(side: Side, second_moment: jax.Array) -> Side:
+    def _averaged(self, x: jax.Array, left: Side | None, right: Side | None) -> Turn:
+        def average(side: Side, second_moment: jax.Array) -> Side:
             finite = jnp.isfinite(jnp.trace(second_moment, axis1=-2, axis2=-1))[:, None, None]
             moment = self.b2 * side.moment + (1 - self.b2) * second_moment
             return side._replace(moment=jnp.where(finite, moment, side.moment))
 
-        left, right = turn
         return (
-            None if left is None else averaged(left, x @ _transposed(x)),
-            None if right is None else averaged(right, _transposed(x) @ x),
+            None if left is None else average(left, x @ _transposed(x)),
+            None if right is None else average(right, _transposed(x) @ x),
         )
 
     def turned(self, turns: Turns, diagonal: PyTree) -> tuple[Turns, PyTree]:
@@ -123,38 +126,29 @@ class KroneckerBasis(eqx.Module):
             turns: the state before.
             diagonal: like the parameters, in the basis before.
         """
-        views = matrix_views(self.matrices, diagonal)
-        leaves, structure = jax.tree.flatten(diagonal)
-        after = [
-            (turn, h) if view is None or turn is None else self._turned(view, turn, h)
-            for view, turn, h in zip(views, turns, leaves, strict=True)
-        ]
-        return tuple(turn for turn, _ in after), jax.tree.unflatten(structure, [h for _, h in after])
+        sides, structure = jax.tree.flatten(turns, is_leaf=lambda x: isinstance(x, Side))
+        iterated = by_matrix(self.mesh_axis, _iterated, sides)
 
-    def _turned(self, view: MatrixView, turn: Turn, h: jax.Array) -> tuple[Turn, jax.Array]:
-        h = view.matrices(h)
-        left, right = turn
-        if left is not None:
-            left, overlap = _iterated(left)
-            h = jnp.square(overlap) @ h
-        if right is not None:
-            right, overlap = _iterated(right)
-            h = h @ _transposed(jnp.square(overlap))
-        return (left, right), view.parameter(h)
+        def with_vectors(part: int) -> Turns:
+            vectors = [each[part] for each in iterated]
+            return jax.tree.unflatten(structure, [s._replace(vectors=v) for s, v in zip(sides, vectors, strict=True)])
+
+        # (A * A) h (C * C)^T is what leaves a basis with A * A and C * C for its vectors.
+        return with_vectors(0), self.at(with_vectors(1)).leave(diagonal)
 
 
-def _iterated(side: Side) -> tuple[Side, jax.Array]:
-    """The side after, and the old vectors in the new ones' basis."""
-    size = jnp.trace(side.moment, axis1=-2, axis2=-1)[:, None, None]
-    # Before the first gradient there is nothing to turn to.
+def _iterated(moment: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The vectors after, and the squares of the old ones' coordinates in them."""
+    size = jnp.trace(moment, axis1=-2, axis2=-1)[:, None, None]
+    # The moments are zero before the first gradient: the vectors stay.
     turns = size > 0
     # Gradients are small, and their moments' products would leave float32's range.
-    scaled = side.moment / jnp.where(turns, size, 1)
+    scaled = moment / jnp.where(turns, size, 1)
     # One by one: a batch of them takes threads that it waits for, and where all of a pool's wait (eight devices of
     # one CPU do) none is left to go on, in jaxlib 0.10.2.
-    vectors = jax.lax.map(lambda x: jnp.linalg.qr(x)[0], scaled @ side.vectors)
-    vectors = jnp.where(turns, vectors, side.vectors)
-    return side._replace(vectors=vectors), _transposed(vectors) @ side.vectors
+    after = jax.lax.map(lambda x: jnp.linalg.qr(x)[0], scaled @ vectors)
+    after = jnp.where(turns, after, vectors)
+    return after, jnp.square(_transposed(after) @ vectors)
 
 
 class Coordinates(eqx.Module):
@@ -163,10 +157,12 @@ class Coordinates(eqx.Module):
     Args:
         matrices: as for `KroneckerBasis`.
         turns: the state; None for the parameters' own coordinates.
+        mesh_axis: as for `KroneckerBasis`.
     """
 
     matrices: Matrices = None
     turns: Turns | None = None
+    mesh_axis: str | None = eqx.field(default=None, static=True)
 
     def enter(self, tree: PyTree) -> PyTree:
         """A tree in the basis: Q_L^T G Q_R for matrices. The shapes stay.
@@ -180,18 +176,30 @@ class Coordinates(eqx.Module):
         """A tree that is in the basis in the parameters' own coordinates again: Q_L G Q_R^T."""
         return self._map(tree, lambda x, left, right: _times(left, x, right, inverse=False))
 
-    def _map(self, tree: PyTree, function: Any) -> PyTree:
+    def by_matrix(self, tree: PyTree, function: Callable[..., PyTree]) -> list[tuple[int, MatrixView, PyTree]]:
+        """`function([matrix, in, out], left, right)` of each leaf that is in the basis, with its number and view.
+
+        Raises:
+            ValueError: if the tree has another number of leaves than the parameters.
+        """
+        leaves, turns = jax.tree.leaves(tree), self.turns or ()
+        if len(leaves) != len(turns):
+            raise ValueError(f"the basis is of {len(turns)} parameters, and here are {len(leaves)}")
+        found = [
+            (index, view, (view.matrices(x), *turn))
+            for index, (x, view, turn) in enumerate(zip(leaves, matrix_views(self.matrices, tree), turns, strict=True))
+            if view is not None and turn is not None
+        ]
+        results = by_matrix(self.mesh_axis, function, [item for _, _, item in found])
+        return [(index, view, result) for (index, view, _), result in zip(found, results, strict=True)]
+
+    def _map(self, tree: PyTree, function: Callable[..., jax.Array]) -> PyTree:
         if self.turns is None:
             return tree
         leaves, structure = jax.tree.flatten(tree)
-        if len(leaves) != len(self.turns):
-            raise ValueError(f"the basis is of {len(self.turns)} parameters, and here are {len(leaves)}")
-        views = matrix_views(self.matrices, tree)
-        mapped = [
-            x if view is None or turn is None else view.parameter(function(view.matrices(x), *turn)).astype(x.dtype)
-            for x, view, turn in zip(leaves, views, self.turns, strict=True)
-        ]
-        return jax.tree.unflatten(structure, mapped)
+        for index, view, x in self.by_matrix(tree, function):
+            leaves[index] = view.parameter(x).astype(leaves[index].dtype)
+        return jax.tree.unflatten(structure, leaves)
 
 
 def _times(left: Side | None, x: jax.Array, right: Side | None, *, inverse: bool) -> jax.Array:

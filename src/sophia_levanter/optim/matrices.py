@@ -1,4 +1,4 @@
-"""Which parameters are matrices, and of which of their axes."""
+"""Which parameters are matrices, of which of their axes, and which device works on which of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 PyTree = Any
@@ -37,6 +38,57 @@ class MatrixView:
         """The parameter's shape again, of [matrix, in, out]."""
         back = sorted(range(len(self._order)), key=self._order.__getitem__)
         return jnp.transpose(x.reshape([self.shape[axis] for axis in self._order]), back)
+
+
+def by_matrix(
+    mesh_axis: str | None, function: Callable[..., PyTree], items: Sequence[tuple[PyTree, ...]]
+) -> list[PyTree]:
+    """`[function(*item) for item in items]`, where each device of a mesh axis computes its share of the matrices.
+
+    Items whose number of matrices the devices divide are shared as they are. The others are pooled by shape and padded
+    with zeros, so that a few matrices of each of many parameters keep all devices busy too.
+
+    Args:
+        mesh_axis: the axis of the mesh of `jax.set_mesh`. Without a mesh, or where the mesh lacks this axis or does not
+            leave it to the compiler (`AxisType.Auto`), every device computes everything.
+        function: treats each matrix by itself.
+        items: trees of stacks [matrix, ...]; an item's stacks, and its results, are of as many matrices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    num_devices = mesh.shape[mesh_axis] if mesh_axis in mesh.auto_axes else 1
+    if num_devices == 1:
+        return [function(*item) for item in items]
+
+    groups: dict[Any, list[int]] = {}
+    for index, item in enumerate(items):
+        stacks, structure = jax.tree.flatten(item)
+        shapes = structure, *((x.shape[1:], x.dtype) for x in stacks)
+        groups.setdefault(shapes if len(stacks[0]) % num_devices else index, []).append(index)
+
+    def split(x: jax.Array) -> jax.Array:
+        """Split inside the matrices, so that stacks are joined, padded and cut without sending anything."""
+        axis = next((axis for axis in range(1, x.ndim) if x.shape[axis] % num_devices == 0), None)
+        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, mesh_axis)
+        return jax.lax.with_sharding_constraint(x, spec)
+
+    def pool(*stacks: jax.Array) -> jax.Array:
+        padding = jnp.zeros((-sum(map(len, stacks)) % num_devices, *stacks[0].shape[1:]), stacks[0].dtype)
+        return split(jnp.concatenate([*map(split, stacks), padding]))
+
+    spec = PartitionSpec(mesh_axis)
+    shared = jax.shard_map(lambda item: function(*item), in_specs=spec, out_specs=spec, check_vma=False)
+    results: list[PyTree] = [None] * len(items)
+    for key, indices in groups.items():
+        if isinstance(key, int):
+            results[key] = shared(items[key])
+            continue
+        pooled = jax.tree.map(split, shared(jax.tree.map(pool, *(items[index] for index in indices))))
+        start = 0
+        for index in indices:
+            end = start + len(jax.tree.leaves(items[index])[0])
+            results[index] = jax.tree.map(lambda x, part=slice(start, end): x[part], pooled)
+            start = end
+    return results
 
 
 def matrix_views(matrices: Matrices, params: PyTree) -> list[MatrixView | None]:

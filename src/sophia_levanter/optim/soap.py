@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_levanter.optim.baselines import OptaxOptimizer, check_shared
-from sophia_levanter.optim.checks import check_count, check_number, whole_number
+from sophia_levanter.optim.checks import check_count, check_mesh_axis, check_number, whole_number
 from sophia_levanter.optim.kronecker import KroneckerBasis, Turns
 from sophia_levanter.optim.matrices import Matrices
 from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule
@@ -58,6 +58,7 @@ class Soap(OptaxOptimizer):
         matrices: as for `KroneckerBasis`. None takes the leaves with two axes, embeddings too.
         max_size: a side of a matrix with more coordinates than this keeps them.
         momentum_dtype: of the first moment; None for the parameters'.
+        mesh_axis: as for `KroneckerBasis`.
         gradient_transform: an optax transformation that the gradient goes through first; None for none.
 
     Raises:
@@ -75,16 +76,18 @@ class Soap(OptaxOptimizer):
     matrices: Matrices = None
     max_size: int = eqx.field(default=4096, static=True, converter=whole_number)
     momentum_dtype: Any = eqx.field(default=None, static=True)
+    mesh_axis: str | None = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
         check_shared(self)
         check_number("eps", self.eps, low=0)
         check_count("interval", self.interval)
         check_count("max_size", self.max_size)
+        check_mesh_axis(self.mesh_axis)
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for these parameters."""
-        basis = KroneckerBasis(self.matrices, self.b2, self.max_size)
+        basis = KroneckerBasis(self.matrices, self.b2, self.max_size, self.mesh_axis)
         return optax.chain(
             scale_by_soap(basis, self.b1, self.b2, self.eps, self.interval, self.momentum_dtype),
             optax.add_decayed_weights(self.weight_decay, decay_mask_tree(self.weight_decay_mask, params)),

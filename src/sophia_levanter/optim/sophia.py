@@ -289,7 +289,6 @@ class Sophia(eqx.Module):
         basis = state.basis
         if self.basis is not None:
             turns, curvature = self.basis.turned(self.basis.observed(basis, state.momentum), curvature)
-            curvature = jax.tree.map(lambda new, old: new.astype(old.dtype), curvature, state.curvature)
             basis, curvature = where(refreshed, (turns, curvature), (basis, state.curvature))
         after = state._replace(
             refresh_count=state.refresh_count + refreshed,

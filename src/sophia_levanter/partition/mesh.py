@@ -38,7 +38,7 @@ class Partition:
     parameters: AxisMapping
 
     def place(self, tree: Any) -> Any:
-        """The tree on the devices: named arrays as at rest, all else on every device.
+        """The tree on the devices: named arrays as at rest, stacks of square matrices in parts, all else whole.
 
         Every process gives the same values and keeps its part of them.
         """
@@ -105,7 +105,7 @@ class Partition:
 
         def visit(x: Any) -> Any:
             if not isinstance(x, NamedArray):
-                return function(x, NamedSharding(self.mesh, PartitionSpec())) if is_array(x) else x
+                return function(x, NamedSharding(self.mesh, self._unnamed(x.shape))) if is_array(x) else x
             # Where optax masks parameters, its state has named axes without an array.
             if not is_array(x.array):
                 return x
@@ -113,6 +113,17 @@ class Partition:
             return NamedArray(function(x.array, NamedSharding(self.mesh, spec)), x.axes)
 
         return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, NamedArray))
+
+    def _unnamed(self, shape: tuple[int, ...]) -> PartitionSpec:
+        """Stacks of square matrices, as a Kronecker basis has them, are split by matrix, or by rows if that does not
+        divide; any other array without names is on every device."""
+        parts = self.mesh.shape["data"]
+        if parts > 1 and len(shape) == 3 and shape[1] == shape[2]:
+            if shape[0] % parts == 0:
+                return PartitionSpec("data")
+            if shape[1] % parts == 0:
+                return PartitionSpec(None, "data")
+        return PartitionSpec()
 
 
 _active: ContextVar[Partition | None] = ContextVar("partition", default=None)

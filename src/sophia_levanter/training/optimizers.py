@@ -78,10 +78,11 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int, mask: WeightD
             return Lion(**shared, b1=config.b1, b2=config.b2)
         case MuonConfig():
             coefficients = {name: getattr(config, name) for name in ("beta", "b1", "b2", "eps")}
-            return Muon(**shared, **coefficients, matrices=matrix_axes)
+            return Muon(**shared, **coefficients, matrices=matrix_axes, mesh_axis="data")
         case SoapConfig():
             coefficients = {name: getattr(config, name) for name in ("b1", "b2", "eps", "interval")}
-            return Soap(**shared, **coefficients, matrices=matrix_axes, max_size=config.basis_max_size)
+            size = config.basis_max_size
+            return Soap(**shared, **coefficients, matrices=matrix_axes, max_size=size, mesh_axis="data")
     raise TypeError(f"no optimizer for {type(config).__name__}")
 
 
@@ -92,7 +93,9 @@ def _sophia_arguments(config: SophiaConfig) -> dict[str, Any]:
     rho = config.rho if target is None else WinRateController(target=target, initial=config.rho)
     basis = None
     if config.basis == "kronecker":
-        basis = KroneckerBasis(matrices=matrix_axes, b2=config.basis_b2, max_size=config.basis_max_size)
+        basis = KroneckerBasis(
+            matrices=matrix_axes, b2=config.basis_b2, max_size=config.basis_max_size, mesh_axis="data"
+        )
     return {
         "rho": rho,
         "basis": basis,
