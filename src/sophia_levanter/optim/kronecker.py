@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -108,12 +109,13 @@ class KroneckerBasis(eqx.Module):
             after[index] = turn
         return tuple(after)
 
-    def _averaged(self, x: jax.Array, left: Side | None, right: Side | None) -> Turn:
+    def _averaged(self, view: MatrixView, x: jax.Array, left: Side | None, right: Side | None) -> Turn:
         def average(side: Side, second_moment: jax.Array) -> Side:
             finite = jnp.isfinite(jnp.trace(second_moment, axis1=-2, axis2=-1))[:, None, None]
             moment = self.b2 * side.moment + (1 - self.b2) * second_moment
             return side._replace(moment=jnp.where(finite, moment, side.moment))
 
+        x = view.matrices(x)
         return (
             None if left is None else average(left, x @ _transposed(x)),
             None if right is None else average(right, _transposed(x) @ x),
@@ -170,14 +172,14 @@ class Coordinates(eqx.Module):
         Raises:
             ValueError: if the tree has another number of leaves than the parameters.
         """
-        return self._map(tree, lambda x, left, right: _times(left, x, right, inverse=True))
+        return self._map(tree, partial(_times, inverse=True))
 
     def leave(self, tree: PyTree) -> PyTree:
         """A tree that is in the basis in the parameters' own coordinates again: Q_L G Q_R^T."""
-        return self._map(tree, lambda x, left, right: _times(left, x, right, inverse=False))
+        return self._map(tree, partial(_times, inverse=False))
 
     def by_matrix(self, tree: PyTree, function: Callable[..., PyTree]) -> list[tuple[int, MatrixView, PyTree]]:
-        """`function([matrix, in, out], left, right)` of each leaf that is in the basis, with its number and view.
+        """`function(view, stack, left, right)` of each leaf that is in the basis, with its number and view.
 
         Raises:
             ValueError: if the tree has another number of leaves than the parameters.
@@ -186,7 +188,7 @@ class Coordinates(eqx.Module):
         if len(leaves) != len(turns):
             raise ValueError(f"the basis is of {len(turns)} parameters, and here are {len(leaves)}")
         found = [
-            (index, view, (view.matrices(x), *turn))
+            (index, view, (view, view.stack(x), *turn))
             for index, (x, view, turn) in enumerate(zip(leaves, matrix_views(self.matrices, tree), turns, strict=True))
             if view is not None and turn is not None
         ]
@@ -202,12 +204,13 @@ class Coordinates(eqx.Module):
         return jax.tree.unflatten(structure, leaves)
 
 
-def _times(left: Side | None, x: jax.Array, right: Side | None, *, inverse: bool) -> jax.Array:
+def _times(view: MatrixView, stack: jax.Array, left: Side | None, right: Side | None, *, inverse: bool) -> jax.Array:
+    x = view.matrices(stack)
     if left is not None:
         x = (_transposed(left.vectors) if inverse else left.vectors) @ x
     if right is not None:
         x = x @ (right.vectors if inverse else _transposed(right.vectors))
-    return x
+    return x.reshape(stack.shape)
 
 
 def _transposed(x: jax.Array) -> jax.Array:

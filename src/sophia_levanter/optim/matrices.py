@@ -15,6 +15,7 @@ PyTree = Any
 Matrices = PyTree | Callable[[PyTree], PyTree] | None
 
 
+@jax.tree_util.register_static
 class MatrixView:
     """A parameter of any number of axes as matrices, in x out.
 
@@ -28,14 +29,23 @@ class MatrixView:
         others = tuple(axis for axis in range(len(shape)) if axis not in inputs + outputs)
         self.shape = tuple(shape)
         self._order = others + inputs + outputs
+        self._sides = len(inputs + outputs)
         self.sizes = tuple(math.prod(shape[axis] for axis in group) for group in (others, inputs, outputs))
 
-    def matrices(self, x: jax.Array) -> jax.Array:
-        """[matrix, in, out] of an array of the parameter's shape."""
-        return jnp.transpose(x, self._order).reshape(self.sizes)
+    def stack(self, x: jax.Array) -> jax.Array:
+        """[matrix, inputs ..., outputs ...] of an array of the parameter's shape.
+
+        Its axes may be split over devices as the parameter's are; those of [matrix, in, out] often cannot.
+        """
+        x = jnp.transpose(x, self._order)
+        return x.reshape(self.sizes[0], *x.shape[len(self.shape) - self._sides :])
+
+    def matrices(self, stack: jax.Array) -> jax.Array:
+        """[matrix, in, out] of a stack, or of a part of its matrices."""
+        return stack.reshape(len(stack), *self.sizes[1:])
 
     def parameter(self, x: jax.Array) -> jax.Array:
-        """The parameter's shape again, of [matrix, in, out]."""
+        """The parameter's shape again, of a stack."""
         back = sorted(range(len(self._order)), key=self._order.__getitem__)
         return jnp.transpose(x.reshape([self.shape[axis] for axis in self._order]), back)
 

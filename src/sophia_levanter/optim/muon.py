@@ -118,14 +118,13 @@ def scale_by_muon(
             optax.tree.bias_correction(grads, beta, count),
         )
         leaves, structure = jax.tree.flatten(ahead)
-        stacks = [(view.matrices(x),) for view, x in zip(views, leaves, strict=True)]
-        orthogonal = by_matrix(
-            mesh_axis, lambda x: jax.vmap(_orthogonalized, (0, None, None))(x, state.ns_coeffs, eps), stacks
-        )
-        steps = [
-            view.parameter(jnp.sqrt(jnp.maximum(*view.sizes[1:])) * ADAMW_RMS * x)
-            for view, x in zip(views, orthogonal, strict=True)
-        ]
+        stacks = [(view, view.stack(x)) for view, x in zip(views, leaves, strict=True)]
+
+        def step(view: MatrixView, stack: jax.Array) -> jax.Array:
+            orthogonal = jax.vmap(lambda x: _orthogonalized(x, state.ns_coeffs, eps))(view.matrices(stack))
+            return (jnp.sqrt(jnp.maximum(*view.sizes[1:])) * ADAMW_RMS * orthogonal).reshape(stack.shape)
+
+        steps = [view.parameter(x) for view, x in zip(views, by_matrix(mesh_axis, step, stacks), strict=True)]
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
         return jax.tree.unflatten(structure, steps), MuonState(count, mu, state.ns_coeffs)
 
