@@ -49,6 +49,48 @@ def test_muon_by_hand():
     np.testing.assert_allclose([p["w"] for p in found], wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("momentum_dtype", [None, jnp.bfloat16])
+def test_steps_and_state_are_those_of_optax(momentum_dtype):
+    """So that checkpoints from when it was `optax.contrib.muon` load."""
+    matrices = {
+        "stack": MuonDimensionNumbers((1,), (3, 4)),
+        "tall": MuonDimensionNumbers(),
+        "wide": MuonDimensionNumbers(1, 0),
+    }
+    matrices |= {"embedding": None, "norm": None}
+
+    def tree(seed):
+        shapes = {"stack": (2, 6, 3, 2, 4), "tall": (7, 3), "wide": (7, 3), "embedding": (5, 4), "norm": (4,)}
+        return {name: normal(*shape, seed=seed) for name, shape in shapes.items()}
+
+    ours = Muon(rate, 0.8, 0.85, 0.9, 1e-6, weight_decay=0.0, matrices=matrices, momentum_dtype=momentum_dtype)
+    theirs = optax.chain(
+        optax.contrib.muon(
+            1.0,
+            beta=0.8,
+            eps=1e-6,
+            adam_b1=0.85,
+            adam_b2=0.9,
+            mu_dtype=momentum_dtype,
+            muon_weight_dimension_numbers=lambda _: matrices,
+            consistent_rms=0.2,
+        ),
+        optax.add_decayed_weights(0.0),
+        optax.scale_by_learning_rate(rate, flip_sign=False),
+    )
+    params = tree(9)
+    state, wanted_state = ours.init(params), theirs.init(params)
+    for step in range(STEPS):
+        updates, state = eqx.filter_jit(ours.update)(tree(step), state, params)
+        wanted, wanted_state = eqx.filter_jit(theirs.update)(tree(step), wanted_state, params)
+        for name in params:
+            np.testing.assert_allclose(updates[name], wanted[name], rtol=1e-5, atol=1e-7)
+    found, expected = (jax.tree_util.tree_leaves_with_path(s) for s in (state.optax_state, wanted_state))
+    for (path, x), (wanted_path, y) in zip(found, expected, strict=True):
+        assert (path, x.shape, x.dtype) == (wanted_path, y.shape, y.dtype)
+        np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=1e-5, atol=1e-7)
+
+
 def test_each_matrix_of_a_stack_is_a_matrix_of_its_own():
     """Also where the axes that count them do not come first, and where a side has several axes."""
     stacked = [normal(2, 6, 3, 2, 4, seed=seed) for seed in range(STEPS + 1)]

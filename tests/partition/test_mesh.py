@@ -63,6 +63,34 @@ def test_parameters_at_rest_and_in_use(settings, shard):
     np.testing.assert_array_equal(gradient.array, 2 * placed.array)
 
 
+@pytest.mark.parametrize(
+    ("settings", "shape", "shard"),
+    [
+        ({}, (16, 5, 5), (2, 5, 5)),
+        ({}, (12, 16, 16), (12, 2, 16)),
+        ({"data": 4, "model": 2}, (12, 16, 16), (3, 16, 16)),
+        ({"data": 4, "replica": 2}, (3, 8, 8), (3, 2, 8)),
+        ({"data": 1, "model": 8}, (16, 8, 8), (16, 8, 8)),
+        ({}, (12, 5, 5), (12, 5, 5)),
+        ({}, (16, 8, 4), (16, 8, 4)),
+        ({}, (16, 16), (16, 16)),
+        ({}, (16,), (16,)),
+    ],
+)
+def test_stacks_of_square_matrices_are_split_and_other_plain_arrays_are_not(settings, shape, shard):
+    partition = partition_of(MeshConfig(**settings))
+
+    def make():
+        return jnp.arange(np.prod(shape)).reshape(shape)
+
+    with partition.active():
+        arrays = partition.place(make()), partition.made(make), jax.jit(at_rest)(make())
+    for x in arrays:
+        assert {s.data.shape for s in x.addressable_shards} == {shard}
+        assert x.sharding.is_equivalent_to(partition.abstract(make).sharding, len(shape))
+        np.testing.assert_array_equal(x, make())
+
+
 def test_forward_over_reverse_goes_through_parameters_in_use():
     partition = partition_of(MeshConfig(fsdp="embed"))
     x, u = (partition.place(hax.named(jnp.arange(8.0) + i, "embed")) for i in range(2))

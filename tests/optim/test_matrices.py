@@ -1,0 +1,88 @@
+"""Matrices shared among the devices of a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from trajectories import normal
+
+from sophia_levanter.optim import KroneckerBasis, Muon, Soap
+from sophia_levanter.optim.matrices import by_matrix
+
+
+def mesh_of(axis_type=AxisType.Auto):
+    return jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+
+
+# 16 matrices are shared as they are; 3 and 7 of a shape are pooled as 16, and 2 of another shape padded to 8.
+ITEMS = [
+    (normal(count, n, 8, seed=count), {"y": normal(count, n, seed=9)}) for count, n in ((16, 5), (3, 5), (2, 4), (7, 5))
+]
+
+
+def gram(x, more):
+    return {"gram": x @ jnp.swapaxes(x, -1, -2), "rows": len(x) * jnp.ones_like(more["y"]), "y": 2 * more["y"]}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_each_device_takes_its_share(jit):
+    def function(items):
+        return by_matrix("data", gram, items)
+
+    with jax.set_mesh(mesh_of()):
+        found = (jax.jit(function) if jit else function)(ITEMS)
+    shares = [2, 2, 1, 2]
+    for (x, more), result, share in zip(ITEMS, found, shares, strict=True):
+        np.testing.assert_allclose(result["gram"], x @ jnp.swapaxes(x, -1, -2), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(result["y"], 2 * more["y"])
+        np.testing.assert_array_equal(result["rows"], np.full(more["y"].shape, share))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axis"), [(None, "data"), (AxisType.Auto, None), (AxisType.Auto, "model"), (AxisType.Explicit, "data")]
+)
+def test_without_such_an_axis_each_device_takes_all(mesh, axis):
+    def counts(items):
+        return by_matrix(axis, lambda x, more: len(x) + 0 * x, items)
+
+    if mesh is None:
+        found = jax.jit(counts)(ITEMS)
+    else:
+        with jax.set_mesh(mesh_of(mesh)):
+            found = jax.jit(counts)(ITEMS)
+    assert [int(x[0, 0, 0]) for x in found] == [16, 3, 2, 7]
+
+
+def test_inside_of_a_shard_map_each_device_takes_what_it_has():
+    def counts(x):
+        return by_matrix("data", lambda x: len(x) + 0 * x, [(x,)])[0]
+
+    with jax.set_mesh(mesh_of()):
+        spec = PartitionSpec("data")
+        found = jax.jit(jax.shard_map(counts, in_specs=spec, out_specs=spec))(ITEMS[0][0])
+    np.testing.assert_array_equal(found, np.full(found.shape, 2))
+
+
+@pytest.mark.parametrize("optimizer", [KroneckerBasis, Soap, Muon])
+def test_a_mesh_axis_that_is_not_a_name(optimizer):
+    with pytest.raises(TypeError, match=r"^mesh_axis is 8; it must be the name of an axis of the mesh, or None"):
+        optimizer(mesh_axis=8)
+
+
+@pytest.mark.parametrize("optimizer", [Soap, Muon])
+def test_hyper_parameters_may_be_arrays_there(optimizer):
+    """They are traced outside of the devices' shares."""
+    params = {"w": normal(8, 16), "v": normal(16, 8)}
+
+    def step(b1, beta):
+        arguments = {"b1": b1, "b2": beta} if optimizer is Soap else {"beta": beta, "b1": b1}
+        chosen = optimizer(mesh_axis="data", **arguments)
+        return chosen.update(params, chosen.init(params), params)[0]
+
+    numbers = jnp.float32(0.8), jnp.float32(0.9)
+    wanted = jax.jit(step)(*numbers)
+    with jax.set_mesh(mesh_of()):
+        found = jax.jit(step)(*numbers)
+    for name in params:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6)
