@@ -59,14 +59,14 @@ def by_matrix(
     with zeros, so that a few matrices of each of many parameters keep all devices busy too.
 
     Args:
-        mesh_axis: the axis of the mesh of `jax.set_mesh`. Without a mesh, or where the mesh lacks this axis or does not
-            leave it to the compiler (`AxisType.Auto`), every device computes everything.
+        mesh_axis: the axis of the mesh of `jax.set_mesh`. Every device computes everything without a mesh, outside of
+            `jit`, and where the mesh lacks this axis or does not leave it to the compiler (`AxisType.Auto`).
         function: treats each matrix by itself.
         items: trees of stacks [matrix, ...]; an item's stacks, and its results, are of as many matrices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     num_devices = mesh.shape[mesh_axis] if mesh_axis in mesh.auto_axes else 1
-    if num_devices == 1:
+    if num_devices == 1 or not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(list(items))):
         return [function(*item) for item in items]
 
     groups: dict[Any, list[int]] = {}
