@@ -71,7 +71,7 @@ def test_settings_named_in_prose_are_fields(page):
         ("python -m sophia_levanter.commands.checkpoints list DIR --stpe 3", "stpe"),
         ("python -m sophia_levanter.commands.checkpoints lsit DIR", "lsit"),
         ("python -m sophia_levanter.commands.plan --config config/gpt2_nano_sophia.yaml --mesh.fspd embed", "fspd"),
-        ("python -m sophia_levanter.benchmarks.nano_step --ruonds 3", "ruonds"),
+        ("python -m sophia_levanter.benchmarks.peers --ruonds 3", "ruonds"),
     ],
 )
 def test_a_misspelt_command_is_found(command, complaint, monkeypatch):

@@ -144,6 +144,28 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
         assert (last[0] / file).read_bytes() == (last[1] / file).read_bytes(), file
 
 
+def test_memory_and_lapack_are_set_up_before_jax_is_imported(config_file, tmp_path):
+    """Seen from outside: a run that is refused after they are set leaves jax alone."""
+    program = f"""
+import os, sys
+from sophia_levanter import main
+kept = []
+main.keep_freed_memory = lambda: kept.append("jax" in sys.modules)
+status = main.main(["--config", {str(config_file)!r}, "--resume", {str(tmp_path / "none")!r}])
+main.choose_run_directory = lambda command: sys.exit(9)
+try:
+    main.main(["--config", {str(config_file)!r}])
+except SystemExit:
+    print(status, kept, os.environ["OPENBLAS_NUM_THREADS"])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    for given, wanted in (({}, "1"), ({"OPENBLAS_NUM_THREADS": "2"}, "2")):
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment | given, check=True
+        )
+        assert done.stdout.strip() == f"2 [False] {wanted}"
+
+
 def test_sigterm_means_run_me_again_and_auto_does(config_file, tmp_path, capfd, stop_after):
     run_dir = tmp_path / "run"
     again = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto"]

@@ -66,7 +66,7 @@ CASES = [
     (
         SophiaHConfig(**RATES, basis="kronecker", basis_b2=0.6, basis_max_size=100),
         SophiaH,
-        {"basis": KroneckerBasis(matrices=matrix_axes, b2=0.6, max_size=100)},
+        {"basis": KroneckerBasis(matrices=matrix_axes, b2=0.6, max_size=100, mesh_axis="data")},
     ),
     (SophiaGConfig(**RATES), SophiaG, {"basis": None, "momentum_dtype": jnp.float32, "curvature_dtype": jnp.float32}),
     (SophiaHConfig(**RATES, curvature_dtype="bfloat16"), SophiaH, {"curvature_dtype": jnp.bfloat16}),

@@ -146,8 +146,8 @@ def _iterated(moment: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Arr
     turns = size > 0
     # Gradients are small, and their moments' products would leave float32's range.
     scaled = moment / jnp.where(turns, size, 1)
-    # One by one: a batch of them takes threads that it waits for, and where all of a pool's wait (eight devices of
-    # one CPU do) none is left to go on, in jaxlib 0.10.2.
+    # One by one. On CPUs a batch waits for threads of the pool that it runs in: with several batches in a step, or
+    # several devices, every thread may wait and none is left to finish (jaxlib 0.10.2).
     after = jax.lax.map(lambda x: jnp.linalg.qr(x)[0], scaled @ vectors)
     after = jnp.where(turns, after, vectors)
     return after, jnp.square(_transposed(after) @ vectors)
