@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-# Parameters of mallopt, from glibc's malloc.h, with what keeps the buffers of a step from one step to the next.
+# Parameters of mallopt, from glibc's malloc.h, and the values that keep a step's buffers allocated between steps.
 _KEEP = {
     -4: 0,  # M_MMAP_MAX: large buffers come from the heap, too
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: the free end of the heap is not given back
@@ -29,8 +29,8 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Have malloc return free memory to the system.
 
-    Texts come and go in sizes of their own, and glibc keeps the gaps between them: without this a process that prepares
-    a long text grows by a third in its first minute.
+    Texts have different sizes, and glibc keeps the gaps between them. Without this a process that prepares a long text
+    grows by a third in its first minute.
     """
     trim = _function("malloc_trim")
     if trim is not None:

@@ -28,6 +28,7 @@ def test_axes():
         ("cpu", "bfloat16", 1024, 64, False, "blocked"),
         ("cpu", "float32", 1000, 60, False, "blocked"),
         ("cpu", "float32", 1024, 64, True, "xla"),
+        ("METAL", "float32", 1024, 64, False, "xla"),
         ("gpu", "bfloat16", 1024, 64, False, "cudnn"),
         ("gpu", "float32", 1024, 64, False, "xla"),
         ("gpu", "bfloat16", 1024, 60, False, "xla"),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from optax.contrib import MuonDimensionNumbers
 from trajectories import normal
 
 from sophia_levanter.optim import KroneckerBasis, Muon, Soap
@@ -85,3 +86,17 @@ def test_hyper_parameters_may_be_arrays_there(optimizer):
         found = jax.jit(step)(*numbers)
     for name in params:
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [[(32, 32)] * 8, [(16, 32, 32)], [(3, 24, 32)] * 8])
+def test_muon_orthogonalizes_only_its_share(shapes):
+    """Single matrices, a stack that the devices divide, and small stacks, pooled."""
+    params = {str(i): normal(*shape, seed=i) for i, shape in enumerate(shapes)}
+
+    def flops(mesh_axis):
+        muon = Muon(matrices=jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), params), mesh_axis=mesh_axis)
+        with jax.set_mesh(mesh_of()):
+            compiled = jax.jit(lambda *x: muon.update(*x)).lower(params, muon.init(params), params).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops("data") <= 1.3 / 8 * flops(None)

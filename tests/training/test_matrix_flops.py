@@ -37,17 +37,17 @@ def test_kinds_of_work_of_a_kronecker_basis():
 
 
 @pytest.mark.parametrize(
-    ("num_shards", "squares", "oblongs", "eights", "thirty_twos"), [(2, 6, 2 * 2, 15, 3), (8, 2, 2 * 1, 4, 1)]
+    ("num_shards", "squares", "oblongs", "eights", "thirty_twos"), [(2, 5 + 2, 2 * 2, 15, 3), (8, 2 + 1, 2 * 1, 4, 1)]
 )
 def test_devices_share_whole_matrices(num_shards, squares, oblongs, eights, thirty_twos):
-    """Twelve matrices are 8 x 8, three 8 x 32 and three 32 x 8; their factors are 30 of side 8 and 6 of side 32."""
+    """Nine and three matrices are 8 x 8, three 8 x 32 and three 32 x 8, with 30 factors of side 8 and 6 of side 32."""
     found = costs(KRONECKER, num_shards)
     cubes = eights * 8**3 + thirty_twos * 32**3
     assert found.products == pytest.approx((2 + 3 / 5) * (squares * SQUARE + oblongs * OBLONG) + 4 * cubes / 5)
     assert found.qr == pytest.approx({8: eights * 8 / 3 * 8**3 / 5, 32: thirty_twos * 8 / 3 * 32**3 / 5})
 
 
-@pytest.mark.parametrize(("num_shards", "squares", "oblongs"), [(1, 12, 6), (2, 6, 2 * 2), (8, 2, 2 * 1)])
+@pytest.mark.parametrize(("num_shards", "squares", "oblongs"), [(1, 12, 6), (2, 5 + 2, 2 * 2), (8, 2 + 1, 2 * 1)])
 def test_newton_schulz_alone_is_muons(num_shards, squares, oblongs):
     square, oblong = 5 * 2 * (2 * 8**3 + 8**3), 5 * 2 * (2 * 8**2 * 32 + 8**3)
     wanted = MatrixFlops(newton_schulz=squares * square + oblongs * oblong)

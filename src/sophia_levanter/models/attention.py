@@ -18,7 +18,7 @@ from sophia_levanter.models.config import attention_for
 from sophia_levanter.partition.mesh import active_partition, is_axis_split
 
 ORDER = ("position", "heads", "head_size")
-BLOCK_SIZE, MOST_BLOCKS = 64, 8  # queries in a block of attention at least, and blocks at most
+BLOCK_SIZE, MOST_BLOCKS = 64, 8  # minimum of queries in a block, maximum of blocks
 
 
 def causal_attention(
@@ -129,8 +129,7 @@ def _attend_blocks_back(kept: tuple[jax.Array, ...], d_output: jax.Array) -> tup
         d_q.append(jnp.einsum("bhqk,bhkd->bhqd", d_scores, k[:, :, :end]))
         d_k = d_k.at[..., :end].add(_product("bhdq,bhqk->bhdk", q_columns[..., rows], d_scores))
         d_v = d_v.at[..., :end].add(_product("bhdq,bhqk->bhdk", d_output_columns[..., rows], weights.astype(q.dtype)))
-    d_k, d_v = (jnp.swapaxes(x, 2, 3).astype(q.dtype) for x in (d_k, d_v))
-    return jnp.concatenate(d_q, 2), d_k, d_v
+    return jnp.concatenate(d_q, 2), jnp.swapaxes(d_k, 2, 3).astype(k.dtype), jnp.swapaxes(d_v, 2, 3).astype(v.dtype)
 
 
 blocked_attention.defvjp(_attend_blocks, _attend_blocks_back)

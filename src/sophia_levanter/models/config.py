@@ -147,8 +147,8 @@ def attention_for(
         for name in ("cudnn", "splash", "blocked")
     }
     if wanted == "auto":
-        fastest = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}[platform]
-        return fastest if reasons[fastest] is None else "xla"
+        fastest = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}.get(platform, "xla")
+        return fastest if reasons.get(fastest) is None else "xla"
     if reasons[wanted] is not None:
         raise InputError(f"model.attention is {wanted!r}, which {reasons[wanted]}; auto or xla would do")
     return wanted

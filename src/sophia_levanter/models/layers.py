@@ -18,11 +18,11 @@ from sophia_levanter.partition.mesh import is_axis_split
 def linear(layer: hnn.Linear, x: NamedArray) -> NamedArray:
     """The layer as one product of two matrices: [row, in] and [in, out].
 
-    Products over several axes are right as well, but XLA's CPU backend copies their operands, transposed, in the
-    backward pass. Axes that are split over devices stay apart where joining them would move data.
+    XLA's CPU backend makes transposed copies of the operands of products over several axes in the backward pass. Axes
+    that are split over devices are not joined where that would move data.
 
     Args:
-        layer: its axes may each be several.
+        layer: `In` and `Out` may be tuples of axes.
         x: [..., In].
 
     Returns:
@@ -44,7 +44,7 @@ def _can_join(axes: tuple[Axis, ...]) -> bool:
 
 
 def _join(x: NamedArray, axes: tuple[Axis, ...]) -> NamedArray:
-    """With neighbouring axes as one, which has the first one's name and is split over devices as it is."""
+    """Flattens adjacent axes into one, which takes the first axis's name and sharding."""
     return x.flatten_axes(axes, axes[0].name) if _can_join(axes) else x
 
 

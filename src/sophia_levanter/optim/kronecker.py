@@ -135,7 +135,7 @@ class KroneckerBasis(eqx.Module):
             vectors = [each[part] for each in iterated]
             return jax.tree.unflatten(structure, [s._replace(vectors=v) for s, v in zip(sides, vectors, strict=True)])
 
-        # (A * A) h (C * C)^T is what leaves a basis with A * A and C * C for its vectors.
+        # With A * A and C * C as vectors, `leave` computes (A * A) h (C * C)^T.
         return with_vectors(0), self.at(with_vectors(1)).leave(diagonal)
 
 

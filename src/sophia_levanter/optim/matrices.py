@@ -32,6 +32,12 @@ class MatrixView:
         self._sides = len(inputs + outputs)
         self.sizes = tuple(math.prod(shape[axis] for axis in group) for group in (others, inputs, outputs))
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MatrixView) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(vars(self).values()))
+
     def stack(self, x: jax.Array) -> jax.Array:
         """[matrix, inputs ..., outputs ...] of an array of the parameter's shape.
 
@@ -55,14 +61,14 @@ def by_matrix(
 ) -> list[PyTree]:
     """`[function(*item) for item in items]`, where each device of a mesh axis computes its share of the matrices.
 
-    Items whose number of matrices the devices divide are shared as they are. The others are pooled by shape and padded
-    with zeros, so that a few matrices of each of many parameters keep all devices busy too.
+    Items whose number of matrices the devices divide are shared as they are. The others are padded with zeros, those of
+    equal shapes and views together, so that parameters of one matrix each are shared too.
 
     Args:
         mesh_axis: the axis of the mesh of `jax.set_mesh`. Every device computes everything without a mesh, outside of
             `jit`, and where the mesh lacks this axis or does not leave it to the compiler (`AxisType.Auto`).
         function: treats each matrix by itself.
-        items: trees of stacks [matrix, ...]; an item's stacks, and its results, are of as many matrices.
+        items: trees of stacks [matrix, ...]; all stacks and results of an item have the same number of matrices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     num_devices = mesh.shape[mesh_axis] if mesh_axis in mesh.auto_axes else 1

@@ -77,7 +77,7 @@ class Muon(OptaxOptimizer):
         labels = ["adam" if view is None else "muon" for view in views]
         groups = jax.tree.unflatten(jax.tree.structure(params), labels)
         matrices = [view for view in views if view is not None]
-        # Chains of one keep the paths of their states what optax.contrib.muon made them, for older checkpoints.
+        # Chains of one element keep the state paths of optax.contrib.muon, so that older checkpoints load.
         direction = optax.partition(
             {
                 "muon": optax.chain(scale_by_muon(matrices, self.beta, self.eps, self.momentum_dtype, self.mesh_axis)),

@@ -80,7 +80,7 @@ class SophiaConfig(OptimizerConfig):
     bias_correct_momentum: bool = True  # divide m by 1 - b1^steps; published: false
     bias_correct_curvature: bool = True  # divide h by 1 - b2^refreshes; published: false
     curvature_batch_fraction: float = 1.0  # part of the batch that refreshes the curvature, in whole microbatches
-    curvature_microbatch_size: int | None = None  # rows of a microbatch of that part; none: as the gradient's
+    curvature_microbatch_size: int | None = None  # rows of a microbatch of that part; none: as trainer's
     target_win_rate: float | None = None  # steer rho, from its value here, so that this share of steps is unclipped
     denominator: str = "max"  # max(rho * h, eps); or add, rho * h + eps, as in the authors' code
     refresh_order: str = "before"  # a new estimate enters h before the step's update; or after it

@@ -78,24 +78,22 @@ def matrix_flops(config: TrainConfig, num_shards: int = 1) -> MatrixFlops:
     Args:
         config: of the run.
         num_shards: devices that the matrices are divided over. The result is that of the device with the most matrices:
-            each device has whole matrices, and those of one shape are divided together, so counts are rounded up.
+            each device has whole matrices, so the number of a parameter's is rounded up. QR decompositions of one side
+            are divided together.
     """
     optimizer = config.optimizer
     kronecker = isinstance(optimizer, SophiaConfig) and optimizer.basis == "kronecker"
     if not kronecker and not isinstance(optimizer, MuonConfig | SoapConfig):
         return MatrixFlops()
     model = eqx.filter_eval_shape(Gpt2.init, config.model, vocab_size=1, key=jax.random.key(0))
-    shapes: Counter[tuple[int, ...]] = Counter()
-    for view in matrix_views(matrix_axes, model):
-        if view is not None:
-            shapes[view.sizes[1:]] += view.sizes[0]
+    sizes = [view.sizes for view in matrix_views(matrix_axes, model) if view is not None]
 
     def share(count: int) -> int:
         return -(-count // num_shards)
 
     if isinstance(optimizer, MuonConfig):
         return MatrixFlops(
-            newton_schulz=sum(share(count) * newton_schulz_flops(*sorted(shape)) for shape, count in shapes.items())
+            newton_schulz=sum(share(count) * newton_schulz_flops(*sorted(shape)) for count, *shape in sizes)
         )
     if isinstance(optimizer, SoapConfig):
         # The gradient and the first moment in, the step out, and the moments of both sides at every step; v turns.
@@ -110,7 +108,7 @@ def matrix_flops(config: TrainConfig, num_shards: int = 1) -> MatrixFlops:
         turns = refreshes_per_step(config)
     products = 0.0
     factors: Counter[int] = Counter()
-    for shape, count in shapes.items():
+    for count, *shape in sizes:
         turning = [n for n in shape if n <= optimizer.basis_max_size]
         # One product with each side's square matrix: into the basis, or out of it.
         change = sum(2.0 * n * math.prod(shape) for n in turning)

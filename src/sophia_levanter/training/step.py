@@ -199,7 +199,7 @@ def _gradient_and_curvature(
     sums = _accumulate(settings, model, source, keys, samples=samples, estimator=estimator)
     h_hat = estimator.finished(sums.curvature, sums.num_targets)
     if curvature_batch is not None:
-        return _accumulate(settings, model, batch, keys), h_hat
+        return _accumulate(settings, model, _after(sums, batch), keys), h_hat
     offset = _num_microbatches(first)
     for part in others:
         start = sums._replace(curvature=None)
@@ -212,8 +212,8 @@ def _after(sums: GradientSums, batch: Batch) -> Batch:
     """The batch, for a pass that begins when these sums are complete.
 
     Two passes at a time would need the memory of both. On CPUs they may never end: devices enter the collectives of
-    passes that do not depend on each other in different orders. Where a sum is not finite the step changes nothing,
-    whatever the batch is.
+    passes that do not depend on each other in different orders. Where a gradient is not finite the batch is zeros: the
+    step is skipped whatever it holds, and the loss that is reported is that of the first pass.
     """
     finite = all_finite(sums.grads)
     return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), batch)
@@ -284,7 +284,7 @@ def _curvature_rows(settings: StepSettings, batch: Batch) -> tuple[Batch, list[B
     num, gradient_size = (batch.tokens.resolve_axis(name).size for name in ("microbatch", "batch"))
     end = num * gradient_size
     used = end if count is None else count * size
-    # What these rows leave of a microbatch of the gradient's is one of its own.
+    # The remainder of a partly used gradient microbatch becomes a microbatch of its own.
     whole = used + -used % gradient_size
 
     def part(start: int, stop: int, rows: int) -> Batch:
