@@ -130,7 +130,9 @@ class Run:
         self.state = restore(directory, self.like, report=pytest.fail).tree
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "soap" else pytest.mark.slow) for kind in OPTIMIZERS]
+)
 def test_one_device_and_eight_take_the_same_steps_and_each_others_checkpoints(kind, tmp_path):
     """Checkpoints of one device are what they were when every device had all factors."""
     one, eight = Run(kind, 1), Run(kind, DEVICES, fsdp="embed")

@@ -147,20 +147,19 @@ def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int)
     model = eqx.filter_eval_shape(Gpt2.init, model_config, vocab_size=vocab_size, key=jax.random.key(0))
     parameters, static = eqx.partition(model, lambda x: isinstance(x, jax.ShapeDtypeStruct))
 
-    def kept(parameters: Any) -> list[jax.Array]:
-        batch = batch_from_windows(np.zeros((rows, positions + 1), np.int32))
-        one = jax.tree.map(lambda x: x["microbatch", 0], batch, is_leaf=lambda x: hasattr(x, "axes"))
-        cast = policy.cast_to_compute(eqx.combine(parameters, static))
-        _, pull = jax.vjp(lambda p: eqx.combine(p, static).losses(one)[0], eqx.filter(cast, eqx.is_array))
-        return jax.tree.leaves(pull)
+    def kept_bytes(rows: int) -> int:
+        """Of activations, and of parameters in other dtypes and shapes."""
 
-    jaxpr = jax.make_jaxpr(kept)(parameters).jaxpr
-    arguments = {id(variable) for variable in jaxpr.invars}
-    # The blocks' parameters in the compute dtype are kept too, but are no activations.
-    blocks = {leaf.shape for leaf in jax.tree.leaves(parameters.blocks)}
-    kept_arrays = {id(variable): variable.aval for variable in jaxpr.outvars if hasattr(variable, "aval")}
-    return sum(
-        math.prod(aval.shape) * aval.dtype.itemsize
-        for key, aval in kept_arrays.items()
-        if key not in arguments and aval.shape not in blocks
-    )
+        def kept(parameters: Any) -> list[jax.Array]:
+            batch = batch_from_windows(np.zeros((rows, positions + 1), np.int32))
+            one = jax.tree.map(lambda x: x["microbatch", 0], batch, is_leaf=lambda x: hasattr(x, "axes"))
+            cast = policy.cast_to_compute(eqx.combine(parameters, static))
+            _, pull = jax.vjp(lambda p: eqx.combine(p, static).losses(one)[0], eqx.filter(cast, eqx.is_array))
+            return jax.tree.leaves(pull)
+
+        jaxpr = jax.make_jaxpr(kept)(parameters).jaxpr
+        arrays = {id(variable): variable.aval for variable in jaxpr.outvars if hasattr(variable, "aval")}
+        return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays.values())
+
+    # Activations grow with the rows, and nothing else does.
+    return kept_bytes(2 * rows) - kept_bytes(rows)
