@@ -78,7 +78,7 @@ def test_a_plan():
     lines = planned("--config", config, "--devices", "4", "--gpu", "a100-40", "--mesh.fsdp", "embed")
     assert lines[0] == "gpt2_nano_sophia_h on 4 x a100-40: 4 cpu device(s), data 4, embed over data"
     assert lines[1].startswith("approximate")
-    assert lines[2].split() == ["attention", "xla"]
+    assert lines[2].split() == ["attention", "blocked"]
     assert lines[3].split() == ["parameters", "853,120"]
     plain, refresh = numbers(lines, "together")
     assert 0 < plain <= refresh

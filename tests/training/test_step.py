@@ -512,7 +512,7 @@ def _exact_diagonals(model: Gpt2, tokens: np.ndarray) -> dict[str, np.ndarray]:
         return jnp.mean(jax.nn.logsumexp(z, -1) - z[jnp.arange(targets.size), targets])
 
     hessian = jnp.diag(jax.jit(jax.hessian(loss))(vector))
-    jacobian = jax.jit(jax.jacfwd(logits))(vector)
+    jacobian = jax.jit(jax.jacrev(logits))(vector)
     p = jax.nn.softmax(logits(vector), -1)
     # sum_i J_i^T (diag p_i - p_i p_i^T) J_i, its diagonal, over the number of positions
     gauss_newton = jnp.einsum("ncp,nc->p", jacobian**2, p) - jnp.sum(jnp.einsum("ncp,nc->np", jacobian, p) ** 2, 0)
