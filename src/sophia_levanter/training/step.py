@@ -199,7 +199,7 @@ def _gradient_and_curvature(
     sums = _accumulate(settings, model, source, keys, samples=samples, estimator=estimator)
     h_hat = estimator.finished(sums.curvature, sums.num_targets)
     if curvature_batch is not None:
-        return _accumulate(settings, model, _after(sums, batch), keys), h_hat
+        return _accumulate(settings, model, batch, keys), h_hat
     offset = _num_microbatches(first)
     for part in others:
         start = sums._replace(curvature=None)
