@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from sophia_levanter.benchmarks.timing import markdown_table, seconds_in_turns
-from sophia_levanter.training.costs import NEWTON_SCHULZ_ITERATIONS, newton_schulz_flops, qr_flops
+from sophia_levanter.optim.muon import COEFFICIENTS, orthogonalized
+from sophia_levanter.training.costs import newton_schulz_flops, qr_flops
 
 HEADER = ["side", "QR, ms", "QR, GFLOP/s", "Newton-Schulz, GFLOP/s", "product, GFLOP/s"]
 
@@ -24,19 +25,13 @@ def rates(side: int, count: int, rounds: int) -> list[object]:
     square = jax.random.normal(jax.random.key(0), (count, side, side))
     oblong = jax.random.normal(jax.random.key(1), (count, side, 4 * side)) / (2 * side)
     qr = jax.jit(lambda x: jax.lax.map(lambda x: jnp.linalg.qr(x)[0], x))
-    orthogonalize = jax.jit(lambda x: jax.lax.map(_orthogonalize, x))
+    coefficients = jnp.asarray(COEFFICIENTS)
+    orthogonalize = jax.jit(lambda x: jax.lax.map(lambda x: orthogonalized(x, coefficients, 1e-8), x))
     multiply = jax.jit(lambda x: jax.lax.map(lambda x: x @ x, x))
     runs = {"qr": lambda: qr(square), "ns": lambda: orthogonalize(oblong), "product": lambda: multiply(square)}
     seconds = [float(x.min()) / count for x in seconds_in_turns(runs, rounds).values()]
     flops = (qr_flops(side), newton_schulz_flops(side, 4 * side), 2.0 * side**3)
     return [side, f"{1e3 * seconds[0]:.3g}", *(f"{n / s / 1e9:,.3g}" for n, s in zip(flops, seconds, strict=True))]
-
-
-def _orthogonalize(x: jax.Array) -> jax.Array:
-    for _ in range(NEWTON_SCHULZ_ITERATIONS):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return x
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Which parameters are matrices, of which of their axes, and which device works on which of them."""
+"""Which parameters are matrices, along which axes, and which device works on them."""
 
 from __future__ import annotations
 

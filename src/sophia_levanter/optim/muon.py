@@ -121,7 +121,7 @@ def scale_by_muon(
         stacks = [(view, view.stack(x)) for view, x in zip(views, leaves, strict=True)]
 
         def step(view: MatrixView, stack: jax.Array) -> jax.Array:
-            orthogonal = jax.vmap(lambda x: _orthogonalized(x, state.ns_coeffs, eps))(view.matrices(stack))
+            orthogonal = jax.vmap(lambda x: orthogonalized(x, state.ns_coeffs, eps))(view.matrices(stack))
             return (jnp.sqrt(jnp.maximum(*view.sizes[1:])) * ADAMW_RMS * orthogonal).reshape(stack.shape)
 
         steps = [view.parameter(x) for view, x in zip(views, by_matrix(mesh_axis, step, stacks), strict=True)]
@@ -131,10 +131,10 @@ def scale_by_muon(
     return optax.GradientTransformation(init, update)
 
 
-def _orthogonalized(x: jax.Array, coefficients: jax.Array, eps: Scalar) -> jax.Array:
+def orthogonalized(x: jax.Array, coefficients: jax.Array, eps: Scalar) -> jax.Array:
     """X <- a X + (b X X^T + c (X X^T)^2) X, five times, from X / |X|; [in, out] in the shorter side's products."""
     if x.shape[0] > x.shape[1]:
-        return _orthogonalized(x.T, coefficients, eps).T
+        return orthogonalized(x.T, coefficients, eps).T
     a, b, c = coefficients.astype(x.dtype)
     x = x / (jnp.linalg.norm(x) + eps)
     for _ in range(ITERATIONS):

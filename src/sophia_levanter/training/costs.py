@@ -12,11 +12,10 @@ import jax
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.gpt2 import Gpt2, matrix_axes
 from sophia_levanter.optim.matrices import matrix_views
+from sophia_levanter.optim.muon import ITERATIONS
 from sophia_levanter.optim.soap import turn_due
 from sophia_levanter.training.config import MuonConfig, SoapConfig, SophiaConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.training.optimizers import build_optimizer, curvature_microbatches, curvature_share
-
-NEWTON_SCHULZ_ITERATIONS = 5
 
 
 @dataclass(frozen=True)
@@ -138,4 +137,4 @@ def qr_flops(side: int) -> float:
 
 def newton_schulz_flops(short: int, long: int) -> float:
     """FLOPs of orthogonalising a matrix by Newton-Schulz iterations."""
-    return NEWTON_SCHULZ_ITERATIONS * (4.0 * short**2 * long + 2.0 * short**3)
+    return ITERATIONS * (4.0 * short**2 * long + 2.0 * short**3)
