@@ -27,7 +27,13 @@ def layer(In, Out, bias):
 @pytest.mark.parametrize("mesh", [None, MeshConfig(), MeshConfig(data=2, model=4), MeshConfig(sequence=2, data=4)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("In", "Out"), [(Embed, (Axis("qkv", 3), Heads, HeadSize)), ((Heads, HeadSize), Embed), (Embed, Axis("mlp", 16))]
+    ("In", "Out"),
+    [
+        (Embed, (Axis("qkv", 3), Heads, HeadSize)),
+        ((Heads, HeadSize), Embed),
+        (Embed, Axis("mlp", 16)),
+        (Axis("mlp", 16), Embed),
+    ],
 )
 def test_linear_is_the_layer_and_its_gradients(mesh, bias, In, Out):
     one, x = layer(In, Out, bias), draw((*ROWS, *hax.util.ensure_tuple(In)))

@@ -15,7 +15,7 @@ from haliax import NamedArray
 from jax.sharding import PartitionSpec
 
 from sophia_levanter.models.config import attention_for
-from sophia_levanter.partition.mesh import active_partition, is_axis_split
+from sophia_levanter.partition.mesh import active_partition, active_platform, is_axis_split
 
 ORDER = ("position", "heads", "head_size")
 BLOCK_SIZE, MOST_BLOCKS = 64, 8  # minimum of queries in a block, maximum of blocks
@@ -72,11 +72,14 @@ def forward_differentiable() -> Iterator[None]:
 
 
 def _chosen(implementation: str, query: jax.Array) -> str:
-    partition = active_partition()
-    platform = jax.default_backend() if partition is None else partition.platform
     positions, _, head_size = query.shape[-3:]
     chosen = attention_for(
-        implementation, platform, query.dtype.name, positions, head_size, split_positions=is_axis_split("position")
+        implementation,
+        active_platform(),
+        query.dtype.name,
+        positions,
+        head_size,
+        split_positions=is_axis_split("position"),
     )
     return "xla" if _forward_differentiable.get() and chosen not in ("blocked", "xla") else chosen
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from haliax import Axis, NamedArray
 from haliax.util import ensure_tuple
 
-from sophia_levanter.partition.mesh import is_axis_split
+from sophia_levanter.partition.mesh import active_platform, is_axis_split
 
 
 def linear(layer: hnn.Linear, x: NamedArray) -> NamedArray:
@@ -32,7 +32,11 @@ def linear(layer: hnn.Linear, x: NamedArray) -> NamedArray:
     rows = tuple(axis for axis in x.axes if axis not in In)
     joined = _join(_join(x.rearrange((*rows, *In)), rows), In)
     weight = _join(_join(layer.weight, In), Out)
-    y = hax.auto_sharded(hax.dot(joined, weight, axis=[axis for axis in weight.axes if axis in joined.axes]))
+    if active_platform() == "cpu" and weight.ndim == 2 and joined.axes[1:] == weight.axes[:1]:
+        y = NamedArray(_matrix_product(joined.array, weight.array), (joined.axes[0], weight.axes[1]))
+    else:
+        y = hax.dot(joined, weight, axis=[axis for axis in weight.axes if axis in joined.axes])
+    y = hax.auto_sharded(y)
     for axes in (rows, Out):
         if _can_join(axes):
             y = y.unflatten_axis(axes[0].name, axes)
@@ -46,6 +50,24 @@ def _can_join(axes: tuple[Axis, ...]) -> bool:
 def _join(x: NamedArray, axes: tuple[Axis, ...]) -> NamedArray:
     """Flattens adjacent axes into one, which takes the first axis's name and sharding."""
     return x.flatten_axes(axes, axes[0].name) if _can_join(axes) else x
+
+
+@jax.custom_vjp
+def _matrix_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """[row, in] and [in, out] to [row, out], with a backward pass for CPUs."""
+    return x @ weight
+
+
+def _matrix_product_backward(kept: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # XLA's CPU backend is slow at products whose first factor is transposed. So the smaller factor of the weight's
+    # gradient is copied; the barriers keep the copy out of the product and of what comes before and after.
+    x, weight = kept
+    copied = jax.lax.optimization_barrier
+    d_weight = copied(x.T) @ d_y if x.shape[1] <= d_y.shape[1] else copied(copied(d_y.T) @ x).T
+    return d_y @ weight.T, d_weight
+
+
+_matrix_product.defvjp(lambda x, weight: (x @ weight, (x, weight)), _matrix_product_backward)
 
 
 def gelu(x: NamedArray) -> NamedArray:

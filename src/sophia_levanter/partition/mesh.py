@@ -162,6 +162,12 @@ def active_partition() -> Partition | None:
     return _active.get()
 
 
+def active_platform() -> str:
+    """The kind of device that what is traced here runs on: `cpu`, `gpu` or `tpu`."""
+    partition = _active.get()
+    return jax.default_backend() if partition is None else partition.platform
+
+
 def is_split() -> bool:
     """Whether parameters are split over data where this is called."""
     partition = _active.get()
