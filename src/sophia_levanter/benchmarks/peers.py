@@ -2,7 +2,7 @@
 
 For each size of model, in turns: the trainer's step with every optimizer, a step with AdamW written by hand in JAX
 (`peers_by_hand`), and one in eager PyTorch where `--torch` names an interpreter that has it. All take steps of the same
-size on random tokens, one after the other in every round, so that a noisy machine slows all alike.
+size on random tokens, one after the other in every round, in a random order, so that a noisy machine slows all alike.
 """
 
 from __future__ import annotations
@@ -144,9 +144,18 @@ def measure(model: Gpt2Config, rounds: int, torch: Path | None, only: Sequence[s
     with nullcontext() if torch is None else torch_step(torch, model) as pytorch:
         if pytorch is not None:
             steps["PyTorch, eager", False] = pytorch
-        timed = np.array([[step() for step in steps.values()] for _ in range(WARMUP + rounds)])[WARMUP:]
+        timed = _in_random_order(list(steps.values()), WARMUP + rounds)[WARMUP:]
     seconds = dict(zip(steps, timed.T, strict=True))
     return {name: _amortised(seconds, name, wanted.get(name)) for name, refresh in steps if not refresh}
+
+
+def _in_random_order(steps: Sequence[Step], rounds: int) -> np.ndarray:
+    """Seconds, [round, step]. A step runs slower after one that leaves its threads spinning, as PyTorch's do."""
+    rng, timed = np.random.default_rng(0), np.empty((rounds, len(steps)))
+    for row in timed:
+        for index in rng.permutation(len(steps)):
+            row[index] = steps[index]()
+    return timed
 
 
 def _amortised(seconds: Mapping[tuple[str, bool], np.ndarray], name: str, config: OptimizerConfig | None) -> np.ndarray:
