@@ -37,16 +37,18 @@ def page_faults(*words):
     )
 
 
+LEAST = 4 * (64 << 20) // 4096 / 512  # page faults of four buffers that are returned, with huge pages at most
+
+
 @glibc
 def test_freed_buffers_are_kept():
-    turns, pages = 4, (64 << 20) // 4096
-    assert page_faults() >= turns * pages / 512  # huge pages at most
+    assert page_faults() >= LEAST
     assert page_faults("keep") < 50
 
 
 @glibc
 def test_kept_memory_can_be_returned_all_the_same():
-    assert page_faults("keep", "return") > 10 * page_faults("keep")
+    assert page_faults("keep", "return") >= LEAST
 
 
 @pytest.mark.parametrize("name", ["keep_freed_memory", "return_freed_memory"])
