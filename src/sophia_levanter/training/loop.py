@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
 
 from sophia_levanter.batch import Batch
 from sophia_levanter.checkpoint import CheckpointError
@@ -27,6 +30,14 @@ from sophia_levanter.training.stopping import StopRequest
 from sophia_levanter.training.watchdog import Watchdog
 
 NO_WAIT_SECONDS = 1e-3
+
+
+class _Running(NamedTuple):
+    """A step whose numbers are not read yet, and the clock's time at which they are there."""
+
+    step: int
+    output: StepOutput
+    ended: Future[float]
 
 
 class TrainingFailed(Exception):
@@ -85,6 +96,8 @@ class Loop:
     _last_time: float = 0.0
     _step_seconds: list[float] = field(default_factory=list)
     _watchdog: Watchdog = field(init=False)
+    # Sees when a step ends, whatever the host is doing then: one that waits for data would read two steps at once.
+    _clock: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "step-clock"))
 
     def run(self, state: TrainState, stop: StopRequest) -> TrainState:
         """Train until the last step or until asked to stop; the last state is saved either way.
@@ -117,6 +130,7 @@ class Loop:
             finally:
                 self._end_profile()
                 self.console.stop()
+                self._clock.shutdown(wait=False)
                 self.seconds = time.perf_counter() - started
                 self.trackers.close()
 
@@ -126,12 +140,12 @@ class Loop:
         batches = self.loader.load_all(step, total)
         batch = next(batches)
         # A step's numbers are read while the next one runs.
-        unread: tuple[int, StepOutput] | None = None
+        unread: _Running | None = None
         while step < total and not all_stop(step, stop.signal is not None):
             self.checkpoints.check()
             if self.config.at_step(step).batch_size != compiled.batch_size:
                 if unread is not None:
-                    self._read(*unread)
+                    self._read(unread)
                     unread = None
                 compiled = self._compile(state, step)
                 self._last_time = time.perf_counter()
@@ -139,27 +153,28 @@ class Loop:
             refresh = refresh_pending or compiled.optimizer.refresh_due(step)
             if self.profiler.starts_at(step):
                 if unread is not None:
-                    self._read(*unread)
+                    self._read(unread)
                     unread = None
                 self.profiler.start()
             with self.profiler.annotated(step):
                 state, output = (compiled.refreshing if refresh else compiled.plain)(batch, state)
+            running = _Running(step, output, self._clock.submit(_end_time, output))
             if step + 1 < total:
                 try:
                     batch = self._next(batches, output)
                 except InputError:  # a corpus that is damaged further on
-                    self._read(step, output)
+                    self._read(running)
                     self._save(step + 1, state, evaluated=False)
                     raise
             if unread is not None:
-                self._read(*unread)
-            unread = (step, output)
+                self._read(unread)
+            unread = running
             profiled = self.profiler.ends_after(step)
             step += 1
             evaluate = step % self.config.evaluate_every == 0 or step == total
             save = step % self.config.checkpoint_every == 0 or step == total
             if refresh or evaluate or save or profiled:
-                self._read(*unread)
+                self._read(unread)
                 unread = None
                 refresh_pending = bool(output.refresh_pending)
             if profiled:
@@ -174,7 +189,7 @@ class Loop:
             if save and (step == total or not int(output.skipped_in_a_row)):
                 self._save(step, state, evaluated=evaluate)
         if unread is not None:
-            self._read(*unread)
+            self._read(unread)
         if self.checkpoints.saved_step != step:
             self._save(step, state, evaluated=False)
         return state
@@ -196,12 +211,13 @@ class Loop:
         self.waited_steps += blocked and all(x.is_ready() for x in running.metrics.values())  # type: ignore[attr-defined]
         return batch
 
-    def _read(self, step: int, output: StepOutput) -> None:
+    def _read(self, running: _Running) -> None:
         """Wait for a step to end, and log it."""
+        step, output = running.step, running.output
         numbers = {name: float(value) for name, value in output.metrics.items()}
-        now = time.perf_counter()
-        self._step_seconds.append(now - self._last_time)
-        self._last_time = now
+        ended = running.ended.result()
+        self._step_seconds.append(ended - self._last_time)
+        self._last_time = ended
         tokens = self.config.at_step(step).batch_size * self.tokens_per_window
         self._tokens += tokens
         rate = tokens / self._step_seconds[-1]
@@ -266,3 +282,8 @@ class Loop:
     def tokens_per_second(self) -> float:
         """Over all steps of this process, without evaluations and saves."""
         return self._tokens / sum(self._step_seconds) if self._step_seconds else 0.0
+
+
+def _end_time(output: StepOutput) -> float:
+    jax.block_until_ready(output.metrics)
+    return time.perf_counter()

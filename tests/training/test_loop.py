@@ -1,0 +1,80 @@
+import time
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sophia_levanter.training.compiled_steps import CompiledSteps
+from sophia_levanter.training.config import TrainerConfig
+from sophia_levanter.training.loop import Loop
+from sophia_levanter.training.step import StepOutput
+
+STEP_SECONDS, STALL_SECONDS, TOKENS = 0.1, 0.5, 8
+
+
+@jax.jit
+def sleep(x):
+    """A computation of STEP_SECONDS that runs beside the host."""
+
+    def wait(x):
+        time.sleep(STEP_SECONDS)
+        return np.asarray(x)
+
+    return jax.pure_callback(wait, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+
+@pytest.fixture
+def rates_of():
+    """The tokens a second that a loop of ten steps logs, where the host stalls before these batches or log lines."""
+
+    def run(*, loading=(), logging=()):
+        def load_all(step, total):
+            for index in range(total):
+                time.sleep(STALL_SECONDS * (index in loading))
+                yield index
+
+        def log(step, numbers):
+            if "train/loss" in numbers:
+                rates[step] = numbers["train/tokens_per_second"]
+                time.sleep(STALL_SECONDS * (step in logging))
+
+        def step(batch, state):
+            loss = sleep(state.loss)
+            output = StepOutput({"train/loss": loss, "train/grad_norm": loss}, np.bool_(False), np.int32(0))
+            return SimpleNamespace(step=state.step + 1, refresh_pending=False, loss=loss, model=None), output
+
+        rates = {}
+        loop = Loop(
+            config=TrainerConfig(num_train_steps=10, batch_size=2, evaluate_every=1000, checkpoint_every=1000),
+            settings_of=MagicMock(),
+            partition=MagicMock(),
+            loader=SimpleNamespace(load_all=load_all),
+            evaluate=lambda model, progress: SimpleNamespace(loss=1.0, bits_per_byte=1.0),
+            checkpoints=MagicMock(),
+            trackers=MagicMock(log=log),
+            console=MagicMock(),
+            profiler=SimpleNamespace(
+                starts_at=lambda step: False, ends_after=lambda step: False, annotated=lambda step: nullcontext()
+            ),
+            tokens_per_window=TOKENS // 2,
+            mfu_per_token_rate=1.0,
+        )
+        loop._watchdog, loop._last_time = MagicMock(), time.perf_counter()
+        optimizer = SimpleNamespace(refresh_due=lambda step: False)
+        first = SimpleNamespace(step=0, refresh_pending=False, loss=jnp.float32(1), model=None)
+        loop._steps(first, CompiledSteps(2, optimizer, step, step), SimpleNamespace(signal=None))
+        return list(rates.values())
+
+    return run
+
+
+@pytest.mark.parametrize("stall", [{"loading": (4,)}, {"logging": (3,)}, {"loading": (2, 5), "logging": (6,)}])
+def test_a_step_takes_as_long_as_its_result(rates_of, stall):
+    """Two steps that end while the host is busy are two steps long, and the second is not as fast as its log line."""
+    rates = rates_of(**stall)
+    assert len(rates) == 10
+    assert max(rates) < 4 * TOKENS / STEP_SECONDS  # a busy machine sees some ends late
