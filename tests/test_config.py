@@ -213,6 +213,7 @@ NOT_A_NUMBER = float("nan")
         *((SophiaHConfig, name, -1) for name in ("first_refresh", "initial_refreshes")),
         *((SophiaGConfig, "target_win_rate", value) for value in (0.0, 1.0)),
         (SophiaGConfig, "denominator", "sum"),
+        (SophiaHConfig, "denominator", "add"),
         (SophiaGConfig, "basis", "eigen"),
         (SophiaHConfig, "basis_b2", 1.0),
         (SophiaGConfig, "curvature_dtype", "float16"),

@@ -262,6 +262,11 @@ BAD = {
     "binary file": (["--data.train", "BINARY"], "binary.txt"),
     "short text": (["--data.train", "SHORT"], "model.seq_len"),
     "steps": (["--trainer.num_train_steps", "3000000000"], "must be below 2147483648"),
+    "added eps": (
+        ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.denominator", "add"],
+        "optimizer.denominator is 'add', and the curvature of sophia_h may be negative, "
+        "where an added eps turns the step uphill; use max",
+    ),
     "eps": (["--optimizer.eps", "1e-50"], "optimizer.eps is 1e-50"),
     "warm-up": (["--optimizer.warmup_steps", "99"], "optimizer.warmup_steps 99"),
     "another run": (["--trainer.run_dir", "FULL"], "holds files already"),

@@ -141,7 +141,7 @@ def test_eps_is_the_floor_of_the_denominator():
 
 
 def test_an_added_eps_flips_the_step_where_the_curvature_is_negative():
-    optimizer = SophiaH(**PLAIN | {"eps": 0.5}, denominator="add")
+    optimizer = SophiaG(**PLAIN | {"eps": 0.5}, denominator="add")
     # rho h + eps = [2, 0.5, -1, 0.25], where a floor of 0.5 would make it [1.5, 0.5, 0.5, 0.5].
     updates, _ = one_step(optimizer, [1.0, 0.25, 0.25, 0.125], [3, 0, -3, -0.5], [0] * 4)
     assert updates.tolist() == pytest.approx([-0.05, -0.05, 0.025, -0.05])

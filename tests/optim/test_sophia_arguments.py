@@ -1,5 +1,7 @@
 """Which arguments and states Sophia takes, and how it refuses others."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from sophia_levanter.optim import (
     AdamW,
     GaussNewtonBartlett,
+    GaussNewtonHutchinson,
     Hutchinson,
     Lion,
     Sophia,
@@ -257,3 +260,57 @@ def test_what_is_not_one_number_is_refused(settings, error, message):
 def test_classes_and_optimizers_in_the_wrong_place(settings, message):
     with pytest.raises(TypeError, match=f"^{message}"):
         SophiaG(**settings)
+
+
+class SignedEstimator:
+    """A custom estimator that says that its estimates may be negative."""
+
+    signed = True
+
+    def __call__(self, function, model, microbatches=None, *, key):
+        return model
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (SophiaH, "Hutchinson"),
+        (lambda **given: SophiaH(estimator=Hutchinson("gaussian", 2), **given), "Hutchinson"),
+        (lambda **given: Sophia(estimator=Hutchinson(), **given), "Hutchinson"),
+        (lambda **given: SophiaG(estimator=Hutchinson(), **given), "Hutchinson"),
+        (lambda **given: Sophia(estimator=GaussNewtonHutchinson(), **given), "GaussNewtonHutchinson"),
+        (lambda **given: Sophia(estimator=SignedEstimator(), **given), "SignedEstimator"),
+        (SophiaH.paper, "Hutchinson"),
+        (SophiaH.optax, "Hutchinson"),
+    ],
+)
+def test_an_added_eps_with_estimates_that_may_be_negative(make, name):
+    with pytest.raises(ValueError) as error:
+        make(denominator="add")
+    assert str(error.value) == (
+        f"denominator is 'add', and {name}'s estimates may be negative, where an added eps turns the step uphill; "
+        "use 'max'"
+    )
+    assert make(denominator="max").denominator == "max"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        SophiaG,
+        SophiaG.authors,
+        lambda **given: Sophia(estimator=GaussNewtonBartlett(), **given),
+        Sophia,
+        SophiaH.authors,
+        lambda **given: dataclasses.replace(SophiaH.authors(b1=0.5), **given),
+    ],
+)
+def test_an_added_eps_where_it_is_safe_or_reproduces_other_code(make):
+    assert make(denominator="add").denominator == "add"
+
+
+def test_the_authors_preset_of_sophia_h_is_a_sophia_h():
+    optimizer = SophiaH.authors()
+    assert isinstance(optimizer, SophiaH)
+    assert (optimizer.denominator, optimizer.rho) == ("add", 0.01)
+    assert SophiaH.authors(denominator="max").denominator == "max"

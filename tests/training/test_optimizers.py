@@ -54,9 +54,9 @@ CASES = [
         SOPHIA | {"estimator": GaussNewtonBartlett(reduction="average_then_square", max_grad_norm=2.0)},
     ),
     (
-        SophiaHConfig(**RATES, **SOPHIA, probe="gaussian", num_probes=3),
+        SophiaHConfig(**RATES, **SOPHIA | {"denominator": "max"}, probe="gaussian", num_probes=3),
         SophiaH,
-        SOPHIA | {"estimator": Hutchinson("gaussian", 3)},
+        SOPHIA | {"denominator": "max", "estimator": Hutchinson("gaussian", 3)},
     ),
     (
         SophiaGConfig(**RATES, **SOPHIA | {"target_win_rate": 0.4}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -43,6 +43,7 @@ class Hutchinson(eqx.Module):
     probe: str = eqx.field(default="rademacher", static=True)
     num_probes: int = eqx.field(default=1, static=True, converter=whole_number)
     coordinates: Coordinates = Coordinates()
+    signed: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
         check_choice("probe", self.probe, PROBES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -68,7 +68,8 @@ class Sophia(eqx.Module):
         bias_correct_momentum: use m / (1 - b1^count) in the update.
         bias_correct_curvature: use h / (1 - b2^refresh_count) in the update. Uncorrected, as in the paper, h reaches
             63 % of its value only after 1 / (1 - b2) refreshes, and steps are too long by as much.
-        denominator: `max` for max(rho h, eps); `add` for rho h + eps, which flips the step's sign where rho h < -eps.
+        denominator: `max` for max(rho h, eps); `add` for rho h + eps, which flips the step's sign where rho h < -eps,
+            and so is refused with an estimator whose `signed` is True.
         refresh_order: whether an estimate given to `update` enters h `before` that update or `after` it.
         first_refresh: the first step at which a refresh is due.
         initial_refreshes: how many steps from there on have one each, before the interval counts: h is an average of
@@ -83,10 +84,12 @@ class Sophia(eqx.Module):
             of h.
         gradient_transform: an optax transformation that the gradient goes through first, such as
             `optax.clip_by_global_norm(1.0)`; None for none.
-        estimator: what `estimate` calls: (function of the model, model, microbatches, key=...) -> h_hat.
+        estimator: what `estimate` calls: (function of the model, model, microbatches, key=...) -> h_hat. One whose
+            estimates may be negative says so by an attribute `signed`, True.
 
     Raises:
         TypeError, ValueError: if a hyper-parameter is of the wrong kind, or a concrete number out of its range.
+        ValueError: if `denominator` is `add` and the estimates may be negative.
     """
 
     learning_rate: ScalarOrSchedule = 6e-4
@@ -110,6 +113,9 @@ class Sophia(eqx.Module):
     gradient_transform: optax.GradientTransformation | None = None
     estimator: Estimator | None = None
 
+    # Only a preset that reproduces other code sets it.
+    _adds_to_signed: ClassVar[bool] = False
+
     def __check_init__(self) -> None:
         check_number("learning_rate", self.learning_rate, low=0, schedule=True)
         check_number("b1", self.b1, low=0, high=1)
@@ -126,6 +132,11 @@ class Sophia(eqx.Module):
         check_gradient_transform(self.gradient_transform)
         if self.estimator is not None and (isinstance(self.estimator, type) or not callable(self.estimator)):
             raise TypeError(f"estimator is {self.estimator!r}; it must be a value such as GaussNewtonBartlett()")
+        if self.denominator == "add" and getattr(self.estimator, "signed", False) and not self._adds_to_signed:
+            raise ValueError(
+                f"denominator is 'add', and {type(self.estimator).__name__}'s estimates may be negative, "
+                "where an added eps turns the step uphill; use 'max'"
+            )
         if self.basis is not None and not isinstance(self.basis, KroneckerBasis):
             raise TypeError(f"basis is {self.basis!r}; it must be a KroneckerBasis or None")
         check_dtype("momentum_dtype", self.momentum_dtype)

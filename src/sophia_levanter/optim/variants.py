@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import optax
@@ -82,9 +82,12 @@ class SophiaH(Sophia):
     def authors(cls, **overrides: Any) -> SophiaH:
         """The update of the authors' code, which has no Sophia-H, over Hutchinson's estimator.
 
-        Their denominator rho h + eps turns the step around where h is negative; it is here for comparison.
+        Their denominator rho h + eps turns the step around where h is negative. It is here for comparison, and the
+        only optimizer that takes `denominator="add"` with this estimator.
         """
-        return cls(**{**_AUTHORS, "estimator": Hutchinson("gaussian"), "gradient_transform": _clip()} | overrides)
+        return _AuthorsSophiaH(
+            **{**_AUTHORS, "estimator": Hutchinson("gaussian"), "gradient_transform": _clip()} | overrides
+        )
 
     @classmethod
     def optax(cls, **overrides: Any) -> SophiaH:
@@ -98,6 +101,12 @@ class SophiaH(Sophia):
         settings: dict[str, Any] = {"b1": 0.96, "b2": 0.99, "eps": 1e-12, "weight_decay": 0.1, "interval": 10}
         late: dict[str, Any] = {"bias_correct_curvature": False, "refresh_order": "after", "first_refresh": 9}
         return cls(**{**settings, **late, "estimator": Hutchinson("gaussian")} | overrides)
+
+
+class _AuthorsSophiaH(SophiaH):
+    """What `SophiaH.authors()` gives."""
+
+    _adds_to_signed: ClassVar[bool] = True
 
 
 def sophia_g(

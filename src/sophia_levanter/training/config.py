@@ -82,7 +82,7 @@ class SophiaConfig(OptimizerConfig):
     curvature_batch_fraction: float = 1.0  # part of the batch that refreshes the curvature, in whole microbatches
     curvature_microbatch_size: int | None = None  # rows of a microbatch of that part; none: as trainer's
     target_win_rate: float | None = None  # steer rho, from its value here, so that this share of steps is unclipped
-    denominator: str = "max"  # max(rho * h, eps); or add, rho * h + eps, as in the authors' code
+    denominator: str = "max"  # max(rho * h, eps); or add, rho * h + eps, as in the authors' code: sophia_g only
     refresh_order: str = "before"  # a new estimate enters h before the step's update; or after it
     first_refresh: int = 0  # the first step that refreshes the curvature
     initial_refreshes: int = 0  # this many steps from there on refresh it each, before the interval counts
@@ -149,6 +149,11 @@ class SophiaHConfig(SophiaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.denominator == "add":
+            raise InputError(
+                "optimizer.denominator is 'add', and the curvature of sophia_h may be negative, "
+                "where an added eps turns the step uphill; use max"
+            )
         _check_choice("optimizer.probe", self.probe, ("rademacher", "gaussian"))
         _check_at_least_1("optimizer.num_probes", self.num_probes)
 
