@@ -46,7 +46,11 @@ def test_each_backend_has_its_fields(tmp_path):
         ("backend: local\nmax_failures: -1\n", "max_failures is -1; it must be at least 0"),
         ("backend: local\ncrash_loop: 0\n", "crash_loop is 0; it must be at least 1"),
         ("backend: local\nenv: [A]\n", "env is a list; it must be a section of NAME: VALUE"),
-        ("backend: local\nenv: {A: 1}\n", "env.A is 1; it must be a string; quote it"),
+        ("backend: local\nenv: {A: 1}\n", "env.A is *** (int); it must be a string, in quotes"),
+        ("backend: local\nenv: {A: 2.5}\n", "env.A is *** (float); it must be a string, in quotes"),
+        ("backend: local\nenv: {A: [b]}\n", "env.A is a list; it must be a string, in quotes"),
+        ("backend: local\nenv: {A: null}\n", "env.A is null; it must be a string, in quotes"),
+        ("backend: local\nenv: A=hunter2\n", "env is *** (str); it must be a section of NAME: VALUE"),
         ("backend: local\nenv: {1A: x}\n", "'1A' is no name of an environment variable"),
         ("backend: local\nenv: {WANDB_API_KEY: x}\n", "env.WANDB_API_KEY looks like a secret; name it under secrets"),
         ("backend: local\nenv: {HF_TOKEN: x}\n", "env.HF_TOKEN looks like a secret"),
@@ -88,3 +92,71 @@ def test_a_mistake_has_one_line(text, message, tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="there is no such file"):
         read_cluster(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DB_PASSWD",
+        "PGPASS",
+        "PASSPHRASE",
+        "SSH_PASSPHRASE",
+        "DB_PASS",
+        "PASS",
+        "SSHPASS",
+        "PASSCODE",
+        "MYSQL_PWD",
+        "HF_CREDS",
+        "AWS_CREDENTIALS",
+        "AUTH",
+        "NPM_AUTH",
+        "HTTP_AUTHORIZATION",
+        "SESSION_COOKIE",
+        "COOKIES",
+        "SSH_PRIVATE",
+        "SENTRY_DSN",
+        "MY_JWT",
+        "APIKEY",
+        "api_key",
+        "PGPASSWORD",
+        "KEY2",
+        "HF_TOKEN",
+        "TOKEN_FOR_WANDB",
+        "MY_SECRETS",
+        "pgPass",
+    ],
+)
+def test_a_name_that_looks_like_a_secrets_is_refused_in_env(name, tmp_path):
+    with pytest.raises(InputError) as error:
+        read(tmp_path, f"backend: local\nenv: {{{name}: hunter2}}\n")
+    message = str(error.value)
+    assert f"env.{name} looks like a secret; name it under secrets, and keep its value out of files" in message
+    assert "hunter2" not in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "XLA_PASSES",
+        "XLA_FLAGS",
+        "XLA_PASS_THROUGH",
+        "TOKENIZERS_PARALLELISM",
+        "GIT_AUTHOR_NAME",
+        "RAY_AUTH_MODE",
+        "XAUTHORITY",
+        "PWD",
+        "OLDPWD",
+        "BYPASS",
+        "COMPASS",
+        "SSH_ASKPASS",
+        "PGPASSFILE",
+        "PRIVATE_NETWORK",
+        "KEYBOARD",
+        "SECRETARY",
+        "JAX_PLATFORMS",
+        "NCCL_DEBUG",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    ],
+)
+def test_an_innocent_name_is_taken_in_env(name, tmp_path):
+    assert read(tmp_path, f"backend: local\nenv: {{{name}: x}}\n").env == {name: "x"}

@@ -195,6 +195,13 @@ def test_a_secret_of_the_launcher_is_in_no_command(job, monkeypatch):
     assert "s3cret-value" not in lines
 
 
+def test_values_of_env_are_masked_in_what_is_described_alone(job):
+    slices = backend(env={"A": "hunter2", "B": "it's; hunter2"})
+    lines = "\n".join(slices.describe(job))
+    assert "hunter2" not in lines
+    assert re.search(r"export A=\W*\*\*\*\W*; export B=\W*\*\*\*", lines)
+
+
 def test_what_is_described_can_be_pasted(job):
     setup = ("echo it's; $(x)",)
     slices = backend(slices=2, capacity="spot", setup=setup, env={"AWKWARD": AWKWARD})

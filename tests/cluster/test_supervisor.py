@@ -216,6 +216,17 @@ def test_a_secret_of_several_lines_is_kept_out(tmp_path, monkeypatch):
     assert said[4] == " ***"
 
 
+@pytest.mark.parametrize("names", [("SHORT", "LONG", "TAIL"), ("TAIL", "LONG", "SHORT"), ("LONG", "SHORT", "TAIL")])
+def test_secrets_that_overlap_are_kept_out(names, tmp_path, monkeypatch):
+    values = {"SHORT": "tokabc", "LONG": "tokabcDEF123456", "TAIL": "DEF1234"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    script = 'echo "a $LONG b"; echo "a $SHORT b"; echo "a $TAIL b"; echo "$SHORT$LONG"'
+    status, said, _ = run(tmp_path, Scripts([script]), secrets=names)
+    assert status == 0
+    assert said[:4] == ["a *** b", "a *** b", "a *** b", "******"]
+
+
 def test_one_who_looks_does_not_keep_a_launcher_out(tmp_path):
     record = LaunchRecord(tmp_path / "launch")
     record.directory.mkdir()

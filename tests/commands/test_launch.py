@@ -33,17 +33,33 @@ def test_a_dry_run_shows_the_commands_and_writes_nothing(config_file, tmp_path, 
     assert sorted(tmp_path.iterdir()) == before
     lines = out.splitlines()
     assert lines[0] == "on this machine, nothing is paid for:"
-    # A shell takes what is shown as it was meant.
+    # A shell takes what is shown as it was meant; values of env are masked.
     shown = subprocess.run(
         ["bash", "-c", lines[2].replace(sys.executable, "printf '%s\\n' \"$A\"")],
-        env={**os.environ, "A": "x y; $(b) 'c'"},
+        env={**os.environ, "A": "masked"},
         capture_output=True,
         text=True,
         check=True,
     ).stdout.splitlines()
-    assert shown[0] == "x y; $(b) 'c'"
+    assert lines[2].startswith("A='***' ")
+    assert shown[0] == "masked"
     assert str(run_dir / "launch" / "config.yaml") in shown
     assert shown[-1] == "1"
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    ["backend: local\n", "backend: ray\nworkers: 2\n", "backend: slurm\nnodes: 1\n"],
+)
+def test_a_dry_run_masks_the_values_of_env(cluster, config_file, tmp_path, capsys):
+    file = cluster_file(tmp_path, cluster + "env: {A: hunter2, B: hunter2 too}\n")
+    run_dir = tmp_path / "run"
+    status, out, err = main(
+        capsys, "--config", config_file, "--cluster", file, "--trainer.run_dir", run_dir, "--dry_run"
+    )
+    assert status == 0, err
+    assert "hunter2" not in out + err
+    assert "A=" in out and "***" in out
 
 
 def test_a_dry_run_of_ray(config_file, tmp_path, capsys):

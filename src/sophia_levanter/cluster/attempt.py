@@ -16,6 +16,7 @@ from typing import IO
 
 from sophia_levanter.cluster.backend import HostCommand
 from sophia_levanter.cluster.child import bound_to_this_process
+from sophia_levanter.cluster.config import MASK
 
 _LABELLED = re.compile(r" *(\d+): (.*)")
 TAIL_LINES = 20
@@ -42,9 +43,9 @@ class Attempt:
         self._commands = commands
         self._directory = directory
         self._on_line = on_line
-        self._secrets = [
-            part.strip() for secret in secrets for part in secret.splitlines() if len(part.strip()) >= SHORTEST_SECRET
-        ]
+        parts = {part.strip() for secret in secrets for part in secret.splitlines()}
+        # The longest first: one secret may be the beginning of another.
+        self._secrets = sorted((part for part in parts if len(part) >= SHORTEST_SECRET), key=len, reverse=True)
         self._logs: dict[str, IO[str]] = {}
         self._tails: dict[str, deque[str]] = {command.label: deque(maxlen=TAIL_LINES) for command in commands}
         self._lock = threading.Lock()
@@ -140,7 +141,7 @@ class Attempt:
         for raw in process.stdout:
             line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
             for secret in self._secrets:
-                line = line.replace(secret, "***")
+                line = line.replace(secret, MASK)
             self._tails[command.label].append(line)
             label = command.label
             if command.labelled and (match := _LABELLED.match(line)):

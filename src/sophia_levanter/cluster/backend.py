@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from sophia_levanter.cluster.config import MASK
 from sophia_levanter.cluster.record import LaunchRecord
 from sophia_levanter.errors import InputError
 
@@ -82,8 +83,8 @@ class HostCommand:
     by_stdin: bool = False
 
     def shown(self) -> str:
-        """As a person would type it."""
-        return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.env.items()), shlex.join(self.words)])
+        """As a person would type it, with the values of `env` masked."""
+        return " ".join([*(f"{name}={shlex.quote(MASK)}" for name in self.env), shlex.join(self.words)])
 
 
 class Unavailable(Exception):

@@ -18,8 +18,13 @@ from sophia_levanter.errors import InputError
 
 LARGEST = 1_000_000
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Names of variables whose values no file should hold.
-SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)S?(_|$)")
+MASK = "***"  # what is shown in place of a value
+# Names of variables whose values no file should hold. The words of the second line count only at the end of a name:
+# RAY_AUTH_MODE is innocent. PWD is the working directory, and SSH_ASKPASS the path of a program.
+SECRET = re.compile(
+    r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|CREDENTIAL|CRED|COOKIE|JWT|BEARER|AUTHORIZATION)S?\d*(_|$)"
+    r"|(?<!BY)(?<!COM)(?<!ASK)PASS\d*$|AUTH\d*$|(^|_)(PRIVATE|DSN)\d*$|_PWD\d*$"
+)
 
 
 @dataclass(frozen=True)
@@ -265,12 +270,14 @@ def read_cluster(path: Path) -> ClusterConfig:
     for key, setting in settings.items():
         section, _, variable = key.partition(".")
         if section == "env":
-            if variable:
-                values.setdefault("env", {})[variable] = convert_value(key, setting, str)
-            elif setting.value:
+            if variable and not isinstance(setting.value, str):
                 raise InputError(
-                    f"{setting.prefix}env is {show_value(setting.value)}; it must be a section of NAME: VALUE"
+                    f"{setting.prefix}env.{variable} is {_kind(setting.value)}; it must be a string, in quotes"
                 )
+            if variable:
+                values.setdefault("env", {})[variable] = setting.value
+            elif setting.value:
+                raise InputError(f"{setting.prefix}env is {_kind(setting.value)}; it must be a section of NAME: VALUE")
         elif key not in names:
             raise InputError(f"{setting.prefix}unknown key {key!r}; {_nearest(key, names, backend)}")
         elif typing.get_origin(hints[key]) is tuple:
@@ -281,6 +288,11 @@ def read_cluster(path: Path) -> ClusterConfig:
         return cls(**values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _kind(value: Any) -> str:
+    """A value of `env` for an error message, which must not hold it."""
+    return show_value(value) if isinstance(value, dict | list | None) else f"{MASK} ({type(value).__name__})"
 
 
 def _words(key: str, setting: Setting) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
 import shlex
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sophia_levanter.cluster.backend import HostCommand, Job, Say, Unavailable, training_command
-from sophia_levanter.cluster.config import GcloudCluster
+from sophia_levanter.cluster.config import MASK, GcloudCluster
 from sophia_levanter.cluster.gcloud_calls import Answer, Stopped, call
 from sophia_levanter.cluster.gcloud_words import GcloudWords, resource_name
 from sophia_levanter.cluster.queued_resources import Node, QueuedResource
@@ -66,7 +67,9 @@ class GcloudBackend:
             lines += [f"  {shlex.join(words)}" for words in self._setups()]
         lines.append("would run for each attempt (WORKER_0: the internal address of worker 0 of the first slice):")
         stand_ins = [Node(name, "READY", None, ("WORKER_0",) * shape.hosts) for name in self._words.node_names]
-        lines += [f"  {command.shown()}" for command in self._host_commands(stand_ins, 1, "ATTEMPT")]
+        masked = dataclasses.replace(cluster, env=dict.fromkeys(cluster.env, MASK))
+        words = GcloudWords(masked, self._words.name)
+        lines += [f"  {command.shown()}" for command in self._host_commands(words, stand_ins, 1, "ATTEMPT")]
         kept = "would keep it, and it would be paid for, until somebody deletes it:"
         lines.append(kept if cluster.keep else "would delete it when the run is over:")
         return [*lines, f"  {shlex.join(self._words.delete())}"]
@@ -100,7 +103,7 @@ class GcloudBackend:
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
         """What to start for an attempt: an ssh to each host."""
         stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-        return self._host_commands(self._nodes, attempt, stamp)
+        return self._host_commands(self._words, self._nodes, attempt, stamp)
 
     def was_preempted(self) -> bool:
         """Whether the slices are no longer there."""
@@ -143,18 +146,20 @@ class GcloudBackend:
         else:
             say(f"queued resource {self._words.name} is being deleted")
 
-    def _host_commands(self, nodes: Sequence[Node], attempt: int, stamp: str) -> list[HostCommand]:
+    def _host_commands(self, to: GcloudWords, nodes: Sequence[Node], attempt: int, stamp: str) -> list[HostCommand]:
         hosts = [(i, node, worker) for i, node in enumerate(nodes) for worker in range(len(node.addresses))]
         return [
             HostCommand(
                 label=f"process-{number}",
-                words=self._words.ssh(node.name, worker, self._training(nodes, slice_id, number, attempt, stamp)),
+                words=to.ssh(node.name, worker, self._training(to, nodes, slice_id, number, attempt, stamp)),
                 by_stdin=True,
             )
             for number, (slice_id, node, worker) in enumerate(hosts)
         ]
 
-    def _training(self, nodes: Sequence[Node], slice_id: int, process_id: int, attempt: int, stamp: str) -> str:
+    def _training(
+        self, to: GcloudWords, nodes: Sequence[Node], slice_id: int, process_id: int, attempt: int, stamp: str
+    ) -> str:
         first = nodes[0].addresses[0]
         mesh = {
             "coordinator": f"{first}:{_COORDINATOR_PORT + attempt % _PORTS}",
@@ -173,7 +178,7 @@ class GcloudBackend:
         words = training_command(
             self._cluster.python, self._words.config_file, mesh if self.num_processes > 1 else None
         )
-        return self._words.training(words, env, f"{stamp}-attempt-{attempt}.log")
+        return to.training(words, env, f"{stamp}-attempt-{attempt}.log")
 
     def _copies(self, job: Job) -> list[list[str]]:
         # gcloud takes what comes before a colon for a host, if there is no slash before it.
