@@ -1,3 +1,5 @@
+import warnings
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -179,6 +181,63 @@ def test_multi_steps_take_the_estimate_of_the_last_micro_step():
         assert not any(leaf.any() for step in (0, 2) for leaf in jax.tree.leaves(found[step]))
     _, early = follow(transformation, [H_HATS[0], None, H_HATS[2], None])
     assert int(early.inner_opt_state.refresh_count) == 0
+
+
+@pytest.mark.parametrize(("bad", "value"), [(0, jnp.nan), (2, jnp.inf), (3, -jnp.inf)])
+def test_multi_steps_and_a_gradient_that_is_not_finite(bad, value):
+    """Without `skip_not_finite` no later step trains, and `skipped_updates` says so; with it a micro step is lost."""
+    optimizer = SophiaG(0.1, **SETTINGS)
+    grads = [*GRADS, *GRADS]
+    grads[bad] = jax.tree.map(lambda x: x * value, grads[bad])
+    for skip, wanted in ((None, (bad // 2, 4 - bad // 2, 4)), (optax.skip_not_finite, (3, 0, 3))):
+        given = {} if skip is None else {"should_skip_update_fn": skip}
+        transformation = optax.MultiSteps(optimizer.as_optax(), 2, **given)
+        found, state = follow(transformation, [H_HATS[0]] * 8, grads)
+        moved = sum(any(leaf.any() for leaf in jax.tree.leaves(updates)) for updates in found)
+        skipped = int(optimizer.metrics(state.inner_opt_state)["skipped_updates"])
+        assert (moved, skipped, int(state.gradient_step)) == wanted
+
+
+def run_eagerly(transformation, steps, h_hat_at=()):
+    params = {"w": jnp.ones(2)}
+    state = transformation.init(params)
+    for step in range(steps):
+        _, state = transformation.update(params, state, params, h_hat=params if step in h_hat_at else None)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "updates"),
+    [
+        (lambda: SophiaG(interval=2).as_optax(), 3),
+        (lambda: SophiaH(interval=3, first_refresh=2).as_optax(), 6),
+        (lambda: optax.chain(optax.clip(1.0), SophiaG(interval=1).as_optax()), 2),
+    ],
+)
+def test_updates_without_any_estimate_are_warned_of_once(wrap, updates):
+    with pytest.warns(UserWarning) as found:
+        run_eagerly(wrap(), updates + 2)
+    (message,) = [str(warning.message) for warning in found]
+    assert message == (
+        f"h_hat is None in all {updates} updates so far, so Sophia is sign descent; "
+        "give an estimate where refresh_due(step) is True: update(grads, state, params, h_hat=h_hat)"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_eagerly(wrap(), updates - 1)
+
+
+@pytest.mark.parametrize("h_hat_at", [(0,), (2,), (0, 2, 4)])
+def test_updates_with_an_estimate_are_not_warned_of(h_hat_at):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_eagerly(SophiaG(interval=2).as_optax(), 6, h_hat_at)
+        run_eagerly(SophiaG(interval=2).as_optax(), 6, range(6))
+
+
+def test_traced_updates_without_an_estimate_are_not_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        follow(SophiaG(interval=1).as_optax(), [None] * STEPS)
 
 
 def test_inject_hyperparams_with_numbers_and_schedules():

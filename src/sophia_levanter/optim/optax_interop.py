@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,11 +22,32 @@ def as_optax(optimizer: Sophia) -> optax.GradientTransformationExtraArgs:
 
     Its `update(grads, state, params, h_hat=None)` takes an estimate on the steps where one is due. Under
     `optax.multi_transform` every group takes its part of the whole `h_hat`; under `optax.MultiSteps` the one given
-    with the last micro step of each counts.
+    with the last micro step of each counts, and `should_skip_update_fn=optax.skip_not_finite` is needed: without it
+    one nan gradient makes every later update zero.
+
+    Without any estimate Sophia is sign descent. Where `update` is not traced, it warns once if none was given by the
+    time a second refresh is due.
 
     Args:
         optimizer: any `Sophia`.
     """
+
+    settled = False  # whether an estimate was given, or the user was warned
+
+    def warn_without_estimate(state: Any) -> None:
+        nonlocal settled
+        # A traced count has no value yet.
+        if settled or isinstance(state.count, jax.core.Tracer):
+            return
+        if state.refresh_count > 0 or state.refresh_pending:
+            settled = True
+        elif state.count > optimizer.first_refresh + optimizer.interval:
+            settled = True
+            warnings.warn(
+                f"h_hat is None in all {int(state.count)} updates so far, so Sophia is sign descent; "
+                "give an estimate where refresh_due(step) is True: update(grads, state, params, h_hat=h_hat)",
+                stacklevel=3,
+            )
 
     def init(params: PyTree) -> Any:
         check_real("params", params)
@@ -44,7 +66,9 @@ def as_optax(optimizer: Sophia) -> optax.GradientTransformationExtraArgs:
             raise ValueError("params is None; Sophia's update needs the parameters, as in update(grads, state, params)")
         if h_hat is not None:
             h_hat = _masked_like(differentiable(updates), h_hat)
-        return optimizer.update(updates, state, params, h_hat, finite=finite)
+        updates, state = optimizer.update(updates, state, params, h_hat, finite=finite)
+        warn_without_estimate(state)
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
