@@ -17,6 +17,7 @@ from sophia_levanter.optim.checks import (
     check_number,
     check_parameters,
     check_same_structure,
+    python_number,
 )
 from sophia_levanter.optim.gradient_transform import check_gradient_transform, init_transform, transform_gradient
 from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule
@@ -85,7 +86,7 @@ class OptaxOptimizer(eqx.Module):
         updates, new_state = self.transformation(params).update(grads, state.optax_state, params)
         # Integer leaves are counts.
         new_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old) if eqx.is_inexact_array(new) else new,
+            lambda new, old: jnp.where(finite, new, old).astype(old.dtype) if eqx.is_inexact_array(new) else new,
             new_state,
             state.optax_state,
         )
@@ -123,11 +124,11 @@ class AdamW(OptaxOptimizer):
         TypeError, ValueError: if a hyper-parameter that is a concrete number is out of its range.
     """
 
-    learning_rate: ScalarOrSchedule = 6e-4
-    b1: Scalar = 0.9
-    b2: Scalar = 0.95
-    eps: Scalar = 1e-8
-    weight_decay: Scalar = 0.1
+    learning_rate: ScalarOrSchedule = eqx.field(default=6e-4, converter=python_number)
+    b1: Scalar = eqx.field(default=0.9, converter=python_number)
+    b2: Scalar = eqx.field(default=0.95, converter=python_number)
+    eps: Scalar = eqx.field(default=1e-8, converter=python_number)
+    weight_decay: Scalar = eqx.field(default=0.1, converter=python_number)
     weight_decay_mask: WeightDecayMask = None
     nesterov: bool = eqx.field(default=False, static=True)
     cautious: bool = eqx.field(default=False, static=True)
@@ -154,10 +155,10 @@ class AdamW(OptaxOptimizer):
 class Lion(OptaxOptimizer):
     """Lion (Chen et al. 2023, arXiv 2302.06675), `optax.lion`. The arguments are AdamW's, without eps and nesterov."""
 
-    learning_rate: ScalarOrSchedule = 1e-4
-    b1: Scalar = 0.95
-    b2: Scalar = 0.98
-    weight_decay: Scalar = 0.2
+    learning_rate: ScalarOrSchedule = eqx.field(default=1e-4, converter=python_number)
+    b1: Scalar = eqx.field(default=0.95, converter=python_number)
+    b2: Scalar = eqx.field(default=0.98, converter=python_number)
+    weight_decay: Scalar = eqx.field(default=0.2, converter=python_number)
     weight_decay_mask: WeightDecayMask = None
     momentum_dtype: Any = eqx.field(default=None, static=True)
 

@@ -55,6 +55,14 @@ def check_number(
         raise ValueError(f"{name} is {value}; it must be in {'(' if low_open else '['}{low}, {high})")
 
 
+def python_number(value: Any) -> Any:
+    """A NumPy scalar or 0-d array as a Python number, which does not promote bfloat16; any other value as it is."""
+    scalar = isinstance(value, np.generic | np.ndarray) and value.shape == ()
+    if scalar and (np.issubdtype(value.dtype, np.integer) or jnp.issubdtype(value.dtype, jnp.floating)):
+        return value.item()
+    return value
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise a ValueError that lists the choices, if the value is none of them."""
     if value not in choices:

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from sophia_levanter.optim.checks import check_count, check_mesh_axis, check_number, whole_number
+from sophia_levanter.optim.checks import check_count, check_mesh_axis, check_number, python_number, whole_number
 from sophia_levanter.optim.matrices import Matrices, MatrixView, by_matrix, matrix_views
 from sophia_levanter.optim.protocol import Scalar
 from sophia_levanter.optim.trees import widened
@@ -64,7 +64,7 @@ class KroneckerBasis(eqx.Module):
     """
 
     matrices: Matrices = None
-    b2: Scalar = 0.9
+    b2: Scalar = eqx.field(default=0.9, converter=python_number)
     max_size: int = eqx.field(default=4096, static=True, converter=whole_number)
     mesh_axis: str | None = eqx.field(default=None, static=True)
 

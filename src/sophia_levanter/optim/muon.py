@@ -12,7 +12,7 @@ import optax
 from optax.contrib import MuonState
 
 from sophia_levanter.optim.baselines import OptaxOptimizer, check_shared
-from sophia_levanter.optim.checks import check_mesh_axis, check_number
+from sophia_levanter.optim.checks import check_mesh_axis, check_number, python_number
 from sophia_levanter.optim.matrices import Matrices, MatrixView, by_matrix, matrix_views
 from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule
 from sophia_levanter.optim.trees import WeightDecayMask, decay_mask_tree
@@ -54,12 +54,12 @@ class Muon(OptaxOptimizer):
             `update`, if `matrices` does not fit the parameters.
     """
 
-    learning_rate: ScalarOrSchedule = 6e-4
-    beta: Scalar = 0.95
-    b1: Scalar = 0.9
-    b2: Scalar = 0.95
-    eps: Scalar = 1e-8
-    weight_decay: Scalar = 0.1
+    learning_rate: ScalarOrSchedule = eqx.field(default=6e-4, converter=python_number)
+    beta: Scalar = eqx.field(default=0.95, converter=python_number)
+    b1: Scalar = eqx.field(default=0.9, converter=python_number)
+    b2: Scalar = eqx.field(default=0.95, converter=python_number)
+    eps: Scalar = eqx.field(default=1e-8, converter=python_number)
+    weight_decay: Scalar = eqx.field(default=0.1, converter=python_number)
     weight_decay_mask: WeightDecayMask = None
     matrices: Matrices = None
     momentum_dtype: Any = eqx.field(default=None, static=True)

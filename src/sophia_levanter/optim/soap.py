@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_levanter.optim.baselines import OptaxOptimizer, check_shared
-from sophia_levanter.optim.checks import check_count, check_mesh_axis, check_number, whole_number
+from sophia_levanter.optim.checks import check_count, check_mesh_axis, check_number, python_number, whole_number
 from sophia_levanter.optim.kronecker import KroneckerBasis, Turns
 from sophia_levanter.optim.matrices import Matrices
 from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule
@@ -66,11 +66,11 @@ class Soap(OptaxOptimizer):
             `update`, if `matrices` does not fit the parameters.
     """
 
-    learning_rate: ScalarOrSchedule = 3e-3
-    b1: Scalar = 0.95
-    b2: Scalar = 0.95
-    eps: Scalar = 1e-8
-    weight_decay: Scalar = 0.1
+    learning_rate: ScalarOrSchedule = eqx.field(default=3e-3, converter=python_number)
+    b1: Scalar = eqx.field(default=0.95, converter=python_number)
+    b2: Scalar = eqx.field(default=0.95, converter=python_number)
+    eps: Scalar = eqx.field(default=1e-8, converter=python_number)
+    weight_decay: Scalar = eqx.field(default=0.1, converter=python_number)
     weight_decay_mask: WeightDecayMask = None
     interval: int = eqx.field(default=10, static=True, converter=whole_number)
     matrices: Matrices = None

@@ -20,6 +20,7 @@ from sophia_levanter.optim.checks import (
     check_number,
     check_parameters,
     check_same_structure,
+    python_number,
     whole_number,
 )
 from sophia_levanter.optim.gradient_transform import check_gradient_transform, init_transform, transform_gradient
@@ -92,12 +93,12 @@ class Sophia(eqx.Module):
         ValueError: if `denominator` is `add` and the estimates may be negative.
     """
 
-    learning_rate: ScalarOrSchedule = 6e-4
-    b1: Scalar = 0.965
-    b2: Scalar = 0.99
+    learning_rate: ScalarOrSchedule = eqx.field(default=6e-4, converter=python_number)
+    b1: Scalar = eqx.field(default=0.965, converter=python_number)
+    b2: Scalar = eqx.field(default=0.99, converter=python_number)
     rho: ScalarOrSchedule | WinRateController = eqx.field(default=0.05, converter=rho_or_controller(0.05))
-    eps: Scalar = 1e-12
-    weight_decay: ScalarOrSchedule = 0.2
+    eps: Scalar = eqx.field(default=1e-12, converter=python_number)
+    weight_decay: ScalarOrSchedule = eqx.field(default=0.2, converter=python_number)
     interval: int = eqx.field(default=10, static=True, converter=whole_number)
     weight_decay_mask: WeightDecayMask = None
     bias_correct_momentum: bool = eqx.field(default=True, static=True)

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from sophia_levanter.optim.checks import check_number
+from sophia_levanter.optim.checks import check_number, python_number
 from sophia_levanter.optim.protocol import Scalar
 
 
@@ -32,10 +32,10 @@ class WinRateController(eqx.Module):
         ValueError: if an argument is out of its range.
     """
 
-    target: Scalar = 0.3
-    initial: Scalar = 0.05
-    gain: Scalar = 2.0
-    span: Scalar = 100.0
+    target: Scalar = eqx.field(default=0.3, converter=python_number)
+    initial: Scalar = eqx.field(default=0.05, converter=python_number)
+    gain: Scalar = eqx.field(default=2.0, converter=python_number)
+    span: Scalar = eqx.field(default=100.0, converter=python_number)
 
     def __check_init__(self) -> None:
         check_number("target", self.target, low=0, high=1, low_open=True)
@@ -58,7 +58,7 @@ def rho_or_controller(initial: float) -> Any:
 
     def convert(rho: Any) -> Any:
         if not isinstance(rho, str):
-            return rho
+            return python_number(rho)
         if rho != "auto":
             raise ValueError(f"rho is {rho!r}; it must be a number, a function of the update count, or 'auto'")
         return WinRateController(initial=initial)
