@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
@@ -13,15 +14,16 @@ import pyarrow.parquet
 import pytest
 from backports import zstd
 
+from sophia_levanter.data import documents as documents_module
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.documents import FileSource
 from sophia_levanter.data.text_files import find_files
 from sophia_levanter.errors import InputError
 
 
-def read(source: str | Path, text_field: str = "text") -> list[str]:
-    config = DataConfig(text_field=text_field)
-    return [text for _, text in FileSource(str(source), config, field="data.train").documents()]
+def read(source: str | Path, text_field: str = "text", said: list[str] | None = None) -> list[str]:
+    config, said = DataConfig(text_field=text_field), [] if said is None else said
+    return [text for _, text in FileSource(str(source), config, field="data.train", report=said.append).documents()]
 
 
 def error_of(source: str | Path, text_field: str = "text") -> str:
@@ -107,14 +109,26 @@ def test_json_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.txt"])
 @pytest.mark.parametrize(
     ("suffix", "compress"),
-    [(".gz", gzip.compress), (".GZ", gzip.compress), (".xz", lzma.compress), (".zst", zstd.compress)],
+    [
+        (".gz", gzip.compress),
+        (".GZ", gzip.compress),
+        (".xz", lzma.compress),
+        (".zst", zstd.compress),
+        (".bz2", bz2.compress),
+        ("", gzip.compress),
+        ("", bz2.compress),
+        (".gz", zstd.compress),
+        (".zst", lzma.compress),
+    ],
 )
 def test_compressions(tmp_path: Path, name: str, suffix: str, compress) -> None:
-    content = json_lines({"text": "one"})
+    content = json_lines({"text": "one"}) if "jsonl" in name.lower() else b"some text"
     # Two streams one after the other are one file.
     (tmp_path / f"{name}{suffix}").write_bytes(compress(content) + compress(content))
     both = ["one", "one"] if "jsonl" in name.lower() else [content.decode() * 2]
-    assert read(tmp_path / f"{name}{suffix}") == both
+    said: list[str] = []
+    assert read(tmp_path / f"{name}{suffix}", said=said) == both
+    assert bool(said) == (suffix == "" or (suffix, compress) in ((".gz", zstd.compress), (".zst", lzma.compress)))
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -125,13 +139,120 @@ def test_parquet(tmp_path: Path, suffix: str) -> None:
     assert read(tmp_path / f"a.parquet{suffix}") == texts
 
 
+RECORDS = json_lines({"text": "one", "url": "u"}, {"text": "two"})
+ARRAY = b'[ {"text": "one", "url": "u"},\n {"text": "two"} ]\n'
+
+
+@pytest.mark.parametrize("name", ["a.json", "c4.00000-of-01024.json.gz", "a.ndjson", "a.jsonlines.zst", "A.JSON"])
+def test_json_by_all_its_suffixes(tmp_path: Path, name: str) -> None:
+    compress = {".gz": gzip.compress, "zst": zstd.compress}.get(name[-3:], bytes)
+    (tmp_path / name).write_bytes(compress(RECORDS))
+    said: list[str] = []
+    assert read(tmp_path / name, said=said) == ["one", "two"]
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "held"),
+    [
+        ("a.txt", RECORDS, "JSON lines"),
+        ("a", b"\n" + RECORDS, "JSON lines"),
+        ("a.md", b"\xef\xbb\xbf" + RECORDS, "JSON lines"),
+        ("a.parquet", RECORDS, "JSON lines"),
+        ("a.txt", ARRAY, "a JSON array"),
+        ("a.jsonl", ARRAY, "a JSON array"),
+        ("a.txt", parquet({"text": ["one", "two"]}), "Parquet"),
+        ("a.jsonl", parquet({"text": ["one", "two"]}), "Parquet"),
+        ("a.jsonl.gz", RECORDS, "JSON lines"),
+        ("a.txt.xz", gzip.compress(RECORDS), "JSON lines compressed by gzip"),
+        ("a.parquet", zstd.compress(parquet({"text": ["one", "two"]})), "Parquet compressed by zstd"),
+    ],
+)
+def test_the_content_decides_and_one_line_says_so(tmp_path: Path, name: str, content: bytes, held: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    said: list[str] = []
+    assert read(tmp_path / name, said=said) == ["one", "two"]
+    assert [f"{tmp_path / name} holds {held};" in line for line in said] == [True]
+    assert "\n" not in said[0]
+
+
+def test_files_that_disagree_alike_are_said_once(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_bytes(RECORDS)
+    said: list[str] = []
+    assert read(tmp_path / "*.txt", said=said) == ["one", "two"] * 3
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"title": "no text"}\n{"title": "none"}\n',
+        '{"text": "one"}\nand then prose\n',
+        "{braces} and prose",
+        '[{"title": "no text"}]',
+        "[1] a list\n",
+        "[{",
+        "PAR is not PAR1",
+        "BZh9 is not bzip2",
+    ],
+)
+def test_what_only_looks_like_records_is_text(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    said: list[str] = []
+    assert read(tmp_path / "a.txt", said=said) == [text]
+    assert said == []
+
+
+def test_a_first_line_longer_than_the_look_is_a_record(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(json_lines({"text": "x" * 200_000}, {"text": "two"}))
+    assert [len(text) for text in read(tmp_path / "a.txt")] == [200_000, 3]
+
+
+@pytest.mark.parametrize("array_bytes", [1, 7, 64, 1 << 20])
+def test_a_json_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array_bytes: int) -> None:
+    monkeypatch.setattr(documents_module, "ARRAY_BYTES", array_bytes)
+    texts = ["é € 𝄞", 'a ] , { " quote', "x" * 300]
+    for indent in (None, 2):
+        content = json.dumps([{"text": text, "n": [1, {}]} for text in texts], indent=indent, ensure_ascii=False)
+        (tmp_path / "a.json").write_text("\ufeff" + content)
+        assert read(tmp_path / "a.json") == texts
+        assert list(FileSource(str(tmp_path / "a.json"), DataConfig(), field="f").documents((0, 1))) == [
+            ((0, 2), texts[1]),
+            ((0, 3), texts[2]),
+        ]
+    (tmp_path / "a.json").write_text(" [ ] ")
+    assert read(tmp_path / "a.json") == []
+
+
+@pytest.mark.parametrize("window_log", [27, 28, 31])
+def test_long_windows_of_zstd(tmp_path: Path, window_log: int) -> None:
+    content = json_lines({"text": "one"})
+    block = (len(content) << 3 | 1).to_bytes(3, "little") + content
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\0" + bytes([(window_log - 10) << 3]) + block)
+    assert read(tmp_path / "a.jsonl.zst") == ["one"]
+
+
+def test_a_skippable_frame_of_zstd(tmp_path: Path) -> None:
+    skipped = b"\x5a\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"none"
+    (tmp_path / "a.jsonl.zst").write_bytes(skipped + zstd.compress(RECORDS))
+    assert read(tmp_path / "a.jsonl.zst") == ["one", "two"]
+
+
+def test_marks_in_the_middle_of_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + RECORDS + b"\xef\xbb\xbf" + RECORDS)
+    assert read(tmp_path / "a.jsonl") == ["one", "two"] * 2
+
+
 def test_a_folder_is_its_files_of_known_kinds(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "b.txt").write_text("B")
     (tmp_path / "a.md").write_text("no")
     (tmp_path / "sub" / "c.jsonl.gz").write_bytes(gzip.compress(json_lines({"text": "C"})))
     (tmp_path / "a.parquet").write_bytes(parquet({"text": ["A"]}))
-    assert read(tmp_path) == ["A", "B", "C"]
+    (tmp_path / "config.json").write_text('{"not": "text"}')
+    (tmp_path / "z.json.gz").write_bytes(gzip.compress(json_lines({"text": "Z"})))
+    assert read(tmp_path) == ["A", "B", "C", "Z"]
 
 
 @pytest.fixture
@@ -246,11 +367,26 @@ def test_errors_of_resolving_come_before_reading(tmp_path: Path) -> None:
         ("a.jsonl", json_lines({"text": "1"}) + b'{"text": "\xe9"}', ":2 is not UTF-8 text (0xe9 at byte offset 24"),
         ("a.txt.gz", gzip.compress(b"some text" * 9, mtime=0)[:-9], "truncated or damaged"),
         ("a.txt.gz", gzip.compress(b"some text" * 9, mtime=0)[:12] + b"damage" * 9, "truncated or damaged"),
-        ("a.txt.gz", b"not compressed", "no gzip file"),
+        ("a.txt.gz", b"not compressed \xff", "0xff at byte offset 15"),
+        ("a.txt.bz2", bz2.compress(b"some text" * 9)[:-9], "truncated or damaged"),
+        ("a.txt.bz2", bz2.compress(b"some text" * 9)[:10] + b"damage" * 9, "cannot read"),
         ("a.txt.xz", lzma.compress(b"some text" * 9)[:-9], "truncated or damaged"),
-        ("a.txt.xz", b"not compressed", "no xz file"),
         ("a.jsonl.zst", zstd.compress(b"some text" * 9)[:-9], "truncated or damaged"),
-        ("a.jsonl.zst", b"not compressed", "no zst file"),
+        ("a.jsonl.zst", b"not compressed", ":1 is not JSON"),
+        ("a.parquet", b"not Parquet", "no Parquet file"),
+        ("a.txt", "text".encode("utf-16"), "is UTF-16LE, not UTF-8; convert it: iconv -f UTF-16LE"),
+        ("a.jsonl.gz", gzip.compress(b"\xfe\xff\0a"), "is UTF-16BE"),
+        ("a.txt", "text".encode("utf-32"), "is UTF-32LE"),
+        ("a.txt", b"\0\0\xfe\xff\0\0\0a", "is UTF-32BE"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ("a.json", b'{\n "text": "pretty"\n}', ":1 is not JSON"),
+        ("a.json", json_lines({"body": "1"}), "no field 'text'; data.text_field may be 'body'"),
+        ("a.json", b'[{"body": "1"}]', "record 1 has no field 'text'"),
+        ("a.json", b'[{"text": "1"}, 2]', "record 2, is neither a JSON object nor the end"),
+        ("a.json", b'[{"text": "1"}, {"text": "2"', "record 2, is not JSON"),
+        ("a.json", b'[{"text": "1"} {"text": "2"}]', "record 2, is neither"),
+        ("a.json", b'[{"text": "1"}, {"text": "\xff"}]', "0xff at byte offset 26"),
+        ("a.json", b'[{"text": ' + b"1" * 5000 + b"}]", "record 1, is not JSON that can be read"),
         ("a.parquet", b"PAR1 and no more", "no Parquet file"),
         ("a.parquet", parquet({"text": ["1"]})[:-9], "no Parquet file"),
         (

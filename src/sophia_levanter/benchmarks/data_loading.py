@@ -48,7 +48,7 @@ def prepare_table(text: str, work: Path, rounds: int) -> Table:
 
     def rows() -> Iterator[list[object]]:
         config = DataConfig(train=text, validation=text, tokenizer=TOKENIZER, num_workers=2)
-        texts = [document for _, document in open_source(text, config, field="data.train").documents()]
+        texts = [document for _, document in open_source(text, config, field="data.train", report=print).documents()]
         size = sum(len(document.encode()) for document in texts) / 1e6
         load_tokenizer(TOKENIZER)  # whose complaint is one line
         encoding = tiktoken.get_encoding(TOKENIZER)

@@ -1,18 +1,20 @@
-"""Documents of files: text, JSON lines, Parquet, and the standard library."""
+"""Documents of files: text, JSON, Parquet, and the standard library."""
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
+import re
 import tokenize
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from sophia_levanter.data.config import DataConfig
+from sophia_levanter.data.formats import Format, format_of, named_formats
 from sophia_levanter.data.names import PYTHON_STDLIB
 from sophia_levanter.data.text_files import (
-    JSON_LINES,
-    PARQUET,
+    OpenFile,
     TextFile,
     find_files,
     opened,
@@ -23,32 +25,45 @@ from sophia_levanter.errors import InputError
 
 MAX_LISTED_FIELDS = 10
 PARQUET_ROWS = 256  # at once
+ARRAY_BYTES = 1 << 20  # of a JSON array, at once
+# What stands before an object of an array and what ends it: at its beginning, and after an object.
+ARRAY_FIRST = re.compile(r"\ufeff?\s*\[\s*(?=\{)"), re.compile(r"\ufeff?\s*\[\s*\]\s*\Z")
+ARRAY_NEXT = re.compile(r"\s*,\s*(?=\{)"), re.compile(r"\s*\]\s*\Z")
+READING_VERSION = 2  # of how files become documents; what was prepared by another one is prepared again
 
 # How far a source has been read: files that are done, and records of the next one.
 Position = tuple[int, int]
 START: Position = (0, 0)
 
 
+def _ignore(line: str) -> None:
+    pass
+
+
 class FileSource:
     """The documents of files, one at a time; those without text are left out.
 
-    A `.jsonl` file holds a JSON object a line, a `.parquet` file a row a document, any other file is one document; in
-    UTF-8. The Python standard library is one document a module, as its encoding declaration says.
+    A file's content decides how it is read, see `format_of`: JSON lines and JSON arrays hold an object a document,
+    Parquet a row a document, and any other file is one document; in UTF-8. The Python standard library is one document
+    a module, as its encoding declaration says.
 
     Args:
         name: which files, see `find_files`.
         config: which field holds the text, and what is done about bytes that are not UTF-8.
         field: the config field to name in errors.
+        report: takes a line about files whose names do not say what they hold.
 
     Raises:
         InputError: here, if there are no such files; while reading, if one cannot be read or decoded, or a record has
             no text.
     """
 
-    def __init__(self, name: str, config: DataConfig, *, field: str) -> None:
+    def __init__(self, name: str, config: DataConfig, *, field: str, report: Callable[[str], None] = _ignore) -> None:
         self._name = name
         self._config = config
         self._field = field
+        self._report = report
+        self._reported: set[Any] = set()
         self._files = find_files(name, field=field)
         self._sizes = [file.size for file in self._files]
         self._file = 0
@@ -58,7 +73,7 @@ class FileSource:
     def identity(self) -> Any:
         """What the documents depend on, as a JSON value."""
         files = [(file.name, file.size, file.version) for file in self._files]
-        return [self._name, files, self._config.text_field, self._config.invalid_utf8]
+        return [READING_VERSION, self._name, files, self._config.text_field, self._config.invalid_utf8]
 
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
         """Each document from `start` on, with the position after it."""
@@ -80,14 +95,35 @@ class FileSource:
 
     def _records(self, file: TextFile, skip: int) -> Iterator[str]:
         """The texts of a file from record `skip` on, empty ones too."""
-        if file.kind == PARQUET:
-            yield from self._parquet_rows(file, skip)
-            return
-        with opened(file, self._field) as (content, self._share_of_file):
-            if file.kind == JSON_LINES:
-                yield from self._json_lines(file, content, skip)
+        with opened(file, self._field) as open_file:
+            self._share_of_file = open_file.share_read
+            if self._name == PYTHON_STDLIB:
+                if not skip:
+                    yield _python_source(open_file.content)
+                return
+            format_ = format_of(open_file, self._config.text_field, self._field)
+            self._report_disagreement(open_file, format_)
+            if format_ is Format.PARQUET:
+                yield from self._parquet_rows(open_file, skip)
+            elif format_ is Format.JSON_LINES:
+                yield from self._json_lines(file, open_file.content, skip)
+            elif format_ is Format.JSON_ARRAY:
+                yield from self._json_array(file, open_file.content, skip)
             elif not skip:
-                yield _python_source(content) if self._name == PYTHON_STDLIB else self._plain_text(file, content)
+                yield self._plain_text(file, open_file.content)
+
+    def _report_disagreement(self, opened: OpenFile, format_: Format) -> None:
+        """One line for all files whose names and contents disagree in the same way."""
+        named, compressed = named_formats(opened.file.kind), opened.file.named_compression
+        agree = format_ in named and opened.compression == compressed
+        key = (format_, opened.compression, named, compressed)
+        if agree or not opened.file.size or key in self._reported:
+            return
+        self._reported.add(key)
+        held = format_.value if opened.compression is None else f"{format_.value} compressed by {opened.compression}"
+        self._report(
+            f"{self._field}: {opened.file.name} holds {held}; it and files like it are read so, not by their names"
+        )
 
     def _plain_text(self, file: TextFile, content: BinaryIO) -> str:
         data = content.read()
@@ -107,49 +143,98 @@ class FileSource:
                 yield self._text_of_line(text, where) if text.strip() else ""
             offset += len(line)
 
+    def _json_array(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[str]:
+        for number, record in enumerate(self._array_items(file, content), start=1):
+            if number > skip:
+                yield text_of_record(record, self._config, f"{file.name}, record {number}", self._field)
+
+    def _array_items(self, file: TextFile, content: BinaryIO) -> Iterator[dict[str, Any]]:
+        """The objects of a JSON array; what is kept of its text is a piece, or the object that is longer."""
+        decoder = codecs.getincrementaldecoder("utf-8")(self._decode_errors)
+        scanner = json.JSONDecoder()
+        text, at, num_read, number, at_end = "", 0, 0, 1, False
+        before, last = ARRAY_FIRST
+        while True:
+            reason = "neither a JSON object nor the end of the array"
+            try:
+                if match := before.match(text, at):
+                    item, at = scanner.raw_decode(text, match.end())
+                    yield item
+                    number += 1
+                    before, last = ARRAY_NEXT
+                    continue
+            except json.JSONDecodeError as error:
+                reason = f"not JSON: {error.msg}"
+            except (ValueError, RecursionError) as error:
+                raise InputError(
+                    f"{self._field}: {file.name}, record {number}, is not JSON that can be read: {error}"
+                ) from error
+            if at_end:
+                if last.match(text, at):
+                    return
+                raise InputError(
+                    f"{self._field}: {file.name}, record {number}, is {reason}; "
+                    "write one array of objects, or one object a line"
+                )
+            # As much again, so that a long object is not scanned more often than its length doubles.
+            piece = content.read(max(ARRAY_BYTES, len(text) - at))
+            at_end = not piece
+            offset = num_read - len(decoder.getstate()[0])
+            num_read += len(piece)
+            try:
+                text, at = text[at:] + decoder.decode(piece, at_end), 0
+            except UnicodeDecodeError as error:
+                raise self._not_utf8(error, offset, file.name) from error
+
+    @property
+    def _decode_errors(self) -> str:
+        return "strict" if self._config.invalid_utf8 == "error" else "replace"
+
     def _decode(self, data: bytes, offset: int, where: str) -> str:
         try:
-            text = data.decode("utf-8", errors="strict" if self._config.invalid_utf8 == "error" else "replace")
+            # Files that were put one after the other may have byte order marks in their middle.
+            return data.decode("utf-8", errors=self._decode_errors).removeprefix("\ufeff")
         except UnicodeDecodeError as error:
-            at = offset + error.start
-            raise InputError(
-                f"{self._field}: {where} is not UTF-8 text (0x{data[error.start]:02x} at byte offset {at}); "
-                "convert it to UTF-8, or set data.invalid_utf8 to replace"
-            ) from error
-        return text.removeprefix("\ufeff") if offset == 0 else text
+            raise self._not_utf8(error, offset, where) from error
+
+    def _not_utf8(self, error: UnicodeDecodeError, offset: int, where: str) -> InputError:
+        return InputError(
+            f"{self._field}: {where} is not UTF-8 text (0x{error.object[error.start]:02x} at byte offset "
+            f"{offset + error.start}); convert it to UTF-8, or set data.invalid_utf8 to replace"
+        )
 
     def _text_of_line(self, line: str, where: str) -> str:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{self._field}: {where} is not JSON: {error.msg} at column {error.colno}") from error
+            raise InputError(
+                f"{self._field}: {where} is not JSON: {error.msg} at column {error.colno}; write one object a line"
+            ) from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{self._field}: {where} is not JSON that can be read: {error}") from error
         if not isinstance(record, dict):
             raise InputError(f"{self._field}: {where} is not a JSON object but a {type(record).__name__}")
         return text_of_record(record, self._config, where, self._field)
 
-    def _parquet_rows(self, file: TextFile, skip: int) -> Iterator[str]:
+    def _parquet_rows(self, opened: OpenFile, skip: int) -> Iterator[str]:
+        file, content = opened.file, opened.content
         parquet = optional_import("pyarrow.parquet", "pyarrow", f"{self._field}: {file.name}")
-        with opened(file, self._field) as (content, _):
-            # The footer is at the end: a compressed Parquet file is read whole.
-            seekable = (
-                content if content.seekable() and not file.name.lower().endswith((".gz", ".xz", ".zst")) else None
-            )
-            table = self._parquet_file(parquet, seekable or io.BytesIO(content.read()), file)
-            done, rows = 0, table.metadata.num_rows
-            self._share_of_file = lambda: done / rows if rows else 1.0
-            for group in range(table.metadata.num_row_groups):
-                size = table.metadata.row_group(group).num_rows
-                if done + size <= skip:
-                    done += size
-                    continue
-                for batch in self._parquet_batches(table, group, file):
-                    for text in batch:
-                        done += 1
-                        if done > skip:
-                            record = {self._config.text_field: text}
-                            yield text_of_record(record, self._config, f"{file.name}, row {done}", self._field)
+        # The footer is at the end: a compressed Parquet file is read whole.
+        seekable = content if content.seekable() and opened.compression is None else None
+        table = self._parquet_file(parquet, seekable or io.BytesIO(content.read()), file)
+        done, rows = 0, table.metadata.num_rows
+        self._share_of_file = lambda: done / rows if rows else 1.0
+        for group in range(table.metadata.num_row_groups):
+            size = table.metadata.row_group(group).num_rows
+            if done + size <= skip:
+                done += size
+                continue
+            for batch in self._parquet_batches(table, group, file):
+                for text in batch:
+                    done += 1
+                    if done > skip:
+                        record = {self._config.text_field: text}
+                        yield text_of_record(record, self._config, f"{file.name}, row {done}", self._field)
 
     def _parquet_file(self, parquet: Any, content: Any, file: TextFile) -> Any:
         try:

@@ -56,6 +56,7 @@ class Preparation:
         name: str,
         config: DataConfig,
         tokenizer: Tokenizer,
+        report: Report,
         *,
         held_out: float | None = None,
         ray: str | None = None,
@@ -67,13 +68,14 @@ class Preparation:
             name: what `open_source` takes.
             config: how its text is read, and where stores are kept.
             tokenizer: what makes the tokens.
+            report: takes a line of news about the source's files.
             held_out: share of the documents that goes to a second store.
             ray: address of a Ray cluster whose cores make the tokens.
 
         Raises:
             InputError: if there is no such source.
         """
-        source = open_source(name, config, field=field)
+        source = open_source(name, config, field=field, report=report)
         identity = [FORMAT_VERSION, source.identity, tokenizer.fingerprint, held_out]
         cache_dir = Path(os.path.abspath(os.path.expanduser(config.cache_dir)))
         directory = cache_dir / digest_of(json.dumps(identity).encode())

@@ -42,12 +42,12 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None) -> Te
     """
     tokenizer = load_tokenizer(config.tokenizer)
     if config.validation is None:
-        train, validation = _two_sides(config, tokenizer, ray)(report)
+        train, validation = _two_sides(config, tokenizer, report, ray)(report)
         return TextData(tokenizer, train, validation)
     # All are looked up before the first is read: a misspelt validation path must not wait for the training text.
     names = [config.train] if isinstance(config.train, str) else [part.source for part in config.train]
-    makes = [_looked_up("data.train", name, config, tokenizer, ray) for name in names]
-    make_validation = _looked_up("data.validation", config.validation, config, tokenizer, ray)
+    makes = [_looked_up("data.train", name, config, tokenizer, report, ray) for name in names]
+    make_validation = _looked_up("data.validation", config.validation, config, tokenizer, report, ray)
     corpora = [make(report)[0] for make in makes]
     (validation,) = make_validation(report)
     if isinstance(config.train, str):
@@ -67,13 +67,13 @@ def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report)
         InputError: if a source or the cache is not usable.
     """
     if config.validation is None:
-        return _two_sides(config, tokenizer, None)(report)[1]
-    return _looked_up("data.validation", config.validation, config, tokenizer, None)(report)[0]
+        return _two_sides(config, tokenizer, report, None)(report)[1]
+    return _looked_up("data.validation", config.validation, config, tokenizer, report, None)(report)[0]
 
 
-def _two_sides(config: DataConfig, tokenizer: Tokenizer, ray: str | None) -> Make:
+def _two_sides(config: DataConfig, tokenizer: Tokenizer, report: Report, ray: str | None) -> Make:
     assert isinstance(config.train, str)
-    return _looked_up("data.train", config.train, config, tokenizer, ray, held_out=config.validation_fraction)
+    return _looked_up("data.train", config.train, config, tokenizer, report, ray, held_out=config.validation_fraction)
 
 
 def _looked_up(
@@ -81,6 +81,7 @@ def _looked_up(
     name: str,
     config: DataConfig,
     tokenizer: Tokenizer,
+    report: Report,
     ray: str | None,
     *,
     held_out: float | None = None,
@@ -96,7 +97,7 @@ def _looked_up(
         location = absolute_source(name).removeprefix(STORE).rstrip("/")
         stores = _stores(field, location, tokenizer, both=held_out is not None)
         return lambda report: stores
-    return Preparation.of(field, name, config, tokenizer, held_out=held_out, ray=ray).stores
+    return Preparation.of(field, name, config, tokenizer, report, held_out=held_out, ray=ray).stores
 
 
 def _stores(field: str, location: str, tokenizer: Tokenizer, *, both: bool) -> list[TokenStore]:

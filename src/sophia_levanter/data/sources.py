@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from sophia_levanter.data.config import DataConfig
@@ -28,12 +28,14 @@ class Source(Protocol):
         ...
 
 
-def open_source(name: str, config: DataConfig, *, field: str) -> Source:
+def open_source(name: str, config: DataConfig, *, field: str, report: Callable[[str], None]) -> Source:
     """The source that `name` means: `hub:...`, `datasets:...`, or files as `find_files` says.
+
+    What a user should know of its files is told to `report`, line by line.
 
     Raises:
         InputError: if there is no such source.
     """
     if name.startswith((HUB, SAVED)):
         return DatasetSource(name, config, field=field)
-    return FileSource(name, config, field=field)
+    return FileSource(name, config, field=field, report=report)

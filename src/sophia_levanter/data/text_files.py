@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import glob
 import gzip
 import importlib
 import lzma
 import os
+import re
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -21,10 +23,17 @@ from sophia_levanter.data.names import PYTHON_STDLIB
 from sophia_levanter.errors import InputError
 
 NOT_STDLIB_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-COMPRESSIONS = (".gz", ".zst", ".xz")
-JSON_LINES, PARQUET = ".jsonl", ".parquet"
-# What is taken of a folder.
-KINDS = (".txt", JSON_LINES, PARQUET)
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
+# How compressed files begin; the second pattern of zstd is a skippable frame.
+MAGIC = {
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+    "xz": re.compile(rb"\xfd7zXZ\x00"),
+    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+}
+MAGIC_BYTES = 10
+# What is taken of a folder. A .json that is not compressed may well be a configuration.
+KINDS = (".txt", ".jsonl", ".ndjson", ".jsonlines", ".parquet")
 DATASET_MARKS = ("state.json", "dataset_dict.json")
 
 
@@ -50,13 +59,58 @@ class TextFile:
             name = name.removesuffix(suffix)
         return os.path.splitext(name)[1]
 
+    @property
+    def named_compression(self) -> str | None:
+        """The compression that the suffix stands for."""
+        return COMPRESSIONS.get(os.path.splitext(self.name.lower())[1])
+
+    @property
+    def is_of_folder(self) -> bool:
+        """Whether a folder that is named as a source takes it."""
+        return self.kind in KINDS or (self.kind == ".json" and self.named_compression is not None)
+
+
+class OpenFile:
+    """A file that is being read, decompressed as its first bytes say.
+
+    Attributes:
+        file: which one.
+        compression: gzip, zstd, xz, bzip2 or None.
+        content: the decompressed bytes, from where they have been read to.
+    """
+
+    def __init__(self, file: TextFile, field: str) -> None:
+        self.file = file
+        self._field = field
+        self._raw = _open_raw(file, field)
+        begin = self._raw.read(MAGIC_BYTES)
+        self.compression = next((name for name, magic in MAGIC.items() if magic.match(begin)), None)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Go back to the beginning."""
+        try:
+            self._raw.seek(0)
+        except (OSError, ValueError):  # a stream of a server that sends whole files only
+            self._raw.close()
+            self._raw = _open_raw(self.file, self._field)
+        self.content = _decompressed(self._raw, self.compression, f"{self._field}: {self.file.name}")
+
+    def share_read(self) -> float:
+        """The share of the file that has been read."""
+        return self._raw.tell() / self.file.size if self.file.size else 1.0
+
+    def close(self) -> None:
+        """Close the file."""
+        self._raw.close()
+
 
 def find_files(source: str, *, field: str) -> list[TextFile]:
     """The files that `source` names, in sorted order.
 
     Args:
         source: `python_stdlib`, or a path, a folder or a glob (`**` crosses folders), here (`~` is the home folder) or
-            as a URL that fsspec knows. Of a folder all that is called .txt, .jsonl or .parquet, compressed or not.
+            as a URL that fsspec knows. Of a folder the files of `KINDS`, compressed or not, and compressed .json.
         field: the config field to name in errors.
 
     Raises:
@@ -86,14 +140,14 @@ def find_files(source: str, *, field: str) -> list[TextFile]:
 
 
 @contextmanager
-def opened(file: TextFile, field: str) -> Iterator[tuple[BinaryIO, Callable[[], float]]]:
-    """The content of a file, and a function that says which share of the file has been read.
+def opened(file: TextFile, field: str) -> Iterator[OpenFile]:
+    """The file, open for reading.
 
     Raises:
         InputError: here or while it is read, if it cannot be read or decompressed.
     """
-    with readable(file, field), _open_raw(file, field) as raw:
-        yield _decompressed(raw, file.name, field), lambda: raw.tell() / file.size if file.size else 1.0
+    with readable(file, field), closing(OpenFile(file, field)) as open_file:
+        yield open_file
 
 
 @contextmanager
@@ -101,21 +155,19 @@ def readable(file: TextFile, field: str) -> Iterator[None]:
     """Errors of reading a file as errors of input."""
     try:
         yield
-    except OSError as error:
-        if isinstance(error, gzip.BadGzipFile):
-            raise _undone(file, field, error) from error
-        reason = error.strerror or " ".join(str(error).split())
-        raise InputError(f"{field}: cannot read {file.name}: {reason}") from error
     except Exception as error:
         # Each compression has an error of its own.
-        if isinstance(error, EOFError | zlib.error | lzma.LZMAError) or type(error).__name__ == "ZstdError":
-            raise _undone(file, field, error) from error
+        if (
+            isinstance(error, EOFError | zlib.error | lzma.LZMAError | gzip.BadGzipFile)
+            or type(error).__name__ == "ZstdError"
+        ):
+            raise InputError(
+                f"{field}: {file.name} is truncated or damaged: {error}; copy or download it again"
+            ) from error
+        if isinstance(error, OSError):
+            reason = error.strerror or " ".join(str(error).split())
+            raise InputError(f"{field}: cannot read {file.name}: {reason}") from error
         raise
-
-
-def _undone(file: TextFile, field: str, error: Exception) -> InputError:
-    suffix = os.path.splitext(file.name)[1].removeprefix(".").replace("gz", "gzip")
-    return InputError(f"{field}: {file.name} is truncated or damaged, or no {suffix} file: {error}")
 
 
 def optional_import(module: str, package: str, what: str) -> Any:
@@ -138,16 +190,21 @@ def _open_raw(file: TextFile, field: str) -> BinaryIO:
         return cast(BinaryIO, filesystem.open(path, "rb"))
 
 
-def _decompressed(raw: BinaryIO, name: str, field: str) -> BinaryIO:
-    suffix = os.path.splitext(name.lower())[1]
-    if suffix == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
-    if suffix == ".xz":
-        return cast(BinaryIO, lzma.LZMAFile(raw))
-    if suffix == ".zst":
-        # Python has it from 3.14 on. The package zstandard takes a truncated file for a whole one.
-        module = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-        return cast(BinaryIO, optional_import(module, "backports.zstd", f"{field}: {name}").ZstdFile(raw))
+def _decompressed(raw: BinaryIO, compression: str | None, where: str) -> BinaryIO:
+    match compression:
+        case "gzip":
+            return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
+        case "xz":
+            return cast(BinaryIO, lzma.LZMAFile(raw))
+        case "bzip2":
+            return cast(BinaryIO, bz2.BZ2File(raw))
+        case "zstd":
+            # Python has it from 3.14 on. The package zstandard takes a truncated file for a whole one.
+            module = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+            zstd = optional_import(module, "backports.zstd", where)
+            # `zstd --long=31` makes windows that decoders refuse unless they are told.
+            window = zstd.DecompressionParameter.window_log_max
+            return cast(BinaryIO, zstd.ZstdFile(raw, options={window: window.bounds()[1]}))
     return raw
 
 
@@ -161,7 +218,7 @@ def _stdlib_files() -> list[Path]:
 def _files_of_folder(folder: Path, source: str, field: str) -> list[Path]:
     if any((folder / mark).is_file() for mark in DATASET_MARKS):
         raise InputError(f"{field}: {source!r} is a folder that `datasets` saved; write datasets:{source}")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and TextFile(path.name, 0, None).kind in KINDS)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and TextFile(path.name, 0, None).is_of_folder)
     if not paths:
         raise InputError(
             f"{field}: the folder {source!r} holds no {', '.join(KINDS)} files; "
@@ -181,7 +238,7 @@ def _remote_files(source: str, field: str) -> list[TextFile]:
     filesystem, path = _filesystem(source, field)
     with _naming_url(source, field):
         if filesystem.isdir(path):
-            found = [name for name in filesystem.find(path) if TextFile(name, 0, None).kind in KINDS]
+            found = [name for name in filesystem.find(path) if TextFile(name, 0, None).is_of_folder]
         elif any(character in path for character in "*?["):
             found = [name for name in filesystem.glob(path) if not filesystem.isdir(name)]
         else:
