@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter import checkpoint
+from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.main import main
 from sophia_levanter.tracking.jsonl import JsonLines
 
@@ -513,7 +514,9 @@ def test_a_damaged_store_is_found_before_the_run_has_a_directory(config_file, tm
     assert not (tmp_path / "second").exists()
 
 
-def test_what_was_trained_is_saved_when_the_data_turn_out_damaged(config_file, tmp_path, capfd):
+def test_what_was_trained_is_saved_when_the_data_turn_out_damaged(config_file, tmp_path, capfd, monkeypatch):
+    # As if the file had been overwritten after it was checked.
+    monkeypatch.setattr(NanogptTokens, "check", lambda self, report: None)
     tokens = np.random.default_rng(0).integers(0, 257, 16 * 16 * 12 + 1).astype(np.uint16)
     tokens[-20] = 60000  # in the last window, which comes at some step of the first epoch
     tokens.tofile(tmp_path / "train.bin")
@@ -527,7 +530,11 @@ def test_what_was_trained_is_saved_when_the_data_turn_out_damaged(config_file, t
     assert checkpoint.steps(run_dir / "checkpoints")[-1] == done
 
 
-def test_what_was_trained_is_saved_when_the_validation_text_turns_out_damaged(config_file, tmp_path, capfd):
+def test_what_was_trained_is_saved_when_the_validation_text_turns_out_damaged(
+    config_file, tmp_path, capfd, monkeypatch
+):
+    # As if the file had been overwritten after it was checked.
+    monkeypatch.setattr(NanogptTokens, "check", lambda self, report: None)
     tokens = np.random.default_rng(0).integers(0, 257, 16 * 16 * 12 + 1).astype(np.uint16)
     tokens.tofile(tmp_path / "train.bin")
     tokens[-20] = 60000

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import base64
+import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sophia_levanter.data import nanogpt as nanogpt_module
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.data.prepare import prepare
-from sophia_levanter.data.tokenizer import ByteTokenizer
+from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 
 TOKENS = np.random.default_rng(0).integers(0, 257, 2000).astype(np.uint16)
@@ -22,8 +27,32 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def opened(path: Path) -> NanogptTokens:
-    return NanogptTokens(f"nanogpt:{path}", ByteTokenizer(), field="data.train")
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer of 65,793 ids."""
+    tokens = [bytes([a]) for a in range(256)] + [bytes([a, b]) for a in range(256) for b in range(256)]
+    path = tmp_path_factory.mktemp("large") / "large.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    return load_tokenizer(str(path))
+
+
+def opened(path: Path, options: str = "", tokenizer: Tokenizer | None = None) -> NanogptTokens:
+    return NanogptTokens(f"nanogpt:{path}{options}", tokenizer or ByteTokenizer(), field="data.train")
+
+
+def error_of(make: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as info:
+        make()
+    message = str(info.value)
+    assert message.startswith("data.train: ")
+    assert "\n" not in message
+    return message
+
+
+def header(magic: int, version: int, count: int) -> bytes:
+    numbers = np.zeros(256, "<i4")
+    numbers[:3] = magic, version, count
+    return numbers.tobytes()
 
 
 def test_files_are_used_where_they_are(files: Path) -> None:
@@ -51,7 +80,8 @@ def test_the_facts_tell_files_apart(files: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"), [(None, "No such file"), (b"", "0 bytes"), (b"abc", "3 bytes, which is no array")]
+    ("content", "expected"),
+    [(None, "No such file"), (b"", "0 bytes of tokens"), (b"abc", "3 bytes of tokens, which is no array")],
 )
 def test_files_that_are_none(tmp_path: Path, content: bytes | None, expected: str) -> None:
     if content is not None:
@@ -60,12 +90,149 @@ def test_files_that_are_none(tmp_path: Path, content: bytes | None, expected: st
         opened(tmp_path / "a.bin")
 
 
-def test_ids_of_another_tokenizer(files: Path) -> None:
-    np.array([1, 2, 50256, 3], np.uint16).tofile(files / "train.bin")
-    with pytest.raises(InputError, match=r"token id 50256, and data\.tokenizer bytes has 257"):
-        opened(files / "train.bin").read_windows(np.array([0]), 4)
-    with pytest.raises(InputError, match="token id 50256"):
-        opened(files / "train.bin").read(2, 3)
+@pytest.mark.parametrize("at", [0, 7, 11, 1999])
+def test_ids_of_another_tokenizer_anywhere_in_the_file(files: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    monkeypatch.setattr(nanogpt_module, "READ_TOKENS", 8)
+    tokens = TOKENS.copy()
+    tokens[at] = 50256
+    tokens.tofile(files / "train.bin")
+    config = DataConfig(train=f"nanogpt:{files}/train.bin", validation=f"nanogpt:{files}/val.bin")
+    assert "token id 50256, and data.tokenizer bytes has 257 ids" in error_of(lambda: prepare(config, print))
+
+
+def test_ids_that_change_after_the_check(files: Path) -> None:
+    tokens = opened(files / "train.bin")
+    tokens.check(print)
+    np.memmap(files / "train.bin", np.uint16, "r+")[7] = 50256
+    assert "token id 50256" in error_of(lambda: tokens.read(7, 8))
+    assert "token id 50256" in error_of(lambda: tokens.read_windows(np.array([5]), 4))
+    assert tokens.read(0, 7).tolist() == TOKENS[:7].tolist()
+
+
+def test_the_beginning_is_shown(files: Path) -> None:
+    np.array([*b"First Citizen:\n\x1b", *b"Before we"], np.uint16).tofile(files / "train.bin")
+    said: list[str] = []
+    config = DataConfig(train=f"nanogpt:{files}/train.bin", validation=f"nanogpt:{files}/val.bin")
+    prepare(config, said.append)
+    line = f"data.train: {files}/train.bin: 25 tokens of uint16; begins: 'First Citizen:\\n\N{REPLACEMENT CHARACTER}'"
+    assert said[0] == line
+    assert said[1].startswith(f"data.validation: {files}/val.bin: 100 tokens")
+
+
+@pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "uint16"), (20240801, 7, "uint32")])
+@pytest.mark.parametrize("named", [False, True])
+def test_shards_of_llm_c(tmp_path: Path, magic: int, version: int, dtype: str, named: bool) -> None:
+    (tmp_path / "a.bin").write_bytes(header(magic, version, 2000) + TOKENS.astype(dtype).tobytes())
+    tokens = opened(tmp_path / "a.bin", f"?dtype={dtype}" if named else "")
+    tokens.check(print)
+    np.testing.assert_array_equal(tokens.read(0, tokens.num_tokens), TOKENS)
+    np.testing.assert_array_equal(tokens.read_windows(np.array([5]), 10), TOKENS[None, 5:15])
+    assert tokens.facts["tokens"] == 2000
+
+
+@pytest.mark.parametrize(
+    ("begin", "options", "expected"),
+    [
+        (header(20240520, 2, 2000), "", "20240520, with version 2; only 1 is read"),
+        (header(20240801, 1, 1000), "", "20240801, with version 1; only 7 is read"),
+        (header(20240520, 0, 2000), "", "version 0"),
+        (header(20240520, 1, 1999), "", "has 2000 tokens, and its header says 1999"),
+        (header(20240520, 1, 2001), "", "has 2000 tokens, and its header says 2001"),
+        (header(20240801, 7, 2000), "", "has 1000 tokens, and its header says 2000"),
+        (header(20240520, 1, 2000), "?dtype=uint32", "holds uint16, not uint32; leave out ?dtype="),
+    ],
+)
+def test_headers_that_are_refused(tmp_path: Path, begin: bytes, options: str, expected: str) -> None:
+    (tmp_path / "a.bin").write_bytes(begin + TOKENS.tobytes())
+    assert expected in error_of(lambda: opened(tmp_path / "a.bin", options))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32", "int64", ">u2", "uint8"])
+def test_arrays_of_numpy(tmp_path: Path, dtype: str) -> None:
+    expected = (TOKENS % 256).astype(dtype)
+    np.save(tmp_path / "a.npy", expected)
+    tokens = opened(tmp_path / "a.npy")
+    tokens.check(print)
+    np.testing.assert_array_equal(tokens.read(0, 2000), expected)
+    assert tokens.read_windows(np.array([5]), 10).dtype == np.int32
+    assert len(tokens.facts["digest_of_samples"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (TOKENS.reshape(2, 1000), "shape (2, 1000)"),
+        (TOKENS.astype(np.float32), "array of float32"),
+        (TOKENS > 5, "array of bool"),
+        (TOKENS[:0], "shape (0,)"),
+        (np.array([print, len]), "Python objects in dtype"),
+        (np.array([1, -1, 2]), "token id -1"),
+    ],
+)
+def test_arrays_that_are_refused(tmp_path: Path, array: np.ndarray, expected: str) -> None:
+    np.save(tmp_path / "a.npy", array)
+    assert expected in error_of(lambda: opened(tmp_path / "a.npy").check(print))
+
+
+def test_four_bytes_where_they_are_named(tmp_path: Path, large: Tokenizer) -> None:
+    ids = (np.arange(5000) * 13 % large.vocab_size).astype(np.uint32)
+    ids.tofile(tmp_path / "a.bin")
+    tokens = opened(tmp_path / "a.bin", "?dtype=uint32", large)
+    tokens.check(print)
+    np.testing.assert_array_equal(tokens.read(0, 5000), ids)
+    assert "write nanogpt:a.bin?dtype=uint32" in error_of(lambda: opened(tmp_path / "a.bin", "", large))
+    assert "two bytes" in error_of(lambda: opened(tmp_path / "a.bin", "?dtype=uint16", large))
+    np.save(tmp_path / "a.npy", ids.astype(np.uint16))
+    assert "two bytes" in error_of(lambda: opened(tmp_path / "a.npy", "", large))
+
+
+@pytest.mark.parametrize("count", [2, 100, 2000])
+def test_what_looks_like_four_bytes_is_refused_unless_named(tmp_path: Path, count: int) -> None:
+    TOKENS[:count].astype(np.uint32).tofile(tmp_path / "a.bin")
+    assert "every second uint16 is 0" in error_of(lambda: opened(tmp_path / "a.bin"))
+    assert opened(tmp_path / "a.bin", "?dtype=uint32").num_tokens == count
+    assert opened(tmp_path / "a.bin", "?dtype=uint16").num_tokens == 2 * count
+
+
+@pytest.mark.parametrize("options", ["?dtype=int8", "?dtype=", "?type=uint16"])
+def test_options_that_are_refused(files: Path, options: str) -> None:
+    assert "write ?dtype=uint16 or ?dtype=uint32" in error_of(lambda: opened(files / "train.bin", options))
+
+
+class Command:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("made_by_a_pickle",)
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        ({"vocab_size": 65, "stoi": {"a": 0}, "itos": {0: "a"}}, "its ids are characters"),
+        ({"vocab_size": 257, "stoi": {"a": 0}}, "such as input.txt"),
+        ({"vocab_size": 65}, "there are 65 ids, and data.tokenizer bytes has 257"),
+        ({"vocab_size": "257"}, "there are '257' ids"),
+        ({"vocab_size": np.int64(257)}, "not as nanoGPT writes it"),
+        ({"vocab_size": Command()}, "it names posix.mkdir"),
+        ([257], "holds a list"),
+        (b"not a pickle", "not as nanoGPT writes it"),
+        (b"", "not as nanoGPT writes it"),
+    ],
+)
+def test_the_vocabulary_beside_the_file(
+    files: Path, monkeypatch: pytest.MonkeyPatch, meta: object, expected: str
+) -> None:
+    monkeypatch.chdir(files)
+    (files / "meta.pkl").write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta))
+    message = error_of(lambda: opened(files / "train.bin"))
+    assert "meta.pkl" in message
+    assert expected in message
+    assert not (files / "made_by_a_pickle").exists()
+
+
+@pytest.mark.parametrize("meta", [{"vocab_size": 257}, {}, {"itos": [1, "a"]}])
+def test_a_vocabulary_that_agrees(files: Path, meta: dict) -> None:
+    (files / "meta.pkl").write_bytes(pickle.dumps(meta))
+    assert opened(files / "train.bin").num_tokens == 2000
 
 
 def test_ranges_outside_are_refused(files: Path) -> None:

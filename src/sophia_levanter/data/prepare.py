@@ -92,7 +92,12 @@ def _looked_up(
                 f"{field} {name}: a part cannot be held out of tokens; set data.validation to {NANOGPT}val.bin"
             )
         corpus = NanogptTokens(name, tokenizer, field=field)
-        return lambda report: [corpus]
+
+        def checked(report: Report) -> list[Tokens]:
+            corpus.check(report)
+            return [corpus]
+
+        return checked
     if name.startswith(STORE):
         location = absolute_source(name).removeprefix(STORE).rstrip("/")
         stores = _stores(field, location, tokenizer, both=held_out is not None)
