@@ -55,7 +55,9 @@ def test_the_standard_library() -> None:
     root = Path(sysconfig.get_paths()["stdlib"])
     assert len(texts) > 300
     assert (root / "json" / "decoder.py").read_text(encoding="utf-8") in texts
-    names = [Path(file.name).relative_to(root) for file in find_files("python_stdlib", field="data.train")]
+    names = [
+        Path(file.name).relative_to(root) for file in find_files("python_stdlib", field="data.train", report=print)
+    ]
     assert names == sorted(names)
     assert not [name for name in names if {"site-packages", "test", "tests"}.intersection(name.parts)]
 
@@ -255,6 +257,56 @@ def test_a_folder_is_its_files_of_known_kinds(tmp_path: Path) -> None:
     assert read(tmp_path) == ["A", "B", "C", "Z"]
 
 
+LEFT_OUT = [
+    ".ipynb_checkpoints/a-checkpoint.txt",
+    ".git/a.txt",
+    "._a.txt",
+    "__MACOSX/a.txt",
+    "a.txt~",
+    "#a.txt#",
+    "a.txt.bak",
+    "a.jsonl.gz.part",
+    "a.txt.crdownload",
+]
+
+
+@pytest.mark.parametrize("pattern", ["", "**"])
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_editors_downloads_and_systems_leave_is_left_out(tmp_path: Path, name: str, pattern: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("left out")
+    (tmp_path / "b.txt").write_text("B")
+    said: list[str] = []
+    assert read(tmp_path / pattern, said=said) == ["B"]
+    assert [
+        f"left out 1 hidden files, backups or partial downloads, such as {tmp_path / name};" in s for s in said
+    ] == [True]
+    assert read(tmp_path / name) == ["left out"]  # what is named is read
+
+
+def test_hidden_places_that_are_named_are_read(tmp_path: Path) -> None:
+    (tmp_path / ".data").mkdir()
+    (tmp_path / ".data" / "a.txt").write_text("A")
+    for source in (".data", ".data/*.txt", ".d*/a.txt"):
+        assert read(tmp_path / source) == ["A"]
+
+
+@pytest.mark.parametrize("source", ["l", "l/**/*.txt", "l/**"])
+def test_links_do_not_multiply_the_text(tmp_path: Path, source: str) -> None:
+    (tmp_path / "l").mkdir()
+    (tmp_path / "l" / "b.txt").write_text("B")
+    (tmp_path / "l" / "a.txt").symlink_to("b.txt")
+    (tmp_path / "l" / "Self").symlink_to("../l")
+    said: list[str] = []
+    assert read(tmp_path / source, said=said) == ["B"]
+    assert len(said) == 1
+    assert "links to files that are read already" in said[0]
+    (tmp_path / "l" / "b.txt").rename(tmp_path / "c.txt")
+    (tmp_path / "l" / "a.txt").unlink()
+    (tmp_path / "l" / "a.txt").symlink_to("../c.txt")
+    assert read(tmp_path / source) == ["B"]
+
+
 @pytest.fixture
 def memory_files() -> fsspec.AbstractFileSystem:
     filesystem = fsspec.filesystem("memory")
@@ -264,6 +316,9 @@ def memory_files() -> fsspec.AbstractFileSystem:
             "/here/a.jsonl.gz": gzip.compress(json_lines({"text": "A"})),
             "/here/c.parquet": parquet({"text": ["C"]}),
             "/here/d.md": b"no",
+            "/here/.git/a.txt": b"left out",
+            "/here/b.txt~": b"left out",
+            "/here/__MACOSX/b.txt": b"left out",
         }
     )
     yield filesystem

@@ -64,7 +64,7 @@ class FileSource:
         self._field = field
         self._report = report
         self._reported: set[Any] = set()
-        self._files = find_files(name, field=field)
+        self._files = find_files(name, field=field, report=report)
         self._sizes = [file.size for file in self._files]
         self._file = 0
         self._share_of_file: Callable[[], float] = lambda: 0.0

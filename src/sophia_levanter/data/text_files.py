@@ -12,7 +12,7 @@ import re
 import sys
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,13 +105,20 @@ class OpenFile:
         self._raw.close()
 
 
-def find_files(source: str, *, field: str) -> list[TextFile]:
+# What editors and downloads leave beside a file.
+LEFT_BESIDE = (".bak", ".orig", ".swp", ".part", ".crdownload", ".tmp", ".incomplete")
+
+
+def find_files(source: str, *, field: str, report: Callable[[str], None]) -> list[TextFile]:
     """The files that `source` names, in sorted order.
 
     Args:
         source: `python_stdlib`, or a path, a folder or a glob (`**` crosses folders), here (`~` is the home folder) or
             as a URL that fsspec knows. Of a folder the files of `KINDS`, compressed or not, and compressed .json.
+            Of a folder or a glob, hidden files, backups, partial downloads and what macOS leaves are not taken, and a
+            file with several links to it is taken once.
         field: the config field to name in errors.
+        report: takes a line about files that were not taken.
 
     Raises:
         InputError: if there are none, one is something else than a file, or a URL cannot be read.
@@ -126,14 +133,21 @@ def find_files(source: str, *, field: str) -> list[TextFile]:
             raise InputError(
                 f"{field}: the URL holds a name or a password; leave them to the environment of the library"
             )
-        return _remote_files(source, field)
+        return _remote_files(source, field, report)
     pattern = os.path.abspath(os.path.expanduser(source))
     if os.path.isdir(pattern):
-        paths = _files_of_folder(Path(pattern), source, field)
+        paths = _files_of_folder(Path(pattern), source, field, report)
     elif os.path.lexists(pattern):
         paths = [Path(pattern)]
     else:
-        paths = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(match)]
+        # Without hidden files unless the pattern spells out their dot.
+        shown = set(glob.glob(pattern, recursive=True))
+        # A link to a folder around it is followed until the system refuses; its real path is a folder all the same.
+        found = glob.glob(pattern, recursive=True, include_hidden=True)
+        every = [name for name in found if not os.path.isdir(os.path.realpath(name))]
+        fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0]
+        kept = {name for name in every if name in shown and not _is_left_beside(name[len(fixed) :])}
+        paths = _taken([Path(name) for name in every], {Path(name) for name in kept}, field, report)
     if not paths:
         raise InputError(f"{field}: no file is called or matches {source!r}; give a path, a glob or {PYTHON_STDLIB}")
     return [_local_file(path, field) for path in paths]
@@ -215,10 +229,49 @@ def _stdlib_files() -> list[Path]:
     )
 
 
-def _files_of_folder(folder: Path, source: str, field: str) -> list[Path]:
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith(".") for part in relative.split("/"))
+
+
+def _is_left_beside(relative: str) -> bool:
+    """Whether it is an editor's backup, a partial download, or of macOS's folder for what only macOS reads."""
+    *folders, name = relative.lower().split("/")
+    return "__macosx" in folders or name.endswith((*LEFT_BESIDE, "~")) or (name[:1] == name[-1:] == "#")
+
+
+def _own_name(name: str) -> str:
+    """The name of the file beside which a backup or a partial download was left."""
+    name = name.removeprefix("#").removesuffix("#").removesuffix("~")
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in LEFT_BESIDE else name
+
+
+def _taken(found: list[Path], kept: set[Path], field: str, report: Callable[[str], None]) -> list[Path]:
+    """Those of the files that are kept, each once, in sorted order; one line says how many are not."""
+    left_out = sorted(set(found) - kept)
+    if left_out:
+        report(
+            f"{field}: left out {len(left_out)} hidden files, backups or partial downloads, such as {left_out[0]}; "
+            "name one to read it"
+        )
+    # A path without a link goes before one with a link, and a short one before a long one.
+    by_real_path: dict[str, Path] = {}
+    for path in sorted(kept, key=lambda path: (os.path.realpath(path) != str(path), len(path.parts), path)):
+        by_real_path.setdefault(os.path.realpath(path), path)
+    once = sorted(by_real_path.values())
+    if len(once) < len(kept):
+        again = min(kept - set(once))
+        report(f"{field}: left out {len(kept) - len(once)} links to files that are read already, such as {again}")
+    return once
+
+
+def _files_of_folder(folder: Path, source: str, field: str, report: Callable[[str], None]) -> list[Path]:
     if any((folder / mark).is_file() for mark in DATASET_MARKS):
         raise InputError(f"{field}: {source!r} is a folder that `datasets` saved; write datasets:{source}")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and TextFile(path.name, 0, None).is_of_folder)
+    found = [p for p in folder.rglob("*") if p.is_file() and TextFile(_own_name(p.name), 0, None).is_of_folder]
+    relative = {path: path.relative_to(folder).as_posix() for path in found}
+    kept = {path for path in found if not _is_hidden(relative[path]) and not _is_left_beside(relative[path])}
+    paths = _taken(found, kept, field, report)
     if not paths:
         raise InputError(
             f"{field}: the folder {source!r} holds no {', '.join(KINDS)} files; "
@@ -234,20 +287,30 @@ def _local_file(path: Path, field: str) -> TextFile:
     return TextFile(str(path), status.st_size, status.st_mtime_ns)
 
 
-def _remote_files(source: str, field: str) -> list[TextFile]:
+def _remote_files(source: str, field: str, report: Callable[[str], None]) -> list[TextFile]:
     filesystem, path = _filesystem(source, field)
     with _naming_url(source, field):
         if filesystem.isdir(path):
-            found = [name for name in filesystem.find(path) if TextFile(name, 0, None).is_of_folder]
+            found = [name for name in filesystem.find(path) if TextFile(_own_name(name), 0, None).is_of_folder]
+            fixed = len(path)
         elif any(character in path for character in "*?["):
             found = [name for name in filesystem.glob(path) if not filesystem.isdir(name)]
+            fixed = min(path.find(character) for character in "*?[" if character in path)
         else:
             found = [path] if filesystem.exists(path) else []
+            fixed = len(path)
         if not found:
             raise InputError(f"{field}: no file is called or matches {source!r}")
+        rest = {name: name[fixed:].lstrip("/") for name in found}
+        taken = [name for name in found if not (_is_hidden(rest[name]) or _is_left_beside(rest[name]))]
+        if len(taken) < len(found):
+            left_out = sorted(set(found) - set(taken))
+            report(
+                f"{field}: left out {len(left_out)} hidden files, backups or partial downloads, such as {left_out[0]}"
+            )
         return [
             TextFile(filesystem.unstrip_protocol(name), filesystem.size(name) or 0, filesystem.ukey(name))
-            for name in sorted(found)
+            for name in sorted(taken)
         ]
 
 
