@@ -293,6 +293,24 @@ def test_bad_input_is_one_line_and_writes_nothing(name, config_file, tmp_path, c
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes"]
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
+        {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+    ],
+    ids=["srun", "mpirun", "torchrun"],
+)
+def test_a_run_started_several_times_is_refused(variables, config_file, tmp_path, capfd, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run")]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: {next(iter(variables))} is 2 and mesh.coordinator is null: ")
+    assert error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_of_another_model_is_refused(config_file, tmp_path, capfd):
     run_dir = tmp_path / "run"
     short = ["--trainer.num_train_steps", "3"]

@@ -13,6 +13,7 @@ from sophia_levanter.allocation import keep_freed_memory
 from sophia_levanter.command_line import dump_config, parse_command_line
 from sophia_levanter.commands.arguments import run_command
 from sophia_levanter.exit_status import DONE, FAILURE, INTERRUPTED, PREEMPTED
+from sophia_levanter.partition.config import check_launcher
 from sophia_levanter.tracking.config import check_installed
 from sophia_levanter.training.run_directory import choose_run_directory
 
@@ -38,6 +39,7 @@ def _run(argv: Sequence[str]) -> int:
     keep_freed_memory()
     # LAPACK reads this when jax is imported. With threads of its own it decomposes small matrices 2.5 times slower.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    check_launcher(command.config.mesh, os.environ)
     check_installed(command.config.tracking)
     directory, config = choose_run_directory(command)
     before = signal.signal(signal.SIGTERM, _stop_before_training)

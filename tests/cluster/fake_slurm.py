@@ -160,6 +160,7 @@ class Srun:
     def start(self, number: int) -> subprocess.Popen[bytes]:
         pipe = subprocess.PIPE
         env = {**os.environ, "SLURM_PROCID": str(number), "SLURM_LOCALID": "0", "SLURM_NTASKS": str(self.count)}
+        env |= {"SLURM_STEP_ID": str(self.step), "SLURM_STEP_NUM_TASKS": str(self.count)}
         env["SLURM_STEP_NODELIST"] = env["SLURM_JOB_NODELIST"]
         return subprocess.Popen(self.words, env=env, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
 

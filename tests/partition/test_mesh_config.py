@@ -5,7 +5,7 @@ import pytest
 from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.partition.config import MeshConfig
+from sophia_levanter.partition.config import MeshConfig, check_launcher
 from sophia_levanter.training.config import SophiaHConfig, TrainerConfig
 
 
@@ -152,3 +152,46 @@ def test_what_fits():
         model=MODEL, mesh=MeshConfig(data=2, model=3, fsdp="embed"), trainer=TrainerConfig(batch_size=12)
     )
     check_mesh(config, 6, 50257)
+
+
+SLURM_TASK = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+STARTED_SEVERAL_TIMES = {
+    "srun": ("SLURM_STEP_NUM_TASKS", SLURM_TASK),
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}),
+    "MPICH": ("PMI_SIZE", {"PMI_SIZE": "2", "PMI_RANK": "1"}),
+    "torchrun": ("WORLD_SIZE", {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}),
+}
+
+
+@pytest.mark.parametrize("launcher", STARTED_SEVERAL_TIMES)
+def test_one_of_several_processes_that_do_not_meet_is_refused(launcher):
+    name, environment = STARTED_SEVERAL_TIMES[launcher]
+    with pytest.raises(InputError, match=rf"^{name} is 2 and mesh.coordinator is null: .*; unset {name} for separate"):
+        check_launcher(MeshConfig(), environment)
+
+
+@pytest.mark.parametrize("launcher", STARTED_SEVERAL_TIMES)
+@pytest.mark.parametrize("coordinator", ["auto", "host:80"])
+def test_processes_that_meet_are_welcome(launcher, coordinator):
+    _, environment = STARTED_SEVERAL_TIMES[launcher]
+    numbers = {} if coordinator == "auto" else {"num_processes": 2, "process_id": 0}
+    check_launcher(MeshConfig(coordinator=coordinator, **numbers), environment)
+
+
+ONE_PROCESS = {
+    "no launcher": {},
+    "sbatch script": {name: value for name, value in SLURM_TASK.items() if "STEP" not in name},
+    # The shell of salloc may be a step of one task in an allocation for several.
+    "salloc shell": SLURM_TASK | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},
+    "srun": SLURM_TASK | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"},
+    "Open MPI": {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+    "MPICH": {"PMI_SIZE": "1", "PMI_RANK": "0"},
+    "torchrun": {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+    "a size without a rank": {"WORLD_SIZE": "8"},
+    "a size that is not a number": {"WORLD_SIZE": "large", "RANK": "0", "LOCAL_RANK": "0"},
+}
+
+
+@pytest.mark.parametrize("started_by", ONE_PROCESS)
+def test_one_process_is_welcome(started_by):
+    check_launcher(MeshConfig(), ONE_PROCESS[started_by])

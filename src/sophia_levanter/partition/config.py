@@ -1,8 +1,9 @@
-"""The mesh's settings, and whether they fit a model and a number of devices. Free of jax."""
+"""The mesh's settings, and whether they fit a model, a number of devices and a launcher. Free of jax."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sophia_levanter.errors import InputError
@@ -10,6 +11,16 @@ from sophia_levanter.errors import InputError
 MESH_AXES = ("replica", "data", "sequence", "model")
 TENSOR_AXES = ("heads", "mlp", "vocab")
 FSDP_AXES = ("embed", "mlp", "heads", "vocab", "layers")
+
+# The variables by which launchers say how many processes they started, each with those that must be set beside it.
+# In Slurm only a step's own number counts: the script of a job and a shell in an allocation may have SLURM_NTASKS and
+# SLURM_PROCID too, and are one process.
+PROCESS_COUNTS = {
+    "SLURM_STEP_NUM_TASKS": ("SLURM_STEP_ID", "SLURM_PROCID"),  # srun
+    "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_RANK",),  # mpirun of Open MPI
+    "PMI_SIZE": ("PMI_RANK",),  # mpirun of MPICH and Intel MPI
+    "WORLD_SIZE": ("RANK", "LOCAL_RANK"),  # torchrun
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,28 @@ class MeshConfig:
         if self.fsdp is not None:
             mapping[self.fsdp] = (*mapping.get(self.fsdp, ()), "data")
         return mapping
+
+
+def check_launcher(config: MeshConfig, environment: Mapping[str, str]) -> None:
+    """Refuse to be one of several processes that would not find each other: each would train a model by itself.
+
+    Args:
+        config: the mesh; with `mesh.coordinator`, the processes find each other.
+        environment: the variables of this process.
+
+    Raises:
+        InputError: if a launcher started several processes; names its variable.
+    """
+    if config.coordinator is not None:
+        return
+    for name, others in PROCESS_COUNTS.items():
+        count = environment.get(name, "")
+        if count.isdecimal() and int(count) > 1 and all(other in environment for other in others):
+            raise InputError(
+                f"{name} is {count} and mesh.coordinator is null: each of the {count} processes would train a model by "
+                "itself; launch one run with python -m sophia_levanter.commands.launch or set mesh.coordinator, "
+                f"mesh.num_processes and mesh.process_id; unset {name} for separate runs"
+            )
 
 
 def check_divides(
