@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from types import FrameType
 
 from sophia_levanter.allocation import keep_freed_memory
@@ -49,11 +48,12 @@ def _run(argv: Sequence[str]) -> int:
 
     from sophia_levanter.checkpoint import CheckpointError
     from sophia_levanter.partition.messages import NoAnswer
+    from sophia_levanter.training.environment import recorded_environment
     from sophia_levanter.training.loop import TrainingFailed
     from sophia_levanter.training.run import run
 
     try:
-        stopped_by = run(config, directory, _environment(), quiet=command.quiet)
+        stopped_by = run(config, directory, recorded_environment(), quiet=command.quiet)
     except (TrainingFailed, CheckpointError, NoAnswer) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILURE
@@ -73,22 +73,6 @@ def _stop_before_training(number: int, frame: FrameType | None) -> None:
     sys.stdout.flush()
     # Not sys.exit: where the signal comes inside a callback of the garbage collector, Python would swallow that.
     os._exit(PREEMPTED)
-
-
-def _environment() -> dict[str, str | int | None]:
-    """What besides the configuration and the devices decides the last bits of the losses."""
-    return {
-        "jax": version("jax"),
-        "cpu_threads": _cpu_threads(),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-    }
-
-
-def _cpu_threads() -> int | None:
-    """How many threads XLA computes with: one a core, unless the variable that it reads says otherwise."""
-    if os.environ.get("NPROC", "").isdecimal():
-        return int(os.environ["NPROC"])
-    return os.cpu_count() if sys.platform == "darwin" else len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

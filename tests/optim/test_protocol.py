@@ -3,8 +3,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sophia_levanter.optim import AdamW, Lion, Muon, Optimizer, Soap, Sophia, SophiaG, SophiaH
+from sophia_levanter.optim import (
+    AdamW,
+    KroneckerBasis,
+    Lion,
+    Muon,
+    Optimizer,
+    Soap,
+    Sophia,
+    SophiaG,
+    SophiaH,
+    WinRateController,
+)
 from sophia_levanter.optim.protocol import value_at
+from sophia_levanter.optim.schedules import warmup_schedule
 
 
 def test_value_at():
@@ -24,3 +36,32 @@ def test_every_optimizer_can_be_driven_by_the_protocol_alone(cls):
     assert value_at("learning_rate", optimizer.learning_rate, jnp.int32(0)) == 0.1
     assert optimizer.refresh_due(0) in (True, False)
     assert all(value.shape == () for value in optimizer.metrics(state).values())
+
+
+SCHEDULE = warmup_schedule("cosine", peak=1e-2, final=1e-3, warmup_steps=2, total_steps=9)
+OPTIMIZERS = {
+    "AdamW": AdamW(SCHEDULE),
+    "NAdamW": AdamW(SCHEDULE, nesterov=True),
+    "cautious AdamW": AdamW(SCHEDULE, cautious=True),
+    "Lion": Lion(SCHEDULE),
+    "Muon": Muon(SCHEDULE),
+    "SOAP": Soap(SCHEDULE),
+    "Sophia-G": SophiaG(SCHEDULE),
+    "Sophia-H": SophiaH(SCHEDULE),
+    "Sophia-G in a basis": SophiaG(SCHEDULE, basis=KroneckerBasis()),
+    "Sophia-H with a win rate": SophiaH(SCHEDULE, rho=WinRateController(target=0.9, initial=0.1)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_states_and_updates_stay_narrow_under_x64(name, dtype):
+    optimizer = OPTIMIZERS[name]
+    with jax.enable_x64(True):
+        params = {"w": jnp.ones((4, 6), dtype), "b": jnp.ones(6, dtype)}
+        state = optimizer.init(params)
+        h_hat = params if isinstance(optimizer, Sophia) else None
+        updates, after = optimizer.update(params, state, params, h_hat)
+        for tree in (state, updates, after, optimizer.metrics(after)):
+            for path, leaf in jax.tree.leaves_with_path(tree):
+                assert leaf.dtype.itemsize < 8, f"{jax.tree_util.keystr(path)} is {leaf.dtype}"

@@ -107,7 +107,9 @@ def scale_by_muon(
 
     def init(params: PyTree) -> MuonState:
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=momentum_dtype), params)
-        return MuonState(jnp.zeros((), jnp.int32), mu, jnp.asarray(COEFFICIENTS))
+        # Without a dtype, jax_enable_x64 would put float64 into the checkpoints of float32 parameters.
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+        return MuonState(jnp.zeros((), jnp.int32), mu, jnp.asarray(COEFFICIENTS, dtype))
 
     def update(grads: PyTree, state: MuonState, params: PyTree | None = None) -> tuple[PyTree, MuonState]:
         count = optax.safe_increment(state.count)

@@ -33,6 +33,7 @@ from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
 from sophia_levanter.tracking.trackers import Others, Trackers, start_others
 from sophia_levanter.training.checkpoints import RunCheckpoints
+from sophia_levanter.training.environment import fixed_settings
 from sophia_levanter.training.evaluation import Evaluator
 from sophia_levanter.training.initial_weights import read_initial_weights
 from sophia_levanter.training.loading import BatchLoader
@@ -51,6 +52,7 @@ from sophia_levanter.training.throughput import flops_per_token, peak_flops
 STOPPED_SECONDS = 10.0
 
 
+@fixed_settings()
 def run(
     config: TrainConfig, directory: RunDirectory, environment: Mapping[str, Any], *, quiet: bool = False
 ) -> Signals | None:

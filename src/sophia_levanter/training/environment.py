@@ -1,0 +1,62 @@
+"""What decides a run's numbers besides its configuration and devices: fixed where jax allows, recorded elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import jax
+
+# Settings that JAX_* variables change, and the values that a run has whatever they say.
+FIXED = {
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+}
+# Variables that change the last bits, or more, and may be set on purpose. Recorded only where they are set, so that
+# runs that began before a variable was listed here still compare.
+RECORDED = (
+    "LIBTPU_INIT_ARGS",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+    "JAX_DISABLE_JIT",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS",
+    "JAX_OPTIMIZATION_LEVEL",
+    "JAX_SOFTMAX_CUSTOM_JVP",
+    "NVIDIA_TF32_OVERRIDE",
+    "NPY_DISABLE_CPU_FEATURES",
+)
+
+
+@contextmanager
+def fixed_settings() -> Iterator[None]:
+    """Gives jax's settings the values of `FIXED`, in all threads, and puts the old ones back."""
+    before = {name: jax.config.values[name] for name in FIXED}
+    for name, value in FIXED.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def recorded_environment() -> dict[str, str | int | None]:
+    """What is saved with a run and compared when it resumes."""
+    return {
+        "jax": version("jax"),
+        "cpu_threads": _cpu_threads(),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    } | {name: os.environ[name] for name in RECORDED if os.environ.get(name)}
+
+
+def _cpu_threads() -> int | None:
+    """How many threads XLA computes with: one a core, unless the variable that it reads says otherwise."""
+    if os.environ.get("NPROC", "").isdecimal():
+        return int(os.environ["NPROC"])
+    return os.cpu_count() if sys.platform == "darwin" else len(os.sched_getaffinity(0))
