@@ -1,5 +1,6 @@
 """The command itself: whole tiny runs, how they end, how they go on, and what it says to bad input."""
 
+import itertools
 import json
 import os
 import re
@@ -513,6 +514,54 @@ sys.exit(main(sys.argv[1:]))
     assert result.returncode == 75
     assert result.stdout == ""
     assert result.stderr == "SIGTERM: stopped outside training; run the command again\n"
+
+
+STORMS = {
+    "SIGTERM every 5 ms": (0.005, [signal.SIGTERM], 75),
+    "SIGTERM first, every 5 ms": (0.005, [signal.SIGTERM, signal.SIGINT], 75),
+    "SIGTERM first, every 50 ms": (0.05, [signal.SIGTERM, signal.SIGINT, signal.SIGINT], 75),
+}
+
+
+@pytest.mark.parametrize("storm", STORMS)
+def test_signals_until_the_exit_do_not_change_how_a_run_ends(storm, config_file, tmp_path):
+    pause, numbers, status = STORMS[storm]
+    run_dir = tmp_path / "run"
+    long = ["--optimizer.type", "lion", "--trainer.num_train_steps", 100_000, "--trainer.checkpoint_every", 100_000]
+    process = start(["--config", config_file, "--trainer.run_dir", run_dir, *long], tmp_path)
+    wait_for_step(run_dir, 3, process)
+    for number in itertools.cycle(numbers):
+        if process.poll() is not None:
+            break
+        process.send_signal(number)
+        time.sleep(pause)
+    out, _ = process.communicate()
+    assert process.returncode == status, out
+    (step,) = checkpoint.steps(run_dir / "checkpoints")
+    assert f"{numbers[0].name}: stopped after step {step}, which is saved" in out
+    assert "Traceback" not in out
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGINT]])
+def test_signals_before_training_end_it_with_their_status(numbers, config_file, tmp_path):
+    process = start(["--config", config_file, "--trainer.run_dir", tmp_path / "run"], tmp_path)
+    process.stdout.readline()
+    for number in itertools.cycle(numbers):
+        if process.poll() is not None:
+            break
+        process.send_signal(number)
+        time.sleep(0.005)
+    out, _ = process.communicate()
+    assert process.returncode == (75 if numbers[0] == signal.SIGTERM else 130), out
+    assert "Traceback" not in out
+
+
+def test_a_python_caller_has_its_handlers_back(config_file, tmp_path, stop_after):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    stop_after(2, signal.SIGTERM)
+    options = ["--optimizer.type", "lion", "--trainer.run_dir", str(tmp_path / "run")]
+    assert main(["--config", str(config_file), *options]) == 75
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def flip_a_byte(path: Path, place: int) -> None:

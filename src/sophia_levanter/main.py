@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -23,6 +24,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failure, 2 bad input, 75 stopped by SIGTERM (run it again), 130 interrupted.
     """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _train(argv)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _process() -> int:
+    """`main` for a process of its own: the first signal decides its exit status, however many follow."""
+    signal.signal(signal.SIGTERM, _stop_before_training)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _interrupt_once)
+    try:
+        status = _train(None)
+        _ignore_signals()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        _ignore_signals()
+    return status
+
+
+def _ignore_signals() -> None:
+    # The interpreter takes a while to end, and would put the default handlers back.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _train(argv: Sequence[str] | None) -> int:
     return run_command(argv, _run, interrupted="interrupted; nothing since the last checkpoint is saved")
 
 
@@ -41,7 +71,7 @@ def _run(argv: Sequence[str]) -> int:
     check_launcher(command.config.mesh, os.environ)
     check_installed(command.config.tracking)
     directory, config = choose_run_directory(command)
-    before = signal.signal(signal.SIGTERM, _stop_before_training)
+    signal.signal(signal.SIGTERM, _stop_before_training)
 
     # Only now what takes long to import: a mistake above is answered at once.
     from jax.errors import JaxRuntimeError
@@ -61,7 +91,6 @@ def _run(argv: Sequence[str]) -> int:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return FAILURE
     finally:
-        signal.signal(signal.SIGTERM, before)
         directory.unlock()
     if stopped_by is None:
         return DONE
@@ -69,11 +98,24 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _stop_before_training(number: int, frame: FrameType | None) -> None:
-    print("SIGTERM: stopped outside training; run the command again", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    # Not print, which fails where the signal comes while something is printed.
+    os.write(2, b"SIGTERM: stopped outside training; run the command again\n")
+    with contextlib.suppress(RuntimeError, OSError):
+        sys.stdout.flush()
     # Not sys.exit: where the signal comes inside a callback of the garbage collector, Python would swallow that.
     os._exit(PREEMPTED)
 
 
+def _interrupt_once(number: int, frame: FrameType | None) -> None:
+    # A further exception would show a traceback where the first one is reported.
+    for further in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(further, _end_interrupted)
+    raise KeyboardInterrupt
+
+
+def _end_interrupted(number: int, frame: FrameType | None) -> None:
+    os._exit(INTERRUPTED)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_process())

@@ -56,7 +56,7 @@ STOPPED_SECONDS = 10.0
 def run(
     config: TrainConfig, directory: RunDirectory, environment: Mapping[str, Any], *, quiet: bool = False
 ) -> Signals | None:
-    """Train as configured, in a run directory.
+    """Train as configured, in a run directory. Its handlers of SIGINT and SIGTERM stay; `main` puts the old ones back.
 
     Args:
         config: the resolved configuration.
@@ -127,8 +127,8 @@ def run(
     run_id = uuid.uuid4().hex if restored is None else restored.run_id
     others = _start_others(parts, directory, run_id, int(state.step), console)
     try:
-        with StopRequest(several=jax.process_count() > 1) as stop:
-            loop, state = _train(parts, directory, run_id, state, restored, console, others, stop)
+        stop = StopRequest(several=jax.process_count() > 1)
+        loop, state = _train(parts, directory, run_id, state, restored, console, others, stop)
         stopped_by = _tell_the_end(parts, directory, loop, state, stop, console)
     except Exception:
         others.close(failed=True)

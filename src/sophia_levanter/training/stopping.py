@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from types import FrameType
-from typing import Any
 
 
 class StopRequest:
-    """Notes SIGINT or SIGTERM so that the loop can save and end; a SIGINT after that acts as it would without.
+    """Notes SIGINT or SIGTERM so that the loop can save and end.
+
+    A second SIGINT acts as it would without this, unless SIGTERM came before it. The handlers stay until the caller of
+    the run puts its own back: a signal that comes while the run reports its end must not change how it ends.
 
     Args:
         several: whether the run has several processes. Then jax's runtime notes SIGTERM, and tells all of them; a
@@ -19,33 +21,24 @@ class StopRequest:
         signal: the signal that came, or None.
     """
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self, *, several: bool = False) -> None:
         self.signal: signal.Signals | None = None
-        self._several = several
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if self._several:
-            self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._pass_on)}
+        self._on_second = signal.getsignal(signal.SIGINT)
+        if several:
+            signal.signal(signal.SIGINT, self._pass_on)
         else:
-            self._before = {s: signal.signal(s, self._note) for s in self._SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
+            signal.signal(signal.SIGINT, self._note)
+            signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = self.signal or signal.Signals(number)
-        # Further SIGTERMs, which some schedulers send to a group and to its processes, do not stop the saving.
-        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+        # SIGTERM counts even after SIGINT: Python reports those that arrive together in the order of their numbers.
+        if number == signal.SIGTERM:
+            self.signal = signal.SIGTERM
+            signal.signal(signal.SIGINT, self._note)
+        elif self.signal is None:
+            self.signal = signal.SIGINT
+            signal.signal(signal.SIGINT, self._on_second)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._note(number, frame)
         os.kill(os.getpid(), signal.SIGTERM)
-
-    def _restore(self) -> None:
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
-        self._before = {}
