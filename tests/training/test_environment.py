@@ -87,3 +87,13 @@ def test_a_resumed_run_names_the_variables_that_differ(config_file, tmp_path, ca
             assert main(["--resume", str(run_dir)]) == 0
         (line,) = [line for line in capfd.readouterr().out.splitlines() if "may differ" in line]
         assert f"'{name}': '{value}'" in line
+
+
+def test_a_run_without_compilation_is_refused(config_file, tmp_path, capfd):
+    jax.config.update("jax_disable_jit", True)
+    try:
+        assert main(["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run")]) == 2
+    finally:
+        jax.config.update("jax_disable_jit", False)
+    error = capfd.readouterr().err
+    assert error.startswith("error: JAX_DISABLE_JIT is set, and ") and error.count("\n") == 1

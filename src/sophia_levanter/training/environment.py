@@ -10,6 +10,8 @@ from importlib.metadata import version
 
 import jax
 
+from sophia_levanter.errors import InputError
+
 # Settings that JAX_* variables change, and the values that a run has whatever they say.
 FIXED = {
     "jax_default_prng_impl": "threefry2x32",
@@ -24,7 +26,6 @@ FIXED = {
 RECORDED = (
     "LIBTPU_INIT_ARGS",
     "JAX_DEFAULT_MATMUL_PRECISION",
-    "JAX_DISABLE_JIT",
     "JAX_DISABLE_MOST_OPTIMIZATIONS",
     "JAX_OPTIMIZATION_LEVEL",
     "JAX_SOFTMAX_CUSTOM_JVP",
@@ -35,7 +36,13 @@ RECORDED = (
 
 @contextmanager
 def fixed_settings() -> Iterator[None]:
-    """Gives jax's settings the values of `FIXED`, in all threads, and puts the old ones back."""
+    """Gives jax's settings the values of `FIXED`, in all threads, and puts the old ones back.
+
+    Raises:
+        InputError: if compilation is off.
+    """
+    if jax.config.values["jax_disable_jit"]:
+        raise InputError("JAX_DISABLE_JIT is set, and a run compiles its steps ahead of time; unset it")
     before = {name: jax.config.values[name] for name in FIXED}
     for name, value in FIXED.items():
         jax.config.update(name, value)
