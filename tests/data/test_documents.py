@@ -166,7 +166,7 @@ def test_json_by_all_its_suffixes(tmp_path: Path, name: str) -> None:
         ("a.txt", parquet({"text": ["one", "two"]}), "Parquet"),
         ("a.jsonl", parquet({"text": ["one", "two"]}), "Parquet"),
         ("a.jsonl.gz", RECORDS, "JSON lines"),
-        ("a.txt.xz", gzip.compress(RECORDS), "JSON lines compressed by gzip"),
+        ("a.txt.xz", gzip.compress(RECORDS, mtime=0), "JSON lines compressed by gzip"),
         ("a.parquet", zstd.compress(parquet({"text": ["one", "two"]})), "Parquet compressed by zstd"),
     ],
 )
@@ -430,7 +430,7 @@ def test_errors_of_resolving_come_before_reading(tmp_path: Path) -> None:
         ("a.jsonl.zst", b"not compressed", ":1 is not JSON"),
         ("a.parquet", b"not Parquet", "no Parquet file"),
         ("a.txt", "text".encode("utf-16"), "is UTF-16LE, not UTF-8; convert it: iconv -f UTF-16LE"),
-        ("a.jsonl.gz", gzip.compress(b"\xfe\xff\0a"), "is UTF-16BE"),
+        ("a.jsonl.gz", gzip.compress(b"\xfe\xff\0a", mtime=0), "is UTF-16BE"),
         ("a.txt", "text".encode("utf-32"), "is UTF-32LE"),
         ("a.txt", b"\0\0\xfe\xff\0\0\0a", "is UTF-32BE"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
