@@ -135,9 +135,9 @@ def test_trackers_outlive_a_rollback(config_file, tmp_path, monkeypatch):
     calls = iter([True])
     read = Loop._read
 
-    def fail_once(self, step, output):
-        read(self, step, output)
-        if step == 7 and next(calls, False):
+    def fail_once(self, running):
+        read(self, running)
+        if running.step == 7 and next(calls, False):
             raise TrainingFailed("made up", range(6, 8))
 
     monkeypatch.setattr(Loop, "_read", fail_once)
