@@ -174,7 +174,7 @@ def test_the_content_decides_and_one_line_says_so(tmp_path: Path, name: str, con
     (tmp_path / name).write_bytes(content)
     said: list[str] = []
     assert read(tmp_path / name, said=said) == ["one", "two"]
-    assert [f"{tmp_path / name} holds {held};" in line for line in said] == [True]
+    assert [f"{tmp_path / name} holds {held}, unlike its name;" in line for line in said] == [True]
     assert "\n" not in said[0]
 
 

@@ -81,7 +81,11 @@ def test_the_facts_tell_files_apart(files: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(None, "No such file"), (b"", "0 bytes of tokens"), (b"abc", "3 bytes of tokens, which is no array")],
+    [
+        (None, "No such file"),
+        (b"", "0 bytes of tokens"),
+        (b"abc", "3 bytes of tokens, and uint16 ids need a multiple of 2"),
+    ],
 )
 def test_files_that_are_none(tmp_path: Path, content: bytes | None, expected: str) -> None:
     if content is not None:
@@ -139,7 +143,7 @@ def test_shards_of_llm_c(tmp_path: Path, magic: int, version: int, dtype: str, n
         (header(20240520, 1, 1999), "", "has 2000 tokens, and its header says 1999"),
         (header(20240520, 1, 2001), "", "has 2000 tokens, and its header says 2001"),
         (header(20240801, 7, 2000), "", "has 1000 tokens, and its header says 2000"),
-        (header(20240520, 1, 2000), "?dtype=uint32", "holds uint16, not uint32; leave out ?dtype="),
+        (header(20240520, 1, 2000), "?dtype=uint32", "has a header with dtype uint16, not uint32; remove ?dtype="),
     ],
 )
 def test_headers_that_are_refused(tmp_path: Path, begin: bytes, options: str, expected: str) -> None:

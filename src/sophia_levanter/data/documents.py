@@ -122,7 +122,7 @@ class FileSource:
         self._reported.add(key)
         held = format_.value if opened.compression is None else f"{format_.value} compressed by {opened.compression}"
         self._report(
-            f"{self._field}: {opened.file.name} holds {held}; it and files like it are read so, not by their names"
+            f"{self._field}: {opened.file.name} holds {held}, unlike its name; it and files like it are read by content"
         )
 
     def _plain_text(self, file: TextFile, content: BinaryIO) -> str:

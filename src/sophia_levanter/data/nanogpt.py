@@ -18,9 +18,9 @@ from sophia_levanter.errors import InputError
 
 DTYPES = ("uint16", "uint32")
 NPY_MAGIC = b"\x93NUMPY"
-# The header of llm.c's and modded-nanogpt's shards: int32 numbers, of which three are used.
+# Shards of llm.c and modded-nanogpt begin with 256 int32 numbers; only the first three have a meaning.
 HEADER_INTS = 256
-# By the first number, the second and the type of the tokens; the third is their number.
+# Magic number -> version and token dtype. The third number of the header counts the tokens.
 HEADERS = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 META = "meta.pkl"
 META_BYTES = 1 << 26
@@ -43,7 +43,7 @@ class NanogptTokens:
         field: the config field to name in errors.
 
     Raises:
-        InputError: if there is no such file, or it cannot be one of tokens of this tokenizer.
+        InputError: if the file does not exist, or this tokenizer cannot have made it.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, *, field: str) -> None:
@@ -91,11 +91,10 @@ class NanogptTokens:
                 )
             return self._agreeing(tokens, dtype)
         tokens = self._array(size, dtype or "uint16", offset=0)
-        few = tokens[: READ_TOKENS // 2 * 2]
-        if dtype is None and len(tokens) >= 4 and not len(tokens) % 2 and not few[1::2].any():
+        if dtype is None and len(tokens) >= 4 and not len(tokens) % 2 and not tokens[1:READ_TOKENS:2].any():
             raise InputError(
                 f"{self._where}: every second uint16 is 0, as in a file of uint32; write "
-                f"{NANOGPT}{self._path.name}?dtype=uint32, or ?dtype=uint16 if it is as it should be"
+                f"{NANOGPT}{self._path.name}?dtype=uint32, or ?dtype=uint16 if the file is correct"
             )
         return tokens
 
@@ -103,13 +102,14 @@ class NanogptTokens:
         item = np.dtype(dtype).itemsize
         if size <= offset or (size - offset) % item:
             raise InputError(
-                f"{self._where} has {size - offset} bytes of tokens, which is no array of {dtype} token ids"
+                f"{self._where} has {size - offset} bytes of tokens, and {dtype} ids need a multiple of {item} above "
+                "0; copy or download it again"
             )
         return np.memmap(self._path, np.dtype(dtype).newbyteorder("<"), mode="r", offset=offset)
 
     def _agreeing(self, tokens: np.ndarray, dtype: str | None) -> np.ndarray:
         if dtype is not None and tokens.dtype != np.dtype(dtype):
-            raise InputError(f"{self._where} says itself that it holds {tokens.dtype}, not {dtype}; leave out ?dtype=")
+            raise InputError(f"{self._where} has a header with dtype {tokens.dtype}, not {dtype}; remove ?dtype=")
         return tokens
 
     def _check_meta(self) -> None:

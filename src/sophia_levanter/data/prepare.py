@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.mixture import Mixture
@@ -15,7 +16,7 @@ from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 
 # Makes what is not there yet: one corpus, or its two sides.
-Make = Callable[[Report], Sequence[Tokens]]
+Make = Callable[[], Sequence[Tokens]]
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None) -> Te
     """
     tokenizer = load_tokenizer(config.tokenizer)
     if config.validation is None:
-        train, validation = _two_sides(config, tokenizer, report, ray)(report)
+        train, validation = _two_sides(config, tokenizer, report, ray)()
         return TextData(tokenizer, train, validation)
     # All are looked up before the first is read: a misspelt validation path must not wait for the training text.
     names = [config.train] if isinstance(config.train, str) else [part.source for part in config.train]
     makes = [_looked_up("data.train", name, config, tokenizer, report, ray) for name in names]
     make_validation = _looked_up("data.validation", config.validation, config, tokenizer, report, ray)
-    corpora = [make(report)[0] for make in makes]
-    (validation,) = make_validation(report)
+    corpora = [make()[0] for make in makes]
+    (validation,) = make_validation()
     if isinstance(config.train, str):
         return TextData(tokenizer, corpora[0], validation)
     return TextData(tokenizer, Mixture(corpora, [part.weight for part in config.train]), validation)
@@ -67,8 +68,8 @@ def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report)
         InputError: if a source or the cache is not usable.
     """
     if config.validation is None:
-        return _two_sides(config, tokenizer, report, None)(report)[1]
-    return _looked_up("data.validation", config.validation, config, tokenizer, report, None)(report)[0]
+        return _two_sides(config, tokenizer, report, None)()[1]
+    return _looked_up("data.validation", config.validation, config, tokenizer, report, None)()[0]
 
 
 def _two_sides(config: DataConfig, tokenizer: Tokenizer, report: Report, ray: str | None) -> Make:
@@ -93,7 +94,7 @@ def _looked_up(
             )
         corpus = NanogptTokens(name, tokenizer, field=field)
 
-        def checked(report: Report) -> list[Tokens]:
+        def checked() -> list[Tokens]:
             corpus.check(report)
             return [corpus]
 
@@ -101,8 +102,9 @@ def _looked_up(
     if name.startswith(STORE):
         location = absolute_source(name).removeprefix(STORE).rstrip("/")
         stores = _stores(field, location, tokenizer, both=held_out is not None)
-        return lambda report: stores
-    return Preparation.of(field, name, config, tokenizer, report, held_out=held_out, ray=ray).stores
+        return lambda: stores
+    preparation = Preparation.of(field, name, config, tokenizer, report, held_out=held_out, ray=ray)
+    return partial(preparation.stores, report)
 
 
 def _stores(field: str, location: str, tokenizer: Tokenizer, *, both: bool) -> list[TokenStore]:

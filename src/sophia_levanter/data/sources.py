@@ -31,7 +31,11 @@ class Source(Protocol):
 def open_source(name: str, config: DataConfig, *, field: str, report: Callable[[str], None]) -> Source:
     """The source that `name` means: `hub:...`, `datasets:...`, or files as `find_files` says.
 
-    What a user should know of its files is told to `report`, line by line.
+    Args:
+        name: what the user wrote.
+        config: how its text is read.
+        field: the config field to name in errors.
+        report: takes a line about skipped files, and about files whose names do not say what they hold.
 
     Raises:
         InputError: if there is no such source.

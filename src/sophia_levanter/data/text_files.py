@@ -246,14 +246,17 @@ def _own_name(name: str) -> str:
     return stem if suffix.lower() in LEFT_BESIDE else name
 
 
-def _taken(found: list[Path], kept: set[Path], field: str, report: Callable[[str], None]) -> list[Path]:
-    """Those of the files that are kept, each once, in sorted order; one line says how many are not."""
-    left_out = sorted(set(found) - kept)
-    if left_out:
+def _report_left_out(names: set[Any], field: str, report: Callable[[str], None]) -> None:
+    if names:
         report(
-            f"{field}: left out {len(left_out)} hidden files, backups or partial downloads, such as {left_out[0]}; "
+            f"{field}: left out {len(names)} hidden files, backups or partial downloads, such as {min(names)}; "
             "name one to read it"
         )
+
+
+def _taken(found: list[Path], kept: set[Path], field: str, report: Callable[[str], None]) -> list[Path]:
+    """Those of the files that are kept, each once, in sorted order; one line says how many are not."""
+    _report_left_out({*found} - kept, field, report)
     # A path without a link goes before one with a link, and a short one before a long one.
     by_real_path: dict[str, Path] = {}
     for path in sorted(kept, key=lambda path: (os.path.realpath(path) != str(path), len(path.parts), path)):
@@ -303,11 +306,7 @@ def _remote_files(source: str, field: str, report: Callable[[str], None]) -> lis
             raise InputError(f"{field}: no file is called or matches {source!r}")
         rest = {name: name[fixed:].lstrip("/") for name in found}
         taken = [name for name in found if not (_is_hidden(rest[name]) or _is_left_beside(rest[name]))]
-        if len(taken) < len(found):
-            left_out = sorted(set(found) - set(taken))
-            report(
-                f"{field}: left out {len(left_out)} hidden files, backups or partial downloads, such as {left_out[0]}"
-            )
+        _report_left_out({*found} - {*taken}, field, report)
         return [
             TextFile(filesystem.unstrip_protocol(name), filesystem.size(name) or 0, filesystem.ukey(name))
             for name in sorted(taken)
