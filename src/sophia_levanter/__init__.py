@@ -1,3 +1,18 @@
 """Pre-train GPT-2 language models in JAX with the Sophia optimizers (arXiv 2305.14342)."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sophia_levanter.api import TrainingResult, train
+
 __version__ = "0.1.0"
+__all__ = ["TrainingResult", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on use, so that `sophia_levanter.optim` alone stays light.
+    if name in __all__:
+        from sophia_levanter import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

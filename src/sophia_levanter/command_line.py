@@ -72,7 +72,7 @@ def parse_command_line(argv: Sequence[str]) -> Command:
         raise InputError(f"--config {options['--config']} does not go with --resume {resume}, which has its own config")
     if any(name == "trainer.run_dir" for name, _ in overrides):
         raise InputError(f"--trainer.run_dir does not go with --resume {resume}, which is the run directory")
-    run_dir = _existing_run(Path(resume))
+    run_dir = existing_run(Path(resume))
     return Command(
         load_config(run_dir / "config.yaml", overrides), run_dir.resolve().name, run_dir, print_config, quiet
     )
@@ -156,7 +156,7 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]], 
     return options, overrides, flags
 
 
-def _existing_run(run_dir: Path) -> Path:
+def existing_run(run_dir: Path) -> Path:
     if not run_dir.is_dir():
         raise InputError(f"--resume {run_dir}: there is no such directory")
     config = run_dir / "config.yaml"

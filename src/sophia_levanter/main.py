@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from types import FrameType
 
 from sophia_levanter.allocation import keep_freed_memory
-from sophia_levanter.command_line import dump_config, parse_command_line
+from sophia_levanter.command_line import Command, dump_config, parse_command_line
 from sophia_levanter.commands.arguments import run_command
+from sophia_levanter.config import TrainConfig
 from sophia_levanter.exit_status import DONE, FAILURE, INTERRUPTED, PREEMPTED
 from sophia_levanter.partition.config import check_launcher
 from sophia_levanter.tracking.config import check_installed
-from sophia_levanter.training.run_directory import choose_run_directory
+from sophia_levanter.training.run_directory import RunDirectory, choose_run_directory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,9 +69,7 @@ def _run(argv: Sequence[str]) -> int:
     keep_freed_memory()
     # LAPACK reads this when jax is imported. With threads of its own it decomposes small matrices 2.5 times slower.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    check_launcher(command.config.mesh, os.environ)
-    check_installed(command.config.tracking)
-    directory, config = choose_run_directory(command)
+    directory, config = plan_run(command)
     signal.signal(signal.SIGTERM, _stop_before_training)
 
     # Only now what takes long to import: a mistake above is answered at once.
@@ -78,12 +77,11 @@ def _run(argv: Sequence[str]) -> int:
 
     from sophia_levanter.checkpoint import CheckpointError
     from sophia_levanter.partition.messages import NoAnswer
-    from sophia_levanter.training.environment import recorded_environment
     from sophia_levanter.training.loop import TrainingFailed
     from sophia_levanter.training.run import run
 
     try:
-        stopped_by = run(config, directory, recorded_environment(), quiet=command.quiet)
+        stopped_by = run(config, directory, quiet=command.quiet).stopped_by
     except (TrainingFailed, CheckpointError, NoAnswer) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILURE
@@ -95,6 +93,18 @@ def _run(argv: Sequence[str]) -> int:
     if stopped_by is None:
         return DONE
     return INTERRUPTED if stopped_by == signal.SIGINT else PREEMPTED
+
+
+def plan_run(command: Command) -> tuple[RunDirectory, TrainConfig]:
+    """The run directory and the configuration that a command means, checked against this process's environment.
+
+    Raises:
+        InputError: if a launcher, a missing package or the run directory is in the way. Nothing is written.
+    """
+    assert command.config is not None
+    check_launcher(command.config.mesh, os.environ)
+    check_installed(command.config.tracking)
+    return choose_run_directory(command)
 
 
 def _stop_before_training(number: int, frame: FrameType | None) -> None:

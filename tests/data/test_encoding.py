@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -41,6 +42,23 @@ def test_processes_give_the_same_in_the_same_order(count: int) -> None:
             np.testing.assert_array_equal(left.tokens, right.tokens)
             np.testing.assert_array_equal(left.lengths, right.lengths)
             assert left.num_bytes == right.num_bytes
+
+
+def test_workers_do_not_run_the_script_again(tmp_path: Path) -> None:
+    """One whose lines are not under `if __name__ == "__main__"`, as a script that calls `train` may be."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+from sophia_levanter.data.encoding import encode_blocks, processes
+from sophia_levanter.data.tokenizer import ByteTokenizer
+
+print("begins")
+blocks = ((i, (["text"], [])) for i in range(20))
+print(len(list(encode_blocks(blocks, ByteTokenizer(), lambda: processes(2, "bytes")))))
+"""
+    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert (result.stdout, result.stderr) == ("begins\n20\n", "")
 
 
 def test_a_few_blocks_start_no_processes() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -314,6 +315,10 @@ def test_processes_make_the_same_store(config: DataConfig, monkeypatch: pytest.M
     monkeypatch.setattr(preparation_module, "BLOCK_CHARACTERS", 100)
     there = prepare(replace(config, num_workers=2, cache_dir=str(tmp_path / "other")), quiet)
     assert content(there.train.path.parent) == content(here.train.path.parent)
+    # A trial in a pool of processes is one that may start none of its own.
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    alone = prepare(replace(config, num_workers=2, cache_dir=str(tmp_path / "alone")), quiet)
+    assert content(alone.train.path.parent) == content(here.train.path.parent)
 
 
 def test_only_the_validation_text_is_looked_at_where_it_has_one_of_its_own(tmp_path: Path) -> None:

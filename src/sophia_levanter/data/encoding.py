@@ -7,12 +7,14 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import chain, islice
+from types import ModuleType
 from typing import Any, Protocol
 
 from sophia_levanter.data.blocks import Encoded, Texts, encode, encode_with, start_worker
@@ -40,7 +42,7 @@ class _Processes:
         self._tokenizer = tokenizer
 
     def submit(self, texts: Texts) -> Future[Encoded]:
-        with _ctrl_c_held():  # a worker may be started for it
+        with _starting_workers():  # one may be started for it
             return self._pool.submit(encode_with, self._tokenizer, texts)
 
 
@@ -59,7 +61,7 @@ class _RayTasks:
 def processes(count: int, tokenizer: str) -> Iterator[Workers]:
     """Workers on this machine, one process each, which end with this one however it ends."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
-    with _ctrl_c_held():
+    with _starting_workers():
         pool = ProcessPoolExecutor(count, context, start_worker, (tokenizer,))
     try:
         yield _Processes(pool, count, tokenizer)
@@ -68,12 +70,19 @@ def processes(count: int, tokenizer: str) -> Iterator[Workers]:
 
 
 @contextmanager
-def _ctrl_c_held() -> Iterator[None]:
-    """Processes that are started in here never hear Ctrl-C, which is for this one and reaches it afterwards."""
+def _starting_workers() -> Iterator[None]:
+    """Processes started in here never hear Ctrl-C, which is for this one and reaches it afterwards.
+
+    They do not import this program's script either, which would start to train again where its lines are not under
+    `if __name__ == "__main__"`.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
     try:
         yield
     finally:
+        sys.modules["__main__"] = script
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

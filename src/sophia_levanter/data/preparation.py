@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -83,7 +84,7 @@ class Preparation:
         workers: Callable[[], AbstractContextManager[Workers]] | None = None
         if ray is not None:
             workers = partial(ray_tasks, ray, config.tokenizer)
-        elif count and tokenizer.is_slow:
+        elif count and tokenizer.is_slow and not multiprocessing.current_process().daemon:  # which may start none
             workers = partial(processes, count, config.tokenizer)
         return cls(field, name, directory, source, tokenizer, held_out, workers)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -15,6 +15,7 @@ import jax
 
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
+from sophia_levanter.checkpoint.storage import step_name
 from sophia_levanter.command_line import dump_config
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.data.config import DataConfig
@@ -33,7 +34,7 @@ from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
 from sophia_levanter.tracking.trackers import Others, Trackers, start_others
 from sophia_levanter.training.checkpoints import RunCheckpoints
-from sophia_levanter.training.environment import fixed_settings
+from sophia_levanter.training.environment import fixed_settings, recorded_environment
 from sophia_levanter.training.evaluation import Evaluator
 from sophia_levanter.training.initial_weights import read_initial_weights
 from sophia_levanter.training.loading import BatchLoader
@@ -52,20 +53,47 @@ from sophia_levanter.training.throughput import flops_per_token, peak_flops
 STOPPED_SECONDS = 10.0
 
 
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run went.
+
+    Attributes:
+        run_dir: the run directory, with `config.yaml` and `metrics.jsonl`.
+        step: training steps done, those before a resume included.
+        metrics: the last value of each metric by its name in `metrics.jsonl`, such as `train/loss`.
+        best_step: the step of the lowest validation loss; None before the first evaluation.
+        best_validation_loss: that loss, in nats per token.
+        checkpoint: the path or URL of the last checkpoint.
+        stopped_by: the signal that ended the run before its last step; None where it ran to the end.
+    """
+
+    run_dir: Path
+    step: int
+    metrics: Mapping[str, float]
+    best_step: int | None
+    best_validation_loss: float | None
+    checkpoint: str
+    stopped_by: Signals | None = None
+
+    @property
+    def train_loss(self) -> float | None:
+        """The mean loss of the last step's batch, in nats per token."""
+        return self.metrics.get("train/loss")
+
+    @property
+    def validation_loss(self) -> float | None:
+        """The last validation loss, in nats per token; None before the first evaluation."""
+        return self.metrics.get("validation/loss")
+
+
 @fixed_settings()
-def run(
-    config: TrainConfig, directory: RunDirectory, environment: Mapping[str, Any], *, quiet: bool = False
-) -> Signals | None:
-    """Train as configured, in a run directory. Its handlers of SIGINT and SIGTERM stay; `main` puts the old ones back.
+def run(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) -> TrainingResult:
+    """Train as configured, in a run directory. The caller puts back its handlers of SIGINT and SIGTERM.
 
     Args:
         config: the resolved configuration.
         directory: where the run's files go, and whether it goes on from them.
-        environment: what besides the configuration decides the numbers (versions, flags), to be recorded.
         quiet: whether to print only warnings and the result.
-
-    Returns:
-        The signal that ended the run before its last step, if any.
 
     Raises:
         InputError: if the parts do not fit each other or the data; the run directory is untouched then.
@@ -95,7 +123,7 @@ def run(
         _by_first(processes, "begin", lambda: check_not_begun(directory, console))
     # Before the text is prepared, which may take hours.
     weights = None if is_saved else read_initial_weights(config, console)
-    parts = build_parts(config, environment, console)
+    parts = build_parts(config, recorded_environment(), console)
     check_agreement("the text", json.dumps([parts.facts["data"], parts.facts["validation"]]))
     restored = None
     if is_saved:
@@ -105,7 +133,9 @@ def run(
             console.notice(
                 f"all {int(state.step)} steps are done; --trainer.num_train_steps with more of them extends the run"
             )
-            return None
+            metrics: Any = restored.metadata["metrics"]
+            checkpoint_path = f"{directory.checkpoints}/{step_name(restored.step)}"
+            return _result(directory, restored.step, metrics, best_so_far(parts, restored), checkpoint_path)
     elif weights is None:
         state = parts.partition.made(parts.initial_state)
     else:
@@ -135,7 +165,19 @@ def run(
         raise
     # What stops a run may soon kill it.
     others.close(failed=stopped_by is not None, seconds=STOPPED_SECONDS if stopped_by else CLOSE_SECONDS)
-    return stopped_by
+    return _result(directory, int(state.step), loop.last_metrics, loop.best, str(loop.saved), stopped_by)
+
+
+def _result(
+    directory: RunDirectory,
+    step: int,
+    metrics: Mapping[str, float],
+    best: Mapping[str, Any] | None,
+    checkpoint: str,
+    stopped_by: Signals | None = None,
+) -> TrainingResult:
+    best_step, best_loss = (None, None) if best is None else (best["step"], best["validation/loss"])
+    return TrainingResult(directory.path, step, dict(metrics), best_step, best_loss, checkpoint, stopped_by)
 
 
 def _tell_the_end(

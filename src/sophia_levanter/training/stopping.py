@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from types import FrameType
 
 
 class StopRequest:
-    """Notes SIGINT or SIGTERM so that the loop can save and end.
+    """Notes SIGINT or SIGTERM so that the loop can save and end. Outside the main thread signals are not its business.
 
     A second SIGINT acts as it would without this, unless SIGTERM came before it. The handlers stay until the caller of
     the run puts its own back: a signal that comes while the run reports its end must not change how it ends.
@@ -24,6 +25,8 @@ class StopRequest:
     def __init__(self, *, several: bool = False) -> None:
         self.signal: signal.Signals | None = None
         self._on_second = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread():
+            return
         if several:
             signal.signal(signal.SIGINT, self._pass_on)
         else:

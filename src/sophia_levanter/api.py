@@ -1,0 +1,114 @@
+"""Training called from Python: a notebook, a thread, a Ray Tune or Optuna trial."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import draccus
+
+from sophia_levanter.command_line import Command, build_config, existing_run
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config_file import Layer, Setting, flatten, read_layers
+from sophia_levanter.errors import InputError
+from sophia_levanter.main import plan_run
+from sophia_levanter.training.run import TrainingResult, run
+
+__all__ = ["TrainingResult", "train"]
+
+# What messages name in place of a file.
+_CALL = Path("train()")
+# A run fixes jax's settings for the whole process.
+_one_at_a_time = threading.Lock()
+
+
+def train(
+    config: str | os.PathLike[str] | TrainConfig | Mapping[str, Any] | None = None,
+    *,
+    resume: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+    **overrides: Any,
+) -> TrainingResult:
+    """Train a model, as `python -m sophia_levanter.main` does.
+
+    Errors are raised; it never calls `sys.exit`. In the main thread SIGINT and SIGTERM let the running step end, its
+    state is saved, and the program's own handlers then get the signal: Ctrl-C raises `KeyboardInterrupt` after the
+    save. In another thread it leaves signals alone. Calls from several threads train one after the other.
+
+    Args:
+        config: a YAML file, a `TrainConfig`, or a mapping of sections; None only with `resume` of a directory.
+        resume: a run directory to continue, or `"auto"` to continue the run in `trainer.run_dir` if there is one.
+        quiet: whether to print only warnings and the result.
+        overrides: settings on top of `config`: sections as mappings (`optimizer={"learning_rate": 1e-3}`) or fields by
+            dotted name (`**{"optimizer.learning_rate": 1e-3}`). NumPy scalars and paths are taken as their values.
+
+    Returns:
+        The last step, its metrics, and where the run directory and the checkpoint lie.
+
+    Raises:
+        InputError: if a setting, a file or the data is wrong.
+        TrainingFailed: if the loss or the gradient was not finite in too many steps in a row.
+        CheckpointError: if no checkpoint could be read or written.
+
+    Example:
+        ```python
+        result = train("config/gpt2_nano_sophia.yaml", optimizer={"learning_rate": 1e-3}, quiet=True)
+        print(result.validation_loss, result.run_dir)
+        ```
+    """
+    directory, resolved = plan_run(_command(config, resume, quiet, overrides))
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with _one_at_a_time:
+            result = run(resolved, directory, quiet=quiet)
+    finally:
+        directory.unlock()
+        if in_main_thread:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    if in_main_thread and result.stopped_by is not None:
+        signal.raise_signal(result.stopped_by)
+    return result
+
+
+def _command(config: Any, resume: Any, quiet: bool, overrides: Mapping[str, Any]) -> Command:
+    settings = _settings(overrides)
+    if resume is None or resume == "auto":
+        if config is None:
+            raise InputError("train(): config is missing; give a YAML file, a TrainConfig or a mapping of sections")
+        if isinstance(config, str | os.PathLike):
+            layers, name = read_layers(Path(config)), Path(config).stem
+        else:
+            tree = draccus.encode(config) if isinstance(config, TrainConfig) else config
+            layers, name = [flatten(tree, _CALL)], "train"
+        # Trials that begin in the same second have directories of their own.
+        return Command(build_config(layers, settings), f"{name}-{secrets.token_hex(2)}", resume, quiet=quiet)
+    if config is not None:
+        raise InputError("train(): config does not go with resume, a run directory, which has its own config")
+    if "trainer.run_dir" in settings:
+        raise InputError(f"train(): trainer.run_dir does not go with resume {resume}, which is the run directory")
+    run_dir = existing_run(Path(resume))
+    return Command(build_config(read_layers(run_dir / "config.yaml"), settings), run_dir.name, run_dir, quiet=quiet)
+
+
+def _settings(overrides: Mapping[str, Any]) -> Layer:
+    named = {key: value for key, value in overrides.items() if "." in key}
+    sections = flatten({key: value for key, value in overrides.items() if "." not in key}, _CALL)
+    values = {key: setting.value for key, setting in sections.items()} | named
+    return {key: Setting(_plain(value), _CALL) for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML would give it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple):
+        return [draccus.encode(part) for part in value]
+    # Scalars of NumPy and JAX.
+    return value.item() if getattr(value, "shape", None) == () else value

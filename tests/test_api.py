@@ -1,0 +1,136 @@
+"""Training called from Python."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sophia_levanter import checkpoint, train
+from sophia_levanter.command_line import load_config
+from sophia_levanter.errors import InputError
+from sophia_levanter.main import main
+from sophia_levanter.tracking.jsonl import JsonLines
+
+
+def losses(run_dir: Path) -> list[float]:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record["train/loss"] for record in records if "train/loss" in record]
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Makes the process get a signal when the metrics of a step are logged."""
+
+    def plan(step: int, number: signal.Signals) -> None:
+        log = JsonLines.log
+
+        def log_and_signal(self, at, metrics):
+            log(self, at, metrics)
+            if at == step and "train/loss" in metrics:
+                monkeypatch.setattr(JsonLines, "log", log)
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(JsonLines, "log", log_and_signal)
+
+    return plan
+
+
+@pytest.fixture
+def command_losses(config_file, tmp_path):
+    """The losses of the command line's run."""
+    run_dir = tmp_path / "command"
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 0
+    return losses(run_dir)
+
+
+def test_a_call_trains_as_the_command_does(config_file, command_losses, tmp_path):
+    result = train(config_file, trainer={"run_dir": tmp_path / "run"})
+    assert losses(result.run_dir) == command_losses
+    assert (result.run_dir, result.step, result.stopped_by) == (tmp_path / "run", 12, None)
+    assert result.train_loss == command_losses[-1]
+    assert result.validation_loss == result.metrics["validation/loss"] < result.train_loss + 0.5
+    assert (result.best_step, result.best_validation_loss) == (12, result.validation_loss)
+    assert result.checkpoint == str(tmp_path / "run" / "checkpoints" / "step-00000012")
+    again = train(resume=result.run_dir)
+    assert (again.step, again.checkpoint, again.best_validation_loss) == (12, result.checkpoint, result.validation_loss)
+    assert again.metrics == pytest.approx(result.metrics)
+
+
+def test_overrides_are_sections_or_dotted_names(config_file, tmp_path):
+    overrides = {"trainer.run_dir": tmp_path / "run", "trainer.evaluate_every": np.int64(4)}
+    optimizer = {"learning_rate": np.float32(0.5), "rho": np.array(0.25), "warmup_steps": 0, "b1": 0}
+    train(load_config(config_file), optimizer=optimizer, trainer={"num_train_steps": 4}, **overrides)
+    saved = load_config(tmp_path / "run" / "config.yaml")
+    assert (saved.optimizer.learning_rate, saved.optimizer.rho, saved.optimizer.b1) == (0.5, 0.25, 0.0)
+    assert (saved.trainer.num_train_steps, saved.trainer.evaluate_every) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ([], {}, "train(): config is missing; give a YAML file, a TrainConfig or a mapping of sections"),
+        (["nowhere.yaml"], {}, "nowhere.yaml: there is no such file"),
+        ([{}], {"optimizer": {"learning_rat": 1}}, "train(): unknown key 'optimizer.learning_rat'; did you mean"),
+        ([{}], {"learning_rate": 1.0}, "train(): unknown key 'learning_rate'; did you mean optimizer.learning_rate?"),
+        ([{}], {"optimizer": {"rho": "x"}}, "train(): optimizer.rho is 'x'; it must be a finite number"),
+        ([{}], {"trainer": 3}, "train(): trainer is 3; it must be a section of fields"),
+        ([{}], {"resume": "runs/x"}, "train(): config does not go with resume"),
+        ([], {"resume": "nowhere"}, "--resume nowhere: there is no such directory"),
+        ([], {"resume": "x", "trainer": {"run_dir": "y"}}, "train(): trainer.run_dir does not go with resume x"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        train(*arguments, **options)
+    assert str(caught.value).startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_raised_after_the_save(config_file, command_losses, tmp_path, signal_at):
+    run_dir = tmp_path / "run"
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    signal_at(3, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_file, trainer={"run_dir": run_dir})
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    stopped_at = checkpoint.steps(run_dir / "checkpoints")[-1]
+    assert 4 <= stopped_at < 12
+    assert train(config_file, trainer={"run_dir": run_dir}, resume="auto").step == 12
+    assert losses(run_dir) == command_losses
+
+
+def test_the_programs_own_handler_gets_sigterm_after_the_save(config_file, tmp_path, signal_at):
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(checkpoint.steps(tmp_path / "run" / "checkpoints")))
+    try:
+        signal_at(3, signal.SIGTERM)
+        result = train(config_file, trainer={"run_dir": tmp_path / "run"})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [[result.step]]
+    assert (result.stopped_by, result.step < 12) == (signal.SIGTERM, True)
+
+
+def test_threads_train_one_after_the_other(config_file, command_losses, tmp_path, monkeypatch):
+    """In a directory that each gets for itself, although they begin in the same second."""
+    monkeypatch.chdir(tmp_path)
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(train(config_file, quiet=True))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({result.run_dir for result in results}) == 2
+    assert [losses(result.run_dir) for result in results] == [command_losses, command_losses]
+
+
+def test_importing_the_package_or_an_optimizer_imports_no_trainer():
+    program = "import sys, sophia_levanter.optim; assert not {'draccus', 'sophia_levanter.api'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ)
