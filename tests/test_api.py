@@ -131,6 +131,21 @@ def test_threads_train_one_after_the_other(config_file, command_losses, tmp_path
     assert [losses(result.run_dir) for result in results] == [command_losses, command_losses]
 
 
+def test_a_run_from_before_a_leaf_was_added_goes_on(config_file, command_losses, tmp_path):
+    run_dir, new = tmp_path / "run", "optimizer_state.steps_since_refresh"
+    checkpoints = train(config_file, trainer={"run_dir": run_dir}).run_dir / "checkpoints"
+    old = checkpoint.read_step(checkpoints, 6)
+    arrays = dict(checkpoint.read_arrays(checkpoints, old))
+    assert arrays.pop(new) == 3
+    for step in (6, 12):
+        checkpoint.remove(checkpoints, step)
+    kept = checkpoint.Retention(2)
+    checkpoint.save(checkpoints, 6, arrays, run_id=old.run_id, metadata=old.metadata, retention=kept)
+    train(resume=run_dir)
+    assert losses(run_dir)[-6:] == command_losses[-6:]
+    assert dict(checkpoint.read_arrays(checkpoints, checkpoint.read_step(checkpoints, 12)))[new] == 3
+
+
 def test_importing_the_package_or_an_optimizer_imports_no_trainer():
     program = "import sys, sophia_levanter.optim; assert not {'draccus', 'sophia_levanter.api'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, env=os.environ)

@@ -55,6 +55,17 @@ def test_like_may_be_abstract_and_uncommitted_arrays_stay_so(tmp_path: Path) -> 
     assert not concrete["model"].scale.committed
 
 
+@pytest.mark.parametrize("saved", [None, 7])
+def test_a_scalar_that_was_added_later(saved: int | None, tmp_path: Path) -> None:
+    put(tmp_path, 1, {"w": jnp.ones(3)} | ({} if saved is None else {"count": jnp.int32(saved)}))
+    like = {"w": jnp.zeros(3), "count": jnp.int32(5)}
+    restored = restore(tmp_path, like, report=silent, added={"count": 2, "other": 1}).tree
+    assert (int(restored["count"]), restored["count"].dtype) == (2 if saved is None else saved, jnp.int32)
+    assert restored["w"].all()
+    with pytest.raises(InputError, match=r"leaf more is missing in the checkpoint"):
+        restore(tmp_path, like | {"more": jnp.int32(0)}, report=silent, added={"count": 2})
+
+
 def test_float64(tmp_path: Path) -> None:
     with jax.enable_x64(True):
         tree = {"w": jnp.array([1 / 3, jnp.pi])}

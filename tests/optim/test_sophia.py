@@ -339,9 +339,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_counts(bad, order):
     updates, after = jax.jit(optimizer.update)({"w": jnp.asarray([1.0, bad]), "b": jnp.ones(1)}, before, params, good)
     assert_trees_equal(updates, jax.tree.map(jnp.zeros_like, params))
     counted = eqx.tree_at(
-        lambda s: (s.count, s.skipped_updates, s.skipped_refreshes, s.refresh_pending),
+        lambda s: (s.count, s.skipped_updates, s.skipped_refreshes, s.refresh_pending, s.steps_since_refresh),
         before,
-        (jnp.int32(3), jnp.int32(1), jnp.int32(1), jnp.asarray(True)),
+        (jnp.int32(3), jnp.int32(1), jnp.int32(1), jnp.asarray(True), before.steps_since_refresh + 1),
     )
     assert_trees_equal(after, counted)
     updates, after = optimizer.update(good, after, params, good)
@@ -379,6 +379,25 @@ def test_the_caller_may_know_that_the_gradient_is_not_finite():
     assert (int(after.count), int(after.skipped_updates), int(after.skipped_refreshes)) == (1, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("order", "given", "expected"),
+    [
+        ("before", "good bad none good none", [1, 2, 3, 1, 2]),
+        ("after", "none good none none bad", [1, 0, 1, 2, 3]),
+        ("before", "none none none", [1, 2, 3]),  # sign descent for ever
+    ],
+)
+def test_updates_since_the_last_refresh_are_counted(order, given, expected):
+    optimizer = SophiaG(**PLAIN, refresh_order=order)
+    params = {"w": jnp.asarray([1.0, -2.0])}
+    estimates = {"good": params, "bad": {"w": jnp.asarray([1.0, jnp.nan])}, "none": None}
+    state, counted = optimizer.init(params), []
+    for name in given.split():
+        _, state = optimizer.update(params, state, params, estimates[name])
+        counted.append(int(optimizer.metrics(state)["steps_since_refresh"]))
+    assert counted == expected
+
+
 def test_metrics():
     optimizer = SophiaH(**PLAIN | {"rho": 0.5, "eps": 0.1})
     # Denominators 1, 0.1, 0.1, 2: the first and the last are not clipped.
@@ -391,6 +410,7 @@ def test_metrics():
         "rho",
         "skipped_updates",
         "skipped_refreshes",
+        "steps_since_refresh",
     }
     assert {value.dtype for value in metrics.values()} == {jnp.dtype("float32")}
     assert metrics["win_rate"] == 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -107,6 +107,7 @@ def restore(
     step: int | None = None,
     cast: bool = False,
     partial: bool = False,
+    added: Mapping[str, int] | None = None,
     processes: Processes | None = None,
 ) -> Restored[Tree]:
     """Read the newest intact checkpoint in `directory`, or exactly `step`, into the structure of `like`.
@@ -123,6 +124,7 @@ def restore(
         step: the one to read; the newest that is whole if not given.
         cast: convert floating-point arrays of another dtype, which otherwise are refused.
         partial: pass over arrays that `like` does not have, which otherwise are refused.
+        added: values of scalars, by path, that checkpoints lack which were saved before `like` had them.
         processes: those of the run; this one alone if not given.
 
     Raises:
@@ -149,7 +151,7 @@ def restore(
         try:
             manifest = _read_manifest(storage, candidate)
             arrays = [saved for saved in manifest.arrays if not partial or saved.path in wanted]
-            tree = read_tree(_arrays_folder(storage, manifest), arrays, like, cast=cast)
+            tree = read_tree(_arrays_folder(storage, manifest), arrays, like, cast=cast, added=added)
         except CheckpointError as error:
             failure = str(error)
         try:

@@ -1,6 +1,6 @@
 """Trees of arrays: which leaves are saved and under which names, and how what was read goes onto the devices."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -24,7 +24,9 @@ def arrays_of(tree: Any) -> dict[str, Any]:
     return {path: leaf for path, leaf in _named_leaves(tree)[0] if _is_array(leaf)}
 
 
-def read_tree(folder: str, saved: Sequence[SavedArray], like: Tree, *, cast: bool) -> Tree:
+def read_tree(
+    folder: str, saved: Sequence[SavedArray], like: Tree, *, cast: bool, added: Mapping[str, int] | None = None
+) -> Tree:
     """`like` with the saved arrays in place of its own, each with the sharding of the one it replaces.
 
     Args:
@@ -32,17 +34,22 @@ def read_tree(folder: str, saved: Sequence[SavedArray], like: Tree, *, cast: boo
         saved: what is there.
         like: what is wanted.
         cast: whether floating-point arrays may be of another dtype than the wanted one.
+        added: the value of a scalar, by path, that `like` has and what is there may lack.
 
     Raises:
         InputError: if the arrays are not those of `like`.
         CheckpointError: if one cannot be read.
     """
     named, structure = _named_leaves(like)
-    wanted = {path: leaf for path, leaf in named if _is_array(leaf)}
     there = {array.path: array for array in saved}
+    new = {path: value for path, value in (added or {}).items() if path not in there}
+    wanted = {path: leaf for path, leaf in named if _is_array(leaf) and path not in new}
     _check_model(folder, there, wanted, cast)
     parts = read_parts(folder, [(there[path], _wanted_boxes(leaf)) for path, leaf in wanted.items()])
     placed = {path: _place(path, part, wanted[path]) for path, part in zip(wanted, parts, strict=True)}
+    for path, leaf in named:
+        if path in new:
+            placed[path] = _place(path, {whole(()): np.asarray(new[path])}, leaf)
     return tree_unflatten(structure, [placed.get(path, leaf) for path, leaf in named])
 
 

@@ -176,6 +176,7 @@ class Sophia(eqx.Module):
             refresh_pending=jnp.zeros((), bool),
             skipped_updates=zero(),
             skipped_refreshes=zero(),
+            steps_since_refresh=zero(),
             rho=self.rho.start() if isinstance(self.rho, WinRateController) else None,
             gradient_state=init_transform(self.gradient_transform, params),
             basis=None if self.basis is None else self.basis.init(params),
@@ -308,6 +309,7 @@ class Sophia(eqx.Module):
             basis=basis,
             refresh_pending=~refreshed,
             skipped_refreshes=state.skipped_refreshes + ~refreshed,
+            steps_since_refresh=jnp.where(refreshed, 0, state.steps_since_refresh),
         )
         if not isinstance(self.rho, WinRateController):
             return after
@@ -331,7 +333,8 @@ class Sophia(eqx.Module):
         `win_rate` is the share of coordinates with h > 0 and |m| below the denominator, m and h corrected as in the
         update, whose step is not clipped; `curvature_nonpositive` is the share with h <= 0; the norms are global
         2-norms of m and h as stored; `rho` is that of the last update, or the controller's, which a refresh changes;
-        `skipped_updates` and `skipped_refreshes` are counts.
+        `skipped_updates` and `skipped_refreshes` are counts; `steps_since_refresh` above `interval` tells that updates
+        got no estimate where one was due, and one that only grows that Sophia is sign descent.
         """
         size = _size(state.momentum)
         return {
@@ -342,6 +345,7 @@ class Sophia(eqx.Module):
             "rho": jnp.asarray(self._rho(state), jnp.float32),
             "skipped_updates": state.skipped_updates.astype(jnp.float32),
             "skipped_refreshes": state.skipped_refreshes.astype(jnp.float32),
+            "steps_since_refresh": state.steps_since_refresh.astype(jnp.float32),
         }
 
     def as_optax(self) -> optax.GradientTransformationExtraArgs:
@@ -375,7 +379,10 @@ class Sophia(eqx.Module):
             grads,
         )
         after = state._replace(
-            count=state.count + 1, momentum=momentum, skipped_updates=state.skipped_updates + ~finite
+            count=state.count + 1,
+            momentum=momentum,
+            skipped_updates=state.skipped_updates + ~finite,
+            steps_since_refresh=state.steps_since_refresh + 1,
         )
         learning_rate = value_at("learning_rate", self.learning_rate, state.count)
         decay = learning_rate * value_at("weight_decay", self.weight_decay, state.count)

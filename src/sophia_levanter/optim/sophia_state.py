@@ -20,6 +20,7 @@ class SophiaState(NamedTuple):
         refresh_pending: bool scalar, the last refresh was skipped: try again at the next step.
         skipped_updates: int32 scalar, updates whose gradient was not finite; they changed nothing but counts.
         skipped_refreshes: int32 scalar, refreshes whose estimate, or the gradient beside it, was not finite.
+        steps_since_refresh: int32 scalar, updates since the last refresh, or since the start if there was none.
         rho: float32 scalar with a `WinRateController`, or None.
         gradient_state: the state of `gradient_transform`, or None.
         basis: the state of `basis`, or None.
@@ -32,6 +33,7 @@ class SophiaState(NamedTuple):
     refresh_pending: jax.Array
     skipped_updates: jax.Array
     skipped_refreshes: jax.Array
+    steps_since_refresh: jax.Array
     rho: Any
     gradient_state: PyTree | None
     basis: Any

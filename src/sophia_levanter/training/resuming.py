@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 # What shapes do not show, and yet makes the weights those of another model.
 ANOTHER_MODEL = ("model.num_heads", "model.scale_attn_by_inverse_layer_idx", "model.layer_norm_epsilon")
 
+# Leaves of the state that runs began without, and their values in checkpoints from then. The next refresh makes the
+# first one exact.
+ADDED_LEAVES = {"optimizer_state.steps_since_refresh": 0}
+
 
 def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[TrainState]:
     """The newest checkpoint that is whole; tells what is not as it was when it was saved.
@@ -149,5 +153,6 @@ def _read(parts: Parts, directory: RunDirectory, console: Console) -> Restored[T
         parts.partition.abstract(parts.initial_state),
         report=console.notice,
         cast=parts.config.trainer.cast_checkpoint,
+        added=ADDED_LEAVES,
         processes=parts.processes,
     )
