@@ -1,5 +1,7 @@
 """The console script."""
 
+import signal
+
 import pytest
 
 from sophia_levanter import cli
@@ -32,5 +34,10 @@ from sophia_levanter import cli
 )
 def test_verbs(arguments, status, wanted, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["sophia-levanter", *arguments])
-    assert cli.main() == status
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert cli.main() == status
+    finally:  # a process that trains leaves signals ignored
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert wanted in "".join(capsys.readouterr())

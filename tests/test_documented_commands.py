@@ -100,7 +100,7 @@ def _module_of(verb):
     if not verb or verb[0].startswith("-") or PLACEHOLDER.match(verb[0]):
         return "sophia_levanter.cli"
     assert verb[0] in VERBS, f"no verb {verb[0]}"
-    return VERBS[verb[0]].__module__
+    return "sophia_levanter.main" if verb[0] == "train" else f"sophia_levanter.commands.{verb[0]}"
 
 
 def _check_training(arguments):

@@ -419,11 +419,14 @@ def test_a_closed_pipe_is_no_traceback():
     assert process.stderr.read() == b""
 
 
-def start(arguments: list, tmp_path: Path) -> subprocess.Popen:
+def start(arguments: list, tmp_path: Path, *, console_script: bool = False) -> subprocess.Popen:
     # One device, as a user without accelerators has it.
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    words = command(*arguments)
+    if console_script:
+        words[1:3] = ["-c", "import sys; from sophia_levanter.cli import main; sys.exit(main())", "train"]
     return subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
         env={**os.environ, "XLA_FLAGS": flags},
     )  # fmt: skip
 
@@ -519,7 +522,7 @@ sys.exit(main(sys.argv[1:]))
 STORMS = {
     "SIGTERM every 5 ms": (0.005, [signal.SIGTERM], 75),
     "SIGTERM first, every 5 ms": (0.005, [signal.SIGTERM, signal.SIGINT], 75),
-    "SIGTERM first, every 50 ms": (0.05, [signal.SIGTERM, signal.SIGINT, signal.SIGINT], 75),
+    "SIGTERM first, every 50 ms, console script": (0.05, [signal.SIGTERM, signal.SIGINT, signal.SIGINT], 75),
 }
 
 
@@ -528,7 +531,8 @@ def test_signals_until_the_exit_do_not_change_how_a_run_ends(storm, config_file,
     pause, numbers, status = STORMS[storm]
     run_dir = tmp_path / "run"
     long = ["--optimizer.type", "lion", "--trainer.num_train_steps", 100_000, "--trainer.checkpoint_every", 100_000]
-    process = start(["--config", config_file, "--trainer.run_dir", run_dir, *long], tmp_path)
+    arguments = ["--config", config_file, "--trainer.run_dir", run_dir, *long]
+    process = start(arguments, tmp_path, console_script="console script" in storm)
     wait_for_step(run_dir, 3, process)
     for number in itertools.cycle(numbers):
         if process.poll() is not None:

@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
-from sophia_levanter import main as train
-from sophia_levanter.commands import (
-    checkpoints,
-    compare,
-    evaluate,
-    export,
-    inspect_data,
-    launch,
-    plan,
-    prepare_data,
-    report,
-    sample,
-    tpu,
-    train_tokenizer,
+VERBS = (
+    "train",
+    "prepare_data",
+    "inspect_data",
+    "train_tokenizer",
+    "evaluate",
+    "export",
+    "sample",
+    "report",
+    "compare",
+    "plan",
+    "checkpoints",
+    "launch",
+    "tpu",
 )
-
-VERBS = {
-    "train": train.main,
-    "prepare_data": prepare_data.main,
-    "inspect_data": inspect_data.main,
-    "train_tokenizer": train_tokenizer.main,
-    "evaluate": evaluate.main,
-    "export": export.main,
-    "sample": sample.main,
-    "report": report.main,
-    "compare": compare.main,
-    "plan": plan.main,
-    "checkpoints": checkpoints.main,
-    "launch": launch.main,
-    "tpu": tpu.main,
-}
 
 
 def main() -> int:
@@ -50,4 +35,6 @@ def main() -> int:
     if verb not in VERBS:
         print(f"error: {verb!r} is not one of the verbs {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    return VERBS[verb](arguments)
+    if verb == "train":
+        return int(import_module("sophia_levanter.main").process(arguments))
+    return int(import_module(f"sophia_levanter.commands.{verb}").main(arguments))

@@ -8,15 +8,17 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from sophia_levanter.allocation import keep_freed_memory
-from sophia_levanter.command_line import Command, dump_config, parse_command_line
 from sophia_levanter.commands.arguments import run_command
-from sophia_levanter.config import TrainConfig
 from sophia_levanter.exit_status import DONE, FAILURE, INTERRUPTED, PREEMPTED
-from sophia_levanter.partition.config import check_launcher
-from sophia_levanter.tracking.config import check_installed
-from sophia_levanter.training.run_directory import RunDirectory, choose_run_directory
+
+if TYPE_CHECKING:
+    from sophia_levanter.command_line import Command
+    from sophia_levanter.config import TrainConfig
+    from sophia_levanter.training.run_directory import RunDirectory
+
+INTERRUPTED_LINE = "interrupted; nothing since the last checkpoint is saved"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,31 +35,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, handler)
 
 
-def _process() -> int:
-    """`main` for a process of its own: the first signal decides its exit status, however many follow."""
-    signal.signal(signal.SIGTERM, _stop_before_training)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _interrupt_once)
-    try:
-        status = _train(None)
-        _ignore_signals()
-    except KeyboardInterrupt:
-        status = INTERRUPTED
-        _ignore_signals()
-    return status
+def process(argv: Sequence[str] | None = None) -> int:
+    """`main` for a process of its own: the first signal decides its exit status, however many follow.
 
-
-def _ignore_signals() -> None:
+    This module imports little, so that signals are handled before the imports that take time.
+    """
+    signal.signal(signal.SIGTERM, _stop_at_once)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell has it for what runs in the background
+        signal.signal(signal.SIGINT, _stop_at_once)
+    status = _train(argv)
     # The interpreter takes a while to end, and would put the default handlers back.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    return status
 
 
 def _train(argv: Sequence[str] | None) -> int:
-    return run_command(argv, _run, interrupted="interrupted; nothing since the last checkpoint is saved")
+    return run_command(argv, _run, interrupted=INTERRUPTED_LINE)
 
 
 def _run(argv: Sequence[str]) -> int:
+    from sophia_levanter.allocation import keep_freed_memory
+    from sophia_levanter.command_line import dump_config, parse_command_line
+
     command = parse_command_line(argv)
     if command.help is not None:
         print(command.help)
@@ -70,7 +70,7 @@ def _run(argv: Sequence[str]) -> int:
     # LAPACK reads this when jax is imported. With threads of its own it decomposes small matrices 2.5 times slower.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     directory, config = plan_run(command)
-    signal.signal(signal.SIGTERM, _stop_before_training)
+    signal.signal(signal.SIGTERM, _stop_at_once)
 
     # Only now what takes long to import: a mistake above is answered at once.
     from jax.errors import JaxRuntimeError
@@ -101,31 +101,31 @@ def plan_run(command: Command) -> tuple[RunDirectory, TrainConfig]:
     Raises:
         InputError: if a launcher, a missing package or the run directory is in the way. Nothing is written.
     """
+    from sophia_levanter.partition.config import check_launcher
+    from sophia_levanter.tracking.config import check_installed
+    from sophia_levanter.training.run_directory import choose_run_directory
+
     assert command.config is not None
     check_launcher(command.config.mesh, os.environ)
     check_installed(command.config.tracking)
     return choose_run_directory(command)
 
 
-def _stop_before_training(number: int, frame: FrameType | None) -> None:
-    # Not print, which fails where the signal comes while something is printed.
-    os.write(2, b"SIGTERM: stopped outside training; run the command again\n")
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    """Ends the process where there is nothing to save, or at a second Ctrl-C.
+
+    Not by an exception: imports of C extensions turn it into another one, and callbacks of the garbage collector
+    swallow it. Not by print, which fails where the signal comes while something is printed.
+    """
+    interrupted = number == signal.SIGINT
+    line = INTERRUPTED_LINE if interrupted else "SIGTERM: stopped outside training; run the command again"
+    os.write(2, f"{line}\n".encode())
     with contextlib.suppress(RuntimeError, OSError):
         sys.stdout.flush()
-    # Not sys.exit: where the signal comes inside a callback of the garbage collector, Python would swallow that.
-    os._exit(PREEMPTED)
-
-
-def _interrupt_once(number: int, frame: FrameType | None) -> None:
-    # A further exception would show a traceback where the first one is reported.
-    for further in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(further, _end_interrupted)
-    raise KeyboardInterrupt
-
-
-def _end_interrupted(number: int, frame: FrameType | None) -> None:
-    os._exit(INTERRUPTED)
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h")  # the progress bar hides the cursor
+    os._exit(INTERRUPTED if interrupted else PREEMPTED)
 
 
 if __name__ == "__main__":
-    sys.exit(_process())
+    sys.exit(process())
