@@ -85,7 +85,13 @@ def check_parameters(config: TrainConfig, num_devices: int, vocab_size: int | No
         "layers": ("model.num_layers", model.num_layers),
     }
     if vocab_size is not None:
-        axes["vocab"] = (f"the vocabulary of data.tokenizer {config.data.tokenizer}, padded,", pad_vocab(vocab_size))
+        rows = model.embedding_rows(vocab_size)
+        if model.vocab_rows not in (None, rows):
+            raise InputError(
+                f"model.vocab_rows {model.vocab_rows} is less than the {vocab_size} tokens of data.tokenizer "
+                f"{config.data.tokenizer}; leave it out, or set {vocab_size} or more"
+            )
+        axes["vocab"] = (f"the vocabulary of data.tokenizer {config.data.tokenizer}, padded,", pad_vocab(rows))
     check_divides(mesh.sizes(num_devices), mesh.parameter_mapping, axes)
 
 

@@ -4,16 +4,19 @@ import builtins
 import dataclasses
 import json
 
+import haliax as hax
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from sophia_levanter.data.bpe import bytes_of_characters
+from sophia_levanter.data.tokenizer import ByteTokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.config import Gpt2Config
 from sophia_levanter.models.huggingface import gpt2_to_state_dict, with_biases
-from sophia_levanter.models.pretrained import read_gpt2
+from sophia_levanter.models.pretrained import check_vocabulary, read_gpt2
 from sophia_levanter.models.saved_weights import open_model
 
 VOCAB = 128  # of its own padded size, since padding is not in the files
@@ -166,17 +169,7 @@ def test_numbers_beyond_the_parameters_dtype_are_not_finite(folder, model, array
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        (
-            {"n_layer": 12},
-            "model.num_layers is 2, and FOLDER has 12; set --model.num_layers 12",
-        ),
         ({"n_head": 4}, "model.num_heads is 2, and FOLDER has 4; set --model.num_heads 4"),
-        (
-            {"n_embd": 16, "n_inner": 16},
-            "model.embed_dim is 8, and FOLDER has 16; set --model.embed_dim 16 --model.mlp_ratio 1",
-        ),
-        ({"n_positions": 16}, "model.seq_len is 8, and FOLDER has 16; set --model.seq_len 16"),
-        ({"n_positions": 4}, "model.seq_len is 8, and FOLDER has 4; set --model.seq_len 4"),
         ({"n_inner": 16}, "set --model.mlp_ratio 2"),
         ({"n_inner": 12}, "config.json: n_inner is 12, which is no multiple of n_embd 8"),
         ({"layer_norm_epsilon": 1e-6}, "set --model.layer_norm_epsilon 1e-06"),
@@ -195,10 +188,14 @@ def test_numbers_beyond_the_parameters_dtype_are_not_finite(folder, model, array
         ({"layer_norm_epsilon": None}, "layer_norm_epsilon is None; it must be a number above 0"),
         ({"scale_attn_by_inverse_layer_idx": 1}, "scale_attn_by_inverse_layer_idx is 1; it must be true or false"),
         (
-            {"vocab_size": 90},
-            "data.tokenizer words has 128 tokens, and FOLDER has 90; set --data.tokenizer to",
+            {"n_layer": 1_000_000},
+            "FOLDER: config.json does not describe the weights: n_layer is 1000000, and the weights have 2",
         ),
-        ({"vocab_size": 50257}, "has 50257; set --data.tokenizer gpt2"),
+        (
+            {"n_embd": 16, "n_positions": 4},
+            "n_embd is 16, and the weights have 8; n_positions is 4, and the weights have 8",
+        ),
+        ({"vocab_size": 90}, "vocab_size is 90, and the weights have 128"),
     ],
 )
 def test_another_model_names_the_field_and_the_value(change, wanted, folder, model, arrays):
@@ -206,10 +203,29 @@ def test_another_model_names_the_field_and_the_value(change, wanted, folder, mod
     assert wanted.replace("FOLDER", str(folder)) in refused(folder, model.config)
 
 
+@pytest.mark.parametrize(
+    ("ours", "wanted"),
+    [
+        ({"num_layers": 12}, "model.num_layers is 12, and FOLDER has 2; set --model.num_layers 2"),
+        (
+            {"embed_dim": 16, "mlp_ratio": 1},
+            "model.embed_dim is 16, and FOLDER has 8; set --model.embed_dim 8 --model.mlp_ratio 4",
+        ),
+        ({"seq_len": 16}, "model.seq_len is 16, and FOLDER has 8; set --model.seq_len 8"),
+        ({"seq_len": 4}, "model.seq_len is 4, and FOLDER has 8; set --model.seq_len 8"),
+    ],
+)
+def test_a_model_of_another_shape_than_the_weights(ours, wanted, folder, model):
+    config = dataclasses.replace(model.config, **ours)
+    assert wanted.replace("FOLDER", str(folder)) in refused(folder, config)
+
+
 def test_what_config_json_leaves_out_has_transformers_defaults(folder, model):
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    message = refused(folder, model.config)
-    assert message.endswith("--model.num_layers 12 --model.num_heads 12 --model.embed_dim 768 --model.seq_len 1024")
+    assert refused(folder, model.config).endswith(
+        "n_layer is 12, and the weights have 2; vocab_size is 50257, and the weights have 128; n_embd is 768, and the "
+        "weights have 8; n_positions is 1024, and the weights have 8"
+    )
 
 
 def test_hugging_face_weights_need_biases(folder, model):
@@ -251,7 +267,10 @@ def test_an_export_tells_its_tokenizer(folder, model, arrays):
     read(folder, model.config)
 
 
-@pytest.mark.parametrize("own", [3, {"tokenizer": 3}, {"use_bias": "false"}, {"tokenizer_fingerprint": None}])
+@pytest.mark.parametrize(
+    "own",
+    [3, {"tokenizer": 3}, {"tokenizer": "/etc/other.tiktoken"}, {"use_bias": "false"}, {"tokenizer_fingerprint": None}],
+)
 def test_an_export_that_somebody_has_edited(own, folder, model, arrays):
     save_folder(folder, model.config, arrays, sophia_levanter=own)
     assert "config.json: sophia_levanter is not what an export writes" in refused(folder, model.config)
@@ -266,7 +285,209 @@ def test_a_padded_vocabulary_loses_its_padding(make_model, tmp_path):
     wte = np.asarray(model.wte.weight.array)
     np.testing.assert_array_equal(found.wte.weight.array, np.where(np.arange(128)[:, None] < 100, wte, 0))
     assert lines == ["its vocabulary of 128 is the 100 tokens of data.tokenizer words and padding, which is left out"]
-    assert "has 128" in refused(folder, model.config, vocab_size=129)
+    assert (
+        f"data.tokenizer words has 129 tokens, and {folder} has 128; set --data.tokenizer to the one that"
+        in refused(folder, model.config, vocab_size=129)
+    )
+
+
+@pytest.mark.parametrize("rows", [129, 200, 255])
+def test_rows_beyond_the_tokenizers_are_kept_and_never_predicted(rows, make_model, tmp_path):
+    """An added padding token, or rows padded to another multiple than ours."""
+    model = make_model(rows, use_bias=True)
+    arrays = gpt2_to_state_dict(model)
+    folder = save_folder(tmp_path / "gpt2", model.config, arrays, vocab_size=rows)
+    lines = []
+    found = read(folder, model.config, lines=lines)
+    assert (found.vocab_size, found.config.vocab_rows) == (VOCAB, rows)
+    assert lines == [
+        f"its vocabulary of {rows} is the 128 tokens of data.tokenizer words and {rows - 128} more, which are kept and "
+        "never predicted"
+    ]
+    for name, array in gpt2_to_state_dict(found).items():
+        np.testing.assert_array_equal(array, arrays[name], err_msg=name)
+    tokens = hax.named(np.zeros(8, np.int32), "position")
+    fewer = {"transformer.wte.weight": arrays["transformer.wte.weight"][:VOCAB]}
+    plain = read(save_folder(tmp_path / "plain", model.config, arrays | fewer), model.config)
+    logits = [jax.tree.map(jax.numpy.asarray, one)(tokens).array for one in (found, plain)]
+    assert logits[0].shape == (8, VOCAB)
+    np.testing.assert_array_equal(*logits)
+    assert_same(read(folder, found.config), found)
+    other = dataclasses.replace(model.config, vocab_rows=300)
+    assert refused(folder, other).endswith(
+        f"model.vocab_rows is 300, and {folder} has {rows}; set --model.vocab_rows {rows}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "wanted"),
+    [
+        (
+            300,
+            128,
+            "set --data.tokenizer to the one that it was trained with, or --model.vocab_rows 300 to keep 172 rows",
+        ),
+        (50257, 257, "set --data.tokenizer gpt2, or --model.vocab_rows 50257"),
+        (50304, 257, "set --data.tokenizer gpt2, or"),
+        (50281, 50257, "set --data.tokenizer p50k_base, or"),
+        (50257, 50281, "has 50281 tokens, and FOLDER has 50257; set --data.tokenizer gpt2"),
+    ],
+)
+def test_rows_that_may_be_another_tokenizers(rows, tokens, wanted, make_model, tmp_path):
+    model = make_model(VOCAB, use_bias=True)
+    arrays = gpt2_to_state_dict(model) | {"transformer.wte.weight": np.zeros((rows, 8), np.float16)}
+    folder = save_folder(tmp_path / "gpt2", model.config, arrays, vocab_size=rows)
+    assert wanted.replace("FOLDER", str(folder)) in refused(folder, model.config, vocab_size=tokens)
+    if rows > tokens:
+        said = dataclasses.replace(model.config, vocab_rows=rows)
+        assert read(folder, said, vocab_size=tokens).config == said
+
+
+def characters(token):
+    """A token as vocab.json writes it."""
+    byte_of = {byte: character for character, byte in bytes_of_characters().items()}
+    return "".join(byte_of[byte] for byte in token)
+
+
+@pytest.fixture
+def vocab():
+    """That of bytes, which is the tokenizer's, with an added token."""
+    return {characters(bytes([byte])): byte for byte in range(256)} | {"<|endoftext|>": 256, "<pad>": 257}
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+def test_a_folder_with_the_vocabulary_of_the_tokenizer(name, vocab, tmp_path):
+    (tmp_path / name).write_text(json.dumps(vocab if name == "vocab.json" else {"model": {"vocab": vocab}}))
+    check_vocabulary(str(tmp_path), ByteTokenizer())
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (
+            {"a": 98, "b": 97},
+            "token 97 is 'b', and b'a' in data.tokenizer bytes; name the tokenizer that the model was",
+        ),
+        ({"<s>": 0}, "token 0 is '<s>'"),
+        ({"\N{GREEK SMALL LETTER ALPHA}": 255}, "token 255 is "),
+        ({"\x1b[2J" * 99: 3}, "characters), and b'"),
+        ({"a": "x"}, "has no vocabulary from tokens to ids"),
+    ],
+)
+def test_a_folder_with_the_vocabulary_of_another_tokenizer(change, wanted, vocab, tmp_path):
+    vocab = {text: token for text, token in vocab.items() if token not in change.values()} | change
+    for name, content in (("tokenizer.json", {"model": {"vocab": vocab}}), ("vocab.json", vocab)):
+        (tmp_path / name).write_text(json.dumps(content))
+        with pytest.raises(InputError, match=f"{name}: ") as caught:
+            check_vocabulary(str(tmp_path), ByteTokenizer())
+        assert wanted in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+def test_a_tokenizer_file_of_another_kind(tmp_path):
+    for content, wanted in (
+        ({"model": []}, "has no vocabulary"),
+        ({"model": {"vocab": [["a", -1]]}}, "has no"),
+        (3, "is no"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=f"tokenizer.json: {wanted}"):
+            check_vocabulary(str(tmp_path), ByteTokenizer())
+    check_vocabulary(str(tmp_path / "ckpt.pt"), ByteTokenizer())
+
+
+WRAPPED = [
+    "",
+    "transformer.",
+    "model.",
+    "module.",
+    "_orig_mod.",
+    "_orig_mod.module.",
+    "module._orig_mod.transformer.",
+    "model.transformer.",
+    "_orig_mod.model.transformer.",
+]
+
+
+@pytest.mark.parametrize("prefix", WRAPPED)
+def test_wrapped_names(prefix, model, arrays, tmp_path):
+    wrapped = {prefix + name.removeprefix("transformer."): array for name, array in arrays.items()}
+    wrapped[f"{prefix}h.1.attn.bias"] = np.tril(np.ones((1, 1, 8, 8), bool))
+    wrapped[f"{prefix}h.0.attn.masked_bias"] = np.full((), -1e4, np.float32)
+    assert_same(read(save_folder(tmp_path / "gpt2", model.config, wrapped), model.config), model)
+
+
+def test_blocks_that_were_compiled_or_wrapped_one_by_one(model, arrays, tmp_path):
+    wrapped = {
+        name.replace("h.0.", "h.0._orig_mod.").replace("h.1.", "h.1._checkpoint_wrapped_module."): array
+        for name, array in arrays.items()
+    }
+    assert_same(read(save_folder(tmp_path / "gpt2", model.config, wrapped), model.config), model)
+
+
+@pytest.mark.parametrize("head", ["lm_head.weight", "_orig_mod.lm_head.weight", "module.lm_head.weight"])
+def test_a_tied_head_alone_is_the_embedding(head, model, arrays, tmp_path):
+    tied = {name: array for name, array in arrays.items() if not name.endswith("wte.weight")}
+    tied[head] = arrays["transformer.wte.weight"]
+    assert_same(read(save_folder(tmp_path / "gpt2", model.config, tied), model.config), model)
+
+
+@pytest.mark.parametrize(
+    "twice", ["wte.weight", "transformer.h.0._orig_mod.ln_1.bias", "module.transformer.wpe.weight"]
+)
+def test_an_array_that_is_there_twice_is_ambiguous(twice, folder, model, arrays):
+    plain = twice.removeprefix("module.").replace("_orig_mod.", "").removeprefix("transformer.")
+    save_folder(folder, model.config, arrays | {twice: arrays[f"transformer.{plain}"]})
+    message = refused(folder, model.config)
+    assert f"are both {plain}; remove one of them" in message
+    assert twice in message and f"transformer.{plain}" in message
+
+
+def test_all_that_is_missing_and_unknown_is_counted(folder, model, arrays):
+    others = {name.replace("h.1.", "h.1.other."): array for name, array in arrays.items()}
+    save_folder(folder, model.config, others | {"score.weight": np.ones(2, np.float32)})
+    message = refused(folder, model.config)
+    assert (
+        "h.1.ln_1.weight, h.1.ln_1.bias, h.1.attn.c_attn.weight, h.1.attn.c_attn.bias and 8 more are missing" in message
+    )
+    assert ", h.1.other." in message and " and 9 more are not in this model" in message
+
+
+def test_matrices_in_the_other_layout(folder, model, arrays):
+    save_folder(folder, model.config, gpt2_to_state_dict(model, layout="linear"))
+    message = refused(folder, model.config)
+    assert "h.0.attn.c_attn.weight has shape (24, 8), this model wants (8, 24); " in message
+    assert " too; these matrices are transposed" in message
+    assert message.endswith("torch.nn.Linear has [out, in], transformers' Conv1D [in, out]")
+
+
+def test_names_cannot_write_to_the_terminal(folder, model, arrays):
+    odd = {"\x1b[31mred\x07.weight": np.ones(2, np.float32), "x" * 5000: np.ones(2, np.float32)}
+    save_folder(folder, model.config, arrays | odd)
+    message = refused(folder, model.config)
+    assert message.isprintable() and r"\x1b[31mred\x07.weight" in message
+    assert "xxx... (5,000 characters)" in message and len(message) < 600
+    save_folder(folder, model.config, arrays | {"\x1b[2Jx": np.ones(2, np.int8)})
+    assert r"\x1b[2Jx is I8" in refused(folder, model.config)
+    save_folder(folder, model.config, arrays, n_head="\x1b[2J" * 1000)
+    assert len(refused(folder, model.config)) < 400
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "..", "", "sub/x.safetensors", "a\0b"])
+def test_an_index_names_files_of_its_folder_only(name, folder, model, arrays):
+    (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(arrays, name)}))
+    message = refused(folder, model.config)
+    assert message.isprintable() and f"{index}: names {name!r}, which is not a file in its folder" in message
+
+
+def test_shards_that_both_have_an_array(folder, model, arrays):
+    save_file({"transformer.wte.weight": arrays["transformer.wte.weight"]}, folder / "more.safetensors")
+    index = {"weight_map": {"a": "model.safetensors", "b": "more.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "first.safetensors")
+    index["weight_map"]["a"] = "first.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "transformer.wte.weight is in first.safetensors too" in refused(folder, model.config)
 
 
 def test_arrays_that_are_not_those_of_config_json(folder, model, arrays):
@@ -274,7 +495,7 @@ def test_arrays_that_are_not_those_of_config_json(folder, model, arrays):
     save_folder(folder, model.config, fewer)
     assert f"{folder}: h.1.ln_1.bias is missing" in refused(folder, model.config)
     save_folder(folder, model.config, arrays | {"transformer.wte.weight": np.ones((100, 8))})
-    assert "wte.weight has shape (100, 8), but vocab_size is 128" in refused(folder, model.config)
+    assert "vocab_size is 128, and the weights have 100" in refused(folder, model.config)
     save_folder(folder, model.config, {"other": np.ones(2, np.float32)})
     assert "wte.weight is missing: this is no GPT-2 state dict" in refused(folder, model.config)
     save_folder(folder, model.config, arrays | {"transformer.h.0.crossattention.c_attn.weight": np.ones(2)})
@@ -373,7 +594,7 @@ def test_a_checkpoint_of_another_model(make_model, save_checkpoint):
     file = save_checkpoint(model, model_args=nanogpt_args(model.config, bias=True))
     assert refused(file, model.config).endswith("; set --model.use_bias true")
     with_bias = dataclasses.replace(model.config, use_bias=True)
-    assert "is missing" in refused(file, with_bias)
+    assert "h.0.ln_1.bias, h.1.ln_1.bias, " in refused(file, with_bias)
     assert refused(save_checkpoint(model), with_bias).endswith("; set --model.use_bias false")
     file = save_checkpoint(model, model_args=nanogpt_args(model.config, use_relu=True))
     assert "model_args has use_relu True, which this model does not have" in refused(file, model.config)
@@ -382,7 +603,7 @@ def test_a_checkpoint_of_another_model(make_model, save_checkpoint):
     epsilon = dataclasses.replace(model.config, layer_norm_epsilon=1e-6)
     assert refused(file, epsilon).endswith("; set --model.layer_norm_epsilon 1e-05")
     file = save_checkpoint(model, model_args={"n_layer": 2})
-    assert "n_head is None; it must be an integer above 0" in refused(file, model.config)
+    assert "vocab_size is None; it must be an integer above 0" in refused(file, model.config)
 
 
 class Malicious:
@@ -411,6 +632,63 @@ def test_no_checkpoint(model, save_checkpoint, tmp_path, capsys):
         file, model.config
     )
     assert "this was run" not in capsys.readouterr().out
+
+
+def changed(file, **tensors):
+    """A checkpoint with other tensors, or without those that are None."""
+    import torch
+
+    whole = torch.load(file)
+    whole["model"] = {name: x for name, x in (whole["model"] | tensors).items() if x is not None}
+    torch.save(whole, file)
+    return file
+
+
+def test_a_checkpoint_with_its_head_alone(model, save_checkpoint):
+    file = changed(save_checkpoint(model, "_orig_mod."), **{"_orig_mod.transformer.wte.weight": None})
+    assert_same(read(file, model.config), model)
+
+
+def test_a_checkpoint_with_an_array_twice(model, save_checkpoint):
+    import torch
+
+    file = changed(save_checkpoint(model), **{"wte.weight": torch.zeros(VOCAB, 8)})
+    assert "transformer.wte.weight and wte.weight are both wte.weight; remove one of them" in refused(
+        file, model.config
+    )
+
+
+def test_a_checkpoint_of_more_layers_than_it_has(model, save_checkpoint):
+    file = save_checkpoint(model, model_args=nanogpt_args(model.config, n_layer=1_000_000))
+    assert "model_args does not describe the weights: n_layer is 1000000, and the weights have 2" in refused(
+        file, model.config
+    )
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse_coo", "sparse_csr", "stride 0", "overlapping"])
+def test_tensors_whose_numbers_are_not_all_in_the_file(kind, model, save_checkpoint):
+    import torch
+
+    dense = torch.ones(VOCAB, 8)
+    tensor, wanted = {
+        "meta": (torch.empty(VOCAB, 8, device="meta"), "is a meta tensor"),
+        "sparse_coo": (dense.to_sparse(), "is a torch.sparse_coo tensor; save it as a dense one"),
+        "sparse_csr": (dense.to_sparse_csr(), "is a torch.sparse_csr tensor"),
+        "stride 0": (torch.ones(1).expand(VOCAB, 10**9), "has shape (128, 1000000000) and repeats fewer numbers"),
+        "overlapping": (torch.ones(300).as_strided((VOCAB, 100), (1, 1)), "has shape (128, 100) and repeats fewer"),
+    }[kind]
+    file = changed(save_checkpoint(model), **{"transformer.wte.weight": tensor})
+    assert f"{file}: transformer.wte.weight {wanted}" in refused(file, model.config)
+
+
+def test_names_in_a_checkpoint_cannot_write_to_the_terminal(model, save_checkpoint):
+    import torch
+
+    for name in ("\x1b[2J", "x" * 5000):
+        message = refused(changed(save_checkpoint(model), **{name: torch.ones(2)}), model.config)
+        assert message.isprintable() and len(message) < 500
+    file = save_checkpoint(model, model_args=nanogpt_args(model.config) | {"\x1b[2J": "\x1b[2J" * 999})
+    assert refused(file, model.config).isprintable() and len(refused(file, model.config)) < 500
 
 
 def test_without_torch_one_line_says_so(model, tmp_path, monkeypatch):

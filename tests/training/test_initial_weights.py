@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from sophia_levanter.batch import batch_from_windows
 from sophia_levanter.command_line import load_config
@@ -17,7 +17,9 @@ from sophia_levanter.main import main
 from sophia_levanter.models.config import Gpt2Config
 from sophia_levanter.models.huggingface import gpt2_from_state_dict
 from sophia_levanter.tracking.console import Console
+from sophia_levanter.training.exporting import export_model
 from sophia_levanter.training.initial_weights import _digest, read_initial_weights
+from sophia_levanter.training.loading_models import load_model
 from sophia_levanter.training.parts import build_parts
 
 MESHES = {
@@ -95,6 +97,41 @@ def test_the_state_has_the_weights_where_drawn_ones_would_lie(mesh, optimizer, g
     eqx.filter_jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate="all")(state)
     for ours, theirs in zip(jax.tree.leaves(weights), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_rows_beyond_the_tokenizers_stay_until_they_are_exported(gpt2_folder, config_file, tmp_path, capfd):
+    rows = 258  # with an added padding token
+    arrays = load_file(gpt2_folder / "model.safetensors")
+    arrays["transformer.wte.weight"] = np.resize(arrays["transformer.wte.weight"], (rows, 16))
+    save_file(arrays, gpt2_folder / "model.safetensors")
+    shape = json.loads((gpt2_folder / "config.json").read_text())
+    (gpt2_folder / "config.json").write_text(json.dumps(shape | {"vocab_size": rows}))
+    run = ["--config", str(config_file), "--trainer.initial_weights", str(gpt2_folder), *BIASES, "--resume", "auto"]
+    run += ["--trainer.run_dir", str(tmp_path / "run"), "--optimizer.type", "adamw", "--optimizer.warmup_steps", "0"]
+    # A learning rate that moves nothing leaves the weights as they were.
+    run += [
+        "--optimizer.learning_rate",
+        "1e-30",
+        "--optimizer.final_learning_rate",
+        "0",
+        "--trainer.sample_tokens",
+        "0",
+    ]
+    assert main([*run, "--trainer.num_train_steps", "1"]) == 0
+    news = f"its vocabulary of {rows} is the 257 tokens of data.tokenizer bytes and 1 more, which are kept and never"
+    assert news in capfd.readouterr().out
+    shutil.rmtree(gpt2_folder)
+    assert main([*run, "--trainer.num_train_steps", "2"]) == 0
+    loaded = load_model(str(tmp_path / "run"), report=print)
+    assert (loaded.step, loaded.model.vocab_size, loaded.config.model.vocab_rows) == (2, 257, rows)
+    export_model(loaded, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == rows
+    exported = load_file(tmp_path / "out/model.safetensors")["transformer.wte.weight"]
+    np.testing.assert_array_equal(exported, arrays["transformer.wte.weight"])
+    assert load_model(str(tmp_path / "out"), report=print).config.model.vocab_rows == rows
+    capfd.readouterr()
+    assert main(["--resume", str(tmp_path / "run"), "--model.vocab_rows", "259"]) == 2
+    assert "model.vocab_rows was 258 and is 259, which is another model" in capfd.readouterr().err
 
 
 BAD = {

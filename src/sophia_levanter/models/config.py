@@ -32,6 +32,7 @@ class Gpt2Config:
     embed_dim: int = 768  # width of the residual stream
     seq_len: int = 1024  # tokens in a training window; the longest context
     mlp_ratio: int = 4  # the MLP's hidden width over embed_dim
+    vocab_rows: int | None = None  # of the token embedding, if more than the tokenizer's tokens; never predicted
     use_bias: bool = False  # biases in linear layers and layer norms
     scale_attn_by_inverse_layer_idx: bool = False  # divide attention scores of layer i (from 0) by i + 1
     dropout: float = 0.0  # on embeddings, attention weights and each block's two outputs
@@ -43,7 +44,8 @@ class Gpt2Config:
     loss_block_size: int = 256  # positions whose logits exist at one time in the loss
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "embed_dim", "seq_len", "mlp_ratio", "scan_unroll", "loss_block_size"):
+        names = ("num_layers", "num_heads", "embed_dim", "seq_len", "mlp_ratio", "scan_unroll", "loss_block_size")
+        for name in names if self.vocab_rows is None else (*names, "vocab_rows"):
             if getattr(self, name) < 1:
                 raise InputError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
             if getattr(self, name) > LARGEST:
@@ -65,6 +67,10 @@ class Gpt2Config:
                 f"model.gradient_checkpointing is {self.gradient_checkpointing!r}; "
                 f"it must be one of {', '.join(CHECKPOINTING_POLICIES)}"
             )
+
+    def embedding_rows(self, vocab_size: int) -> int:
+        """Rows of the token embedding without padding, for a tokenizer of so many tokens."""
+        return max(vocab_size, self.vocab_rows or 0)
 
     @property
     def Embed(self) -> Axis:

@@ -138,7 +138,7 @@ class Gpt2(eqx.Module):
             key: a jax random key.
         """
         k_wte, k_wpe, k_blocks = jax.random.split(key, 3)
-        Vocab = Axis("vocab", pad_vocab(vocab_size))
+        Vocab = Axis("vocab", pad_vocab(config.embedding_rows(vocab_size)))
         blocks = hnn.Stacked.init(config.Layers, Block)(config, key=jax.random.split(k_blocks, config.num_layers))
         return Gpt2(
             config,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import equinox as eqx
 import jax
@@ -12,6 +12,7 @@ from haliax import NamedArray
 
 from sophia_levanter.models.config import Gpt2Config
 from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.models.saved_weights import plain_names, shown
 
 _PREFIX = "transformer."
 _MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -19,40 +20,46 @@ LAYOUTS = ("conv1d", "linear")
 
 
 def gpt2_from_state_dict(config: Gpt2Config, arrays: Mapping[str, np.ndarray], *, layout: str = "conv1d") -> Gpt2:
-    """A model with the given weights; `lm_head.weight` and attention masks are ignored, as the head is tied.
+    """A model with the given weights. Attention masks are ignored. The output head is the token embedding: one of
+    `lm_head.weight` and `wte.weight` is enough.
 
     Args:
         config: the model's shape.
-        arrays: by state-dict name, with or without the prefix `transformer.`.
+        arrays: by state-dict name, with or without `transformer.`, `model.`, `module.` and `_orig_mod.`.
         layout: `conv1d` for matrices [in, out], as transformers stores them; `linear` for torch.nn.Linear's [out, in],
             as nanoGPT and the Sophia authors do.
 
     Raises:
-        ValueError: if an array is missing, unknown or of another shape; names it.
+        ValueError: if arrays are missing, unknown, there twice or of another shape, or the head is another one; names
+            them.
     """
     return jax.tree.map(jnp.asarray, gpt2_on_host(config, arrays, layout=layout))
 
 
-def gpt2_on_host(config: Gpt2Config, arrays: Mapping[str, np.ndarray], *, layout: str = "conv1d") -> Gpt2:
-    """`gpt2_from_state_dict` with numpy arrays for leaves, for a model that no single device can hold."""
+def gpt2_on_host(
+    config: Gpt2Config, arrays: Mapping[str, np.ndarray], *, layout: str = "conv1d", vocab_size: int | None = None
+) -> Gpt2:
+    """`gpt2_from_state_dict` with numpy arrays for leaves, for a model that no single device can hold.
+
+    Args:
+        config: the model's shape.
+        arrays: by state-dict name.
+        layout: of matrices.
+        vocab_size: classes that can be predicted; the rows of the token embedding if not given. Rows beyond
+            `config.embedding_rows(vocab_size)` are left out.
+    """
     _check_layout(layout)
-    ignored = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
-    given = {n.removeprefix(_PREFIX): np.asarray(a) for n, a in arrays.items() if not n.endswith(ignored)}
-    if "wte.weight" not in given:
-        raise ValueError("wte.weight is missing: this is no GPT-2 state dict")
-    if given["wte.weight"].ndim != 2:
-        raise ValueError(
-            f"wte.weight has shape {given['wte.weight'].shape}, this model wants (vocab, {config.embed_dim})"
-        )
-    vocab_size = given["wte.weight"].shape[0]
+    given = {plain: np.asarray(arrays[name]) for plain, name in plain_names(arrays).items()}
+    given["wte.weight"] = _tied_embedding(given, config)
+    rows = given["wte.weight"].shape[0]
+    vocab_size = rows if vocab_size is None else vocab_size
     template = eqx.filter_eval_shape(Gpt2.init, config, vocab_size=vocab_size, key=jax.random.key(0))
     wanted = _names(template)
-    for name in [*wanted, *given]:
-        if name not in given or name not in wanted:
-            raise ValueError(f"{name} is {'missing' if name in wanted else 'not in this model'}")
-        expected = _shape(name, wanted[name], layout, vocab_size)
-        if given[name].shape != expected:
-            raise ValueError(f"{name} has shape {given[name].shape}, this model wants {expected}")
+    _check_same(
+        {name: _shape(name, shape, layout, rows) for name, shape in wanted.items()},
+        {name: array.shape for name, array in given.items()},
+    )
+    given["wte.weight"] = given["wte.weight"][: config.embedding_rows(vocab_size)]
 
     def load(name: str, leaf: NamedArray) -> NamedArray:
         if "blocks." not in name:
@@ -67,8 +74,50 @@ def gpt2_on_host(config: Gpt2Config, arrays: Mapping[str, np.ndarray], *, layout
     return _map_named(load, template)
 
 
+def _tied_embedding(given: dict[str, np.ndarray], config: Gpt2Config) -> np.ndarray:
+    """The token embedding, which the output head must be; the head is taken out of `given`."""
+    head = given.pop("lm_head.weight", None)
+    embedding = given.get("wte.weight", head)
+    if embedding is None:
+        raise ValueError("wte.weight is missing: this is no GPT-2 state dict")
+    if head is not None and not np.array_equal(head, embedding):
+        shapes = "" if head.shape == embedding.shape else f" in its shape, {head.shape} and {embedding.shape}"
+        raise ValueError(
+            f"lm_head.weight differs from wte.weight{shapes}: the output head is not tied, and this model's output "
+            "head is its token embedding; weights with tied embeddings would do"
+        )
+    if embedding.ndim != 2:
+        raise ValueError(f"wte.weight has shape {embedding.shape}, this model wants (vocab, {config.embed_dim})")
+    return embedding
+
+
+def _check_same(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+    """Whether arrays have the names and the shapes of a model's; names what differs."""
+    missing, unknown = [n for n in wanted if n not in given], [n for n in given if n not in wanted]
+    differences = [
+        f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {what}"
+        for names, what in ((missing, "missing"), (unknown, "not in this model"))
+        if names
+    ]
+    if differences:
+        raise ValueError("; ".join(differences))
+    wrong = [name for name in wanted if given[name] != wanted[name]]
+    if not wrong:
+        return
+    others = f"; {_listed(wrong[1:])} too" if wrong[1:] else ""
+    if all(_is_matrix(name) and given[name] == wanted[name][::-1] for name in wrong):
+        others += "; these matrices are transposed: torch.nn.Linear has [out, in], transformers' Conv1D [in, out]"
+    raise ValueError(f"{wrong[0]} has shape {given[wrong[0]]}, this model wants {wanted[wrong[0]]}{others}")
+
+
+def _listed(names: Sequence[str], longest: int = 4) -> str:
+    listed = ", ".join(shown(name) for name in names[:longest])
+    return f"{listed} and {len(names) - longest:,} more" if len(names) > longest else listed
+
+
 def gpt2_to_state_dict(model: Gpt2, *, layout: str = "conv1d") -> dict[str, np.ndarray]:
-    """The weights by state-dict name, the vocabulary without its padding; the inverse of `gpt2_from_state_dict`.
+    """The weights by state-dict name, the vocabulary without padding but with the rows that `config.vocab_rows` keeps;
+    the inverse of `gpt2_from_state_dict`.
 
     Raises:
         ValueError: if the layout is unknown.
@@ -79,7 +128,8 @@ def gpt2_to_state_dict(model: Gpt2, *, layout: str = "conv1d") -> dict[str, np.n
     def save(name: str, leaf: NamedArray) -> NamedArray:
         array = np.asarray(leaf.array)
         if "blocks." not in name:
-            arrays[_PREFIX + name] = array[: model.vocab_size] if name == "wte.weight" else array
+            rows = model.config.embedding_rows(model.vocab_size)
+            arrays[_PREFIX + name] = array[:rows] if name == "wte.weight" else array
             return leaf
         for i, layer in enumerate(array):
             full = _PREFIX + name.replace("blocks", f"h.{i}")

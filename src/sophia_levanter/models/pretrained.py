@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from sophia_levanter.data.bpe import bytes_of_characters
+from sophia_levanter.data.tokenizer import VOCAB_SIZES, Tokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.config import Gpt2Config, pad_vocab
+from sophia_levanter.models.config import VOCAB_MULTIPLE, Gpt2Config, pad_vocab
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.models.huggingface import gpt2_on_host
-from sophia_levanter.models.saved_weights import SavedModel, input_error, open_model
+from sophia_levanter.models.saved_weights import SavedModel, input_error, open_model, read_json, shown
 
 
 def read_gpt2(
@@ -26,8 +30,9 @@ def read_gpt2(
 ) -> Gpt2:
     """A model with the weights of a file, in this host's memory.
 
-    A vocabulary that is padded to a multiple of 128, as nanoGPT's is, loses its padding. Where the model has no biases,
-    those of a folder of transformers, which always has some, must be 0.
+    A vocabulary that is padded to a multiple of 128, as nanoGPT's is, loses its padding. Other rows beyond the
+    tokenizer's, such as an added padding token's, are kept and never predicted: `vocab_rows` of the result's `config`
+    counts them. Where the model has no biases, those of a folder of transformers, which always has some, must be 0.
 
     Args:
         path: a folder with `config.json` and `model.safetensors` or its shards, as transformers saves GPT-2; or the
@@ -48,33 +53,51 @@ def read_gpt2(
     """
     saved = open_model(Path(path))
     _check_fields(saved, config)
-    _check_vocabulary(saved, tokenizer, fingerprint, vocab_size)
+    config = _with_rows(saved, config, tokenizer, fingerprint, vocab_size)
     arrays = {name: _finite(saved.file, name, array, dtype) for name, array in saved.arrays}
     if not config.use_bias:
         arrays = _without_biases(saved, arrays)
-    embedding, head = arrays.get("wte.weight"), arrays.pop("lm_head.weight", None)
-    if embedding is not None:
-        if embedding.shape[:1] != (saved.vocab_size,):
-            raise input_error(
-                saved.file, f"wte.weight has shape {embedding.shape}, but vocab_size is {saved.vocab_size}"
-            )
-        if head is not None and not np.array_equal(head, embedding):
-            raise input_error(
-                saved.file,
-                "lm_head.weight differs from wte.weight, and this model's output head is its token embedding; "
-                "weights with tied embeddings would do",
-            )
-        arrays["wte.weight"] = embedding[:vocab_size]
     try:
-        model = gpt2_on_host(config, arrays, layout=saved.layout)
+        model = gpt2_on_host(config, arrays, layout=saved.layout, vocab_size=vocab_size)
     except ValueError as error:
         raise input_error(saved.file, str(error)) from None
     if saved.vocab_size > vocab_size:
+        more = "padding, which is left out"
+        if config.vocab_rows is not None:
+            more = f"{saved.vocab_size - vocab_size:,} more, which are kept and never predicted"
         report(
             f"its vocabulary of {saved.vocab_size:,} is the {vocab_size:,} tokens of data.tokenizer {tokenizer} and "
-            "padding, which is left out"
+            f"{more}"
         )
     return model
+
+
+def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer with other ids than the `vocab.json` or `tokenizer.json` in a folder of transformers has.
+
+    Raises:
+        InputError: names the first token that differs.
+    """
+    for name in ("vocab.json", "tokenizer.json"):
+        file = Path(path, name)
+        if not file.is_file():
+            continue
+        vocab: Any = read_json(file)
+        if name == "tokenizer.json":
+            vocab = vocab["model"].get("vocab") if isinstance(vocab.get("model"), dict) else None
+        if not isinstance(vocab, dict) or not all(type(token) is int for token in vocab.values()):
+            raise input_error(file, "has no vocabulary from tokens to ids, as byte-pair encodings have")
+        byte_of = bytes_of_characters()
+        for text, token in sorted(vocab.items(), key=lambda item: item[1]):
+            # Added tokens lie beyond the tokenizer's.
+            if 0 <= token < tokenizer.vocab_size and tokenizer.special_tokens.get(text) != token:
+                ours = tokenizer.token_bytes[token]
+                if bytes(byte_of.get(character, 0) for character in text) != ours:
+                    raise input_error(
+                        file,
+                        f"token {token} is {shown(repr(text))}, and {ours!r} in data.tokenizer {tokenizer.name}; name "
+                        "the tokenizer that the model was trained with, or remove the file if it is not the model's",
+                    )
 
 
 def _check_fields(saved: SavedModel, config: Gpt2Config) -> None:
@@ -91,24 +114,37 @@ def _without_biases(saved: SavedModel, arrays: Mapping[str, np.ndarray]) -> dict
     for name, array in arrays.items():
         if name.endswith(".bias") and array.any():
             raise InputError(
-                f"model.use_bias is false, and {saved.file} has biases that are not 0 ({name}); "
+                f"model.use_bias is false, and {saved.file} has biases that are not 0 ({shown(name)}); "
                 "set --model.use_bias true"
             )
     return {name: array for name, array in arrays.items() if not name.endswith(".bias")}
 
 
-def _check_vocabulary(saved: SavedModel, tokenizer: str, fingerprint: str, vocab_size: int) -> None:
+def _with_rows(saved: SavedModel, config: Gpt2Config, tokenizer: str, fingerprint: str, vocab_size: int) -> Gpt2Config:
+    """The configuration with the file's rows beyond the tokenizer's tokens that are no padding of ours."""
     if saved.tokenizer_fingerprint not in (None, fingerprint):
         raise InputError(
             f"data.tokenizer {tokenizer} is not the one that {saved.file} was trained with; "
-            f"set --data.tokenizer {saved.tokenizer}"
+            f"set --data.tokenizer {shown(str(saved.tokenizer))}"
         )
-    if saved.vocab_size in (vocab_size, pad_vocab(vocab_size)):
-        return
-    gpt2 = saved.vocab_size in (50257, pad_vocab(50257))
+    rows = saved.vocab_size
+    if rows >= vocab_size and config.vocab_rows is not None:
+        if rows != config.vocab_rows:
+            raise InputError(
+                f"model.vocab_rows is {config.vocab_rows}, and {saved.file} has {rows}; set --model.vocab_rows {rows}"
+            )
+        return config
+    if rows in (vocab_size, pad_vocab(vocab_size)):
+        return config
+    known = {size: name for name, size in reversed(VOCAB_SIZES.items())} | {pad_vocab(50257): "gpt2"}
+    # So many more are another vocabulary's, rather than added tokens and padding.
+    if vocab_size < rows < vocab_size + max(VOCAB_MULTIPLE, vocab_size // 20) and rows not in known:
+        return dataclasses.replace(config, vocab_rows=rows)
+    keep = f", or --model.vocab_rows {rows} to keep {rows - vocab_size} rows that are never predicted"
     raise InputError(
-        f"data.tokenizer {tokenizer} has {vocab_size} tokens, and {saved.file} has {saved.vocab_size}; "
-        + ("set --data.tokenizer gpt2" if gpt2 else "set --data.tokenizer to the one that it was trained with")
+        f"data.tokenizer {tokenizer} has {vocab_size} tokens, and {saved.file} has {rows}; "
+        f"set --data.tokenizer {known.get(rows, 'to the one that it was trained with')}"
+        + (keep if rows > vocab_size else "")
     )
 
 
@@ -121,6 +157,6 @@ def _finite(file: Path, name: str, array: np.ndarray, dtype: str) -> np.ndarray:
         cast = array.astype(dtype)
     if not np.isfinite(cast).all():
         raise input_error(
-            file, f"{name} has numbers that are not finite in {dtype}; take the weights of an earlier step"
+            file, f"{shown(name)} has numbers that are not finite in {dtype}; take the weights of an earlier step"
         )
     return cast

@@ -99,7 +99,7 @@ def _shape(model: Gpt2, dtype: str) -> dict[str, Any]:
         "scale_attn_weights": True,
         "tie_word_embeddings": True,
         "torch_dtype": dtype,  # transformers 5 says dtype, and reads both
-        "vocab_size": model.vocab_size,
+        "vocab_size": config.embedding_rows(model.vocab_size),
     }
 
 

@@ -11,7 +11,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2
-from sophia_levanter.models.pretrained import read_gpt2
+from sophia_levanter.models.pretrained import check_vocabulary, read_gpt2
 from sophia_levanter.models.saved_weights import WeightsError
 from sophia_levanter.partition.processes import check_agreement
 from sophia_levanter.tracking.console import Console
@@ -28,6 +28,7 @@ def read_initial_weights(config: TrainConfig, console: Console) -> Gpt2 | None:
         return None
     tokenizer = load_tokenizer(config.data.tokenizer)
     try:
+        check_vocabulary(path, tokenizer)
         weights = read_gpt2(
             path,
             config.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from sophia_levanter.config_file import Layer, Setting, flatten, read_layers
 from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2
-from sophia_levanter.models.pretrained import read_gpt2
+from sophia_levanter.models.pretrained import check_vocabulary, read_gpt2
 from sophia_levanter.models.saved_weights import open_model
 from sophia_levanter.partition.mesh import Partition, partition_of
 
 Overrides = Sequence[tuple[str, str]]
 Report = Callable[[str], None]
+NO_SHAPE = ("model.attention", "model.scan_unroll", "model.loss_block_size")
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,7 @@ def load_model(place: str, *, step: int | None = None, overrides: Overrides = ()
         InputError: if there is no model, or the overrides are for another one.
         CheckpointError: if all checkpoints are damaged, or the one that is asked for.
     """
-    for name, _ in overrides:
-        if name.startswith("model.") and name not in ("model.attention", "model.scan_unroll", "model.loss_block_size"):
-            raise InputError(f"--{name} does not go with {place}, whose model has a shape already")
+    _check_overrides(place, overrides, (*NO_SHAPE, "model.vocab_rows"))
     if "://" not in place:
         place = os.path.abspath(os.path.expanduser(place))
         if not os.path.exists(place):
@@ -87,24 +87,33 @@ def load_model(place: str, *, step: int | None = None, overrides: Overrides = ()
     return _from_file(Path(place), overrides, report)
 
 
+def _check_overrides(place: str, overrides: Overrides, allowed: Sequence[str]) -> None:
+    for name, _ in overrides:
+        if name.startswith("model.") and name not in allowed:
+            raise InputError(f"--{name} does not go with {place}, whose model has a shape already")
+
+
 def _from_run(run_dir: Path, step: int | None, overrides: Overrides, report: Report) -> LoadedModel:
     config = _config(read_layers(run_dir / "config.yaml"), overrides)
     directory = config.trainer.checkpoint_dir or run_dir / "checkpoints"
     if not checkpoint.steps(directory):
         raise InputError(f"{run_dir}: the run has saved no checkpoint (no step-* folder in {directory})")
-    return _restored(directory, str(run_dir), config, step, report)
+    return _restored(directory, str(run_dir), config, step, overrides, report)
 
 
 def _from_checkpoints(directory: str, step: int | None, overrides: Overrides, report: Report) -> LoadedModel:
-    manifest = _newest_manifest(directory, step)
+    manifest = newest_manifest(directory, step)
     saved: Any = None if manifest is None else manifest.metadata.get("config")
     if saved is None:
         raise InputError(f"{directory} holds checkpoints that no training run has saved")
     config = _config([flatten(saved, Path(directory))], overrides)
-    return _restored(directory, directory, config, step, report)
+    return _restored(directory, directory, config, step, overrides, report)
 
 
-def _restored(directory: Path | str, shown: str, config: TrainConfig, step: int | None, report: Report) -> LoadedModel:
+def _restored(
+    directory: Path | str, shown: str, config: TrainConfig, step: int | None, overrides: Overrides, report: Report
+) -> LoadedModel:
+    _check_overrides(shown, overrides, NO_SHAPE)
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_tokenizer(directory, shown, tokenizer, step)
     partition = _partition(config, tokenizer)
@@ -122,7 +131,7 @@ def _restored(directory: Path | str, shown: str, config: TrainConfig, step: int 
 
 def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, step: int | None) -> None:
     """Before anything is restored, which would be found to be of another size at best."""
-    manifest = _newest_manifest(directory, step)
+    manifest = newest_manifest(directory, step)
     trained_with: Any = None if manifest is None else manifest.metadata["validation"]
     if trained_with is not None and trained_with["tokenizer"] != tokenizer.fingerprint:
         raise InputError(
@@ -131,7 +140,7 @@ def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, st
         )
 
 
-def _newest_manifest(directory: Path | str, step: int | None) -> Manifest | None:
+def newest_manifest(directory: Path | str, step: int | None = None) -> Manifest | None:
     """The newest that is whole, or that of a step; None where restoring will say that there is none."""
     for candidate in reversed(checkpoint.steps(directory)) if step is None else [step]:
         try:
@@ -146,7 +155,7 @@ def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:
     shape = {f"model.{name}": Setting(value, path) for name, value in saved.fields.items()}
     config = _config([shape, {"data.tokenizer": Setting(saved.tokenizer or "gpt2", path)}], overrides)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    partition = _partition(config, tokenizer)
+    check_vocabulary(str(path), tokenizer)
     weights = read_gpt2(
         str(path),
         config.model,
@@ -156,6 +165,8 @@ def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:
         dtype=config.trainer.parameter_dtype,
         report=report,
     )
+    config = dataclasses.replace(config, model=weights.config)
+    partition = _partition(config, tokenizer)
     return LoadedModel(partition.place(weights), config, tokenizer, partition, str(path), None)
 
 

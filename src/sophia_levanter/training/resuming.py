@@ -12,9 +12,11 @@ import numpy as np
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
 from sophia_levanter.command_line import config_in, load_config
+from sophia_levanter.config import TrainConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.processes import wait_for_all
 from sophia_levanter.tracking.console import Console
+from sophia_levanter.training.loading_models import newest_manifest
 from sophia_levanter.training.optimizers import build_schedule
 from sophia_levanter.training.run_directory import RunDirectory, changed_fields, check_same_run
 from sophia_levanter.training.step import TrainState
@@ -23,7 +25,12 @@ if TYPE_CHECKING:
     from sophia_levanter.training.parts import Parts
 
 # What shapes do not show, and yet makes the weights those of another model.
-ANOTHER_MODEL = ("model.num_heads", "model.scale_attn_by_inverse_layer_idx", "model.layer_norm_epsilon")
+ANOTHER_MODEL = (
+    "model.num_heads",
+    "model.vocab_rows",
+    "model.scale_attn_by_inverse_layer_idx",
+    "model.layer_norm_epsilon",
+)
 
 # Leaves of the state that runs began without, and their values in checkpoints from then. The next refresh makes the
 # first one exact.
@@ -77,6 +84,16 @@ def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[
             f"and is {rates[1]:.3g}"
         )
     return restored
+
+
+def with_saved_rows(config: TrainConfig, directory: RunDirectory) -> TrainConfig:
+    """The configuration with the rows of the token embedding that the run's initial weights had."""
+    manifest = newest_manifest(directory.checkpoints)
+    saved: Any = None if manifest is None else manifest.metadata.get("config")
+    if config.model.vocab_rows is not None or saved is None:
+        return config
+    model = dataclasses.replace(config.model, vocab_rows=saved["model"].get("vocab_rows"))
+    return dataclasses.replace(config, model=model)
 
 
 def check_not_begun(directory: RunDirectory, console: Console) -> None:

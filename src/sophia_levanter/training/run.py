@@ -42,7 +42,7 @@ from sophia_levanter.training.loop import Loop, TrainingFailed
 from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.parts import Parts, build_parts
 from sophia_levanter.training.profile import Profiler
-from sophia_levanter.training.resuming import best_so_far, check_not_begun, go_back, resume
+from sophia_levanter.training.resuming import best_so_far, check_not_begun, go_back, resume, with_saved_rows
 from sophia_levanter.training.run_directory import RunDirectory
 from sophia_levanter.training.step import TrainState
 from sophia_levanter.training.stopping import StopRequest
@@ -121,8 +121,12 @@ def run(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) ->
         )
     if directory.resume == "if_saved" and not is_saved:
         _by_first(processes, "begin", lambda: check_not_begun(directory, console))
+    if is_saved:
+        config = with_saved_rows(config, directory)
     # Before the text is prepared, which may take hours.
     weights = None if is_saved else read_initial_weights(config, console)
+    if weights is not None:
+        config = replace(config, model=weights.config)
     parts = build_parts(config, recorded_environment(), console)
     check_agreement("the text", json.dumps([parts.facts["data"], parts.facts["validation"]]))
     restored = None

@@ -201,7 +201,8 @@ def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -
         InputError: if they differ in what makes another run.
     """
     for name, before, after in changed_fields(old, new):
-        if name not in _MAY_DIFFER:
+        # Rows that are not asked for come from the initial weights.
+        if name not in _MAY_DIFFER and (name, after) != ("model.vocab_rows", None):
             raise InputError(
                 f"trainer.{field} {place} holds another run: its {name} is {before!r}, this one's is {after!r}; "
                 f"name another --trainer.{field}"

@@ -28,7 +28,8 @@ def flops_per_token(config: Gpt2Config, vocab_size: int) -> float:
     curvature are not counted: they are not the model's.
     """
     width = config.embed_dim
-    weights = config.num_layers * (4 + 2 * config.mlp_ratio) * width**2 + pad_vocab(vocab_size) * width
+    rows = pad_vocab(config.embedding_rows(vocab_size))
+    weights = config.num_layers * (4 + 2 * config.mlp_ratio) * width**2 + rows * width
     return 6.0 * weights + 12.0 * config.num_layers * width * config.seq_len
 
 
