@@ -1,9 +1,12 @@
-"""Folders as tensorstore knows them: on a disk, or in a bucket."""
+"""Folders as tensorstore knows them, on a disk or in a bucket, and small files in them."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
+
+import tensorstore as ts
 
 # Of a request to a bucket, with pauses that grow to half a minute: one that does not answer is given up after two.
 _RETRIES = {"max_retries": 8}
@@ -34,3 +37,26 @@ def context_spec(cache_bytes: int = 0) -> dict[str, Any]:
         "gcs_request_retries": _RETRIES,
         "s3_request_retries": _RETRIES,
     }
+
+
+def read_file(location: str | Path, name: str) -> bytes | None:
+    """The content of a file in a folder; None if there is none.
+
+    Raises:
+        ValueError: if the place cannot be read.
+    """
+    read = _store(location).read(name).result()
+    return bytes(read.value) if read.state == "value" else None
+
+
+def write_file(location: str | Path, name: str, content: bytes) -> None:
+    """Make a file in a folder, which need not be there; it is there when all of it is.
+
+    Raises:
+        ValueError: if nothing can be written there.
+    """
+    _store(location).write(name, content).result()
+
+
+def _store(location: str | Path) -> ts.KvStore:
+    return ts.KvStore.open(kvstore_spec(str(location)), context=ts.Context(context_spec())).result()

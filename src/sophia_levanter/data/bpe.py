@@ -43,16 +43,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     return {bytes(decoder[character] for character in token): rank for rank, (token, _) in enumerate(by_id)}
 
 
+def bpe_file(ranks: dict[bytes, int]) -> bytes:
+    """The file that tiktoken reads: a token in base64 and its rank a line."""
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()).encode()
+
+
 def save_bpe(path: Path, ranks: dict[bytes, int]) -> None:
-    """Writes the file that tiktoken reads: a token in base64 and its rank a line.
+    """Writes `bpe_file`.
 
     Raises:
         InputError: if it cannot be written.
     """
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "".join(lines).encode())
+        write_atomically(path, bpe_file(ranks))
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
 

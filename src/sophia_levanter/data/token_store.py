@@ -15,7 +15,7 @@ import tensorstore as ts
 from sophia_levanter.data.arrays import open_array
 from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.kvstore import kvstore_spec
+from sophia_levanter.kvstore import read_file
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -106,7 +106,7 @@ class TokenStore:
                 f"prepare the data with {tokenizer.name}"
             )
         for name, digest in manifest.arrays.items():
-            if digest_of(_read_file(location, f"{name}/zarr.json") or b"") != digest:
+            if digest_of(read_file(location, f"{name}/zarr.json") or b"") != digest:
                 raise _damaged(location, f"{name}/zarr.json is not what was written")
         array = _open(location, TOKENS, manifest.num_tokens)
         return cls(location, manifest, array)
@@ -252,19 +252,9 @@ def _open(location: str, name: str, length: int) -> ts.TensorStore:
     return array
 
 
-def _read_file(location: str, name: str) -> bytes | None:
-    """The content of a file in the store; None if there is none.
-
-    Raises:
-        ValueError: if the place cannot be read.
-    """
-    read = ts.KvStore.open(kvstore_spec(location)).result().read(name).result()
-    return read.value if read.state == "value" else None
-
-
 def _read_manifest(location: str) -> Manifest:
     try:
-        content = _read_file(location, MANIFEST_NAME)
+        content = read_file(location, MANIFEST_NAME)
     except ValueError as error:
         raise InputError(f"{location}: the token store cannot be read: {error}") from error
     if content is None:

@@ -23,6 +23,7 @@ from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.models.pretrained import check_vocabulary, read_gpt2
 from sophia_levanter.models.saved_weights import open_model
 from sophia_levanter.partition.mesh import Partition, partition_of
+from sophia_levanter.training.run_tokenizer import with_kept_tokenizer
 
 Overrides = Sequence[tuple[str, str]]
 Report = Callable[[str], None]
@@ -114,6 +115,9 @@ def _restored(
     directory: Path | str, shown: str, config: TrainConfig, step: int | None, overrides: Overrides, report: Report
 ) -> LoadedModel:
     _check_overrides(shown, overrides, NO_SHAPE)
+    if "data.tokenizer" not in dict(overrides):
+        data = with_kept_tokenizer(config.data, directory, going_on=False)
+        config = dataclasses.replace(config, data=data)
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_tokenizer(directory, shown, tokenizer, step)
     partition = _partition(config, tokenizer)

@@ -11,6 +11,7 @@ import jax
 
 from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches
+from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.prepare import TextData, prepare
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.partition.mesh import Partition, partition_of
@@ -47,8 +48,16 @@ class Parts:
         return self.partition.made(start, self.partition.place(weights))
 
 
-def build_parts(config: TrainConfig, environment: Mapping[str, Any], console: Console) -> Parts:
+def build_parts(
+    config: TrainConfig, environment: Mapping[str, Any], console: Console, text: DataConfig | None = None
+) -> Parts:
     """The parts of a run; its text is prepared.
+
+    Args:
+        config: the run.
+        environment: what besides the configuration decides the numbers.
+        console: is told.
+        text: as the configuration's `data`, with paths that hold here; that itself if not given.
 
     Raises:
         InputError: if they do not fit each other or the data.
@@ -58,7 +67,7 @@ def build_parts(config: TrainConfig, environment: Mapping[str, Any], console: Co
     mesh = partition.mesh
     check_mesh(config, mesh.size)
     attention_of(config, partition)
-    data = prepare(config.data, console.line)
+    data = prepare(text or config.data, console.line)
     check_mesh(config, mesh.size, data.tokenizer.vocab_size)
     for corpus in (data.train, data.validation):
         corpus.read(0, 1)  # of one that is kept in memory all is read here, before the run has a directory

@@ -44,6 +44,7 @@ from sophia_levanter.training.parts import Parts, build_parts
 from sophia_levanter.training.profile import Profiler
 from sophia_levanter.training.resuming import best_so_far, check_not_begun, go_back, resume, with_saved_rows
 from sophia_levanter.training.run_directory import RunDirectory
+from sophia_levanter.training.run_tokenizer import keep_tokenizer, with_kept_tokenizer
 from sophia_levanter.training.step import TrainState
 from sophia_levanter.training.stopping import StopRequest
 from sophia_levanter.training.summary import describe_end, describe_start
@@ -121,13 +122,16 @@ def run(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) ->
         )
     if directory.resume == "if_saved" and not is_saved:
         _by_first(processes, "begin", lambda: check_not_begun(directory, console))
+    text = config.data
+    if directory.resume != "never":
+        text = with_kept_tokenizer(text, directory.checkpoints, going_on=True)
     if is_saved:
         config = with_saved_rows(config, directory)
     # Before the text is prepared, which may take hours.
-    weights = None if is_saved else read_initial_weights(config, console)
+    weights = None if is_saved else read_initial_weights(replace(config, data=text), console)
     if weights is not None:
         config = replace(config, model=weights.config)
-    parts = build_parts(config, recorded_environment(), console)
+    parts = build_parts(config, recorded_environment(), console, text)
     check_agreement("the text", json.dumps([parts.facts["data"], parts.facts["validation"]]))
     restored = None
     if is_saved:
@@ -153,6 +157,7 @@ def run(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) ->
             checkpoint.check_writable(config.trainer.checkpoint_dir)
         directory.lock()
         directory.write_config(config)
+        keep_tokenizer(directory.checkpoints, parts.data.tokenizer)
         checkpoint.remove_leftovers(directory.checkpoints)
 
     _by_first(processes, "directory", take_directory)
