@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,13 @@ def test_token_byte_lengths_count_text_only(tiny_bpe: Tokenizer) -> None:
     assert lengths[257] == 3
     assert not lengths[259:].any()  # unused ids and end-of-text
     assert token_byte_lengths(ByteTokenizer()).tolist() == [1] * 256 + [0]
+
+
+@pytest.mark.parametrize("name", ["out/tokenizer.json", "vocab.json", "my vocab/merges.txt", "spm.model", "a/b"])
+def test_a_file_of_another_kind_is_named(name: str) -> None:
+    message = f"data.tokenizer is {name!r}; a tokenizer's file must be *.tiktoken, as train_tokenizer writes it"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        load_tokenizer(name)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:

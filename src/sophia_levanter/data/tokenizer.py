@@ -154,6 +154,11 @@ def load_tokenizer(name: str) -> Tokenizer:
         return ByteTokenizer()
     if name.endswith(TRAINED_TOKENIZER):
         return TiktokenTokenizer(load_bpe(name))
+    if "/" in name or "." in name:
+        raise InputError(
+            f"data.tokenizer is {name!r}; a tokenizer's file must be *{TRAINED_TOKENIZER}, as train_tokenizer writes "
+            f"it; otherwise name {BYTES} or an encoding of tiktoken's"
+        )
     known = [BYTES, *tiktoken.list_encoding_names()]
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
