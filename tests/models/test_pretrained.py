@@ -3,6 +3,7 @@
 import builtins
 import dataclasses
 import json
+import os
 
 import haliax as hax
 import jax
@@ -224,7 +225,7 @@ def test_what_config_json_leaves_out_has_transformers_defaults(folder, model):
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     assert refused(folder, model.config).endswith(
         "n_layer is 12, and the weights have 2; vocab_size is 50257, and the weights have 128; n_embd is 768, and the "
-        "weights have 8; n_positions is 1024, and the weights have 8"
+        "weights have 8; n_positions is 1024, and the weights have 8; both must be of one model"
     )
 
 
@@ -285,9 +286,8 @@ def test_a_padded_vocabulary_loses_its_padding(make_model, tmp_path):
     wte = np.asarray(model.wte.weight.array)
     np.testing.assert_array_equal(found.wte.weight.array, np.where(np.arange(128)[:, None] < 100, wte, 0))
     assert lines == ["its vocabulary of 128 is the 100 tokens of data.tokenizer words and padding, which is left out"]
-    assert (
-        f"data.tokenizer words has 129 tokens, and {folder} has 128; set --data.tokenizer to the one that"
-        in refused(folder, model.config, vocab_size=129)
+    assert f"data.tokenizer words has 129 tokens, and {folder} has 128 rows, 1 fewer; set --data" in refused(
+        folder, model.config, vocab_size=129
     )
 
 
@@ -330,7 +330,7 @@ def test_rows_beyond_the_tokenizers_are_kept_and_never_predicted(rows, make_mode
         (50257, 257, "set --data.tokenizer gpt2, or --model.vocab_rows 50257"),
         (50304, 257, "set --data.tokenizer gpt2, or"),
         (50281, 50257, "set --data.tokenizer p50k_base, or"),
-        (50257, 50281, "has 50281 tokens, and FOLDER has 50257; set --data.tokenizer gpt2"),
+        (50257, 50281, "has 50281 tokens, and FOLDER has 50257 rows, 24 fewer; set --data.tokenizer gpt2"),
     ],
 )
 def test_rows_that_may_be_another_tokenizers(rows, tokens, wanted, make_model, tmp_path):
@@ -479,6 +479,30 @@ def test_an_index_names_files_of_its_folder_only(name, folder, model, arrays):
     index.write_text(json.dumps({"weight_map": dict.fromkeys(arrays, name)}))
     message = refused(folder, model.config)
     assert message.isprintable() and f"{index}: names {name!r}, which is not a file in its folder" in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_pipes_and_devices_are_not_read(name, folder, model):
+    (folder / "model.safetensors").rename(folder / "first.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "first.safetensors"}}')
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    if name == "model.safetensors":
+        read(folder, model.config)
+    else:
+        assert "there is n" in refused(folder, model.config)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    if name != "model.safetensors":
+        assert "there is n" in refused(folder, model.config)
+    assert "there is no such file" in refused("/dev/zero", model.config)
+
+
+def test_shards_that_are_pipes(folder, model):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "first.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "first.safetensors"}}')
+    assert "first.safetensors: is missing, damaged or not whole: there is no such file" in refused(folder, model.config)
 
 
 def test_shards_that_both_have_an_array(folder, model, arrays):

@@ -142,7 +142,8 @@ def _with_rows(saved: SavedModel, config: Gpt2Config, tokenizer: str, fingerprin
         return dataclasses.replace(config, vocab_rows=rows)
     keep = f", or --model.vocab_rows {rows} to keep {rows - vocab_size} rows that are never predicted"
     raise InputError(
-        f"data.tokenizer {tokenizer} has {vocab_size} tokens, and {saved.file} has {rows}; "
+        f"data.tokenizer {tokenizer} has {vocab_size} tokens, and {saved.file} has {rows} rows, "
+        f"{abs(rows - vocab_size)} {'more' if rows > vocab_size else 'fewer'}; "
         f"set --data.tokenizer {known.get(rows, 'to the one that it was trained with')}"
         + (keep if rows > vocab_size else "")
     )

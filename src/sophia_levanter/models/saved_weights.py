@@ -70,7 +70,7 @@ def open_model(path: Path) -> SavedModel:
     """
     if os.path.isdir(path):
         return _huggingface(path)
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         raise input_error(path, "there is no such file; name a folder of transformers' GPT-2, or nanoGPT's ckpt.pt")
     if path.suffix in (".safetensors", ".bin", ".json"):
         raise input_error(path, f"name the folder, {path.parent}, which must hold config.json and model.safetensors")
@@ -147,14 +147,16 @@ def _weights(
         if size not in (None, value)
     ]
     if wrong:
-        raise input_error(file, f"{source} does not describe the weights: {'; '.join(wrong)}")
+        raise input_error(
+            file, f"{source} does not describe the weights: {'; '.join(wrong)}; both must be of one model"
+        )
     return names
 
 
 def _huggingface(folder: Path) -> SavedModel:
     file = folder / "config.json"
-    if not os.path.exists(file):
-        nano = f"; name {folder / 'ckpt.pt'}" if os.path.exists(folder / "ckpt.pt") else ""
+    if not os.path.isfile(file):
+        nano = f"; name {folder / 'ckpt.pt'}" if os.path.isfile(folder / "ckpt.pt") else ""
         raise input_error(folder, f"there is no config.json in it{nano or ', as transformers saves with GPT-2'}")
     values = read_json(file)
     if values.get("model_type") != "gpt2":
@@ -234,10 +236,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    if os.path.exists(folder / "model.safetensors"):
+    if os.path.isfile(folder / "model.safetensors"):
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    if os.path.exists(index):
+    if os.path.isfile(index):
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise input_error(index, "has no weight_map from names to files")
@@ -292,6 +294,8 @@ def _safetensors(files: Iterable[Path]) -> dict[str, _Array]:
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     try:
+        if not os.path.isfile(file):  # reading a pipe or a device might never end
+            raise OSError("there is no such file")
         with safe_open(file, "np") as opened:
             yield opened
     except (OSError, SafetensorError) as error:
