@@ -86,6 +86,28 @@ def test_names_without_the_prefix_and_arrays_to_ignore(linear):
     assert_same(gpt2_to_state_dict(gpt2_from_state_dict(config, other, layout="linear"), layout="linear"), arrays)
 
 
+@pytest.mark.parametrize(
+    "prefix", ["model.", "module.", "_orig_mod.transformer.", "module._orig_mod.model.transformer."]
+)
+def test_names_of_wrappers_and_a_tied_head_alone(prefix, linear):
+    config, arrays = linear()
+    other = {prefix + name.removeprefix("transformer."): a for name, a in arrays.items()}
+    other[f"{prefix}lm_head.weight"] = other.pop(f"{prefix}wte.weight")
+    assert_same(gpt2_to_state_dict(gpt2_from_state_dict(config, other, layout="linear"), layout="linear"), arrays)
+
+
+def test_a_head_that_is_not_tied_or_an_array_twice(linear):
+    config, arrays = linear()
+    for head in (arrays["transformer.wte.weight"] + 1, arrays["transformer.wte.weight"][:3]):
+        with pytest.raises(
+            ValueError, match=r"^lm_head\.weight differs from wte\.weight.*: the output head is not tied"
+        ):
+            gpt2_from_state_dict(config, arrays | {"lm_head.weight": head}, layout="linear")
+    for name in ("wte.weight", "_orig_mod.transformer.wte.weight"):
+        with pytest.raises(ValueError, match=r"^transformer\.wte\.weight and .* are both wte\.weight; remove one"):
+            gpt2_from_state_dict(config, arrays | {name: arrays["transformer.wte.weight"]}, layout="linear")
+
+
 def without(arrays, name):
     return {n: a for n, a in arrays.items() if n != f"transformer.{name}"}
 

@@ -1,5 +1,6 @@
 import pytest
 
+from sophia_levanter.config import TrainConfig, check_parameters
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.config import Gpt2Config, attention_for, pad_vocab
 
@@ -7,6 +8,20 @@ from sophia_levanter.models.config import Gpt2Config, attention_for, pad_vocab
 @pytest.mark.parametrize(("vocab", "padded"), [(1, 128), (128, 128), (129, 256), (257, 384), (50257, 50304)])
 def test_vocabulary_is_padded_to_a_multiple_of_128(vocab, padded):
     assert pad_vocab(vocab) == padded
+
+
+def test_rows_of_the_embedding():
+    assert Gpt2Config().embedding_rows(50257) == 50257
+    assert Gpt2Config(vocab_rows=50258).embedding_rows(50257) == 50258
+    assert Gpt2Config(vocab_rows=257).embedding_rows(257) == 257
+    with pytest.raises(InputError, match=r"^model\.vocab_rows is 0; it must be at least 1$"):
+        Gpt2Config(vocab_rows=0)
+    config = TrainConfig(model=Gpt2Config(vocab_rows=256))
+    with pytest.raises(
+        InputError, match=r"^model\.vocab_rows 256 is less than the 257 tokens of data\.tokenizer bytes; "
+    ):
+        check_parameters(config, 1, 257)
+    check_parameters(config, 1, 256)
 
 
 def test_axes():

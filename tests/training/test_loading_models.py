@@ -105,6 +105,7 @@ def test_bad_input(run_dir, tmp_path, gpt2_folder):
     assert "--step 6 does not go with" in refused(gpt2_folder, step=6)
     assert "data.tokenizer gpt2" in refused(gpt2_folder) or "tiktoken's cache" in refused(gpt2_folder)
     assert "--model.num_layers does not go with" in refused(run_dir, overrides=[("model.num_layers", "3")])
+    assert "--model.vocab_rows does not go with" in refused(run_dir, overrides=[("model.vocab_rows", "258")])
     assert "unknown option '--trainer.batchsize'" in refused(run_dir, overrides=[("trainer.batchsize", "3")])
     assert "does not divide over mesh.data" in refused(run_dir, overrides=[("mesh.fsdp", "layers")])
     (tmp_path / "begun").mkdir()
