@@ -86,7 +86,9 @@ def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
         if name == "tokenizer.json":
             vocab = vocab["model"].get("vocab") if isinstance(vocab.get("model"), dict) else None
         if not isinstance(vocab, dict) or not all(type(token) is int for token in vocab.values()):
-            raise input_error(file, "has no vocabulary from tokens to ids, as byte-pair encodings have")
+            raise input_error(
+                file, "has no vocabulary from tokens to ids; remove the file if it is not that of the model's tokenizer"
+            )
         byte_of = bytes_of_characters()
         for text, token in sorted(vocab.items(), key=lambda item: item[1]):
             # Added tokens lie beyond the tokenizer's.
