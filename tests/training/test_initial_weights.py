@@ -156,6 +156,16 @@ def test_bad_weights_are_one_line_and_write_nothing(name, gpt2_folder, config_fi
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
+def test_weights_of_another_vocabulary(gpt2_folder, config_file, tmp_path, capfd):
+    (gpt2_folder / "vocab.json").write_text('{"a": 3}')
+    command = ["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run"), *BIASES]
+    assert main([*command, "--trainer.initial_weights", str(gpt2_folder)]) == 2
+    wanted = (
+        f"error: trainer.initial_weights {gpt2_folder}/vocab.json: token 3 is 'a', and b'\\x03' in data.tokenizer bytes"
+    )
+    assert capfd.readouterr().err.startswith(wanted)
+
+
 def test_a_run_that_has_begun_takes_no_other_weights(gpt2_folder, config_file, tmp_path, capfd):
     run_dir = tmp_path / "run"
     run = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.num_train_steps", "2"]

@@ -28,7 +28,6 @@ def read_initial_weights(config: TrainConfig, console: Console) -> Gpt2 | None:
         return None
     tokenizer = load_tokenizer(config.data.tokenizer)
     try:
-        check_vocabulary(path, tokenizer)
         weights = read_gpt2(
             path,
             config.model,
@@ -38,6 +37,7 @@ def read_initial_weights(config: TrainConfig, console: Console) -> Gpt2 | None:
             dtype=config.trainer.parameter_dtype,
             report=console.line,
         )
+        check_vocabulary(path, tokenizer)
     except WeightsError as error:
         raise InputError(f"trainer.initial_weights {error}") from None
     console.line(f"initial weights: {path}")

@@ -159,7 +159,6 @@ def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:
     shape = {f"model.{name}": Setting(value, path) for name, value in saved.fields.items()}
     config = _config([shape, {"data.tokenizer": Setting(saved.tokenizer or "gpt2", path)}], overrides)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    check_vocabulary(str(path), tokenizer)
     weights = read_gpt2(
         str(path),
         config.model,
@@ -169,6 +168,7 @@ def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:
         dtype=config.trainer.parameter_dtype,
         report=report,
     )
+    check_vocabulary(str(path), tokenizer)
     config = dataclasses.replace(config, model=weights.config)
     partition = _partition(config, tokenizer)
     return LoadedModel(partition.place(weights), config, tokenizer, partition, str(path), None)
