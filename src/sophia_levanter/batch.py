@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from haliax import NamedArray
 
+import sophia_levanter.jax_compatibility  # noqa: F401
+
 
 class Batch(eqx.Module):
     """Windows of text for next-token prediction; there may be leading axes, such as `microbatch`.

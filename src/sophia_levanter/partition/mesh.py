@@ -17,6 +17,7 @@ from haliax import NamedArray
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import sophia_levanter.jax_compatibility  # noqa: F401
 from sophia_levanter.partition.config import MESH_AXES, MeshConfig
 from sophia_levanter.partition.processes import all_devices
 
