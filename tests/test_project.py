@@ -5,11 +5,15 @@ import tomllib
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from pages import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+VERSION = PROJECT["version"]
+PYTHONS = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
@@ -46,8 +50,31 @@ def test_both_continuous_integrations_check_the_same():
 def test_the_versions_of_python_are_those_of_the_package():
     (ci,) = [workflow for workflow in WORKFLOWS if workflow.stem == "ci"]
     (job,) = yaml.safe_load(ci.read_text())["jobs"].values()
-    of_package = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
-    assert job["strategy"]["matrix"]["python"] == of_package
+    assert job["strategy"]["matrix"]["python"] == PYTHONS == ["3.11", "3.12", "3.13"]
+
+
+def pins_on(python):
+    pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    pins = [pin for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+    assert len({pin.name for pin in pins}) == len(pins)
+    return {pin.name.lower(): str(pin.specifier).removeprefix("==") for pin in pins}
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_pins_are_what_the_package_requires(python):
+    pins = pins_on(python)
+    assert pins["jaxlib"] == pins["jax"]
+    for requirement in map(Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["tpu"]):
+        assert requirement.specifier.contains(pins[requirement.name], prereleases=True), requirement
+
+
+@pytest.mark.parametrize("name", ["jax", "haliax"])
+def test_later_versions_than_were_tested_are_not_installed(name):
+    """jax removes names that haliax uses."""
+    newest = max(Version(pins_on(python)[name]) for python in PYTHONS)
+    later = f"{newest.major}.{newest.minor + 1}"
+    requirements = map(Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["tpu"])
+    assert not any(requirement.specifier.contains(later) for requirement in requirements if requirement.name == name)
 
 
 def test_one_version_everywhere():

@@ -140,8 +140,8 @@ def test_pins_agree():
     ]
     assert all(pins)
     assert not pins[0] & pins[1]
-    (version,) = re.findall(r"^jax==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert f"jax-cuda13-plugin=={version}\n" in (ROOT / "infra" / "constraints.txt").read_text()
+    for version_and_python in re.findall(r"^jax==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE):
+        assert f"jax-cuda13-plugin=={version_and_python}\n" in (ROOT / "infra" / "constraints.txt").read_text()
     (version,) = re.findall(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     for manifest in (ROOT / "infra" / "ray").glob("rayjob*.yaml"):
         assert f"rayVersion: {version}\n" in manifest.read_text()
