@@ -20,6 +20,7 @@ from estimates import (
     outputs_fn,
 )
 
+import sophia_levanter.jax_compatibility  # noqa: F401
 from sophia_levanter.optim import (
     Categorical,
     GaussNewtonBartlett,

@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+import sophia_levanter.jax_compatibility  # noqa: F401
 from sophia_levanter.optim import (
     Bernoulli,
     Categorical,
