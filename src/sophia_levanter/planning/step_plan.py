@@ -158,7 +158,7 @@ def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int)
             return jax.tree.leaves(pull)
 
         jaxpr = jax.make_jaxpr(kept)(parameters).jaxpr
-        arrays = {id(variable): variable.aval for variable in jaxpr.outvars if hasattr(variable, "aval")}
+        arrays: dict[int, Any] = {id(v): v.aval for v in jaxpr.outvars if hasattr(v, "aval")}
         return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays.values())
 
     # Activations grow with the rows, and nothing else does.

@@ -235,7 +235,7 @@ def keep_compiled(directory: Path, platform: str) -> None:
     Not on CPUs, where jaxlib may refuse to read a program that it has written, with some lines of complaint each time
     (https://github.com/jax-ml/jax/issues/38445).
     """
-    if platform != "cpu" and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+    if platform != "cpu" and jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
