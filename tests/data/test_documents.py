@@ -347,6 +347,14 @@ def test_urls_that_cannot_be_read(memory_files: fsspec.AbstractFileSystem, url: 
     assert expected in message
 
 
+@pytest.mark.parametrize("url", ["memory://here/b.txt", "memory://here"])
+def test_a_url_whose_content_changes_while_it_is_read(memory_files: fsspec.AbstractFileSystem, url: str) -> None:
+    source = FileSource(url, DataConfig(), field="data.train")
+    memory_files.pipe("/here/b.txt", b"Bb")
+    with pytest.raises(InputError, match=r"memory:///?here/b\.txt changed after it was looked up"):
+        list(source.documents())
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_reading_goes_on_from_any_position(tmp_path: Path, name: str) -> None:
     texts = [["", *(f"{part} {i}" for i in range(20))] for part in range(3)]

@@ -132,6 +132,17 @@ def test_a_folder_is_known_by_its_files(on_hub: str, tmp_path: Path, monkeypatch
     assert absolute_source(on_hub) == on_hub  # there is no such folder here
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_folder_that_changes_while_it_is_read(on_hub: str, tmp_path: Path, saved: bool) -> None:
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    folder = tmp_path / ("saved" if saved else "someone/texts")
+    documents = source(f"datasets:{folder}" if saved else on_hub).documents()
+    next(documents)
+    (folder / "more").touch()
+    with pytest.raises(InputError, match=r"^data\.train: .* changed after it was looked up; run the command again"):
+        list(documents)
+
+
 def test_rows_that_cannot_be_read(on_hub: str, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "train.jsonl").write_bytes(b'{"text": "good"}\n' * 60 + b'{"text": \n')

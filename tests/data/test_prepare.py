@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from sophia_levanter.data import preparation as preparation_module
@@ -131,6 +135,87 @@ def test_bad_input_leaves_nothing_half_done(config: DataConfig, tmp_path: Path, 
         TokenStore.open(directory / "all")
 
 
+def rewrite(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"number", b"NUMBER"))
+
+
+def append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b'\n{"text": "one more"}')
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 20)
+
+
+def replace_by_another(path: Path) -> None:
+    """As `rsync --times` does: of the same size and time."""
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes().replace(b"number", b"NUMBER"))
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [rewrite, append, truncate, replace_by_another])
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.parquet", "train.txt"])
+def test_a_file_that_changes_while_it_is_read_makes_no_store(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], name: str
+) -> None:
+    path = tmp_path / name
+    content = Path(config.train).read_bytes()
+    if name.endswith(".gz"):
+        content = gzip.compress(content)
+    path.write_bytes(content)
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path)
+    documents = FileSource.documents
+
+    def changing(self: FileSource, *start: tuple[int, int]) -> Iterator[tuple[tuple[int, int], str]]:
+        for number, item in enumerate(documents(self, *start)):
+            if number in (0, 10):
+                time.sleep(0.01)  # the system's clock for files is a coarse one
+                change(path)
+            yield item
+
+    monkeypatch.setattr(FileSource, "documents", changing)
+    with pytest.raises(InputError, match=rf"^data\.train: .*{name} changed after it was looked up; run the command"):
+        prepare(replace(config, train=str(path)), quiet)
+    assert list(Path(config.cache_dir).iterdir()) == []
+
+
+def test_a_file_that_changes_after_it_was_looked_up(config: DataConfig, tmp_path: Path) -> None:
+    """The validation text is looked up first and read when the training text is prepared."""
+    validation = tmp_path / "validation.jsonl"
+    validation.write_bytes(Path(config.train).read_bytes())
+
+    def change(line: str) -> None:
+        if line.startswith("data.train: 60 documents"):
+            append(validation)
+
+    with pytest.raises(InputError, match=r"^data\.validation: .*validation\.jsonl changed after it was looked up"):
+        prepare(replace(config, validation=str(validation)), change)
+    (train,) = Path(config.cache_dir).iterdir()
+    assert TokenStore.open(train / "all").num_documents == 60
+
+
+def test_a_file_that_changed_when_it_had_been_read_is_in_the_store_as_it_was(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.part.jsonl").write_bytes(Path(config.train).read_bytes())
+    documents = FileSource.documents
+
+    def changing(self: FileSource, *start: tuple[int, int]) -> Iterator[tuple[tuple[int, int], str]]:
+        for position, text in documents(self, *start):
+            if position == (1, 5):
+                rewrite(tmp_path / "a.part.jsonl")
+            yield position, text
+
+    monkeypatch.setattr(FileSource, "documents", changing)
+    train, validation = sides(prepare(replace(config, train=f"{tmp_path}/*.part.jsonl"), quiet))
+    assert sorted(train + validation) == sorted(TEXTS + TEXTS)
+
+
 def test_a_missing_validation_file_is_found_before_anything_is_prepared(config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^data\.validation: "):
         prepare(replace(config, validation=str(tmp_path / "gone.txt")), quiet)
@@ -227,6 +312,7 @@ def test_a_full_disk_is_gone_on_from(config: DataConfig, monkeypatch: pytest.Mon
 def test_two_processes_at_once(config: DataConfig) -> None:
     program = """
 import sys
+import time
 from sophia_levanter.data.blocks import Documents
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.prepare import prepare

@@ -77,6 +77,7 @@ class DatasetSource:
         self._field = field
         self._done = 0
         self._rows: int | None = None
+        self._looked_up = self.identity
 
     @property
     def identity(self) -> Any:
@@ -106,6 +107,11 @@ class DatasetSource:
             text = text_of_record(row, self._config, f"{self._source}, row {self._done}", self._field)
             if text and not text.isspace():
                 yield (0, self._done), text
+        if self.identity != self._looked_up:
+            raise InputError(
+                f"{self._field}: {self._source} changed after it was looked up; run the command again when nothing "
+                "writes to it"
+            )
 
     def share_read(self) -> float | None:
         """How much of the source has been read, from 0 to 1; None if that cannot be known."""

@@ -12,9 +12,9 @@ import re
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
@@ -35,6 +35,8 @@ MAGIC_BYTES = 10
 # What is taken of a folder. A .json that is not compressed may well be a configuration.
 KINDS = (".txt", ".jsonl", ".ndjson", ".jsonlines", ".parquet")
 DATASET_MARKS = ("state.json", "dataset_dict.json")
+# What fsspec's file systems call that by which a changed file is known.
+REMOTE_MARKS = ("size", "mtime", "ino", "ETag", "etag", "generation", "md5Hash", "blob_id")
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,13 @@ class TextFile:
         name: an absolute path, or a URL.
         size: bytes.
         version: another one if the content is another; a JSON value.
+        marks: what changes when something is written to the file, or another one takes its place.
     """
 
     name: str
     size: int
     version: Any
+    marks: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def kind(self) -> str:
@@ -158,10 +162,31 @@ def opened(file: TextFile, field: str) -> Iterator[OpenFile]:
     """The file, open for reading.
 
     Raises:
-        InputError: here or while it is read, if it cannot be read or decompressed.
+        InputError: here or while it is read, if it cannot be read or decompressed; at the end, if something was written
+            to it since it was looked up, or another file took its place.
     """
-    with readable(file, field), closing(OpenFile(file, field)) as open_file:
-        yield open_file
+    try:
+        with readable(file, field), closing(OpenFile(file, field)) as open_file:
+            yield open_file
+    except InputError:
+        _check_unchanged(file, field)  # a file that is being written to may look damaged
+        raise
+    _check_unchanged(file, field)
+
+
+def _check_unchanged(file: TextFile, field: str) -> None:
+    if "://" not in file.name:
+        marks = _local_file(Path(file.name), field).marks
+    else:
+        filesystem, path = _filesystem(file.name, field)
+        with _naming_url(file.name, field):
+            filesystem.invalidate_cache(path)
+            marks = _remote_file(filesystem, path).marks
+    # What a server tells of a file alone and of all in a folder may differ.
+    if any(marks[name] != file.marks[name] for name in marks.keys() & file.marks.keys()):
+        raise InputError(
+            f"{field}: {file.name} changed after it was looked up; run the command again when nothing writes to it"
+        )
 
 
 @contextmanager
@@ -287,7 +312,8 @@ def _local_file(path: Path, field: str) -> TextFile:
     if not path.is_file():
         raise InputError(f"{field}: {path} is not a regular file, or a link to one that is gone")
     status = path.stat()
-    return TextFile(str(path), status.st_size, status.st_mtime_ns)
+    marks = {"size": status.st_size, "mtime": status.st_mtime_ns, "ino": status.st_ino}
+    return TextFile(str(path), status.st_size, status.st_mtime_ns, marks)
 
 
 def _remote_files(source: str, field: str, report: Callable[[str], None]) -> list[TextFile]:
@@ -307,10 +333,13 @@ def _remote_files(source: str, field: str, report: Callable[[str], None]) -> lis
         rest = {name: name[fixed:].lstrip("/") for name in found}
         taken = [name for name in found if not (_is_hidden(rest[name]) or _is_left_beside(rest[name]))]
         _report_left_out({*found} - {*taken}, field, report)
-        return [
-            TextFile(filesystem.unstrip_protocol(name), filesystem.size(name) or 0, filesystem.ukey(name))
-            for name in sorted(taken)
-        ]
+        return [_remote_file(filesystem, name) for name in sorted(taken)]
+
+
+def _remote_file(filesystem: Any, path: str) -> TextFile:
+    details = filesystem.info(path)
+    marks = {name: details[name] for name in REMOTE_MARKS if name in details}
+    return TextFile(filesystem.unstrip_protocol(path), details.get("size") or 0, filesystem.ukey(path), marks)
 
 
 def _filesystem(url: str, field: str) -> tuple[Any, str]:
