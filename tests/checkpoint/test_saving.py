@@ -97,6 +97,57 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+REMOVALS = {
+    "the run": lambda folder: shutil.rmtree(folder.parent),
+    "the checkpoints": lambda folder: shutil.rmtree(folder),
+    "what is written": lambda folder: [shutil.rmtree(path) for path in folder.glob("*.partial-*")],
+    "the run renamed": lambda folder: folder.parent.rename(folder.parent.with_name("renamed")),
+    "the checkpoints renamed": lambda folder: folder.rename(folder.with_name("renamed")),
+    "what is written renamed": lambda folder: [path.rename(folder / "renamed") for path in folder.glob("*.partial-*")],
+}
+
+
+@pytest.mark.parametrize("remove", REMOVALS.values(), ids=REMOVALS)
+def test_a_folder_that_is_removed_while_a_step_is_written_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remove: Any
+) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    put(folder, 1, make_state())
+    write = saving.write_arrays
+
+    def remove_and_write(path: str, arrays: Any, **options: Any) -> Any:
+        write(path, arrays[:1], **options)
+        remove(folder)
+        return write(path, arrays, **options)
+
+    monkeypatch.setattr(saving, "write_arrays", remove_and_write)
+    before = {path for path in tmp_path.rglob("step-*") if path.is_dir()}
+    with pytest.raises(CheckpointError, match=r"step-00000002 could not be written: .* was removed or renamed while"):
+        put(folder, 2, make_state())
+    renamed = "renamed" in next(name for name, value in REMOVALS.items() if value is remove)
+    left = {path for path in tmp_path.rglob("step-*") if path.is_dir()}
+    assert [path.name for path in left if path.name == "step-00000001"] == ["step-00000001"] * (
+        renamed or remove is REMOVALS["what is written"]
+    )
+    assert not [path for path in left - before if folder in path.parents]
+    if remove in (REMOVALS["the run"], REMOVALS["the run renamed"]):
+        assert not folder.parent.exists()
+
+
+@pytest.mark.parametrize("remove", [REMOVALS["the run"], REMOVALS["the checkpoints"], REMOVALS["the run renamed"]])
+def test_a_folder_that_is_removed_between_saves_does_not_come_back(tmp_path: Path, remove: Any) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    saver = saver_at(folder)
+    begin(saver, 1, make_state())
+    saver.wait()
+    remove(folder)
+    begin(saver, 2, make_state())
+    with pytest.raises(CheckpointError, match="checkpoints was removed or renamed while the run went on"):
+        saver.wait()
+    assert not folder.exists()
+    assert folder.parent.exists() == (remove is REMOVALS["the checkpoints"])
+
+
 def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Path] = []
     fsync, rename = os.fsync, Path.rename

@@ -2,7 +2,10 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
+
+import pytest
 
 from sophia_levanter.tracking.jsonl import JsonLines
 
@@ -35,3 +38,26 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     lines.close()
     assert [(r["step"], r["train/loss"]) for r in records(path)] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 30.0)]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "remove",
+    [
+        lambda run: shutil.rmtree(run),
+        lambda run: run.rename(run.with_name("renamed")),
+        lambda run: (run / "metrics.jsonl").unlink(),
+        lambda run: (run / "other").replace(run / "metrics.jsonl"),
+    ],
+    ids=["removed", "renamed", "file removed", "file replaced"],
+)
+def test_a_file_that_is_gone_is_noticed(tmp_path, remove):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "other").touch()
+    path = run / "metrics.jsonl"
+    lines = JsonLines(path)
+    lines.log(0, {"train/loss": 2.5})
+    remove(run)
+    for write in (lambda: lines.log(1, {"train/loss": 2.5}), lines.sync, lines.close):
+        with pytest.raises(OSError, match=r"metrics\.jsonl was removed, renamed or replaced while the run went on"):
+            write()

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from fake_gcs import FakeGcs, serving
 from sophia_levanter import checkpoint
 from sophia_levanter.commands.checkpoints import main as prune
 from sophia_levanter.main import main
+from sophia_levanter.tracking.jsonl import JsonLines
 from sophia_levanter.training.loading import BatchLoader
 
 
@@ -253,6 +255,47 @@ def test_where_nothing_can_be_written_is_found_before_the_first_step(config_file
     (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "gs://bucket/run: " in error and "the quota is used up" in error
     assert not run_dir.exists()
+
+
+@pytest.fixture
+def after_step(monkeypatch: pytest.MonkeyPatch):
+    """Does something once a step's metrics are logged."""
+
+    def plan(step: int, act) -> None:
+        log = JsonLines.log
+
+        def log_and_act(self, at, numbers):
+            log(self, at, numbers)
+            if at == step and "train/loss" in numbers:
+                monkeypatch.setattr(JsonLines, "log", log)
+                act()
+
+        monkeypatch.setattr(JsonLines, "log", log_and_act)
+
+    return plan
+
+
+@pytest.mark.parametrize("step", [2, 7, 11])
+@pytest.mark.parametrize("rename", [False, True])
+def test_a_run_whose_directory_is_removed_fails_and_does_not_bring_it_back(
+    config_file, tmp_path, after_step, capfd, step, rename
+):
+    run_dir = tmp_path / "run"
+    after_step(step, lambda: run_dir.rename(tmp_path / "renamed") if rename else shutil.rmtree(run_dir))
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 1
+    out, err = capfd.readouterr()
+    (error,) = err.splitlines()
+    assert error.startswith(f"error: {run_dir}/") and "removed" in error
+    assert "done:" not in out
+    assert not run_dir.exists()
+
+
+def test_checkpoints_that_are_removed_fail_the_next_save(config_file, tmp_path, after_step, capfd):
+    run_dir = tmp_path / "run"
+    after_step(7, lambda: shutil.rmtree(run_dir / "checkpoints"))
+    assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 1
+    assert "checkpoints was removed or renamed while the run went on" in capfd.readouterr().err
+    assert not (run_dir / "checkpoints").exists()
 
 
 def test_what_stays(config_file, tmp_path):

@@ -111,11 +111,13 @@ def step_name(step: int) -> str:
 
 
 class DiskStorage:
-    """A folder. A step is written aside and renamed when all of it is on the disk."""
+    """A folder, made by the first save. A step is written aside and renamed when all of it is on the disk."""
 
     def __init__(self, path: Path) -> None:
         self.location = str(path)
         self._path = path
+        # From then on it has to stay: a run's directory that someone removes must not come back with a part of it.
+        self._was_there = path.is_dir()
 
     def steps(self) -> list[int]:
         if not self._path.is_dir():
@@ -145,9 +147,13 @@ class DiskStorage:
     def new_stage(self, step: int, *, replaces: bool) -> Stage:
         folder = _aside(step, "partial")
         new = [path for path in (self._path, *self._path.parents) if not path.exists()]
-        (self._path / folder).mkdir(parents=True)
+        if new and self._was_there:
+            raise CheckpointError(f"{self.location} was removed or renamed while the run went on")
+        (self._path / folder).mkdir(parents=not self._was_there)
         for path in new:
             sync(path.parent)
+        self._was_there = True
+        (self._path / folder / FILE_NAME).touch()  # it tells whether the folder is still the same one
         return Stage(folder, "arrays", replaces)
 
     def sync_stage(self, stage: Stage) -> None:
@@ -161,7 +167,16 @@ class DiskStorage:
 
     def commit(self, stage: Stage, step: int, manifest: bytes) -> None:
         folder, final = self._path / stage.folder, self._path / step_name(step)
-        with (folder / FILE_NAME).open("xb") as file:
+        try:
+            file = (folder / FILE_NAME).open("r+b")
+        except FileNotFoundError as error:
+            # tensorstore makes folders anew that are removed while it writes.
+            self.discard(stage)
+            with contextlib.suppress(OSError):
+                self._path.rmdir()
+                self._path.parent.rmdir()
+            raise CheckpointError(f"{folder} was removed or renamed while it was written") from error
+        with file:
             file.write(manifest)
             file.flush()
             os.fsync(file.fileno())

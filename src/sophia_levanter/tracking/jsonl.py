@@ -29,10 +29,16 @@ class JsonLines:
                 if _step_of(line) < first_step
             ]
             write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+        self._path = path
         self._file = path.open("a")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of a step."""
+        """Write the metrics of a step.
+
+        Raises:
+            OSError: if they cannot be written, or the file was removed or renamed: nobody would find them.
+        """
+        self._check_that_it_is_there()
         record = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -41,10 +47,15 @@ class JsonLines:
         """Return when all lines are on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._check_that_it_is_there()
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        with self._file:
+            self.sync()
+
+    def _check_that_it_is_there(self) -> None:
+        if not (os.fstat(self._file.fileno()).st_nlink and self._path.exists()):
+            raise OSError(f"{self._path} was removed, renamed or replaced while the run went on")
 
 
 def _step_of(line: str) -> float:

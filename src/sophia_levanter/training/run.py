@@ -157,6 +157,8 @@ def run(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) ->
             checkpoint.check_writable(config.trainer.checkpoint_dir)
         directory.lock()
         directory.write_config(config)
+        if config.trainer.checkpoint_dir is None:
+            Path(directory.checkpoints).mkdir(exist_ok=True)
         keep_tokenizer(directory.checkpoints, parts.data.tokenizer)
         checkpoint.remove_leftovers(directory.checkpoints)
 
