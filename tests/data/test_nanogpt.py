@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import os
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -250,3 +251,64 @@ def test_ranges_outside_are_refused(files: Path) -> None:
 def test_a_part_cannot_be_held_out(files: Path) -> None:
     with pytest.raises(InputError, match=r"set data\.validation to nanogpt:val\.bin"):
         prepare(DataConfig(train=f"nanogpt:{files}/train.bin"), print)
+
+
+def test_all_tokens_tell_files_apart(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those between the pieces that alone were compared before."""
+    monkeypatch.setattr(nanogpt_module, "DIGEST_PIECE_BYTES", 4)
+    monkeypatch.setattr(nanogpt_module, "READ_TOKENS", 64)
+    before = opened(files / "train.bin").facts
+    changed = TOKENS.copy()
+    changed[7] = (changed[7] + 1) % 257
+    changed.tofile(files / "train.bin")
+    after = opened(files / "train.bin").facts
+    assert after["digest_of_samples"] == before["digest_of_samples"]
+    assert after["digest"] != before["digest"]
+
+
+@pytest.mark.parametrize("mtime", ["kept", "new"])
+def test_a_large_file_is_read_once(files: Path, monkeypatch: pytest.MonkeyPatch, mtime: str) -> None:
+    monkeypatch.setattr(nanogpt_module, "REMEMBERED_TOKENS", 1000)
+
+    def large() -> NanogptTokens:
+        return NanogptTokens(
+            f"nanogpt:{files}/train.bin", ByteTokenizer(), field="data.train", cache_dir=files / "cache"
+        )
+
+    first = large()
+    first.check(print)
+    with monkeypatch.context() as patch:
+        patch.setattr(NanogptTokens, "_read_all", None)
+        again = large()
+        again.check(print)
+        assert again.facts == first.facts
+    status = (files / "train.bin").stat()
+    changed = TOKENS.copy()
+    changed[7] = 60000
+    changed.tofile(files / "new.bin")
+    if mtime == "kept":
+        os.utime(files / "new.bin", ns=(status.st_atime_ns, status.st_mtime_ns))
+    (files / "new.bin").replace(files / "train.bin")
+    assert "token id 60000" in error_of(lambda: large().check(print))
+
+
+@pytest.mark.parametrize("size", [0, 100, 3999])
+@pytest.mark.parametrize("name", ["train.bin", "a.npy"])
+def test_a_file_that_is_cut_short_is_an_error_and_does_not_kill_the_process(files: Path, name: str, size: int) -> None:
+    np.save(files / "a.npy", TOKENS)
+    tokens = opened(files / name)
+    os.truncate(files / name, size)
+    assert "was cut short after it was opened" in error_of(lambda: tokens.read(0, 2000))
+    assert "was cut short after it was opened" in error_of(lambda: tokens.read_windows(np.array([1990]), 10))
+    assert "changed after it was opened" in error_of(tokens.check_unchanged)
+
+
+def test_a_file_that_is_overwritten_is_noticed_and_one_that_is_removed_stays_readable(files: Path) -> None:
+    tokens = opened(files / "train.bin")
+    (files / "train.bin").unlink()
+    tokens.check_unchanged()
+    assert tokens.read(0, 2000).tolist() == TOKENS.tolist()
+    tokens = opened(files / "val.bin")
+    time.sleep(0.01)  # the system's clock for files is a coarse one
+    TOKENS[100:200].tofile(files / "val.bin")
+    assert "changed after it was opened" in error_of(tokens.check_unchanged)

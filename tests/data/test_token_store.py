@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -192,3 +193,58 @@ def test_a_store_at_a_url(make_store: MakeStore) -> None:
     there = TokenStore.open(f"file://{store.path}")
     np.testing.assert_array_equal(there.read(0, len(TOKENS)), TOKENS)
     there.verify()
+
+
+# A shard of another text, as long and with sound checksums of its own.
+
+
+def replace_shard(store: TokenStore, other: TokenStore) -> None:
+    shutil.copyfile(other.path / "tokens" / "c" / "1", store.path / "tokens" / "c" / "1")
+
+
+@pytest.fixture
+def alike(make_store: MakeStore, small_shards: None) -> tuple[TokenStore, TokenStore]:
+    return (
+        make_store(["a text", "and another " * 10, "a third"]),
+        make_store(["a text", "AND ANOTHER " * 10, "a third"]),
+    )
+
+
+def test_another_shard_is_found_when_a_store_is_read(alike: tuple[TokenStore, TokenStore]) -> None:
+    store, other = alike
+    replace_shard(store, other)
+    with pytest.raises(InputError, match=r"the tokens are not those that were written.*delete it"):
+        store.read(0, 1)
+    with pytest.raises(InputError, match="the tokens are not those that were written"):
+        TokenStore.open(store.path).read_windows(np.array([0]), 3)
+
+
+def test_another_shard_is_found_in_a_large_store(
+    alike: tuple[TokenStore, TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_store, "IN_MEMORY_BYTES", 0)
+    store, other = alike
+    store.check_whole(tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(token_store, "tokens_digest", None)  # what was compared is not read again
+        TokenStore.open(store.path).check_whole(tmp_path / "cache")
+    store.check_unchanged()
+    replace_shard(store, other)
+    with pytest.raises(InputError, match="its files changed while they were read"):
+        store.check_unchanged()
+    store.read(0, 1)
+    for _ in range(2):
+        with pytest.raises(InputError, match="the tokens are not those that were written"):
+            TokenStore.open(store.path).check_whole(tmp_path / "cache")
+
+
+def test_a_shard_that_is_gone_is_missed_when_it_is_read(
+    alike: tuple[TokenStore, TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_store, "IN_MEMORY_BYTES", 0)
+    store, _ = alike
+    store.check_whole(tmp_path / "cache")
+    (store.path / "tokens" / "c" / "1").unlink()
+    store.check_unchanged()
+    with pytest.raises(InputError, match="damaged"):
+        store.read(0, store.num_tokens)

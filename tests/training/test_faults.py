@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -19,6 +20,8 @@ import pytest
 from fake_gcs import FakeGcs, serving
 from sophia_levanter import checkpoint
 from sophia_levanter.commands.checkpoints import main as prune
+from sophia_levanter.data import token_store
+from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.main import main
 from sophia_levanter.tracking.jsonl import JsonLines
 from sophia_levanter.training.loading import BatchLoader
@@ -296,6 +299,76 @@ def test_checkpoints_that_are_removed_fail_the_next_save(config_file, tmp_path, 
     assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 1
     assert "checkpoints was removed or renamed while the run went on" in capfd.readouterr().err
     assert not (run_dir / "checkpoints").exists()
+
+
+# Text that changes under a run.
+
+
+@pytest.fixture
+def of_tokens(config_file, tmp_path):
+    """The command of a run on token files of 5,000 tokens, of which a second pair is as long."""
+    rng = np.random.default_rng(0)
+    for name in ("train", "val", "other"):
+        rng.integers(0, 257, 5000).astype(np.uint16).tofile(tmp_path / f"{name}.bin")
+    data = ["--data.train", f"nanogpt:{tmp_path}/train.bin", "--data.validation", f"nanogpt:{tmp_path}/val.bin"]
+    return ["--config", str(config_file), *data, "--trainer.run_dir", str(tmp_path / "run")]
+
+
+def test_a_token_file_that_is_cut_short_ends_the_run_in_one_line(of_tokens, tmp_path, after_step, capfd):
+    after_step(1, lambda: os.truncate(tmp_path / "train.bin", 3000))
+    assert main(of_tokens) == 2
+    (error,) = capfd.readouterr().err.splitlines()
+    assert error.startswith(f"error: data.train: {tmp_path}/train.bin ")
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_step_on_an_overwritten_token_file_is_not_saved(of_tokens, tmp_path, after_step, capfd):
+    after_step(7, lambda: shutil.copyfile(tmp_path / "other.bin", tmp_path / "train.bin"))
+    assert main(of_tokens) == 2
+    assert f"error: data.train: {tmp_path}/train.bin changed after it was opened" in capfd.readouterr().err
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [6]
+    assert main(["--resume", str(tmp_path / "run")]) == 2
+    assert "the training text is another one than the run began with" in capfd.readouterr().err
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [6]
+
+
+def test_checkpoints_that_know_less_of_the_text_are_gone_on_from(of_tokens, tmp_path, monkeypatch):
+    facts = NanogptTokens.facts.func
+
+    def before(self):
+        return {name: value for name, value in facts(self).items() if name != "digest"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NanogptTokens, "facts", property(before))
+        assert main([*of_tokens, *SAME_RATE, "--trainer.num_train_steps", "6"]) == 0
+    assert main(["--resume", str(tmp_path / "run"), "--trainer.num_train_steps", "7"]) == 0
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("side", ["train", "validation"])
+def test_a_shard_of_another_text_is_not_trained_on(config_file, tmp_path, monkeypatch, capfd, large, side):
+    if large:
+        monkeypatch.setattr(token_store, "IN_MEMORY_BYTES", 0)
+    run_dir, other = tmp_path / "run", tmp_path / "other"
+    command = ["--config", str(config_file), *SAME_RATE, "--trainer.num_train_steps", "6"]
+    assert main([*command, "--trainer.run_dir", str(run_dir)]) == 0
+    text = tmp_path / "text.txt"
+    content = text.read_text()
+    text.write_text(content.replace("says", "SAYS"))
+    assert main([*command, "--trainer.run_dir", str(other), "--data.cache_dir", str(other)]) == 0
+    capfd.readouterr()
+    (shard,) = (tmp_path / "cache").glob(f"*/{side}/tokens/c/0")
+    (foreign,) = other.glob(f"*/{side}/tokens/c/0")
+    assert shard.stat().st_size == foreign.stat().st_size
+    shutil.copyfile(foreign, shard)
+    store = f"--data.{side}", f"store:{shard.parents[2]}"
+    more = ["--trainer.num_train_steps", "30", "--trainer.evaluate_every", "30", "--trainer.checkpoint_every", "10"]
+    rest = "train" if side == "validation" else "validation"
+    sides = [*store, f"--data.{rest}", f"store:{shard.parents[3]}/{rest}"]
+    assert main(["--resume", str(run_dir), *sides, *more]) == 2
+    (error,) = capfd.readouterr().err.splitlines()
+    assert f"{shard.parents[2]}: the token store is damaged (the tokens are not those that were written)" in error
+    assert checkpoint.steps(run_dir / "checkpoints") == [6]
 
 
 def test_what_stays(config_file, tmp_path):

@@ -55,6 +55,7 @@ def rates_of():
             loader=SimpleNamespace(load_all=load_all),
             evaluate=lambda model, progress: SimpleNamespace(loss=1.0, bits_per_byte=1.0),
             checkpoints=MagicMock(),
+            verification=MagicMock(),
             trackers=MagicMock(log=log),
             console=MagicMock(),
             profiler=SimpleNamespace(

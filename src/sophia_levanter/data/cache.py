@@ -1,18 +1,26 @@
-"""A cache of directories that appear whole or not at all, whoever is killed and however many build at once."""
+"""A cache of directories that appear whole or not at all, whoever is killed and however many build at once.
+
+Beside them it keeps small results of reading much.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sophia_levanter.errors import InputError
-from sophia_levanter.files import sync
+from sophia_levanter.files import sync, write_atomically
 
 PARTIAL = ".partial"
+RESULTS = "results"
 
 
 def build_directory(
@@ -70,6 +78,26 @@ def _build_beside(
         shutil.rmtree(target, ignore_errors=True)  # one from which something has been deleted
         partial.rename(target)
         sync(target.parent)
+
+
+def remembered(cache_dir: Path | None, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `compute` gives, a JSON object; for a key that was there before, what it gave then.
+
+    Args:
+        cache_dir: where it is kept, if that can be written; None keeps nothing.
+        key: all that the result depends on, a JSON value.
+        compute: reads much.
+    """
+    if cache_dir is None:
+        return compute()
+    path = cache_dir / RESULTS / hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_bytes())
+    result = compute()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(result).encode())
+    return result
 
 
 def _lock_path(target: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,24 @@ class Mixture:
             rows = owners == number
             windows[rows] = self._corpora[number].read_windows(starts[rows] - self._firsts[number], length)
         return windows
+
+    def check_whole(self, cache_dir: Path) -> None:
+        """Compare all of each corpus with what it should be.
+
+        Raises:
+            InputError: if one differs.
+        """
+        for corpus in self._corpora:
+            corpus.check_whole(cache_dir)
+
+    def check_unchanged(self) -> None:
+        """Notice what has been written to the corpora.
+
+        Raises:
+            InputError: if something was.
+        """
+        for corpus in self._corpora:
+            corpus.check_unchanged()
 
 
 def parts_of(corpus: Tokens) -> list[Part]:

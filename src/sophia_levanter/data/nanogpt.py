@@ -6,12 +6,14 @@ import hashlib
 import os
 import pickle
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
 
+from sophia_levanter.data.cache import remembered
 from sophia_levanter.data.names import NANOGPT
 from sophia_levanter.data.tokenizer import Tokenizer, printable
 from sophia_levanter.errors import InputError
@@ -26,13 +28,51 @@ META = "meta.pkl"
 META_BYTES = 1 << 26
 UINT16_IDS = 1 << 16
 READ_TOKENS = 1 << 22  # at once, where all are read
+REMEMBERED_TOKENS = 1 << 26  # what reading all of fewer gives is not kept
 SHOWN_TOKENS = 16
 DIGEST_PIECES = 64
 DIGEST_PIECE_BYTES = 1 << 16
 
 
+class _TokenFile:
+    """Ids in a file, which are read where a slice asks for them.
+
+    Not by memory map: where a mapped file is cut short, the system kills the process.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, length: int, *, offset: int, where: str) -> None:
+        self.dtype = dtype
+        self._file = path.open("rb")
+        self._length = length
+        self._offset = offset
+        self._where = where
+        self.opened_as = self.status
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        start, stop, _ = where.indices(self._length)
+        tokens = np.empty(max(stop - start, 0), self.dtype)
+        left = memoryview(tokens.view(np.uint8))
+        while left:
+            at = self._offset + stop * self.dtype.itemsize - len(left)
+            count = os.preadv(self._file.fileno(), [left], at)
+            if not count:
+                raise InputError(f"{self._where} was cut short after it was opened; copy or download it again")
+            left = left[count:]
+        tokens.flags.writeable = False
+        return tokens
+
+    @property
+    def status(self) -> list[int]:
+        """What changes when something is written to the file."""
+        now = os.fstat(self._file.fileno())
+        return [now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns]
+
+
 class NanogptTokens:
-    """A file of token ids, one after the other, by memory map.
+    """A file of token ids, one after the other, read where it is.
 
     It is an array of NumPy (.npy), a shard with the header of llm.c, or has no header, as nanoGPT writes it: then the
     ids are uint16 unless `?dtype=uint32` is given.
@@ -41,18 +81,20 @@ class NanogptTokens:
         source: `nanogpt:FILE` or `nanogpt:FILE?dtype=uint32`.
         tokenizer: what the ids are taken to be of.
         field: the config field to name in errors.
+        cache_dir: where what was found in large files is kept, not to read all of them at each start.
 
     Raises:
         InputError: if the file does not exist, or this tokenizer cannot have made it.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, *, field: str) -> None:
+    def __init__(self, source: str, tokenizer: Tokenizer, *, field: str, cache_dir: Path | None = None) -> None:
         name, dtype = _parsed(source, field)
         self._path = Path(os.path.abspath(os.path.expanduser(name)))
         self._tokenizer = tokenizer
         self._where = f"{field}: {self._path}"
+        self._cache_dir = cache_dir
         try:
-            self._tokens = self._mapped(dtype)
+            self._tokens = self._opened(dtype)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise InputError(f"{self._where}: {reason}; {NANOGPT}FILE.bin names a file of token ids") from error
@@ -64,16 +106,17 @@ class NanogptTokens:
             )
         self._check_meta()
 
-    def _mapped(self, dtype: str | None) -> np.ndarray:
+    def _opened(self, dtype: str | None) -> _TokenFile:
         with self._path.open("rb") as file:
             begin = file.read(4 * HEADER_INTS)
         if begin.startswith(NPY_MAGIC):
-            tokens = np.load(self._path, mmap_mode="r", allow_pickle=False)
-            if tokens.ndim != 1 or tokens.dtype.kind not in "ui" or not tokens.size:
+            array = np.load(self._path, mmap_mode="r", allow_pickle=False)
+            if array.ndim != 1 or array.dtype.kind not in "ui" or not array.size:
                 raise InputError(
-                    f"{self._where} is an array of {tokens.dtype} with the shape {tokens.shape}; "
+                    f"{self._where} is an array of {array.dtype} with the shape {array.shape}; "
                     "token ids are one axis of integers, such as tokens.reshape(-1).astype(numpy.uint16)"
                 )
+            tokens = _TokenFile(self._path, array.dtype, array.size, offset=array.offset, where=self._where)
             return self._agreeing(tokens, dtype)
         size = self._path.stat().st_size
         header = np.frombuffer(begin, "<i4") if len(begin) == 4 * HEADER_INTS else np.zeros(HEADER_INTS, "<i4")
@@ -91,23 +134,24 @@ class NanogptTokens:
                 )
             return self._agreeing(tokens, dtype)
         tokens = self._array(size, dtype or "uint16", offset=0)
-        if dtype is None and len(tokens) >= 4 and not len(tokens) % 2 and not tokens[1:READ_TOKENS:2].any():
+        if dtype is None and len(tokens) >= 4 and not len(tokens) % 2 and not tokens[:READ_TOKENS][1::2].any():
             raise InputError(
                 f"{self._where}: every second uint16 is 0, as in a file of uint32; write "
                 f"{NANOGPT}{self._path.name}?dtype=uint32, or ?dtype=uint16 if the file is correct"
             )
         return tokens
 
-    def _array(self, size: int, dtype: str, *, offset: int) -> np.ndarray:
+    def _array(self, size: int, dtype: str, *, offset: int) -> _TokenFile:
         item = np.dtype(dtype).itemsize
         if size <= offset or (size - offset) % item:
             raise InputError(
                 f"{self._where} has {size - offset} bytes of tokens, and {dtype} ids need a multiple of {item} above "
                 "0; copy or download it again"
             )
-        return np.memmap(self._path, np.dtype(dtype).newbyteorder("<"), mode="r", offset=offset)
+        little = np.dtype(dtype).newbyteorder("<")
+        return _TokenFile(self._path, little, (size - offset) // item, offset=offset, where=self._where)
 
-    def _agreeing(self, tokens: np.ndarray, dtype: str | None) -> np.ndarray:
+    def _agreeing(self, tokens: _TokenFile, dtype: str | None) -> _TokenFile:
         if dtype is not None and tokens.dtype != np.dtype(dtype):
             raise InputError(f"{self._where} has a header with dtype {tokens.dtype}, not {dtype}; remove ?dtype=")
         return tokens
@@ -128,30 +172,60 @@ class NanogptTokens:
             )
 
     def check(self, report: Callable[[str], None]) -> None:
-        """Reads all of the file, and reports how it begins.
+        """Looks at all of the file, and reports how it begins.
 
         Raises:
             InputError: if there is an id that the tokenizer does not have.
         """
-        for start in range(0, self.num_tokens, READ_TOKENS):
-            self._checked(self._tokens[start : start + READ_TOKENS])
+        self._checked(np.array(self._contents["range"]))
         begin = printable(self._tokenizer.decode(self._tokens[:SHOWN_TOKENS]))
         report(f"{self._where}: {self.num_tokens:,} tokens of {self._tokens.dtype.name}; begins: {begin!r}")
+
+    def check_whole(self, cache_dir: Path) -> None:
+        """Nothing is left to do after `check`."""
+
+    def check_unchanged(self) -> None:
+        """Notices what was written to the file since it was opened.
+
+        Raises:
+            InputError: if something was.
+        """
+        if self._tokens.status != self._tokens.opened_as:
+            raise InputError(f"{self._where} changed after it was opened; start the run again with the file as it was")
 
     @property
     def num_tokens(self) -> int:
         return len(self._tokens)
 
-    @property
+    @cached_property
+    def _contents(self) -> dict[str, Any]:
+        """A digest of all tokens, the least and the greatest of them."""
+        is_large = self.num_tokens >= REMEMBERED_TOKENS
+        key = [str(self._path), *self._tokens.opened_as, self._tokens.dtype.str, self.num_tokens]
+        return remembered(self._cache_dir if is_large else None, key, self._read_all)
+
+    def _read_all(self) -> dict[str, Any]:
+        digest = hashlib.blake2b(digest_size=16)
+        least, greatest = [], []
+        for start in range(0, self.num_tokens, READ_TOKENS):
+            tokens = self._tokens[start : start + READ_TOKENS]
+            digest.update(tokens.data)
+            least.append(int(tokens.min()))
+            greatest.append(int(tokens.max()))
+        self.check_unchanged()
+        return {"digest": digest.hexdigest(), "range": [min(least), max(greatest)]}
+
+    @cached_property
     def facts(self) -> dict[str, Any]:
-        """What tells it from other files: a digest of some pieces, since all of it may be 18 GB."""
+        """What tells it from other files. Checkpoints of earlier versions have the digest of some pieces alone."""
         digest = hashlib.blake2b(digest_size=16)
         items = DIGEST_PIECE_BYTES // self._tokens.dtype.itemsize
         for start in np.linspace(0, max(self.num_tokens - items, 0), DIGEST_PIECES).astype(np.int64).tolist():
-            digest.update(np.ascontiguousarray(self._tokens[start : start + items]).data)
+            digest.update(self._tokens[start : start + items].data)
         return {
             "tokenizer": self._tokenizer.fingerprint,
             "tokens": self.num_tokens,
+            "digest": self._contents["digest"],
             "digest_of_samples": digest.hexdigest(),
         }
 
@@ -164,7 +238,7 @@ class NanogptTokens:
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"[{start}, {stop}) is not within the {self.num_tokens} tokens of {self._path}")
-        return self._checked(np.asarray(self._tokens[start:stop]))
+        return self._checked(self._tokens[start:stop])
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """The `length` tokens from each of `starts` on, int32 [window, position].
@@ -175,7 +249,7 @@ class NanogptTokens:
         """
         if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
             raise IndexError(f"a window is not within the {self.num_tokens} tokens of {self._path}")
-        windows = [np.asarray(self._tokens[start : start + length]) for start in starts.tolist()]
+        windows = [self._tokens[start : start + length] for start in starts.tolist()]
         return self._checked(np.stack(windows)).astype(np.int32)
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:

@@ -78,8 +78,7 @@ class Preparation:
         """
         source = open_source(name, config, field=field, report=report)
         identity = [FORMAT_VERSION, source.identity, tokenizer.fingerprint, held_out]
-        cache_dir = Path(os.path.abspath(os.path.expanduser(config.cache_dir)))
-        directory = cache_dir / digest_of(json.dumps(identity).encode())
+        directory = cache_directory(config) / digest_of(json.dumps(identity).encode())
         count = config.num_workers if config.num_workers is not None else _num_cores()
         workers: Callable[[], AbstractContextManager[Workers]] | None = None
         if ray is not None:
@@ -191,6 +190,11 @@ class _Speed:
         left = (1 - share) * (time.monotonic() - self._started_at_share) / (share - self._share_before)
         minutes, seconds = divmod(round(left), 60)
         return f"{shown}, {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+
+
+def cache_directory(config: DataConfig) -> Path:
+    """Where stores are kept, named so that it is found from any working directory."""
+    return Path(os.path.abspath(os.path.expanduser(config.cache_dir)))
 
 
 def _num_cores() -> int:

@@ -10,7 +10,7 @@ from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.mixture import Mixture
 from sophia_levanter.data.names import NANOGPT, STORE, absolute_source
 from sophia_levanter.data.nanogpt import NanogptTokens
-from sophia_levanter.data.preparation import Preparation, Report
+from sophia_levanter.data.preparation import Preparation, Report, cache_directory
 from sophia_levanter.data.token_store import SIDES, Tokens, TokenStore
 from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
@@ -92,7 +92,7 @@ def _looked_up(
             raise InputError(
                 f"{field} {name}: a part cannot be held out of tokens; set data.validation to {NANOGPT}val.bin"
             )
-        corpus = NanogptTokens(name, tokenizer, field=field)
+        corpus = NanogptTokens(name, tokenizer, field=field, cache_dir=cache_directory(config))
 
         def checked() -> list[Tokens]:
             corpus.check(report)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import stat
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 from sophia_levanter.data.arrays import open_array
+from sophia_levanter.data.cache import remembered
 from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.kvstore import read_file
@@ -43,6 +46,17 @@ class Tokens(Protocol):
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """The `length` tokens from each of `starts` on, int32 [window, position]."""
+        ...
+
+    def check_whole(self, cache_dir: Path) -> None:
+        """Compare all of it with what it should be, which may take minutes. Raises `InputError` if it differs.
+
+        What is found of files in large corpora is kept in `cache_dir`.
+        """
+        ...
+
+    def check_unchanged(self) -> None:
+        """Notice, after `check_whole`, what has been written to its files. Raises `InputError` if something was."""
         ...
 
 
@@ -191,11 +205,59 @@ class TokenStore:
         Raises:
             InputError: if the store is damaged.
         """
-        if tokens_digest(self._array, self.location) != self.manifest.digest:
-            raise _damaged(self.location, "the tokens are not those that were written")
+        self._check_digest(tokens_digest(self._array, self.location))
         ends = _open(self.location, DOCUMENT_ENDS, self.num_documents)
         if tokens_digest(ends, self.location) != self.manifest.document_ends_digest:
             raise _damaged(self.location, "the documents' ends are not those that were written")
+
+    def check_whole(self, cache_dir: Path) -> None:
+        """Compare all tokens with the manifest; at once where the same files have been compared before.
+
+        Raises:
+            InputError: if the tokens are not those that were written.
+        """
+        if self._fits_in_memory:
+            _ = self._tokens
+            return
+        key = [self.location, self._status]
+        found = remembered(cache_dir if self._status else None, key, self._read_all)
+        self._check_digest(found["digest"])
+        self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """Notice what has been written to the store since `check_whole`; a file that is gone is missed when it is read.
+
+        Raises:
+            InputError: if something was.
+        """
+        if not self._fits_in_memory:
+            now = self._files()
+            if any(now.get(name, status) != status for name, status in self._status.items()):
+                raise _damaged(self.location, "its files changed while they were read")
+
+    @cached_property
+    def _status(self) -> dict[str, list[int]]:
+        return self._files()
+
+    def _files(self) -> dict[str, list[int]]:
+        """The tokens' files with what changes when something is written to them; none of a store at a URL."""
+        if "://" in self.location:
+            return {}
+        found = {}
+        for path in sorted(self.path.joinpath(TOKENS).rglob("*")):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode):
+                    found[str(path)] = [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        return found
+
+    def _read_all(self) -> dict[str, str]:
+        # Not through the cache of chunks, which is for random reads.
+        return {"digest": tokens_digest(open_array(f"{self.location}/{TOKENS}"), self.location)}
+
+    def _check_digest(self, digest: str) -> None:
+        if digest != self.manifest.digest:
+            raise _damaged(self.location, "the tokens are not those that were written")
 
     @property
     def _fits_in_memory(self) -> bool:
@@ -203,7 +265,9 @@ class TokenStore:
 
     @cached_property
     def _tokens(self) -> np.ndarray:
-        return self._fetch([slice(0, self.num_tokens)])[0]
+        (tokens,) = self._fetch([slice(0, self.num_tokens)])
+        self._check_digest(hashlib.blake2b(tokens.data, digest_size=16).hexdigest())
+        return tokens
 
     @cached_property
     def _ends(self) -> ts.TensorStore:

@@ -13,6 +13,7 @@ import jax
 
 from sophia_levanter.batch import Batch
 from sophia_levanter.checkpoint import CheckpointError
+from sophia_levanter.data.verification import Verification
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.partition.mesh import Partition
@@ -63,6 +64,7 @@ class Loop:
         loader: puts the training batches on the devices.
         evaluate: gives a model's validation loss; calls a function on its way.
         checkpoints: saves states while training goes on.
+        verification: of the text that is trained on; before it has ended, nothing is saved.
         trackers: take the numbers of each step.
         console: shows them.
         profiler: traces some of the steps.
@@ -81,6 +83,7 @@ class Loop:
     loader: BatchLoader
     evaluate: Callable[[Gpt2, Callable[[], None]], Evaluation]
     checkpoints: RunCheckpoints
+    verification: Verification
     trackers: Trackers
     console: Console
     profiler: Profiler
@@ -112,6 +115,7 @@ class Loop:
         Raises:
             TrainingFailed: if too many steps in a row were skipped for their loss or gradient.
             CheckpointError: if a state could not be saved.
+            InputError: if the text is damaged, or not the one that the run was given.
         """
         self._watchdog = Watchdog(self.config.step_timeout)
         self.first_step = int(state.step)
@@ -143,6 +147,7 @@ class Loop:
         unread: _Running | None = None
         while step < total and not all_stop(step, stop.signal is not None):
             self.checkpoints.check()
+            self.verification.check()
             if self.config.at_step(step).batch_size != compiled.batch_size:
                 if unread is not None:
                     self._read(unread)
@@ -265,6 +270,8 @@ class Loop:
             self._last_time = time.perf_counter()
 
     def _save(self, step: int, state: TrainState, *, evaluated: bool) -> None:
+        self._watchdog.pause()
+        self.verification.finish()
         self._watchdog.begin(f"saving step {step}")
         self.trackers.sync()
         self.checkpoints.save(step, state, self.last_metrics, evaluated=evaluated)

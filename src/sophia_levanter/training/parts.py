@@ -12,7 +12,9 @@ import jax
 from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches
 from sophia_levanter.data.config import DataConfig
+from sophia_levanter.data.preparation import cache_directory
 from sophia_levanter.data.prepare import TextData, prepare
+from sophia_levanter.data.verification import Verification
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.partition.mesh import Partition, partition_of
 from sophia_levanter.partition.messages import Processes
@@ -35,6 +37,7 @@ class Parts:
     settings: StepSettings
     facts: dict[str, Any]
     processes: Processes
+    verification: Verification
 
     def initial_state(self) -> TrainState:
         """The state before step 0, a function of the configuration alone: weights are drawn, not read."""
@@ -71,6 +74,7 @@ def build_parts(
     check_mesh(config, mesh.size, data.tokenizer.vocab_size)
     for corpus in (data.train, data.validation):
         corpus.read(0, 1)  # of one that is kept in memory all is read here, before the run has a directory
+    processes = Processes.of_this_run()
     devices = {"device": mesh.devices.flat[0].device_kind, "device_count": mesh.size}
     return Parts(
         config=config,
@@ -92,5 +96,6 @@ def build_parts(
             "validation": data.validation.facts,
             "code": code_version(),
         },
-        processes=Processes.of_this_run(),
+        processes=processes,
+        verification=Verification([data.train, data.validation], cache_directory(config.data), processes),
     )

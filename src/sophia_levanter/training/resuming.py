@@ -59,12 +59,12 @@ def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[
                 f"--resume {directory.path}: {name} was {old} and is {new}, but the run has begun; "
                 "another --trainer.run_dir starts one"
             )
-    if restored.metadata["data"] != parts.facts["data"]:
+    if not _is_same_text(restored.metadata["data"], parts.facts["data"]):
         raise InputError(
             f"--resume {directory.path}: the training text is another one than the run began with: "
-            f"{parts.facts['data']} now, {restored.metadata['data']} then"
+            f"{parts.facts['data']} now, {restored.metadata['data']} then; bring it back, or start another run"
         )
-    if restored.metadata["validation"] != parts.facts["validation"]:
+    if not _is_same_text(restored.metadata["validation"], parts.facts["validation"]):
         console.line("the validation text is another one than the run began with; its losses do not compare")
     console.line(f"resuming after step {restored.step} of {directory.path}")
     began_with, now = restored.metadata["environment"], parts.facts["environment"]
@@ -121,9 +121,18 @@ def best_so_far(parts: Parts, restored: Restored[TrainState]) -> dict[str, Any] 
     """Step and validation loss of the best checkpoint, if losses to come compare with it."""
     saved_config: Any = restored.metadata["config"]
     same_windows = saved_config["trainer"]["evaluation_windows"] == parts.config.trainer.evaluation_windows
-    same_text = restored.metadata["validation"] == parts.facts["validation"]
+    same_text = _is_same_text(restored.metadata["validation"], parts.facts["validation"])
     best: Any = restored.metadata.get("best")
     return best if same_windows and same_text else None
+
+
+def _is_same_text(saved: Any, now: Any) -> bool:
+    """Whether a corpus has all that was saved of it; what earlier versions did not save is not compared."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return all(_is_same_text(value, now.get(name)) for name, value in saved.items())
+    if isinstance(saved, list) and isinstance(now, list):
+        return len(saved) == len(now) and all(map(_is_same_text, saved, now))
+    return bool(saved == now)
 
 
 def go_back(

@@ -298,6 +298,7 @@ def _make_loop(
             best=best,
             saved_step=None if restored is None else restored.step,
         ),
+        verification=parts.verification,
         trackers=Trackers(
             JsonLines(directory.metrics_file, first_step=step) if parts.processes.is_first else None, others
         ),

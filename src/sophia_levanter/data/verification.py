@@ -1,0 +1,67 @@
+"""Whether the text that a run trains on is the one that it was given."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Thread
+
+from sophia_levanter.data.token_store import Tokens
+from sophia_levanter.errors import InputError
+from sophia_levanter.partition.messages import Processes
+
+# Seconds that other processes wait while one reads a large corpus.
+PATIENCE = 3600.0
+
+_numbers = itertools.count()
+
+
+class Verification:
+    """Compares corpora with what they should be, in a thread of its own while training begins.
+
+    Args:
+        corpora: some of them may be large.
+        cache_dir: where it is kept that files of large ones have been compared.
+        processes: those of the run, which each read their own files.
+    """
+
+    def __init__(self, corpora: Sequence[Tokens], cache_dir: Path, processes: Processes) -> None:
+        self._corpora = corpora
+        self._cache_dir = cache_dir
+        self._processes = processes
+        self._failure: str | None = None
+        self._thread = Thread(target=self._run, name="verification", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what has been found so far, if this process is the only one; to be called often.
+
+        Raises:
+            InputError: if a corpus is not what it should be.
+        """
+        if self._failure is not None and self._processes.count == 1:
+            raise InputError(self._failure)
+
+    def finish(self) -> None:
+        """Return when all corpora have been compared and have not changed since; all processes call it together.
+
+        Raises:
+            InputError: in every process, if a corpus of one is not what it should be.
+        """
+        self._thread.join()
+        if self._failure is None:
+            self._note(lambda corpus: corpus.check_unchanged())
+        failure = self._processes.first_failure(f"data/{next(_numbers)}", self._failure, PATIENCE)
+        if failure is not None:
+            raise InputError(failure)
+
+    def _run(self) -> None:
+        self._note(lambda corpus: corpus.check_whole(self._cache_dir))
+
+    def _note(self, check: Callable[[Tokens], None]) -> None:
+        try:
+            for corpus in self._corpora:
+                check(corpus)
+        except (InputError, OSError) as error:
+            self._failure = str(error)
