@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -423,3 +424,28 @@ def test_the_validation_side_of_one_text(tmp_path: Path) -> None:
     config = DataConfig(train=str(tmp_path / "text.txt"), cache_dir=str(tmp_path / "c"))
     side = prepare_validation(config, load_tokenizer("bytes"), print)
     assert side.facts == prepare(config, print).validation.facts
+
+
+@pytest.mark.parametrize("again", ["train.jsonl", "*.jsonl", "**/*.jsonl", "link.jsonl", "."])
+def test_a_file_in_two_parts_of_a_mixture_is_said(config: DataConfig, tmp_path: Path, again: str) -> None:
+    (tmp_path / "validation.txt").write_text("held out")
+    if again == "link.jsonl":
+        (tmp_path / "link.jsonl").symlink_to("train.jsonl")
+    parts = (MixturePart(config.train), MixturePart(f"{tmp_path}/{again}"))
+    said: list[str] = []
+    mixture = replace(config, train=parts, validation=str(tmp_path / "validation.txt"), cache_dir=f"{tmp_path}/.cache")
+    prepare(mixture, said.append)
+    (line,) = [line for line in said if line.startswith("WARNING: data.train: ")]
+    assert f"1 of the files are in two parts of the mixture, such as {config.train} in {config.train} and in " in line
+    warned: list[str] = []
+    prepare(mixture, quiet, warn=warned.append)
+    assert warned[0] == line
+
+
+def test_token_files_in_two_parts_of_a_mixture_are_said(config: DataConfig, tmp_path: Path) -> None:
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    (tmp_path / "b.bin").symlink_to("a.bin")
+    parts = tuple(MixturePart(f"nanogpt:{tmp_path}/{name}.bin") for name in "ab")
+    said: list[str] = []
+    prepare(replace(config, train=parts, validation=config.train), said.append)
+    assert [line for line in said if "in two parts of the mixture" in line]

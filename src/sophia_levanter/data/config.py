@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sophia_levanter.errors import InputError
 
 INVALID_UTF8 = ("error", "replace")
+ON_LEAK = ("warn", "error")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class DataConfig:
     text_field: str = "text"  # the field of a JSONL, Parquet or dataset record that holds the text
     validation_fraction: float = 0.05  # share of documents held out when validation is not given
     invalid_utf8: str = "error"  # or replace: bytes that are not UTF-8 become U+FFFD
+    on_leak: str = "warn"  # or error: what happens if documents are both in train and in validation
     num_workers: int | None = None  # processes that make tokens; null: one a core; 0: none but this one
     cache_dir: str = "~/.cache/sophia_levanter"  # token stores are kept here
 
@@ -57,5 +59,7 @@ class DataConfig:
             raise InputError(f"data.validation_fraction is {self.validation_fraction}; it must be between 0 and 1")
         if self.invalid_utf8 not in INVALID_UTF8:
             raise InputError(f"data.invalid_utf8 is {self.invalid_utf8!r}; it must be {' or '.join(INVALID_UTF8)}")
+        if self.on_leak not in ON_LEAK:
+            raise InputError(f"data.on_leak is {self.on_leak!r}; it must be {' or '.join(ON_LEAK)}")
         if self.num_workers is not None and self.num_workers < 0:
             raise InputError(f"data.num_workers is {self.num_workers}; it must be 0 or more")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import os
 import re
 import tokenize
 from collections.abc import Callable, Iterator
@@ -74,6 +75,15 @@ class FileSource:
         """What the documents depend on, as a JSON value."""
         files = [(file.name, file.size, file.version) for file in self._files]
         return [READING_VERSION, self._name, files, self._config.text_field, self._config.invalid_utf8]
+
+    @property
+    def inputs(self) -> list[str]:
+        """What is read: real paths, and URLs."""
+        return [file.name if "://" in file.name else os.path.realpath(file.name) for file in self._files]
+
+    def where(self, position: Position) -> str:
+        """The document before a position, for people."""
+        return f"{self._files[position[0]].name}, document {position[1]}"
 
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
         """Each document from `start` on, with the position after it."""

@@ -92,6 +92,15 @@ class DatasetSource:
         files = sorted((str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*"))
         return [self._source, str(folder), files, self._config.text_field, self._config.invalid_utf8]
 
+    @property
+    def inputs(self) -> list[str]:
+        """What is read."""
+        return [self._source]
+
+    def where(self, position: Position) -> str:
+        """The document before a position, for people."""
+        return f"{self._source}, row {position[1]}"
+
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
         """Each document from `start` on, with the position after it."""
         dataset = self._load()

@@ -54,7 +54,7 @@ class _TokenFile:
     def __getitem__(self, where: slice) -> np.ndarray:
         start, stop, _ = where.indices(self._length)
         tokens = np.empty(max(stop - start, 0), self.dtype)
-        left = memoryview(tokens.view(np.uint8))
+        left = tokens.view(np.uint8).data
         while left:
             at = self._offset + stop * self.dtype.itemsize - len(left)
             count = os.preadv(self._file.fileno(), [left], at)
@@ -89,9 +89,9 @@ class NanogptTokens:
 
     def __init__(self, source: str, tokenizer: Tokenizer, *, field: str, cache_dir: Path | None = None) -> None:
         name, dtype = _parsed(source, field)
-        self._path = Path(os.path.abspath(os.path.expanduser(name)))
+        self.path = Path(os.path.abspath(os.path.expanduser(name)))
         self._tokenizer = tokenizer
-        self._where = f"{field}: {self._path}"
+        self._where = f"{field}: {self.path}"
         self._cache_dir = cache_dir
         try:
             self._tokens = self._opened(dtype)
@@ -102,23 +102,23 @@ class NanogptTokens:
             raise InputError(
                 f"{self._where}: ids of two bytes cannot be of data.tokenizer {tokenizer.name}, which has "
                 f"{tokenizer.vocab_size} ids; if those of the file have four bytes, write "
-                f"{NANOGPT}{self._path.name}?dtype=uint32, otherwise name the tokenizer that made it"
+                f"{NANOGPT}{self.path.name}?dtype=uint32, otherwise name the tokenizer that made it"
             )
         self._check_meta()
 
     def _opened(self, dtype: str | None) -> _TokenFile:
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             begin = file.read(4 * HEADER_INTS)
         if begin.startswith(NPY_MAGIC):
-            array = np.load(self._path, mmap_mode="r", allow_pickle=False)
+            array = np.load(self.path, mmap_mode="r", allow_pickle=False)
             if array.ndim != 1 or array.dtype.kind not in "ui" or not array.size:
                 raise InputError(
                     f"{self._where} is an array of {array.dtype} with the shape {array.shape}; "
                     "token ids are one axis of integers, such as tokens.reshape(-1).astype(numpy.uint16)"
                 )
-            tokens = _TokenFile(self._path, array.dtype, array.size, offset=array.offset, where=self._where)
+            tokens = _TokenFile(self.path, array.dtype, array.size, offset=array.offset, where=self._where)
             return self._agreeing(tokens, dtype)
-        size = self._path.stat().st_size
+        size = self.path.stat().st_size
         header = np.frombuffer(begin, "<i4") if len(begin) == 4 * HEADER_INTS else np.zeros(HEADER_INTS, "<i4")
         magic, version, count = header[:3].tolist()
         if magic in HEADERS:
@@ -137,7 +137,7 @@ class NanogptTokens:
         if dtype is None and len(tokens) >= 4 and not len(tokens) % 2 and not tokens[:READ_TOKENS][1::2].any():
             raise InputError(
                 f"{self._where}: every second uint16 is 0, as in a file of uint32; write "
-                f"{NANOGPT}{self._path.name}?dtype=uint32, or ?dtype=uint16 if the file is correct"
+                f"{NANOGPT}{self.path.name}?dtype=uint32, or ?dtype=uint16 if the file is correct"
             )
         return tokens
 
@@ -149,7 +149,7 @@ class NanogptTokens:
                 "0; copy or download it again"
             )
         little = np.dtype(dtype).newbyteorder("<")
-        return _TokenFile(self._path, little, (size - offset) // item, offset=offset, where=self._where)
+        return _TokenFile(self.path, little, (size - offset) // item, offset=offset, where=self._where)
 
     def _agreeing(self, tokens: _TokenFile, dtype: str | None) -> _TokenFile:
         if dtype is not None and tokens.dtype != np.dtype(dtype):
@@ -158,7 +158,7 @@ class NanogptTokens:
 
     def _check_meta(self) -> None:
         """Refuses a file beside which nanoGPT wrote that the ids are of another vocabulary."""
-        meta = _read_meta(self._path.with_name(META), self._where)
+        meta = _read_meta(self.path.with_name(META), self._where)
         if "stoi" in meta:
             raise InputError(
                 f"{self._where}: {META} beside it says that its ids are characters, which data.tokenizer "
@@ -201,7 +201,7 @@ class NanogptTokens:
     def _contents(self) -> dict[str, Any]:
         """A digest of all tokens, the least and the greatest of them."""
         is_large = self.num_tokens >= REMEMBERED_TOKENS
-        key = [str(self._path), *self._tokens.opened_as, self._tokens.dtype.str, self.num_tokens]
+        key = [str(self.path), *self._tokens.opened_as, self._tokens.dtype.str, self.num_tokens]
         return remembered(self._cache_dir if is_large else None, key, self._read_all)
 
     def _read_all(self) -> dict[str, Any]:
@@ -237,7 +237,7 @@ class NanogptTokens:
             InputError: if the file was overwritten with ids that the tokenizer does not have.
         """
         if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"[{start}, {stop}) is not within the {self.num_tokens} tokens of {self._path}")
+            raise IndexError(f"[{start}, {stop}) is not within the {self.num_tokens} tokens of {self.path}")
         return self._checked(self._tokens[start:stop])
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -248,7 +248,7 @@ class NanogptTokens:
             InputError: if the file was overwritten with ids that the tokenizer does not have.
         """
         if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
-            raise IndexError(f"a window is not within the {self.num_tokens} tokens of {self._path}")
+            raise IndexError(f"a window is not within the {self.num_tokens} tokens of {self.path}")
         windows = [self._tokens[start : start + length] for start in starts.tolist()]
         return self._checked(np.stack(windows)).astype(np.int32)
 

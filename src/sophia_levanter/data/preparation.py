@@ -87,6 +87,11 @@ class Preparation:
             workers = partial(processes, count, config.tokenizer)
         return cls(field, name, directory, source, tokenizer, held_out, workers)
 
+    @property
+    def source(self) -> Source:
+        """The documents."""
+        return self._source
+
     def stores(self, report: Report) -> list[TokenStore]:
         """The source's store, or those of its two sides; made if they are not there.
 

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 from sophia_levanter.data.config import DataConfig
+from sophia_levanter.data.leaks import find_leak
 from sophia_levanter.data.mixture import Mixture
 from sophia_levanter.data.names import NANOGPT, STORE, absolute_source
 from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.data.preparation import Preparation, Report, cache_directory
+from sophia_levanter.data.sources import Source
 from sophia_levanter.data.token_store import SIDES, Tokens, TokenStore
-from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
+from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer, printable
 from sophia_levanter.errors import InputError
 
-# Makes what is not there yet: one corpus, or its two sides.
-Make = Callable[[], Sequence[Tokens]]
+SHOWN_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Tokens that were looked up.
+
+    Attributes:
+        name: what the user wrote.
+        inputs: what is read, by names that are the same for the same file.
+        make: makes what is not there yet: one corpus, or its two sides.
+        source: the documents; None where only their tokens are there.
+    """
+
+    name: str
+    inputs: Sequence[str]
+    make: Callable[[], Sequence[Tokens]]
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -28,7 +49,7 @@ class TextData:
     validation: Tokens
 
 
-def prepare(config: DataConfig, report: Report, *, ray: str | None = None) -> TextData:
+def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn: Report | None = None) -> TextData:
     """The tokens of `config`; text that has no token store in `config.cache_dir` yet gets one.
 
     Memory is bounded by the largest documents.
@@ -37,23 +58,76 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None) -> Te
         config: the text, its tokenizer and the split.
         report: takes a line of news for the user.
         ray: address of a Ray cluster whose cores make the tokens; this machine's if not given.
+        warn: takes a warning; `report` if not given.
 
     Raises:
-        InputError: if the tokenizer, a source or the cache is not usable.
+        InputError: if the tokenizer, a source or the cache is not usable, or training and validation text have
+            documents in common and `config.on_leak` is `error`.
     """
+    warn = warn or report
     tokenizer = load_tokenizer(config.tokenizer)
     if config.validation is None:
-        train, validation = _two_sides(config, tokenizer, report, ray)()
-        return TextData(tokenizer, train, validation)
+        found = _two_sides(config, tokenizer, report, ray)
+        train, validation = found.make()
+        data = TextData(tokenizer, train, validation)
+        _report_leak(data, config, [found.name], found, warn)
+        return data
     # All are looked up before the first is read: a misspelt validation path must not wait for the training text.
     names = [config.train] if isinstance(config.train, str) else [part.source for part in config.train]
-    makes = [_looked_up("data.train", name, config, tokenizer, report, ray) for name in names]
-    make_validation = _looked_up("data.validation", config.validation, config, tokenizer, report, ray)
-    corpora = [make()[0] for make in makes]
-    (validation,) = make_validation()
+    parts = [_looked_up("data.train", name, config, tokenizer, report, ray) for name in names]
+    _report_repeats(parts, warn)
+    found = _looked_up("data.validation", config.validation, config, tokenizer, report, ray)
+    corpora = [part.make()[0] for part in parts]
+    (validation,) = found.make()
     if isinstance(config.train, str):
-        return TextData(tokenizer, corpora[0], validation)
-    return TextData(tokenizer, Mixture(corpora, [part.weight for part in config.train]), validation)
+        data = TextData(tokenizer, corpora[0], validation)
+    else:
+        data = TextData(tokenizer, Mixture(corpora, [part.weight for part in config.train]), validation)
+    _report_leak(data, config, names, found, warn)
+    return data
+
+
+def _report_repeats(parts: Sequence[_Found], warn: Report) -> None:
+    """Say which files are in several parts of a mixture."""
+    first: dict[str, _Found] = {}
+    again = [
+        (file, first[file], part) for part in parts for file in part.inputs if first.setdefault(file, part) is not part
+    ]
+    if again:
+        file, one, other = again[0]
+        warn(
+            f"WARNING: data.train: {len(again)} of the files are in two parts of the mixture, such as {file} in "
+            f"{one.name} and in {other.name}; their text has the weights of both"
+        )
+
+
+def _report_leak(data: TextData, config: DataConfig, train: Sequence[str], validation: _Found, warn: Report) -> None:
+    """Say which documents are both trained on and validated with.
+
+    Raises:
+        InputError: if there are some and `data.on_leak` is `error`.
+    """
+    leak = find_leak(data.train, data.validation, data.tokenizer, cache_directory(config))
+    if not leak.count:
+        return
+    begin = data.validation.read(leak.tokens[0], min(leak.tokens[1], leak.tokens[0] + SHOWN_TOKENS))
+    message = (
+        f"data.validation: {leak.count:,} of its {leak.num_documents:,} documents are in data.train too, the first is "
+        f"{_where(validation, leak.document)} (document {leak.twin + 1:,} of {train[leak.part]}), which begins: "
+        f"{printable(data.tokenizer.decode(begin))!r}; take them out of one of the two"
+    )
+    if config.on_leak == "error":
+        raise InputError(f"{message}, or set data.on_leak to warn")
+    warn(f"WARNING: {message}")
+
+
+def _where(found: _Found, number: int) -> str:
+    """The document of a number, from 0: by its file where that can be read again."""
+    if found.source is not None:
+        with contextlib.suppress(InputError, OSError):
+            for position, _ in islice(found.source.documents(), number, None):
+                return found.source.where(position)
+    return f"document {number + 1:,} of {found.name}"
 
 
 def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report) -> Tokens:
@@ -68,11 +142,11 @@ def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report)
         InputError: if a source or the cache is not usable.
     """
     if config.validation is None:
-        return _two_sides(config, tokenizer, report, None)()[1]
-    return _looked_up("data.validation", config.validation, config, tokenizer, report, None)()[0]
+        return _two_sides(config, tokenizer, report, None).make()[1]
+    return _looked_up("data.validation", config.validation, config, tokenizer, report, None).make()[0]
 
 
-def _two_sides(config: DataConfig, tokenizer: Tokenizer, report: Report, ray: str | None) -> Make:
+def _two_sides(config: DataConfig, tokenizer: Tokenizer, report: Report, ray: str | None) -> _Found:
     assert isinstance(config.train, str)
     return _looked_up("data.train", config.train, config, tokenizer, report, ray, held_out=config.validation_fraction)
 
@@ -86,7 +160,7 @@ def _looked_up(
     ray: str | None,
     *,
     held_out: float | None = None,
-) -> Make:
+) -> _Found:
     if name.startswith(NANOGPT):
         if held_out is not None:
             raise InputError(
@@ -98,13 +172,13 @@ def _looked_up(
             corpus.check(report)
             return [corpus]
 
-        return checked
+        return _Found(name, [os.path.realpath(corpus.path)], checked)
     if name.startswith(STORE):
         location = absolute_source(name).removeprefix(STORE).rstrip("/")
         stores = _stores(field, location, tokenizer, both=held_out is not None)
-        return lambda: stores
+        return _Found(name, [location], lambda: stores)
     preparation = Preparation.of(field, name, config, tokenizer, report, held_out=held_out, ray=ray)
-    return partial(preparation.stores, report)
+    return _Found(name, preparation.source.inputs, partial(preparation.stores, report), preparation.source)
 
 
 def _stores(field: str, location: str, tokenizer: Tokenizer, *, both: bool) -> list[TokenStore]:

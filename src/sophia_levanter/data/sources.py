@@ -19,6 +19,15 @@ class Source(Protocol):
         """What the documents depend on, as a JSON value."""
         ...
 
+    @property
+    def inputs(self) -> list[str]:
+        """What is read: real paths, URLs or names."""
+        ...
+
+    def where(self, position: Position) -> str:
+        """The document before a position, for people."""
+        ...
+
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
         """Each document from `start` on, with the position after it."""
         ...

@@ -70,7 +70,7 @@ def build_parts(
     mesh = partition.mesh
     check_mesh(config, mesh.size)
     attention_of(config, partition)
-    data = prepare(text or config.data, console.line)
+    data = prepare(text or config.data, console.line, warn=console.notice)
     check_mesh(config, mesh.size, data.tokenizer.vocab_size)
     for corpus in (data.train, data.validation):
         corpus.read(0, 1)  # of one that is kept in memory all is read here, before the run has a directory

@@ -32,6 +32,7 @@ _MAY_DIFFER = (
     "trainer.cast_checkpoint",
     "trainer.step_timeout",
     "trainer.log_every",
+    "data.on_leak",
     "data.cache_dir",
     "data.num_workers",
     "mesh.coordinator",
