@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from sophia_levanter.data.blocks import Texts, encode
+from sophia_levanter.data.bpe import save_bpe
 from sophia_levanter.data.encoding import Workers, encode_blocks, processes, ray_tasks
-from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
+from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 
 
@@ -35,7 +36,7 @@ def test_documents_are_ended_and_counted(tiny_bpe: Tokenizer) -> None:
 @pytest.mark.parametrize("count", [0, 3, 40])
 def test_processes_give_the_same_in_the_same_order(count: int) -> None:
     here = list(encode_blocks(blocks(count), ByteTokenizer(), None))
-    there = list(encode_blocks(blocks(count), ByteTokenizer(), lambda: processes(2, "bytes")))
+    there = list(encode_blocks(blocks(count), ByteTokenizer(), lambda: processes(2, ByteTokenizer())))
     assert [mark for mark, _ in there] == list(range(count))
     for (_, one), (_, other) in zip(here, there, strict=True):
         for left, right in zip(one, other, strict=True):
@@ -54,11 +55,22 @@ from sophia_levanter.data.tokenizer import ByteTokenizer
 
 print("begins")
 blocks = ((i, (["text"], [])) for i in range(20))
-print(len(list(encode_blocks(blocks, ByteTokenizer(), lambda: processes(2, "bytes")))))
+print(len(list(encode_blocks(blocks, ByteTokenizer(), lambda: processes(2, ByteTokenizer())))))
 """
     )
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert (result.stdout, result.stderr) == ("begins\n20\n", "")
+
+
+def test_a_tokenizer_that_changed_makes_no_tokens_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "own.tiktoken"
+    ranks = {bytes([value]): value for value in range(256)}
+    save_bpe(path, ranks | {b"te": 256})
+    tokenizer = load_tokenizer(str(path))
+    assert len(list(encode_blocks(blocks(5), tokenizer, lambda: processes(1, tokenizer)))) == 5
+    save_bpe(path, ranks | {b"xt": 256})
+    with pytest.raises(InputError, match=r"^data\.tokenizer: .*own\.tiktoken is not the same for a process that makes"):
+        list(encode_blocks(blocks(5), tokenizer, lambda: processes(1, tokenizer)))
 
 
 def test_a_few_blocks_start_no_processes() -> None:
@@ -79,12 +91,12 @@ def test_few_blocks_are_read_ahead() -> None:
             read += 1
             yield block
 
-    for done, _ in enumerate(encode_blocks(counted(), ByteTokenizer(), lambda: processes(2, "bytes")), start=1):
+    for done, _ in enumerate(encode_blocks(counted(), ByteTokenizer(), lambda: processes(2, ByteTokenizer())), start=1):
         assert read <= done + 6
 
 
 def test_a_process_that_is_killed_is_named() -> None:
-    encoded = encode_blocks(blocks(10_000), ByteTokenizer(), lambda: processes(2, "bytes"))
+    encoded = encode_blocks(blocks(10_000), ByteTokenizer(), lambda: processes(2, ByteTokenizer()))
     next(encoded)
     for child in psutil.Process().children():
         if "spawn_main" in " ".join(child.cmdline()):
@@ -98,7 +110,7 @@ from sophia_levanter.data.encoding import encode_blocks, processes
 from sophia_levanter.data.tokenizer import ByteTokenizer
 if __name__ == "__main__":
     blocks = ((i, (["text"], [])) for i in range(10**9))
-    for mark, _ in encode_blocks(blocks, ByteTokenizer(), lambda: processes(2, "bytes")):
+    for mark, _ in encode_blocks(blocks, ByteTokenizer(), lambda: processes(2, ByteTokenizer())):
         if mark == 10:
             print("started", flush=True)
 """
@@ -124,7 +136,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, number: signal.S
 def test_a_ray_cluster_that_is_not_there(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(InputError, match=rf"^--ray {address}: no Ray cluster is there"):
-        list(encode_blocks(blocks(10), ByteTokenizer(), lambda: ray_tasks(address, "bytes")))
+        list(encode_blocks(blocks(10), ByteTokenizer(), lambda: ray_tasks(address, ByteTokenizer())))
 
 
 @pytest.mark.slow
@@ -136,7 +148,7 @@ def test_ray_tasks_give_the_same() -> None:
     cluster.add_node(num_cpus=1)
     try:
         here = list(encode_blocks(blocks(40), ByteTokenizer(), None))
-        there = list(encode_blocks(blocks(40), ByteTokenizer(), lambda: ray_tasks(cluster.address, "bytes")))
+        there = list(encode_blocks(blocks(40), ByteTokenizer(), lambda: ray_tasks(cluster.address, ByteTokenizer())))
         assert [(mark, one.tokens.tolist()) for mark, (one, _) in here] == [
             (mark, one.tokens.tolist()) for mark, (one, _) in there
         ]

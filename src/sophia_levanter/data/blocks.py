@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
 import signal
 import threading
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
+from sophia_levanter.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,26 @@ def _documents(tokenizer: Tokenizer, texts: list[str]) -> Documents:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(name: str) -> Tokenizer:
-    return load_tokenizer(name)
+def _tokenizer(name: str, fingerprint: str) -> Tokenizer:
+    tokenizer = load_tokenizer(name)
+    if tokenizer.fingerprint != fingerprint:
+        raise InputError(
+            f"data.tokenizer: {name} is not the same for a process that makes tokens, on {platform.node()}; "
+            "leave the file as it is while tokens are made, and have it on all hosts"
+        )
+    return tokenizer
 
 
-def encode_with(tokenizer: str, texts: Texts) -> Encoded:
-    """`encode` with the tokenizer of this name, which a process loads once."""
-    return encode(_tokenizer(tokenizer), texts)
+def encode_with(tokenizer: str, fingerprint: str, texts: Texts) -> Encoded:
+    """`encode` with the tokenizer of this name, which a process loads once.
+
+    Raises:
+        InputError: if its fingerprint is another one: the file may have changed, or differ between hosts.
+    """
+    return encode(_tokenizer(tokenizer, fingerprint), texts)
 
 
-def start_worker(tokenizer: str) -> None:
+def start_worker() -> None:
     """Make a process ready for work, and end it with the one that started it, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     parent = multiprocessing.parent_process()
@@ -75,4 +87,3 @@ def start_worker(tokenizer: str) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    _tokenizer(tokenizer)

@@ -36,33 +36,33 @@ class Workers(Protocol):
 
 
 class _Processes:
-    def __init__(self, pool: ProcessPoolExecutor, count: int, tokenizer: str) -> None:
+    def __init__(self, pool: ProcessPoolExecutor, count: int, tokenizer: Tokenizer) -> None:
         self.count = count
         self._pool = pool
         self._tokenizer = tokenizer
 
     def submit(self, texts: Texts) -> Future[Encoded]:
         with _starting_workers():  # one may be started for it
-            return self._pool.submit(encode_with, self._tokenizer, texts)
+            return self._pool.submit(encode_with, self._tokenizer.name, self._tokenizer.fingerprint, texts)
 
 
 class _RayTasks:
-    def __init__(self, ray: Any, tokenizer: str) -> None:
+    def __init__(self, ray: Any, tokenizer: Tokenizer) -> None:
         # As many as the cluster has cores, which may come and go.
         self.count = max(int(ray.cluster_resources().get("CPU", 1)), 1)
         self._encode = ray.remote(encode_with)
         self._tokenizer = tokenizer
 
     def submit(self, texts: Texts) -> Future[Encoded]:
-        return self._encode.remote(self._tokenizer, texts).future()
+        return self._encode.remote(self._tokenizer.name, self._tokenizer.fingerprint, texts).future()
 
 
 @contextmanager
-def processes(count: int, tokenizer: str) -> Iterator[Workers]:
+def processes(count: int, tokenizer: Tokenizer) -> Iterator[Workers]:
     """Workers on this machine, one process each, which end with this one however it ends."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
     with _starting_workers():
-        pool = ProcessPoolExecutor(count, context, start_worker, (tokenizer,))
+        pool = ProcessPoolExecutor(count, context, start_worker)
     try:
         yield _Processes(pool, count, tokenizer)
     finally:
@@ -87,7 +87,7 @@ def _starting_workers() -> Iterator[None]:
 
 
 @contextmanager
-def ray_tasks(address: str, tokenizer: str) -> Iterator[Workers]:
+def ray_tasks(address: str, tokenizer: Tokenizer) -> Iterator[Workers]:
     """Workers on a Ray cluster: tasks of one core each.
 
     Raises:

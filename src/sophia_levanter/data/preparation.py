@@ -82,9 +82,9 @@ class Preparation:
         count = config.num_workers if config.num_workers is not None else _num_cores()
         workers: Callable[[], AbstractContextManager[Workers]] | None = None
         if ray is not None:
-            workers = partial(ray_tasks, ray, config.tokenizer)
+            workers = partial(ray_tasks, ray, tokenizer)
         elif count and tokenizer.is_slow and not multiprocessing.current_process().daemon:  # which may start none
-            workers = partial(processes, count, config.tokenizer)
+            workers = partial(processes, count, tokenizer)
         return cls(field, name, directory, source, tokenizer, held_out, workers)
 
     @property

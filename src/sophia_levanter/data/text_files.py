@@ -145,13 +145,13 @@ def find_files(source: str, *, field: str, report: Callable[[str], None]) -> lis
         paths = [Path(pattern)]
     else:
         # Without hidden files unless the pattern spells out their dot.
-        shown = set(glob.glob(pattern, recursive=True))
-        # A link to a folder around it is followed until the system refuses; its real path is a folder all the same.
-        found = glob.glob(pattern, recursive=True, include_hidden=True)
-        every = [name for name in found if not os.path.isdir(os.path.realpath(name))]
+        shown, hidden = (
+            {Path(name) for name in _matches(pattern, include_hidden=hidden) if not os.path.isdir(name)}
+            for hidden in (False, True)
+        )
         fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0]
-        kept = {name for name in every if name in shown and not _is_left_beside(name[len(fixed) :])}
-        paths = _taken([Path(name) for name in every], {Path(name) for name in kept}, field, report)
+        kept = {path for path in shown if not _is_left_beside(str(path)[len(fixed) :])}
+        paths = _taken(shown | hidden, kept, field, report)
     if not paths:
         raise InputError(f"{field}: no file is called or matches {source!r}; give a path, a glob or {PYTHON_STDLIB}")
     return [_local_file(path, field) for path in paths]
@@ -254,6 +254,32 @@ def _stdlib_files() -> list[Path]:
     )
 
 
+def _matches(pattern: str, *, include_hidden: bool) -> list[str]:
+    """What a glob matches. `**` enters each folder once, by however many links it can be reached."""
+    crossing = re.search(r"/\*\*(?=/|$)", pattern)
+    if not crossing:
+        return glob.glob(pattern, include_hidden=include_hidden)
+    head, tail = pattern[: crossing.start()] or "/", pattern[crossing.end() + 1 :] or "*"
+    folders = [f for top in glob.glob(head, include_hidden=include_hidden) for f in _folders_in(top, include_hidden)]
+    return [n for f in folders for n in _matches(os.path.join(glob.escape(f), tail), include_hidden=include_hidden)]
+
+
+def _folders_in(top: str, include_hidden: bool) -> list[str]:
+    """A folder and those in it, each once: by the path with the fewest links."""
+    found: dict[str, str] = {}
+    waiting = [top]
+    while waiting:
+        links = []
+        for start in waiting:
+            for folder, names, _ in os.walk(start):
+                names[:] = sorted(name for name in names if include_hidden or not name.startswith("."))
+                if found.setdefault(os.path.realpath(folder), folder) is not folder:
+                    names.clear()
+                links += [path for name in names if os.path.islink(path := os.path.join(folder, name))]
+        waiting = links
+    return list(found.values())
+
+
 def _is_hidden(relative: str) -> bool:
     return any(part.startswith(".") for part in relative.split("/"))
 
@@ -279,9 +305,9 @@ def _report_left_out(names: set[Any], field: str, report: Callable[[str], None])
         )
 
 
-def _taken(found: list[Path], kept: set[Path], field: str, report: Callable[[str], None]) -> list[Path]:
+def _taken(found: set[Path], kept: set[Path], field: str, report: Callable[[str], None]) -> list[Path]:
     """Those of the files that are kept, each once, in sorted order; one line says how many are not."""
-    _report_left_out({*found} - kept, field, report)
+    _report_left_out(found - kept, field, report)
     # A path without a link goes before one with a link, and a short one before a long one.
     by_real_path: dict[str, Path] = {}
     for path in sorted(kept, key=lambda path: (os.path.realpath(path) != str(path), len(path.parts), path)):
@@ -299,7 +325,7 @@ def _files_of_folder(folder: Path, source: str, field: str, report: Callable[[st
     found = [p for p in folder.rglob("*") if p.is_file() and TextFile(_own_name(p.name), 0, None).is_of_folder]
     relative = {path: path.relative_to(folder).as_posix() for path in found}
     kept = {path for path in found if not _is_hidden(relative[path]) and not _is_left_beside(relative[path])}
-    paths = _taken(found, kept, field, report)
+    paths = _taken({*found}, kept, field, report)
     if not paths:
         raise InputError(
             f"{field}: the folder {source!r} holds no {', '.join(KINDS)} files; "
