@@ -9,10 +9,10 @@ from threading import Thread
 
 from sophia_levanter.data.token_store import Tokens
 from sophia_levanter.errors import InputError
-from sophia_levanter.partition.messages import Processes
+from sophia_levanter.partition.messages import PATIENCE, Processes
 
 # Seconds that other processes wait while one reads a large corpus.
-PATIENCE = 3600.0
+READING_PATIENCE = 3600.0
 
 _numbers = itertools.count()
 
@@ -52,7 +52,11 @@ class Verification:
         self._thread.join()
         if self._failure is None:
             self._note(lambda corpus: corpus.check_unchanged())
-        failure = self._processes.first_failure(f"data/{next(_numbers)}", self._failure, PATIENCE)
+        number = next(_numbers)
+        patience = PATIENCE if number else READING_PATIENCE
+        failure = self._processes.first_failure(f"data/{number}", self._failure, patience)
+        if number:
+            self._processes.forget(f"data/{number - 1}")
         if failure is not None:
             raise InputError(failure)
 
