@@ -279,13 +279,18 @@ def after_step(monkeypatch: pytest.MonkeyPatch):
     return plan
 
 
+def remove(folder: Path) -> None:
+    """At once, since a save may go on meanwhile."""
+    shutil.rmtree(folder.rename(folder.with_name("going")))
+
+
 @pytest.mark.parametrize("step", [2, 7, 11])
 @pytest.mark.parametrize("rename", [False, True])
 def test_a_run_whose_directory_is_removed_fails_and_does_not_bring_it_back(
     config_file, tmp_path, after_step, capfd, step, rename
 ):
     run_dir = tmp_path / "run"
-    after_step(step, lambda: run_dir.rename(tmp_path / "renamed") if rename else shutil.rmtree(run_dir))
+    after_step(step, lambda: run_dir.rename(tmp_path / "renamed") if rename else remove(run_dir))
     assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 1
     out, err = capfd.readouterr()
     (error,) = err.splitlines()
@@ -296,9 +301,10 @@ def test_a_run_whose_directory_is_removed_fails_and_does_not_bring_it_back(
 
 def test_checkpoints_that_are_removed_fail_the_next_save(config_file, tmp_path, after_step, capfd):
     run_dir = tmp_path / "run"
-    after_step(7, lambda: shutil.rmtree(run_dir / "checkpoints"))
+    after_step(7, lambda: remove(run_dir / "checkpoints"))
     assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 1
-    assert "checkpoints was removed or renamed while the run went on" in capfd.readouterr().err
+    (error,) = capfd.readouterr().err.splitlines()
+    assert error.startswith(f"error: {run_dir}/checkpoints/step-000000") and " was removed or renamed while " in error
     assert not (run_dir / "checkpoints").exists()
 
 

@@ -78,7 +78,10 @@ class Storage(Protocol):
         ...
 
     def discard(self, stage: Stage) -> None:
-        """Remove what a failed save has written, as far as that can be done."""
+        """Remove what a failed save has written, as far as that can be done.
+
+        Raises `CheckpointError` if it was removed before, which is why the save has failed.
+        """
         ...
 
     def remove(self, step: int) -> None:
@@ -167,16 +170,7 @@ class DiskStorage:
 
     def commit(self, stage: Stage, step: int, manifest: bytes) -> None:
         folder, final = self._path / stage.folder, self._path / step_name(step)
-        try:
-            file = (folder / FILE_NAME).open("r+b")
-        except FileNotFoundError as error:
-            # tensorstore makes folders anew that are removed while it writes.
-            self.discard(stage)
-            with contextlib.suppress(OSError):
-                self._path.rmdir()
-                self._path.parent.rmdir()
-            raise CheckpointError(f"{folder} was removed or renamed while it was written") from error
-        with file:
+        with (folder / FILE_NAME).open("r+b") as file:
             file.write(manifest)
             file.flush()
             os.fsync(file.fileno())
@@ -192,7 +186,15 @@ class DiskStorage:
         sync(self._path)
 
     def discard(self, stage: Stage) -> None:
-        shutil.rmtree(self._path / stage.folder, ignore_errors=True)
+        folder = self._path / stage.folder
+        was_removed = not (folder / FILE_NAME).exists()
+        shutil.rmtree(folder, ignore_errors=True)
+        if was_removed:
+            # tensorstore makes folders anew that are removed while it writes.
+            with contextlib.suppress(OSError):
+                self._path.rmdir()
+                self._path.parent.rmdir()
+            raise CheckpointError(f"{folder} was removed or renamed while it was written")
 
     def remove(self, step: int) -> None:
         removed = self._path / _aside(step, "removed")
