@@ -21,7 +21,6 @@ from fake_gcs import FakeGcs, serving
 from sophia_levanter import checkpoint
 from sophia_levanter.commands.checkpoints import main as prune
 from sophia_levanter.data import token_store
-from sophia_levanter.data.bpe import save_bpe
 from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.main import main
 from sophia_levanter.tracking.jsonl import JsonLines
@@ -392,18 +391,6 @@ def test_a_cache_that_is_removed_ends_a_run_on_a_large_store_and_what_was_traine
     done = len(metrics(run_dir))
     assert 8 <= done < 30
     assert checkpoint.steps(run_dir / "checkpoints") == [6, done]
-
-
-def test_a_tokenizer_that_was_edited_is_refused_on_resuming(config_file, tmp_path, capfd):
-    ranks = {bytes([value]): value for value in range(256)}
-    save_bpe(tmp_path / "own.tiktoken", ranks | {b"Li": 256})
-    command = ["--config", str(config_file), "--data.tokenizer", str(tmp_path / "own.tiktoken")]
-    assert main([*command, *SAME_RATE, "--trainer.num_train_steps", "3", "--trainer.run_dir", f"{tmp_path}/run"]) == 0
-    save_bpe(tmp_path / "own.tiktoken", ranks | {b"ne": 256})
-    capfd.readouterr()
-    assert main(["--resume", f"{tmp_path}/run", "--trainer.num_train_steps", "4"]) == 2
-    (error,) = capfd.readouterr().err.splitlines()
-    assert "the training text is another one than the run began with: {'tokenizer': " in error
 
 
 def test_what_stays(config_file, tmp_path):
