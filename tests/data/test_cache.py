@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sophia_levanter.data.cache import build_directory
+from sophia_levanter.data.cache import build_directory, remembered
 from sophia_levanter.errors import InputError
 
 
@@ -96,7 +96,7 @@ def test_what_a_killed_process_leaves_is_gone_on_with(tmp_path: Path, done: bool
     program = f"""
 import os, signal
 from pathlib import Path
-from sophia_levanter.data.cache import build_directory
+from sophia_levanter.data.cache import build_directory, remembered
 def build(directory):
     (directory / {"done" if done else "half"!r}).write_text("killed")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -168,3 +168,21 @@ def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"^data\.cache_dir: cannot write in .*file"):
         make(tmp_path / "file" / "target")
+
+
+def test_results_of_reading_much_are_kept(tmp_path: Path) -> None:
+    computed: list[int] = []
+
+    def compute() -> dict[str, int]:
+        computed.append(1)
+        return {"number": len(computed)}
+
+    assert [remembered(tmp_path / "new", ["a", 1], compute) for _ in range(2)] == [{"number": 1}] * 2
+    assert remembered(tmp_path / "new", ["a", 2], compute) == {"number": 2}
+    for path in (tmp_path / "new").rglob("*"):
+        if path.is_file():
+            path.write_text("{half")
+    assert remembered(tmp_path / "new", ["a", 1], compute) == {"number": 3}
+    (tmp_path / "file").touch()
+    for number, place in enumerate([None, tmp_path / "file", None, tmp_path / "file"], start=4):
+        assert remembered(place, ["a", 1], compute) == {"number": number}
