@@ -168,6 +168,8 @@ class Loop:
                 try:
                     batch = self._next(batches, output)
                 except InputError:  # a corpus that is damaged further on
+                    if unread is not None:
+                        self._read(unread)
                     self._read(running)
                     self._save(step + 1, state, evaluated=False)
                     raise
