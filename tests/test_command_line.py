@@ -89,6 +89,23 @@ def test_yaml_words_that_yaml_1_1_would_change_stay_strings(write, text):
     assert load_config(write(f"data: {{text_field: {text}}}")).data.text_field == text
 
 
+@pytest.mark.parametrize(
+    ("text", "separator"),
+    [
+        ("<|endoftext|>", "<|endoftext|>"),
+        (r'"\n\n"', "\n\n"),
+        ("'---'", "---"),
+        (r'"\u00e9\x1e "', "\u00e9\x1e "),
+        ("null", None),
+    ],
+)
+def test_separators(write, text, separator):
+    config = load_config(write(f"data: {{document_separator: {text}}}"))
+    assert config.data.document_separator == separator
+    assert load_config(write(dump_config(config))) == config
+    assert load_config(write(""), [("data.document_separator", separator or "null")]).data == config.data
+
+
 def test_sophia_g_is_the_type_of_an_optimizer_section_without_one(write):
     assert load_config(write("optimizer: {rho: 0.03}")).optimizer == SophiaGConfig(rho=0.03)
 

@@ -84,6 +84,12 @@ def test_held_out_documents_train_no_tokenizer(config: str, tmp_path: Path, caps
         (prepare_data, ["--config", "CONFIG", "--data.train", "/gone"], "data.train: no file is called"),
         (prepare_data, ["--config", "CONFIG", "--data.num_workers", "-1"], "data.num_workers is -1"),
         (prepare_data, ["--config", "CONFIG", "--data.invalid_utf8", "drop"], "data.invalid_utf8 is 'drop'"),
+        (
+            prepare_data,
+            ["--config", "CONFIG", "--data.bad_rows", "drop"],
+            "data.bad_rows is 'drop'; it must be error or skip",
+        ),
+        (prepare_data, ["--config", "CONFIG", "--data.document_separator", ""], "data.document_separator is empty"),
         (prepare_data, ["--config", "CONFIG", "--model.seq_len", "999999"], "fewer than model.seq_len"),
         (inspect_data, [], "name one STORE"),
         (inspect_data, ["/gone"], "no finished token store"),

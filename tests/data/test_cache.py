@@ -24,8 +24,15 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def make(target: Path, build=build, report=print) -> None:
-    build_directory(target, is_complete=is_complete, build=build, report=report)
+def make(target: Path, build=build, report=print, **options) -> None:
+    def find() -> Path | None:
+        return target if is_complete(target) else None
+
+    def build_target(partial: Path) -> Path:
+        build(partial)
+        return target
+
+    assert build_directory(target, find=find, build=build_target, report=report, **options) == target
 
 
 def refuse(directory: Path) -> None:
@@ -62,20 +69,13 @@ def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_other_failures_leave_what_there_is_for_the_next(tmp_path: Path) -> None:
-    class Full(InputError):
-        pass
-
-    def fill(directory: Path) -> None:
-        (directory / "half").write_text("")
-        raise Full("full")
-
+def test_what_can_be_gone_on_with_is_left_for_the_next(tmp_path: Path) -> None:
     def go_on(directory: Path) -> None:
         assert names(directory) == ["half"]
         build(directory)
 
-    with pytest.raises(Full):
-        build_directory(tmp_path / "a", is_complete=is_complete, build=fill, resumes_after=Full, report=print)
+    with pytest.raises(InputError):
+        make(tmp_path / "a", build=half, is_resumable=lambda directory: (directory / "half").exists())
     make(tmp_path / "a", build=go_on)
     assert names(tmp_path) == ["a"]
 
@@ -87,8 +87,16 @@ def test_an_incomplete_target_is_replaced(tmp_path: Path) -> None:
     assert names(tmp_path / "target") == ["done"]
 
 
-@pytest.mark.parametrize("done", [False, True])
-def test_what_a_killed_process_leaves_is_gone_on_with(tmp_path: Path, done: bool) -> None:
+def test_the_build_names_the_directory(tmp_path: Path) -> None:
+    def build_other(partial: Path) -> Path:
+        build(partial)
+        return tmp_path / "other"
+
+    assert build_directory(tmp_path / "base", find=lambda: None, build=build_other, report=print) == tmp_path / "other"
+    assert names(tmp_path) == ["other"]
+
+
+def test_what_a_killed_process_leaves_is_gone_on_with(tmp_path: Path) -> None:
     # The folder may hold other people's files, whatever they are called.
     (tmp_path / "poetry.partial").mkdir()
     (tmp_path / "poetry.lock").write_text("theirs")
@@ -98,10 +106,10 @@ import os, signal
 from pathlib import Path
 from sophia_levanter.data.cache import build_directory, remembered
 def build(directory):
-    (directory / {"done" if done else "half"!r}).write_text("killed")
+    (directory / "half").write_text("killed")
     os.kill(os.getpid(), signal.SIGKILL)
 target = Path({str(tmp_path / "target")!r})
-build_directory(target, is_complete=lambda d: (d / "done").exists(), build=build, report=print)
+build_directory(target, find=lambda: None, build=build, report=print)
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
     assert "target" not in names(tmp_path)
@@ -111,9 +119,9 @@ build_directory(target, is_complete=lambda d: (d / "done").exists(), build=build
         build(directory)
 
     make(tmp_path / "other")
-    make(tmp_path / "target", build=refuse if done else go_on)
+    make(tmp_path / "target", build=go_on)
     assert names(tmp_path) == sorted([*theirs, "other", "target"])
-    assert (tmp_path / "target" / "done").read_text() == ("killed" if done else "built")
+    assert is_complete(tmp_path / "target")
 
 
 def test_a_second_builder_waits_for_the_first_and_leaves_its_work_alone(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_a_first_line_longer_than_the_look_is_a_record(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("array_bytes", [1, 7, 64, 1 << 20])
 def test_a_json_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array_bytes: int) -> None:
-    monkeypatch.setattr(documents_module, "ARRAY_BYTES", array_bytes)
+    monkeypatch.setattr(documents_module, "PIECE_BYTES", array_bytes)
     texts = ["é € 𝄞", 'a ] , { " quote', "x" * 300]
     for indent in (None, 2):
         content = json.dumps([{"text": text, "n": [1, {}]} for text in texts], indent=indent, ensure_ascii=False)
@@ -465,7 +465,11 @@ def test_errors_of_resolving_come_before_reading(tmp_path: Path) -> None:
         ("a.json", b'{\n "text": "pretty"\n}', ":1 is not JSON"),
         ("a.json", json_lines({"body": "1"}), "no field 'text'; data.text_field may be 'body'"),
         ("a.json", b'[{"body": "1"}]', "record 1 has no field 'text'"),
-        ("a.json", b'[{"text": "1"}, 2]', "record 2, is neither a JSON object nor the end"),
+        (
+            "a.json",
+            b'[{"text": "1"}, 2]',
+            "record 2 is not a JSON object but a number; correct the file, or set data.bad_rows to skip",
+        ),
         ("a.json", b'[{"text": "1"}, {"text": "2"', "record 2, is not JSON"),
         ("a.json", b'[{"text": "1"} {"text": "2"}]', "record 2, is neither"),
         ("a.json", b'[{"text": "1"}, {"text": "\xff"}]', "0xff at byte offset 26"),
@@ -477,9 +481,9 @@ def test_errors_of_resolving_come_before_reading(tmp_path: Path) -> None:
             parquet({"body": ["1"], "title": ["2"]}),
             "no field 'text'; data.text_field may be 'body', 'title'",
         ),
-        ("a.parquet", parquet({"text": ["1", None]}), "row 2: the field 'text' is not a string but a NoneType"),
+        ("a.parquet", parquet({"text": ["1", None]}), "row 2: the field 'text' is not a string but null"),
         ("a.parquet", flipped_pages(parquet({"text": ["some text"] * 500})), "cannot read"),
-        ("a.parquet", parquet({"text": [1]}), "row 1: the field 'text' is not a string but a int"),
+        ("a.parquet", parquet({"text": [1]}), "row 1: the field 'text' is not a string but a number"),
         ("a.jsonl", json_lines({"text": "1"}) + b'\n{"text": "2",}\n', "a.jsonl:3 is not JSON"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is not JSON"),
         ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1 is not JSON"),

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import time
@@ -16,9 +18,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from sophia_levanter.data import documents as documents_module
 from sophia_levanter.data import preparation as preparation_module
 from sophia_levanter.data import prepare as prepare_module
-from sophia_levanter.data import store_writer
+from sophia_levanter.data import store_writer, token_store
 from sophia_levanter.data.blocks import Documents
 from sophia_levanter.data.config import DataConfig, MixturePart
 from sophia_levanter.data.documents import FileSource
@@ -181,7 +184,11 @@ def test_a_file_that_changes_while_it_is_read_makes_no_store(
     monkeypatch.setattr(FileSource, "documents", changing)
     with pytest.raises(InputError, match=rf"^data\.train: .*{name} changed after it was looked up; run the command"):
         prepare(replace(config, train=str(path)), quiet)
-    assert list(Path(config.cache_dir).iterdir()) == []
+    assert not list(Path(config.cache_dir).rglob("manifest.json"))
+    if change in (rewrite, replace_by_another) and name in ("train.jsonl", "train.txt"):
+        monkeypatch.undo()
+        train, validation = sides(prepare(replace(config, train=str(path)), quiet))
+        assert "".join(train + validation).count("NUMBER") == 60  # nothing is left of what it was
 
 
 def test_a_file_that_changes_after_it_was_looked_up(config: DataConfig, tmp_path: Path) -> None:
@@ -195,7 +202,7 @@ def test_a_file_that_changes_after_it_was_looked_up(config: DataConfig, tmp_path
 
     with pytest.raises(InputError, match=r"^data\.validation: .*validation\.jsonl changed after it was looked up"):
         prepare(replace(config, validation=str(validation)), change)
-    (train,) = Path(config.cache_dir).iterdir()
+    (train,) = (path.parent.parent for path in Path(config.cache_dir).rglob("manifest.json"))
     assert TokenStore.open(train / "all").num_documents == 60
 
 
@@ -231,7 +238,7 @@ def test_a_store_from_which_something_was_deleted_is_prepared_again(config: Data
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from sophia_levanter.data import preparation, store_writer
 from sophia_levanter.data.blocks import Documents
 from sophia_levanter.data.config import DataConfig
@@ -247,7 +254,8 @@ FileSource.documents = killing
 preparation.BLOCK_CHARACTERS = 100
 store_writer.SHARD_TOKENS, store_writer.CHUNK_TOKENS = 256, 64
 store_writer.SHARD_DOCUMENTS, store_writer.CHUNK_DOCUMENTS = 8, 4
-prepare(DataConfig(train=sys.argv[1], validation_fraction=0.2, cache_dir=sys.argv[2]), print)
+fields = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
+prepare(DataConfig(train=sys.argv[1], validation_fraction=0.2, cache_dir=sys.argv[2], **fields), print)
 """
 
 
@@ -255,9 +263,21 @@ def content(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_a_killed_preparation_goes_on_to_the_same_store(config: DataConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "fields", [{}, {"document_separator": "number"}, {"bad_rows": "skip"}, {"document_separator": "document"}], ids=str
+)
+def test_a_killed_preparation_goes_on_to_the_same_store(config: DataConfig, tmp_path: Path, fields: dict) -> None:
+    path = Path(config.train)
+    if fields == {"document_separator": "document"}:  # a text file is read piece by piece
+        path = tmp_path / "train.txt"
+        path.write_text("".join(TEXTS))
+    elif fields:
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[:10], '{"text": null}', '{"text": ""}', *lines[10:], "{}"]))
+    fields |= {} if "document_separator" not in fields else {"bad_rows": "skip"}
+
     def run(cache_dir: Path, kill_after: int) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", KILLED, config.train, str(cache_dir), str(kill_after)]
+        command = [sys.executable, "-c", KILLED, str(path), str(cache_dir), str(kill_after), json.dumps(fields)]
         return subprocess.run(command, check=False, capture_output=True, text=True)
 
     assert run(tmp_path / "whole", 1000).returncode == 0
@@ -308,6 +328,234 @@ def test_a_full_disk_is_gone_on_from(config: DataConfig, monkeypatch: pytest.Mon
     assert sorted(train + validation) == sorted(TEXTS)
     assert "going on" in said[0]
     assert len(list(Path(config.cache_dir).iterdir())) == 1
+
+
+def stopped(config: DataConfig) -> tuple[str, list[str]]:
+    """The error of a preparation, and what it says."""
+    said: list[str] = []
+    with pytest.raises(InputError) as info:
+        prepare(config, said.append)
+    return str(info.value), said
+
+
+def json_lines(texts: list) -> bytes:
+    return "\n".join(json.dumps({"text": text}) for text in texts).encode()
+
+
+def parquet(texts: list) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), buffer)
+    return buffer.getvalue()
+
+
+BAD = [*TEXTS[:40], None, *TEXTS[40:]]
+LONG = [random.Random(number).randbytes(1000).hex() for number in range(60)]  # so that not all is in one buffer
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "corrected"),
+    [
+        ("a.jsonl", json_lines(BAD), json_lines(TEXTS)),
+        ("a.jsonl", json_lines(BAD), b"\n\n" + json_lines(TEXTS)),  # lines have other numbers
+        ("a.jsonl", json_lines(BAD), json_lines([*TEXTS[:40], "put in", *TEXTS[40:]])),
+        ("a.jsonl", json_lines(TEXTS)[:-20], json_lines(TEXTS)),
+        ("a.json", json.dumps([{"text": text} for text in BAD]).encode(), json_lines(TEXTS)),
+        ("a.parquet", parquet(BAD), parquet(TEXTS)),
+        ("a.jsonl.gz", gzip.compress(json_lines(LONG))[:-60], gzip.compress(json_lines(LONG))),
+        ("a.txt.gz", gzip.compress("----".join(LONG).encode())[:-60], gzip.compress("----".join(LONG).encode(), 1)),
+    ],
+)
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_corrected_file_goes_on_where_it_stopped(
+    config: DataConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    bad: bytes,
+    corrected: bytes,
+    held_out: bool,
+) -> None:
+    monkeypatch.setattr(documents_module, "PIECE_BYTES", 1000)
+    (tmp_path / "other.txt").write_text("other")
+    separator = "----" if ".txt" in name else None
+    config = replace(config, train=str(tmp_path / name), document_separator=separator)
+    config = config if held_out else replace(config, validation=str(tmp_path / "other.txt"))
+    (tmp_path / name).write_bytes(bad)
+    error, said = stopped(config)
+    assert error.startswith(f"data.train: {tmp_path / name}")
+    assert "kept" in said[-1]
+    assert len(list(Path(config.cache_dir).iterdir())) == 1
+    (tmp_path / name).write_bytes(corrected)
+    again: list[str] = []
+    data = prepare(config, again.append)
+    kept = said[-1].split("kept ")[1].split(";")[0]
+    assert again[0] == f"data.train: going on with {tmp_path / name} after {kept}"
+    anew = prepare(replace(config, cache_dir=config.cache_dir + "2"), quiet)
+    assert content(data.train.path) == content(anew.train.path)
+    assert content(data.validation.path) == content(anew.validation.path)
+
+
+def test_what_changed_where_it_was_read_is_prepared_anew(config: DataConfig, tmp_path: Path) -> None:
+    Path(config.train).write_bytes(json_lines(BAD))
+    stopped(config)
+    Path(config.train).write_bytes(json_lines(["CHANGED", *TEXTS[1:]]))
+    said: list[str] = []
+    train, validation = sides(prepare(config, said.append))
+    assert sorted(train + validation) == sorted(["CHANGED", *TEXTS[1:]])
+    assert "changed where it had been read already; it is prepared anew" in said[0]
+
+
+@pytest.mark.parametrize(("changed", "goes_on"), [("a", False), ("b", True), ("c", True), ("d", True)])
+def test_other_files_than_the_bad_one_may_change(
+    config: DataConfig, tmp_path: Path, changed: str, goes_on: bool
+) -> None:
+    config = replace(config, train=str(tmp_path / "?.jsonl"))
+    for name, texts in (("a", TEXTS[:20]), ("b", [*TEXTS[20:40], None]), ("c", TEXTS[40:])):
+        (tmp_path / f"{name}.jsonl").write_bytes(json_lines(texts))
+    stopped(config)
+    (tmp_path / "b.jsonl").write_bytes(json_lines(TEXTS[20:40]))
+    (tmp_path / f"{changed}.jsonl").write_bytes(json_lines([*TEXTS[20:40], "changed"]))
+    said: list[str] = []
+    data = prepare(config, said.append)
+    assert any("going on" in line for line in said) == goes_on
+    anew = prepare(replace(config, cache_dir=config.cache_dir + "2"), quiet)
+    assert content(data.train.path.parent) == content(anew.train.path.parent)
+
+
+def test_a_store_that_shrinks_ends_where_its_text_does(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard was written after what is gone on from, and nothing comes in its place."""
+    monkeypatch.setattr(store_writer, "SHARD_TOKENS", 64)
+    monkeypatch.setattr(store_writer, "CHUNK_TOKENS", 64)
+    monkeypatch.setattr(preparation_module, "BLOCK_CHARACTERS", 63)
+    config = replace(config, validation=config.train)
+    texts = [f"{number:063}" for number in range(9)]
+    Path(config.train).write_bytes(json_lines(texts))
+    with monkeypatch.context() as patch:
+        save, calls = preparation_module._save, []
+
+        def failing(*arguments: object) -> None:
+            calls.append(arguments)
+            if len(calls) > 5:
+                raise RuntimeError("killed")
+            save(*arguments)
+
+        patch.setattr(preparation_module, "_save", failing)
+        with pytest.raises(RuntimeError):
+            prepare(config, quiet)
+    Path(config.train).write_bytes(json_lines(texts[:5]))
+    data = prepare(config, quiet)
+    assert documents(data.train, data.tokenizer) == texts[:5]
+
+
+def test_skipped_rows_are_another_store_and_counted(config: DataConfig) -> None:
+    skip = replace(config, bad_rows="skip")
+    assert prepare(skip, quiet).train.path == prepare(config, quiet).train.path  # nothing was skipped
+    Path(config.train).write_bytes(json_lines(BAD))
+    error, _ = stopped(config)
+    assert error.endswith(
+        f"{config.train}:41: the field 'text' is not a string but null; correct the file, or set data.bad_rows to skip"
+    )
+    said: list[str] = []
+    data = prepare(skip, said.append)
+    assert "going on" in said[0]
+    train, validation = sides(data)
+    assert sorted(train + validation) == sorted(TEXTS)
+    note = f"data.train: rows left out: 1 without text, first {config.train}:41: the field 'text' is not a string"
+    assert said[-1].startswith(note)
+    again: list[str] = []
+    assert prepare(skip, again.append).train.path == data.train.path
+    assert "already" in again[0]
+    assert again[1:] == said[-1:]
+    assert stopped(config)[0] == error  # what was skipped is never taken where it is an error
+
+
+def test_what_was_begun_with_rows_skipped_is_an_error_again(config: DataConfig) -> None:
+    Path(config.train).write_bytes(json_lines(BAD) + b"\n" + gzip.compress(b"not UTF-8"))
+    error, said = stopped(replace(config, bad_rows="skip"))
+    assert "is not UTF-8" in error
+    assert "kept 60 documents" in said[-1]
+    error, said = stopped(config)
+    assert ":41: the field" in error
+    assert "going on" not in said[0]
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_what_was_finished_but_not_named_is_kept_if_it_is_of_this_text(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch, changed: bool
+) -> None:
+    def killed(*arguments: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(RuntimeError):
+            prepare(config, quiet)
+    if changed:
+        Path(config.train).write_bytes(json_lines(["CHANGED", *TEXTS]))
+        train, validation = sides(prepare(config, quiet))
+        assert "CHANGED" in train + validation
+    else:
+        monkeypatch.setattr(FileSource, "documents", None)
+        assert prepare(config, quiet).train.num_documents > 40
+    assert len(list(Path(config.cache_dir).iterdir())) == 1
+
+
+def test_all_rows_skipped(config: DataConfig) -> None:
+    Path(config.train).write_bytes(json_lines([1, 2]))
+    error, _ = stopped(replace(config, bad_rows="skip"))
+    assert "is empty: there is no document with text in it; rows left out: 2 without text, first" in error
+    assert list(Path(config.cache_dir).iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_separator_ends_documents(config: DataConfig, tmp_path: Path, name: str) -> None:
+    texts = ["<|endoftext|>".join(TEXTS[:20]), "<|endoftext|>".join(TEXTS[20:]) + "<|endoftext|>"]
+    make = {"a.txt": lambda texts: "<|endoftext|>".join(texts).encode(), "a.jsonl": json_lines, "a.parquet": parquet}
+    (tmp_path / name).write_bytes(make[name](texts))
+    config = replace(config, train=str(tmp_path / name), validation=config.train)
+    said: list[str] = []
+    warned: list[str] = []
+    whole = prepare(config, quiet, warn=warned.append)
+    assert [line.startswith("WARNING: data.train: special tokens are spelled out") for line in warned] == [True]
+    prepare(config, quiet, warn=warned.append)
+    assert warned[:1] == warned[1:]  # also where it is prepared already
+    split = prepare(replace(config, document_separator="<|endoftext|>"), said.append)
+    assert documents(split.train, split.tokenizer) == TEXTS
+    count = 60 if name == "a.txt" else 59
+    assert any(": 60 documents, " in line and f", split at {count} '<|endoftext|>', pre" in line for line in said)
+    assert not any("special tokens" in line for line in said)
+    assert any(line.startswith("WARNING: data.validation: data.document_separator") for line in said)
+    assert split.train.path != whole.train.path
+    assert prepare(config, quiet).train.path == whole.train.path
+
+
+def test_settings_that_do_not_matter_leave_the_identity_as_it_is(config: DataConfig) -> None:
+    """Stores of earlier versions are found."""
+    file = Path(config.train)
+    identity = [
+        token_store.FORMAT_VERSION,
+        [2, config.train, [[config.train, file.stat().st_size, file.stat().st_mtime_ns]], "text", "error"],
+        ByteTokenizer().fingerprint,
+        0.2,
+    ]
+    name = token_store.digest_of(json.dumps(identity).encode())
+    assert prepare(config, quiet).train.path.parent.name == name
+
+
+def test_a_separator_and_token_files(config: DataConfig, tmp_path: Path) -> None:
+    np.arange(200, dtype=np.uint16).tofile(tmp_path / "t.bin")
+    tokens = f"nanogpt:{tmp_path}/t.bin"
+    config = replace(config, document_separator="<|endoftext|>")
+    with pytest.raises(InputError, match=r"^data.document_separator is .*every source is a token file.*leave it out"):
+        prepare(replace(config, train=tokens, validation=tokens), quiet)
+    said: list[str] = []
+    prepare(replace(config, validation=tokens), said.append)
+    assert f"data.document_separator does not apply to {tokens}, which holds tokens" in said
+    store = prepare(replace(config, validation=config.train), quiet).train.path
+    prepare(replace(config, train=f"store:{store}", validation=f"store:{store}"), said.append)
+    assert f"data.document_separator does not apply to store:{store}, which holds tokens" in said
 
 
 def test_two_processes_at_once(config: DataConfig) -> None:
@@ -406,6 +654,18 @@ def test_processes_make_the_same_store(config: DataConfig, monkeypatch: pytest.M
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
     alone = prepare(replace(config, num_workers=2, cache_dir=str(tmp_path / "alone")), quiet)
     assert content(alone.train.path.parent) == content(here.train.path.parent)
+
+
+def test_what_processes_made_before_an_error_is_kept(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ByteTokenizer, "is_slow", True)
+    monkeypatch.setattr(preparation_module, "BLOCK_CHARACTERS", 100)
+    config = replace(config, num_workers=2)
+    Path(config.train).write_bytes(json_lines(BAD))
+    _, said = stopped(config)
+    assert "kept 40 documents" in said[-1]
+    Path(config.train).write_bytes(json_lines(TEXTS))
+    train, validation = sides(prepare(config, quiet))
+    assert sorted(train + validation) == sorted(TEXTS)
 
 
 def test_only_the_validation_text_is_looked_at_where_it_has_one_of_its_own(tmp_path: Path) -> None:

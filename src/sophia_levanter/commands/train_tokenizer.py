@@ -76,9 +76,14 @@ def _all_texts(config: DataConfig) -> Iterator[str]:
     for name in names:
         field = "data.train"
         split = Split(config.validation_fraction, field=field) if config.validation is None else NoSplit()
-        for _, text in open_source(name, config, field=field, report=print).documents():
+        source = open_source(name, config, field=field, report=print)
+        for _, text in source.documents():
             yield from (own for held_out, own in split.push(text) if not held_out)
         yield from (own for held_out, own in split.finish() if not held_out)
+        if source.rows.left_out:
+            print(f"{field}: {source.rows.left_out}")
+        for warning in source.rows.warnings():
+            print(warning)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ class ArrayWriter:
         self._filled = 0
         self.num_written = num_written
         if num_written:
-            self._array = ts.open(_spec(str(path)), open=True).result()
+            # What was written after that is gone: what follows now may be other values, or none.
+            self._array = ts.open(_spec(str(path)), open=True).result().resize(exclusive_max=[num_written]).result()
         else:
             spec = _creation_spec(path, dtype, shard, chunk)
             self._array = ts.open(spec, create=True, delete_existing=True).result()

@@ -24,60 +24,53 @@ RESULTS = "results"
 
 
 def build_directory(
-    target: Path,
+    base: Path,
     *,
-    is_complete: Callable[[Path], bool],
-    build: Callable[[Path], None],
-    resumes_after: type[InputError] | tuple[type[InputError], ...] = (),
+    find: Callable[[], Path | None],
+    build: Callable[[Path], Path],
+    is_resumable: Callable[[Path], bool] = lambda directory: False,
     report: Callable[[str], None],
-) -> None:
-    """Make `target` by `build(directory)`, unless it is complete.
+) -> Path:
+    """The directory that `find` finds; if there is none, one that `build` makes.
 
-    `build` works in `target.partial`, which becomes `target` when `build` returns. Where it was killed or failed, the
-    next call of `build` finds there what it left. After an `InputError` that is none of `resumes_after` nothing is
-    left: other input will have another target. A second process that wants the same target waits for the first.
+    `build(directory)` works in `base.partial`, which is renamed to the path that it returns. Where it was killed, the
+    next call of `build` finds there what it left; where it failed with an `InputError`, only if that `is_resumable`. A
+    second process with the same `base` waits for the first.
 
     Raises:
-        InputError: if the parent of `target` cannot be written.
+        InputError: if the parent of `base` cannot be written.
     """
-    if is_complete(target):
-        return
-    with _naming_cache_dir(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(target, wait=False)
+    if (found := find()) is not None:
+        return found
+    with _naming_cache_dir(base.parent):
+        base.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(base, wait=False)
     if lock is None:
-        report(f"waiting for another process that prepares {target}")
-        with _naming_cache_dir(target.parent):
-            lock = _lock(target, wait=True)
+        report(f"waiting for another process that prepares {base}")
+        with _naming_cache_dir(base.parent):
+            lock = _lock(base, wait=True)
     assert lock is not None
     try:
-        if not is_complete(target):
-            _build_beside(target, is_complete, build, resumes_after)
+        return find() or _build_beside(base, build, is_resumable)
     finally:
-        _unlock(target, lock)
+        _unlock(base, lock)
 
 
-def _build_beside(
-    target: Path,
-    is_complete: Callable[[Path], bool],
-    build: Callable[[Path], None],
-    resumes_after: type[InputError] | tuple[type[InputError], ...],
-) -> None:
-    partial = target.with_name(target.name + PARTIAL)
-    with _naming_cache_dir(target.parent):
+def _build_beside(base: Path, build: Callable[[Path], Path], is_resumable: Callable[[Path], bool]) -> Path:
+    partial = base.with_name(base.name + PARTIAL)
+    with _naming_cache_dir(base.parent):
         partial.mkdir(exist_ok=True)
     try:
-        if not is_complete(partial):
-            build(partial)
-    except resumes_after:
-        raise
+        target = build(partial)
     except InputError:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not is_resumable(partial):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    with _naming_cache_dir(target.parent):
+    with _naming_cache_dir(base.parent):
         shutil.rmtree(target, ignore_errors=True)  # one from which something has been deleted
         partial.rename(target)
         sync(target.parent)
+    return target
 
 
 def remembered(cache_dir: Path | None, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -100,16 +93,16 @@ def remembered(cache_dir: Path | None, key: Any, compute: Callable[[], dict[str,
     return result
 
 
-def _lock_path(target: Path) -> Path:
-    return target.with_name(f"{target.name}.lock")
+def _lock_path(base: Path) -> Path:
+    return base.with_name(f"{base.name}.lock")
 
 
-def _lock(target: Path, *, wait: bool) -> int | None:
-    """An open file that holds the lock on `target`; None if another holds it and `wait` is false.
+def _lock(base: Path, *, wait: bool) -> int | None:
+    """An open file that holds the lock on `base`; None if another holds it and `wait` is false.
 
     The system lets go of the lock when its process ends, however it ends.
     """
-    path = _lock_path(target)
+    path = _lock_path(base)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -125,8 +118,8 @@ def _lock(target: Path, *, wait: bool) -> int | None:
         os.close(descriptor)
 
 
-def _unlock(target: Path, descriptor: int) -> None:
-    _lock_path(target).unlink(missing_ok=True)
+def _unlock(base: Path, descriptor: int) -> None:
+    _lock_path(base).unlink(missing_ok=True)
     os.close(descriptor)
 
 

@@ -9,6 +9,7 @@ from sophia_levanter.errors import InputError
 
 INVALID_UTF8 = ("error", "replace")
 ON_LEAK = ("warn", "error")
+BAD_ROWS = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class DataConfig:
     validation_fraction: float = 0.05  # share of documents held out when validation is not given
     invalid_utf8: str = "error"  # or replace: bytes that are not UTF-8 become U+FFFD
     on_leak: str = "warn"  # or error: what happens if documents are both in train and in validation
+    bad_rows: str = "error"  # or skip: rows without text are left out and counted
+    document_separator: str | None = None  # such as <|endoftext|>: texts are split there, each piece is a document
     num_workers: int | None = None  # processes that make tokens; null: one a core; 0: none but this one
     cache_dir: str = "~/.cache/sophia_levanter"  # token stores are kept here
 
@@ -61,5 +64,9 @@ class DataConfig:
             raise InputError(f"data.invalid_utf8 is {self.invalid_utf8!r}; it must be {' or '.join(INVALID_UTF8)}")
         if self.on_leak not in ON_LEAK:
             raise InputError(f"data.on_leak is {self.on_leak!r}; it must be {' or '.join(ON_LEAK)}")
+        if self.bad_rows not in BAD_ROWS:
+            raise InputError(f"data.bad_rows is {self.bad_rows!r}; it must be {' or '.join(BAD_ROWS)}")
+        if self.document_separator == "":
+            raise InputError("data.document_separator is empty; leave it out to make each text one document")
         if self.num_workers is not None and self.num_workers < 0:
             raise InputError(f"data.num_workers is {self.num_workers}; it must be 0 or more")

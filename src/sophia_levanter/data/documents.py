@@ -8,12 +8,13 @@ import json
 import os
 import re
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, BinaryIO
 
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.formats import Format, format_of, named_formats
 from sophia_levanter.data.names import PYTHON_STDLIB
+from sophia_levanter.data.rows import Rows
 from sophia_levanter.data.text_files import (
     OpenFile,
     TextFile,
@@ -24,17 +25,19 @@ from sophia_levanter.data.text_files import (
 )
 from sophia_levanter.errors import InputError
 
-MAX_LISTED_FIELDS = 10
 PARQUET_ROWS = 256  # at once
-ARRAY_BYTES = 1 << 20  # of a JSON array, at once
-# What stands before an object of an array and what ends it: at its beginning, and after an object.
-ARRAY_FIRST = re.compile(r"\ufeff?\s*\[\s*(?=\{)"), re.compile(r"\ufeff?\s*\[\s*\]\s*\Z")
-ARRAY_NEXT = re.compile(r"\s*,\s*(?=\{)"), re.compile(r"\s*\]\s*\Z")
+PIECE_BYTES = 1 << 20  # of a JSON array, or of a text that is split, at once
+# What stands before an element of an array and what ends it: at its beginning, and after an element.
+ARRAY_FIRST = re.compile(r"\s*\[\s*(?=[^\s\]])"), re.compile(r"\s*\[\s*\]\s*\Z")
+ARRAY_NEXT = re.compile(r"\s*,\s*(?=\S)"), re.compile(r"\s*\]\s*\Z")
+ARRAY_DELIMITER = re.compile(r"\s*[,\]]")
 READING_VERSION = 2  # of how files become documents; what was prepared by another one is prepared again
 
 # How far a source has been read: files that are done, and records of the next one.
 Position = tuple[int, int]
 START: Position = (0, 0)
+# A record's place, for messages, and its text; None if it is left out already.
+Record = tuple[str, str | None]
 
 
 def _ignore(line: str) -> None:
@@ -46,20 +49,33 @@ class FileSource:
 
     A file's content decides how it is read, see `format_of`: JSON lines and JSON arrays hold an object a document,
     Parquet a row a document, and any other file is one document; in UTF-8. The Python standard library is one document
-    a module, as its encoding declaration says.
+    a module, as its encoding declaration says. Texts are split at `data.document_separator`, if there is one.
 
     Args:
         name: which files, see `find_files`.
-        config: which field holds the text, and what is done about bytes that are not UTF-8.
+        config: which field holds the text, where it is split, and what is done about bad bytes and rows.
         field: the config field to name in errors.
         report: takes a line about files whose names do not say what they hold.
+        special_tokens: names of tokens that are looked for in the text.
+
+    Attributes:
+        rows: what makes documents of the records.
 
     Raises:
         InputError: here, if there are no such files; while reading, if one cannot be read or decoded, or a record has
             no text.
     """
 
-    def __init__(self, name: str, config: DataConfig, *, field: str, report: Callable[[str], None] = _ignore) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: DataConfig,
+        *,
+        field: str,
+        report: Callable[[str], None] = _ignore,
+        special_tokens: Collection[str] = (),
+    ) -> None:
+        self.rows = Rows(config, field=field, special_tokens=special_tokens)
         self._name = name
         self._config = config
         self._field = field
@@ -71,10 +87,19 @@ class FileSource:
         self._share_of_file: Callable[[], float] = lambda: 0.0
 
     @property
+    def parts(self) -> list[Any]:
+        """What the documents of each file depend on, as JSON values."""
+        return [(file.name, file.size, file.version) for file in self._files]
+
+    @property
+    def settings(self) -> list[Any]:
+        """What else the documents depend on, as a JSON value."""
+        return [READING_VERSION, self._name, *self.rows.settings]
+
+    @property
     def identity(self) -> Any:
-        """What the documents depend on, as a JSON value."""
-        files = [(file.name, file.size, file.version) for file in self._files]
-        return [READING_VERSION, self._name, files, self._config.text_field, self._config.invalid_utf8]
+        """All that the documents depend on, as a JSON value."""
+        return [READING_VERSION, self._name, self.parts, *self.rows.settings]
 
     @property
     def inputs(self) -> list[str]:
@@ -86,13 +111,13 @@ class FileSource:
         return f"{self._files[position[0]].name}, document {position[1]}"
 
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
-        """Each document from `start` on, with the position after it."""
+        """Each document from `start` on, with the position after its record."""
         for number in range(start[0], len(self._files)):
             skip = start[1] if number == start[0] else 0
             self._file = number
-            for record, text in enumerate(self._records(self._files[number], skip), start=skip + 1):
-                if text and not text.isspace():
-                    yield (number, record), text
+            for record, (where, text) in enumerate(self._records(self._files[number], skip), start=skip + 1):
+                for document in self.rows.documents(text, where):
+                    yield (number, record), document
         self._file, self._share_of_file = len(self._files), lambda: 0.0
 
     def share_read(self) -> float | None:
@@ -103,13 +128,14 @@ class FileSource:
         current = self._sizes[self._file] * self._share_of_file() if self._file < len(self._sizes) else 0.0
         return (sum(self._sizes[: self._file]) + current) / total
 
-    def _records(self, file: TextFile, skip: int) -> Iterator[str]:
-        """The texts of a file from record `skip` on, empty ones too."""
+    def _records(self, file: TextFile, skip: int) -> Iterator[Record]:
+        """The records of a file from number `skip` on, those without text too."""
         with opened(file, self._field) as open_file:
             self._share_of_file = open_file.share_read
             if self._name == PYTHON_STDLIB:
                 if not skip:
-                    yield _python_source(open_file.content)
+                    text = _python_source(open_file.content)
+                    yield file.name, text if text.strip() else None  # an empty module is nothing to tell of
                 return
             format_ = format_of(open_file, self._config.text_field, self._field)
             self._report_disagreement(open_file, format_)
@@ -119,8 +145,8 @@ class FileSource:
                 yield from self._json_lines(file, open_file.content, skip)
             elif format_ is Format.JSON_ARRAY:
                 yield from self._json_array(file, open_file.content, skip)
-            elif not skip:
-                yield self._plain_text(file, open_file.content)
+            else:
+                yield from self._plain_text(file, open_file.content, skip)
 
     def _report_disagreement(self, opened: OpenFile, format_: Format) -> None:
         """One line for all files whose names and contents disagree in the same way."""
@@ -135,44 +161,57 @@ class FileSource:
             f"{self._field}: {opened.file.name} holds {held}, unlike its name; it and files like it are read by content"
         )
 
-    def _plain_text(self, file: TextFile, content: BinaryIO) -> str:
-        data = content.read()
-        zero = data.find(b"\0")
-        if zero >= 0:
-            raise InputError(
-                f"{self._field}: {file.name} is a binary file (zero byte at byte offset {zero}); give UTF-8 text"
-            )
-        return self._decode(data, 0, file.name)
+    def _plain_text(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
+        """The text of a file as one record; with a separator a record ends at each, so that not all is in memory."""
+        separator = self._config.document_separator
+        reader = _Utf8(content, self._decode_errors, f"{self._field}: {file.name}")
+        text, ended = "", 0
+        # Read as much again, so that a long document is not searched more often than its length doubles.
+        while more := reader.read(max(PIECE_BYTES, len(text)) if separator else -1):
+            text += more
+            if separator:
+                *documents, text = text.split(separator)
+                for document in documents:
+                    ended += 1
+                    if ended > skip:
+                        yield f"{file.name}, document {ended}", document + separator
+        if not ended and not skip:
+            yield file.name, text
+        elif ended >= skip and text.strip():
+            yield f"{file.name}, document {ended + 1}", text
 
-    def _json_lines(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[str]:
+    def _json_lines(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
         offset = 0
         for number, line in enumerate(content, start=1):
             if number > skip:
                 where = f"{file.name}:{number}"
                 text = self._decode(line, offset, where)
-                yield self._text_of_line(text, where) if text.strip() else ""
+                yield where, self._text_of_line(text, where) if text.strip() else None
             offset += len(line)
 
-    def _json_array(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[str]:
-        for number, record in enumerate(self._array_items(file, content), start=1):
+    def _json_array(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
+        for number, row in enumerate(self._array_items(file, content), start=1):
             if number > skip:
-                yield text_of_record(record, self._config, f"{file.name}, record {number}", self._field)
+                where = f"{file.name}, record {number}"
+                yield where, self.rows.text_of(row, where)
 
-    def _array_items(self, file: TextFile, content: BinaryIO) -> Iterator[dict[str, Any]]:
-        """The objects of a JSON array; what is kept of its text is a piece, or the object that is longer."""
-        decoder = codecs.getincrementaldecoder("utf-8")(self._decode_errors)
+    def _array_items(self, file: TextFile, content: BinaryIO) -> Iterator[Any]:
+        """The elements of a JSON array; what is kept of its text is a piece, or the element that is longer."""
+        reader = _Utf8(content, self._decode_errors, f"{self._field}: {file.name}")
         scanner = json.JSONDecoder()
-        text, at, num_read, number, at_end = "", 0, 0, 1, False
+        text, at, number, at_end = "", 0, 1, False
         before, last = ARRAY_FIRST
         while True:
             reason = "neither a JSON object nor the end of the array"
             try:
                 if match := before.match(text, at):
-                    item, at = scanner.raw_decode(text, match.end())
-                    yield item
-                    number += 1
-                    before, last = ARRAY_NEXT
-                    continue
+                    item, end = scanner.raw_decode(text, match.end())
+                    # Of a number the rest may not have been read.
+                    if isinstance(item, dict) or at_end or ARRAY_DELIMITER.match(text, end):
+                        yield item
+                        at, number = end, number + 1
+                        before, last = ARRAY_NEXT
+                        continue
             except json.JSONDecodeError as error:
                 reason = f"not JSON: {error.msg}"
             except (ValueError, RecursionError) as error:
@@ -187,14 +226,8 @@ class FileSource:
                     "write one array of objects, or one object a line"
                 )
             # As much again, so that a long object is not scanned more often than its length doubles.
-            piece = content.read(max(ARRAY_BYTES, len(text) - at))
-            at_end = not piece
-            offset = num_read - len(decoder.getstate()[0])
-            num_read += len(piece)
-            try:
-                text, at = text[at:] + decoder.decode(piece, at_end), 0
-            except UnicodeDecodeError as error:
-                raise self._not_utf8(error, offset, file.name) from error
+            more = reader.read(max(PIECE_BYTES, len(text) - at))
+            text, at, at_end = text[at:] + more, 0, not more
 
     @property
     def _decode_errors(self) -> str:
@@ -205,28 +238,18 @@ class FileSource:
             # Files that were put one after the other may have byte order marks in their middle.
             return data.decode("utf-8", errors=self._decode_errors).removeprefix("\ufeff")
         except UnicodeDecodeError as error:
-            raise self._not_utf8(error, offset, where) from error
+            raise _not_utf8(error, offset, f"{self._field}: {where}") from error
 
-    def _not_utf8(self, error: UnicodeDecodeError, offset: int, where: str) -> InputError:
-        return InputError(
-            f"{self._field}: {where} is not UTF-8 text (0x{error.object[error.start]:02x} at byte offset "
-            f"{offset + error.start}); convert it to UTF-8, or set data.invalid_utf8 to replace"
-        )
-
-    def _text_of_line(self, line: str, where: str) -> str:
+    def _text_of_line(self, line: str, where: str) -> str | None:
         try:
-            record = json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(
-                f"{self._field}: {where} is not JSON: {error.msg} at column {error.colno}; write one object a line"
-            ) from error
+            return self.rows.bad(f"{where} is not JSON (one object a line): {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{self._field}: {where} is not JSON that can be read: {error}") from error
-        if not isinstance(record, dict):
-            raise InputError(f"{self._field}: {where} is not a JSON object but a {type(record).__name__}")
-        return text_of_record(record, self._config, where, self._field)
+            return self.rows.bad(f"{where} is not JSON that can be read: {error}")
+        return self.rows.text_of(row, where)
 
-    def _parquet_rows(self, opened: OpenFile, skip: int) -> Iterator[str]:
+    def _parquet_rows(self, opened: OpenFile, skip: int) -> Iterator[Record]:
         file, content = opened.file, opened.content
         parquet = optional_import("pyarrow.parquet", "pyarrow", f"{self._field}: {file.name}")
         # The footer is at the end: a compressed Parquet file is read whole.
@@ -240,29 +263,30 @@ class FileSource:
                 done += size
                 continue
             for batch in self._parquet_batches(table, group, file):
-                for text in batch:
+                for row in batch:
                     done += 1
                     if done > skip:
-                        record = {self._config.text_field: text}
-                        yield text_of_record(record, self._config, f"{file.name}, row {done}", self._field)
+                        where = f"{file.name}, row {done}"
+                        yield where, self.rows.text_of(row, where)
 
     def _parquet_file(self, parquet: Any, content: Any, file: TextFile) -> Any:
         try:
             table = parquet.ParquetFile(content)
         except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
             raise InputError(f"{self._field}: {file.name} is truncated or damaged, or no Parquet file") from error
-        names = table.schema_arrow.names
-        if self._config.text_field not in names:
-            raise _no_field(names, self._config, file.name, self._field)
         return table
 
-    def _parquet_batches(self, table: Any, group: int, file: TextFile) -> Iterator[list[Any]]:
-        batches = table.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[self._config.text_field])
+    def _parquet_batches(self, table: Any, group: int, file: TextFile) -> Iterator[list[dict[str, Any]]]:
+        name, names = self._config.text_field, table.schema_arrow.names
+        if name not in names:
+            yield [dict.fromkeys(names)] * table.metadata.row_group(group).num_rows
+            return
+        batches = table.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[name])
         with readable(file, self._field):
             while True:
                 try:
                     batch = next(batches, None)
-                    rows = None if batch is None else batch.column(0).to_pylist()
+                    rows = None if batch is None else [{name: text} for text in batch.column(0).to_pylist()]
                 except ValueError as error:
                     raise InputError(f"{self._field}: {file.name} is damaged: {str(error).splitlines()[0]}") from error
                 if rows is None:
@@ -270,36 +294,51 @@ class FileSource:
                 yield rows
 
 
-def text_of_record(record: dict[str, Any], config: DataConfig, where: str, field: str) -> str:
-    """The text in a record.
+class _Utf8:
+    """Text from bytes that are read piece by piece.
 
-    Raises:
-        InputError: if the field is not there, or is no text that UTF-8 can hold.
+    Args:
+        content: the bytes.
+        errors: what is done about bytes that are not UTF-8, as `bytes.decode` takes it.
+        where: the config field and the file, for errors.
     """
-    if config.text_field not in record:
-        raise _no_field(list(record), config, where, field)
-    text = record[config.text_field]
-    if not isinstance(text, str):
-        raise InputError(
-            f"{field}: {where}: the field {config.text_field!r} is not a string but a {type(text).__name__}"
-        )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        if config.invalid_utf8 == "replace":
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        raise InputError(
-            f"{field}: {where}: the field {config.text_field!r} holds half of a surrogate pair, "
-            f"\\u{ord(text[error.start]):04x}, at character {error.start}, which UTF-8 cannot"
-        ) from error
-    return text
+
+    def __init__(self, content: BinaryIO, errors: str, where: str) -> None:
+        self._content = content
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        self._where = where
+        self._num_read = 0
+        self._at_beginning = True
+
+    def read(self, size: int) -> str:
+        """The text of the next `size` bytes, or all if that is negative; empty at the end.
+
+        Raises:
+            InputError: if they are not UTF-8 text.
+        """
+        while True:
+            data = self._content.read(size)
+            if (zero := data.find(b"\0")) >= 0:
+                raise InputError(
+                    f"{self._where} is a binary file (zero byte at byte offset {self._num_read + zero}); "
+                    "give UTF-8 text"
+                )
+            offset = self._num_read - len(self._decoder.getstate()[0])
+            try:
+                text = self._decoder.decode(data, not data)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(error, offset, self._where) from error
+            self._num_read += len(data)
+            if text and self._at_beginning:
+                text, self._at_beginning = text.removeprefix("\ufeff"), False
+            if text or not data:
+                return text
 
 
-def _no_field(names: list[str], config: DataConfig, where: str, field: str) -> InputError:
-    shown = [repr(name) for name in names]
-    listed = ", ".join(shown[:MAX_LISTED_FIELDS]) + (", …" if len(shown) > MAX_LISTED_FIELDS else "")
+def _not_utf8(error: UnicodeDecodeError, offset: int, where: str) -> InputError:
     return InputError(
-        f"{field}: {where} has no field {config.text_field!r}; data.text_field may be {listed or '(none)'}"
+        f"{where} is not UTF-8 text (0x{error.object[error.start]:02x} at byte offset {offset + error.start}); "
+        "convert it to UTF-8, or set data.invalid_utf8 to replace"
     )
 
 

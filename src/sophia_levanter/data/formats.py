@@ -72,8 +72,14 @@ def format_of(opened: OpenFile, text_field: str, field: str) -> Format:
     named = named_formats(opened.file.kind)
     begin = begin.removeprefix(codecs.BOM_UTF8).lstrip()
     is_named_json = Format.JSON_LINES in named
-    if begin[:1] == b"[" and begin[1:].lstrip()[:1] in (b"{", b"]"):
-        if is_named_json or _begins_with_record(opened, text_field):
+    if begin[:1] == b"[" and is_named_json:
+        # An array may begin with what is no object; so may lines, of which the first is a list.
+        if _first_of_lines(opened):
+            return Format.JSON_LINES
+        if Format.JSON_ARRAY in named or begin[1:].lstrip()[:1] in (b"{", b"]"):
+            return Format.JSON_ARRAY
+    elif begin[:1] == b"[" and begin[1:].lstrip()[:1] in (b"{", b"]"):
+        if _begins_with_record(opened, text_field):
             return Format.JSON_ARRAY
     elif begin[:1] == b"{" and not is_named_json and _lines_are_records(opened, text_field):
         return Format.JSON_LINES
@@ -89,6 +95,17 @@ def _begins_with_record(opened: OpenFile, text_field: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return _is_record(record, text_field)
+
+
+def _first_of_lines(opened: OpenFile) -> bool:
+    """Whether the first line is JSON by itself and more lines follow."""
+    lines = [line for line in opened.content.read(LOOK_LINE_BYTES).splitlines() if line.strip()]
+    opened.rewind()
+    try:
+        json.loads(lines[0].decode("utf-8", errors="replace").removeprefix("\ufeff"))
+    except (ValueError, RecursionError):
+        return False
+    return len(lines) > 1
 
 
 def _lines_are_records(opened: OpenFile, text_field: str) -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from sophia_levanter.data.config import DataConfig
-from sophia_levanter.data.documents import START, Position, text_of_record
+from sophia_levanter.data.documents import START, Position
 from sophia_levanter.data.names import HUB, SAVED
+from sophia_levanter.data.rows import Rows
 from sophia_levanter.data.text_files import DATASET_MARKS, optional_import
 from sophia_levanter.errors import InputError
 
@@ -70,27 +71,37 @@ class DatasetSource:
             cannot be reached.
     """
 
-    def __init__(self, source: str, config: DataConfig, *, field: str) -> None:
+    def __init__(self, source: str, config: DataConfig, *, field: str, special_tokens: Collection[str] = ()) -> None:
+        self.rows = Rows(config, field=field, special_tokens=special_tokens)
         self._source = source
         self._name = DatasetName.parse(source, field)
-        self._config = config
         self._field = field
         self._done = 0
-        self._rows: int | None = None
+        self._num_rows: int | None = None
         self._looked_up = self.identity
 
     @property
-    def identity(self) -> Any:
-        """What the documents depend on, as a JSON value; of a dataset on the hub what its name says."""
+    def parts(self) -> list[Any]:
+        """A dataset is one part: the folder and its files; of one on the hub nothing is known but its name."""
         folder = Path(os.path.abspath(os.path.expanduser(self._name.path)))
         if self._name.kind == HUB and not Path(self._name.path).is_dir():
-            return [self._source, self._config.text_field, self._config.invalid_utf8]
+            return [[]]
         if self._name.kind == SAVED and not any((folder / mark).is_file() for mark in DATASET_MARKS):
             raise InputError(
                 f"{self._field}: {folder} is no folder that `datasets` saved (no {DATASET_MARKS[0]} in it)"
             )
         files = sorted((str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*"))
-        return [self._source, str(folder), files, self._config.text_field, self._config.invalid_utf8]
+        return [[str(folder), files]]
+
+    @property
+    def settings(self) -> list[Any]:
+        """What else the documents depend on, as a JSON value."""
+        return [self._source, *self.rows.settings]
+
+    @property
+    def identity(self) -> Any:
+        """All that the documents depend on, as a JSON value."""
+        return [self._source, *self.parts[0], *self.rows.settings]
 
     @property
     def inputs(self) -> list[str]:
@@ -102,20 +113,20 @@ class DatasetSource:
         return f"{self._source}, row {position[1]}"
 
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
-        """Each document from `start` on, with the position after it."""
+        """Each document from `start` on, with the position after its row."""
         dataset = self._load()
         self._done = start[1]
         info = getattr(dataset, "info", None)
         splits = getattr(info, "splits", None) or {}
         split = splits.get(self._name.split)
-        self._rows = len(dataset) if hasattr(dataset, "__len__") else getattr(split, "num_examples", None)
-        if start[1] and start[1] == self._rows:
+        self._num_rows = len(dataset) if hasattr(dataset, "__len__") else getattr(split, "num_examples", None)
+        if start[1] and start[1] == self._num_rows:
             return
         for row in self._rows_of(dataset.skip(start[1]) if start[1] else dataset):
             self._done += 1
-            text = text_of_record(row, self._config, f"{self._source}, row {self._done}", self._field)
-            if text and not text.isspace():
-                yield (0, self._done), text
+            where = f"{self._source}, row {self._done}"
+            for document in self.rows.documents(self.rows.text_of(row, where), where):
+                yield (0, self._done), document
         if self.identity != self._looked_up:
             raise InputError(
                 f"{self._field}: {self._source} changed after it was looked up; run the command again when nothing "
@@ -124,7 +135,7 @@ class DatasetSource:
 
     def share_read(self) -> float | None:
         """How much of the source has been read, from 0 to 1; None if that cannot be known."""
-        return min(self._done / self._rows, 1.0) if self._rows else None
+        return min(self._done / self._num_rows, 1.0) if self._num_rows else None
 
     def _rows_of(self, dataset: Any) -> Iterator[Any]:
         rows = iter(dataset)

@@ -65,18 +65,19 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
             documents in common and `config.on_leak` is `error`.
     """
     warn = warn or report
+    _check_separator(config, report)
     tokenizer = load_tokenizer(config.tokenizer)
     if config.validation is None:
-        found = _two_sides(config, tokenizer, report, ray)
+        found = _two_sides(config, tokenizer, report, ray, warn)
         train, validation = found.make()
         data = TextData(tokenizer, train, validation)
         _report_leak(data, config, [found.name], found, warn)
         return data
     # All are looked up before the first is read: a misspelt validation path must not wait for the training text.
     names = [config.train] if isinstance(config.train, str) else [part.source for part in config.train]
-    parts = [_looked_up("data.train", name, config, tokenizer, report, ray) for name in names]
+    parts = [_looked_up("data.train", name, config, tokenizer, report, ray, warn) for name in names]
     _report_repeats(parts, warn)
-    found = _looked_up("data.validation", config.validation, config, tokenizer, report, ray)
+    found = _looked_up("data.validation", config.validation, config, tokenizer, report, ray, warn)
     corpora = [part.make()[0] for part in parts]
     (validation,) = found.make()
     if isinstance(config.train, str):
@@ -142,13 +143,30 @@ def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report)
         InputError: if a source or the cache is not usable.
     """
     if config.validation is None:
-        return _two_sides(config, tokenizer, report, None).make()[1]
-    return _looked_up("data.validation", config.validation, config, tokenizer, report, None).make()[0]
+        return _two_sides(config, tokenizer, report, None, report).make()[1]
+    return _looked_up("data.validation", config.validation, config, tokenizer, report, None, report).make()[0]
 
 
-def _two_sides(config: DataConfig, tokenizer: Tokenizer, report: Report, ray: str | None) -> _Found:
+def _check_separator(config: DataConfig, report: Report) -> None:
+    """Says where `data.document_separator` has nothing to split, and refuses it where there is no text at all."""
+    names = [config.train] if isinstance(config.train, str) else [part.source for part in config.train]
+    names += [config.validation] if config.validation is not None else []
+    if config.document_separator is None:
+        return
+    if all(name.startswith(NANOGPT) for name in names):
+        raise InputError(
+            f"data.document_separator is {config.document_separator!r}, and every source is a token file, which holds "
+            "no text; leave it out"
+        )
+    for name in names:
+        if name.startswith((NANOGPT, STORE)):
+            report(f"data.document_separator does not apply to {name}, which holds tokens")
+
+
+def _two_sides(config: DataConfig, tokenizer: Tokenizer, report: Report, ray: str | None, warn: Report) -> _Found:
     assert isinstance(config.train, str)
-    return _looked_up("data.train", config.train, config, tokenizer, report, ray, held_out=config.validation_fraction)
+    held_out = config.validation_fraction
+    return _looked_up("data.train", config.train, config, tokenizer, report, ray, warn, held_out=held_out)
 
 
 def _looked_up(
@@ -158,6 +176,7 @@ def _looked_up(
     tokenizer: Tokenizer,
     report: Report,
     ray: str | None,
+    warn: Report,
     *,
     held_out: float | None = None,
 ) -> _Found:
@@ -178,7 +197,7 @@ def _looked_up(
         stores = _stores(field, location, tokenizer, both=held_out is not None)
         return _Found(name, [location], lambda: stores)
     preparation = Preparation.of(field, name, config, tokenizer, report, held_out=held_out, ray=ray)
-    return _Found(name, preparation.source.inputs, partial(preparation.stores, report), preparation.source)
+    return _Found(name, preparation.source.inputs, partial(preparation.stores, report, warn), preparation.source)
 
 
 def _stores(field: str, location: str, tokenizer: Tokenizer, *, both: bool) -> list[TokenStore]:

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.documents import START, FileSource, Position
 from sophia_levanter.data.hub import DatasetSource
 from sophia_levanter.data.names import HUB, SAVED
+from sophia_levanter.data.rows import Rows
 
 
 class Source(Protocol):
-    """Documents in a fixed order, which can be read from any place on."""
+    """Documents in a fixed order, which can be read from any place on.
+
+    Attributes:
+        rows: what makes documents of its rows.
+    """
+
+    rows: Rows
 
     @property
     def identity(self) -> Any:
-        """What the documents depend on, as a JSON value."""
+        """All that the documents depend on, as a JSON value."""
+        ...
+
+    @property
+    def settings(self) -> list[Any]:
+        """Of the identity, what is not of files, as a JSON value."""
+        ...
+
+    @property
+    def parts(self) -> list[Any]:
+        """What the documents of each file depend on, as JSON values."""
         ...
 
     @property
@@ -29,7 +46,7 @@ class Source(Protocol):
         ...
 
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
-        """Each document from `start` on, with the position after it."""
+        """Each document from `start` on, with the position after the file's record that it is of."""
         ...
 
     def share_read(self) -> float | None:
@@ -37,7 +54,14 @@ class Source(Protocol):
         ...
 
 
-def open_source(name: str, config: DataConfig, *, field: str, report: Callable[[str], None]) -> Source:
+def open_source(
+    name: str,
+    config: DataConfig,
+    *,
+    field: str,
+    report: Callable[[str], None],
+    special_tokens: Collection[str] = (),
+) -> Source:
     """The source that `name` means: `hub:...`, `datasets:...`, or files as `find_files` says.
 
     Args:
@@ -45,10 +69,11 @@ def open_source(name: str, config: DataConfig, *, field: str, report: Callable[[
         config: how its text is read.
         field: the config field to name in errors.
         report: takes a line about skipped files, and about files whose names do not say what they hold.
+        special_tokens: names of tokens that are looked for in the text.
 
     Raises:
         InputError: if there is no such source.
     """
     if name.startswith((HUB, SAVED)):
-        return DatasetSource(name, config, field=field)
-    return FileSource(name, config, field=field, report=report)
+        return DatasetSource(name, config, field=field, special_tokens=special_tokens)
+    return FileSource(name, config, field=field, report=report, special_tokens=special_tokens)

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import Dataset
+
+from sophia_levanter.data import documents as documents_module
+from sophia_levanter.data.config import DataConfig
+from sophia_levanter.data.sources import open_source
+from sophia_levanter.errors import InputError
+
+END = "<|endoftext|>"
+
+
+def json_lines(*rows: object) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def parquet(**columns: list) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
+
+
+def read(name: str | Path, **fields: str) -> tuple[list[str], list[str]]:
+    """The documents of a source, and what is said about its text."""
+    source = open_source(
+        str(name), DataConfig(**fields), field="data.train", report=print, special_tokens=[END, "<|pad|>", "", "<s>"]
+    )
+    texts = [text for _, text in source.documents()]
+    notes = [source.rows.left_out] if source.rows.left_out else []
+    notes += source.rows.warnings()
+    assert not any("\n" in note for note in notes)
+    return texts, notes
+
+
+GOOD = {"text": "one"}
+BAD_ROWS = [
+    ("a.jsonl", json_lines(GOOD, {"text": None}, GOOD), "a.jsonl:2: the field 'text' is not a string but null"),
+    ("a.jsonl", json_lines(GOOD, {"body": "2"}, GOOD), "a.jsonl:2 has no field 'text'; data.text_field may be 'body'"),
+    ("a.jsonl", json_lines(GOOD, {"text": 7}, GOOD), "a.jsonl:2: the field 'text' is not a string but a number"),
+    ("a.jsonl", json_lines(GOOD, {"text": True}, GOOD), "the field 'text' is not a string but a boolean"),
+    ("a.jsonl", json_lines(GOOD, {"text": ["a", "b"]}, GOOD), "the field 'text' is not a string but a list"),
+    ("a.jsonl", json_lines(GOOD, {"text": {"a": 1}}, GOOD), "the field 'text' is not a string but an object"),
+    ("a.jsonl", json_lines(GOOD, ["text"], GOOD), "a.jsonl:2 is not a JSON object but a list"),
+    ("a.jsonl", json_lines(GOOD, None, GOOD), "a.jsonl:2 is not a JSON object but null"),
+    ("a.jsonl", json_lines(GOOD, "text", GOOD), "a.jsonl:2 is not a JSON object but a string"),
+    ("a.jsonl", json_lines(GOOD) + b"\nnot JSON\n" + json_lines(GOOD), "a.jsonl:3 is not JSON (one object a line)"),
+    ("a.jsonl", json_lines(GOOD, GOOD) + b'{"text": "cut o', "a.jsonl:3 is not JSON (one object a line)"),
+    ("a.jsonl.gz", gzip.compress(json_lines(GOOD, {}, GOOD)), "a.jsonl.gz:2 has no field 'text'"),
+    ("a.json", json_lines(["text"], GOOD, GOOD), "a.json:1 is not a JSON object but a list"),
+    ("a.json", json_lines([GOOD], GOOD, GOOD), "a.json:1 is not a JSON object but a list"),
+    ("a.jsonl", json_lines([], GOOD, GOOD), "a.jsonl:1 is not a JSON object but a list"),
+    (
+        "a.json",
+        json.dumps(["text", GOOD, GOOD], indent=1).encode(),
+        "a.json, record 1 is not a JSON object but a string",
+    ),
+    ("a.txt", json_lines(GOOD, GOOD, GOOD, GOOD, GOOD, 3), "a.txt:6 is not a JSON object but a number"),
+    ("a.json", json.dumps([GOOD, 12.5, GOOD]).encode(), "a.json, record 2 is not a JSON object but a number"),
+    ("a.json", json.dumps([None, GOOD, GOOD]).encode(), "a.json, record 1 is not a JSON object but null"),
+    ("a.json", json.dumps([GOOD, {"text": None}, GOOD]).encode(), "a.json, record 2: the field 'text' is not"),
+    ("a.json", json.dumps([GOOD, ["a"], GOOD], indent=1).encode(), "a.json, record 2 is not a JSON object but a list"),
+    ("a.parquet", parquet(text=["one", None, "one"]), "a.parquet, row 2: the field 'text' is not a string but null"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "problem"), BAD_ROWS)
+@pytest.mark.parametrize("piece_bytes", [1, 1 << 20])
+def test_rows_without_text_are_errors_or_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, problem: str, piece_bytes: int
+) -> None:
+    monkeypatch.setattr(documents_module, "PIECE_BYTES", piece_bytes)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as info:
+        read(tmp_path / name)
+    assert str(info.value).startswith(f"data.train: {tmp_path}/")
+    assert problem in str(info.value)
+    assert str(info.value).endswith("; correct the file, or set data.bad_rows to skip")
+    texts, (note,) = read(tmp_path / name, bad_rows="skip")
+    assert texts == ["one"] * (5 if name == "a.txt" else 2)
+    assert note.startswith(f"rows left out: 1 without text, first {tmp_path}/")
+    assert problem in note
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"text": [1, 2]}, "row 1: the field 'text' is not a string but a number"),
+        ({"text": [b"1", b"2"]}, "row 1: the field 'text' is not a string but a value of type bytes"),
+        ({"text": [["1"], ["2"]]}, "row 1: the field 'text' is not a string but a list"),
+        ({"body": ["1", "2"]}, "row 1 has no field 'text'; data.text_field may be 'body'"),
+    ],
+)
+def test_a_parquet_column_that_is_no_text(tmp_path: Path, columns: dict[str, list], problem: str) -> None:
+    (tmp_path / "a.parquet").write_bytes(parquet(**columns))
+    with pytest.raises(InputError, match=problem):
+        read(tmp_path / "a.parquet")
+    texts, notes = read(tmp_path / "a.parquet", bad_rows="skip")
+    assert texts == []
+    assert f"rows left out: 2 without text, first {tmp_path}/a.parquet, {problem}" in notes[0]
+
+
+def test_rows_of_a_dataset(tmp_path: Path) -> None:
+    Dataset.from_dict({"text": ["one", None, "", "two"]}).save_to_disk(tmp_path / "d")
+    with pytest.raises(InputError, match="row 2: the field 'text' is not a string but null; correct"):
+        read(f"datasets:{tmp_path}/d")
+    texts, notes = read(f"datasets:{tmp_path}/d", bad_rows="skip")
+    assert texts == ["one", "two"]
+    assert f"1 without text, first datasets:{tmp_path}/d, row 2: the field" in notes[0]
+    assert f"1 empty, first datasets:{tmp_path}/d, row 3" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.jsonl.gz", gzip.compress(json_lines(GOOD, GOOD, GOOD), mtime=0)[:-9], "truncated or damaged"),
+        ("a.json", b'[{"text": "1"}, {"text": }, {"text": "3"}]', "record 2, is not JSON"),
+        ("a.json", b'[{"text": "1"}, {"text": "2', "record 2, is not JSON"),
+        ("a.json", b'[{"text": "1"}, {"text": "2"}', "record 3, is neither a JSON object nor the end"),
+        ("a.parquet", parquet(text=["1"])[:-9], "truncated or damaged"),
+        ("a.jsonl", b'{"text": "\xe9"}\n', "is not UTF-8 text"),
+    ],
+)
+def test_damaged_files_are_errors_also_where_rows_are_skipped(
+    tmp_path: Path, name: str, content: bytes, problem: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    for bad_rows in ("error", "skip"):
+        with pytest.raises(InputError, match=problem):
+            read(tmp_path / name, bad_rows=bad_rows)
+
+
+def test_empty_text_is_left_out_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(GOOD, {"text": ""}) + b"\n" + json_lines({"text": " \n"}, GOOD))
+    (tmp_path / "b.txt").write_bytes(b"")
+    (tmp_path / "c.txt").write_bytes(b"two")
+    for bad_rows in ("error", "skip"):
+        texts, notes = read(tmp_path / "*", bad_rows=bad_rows)
+        assert texts == ["one", "one", "two"]
+        assert notes == [f"rows left out: 3 empty, first {tmp_path}/a.jsonl:2"]
+
+
+def test_empty_modules_of_the_library_are_not_worth_a_line() -> None:
+    source = open_source("python_stdlib", DataConfig(), field="data.train", report=print, special_tokens=[END])
+    assert len(list(source.documents())) > 300
+    assert source.rows.warnings() == []
+    assert source.rows.left_out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("a.txt", f"one{END}two{END}three".encode(), "/a.txt: "),
+        ("a.jsonl", json_lines(GOOD, {"text": f"two{END}"}, {"text": END}), "/a.jsonl:2: "),
+        ("a.json", json.dumps([GOOD, {"text": f"{END}{END}x"}]).encode(), "/a.json, record 2: "),
+        ("a.parquet", parquet(text=["one", f"two{END}{END}"]), "/a.parquet, row 2: "),
+    ],
+)
+def test_special_tokens_in_the_text_are_counted_in_one_warning(
+    tmp_path: Path, name: str, content: bytes, where: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    _, (note,) = read(tmp_path / name)
+    assert note.startswith("WARNING: data.train: special tokens are spelled out in the text, first in ")
+    assert where in note
+    assert f": {END} 2 times; they are encoded as ordinary text" in note
+    assert f"set data.document_separator to '{END}'" in note
+    texts, notes = read(tmp_path / name, document_separator=END)
+    assert notes == []
+    assert not any(END in text for text in texts)
+
+
+def test_every_special_token_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines({"text": "<s>a<|pad|><|pad|>"}, {"text": f"<|pad|>{END}b{END}c<s>"}))
+    _, (note,) = read(tmp_path / "a.jsonl")
+    assert f"a.jsonl:1: <s> 2 times, <|pad|> 3 times, {END} 2 times;" in note
+    assert "set data.document_separator to '<|pad|>'" in note
+    texts, (note,) = read(tmp_path / "a.jsonl", document_separator=END)
+    assert texts == ["<s>a<|pad|><|pad|>", "<|pad|>", "b", "c<s>"]
+    assert "<s> 2 times, <|pad|> 3 times; they are encoded as ordinary text; remove them from the text" in note
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 64, 1 << 20])
+@pytest.mark.parametrize("separator", [END, "\n\n", "aa", "é", "aba", "----\r\n"])
+def test_a_text_file_is_split_piece_by_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str, piece_bytes: int
+) -> None:
+    monkeypatch.setattr(documents_module, "PIECE_BYTES", piece_bytes)
+    text = f"one é\n{END}\n\n\n{END}two aaa bababa éé€ \n----\r\nthree{END}aaaab\n\n\n\nfour ababa{END}\n"
+    (tmp_path / "a.txt").write_bytes(f"\ufeff{text}".encode())
+    expected = [piece for piece in text.split(separator) if piece.strip()]
+    assert len(expected) > 1
+    assert read(tmp_path / "a.txt", document_separator=separator)[0] == expected
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
+    config = DataConfig(document_separator=separator)
+    source = open_source(str(tmp_path / "*"), config, field="data.train", report=print)
+    everything = list(source.documents())
+    assert [text for _, text in everything] == expected
+    assert source.rows.tally.num_separators == text.count(separator)
+    for number, (position, _) in enumerate(everything):
+        rest = open_source(str(tmp_path / "*"), config, field="data.train", report=print)
+        assert list(rest.documents(position)) == everything[number + 1 :]
+
+
+def test_records_are_split_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines({"text": f"one{END}two"}, {"text": f"{END} {END}three"}))
+    (tmp_path / "b.parquet").write_bytes(parquet(text=[f"four{END}five", "six"]))
+    (tmp_path / "c.json").write_text(json.dumps([{"text": f"seven{END}eight{END}"}]))
+    Dataset.from_dict({"text": [f"one{END}two", END]}).save_to_disk(tmp_path / "d")
+    texts, notes = read(tmp_path / "*.*", document_separator=END)
+    assert texts == ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    assert notes == []
+    assert read(f"datasets:{tmp_path}/d", document_separator=END) == (["one", "two"], [])
+
+
+def test_a_separated_text_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents_module, "PIECE_BYTES", 1000)
+    (tmp_path / "a.txt").write_text(f"{'x' * 90}{END}" * 1000)
+    source = open_source(str(tmp_path / "a.txt"), DataConfig(document_separator=END), field="data.train", report=print)
+    documents = source.documents()
+    next(documents)
+    assert source.share_read() < 0.2  # the rest of the file is in no memory yet
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", b"no separator"), ("a.jsonl", json_lines(GOOD, GOOD))])
+def test_a_separator_that_occurs_nowhere_is_a_warning(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    _, (note,) = read(tmp_path / name, document_separator="<|END|>")
+    assert note.startswith("WARNING: data.train: data.document_separator '<|END|>' occurs nowhere in the text")
+    (tmp_path / "b.txt").write_text(f"one{END}two")
+    _, notes = read(tmp_path / "*", document_separator="<|END|>")
+    assert len(notes) == 2
+    assert f"set data.document_separator to '{END}'" in notes[1]
