@@ -6,8 +6,9 @@ The YAML is the part that cannot surprise: mappings, lists and YAML 1.2 scalars.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ from typing import Any
 import yaml
 
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import read_regular
+from sophia_levanter.printing import shortened
 
 DEFAULTS_KEY = "defaults"
+MOST_BYTES = 1 << 20  # of a file
+MOST_SHOWN = 200  # characters of a value in an error message
+MOST_FILES = 100  # that one configuration is made from; a file that is named twice counts twice
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,9 @@ class Setting:
         """What an error message about this setting starts with."""
         return "" if self.file is None else f"{self.file}: "
 
+
+# NUL, and halves of surrogate pairs but for those that stand for a byte of a file's name that is not UTF-8.
+_NOT_TEXT = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
 # The settings that one source gives, by dotted path: {"optimizer.rho": Setting(0.03, file)}.
 Layer = dict[str, Setting]
@@ -48,6 +57,13 @@ class _Loader(yaml.SafeLoader):
             problem = f"the tag {event.tag} is refused; quote a string that starts with !"
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        if found := _NOT_TEXT.search(node.value):
+            problem = f"the character {found[0]!a} is refused; neither text nor the name of a file holds it"
+            raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -96,35 +112,41 @@ def show_value(value: object) -> str:
         return str(value).lower()
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
-    return repr(value)
+    return shortened(repr(value), MOST_SHOWN)
 
 
 def read_layers(path: Path) -> list[Layer]:
     """The files that `path` names under `defaults:`, depth first, and last `path` itself; later ones take precedence.
 
     Raises:
-        InputError: if a file is missing, is not strict YAML or includes itself.
+        InputError: if a file is missing, is not strict YAML or includes itself, or there are too many.
     """
-    return _read_layers(path, including=())
+    return _read_layers(path, (), itertools.count(1))
 
 
-def _read_layers(path: Path, including: tuple[Path, ...]) -> list[Layer]:
-    resolved = path.resolve()
+def _read_layers(path: Path, including: tuple[Path, ...], count: Iterator[int]) -> list[Layer]:
+    try:
+        resolved = path.resolve()
+    except (OSError, ValueError, RuntimeError):  # a link to itself, or a name that no file can have
+        resolved = path
+    if next(count) > MOST_FILES:
+        raise InputError(f"{including[0]}: {DEFAULTS_KEY} lead to more than {MOST_FILES} files; name each only once")
     if resolved in including:
         cycle = " -> ".join(file.name for file in (*including[including.index(resolved) :], resolved))
         raise InputError(f"{including[-1]}: {DEFAULTS_KEY} go round in a circle: {cycle}")
     tree = _read_tree(path, including[-1] if including else None)
     defaults = tree.pop(DEFAULTS_KEY, None) or []
     if not isinstance(defaults, list) or not all(isinstance(name, str) and name for name in defaults):
-        raise InputError(f"{path}: {DEFAULTS_KEY} is {defaults!r}; it must be a list of file names")
-    layers = [layer for name in defaults for layer in _read_layers(path.parent / name, (*including, resolved))]
+        shown = shortened(repr(defaults), MOST_SHOWN)
+        raise InputError(f"{path}: {DEFAULTS_KEY} is {shown}; it must be a list of file names")
+    layers = [layer for name in defaults for layer in _read_layers(path.parent / name, (*including, resolved), count)]
     return [*layers, flatten(tree, path)]
 
 
 def _read_tree(path: Path, included_from: Path | None) -> dict[Any, Any]:
     reader = "" if included_from is None else f"; {included_from} names it under {DEFAULTS_KEY}"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, MOST_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file{reader}") from None
     except OSError as error:

@@ -1,11 +1,79 @@
-"""Files that are written whole or not at all, and are there after a power cut."""
+"""Files that are written whole or not at all, and are there after a power cut; and reading those of others."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
+import stat
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
+
+from sophia_levanter.errors import InputError
+
+MOST_BYTES = 1 << 28  # of a file that is read as a whole; the largest known vocabulary has 4 MB
+# Where a shell puts the pipe of `<(command)` and of `command |`. It ends; other pipes and devices may not.
+_PIPES_OF_SHELL = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+
+
+class NotRegular(OSError, InputError):
+    """A file that cannot be read as one: no regular file, or a larger one than it may be."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+def check_utf8(field: str, path: str) -> None:
+    """Whether tensorstore can use a path that a field names.
+
+    Raises:
+        InputError: if the path is not UTF-8, or holds a NUL.
+    """
+    if re.search("[\0\ud800-\udfff]", path):
+        raise InputError(f"{field} is {path!r}; it must be the name of a folder in UTF-8")
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a regular file, or a pipe from the shell, for reading.
+
+    Raises:
+        NotRegular: as `check_regular` does.
+        OSError: if it cannot be opened.
+    """
+    check_regular(path)
+    return open(path, "rb")
+
+
+def check_regular(path: Path | str) -> None:
+    """Whether a file can be read to its end: for files that others open, too.
+
+    Raises:
+        NotRegular: if it is something else, such as a named pipe, which might never end.
+        OSError: if it is not there.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError:
+        raise NotRegular(errno.EINVAL, "no file name can hold one of its characters", str(path)) from None
+    if stat.S_ISDIR(mode):
+        raise NotRegular(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode) and not (stat.S_ISFIFO(mode) and str(path).startswith(_PIPES_OF_SHELL)):
+        raise NotRegular(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def read_regular(path: Path | str, most_bytes: int = MOST_BYTES) -> bytes:
+    """The content of a regular file, or of a pipe from the shell.
+
+    Raises:
+        NotRegular: as `open_regular` does, and if there are more than `most_bytes`.
+        OSError: if it cannot be read.
+    """
+    with open_regular(path) as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise NotRegular(errno.EFBIG, f"it has more than {most_bytes:,} bytes", str(path))
+    return content
 
 
 def write_atomically(path: Path, content: bytes) -> None:

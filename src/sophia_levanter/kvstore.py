@@ -8,6 +8,8 @@ from typing import Any
 
 import tensorstore as ts
 
+from sophia_levanter.files import read_regular
+
 # Of a request to a bucket, with pauses that grow to half a minute: one that does not answer is given up after two.
 _RETRIES = {"max_retries": 8}
 
@@ -45,6 +47,13 @@ def read_file(location: str | Path, name: str) -> bytes | None:
     Raises:
         ValueError: if the place cannot be read.
     """
+    if "://" not in str(location):  # tensorstore would wait for a pipe
+        try:
+            return read_regular(Path(location, name))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise ValueError(str(error)) from error
     read = _store(location).read(name).result()
     return bytes(read.value) if read.state == "value" else None
 

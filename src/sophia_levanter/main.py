@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sophia_levanter.commands.arguments import run_command
 from sophia_levanter.exit_status import DONE, FAILURE, INTERRUPTED, PREEMPTED
+from sophia_levanter.printing import one_line
 
 if TYPE_CHECKING:
     from sophia_levanter.command_line import Command
@@ -83,10 +84,10 @@ def _run(argv: Sequence[str]) -> int:
     try:
         stopped_by = run(config, directory, quiet=command.quiet).stopped_by
     except (TrainingFailed, CheckpointError, NoAnswer) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return FAILURE
     except JaxRuntimeError as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(one_line(f"error: {str(error).splitlines()[0]}"), file=sys.stderr)
         return FAILURE
     finally:
         directory.unlock()

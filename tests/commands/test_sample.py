@@ -168,8 +168,11 @@ def test_a_reader_that_leaves(run_dir):
         ([""], "an argument is empty"),
         (["RUN", "--top-k", "3"], "unexpected argument '--top-k'"),
         (["RUN", "--trainer.batchsize", "3"], "unknown option '--trainer.batchsize'"),
-        (["RUN", "--prompt_file", "nowhere.txt"], "--prompt_file nowhere.txt: there is no such file"),
-        (["RUN", "--prompt_file", "HERE"], "--prompt_file HERE: there is no such file"),
+        (
+            ["RUN", "--prompt_file", "nowhere.txt"],
+            "nowhere.txt cannot be read: No such file or directory",
+        ),
+        (["RUN", "--prompt_file", "HERE"], "--prompt_file HERE cannot be read: Is a directory"),
         (["RUN", "--prompt_file", "HERE/empty"], "--prompt_file HERE/empty is empty"),
         (["RUN", "--prompt_file", "HERE/latin1"], "--prompt_file HERE/latin1 is no text in UTF-8: byte 3 is wrong"),
         (["RUN", "--step", "3"], "RUN/checkpoints holds no checkpoint of step 3: it has 2, 4"),

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -12,6 +14,9 @@ from sophia_levanter.errors import InputError
 
 FORMAT = 2
 FILE_NAME = "manifest.json"
+MOST_DEPTH = 50  # of metadata
+_YEAR_9999 = 253_370_764_800
+_FOLDER = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")
 _DIGEST_LINE = '{{"digest": "{}",'
 
 JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
@@ -53,8 +58,12 @@ class SavedArray:
             yield tuple((i * chunk, (i + 1) * chunk) for i, chunk in zip(index, self.chunk_shape, strict=True))
 
     @property
+    def num_chunks(self) -> int:
+        return math.prod(size // chunk for size, chunk in zip(self.shape, self.chunk_shape, strict=True))
+
+    @property
     def num_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.numpy_dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.numpy_dtype).itemsize
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -102,34 +111,57 @@ def decode_manifest(file: str, content: bytes) -> Manifest:
         InputError: if another version of this package wrote it.
     """
     head, newline, rest = content.partition(b"\n")
-    if head.decode(errors="replace") == _DIGEST_LINE.format(_digest(newline + rest)):
-        body = json.loads(content)
-    else:
-        body = _of_another_format(content)
-        if body is None:
-            raise CheckpointError(f"{file}: its digest does not match its contents")
-    if body.pop("format", None) != FORMAT:
-        raise InputError(f"{file} is not in format {FORMAT}: read it with the version of this package that wrote it")
-    body.pop("digest")
-    try:
-        arrays = [
-            SavedArray(**{**entry, "shape": tuple(entry["shape"]), "chunk_shape": tuple(entry["chunk_shape"])})
-            for entry in body.pop("arrays")
-        ]
-        return Manifest(**body, arrays=arrays)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: it is no manifest of a checkpoint: {one_line(error)}") from error
-
-
-def _of_another_format(content: bytes) -> dict[str, Any] | None:
-    """The manifest of format 1, whose digest was of its sorted JSON; None if it is not whole or of no such format."""
+    whole = head.decode(errors="replace") == _DIGEST_LINE.format(_digest(newline + rest))
     try:
         body = json.loads(content)
-        digest = body.pop("digest")
-        whole = body["format"] == 1 and digest == _digest(json.dumps(body, sort_keys=True).encode())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return body if whole else None
+        digest, version = body.pop("digest"), body.pop("format", None)
+        if not whole:  # the digest of format 1 was of its sorted JSON
+            whole = version == 1 and digest == _digest(json.dumps(body | {"format": 1}, sort_keys=True).encode())
+        if whole and version == FORMAT:
+            return _manifest_of(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if whole:
+            raise CheckpointError(f"{file}: it is no manifest of a checkpoint: {one_line(error)}") from error
+    if not whole:
+        raise CheckpointError(f"{file}: its digest does not match its contents")
+    raise InputError(f"{file} is not in format {FORMAT}: read it with the version of this package that wrote it")
+
+
+def _manifest_of(body: dict[str, Any]) -> Manifest:
+    """What JSON says. Raises an error if `encode_manifest` could not have written it: anyone can make a digest."""
+    manifest = Manifest(**body | {"arrays": [_array_of(entry) for entry in body["arrays"]]})
+    _check(isinstance(manifest.run_id, str), "run_id is not a string")
+    _check(type(manifest.step) is int and 0 <= manifest.step < 2**63, "step is not a count")
+    _check(type(manifest.saved_at) in (int, float) and 0 <= manifest.saved_at < _YEAR_9999, "saved_at is not a time")
+    _check(bool(_FOLDER.fullmatch(manifest.folder)), "folder is not the name of one beside it")
+    _check(len({a.path for a in manifest.arrays}) == len(manifest.arrays), "two arrays have the same path")
+    _check(isinstance(manifest.metadata, dict), "metadata is not an object")
+    level: list[Any] = [manifest.metadata]
+    for _ in range(MOST_DEPTH):
+        trees = [tree.values() if isinstance(tree, dict) else tree for tree in level if isinstance(tree, dict | list)]
+        level = [value for tree in trees for value in tree]
+    _check(not level, "metadata is nested too deeply")
+    return manifest
+
+
+def _array_of(entry: dict[str, Any]) -> SavedArray:
+    array = SavedArray(**entry | {name: tuple(entry[name]) for name in ("shape", "chunk_shape")})
+    texts = (array.path, array.header, *array.chunks, *array.chunks.values())
+    _check(all(isinstance(text, str) for text in texts), "a path or a digest is not a string")
+    _check(bool(_FOLDER.fullmatch(array.folder)), f"folder of {array.path} is not the name of one")
+    _check(
+        all(type(size) is int for size in array.shape + array.chunk_shape), f"shape of {array.path} is not of integers"
+    )
+    grid = zip(array.shape, array.chunk_shape, strict=True)
+    _check(all(size >= 0 and chunk > 0 and not size % chunk for size, chunk in grid), f"no chunks divide {array.path}")
+    _check(array.numpy_dtype.kind != "O", f"dtype of {array.path} is not of numbers")
+    _check(array.num_bytes < 2**60, f"{array.path} is too large")
+    return array
+
+
+def _check(is_sound: bool, problem: str) -> None:
+    if not is_sound:
+        raise ValueError(problem)
 
 
 def one_line(error: Exception) -> str:

@@ -185,7 +185,7 @@ def _in_line(values: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) else "-"
+    return f"{value:.4f}" if isinstance(value, int | float) and abs(value) < 1e9 else "-"
 
 
 def _size(num_bytes: int) -> str:

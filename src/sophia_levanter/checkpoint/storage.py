@@ -14,7 +14,7 @@ import tensorstore as ts
 
 from sophia_levanter.checkpoint.manifest import FILE_NAME, CheckpointError, one_line
 from sophia_levanter.errors import InputError
-from sophia_levanter.files import sync
+from sophia_levanter.files import check_utf8, read_regular, sync
 from sophia_levanter.kvstore import context_spec, kvstore_spec
 
 _STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
@@ -99,6 +99,7 @@ def storage_at(location: str | Path) -> Storage:
     Raises:
         InputError: if the URL is of another kind or names no bucket.
     """
+    check_utf8("the folder of the checkpoints", str(location))
     scheme, separator, rest = str(location).partition("://")
     if not separator:
         return DiskStorage(Path(location))
@@ -134,7 +135,7 @@ class DiskStorage:
     def read_manifest(self, step: int) -> bytes:
         file = self._path / step_name(step) / FILE_NAME
         try:
-            return file.read_bytes()
+            return read_regular(file)
         except OSError as error:
             raise CheckpointError(f"{file}: {one_line(error)}") from error
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from sophia_levanter.errors import InputError
-from sophia_levanter.files import lock, write_atomically
+from sophia_levanter.files import lock, read_regular, write_atomically
 from sophia_levanter.tracking.step_lines import Progress
 
 NUMBERS = ("processes", "attempt", "failures", "preemptions")
@@ -127,13 +127,13 @@ class LaunchRecord:
         if not self._status_file.exists():
             raise InputError(f"{self.directory.parent} holds no run that was launched")
         try:
-            fields = json.loads(self._status_file.read_text())
+            fields = json.loads(read_regular(self._status_file))
             progress = fields.pop("progress")
             status = Status(**fields, progress=None if progress is None else Progress(**progress))
             if not all(isinstance(getattr(status, name), int) for name in NUMBERS):
                 raise TypeError
             return status
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise InputError(f"{self._status_file} is damaged; the same launch command goes on with the run") from None
 
     def ask_to_stop(self) -> None:

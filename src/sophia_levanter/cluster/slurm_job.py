@@ -16,6 +16,7 @@ from sophia_levanter.cluster.record import STOP
 from sophia_levanter.cluster.slurm import SlurmBackend, ask, last_line
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import FAILURE, INTERRUPTED, PREEMPTED
+from sophia_levanter.files import read_regular
 
 NUMBER = "slurm_job"  # a file beside the script, with the job's
 # Ends of a job with which sbatch --wait may say 0 although the run is not done.
@@ -165,7 +166,7 @@ def cancel_if_queued(directory: Path) -> str | None:
         The job's number, if it was ended.
     """
     try:
-        number = (directory / NUMBER).read_text()
+        number = read_regular(directory / NUMBER).decode()
     except OSError:
         return None
     if _state(number) not in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):

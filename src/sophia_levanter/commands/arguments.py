@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, INTERRUPTED
+from sophia_levanter.printing import one_line
 
 
 @dataclass
@@ -155,14 +156,14 @@ def run_command(
             return DONE
         return run(words)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return BAD_INPUT
     except BrokenPipeError:
         # Nobody reads on (`| head`); what Python would still flush must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sophia_levanter.commands.arguments import Arguments, chosen, parse_arguments, run_command, whole_number
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, FAILURE
+from sophia_levanter.printing import one_line
 
 if TYPE_CHECKING:
     from sophia_levanter.training.run_directory import RunDirectory
@@ -85,7 +86,7 @@ def _run(given: Sequence[str]) -> int:
     try:
         return _do(what, place, arguments, numbers)
     except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return FAILURE
 
 
@@ -130,7 +131,7 @@ def _do(what: str, place: Place, arguments: Arguments, numbers: dict[str, int]) 
     else:
         return _prune(place, steps, numbers, dry_run="--dry_run" in arguments.flags)
     for line in lines:
-        print(line)
+        print(one_line(line))
     return DONE
 
 
@@ -142,7 +143,7 @@ def _verify(location: str, steps: Sequence[int]) -> int:
         wrong, summary = report.verify(location, step)
         damaged += bool(wrong)
         for line in wrong:
-            print(f"step {step}: {line}")
+            print(one_line(f"step {step}: {line}"))
         print(f"step {step}: {summary}", flush=True)
     return FAILURE if damaged else DONE
 

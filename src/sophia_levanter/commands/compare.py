@@ -20,6 +20,7 @@ from sophia_levanter.data.config import DataConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
 from sophia_levanter.files import lock
+from sophia_levanter.printing import one_line
 from sophia_levanter.training.run_directory import with_absolute_paths
 
 Texts = dict[DataConfig, dict[str, str]]
@@ -77,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _compare(parse(words), stopped=lambda: bool(stopped_by))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return BAD_INPUT
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
         if stopped_by:
@@ -193,7 +194,7 @@ def _do(
     with closing(as_ray_tasks(jobs, stopped) if command.ray else one_by_one(jobs)) as results:
         for count, (index, result) in enumerate(results, start=1):
             if isinstance(result, RunFailed):
-                print(f"error: {result}", file=sys.stderr)
+                print(one_line(f"error: {result}"), file=sys.stderr)
                 failures += 1
                 continue
             facts = result.facts | {"texts": texts[missing[index].data]}
@@ -218,7 +219,7 @@ def _print_plan(study: Study, runs: Sequence[PlannedRun], records: Sequence[Reco
     for run in runs:
         state = "done" if find(records, run.config) else "to do"
         point = " ".join(f"{name}={value}" for name, value in run.point.items())
-        print(f"{state:6} {run.arm} {point} tokens={run.tokens} seed={run.seed}")
+        print(one_line(f"{state:6} {run.arm} {point} tokens={run.tokens} seed={run.seed}"))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from sophia_levanter.commands.arguments import parse_arguments, whole_number
 from sophia_levanter.commands.on_models import run_on_model
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE
+from sophia_levanter.printing import one_line
 
 if TYPE_CHECKING:
     from sophia_levanter.data.batches import ValidationBatches
@@ -88,15 +89,15 @@ def _run(command: Command) -> int:
     batches, text = _batches(command, loaded)
     started = time.monotonic()
     evaluation = _evaluate(loaded, batches)
-    print(f"model          {loaded.source}")
-    print(f"text           {text}, tokenizer {os.path.basename(loaded.tokenizer.name)}")
+    print(one_line(f"model          {loaded.source}"))
+    print(one_line(f"text           {text}, tokenizer {os.path.basename(loaded.tokenizer.name)}"))
     for line in _lines(evaluation, time.monotonic() - started):
         print(line)
     return DONE
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(one_line(line), file=sys.stderr, flush=True)
 
 
 def _batches(command: Command, loaded: LoadedModel) -> tuple[ValidationBatches, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from sophia_levanter.commands.arguments import parse_arguments, run_command, whole_number
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE
+from sophia_levanter.printing import one_line
 
 SHOWN_CHARACTERS = 300
 USAGE = """\
@@ -56,9 +57,9 @@ def _print_store(location: str, count: int, *, verify: bool) -> None:
 
     store = TokenStore.open(location)
     manifest = store.manifest
-    print(location)
-    print(f"  source      {manifest.source}")
-    print(f"  tokenizer   {manifest.tokenizer_name} ({manifest.tokenizer_fingerprint})")
+    print(one_line(location))
+    print(f"  source      {one_line(manifest.source)}")
+    print(f"  tokenizer   {one_line(manifest.tokenizer_name)} ({manifest.tokenizer_fingerprint})")
     print(f"  documents   {manifest.num_documents:,}")
     print(f"  tokens      {manifest.num_tokens:,} ({store.dtype})")
     print(f"  text        {manifest.num_bytes:,} bytes, {manifest.num_bytes / manifest.num_tokens:.2f} per token")

@@ -26,6 +26,7 @@ from sophia_levanter.config import TrainConfig, check_mesh
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, FAILURE
 from sophia_levanter.files import write_atomically
+from sophia_levanter.printing import one_line
 from sophia_levanter.training.run_directory import LAUNCH, choose_run_directory
 
 USAGE = """\
@@ -198,7 +199,7 @@ def _status(words: Sequence[str]) -> int:
 
 def _show(record: LaunchRecord) -> int:
     status = record.read()
-    print(status)
+    print(one_line(status))
     if status.exit_status is None and not record.is_held:
         print("its launcher is gone, and the run with it: the same launch command goes on")
         return FAILURE

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from sophia_levanter.commands.arguments import run_command
 from sophia_levanter.exit_status import FAILURE, INTERRUPTED
+from sophia_levanter.printing import one_line
 
 Command = TypeVar("Command")
 
@@ -47,9 +48,9 @@ def _failing_in_one_line(run: Callable[[Command], int], command: Command, interr
     try:
         return run(command)
     except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
     except JaxRuntimeError as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(one_line(f"error: {str(error).splitlines()[0]}"), file=sys.stderr)
     except KeyboardInterrupt:
         # Python's way out would tear down what the devices are at work on, and die of it.
         print(interrupted, file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, FAILURE
 from sophia_levanter.planning.target import GPUS, TPUS, Target, pretended_target, tpu_target
+from sophia_levanter.printing import one_line
 
 OPTIONS = ("--config", "--target", "--devices", "--gpu", "--mfu")
 USAGE = f"""\
@@ -100,7 +101,7 @@ def _plan(command: Command) -> int:
         for line in describe(command.config, command.name, command.target, command.mfu):
             print(line, flush=True)
     except JaxRuntimeError as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(one_line(f"error: {str(error).splitlines()[0]}"), file=sys.stderr)
         return FAILURE
     return DONE
 

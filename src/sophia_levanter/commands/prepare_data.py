@@ -12,6 +12,7 @@ from sophia_levanter.command_line import load_config
 from sophia_levanter.commands.arguments import parse_arguments, run_command
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, PREEMPTED
+from sophia_levanter.printing import one_line
 from sophia_levanter.training.run_directory import with_absolute_paths
 
 USAGE = """\
@@ -50,7 +51,7 @@ def _prepare(words: Sequence[str]) -> int:
     # Only now what takes long to import: a mistake above is answered at once.
     from sophia_levanter.data.prepare import prepare
 
-    data = prepare(config.data, lambda line: print(line, flush=True), ray=ray)
+    data = prepare(config.data, lambda line: print(one_line(line), flush=True), ray=ray)
     for name, corpus in (("training", data.train), ("validation", data.validation)):
         print(f"{corpus.num_tokens:,} {name} tokens ({data.tokenizer.name})")
     if data.train.num_tokens < config.model.seq_len + 1:

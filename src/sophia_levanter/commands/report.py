@@ -12,6 +12,7 @@ from sophia_levanter.commands.arguments import parse_arguments, run_command
 from sophia_levanter.comparison.styles import MOST_STYLES
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE
+from sophia_levanter.printing import one_line
 
 USAGE = """\
 usage: python -m sophia_levanter.commands.report [NAME=]RUN_DIR [[NAME=]RUN_DIR ...] [-o FILE.html] [--help]
@@ -111,7 +112,7 @@ def _report(words: Sequence[str]) -> int:
             raise
         raise InputError(f"--output {page} cannot be written: {error.strerror}; name another place") from error
     print("\n".join(in_lines(runs, comparability)))
-    print(f"{files[0]}, and {len(files) - 1} pictures: {page.stem}-*.png")
+    print(one_line(f"{files[0]}, and {len(files) - 1} pictures: {page.stem}-*.png"))
     return DONE
 
 

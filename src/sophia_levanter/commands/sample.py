@@ -14,7 +14,9 @@ from sophia_levanter.commands.arguments import Arguments, parse_arguments, whole
 from sophia_levanter.commands.on_models import run_on_model
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE
+from sophia_levanter.files import read_regular
 from sophia_levanter.models.config import Sampling
+from sophia_levanter.printing import one_line
 
 if TYPE_CHECKING:
     import jax
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 OPTIONS = ("--prompt_file", "--tokens", "--temperature", "--top_k", "--top_p", "--seed", "--samples", "--step")
 TOKENS = 200
+MOST_PROMPT_BYTES = 1 << 26
 USAGE = f"""\
 usage: python -m sophia_levanter.commands.sample MODEL [--prompt TEXT ...] [--prompt_file FILE] [--tokens N]
        [--temperature T] [--top_k K] [--top_p P] [--seed S] [--samples N] [--step N]
@@ -122,10 +125,10 @@ def _prompt_of_file(arguments: Arguments) -> list[str]:
     if name is None:
         return []
     path = Path(name).expanduser()
-    if not path.is_file():
-        raise InputError(f"--prompt_file {name}: there is no such file")
     try:
-        text = path.read_bytes().decode()
+        text = read_regular(path, MOST_PROMPT_BYTES).decode()
+    except OSError as error:
+        raise InputError(f"--prompt_file {name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt_file {name} is no text in UTF-8: byte {error.start:,} is wrong") from None
     if not text:
@@ -147,7 +150,7 @@ def _run(command: Command) -> int:
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(one_line(line), file=sys.stderr, flush=True)
 
 
 def _encoded(prompts: Sequence[str], loaded: LoadedModel) -> list[list[int]]:

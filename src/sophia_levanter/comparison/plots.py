@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from sophia_levanter.comparison.costs import flops_per_token, seconds_per_step, tokens_per_step
@@ -30,10 +31,15 @@ def write_plots(cells: Sequence[Cell], out: Path) -> list[str]:
     """
     arms = list(dict.fromkeys(cell.arm for cell in cells))
     styles = {arm: style_of(number) for number, arm in enumerate(arms)}
+    with mpl.rc_context({"text.parse_math": False}):  # arms' names are names, whatever dollar signs they hold
+        return _written(cells, styles, out)
+
+
+def _written(cells: Sequence[Cell], styles: dict[str, Style], out: Path) -> list[str]:
     names = ["final_loss.png", "curves.png"]
     _final_losses(cells, styles, out / names[0])
     _curves(cells, styles, out / names[1])
-    longest = {arm: _longest(cells, arm) for arm in arms}
+    longest = {arm: _longest(cells, arm) for arm in styles}
     with_curvature = {arm: record for arm, record in longest.items() if record is not None and record.win_rate}
     if with_curvature:
         names.append("win_rate.png")

@@ -15,6 +15,7 @@ from sophia_levanter.command_line import build_config
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config_file import Setting
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import read_regular
 from sophia_levanter.tracking.config import TrackingConfig
 from sophia_levanter.training.config import OptimizerConfig
 
@@ -104,17 +105,17 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         InputError: if the file is not one that `write_records` wrote.
     """
-    if not path.exists():
-        return []
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_regular(path))
         if tree["format"] != FORMAT:
             raise InputError(f"{path}: its format is {tree['format']}, and this version reads {FORMAT}")
         records = [Record(**fields) for fields in tree["runs"]]
         if not all(isinstance(record.config, dict) for record in records):
             raise TypeError("a run's config is no mapping")
         return records
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: is no record of a study: {error}; move it away to start anew") from None
 
 

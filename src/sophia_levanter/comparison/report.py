@@ -13,6 +13,7 @@ from sophia_levanter.comparison.results import Cell, best, collect, lengths
 from sophia_levanter.comparison.speedup import SpeedUp, speed_ups
 from sophia_levanter.comparison.study import PlannedRun, Study
 from sophia_levanter.errors import InputError
+from sophia_levanter.printing import one_line
 
 REPORT = "report.md"
 
@@ -31,8 +32,8 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
     """
     cells = collect(runs, records)
     if not cells:
-        return f"# {study.name}\n\nNo run is done yet."
-    parts = [f"# {study.name}", _summary(cells, records), "## The best of each arm", _best_table(cells)]
+        return f"# {one_line(study.name)}\n\nNo run is done yet."
+    parts = [f"# {one_line(study.name)}", _summary(cells, records), "## The best of each arm", _best_table(cells)]
     if study.baseline is not None:
         parts += [f"## Speed-up over {study.baseline}", _speed_table(study, cells)]
     parts += ["## All points", _all_table(cells)]
@@ -150,4 +151,5 @@ def _win_rate(cell: Cell) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    cells = [[one_line(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)

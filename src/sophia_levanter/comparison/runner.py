@@ -23,6 +23,7 @@ from sophia_levanter.command_line import dump_config
 from sophia_levanter.comparison.records import Record, flat_config
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.data.tokenizer import load_tokenizer
+from sophia_levanter.tracking.jsonl import read_records
 from sophia_levanter.training.throughput import flops_per_token
 
 # A run whose training loss is this many nats above its lowest, over as many steps, will not come back in time.
@@ -151,7 +152,7 @@ def read_run(config: TrainConfig, directory: Path, *, diverged: bool) -> Record:
         directory: its run directory, checkpoints included.
         diverged: whether it was stopped; it also has if its last validation loss is not finite.
     """
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = list(read_records(directory / "metrics.jsonl"))
 
     def series(name: str) -> list[list[float | None]]:
         return [[line["step"] + 1, line[name]] for line in lines if name in line]

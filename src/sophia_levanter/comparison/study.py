@@ -14,9 +14,11 @@ from sophia_levanter.command_line import build_config
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config_file import Layer, Setting, read_layers, show_value
 from sophia_levanter.errors import InputError
+from sophia_levanter.printing import one_line, shortened
 
 ARM_FIELDS = ("config", "settings", "grid", "tokens", "seeds", "warmup_fraction", "final_fraction")
 STUDY_FIELDS = (*(name for name in ARM_FIELDS if name != "grid"), "evaluations", "baseline", "arms")
+LONGEST_NAME = 60  # of an arm, in tables and legends
 SECTIONS = ("settings", "grid")
 # Fields of a run that the study sets, and what it sets them by.
 OWN_FIELDS = {
@@ -110,6 +112,10 @@ def read_study(path: Path) -> Study:
     names = dict.fromkeys(key.split(".")[1] for key in merged if key.startswith("arms."))
     if "" in names:
         raise InputError(f"{path}: arms has one with an empty name")
+    for name in names:
+        if name != shortened(one_line(name), LONGEST_NAME):
+            shown = shortened(repr(name), LONGEST_NAME)
+            raise InputError(f"{path}: arms has {shown}; a name has at most {LONGEST_NAME} printable characters")
     if not names:
         raise InputError(f"{path}: arms is missing; name what is compared, each with its config, settings and grid")
     arms = tuple(_arm(name, _below(f"arms.{name}.", merged), common, path) for name in names)

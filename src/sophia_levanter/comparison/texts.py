@@ -7,6 +7,7 @@ import json
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.token_store import Tokens, TokenStore, digest_of
+from sophia_levanter.printing import one_line
 
 
 def digests(config: DataConfig) -> dict[str, str]:
@@ -15,7 +16,7 @@ def digests(config: DataConfig) -> dict[str, str]:
     Raises:
         InputError: if a text is not there or is empty.
     """
-    data = prepare(config, lambda line: print(line, flush=True))
+    data = prepare(config, lambda line: print(one_line(line), flush=True))
     return {"train": _digest(data.train), "validation": _digest(data.validation)}
 
 

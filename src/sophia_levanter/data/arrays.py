@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from sophia_levanter.files import check_regular
 from sophia_levanter.kvstore import context_spec, kvstore_spec
 
 
@@ -86,8 +87,12 @@ def open_array(location: str, cache_bytes: int = 0) -> ts.TensorStore:
     """The array at a path or URL, for reading.
 
     Raises:
+        NotRegular: if one of its files is no regular file.
         ValueError: if it is not there or cannot be read.
     """
+    for path in Path(location).rglob("*") if "://" not in location else ():
+        if not path.is_dir():
+            check_regular(path)
     context = ts.Context(context_spec(cache_bytes))
     return ts.open(_spec(location), open=True, read=True, context=context).result()
 

@@ -12,7 +12,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from sophia_levanter.data.text_files import optional_import
 from sophia_levanter.errors import InputError
-from sophia_levanter.files import write_atomically
+from sophia_levanter.files import read_regular, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTES = 256
@@ -69,7 +69,7 @@ def load_bpe(path: str) -> tiktoken.Encoding:
     """
     try:
         # Not by tiktoken's own function, which keeps a copy of a path's first content in its cache.
-        lines = (line.split() for line in Path(path).read_bytes().splitlines())
+        lines = (line.split() for line in read_regular(path).splitlines())
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         if set(ranks.values()) != set(range(len(ranks))) or any(
             bytes([byte]) not in ranks for byte in range(NUM_BYTES)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import check_utf8
 
 INVALID_UTF8 = ("error", "replace")
 ON_LEAK = ("warn", "error")
@@ -54,6 +55,7 @@ class DataConfig:
         for name in ("train", "tokenizer", "text_field", "cache_dir"):
             if not getattr(self, name):
                 raise InputError(f"data.{name} is empty")
+        check_utf8("data.cache_dir", self.cache_dir)
         if self.validation is not None and not self.validation:
             raise InputError("data.validation is empty; leave it out to hold out a part of data.train")
         if not isinstance(self.train, str) and self.validation is None:

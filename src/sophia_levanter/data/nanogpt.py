@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from sophia_levanter.data.cache import remembered
 from sophia_levanter.data.names import NANOGPT
 from sophia_levanter.data.tokenizer import Tokenizer, printable
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import open_regular, read_regular
 
 DTYPES = ("uint16", "uint32")
 NPY_MAGIC = b"\x93NUMPY"
@@ -107,7 +109,7 @@ class NanogptTokens:
         self._check_meta()
 
     def _opened(self, dtype: str | None) -> _TokenFile:
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             begin = file.read(4 * HEADER_INTS)
         if begin.startswith(NPY_MAGIC):
             array = np.load(self.path, mmap_mode="r", allow_pickle=False)
@@ -282,10 +284,7 @@ class _PlainUnpickler(pickle.Unpickler):
 def _read_meta(path: Path, where: str) -> dict[Any, Any]:
     """What nanoGPT's `meta.pkl` says; nothing if there is none."""
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > META_BYTES:
-                raise pickle.UnpicklingError(f"it has more than {META_BYTES} bytes")
-            meta = _PlainUnpickler(file).load()
+        meta = _PlainUnpickler(io.BytesIO(read_regular(path, META_BYTES))).load()
     except FileNotFoundError:
         return {}
     except Exception as error:  # a damaged pickle may raise anything

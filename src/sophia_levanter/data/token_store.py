@@ -325,7 +325,7 @@ def _read_manifest(location: str) -> Manifest:
         raise InputError(f"{location}: no finished token store is there (no {MANIFEST_NAME})")
     try:
         values = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(location, f"{MANIFEST_NAME}: {error}") from error
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -14,6 +13,7 @@ import tiktoken
 from sophia_levanter.data.bpe import END_OF_TEXT, load_bpe
 from sophia_levanter.data.names import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
+from sophia_levanter.printing import CONTROLS
 
 BYTES = "bytes"
 PIECE_CHARACTERS = 100_000
@@ -185,7 +185,7 @@ def vocab_size_of(name: str) -> int:
 
 def printable(text: str) -> str:
     """The text with U+FFFD for what a terminal may take for a command, as a model of bytes may well write it."""
-    return "".join(c if unicodedata.category(c) != "Cc" or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return CONTROLS.sub(lambda found: found[0] if found[0] in "\n\t" else "\N{REPLACEMENT CHARACTER}", text)
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from sophia_levanter.comparison.styles import ADVISED_WIN_RATES, COLOURS, style_of
+from sophia_levanter.printing import one_line, shortened
 from sophia_levanter.reporting.axes import Axis
 from sophia_levanter.reporting.curves import Bins, limits, smooth, spans_decades, thin
 from sophia_levanter.reporting.panels import Kind, Panel
@@ -155,8 +156,10 @@ def _set_limits(axes: Axes, panel: Panel, drawn: Sequence[tuple[Run, np.ndarray]
 
 
 def _sample(run: Run, number: int) -> Line2D:
-    name = run.name if len(run.name) <= SHORT_NAME else f"{run.name[: SHORT_NAME - 1]}…"
-    return Line2D([], [], label=name, marker=_marker(number), **style_of(number))
+    name = shortened(one_line(run.name), SHORT_NAME)
+    # matplotlib leaves out labels that begin with an underscore.
+    label = f" {name}" if name.startswith("_") else name
+    return Line2D([], [], label=label, marker=_marker(number), **style_of(number))
 
 
 def _marker(number: int) -> str:

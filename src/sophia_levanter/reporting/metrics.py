@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections import defaultdict
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sophia_levanter.errors import InputError
+from sophia_levanter.tracking.jsonl import read_records
 
 
 @dataclass(frozen=True)
@@ -51,30 +51,18 @@ def read_metrics(path: Path) -> dict[str, Series]:
     """
     columns: dict[str, _Column] = defaultdict(_Column)
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    _take(line, columns)
-                except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-                    if not line.endswith(b"\n"):
-                        break
-                    raise InputError(
-                        f"{path}: line {number} is damaged; remove that line, or bring the file back from a copy"
-                    ) from None
+        for record in read_records(path):
+            done = record.pop("step") + 1
+            for name, value in record.items():
+                columns[name].steps.append(done)
+                columns[name].values.append(math.nan if value is None else value)
     except FileNotFoundError:
         raise InputError(f"{path.parent} holds no metrics.jsonl; name the directory of a run that has begun") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if not columns:
         raise InputError(f"{path} holds no step yet; wait for the run's first one")
     return {name: _series(path, name, column) for name, column in columns.items()}
-
-
-def _take(line: bytes, columns: dict[str, _Column]) -> None:
-    record = json.loads(line)
-    done = record.pop("step") + 1
-    for name, value in record.items():
-        column = columns[name]
-        column.values.append(math.nan if value is None else value)
-        column.steps.append(done)
 
 
 def _series(path: Path, name: str, column: _Column) -> Series:

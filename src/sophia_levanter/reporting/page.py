@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import replace
-from html import escape
+from html import escape as escape_html
 from importlib.metadata import version
 
 import numpy as np
 
+from sophia_levanter.printing import one_line
 from sophia_levanter.reporting.axes import AXES, STEPS, Axis
 from sophia_levanter.reporting.comparability import Comparability
 from sophia_levanter.reporting.details import Row, configurations, facts
@@ -21,6 +22,11 @@ from sophia_levanter.reporting.template import PAGE
 
 NUMBERS = ("parameters", "steps", "tokens", "win rate", "tokens/s", "MFU", "skipped steps", "bits per byte")
 OF_OTHER_TOKENS = "It is per token, and not to be compared between tokenizers."
+
+
+def escape(text: str, quote: bool = True) -> str:
+    """Text as HTML, whatever characters it holds."""
+    return escape_html(one_line(text), quote)
 
 
 def loss_panels(comparability: Comparability) -> list[Panel]:

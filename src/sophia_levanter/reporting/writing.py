@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sophia_levanter.files import write_atomically
+from sophia_levanter.printing import one_line
 from sophia_levanter.reporting.axes import STEPS
 from sophia_levanter.reporting.comparability import Comparability
 from sophia_levanter.reporting.figures import png
@@ -44,10 +45,10 @@ def in_lines(runs: Sequence[Run], comparability: Comparability) -> list[str]:
     """The most important columns for a terminal, and what a reader must know."""
     chosen = [COLUMNS.index(name) for name in IN_TERMINAL]
     rows = [[_text(row[i].text, row[i].remark, row[i].best) for i in chosen] for row in headline(runs, comparability)]
-    table = [list(IN_TERMINAL), *rows]
+    table = [[one_line(text) for text in row] for row in (IN_TERMINAL, *rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(chosen))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return lines + [f"NOTE: {note}" for note in comparability.notes]
+    return lines + [one_line(f"NOTE: {note}") for note in comparability.notes]
 
 
 def _text(text: str, remark: str, best: bool) -> str:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Column, Table
 from rich.text import Text
 
+from sophia_levanter.printing import one_line
 from sophia_levanter.tracking.step_lines import StepNumbers, show_step
 
 # Columns of a terminal from which on there is room for a bar, and for the time that has passed; and of these two.
@@ -59,6 +60,14 @@ class Console:
 
     def notice(self, text: str) -> None:
         """Print a line that one who asked for quiet wants to see too: a warning, or what came of the run."""
+        self._print(one_line(text))
+
+    def paragraph(self, text: str) -> None:
+        """Print text of several lines that holds nothing which a terminal obeys."""
+        if not self._quiet:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
         self._console.print(text, markup=False, emoji=False, highlight=False)
 
     def rows(self, rows: Sequence[tuple[str, str]], notices: Collection[str] = ()) -> None:
@@ -71,7 +80,7 @@ class Console:
         if self._console.is_terminal and not self._quiet:
             table = Table(Column(no_wrap=True), Column(overflow="fold"), show_header=False)
             for name, text in rows:
-                table.add_row(Text(name), Text(text))
+                table.add_row(Text(name), Text(one_line(text)))
             self._console.print(table, soft_wrap=False)
             return
         for name, text in rows:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from sophia_levanter.files import write_atomically
+from sophia_levanter.errors import InputError
+from sophia_levanter.files import open_regular, write_atomically
+
+MOST_LINE_BYTES = 1 << 20
+MOST_STEPS = 2**31
 
 
 class JsonLines:
@@ -23,12 +28,8 @@ class JsonLines:
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
         if path.exists():
-            kept = [
-                line
-                for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-                if _step_of(line) < first_step
-            ]
-            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+            kept = [line for line in lines_of(path) if _step_of(line) < first_step]
+            write_atomically(path, b"".join(line.rstrip(b"\n") + b"\n" for line in kept))
         self._path = path
         self._file = path.open("a")
 
@@ -58,9 +59,51 @@ class JsonLines:
             raise OSError(f"{self._path} was removed, renamed or replaced while the run went on")
 
 
-def _step_of(line: str) -> float:
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file that `JsonLines` wrote, numbers that are not finite as None.
+
+    A last line that is cut short, as a kill leaves it, is left out.
+
+    Raises:
+        InputError: if another line is damaged.
+        OSError: if the file cannot be read.
+    """
+    for number, line in enumerate(lines_of(path), start=1):
+        try:
+            record = _record_of(line)
+        except ValueError:
+            if not line.endswith(b"\n") and len(line) < MOST_LINE_BYTES:
+                return
+            raise InputError(
+                f"{path}: line {number} is damaged; remove that line, or bring the file back from a copy"
+            ) from None
+        yield record
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """The lines of a regular file with their ends; one that is too long for a step's comes in pieces.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    with open_regular(path) as file:
+        yield from iter(lambda: file.readline(MOST_LINE_BYTES), b"")
+
+
+def _record_of(line: bytes) -> dict[str, Any]:
+    """The object in a line. Raises `ValueError` if it is not one with a step and numbers."""
+    try:
+        record = json.loads(line)
+        if type(record["step"]) is not int or not 0 <= record["step"] < MOST_STEPS:
+            raise ValueError("the step is not one")
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _step_of(line: bytes) -> float:
     """The line's step; a line that a kill cut short is as good as from the future."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return _record_of(line)["step"]
+    except ValueError:
         return math.inf

@@ -16,6 +16,7 @@ from sophia_levanter.checkpoint import JSON, Retention, Saver
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.exit_status import FAILURE
 from sophia_levanter.partition.messages import Processes
+from sophia_levanter.printing import one_line
 from sophia_levanter.training.step import TrainState
 
 # Seconds for the loop to see that a save has failed, before the process ends all the same: of several processes one
@@ -99,7 +100,7 @@ class RunCheckpoints:
 
 def _end_soon(error: Exception) -> None:
     def end() -> None:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(one_line(f"error: {error}"), file=sys.stderr, flush=True)
         os._exit(FAILURE)
 
     timer = Timer(GRACE, end)

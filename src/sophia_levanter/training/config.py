@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import draccus
 
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import check_utf8
 
 SCHEDULES = ("cosine", "linear", "constant")
 CURVATURE_REDUCTIONS = ("square_then_average", "average_then_square")
@@ -291,6 +292,7 @@ class TrainerConfig:
             raise InputError(f"trainer.num_train_steps is {self.num_train_steps}; it must be below {2**31}")
         if self.run_dir == "":
             raise InputError("trainer.run_dir is empty; leave it out for a directory of its own under runs/")
+        check_utf8("trainer.checkpoint_dir", self.checkpoint_dir or "")
         if re.match(r"(gs|s3):(?!//)", self.checkpoint_dir or ""):
             raise InputError(f"trainer.checkpoint_dir is {self.checkpoint_dir}; write a path, gs:// or s3://")
         if self.initial_weights == "":

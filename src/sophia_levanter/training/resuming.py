@@ -16,6 +16,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.processes import wait_for_all
 from sophia_levanter.tracking.console import Console
+from sophia_levanter.tracking.jsonl import lines_of
 from sophia_levanter.training.loading_models import newest_manifest
 from sophia_levanter.training.optimizers import build_schedule
 from sophia_levanter.training.run_directory import RunDirectory, changed_fields, check_same_run
@@ -106,7 +107,7 @@ def check_not_begun(directory: RunDirectory, console: Console) -> None:
     """
     if not directory.metrics_file.exists() or not directory.metrics_file.stat().st_size:
         return
-    lines = directory.metrics_file.read_bytes().count(b"\n")
+    lines = sum(1 for _ in lines_of(directory.metrics_file))
     every = load_config(directory.config_file).trainer.checkpoint_every
     # Steps beyond the second save come when the first is committed; a step has two lines at most.
     if lines > 4 * every:

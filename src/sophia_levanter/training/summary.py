@@ -149,7 +149,7 @@ def describe_end(parts: Parts, loop: Loop, state: TrainState, console: Console) 
     rows.append(("checkpoint", str(loop.saved)))
     console.rows(rows, notices=("done", "validation", "checkpoint"))
     if parts.config.trainer.sample_tokens:
-        console.line(f"sample, after the prompt in brackets:\n{_sample(parts, state)}")
+        console.paragraph(f"sample, after the prompt in brackets:\n{_sample(parts, state)}")
 
 
 def _sample(parts: Parts, state: TrainState) -> str:

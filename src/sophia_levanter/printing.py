@@ -1,0 +1,20 @@
+"""What others have named, as a line in a terminal or on a page may show it."""
+
+from __future__ import annotations
+
+import re
+
+# What a terminal obeys, ends a line or reorders the rest of it, and halves of surrogate pairs.
+CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+LONGEST_WORD = 300
+
+
+def one_line(text: object) -> str:
+    """The text in one line: control characters as Python's escapes, and long words without their middle."""
+    line = CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    return re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda found: shortened(found[0], LONGEST_WORD), line)
+
+
+def shortened(name: str, most: int) -> str:
+    """The name with "…" in place of its middle if it has more than so many characters."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[most // 2 + 1 - most :]}"

@@ -1,0 +1,155 @@
+"""Manifests that were made by hand, digest and all: `list`, `verify`, `show` and restoring refuse them in one line."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from trees import one_line, put
+
+from sophia_levanter.checkpoint import CheckpointError, damage, restore
+from sophia_levanter.checkpoint.manifest import FORMAT, decode_manifest
+from sophia_levanter.commands.checkpoints import main
+
+
+def forged(body: object) -> bytes:
+    """The bytes of a manifest that says `body`, with the digest that they have."""
+    rest = ("\n" + json.dumps(body, indent=1).removeprefix("{")).encode()
+    return b'{"digest": "%s",' % hashlib.sha256(rest).hexdigest().encode() + rest
+
+
+def nested(depth: int) -> Any:
+    tree: Any = 0
+    for _ in range(depth):
+        tree = {"a": [tree]}
+    return tree
+
+
+# What is changed of a manifest, or of its first array.
+OF_MANIFEST: list[dict[str, Any]] = [
+    {"run_id": 3},
+    {"run_id": None},
+    {"step": "1"},
+    {"step": -1},
+    {"step": 1.0},
+    {"step": True},
+    {"step": 10**400},
+    {"saved_at": "now"},
+    {"saved_at": 1e300},
+    {"saved_at": -5},
+    {"saved_at": float("nan")},
+    {"metadata": []},
+    {"metadata": nested(60)},
+    {"folder": "../step-00000002/arrays"},
+    {"folder": "/etc"},
+    {"folder": ".."},
+    {"folder": ""},
+    {"folder": 7},
+    {"arrays": None},
+    {"arrays": {}, "folder": None},
+    {"arrays": [1]},
+    {"arrays": ["x"]},
+    {"more": 1},
+]
+OF_ARRAY: list[dict[str, Any]] = [
+    {"path": 3},
+    {"path": "b"},
+    {"folder": "../../.."},
+    {"folder": "a/b"},
+    {"folder": "a\x00"},
+    {"shape": [-4]},
+    {"shape": "4"},
+    {"shape": [4.0]},
+    {"shape": [True]},
+    {"shape": 4},
+    {"shape": [4, 4]},
+    {"shape": [10**30], "chunk_shape": [10**30]},
+    {"chunk_shape": [0]},
+    {"chunk_shape": [3]},
+    {"chunk_shape": None},
+    {"dtype": "float33"},
+    {"dtype": "string"},
+    {"dtype": None},
+    {"header": 1},
+    {"chunks": []},
+    {"chunks": {"c.0": None}},
+    {"more": 1},
+]
+# These pass for manifests, and not for those of what is there.
+OF_OTHERS: list[dict[str, Any]] = [
+    {"shape": [2**50], "chunk_shape": [1]},
+    {"shape": [2**50], "chunk_shape": [2**50]},
+    {"shape": [8], "chunk_shape": [8]},
+    {"chunks": {}},
+    {"chunks": {"c.0": "abc"}},
+    {"header": ""},
+    {"folder": "0009-gone"},
+]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    put(tmp_path, 1, {"a": jnp.arange(4.0), "b": jnp.ones(3)})
+    return tmp_path
+
+
+def change(saved: Path, of_manifest: dict[str, Any], of_array: dict[str, Any]) -> None:
+    file = saved / "step-00000001" / "manifest.json"
+    manifest = dataclasses.asdict(decode_manifest("", file.read_bytes()))
+    manifest["arrays"][0] |= of_array
+    file.write_bytes(forged({"format": FORMAT} | manifest | of_manifest))
+
+
+def refused(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (line,) = damage(saved, 1)
+    with pytest.raises(CheckpointError) as error:
+        restore(saved, {"a": jnp.zeros(4), "b": jnp.zeros(3)}, report=print)
+    for message in (line, one_line(error)):
+        assert "step-00000001" in message and len(message) < 1000
+    for verb, status in (("list", 0), ("verify", 1), ("show", 1)):
+        capfd.readouterr()
+        assert main([verb, str(saved)]) == status
+        assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("of_manifest", "of_array"), [(c, {}) for c in OF_MANIFEST] + [({}, c) for c in OF_ARRAY], ids=str
+)
+def test_values_that_cannot_be(
+    saved: Path, capfd: pytest.CaptureFixture[str], of_manifest: dict[str, Any], of_array: dict[str, Any]
+) -> None:
+    change(saved, of_manifest, of_array)
+    (line,) = damage(saved, 1)
+    assert "it is no manifest of a checkpoint: " in line
+    refused(saved, capfd)
+
+
+@pytest.mark.parametrize("of_array", OF_OTHERS, ids=str)
+def test_values_of_other_arrays(saved: Path, of_array: dict[str, Any]) -> None:
+    change(saved, {}, of_array)
+    found = damage(saved, 1)
+    assert found and all("leaf a, " in line for line in found)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda: forged({"format": FORMAT}),
+        lambda: forged({"format": 99}).replace(b"99", b"98"),
+        lambda: b"[" * 100_000,
+        lambda: b"{}",
+        lambda: b"",
+        lambda: b"\xff\xfe",
+        lambda: b'{"digest": "%s",' % hashlib.sha256(b"\nnot JSON").hexdigest().encode() + b"\nnot JSON",
+        lambda: b'{"digest": "%s",' % hashlib.sha256(b"\n" + b"[" * 9999).hexdigest().encode() + b"\n" + b"[" * 9999,
+    ],
+)
+def test_bytes_that_are_no_manifest(
+    saved: Path, capfd: pytest.CaptureFixture[str], content: Callable[[], bytes]
+) -> None:
+    (saved / "step-00000001" / "manifest.json").write_bytes(content())
+    refused(saved, capfd)

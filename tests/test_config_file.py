@@ -1,0 +1,109 @@
+"""Configuration files that are made to hang, to fill the memory or to mean something else."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sophia_levanter.command_line import dump_config, load_config
+from sophia_levanter.errors import InputError
+from sophia_levanter.main import main
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(InputError) as error:
+        load_config(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_files_that_name_each_other_many_times(tmp_path: Path) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}.yaml").write_text(f"defaults: [{', '.join([f'{number + 1}.yaml'] * 10)}]")
+    (tmp_path / "8.yaml").write_text("trainer: {seed: 1}")
+    assert refusal(tmp_path / "0.yaml") == (
+        f"{tmp_path}/0.yaml: defaults lead to more than 100 files; name each only once"
+    )
+    assert load_config(tmp_path / "7.yaml").trainer.seed == 1
+
+
+@pytest.mark.parametrize("content", ["defaults: [run.yaml]", "defaults: [../{}/run.yaml]", "defaults: [link.yaml]"])
+def test_a_file_that_names_itself(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(content.format(tmp_path.name))
+    (tmp_path / "link.yaml").symlink_to("run.yaml")
+    assert "defaults go round in a circle" in refusal(tmp_path / "run.yaml")
+
+
+def test_a_link_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").symlink_to("run.yaml")
+    assert refusal(tmp_path / "run.yaml") == f"{tmp_path}/run.yaml: cannot be read: Too many levels of symbolic links"
+
+
+@pytest.mark.parametrize("character", ["\\0", "\\ud800", "\\udbff\\udc00", "\\udc7f"])
+@pytest.mark.parametrize(
+    "text",
+    ['defaults: ["a%s.yaml"]', 'data: {cache_dir: "a%s"}', 'data: {train: [{source: "%s"}]}', 'trainer: {"a%s": 1}'],
+)
+def test_characters_that_no_text_holds(text: str, character: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("\n" + text % character)
+    assert "run.yaml: is not valid YAML at line 2: the character '\\" in refusal(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("name", ["data.cache_dir", "trainer.checkpoint_dir"])
+@pytest.mark.parametrize("value", ["a\udcffb", "a\0b"])
+def test_folders_that_tensorstore_cannot_name(
+    name: str, value: str, config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", str(config_file), f"--{name}", value, "--trainer.run_dir", str(tmp_path / "run")]) == 2
+    error = f"error: {name} is {value!a}; it must be the name of a folder in UTF-8\n"
+    assert capfd.readouterr().err == error and not (tmp_path / "run").exists()
+
+
+def test_a_source_whose_name_is_not_utf8_goes_into_the_run_s_configuration(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(json.dumps({"data": {"train": "a\udcff.txt"}}))
+    config = load_config(tmp_path / "run.yaml")
+    (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: &a [1,1]\nb: &b [*a,*a]\nc: [*b,*b]", "line 1: anchors and aliases are refused"),
+        ("[" * 100_000, "YAML"),
+        ("{a: " * 5_000, "YAML"),
+        ("trainer: {seed: 1}\ntrainer: {seed: 2}", "line 2: duplicate key 'trainer'"),
+        ("trainer:\n  seed: 1\n  seed: 1", "line 3: duplicate key 'seed'"),
+        ("trainer:\n\tseed: 1", "line 2: "),
+        (f"trainer: {{seed: {'9' * 5000}}}", "YAML"),
+        (f"trainer: {{seed: {'9' * 400}}}", "trainer.seed is 999"),
+        (f"optimizer: {{rho: {'9' * 4000}}}", "optimizer.rho is inf"),
+        ("trainer: {seed: !!python/object/apply:os.system [ls]}", "the tag tag:yaml.org,2002:python/object"),
+        ("trainer: {seed: !!int 3}", "the tag tag:yaml.org,2002:int is refused"),
+        (
+            "data: {text_field: 2024-01-02T03:04:05Z, tokenizer: 1}",
+            "data.tokenizer is 1; it must be a string; quote it",
+        ),
+        ("trainer: {keep_best: yes}", "trainer.keep_best is 'yes'; it must be true or false"),
+        ("trainer: {keep_best: on}", "trainer.keep_best is 'on'; it must be true or false"),
+        ("trainer: {seed: 1e3}", "trainer.seed is 1000.0; it must be an integer"),
+        ("trainer: {seed: 0x10}", "trainer.seed is '0x10'; it must be an integer"),
+        ("trainer: {seed: 1_000}", "trainer.seed is '1_000'; it must be an integer"),
+        ("optimizer: {rho: 1e999}", "optimizer.rho is inf; it must be a finite number"),
+        ("optimizer: {rho: .nan}", "optimizer.rho is '.nan'; it must be a finite number"),
+        ("optimizer: {rho: '1e-3'}", "optimizer.rho is '1e-3'; it must be a finite number"),
+        ("a: 1\n---\nb: 2", "line 2: "),
+        ("\x07", "YAML"),
+    ],
+)
+def test_yaml_that_surprises(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    message = refusal(tmp_path / "run.yaml")
+    assert says in message and len(message) < 1000
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "0.001", ".001", "+1e-3"])
+def test_numbers_of_yaml_1_2(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"optimizer: {{rho: {text}}}")
+    assert load_config(tmp_path / "run.yaml").optimizer.rho == 1e-3  # type: ignore[attr-defined]
+    assert load_config(tmp_path / "run.yaml", [("optimizer.rho", text)]).optimizer.rho == 1e-3  # type: ignore[attr-defined]
