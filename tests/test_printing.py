@@ -1,6 +1,5 @@
 """Names of others in a terminal, on a page and in pictures."""
 
-import base64
 import json
 import re
 import shutil
@@ -16,6 +15,7 @@ from sophia_levanter.commands.report import main as report
 from sophia_levanter.data.tokenizer import printable
 from sophia_levanter.main import main as train
 from sophia_levanter.printing import CONTROLS, one_line, shortened
+from sophia_levanter.reporting.runs import Run
 from written_runs import run_config, write_run
 
 # A colour, a title, a bell, a line of its own, an override of the direction, a C1 control, and HTML.
@@ -55,20 +55,32 @@ def clean(capfd: pytest.CaptureFixture[str]) -> str:
     return out
 
 
-def test_names_of_runs_in_a_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_names_of_runs_in_a_report(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
-    name = HOSTILE.replace("/", "")
+    from sophia_levanter.reporting import figures, page, writing
+
+    drawn: list[str] = []
+
+    def picture(panel: object, runs: list[Run], axis: object) -> str:
+        drawn.extend(str(figures._sample(run, 0).get_label()) for run in runs)
+        return "data:"
+
+    monkeypatch.setattr(page, "svg", picture)
+    monkeypatch.setattr(writing, "png", lambda panels, runs, axis: b"")
     lines = [{"step": 0, "train/loss": 5.0}, {"step": 1, "train/loss": 4.0, HOSTILE: 1.0}]
     config = run_config(data={"train": HOSTILE, "validation": HOSTILE, "tokenizer": "bytes"})
-    write_run(tmp_path / name, config, lines)
-    write_run(tmp_path / "_b", config, lines)
-    page = tmp_path / "report.html"
-    assert report([str(tmp_path / name), f"{'long' * 30}$={tmp_path / '_b'}", "-o", str(page)]) == 0
+    name = HOSTILE.replace("/", "")
+    for folder in (name, "_b", "c"):
+        write_run(tmp_path / folder, config, lines)
+    words = [str(tmp_path / name), str(tmp_path / "_b"), f"{'long' * 30}$={tmp_path / 'c'}"]
+    assert report([*words, "-o", str(tmp_path / "report.html")]) == 0
     assert "a\\x1b[31m" in clean(capfd)
-    html = page.read_text(encoding="utf-8")
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not CONTROLS.search(html.replace("\n", "")) and "<script>" not in html
-    for picture in re.findall(r"data:image/svg\+xml;base64,([^']+)", html):
-        assert "<script>" not in base64.b64decode(picture).decode()
+    assert not CONTROLS.search("".join(drawn)) and drawn[1] == " _b"
+    assert (len(drawn[2]), drawn[2][:20], drawn[2][-5:]) == (40, "long" * 5, "long$") and "…" in drawn[2]
 
 
 def test_paths_in_errors_and_lines_of_a_run(

@@ -164,6 +164,25 @@ def test_a_checkpoint_has_all_that_a_run_goes_on_from(config_file, tmp_path):
 SAME_RATE = ["--optimizer.schedule", "constant"]
 
 
+def test_a_checkpoint_that_was_copied_from_another_run(config_file, tmp_path, capfd):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    options = ["--trainer.num_train_steps", "2", "--trainer.evaluation_windows", "1", "--trainer.sample_tokens", "0"]
+    assert main(["--config", str(config_file), *options, *SAME_RATE, "--trainer.run_dir", str(run)]) == 0
+    theirs = checkpoint.read_step(run / "checkpoints", 2).run_id
+    assert (run / ".run_id").read_text() == f"{theirs}\n"
+    shutil.copytree(run, copy)
+    (copy / ".run_id").write_text("mine")
+    before = (copy / "metrics.jsonl").read_bytes()
+    longer = ["--resume", str(copy), "--trainer.num_train_steps", "3"]
+    assert main(longer) == 2
+    assert f"is of run {theirs}, and this is run mine; move that step away" in capfd.readouterr().err
+    assert (copy / "metrics.jsonl").read_bytes() == before
+    # To go on with a run that began elsewhere is no mistake.
+    (copy / ".run_id").unlink()
+    assert main(longer) == 0
+    assert (copy / ".run_id").read_text() == f"{theirs}\n"
+
+
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(config_file, tmp_path, capfd):
     command = ["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run"), "--resume", "auto"]
     steady = ["--trainer.num_train_steps", "30", "--trainer.evaluate_every", "30"]

@@ -74,3 +74,10 @@ def test_changed_fields():
     old, new = config(), config(tokenizer="gpt2")
     assert changed_fields(old, old) == []
     assert changed_fields(old, new) == [("data.tokenizer", "bytes", "gpt2")]
+
+
+def test_the_id_of_a_run(tmp_path):
+    run = RunDirectory(tmp_path, "never")
+    assert run.run_id is None
+    run.write_run_id("abc")
+    assert run.run_id == "abc"

@@ -14,12 +14,13 @@ from sophia_levanter.checkpoint import Restored
 from sophia_levanter.command_line import config_in, load_config
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.errors import InputError
+from sophia_levanter.partition.messages import PATIENCE
 from sophia_levanter.partition.processes import wait_for_all
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import lines_of
 from sophia_levanter.training.loading_models import newest_manifest
 from sophia_levanter.training.optimizers import build_schedule
-from sophia_levanter.training.run_directory import RunDirectory, changed_fields, check_same_run
+from sophia_levanter.training.run_directory import RUN_ID, RunDirectory, changed_fields, check_same_run
 from sophia_levanter.training.step import TrainState
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[
         InputError: if it is of another model, optimizer or text.
     """
     restored = _read(parts, directory, console)
+    own = parts.processes.broadcast("run id", directory.run_id or "", PATIENCE)
+    if own and restored.run_id != own:
+        raise InputError(
+            f"--resume {directory.path}: step {restored.step} in {directory.checkpoints} is of run "
+            f"{restored.run_id}, and this is run {own}; move that step away, or remove {directory.path / RUN_ID} to "
+            "go on from it"
+        )
     saved_config: Any = restored.metadata.get("config")
     if saved_config is None:
         raise InputError(f"{directory.checkpoints} holds checkpoints that no training run has saved")

@@ -152,6 +152,9 @@ def run(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) ->
     # Every process has read what is there before the first one writes.
     wait_for_all("restored")
 
+    # Of all the ids only the first process's is saved.
+    run_id = uuid.uuid4().hex if restored is None else restored.run_id
+
     def take_directory() -> None:
         if config.trainer.checkpoint_dir is not None:
             checkpoint.check_writable(config.trainer.checkpoint_dir)
@@ -160,12 +163,11 @@ def run(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) ->
         if config.trainer.checkpoint_dir is None:
             Path(directory.checkpoints).mkdir(exist_ok=True)
         keep_tokenizer(directory.checkpoints, parts.data.tokenizer)
+        directory.write_run_id(run_id)
         checkpoint.remove_leftovers(directory.checkpoints)
 
     _by_first(processes, "directory", take_directory)
     describe_start(parts, directory.path, console)
-    # Of all the ids only the first process's is saved.
-    run_id = uuid.uuid4().hex if restored is None else restored.run_id
     others = _start_others(parts, directory, run_id, int(state.step), console)
     try:
         stop = StopRequest(several=jax.process_count() > 1)

@@ -43,6 +43,7 @@ _MAY_DIFFER = (
     *(f"tracking.{field.name}" for field in dataclasses.fields(TrackingConfig)),
 )
 LOCK_NAME = ".lock"
+RUN_ID = ".run_id"
 IN_USE = "is in use by another process"
 UNFINISHED_CONFIG = "config.yaml.tmp"
 LAUNCH = "launch"  # what the launcher knows of the run
@@ -68,6 +69,18 @@ class RunDirectory:
     @property
     def config_file(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def run_id(self) -> str | None:
+        """The id that the run in the directory saves its checkpoints under; None where none was written.
+
+        Raises:
+            NotRegular: if the file is something else.
+        """
+        try:
+            return files.read_regular(self.path / RUN_ID, 1000).decode(errors="replace").strip() or None
+        except FileNotFoundError:
+            return None
 
     @property
     def metrics_file(self) -> Path:
@@ -101,6 +114,10 @@ class RunDirectory:
         if self.checkpoint_dir is not None and "://" not in self.checkpoint_dir:
             places.append(("checkpoint_dir", Path(self.checkpoint_dir)))
         return places
+
+    def write_run_id(self, run_id: str) -> None:
+        """Put the run's id into the directory."""
+        files.write_atomically(self.path / RUN_ID, f"{run_id}\n".encode())
 
     def write_config(self, config: TrainConfig) -> None:
         """Put the resolved configuration into the directory.
