@@ -37,13 +37,44 @@ def test_a_line_that_a_kill_cut_short_is_not_there(rest, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[1]", "5", '{"train/loss": 1}', '{"step": "1"}', '{"step": 1, "train/loss": "low"}', "\xff", ""]
+    "line",
+    [
+        *("{", "[1]", "5", '{"train/loss": 1}', '{"step": "1"}', '{"step": 1, "train/loss": "low"}', "\xff", ""),
+        *('{"step": 1.5}', '{"step": 1.0}', '{"step": -1}', '{"step": true}', '{"step": null}', '{"step": 2147483648}'),
+        '{"step": 1, "a": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"step": 1, "a": 1' + "0" * 400 + "}",
+        '{"step": 1, "a": 1' + "0" * 5000 + "}",
+        '{"step": 1, "a": 1e200}',
+        '{"step": 1, "a": {}}',
+        '{"step": 1, "a": "' + "x" * 3_000_000 + '"}',
+    ],
+    ids=range(20),
 )
 def test_a_damaged_line_is_named(line, tmp_path):
     write_run(tmp_path, lines=[])
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0, "train/loss": 5}\n' + line.encode("latin1") + b"\n")
     with pytest.raises(InputError, match=r"metrics\.jsonl: line 2 is damaged"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_numbers_that_are_not_finite_are_gaps(tmp_path):
+    write_run(tmp_path, lines=[])
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "a": NaN}\n{"step": 1, "a": -Infinity}\n{"step": 2, "a": 1e999}\n'
+    )
+    assert np.isnan(read_metrics(tmp_path / "metrics.jsonl")["a"].values).all()
+
+
+def test_rates_that_cannot_be_are_left_out(tmp_path):
+    lines = [
+        line | {"train/tokens_per_second": 50.0, "train/mfu": 0.25} for line in step_lines(5) if "train/loss" in line
+    ]
+    for line, rate in zip(lines, (0, -3, None, 50.0), strict=False):
+        line["train/tokens_per_second"] = rate
+    run = read_run("a", write_run(tmp_path, lines=[*lines, {"step": 4, "train/mfu": 0.5}]))
+    assert run.seconds_at(np.array(5)) == pytest.approx(5)
+    row = dict(zip(COLUMNS, headline([run], compare([run]))[0], strict=True))
+    assert (row["tokens/s"].text, row["MFU"].text) == ("50", "25.0%")
 
 
 def test_steps_that_go_back_are_no_run(tmp_path):

@@ -131,10 +131,11 @@ def _throughput(run: Run) -> str:
 
 def _utilisation(run: Run) -> str:
     """The mean over time: of the FLOPs that all steps together could have done."""
-    if "train/mfu" not in run.series or "train/tokens_per_second" not in run.series:
+    if run.rates is None or "train/mfu" not in run.series:
         return NOTHING
     # A step takes as long as its rate is low; each has the same model FLOPs per token.
-    rates, shares = run.series["train/tokens_per_second"].values, run.series["train/mfu"].values
-    tokens = np.diff(run.tokens_at(np.append(0, run.series["train/tokens_per_second"].steps)))
-    seconds = tokens / rates
-    return f"{np.sum(shares * seconds) / np.sum(seconds):.1%}"
+    shares = run.series["train/mfu"]
+    steps, of_rates, of_shares = np.intersect1d(run.rates.steps, shares.steps, return_indices=True)
+    seconds = np.diff(run.tokens_at(np.append(0, steps))) / run.rates.values[of_rates]
+    share = np.sum(shares.values[of_shares] * seconds) / np.sum(seconds) if steps.size else math.nan
+    return f"{share:.1%}" if math.isfinite(share) else NOTHING

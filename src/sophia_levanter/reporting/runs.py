@@ -108,9 +108,16 @@ class Run:
         return np.interp(steps, *self._clock)
 
     @cached_property
+    def rates(self) -> Series | None:
+        """Tokens per second of the steps that took some time; None if there is none."""
+        series = self.series.get("train/tokens_per_second")
+        known = np.zeros(0, bool) if series is None else np.isfinite(series.values) & (series.values > 0)
+        return Series(series.steps[known], series.values[known]) if series is not None and known.any() else None
+
+    @cached_property
     def _clock(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Steps done, and the seconds that they took: without compiling, evaluations and saves."""
-        rates = self.series.get("train/tokens_per_second")
+        rates = self.rates
         if rates is None:
             return None
         # Steps whose lines are missing, left on a disk that is gone, are taken for as fast as the next one.

@@ -14,6 +14,7 @@ from sophia_levanter.files import open_regular, write_atomically
 
 MOST_LINE_BYTES = 1 << 20
 MOST_STEPS = 2**31
+LARGEST = 1e100  # far above what float32 holds; pictures cannot show much more
 
 
 class JsonLines:
@@ -96,7 +97,10 @@ def _record_of(line: bytes) -> dict[str, Any]:
         record = json.loads(line)
         if type(record["step"]) is not int or not 0 <= record["step"] < MOST_STEPS:
             raise ValueError("the step is not one")
-        return {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
+        found = {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
+        if any(value is not None and abs(value) > LARGEST for value in found.values()):
+            raise ValueError("a number is too large")
+        return found
     except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
