@@ -18,3 +18,9 @@ def test_a_full_disk_leaves_nothing_and_is_named(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left on device: .*a\.txt"):
         files.write_atomically(path, b"new")
     assert os.listdir(tmp_path) == ["a.txt"] and path.read_bytes() == b"old"
+
+
+def test_a_pipe_in_place_of_a_lock_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(OSError, match="No such device"):
+        files.lock(tmp_path / "lock")

@@ -110,7 +110,8 @@ def lock(path: Path) -> IO[str] | None:
     Returns:
         None if another process has it.
     """
-    file = path.open("w")
+    # Without waiting for a reader, where someone has put a pipe there.
+    file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o666), "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

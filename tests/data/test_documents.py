@@ -15,6 +15,7 @@ import pytest
 from backports import zstd
 
 from sophia_levanter.data import documents as documents_module
+from sophia_levanter.data import text_files
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.documents import FileSource
 from sophia_levanter.data.text_files import find_files
@@ -505,3 +506,23 @@ def test_a_url_with_a_password_is_refused_and_not_shown() -> None:
     message = error_of("https://user:s3cret@127.0.0.1:1/a.jsonl")
     assert "password" in message
     assert "s3cret" not in message
+
+
+BOMBS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zstd": zstd.compress}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+@pytest.mark.parametrize("compression", BOMBS)
+def test_a_compressed_file_that_expands_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, compression: str
+) -> None:
+    monkeypatch.setattr(text_files, "EXPANDED_BYTES", 1 << 20)
+    path = tmp_path / name
+    path.write_bytes(BOMBS[compression](b'[{"text": "' + b"a" * (1 << 22)))
+    assert error_of(path).startswith(f"data.train: {path} expands to more than 200 times its size, unlike any text; ")
+
+
+def test_a_text_that_does_not_fit_into_memory(tmp_path: Path) -> None:
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate(1 << 42)
+    assert "is one text of 4,398,046,511,104 bytes, which does not fit into memory" in error_of(tmp_path / "a.txt")

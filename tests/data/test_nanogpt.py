@@ -312,3 +312,13 @@ def test_a_file_that_is_overwritten_is_noticed_and_one_that_is_removed_stays_rea
     time.sleep(0.01)  # the system's clock for files is a coarse one
     TOKENS[100:200].tofile(files / "val.bin")
     assert "changed after it was opened" in error_of(tokens.check_unchanged)
+
+
+def test_a_meta_file_that_would_take_for_ever_to_show(tmp_path: Path) -> None:
+    size: list = []
+    for _ in range(60):
+        size = [size, size]
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": size}))
+    np.arange(9, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    with pytest.raises(InputError, match="says that there are 'list' ids"):
+        NanogptTokens(f"nanogpt:{tmp_path / 'a.bin'}", ByteTokenizer(), field="data.train")

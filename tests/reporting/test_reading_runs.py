@@ -284,6 +284,16 @@ def test_facts_come_from_the_newest_checkpoint_that_can_be_read(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text", [{}, {"mixture": 5}, {"mixture": [1, {}]}, {"tokens": "many"}, {"tokens": None, "digest": ["x"]}], ids=str
+)
+def test_facts_of_another_program_s_checkpoint(text, tmp_path):
+    write_run(tmp_path)
+    write_manifest(tmp_path / "checkpoints", 10, {"environment": {"device": "cpu"}, "data": text, "validation": text})
+    run = read_run("a", tmp_path)
+    assert dict(facts([run]))["device"] == ["None × cpu, None threads"] and compare([run]).same_text
+
+
+@pytest.mark.parametrize(
     ("place", "says"), [(None, "none yet"), ("s3://nobody/answers", "not looked at: s3://nobody/answers")]
 )
 def test_a_run_without_checkpoints_at_hand(place, says, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from sophia_levanter.command_line import Command, load_config
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.errors import InputError
+from sophia_levanter.training.checkpoints import is_of_training
 from sophia_levanter.training.run_directory import RunDirectory, changed_fields, choose_run_directory
 
 
@@ -81,3 +82,20 @@ def test_the_id_of_a_run(tmp_path):
     assert run.run_id is None
     run.write_run_id("abc")
     assert run.run_id == "abc"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": None},
+        {"config": 3},
+        {"config": {"trainer": 1}},
+        {"data": []},
+        {"validation": {}},
+        {"environment": ""},
+    ],
+    ids=str,
+)
+def test_metadata_of_another_program(change):
+    metadata = {"config": {"model": {}}, "data": {}, "validation": {"tokenizer": "x"}, "environment": {}}
+    assert is_of_training(metadata) and not is_of_training(metadata | change) and not is_of_training({})

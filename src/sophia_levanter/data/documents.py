@@ -25,6 +25,7 @@ from sophia_levanter.data.text_files import (
 )
 from sophia_levanter.errors import InputError
 
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 PARQUET_ROWS = 256  # at once
 PIECE_BYTES = 1 << 20  # of a JSON array, or of a text that is split, at once
 # What stands before an element of an array and what ends it: at its beginning, and after an element.
@@ -164,6 +165,11 @@ class FileSource:
     def _plain_text(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
         """The text of a file as one record; with a separator a record ends at each, so that not all is in memory."""
         separator = self._config.document_separator
+        if separator is None and file.size > MEMORY:
+            raise InputError(
+                f"{self._field}: {file.name} is one text of {file.size:,} bytes, which does not fit into memory; "
+                "split it, write JSON lines, or set data.document_separator"
+            )
         reader = _Utf8(content, self._decode_errors, f"{self._field}: {file.name}")
         text, ended = "", 0
         # Read as much again, so that a long document is not searched more often than its length doubles.

@@ -167,6 +167,8 @@ class NanogptTokens:
                 f"{self._tokenizer.name} cannot read; name the text that it was made from, such as input.txt"
             )
         size = meta.get("vocab_size", self._tokenizer.vocab_size)
+        if not isinstance(size, int | str):  # what is nested may take for ever to show
+            size = type(size).__name__
         if size != self._tokenizer.vocab_size:
             raise InputError(
                 f"{self._where}: {META} beside it says that there are {size!r} ids, and data.tokenizer "

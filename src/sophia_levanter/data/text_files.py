@@ -6,6 +6,7 @@ import bz2
 import glob
 import gzip
 import importlib
+import io
 import lzma
 import os
 import re
@@ -32,6 +33,8 @@ MAGIC = {
     "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
 }
 MAGIC_BYTES = 10
+# A compressed file may expand to so many bytes, or so many times its size if that is more.
+EXPANDED_BYTES, MOST_EXPANSION = 1 << 28, 200
 # What is taken of a folder. A .json that is not compressed may well be a configuration.
 KINDS = (".txt", ".jsonl", ".ndjson", ".jsonlines", ".parquet")
 DATASET_MARKS = ("state.json", "dataset_dict.json")
@@ -98,7 +101,11 @@ class OpenFile:
         except (OSError, ValueError):  # a stream of a server that sends whole files only
             self._raw.close()
             self._raw = _open_raw(self.file, self._field)
-        self.content = _decompressed(self._raw, self.compression, f"{self._field}: {self.file.name}")
+        where = f"{self._field}: {self.file.name}"
+        self.content = _decompressed(self._raw, self.compression, where)
+        if self.compression is not None:
+            limit = max(EXPANDED_BYTES, MOST_EXPANSION * self.file.size)
+            self.content = cast(BinaryIO, io.BufferedReader(_Bounded(self.content, limit, where), 1 << 17))
 
     def share_read(self) -> float:
         """The share of the file that has been read."""
@@ -107,6 +114,26 @@ class OpenFile:
     def close(self) -> None:
         """Close the file."""
         self._raw.close()
+
+
+class _Bounded(io.RawIOBase):
+    """Decompressed bytes, as long as there are not many more than a text can have been."""
+
+    def __init__(self, content: BinaryIO, limit: int, where: str) -> None:
+        self._content, self._left, self._where = content, limit, where
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._content.readinto(buffer)  # type: ignore[attr-defined]
+        self._left -= count
+        if self._left < 0:
+            raise InputError(
+                f"{self._where} expands to more than {MOST_EXPANSION} times its size, unlike any text; if it is one, "
+                "decompress it first"
+            )
+        return count
 
 
 # What editors and downloads leave beside a file.
@@ -203,6 +230,8 @@ def readable(file: TextFile, field: str) -> Iterator[None]:
             raise InputError(
                 f"{field}: {file.name} is truncated or damaged: {error}; copy or download it again"
             ) from error
+        if isinstance(error, MemoryError):
+            raise InputError(f"{field}: {file.name} holds a text that does not fit into memory; split it") from error
         if isinstance(error, OSError):
             reason = error.strerror or " ".join(str(error).split())
             raise InputError(f"{field}: cannot read {file.name}: {reason}") from error

@@ -60,17 +60,26 @@ def _validation(run: Run) -> str:
 def _digest(corpus: Mapping[str, Any] | None) -> str:
     if not corpus:
         return NOTHING
-    return ", ".join(_digest(part) for part in corpus["mixture"]) if "mixture" in corpus else str(corpus.get("digest"))
+    return ", ".join(_digest(part) for part in _parts(corpus)) if "mixture" in corpus else str(corpus.get("digest"))
+
+
+def _parts(corpus: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The texts of a mixture, as far as another program's checkpoint may have some."""
+    parts = corpus["mixture"]
+    return [part for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
 
 
 def _tokens(corpus: Mapping[str, Any] | None) -> str:
     if not corpus:
         return NOTHING
-    return ", ".join(_tokens(part) for part in corpus["mixture"]) if "mixture" in corpus else f"{corpus['tokens']:,}"
+    if "mixture" in corpus:
+        return ", ".join(_tokens(part) for part in _parts(corpus))
+    tokens = corpus.get("tokens")
+    return f"{tokens:,}" if isinstance(tokens, int) else NOTHING
 
 
 def _device(environment: Mapping[str, Any]) -> str:
     if "device" not in environment:
         return NOTHING
-    threads = f", {environment['cpu_threads']} threads" if environment["device"] == "cpu" else ""
-    return f"{environment['device_count']} × {environment['device']}{threads}"
+    threads = f", {environment.get('cpu_threads')} threads" if environment["device"] == "cpu" else ""
+    return f"{environment.get('device_count')} × {environment['device']}{threads}"

@@ -24,6 +24,13 @@ from sophia_levanter.training.step import TrainState
 GRACE = 5.0
 
 
+def is_of_training(metadata: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's metadata is what `RunCheckpoints` saves, and not another program's."""
+    parts = [metadata.get(name) for name in ("config", "environment", "data", "validation")]
+    sections = parts[0].values() if isinstance(parts[0], dict) else [None]
+    return all(isinstance(part, dict) for part in (*parts, *sections)) and "tokenizer" in metadata["validation"]
+
+
 class RunCheckpoints:
     """Saves a run's state while it trains: all that is needed to go on, and what the run looked like at the time.
 

@@ -23,6 +23,7 @@ from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.models.pretrained import check_vocabulary, read_gpt2
 from sophia_levanter.models.saved_weights import open_model
 from sophia_levanter.partition.mesh import Partition, partition_of
+from sophia_levanter.training.checkpoints import is_of_training
 from sophia_levanter.training.run_tokenizer import with_kept_tokenizer
 
 Overrides = Sequence[tuple[str, str]]
@@ -104,9 +105,9 @@ def _from_run(run_dir: Path, step: int | None, overrides: Overrides, report: Rep
 
 def _from_checkpoints(directory: str, step: int | None, overrides: Overrides, report: Report) -> LoadedModel:
     manifest = newest_manifest(directory, step)
-    saved: Any = None if manifest is None else manifest.metadata.get("config")
-    if saved is None:
+    if manifest is None or not is_of_training(manifest.metadata):
         raise InputError(f"{directory} holds checkpoints that no training run has saved")
+    saved: Any = manifest.metadata["config"]
     config = _config([flatten(saved, Path(directory))], overrides)
     return _restored(directory, directory, config, step, overrides, report)
 
@@ -136,6 +137,8 @@ def _restored(
 def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, step: int | None) -> None:
     """Before anything is restored, which would be found to be of another size at best."""
     manifest = newest_manifest(directory, step)
+    if manifest is not None and not is_of_training(manifest.metadata):
+        raise InputError(f"{directory} holds checkpoints that no training run has saved")
     trained_with: Any = None if manifest is None else manifest.metadata["validation"]
     if trained_with is not None and trained_with["tokenizer"] != tokenizer.fingerprint:
         raise InputError(

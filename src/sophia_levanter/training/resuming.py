@@ -18,6 +18,7 @@ from sophia_levanter.partition.messages import PATIENCE
 from sophia_levanter.partition.processes import wait_for_all
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import lines_of
+from sophia_levanter.training.checkpoints import is_of_training
 from sophia_levanter.training.loading_models import newest_manifest
 from sophia_levanter.training.optimizers import build_schedule
 from sophia_levanter.training.run_directory import RUN_ID, RunDirectory, changed_fields, check_same_run
@@ -55,7 +56,7 @@ def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[
             "go on from it"
         )
     saved_config: Any = restored.metadata.get("config")
-    if saved_config is None:
+    if not is_of_training(restored.metadata):
         raise InputError(f"{directory.checkpoints} holds checkpoints that no training run has saved")
     old_config = config_in(saved_config, Path(f"{directory.checkpoints}/step-{restored.step:08d}"))
     if directory.resume == "if_saved":
@@ -129,10 +130,13 @@ def check_not_begun(directory: RunDirectory, console: Console) -> None:
 def best_so_far(parts: Parts, restored: Restored[TrainState]) -> dict[str, Any] | None:
     """Step and validation loss of the best checkpoint, if losses to come compare with it."""
     saved_config: Any = restored.metadata["config"]
-    same_windows = saved_config["trainer"]["evaluation_windows"] == parts.config.trainer.evaluation_windows
+    windows = saved_config.get("trainer", {}).get("evaluation_windows")
+    same_windows = windows == parts.config.trainer.evaluation_windows
     same_text = _is_same_text(restored.metadata["validation"], parts.facts["validation"])
     best: Any = restored.metadata.get("best")
-    return best if same_windows and same_text else None
+    is_sound = isinstance(best, dict) and isinstance(best.get("step"), int)
+    is_sound = is_sound and isinstance(best.get("validation/loss"), float)
+    return best if is_sound and same_windows and same_text else None
 
 
 def _is_same_text(saved: Any, now: Any) -> bool:
