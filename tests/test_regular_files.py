@@ -6,14 +6,16 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sophia_levanter.checkpoint import CheckpointError, read_step
+from sophia_levanter.checkpoint import CheckpointError, Retention, damage, read_step, restore, save
 from sophia_levanter.command_line import load_config
 from sophia_levanter.commands.sample import parse as parse_sample
 from sophia_levanter.comparison.records import read_records as read_study_records
 from sophia_levanter.data.bpe import load_bpe
 from sophia_levanter.data.nanogpt import NanogptTokens
+from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.text_files import find_files
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer
@@ -109,3 +111,32 @@ def test_a_configuration_comes_through_a_pipe_of_the_shell(tmp_path: Path) -> No
     os.close(writer)
     assert load_config(Path(f"/dev/fd/{reader}")).trainer.seed == 7
     os.close(reader)
+
+
+@pytest.mark.parametrize("kind", [pipe, zeros, listening, folder])
+@pytest.mark.parametrize("name", ["zarr.json", "c.0"])
+def test_files_of_a_checkpoint(name: str, kind: Callable[[Path], None], tmp_path: Path) -> None:
+    save(tmp_path, 1, {"a": np.arange(3.0)}, run_id="r", metadata={}, retention=Retention(1))
+    (path,) = tmp_path.rglob(name)
+    path.unlink()
+    kind(path)
+    (line,) = damage(tmp_path, 1)
+    assert str(path) in line and ("not a regular file" in line or "Is a directory" in line)
+    with pytest.raises(CheckpointError, match="leaf a, "):
+        restore(tmp_path, {"a": np.zeros(3)}, report=print)
+
+
+@pytest.mark.parametrize("kind", [pipe, zeros, listening])
+def test_files_of_a_token_store(kind: Callable[[Path], None], config_file: Path) -> None:
+    data = load_config(config_file).data
+    store = prepare(data, lambda line: None).train
+    assert isinstance(store, TokenStore)
+    for path in [path for path in store.path.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        path.unlink()
+        kind(path)
+        with pytest.raises(InputError):
+            TokenStore.open(store.path).verify()
+        path.unlink()
+        path.write_bytes(content)
+    TokenStore.open(store.path).verify()
