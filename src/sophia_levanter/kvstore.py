@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from sophia_levanter.files import read_regular
+from sophia_levanter.files import NotRegular, read_regular
 
 # Of a request to a bucket, with pauses that grow to half a minute: one that does not answer is given up after two.
 _RETRIES = {"max_retries": 8}
@@ -45,6 +45,7 @@ def read_file(location: str | Path, name: str) -> bytes | None:
     """The content of a file in a folder; None if there is none.
 
     Raises:
+        NotRegular: if it is not a regular file.
         ValueError: if the place cannot be read.
     """
     if "://" not in str(location):  # tensorstore would wait for a pipe
@@ -52,6 +53,8 @@ def read_file(location: str | Path, name: str) -> bytes | None:
             return read_regular(Path(location, name))
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except NotRegular:
+            raise
         except OSError as error:
             raise ValueError(str(error)) from error
     read = _store(location).read(name).result()
