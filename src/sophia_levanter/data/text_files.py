@@ -126,14 +126,16 @@ class _Bounded(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count: int = self._content.readinto(buffer)  # type: ignore[attr-defined]
-        self._left -= count
+        # One read, so that what stands before damage is there before the error.
+        data = self._content.read1(len(buffer))  # type: ignore[attr-defined]
+        buffer[: len(data)] = data
+        self._left -= len(data)
         if self._left < 0:
             raise InputError(
                 f"{self._where} expands to more than {MOST_EXPANSION} times its size, unlike any text; if it is one, "
                 "decompress it first"
             )
-        return count
+        return len(data)
 
 
 # What editors and downloads leave beside a file.
