@@ -56,6 +56,11 @@ TESTS_RUN = itertools.count(1)
 MAPS = Path("/proc/self/maps")
 
 
+def pytest_make_parametrize_id(val):
+    """Names tests alike in all workers: compressed bytes hold the time of day."""
+    return "bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def few_compiled_programs():
     """Forgets compiled programs before there are too many: every one maps memory, and XLA dies where Linux allows no

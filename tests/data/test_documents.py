@@ -15,7 +15,7 @@ import pytest
 from backports import zstd
 
 from sophia_levanter.data import documents as documents_module
-from sophia_levanter.data import text_files
+from sophia_levanter.data import opened_files
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.documents import FileSource
 from sophia_levanter.data.text_files import find_files
@@ -516,7 +516,7 @@ BOMBS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zst
 def test_a_compressed_file_that_expands_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, compression: str
 ) -> None:
-    monkeypatch.setattr(text_files, "EXPANDED_BYTES", 1 << 20)
+    monkeypatch.setattr(opened_files, "EXPANDED_BYTES", 1 << 20)
     path = tmp_path / name
     path.write_bytes(BOMBS[compression](b'[{"text": "' + b"a" * (1 << 22)))
     assert error_of(path).startswith(f"data.train: {path} expands to more than 200 times its size, unlike any text; ")

@@ -14,15 +14,9 @@ from typing import Any, BinaryIO
 from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.formats import Format, format_of, named_formats
 from sophia_levanter.data.names import PYTHON_STDLIB
+from sophia_levanter.data.opened_files import OpenFile, opened, readable
 from sophia_levanter.data.rows import Rows
-from sophia_levanter.data.text_files import (
-    OpenFile,
-    TextFile,
-    find_files,
-    opened,
-    optional_import,
-    readable,
-)
+from sophia_levanter.data.text_files import TextFile, find_files, optional_import
 from sophia_levanter.errors import InputError
 
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

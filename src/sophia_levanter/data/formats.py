@@ -7,7 +7,7 @@ import json
 from enum import Enum
 from typing import Any
 
-from sophia_levanter.data.text_files import OpenFile
+from sophia_levanter.data.opened_files import OpenFile
 from sophia_levanter.errors import InputError
 
 LOOK_BYTES = 1 << 16

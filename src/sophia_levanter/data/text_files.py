@@ -1,23 +1,17 @@
-"""Files of text, here or at a URL, plain or compressed: which there are, and how they are opened."""
+"""Files of text, here or at a URL: which there are."""
 
 from __future__ import annotations
 
-import bz2
 import glob
-import gzip
 import importlib
-import io
-import lzma
 import os
 import re
-import sys
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 from sophia_levanter.data.names import PYTHON_STDLIB
@@ -25,16 +19,6 @@ from sophia_levanter.errors import InputError
 
 NOT_STDLIB_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
-# How compressed files begin; the second pattern of zstd is a skippable frame.
-MAGIC = {
-    "gzip": re.compile(rb"\x1f\x8b\x08"),
-    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
-    "xz": re.compile(rb"\xfd7zXZ\x00"),
-    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
-}
-MAGIC_BYTES = 10
-# A compressed file may expand to so many bytes, or so many times its size if that is more.
-EXPANDED_BYTES, MOST_EXPANSION = 1 << 28, 200
 # What is taken of a folder. A .json that is not compressed may well be a configuration.
 KINDS = (".txt", ".jsonl", ".ndjson", ".jsonlines", ".parquet")
 DATASET_MARKS = ("state.json", "dataset_dict.json")
@@ -77,67 +61,6 @@ class TextFile:
         return self.kind in KINDS or (self.kind == ".json" and self.named_compression is not None)
 
 
-class OpenFile:
-    """A file that is being read, decompressed as its first bytes say.
-
-    Attributes:
-        file: which one.
-        compression: gzip, zstd, xz, bzip2 or None.
-        content: the decompressed bytes, from where they have been read to.
-    """
-
-    def __init__(self, file: TextFile, field: str) -> None:
-        self.file = file
-        self._field = field
-        self._raw = _open_raw(file, field)
-        begin = self._raw.read(MAGIC_BYTES)
-        self.compression = next((name for name, magic in MAGIC.items() if magic.match(begin)), None)
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Go back to the beginning."""
-        try:
-            self._raw.seek(0)
-        except (OSError, ValueError):  # a stream of a server that sends whole files only
-            self._raw.close()
-            self._raw = _open_raw(self.file, self._field)
-        where = f"{self._field}: {self.file.name}"
-        self.content = _decompressed(self._raw, self.compression, where)
-        if self.compression is not None:
-            limit = max(EXPANDED_BYTES, MOST_EXPANSION * self.file.size)
-            self.content = cast(BinaryIO, io.BufferedReader(_Bounded(self.content, limit, where), 1 << 17))
-
-    def share_read(self) -> float:
-        """The share of the file that has been read."""
-        return self._raw.tell() / self.file.size if self.file.size else 1.0
-
-    def close(self) -> None:
-        """Close the file."""
-        self._raw.close()
-
-
-class _Bounded(io.RawIOBase):
-    """Decompressed bytes, as long as there are not many more than a text can have been."""
-
-    def __init__(self, content: BinaryIO, limit: int, where: str) -> None:
-        self._content, self._left, self._where = content, limit, where
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        # One read, so that what stands before damage is there before the error.
-        data = self._content.read1(len(buffer))  # type: ignore[attr-defined]
-        buffer[: len(data)] = data
-        self._left -= len(data)
-        if self._left < 0:
-            raise InputError(
-                f"{self._where} expands to more than {MOST_EXPANSION} times its size, unlike any text; if it is one, "
-                "decompress it first"
-            )
-        return len(data)
-
-
 # What editors and downloads leave beside a file.
 LEFT_BESIDE = (".bak", ".orig", ".swp", ".part", ".crdownload", ".tmp", ".incomplete")
 
@@ -160,7 +83,7 @@ def find_files(source: str, *, field: str, report: Callable[[str], None]) -> lis
         paths = _stdlib_files()
         if not paths:
             raise InputError(f"{field}: {PYTHON_STDLIB}: this Python has no source files of its library; name a file")
-        return [_local_file(path, field) for path in paths]
+        return [local_file(path, field) for path in paths]
     if "://" in source:
         if "@" in urlsplit(source).netloc:
             raise InputError(
@@ -183,61 +106,7 @@ def find_files(source: str, *, field: str, report: Callable[[str], None]) -> lis
         paths = _taken(shown | hidden, kept, field, report)
     if not paths:
         raise InputError(f"{field}: no file is called or matches {source!r}; give a path, a glob or {PYTHON_STDLIB}")
-    return [_local_file(path, field) for path in paths]
-
-
-@contextmanager
-def opened(file: TextFile, field: str) -> Iterator[OpenFile]:
-    """The file, open for reading.
-
-    Raises:
-        InputError: here or while it is read, if it cannot be read or decompressed; at the end, if something was written
-            to it since it was looked up, or another file took its place.
-    """
-    try:
-        with readable(file, field), closing(OpenFile(file, field)) as open_file:
-            yield open_file
-    except InputError:
-        _check_unchanged(file, field)  # a file that is being written to may look damaged
-        raise
-    _check_unchanged(file, field)
-
-
-def _check_unchanged(file: TextFile, field: str) -> None:
-    if "://" not in file.name:
-        marks = _local_file(Path(file.name), field).marks
-    else:
-        filesystem, path = _filesystem(file.name, field)
-        with _naming_url(file.name, field):
-            filesystem.invalidate_cache(path)
-            marks = _remote_file(filesystem, path).marks
-    # What a server tells of a file alone and of all in a folder may differ.
-    if any(marks[name] != file.marks[name] for name in marks.keys() & file.marks.keys()):
-        raise InputError(
-            f"{field}: {file.name} changed after it was looked up; run the command again when nothing writes to it"
-        )
-
-
-@contextmanager
-def readable(file: TextFile, field: str) -> Iterator[None]:
-    """Errors of reading a file as errors of input."""
-    try:
-        yield
-    except Exception as error:
-        # Each compression has an error of its own.
-        if (
-            isinstance(error, EOFError | zlib.error | lzma.LZMAError | gzip.BadGzipFile)
-            or type(error).__name__ == "ZstdError"
-        ):
-            raise InputError(
-                f"{field}: {file.name} is truncated or damaged: {error}; copy or download it again"
-            ) from error
-        if isinstance(error, MemoryError):
-            raise InputError(f"{field}: {file.name} holds a text that does not fit into memory; split it") from error
-        if isinstance(error, OSError):
-            reason = error.strerror or " ".join(str(error).split())
-            raise InputError(f"{field}: cannot read {file.name}: {reason}") from error
-        raise
+    return [local_file(path, field) for path in paths]
 
 
 def optional_import(module: str, package: str, what: str) -> Any:
@@ -250,32 +119,6 @@ def optional_import(module: str, package: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise InputError(f"{what} needs {package}, which is not installed: pip install {package}") from None
-
-
-def _open_raw(file: TextFile, field: str) -> BinaryIO:
-    if "://" not in file.name:
-        return cast(BinaryIO, Path(file.name).open("rb"))
-    filesystem, path = _filesystem(file.name, field)
-    with _naming_url(file.name, field):
-        return cast(BinaryIO, filesystem.open(path, "rb"))
-
-
-def _decompressed(raw: BinaryIO, compression: str | None, where: str) -> BinaryIO:
-    match compression:
-        case "gzip":
-            return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
-        case "xz":
-            return cast(BinaryIO, lzma.LZMAFile(raw))
-        case "bzip2":
-            return cast(BinaryIO, bz2.BZ2File(raw))
-        case "zstd":
-            # Python has it from 3.14 on. The package zstandard takes a truncated file for a whole one.
-            module = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-            zstd = optional_import(module, "backports.zstd", where)
-            # `zstd --long=31` makes windows that decoders refuse unless they are told.
-            window = zstd.DecompressionParameter.window_log_max
-            return cast(BinaryIO, zstd.ZstdFile(raw, options={window: window.bounds()[1]}))
-    return raw
 
 
 def _stdlib_files() -> list[Path]:
@@ -365,7 +208,7 @@ def _files_of_folder(folder: Path, source: str, field: str, report: Callable[[st
     return paths
 
 
-def _local_file(path: Path, field: str) -> TextFile:
+def local_file(path: Path, field: str) -> TextFile:
     if not path.is_file():
         raise InputError(f"{field}: {path} is not a regular file, or a link to one that is gone")
     status = path.stat()
@@ -374,8 +217,8 @@ def _local_file(path: Path, field: str) -> TextFile:
 
 
 def _remote_files(source: str, field: str, report: Callable[[str], None]) -> list[TextFile]:
-    filesystem, path = _filesystem(source, field)
-    with _naming_url(source, field):
+    filesystem, path = filesystem_of(source, field)
+    with naming_url(source, field):
         if filesystem.isdir(path):
             found = [name for name in filesystem.find(path) if TextFile(_own_name(name), 0, None).is_of_folder]
             fixed = len(path)
@@ -390,16 +233,16 @@ def _remote_files(source: str, field: str, report: Callable[[str], None]) -> lis
         rest = {name: name[fixed:].lstrip("/") for name in found}
         taken = [name for name in found if not (_is_hidden(rest[name]) or _is_left_beside(rest[name]))]
         _report_left_out({*found} - {*taken}, field, report)
-        return [_remote_file(filesystem, name) for name in sorted(taken)]
+        return [remote_file(filesystem, name) for name in sorted(taken)]
 
 
-def _remote_file(filesystem: Any, path: str) -> TextFile:
+def remote_file(filesystem: Any, path: str) -> TextFile:
     details = filesystem.info(path)
     marks = {name: details[name] for name in REMOTE_MARKS if name in details}
     return TextFile(filesystem.unstrip_protocol(path), details.get("size") or 0, filesystem.ukey(path), marks)
 
 
-def _filesystem(url: str, field: str) -> tuple[Any, str]:
+def filesystem_of(url: str, field: str) -> tuple[Any, str]:
     fsspec = optional_import("fsspec", "fsspec", f"{field}: {url}")
     try:
         return fsspec.core.url_to_fs(url)
@@ -411,7 +254,7 @@ def _filesystem(url: str, field: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _naming_url(url: str, field: str) -> Iterator[None]:
+def naming_url(url: str, field: str) -> Iterator[None]:
     try:
         yield
     except InputError:
