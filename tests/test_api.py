@@ -64,11 +64,13 @@ def test_a_call_trains_as_the_command_does(config_file, command_losses, tmp_path
 
 def test_overrides_are_sections_or_dotted_names(config_file, tmp_path):
     overrides = {"trainer.run_dir": tmp_path / "run", "trainer.evaluate_every": np.int64(4)}
+    overrides["trainer.batch_size_changes"] = [{"step": np.int64(2), "batch_size": np.int32(8)}]
     optimizer = {"learning_rate": np.float32(0.5), "rho": np.array(0.25), "warmup_steps": 0, "b1": 0}
     train(load_config(config_file), optimizer=optimizer, trainer={"num_train_steps": 4}, **overrides)
     saved = load_config(tmp_path / "run" / "config.yaml")
     assert (saved.optimizer.learning_rate, saved.optimizer.rho, saved.optimizer.b1) == (0.5, 0.25, 0.0)
     assert (saved.trainer.num_train_steps, saved.trainer.evaluate_every) == (4, 4)
+    assert [(change.step, change.batch_size) for change in saved.trainer.batch_size_changes] == [(2, 8)]
 
 
 @pytest.mark.parametrize(

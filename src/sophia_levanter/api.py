@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
 import signal
@@ -63,15 +64,16 @@ def train(
     """
     directory, resolved = plan_run(_command(config, resume, quiet, overrides))
     in_main_thread = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         with _one_at_a_time:
             result = run(resolved, directory, quiet=quiet)
     finally:
         directory.unlock()
         if in_main_thread:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            for number, handler in handlers:
+                # One that a program in another language set is None here, and cannot be put back.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
     if in_main_thread and result.stopped_by is not None:
         signal.raise_signal(result.stopped_by)
     return result
@@ -108,7 +110,11 @@ def _plain(value: Any) -> Any:
     """A value as YAML would give it."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [draccus.encode(part) for part in value]
+        return [_plain(part) for part in value]
+    if dataclasses.is_dataclass(value):
+        return draccus.encode(value)
     # Scalars of NumPy and JAX.
     return value.item() if getattr(value, "shape", None) == () else value

@@ -175,7 +175,7 @@ def test_a_checkpoint_that_was_copied_from_another_run(config_file, tmp_path, ca
     before = (copy / "metrics.jsonl").read_bytes()
     longer = ["--resume", str(copy), "--trainer.num_train_steps", "3"]
     assert main(longer) == 2
-    assert f"is of run {theirs}, and this is run mine; move that step away" in capfd.readouterr().err
+    assert f"was saved by run {theirs}, but this is run mine; move that step away" in capfd.readouterr().err
     assert (copy / "metrics.jsonl").read_bytes() == before
     # To go on with a run that began elsewhere is no mistake.
     (copy / ".run_id").unlink()

@@ -82,6 +82,10 @@ def test_the_id_of_a_run(tmp_path):
     assert run.run_id is None
     run.write_run_id("abc")
     assert run.run_id == "abc"
+    # Another host's run directory may have the id of an attempt that saved nothing.
+    elsewhere = RunDirectory(tmp_path / "host", "never", checkpoint_dir="gs://bucket/run")
+    elsewhere.write_run_id("abc")
+    assert elsewhere.run_id is None
 
 
 @pytest.mark.parametrize(

@@ -88,11 +88,15 @@ def test_a_copy_beside_checkpoints(url, words, tmp_path, monkeypatch):
     with serving(FakeGcs()) as bucket:
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", bucket.address)
         assert with_kept_tokenizer(data, place, going_on=True) == data
-        keep_tokenizer(place, tokenizer)
-        keep_tokenizer(place, tokenizer)
+        # An attempt that saved nothing left another one.
+        write_words(words, b"an", b"th")
+        keep_tokenizer(place, load_tokenizer(str(words)), is_saved=False)
+        write_words(words, b"th", b"in")
+        keep_tokenizer(place, tokenizer, is_saved=False)
         kept = with_kept_tokenizer(data, place, going_on=True).tokenizer
         assert kept != str(words) and load_tokenizer(kept).fingerprint == tokenizer.fingerprint
         write_words(words, b"th")
+        keep_tokenizer(place, load_tokenizer(str(words)), is_saved=True)
         with pytest.raises(InputError, match=r"words\.tiktoken is not the one that the run began with"):
             with_kept_tokenizer(data, place, going_on=True)
         words.unlink()
@@ -103,7 +107,7 @@ def test_a_copy_beside_checkpoints(url, words, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_tokenizers_with_a_name_are_not_copied(name, tmp_path):
-    keep_tokenizer(tmp_path / "checkpoints", load_tokenizer("bytes"))
+    keep_tokenizer(tmp_path / "checkpoints", load_tokenizer("bytes"), is_saved=False)
     assert not (tmp_path / "checkpoints").exists()
     data = DataConfig(tokenizer=name)
     assert with_kept_tokenizer(data, tmp_path, going_on=True) is data
@@ -113,9 +117,9 @@ def test_a_place_that_cannot_be_written(words, monkeypatch, tmp_path):
     tokenizer = load_tokenizer(str(words))
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file/checkpoints/tokenizer\.tiktoken cannot be used: "):
-        keep_tokenizer(tmp_path / "file" / "checkpoints", tokenizer)
+        keep_tokenizer(tmp_path / "file" / "checkpoints", tokenizer, is_saved=False)
     with serving(FakeGcs(refused="tokenizer")) as bucket:
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", bucket.address)
         with pytest.raises(InputError, match=r"gs://bucket/run/tokenizer\.tiktoken cannot be used: .*quota") as error:
-            keep_tokenizer("gs://bucket/run", tokenizer)
+            keep_tokenizer("gs://bucket/run", tokenizer, is_saved=False)
     assert "\n" not in str(error.value)

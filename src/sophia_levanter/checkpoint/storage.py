@@ -188,7 +188,9 @@ class DiskStorage:
 
     def discard(self, stage: Stage) -> None:
         folder = self._path / stage.folder
-        was_removed = not (folder / FILE_NAME).exists()
+        step, _, _ = stage.folder.partition(".")
+        # A step that is in place, and only could not be synced, was not removed.
+        was_removed = not (folder / FILE_NAME).exists() and not (self._path / step / FILE_NAME).exists()
         shutil.rmtree(folder, ignore_errors=True)
         if was_removed:
             # tensorstore makes folders anew that are removed while it writes.

@@ -42,8 +42,7 @@ class _Processes:
         self._tokenizer = tokenizer
 
     def submit(self, texts: Texts) -> Future[Encoded]:
-        with _starting_workers():  # one may be started for it
-            return self._pool.submit(encode_with, self._tokenizer.name, self._tokenizer.fingerprint, texts)
+        return self._pool.submit(encode_with, self._tokenizer.name, self._tokenizer.fingerprint, texts)
 
 
 class _RayTasks:
@@ -63,6 +62,8 @@ def processes(count: int, tokenizer: Tokenizer) -> Iterator[Workers]:
     context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
     with _starting_workers():
         pool = ProcessPoolExecutor(count, context, start_worker)
+        for _ in range(count):  # each task finds no process at leisure, and starts one
+            pool.submit(os.getpid)
     try:
         yield _Processes(pool, count, tokenizer)
     finally:

@@ -106,7 +106,7 @@ def _from_run(run_dir: Path, step: int | None, overrides: Overrides, report: Rep
 def _from_checkpoints(directory: str, step: int | None, overrides: Overrides, report: Report) -> LoadedModel:
     manifest = newest_manifest(directory, step)
     if manifest is None or not is_of_training(manifest.metadata):
-        raise InputError(f"{directory} holds checkpoints that no training run has saved")
+        raise InputError(f"{directory} holds checkpoints that were not saved by a training run")
     saved: Any = manifest.metadata["config"]
     config = _config([flatten(saved, Path(directory))], overrides)
     return _restored(directory, directory, config, step, overrides, report)
@@ -138,7 +138,7 @@ def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, st
     """Before anything is restored, which would be found to be of another size at best."""
     manifest = newest_manifest(directory, step)
     if manifest is not None and not is_of_training(manifest.metadata):
-        raise InputError(f"{directory} holds checkpoints that no training run has saved")
+        raise InputError(f"{directory} holds checkpoints that were not saved by a training run")
     trained_with: Any = None if manifest is None else manifest.metadata["validation"]
     if trained_with is not None and trained_with["tokenizer"] != tokenizer.fingerprint:
         raise InputError(

@@ -51,13 +51,13 @@ def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[
     own = parts.processes.broadcast("run id", directory.run_id or "", PATIENCE)
     if own and restored.run_id != own:
         raise InputError(
-            f"--resume {directory.path}: step {restored.step} in {directory.checkpoints} is of run "
-            f"{restored.run_id}, and this is run {own}; move that step away, or remove {directory.path / RUN_ID} to "
-            "go on from it"
+            f"--resume {directory.path}: step {restored.step} in {directory.checkpoints} was saved "
+            f"by run {restored.run_id}, but this is run {own}; move that step away, or remove "
+            f"{directory.path / RUN_ID} to resume from it"
         )
     saved_config: Any = restored.metadata.get("config")
     if not is_of_training(restored.metadata):
-        raise InputError(f"{directory.checkpoints} holds checkpoints that no training run has saved")
+        raise InputError(f"{directory.checkpoints} holds checkpoints that were not saved by a training run")
     old_config = config_in(saved_config, Path(f"{directory.checkpoints}/step-{restored.step:08d}"))
     if directory.resume == "if_saved":
         check_same_run("checkpoint_dir", str(directory.checkpoints), old_config, parts.config)
@@ -99,10 +99,10 @@ def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[
 def with_saved_rows(config: TrainConfig, directory: RunDirectory) -> TrainConfig:
     """The configuration with the rows of the token embedding that the run's initial weights had."""
     manifest = newest_manifest(directory.checkpoints)
-    saved: Any = None if manifest is None else manifest.metadata.get("config")
-    if config.model.vocab_rows is not None or saved is None:
+    if config.model.vocab_rows is not None or manifest is None or not is_of_training(manifest.metadata):
         return config
-    model = dataclasses.replace(config.model, vocab_rows=saved["model"].get("vocab_rows"))
+    saved: Any = manifest.metadata["config"]
+    model = dataclasses.replace(config.model, vocab_rows=saved.get("model", {}).get("vocab_rows"))
     return dataclasses.replace(config, model=model)
 
 

@@ -123,9 +123,8 @@ def run(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) ->
     if directory.resume == "if_saved" and not is_saved:
         _by_first(processes, "begin", lambda: check_not_begun(directory, console))
     text = config.data
-    if directory.resume != "never":
-        text = with_kept_tokenizer(text, directory.checkpoints, going_on=True)
     if is_saved:
+        text = with_kept_tokenizer(text, directory.checkpoints, going_on=True)
         config = with_saved_rows(config, directory)
     # Before the text is prepared, which may take hours.
     weights = None if is_saved else read_initial_weights(replace(config, data=text), console)
@@ -160,9 +159,8 @@ def run(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) ->
             checkpoint.check_writable(config.trainer.checkpoint_dir)
         directory.lock()
         directory.write_config(config)
-        if config.trainer.checkpoint_dir is None:
-            Path(directory.checkpoints).mkdir(exist_ok=True)
-        keep_tokenizer(directory.checkpoints, parts.data.tokenizer)
+        directory.make_checkpoints()
+        keep_tokenizer(directory.checkpoints, parts.data.tokenizer, is_saved=is_saved)
         directory.write_run_id(run_id)
         checkpoint.remove_leftovers(directory.checkpoints)
 

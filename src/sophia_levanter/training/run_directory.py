@@ -115,9 +115,28 @@ class RunDirectory:
             places.append(("checkpoint_dir", Path(self.checkpoint_dir)))
         return places
 
+    def make_checkpoints(self) -> None:
+        """Make the folder of the checkpoints, if it is one in the directory.
+
+        Raises:
+            InputError: if it cannot be made.
+        """
+        if self.checkpoint_dir is None:
+            with _naming("run_dir", self.path):
+                Path(self.checkpoints).mkdir(exist_ok=True)
+
     def write_run_id(self, run_id: str) -> None:
-        """Put the run's id into the directory."""
-        files.write_atomically(self.path / RUN_ID, f"{run_id}\n".encode())
+        """Put the run's id into the directory that holds its checkpoints.
+
+        Where they lie elsewhere, each host may have a run directory of its own, and the id of an attempt that saved
+        nothing may stay in one of them.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
+        if self.checkpoint_dir is None:
+            with _naming("run_dir", self.path):
+                files.write_atomically(self.path / RUN_ID, f"{run_id}\n".encode())
 
     def write_config(self, config: TrainConfig) -> None:
         """Put the resolved configuration into the directory.

@@ -19,8 +19,13 @@ from sophia_levanter.kvstore import read_file, write_file
 from sophia_levanter.models.saved_weights import TOKENIZER_FILE
 
 
-def keep_tokenizer(checkpoints: Path | str, tokenizer: Tokenizer) -> None:
-    """Put a tokenizer that is a file beside the checkpoints, unless one is there. Those with a name need no copy.
+def keep_tokenizer(checkpoints: Path | str, tokenizer: Tokenizer, *, is_saved: bool) -> None:
+    """Put a tokenizer that is a file beside the checkpoints. Those with a name need no copy.
+
+    Args:
+        checkpoints: a path or a URL.
+        tokenizer: the run's.
+        is_saved: whether there are checkpoints, whose copy stays; without them one is left from an earlier attempt.
 
     Raises:
         InputError: if it cannot be written.
@@ -28,7 +33,7 @@ def keep_tokenizer(checkpoints: Path | str, tokenizer: Tokenizer) -> None:
     if not tokenizer.name.endswith(TRAINED_TOKENIZER):
         return
     try:
-        if read_file(checkpoints, TOKENIZER_FILE) is None:
+        if not is_saved or read_file(checkpoints, TOKENIZER_FILE) is None:
             write_file(checkpoints, TOKENIZER_FILE, bpe_file(ranks_of(tokenizer)))
     except Exception as error:  # whatever a bucket's client makes of a server's answer
         raise _unusable(checkpoints, error) from error
@@ -62,7 +67,7 @@ def with_kept_tokenizer(data: DataConfig, checkpoints: Path | str, *, going_on: 
         if then != now:
             raise InputError(
                 f"data.tokenizer {data.tokenizer} is not the one that the run began with, which is kept in "
-                f"{checkpoints}/{TOKENIZER_FILE}; bring it back or move the other away"
+                f"{checkpoints}/{TOKENIZER_FILE}; restore the original file, or move this one away to use the copy"
             )
     return dataclasses.replace(data, tokenizer=str(copy))
 
@@ -75,4 +80,4 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
 
 def _unusable(checkpoints: Path | str, error: Exception) -> InputError:
     reason = " ".join(str(error).split())
-    return InputError(f"data.tokenizer: {checkpoints}/{TOKENIZER_FILE} cannot be used: {reason}; look at the folder")
+    return InputError(f"data.tokenizer: {checkpoints}/{TOKENIZER_FILE} cannot be used: {reason}; check its folder")
