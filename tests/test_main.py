@@ -152,11 +152,12 @@ def test_memory_and_lapack_are_set_up_before_jax_is_imported(config_file, tmp_pa
     """Seen from outside: a run that is refused after they are set leaves jax alone."""
     program = f"""
 import os, sys
-from sophia_levanter import main
+from sophia_levanter import allocation, main
+from sophia_levanter.training import run_directory
 kept = []
-main.keep_freed_memory = lambda: kept.append("jax" in sys.modules)
+allocation.keep_freed_memory = lambda: kept.append("jax" in sys.modules)
 status = main.main(["--config", {str(config_file)!r}, "--resume", {str(tmp_path / "none")!r}])
-main.choose_run_directory = lambda command: sys.exit(9)
+run_directory.choose_run_directory = lambda command: sys.exit(9)
 try:
     main.main(["--config", {str(config_file)!r}])
 except SystemExit:
