@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,9 @@ class Leak:
     twin: int = 0
 
 
-def find_leak(train: Tokens, validation: Tokens, tokenizer: Tokenizer, cache_dir: Path) -> Leak:
+def find_leak(
+    train: Tokens, validation: Tokens, tokenizer: Tokenizer, cache_dir: Path, report: Callable[[str], None]
+) -> Leak:
     """The documents that two corpora have in common, token for token.
 
     A document is what stands before an end-of-text, and what comes after the last one. Those of fewer than `MIN_BYTES`
@@ -54,11 +56,19 @@ def find_leak(train: Tokens, validation: Tokens, tokenizer: Tokenizer, cache_dir
         train: the tokens to train on.
         validation: the tokens to validate with.
         tokenizer: that of both.
-        cache_dir: where it is kept what large corpora have in common.
+        cache_dir: directory that caches the result for large corpora.
+        report: takes a line when a check of large corpora begins.
     """
-    is_large = train.num_tokens + validation.num_tokens >= REMEMBERED_TOKENS
+    num_tokens = train.num_tokens + validation.num_tokens
+    is_large = num_tokens >= REMEMBERED_TOKENS
+
+    def compare() -> dict[str, Any]:
+        if is_large:
+            report(f"data.validation: checking {num_tokens:,} tokens for documents that are also in data.train")
+        return _compare(train, validation, tokenizer)
+
     key = ["leak", VERSION, train.facts, validation.facts]
-    found = remembered(cache_dir if is_large else None, key, lambda: _compare(train, validation, tokenizer))
+    found = remembered(cache_dir if is_large else None, key, compare)
     return Leak(**found)
 
 
@@ -95,7 +105,7 @@ def _compare(train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> dict[st
 
 
 def _documents(corpus: Tokens, part: Part, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, ...]]:
-    """Of each document that is not empty its digest, where it begins and where it ends, as they end block by block."""
+    """Yields, block by block, the digest, start and end of each non-empty document."""
     dtype = store_dtype(tokenizer).newbyteorder("<")
     last = part.first + part.num_tokens
     begin, digest = part.first, _new_digest()

@@ -71,7 +71,8 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
         found = _two_sides(config, tokenizer, report, ray, warn)
         train, validation = found.make()
         data = TextData(tokenizer, train, validation)
-        _report_leak(data, config, [found.name], found, warn)
+        if found.source is None:  # two stores may be of any texts, but a split has equal texts on one side
+            _report_leak(data, config, [found.name], found, report, warn)
         return data
     # All are looked up before the first is read: a misspelt validation path must not wait for the training text.
     names = [config.train] if isinstance(config.train, str) else [part.source for part in config.train]
@@ -84,7 +85,7 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
         data = TextData(tokenizer, corpora[0], validation)
     else:
         data = TextData(tokenizer, Mixture(corpora, [part.weight for part in config.train]), validation)
-    _report_leak(data, config, names, found, warn)
+    _report_leak(data, config, names, found, report, warn)
     return data
 
 
@@ -102,13 +103,15 @@ def _report_repeats(parts: Sequence[_Found], warn: Report) -> None:
         )
 
 
-def _report_leak(data: TextData, config: DataConfig, train: Sequence[str], validation: _Found, warn: Report) -> None:
+def _report_leak(
+    data: TextData, config: DataConfig, train: Sequence[str], validation: _Found, report: Report, warn: Report
+) -> None:
     """Say which documents are both trained on and validated with.
 
     Raises:
         InputError: if there are some and `data.on_leak` is `error`.
     """
-    leak = find_leak(data.train, data.validation, data.tokenizer, cache_directory(config))
+    leak = find_leak(data.train, data.validation, data.tokenizer, cache_directory(config), report)
     if not leak.count:
         return
     begin = data.validation.read(leak.tokens[0], min(leak.tokens[1], leak.tokens[0] + SHOWN_TOKENS))
