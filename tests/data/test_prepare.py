@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -469,6 +470,40 @@ def test_skipped_rows_are_another_store_and_counted(config: DataConfig) -> None:
     assert "already" in again[0]
     assert again[1:] == said[-1:]
     assert stopped(config)[0] == error  # what was skipped is never taken where it is an error
+
+
+NULLS = [*TEXTS[20:30], None, None, *TEXTS[30:40]]
+BROKEN = b'\n{"text": "\xff"}\n'
+
+
+@pytest.mark.parametrize(
+    ("first", "corrected", "left_out"),
+    [
+        (TEXTS[:20], TEXTS[20:40], ""),
+        (TEXTS[:20], [*TEXTS[20:30], None, *TEXTS[30:40]], "1 without text, first {0}/b.jsonl:11: "),
+        (TEXTS[:20], NULLS, "2 without text, first {0}/b.jsonl:11: "),
+        ([*TEXTS[:20], None], TEXTS[20:40], "1 without text, first {0}/a.jsonl:21: "),
+        ([None, *TEXTS[:20], ""], ["", *TEXTS[20:40]], "1 without text, first {0}/a.jsonl:1: .*; 2 empty, first "),
+    ],
+)
+def test_rows_of_a_corrected_file_are_counted_again(
+    config: DataConfig, tmp_path: Path, first: list, corrected: list, left_out: str
+) -> None:
+    config = replace(config, train=str(tmp_path / "?.jsonl"), bad_rows="skip")
+    (tmp_path / "a.jsonl").write_bytes(json_lines(first))
+    (tmp_path / "b.jsonl").write_bytes(json_lines(NULLS) + BROKEN)
+    error, said = stopped(config)
+    assert "is not UTF-8" in error
+    (tmp_path / "b.jsonl").write_bytes(json_lines(corrected))
+    said.clear()
+    data = prepare(config, said.append)
+    assert "going on" in said[0]
+    notes = [line for line in said if "rows left out" in line]
+    assert len(notes) == bool(left_out)
+    assert re.match("data.train: rows left out: " + left_out.format(tmp_path), "".join(notes)) or not left_out
+    anew = prepare(replace(config, cache_dir=config.cache_dir + "2"), quiet)
+    assert data.train.path.parent.name == anew.train.path.parent.name
+    assert content(data.train.path.parent) == content(anew.train.path.parent)
 
 
 def test_what_was_begun_with_rows_skipped_is_an_error_again(config: DataConfig) -> None:

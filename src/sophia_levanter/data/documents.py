@@ -110,6 +110,8 @@ class FileSource:
         for number in range(start[0], len(self._files)):
             skip = start[1] if number == start[0] else 0
             self._file = number
+            if not skip:
+                self.rows.tally_before = self.rows.tally
             for record, (where, text) in enumerate(self._records(self._files[number], skip), start=skip + 1):
                 for document in self.rows.documents(text, where):
                     yield (number, record), document

@@ -26,7 +26,7 @@ from sophia_levanter.data.progress import (
     forget_progress,
     has_progress,
     load_progress,
-    position_after,
+    place_after,
     save_progress,
 )
 from sophia_levanter.data.rows import Tally
@@ -206,12 +206,12 @@ class Preparation:
         """What an earlier process left, if the text up to there is still the same; otherwise it is deleted."""
         begun, rows = load_progress(partial), self._source.rows
         if begun is not None and (rows.skips or not begun.place.tally.num_bad):
-            position = position_after(self._source, begun.place)
-            rows.tally = begun.place.tally
-            if position is not None:
-                return replace(begun, place=replace(begun.place, position=position))
+            place = place_after(self._source, begun.place)
+            if place is not None:
+                rows.tally, rows.tally_before = place.tally, place.tally_before
+                return replace(begun, place=place)
             report(f"{self.field}: {self.name} changed where it had been read already; it is prepared anew")
-        rows.tally = Tally()
+        rows.tally = rows.tally_before = Tally()
         shutil.rmtree(partial)
         partial.mkdir()
         return None

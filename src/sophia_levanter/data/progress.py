@@ -20,6 +20,7 @@ from sophia_levanter.data.store_writer import WriterState
 from sophia_levanter.files import write_atomically
 
 FILE_NAME = "progress.npz"
+TALLIES = ("tally", "tally_before")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Place:
     Attributes:
         position: after the last document.
         tally: what the rows up to there held.
+        tally_before: of these, what those held that are of the files before the position's.
         files_before: digest of the files before the position's, as the source identifies them.
         file: digest of the position's file, as the source identifies it.
         num_documents: of that file, up to there.
@@ -37,6 +39,7 @@ class Place:
 
     position: Position
     tally: Tally
+    tally_before: Tally
     files_before: str
     file: str
     num_documents: int
@@ -56,6 +59,7 @@ class Trail:
         self._files = [_as_bytes(part) for part in source.parts]
         self.position = place.position if place else START
         self._tally = place.tally if place else Tally()
+        self._tally_before = place.tally_before if place else Tally()
         self._files_before = bytes.fromhex(place.files_before) if place else b""
         self.num_documents = place.num_documents if place else 0
         self._documents = bytes.fromhex(place.documents) if place else b""
@@ -67,7 +71,8 @@ class Trail:
             self.num_documents, self._documents = 0, b""
         self.num_documents += 1
         self._documents = _chained(self._documents, text.encode("utf-8"))
-        self.position, self._tally = position, self._source.rows.tally
+        rows = self._source.rows
+        self.position, self._tally, self._tally_before = position, rows.tally, rows.tally_before
 
     @property
     def place(self) -> Place:
@@ -75,6 +80,7 @@ class Trail:
         return Place(
             self.position,
             self._tally,
+            self._tally_before,
             self._files_before.hex(),
             _chained(b"", self._files[self.position[0]]).hex(),
             self.num_documents,
@@ -82,11 +88,11 @@ class Trail:
         )
 
 
-def position_after(source: Source, place: Place) -> Position | None:
+def place_after(source: Source, place: Place) -> Place | None:
     """Where to go on with a source that was read up to `place`; None if what was read there has changed.
 
     A file that is not what it was, such as one that was corrected, is read again up to as many documents, which must
-    be the same.
+    be the same; its rows are counted again.
 
     Raises:
         InputError: if it cannot be read.
@@ -96,11 +102,12 @@ def position_after(source: Source, place: Place) -> Position | None:
     if number >= len(files) or reduce(_chained, files[:number], b"").hex() != place.files_before:
         return None
     if _chained(b"", files[number]).hex() == place.file:
-        return place.position
+        return place
+    source.rows.tally = place.tally_before
     trail = Trail(source, replace(place, position=(number, 0), num_documents=0, documents=""))
     for position, text in islice(source.documents(trail.position), place.num_documents):
         trail.add(position, text)
-    return trail.position if trail.place.documents == place.documents else None
+    return trail.place if trail.place.documents == place.documents else None
 
 
 def _as_bytes(part: Any) -> bytes:
@@ -128,7 +135,7 @@ def save_progress(directory: Path, progress: Progress) -> None:
     numbers = [{"documents": w.num_documents, "bytes": w.num_bytes, "written": w.written} for w in progress.writers]
     tails = {f"{i}_{name}": tail for i, w in enumerate(progress.writers) for name, tail in w.tails.items()}
     content = io.BytesIO()
-    place = vars(progress.place) | {"tally": progress.place.tally._asdict()}
+    place = vars(progress.place) | {name: getattr(progress.place, name)._asdict() for name in TALLIES}
     header = json.dumps({"place": place, "writers": numbers})
     np.savez(content, header=np.frombuffer(header.encode(), np.uint8), **tails)  # type: ignore[arg-type]
     write_atomically(directory / FILE_NAME, content.getvalue())
@@ -149,7 +156,7 @@ def load_progress(directory: Path) -> Progress | None:
                 for i, numbers in enumerate(header["writers"])
             )
             place = header["place"]
-            place |= {"position": tuple(place["position"]), "tally": Tally(**place["tally"])}
+            place |= {name: Tally(**place[name]) for name in TALLIES} | {"position": tuple(place["position"])}
             return Progress(Place(**place), writers)
     except Exception:  # whatever damage makes of it
         return None

@@ -46,10 +46,11 @@ class Rows:
 
     Attributes:
         tally: what the rows so far held.
+        tally_before: of these, what those held that are of the files before.
     """
 
     def __init__(self, config: DataConfig, *, field: str, special_tokens: Collection[str] = ()) -> None:
-        self.tally = Tally()
+        self.tally = self.tally_before = Tally()
         self._config = config
         self._field = field
         names = sorted(filter(None, special_tokens), key=len, reverse=True)
