@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 
 from sophia_levanter.data.names import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import NotRegular, check_regular, read_regular
+from sophia_levanter.printing import one_line, shortened
 
 # Parts of names that torch.compile, data-parallel training, FSDP and modules around the model add.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model", "transformer"}
@@ -70,8 +72,11 @@ def open_model(path: Path) -> SavedModel:
     """
     if os.path.isdir(path):
         return _huggingface(path)
-    if not os.path.isfile(path):
-        raise input_error(path, "there is no such file; name a folder of transformers' GPT-2, or nanoGPT's ckpt.pt")
+    try:
+        check_regular(path)
+    except OSError as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise input_error(path, f"{reason}; name a folder of transformers' GPT-2, or nanoGPT's ckpt.pt") from None
     if path.suffix in (".safetensors", ".bin", ".json"):
         raise input_error(path, f"name the folder, {path.parent}, which must hold config.json and model.safetensors")
     return _nanogpt(path)
@@ -84,8 +89,7 @@ def input_error(file: Path, text: str) -> WeightsError:
 
 def shown(name: str, longest: int = _LONGEST_NAME) -> str:
     """A text from a file as a terminal can show it: control characters escaped, shortened."""
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-    return escaped if len(escaped) <= longest else f"{escaped[: longest // 2]}... ({len(name):,} characters)"
+    return shortened(one_line(name), longest)
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
@@ -155,7 +159,7 @@ def _weights(
 
 def _huggingface(folder: Path) -> SavedModel:
     file = folder / "config.json"
-    if not os.path.isfile(file):
+    if not os.path.exists(file):
         nano = f"; name {folder / 'ckpt.pt'}" if os.path.isfile(folder / "ckpt.pt") else ""
         raise input_error(folder, f"there is no config.json in it{nano or ', as transformers saves with GPT-2'}")
     values = read_json(file)
@@ -227,7 +231,9 @@ def _own_values(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; `WeightsError` if there is none."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(read_regular(file))
+    except NotRegular as error:
+        raise input_error(file, f"{error.strerror}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise input_error(file, f"is no JSON: {_first_line(error)}") from None
     if not isinstance(values, dict):
@@ -236,10 +242,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    if os.path.isfile(folder / "model.safetensors"):
+    if os.path.exists(folder / "model.safetensors"):
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    if os.path.isfile(index):
+    if os.path.exists(index):
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise input_error(index, "has no weight_map from names to files")
@@ -294,10 +300,11 @@ def _safetensors(files: Iterable[Path]) -> dict[str, _Array]:
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     try:
-        if not os.path.isfile(file):  # reading a pipe or a device might never end
-            raise OSError("there is no such file")
+        check_regular(file)
         with safe_open(file, "np") as opened:
             yield opened
+    except NotRegular as error:
+        raise input_error(file, f"{error.strerror}") from None
     except (OSError, SafetensorError) as error:
         raise input_error(file, f"is missing, damaged or not whole: {_first_line(error)}; download it again") from None
 
