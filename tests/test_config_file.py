@@ -22,7 +22,7 @@ def test_files_that_name_each_other_many_times(tmp_path: Path) -> None:
         (tmp_path / f"{number}.yaml").write_text(f"defaults: [{', '.join([f'{number + 1}.yaml'] * 10)}]")
     (tmp_path / "8.yaml").write_text("trainer: {seed: 1}")
     assert refusal(tmp_path / "0.yaml") == (
-        f"{tmp_path}/0.yaml: defaults lead to more than 100 files; name each only once"
+        f"{tmp_path}/0.yaml: defaults include more than 100 files; list each file once"
     )
     assert load_config(tmp_path / "7.yaml").trainer.seed == 1
 

@@ -61,7 +61,7 @@ class _Loader(yaml.SafeLoader):
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         node = super().compose_scalar_node(anchor)
         if found := _NOT_TEXT.search(node.value):
-            problem = f"the character {found[0]!a} is refused; neither text nor the name of a file holds it"
+            problem = f"the character {found[0]!a} is not allowed in text or file names"
             raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
         return node
 
@@ -130,7 +130,7 @@ def _read_layers(path: Path, including: tuple[Path, ...], count: Iterator[int]) 
     except (OSError, ValueError, RuntimeError):  # a link to itself, or a name that no file can have
         resolved = path
     if next(count) > MOST_FILES:
-        raise InputError(f"{including[0]}: {DEFAULTS_KEY} lead to more than {MOST_FILES} files; name each only once")
+        raise InputError(f"{including[0]}: {DEFAULTS_KEY} include more than {MOST_FILES} files; list each file once")
     if resolved in including:
         cycle = " -> ".join(file.name for file in (*including[including.index(resolved) :], resolved))
         raise InputError(f"{including[-1]}: {DEFAULTS_KEY} go round in a circle: {cycle}")

@@ -180,5 +180,5 @@ def test_a_manifest_that_is_none_is_damage(saved: Path, tmp_path: Path, old: str
     rest = "\n" + rest.replace(old, new, 1)
     digest = hashlib.sha256(rest.encode()).hexdigest()
     file.write_text(f'{{"digest": "{digest}",{rest}')
-    with pytest.raises(CheckpointError, match="is no manifest of a checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint manifest"):
         restore(tmp_path / "copy", make_state(), report=silent)

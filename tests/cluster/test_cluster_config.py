@@ -37,7 +37,7 @@ def test_each_backend_has_its_fields(tmp_path):
         ("backend: local\nzzz: 2\n", "unknown key 'zzz'; the fields of backend local are env, secrets"),
         ("backend: local\nprocesses: 2000\n", "processes is 2000; it must be at most 1024"),
         ("backend: ray\nworkers: 10000000\n", "workers is 10000000; it must be at most 1000000"),
-        ('backend: local\nenv: {A: "a\\0b"}\n', "line 2: the character '\\x00' is refused"),
+        ('backend: local\nenv: {A: "a\\0b"}\n', "line 2: the character '\\x00' is not allowed"),
         ("backend: local\nsecrets: [1]\n", "secrets holds 1; it must be a list of strings"),
         ("backend: local\nprocesses: two\n", "processes is 'two'; it must be an integer"),
         ("backend: local\nprocesses: 0\n", "processes is 0; it must be at least 1"),

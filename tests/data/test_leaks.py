@@ -49,8 +49,8 @@ def warnings(config: DataConfig) -> list[str]:
 def test_documents_on_both_sides_are_counted_and_the_first_is_named(config: DataConfig) -> None:
     (line,) = warnings(config)
     assert line == (
-        f"WARNING: data.validation: 2 of its 12 documents are in data.train too, the first is {config.validation}, "
-        f"document 5 (document 8 of {config.train}), which begins: 'document number '; take them out of one of the two"
+        f"WARNING: data.validation: 2 of its 12 documents are also in data.train; the first is {config.validation}, "
+        f"document 5 (document 8 of {config.train}), which begins 'document number '; remove them from one of the two"
     )
     assert warnings(config) == [line]  # at a later start too
 
@@ -111,7 +111,7 @@ def test_the_very_same_file_is_always_found(config: DataConfig, tmp_path: Path, 
         same = again = f"nanogpt:{texts}/a.bin"
     else:
         same = again = f"store:{prepare(replace(config, train=str(same)), print).train.path}"
-    with pytest.raises(InputError, match=r"^data\.validation: (\d+) of its \1 documents are in data\.train too"):
+    with pytest.raises(InputError, match=r"^data\.validation: (\d+) of its \1 documents are also in data\.train"):
         prepare(replace(config, train=str(same), validation=str(again), on_leak="error"), print)
 
 
@@ -119,7 +119,7 @@ def test_tokens_and_texts(config: DataConfig, tmp_path: Path) -> None:
     tokens = [token for text in (*VALIDATION, TRAIN[4], "end") for token in (256, *text.encode())]
     np.array(tokens, np.uint16).tofile(tmp_path / "validation.bin")
     (line,) = warnings(replace(config, validation=f"nanogpt:{tmp_path}/validation.bin"))
-    assert "1 of its 12 documents are in data.train too" in line
+    assert "1 of its 12 documents are also in data.train" in line
     assert f"the first is document 11 of nanogpt:{tmp_path}/validation.bin (document 5 of {config.train})" in line
 
 
@@ -173,7 +173,7 @@ def test_a_run_warns_or_does_not_begin(config_file: Path, text_file: Path, tmp_p
     command = ["--config", str(config_file), *options, "--trainer.run_dir", str(tmp_path / "run")]
     assert main([*command, "--data.on_leak", "error"]) == 2
     (error,) = capfd.readouterr().err.splitlines()
-    assert error.startswith("error: data.validation: 1 of its 1 documents are in data.train too")
+    assert error.startswith("error: data.validation: 1 of its 1 documents are also in data.train")
     assert not (tmp_path / "run").exists()
     assert main(command) == 0
-    assert "WARNING: data.validation: 1 of its 1 documents are in data.train too" in capfd.readouterr().out
+    assert "WARNING: data.validation: 1 of its 1 documents are also in data.train" in capfd.readouterr().out

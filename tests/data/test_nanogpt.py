@@ -216,11 +216,11 @@ class Command:
         ({"vocab_size": 257, "stoi": {"a": 0}}, "such as input.txt"),
         ({"vocab_size": 65}, "there are 65 ids, and data.tokenizer bytes has 257"),
         ({"vocab_size": "257"}, "there are '257' ids"),
-        ({"vocab_size": np.int64(257)}, "not as nanoGPT writes it"),
+        ({"vocab_size": np.int64(257)}, "not a nanoGPT meta.pkl"),
         ({"vocab_size": Command()}, "it names posix.mkdir"),
         ([257], "holds a list"),
-        (b"not a pickle", "not as nanoGPT writes it"),
-        (b"", "not as nanoGPT writes it"),
+        (b"not a pickle", "not a nanoGPT meta.pkl"),
+        (b"", "not a nanoGPT meta.pkl"),
     ],
 )
 def test_the_vocabulary_beside_the_file(

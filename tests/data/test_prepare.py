@@ -403,7 +403,7 @@ def test_what_changed_where_it_was_read_is_prepared_anew(config: DataConfig, tmp
     said: list[str] = []
     train, validation = sides(prepare(config, said.append))
     assert sorted(train + validation) == sorted(["CHANGED", *TEXTS[1:]])
-    assert "changed where it had been read already; it is prepared anew" in said[0]
+    assert "changed in the part that was already prepared; preparing it again from the start" in said[0]
 
 
 @pytest.mark.parametrize(("changed", "goes_on"), [("a", False), ("b", True), ("c", True), ("d", True)])
@@ -540,7 +540,7 @@ def test_what_was_finished_but_not_named_is_kept_if_it_is_of_this_text(
 def test_all_rows_skipped(config: DataConfig) -> None:
     Path(config.train).write_bytes(json_lines([1, 2]))
     error, _ = stopped(replace(config, bad_rows="skip"))
-    assert "is empty: there is no document with text in it; rows left out: 2 without text, first" in error
+    assert "contains no documents with text; rows left out: 2 without text, first" in error
     assert list(Path(config.cache_dir).iterdir()) == []
 
 
@@ -648,7 +648,7 @@ def test_documents_are_read_as_they_are_written(config: DataConfig, monkeypatch:
 @pytest.mark.parametrize("field", ["train", "validation"])
 def test_a_source_without_text(config: DataConfig, tmp_path: Path, name: str, text: bytes, field: str) -> None:
     (tmp_path / name).write_bytes(text)
-    with pytest.raises(InputError, match=rf"^data\.{field}: .*{name}.* is empty: there is no document with text"):
+    with pytest.raises(InputError, match=rf"^data\.{field}: .*{name}.* contains no documents with text"):
         prepare(replace(config, **{field: str(tmp_path / name)}), quiet)
 
 

@@ -230,7 +230,7 @@ def test_another_shard_is_found_in_a_large_store(
         TokenStore.open(store.path).check_whole(tmp_path / "cache")
     store.check_unchanged()
     replace_shard(store, other)
-    with pytest.raises(InputError, match="its files changed while they were read"):
+    with pytest.raises(InputError, match="its files were modified during the run"):
         store.check_unchanged()
     store.read(0, 1)
     for _ in range(2):

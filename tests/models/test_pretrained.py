@@ -285,7 +285,9 @@ def test_a_padded_vocabulary_loses_its_padding(make_model, tmp_path):
     assert found.vocab_size == 100
     wte = np.asarray(model.wte.weight.array)
     np.testing.assert_array_equal(found.wte.weight.array, np.where(np.arange(128)[:, None] < 100, wte, 0))
-    assert lines == ["its vocabulary of 128 is the 100 tokens of data.tokenizer words and padding, which is left out"]
+    assert lines == [
+        "the embedding has 128 rows: 100 for the tokens of data.tokenizer words and padding, which is left out"
+    ]
     assert f"data.tokenizer words has 129 tokens, and {folder} has 128 rows, 1 fewer; set --data" in refused(
         folder, model.config, vocab_size=129
     )
@@ -301,8 +303,8 @@ def test_rows_beyond_the_tokenizers_are_kept_and_never_predicted(rows, make_mode
     found = read(folder, model.config, lines=lines)
     assert (found.vocab_size, found.config.vocab_rows) == (VOCAB, rows)
     assert lines == [
-        f"its vocabulary of {rows} is the 128 tokens of data.tokenizer words and {rows - 128} more, which are kept and "
-        "never predicted"
+        f"the embedding has {rows} rows: 128 for the tokens of data.tokenizer words and {rows - 128} more, which are "
+        "kept and never predicted"
     ]
     for name, array in gpt2_to_state_dict(found).items():
         np.testing.assert_array_equal(array, arrays[name], err_msg=name)

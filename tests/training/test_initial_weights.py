@@ -118,7 +118,7 @@ def test_rows_beyond_the_tokenizers_stay_until_they_are_exported(gpt2_folder, co
         "0",
     ]
     assert main([*run, "--trainer.num_train_steps", "1"]) == 0
-    news = f"its vocabulary of {rows} is the 257 tokens of data.tokenizer bytes and 1 more, which are kept and never"
+    news = f"the embedding has {rows} rows: 257 for the tokens of data.tokenizer bytes and 1 more, which are kept"
     assert news in capfd.readouterr().out
     shutil.rmtree(gpt2_folder)
     assert main([*run, "--trainer.num_train_steps", "2"]) == 0

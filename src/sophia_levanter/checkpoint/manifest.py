@@ -121,7 +121,7 @@ def decode_manifest(file: str, content: bytes) -> Manifest:
             return _manifest_of(body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if whole:
-            raise CheckpointError(f"{file}: it is no manifest of a checkpoint: {one_line(error)}") from error
+            raise CheckpointError(f"{file}: it is not a checkpoint manifest: {one_line(error)}") from error
     if not whole:
         raise CheckpointError(f"{file}: its digest does not match its contents")
     raise InputError(f"{file} is not in format {FORMAT}: read it with the version of this package that wrote it")

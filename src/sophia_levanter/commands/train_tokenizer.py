@@ -65,7 +65,7 @@ def _training_texts(config: DataConfig) -> Iterator[str]:
         found = True
         yield text
     if not found:
-        raise InputError(f"data.train: {config.train!r} is empty: there is no document with text in it")
+        raise InputError(f"data.train: {config.train!r} contains no documents with text")
 
 
 def _all_texts(config: DataConfig) -> Iterator[str]:

@@ -61,8 +61,8 @@ def _tokenizer(name: str, fingerprint: str) -> Tokenizer:
     tokenizer = load_tokenizer(name)
     if tokenizer.fingerprint != fingerprint:
         raise InputError(
-            f"data.tokenizer: {name} is not the same for a process that makes tokens, on {platform.node()}; "
-            "leave the file as it is while tokens are made, and have it on all hosts"
+            f"data.tokenizer: {name} differs on worker {platform.node()}; "
+            "use the same file on every host and do not change it during tokenization"
         )
     return tokenizer
 

@@ -292,7 +292,8 @@ def _read_meta(path: Path, where: str) -> dict[Any, Any]:
     except Exception as error:  # a damaged pickle may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{where}: {META} beside it is not as nanoGPT writes it ({reason}); move it away if the ids are not of it"
+            f"{where}: {META} beside it is not a nanoGPT {META} ({reason}); move it away if it "
+            "does not describe this file"
         ) from error
     if not isinstance(meta, dict):
         raise InputError(f"{where}: {META} beside it holds a {type(meta).__name__}, not a dict; move it away")

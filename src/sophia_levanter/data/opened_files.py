@@ -91,8 +91,8 @@ class _Bounded(io.RawIOBase):
         self._left -= len(data)
         if self._left < 0:
             raise InputError(
-                f"{self._where} expands to more than {MOST_EXPANSION} times its size, unlike any text; if it is one, "
-                "decompress it first"
+                f"{self._where} decompresses to more than {MOST_EXPANSION} times its size; if that is "
+                "intended, decompress it first"
             )
         return len(data)
 

@@ -192,7 +192,7 @@ class Preparation:
         rows = self._source.rows
         if not sum(writer.num_documents for writer in writers):
             left_out = f"; {rows.left_out}" if rows.tally.num_bad else ""
-            raise InputError(f"{self.field}: {self.name!r} is empty: there is no document with text in it{left_out}")
+            raise InputError(f"{self.field}: {self.name!r} contains no documents with text{left_out}")
         for writer in writers:
             writer.finish()
         directory = self.directories[1 if rows.tally.num_bad else 0]
@@ -210,7 +210,10 @@ class Preparation:
             if place is not None:
                 rows.tally, rows.tally_before = place.tally, place.tally_before
                 return replace(begun, place=place)
-            report(f"{self.field}: {self.name} changed where it had been read already; it is prepared anew")
+            report(
+                f"{self.field}: {self.name} changed in the part that was already prepared; "
+                "preparing it again from the start"
+            )
         rows.tally = rows.tally_before = Tally()
         shutil.rmtree(partial)
         partial.mkdir()

@@ -116,9 +116,9 @@ def _report_leak(
         return
     begin = data.validation.read(leak.tokens[0], min(leak.tokens[1], leak.tokens[0] + SHOWN_TOKENS))
     message = (
-        f"data.validation: {leak.count:,} of its {leak.num_documents:,} documents are in data.train too, the first is "
-        f"{_where(validation, leak.document)} (document {leak.twin + 1:,} of {train[leak.part]}), which begins: "
-        f"{printable(data.tokenizer.decode(begin))!r}; take them out of one of the two"
+        f"data.validation: {leak.count:,} of its {leak.num_documents:,} documents are also in data.train; the first is "
+        f"{_where(validation, leak.document)} (document {leak.twin + 1:,} of {train[leak.part]}), which begins "
+        f"{printable(data.tokenizer.decode(begin))!r}; remove them from one of the two"
     )
     if config.on_leak == "error":
         raise InputError(f"{message}, or set data.on_leak to warn")

@@ -233,7 +233,7 @@ class TokenStore:
         if not self._fits_in_memory:
             now = self._files()
             if any(now.get(name, status) != status for name, status in self._status.items()):
-                raise _damaged(self.location, "its files changed while they were read")
+                raise _damaged(self.location, "its files were modified during the run")
 
     @cached_property
     def _status(self) -> dict[str, list[int]]:

@@ -84,7 +84,7 @@ def _tied_embedding(given: dict[str, np.ndarray], config: Gpt2Config) -> np.ndar
         shapes = "" if head.shape == embedding.shape else f" in its shape, {head.shape} and {embedding.shape}"
         raise ValueError(
             f"lm_head.weight differs from wte.weight{shapes}: the output head is not tied, and this model's output "
-            "head is its token embedding; weights with tied embeddings would do"
+            "head is its token embedding; use weights with tied embeddings"
         )
     if embedding.ndim != 2:
         raise ValueError(f"wte.weight has shape {embedding.shape}, this model wants (vocab, {config.embed_dim})")

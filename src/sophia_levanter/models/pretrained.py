@@ -66,8 +66,8 @@ def read_gpt2(
         if config.vocab_rows is not None:
             more = f"{saved.vocab_size - vocab_size:,} more, which are kept and never predicted"
         report(
-            f"its vocabulary of {saved.vocab_size:,} is the {vocab_size:,} tokens of data.tokenizer {tokenizer} and "
-            f"{more}"
+            f"the embedding has {saved.vocab_size:,} rows: {vocab_size:,} for the tokens of data.tokenizer {tokenizer} "
+            f"and {more}"
         )
     return model
 

@@ -59,7 +59,7 @@ def build_parts(
     Args:
         config: the run.
         environment: what besides the configuration decides the numbers.
-        console: is told.
+        console: receives progress lines.
         text: as the configuration's `data`, with paths that hold here; that itself if not given.
 
     Raises:
