@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import threading
 from pathlib import Path
 
 import pytest
 
-from sophia_levanter.data.verification import Verification
+from sophia_levanter.data.verification import READING_PATIENCE, Verification
 from sophia_levanter.errors import InputError
-from sophia_levanter.partition.messages import Processes
+from sophia_levanter.files import NotRegular
+from sophia_levanter.partition.messages import PATIENCE, Processes
 
 
 class Corpus:
     """One that is compared when `compared` is set."""
 
-    def __init__(self, whole: str | None = None, unchanged: str | None = None) -> None:
+    def __init__(self, whole: Exception | None = None, unchanged: Exception | None = None) -> None:
         self.compared = threading.Event()
         self._whole, self._unchanged = whole, unchanged
 
     def check_whole(self, cache_dir: Path) -> None:
         assert self.compared.wait(60)
         if self._whole:
-            raise InputError(self._whole)
+            raise self._whole
 
     def check_unchanged(self) -> None:
         if self._unchanged:
-            raise InputError(self._unchanged)
+            raise self._unchanged
 
 
 def test_nothing_is_waited_for_before_the_end(tmp_path: Path) -> None:
@@ -39,35 +42,78 @@ def test_nothing_is_waited_for_before_the_end(tmp_path: Path) -> None:
     verification.check()
 
 
-@pytest.mark.parametrize("wrong", [{"whole": "the first is damaged"}, {"unchanged": "the first changed"}])
-def test_what_is_wrong_is_raised_from_then_on(tmp_path: Path, wrong: dict[str, str]) -> None:
-    corpora = [Corpus(**wrong), Corpus()]
+ERRORS = [
+    InputError("the text is damaged"),
+    NotRegular(errno.EINVAL, "it is not a regular file", "shard"),
+    OSError(errno.EIO, "Input/output error"),
+    MemoryError(),
+    KeyError("digest"),
+]
+
+
+@pytest.mark.parametrize("where", ["whole", "unchanged"])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_what_is_wrong_is_raised_from_then_on(tmp_path: Path, where: str, error: Exception) -> None:
+    corpora = [Corpus(**{where: error}), Corpus()]
     verification = Verification(corpora, tmp_path, Processes())
     for corpus in corpora:
         corpus.compared.set()
     for raising in (verification.finish, verification.check, verification.finish):
-        with pytest.raises(InputError, match="the first"):
+        with pytest.raises(type(error)) as info:
             raising()
+        assert info.value is error
 
 
-def test_of_several_processes_all_raise_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str | None] = []
+class Answers:
+    """Stands for the messages between processes: what this one says, and what it is answered."""
 
-    def first_failure(self: Processes, name: str, failure: str | None, timeout: float) -> str | None:
-        said.append(failure)
-        return "process 1 has damaged text"
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        self.said: list[str | None] = []
+        self.timeouts: list[float] = []
+        self.answer: str | None = None
 
-    monkeypatch.setattr(Processes, "first_failure", first_failure)
-    monkeypatch.setattr(Processes, "forget", lambda self, name: None)
-    corpus = Corpus()
+        def first_failure(processes: Processes, name: str, failure: str | None, timeout: float) -> str | None:
+            self.names.append(name)
+            self.said.append(failure)
+            self.timeouts.append(timeout)
+            return self.answer or failure
+
+        monkeypatch.setattr(Processes, "first_failure", first_failure)
+        monkeypatch.setattr(Processes, "forget", lambda self, name: None)
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    return Answers(monkeypatch)
+
+
+def finished(tmp_path: Path, corpus: Corpus, processes: Processes) -> Verification:
     corpus.compared.set()
-    verification = Verification([corpus], tmp_path, Processes(0, 2))
-    with pytest.raises(InputError, match="process 1 has damaged text"):
-        verification.finish()
-    assert said == [None]
-    broken = Verification([Corpus(whole="ours")], tmp_path, Processes(1, 2))
-    broken._corpora[0].compared.set()
-    with pytest.raises(InputError, match="process 1 has damaged text"):
+    return Verification([corpus], tmp_path, processes)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_of_several_processes_all_raise_together(tmp_path: Path, answers: Answers, error: Exception) -> None:
+    broken = finished(tmp_path, Corpus(whole=error), Processes(1, 2))
+    with pytest.raises(type(error)):
         broken.finish()
     broken.check()  # alone it says nothing: the others would wait for it
-    assert said == [None, "ours"]
+    (answers.answer,) = answers.said
+    sound = finished(tmp_path, Corpus(), Processes(0, 2))
+    expected = InputError if isinstance(error, InputError) else OSError
+    with pytest.raises(expected, match=type(error).__name__ if isinstance(error, MemoryError | KeyError) else None):
+        sound.finish()
+    # Where another process speaks first, this one raises the same.
+    answers.answer = json.dumps([True, "process 0 has damaged text"])
+    with pytest.raises(InputError, match="process 0 has damaged text"):
+        broken.finish()
+
+
+def test_each_run_of_a_process_has_time_to_read(tmp_path: Path, answers: Answers) -> None:
+    for _ in range(3):
+        verification = finished(tmp_path, Corpus(), Processes(0, 2))
+        verification.finish()
+        verification.finish()
+    assert answers.timeouts == [READING_PATIENCE, PATIENCE] * 3
+    assert len(set(answers.names)) == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Thread
@@ -30,7 +31,9 @@ class Verification:
         self._corpora = corpora
         self._cache_dir = cache_dir
         self._processes = processes
-        self._failure: str | None = None
+        self._name = f"data/{next(_numbers)}"
+        self._finishes = 0
+        self._failure: Exception | None = None
         self._thread = Thread(target=self._run, name="verification", daemon=True)
         self._thread.start()
 
@@ -39,26 +42,33 @@ class Verification:
 
         Raises:
             InputError: if a corpus is not what it should be.
+            Exception: what kept this process from finding out.
         """
         if self._failure is not None and self._processes.count == 1:
-            raise InputError(self._failure)
+            raise self._failure
 
     def finish(self) -> None:
         """Return when all corpora have been compared and have not changed since; all processes call it together.
 
         Raises:
             InputError: in every process, if a corpus of one is not what it should be.
+            Exception: what kept this process from finding out; `OSError` if it was another process.
         """
         self._thread.join()
         if self._failure is None:
             self._note(lambda corpus: corpus.check_unchanged())
-        number = next(_numbers)
-        patience = PATIENCE if number else READING_PATIENCE
-        failure = self._processes.first_failure(f"data/{number}", self._failure, patience)
-        if number:
-            self._processes.forget(f"data/{number - 1}")
-        if failure is not None:
-            raise InputError(failure)
+        name, patience = f"{self._name}/{self._finishes}", PATIENCE if self._finishes else READING_PATIENCE
+        mine = None if self._failure is None else _described(self._failure)
+        failure = self._processes.first_failure(name, mine, patience)
+        if self._finishes:
+            self._processes.forget(f"{self._name}/{self._finishes - 1}")
+        self._finishes += 1
+        if failure is None:
+            return
+        if self._failure is not None and failure == mine:
+            raise self._failure
+        is_input, message = json.loads(failure)
+        raise InputError(message) if is_input else OSError(message)
 
     def _run(self) -> None:
         self._note(lambda corpus: corpus.check_whole(self._cache_dir))
@@ -67,5 +77,11 @@ class Verification:
         try:
             for corpus in self._corpora:
                 check(corpus)
-        except (InputError, OSError) as error:
-            self._failure = str(error)
+        except Exception as error:  # whatever it is, the text has not been compared
+            self._failure = error
+
+
+def _described(error: Exception) -> str:
+    """An error for other processes: whether the input is at fault, and a message."""
+    is_input = isinstance(error, InputError)
+    return json.dumps([is_input, str(error) if is_input or isinstance(error, OSError) else repr(error)])
