@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import os
 import pickle
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -312,6 +314,39 @@ def test_a_file_that_is_overwritten_is_noticed_and_one_that_is_removed_stays_rea
     time.sleep(0.01)  # the system's clock for files is a coarse one
     TOKENS[100:200].tofile(files / "val.bin")
     assert "changed after it was opened" in error_of(tokens.check_unchanged)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda path: os.utime(path, (1, 1)),
+        lambda path: path.write_bytes(path.read_bytes()),
+        lambda path: shutil.copyfile(shutil.copy(path, path.with_name("copy")), path),
+    ],
+    ids=["touched", "written", "copied back"],
+)
+def test_a_file_that_is_touched_is_read_again_once(
+    files: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], object]
+) -> None:
+    tokens = opened(files / "train.bin")
+    tokens.check(print)
+    time.sleep(0.01)  # the system's clock for files is a coarse one
+    act(files / "train.bin")
+    tokens.check_unchanged()
+    with monkeypatch.context() as patch:
+        patch.setattr(NanogptTokens, "_read_all", None)
+        tokens.check_unchanged()
+    time.sleep(0.01)
+    (files / "train.bin").write_bytes(TOKENS[::-1].tobytes())
+    for _ in range(2):
+        assert "changed after it was opened" in error_of(tokens.check_unchanged)
+
+
+def test_a_file_that_is_touched_without_end(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = opened(files / "train.bin")
+    numbers = itertools.count()
+    monkeypatch.setattr(nanogpt_module._TokenFile, "status", property(lambda self: [next(numbers)]))
+    assert "changes again and again" in error_of(lambda: tokens.check(print))
 
 
 def test_a_meta_file_that_would_take_for_ever_to_show(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ META = "meta.pkl"
 META_BYTES = 1 << 26
 UINT16_IDS = 1 << 16
 READ_TOKENS = 1 << 22  # at once, where all are read
+MOST_READS = 3  # of a file that something touches meanwhile
 REMEMBERED_TOKENS = 1 << 26  # what reading all of fewer gives is not kept
 SHOWN_TOKENS = 16
 DIGEST_PIECES = 64
@@ -189,13 +190,18 @@ class NanogptTokens:
         """Nothing is left to do after `check`."""
 
     def check_unchanged(self) -> None:
-        """Notices what was written to the file since it was opened.
+        """Compares the tokens again if something has touched the file since they were read.
 
         Raises:
-            InputError: if something was.
+            InputError: if they changed after it was opened, or nothing is known of what they were.
         """
-        if self._tokens.status != self._tokens.opened_as:
+        now = self._tokens.status
+        if now == self._tokens.opened_as:
+            return
+        known = vars(self).get("_contents")  # what the property below gave
+        if known is None or self._read_all() != known:
             raise InputError(f"{self._where} changed after it was opened; start the run again with the file as it was")
+        self._tokens.opened_as = now
 
     @property
     def num_tokens(self) -> int:
@@ -209,6 +215,14 @@ class NanogptTokens:
         return remembered(self._cache_dir if is_large else None, key, self._read_all)
 
     def _read_all(self) -> dict[str, Any]:
+        for _ in range(MOST_READS):
+            status = self._tokens.status
+            found = self._read_once()
+            if self._tokens.status == status:
+                return found
+        raise InputError(f"{self._where} changes again and again while it is read; start the run when it is complete")
+
+    def _read_once(self) -> dict[str, Any]:
         digest = hashlib.blake2b(digest_size=16)
         least, greatest = [], []
         for start in range(0, self.num_tokens, READ_TOKENS):
@@ -216,7 +230,6 @@ class NanogptTokens:
             digest.update(tokens.data)
             least.append(int(tokens.min()))
             greatest.append(int(tokens.max()))
-        self.check_unchanged()
         return {"digest": digest.hexdigest(), "range": [min(least), max(greatest)]}
 
     @cached_property

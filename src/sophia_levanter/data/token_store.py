@@ -27,6 +27,7 @@ SIDES = ("train", "validation")  # the stores of a text of which a part is held 
 IN_MEMORY_BYTES = 1 << 30  # smaller stores are read once and kept
 CACHE_BYTES = 1 << 26  # for shard indices and chunks of the larger ones
 READ_TOKENS = 1 << 22  # at once, where all are read
+MOST_READS = 3  # of tokens whose files something touches meanwhile
 
 
 class Tokens(Protocol):
@@ -56,7 +57,7 @@ class Tokens(Protocol):
         ...
 
     def check_unchanged(self) -> None:
-        """Notice, after `check_whole`, what has been written to its files. Raises `InputError` if something was."""
+        """Compare again, after `check_whole`, what has been touched since. Raises `InputError` if it differs."""
         ...
 
 
@@ -225,15 +226,22 @@ class TokenStore:
         self.check_unchanged()
 
     def check_unchanged(self) -> None:
-        """Notice what has been written to the store since `check_whole`; a file that is gone is missed when it is read.
+        """Compare the tokens again where something has touched their files since `check_whole`.
+
+        A file that is gone is missed when it is read.
 
         Raises:
-            InputError: if something was.
+            InputError: if the tokens are not those that were written, or the files change without end.
         """
-        if not self._fits_in_memory:
+        if self._fits_in_memory:
+            return
+        for _ in range(MOST_READS):
             now = self._files()
-            if any(now.get(name, status) != status for name, status in self._status.items()):
-                raise _damaged(self.location, "its files were modified during the run")
+            if all(now.get(name, status) == status for name, status in self._status.items()):
+                return
+            self._check_digest(self._read_all()["digest"])
+            self._status = self._status | now
+        raise _damaged(self.location, "its files are modified again and again during the run")
 
     @cached_property
     def _status(self) -> dict[str, list[int]]:
