@@ -37,8 +37,8 @@ def test_nothing_is_waited_for_before_the_end(tmp_path: Path) -> None:
     verification = Verification([corpus], tmp_path, Processes())
     verification.check()
     corpus.compared.set()
-    verification.finish()
-    verification.finish()
+    assert verification.finish()
+    assert verification.finish()
     verification.check()
 
 
@@ -65,21 +65,22 @@ def test_what_is_wrong_is_raised_from_then_on(tmp_path: Path, where: str, error:
 
 
 class Answers:
-    """Stands for the messages between processes: what this one says, and what it is answered."""
+    """Stands for the messages between processes: what this one says, and what others do."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
-        self.said: list[str | None] = []
+        self.said: list[str] = []
         self.timeouts: list[float] = []
-        self.answer: str | None = None
+        self.others: list[str] = []
 
-        def first_failure(processes: Processes, name: str, failure: str | None, timeout: float) -> str | None:
+        def gather(processes: Processes, name: str, text: str, timeout: float) -> list[str]:
             self.names.append(name)
-            self.said.append(failure)
+            self.said.append(text)
             self.timeouts.append(timeout)
-            return self.answer or failure
+            return [text, *self.others]
 
-        monkeypatch.setattr(Processes, "first_failure", first_failure)
+        monkeypatch.setattr(Processes, "gather", gather)
+        monkeypatch.setattr(Processes, "broadcast", lambda self, name, text, timeout: text)
         monkeypatch.setattr(Processes, "forget", lambda self, name: None)
 
 
@@ -99,15 +100,40 @@ def test_of_several_processes_all_raise_together(tmp_path: Path, answers: Answer
     with pytest.raises(type(error)):
         broken.finish()
     broken.check()  # alone it says nothing: the others would wait for it
-    (answers.answer,) = answers.said
+    answers.others = answers.said[:]
     sound = finished(tmp_path, Corpus(), Processes(0, 2))
     expected = InputError if isinstance(error, InputError) else OSError
     with pytest.raises(expected, match=type(error).__name__ if isinstance(error, MemoryError | KeyError) else None):
         sound.finish()
-    # Where another process speaks first, this one raises the same.
-    answers.answer = json.dumps([True, "process 0 has damaged text"])
-    with pytest.raises(InputError, match="process 0 has damaged text"):
-        broken.finish()
+    # Where another process has found worse, this one raises that.
+    if expected is OSError:
+        answers.others = [json.dumps(["wrong", "process 0 has damaged text"])]
+        with pytest.raises(InputError, match="process 0 has damaged text"):
+            broken.finish()
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_who_is_to_stop_does_not_wait(tmp_path: Path, signalled: bool) -> None:
+    """Signalled before it waits, or meanwhile."""
+    corpus = Corpus()
+    verification = Verification([corpus], tmp_path, Processes())
+    looks = iter([signalled, True])
+    assert not verification.finish(lambda: next(looks))
+    corpus.compared.set()
+    assert verification.finish(lambda: True)
+
+
+def test_where_one_process_has_not_compared_all_say_so(tmp_path: Path, answers: Answers) -> None:
+    unfinished = Verification([Corpus()], tmp_path, Processes(0, 2))
+    assert not unfinished.finish(lambda: True)
+    sound = finished(tmp_path, Corpus(), Processes(0, 2))
+    assert sound.finish()
+    answers.others = answers.said[:1]
+    assert not sound.finish(lambda: True)
+    answers.others.append(json.dumps(["wrong", "process 1 has damaged text"]))
+    for verification in (unfinished, sound):
+        with pytest.raises(InputError, match="process 1 has damaged text"):
+            verification.finish(lambda: True)
 
 
 def test_each_run_of_a_process_has_time_to_read(tmp_path: Path, answers: Answers) -> None:

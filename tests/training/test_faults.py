@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -155,6 +156,7 @@ def test_a_checkpoint_has_all_that_a_run_goes_on_from(config_file, tmp_path):
     assert manifest.metadata["config"]["trainer"]["num_train_steps"] == 6
     assert manifest.metadata["best"] == {"step": 6, "validation/loss": manifest.metadata["metrics"]["validation/loss"]}
     assert {"environment", "data", "validation", "metrics"} <= set(manifest.metadata)
+    assert manifest.metadata["verified"] is True
     auto = [*command, "--trainer.run_dir", str(second), "--resume", "auto", *SAME_RATE]
     assert main([*auto, "--trainer.num_train_steps", "8"]) == 0
     assert list(metrics(second)) == [6, 7]
@@ -394,6 +396,29 @@ def test_a_shard_of_another_text_is_not_trained_on(config_file, tmp_path, monkey
     (error,) = capfd.readouterr().err.splitlines()
     assert f"{shard.parents[2]}: the token store is damaged (the tokens are not those that were written)" in error
     assert checkpoint.steps(run_dir / "checkpoints") == [6]
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_run_that_is_stopped_saves_before_its_text_has_been_compared(
+    of_tokens, tmp_path, monkeypatch, after_step, capfd, step
+):
+    """While it trains, and while it waits to save its sixth step."""
+    comparing = threading.Event()
+    monkeypatch.setattr(NanogptTokens, "check_whole", lambda self, cache_dir: comparing.wait(20))
+
+    def stop() -> None:
+        threading.Timer(1.5 if step == 5 else 0, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        if step == 2:
+            time.sleep(0.3)
+
+    after_step(step, stop)
+    assert main([*of_tokens, "--trainer.num_train_steps", "40", "--trainer.evaluate_every", "40"]) == 75
+    comparing.set()
+    last = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
+    assert step < last < 40
+    assert checkpoint.read_step(tmp_path / "run" / "checkpoints", last).metadata["verified"] is False
+    line = f"step {last} is saved before its text has been compared with what it should be"
+    assert line in capfd.readouterr().out
 
 
 def test_a_cache_that_is_removed_ends_a_run_on_a_large_store_and_what_was_trained_is_saved(

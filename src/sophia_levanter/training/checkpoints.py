@@ -64,7 +64,9 @@ class RunCheckpoints:
         on_failure = _end_soon if processes.count > 1 else None
         self._saver = Saver(directory, run_id=run_id, processes=processes, on_failure=on_failure)
 
-    def save(self, step: int, state: TrainState, numbers: Mapping[str, float], *, evaluated: bool) -> None:
+    def save(
+        self, step: int, state: TrainState, numbers: Mapping[str, float], *, evaluated: bool, verified: bool = True
+    ) -> None:
         """Begin to save a state; its buffers may be given away when this returns.
 
         Args:
@@ -72,6 +74,7 @@ class RunCheckpoints:
             state: the state after them.
             numbers: the latest metrics by name.
             evaluated: whether the validation loss among them is this state's.
+            verified: whether the text has been compared with what it should be.
 
         Raises:
             CheckpointError: if the save before has failed.
@@ -87,7 +90,7 @@ class RunCheckpoints:
             every=self._trainer.keep_every,
             best=self._best["step"] if self._best and self._trainer.keep_best else None,
         )
-        metadata: dict[str, JSON] = {**self._metadata, "metrics": finite, "best": self._best}
+        metadata: dict[str, JSON] = {**self._metadata, "metrics": finite, "best": self._best, "verified": verified}
         self._saver.save(step, state, metadata=metadata, retention=retention)
         self.saved_step = step
 

@@ -64,7 +64,7 @@ class Loop:
         loader: puts the training batches on the devices.
         evaluate: gives a model's validation loss; calls a function on its way.
         checkpoints: saves states while training goes on.
-        verification: of the text that is trained on; before it has ended, nothing is saved.
+        verification: of the text that is trained on; before it has ended, only a run that is to stop saves.
         trackers: take the numbers of each step.
         console: shows them.
         profiler: traces some of the steps.
@@ -99,6 +99,7 @@ class Loop:
     _last_time: float = 0.0
     _step_seconds: list[float] = field(default_factory=list)
     _watchdog: Watchdog = field(init=False)
+    _stopping: Callable[[], bool] = lambda: False
     # Sees when a step ends, whatever the host is doing then: one that waits for data would read two steps at once.
     _clock: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "step-clock"))
 
@@ -145,6 +146,8 @@ class Loop:
         batch = next(batches)
         # A step's numbers are read while the next one runs.
         unread: _Running | None = None
+        # Of several processes all must save together: they know of a signal when all have stopped.
+        self._stopping = lambda: jax.process_count() == 1 and stop.signal is not None
         while step < total and not all_stop(step, stop.signal is not None):
             self.checkpoints.check()
             self.verification.check()
@@ -198,6 +201,7 @@ class Loop:
         if unread is not None:
             self._read(unread)
         if self.checkpoints.saved_step != step:
+            self._stopping = lambda: step < total
             self._save(step, state, evaluated=False)
         return state
 
@@ -273,10 +277,12 @@ class Loop:
 
     def _save(self, step: int, state: TrainState, *, evaluated: bool) -> None:
         self._watchdog.pause()
-        self.verification.finish()
+        verified = self.verification.finish(self._stopping)
+        if not verified:
+            self.console.notice(f"step {step} is saved before its text has been compared with what it should be")
         self._watchdog.begin(f"saving step {step}")
         self.trackers.sync()
-        self.checkpoints.save(step, state, self.last_metrics, evaluated=evaluated)
+        self.checkpoints.save(step, state, self.last_metrics, evaluated=evaluated, verified=verified)
         self._last_time = time.perf_counter()
 
     def _end_save(self, error: Exception) -> None:
