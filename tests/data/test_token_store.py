@@ -289,7 +289,7 @@ def test_files_that_are_touched_without_end(
     store.check_whole(tmp_path / "cache")
     numbers = itertools.count()
     monkeypatch.setattr(TokenStore, "_files", lambda self: {name: [next(numbers)] for name in self._status})
-    with pytest.raises(InputError, match="its files change again and again"):
+    with pytest.raises(InputError, match="its files are modified again and again"):
         store.check_unchanged()
 
 
