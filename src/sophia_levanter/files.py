@@ -70,7 +70,9 @@ def read_regular(path: Path | str, most_bytes: int = MOST_BYTES) -> bytes:
         OSError: if it cannot be read.
     """
     with open_regular(path) as file:
-        content = file.read(most_bytes + 1)
+        # Not more than there is: the system would be asked for as much memory. Pipes and /proc have no size.
+        size = os.fstat(file.fileno()).st_size or most_bytes
+        content = file.read(min(size, most_bytes) + 1)
     if len(content) > most_bytes:
         raise NotRegular(errno.EFBIG, f"it has more than {most_bytes:,} bytes", str(path))
     return content

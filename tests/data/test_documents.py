@@ -204,7 +204,8 @@ def test_what_only_looks_like_records_is_text(tmp_path: Path, text: str) -> None
     (tmp_path / "a.txt").write_text(text)
     said: list[str] = []
     assert read(tmp_path / "a.txt", said=said) == [text]
-    assert said == []
+    assert len(said) == text.startswith('{"')
+    assert all("is read as one plain text although lines of it are JSON objects" in line for line in said)
 
 
 def test_a_first_line_longer_than_the_look_is_a_record(tmp_path: Path) -> None:
@@ -263,6 +264,8 @@ LEFT_OUT = [
     ".git/a.txt",
     "._a.txt",
     "__MACOSX/a.txt",
+    "_temporary/0/a.txt",
+    "_delta_log/a.txt",
     "a.txt~",
     "#a.txt#",
     "a.txt.bak",
@@ -274,7 +277,7 @@ LEFT_OUT = [
 @pytest.mark.parametrize("pattern", ["", "**"])
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_what_editors_downloads_and_systems_leave_is_left_out(tmp_path: Path, name: str, pattern: str) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("left out")
     (tmp_path / "b.txt").write_text("B")
     said: list[str] = []
@@ -283,6 +286,24 @@ def test_what_editors_downloads_and_systems_leave_is_left_out(tmp_path: Path, na
         f"left out 1 hidden files, backups or partial downloads, such as {tmp_path / name};" in s for s in said
     ] == [True]
     assert read(tmp_path / name) == ["left out"]  # what is named is read
+
+
+@pytest.mark.parametrize(
+    ("text", "warned"),
+    [
+        (b'{"content": "a"}\n{"content": "b"}\n', True),
+        (b'# of 2026\n{"text": "a"}\n{"text": "b"}\n', True),
+        (b'{"text": "a"}\n{"text": "b"}\n', False),
+        (b"{ x | x > 0 }\n", False),
+    ],
+)
+def test_a_text_of_json_objects_is_warned_of(tmp_path: Path, text: bytes, warned: bool) -> None:
+    (tmp_path / "a.txt").write_bytes(text)
+    said: list[str] = []
+    read(tmp_path / "a.txt", said=said)
+    assert [f"WARNING: data.train: {tmp_path / 'a.txt'} is read as one plain text although" in s for s in said] == (
+        [True] if warned else [False] * len(said)
+    )
 
 
 def test_hidden_places_that_are_named_are_read(tmp_path: Path) -> None:

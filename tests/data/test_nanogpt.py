@@ -201,6 +201,12 @@ def test_what_looks_like_four_bytes_is_refused_unless_named(tmp_path: Path, coun
     assert opened(tmp_path / "a.bin", "?dtype=uint16").num_tokens == 2 * count
 
 
+@pytest.mark.parametrize("options", ["", "?dtype=uint32"])
+def test_ids_of_eight_bytes_are_refused(tmp_path: Path, options: str) -> None:
+    TOKENS[:100].astype(np.int64).tofile(tmp_path / "a.bin")
+    assert "ids of eight bytes" in error_of(lambda: opened(tmp_path / "a.bin", options))
+
+
 @pytest.mark.parametrize("options", ["?dtype=int8", "?dtype=", "?type=uint16"])
 def test_options_that_are_refused(files: Path, options: str) -> None:
     assert "write ?dtype=uint16 or ?dtype=uint32" in error_of(lambda: opened(files / "train.bin", options))

@@ -45,6 +45,13 @@ def test_plain_lines_where_there_is_no_terminal():
     ]
 
 
+def test_characters_that_the_output_lacks_are_replaced():
+    output = io.TextIOWrapper(io.BytesIO(), "ascii")
+    Console(rich_console=RichConsole(file=output)).line("naïve")
+    output.flush()
+    assert output.buffer.getvalue() == b"na?ve\n"
+
+
 def test_the_last_step_is_always_shown():
     assert shown(False, range(20), total=20).splitlines()[-2].startswith("step 20/20")
     assert shown(False, range(17), total=17).splitlines()[-2].startswith("step 17/17")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, BinaryIO
 
 from sophia_levanter.data.config import DataConfig
-from sophia_levanter.data.formats import Format, format_of, named_formats
+from sophia_levanter.data.formats import Format, format_of, has_objects, named_formats
 from sophia_levanter.data.names import PYTHON_STDLIB
 from sophia_levanter.data.opened_files import OpenFile, opened, readable
 from sophia_levanter.data.rows import Rows
@@ -143,6 +143,7 @@ class FileSource:
             elif format_ is Format.JSON_ARRAY:
                 yield from self._json_array(file, open_file.content, skip)
             else:
+                self._report_objects(open_file)
                 yield from self._plain_text(file, open_file.content, skip)
 
     def _report_disagreement(self, opened: OpenFile, format_: Format) -> None:
@@ -157,6 +158,16 @@ class FileSource:
         self._report(
             f"{self._field}: {opened.file.name} holds {held}, unlike its name; it and files like it are read by content"
         )
+
+    def _report_objects(self, opened: OpenFile) -> None:
+        """One line where a text seems to be records that could not be read as such."""
+        if "objects" not in self._reported and has_objects(opened):
+            self._reported.add("objects")
+            self._report(
+                f"WARNING: {self._field}: {opened.file.name} is read as one plain text although lines of it are JSON "
+                f"objects: not all of the first lines have the field {self._config.text_field!r}; set data.text_field, "
+                "or remove the lines that are not records"
+            )
 
     def _plain_text(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
         """The text of a file as one record; with a separator a record ends at each, so that not all is in memory."""

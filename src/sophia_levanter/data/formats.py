@@ -130,5 +130,19 @@ def _lines_are_records(opened: OpenFile, text_field: str) -> bool:
     return seen > 0
 
 
+def has_objects(opened: OpenFile) -> bool:
+    """Whether one of the first lines is a JSON object, whatever its fields."""
+    lines = opened.content.read(LOOK_LINE_BYTES).splitlines()[:LOOK_LINES]
+    opened.rewind()
+    return any(line.startswith(b"{") and _is_object(line) for line in lines)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _is_record(value: Any, text_field: str) -> bool:
     return isinstance(value, dict) and text_field in value

@@ -137,7 +137,15 @@ class NanogptTokens:
                 )
             return self._agreeing(tokens, dtype)
         tokens = self._array(size, dtype or "uint16", offset=0)
-        if dtype is None and len(tokens) >= 4 and not len(tokens) % 2 and not tokens[:READ_TOKENS][1::2].any():
+        if len(tokens) < 4 or len(tokens) % 2 or tokens[:READ_TOKENS][1::2].any():
+            return tokens
+        if tokens.dtype.itemsize == 4 or (not len(tokens) % 4 and not tokens[:READ_TOKENS][2::4].any()):
+            if dtype != "uint16":
+                raise InputError(
+                    f"{self._where} holds ids of eight bytes, as of numpy's int64; write them anew: "
+                    f"numpy.fromfile({self.path.name!r}, 'int64').astype('uint32').tofile(NEW_FILE)"
+                )
+        elif dtype is None:
             raise InputError(
                 f"{self._where}: every second uint16 is 0, as in a file of uint32; write "
                 f"{NANOGPT}{self.path.name}?dtype=uint32, or ?dtype=uint16 if the file is correct"

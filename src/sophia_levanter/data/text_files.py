@@ -62,6 +62,7 @@ class TextFile:
 
 
 # What editors and downloads leave beside a file.
+LEFT_BESIDE_FOLDERS = {"__macosx", "_temporary", "_delta_log"}
 LEFT_BESIDE = (".bak", ".orig", ".swp", ".part", ".crdownload", ".tmp", ".incomplete")
 
 
@@ -159,9 +160,13 @@ def _is_hidden(relative: str) -> bool:
 
 
 def _is_left_beside(relative: str) -> bool:
-    """Whether it is an editor's backup, a partial download, or of macOS's folder for what only macOS reads."""
+    """Whether it is an editor's backup, a partial download, or in a folder that macOS or Spark leaves beside data."""
     *folders, name = relative.lower().split("/")
-    return "__macosx" in folders or name.endswith((*LEFT_BESIDE, "~")) or (name[:1] == name[-1:] == "#")
+    return (
+        not LEFT_BESIDE_FOLDERS.isdisjoint(folders)
+        or name.endswith((*LEFT_BESIDE, "~"))
+        or (name[:1] == name[-1:] == "#")
+    )
 
 
 def _own_name(name: str) -> str:

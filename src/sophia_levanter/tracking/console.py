@@ -68,6 +68,8 @@ class Console:
             self._print(text)
 
     def _print(self, text: str) -> None:
+        # A caller's standard output may lack a character; a command's has been told to replace it.
+        text = text.encode(self._console.encoding, "replace").decode(self._console.encoding)
         self._console.print(text, markup=False, emoji=False, highlight=False)
 
     def rows(self, rows: Sequence[tuple[str, str]], notices: Collection[str] = ()) -> None:
