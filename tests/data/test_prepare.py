@@ -63,6 +63,20 @@ def sides(data: TextData) -> tuple[list[str], list[str]]:
     return documents(data.train, data.tokenizer), documents(data.validation, data.tokenizer)
 
 
+def test_a_document_that_is_most_of_the_text_is_warned_of_where_it_is_held_out(tmp_path: Path) -> None:
+    warned, most = [], []
+    for long in range(8):
+        texts = [f"text {i} " * (200 if i == long else 1) for i in range(8)]
+        (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
+        config = DataConfig(train=str(tmp_path / "a.jsonl"), validation_fraction=0.3, cache_dir=str(tmp_path / "cache"))
+        said: list[str] = []
+        data = prepare(config, said.append)
+        warned.append(any("WARNING: data.train: most of" in line for line in said))
+        most.append(data.validation.num_tokens > data.train.num_tokens)
+    assert warned == most
+    assert {*most} == {True, False}
+
+
 def test_a_part_of_the_documents_is_held_out(config: DataConfig) -> None:
     train, validation = sides(prepare(config, quiet))
     assert sorted(train + validation) == sorted(TEXTS)

@@ -200,6 +200,11 @@ class Preparation:
         forget_progress(partial)
         counts = f"{_counts(writers)}{rows.split_at}"
         report(f"{self.field}: {counts}, prepared in {speed.seconds:.1f} s, in {directory}")
+        if self._held_out is not None and self._held_out <= 0.5 and writers[1].num_tokens > writers[0].num_tokens:
+            report(
+                f"WARNING: {self.field}: most of {self.name} is held out for validation, as a few documents have most "
+                "of the text; split them, or name data.validation"
+            )
         return directory
 
     def _begun(self, partial: Path, report: Report) -> Progress | None:
