@@ -132,7 +132,7 @@ def _lines_are_records(opened: OpenFile, text_field: str) -> bool:
 
 def has_objects(opened: OpenFile) -> bool:
     """Whether one of the first lines is a JSON object, whatever its fields."""
-    lines = opened.content.read(LOOK_LINE_BYTES).splitlines()[:LOOK_LINES]
+    lines = opened.content.read(LOOK_BYTES).splitlines()[:LOOK_LINES]
     opened.rewind()
     return any(line.startswith(b"{") and _is_object(line) for line in lines)
 
