@@ -108,3 +108,23 @@ def gpt2_folder(tmp_path: Path) -> Path:
     arrays = {name: np.ascontiguousarray(10 * array + 0.01) for name, array in drawn.items()}
     save_file(arrays, folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch):
+    """Makes the process get a signal when the metrics of a step are logged."""
+
+    from sophia_levanter.tracking.jsonl import JsonLines
+
+    def plan(step: int, number: signal.Signals = signal.SIGINT) -> None:
+        log = JsonLines.log
+
+        def log_and_signal(self, at, metrics):
+            log(self, at, metrics)
+            if at == step and "train/loss" in metrics:
+                monkeypatch.setattr(JsonLines, "log", log)
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(JsonLines, "log", log_and_signal)
+
+    return plan

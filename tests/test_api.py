@@ -15,30 +15,11 @@ from sophia_levanter import checkpoint, train
 from sophia_levanter.command_line import load_config
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
-from sophia_levanter.tracking.jsonl import JsonLines
 
 
 def losses(run_dir: Path) -> list[float]:
     records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [record["train/loss"] for record in records if "train/loss" in record]
-
-
-@pytest.fixture
-def signal_at(monkeypatch):
-    """Makes the process get a signal when the metrics of a step are logged."""
-
-    def plan(step: int, number: signal.Signals) -> None:
-        log = JsonLines.log
-
-        def log_and_signal(self, at, metrics):
-            log(self, at, metrics)
-            if at == step and "train/loss" in metrics:
-                monkeypatch.setattr(JsonLines, "log", log)
-                signal.raise_signal(number)
-
-        monkeypatch.setattr(JsonLines, "log", log_and_signal)
-
-    return plan
 
 
 @pytest.fixture
@@ -95,10 +76,10 @@ def test_bad_input_is_one_line(arguments, options, message, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_is_raised_after_the_save(config_file, command_losses, tmp_path, signal_at):
+def test_ctrl_c_is_raised_after_the_save(config_file, command_losses, tmp_path, stop_after):
     run_dir = tmp_path / "run"
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    signal_at(3, signal.SIGINT)
+    stop_after(3, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(config_file, trainer={"run_dir": run_dir})
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
@@ -108,11 +89,11 @@ def test_ctrl_c_is_raised_after_the_save(config_file, command_losses, tmp_path, 
     assert losses(run_dir) == command_losses
 
 
-def test_the_programs_own_handler_gets_sigterm_after_the_save(config_file, tmp_path, signal_at):
+def test_the_programs_own_handler_gets_sigterm_after_the_save(config_file, tmp_path, stop_after):
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append(checkpoint.steps(tmp_path / "run" / "checkpoints")))
     try:
-        signal_at(3, signal.SIGTERM)
+        stop_after(3, signal.SIGTERM)
         result = train(config_file, trainer={"run_dir": tmp_path / "run"})
     finally:
         signal.signal(signal.SIGTERM, before)

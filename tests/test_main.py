@@ -19,7 +19,6 @@ from sophia_levanter.data import prepare
 from sophia_levanter.data.leaks import Leak
 from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.main import main
-from sophia_levanter.tracking.jsonl import JsonLines
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -35,24 +34,6 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "sophia_levanter.main", *map(str, arguments)]
-
-
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch):
-    """Makes the process get a signal when the metrics of a step are logged."""
-
-    def plan(step: int, number: signal.Signals = signal.SIGINT) -> None:
-        log = JsonLines.log
-
-        def log_and_signal(self, at, metrics):
-            log(self, at, metrics)
-            if at == step and "train/loss" in metrics:
-                monkeypatch.setattr(JsonLines, "log", log)
-                signal.raise_signal(number)
-
-        monkeypatch.setattr(JsonLines, "log", log_and_signal)
-
-    return plan
 
 
 @pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h", "adamw", "lion", "muon", "soap"])
