@@ -60,8 +60,9 @@ class _RayTasks:
 def processes(count: int, tokenizer: Tokenizer) -> Iterator[Workers]:
     """Workers on this machine, one process each, which end with this one however it ends."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
+    # Makes semaphores, and with the first one Python lets SIGINT through again.
+    pool = ProcessPoolExecutor(count, context, start_worker)
     with _starting_workers():
-        pool = ProcessPoolExecutor(count, context, start_worker)
         for _ in range(count):  # each task finds no process at leisure, and starts one
             pool.submit(os.getpid)
     try:
