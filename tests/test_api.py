@@ -101,6 +101,7 @@ def test_the_programs_own_handler_gets_sigterm_after_the_save(config_file, tmp_p
     assert (result.stopped_by, result.step < 12) == (signal.SIGTERM, True)
 
 
+@pytest.mark.slow
 def test_threads_train_one_after_the_other(config_file, command_losses, tmp_path, monkeypatch):
     """In a directory that each gets for itself, although they begin in the same second."""
     monkeypatch.chdir(tmp_path)
@@ -114,6 +115,7 @@ def test_threads_train_one_after_the_other(config_file, command_losses, tmp_path
     assert [losses(result.run_dir) for result in results] == [command_losses, command_losses]
 
 
+@pytest.mark.slow
 def test_a_run_from_before_a_leaf_was_added_goes_on(config_file, command_losses, tmp_path):
     run_dir, new = tmp_path / "run", "optimizer_state.steps_since_refresh"
     checkpoints = train(config_file, trainer={"run_dir": run_dir}).run_dir / "checkpoints"

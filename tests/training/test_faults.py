@@ -304,8 +304,14 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder.rename(folder.with_name("going")))
 
 
-@pytest.mark.parametrize("step", [2, 7, 11])
-@pytest.mark.parametrize("rename", [False, True])
+@pytest.mark.parametrize(
+    ("step", "rename"),
+    [
+        (2, False),
+        (7, True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, True), (7, False), (11, True)]),
+    ],
+)
 def test_a_run_whose_directory_is_removed_fails_and_does_not_bring_it_back(
     config_file, tmp_path, after_step, capfd, step, rename
 ):
@@ -371,8 +377,14 @@ def test_checkpoints_that_know_less_of_the_text_are_gone_on_from(of_tokens, tmp_
     assert main(["--resume", str(tmp_path / "run"), "--trainer.num_train_steps", "7"]) == 0
 
 
-@pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("side", ["train", "validation"])
+@pytest.mark.parametrize(
+    ("large", "side"),
+    [
+        (True, "train"),
+        (False, "validation"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(False, "train"), (True, "validation")]),
+    ],
+)
 def test_a_shard_of_another_text_is_not_trained_on(config_file, tmp_path, monkeypatch, capfd, large, side):
     if large:
         monkeypatch.setattr(token_store, "IN_MEMORY_BYTES", 0)
@@ -398,7 +410,7 @@ def test_a_shard_of_another_text_is_not_trained_on(config_file, tmp_path, monkey
     assert checkpoint.steps(run_dir / "checkpoints") == [6]
 
 
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_a_run_that_is_stopped_saves_before_its_text_has_been_compared(
     of_tokens, tmp_path, monkeypatch, after_step, capfd, step
 ):
