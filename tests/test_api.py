@@ -89,6 +89,7 @@ def test_ctrl_c_is_raised_after_the_save(config_file, command_losses, tmp_path, 
     assert losses(run_dir) == command_losses
 
 
+@pytest.mark.slow
 def test_the_programs_own_handler_gets_sigterm_after_the_save(config_file, tmp_path, stop_after):
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append(checkpoint.steps(tmp_path / "run" / "checkpoints")))

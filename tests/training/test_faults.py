@@ -166,6 +166,7 @@ def test_a_checkpoint_has_all_that_a_run_goes_on_from(config_file, tmp_path):
 SAME_RATE = ["--optimizer.schedule", "constant"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_copied_from_another_run(config_file, tmp_path, capfd):
     run, copy = tmp_path / "run", tmp_path / "copy"
     options = ["--trainer.num_train_steps", "2", "--trainer.evaluation_windows", "1", "--trainer.sample_tokens", "0"]
@@ -325,6 +326,7 @@ def test_a_run_whose_directory_is_removed_fails_and_does_not_bring_it_back(
     assert not run_dir.exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_removed_fail_the_next_save(config_file, tmp_path, after_step, capfd):
     run_dir = tmp_path / "run"
     after_step(7, lambda: remove(run_dir / "checkpoints"))
@@ -347,6 +349,7 @@ def of_tokens(config_file, tmp_path):
     return ["--config", str(config_file), *data, "--trainer.run_dir", str(tmp_path / "run")]
 
 
+@pytest.mark.slow
 def test_a_token_file_that_is_cut_short_ends_the_run_in_one_line(of_tokens, tmp_path, after_step, capfd):
     after_step(1, lambda: os.truncate(tmp_path / "train.bin", 3000))
     assert main(of_tokens) == 2
@@ -365,6 +368,7 @@ def test_a_step_on_an_overwritten_token_file_is_not_saved(of_tokens, tmp_path, a
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [6]
 
 
+@pytest.mark.slow
 def test_checkpoints_that_know_less_of_the_text_are_gone_on_from(of_tokens, tmp_path, monkeypatch):
     facts = NanogptTokens.facts.func
 
@@ -433,6 +437,7 @@ def test_a_run_that_is_stopped_saves_before_its_text_has_been_compared(
     assert line in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_removed_ends_a_run_on_a_large_store_and_what_was_trained_is_saved(
     config_file, tmp_path, monkeypatch, after_step, capfd
 ):

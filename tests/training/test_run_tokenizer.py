@@ -41,6 +41,7 @@ def trained(words, config_file, tmp_path):
     return command, tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_moved_run_needs_no_other_tokenizer(trained, words, tmp_path, capfd):
     command, run_dir = trained
     fingerprint = load_tokenizer(str(words)).fingerprint
