@@ -102,8 +102,8 @@ def test_every_switch_of_the_curvature_together(config_file, tmp_path):
         (5, []),
         (7, []),
         (7, ["--optimizer.basis", "kronecker"]),
-        (7, ["--optimizer.type", "muon"]),
-        (7, ["--optimizer.type", "soap"]),
+        pytest.param(7, ["--optimizer.type", "muon"], marks=pytest.mark.slow),
+        pytest.param(7, ["--optimizer.type", "soap"], marks=pytest.mark.slow),
     ],
     ids=["next_step_refreshes", "next_step_is_plain", "kronecker", "muon", "soap"],
 )

@@ -50,7 +50,7 @@ def first_loss(model, config):
     return float(model.losses(batch)[0]) / windows[:, 1:].size
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ["fsdp and model", pytest.param("data", marks=pytest.mark.slow)])
 def test_the_first_loss_is_that_of_the_weights_and_going_on_needs_no_file(
     mesh, gpt2_folder, config_file, tmp_path, monkeypatch, capfd
 ):
