@@ -646,7 +646,7 @@ def test_no_checkpoint(model, save_checkpoint, tmp_path, capsys):
         torch.save(other, file)
         assert "is no checkpoint of nanoGPT or the Sophia authors" in refused(file, model.config)
     torch.save({"model": {"wte.weight": 3}, "model_args": nanogpt_args(model.config)}, file)
-    assert "model has 'wte.weight', which is no named tensor" in refused(file, model.config)
+    assert "model has 'wte.weight', which is not a named tensor" in refused(file, model.config)
     torch.save({"model": {"x": torch.ones(3, dtype=torch.int64)}, "model_args": nanogpt_args(model.config)}, file)
     assert "x is torch.int64; it must be floating-point" in refused(file, model.config)
     for content in (b"", b"no checkpoint", save_checkpoint(model).read_bytes()[:2000]):

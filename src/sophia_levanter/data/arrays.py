@@ -87,7 +87,7 @@ def open_array(location: str, cache_bytes: int = 0) -> ts.TensorStore:
     """The array at a path or URL, for reading.
 
     Raises:
-        NotRegular: if one of its files is no regular file.
+        NotRegular: if one of its files is not a regular file.
         ValueError: if it is not there or cannot be read.
     """
     for path in Path(location).rglob("*") if "://" not in location else ():

@@ -73,7 +73,7 @@ def format_of(opened: OpenFile, text_field: str, field: str) -> Format:
     begin = begin.removeprefix(codecs.BOM_UTF8).lstrip()
     is_named_json = Format.JSON_LINES in named
     if begin[:1] == b"[" and is_named_json:
-        # An array may begin with what is no object; so may lines, of which the first is a list.
+        # Both an array and JSON lines may begin with a list.
         if _first_of_lines(opened):
             return Format.JSON_LINES
         if Format.JSON_ARRAY in named or begin[1:].lstrip()[:1] in (b"{", b"]"):

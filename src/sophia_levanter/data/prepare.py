@@ -151,7 +151,7 @@ def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report)
 
 
 def _check_separator(config: DataConfig, report: Report) -> None:
-    """Says where `data.document_separator` has nothing to split, and refuses it where there is no text at all."""
+    """Warn about sources that `data.document_separator` cannot split; refuse it if it can split none of them."""
     names = [config.train] if isinstance(config.train, str) else [part.source for part in config.train]
     names += [config.validation] if config.validation is not None else []
     if config.document_separator is None:

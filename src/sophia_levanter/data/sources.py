@@ -28,7 +28,7 @@ class Source(Protocol):
 
     @property
     def settings(self) -> list[Any]:
-        """Of the identity, what is not of files, as a JSON value."""
+        """The part of the identity that does not depend on files, as a JSON value."""
         ...
 
     @property

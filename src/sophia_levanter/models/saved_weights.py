@@ -43,7 +43,7 @@ class WeightsError(InputError):
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model in a file, of which only the description is read yet.
+    """A model in a file. Only its description has been read so far.
 
     Attributes:
         file: the file or folder.
@@ -265,7 +265,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 class _Array(NamedTuple):
-    """An array in a file, of which only the shape is read yet."""
+    """An array in a file. Only its shape has been read so far."""
 
     file: Path
     name: str
@@ -368,7 +368,7 @@ def _shape(file: Path, name: Any, tensor: Any) -> tuple[int, ...]:
     import torch
 
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-        raise input_error(file, f"model has {shown(repr(name))}, which is no named tensor")
+        raise input_error(file, f"model has {shown(repr(name))}, which is not a named tensor")
     if not tensor.is_floating_point():
         raise input_error(file, f"{shown(name)} is {tensor.dtype}; it must be floating-point")
     # What is not stored, or a few stored numbers over and over, could be of any size.
