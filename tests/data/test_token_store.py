@@ -213,6 +213,13 @@ def alike(make_store: MakeStore, small_shards: None) -> tuple[TokenStore, TokenS
     )
 
 
+@pytest.fixture
+def large(alike: tuple[TokenStore, TokenStore], monkeypatch: pytest.MonkeyPatch) -> tuple[TokenStore, TokenStore]:
+    """The same, too large for memory."""
+    monkeypatch.setattr(token_store, "IN_MEMORY_BYTES", 0)
+    return alike
+
+
 def test_another_shard_is_found_when_a_store_is_read(alike: tuple[TokenStore, TokenStore]) -> None:
     store, other = alike
     replace_shard(store, other)
@@ -223,10 +230,9 @@ def test_another_shard_is_found_when_a_store_is_read(alike: tuple[TokenStore, To
 
 
 def test_another_shard_is_found_in_a_large_store(
-    alike: tuple[TokenStore, TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large: tuple[TokenStore, TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_store, "IN_MEMORY_BYTES", 0)
-    store, other = alike
+    store, other = large
     store.check_whole(tmp_path / "cache")
     with monkeypatch.context() as patch:
         patch.setattr(token_store, "tokens_digest", None)  # what was compared is not read again
@@ -264,10 +270,9 @@ def copy_back(folder: Path) -> None:
 
 @pytest.mark.parametrize("act", [link, touch, change_mode, copy_back])
 def test_files_that_are_touched_are_read_again_once(
-    alike: tuple[TokenStore, TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], None]
+    large: tuple[TokenStore, TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], None]
 ) -> None:
-    monkeypatch.setattr(token_store, "IN_MEMORY_BYTES", 0)
-    store, other = alike
+    store, other = large
     store.check_whole(tmp_path / "cache")
     time.sleep(0.01)  # the system's clock for files is a coarse one
     act(store.path)
@@ -282,10 +287,9 @@ def test_files_that_are_touched_are_read_again_once(
 
 
 def test_files_that_are_touched_without_end(
-    alike: tuple[TokenStore, TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large: tuple[TokenStore, TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_store, "IN_MEMORY_BYTES", 0)
-    store, _ = alike
+    store, _ = large
     store.check_whole(tmp_path / "cache")
     numbers = itertools.count()
     monkeypatch.setattr(TokenStore, "_files", lambda self: {name: [next(numbers)] for name in self._status})
@@ -294,10 +298,9 @@ def test_files_that_are_touched_without_end(
 
 
 def test_a_shard_that_is_gone_is_missed_when_it_is_read(
-    alike: tuple[TokenStore, TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large: tuple[TokenStore, TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_store, "IN_MEMORY_BYTES", 0)
-    store, _ = alike
+    store, _ = large
     store.check_whole(tmp_path / "cache")
     (store.path / "tokens" / "c" / "1").unlink()
     store.check_unchanged()
