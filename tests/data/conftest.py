@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import tiktoken
+from prepared import TEXTS
 
 from sophia_levanter.data.blocks import encode
+from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer
@@ -44,3 +47,12 @@ def make_store(tmp_path: Path) -> Callable[..., TokenStore]:
         return TokenStore.open(tmp_path / f"store{made}", tokenizer)
 
     return make
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DataConfig:
+    lines = [json.dumps({"text": text}) for text in TEXTS]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    return DataConfig(
+        train=str(tmp_path / "train.jsonl"), validation_fraction=0.2, cache_dir=str(tmp_path / "deep" / "cache")
+    )
