@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter import checkpoint, train
-from sophia_levanter.command_line import load_config
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
 

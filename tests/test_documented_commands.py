@@ -9,8 +9,8 @@ import pytest
 
 from pages import PAGES, ROOT, read_page
 from sophia_levanter.cli import VERBS
-from sophia_levanter.command_line import FLAGS, OPTIONS, load_config, parse_command_line
-from sophia_levanter.command_line_help import help_text
+from sophia_levanter.config.command_line import FLAGS, OPTIONS, load_config, parse_command_line
+from sophia_levanter.config.help import help_text
 from sophia_levanter.optim import SophiaG
 
 STARTS = r"(?:make|python -m sophia_levanter[\w.]*|sophia-levanter)(?= |$)"

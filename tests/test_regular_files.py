@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from sophia_levanter.checkpoint import CheckpointError, Retention, damage, read_step, restore, save
-from sophia_levanter.command_line import load_config
 from sophia_levanter.commands.sample import parse as parse_sample
 from sophia_levanter.comparison.records import read_records as read_study_records
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.data.bpe import load_bpe
 from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.data.prepare import prepare

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from sophia_levanter.checkpoint.manifest import FILE_NAME, Manifest, SavedArray, encode_manifest
-from sophia_levanter.command_line import dump_config
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.data.config import DataConfig
-from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.training.config import SophiaGConfig, TrainerConfig
+from sophia_levanter.config.command_line import dump_config
+from sophia_levanter.config.data import DataConfig
+from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.optimizer import SophiaGConfig
+from sophia_levanter.config.trainer import TrainerConfig
 
 MODEL = Gpt2Config(num_layers=1, num_heads=1, embed_dim=8, seq_len=10)
 TEXT = {"tokenizer": "bytes'", "documents": 3, "tokens": 1000, "digest": "abc"}

@@ -1,19 +1,18 @@
-"""Tables of a run's settings, made from the dataclasses and the comments beside their fields, as `--help` is."""
+"""Tables of a run's settings, made from their declarations, as `--help` is."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 import typing
 from types import UnionType
 from typing import Any
 
-from draccus.wrappers.docstring import get_attribute_docstring
-
-from sophia_levanter.config import TrainConfig, sections
-from sophia_levanter.config_file import show_value
-from sophia_levanter.training.config import OptimizerConfig
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.build import schema
+from sophia_levanter.config.files import show_value
+from sophia_levanter.config.help import fields_of
+from sophia_levanter.config.settings import declaration
 
 MARK = re.compile(r"^<!-- fields of (\w+)(?: (\w+))? -->$", re.MULTILINE)
 WORDS = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "NoneType": "null"}
@@ -24,22 +23,19 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return MARK.sub(lambda found: _table(found[1], found[2]), markdown)
 
 
-def _table(section: str, optimizer: str | None) -> str:
-    config = TrainConfig()
-    cls = sections(type(config.optimizer))[section]
+def _table(section: str, choice: str | None) -> str:
+    found = schema(TrainConfig)
+    cls: Any = found.choices.get(section, found.sections[section])
     common: dict[str, Any] = {}
-    if optimizer is not None:
-        cls = OptimizerConfig.get_known_choices()[optimizer]
-        common = {field.name: field.default for field in dataclasses.fields(OptimizerConfig)}
-    elif section == "optimizer":
-        cls = OptimizerConfig
+    if choice is not None:
+        common = {field.name: field.default for field, _ in fields_of(cls)}
+        cls = cls.get_known_choices()[choice]
     lines = ["| field | value | default | |", "| --- | --- | --- | --- |"]
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    for field, annotation in fields_of(cls):
         if field.name not in common or field.default != common[field.name]:
-            comment = get_attribute_docstring(cls, field.name).comment_inline.replace("|", r"\|")
+            described = declaration(field).described.replace("|", r"\|")
             default = show_value(field.default)
-            lines.append(f"| `{section}.{field.name}` | {_kind(hints[field.name])} | {default} | {comment} |")
+            lines.append(f"| `{section}.{field.name}` | {_kind(annotation)} | {default} | {described} |")
     return f"{inspect.getdoc(cls).splitlines()[0]}\n\n" + "\n".join(lines)
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import draccus
 
-from sophia_levanter.command_line import Command, build_config, existing_run
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.config_file import Layer, Setting, flatten, read_layers
+from sophia_levanter.config.command_line import Command, build_config, existing_run
+from sophia_levanter.config.files import Layer, Setting, flatten, read_layers
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import plan_run
 from sophia_levanter.training.run import TrainingResult, run

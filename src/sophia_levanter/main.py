@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from sophia_levanter.commands.arguments import run_command
-from sophia_levanter.exit_status import DONE, FAILURE, INTERRUPTED, PREEMPTED
+from sophia_levanter.exit_status import DONE, FAILURE, INTERRUPTED, PREEMPTED, run_command
 from sophia_levanter.printing import one_line
 
 if TYPE_CHECKING:
-    from sophia_levanter.command_line import Command
     from sophia_levanter.config import TrainConfig
+    from sophia_levanter.config.command_line import Command
     from sophia_levanter.training.run_directory import RunDirectory
 
 INTERRUPTED_LINE = "interrupted; nothing since the last checkpoint is saved"
@@ -57,7 +56,7 @@ def _train(argv: Sequence[str] | None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     from sophia_levanter.allocation import keep_freed_memory
-    from sophia_levanter.command_line import dump_config, parse_command_line
+    from sophia_levanter.config.command_line import dump_config, parse_command_line
 
     command = parse_command_line(argv)
     if command.help is not None:
@@ -102,8 +101,8 @@ def plan_run(command: Command) -> tuple[RunDirectory, TrainConfig]:
     Raises:
         InputError: if a launcher, a missing package or the run directory is in the way. Nothing is written.
     """
-    from sophia_levanter.partition.config import check_launcher
-    from sophia_levanter.tracking.config import check_installed
+    from sophia_levanter.config.mesh import check_launcher
+    from sophia_levanter.config.tracking import check_installed
     from sophia_levanter.training.run_directory import choose_run_directory
 
     assert command.config is not None

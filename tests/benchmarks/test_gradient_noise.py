@@ -13,7 +13,7 @@ from sophia_levanter.batch import Batch
 from sophia_levanter.benchmarks import gradient_noise
 from sophia_levanter.benchmarks.gradient_noise import Momentum, gradient_and_curvature, measure, momentum_of, noise_of
 from sophia_levanter.benchmarks.moments import Moments
-from sophia_levanter.command_line import load_config
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config, decay_mask
 from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.step import TrainState

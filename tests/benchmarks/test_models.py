@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.benchmarks.models import by_kind, train_batches, trained
-from sophia_levanter.command_line import load_config
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.data.prepare import prepare
 from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
 

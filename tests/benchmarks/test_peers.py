@@ -7,8 +7,8 @@ import pytest
 
 from sophia_levanter.benchmarks import peers
 from sophia_levanter.benchmarks.peers_by_hand import _attention, step_by_hand
-from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.training.config import SophiaGConfig
+from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.optimizer import SophiaGConfig
 
 TINY = Gpt2Config(2, 2, 8, 16, gradient_checkpointing="none")
 # What `peers_torch` says in answer to each line, for an interpreter without torch.

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 
 from sophia_levanter.benchmarks import sampling
-from sophia_levanter.command_line import load_config
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.models.gpt2 import Gpt2
 
 

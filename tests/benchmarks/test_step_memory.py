@@ -2,7 +2,7 @@ import pytest
 
 from sophia_levanter.benchmarks import step_memory
 from sophia_levanter.benchmarks.step_memory import measure, temporary_bytes
-from sophia_levanter.command_line import load_config
+from sophia_levanter.config.command_line import load_config
 
 SMALL = [("trainer.batch_size", "8")]
 

@@ -161,7 +161,7 @@ def test_a_secret_that_is_not_there(allocation: Path, slurm_run: Job, monkeypatc
 
 ALL_GPUS = """
 import jax
-from sophia_levanter.partition.config import MeshConfig
+from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.partition.processes import start_processes
 start_processes(MeshConfig(coordinator="127.0.0.1:{port}", num_processes=1, process_id=0))
 print(jax.config.read("jax_cuda_visible_devices"))

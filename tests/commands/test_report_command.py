@@ -17,7 +17,7 @@ import pytest
 
 from sophia_levanter.commands.report import main
 from sophia_levanter.comparison.styles import MOST_STYLES
-from sophia_levanter.training.config import AdamWConfig
+from sophia_levanter.config.optimizer import AdamWConfig
 from written_runs import FACTS, TEXT, run_config, step_lines, write_manifest, write_run
 
 CHROMIUM = shutil.which("chromium")

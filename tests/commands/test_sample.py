@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from sophia_levanter.commands import sample
+from sophia_levanter.config.sampling import Sampling
 from sophia_levanter.data.tokenizer import ByteTokenizer
 from sophia_levanter.main import main
-from sophia_levanter.models.config import Sampling
 
 BYTES = ("--data.tokenizer", "bytes")
 END = 256

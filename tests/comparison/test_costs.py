@@ -4,16 +4,16 @@ import pytest
 
 from sophia_levanter.comparison.costs import flops_per_token, seconds_per_step, tokens_per_step
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.training.config import (
+from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.optimizer import (
     AdamWConfig,
     LionConfig,
     MuonConfig,
     SoapConfig,
     SophiaGConfig,
     SophiaHConfig,
-    TrainerConfig,
 )
+from sophia_levanter.config.trainer import TrainerConfig
 
 QUARTERS = TrainerConfig(num_train_steps=10_000, batch_size=32, microbatch_size=8)
 

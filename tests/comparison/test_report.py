@@ -9,8 +9,9 @@ from sophia_levanter.comparison.records import flat_config
 from sophia_levanter.comparison.report import write_report
 from sophia_levanter.comparison.study import PlannedRun, Study
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.training.config import AdamWConfig, SophiaGConfig, TrainerConfig
+from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
+from sophia_levanter.config.trainer import TrainerConfig
 
 STUDY = Study("small", (), "adamw", 5)
 OPTIMIZERS = {"adamw": AdamWConfig, "sophia": SophiaGConfig}

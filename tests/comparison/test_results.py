@@ -8,7 +8,8 @@ from sophia_levanter.comparison.records import flat_config
 from sophia_levanter.comparison.results import best, collect, lengths
 from sophia_levanter.comparison.study import PlannedRun
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.training.config import SophiaGConfig, TrainerConfig
+from sophia_levanter.config.optimizer import SophiaGConfig
+from sophia_levanter.config.trainer import TrainerConfig
 
 
 def test_mean_and_spread_over_seeds(make_cell):

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from sophia_levanter.checkpoint.manifest import FILE_NAME, Manifest, SavedArray, encode_manifest
-from sophia_levanter.command_line import load_config
 from sophia_levanter.comparison import runner
 from sophia_levanter.comparison.records import flat_config
 from sophia_levanter.comparison.runner import Job, RunFailed, do, has_diverged, job_directory, read_run
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.training.config import AdamWConfig, SophiaGConfig, TrainerConfig
+from sophia_levanter.config.command_line import load_config
+from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
+from sophia_levanter.config.trainer import TrainerConfig
 
 MODEL = Gpt2Config(num_layers=1, num_heads=1, embed_dim=8, seq_len=10)
 CONFIG = TrainConfig(

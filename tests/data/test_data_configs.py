@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from sophia_levanter.command_line import load_config
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.data.documents import FileSource
 from sophia_levanter.data.prepare import prepare
 

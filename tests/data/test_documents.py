@@ -14,9 +14,9 @@ import pyarrow.parquet
 import pytest
 from backports import zstd
 
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import documents as documents_module
 from sophia_levanter.data import opened_files
-from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.documents import FileSource
 from sophia_levanter.data.text_files import find_files
 from sophia_levanter.errors import InputError

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.hub import DatasetName, DatasetSource
 from sophia_levanter.data.names import absolute_source
 from sophia_levanter.data.prepare import prepare

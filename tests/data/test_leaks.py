@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sophia_levanter.config.data import DataConfig, MixturePart
 from sophia_levanter.data import leaks
-from sophia_levanter.data.config import DataConfig, MixturePart
 from sophia_levanter.data.leaks import Leak, find_leak
 from sophia_levanter.data.mixture import Mixture
 from sophia_levanter.data.prepare import prepare

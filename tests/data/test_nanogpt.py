@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import nanogpt as nanogpt_module
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches
-from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer

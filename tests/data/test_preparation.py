@@ -19,11 +19,11 @@ import pyarrow.parquet
 import pytest
 from prepared import TEXTS, content, documents, json_lines, parquet, quiet, sides
 
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import documents as documents_module
 from sophia_levanter.data import preparation as preparation_module
 from sophia_levanter.data import store_writer
 from sophia_levanter.data.blocks import Documents
-from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.documents import FileSource
 from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.token_store import TokenStore
@@ -140,7 +140,7 @@ KILLED = """
 import json, os, signal, sys
 from sophia_levanter.data import preparation, store_writer
 from sophia_levanter.data.blocks import Documents
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.documents import FileSource
 from sophia_levanter.data.prepare import prepare
 documents = FileSource.documents
@@ -437,7 +437,7 @@ def test_two_processes_at_once(config: DataConfig) -> None:
 import sys
 import time
 from sophia_levanter.data.blocks import Documents
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.prepare import prepare
 data = prepare(DataConfig(train=sys.argv[1], validation_fraction=0.2, cache_dir=sys.argv[2]), lambda line: None)
 print(data.train.num_documents + data.validation.num_documents)

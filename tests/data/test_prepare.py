@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from prepared import TEXTS, content, documents, json_lines, parquet, quiet, sides
 
+from sophia_levanter.config.data import DataConfig, MixturePart
 from sophia_levanter.data import preparation as preparation_module
 from sophia_levanter.data import prepare as prepare_module
 from sophia_levanter.data import token_store
-from sophia_levanter.data.config import DataConfig, MixturePart
 from sophia_levanter.data.documents import FileSource
 from sophia_levanter.data.prepare import prepare, prepare_validation
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer

@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import documents as documents_module
-from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.sources import open_source
 from sophia_levanter.errors import InputError
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.batch import Batch, batch_from_windows
-from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.models.gpt2 import Gpt2
 
 GOLDEN = Path(__file__).parent.parent / "golden"

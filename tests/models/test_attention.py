@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.models import attention
 from sophia_levanter.models.attention import blocked_attention, causal_attention, forward_differentiable
-from sophia_levanter.partition.config import MeshConfig
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.planning.collectives import collective_bytes
 

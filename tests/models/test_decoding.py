@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from haliax import Axis
 
+from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.models.decoding import Cache, decode_step, prefill
-from sophia_levanter.partition.config import MeshConfig
 from sophia_levanter.partition.mesh import partition_of
 
 ROWS, LENGTH = 4, 8

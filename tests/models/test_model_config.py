@@ -1,8 +1,10 @@
 import pytest
 
-from sophia_levanter.config import TrainConfig, check_parameters
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.model import Gpt2Config, pad_vocab
+from sophia_levanter.config.run import check_parameters
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.config import Gpt2Config, attention_for, pad_vocab
+from sophia_levanter.models.attention import attention_for
 
 
 @pytest.mark.parametrize(("vocab", "padded"), [(1, 128), (128, 128), (129, 256), (257, 384), (50257, 50304)])

@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import save_file
 from weight_files import VOCAB, assert_same, read, refused, save_folder
 
+from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.data.bpe import bytes_of_characters
 from sophia_levanter.data.tokenizer import ByteTokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.config import Gpt2Config
 from sophia_levanter.models.huggingface import gpt2_to_state_dict, with_biases
 from sophia_levanter.models.pretrained import check_vocabulary
 from sophia_levanter.models.saved_weights import open_model

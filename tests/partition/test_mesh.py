@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from sophia_levanter.batch import batch_from_windows
-from sophia_levanter.partition.config import MeshConfig
+from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.partition.mesh import arranged, at_rest, by_row_shard, in_use, partition_of, row_shards
 
 ROWS = ("replica", "data")

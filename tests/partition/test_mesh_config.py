@@ -2,11 +2,13 @@
 
 import pytest
 
-from sophia_levanter.config import TrainConfig, check_mesh
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.mesh import MeshConfig, check_launcher
+from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.optimizer import SophiaHConfig
+from sophia_levanter.config.run import check_mesh
+from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.partition.config import MeshConfig, check_launcher
-from sophia_levanter.training.config import SophiaHConfig, TrainerConfig
 
 
 @pytest.mark.parametrize(

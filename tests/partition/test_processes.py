@@ -13,8 +13,8 @@ import pytest
 
 from fake_gcs import FakeGcs, serving
 from sophia_levanter import checkpoint
+from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.errors import InputError
-from sophia_levanter.partition.config import MeshConfig
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -3,11 +3,11 @@
 import pytest
 
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.planning.run_plan import _time
 from sophia_levanter.planning.step_plan import StepTime
 from sophia_levanter.planning.target import pretended_target, tpu_target
-from sophia_levanter.training.config import TrainerConfig
 
 CONFIG = TrainConfig(model=Gpt2Config(seq_len=64), trainer=TrainerConfig(batch_size=8, num_train_steps=86_400))
 ASSUMED = "assumed, not measured on this chip"

@@ -6,8 +6,10 @@ import jax
 import pytest
 
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.partition.config import MeshConfig
+from sophia_levanter.config.mesh import MeshConfig
+from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.optimizer import AdamWConfig, LionConfig, MuonConfig, SophiaGConfig, SophiaHConfig
+from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.planning.step_plan import (
     StepPlan,
@@ -19,14 +21,6 @@ from sophia_levanter.planning.step_plan import (
     step_time,
 )
 from sophia_levanter.planning.target import Chip, Target
-from sophia_levanter.training.config import (
-    AdamWConfig,
-    LionConfig,
-    MuonConfig,
-    SophiaGConfig,
-    SophiaHConfig,
-    TrainerConfig,
-)
 from sophia_levanter.training.costs import matrix_flops
 from sophia_levanter.training.lowering import abstract_state
 from sophia_levanter.training.memory import bytes_by_kind, device_bytes

@@ -9,6 +9,8 @@ import pytest
 
 from sophia_levanter.comparison.costs import flops_per_token as counted_flops_per_token
 from sophia_levanter.comparison.runner import read_run as read_record
+from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
+from sophia_levanter.config.trainer import BatchSizeChange
 from sophia_levanter.errors import InputError
 from sophia_levanter.reporting.axes import AXES, STEPS
 from sophia_levanter.reporting.comparability import compare
@@ -16,7 +18,6 @@ from sophia_levanter.reporting.details import configurations, facts
 from sophia_levanter.reporting.headline import COLUMNS, headline, short, status
 from sophia_levanter.reporting.metrics import read_metrics
 from sophia_levanter.reporting.runs import read_run
-from sophia_levanter.training.config import AdamWConfig, BatchSizeChange, SophiaGConfig
 from written_runs import FACTS, TEXT, run_config, step_lines, write_manifest, write_run
 
 

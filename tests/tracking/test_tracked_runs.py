@@ -11,7 +11,7 @@ import wandb_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sophia_levanter import checkpoint
-from sophia_levanter.command_line import dump_config, load_config
+from sophia_levanter.config.command_line import dump_config, load_config
 from sophia_levanter.main import main
 from sophia_levanter.tracking import tensorboard, wandb
 from sophia_levanter.tracking.console import Console

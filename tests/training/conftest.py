@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
-from sophia_levanter.partition.config import MeshConfig
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.loading_models import LoadedModel
 

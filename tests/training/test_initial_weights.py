@@ -10,11 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sophia_levanter.batch import batch_from_windows
-from sophia_levanter.command_line import load_config
+from sophia_levanter.config.command_line import load_config
+from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.data.batches import TrainBatches
 from sophia_levanter.data.prepare import prepare
 from sophia_levanter.main import main
-from sophia_levanter.models.config import Gpt2Config
 from sophia_levanter.models.huggingface import gpt2_from_state_dict
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.training.exporting import export_model

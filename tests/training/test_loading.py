@@ -10,15 +10,15 @@ import jax
 import numpy as np
 import pytest
 
+from sophia_levanter.config.mesh import MeshConfig
+from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.data.batches import TrainBatches
 from sophia_levanter.data.blocks import encode
 from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.partition.config import MeshConfig
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.config import TrainerConfig
 from sophia_levanter.training.loading import BatchLoader
 
 STEPS = 1000
@@ -82,10 +82,10 @@ import sys
 import numpy as np
 from sophia_levanter.data.batches import TrainBatches
 from sophia_levanter.data.token_store import TokenStore
-from sophia_levanter.partition.config import MeshConfig
+from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.partition.processes import start_processes
-from sophia_levanter.training.config import TrainerConfig
+from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.training.loading import BatchLoader
 
 store, out, steps, address, count, number = sys.argv[1:]

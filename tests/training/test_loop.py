@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.training.compiled_steps import CompiledSteps
-from sophia_levanter.training.config import TrainerConfig
 from sophia_levanter.training.loop import Loop
 from sophia_levanter.training.step import StepOutput
 

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.training.config import AdamWConfig, MuonConfig, SoapConfig, SophiaGConfig, TrainerConfig
+from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.optimizer import AdamWConfig, MuonConfig, SoapConfig, SophiaGConfig
+from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.training.costs import MatrixFlops, flops_per_step, matrix_flops
 
 # Of each of three layers: queries, keys, values and their projection 8 x 8, and the MLP's 8 x 32 and 32 x 8.

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from sophia_levanter.batch import batch_from_windows
-from sophia_levanter.command_line import load_config
+from sophia_levanter.config.command_line import load_config
+from sophia_levanter.config.mesh import MeshConfig
+from sophia_levanter.config.optimizer import SophiaGConfig
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.optim.microbatch import split_at
-from sophia_levanter.partition.config import MeshConfig
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.config import SophiaGConfig
 from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.step import TrainState, train_step
 

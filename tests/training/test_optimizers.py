@@ -3,6 +3,15 @@
 import jax.numpy as jnp
 import pytest
 
+from sophia_levanter.config.optimizer import (
+    AdamWConfig,
+    LionConfig,
+    MuonConfig,
+    SoapConfig,
+    SophiaGConfig,
+    SophiaHConfig,
+)
+from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.models.gpt2 import matrix_axes
 from sophia_levanter.optim import (
     AdamW,
@@ -15,15 +24,6 @@ from sophia_levanter.optim import (
     SophiaG,
     SophiaH,
     WinRateController,
-)
-from sophia_levanter.training.config import (
-    AdamWConfig,
-    LionConfig,
-    MuonConfig,
-    SoapConfig,
-    SophiaGConfig,
-    SophiaHConfig,
-    TrainerConfig,
 )
 from sophia_levanter.training.optimizers import (
     build_optimizer,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_meshes import nano, train
 
-from sophia_levanter.partition.config import MeshConfig
+from sophia_levanter.config.mesh import MeshConfig
 
 
 def in_bfloat16(config, *names):

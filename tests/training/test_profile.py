@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from sophia_levanter.command_line import load_config
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.main import main
 from sophia_levanter.training.profile import Profiler
 

@@ -11,7 +11,7 @@ import pytest
 
 from sophia_levanter.batch import batch_from_windows
 from sophia_levanter.checkpoint import Retention, restore, save
-from sophia_levanter.command_line import load_config
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.optim import Sophia
 from sophia_levanter.partition.mesh import partition_of

@@ -2,7 +2,7 @@
 
 import jax
 
-from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.training.throughput import flops_per_token, peak_flops
 
 

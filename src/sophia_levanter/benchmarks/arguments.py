@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sophia_levanter.command_line import parse_command_line
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.command_line import parse_command_line
 from sophia_levanter.errors import InputError
 
 

@@ -21,9 +21,9 @@ import numpy as np
 import psutil
 import tiktoken
 
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import token_store
 from sophia_levanter.data.blocks import Documents
-from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import load_tokenizer

@@ -24,7 +24,7 @@ from sophia_levanter.batch import Batch, batch_from_windows
 from sophia_levanter.benchmarks.models import Rows, Vectors, by_kind, train_batches, trained
 from sophia_levanter.benchmarks.moments import Moments
 from sophia_levanter.benchmarks.timing import Spread, markdown_table, spread
-from sophia_levanter.command_line import load_config
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.data.prepare import prepare
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.optim import GaussNewtonBartlett

@@ -27,13 +27,13 @@ from sophia_levanter.benchmarks.models import Vectors, by_kind, train_batches, t
 from sophia_levanter.benchmarks.moments import Moments
 from sophia_levanter.benchmarks.timing import Spread, markdown_table, spread
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.optimizer import SophiaConfig
 from sophia_levanter.data.batches import TrainBatches
 from sophia_levanter.data.prepare import prepare
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.optim import GaussNewtonBartlett, value_grad_and_curvature
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.config import SophiaConfig
 from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.step import StepSettings, TrainState
 

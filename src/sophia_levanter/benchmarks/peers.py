@@ -24,10 +24,8 @@ from sophia_levanter.allocation import keep_freed_memory
 from sophia_levanter.batch import batch_from_windows
 from sophia_levanter.benchmarks.peers_by_hand import step_by_hand
 from sophia_levanter.benchmarks.timing import markdown_table
-from sophia_levanter.models.config import Gpt2Config
-from sophia_levanter.models.gpt2 import Gpt2, decay_mask
-from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.config import (
+from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.optimizer import (
     AdamWConfig,
     LionConfig,
     MuonConfig,
@@ -36,8 +34,10 @@ from sophia_levanter.training.config import (
     SophiaConfig,
     SophiaGConfig,
     SophiaHConfig,
-    TrainerConfig,
 )
+from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.models.gpt2 import Gpt2, decay_mask
+from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.step import TrainState, train_step
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sophia_levanter.models.config import Gpt2Config, pad_vocab
+from sophia_levanter.config.model import Gpt2Config, pad_vocab
 
 BLOCKS = 4  # of queries
 MASKED = -1e9

@@ -21,7 +21,7 @@ import jmp
 from sophia_levanter.benchmarks.arguments import parse_with_overrides
 from sophia_levanter.benchmarks.timing import Spread, markdown_table, seconds_in_turns, spread
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.models.config import Sampling
+from sophia_levanter.config.sampling import Sampling
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.models.sampling import generate, restricted
 from sophia_levanter.optim.categorical import sample_categorical

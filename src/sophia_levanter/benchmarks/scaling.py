@@ -14,14 +14,15 @@ from pathlib import Path
 import jax
 
 from sophia_levanter.benchmarks.timing import markdown_table
-from sophia_levanter.command_line import load_config
-from sophia_levanter.config import TrainConfig, check_mesh
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.command_line import load_config
+from sophia_levanter.config.optimizer import SophiaConfig
+from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.planning.run_plan import SECONDS_PER_DAY, fsdp_minimum, hutchinsons_microbatch
 from sophia_levanter.planning.step_plan import plan_step, step_time
 from sophia_levanter.planning.target import GIB, Target, pretended_target, tpu_target
-from sophia_levanter.training.config import SophiaConfig
 from sophia_levanter.training.costs import flops_per_step
 from sophia_levanter.training.lowering import abstract_state
 from sophia_levanter.training.summary import count_parameters, describe_mesh

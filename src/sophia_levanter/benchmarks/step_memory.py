@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax
 
 from sophia_levanter.benchmarks.timing import markdown_table
-from sophia_levanter.command_line import load_config
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.lowering import lower_step
 

@@ -16,7 +16,7 @@ from typing import IO
 
 from sophia_levanter.cluster.backend import HostCommand
 from sophia_levanter.cluster.child import bound_to_this_process
-from sophia_levanter.cluster.config import MASK
+from sophia_levanter.config.build import MASK
 
 _LABELLED = re.compile(r" *(\d+): (.*)")
 TAIL_LINES = 20

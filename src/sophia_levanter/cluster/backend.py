@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from sophia_levanter.cluster.config import MASK
 from sophia_levanter.cluster.record import LaunchRecord
+from sophia_levanter.config.build import MASK
 from sophia_levanter.errors import InputError
 
 Say = Callable[[str], None]

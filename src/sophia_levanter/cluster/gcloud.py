@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sophia_levanter.cluster.backend import HostCommand, Job, Say, Unavailable, training_command
-from sophia_levanter.cluster.config import MASK, GcloudCluster
+from sophia_levanter.cluster.config import GcloudCluster
 from sophia_levanter.cluster.gcloud_calls import Answer, Stopped, call
 from sophia_levanter.cluster.gcloud_words import GcloudWords, resource_name
 from sophia_levanter.cluster.queued_resources import Node, QueuedResource
+from sophia_levanter.config.build import MASK
 from sophia_levanter.errors import InputError
 
 PRICES = "https://cloud.google.com/tpu/pricing"

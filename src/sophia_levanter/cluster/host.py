@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import IO
 
 from sophia_levanter.cluster.child import bound_to_this_process
-from sophia_levanter.commands.arguments import parse_arguments, run_command, whole_number
+from sophia_levanter.config.arguments import parse_arguments, whole_number
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import FAILURE
+from sophia_levanter.exit_status import FAILURE, run_command
 
 USAGE = """\
 usage: python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD...

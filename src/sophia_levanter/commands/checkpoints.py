@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sophia_levanter.commands.arguments import Arguments, chosen, parse_arguments, run_command, whole_number
+from sophia_levanter.config.arguments import Arguments, chosen, parse_arguments, whole_number
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, FAILURE
+from sophia_levanter.exit_status import DONE, FAILURE, run_command
 from sophia_levanter.printing import one_line
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _place(text: str) -> Place:
     if not path.is_dir():
         raise InputError(f"{text}: there is no such directory")
     if (path / "config.yaml").is_file():
-        from sophia_levanter.command_line import load_config
+        from sophia_levanter.config.command_line import load_config
 
         elsewhere = load_config(path / "config.yaml").trainer.checkpoint_dir
         return Place(elsewhere or str(path / "checkpoints"), path)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from sophia_levanter.commands.arguments import parse_arguments
 from sophia_levanter.comparison.records import Record, find, read_records, write_records
 from sophia_levanter.comparison.study import PlannedRun, Study, plan, read_study
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.config_file import Layer, Setting
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.config.arguments import parse_arguments
+from sophia_levanter.config.data import DataConfig
+from sophia_levanter.config.files import Layer, Setting
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
 from sophia_levanter.files import lock

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sophia_levanter.commands.arguments import parse_arguments, whole_number
 from sophia_levanter.commands.on_models import run_on_model
+from sophia_levanter.config.arguments import parse_arguments, whole_number
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE
 

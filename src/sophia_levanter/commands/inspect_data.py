@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sophia_levanter.commands.arguments import parse_arguments, run_command, whole_number
+from sophia_levanter.config.arguments import parse_arguments, whole_number
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE
+from sophia_levanter.exit_status import DONE, run_command
 from sophia_levanter.printing import one_line
 
 SHOWN_CHARACTERS = 300

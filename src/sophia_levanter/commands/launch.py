@@ -20,11 +20,12 @@ from sophia_levanter.cluster.config import (
     read_cluster,
 )
 from sophia_levanter.cluster.record import LaunchRecord
-from sophia_levanter.command_line import Command, dump_config, load_config
-from sophia_levanter.commands.arguments import chosen, parse_arguments, run_command, whole_number
-from sophia_levanter.config import TrainConfig, check_mesh
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.arguments import chosen, parse_arguments, whole_number
+from sophia_levanter.config.command_line import Command, dump_config, load_config
+from sophia_levanter.config.run import check_mesh
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, FAILURE
+from sophia_levanter.exit_status import DONE, FAILURE, run_command
 from sophia_levanter.files import write_atomically
 from sophia_levanter.printing import one_line
 from sophia_levanter.training.run_directory import LAUNCH, choose_run_directory

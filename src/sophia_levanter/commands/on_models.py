@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from sophia_levanter.commands.arguments import run_command
-from sophia_levanter.exit_status import FAILURE, INTERRUPTED
+from sophia_levanter.exit_status import FAILURE, INTERRUPTED, run_command
 from sophia_levanter.printing import one_line
 
 Command = TypeVar("Command")

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sophia_levanter.command_line import load_config
-from sophia_levanter.commands.arguments import parse_arguments, run_command, whole_number
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.arguments import parse_arguments, whole_number
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, FAILURE
+from sophia_levanter.exit_status import DONE, FAILURE, run_command
 from sophia_levanter.planning.target import GPUS, TPUS, Target, pretended_target, tpu_target
 from sophia_levanter.printing import one_line
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from sophia_levanter.command_line import load_config
-from sophia_levanter.commands.arguments import parse_arguments, run_command
+from sophia_levanter.config.arguments import parse_arguments
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, PREEMPTED
+from sophia_levanter.exit_status import DONE, PREEMPTED, run_command
 from sophia_levanter.printing import one_line
 from sophia_levanter.training.run_directory import with_absolute_paths
 

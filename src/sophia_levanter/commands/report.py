@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sophia_levanter.commands.arguments import parse_arguments, run_command
 from sophia_levanter.comparison.styles import MOST_STYLES
+from sophia_levanter.config.arguments import parse_arguments
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE
+from sophia_levanter.exit_status import DONE, run_command
 from sophia_levanter.printing import one_line
 
 USAGE = """\

@@ -11,9 +11,9 @@ from pathlib import Path
 from sophia_levanter.cluster.config import GcloudCluster, read_cluster
 from sophia_levanter.cluster.gcloud_calls import missing_gcloud
 from sophia_levanter.cluster.gcloud_words import GcloudWords, resource_name
-from sophia_levanter.commands.arguments import chosen, parse_arguments, run_command
+from sophia_levanter.config.arguments import chosen, parse_arguments
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, FAILURE
+from sophia_levanter.exit_status import DONE, FAILURE, run_command
 
 USAGE = """\
 usage: python -m sophia_levanter.commands.tpu create --cluster FILE [NAME] [--dry_run]

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sophia_levanter.command_line import load_config
-from sophia_levanter.commands.arguments import parse_arguments, run_command, whole_number
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.config.arguments import parse_arguments, whole_number
+from sophia_levanter.config.command_line import load_config
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.names import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE
+from sophia_levanter.exit_status import DONE, run_command
 from sophia_levanter.training.run_directory import with_absolute_paths
 
 TRAIN_BYTES = 1 << 30

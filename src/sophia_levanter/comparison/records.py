@@ -11,13 +11,13 @@ from typing import Any
 
 import draccus
 
-from sophia_levanter.command_line import build_config
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.config_file import Setting
+from sophia_levanter.config.command_line import build_config
+from sophia_levanter.config.files import Setting
+from sophia_levanter.config.optimizer import OptimizerConfig
+from sophia_levanter.config.tracking import TrackingConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import read_regular
-from sophia_levanter.tracking.config import TrackingConfig
-from sophia_levanter.training.config import OptimizerConfig
 
 # Where a run's files lie, and how often it says or saves something, makes it no other run.
 _NO_MATTER = (

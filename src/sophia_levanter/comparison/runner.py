@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from sophia_levanter import checkpoint
-from sophia_levanter.command_line import dump_config
 from sophia_levanter.comparison.records import Record, flat_config
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.command_line import dump_config
 from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.tracking.jsonl import read_records
 from sophia_levanter.training.throughput import flops_per_token

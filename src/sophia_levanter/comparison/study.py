@@ -10,9 +10,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from sophia_levanter.command_line import build_config
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.config_file import Layer, Setting, read_layers, show_value
+from sophia_levanter.config.command_line import build_config
+from sophia_levanter.config.files import Layer, Setting, read_layers, show_value
 from sophia_levanter.errors import InputError
 from sophia_levanter.printing import one_line, shortened
 

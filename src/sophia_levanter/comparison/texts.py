@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.token_store import Tokens, TokenStore, digest_of
 from sophia_levanter.printing import one_line

@@ -11,7 +11,7 @@ import tokenize
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, BinaryIO
 
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.formats import Format, format_of, has_objects, named_formats
 from sophia_levanter.data.names import PYTHON_STDLIB
 from sophia_levanter.data.opened_files import OpenFile, opened, readable

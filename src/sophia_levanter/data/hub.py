@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.documents import START, Position
 from sophia_levanter.data.names import HUB, SAVED
 from sophia_levanter.data.rows import Rows

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sophia_levanter.allocation import return_freed_memory
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.blocks import Texts
 from sophia_levanter.data.cache import build_directory
-from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.encoding import Workers, encode_blocks, processes, ray_tasks
 from sophia_levanter.data.progress import (
     Place,

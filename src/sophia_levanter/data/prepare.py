@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.leaks import find_leak
 from sophia_levanter.data.mixture import Mixture
 from sophia_levanter.data.names import NANOGPT, STORE, absolute_source

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.errors import InputError
 
 MAX_LISTED_FIELDS = 10

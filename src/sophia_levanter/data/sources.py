@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.documents import START, FileSource, Position
 from sophia_levanter.data.hub import DatasetSource
 from sophia_levanter.data.names import HUB, SAVED

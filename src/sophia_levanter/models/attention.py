@@ -14,7 +14,7 @@ import numpy as np
 from haliax import NamedArray
 from jax.sharding import PartitionSpec
 
-from sophia_levanter.models.config import attention_for
+from sophia_levanter.errors import InputError
 from sophia_levanter.partition.mesh import active_partition, active_platform, is_axis_split
 
 ORDER = ("position", "heads", "head_size")
@@ -183,3 +183,59 @@ def _attention_with_dropout(q: jax.Array, k: jax.Array, v: jax.Array, rate: floa
     weights = jax.nn.softmax(jnp.where(causal, scores * head_size**-0.5, -jnp.inf), axis=-1)
     weights = jnp.where(jax.random.bernoulli(key, 1 - rate, weights.shape), weights / (1 - rate), 0)
     return jnp.einsum("...hqk,...khd->...qhd", weights.astype(v.dtype), v)
+
+
+def attention_for(
+    wanted: str,
+    platform: str,
+    dtype: str,
+    positions: int,
+    head_size: int,
+    *,
+    split_positions: bool = False,
+    dropout: bool = False,
+) -> str:
+    """The implementation of attention that is used: the wanted one, or for `auto` the fastest that can do it.
+
+    Args:
+        wanted: a value of `model.attention`.
+        platform: `cpu`, `gpu` or `tpu`.
+        dtype: of queries, keys and values.
+        positions, head_size: their sizes.
+        split_positions: whether positions are split over devices.
+        dropout: whether some of the attention's weights are dropped.
+
+    Raises:
+        InputError: if the wanted one cannot do it; says why.
+    """
+    if wanted == "xla":
+        return wanted
+    reasons = {
+        name: "has no dropout (model.dropout)"
+        if dropout
+        else _why_not(name, platform, dtype, positions, head_size, split_positions)
+        for name in ("cudnn", "splash", "blocked")
+    }
+    if wanted == "auto":
+        fastest = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}.get(platform, "xla")
+        return fastest if reasons.get(fastest) is None else "xla"
+    if reasons[wanted] is not None:
+        raise InputError(f"model.attention is {wanted!r}, which {reasons[wanted]}; auto or xla would do")
+    return wanted
+
+
+def _why_not(name: str, platform: str, dtype: str, positions: int, head_size: int, split_positions: bool) -> str | None:
+    """Why an implementation cannot be used, or None."""
+    device = {"cudnn": "gpu", "splash": "tpu"}.get(name, platform)
+    if platform != device:
+        return f"needs a {device.upper()}, and this is a {platform.upper()}"
+    if split_positions:
+        return "cannot split positions over devices (mesh.sequence)"
+    if name == "cudnn":
+        if dtype != "bfloat16":
+            return f"needs trainer.compute_dtype bfloat16, not {dtype}"
+        if head_size % 8 or head_size > 128:
+            return f"needs heads of a multiple of 8 up to 128, not {head_size}"
+    elif name == "splash" and positions % 128:
+        return f"needs a multiple of 128 positions, not {positions}"
+    return None

@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers
 
 from sophia_levanter.batch import Batch
+from sophia_levanter.config.model import Gpt2Config, pad_vocab
 from sophia_levanter.models.attention import causal_attention
-from sophia_levanter.models.config import Gpt2Config, pad_vocab
 from sophia_levanter.models.layers import gelu, layer_norm, linear
 from sophia_levanter.models.loss import Targets, blocked_cross_entropy
 from sophia_levanter.models.rematerialisation import checkpointed

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from haliax import NamedArray
 
-from sophia_levanter.models.config import Gpt2Config
+from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.models.saved_weights import plain_names, shown
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from sophia_levanter.config.model import VOCAB_MULTIPLE, Gpt2Config, pad_vocab
 from sophia_levanter.data.bpe import bytes_of_characters
 from sophia_levanter.data.tokenizer import VOCAB_SIZES, Tokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.config import VOCAB_MULTIPLE, Gpt2Config, pad_vocab
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.models.huggingface import gpt2_on_host
 from sophia_levanter.models.saved_weights import SavedModel, input_error, open_model, read_json, shown

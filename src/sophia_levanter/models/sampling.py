@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from haliax import Axis, NamedArray
 
-from sophia_levanter.models.config import Sampling
+from sophia_levanter.config.sampling import Sampling
 from sophia_levanter.models.decoding import Cache, decode_step, prefill
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.optim.categorical import sample_categorical

@@ -18,7 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import sophia_levanter.jax_compatibility  # noqa: F401
-from sophia_levanter.partition.config import MESH_AXES, MeshConfig
+from sophia_levanter.config.mesh import MESH_AXES, MeshConfig
 from sophia_levanter.partition.processes import all_devices
 
 AxisMapping = Mapping[str, tuple[str, ...]]

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import FAILURE
-from sophia_levanter.partition.config import MeshConfig
 
 # Seconds that jaxlib waits longer than this module does.
 JAXLIB_MARGIN = 60

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 
-from sophia_levanter.config import TrainConfig, check_mesh
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.optimizer import SophiaConfig, SophiaGConfig, SophiaHConfig
+from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.optim.named import is_named
 from sophia_levanter.partition.mesh import Partition, partition_of
@@ -22,7 +24,6 @@ from sophia_levanter.planning.step_plan import (
     step_time,
 )
 from sophia_levanter.planning.target import GIB, GPUS_OF_A_NODE, QR_SIDE, Target
-from sophia_levanter.training.config import SophiaConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.training.costs import flops_per_step
 from sophia_levanter.training.lowering import abstract_state
 from sophia_levanter.training.memory import bytes_by_kind

@@ -15,15 +15,15 @@ import jax
 import numpy as np
 
 from sophia_levanter.checkpoint.manifest import Manifest
-from sophia_levanter.command_line import load_config
 from sophia_levanter.comparison.runner import has_diverged
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.command_line import load_config
+from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.reporting.manifests import newest_manifest
 from sophia_levanter.reporting.metrics import Series, read_metrics
-from sophia_levanter.training.config import OptimizerConfig
 from sophia_levanter.training.costs import flops_per_step
 from sophia_levanter.training.run_directory import RunDirectory
 from sophia_levanter.training.summary import count_parameters

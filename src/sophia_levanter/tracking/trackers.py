@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sophia_levanter.config.tracking import TrackingConfig
 from sophia_levanter.tracking.authors import AuthorsMetrics
 from sophia_levanter.tracking.background import CLOSE_SECONDS, Background
-from sophia_levanter.tracking.config import TrackingConfig
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
 from sophia_levanter.tracking.tracker import Tracker

@@ -9,7 +9,7 @@ from typing import Any
 
 import wandb
 
-from sophia_levanter.tracking.config import TrackingConfig
+from sophia_levanter.config.tracking import TrackingConfig
 
 Say = Callable[[str], None]
 

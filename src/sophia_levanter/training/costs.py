@@ -10,11 +10,11 @@ import equinox as eqx
 import jax
 
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.optimizer import MuonConfig, SoapConfig, SophiaConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.models.gpt2 import Gpt2, matrix_axes
 from sophia_levanter.optim.matrices import matrix_views
 from sophia_levanter.optim.muon import ITERATIONS
 from sophia_levanter.optim.soap import turn_due
-from sophia_levanter.training.config import MuonConfig, SoapConfig, SophiaConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.training.optimizers import build_optimizer, curvature_microbatches, curvature_share
 
 

@@ -10,8 +10,8 @@ import grain
 import numpy as np
 
 from sophia_levanter.batch import Batch, batch_from_windows
+from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.partition.mesh import Partition
-from sophia_levanter.training.config import TrainerConfig
 
 READ_THREADS = 2
 BATCHES_AHEAD = 2  # are on the devices, or on their way there

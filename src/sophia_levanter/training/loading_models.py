@@ -14,9 +14,10 @@ import jmp
 
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import CheckpointError, Manifest
-from sophia_levanter.command_line import build_config
-from sophia_levanter.config import TrainConfig, check_parameters
-from sophia_levanter.config_file import Layer, Setting, flatten, read_layers
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.command_line import build_config
+from sophia_levanter.config.files import Layer, Setting, flatten, read_layers
+from sophia_levanter.config.run import check_parameters
 from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2

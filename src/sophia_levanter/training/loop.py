@@ -13,6 +13,7 @@ import jax
 
 from sophia_levanter.batch import Batch
 from sophia_levanter.checkpoint import CheckpointError
+from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.data.verification import Verification
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2
@@ -22,7 +23,6 @@ from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.trackers import Trackers
 from sophia_levanter.training.checkpoints import RunCheckpoints
 from sophia_levanter.training.compiled_steps import CompiledSteps, compile_steps
-from sophia_levanter.training.config import TrainerConfig
 from sophia_levanter.training.evaluation import Evaluation
 from sophia_levanter.training.loading import BatchLoader
 from sophia_levanter.training.profile import Profiler

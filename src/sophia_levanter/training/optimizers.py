@@ -8,6 +8,17 @@ import jax.numpy as jnp
 import jmp
 import optax
 
+from sophia_levanter.config.optimizer import (
+    AdamWConfig,
+    LionConfig,
+    MuonConfig,
+    OptimizerConfig,
+    SoapConfig,
+    SophiaConfig,
+    SophiaGConfig,
+    SophiaHConfig,
+)
+from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.models.gpt2 import matrix_axes
 from sophia_levanter.optim import (
     AdamW,
@@ -24,17 +35,6 @@ from sophia_levanter.optim import (
 )
 from sophia_levanter.optim.schedules import warmup_schedule
 from sophia_levanter.optim.trees import WeightDecayMask
-from sophia_levanter.training.config import (
-    AdamWConfig,
-    LionConfig,
-    MuonConfig,
-    OptimizerConfig,
-    SoapConfig,
-    SophiaConfig,
-    SophiaGConfig,
-    SophiaHConfig,
-    TrainerConfig,
-)
 from sophia_levanter.training.step import StepSettings
 
 

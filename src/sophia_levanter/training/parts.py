@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 
-from sophia_levanter.config import TrainConfig, check_mesh
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.data import DataConfig
+from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches
-from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.preparation import cache_directory
 from sophia_levanter.data.prepare import TextData, prepare
 from sophia_levanter.data.verification import Verification

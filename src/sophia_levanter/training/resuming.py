@@ -11,8 +11,8 @@ import numpy as np
 
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
-from sophia_levanter.command_line import config_in, load_config
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.command_line import config_in, load_config
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.messages import PATIENCE
 from sophia_levanter.partition.processes import wait_for_all

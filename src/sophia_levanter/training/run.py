@@ -16,9 +16,9 @@ import jax
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
 from sophia_levanter.checkpoint.storage import step_name
-from sophia_levanter.command_line import dump_config
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.config.command_line import dump_config
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.tokenizer import token_byte_lengths
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import decay_mask

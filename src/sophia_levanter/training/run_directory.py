@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from sophia_levanter import files
-from sophia_levanter.command_line import Command, dump_config, load_config
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.data.config import MixturePart
+from sophia_levanter.config.command_line import Command, dump_config, load_config
+from sophia_levanter.config.data import MixturePart
+from sophia_levanter.config.tracking import TrackingConfig
 from sophia_levanter.data.names import absolute_source, absolute_tokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.tracking.config import TrackingConfig
 
 # What may differ between a run and its continuation by `--resume auto` without making it another run: how long it is,
 # and what has nothing to do with its numbers, such as the host that a new attempt finds the others by.

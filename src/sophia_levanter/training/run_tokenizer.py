@@ -8,8 +8,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.bpe import bpe_file
-from sophia_levanter.data.config import DataConfig
 from sophia_levanter.data.huggingface_tokenizer import ranks_of
 from sophia_levanter.data.names import TRAINED_TOKENIZER
 from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import equinox as eqx
 import jax
 
+from sophia_levanter.config.optimizer import SophiaConfig, SophiaHConfig
+from sophia_levanter.config.sampling import Sampling
 from sophia_levanter.data.bigram import bigram_bits_per_byte
 from sophia_levanter.data.tokenizer import printable
-from sophia_levanter.models.config import Sampling, attention_for
+from sophia_levanter.models.attention import attention_for
 from sophia_levanter.models.sampling import generate
 from sophia_levanter.tracking.console import Console, show_duration
-from sophia_levanter.training.config import SophiaConfig, SophiaHConfig
 from sophia_levanter.training.memory import bytes_by_kind, show_bytes
 from sophia_levanter.training.optimizers import curvature_share
 

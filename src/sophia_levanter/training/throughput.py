@@ -7,7 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from sophia_levanter.models.config import Gpt2Config, pad_vocab
+from sophia_levanter.config.model import Gpt2Config, pad_vocab
 
 # Dense bfloat16 matrix FLOP/s as published by the makers, by a part of jax's device kind.
 _PUBLISHED_PEAKS = {

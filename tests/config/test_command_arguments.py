@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from sophia_levanter.commands.arguments import Arguments, parse_arguments, run_command
+from sophia_levanter.config.arguments import Arguments, parse_arguments
 from sophia_levanter.errors import InputError
+from sophia_levanter.exit_status import run_command
 
 
 def parse(*words: str) -> Arguments:
@@ -30,8 +31,9 @@ def test_options_that_may_be_repeated() -> None:
     ("words", "expected"),
     [
         (["word"], "unexpected argument 'word'"),
-        (["--other", "1"], "unexpected argument '--other'"),
-        (["--all=1"], "unexpected argument '--all'"),
+        (["--other", "1"], "unknown option '--other'; the sections are model, optimizer"),
+        (["--confg", "1"], "unknown option '--confg'; did you mean --config?"),
+        (["--all=1"], "--all takes no value, found '1'"),
         (["--config"], "--config has no value"),
         (["--config", "--all"], "--config has no value"),
         (["--config", ""], "--config has an empty value"),
@@ -45,7 +47,7 @@ def test_command_lines_that_are_none(words: list[str], expected: str) -> None:
 
 
 def test_overrides_only_where_they_are_meant() -> None:
-    with pytest.raises(InputError, match=r"unexpected argument '--x\.y'"):
+    with pytest.raises(InputError, match=r"unknown option '--x\.y'; --help shows the options"):
         parse_arguments(["--x.y", "1"])
 
 

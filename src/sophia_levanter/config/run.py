@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass, field
 
-from sophia_levanter.data.config import DataConfig
+from sophia_levanter.config.data import DataConfig
+from sophia_levanter.config.mesh import MeshConfig, check_divides
+from sophia_levanter.config.model import Gpt2Config, pad_vocab
+from sophia_levanter.config.optimizer import OptimizerConfig, SophiaConfig, SophiaGConfig
+from sophia_levanter.config.tracking import TrackingConfig
+from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.config import Gpt2Config, pad_vocab
-from sophia_levanter.partition.config import MeshConfig, check_divides
-from sophia_levanter.tracking.config import TrackingConfig
-from sophia_levanter.training.config import OptimizerConfig, SophiaConfig, SophiaGConfig, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,3 @@ def check_parameters(config: TrainConfig, num_devices: int, vocab_size: int | No
             )
         axes["vocab"] = (f"the vocabulary of data.tokenizer {config.data.tokenizer}, padded,", pad_vocab(rows))
     check_divides(mesh.sizes(num_devices), mesh.parameter_mapping, axes)
-
-
-def sections(optimizer: type[OptimizerConfig]) -> dict[str, type]:
-    """The dataclass of each section of a TrainConfig, by name; `optimizer` is the chosen type's."""
-    return typing.get_type_hints(TrainConfig) | {"optimizer": optimizer}

@@ -1,17 +1,12 @@
-"""What the commands' command lines have in common. Imports nothing heavy, to answer at once."""
+"""Command lines of all commands. Imports nothing heavy, to answer at once."""
 
 from __future__ import annotations
 
 import difflib
-import io
-import os
-import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, INTERRUPTED
-from sophia_levanter.printing import one_line
 
 
 @dataclass
@@ -98,7 +93,10 @@ def parse_arguments(
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
-        if name in flags and not equals:
+        is_override = overrides and name.startswith("--") and "." in name
+        if name in flags:
+            if equals:
+                raise InputError(f"{name} takes no value, found {value!r}")
             parsed.flags.add(name)
             continue
         if words and not word:
@@ -106,9 +104,8 @@ def parse_arguments(
         if words and not word.startswith("-"):
             parsed.words.append(word)
             continue
-        is_override = overrides and name.startswith("--") and "." in name
         if name not in options and name not in repeatable and not is_override:
-            raise InputError(f"unexpected argument {name!r}; --help shows the options")
+            raise _unexpected(word, (*options, *repeatable, *flags), overrides)
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise InputError(f"{name} has no value; write {name} VALUE")
@@ -127,44 +124,17 @@ def parse_arguments(
     return parsed
 
 
-def run_command(
-    given: Sequence[str] | None,
-    run: Callable[[Sequence[str]], int],
-    *,
-    usage: str | None = None,
-    interrupted: str = "interrupted; the same command goes on",
-) -> int:
-    """`run(command line)`, errors as one line each.
+def _unexpected(word: str, options: Collection[str], overrides: bool) -> InputError:
+    name = word.partition("=")[0]
+    if not name.startswith("--") or name == "--":
+        hint = "write --SECTION.FIELD VALUE, and quote a glob" if overrides else "--help shows the options"
+        return InputError(f"unexpected argument {word!r}; {hint}")
+    if overrides:
+        from sophia_levanter.config.build import schema
+        from sophia_levanter.config.run import TrainConfig
 
-    Args:
-        given: the command line; this process's if None.
-        run: does what it says.
-        usage: printed in place of that where --help is asked for; None leaves this to `run`.
-        interrupted: what is said on Ctrl-C.
-
-    Returns:
-        The exit status: what `run` gives, 1 failure, 2 bad input, 130 interrupted.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # What is printed may hold what the terminal's encoding lacks.
-            stream.reconfigure(errors="replace")
-    words = sys.argv[1:] if given is None else given
-    try:
-        if usage is not None and ("--help" in words or "-h" in words):
-            print(usage)
-            return DONE
-        return run(words)
-    except InputError as error:
-        print(one_line(f"error: {error}"), file=sys.stderr)
-        return BAD_INPUT
-    except BrokenPipeError:
-        # Nobody reads on (`| head`); what Python would still flush must not fail either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
-    except OSError as error:
-        print(one_line(f"error: {error}"), file=sys.stderr)
-        return FAILURE
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return INTERRUPTED
+        hint = schema(TrainConfig).suggestion(name.removeprefix("--"), "--", options)
+    else:
+        near = difflib.get_close_matches(name, options, n=1)
+        hint = f"did you mean {near[0]}?" if near else "--help shows the options"
+    return InputError(f"unknown option {name!r}; {hint}")

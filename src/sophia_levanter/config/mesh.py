@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
+from sophia_levanter.config.settings import Settings, setting
 from sophia_levanter.errors import InputError
 
 MESH_AXES = ("replica", "data", "sequence", "model")
 TENSOR_AXES = ("heads", "mlp", "vocab")
-FSDP_AXES = ("embed", "mlp", "heads", "vocab", "layers")
 
 # The variables by which launchers say how many processes they started, each with those that must be set beside it.
 # In Slurm only a step's own number counts: the script of a job and a shell in an allocation may have SLURM_NTASKS and
@@ -24,46 +25,45 @@ PROCESS_COUNTS = {
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Settings):
     """How the devices are laid out, and along which of their axes the model's named axes are split.
 
     Raises:
         InputError: if a size is out of its range, or an axis has an unknown name.
     """
 
-    replica: int = 1  # groups with slow links between them (slices, nodes): each has all parameters and its own rows
-    data: int = -1  # devices of a group that have rows of their own; -1: all that the other sizes leave
-    sequence: int = 1  # devices that a row's positions are split over
-    model: int = 1  # devices that heads, mlp and vocab are split over (tensor parallelism)
-    fsdp: str | None = None  # named axis of parameters, optimizer state and gradients that is split over data: embed
-    heads: str | None = "model"  # mesh axis that the attention's heads are split over: model, or null
-    mlp: str | None = "model"  # mesh axis that the MLP's hidden units are split over: model, or null
-    vocab: str | None = "model"  # mesh axis that the vocabulary is split over: model, or null
-    position: str | None = "sequence"  # mesh axis that positions are split over: sequence, or null
-    coordinator: str | None = None  # HOST:PORT of process 0 of several, or auto, as a TPU pod or Slurm says
-    num_processes: int | None = None  # with HOST:PORT: how many processes the run has
-    process_id: int | None = None  # with HOST:PORT: which of them this is, from 0
-    start_timeout: int = 300  # seconds to wait for the other processes
-    heartbeat_timeout: int = 20  # seconds without a sign of life after which a process counts as dead, and all end
+    section: ClassVar[str] = "mesh"
+
+    replica: int = setting(
+        1, "groups with slow links between them (slices, nodes): each has all parameters and its own rows", low=1
+    )
+    data: int = setting(-1, "devices of a group that have rows of their own; -1: all that the other sizes leave")
+    sequence: int = setting(1, "devices that a row's positions are split over", low=1)
+    model: int = setting(1, "devices that heads, mlp and vocab are split over (tensor parallelism)", low=1)
+    fsdp: str | None = setting(
+        None,
+        "named axis of parameters, optimizer state and gradients that is split over data, such as embed",
+        choices=("embed", "mlp", "heads", "vocab", "layers"),
+    )
+    heads: str | None = setting("model", "mesh axis that attention heads are split over", choices=("model",))
+    mlp: str | None = setting("model", "mesh axis that the MLP's hidden units are split over", choices=("model",))
+    vocab: str | None = setting("model", "mesh axis that the vocabulary is split over", choices=("model",))
+    position: str | None = setting("sequence", "mesh axis that positions are split over", choices=("sequence",))
+    coordinator: str | None = setting(None, "HOST:PORT of process 0 of several, or auto, as a TPU pod or Slurm says")
+    num_processes: int | None = setting(None, "with HOST:PORT: number of processes of the run", low=1)
+    process_id: int | None = setting(None, "with HOST:PORT: index of this process, from 0", low=0)
+    start_timeout: int = setting(300, "seconds to wait for the other processes", low=1)
+    heartbeat_timeout: int = setting(
+        20, "seconds without a heartbeat after which a process counts as dead, and all end", low=1
+    )
 
     def __post_init__(self) -> None:
-        for name in MESH_AXES:
-            size = getattr(self, name)
-            if size < 1 and not (name == "data" and size == -1):
-                least = "at least 1, or -1 for all devices that are left" if name == "data" else "at least 1"
-                raise InputError(f"mesh.{name} is {size}; it must be {least}")
-        if self.fsdp is not None and self.fsdp not in FSDP_AXES:
-            raise InputError(f"mesh.fsdp is {self.fsdp!r}; it must be one of {', '.join(FSDP_AXES)}, or null")
-        for name, wanted in (*((name, "model") for name in TENSOR_AXES), ("position", "sequence")):
-            value = getattr(self, name)
-            if value not in (wanted, None):
-                raise InputError(f"mesh.{name} is {value!r}; it must be {wanted} or null")
+        super().__post_init__()
+        if self.data < 1 and self.data != -1:
+            raise InputError(f"mesh.data is {self.data}; it must be at least 1, or -1 for all devices that are left")
         self._check_processes()
 
     def _check_processes(self) -> None:
-        for name in ("start_timeout", "heartbeat_timeout"):
-            if getattr(self, name) < 1:
-                raise InputError(f"mesh.{name} is {getattr(self, name)}; it must be at least 1")
         count, this = self.num_processes, self.process_id
         if self.coordinator is None or self.coordinator == "auto":
             for name, value in (("num_processes", count), ("process_id", this)):
@@ -76,9 +76,7 @@ class MeshConfig:
         if count is None or this is None:
             missing = "num_processes" if count is None else "process_id"
             raise InputError(f"mesh.{missing} is missing; mesh.coordinator {self.coordinator} goes with it")
-        if count < 1:
-            raise InputError(f"mesh.num_processes is {count}; it must be at least 1")
-        if not 0 <= this < count:
+        if this >= count:
             raise InputError(f"mesh.process_id is {this}; it must be between 0 and mesh.num_processes - 1, {count - 1}")
 
     def sizes(self, num_devices: int) -> dict[str, int]:

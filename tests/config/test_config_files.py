@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sophia_levanter.command_line import dump_config, load_config
+from sophia_levanter.config.command_line import dump_config, load_config
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
 

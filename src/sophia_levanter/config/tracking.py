@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import ClassVar
 
+from sophia_levanter.config.settings import Settings, setting
 from sophia_levanter.errors import InputError
 
-WANDB_MODES = ("online", "offline")
 # Of a project's name, as wandb has it.
 _NOT_IN_A_PROJECT = "/\\#?%:"
 _LONGEST_NAME = 128
 
 
 @dataclass(frozen=True)
-class TrackingConfig:
+class TrackingConfig(Settings):
     """Where the numbers go besides metrics.jsonl, which is always written.
 
     Raises:
         InputError: if a value is not what it must be.
     """
 
-    wandb: str | None = None  # log to Weights & Biases: online, or offline into RUN_DIR/wandb for `wandb sync` later
-    wandb_project: str = "sophia_levanter"  # the project that the run is put into
-    wandb_entity: str | None = None  # the user or team that the project is of; the account's default if null
-    wandb_name: str | None = None  # what the run is called there; the run directory's name if null
-    wandb_group: str | None = None  # a group of runs that it is shown in
-    tensorboard: bool = False  # write event files into RUN_DIR/tensorboard
+    section: ClassVar[str] = "tracking"
+
+    wandb: str | None = setting(
+        None,
+        "log to Weights & Biases: online, or offline into RUN_DIR/wandb for a later `wandb sync`",
+        choices=("online", "offline"),
+    )
+    wandb_project: str = setting("sophia_levanter", "project of the run")
+    wandb_entity: str | None = setting(None, "user or team of the project; the account's default if null")
+    wandb_name: str | None = setting(None, "name of the run; the run directory's if null")
+    wandb_group: str | None = setting(None, "group of runs to show it in")
+    tensorboard: bool = setting(False, "write event files into RUN_DIR/tensorboard")
 
     def __post_init__(self) -> None:
-        if self.wandb is not None and self.wandb not in WANDB_MODES:
-            raise InputError(f"tracking.wandb is {self.wandb!r}; it must be one of {', '.join(WANDB_MODES)}, or null")
+        super().__post_init__()
         for name in ("wandb_project", "wandb_entity", "wandb_name", "wandb_group"):
             value = getattr(self, name)
             if value is not None and not 0 < len(value.strip()) <= len(value) <= _LONGEST_NAME:

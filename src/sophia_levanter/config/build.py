@@ -1,0 +1,254 @@
+"""From settings by dotted path to the dataclasses that declare them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Any, TypeVar
+
+from draccus import ChoiceRegistry
+
+from sophia_levanter.config.files import Layer, Setting, parse_value, show_value
+from sophia_levanter.errors import InputError
+
+EXPECTED = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
+MASK = "***"  # shown in place of a value that may be a secret
+
+Root = TypeVar("Root")
+
+
+@dataclass
+class Schema:
+    """The keys that a configuration may have, given the types that are chosen in it.
+
+    Attributes:
+        fields: the annotation of each field by its path, such as `optimizer.rho`.
+        sections: the dataclass of each section by its path; that of the root is empty.
+        choices: the registry of each section whose type is chosen, by the section's path.
+    """
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    sections: dict[str, type] = field(default_factory=dict)
+    choices: dict[str, type[ChoiceRegistry]] = field(default_factory=dict)
+
+    def suggestion(self, key: str, prefix: str = "", options: Collection[str] = ()) -> str:
+        """What to write in place of an unknown key.
+
+        Args:
+            key: its path.
+            prefix: what field names start with where the user writes them: `--` on a command line.
+            options: names that are no fields.
+        """
+        section, _, name = key.rpartition(".")
+        of = key if key in self.sections else section if section in self.sections else ""
+        siblings = [path.rpartition(".")[2] for path in self.fields if path.rpartition(".")[0] == of]
+        if of and of == key:
+            return f"{key} is a section, with the fields {', '.join(siblings)}"
+        nearest = [_join(of, match) for match in difflib.get_close_matches(name, siblings, n=1)]
+        nearest += [path for path in self.fields if path.rpartition(".")[2] == name]
+        others = [option.removeprefix("--") for option in options] or self._top_level
+        if not of:
+            nearest += difflib.get_close_matches(key, [*others, *self.fields], n=1)
+        if nearest:
+            return f"did you mean {prefix}{nearest[0]}?"
+        if of or not self._top_level:
+            return f"the fields of {self._described(of)} are {', '.join(siblings)}"
+        return f"the sections are {', '.join(self._top_level)}"
+
+    @property
+    def _top_level(self) -> list[str]:
+        return [path for path in self.sections if path and "." not in path]
+
+    def _described(self, path: str) -> str:
+        """A section and its type: `optimizer of type adamw`."""
+        if path not in self.choices:
+            return path
+        registry = self.choices[path]
+        name = registry.get_choice_name(self.sections[path])
+        return f"{path} of {choice_key(registry)} {name}" if path else f"{choice_key(registry)} {name}"
+
+
+def choice_key(registry: type[ChoiceRegistry]) -> str:
+    """The key that names the type of a section: `type`, or what the registry calls it."""
+    return getattr(registry, "choice_key", "type")
+
+
+def schema(root: type, settings: Layer | None = None) -> Schema:
+    """The keys that a configuration may have.
+
+    Args:
+        root: the dataclass, or registry of dataclasses, of the whole configuration.
+        settings: in which types are chosen; the others are the defaults.
+
+    Raises:
+        InputError: if a type is not one of its registry.
+    """
+    found = Schema()
+    _add_section(found, root, "", settings or {}, dataclasses.MISSING)
+    return found
+
+
+def build(root: type[Root], layers: Sequence[Layer]) -> Root:
+    """The configuration that settings give, those of later layers on top of those of earlier ones.
+
+    A layer that chooses another type for a section keeps the fields that all types of its registry have, and drops
+    the other fields that earlier layers set.
+
+    Raises:
+        InputError: if a key is unknown, or a value is of the wrong type or out of range.
+    """
+    settings: Layer = {}
+    for layer in layers:
+        settings = _put_on_top(root, settings, layer)
+    found = schema(root, settings)
+    for path, registry in found.choices.items():
+        if found.sections[path] is registry:
+            key = _join(path, choice_key(registry))
+            raise InputError(f"{key} is missing; it must be one of {', '.join(registry.get_known_choices())}")
+    values: dict[str, Any] = {}
+    for key, setting in settings.items():
+        _add_value(found, values, key, setting)
+    return typing.cast(Root, _construct(found, "", values))
+
+
+def _add_section(found: Schema, kind: Any, path: str, settings: Layer, default: Any) -> None:
+    if issubclass(kind, ChoiceRegistry):
+        key = _join(path, choice_key(kind))
+        found.choices[path] = kind
+        found.fields[key] = str
+        kind = _chosen(kind, key, settings, default)
+    found.sections[path] = kind
+    hints = typing.get_type_hints(kind)
+    for declared in dataclasses.fields(kind):
+        hint, below = hints[declared.name], _join(path, declared.name)
+        if dataclasses.is_dataclass(hint):
+            _add_section(found, hint, below, settings, declared.default_factory)
+        else:
+            found.fields[below] = hint
+
+
+def _chosen(registry: type[ChoiceRegistry], key: str, settings: Layer, default: Any) -> type:
+    """The type of a section; the registry itself where none is chosen and there is no default."""
+    if key not in settings:
+        return registry if default is dataclasses.MISSING else type(default())
+    types, setting = registry.get_known_choices(), settings[key]
+    if not isinstance(setting.value, str) or setting.value not in types:
+        shown = show_value(setting.value)
+        raise InputError(f"{setting.prefix}{key} is {shown}; it must be one of {', '.join(types)}")
+    return types[setting.value]
+
+
+def _put_on_top(root: type, settings: Layer, layer: Layer) -> Layer:
+    """The merged settings, without the fields of types that `layer` replaces by others."""
+    before = schema(root, settings)
+    for path, registry in before.choices.items():
+        key = _join(path, choice_key(registry))
+        if path in layer and isinstance(layer[path].value, str):  # `schedule: linear`
+            layer = {key if name == path else name: setting for name, setting in layer.items()}
+        if key in layer and _chosen(registry, key, layer, dataclasses.MISSING) is not before.sections[path]:
+            kept = {_join(path, common.name) for common in dataclasses.fields(registry)}  # type: ignore[arg-type]
+            dropped = {name for name in before.fields if name.startswith(f"{path}.")} - kept
+            settings = {name: setting for name, setting in settings.items() if name not in dropped}
+    return settings | layer
+
+
+def _add_value(found: Schema, values: dict[str, Any], key: str, setting: Setting) -> None:
+    parent, _, name = key.rpartition(".")
+    field = next((path for path in found.fields if key.startswith(f"{path}.")), None)
+    if key in found.fields:
+        values[key] = convert_value(key, setting, found.fields[key])
+    elif typing.get_origin(found.fields.get(parent)) is Mapping:
+        if not isinstance(setting.value, str):
+            kind = show_value(setting.value) if isinstance(setting.value, dict | list | NoneType) else _masked(setting)
+            raise InputError(f"{setting.prefix}{key} is {kind}; it must be a string, in quotes")
+        values.setdefault(parent, {})[name] = setting.value
+    elif field is not None and setting.file is not None:
+        convert_value(field, Setting({}, setting.file), found.fields[field])  # raises: the file has a mapping there
+    elif key not in found.sections:
+        what, dashes = ("unknown option", "--") if setting.file is None else ("unknown key", "")
+        options = ("--config", "--resume") if dashes else ()
+        suggestion = found.suggestion(key, dashes, options)
+        raise InputError(f"{setting.prefix}{what} {dashes + key!r}; {suggestion}")
+    elif setting.value is not None and setting.value != {}:
+        raise InputError(f"{setting.prefix}{key} is {show_value(setting.value)}; it must be a section of fields")
+
+
+def _masked(setting: Setting) -> str:
+    return f"{MASK} ({type(setting.value).__name__})"
+
+
+def convert_value(key: str, setting: Setting, annotation: Any) -> Any:
+    """The setting's value as the field's type, `annotation`: a scalar, one that may be None, a list or a mapping."""
+    kinds = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
+    scalars = [kind for kind in kinds if kind is not NoneType and typing.get_origin(kind) is None]
+    value = setting.value
+    if typing.get_origin(annotation) is Mapping:
+        if value:
+            raise InputError(f"{setting.prefix}{key} is {_masked(setting)}; it must be a section of NAME: VALUE")
+        return {}
+    if not scalars and setting.file is None and isinstance(value, str):
+        value = parse_value(value)
+    if items and isinstance(value, list):
+        return tuple(
+            _convert_item(f"{key}[{i}]", Setting(item, setting.file), items[0]) for i, item in enumerate(value)
+        )
+    if not scalars:
+        such = ", such as [{...}, {...}]" if dataclasses.is_dataclass(items[0]) else " of strings"
+        raise InputError(f"{setting.prefix}{key} is {show_value(value)}; it must be a list{such}")
+    kind = scalars[0]
+    if setting.file is None and isinstance(value, str):
+        if NoneType in kinds and value.lower() in ("null", "none"):
+            return None
+        if kind is not str and value.strip():
+            value = parse_value(value)
+    if value is None and NoneType in kinds:
+        return None
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) < 2**1023 else math.inf
+    if type(value) is kind and not (isinstance(value, float) and not math.isfinite(value)):
+        return value
+    expected = EXPECTED[kind] + (" or null" if NoneType in kinds else "")
+    hint = "; quote it" if kind is str and not isinstance(value, dict | list | NoneType) else ""
+    raise InputError(f"{setting.prefix}{key} is {show_value(value)}; it must be {expected}{hint}")
+
+
+def _convert_item(key: str, setting: Setting, kind: Any) -> Any:
+    """An item of a list: a scalar, or a mapping of the fields of a dataclass."""
+    if not dataclasses.is_dataclass(kind):
+        return convert_value(key, setting, kind)
+    if not isinstance(setting.value, dict):
+        raise InputError(f"{setting.prefix}{key} is {show_value(setting.value)}; it must be a mapping of fields")
+    hints = {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
+    needed = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+    for name in [name for name in setting.value if name not in hints] + sorted(needed - set(setting.value)):
+        problem = "missing" if name in needed else "unknown"
+        raise InputError(f"{setting.prefix}{key}.{name} is {problem}; the fields are {', '.join(hints)}")
+    values = {
+        name: convert_value(f"{key}.{name}", Setting(value, setting.file), hints[name])
+        for name, value in setting.value.items()
+    }
+    make: Any = kind
+    return make(**values)
+
+
+def _construct(found: Schema, path: str, values: Mapping[str, Any]) -> Any:
+    """A section, from the values of its fields and of the sections below it."""
+    arguments = {}
+    cls = found.sections[path]
+    for declared in dataclasses.fields(cls):
+        below = _join(path, declared.name)
+        if below in found.sections:
+            arguments[declared.name] = _construct(found, below, values)
+        elif below in values:
+            arguments[declared.name] = values[below]
+    return cls(**arguments)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

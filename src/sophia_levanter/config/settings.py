@@ -1,0 +1,128 @@
+"""How a setting is declared: its default, its help text and its bounds stand in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sophia_levanter.errors import InputError
+
+DECLARATION = "setting"  # the key of a field's metadata
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is known of a setting besides its type and its default.
+
+    Attributes:
+        help: one line for `--help` and the reference page.
+        low, high: the smallest and the largest value.
+        above, below: bounds that are not values themselves.
+        choices: the only values.
+        empty: what to do in place of an empty string.
+    """
+
+    help: str
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: Collection[str] = ()
+    empty: str = "leave it out for the default"
+
+    def check(self, name: str, value: Any, *, nullable: bool = False) -> None:
+        """Check a value of the field's type; None always passes.
+
+        Args:
+            name: the field's path, for messages.
+            value: what it is to be.
+            nullable: whether None would do.
+
+        Raises:
+            InputError: names the field, the value and what would do.
+        """
+        if value is None:
+            return
+        if value == "":
+            raise InputError(f"{name} is empty; {self.empty}")
+        or_null = ", or null" if nullable else ""
+        if self.choices and value not in self.choices:
+            raise InputError(f"{name} is {value!r}; it must be one of {', '.join(self.choices)}{or_null}")
+        if self._is_bounded and not self._holds(value):
+            raise InputError(f"{name} is {value}; it must be {self._range}")
+
+    @property
+    def described(self) -> str:
+        """The help with the choices."""
+        return f"{self.help}: {', '.join(self.choices)}" if self.choices else self.help
+
+    @property
+    def _is_bounded(self) -> bool:
+        return any(bound is not None for bound in (self.low, self.high, self.above, self.below))
+
+    def _holds(self, value: float) -> bool:
+        return (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and math.isfinite(value)
+        )
+
+    @property
+    def _range(self) -> str:
+        """`at least 1`, `above 0`, `between 1 and 8`, `in [0, 1)`."""
+        lower = self.above if self.low is None else self.low
+        upper = self.below if self.high is None else self.high
+        if self.low is not None and self.high is not None:
+            return f"between {lower} and {upper}"
+        if lower is not None and upper is not None:
+            return f"in {'(' if self.low is None else '['}{lower}, {upper}{')' if self.high is None else ']'}"
+        if lower is not None:
+            return f"above {lower}" if self.low is None else f"at least {lower}"
+        return f"below {upper}" if self.high is None else f"at most {upper}"
+
+
+def setting(default: Any, help: str, **bounds: Any) -> Any:
+    """A dataclass field that declares a setting.
+
+    Args:
+        default: its default; `dataclasses.MISSING` if a value must be given. The only mapping is {}.
+        help: one line for `--help` and the reference page.
+        bounds: the other attributes of `Declaration`.
+    """
+    metadata = {DECLARATION: Declaration(help, **bounds)}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def declaration(field: dataclasses.Field[Any]) -> Declaration:
+    """What `setting` declared of a field."""
+    found = field.metadata[DECLARATION]
+    assert isinstance(found, Declaration)
+    return found
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A section of settings. It checks each value against its declaration when it is made.
+
+    Raises:
+        InputError: if a value is out of its bounds.
+    """
+
+    section: ClassVar[str] = ""  # its name in configuration files and on command lines
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            nullable = "None" in str(field.type)
+            declaration(field).check(self.path(field.name), getattr(self, field.name), nullable=nullable)
+
+    @classmethod
+    def path(cls, name: str) -> str:
+        """A field's dotted path: `optimizer.rho`."""
+        return f"{cls.section}.{name}" if cls.section else name

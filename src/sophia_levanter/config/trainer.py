@@ -1,0 +1,137 @@
+"""The trainer's settings. Free of jax, so that a command line can be checked at once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, dataclass, replace
+from typing import ClassVar
+
+from sophia_levanter.config.settings import Settings, setting
+from sophia_levanter.errors import InputError
+from sophia_levanter.files import check_utf8
+
+MOST_WINDOWS = 2**20  # in a step: a billion tokens of 1,024 each
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class BatchSizeChange(Settings):
+    """Another batch size from a step on."""
+
+    section: ClassVar[str] = "trainer.batch_size_changes"
+
+    step: int = setting(MISSING, "first step with this size, counted from 0", low=1)
+    batch_size: int = setting(MISSING, "sequences in a step", low=1, high=MOST_WINDOWS)
+
+
+@dataclass(frozen=True)
+class TrainerConfig(Settings):
+    """How long, how wide and where to train.
+
+    Raises:
+        InputError: if a value is out of its bounds or the batch does not divide into microbatches.
+    """
+
+    section: ClassVar[str] = "trainer"
+
+    num_train_steps: int = setting(100_000, "optimizer steps in the whole run", low=1, high=2**31 - 1)
+    batch_size: int = setting(480, "sequences in a step", low=1, high=MOST_WINDOWS)
+    batch_size_changes: tuple[BatchSizeChange, ...] = setting(
+        (), "other sizes later: [{step: 1000, batch_size: 960}, ...]"
+    )
+    microbatch_size: int | None = setting(
+        None, "sequences whose gradient is computed at one time; the whole batch if not given", low=1
+    )
+    seed: int = setting(0, "of the initial weights, data order, dropout and curvature samples", low=0, high=2**32 - 1)
+    parameter_dtype: str = setting("float32", "dtype of the parameters between steps", choices=DTYPES)
+    compute_dtype: str = setting("float32", "dtype of activations and matrix products", choices=DTYPES)
+    max_grad_norm: float | None = setting(1.0, "clip gradients to this global norm", above=0)
+    loss_spike_factor: float | None = setting(
+        None, "skip steps whose loss is more than this factor above its recent mean", above=1
+    )
+    max_skipped_steps: int = setting(10, "consecutive skipped steps before the run gives up or rolls back", low=1)
+    max_rollbacks: int = setting(
+        0, "times the run may return to its last good checkpoint and skip the data since then", low=0
+    )
+    evaluate_every: int = setting(1000, "steps between validation losses; one more comes at the end", low=1)
+    evaluation_windows: int | None = setting(
+        512, "sequences in a validation loss, evenly spread; all if not given", low=1
+    )
+    checkpoint_every: int = setting(1000, "steps between checkpoints; one more comes at the end", low=1)
+    checkpoint_dir: str | None = setting(None, "path, gs:// or s3:// for checkpoints; run_dir/checkpoints if not given")
+    keep_checkpoints: int = setting(2, "number of newest checkpoints to keep", low=1)
+    keep_every: int | None = setting(None, "keep checkpoints at multiples of this many steps for ever", low=1)
+    keep_best: bool = setting(True, "keep the checkpoint with the lowest validation loss")
+    cast_checkpoint: bool = setting(
+        False, "on resuming, convert arrays that were saved in another floating-point dtype"
+    )
+    step_timeout: int | None = setting(
+        3600, "seconds that a step, evaluation batch or save may take before the run ends", low=1
+    )
+    log_every: int = setting(10, "steps between progress lines when stdout is not a terminal", low=1)
+    sample_tokens: int = setting(200, "tokens of text to generate at the end of the run", low=0)
+    profile_steps: str | None = setting(None, "FIRST:END, trace these steps, END excluded, into run_dir/profile")
+    initial_weights: str | None = setting(
+        None, "Hugging Face GPT-2 folder or nanoGPT's ckpt.pt to start from; random weights if not given"
+    )
+    run_dir: str | None = setting(None, "directory for config, metrics and checkpoints; runs/NAME-TIME if not given")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_utf8("trainer.checkpoint_dir", self.checkpoint_dir or "")
+        if re.match(r"(gs|s3):(?!//)", self.checkpoint_dir or ""):
+            raise InputError(f"trainer.checkpoint_dir is {self.checkpoint_dir}; write a path, gs:// or s3://")
+        if self.microbatch_size is not None and self.batch_size % self.microbatch_size:
+            raise InputError(
+                f"trainer.microbatch_size {self.microbatch_size} does not divide trainer.batch_size {self.batch_size}"
+            )
+        self._check_batch_size_changes()
+        if self.profile_steps is not None and not self.profiled_steps:
+            raise InputError(
+                f"trainer.profile_steps is {self.profile_steps!r}; it must be FIRST:END, FIRST below END, like 10:15"
+            )
+        if self.profiled_steps.stop > self.num_train_steps:
+            raise InputError(
+                f"trainer.profile_steps is {self.profile_steps}, but trainer.num_train_steps is {self.num_train_steps}"
+            )
+
+    def _check_batch_size_changes(self) -> None:
+        steps = [change.step for change in self.batch_size_changes]
+        if steps != sorted(set(steps)):
+            raise InputError(f"trainer.batch_size_changes are at the steps {steps}; each must be above the one before")
+        for change in self.batch_size_changes:
+            if change.step >= self.num_train_steps:
+                raise InputError(
+                    f"trainer.batch_size_changes has the step {change.step}, which is never reached: "
+                    f"trainer.num_train_steps is {self.num_train_steps}"
+                )
+            self.at_step(change.step)  # whether this size would do as the only one
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps that `profile_steps` names; empty if it names none or is not FIRST:END."""
+        first, colon, end = (self.profile_steps or "").partition(":")
+        if not (colon and re.fullmatch(r"[0-9]{1,9}", first) and re.fullmatch(r"[0-9]{1,9}", end)):
+            return range(0)
+        return range(int(first), int(end))
+
+    def at_step(self, step: int) -> TrainerConfig:
+        """The same with the batch size of a step, and no changes."""
+        if not self.batch_size_changes:
+            return self
+        sizes = [change.batch_size for change in self.batch_size_changes if change.step <= step]
+        return replace(self, batch_size=sizes[-1] if sizes else self.batch_size, batch_size_changes=())
+
+    @property
+    def size_changes(self) -> list[tuple[int, int]]:
+        """`(step, batch size)` of each change."""
+        return [(change.step, change.batch_size) for change in self.batch_size_changes]
+
+    @property
+    def parts(self) -> list[TrainerConfig]:
+        """The same with each of its batch sizes, and no changes."""
+        return [self.at_step(step) for step in (0, *(change.step for change in self.batch_size_changes))]
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.batch_size // (self.microbatch_size or self.batch_size)
