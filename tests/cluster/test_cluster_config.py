@@ -66,7 +66,7 @@ def test_each_backend_has_its_fields(tmp_path):
             "address is 'ray://head:10001'; it must be auto, local",
         ),
         ("backend: ray\nworkers: 2\naddress: head\n", "address is 'head'; it must be auto, local or HOST:PORT"),
-        ("backend: ray\nworkers: 2\nauth: none\n", "auth is 'none'; it must be one of disabled, token"),
+        ("backend: ray\nworkers: 2\nauth: none\n", "auth is 'none'; it must be disabled or token"),
         ("backend: slurm\nsave_before: 100\n", "save_before is 100; it must be at least stop_timeout 120 + 30"),
         ("backend: slurm\nnodes: 0\n", "nodes is 0; it must be between 1 and 1000000"),
         ("backend: slurm\npartition: a b\n", "partition is 'a b'; it must be one word"),

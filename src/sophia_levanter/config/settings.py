@@ -48,9 +48,11 @@ class Declaration:
             return
         if value == "":
             raise InputError(f"{name} is empty; {self.empty}")
-        or_null = ", or null" if nullable else ""
         if self.choices and value not in self.choices:
-            raise InputError(f"{name} is {value!r}; it must be one of {', '.join(self.choices)}{or_null}")
+            options = [*self.choices, "null"] if nullable else list(self.choices)
+            one_of = "one of " if len(options) > 2 else ""
+            last = ", or null" if nullable and one_of else f" or {options[-1]}" if not one_of else f", {options[-1]}"
+            raise InputError(f"{name} is {value!r}; it must be {one_of}{', '.join(options[:-1])}{last}")
         if self._is_bounded and not self._holds(value):
             raise InputError(f"{name} is {value}; it must be {self._range}")
 

@@ -16,7 +16,7 @@ def test_rows_of_the_embedding():
     assert Gpt2Config().embedding_rows(50257) == 50257
     assert Gpt2Config(vocab_rows=50258).embedding_rows(50257) == 50258
     assert Gpt2Config(vocab_rows=257).embedding_rows(257) == 257
-    with pytest.raises(InputError, match=r"^model\.vocab_rows is 0; it must be at least 1$"):
+    with pytest.raises(InputError, match=r"^model\.vocab_rows is 0; it must be between 1 and 1048576$"):
         Gpt2Config(vocab_rows=0)
     config = TrainConfig(model=Gpt2Config(vocab_rows=256))
     with pytest.raises(
@@ -89,7 +89,7 @@ def test_kernels_have_no_dropout():
 
 @pytest.mark.parametrize("name", ["num_layers", "num_heads", "embed_dim", "seq_len"])
 def test_sizes_that_no_machine_has(name):
-    with pytest.raises(InputError, match=rf"^model.{name} is 1048577; it must be at most 1048576$"):
+    with pytest.raises(InputError, match=rf"^model.{name} is 1048577; it must be between 1 and 1048576$"):
         Gpt2Config(**{name: 2**20 + 1})
 
 

@@ -10,7 +10,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.tracking import TrackingConfig, check_installed
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
-from sophia_levanter.tracking import config as tracking_config
+from sophia_levanter.config import tracking as tracking_config
 from sophia_levanter.training.run_directory import check_same_run
 
 OTHER = TrackingConfig("offline", "project", "entity", "name", "group", True)
@@ -20,7 +20,7 @@ OTHER = TrackingConfig("offline", "project", "entity", "name", "group", True)
     ("values", "message"),
     [
         ({"wandb": "on"}, "tracking.wandb is 'on'; it must be one of online, offline, or null"),
-        ({"wandb_project": ""}, "tracking.wandb_project is ''; it must have 1 to 128 characters"),
+        ({"wandb_project": ""}, "tracking.wandb_project is empty; leave it out for the default"),
         ({"wandb_name": " "}, "tracking.wandb_name is ' '; it must have 1 to 128 characters"),
         ({"wandb_group": "x" * 129}, f"tracking.wandb_group is '{'x' * 129}'; it must have 1 to 128 characters"),
         ({"wandb_project": "a/b"}, "tracking.wandb_project is 'a/b'; a project's name has no '/' in it"),
