@@ -225,7 +225,7 @@ def test_a_bucket(monkeypatch, capfd):
         (["lst", "DIR"], "'lst' is none of list, verify, show, diff, prune; did you mean list?"),
         (["list"], "list takes DIR; --help shows the options"),
         (["list", "DIR", "x"], "list takes DIR; --help"),
-        (["list", "DIR", "--step", "1"], "unexpected argument '--step'"),
+        (["list", "DIR", "--step", "1"], "unknown option '--step'"),
         (["list", "nowhere"], "nowhere: there is no such directory"),
         (["list", "DIR/step-00000001/arrays"], "arrays holds no checkpoint (no step-* folder)"),
         (["show", "DIR/step-00000001"], "run, and 1 as a step"),

@@ -169,7 +169,7 @@ BAD = {
     "no windows": (["RUN", "--windows", "0"], "--windows is 0; it must be at least 1"),
     "no batch": (["RUN", "--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
     "no number": (["RUN", "--windows", "all"], "--windows is 'all'; it must be a whole number"),
-    "an unknown option": (["RUN", "--window", "3"], "unexpected argument '--window'"),
+    "an unknown option": (["RUN", "--window", "3"], "unknown option '--window'; did you mean --windows?"),
     "nowhere": (["nowhere"], "nowhere: there is no such file or directory"),
     "no such step": (["RUN", "--step", "7"], "holds no checkpoint of step 7: it has 6, 12"),
     "a folder without a text": (["FOLDER"], "--data.validation TEXT is missing: FOLDER is no run"),

@@ -178,7 +178,7 @@ BAD = {
     "sophia -o folder.html": "--output folder.html is a directory; name a file",
     "sophia -o a.html --output b.html": "-o and --output are the same",
     "sophia -o": "-o has no value",
-    "sophia --pdf": "unexpected argument '--pdf'",
+    "sophia --pdf": "unknown option '--pdf'",
     "nowhere": "nowhere: there is no such directory",
     "a=nowhere": "nowhere: there is no such directory",
     "sophia sophia": "sophia is given twice",

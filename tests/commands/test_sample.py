@@ -166,7 +166,7 @@ def test_a_reader_that_leaves(run_dir):
         (["RUN", "--temperature", "nan"], "temperature is nan"),
         (["RUN", "--prompt", "a\udcff"], r"--prompt 'a\udcff' is no text in UTF-8"),
         ([""], "an argument is empty"),
-        (["RUN", "--top-k", "3"], "unexpected argument '--top-k'"),
+        (["RUN", "--top-k", "3"], "unknown option '--top-k'; did you mean --top_k?"),
         (["RUN", "--trainer.batchsize", "3"], "unknown option '--trainer.batchsize'"),
         (
             ["RUN", "--prompt_file", "nowhere.txt"],
