@@ -14,9 +14,8 @@ from sophia_levanter.benchmarks import gradient_noise
 from sophia_levanter.benchmarks.gradient_noise import Momentum, gradient_and_curvature, measure, momentum_of, noise_of
 from sophia_levanter.benchmarks.moments import Moments
 from sophia_levanter.config.command_line import load_config
-from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config, decay_mask
-from sophia_levanter.training.optimizers import build_step_settings
-from sophia_levanter.training.step import TrainState
+from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
+from sophia_levanter.training.step import StepSettings, TrainState
 
 TINY = Gpt2Config(num_layers=1, num_heads=2, embed_dim=8, seq_len=4, loss_block_size=4, gradient_checkpointing="none")
 KINDS = ["attention qkv", "attention out", "mlp in", "mlp out", "token embedding", "position embedding", "norms"]
@@ -137,7 +136,7 @@ def test_rho_is_the_one_that_the_controller_has_come_to(tiny):
 
     def found(*overrides: tuple[str, str]) -> Momentum | None:
         config = load_config(tiny, overrides)
-        settings = build_step_settings(config.optimizer, config.trainer, decay_mask)
+        settings = StepSettings.of(config)
         state = TrainState.init(model, settings.optimizer)
         if getattr(state.optimizer_state, "rho", None) is not None:
             state = eqx.tree_at(lambda s: s.optimizer_state.rho, state, jnp.float32(0.7))

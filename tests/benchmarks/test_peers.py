@@ -10,7 +10,7 @@ from sophia_levanter.benchmarks.peers_by_hand import _attention, step_by_hand
 from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.config.optimizer import SophiaGConfig
 
-TINY = Gpt2Config(2, 2, 8, 16, gradient_checkpointing="none")
+TINY = Gpt2Config(num_layers=2, num_heads=2, embed_dim=8, seq_len=16, gradient_checkpointing="none")
 # What `peers_torch` says in answer to each line, for an interpreter without torch.
 STAND_IN = "import sys\nfor line in sys.stdin:\n    print(0.25, flush=True)\n"
 

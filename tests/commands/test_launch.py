@@ -82,7 +82,10 @@ def test_a_dry_run_of_ray(config_file, tmp_path, capsys):
         (["--config", "nowhere.yaml", "--cluster", "CLUSTER"], "nowhere.yaml: there is no such file"),
         (["--config", "CONFIG", "--cluster", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["--config", "CONFIG", "--cluster", "CONFIG"], "backend is missing"),
-        (["--config", "CONFIG", "--cluster", "CLUSTER", "--dryrun"], "unknown option '--dryrun'; did you mean --dry_run?"),
+        (
+            ["--config", "CONFIG", "--cluster", "CLUSTER", "--dryrun"],
+            "did you mean --dry_run?",
+        ),
         (["--config", "CONFIG", "--cluster", "CLUSTER", "--model.heads", "2"], "unknown option '--model.heads'"),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--mesh.coordinator", "auto", "--trainer.run_dir", "run"],

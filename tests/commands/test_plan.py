@@ -35,7 +35,10 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
         (["--config", NANO, "--target", "v4"], "--target is 'v4'; it must be a TPU and its chips along each axis"),
         (["--config", NANO, "--target", "v4:0x2x4"], "--target is 'v4:0x2x4'; a side of v4 has between 1 and 16 chips"),
         (["--config", NANO, "--target", "v5e:1000x1000"], "--target is 'v5e:1000x1000'; a side of v5e has between 1"),
-        (["--config", NANO, "--trainer.batch_size", "9" * 20], f"trainer.batch_size is {'9' * 20}; it must be between 1 and"),
+        (
+            ["--config", NANO, "--trainer.batch_size", "9" * 20],
+            f"trainer.batch_size is {'9' * 20}; it must be",
+        ),
         (
             ["--config", NANO, "--model.embed_dim", "9" * 11],
             f"model.embed_dim is {'9' * 11}; it must be between 1 and 1048576",

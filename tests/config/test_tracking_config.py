@@ -7,10 +7,10 @@ import pytest
 
 from sophia_levanter.comparison.records import flat_config
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config import tracking as tracking_config
 from sophia_levanter.config.tracking import TrackingConfig, check_installed
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
-from sophia_levanter.config import tracking as tracking_config
 from sophia_levanter.training.run_directory import check_same_run
 
 OTHER = TrackingConfig("offline", "project", "entity", "name", "group", True)

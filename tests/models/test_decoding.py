@@ -10,7 +10,6 @@ import pytest
 from haliax import Axis
 
 from sophia_levanter.config.mesh import MeshConfig
-from sophia_levanter.models.decoding import Cache, decode_step, prefill
 from sophia_levanter.partition.mesh import partition_of
 
 ROWS, LENGTH = 4, 8
@@ -31,14 +30,15 @@ def decoded(model):
 
     Rows begin at different positions, and a row that is done decodes its last token again.
     """
-    cache = jax.jit(partial(Cache.init, Batch=Batch))(model)
-    fill = jax.jit(prefill)
+    kind = type(model)
+    cache = jax.jit(partial(kind.empty_cache, Batch=Batch))(model)
+    fill = jax.jit(kind.prefill)
     for row, length in enumerate(READ_AT_ONCE):
         if length:
             # What lies behind is to be replaced, or not looked at.
             tokens = np.where(np.arange(LENGTH) < length, TOKENS[row], 99 - TOKENS[row])
             cache = fill(model, cache, row, hax.named(tokens, "position"))
-    step = jax.jit(decode_step, donate_argnums=1)
+    step = jax.jit(kind.decode_step, donate_argnums=1)
     found, at = [], []
     for n in range(LENGTH):
         positions = np.minimum(np.array(READ_AT_ONCE) + n, LENGTH - 1)
@@ -86,15 +86,16 @@ def test_a_model_split_over_devices(make_model, mesh):
     assert not split.blocks.stacked.mlp.c_fc.weight.array.sharding.is_fully_replicated
     with partition.active():
         at, logits = decoded(split)
-        cache = jax.jit(partial(Cache.init, Batch=Batch))(split)
+        cache = jax.jit(partial(type(split).empty_cache, Batch=Batch))(split)
     assert len({str(shard.index) for shard in cache.keys.array.addressable_shards}) == 8
     np.testing.assert_allclose(logits, expected(model, at), rtol=0, atol=1e-5)
 
 
 def test_a_row_begun_anew_leaves_the_others_alone(make_model):
     model = make_model()
-    old = jax.tree.map(jnp.ones_like, jax.jit(partial(Cache.init, Batch=Batch))(model))
-    new = jax.jit(prefill)(model, old, 2, hax.named(TOKENS[0, :5], "position"))
+    kind = type(model)
+    old = jax.tree.map(jnp.ones_like, jax.jit(partial(kind.empty_cache, Batch=Batch))(model))
+    new = jax.jit(kind.prefill)(model, old, 2, hax.named(TOKENS[0, :5], "position"))
     for x in (new.keys, new.values):
         x = x.rearrange(("batch", "position", ...)).array
         assert (np.asarray(x)[[0, 1, 3]] == 1).all() and (x[2, 5:] == 1).all()

@@ -9,7 +9,7 @@ HEAVY = ("haliax", "draccus", "orbax", "ray", "datasets", "wandb", "grain", "ten
 def test_imports_jax_equinox_and_optax_only():
     program = f"""
 import sys
-import sophia_levanter.optim, sophia_levanter.optim.schedules
+import sophia_levanter.optim
 loaded = {{name.partition(".")[0] for name in sys.modules}}
 print(*sorted(loaded & set({HEAVY})))
 print(*sorted(name for name in sys.modules if name.startswith("sophia_levanter")))

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sophia_levanter.optim import (
@@ -16,7 +17,6 @@ from sophia_levanter.optim import (
     WinRateController,
 )
 from sophia_levanter.optim.protocol import value_at
-from sophia_levanter.optim.schedules import warmup_schedule
 
 
 def test_value_at():
@@ -38,7 +38,7 @@ def test_every_optimizer_can_be_driven_by_the_protocol_alone(cls):
     assert all(value.shape == () for value in optimizer.metrics(state).values())
 
 
-SCHEDULE = warmup_schedule("cosine", peak=1e-2, final=1e-3, warmup_steps=2, total_steps=9)
+SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 9, 1e-3)
 OPTIMIZERS = {
     "AdamW": AdamW(SCHEDULE),
     "NAdamW": AdamW(SCHEDULE, nesterov=True),

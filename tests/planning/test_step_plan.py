@@ -10,6 +10,7 @@ from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.config.optimizer import AdamWConfig, LionConfig, MuonConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.planning.step_plan import (
     StepPlan,
@@ -24,7 +25,6 @@ from sophia_levanter.planning.target import Chip, Target
 from sophia_levanter.training.costs import matrix_flops
 from sophia_levanter.training.lowering import abstract_state
 from sophia_levanter.training.memory import bytes_by_kind, device_bytes
-from sophia_levanter.training.throughput import flops_per_token
 
 VOCAB = 257
 MODEL = Gpt2Config(num_layers=3, num_heads=2, embed_dim=32, seq_len=16, loss_block_size=8)
@@ -122,7 +122,7 @@ def test_what_is_sent_is_averaged_over_the_run():
 
 def test_the_time_of_a_step_is_priced_by_kind():
     config, time = timed(KRONECKER, PLANS)
-    model = flops_per_token(MODEL, VOCAB) * 32 * 16 * (1 + 2 / 3 / 4)
+    model = abstract_model(MODEL, VOCAB).flops_per_token * 32 * 16 * (1 + 2 / 3 / 4)
     share = matrix_flops(config, 8)
     assert time.products == pytest.approx((model / 8 + share.products) / (0.5 * 1e12))
     # At a side of 32 the rate is 1/512 of that at 2048, and at 128 1/64.

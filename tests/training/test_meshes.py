@@ -13,11 +13,10 @@ from sophia_levanter.batch import batch_from_windows
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.optimizer import SophiaGConfig
-from sophia_levanter.models.gpt2 import Gpt2, decay_mask
+from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.optim.microbatch import split_at
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.optimizers import build_step_settings
-from sophia_levanter.training.step import TrainState, train_step
+from sophia_levanter.training.step import StepSettings, TrainState, train_step
 
 STEPS, ROWS = 20, 32
 CONFIGS = Path(__file__).parents[2] / "config"
@@ -56,7 +55,7 @@ def given_labels(config, settings, step):
 def train(config, num_devices, num_steps=STEPS, drawn=False):
     """The losses of the first steps, and the state after them; with Sophia-G's labels given, or drawn."""
     partition = partition_of(config.mesh, jax.devices()[:num_devices])
-    settings = build_step_settings(config.optimizer, config.trainer, decay_mask)
+    settings = StepSettings.of(config)
 
     def initial_state():
         model = Gpt2.init(config.model, vocab_size=257, key=jax.random.key(0))

@@ -12,14 +12,13 @@ import pytest
 from sophia_levanter.batch import batch_from_windows
 from sophia_levanter.checkpoint import Retention, restore, save
 from sophia_levanter.config.command_line import load_config
-from sophia_levanter.models.gpt2 import Gpt2, decay_mask
+from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.optim import Sophia
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.planning import collectives
 from sophia_levanter.training.lowering import abstract_state, lower_step
 from sophia_levanter.training.memory import device_bytes
-from sophia_levanter.training.optimizers import build_step_settings
-from sophia_levanter.training.step import TrainState, train_step
+from sophia_levanter.training.step import StepSettings, TrainState, train_step
 
 CONFIG = Path(__file__).parents[2] / "config" / "gpt2_nano_adamw.yaml"
 OPTIMIZERS = {
@@ -100,7 +99,7 @@ class Run:
 
     def __init__(self, kind, num_devices, **mesh):
         self.config, self.partition = setup(kind, num_devices, **mesh)
-        settings = build_step_settings(self.config.optimizer, self.config.trainer, decay_mask)
+        settings = StepSettings.of(self.config)
         self.refresh_due = settings.optimizer.refresh_due
         kinds = (False, True) if isinstance(settings.optimizer, Sophia) else (False,)
         self.steps = [eqx.filter_jit(partial(train_step, settings, refresh)) for refresh in kinds]

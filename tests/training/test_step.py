@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 
 from sophia_levanter.batch import Batch, batch_from_windows
-from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config, decay_mask, matrix_axes
+from sophia_levanter.config.optimizer import OptimizerConfig
+from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
 from sophia_levanter.models.huggingface import gpt2_from_state_dict, gpt2_to_state_dict
+from sophia_levanter.models.language_model import decay_mask, matrix_axes
 from sophia_levanter.optim import (
     AdamW,
+    EmpiricalFisher,
     GaussNewtonBartlett,
     Hutchinson,
     KroneckerBasis,
@@ -29,7 +32,6 @@ from sophia_levanter.optim import (
     SophiaH,
     WinRateController,
 )
-from sophia_levanter.optim.schedules import warmup_schedule
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.step import StepSettings, TrainState, train_step
 
@@ -101,9 +103,9 @@ def check_golden_run(name: str, devices: int, num_microbatches: int, dtype: jnp.
     policy = jmp.get_policy(jnp.dtype(dtype).name)
     model = gpt2_from_state_dict(config, initial, layout="linear")
     shared = {
-        "learning_rate": warmup_schedule(
-            "cosine", peak=h["lr"], final=h["min_lr"], warmup_steps=h["warmup"], total_steps=h["steps"]
-        ),
+        "learning_rate": OptimizerConfig(
+            learning_rate=h["lr"], final_learning_rate=h["min_lr"], warmup_steps=h["warmup"]
+        ).build_schedule(h["steps"]),
         "b1": h["beta1"],
         "b2": h["beta2"],
         "weight_decay": h["weight_decay"],
@@ -304,23 +306,23 @@ def uneven_batch() -> Batch:
 
 
 def test_the_targets_may_be_the_labels_of_the_curvature():
-    optimizer, config = SophiaG(), dataclasses.replace(TINY, num_layers=1, loss_block_size=12)
-    batch, state = uneven_batch(), TrainState.init(tiny_model(config), optimizer)
+    config = dataclasses.replace(TINY, num_layers=1, loss_block_size=12)
+    batch, state = uneven_batch(), TrainState.init(tiny_model(config), SophiaG())
 
-    def curvature(labels, samples=None):
-        step = jitted(StepSettings(optimizer, curvature_labels=labels), True)
+    def curvature(estimator, samples=None):
+        step = jitted(StepSettings(SophiaG(estimator=estimator)), True)
         return step(batch, state, samples=samples)[0].optimizer_state.curvature
 
     # Not bit for bit: where the labels are one array XLA shares their pass.
-    assert gap(curvature("data"), curvature("sampled", batch.targets)) < 1e-6
+    assert gap(curvature(EmpiricalFisher()), curvature(GaussNewtonBartlett(), batch.targets)) < 1e-6
 
 
 @pytest.mark.parametrize("reduction", ["square_then_average", "average_then_square"])
 def test_the_curvature_of_true_labels_is_that_of_the_training_gradient(reduction):
     """B (mean gradient)^2, by jax.grad."""
-    optimizer = SophiaG(b2=0.0, estimator=GaussNewtonBartlett(reduction=reduction))
+    optimizer = SophiaG(b2=0.0, estimator=EmpiricalFisher(reduction=reduction))
     batch = uneven_batch()
-    state, _ = one_step(optimizer, batch=batch, curvature_labels="data")
+    state, _ = one_step(optimizer, batch=batch)
     params, static = eqx.partition(tiny_model(), eqx.is_inexact_array)
     vector, unravel = jax.flatten_util.ravel_pytree(params)
 

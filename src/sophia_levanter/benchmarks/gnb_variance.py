@@ -26,7 +26,7 @@ from sophia_levanter.benchmarks.moments import Moments
 from sophia_levanter.benchmarks.timing import Spread, markdown_table, spread
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.data.prepare import prepare
-from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.optim import GaussNewtonBartlett
 
 ESTIMATORS = tuple(GaussNewtonBartlett(reduction=r) for r in ("square_then_average", "average_then_square"))
@@ -101,7 +101,7 @@ def moments_over_draws(
     return moments, jax.tree.map(jnp.ravel, sums)
 
 
-def compare(model: Gpt2, batch: Batch, *, num_draws: int, seed: int = 0) -> list[Comparison]:
+def compare(model: LanguageModel, batch: Batch, *, num_draws: int, seed: int = 0) -> list[Comparison]:
     """Both estimates of a model's curvature on a batch, over the same draws of labels.
 
     Args:
@@ -121,12 +121,12 @@ def compare(model: Gpt2, batch: Batch, *, num_draws: int, seed: int = 0) -> list
 
 @eqx.filter_jit
 def _both_over_draws(
-    model: Gpt2, batch: Batch, rows: Rows, key: jax.Array, num_draws: int
+    model: LanguageModel, batch: Batch, rows: Rows, key: jax.Array, num_draws: int
 ) -> tuple[list[Vectors], list[Vectors]]:
     """For each estimator the squares of `Moments`, and the sums of `moments_over_draws`."""
 
     def estimate(key: jax.Array) -> list[Vectors]:
-        both = BothReductions()(Gpt2.__call__, model, batch.tokens, key=key, weights=batch.weights)
+        both = BothReductions()(LanguageModel.__call__, model, batch.tokens, key=key, weights=batch.weights)
         return [by_kind(h_hat, rows) for h_hat in both]
 
     moments, sums = moments_over_draws(estimate, key, num_draws)

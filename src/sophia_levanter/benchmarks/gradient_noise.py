@@ -31,10 +31,9 @@ from sophia_levanter.config.optimizer import SophiaConfig
 from sophia_levanter.data.batches import TrainBatches
 from sophia_levanter.data.prepare import prepare
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.gpt2 import Gpt2, decay_mask
+from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.optim import GaussNewtonBartlett, value_grad_and_curvature
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.step import StepSettings, TrainState
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
@@ -135,7 +134,9 @@ def _clipped_by_noise(h: np.ndarray, num_targets: float, momentum: Momentum) -> 
     return float(np.mean(momentum.rho * h < left)) if h.size else float("nan")
 
 
-def gradient_and_curvature(policy: jmp.Policy, model: Gpt2, batch: Batch, key: jax.Array) -> tuple[Gpt2, Gpt2]:
+def gradient_and_curvature(
+    policy: jmp.Policy, model: LanguageModel, batch: Batch, key: jax.Array
+) -> tuple[LanguageModel, LanguageModel]:
     """The mean loss's gradient on a batch, and its unbiased GNB estimate with the least variance.
 
     Args:
@@ -145,13 +146,11 @@ def gradient_and_curvature(policy: jmp.Policy, model: Gpt2, batch: Batch, key: j
         key: a jax random key for the labels and, where the model has it, dropout.
     """
 
-    def losses(model: Gpt2, part: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def losses(model: LanguageModel, part: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         part = hax.auto_sharded(part)
         label_key, dropout_key = jax.random.split(key)
         uniforms = NamedArray(jax.random.uniform(label_key, part.tokens.array.shape), part.tokens.axes)
-        sums = policy.cast_to_compute(model).losses(
-            part, samples=uniforms, key=dropout_key if model.config.dropout > 0 else None
-        )
+        sums = policy.cast_to_compute(model).losses(part, samples=uniforms, key=dropout_key)
         num_targets = count_targets(part)
         return sums[0] / num_targets, sums[1] / num_targets, num_targets
 
@@ -160,9 +159,9 @@ def gradient_and_curvature(policy: jmp.Policy, model: Gpt2, batch: Batch, key: j
 
 
 def measure(
-    estimate: Callable[[Gpt2, Batch, jax.Array], tuple[Gpt2, Gpt2]],
-    kinds: Callable[[Gpt2], Vectors],
-    model: Gpt2,
+    estimate: Callable[[LanguageModel, Batch, jax.Array], tuple[LanguageModel, LanguageModel]],
+    kinds: Callable[[LanguageModel], Vectors],
+    model: LanguageModel,
     batches: TrainBatches,
     config: TrainConfig,
     *,
@@ -240,7 +239,7 @@ def _check(steps: Sequence[int], num_batches: int, config: TrainConfig) -> None:
 def _print_tables(config: TrainConfig, steps: Sequence[int], num_batches: int) -> None:
     data = prepare(config.data, print)
     batches, vocab_size = train_batches(config, data), data.tokenizer.vocab_size
-    settings = build_step_settings(config.optimizer, config.trainer, decay_mask)
+    settings = StepSettings.of(config)
     estimate = eqx.filter_jit(partial(gradient_and_curvature, settings.policy))
     # The vocabulary's padding is left out.
     kinds = partial(by_kind, rows={"token embedding": tuple(range(vocab_size))}, each_matrix=True)

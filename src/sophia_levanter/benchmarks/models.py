@@ -15,10 +15,9 @@ from sophia_levanter.batch import batch_from_windows
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.data.batches import TrainBatches
 from sophia_levanter.data.prepare import TextData
-from sophia_levanter.models.gpt2 import Gpt2, decay_mask
+from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.optimizers import build_step_settings
-from sophia_levanter.training.step import TrainState, train_step
+from sophia_levanter.training.step import StepSettings, TrainState, train_step
 
 Vectors = dict[str, jax.Array]
 Rows = Mapping[str, tuple[int, ...]]
@@ -52,10 +51,10 @@ def trained(
         The number of steps and the state on one device, whose buffers the next step takes over.
     """
     partition = partition_of(devices=jax.devices()[:1])
-    settings = build_step_settings(config.optimizer, config.trainer, decay_mask)
+    settings = StepSettings.of(config)
 
     def initial_state() -> TrainState:
-        model = Gpt2.init(config.model, vocab_size=vocab_size, key=jax.random.key(config.trainer.seed))
+        model = config.model.build(vocab_size=vocab_size, key=jax.random.key(config.trainer.seed))
         return TrainState.init(model, settings.optimizer, settings.policy)
 
     state = partition.made(initial_state)
@@ -75,7 +74,7 @@ def trained(
         yield wanted, state
 
 
-def by_kind(tree: Gpt2, rows: Rows, *, each_matrix: bool = False) -> Vectors:
+def by_kind(tree: LanguageModel, rows: Rows, *, each_matrix: bool = False) -> Vectors:
     """The coordinates of a tree like the model, by kind of array.
 
     Args:
@@ -83,7 +82,7 @@ def by_kind(tree: Gpt2, rows: Rows, *, each_matrix: bool = False) -> Vectors:
         rows: of the token embedding, by kind; others are left out.
         each_matrix: whether the blocks' matrices are four kinds, by what they do, or one.
     """
-    embedding = tree.wte.weight.rearrange(("vocab", "embed")).array
+    embedding = tree.output_head.rearrange(("vocab", "embed")).array
     matrices = list(_MATRICES.values()) if each_matrix else [BLOCK_MATRICES]
     parts: dict[str, list[jax.Array]] = {kind: [] for kind in matrices}
     parts |= {kind: [embedding[np.array(which, int)]] for kind, which in rows.items()}

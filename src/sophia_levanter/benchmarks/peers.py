@@ -8,6 +8,7 @@ size on random tokens, one after the other in every round, in a random order, so
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from sophia_levanter.allocation import keep_freed_memory
 from sophia_levanter.batch import batch_from_windows
 from sophia_levanter.benchmarks.peers_by_hand import step_by_hand
 from sophia_levanter.benchmarks.timing import markdown_table
+from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.config.optimizer import (
     AdamWConfig,
@@ -36,10 +38,8 @@ from sophia_levanter.config.optimizer import (
     SophiaHConfig,
 )
 from sophia_levanter.config.trainer import TrainerConfig
-from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.optimizers import build_step_settings
-from sophia_levanter.training.step import TrainState, train_step
+from sophia_levanter.training.step import StepSettings, TrainState, train_step
 
 VOCAB_SIZE, BATCH_SIZE = 257, 8
 TORCH_SCRIPT = Path(__file__).with_name("peers_torch.py")
@@ -48,7 +48,8 @@ Step = Callable[[], float]  # takes a step, and returns its seconds
 
 
 def _model(width: int, num_heads: int, seq_len: int) -> Gpt2Config:
-    return Gpt2Config(4, num_heads, width, seq_len, gradient_checkpointing="none", scan_unroll=4)
+    model = Gpt2Config(num_layers=4, num_heads=num_heads, embed_dim=width, seq_len=seq_len)
+    return dataclasses.replace(model, gradient_checkpointing="none", scan_unroll=4)
 
 
 MODELS = {"nano": _model(128, 8, 128), "3.3M": _model(256, 4, 256)}
@@ -75,11 +76,11 @@ def trainer_steps(model: Gpt2Config, optimizer: OptimizerConfig) -> dict[bool, S
     """The trainer's compiled step and, for Sophia, the one that refreshes the curvature, on one state."""
     trainer = TrainerConfig(batch_size=BATCH_SIZE)
     partition = partition_of(devices=jax.devices()[:1])
-    settings = build_step_settings(optimizer, trainer, decay_mask)
+    settings = StepSettings.of(TrainConfig(model=model, optimizer=optimizer, trainer=trainer))
     windows = np.random.default_rng(0).integers(0, VOCAB_SIZE, (BATCH_SIZE, model.seq_len + 1), np.int32)
     batch = partition.place(batch_from_windows(windows))
     state = partition.place(
-        TrainState.init(Gpt2.init(model, vocab_size=VOCAB_SIZE, key=jax.random.key(0)), settings.optimizer)
+        TrainState.init(model.build(vocab_size=VOCAB_SIZE, key=jax.random.key(0)), settings.optimizer)
     )
 
     def compiled(refresh: bool) -> Step:

@@ -22,7 +22,7 @@ from sophia_levanter.benchmarks.arguments import parse_with_overrides
 from sophia_levanter.benchmarks.timing import Spread, markdown_table, seconds_in_turns, spread
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.sampling import Sampling
-from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.models.sampling import generate, restricted
 from sophia_levanter.optim.categorical import sample_categorical
 
@@ -44,7 +44,7 @@ class Timing(NamedTuple):
     beside: Spread
 
 
-def by_whole_contexts(model: Gpt2, num_tokens: int) -> jax.Array:
+def by_whole_contexts(model: LanguageModel, num_tokens: int) -> jax.Array:
     """Tokens, each drawn from a forward pass over the whole context."""
     seq_len = model.config.seq_len
 
@@ -59,7 +59,7 @@ def by_whole_contexts(model: Gpt2, num_tokens: int) -> jax.Array:
     return jax.lax.scan(draw, jnp.zeros(seq_len, jnp.int32), jnp.arange(num_tokens))[1]
 
 
-def with_cache(model: Gpt2, num_rows: int, num_tokens: int) -> list[list[int | None]]:
+def with_cache(model: LanguageModel, num_rows: int, num_tokens: int) -> list[list[int | None]]:
     """Tokens of several rows, drawn with the cache."""
     keys = jnp.broadcast_to(jax.random.key(0), (num_rows,))
     return list(generate(model, [[0]] * num_rows, num_tokens, keys=keys, sampling=SAMPLING))
@@ -70,7 +70,7 @@ def measure(
 ) -> list[Timing]:
     """Time per token, each length with one row and the first length with several."""
     policy = jmp.get_policy(f"params=float32,compute={config.trainer.compute_dtype}")
-    model = policy.cast_to_compute(Gpt2.init(config.model, vocab_size=vocab_size, key=jax.random.key(0)))
+    model = policy.cast_to_compute(config.model.build(vocab_size=vocab_size, key=jax.random.key(0)))
     drawn = {f"1 row, {n} tokens": (1, n) for n in lengths} | {
         f"{r} rows, {lengths[0]} tokens": (r, lengths[0]) for r in rows
     }

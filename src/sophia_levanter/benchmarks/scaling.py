@@ -19,6 +19,7 @@ from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.optimizer import SophiaConfig
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.tokenizer import vocab_size_of
+from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.planning.run_plan import SECONDS_PER_DAY, fsdp_minimum, hutchinsons_microbatch
 from sophia_levanter.planning.step_plan import plan_step, step_time
@@ -26,7 +27,6 @@ from sophia_levanter.planning.target import GIB, Target, pretended_target, tpu_t
 from sophia_levanter.training.costs import flops_per_step
 from sophia_levanter.training.lowering import abstract_state
 from sophia_levanter.training.summary import count_parameters, describe_mesh
-from sophia_levanter.training.throughput import flops_per_token
 
 VOCAB_SIZE = 50257
 FSDP = ("mesh.fsdp", "embed")
@@ -141,7 +141,7 @@ def _config_row(path: Path, config: TrainConfig, target: Target) -> list[object]
         *none,
         *sent,
         *none,
-        f"{flops_per_step(config, flops_per_token(config.model, vocab_size)):.2e}",
+        f"{flops_per_step(config, abstract_model(config.model, vocab_size).flops_per_token):.2e}",
         f"{seconds * config.trainer.num_train_steps / SECONDS_PER_DAY:.3g}",
     ]
 

@@ -79,9 +79,8 @@ def _export(command: Command) -> int:
     check_new_folder(command.folder)
     loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=print)
     export_model(loaded, command.folder, command.dtype)
-    weights = loaded.model.wte.weight.array
     print(
-        f"{loaded.source} is in {command.folder}: {command.dtype or weights.dtype.name}, "
+        f"{loaded.source} is in {command.folder}: {command.dtype or loaded.model.output_head.dtype.name}, "
         f"{(command.folder / 'model.safetensors').stat().st_size:,} bytes, "
         f"tokenizer {os.path.basename(loaded.tokenizer.name)}"
     )

@@ -23,8 +23,8 @@ from sophia_levanter.comparison.records import Record, flat_config
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import dump_config
 from sophia_levanter.data.tokenizer import load_tokenizer
+from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.tracking.jsonl import read_records
-from sophia_levanter.training.throughput import flops_per_token
 
 # A run whose training loss is this many nats above its lowest, over as many steps, will not come back in time.
 DIVERGED_NATS, DIVERGED_STEPS = 1.0, 50
@@ -178,7 +178,7 @@ def read_run(config: TrainConfig, directory: Path, *, diverged: bool) -> Record:
         win_rate=[_mean(chunk) for chunk in _chunks(rates, max(1, len(rates) // POINTS))],
         seconds=_step_seconds(config, lines),
         parameters=sum(math.prod(array.shape) for array in arrays if array.path.startswith("model.")),
-        flops_per_token=flops_per_token(config.model, load_tokenizer(config.data.tokenizer).vocab_size),
+        flops_per_token=abstract_model(config.model, load_tokenizer(config.data.tokenizer).vocab_size).flops_per_token,
         facts=facts | {"version": version("sophia-levanter")},
     )
 

@@ -46,7 +46,9 @@ class Schema:
         """
         section, _, name = key.rpartition(".")
         of = key if key in self.sections else section if section in self.sections else ""
-        siblings = [path.rpartition(".")[2] for path in self.fields if path.rpartition(".")[0] == of]
+        siblings = [
+            path.rpartition(".")[2] for path in (*self.fields, *self.sections) if path and path.rpartition(".")[0] == of
+        ]
         if of and of == key:
             return f"{key} is a section, with the fields {', '.join(siblings)}"
         nearest = [_join(of, match) for match in difflib.get_close_matches(name, siblings, n=1)]
@@ -152,7 +154,8 @@ def _put_on_top(root: type, settings: Layer, layer: Layer) -> Layer:
             layer = {key if name == path else name: setting for name, setting in layer.items()}
         if key in layer and _chosen(registry, key, layer, dataclasses.MISSING) is not before.sections[path]:
             kept = {_join(path, common.name) for common in dataclasses.fields(registry)}  # type: ignore[arg-type]
-            dropped = {name for name in before.fields if name.startswith(f"{path}.")} - kept
+            own = {name for name in before.fields if name.startswith(f"{path}.")}
+            dropped = {name for name in own if not any(f"{name}.".startswith(f"{common}.") for common in kept)}
             settings = {name: setting for name, setting in settings.items() if name not in dropped}
     return settings | layer
 

@@ -1,21 +1,27 @@
-"""The optimizers' settings. Free of jax, so that a command line can be checked at once."""
+"""The optimizers' settings, and how they become optimizers. Free of jax until one is built."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import draccus
+from draccus import ChoiceRegistry
 
+from sophia_levanter.config.schedule import CosineSchedule, Schedule, ScheduleConfig
 from sophia_levanter.config.settings import Settings, setting
-from sophia_levanter.config.trainer import DTYPES
+from sophia_levanter.config.trainer import DTYPES, TrainerConfig
 from sophia_levanter.errors import InputError
+
+if TYPE_CHECKING:
+    from sophia_levanter.optim import Optimizer
+    from sophia_levanter.optim.protocol import CurvatureEstimator
 
 SMALLEST_EPS = 1e-37  # float32 makes a smaller one 0
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(Settings, draccus.ChoiceRegistry):
+class OptimizerConfig(Settings, ChoiceRegistry):
     """Settings of every optimizer: a learning rate with a schedule, and decoupled weight decay.
 
     Raises:
@@ -26,18 +32,77 @@ class OptimizerConfig(Settings, draccus.ChoiceRegistry):
 
     learning_rate: float = setting(6e-4, "peak, reached at the end of the warm-up", above=0)
     final_learning_rate: float = setting(1.5e-5, "learning rate at the last step; constant ignores it", low=0)
-    schedule: str = setting("cosine", "learning rate after the warm-up", choices=("cosine", "linear", "constant"))
+    schedule: ScheduleConfig = field(default_factory=CosineSchedule)
     warmup_steps: int = setting(2000, "steps of linear growth from 0 to learning_rate", low=0)
     weight_decay: float = setting(0.1, "decoupled decay of matrices and embeddings, not of biases and norms", low=0)
     momentum_dtype: str = setting("float32", "dtype of the momentum, or first moment, between steps", choices=DTYPES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.schedule != "constant" and self.final_learning_rate > self.learning_rate:
+        if self.schedule.decays and self.final_learning_rate > self.learning_rate:
             raise InputError(
                 f"optimizer.final_learning_rate is {self.final_learning_rate}; "
                 f"it must be between 0 and optimizer.learning_rate, {self.learning_rate}"
             )
+
+    def check_run(self, trainer: TrainerConfig) -> None:
+        """Check that the optimizer fits a run.
+
+        Raises:
+            InputError: names the fields that do not go together.
+        """
+        if self.warmup_steps > trainer.num_train_steps:
+            raise InputError(
+                f"optimizer.warmup_steps {self.warmup_steps} is more than "
+                f"trainer.num_train_steps {trainer.num_train_steps}"
+            )
+
+    def build(self, num_train_steps: int) -> Optimizer:
+        """The optimizer of a run over this many steps."""
+        raise NotImplementedError
+
+    def build_schedule(self, num_train_steps: int) -> Schedule:
+        """The learning rate as a function of the step, warm-up included.
+
+        At step 0 it is 0 if there is a warm-up, as in the Sophia authors' and nanoGPT's schedule.
+        """
+        import optax
+
+        num_steps = max(num_train_steps - self.warmup_steps, 1)
+        decay = self.schedule.build(self.learning_rate, self.final_learning_rate, num_steps)
+        if self.warmup_steps == 0:
+            return decay
+        warmup = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
+        return optax.join_schedules([warmup, decay], [self.warmup_steps])
+
+    def arguments(self, optimizer: type, num_train_steps: int) -> dict[str, Any]:
+        """Arguments of an optimizer's class: what all of them take, and each field that both have.
+
+        Args:
+            optimizer: the class, a dataclass such as an Equinox module.
+            num_train_steps: steps of the run, over which the schedule goes.
+        """
+        import jax.numpy as jnp
+
+        from sophia_levanter.models.language_model import decay_mask
+
+        common = {common.name for common in dataclasses.fields(OptimizerConfig)}
+        taken = {argument.name for argument in dataclasses.fields(optimizer)}
+        own = [own.name for own in dataclasses.fields(self) if own.name in taken - common]
+        return {name: getattr(self, name) for name in own} | {
+            "learning_rate": self.build_schedule(num_train_steps),
+            "weight_decay": self.weight_decay,
+            "weight_decay_mask": decay_mask,
+            "momentum_dtype": jnp.dtype(self.momentum_dtype),
+        }
+
+    def curvature_microbatches(self, trainer: TrainerConfig) -> tuple[int, int] | None:
+        """The number and size of the microbatches that refresh the curvature; None where there is no curvature."""
+        return None
+
+    def describe_curvature(self, trainer: TrainerConfig) -> str | None:
+        """When the curvature is refreshed, and on what; None where there is none."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -81,6 +146,54 @@ class SophiaConfig(OptimizerConfig):
         "float32", "dtype of h between refreshes; bfloat16 loses small changes", choices=DTYPES
     )
 
+    def check_run(self, trainer: TrainerConfig) -> None:
+        super().check_run(trainer)
+        if self.first_refresh >= trainer.num_train_steps:
+            raise InputError(
+                f"optimizer.first_refresh {self.first_refresh} is never reached: "
+                f"trainer.num_train_steps is {trainer.num_train_steps}"
+            )
+        own = self.curvature_microbatch_size
+        for part in trainer.parts:
+            if own is not None and part.batch_size % own:
+                raise InputError(
+                    f"optimizer.curvature_microbatch_size {own} does not divide trainer.batch_size {part.batch_size}"
+                )
+
+    def build(self, num_train_steps: int) -> Optimizer:
+        from sophia_levanter.optim import Sophia
+
+        return Sophia(**self.sophia_arguments(num_train_steps))
+
+    def sophia_arguments(self, num_train_steps: int) -> dict[str, Any]:
+        """Arguments of `Sophia`."""
+        import jax.numpy as jnp
+
+        from sophia_levanter.models.language_model import matrix_axes
+        from sophia_levanter.optim import KroneckerBasis, Sophia, WinRateController
+
+        given = self.arguments(Sophia, num_train_steps) | {"curvature_dtype": jnp.dtype(self.curvature_dtype)}
+        if self.target_win_rate is not None:
+            given["rho"] = WinRateController(target=self.target_win_rate, initial=self.rho)
+        given["basis"] = None
+        if self.basis == "kronecker":
+            given["basis"] = KroneckerBasis(matrix_axes, self.basis_b2, self.basis_max_size, mesh_axis="data")
+        return given | {"estimator": self.build_estimator()}
+
+    def build_estimator(self) -> CurvatureEstimator:
+        """The estimator of the curvature."""
+        raise NotImplementedError
+
+    def curvature_microbatches(self, trainer: TrainerConfig) -> tuple[int, int]:
+        size = self.curvature_microbatch_size or trainer.microbatch_size or trainer.batch_size
+        return max(1, round(self.curvature_batch_fraction * trainer.batch_size / size)), size
+
+    def describe_curvature(self, trainer: TrainerConfig) -> str:
+        count, size = self.curvature_microbatches(trainer)
+        first = f", at each of the first {self.initial_refreshes} steps" if self.initial_refreshes else ""
+        basis = ", in a Kronecker basis" if self.basis == "kronecker" else ""
+        return f"every {self.interval} steps, on {count * size / trainer.batch_size:.0%} of the batch{first}{basis}"
+
 
 @OptimizerConfig.register_subclass("sophia_g")
 @dataclass(frozen=True)
@@ -103,6 +216,17 @@ class SophiaGConfig(SophiaConfig):
     curvature_max_grad_norm: float | None = setting(
         None, "clip the sampled gradient to this norm; 1.0 in the authors' code", above=0
     )
+
+    def build(self, num_train_steps: int) -> Optimizer:
+        from sophia_levanter.optim import SophiaG
+
+        return SophiaG(**self.sophia_arguments(num_train_steps))
+
+    def build_estimator(self) -> CurvatureEstimator:
+        from sophia_levanter.optim import EmpiricalFisher, GaussNewtonBartlett
+
+        kind = GaussNewtonBartlett if self.curvature_labels == "sampled" else EmpiricalFisher
+        return kind(reduction=self.curvature_reduce, max_grad_norm=self.curvature_max_grad_norm)
 
 
 @OptimizerConfig.register_subclass("sophia_h")
@@ -129,6 +253,16 @@ class SophiaHConfig(SophiaConfig):
                 "where an added eps turns the step uphill; use max"
             )
 
+    def build(self, num_train_steps: int) -> Optimizer:
+        from sophia_levanter.optim import SophiaH
+
+        return SophiaH(**self.sophia_arguments(num_train_steps))
+
+    def build_estimator(self) -> CurvatureEstimator:
+        from sophia_levanter.optim import Hutchinson
+
+        return Hutchinson(self.probe, self.num_probes)
+
 
 @OptimizerConfig.register_subclass("adamw")
 @dataclass(frozen=True)
@@ -141,6 +275,11 @@ class AdamWConfig(OptimizerConfig):
     nesterov: bool = setting(False, "look ahead in the first moment: NAdamW")
     cautious: bool = setting(False, "omit coordinates whose step opposes this batch's gradient")
 
+    def build(self, num_train_steps: int) -> Optimizer:
+        from sophia_levanter.optim import AdamW
+
+        return AdamW(**self.arguments(AdamW, num_train_steps))
+
 
 @OptimizerConfig.register_subclass("lion")
 @dataclass(frozen=True)
@@ -151,6 +290,11 @@ class LionConfig(OptimizerConfig):
     final_learning_rate: float = setting(5e-6, "learning rate at the last step; constant ignores it", low=0)
     b1: float = setting(0.95, "weight of the momentum in the step", low=0, below=1)
     b2: float = setting(0.98, "decay of the momentum", low=0, below=1)
+
+    def build(self, num_train_steps: int) -> Optimizer:
+        from sophia_levanter.optim import Lion
+
+        return Lion(**self.arguments(Lion, num_train_steps))
 
 
 @OptimizerConfig.register_subclass("muon")
@@ -163,6 +307,12 @@ class MuonConfig(OptimizerConfig):
     b2: float = setting(0.95, "decay of the second moment of the rest", low=0, below=1)
     eps: float = setting(1e-8, "added to the root of the second moment and to a matrix's norm", above=0)
 
+    def build(self, num_train_steps: int) -> Optimizer:
+        from sophia_levanter.models.language_model import matrix_axes
+        from sophia_levanter.optim import Muon
+
+        return Muon(**self.arguments(Muon, num_train_steps), matrices=matrix_axes, mesh_axis="data")
+
 
 @OptimizerConfig.register_subclass("soap")
 @dataclass(frozen=True)
@@ -174,3 +324,10 @@ class SoapConfig(OptimizerConfig):
     eps: float = setting(1e-8, "added to the root of the second moment", above=0)
     interval: int = setting(10, "steps between updates of the basis", low=1)
     basis_max_size: int = setting(4096, "larger sides of a matrix are not rotated", low=1)
+
+    def build(self, num_train_steps: int) -> Optimizer:
+        from sophia_levanter.models.language_model import matrix_axes
+        from sophia_levanter.optim import Soap
+
+        given = self.arguments(Soap, num_train_steps)
+        return Soap(**given, matrices=matrix_axes, max_size=self.basis_max_size, mesh_axis="data")

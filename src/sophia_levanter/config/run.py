@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.mesh import MeshConfig, check_divides
-from sophia_levanter.config.model import Gpt2Config, pad_vocab
-from sophia_levanter.config.optimizer import OptimizerConfig, SophiaConfig, SophiaGConfig
+from sophia_levanter.config.model import Gpt2Config, ModelConfig, pad_vocab
+from sophia_levanter.config.optimizer import OptimizerConfig, SophiaGConfig
 from sophia_levanter.config.tracking import TrackingConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
@@ -21,7 +21,7 @@ class TrainConfig:
         InputError: if the parts do not fit each other.
     """
 
-    model: Gpt2Config = field(default_factory=Gpt2Config)
+    model: ModelConfig = field(default_factory=Gpt2Config)
     optimizer: OptimizerConfig = field(default_factory=SophiaGConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -29,24 +29,9 @@ class TrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        if self.optimizer.warmup_steps > self.trainer.num_train_steps:
-            raise InputError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than "
-                f"trainer.num_train_steps {self.trainer.num_train_steps}"
-            )
-        if isinstance(self.optimizer, SophiaConfig) and self.optimizer.first_refresh >= self.trainer.num_train_steps:
-            raise InputError(
-                f"optimizer.first_refresh {self.optimizer.first_refresh} is never reached: "
-                f"trainer.num_train_steps is {self.trainer.num_train_steps}"
-            )
+        self.optimizer.check_run(self.trainer)
         if self.mesh.coordinator is not None and self.trainer.run_dir is None:
             raise InputError("trainer.run_dir is missing; the processes of mesh.coordinator must agree on it")
-        own = self.optimizer.curvature_microbatch_size if isinstance(self.optimizer, SophiaConfig) else None
-        for trainer in self.trainer.parts:
-            if own is not None and trainer.batch_size % own:
-                raise InputError(
-                    f"optimizer.curvature_microbatch_size {own} does not divide trainer.batch_size {trainer.batch_size}"
-                )
 
 
 def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:
@@ -65,25 +50,18 @@ def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = N
     sizes = mesh.sizes(num_devices)
     for part in trainer.parts:
         check_divides(sizes, mesh.compute_mapping, {"batch": ("trainer.batch_size", part.batch_size)})
-    own = config.optimizer.curvature_microbatch_size if isinstance(config.optimizer, SophiaConfig) else None
     for part in trainer.parts:
-        for row in (
-            ("trainer.microbatch_size", part.microbatch_size or part.batch_size),
-            ("optimizer.curvature_microbatch_size", own or part.batch_size),
-        ):
+        rows = [("trainer.microbatch_size", part.microbatch_size or part.batch_size)]
+        if (curvature := config.optimizer.curvature_microbatches(part)) is not None:
+            rows.append(("optimizer.curvature_microbatch_size", curvature[1]))
+        for row in rows:
             check_divides(sizes, mesh.compute_mapping, {"batch": row}, of=("trainer.batch_size", part.batch_size))
 
 
 def check_parameters(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:
     """`check_mesh` for the model alone."""
     model, mesh = config.model, config.mesh
-    axes = {
-        "embed": ("model.embed_dim", model.embed_dim),
-        "heads": ("model.num_heads", model.num_heads),
-        "mlp": ("model.embed_dim x model.mlp_ratio", model.embed_dim * model.mlp_ratio),
-        "position": ("model.seq_len", model.seq_len),
-        "layers": ("model.num_layers", model.num_layers),
-    }
+    axes = model.axis_sizes()
     if vocab_size is not None:
         rows = model.embedding_rows(vocab_size)
         if model.vocab_rows not in (None, rows):

@@ -23,6 +23,7 @@ class Declaration:
         above, below: bounds that are not values themselves.
         choices: the only values.
         empty: what to do in place of an empty string.
+        free: of a model's settings, whether a trained model works with another value.
     """
 
     help: str
@@ -32,6 +33,7 @@ class Declaration:
     below: float | None = None
     choices: Collection[str] = ()
     empty: str = "leave it out for the default"
+    free: bool = False
 
     def check(self, name: str, value: Any, *, nullable: bool = False) -> None:
         """Check a value of the field's type; None always passes.
@@ -109,6 +111,11 @@ def declaration(field: dataclasses.Field[Any]) -> Declaration:
     return found
 
 
+def free_settings(settings: Settings) -> list[str]:
+    """The paths of a model's settings with which a trained model works at any value."""
+    return [settings.path(field.name) for field in dataclasses.fields(settings) if declaration(field).free]
+
+
 @dataclass(frozen=True)
 class Settings:
     """A section of settings. It checks each value against its declaration when it is made.
@@ -121,6 +128,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            if DECLARATION not in field.metadata:  # a section of its own
+                continue
             nullable = "None" in str(field.type)
             declaration(field).check(self.path(field.name), getattr(self, field.name), nullable=nullable)
 

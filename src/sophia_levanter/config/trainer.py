@@ -133,5 +133,11 @@ class TrainerConfig(Settings):
         return [self.at_step(step) for step in (0, *(change.step for change in self.batch_size_changes))]
 
     @property
+    def gradient_microbatch_size(self) -> int:
+        """Sequences in a microbatch."""
+        return self.microbatch_size or self.batch_size
+
+    @property
     def num_microbatches(self) -> int:
-        return self.batch_size // (self.microbatch_size or self.batch_size)
+        """Microbatches in a step."""
+        return self.batch_size // self.gradient_microbatch_size

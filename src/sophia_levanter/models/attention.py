@@ -11,7 +11,7 @@ import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from haliax import NamedArray
+from haliax import Axis, NamedArray
 from jax.sharding import PartitionSpec
 
 from sophia_levanter.errors import InputError
@@ -33,7 +33,8 @@ def causal_attention(
     """softmax(q k^T / sqrt(head_size)) v over earlier positions; softmax in float32.
 
     Args:
-        query, key, value: [..., position, heads, head_size].
+        query: [..., position, heads, head_size].
+        key, value: the same, or [..., position, kv_heads, head_size], whose heads each serve several of the query's.
         implementation: `blocked`, `xla`, `cudnn` or `splash`, or `auto` for what suits the device and the arrays.
         dropout: rate at which attention weights are dropped, where a key is given.
         dropout_key: a jax random key; None for no dropout.
@@ -43,7 +44,8 @@ def causal_attention(
     """
     batch_axes = tuple(axis for axis in query.axes if axis.name not in ORDER)
     axes = (*batch_axes, *(query.resolve_axis(name) for name in ORDER))
-    q, k, v = (x.rearrange(axes).array for x in (query, key, value))
+    q = query.rearrange(axes).array
+    k, v = (_with_all_heads(x, batch_axes, q.shape[-2]) for x in (key, value))
     if dropout > 0 and dropout_key is not None:
         return hax.named(_attention_with_dropout(q, k, v, dropout, dropout_key), axes)
     flat = tuple(x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
@@ -56,6 +58,14 @@ def causal_attention(
         fused: Any = chosen
         attended = jax.nn.dot_product_attention(*flat, is_causal=True, implementation=fused)
     return hax.named(attended.reshape(q.shape), axes)
+
+
+def _with_all_heads(x: NamedArray, batch_axes: tuple[Axis, ...], heads: int) -> jax.Array:
+    """[..., position, heads, head_size]."""
+    if "kv_heads" not in [axis.name for axis in x.axes]:
+        return x.rearrange((*batch_axes, *ORDER)).array
+    array = x.rearrange((*batch_axes, "position", "kv_heads", "head_size")).array
+    return jnp.repeat(array, heads // array.shape[-2], axis=-2)
 
 
 _forward_differentiable: ContextVar[bool] = ContextVar("forward_differentiable", default=False)
@@ -183,6 +193,30 @@ def _attention_with_dropout(q: jax.Array, k: jax.Array, v: jax.Array, rate: floa
     weights = jax.nn.softmax(jnp.where(causal, scores * head_size**-0.5, -jnp.inf), axis=-1)
     weights = jnp.where(jax.random.bernoulli(key, 1 - rate, weights.shape), weights / (1 - rate), 0)
     return jnp.einsum("...hqk,...khd->...qhd", weights.astype(v.dtype), v)
+
+
+def decode_attention(query: NamedArray, keys: NamedArray, values: NamedArray, positions: NamedArray) -> NamedArray:
+    """Attention of one position of each row over those up to it.
+
+    Args:
+        query: [batch, heads, head_size].
+        keys, values: [batch, kv_heads, position, head_size] in any order, those of the position included.
+        positions: int32 [batch].
+
+    Returns:
+        [batch, heads, head_size].
+    """
+    axes = tuple(query.resolve_axis(name) for name in ("batch", "heads", "head_size"))
+    kv_heads = next(axis.name for axis in keys.axes if axis.name in ("heads", "kv_heads"))
+    order = ("batch", "position", kv_heads, "head_size")
+    attended = jax.nn.dot_product_attention(
+        query.rearrange(axes).array[:, None],
+        keys.rearrange(order).array,
+        values.rearrange(order).array,
+        key_value_seq_lengths=positions.array + 1,
+        implementation="xla",
+    )
+    return hax.named(attended[:, 0], axes)
 
 
 def attention_for(

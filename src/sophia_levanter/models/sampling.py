@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import haliax as hax
 import jax
@@ -12,15 +13,14 @@ import numpy as np
 from haliax import Axis, NamedArray
 
 from sophia_levanter.config.sampling import Sampling
-from sophia_levanter.models.decoding import Cache, decode_step, prefill
-from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.optim.categorical import sample_categorical
 
 SHORTEST_PREFILL = 128
 
 
 def generate(
-    model: Gpt2,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     num_tokens: int,
     *,
@@ -96,7 +96,9 @@ def restricted(logits: jax.Array, sampling: Sampling) -> jax.Array:
 class _Rows:
     """Prompts with what was drawn after them, and the cache that belongs to them."""
 
-    def __init__(self, model: Gpt2, prompts: Sequence[Sequence[int]], keys: jax.Array, sampling: Sampling) -> None:
+    def __init__(
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], keys: jax.Array, sampling: Sampling
+    ) -> None:
         self._model, self._sampling = model, sampling
         self._seq_len = model.config.seq_len
         self._contexts = [list(map(int, prompt))[-self._seq_len :] for prompt in prompts]
@@ -140,25 +142,27 @@ class _Rows:
 
 
 @partial(jax.jit, static_argnames="Batch")
-def _empty(model: Gpt2, Batch: Axis) -> Cache:
-    return Cache.init(model, Batch)
+def _empty(model: LanguageModel, Batch: Axis) -> Any:
+    return model.empty_cache(Batch)
 
 
-_prefill = jax.jit(prefill, donate_argnames="cache")
+@partial(jax.jit, donate_argnames="cache")
+def _prefill(model: LanguageModel, cache: Any, row: jax.Array, tokens: NamedArray) -> Any:
+    return model.prefill(cache, row, tokens)
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
 def _draw(
-    model: Gpt2,
-    cache: Cache,
+    model: LanguageModel,
+    cache: Any,
     tokens: NamedArray,
     positions: NamedArray,
     keys: jax.Array,
     number: jax.Array,
     sampling: Sampling,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Any]:
     """The next token of each row, int32 [batch] on every device, after `tokens` at `positions`."""
-    logits, cache = decode_step(model, cache, tokens, positions)
+    logits, cache = model.decode_step(cache, tokens, positions)
     drawn = _drawn(logits.rearrange(("batch", "vocab")).array, keys, number, sampling)
     return hax.shard(hax.named(drawn, "batch"), {}).array, cache
 

@@ -4,7 +4,7 @@ Needs jax, equinox and optax, and nothing else of this project.
 """
 
 from sophia_levanter.optim.baselines import AdamW, Lion
-from sophia_levanter.optim.gauss_newton import GaussNewtonBartlett, GaussNewtonHutchinson
+from sophia_levanter.optim.gauss_newton import EmpiricalFisher, GaussNewtonBartlett, GaussNewtonHutchinson
 from sophia_levanter.optim.hutchinson import Hutchinson
 from sophia_levanter.optim.kronecker import KroneckerBasis
 from sophia_levanter.optim.likelihood import Bernoulli, Categorical, Likelihood, Normal
@@ -21,6 +21,7 @@ __all__ = [
     "AdamW",
     "Bernoulli",
     "Categorical",
+    "EmpiricalFisher",
     "GaussNewtonBartlett",
     "GaussNewtonHutchinson",
     "Hutchinson",

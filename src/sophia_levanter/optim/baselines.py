@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -20,7 +20,7 @@ from sophia_levanter.optim.checks import (
     python_number,
 )
 from sophia_levanter.optim.gradient_transform import check_gradient_transform, init_transform, transform_gradient
-from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule
+from sophia_levanter.optim.protocol import MatrixWork, Scalar, ScalarOrSchedule
 from sophia_levanter.optim.trees import WeightDecayMask, all_finite, decay_mask_tree, differentiable, where
 
 PyTree = Any
@@ -42,6 +42,7 @@ class OptaxOptimizer(eqx.Module):
     """An optax transformation on the differentiable part of a model."""
 
     gradient_transform: optax.GradientTransformation | None = eqx.field(default=None, kw_only=True)
+    estimator: ClassVar[None] = None
 
     def __check_init__(self) -> None:
         check_gradient_transform(self.gradient_transform)
@@ -103,6 +104,13 @@ class OptaxOptimizer(eqx.Module):
         # A parameter may be called mu too: the states that hold moments are named tuples, at the path's end.
         moments = [mu for path, mu in found if isinstance(path[-1], optax.tree_utils.NamedTupleKey)]
         return {"momentum_norm": optax.tree.norm(moments)}
+
+    def estimator_at(self, state: BaselineState) -> None:
+        """None: there is no curvature to estimate."""
+
+    def matrix_work(self, num_microbatches: int) -> MatrixWork:
+        """None, unless an optimizer says otherwise."""
+        return MatrixWork()
 
 
 class AdamW(OptaxOptimizer):

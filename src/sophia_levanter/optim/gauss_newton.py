@@ -25,7 +25,7 @@ from sophia_levanter.optim.kronecker import Coordinates
 from sophia_levanter.optim.likelihood import Categorical, Likelihood, check_likelihood
 from sophia_levanter.optim.microbatch import num_microbatches, sum_over_microbatches
 from sophia_levanter.optim.named import is_named, plain
-from sophia_levanter.optim.protocol import Scalar
+from sophia_levanter.optim.protocol import GradientSums, RefreshStep, Scalar
 from sophia_levanter.optim.trees import norm, widened
 
 PyTree = Any
@@ -58,6 +58,8 @@ class GaussNewtonBartlett(eqx.Module):
     reduction: str = eqx.field(default="square_then_average", static=True)
     max_grad_norm: Scalar | None = None
     coordinates: Coordinates = Coordinates()
+    gradients: ClassVar[float] = 2 / 3  # a backward pass; the forward pass is the gradient's
+    forward_mode: ClassVar[bool] = False
 
     def __check_init__(self) -> None:
         check_likelihood(self.likelihood)
@@ -98,6 +100,15 @@ class GaussNewtonBartlett(eqx.Module):
             (microbatches, weights),
             key=key,
         )
+
+    def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
+        """A step's gradient and an estimate from one forward pass, with a backward pass each."""
+        sums, total, num_targets = step.shared_gradient(self, labels="sampled")
+        return sums, self.finished(total, num_targets)
+
+    def changes_of_basis(self, num_microbatches: int) -> int:
+        """The gradient goes into the basis, that of each microbatch where they are squared apart."""
+        return num_microbatches if self.reduction == "square_then_average" else 1
 
     def from_sampled_loss(
         self,
@@ -197,6 +208,60 @@ class GaussNewtonBartlett(eqx.Module):
         size, limit = norm(grad_sum), self.max_grad_norm * num_targets
         scale = jnp.where(size > limit, limit / size, 1.0)
         return jax.tree.map(lambda g: g * scale, grad_sum)
+
+
+class EmpiricalFisher(eqx.Module):
+    """B * g^2, with g the gradient of the mean loss on the data's own B targets.
+
+    The mean gradient is not 0, and enters the estimate: it is not the Gauss-Newton matrix's diagonal (Kunstner, Balles
+    and Hennig 2019, arXiv 1905.12558). The arguments are `GaussNewtonBartlett`'s.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    reduction: str = eqx.field(default="square_then_average", static=True)
+    max_grad_norm: Scalar | None = None
+    coordinates: Coordinates = Coordinates()
+    gradients: ClassVar[float] = 2 / 3
+    forward_mode: ClassVar[bool] = False
+
+    def __check_init__(self) -> None:
+        self._squares()
+
+    def __call__(
+        self,
+        loss_fn: Callable[..., tuple[jax.Array, jax.Array]],
+        model: PyTree,
+        microbatches: PyTree = None,
+        *,
+        key: jax.Array,
+    ) -> PyTree:
+        """An estimate.
+
+        Args:
+            loss_fn: model, or (model, microbatch), -> (mean loss on the true targets, their number B).
+            model: any pytree.
+            microbatches: a pytree of arrays [microbatch, ...].
+            key: a jax random key, as other estimators need one; nothing is drawn.
+        """
+        # The last argument is a key to draw targets with.
+        return self._squares().from_sampled_loss(lambda *args: loss_fn(*args[:-1]), model, microbatches, key=key)
+
+    def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
+        """A step's gradient and an estimate from one forward pass, with a backward pass each."""
+        squares = self._squares()
+        sums, total, num_targets = step.shared_gradient(squares, labels="data")
+        return sums, squares.finished(total, num_targets)
+
+    def changes_of_basis(self, num_microbatches: int) -> int:
+        """As `GaussNewtonBartlett`'s."""
+        return self._squares().changes_of_basis(num_microbatches)
+
+    def _squares(self) -> GaussNewtonBartlett:
+        return GaussNewtonBartlett(
+            reduction=self.reduction, max_grad_norm=self.max_grad_norm, coordinates=self.coordinates
+        )
 
 
 class GaussNewtonHutchinson(eqx.Module):

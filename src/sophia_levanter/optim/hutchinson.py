@@ -22,6 +22,7 @@ from sophia_levanter.optim.checks import (
 from sophia_levanter.optim.kronecker import Coordinates
 from sophia_levanter.optim.microbatch import num_microbatches, sum_over_microbatches
 from sophia_levanter.optim.named import plain
+from sophia_levanter.optim.protocol import GradientSums, RefreshStep
 from sophia_levanter.optim.trees import differentiable, widened
 
 PyTree = Any
@@ -44,6 +45,7 @@ class Hutchinson(eqx.Module):
     num_probes: int = eqx.field(default=1, static=True, converter=whole_number)
     coordinates: Coordinates = Coordinates()
     signed: ClassVar[bool] = True
+    forward_mode: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
         check_choice("probe", self.probe, PROBES)
@@ -91,6 +93,21 @@ class Hutchinson(eqx.Module):
             return sum_over_microbatches(one, (microbatches, w / jnp.sum(w)))
 
         return self._mean_over_probes(key, model, product)
+
+    @property
+    def gradients(self) -> float:
+        """A gradient and its derivative for each probe."""
+        return 2.0 * self.num_probes
+
+    def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
+        """A step's gradient, and an estimate in a pass of its own."""
+        sums = step.gradient()
+        loss_fn, microbatches, weights = step.curvature_pass(sums)
+        return sums, self(loss_fn, step.model, microbatches, key=step.key, weights=weights)
+
+    def changes_of_basis(self, num_microbatches: int) -> int:
+        """A probe leaves the basis and its product enters it."""
+        return 2 * self.num_probes
 
     def _mean_over_probes(self, key: jax.Array, model: PyTree, product: Callable[[PyTree], PyTree]) -> PyTree:
         return mean_over_probes(self.probe, self.num_probes, key, model, product, self.coordinates)

@@ -14,7 +14,7 @@ from optax.contrib import MuonState
 from sophia_levanter.optim.baselines import OptaxOptimizer, check_shared
 from sophia_levanter.optim.checks import check_mesh_axis, check_number, python_number
 from sophia_levanter.optim.matrices import Matrices, MatrixView, by_matrix, matrix_views
-from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule
+from sophia_levanter.optim.protocol import MatrixWork, Scalar, ScalarOrSchedule
 from sophia_levanter.optim.trees import WeightDecayMask, decay_mask_tree
 
 PyTree = Any
@@ -93,6 +93,10 @@ class Muon(OptaxOptimizer):
             optax.add_decayed_weights(self.weight_decay, decay_mask_tree(self.weight_decay_mask, params)),
             optax.scale_by_learning_rate(self.learning_rate),
         )
+
+    def matrix_work(self, num_microbatches: int) -> MatrixWork:
+        """Newton-Schulz iterations, for the count of FLOPs."""
+        return MatrixWork(newton_schulz=ITERATIONS)
 
 
 def scale_by_muon(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -12,7 +12,114 @@ import numpy as np
 PyTree = Any
 Scalar = float | jax.Array
 ScalarOrSchedule = Scalar | Callable[[jax.Array], jax.Array]
+Estimator = Callable[..., PyTree]  # what `Sophia.estimate` calls
 State = TypeVar("State")
+
+
+class GradientSums(NamedTuple):
+    """Sums over targets.
+
+    Attributes:
+        loss: the loss, a scalar.
+        num_targets: the number of targets, or their weight, a scalar.
+        grads: the gradient, like the model's differentiable part.
+        curvature: the estimator's running total, or None.
+    """
+
+    loss: jax.Array
+    num_targets: jax.Array
+    grads: PyTree
+    curvature: PyTree | None
+
+    def mean(self) -> tuple[jax.Array, PyTree]:
+        """The mean loss and its gradient."""
+        return self.loss / self.num_targets, jax.tree.map(lambda g: g / self.num_targets, self.grads)
+
+
+class RefreshStep(Protocol):
+    """A training step that refreshes the curvature, as an estimator sees it.
+
+    An estimator is a function of it: it says which passes over the batch the step makes.
+    """
+
+    @property
+    def model(self) -> PyTree:
+        """The model before the step."""
+        ...
+
+    @property
+    def key(self) -> jax.Array:
+        """A jax random key of this step's curvature."""
+        ...
+
+    def gradient(self) -> GradientSums:
+        """Loss and gradient over the whole batch."""
+        ...
+
+    def shared_gradient(self, estimator: Any, *, labels: str) -> tuple[GradientSums, PyTree, jax.Array]:
+        """The same, and a second backward pass over the curvature's microbatches from the same forward pass.
+
+        Args:
+            estimator: its `accumulated(grad_sum, num_targets)` is summed over those microbatches.
+            labels: of the second pass: `sampled` from the model, or the true ones of the `data`.
+
+        Returns:
+            The sums over the batch, the sum of `accumulated`, and the number of the curvature's targets.
+        """
+        ...
+
+    def curvature_pass(self, after: GradientSums) -> tuple[Callable[..., jax.Array], PyTree, jax.Array]:
+        """For a pass over the curvature's microbatches by itself.
+
+        Args:
+            after: sums that are complete before it begins, so that two passes are never in memory at once.
+
+        Returns:
+            (model, microbatch) -> scalar mean loss, which has a forward derivative; the microbatches; and the number
+            of targets in each.
+        """
+        ...
+
+
+class CurvatureEstimator(Protocol):
+    """An estimator of the curvature's diagonal that a trainer can use. Called by itself it is an `Estimator`.
+
+    Attributes:
+        gradients: what an estimate costs over its part of the batch, in gradients (a forward and a backward pass).
+        forward_mode: whether the loss needs a forward derivative.
+    """
+
+    @property
+    def gradients(self) -> float: ...
+
+    @property
+    def forward_mode(self) -> bool: ...
+
+    def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
+        """The step's gradient over the whole batch, and an estimate over the curvature's part of it."""
+        ...
+
+    def changes_of_basis(self, num_microbatches: int) -> int:
+        """How often an estimate is brought into a basis, or out of it."""
+        ...
+
+
+class MatrixWork(NamedTuple):
+    """An optimizer's work on whole matrices.
+
+    Attributes:
+        changes: changes of basis in every step.
+        turn_changes: changes of basis where the basis turns.
+        turns_at: whether it turns at a step.
+        max_size: larger sides of a matrix are not rotated.
+        newton_schulz: Newton-Schulz iterations in every step.
+    """
+
+    changes: int = 0
+    turn_changes: int = 0
+    turns_at: Callable[[int], bool] = lambda step: False
+    max_size: int = 0
+    newton_schulz: int = 0
 
 
 class Optimizer(Protocol[State]):
@@ -23,8 +130,17 @@ class Optimizer(Protocol[State]):
         """A number or a function of the update count."""
         ...
 
+    @property
+    def estimator(self) -> Any:
+        """The estimator of the curvature; None where there is none."""
+        ...
+
     def init(self, model: PyTree) -> State:
         """The state before the first step."""
+        ...
+
+    def estimator_at(self, state: State) -> Any:
+        """The estimator in the coordinates of a state."""
         ...
 
     def update(
@@ -44,6 +160,14 @@ class Optimizer(Protocol[State]):
 
     def metrics(self, state: State) -> dict[str, jax.Array]:
         """Scalars worth logging."""
+        ...
+
+    def matrix_work(self, num_microbatches: int) -> MatrixWork:
+        """What it does to whole matrices, for the count of FLOPs.
+
+        Args:
+            num_microbatches: those that an estimate of the curvature is made on.
+        """
         ...
 
 

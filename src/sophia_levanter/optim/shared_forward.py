@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,30 +12,11 @@ import jax.numpy as jnp
 from sophia_levanter.optim.checks import check_key, check_parameters, check_scalars, whole_number
 from sophia_levanter.optim.gauss_newton import GaussNewtonBartlett
 from sophia_levanter.optim.microbatch import num_microbatches, split_at, sum_over_microbatches
+from sophia_levanter.optim.protocol import GradientSums
 from sophia_levanter.optim.trees import widened
 
 PyTree = Any
 LossesFn = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
-
-
-class GradientSums(NamedTuple):
-    """Sums over targets.
-
-    Attributes:
-        loss: the loss, a scalar.
-        num_targets: the number of targets, or their weight, a scalar.
-        grads: the gradient, like the model's differentiable part.
-        curvature: the estimator's running total, or None.
-    """
-
-    loss: jax.Array
-    num_targets: jax.Array
-    grads: PyTree
-    curvature: PyTree | None
-
-    def mean(self) -> tuple[jax.Array, PyTree]:
-        """The mean loss and its gradient."""
-        return self.loss / self.num_targets, jax.tree.map(lambda g: g / self.num_targets, self.grads)
 
 
 def accumulate(
@@ -44,7 +25,7 @@ def accumulate(
     microbatches: PyTree = None,
     *,
     key: jax.Array,
-    estimator: GaussNewtonBartlett | None = None,
+    estimator: Any = None,
     start: GradientSums | None = None,
 ) -> GradientSums:
     """Sums of loss, gradient and, with an estimator, curvature over microbatches, one at a time.
@@ -54,7 +35,7 @@ def accumulate(
         model: any pytree.
         microbatches: a pytree of arrays or NamedArrays [microbatch, ...].
         key: a jax random key.
-        estimator: how the curvature is summed; None for no curvature.
+        estimator: its `accumulated` gives what a microbatch adds to the curvature; None for no curvature.
         start: sums over other microbatches, to be added to; without curvature.
     """
     check_parameters(model)

@@ -13,7 +13,7 @@ from sophia_levanter.optim.baselines import OptaxOptimizer, check_shared
 from sophia_levanter.optim.checks import check_count, check_mesh_axis, check_number, python_number, whole_number
 from sophia_levanter.optim.kronecker import KroneckerBasis, Turns
 from sophia_levanter.optim.matrices import Matrices
-from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule
+from sophia_levanter.optim.protocol import MatrixWork, Scalar, ScalarOrSchedule
 from sophia_levanter.optim.trees import WeightDecayMask, decay_mask_tree
 
 PyTree = Any
@@ -93,6 +93,11 @@ class Soap(OptaxOptimizer):
             optax.add_decayed_weights(self.weight_decay, decay_mask_tree(self.weight_decay_mask, params)),
             optax.scale_by_learning_rate(self.learning_rate),
         )
+
+    def matrix_work(self, num_microbatches: int) -> MatrixWork:
+        """What the basis does to whole matrices, for the count of FLOPs."""
+        # The gradient and the first moment go in, the step out, and both sides' moments are taken; v turns.
+        return MatrixWork(4, 1, lambda step: bool(turn_due(step, self.interval)), self.max_size)
 
 
 def scale_by_soap(

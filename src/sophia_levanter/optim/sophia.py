@@ -26,7 +26,7 @@ from sophia_levanter.optim.checks import (
 from sophia_levanter.optim.gradient_transform import check_gradient_transform, init_transform, transform_gradient
 from sophia_levanter.optim.kronecker import Coordinates, KroneckerBasis
 from sophia_levanter.optim.optax_interop import as_optax
-from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule, check_one, value_at
+from sophia_levanter.optim.protocol import Estimator, MatrixWork, Scalar, ScalarOrSchedule, check_one, value_at
 from sophia_levanter.optim.sophia_state import SophiaState
 from sophia_levanter.optim.trees import (
     WeightDecayMask,
@@ -41,7 +41,6 @@ from sophia_levanter.optim.trees import (
 from sophia_levanter.optim.win_rate import WinRateController, rho_or_controller
 
 PyTree = Any
-Estimator = Callable[..., PyTree]
 DENOMINATORS = ("max", "add")
 REFRESH_ORDERS = ("before", "after")
 
@@ -347,6 +346,17 @@ class Sophia(eqx.Module):
             "skipped_refreshes": state.skipped_refreshes.astype(jnp.float32),
             "steps_since_refresh": state.steps_since_refresh.astype(jnp.float32),
         }
+
+    def matrix_work(self, num_microbatches: int) -> MatrixWork:
+        """What a basis does to whole matrices, for the count of FLOPs."""
+        if self.basis is None:
+            return MatrixWork()
+        # The momentum goes in and the step out, and cautious steps take the gradient in. Where the basis turns, the
+        # estimate goes in, the moments of the momentum are taken, and h turns.
+        changes = 3 if self.cautious else 2
+        estimator: Any = self.estimator
+        turn_changes = estimator.changes_of_basis(num_microbatches) + 2
+        return MatrixWork(changes, turn_changes, self.refresh_due, self.basis.max_size)
 
     def as_optax(self) -> optax.GradientTransformationExtraArgs:
         """The same as an optax transformation; `update` takes the estimate as the extra argument `h_hat`.

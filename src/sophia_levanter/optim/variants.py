@@ -9,8 +9,8 @@ import optax
 
 from sophia_levanter.optim.gauss_newton import GaussNewtonBartlett
 from sophia_levanter.optim.hutchinson import Hutchinson
-from sophia_levanter.optim.protocol import Scalar, ScalarOrSchedule
-from sophia_levanter.optim.sophia import Estimator, Sophia
+from sophia_levanter.optim.protocol import Estimator, Scalar, ScalarOrSchedule
+from sophia_levanter.optim.sophia import Sophia
 from sophia_levanter.optim.trees import WeightDecayMask
 from sophia_levanter.optim.win_rate import WinRateController, rho_or_controller
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.config.optimizer import SophiaConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.tokenizer import vocab_size_of
+from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.optim.named import is_named
 from sophia_levanter.partition.mesh import Partition, partition_of
 from sophia_levanter.planning.step_plan import (
@@ -27,9 +27,7 @@ from sophia_levanter.planning.target import GIB, GPUS_OF_A_NODE, QR_SIDE, Target
 from sophia_levanter.training.costs import flops_per_step
 from sophia_levanter.training.lowering import abstract_state
 from sophia_levanter.training.memory import bytes_by_kind
-from sophia_levanter.training.optimizers import curvature_microbatches
 from sophia_levanter.training.summary import attention_of, count_parameters, describe_mesh
-from sophia_levanter.training.throughput import flops_per_token
 
 # What a refresh of Hutchinson's may need of a plain step's temporaries before its rows are taken in smaller pieces.
 REFRESH_RATIO = 1.25
@@ -64,20 +62,22 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
             "approximate: compiled for this machine's CPU, whose compiler lays temporaries out in another way and "
             "all-reduces what others scatter"
         )
-    yield f"attention         {attention}"
+    if attention is not None:
+        yield f"attention         {attention}"
     yield from _size(config, state, vocab_size)
-    kinds = (False, True) if isinstance(config.optimizer, SophiaConfig) else (False,)
+    estimator = config.optimizer.build(config.trainer.num_train_steps).estimator
+    kinds = (False,) if estimator is None else (False, True)
     plans = {refresh: plan_step(config, partition, vocab_size, refresh=refresh) for refresh in kinds}
     yield from _memory(config, partition, vocab_size, state, plans, target)
     yield from _collectives(config, partition, state, plans)
     yield from _time(config, step_time(config, partition, vocab_size, plans, target, mfu), target, mfu)
     yield _largest_microbatch(config, partition, vocab_size, target.chip.memory)
-    if isinstance(config.optimizer, SophiaHConfig):
+    if estimator is not None and estimator.forward_mode:
         yield _hutchinsons_microbatch(config, partition, vocab_size, plans[False])
 
 
 def _size(config: TrainConfig, state: object, vocab_size: int) -> Iterator[str]:
-    per_token, steps = flops_per_token(config.model, vocab_size), config.trainer.num_train_steps
+    per_token, steps = abstract_model(config.model, vocab_size).flops_per_token, config.trainer.num_train_steps
     flops = flops_per_step(config, per_token)
     extra = flops / (per_token * config.trainer.batch_size * config.model.seq_len) - 1
     yield f"parameters        {count_parameters(state.model):,}"  # type: ignore[attr-defined]
@@ -188,9 +188,10 @@ def fsdp_minimum(config: TrainConfig, partition: Partition, state: object) -> di
     item = 2 if config.trainer.compute_dtype == "bfloat16" else 4
     once = item * _gathered_elements(partition, state.model, config.mesh.fsdp)  # type: ignore[attr-defined]
     plain = 3.0 * once * config.trainer.num_microbatches
-    if not isinstance(config.optimizer, SophiaGConfig):
+    curvature = config.optimizer.curvature_microbatches(config.trainer)
+    if curvature is None or config.optimizer.build(config.trainer.num_train_steps).estimator.forward_mode:
         return {False: plain, True: None}
-    return {False: plain, True: plain + once * curvature_microbatches(config.optimizer, config.trainer)}
+    return {False: plain, True: plain + once * curvature[0]}
 
 
 def _gathered_elements(partition: Partition, model: object, fsdp: str | None) -> int:
@@ -202,7 +203,8 @@ def _gathered_elements(partition: Partition, model: object, fsdp: str | None) ->
 
 def largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, memory: float) -> int | None:
     """Of the sizes that divide the batch and over the devices, with the step that needs most; None if none fits."""
-    batch_size, refresh = config.trainer.batch_size, isinstance(config.optimizer, SophiaConfig)
+    batch_size = config.trainer.batch_size
+    refresh = config.optimizer.curvature_microbatches(config.trainer) is not None
     step = partition.row_shards
     sizes = [n for n in range(step, batch_size + 1, step) if batch_size % n == 0]
 

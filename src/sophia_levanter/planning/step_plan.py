@@ -12,16 +12,14 @@ import numpy as np
 
 from sophia_levanter.batch import batch_from_windows
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.models.gpt2 import Gpt2, decay_mask
+from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.planning.collectives import collective_bytes
 from sophia_levanter.planning.target import Target
 from sophia_levanter.training.costs import matrix_flops, passes_per_step, refreshes_per_step
 from sophia_levanter.training.lowering import abstract_state, lower_step
 from sophia_levanter.training.memory import bytes_by_kind, step_bytes
-from sophia_levanter.training.optimizers import build_step_settings
-from sophia_levanter.training.step import TrainState
-from sophia_levanter.training.throughput import flops_per_token
+from sophia_levanter.training.step import StepSettings, TrainState
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,9 @@ def step_time(
         mfu: the share of the peak that matrix products reach.
     """
     chip, tokens = target.chip, config.trainer.batch_size * config.model.seq_len
-    model = flops_per_token(config.model, vocab_size) * tokens * passes_per_step(config) / target.num_devices
+    model = (
+        abstract_model(config.model, vocab_size).flops_per_token * tokens * passes_per_step(config) / target.num_devices
+    )
     matrices = matrix_flops(config, partition.mesh.shape["data"])
     fits = all(plan.temporaries is not None for plan in plans.values())
     return StepTime(
@@ -143,8 +143,8 @@ def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int)
     trainer, model_config = config.trainer, config.model
     rows = (trainer.microbatch_size or trainer.batch_size) // partition.row_shards
     positions = model_config.seq_len // partition.mesh.shape["sequence"]
-    policy = build_step_settings(config.optimizer, trainer, decay_mask).policy
-    model = eqx.filter_eval_shape(Gpt2.init, model_config, vocab_size=vocab_size, key=jax.random.key(0))
+    policy = StepSettings.of(config).policy
+    model = abstract_model(model_config, vocab_size)
     parameters, static = eqx.partition(model, lambda x: isinstance(x, jax.ShapeDtypeStruct))
 
     def kept_bytes(rows: int) -> int:

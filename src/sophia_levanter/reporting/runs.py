@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax
 import numpy as np
 
 from sophia_levanter.checkpoint.manifest import Manifest
@@ -21,13 +19,12 @@ from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.reporting.manifests import newest_manifest
 from sophia_levanter.reporting.metrics import Series, read_metrics
 from sophia_levanter.training.costs import flops_per_step
 from sophia_levanter.training.run_directory import RunDirectory
 from sophia_levanter.training.summary import count_parameters
-from sophia_levanter.training.throughput import flops_per_token
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class Run:
         """Of the model, the padding of the vocabulary included."""
         if self.vocab_size is None:
             return None
-        shapes = eqx.filter_eval_shape(Gpt2.init, self.config.model, vocab_size=self.vocab_size, key=jax.random.key(0))
+        shapes = abstract_model(self.config.model, self.vocab_size)
         return count_parameters(shapes)
 
     def tokens_at(self, steps: np.ndarray) -> np.ndarray:
@@ -129,7 +126,7 @@ class Run:
         """Of a step with each of the run's batch sizes."""
         if self.vocab_size is None:
             return None
-        of_model = flops_per_token(self.config.model, self.vocab_size)
+        of_model = abstract_model(self.config.model, self.vocab_size).flops_per_token
         parts = self.config.trainer.parts
         return [flops_per_step(replace(self.config, trainer=part), of_model) for part in parts]
 

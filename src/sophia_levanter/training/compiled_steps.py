@@ -11,7 +11,7 @@ from typing import Any
 import equinox as eqx
 
 from sophia_levanter.batch import Batch
-from sophia_levanter.optim import Optimizer, Sophia
+from sophia_levanter.optim import Optimizer
 from sophia_levanter.training.memory import show_bytes, step_bytes
 from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, train_step
 
@@ -49,7 +49,7 @@ def compile_steps(
         of: what kind of steps, for the first of these lines.
     """
     started = time.perf_counter()
-    kinds = (False, True) if isinstance(settings.optimizer, Sophia) else (False,)
+    kinds = (False,) if settings.optimizer.estimator is None else (False, True)
     say(f"compiling {len(kinds)} training step(s){of}")
     compiled = []
     for refresh in kinds:

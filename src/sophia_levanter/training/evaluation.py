@@ -13,7 +13,7 @@ import jmp
 import numpy as np
 
 from sophia_levanter.batch import Batch, batch_from_windows
-from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.partition.mesh import Partition
 
 if TYPE_CHECKING:
@@ -56,13 +56,13 @@ class Evaluator:
         self._partition = partition
 
         @eqx.filter_jit
-        def summed_loss(model: Gpt2, batch: Batch) -> jax.Array:
+        def summed_loss(model: LanguageModel, batch: Batch) -> jax.Array:
             one = jax.tree.map(lambda x: x["microbatch", 0], batch, is_leaf=lambda x: hasattr(x, "axes"))
             return policy.cast_to_compute(model).losses(one)[0]
 
         self._summed_loss = summed_loss
 
-    def __call__(self, model: Gpt2, on_progress: Callable[[], None] = lambda: None) -> Evaluation:
+    def __call__(self, model: LanguageModel, on_progress: Callable[[], None] = lambda: None) -> Evaluation:
         """The losses of a model, each token weighted the same.
 
         Args:

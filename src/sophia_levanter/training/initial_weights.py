@@ -10,14 +10,14 @@ import numpy as np
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.models.pretrained import check_vocabulary, read_gpt2
 from sophia_levanter.models.saved_weights import WeightsError
 from sophia_levanter.partition.processes import check_agreement
 from sophia_levanter.tracking.console import Console
 
 
-def read_initial_weights(config: TrainConfig, console: Console) -> Gpt2 | None:
+def read_initial_weights(config: TrainConfig, console: Console) -> LanguageModel | None:
     """The weights that a run starts from, in this host's memory; None if they are drawn.
 
     Raises:
@@ -46,7 +46,7 @@ def read_initial_weights(config: TrainConfig, console: Console) -> Gpt2 | None:
     return weights
 
 
-def _digest(weights: Gpt2) -> str:
+def _digest(weights: LanguageModel) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for array in jax.tree.leaves(weights):
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)

@@ -18,9 +18,10 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import build_config
 from sophia_levanter.config.files import Layer, Setting, flatten, read_layers
 from sophia_levanter.config.run import check_parameters
+from sophia_levanter.config.settings import free_settings
 from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.models.pretrained import check_vocabulary, read_gpt2
 from sophia_levanter.models.saved_weights import open_model
 from sophia_levanter.partition.mesh import Partition, partition_of
@@ -29,7 +30,6 @@ from sophia_levanter.training.run_tokenizer import with_kept_tokenizer
 
 Overrides = Sequence[tuple[str, str]]
 Report = Callable[[str], None]
-NO_SHAPE = ("model.attention", "model.scan_unroll", "model.loss_block_size")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LoadedModel:
         step: how long it was trained; None where the file does not tell.
     """
 
-    model: Gpt2
+    model: LanguageModel
     config: TrainConfig
     tokenizer: Tokenizer
     partition: Partition
@@ -66,7 +66,6 @@ def load_model(place: str, *, step: int | None = None, overrides: Overrides = ()
         InputError: if there is no model, or the overrides are for another one.
         CheckpointError: if all checkpoints are damaged, or the one that is asked for.
     """
-    _check_overrides(place, overrides, (*NO_SHAPE, "model.vocab_rows"))
     if "://" not in place:
         place = os.path.abspath(os.path.expanduser(place))
         if not os.path.exists(place):
@@ -116,7 +115,7 @@ def _from_checkpoints(directory: str, step: int | None, overrides: Overrides, re
 def _restored(
     directory: Path | str, shown: str, config: TrainConfig, step: int | None, overrides: Overrides, report: Report
 ) -> LoadedModel:
-    _check_overrides(shown, overrides, NO_SHAPE)
+    _check_overrides(shown, overrides, free_settings(config.model))
     if "data.tokenizer" not in dict(overrides):
         data = with_kept_tokenizer(config.data, directory, going_on=False)
         config = dataclasses.replace(config, data=data)
@@ -125,8 +124,8 @@ def _restored(
     partition = _partition(config, tokenizer)
     policy = jmp.get_policy(config.trainer.parameter_dtype)
 
-    def made() -> Gpt2:
-        model = Gpt2.init(config.model, vocab_size=tokenizer.vocab_size, key=jax.random.key(0))
+    def made() -> LanguageModel:
+        model = config.model.build(vocab_size=tokenizer.vocab_size, key=jax.random.key(0))
         return policy.cast_to_param(model)
 
     like = {"model": partition.abstract(made)}
@@ -162,6 +161,7 @@ def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:
     saved = open_model(path)
     shape = {f"model.{name}": Setting(value, path) for name, value in saved.fields.items()}
     config = _config([shape, {"data.tokenizer": Setting(saved.tokenizer or "gpt2", path)}], overrides)
+    _check_overrides(str(path), overrides, [*free_settings(config.model), "model.vocab_rows"])
     tokenizer = load_tokenizer(config.data.tokenizer)
     weights = read_gpt2(
         str(path),

@@ -16,7 +16,7 @@ from sophia_levanter.checkpoint import CheckpointError
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.data.verification import Verification
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.partition.processes import all_stop
 from sophia_levanter.tracking.console import Console
@@ -81,7 +81,7 @@ class Loop:
     settings_of: Callable[[TrainerConfig], StepSettings]
     partition: Partition
     loader: BatchLoader
-    evaluate: Callable[[Gpt2, Callable[[], None]], Evaluation]
+    evaluate: Callable[[LanguageModel, Callable[[], None]], Evaluation]
     checkpoints: RunCheckpoints
     verification: Verification
     trackers: Trackers

@@ -9,18 +9,16 @@ import numpy as np
 
 from sophia_levanter.batch import Batch, batch_from_windows
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.models.gpt2 import Gpt2, decay_mask
 from sophia_levanter.partition.mesh import Partition
-from sophia_levanter.training.optimizers import build_step_settings
-from sophia_levanter.training.step import TrainState, train_step
+from sophia_levanter.training.step import StepSettings, TrainState, train_step
 
 
 def abstract_state(config: TrainConfig, partition: Partition, vocab_size: int) -> TrainState:
     """The state of a run as `jax.ShapeDtypeStruct`s with their shardings."""
-    settings = build_step_settings(config.optimizer, config.trainer, decay_mask)
+    settings = StepSettings.of(config)
 
     def initial_state() -> TrainState:
-        model = Gpt2.init(config.model, vocab_size=vocab_size, key=jax.random.key(0))
+        model = config.model.build(vocab_size=vocab_size, key=jax.random.key(0))
         return TrainState.init(model, settings.optimizer, settings.policy)
 
     return partition.abstract(initial_state)
@@ -35,7 +33,7 @@ def lower_step(config: TrainConfig, partition: Partition, vocab_size: int, *, re
         vocab_size: classes that can be predicted.
         refresh: whether the step refreshes the curvature.
     """
-    settings = build_step_settings(config.optimizer, config.trainer, decay_mask)
+    settings = StepSettings.of(config)
 
     def batch() -> Batch:
         windows = np.zeros((config.trainer.batch_size, config.model.seq_len + 1), np.int32)

@@ -16,12 +16,11 @@ from sophia_levanter.data.batches import TrainBatches, ValidationBatches
 from sophia_levanter.data.preparation import cache_directory
 from sophia_levanter.data.prepare import TextData, prepare
 from sophia_levanter.data.verification import Verification
-from sophia_levanter.models.gpt2 import Gpt2, decay_mask
+from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.partition.mesh import Partition, partition_of
 from sophia_levanter.partition.messages import Processes
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.training.code_version import code_version
-from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.step import StepSettings, TrainState
 from sophia_levanter.training.summary import attention_of
 
@@ -43,10 +42,10 @@ class Parts:
     def initial_state(self) -> TrainState:
         """The state before step 0, a function of the configuration alone: weights are drawn, not read."""
         key = jax.random.key(self.config.trainer.seed)
-        model = Gpt2.init(self.config.model, vocab_size=self.data.tokenizer.vocab_size, key=key)
+        model = self.config.model.build(vocab_size=self.data.tokenizer.vocab_size, key=key)
         return TrainState.init(model, self.settings.optimizer, self.settings.policy)
 
-    def state_from(self, weights: Gpt2) -> TrainState:
+    def state_from(self, weights: LanguageModel) -> TrainState:
         """The state before step 0 on the devices, with weights from this host's memory."""
         start = partial(TrainState.init, optimizer=self.settings.optimizer, policy=self.settings.policy)
         return self.partition.made(start, self.partition.place(weights))
@@ -90,7 +89,7 @@ def build_parts(
             batch_size=trainer.microbatch_size or trainer.batch_size,
             max_windows=trainer.evaluation_windows,
         ),
-        settings=build_step_settings(config.optimizer, trainer, decay_mask),
+        settings=StepSettings.of(config),
         facts={
             "environment": {**environment, **devices},
             "data": data.train.facts,

@@ -13,6 +13,7 @@ from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import config_in, load_config
+from sophia_levanter.config.settings import free_settings
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.messages import PATIENCE
 from sophia_levanter.partition.processes import wait_for_all
@@ -20,20 +21,11 @@ from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import lines_of
 from sophia_levanter.training.checkpoints import is_of_training
 from sophia_levanter.training.loading_models import newest_manifest
-from sophia_levanter.training.optimizers import build_schedule
 from sophia_levanter.training.run_directory import RUN_ID, RunDirectory, changed_fields, check_same_run
 from sophia_levanter.training.step import TrainState
 
 if TYPE_CHECKING:
     from sophia_levanter.training.parts import Parts
-
-# What shapes do not show, and yet makes the weights those of another model.
-ANOTHER_MODEL = (
-    "model.num_heads",
-    "model.vocab_rows",
-    "model.scale_attn_by_inverse_layer_idx",
-    "model.layer_norm_epsilon",
-)
 
 # Leaves of the state that runs began without, and their values in checkpoints from then. The next refresh makes the
 # first one exact.
@@ -62,7 +54,7 @@ def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[
     if directory.resume == "if_saved":
         check_same_run("checkpoint_dir", str(directory.checkpoints), old_config, parts.config)
     for name, old, new in changed_fields(old_config, parts.config):
-        if name in ANOTHER_MODEL:
+        if name.startswith("model.") and name not in free_settings(parts.config.model):
             raise InputError(f"--resume {directory.path}: {name} was {old} and is {new}, which is another model")
         if name == "trainer.initial_weights":
             raise InputError(
@@ -86,7 +78,7 @@ def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[
         if name == "trainer.batch_size":
             console.line("so windows are skipped or come again; trainer.batch_size_changes keeps their order")
     rates = [
-        float(build_schedule(c.optimizer, c.trainer.num_train_steps)(restored.step)) for c in (old_config, parts.config)
+        float(c.optimizer.build_schedule(c.trainer.num_train_steps)(restored.step)) for c in (old_config, parts.config)
     ]
     if rates[0] != rates[1]:
         console.line(

@@ -6,6 +6,7 @@ import json
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -21,7 +22,7 @@ from sophia_levanter.config.command_line import dump_config
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.tokenizer import token_byte_lengths
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.gpt2 import decay_mask
+from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.partition.messages import PATIENCE, Processes
 from sophia_levanter.partition.processes import (
     check_agreement,
@@ -39,16 +40,15 @@ from sophia_levanter.training.evaluation import Evaluator
 from sophia_levanter.training.initial_weights import read_initial_weights
 from sophia_levanter.training.loading import BatchLoader
 from sophia_levanter.training.loop import Loop, TrainingFailed
-from sophia_levanter.training.optimizers import build_step_settings
 from sophia_levanter.training.parts import Parts, build_parts
 from sophia_levanter.training.profile import Profiler
 from sophia_levanter.training.resuming import best_so_far, check_not_begun, go_back, resume, with_saved_rows
 from sophia_levanter.training.run_directory import RunDirectory
 from sophia_levanter.training.run_tokenizer import keep_tokenizer, with_kept_tokenizer
-from sophia_levanter.training.step import TrainState
+from sophia_levanter.training.step import StepSettings, TrainState
 from sophia_levanter.training.stopping import StopRequest
 from sophia_levanter.training.summary import describe_end, describe_start
-from sophia_levanter.training.throughput import flops_per_token, peak_flops
+from sophia_levanter.training.throughput import peak_flops
 
 # For trackers to end in where the run was told to stop.
 STOPPED_SECONDS = 10.0
@@ -280,10 +280,10 @@ def _make_loop(
     trainer = parts.config.trainer
     step = int(state.step)
     best = None if restored is None else best_so_far(parts, restored)
-    flops = flops_per_token(parts.config.model, parts.data.tokenizer.vocab_size)
+    flops = abstract_model(parts.config.model, parts.data.tokenizer.vocab_size).flops_per_token
     return Loop(
         config=trainer,
-        settings_of=lambda trainer: build_step_settings(parts.config.optimizer, trainer, decay_mask),
+        settings_of=partial(StepSettings.of, parts.config),
         partition=parts.partition,
         loader=BatchLoader(parts.batches, parts.partition, trainer, int(state.skipped_windows)),
         evaluate=Evaluator(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,13 +15,15 @@ import optax
 from haliax import Axis, NamedArray
 
 from sophia_levanter.batch import Batch, count_targets
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.models.attention import forward_differentiable
-from sophia_levanter.models.gpt2 import Gpt2
-from sophia_levanter.optim import GaussNewtonBartlett, Hutchinson, Optimizer, Sophia
+from sophia_levanter.models.language_model import LanguageModel
+from sophia_levanter.optim import Optimizer
 from sophia_levanter.optim.microbatch import split_at
 from sophia_levanter.optim.named import is_named
-from sophia_levanter.optim.protocol import value_at
-from sophia_levanter.optim.shared_forward import GradientSums, LossesFn, accumulate
+from sophia_levanter.optim.protocol import GradientSums, value_at
+from sophia_levanter.optim.shared_forward import LossesFn, accumulate
 from sophia_levanter.optim.trees import all_finite, norm
 from sophia_levanter.partition.mesh import at_rest
 
@@ -44,7 +47,7 @@ class TrainState(eqx.Module):
     """
 
     step: jax.Array
-    model: Gpt2
+    model: LanguageModel
     optimizer_state: PyTree
     skipped_steps: jax.Array
     skipped_in_a_row: jax.Array
@@ -52,7 +55,7 @@ class TrainState(eqx.Module):
     skipped_windows: jax.Array
 
     @staticmethod
-    def init(model: Gpt2, optimizer: Optimizer, policy: jmp.Policy | None = None) -> TrainState:
+    def init(model: LanguageModel, optimizer: Optimizer, policy: jmp.Policy | None = None) -> TrainState:
         """The state before step 0, the parameters in the policy's dtype."""
 
         def zero() -> jax.Array:
@@ -96,8 +99,6 @@ class StepSettings:
         loss_spike_factor: a step whose loss is more than so many times the recent mean is skipped; None for none.
         curvature_microbatches: how many of the first microbatches refresh the curvature; None for all.
         curvature_microbatch_size: rows of a microbatch that refreshes the curvature; None for the gradient's.
-        curvature_labels: "sampled", GNB's labels are drawn from the model; "data", they are the true ones (the
-            empirical Fisher variant), whose mean gradient is not 0 and enters the estimate.
     """
 
     optimizer: Optimizer
@@ -107,7 +108,27 @@ class StepSettings:
     loss_spike_factor: float | None = None
     curvature_microbatches: int | None = None
     curvature_microbatch_size: int | None = None
-    curvature_labels: str = "sampled"
+
+    @staticmethod
+    def of(config: TrainConfig, trainer: TrainerConfig | None = None) -> StepSettings:
+        """Those of a run.
+
+        Args:
+            config: the run.
+            trainer: its settings with one batch size; the configuration's if not given.
+        """
+        trainer = trainer or config.trainer
+        curvature = config.optimizer.curvature_microbatches(trainer)
+        own = None if curvature is None or curvature[1] == trainer.gradient_microbatch_size else curvature[1]
+        return StepSettings(
+            optimizer=config.optimizer.build(trainer.num_train_steps),
+            seed=trainer.seed,
+            policy=jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype},output=float32"),
+            max_grad_norm=trainer.max_grad_norm,
+            loss_spike_factor=trainer.loss_spike_factor,
+            curvature_microbatches=None if curvature is None else curvature[0],
+            curvature_microbatch_size=own,
+        )
 
 
 class _Keys(NamedTuple):
@@ -137,13 +158,17 @@ def train_step(
         curvature_batch: [microbatch, batch, position] to estimate the curvature on; if not given, the first
             `curvature_microbatches` of the batch, which then share their forward pass with the gradient (Sophia-G).
         samples: [microbatch, batch, position] int labels for GNB, like the microbatches it is estimated on; if not
-            given they are those of `curvature_labels`: the targets, or drawn from the model, by (seed, step, row).
+            given they are what the estimator asks for: the targets, or drawn from the model, by (seed, step, row).
 
     Returns:
         The state after the step, and what the host may want to know of it.
     """
     keys = _step_keys(settings.seed, state.step)
-    sums, h_hat = _gradient_and_curvature(settings, refresh, state, batch, curvature_batch, samples, keys)
+    passes = _Passes(settings, state.model, batch, keys, curvature_batch, samples)
+    if refresh:
+        sums, h_hat = settings.optimizer.estimator_at(state.optimizer_state).gradient_and_estimate(passes)
+    else:
+        sums, h_hat = passes.gradient(), None
     loss, grads = sums.mean()
     grad_norm = optax.tree.norm(grads)
     if settings.max_grad_norm is not None:
@@ -171,41 +196,69 @@ def _step_keys(seed: int, step: jax.Array) -> _Keys:
     return _Keys(*(jax.random.fold_in(key, purpose) for purpose in range(len(_Keys._fields))))
 
 
-def _gradient_and_curvature(
-    settings: StepSettings,
-    refresh: bool,
-    state: TrainState,
-    batch: Batch,
-    curvature_batch: Batch | None,
-    samples: NamedArray | None,
-    keys: _Keys,
-) -> tuple[GradientSums, PyTree | None]:
-    """The gradient's sums over the whole batch and, on a refresh, the estimate of the curvature's diagonal."""
-    model = state.model
-    if not refresh:
-        return _accumulate(settings, model, batch, keys), None
-    assert isinstance(settings.optimizer, Sophia), f"{type(settings.optimizer).__name__} has no curvature to refresh"
-    estimator = settings.optimizer.estimator_at(state.optimizer_state)
-    if isinstance(estimator, Hutchinson):
-        sums = _accumulate(settings, model, batch, keys)
-        source = _after(sums, curvature_batch or _curvature_rows(settings, batch)[0])
-        return sums, _hutchinson(settings, estimator, model, source, keys)
-    assert isinstance(estimator, GaussNewtonBartlett), f"no curvature pass for {type(estimator).__name__}"
-    first, others = _curvature_rows(settings, batch)
-    source = curvature_batch or first
-    if samples is None:
-        by_data = settings.curvature_labels == "data"
-        samples = source.targets if by_data else _row_uniforms(keys.curvature, source)
-    sums = _accumulate(settings, model, source, keys, samples=samples, estimator=estimator)
-    h_hat = estimator.finished(sums.curvature, sums.num_targets)
-    if curvature_batch is not None:
-        return _accumulate(settings, model, batch, keys), h_hat
-    offset = _num_microbatches(first)
-    for part in others:
-        start = sums._replace(curvature=None)
-        sums = _accumulate(settings, model, _after(sums, part), keys, offset=offset, start=start)
-        offset += _num_microbatches(part)
-    return sums, h_hat
+@dataclass(frozen=True)
+class _Passes:
+    """The passes over a step's batch; see `optim.protocol.RefreshStep`."""
+
+    settings: StepSettings
+    model: LanguageModel
+    batch: Batch
+    keys: _Keys
+    curvature_batch: Batch | None = None
+    samples: NamedArray | None = None
+
+    @property
+    def key(self) -> jax.Array:
+        return self.keys.curvature
+
+    def gradient(self) -> GradientSums:
+        return self._accumulate(self.batch)
+
+    def shared_gradient(self, estimator: Any, *, labels: str) -> tuple[GradientSums, PyTree, jax.Array]:
+        first, others = _curvature_rows(self.settings, self.batch)
+        source = self.curvature_batch or first
+        samples = self.samples
+        if samples is None:
+            samples = source.targets if labels == "data" else _row_uniforms(self.key, source)
+        sums = self._accumulate(source, samples=samples, estimator=estimator)
+        curvature, num_targets = sums.curvature, sums.num_targets
+        if self.curvature_batch is not None:
+            return self.gradient(), curvature, num_targets
+        offset = _num_microbatches(first)
+        for part in others:
+            sums = self._accumulate(_after(sums, part), offset=offset, start=sums._replace(curvature=None))
+            offset += _num_microbatches(part)
+        return sums, curvature, num_targets
+
+    def curvature_pass(self, after: GradientSums) -> tuple[Callable[..., jax.Array], PyTree, jax.Array]:
+        source = _after(after, self.curvature_batch or _curvature_rows(self.settings, self.batch)[0])
+        losses = _losses_fn(self.settings, self.keys)
+
+        def loss_fn(model: LanguageModel, microbatch: tuple) -> jax.Array:
+            with forward_differentiable():
+                return losses(model, microbatch, self.key)[0]
+
+        microbatches = (source, None, jnp.arange(_num_microbatches(source)))
+        return loss_fn, microbatches, hax.sum(source.weights, axis=("batch", "position")).array
+
+    def _accumulate(
+        self,
+        batch: Batch,
+        *,
+        samples: NamedArray | None = None,
+        estimator: Any = None,
+        offset: int = 0,
+        start: GradientSums | None = None,
+    ) -> GradientSums:
+        """Sums over microbatches, one at a time; with samples and an estimator also GNB's, from the same forward pass.
+
+        Args:
+            offset: index of the first of these microbatches in the step's batch, for dropout.
+            start: the sums over the microbatches before.
+        """
+        microbatches = (batch, samples, offset + jnp.arange(_num_microbatches(batch)))
+        losses = _losses_fn(self.settings, self.keys)
+        return accumulate(losses, self.model, microbatches, key=self.key, estimator=estimator, start=start)
 
 
 def _after(sums: GradientSums, batch: Batch) -> Batch:
@@ -219,56 +272,19 @@ def _after(sums: GradientSums, batch: Batch) -> Batch:
     return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), batch)
 
 
-def _accumulate(
-    settings: StepSettings,
-    model: Gpt2,
-    batch: Batch,
-    keys: _Keys,
-    *,
-    samples: NamedArray | None = None,
-    estimator: GaussNewtonBartlett | None = None,
-    offset: int = 0,
-    start: GradientSums | None = None,
-) -> GradientSums:
-    """Sums over microbatches, one at a time; with samples and an estimator also GNB's, from the same forward pass.
-
-    Args:
-        offset: index of the first of these microbatches in the step's batch, for dropout.
-        start: the sums over the microbatches before.
-    """
-    indices = offset + jnp.arange(_num_microbatches(batch))
-    microbatches = (batch, samples, indices)
-    return accumulate(
-        _losses_fn(settings, keys), model, microbatches, key=keys.curvature, estimator=estimator, start=start
-    )
-
-
 def _losses_fn(settings: StepSettings, keys: _Keys) -> LossesFn:
     """(model, microbatch, key) -> mean losses of the true and of the curvature's labels, and their number."""
 
-    def losses(model: Gpt2, microbatch: tuple, _: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def losses(model: LanguageModel, microbatch: tuple, _: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         batch, samples, index = microbatch
         batch, samples = hax.auto_sharded((batch, samples))
-        key = jax.random.fold_in(keys.dropout, index) if model.config.dropout > 0 else None
+        key = jax.random.fold_in(keys.dropout, index)
         loss, sampled_loss = settings.policy.cast_to_compute(model).losses(batch, samples=samples, key=key)
         num_targets = count_targets(batch)
         divisor = jnp.where(num_targets > 0, num_targets, 1)
         return loss / divisor, sampled_loss / divisor, num_targets
 
     return losses
-
-
-def _hutchinson(settings: StepSettings, estimator: Hutchinson, model: Gpt2, batch: Batch, keys: _Keys) -> PyTree:
-    losses = _losses_fn(settings, keys)
-    indices = jnp.arange(_num_microbatches(batch))
-    with forward_differentiable():
-        return estimator(
-            lambda model, microbatch: losses(model, microbatch, keys.curvature)[0],
-            model,
-            (batch, None, indices),
-            key=keys.curvature,
-            weights=hax.sum(batch.weights, axis=("batch", "position")).array,
-        )
 
 
 def _num_microbatches(batch: Batch) -> int:

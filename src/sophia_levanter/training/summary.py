@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING
 import equinox as eqx
 import jax
 
-from sophia_levanter.config.optimizer import SophiaConfig, SophiaHConfig
 from sophia_levanter.config.sampling import Sampling
 from sophia_levanter.data.bigram import bigram_bits_per_byte
 from sophia_levanter.data.tokenizer import printable
-from sophia_levanter.models.attention import attention_for
 from sophia_levanter.models.sampling import generate
 from sophia_levanter.tracking.console import Console, show_duration
 from sophia_levanter.training.memory import bytes_by_kind, show_bytes
-from sophia_levanter.training.optimizers import curvature_share
 
 if TYPE_CHECKING:
     from sophia_levanter.config import TrainConfig
@@ -34,8 +31,10 @@ def describe_start(parts: Parts, directory: Path, console: Console) -> None:
     trainer, model, tracking = config.trainer, config.model, config.tracking
     state = parts.partition.abstract(parts.initial_state)
     attention = attention_of(config, parts.partition)
-    swapped = isinstance(schedule, SophiaHConfig) and attention != "xla"
-    decay = "" if schedule.schedule == "constant" else f" to {schedule.final_learning_rate:g}"
+    estimator, kind = parts.settings.optimizer.estimator, schedule.schedule
+    swapped = estimator is not None and estimator.forward_mode and attention not in ("blocked", "xla")
+    decay = f" to {schedule.final_learning_rate:g}" if kind.decays else ""
+    curvature = schedule.describe_curvature(trainer)
     changes = "".join(f", batches of {size} from step {step:,} on" for step, size in trainer.size_changes)
     trackers = ["metrics.jsonl"]
     trackers += [f"wandb ({tracking.wandb})"] if tracking.wandb else []
@@ -43,8 +42,7 @@ def describe_start(parts: Parts, directory: Path, console: Console) -> None:
     rows = [
         (
             "model",
-            f"GPT-2, {count_parameters(state.model):,} parameters, {model.num_layers} layers, {model.num_heads} heads, "
-            f"{model.embed_dim} wide, {model.seq_len} positions",
+            f"{model.title}, {count_parameters(state.model):,} parameters, {model.describe()}",
         ),
         ("data", f"{data.train.num_tokens:,} training and {data.validation.num_tokens:,} validation tokens"),
         ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens"),
@@ -52,16 +50,17 @@ def describe_start(parts: Parts, directory: Path, console: Console) -> None:
         (
             "schedule",
             f"{trainer.num_train_steps:,} steps, learning rate {schedule.learning_rate:g} after "
-            f"{schedule.warmup_steps:,} of them, then {schedule.schedule}{decay}",
+            f"{schedule.warmup_steps:,} of them, then {kind.get_choice_name(type(kind))}{decay}",
         ),
         (
             "batch",
             f"{trainer.batch_size} x {model.seq_len} tokens in {trainer.num_microbatches} microbatch(es){changes}",
         ),
-        *([("curvature", _curvature(config))] if isinstance(schedule, SophiaConfig) else []),
-        (
-            "attention",
-            attention + (", and xla in the curvature's pass, which needs a forward derivative" if swapped else ""),
+        *([("curvature", curvature)] if curvature else []),
+        *(
+            [("attention", attention + (", xla in the curvature's pass, which needs a forward derivative" * swapped))]
+            if attention
+            else []
         ),
         ("devices", describe_mesh(parts.partition)),
         ("memory", _state_bytes(state)),
@@ -71,17 +70,6 @@ def describe_start(parts: Parts, directory: Path, console: Console) -> None:
     console.rows(rows)
 
 
-def _curvature(config: TrainConfig) -> str:
-    optimizer = config.optimizer
-    assert isinstance(optimizer, SophiaConfig)
-    first = optimizer.initial_refreshes
-    return (
-        f"every {optimizer.interval} steps, on {curvature_share(optimizer, config.trainer):.0%} of the batch"
-        + (f", at each of the first {first} steps" if first else "")
-        + (", in a Kronecker basis" if optimizer.basis == "kronecker" else "")
-    )
-
-
 def _state_bytes(state: TrainState) -> str:
     """`9.8 MiB of state on each device: parameters 3.3 MiB, momentum 3.3 MiB, ...`."""
     kinds = bytes_by_kind(state)
@@ -89,22 +77,14 @@ def _state_bytes(state: TrainState) -> str:
     return f"{show_bytes(sum(kinds.values()))} of state on each device: {parts}"
 
 
-def attention_of(config: TrainConfig, partition: Partition) -> str:
-    """The implementation of attention that a run uses.
+def attention_of(config: TrainConfig, partition: Partition) -> str | None:
+    """The implementation of attention that a run uses, if any.
 
     Raises:
         InputError: if the one that is asked for cannot be used on these devices.
     """
-    model = config.model
-    return attention_for(
-        model.attention,
-        partition.platform,
-        config.trainer.compute_dtype,
-        model.seq_len,
-        model.embed_dim // model.num_heads,
-        split_positions=partition.mesh.shape["sequence"] > 1,
-        dropout=model.dropout > 0,
-    )
+    split = partition.mesh.shape["sequence"] > 1
+    return config.model.attention_on(partition.platform, config.trainer.compute_dtype, split_positions=split)
 
 
 def describe_mesh(partition: Partition) -> str:

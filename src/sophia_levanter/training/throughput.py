@@ -1,4 +1,4 @@
-"""Model FLOPs and what share of the hardware's they are."""
+"""The FLOP/s that devices can do at best."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-
-from sophia_levanter.config.model import Gpt2Config, pad_vocab
 
 # Dense bfloat16 matrix FLOP/s as published by the makers, by a part of jax's device kind.
 _PUBLISHED_PEAKS = {
@@ -19,18 +17,6 @@ _PUBLISHED_PEAKS = {
     "TPU v5 lite": 197e12,
     "TPU v6 lite": 918e12,
 }
-
-
-def flops_per_token(config: Gpt2Config, vocab_size: int) -> float:
-    """FLOPs of forward and backward for one token: 6 for each weight in a matrix product, and attention's.
-
-    Attention costs 12 * layers * embed * seq_len, as PaLM's appendix B (arXiv 2204.02311) counts it. Recomputation and
-    curvature are not counted: they are not the model's.
-    """
-    width = config.embed_dim
-    rows = pad_vocab(config.embedding_rows(vocab_size))
-    weights = config.num_layers * (4 + 2 * config.mlp_ratio) * width**2 + rows * width
-    return 6.0 * weights + 12.0 * config.num_layers * width * config.seq_len
 
 
 def peak_flops(devices: list[jax.Device]) -> float:

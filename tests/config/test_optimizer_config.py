@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
+from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.optimizer import (
     AdamWConfig,
     LionConfig,
@@ -12,9 +13,10 @@ from sophia_levanter.config.optimizer import (
     SophiaHConfig,
 )
 from sophia_levanter.config.trainer import TrainerConfig
-from sophia_levanter.models.gpt2 import matrix_axes
+from sophia_levanter.models.language_model import decay_mask, matrix_axes
 from sophia_levanter.optim import (
     AdamW,
+    EmpiricalFisher,
     GaussNewtonBartlett,
     Hutchinson,
     KroneckerBasis,
@@ -25,12 +27,7 @@ from sophia_levanter.optim import (
     SophiaH,
     WinRateController,
 )
-from sophia_levanter.training.optimizers import (
-    build_optimizer,
-    build_step_settings,
-    curvature_microbatches,
-    curvature_share,
-)
+from sophia_levanter.training.step import StepSettings
 
 RATES = {"learning_rate": 0.1, "final_learning_rate": 0.01, "warmup_steps": 10, "weight_decay": 0.3}
 SOPHIA = {
@@ -52,6 +49,11 @@ CASES = [
         SophiaGConfig(**RATES, **SOPHIA, **GNB),
         SophiaG,
         SOPHIA | {"estimator": GaussNewtonBartlett(reduction="average_then_square", max_grad_norm=2.0)},
+    ),
+    (
+        SophiaGConfig(**RATES, curvature_labels="data", **GNB),
+        SophiaG,
+        {"estimator": EmpiricalFisher(reduction="average_then_square", max_grad_norm=2.0)},
     ),
     (
         SophiaHConfig(**RATES, **SOPHIA | {"denominator": "max"}, probe="gaussian", num_probes=3),
@@ -101,11 +103,11 @@ CASES = [
     CASES,
 )
 def test_every_setting_arrives(config, kind, fields):
-    optimizer = build_optimizer(config, 110, mask := object())
+    optimizer = config.build(110)
     assert type(optimizer) is kind
     assert {name: getattr(optimizer, name) for name in fields} == fields
     assert optimizer.weight_decay == 0.3
-    assert optimizer.weight_decay_mask is mask
+    assert optimizer.weight_decay_mask is decay_mask
     rates = [float(optimizer.learning_rate(step)) for step in (0, 5, 10, 110)]
     assert rates == pytest.approx([0.0, 0.05, 0.1, 0.01])
 
@@ -123,29 +125,31 @@ def test_every_setting_arrives(config, kind, fields):
 )
 def test_the_curvature_takes_whole_microbatches(fraction, batch_size, microbatch_size, wanted):
     trainer = TrainerConfig(batch_size=batch_size, microbatch_size=microbatch_size)
-    assert curvature_microbatches(SophiaGConfig(curvature_batch_fraction=fraction), trainer) == wanted
+    config = SophiaGConfig(curvature_batch_fraction=fraction)
+    assert config.curvature_microbatches(trainer) == (wanted, microbatch_size or batch_size)
 
 
 def test_the_hessian_may_have_smaller_microbatches():
     trainer = TrainerConfig(batch_size=480, microbatch_size=16)
     config = SophiaHConfig(curvature_batch_fraction=1 / 15, curvature_microbatch_size=4)
-    assert curvature_microbatches(config, trainer) == 8
-    assert curvature_share(config, trainer) == pytest.approx(1 / 15)
-    assert build_step_settings(config, trainer, None).curvature_microbatch_size == 4
+    assert config.curvature_microbatches(trainer) == (8, 4)
+    assert config.describe_curvature(trainer) == "every 10 steps, on 7% of the batch"
+    settings = StepSettings.of(TrainConfig(optimizer=config, trainer=trainer))
+    assert (settings.curvature_microbatches, settings.curvature_microbatch_size) == (8, 4)
 
 
 def test_the_share_in_effect_is_that_of_whole_microbatches():
     trainer = TrainerConfig(batch_size=12, microbatch_size=4)
-    assert curvature_share(SophiaGConfig(curvature_batch_fraction=0.5), trainer) == pytest.approx(2 / 3)
+    config = SophiaGConfig(curvature_batch_fraction=0.5, initial_refreshes=3, basis="kronecker")
+    assert config.describe_curvature(trainer) == (
+        "every 10 steps, on 67% of the batch, at each of the first 3 steps, in a Kronecker basis"
+    )
 
 
 def test_step_settings():
     trainer = TrainerConfig(batch_size=8, microbatch_size=2, seed=7, compute_dtype="bfloat16", max_grad_norm=0.5)
-    settings = build_step_settings(SophiaGConfig(), trainer, None)
+    settings = StepSettings.of(TrainConfig(optimizer=SophiaGConfig(), trainer=trainer))
     assert (settings.seed, settings.max_grad_norm, settings.curvature_microbatches) == (7, 0.5, 2)
     assert settings.curvature_microbatch_size is None
-    assert settings.curvature_labels == "sampled"
-    by_data = SophiaGConfig(curvature_labels="data")
-    assert build_step_settings(by_data, trainer, None).curvature_labels == "data"
     assert (settings.policy.param_dtype, settings.policy.compute_dtype) == (jnp.float32, jnp.bfloat16)
-    assert build_step_settings(AdamWConfig(), trainer, None).curvature_microbatches is None
+    assert StepSettings.of(TrainConfig(optimizer=AdamWConfig(), trainer=trainer)).curvature_microbatches is None

@@ -1,0 +1,230 @@
+"""What the trainer, evaluation, generation, planning and export know of a model."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import haliax as hax
+import haliax.nn as hnn
+import jax
+import jax.numpy as jnp
+from haliax import Axis, NamedArray
+from jax.typing import DTypeLike
+from optax.contrib import MuonDimensionNumbers
+
+from sophia_levanter.batch import Batch
+from sophia_levanter.config.model import ModelConfig
+from sophia_levanter.models.loss import Targets, blocked_cross_entropy
+from sophia_levanter.partition.mesh import in_use
+
+PyTree = Any
+
+
+class LanguageModel(eqx.Module):
+    """A causal language model: final hidden states and an output head. All else follows from the two.
+
+    The vocabulary is padded to a multiple of 128 inside and never seen so outside.
+
+    Attributes:
+        config: the model's shape.
+        vocab_size: classes that can be predicted.
+    """
+
+    config: eqx.AbstractVar[ModelConfig]
+    vocab_size: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def final_hidden(self, tokens: NamedArray, key: jax.Array | None) -> NamedArray:
+        """The final hidden states, for a model whose parameters are gathered.
+
+        Args:
+            tokens: int32 [..., position], of at most `config.seq_len` positions.
+            key: a jax random key for dropout; None for no dropout.
+
+        Returns:
+            [..., position, embed] in the parameters' dtype.
+        """
+
+    @property
+    @abc.abstractmethod
+    def output_head(self) -> NamedArray:
+        """The weights of the output head, [vocab (padded), embed]."""
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of the forward and backward pass for one token: 6 for each parameter, unless a model knows better.
+
+        Recomputation and curvature are not counted: they are not the model's.
+        """
+        return 6.0 * sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(self, _is_float)))
+
+    def gathered(self) -> LanguageModel:
+        """With whole parameters, where they are split over devices."""
+        return in_use(self)
+
+    def hidden(self, tokens: NamedArray, *, key: jax.Array | None = None) -> NamedArray:
+        """The final hidden states; see `final_hidden`."""
+        return self.gathered().final_hidden(tokens, key)
+
+    def __call__(self, tokens: NamedArray, *, key: jax.Array | None = None) -> NamedArray:
+        """Logits over the true vocabulary.
+
+        Args:
+            tokens: int32 [..., position], of at most `config.seq_len` positions.
+            key: a jax random key for dropout; None for no dropout.
+
+        Returns:
+            [..., position, vocab] in the parameters' dtype.
+        """
+        model = self.gathered()
+        return model.head(model.final_hidden(tokens, key))
+
+    def head(self, hidden: NamedArray, dtype: DTypeLike | None = None) -> NamedArray:
+        """Logits over the true vocabulary.
+
+        Args:
+            hidden: final hidden states, [..., embed].
+            dtype: of the logits; that of the hidden states if not given.
+
+        Returns:
+            [..., vocab].
+        """
+        logits = hax.dot(hidden, self.output_head, axis="embed", preferred_element_type=dtype)
+        return logits[{"vocab": slice(0, self.vocab_size)}]
+
+    def losses(
+        self, batch: Batch, *, samples: NamedArray | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sums of the next-token losses, of the true and of sampled labels, without whole logits.
+
+        Args:
+            batch: [batch, position].
+            samples: [batch, position] float32 uniforms to draw labels with, or int labels; None for no second loss.
+            key: a jax random key for dropout; None for no dropout.
+
+        Returns:
+            Two float32 scalars in nats; see `models.loss.blocked_cross_entropy`.
+        """
+
+        def array(x: NamedArray) -> jax.Array:
+            return x.rearrange(("batch", "position", ...)).array
+
+        model = self.gathered()
+        hidden = model.final_hidden(batch.tokens, key).rearrange(("batch", "position", "embed"))
+        targets = Targets(array(batch.targets), array(batch.weights), None if samples is None else array(samples))
+        head = model.output_head.rearrange(("vocab", "embed")).array
+        return blocked_cross_entropy(self.vocab_size, self.config.loss_block_size, hidden.array, head, targets)
+
+    def weight_decay_mask(self) -> PyTree:
+        """True where weight decay applies: matrices and embeddings, never biases and norms, whatever their shape.
+
+        Returns:
+            A prefix tree of bools for the model's parameters.
+        """
+
+        def mask(layer: object) -> object:
+            params = eqx.filter(layer, eqx.is_inexact_array)
+            matrix = isinstance(layer, hnn.Linear | hnn.Embedding)
+            decays = jax.tree.map(lambda _: False, params)
+            return eqx.tree_at(lambda x: x.weight.array, decays, True) if matrix else decays
+
+        return jax.tree.map(mask, self, is_leaf=_is_layer)
+
+    def matrix_axes(self) -> PyTree:
+        """The matrices that Muon orthogonalises and that have a Kronecker basis: all linear maps, one for each layer
+        and, where there is an axis `qkv`, one for each of query, key and value. Embeddings, the output head, norms
+        and biases are left out.
+
+        Returns:
+            A prefix tree for the model's parameters: `optax.contrib.MuonDimensionNumbers`, or None.
+        """
+
+        def axes(layer: object) -> object:
+            if not isinstance(layer, hnn.Linear):
+                return None
+            # qkv is not an axis of the matrices: like layers, it counts them.
+            position = {axis.name: i for i, axis in enumerate(layer.weight.axes)}
+            inputs, outputs = (
+                tuple(position[axis.name] for axis in hax.util.ensure_tuple(spec) if axis.name != "qkv")
+                for spec in (layer.In, layer.Out)
+            )
+            entries = (MuonDimensionNumbers(inputs, outputs), None)
+            return eqx.tree_at(lambda x: (x.weight, x.bias), layer, entries, is_leaf=lambda x: x is None)
+
+        return jax.tree.map(axes, self, is_leaf=_is_layer)
+
+    # Generation. A model without a cache of its own reads its whole context again for each token.
+
+    def empty_cache(self, Batch: Axis) -> PyTree:
+        """What is kept of the tokens that rows hold so far, for no tokens.
+
+        Args:
+            Batch: the axis of the rows, `batch`.
+        """
+        return hax.zeros((Batch, self.config.Pos), jnp.int32)
+
+    def prefill(self, cache: PyTree, row: jax.Array, tokens: NamedArray) -> PyTree:
+        """The cache with one row begun anew.
+
+        Args:
+            cache: of any rows.
+            row: which of them, an int scalar.
+            tokens: int32 [position], at positions from 0 on, no more than the context has. Those behind the row's last
+                may be any: what is decoded after the last takes their places.
+        """
+        return write_row(cache, row, tokens)
+
+    def decode_step(self, cache: PyTree, tokens: NamedArray, positions: NamedArray) -> tuple[NamedArray, PyTree]:
+        """What the model predicts after one more token of each row.
+
+        Args:
+            cache: of all positions before.
+            tokens: int32 [batch].
+            positions: int32 [batch], where each row has its token; less than the context's length.
+
+        Returns:
+            Logits over the true vocabulary, float32 [batch, vocab], and the cache with these tokens.
+        """
+        cache = cache.at["position", positions].set(tokens)
+        model = self.gathered()
+        hidden = model.final_hidden(cache, None)["position", positions]
+        return model.head(hidden, jnp.float32), cache
+
+
+def decay_mask(model: LanguageModel) -> PyTree:
+    """`model.weight_decay_mask()`, for optimizers, which take a function of the parameters."""
+    return model.weight_decay_mask()
+
+
+def matrix_axes(model: LanguageModel) -> PyTree:
+    """`model.matrix_axes()`, for optimizers, which take a function of the parameters."""
+    return model.matrix_axes()
+
+
+def abstract_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
+    """A model with `jax.ShapeDtypeStruct`s for arrays."""
+    return eqx.filter_eval_shape(config.build, vocab_size=vocab_size, key=jax.random.key(0))
+
+
+def write_row(cache: NamedArray, row: jax.Array, new: NamedArray) -> NamedArray:
+    """An array with the first positions of one row replaced.
+
+    Args:
+        cache: [batch, position, ...] in any order.
+        row: which, an int scalar.
+        new: [position, ...], the same axes without `batch`, and as many positions as are replaced.
+    """
+    # Not at an index of the rows, which may be spread over devices: each would gather the whole.
+    here = {"position": slice(0, new.resolve_axis("position").size)}
+    chosen = hax.where(hax.arange(cache.resolve_axis("batch")) == row, new, cache[here])
+    return cache.at[here].set(chosen.rearrange(cache.axes))
+
+
+def _is_layer(x: object) -> bool:
+    return isinstance(x, hnn.Linear | hnn.Embedding | hnn.LayerNorm)
+
+
+def _is_float(x: object) -> bool:
+    return eqx.is_inexact_array(x) or (isinstance(x, jax.ShapeDtypeStruct) and jnp.issubdtype(x.dtype, jnp.inexact))
