@@ -2,7 +2,7 @@
 PYTHON ?= python3
 CONFIG ?= config/gpt2_nano_sophia_kronecker.yaml
 BIN := .venv/bin
-PYTEST := $(BIN)/pytest -n 2
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
 .PHONY: train test test-all lint docs wheel clean
 

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import draccus
-
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.build import encode
 from sophia_levanter.config.command_line import Command, build_config, existing_run
 from sophia_levanter.config.files import Layer, Setting, flatten, read_layers
 from sophia_levanter.errors import InputError
@@ -87,7 +86,7 @@ def _command(config: Any, resume: Any, quiet: bool, overrides: Mapping[str, Any]
         if isinstance(config, str | os.PathLike):
             layers, name = read_layers(Path(config)), Path(config).stem
         else:
-            tree = draccus.encode(config) if isinstance(config, TrainConfig) else config
+            tree = encode(config) if isinstance(config, TrainConfig) else config
             layers, name = [flatten(tree, _CALL)], "train"
         # Trials that begin in the same second have directories of their own.
         return Command(build_config(layers, settings), f"{name}-{secrets.token_hex(2)}", resume, quiet=quiet)
@@ -115,6 +114,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     if dataclasses.is_dataclass(value):
-        return draccus.encode(value)
+        return encode(value)
     # Scalars of NumPy and JAX.
     return value.item() if getattr(value, "shape", None) == () else value

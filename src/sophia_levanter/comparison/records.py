@@ -9,12 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import draccus
-
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.build import flat
 from sophia_levanter.config.command_line import build_config
 from sophia_levanter.config.files import Setting
-from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.config.tracking import TrackingConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import read_regular
@@ -75,12 +73,7 @@ class Record:
 
 def flat_config(config: TrainConfig) -> dict[str, Any]:
     """The fields that make a run what it is, by dotted names."""
-    flat = {
-        f"{section}.{name}": value
-        for section, fields in draccus.encode(config).items()
-        for name, value in fields.items()
-    }
-    return {name: value for name, value in flat.items() if name not in _NO_MATTER}
+    return {name: value for name, value in flat(config).items() if name not in _NO_MATTER}
 
 
 def config_of(record: Record) -> TrainConfig:
@@ -94,7 +87,8 @@ def find(records: Iterable[Record], config: TrainConfig) -> Record | None:
     A field that the record's version did not have is at its default. A record with a field that this version does not
     have is of no configuration.
     """
-    wanted, defaults = flat_config(config), _defaults(config.optimizer)
+    wanted = flat_config(config)
+    defaults = flat_config(TrainConfig(model=type(config.model)(), optimizer=type(config.optimizer)()))
     missing = {name: defaults.get(name) for name in wanted}
     return next((record for record in records if missing | record.config == wanted), None)
 
@@ -127,9 +121,3 @@ def write_records(path: Path, name: str, records: Iterable[Record]) -> None:
         f'{{"format": {FORMAT}, "study": {json.dumps(name)}, "runs": [\n{runs}\n]}}\n', encoding="utf-8"
     )
     os.replace(temporary, path)
-
-
-def _defaults(optimizer: OptimizerConfig) -> dict[str, Any]:
-    fields = {field.name: field.default for field in dataclasses.fields(optimizer)}
-    whole = draccus.encode(TrainConfig()) | {"optimizer": fields}
-    return {f"{section}.{name}": value for section, values in whole.items() for name, value in values.items()}

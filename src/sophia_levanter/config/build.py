@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, TypeVar
 
+import draccus
 from draccus import ChoiceRegistry
 
 from sophia_levanter.config.files import Layer, Setting, parse_value, show_value
@@ -116,6 +117,26 @@ def build(root: type[Root], layers: Sequence[Layer]) -> Root:
     for key, setting in settings.items():
         _add_value(found, values, key, setting)
     return typing.cast(Root, _construct(found, "", values))
+
+
+def encode(config: Any) -> Any:
+    """A configuration, or a part of one, as plain values; a section of nothing but a type is the type's name."""
+    return _shorten(draccus.encode(config))
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of `encode` by dotted path."""
+    tree = encode(config) if not prefix else config
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return values
+
+
+def _shorten(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return tree["type"] if list(tree) == ["type"] else {name: _shorten(value) for name, value in tree.items()}
 
 
 def _add_section(found: Schema, kind: Any, path: str, settings: Layer, default: Any) -> None:

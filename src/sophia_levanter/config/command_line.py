@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import draccus
-
 from sophia_levanter.config.arguments import parse_arguments
-from sophia_levanter.config.build import build
+from sophia_levanter.config.build import build, encode
 from sophia_levanter.config.files import Layer, Setting, dump_yaml, flatten, read_layers
 from sophia_levanter.config.help import help_text
 from sophia_levanter.config.run import TrainConfig
@@ -98,7 +96,7 @@ def build_config(files: Sequence[Layer], overrides: Layer | None = None) -> Trai
 
 
 def config_in(tree: Mapping[str, Any], source: Path) -> TrainConfig:
-    """The configuration that `draccus.encode` made a tree of.
+    """The configuration that `encode` made a tree of.
 
     Args:
         tree: sections with their fields.
@@ -112,7 +110,7 @@ def config_in(tree: Mapping[str, Any], source: Path) -> TrainConfig:
 
 def dump_config(config: TrainConfig) -> str:
     """YAML that `load_config` reads back to an equal config."""
-    return dump_yaml(draccus.encode(config))
+    return dump_yaml(encode(config))
 
 
 def existing_run(run_dir: Path) -> Path:

@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import draccus
-
+from sophia_levanter.config.build import flat
 from sophia_levanter.reporting.headline import NOTHING
 from sophia_levanter.reporting.runs import Run
 
@@ -18,9 +17,9 @@ RUN_DIR = "trainer.run_dir"
 
 def configurations(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
     """The fields in which runs differ, those that some of them lack last, and the others; with their values in each."""
-    flat = [_flat(draccus.encode(run.config)) for run in runs]
-    names = [name for name in dict.fromkeys(name for fields in flat for name in fields) if name != RUN_DIR]
-    rows = [(name, [_shown(fields[name]) if name in fields else NOTHING for fields in flat]) for name in names]
+    configs = [flat(run.config) for run in runs]
+    names = [name for name in dict.fromkeys(name for fields in configs for name in fields) if name != RUN_DIR]
+    rows = [(name, [_shown(fields[name]) if name in fields else NOTHING for fields in configs]) for name in names]
     differing = [row for row in rows if len(set(row[1])) > 1]
     differing.sort(key=lambda row: len({*row[1]} - {NOTHING}) == 1)
     return differing, [row for row in rows if row not in differing]
@@ -42,10 +41,6 @@ def facts(runs: Sequence[Run]) -> list[Row]:
         "jax": [str(run.facts.get("environment", {}).get("jax", NOTHING)) for run in runs],
     }
     return [(name.strip(), values) for name, values in rows.items()]
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
 
 
 def _shown(value: Any) -> str:

@@ -10,10 +10,9 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
-import draccus
-
 from sophia_levanter.checkpoint import JSON, Retention, Saver
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.build import encode
 from sophia_levanter.exit_status import FAILURE
 from sophia_levanter.partition.messages import Processes
 from sophia_levanter.printing import one_line
@@ -59,7 +58,7 @@ class RunCheckpoints:
     ) -> None:
         self.saved_step = saved_step
         self._trainer = config.trainer
-        self._metadata: dict[str, JSON] = {**facts, "config": draccus.encode(config)}
+        self._metadata: dict[str, JSON] = {**facts, "config": encode(config)}
         self._best = best
         on_failure = _end_soon if processes.count > 1 else None
         self._saver = Saver(directory, run_id=run_id, processes=processes, on_failure=on_failure)

@@ -11,13 +11,13 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
-import draccus
 import jax
 
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
 from sophia_levanter.checkpoint.storage import step_name
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.build import encode
 from sophia_levanter.config.command_line import dump_config
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.tokenizer import token_byte_lengths
@@ -319,7 +319,7 @@ def _start_others(parts: Parts, directory: RunDirectory, run_id: str, step: int,
         directory.path,
         run_id=run_id,
         first_step=step,
-        facts={**draccus.encode(parts.config), "code": parts.facts["code"]},
+        facts={**encode(parts.config), "code": parts.facts["code"]},
         max_grad_norm=parts.config.trainer.max_grad_norm,
         console=console,
     )

@@ -12,6 +12,7 @@ from typing import IO, Any, Literal
 
 from sophia_levanter import files
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.build import flat
 from sophia_levanter.config.command_line import Command, dump_config, load_config
 from sophia_levanter.config.data import MixturePart
 from sophia_levanter.config.tracking import TrackingConfig
@@ -248,18 +249,9 @@ def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -
 
 def changed_fields(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, Any]]:
     """(name, old value, new value) of each field in which two configurations differ."""
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     names = [*before, *(name for name in after if name not in before)]
     return [(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
-
-
-def _flat(config: TrainConfig) -> dict[str, Any]:
-    fields = {
-        f"{section.name}.{field.name}": getattr(getattr(config, section.name), field.name)
-        for section in dataclasses.fields(config)
-        for field in dataclasses.fields(getattr(config, section.name))
-    }
-    return {"optimizer.type": type(config.optimizer).__name__} | fields
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
