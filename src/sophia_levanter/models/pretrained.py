@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sophia_levanter.config.model import VOCAB_MULTIPLE, Gpt2Config, pad_vocab
+from sophia_levanter.config.model import VOCAB_MULTIPLE, Gpt2Config, ModelConfig, pad_vocab
 from sophia_levanter.data.bpe import bytes_of_characters
 from sophia_levanter.data.tokenizer import VOCAB_SIZES, Tokenizer
 from sophia_levanter.errors import InputError
@@ -20,7 +20,7 @@ from sophia_levanter.models.saved_weights import SavedModel, input_error, open_m
 
 def read_gpt2(
     path: str,
-    config: Gpt2Config,
+    config: ModelConfig,
     *,
     tokenizer: str,
     fingerprint: str,
@@ -52,6 +52,9 @@ def read_gpt2(
             holds numbers that are not finite.
     """
     saved = open_model(Path(path))
+    if not isinstance(config, Gpt2Config):
+        kind = config.get_choice_name(type(config))
+        raise input_error(saved.file, f"holds a GPT-2, and model.type is {kind}; set --model.type gpt2")
     _check_fields(saved, config)
     config = _with_rows(saved, config, tokenizer, fingerprint, vocab_size)
     arrays = {name: _finite(saved.file, name, array, dtype) for name, array in saved.arrays}

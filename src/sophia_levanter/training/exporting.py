@@ -38,23 +38,25 @@ def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) ->
     Raises:
         InputError: if the folder holds files or cannot be made, or the dtype cannot hold the weights.
     """
-    tokenizer = loaded.tokenizer
+    tokenizer, model = loaded.tokenizer, loaded.model
+    if not isinstance(model, Gpt2):
+        raise InputError(f"{loaded.source} is a {model.config.title}; only GPT-2 can be exported")
     has_own_file = tokenizer.name.endswith(TRAINED_TOKENIZER)
-    arrays = with_biases(_cast(gpt2_to_state_dict(loaded.model), dtype))
+    arrays = with_biases(_cast(gpt2_to_state_dict(model), dtype))
     own = {
         "version": sophia_levanter.__version__,
         "step": loaded.step,
         "tokenizer": TOKENIZER_FILE if has_own_file else tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "use_bias": loaded.model.config.use_bias,
+        "use_bias": model.config.use_bias,
     }
     end_of_text = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-    shape = _shape(loaded.model, arrays["transformer.wte.weight"].dtype.name)
+    shape = _shape(model, arrays["transformer.wte.weight"].dtype.name)
     documents: dict[str, dict[str, Any]] = {
         "config.json": {**shape, **end_of_text, OWN_FIELD: own},
         "generation_config.json": {**end_of_text, "pad_token_id": tokenizer.end_of_text},
         "tokenizer.json": tokenizer_json(tokenizer),
-        "tokenizer_config.json": tokenizer_config_json(loaded.model.config.seq_len),
+        "tokenizer_config.json": tokenizer_config_json(model.config.seq_len),
     }
     with _whole(folder) as partial:
         for name, values in documents.items():
