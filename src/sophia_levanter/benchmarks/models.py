@@ -82,7 +82,7 @@ def by_kind(tree: LanguageModel, rows: Rows, *, each_matrix: bool = False) -> Ve
         rows: of the token embedding, by kind; others are left out.
         each_matrix: whether the blocks' matrices are four kinds, by what they do, or one.
     """
-    embedding = tree.output_head.rearrange(("vocab", "embed")).array
+    embedding = tree.head_weights().rearrange(("vocab", "embed")).array
     matrices = list(_MATRICES.values()) if each_matrix else [BLOCK_MATRICES]
     parts: dict[str, list[jax.Array]] = {kind: [] for kind in matrices}
     parts |= {kind: [embedding[np.array(which, int)]] for kind, which in rows.items()}

@@ -80,7 +80,7 @@ def _export(command: Command) -> int:
     loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=print)
     export_model(loaded, command.folder, command.dtype)
     print(
-        f"{loaded.source} is in {command.folder}: {command.dtype or loaded.model.output_head.dtype.name}, "
+        f"{loaded.source} is in {command.folder}: {command.dtype or loaded.model.head_weights().dtype.name}, "
         f"{(command.folder / 'model.safetensors').stat().st_size:,} bytes, "
         f"tokenizer {os.path.basename(loaded.tokenizer.name)}"
     )

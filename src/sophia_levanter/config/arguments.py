@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from sophia_levanter.errors import InputError
 
+PLUGINS = "--plugins"  # of the fields, the one without a section
+
 
 @dataclass
 class Arguments:
@@ -82,7 +84,8 @@ def parse_arguments(
         options: names of options with a value, dashes included; each may be given once.
         repeatable: names of options with a value that may be given several times.
         flags: names of options without one.
-        overrides: whether there may be `--SECTION.FIELD VALUE`; of several for one field the last counts.
+        overrides: whether there may be `--SECTION.FIELD VALUE` and `--plugins MODULE`. Of several values for one field
+            the last counts; plug-ins are joined.
         words: whether there may be words that are no options.
 
     Raises:
@@ -93,7 +96,7 @@ def parse_arguments(
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
-        is_override = overrides and name.startswith("--") and "." in name
+        is_override = overrides and name.startswith("--") and ("." in name or name == PLUGINS)
         if name in flags:
             if equals:
                 raise InputError(f"{name} takes no value, found {value!r}")
@@ -111,6 +114,8 @@ def parse_arguments(
                 raise InputError(f"{name} has no value; write {name} VALUE")
             value = rest.pop(0)
         if is_override:
+            plugins = dict(parsed.overrides).get("plugins") if name == PLUGINS else None
+            value = value if plugins is None else f"{plugins},{value}"
             parsed.overrides.append((name.removeprefix("--"), value))
             continue
         if not value:
@@ -133,7 +138,7 @@ def _unexpected(word: str, options: Collection[str], overrides: bool) -> InputEr
         from sophia_levanter.config.build import schema
         from sophia_levanter.config.run import TrainConfig
 
-        hint = schema(TrainConfig).suggestion(name.removeprefix("--"), "--", options)
+        hint = schema(TrainConfig).suggestion(name.removeprefix("--"), "--", (*options, PLUGINS))
     else:
         near = difflib.get_close_matches(name, options, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help shows the options"

@@ -151,8 +151,17 @@ def _add_section(found: Schema, kind: Any, path: str, settings: Layer, default: 
         hint, below = hints[declared.name], _join(path, declared.name)
         if dataclasses.is_dataclass(hint):
             _add_section(found, hint, below, settings, declared.default_factory)
-        else:
+        elif _is_setting(hint):
             found.fields[below] = hint
+        else:
+            known = "bool, int, float, str, one of them or None, a tuple of them, or a dataclass"
+            raise InputError(f"{below} of {kind.__qualname__} has the type {hint}; a setting must be {known}")
+
+
+def _is_setting(hint: Any) -> bool:
+    """Whether `convert_value` can make values of a type."""
+    kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return all(kind in EXPECTED or kind is NoneType or typing.get_origin(kind) in (tuple, Mapping) for kind in kinds)
 
 
 def _chosen(registry: type[ChoiceRegistry], key: str, settings: Layer, default: Any) -> type:
@@ -217,7 +226,7 @@ def convert_value(key: str, setting: Setting, annotation: Any) -> Any:
             raise InputError(f"{setting.prefix}{key} is {_masked(setting)}; it must be a section of NAME: VALUE")
         return {}
     if not scalars and setting.file is None and isinstance(value, str):
-        value = parse_value(value)
+        value = value.split(",") if items == [str] else parse_value(value)
     if items and isinstance(value, list):
         return tuple(
             _convert_item(f"{key}[{i}]", Setting(item, setting.file), items[0]) for i, item in enumerate(value)

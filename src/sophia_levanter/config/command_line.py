@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from sophia_levanter.config.arguments import parse_arguments
 from sophia_levanter.config.build import build, encode
 from sophia_levanter.config.files import Layer, Setting, dump_yaml, flatten, read_layers
 from sophia_levanter.config.help import help_text
+from sophia_levanter.config.plugins import with_plugins
 from sophia_levanter.config.run import TrainConfig
 from sophia_levanter.errors import InputError
 
@@ -40,7 +42,7 @@ class Command:
 
 
 def parse_command_line(argv: Sequence[str]) -> Command:
-    """Reads `--config FILE [--SECTION.FIELD VALUE ...] [--resume DIR|auto] [--print_config] [--quiet] [--help]`.
+    """Reads the command line that `--help` shows.
 
     A value follows its option as the next word or after `=`; of several values for one field the last counts.
     `--resume DIR` reads DIR/config.yaml in place of `--config`.
@@ -49,6 +51,8 @@ def parse_command_line(argv: Sequence[str]) -> Command:
         InputError: if an argument, a file or a value is not what it must be.
     """
     if "--help" in argv or "-h" in argv:
+        named = [after for word, after in itertools.pairwise(argv) if word == "--plugins"]
+        with_plugins([{"plugins": Setting(name)} for name in named])
         return Command(help=help_text())
     given = parse_arguments(argv, options=OPTIONS, flags=FLAGS, overrides=True)
     print_config, quiet = "--print_config" in given.flags, "--quiet" in given.flags
@@ -92,7 +96,7 @@ def build_config(files: Sequence[Layer], overrides: Layer | None = None) -> Trai
     Raises:
         InputError: if a key is unknown, or a value is of the wrong type or out of range.
     """
-    return build(TrainConfig, [*files, overrides or {}])
+    return build(TrainConfig, with_plugins([*files, overrides or {}]))
 
 
 def config_in(tree: Mapping[str, Any], source: Path) -> TrainConfig:

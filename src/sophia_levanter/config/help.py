@@ -14,13 +14,14 @@ from sophia_levanter.config.run import TrainConfig
 from sophia_levanter.config.settings import declaration
 
 USAGE = """\
-usage: python -m sophia_levanter.main --config FILE [--SECTION.FIELD VALUE ...] [--resume DIR|auto]
-       [--print_config] [--quiet] [--help]
+usage: python -m sophia_levanter.main --config FILE [--SECTION.FIELD VALUE ...] [--plugins MODULE]
+       [--resume DIR|auto] [--print_config] [--quiet] [--help]
 
 Trains a language model.
 
   --config FILE          YAML with any of the fields below; `defaults: [FILE, ...]` in it names files to start from
   --SECTION.FIELD VALUE  sets one field, on top of the file; quote a glob so that the shell leaves it alone
+  --plugins MODULE       imports a module of your own first, which registers optimizers, models, schedules, ...
   --resume DIR           goes on with the run in DIR; needs no --config
   --resume auto          goes on with the run in trainer.run_dir if it holds one, and starts it otherwise
   --print_config         prints the resolved configuration and exits

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from draccus import ChoiceRegistry
 
-from sophia_levanter.config.settings import Settings, setting
+from sophia_levanter.config.settings import Settings, not_defined, setting
 from sophia_levanter.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ModelConfig(Settings, ChoiceRegistry):
             vocab_size: classes that can be predicted.
             key: a jax random key.
         """
-        raise NotImplementedError
+        raise not_defined(self, "build")
 
     def embedding_rows(self, vocab_size: int) -> int:
         """Rows of the token embedding without padding, for a tokenizer of so many tokens."""
@@ -116,7 +116,7 @@ class TransformerConfig(ModelConfig):
     @property
     def mlp_dim(self) -> int:
         """The hidden width of the MLP."""
-        raise NotImplementedError
+        raise not_defined(self, "mlp_dim")
 
     def axis_sizes(self) -> dict[str, tuple[str, int]]:
         return super().axis_sizes() | {

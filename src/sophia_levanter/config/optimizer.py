@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from draccus import ChoiceRegistry
 
 from sophia_levanter.config.schedule import CosineSchedule, Schedule, ScheduleConfig
-from sophia_levanter.config.settings import Settings, setting
+from sophia_levanter.config.settings import Settings, not_defined, setting
 from sophia_levanter.config.trainer import DTYPES, TrainerConfig
 from sophia_levanter.errors import InputError
 
@@ -59,7 +59,7 @@ class OptimizerConfig(Settings, ChoiceRegistry):
 
     def build(self, num_train_steps: int) -> Optimizer:
         """The optimizer of a run over this many steps."""
-        raise NotImplementedError
+        raise not_defined(self, "build")
 
     def build_schedule(self, num_train_steps: int) -> Schedule:
         """The learning rate as a function of the step, warm-up included.
@@ -182,7 +182,7 @@ class SophiaConfig(OptimizerConfig):
 
     def build_estimator(self) -> CurvatureEstimator:
         """The estimator of the curvature."""
-        raise NotImplementedError
+        raise not_defined(self, "build_estimator")
 
     def curvature_microbatches(self, trainer: TrainerConfig) -> tuple[int, int]:
         size = self.curvature_microbatch_size or trainer.microbatch_size or trainer.batch_size

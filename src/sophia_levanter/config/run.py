@@ -8,6 +8,7 @@ from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.mesh import MeshConfig, check_divides
 from sophia_levanter.config.model import Gpt2Config, ModelConfig, pad_vocab
 from sophia_levanter.config.optimizer import OptimizerConfig, SophiaGConfig
+from sophia_levanter.config.settings import setting
 from sophia_levanter.config.tracking import TrackingConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
@@ -21,6 +22,7 @@ class TrainConfig:
         InputError: if the parts do not fit each other.
     """
 
+    plugins: tuple[str, ...] = setting((), "Python modules to import first, for what they register")
     model: ModelConfig = field(default_factory=Gpt2Config)
     optimizer: OptimizerConfig = field(default_factory=SophiaGConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from draccus import ChoiceRegistry
 
-from sophia_levanter.config.settings import Settings
+from sophia_levanter.config.settings import Settings, not_defined
 
 Schedule = Callable[[Any], Any]
 
@@ -32,7 +32,7 @@ class ScheduleConfig(Settings, ChoiceRegistry):
             final: its value at `num_steps`.
             num_steps: updates from the end of the warm-up to the end of the run, at least 1.
         """
-        raise NotImplementedError
+        raise not_defined(self, "build")
 
 
 @ScheduleConfig.register_subclass("cosine")

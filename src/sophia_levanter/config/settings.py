@@ -111,6 +111,11 @@ def declaration(field: dataclasses.Field[Any]) -> Declaration:
     return found
 
 
+def not_defined(settings: Settings, method: str) -> InputError:
+    """For a method that a registered class must define, and does not."""
+    return InputError(f"{settings.section}: {type(settings).__qualname__} does not define {method}()")
+
+
 def free_settings(settings: Settings) -> list[str]:
     """The paths of a model's settings with which a trained model works at any value."""
     return [settings.path(field.name) for field in dataclasses.fields(settings) if declaration(field).free]

@@ -128,8 +128,7 @@ class Gpt2(Transformer):
             _norm(config),
         )
 
-    @property
-    def output_head(self) -> NamedArray:
+    def head_weights(self) -> NamedArray:
         return self.wte.weight
 
     def embed(self, tokens: NamedArray, positions: NamedArray | None, key: jax.Array | None = None) -> NamedArray:

@@ -47,9 +47,8 @@ class LanguageModel(eqx.Module):
             [..., position, embed] in the parameters' dtype.
         """
 
-    @property
     @abc.abstractmethod
-    def output_head(self) -> NamedArray:
+    def head_weights(self) -> NamedArray:
         """The weights of the output head, [vocab (padded), embed]."""
 
     @property
@@ -91,7 +90,7 @@ class LanguageModel(eqx.Module):
         Returns:
             [..., vocab].
         """
-        logits = hax.dot(hidden, self.output_head, axis="embed", preferred_element_type=dtype)
+        logits = hax.dot(hidden, self.head_weights(), axis="embed", preferred_element_type=dtype)
         return logits[{"vocab": slice(0, self.vocab_size)}]
 
     def losses(
@@ -114,7 +113,7 @@ class LanguageModel(eqx.Module):
         model = self.gathered()
         hidden = model.final_hidden(batch.tokens, key).rearrange(("batch", "position", "embed"))
         targets = Targets(array(batch.targets), array(batch.weights), None if samples is None else array(samples))
-        head = model.output_head.rearrange(("vocab", "embed")).array
+        head = model.head_weights().rearrange(("vocab", "embed")).array
         return blocked_cross_entropy(self.vocab_size, self.config.loss_block_size, hidden.array, head, targets)
 
     def weight_decay_mask(self) -> PyTree:

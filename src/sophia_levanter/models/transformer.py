@@ -106,7 +106,7 @@ class Transformer(LanguageModel):
         """
         config = self.config
         layers = jax.tree.leaves(self.blocks, is_leaf=lambda x: isinstance(x, hnn.Linear))
-        weights = sum(layer.weight.size for layer in layers if isinstance(layer, hnn.Linear)) + self.output_head.size
+        weights = sum(layer.weight.size for layer in layers if isinstance(layer, hnn.Linear)) + self.head_weights().size
         return 6.0 * weights + 12.0 * config.num_layers * config.embed_dim * config.seq_len
 
     def gathered(self) -> Transformer:
@@ -130,7 +130,7 @@ class Transformer(LanguageModel):
         config = self.config
         # A head's positions lie together: with heads inside, attention of many rows is tens of times slower on CPUs.
         axes = (config.Layers, Batch, config.KVHeads, config.Pos, config.HeadSize)
-        zeros = hax.zeros(axes, self.output_head.dtype)
+        zeros = hax.zeros(axes, self.head_weights().dtype)
         return hax.auto_sharded(Cache(zeros, zeros))
 
     def prefill(self, cache: Cache, row: jax.Array, tokens: NamedArray) -> Cache:

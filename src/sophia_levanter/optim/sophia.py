@@ -130,7 +130,8 @@ class Sophia(eqx.Module):
         check_choice("denominator", self.denominator, DENOMINATORS)
         check_choice("refresh_order", self.refresh_order, REFRESH_ORDERS)
         check_gradient_transform(self.gradient_transform)
-        if self.estimator is not None and (isinstance(self.estimator, type) or not callable(self.estimator)):
+        usable = callable(self.estimator) or hasattr(self.estimator, "gradient_and_estimate")
+        if self.estimator is not None and (isinstance(self.estimator, type) or not usable):
             raise TypeError(f"estimator is {self.estimator!r}; it must be a value such as GaussNewtonBartlett()")
         if self.denominator == "add" and getattr(self.estimator, "signed", False) and not self._adds_to_signed:
             raise ValueError(

@@ -26,7 +26,8 @@ GRACE = 5.0
 def is_of_training(metadata: Mapping[str, Any]) -> bool:
     """Whether a checkpoint's metadata is what `RunCheckpoints` saves, and not another program's."""
     parts = [metadata.get(name) for name in ("config", "environment", "data", "validation")]
-    sections = parts[0].values() if isinstance(parts[0], dict) else [None]
+    config = parts[0] if isinstance(parts[0], dict) else {"": None}
+    sections = [part for name, part in config.items() if name != "plugins"]
     return all(isinstance(part, dict) for part in (*parts, *sections)) and "tokenizer" in metadata["validation"]
 
 

@@ -17,6 +17,7 @@ from haliax import Axis, NamedArray
 from sophia_levanter.batch import Batch, count_targets
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.errors import InputError
 from sophia_levanter.models.attention import forward_differentiable
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.optim import Optimizer
@@ -28,6 +29,7 @@ from sophia_levanter.optim.trees import all_finite, norm
 from sophia_levanter.partition.mesh import at_rest
 
 PyTree = Any
+OPTIMIZER_METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_at", "matrix_work")
 
 RECENT_LOSS_DECAY = 0.98  # of the mean that a spike is one above
 
@@ -119,9 +121,12 @@ class StepSettings:
         """
         trainer = trainer or config.trainer
         curvature = config.optimizer.curvature_microbatches(trainer)
+        optimizer = config.optimizer.build(trainer.num_train_steps)
+        if missing := [name for name in OPTIMIZER_METHODS if not hasattr(optimizer, name)]:
+            raise InputError(f"optimizer: {type(optimizer).__qualname__} does not define {', '.join(missing)}")
         own = None if curvature is None or curvature[1] == trainer.gradient_microbatch_size else curvature[1]
         return StepSettings(
-            optimizer=config.optimizer.build(trainer.num_train_steps),
+            optimizer=optimizer,
             seed=trainer.seed,
             policy=jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype},output=float32"),
             max_grad_norm=trainer.max_grad_norm,

@@ -1,0 +1,174 @@
+"""Optimizers, estimators, schedules and models from outside the package, each in a file of its own beside this one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sophia_levanter.commands import compare, report
+from sophia_levanter.config.command_line import load_config, parse_command_line
+from sophia_levanter.config.model import ModelConfig
+from sophia_levanter.config.optimizer import OptimizerConfig
+from sophia_levanter.config.schedule import ScheduleConfig
+from sophia_levanter.errors import InputError
+from sophia_levanter.main import main
+
+HERE = Path(__file__).parent
+SMALL_STEPS = ["--trainer.num_train_steps", "6", "--trainer.checkpoint_every", "3", "--trainer.sample_tokens", "3"]
+PLUGINS = {
+    "ademamix": ["--optimizer.type", "ademamix", "--optimizer.b3", "0.99"],
+    "mean_fisher": ["--optimizer.type", "sophia_mean_fisher", "--optimizer.interval", "2"],
+    "inverse_sqrt": ["--optimizer.schedule.type", "inverse_sqrt", "--optimizer.schedule.timescale", "3"],
+    "gru": ["--model.type", "gru", "--model.embed_dim", "16"],
+}
+
+
+@pytest.fixture(autouse=True)
+def plugin_folder(monkeypatch, tmp_path):
+    """The folder of plug-ins, on the path; what tests register and import is forgotten after them."""
+    registries = [OptimizerConfig, ScheduleConfig, ModelConfig]
+    before = [dict(registry.get_known_choices()) for registry in registries]
+    modules = set(sys.modules)
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    for place in (HERE, folder):
+        monkeypatch.syspath_prepend(place)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+    yield folder
+    for registry, choices in zip(registries, before, strict=True):
+        known = registry.get_known_choices()
+        for name in set(known) - set(choices):
+            del known[name]
+    for name in set(sys.modules) - modules:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and Path(file).parent in (HERE, folder):
+            del sys.modules[name]
+
+
+def last_line(path: Path) -> dict:
+    return json.loads(path.read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_run_and_its_resume(plugin, config_file, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    options = ["--plugins", plugin, *PLUGINS[plugin], *SMALL_STEPS]
+    assert main(["--config", str(config_file), *options, "--trainer.run_dir", str(run_dir)]) == 0
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["plugins"] == [plugin]
+    # The plug-in is in the run's configuration.
+    assert main(["--resume", str(run_dir), "--trainer.num_train_steps", "8"]) == 0
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in metrics if "train/loss" in line]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert report.main([str(run_dir), "-o", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert PLUGINS[plugin][1] in page
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plugin", ["mean_fisher", "gru"])
+def test_plan_knows_them(plugin, config_file):
+    options = ["--plugins", plugin, *PLUGINS[plugin], *SMALL_STEPS]
+    words = [sys.executable, "-m", "sophia_levanter.commands.plan", "--config", str(config_file), *options]
+    planned = subprocess.run(words, capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr
+    assert "FLOPs" in planned.stdout
+
+
+@pytest.mark.slow
+def test_a_study_of_them(config_file, tmp_path):
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        yaml.safe_dump(
+            {
+                "config": [str(config_file)],
+                "tokens": [1536],
+                "evaluations": 2,
+                "settings": {"plugins": ["ademamix"]},
+                "arms": {"sophia": {"settings": {}}, "ademamix": {"settings": {"optimizer": {"type": "ademamix"}}}},
+            }
+        )
+    )
+    assert compare.main(["--config", str(study), "--out", str(tmp_path / "out")]) == 0
+    assert "ademamix" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_help_and_messages_name_them(config_file):
+    text = parse_command_line(["--plugins", "ademamix", "--help"]).help
+    assert "optimizer, with --optimizer.type ademamix: AdEMAMix" in text
+    assert "--optimizer.b3 NUMBER (0.9999)" in text
+    argv = ["--config", str(config_file), "--plugins", "ademamix", "--optimizer.type", "ademamix"]
+    with pytest.raises(InputError, match=r"optimizer\.b3 is 2\.0; it must be in \[0, 1\)"):
+        parse_command_line([*argv, "--optimizer.b3", "2"])
+    with pytest.raises(InputError, match=r"unknown option '--optimizer\.alhpa'; did you mean --optimizer\.alpha\?"):
+        parse_command_line([*argv, "--optimizer.alhpa", "2"])
+
+
+def test_several_are_joined(config_file, tmp_path):
+    above = tmp_path / "above.yaml"
+    above.write_text(f"defaults: [{config_file}]\nplugins: [gru]\noptimizer: {{schedule: inverse_sqrt}}\n")
+    argv = ["--config", str(above), "--plugins", "inverse_sqrt", "--plugins=ademamix"]
+    assert parse_command_line(argv).config.plugins == ("gru", "inverse_sqrt", "ademamix")
+
+
+HEADER = """
+from dataclasses import dataclass
+from sophia_levanter.config.optimizer import OptimizerConfig
+from sophia_levanter.config.settings import setting
+"""
+BROKEN = {
+    "absent": (None, "plugins: there is no module absent; run where it can be imported, or set PYTHONPATH"),
+    "needs": ("import no_such_package", "plugins: needs needs no_such_package, which is not installed"),
+    "fails": ("1 / 0", "plugins: fails cannot be imported: ZeroDivisionError: division by zero"),
+    "twice": (
+        HEADER + '@OptimizerConfig.register_subclass("adamw")\n@dataclass(frozen=True)\nclass A(OptimizerConfig): ...',
+        "plugins: twice cannot be imported: ValueError: Cannot register",
+    ),
+    "strange": (
+        HEADER
+        + '@OptimizerConfig.register_subclass("strange")\n@dataclass(frozen=True)\nclass A(OptimizerConfig):\n'
+        + '    x: complex = setting(1j, "a number")\n',
+        "optimizer.x of A has the type <class 'complex'>; a setting must be bool, int, float, str",
+    ),
+    "empty": (
+        HEADER + '@OptimizerConfig.register_subclass("empty")\n@dataclass(frozen=True)\nclass A(OptimizerConfig): ...',
+        "optimizer: A does not define build()",
+    ),
+    "lacks": (
+        HEADER
+        + '@OptimizerConfig.register_subclass("lacks")\n@dataclass(frozen=True)\nclass A(OptimizerConfig):\n'
+        + "    def build(self, num_train_steps): return object()\n",
+        "optimizer: object does not define init, update, refresh_due",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_plugin_is_one_line(name, plugin_folder, config_file, tmp_path, capsys):
+    code, message = BROKEN[name]
+    if code is not None:
+        (plugin_folder / f"{name}.py").write_text(code)
+    chosen = ["--optimizer.type", name] if name in ("strange", "empty", "lacks") else []
+    run_dir = tmp_path / "run"
+    argv = ["--config", str(config_file), "--plugins", name, *chosen, "--trainer.run_dir", str(run_dir)]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not run_dir.exists()
+
+
+def test_a_run_without_its_plugin_is_one_line(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("plugins: [gone]\noptimizer: {type: gone}\n")
+    assert main(["--resume", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/config.yaml: plugins: there is no module gone;")
+
+
+def test_names_of_modules_only(tmp_path):
+    (tmp_path / "a.yaml").write_text("plugins: 7\n")
+    with pytest.raises(InputError, match="plugins is 7; it must be a list of names of modules"):
+        load_config(tmp_path / "a.yaml")
