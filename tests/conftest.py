@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -87,6 +89,30 @@ def config_file(tmp_path: Path, text_file: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(CONFIG.replace("TEXT", str(text_file)).replace("CACHE", str(tmp_path / "cache")))
     return path
+
+
+@pytest.fixture
+def plugin_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A folder for plug-ins, on the path beside tests/plugins; what they register is forgotten after the test."""
+    from sophia_levanter.config.model import ModelConfig
+    from sophia_levanter.config.optimizer import OptimizerConfig
+    from sophia_levanter.config.schedule import ScheduleConfig
+
+    shipped, folder = Path(__file__).parent / "plugins", tmp_path / "plugins"
+    folder.mkdir()
+    registries = [registry.get_known_choices() for registry in (OptimizerConfig, ScheduleConfig, ModelConfig)]
+    before, modules = [dict(choices) for choices in registries], set(sys.modules)
+    for place in (shipped, folder):
+        monkeypatch.syspath_prepend(place)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(shipped), os.environ.get("PYTHONPATH", "")]))
+    yield folder
+    for choices, known in zip(registries, before, strict=True):
+        for name in set(choices) - set(known):
+            del choices[name]
+    for name in set(sys.modules) - modules:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and Path(file).parent in (shipped, folder):
+            del sys.modules[name]
 
 
 @pytest.fixture

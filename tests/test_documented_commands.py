@@ -9,6 +9,7 @@ import pytest
 
 from pages import PAGES, ROOT, read_page
 from sophia_levanter.cli import VERBS
+from sophia_levanter.config.arguments import PLUGINS
 from sophia_levanter.config.command_line import FLAGS, OPTIONS, load_config, parse_command_line
 from sophia_levanter.config.help import help_text
 from sophia_levanter.optim import SophiaG
@@ -41,7 +42,7 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize(("command", "page"), COMMANDS, ids=[f"{page.name}: {command}" for command, page in COMMANDS])
-def test_command(command, page, monkeypatch):
+def test_command(command, page, monkeypatch, plugin_folder):
     monkeypatch.chdir(ROOT)
     check(command)
 
@@ -104,7 +105,7 @@ def _module_of(verb):
 
 
 def _check_training(arguments):
-    _check_names(arguments, {*OPTIONS, *FLAGS} | FIELDS)
+    _check_names(arguments, {*OPTIONS, *FLAGS, PLUGINS} | FIELDS)
     sound = _without_placeholders(arguments)
     if "--config" in sound:
         parse_command_line(sound)

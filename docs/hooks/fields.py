@@ -14,7 +14,7 @@ from sophia_levanter.config.files import show_value
 from sophia_levanter.config.help import fields_of
 from sophia_levanter.config.settings import declaration
 
-MARK = re.compile(r"^<!-- fields of (\w+)(?: (\w+))? -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- fields of ([\w.]+)(?: (\w+))? -->$", re.MULTILINE)
 WORDS = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "NoneType": "null"}
 
 
@@ -36,7 +36,8 @@ def _table(section: str, choice: str | None) -> str:
             described = declaration(field).described.replace("|", r"\|")
             default = show_value(field.default)
             lines.append(f"| `{section}.{field.name}` | {_kind(annotation)} | {default} | {described} |")
-    return f"{inspect.getdoc(cls).splitlines()[0]}\n\n" + "\n".join(lines)
+    summary = inspect.getdoc(cls).splitlines()[0]
+    return summary if len(lines) == 2 else f"{summary}\n\n" + "\n".join(lines)
 
 
 def _kind(annotation: object) -> str:

@@ -1,23 +1,17 @@
 """Optimizers, estimators, schedules and models from outside the package, each in a file of its own beside this one."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
 from sophia_levanter.commands import compare, report
 from sophia_levanter.config.command_line import load_config, parse_command_line
-from sophia_levanter.config.model import ModelConfig
-from sophia_levanter.config.optimizer import OptimizerConfig
-from sophia_levanter.config.schedule import ScheduleConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
 
-HERE = Path(__file__).parent
 SMALL_STEPS = ["--trainer.num_train_steps", "6", "--trainer.checkpoint_every", "3", "--trainer.sample_tokens", "3"]
 PLUGINS = {
     "ademamix": ["--optimizer.type", "ademamix", "--optimizer.b3", "0.99"],
@@ -28,29 +22,8 @@ PLUGINS = {
 
 
 @pytest.fixture(autouse=True)
-def plugin_folder(monkeypatch, tmp_path):
-    """The folder of plug-ins, on the path; what tests register and import is forgotten after them."""
-    registries = [OptimizerConfig, ScheduleConfig, ModelConfig]
-    before = [dict(registry.get_known_choices()) for registry in registries]
-    modules = set(sys.modules)
-    folder = tmp_path / "plugins"
-    folder.mkdir()
-    for place in (HERE, folder):
-        monkeypatch.syspath_prepend(place)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
-    yield folder
-    for registry, choices in zip(registries, before, strict=True):
-        known = registry.get_known_choices()
-        for name in set(known) - set(choices):
-            del known[name]
-    for name in set(sys.modules) - modules:
-        file = getattr(sys.modules[name], "__file__", None)
-        if file and Path(file).parent in (HERE, folder):
-            del sys.modules[name]
-
-
-def last_line(path: Path) -> dict:
-    return json.loads(path.read_text().splitlines()[-1])
+def _on_the_path(plugin_folder):
+    """All plug-ins can be imported."""
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
