@@ -369,6 +369,9 @@ def kills(directory: Path, how: str, count: int) -> None:
         assert sorted(path.name for path in directory.iterdir()) == [f"step-{step:08d}" for step in steps(directory)]
         found = {step: damage(directory, step) for step in steps(directory)}
         # Between a damaged step and the one that takes its place there is a moment without either.
+        if not found:
+            assert how == "again" and committed == 1
+            continue
         assert max(found) in (committed, committed + 1, committed - (how == "again"))
         # The file that was damaged on purpose, and no other.
         wrong = [line for lines in found.values() for line in lines]

@@ -14,9 +14,8 @@ from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.optimizer import SophiaGConfig
 from sophia_levanter.models.gpt2 import Gpt2
-from sophia_levanter.optim.microbatch import split_at
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.step import StepSettings, TrainState, train_step
+from sophia_levanter.training.step import StepSettings, TrainState, curvature_rows, train_step
 
 STEPS, ROWS = 20, 32
 CONFIGS = Path(__file__).parents[2] / "config"
@@ -49,7 +48,7 @@ def given_labels(config, settings, step):
     """Labels for GNB that are no function of the model: a drawn one may be another for a rounding error's sake."""
     num_microbatches = config.trainer.num_microbatches
     batch = batch_from_windows(windows(config, STEPS + step), num_microbatches=num_microbatches)
-    return split_at(batch, settings.curvature_microbatches or num_microbatches)[0].targets
+    return curvature_rows(settings, batch)[0].targets
 
 
 def train(config, num_devices, num_steps=STEPS, drawn=False):

@@ -220,7 +220,7 @@ class _Passes:
         return self._accumulate(self.batch)
 
     def shared_gradient(self, estimator: Any, *, labels: str) -> tuple[GradientSums, PyTree, jax.Array]:
-        first, others = _curvature_rows(self.settings, self.batch)
+        first, others = curvature_rows(self.settings, self.batch)
         source = self.curvature_batch or first
         samples = self.samples
         if samples is None:
@@ -236,7 +236,7 @@ class _Passes:
         return sums, curvature, num_targets
 
     def curvature_pass(self, after: GradientSums) -> tuple[Callable[..., jax.Array], PyTree, jax.Array]:
-        source = _after(after, self.curvature_batch or _curvature_rows(self.settings, self.batch)[0])
+        source = _after(after, self.curvature_batch or curvature_rows(self.settings, self.batch)[0])
         losses = _losses_fn(self.settings, self.keys)
 
         def loss_fn(model: LanguageModel, microbatch: tuple) -> jax.Array:
@@ -296,7 +296,7 @@ def _num_microbatches(batch: Batch) -> int:
     return batch.tokens.resolve_axis("microbatch").size
 
 
-def _curvature_rows(settings: StepSettings, batch: Batch) -> tuple[Batch, list[Batch]]:
+def curvature_rows(settings: StepSettings, batch: Batch) -> tuple[Batch, list[Batch]]:
     """The microbatches that refresh the curvature, the first rows of the batch, and the other rows in microbatches."""
     size, count = settings.curvature_microbatch_size, settings.curvature_microbatches
     if size is None:
