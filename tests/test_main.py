@@ -247,7 +247,7 @@ BAD = {
     "empty file": (["--data.train", "EMPTY"], "empty"),
     "binary file": (["--data.train", "BINARY"], "binary.txt"),
     "short text": (["--data.train", "SHORT"], "model.seq_len"),
-    "steps": (["--trainer.num_train_steps", "3000000000"], "must be below 2147483648"),
+    "steps": (["--trainer.num_train_steps", "3000000000"], "must be between 1 and 2147483647"),
     "added eps": (
         ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.denominator", "add"],
         "optimizer.denominator is 'add', and the curvature of sophia_h may be negative, "

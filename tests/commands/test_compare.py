@@ -54,7 +54,7 @@ def arguments(study: Path, *more: object) -> list[str]:
     [
         ([], "--config STUDY is missing"),
         (["--out", "x"], "--config STUDY is missing"),
-        (["--plan", "STUDY"], "study.yaml'; --help shows the options"),
+        (["--plan", "STUDY"], "study.yaml'; write --SECTION.FIELD VALUE"),
         (["--config", "STUDY", "--confg", "x"], "unknown option '--confg'; did you mean --config?"),
         (["--config", "STUDY", "--ray=1"], "--ray takes no value, found '1'"),
         (["--config"], "--config has no value; write --config VALUE"),

@@ -1,5 +1,17 @@
 """All settings of a training run: each is declared once, with its default, help text and bounds. Free of jax."""
 
-from sophia_levanter.config.run import TrainConfig
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sophia_levanter.config.run import TrainConfig
 
 __all__ = ["TrainConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on use: a launcher's agent on a host reads a command line only.
+    if name in __all__:
+        from sophia_levanter.config import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
