@@ -35,6 +35,7 @@ def nano(optimizer, num_microbatches):
     }
     if optimizer.startswith("sophia"):
         settings["optimizer.interval"] = 4
+        settings["optimizer.curvature_microbatch_size"] = "null"  # the preset's divides over fewer devices
     overrides = [(name, str(value)) for name, value in settings.items()]
     return load_config(CONFIGS / f"gpt2_nano_{optimizer}.yaml", overrides)
 
