@@ -64,7 +64,7 @@ def test_overrides_are_sections_or_dotted_names(config_file, tmp_path):
         ([{}], {"optimizer": {"rho": "x"}}, "train(): optimizer.rho is 'x'; it must be a finite number"),
         ([{}], {"trainer": 3}, "train(): trainer is 3; it must be a section of fields"),
         ([{}], {"resume": "runs/x"}, "train(): config does not go with resume"),
-        ([], {"resume": "nowhere"}, "--resume nowhere: there is no such directory"),
+        ([], {"resume": "nowhere"}, "--resume nowhere: the directory does not exist"),
         ([], {"resume": "x", "trainer": {"run_dir": "y"}}, "train(): trainer.run_dir does not go with resume x"),
     ],
 )

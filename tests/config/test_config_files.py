@@ -4,24 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+from refusals import load_error
 
 from sophia_levanter.config.command_line import dump_config, load_config
-from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(InputError) as error:
-        load_config(path)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def test_files_that_name_each_other_many_times(tmp_path: Path) -> None:
     for number in range(8):
         (tmp_path / f"{number}.yaml").write_text(f"defaults: [{', '.join([f'{number + 1}.yaml'] * 10)}]")
     (tmp_path / "8.yaml").write_text("trainer: {seed: 1}")
-    assert refusal(tmp_path / "0.yaml") == (
+    assert load_error(tmp_path / "0.yaml") == (
         f"{tmp_path}/0.yaml: defaults include more than 100 files; list each file once"
     )
     assert load_config(tmp_path / "7.yaml").trainer.seed == 1
@@ -31,12 +24,14 @@ def test_files_that_name_each_other_many_times(tmp_path: Path) -> None:
 def test_a_file_that_names_itself(content: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(content.format(tmp_path.name))
     (tmp_path / "link.yaml").symlink_to("run.yaml")
-    assert "defaults go round in a circle" in refusal(tmp_path / "run.yaml")
+    assert "defaults go round in a circle" in load_error(tmp_path / "run.yaml")
 
 
 def test_a_link_to_itself(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").symlink_to("run.yaml")
-    assert refusal(tmp_path / "run.yaml") == f"{tmp_path}/run.yaml: cannot be read: Too many levels of symbolic links"
+    assert (
+        load_error(tmp_path / "run.yaml") == f"{tmp_path}/run.yaml: cannot be read: Too many levels of symbolic links"
+    )
 
 
 @pytest.mark.parametrize("character", ["\\0", "\\ud800", "\\udbff\\udc00", "\\udc7f"])
@@ -46,7 +41,7 @@ def test_a_link_to_itself(tmp_path: Path) -> None:
 )
 def test_characters_that_no_text_holds(text: str, character: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("\n" + text % character)
-    assert "run.yaml: is not valid YAML at line 2: the character '\\" in refusal(tmp_path / "run.yaml")
+    assert "run.yaml: is not valid YAML at line 2: the character '\\" in load_error(tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize("name", ["data.cache_dir", "trainer.checkpoint_dir"])
@@ -98,7 +93,7 @@ def test_a_source_whose_name_is_not_utf8_goes_into_the_run_s_configuration(tmp_p
 )
 def test_yaml_that_surprises(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(text)
-    message = refusal(tmp_path / "run.yaml")
+    message = load_error(tmp_path / "run.yaml")
     assert says in message and len(message) < 1000
 
 

@@ -75,6 +75,7 @@ def test_help_and_messages_name_them(config_file):
     text = parse_command_line(["--plugins", "ademamix", "--help"]).help
     assert "optimizer, with --optimizer.type ademamix: AdEMAMix" in text
     assert "--optimizer.b3 NUMBER (0.9999)" in text
+    assert parse_command_line(["--help", "--plugins=ademamix"]).help == text
     argv = ["--config", str(config_file), "--plugins", "ademamix", "--optimizer.type", "ademamix"]
     with pytest.raises(InputError, match=r"optimizer\.b3 is 2\.0; it must be in \[0, 1\)"):
         parse_command_line([*argv, "--optimizer.b3", "2"])
@@ -95,7 +96,7 @@ from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.config.settings import setting
 """
 BROKEN = {
-    "absent": (None, "plugins: there is no module absent; run where it can be imported, or set PYTHONPATH"),
+    "absent": (None, "plugins: the module absent was not found; add its folder to PYTHONPATH"),
     "needs": ("import no_such_package", "plugins: needs needs no_such_package, which is not installed"),
     "fails": ("1 / 0", "plugins: fails cannot be imported: ZeroDivisionError: division by zero"),
     "twice": (
@@ -138,7 +139,15 @@ def test_a_broken_plugin_is_one_line(name, plugin_folder, config_file, tmp_path,
 def test_a_run_without_its_plugin_is_one_line(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("plugins: [gone]\noptimizer: {type: gone}\n")
     assert main(["--resume", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/config.yaml: plugins: there is no module gone;")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/config.yaml: plugins: the module gone was not found;")
+
+
+def test_a_plain_field_is_a_setting_without_bounds(plugin_folder, config_file):
+    code = HEADER + '@OptimizerConfig.register_subclass("plain")\n@dataclass(frozen=True)\nclass A(OptimizerConfig):\n'
+    (plugin_folder / "plain.py").write_text(code + "    x: int = 3\n")
+    assert "--optimizer.x INT (3)" in parse_command_line(["--plugins", "plain", "--help"]).help
+    argv = ["--config", str(config_file), "--plugins", "plain", "--optimizer.type", "plain", "--optimizer.x", "-7"]
+    assert parse_command_line(argv).config.optimizer.x == -7
 
 
 def test_names_of_modules_only(tmp_path):

@@ -94,9 +94,7 @@ class RayCluster(ClusterConfig):
         "RAY_AUTH_MODE; token needs RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH",
         choices=("disabled", "token"),
     )
-    workers: int | None = setting(
-        None, "processes of the run, each on resources of its own; one per host of a TPU slice", low=1, high=LARGEST
-    )
+    workers: int | None = setting(None, "processes of the run, each with its own resources", low=1, high=LARGEST)
     cpus_per_worker: float = setting(1.0, "CPUs that Ray reserves for each worker", above=0)
     gpus_per_worker: int = setting(0, "GPUs of each worker", low=0, high=LARGEST)
     accelerator: str | None = setting(None, "type of a TPU slice, such as v4-32, in place of workers")
@@ -183,11 +181,11 @@ class GcloudCluster(ClusterConfig):
     """TPU slices of Google Cloud, bought for the run as one queued resource, their hosts reached by ssh."""
 
     name: str | None = setting(None, "name of the queued resource; the run directory's if not given")
-    project: str | None = setting(None, "Google Cloud project; the one gcloud is set to if null")
+    project: str | None = setting(None, "Google Cloud project; if null, the default of gcloud")
     zone: str | None = setting(None, "zone, such as us-central2-b")
     accelerator: str | None = setting(None, "type of a TPU slice, such as v4-32")
     slices: int = setting(1, "number of TPU slices", low=1, high=LARGEST)
-    runtime_version: str | None = setting(None, "TPU software; the one that goes with the accelerator if null")
+    runtime_version: str | None = setting(None, "TPU software version; if null, the default for the accelerator")
     capacity: str = setting("on-demand", "how the slices are paid for", choices=("on-demand", "spot", "reserved"))
     network: str | None = setting(None, "network of the hosts")
     subnetwork: str | None = setting(None, "subnetwork of the hosts")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from sophia_levanter.errors import InputError
 
-PLUGINS = "--plugins"  # of the fields, the one without a section
+PLUGINS = "--plugins"  # the only field without a section
 
 
 @dataclass

@@ -43,7 +43,7 @@ class Schema:
         Args:
             key: its path.
             prefix: what field names start with where the user writes them: `--` on a command line.
-            options: names that are no fields.
+            options: names of options that are not fields.
         """
         section, _, name = key.rpartition(".")
         of = key if key in self.sections else section if section in self.sections else ""
@@ -165,7 +165,7 @@ def _is_setting(hint: Any) -> bool:
 
 
 def _chosen(registry: type[ChoiceRegistry], key: str, settings: Layer, default: Any) -> type:
-    """The type of a section; the registry itself where none is chosen and there is no default."""
+    """The chosen or default type of a section; the registry itself if it has neither."""
     if key not in settings:
         return registry if default is dataclasses.MISSING else type(default())
     types, setting = registry.get_known_choices(), settings[key]

@@ -51,7 +51,8 @@ def parse_command_line(argv: Sequence[str]) -> Command:
         InputError: if an argument, a file or a value is not what it must be.
     """
     if "--help" in argv or "-h" in argv:
-        named = [after for word, after in itertools.pairwise(argv) if word == "--plugins"]
+        words = [part for word in argv for part in word.split("=", 1)]
+        named = [after for word, after in itertools.pairwise(words) if word == "--plugins"]
         with_plugins([{"plugins": Setting(name)} for name in named])
         return Command(help=help_text())
     given = parse_arguments(argv, options=OPTIONS, flags=FLAGS, overrides=True)
@@ -119,7 +120,7 @@ def dump_config(config: TrainConfig) -> str:
 
 def existing_run(run_dir: Path) -> Path:
     if not run_dir.is_dir():
-        raise InputError(f"--resume {run_dir}: there is no such directory")
+        raise InputError(f"--resume {run_dir}: the directory does not exist")
     config = run_dir / "config.yaml"
     if not config.is_file():
         raise InputError(f"--resume {run_dir}: holds no config.yaml; a run directory does")

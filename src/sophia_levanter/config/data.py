@@ -64,4 +64,4 @@ class DataConfig(Settings):
             raise InputError("data.train is empty; name a file, hub:NAME, ...")
         check_utf8("data.cache_dir", self.cache_dir)
         if not isinstance(self.train, str) and self.validation is None:
-            raise InputError("data.validation is missing; data.train is a mixture, of which no part is held out")
+            raise InputError("data.validation is missing; a mixture in data.train has no held-out part")

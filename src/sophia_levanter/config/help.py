@@ -6,9 +6,7 @@ import dataclasses
 import typing
 from types import UnionType
 
-from draccus import ChoiceRegistry
-
-from sophia_levanter.config.build import choice_key, schema
+from sophia_levanter.config.build import schema
 from sophia_levanter.config.files import show_value
 from sophia_levanter.config.run import TrainConfig
 from sophia_levanter.config.settings import declaration
@@ -34,22 +32,15 @@ HELP_COLUMN = 60
 
 def help_text() -> str:
     """Usage, and each field with its type, its default and its help, section by section."""
-    return "\n\n".join([USAGE, *(_section_help(*section) for section in documented_sections())])
-
-
-def documented_sections() -> list[tuple[str, str, type]]:
-    """The sections of a configuration: title, path and dataclass; one for each type where there are several."""
-    found = schema(TrainConfig)
-    sections = []
+    found, parts = schema(TrainConfig), [USAGE]
     for path, cls in found.sections.items():
         if path and path not in found.choices:
-            sections.append((path, path, cls))
+            parts.append(_section_help(path, path, cls))
         elif path:
-            registry: type[ChoiceRegistry] = found.choices[path]
-            for name, choice in registry.get_known_choices().items():
+            for name, choice in found.choices[path].get_known_choices().items():
                 default = " (the default)" if choice is cls else ""
-                sections.append((f"{path}, with --{path}.{choice_key(registry)} {name}{default}", path, choice))
-    return sections
+                parts.append(_section_help(f"{path}, with --{path}.type {name}{default}", path, choice))
+    return "\n\n".join(parts)
 
 
 def _section_help(title: str, section: str, cls: type) -> str:

@@ -64,7 +64,7 @@ class ModelConfig(Settings, ChoiceRegistry):
         """The implementation of attention on a kind of device, in a dtype; None for a model without attention.
 
         Raises:
-            InputError: if the one that is asked for cannot be used.
+            InputError: if the requested implementation cannot be used.
         """
         return None
 

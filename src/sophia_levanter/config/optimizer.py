@@ -97,11 +97,11 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         }
 
     def curvature_microbatches(self, trainer: TrainerConfig) -> tuple[int, int] | None:
-        """The number and size of the microbatches that refresh the curvature; None where there is no curvature."""
+        """The number and size of the microbatches that refresh the curvature; None without curvature."""
         return None
 
     def describe_curvature(self, trainer: TrainerConfig) -> str | None:
-        """When the curvature is refreshed, and on what; None where there is none."""
+        """When the curvature is refreshed, and on which part of the batch; None without curvature."""
         return None
 
 

@@ -51,7 +51,7 @@ def _import(name: str, setting: Setting) -> None:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise InputError(f"{setting.prefix}{KEY}: {name} needs {error.name}, which is not installed") from error
         raise InputError(
-            f"{setting.prefix}{KEY}: there is no module {name}; run where it can be imported, or set PYTHONPATH"
+            f"{setting.prefix}{KEY}: the module {name} was not found; add its folder to PYTHONPATH"
         ) from error
     except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}")

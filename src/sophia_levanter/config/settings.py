@@ -40,8 +40,8 @@ class Declaration:
 
         Args:
             name: the field's path, for messages.
-            value: what it is to be.
-            nullable: whether None would do.
+            value: the value.
+            nullable: whether the field may be None, for messages.
 
         Raises:
             InputError: names the field, the value and what would do.
@@ -105,8 +105,8 @@ def setting(default: Any, help: str, **bounds: Any) -> Any:
 
 
 def declaration(field: dataclasses.Field[Any]) -> Declaration:
-    """What `setting` declared of a field."""
-    found = field.metadata[DECLARATION]
+    """What `setting` declared of a field; a plain field has neither help nor bounds."""
+    found = field.metadata.get(DECLARATION, Declaration(""))
     assert isinstance(found, Declaration)
     return found
 
@@ -133,8 +133,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if DECLARATION not in field.metadata:  # a section of its own
-                continue
             nullable = "None" in str(field.type)
             declaration(field).check(self.path(field.name), getattr(self, field.name), nullable=nullable)
 

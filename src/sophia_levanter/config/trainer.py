@@ -98,7 +98,7 @@ class TrainerConfig(Settings):
     def _check_batch_size_changes(self) -> None:
         steps = [change.step for change in self.batch_size_changes]
         if steps != sorted(set(steps)):
-            raise InputError(f"trainer.batch_size_changes are at the steps {steps}; each must be above the one before")
+            raise InputError(f"trainer.batch_size_changes are at the steps {steps}; the steps must increase")
         for change in self.batch_size_changes:
             if change.step >= self.num_train_steps:
                 raise InputError(

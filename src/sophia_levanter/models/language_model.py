@@ -154,7 +154,7 @@ class LanguageModel(eqx.Module):
 
         return jax.tree.map(axes, self, is_leaf=_is_layer)
 
-    # Generation. A model without a cache of its own reads its whole context again for each token.
+    # Generation. By default a model has no cache and reads its whole context again for each token.
 
     def empty_cache(self, Batch: Axis) -> PyTree:
         """What is kept of the tokens that rows hold so far, for no tokens.
@@ -213,7 +213,7 @@ def write_row(cache: NamedArray, row: jax.Array, new: NamedArray) -> NamedArray:
     Args:
         cache: [batch, position, ...] in any order.
         row: which, an int scalar.
-        new: [position, ...], the same axes without `batch`, and as many positions as are replaced.
+        new: [position, ...], the axes of `cache` without `batch`; its positions are the ones replaced.
     """
     # Not at an index of the rows, which may be spread over devices: each would gather the whole.
     here = {"position": slice(0, new.resolve_axis("position").size)}

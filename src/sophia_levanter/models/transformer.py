@@ -179,5 +179,5 @@ def normal_weights(config: TransformerConfig, axes: AxisSpec, key: jax.Array, *,
 
 
 def dropout(config: TransformerConfig, x: NamedArray, key: jax.Array | None) -> NamedArray:
-    """The array with a part of it dropped where there is a key."""
+    """Dropout at rate `config.dropout` if a key is given; otherwise the array unchanged."""
     return x if key is None else hnn.dropout(x, config.dropout, inference=False, key=key)

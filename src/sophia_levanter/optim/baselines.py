@@ -106,10 +106,10 @@ class OptaxOptimizer(eqx.Module):
         return {"momentum_norm": optax.tree.norm(moments)}
 
     def estimator_at(self, state: BaselineState) -> None:
-        """None: there is no curvature to estimate."""
+        """Always None, since the optimizer uses no curvature."""
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """None, unless an optimizer says otherwise."""
+        """No work on matrices; optimizers that do any override this."""
         return MatrixWork()
 
 

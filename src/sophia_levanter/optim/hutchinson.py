@@ -100,7 +100,7 @@ class Hutchinson(eqx.Module):
         return 2.0 * self.num_probes
 
     def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
-        """A step's gradient, and an estimate in a pass of its own."""
+        """A step's gradient, and an estimate from a separate pass."""
         sums = step.gradient()
         loss_fn, microbatches, weights = step.curvature_pass(sums)
         return sums, self(loss_fn, step.model, microbatches, key=step.key, weights=weights)

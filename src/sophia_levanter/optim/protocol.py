@@ -39,7 +39,7 @@ class GradientSums(NamedTuple):
 class RefreshStep(Protocol):
     """A training step that refreshes the curvature, as an estimator sees it.
 
-    An estimator is a function of it: it says which passes over the batch the step makes.
+    The estimator decides which passes over the batch the step makes.
     """
 
     @property
@@ -132,7 +132,7 @@ class Optimizer(Protocol[State]):
 
     @property
     def estimator(self) -> Any:
-        """The estimator of the curvature; None where there is none."""
+        """The estimator of the curvature; None for an optimizer without curvature."""
         ...
 
     def init(self, model: PyTree) -> State:

@@ -1,0 +1,340 @@
+"""What configuration files mean, and what they cannot say."""
+
+from pathlib import Path
+
+import pytest
+from refusals import TYPES, load_error
+
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.command_line import dump_config, load_config
+from sophia_levanter.config.data import DataConfig, MixturePart
+from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.optimizer import AdamWConfig, LionConfig, SophiaGConfig, SophiaHConfig
+from sophia_levanter.config.trainer import BatchSizeChange, TrainerConfig
+from sophia_levanter.errors import InputError
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "optimizer:\nmodel: {}\n", "defaults: []\n"])
+def test_empty_file_is_all_defaults(write, text):
+    assert load_config(write(text)) == TrainConfig()
+
+
+def test_file_sets_fields_of_every_section(write):
+    text = """
+model: {num_layers: 2, use_bias: true}
+optimizer: {type: lion, learning_rate: 6e-5, final_learning_rate: 0, weight_decay: 1}
+data: {train: "*.txt", validation: null}
+trainer: {microbatch_size: 4, batch_size: 8, max_grad_norm: null}
+"""
+    config = load_config(write(text))
+    assert config.model == Gpt2Config(num_layers=2, use_bias=True)
+    assert config.optimizer == LionConfig(learning_rate=6e-5, final_learning_rate=0.0, weight_decay=1.0)
+    assert isinstance(config.optimizer.weight_decay, float)
+    assert config.data == DataConfig(train="*.txt")
+    assert config.trainer == TrainerConfig(microbatch_size=4, batch_size=8, max_grad_norm=None)
+
+
+@pytest.mark.parametrize("text", ["6e-4", "6E-4", "+6e-4", "6.e-4", ".0006", "0.0006"])
+def test_yaml_numbers(write, text):
+    assert load_config(write(f"optimizer: {{learning_rate: {text}}}")).optimizer.learning_rate == 6e-4
+
+
+@pytest.mark.parametrize("text", ["yes", "off", "0123", "12:30", "2024-01-02", "1_000", ".inf", "null-ish.txt"])
+def test_yaml_words_that_yaml_1_1_would_change_stay_strings(write, text):
+    assert load_config(write(f"data: {{text_field: {text}}}")).data.text_field == text
+
+
+@pytest.mark.parametrize(
+    ("text", "separator"),
+    [
+        ("<|endoftext|>", "<|endoftext|>"),
+        (r'"\n\n"', "\n\n"),
+        ("'---'", "---"),
+        (r'"\u00e9\x1e "', "\u00e9\x1e "),
+        ("null", None),
+    ],
+)
+def test_separators(write, text, separator):
+    config = load_config(write(f"data: {{document_separator: {text}}}"))
+    assert config.data.document_separator == separator
+    assert load_config(write(dump_config(config))) == config
+    assert load_config(write(""), [("data.document_separator", separator or "null")]).data == config.data
+
+
+def test_sophia_g_is_the_type_of_an_optimizer_section_without_one(write):
+    assert load_config(write("optimizer: {rho: 0.03}")).optimizer == SophiaGConfig(rho=0.03)
+
+
+def test_defaults_merge_deeply_in_order(write):
+    write("model: {num_layers: 1, seq_len: 8}\noptimizer: {rho: 0.1, interval: 3}\n", "base/first.yaml")
+    write("defaults: [first.yaml]\nmodel: {num_layers: 2}\n", "base/second.yaml")
+    write("optimizer: {rho: 0.2}\n", "base/third.yaml")
+    path = write("defaults: [base/second.yaml, base/third.yaml]\nmodel: {num_heads: 4}\n")
+    config = load_config(path)
+    assert config.model == Gpt2Config(num_layers=2, num_heads=4, seq_len=8)
+    assert config.optimizer == SophiaGConfig(rho=0.2, interval=3)
+
+
+def test_file_takes_precedence_over_its_defaults_wherever_they_stand(write):
+    write("trainer: {seed: 1}", "base.yaml")
+    assert load_config(write("trainer: {seed: 2}\ndefaults: [base.yaml]")).trainer.seed == 2
+
+
+def test_one_file_may_be_included_twice(write):
+    write("trainer: {seed: 1}", "base.yaml")
+    write("defaults: [base.yaml]", "a.yaml")
+    assert load_config(write("defaults: [base.yaml, a.yaml]")).trainer.seed == 1
+
+
+def test_defaults_in_a_circle(write):
+    write("defaults: [b.yaml]", "a.yaml")
+    write("defaults: [a.yaml]", "b.yaml")
+    message = load_error(write("defaults: [a.yaml]"))
+    assert "b.yaml: defaults go round in a circle: a.yaml -> b.yaml -> a.yaml" in message
+
+
+def test_missing_files(write, tmp_path):
+    assert load_error(tmp_path / "no.yaml") == f"{tmp_path}/no.yaml: there is no such file"
+    path = write("defaults: [no.yaml]")
+    assert load_error(path) == f"{tmp_path}/no.yaml: there is no such file; {path} names it under defaults"
+    assert "cannot be read" in load_error(tmp_path)
+
+
+def test_file_that_is_not_text(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"model: \xff\xfe")
+    assert load_error(path) == f"{path}: is not text in UTF-8"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("model:\n  num_layers: [1", "at line 2"),
+        ("model:\n  num_layers: 1\n  seq_len: 2\n  num_layers: 3", "at line 4: duplicate key 'num_layers'"),
+        ("model: {seed: 1}\nmodel: {}", "at line 2: duplicate key 'model'"),
+        ("data:\n  train: *.txt", "at line 2"),
+        ("a: &x {b: 1}\nc: *x", "at line 1: anchors and aliases are refused"),
+        ("a: &x [*x]", "anchors and aliases are refused"),
+        ("data: !!python/object/apply:os.getcwd []", "the tag tag:yaml.org,2002:python/object/apply:os.getcwd is"),
+        ("data: !include x.yaml", "the tag !include is refused"),
+        ("--- 1\n--- 2", "expected a single document"),
+        ("model: \x00", "not valid YAML"),
+        ("trainer: {seed: " + "1" * 5000 + "}", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+        ("- model", "holds a list; it must be a mapping"),
+        ("model", "holds a str; it must be a mapping"),
+        ("defaults: base.yaml", "defaults is 'base.yaml'; it must be a list of file names"),
+        ("defaults: [{a: 1}]", "it must be a list of file names"),
+        ("optimizer.rho: 0.03", "key 'optimizer.rho' has a dot"),
+        ("<<: {model: {}}", "unknown key '<<.model'"),
+    ],
+)
+def test_files_that_are_not_strict_yaml(write, text, problem):
+    path = write(text)
+    message = load_error(path)
+    assert message.startswith(f"{path}: ")
+    assert problem in message
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "suggestion"),
+    [
+        ("optimizer: {roh: 1}", "optimizer.roh", "did you mean optimizer.rho?"),
+        ("optimizer: {learning_rat: 1}", "optimizer.learning_rat", "did you mean optimizer.learning_rate?"),
+        ("optimiser: {rho: 1}", "optimiser.rho", "did you mean optimizer.rho?"),
+        ("trainer: {learning_rate: 1}", "trainer.learning_rate", "did you mean optimizer.learning_rate?"),
+        ("seq_len: 3", "seq_len", "did you mean model.seq_len?"),
+        ("modle: 3", "modle", "did you mean model?"),
+        ("model: {zzz: 1}", "model.zzz", "the fields of model of type gpt2 are type, seq_len"),
+        ("zzz: {qqq: 1}", "zzz.qqq", "the sections are model, optimizer, data, trainer"),
+        ("7: 1", "7", "the sections are"),
+        ('"a\\nb": 1', "a\\nb", "the sections are"),
+        (
+            "optimizer: {type: adamw, rho: 1}",
+            "optimizer.rho",
+            "the fields of optimizer of type adamw are type, learning_rate, final_learning_rate, warmup_steps, "
+            "weight_decay, momentum_dtype, b1, b2, eps, nesterov, cautious, schedule",
+        ),
+    ],
+)
+def test_unknown_key_names_the_nearest(write, text, key, suggestion):
+    path = write(text)
+    message = load_error(path)
+    assert message.startswith(f"{path}: unknown key '{key}'; {suggestion}")
+
+
+def test_unknown_key_names_the_file_it_stands_in(write):
+    base = write("optimizer: {roh: 1}", "base.yaml")
+    assert load_error(write("defaults: [base.yaml]\noptimizer: {rho: 1}")).startswith(f"{base}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("trainer: {num_train_steps: abc}", "trainer.num_train_steps is 'abc'; it must be an integer"),
+        ("trainer: {num_train_steps: 1.5}", "trainer.num_train_steps is 1.5; it must be an integer"),
+        ("trainer: {num_train_steps: 1e5}", "trainer.num_train_steps is 100000.0; it must be an integer"),
+        ("trainer: {num_train_steps: true}", "trainer.num_train_steps is true; it must be an integer"),
+        ("trainer: {num_train_steps: '7'}", "trainer.num_train_steps is '7'; it must be an integer"),
+        ("trainer: {num_train_steps: null}", "trainer.num_train_steps is null; it must be an integer"),
+        ("trainer: {num_train_steps: [1]}", "trainer.num_train_steps is a list; it must be an integer"),
+        ("trainer: {num_train_steps: {a: 1}}", "trainer.num_train_steps is a mapping; it must be an integer"),
+        ("trainer: {num_train_steps: {a: {b: 1}}}", "trainer.num_train_steps is a mapping; it must be an integer"),
+        ("trainer: {num_train_steps: {}}", "trainer.num_train_steps is a mapping; it must be an integer"),
+        ("trainer: {microbatch_size: x}", "trainer.microbatch_size is 'x'; it must be an integer or null"),
+        ("optimizer: {rho: x}", "optimizer.rho is 'x'; it must be a finite number"),
+        ("optimizer: {rho: true}", "optimizer.rho is true; it must be a finite number"),
+        ("optimizer: {rho: .nan}", "optimizer.rho is '.nan'; it must be a finite number"),
+        ("optimizer: {rho: 1e999}", "optimizer.rho is inf; it must be a finite number"),
+        ("optimizer: {rho: 1" + "0" * 400 + "}", "optimizer.rho is inf; it must be a finite number"),
+        ("model: {use_bias: yes}", "model.use_bias is 'yes'; it must be true or false"),
+        ("model: {use_bias: 1}", "model.use_bias is 1; it must be true or false"),
+        ("data: {text_field: 12}", "data.text_field is 12; it must be a string; quote it"),
+        ("data: {validation: [a.txt]}", "data.validation is a list; it must be a string or null"),
+        ("data: {validation: 1.5}", "data.validation is 1.5; it must be a string or null; quote it"),
+        ("model: 3", "model is 3; it must be a section of fields"),
+        ("model: [num_layers]", "model is a list; it must be a section of fields"),
+        (
+            "optimizer: {schedule: cosin}",
+            "optimizer.schedule.type is 'cosin'; it must be one of cosine, linear, constant",
+        ),
+        ("optimizer: adamw2", f"optimizer.type is 'adamw2'; {TYPES}"),
+        (
+            "optimizer: {type: sgd}",
+            f"optimizer.type is 'sgd'; {TYPES}",
+        ),
+        (
+            "optimizer: {type: [a]}",
+            f"optimizer.type is a list; {TYPES}",
+        ),
+    ],
+)
+def test_wrong_types(write, text, problem):
+    path = write(text)
+    assert load_error(path) == f"{path}: {problem}"
+
+
+def test_errors_of_a_dataclass_pass_unchanged(write):
+    with pytest.raises(InputError) as direct:
+        Gpt2Config(num_heads=7)
+    assert load_error(write("model: {num_heads: 7}")) == str(direct.value)
+    assert load_error(write("optimizer: {rho: -1}")) == "optimizer.rho is -1.0; it must be above 0"
+    assert "optimizer.warmup_steps 2000 is more than" in load_error(write("trainer: {num_train_steps: 10}"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(),
+        TrainConfig(optimizer=SophiaHConfig(eps=1e-30, probe="gaussian", bias_correct_momentum=True)),
+        TrainConfig(optimizer=AdamWConfig(learning_rate=1e16)),
+        TrainConfig(optimizer=LionConfig(learning_rate=1 / 3)),
+        TrainConfig(trainer=TrainerConfig(run_dir="null", microbatch_size=8, max_grad_norm=None)),
+        *(
+            TrainConfig(data=DataConfig(train=text))
+            for text in ("6e-4", "0123", "yes", "true", "~", "*.txt", "!x", "a: b", "# c", "two\nlines", "ä €", " x ")
+        ),
+    ],
+)
+def test_dumped_config_is_read_back(write, config):
+    assert load_config(write(dump_config(config))) == config
+
+
+def test_dumped_config_names_the_optimizer(write):
+    assert "optimizer:\n  type: adamw\n  learning_rate: " in dump_config(TrainConfig(optimizer=AdamWConfig()))
+
+
+MIXTURE = """\
+data:
+  train:
+    - {source: python_stdlib, weight: 3}
+    - {source: other.txt}
+  validation: other.txt
+"""
+
+
+def test_a_mixture_of_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(MIXTURE)
+    config = load_config(tmp_path / "a.yaml")
+    assert config.data.train == (MixturePart("python_stdlib", 3.0), MixturePart("other.txt", 1.0))
+    (tmp_path / "b.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "b.yaml") == config
+    assert load_config(tmp_path / "a.yaml", [("data.train", "one.txt")]).data.train == "one.txt"
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ("[other.txt]", "data.train[0] is 'other.txt'; it must be a mapping of fields"),
+        ("[{source: a, wieght: 2}]", "data.train[0].wieght is unknown; the fields are source, weight"),
+        ("[{weight: 2}]", "data.train[0].source is missing; the fields are source, weight"),
+        ("[{source: a, weight: x}]", "data.train[0].weight is 'x'; it must be a finite number"),
+        ("[{source: a, weight: 0}]", "data.train.weight is 0.0; it must be above 0"),
+        ("[{source: ''}]", "data.train.source is empty; name a file, hub:NAME, ..."),
+        ("[]", "data.train is empty"),
+        ("{source: a}", "data.train is a mapping; it must be a string"),
+        ("7", "data.train is 7; it must be a string"),
+    ],
+)
+def test_mixtures_that_are_none(tmp_path: Path, train: str, expected: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"data:\n  train: {train}\n  validation: b.txt\n")
+    with pytest.raises(InputError) as info:
+        load_config(tmp_path / "a.yaml")
+    assert expected in str(info.value)
+
+
+def test_changes_of_the_batch_size(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("trainer:\n  batch_size_changes:\n    - {step: 10, batch_size: 960}\n")
+    changes = (BatchSizeChange(10, 960),)
+    config = load_config(tmp_path / "a.yaml")
+    assert config.trainer.batch_size_changes == changes
+    (tmp_path / "b.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "b.yaml") == config
+    on_top = load_config(tmp_path / "a.yaml", [("trainer.batch_size_changes", "[{step: 20, batch_size: 5}]")])
+    assert on_top.trainer.batch_size_changes == (BatchSizeChange(20, 5),)
+    assert load_config(tmp_path / "a.yaml", [("trainer.batch_size_changes", "[]")]).trainer.batch_size_changes == ()
+    assert [config.trainer.at_step(step).batch_size for step in (0, 9, 10, 11)] == [480, 480, 960, 960]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        ("batch_size_changes: 5", "trainer.batch_size_changes is 5; it must be a list"),
+        ("batch_size_changes: null", "trainer.batch_size_changes is null; it must be a list"),
+        ("batch_size_changes: [5]", "trainer.batch_size_changes[0] is 5; it must be a mapping"),
+        ("batch_size_changes: [{step: 0, batch_size: 2}]", "batch_size_changes.step is 0; it must be at least 1"),
+        (
+            "batch_size_changes: [{step: 1, batch_size: 0}]",
+            "batch_size_changes.batch_size is 0; it must be",
+        ),
+        (
+            "batch_size_changes: [{step: 1, batch_size: 2.5}]",
+            "batch_size is 2.5; it must be an int",
+        ),
+        ("batch_size_changes: [{step: 1}]", "batch_size_changes[0].batch_size is missing"),
+        (
+            "batch_size_changes: [{step: 2, batch_size: 4}, {step: 2, batch_size: 8}]",
+            "batch_size_changes are at the steps [2, 2]; the steps must increase",
+        ),
+        (
+            "batch_size_changes: [{step: 100000, batch_size: 4}]",
+            "batch_size_changes has the step 100000, which is never reached",
+        ),
+        (
+            "{batch_size: 8, microbatch_size: 4, batch_size_changes: [{step: 2, batch_size: 6}]}",
+            "trainer.microbatch_size 4 does not divide trainer.batch_size 6",
+        ),
+    ],
+)
+def test_changes_of_the_batch_size_that_are_none(tmp_path: Path, trainer: str, expected: str) -> None:
+    text = f"trainer: {trainer}" if trainer.startswith("{") else f"trainer:\n  {trainer}"
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(InputError) as info:
+        load_config(tmp_path / "a.yaml")
+    assert expected in str(info.value)
+
+
+def test_a_mixture_without_a_validation_text(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(MIXTURE.replace("  validation: other.txt\n", ""))
+    with pytest.raises(InputError, match=r"^data\.validation is missing; a mixture in data\.train"):
+        load_config(tmp_path / "a.yaml")
