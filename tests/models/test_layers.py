@@ -7,7 +7,7 @@ import pytest
 from haliax import Axis
 
 from sophia_levanter.config.mesh import MeshConfig
-from sophia_levanter.models.layers import gelu, layer_norm, linear
+from sophia_levanter.models.layers import gelu, normalize, linear
 from sophia_levanter.partition.mesh import partition_of
 
 Batch, Position, Embed, Heads, HeadSize = hax.make_axes(batch=8, position=6, embed=8, heads=4, head_size=2)
@@ -90,7 +90,7 @@ def test_layer_norm_and_its_derivatives(bias):
         return apply
 
     primals = (x, weight, shift) if bias else (x, weight)
-    ours, theirs = with_arrays(layer_norm), with_arrays(lambda norm, x: norm(x))
+    ours, theirs = with_arrays(normalize), with_arrays(lambda norm, x: norm(x))
     np.testing.assert_allclose(ours(*primals), theirs(*primals), rtol=1e-5, atol=1e-6)
     tangents = tuple(jnp.cos(7 * p) for p in primals)
     for found, wanted in zip(*(hessian_product(f, primals, tangents) for f in (ours, theirs)), strict=True):
@@ -101,6 +101,6 @@ def test_layer_norm_of_bfloat16_has_its_statistics_in_float32():
     norm = hnn.LayerNorm.init(Embed, use_bias=False)
     x = draw((*ROWS, Embed), dtype=jnp.bfloat16) + 100
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), norm)
-    found = layer_norm(half, x)
+    found = normalize(half, x)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found.array, norm(x.astype(jnp.float32)).array.astype(jnp.bfloat16))

@@ -114,7 +114,7 @@ class MeshConfig(Settings):
     @property
     def compute_mapping(self) -> dict[str, tuple[str, ...]]:
         """The mesh axes of each named axis, for activations and for parameters while they are in use."""
-        named = {name: getattr(self, name) for name in (*TENSOR_AXES, "position")}
+        named = {name: getattr(self, name) for name in (*TENSOR_AXES, "position")} | {"kv_heads": self.heads}
         return {"batch": ("replica", "data")} | {name: (axis,) for name, axis in named.items() if axis is not None}
 
     @property

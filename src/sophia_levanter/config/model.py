@@ -111,7 +111,13 @@ class TransformerConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.head_dim  # refuses heads that do not divide the width
+
+    @property
+    def head_dim(self) -> int:
+        """The size of a head's queries, keys and values."""
         check_divisor("model.num_heads", self.num_heads, "model.embed_dim", self.embed_dim)
+        return self.embed_dim // self.num_heads
 
     @property
     def mlp_dim(self) -> int:
@@ -136,7 +142,7 @@ class TransformerConfig(ModelConfig):
             platform,
             dtype,
             self.seq_len,
-            self.embed_dim // self.num_heads,
+            self.head_dim,
             split_positions=split_positions,
             dropout=self.dropout > 0,
         )
@@ -156,7 +162,7 @@ class TransformerConfig(ModelConfig):
 
     @property
     def HeadSize(self) -> Axis:
-        return _axis("head_size", self.embed_dim // self.num_heads)
+        return _axis("head_size", self.head_dim)
 
     @property
     def Layers(self) -> Axis:
@@ -191,6 +197,74 @@ class Gpt2Config(TransformerConfig):
 
     def axis_sizes(self) -> dict[str, tuple[str, int]]:
         return super().axis_sizes() | {"mlp": ("model.embed_dim x model.mlp_ratio", self.mlp_dim)}
+
+
+@ModelConfig.register_subclass("llama")
+@dataclass(frozen=True)
+class LlamaConfig(TransformerConfig):
+    """A decoder in the style of Llama (Touvron et al. 2023); with `qk_norm`, of Qwen3 (2025).
+
+    Raises:
+        InputError: if a value is out of its bounds, `num_kv_heads` does not divide `num_heads`, or heads have an odd
+            size, which rotary positions cannot rotate in pairs.
+    """
+
+    title: ClassVar[str] = "Llama"
+
+    num_kv_heads: int | None = setting(
+        None, "heads of keys and values; must divide num_heads; num_heads if not given", low=1, high=LARGEST
+    )
+    head_size: int | None = setting(None, "size of a head; embed_dim / num_heads if not given", low=2, high=LARGEST)
+    intermediate_dim: int | None = setting(
+        None,
+        "hidden width of the MLP; 8/3 of embed_dim, rounded up to a multiple of 64, if not given",
+        low=1,
+        high=LARGEST,
+    )
+    rope_theta: float = setting(10000.0, "base of the rotary positions' wavelengths", above=0)
+    qk_norm: bool = setting(False, "RMSNorm of each head's queries and keys, as Qwen3 has it")
+    tie_embeddings: bool = setting(False, "use the token embedding as output head")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_divisor("model.num_kv_heads", self.kv_heads, "model.num_heads", self.num_heads)
+        if self.head_dim % 2:
+            raise InputError(
+                f"model.head_size is {self.head_dim}; rotary positions need an even one: "
+                "set model.head_size, or another model.num_heads"
+            )
+
+    def build(self, *, vocab_size: int, key: jax.Array) -> LanguageModel:
+        from sophia_levanter.models.llama import Llama
+
+        return Llama.init(self, vocab_size=vocab_size, key=key)
+
+    @property
+    def head_dim(self) -> int:
+        return super().head_dim if self.head_size is None else self.head_size
+
+    @property
+    def mlp_dim(self) -> int:
+        return -(-8 * self.embed_dim // 192) * 64 if self.intermediate_dim is None else self.intermediate_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of heads of keys and values."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def KVHeads(self) -> Axis:
+        return self.Heads if self.kv_heads == self.num_heads else _axis("kv_heads", self.kv_heads)
+
+    def axis_sizes(self) -> dict[str, tuple[str, int]]:
+        return super().axis_sizes() | {
+            "kv_heads": ("model.num_kv_heads", self.kv_heads),
+            "mlp": ("model.intermediate_dim", self.mlp_dim),
+        }
+
+    def describe(self) -> str:
+        groups = "" if self.kv_heads == self.num_heads else f" ({self.kv_heads} of keys and values)"
+        return super().describe().replace(" heads", f" heads{groups}", 1)
 
 
 def check_divisor(name: str, divisor: int, other: str, number: int) -> None:

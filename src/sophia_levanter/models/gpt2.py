@@ -9,7 +9,7 @@ import jax
 from haliax import Axis, AxisSpec, NamedArray
 
 from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.models.layers import gelu, layer_norm, linear
+from sophia_levanter.models.layers import gelu, linear, normalize
 from sophia_levanter.models.transformer import Block, Transformer, dropout, normal_weights
 
 __all__ = ["Gpt2", "Gpt2Config"]
@@ -78,13 +78,13 @@ class Gpt2Block(Block):
     def project(
         self, x: NamedArray, layer: NamedArray, positions: NamedArray | None
     ) -> tuple[NamedArray, NamedArray, NamedArray]:
-        return self.attn.project(layer_norm(self.ln_1, x), layer)
+        return self.attn.project(normalize(self.ln_1, x), layer)
 
     def finish(
         self, x: NamedArray, attended: NamedArray, k_attn: jax.Array | None = None, k_mlp: jax.Array | None = None
     ) -> NamedArray:
         x = x + dropout(self.config, linear(self.attn.c_proj, attended), k_attn)
-        return hax.auto_sharded(x + dropout(self.config, self.mlp(layer_norm(self.ln_2, x)), k_mlp))
+        return hax.auto_sharded(x + dropout(self.config, self.mlp(normalize(self.ln_2, x)), k_mlp))
 
 
 class Gpt2(Transformer):
@@ -139,7 +139,7 @@ class Gpt2(Transformer):
         return dropout(self.config, self.wte.embed(tokens) + at, key)
 
     def final_norm(self, x: NamedArray) -> NamedArray:
-        return layer_norm(self.ln_f, x)
+        return normalize(self.ln_f, x)
 
 
 def _linear(config: Gpt2Config, In: AxisSpec, Out: AxisSpec, *, key: jax.Array, residual: bool = False) -> hnn.Linear:

@@ -222,7 +222,7 @@ def write_row(cache: NamedArray, row: jax.Array, new: NamedArray) -> NamedArray:
 
 
 def _is_layer(x: object) -> bool:
-    return isinstance(x, hnn.Linear | hnn.Embedding | hnn.LayerNorm)
+    return isinstance(x, hnn.Linear | hnn.Embedding)
 
 
 def _is_float(x: object) -> bool:

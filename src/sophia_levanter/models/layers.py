@@ -87,33 +87,36 @@ def _gelu_backward(x: jax.Array, d_y: jax.Array) -> tuple[jax.Array]:
 _gelu.defvjp(lambda x: (_tanh_gelu(x), x), _gelu_backward)
 
 
-def layer_norm(norm: hnn.LayerNorm, x: NamedArray) -> NamedArray:
-    """The layer norm with its statistics in float32 or wider, in the dtype of x."""
+def normalize(norm: hnn.LayerNorm | hnn.RmsNorm, x: NamedArray) -> NamedArray:
+    """The norm with its statistics in float32 or wider, in the dtype of x; a layer norm subtracts the mean first."""
     (axis,) = ensure_tuple(norm.axis)
     x = x.rearrange((..., axis))
     bias = None if norm.bias is None else norm.bias.array
-    return NamedArray(_layer_norm(norm.eps, x.array, norm.weight.array, bias), x.axes)
+    centered = not isinstance(norm, hnn.RmsNorm)
+    return NamedArray(_normalize(norm.eps, centered, x.array, norm.weight.array, bias), x.axes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _layer_norm(eps: float, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return _layer_norm_forward(eps, x, weight, bias)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalize(eps: float, centered: bool, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return _normalize_forward(eps, centered, x, weight, bias)[0]
 
 
-def _layer_norm_forward(eps: float, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, tuple]:
+def _normalize_forward(
+    eps: float, centered: bool, x: jax.Array, weight: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, tuple]:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = jnp.mean(wide, -1, keepdims=True)
+    mean = jnp.mean(wide, -1, keepdims=True) if centered else jnp.zeros((), wide.dtype)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide - mean), -1, keepdims=True) + eps)
     y = (wide - mean) * scale * weight
     return (y if bias is None else y + bias).astype(x.dtype), (x, mean, scale, weight, bias)
 
 
-def _layer_norm_backward(eps: float, kept: tuple, d_y: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+def _normalize_backward(eps: float, centered: bool, kept: tuple, d_y: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
     x, mean, scale, weight, bias = kept
     normal = (x.astype(mean.dtype) - mean) * scale
     d_y = d_y.astype(mean.dtype)
     d_normal = d_y * weight
-    along_mean = jnp.mean(d_normal, -1, keepdims=True)
+    along_mean = jnp.mean(d_normal, -1, keepdims=True) if centered else jnp.zeros_like(mean)
     along_normal = jnp.mean(d_normal * normal, -1, keepdims=True)
     d_x = scale * (d_normal - along_mean - normal * along_normal)
     rows = tuple(range(x.ndim - 1))
@@ -121,4 +124,28 @@ def _layer_norm_backward(eps: float, kept: tuple, d_y: jax.Array) -> tuple[jax.A
     return d_x.astype(x.dtype), d_weight, None if bias is None else jnp.sum(d_y, rows).astype(bias.dtype)
 
 
-_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def rotary(x: NamedArray, positions: NamedArray | None, theta: float) -> NamedArray:
+    """Rotary positions (Su et al., arXiv 2104.09864), in the order of transformers' Llama.
+
+    Numbers i and i + head_size / 2 of a head are a pair, which is rotated by position * theta^(-2 i / head_size).
+
+    Args:
+        x: queries or keys, [..., head_size].
+        positions: int32, of one token in each row; None for tokens [..., position] from position 0 on.
+        theta: the base of the wavelengths.
+
+    Returns:
+        As `x`, in its dtype; the angles are float32 or wider.
+    """
+    whole = x.resolve_axis("head_size")
+    half = whole.resize(whole.size // 2)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    at = hax.arange(x.resolve_axis("position")) if positions is None else positions
+    angles = at.astype(dtype).broadcast_axis(half) * theta ** (-hax.arange(half, dtype=dtype) / half.size)
+    cos, sin = hax.cos(angles), hax.sin(angles)
+    first, second = x.split(whole, [half, half])
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    return hax.concatenate(whole, [part.rearrange(first.axes) for part in parts]).astype(x.dtype)

@@ -102,12 +102,12 @@ class Transformer(LanguageModel):
     def flops_per_token(self) -> float:
         """FLOPs of forward and backward for one token: 6 for each weight in a matrix product, and attention's.
 
-        Attention costs 12 * layers * embed * seq_len, as PaLM's appendix B (arXiv 2204.02311) counts it.
+        Attention costs 12 * layers * heads * head_size * seq_len, as PaLM's appendix B (arXiv 2204.02311) counts it.
         """
         config = self.config
         layers = jax.tree.leaves(self.blocks, is_leaf=lambda x: isinstance(x, hnn.Linear))
         weights = sum(layer.weight.size for layer in layers if isinstance(layer, hnn.Linear)) + self.head_weights().size
-        return 6.0 * weights + 12.0 * config.num_layers * config.embed_dim * config.seq_len
+        return 6.0 * weights + 12.0 * config.num_layers * config.num_heads * config.head_dim * config.seq_len
 
     def gathered(self) -> Transformer:
         """With whole parameters outside of the blocks, which gather their own."""
