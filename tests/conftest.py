@@ -116,6 +116,40 @@ def plugin_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[P
 
 
 @pytest.fixture
+def golden():
+    """Arrays measured from other people's programs, by the name of their file."""
+    import numpy as np
+
+    return lambda name: np.load(Path(__file__).parent / "golden" / f"{name}.npz")
+
+
+@pytest.fixture
+def make_model():
+    """A tiny GPT-2 with weights large enough for the layers to matter, drawn without jax, which takes long to."""
+    from sophia_levanter.models.gpt2 import Gpt2Config
+
+    def make(vocab_size=100, **changes):
+        shape = {"num_layers": 2, "num_heads": 2, "embed_dim": 8, "seq_len": 8, "loss_block_size": 3}
+        return draw_model(Gpt2Config(**(shape | {"gradient_checkpointing": "none"} | changes)), vocab_size)
+
+    return make
+
+
+def draw_model(config, vocab_size):
+    """A model with normal weights of standard deviation 0.3, biases and norms as well."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from sophia_levanter.models.language_model import abstract_model
+
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), abstract_model(config, vocab_size)
+    )
+
+
+@pytest.fixture
 def gpt2_folder(tmp_path: Path) -> Path:
     """A folder as transformers saves GPT-2: that configuration's shape with biases, weights larger than drawn ones."""
     import jax

@@ -7,7 +7,7 @@ import pytest
 from haliax import Axis
 
 from sophia_levanter.config.mesh import MeshConfig
-from sophia_levanter.models.layers import gelu, normalize, linear
+from sophia_levanter.models.layers import gelu, linear, normalize
 from sophia_levanter.partition.mesh import partition_of
 
 Batch, Position, Embed, Heads, HeadSize = hax.make_axes(batch=8, position=6, embed=8, heads=4, head_size=2)

@@ -14,10 +14,10 @@ from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.data.batches import TrainBatches
 from sophia_levanter.data.prepare import prepare
+from sophia_levanter.interop.exporting import export_model
 from sophia_levanter.main import main
 from sophia_levanter.models.huggingface import gpt2_from_state_dict
 from sophia_levanter.tracking.console import Console
-from sophia_levanter.training.exporting import export_model
 from sophia_levanter.training.initial_weights import _digest, read_initial_weights
 from sophia_levanter.training.loading_models import load_model
 from sophia_levanter.training.parts import build_parts

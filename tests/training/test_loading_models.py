@@ -8,8 +8,8 @@ import pytest
 
 from sophia_levanter.checkpoint import CheckpointError
 from sophia_levanter.errors import InputError
+from sophia_levanter.interop.saved_weights import open_model
 from sophia_levanter.main import main
-from sophia_levanter.models.saved_weights import open_model
 from sophia_levanter.training.loading_models import load_model
 
 

@@ -20,7 +20,7 @@ usage: python -m sophia_levanter.commands.export MODEL OUT_DIR [--step N] [--dty
 
 Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load, and --trainer.initial_weights too.
 
-  MODEL                  a run directory, a folder of transformers' GPT-2, or nanoGPT's ckpt.pt
+  MODEL                  a run directory, a folder of transformers, or nanoGPT's ckpt.pt
   OUT_DIR                a new or an empty folder
   --step N               of the run's checkpoints; the newest if not given
   --dtype TYPE           float32, bfloat16 or float16; as the model has it if not given
@@ -73,7 +73,7 @@ def parse(words: Sequence[str]) -> Command:
 
 def _export(command: Command) -> int:
     # Only now what takes long to import.
-    from sophia_levanter.training.exporting import check_new_folder, export_model
+    from sophia_levanter.interop.exporting import check_new_folder, export_model
     from sophia_levanter.training.loading_models import load_model
 
     check_new_folder(command.folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from draccus import ChoiceRegistry
@@ -47,6 +47,10 @@ class ModelConfig(Settings, ChoiceRegistry):
             key: a jax random key.
         """
         raise not_defined(self, "build")
+
+    def explicit(self) -> ModelConfig:
+        """The same settings, with those filled in that follow from others."""
+        return self
 
     def embedding_rows(self, vocab_size: int) -> int:
         """Rows of the token embedding without padding, for a tokenizer of so many tokens."""
@@ -238,6 +242,9 @@ class LlamaConfig(TransformerConfig):
         from sophia_levanter.models.llama import Llama
 
         return Llama.init(self, vocab_size=vocab_size, key=key)
+
+    def explicit(self) -> LlamaConfig:
+        return replace(self, num_kv_heads=self.kv_heads, head_size=self.head_dim, intermediate_dim=self.mlp_dim)
 
     @property
     def head_dim(self) -> int:

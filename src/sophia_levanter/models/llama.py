@@ -1,7 +1,7 @@
 """A decoder in the style of Llama (Touvron et al. 2023, arXiv 2302.13971) with Haliax named axes.
 
-RMSNorm before attention and MLP, rotary positions, SwiGLU, grouped queries (Ainslie et al., arXiv 2305.13245), no biases.
-The fields are named as transformers' Llama names its modules.
+RMSNorm before attention and MLP, rotary positions, SwiGLU, grouped queries (Ainslie et al., arXiv 2305.13245), no
+biases. The fields are named as transformers' Llama names its modules.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import numpy as np
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.errors import InputError
+from sophia_levanter.interop.architectures import WeightsError
+from sophia_levanter.interop.pretrained import check_vocabulary, read_pretrained
 from sophia_levanter.models.language_model import LanguageModel
-from sophia_levanter.models.pretrained import check_vocabulary, read_gpt2
-from sophia_levanter.models.saved_weights import WeightsError
 from sophia_levanter.partition.processes import check_agreement
 from sophia_levanter.tracking.console import Console
 
@@ -28,7 +28,7 @@ def read_initial_weights(config: TrainConfig, console: Console) -> LanguageModel
         return None
     tokenizer = load_tokenizer(config.data.tokenizer)
     try:
-        weights = read_gpt2(
+        weights = read_pretrained(
             path,
             config.model,
             tokenizer=tokenizer.name,

@@ -17,13 +17,14 @@ from sophia_levanter.checkpoint import CheckpointError, Manifest
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import build_config
 from sophia_levanter.config.files import Layer, Setting, flatten, read_layers
+from sophia_levanter.config.model import ModelConfig
 from sophia_levanter.config.run import check_parameters
 from sophia_levanter.config.settings import free_settings
 from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
+from sophia_levanter.interop.pretrained import check_vocabulary, read_pretrained
+from sophia_levanter.interop.saved_weights import open_model
 from sophia_levanter.models.language_model import LanguageModel
-from sophia_levanter.models.pretrained import check_vocabulary, read_gpt2
-from sophia_levanter.models.saved_weights import open_model
 from sophia_levanter.partition.mesh import Partition, partition_of
 from sophia_levanter.training.checkpoints import is_of_training
 from sophia_levanter.training.run_tokenizer import with_kept_tokenizer
@@ -57,7 +58,7 @@ def load_model(place: str, *, step: int | None = None, overrides: Overrides = ()
     """The model in a place, spread over all devices as `--mesh` options say; each has all of it without them.
 
     Args:
-        place: a run directory; a directory or URL of checkpoints; a folder of transformers' GPT-2; nanoGPT's `ckpt.pt`.
+        place: a run directory; a directory or URL of checkpoints; a folder of transformers; nanoGPT's `ckpt.pt`.
         step: of the run's checkpoints; the newest that is whole if not given.
         overrides: dotted field paths and values as typed, on top of the run's configuration without its mesh.
         report: takes a line of news for the user.
@@ -70,7 +71,7 @@ def load_model(place: str, *, step: int | None = None, overrides: Overrides = ()
         place = os.path.abspath(os.path.expanduser(place))
         if not os.path.exists(place):
             raise InputError(
-                f"{place}: there is no such file or directory; name a run directory, a folder of transformers' GPT-2, "
+                f"{place}: there is no such file or directory; name a run directory, a folder of transformers, "
                 "or nanoGPT's ckpt.pt"
             )
         if os.path.isfile(os.path.join(place, "config.yaml")):
@@ -82,7 +83,7 @@ def load_model(place: str, *, step: int | None = None, overrides: Overrides = ()
     if os.path.isdir(place) and not any(os.path.exists(os.path.join(place, n)) for n in ("config.json", "ckpt.pt")):
         raise InputError(
             f"{place} holds no model: no config.yaml of a run, no checkpoints (step-*), and no config.json of "
-            "transformers' GPT-2"
+            "transformers"
         )
     if step is not None:
         raise InputError(f"--step {step} does not go with {place}, which is no run directory")
@@ -159,11 +160,14 @@ def newest_manifest(directory: Path | str, step: int | None = None) -> Manifest 
 
 def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:
     saved = open_model(path)
-    shape = {f"model.{name}": Setting(value, path) for name, value in saved.fields.items()}
+    kind = ModelConfig.get_choice_name(saved.architecture.config_class)
+    fields = {"type": kind, "seq_len": saved.seq_len, **saved.fields}
+    shape = {f"model.{name}": Setting(value, path) for name, value in fields.items()}
     config = _config([shape, {"data.tokenizer": Setting(saved.tokenizer or "gpt2", path)}], overrides)
-    _check_overrides(str(path), overrides, [*free_settings(config.model), "model.vocab_rows"])
+    free = {"model.seq_len", "model.vocab_rows"} - {f"model.{name}" for name in saved.fields}
+    _check_overrides(str(path), overrides, [*free_settings(config.model), *free])
     tokenizer = load_tokenizer(config.data.tokenizer)
-    weights = read_gpt2(
+    weights = read_pretrained(
         str(path),
         config.model,
         tokenizer=tokenizer.name,

@@ -15,8 +15,8 @@ from sophia_levanter.data.names import TRAINED_TOKENIZER
 from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import write_atomically
+from sophia_levanter.interop.saved_weights import TOKENIZER_FILE
 from sophia_levanter.kvstore import read_file, write_file
-from sophia_levanter.models.saved_weights import TOKENIZER_FILE
 
 
 def keep_tokenizer(checkpoints: Path | str, tokenizer: Tokenizer, *, is_saved: bool) -> None:

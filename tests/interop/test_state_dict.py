@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.models.huggingface import gpt2_from_state_dict, gpt2_to_state_dict
+from sophia_levanter.interop.state_dict import gpt2_from_state_dict, gpt2_to_state_dict
 
 MATRIX = "h.0.mlp.c_fc.weight"
 

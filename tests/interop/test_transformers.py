@@ -9,8 +9,8 @@ import pytest
 from sophia_levanter.data.bpe import save_bpe, train_bpe
 from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.huggingface import gpt2_to_state_dict
-from sophia_levanter.training.exporting import export_model
+from sophia_levanter.interop.exporting import export_model
+from sophia_levanter.interop.state_dict import gpt2_to_state_dict
 from sophia_levanter.training.loading_models import load_model
 
 torch = pytest.importorskip("torch")

@@ -1,4 +1,4 @@
-"""GPT-2 weights from files as a model that a run can start from."""
+"""Weights from files as a model that a run can start from."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from sophia_levanter.config.model import VOCAB_MULTIPLE, Gpt2Config, ModelConfig, pad_vocab
+from sophia_levanter.config.model import VOCAB_MULTIPLE, ModelConfig, TransformerConfig, pad_vocab
 from sophia_levanter.data.bpe import bytes_of_characters
 from sophia_levanter.data.tokenizer import VOCAB_SIZES, Tokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.gpt2 import Gpt2
-from sophia_levanter.models.huggingface import gpt2_on_host
-from sophia_levanter.models.saved_weights import SavedModel, input_error, open_model, read_json, shown
+from sophia_levanter.interop.architectures import input_error, shown
+from sophia_levanter.interop.saved_weights import SavedModel, open_model, read_json
+from sophia_levanter.interop.state_dict import model_on_host
+from sophia_levanter.models.transformer import Transformer
 
 
-def read_gpt2(
+def read_pretrained(
     path: str,
     config: ModelConfig,
     *,
@@ -27,7 +28,7 @@ def read_gpt2(
     vocab_size: int,
     dtype: str,
     report: Callable[[str], None],
-) -> Gpt2:
+) -> Transformer:
     """A model with the weights of a file, in this host's memory.
 
     A vocabulary that is padded to a multiple of 128, as nanoGPT's is, loses its padding. Other rows beyond the
@@ -35,7 +36,7 @@ def read_gpt2(
     counts them. Where the model has no biases, those of a folder of transformers, which always has some, must be 0.
 
     Args:
-        path: a folder with `config.json` and `model.safetensors` or its shards, as transformers saves GPT-2; or the
+        path: a folder with `config.json` and `model.safetensors` or its shards, as transformers saves them; or the
             `ckpt.pt` of nanoGPT or the Sophia authors.
         config: the model's shape, which must be the file's.
         tokenizer: the tokenizer's name, for messages.
@@ -45,23 +46,27 @@ def read_gpt2(
         report: takes a line of news for the user.
 
     Returns:
-        A `Gpt2` with numpy arrays for leaves.
+        The model with numpy arrays for leaves.
 
     Raises:
-        InputError: if the file cannot be read, is of another model or vocabulary, has an output head of its own, or
-            holds numbers that are not finite.
+        InputError: if the file cannot be read, is of another model or vocabulary, or holds numbers that are not finite.
     """
     saved = open_model(Path(path))
-    if not isinstance(config, Gpt2Config):
-        kind = config.get_choice_name(type(config))
-        raise input_error(saved.file, f"holds a GPT-2, and model.type is {kind}; set --model.type gpt2")
+    if not isinstance(config, saved.architecture.config_class):
+        kind, wanted = (config.get_choice_name(c) for c in (type(config), saved.architecture.config_class))
+        raise input_error(
+            saved.file,
+            f"holds a {saved.architecture.title}, and model.type is {kind}; set --model.type {wanted}",
+        )
     _check_fields(saved, config)
+    if config.seq_len > saved.seq_len:
+        report(f"model.seq_len {config.seq_len} is longer than the {saved.seq_len} positions of {saved.file}")
     config = _with_rows(saved, config, tokenizer, fingerprint, vocab_size)
     arrays = {name: _finite(saved.file, name, array, dtype) for name, array in saved.arrays}
-    if not config.use_bias:
+    if not getattr(config, "use_bias", True):
         arrays = _without_biases(saved, arrays)
     try:
-        model = gpt2_on_host(config, arrays, layout=saved.layout, vocab_size=vocab_size)
+        model = model_on_host(config, arrays, layout=saved.architecture.layout, vocab_size=vocab_size)
     except ValueError as error:
         raise input_error(saved.file, str(error)) from None
     if saved.vocab_size > vocab_size:
@@ -105,9 +110,10 @@ def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
                     )
 
 
-def _check_fields(saved: SavedModel, config: Gpt2Config) -> None:
+def _check_fields(saved: SavedModel, config: ModelConfig) -> None:
+    config = config.explicit()
     wrong = {name: value for name, value in saved.fields.items() if getattr(config, name) != value}
-    if not wrong or (set(wrong) == {"use_bias"} and saved.layout == "conv1d"):
+    if not wrong or (set(wrong) == {"use_bias"} and saved.architecture.layout == "conv1d"):
         return  # whether biases of transformers' layout are any shows when they are read
     name, value = next(iter(wrong.items()))
     options = " ".join(f"--model.{name} {_shown(value)}" for name, value in wrong.items())
@@ -125,7 +131,9 @@ def _without_biases(saved: SavedModel, arrays: Mapping[str, np.ndarray]) -> dict
     return {name: array for name, array in arrays.items() if not name.endswith(".bias")}
 
 
-def _with_rows(saved: SavedModel, config: Gpt2Config, tokenizer: str, fingerprint: str, vocab_size: int) -> Gpt2Config:
+def _with_rows(
+    saved: SavedModel, config: TransformerConfig, tokenizer: str, fingerprint: str, vocab_size: int
+) -> TransformerConfig:
     """The configuration with the file's rows beyond the tokenizer's tokens that are no padding of ours."""
     if saved.tokenizer_fingerprint not in (None, fingerprint):
         raise InputError(

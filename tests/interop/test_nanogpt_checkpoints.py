@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from weight_files import VOCAB, assert_same, nanogpt_args, read, refused
 
-from sophia_levanter.models.huggingface import gpt2_to_state_dict
+from sophia_levanter.interop.state_dict import gpt2_to_state_dict
 
 
 @pytest.fixture

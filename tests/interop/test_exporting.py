@@ -12,8 +12,8 @@ from safetensors import safe_open
 from sophia_levanter import __version__
 from sophia_levanter.data.bpe import save_bpe, train_bpe
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.huggingface import gpt2_to_state_dict
-from sophia_levanter.training.exporting import export_model
+from sophia_levanter.interop.exporting import export_model
+from sophia_levanter.interop.state_dict import gpt2_to_state_dict
 from sophia_levanter.training.loading_models import LoadedModel, load_model
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -148,7 +148,7 @@ def test_a_write_that_fails_leaves_nothing(make_loaded, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sophia_levanter.training.exporting.save_file", fail)
+    monkeypatch.setattr("sophia_levanter.interop.exporting.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         export_model(make_loaded(), tmp_path / "out")
     assert os.listdir(tmp_path) == []

@@ -21,9 +21,9 @@ from sophia_levanter.data.huggingface_tokenizer import ranks_of, tokenizer_confi
 from sophia_levanter.data.names import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import sync, write_atomically
-from sophia_levanter.models.gpt2 import Gpt2
-from sophia_levanter.models.huggingface import gpt2_to_state_dict, with_biases
-from sophia_levanter.models.saved_weights import OWN_FIELD, TOKENIZER_FILE
+from sophia_levanter.interop.architectures import architecture_of
+from sophia_levanter.interop.saved_weights import OWN_FIELD, TOKENIZER_FILE
+from sophia_levanter.interop.state_dict import to_state_dict
 from sophia_levanter.training.loading_models import LoadedModel
 
 
@@ -39,19 +39,21 @@ def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) ->
         InputError: if the folder holds files or cannot be made, or the dtype cannot hold the weights.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
-    if not isinstance(model, Gpt2):
-        raise InputError(f"{loaded.source} is a {model.config.title}; only GPT-2 can be exported")
+    architecture = architecture_of(model.config)
     has_own_file = tokenizer.name.endswith(TRAINED_TOKENIZER)
-    arrays = with_biases(_cast(gpt2_to_state_dict(model), dtype))
+    arrays = architecture.complete(_cast(to_state_dict(model), dtype))
     own = {
         "version": sophia_levanter.__version__,
         "step": loaded.step,
         "tokenizer": TOKENIZER_FILE if has_own_file else tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "use_bias": model.config.use_bias,
+        **architecture.own_fields(model.config),
     }
     end_of_text = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-    shape = _shape(model, arrays["transformer.wte.weight"].dtype.name)
+    shape = architecture.describe(model.config) | {
+        "torch_dtype": arrays[architecture.prefix + architecture.embedding].dtype.name,  # transformers 5 reads it too
+        "vocab_size": model.config.embedding_rows(model.vocab_size),
+    }
     documents: dict[str, dict[str, Any]] = {
         "config.json": {**shape, **end_of_text, OWN_FIELD: own},
         "generation_config.json": {**end_of_text, "pad_token_id": tokenizer.end_of_text},
@@ -78,31 +80,6 @@ def check_new_folder(folder: Path) -> None:
         raise InputError(f"{folder} holds files already; name an empty or a new folder")
     if not folder.is_dir() and os.path.lexists(folder):
         raise InputError(f"{folder} is a file; name an empty or a new folder")
-
-
-def _shape(model: Gpt2, dtype: str) -> dict[str, Any]:
-    """The fields of transformers' GPT2Config that describe the model."""
-    config = model.config
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "attn_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "initializer_range": config.initializer_range,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "n_embd": config.embed_dim,
-        "n_head": config.num_heads,
-        "n_inner": config.embed_dim * config.mlp_ratio,
-        "n_layer": config.num_layers,
-        "n_positions": config.seq_len,
-        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
-        "scale_attn_weights": True,
-        "tie_word_embeddings": True,
-        "torch_dtype": dtype,  # transformers 5 says dtype, and reads both
-        "vocab_size": config.embedding_rows(model.vocab_size),
-    }
 
 
 def _cast(arrays: Mapping[str, np.ndarray], dtype: str | None) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.pretrained import read_gpt2
+from sophia_levanter.interop.pretrained import read_pretrained
 
 VOCAB = 128  # of its own padded size, since padding is not in the files
 
@@ -47,7 +47,7 @@ def save_folder(folder, config, arrays, **changes):
 
 
 def read(path, config, dtype="float32", vocab_size=VOCAB, lines=None, fingerprint="of words"):
-    return read_gpt2(
+    return read_pretrained(
         str(path),
         config,
         tokenizer="words",

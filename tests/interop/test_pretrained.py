@@ -16,9 +16,10 @@ from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.data.bpe import bytes_of_characters
 from sophia_levanter.data.tokenizer import ByteTokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.huggingface import gpt2_to_state_dict, with_biases
-from sophia_levanter.models.pretrained import check_vocabulary
-from sophia_levanter.models.saved_weights import open_model
+from sophia_levanter.interop.architectures import GPT2
+from sophia_levanter.interop.pretrained import check_vocabulary
+from sophia_levanter.interop.saved_weights import open_model
+from sophia_levanter.interop.state_dict import gpt2_to_state_dict
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_numbers_beyond_the_parameters_dtype_are_not_finite(folder, model, array
     [
         ({"n_head": 4}, "model.num_heads is 2, and FOLDER has 4; set --model.num_heads 4"),
         ({"n_inner": 16}, "set --model.mlp_ratio 2"),
-        ({"n_inner": 12}, "config.json: n_inner is 12, which is no multiple of n_embd 8"),
+        ({"n_inner": 12}, "config.json: n_inner is 12; it must be a multiple of n_embd 8: model.mlp_ratio is an integer"),
         ({"layer_norm_epsilon": 1e-6}, "set --model.layer_norm_epsilon 1e-06"),
         (
             {"scale_attn_by_inverse_layer_idx": True},
@@ -120,10 +121,10 @@ def test_numbers_beyond_the_parameters_dtype_are_not_finite(folder, model, array
         ({"activation_function": "relu"}, "activation_function is 'relu'; this model computes gelu_new"),
         ({"activation_function": "gelu"}, "activation_function is 'gelu'"),
         ({"scale_attn_weights": False}, "scale_attn_weights is false"),
-        ({"model_type": "llama"}, "config.json: model_type is 'llama'; only gpt2 is read"),
+        ({"model_type": "opt"}, "config.json: model_type is 'opt'; gpt2, llama, qwen3 are read"),
         ({"n_layer": "2"}, "config.json: n_layer is '2'; it must be an integer above 0"),
         ({"n_embd": 0}, "config.json: n_embd is 0; it must be an integer above 0"),
-        ({"n_head": True}, "config.json: n_head is True"),
+        ({"n_head": True}, "config.json: n_head is true; it must be an integer"),
         ({"layer_norm_epsilon": None}, "layer_norm_epsilon is None; it must be a number above 0"),
         ({"scale_attn_by_inverse_layer_idx": 1}, "scale_attn_by_inverse_layer_idx is 1; it must be true or false"),
         (
@@ -175,7 +176,7 @@ def test_hugging_face_weights_need_biases(folder, model):
 
 def test_biases_of_0_go_with_a_model_that_has_none(make_model, tmp_path):
     model = make_model(VOCAB, use_bias=False)
-    folder = save_folder(tmp_path / "gpt2", model.config, with_biases(gpt2_to_state_dict(model)))
+    folder = save_folder(tmp_path / "gpt2", model.config, GPT2.complete(gpt2_to_state_dict(model)))
     assert_same(read(folder, model.config), model)
     biased = gpt2_to_state_dict(read(folder, dataclasses.replace(model.config, use_bias=True)))
     assert not any(array.any() for name, array in biased.items() if name.endswith(".bias"))
@@ -183,7 +184,7 @@ def test_biases_of_0_go_with_a_model_that_has_none(make_model, tmp_path):
 
 def test_what_an_export_says_of_biases_holds_until_they_are_trained(make_model, tmp_path):
     model = make_model(VOCAB, use_bias=False)
-    arrays = with_biases(gpt2_to_state_dict(model))
+    arrays = GPT2.complete(gpt2_to_state_dict(model))
     folder = save_folder(tmp_path / "gpt2", model.config, arrays, sophia_levanter={"use_bias": False})
     assert open_model(folder).fields["use_bias"] is False
     read(folder, dataclasses.replace(model.config, use_bias=True))

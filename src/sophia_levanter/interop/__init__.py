@@ -1,0 +1,1 @@
+"""Weights of transformers, nanoGPT and the Sophia authors, in and out."""

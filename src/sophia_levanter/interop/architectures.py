@@ -1,0 +1,323 @@
+"""The models of transformers that are read and written: how it names their weights and what its config.json says."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from sophia_levanter.config.model import Gpt2Config, LlamaConfig, ModelConfig, TransformerConfig
+from sophia_levanter.errors import InputError
+from sophia_levanter.printing import one_line, shortened
+
+_LONGEST_NAME = 100
+_TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
+
+
+class WeightsError(InputError):
+    """Something is wrong with a file of weights, whose name the message begins with."""
+
+
+def input_error(file: Path, text: str) -> WeightsError:
+    """What is wrong with a file."""
+    return WeightsError(f"{file}: {text}")
+
+
+def shown(name: str, longest: int = _LONGEST_NAME) -> str:
+    """A text from a file as a terminal can show it: control characters escaped, shortened."""
+    return shortened(one_line(name), longest)
+
+
+@dataclass(frozen=True)
+class Description:
+    """The fields of a `config.json`, or the model_args of a checkpoint.
+
+    Attributes:
+        file: the file that holds them.
+        values: the fields as they are.
+    """
+
+    file: Path
+    values: Mapping[str, Any]
+
+    def value(self, name: str, kind: Any, default: Any = None) -> Any:
+        """A field, which must be of a kind; a number must be above 0.
+
+        Raises:
+            InputError: if it is something else.
+        """
+        value: Any = self.values.get(name, default)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or (kind is not bool and not value > 0):
+            wanted = {bool: "true or false", int: "an integer above 0", float: "a number above 0"}[kind]
+            raise self.error(name, f"it must be {wanted}", value)
+        return value
+
+    def require(self, name: str, wanted: Any, reason: str) -> None:
+        """Refuse a field with any other value than the wanted one, which is the default.
+
+        Raises:
+            InputError: if it has another value; gives the reason.
+        """
+        if self.values.get(name, wanted) != wanted:
+            raise self.error(name, reason)
+
+    def error(self, name: str, text: str, value: Any = None) -> WeightsError:
+        """What is wrong with a field."""
+        value = self.values.get(name) if value is None else value
+        as_written = str(value).lower() if isinstance(value, bool) else shown(repr(value))
+        return input_error(self.file, f"{name} is {as_written}; {text}")
+
+
+class Architecture(abc.ABC):
+    """One kind of model: its names and its `config.json` in transformers.
+
+    Attributes:
+        title: what people call it.
+        model_types: that `config.json` has for it.
+        config_class: the settings of such a model here.
+        prefix: that the names of all weights but `lm_head.weight` begin with.
+        layers: the part of a name that a layer's number follows, which is `blocks` here.
+        layout: of matrices: `conv1d` for [in, out], `linear` for torch.nn.Linear's [out, in].
+        embedding: the name of the token embedding, without the prefix.
+    """
+
+    title: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+    config_class: ClassVar[type[TransformerConfig]]
+    prefix: ClassVar[str]
+    layers: ClassVar[str]
+    layout: str
+    embedding: ClassVar[str]
+
+    @abc.abstractmethod
+    def fields(self, given: Description) -> dict[str, Any]:
+        """The settings that make a model here compute what the described one does, but for biases.
+
+        Raises:
+            InputError: if the described model computes what this one cannot; names the field.
+        """
+
+    @abc.abstractmethod
+    def sizes(self, given: Description) -> dict[str, int]:
+        """How many layers, rows of the embedding, columns of it and learned positions there are, in this order, by the
+        field's name. What `config.json` leaves out has transformers' default.
+        """
+
+    @abc.abstractmethod
+    def describe(self, config: Any) -> dict[str, Any]:
+        """The fields of `config.json` that belong to this architecture; the inverse of `fields`."""
+
+    def own_fields(self, config: Any) -> dict[str, Any]:
+        """What an export says of the model beside transformers' fields."""
+        return {}
+
+    def complete(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The weights as transformers expects them."""
+        return dict(arrays)
+
+    @abc.abstractmethod
+    def seq_len(self, given: Description) -> int:
+        """The longest context that the described model was made for."""
+
+
+class Gpt2Architecture(Architecture):
+    """GPT2LMHeadModel, and nanoGPT's GPT.
+
+    Attributes:
+        positions: what the number of positions is called.
+    """
+
+    title = "GPT-2"
+    model_types = ("gpt2",)
+    config_class = Gpt2Config
+    prefix = "transformer."
+    layers = "h"
+    embedding = "wte.weight"
+
+    def __init__(self, *, layout: str = "conv1d", positions: str = "n_positions") -> None:
+        self.layout, self.positions = layout, positions
+
+    def sizes(self, given: Description) -> dict[str, int]:
+        defaults = {"n_layer": 12, "vocab_size": 50257, "n_embd": 768, self.positions: 1024}
+        return {name: given.value(name, int, default) for name, default in defaults.items()}
+
+    def seq_len(self, given: Description) -> int:
+        return self.sizes(given)[self.positions]
+
+    def fields(self, given: Description) -> dict[str, Any]:
+        if given.values.get("activation_function", "gelu_new") not in _TANH_GELUS:
+            raise given.error("activation_function", f"this model computes {' alias '.join(_TANH_GELUS)}")
+        given.require("scale_attn_weights", True, "this model divides scores by the root of the heads' size")
+        sizes = self.sizes(given)
+        width = sizes["n_embd"]
+        inner = 4 * width if given.values.get("n_inner") is None else given.value("n_inner", int)
+        if inner % width:
+            raise given.error("n_inner", f"it must be a multiple of n_embd {width}: model.mlp_ratio is an integer")
+        return {
+            "num_layers": sizes["n_layer"],
+            "num_heads": given.value("n_head", int, 12),
+            "embed_dim": width,
+            "seq_len": sizes[self.positions],
+            "mlp_ratio": inner // width,
+            "scale_attn_by_inverse_layer_idx": given.value("scale_attn_by_inverse_layer_idx", bool, False),
+            "layer_norm_epsilon": given.value("layer_norm_epsilon", float, 1e-5),
+        }
+
+    def describe(self, config: Gpt2Config) -> dict[str, Any]:
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "attn_pdrop": config.dropout,
+            "embd_pdrop": config.dropout,
+            "resid_pdrop": config.dropout,
+            "initializer_range": config.initializer_range,
+            "layer_norm_epsilon": config.layer_norm_epsilon,
+            "n_embd": config.embed_dim,
+            "n_head": config.num_heads,
+            "n_inner": config.mlp_dim,
+            "n_layer": config.num_layers,
+            "n_positions": config.seq_len,
+            "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
+            "scale_attn_weights": True,
+            "tie_word_embeddings": True,
+        }
+
+    def own_fields(self, config: Gpt2Config) -> dict[str, Any]:
+        return {"use_bias": config.use_bias}
+
+    def complete(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The weights with zeros for the biases that they lack, as transformers' GPT-2 always has them."""
+        biases = {
+            name.removesuffix("weight") + "bias": np.zeros(array.shape[-1:], array.dtype)
+            for name, array in arrays.items()
+            if name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight"))
+        }
+        return biases | dict(arrays)
+
+
+class LlamaArchitecture(Architecture):
+    """LlamaForCausalLM, and Qwen3ForCausalLM, which adds RMSNorm of queries and keys."""
+
+    title = "Llama"
+    model_types = ("llama", "qwen3")
+    config_class = LlamaConfig
+    prefix = "model."
+    layers = "layers"
+    layout = "linear"
+    embedding = "embed_tokens.weight"
+
+    _DEFAULTS: ClassVar[dict[str, dict[str, int]]] = {
+        "llama": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+        "qwen3": {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768},
+    }
+
+    def _default(self, given: Description, name: str) -> int:
+        return self._DEFAULTS[given.values["model_type"]][name]
+
+    def sizes(self, given: Description) -> dict[str, int]:
+        return {
+            "num_hidden_layers": given.value("num_hidden_layers", int, 32),
+            "vocab_size": given.value("vocab_size", int, self._default(given, "vocab_size")),
+            "hidden_size": given.value("hidden_size", int, 4096),
+        }
+
+    def seq_len(self, given: Description) -> int:
+        return given.value("max_position_embeddings", int, self._default(given, "max_position_embeddings"))
+
+    def fields(self, given: Description) -> dict[str, Any]:
+        qwen = given.values["model_type"] == "qwen3"
+        given.require("hidden_act", "silu", "this model computes silu")
+        for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
+            given.require(name, False, "this model does not have it")
+        given.require("partial_rotary_factor", 1.0, "this model rotates whole heads")
+        sizes = self.sizes(given)
+        width, heads = sizes["hidden_size"], given.value("num_attention_heads", int, 32)
+        # Qwen3's heads have 128 numbers where its config.json does not tell.
+        head_size = 128 if qwen and "head_dim" not in given.values else width // heads
+        return {
+            "num_layers": sizes["num_hidden_layers"],
+            "num_heads": heads,
+            "num_kv_heads": _optional(given, "num_key_value_heads", 32 if qwen else heads),
+            "head_size": _optional(given, "head_dim", head_size),
+            "embed_dim": width,
+            "intermediate_dim": given.value("intermediate_size", int, self._default(given, "intermediate_size")),
+            "rope_theta": self._rope_theta(given),
+            "qk_norm": qwen,
+            "tie_embeddings": given.value("tie_word_embeddings", bool, False),
+            "layer_norm_epsilon": given.value("rms_norm_eps", float, 1e-6),
+        }
+
+    @staticmethod
+    def _rope_theta(given: Description) -> float:
+        """The base of the rotary positions, which transformers 4 and 5 write under different names."""
+        parameters = given.values.get("rope_parameters")
+        for name in ("rope_scaling", "rope_parameters"):
+            rope = given.values.get(name)
+            kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+            if kind not in (None, "default"):
+                raise given.error(name, "this model does not scale rotary positions")
+        if isinstance(parameters, dict) and "rope_theta" in parameters:
+            return Description(given.file, parameters).value("rope_theta", float)
+        return given.value("rope_theta", float, 10000.0)
+
+    def describe(self, config: LlamaConfig) -> dict[str, Any]:
+        return {
+            "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+            "model_type": "qwen3" if config.qk_norm else "llama",
+            "attention_bias": False,
+            "attention_dropout": config.dropout,
+            "head_dim": config.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": config.embed_dim,
+            "initializer_range": config.initializer_range,
+            "intermediate_size": config.mlp_dim,
+            "max_position_embeddings": config.seq_len,
+            "num_attention_heads": config.num_heads,
+            "num_hidden_layers": config.num_layers,
+            "num_key_value_heads": config.kv_heads,
+            "rms_norm_eps": config.layer_norm_epsilon,
+            "rope_theta": config.rope_theta,  # transformers 4; 5 reads the next
+            "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+            "tie_word_embeddings": config.tie_embeddings,
+        }
+
+
+GPT2 = Gpt2Architecture()
+ARCHITECTURES: tuple[Architecture, ...] = (GPT2, LlamaArchitecture())
+NANOGPT = Gpt2Architecture(layout="linear", positions="block_size")
+
+
+def architecture_of_type(file: Path, model_type: Any) -> Architecture:
+    """The architecture that a `config.json` names.
+
+    Raises:
+        InputError: if it is not one of ours.
+    """
+    known = {name: architecture for architecture in ARCHITECTURES for name in architecture.model_types}
+    if not isinstance(model_type, str) or model_type not in known:
+        raise input_error(file, f"model_type is {shown(repr(model_type))}; {', '.join(known)} are read")
+    return known[model_type]
+
+
+def architecture_of(config: ModelConfig) -> Architecture:
+    """The architecture of a model here.
+
+    Raises:
+        InputError: if transformers has none for it.
+    """
+    for architecture in ARCHITECTURES:
+        if type(config) is architecture.config_class:
+            return architecture
+    titles = " and ".join(architecture.title for architecture in ARCHITECTURES)
+    raise InputError(f"model.type is {config.get_choice_name(type(config))}; {titles} are read and exported")
+
+
+def _optional(given: Description, name: str, default: int) -> int:
+    return default if given.values.get(name) is None else given.value(name, int)

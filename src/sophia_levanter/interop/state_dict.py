@@ -1,0 +1,254 @@
+"""Weights by the names that transformers and nanoGPT give them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import haliax.nn as hnn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from haliax import NamedArray
+from haliax.util import ensure_tuple
+
+from sophia_levanter.config.model import Gpt2Config, TransformerConfig
+from sophia_levanter.interop.architectures import Architecture, architecture_of, shown
+from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.models.language_model import abstract_model
+
+LAYOUTS = ("conv1d", "linear")
+HEAD = "lm_head.weight"
+# Parts of names that torch.compile, data-parallel training, FSDP and modules around the model add.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model", "transformer"}
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # causal masks and wavelengths
+
+
+def gpt2_from_state_dict(config: Gpt2Config, arrays: Mapping[str, np.ndarray], *, layout: str = "conv1d") -> Gpt2:
+    """A GPT-2 with the given weights. Attention masks are ignored. The output head is the token embedding: one of
+    `lm_head.weight` and `wte.weight` is enough.
+
+    Args:
+        config: the model's shape.
+        arrays: by state-dict name, with or without `transformer.`, `model.`, `module.` and `_orig_mod.`.
+        layout: `conv1d` for matrices [in, out], as transformers stores them; `linear` for torch.nn.Linear's [out, in],
+            as nanoGPT and the Sophia authors do.
+
+    Raises:
+        ValueError: if arrays are missing, unknown, there twice or of another shape, or the head is another one; names
+            them.
+    """
+    return jax.tree.map(jnp.asarray, model_on_host(config, arrays, layout=layout))
+
+
+def gpt2_to_state_dict(model: Gpt2, *, layout: str = "conv1d") -> dict[str, np.ndarray]:
+    """`to_state_dict` of a GPT-2; the inverse of `gpt2_from_state_dict`.
+
+    Raises:
+        ValueError: if the layout is unknown.
+    """
+    return to_state_dict(model, layout=layout)
+
+
+def model_on_host(
+    config: TransformerConfig,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    layout: str | None = None,
+    vocab_size: int | None = None,
+) -> Any:
+    """A model with the given weights as numpy arrays, also one that no single device can hold.
+
+    Args:
+        config: the model's shape.
+        arrays: by state-dict name, with or without wrappers' prefixes.
+        layout: of matrices, `conv1d` or `linear`; transformers' own for the model if not given.
+        vocab_size: classes that can be predicted; the rows of the token embedding if not given. Rows beyond
+            `config.embedding_rows(vocab_size)` are left out.
+
+    Raises:
+        ValueError: as `gpt2_from_state_dict`.
+    """
+    names = _Names(architecture_of(config), layout)
+    given = {plain: np.asarray(arrays[name]) for plain, name in plain_names(arrays).items()}
+    embedding = names.architecture.embedding
+    rows_of = given.get(embedding, given.get(HEAD))
+    if rows_of is None:
+        raise ValueError(f"{embedding} is missing: this is no {names.architecture.title} state dict")
+    rows = (rows_of.shape or (1,))[0]
+    template = abstract_model(config, vocab_size or rows)
+    wanted = names.shapes(template, rows)
+    if HEAD not in wanted:
+        _tie(given, embedding)
+    _check_same(wanted, {name: array.shape for name, array in given.items()}, names)
+
+    def load(name: str, leaf: NamedArray) -> NamedArray:
+        if not name.startswith("blocks."):
+            array = given[name]
+            if "vocab" in [axis.name for axis in leaf.axes]:
+                array = array[: config.embedding_rows(vocab_size or rows)]
+                array = np.pad(array, [(0, leaf.array.shape[0] - array.shape[0]), (0, 0)])
+        else:
+            layers = [given[names.of_layer(name, i)] for i in range(config.num_layers)]
+            array = np.stack([a.T for a in layers] if names.is_transposed(name) else layers)
+        return NamedArray(array.reshape([axis.size for axis in leaf.axes]), leaf.axes)
+
+    return _map_named(load, template)
+
+
+def to_state_dict(model: Any, *, layout: str | None = None) -> dict[str, np.ndarray]:
+    """The weights by state-dict name, the vocabulary without padding but with the rows that `config.vocab_rows` keeps.
+
+    Args:
+        model: a `Gpt2` or a `Llama`.
+        layout: of matrices, `conv1d` or `linear`; transformers' own for the model if not given.
+
+    Raises:
+        ValueError: if the layout is unknown.
+        InputError: if transformers has no such model.
+    """
+    names = _Names(architecture_of(model.config), layout)
+    shapes = names.shapes(model, model.config.embedding_rows(model.vocab_size))
+    arrays: dict[str, np.ndarray] = {}
+
+    def save(name: str, leaf: NamedArray) -> NamedArray:
+        array = np.asarray(leaf.array)
+        if not name.startswith("blocks."):
+            arrays[names.full(name)] = array[: shapes[name][0]]
+        for i in range(len(array) if name.startswith("blocks.") else 0):
+            plain = names.of_layer(name, i)
+            transposed = names.is_transposed(name)
+            layer = array[i].reshape(shapes[plain][::-1] if transposed else shapes[plain])
+            arrays[names.full(plain)] = layer.T if transposed else layer
+        return leaf
+
+    _map_named(save, model)
+    return arrays
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """The given names by those without the parts that wrappers add; buffers are left out.
+
+    Raises:
+        ValueError: if two of them are of the same array.
+    """
+    given: dict[str, str] = {}
+    for name in names:
+        if name.endswith(BUFFERS):
+            continue
+        plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if plain in given:
+            raise ValueError(f"{shown(given[plain])} and {shown(name)} are both {shown(plain)}; remove one of them")
+        given[plain] = name
+    return given
+
+
+class _Names:
+    """The names and shapes of a model's arrays in a state dict.
+
+    Attributes:
+        architecture: whose names they are.
+        layout: of matrices.
+        inputs: how many axes of each linear map's weight are inputs, by its name here.
+    """
+
+    def __init__(self, architecture: Architecture, layout: str | None) -> None:
+        self.architecture, self.layout = architecture, layout or architecture.layout
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
+        self.inputs: dict[str, int] = {}
+
+    def of_layer(self, name: str, layer: int) -> str:
+        return name.replace("blocks", f"{self.architecture.layers}.{layer}", 1)
+
+    def full(self, plain: str) -> str:
+        return plain if plain == HEAD else self.architecture.prefix + plain
+
+    def is_transposed(self, name: str) -> bool:
+        return self.layout == "linear" and name in self.inputs
+
+    def shapes(self, model: Any, rows: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every array by its name without prefixes, for so many rows of the embedding."""
+        self.inputs = _inputs_of_linear_maps(model)
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def note(name: str, leaf: NamedArray) -> NamedArray:
+            shape = tuple(rows if axis.name == "vocab" else axis.size for axis in leaf.axes)
+            if not name.startswith("blocks."):
+                shapes[name] = shape
+                return leaf
+            per_layer: tuple[int, ...] = (math.prod(shape[1:]),)
+            if name in self.inputs:
+                border = 1 + self.inputs[name]
+                per_layer = math.prod(shape[1:border]), math.prod(shape[border:])
+            for i in range(shape[0]):
+                shapes[self.of_layer(name, i)] = per_layer[::-1] if self.is_transposed(name) else per_layer
+            return leaf
+
+        _map_named(note, model)
+        return shapes
+
+    def is_matrix(self, plain: str) -> bool:
+        prefix = f"{self.architecture.layers}."
+        return any(plain.startswith(prefix) and plain.endswith(name.removeprefix("blocks")) for name in self.inputs)
+
+
+def _inputs_of_linear_maps(model: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
+
+    def visit(path: tuple, layer: object) -> None:
+        if isinstance(layer, hnn.Linear):
+            found[f"{_name(path)}.weight"] = len(ensure_tuple(layer.In))
+
+    jax.tree_util.tree_map_with_path(visit, model, is_leaf=lambda x: isinstance(x, hnn.Linear))
+    return found
+
+
+def _tie(given: dict[str, np.ndarray], embedding: str) -> None:
+    """Takes the output head out of the arrays; it must be the token embedding, and stands for it where that lacks."""
+    head = given.pop(HEAD, None)
+    array = given.setdefault(embedding, head)  # type: ignore[arg-type]
+    if head is not None and not np.array_equal(head, array):
+        shapes = "" if head.shape == array.shape else f" in its shape, {head.shape} and {array.shape}"
+        raise ValueError(
+            f"{HEAD} differs from {embedding}{shapes}: the output head is not tied, and this model's output "
+            "head is its token embedding; use weights with tied embeddings"
+        )
+
+
+def _check_same(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], names: _Names) -> None:
+    """Whether arrays have the names and the shapes of a model's; names what differs."""
+    missing, unknown = [n for n in wanted if n not in given], [n for n in given if n not in wanted]
+    differences = [
+        f"{_listed(found)} {'is' if len(found) == 1 else 'are'} {what}"
+        for found, what in ((missing, "missing"), (unknown, "not in this model"))
+        if found
+    ]
+    if differences:
+        raise ValueError("; ".join(differences))
+    wrong = [name for name in wanted if given[name] != wanted[name]]
+    if not wrong:
+        return
+    others = f"; {_listed(wrong[1:])} too" if wrong[1:] else ""
+    if all(names.is_matrix(name) and given[name] == wanted[name][::-1] for name in wrong):
+        others += "; these matrices are transposed: torch.nn.Linear has [out, in], transformers' Conv1D [in, out]"
+    raise ValueError(f"{wrong[0]} has shape {given[wrong[0]]}, this model wants {wanted[wrong[0]]}{others}")
+
+
+def _listed(names: Sequence[str], longest: int = 4) -> str:
+    listed = ", ".join(shown(name) for name in names[:longest])
+    return f"{listed} and {len(names) - longest:,} more" if len(names) > longest else listed
+
+
+def _map_named(function: Callable[[str, NamedArray], NamedArray], model: Any) -> Any:
+    """The model with `function(name, array)` in place of each array."""
+
+    def visit(path: tuple, leaf: object) -> object:
+        return function(_name(path), leaf) if isinstance(leaf, NamedArray) else leaf
+
+    return jax.tree_util.tree_map_with_path(visit, model, is_leaf=lambda x: isinstance(x, NamedArray))
+
+
+def _name(path: tuple) -> str:
+    return ".".join(key.name for key in path if key.name != "stacked")
