@@ -125,12 +125,12 @@ def golden():
 
 @pytest.fixture
 def make_model():
-    """A tiny GPT-2 with weights large enough for the layers to matter, drawn without jax, which takes long to."""
+    """A tiny model, by default a GPT-2, with weights large enough for the layers to matter."""
     from sophia_levanter.models.gpt2 import Gpt2Config
 
-    def make(vocab_size=100, **changes):
+    def make(vocab_size=100, config_class=Gpt2Config, **changes):
         shape = {"num_layers": 2, "num_heads": 2, "embed_dim": 8, "seq_len": 8, "loss_block_size": 3}
-        return draw_model(Gpt2Config(**(shape | {"gradient_checkpointing": "none"} | changes)), vocab_size)
+        return draw_model(config_class(**(shape | {"gradient_checkpointing": "none"} | changes)), vocab_size)
 
     return make
 

@@ -8,7 +8,7 @@ from refusals import TYPES, load_error
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import dump_config, load_config
 from sophia_levanter.config.data import DataConfig, MixturePart
-from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.model import Gpt2Config, LlamaConfig
 from sophia_levanter.config.optimizer import AdamWConfig, LionConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.trainer import BatchSizeChange, TrainerConfig
 from sophia_levanter.errors import InputError
@@ -73,6 +73,13 @@ def test_defaults_merge_deeply_in_order(write):
     config = load_config(path)
     assert config.model == Gpt2Config(num_layers=2, num_heads=4, seq_len=8)
     assert config.optimizer == SophiaGConfig(rho=0.2, interval=3)
+
+
+def test_another_type_keeps_what_both_have(write):
+    path = write("model: {num_layers: 2, num_heads: 2, embed_dim: 32, mlp_ratio: 2}\noptimizer: {rho: 0.2}\n")
+    config = load_config(path, [("model.type", "llama"), ("optimizer.type", "sophia_h")])
+    assert config.model == LlamaConfig(num_layers=2, num_heads=2, embed_dim=32)
+    assert config.optimizer == SophiaHConfig()
 
 
 def test_file_takes_precedence_over_its_defaults_wherever_they_stand(write):

@@ -8,7 +8,7 @@ import pytest
 
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import dump_config, load_config
-from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.model import Gpt2Config, LlamaConfig
 from sophia_levanter.config.optimizer import (
     AdamWConfig,
     LionConfig,
@@ -22,9 +22,11 @@ from sophia_levanter.config.schedule import CosineSchedule
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2
+from sophia_levanter.models.language_model import abstract_model
 
 CONFIG_DIR = Path(__file__).parents[2] / "config"
 FILES = sorted(CONFIG_DIR.glob("*.yaml"))
+GPT2_FILES = [file for file in FILES if file.stem.startswith("gpt2_")]
 TYPES = {
     "sophia": SophiaGConfig,
     "sophia_h": SophiaHConfig,
@@ -40,7 +42,10 @@ SHAPES = {
     "medium": (24, 16, 1024),
     "large": (36, 20, 1280),
     "xl": (48, 24, 1536),
+    "125m": (12, 12, 768),
+    "1b": (16, 32, 2048),
 }
+GPT2_SIZES = ("nano", "small", "medium", "large", "xl")
 # Per size and optimizer: learning rate, final learning rate, weight decay and, for Sophia, rho.
 PUBLISHED = {
     ("small", "adamw"): (6e-4, 3e-5, 0.1),
@@ -72,19 +77,22 @@ def parameters(layers: int, embed: int, vocab: int, seq_len: int) -> int:
 
 def test_every_configuration_is_there():
     not_there = {"gpt2_xl_lion", *(f"gpt2_{size}_sophia_kronecker" for size in ("medium", "large", "xl"))}
-    expected = {f"gpt2_{size}_{optimizer}" for size in SHAPES for optimizer in TYPES} - not_there
-    assert expected <= {file.stem for file in FILES}
+    expected = {f"gpt2_{size}_{optimizer}" for size in GPT2_SIZES for optimizer in TYPES} - not_there
+    expected |= {f"llama_{size}_{name}" for size in ("125m", "1b") for name in ("adamw", "sophia", "sophia_kronecker")}
+    assert expected | {"llama_nano_adamw", "llama_nano_sophia_kronecker"} == {file.stem for file in FILES}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_shipped_configuration(file, tmp_path):
     config = load_config(file)
-    _, size, optimizer = file.stem.split("_", 2)
+    model, size, optimizer = file.stem.split("_", 2)
     assert type(config.optimizer) is TYPES[optimizer]
     assert (config.model.num_layers, config.model.num_heads, config.model.embed_dim) == SHAPES[size]
-    assert not config.model.use_bias
     assert config.model.dropout == 0
-    assert config.model.scale_attn_by_inverse_layer_idx
+    if model == "gpt2":
+        assert (config.model.use_bias, config.model.scale_attn_by_inverse_layer_idx) == (False, True)
+    else:
+        assert (type(config.model), config.model.tie_embeddings) == (LlamaConfig, True)
     assert getattr(config.optimizer, "basis", None) == {"sophia_kronecker": "kronecker"}.get(
         optimizer, "parameters" if optimizer.startswith("sophia") else None
     )
@@ -92,7 +100,7 @@ def test_shipped_configuration(file, tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", GPT2_FILES, ids=lambda file: file.stem)
 def test_parameter_count(file):
     config = load_config(file).model
     model = eqx.filter_eval_shape(Gpt2.init, config, vocab_size=50304, key=jax.random.key(0))
@@ -100,6 +108,16 @@ def test_parameter_count(file):
     assert count == parameters(config.num_layers, config.embed_dim, 50304, config.seq_len)
     known = {(12, 768): 124_373_760, (36, 1280): 773_582_080}
     assert count == known.get((config.num_layers, config.embed_dim), count)
+
+
+@pytest.mark.parametrize(("size", "count"), [("nano", 7_226_496), ("125m", 123_587_328), ("1b", 1_076_168_704)])
+def test_parameter_count_of_llama(size, count):
+    """Token embedding, the blocks' queries, keys, values and output, three matrices of the MLP, and norms."""
+    model = load_config(CONFIG_DIR / f"llama_{size}_adamw.yaml").model
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract_model(model, 50304))) == count
+    embed, heads = model.embed_dim, (2 * model.num_heads + 2 * model.kv_heads) * model.head_dim
+    block = embed * heads + 3 * embed * model.mlp_dim + 2 * embed
+    assert count == 50304 * embed + model.num_layers * block + embed
 
 
 @pytest.mark.parametrize(("size", "optimizer"), PUBLISHED)
@@ -160,7 +178,7 @@ def test_baselines_without_a_size(tmp_path):
 
 
 def test_optimizers_of_one_size_differ_in_the_optimizer_only():
-    for size in SHAPES:
+    for size in GPT2_SIZES:
         runs = [load_config(file) for file in FILES if file.stem.startswith(f"gpt2_{size}_")]
         assert len({(run.model, run.data, run.trainer) for run in runs}) == 1
 

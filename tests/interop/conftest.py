@@ -1,15 +1,15 @@
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 import pytest
 
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.mesh import MeshConfig
+from sophia_levanter.config.model import Gpt2Config, TransformerConfig
 from sophia_levanter.data.tokenizer import load_tokenizer
-from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
+from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.loading_models import LoadedModel
 
@@ -18,11 +18,13 @@ from sophia_levanter.training.loading_models import LoadedModel
 def make_loaded() -> Callable[..., LoadedModel]:
     """A model with random weights, biases as well, as `load_model` gives it, its parameters split over the devices."""
 
-    def make(tokenizer: str = "bytes", **changes: Any) -> LoadedModel:
+    def make(
+        tokenizer: str = "bytes", config_class: type[TransformerConfig] = Gpt2Config, **changes: Any
+    ) -> LoadedModel:
         shape = {"num_layers": 2, "num_heads": 2, "embed_dim": 16, "seq_len": 32, "gradient_checkpointing": "none"}
-        config = Gpt2Config(**(shape | changes))
+        config = config_class(**(shape | changes))
         tokens = load_tokenizer(tokenizer)
-        template = eqx.filter_eval_shape(Gpt2.init, config, vocab_size=tokens.vocab_size, key=jax.random.key(0))
+        template = abstract_model(config, tokens.vocab_size)
         rng = np.random.default_rng(0)
         weights = jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), template)
         partition = partition_of(MeshConfig(fsdp="embed"))

@@ -111,7 +111,10 @@ def test_numbers_beyond_the_parameters_dtype_are_not_finite(folder, model, array
     [
         ({"n_head": 4}, "model.num_heads is 2, and FOLDER has 4; set --model.num_heads 4"),
         ({"n_inner": 16}, "set --model.mlp_ratio 2"),
-        ({"n_inner": 12}, "config.json: n_inner is 12; it must be a multiple of n_embd 8: model.mlp_ratio is an integer"),
+        (
+            {"n_inner": 12},
+            "config.json: n_inner is 12; it must be a multiple of n_embd 8: model.mlp_ratio is an integer",
+        ),
         ({"layer_norm_epsilon": 1e-6}, "set --model.layer_norm_epsilon 1e-06"),
         (
             {"scale_attn_by_inverse_layer_idx": True},

@@ -10,6 +10,7 @@ import pytest
 from haliax import Axis
 
 from sophia_levanter.config.mesh import MeshConfig
+from sophia_levanter.config.model import LlamaConfig
 from sophia_levanter.partition.mesh import partition_of
 
 ROWS, LENGTH = 4, 8
@@ -17,6 +18,7 @@ Batch = Axis("batch", ROWS)
 TOKENS = np.random.default_rng(1).integers(0, 100, (ROWS, LENGTH)).astype(np.int32)
 READ_AT_ONCE = (0, 3, 7, 0)  # tokens of each row
 LIKE_GPT2 = {"use_bias": True, "scale_attn_by_inverse_layer_idx": False}
+LIKE_LLAMA = {"config_class": LlamaConfig, "num_heads": 4, "num_kv_heads": 2, "qk_norm": True}
 LIKE_THE_AUTHORS = {"use_bias": False, "scale_attn_by_inverse_layer_idx": True}
 
 
@@ -54,7 +56,7 @@ def expected(model, at):
     return whole(model)[np.arange(ROWS), at]
 
 
-@pytest.mark.parametrize("changes", [LIKE_GPT2, LIKE_THE_AUTHORS], ids=["gpt2", "authors"])
+@pytest.mark.parametrize("changes", [LIKE_GPT2, LIKE_THE_AUTHORS, LIKE_LLAMA], ids=["gpt2", "authors", "llama"])
 def test_logits_are_those_of_the_whole_context(make_model, changes):
     model = make_model(**changes)
     at, logits = decoded(model)
@@ -75,15 +77,19 @@ def test_bfloat16(make_model):
 
 
 @pytest.mark.parametrize(
-    "mesh",
-    [MeshConfig(data=4, model=2, fsdp="embed"), MeshConfig(data=2, sequence=4, fsdp="mlp")],
-    ids=["fsdp and tensor", "fsdp and sequence"],
+    ("changes", "mesh"),
+    [
+        (LIKE_GPT2, MeshConfig(data=4, model=2, fsdp="embed")),
+        (LIKE_GPT2, MeshConfig(data=2, sequence=4, fsdp="mlp")),
+        (LIKE_LLAMA, MeshConfig(data=4, model=2, fsdp="embed")),
+    ],
+    ids=["fsdp and tensor", "fsdp and sequence", "llama, fsdp and tensor"],
 )
-def test_a_model_split_over_devices(make_model, mesh):
-    model = make_model(**LIKE_GPT2)
+def test_a_model_split_over_devices(make_model, changes, mesh):
+    model = make_model(**changes)
     partition = partition_of(mesh)
     split = partition.place(model)
-    assert not split.blocks.stacked.mlp.c_fc.weight.array.sharding.is_fully_replicated
+    assert not jax.tree.leaves(split.blocks.stacked.mlp)[0].sharding.is_fully_replicated
     with partition.active():
         at, logits = decoded(split)
         cache = jax.jit(partial(type(split).empty_cache, Batch=Batch))(split)

@@ -13,7 +13,6 @@ from sophia_levanter.batch import batch_from_windows
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.optimizer import SophiaGConfig
-from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.step import StepSettings, TrainState, curvature_rows, train_step
 
@@ -22,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "config"
 TEXT = np.frombuffer((CONFIGS.parent / "LICENSE").read_bytes(), np.uint8).astype(np.int32)
 
 
-def nano(optimizer, num_microbatches):
+def nano(optimizer, num_microbatches, model="gpt2"):
     """Nano as it is shipped, but with short windows, so that the table of meshes ends in minutes.
 
     Its warm-up matters: at rates of 1e-3 Sophia-H's clipped steps make 2e-4 of a rounding error within 20 steps.
@@ -33,11 +32,16 @@ def nano(optimizer, num_microbatches):
         "trainer.batch_size": ROWS,
         "trainer.microbatch_size": ROWS // num_microbatches,
     }
+    if model == "llama":
+        settings |= {"model.num_kv_heads": 2, "model.qk_norm": "true", "model.tie_embeddings": "false"}
+        settings |= {"optimizer.type": "sophia_g" if optimizer == "sophia" else optimizer}
+        settings |= {"optimizer.learning_rate": 1e-3}
     if optimizer.startswith("sophia"):
         settings["optimizer.interval"] = 4
         settings["optimizer.curvature_microbatch_size"] = "null"  # the preset's divides over fewer devices
     overrides = [(name, str(value)) for name, value in settings.items()]
-    return load_config(CONFIGS / f"gpt2_nano_{optimizer}.yaml", overrides)
+    preset = f"gpt2_nano_{optimizer}" if model == "gpt2" else "llama_nano_adamw"
+    return load_config(CONFIGS / f"{preset}.yaml", overrides)
 
 
 def windows(config, step):
@@ -58,7 +62,7 @@ def train(config, num_devices, num_steps=STEPS, drawn=False):
     settings = StepSettings.of(config)
 
     def initial_state():
-        model = Gpt2.init(config.model, vocab_size=257, key=jax.random.key(0))
+        model = config.model.build(vocab_size=257, key=jax.random.key(0))
         return TrainState.init(model, settings.optimizer, settings.policy)
 
     state, losses = partition.made(initial_state), []
@@ -79,15 +83,15 @@ def train(config, num_devices, num_steps=STEPS, drawn=False):
 
 
 @cache
-def on_one_device(optimizer, num_microbatches):
-    losses, _ = train(nano(optimizer, num_microbatches), 1)
+def on_one_device(optimizer, num_microbatches, model):
+    losses, _ = train(nano(optimizer, num_microbatches, model), 1)
     assert losses[-1] < losses[0] - 0.2
     return losses
 
 
-def check_mesh(mesh, optimizer, num_microbatches, atol=1e-5):
-    losses, state = train(dataclasses.replace(nano(optimizer, num_microbatches), mesh=mesh), 8)
-    np.testing.assert_allclose(losses, on_one_device(optimizer, num_microbatches), rtol=0, atol=atol)
+def check_mesh(mesh, optimizer, num_microbatches, atol=1e-5, model="gpt2"):
+    losses, state = train(dataclasses.replace(nano(optimizer, num_microbatches, model), mesh=mesh), 8)
+    np.testing.assert_allclose(losses, on_one_device(optimizer, num_microbatches, model), rtol=0, atol=atol)
     if mesh.fsdp:
         check_split(state, mesh)
 
@@ -132,6 +136,14 @@ def test_positions_may_be_split():
 @pytest.mark.parametrize("optimizer", ["sophia", "sophia_h", "adamw", "lion"])
 def test_table_of_meshes(optimizer, data, model, fsdp, num_microbatches):
     check_mesh(MeshConfig(data=data, model=model, fsdp=fsdp), optimizer, num_microbatches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [None, "embed"])
+@pytest.mark.parametrize(("data", "model"), [(8, 1), (4, 2)])
+@pytest.mark.parametrize("optimizer", ["sophia", "sophia_h", "adamw"])
+def test_table_of_meshes_for_llama(optimizer, data, model, fsdp):
+    check_mesh(MeshConfig(data=data, model=model, fsdp=fsdp), optimizer, 4, model="llama")
 
 
 @pytest.mark.slow

@@ -99,8 +99,8 @@ def schema(root: type, settings: Layer | None = None) -> Schema:
 def build(root: type[Root], layers: Sequence[Layer]) -> Root:
     """The configuration that settings give, those of later layers on top of those of earlier ones.
 
-    A layer that chooses another type for a section keeps the fields that all types of its registry have, and drops
-    the other fields that earlier layers set.
+    A layer that chooses another type for a section keeps the fields that all types of its registry have, or that both
+    have from a class with `is_family`, and drops the other fields that earlier layers set.
 
     Raises:
         InputError: if a key is unknown, or a value is of the wrong type or out of range.
@@ -182,8 +182,11 @@ def _put_on_top(root: type, settings: Layer, layer: Layer) -> Layer:
         key = _join(path, choice_key(registry))
         if path in layer and isinstance(layer[path].value, str):  # `schedule: linear`
             layer = {key if name == path else name: setting for name, setting in layer.items()}
-        if key in layer and _chosen(registry, key, layer, dataclasses.MISSING) is not before.sections[path]:
-            kept = {_join(path, common.name) for common in dataclasses.fields(registry)}  # type: ignore[arg-type]
+        old = before.sections[path]
+        if key in layer and (new := _chosen(registry, key, layer, dataclasses.MISSING)) is not old:
+            families = [base for base in new.__mro__ if base in old.__mro__ and base.__dict__.get("is_family")]
+            shared: Any = families[0] if families else registry
+            kept = {_join(path, common.name) for common in dataclasses.fields(shared)}
             own = {name for name in before.fields if name.startswith(f"{path}.")}
             dropped = {name for name in own if not any(f"{name}.".startswith(f"{common}.") for common in kept)}
             settings = {name: setting for name, setting in settings.items() if name not in dropped}

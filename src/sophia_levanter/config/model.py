@@ -89,6 +89,8 @@ class TransformerConfig(ModelConfig):
         InputError: if a value is out of its bounds or the heads do not divide the width.
     """
 
+    is_family: ClassVar[bool] = True  # another type of transformer keeps these settings
+
     num_layers: int = setting(12, "transformer blocks", low=1, high=LARGEST)
     num_heads: int = setting(12, "attention heads; must divide embed_dim", low=1, high=LARGEST)
     embed_dim: int = setting(768, "width of the residual stream", low=1, high=LARGEST)

@@ -72,7 +72,8 @@ class TrainerConfig(Settings):
     sample_tokens: int = setting(200, "tokens of text to generate at the end of the run", low=0)
     profile_steps: str | None = setting(None, "FIRST:END, trace these steps, END excluded, into run_dir/profile")
     initial_weights: str | None = setting(
-        None, "Hugging Face GPT-2 folder or nanoGPT's ckpt.pt to start from; random weights if not given"
+        None,
+        "folder of transformers (GPT-2, Llama, Qwen3) or nanoGPT's ckpt.pt to start from; random weights if not given",
     )
     run_dir: str | None = setting(None, "directory for config, metrics and checkpoints; runs/NAME-TIME if not given")
 
