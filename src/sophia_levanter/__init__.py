@@ -1,4 +1,4 @@
-"""Pre-train GPT-2 language models in JAX with the Sophia optimizers (arXiv 2305.14342)."""
+"""Pre-train GPT-2 and Llama models in JAX with the Sophia optimizers (arXiv 2305.14342)."""
 
 from typing import TYPE_CHECKING, Any
 

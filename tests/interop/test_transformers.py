@@ -167,7 +167,7 @@ def test_a_llama_of_ours_there_and_back(kind, make_loaded, tmp_path):
     assert type(theirs).__name__ == f"{kind.split()[-1]}ForCausalLM"
     ids = random_ids(257, 32)
     wanted = our_logits(loaded.model, ids)
-    assert wanted.std() > 0.4
+    assert wanted.std() > 0.2
     np.testing.assert_allclose(their_logits(theirs, ids), wanted, rtol=0, atol=1e-4)
     theirs.save_pretrained(tmp_path / "again")
     back = load_model(str(tmp_path / "again"), overrides=[("data.tokenizer", "bytes")], report=print)

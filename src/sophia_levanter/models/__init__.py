@@ -1,1 +1,1 @@
-"""Haliax GPT-2 models."""
+"""Haliax language models: GPT-2 and Llama."""
