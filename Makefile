@@ -19,6 +19,7 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 docs: .venv/dev.stamp
 	$(BIN)/mkdocs build --strict

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +24,9 @@ from sophia_levanter.files import sync, write_atomically
 from sophia_levanter.interop.architectures import architecture_of
 from sophia_levanter.interop.saved_weights import OWN_FIELD, TOKENIZER_FILE
 from sophia_levanter.interop.state_dict import to_state_dict
-from sophia_levanter.training.loading_models import LoadedModel
+
+if TYPE_CHECKING:
+    from sophia_levanter.training.loading_models import LoadedModel
 
 
 def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) -> None:
