@@ -12,7 +12,10 @@ import pytest
 from haliax import Axis
 
 from sophia_levanter.batch import Batch
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.model import LlamaConfig
+from sophia_levanter.config.run import check_parameters
 from sophia_levanter.errors import InputError
 from sophia_levanter.interop.architectures import Description, architecture_of_type
 from sophia_levanter.interop.state_dict import model_on_host, to_state_dict
@@ -143,6 +146,13 @@ def test_what_decays_and_what_has_a_basis(make_model):
 def test_settings_that_do_not_fit(changes, message):
     with pytest.raises(InputError, match=message):
         LlamaConfig(**({"num_heads": 4, "embed_dim": 8} | changes))
+
+
+def test_heads_of_keys_and_values_must_divide_over_the_devices():
+    model = LlamaConfig(num_heads=8, num_kv_heads=2, embed_dim=128)
+    check_parameters(TrainConfig(model=model, mesh=MeshConfig(model=2)), 2)
+    with pytest.raises(InputError, match=r"^model\.num_kv_heads 2 does not divide over mesh\.model 4 devices; .*or a"):
+        check_parameters(TrainConfig(model=model, mesh=MeshConfig(model=4)), 4)
 
 
 def test_sizes_that_follow_from_others():
