@@ -77,7 +77,7 @@ def _run(argv: Sequence[str]) -> int:
 
     from sophia_levanter.checkpoint import CheckpointError
     from sophia_levanter.partition.messages import NoAnswer
-    from sophia_levanter.training.loop import TrainingFailed
+    from sophia_levanter.training.callbacks import TrainingFailed
     from sophia_levanter.training.run import run
 
     try:

@@ -16,7 +16,7 @@ from sophia_levanter.main import main
 from sophia_levanter.tracking import tensorboard, wandb
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
-from sophia_levanter.training.loop import Loop, TrainingFailed
+from sophia_levanter.training.callbacks import SkippedSteps, TrainingFailed
 from sophia_levanter.training.run import _start_others
 from sophia_levanter.training.run_directory import RunDirectory
 
@@ -133,14 +133,12 @@ def test_trackers_outlive_a_rollback(config_file, tmp_path, monkeypatch):
     arguments = ["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run"), "--optimizer.type", "adamw"]
     arguments += ["--tracking.tensorboard", "true", "--trainer.checkpoint_every", "2"]
     calls = iter([True])
-    read = Loop._read
 
-    def fail_once(self, running):
-        read(self, running)
-        if running.step == 7 and next(calls, False):
+    def fail_once(self, numbers):
+        if numbers.step == 7 and next(calls, False):
             raise TrainingFailed("made up", range(6, 8))
 
-    monkeypatch.setattr(Loop, "_read", fail_once)
+    monkeypatch.setattr(SkippedSteps, "on_step", fail_once)
     assert main([*arguments, "--trainer.max_rollbacks", "1"]) == 0
     (recorder,) = recorders
     assert recorder.closed == [False]

@@ -1,5 +1,4 @@
 import time
-from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.training.callbacks import Callback
 from sophia_levanter.training.compiled_steps import CompiledSteps
 from sophia_levanter.training.loop import Loop
 from sophia_levanter.training.step import StepOutput
@@ -37,10 +37,10 @@ def rates_of():
                 time.sleep(STALL_SECONDS * (index in loading))
                 yield index
 
-        def log(step, numbers):
-            if "train/loss" in numbers:
-                rates[step] = numbers["train/tokens_per_second"]
-                time.sleep(STALL_SECONDS * (step in logging))
+        class Log(Callback):
+            def on_step(self, numbers):
+                rates[numbers.step] = numbers.metrics["train/tokens_per_second"]
+                time.sleep(STALL_SECONDS * (numbers.step in logging))
 
         def step(batch, state):
             loss = sleep(state.loss)
@@ -49,22 +49,18 @@ def rates_of():
 
         rates = {}
         loop = Loop(
-            config=TrainerConfig(num_train_steps=10, batch_size=2, evaluate_every=1000, checkpoint_every=1000),
+            config=TrainerConfig(num_train_steps=10, batch_size=2),
             settings_of=MagicMock(),
             partition=MagicMock(),
             loader=SimpleNamespace(load_all=load_all),
-            evaluate=lambda model, progress: SimpleNamespace(loss=1.0, bits_per_byte=1.0),
-            checkpoints=MagicMock(),
-            verification=MagicMock(),
-            trackers=MagicMock(log=log),
-            console=MagicMock(),
-            profiler=SimpleNamespace(
-                starts_at=lambda step: False, ends_after=lambda step: False, annotated=lambda step: nullcontext()
-            ),
+            monitor=MagicMock(),
+            callbacks=[Log()],
+            evaluating=MagicMock(),
+            saving=MagicMock(),
             tokens_per_window=TOKENS // 2,
             mfu_per_token_rate=1.0,
         )
-        loop._watchdog, loop._last_time = MagicMock(), time.perf_counter()
+        loop._last_time = time.perf_counter()
         optimizer = SimpleNamespace(refresh_due=lambda step: False)
         first = SimpleNamespace(step=0, refresh_pending=False, loss=jnp.float32(1), model=None)
         loop._steps(first, CompiledSteps(2, optimizer, step, step), SimpleNamespace(signal=None))

@@ -1,11 +1,13 @@
 """Traces of training steps, read back as TensorBoard reads them."""
 
+from unittest.mock import MagicMock
+
 import jax
 import pytest
 
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.main import main
-from sophia_levanter.training.profile import Profiler
+from sophia_levanter.training.profile import Profiling
 
 
 def traced_steps(directory):
@@ -41,15 +43,16 @@ def test_a_resumed_run_traces_what_is_left(config_file, tmp_path):
 
 
 def test_a_trace_is_written_when_a_run_ends_within_it(tmp_path):
-    profiler = Profiler(range(2, 5), tmp_path)
-    assert [profiler.starts_at(step) for step in range(6)] == [False, False, True, True, True, False]
-    profiler.start()
-    with profiler.annotated(2):
+    console = MagicMock()
+    profiling = Profiling(range(2, 5), tmp_path, console)
+    assert [profiling.is_due(step) for step in range(6)] == [False, False, True, True, True, False]
+    profiling.before_step(2)
+    with jax.profiler.StepTraceAnnotation("train", step_num=2):
         jax.numpy.ones(3).block_until_ready()
-    assert not profiler.starts_at(3)
-    assert [profiler.ends_after(step) for step in (2, 3, 4)] == [False, False, True]
-    assert profiler.stop() == tmp_path
-    assert profiler.stop() is None
+    assert [profiling.is_due(step) for step in range(2, 6)] == [False, False, False, True]
+    for _ in range(2):
+        profiling.on_end()
+    console.line.assert_called_once_with(f"profile: tensorboard --logdir {tmp_path}")
     assert traced_steps(tmp_path) == [[2]]
 
 

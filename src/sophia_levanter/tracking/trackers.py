@@ -22,14 +22,19 @@ class Trackers:
     Args:
         lines: metrics.jsonl; None where another process writes it, which then has the other trackers too.
         others: the rest, which outlive this.
+
+    Attributes:
+        last: the last value of each metric.
     """
 
     def __init__(self, lines: JsonLines | None, others: Others) -> None:
         self._lines = lines
         self._others = others
+        self.last: dict[str, float] = {}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hand a step's metrics to all of them."""
+        self.last |= metrics
         if self._lines is not None:
             self._lines.log(step, metrics)
         self._others.log(step, metrics)

@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
 
+from sophia_levanter.tracking.console import Console
+from sophia_levanter.training.callbacks import Callback, Pause
 
-class Profiler:
-    """Traces host and devices from the first of its steps to its last.
+
+class Profiling(Callback):
+    """Traces host and devices from the first of some steps to the last.
 
     Args:
         steps: the steps to trace; none of them if empty.
         directory: where the trace is written, as `plugins/profile/TIME/HOST.xplane.pb`.
+        console: says where it is.
     """
 
-    def __init__(self, steps: range, directory: Path) -> None:
-        self._steps, self._directory = steps, directory
+    def __init__(self, steps: range, directory: Path, console: Console) -> None:
+        self._steps, self._directory, self._console = steps, directory, console
         self._running = False
 
-    def starts_at(self, step: int) -> bool:
-        """Whether the trace begins with this step: its first one, or the one that a resumed run begins with."""
-        return step in self._steps and not self._running
+    def is_due(self, done: int) -> bool:
+        """Steps before the first one traced should have ended, and so should the last one."""
+        return done == self._steps.stop if self._running else done in self._steps
 
-    def ends_after(self, step: int) -> bool:
-        """Whether this step is the last one traced."""
-        return self._running and step + 1 == self._steps.stop
+    def before_step(self, step: int) -> None:
+        """Begins the trace at its first step, or at the one that a resumed run begins with."""
+        if step in self._steps and not self._running:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
 
-    def start(self) -> None:
-        """Begin the trace; steps before it should have ended."""
-        jax.profiler.start_trace(self._directory)
-        self._running = True
+    def on_pause(self, pause: Pause) -> None:
+        self.on_end()
 
-    def stop(self) -> Path | None:
-        """Write the trace. Its directory, or None if there is none: it is not running."""
-        if not self._running:
-            return None
-        self._running = False
-        jax.profiler.stop_trace()
-        return self._directory
-
-    @staticmethod
-    def annotated(step: int) -> AbstractContextManager[object]:
-        """Names what runs inside as that training step in a trace."""
-        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+    def on_end(self) -> None:
+        """Write the trace if it is running, which it is too where a run ends within it."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            self._console.line(f"profile: tensorboard --logdir {self._directory}")

@@ -34,14 +34,15 @@ from sophia_levanter.tracking.background import CLOSE_SECONDS
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
 from sophia_levanter.tracking.trackers import Others, Trackers, start_others
+from sophia_levanter.training.callbacks import Evaluating, Logging, Monitor, Saving, SkippedSteps, TrainingFailed
 from sophia_levanter.training.checkpoints import RunCheckpoints
 from sophia_levanter.training.environment import fixed_settings, recorded_environment
 from sophia_levanter.training.evaluation import Evaluator
 from sophia_levanter.training.initial_weights import read_initial_weights
 from sophia_levanter.training.loading import BatchLoader
-from sophia_levanter.training.loop import Loop, TrainingFailed
+from sophia_levanter.training.loop import Loop
 from sophia_levanter.training.parts import Parts, build_parts
-from sophia_levanter.training.profile import Profiler
+from sophia_levanter.training.profile import Profiling
 from sophia_levanter.training.resuming import best_so_far, check_not_begun, go_back, resume, with_saved_rows
 from sophia_levanter.training.run_directory import RunDirectory
 from sophia_levanter.training.run_tokenizer import keep_tokenizer, with_kept_tokenizer
@@ -49,6 +50,7 @@ from sophia_levanter.training.step import StepSettings, TrainState
 from sophia_levanter.training.stopping import StopRequest
 from sophia_levanter.training.summary import describe_end, describe_start
 from sophia_levanter.training.throughput import peak_flops
+from sophia_levanter.training.watchdog import Watchdog
 
 # For trackers to end in where the run was told to stop.
 STOPPED_SECONDS = 10.0
@@ -176,7 +178,8 @@ def run(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) ->
         raise
     # What stops a run may soon kill it.
     others.close(failed=stopped_by is not None, seconds=STOPPED_SECONDS if stopped_by else CLOSE_SECONDS)
-    return _result(directory, int(state.step), loop.last_metrics, loop.best, str(loop.saved), stopped_by)
+    metrics, best = loop.monitor.trackers.last, loop.evaluating.best
+    return _result(directory, int(state.step), metrics, best, str(loop.saved), stopped_by)
 
 
 def _result(
@@ -281,32 +284,34 @@ def _make_loop(
     step = int(state.step)
     best = None if restored is None else best_so_far(parts, restored)
     flops = abstract_model(parts.config.model, parts.data.tokenizer.vocab_size).flops_per_token
+    lines = JsonLines(directory.metrics_file, first_step=step) if parts.processes.is_first else None
+    monitor = Monitor(Trackers(lines, others), console, Watchdog(trainer.step_timeout))
+    checkpoints = RunCheckpoints(
+        directory.checkpoints,
+        parts.config,
+        parts.facts,
+        run_id=run_id,
+        processes=parts.processes,
+        best=best,
+        saved_step=None if restored is None else restored.step,
+    )
+    saving = Saving(trainer, monitor, checkpoints, parts.verification)
+    evaluator = Evaluator(
+        parts.validation, token_byte_lengths(parts.data.tokenizer), parts.partition, parts.settings.policy
+    )
+    evaluating = Evaluating(trainer, monitor, evaluator, saving, best)
+    profiling = Profiling(trainer.profiled_steps, directory.profile, console)
     return Loop(
         config=trainer,
         settings_of=partial(StepSettings.of, parts.config),
         partition=parts.partition,
         loader=BatchLoader(parts.batches, parts.partition, trainer, int(state.skipped_windows)),
-        evaluate=Evaluator(
-            parts.validation, token_byte_lengths(parts.data.tokenizer), parts.partition, parts.settings.policy
-        ),
-        checkpoints=RunCheckpoints(
-            directory.checkpoints,
-            parts.config,
-            parts.facts,
-            run_id=run_id,
-            processes=parts.processes,
-            best=best,
-            saved_step=None if restored is None else restored.step,
-        ),
-        verification=parts.verification,
-        trackers=Trackers(
-            JsonLines(directory.metrics_file, first_step=step) if parts.processes.is_first else None, others
-        ),
-        console=console,
-        profiler=Profiler(trainer.profiled_steps, directory.profile),
+        monitor=monitor,
+        callbacks=[profiling, Logging(monitor), SkippedSteps(trainer, monitor), evaluating, saving],
+        evaluating=evaluating,
+        saving=saving,
         tokens_per_window=parts.config.model.seq_len,
         mfu_per_token_rate=flops / peak_flops(list(parts.partition.mesh.devices.flat)),
-        best=best,
     )
 
 

@@ -100,10 +100,10 @@ def describe_mesh(partition: Partition) -> str:
 
 def describe_end(parts: Parts, loop: Loop, state: TrainState, console: Console) -> None:
     """Print how much was done, the losses beside a byte-bigram's, where the checkpoint lies, and a sample of text."""
-    numbers, tokenizer, step = loop.last_metrics, parts.data.tokenizer, int(state.step)
+    numbers, tokenizer, step = loop.monitor.trackers.last, parts.data.tokenizer, int(state.step)
     bigram = bigram_bits_per_byte(parts.data.train, parts.validation.token_windows(), tokenizer)
     tokens = parts.batches.windows_between(0, step) * parts.config.model.seq_len
-    skipped, best = int(state.skipped_steps), loop.best
+    skipped, best = int(state.skipped_steps), loop.evaluating.best
     since = f" since step {loop.first_step:,}" if loop.first_step else ""
     rows = [
         (

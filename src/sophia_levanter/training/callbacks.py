@@ -1,0 +1,228 @@
+"""What acts on a run beside its steps: logging, evaluation and saving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sophia_levanter.checkpoint import CheckpointError
+from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.data.verification import Verification
+from sophia_levanter.errors import InputError
+from sophia_levanter.models.language_model import LanguageModel
+from sophia_levanter.tracking.console import Console
+from sophia_levanter.tracking.trackers import Trackers
+from sophia_levanter.training.checkpoints import RunCheckpoints
+from sophia_levanter.training.evaluation import Evaluation
+from sophia_levanter.training.step import TrainState
+from sophia_levanter.training.watchdog import Watchdog
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on; the message says why and what to try.
+
+    Attributes:
+        steps: those in a row that changed nothing.
+    """
+
+    def __init__(self, message: str, steps: range) -> None:
+        super().__init__(message)
+        self.steps = steps
+
+
+class StepNumbers(NamedTuple):
+    """What is known of a step that has ended.
+
+    Attributes:
+        step: which, from 0.
+        metrics: its numbers, by their names in metrics.jsonl.
+        skipped_in_a_row: steps up to this one that changed nothing; 0 if it is a good one.
+        seconds_left: until the end of the run.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+    skipped_in_a_row: int
+    seconds_left: float
+
+
+@dataclass
+class Pause:
+    """A run between two steps.
+
+    Attributes:
+        done: steps taken.
+        state: the state after them; the next step takes over its buffers.
+        stopping: whether the run is to stop, and may soon be killed.
+        evaluated: whether the validation loss is this state's.
+    """
+
+    done: int
+    state: TrainState
+    stopping: Callable[[], bool]
+    evaluated: bool = False
+
+
+class Callback:
+    """Acts on a run beside its steps. A subclass overrides what it needs."""
+
+    def before_step(self, step: int) -> None:
+        """Called before a step begins. The step before it may still be running."""
+
+    def on_step(self, numbers: StepNumbers) -> None:
+        """Called when the numbers of a step are there. The next step may be running."""
+
+    def is_due(self, done: int) -> bool:
+        """Whether the run pauses for `on_pause` after so many steps."""
+        return False
+
+    def on_pause(self, pause: Pause) -> None:
+        """Called after the steps for which `is_due`, when their numbers have been read."""
+
+    def on_end(self) -> None:
+        """Called when the run ends, however it ends, or goes back to a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """How a run is watched.
+
+    Attributes:
+        trackers: take its numbers.
+        console: shows them.
+        watchdog: ends the run where it is stuck.
+    """
+
+    trackers: Trackers
+    console: Console
+    watchdog: Watchdog
+
+
+@dataclass
+class Logging(Callback):
+    """Hands each step's numbers to the trackers, and shows them."""
+
+    monitor: Monitor
+
+    def on_step(self, numbers: StepNumbers) -> None:
+        self.monitor.trackers.log(numbers.step, numbers.metrics)
+        self.monitor.console.step(numbers.step, numbers.metrics, numbers.seconds_left)
+
+    def on_end(self) -> None:
+        self.monitor.console.stop()
+        self.monitor.trackers.close()
+
+
+@dataclass
+class SkippedSteps(Callback):
+    """Says which steps were skipped, and ends a run with too many in a row."""
+
+    config: TrainerConfig
+    monitor: Monitor
+
+    def on_step(self, numbers: StepNumbers) -> None:
+        """Raises `TrainingFailed` after too many."""
+        step, in_a_row, loss = numbers.step, numbers.skipped_in_a_row, numbers.metrics["train/loss"]
+        if not in_a_row:
+            return
+        spike = math.isfinite(loss) and math.isfinite(numbers.metrics["train/grad_norm"])
+        what = "loss was a spike" if spike else "loss or gradient was not finite"
+        hint = "; or a larger --trainer.loss_spike_factor" if spike else ""
+        self.monitor.console.notice(f"step {step}: the {what} (loss {loss:.4g}); the step changed nothing")
+        if in_a_row >= self.config.max_skipped_steps:
+            raise TrainingFailed(
+                f"the {what} in {in_a_row} steps in a row, the last of them step {step}; "
+                f"try a lower --optimizer.learning_rate or more --optimizer.warmup_steps{hint}",
+                range(step + 1 - in_a_row, step + 1),
+            )
+
+
+@dataclass
+class Saving(Callback):
+    """Saves states while training goes on, and notices where that or the text has failed.
+
+    Attributes:
+        config: how often.
+        monitor: of the run; what the trackers have is on the disk before a state is saved.
+        checkpoints: take the states.
+        verification: of the text that is trained on; before it has ended, only a run that is to stop saves.
+    """
+
+    config: TrainerConfig
+    monitor: Monitor
+    checkpoints: RunCheckpoints
+    verification: Verification
+
+    def before_step(self, step: int) -> None:
+        self.checkpoints.check()
+        self.verification.check()
+
+    def is_due(self, done: int) -> bool:
+        return done % self.config.checkpoint_every == 0 or done == self.config.num_train_steps
+
+    def on_pause(self, pause: Pause) -> None:
+        # What follows skipped steps may go back to a checkpoint from before them, which this one could push out.
+        if pause.done == self.config.num_train_steps or not int(pause.state.skipped_in_a_row):
+            self.save(pause)
+
+    def save(self, pause: Pause) -> None:
+        """Begin to save the state."""
+        trackers, console, watchdog = self.monitor.trackers, self.monitor.console, self.monitor.watchdog
+        watchdog.pause()
+        verified = self.verification.finish(pause.stopping)
+        if not verified:
+            console.notice(f"step {pause.done} is saved before its text has been compared with what it should be")
+        watchdog.begin(f"saving step {pause.done}")
+        trackers.sync()
+        self.checkpoints.save(pause.done, pause.state, trackers.last, evaluated=pause.evaluated, verified=verified)
+
+    def finish_after(self, error: Exception) -> None:
+        """Before the run ends with an error: what is being saved is saved, and a failure to is not forgotten."""
+        try:
+            self.checkpoints.wait()
+        except (CheckpointError, FileExistsError) as another:
+            if another is not error:
+                self.monitor.console.notice(f"WARNING: {another}")
+
+
+@dataclass
+class Evaluating(Callback):
+    """Measures the validation loss.
+
+    Attributes:
+        config: how often.
+        monitor: of the run.
+        evaluate: gives a model's validation loss; calls a function on its way.
+        saving: saves the state before an error ends the run.
+        best: step and validation loss of the best evaluation so far; None before the first.
+    """
+
+    config: TrainerConfig
+    monitor: Monitor
+    evaluate: Callable[[LanguageModel, Callable[[], None]], Evaluation]
+    saving: Saving
+    best: dict[str, Any] | None = None
+
+    def is_due(self, done: int) -> bool:
+        return done % self.config.evaluate_every == 0 or done == self.config.num_train_steps
+
+    def on_pause(self, pause: Pause) -> None:
+        """Raises `InputError` where the validation text is damaged."""
+        done, trackers, watchdog = pause.done, self.monitor.trackers, self.monitor.watchdog
+        try:
+            evaluation = self.evaluate(pause.state.model, lambda: watchdog.begin(f"the evaluation after step {done}"))
+        except InputError:
+            self.saving.save(pause)
+            raise
+        pause.evaluated = True
+        loss, bits_per_byte = evaluation.loss, evaluation.bits_per_byte
+        numbers = {"validation/loss": loss, "validation/bits_per_byte": bits_per_byte}
+        trackers.log(done - 1, {k: v for k, v in numbers.items() if not math.isnan(v)})
+        trackers.last |= numbers
+        if math.isfinite(loss) and (self.best is None or loss < self.best["validation/loss"]):
+            self.best = {"step": done, "validation/loss": loss}
+        self.monitor.console.line(
+            f"step {done}: validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte"
+        )
