@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,11 +97,16 @@ def plugin_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[P
     """A folder for plug-ins, on the path beside tests/plugins; what they register is forgotten after the test."""
     from sophia_levanter.config.model import ModelConfig
     from sophia_levanter.config.optimizer import OptimizerConfig
+    from sophia_levanter.config.registries import CALLBACKS, METRICS
     from sophia_levanter.config.schedule import ScheduleConfig
 
     shipped, folder = Path(__file__).parent / "plugins", tmp_path / "plugins"
     folder.mkdir()
-    registries = [registry.get_known_choices() for registry in (OptimizerConfig, ScheduleConfig, ModelConfig)]
+    registries: list[dict[str, Any]] = [
+        METRICS,
+        CALLBACKS,
+        *(registry.get_known_choices() for registry in (OptimizerConfig, ScheduleConfig, ModelConfig)),
+    ]
     before, modules = [dict(choices) for choices in registries], set(sys.modules)
     for place in (shipped, folder):
         monkeypatch.syspath_prepend(place)

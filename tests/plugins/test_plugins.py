@@ -1,6 +1,7 @@
-"""Optimizers, estimators, schedules and models from outside the package, each in a file of its own beside this one."""
+"""What code outside the package adds, each in a file of its own beside this one."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -18,6 +19,10 @@ PLUGINS = {
     "mean_fisher": ["--optimizer.type", "sophia_mean_fisher", "--optimizer.interval", "2"],
     "inverse_sqrt": ["--optimizer.schedule.type", "inverse_sqrt", "--optimizer.schedule.timescale", "3"],
     "gru": ["--model.type", "gru", "--model.embed_dim", "16"],
+    "layer_norms,perplexity": [
+        *("--trainer.metrics", "grad_norm_per_layer", "--trainer.callbacks", "perplexity"),
+        *("--optimizer.type", "adamw"),
+    ],
 }
 
 
@@ -31,7 +36,7 @@ def test_a_run_and_its_resume(plugin, config_file, tmp_path, capsys):
     run_dir = tmp_path / "run"
     options = ["--plugins", plugin, *PLUGINS[plugin], *SMALL_STEPS]
     assert main(["--config", str(config_file), *options, "--trainer.run_dir", str(run_dir)]) == 0
-    assert yaml.safe_load((run_dir / "config.yaml").read_text())["plugins"] == [plugin]
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["plugins"] == plugin.split(",")
     # The plug-in is in the run's configuration.
     assert main(["--resume", str(run_dir), "--trainer.num_train_steps", "8"]) == 0
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -40,7 +45,19 @@ def test_a_run_and_its_resume(plugin, config_file, tmp_path, capsys):
     assert report.main([str(run_dir), "-o", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text()
     assert PLUGINS[plugin][1] in page
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    if "layer_norms" in plugin:
+        norms = [[line[f"grad_norm_per_layer/layer_{i}"] for i in range(2)] for line in metrics[:2]]
+        wholes = [line["train/grad_norm"] for line in metrics[:2]]
+        assert all(0 < math.hypot(*parts) < whole for parts, whole in zip(norms, wholes, strict=True))
+        last = metrics[-1]
+        assert last["perplexity/validation"] == pytest.approx(math.exp(last["validation/loss"]))
+        # At the end of the run and of its resume.
+        assert printed.count("\ngrad_norm_per_layer: layer_0 ") == printed.count("\nperplexity: validation ") == 2
+        assert "From faint to strong: layer_0, layer_1." in page
+        assert {f"report-metric-{name}.png" for name in ("grad_norm_per_layer", "perplexity")} <= {
+            path.name for path in tmp_path.iterdir()
+        }
 
 
 @pytest.mark.slow
@@ -62,7 +79,10 @@ def test_a_study_of_them(config_file, tmp_path):
                 "config": [str(config_file)],
                 "tokens": [1536],
                 "evaluations": 2,
-                "settings": {"plugins": ["ademamix"]},
+                "settings": {
+                    "plugins": ["ademamix", "layer_norms"],
+                    "trainer": {"metrics": ["grad_norm_per_layer"]},
+                },
                 "arms": {"sophia": {"settings": {}}, "ademamix": {"settings": {"optimizer": {"type": "ademamix"}}}},
             }
         )
@@ -81,6 +101,11 @@ def test_help_and_messages_name_them(config_file):
         parse_command_line([*argv, "--optimizer.b3", "2"])
     with pytest.raises(InputError, match=r"unknown option '--optimizer\.alhpa'; did you mean --optimizer\.alpha\?"):
         parse_command_line([*argv, "--optimizer.alhpa", "2"])
+    chosen = ["--trainer.metrics", "grad_norm_per_laver"]
+    with pytest.raises(InputError, match=r"^trainer\.metrics has 'grad_norm_per_laver', .*; --plugins adds metrics$"):
+        parse_command_line([*argv, *chosen])
+    with pytest.raises(InputError, match=r"'grad_norm_per_laver', .* did you mean grad_norm_per_layer\?$"):
+        parse_command_line([*argv, "--plugins", "layer_norms", *chosen])
 
 
 def test_several_are_joined(config_file, tmp_path):
@@ -95,6 +120,7 @@ from dataclasses import dataclass
 from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.config.settings import setting
 """
+METRIC = "from sophia_levanter.config.registries import register_metric\n@register_metric({0!r})\ndef {0}(step): {1}"
 BROKEN = {
     "absent": (None, "plugins: the module absent was not found; add its folder to PYTHONPATH"),
     "needs": ("import no_such_package", "plugins: needs needs no_such_package, which is not installed"),
@@ -119,6 +145,15 @@ BROKEN = {
         + "    def build(self, num_train_steps): return object()\n",
         "optimizer: object does not define init, update, refresh_due",
     ),
+    "train": (
+        METRIC.format("train", "pass"),
+        "plugins: train cannot be imported: ValueError: the metric 'train' needs",
+    ),
+    "vector": (
+        METRIC.format("vector", "return {'w': step.grads.wte.weight.array[0]}"),
+        "trainer.metrics: vector returns an array of shape (16,) for 'w'; it must be a scalar",
+    ),
+    "raises": (METRIC.format("raises", "return {'a': step.loss}"), "trainer.metrics: raises fails: AttributeError: "),
 }
 
 
@@ -128,6 +163,7 @@ def test_a_broken_plugin_is_one_line(name, plugin_folder, config_file, tmp_path,
     if code is not None:
         (plugin_folder / f"{name}.py").write_text(code)
     chosen = ["--optimizer.type", name] if name in ("strange", "empty", "lacks") else []
+    chosen = ["--trainer.metrics", name] if name in ("vector", "raises") else chosen
     run_dir = tmp_path / "run"
     argv = ["--config", str(config_file), "--plugins", name, *chosen, "--trainer.run_dir", str(run_dir)]
     assert main(argv) == 2

@@ -54,7 +54,7 @@ def rates_of():
             partition=MagicMock(),
             loader=SimpleNamespace(load_all=load_all),
             monitor=MagicMock(),
-            callbacks=[Log()],
+            callbacks=[Log(None)],
             evaluating=MagicMock(),
             saving=MagicMock(),
             tokens_per_window=TOKENS // 2,

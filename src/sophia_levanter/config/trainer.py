@@ -6,6 +6,7 @@ import re
 from dataclasses import MISSING, dataclass, replace
 from typing import ClassVar
 
+from sophia_levanter.config.registries import CALLBACKS, METRICS
 from sophia_levanter.config.settings import Settings, setting
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import check_utf8
@@ -68,6 +69,8 @@ class TrainerConfig(Settings):
     step_timeout: int | None = setting(
         3600, "seconds that a step, evaluation batch or save may take before the run ends", low=1
     )
+    metrics: tuple[str, ...] = setting((), "registered metrics to measure in each step, such as a plug-in's")
+    callbacks: tuple[str, ...] = setting((), "registered callbacks that act beside the steps, such as a plug-in's")
     log_every: int = setting(10, "steps between progress lines when stdout is not a terminal", low=1)
     sample_tokens: int = setting(200, "tokens of text to generate at the end of the run", low=0)
     profile_steps: str | None = setting(None, "FIRST:END, trace these steps, END excluded, into run_dir/profile")
@@ -79,6 +82,8 @@ class TrainerConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        METRICS.check(self.metrics)
+        CALLBACKS.check(self.callbacks)
         check_utf8("trainer.checkpoint_dir", self.checkpoint_dir or "")
         if re.match(r"(gs|s3):(?!//)", self.checkpoint_dir or ""):
             raise InputError(f"trainer.checkpoint_dir is {self.checkpoint_dir}; write a path, gs:// or s3://")

@@ -20,10 +20,11 @@ from sophia_levanter.comparison.styles import ADVISED_WIN_RATES, COLOURS, style_
 from sophia_levanter.printing import one_line, shortened
 from sophia_levanter.reporting.axes import Axis
 from sophia_levanter.reporting.curves import Bins, limits, smooth, spans_decades, thin
-from sophia_levanter.reporting.panels import Kind, Panel
+from sophia_levanter.reporting.panels import Kind, Panel, curves_of
 from sophia_levanter.reporting.runs import Run
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+FAINTEST = 0.25  # of a run's curves in one panel
 MOST_MARKERS = 25  # on a curve
 SIZE = (5.2, 3.2)  # of a panel, in inches
 DPI = 220
@@ -99,12 +100,12 @@ def _draw(axes: Axes, panel: Panel, runs: Sequence[Run], axis: Axis) -> None:
     unit, label = axis.unit(runs)
     drawn: list[tuple[Run, np.ndarray]] = []
     for number, run in enumerate(runs):
-        series = run.series.get(panel.series)
-        x = None if series is None else axis.positions(run, series.steps)
-        if series is None or x is None:
-            continue
-        bins = thin(x / unit, series.values)
-        drawn.append((run, _draw_run(axes, panel, bins, number)))
+        curves = curves_of(panel, run)
+        for strength, series in zip(np.linspace(1, FAINTEST, len(curves))[::-1], curves, strict=True):
+            x = axis.positions(run, series.steps)
+            if x is not None:
+                bins = thin(x / unit, series.values)
+                drawn.append((run, _draw_curve(axes, panel, bins, number, strength)))
     if panel.key == "win_rate":
         axes.axhspan(*ADVISED_WIN_RATES, color="0.93", zorder=0)
     _set_limits(axes, panel, drawn)
@@ -115,9 +116,9 @@ def _draw(axes: Axes, panel: Panel, runs: Sequence[Run], axis: Axis) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}" if x < 1e6 else f"{x:,.0f}"))
 
 
-def _draw_run(axes: Axes, panel: Panel, bins: Bins, number: int) -> np.ndarray:
-    """Draws one curve; the values that it goes through."""
-    style: dict[str, Any] = {**style_of(number), "zorder": 3}
+def _draw_curve(axes: Axes, panel: Panel, bins: Bins, number: int, strength: float) -> np.ndarray:
+    """Draws one curve of a run; the values that it goes through."""
+    style: dict[str, Any] = {**style_of(number), "zorder": 3, "alpha": strength}
     if panel.kind is Kind.POINTS:
         markers: dict[str, Any] = {"marker": _marker(number), "markevery": max(1, len(bins.x) // MOST_MARKERS)}
         axes.plot(bins.x, bins.mean, **markers, **style)

@@ -16,7 +16,7 @@ from sophia_levanter.reporting.comparability import Comparability
 from sophia_levanter.reporting.details import Row, configurations, facts
 from sophia_levanter.reporting.figures import sample_of_line, svg
 from sophia_levanter.reporting.headline import COLUMNS, Cell, headline
-from sophia_levanter.reporting.panels import BITS, TRAINING, VALIDATION, Panel, other_panels
+from sophia_levanter.reporting.panels import BITS, TRAINING, VALIDATION, Panel, curves_of, other_panels
 from sophia_levanter.reporting.runs import Run
 from sophia_levanter.reporting.template import PAGE
 
@@ -110,9 +110,9 @@ def _losses(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
 
 
 def _panel(panel: Panel, runs: Sequence[Run], axis: Axis) -> str:
-    if not any(panel.series in run.series for run in runs):
+    if not any(curves_of(panel, run) for run in runs):
         return f"<figure><h3>{escape(panel.title)}</h3><p class='none'>Not measured yet.</p></figure>"
-    names = ", ".join(run.name for run in runs if panel.series in run.series)
+    names = ", ".join(run.name for run in runs if curves_of(panel, run))
     alt = escape(f"{panel.title} against {axis.label}: {names}", quote=True)
     return (
         f"<figure><h3>{escape(panel.title)}</h3><img src='{svg(panel, runs, axis)}' alt=\"{alt}\">"

@@ -8,6 +8,8 @@ from enum import Enum, auto
 
 import numpy as np
 
+from sophia_levanter.config.registries import BUILT_IN
+from sophia_levanter.reporting.metrics import Series
 from sophia_levanter.reporting.runs import Run
 
 
@@ -26,7 +28,7 @@ class Panel:
     Attributes:
         key: in names of files.
         title: above it.
-        series: the name in metrics.jsonl.
+        series: the name in metrics.jsonl; of a registered metric what all its names begin with.
         label: beside the vertical axis.
         caption: what it says, in a sentence or two.
         kind: how its curves are drawn.
@@ -146,14 +148,29 @@ OTHERS = (
 
 
 def other_panels(runs: Sequence[Run]) -> list[Panel]:
-    """The panels besides the losses that have something to show for these runs."""
-    return [panel for panel in OTHERS if any(_tells(panel, run) for run in runs)]
+    """The panels besides the losses that have something to show for these runs: registered metrics come last."""
+    sections = dict.fromkeys(name.partition("/")[0] for run in runs for name in run.series if "/" in name)
+    metrics = [_of_metric(name, runs) for name in sections if name.isidentifier() and name not in BUILT_IN]
+    return [panel for panel in (*OTHERS, *metrics) if any(_tells(panel, run) for run in runs)]
+
+
+def _of_metric(name: str, runs: Sequence[Run]) -> Panel:
+    keys = list(
+        dict.fromkeys(key.removeprefix(f"{name}/") for run in runs for key in run.series if key.startswith(f"{name}/"))
+    )
+    caption = f"From faint to strong: {', '.join(keys)}." if len(keys) > 1 else ""
+    return Panel(f"metric-{name}", name, f"{name}/", name, caption, Kind.LINE, may_be_logarithmic=True)
+
+
+def curves_of(panel: Panel, run: Run) -> list[Series]:
+    """What a run has logged that belongs in a panel."""
+    if not panel.series.endswith("/"):
+        return [run.series[panel.series]] if panel.series in run.series else []
+    return [series for name, series in run.series.items() if name.startswith(panel.series)]
 
 
 def _tells(panel: Panel, run: Run) -> bool:
-    series = run.series.get(panel.series)
-    if series is None or not np.isfinite(series.values).any():
-        return False
+    curves = [series for series in curves_of(panel, run) if np.isfinite(series.values).any()]
     if panel.key == "rho":
-        return np.unique(series.values).size > 1
-    return panel.key != "skipped_steps" or series.last > 0
+        return any(np.unique(series.values).size > 1 for series in curves)
+    return any(panel.key != "skipped_steps" or series.last > 0 for series in curves)

@@ -1,4 +1,4 @@
-"""What acts on a run beside its steps: logging, evaluation and saving."""
+"""What acts on a run beside its steps: logging, evaluation, saving, and what plug-ins register."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sophia_levanter.checkpoint import CheckpointError
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.registries import CALLBACKS
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.data.verification import Verification
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.language_model import LanguageModel
+from sophia_levanter.printing import one_line
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.trackers import Trackers
 from sophia_levanter.training.checkpoints import RunCheckpoints
 from sophia_levanter.training.evaluation import Evaluation
+from sophia_levanter.training.metrics import metric_rows, scalars
 from sophia_levanter.training.step import TrainState
 from sophia_levanter.training.watchdog import Watchdog
 
@@ -66,7 +70,14 @@ class Pause:
 
 
 class Callback:
-    """Acts on a run beside its steps. A subclass overrides what it needs."""
+    """Acts on a run beside its steps. A subclass overrides what it needs.
+
+    Args:
+        config: of the run; what a registered callback is made from.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        """A subclass keeps what it wants to know later."""
 
     def before_step(self, step: int) -> None:
         """Called before a step begins. The step before it may still be running."""
@@ -81,8 +92,29 @@ class Callback:
     def on_pause(self, pause: Pause) -> None:
         """Called after the steps for which `is_due`, when their numbers have been read."""
 
+    def on_evaluation(self, pause: Pause, evaluation: Evaluation) -> Mapping[str, float]:
+        """Called after an evaluation if the callback is a registered one. What it returns is logged as `NAME/KEY`."""
+        return {}
+
     def on_end(self) -> None:
         """Called when the run ends, however it ends, or goes back to a checkpoint."""
+
+
+def build_callbacks(config: TrainConfig) -> dict[str, Callback]:
+    """The registered callbacks that a run asks for, by name.
+
+    Raises:
+        InputError: if one is not a `Callback`, or cannot be made.
+    """
+    built = {}
+    for name in config.trainer.callbacks:
+        try:
+            built[name] = CALLBACKS[name](config)
+        except Exception as error:
+            raise InputError(one_line(f"trainer.callbacks: {name} fails: {type(error).__name__}: {error}")) from error
+        if not isinstance(built[name], Callback):
+            raise InputError(f"trainer.callbacks: {name} is not a subclass of {Callback.__module__}.Callback")
+    return built
 
 
 @dataclass(frozen=True)
@@ -196,6 +228,7 @@ class Evaluating(Callback):
         monitor: of the run.
         evaluate: gives a model's validation loss; calls a function on its way.
         saving: saves the state before an error ends the run.
+        registered: callbacks that look at each evaluation, by name.
         best: step and validation loss of the best evaluation so far; None before the first.
     """
 
@@ -203,22 +236,24 @@ class Evaluating(Callback):
     monitor: Monitor
     evaluate: Callable[[LanguageModel, Callable[[], None]], Evaluation]
     saving: Saving
+    registered: Mapping[str, Callback]
     best: dict[str, Any] | None = None
 
     def is_due(self, done: int) -> bool:
         return done % self.config.evaluate_every == 0 or done == self.config.num_train_steps
 
     def on_pause(self, pause: Pause) -> None:
-        """Raises `InputError` where the validation text is damaged."""
+        """Raises `InputError` where the validation text is damaged or a registered callback returns no numbers."""
         done, trackers, watchdog = pause.done, self.monitor.trackers, self.monitor.watchdog
         try:
             evaluation = self.evaluate(pause.state.model, lambda: watchdog.begin(f"the evaluation after step {done}"))
+            registered = self._numbers_of_registered(pause, evaluation)
         except InputError:
             self.saving.save(pause)
             raise
         pause.evaluated = True
         loss, bits_per_byte = evaluation.loss, evaluation.bits_per_byte
-        numbers = {"validation/loss": loss, "validation/bits_per_byte": bits_per_byte}
+        numbers = {"validation/loss": loss, "validation/bits_per_byte": bits_per_byte} | registered
         trackers.log(done - 1, {k: v for k, v in numbers.items() if not math.isnan(v)})
         trackers.last |= numbers
         if math.isfinite(loss) and (self.best is None or loss < self.best["validation/loss"]):
@@ -226,3 +261,11 @@ class Evaluating(Callback):
         self.monitor.console.line(
             f"step {done}: validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte"
         )
+        self.monitor.console.rows(metric_rows((*self.config.metrics, *self.registered), trackers.last))
+
+    def _numbers_of_registered(self, pause: Pause, evaluation: Evaluation) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, callback in self.registered.items():
+            own = scalars("trainer.callbacks", name, callback.on_evaluation(pause, evaluation))
+            found |= {key: float(value) for key, value in own.items()}
+        return found

@@ -20,7 +20,9 @@ from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.partition.mesh import Partition, partition_of
 from sophia_levanter.partition.messages import Processes
 from sophia_levanter.tracking.console import Console
+from sophia_levanter.training.callbacks import Callback, build_callbacks
 from sophia_levanter.training.code_version import code_version
+from sophia_levanter.training.metrics import check_results
 from sophia_levanter.training.step import StepSettings, TrainState
 from sophia_levanter.training.summary import attention_of
 
@@ -38,6 +40,7 @@ class Parts:
     facts: dict[str, Any]
     processes: Processes
     verification: Verification
+    callbacks: dict[str, Callback]
 
     def initial_state(self) -> TrainState:
         """The state before step 0, a function of the configuration alone: weights are drawn, not read."""
@@ -70,13 +73,14 @@ def build_parts(
     mesh = partition.mesh
     check_mesh(config, mesh.size)
     attention_of(config, partition)
+    callbacks = build_callbacks(config)
     data = prepare(text or config.data, console.line, warn=console.notice)
     check_mesh(config, mesh.size, data.tokenizer.vocab_size)
     for corpus in (data.train, data.validation):
         corpus.read(0, 1)  # of one that is kept in memory all is read here, before the run has a directory
     processes = Processes.of_this_run()
     devices = {"device": mesh.devices.flat[0].device_kind, "device_count": mesh.size}
-    return Parts(
+    parts = Parts(
         config=config,
         partition=partition,
         data=data,
@@ -97,5 +101,10 @@ def build_parts(
             "code": code_version(),
         },
         processes=processes,
+        callbacks=callbacks,
         verification=Verification([data.train, data.validation], cache_directory(config.data), processes),
     )
+    if trainer.metrics:
+        with partition.active():
+            check_results(trainer.metrics, partition.abstract(parts.initial_state))
+    return parts

@@ -299,15 +299,16 @@ def _make_loop(
     evaluator = Evaluator(
         parts.validation, token_byte_lengths(parts.data.tokenizer), parts.partition, parts.settings.policy
     )
-    evaluating = Evaluating(trainer, monitor, evaluator, saving, best)
+    evaluating = Evaluating(trainer, monitor, evaluator, saving, parts.callbacks, best)
     profiling = Profiling(trainer.profiled_steps, directory.profile, console)
+    own = [profiling, Logging(monitor), SkippedSteps(trainer, monitor)]
     return Loop(
         config=trainer,
         settings_of=partial(StepSettings.of, parts.config),
         partition=parts.partition,
         loader=BatchLoader(parts.batches, parts.partition, trainer, int(state.skipped_windows)),
         monitor=monitor,
-        callbacks=[profiling, Logging(monitor), SkippedSteps(trainer, monitor), evaluating, saving],
+        callbacks=[*own, evaluating, *parts.callbacks.values(), saving],
         evaluating=evaluating,
         saving=saving,
         tokens_per_window=parts.config.model.seq_len,

@@ -27,6 +27,7 @@ from sophia_levanter.optim.protocol import GradientSums, value_at
 from sophia_levanter.optim.shared_forward import LossesFn, accumulate
 from sophia_levanter.optim.trees import all_finite, norm
 from sophia_levanter.partition.mesh import at_rest
+from sophia_levanter.training.metrics import StepTrees, measure
 
 PyTree = Any
 OPTIMIZER_METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_at", "matrix_work")
@@ -79,7 +80,8 @@ class StepOutput(NamedTuple):
 
     Attributes:
         metrics: scalars by their names in metrics.jsonl; `train/loss` is the mean in nats, `train/grad_norm` is from
-            before clipping; after a refresh `train/parameter_norm` and the optimizer's own metrics as `optim/...`.
+            before clipping; after a refresh `train/parameter_norm` and the optimizer's own metrics as `optim/...`;
+            those of registered metrics as `METRIC/...`.
         refresh_pending: as in the state after the step.
         skipped_in_a_row: as in the state after the step.
     """
@@ -101,6 +103,7 @@ class StepSettings:
         loss_spike_factor: a step whose loss is more than so many times the recent mean is skipped; None for none.
         curvature_microbatches: how many of the first microbatches refresh the curvature; None for all.
         curvature_microbatch_size: rows of a microbatch that refreshes the curvature; None for the gradient's.
+        metrics: names of registered metrics to measure.
     """
 
     optimizer: Optimizer
@@ -110,6 +113,7 @@ class StepSettings:
     loss_spike_factor: float | None = None
     curvature_microbatches: int | None = None
     curvature_microbatch_size: int | None = None
+    metrics: tuple[str, ...] = ()
 
     @staticmethod
     def of(config: TrainConfig, trainer: TrainerConfig | None = None) -> StepSettings:
@@ -133,6 +137,7 @@ class StepSettings:
             loss_spike_factor=trainer.loss_spike_factor,
             curvature_microbatches=None if curvature is None else curvature[0],
             curvature_microbatch_size=own,
+            metrics=trainer.metrics,
         )
 
 
@@ -176,14 +181,15 @@ def train_step(
         sums, h_hat = passes.gradient(), None
     loss, grads = sums.mean()
     grad_norm = optax.tree.norm(grads)
+    clipped = grads
     if settings.max_grad_norm is not None:
         scale = jnp.minimum(1.0, settings.max_grad_norm / grad_norm)
-        grads = jax.tree.map(lambda g: g * scale, grads)
+        clipped = jax.tree.map(lambda g: g * scale, grads)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if settings.loss_spike_factor is not None:
         good &= loss <= settings.loss_spike_factor * state.recent_loss
-    new_state = _apply(settings.optimizer, state, loss, grads, h_hat, good)
     optimizer = settings.optimizer
+    new_state, updates = _apply(optimizer, state, loss, clipped, h_hat, good)
     metrics = {
         "train/loss": loss,
         "train/grad_norm": grad_norm,
@@ -193,6 +199,7 @@ def train_step(
     if refresh:
         metrics["train/parameter_norm"] = norm(new_state.model)
         metrics |= {f"optim/{name}": value for name, value in optimizer.metrics(new_state.optimizer_state).items()}
+    metrics |= measure(settings.metrics, StepTrees(grads, updates, state, new_state))
     return new_state, StepOutput(metrics, new_state.refresh_pending, new_state.skipped_in_a_row)
 
 
@@ -338,8 +345,8 @@ def _apply(
     grads: PyTree,
     h_hat: PyTree | None,
     good: jax.Array,
-) -> TrainState:
-    """Refresh and update where the numbers are good; count either way."""
+) -> tuple[TrainState, PyTree]:
+    """Refresh and update where the numbers are good; count either way. The state and the update."""
     updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.model, h_hat, finite=good)
     is_first = jnp.isinf(state.recent_loss)
     recent = jnp.where(is_first, loss, RECENT_LOSS_DECAY * state.recent_loss + (1 - RECENT_LOSS_DECAY) * loss)
@@ -352,4 +359,4 @@ def _apply(
         recent_loss=jnp.where(good, recent, state.recent_loss),
         skipped_windows=state.skipped_windows,
     )
-    return at_rest(after)
+    return at_rest(after), updates

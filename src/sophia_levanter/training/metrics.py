@@ -1,0 +1,102 @@
+"""Numbers of registered metrics and callbacks: what a step gives a metric, and what comes of the results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from sophia_levanter.config.registries import METRICS
+from sophia_levanter.errors import InputError
+from sophia_levanter.optim.named import plain
+from sophia_levanter.optim.trees import differentiable
+from sophia_levanter.printing import one_line
+
+if TYPE_CHECKING:
+    from sophia_levanter.training.step import TrainState
+
+PyTree = Any
+
+
+class StepTrees(NamedTuple):
+    """What a metric may look at.
+
+    Attributes:
+        grads: the mean gradient before clipping, like the model's differentiable part.
+        updates: what is added to the parameters, in the same structure; zeros where the step is skipped.
+        before: the state before the step, with `model` and `optimizer_state`.
+        after: the state after it.
+    """
+
+    grads: PyTree
+    updates: PyTree
+    before: TrainState
+    after: TrainState
+
+
+def measure(names: Sequence[str], trees: StepTrees) -> dict[str, jax.Array]:
+    """The chosen metrics of a step: float32 scalars by `METRIC/KEY`.
+
+    Raises:
+        InputError: if a metric fails, or returns anything else than a dict of scalars.
+    """
+    numbers: dict[str, jax.Array] = {}
+    for name in names:
+        try:
+            values = METRICS[name](trees)
+        except Exception as error:
+            raise InputError(one_line(f"trainer.metrics: {name} fails: {type(error).__name__}: {error}")) from error
+        numbers |= scalars("trainer.metrics", name, values)
+    return numbers
+
+
+def check_results(names: Sequence[str], state: TrainState) -> None:
+    """Measure without computing, to find a mistake in a metric before a run begins.
+
+    Args:
+        names: of the metrics.
+        state: of the run, as `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        InputError: as `measure` does.
+    """
+
+    def trace(state: TrainState) -> dict[str, jax.Array]:
+        trainable = differentiable(state.model)
+        return measure(names, StepTrees(trainable, trainable, state, state))
+
+    eqx.filter_eval_shape(trace, state)
+
+
+def metric_rows(names: Sequence[str], numbers: Mapping[str, float]) -> list[tuple[str, str]]:
+    """A row for each metric or callback with numbers, for the console: its name and `KEY VALUE, KEY VALUE, ...`."""
+    registered = {name: {k: v for k, v in numbers.items() if k.startswith(f"{name}/")} for name in names}
+    return [
+        (name, ", ".join(f"{key.removeprefix(f'{name}/')} {value:.4g}" for key, value in values.items()))
+        for name, values in registered.items()
+        if values
+    ]
+
+
+def scalars(setting: str, name: str, values: Any) -> dict[str, jax.Array]:
+    """What a metric or a callback returns, as float32 scalars by `NAME/KEY`.
+
+    Raises:
+        InputError: if it is anything else than a dict of scalars; names the setting that lists it.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{setting}: {name} returns a {type(values).__name__}; it must return a dict")
+    found = {}
+    for key, value in values.items():
+        try:
+            scalar = jnp.asarray(plain(value), jnp.float32)
+        except (TypeError, ValueError):
+            scalar = None
+        if scalar is None or scalar.shape:
+            shown = f"{value!r}" if scalar is None else f"an array of shape {scalar.shape}"
+            raise InputError(one_line(f"{setting}: {name} returns {shown} for {key!r}; it must be a scalar"))
+        found[f"{name}/{key}"] = scalar
+    return found
