@@ -99,13 +99,14 @@ def plugin_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[P
     from sophia_levanter.config.optimizer import OptimizerConfig
     from sophia_levanter.config.registries import CALLBACKS, METRICS
     from sophia_levanter.config.schedule import ScheduleConfig
+    from sophia_levanter.data.sources import DataSource
 
     shipped, folder = Path(__file__).parent / "plugins", tmp_path / "plugins"
     folder.mkdir()
     registries: list[dict[str, Any]] = [
         METRICS,
         CALLBACKS,
-        *(registry.get_known_choices() for registry in (OptimizerConfig, ScheduleConfig, ModelConfig)),
+        *(registry.get_known_choices() for registry in (OptimizerConfig, ScheduleConfig, ModelConfig, DataSource)),
     ]
     before, modules = [dict(choices) for choices in registries], set(sys.modules)
     for place in (shipped, folder):

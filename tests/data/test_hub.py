@@ -7,8 +7,8 @@ from datasets import Dataset, DatasetDict
 
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.hub import DatasetName, DatasetSource
-from sophia_levanter.data.names import absolute_source
 from sophia_levanter.data.prepare import prepare
+from sophia_levanter.data.sources import absolute_source
 from sophia_levanter.errors import InputError
 
 TEXTS = [f"text {i}" for i in range(50)]
@@ -125,11 +125,11 @@ def test_a_folder_is_known_by_its_files(on_hub: str, tmp_path: Path, monkeypatch
     before = source(on_hub).identity
     Dataset.from_dict({"text": ["other"], "title": [""]}).to_parquet(tmp_path / "someone" / "texts" / "train.parquet")
     assert source(on_hub).identity != before
-    absolute = absolute_source(f"{on_hub}?split=test")
+    absolute = absolute_source(f"{on_hub}?split=test", "data.train")
     assert absolute == f"hub:{tmp_path}/someone/texts?split=test"
     monkeypatch.chdir("/")
     assert read(absolute) == ["held out"]
-    assert absolute_source(on_hub) == on_hub  # there is no such folder here
+    assert absolute_source(on_hub, "data.train") == on_hub  # there is no such folder here
 
 
 @pytest.mark.parametrize("saved", [False, True])

@@ -23,6 +23,7 @@ PLUGINS = {
         *("--trainer.metrics", "grad_norm_per_layer", "--trainer.callbacks", "perplexity"),
         *("--optimizer.type", "adamw"),
     ],
+    "docstrings": ["--data.train", "docstrings:email"],
 }
 
 
@@ -80,8 +81,9 @@ def test_a_study_of_them(config_file, tmp_path):
                 "tokens": [1536],
                 "evaluations": 2,
                 "settings": {
-                    "plugins": ["ademamix", "layer_norms"],
+                    "plugins": ["ademamix", "layer_norms", "docstrings"],
                     "trainer": {"metrics": ["grad_norm_per_layer"]},
+                    "data": {"train": "docstrings:email"},
                 },
                 "arms": {"sophia": {"settings": {}}, "ademamix": {"settings": {"optimizer": {"type": "ademamix"}}}},
             }
@@ -154,6 +156,17 @@ BROKEN = {
         "trainer.metrics: vector returns an array of shape (16,) for 'w'; it must be a scalar",
     ),
     "raises": (METRIC.format("raises", "return {'a': step.loss}"), "trainer.metrics: raises fails: AttributeError: "),
+    "textless": (
+        "from sophia_levanter.data.sources import DataSource, TextSource\n"
+        '@DataSource.register_subclass("textless")\nclass A(TextSource):\n    def documents(self): return ["text"]\n',
+        "data.train: A does not define identity()",
+    ),
+    "counting": (
+        "from sophia_levanter.data.sources import DataSource, TextSource\n"
+        '@DataSource.register_subclass("counting")\nclass A(TextSource):\n    def documents(self): return range(5)\n'
+        "    def identity(self): return 5\n",
+        "data.train: counting:x, document 1 is a number; A.documents() must yield strings",
+    ),
 }
 
 
@@ -164,6 +177,7 @@ def test_a_broken_plugin_is_one_line(name, plugin_folder, config_file, tmp_path,
         (plugin_folder / f"{name}.py").write_text(code)
     chosen = ["--optimizer.type", name] if name in ("strange", "empty", "lacks") else []
     chosen = ["--trainer.metrics", name] if name in ("vector", "raises") else chosen
+    chosen = ["--data.train", f"{name}:x"] if name in ("textless", "counting") else chosen
     run_dir = tmp_path / "run"
     argv = ["--config", str(config_file), "--plugins", name, *chosen, "--trainer.run_dir", str(run_dir)]
     assert main(argv) == 2

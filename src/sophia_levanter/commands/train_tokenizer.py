@@ -72,11 +72,10 @@ def _all_texts(config: DataConfig) -> Iterator[str]:
     from sophia_levanter.data.sources import open_source
     from sophia_levanter.data.split import NoSplit, Split
 
-    names = [config.train] if isinstance(config.train, str) else [part.source for part in config.train]
-    for name in names:
+    for part in config.train_parts:
         field = "data.train"
         split = Split(config.validation_fraction, field=field) if config.validation is None else NoSplit()
-        source = open_source(name, config, field=field, report=print)
+        source = open_source(part.source, config, field=field, report=print)
         for _, text in source.documents():
             yield from (own for held_out, own in split.push(text) if not held_out)
         yield from (own for held_out, own in split.finish() if not held_out)

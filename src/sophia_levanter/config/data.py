@@ -65,3 +65,8 @@ class DataConfig(Settings):
         check_utf8("data.cache_dir", self.cache_dir)
         if not isinstance(self.train, str) and self.validation is None:
             raise InputError("data.validation is missing; a mixture in data.train has no held-out part")
+
+    @property
+    def train_parts(self) -> tuple[MixturePart, ...]:
+        """The training texts; one of weight 1 if `train` is not a mixture."""
+        return (MixturePart(self.train),) if isinstance(self.train, str) else self.train

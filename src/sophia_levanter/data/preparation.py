@@ -30,7 +30,7 @@ from sophia_levanter.data.progress import (
     save_progress,
 )
 from sophia_levanter.data.rows import Tally
-from sophia_levanter.data.sources import Source, open_source
+from sophia_levanter.data.sources import Report, Source, open_source
 from sophia_levanter.data.split import NoSplit, Split
 from sophia_levanter.data.store_writer import NotWritten, TokenStoreWriter
 from sophia_levanter.data.token_store import FORMAT_VERSION, MANIFEST_NAME, SIDES, TokenStore, digest_of
@@ -41,8 +41,6 @@ from sophia_levanter.files import write_atomically
 BLOCK_CHARACTERS = 1 << 18  # of text are encoded by one process at a time, rounded up to whole documents
 REPORT_SECONDS = 5.0
 TALLY_NAME = "tally.json"  # beside the stores: what the rows of their text held, and the directory's name
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -12,32 +11,13 @@ from itertools import islice
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.leaks import find_leak
 from sophia_levanter.data.mixture import Mixture
-from sophia_levanter.data.names import NANOGPT, STORE, absolute_source
-from sophia_levanter.data.nanogpt import NanogptTokens
-from sophia_levanter.data.preparation import Preparation, Report, cache_directory
-from sophia_levanter.data.sources import Source
-from sophia_levanter.data.token_store import SIDES, Tokens, TokenStore
+from sophia_levanter.data.preparation import Preparation, cache_directory
+from sophia_levanter.data.sources import Corpora, Report, source_named
+from sophia_levanter.data.token_store import Tokens
 from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer, printable
 from sophia_levanter.errors import InputError
 
 SHOWN_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Tokens that were looked up.
-
-    Attributes:
-        name: what the user wrote.
-        inputs: what is read, by names that are the same for the same file.
-        make: makes what is not there yet: one corpus, or its two sides.
-        source: the documents; None where only their tokens are there.
-    """
-
-    name: str
-    inputs: Sequence[str]
-    make: Callable[[], Sequence[Tokens]]
-    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -67,18 +47,19 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
     warn = warn or report
     _check_separator(config, report)
     tokenizer = load_tokenizer(config.tokenizer)
+    lookup = _Lookup(config, tokenizer, report, warn, ray)
     if config.validation is None:
-        found = _two_sides(config, tokenizer, report, ray, warn)
+        found = lookup.two_sides()
         train, validation = found.make()
         data = TextData(tokenizer, train, validation)
         if found.source is None:  # two stores may be of any texts, but a split has equal texts on one side
             _report_leak(data, config, [found.name], found, report, warn)
         return data
     # All are looked up before the first is read: a misspelt validation path must not wait for the training text.
-    names = [config.train] if isinstance(config.train, str) else [part.source for part in config.train]
-    parts = [_looked_up("data.train", name, config, tokenizer, report, ray, warn) for name in names]
+    names = [part.source for part in config.train_parts]
+    parts = [lookup.find("data.train", name) for name in names]
     _report_repeats(parts, warn)
-    found = _looked_up("data.validation", config.validation, config, tokenizer, report, ray, warn)
+    found = lookup.find("data.validation", config.validation)
     corpora = [part.make()[0] for part in parts]
     (validation,) = found.make()
     if isinstance(config.train, str):
@@ -89,9 +70,9 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
     return data
 
 
-def _report_repeats(parts: Sequence[_Found], warn: Report) -> None:
+def _report_repeats(parts: Sequence[Corpora], warn: Report) -> None:
     """Say which files are in several parts of a mixture."""
-    first: dict[str, _Found] = {}
+    first: dict[str, Corpora] = {}
     again = [
         (file, first[file], part) for part in parts for file in part.inputs if first.setdefault(file, part) is not part
     ]
@@ -104,7 +85,7 @@ def _report_repeats(parts: Sequence[_Found], warn: Report) -> None:
 
 
 def _report_leak(
-    data: TextData, config: DataConfig, train: Sequence[str], validation: _Found, report: Report, warn: Report
+    data: TextData, config: DataConfig, train: Sequence[str], validation: Corpora, report: Report, warn: Report
 ) -> None:
     """Say which documents are both trained on and validated with.
 
@@ -125,7 +106,7 @@ def _report_leak(
     warn(f"WARNING: {message}")
 
 
-def _where(found: _Found, number: int) -> str:
+def _where(found: Corpora, number: int) -> str:
     """The document of a number, from 0: by its file where that can be read again."""
     if found.source is not None:
         with contextlib.suppress(InputError, OSError):
@@ -145,69 +126,50 @@ def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report)
     Raises:
         InputError: if a source or the cache is not usable.
     """
+    lookup = _Lookup(config, tokenizer, report, report)
     if config.validation is None:
-        return _two_sides(config, tokenizer, report, None, report).make()[1]
-    return _looked_up("data.validation", config.validation, config, tokenizer, report, None, report).make()[0]
+        return lookup.two_sides().make()[1]
+    return lookup.find("data.validation", config.validation).make()[0]
 
 
 def _check_separator(config: DataConfig, report: Report) -> None:
     """Warn about sources that `data.document_separator` cannot split; refuse it if it can split none of them."""
-    names = [config.train] if isinstance(config.train, str) else [part.source for part in config.train]
-    names += [config.validation] if config.validation is not None else []
     if config.document_separator is None:
         return
-    if all(name.startswith(NANOGPT) for name in names):
+    sources = [source_named(part.source, "data.train") for part in config.train_parts]
+    sources += [source_named(config.validation, "data.validation")] if config.validation is not None else []
+    if all(source.holds == "tokens" for source in sources):
         raise InputError(
             f"data.document_separator is {config.document_separator!r}, and every source is a token file, which holds "
             "no text; leave it out"
         )
-    for name in names:
-        if name.startswith((NANOGPT, STORE)):
-            report(f"data.document_separator does not apply to {name}, which holds tokens")
+    for source in sources:
+        if source.holds != "text":
+            report(f"data.document_separator does not apply to {source.name}, which holds tokens")
 
 
-def _two_sides(config: DataConfig, tokenizer: Tokenizer, report: Report, ray: str | None, warn: Report) -> _Found:
-    assert isinstance(config.train, str)
-    held_out = config.validation_fraction
-    return _looked_up("data.train", config.train, config, tokenizer, report, ray, warn, held_out=held_out)
+@dataclass(frozen=True)
+class _Lookup:
+    """Looks up sources; nothing of their text is read yet. Attributes as the arguments of `prepare`."""
 
+    config: DataConfig
+    tokenizer: Tokenizer
+    report: Report
+    warn: Report
+    ray: str | None = None
 
-def _looked_up(
-    field: str,
-    name: str,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    report: Report,
-    ray: str | None,
-    warn: Report,
-    *,
-    held_out: float | None = None,
-) -> _Found:
-    if name.startswith(NANOGPT):
-        if held_out is not None:
-            raise InputError(
-                f"{field} {name}: a part cannot be held out of tokens; set data.validation to {NANOGPT}val.bin"
-            )
-        corpus = NanogptTokens(name, tokenizer, field=field, cache_dir=cache_directory(config))
+    def find(self, field: str, name: str, held_out: float | None = None) -> Corpora:
+        """The tokens of the source of this name, which the field has; two corpora if a share is held out."""
+        both, cache_dir = held_out is not None, cache_directory(self.config)
+        if found := source_named(name, field).find_tokens(self.tokenizer, cache_dir, self.report, both=both):
+            return found
+        preparation = Preparation.of(
+            field, name, self.config, self.tokenizer, self.report, held_out=held_out, ray=self.ray
+        )
+        make = partial(preparation.stores, self.report, self.warn)
+        return Corpora(name, preparation.source.inputs, make, preparation.source)
 
-        def checked() -> list[Tokens]:
-            corpus.check(report)
-            return [corpus]
-
-        return _Found(name, [os.path.realpath(corpus.path)], checked)
-    if name.startswith(STORE):
-        location = absolute_source(name).removeprefix(STORE).rstrip("/")
-        stores = _stores(field, location, tokenizer, both=held_out is not None)
-        return _Found(name, [location], lambda: stores)
-    preparation = Preparation.of(field, name, config, tokenizer, report, held_out=held_out, ray=ray)
-    return _Found(name, preparation.source.inputs, partial(preparation.stores, report, warn), preparation.source)
-
-
-def _stores(field: str, location: str, tokenizer: Tokenizer, *, both: bool) -> list[TokenStore]:
-    try:
-        if both:
-            return [TokenStore.open(f"{location}/{side}", tokenizer) for side in SIDES]
-        return [TokenStore.open(location, tokenizer)]
-    except InputError as error:
-        hint = f"; without data.validation, {STORE}FOLDER holds {' and '.join(SIDES)}" if both else ""
-        raise InputError(f"{field}: {error}{hint}") from error
+    def two_sides(self) -> Corpora:
+        """The tokens of the training text, of which a part is held out."""
+        assert isinstance(self.config.train, str)
+        return self.find("data.train", self.config.train, self.config.validation_fraction)

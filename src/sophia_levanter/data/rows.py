@@ -75,21 +75,29 @@ class Rows:
         """
         name = self._config.text_field
         if not isinstance(row, dict):
-            return self.bad(f"{where} is not a JSON object but {_kind(row)}")
+            return self.bad(f"{where} is not a JSON object but {kind_of(row)}")
         if name not in row:
             shown = [repr(name) for name in row]
             listed = ", ".join(shown[:MAX_LISTED_FIELDS]) + (", …" if len(shown) > MAX_LISTED_FIELDS else "")
             return self.bad(f"{where} has no field {name!r}; data.text_field may be {listed or '(none)'}")
         text = row[name]
         if not isinstance(text, str):
-            return self.bad(f"{where}: the field {name!r} is not a string but {_kind(text)}")
+            return self.bad(f"{where}: the field {name!r} is not a string but {kind_of(text)}")
+        return self.encodable(text, f"{where}: the field {name!r}")
+
+    def encodable(self, text: str, where: str) -> str:
+        """The text as UTF-8 can hold it, with replacements if `data.invalid_utf8` is replace.
+
+        Raises:
+            InputError: if UTF-8 cannot hold it.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             if self._config.invalid_utf8 == "replace":
                 return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             raise InputError(
-                f"{self._field}: {where}: the field {name!r} holds half of a surrogate pair, "
+                f"{self._field}: {where} holds half of a surrogate pair, "
                 f"\\u{ord(text[error.start]):04x}, at character {error.start}, which UTF-8 cannot"
             ) from error
         return text
@@ -162,5 +170,6 @@ class Rows:
         return lines
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value is in JSON's words, for messages."""
     return KINDS.get(type(value), f"a value of type {type(value).__name__}")

@@ -16,7 +16,8 @@ from sophia_levanter.config.build import flat
 from sophia_levanter.config.command_line import Command, dump_config, load_config
 from sophia_levanter.config.data import MixturePart
 from sophia_levanter.config.tracking import TrackingConfig
-from sophia_levanter.data.names import absolute_source, absolute_tokenizer
+from sophia_levanter.data.names import absolute_tokenizer
+from sophia_levanter.data.sources import absolute_source
 from sophia_levanter.errors import InputError
 
 # What may differ between a run and its continuation by `--resume auto` without making it another run: how long it is,
@@ -259,13 +260,13 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     data, trainer = config.data, config.trainer
     train: str | tuple[MixturePart, ...]
     if isinstance(data.train, str):
-        train = absolute_source(data.train)
+        train = absolute_source(data.train, "data.train")
     else:
-        train = tuple(dataclasses.replace(part, source=absolute_source(part.source)) for part in data.train)
+        train = tuple(dataclasses.replace(p, source=absolute_source(p.source, "data.train")) for p in data.train)
     resolved = dataclasses.replace(
         data,
         train=train,
-        validation=None if data.validation is None else absolute_source(data.validation),
+        validation=None if data.validation is None else absolute_source(data.validation, "data.validation"),
         tokenizer=absolute_tokenizer(data.tokenizer),
         cache_dir=_absolute(data.cache_dir),
     )
