@@ -1,8 +1,19 @@
 """Clusters' files: what they say, and what is wrong with them."""
 
+from dataclasses import dataclass
+
 import pytest
 
-from sophia_levanter.cluster.config import GcloudCluster, LocalCluster, RayCluster, SlurmCluster, read_cluster
+from sophia_levanter.cluster.backend import Job
+from sophia_levanter.cluster.config import (
+    ClusterConfig,
+    GcloudCluster,
+    LocalCluster,
+    RayCluster,
+    SlurmCluster,
+    read_cluster,
+)
+from sophia_levanter.config.settings import setting
 from sophia_levanter.errors import InputError
 
 
@@ -163,3 +174,15 @@ def test_a_name_that_looks_like_a_secrets_is_refused_in_env(name, tmp_path):
 )
 def test_an_innocent_name_is_taken_in_env(name, tmp_path):
     assert read(tmp_path, f"backend: local\nenv: {{{name}: x}}\n").env == {name: "x"}
+
+
+def test_a_backend_from_outside(tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class Cloud(ClusterConfig):
+        region: str = setting("north", "where")
+
+    monkeypatch.setitem(ClusterConfig.get_known_choices(), "cloud", Cloud)
+    cluster = read(tmp_path, "backend: cloud\nregion: south\n")
+    assert cluster == Cloud(region="south")
+    with pytest.raises(InputError, match=r"^backend cloud: .*Cloud does not define build\(\)"):
+        cluster.build(Job(tmp_path, tmp_path))

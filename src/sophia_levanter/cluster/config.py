@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from draccus import ChoiceRegistry
 
@@ -15,6 +15,9 @@ from sophia_levanter.config.build import build
 from sophia_levanter.config.files import read_layers
 from sophia_levanter.config.settings import Settings, setting
 from sophia_levanter.errors import InputError
+
+if TYPE_CHECKING:
+    from sophia_levanter.cluster.backend import Backend, Job
 
 LARGEST = 1_000_000
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -35,6 +38,7 @@ class ClusterConfig(Settings, ChoiceRegistry):
     """
 
     choice_key: ClassVar[str] = "backend"
+    shares_disk: ClassVar[bool] = True  # whether the launcher sees the run directory that the processes write
 
     env: Mapping[str, str] = setting({}, "environment variables of the training processes")
     secrets: tuple[str, ...] = setting((), "names of variables to pass on without writing their values anywhere")
@@ -74,6 +78,10 @@ class ClusterConfig(Settings, ChoiceRegistry):
         """That the run has in all; None where the file does not tell."""
         return None
 
+    def build(self, job: Job) -> Backend:
+        """What starts the processes of a run."""
+        raise InputError(f"backend {self.backend}: {type(self).__qualname__} does not define build()")
+
 
 @ClusterConfig.register_subclass("local")
 @dataclass(frozen=True)
@@ -81,6 +89,11 @@ class LocalCluster(ClusterConfig):
     """Processes on this machine."""
 
     processes: int = setting(1, "number of processes of the run", low=1, high=1024)
+
+    def build(self, job: Job) -> Backend:
+        from sophia_levanter.cluster.local import LocalBackend
+
+        return LocalBackend(self)
 
 
 @ClusterConfig.register_subclass("ray")
@@ -135,6 +148,11 @@ class RayCluster(ClusterConfig):
     def num_devices(self) -> int | None:
         return self.slices * self.shape.chips if self.shape else self.num_processes * self.gpus_per_worker or None
 
+    def build(self, job: Job) -> Backend:
+        from sophia_levanter.cluster.ray_backend import RayBackend
+
+        return RayBackend(self)
+
 
 @ClusterConfig.register_subclass("slurm")
 @dataclass(frozen=True)
@@ -174,11 +192,18 @@ class SlurmCluster(ClusterConfig):
     def num_devices(self) -> int | None:
         return self.nodes * self.gpus_per_node or None
 
+    def build(self, job: Job) -> Backend:
+        from sophia_levanter.cluster.slurm import SlurmBackend
+
+        return SlurmBackend(self)
+
 
 @ClusterConfig.register_subclass("gcloud")
 @dataclass(frozen=True)
 class GcloudCluster(ClusterConfig):
     """TPU slices of Google Cloud, bought for the run as one queued resource, their hosts reached by ssh."""
+
+    shares_disk: ClassVar[bool] = False
 
     name: str | None = setting(None, "name of the queued resource; the run directory's if not given")
     project: str | None = setting(None, "Google Cloud project; if null, the default of gcloud")
@@ -222,6 +247,11 @@ class GcloudCluster(ClusterConfig):
     @property
     def num_devices(self) -> int | None:
         return self.slices * self.shape.chips
+
+    def build(self, job: Job) -> Backend:
+        from sophia_levanter.cluster.gcloud import GcloudBackend
+
+        return GcloudBackend(self, job.run_dir)
 
 
 def read_cluster(path: Path) -> ClusterConfig:

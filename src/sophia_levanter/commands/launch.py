@@ -10,15 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sophia_levanter.cluster.backend import Backend, Job
-from sophia_levanter.cluster.config import (
-    ClusterConfig,
-    GcloudCluster,
-    LocalCluster,
-    RayCluster,
-    SlurmCluster,
-    read_cluster,
-)
+from sophia_levanter.cluster.backend import Job
+from sophia_levanter.cluster.config import ClusterConfig, SlurmCluster, read_cluster
 from sophia_levanter.cluster.record import LaunchRecord
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.arguments import chosen, parse_arguments, whole_number
@@ -101,8 +94,8 @@ def parse(words: Sequence[str]) -> Launch:
     arguments = parse_arguments(words, options=("--config", "--cluster"), flags=("--dry_run",), overrides=True)
     path = Path(arguments.needed("--config", "FILE", "config/gpt2_large_sophia.yaml is one"))
     cluster_file = Path(arguments.needed("--cluster", "FILE", "infra/local.yaml is one"))
-    cluster = read_cluster(cluster_file)
     config = load_config(path, arguments.overrides)
+    cluster = read_cluster(cluster_file)  # of a kind that the run's plug-ins may have registered
     for name in ("coordinator", "num_processes", "process_id"):
         if getattr(config.mesh, name) is not None:
             raise InputError(f"mesh.{name} is {getattr(config.mesh, name)!r}, and the launcher sets it; leave it out")
@@ -116,7 +109,7 @@ def parse(words: Sequence[str]) -> Launch:
         )
     if config.trainer.run_dir is None:
         config = _with_run_dir(config, str(Path("runs", path.stem)))
-    if not isinstance(cluster, GcloudCluster):
+    if cluster.shares_disk:
         _, config = choose_run_directory(Command(config, path.stem, "auto"))
     elif config.trainer.checkpoint_dir is None or "://" not in config.trainer.checkpoint_dir:
         raise InputError(
@@ -133,7 +126,7 @@ def _with_run_dir(config: TrainConfig, run_dir: str) -> TrainConfig:
 def _launch(launch: Launch) -> int:
     if isinstance(launch.cluster, SlurmCluster) and "SLURM_JOB_ID" not in os.environ:
         return _submit(launch, launch.cluster)
-    backend = _backend(launch)
+    backend = launch.cluster.build(launch.job)
     if launch.dry_run:
         return _print(backend.describe(launch.job))
     record = LaunchRecord(launch.job.directory)
@@ -157,26 +150,6 @@ def _submit(launch: Launch, cluster: SlurmCluster) -> int:
     with LaunchRecord(job.directory).held():
         write_atomically(job.config_file, dump_config(launch.config).encode())
     return submit(cluster, job, words, _say)
-
-
-def _backend(launch: Launch) -> Backend:
-    cluster = launch.cluster
-    if isinstance(cluster, LocalCluster):
-        from sophia_levanter.cluster.local import LocalBackend
-
-        return LocalBackend(cluster)
-    if isinstance(cluster, RayCluster):
-        from sophia_levanter.cluster.ray_backend import RayBackend
-
-        return RayBackend(cluster)
-    if isinstance(cluster, SlurmCluster):
-        from sophia_levanter.cluster.slurm import SlurmBackend
-
-        return SlurmBackend(cluster)
-    assert isinstance(cluster, GcloudCluster)
-    from sophia_levanter.cluster.gcloud import GcloudBackend
-
-    return GcloudBackend(cluster, launch.job.run_dir)
 
 
 def _print(lines: Sequence[str]) -> int:
