@@ -30,7 +30,7 @@ from sophia_levanter.data.progress import (
     save_progress,
 )
 from sophia_levanter.data.rows import Tally
-from sophia_levanter.data.sources import Report, Source, open_source
+from sophia_levanter.data.sources import DataSource, Report, Source
 from sophia_levanter.data.split import NoSplit, Split
 from sophia_levanter.data.store_writer import NotWritten, TokenStoreWriter
 from sophia_levanter.data.token_store import FORMAT_VERSION, MANIFEST_NAME, SIDES, TokenStore, digest_of
@@ -68,8 +68,7 @@ class Preparation:
     @classmethod
     def of(
         cls,
-        field: str,
-        name: str,
+        named: DataSource,
         config: DataConfig,
         tokenizer: Tokenizer,
         report: Report,
@@ -80,8 +79,7 @@ class Preparation:
         """Looks the source up; nothing of its text is read yet.
 
         Args:
-            field: the config field that names it.
-            name: what `open_source` takes.
+            named: the source.
             config: how its text is read, and where stores are kept.
             tokenizer: what makes the tokens.
             report: takes a line of news about the source's files.
@@ -91,8 +89,7 @@ class Preparation:
         Raises:
             InputError: if there is no such source.
         """
-        special = tokenizer.special_tokens
-        source = open_source(name, config, field=field, report=report, special_tokens=special)
+        source = named.open(config, report, tokenizer.special_tokens)
 
         def place(*text: Any) -> Path:
             identity = [FORMAT_VERSION, *text, tokenizer.fingerprint, held_out]
@@ -108,7 +105,7 @@ class Preparation:
         elif count and tokenizer.is_slow and not multiprocessing.current_process().daemon:  # which may start none
             workers = partial(processes, count, tokenizer)
         base = place(source.settings)
-        return cls(field, name, tuple(directories), base, source, tokenizer, held_out, workers)
+        return cls(named.field, named.name, tuple(directories), base, source, tokenizer, held_out, workers)
 
     @property
     def source(self) -> Source:

@@ -160,13 +160,12 @@ class _Lookup:
 
     def find(self, field: str, name: str, held_out: float | None = None) -> Corpora:
         """The tokens of the source of this name, which the field has; two corpora if a share is held out."""
-        both, cache_dir = held_out is not None, cache_directory(self.config)
-        if found := source_named(name, field).find_tokens(self.tokenizer, cache_dir, self.report, both=both):
+        config, tokenizer, report = self.config, self.tokenizer, self.report
+        source = source_named(name, field)
+        if found := source.find_tokens(tokenizer, cache_directory(config), report, both=held_out is not None):
             return found
-        preparation = Preparation.of(
-            field, name, self.config, self.tokenizer, self.report, held_out=held_out, ray=self.ray
-        )
-        make = partial(preparation.stores, self.report, self.warn)
+        preparation = Preparation.of(source, config, tokenizer, report, held_out=held_out, ray=self.ray)
+        make = partial(preparation.stores, report, self.warn)
         return Corpora(name, preparation.source.inputs, make, preparation.source)
 
     def two_sides(self) -> Corpora:
