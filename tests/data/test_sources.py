@@ -117,7 +117,7 @@ class Half(TextSource):
     ("kind", "message"),
     [
         (Half, "data.train: Half does not define documents() and identity()"),
-        (Path, "data.train: Path is not a subclass of TextSource"),
+        (Path, "data.train: Path is not a subclass of DataSource"),
     ],
 )
 def test_a_class_that_lacks_something(kind: type, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +145,6 @@ def test_an_unknown_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ]
 
 
-def test_tokens_are_no_text(tmp_path: Path) -> None:
+def test_a_token_file_has_no_text(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^data\.train: nanogpt:a\.bin holds tokens; name the text that"):
         open_source("nanogpt:a.bin", DataConfig(), field="data.train", report=print)

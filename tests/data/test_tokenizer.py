@@ -10,6 +10,8 @@ import requests
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
+from sophia_levanter.data.blocks import encode_with
+from sophia_levanter.data.huggingface_tokenizer import tokenizer_json
 from sophia_levanter.data.tokenizer import (
     ByteTokenizer,
     TiktokenTokenizer,
@@ -99,6 +101,33 @@ def test_a_file_of_another_kind_is_named(name: str) -> None:
     message = f"data.tokenizer is {name!r}; a tokenizer's file must be *.tiktoken, as train_tokenizer writes it"
     with pytest.raises(InputError, match=f"^{re.escape(message)}"):
         load_tokenizer(name)
+
+
+class Halves(Tokenizer):
+    """`halves:SIZE`: the two halves of each byte."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, 16, [*(b"%x" % half for half in range(16)), b""], special_tokens={}, pattern="")
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([half for byte in text.encode() for half in divmod(byte, 16)], np.int32)
+
+
+def test_a_tokenizer_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = Tokenizer.get_known_choices()
+    monkeypatch.setitem(registered, "halves", Halves)
+    tokenizer = load_tokenizer("halves:2")
+    assert tokenizer.name == "halves:2" and tokenizer.decode(tokenizer.encode("no")) == "6e6f"
+    # As a process that has not imported its module encodes.
+    train, _ = encode_with(__name__, "halves:2", tokenizer.fingerprint, (["no"], []))
+    assert train.tokens.tolist() == [6, 14, 6, 15, 16]
+    with pytest.raises(InputError, match=r"^data\.tokenizer is 'halve'; did you mean halves\? There are bytes, halves"):
+        load_tokenizer("halve")
+    with pytest.raises(InputError, match=r"^data\.tokenizer halves:2 is not a byte-pair encoding, and cannot be exp"):
+        tokenizer_json(tokenizer)
+    monkeypatch.setitem(registered, "half", type("Half", (Tokenizer,), {}))
+    with pytest.raises(InputError, match=r"^data\.tokenizer: Half does not define encode\(\)"):
+        load_tokenizer("half")
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:

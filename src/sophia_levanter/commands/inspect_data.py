@@ -7,14 +7,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sophia_levanter.config.arguments import parse_arguments, whole_number
+from sophia_levanter.config.arguments import PLUGINS, parse_arguments, whole_number
+from sophia_levanter.config.files import Setting
+from sophia_levanter.config.plugins import KEY, with_plugins
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, run_command
 from sophia_levanter.printing import one_line
 
 SHOWN_CHARACTERS = 300
 USAGE = """\
-usage: python -m sophia_levanter.commands.inspect_data STORE [--documents N] [--verify] [--help]
+usage: python -m sophia_levanter.commands.inspect_data STORE [--documents N] [--verify] [--plugins MODULE] [--help]
 
 Prints what a token store holds and the beginnings of a few of its documents.
 
@@ -22,6 +24,7 @@ Prints what a token store holds and the beginnings of a few of its documents.
                          stores train and validation prints both
   --documents N          so many documents, spread evenly; 3 if not given
   --verify               reads everything and compares it with the checksums
+  --plugins MODULE       module that registers the store's tokenizer
   --help                 prints this and exits"""
 
 
@@ -35,9 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspect(words: Sequence[str]) -> int:
-    arguments = parse_arguments(words, options=("--documents",), flags=("--verify",), words=True)
+    arguments = parse_arguments(words, options=("--documents", PLUGINS), flags=("--verify",), words=True)
     if len(arguments.words) != 1:
         raise InputError("name one STORE; --help shows the options")
+    if PLUGINS in arguments.options:
+        with_plugins([{KEY: Setting(arguments.options[PLUGINS])}])
     count = whole_number("--documents", arguments.options.get("--documents", "3"))
     location = arguments.words[0].rstrip("/")
     if "://" not in location:

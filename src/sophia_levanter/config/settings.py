@@ -116,6 +116,19 @@ def not_defined(settings: Settings, method: str) -> InputError:
     return InputError(f"{settings.section}: {type(settings).__qualname__} does not define {method}()")
 
 
+def check_subclass(registered: type, base: type, field: str) -> None:
+    """Check that a registered class can be made.
+
+    Raises:
+        InputError: if it is no subclass of `base`, or does not define all that `base` leaves to it.
+    """
+    if not issubclass(registered, base):
+        raise InputError(f"{field}: {registered.__qualname__} is not a subclass of {base.__qualname__}")
+    if missing := sorted(getattr(registered, "__abstractmethods__", ())):
+        names = " and ".join(f"{name}()" for name in missing)
+        raise InputError(f"{field}: {registered.__qualname__} does not define {names}")
+
+
 def free_settings(settings: Settings) -> list[str]:
     """The paths of a model's settings with which a trained model works at any value."""
     return [settings.path(field.name) for field in dataclasses.fields(settings) if declaration(field).free]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import platform
@@ -57,7 +58,8 @@ def _documents(tokenizer: Tokenizer, texts: list[str]) -> Documents:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(name: str, fingerprint: str) -> Tokenizer:
+def _tokenizer(module: str, name: str, fingerprint: str) -> Tokenizer:
+    importlib.import_module(module)  # registers a plug-in's tokenizer
     tokenizer = load_tokenizer(name)
     if tokenizer.fingerprint != fingerprint:
         raise InputError(
@@ -67,13 +69,13 @@ def _tokenizer(name: str, fingerprint: str) -> Tokenizer:
     return tokenizer
 
 
-def encode_with(tokenizer: str, fingerprint: str, texts: Texts) -> Encoded:
-    """`encode` with the tokenizer of this name, which a process loads once.
+def encode_with(module: str, name: str, fingerprint: str, texts: Texts) -> Encoded:
+    """`encode` with the tokenizer of this name, which a process loads once; the module is its class's.
 
     Raises:
         InputError: if its fingerprint is another one: the file may have changed, or differ between hosts.
     """
-    return encode(_tokenizer(tokenizer, fingerprint), texts)
+    return encode(_tokenizer(module, name, fingerprint), texts)
 
 
 def start_worker() -> None:

@@ -39,10 +39,10 @@ class _Processes:
     def __init__(self, pool: ProcessPoolExecutor, count: int, tokenizer: Tokenizer) -> None:
         self.count = count
         self._pool = pool
-        self._tokenizer = tokenizer
+        self._tokenizer = _address(tokenizer)
 
     def submit(self, texts: Texts) -> Future[Encoded]:
-        return self._pool.submit(encode_with, self._tokenizer.name, self._tokenizer.fingerprint, texts)
+        return self._pool.submit(encode_with, *self._tokenizer, texts)
 
 
 class _RayTasks:
@@ -50,10 +50,15 @@ class _RayTasks:
         # As many as the cluster has cores, which may come and go.
         self.count = max(int(ray.cluster_resources().get("CPU", 1)), 1)
         self._encode = ray.remote(encode_with)
-        self._tokenizer = tokenizer
+        self._tokenizer = _address(tokenizer)
 
     def submit(self, texts: Texts) -> Future[Encoded]:
-        return self._encode.remote(self._tokenizer.name, self._tokenizer.fingerprint, texts).future()
+        return self._encode.remote(*self._tokenizer, texts).future()
+
+
+def _address(tokenizer: Tokenizer) -> tuple[str, str, str]:
+    """What another process finds the tokenizer by."""
+    return type(tokenizer).__module__, tokenizer.name, tokenizer.fingerprint
 
 
 @contextmanager

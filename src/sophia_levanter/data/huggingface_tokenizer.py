@@ -10,6 +10,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from sophia_levanter.data.bpe import END_OF_TEXT, bytes_of_characters
 from sophia_levanter.data.tokenizer import Tokenizer
+from sophia_levanter.errors import InputError
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -17,7 +18,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
     It differs from the tokenizer in one thing: a special token that is spelled out in a text becomes that token, as
     transformers has it, unless its caller asks for `split_special_tokens`.
+
+    Raises:
+        InputError: if it is not a byte-pair encoding.
     """
+    if not tokenizer.merges_bytes:
+        raise InputError(f"data.tokenizer {tokenizer.name} is not a byte-pair encoding, and cannot be exported")
     ranks = ranks_of(tokenizer)
     characters = {byte: character for character, byte in bytes_of_characters().items()}
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from draccus import ChoiceRegistry
 
 from sophia_levanter.config.data import DataConfig
+from sophia_levanter.config.settings import check_subclass
 from sophia_levanter.data.documents import START, FileSource, Position
 from sophia_levanter.data.hub import DatasetSource
 from sophia_levanter.data.names import HUB, NANOGPT, PYTHON_STDLIB, SAVED, STORE
@@ -314,10 +315,7 @@ def source_named(name: str, field: str) -> DataSource:
             f"did you mean {nearest}:? There are {', '.join(f'{kind}:' for kind in sorted(known))}"
         )
     kind = known.get(scheme, Files) if colon else Files
-    if not issubclass(kind, DataSource):
-        raise InputError(f"{field}: {kind.__qualname__} is not a subclass of TextSource")
-    if missing := sorted(kind.__abstractmethods__):
-        raise InputError(f"{field}: {kind.__qualname__} does not define {' and '.join(f'{m}()' for m in missing)}")
+    check_subclass(kind, DataSource, field)
     return kind(name, field)
 
 

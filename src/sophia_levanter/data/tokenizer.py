@@ -6,10 +6,13 @@ import difflib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import tiktoken
+from draccus import ChoiceRegistry
 
+from sophia_levanter.config.settings import check_subclass
 from sophia_levanter.data.bpe import END_OF_TEXT, load_bpe
 from sophia_levanter.data.names import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
@@ -21,8 +24,10 @@ PIECE_CHARACTERS = 100_000
 VOCAB_SIZES = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
 
 
-class Tokenizer(ABC):
+class Tokenizer(ABC, ChoiceRegistry):
     """A fixed map between text and ids in `[0, vocab_size)`.
+
+    `data.tokenizer: NAME` or `NAME:PATH` is the subclass that is registered as NAME, called with all of that.
 
     Attributes:
         name: what `load_tokenizer` was asked for.
@@ -35,9 +40,11 @@ class Tokenizer(ABC):
             text is not cut.
         fingerprint: a hash of what defines the encoding; equal only if the ids mean the same.
         is_slow: whether it is worth several processes.
+        merges_bytes: whether it is a byte-pair encoding: `token_bytes` and `pattern` say all about it.
     """
 
     is_slow = True
+    merges_bytes: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -82,12 +89,16 @@ class Tokenizer(ABC):
         return ids
 
 
+@Tokenizer.register_subclass(BYTES)
 class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes of the UTF-8 text, 256 is end-of-text."""
 
     is_slow = False
+    merges_bytes = True
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = BYTES) -> None:
+        if name != BYTES:
+            raise InputError(f"data.tokenizer is {name!r}; did you mean {BYTES}?")
         values = [bytes([value]) for value in range(256)]
         super().__init__(BYTES, 256, [*values, b""], special_tokens={END_OF_TEXT: 256}, pattern="")
 
@@ -105,6 +116,8 @@ class TiktokenTokenizer(Tokenizer):
     Raises:
         InputError: if the encoding has no end-of-text token.
     """
+
+    merges_bytes = True
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         try:
@@ -143,23 +156,26 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: `bytes`, a tiktoken encoding such as `gpt2`, or a file that `save_bpe` wrote.
+    """The tokenizer called `name`: a registered one such as `bytes`, a tiktoken encoding such as `gpt2`, or a file that
+    `save_bpe` wrote.
 
     tiktoken downloads an encoding on first use and keeps it in its own cache.
 
     Raises:
         InputError: if there is no such tokenizer, or it can be neither downloaded nor found in tiktoken's cache.
     """
-    if name == BYTES:
-        return ByteTokenizer()
     if name.endswith(TRAINED_TOKENIZER):
         return TiktokenTokenizer(load_bpe(name))
+    registered = Tokenizer.get_known_choices()
+    if kind := registered.get(name.partition(":")[0]):
+        check_subclass(kind, Tokenizer, "data.tokenizer")
+        return kind(name)
     if "/" in name or "." in name:
         raise InputError(
             f"data.tokenizer is {name!r}; a tokenizer's file must be *{TRAINED_TOKENIZER}, as train_tokenizer writes "
             f"it; otherwise name {BYTES} or an encoding of tiktoken's"
         )
-    known = [BYTES, *tiktoken.list_encoding_names()]
+    known = [*registered, *tiktoken.list_encoding_names()]
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         raise InputError(f"data.tokenizer is {name!r}; did you mean {nearest}? There are {', '.join(known)}")
