@@ -115,7 +115,7 @@ class DataSource(ChoiceRegistry):
 
         Args:
             config: how the text is read.
-            report: takes a line of news about files.
+            report: takes a line about skipped files, and about files whose names do not say what they hold.
             special_tokens: names of tokens that are looked for in the text.
 
         Raises:
@@ -320,34 +320,14 @@ def source_named(name: str, field: str) -> DataSource:
 
 
 def absolute_source(name: str, field: str) -> str:
-    """The same source, named so that it is found from any working directory.
-
-    Raises:
-        InputError: as `source_named` does.
-    """
+    """`DataSource.absolute` of the source that `name` means."""
     return source_named(name, field).absolute()
 
 
 def open_source(
-    name: str,
-    config: DataConfig,
-    *,
-    field: str,
-    report: Report,
-    special_tokens: Collection[str] = (),
+    name: str, config: DataConfig, *, field: str, report: Report, special_tokens: Collection[str] = ()
 ) -> Source:
-    """The documents of the source that `name` means.
-
-    Args:
-        name: what the user wrote.
-        config: how its text is read.
-        field: the config field to name in errors.
-        report: takes a line about skipped files, and about files whose names do not say what they hold.
-        special_tokens: names of tokens that are looked for in the text.
-
-    Raises:
-        InputError: if there is no such source, or it holds tokens.
-    """
+    """The documents of the source that `name` means; see `source_named` and `DataSource.open`."""
     return source_named(name, field).open(config, report, special_tokens)
 
 
