@@ -15,8 +15,8 @@ class Docstrings(TextSource):
     def documents(self):
         for file in self.files():
             for node in ast.walk(ast.parse(file.read_bytes())):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                    yield ast.get_docstring(node) or ""
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                    yield ast.get_docstring(node)
 
     def identity(self):
         return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self.files()]
