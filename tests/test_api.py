@@ -1,5 +1,6 @@
 """Training called from Python."""
 
+import importlib
 import json
 import os
 import signal
@@ -135,3 +136,15 @@ def test_a_run_from_before_a_leaf_was_added_goes_on(config_file, command_losses,
 def test_importing_the_package_or_an_optimizer_imports_no_trainer():
     program = "import sys, sophia_levanter.optim; assert not {'draccus', 'sophia_levanter.api'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, env=os.environ)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ("data.config", "config.data", ["DataConfig"]),
+        ("models.huggingface", "interop.state_dict", ["gpt2_from_state_dict", "gpt2_to_state_dict"]),
+    ],
+)
+def test_names_that_moved_can_still_be_imported(old, new, names):
+    old, new = (importlib.import_module(f"sophia_levanter.{module}") for module in (old, new))
+    assert all(getattr(old, name) is getattr(new, name) for name in names)
