@@ -102,10 +102,11 @@ def test_every_switch_of_the_curvature_together(config_file, tmp_path):
         (5, []),
         (7, []),
         (7, ["--optimizer.basis", "kronecker"]),
+        (7, ["--model.type", "llama", "--model.num_kv_heads", "1", "--model.qk_norm", "true"]),
         pytest.param(7, ["--optimizer.type", "muon"], marks=pytest.mark.slow),
         pytest.param(7, ["--optimizer.type", "soap"], marks=pytest.mark.slow),
     ],
-    ids=["next_step_refreshes", "next_step_is_plain", "kronecker", "muon", "soap"],
+    ids=["next_step_refreshes", "next_step_is_plain", "kronecker", "llama", "muon", "soap"],
 )
 def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
     stopped_at, options, config_file, tmp_path, capfd, stop_after
