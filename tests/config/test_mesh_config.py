@@ -77,6 +77,7 @@ def test_mappings():
     assert mesh.compute_mapping == {
         "batch": ("replica", "data"),
         "heads": ("model",),
+        "kv_heads": ("model",),
         "mlp": ("model",),
         "position": ("sequence",),
     }

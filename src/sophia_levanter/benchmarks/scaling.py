@@ -37,6 +37,8 @@ TARGETS = {
     "medium": ("v4:2x2x2", 8, [FSDP, ("trainer.microbatch_size", "48")]),
     "large": ("v4:2x2x4", 16, [("trainer.microbatch_size", "48")]),
     "xl": ("v5e:16x16", 32, [("mesh.model", "8"), ("trainer.microbatch_size", "96")]),
+    "125m": ("v4:2x2x2", 8, [("trainer.microbatch_size", "64")]),
+    "1b": ("v4:2x2x4", 16, [("trainer.microbatch_size", "64")]),
 }
 
 Table = tuple[list[str], Iterator[list[object]]]
