@@ -1,6 +1,7 @@
 """Folders of Llama and Qwen3 as transformers saves them, without transformers."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from safetensors.numpy import save_file
 from weight_files import VOCAB, assert_same, read, refused
 
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig
-from sophia_levanter.interop.architectures import LlamaArchitecture
+from sophia_levanter.interop.architectures import Description, LlamaArchitecture
 from sophia_levanter.interop.state_dict import to_state_dict
 
 
@@ -41,11 +42,22 @@ def test_a_folder(model, save):
         {"rope_parameters": "absent", "rope_scaling": None},  # transformers 4
         {"rope_theta": "absent"},  # transformers 5
         {"rope_scaling": {"rope_type": "default"}},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 5e5, "rope_parameters": "absent"},
         {"attention_bias": "absent", "hidden_act": "absent", "mlp_bias": False, "use_sliding_window": False},
     ],
 )
 def test_the_same_model_written_in_other_ways(changes, model, save):
     assert_same(read(save(**changes), model.config), model)
+
+
+def test_what_qwen3_leaves_out():
+    def fields(**values):
+        given = {"model_type": "qwen3", "num_attention_heads": 16, "hidden_size": 64} | values
+        return LlamaArchitecture().fields(Description(Path("config.json"), given))
+
+    assert (fields()["num_kv_heads"], fields()["head_size"]) == (32, 128)
+    found = fields(num_key_value_heads=None, head_dim=None)
+    assert (found["num_kv_heads"], found["head_size"]) == (16, 4)
 
 
 def test_buffers_and_prefixes(model, save):
@@ -67,9 +79,13 @@ def test_buffers_and_prefixes(model, save):
             {"rope_parameters": {"rope_type": "default", "rope_theta": -1}},
             "rope_theta is -1.0; it must be a number above 0",
         ),
-        ({"attention_bias": True}, "attention_bias is true; this model does not have it"),
-        ({"mlp_bias": True}, "mlp_bias is true; this model does not have it"),
-        ({"use_sliding_window": True}, "use_sliding_window is true; this model does not have it"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "this model has the same rotary positions in all layers",
+        ),
+        ({"attention_bias": True}, "attention_bias is true; this model has none; use weights without"),
+        ({"mlp_bias": True}, "mlp_bias is true; this model has none"),
+        ({"use_sliding_window": True}, "use_sliding_window is true; this model has none"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this model computes silu"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; this model rotates whole heads"),
         ({"model_type": "mistral"}, "model_type is 'mistral'; gpt2, llama, qwen3 are read"),

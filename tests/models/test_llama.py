@@ -138,8 +138,9 @@ def test_what_decays_and_what_has_a_basis(make_model):
     [
         ({"num_kv_heads": 3}, r"^model\.num_kv_heads 3 does not divide model\.num_heads 4; \d would$"),
         ({"num_heads": 3}, r"^model\.num_heads 3 does not divide model\.embed_dim 8; \d would$"),
-        ({"head_size": 3}, r"^model\.head_size is 3; rotary positions need an even one"),
-        ({"num_heads": 8}, r"^model\.head_size is 1; rotary positions need an even one"),
+        ({"head_size": 3}, r"^the heads' size is 3, and rotary positions need an even one"),
+        ({"num_heads": 8}, r"^the heads' size is 1, and rotary positions need an even one"),
+        ({"embed_dim": 6, "head_size": 2}, r"^model\.num_heads 4 does not divide model\.embed_dim 6"),
         ({"rope_theta": 0.0}, r"^model\.rope_theta is 0\.0; it must be above 0"),
     ],
 )
@@ -151,7 +152,9 @@ def test_settings_that_do_not_fit(changes, message):
 def test_heads_of_keys_and_values_must_divide_over_the_devices():
     model = LlamaConfig(num_heads=8, num_kv_heads=2, embed_dim=128)
     check_parameters(TrainConfig(model=model, mesh=MeshConfig(model=2)), 2)
-    with pytest.raises(InputError, match=r"^model\.num_kv_heads 2 does not divide over mesh\.model 4 devices; .*or a"):
+    with pytest.raises(
+        InputError, match=r"^model\.num_kv_heads 2 does not divide over mesh\.model 4 devices; .* or mesh\.heads null"
+    ):
         check_parameters(TrainConfig(model=model, mesh=MeshConfig(model=4)), 4)
 
 

@@ -149,7 +149,7 @@ BROKEN = {
     ),
     "train": (
         METRIC.format("train", "pass"),
-        "plugins: train cannot be imported: ValueError: the metric 'train' needs",
+        "plugins: train cannot be imported: ValueError: the metric name 'train' is reserved",
     ),
     "vector": (
         METRIC.format("vector", "return {'w': step.grads.wte.weight.array[0]}"),

@@ -101,3 +101,10 @@ def test_quiet_prints_the_rows_that_are_the_result(terminal):
     out = io.StringIO()
     console_on(out, terminal=terminal, quiet=True).rows([*ROWS, ("done", "12 steps [b]")], notices=("done",))
     assert out.getvalue() == "done: 12 steps [b]\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_no_rows_print_nothing(terminal):
+    out = io.StringIO()
+    console_on(out, terminal=terminal).rows([])
+    assert out.getvalue() == ""

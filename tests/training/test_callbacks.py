@@ -1,17 +1,20 @@
 """Registered metrics and callbacks that are not what they should be."""
 
-from types import SimpleNamespace
+import json
+from typing import ClassVar
 from unittest.mock import MagicMock
 
 import jax.numpy as jnp
 import pytest
 
+from sophia_levanter import checkpoint
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.registries import CALLBACKS, METRICS
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
-from sophia_levanter.training.callbacks import Callback, Evaluating, Pause, build_callbacks
-from sophia_levanter.training.metrics import scalars
+from sophia_levanter.main import main
+from sophia_levanter.training.callbacks import Callback, Monitor, RegisteredCallback, build_callbacks
+from sophia_levanter.training.metrics import StepTrees, measure, scalars
 
 
 @pytest.fixture
@@ -41,16 +44,20 @@ def test_what_is_not_a_dict_of_scalars_is_refused(values, message):
     assert str(error.value) == message
 
 
-def test_scalars_are_float32_by_name():
-    found = scalars("s", "own", {"a": 1, 0: jnp.ones((), jnp.bfloat16)})
-    assert found == {"own/a": 1, "own/0": 1}
+def test_scalars_by_name_keep_their_precision():
+    assert scalars("s", "own", {"a": 0.1, 0: jnp.ones((), jnp.bfloat16)}) == {"own/a": 0.1, "own/0": 1}
+
+
+def test_metrics_are_float32(monkeypatch):
+    monkeypatch.setitem(METRICS, "own", lambda step: {"a": 1, "b": jnp.ones((), jnp.bfloat16)})
+    found = measure(["own"], StepTrees(None, None, None, None))
     assert {value.dtype for value in found.values()} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("name", ["train", "val", "own", "a name", "a/b"])
 def test_names_are_identifiers_that_are_not_taken(name, registered):
     registered("own", Callback)
-    with pytest.raises(ValueError, match=f"the metric '{name}' needs another name, an identifier that is not taken"):
+    with pytest.raises(ValueError, match=f"the metric name '{name}' is reserved, taken or no identifier"):
         METRICS.register(name)
 
 
@@ -68,16 +75,82 @@ def test_what_is_not_a_callback_is_refused(value, message, registered):
     assert str(error.value) == message
 
 
-def test_a_state_is_saved_before_a_callback_ends_the_run(registered):
-    class Own(Callback):
-        def on_evaluation(self, pause, evaluation):
-            return [evaluation.loss]
+MORE_STEPS = ["--trainer.num_train_steps"]
 
-    callbacks = build_callbacks(registered("own", Own))
-    saving, pause = MagicMock(), Pause(3, SimpleNamespace(model=None), lambda: False)
-    evaluate = MagicMock(return_value=SimpleNamespace(loss=1.0, bits_per_byte=1.0))
-    evaluating = Evaluating(TrainerConfig(), MagicMock(), evaluate, saving, callbacks)
-    with pytest.raises(InputError, match=r"^trainer\.callbacks: own returns a list; it must return a dict$"):
-        evaluating.on_pause(pause)
-    saving.save.assert_called_once_with(pause)
-    assert not pause.evaluated
+
+class Recorder(Callback):
+    """Notes what it is called with; fails where a test says so."""
+
+    calls: ClassVar[list] = []
+    fails: ClassVar[tuple] = ()
+
+    def __init__(self, config):
+        self.calls.clear()
+
+    def note(self, *call):
+        self.calls.append(call)
+        if call == self.fails:
+            raise KeyError("missing")
+
+    def before_step(self, step):
+        self.note("before", step)
+
+    def on_step(self, report):
+        self.note("step", report.step)
+
+    def is_due(self, done):
+        return done == 5
+
+    def on_pause(self, pause):
+        self.note("pause", pause.done)
+        assert int(pause.state.step) == pause.done
+
+    def on_evaluation(self, pause, evaluation):
+        self.note("evaluation", pause.done)
+        return {"loss": evaluation.loss}
+
+    def on_end(self):
+        self.note("end")
+
+
+def test_a_callback_is_called_through_a_run(registered, config_file, tmp_path, capfd, monkeypatch):
+    registered("own", Recorder)
+    monkeypatch.setattr(Recorder, "fails", ("end",))
+    argv = ["--config", str(config_file), "--trainer.callbacks", "own", "--trainer.evaluate_every", "6"]
+    assert main([*argv, "--trainer.run_dir", str(tmp_path / "run")]) == 0
+    assert "WARNING: trainer.callbacks: own fails in on_end: KeyError: 'missing'" in capfd.readouterr().out
+    steps = list(range(12))
+    by_kind = {kind: [call[1] for call in Recorder.calls if call[0] == kind] for kind, *_ in Recorder.calls[:-1]}
+    assert by_kind == {"before": steps, "step": steps, "pause": [5], "evaluation": [6, 12]}
+    # The numbers of all steps are there before a pause.
+    assert Recorder.calls.index(("step", 4)) < Recorder.calls.index(("pause", 5)) < Recorder.calls.index(("before", 5))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {name: [line[name] for line in lines if name in line] for name in ("own/loss", "validation/loss")}
+    assert losses["own/loss"] == losses["validation/loss"] and len(losses["own/loss"]) == 2
+    # Neither a callback that is left out nor one that is gone makes it another run.
+    run = ["--trainer.run_dir", str(tmp_path / "run")]
+    assert main(["--config", str(config_file), *argv[4:], *run, "--resume", "auto", *MORE_STEPS, "13"]) == 0
+    monkeypatch.delitem(CALLBACKS, "own")
+    assert main(["--resume", str(tmp_path / "run"), "--trainer.callbacks", "[]", *MORE_STEPS, "14"]) == 0
+
+
+@pytest.mark.parametrize(("call", "method"), [(("pause", 5), "on_pause"), (("evaluation", 6), "on_evaluation")])
+def test_a_state_is_saved_before_a_callback_ends_the_run(
+    call, method, registered, config_file, tmp_path, capfd, monkeypatch
+):
+    registered("own", Recorder)
+    monkeypatch.setattr(Recorder, "fails", call)
+    argv = ["--config", str(config_file), "--trainer.callbacks", "own", "--trainer.evaluate_every", "6"]
+    assert main([*argv, "--trainer.run_dir", str(tmp_path / "run")]) == 2
+    assert f"error: trainer.callbacks: own fails in {method}: KeyError: 'missing'" in capfd.readouterr().err
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == call[1]
+    assert Recorder.calls[-1] == ("end",)
+
+
+def test_a_slow_callback_is_not_taken_for_a_stuck_step():
+    watchdog = MagicMock()
+    callback = RegisteredCallback("own", Callback(TrainConfig()), Monitor(MagicMock(), MagicMock(), watchdog))
+    for method, arguments in (("before_step", [0]), ("on_pause", [None]), ("on_evaluation", [None, None])):
+        watchdog.reset_mock()
+        getattr(callback, method)(*arguments)
+        watchdog.pause.assert_called_once_with()

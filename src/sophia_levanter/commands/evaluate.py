@@ -29,7 +29,7 @@ usage: python -m sophia_levanter.commands.evaluate MODEL [--step N] [--windows N
 
 Prints the mean loss over all tokens of a text, each predicted once and weighted the same.
 
-  MODEL                  a run directory, a folder of transformers, or nanoGPT's ckpt.pt
+  MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
   --step N               of the run's checkpoints; the newest if not given
   --windows N            of the text, spread evenly; all if not given
   --batch_size N         windows at one time, rounded up to a multiple of the devices that share them;

@@ -20,7 +20,7 @@ usage: python -m sophia_levanter.commands.export MODEL OUT_DIR [--step N] [--dty
 
 Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load, and --trainer.initial_weights too.
 
-  MODEL                  a run directory, a folder of transformers, or nanoGPT's ckpt.pt
+  MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
   OUT_DIR                a new or an empty folder
   --step N               of the run's checkpoints; the newest if not given
   --dtype TYPE           float32, bfloat16 or float16; as the model has it if not given

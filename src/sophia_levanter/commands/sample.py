@@ -35,7 +35,7 @@ usage: python -m sophia_levanter.commands.sample MODEL [--prompt TEXT ...] [--pr
 Prints prompts and how the model goes on with them, up to the end of the document that it writes. One text comes token
 by token; several come when all are done, each under a heading. All else is said on standard error.
 
-  MODEL                  a run directory, a folder of transformers, or nanoGPT's ckpt.pt
+  MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
   --prompt TEXT          what the text begins with; may be given several times. Without a prompt the model begins a
                          document
   --prompt_file FILE     a prompt from a file, in UTF-8, as it is there

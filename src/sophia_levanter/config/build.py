@@ -99,8 +99,8 @@ def schema(root: type, settings: Layer | None = None) -> Schema:
 def build(root: type[Root], layers: Sequence[Layer]) -> Root:
     """The configuration that settings give, those of later layers on top of those of earlier ones.
 
-    A layer that chooses another type for a section keeps the fields that all types of its registry have, or that both
-    have from a class with `is_family`, and drops the other fields that earlier layers set.
+    A layer that chooses another type for a section keeps the fields that both types inherit from a class marked
+    `is_family`, or else from the registry, and drops the other fields that earlier layers set.
 
     Raises:
         InputError: if a key is unknown, or a value is of the wrong type or out of range.
@@ -229,7 +229,7 @@ def convert_value(key: str, setting: Setting, annotation: Any) -> Any:
             raise InputError(f"{setting.prefix}{key} is {_masked(setting)}; it must be a section of NAME: VALUE")
         return {}
     if not scalars and setting.file is None and isinstance(value, str):
-        value = value.split(",") if items == [str] else parse_value(value)
+        value = value.split(",") if items == [str] and value not in ("", "[]") else parse_value(value or "[]")
     if items and isinstance(value, list):
         return tuple(
             _convert_item(f"{key}[{i}]", Setting(item, setting.file), items[0]) for i, item in enumerate(value)

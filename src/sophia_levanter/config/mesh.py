@@ -177,7 +177,8 @@ def check_divides(
             nearest = min(fitting, key=lambda n: abs(n - size))
             multiple = f"a multiple of {parts}" + (f" that divides {of[0]} {of[1]}" if of else "")
             devices = "devices" if len(over) == 1 else f"= {parts} devices"
-            or_else = f"mesh.{name} null" if name in (*TENSOR_AXES, "position") else "a smaller mesh"
+            setting = name.removeprefix("kv_")  # mesh.heads splits both kinds of heads
+            or_else = f"mesh.{setting} null" if setting in (*TENSOR_AXES, "position") else "a smaller mesh"
             raise InputError(
                 f"{field} {size} does not divide over {shown} {devices}; "
                 f"{multiple} such as {nearest} would, or {or_else}"

@@ -138,7 +138,13 @@ class TransformerConfig(ModelConfig):
         }
 
     def describe(self) -> str:
-        return f"{self.num_layers} layers, {self.num_heads} heads, {self.embed_dim} wide, {self.seq_len} positions"
+        heads = f"{self.num_heads} heads{self._key_heads}"
+        return f"{self.num_layers} layers, {heads}, {self.embed_dim} wide, {self.seq_len} positions"
+
+    @property
+    def _key_heads(self) -> str:
+        """How many heads keys and values have, for people, if that is another number."""
+        return ""
 
     def attention_on(self, platform: str, dtype: str, *, split_positions: bool) -> str:
         from sophia_levanter.models.attention import attention_for
@@ -234,9 +240,11 @@ class LlamaConfig(TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_divisor("model.num_kv_heads", self.kv_heads, "model.num_heads", self.num_heads)
+        if not self.qk_norm:  # transformers' Llama demands it, whatever the heads' size
+            check_divisor("model.num_heads", self.num_heads, "model.embed_dim", self.embed_dim)
         if self.head_dim % 2:
             raise InputError(
-                f"model.head_size is {self.head_dim}; rotary positions need an even one: "
+                f"the heads' size is {self.head_dim}, and rotary positions need an even one; "
                 "set model.head_size, or another model.num_heads"
             )
 
@@ -271,9 +279,9 @@ class LlamaConfig(TransformerConfig):
             "mlp": ("model.intermediate_dim", self.mlp_dim),
         }
 
-    def describe(self) -> str:
-        groups = "" if self.kv_heads == self.num_heads else f" ({self.kv_heads} of keys and values)"
-        return super().describe().replace(" heads", f" heads{groups}", 1)
+    @property
+    def _key_heads(self) -> str:
+        return "" if self.kv_heads == self.num_heads else f" ({self.kv_heads} of keys and values)"
 
 
 def check_divisor(name: str, divisor: int, other: str, number: int) -> None:

@@ -76,7 +76,8 @@ class TrainerConfig(Settings):
     profile_steps: str | None = setting(None, "FIRST:END, trace these steps, END excluded, into run_dir/profile")
     initial_weights: str | None = setting(
         None,
-        "folder of transformers (GPT-2, Llama, Qwen3) or nanoGPT's ckpt.pt to start from; random weights if not given",
+        "folder saved by transformers (GPT-2, Llama, Qwen3) or nanoGPT's ckpt.pt to start from; "
+        "random weights if not given",
     )
     run_dir: str | None = setting(None, "directory for config, metrics and checkpoints; runs/NAME-TIME if not given")
 

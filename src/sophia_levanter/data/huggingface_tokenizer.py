@@ -23,7 +23,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         InputError: if it is not a byte-pair encoding.
     """
     if not tokenizer.merges_bytes:
-        raise InputError(f"data.tokenizer {tokenizer.name} is not a byte-pair encoding, and cannot be exported")
+        raise InputError(
+            f"data.tokenizer {tokenizer.name} is not a byte-pair encoding, and cannot be exported; "
+            "bytes, tiktoken's encodings and files of train_tokenizer can"
+        )
     ranks = ranks_of(tokenizer)
     characters = {byte: character for character, byte in bytes_of_characters().items()}
 

@@ -78,22 +78,27 @@ class Architecture(abc.ABC):
     """One kind of model: its names and its `config.json` in transformers.
 
     Attributes:
-        title: what people call it.
         model_types: that `config.json` has for it.
         config_class: the settings of such a model here.
-        prefix: that the names of all weights but `lm_head.weight` begin with.
-        layers: the part of a name that a layer's number follows, which is `blocks` here.
+        prefix: of every weight's name except `lm_head.weight`.
+        layers: the name before a layer's number, which is `blocks` here.
         layout: of matrices: `conv1d` for [in, out], `linear` for torch.nn.Linear's [out, in].
         embedding: the name of the token embedding, without the prefix.
+        always_has_biases: whether transformers' model has biases even where the model here has none.
     """
 
-    title: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     config_class: ClassVar[type[TransformerConfig]]
     prefix: ClassVar[str]
     layers: ClassVar[str]
     layout: str
     embedding: ClassVar[str]
+    always_has_biases: ClassVar[bool] = False
+
+    @property
+    def title(self) -> str:
+        """What people call such a model."""
+        return self.config_class.title
 
     @abc.abstractmethod
     def fields(self, given: Description) -> dict[str, Any]:
@@ -105,17 +110,13 @@ class Architecture(abc.ABC):
 
     @abc.abstractmethod
     def sizes(self, given: Description) -> dict[str, int]:
-        """How many layers, rows of the embedding, columns of it and learned positions there are, in this order, by the
-        field's name. What `config.json` leaves out has transformers' default.
+        """The number of layers, embedding rows, embedding columns and learned positions, keyed by field name, in this
+        order. What `config.json` leaves out has transformers' default.
         """
 
     @abc.abstractmethod
     def describe(self, config: Any) -> dict[str, Any]:
         """The fields of `config.json` that belong to this architecture; the inverse of `fields`."""
-
-    def own_fields(self, config: Any) -> dict[str, Any]:
-        """What an export says of the model beside transformers' fields."""
-        return {}
 
     def complete(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The weights as transformers expects them."""
@@ -133,12 +134,12 @@ class Gpt2Architecture(Architecture):
         positions: what the number of positions is called.
     """
 
-    title = "GPT-2"
     model_types = ("gpt2",)
     config_class = Gpt2Config
     prefix = "transformer."
     layers = "h"
     embedding = "wte.weight"
+    always_has_biases = True
 
     def __init__(self, *, layout: str = "conv1d", positions: str = "n_positions") -> None:
         self.layout, self.positions = layout, positions
@@ -189,9 +190,6 @@ class Gpt2Architecture(Architecture):
             "tie_word_embeddings": True,
         }
 
-    def own_fields(self, config: Gpt2Config) -> dict[str, Any]:
-        return {"use_bias": config.use_bias}
-
     def complete(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The weights with zeros for the biases that they lack, as transformers' GPT-2 always has them."""
         biases = {
@@ -205,7 +203,6 @@ class Gpt2Architecture(Architecture):
 class LlamaArchitecture(Architecture):
     """LlamaForCausalLM, and Qwen3ForCausalLM, which adds RMSNorm of queries and keys."""
 
-    title = "Llama"
     model_types = ("llama", "qwen3")
     config_class = LlamaConfig
     prefix = "model."
@@ -235,16 +232,17 @@ class LlamaArchitecture(Architecture):
         qwen = given.values["model_type"] == "qwen3"
         given.require("hidden_act", "silu", "this model computes silu")
         for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
-            given.require(name, False, "this model does not have it")
+            given.require(name, False, "this model has none; use weights without")
         given.require("partial_rotary_factor", 1.0, "this model rotates whole heads")
         sizes = self.sizes(given)
         width, heads = sizes["hidden_size"], given.value("num_attention_heads", int, 32)
-        # Qwen3's heads have 128 numbers where its config.json does not tell.
+        # What Qwen3's config.json leaves out; null means what Llama's default means.
+        kv_heads = 32 if qwen and "num_key_value_heads" not in given.values else heads
         head_size = 128 if qwen and "head_dim" not in given.values else width // heads
         return {
             "num_layers": sizes["num_hidden_layers"],
             "num_heads": heads,
-            "num_kv_heads": _optional(given, "num_key_value_heads", 32 if qwen else heads),
+            "num_kv_heads": _optional(given, "num_key_value_heads", kv_heads),
             "head_size": _optional(given, "head_dim", head_size),
             "embed_dim": width,
             "intermediate_dim": given.value("intermediate_size", int, self._default(given, "intermediate_size")),
@@ -257,15 +255,14 @@ class LlamaArchitecture(Architecture):
     @staticmethod
     def _rope_theta(given: Description) -> float:
         """The base of the rotary positions, which transformers 4 and 5 write under different names."""
-        parameters = given.values.get("rope_parameters")
-        for name in ("rope_scaling", "rope_parameters"):
-            rope = given.values.get(name)
-            kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-            if kind not in (None, "default"):
-                raise given.error(name, "this model does not scale rotary positions")
-        if isinstance(parameters, dict) and "rope_theta" in parameters:
-            return Description(given.file, parameters).value("rope_theta", float)
-        return given.value("rope_theta", float, 10000.0)
+        name = "rope_scaling" if given.values.get("rope_scaling") else "rope_parameters"
+        rope = given.values.get(name) or {}
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise given.error(name, "this model has the same rotary positions in all layers")
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise given.error(name, "this model does not scale rotary positions")
+        outside = given.value("rope_theta", float, 10000.0)
+        return Description(given.file, rope).value("rope_theta", float, outside)
 
     def describe(self, config: LlamaConfig) -> dict[str, Any]:
         return {

@@ -49,7 +49,7 @@ def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) ->
         "step": loaded.step,
         "tokenizer": TOKENIZER_FILE if has_own_file else tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        **architecture.own_fields(model.config),
+        **({"use_bias": getattr(model.config, "use_bias", True)} if architecture.always_has_biases else {}),
     }
     end_of_text = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
     shape = architecture.describe(model.config) | {

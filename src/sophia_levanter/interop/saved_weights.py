@@ -1,5 +1,5 @@
-"""Models in files, described before they are read: a folder of transformers, or a checkpoint of nanoGPT or the Sophia
-authors.
+"""Models in files, described before they are read: folders saved by transformers, checkpoints of nanoGPT and of the
+Sophia authors.
 
 Nothing that a file holds is ever run: safetensors has arrays only, and torch loads tensors and plain values only.
 """
@@ -66,7 +66,7 @@ class SavedModel:
 
 
 def open_model(path: Path) -> SavedModel:
-    """The model in a folder of transformers, or in a `ckpt.pt` of nanoGPT or the Sophia authors.
+    """The model in a folder saved by transformers, or in a `ckpt.pt` of nanoGPT or the Sophia authors.
 
     Raises:
         InputError: if there is none, or it computes what no model here can; from `arrays` if one cannot be read.
@@ -77,7 +77,7 @@ def open_model(path: Path) -> SavedModel:
         check_regular(path)
     except OSError as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
-        raise input_error(path, f"{reason}; name a folder of transformers, or nanoGPT's ckpt.pt") from None
+        raise input_error(path, f"{reason}; name a folder saved by transformers, or nanoGPT's ckpt.pt") from None
     if path.suffix in (".safetensors", ".bin", ".json"):
         raise input_error(path, f"name the folder, {path.parent}, which must hold config.json and model.safetensors")
     return _nanogpt(path)
@@ -136,7 +136,7 @@ def _huggingface(folder: Path) -> SavedModel:
     def read(suffix: str = "") -> Iterator[tuple[str, np.ndarray]]:
         return ((plain, arrays[name].read()) for plain, name in names.items() if plain.endswith(suffix))
 
-    if "use_bias" in architecture.own_fields(architecture.config_class()):
+    if architecture.always_has_biases:
         # transformers' GPT-2 always has biases. Those of a model without are 0, until it is trained on elsewhere.
         fields["use_bias"] = own["use_bias"] or any(array.any() for _, array in read(".bias"))
     return SavedModel(
@@ -144,7 +144,7 @@ def _huggingface(folder: Path) -> SavedModel:
         architecture=architecture,
         fields=fields,
         seq_len=architecture.seq_len(given),
-        vocab_size=shapes[names.get(architecture.embedding, names.get(HEAD, ""))][0],
+        vocab_size=architecture.sizes(given)["vocab_size"],
         arrays=read(),
         tokenizer=str(folder / TOKENIZER_FILE) if own["tokenizer"] == TOKENIZER_FILE else own["tokenizer"],
         tokenizer_fingerprint=own["tokenizer_fingerprint"],

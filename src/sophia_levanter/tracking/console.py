@@ -79,6 +79,8 @@ class Console:
             rows: name and text of each.
             notices: names of rows that are printed, as lines, to one who asked for quiet.
         """
+        if not rows:
+            return
         if self._console.is_terminal and not self._quiet:
             table = Table(Column(no_wrap=True), Column(overflow="fold"), show_header=False)
             for name, text in rows:

@@ -1,9 +1,9 @@
-"""What acts on a run beside its steps: logging, evaluation, saving, and what plug-ins register."""
+"""What runs alongside the training steps: logging, evaluation, saving and registered callbacks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class TrainingFailed(Exception):
         self.steps = steps
 
 
-class StepNumbers(NamedTuple):
+class StepReport(NamedTuple):
     """What is known of a step that has ended.
 
     Attributes:
@@ -77,13 +77,13 @@ class Callback:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        """A subclass keeps what it wants to know later."""
+        """Store what the subclass needs; the base class keeps nothing."""
 
     def before_step(self, step: int) -> None:
         """Called before a step begins. The step before it may still be running."""
 
-    def on_step(self, numbers: StepNumbers) -> None:
-        """Called when the numbers of a step are there. The next step may be running."""
+    def on_step(self, report: StepReport) -> None:
+        """Called when a step's numbers are available. The next step may already be running."""
 
     def is_due(self, done: int) -> bool:
         """Whether the run pauses for `on_pause` after so many steps."""
@@ -93,11 +93,11 @@ class Callback:
         """Called after the steps for which `is_due`, when their numbers have been read."""
 
     def on_evaluation(self, pause: Pause, evaluation: Evaluation) -> Mapping[str, float]:
-        """Called after an evaluation if the callback is a registered one. What it returns is logged as `NAME/KEY`."""
+        """Called after each evaluation of a registered callback. What it returns is logged as `NAME/KEY`."""
         return {}
 
     def on_end(self) -> None:
-        """Called when the run ends, however it ends, or goes back to a checkpoint."""
+        """Called when the run ends, however it ends, and before it goes back to a checkpoint and trains on."""
 
 
 def build_callbacks(config: TrainConfig) -> dict[str, Callback]:
@@ -115,6 +115,54 @@ def build_callbacks(config: TrainConfig) -> dict[str, Callback]:
         if not isinstance(built[name], Callback):
             raise InputError(f"trainer.callbacks: {name} is not a subclass of {Callback.__module__}.Callback")
     return built
+
+
+class RegisteredCallback(Callback):
+    """A callback of a plug-in: its errors are named, and its time does not count as a step's.
+
+    Args:
+        name: that it is registered under.
+        callback: what acts.
+        monitor: of the run.
+    """
+
+    def __init__(self, name: str, callback: Callback, monitor: Monitor) -> None:
+        self.name, self._callback, self._monitor = name, callback, monitor
+
+    def before_step(self, step: int) -> None:
+        self._monitor.watchdog.pause()
+        self._call("before_step", step)
+
+    def on_step(self, report: StepReport) -> None:
+        self._call("on_step", report)
+
+    def is_due(self, done: int) -> bool:
+        return self._call("is_due", done)
+
+    def on_pause(self, pause: Pause) -> None:
+        self._monitor.watchdog.pause()
+        self._call("on_pause", pause)
+
+    def on_evaluation(self, pause: Pause, evaluation: Evaluation) -> Mapping[str, float]:
+        """Its numbers by `NAME/KEY`."""
+        self._monitor.watchdog.pause()
+        numbers = scalars("trainer.callbacks", self.name, self._call("on_evaluation", pause, evaluation))
+        return {key: float(value) for key, value in numbers.items()}
+
+    def on_end(self) -> None:
+        try:
+            self._call("on_end")
+        except InputError as error:  # the run has ended, and its result stands
+            self._monitor.console.notice(f"WARNING: {error}")
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._callback, method)(*arguments)
+        except (InputError, TrainingFailed):
+            raise
+        except Exception as error:
+            problem = f"{self.name} fails in {method}: {type(error).__name__}: {error}"
+            raise InputError(one_line(f"trainer.callbacks: {problem}")) from error
 
 
 @dataclass(frozen=True)
@@ -138,9 +186,9 @@ class Logging(Callback):
 
     monitor: Monitor
 
-    def on_step(self, numbers: StepNumbers) -> None:
-        self.monitor.trackers.log(numbers.step, numbers.metrics)
-        self.monitor.console.step(numbers.step, numbers.metrics, numbers.seconds_left)
+    def on_step(self, report: StepReport) -> None:
+        self.monitor.trackers.log(report.step, report.metrics)
+        self.monitor.console.step(report.step, report.metrics, report.seconds_left)
 
     def on_end(self) -> None:
         self.monitor.console.stop()
@@ -154,12 +202,12 @@ class SkippedSteps(Callback):
     config: TrainerConfig
     monitor: Monitor
 
-    def on_step(self, numbers: StepNumbers) -> None:
+    def on_step(self, report: StepReport) -> None:
         """Raises `TrainingFailed` after too many."""
-        step, in_a_row, loss = numbers.step, numbers.skipped_in_a_row, numbers.metrics["train/loss"]
+        step, in_a_row, loss = report.step, report.skipped_in_a_row, report.metrics["train/loss"]
         if not in_a_row:
             return
-        spike = math.isfinite(loss) and math.isfinite(numbers.metrics["train/grad_norm"])
+        spike = math.isfinite(loss) and math.isfinite(report.metrics["train/grad_norm"])
         what = "loss was a spike" if spike else "loss or gradient was not finite"
         hint = "; or a larger --trainer.loss_spike_factor" if spike else ""
         self.monitor.console.notice(f"step {step}: the {what} (loss {loss:.4g}); the step changed nothing")
@@ -179,7 +227,7 @@ class Saving(Callback):
         config: how often.
         monitor: of the run; what the trackers have is on the disk before a state is saved.
         checkpoints: take the states.
-        verification: of the text that is trained on; before it has ended, only a run that is to stop saves.
+        verification: checks the training text; until it has finished, only a run that is stopping saves.
     """
 
     config: TrainerConfig
@@ -211,7 +259,7 @@ class Saving(Callback):
         self.checkpoints.save(pause.done, pause.state, trackers.last, evaluated=pause.evaluated, verified=verified)
 
     def finish_after(self, error: Exception) -> None:
-        """Before the run ends with an error: what is being saved is saved, and a failure to is not forgotten."""
+        """Wait for the save in progress before the run ends with an error; report it if it failed too."""
         try:
             self.checkpoints.wait()
         except (CheckpointError, FileExistsError) as another:
@@ -227,16 +275,14 @@ class Evaluating(Callback):
         config: how often.
         monitor: of the run.
         evaluate: gives a model's validation loss; calls a function on its way.
-        saving: saves the state before an error ends the run.
-        registered: callbacks that look at each evaluation, by name.
+        registered: callbacks that look at each evaluation.
         best: step and validation loss of the best evaluation so far; None before the first.
     """
 
     config: TrainerConfig
     monitor: Monitor
     evaluate: Callable[[LanguageModel, Callable[[], None]], Evaluation]
-    saving: Saving
-    registered: Mapping[str, Callback]
+    registered: Sequence[RegisteredCallback]
     best: dict[str, Any] | None = None
 
     def is_due(self, done: int) -> bool:
@@ -245,27 +291,20 @@ class Evaluating(Callback):
     def on_pause(self, pause: Pause) -> None:
         """Raises `InputError` where the validation text is damaged or a registered callback returns no numbers."""
         done, trackers, watchdog = pause.done, self.monitor.trackers, self.monitor.watchdog
-        try:
-            evaluation = self.evaluate(pause.state.model, lambda: watchdog.begin(f"the evaluation after step {done}"))
-            registered = self._numbers_of_registered(pause, evaluation)
-        except InputError:
-            self.saving.save(pause)
-            raise
+        evaluation = self.evaluate(pause.state.model, lambda: watchdog.begin(f"the evaluation after step {done}"))
         pause.evaluated = True
         loss, bits_per_byte = evaluation.loss, evaluation.bits_per_byte
-        numbers = {"validation/loss": loss, "validation/bits_per_byte": bits_per_byte} | registered
-        trackers.log(done - 1, {k: v for k, v in numbers.items() if not math.isnan(v)})
-        trackers.last |= numbers
+        numbers = {"validation/loss": loss, "validation/bits_per_byte": bits_per_byte}
         if math.isfinite(loss) and (self.best is None or loss < self.best["validation/loss"]):
             self.best = {"step": done, "validation/loss": loss}
         self.monitor.console.line(
             f"step {done}: validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte"
         )
-        self.monitor.console.rows(metric_rows((*self.config.metrics, *self.registered), trackers.last))
-
-    def _numbers_of_registered(self, pause: Pause, evaluation: Evaluation) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for name, callback in self.registered.items():
-            own = scalars("trainer.callbacks", name, callback.on_evaluation(pause, evaluation))
-            found |= {key: float(value) for key, value in own.items()}
-        return found
+        try:
+            for callback in self.registered:
+                numbers |= callback.on_evaluation(pause, evaluation)
+        finally:
+            trackers.log(done - 1, {k: v for k, v in numbers.items() if not math.isnan(v)})
+            trackers.last |= numbers
+        names = (*self.config.metrics, *self.config.callbacks)
+        self.monitor.console.rows(metric_rows(names, trackers.last))

@@ -84,7 +84,8 @@ class RunCheckpoints:
             self._best = {"step": step, "validation/loss": loss}
         finite: dict[str, JSON] = {name: value for name, value in numbers.items() if math.isfinite(value)}
         if not evaluated:
-            finite = {name: value for name, value in finite.items() if not name.startswith("validation/")}
+            stale = ("validation/", *(f"{name}/" for name in self._trainer.callbacks))
+            finite = {name: value for name, value in finite.items() if not name.startswith(stale)}
         retention = Retention(
             self._trainer.keep_checkpoints,
             every=self._trainer.keep_every,

@@ -1,4 +1,4 @@
-"""A trained model from where it lies: a run directory, checkpoints, a folder of transformers, or nanoGPT's ckpt.pt."""
+"""A trained model from a run directory, checkpoints, a folder saved by transformers, or nanoGPT's ckpt.pt."""
 
 from __future__ import annotations
 
@@ -82,8 +82,7 @@ def load_model(place: str, *, step: int | None = None, overrides: Overrides = ()
         raise InputError(f"{place} holds no checkpoint (no step-* folder)")
     if os.path.isdir(place) and not any(os.path.exists(os.path.join(place, n)) for n in ("config.json", "ckpt.pt")):
         raise InputError(
-            f"{place} holds no model: no config.yaml of a run, no checkpoints (step-*), and no config.json of "
-            "transformers"
+            f"{place} holds no model: no config.yaml of a run, no checkpoints (step-*), and no transformers config.json"
         )
     if step is not None:
         raise InputError(f"--step {step} does not go with {place}, which is no run directory")

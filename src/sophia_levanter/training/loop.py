@@ -16,7 +16,7 @@ from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.partition.processes import all_stop
-from sophia_levanter.training.callbacks import Callback, Evaluating, Monitor, Pause, Saving, StepNumbers
+from sophia_levanter.training.callbacks import Callback, Evaluating, Monitor, Pause, Saving, StepReport
 from sophia_levanter.training.compiled_steps import CompiledSteps, compile_steps
 from sophia_levanter.training.loading import BatchLoader
 from sophia_levanter.training.step import StepOutput, StepSettings, TrainState
@@ -45,7 +45,7 @@ class Loop:
         monitor: how the run is watched.
         callbacks: act on the run in this order, `evaluating` and `saving` among them.
         evaluating: knows the best validation loss.
-        saving: saves the last state, whatever ends the run.
+        saving: saves states; the loop asks it for the last one.
         tokens_per_window: predicted tokens in a row of a batch.
         mfu_per_token_rate: model FLOPs utilisation at one token a second.
         saved: the last checkpoint's path or URL; None before the end.
@@ -122,9 +122,9 @@ class Loop:
         while step < total and not all_stop(step, stop.signal is not None):
             if self.config.at_step(step).batch_size != compiled.batch_size:
                 compiled = self._compile(state, step)
-            self.monitor.watchdog.begin(f"step {step}")
             for callback in self.callbacks:
                 callback.before_step(step)
+            self.monitor.watchdog.begin(f"step {step}")
             refresh = refresh_pending or compiled.optimizer.refresh_due(step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, output = (compiled.refreshing if refresh else compiled.plain)(batch, state)
@@ -140,9 +140,13 @@ class Loop:
             if refresh or due:
                 pause = self._pause(step, state, stopping)
                 refresh_pending = bool(output.refresh_pending)
-                for callback in due:
-                    callback.on_pause(pause)
-                    self._last_time = time.perf_counter()
+                try:
+                    for callback in due:
+                        callback.on_pause(pause)
+                except InputError:  # damaged validation text, or a registered callback that fails
+                    self.saving.save(pause)
+                    raise
+                self._last_time = time.perf_counter()
             self._read(most_running=1)
         if self.saving.checkpoints.saved_step != step:
             self.saving.save(self._pause(step, state, lambda: True))
@@ -188,7 +192,7 @@ class Loop:
             recent = self._step_seconds[-20:]
             left = (self.config.num_train_steps - step - 1) * sum(recent) / len(recent)
             for callback in self.callbacks:
-                callback.on_step(StepNumbers(step, numbers, int(output.skipped_in_a_row), left))
+                callback.on_step(StepReport(step, numbers, int(output.skipped_in_a_row), left))
 
     @property
     def tokens_per_second(self) -> float:

@@ -49,7 +49,7 @@ def measure(names: Sequence[str], trees: StepTrees) -> dict[str, jax.Array]:
             values = METRICS[name](trees)
         except Exception as error:
             raise InputError(one_line(f"trainer.metrics: {name} fails: {type(error).__name__}: {error}")) from error
-        numbers |= scalars("trainer.metrics", name, values)
+        numbers |= {key: jnp.float32(value) for key, value in scalars("trainer.metrics", name, values).items()}
     return numbers
 
 
@@ -81,8 +81,8 @@ def metric_rows(names: Sequence[str], numbers: Mapping[str, float]) -> list[tupl
     ]
 
 
-def scalars(setting: str, name: str, values: Any) -> dict[str, jax.Array]:
-    """What a metric or a callback returns, as float32 scalars by `NAME/KEY`.
+def scalars(setting: str, name: str, values: Any) -> dict[str, Any]:
+    """What a metric or a callback returns, as scalars by `NAME/KEY`.
 
     Raises:
         InputError: if it is anything else than a dict of scalars; names the setting that lists it.
@@ -91,12 +91,13 @@ def scalars(setting: str, name: str, values: Any) -> dict[str, jax.Array]:
         raise InputError(f"{setting}: {name} returns a {type(values).__name__}; it must return a dict")
     found = {}
     for key, value in values.items():
+        scalar = plain(value)
         try:
-            scalar = jnp.asarray(plain(value), jnp.float32)
+            shape = jnp.asarray(scalar, jnp.float32).shape
         except (TypeError, ValueError):
-            scalar = None
-        if scalar is None or scalar.shape:
-            shown = f"{value!r}" if scalar is None else f"an array of shape {scalar.shape}"
+            shape = None
+        if shape != ():
+            shown = f"{value!r}" if shape is None else f"an array of shape {shape}"
             raise InputError(one_line(f"{setting}: {name} returns {shown} for {key!r}; it must be a scalar"))
         found[f"{name}/{key}"] = scalar
     return found

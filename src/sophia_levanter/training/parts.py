@@ -15,6 +15,7 @@ from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches
 from sophia_levanter.data.preparation import cache_directory
 from sophia_levanter.data.prepare import TextData, prepare
+from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.data.verification import Verification
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.partition.mesh import Partition, partition_of
@@ -44,9 +45,7 @@ class Parts:
 
     def initial_state(self) -> TrainState:
         """The state before step 0, a function of the configuration alone: weights are drawn, not read."""
-        key = jax.random.key(self.config.trainer.seed)
-        model = self.config.model.build(vocab_size=self.data.tokenizer.vocab_size, key=key)
-        return TrainState.init(model, self.settings.optimizer, self.settings.policy)
+        return _initial_state(self.config, self.settings, self.data.tokenizer.vocab_size)
 
     def state_from(self, weights: LanguageModel) -> TrainState:
         """The state before step 0 on the devices, with weights from this host's memory."""
@@ -73,14 +72,18 @@ def build_parts(
     mesh = partition.mesh
     check_mesh(config, mesh.size)
     attention_of(config, partition)
-    callbacks = build_callbacks(config)
-    data = prepare(text or config.data, console.line, warn=console.notice)
+    callbacks, settings, text = build_callbacks(config), StepSettings.of(config), text or config.data
+    if trainer.metrics:
+        vocab_size = load_tokenizer(text.tokenizer).vocab_size
+        with partition.active():
+            check_results(trainer.metrics, partition.abstract(lambda: _initial_state(config, settings, vocab_size)))
+    data = prepare(text, console.line, warn=console.notice)
     check_mesh(config, mesh.size, data.tokenizer.vocab_size)
     for corpus in (data.train, data.validation):
         corpus.read(0, 1)  # of one that is kept in memory all is read here, before the run has a directory
     processes = Processes.of_this_run()
     devices = {"device": mesh.devices.flat[0].device_kind, "device_count": mesh.size}
-    parts = Parts(
+    return Parts(
         config=config,
         partition=partition,
         data=data,
@@ -93,7 +96,7 @@ def build_parts(
             batch_size=trainer.microbatch_size or trainer.batch_size,
             max_windows=trainer.evaluation_windows,
         ),
-        settings=StepSettings.of(config),
+        settings=settings,
         facts={
             "environment": {**environment, **devices},
             "data": data.train.facts,
@@ -104,7 +107,8 @@ def build_parts(
         callbacks=callbacks,
         verification=Verification([data.train, data.validation], cache_directory(config.data), processes),
     )
-    if trainer.metrics:
-        with partition.active():
-            check_results(trainer.metrics, partition.abstract(parts.initial_state))
-    return parts
+
+
+def _initial_state(config: TrainConfig, settings: StepSettings, vocab_size: int) -> TrainState:
+    model = config.model.build(vocab_size=vocab_size, key=jax.random.key(config.trainer.seed))
+    return TrainState.init(model, settings.optimizer, settings.policy)

@@ -37,7 +37,7 @@ class Profiling(Callback):
         self.on_end()
 
     def on_end(self) -> None:
-        """Write the trace if it is running, which it is too where a run ends within it."""
+        """Write the trace if one is running, also when the run ends inside the traced steps."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

@@ -34,7 +34,15 @@ from sophia_levanter.tracking.background import CLOSE_SECONDS
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
 from sophia_levanter.tracking.trackers import Others, Trackers, start_others
-from sophia_levanter.training.callbacks import Evaluating, Logging, Monitor, Saving, SkippedSteps, TrainingFailed
+from sophia_levanter.training.callbacks import (
+    Evaluating,
+    Logging,
+    Monitor,
+    RegisteredCallback,
+    Saving,
+    SkippedSteps,
+    TrainingFailed,
+)
 from sophia_levanter.training.checkpoints import RunCheckpoints
 from sophia_levanter.training.environment import fixed_settings, recorded_environment
 from sophia_levanter.training.evaluation import Evaluator
@@ -299,7 +307,8 @@ def _make_loop(
     evaluator = Evaluator(
         parts.validation, token_byte_lengths(parts.data.tokenizer), parts.partition, parts.settings.policy
     )
-    evaluating = Evaluating(trainer, monitor, evaluator, saving, parts.callbacks, best)
+    registered = [RegisteredCallback(name, callback, monitor) for name, callback in parts.callbacks.items()]
+    evaluating = Evaluating(trainer, monitor, evaluator, registered, best)
     profiling = Profiling(trainer.profiled_steps, directory.profile, console)
     own = [profiling, Logging(monitor), SkippedSteps(trainer, monitor)]
     return Loop(
@@ -308,7 +317,7 @@ def _make_loop(
         partition=parts.partition,
         loader=BatchLoader(parts.batches, parts.partition, trainer, int(state.skipped_windows)),
         monitor=monitor,
-        callbacks=[*own, evaluating, *parts.callbacks.values(), saving],
+        callbacks=[*own, evaluating, *registered, saving],
         evaluating=evaluating,
         saving=saving,
         tokens_per_window=parts.config.model.seq_len,

@@ -21,8 +21,11 @@ from sophia_levanter.data.sources import absolute_source
 from sophia_levanter.errors import InputError
 
 # What may differ between a run and its continuation by `--resume auto` without making it another run: how long it is,
-# and what has nothing to do with its numbers, such as the host that a new attempt finds the others by.
+# and what does not change its numbers, such as the host that a new attempt finds the others by.
 _MAY_DIFFER = (
+    "plugins",
+    "trainer.metrics",
+    "trainer.callbacks",
     "trainer.num_train_steps",
     "trainer.profile_steps",
     "trainer.run_dir",
