@@ -147,6 +147,19 @@ BROKEN = {
         + "    def build(self, num_train_steps): return object()\n",
         "optimizer: object does not define init, update, refresh_due",
     ),
+    "raw": (
+        HEADER
+        + '@OptimizerConfig.register_subclass("raw")\n@dataclass(frozen=True)\nclass A(OptimizerConfig):\n'
+        + "    def build(self, num_train_steps):\n        import optax\n        return optax.sgd(0.1)\n",
+        "optimizer: A.build() gives an optax transformation; return it from transformation() of a subclass",
+    ),
+    "unbuilt": (
+        HEADER
+        + '@OptimizerConfig.register_subclass("unbuilt")\n@dataclass(frozen=True)\nclass A(OptimizerConfig):\n'
+        + "    def build(self): return 1\n",
+        "optimizer: A.build() fails: TypeError: A.build() takes 1 positional argument but 2 were given",
+    ),
+    "with.py": (None, "plugins: 'with.py' is not the name of a module; for my_module.py write my_module"),
     "train": (
         METRIC.format("train", "pass"),
         "plugins: train cannot be imported: ValueError: the metric name 'train' is reserved",
@@ -175,7 +188,7 @@ def test_a_broken_plugin_is_one_line(name, plugin_folder, config_file, tmp_path,
     code, message = BROKEN[name]
     if code is not None:
         (plugin_folder / f"{name}.py").write_text(code)
-    chosen = ["--optimizer.type", name] if name in ("strange", "empty", "lacks") else []
+    chosen = ["--optimizer.type", name] if name in ("strange", "empty", "lacks", "raw", "unbuilt") else []
     chosen = ["--trainer.metrics", name] if name in ("vector", "raises") else chosen
     chosen = ["--data.train", f"{name}:x"] if name in ("textless", "counting") else chosen
     run_dir = tmp_path / "run"

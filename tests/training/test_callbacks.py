@@ -35,6 +35,7 @@ def registered(monkeypatch):
         ([1.0], "s: own returns a list; it must return a dict"),
         ({"a": "b"}, "s: own returns 'b' for 'a'; it must be a scalar"),
         ({"a": None}, "s: own returns None for 'a'; it must be a scalar"),
+        ({"a": 1j}, "s: own returns 1j for 'a'; it must be a scalar"),
         ({"a": jnp.ones(2)}, "s: own returns an array of shape (2,) for 'a'; it must be a scalar"),
     ],
 )

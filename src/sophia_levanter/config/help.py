@@ -44,7 +44,9 @@ def help_text() -> str:
 
 
 def _section_help(title: str, section: str, cls: type) -> str:
-    summary = (cls.__doc__ or "").splitlines()[0]
+    # A dataclass without a docstring gets its signature for one.
+    doc = cls.__doc__ or ""
+    summary = cls.__name__ if not doc or doc.startswith(f"{cls.__name__}(") else doc.splitlines()[0]
     lines = [f"{title}: {summary}"]
     for field, annotation in fields_of(cls):
         left = f"  --{section}.{field.name} {_type_name(annotation)} ({show_value(field.default)})"

@@ -12,12 +12,14 @@ from sophia_levanter.config.schedule import CosineSchedule, Schedule, ScheduleCo
 from sophia_levanter.config.settings import Settings, not_defined, setting
 from sophia_levanter.config.trainer import DTYPES, TrainerConfig
 from sophia_levanter.errors import InputError
+from sophia_levanter.printing import one_line
 
 if TYPE_CHECKING:
     from sophia_levanter.optim import Optimizer
     from sophia_levanter.optim.protocol import CurvatureEstimator
 
 SMALLEST_EPS = 1e-37  # float32 makes a smaller one 0
+_METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_at", "matrix_work")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         return optax.join_schedules([warmup, decay], [self.warmup_steps])
 
     def arguments(self, optimizer: type, num_train_steps: int) -> dict[str, Any]:
-        """Arguments of an optimizer's class: what all of them take, and each field that both have.
+        """Arguments of an optimizer's class: each field that both have, and of the learning rate as a schedule,
+        `weight_decay`, `weight_decay_mask` and `momentum_dtype` those that the class has.
 
         Args:
             optimizer: the class, a dataclass such as an Equinox module.
@@ -89,12 +92,13 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         common = {common.name for common in dataclasses.fields(OptimizerConfig)}
         taken = {argument.name for argument in dataclasses.fields(optimizer)}
         own = [own.name for own in dataclasses.fields(self) if own.name in taken - common]
-        return {name: getattr(self, name) for name in own} | {
+        shared = {
             "learning_rate": self.build_schedule(num_train_steps),
             "weight_decay": self.weight_decay,
             "weight_decay_mask": decay_mask,
             "momentum_dtype": jnp.dtype(self.momentum_dtype),
         }
+        return {name: getattr(self, name) for name in own} | {name: shared[name] for name in shared if name in taken}
 
     def curvature_microbatches(self, trainer: TrainerConfig) -> tuple[int, int] | None:
         """The number and size of the microbatches that refresh the curvature; None without curvature."""
@@ -331,3 +335,29 @@ class SoapConfig(OptimizerConfig):
 
         given = self.arguments(Soap, num_train_steps)
         return Soap(**given, matrices=matrix_axes, max_size=self.basis_max_size, mesh_axis="data")
+
+
+def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
+    """The optimizer of a run over this many steps.
+
+    Raises:
+        InputError: if a plug-in's cannot be built, or is not an optimizer.
+    """
+    import optax
+
+    kind = type(config).__qualname__
+    try:
+        optimizer = config.build(num_train_steps)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(one_line(f"optimizer: {kind}.build() fails: {type(error).__name__}: {error}")) from error
+    missing = [name for name in _METHODS if not hasattr(optimizer, name)]
+    if missing and isinstance(optimizer, optax.GradientTransformation):
+        raise InputError(
+            f"optimizer: {kind}.build() gives an optax transformation; return it from transformation() of a subclass "
+            "of sophia_levanter.optim.baselines.OptaxOptimizer"
+        )
+    if missing:
+        raise InputError(f"optimizer: {type(optimizer).__qualname__} does not define {', '.join(missing)}")
+    return optimizer

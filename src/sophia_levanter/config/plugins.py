@@ -35,13 +35,17 @@ def with_plugins(layers: Iterable[Layer]) -> list[Layer]:
 def _names(setting: Setting) -> list[str]:
     value = setting.value
     if setting.file is None and isinstance(value, str):
-        value = value.split(",")
+        value = [name.strip() for name in value.split(",")]
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
         raise InputError(f"{setting.prefix}{KEY} is {show_value(value)}; it must be a list of names of modules")
     return value
 
 
 def _import(name: str, setting: Setting) -> None:
+    if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
+        raise InputError(
+            f"{setting.prefix}{KEY}: {show_value(name)} is not the name of a module; for my_module.py write my_module"
+        )
     # `python -m` looks for modules in the working directory, and a console script does not.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())

@@ -93,7 +93,7 @@ def scalars(setting: str, name: str, values: Any) -> dict[str, Any]:
     for key, value in values.items():
         scalar = plain(value)
         try:
-            shape = jnp.asarray(scalar, jnp.float32).shape
+            shape = None if jnp.iscomplexobj(scalar) else jnp.asarray(scalar, jnp.float32).shape
         except (TypeError, ValueError):
             shape = None
         if shape != ():

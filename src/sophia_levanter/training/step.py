@@ -16,8 +16,8 @@ from haliax import Axis, NamedArray
 
 from sophia_levanter.batch import Batch, count_targets
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.optimizer import build_optimizer
 from sophia_levanter.config.trainer import TrainerConfig
-from sophia_levanter.errors import InputError
 from sophia_levanter.models.attention import forward_differentiable
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.optim import Optimizer
@@ -30,7 +30,6 @@ from sophia_levanter.partition.mesh import at_rest
 from sophia_levanter.training.metrics import StepTrees, measure
 
 PyTree = Any
-OPTIMIZER_METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_at", "matrix_work")
 
 RECENT_LOSS_DECAY = 0.98  # of the mean that a spike is one above
 
@@ -125,9 +124,7 @@ class StepSettings:
         """
         trainer = trainer or config.trainer
         curvature = config.optimizer.curvature_microbatches(trainer)
-        optimizer = config.optimizer.build(trainer.num_train_steps)
-        if missing := [name for name in OPTIMIZER_METHODS if not hasattr(optimizer, name)]:
-            raise InputError(f"optimizer: {type(optimizer).__qualname__} does not define {', '.join(missing)}")
+        optimizer = build_optimizer(config.optimizer, trainer.num_train_steps)
         own = None if curvature is None or curvature[1] == trainer.gradient_microbatch_size else curvature[1]
         return StepSettings(
             optimizer=optimizer,
