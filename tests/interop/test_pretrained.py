@@ -436,7 +436,7 @@ def test_pipes_and_devices_are_not_read(name, folder, model):
     (folder / name).symlink_to("/dev/zero")
     assert refused(folder, model.config) == f"{folder / name}: it is not a regular file"
     for path in ("/dev/zero", folder / name):
-        assert refused(path, model.config).startswith(f"{path}: it is not a regular file; name a folder of ")
+        assert refused(path, model.config).startswith(f"{path}: it is not a regular file; name a folder saved by ")
 
 
 def test_shards_that_are_pipes(folder, model):

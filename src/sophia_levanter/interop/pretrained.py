@@ -81,7 +81,7 @@ def read_pretrained(
 
 
 def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer with other ids than the `vocab.json` or `tokenizer.json` in a folder of transformers has.
+    """Refuse a tokenizer with other ids than the `vocab.json` or `tokenizer.json` in a folder saved by transformers.
 
     Raises:
         InputError: names the first token that differs.
