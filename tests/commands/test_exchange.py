@@ -170,7 +170,7 @@ BAD = {
     "no batch": (["RUN", "--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
     "no number": (["RUN", "--windows", "all"], "--windows is 'all'; it must be a whole number"),
     "an unknown option": (["RUN", "--window", "3"], "unknown option '--window'; did you mean --windows?"),
-    "nowhere": (["nowhere"], "nowhere: there is no such file or directory"),
+    "nowhere": (["nowhere"], "nowhere does not exist"),
     "no such step": (["RUN", "--step", "7"], "holds no checkpoint of step 7: it has 6, 12"),
     "a folder without a text": (["FOLDER"], "--data.validation TEXT is missing: FOLDER is no run"),
     "no such text": (["RUN", "--data.validation", "nowhere.txt"], "nowhere.txt"),

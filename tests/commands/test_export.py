@@ -11,7 +11,7 @@ BAD = {
     "no words": ([], "0 words are given; write MODEL OUT_DIR"),
     "no folder": (["MODEL"], "1 words are given; write MODEL OUT_DIR"),
     "too many": (["MODEL", "out", "more"], "3 words are given"),
-    "no model": (["nowhere", "out"], "nowhere: there is no such file or directory"),
+    "no model": (["nowhere", "out"], "nowhere does not exist"),
     "an unknown dtype": (["MODEL", "out", "--dtype", "float64"], "--dtype is 'float64'; it must be one of float32, bf"),
     "a step of a folder": (["MODEL", "out", "--step", "3"], "--step 3 does not go with MODEL, which is no run"),
     "no step": (["MODEL", "out", "--step", "-1"], "--step is '-1'; it must be a whole number"),

@@ -176,7 +176,7 @@ def test_a_reader_that_leaves(run_dir):
         (["RUN", "--prompt_file", "HERE/empty"], "--prompt_file HERE/empty is empty"),
         (["RUN", "--prompt_file", "HERE/latin1"], "--prompt_file HERE/latin1 is no text in UTF-8: byte 3 is wrong"),
         (["RUN", "--step", "3"], "RUN/checkpoints holds no checkpoint of step 3: it has 2, 4"),
-        (["HERE/nowhere"], "HERE/nowhere: there is no such file or directory; name a run directory"),
+        (["HERE/nowhere"], "HERE/nowhere does not exist; name a run directory"),
         (["HERE"], "HERE holds no model: no config.yaml of a run"),
         (["HERE/begun"], "HERE/begun: the run has saved no checkpoint"),
     ],

@@ -464,7 +464,7 @@ def test_arrays_that_are_not_those_of_config_json(folder, model, arrays):
     save_folder(folder, model.config, arrays | {"transformer.wte.weight": np.ones((100, 8))})
     assert "vocab_size is 128, and the weights have 100" in refused(folder, model.config)
     save_folder(folder, model.config, {"other": np.ones(2, np.float32)})
-    assert "wte.weight is missing: this is no GPT-2 state dict" in refused(folder, model.config)
+    assert "wte.weight is missing: this is not a GPT-2 state dict" in refused(folder, model.config)
     save_folder(folder, model.config, arrays | {"transformer.h.0.crossattention.c_attn.weight": np.ones(2)})
     assert "h.0.crossattention.c_attn.weight is not in this model" in refused(folder, model.config)
 
@@ -476,7 +476,7 @@ def test_no_such_file(model, tmp_path):
 
 def test_a_folder_of_something_else(folder, model, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "there is no config.json in it, as" in refused(tmp_path / "empty", model.config)
+    assert "config.json is missing; name a folder saved by" in refused(tmp_path / "empty", model.config)
     (tmp_path / "empty" / "ckpt.pt").touch()
     assert refused(tmp_path / "empty", model.config).endswith(f"name {tmp_path}/empty/ckpt.pt")
     assert f"name the folder, {folder}," in refused(folder / "model.safetensors", model.config)

@@ -119,7 +119,7 @@ def with_array(arrays, name, array):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: {}, r"^wte\.weight is missing: this is no GPT-2 state dict"),
+        (lambda a: {}, r"^wte\.weight is missing: this is not a GPT-2 state dict"),
         (lambda a: without(a, "wte.weight"), r"^wte\.weight is missing"),
         (lambda a: with_array(a, "wte.weight", np.ones(())), r"^wte\.weight has shape \(\), this model wants"),
         (

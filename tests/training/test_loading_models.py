@@ -99,7 +99,7 @@ def refused(place, **arguments):
 
 
 def test_bad_input(run_dir, tmp_path, gpt2_folder):
-    assert "nowhere: there is no such file or directory; name a run directory" in refused(tmp_path / "nowhere")
+    assert "nowhere does not exist; name a run directory" in refused(tmp_path / "nowhere")
     assert "holds no model: no config.yaml of a run" in refused(tmp_path)
     assert "holds no checkpoint of step 7: it has 6, 12" in refused(run_dir, step=7)
     assert "--step 6 does not go with" in refused(gpt2_folder, step=6)

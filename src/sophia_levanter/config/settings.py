@@ -120,7 +120,7 @@ def check_subclass(registered: type, base: type, field: str) -> None:
     """Check that a registered class can be made.
 
     Raises:
-        InputError: if it is no subclass of `base`, or does not define all that `base` leaves to it.
+        InputError: if it is not a subclass of `base`, or lacks a method that `base` requires.
     """
     if not issubclass(registered, base):
         raise InputError(f"{field}: {registered.__qualname__} is not a subclass of {base.__qualname__}")

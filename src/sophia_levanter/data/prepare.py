@@ -169,6 +169,6 @@ class _Lookup:
         return Corpora(name, preparation.source.inputs, make, preparation.source)
 
     def two_sides(self) -> Corpora:
-        """The tokens of the training text, of which a part is held out."""
+        """The tokens of the training text, split into a training and a held-out part."""
         assert isinstance(self.config.train, str)
         return self.find("data.train", self.config.train, self.config.validation_fraction)

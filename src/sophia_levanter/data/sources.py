@@ -223,28 +223,29 @@ class Files(DataSource):
         return FileSource(self.name, config, field=self.field, report=report, special_tokens=special_tokens)
 
 
-@DataSource.register_subclass("datasets")
-class SavedDataset(DataSource):
-    """`datasets:FOLDER?split=train`: a folder that `datasets` saved."""
-
-    def absolute(self) -> str:
-        return SAVED + _absolute(self.path)
+class _Dataset(DataSource):
+    """A dataset that the library `datasets` opens."""
 
     def open(self, config: DataConfig, report: Report, special_tokens: Collection[str]) -> Source:
         return DatasetSource(self.name, config, field=self.field, special_tokens=special_tokens)
 
 
+@DataSource.register_subclass("datasets")
+class SavedDataset(_Dataset):
+    """`datasets:FOLDER?split=train`: a folder that `datasets` saved."""
+
+    def absolute(self) -> str:
+        return SAVED + _absolute(self.path)
+
+
 @DataSource.register_subclass("hub")
-class HubDataset(DataSource):
+class HubDataset(_Dataset):
     """`hub:NAME?split=train`: a dataset of the Hugging Face hub."""
 
     def absolute(self) -> str:
         path, mark, options = self.path.partition("?")
         # `datasets` takes a folder of that name before it asks the hub.
         return HUB + os.path.abspath(path) + mark + options if os.path.isdir(path) else self.name
-
-    def open(self, config: DataConfig, report: Report, special_tokens: Collection[str]) -> Source:
-        return DatasetSource(self.name, config, field=self.field, special_tokens=special_tokens)
 
 
 @DataSource.register_subclass("nanogpt")

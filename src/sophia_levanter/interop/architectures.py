@@ -1,4 +1,4 @@
-"""The models of transformers that are read and written: how it names their weights and what its config.json says."""
+"""The models that are exchanged with transformers: the names of their weights, and the fields of config.json."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Architecture(abc.ABC):
 
     @abc.abstractmethod
     def fields(self, given: Description) -> dict[str, Any]:
-        """The settings that make a model here compute what the described one does, but for biases.
+        """The settings with which a model here computes what the described one does; `use_bias` is left out.
 
         Raises:
             InputError: if the described model computes what this one cannot; names the field.

@@ -33,7 +33,7 @@ def read_pretrained(
 
     A vocabulary that is padded to a multiple of 128, as nanoGPT's is, loses its padding. Other rows beyond the
     tokenizer's, such as an added padding token's, are kept and never predicted: `vocab_rows` of the result's `config`
-    counts them. Where the model has no biases, those of a folder of transformers, which always has some, must be 0.
+    counts them. Where the model has no biases, those that transformers saved, which always has some, must be 0.
 
     Args:
         path: a folder with `config.json` and `model.safetensors` or its shards, as transformers saves them; or the

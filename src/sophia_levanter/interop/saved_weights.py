@@ -69,7 +69,7 @@ def open_model(path: Path) -> SavedModel:
     """The model in a folder saved by transformers, or in a `ckpt.pt` of nanoGPT or the Sophia authors.
 
     Raises:
-        InputError: if there is none, or it computes what no model here can; from `arrays` if one cannot be read.
+        InputError: if there is none, or no model here computes the same; from `arrays` if one cannot be read.
     """
     if os.path.isdir(path):
         return _huggingface(path)
@@ -105,7 +105,7 @@ def _weights(
         raise input_error(file, str(error)) from None
     embedding = names.get(architecture.embedding, names.get(HEAD))
     if embedding is None:
-        raise input_error(file, f"{architecture.embedding} is missing: this is no {architecture.title} state dict")
+        raise input_error(file, f"{architecture.embedding} is missing: this is not a {architecture.title} state dict")
     layers = {found[1] for name in names if (found := re.match(rf"{architecture.layers}\.(\d+)\.", name))}
     # An array without these axes is refused by its shape, with the others.
     sizes = [len(layers), *(shapes[embedding] + (None, None))[:2], *shapes.get(names.get("wpe.weight", ""), ())[:1]]
@@ -125,7 +125,7 @@ def _huggingface(folder: Path) -> SavedModel:
     file = folder / "config.json"
     if not os.path.exists(file):
         nano = f"; name {folder / 'ckpt.pt'}" if os.path.isfile(folder / "ckpt.pt") else ""
-        raise input_error(folder, f"there is no config.json in it{nano or ', as transformers saves'}")
+        raise input_error(folder, f"config.json is missing{nano or '; name a folder saved by transformers'}")
     given = Description(file, read_json(file))
     architecture = architecture_of_type(file, given.values.get("model_type"))
     fields = architecture.fields(given)

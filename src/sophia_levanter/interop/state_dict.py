@@ -75,7 +75,7 @@ def model_on_host(
     embedding = names.architecture.embedding
     rows_of = given.get(embedding, given.get(HEAD))
     if rows_of is None:
-        raise ValueError(f"{embedding} is missing: this is no {names.architecture.title} state dict")
+        raise ValueError(f"{embedding} is missing: this is not a {names.architecture.title} state dict")
     rows = (rows_of.shape or (1,))[0]
     template = abstract_model(config, vocab_size or rows)
     wanted = names.shapes(template, rows)

@@ -80,11 +80,11 @@ class Gpt2Block(Block):
     ) -> tuple[NamedArray, NamedArray, NamedArray]:
         return self.attn.project(normalize(self.ln_1, x), layer)
 
-    def finish(
-        self, x: NamedArray, attended: NamedArray, k_attn: jax.Array | None = None, k_mlp: jax.Array | None = None
-    ) -> NamedArray:
-        x = x + dropout(self.config, linear(self.attn.c_proj, attended), k_attn)
-        return hax.auto_sharded(x + dropout(self.config, self.mlp(normalize(self.ln_2, x)), k_mlp))
+    def project_back(self, attended: NamedArray) -> NamedArray:
+        return linear(self.attn.c_proj, attended)
+
+    def apply_mlp(self, x: NamedArray) -> NamedArray:
+        return self.mlp(normalize(self.ln_2, x))
 
 
 class Gpt2(Transformer):

@@ -93,12 +93,11 @@ class LlamaBlock(Block):
         theta = self.config.rope_theta
         return rotary(query, positions, theta), rotary(keys, positions, theta), values
 
-    def finish(
-        self, x: NamedArray, attended: NamedArray, k_attn: jax.Array | None = None, k_mlp: jax.Array | None = None
-    ) -> NamedArray:
-        x = x + dropout(self.config, linear(self.self_attn.o_proj, attended), k_attn)
-        mlp = self.mlp(normalize(self.post_attention_layernorm, x))
-        return hax.auto_sharded(x + dropout(self.config, mlp, k_mlp))
+    def project_back(self, attended: NamedArray) -> NamedArray:
+        return linear(self.self_attn.o_proj, attended)
+
+    def apply_mlp(self, x: NamedArray) -> NamedArray:
+        return self.mlp(normalize(self.post_attention_layernorm, x))
 
 
 class Llama(Transformer):

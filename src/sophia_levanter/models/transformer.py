@@ -38,6 +38,13 @@ class Block(eqx.Module):
         """
 
     @abc.abstractmethod
+    def project_back(self, attended: NamedArray) -> NamedArray:
+        """What attention adds to the residual stream, [..., embed], given its result, [..., heads, head_size]."""
+
+    @abc.abstractmethod
+    def apply_mlp(self, x: NamedArray) -> NamedArray:
+        """What the MLP adds to the residual stream, [..., embed]."""
+
     def finish(
         self, x: NamedArray, attended: NamedArray, k_attn: jax.Array | None = None, k_mlp: jax.Array | None = None
     ) -> NamedArray:
@@ -48,6 +55,8 @@ class Block(eqx.Module):
             attended: [..., heads, head_size].
             k_attn, k_mlp: jax random keys.
         """
+        x = x + dropout(self.config, self.project_back(attended), k_attn)
+        return hax.auto_sharded(x + dropout(self.config, self.apply_mlp(x), k_mlp))
 
     def __call__(self, x: NamedArray, layer: NamedArray, key: jax.Array | None) -> NamedArray:
         """The block's result for a context from position 0 on; with a key there is dropout."""

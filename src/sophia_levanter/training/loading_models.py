@@ -58,7 +58,7 @@ def load_model(place: str, *, step: int | None = None, overrides: Overrides = ()
     """The model in a place, spread over all devices as `--mesh` options say; each has all of it without them.
 
     Args:
-        place: a run directory; a directory or URL of checkpoints; a folder of transformers; nanoGPT's `ckpt.pt`.
+        place: a run directory; a directory or URL of checkpoints; a folder saved by transformers; nanoGPT's `ckpt.pt`.
         step: of the run's checkpoints; the newest that is whole if not given.
         overrides: dotted field paths and values as typed, on top of the run's configuration without its mesh.
         report: takes a line of news for the user.
@@ -71,8 +71,7 @@ def load_model(place: str, *, step: int | None = None, overrides: Overrides = ()
         place = os.path.abspath(os.path.expanduser(place))
         if not os.path.exists(place):
             raise InputError(
-                f"{place}: there is no such file or directory; name a run directory, a folder of transformers, "
-                "or nanoGPT's ckpt.pt"
+                f"{place} does not exist; name a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt"
             )
         if os.path.isfile(os.path.join(place, "config.yaml")):
             return _from_run(Path(place), step, overrides, report)
