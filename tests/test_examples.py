@@ -34,6 +34,20 @@ def test_digits():
     assert metrics["rho"] < 0.05
 
 
+def test_digits_convolution():
+    """The estimates leave the running statistics alone: those saw one batch a step."""
+    results = results_of("digits_convolution")
+    assert results["test_accuracy"] > 0.97
+    assert results["training_loss"] < 0.01
+    assert results["frozen_unchanged"]
+    assert results["batches_in_statistics"] == 300
+    for metrics in results["metrics"].values():
+        assert 0.1 < metrics["win_rate"] < 0.95
+        assert metrics["skipped_updates"] == metrics["skipped_refreshes"] == 0
+        assert metrics["steps_since_refresh"] == 10
+        assert metrics["rho"] != 0.05
+
+
 def test_regression():
     """Between the noise, below which nobody can be, and a third of what the best linear model has."""
     results = results_of("regression")

@@ -16,9 +16,9 @@ from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
 from sophia_levanter.models.huggingface import gpt2_from_state_dict, gpt2_to_state_dict
 from sophia_levanter.models.language_model import decay_mask, matrix_axes
 from sophia_levanter.optim import AdamW, Muon, SophiaG
-from sophia_levanter.optim.categorical import sample_categorical
-from sophia_levanter.optim.matrices import matrices_tree
-from sophia_levanter.optim.trees import decay_mask_tree, differentiable
+from sophia_levanter.optim._categorical import sample_categorical
+from sophia_levanter.optim._matrices import matrices_tree
+from sophia_levanter.optim._trees import decay_mask_tree, trainable
 
 logits_of = eqx.filter_jit(lambda model, tokens: model(tokens).array)
 
@@ -271,8 +271,8 @@ def paths(tree):
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_decay_mask_is_by_role(make_model, use_bias):
     model = make_model(use_bias=use_bias)
-    mask = paths(decay_mask_tree(decay_mask(model), differentiable(model)))
-    assert set(mask) == set(paths(differentiable(model)))
+    mask = paths(decay_mask_tree(decay_mask(model), trainable(model)))
+    assert set(mask) == set(paths(trainable(model)))
     matrices = ("wte", "wpe", "c_attn", "c_proj", "c_fc")
     decayed = {name for name in mask if name.endswith(".weight") and name.split(".")[-2] in matrices}
     assert {name for name, decays in mask.items() if decays} == decayed
@@ -283,7 +283,7 @@ def test_decay_mask_is_by_role(make_model, use_bias):
 
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_matrix_axes_are_by_role(make_model, use_bias):
-    params = differentiable(make_model(use_bias=use_bias))
+    params = trainable(make_model(use_bias=use_bias))
     found = {}
 
     def note(path, x, entry):
@@ -308,7 +308,7 @@ def test_matrix_axes_are_by_role(make_model, use_bias):
 def test_only_matrices_and_embeddings_decay(make_model, cls):
     model = make_model(use_bias=True)
     optimizer = cls(learning_rate=0.5, weight_decay=0.2, weight_decay_mask=decay_mask(model))
-    zeros = jax.tree.map(jnp.zeros_like, differentiable(model))
+    zeros = jax.tree.map(jnp.zeros_like, trainable(model))
     update = eqx.filter_jit(lambda model: optimizer.update(zeros, optimizer.init(model), model)[0])
     ones = jax.tree.map(lambda x: jnp.ones_like(x) if eqx.is_inexact_array(x) else x, model)
     for name, array in gpt2_to_state_dict(update(ones)).items():

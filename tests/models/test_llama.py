@@ -21,8 +21,8 @@ from sophia_levanter.interop.architectures import Description, architecture_of_t
 from sophia_levanter.interop.state_dict import model_on_host, to_state_dict
 from sophia_levanter.models.language_model import decay_mask, matrix_axes
 from sophia_levanter.models.layers import rotary
-from sophia_levanter.optim.matrices import matrices_tree
-from sophia_levanter.optim.trees import decay_mask_tree, differentiable
+from sophia_levanter.optim._matrices import matrices_tree
+from sophia_levanter.optim._trees import decay_mask_tree, trainable
 
 
 def named(array):
@@ -105,7 +105,7 @@ def test_rotation_of_bfloat16_has_its_angles_in_float32():
 
 def test_what_decays_and_what_has_a_basis(make_model):
     model = make_model(config_class=LlamaConfig, num_kv_heads=1, qk_norm=True, tie_embeddings=False)
-    params = differentiable(model)
+    params = trainable(model)
     decays = to_state_dict(jax.tree.map(jnp.full_like, params, decay_mask_tree(decay_mask, params)))
     assert {name.split(".")[-2] for name, leaf in decays.items() if not leaf.all()} == {
         "input_layernorm",

@@ -12,7 +12,7 @@ from sophia_levanter.config.sampling import Sampling
 from sophia_levanter.errors import InputError
 from sophia_levanter.models import sampling as sampling_module
 from sophia_levanter.models.sampling import generate, restricted
-from sophia_levanter.optim.categorical import sample_categorical
+from sophia_levanter.optim._categorical import sample_categorical
 from sophia_levanter.partition.mesh import partition_of
 
 DRAWN = 18  # tokens; the context holds 8, and is halved three times

@@ -15,8 +15,8 @@ from sophia_levanter.optim import (
     Hutchinson,
     Normal,
 )
-from sophia_levanter.optim.categorical import categorical_loss
-from sophia_levanter.optim.trees import differentiable
+from sophia_levanter.optim._categorical import categorical_loss
+from sophia_levanter.optim._trees import trainable
 
 KEY = jax.random.key(0)
 DRAWS = 5_000
@@ -53,7 +53,7 @@ class Classifier(eqx.Module):
 
 
 MODEL = Classifier.init()
-FLAT, FROM_FLAT = ravel_pytree(differentiable(MODEL))
+FLAT, FROM_FLAT = ravel_pytree(trainable(MODEL))
 
 
 def model_from(flat):
@@ -65,7 +65,7 @@ def outputs_fn(model, x=INPUTS):
 
 
 def flatten(tree):
-    return ravel_pytree(differentiable(tree))[0]
+    return ravel_pytree(trainable(tree))[0]
 
 
 def loss(model, x=INPUTS, labels=LABELS):
@@ -162,7 +162,7 @@ def estimate(estimator, function, *args, weights=None):
 
 
 def assert_like_the_model(estimate, model=MODEL, dtype="float32"):
-    assert jax.tree.structure(estimate) == jax.tree.structure(differentiable(model))
+    assert jax.tree.structure(estimate) == jax.tree.structure(trainable(model))
     assert {leaf.dtype for leaf in jax.tree.leaves(estimate)} == {jnp.dtype(dtype)}
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sophia_levanter.optim.categorical import _first_above, categorical_loss, sample_categorical
+from sophia_levanter.optim._categorical import _first_above, categorical_loss, sample_categorical
 
 SIZES = (2, 128, 129, 300, 1000)
 ROWS = 4096  # in most tests, so that one compilation a size will do

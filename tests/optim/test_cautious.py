@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from sophia_levanter.optim import AdamW, Sophia
-from sophia_levanter.optim.cautious import agreeing, cautious
+from sophia_levanter.optim._optax import agreeing, cautious
 
 STEP = jnp.array([1.0, -0.5, 0.25, 1.0])
 GRAD = jnp.array([2.0, 1.0, 0.1, -3.0])  # agrees with the first and the third

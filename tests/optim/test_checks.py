@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sophia_levanter.optim.checks import (
+from sophia_levanter.optim._checks import (
     check_choice,
     check_count,
     check_number,

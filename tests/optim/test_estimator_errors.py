@@ -23,7 +23,7 @@ from sophia_levanter.optim import (
     GaussNewtonHutchinson,
     Hutchinson,
 )
-from sophia_levanter.optim.hutchinson import draw_probe
+from sophia_levanter.optim._hutchinson import draw_probe
 
 doubled = jax.custom_vjp(lambda x: 2 * x)
 doubled.defvjp(lambda x: (2 * x, None), lambda _, c: (2 * c,))

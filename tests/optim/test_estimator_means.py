@@ -38,9 +38,9 @@ from sophia_levanter.optim import (
     Hutchinson,
     SophiaG,
 )
-from sophia_levanter.optim.categorical import categorical_loss, sample_categorical
-from sophia_levanter.optim.gauss_newton import REDUCTIONS
-from sophia_levanter.optim.hutchinson import PROBES, hessian_vector_product
+from sophia_levanter.optim._categorical import categorical_loss, sample_categorical
+from sophia_levanter.optim._gauss_newton import REDUCTIONS
+from sophia_levanter.optim._hutchinson import PROBES, hessian_vector_product
 
 
 @pytest.fixture(scope="module")

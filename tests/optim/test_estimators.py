@@ -30,7 +30,7 @@ from sophia_levanter.optim import (
     SophiaG,
     SophiaH,
 )
-from sophia_levanter.optim.hutchinson import PROBES, draw_probe
+from sophia_levanter.optim._hutchinson import PROBES, draw_probe
 
 
 def scaled_loss(model, part, key):

@@ -30,7 +30,7 @@ from sophia_levanter.optim import (
     SophiaG,
     SophiaH,
 )
-from sophia_levanter.optim.kronecker import Side
+from sophia_levanter.optim._kronecker import Factor
 
 RNG = np.random.default_rng(0)
 
@@ -45,7 +45,7 @@ def orthogonal(n):
 
 def turned_sides(*sizes, count=1):
     """Sides that stand anywhere."""
-    return tuple(Side(jnp.zeros((count, n, n)), jnp.stack([orthogonal(n) for _ in range(count)])) for n in sizes)
+    return tuple(Factor(jnp.zeros((count, n, n)), jnp.stack([orthogonal(n) for _ in range(count)])) for n in sizes)
 
 
 # Two layers of 4 x (2 * 3), with the axes out of order.
@@ -58,7 +58,7 @@ TURNS = (turned_sides(3, 2), None, turned_sides(4, 6, count=2))
 
 def test_a_tree_enters_and_leaves():
     coordinates = BASIS.at(TURNS)
-    inside = coordinates.enter(PARAMS)
+    inside = coordinates.project(PARAMS)
     assert inside["v"] is PARAMS["v"]
     np.testing.assert_allclose(
         inside["m"], TURNS[0][0].vectors[0].T @ PARAMS["m"] @ TURNS[0][1].vectors[0], rtol=1e-5, atol=1e-6
@@ -67,12 +67,12 @@ def test_a_tree_enters_and_leaves():
         matrix = PARAMS["w"][layer].transpose(1, 0, 2).reshape(4, 6)
         wanted = TURNS[2][0].vectors[layer].T @ matrix @ TURNS[2][1].vectors[layer]
         np.testing.assert_allclose(inside["w"][layer].transpose(1, 0, 2).reshape(4, 6), wanted, rtol=1e-5, atol=1e-6)
-    for name, leaf in coordinates.leave(inside).items():
+    for name, leaf in coordinates.project_back(inside).items():
         np.testing.assert_allclose(leaf, PARAMS[name], rtol=1e-5, atol=1e-6)
 
 
 def test_it_starts_at_the_parameters_own_coordinates():
-    for name, leaf in BASIS.at(BASIS.init(PARAMS)).enter(PARAMS).items():
+    for name, leaf in BASIS.at(BASIS.init(PARAMS)).project(PARAMS).items():
         np.testing.assert_array_equal(leaf, PARAMS[name])
 
 
@@ -86,8 +86,8 @@ def test_a_large_side_keeps_its_coordinates(max_size, kept):
     basis = KroneckerBasis(matrices=AXES, max_size=max_size)
     turns = basis.init(PARAMS)
     assert tuple(side is None for side in turns[2]) == kept
-    turns, _ = basis.turned(basis.observed(turns, PARAMS), PARAMS)
-    inside = basis.at(turns).enter(PARAMS)["w"]
+    turns, _ = basis.rotated(basis.update_moments(turns, PARAMS), PARAMS)
+    inside = basis.at(turns).project(PARAMS)["w"]
     np.testing.assert_allclose(jnp.linalg.norm(inside), jnp.linalg.norm(PARAMS["w"]), rtol=1e-5)
     assert (float(jnp.max(jnp.abs(inside - PARAMS["w"]))) < 1e-6) == all(kept)
 
@@ -96,7 +96,7 @@ def test_the_basis_finds_the_eigenvectors_and_follows_them():
     """Gradients A Z B^T of white noise Z have the second moments A A^T and B B^T, times numbers."""
     basis = KroneckerBasis(b2=0.98)
     turns, h = basis.init({"w": jnp.zeros((4, 6))}), {"w": jnp.ones((4, 6))}
-    step = jax.jit(lambda turns, h, m: basis.turned(basis.observed(turns, m), h))
+    step = jax.jit(lambda turns, h, m: basis.rotated(basis.update_moments(turns, m), h))
     for _ in range(2):  # other eigenvectors the second time
         left, right = orthogonal(4) * 2.0 ** jnp.arange(4), orthogonal(6) * 2.0 ** jnp.arange(6)
         for _ in range(400):
@@ -112,7 +112,7 @@ def test_a_diagonal_turns_with_the_basis():
     """The diagonal of K diag(h) K^T, K what takes the old coordinates to the new ones, by whole matrices."""
     basis, params = KroneckerBasis(b2=0.5), {"w": normal(3, 4)}
     turns, h = (turned_sides(3, 4),), {"w": jnp.abs(normal(3, 4))}
-    after, turned = basis.turned(basis.observed(turns, params), h)
+    after, turned = basis.rotated(basis.update_moments(turns, params), h)
     (old_left, old_right), (left, right) = turns[0], after[0]
     change = np.kron(left.vectors[0].T @ old_left.vectors[0], right.vectors[0].T @ old_right.vectors[0])
     wanted = np.diag(change @ np.diag(h["w"].ravel()) @ change.T).reshape(3, 4)
@@ -123,7 +123,7 @@ def test_a_diagonal_turns_with_the_basis():
 
 
 def test_no_gradient_yet_turns_nothing():
-    turns, h = BASIS.turned(BASIS.observed(TURNS, jax.tree.map(jnp.zeros_like, PARAMS)), PARAMS)
+    turns, h = BASIS.rotated(BASIS.update_moments(TURNS, jax.tree.map(jnp.zeros_like, PARAMS)), PARAMS)
     for before, after in zip(jax.tree.leaves(TURNS), jax.tree.leaves(turns), strict=True):
         np.testing.assert_array_equal(before, after)
     for name in h:
@@ -138,7 +138,7 @@ COORDINATES = MODEL_BASIS.at(MODEL_TURNS)
 @pytest.fixture(scope="module")
 def rotation():
     """float64 [coordinate in the basis, parameter]."""
-    columns = [jax.flatten_util.ravel_pytree(COORDINATES.enter(FROM_FLAT(e)))[0] for e in np.eye(len(FLAT))]
+    columns = [jax.flatten_util.ravel_pytree(COORDINATES.project(FROM_FLAT(e)))[0] for e in np.eye(len(FLAT))]
     matrix = np.stack(columns, axis=1).astype(np.float64)
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(len(FLAT)), atol=1e-5)
     assert np.abs(matrix - np.eye(len(FLAT))).max() > 0.5
@@ -324,7 +324,7 @@ def test_axes_that_do_not_fit():
 
 
 def test_parameters_without_a_matrix():
-    with pytest.raises(ValueError, match=r"^basis has no matrix to turn: no parameter has two axes"):
+    with pytest.raises(ValueError, match=r"^basis has no matrix to rotate: no parameter has two axes"):
         SophiaG(basis=KroneckerBasis()).init({"w": jnp.ones((2, 3, 4)), "v": jnp.ones(3)})
 
 
@@ -340,7 +340,7 @@ def test_the_state_of_another_model():
     with pytest.raises(ValueError, match=r"state\.momentum"):
         optimizer.estimate(outputs_fn, MODEL, key=KEY, state=optimizer.init({"w": jnp.ones((2, 2))}))
     with pytest.raises(ValueError, match=r"^the basis is of 3 parameters, and here are 1$"):
-        BASIS.at(TURNS).enter({"w": PARAMS["w"]})
+        BASIS.at(TURNS).project({"w": PARAMS["w"]})
 
 
 def test_a_basis_of_another_kind():

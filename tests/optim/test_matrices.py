@@ -9,7 +9,7 @@ from optax.contrib import MuonDimensionNumbers
 from trajectories import normal
 
 from sophia_levanter.optim import KroneckerBasis, Muon, Soap
-from sophia_levanter.optim.matrices import by_matrix
+from sophia_levanter.optim._matrices import by_matrix
 
 
 def mesh_of(axis_type=AxisType.Auto):

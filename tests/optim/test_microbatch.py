@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.optim import split_microbatches
-from sophia_levanter.optim.microbatch import num_microbatches, sum_over_microbatches
+from sophia_levanter.optim._microbatch import num_microbatches, sum_over_microbatches
 
 ROWS = np.arange(24, dtype=np.float32).reshape(12, 2)
 
@@ -76,8 +76,8 @@ def test_microbatches_that_divide_over_the_devices(size):
         (ROWS, {"microbatch_size": 2, "fraction": 1.5}, r"fraction is 1.5; it must be in \(0, 1\]"),
         (ROWS, {"microbatch_size": 2, "fraction": np.nan}, r"fraction is nan; it must be in \(0, 1\]"),
         ({"x": ROWS, "y": ROWS[:4]}, {"microbatch_size": 2}, r"\[4, 12\] rows; they must all have the same number"),
-        ({"x": ROWS, "n": np.int32(3)}, {"microbatch_size": 2}, "a batch holds a scalar"),
-        (hax.named(jnp.float32(3), ()), {"microbatch_size": 2}, "a batch holds a scalar"),
+        ({"x": ROWS, "n": np.int32(3)}, {"microbatch_size": 2}, "the batch has a scalar"),
+        (hax.named(jnp.float32(3), ()), {"microbatch_size": 2}, "the batch has a scalar"),
         ({}, {"microbatch_size": 2}, "batch .* array"),
         (ROWS[:0], {"microbatch_size": 2}, "batch .* rows"),
     ],

@@ -9,7 +9,7 @@ from optax.contrib import MuonDimensionNumbers
 from trajectories import normal, rate, run
 
 from sophia_levanter.optim import Muon
-from sophia_levanter.optim.matrices import matrices_tree
+from sophia_levanter.optim._matrices import matrices_tree
 
 STEPS = 4
 

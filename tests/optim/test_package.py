@@ -1,12 +1,19 @@
+import doctest
 import subprocess
 import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
 
 import sophia_levanter.optim
 
 HEAVY = ("haliax", "draccus", "orbax", "ray", "datasets", "wandb", "grain", "tensorstore", "rich", "jmp", "tokenizers")
 
 
-def test_imports_jax_equinox_and_optax_only():
+def test_imports_jax_equinox_optax_and_jaxtyping_only():
     program = f"""
 import sys
 import sophia_levanter.optim
@@ -24,3 +31,13 @@ def test_public_names_exist():
     names = {"AdamW", "Lion", "Muon", "Soap", "Sophia", "SophiaG", "SophiaH", "sophia_g"}
     assert names <= set(sophia_levanter.optim.__all__)
     assert all(hasattr(sophia_levanter.optim, name) for name in sophia_levanter.optim.__all__)
+
+
+PUBLIC = {name: getattr(sophia_levanter.optim, name) for name in sophia_levanter.optim.__all__}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_examples_in_docstrings(name):
+    names = PUBLIC | {"eqx": eqx, "jax": jax, "jnp": jnp, "optax": optax}
+    for test in doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs=names):
+        assert doctest.DocTestRunner().run(test).failed == 0

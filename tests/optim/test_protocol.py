@@ -16,7 +16,7 @@ from sophia_levanter.optim import (
     SophiaH,
     WinRateController,
 )
-from sophia_levanter.optim.protocol import value_at
+from sophia_levanter.optim._checks import value_at
 
 
 def test_value_at():

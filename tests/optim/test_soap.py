@@ -7,8 +7,8 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 from trajectories import normal, rate, run
 
-from sophia_levanter.optim import AdamW, Soap
-from sophia_levanter.optim.soap import turn_due
+from sophia_levanter.optim import AdamW, KroneckerBasis, Soap
+from sophia_levanter.optim._soap import turn_due
 
 STEPS = 9
 
@@ -19,7 +19,7 @@ def test_soap_by_hand(max_size, both):
     grads = [normal(3, 4, seed=seed) for seed in range(STEPS)]
     theta = np.asarray(normal(3, 4, seed=99), np.float64)
     found = run(
-        Soap(rate, 0.8, 0.7, 1e-3, 0.3, interval=3, max_size=max_size),
+        Soap(rate, 0.8, 0.7, 1e-3, 0.3, interval=3, basis=KroneckerBasis(b2=0.7, max_size=max_size)),
         {"w": jnp.asarray(theta, jnp.float32)},
         [{"w": g} for g in grads],
     )
@@ -47,7 +47,7 @@ def test_the_other_leaves_follow_optax_adamw():
 
     mask = {"w": True, "embedding": True, "norm": False}
     grads = [tree(seed) for seed in range(STEPS)]
-    found = run(Soap(rate, 0.8, 0.9, 1e-6, 0.3, mask, matrices=matrices), tree(9), grads)
+    found = run(Soap(rate, 0.8, 0.9, 1e-6, 0.3, mask, basis=KroneckerBasis(matrices)), tree(9), grads)
     adamw = optax.adamw(rate, 0.8, 0.9, 1e-6, weight_decay=0.3, mask=mask)
     params, state = tree(9), adamw.init(tree(9))
     for step in range(STEPS):
@@ -60,7 +60,7 @@ def test_the_other_leaves_follow_optax_adamw():
 
 def test_each_matrix_of_a_stack_is_a_matrix_of_its_own():
     stacked = [normal(2, 6, 4, seed=seed) for seed in range(STEPS + 1)]
-    optimizer = Soap(rate, matrices={"w": MuonDimensionNumbers((1,), (2,))})
+    optimizer = Soap(rate, basis=KroneckerBasis({"w": MuonDimensionNumbers((1,), (2,))}, b2=0.95))
     together = run(optimizer, {"w": stacked[0]}, [{"w": g} for g in stacked[1:]])
     apart = run(Soap(rate), dict(enumerate(stacked[0])), [dict(enumerate(g)) for g in stacked[1:]])
     for ours, theirs in zip(together, apart, strict=True):
@@ -83,7 +83,7 @@ def test_steps_do_not_depend_on_the_coordinates():
         plain, rotated = moved(optimizer, jnp.eye(3)), moved(optimizer, q)
         return float(jnp.linalg.norm(plain - rotated) / jnp.linalg.norm(plain))
 
-    assert gap(Soap(0.1, 0.9, 0.9, weight_decay=0.0, interval=1)) < 0.02
+    assert gap(Soap(0.1, 0.9, 0.9, weight_decay=0.0, interval=1, basis=KroneckerBasis())) < 0.02
     assert gap(AdamW(0.1, 0.9, 0.9, weight_decay=0.0)) > 0.3
 
 
@@ -107,4 +107,6 @@ def test_counts_out_of_range():
     with pytest.raises(ValueError, match=r"^interval is 0; it must be"):
         Soap(interval=0)
     with pytest.raises(ValueError, match=r"^max_size is 0; it must be"):
-        Soap(max_size=0)
+        Soap(basis=KroneckerBasis(max_size=0))
+    with pytest.raises(TypeError, match=r"^basis is None; it must be a KroneckerBasis"):
+        Soap(basis=None)

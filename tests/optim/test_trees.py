@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from sophia_levanter.optim import SophiaG
-from sophia_levanter.optim.trees import all_finite, decay_mask_tree, differentiable, norm, total, where, widened
+from sophia_levanter.optim._trees import all_finite, decay_mask_tree, norm, select, total, trainable, upcast
 
 
 class Layer(eqx.Module):
@@ -29,20 +29,18 @@ def is_matrix(tree):
 
 def test_differentiable_keeps_floating_point_arrays_only():
     model = {"layer": layer(), "half": jnp.ones(2, jnp.bfloat16), "flag": True, "rate": 0.5, "function": jnp.sin}
-    kept = jax.tree.leaves(differentiable(model))
+    kept = jax.tree.leaves(trainable(model))
     assert [(leaf.shape, leaf.dtype.name) for leaf in kept] == [
         ((2,), "bfloat16"),
         ((2, 3), "float32"),
         ((3,), "float32"),
     ]
-    assert differentiable(model)["layer"].steps is None
+    assert trainable(model)["layer"].steps is None
 
 
 def test_widened():
     with jax.enable_x64(True):
-        wide = {
-            dtype: widened(jnp.ones(1, dtype)).dtype.name for dtype in ("float16", "bfloat16", "float32", "float64")
-        }
+        wide = {dtype: upcast(jnp.ones(1, dtype)).dtype.name for dtype in ("float16", "bfloat16", "float32", "float64")}
     assert wide == {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 
 
@@ -62,7 +60,7 @@ def test_where_chooses_between_arrays_and_keeps_other_leaves():
     new = {"a": jnp.ones(2), "steps": jnp.int32(5), "key": jax.random.key(1), "name": "new"}
     old = {"a": jnp.zeros(2), "steps": jnp.int32(4), "key": jax.random.key(0), "name": "old"}
     for condition, wanted in ((True, new), (False, old)):
-        found = where(jnp.asarray(condition), new, old)
+        found = select(jnp.asarray(condition), new, old)
         assert (found["a"].tolist(), int(found["steps"])) == (wanted["a"].tolist(), int(wanted["steps"]))
         assert jnp.all(jax.random.key_data(found["key"]) == jax.random.key_data(wanted["key"]))
         assert found["name"] == "old"
@@ -79,7 +77,7 @@ def test_total_and_norm():
 
 
 def test_no_mask_decays_every_leaf():
-    params = differentiable(layer())
+    params = trainable(layer())
     mask = decay_mask_tree(None, params)
     assert jax.tree.structure(mask) == jax.tree.structure(params)
     assert jax.tree.leaves(mask) == [True, True]
@@ -114,25 +112,25 @@ class WithDimensions(eqx.Module):
 
 @pytest.mark.parametrize(("or_more", "wanted"), [(False, [False, True]), (True, [True, True])])
 def test_mask_function_that_is_a_module(or_more, wanted):
-    assert jax.tree.leaves(decay_mask_tree(WithDimensions(1, or_more), differentiable(layer()))) == wanted
+    assert jax.tree.leaves(decay_mask_tree(WithDimensions(1, or_more), trainable(layer()))) == wanted
 
 
-@pytest.mark.parametrize("of", [differentiable(layer()), layer()], ids=["parameters", "whole model"])
+@pytest.mark.parametrize("of", [trainable(layer()), layer()], ids=["parameters", "whole model"])
 def test_mask_tree_that_is_a_callable_module_is_a_tree(of):
     mask = is_matrix(of)
     assert callable(mask)
-    assert jax.tree.leaves(decay_mask_tree(mask, differentiable(layer()))) == [True, False]
+    assert jax.tree.leaves(decay_mask_tree(mask, trainable(layer()))) == [True, False]
 
 
 def test_mask_over_a_whole_model_with_functions_and_numbers():
     model = eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0))
     mask = jax.tree.map(lambda leaf: eqx.is_array(leaf) and leaf.ndim > 1, model)
-    assert jax.tree.leaves(decay_mask_tree(mask, differentiable(model))) == [True, False, True, False]
+    assert jax.tree.leaves(decay_mask_tree(mask, trainable(model))) == [True, False, True, False]
 
 
 def test_mask_prefix_of_a_module():
     model = {"a": layer(), "b": layer()}
-    assert jax.tree.leaves(decay_mask_tree({"a": False, "b": True}, differentiable(model))) == [False] * 2 + [True] * 2
+    assert jax.tree.leaves(decay_mask_tree({"a": False, "b": True}, trainable(model))) == [False] * 2 + [True] * 2
 
 
 def test_parameters_that_optax_masked_are_left_out():

@@ -9,8 +9,7 @@ from optax.contrib import scale_by_ademamix
 
 from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.config.settings import setting
-from sophia_levanter.optim.baselines import OptaxOptimizer
-from sophia_levanter.optim.trees import decay_mask_tree
+from sophia_levanter.optim import OptaxOptimizer, decay_mask_tree
 
 
 class AdEMAMix(OptaxOptimizer):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sophia_levanter.config.optimizer import OptimizerConfig, SophiaConfig
-from sophia_levanter.optim.kronecker import Coordinates
+from sophia_levanter.optim import Coordinates
 
 
 class MeanFisher(eqx.Module):
@@ -20,7 +20,7 @@ class MeanFisher(eqx.Module):
     def gradient_and_estimate(self, step):
         sums = step.gradient()
         _, mean = sums.mean()
-        return sums, jax.tree.map(lambda g: sums.num_targets * jnp.square(g), self.coordinates.enter(mean))
+        return sums, jax.tree.map(lambda g: sums.num_targets * jnp.square(g), self.coordinates.project(mean))
 
     def changes_of_basis(self, num_microbatches):
         return 1

@@ -39,7 +39,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = Gpt2Config(num_layers=2, num_heads=2, embed_dim=16, seq_len=12, loss_block_size=5, gradient_checkpointing="none")
 VOCAB_SIZE = 50
 MUON = Muon(learning_rate=3e-3, matrices=matrix_axes, weight_decay_mask=decay_mask)
-SOAP = Soap(learning_rate=3e-3, matrices=matrix_axes, weight_decay_mask=decay_mask)
+SOAP = Soap(learning_rate=3e-3, basis=KroneckerBasis(matrix_axes, 0.95), weight_decay_mask=decay_mask)
 AVERAGED = GaussNewtonBartlett(reduction="average_then_square")
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sophia_levanter.benchmarks.timing import markdown_table, seconds_in_turns
-from sophia_levanter.optim.muon import COEFFICIENTS, orthogonalized
+from sophia_levanter.optim._muon import COEFFICIENTS, orthogonalized
 from sophia_levanter.training.costs import newton_schulz_flops, qr_flops
 
 HEADER = ["side", "QR, ms", "QR, GFLOP/s", "Newton-Schulz, GFLOP/s", "product, GFLOP/s"]

@@ -24,7 +24,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.sampling import Sampling
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.models.sampling import generate, restricted
-from sophia_levanter.optim.categorical import sample_categorical
+from sophia_levanter.optim._categorical import sample_categorical
 
 SAMPLING = Sampling(temperature=1.0)
 WHOLE = "whole contexts"

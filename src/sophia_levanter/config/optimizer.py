@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,8 +16,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.printing import one_line
 
 if TYPE_CHECKING:
-    from sophia_levanter.optim import Optimizer
-    from sophia_levanter.optim.protocol import CurvatureEstimator
+    from sophia_levanter.optim import Estimator, Optimizer
 
 SMALLEST_EPS = 1e-37  # float32 makes a smaller one 0
 _METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_at", "matrix_work")
@@ -82,7 +82,7 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         `weight_decay`, `weight_decay_mask` and `momentum_dtype` those that the class has.
 
         Args:
-            optimizer: the class, a dataclass such as an Equinox module.
+            optimizer: the class.
             num_train_steps: steps of the run, over which the schedule goes.
         """
         import jax.numpy as jnp
@@ -90,7 +90,7 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         from sophia_levanter.models.language_model import decay_mask
 
         common = {common.name for common in dataclasses.fields(OptimizerConfig)}
-        taken = {argument.name for argument in dataclasses.fields(optimizer)}
+        taken = set(inspect.signature(getattr(optimizer, "__init__")).parameters)  # noqa: B009
         own = [own.name for own in dataclasses.fields(self) if own.name in taken - common]
         shared = {
             "learning_rate": self.build_schedule(num_train_steps),
@@ -165,26 +165,24 @@ class SophiaConfig(OptimizerConfig):
                 )
 
     def build(self, num_train_steps: int) -> Optimizer:
-        from sophia_levanter.optim import Sophia
-
-        return Sophia(**self.sophia_arguments(num_train_steps))
-
-    def sophia_arguments(self, num_train_steps: int) -> dict[str, Any]:
-        """Arguments of `Sophia`."""
         import jax.numpy as jnp
 
         from sophia_levanter.models.language_model import matrix_axes
-        from sophia_levanter.optim import KroneckerBasis, Sophia, WinRateController
+        from sophia_levanter.optim import KroneckerBasis, ReproducedSophia, Sophia, WinRateController
 
         given = self.arguments(Sophia, num_train_steps) | {"curvature_dtype": jnp.dtype(self.curvature_dtype)}
+        given["estimator"] = self.build_estimator()
         if self.target_win_rate is not None:
             given["rho"] = WinRateController(target=self.target_win_rate, initial=self.rho)
         given["basis"] = None
         if self.basis == "kronecker":
             given["basis"] = KroneckerBasis(matrix_axes, self.basis_b2, self.basis_max_size, mesh_axis="data")
-        return given | {"estimator": self.build_estimator()}
+        choices = {name: getattr(self, name) for name in ("denominator", "refresh_order", "first_refresh")}
+        if choices == {"denominator": "max", "refresh_order": "before", "first_refresh": 0}:
+            return Sophia(**given)
+        return ReproducedSophia(**given, **choices)
 
-    def build_estimator(self) -> CurvatureEstimator:
+    def build_estimator(self) -> Estimator:
         """The estimator of the curvature."""
         raise not_defined(self, "build_estimator")
 
@@ -217,20 +215,33 @@ class SophiaGConfig(SophiaConfig):
         "labels of the squared gradient: sampled from the model, or the true ones of the data",
         choices=("sampled", "data"),
     )
+    curvature_extra_pass: bool = setting(
+        True,
+        "estimate with one more backward pass; without it the part of the batch that refreshes the curvature is scored "
+        "on sampled labels only, and left out of the gradient",
+    )
     curvature_max_grad_norm: float | None = setting(
         None, "clip the sampled gradient to this norm; 1.0 in the authors' code", above=0
     )
 
-    def build(self, num_train_steps: int) -> Optimizer:
-        from sophia_levanter.optim import SophiaG
-
-        return SophiaG(**self.sophia_arguments(num_train_steps))
-
-    def build_estimator(self) -> CurvatureEstimator:
+    def build_estimator(self) -> Estimator:
         from sophia_levanter.optim import EmpiricalFisher, GaussNewtonBartlett
 
-        kind = GaussNewtonBartlett if self.curvature_labels == "sampled" else EmpiricalFisher
-        return kind(reduction=self.curvature_reduce, max_grad_norm=self.curvature_max_grad_norm)
+        given: dict[str, Any] = {"reduction": self.curvature_reduce, "max_grad_norm": self.curvature_max_grad_norm}
+        if self.curvature_labels == "data":
+            return EmpiricalFisher(**given)
+        return GaussNewtonBartlett(**given, extra_pass=self.curvature_extra_pass)
+
+    def check_run(self, trainer: TrainerConfig) -> None:
+        super().check_run(trainer)
+        for part in trainer.parts:
+            count, size = self.curvature_microbatches(part)
+            if not self.curvature_extra_pass and count * size >= part.batch_size:
+                raise InputError(
+                    f"optimizer.curvature_extra_pass is false, and optimizer.curvature_batch_fraction "
+                    f"{self.curvature_batch_fraction} leaves no microbatch of {part.batch_size} sequences "
+                    "for the gradient; set trainer.microbatch_size or a smaller fraction"
+                )
 
 
 @OptimizerConfig.register_subclass("sophia_h")
@@ -257,12 +268,7 @@ class SophiaHConfig(SophiaConfig):
                 "where an added eps turns the step uphill; use max"
             )
 
-    def build(self, num_train_steps: int) -> Optimizer:
-        from sophia_levanter.optim import SophiaH
-
-        return SophiaH(**self.sophia_arguments(num_train_steps))
-
-    def build_estimator(self) -> CurvatureEstimator:
+    def build_estimator(self) -> Estimator:
         from sophia_levanter.optim import Hutchinson
 
         return Hutchinson(self.probe, self.num_probes)
@@ -331,10 +337,10 @@ class SoapConfig(OptimizerConfig):
 
     def build(self, num_train_steps: int) -> Optimizer:
         from sophia_levanter.models.language_model import matrix_axes
-        from sophia_levanter.optim import Soap
+        from sophia_levanter.optim import KroneckerBasis, Soap
 
-        given = self.arguments(Soap, num_train_steps)
-        return Soap(**given, matrices=matrix_axes, max_size=self.basis_max_size, mesh_axis="data")
+        basis = KroneckerBasis(matrix_axes, self.b2, self.basis_max_size, mesh_axis="data")
+        return Soap(**self.arguments(Soap, num_train_steps), basis=basis)
 
 
 def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
@@ -356,7 +362,7 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
     if missing and isinstance(optimizer, optax.GradientTransformation):
         raise InputError(
             f"optimizer: {kind}.build() gives an optax transformation; return it from transformation() of a subclass "
-            "of sophia_levanter.optim.baselines.OptaxOptimizer"
+            "of sophia_levanter.optim.OptaxOptimizer"
         )
     if missing:
         raise InputError(f"optimizer: {type(optimizer).__qualname__} does not define {', '.join(missing)}")

@@ -9,12 +9,13 @@ Gauss-Newton-Bartlett needs.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
-from sophia_levanter.optim.categorical import sample_categorical
+from sophia_levanter.optim._categorical import sample_categorical
 from sophia_levanter.partition.mesh import by_row_shard, row_shards
 
 
@@ -62,24 +63,27 @@ def blocked_cross_entropy(
 
 
 def _forward(
-    vocab_size: int, block_size: int, hidden: jax.Array, head: jax.Array, targets: Targets
+    vocab_size: int, block_size: int, *primals: Any
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[_Gradients, ...]]:
+    hidden, head, targets = jax.tree.map(lambda primal: primal.value, primals)
     return _run_blocks(vocab_size, block_size, hidden, head, targets, with_gradients=True)
 
 
 def _backward(
-    vocab_size: int, block_size: int, kept: tuple[_Gradients, ...], cotangents: tuple[jax.Array, jax.Array]
+    vocab_size: int, block_size: int, kept: tuple[_Gradients, ...], cotangents: tuple[Any, Any]
 ) -> tuple[jax.Array, jax.Array, None]:
+    # A loss that nobody differentiates has a symbolic zero, and its gradients are never computed.
+    used = [(g, c) for g, c in zip(kept, cotangents, strict=False) if not isinstance(c, SymbolicZero)]
     hidden, head = (
-        sum((g * c for g, c in zip(parts, cotangents, strict=False)), start=jnp.zeros((), parts[0].dtype)).astype(
+        sum((g * c for g, (_, c) in zip(parts, used, strict=True)), start=jnp.zeros((), parts[0].dtype)).astype(
             parts[0].dtype
         )
-        for parts in zip(*kept, strict=True)
+        for parts in zip(*(g for g, _ in used), strict=True)
     )
     return hidden, head, None
 
 
-blocked_cross_entropy.defvjp(_forward, _backward)
+blocked_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _run_blocks(

@@ -14,7 +14,7 @@ from haliax import Axis, NamedArray
 
 from sophia_levanter.config.sampling import Sampling
 from sophia_levanter.models.language_model import LanguageModel
-from sophia_levanter.optim.categorical import sample_categorical
+from sophia_levanter.optim._categorical import sample_categorical
 
 SHORTEST_PREFILL = 128
 

@@ -1,42 +1,55 @@
 """Sophia-G, Sophia-H and baselines, as Equinox modules for any pytree of parameters.
 
-Needs jax, equinox and optax, and nothing else of this project.
+Needs jax, equinox, optax and jaxtyping, and nothing else of this project.
 """
 
-from sophia_levanter.optim.baselines import AdamW, Lion
-from sophia_levanter.optim.gauss_newton import EmpiricalFisher, GaussNewtonBartlett, GaussNewtonHutchinson
-from sophia_levanter.optim.hutchinson import Hutchinson
-from sophia_levanter.optim.kronecker import KroneckerBasis
-from sophia_levanter.optim.likelihood import Bernoulli, Categorical, Likelihood, Normal
-from sophia_levanter.optim.microbatch import split_microbatches
-from sophia_levanter.optim.muon import Muon
-from sophia_levanter.optim.protocol import Optimizer
-from sophia_levanter.optim.shared_forward import value_grad_and_curvature
-from sophia_levanter.optim.soap import Soap
-from sophia_levanter.optim.sophia import Sophia, SophiaState
-from sophia_levanter.optim.variants import SophiaG, SophiaH, sophia_g
-from sophia_levanter.optim.win_rate import WinRateController
+from sophia_levanter.optim._averages import Curvature, Momentum, SophiaState
+from sophia_levanter.optim._baselines import AdamW, Lion, OptaxOptimizer
+from sophia_levanter.optim._gauss_newton import EmpiricalFisher, GaussNewtonBartlett
+from sophia_levanter.optim._gradients import GradientSums, RefreshStep, value_grad_and_curvature
+from sophia_levanter.optim._hutchinson import GaussNewtonHutchinson, Hutchinson
+from sophia_levanter.optim._kronecker import Coordinates, KroneckerBasis
+from sophia_levanter.optim._likelihood import Bernoulli, Categorical, Likelihood, Normal
+from sophia_levanter.optim._microbatch import split_microbatches
+from sophia_levanter.optim._muon import Muon
+from sophia_levanter.optim._presets import ReproducedSophia, SophiaG, SophiaH, sophia_g
+from sophia_levanter.optim._protocol import Estimator, MatrixWork, Optimizer
+from sophia_levanter.optim._rho import WinRateController
+from sophia_levanter.optim._soap import Soap
+from sophia_levanter.optim._sophia import AbstractSophia, Sophia
+from sophia_levanter.optim._trees import decay_mask_tree
 
 __all__ = [
+    "AbstractSophia",
     "AdamW",
     "Bernoulli",
     "Categorical",
+    "Coordinates",
+    "Curvature",
     "EmpiricalFisher",
+    "Estimator",
     "GaussNewtonBartlett",
     "GaussNewtonHutchinson",
+    "GradientSums",
     "Hutchinson",
     "KroneckerBasis",
     "Likelihood",
     "Lion",
+    "MatrixWork",
+    "Momentum",
     "Muon",
     "Normal",
+    "OptaxOptimizer",
     "Optimizer",
+    "RefreshStep",
+    "ReproducedSophia",
     "Soap",
     "Sophia",
     "SophiaG",
     "SophiaH",
     "SophiaState",
     "WinRateController",
+    "decay_mask_tree",
     "sophia_g",
     "split_microbatches",
     "value_grad_and_curvature",

@@ -12,7 +12,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.models.language_model import abstract_model
-from sophia_levanter.optim.named import is_named
+from sophia_levanter.optim._trees import is_named
 from sophia_levanter.partition.mesh import Partition, partition_of
 from sophia_levanter.planning.step_plan import (
     StepPlan,

@@ -11,7 +11,7 @@ import jax
 
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.language_model import matrix_axes
-from sophia_levanter.optim.matrices import matrix_views
+from sophia_levanter.optim._matrices import matrix_views
 
 
 @dataclass(frozen=True)

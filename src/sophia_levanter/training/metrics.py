@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from sophia_levanter.config.registries import METRICS
 from sophia_levanter.errors import InputError
-from sophia_levanter.optim.named import plain
-from sophia_levanter.optim.trees import differentiable
+from sophia_levanter.optim._trees import plain, trainable
 from sophia_levanter.printing import one_line
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ class StepTrees(NamedTuple):
     """What a metric may look at.
 
     Attributes:
-        grads: the mean gradient before clipping, like the model's differentiable part.
+        grads: the mean gradient before clipping, like the model's trainable part.
         updates: what is added to the parameters, in the same structure; zeros where the step is skipped.
         before: the state before the step, with `model` and `optimizer_state`.
         after: the state after it.
@@ -65,8 +64,8 @@ def check_results(names: Sequence[str], state: TrainState) -> None:
     """
 
     def trace(state: TrainState) -> dict[str, jax.Array]:
-        trainable = differentiable(state.model)
-        return measure(names, StepTrees(trainable, trainable, state, state))
+        params = trainable(state.model)
+        return measure(names, StepTrees(params, params, state, state))
 
     eqx.filter_eval_shape(trace, state)
 

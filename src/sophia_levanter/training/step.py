@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,12 +19,11 @@ from sophia_levanter.config.optimizer import build_optimizer
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.models.attention import forward_differentiable
 from sophia_levanter.models.language_model import LanguageModel
-from sophia_levanter.optim import Optimizer
-from sophia_levanter.optim.microbatch import split_at
-from sophia_levanter.optim.named import is_named
-from sophia_levanter.optim.protocol import GradientSums, value_at
-from sophia_levanter.optim.shared_forward import LossesFn, accumulate
-from sophia_levanter.optim.trees import all_finite, norm
+from sophia_levanter.optim import Optimizer, RefreshStep
+from sophia_levanter.optim._checks import value_at
+from sophia_levanter.optim._gradients import LossesFn
+from sophia_levanter.optim._microbatch import split_at
+from sophia_levanter.optim._trees import is_named, norm
 from sophia_levanter.partition.mesh import at_rest
 from sophia_levanter.training.metrics import StepTrees, measure
 
@@ -171,7 +169,7 @@ def train_step(
         The state after the step, and what the host may want to know of it.
     """
     keys = _step_keys(settings.seed, state.step)
-    passes = _Passes(settings, state.model, batch, keys, curvature_batch, samples)
+    passes = _passes(settings, state.model, batch, keys, curvature_batch, samples)
     if refresh:
         sums, h_hat = settings.optimizer.estimator_at(state.optimizer_state).gradient_and_estimate(passes)
     else:
@@ -195,7 +193,8 @@ def train_step(
     }
     if refresh:
         metrics["train/parameter_norm"] = norm(new_state.model)
-        metrics |= {f"optim/{name}": value for name, value in optimizer.metrics(new_state.optimizer_state).items()}
+        own = optimizer.metrics(new_state.optimizer_state, sums.num_targets)
+        metrics |= {f"optim/{name}": value for name, value in own.items()}
     metrics |= measure(settings.metrics, StepTrees(grads, updates, state, new_state))
     return new_state, StepOutput(metrics, new_state.refresh_pending, new_state.skipped_in_a_row)
 
@@ -205,80 +204,39 @@ def _step_keys(seed: int, step: jax.Array) -> _Keys:
     return _Keys(*(jax.random.fold_in(key, purpose) for purpose in range(len(_Keys._fields))))
 
 
-@dataclass(frozen=True)
-class _Passes:
-    """The passes over a step's batch; see `optim.protocol.RefreshStep`."""
+def _passes(
+    settings: StepSettings,
+    model: LanguageModel,
+    batch: Batch,
+    keys: _Keys,
+    curvature_batch: Batch | None,
+    samples: NamedArray | None,
+) -> RefreshStep:
+    """The passes over a step's batch that an estimator chooses from."""
+    losses_fn = _losses_fn(settings, keys)
+    first, others = curvature_rows(settings, batch)
+    source = first if curvature_batch is None else curvature_batch
+    if samples is None and getattr(settings.optimizer.estimator, "samples_targets", False):
+        samples = _row_uniforms(keys.curvature, source)
+    parts, offset = [], _num_microbatches(first)
+    for part in others:
+        parts.append((part, None, offset + jnp.arange(_num_microbatches(part))))
+        offset += _num_microbatches(part)
 
-    settings: StepSettings
-    model: LanguageModel
-    batch: Batch
-    keys: _Keys
-    curvature_batch: Batch | None = None
-    samples: NamedArray | None = None
+    def curvature_losses_fn(model: LanguageModel, microbatch: tuple, key: jax.Array) -> tuple:
+        batch, _, index = microbatch
+        with forward_differentiable():
+            return losses_fn(model, (batch, None, index), key)
 
-    @property
-    def key(self) -> jax.Array:
-        return self.keys.curvature
-
-    def gradient(self) -> GradientSums:
-        return self._accumulate(self.batch)
-
-    def shared_gradient(self, estimator: Any, *, labels: str) -> tuple[GradientSums, PyTree, jax.Array]:
-        first, others = curvature_rows(self.settings, self.batch)
-        source = self.curvature_batch or first
-        samples = self.samples
-        if samples is None:
-            samples = source.targets if labels == "data" else _row_uniforms(self.key, source)
-        sums = self._accumulate(source, samples=samples, estimator=estimator)
-        curvature, num_targets = sums.curvature, sums.num_targets
-        if self.curvature_batch is not None:
-            return self.gradient(), curvature, num_targets
-        offset = _num_microbatches(first)
-        for part in others:
-            sums = self._accumulate(_after(sums, part), offset=offset, start=sums._replace(curvature=None))
-            offset += _num_microbatches(part)
-        return sums, curvature, num_targets
-
-    def curvature_pass(self, after: GradientSums) -> tuple[Callable[..., jax.Array], PyTree, jax.Array]:
-        source = _after(after, self.curvature_batch or curvature_rows(self.settings, self.batch)[0])
-        losses = _losses_fn(self.settings, self.keys)
-
-        def loss_fn(model: LanguageModel, microbatch: tuple) -> jax.Array:
-            with forward_differentiable():
-                return losses(model, microbatch, self.key)[0]
-
-        microbatches = (source, None, jnp.arange(_num_microbatches(source)))
-        return loss_fn, microbatches, hax.sum(source.weights, axis=("batch", "position")).array
-
-    def _accumulate(
-        self,
-        batch: Batch,
-        *,
-        samples: NamedArray | None = None,
-        estimator: Any = None,
-        offset: int = 0,
-        start: GradientSums | None = None,
-    ) -> GradientSums:
-        """Sums over microbatches, one at a time; with samples and an estimator also GNB's, from the same forward pass.
-
-        Args:
-            offset: index of the first of these microbatches in the step's batch, for dropout.
-            start: the sums over the microbatches before.
-        """
-        microbatches = (batch, samples, offset + jnp.arange(_num_microbatches(batch)))
-        losses = _losses_fn(self.settings, self.keys)
-        return accumulate(losses, self.model, microbatches, key=self.key, estimator=estimator, start=start)
-
-
-def _after(sums: GradientSums, batch: Batch) -> Batch:
-    """The batch, for a pass that begins when these sums are complete.
-
-    Two passes at a time would need the memory of both. On CPUs they may never end: devices enter the collectives of
-    passes that do not depend on each other in different orders. Where a gradient is not finite the batch is zeros: the
-    step is skipped whatever it holds, and the loss that is reported is that of the first pass.
-    """
-    finite = all_finite(sums.grads)
-    return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), batch)
+    return RefreshStep(
+        losses_fn,
+        model,
+        keys.curvature,
+        batch=(batch, None, jnp.arange(_num_microbatches(batch))),
+        first=(source, samples, jnp.arange(_num_microbatches(source))),
+        others=tuple(parts) if curvature_batch is None else None,
+        curvature_losses_fn=curvature_losses_fn,
+    )
 
 
 def _losses_fn(settings: StepSettings, keys: _Keys) -> LossesFn:

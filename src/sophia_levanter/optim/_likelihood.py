@@ -14,10 +14,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key, PyTree
 
-from sophia_levanter.optim.categorical import categorical_loss, sample_categorical
-from sophia_levanter.optim.checks import check_count, check_number, whole_number
-from sophia_levanter.optim.named import axis_names, is_named, plain
+from sophia_levanter.optim._categorical import categorical_loss, sample_categorical
+from sophia_levanter.optim._checks import check_count, check_not_negative, check_number, whole_number
+from sophia_levanter.optim._microbatch import num_microbatches
+from sophia_levanter.optim._trees import axis_names, is_named, plain
 
 
 class Likelihood(Protocol):
@@ -27,11 +29,11 @@ class Likelihood(Protocol):
     is the (weighted) mean of them.
     """
 
-    def sample(self, outputs: Any, *, key: jax.Array) -> jax.Array:
+    def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
         """Targets drawn from the distribution that the outputs describe."""
         ...
 
-    def loss(self, outputs: Any, targets: Any) -> jax.Array:
+    def loss(self, outputs: Any, targets: Any) -> Array:
         """The negative log-likelihood of each target in nats, in float32 or wider."""
         ...
 
@@ -66,12 +68,12 @@ class Categorical(eqx.Module):
         if self.num_classes is not None:
             check_count("num_classes", self.num_classes)
 
-    def sample(self, outputs: Any, *, key: jax.Array) -> jax.Array:
+    def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
         """int32 classes, in the order of the logits' other axes; drawn in float32."""
         logits = self._logits(outputs)
         return sample_categorical(logits, jax.random.uniform(key, logits.shape[:-1]))
 
-    def loss(self, outputs: Any, targets: Any) -> jax.Array:
+    def loss(self, outputs: Any, targets: Any) -> Array:
         """The cross-entropy of each target class.
 
         Args:
@@ -104,7 +106,7 @@ class Categorical(eqx.Module):
             raise ValueError(f"the logits have no axis {self.axis}; theirs are {axis_names(outputs) or 'none'}")
         return outputs.axes[self.axis]
 
-    def _logits(self, outputs: Any) -> jax.Array:
+    def _logits(self, outputs: Any) -> Array:
         """[..., classes], with the padding at -inf."""
         if is_named(outputs):
             logits = outputs.rearrange((*self.target_axes(outputs), self._axis_of(outputs))).array
@@ -147,14 +149,14 @@ class _Elementwise(eqx.Module):
         """The axes of the losses, for NamedArray outputs."""
         return outputs.axes[: len(outputs.axes) - self.event_ndim]
 
-    def _outputs(self, outputs: Any) -> jax.Array:
+    def _outputs(self, outputs: Any) -> Array:
         array = _one_array(plain(outputs))
         _check_floating("outputs", array)
         if array.ndim < self.event_ndim:
             raise ValueError(f"the outputs have shape {array.shape}, fewer axes than event_ndim={self.event_ndim}")
         return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
-    def _targets(self, outputs: Any, targets: Any) -> jax.Array:
+    def _targets(self, outputs: Any, targets: Any) -> Array:
         if is_named(targets) and is_named(outputs):
             targets = _in_order(targets, outputs.axes)
         targets = jnp.asarray(plain(targets))
@@ -163,7 +165,7 @@ class _Elementwise(eqx.Module):
         _check_target_shape(targets, jnp.shape(plain(outputs)))
         return targets
 
-    def _summed(self, losses: jax.Array) -> jax.Array:
+    def _summed(self, losses: Array) -> Array:
         return jnp.sum(losses, axis=tuple(range(losses.ndim - self.event_ndim, losses.ndim)))
 
 
@@ -175,12 +177,12 @@ class Bernoulli(_Elementwise):
             loss is the mean over rows of the sum over labels).
     """
 
-    def sample(self, outputs: Any, *, key: jax.Array) -> jax.Array:
+    def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
         """float32 zeros and ones of the outputs' shape."""
         logits = self._outputs(outputs)
         return (jax.random.uniform(key, logits.shape) < jax.nn.sigmoid(logits)).astype(logits.dtype)
 
-    def loss(self, outputs: Any, targets: Any) -> jax.Array:
+    def loss(self, outputs: Any, targets: Any) -> Array:
         """The cross-entropy of each target.
 
         Args:
@@ -205,12 +207,12 @@ class Normal(_Elementwise):
     def __check_init__(self) -> None:
         check_number("variance", self.variance, low=0, low_open=True)
 
-    def sample(self, outputs: Any, *, key: jax.Array) -> jax.Array:
+    def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
         """float32 or wider numbers of the outputs' shape."""
         mean = self._outputs(outputs)
         return mean + jnp.sqrt(self._variance(mean)) * jax.random.normal(key, mean.shape, mean.dtype)
 
-    def loss(self, outputs: Any, targets: Any) -> jax.Array:
+    def loss(self, outputs: Any, targets: Any) -> Array:
         """The negative log-density of each target.
 
         Args:
@@ -222,7 +224,7 @@ class Normal(_Elementwise):
         error = self._targets(outputs, targets) - mean
         return self._summed(jnp.square(error) / (2 * variance) + 0.5 * jnp.log(2 * math.pi * variance))
 
-    def _variance(self, mean: jax.Array) -> jax.Array:
+    def _variance(self, mean: Array) -> Array:
         """In the outputs' shape, which the mean has; broadcasting must not make it larger."""
         variance = jnp.asarray(self.variance, mean.dtype)
         try:
@@ -241,8 +243,8 @@ def _in_order(targets: Any, axes: tuple) -> Any:
     return targets.rearrange(axes)
 
 
-def _one_array(outputs: Any) -> jax.Array:
-    if not isinstance(outputs, np.ndarray | jax.Array):
+def _one_array(outputs: Any) -> Array:
+    if not isinstance(outputs, np.ndarray | Array):
         raise TypeError(
             f"the outputs are a {type(outputs).__name__}; the function must give one array "
             "(where it gives a state too, take the first of the two)"
@@ -250,12 +252,64 @@ def _one_array(outputs: Any) -> jax.Array:
     return jnp.asarray(outputs)
 
 
-def _check_floating(name: str, array: jax.Array) -> None:
+def _check_floating(name: str, array: Array) -> None:
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"the {name} are {array.dtype}; a likelihood needs floating-point numbers")
 
 
-def _check_target_shape(targets: jax.Array, wanted: tuple[int, ...]) -> None:
+def _check_target_shape(targets: Array, wanted: tuple[int, ...]) -> None:
     # Broadcasting would make [rows] and [rows, 1] a loss of [rows, rows].
     if targets.shape != wanted:
         raise ValueError(f"the targets have shape {targets.shape}; with these outputs it must be {wanted}")
+
+
+def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights: Any) -> Array:
+    """The weights in the shape of the losses: 1 each if not given, NamedArrays brought into the targets' order.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    if weights is None:
+        return jnp.ones_like(losses)
+    check_not_negative("weights", weights)
+    if is_named(weights) and is_named(outputs):
+        axes = likelihood.target_axes(outputs)
+        if not set(weights.axes) <= set(axes):
+            found, wanted = ({axis.name: axis.size for axis in of} for of in (weights.axes, axes))
+            raise ValueError(f"weights have axes {found}; they must be among the targets' {wanted}")
+        weights = weights.broadcast_to(axes)
+    array = jnp.asarray(plain(weights), losses.dtype)
+    try:
+        return jnp.broadcast_to(array, losses.shape)
+    except ValueError as error:
+        raise ValueError(f"weights have shape {array.shape}; the targets' is {losses.shape}") from error
+
+
+def targets_in_use(likelihood: Likelihood, outputs: Any, targets: Any, sampled: Array, weights: Array) -> Any:
+    """The targets, and where the weight is 0 sampled ones: a missing value, marked by nan, has a gradient of nan."""
+    if is_named(targets) and is_named(outputs):
+        axes = likelihood.target_axes(outputs) if sampled.ndim < len(outputs.axes) else outputs.axes
+        if set(axes) != set(targets.axes):
+            return targets
+        targets = targets.rearrange(axes)
+    array = plain(targets)
+    if not isinstance(array, np.ndarray | Array) or array.shape != sampled.shape:
+        return targets
+    used = weights.reshape(weights.shape + (1,) * (array.ndim - weights.ndim)) > 0
+    return jnp.where(used, array, sampled.astype(array.dtype))
+
+
+def weighted_mean(losses: Array, weights: Array, num_targets: Array) -> Array:
+    """sum(losses * weights) / num_targets, and 0 where there is no target."""
+    # What is left out may be marked by labels that are no class, and 0 * nan is nan.
+    return jnp.sum(jnp.where(weights == 0, 0, losses * weights)) / jnp.where(num_targets > 0, num_targets, 1)
+
+
+def check_microbatch_weights(microbatches: PyTree, weights: Any) -> None:
+    """Raise a ValueError if the weights do not have the microbatches' first axis."""
+    if microbatches is None or weights is None:
+        return
+    count = num_microbatches(microbatches)
+    shape = jnp.shape(plain(weights))
+    if not shape or shape[0] != count:
+        raise ValueError(f"weights have shape {shape}; with these {count} microbatches it must begin with {count}")

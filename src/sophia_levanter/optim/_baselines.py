@@ -9,9 +9,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float, PyTree
 
-from sophia_levanter.optim.cautious import cautious
-from sophia_levanter.optim.checks import (
+from sophia_levanter.optim._checks import (
+    check_bool,
     check_dtype,
     check_flag,
     check_number,
@@ -19,11 +20,9 @@ from sophia_levanter.optim.checks import (
     check_same_structure,
     python_number,
 )
-from sophia_levanter.optim.gradient_transform import check_gradient_transform, init_transform, transform_gradient
-from sophia_levanter.optim.protocol import MatrixWork, Scalar, ScalarOrSchedule
-from sophia_levanter.optim.trees import WeightDecayMask, all_finite, decay_mask_tree, differentiable, where
-
-PyTree = Any
+from sophia_levanter.optim._optax import cautious, check_gradient_transform, init_transform, transform_gradient
+from sophia_levanter.optim._protocol import MatrixWork, Scalar, ScalarOrSchedule
+from sophia_levanter.optim._trees import WeightDecayMask, all_finite, decay_mask_tree, select, trainable
 
 
 class BaselineState(NamedTuple):
@@ -39,7 +38,7 @@ class BaselineState(NamedTuple):
 
 
 class OptaxOptimizer(eqx.Module):
-    """An optax transformation on the differentiable part of a model."""
+    """An optax transformation on the trainable part of a model."""
 
     gradient_transform: optax.GradientTransformation | None = eqx.field(default=None, kw_only=True)
     estimator: ClassVar[None] = None
@@ -59,11 +58,17 @@ class OptaxOptimizer(eqx.Module):
             TypeError: if a leaf is complex; names its path.
         """
         check_parameters(model)
-        params = differentiable(model)
+        params = trainable(model)
         return BaselineState(self.transformation(params).init(params), init_transform(self.gradient_transform, params))
 
     def update(
-        self, grads: PyTree, state: BaselineState, model: PyTree, h_hat: Any = None, *, finite: jax.Array | None = None
+        self,
+        grads: PyTree,
+        state: BaselineState,
+        model: PyTree,
+        h_hat: Any = None,
+        *,
+        finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, BaselineState]:
         """One step from the gradient of the mean loss: the step to add to the model, and the next state.
 
@@ -77,9 +82,9 @@ class OptaxOptimizer(eqx.Module):
             raise ValueError(f"h_hat is given, and {type(self).__name__} has no curvature; ask `refresh_due` first")
         if not isinstance(state, BaselineState):
             raise TypeError(f"state is a {type(state).__name__}; it must be what init(model) gave")
-        params = differentiable(model)
+        params = trainable(model)
         check_same_structure("grads", grads, params)
-        grads = differentiable(grads)
+        grads = trainable(grads)
         finite = all_finite(grads) if finite is None else check_flag("finite", finite)
         grads, gradient_state, finite = transform_gradient(
             self.gradient_transform, grads, state.gradient_state, params, finite
@@ -92,13 +97,15 @@ class OptaxOptimizer(eqx.Module):
             state.optax_state,
         )
         zeros = jax.tree.map(jnp.zeros_like, updates)
-        return where(finite, updates, zeros), BaselineState(new_state, gradient_state)
+        return select(finite, updates, zeros), BaselineState(new_state, gradient_state)
 
     def refresh_due(self, step: int) -> bool:
         """Never: there is no curvature to estimate."""
         return False
 
-    def metrics(self, state: BaselineState) -> dict[str, jax.Array]:
+    def metrics(
+        self, state: BaselineState, num_targets: float | Float[Array, ""] | None = None
+    ) -> dict[str, Float[Array, ""]]:
         """`momentum_norm`, the global 2-norm of the first moment as stored, over all groups of parameters."""
         found = optax.tree.get_all_with_path(state.optax_state, "mu")
         # A parameter may be called mu too: the states that hold moments are named tuples, at the path's end.
@@ -145,9 +152,8 @@ class AdamW(OptaxOptimizer):
     def __check_init__(self) -> None:
         check_shared(self)
         check_number("eps", self.eps, low=0)
-        for name in ("nesterov", "cautious"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        check_bool("nesterov", self.nesterov)
+        check_bool("cautious", self.cautious)
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for these parameters."""

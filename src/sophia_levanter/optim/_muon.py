@@ -9,15 +9,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, PyTree
 from optax.contrib import MuonState
 
-from sophia_levanter.optim.baselines import OptaxOptimizer, check_shared
-from sophia_levanter.optim.checks import check_mesh_axis, check_number, python_number
-from sophia_levanter.optim.matrices import Matrices, MatrixView, by_matrix, matrix_views
-from sophia_levanter.optim.protocol import MatrixWork, Scalar, ScalarOrSchedule
-from sophia_levanter.optim.trees import WeightDecayMask, decay_mask_tree
+from sophia_levanter.optim._baselines import OptaxOptimizer, check_shared
+from sophia_levanter.optim._checks import check_mesh_axis, check_number, python_number
+from sophia_levanter.optim._matrices import Matrices, MatrixView, by_matrix, matrix_views
+from sophia_levanter.optim._protocol import MatrixWork, Scalar, ScalarOrSchedule
+from sophia_levanter.optim._trees import WeightDecayMask, decay_mask_tree
 
-PyTree = Any
 # Liu et al. 2025, section 2.2: the root mean square of AdamW's steps, so that the learning rate is on its scale.
 ADAMW_RMS = 0.2
 # Of the quintic iteration, chosen for its slope at 0 (Jordan et al. 2024).
@@ -126,7 +126,7 @@ def scale_by_muon(
         leaves, structure = jax.tree.flatten(ahead)
         stacks = [(view, view.stack(x)) for view, x in zip(views, leaves, strict=True)]
 
-        def step(view: MatrixView, stack: jax.Array) -> jax.Array:
+        def step(view: MatrixView, stack: Array) -> Array:
             orthogonal = jax.vmap(lambda x: orthogonalized(x, state.ns_coeffs, eps))(view.matrices(stack))
             return (jnp.sqrt(jnp.maximum(*view.sizes[1:])) * ADAMW_RMS * orthogonal).reshape(stack.shape)
 
@@ -137,7 +137,7 @@ def scale_by_muon(
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalized(x: jax.Array, coefficients: jax.Array, eps: Scalar) -> jax.Array:
+def orthogonalized(x: Array, coefficients: Array, eps: Scalar) -> Array:
     """X <- a X + (b X X^T + c (X X^T)^2) X, five times, from X / |X|; [in, out] in the shorter side's products."""
     if x.shape[0] > x.shape[1]:
         return orthogonalized(x.T, coefficients, eps).T

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, PyTree
 from optax.contrib import MuonDimensionNumbers
 
-PyTree = Any
-Matrices = PyTree | Callable[[PyTree], PyTree] | None
+from sophia_levanter.optim._trees import fit_prefix
+
+Matrices: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
 
 
 @jax.tree_util.register_static
@@ -38,7 +40,7 @@ class MatrixView:
     def __hash__(self) -> int:
         return hash(tuple(vars(self).values()))
 
-    def stack(self, x: jax.Array) -> jax.Array:
+    def stack(self, x: Array) -> Array:
         """[matrix, inputs ..., outputs ...] of an array of the parameter's shape.
 
         Its axes may be split over devices as the parameter's are; those of [matrix, in, out] often cannot.
@@ -46,11 +48,11 @@ class MatrixView:
         x = jnp.transpose(x, self._order)
         return x.reshape(self.sizes[0], *x.shape[len(self.shape) - self._sides :])
 
-    def matrices(self, stack: jax.Array) -> jax.Array:
+    def matrices(self, stack: Array) -> Array:
         """[matrix, in, out] of a stack, or of a part of its matrices."""
         return stack.reshape(len(stack), *self.sizes[1:])
 
-    def parameter(self, x: jax.Array) -> jax.Array:
+    def parameter(self, x: Array) -> Array:
         """The parameter's shape again, of a stack."""
         back = sorted(range(len(self._order)), key=self._order.__getitem__)
         return jnp.transpose(x.reshape([self.shape[axis] for axis in self._order]), back)
@@ -81,13 +83,13 @@ def by_matrix(
         shapes = structure, *((x.shape[1:], x.dtype) for x in stacks)
         groups.setdefault(shapes if len(stacks[0]) % num_devices else index, []).append(index)
 
-    def split(x: jax.Array) -> jax.Array:
+    def split(x: Array) -> Array:
         """Split inside the matrices, so that stacks are joined, padded and cut without sending anything."""
         axis = next((axis for axis in range(1, x.ndim) if x.shape[axis] % num_devices == 0), None)
         spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, mesh_axis)
         return jax.lax.with_sharding_constraint(x, spec)
 
-    def pool(*stacks: jax.Array) -> jax.Array:
+    def pool(*stacks: Array) -> Array:
         padding = jnp.zeros((-sum(map(len, stacks)) % num_devices, *stacks[0].shape[1:]), stacks[0].dtype)
         return split(jnp.concatenate([*map(split, stacks), padding]))
 
@@ -138,40 +140,16 @@ def matrices_tree(matrices: Matrices, params: PyTree) -> PyTree:
     """
     if matrices is None:
         return jax.tree.map(lambda x: MuonDimensionNumbers() if x.ndim == 2 else None, params)
-    leaves = jax.tree.leaves(matrices, is_leaf=_is_entry)
-    # A tree of a model's class may itself be callable.
-    is_tree = bool(leaves) and all(_is_entry(leaf) for leaf in leaves)
-    tree = matrices(params) if callable(matrices) and not is_tree else matrices
-    entries = dict(jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_entry)[0])
-    for path, entry in entries.items():
-        if not _is_entry(entry):
-            raise TypeError(f"matrices{_name(path)} is {entry!r}; it must be a MuonDimensionNumbers or None")
-    used = set()
-
-    def entry_of(path: tuple, x: jax.Array) -> MuonDimensionNumbers | None:
-        covering = next((path[:n] for n in range(len(path) + 1) if path[:n] in entries), None)
-        if covering is None:
-            raise ValueError(f"matrices does not fit the parameters: it has nothing for {_name(path)}")
-        used.add(covering)
-        _check_axes(_name(path), x, entries[covering])
-        return entries[covering]
-
-    found = jax.tree_util.tree_map_with_path(entry_of, params)
-    for path, entry in entries.items():
-        if entry is not None and path not in used:
-            raise ValueError(f"matrices does not fit the parameters: {_name(path)} is no parameter")
-    return found
+    fitted = fit_prefix("matrices", matrices, params, _is_entry, "a MuonDimensionNumbers or None")
+    jax.tree_util.tree_map_with_path(_check_axes, params, fitted)
+    return fitted
 
 
 def _is_entry(x: Any) -> bool:
     return x is None or isinstance(x, MuonDimensionNumbers)
 
 
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path) or "the whole tree"
-
-
-def _check_axes(name: str, x: jax.Array, entry: MuonDimensionNumbers | None) -> None:
+def _check_axes(path: tuple, x: Array, entry: MuonDimensionNumbers | None) -> None:
     """Raise a ValueError if these are not one input and one output axis or more, all different; optax wraps numbers."""
     if entry is None:
         return
@@ -179,7 +157,8 @@ def _check_axes(name: str, x: jax.Array, entry: MuonDimensionNumbers | None) -> 
     inside = all(-x.ndim <= axis < x.ndim for group in groups for axis in group)
     axes = [axis for group in groups for axis in _numbers(group, x.ndim)] if inside else []
     if not (all(groups) and inside and len(set(axes)) == len(axes)):
-        raise ValueError(f"matrices{name} is {entry}; it must name different axes of the parameter's shape {x.shape}")
+        name = f"matrices{jax.tree_util.keystr(path)}"
+        raise ValueError(f"{name} is {entry}; it must name different axes of the parameter's shape {x.shape}")
 
 
 def _numbers(group: int | Sequence[int], ndim: int) -> tuple[int, ...]:

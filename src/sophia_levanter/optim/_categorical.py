@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 _BLOCK = 128
 
 
-def sample_categorical(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
+def sample_categorical(logits: Array, uniforms: Array) -> Array:
     """Labels drawn from softmax(logits) by the inverse of the cumulative distribution, in float32.
 
     One uniform a position instead of one Gumbel variable a class: several times cheaper for large vocabularies. The
@@ -38,7 +39,7 @@ def sample_categorical(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
     return block * _BLOCK + _first_above(hit, jnp.cumsum(hit, axis=-1), target - before)
 
 
-def _first_above(weights: jax.Array, ends: jax.Array, target: jax.Array) -> jax.Array:
+def _first_above(weights: Array, ends: Array, target: Array) -> Array:
     """The first index of positive weight that ends above the target; the last such index where rounding left none.
 
     The weights are looked at too because of rounding: a target may come out a little below 0, and a parallel
@@ -50,7 +51,7 @@ def _first_above(weights: jax.Array, ends: jax.Array, target: jax.Array) -> jax.
     return jnp.min(jnp.where(possible & (ends > target[..., None]), positions, last), axis=-1)
 
 
-def categorical_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def categorical_loss(logits: Array, labels: Array) -> Array:
     """-log softmax(logits)[label], in float32 or wider.
 
     Args:

@@ -1,42 +1,36 @@
-"""Checks of hyper-parameters and trees, where they are concrete: under `jit` and `vmap` numbers may be tracers."""
+"""Checks of arguments and trees where they are concrete: under `jit` and `vmap` numbers may be tracers."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, PyTree
 
-from sophia_levanter.optim.named import plain
+from sophia_levanter.optim._trees import plain, trainable
 
-PyTree = Any
+ARRAYS = np.ndarray | jax.Array
 
 
 def check_number(
-    name: str,
-    value: Any,
-    *,
-    low: float,
-    high: float = math.inf,
-    low_open: bool = False,
-    schedule: bool = False,
+    name: str, value: Any, *, low: float, high: float = math.inf, low_open: bool = False, schedule: bool = False
 ) -> None:
     """Check that a hyper-parameter is a number in [low, high), or (low, high) with `low_open`.
 
     Args:
         name: what the error calls it.
-        value: a number, or an array of them (a batch of optimizers); an array that is traced is taken as it is.
+        value: a number, or an array of them (a batch of optimizers); traced arrays pass.
         low, high, low_open: the range.
-        schedule: whether a function of the update count will do too; its values are not looked at.
+        schedule: whether a function of the update count is allowed too; its values are not checked.
 
     Raises:
-        TypeError: if it is no real number.
+        TypeError: if it is not a real number.
         ValueError: if it is out of range.
     """
     if callable(value) and not isinstance(value, type):
@@ -45,9 +39,9 @@ def check_number(
         return
     if isinstance(value, jax.core.Tracer):
         return
-    is_number = isinstance(value, Real | np.ndarray | jax.Array) and not isinstance(value, bool)
-    array = np.asarray(value) if is_number else np.asarray(False)
-    if not (np.issubdtype(array.dtype, np.integer) or jnp.issubdtype(array.dtype, jnp.floating)):
+    is_number = isinstance(value, Real | ARRAYS) and not isinstance(value, bool)
+    array = np.asarray(value if is_number else False)
+    if not _is_real(array):
         kinds = "a number or a function of the update count" if schedule else "a number"
         raise TypeError(f"{name} is {value!r}; it must be {kinds}")
     inside = (low < array if low_open else low <= array) & (array < high)
@@ -55,18 +49,40 @@ def check_number(
         raise ValueError(f"{name} is {value}; it must be in {'(' if low_open else '['}{low}, {high})")
 
 
+def _is_real(array: Any) -> bool:
+    return np.issubdtype(array.dtype, np.integer) or jnp.issubdtype(array.dtype, jnp.floating)
+
+
 def python_number(value: Any) -> Any:
     """A NumPy scalar or 0-d array as a Python number, which does not promote bfloat16; any other value as it is."""
     scalar = isinstance(value, np.generic | np.ndarray) and value.shape == ()
-    if scalar and (np.issubdtype(value.dtype, np.integer) or jnp.issubdtype(value.dtype, jnp.floating)):
-        return value.item()
-    return value
+    return value.item() if scalar and _is_real(value) else value
+
+
+def whole_number(value: Any) -> Any:
+    """The value as an int if it is a whole number; otherwise itself, for `check_count` to refuse."""
+    try:
+        return value if isinstance(value, bool | jax.Array) else operator.index(value)
+    except TypeError:
+        return value
+
+
+def check_count(name: str, value: Any, *, low: int = 1) -> None:
+    """Raise a ValueError unless the value is an int of at least `low`; JAX arrays, which may be traced, are not."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise a ValueError that lists the choices, if the value is none of them."""
+    """Raise a ValueError that lists the choices, unless the value is one of them."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise a TypeError unless the value is a Python bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it must be True or False")
 
 
 def check_dtype(name: str, value: Any) -> None:
@@ -79,37 +95,41 @@ def check_dtype(name: str, value: Any) -> None:
         raise TypeError(f"{name} is {value!r}; it must be a floating-point dtype such as jnp.bfloat16, or None")
 
 
-def whole_number(value: Any) -> Any:
-    """The value as an int if it is a whole number, itself if not, for `check_count` to complain of."""
-    if isinstance(value, bool | jax.Array):
-        return value
-    try:
-        return operator.index(value)
-    except TypeError:
-        return value
-
-
-def check_count(name: str, value: Any, *, low: int = 1) -> None:
-    """Raise a ValueError if the value is no int of at least `low`; jax's arrays, which may be traced, are none."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")
-
-
 def check_mesh_axis(value: Any) -> None:
     """Raise a TypeError unless the value is None or a name."""
     if value is not None and not isinstance(value, str):
         raise TypeError(f"mesh_axis is {value!r}; it must be the name of an axis of the mesh, or None")
 
 
-def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, as of jnp.mean") -> jax.Array:
+def check_single(name: str, value: Any) -> None:
+    """Raise a ValueError for an array of several numbers, which would broadcast over the parameters' last axis."""
+    if np.shape(value) != ():
+        raise ValueError(f"{name} has shape {np.shape(value)}; one optimizer has one number (several need vmap)")
+
+
+def value_at(name: str, value: float | Array | Callable[[Array], Any], count: Any) -> Any:
+    """A hyper-parameter at an update count, whether it is a number or a schedule.
+
+    Raises:
+        TypeError: if the schedule does not return a number.
+        ValueError: if it returns several.
+    """
+    found = value(count) if callable(value) else value
+    if not isinstance(found, Real | ARRAYS):
+        raise TypeError(f"{name} at an update count is {found!r}; it must be a number")
+    check_single(name, found)
+    return found
+
+
+def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, as of jnp.mean") -> Array:
     """The value as an array without named axes, if it is a real scalar.
 
     Raises:
         ValueError: if it has axes.
-        TypeError: if it is no real number.
+        TypeError: if it is not a real number.
     """
     value = plain(value)
-    array = jnp.asarray(value) if isinstance(value, Real | np.ndarray | jax.Array) else None
+    array = jnp.asarray(value) if isinstance(value, Real | ARRAYS) else None
     if array is None or jnp.iscomplexobj(array):
         raise TypeError(f"{name} is {value!r}; it must be {what}")
     if array.shape != ():
@@ -117,12 +137,12 @@ def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, as of j
     return array
 
 
-def check_scalars(name: str, results: Any, what: Sequence[str]) -> list[jax.Array]:
-    """The results of a function as arrays, if they are as many real scalars as `what` describes.
+def check_scalars(name: str, results: Any, what: Sequence[str]) -> list[Array]:
+    """The results of a function as arrays, if they are real scalars, as many as `what` describes.
 
     Raises:
         ValueError: if one has axes.
-        TypeError: if they are of another number, or one is no real number.
+        TypeError: if their number is wrong, or one is not a real number.
     """
     if not isinstance(results, tuple | list) or len(results) != len(what):
         raise TypeError(f"{name} must give {len(what)} scalars: {', '.join(what)}")
@@ -131,18 +151,18 @@ def check_scalars(name: str, results: Any, what: Sequence[str]) -> list[jax.Arra
 
 
 def check_key(key: Any) -> None:
-    """Raise a TypeError if this is no jax random key; keys of the old kind, uint32 arrays, are."""
-    if not isinstance(key, jax.Array | np.ndarray):
+    """Raise a TypeError unless this is a JAX random key, new-style or a uint32 array."""
+    if not isinstance(key, ARRAYS):
         raise TypeError(f"key is {key!r}; it must be a jax random key, as jax.random.key(0) gives")
 
 
-def check_flag(name: str, value: Any) -> jax.Array:
+def check_flag(name: str, value: Any) -> Bool[Array, ""]:
     """The value as a bool scalar.
 
     Raises:
-        TypeError: if it is none.
+        TypeError: if it is not one.
     """
-    if not isinstance(value, bool | np.bool_ | jax.Array | np.ndarray) or jnp.asarray(value).dtype != bool:
+    if not isinstance(value, bool | np.bool_ | ARRAYS) or jnp.asarray(value).dtype != bool:
         raise TypeError(f"{name} is {value!r}; it must be a bool")
     if jnp.shape(value) != ():
         raise TypeError(f"{name} has shape {jnp.shape(value)}; it must be one bool")
@@ -161,14 +181,13 @@ def check_not_negative(name: str, values: Any) -> None:
 
 
 def check_parameters(model: PyTree) -> None:
-    """Check that there is something to optimize.
+    """Check that the model has parameters to optimize.
 
     Raises:
         ValueError: if the model has no floating-point leaf.
         TypeError: if a leaf is complex; names its path.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(model, eqx.is_inexact_array))
-    if not leaves:
+    if not jax.tree.leaves(trainable(model)):
         raise ValueError(
             "the model has no floating-point array to optimize; integer and static leaves are left alone, "
             "and Python numbers too (make them arrays with jnp.asarray)"
@@ -178,8 +197,7 @@ def check_parameters(model: PyTree) -> None:
 
 def check_real(name: str, tree: PyTree) -> None:
     """Raise a TypeError that names the path of the first complex leaf."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(tree, eqx.is_inexact_array))
-    for path, leaf in leaves:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trainable(tree)):
         if jnp.iscomplexobj(leaf):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} is complex ({leaf.dtype}); "
@@ -188,24 +206,22 @@ def check_real(name: str, tree: PyTree) -> None:
 
 
 def check_same_structure(name: str, tree: PyTree, params: PyTree) -> None:
-    """Check that `tree` is one of real arrays shaped like the parameters.
+    """Check that `tree` has real arrays shaped like the parameters.
 
     Raises:
-        ValueError: names the first path where it is not, or says that it is made of other containers.
+        ValueError: names the first path that differs, or says that the containers do.
         TypeError: names the path of a complex leaf.
     """
     check_real(name, tree)
-    found, wanted = _shapes(tree), _shapes(params)
+    found, wanted = (
+        {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(trainable(t))}
+        for t in (tree, params)
+    )
     for path in [*wanted, *found]:
         if found.get(path) != wanted.get(path):
             raise ValueError(
                 f"{name}{path} has shape {found.get(path, 'missing')}, the parameter has {wanted.get(path, 'missing')}"
             )
-    ours, theirs = (str(jax.tree.structure(eqx.filter(t, eqx.is_inexact_array))) for t in (tree, params))
+    ours, theirs = (str(jax.tree.structure(trainable(t))) for t in (tree, params))
     if ours != theirs:
         raise ValueError(f"{name} is made of other containers or axes than the parameters: {ours}, and not {theirs}")
-
-
-def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(tree, eqx.is_inexact_array))
-    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}

@@ -13,13 +13,14 @@ import sophia_levanter.jax_compatibility  # noqa: F401
 from sophia_levanter.optim import (
     Bernoulli,
     Categorical,
+    EmpiricalFisher,
     GaussNewtonBartlett,
     Hutchinson,
     Normal,
     value_grad_and_curvature,
 )
-from sophia_levanter.optim.gauss_newton import REDUCTIONS
-from sophia_levanter.optim.shared_forward import accumulate
+from sophia_levanter.optim._gauss_newton import REDUCTIONS
+from sophia_levanter.optim._gradients import accumulate
 
 KEY = jax.random.key(0)
 MICROBATCHES, ROWS = 4, 3
@@ -353,6 +354,113 @@ def test_losses_that_are_not_three_are_refused(result):
         value_grad_and_curvature(lambda m, key: result, jnp.ones(2), key=KEY, estimator=GaussNewtonBartlett())
 
 
-def test_another_estimator_cannot_share_the_forward():
-    with pytest.raises(TypeError, match="only a GaussNewtonBartlett can share"):
-        value_grad_and_curvature(lambda m, key: (1.0, 1.0, 1), jnp.ones(2), key=KEY, estimator=Hutchinson())
+@pytest.mark.parametrize("estimator", [None, lambda function, model, microbatches, key: model])
+def test_an_estimator_that_does_not_say_which_passes_it_needs_is_refused(estimator):
+    with pytest.raises(TypeError, match=r"^estimator is .*; it must define gradient_and_estimate"):
+        value_grad_and_curvature(lambda m, key: (1.0, 1.0, 1), jnp.ones(2), key=KEY, estimator=estimator)
+
+
+@pytest.mark.parametrize("curvature_microbatches", [None, 2])
+def test_hutchinson_makes_a_pass_of_its_own(curvature_microbatches):
+    """One probe for all microbatches, each with the weight of its targets."""
+    estimator = Hutchinson()
+    loss, grads, h_hat = value_grad_and_curvature(
+        losses_fn(GaussNewtonBartlett()),
+        MODEL,
+        parts(),
+        key=KEY,
+        estimator=estimator,
+        curvature_microbatches=curvature_microbatches,
+    )
+    x, labels, weights = parts(curvature_microbatches or MICROBATCHES)
+
+    def mean_loss(model):
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(x), labels)
+        return jnp.sum(losses * weights) / jnp.sum(weights)
+
+    wanted_loss, wanted_grads = eqx.filter_value_and_grad(mean_cross_entropy)(MODEL)
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
+    assert_same(grads, wanted_grads)
+    assert_same(h_hat, estimator(mean_loss, MODEL, key=KEY), rtol=1e-4)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_empirical_fisher_squares_the_training_gradient(reduction):
+    """It needs no pass of its own, and does not look at the sampled targets."""
+    estimator = EmpiricalFisher(reduction=reduction)
+
+    def losses(model, part, key):
+        x, labels = part
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(x), labels)
+        return jnp.mean(losses), jnp.nan, ROWS
+
+    _, grads, h_hat = value_grad_and_curvature(losses, MODEL, (X, LABELS), key=KEY, estimator=estimator)
+    each = [
+        eqx.filter_grad(lambda m, i=i: jnp.mean(losses(m, (X[i], LABELS[i]), KEY)[0]))(MODEL)
+        for i in range(MICROBATCHES)
+    ]
+    if reduction == "average_then_square":
+        wanted = jax.tree.map(lambda g: MICROBATCHES * ROWS * g**2, grads)
+    else:
+        wanted = jax.tree.map(lambda *gs: sum((ROWS * g) ** 2 for g in gs) / (MICROBATCHES * ROWS), *each)
+    assert_same(h_hat, wanted)
+
+
+REPLACING = GaussNewtonBartlett(extra_pass=False)
+
+
+@pytest.mark.parametrize("curvature_microbatches", [1, 2])
+def test_without_an_extra_pass_the_gradient_is_that_of_the_other_microbatches(curvature_microbatches):
+    loss, grads, h_hat = value_grad_and_curvature(
+        losses_fn(REPLACING),
+        MODEL,
+        parts(),
+        key=KEY,
+        estimator=REPLACING,
+        curvature_microbatches=curvature_microbatches,
+    )
+    x, labels, weights = jax.tree.map(lambda a: a[curvature_microbatches:], parts())
+
+    def mean_loss(model):
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(x), labels)
+        return jnp.sum(losses * weights) / jnp.sum(weights)
+
+    wanted_loss, wanted_grads = eqx.filter_value_and_grad(mean_loss)(MODEL)
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
+    assert_same(grads, wanted_grads)
+    assert_same(h_hat, own_estimate(GaussNewtonBartlett(), curvature_microbatches))
+
+
+def test_without_an_extra_pass_there_is_no_more_work():
+    """As many products as a gradient has: one forward and one backward pass of each microbatch."""
+
+    def all_three(model):
+        return value_grad_and_curvature(
+            losses_fn(REPLACING), model, parts(), key=KEY, estimator=REPLACING, curvature_microbatches=1
+        )
+
+    jaxpr = jax.make_jaxpr(all_three)(MODEL).jaxpr
+    # The first microbatch, and the loop over the others: two products forward and three backward each.
+    assert count(jaxpr, "dot_general") == 2 * (2 + 3)
+
+
+@pytest.mark.parametrize("microbatches", [None, 4])
+def test_without_an_extra_pass_a_microbatch_must_be_left(microbatches):
+    with pytest.raises(ValueError, match=r"^extra_pass is False, and no microbatch is left for the gradient"):
+        value_grad_and_curvature(
+            losses_fn(REPLACING), MODEL, parts(), key=KEY, estimator=REPLACING, curvature_microbatches=microbatches
+        )
+
+
+def test_without_an_extra_pass_an_estimate_that_is_not_finite_leaves_no_gradient():
+    """The step must be skipped: its other microbatches were not looked at."""
+    x = X.at[0, 0, 0].set(jnp.nan)
+    _, grads, h_hat = value_grad_and_curvature(
+        losses_fn(REPLACING),
+        MODEL,
+        (x, LABELS, WEIGHTS),
+        key=KEY,
+        estimator=REPLACING,
+        curvature_microbatches=1,
+    )
+    assert not any(np.isfinite(leaf).all() for leaf in jax.tree.leaves((grads, h_hat)))

@@ -1,0 +1,236 @@
+"""The passes of a step that refreshes the curvature, for a trainer and for `value_grad_and_curvature` alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from sophia_levanter.optim._checks import check_key, check_parameters, check_scalars, whole_number
+from sophia_levanter.optim._microbatch import num_microbatches, split_at, sum_over_microbatches
+from sophia_levanter.optim._trees import all_finite, trainable, upcast, wide_dtype
+
+LossesFn = Callable[..., tuple[Any, Any, Any]]
+
+
+class GradientSums(NamedTuple):
+    """Sums over targets.
+
+    Attributes:
+        loss: the loss.
+        num_targets: the number of targets, or their weight.
+        grads: the gradient in at least float32, like the model's trainable part; None where it was not taken.
+        curvature: the sum of the estimator's `accumulated`; None without an estimator.
+    """
+
+    loss: Float[Array, ""]
+    num_targets: Float[Array, ""]
+    grads: PyTree | None
+    curvature: PyTree | None
+
+    def mean(self) -> tuple[Float[Array, ""], PyTree]:
+        """The mean loss and its gradient."""
+        return self.loss / self.num_targets, jax.tree.map(lambda g: g / self.num_targets, self.grads)
+
+
+def accumulate(
+    losses_fn: LossesFn,
+    model: PyTree,
+    microbatches: PyTree = None,
+    *,
+    key: Key[Array, ""],
+    estimator: Any = None,
+    gradient: bool = True,
+    start: GradientSums | None = None,
+) -> GradientSums:
+    """Sums of loss, gradient and curvature over microbatches, one at a time.
+
+    Args:
+        losses_fn: as for `value_grad_and_curvature`.
+        model: any pytree.
+        microbatches: a pytree of arrays or NamedArrays [microbatch, ...]; None for a single pass.
+        key: a JAX random key; each microbatch has one of its own.
+        estimator: its `accumulated` is what a microbatch adds to the curvature; None for no curvature.
+        gradient: whether the gradient of the loss on the true targets is taken.
+        start: sums over other microbatches, which are added.
+    """
+    check_parameters(model)
+    check_key(key)
+
+    def losses(model: PyTree, *args: Any) -> list[Array]:
+        what = ("a scalar mean loss", "a scalar mean loss on sampled targets", "the number of targets")
+        return check_scalars("losses_fn", losses_fn(model, *args), what)
+
+    def one(*args: Any) -> GradientSums:
+        # Only what is differentiated is a result, so that the rest of the backward pass need not exist.
+        wanted = [0] if gradient else []
+        if estimator is not None and not (gradient and not estimator.samples_targets):
+            wanted.append(int(estimator.samples_targets))
+
+        def differentiated(model: PyTree) -> tuple[list[Array], list[Array]]:
+            found = losses(model, *args)
+            return [found[which] for which in wanted], found
+
+        results, pull, (loss, _, num_targets) = eqx.filter_vjp(differentiated, model, has_aux=True)
+        n = jnp.asarray(num_targets, jnp.promote_types(loss.dtype, jnp.float32))
+
+        def gradient_of(index: int) -> PyTree:
+            cotangents = [jnp.zeros_like(result) for result in results]
+            cotangents[index] = n.astype(results[index].dtype)
+            return pull(cotangents)[0]
+
+        grads = gradient_of(0) if gradient else None
+        labelled = gradient_of(-1) if len(wanted) > int(gradient) else grads
+        curvature = None if estimator is None else estimator.accumulated(labelled, n)
+        return GradientSums(loss * n, n, jax.tree.map(upcast, grads), curvature)
+
+    if microbatches is None:
+        return one(key)
+    return sum_over_microbatches(lambda part, index: one(part, jax.random.fold_in(key, index)), microbatches, start)
+
+
+class RefreshStep(eqx.Module):
+    """A step that refreshes the curvature, as its estimator sees it: the estimator decides which passes are made.
+
+    Attributes:
+        losses_fn: as for `value_grad_and_curvature`.
+        model: the model before the step.
+        key: a JAX random key.
+        batch: [microbatch, ...], whose mean gradient is wanted; None for a single pass.
+        first: [microbatch, ...], what the curvature is estimated on.
+        others: the microbatches of the batch that are not in `first`; None where `first` is not part of the batch.
+        curvature_losses_fn: `losses_fn` with a forward derivative, where that is another function.
+    """
+
+    losses_fn: LossesFn
+    model: PyTree
+    key: Key[Array, ""]
+    batch: PyTree
+    first: PyTree
+    others: tuple[PyTree, ...] | None = ()
+    curvature_losses_fn: LossesFn | None = None
+
+    def gradient(self) -> GradientSums:
+        """Loss and gradient over the whole batch."""
+        return accumulate(self.losses_fn, self.model, self.batch, key=self.key)
+
+    def shared_gradient(self, estimator: Any) -> tuple[GradientSums, PyTree]:
+        """The same, and an estimate from the same forward pass and, for sampled targets, a second backward pass."""
+        if self.others is None:
+            apart = accumulate(
+                self.losses_fn, self.model, self.first, key=self.key, estimator=estimator, gradient=False
+            )
+            return self.gradient(), estimator.finished(apart.curvature, apart.num_targets)
+        sums = accumulate(self.losses_fn, self.model, self.first, key=self.key, estimator=estimator)
+        h_hat = estimator.finished(sums.curvature, sums.num_targets)
+        return self._with_others(sums._replace(curvature=None)), h_hat
+
+    def replaced_gradient(self, estimator: Any) -> tuple[GradientSums, PyTree]:
+        """Loss and gradient over the others, and an estimate on `first`: no pass more than a plain step has.
+
+        Raises:
+            ValueError: if there are no others.
+        """
+        if not self.others:
+            raise ValueError(
+                "extra_pass is False, and no microbatch is left for the gradient; "
+                "estimate the curvature on fewer microbatches than the batch has"
+            )
+        sums = accumulate(self.losses_fn, self.model, self.first, key=self.key, estimator=estimator, gradient=False)
+        h_hat = estimator.finished(sums.curvature, sums.num_targets)
+        # Where the estimate is not finite the gradient is not either, so that the step is skipped: see _once_complete.
+        zero = jnp.where(all_finite(h_hat), 0.0, jnp.nan)
+        zeros = jax.tree.map(lambda p: jnp.full_like(p, zero, dtype=wide_dtype(p)), trainable(self.model))
+        nothing = GradientSums(jnp.zeros_like(sums.loss), jnp.zeros_like(sums.num_targets), zeros, None)
+        return self._with_others(nothing), h_hat
+
+    def curvature_pass(self, after: GradientSums) -> tuple[Callable[..., tuple[Array, Array]], PyTree]:
+        """For a pass over `first` by itself, which begins when the sums `after` are complete.
+
+        Returns:
+            (model, microbatch) -> (scalar mean loss, number of targets), with a forward derivative; the microbatches.
+        """
+        losses_fn = self.curvature_losses_fn or self.losses_fn
+
+        def loss_fn(model: PyTree, *microbatch: Any) -> tuple[Array, Array]:
+            loss, _, num_targets = losses_fn(model, *microbatch, self.key)
+            return loss, num_targets
+
+        return loss_fn, _once_complete(after, self.first)
+
+    def _with_others(self, sums: GradientSums) -> GradientSums:
+        for index, part in enumerate(self.others or ()):
+            key = jax.random.fold_in(self.key, num_microbatches(self.first) + index)
+            sums = accumulate(self.losses_fn, self.model, _once_complete(sums, part), key=key, start=sums)
+        return sums
+
+
+def _once_complete(sums: GradientSums, microbatches: PyTree) -> PyTree:
+    """The microbatches, for a pass that begins when these sums are complete.
+
+    Two passes at a time would need the memory of both. On CPUs they may never end: devices enter the collectives of
+    independent passes in different orders. Where a gradient is not finite the microbatches are zeros: such a step is
+    skipped whatever they hold, and the loss that is reported is that of the pass before.
+    """
+    finite = all_finite(sums.grads)
+
+    def wait(x: Any) -> Any:
+        is_key = jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+        return x if is_key else jnp.where(finite, x, jnp.zeros_like(x))
+
+    return jax.tree.map(wait, microbatches)
+
+
+def value_grad_and_curvature(
+    losses_fn: LossesFn,
+    model: PyTree,
+    microbatches: PyTree = None,
+    *,
+    key: Key[Array, ""],
+    estimator: Any,
+    curvature_microbatches: int | None = None,
+) -> tuple[Float[Array, ""], PyTree, PyTree]:
+    """The mean loss, its gradient and an estimate of the curvature: the passes that the trainer makes.
+
+    With `GaussNewtonBartlett` the estimate costs one more backward pass and no forward pass, or no pass at all with
+    `extra_pass=False`. Its method `losses` makes the three results of `losses_fn` from a model's outputs. That keeps
+    two cotangents of the outputs; for a large vocabulary write a `losses_fn` that takes the final hidden states
+    through the head in blocks, scoring true and sampled labels in one pass (as `sophia_levanter.models.loss` does).
+
+    Args:
+        losses_fn: (model, key) or (model, microbatch, key) -> (mean loss on the true targets, mean loss on targets
+            drawn from the model's own distribution, their number B). `Hutchinson` looks at the first and the third.
+        model: any pytree.
+        microbatches: a pytree of arrays or NamedArrays [microbatch, ...]; None for a single pass.
+        key: a JAX random key for the sampled targets, or the probe.
+        estimator: that of an optimizer is `optimizer.estimator_at(state)`.
+        curvature_microbatches: how many of the first microbatches the curvature is estimated on; None for all.
+
+    Returns:
+        The loss, the gradient and the estimate, both like the model's trainable part.
+
+    Raises:
+        ValueError: if a loss is not a scalar, or there are fewer microbatches than wanted.
+        TypeError: if the estimator does not say how a step with it is made.
+    """
+    if not hasattr(estimator, "gradient_and_estimate"):
+        raise TypeError(f"estimator is {estimator!r}; it must define gradient_and_estimate(step)")
+    first: PyTree = microbatches
+    others: tuple[PyTree, ...] = ()
+    if curvature_microbatches is not None:
+        if microbatches is None:
+            raise ValueError(f"curvature_microbatches is {curvature_microbatches}, and there are no microbatches")
+        total, wanted = num_microbatches(microbatches), whole_number(curvature_microbatches)
+        if type(wanted) is not int or not 0 < wanted <= total:
+            raise ValueError(
+                f"curvature_microbatches is {curvature_microbatches!r}; it must be a whole number between 1 and {total}"
+            )
+        first, rest = split_at(microbatches, wanted)
+        others = () if rest is None else (rest,)
+    step = RefreshStep(losses_fn, model, key, microbatches, first, others)
+    sums, h_hat = estimator.gradient_and_estimate(step)
+    return *sums.mean(), h_hat

@@ -1,0 +1,297 @@
+"""Hutchinson's estimator of a Hessian's or a Gauss-Newton matrix's diagonal (arXiv 2305.14342, Algorithm 1)."""
+
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from equinox import AbstractVar
+from jaxtyping import Array, Float, Key, PyTree
+
+from sophia_levanter.optim._checks import (
+    check_choice,
+    check_count,
+    check_key,
+    check_not_negative,
+    check_parameters,
+    check_scalar,
+    whole_number,
+)
+from sophia_levanter.optim._gradients import GradientSums, RefreshStep
+from sophia_levanter.optim._kronecker import Coordinates
+from sophia_levanter.optim._likelihood import (
+    Categorical,
+    Likelihood,
+    check_likelihood,
+    check_microbatch_weights,
+    target_weights,
+)
+from sophia_levanter.optim._microbatch import num_microbatches, sum_over_microbatches
+from sophia_levanter.optim._trees import plain, trainable, upcast
+
+PROBES = ("rademacher", "gaussian")
+# A product with a symmetric matrix, like the model's trainable part, and the weight that it is divided by.
+Product = tuple[PyTree, Any]
+
+
+class AbstractHutchinson(eqx.Module):
+    """u * (M u), for a symmetric matrix M: its mean over u with E[u u^T] = 1 is M's diagonal."""
+
+    probe: AbstractVar[str]
+    num_probes: AbstractVar[int]
+    coordinates: AbstractVar[Coordinates]
+    signed: ClassVar[bool] = True
+    forward_mode: ClassVar[bool] = True
+
+    def changes_of_basis(self, num_microbatches: int) -> int:
+        """A probe is projected back, and its product into the basis."""
+        return 2 * self.num_probes
+
+    def _check(self) -> None:
+        check_choice("probe", self.probe, PROBES)
+        check_count("num_probes", self.num_probes)
+
+    def _diagonal(
+        self,
+        product: Callable[[PyTree, PyTree, Any], Product],
+        model: PyTree,
+        microbatches: PyTree,
+        key: Key[Array, ""],
+    ) -> PyTree:
+        """The mean of u * (M u) over the probes, in at least float32.
+
+        Args:
+            product: (u, microbatch, index) -> a microbatch's part of M u, times its weight, and the weight.
+            model: any pytree.
+            microbatches: [microbatch, ...]; all have the same u. None for a single pass.
+            key: a JAX random key for the probes.
+        """
+
+        def one(key: Key[Array, ""], _: Any) -> PyTree:
+            u = draw_probe(key, model, self.probe)
+            direction = self.coordinates.project_back(u)
+            if microbatches is None:
+                summed, weight = product(direction, None, None)
+            else:
+                summed, weight = sum_over_microbatches(lambda part, i: product(direction, part, i), microbatches)
+            product_of_u = self.coordinates.project(jax.tree.map(lambda x: x / weight, summed))
+            return jax.tree.map(lambda a, b: upcast(a) * upcast(b), u, product_of_u)
+
+        if self.num_probes == 1:
+            return one(key, 0)
+        total = sum_over_microbatches(one, jax.random.split(key, self.num_probes))
+        return jax.tree.map(lambda x: x / self.num_probes, total)
+
+
+class Hutchinson(AbstractHutchinson):
+    """u * (H u): its mean over u is the diagonal of the Hessian; single entries may be negative (Algorithm 1).
+
+    Args:
+        probe: how u is drawn: `rademacher` (lower variance) or `gaussian` (the paper's).
+        num_probes: over how many u the estimate is averaged, one after the other.
+        coordinates: those whose diagonal is estimated, the parameters' own if not given; `Sophia.estimator_at` sets it.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    >>> Hutchinson()(lambda w: jnp.sum(jnp.asarray([1.0, 3.0]) * w**2), jnp.ones(2), key=jax.random.key(0)).tolist()
+    [2.0, 6.0]
+    """
+
+    probe: str = eqx.field(default="rademacher", static=True)
+    num_probes: int = eqx.field(default=1, static=True, converter=whole_number)
+    coordinates: Coordinates = Coordinates()
+
+    def __check_init__(self) -> None:
+        self._check()
+
+    def __call__(
+        self,
+        loss_fn: Callable[..., Any],
+        model: PyTree,
+        microbatches: PyTree = None,
+        *,
+        key: Key[Array, ""],
+        weights: Float[Array, " microbatch"] | None = None,
+    ) -> PyTree:
+        """An estimate of the Hessian's diagonal.
+
+        Args:
+            loss_fn: model -> scalar mean loss, or (model, microbatch) -> that of a microbatch.
+            model: any pytree.
+            microbatches: a pytree of arrays [microbatch, ...]; all have the same u, and only split the work.
+            key: a JAX random key for u.
+            weights: share of each microbatch in the mean loss, as the number of its targets; equal if not given.
+
+        Raises:
+            ValueError: if the loss is not a scalar.
+            TypeError: if an operation in the loss has no forward derivative.
+        """
+        if microbatches is None:
+            if weights is not None:
+                raise ValueError("weights are of microbatches, and there are none; weigh the targets in loss_fn")
+            return self._estimate(lambda model: (loss_fn(model), 1.0), model, None, key)
+        check_not_negative("weights", weights)
+        count = num_microbatches(microbatches)
+        shares = jnp.ones(count) if weights is None else jnp.asarray(plain(weights))
+        if shares.shape != (count,):
+            raise ValueError(f"weights have shape {shares.shape}; there are {count} microbatches, each with one number")
+        parts = (microbatches, shares / jnp.sum(shares))
+        return self._estimate(lambda model, part: (loss_fn(model, part[0]), part[1]), model, parts, key)
+
+    @property
+    def gradients(self) -> float:
+        """A gradient and its derivative for each probe."""
+        return 2.0 * self.num_probes
+
+    def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
+        """A step's gradient, and an estimate from a separate pass."""
+        sums = step.gradient()
+        loss_fn, microbatches = step.curvature_pass(sums)
+        return sums, self._estimate(loss_fn, step.model, microbatches, step.key)
+
+    def _estimate(
+        self, loss_fn: Callable[..., tuple[Any, Any]], model: PyTree, microbatches: PyTree, key: Key[Array, ""]
+    ) -> PyTree:
+        """From model, or (model, microbatch), -> (mean loss, its weight)."""
+        check_key(key)
+
+        def product(u: PyTree, part: PyTree, _: Any) -> Product:
+            args = () if microbatches is None else (part,)
+            curved, weight = hessian_vector_product(lambda m: loss_fn(m, *args), model, u, has_aux=True)
+            return jax.tree.map(lambda x: upcast(x) * weight, curved), weight
+
+        return self._diagonal(product, model, microbatches, key)
+
+
+class GaussNewtonHutchinson(AbstractHutchinson):
+    """u * (J^T S J u): Hutchinson's estimator of the Gauss-Newton matrix, for comparison with the other two.
+
+    J is the Jacobian of the outputs and S the Hessian of the loss in the outputs; forward mode gives J u, reverse mode
+    the rest. Its mean is that of Gauss-Newton-Bartlett where S does not depend on the targets, as for the likelihoods
+    here, or else with S at sampled targets. Single entries may be negative.
+
+    Args:
+        likelihood: what the outputs say of the targets.
+        probe, num_probes, coordinates: as for `Hutchinson`.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    likelihood: Likelihood = Categorical()
+    probe: str = eqx.field(default="rademacher", static=True)
+    num_probes: int = eqx.field(default=1, static=True, converter=whole_number)
+    coordinates: Coordinates = Coordinates()
+
+    def __check_init__(self) -> None:
+        check_likelihood(self.likelihood)
+        self._check()
+
+    def __call__(
+        self,
+        outputs_fn: Callable[..., Any],
+        model: PyTree,
+        microbatches: PyTree = None,
+        *,
+        key: Key[Array, ""],
+        weights: Any = None,
+    ) -> PyTree:
+        """An estimate of the Gauss-Newton diagonal of the mean loss; the arguments are `GaussNewtonBartlett`'s."""
+        check_key(key)
+        probe_key, target_key = jax.random.split(key)
+        check_microbatch_weights(microbatches, weights)
+
+        def product(u: PyTree, part: PyTree, index: Any) -> Product:
+            """J^T S J u of the summed loss, and the number of targets."""
+            args: tuple
+            if microbatches is None:
+                args, own, key = (), weights, target_key
+            else:
+                args, own, key = (part[0],), part[1], jax.random.fold_in(target_key, index)
+
+            def outputs_of(model: PyTree) -> Any:
+                return outputs_fn(model, *args)
+
+            outputs, tangents = forward_derivative("outputs_fn", outputs_of, model, u)
+            targets = self.likelihood.sample(outputs, key=key)
+            w = target_weights(self.likelihood, outputs, self.likelihood.loss(outputs, targets), own)
+            summed_loss = jax.grad(lambda outputs: jnp.sum(self.likelihood.loss(outputs, targets) * w))
+            _, curved = jax.jvp(summed_loss, (outputs,), (tangents,))
+            _, pull = eqx.filter_vjp(outputs_of, model)
+            return jax.tree.map(upcast, pull(curved)[0]), jnp.sum(w)
+
+        parts = None if microbatches is None else (microbatches, weights)
+        return self._diagonal(product, model, parts, probe_key)
+
+
+def draw_probe(key: Key[Array, ""], model: PyTree, probe: str = "rademacher") -> PyTree:
+    """A random direction u with E[u u^T] = 1, like the model's trainable part in shapes and dtypes.
+
+    Args:
+        key: a JAX random key.
+        model: any pytree.
+        probe: `rademacher` (+1 or -1, the lower variance) or `gaussian` (the paper's).
+
+    Raises:
+        ValueError: if `probe` is neither, or the model has no floating-point leaf.
+        TypeError: if a leaf is complex.
+    """
+    check_choice("probe", probe, PROBES)
+    check_parameters(model)
+    draw = jax.random.rademacher if probe == "rademacher" else jax.random.normal
+    leaves, structure = jax.tree.flatten(trainable(model))
+    keys = jax.random.split(key, len(leaves))
+    drawn = [draw(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, drawn)
+
+
+def hessian_vector_product(
+    loss_fn: Callable[[PyTree], Any], model: PyTree, vector: PyTree, *, has_aux: bool = False
+) -> Any:
+    """H v of a scalar loss, by forward-over-reverse differentiation.
+
+    Args:
+        loss_fn: model -> scalar, or (scalar, aux) with `has_aux`.
+        model: where H is taken.
+        vector: like the model's trainable part.
+
+    Returns:
+        H v, or (H v, aux).
+
+    Raises:
+        ValueError: if the loss is not a scalar.
+        TypeError: if an operation in the loss, or in its gradient, has no forward derivative.
+    """
+
+    def scalar_loss(model: PyTree) -> tuple[Array, Any]:
+        loss, aux = loss_fn(model) if has_aux else (loss_fn(model), None)
+        return check_scalar("the result of loss_fn", loss), aux
+
+    gradient = eqx.filter_grad(scalar_loss, has_aux=True)
+    (_, aux), (product, _) = forward_derivative("loss_fn", gradient, model, vector)
+    # Where the gradient does not depend on the parameters there is no tangent.
+    product = jax.tree.map(lambda v, hv: jnp.zeros_like(v) if hv is None else hv, vector, product)
+    return (product, aux) if has_aux else product
+
+
+def forward_derivative(name: str, function: Callable[[PyTree], Any], model: PyTree, vector: PyTree) -> tuple[Any, Any]:
+    """The value of a function of the model and its derivative along a vector.
+
+    Raises:
+        TypeError: if an operation in the function has no forward derivative; `name` is what the error calls it.
+    """
+    try:
+        return eqx.filter_jvp(function, (model,), (vector,))
+    # jax and its kernels have no common error for this: a custom_vjp raises the first, other primitives the rest.
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if not re.search(r"forward-mode|ifferentiation rule|\bjvp\b", str(error), re.IGNORECASE):
+            raise
+        raise TypeError(
+            f"{name} has an operation without a forward derivative, which this estimator needs "
+            f"({str(error).splitlines()[0]}); "
+            "use one that has it (an attention made of ordinary operations, for instance "
+            "jax.nn.dot_product_attention(..., implementation='xla')), or SophiaG, which needs reverse mode only"
+        ) from error

@@ -1,0 +1,210 @@
+"""A basis in which a matrix's curvature is closer to diagonal than in the parameters' own coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from sophia_levanter.optim._checks import check_count, check_mesh_axis, check_number, python_number, whole_number
+from sophia_levanter.optim._matrices import Matrices, MatrixView, by_matrix, matrix_views
+from sophia_levanter.optim._protocol import Scalar
+from sophia_levanter.optim._trees import upcast, wide_dtype
+
+
+class Factor(NamedTuple):
+    """One side, inputs or outputs, of the matrices of a parameter, in at least float32.
+
+    Attributes:
+        moment: the average of m m^T, or m^T m.
+        vectors: orthonormal columns, close to its eigenvectors.
+    """
+
+    moment: Float[Array, "matrix n n"]
+    vectors: Float[Array, "matrix n n"]
+
+
+# For each leaf of the parameters its two factors, or None.
+BasisState = tuple[tuple[Factor | None, Factor | None] | None, ...]
+
+
+class KroneckerBasis(eqx.Module):
+    """Eigenvectors of the second moments of a matrix's momentum on either side: Sophia's h is diagonal in them.
+
+        L   <- b2 L + (1 - b2) m m^T            R   <- b2 R + (1 - b2) m^T m           at every refresh, m in x out
+        Q_L <- qr(L Q_L)                        Q_R <- qr(R Q_R)
+        G in the basis is Q_L^T G Q_R
+
+    One step of orthogonal iteration at each refresh, from the identity, follows the eigenvectors as they change, as in
+    SOAP (Vyas et al. 2024, arXiv 2409.11321); Shampoo (Gupta et al. 2018, arXiv 1802.09568) has such moments of
+    gradients. The diagonal in this basis is that of George et al. 2018 (arXiv 1806.03884). When the basis is rotated
+    by A = Q_L^T Q_L,old and C likewise, a diagonal h becomes (A * A) h (C * C)^T, the diagonal of the rotated matrix.
+
+    It holds 2 (in^2 + out^2) numbers for each matrix. A step projects the matrix into the basis and back, with one
+    product with a square matrix for each side each time.
+
+    Args:
+        matrices: a tree (or prefix), or a function from parameters to one, of optax's `MuonDimensionNumbers` where a
+            parameter is a matrix and None where it keeps its coordinates. Axes that are neither input nor output
+            count matrices. None takes the leaves with two axes: embeddings too, and the wrong ones in a model whose
+            layers are stacked. Under `vmap` of the optimizer itself it must be a function or None.
+        b2: decay of L and R per refresh, in [0, 1).
+        max_size: a side with more coordinates than this is not rotated.
+        mesh_axis: axis of the mesh whose devices share the matrices among them; None for all of them on every device.
+
+    Raises:
+        TypeError, ValueError: if an argument is of the wrong kind or out of its range.
+    """
+
+    matrices: Matrices = None
+    b2: Scalar = eqx.field(default=0.9, converter=python_number)
+    max_size: int = eqx.field(default=4096, static=True, converter=whole_number)
+    mesh_axis: str | None = eqx.field(default=None, static=True)
+
+    def __check_init__(self) -> None:
+        check_number("b2", self.b2, low=0, high=1)
+        check_count("max_size", self.max_size)
+        check_mesh_axis(self.mesh_axis)
+
+    def init(self, params: PyTree) -> BasisState:
+        """The basis of the parameters' own coordinates.
+
+        Raises:
+            ValueError, TypeError: if `matrices` does not fit the parameters; names the path.
+        """
+
+        def factor(count: int, n: int, dtype: Any) -> Factor | None:
+            if n > self.max_size:
+                return None
+            return Factor(jnp.zeros((count, n, n), dtype), jnp.tile(jnp.eye(n, dtype=dtype), (count, 1, 1)))
+
+        def factors(view: MatrixView, leaf: Array) -> tuple[Factor | None, Factor | None]:
+            count, inputs, outputs = view.sizes
+            return factor(count, inputs, wide_dtype(leaf)), factor(count, outputs, wide_dtype(leaf))
+
+        leaves = zip(matrix_views(self.matrices, params), jax.tree.leaves(params), strict=True)
+        return tuple(None if view is None else factors(view, leaf) for view, leaf in leaves)
+
+    def at(self, state: BasisState) -> Coordinates:
+        """The coordinates that a state of the basis stands for."""
+        return Coordinates(self.matrices, state, self.mesh_axis)
+
+    def update_moments(self, state: BasisState, tree: PyTree) -> BasisState:
+        """The state with a momentum, or gradient, like the parameters in its averages L and R.
+
+        Moments that are not finite, as squares of finite numbers may be, are left out.
+        """
+
+        def average(factor: Factor | None, x: Array, y: Array) -> Factor | None:
+            if factor is None:
+                return None
+            new = x @ y
+            finite = jnp.isfinite(jnp.trace(new, axis1=-2, axis2=-1))[:, None, None]
+            moment = self.b2 * factor.moment + (1 - self.b2) * new
+            return factor._replace(moment=jnp.where(finite, moment, factor.moment))
+
+        def both(view: MatrixView, stack: Array, left: Factor | None, right: Factor | None) -> tuple:
+            x = view.matrices(stack)
+            return average(left, x, _transposed(x)), average(right, _transposed(x), x)
+
+        after: list[Any] = [None] * len(state)
+        for index, _, factors in self.at(state).by_matrix(jax.tree.map(upcast, tree), both):
+            after[index] = factors
+        return tuple(after)
+
+    def rotated(self, state: BasisState, diagonal: PyTree) -> tuple[BasisState, PyTree]:
+        """The basis after one step of orthogonal iteration, and a diagonal, such as the curvature's, in it.
+
+        Args:
+            state: the state before.
+            diagonal: like the parameters, in the basis before.
+        """
+        factors, structure = jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, Factor))
+        iterated = by_matrix(self.mesh_axis, _iterated, factors)
+
+        def with_vectors(part: int) -> BasisState:
+            new = [f._replace(vectors=each[part]) for f, each in zip(factors, iterated, strict=True)]
+            return jax.tree.unflatten(structure, new)
+
+        # With A * A and C * C as vectors, `project_back` computes (A * A) h (C * C)^T.
+        return with_vectors(0), self.at(with_vectors(1)).project_back(diagonal)
+
+
+def _iterated(moment: Array, vectors: Array) -> tuple[Array, Array]:
+    """The vectors after a step, and the squares of the old ones' coordinates in them."""
+    size = jnp.trace(moment, axis1=-2, axis2=-1)[:, None, None]
+    # The moments are zero before the first gradient, so keep the identity basis.
+    known = size > 0
+    # Gradients are small, and the products of their moments would underflow in float32.
+    scaled = moment / jnp.where(known, size, 1)
+    # One by one: on CPUs a batched QR waits for threads of the pool that it runs in. With several batches in a step, or
+    # several devices, every thread may wait and none is left to finish (jaxlib 0.10.2).
+    after = jax.lax.map(lambda x: jnp.linalg.qr(x)[0], scaled @ vectors)
+    after = jnp.where(known, after, vectors)
+    return after, jnp.square(_transposed(after) @ vectors)
+
+
+class Coordinates(eqx.Module):
+    """The basis of a state, for trees like the parameters; by default the identity.
+
+    Args:
+        matrices: as for `KroneckerBasis`.
+        state: the state; None for the parameters' own coordinates.
+        mesh_axis: as for `KroneckerBasis`.
+    """
+
+    matrices: Matrices = None
+    state: BasisState | None = None
+    mesh_axis: str | None = eqx.field(default=None, static=True)
+
+    def project(self, tree: PyTree) -> PyTree:
+        """A tree in the basis: Q_L^T G Q_R for matrices. The shapes stay.
+
+        Raises:
+            ValueError: if the tree has another number of leaves than the parameters.
+        """
+        return self._map(tree, partial(_times, inverse=True))
+
+    def project_back(self, tree: PyTree) -> PyTree:
+        """A tree that is in the basis in the parameters' own coordinates: Q_L G Q_R^T."""
+        return self._map(tree, partial(_times, inverse=False))
+
+    def by_matrix(self, tree: PyTree, function: Callable[..., PyTree]) -> list[tuple[int, MatrixView, PyTree]]:
+        """`function(view, stack, left, right)` of each leaf that is in the basis, with its number and view."""
+        leaves, state = jax.tree.leaves(tree), self.state or ()
+        if len(leaves) != len(state):
+            raise ValueError(f"the basis is of {len(state)} parameters, and here are {len(leaves)}")
+        views = matrix_views(self.matrices, tree)
+        found = [
+            (index, view, (view, view.stack(x), *factors))
+            for index, (x, view, factors) in enumerate(zip(leaves, views, state, strict=True))
+            if view is not None and factors is not None
+        ]
+        results = by_matrix(self.mesh_axis, function, [item for _, _, item in found])
+        return [(index, view, result) for (index, view, _), result in zip(found, results, strict=True)]
+
+    def _map(self, tree: PyTree, function: Callable[..., Array]) -> PyTree:
+        if self.state is None:
+            return tree
+        leaves, structure = jax.tree.flatten(tree)
+        for index, view, x in self.by_matrix(tree, function):
+            leaves[index] = view.parameter(x).astype(leaves[index].dtype)
+        return jax.tree.unflatten(structure, leaves)
+
+
+def _times(view: MatrixView, stack: Array, left: Factor | None, right: Factor | None, *, inverse: bool) -> Array:
+    x = view.matrices(stack)
+    if left is not None:
+        x = (_transposed(left.vectors) if inverse else left.vectors) @ x
+    if right is not None:
+        x = x @ (right.vectors if inverse else _transposed(right.vectors))
+    return x.reshape(stack.shape)
+
+
+def _transposed(x: Array) -> Array:
+    return jnp.swapaxes(x, -1, -2)

@@ -1,0 +1,147 @@
+"""Sophia as an optax transformation, and optax transformations before and after an optimizer's own work."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, PyTree
+
+from sophia_levanter.optim._checks import check_real, check_same_structure
+from sophia_levanter.optim._trees import all_finite, select, trainable
+
+if TYPE_CHECKING:
+    from sophia_levanter.optim._sophia import AbstractSophia
+
+# As in the authors' code: however few coordinates agree, a step grows by no more than this one's inverse.
+SMALLEST_SHARE = 1e-3
+
+
+def agreeing(step: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The part of a step that goes down the gradient, scaled up by what is lost.
+
+    u <- u [u g > 0] / max(mean [u g > 0], 1e-3), the mean over the array; u is subtracted from the parameters
+    (cautious steps, Liang et al. 2024, arXiv 2411.16085). Momentum lags where the gradient changes its sign.
+    """
+    agrees = step * grad > 0
+    return jnp.where(agrees, step / jnp.maximum(jnp.mean(agrees), SMALLEST_SHARE), 0).astype(step.dtype)
+
+
+def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optax transformation, such as `optax.scale_by_adam()`, of whose result the agreeing part is left."""
+
+    def update(grads: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
+        steps, state = inner.update(grads, state, params)
+        return jax.tree.map(agreeing, steps, grads), state
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def check_gradient_transform(value: Any) -> None:
+    """Raise a TypeError if the value is neither None nor an optax transformation."""
+    missing = not (hasattr(value, "init") and hasattr(value, "update")) or isinstance(value, type)
+    # Our own optimizers have both, and would reverse the step.
+    if value is not None and (missing or hasattr(value, "refresh_due")):
+        raise TypeError(
+            f"gradient_transform is {value!r}; "
+            "it must be an optax transformation, as optax.clip_by_global_norm(1.0) gives"
+        )
+
+
+def init_transform(transform: optax.GradientTransformation | None, params: PyTree) -> PyTree | None:
+    """The transformation's first state; None without one."""
+    return None if transform is None else transform.init(params)
+
+
+def transform_gradient(
+    transform: optax.GradientTransformation | None,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    finite: Bool[Array, ""],
+) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
+    """The transformed gradient, the transformation's next state, and whether the gradient still is finite.
+
+    The state stays as it was where the gradient is not finite.
+    """
+    if transform is None:
+        return grads, state, finite
+    transformed, new_state = transform.update(grads, state, params)
+    check_same_structure("the gradient after gradient_transform", transformed, params)
+    finite = finite & all_finite(transformed)
+    return transformed, select(finite, new_state, state), finite
+
+
+def as_optax(optimizer: AbstractSophia) -> optax.GradientTransformationExtraArgs:
+    """Sophia as an optax transformation.
+
+    Its `update(grads, state, params, h_hat=None)` takes an estimate on the steps where one is due. Under
+    `optax.multi_transform` every group takes its part of the whole `h_hat`; under `optax.MultiSteps` the one given
+    with the last micro step of each counts, and `should_skip_update_fn=optax.skip_not_finite` is needed: without it
+    one nan gradient makes every later update zero.
+
+    Without any estimate Sophia is sign descent. Where `update` is not traced, it warns once if none was given by the
+    time a second refresh is due.
+
+    Args:
+        optimizer: any Sophia.
+    """
+
+    first_refresh = next(filter(optimizer.refresh_due, itertools.count()))
+    settled = False  # whether an estimate was given, or the user was warned
+
+    def warn_without_estimate(state: Any) -> None:
+        nonlocal settled
+        # A traced count has no value yet.
+        if settled or isinstance(state.count, jax.core.Tracer):
+            return
+        if state.refresh_count > 0 or state.refresh_pending:
+            settled = True
+        elif state.count > first_refresh + optimizer.curvature.interval:
+            settled = True
+            warnings.warn(
+                f"h_hat is None in all {int(state.count)} updates so far, so Sophia is sign descent; "
+                "give an estimate where refresh_due(step) is True: update(grads, state, params, h_hat=h_hat)",
+                stacklevel=3,
+            )
+
+    def init(params: PyTree) -> Any:
+        check_real("params", params)
+        return optimizer._init_params(trainable(params))
+
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        h_hat: PyTree | None = None,
+        finite: Bool[Array, ""] | None = None,
+        **_: Any,
+    ) -> tuple[PyTree, Any]:
+        if params is None:
+            raise ValueError("params is None; Sophia's update needs the parameters, as in update(grads, state, params)")
+        if h_hat is not None:
+            h_hat = _masked_like(trainable(updates), h_hat)
+        updates, state = optimizer.update(updates, state, params, h_hat, finite=finite)
+        warn_without_estimate(state)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _masked_like(grads: PyTree, h_hat: PyTree) -> PyTree:
+    """The estimate without what optax masked in the gradient."""
+    if not any(_is_masked(leaf) for leaf in jax.tree.leaves(grads, is_leaf=_is_masked)):
+        return h_hat
+    try:
+        return jax.tree.map(lambda g, h: g if _is_masked(g) else h, grads, h_hat, is_leaf=_is_masked)
+    except ValueError as error:
+        raise ValueError(f"h_hat is not a tree like the parameters: {error}") from error
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)

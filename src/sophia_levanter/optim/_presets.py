@@ -1,0 +1,196 @@
+"""Sophia-G and Sophia-H, and other implementations of them, reproduced."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import equinox as eqx
+import optax
+from jaxtyping import Array, Bool, PyTree
+
+from sophia_levanter.optim._averages import SophiaState
+from sophia_levanter.optim._checks import check_choice, check_count, whole_number
+from sophia_levanter.optim._gauss_newton import GaussNewtonBartlett
+from sophia_levanter.optim._hutchinson import Hutchinson
+from sophia_levanter.optim._protocol import Scalar, ScalarOrSchedule
+from sophia_levanter.optim._rho import WinRateController, rho_rule
+from sophia_levanter.optim._sophia import AbstractSophia, Sophia
+from sophia_levanter.optim._trees import WeightDecayMask
+
+DENOMINATORS = ("max", "add")
+REFRESH_ORDERS = ("before", "after")
+
+# arXiv 2305.14342, Algorithm 3 and section 3.1.
+_UNCORRECTED = {"bias_correct_momentum": False, "bias_correct_curvature": False}
+_PAPER: dict[str, Any] = _UNCORRECTED | {"b1": 0.96, "b2": 0.99, "eps": 1e-12, "weight_decay": 0.2, "interval": 10}
+# github.com/Liuhong99/Sophia, commit a7e1572: h is refreshed after every tenth update.
+_AUTHORS: dict[str, Any] = _PAPER | {
+    "b1": 0.965,
+    "eps": 1e-15,
+    "denominator": "add",
+    "refresh_order": "after",
+    "first_refresh": 9,
+}
+
+
+class SophiaG(AbstractSophia):
+    """Sophia with the Gauss-Newton-Bartlett estimator; h is never negative. See `AbstractSophia` for the arguments.
+
+    `estimate(outputs_fn, model, key=key)` takes the model's outputs, such as logits, and gives B * g^2 for targets
+    drawn from the model's own distribution (arXiv 2305.14342, Algorithm 2); B, the number of targets, is included. The
+    estimator is a `GaussNewtonBartlett`, which holds the likelihood (categorical, if not said otherwise) and how
+    microbatches are joined.
+
+    >>> params = {"w": jnp.asarray([[0.5, -0.5]])}
+    >>> optimizer = SophiaG(learning_rate=0.01)
+    >>> state = optimizer.init(params)
+    >>> h_hat = optimizer.estimate(lambda p: jnp.ones((4, 1)) @ p["w"], params, key=jax.random.key(0))
+    >>> updates, state = optimizer.update({"w": jnp.asarray([[0.1, -0.1]])}, state, params, h_hat)
+    >>> int(state.refresh_count)
+    1
+    """
+
+    default_estimator: ClassVar[Any] = GaussNewtonBartlett()
+
+    @staticmethod
+    def paper(**overrides: Any) -> ReproducedSophia:
+        """As in the paper: no bias correction, one averaged gradient squared, gradients clipped to norm 1."""
+        estimator = GaussNewtonBartlett(reduction="average_then_square")
+        return _reproduced(0.05, _PAPER | {"estimator": estimator, "gradient_transform": _clip()} | overrides)
+
+    @staticmethod
+    def authors(**overrides: Any) -> ReproducedSophia:
+        """As in the authors' code: rho h + eps, h refreshed after steps 9, 19, ..., both gradients clipped.
+
+        The update is theirs to rounding if the estimate given after step 9 is taken on a batch of its own, at the
+        parameters after that step.
+        """
+        estimator = GaussNewtonBartlett(reduction="average_then_square", max_grad_norm=1.0)
+        return _reproduced(0.05, _AUTHORS | {"estimator": estimator, "gradient_transform": _clip()} | overrides)
+
+
+class SophiaH(AbstractSophia):
+    """Sophia with Hutchinson's estimator; where h is negative, the step is a sign step. See `AbstractSophia`.
+
+    `estimate(loss_fn, model, key=key)` takes the scalar mean loss and gives u * (H u) (arXiv 2305.14342, Algorithm 1).
+    The estimator is a `Hutchinson`, which holds the kind and number of probes.
+
+    >>> h_hat = SophiaH().estimate(lambda w: jnp.sum(w**2), jnp.ones(2), key=jax.random.key(0))
+    >>> h_hat.tolist()
+    [2.0, 2.0]
+    """
+
+    default_rho: ClassVar[float] = 0.01
+    default_estimator: ClassVar[Any] = Hutchinson()
+
+    @staticmethod
+    def paper(**overrides: Any) -> ReproducedSophia:
+        """As in the paper: no bias correction, Gaussian probes, gradients clipped to norm 1."""
+        return _reproduced(
+            0.01, _PAPER | {"estimator": Hutchinson("gaussian"), "gradient_transform": _clip()} | overrides
+        )
+
+    @staticmethod
+    def authors(**overrides: Any) -> ReproducedSophia:
+        """The update of the authors' code, which has no Sophia-H, over Hutchinson's estimator, for comparison.
+
+        Their denominator rho h + eps reverses the step where h is negative.
+        """
+        given = _AUTHORS | {"estimator": Hutchinson("gaussian"), "gradient_transform": _clip()} | overrides
+        return _reproduced(0.01, given | {"allow_reversed": True})
+
+    @staticmethod
+    def optax(**overrides: Any) -> ReproducedSophia:
+        """As `optax.contrib.sophia` (0.2.8): m corrected, h used before it is refreshed, eps 1e-8, decay 1e-4."""
+        settings: dict[str, Any] = {"b1": 0.965, "b2": 0.99, "eps": 1e-8, "weight_decay": 1e-4, "interval": 10}
+        late: dict[str, Any] = {"bias_correct_curvature": False, "refresh_order": "after", "estimator": Hutchinson()}
+        return _reproduced(0.01, settings | late | overrides)
+
+    @staticmethod
+    def levanter(**overrides: Any) -> ReproducedSophia:
+        """As Levanter's `sophia-h` means to be (commit 0251ebf): m corrected, h refreshed after steps 9, 19, ...."""
+        settings: dict[str, Any] = {"b1": 0.96, "b2": 0.99, "eps": 1e-12, "weight_decay": 0.1, "interval": 10}
+        late: dict[str, Any] = {"bias_correct_curvature": False, "refresh_order": "after", "first_refresh": 9}
+        return _reproduced(0.01, settings | late | {"estimator": Hutchinson("gaussian")} | overrides)
+
+
+class ReproducedSophia(AbstractSophia):
+    """Sophia with choices of other implementations; the other arguments are `AbstractSophia`'s.
+
+    Args:
+        denominator: `max` for max(rho h, eps); `add` for rho h + eps, which reverses the step where rho h < -eps.
+        refresh_order: whether an estimate given to `update` enters h `before` that update or `after` it.
+        first_refresh: the first step at which a refresh is due.
+        allow_reversed: whether `add` may go with an estimator whose `signed` is True.
+
+    Raises:
+        ValueError: if `denominator` is `add` and the estimates may be negative.
+    """
+
+    choices: tuple[str, str, int] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        *,
+        denominator: str = "max",
+        refresh_order: str = "before",
+        first_refresh: int = 0,
+        allow_reversed: bool = False,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(**arguments)
+        first_refresh = whole_number(first_refresh)
+        check_choice("denominator", denominator, DENOMINATORS)
+        check_choice("refresh_order", refresh_order, REFRESH_ORDERS)
+        check_count("first_refresh", first_refresh, low=0)
+        if denominator == "add" and getattr(self.estimator, "signed", False) and not allow_reversed:
+            raise ValueError(
+                f"denominator is 'add', and {type(self.estimator).__name__}'s estimates may be negative, "
+                "where an added eps turns the step uphill; use 'max'"
+            )
+        self.choices = (denominator, refresh_order, first_refresh)
+
+    def _denominator(self, scaled: Array) -> Array:
+        return scaled + self.eps if self.choices[0] == "add" else super()._denominator(scaled)
+
+    def _step(
+        self, grads: PyTree, h_hat: PyTree | None, state: SophiaState, params: PyTree, finite: Bool[Array, ""]
+    ) -> tuple[PyTree, SophiaState]:
+        late = self.choices[1] == "after"
+        updates, state = super()._step(grads, None if late else h_hat, state, params, finite)
+        if late and h_hat is not None:
+            state = self.refresh(state, h_hat, finite=finite)
+        return updates, state
+
+    def refresh_due(self, step: int) -> bool:
+        """Whether an estimate is wanted at this step, from its number alone; decided on the host."""
+        return super().refresh_due(step - self.choices[2])
+
+
+def _reproduced(default_rho: float, arguments: dict[str, Any]) -> ReproducedSophia:
+    return ReproducedSophia(**arguments | {"rho": rho_rule(arguments.get("rho", default_rho), default_rho)})
+
+
+def _clip() -> optax.GradientTransformation:
+    return optax.clip_by_global_norm(1.0)
+
+
+def sophia_g(
+    learning_rate: ScalarOrSchedule = 6e-4,
+    b1: Scalar = 0.965,
+    b2: Scalar = 0.99,
+    rho: ScalarOrSchedule | WinRateController | str = 0.05,
+    eps: Scalar = 1e-12,
+    weight_decay: ScalarOrSchedule = 0.2,
+    weight_decay_mask: WeightDecayMask = None,
+    bias_correct_momentum: bool = True,
+    bias_correct_curvature: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Sophia as an optax transformation from its hyper-parameters, as `optax.inject_hyperparams` needs it.
+
+    The arguments are `AbstractSophia`'s; Sophia-H differs in rho (0.01) and in the estimates that it is given.
+    `interval` and the estimator, which say when and how to estimate, belong to a `SophiaG` beside it. A
+    `weight_decay_mask` that is a function must be named in `inject_hyperparams(..., static_args="weight_decay_mask")`,
+    or it is taken for a schedule.
+    """
+    return Sophia(**locals()).as_optax()

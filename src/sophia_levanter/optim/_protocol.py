@@ -1,0 +1,110 @@
+"""What a training loop may ask of an optimizer, and of its estimator of the curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from jaxtyping import Array, Bool, Float, PyTree
+
+from sophia_levanter.optim._gradients import GradientSums, RefreshStep
+
+Scalar = float | Array
+ScalarOrSchedule = Scalar | Callable[[Array], Array]
+State = TypeVar("State")
+
+
+class Estimator(Protocol):
+    """An estimator of the curvature's diagonal that a training loop can use.
+
+    Attributes:
+        gradients: what an estimate costs over its part of the batch, in gradients (a forward and a backward pass).
+        forward_mode: whether the loss needs a forward derivative.
+    """
+
+    @property
+    def gradients(self) -> float: ...
+
+    @property
+    def forward_mode(self) -> bool: ...
+
+    def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
+        """The step's gradient over the whole batch, and an estimate over the curvature's part of it."""
+        ...
+
+    def changes_of_basis(self, num_microbatches: int) -> int:
+        """How often an estimate is projected into a basis, or back."""
+        ...
+
+
+class MatrixWork(NamedTuple):
+    """An optimizer's work on whole matrices.
+
+    Attributes:
+        changes: changes of basis in every step.
+        turn_changes: changes of basis where the basis is updated.
+        turns_at: whether it is updated at a step.
+        max_size: larger sides of a matrix are not rotated.
+        newton_schulz: Newton-Schulz iterations in every step.
+    """
+
+    changes: int = 0
+    turn_changes: int = 0
+    turns_at: Callable[[int], bool] = lambda step: False
+    max_size: int = 0
+    newton_schulz: int = 0
+
+
+class Optimizer(Protocol[State]):
+    """optax's convention on any pytree, plus the host-side question whether the curvature is due."""
+
+    @property
+    def learning_rate(self) -> ScalarOrSchedule:
+        """A number or a function of the update count."""
+        ...
+
+    @property
+    def estimator(self) -> Any:
+        """The estimator of the curvature; None for an optimizer without curvature."""
+        ...
+
+    def init(self, model: PyTree) -> State:
+        """The state before the first step."""
+        ...
+
+    def estimator_at(self, state: State) -> Any:
+        """The estimator in the basis of a state."""
+        ...
+
+    def update(
+        self,
+        grads: PyTree,
+        state: State,
+        model: PyTree,
+        h_hat: PyTree | None = None,
+        *,
+        finite: Bool[Array, ""] | None = None,
+    ) -> tuple[PyTree, State]:
+        """The step to add to the model (`eqx.apply_updates`), and the next state.
+
+        Where the gradient is not finite, the step is zero and nothing in the state changes but counts. `finite` says
+        whether it is, where the caller knows; otherwise the gradient is checked. `h_hat` is a new estimate of the
+        curvature, if one was due.
+        """
+        ...
+
+    def refresh_due(self, step: int) -> bool:
+        """Whether an estimate of the curvature is wanted at this step; decided on the host."""
+        ...
+
+    def metrics(self, state: State, num_targets: float | Float[Array, ""] | None = None) -> dict[str, Float[Array, ""]]:
+        """Scalars worth logging; `num_targets` is the number of targets in a batch."""
+        ...
+
+    def matrix_work(self, num_microbatches: int) -> MatrixWork:
+        """Its work on whole matrices, for the count of FLOPs.
+
+        Args:
+            num_microbatches: those that an estimate of the curvature is made on.
+        """
+        ...

@@ -1,0 +1,409 @@
+"""Sophia: momentum over a diagonal curvature, clipped coordinate by coordinate (arXiv 2305.14342, Algorithm 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Key, PyTree
+
+from sophia_levanter.optim._averages import COUNTS, Curvature, Momentum, SophiaState, WeightDecay, check_state
+from sophia_levanter.optim._checks import (
+    check_bool,
+    check_flag,
+    check_number,
+    check_parameters,
+    check_same_structure,
+    python_number,
+    value_at,
+)
+from sophia_levanter.optim._kronecker import Coordinates, KroneckerBasis
+from sophia_levanter.optim._noise import gradient_noise, state_metrics
+from sophia_levanter.optim._optax import (
+    agreeing,
+    as_optax,
+    check_gradient_transform,
+    init_transform,
+    transform_gradient,
+)
+from sophia_levanter.optim._protocol import MatrixWork, Scalar, ScalarOrSchedule
+from sophia_levanter.optim._rho import ScheduledRho, WinRateController, rho_rule
+from sophia_levanter.optim._trees import (
+    WeightDecayMask,
+    all_finite,
+    decay_mask_tree,
+    num_coordinates,
+    select,
+    total,
+    trainable,
+    upcast,
+    wide_dtype,
+)
+
+
+class AbstractSophia(eqx.Module):
+    """Algorithm 3 over any estimator. `Sophia`, `SophiaG` and `SophiaH` are it with different defaults.
+
+        m     <- b1 m + (1 - b1) g                       every step
+        h     <- b2 h + (1 - b2) h_hat                   every `interval` steps, before the update
+        theta <- theta - lr wd theta - lr clip(m / max(rho h, eps), -1, 1)
+
+    Where the gradient is not finite, an update is zero and leaves m and h; where an estimate is not finite, h stays,
+    and `state.refresh_pending` asks for another one. Both are counted in the state, and nothing is raised.
+
+    Args:
+        learning_rate: a number or a function of the update count.
+        b1: decay of m, in [0, 1).
+        b2: decay of h per refresh, in [0, 1).
+        rho: scale of h, above 0: a number, a function of the update count, a `WinRateController`, or "auto" for one
+            with its defaults. The paper calls it gamma. 0.05 if not given, 0.01 for `SophiaH`.
+        eps: floor of rho h, above 0. Where h is negative or tiny the step is the sign of m.
+        weight_decay: decoupled decay, multiplied by the learning rate; a number or a function of the update count.
+        interval: updates between two refreshes, at least 1.
+        weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
+        estimator: (function of the model, model, microbatches, key=...) -> h_hat; what `estimate` calls.
+        basis: a `KroneckerBasis` for matrices, whose h is diagonal and whose ratio is clipped there; None for the
+            parameters' own coordinates. It is updated at every refresh, by the momentum.
+        gradient_transform: an optax transformation of the gradient, such as `optax.clip_by_global_norm(1.0)`.
+        cautious: leave out the coordinates whose step would go up this batch's gradient; see `agreeing`.
+        initial_refreshes, bias_correct_momentum, bias_correct_curvature, momentum_dtype, curvature_dtype: see
+            `Momentum` and `Curvature`.
+
+    Raises:
+        TypeError, ValueError: if a hyper-parameter is of the wrong kind, or a concrete number out of its range.
+    """
+
+    learning_rate: ScalarOrSchedule
+    momentum: Momentum
+    curvature: Curvature
+    rho: ScheduledRho | WinRateController
+    eps: Scalar
+    weight_decay: WeightDecay
+    estimator: Any
+    gradient_transform: optax.GradientTransformation | None
+    cautious: bool = eqx.field(static=True)
+
+    default_rho: ClassVar[float] = 0.05
+    default_estimator: ClassVar[Any] = None
+
+    def __init__(
+        self,
+        learning_rate: ScalarOrSchedule = 6e-4,
+        b1: Scalar = 0.965,
+        b2: Scalar = 0.99,
+        rho: ScalarOrSchedule | WinRateController | str | None = None,
+        eps: Scalar = 1e-12,
+        weight_decay: ScalarOrSchedule = 0.2,
+        interval: int = 10,
+        *,
+        weight_decay_mask: WeightDecayMask = None,
+        estimator: Any = None,
+        basis: KroneckerBasis | None = None,
+        gradient_transform: optax.GradientTransformation | None = None,
+        cautious: bool = False,
+        initial_refreshes: int = 0,
+        bias_correct_momentum: bool = True,
+        bias_correct_curvature: bool = True,
+        momentum_dtype: Any = None,
+        curvature_dtype: Any = None,
+    ) -> None:
+        self.learning_rate = python_number(learning_rate)
+        self.momentum = Momentum(b1, bias_correct_momentum, momentum_dtype)
+        self.curvature = Curvature(b2, interval, initial_refreshes, bias_correct_curvature, curvature_dtype, basis)
+        self.rho = rho_rule(self.default_rho if rho is None else rho, self.default_rho)
+        self.eps = python_number(eps)
+        self.weight_decay = WeightDecay(weight_decay, weight_decay_mask)
+        self.estimator = self.default_estimator if estimator is None else estimator
+        self.gradient_transform = gradient_transform
+        self.cautious = cautious
+
+    def __check_init__(self) -> None:
+        check_number("learning_rate", self.learning_rate, low=0, schedule=True)
+        check_number("eps", self.eps, low=0, low_open=True)
+        check_gradient_transform(self.gradient_transform)
+        check_bool("cautious", self.cautious)
+        usable = callable(self.estimator) or hasattr(self.estimator, "gradient_and_estimate")
+        if self.estimator is not None and (isinstance(self.estimator, type) or not usable):
+            raise TypeError(f"estimator is {self.estimator!r}; it must be a value such as GaussNewtonBartlett()")
+
+    @property
+    def basis(self) -> KroneckerBasis | None:
+        """Where h is diagonal; None for the parameters' own coordinates."""
+        return self.curvature.basis
+
+    def init(self, model: PyTree) -> SophiaState:
+        """m = 0 and h = 0.
+
+        Raises:
+            ValueError: if the model has no floating-point leaf, or there is a basis and none of them is a matrix.
+            TypeError: if a leaf is complex; names its path.
+        """
+        check_parameters(model)
+        state = self._init_params(trainable(model))
+        if state.basis is not None and not any(state.basis):
+            raise ValueError(
+                "basis has no matrix to rotate: no parameter has two axes; name them by KroneckerBasis(matrices=...)"
+            )
+        return state
+
+    def _init_params(self, params: PyTree) -> SophiaState:
+        """The same for parameters that may be empty, as a group of `optax.multi_transform` is."""
+        # One array for each count, so that a state can be donated.
+        counts = {name: jnp.zeros((), jnp.int32) for name in COUNTS}
+        return SophiaState(
+            **counts,
+            momentum=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=self.momentum.dtype), params),
+            curvature=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=self.curvature.dtype or wide_dtype(p)), params),
+            refresh_pending=jnp.zeros((), bool),
+            rho=self.rho.start(),
+            gradient_state=init_transform(self.gradient_transform, params),
+            basis=None if self.basis is None else self.basis.init(params),
+        )
+
+    def estimate(
+        self,
+        function: Callable[..., Any],
+        model: PyTree,
+        microbatches: PyTree = None,
+        *,
+        key: Key[Array, ""],
+        weights: Any = None,
+        state: SophiaState | None = None,
+    ) -> PyTree:
+        """An estimate of the curvature's diagonal, like the model's trainable part: what `estimator` gives.
+
+        Args:
+            function: of the model, or of the model and a microbatch. For `SophiaG` it gives the outputs (logits
+                [..., classes] for the categorical likelihood), for `SophiaH` the scalar mean loss.
+            model: any pytree.
+            microbatches: a pytree of arrays [microbatch, ...] to go through one by one; None for a single pass.
+            key: a JAX random key for the sampled targets, or the probe.
+            weights: for `SophiaG` of each target in the mean loss, 0 to leave it out; for `SophiaH` of each microbatch.
+            state: the state that the estimate is for; needed with a `basis` alone.
+
+        Raises:
+            ValueError: if the optimizer has no estimator, or the function gives something of the wrong shape.
+            TypeError: if it gives something of the wrong kind, or cannot be differentiated as the estimator needs, or
+                the estimator knows no basis and there is one.
+        """
+        given = {} if weights is None else {"weights": weights}
+        if state is not None:
+            check_state(self, state)
+            check_same_structure("state.momentum", state.momentum, trainable(model))
+        return self.estimator_at(state)(function, model, microbatches, key=key, **given)
+
+    def estimator_at(self, state: SophiaState | None) -> Any:
+        """The estimator of the diagonal in the basis of a state: `estimator` itself without a `basis`.
+
+        Raises:
+            ValueError: if the optimizer has no estimator, or a basis and no state is given.
+            TypeError: if it has a basis, and an estimator without a field `coordinates`.
+        """
+        if self.estimator is None:
+            raise ValueError("estimator is not set; use SophiaG, SophiaH or Sophia(estimator=...)")
+        if self.basis is None:
+            return self.estimator
+        if state is None:
+            raise ValueError("state is missing; the curvature is estimated in its basis: estimate(..., state=state)")
+        check_state(self, state)
+        fields = dataclasses.fields(self.estimator) if dataclasses.is_dataclass(self.estimator) else ()
+        if "coordinates" not in [field.name for field in fields]:
+            raise TypeError(
+                f"estimator is {self.estimator!r}; with a basis it must have a field `coordinates`, as Hutchinson's has"
+            )
+        return dataclasses.replace(self.estimator, coordinates=self.basis.at(state.basis))
+
+    def update(
+        self,
+        grads: PyTree,
+        state: SophiaState,
+        model: PyTree,
+        h_hat: PyTree | None = None,
+        *,
+        finite: Bool[Array, ""] | None = None,
+    ) -> tuple[PyTree, SophiaState]:
+        """One step from the gradient of the mean loss.
+
+        Args:
+            grads: the gradient, like the model's trainable part.
+            state: the state before.
+            model: the model before.
+            h_hat: an estimate that refreshes the curvature before the update.
+            finite: whether the gradient is finite; checked if not given.
+
+        Returns:
+            The step to add to the model (`eqx.apply_updates`), and the next state.
+
+        Raises:
+            ValueError: if the gradient's tree is not the model's; names the path.
+        """
+        params = trainable(model)
+        check_state(self, state)
+        check_same_structure("grads", grads, params)
+        check_same_structure("state.momentum", state.momentum, params)
+        grads = trainable(grads)
+        finite = all_finite(grads) if finite is None else check_flag("finite", finite)
+        grads, gradient_state, finite = transform_gradient(
+            self.gradient_transform, grads, state.gradient_state, params, finite
+        )
+        return self._step(grads, h_hat, state._replace(gradient_state=gradient_state), params, finite)
+
+    def _step(
+        self, grads: PyTree, h_hat: PyTree | None, state: SophiaState, params: PyTree, finite: Bool[Array, ""]
+    ) -> tuple[PyTree, SophiaState]:
+        """Algorithm 3, with P the projection into the basis of h (the identity without one).
+
+        h     <- b2 h + (1 - b2) h_hat                                         where there is an estimate
+        m     <- b1 m + (1 - b1) g
+        u     <- clip(P m / max(rho h, eps), -1, 1)                            m and h bias-corrected
+        theta <- theta - lr (P^-1 u + wd theta)
+        """
+        if h_hat is not None:
+            state = self.refresh(state, h_hat, finite=finite)
+        momentum = jax.tree.map(self.momentum.next, state.momentum, grads)
+        after = state._replace(
+            count=state.count + 1,
+            momentum=select(finite, momentum, state.momentum),
+            skipped_updates=state.skipped_updates + ~finite,
+            steps_since_refresh=state.steps_since_refresh + 1,
+        )
+        coordinates = self._coordinates(state)
+        direction = jax.tree.map(lambda m, d: jnp.clip(m / d, -1, 1), *self._ratio(after))
+        if self.cautious:
+            direction = jax.tree.map(agreeing, direction, coordinates.project(grads))
+        direction = coordinates.project_back(direction)
+
+        learning_rate = value_at("learning_rate", self.learning_rate, state.count)
+        decay = learning_rate * value_at("weight_decay", self.weight_decay.rate, state.count)
+
+        def step(p: Array, u: Array, decayed: bool) -> Array:
+            change = learning_rate * u + decay * p if decayed else learning_rate * u
+            return jnp.where(finite, -change, 0).astype(p.dtype)
+
+        return jax.tree.map(step, params, direction, decay_mask_tree(self.weight_decay.mask, params)), after
+
+    def refresh(self, state: SophiaState, h_hat: PyTree, *, finite: Bool[Array, ""] | None = None) -> SophiaState:
+        """h <- b2 h + (1 - b2) h_hat.
+
+        Args:
+            state: the state before.
+            h_hat: an estimate of the curvature's diagonal, like the model's trainable part.
+            finite: whether the step that this belongs to is sound; the estimate is checked besides.
+
+        Raises:
+            ValueError: if the estimate's tree is not the curvature's; names the path.
+        """
+        check_state(self, state)
+        check_same_structure("h_hat", h_hat, state.curvature)
+        h_hat = trainable(h_hat)
+        refreshed = all_finite(h_hat) if finite is None else check_flag("finite", finite) & all_finite(h_hat)
+        curvature = select(refreshed, jax.tree.map(self.curvature.next, state.curvature, h_hat), state.curvature)
+        basis = state.basis
+        if self.basis is not None:
+            rotated = self.basis.rotated(self.basis.update_moments(basis, state.momentum), curvature)
+            basis, curvature = select(refreshed, rotated, (basis, state.curvature))
+        after = state._replace(
+            refresh_count=state.refresh_count + refreshed,
+            curvature=curvature,
+            basis=basis,
+            refresh_pending=~refreshed,
+            skipped_refreshes=state.skipped_refreshes + ~refreshed,
+            steps_since_refresh=jnp.where(refreshed, 0, state.steps_since_refresh),
+        )
+        if after.rho is None:
+            return after
+        # Before the first update m is 0 and says nothing.
+        measured = refreshed & (state.count > 0)
+        return after._replace(rho=select(measured, self.rho.next(state.rho, self._win_rate(after)), state.rho))
+
+    def refresh_due(self, step: int) -> bool:
+        """Whether an estimate is wanted at this step, from its number alone; decided on the host.
+
+        Where `state.refresh_pending` is set, one is wanted besides. To read it the host waits for the device, so a loop
+        does well to look only after steps that had an estimate.
+        """
+        return (step >= 0) & ((step < self.curvature.initial_refreshes) | (step % self.curvature.interval == 0))
+
+    def metrics(
+        self, state: SophiaState, num_targets: float | Float[Array, ""] | None = None
+    ) -> dict[str, Float[Array, ""]]:
+        """float32 scalars of a state after an update.
+
+        `win_rate` is the share of coordinates with h > 0 and |m| below the denominator, m and h corrected as in the
+        update, whose step is not clipped; `curvature_nonpositive` is the share with h <= 0; the norms are global
+        2-norms of m and h as stored; `rho` is that of the last update, or the controller's, which a refresh changes;
+        `skipped_updates` and `skipped_refreshes` are counts; `steps_since_refresh` above `interval` means that updates
+        got no estimate where one was due, and where it only grows Sophia is sign descent.
+
+        Args:
+            state: a state after an update.
+            num_targets: B, the number of targets in a batch; with an estimator that samples targets it adds what
+                `gradient_noise` gives.
+        """
+        found = state_metrics(state) | {"win_rate": self._win_rate(state), "rho": self._last_rho(state)}
+        if num_targets is not None and getattr(self.estimator, "samples_targets", False):
+            found |= gradient_noise(self.momentum, self.curvature, state, num_targets)
+        return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
+
+    def matrix_work(self, num_microbatches: int) -> MatrixWork:
+        """What a basis does to whole matrices, for the count of FLOPs."""
+        if self.basis is None:
+            return MatrixWork()
+        # The momentum is projected and the step projected back, and cautious steps project the gradient. A refresh
+        # projects the estimate, takes the moments of the momentum, and rotates h.
+        changes = 3 if self.cautious else 2
+        turn_changes = self.estimator.changes_of_basis(num_microbatches) + 2
+        return MatrixWork(changes, turn_changes, self.refresh_due, self.basis.max_size)
+
+    def as_optax(self) -> optax.GradientTransformationExtraArgs:
+        """The same as an optax transformation; `update` takes the estimate as the extra argument `h_hat`.
+
+        It works in `optax.chain`, `optax.multi_transform`, `optax.apply_if_finite` and the like. Estimates are made
+        outside, with `estimate`, and given on the steps where `refresh_due` says so.
+        """
+        return as_optax(self)
+
+    def _coordinates(self, state: SophiaState) -> Coordinates:
+        """Those that h is diagonal in."""
+        return Coordinates() if self.basis is None else self.basis.at(state.basis)
+
+    def _last_rho(self, state: SophiaState) -> Any:
+        """rho of the last update, for a state after it."""
+        return self.rho.at(state.rho, jnp.maximum(state.count - 1, 0))
+
+    def _ratio(self, state: SophiaState) -> tuple[PyTree, PyTree]:
+        """Numerator and denominator of the clipped ratio, for a state after its update."""
+        momentum = self._coordinates(state).project(jax.tree.map(upcast, state.momentum))
+        momentum = jax.tree.map(lambda m: self.momentum.corrected(m, state.count), momentum)
+        rho = self._last_rho(state)
+        denominator = jax.tree.map(
+            lambda h: self._denominator(rho * self.curvature.corrected(h, state.refresh_count)), state.curvature
+        )
+        return momentum, denominator
+
+    def _denominator(self, scaled: Array) -> Array:
+        """Of rho h."""
+        return jnp.maximum(scaled, self.eps)
+
+    def _win_rate(self, state: SophiaState) -> Float[Array, ""]:
+        """Where h is 0, as in rows that no token has reached yet, nothing is won."""
+        unclipped = jax.tree.map(lambda m, d, h: (jnp.abs(m) < d) & (h > 0), *self._ratio(state), state.curvature)
+        return total(unclipped) / num_coordinates(state.momentum)
+
+
+class Sophia(AbstractSophia):
+    """Sophia with a custom estimator; see `AbstractSophia` for the arguments.
+
+    An estimator with the attribute `signed`, True, says that its estimates may be negative.
+
+    >>> optimizer = Sophia(learning_rate=0.1, weight_decay=0.0)
+    >>> params = {"w": jnp.asarray([1.0, -2.0])}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+    >>> updates["w"].tolist()  # without an estimate h is 0, and the step the sign of m
+    [-0.10000000149011612, 0.10000000149011612]
+    """

@@ -1,0 +1,133 @@
+"""Operations on whole trees of parameters, and on Haliax's NamedArrays without importing haliax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+WeightDecayMask: TypeAlias = PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None
+
+
+def trainable(model: PyTree) -> PyTree:
+    """The model with every leaf that is not a floating-point array replaced by None."""
+    return eqx.filter(model, eqx.is_inexact_array)
+
+
+def wide_dtype(x: Any) -> Any:
+    """The dtype of an array, at least float32."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def upcast(x: Array) -> Array:
+    """In at least float32: squares of small float16 numbers underflow, and averages in bfloat16 stall."""
+    return x.astype(wide_dtype(x))
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every number of every array is finite."""
+    leaves = [leaf for leaf in jax.tree.leaves(trainable(tree)) if leaf.size]
+    if not leaves:
+        return jnp.asarray(True)
+    # The maximum propagates nan, and is several times faster on CPUs than a conjunction of bools.
+    return jnp.all(jnp.stack([jnp.isfinite(jnp.max(jnp.abs(leaf))) for leaf in leaves]))
+
+
+def select(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+    """Arrays of `new` where the condition holds, of `old` elsewhere; other leaves are those of `old`."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o) if eqx.is_array(n) else o, new, old)
+
+
+def total(tree: PyTree) -> Float[Array, ""]:
+    """The sum over all leaves, in at least float32."""
+    return sum((jnp.sum(upcast(leaf)) for leaf in jax.tree.leaves(tree)), start=jnp.zeros((), jnp.float32))
+
+
+def norm(tree: PyTree) -> Float[Array, ""]:
+    """The global 2-norm, in at least float32."""
+    return jnp.sqrt(total(jax.tree.map(lambda x: jnp.square(upcast(x)), tree)))
+
+
+def num_coordinates(tree: PyTree) -> float:
+    """The number of coordinates, a divisor: a float because int32 may overflow, and at least 1."""
+    return float(max(1, sum(leaf.size for leaf in jax.tree.leaves(tree))))
+
+
+def decay_mask_tree(mask: WeightDecayMask, params: PyTree) -> PyTree[bool]:
+    """A bool for every leaf of params: True where weight decay applies.
+
+    Args:
+        mask: a tree of bools, or a prefix of one, or a function from parameters to one; None is True everywhere.
+        params: the parameters; optax's masked nodes among them are left out, as `optax.multi_transform` needs.
+
+    Raises:
+        ValueError: if a parameter has no bool in the mask, or a bool of the mask no parameter; names the path.
+        TypeError: if a leaf of the mask is not a bool.
+    """
+    if mask is None:
+        return jax.tree.map(lambda _: True, params)
+    fitted = fit_prefix("weight_decay_mask", mask, params, lambda x: isinstance(x, bool | np.bool_), "True or False")
+    return jax.tree.map(bool, fitted)
+
+
+def fit_prefix(name: str, spec: PyTree, params: PyTree, is_entry: Callable[[Any], bool], wanted: str) -> PyTree:
+    """An entry for every leaf of params, from a tree or prefix of entries or a function from parameters to one.
+
+    Raises:
+        ValueError: if a parameter has no entry, or an entry no parameter; names the path.
+        TypeError: if a leaf is not an entry; says what is wanted.
+    """
+    leaves = jax.tree.leaves(spec, is_leaf=is_entry)
+    # A tree of entries may itself be callable: that of a model is a module with __call__.
+    is_tree = bool(leaves) and all(map(is_entry, leaves))
+    tree = spec(params) if callable(spec) and not is_tree else spec
+    entries = dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_entry))
+    for path, entry in entries.items():
+        if not is_entry(entry):
+            raise TypeError(f"{name}{jax.tree_util.keystr(path)} is {entry!r}; it must be {wanted}")
+    used = set()
+
+    def covering(path: tuple, _: Array) -> Any:
+        prefix = next((path[:n] for n in range(len(path) + 1) if path[:n] in entries), None)
+        if prefix is None:
+            raise ValueError(f"{name} does not fit the parameters: it has nothing for {_path_name(path)}")
+        used.add(prefix)
+        return entries[prefix]
+
+    fitted = jax.tree_util.tree_map_with_path(covering, params)
+    # Leaves of the model that are not parameters, empty parts, and what optax masked may have entries too.
+    parts = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: not jax.tree.leaves(x))
+    others = [path for path, leaf in parts if not eqx.is_array(leaf)]
+    for path, entry in entries.items():
+        if path not in used and entry is not None and not any(_overlap(path, other) for other in others):
+            raise ValueError(f"{name} does not fit the parameters: {_path_name(path)} is no parameter")
+    return fitted
+
+
+def _overlap(path: tuple, other: tuple) -> bool:
+    shared = min(len(path), len(other))
+    return path[:shared] == other[:shared]
+
+
+def _path_name(path: tuple) -> str:
+    return jax.tree_util.keystr(path) or "the whole tree"
+
+
+def is_named(x: Any) -> bool:
+    """Whether x is an array with named axes."""
+    return hasattr(x, "axes") and hasattr(x, "array") and hasattr(x, "resolve_axis")
+
+
+def plain(x: Any) -> Any:
+    """The array without its axes' names."""
+    return x.array if is_named(x) else x
+
+
+def axis_names(x: Any) -> str:
+    """The axes of a NamedArray, for an error."""
+    return ", ".join(axis.name for axis in x.axes)
