@@ -268,6 +268,18 @@ def test_a_part_of_the_batch_is_its_first_microbatches():
     assert gap(state.optimizer_state.curvature, whole.optimizer_state.curvature) > 1e-2
 
 
+def test_without_an_extra_pass_the_curvature_takes_microbatches_from_the_gradient():
+    """The same labels, so the same curvature; the gradient is that of the other microbatches."""
+    replacing = SophiaG(estimator=GaussNewtonBartlett(extra_pass=False))
+    wanted, _ = one_step(SophiaG(), num_microbatches=4, curvature_microbatches=1)
+    found, output = one_step(replacing, num_microbatches=4, curvature_microbatches=1)
+    rest, plain = one_step(SophiaG(), refresh=False, batch=batch_from_windows(windows()[2:], num_microbatches=3))
+    assert gap(found.optimizer_state.curvature, wanted.optimizer_state.curvature) < 1e-5
+    assert gap(found.optimizer_state.momentum, rest.optimizer_state.momentum) < 1e-5
+    assert gap(found.optimizer_state.momentum, wanted.optimizer_state.momentum) > 1e-3
+    assert float(output.metrics["train/loss"]) == pytest.approx(float(plain.metrics["train/loss"]), rel=1e-6)
+
+
 @pytest.mark.parametrize("optimizer", [SophiaH(), SophiaG()], ids=["H", "G"])
 @pytest.mark.parametrize(("devices", "size", "count"), [(1, 2, 2), (2, 2, 2), (1, 1, 3), (2, 2, 3)])
 def test_the_curvature_is_estimated_in_microbatches_of_its_own(optimizer, devices, size, count):

@@ -21,17 +21,9 @@ ARRAYS = np.ndarray | jax.Array
 def check_number(
     name: str, value: Any, *, low: float, high: float = math.inf, low_open: bool = False, schedule: bool = False
 ) -> None:
-    """Check that a hyper-parameter is a number in [low, high), or (low, high) with `low_open`.
+    """Raise unless a hyper-parameter is a number, or an array of them, in [low, high), or (low, high) with `low_open`.
 
-    Args:
-        name: what the error calls it.
-        value: a number, or an array of them (a batch of optimizers); traced arrays pass.
-        low, high, low_open: the range.
-        schedule: whether a function of the update count is allowed too; its values are not checked.
-
-    Raises:
-        TypeError: if it is not a real number.
-        ValueError: if it is out of range.
+    Traced arrays pass, and with `schedule` functions of the update count: their values are unknown.
     """
     if callable(value) and not isinstance(value, type):
         if not schedule:
@@ -108,12 +100,7 @@ def check_single(name: str, value: Any) -> None:
 
 
 def value_at(name: str, value: float | Array | Callable[[Array], Any], count: Any) -> Any:
-    """A hyper-parameter at an update count, whether it is a number or a schedule.
-
-    Raises:
-        TypeError: if the schedule does not return a number.
-        ValueError: if it returns several.
-    """
+    """A hyper-parameter at an update count, whether it is a number or a schedule, which must return one number."""
     found = value(count) if callable(value) else value
     if not isinstance(found, Real | ARRAYS):
         raise TypeError(f"{name} at an update count is {found!r}; it must be a number")
@@ -122,12 +109,7 @@ def value_at(name: str, value: float | Array | Callable[[Array], Any], count: An
 
 
 def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, as of jnp.mean") -> Array:
-    """The value as an array without named axes, if it is a real scalar.
-
-    Raises:
-        ValueError: if it has axes.
-        TypeError: if it is not a real number.
-    """
+    """The value as an array without named axes; a ValueError if it has axes, a TypeError if it is not real."""
     value = plain(value)
     array = jnp.asarray(value) if isinstance(value, Real | ARRAYS) else None
     if array is None or jnp.iscomplexobj(array):
@@ -138,12 +120,7 @@ def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, as of j
 
 
 def check_scalars(name: str, results: Any, what: Sequence[str]) -> list[Array]:
-    """The results of a function as arrays, if they are real scalars, as many as `what` describes.
-
-    Raises:
-        ValueError: if one has axes.
-        TypeError: if their number is wrong, or one is not a real number.
-    """
+    """The results of a function as arrays, if they are real scalars, as many as `what` describes."""
     if not isinstance(results, tuple | list) or len(results) != len(what):
         raise TypeError(f"{name} must give {len(what)} scalars: {', '.join(what)}")
     named = zip(("first", "second", "third"), results, what, strict=False)
@@ -157,11 +134,7 @@ def check_key(key: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> Bool[Array, ""]:
-    """The value as a bool scalar.
-
-    Raises:
-        TypeError: if it is not one.
-    """
+    """The value as a bool scalar; a TypeError if it is not one."""
     if not isinstance(value, bool | np.bool_ | ARRAYS) or jnp.asarray(value).dtype != bool:
         raise TypeError(f"{name} is {value!r}; it must be a bool")
     if jnp.shape(value) != ():
@@ -181,12 +154,7 @@ def check_not_negative(name: str, values: Any) -> None:
 
 
 def check_parameters(model: PyTree) -> None:
-    """Check that the model has parameters to optimize.
-
-    Raises:
-        ValueError: if the model has no floating-point leaf.
-        TypeError: if a leaf is complex; names its path.
-    """
+    """Raise a ValueError if the model has no floating-point leaf, a TypeError if one is complex."""
     if not jax.tree.leaves(trainable(model)):
         raise ValueError(
             "the model has no floating-point array to optimize; integer and static leaves are left alone, "
@@ -206,12 +174,7 @@ def check_real(name: str, tree: PyTree) -> None:
 
 
 def check_same_structure(name: str, tree: PyTree, params: PyTree) -> None:
-    """Check that `tree` has real arrays shaped like the parameters.
-
-    Raises:
-        ValueError: names the first path that differs, or says that the containers do.
-        TypeError: names the path of a complex leaf.
-    """
+    """Raise a ValueError at the first path where `tree` is not shaped like the parameters, a TypeError if complex."""
     check_real(name, tree)
     found, wanted = (
         {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(trainable(t))}

@@ -28,11 +28,7 @@ REDUCTIONS = ("square_then_average", "average_then_square")
 
 
 class AbstractSquaredGradient(eqx.Module):
-    """B * g^2, with g the gradient of the mean loss on B targets.
-
-    Over several microbatches, with G_i the gradient of the *summed* loss of microbatch i and B_i its number of targets,
-    the estimate is `square_then_average`, sum_i G_i^2 / sum_i B_i, or `average_then_square`, (sum_i G_i)^2 / sum_i B_i.
-    """
+    """B * g^2, with g the gradient of the mean loss on B targets; see `GaussNewtonBartlett` for `reduction`."""
 
     reduction: AbstractVar[str]
     max_grad_norm: AbstractVar[Scalar | None]
@@ -215,6 +211,9 @@ class EmpiricalFisher(AbstractSquaredGradient):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    >>> EmpiricalFisher()(lambda w: (3.0 * jnp.sum(w), 8), jnp.ones(2), key=jax.random.key(0)).tolist()  # 8 * 3^2
+    [72.0, 72.0]
     """
 
     reduction: str = eqx.field(default="square_then_average", static=True)
@@ -257,7 +256,7 @@ def _estimate(
     microbatches: PyTree,
     key: Key[Array, ""],
 ) -> PyTree:
-    """An estimate without a gradient, from (model, key) or (model, microbatch, key) -> (mean loss, targets)."""
+    """An estimate alone, from (model, key) or (model, microbatch, key) -> (mean loss, number of targets)."""
 
     def losses_fn(*args: Any) -> tuple[Array, Array, Array]:
         loss, num_targets = check_scalars(name, loss_fn(*args), ("a scalar mean loss", "the number of targets"))

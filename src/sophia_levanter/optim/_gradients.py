@@ -50,10 +50,7 @@ def accumulate(
     """Sums of loss, gradient and curvature over microbatches, one at a time.
 
     Args:
-        losses_fn: as for `value_grad_and_curvature`.
-        model: any pytree.
-        microbatches: a pytree of arrays or NamedArrays [microbatch, ...]; None for a single pass.
-        key: a JAX random key; each microbatch has one of its own.
+        losses_fn, model, microbatches, key: as for `value_grad_and_curvature`.
         estimator: its `accumulated` is what a microbatch adds to the curvature; None for no curvature.
         gradient: whether the gradient of the loss on the true targets is taken.
         start: sums over other microbatches, which are added.
@@ -216,6 +213,15 @@ def value_grad_and_curvature(
     Raises:
         ValueError: if a loss is not a scalar, or there are fewer microbatches than wanted.
         TypeError: if the estimator does not say how a step with it is made.
+
+    >>> estimator, x, y = GaussNewtonBartlett(), jnp.ones((4, 1)), jnp.arange(4) % 2
+    >>> def losses_fn(w, key):
+    ...     return estimator.losses(x @ w, y, key=key)
+    >>> loss, grads, h_hat = value_grad_and_curvature(
+    ...     losses_fn, jnp.zeros((1, 2)), key=jax.random.key(0), estimator=estimator
+    ... )
+    >>> f"{loss:.4f}", grads.tolist()  # log 2, and the classes are equally frequent
+    ('0.6931', [[0.0, 0.0]])
     """
     if not hasattr(estimator, "gradient_and_estimate"):
         raise TypeError(f"estimator is {estimator!r}; it must define gradient_and_estimate(step)")

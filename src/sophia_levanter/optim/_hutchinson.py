@@ -62,11 +62,7 @@ class AbstractHutchinson(eqx.Module):
     ) -> PyTree:
         """The mean of u * (M u) over the probes, in at least float32.
 
-        Args:
-            product: (u, microbatch, index) -> a microbatch's part of M u, times its weight, and the weight.
-            model: any pytree.
-            microbatches: [microbatch, ...]; all have the same u. None for a single pass.
-            key: a JAX random key for the probes.
+        `product` is (u, microbatch, index) -> a microbatch's part of M u, times its weight, and the weight.
         """
 
         def one(key: Key[Array, ""], _: Any) -> PyTree:
@@ -179,6 +175,10 @@ class GaussNewtonHutchinson(AbstractHutchinson):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    >>> estimator = GaussNewtonHutchinson(Normal(1.0))
+    >>> estimator(lambda w: jnp.asarray([1.0, 3.0]) * w, jnp.ones(2), key=jax.random.key(0)).tolist()  # x^2 / 2
+    [0.5, 4.5]
     """
 
     likelihood: Likelihood = Categorical()
@@ -228,17 +228,7 @@ class GaussNewtonHutchinson(AbstractHutchinson):
 
 
 def draw_probe(key: Key[Array, ""], model: PyTree, probe: str = "rademacher") -> PyTree:
-    """A random direction u with E[u u^T] = 1, like the model's trainable part in shapes and dtypes.
-
-    Args:
-        key: a JAX random key.
-        model: any pytree.
-        probe: `rademacher` (+1 or -1, the lower variance) or `gaussian` (the paper's).
-
-    Raises:
-        ValueError: if `probe` is neither, or the model has no floating-point leaf.
-        TypeError: if a leaf is complex.
-    """
+    """A random direction u with E[u u^T] = 1, like the model's trainable part in shapes and dtypes."""
     check_choice("probe", probe, PROBES)
     check_parameters(model)
     draw = jax.random.rademacher if probe == "rademacher" else jax.random.normal
@@ -251,20 +241,7 @@ def draw_probe(key: Key[Array, ""], model: PyTree, probe: str = "rademacher") ->
 def hessian_vector_product(
     loss_fn: Callable[[PyTree], Any], model: PyTree, vector: PyTree, *, has_aux: bool = False
 ) -> Any:
-    """H v of a scalar loss, by forward-over-reverse differentiation.
-
-    Args:
-        loss_fn: model -> scalar, or (scalar, aux) with `has_aux`.
-        model: where H is taken.
-        vector: like the model's trainable part.
-
-    Returns:
-        H v, or (H v, aux).
-
-    Raises:
-        ValueError: if the loss is not a scalar.
-        TypeError: if an operation in the loss, or in its gradient, has no forward derivative.
-    """
+    """H v of a scalar loss, by forward-over-reverse differentiation; with `has_aux` (H v, aux) of (loss, aux)."""
 
     def scalar_loss(model: PyTree) -> tuple[Array, Any]:
         loss, aux = loss_fn(model) if has_aux else (loss_fn(model), None)
@@ -278,11 +255,7 @@ def hessian_vector_product(
 
 
 def forward_derivative(name: str, function: Callable[[PyTree], Any], model: PyTree, vector: PyTree) -> tuple[Any, Any]:
-    """The value of a function of the model and its derivative along a vector.
-
-    Raises:
-        TypeError: if an operation in the function has no forward derivative; `name` is what the error calls it.
-    """
+    """The value of a function of the model and its derivative along a vector; a TypeError names the function."""
     try:
         return eqx.filter_jvp(function, (model,), (vector,))
     # jax and its kernels have no common error for this: a custom_vjp raises the first, other primitives the rest.

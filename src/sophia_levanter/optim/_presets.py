@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import optax
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from sophia_levanter.optim._averages import SophiaState
 from sophia_levanter.optim._checks import check_choice, check_count, whole_number
@@ -150,8 +150,9 @@ class ReproducedSophia(AbstractSophia):
             )
         self.choices = (denominator, refresh_order, first_refresh)
 
-    def _denominator(self, scaled: Array) -> Array:
-        return scaled + self.eps if self.choices[0] == "add" else super()._denominator(scaled)
+    def denominator(self, scaled: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What m is divided by, of rho h."""
+        return scaled + self.eps if self.choices[0] == "add" else super().denominator(scaled)
 
     def _step(
         self, grads: PyTree, h_hat: PyTree | None, state: SophiaState, params: PyTree, finite: Bool[Array, ""]
@@ -192,5 +193,9 @@ def sophia_g(
     `interval` and the estimator, which say when and how to estimate, belong to a `SophiaG` beside it. A
     `weight_decay_mask` that is a function must be named in `inject_hyperparams(..., static_args="weight_decay_mask")`,
     or it is taken for a schedule.
+
+    >>> state = optax.inject_hyperparams(sophia_g)(learning_rate=0.25).init({"w": jnp.ones(2)})
+    >>> float(state.hyperparams["learning_rate"])
+    0.25
     """
     return Sophia(**locals()).as_optax()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from sophia_levanter.optim._algorithm import last_rho, refreshed, updated, win_rate
 from sophia_levanter.optim._averages import COUNTS, Curvature, Momentum, SophiaState, WeightDecay, check_state
 from sophia_levanter.optim._checks import (
     check_bool,
@@ -20,12 +21,10 @@ from sophia_levanter.optim._checks import (
     check_parameters,
     check_same_structure,
     python_number,
-    value_at,
 )
-from sophia_levanter.optim._kronecker import Coordinates, KroneckerBasis
+from sophia_levanter.optim._kronecker import KroneckerBasis
 from sophia_levanter.optim._noise import gradient_noise, state_metrics
 from sophia_levanter.optim._optax import (
-    agreeing,
     as_optax,
     check_gradient_transform,
     init_transform,
@@ -36,12 +35,7 @@ from sophia_levanter.optim._rho import ScheduledRho, WinRateController, rho_rule
 from sophia_levanter.optim._trees import (
     WeightDecayMask,
     all_finite,
-    decay_mask_tree,
-    num_coordinates,
-    select,
-    total,
     trainable,
-    upcast,
     wide_dtype,
 )
 
@@ -187,9 +181,7 @@ class AbstractSophia(eqx.Module):
             state: the state that the estimate is for; needed with a `basis` alone.
 
         Raises:
-            ValueError: if the optimizer has no estimator, or the function gives something of the wrong shape.
-            TypeError: if it gives something of the wrong kind, or cannot be differentiated as the estimator needs, or
-                the estimator knows no basis and there is one.
+            ValueError, TypeError: as the estimator does, and `estimator_at`.
         """
         given = {} if weights is None else {"weights": weights}
         if state is not None:
@@ -256,36 +248,14 @@ class AbstractSophia(eqx.Module):
     def _step(
         self, grads: PyTree, h_hat: PyTree | None, state: SophiaState, params: PyTree, finite: Bool[Array, ""]
     ) -> tuple[PyTree, SophiaState]:
-        """Algorithm 3, with P the projection into the basis of h (the identity without one).
-
-        h     <- b2 h + (1 - b2) h_hat                                         where there is an estimate
-        m     <- b1 m + (1 - b1) g
-        u     <- clip(P m / max(rho h, eps), -1, 1)                            m and h bias-corrected
-        theta <- theta - lr (P^-1 u + wd theta)
-        """
+        """The order of refresh and update."""
         if h_hat is not None:
             state = self.refresh(state, h_hat, finite=finite)
-        momentum = jax.tree.map(self.momentum.next, state.momentum, grads)
-        after = state._replace(
-            count=state.count + 1,
-            momentum=select(finite, momentum, state.momentum),
-            skipped_updates=state.skipped_updates + ~finite,
-            steps_since_refresh=state.steps_since_refresh + 1,
-        )
-        coordinates = self._coordinates(state)
-        direction = jax.tree.map(lambda m, d: jnp.clip(m / d, -1, 1), *self._ratio(after))
-        if self.cautious:
-            direction = jax.tree.map(agreeing, direction, coordinates.project(grads))
-        direction = coordinates.project_back(direction)
+        return updated(self, grads, state, params, finite)
 
-        learning_rate = value_at("learning_rate", self.learning_rate, state.count)
-        decay = learning_rate * value_at("weight_decay", self.weight_decay.rate, state.count)
-
-        def step(p: Array, u: Array, decayed: bool) -> Array:
-            change = learning_rate * u + decay * p if decayed else learning_rate * u
-            return jnp.where(finite, -change, 0).astype(p.dtype)
-
-        return jax.tree.map(step, params, direction, decay_mask_tree(self.weight_decay.mask, params)), after
+    def denominator(self, scaled: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What m is divided by, of rho h."""
+        return jnp.maximum(scaled, self.eps)
 
     def refresh(self, state: SophiaState, h_hat: PyTree, *, finite: Bool[Array, ""] | None = None) -> SophiaState:
         """h <- b2 h + (1 - b2) h_hat.
@@ -301,25 +271,8 @@ class AbstractSophia(eqx.Module):
         check_state(self, state)
         check_same_structure("h_hat", h_hat, state.curvature)
         h_hat = trainable(h_hat)
-        refreshed = all_finite(h_hat) if finite is None else check_flag("finite", finite) & all_finite(h_hat)
-        curvature = select(refreshed, jax.tree.map(self.curvature.next, state.curvature, h_hat), state.curvature)
-        basis = state.basis
-        if self.basis is not None:
-            rotated = self.basis.rotated(self.basis.update_moments(basis, state.momentum), curvature)
-            basis, curvature = select(refreshed, rotated, (basis, state.curvature))
-        after = state._replace(
-            refresh_count=state.refresh_count + refreshed,
-            curvature=curvature,
-            basis=basis,
-            refresh_pending=~refreshed,
-            skipped_refreshes=state.skipped_refreshes + ~refreshed,
-            steps_since_refresh=jnp.where(refreshed, 0, state.steps_since_refresh),
-        )
-        if after.rho is None:
-            return after
-        # Before the first update m is 0 and says nothing.
-        measured = refreshed & (state.count > 0)
-        return after._replace(rho=select(measured, self.rho.next(state.rho, self._win_rate(after)), state.rho))
+        sound = all_finite(h_hat) if finite is None else check_flag("finite", finite) & all_finite(h_hat)
+        return refreshed(self, state, h_hat, sound)
 
     def refresh_due(self, step: int) -> bool:
         """Whether an estimate is wanted at this step, from its number alone; decided on the host.
@@ -345,7 +298,7 @@ class AbstractSophia(eqx.Module):
             num_targets: B, the number of targets in a batch; with an estimator that samples targets it adds what
                 `gradient_noise` gives.
         """
-        found = state_metrics(state) | {"win_rate": self._win_rate(state), "rho": self._last_rho(state)}
+        found = state_metrics(state) | {"win_rate": win_rate(self, state), "rho": last_rho(self, state)}
         if num_targets is not None and getattr(self.estimator, "samples_targets", False):
             found |= gradient_noise(self.momentum, self.curvature, state, num_targets)
         return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
@@ -367,33 +320,6 @@ class AbstractSophia(eqx.Module):
         outside, with `estimate`, and given on the steps where `refresh_due` says so.
         """
         return as_optax(self)
-
-    def _coordinates(self, state: SophiaState) -> Coordinates:
-        """Those that h is diagonal in."""
-        return Coordinates() if self.basis is None else self.basis.at(state.basis)
-
-    def _last_rho(self, state: SophiaState) -> Any:
-        """rho of the last update, for a state after it."""
-        return self.rho.at(state.rho, jnp.maximum(state.count - 1, 0))
-
-    def _ratio(self, state: SophiaState) -> tuple[PyTree, PyTree]:
-        """Numerator and denominator of the clipped ratio, for a state after its update."""
-        momentum = self._coordinates(state).project(jax.tree.map(upcast, state.momentum))
-        momentum = jax.tree.map(lambda m: self.momentum.corrected(m, state.count), momentum)
-        rho = self._last_rho(state)
-        denominator = jax.tree.map(
-            lambda h: self._denominator(rho * self.curvature.corrected(h, state.refresh_count)), state.curvature
-        )
-        return momentum, denominator
-
-    def _denominator(self, scaled: Array) -> Array:
-        """Of rho h."""
-        return jnp.maximum(scaled, self.eps)
-
-    def _win_rate(self, state: SophiaState) -> Float[Array, ""]:
-        """Where h is 0, as in rows that no token has reached yet, nothing is won."""
-        unclipped = jax.tree.map(lambda m, d, h: (jnp.abs(m) < d) & (h > 0), *self._ratio(state), state.curvature)
-        return total(unclipped) / num_coordinates(state.momentum)
 
 
 class Sophia(AbstractSophia):

@@ -78,9 +78,7 @@ def decay_mask_tree(mask: WeightDecayMask, params: PyTree) -> PyTree[bool]:
 def fit_prefix(name: str, spec: PyTree, params: PyTree, is_entry: Callable[[Any], bool], wanted: str) -> PyTree:
     """An entry for every leaf of params, from a tree or prefix of entries or a function from parameters to one.
 
-    Raises:
-        ValueError: if a parameter has no entry, or an entry no parameter; names the path.
-        TypeError: if a leaf is not an entry; says what is wanted.
+    Raises a ValueError if a parameter has no entry, or an entry no parameter; a TypeError if a leaf is not an entry.
     """
     leaves = jax.tree.leaves(spec, is_leaf=is_entry)
     # A tree of entries may itself be callable: that of a model is a module with __call__.
