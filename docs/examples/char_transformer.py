@@ -48,7 +48,7 @@ class Block(eqx.Module):
 
     def __call__(self, x):
         normed = jax.vmap(self.norms[0])(x)
-        x = x + self.attention(normed, normed, normed, mask=np.tri(len(x), dtype=bool))
+        x = x + self.attention(normed, normed, normed, mask=jnp.tri(len(x), dtype=bool))
         return x + jax.vmap(self.mlp)(jax.vmap(self.norms[1])(x))
 
 

@@ -80,7 +80,7 @@ def main(sophia=None, adamw=None):
         ),
         "adamw": adamw or AdamW(learning_rate=lambda step: 3e-2 * decay(step), weight_decay=0.1),
     }
-    results = {}
+    results: dict[str, dict] = {}
     for name, optimizer in optimizers.items():
         model, state = train(optimizer, data)
         right = jnp.argmax(logits(model, test_images), axis=-1) == test_classes

@@ -104,11 +104,13 @@ def main():
     trained = eqx.nn.inference_mode(model)
     training_loss, _ = eqx.filter_jit(mean_loss)(trained, statistics, (images, classes))
     outputs, _ = eqx.filter_jit(logits)(trained, statistics, test_images)
-    results = {
+    counter = model.norms[0].batch_counter
+    assert counter is not None  # only in mode "ema"
+    results: dict = {
         "training_loss": float(training_loss),
         "test_accuracy": float(jnp.mean(jnp.argmax(outputs, axis=-1) == test_classes)),
         "frozen_unchanged": bool(jnp.array_equal(model.convolutions[0].weight, frozen)),
-        "batches_in_statistics": int(statistics.get(model.norms[0].batch_counter)),
+        "batches_in_statistics": int(statistics.get(counter)),
         "metrics": {
             name: {key: float(value) for key, value in optimizer.metrics(state.inner_states[name].inner_state).items()}
             for name, optimizer in {"kernels": kernels, "vectors": vectors}.items()

@@ -1,12 +1,13 @@
 """Estimators of the Gauss-Newton matrix's diagonal from squared gradients (arXiv 2305.14342, Algorithm 2)."""
 
+import abc
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from equinox import AbstractClassVar, AbstractVar
+from equinox import AbstractClassVar
 from jaxtyping import Array, Float, Key, PyTree
 
 from sophia_levanter.optim._checks import check_bool, check_choice, check_number, check_scalars
@@ -30,11 +31,21 @@ REDUCTIONS = ("square_then_average", "average_then_square")
 class AbstractSquaredGradient(eqx.Module):
     """B * g^2, with g the gradient of the mean loss on B targets; see `GaussNewtonBartlett` for `reduction`."""
 
-    reduction: AbstractVar[str]
-    max_grad_norm: AbstractVar[Scalar | None]
-    coordinates: AbstractVar[Coordinates]
     samples_targets: AbstractClassVar[bool]
     forward_mode: ClassVar[bool] = False
+
+    # Properties, and not `AbstractVar`s, which type checkers would put before the likelihood.
+    @property
+    @abc.abstractmethod
+    def reduction(self) -> str: ...
+
+    @property
+    @abc.abstractmethod
+    def max_grad_norm(self) -> Scalar | None: ...
+
+    @property
+    @abc.abstractmethod
+    def coordinates(self) -> Coordinates: ...
 
     def changes_of_basis(self, num_microbatches: int) -> int:
         """The gradient is projected into the basis, that of each microbatch where they are squared apart."""

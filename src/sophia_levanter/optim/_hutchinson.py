@@ -1,5 +1,6 @@
 """Hutchinson's estimator of a Hessian's or a Gauss-Newton matrix's diagonal (arXiv 2305.14342, Algorithm 1)."""
 
+import abc
 import re
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -7,7 +8,6 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from equinox import AbstractVar
 from jaxtyping import Array, Float, Key, PyTree
 
 from sophia_levanter.optim._checks import (
@@ -39,11 +39,21 @@ Product = tuple[PyTree, Any]
 class AbstractHutchinson(eqx.Module):
     """u * (M u), for a symmetric matrix M: its mean over u with E[u u^T] = 1 is M's diagonal."""
 
-    probe: AbstractVar[str]
-    num_probes: AbstractVar[int]
-    coordinates: AbstractVar[Coordinates]
     signed: ClassVar[bool] = True
     forward_mode: ClassVar[bool] = True
+
+    # Properties, and not `AbstractVar`s, which type checkers would put before the likelihood.
+    @property
+    @abc.abstractmethod
+    def probe(self) -> str: ...
+
+    @property
+    @abc.abstractmethod
+    def num_probes(self) -> int: ...
+
+    @property
+    @abc.abstractmethod
+    def coordinates(self) -> Coordinates: ...
 
     def changes_of_basis(self, num_microbatches: int) -> int:
         """A probe is projected back, and its product into the basis."""

@@ -51,6 +51,7 @@ class SophiaG(AbstractSophia):
     """
 
     default_estimator: ClassVar[Any] = GaussNewtonBartlett()
+    __init__ = AbstractSophia.__init__
 
     @staticmethod
     def paper(**overrides: Any) -> ReproducedSophia:
@@ -82,6 +83,7 @@ class SophiaH(AbstractSophia):
 
     default_rho: ClassVar[float] = 0.01
     default_estimator: ClassVar[Any] = Hutchinson()
+    __init__ = AbstractSophia.__init__
 
     @staticmethod
     def paper(**overrides: Any) -> ReproducedSophia:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from sophia_levanter.optim._gradients import GradientSums, RefreshStep
 
 Scalar = float | Array
-ScalarOrSchedule = Scalar | Callable[[Array], Array]
+ScalarOrSchedule = Scalar | Callable[[Array], Any]
 State = TypeVar("State")
 
 

@@ -333,3 +333,5 @@ class Sophia(AbstractSophia):
     >>> updates["w"].tolist()  # without an estimate h is 0, and the step the sign of m
     [-0.10000000149011612, 0.10000000149011612]
     """
+
+    __init__ = AbstractSophia.__init__
