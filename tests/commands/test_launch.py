@@ -74,6 +74,34 @@ def test_a_dry_run_of_ray(config_file, tmp_path, capsys):
     )
 
 
+def test_a_cluster_of_a_plug_in(config_file, tmp_path):
+    """It starts processes, or submits a job that runs the launcher elsewhere, without an edit of the launcher."""
+    (tmp_path / "queue_cluster.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from sophia_levanter.cluster.config import ClusterConfig, LocalCluster, Submission\n"
+        "@ClusterConfig.register_subclass('queue')\n"
+        "@dataclass(frozen=True)\n"
+        "class QueueCluster(LocalCluster):\n"
+        "    def submission(self, job, launcher):\n"
+        "        if self.processes == 1:\n"
+        "            return None\n"
+        "        return Submission(lambda: ['would queue', *launcher], lambda say: 0)\n"
+    )
+    for processes, shown in ((1, "on this machine, nothing is paid for:"), (2, "would queue")):
+        cluster = cluster_file(tmp_path, f"backend: queue\nprocesses: {processes}\n")
+        words = ["--plugins", "queue_cluster", "--config", config_file, "--cluster", cluster, "--dry_run"]
+        result = subprocess.run(
+            [sys.executable, "-m", "sophia_levanter.commands.launch", *map(str, words)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.splitlines()[0] == shown
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

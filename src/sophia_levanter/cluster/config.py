@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from draccus import ChoiceRegistry
 
@@ -27,6 +29,18 @@ SECRET = re.compile(
     r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|CREDENTIAL|CRED|COOKIE|JWT|BEARER|AUTHORIZATION)S?\d*(_|$)"
     r"|(?<!BY)(?<!COM)(?<!ASK)PASS\d*$|AUTH\d*$|(^|_)(PRIVATE|DSN)\d*$|_PWD\d*$"
 )
+
+
+class Submission(NamedTuple):
+    """A job that runs the launcher on another machine.
+
+    Attributes:
+        describe: what `submit` would do, as lines for people.
+        submit: submits the job and waits for its end; the exit status. Its argument tells people.
+    """
+
+    describe: Callable[[], list[str]]
+    submit: Callable[[Callable[[str], None]], int]
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,15 @@ class ClusterConfig(Settings, ChoiceRegistry):
     def build(self, job: Job) -> Backend:
         """What starts the processes of a run."""
         raise InputError(f"backend {self.backend}: {type(self).__qualname__} does not define build()")
+
+    def submission(self, job: Job, launcher: Sequence[str]) -> Submission | None:
+        """How a job that runs the launcher elsewhere is submitted; None where the launcher runs here.
+
+        Args:
+            job: the run.
+            launcher: the launcher's command line, after the Python interpreter.
+        """
+        return None
 
 
 @ClusterConfig.register_subclass("local")
@@ -196,6 +219,14 @@ class SlurmCluster(ClusterConfig):
         from sophia_levanter.cluster.slurm import SlurmBackend
 
         return SlurmBackend(self)
+
+    def submission(self, job: Job, launcher: Sequence[str]) -> Submission | None:
+        from sophia_levanter.cluster.slurm_job import describe_submission, submit
+
+        if "SLURM_JOB_ID" in os.environ:
+            return None  # on the job's first node already
+        words = [self.python, *launcher]
+        return Submission(partial(describe_submission, self, job, words), partial(submit, self, job, words))
 
 
 @ClusterConfig.register_subclass("gcloud")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sophia_levanter.cluster.backend import Job
-from sophia_levanter.cluster.config import ClusterConfig, SlurmCluster, read_cluster
+from sophia_levanter.cluster.config import ClusterConfig, Submission, read_cluster
 from sophia_levanter.cluster.record import LaunchRecord
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.arguments import chosen, parse_arguments, whole_number
@@ -124,8 +124,10 @@ def _with_run_dir(config: TrainConfig, run_dir: str) -> TrainConfig:
 
 
 def _launch(launch: Launch) -> int:
-    if isinstance(launch.cluster, SlurmCluster) and "SLURM_JOB_ID" not in os.environ:
-        return _submit(launch, launch.cluster)
+    words = ["-u", "-m", "sophia_levanter.commands.launch", "--config", str(launch.job.config_file)]
+    submission = launch.cluster.submission(launch.job, [*words, "--cluster", str(launch.cluster_file.absolute())])
+    if submission is not None:
+        return _submit(launch, submission)
     backend = launch.cluster.build(launch.job)
     if launch.dry_run:
         return _print(backend.describe(launch.job))
@@ -138,18 +140,14 @@ def _launch(launch: Launch) -> int:
         return Supervisor(backend, launch.job, launch.cluster, record, _say).run()
 
 
-def _submit(launch: Launch, cluster: SlurmCluster) -> int:
-    """The launcher of a Slurm job is on its first node: this one submits it, and waits."""
-    from sophia_levanter.cluster.slurm_job import describe_submission, submit
-
+def _submit(launch: Launch, submission: Submission) -> int:
+    """The launcher of a job runs on its first node: this one submits the job, and waits."""
     job = launch.job
-    words = [cluster.python, "-u", "-m", "sophia_levanter.commands.launch", "--config", str(job.config_file)]
-    words += ["--cluster", str(launch.cluster_file.absolute())]
     if launch.dry_run:
-        return _print(describe_submission(cluster, job, words))
+        return _print(submission.describe())
     with LaunchRecord(job.directory).held():
         write_atomically(job.config_file, dump_config(launch.config).encode())
-    return submit(cluster, job, words, _say)
+    return submission.submit(_say)
 
 
 def _print(lines: Sequence[str]) -> int:
