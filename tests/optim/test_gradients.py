@@ -275,6 +275,18 @@ def test_gradients_of_half_precision_models_are_summed_in_float32():
     assert h_hat.dtype == jnp.float32
 
 
+@pytest.mark.parametrize(("dtype", "num_targets"), [("bfloat16", 1001), ("float16", 70001)])
+def test_the_number_of_targets_is_not_rounded_to_the_dtype_of_the_loss(dtype, num_targets):
+    _, grads, h_hat = value_grad_and_curvature(
+        lambda m, key: (jnp.sum(m), jnp.sum(m), num_targets),
+        jnp.ones(2, dtype),
+        key=KEY,
+        estimator=GaussNewtonBartlett(),
+    )
+    np.testing.assert_allclose(grads, 1, rtol=1e-6)
+    np.testing.assert_allclose(h_hat, num_targets, rtol=1e-6)
+
+
 def test_sums_without_an_estimator():
     sums = accumulate(losses_fn(GaussNewtonBartlett()), MODEL, parts(), key=KEY)
     assert sums.curvature is None

@@ -76,9 +76,12 @@ def accumulate(
         n = jnp.asarray(num_targets, jnp.promote_types(loss.dtype, jnp.float32))
 
         def gradient_of(index: int) -> PyTree:
+            """Of a summed loss. In half precision the number of targets would be rounded, or overflow."""
             cotangents = [jnp.zeros_like(result) for result in results]
-            cotangents[index] = n.astype(results[index].dtype)
-            return pull(cotangents)[0]
+            exact = results[index].dtype == n.dtype
+            cotangents[index] = n if exact else jnp.ones_like(results[index])
+            (found,) = pull(cotangents)
+            return found if exact else jax.tree.map(lambda g: upcast(g) * n, found)
 
         grads = gradient_of(0) if gradient else None
         labelled = gradient_of(-1) if len(wanted) > int(gradient) else grads

@@ -41,9 +41,10 @@ class Soap(OptaxOptimizer):
         m  <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) (Q_L^T g Q_R)^2
         theta <- theta - lr wd theta - lr Q_L [Q_L^T m' Q_R / (sqrt(v') + eps)] Q_R^T         m', v': bias-corrected
 
-    It is Adam's second moment in Sophia's `KroneckerBasis`: the two differ in what they divide by. Two things differ
+    It is Adam's second moment in Sophia's `KroneckerBasis`: the two differ in what they divide by. Three things differ
     from the authors' code: it starts from the identity with an iteration in each of the first `interval` steps, where
-    theirs decomposes the first gradient and takes no step; and v is rotated with the basis.
+    theirs decomposes the first gradient and takes no step; L, R and the basis take the gradient before the step, theirs
+    after it; and v is rotated with the basis.
 
     Args:
         learning_rate: a number or a function of the update count.
