@@ -119,7 +119,11 @@ class RefreshStep(eqx.Module):
         return accumulate(self.losses_fn, self.model, self.batch, key=self.key)
 
     def shared_gradient(self, estimator: Any) -> tuple[GradientSums, PyTree]:
-        """The same, and an estimate from the same forward pass and, for sampled targets, a second backward pass."""
+        """The same, and an estimate from the same forward pass and, for sampled targets, a second backward pass.
+
+        Args:
+            estimator: has `samples_targets`, `accumulated` and `finished`, as `GaussNewtonBartlett` has.
+        """
         if self.others is None:
             apart = accumulate(
                 self.losses_fn, self.model, self.first, key=self.key, estimator=estimator, gradient=False
