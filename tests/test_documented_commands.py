@@ -51,7 +51,7 @@ def test_command(command, page, monkeypatch, plugin_folder):
 def test_settings_named_in_prose_are_fields(page):
     of_sections = r"(?:model|optimizer|data|trainer|mesh|tracking)\.[a-z]\w*"
     named = set(re.findall(rf"`(?:--)?({of_sections})[`: =]", read_page(page).text))
-    methods = {f"optimizer.{name}" for name in dir(SophiaG)}
+    methods = {f"optimizer.{name}" for name in [*dir(SophiaG), *vars(SophiaG())]}
     assert not {name for name in named if f"--{name}" not in FIELDS} - methods - {"model.safetensors", "model.py"}
 
 

@@ -396,6 +396,22 @@ def test_hutchinson_makes_a_pass_of_its_own(curvature_microbatches):
     assert_same(h_hat, estimator(mean_loss, MODEL, key=KEY), rtol=1e-4)
 
 
+@pytest.mark.parametrize("microbatches", [None, jnp.zeros((2, 1))])
+def test_a_probe_does_not_depend_on_what_the_loss_draws(microbatches):
+    """A loss that draws its noise as a probe is drawn: of the same key the diagonal would come out as 4."""
+
+    def losses(w, *args):
+        signs = jax.random.rademacher(jax.random.split(args[-1], 1)[0], w.shape, w.dtype)
+        loss = jnp.sum(signs * w) ** 2 / 2
+        return loss, loss, 1
+
+    def diagonal(key):
+        return value_grad_and_curvature(losses, jnp.ones(4), microbatches, key=key, estimator=Hutchinson())[2]
+
+    draws = jax.vmap(diagonal)(jax.random.split(KEY, 4000))
+    np.testing.assert_allclose(jnp.mean(draws, axis=0), 1, atol=0.2)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_the_empirical_fisher_squares_the_training_gradient(reduction):
     """It needs no pass of its own, and does not look at the sampled targets."""

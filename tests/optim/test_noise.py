@@ -51,6 +51,13 @@ def test_a_critical_batch_may_be_infinite():
     assert np.isinf(float(optimizer.metrics(state, num_targets=8)["critical_batch_tokens"]))
 
 
+def test_before_the_first_refresh_nothing_is_known():
+    optimizer, params = SophiaG(), {"w": jnp.ones(3)}
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    found = optimizer.metrics(state, num_targets=8)
+    assert np.isnan([float(found[name]) for name in ("critical_batch_tokens", "signal_to_noise/w")]).all()
+
+
 def test_only_curvature_that_is_a_variance_tells_of_noise():
     params = {"w": jnp.ones(3)}
     for optimizer, tells in ((SophiaG(), True), (Sophia(estimator=Hutchinson()), False), (Sophia(), False)):

@@ -220,6 +220,26 @@ def test_bias_corrections():
     assert corrected(True, True) == pytest.approx([0.05, 0.05, 0.19 / 5.8], rel=1e-5)
 
 
+def test_skipped_updates_do_not_count_in_the_bias_correction():
+    """After three gradients that were not finite the first step is as long as without them."""
+    optimizer = SophiaG(learning_rate=0.1, b1=0.9, rho=1.0, weight_decay=0.0)
+    params, lengths = {"w": jnp.zeros(1)}, []
+    for bad in (0, 3):
+        state = optimizer.refresh(optimizer.init(params), {"w": jnp.full(1, 4.0)})
+        for _ in range(bad):
+            _, state = optimizer.update({"w": jnp.full(1, jnp.nan)}, state, params)
+        updates, _ = optimizer.update({"w": jnp.ones(1)}, state, params)
+        lengths.append(float(updates["w"][0]))
+    assert lengths == pytest.approx([-0.025, -0.025], rel=1e-5)
+
+
+def test_an_estimate_beyond_the_curvatures_dtype_is_skipped():
+    optimizer = SophiaG(curvature_dtype=jnp.float16)
+    params = {"w": jnp.zeros(1)}
+    state = optimizer.refresh(optimizer.init(params), {"w": jnp.full(1, 1e8)})
+    assert (float(state.curvature["w"][0]), int(state.skipped_refreshes)) == (0.0, 1)
+
+
 def test_corrected_curvature_before_the_first_refresh_is_zero():
     updates, _ = one_step(SophiaG(**PLAIN | {"bias_correct_curvature": True}), [0.5, -0.5], [0, 0], [0, 0], refreshes=0)
     assert updates.tolist() == pytest.approx([-0.1, 0.1])

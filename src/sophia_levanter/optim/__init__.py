@@ -4,7 +4,7 @@ Needs jax, equinox, optax and jaxtyping, and nothing else of this project.
 """
 
 from sophia_levanter.optim._averages import Curvature, Momentum, SophiaState
-from sophia_levanter.optim._baselines import AdamW, Lion, OptaxOptimizer
+from sophia_levanter.optim._baselines import AdamW, BaselineState, Lion, OptaxOptimizer
 from sophia_levanter.optim._gauss_newton import EmpiricalFisher, GaussNewtonBartlett
 from sophia_levanter.optim._gradients import GradientSums, RefreshStep, value_grad_and_curvature
 from sophia_levanter.optim._hutchinson import GaussNewtonHutchinson, Hutchinson
@@ -14,7 +14,7 @@ from sophia_levanter.optim._microbatch import split_microbatches
 from sophia_levanter.optim._muon import Muon
 from sophia_levanter.optim._presets import ReproducedSophia, SophiaG, SophiaH, sophia_g
 from sophia_levanter.optim._protocol import Estimator, MatrixWork, Optimizer
-from sophia_levanter.optim._rho import WinRateController
+from sophia_levanter.optim._rho import ScheduledRho, WinRateController
 from sophia_levanter.optim._soap import Soap
 from sophia_levanter.optim._sophia import AbstractSophia, Sophia
 from sophia_levanter.optim._trees import decay_mask_tree
@@ -22,6 +22,7 @@ from sophia_levanter.optim._trees import decay_mask_tree
 __all__ = [
     "AbstractSophia",
     "AdamW",
+    "BaselineState",
     "Bernoulli",
     "Categorical",
     "Coordinates",
@@ -43,6 +44,7 @@ __all__ = [
     "Optimizer",
     "RefreshStep",
     "ReproducedSophia",
+    "ScheduledRho",
     "Soap",
     "Sophia",
     "SophiaG",

@@ -12,7 +12,7 @@ from sophia_levanter.optim._averages import SophiaState
 from sophia_levanter.optim._checks import value_at
 from sophia_levanter.optim._kronecker import Coordinates
 from sophia_levanter.optim._optax import agreeing
-from sophia_levanter.optim._trees import decay_mask_tree, num_coordinates, select, total, upcast
+from sophia_levanter.optim._trees import all_finite, decay_mask_tree, num_coordinates, select, total, upcast
 
 if TYPE_CHECKING:
     from sophia_levanter.optim._sophia import AbstractSophia
@@ -52,12 +52,15 @@ def updated(
     return jax.tree.map(step, params, direction, decay_mask_tree(sophia.weight_decay.mask, params)), after
 
 
-def refreshed(sophia: AbstractSophia, state: SophiaState, h_hat: PyTree, sound: Bool[Array, ""]) -> SophiaState:
-    """The state with an estimate of the curvature, where it is sound.
+def refreshed(sophia: AbstractSophia, state: SophiaState, h_hat: PyTree, finite: Bool[Array, ""]) -> SophiaState:
+    """The state with an estimate of the curvature, where it, and the step that it belongs to, are finite.
 
     h <- b2 h + (1 - b2) h_hat; then the basis, if any, is rotated, and h with it, and the controller, if any, sets rho.
     """
-    curvature = select(sound, jax.tree.map(sophia.curvature.next, state.curvature, h_hat), state.curvature)
+    averaged = jax.tree.map(sophia.curvature.next, state.curvature, h_hat)
+    # An estimate that is not finite shows in h, and so does one that is too large for h's dtype.
+    sound = finite & all_finite(averaged)
+    curvature = select(sound, averaged, state.curvature)
     basis = state.basis
     if sophia.basis is not None:
         rotated = sophia.basis.rotated(sophia.basis.update_moments(basis, state.momentum), curvature)
@@ -90,7 +93,7 @@ def last_rho(sophia: AbstractSophia, state: SophiaState) -> Any:
 def ratio(sophia: AbstractSophia, state: SophiaState) -> tuple[PyTree, PyTree]:
     """Numerator and denominator of the clipped ratio, for a state after its update."""
     momentum = coordinates_of(sophia, state).project(jax.tree.map(upcast, state.momentum))
-    momentum = jax.tree.map(lambda m: sophia.momentum.corrected(m, state.count), momentum)
+    momentum = jax.tree.map(lambda m: sophia.momentum.corrected(m, state.count - state.skipped_updates), momentum)
     rho = last_rho(sophia, state)
     denominator = jax.tree.map(
         lambda h: sophia.denominator(rho * sophia.curvature.corrected(h, state.refresh_count)), state.curvature

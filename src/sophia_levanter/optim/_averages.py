@@ -81,7 +81,7 @@ class Momentum(eqx.Module):
         return (self.b1 * m.astype(jnp.promote_types(m.dtype, g.dtype)) + (1 - self.b1) * g).astype(m.dtype)
 
     def corrected(self, m: Array, count: Int[Array, ""]) -> Array:
-        """m in at least float32, after `count` updates."""
+        """m in at least float32, after `count` updates that were not skipped."""
         # Before the first update m is 0, and stays 0 whatever it is divided by.
         return upcast(m) / (1 - self.b1 ** jnp.maximum(count, 1)) if self.bias_correct else upcast(m)
 
@@ -92,8 +92,8 @@ class Curvature(eqx.Module):
     Args:
         b2: decay, in [0, 1).
         interval: updates between two refreshes, at least 1.
-        initial_refreshes: how many first steps have one each, before the interval counts: at the start h is an average
-            of few estimates, of a model that changes quickly.
+        initial_refreshes: refresh at each of this many first steps, besides every `interval`: at the start h is an
+            average of few estimates, of a model that changes quickly.
         bias_correct: use h / (1 - b2^refreshes) in the update. Uncorrected, as in the paper, h reaches 63 % of its
             value only after 1 / (1 - b2) refreshes, and until then steps are too long.
         dtype: of h; None for float32, or wider where the parameters are. The average is computed in float32 at least,

@@ -26,7 +26,7 @@ from sophia_levanter.optim._trees import WeightDecayMask, all_finite, decay_mask
 
 
 class BaselineState(NamedTuple):
-    """The state of AdamW, Lion and Muon.
+    """The state of AdamW, Lion, Muon and Soap.
 
     Attributes:
         optax_state: optax's own.
@@ -172,7 +172,8 @@ class AdamW(OptaxOptimizer):
 
 
 class Lion(OptaxOptimizer):
-    """Lion (Chen et al. 2023, arXiv 2302.06675), `optax.lion`. The arguments are AdamW's, without eps and nesterov.
+    """Lion (Chen et al. 2023, arXiv 2302.06675), `optax.lion`. The arguments are AdamW's, without eps, nesterov
+    and cautious; b2 is the decay of the only moment, and b1 its weight in the step.
 
     >>> optimizer, params = Lion(learning_rate=0.5, weight_decay=0.0), {"w": jnp.ones(2)}
     >>> updates, state = optimizer.update({"w": jnp.asarray([3.0, -5.0])}, optimizer.init(params), params)

@@ -128,7 +128,7 @@ def check_scalars(name: str, results: Any, what: Sequence[str]) -> list[Array]:
 
 
 def check_key(key: Any) -> None:
-    """Raise a TypeError unless this is a JAX random key, new-style or a uint32 array."""
+    """Raise a TypeError unless this is an array, as JAX random keys are."""
     if not isinstance(key, ARRAYS):
         raise TypeError(f"key is {key!r}; it must be a jax random key, as jax.random.key(0) gives")
 

@@ -48,7 +48,7 @@ class AbstractSquaredGradient(eqx.Module):
     def coordinates(self) -> Coordinates: ...
 
     def changes_of_basis(self, num_microbatches: int) -> int:
-        """The gradient is projected into the basis, that of each microbatch where they are squared apart."""
+        """The gradient is projected once, or once for each microbatch where each is squared."""
         return num_microbatches if self.reduction == "square_then_average" else 1
 
     def accumulated(self, grad_sum: PyTree, num_targets: Float[Array, ""]) -> PyTree:
@@ -149,7 +149,7 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
 
     @property
     def gradients(self) -> float:
-        """A backward pass; the forward pass is the gradient's. Or no pass."""
+        """2/3 for the extra backward pass, 0 without it; the forward pass is the gradient's."""
         return 2 / 3 if self.extra_pass else 0.0
 
     def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
@@ -244,7 +244,7 @@ class EmpiricalFisher(AbstractSquaredGradient):
         *,
         key: Key[Array, ""],
     ) -> PyTree:
-        """An estimate.
+        """B * g^2 on the data's own targets.
 
         Args:
             loss_fn: model, or (model, microbatch), -> (mean loss on the true targets, their number B).

@@ -156,15 +156,23 @@ class RefreshStep(eqx.Module):
         """For a pass over `first` by itself, which begins when the sums `after` are complete.
 
         Returns:
-            (model, microbatch) -> (scalar mean loss, number of targets), with a forward derivative; the microbatches.
+            (model, microbatch) -> (scalar mean loss, number of targets), with a forward derivative, or model -> the
+            same for a single pass; the microbatches, or None.
         """
         losses_fn = self.curvature_losses_fn or self.losses_fn
+        # An estimator draws its probe from `key`, and dropout must not depend on the probe.
+        key = jax.random.fold_in(self.key, 0)
 
         def loss_fn(model: PyTree, *microbatch: Any) -> tuple[Array, Array]:
-            loss, _, num_targets = losses_fn(model, *microbatch, self.key)
+            args: tuple = (key,)
+            for part, index in microbatch:
+                args = (part, jax.random.fold_in(key, index))
+            loss, _, num_targets = losses_fn(model, *args)
             return loss, num_targets
 
-        return loss_fn, _once_complete(after, self.first)
+        if self.first is None:
+            return loss_fn, None
+        return loss_fn, (_once_complete(after, self.first), jnp.arange(num_microbatches(self.first)))
 
     def _with_others(self, sums: GradientSums) -> GradientSums:
         for index, part in enumerate(self.others or ()):

@@ -81,8 +81,8 @@ class Categorical(eqx.Module):
 
         Args:
             outputs: [..., classes] logits, the class axis wherever `axis` says.
-            targets: [...] integers; a NamedArray is brought into the order of the logits' other axes. One that is no
-                class has the loss nan; give it the weight 0.
+            targets: [...] integers; a NamedArray is brought into the order of the logits' other axes. One that is not a
+                class has the loss nan, or inf in the padding; give it the weight 0.
         """
         logits = self._logits(outputs)
         if is_named(targets) and is_named(outputs):

@@ -41,15 +41,17 @@ def gradient_noise(momentum: Momentum, curvature: Curvature, state: SophiaState,
 
     Args:
         momentum, curvature: those of the optimizer; h must be the curvature of the likelihood's mean loss.
-        state: a state after an update and a refresh.
+        state: a state after an update; before the first refresh all is nan.
         num_targets: B, the number of targets in a batch.
     """
     corrected = dataclasses.replace(momentum, bias_correct=True), dataclasses.replace(curvature, bias_correct=True)
-    decayed = momentum.b1 ** jnp.maximum(state.count, 1)
+    count = state.count - state.skipped_updates
+    decayed = momentum.b1 ** jnp.maximum(count, 1)
     left = (1 - momentum.b1) * (1 + decayed) / ((1 + momentum.b1) * (1 - decayed))
-    squares = jax.tree.map(lambda m: total(jnp.square(corrected[0].corrected(upcast(m), state.count))), state.momentum)
+    squares = jax.tree.map(lambda m: total(jnp.square(corrected[0].corrected(upcast(m), count))), state.momentum)
+    known = jnp.where(state.refresh_count > 0, 1, jnp.nan)
     noises = jax.tree.map(
-        lambda h: total(jnp.maximum(corrected[1].corrected(h, state.refresh_count), 0)) / num_targets, state.curvature
+        lambda h: known * total(corrected[1].corrected(h, state.refresh_count)) / num_targets, state.curvature
     )
 
     def signal(square: Any, noise: Any) -> Any:

@@ -32,7 +32,7 @@ def agreeing(step: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Arra
 
 
 def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optax transformation, such as `optax.scale_by_adam()`, of whose result the agreeing part is left."""
+    """Keep only the agreeing part of what an optax transformation, such as `optax.scale_by_adam()`, returns."""
 
     def update(grads: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
         steps, state = inner.update(grads, state, params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import optax
@@ -99,7 +99,7 @@ class SophiaH(AbstractSophia):
         Their denominator rho h + eps reverses the step where h is negative.
         """
         given = _AUTHORS | {"estimator": Hutchinson("gaussian"), "gradient_transform": _clip()} | overrides
-        return _reproduced(0.01, given | {"allow_reversed": True})
+        return _reproduced(0.01, {"allow_reversed": True} | given)
 
     @staticmethod
     def optax(**overrides: Any) -> ReproducedSophia:
@@ -116,6 +116,14 @@ class SophiaH(AbstractSophia):
         return _reproduced(0.01, settings | late | {"estimator": Hutchinson("gaussian")} | overrides)
 
 
+class Choices(NamedTuple):
+    """Choices of other implementations; see `ReproducedSophia`."""
+
+    denominator: str
+    refresh_order: str
+    first_refresh: int
+
+
 class ReproducedSophia(AbstractSophia):
     """Sophia with choices of other implementations; the other arguments are `AbstractSophia`'s.
 
@@ -129,7 +137,8 @@ class ReproducedSophia(AbstractSophia):
         ValueError: if `denominator` is `add` and the estimates may be negative.
     """
 
-    choices: tuple[str, str, int] = eqx.field(static=True)
+    choices: Choices = eqx.field(static=True)
+    default_estimator: ClassVar[Any] = None
 
     def __init__(
         self,
@@ -150,16 +159,16 @@ class ReproducedSophia(AbstractSophia):
                 f"denominator is 'add', and {type(self.estimator).__name__}'s estimates may be negative, "
                 "where an added eps turns the step uphill; use 'max'"
             )
-        self.choices = (denominator, refresh_order, first_refresh)
+        self.choices = Choices(denominator, refresh_order, first_refresh)
 
     def denominator(self, scaled: Float[Array, "..."]) -> Float[Array, "..."]:
         """What m is divided by, of rho h."""
-        return scaled + self.eps if self.choices[0] == "add" else super().denominator(scaled)
+        return scaled + self.eps if self.choices.denominator == "add" else super().denominator(scaled)
 
     def _step(
         self, grads: PyTree, h_hat: PyTree | None, state: SophiaState, params: PyTree, finite: Bool[Array, ""]
     ) -> tuple[PyTree, SophiaState]:
-        late = self.choices[1] == "after"
+        late = self.choices.refresh_order == "after"
         updates, state = super()._step(grads, None if late else h_hat, state, params, finite)
         if late and h_hat is not None:
             state = self.refresh(state, h_hat, finite=finite)
@@ -167,7 +176,7 @@ class ReproducedSophia(AbstractSophia):
 
     def refresh_due(self, step: int) -> bool:
         """Whether an estimate is wanted at this step, from its number alone; decided on the host."""
-        return super().refresh_due(step - self.choices[2])
+        return super().refresh_due(step - self.choices.first_refresh)
 
 
 def _reproduced(default_rho: float, arguments: dict[str, Any]) -> ReproducedSophia:

@@ -1,7 +1,5 @@
 """Sophia: momentum over a diagonal curvature, clipped coordinate by coordinate (arXiv 2305.14342, Algorithm 3)."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -10,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from equinox import AbstractClassVar
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from sophia_levanter.optim._algorithm import last_rho, refreshed, updated, win_rate
@@ -41,7 +40,7 @@ from sophia_levanter.optim._trees import (
 
 
 class AbstractSophia(eqx.Module):
-    """Algorithm 3 over any estimator. `Sophia`, `SophiaG` and `SophiaH` are it with different defaults.
+    """Algorithm 3 over any estimator. `Sophia`, `SophiaG` and `SophiaH` differ only in their defaults.
 
         m     <- b1 m + (1 - b1) g                       every step
         h     <- b2 h + (1 - b2) h_hat                   every `interval` steps, before the update
@@ -64,7 +63,8 @@ class AbstractSophia(eqx.Module):
         basis: a `KroneckerBasis` for matrices, whose h is diagonal and whose ratio is clipped there; None for the
             parameters' own coordinates. It is updated at every refresh, by the momentum.
         gradient_transform: an optax transformation of the gradient, such as `optax.clip_by_global_norm(1.0)`.
-        cautious: leave out the coordinates whose step would go up this batch's gradient; see `agreeing`.
+        cautious: zero the coordinates whose step would go up this batch's gradient, and scale up the others by what is
+            lost, at most 1000-fold and beyond the clip (arXiv 2411.16085).
         initial_refreshes, bias_correct_momentum, bias_correct_curvature, momentum_dtype, curvature_dtype: see
             `Momentum` and `Curvature`.
 
@@ -83,7 +83,7 @@ class AbstractSophia(eqx.Module):
     cautious: bool = eqx.field(static=True)
 
     default_rho: ClassVar[float] = 0.05
-    default_estimator: ClassVar[Any] = None
+    default_estimator: AbstractClassVar[Any]
 
     def __init__(
         self,
@@ -270,9 +270,7 @@ class AbstractSophia(eqx.Module):
         """
         check_state(self, state)
         check_same_structure("h_hat", h_hat, state.curvature)
-        h_hat = trainable(h_hat)
-        sound = all_finite(h_hat) if finite is None else check_flag("finite", finite) & all_finite(h_hat)
-        return refreshed(self, state, h_hat, sound)
+        return refreshed(self, state, trainable(h_hat), check_flag("finite", True if finite is None else finite))
 
     def refresh_due(self, step: int) -> bool:
         """Whether an estimate is wanted at this step, from its number alone; decided on the host.
@@ -310,8 +308,8 @@ class AbstractSophia(eqx.Module):
         # The momentum is projected and the step projected back, and cautious steps project the gradient. A refresh
         # projects the estimate, takes the moments of the momentum, and rotates h.
         changes = 3 if self.cautious else 2
-        turn_changes = self.estimator.changes_of_basis(num_microbatches) + 2
-        return MatrixWork(changes, turn_changes, self.refresh_due, self.basis.max_size)
+        estimated = 0 if self.estimator is None else self.estimator.changes_of_basis(num_microbatches)
+        return MatrixWork(changes, estimated + 2, self.refresh_due, self.basis.max_size)
 
     def as_optax(self) -> optax.GradientTransformationExtraArgs:
         """The same as an optax transformation; `update` takes the estimate as the extra argument `h_hat`.
@@ -325,7 +323,7 @@ class AbstractSophia(eqx.Module):
 class Sophia(AbstractSophia):
     """Sophia with a custom estimator; see `AbstractSophia` for the arguments.
 
-    An estimator with the attribute `signed`, True, says that its estimates may be negative.
+    Set `signed = True` on an estimator whose estimates may be negative.
 
     >>> optimizer = Sophia(learning_rate=0.1, weight_decay=0.0)
     >>> params = {"w": jnp.asarray([1.0, -2.0])}
@@ -334,4 +332,5 @@ class Sophia(AbstractSophia):
     [-0.10000000149011612, 0.10000000149011612]
     """
 
+    default_estimator: ClassVar[Any] = None
     __init__ = AbstractSophia.__init__
