@@ -138,10 +138,11 @@ class AdamW(OptaxOptimizer):
     Raises:
         TypeError, ValueError: if a hyper-parameter that is a concrete number is out of its range.
 
-    >>> optimizer, params = AdamW(learning_rate=0.1, weight_decay=0.0), {"w": jnp.ones(2)}
-    >>> updates, state = optimizer.update({"w": jnp.asarray([3.0, -5.0])}, optimizer.init(params), params)
-    >>> [f"{x:.3f}" for x in updates["w"]]
-    ['-0.100', '0.100']
+    Examples:
+        >>> optimizer, params = AdamW(learning_rate=0.1, weight_decay=0.0), {"w": jnp.ones(2)}
+        >>> updates, state = optimizer.update({"w": jnp.asarray([3.0, -5.0])}, optimizer.init(params), params)
+        >>> [f"{x:.3f}" for x in updates["w"]]
+        ['-0.100', '0.100']
     """
 
     learning_rate: ScalarOrSchedule = eqx.field(default=6e-4, converter=python_number)
@@ -175,10 +176,11 @@ class Lion(OptaxOptimizer):
     """Lion (Chen et al. 2023, arXiv 2302.06675), `optax.lion`. The arguments are AdamW's, without eps, nesterov
     and cautious; b2 is the decay of the only moment, and b1 its weight in the step.
 
-    >>> optimizer, params = Lion(learning_rate=0.5, weight_decay=0.0), {"w": jnp.ones(2)}
-    >>> updates, state = optimizer.update({"w": jnp.asarray([3.0, -5.0])}, optimizer.init(params), params)
-    >>> updates["w"].tolist()
-    [-0.5, 0.5]
+    Examples:
+        >>> optimizer, params = Lion(learning_rate=0.5, weight_decay=0.0), {"w": jnp.ones(2)}
+        >>> updates, state = optimizer.update({"w": jnp.asarray([3.0, -5.0])}, optimizer.init(params), params)
+        >>> updates["w"].tolist()
+        [-0.5, 0.5]
     """
 
     learning_rate: ScalarOrSchedule = eqx.field(default=1e-4, converter=python_number)

@@ -99,9 +99,10 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> h_hat = GaussNewtonBartlett()(lambda w: jnp.ones((8, 1)) @ w, jnp.zeros((1, 3)), key=jax.random.key(0))
-    >>> h_hat.shape, bool((h_hat >= 0).all())
-    ((1, 3), True)
+    Examples:
+        >>> h_hat = GaussNewtonBartlett()(lambda w: jnp.ones((8, 1)) @ w, jnp.zeros((1, 3)), key=jax.random.key(0))
+        >>> h_hat.shape, bool((h_hat >= 0).all())
+        ((1, 3), True)
     """
 
     likelihood: Likelihood = Categorical()
@@ -223,8 +224,9 @@ class EmpiricalFisher(AbstractSquaredGradient):
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> EmpiricalFisher()(lambda w: (3.0 * jnp.sum(w), 8), jnp.ones(2), key=jax.random.key(0)).tolist()  # 8 * 3^2
-    [72.0, 72.0]
+    Examples:
+        >>> EmpiricalFisher()(lambda w: (3.0 * jnp.sum(w), 8), jnp.ones(2), key=jax.random.key(0)).tolist()  # 8 * 3^2
+        [72.0, 72.0]
     """
 
     reduction: str = eqx.field(default="square_then_average", static=True)

@@ -229,14 +229,15 @@ def value_grad_and_curvature(
         ValueError: if a loss is not a scalar, or there are fewer microbatches than wanted.
         TypeError: if the estimator does not say how a step with it is made.
 
-    >>> estimator, x, y = GaussNewtonBartlett(), jnp.ones((4, 1)), jnp.arange(4) % 2
-    >>> def losses_fn(w, key):
-    ...     return estimator.losses(x @ w, y, key=key)
-    >>> loss, grads, h_hat = value_grad_and_curvature(
-    ...     losses_fn, jnp.zeros((1, 2)), key=jax.random.key(0), estimator=estimator
-    ... )
-    >>> f"{loss:.4f}", grads.tolist()  # log 2, and the classes are equally frequent
-    ('0.6931', [[0.0, 0.0]])
+    Examples:
+        >>> estimator, x, y = GaussNewtonBartlett(), jnp.ones((4, 1)), jnp.arange(4) % 2
+        >>> def losses_fn(w, key):
+        ...     return estimator.losses(x @ w, y, key=key)
+        >>> loss, grads, h_hat = value_grad_and_curvature(
+        ...     losses_fn, jnp.zeros((1, 2)), key=jax.random.key(0), estimator=estimator
+        ... )
+        >>> f"{loss:.4f}", grads.tolist()  # log 2, and the classes are equally frequent
+        ('0.6931', [[0.0, 0.0]])
     """
     if not hasattr(estimator, "gradient_and_estimate"):
         raise TypeError(f"estimator is {estimator!r}; it must define gradient_and_estimate(step)")

@@ -102,8 +102,9 @@ class Hutchinson(AbstractHutchinson):
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> Hutchinson()(lambda w: jnp.sum(jnp.asarray([1.0, 3.0]) * w**2), jnp.ones(2), key=jax.random.key(0)).tolist()
-    [2.0, 6.0]
+    Examples:
+        >>> Hutchinson()(lambda w: jnp.sum(jnp.asarray([1.0, 3.0]) * w**2), jnp.ones(2), key=jax.random.key(0)).tolist()
+        [2.0, 6.0]
     """
 
     probe: str = eqx.field(default="rademacher", static=True)
@@ -186,9 +187,10 @@ class GaussNewtonHutchinson(AbstractHutchinson):
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> estimator = GaussNewtonHutchinson(Normal(1.0))
-    >>> estimator(lambda w: jnp.asarray([1.0, 3.0]) * w, jnp.ones(2), key=jax.random.key(0)).tolist()  # x^2 / 2
-    [0.5, 4.5]
+    Examples:
+        >>> estimator = GaussNewtonHutchinson(Normal(1.0))
+        >>> estimator(lambda w: jnp.asarray([1.0, 3.0]) * w, jnp.ones(2), key=jax.random.key(0)).tolist()  # x^2 / 2
+        [0.5, 4.5]
     """
 
     likelihood: Likelihood = Categorical()

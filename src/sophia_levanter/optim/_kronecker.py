@@ -60,10 +60,11 @@ class KroneckerBasis(eqx.Module):
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of its range.
 
-    >>> basis, params = KroneckerBasis(b2=0.0), {"w": jnp.asarray([[2.0, 0.0], [0.0, 1.0]])}
-    >>> state, h = basis.rotated(basis.update_moments(basis.init(params), params), params)
-    >>> jnp.abs(basis.at(state).project(params)["w"]).tolist()  # the moments are diagonal already
-    [[2.0, 0.0], [0.0, 1.0]]
+    Examples:
+        >>> basis, params = KroneckerBasis(b2=0.0), {"w": jnp.asarray([[2.0, 0.0], [0.0, 1.0]])}
+        >>> state, h = basis.rotated(basis.update_moments(basis.init(params), params), params)
+        >>> jnp.abs(basis.at(state).project(params)["w"]).tolist()  # the moments are diagonal already
+        [[2.0, 0.0], [0.0, 1.0]]
     """
 
     matrices: Matrices = None

@@ -58,8 +58,9 @@ class Categorical(eqx.Module):
     Raises:
         ValueError: on use, if the logits have no such axis.
 
-    >>> f"{Categorical().loss(jnp.zeros((1, 4)), jnp.asarray([2]))[0]:.4f}"  # log 4
-    '1.3863'
+    Examples:
+        >>> f"{Categorical().loss(jnp.zeros((1, 4)), jnp.asarray([2]))[0]:.4f}"  # log 4
+        '1.3863'
     """
 
     axis: int | str = eqx.field(default=-1, static=True, converter=whole_number)
@@ -179,8 +180,9 @@ class Bernoulli(_Elementwise):
         event_ndim: how many of the last axes are summed in one target's loss (1 for [row, label] where the training
             loss is the mean over rows of the sum over labels).
 
-    >>> f"{Bernoulli().loss(jnp.zeros(1), jnp.ones(1))[0]:.4f}"  # log 2
-    '0.6931'
+    Examples:
+        >>> f"{Bernoulli().loss(jnp.zeros(1), jnp.ones(1))[0]:.4f}"  # log 2
+        '0.6931'
     """
 
     def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
@@ -207,9 +209,10 @@ class Normal(_Elementwise):
             of (y - output)^2 as a training loss is that of a variance of 1/2.
         event_ndim: how many of the last axes are summed in one target's loss.
 
-    >>> likelihood = Normal(0.5)  # (y - output)^2 and a constant
-    >>> float(likelihood.loss(jnp.zeros(1), jnp.full(1, 3.0))[0] - likelihood.loss(jnp.zeros(1), jnp.zeros(1))[0])
-    9.0
+    Examples:
+        >>> likelihood = Normal(0.5)  # (y - output)^2 and a constant
+        >>> float(likelihood.loss(jnp.zeros(1), jnp.full(1, 3.0))[0] - likelihood.loss(jnp.zeros(1), jnp.zeros(1))[0])
+        9.0
     """
 
     variance: Any = 1.0

@@ -32,9 +32,10 @@ def split_microbatches(
     Raises:
         ValueError: if the sizes do not fit, or the fraction is out of its range.
 
-    >>> microbatches, share = split_microbatches({"x": jnp.zeros((8, 3))}, 2, fraction=0.5)
-    >>> microbatches["x"].shape, share
-    ((2, 2, 3), 0.5)
+    Examples:
+        >>> microbatches, share = split_microbatches({"x": jnp.zeros((8, 3))}, 2, fraction=0.5)
+        >>> microbatches["x"].shape, share
+        ((2, 2, 3), 0.5)
     """
     microbatch_size, num_devices = whole_number(microbatch_size), whole_number(num_devices)
     check_count("microbatch_size", microbatch_size)

@@ -53,10 +53,11 @@ class Muon(OptaxOptimizer):
         TypeError, ValueError: if a hyper-parameter that is a concrete number is out of its range; from `init` and
             `update`, if `matrices` does not fit the parameters.
 
-    >>> optimizer, params = Muon(learning_rate=1.0, weight_decay=0.0), {"w": jnp.eye(4)}
-    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
-    >>> bool(0.7 < -updates["w"][0, 0] / (0.2 * 4**0.5) < 1.2)
-    True
+    Examples:
+        >>> optimizer, params = Muon(learning_rate=1.0, weight_decay=0.0), {"w": jnp.eye(4)}
+        >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+        >>> bool(0.7 < -updates["w"][0, 0] / (0.2 * 4**0.5) < 1.2)
+        True
     """
 
     learning_rate: ScalarOrSchedule = eqx.field(default=6e-4, converter=python_number)

@@ -41,13 +41,14 @@ class SophiaG(AbstractSophia):
     estimator is a `GaussNewtonBartlett`, which holds the likelihood (categorical, if not said otherwise) and how
     microbatches are joined.
 
-    >>> params = {"w": jnp.asarray([[0.5, -0.5]])}
-    >>> optimizer = SophiaG(learning_rate=0.01)
-    >>> state = optimizer.init(params)
-    >>> h_hat = optimizer.estimate(lambda p: jnp.ones((4, 1)) @ p["w"], params, key=jax.random.key(0))
-    >>> updates, state = optimizer.update({"w": jnp.asarray([[0.1, -0.1]])}, state, params, h_hat)
-    >>> int(state.refresh_count)
-    1
+    Examples:
+        >>> params = {"w": jnp.asarray([[0.5, -0.5]])}
+        >>> optimizer = SophiaG(learning_rate=0.01)
+        >>> state = optimizer.init(params)
+        >>> h_hat = optimizer.estimate(lambda p: jnp.ones((4, 1)) @ p["w"], params, key=jax.random.key(0))
+        >>> updates, state = optimizer.update({"w": jnp.asarray([[0.1, -0.1]])}, state, params, h_hat)
+        >>> int(state.refresh_count)
+        1
     """
 
     default_estimator: ClassVar[Any] = GaussNewtonBartlett()
@@ -76,9 +77,10 @@ class SophiaH(AbstractSophia):
     `estimate(loss_fn, model, key=key)` takes the scalar mean loss and gives u * (H u) (arXiv 2305.14342, Algorithm 1).
     The estimator is a `Hutchinson`, which holds the kind and number of probes.
 
-    >>> h_hat = SophiaH().estimate(lambda w: jnp.sum(w**2), jnp.ones(2), key=jax.random.key(0))
-    >>> h_hat.tolist()
-    [2.0, 2.0]
+    Examples:
+        >>> h_hat = SophiaH().estimate(lambda w: jnp.sum(w**2), jnp.ones(2), key=jax.random.key(0))
+        >>> h_hat.tolist()
+        [2.0, 2.0]
     """
 
     default_rho: ClassVar[float] = 0.01
@@ -205,8 +207,9 @@ def sophia_g(
     `weight_decay_mask` that is a function must be named in `inject_hyperparams(..., static_args="weight_decay_mask")`,
     or it is taken for a schedule.
 
-    >>> state = optax.inject_hyperparams(sophia_g)(learning_rate=0.25).init({"w": jnp.ones(2)})
-    >>> float(state.hyperparams["learning_rate"])
-    0.25
+    Examples:
+        >>> state = optax.inject_hyperparams(sophia_g)(learning_rate=0.25).init({"w": jnp.ones(2)})
+        >>> float(state.hyperparams["learning_rate"])
+        0.25
     """
     return Sophia(**locals()).as_optax()

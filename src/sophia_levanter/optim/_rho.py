@@ -53,9 +53,10 @@ class WinRateController(eqx.Module):
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> controller = WinRateController(target=0.3)
-    >>> f"{controller.next(controller.start(), 0.2):.4f}"  # 0.05 exp(2 * 0.1)
-    '0.0611'
+    Examples:
+        >>> controller = WinRateController(target=0.3)
+        >>> f"{controller.next(controller.start(), 0.2):.4f}"  # 0.05 exp(2 * 0.1)
+        '0.0611'
     """
 
     target: Scalar = eqx.field(default=0.3, converter=python_number)

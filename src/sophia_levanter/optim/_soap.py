@@ -62,9 +62,10 @@ class Soap(OptaxOptimizer):
         TypeError, ValueError: if a hyper-parameter that is a concrete number is out of its range; from `init` and
             `update`, if the basis's matrices do not fit the parameters.
 
-    >>> optimizer, params = Soap(basis=KroneckerBasis(b2=0.95, max_size=512)), {"w": jnp.ones((2, 3))}
-    >>> optimizer.init(params).optax_state[0].basis[0][1].vectors.shape  # of the outputs, 3
-    (1, 3, 3)
+    Examples:
+        >>> optimizer, params = Soap(basis=KroneckerBasis(b2=0.95, max_size=512)), {"w": jnp.ones((2, 3))}
+        >>> optimizer.init(params).optax_state[0].basis[0][1].vectors.shape  # of the outputs, 3
+        (1, 3, 3)
     """
 
     learning_rate: ScalarOrSchedule = eqx.field(default=3e-3, converter=python_number)
