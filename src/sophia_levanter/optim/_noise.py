@@ -37,7 +37,8 @@ def gradient_noise(momentum: Momentum, curvature: Curvature, state: SophiaState,
         signal_to_noise/ARRAY = |G|^2 / (sum(h) / B)           of that array
 
     The critical batch is the simple noise scale of McCandlish et al. 2018 (arXiv 1812.06162); it is infinite where no
-    signal is found. The gradient is assumed to change little over 1 / (1 - b1) steps.
+    signal is found. The gradient is assumed to change little over 1 / (1 - b1) steps; where it is clipped before m, |G|
+    is too small.
 
     Args:
         momentum, curvature: those of the optimizer; h must be the curvature of the likelihood's mean loss.
