@@ -62,9 +62,9 @@ def parts(first=MICROBATCHES, targets=LABELS):
     return X[:first], targets[:first], WEIGHTS[:first]
 
 
-def mean_cross_entropy(model):
-    losses = optax.softmax_cross_entropy_with_integer_labels(model(X), LABELS)
-    return jnp.sum(losses * WEIGHTS) / jnp.sum(WEIGHTS)
+def mean_cross_entropy(model, x=X, labels=LABELS, weights=WEIGHTS):
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(x), labels)
+    return jnp.sum(losses * weights) / jnp.sum(weights)
 
 
 def assert_same(ours, theirs, rtol=1e-5):
@@ -384,16 +384,11 @@ def test_hutchinson_makes_a_pass_of_its_own(curvature_microbatches):
         estimator=estimator,
         curvature_microbatches=curvature_microbatches,
     )
-    x, labels, weights = parts(curvature_microbatches or MICROBATCHES)
-
-    def mean_loss(model):
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(x), labels)
-        return jnp.sum(losses * weights) / jnp.sum(weights)
-
+    first = parts(curvature_microbatches or MICROBATCHES)
     wanted_loss, wanted_grads = eqx.filter_value_and_grad(mean_cross_entropy)(MODEL)
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
     assert_same(grads, wanted_grads)
-    assert_same(h_hat, estimator(mean_loss, MODEL, key=KEY), rtol=1e-4)
+    assert_same(h_hat, estimator(lambda m: mean_cross_entropy(m, *first), MODEL, key=KEY), rtol=1e-4)
 
 
 @pytest.mark.parametrize("microbatches", [None, jnp.zeros((2, 1))])
@@ -447,13 +442,8 @@ def test_without_an_extra_pass_the_gradient_is_that_of_the_other_microbatches(cu
         estimator=REPLACING,
         curvature_microbatches=curvature_microbatches,
     )
-    x, labels, weights = jax.tree.map(lambda a: a[curvature_microbatches:], parts())
-
-    def mean_loss(model):
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(x), labels)
-        return jnp.sum(losses * weights) / jnp.sum(weights)
-
-    wanted_loss, wanted_grads = eqx.filter_value_and_grad(mean_loss)(MODEL)
+    rest = jax.tree.map(lambda a: a[curvature_microbatches:], parts())
+    wanted_loss, wanted_grads = eqx.filter_value_and_grad(mean_cross_entropy)(MODEL, *rest)
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
     assert_same(grads, wanted_grads)
     assert_same(h_hat, own_estimate(GaussNewtonBartlett(), curvature_microbatches))

@@ -192,7 +192,7 @@ def test_matrices_may_be_a_function_a_tree_or_a_prefix():
         (
             {"w": None, "b": None, "c": MuonDimensionNumbers()},
             ValueError,
-            r"^matrices does not fit the parameters: \['c'\] is no parameter$",
+            r"^matrices does not fit the parameters: \['c'\] is not a parameter$",
         ),
         ({"w": True, "b": None}, TypeError, r"^matrices\['w'\] is True; it must be a MuonDimensionNumbers or None$"),
         (MuonDimensionNumbers(), ValueError, r"^matrices\['b'\] is .*; it must name different axes of .* \(2,\)$"),

@@ -143,7 +143,7 @@ def test_a_mask_that_fits_no_parameter_is_found_in_a_group_too():
     groups = {name: SophiaG(weight_decay_mask=wrong).as_optax() for name in "xy"}
     transformation = optax.multi_transform(groups, {"a": "x", "b": "y"})
     params = {"a": jnp.ones(1), "b": jnp.ones(2)}
-    with pytest.raises(ValueError, match=r"\['typo'\] is no parameter"):
+    with pytest.raises(ValueError, match=r"\['typo'\] is not a parameter"):
         transformation.update(params, transformation.init(params), params)
 
 

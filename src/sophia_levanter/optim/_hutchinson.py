@@ -261,7 +261,7 @@ def hessian_vector_product(
 
     gradient = eqx.filter_grad(scalar_loss, has_aux=True)
     (_, aux), (product, _) = forward_derivative("loss_fn", gradient, model, vector)
-    # Where the gradient does not depend on the parameters there is no tangent.
+    # JAX gives None for the tangent of a gradient that does not depend on the parameters.
     product = jax.tree.map(lambda v, hv: jnp.zeros_like(v) if hv is None else hv, vector, product)
     return (product, aux) if has_aux else product
 

@@ -313,7 +313,7 @@ def targets_in_use(likelihood: Likelihood, outputs: Any, targets: Any, sampled: 
 
 
 def weighted_mean(losses: Array, weights: Array, num_targets: Array) -> Array:
-    """sum(losses * weights) / num_targets, and 0 where there is no target."""
+    """sum(losses * weights) / num_targets, or 0 if num_targets is 0."""
     # What is left out may be marked by labels that are no class, and 0 * nan is nan.
     return jnp.sum(jnp.where(weights == 0, 0, losses * weights)) / jnp.where(num_targets > 0, num_targets, 1)
 

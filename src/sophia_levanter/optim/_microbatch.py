@@ -64,7 +64,7 @@ def num_microbatches(microbatches: PyTree) -> int:
     """The length of the first axis.
 
     Raises:
-        ValueError: if it is not the same in all arrays, or there is no array.
+        ValueError: if the arrays differ in it, or the tree has no arrays.
     """
     return _common_length("microbatches", microbatches, "microbatches")
 

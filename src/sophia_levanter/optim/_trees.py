@@ -103,7 +103,7 @@ def fit_prefix(name: str, spec: PyTree, params: PyTree, is_entry: Callable[[Any]
     others = [path for path, leaf in parts if not eqx.is_array(leaf)]
     for path, entry in entries.items():
         if path not in used and entry is not None and not any(_overlap(path, other) for other in others):
-            raise ValueError(f"{name} does not fit the parameters: {_path_name(path)} is no parameter")
+            raise ValueError(f"{name} does not fit the parameters: {_path_name(path)} is not a parameter")
     return fitted
 
 

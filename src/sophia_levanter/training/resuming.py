@@ -50,7 +50,7 @@ def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[
     saved_config: Any = restored.metadata.get("config")
     if not is_of_training(restored.metadata):
         raise InputError(f"{directory.checkpoints} holds checkpoints that were not saved by a training run")
-    # They do not change the run's numbers, and a name that is no longer registered would be refused.
+    # Metrics and callbacks do not change the run's numbers, and an unregistered name would be refused.
     saved_config["trainer"] |= {name: list(getattr(parts.config.trainer, name)) for name in ("metrics", "callbacks")}
     old_config = config_in(saved_config, Path(f"{directory.checkpoints}/step-{restored.step:08d}"))
     if directory.resume == "if_saved":
