@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from draccus import ChoiceRegistry
@@ -343,8 +344,9 @@ class SoapConfig(OptimizerConfig):
         return Soap(**self.arguments(Soap, num_train_steps), basis=basis)
 
 
+@lru_cache(maxsize=8)
 def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
-    """The optimizer of a run over this many steps.
+    """The optimizer of a run over this many steps, the same object for the same arguments.
 
     Raises:
         InputError: if a plug-in's cannot be built, or is not an optimizer.

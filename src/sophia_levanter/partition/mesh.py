@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import equinox as eqx
@@ -24,9 +25,9 @@ from sophia_levanter.partition.processes import all_devices
 AxisMapping = Mapping[str, tuple[str, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Partition:
-    """Where arrays lie.
+    """Where arrays lie. Compared by identity, so that compiled functions can be kept for one.
 
     Attributes:
         mesh: the devices.
@@ -64,11 +65,11 @@ class Partition:
         """What `place(make(*placed))` would give, computed where it lies: no device ever holds the whole.
 
         Args:
-            make: a function of arrays.
+            make: a function of arrays. A `jax.tree_util.Partial` of the same function and arguments compiles once.
             placed: its arguments, as `place` gives them.
         """
         with self.active():
-            return eqx.filter_jit(lambda *arrays: at_rest(make(*arrays)))(*placed)
+            return _made(self, make, placed)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -130,8 +131,13 @@ class Partition:
 _active: ContextVar[Partition | None] = ContextVar("partition", default=None)
 
 
+@eqx.filter_jit
+def _made(partition: Partition, make: Callable[..., Any], placed: tuple[Any, ...]) -> Any:
+    return at_rest(make(*placed))
+
+
 def partition_of(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Partition:
-    """The partition that a configuration means.
+    """The partition that a configuration means, the same object for the same arguments.
 
     Args:
         config: sizes and axes; if not given, rows are spread over all devices.
@@ -140,8 +146,11 @@ def partition_of(config: MeshConfig | None = None, devices: Sequence[Any] | None
     Raises:
         InputError: if the sizes do not fit the devices, or jax cannot start the platform it is told to use.
     """
-    devices = all_devices() if devices is None else devices
-    config = config or MeshConfig()
+    return _partition_of(config or MeshConfig(), tuple(all_devices() if devices is None else devices))
+
+
+@lru_cache(maxsize=8)
+def _partition_of(config: MeshConfig, devices: tuple[Any, ...]) -> Partition:
     sizes = config.sizes(len(devices))
     mesh = Mesh(arranged(tuple(sizes.values()), devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     return Partition(mesh, config.compute_mapping, config.parameter_mapping)

@@ -39,7 +39,7 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Evaluates models of one shape on one validation set; compiles once.
+    """Evaluates models of one shape on one validation set.
 
     Args:
         batches: the validation windows.
@@ -54,13 +54,7 @@ class Evaluator:
         self._batches = batches
         self._byte_lengths = byte_lengths
         self._partition = partition
-
-        @eqx.filter_jit
-        def summed_loss(model: LanguageModel, batch: Batch) -> jax.Array:
-            one = jax.tree.map(lambda x: x["microbatch", 0], batch, is_leaf=lambda x: hasattr(x, "axes"))
-            return policy.cast_to_compute(model).losses(one)[0]
-
-        self._summed_loss = summed_loss
+        self._policy = policy
 
     def __call__(self, model: LanguageModel, on_progress: Callable[[], None] = lambda: None) -> Evaluation:
         """The losses of a model, each token weighted the same.
@@ -74,7 +68,8 @@ class Evaluator:
         tokens = text_bytes = 0
         for windows, weights in self._batches:
             with self._partition.active():
-                pending.append(self._summed_loss(model, self._partition.place(batch_from_windows(windows, weights))))
+                batch = self._partition.place(batch_from_windows(windows, weights))
+                pending.append(_summed_loss(self._partition, self._policy, model, batch))
             tokens += int(np.count_nonzero(weights))
             text_bytes += int((self._byte_lengths[windows[:, 1:]] * (weights > 0)).sum())
             if len(pending) > BATCHES_AHEAD:
@@ -85,3 +80,10 @@ class Evaluator:
             on_progress()
         bits_per_byte = nats / math.log(2) / text_bytes if text_bytes else math.nan
         return Evaluation(nats / tokens, bits_per_byte, tokens, text_bytes)
+
+
+@eqx.filter_jit
+def _summed_loss(partition: Partition, policy: jmp.Policy, model: LanguageModel, batch: Batch) -> jax.Array:
+    """The loss of a batch of one microbatch. Its program depends on the partition, which must be active."""
+    one = jax.tree.map(lambda x: x["microbatch", 0], batch, is_leaf=lambda x: hasattr(x, "axes"))
+    return policy.cast_to_compute(model).losses(one)[0]

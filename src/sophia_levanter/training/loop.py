@@ -165,7 +165,9 @@ class Loop:
         settings = self.settings_of(trainer)
         of = f" for batches of {trainer.batch_size}" if self.config.batch_size_changes else ""
         batch = self.loader.load(step)
-        compiled = compile_steps(settings, batch, state, trainer.batch_size, self.monitor.console.line, of)
+        compiled = compile_steps(
+            settings, self.partition, batch, state, trainer.batch_size, self.monitor.console.line, of
+        )
         self._last_time = time.perf_counter()
         return compiled
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from sophia_levanter.config.registries import METRICS
 from sophia_levanter.errors import InputError
 from sophia_levanter.optim._trees import plain, trainable
 from sophia_levanter.printing import one_line
@@ -36,27 +35,30 @@ class StepTrees(NamedTuple):
     after: TrainState
 
 
-def measure(names: Sequence[str], trees: StepTrees) -> dict[str, jax.Array]:
+Metric = Callable[[StepTrees], Mapping[str, Any]]
+
+
+def measure(metrics: Iterable[tuple[str, Metric]], trees: StepTrees) -> dict[str, jax.Array]:
     """The chosen metrics of a step: float32 scalars by `METRIC/KEY`.
 
     Raises:
         InputError: if a metric fails, or returns anything else than a dict of scalars.
     """
     numbers: dict[str, jax.Array] = {}
-    for name in names:
+    for name, metric in metrics:
         try:
-            values = METRICS[name](trees)
+            values = metric(trees)
         except Exception as error:
             raise InputError(one_line(f"trainer.metrics: {name} fails: {type(error).__name__}: {error}")) from error
         numbers |= {key: jnp.float32(value) for key, value in scalars("trainer.metrics", name, values).items()}
     return numbers
 
 
-def check_results(names: Sequence[str], state: TrainState) -> None:
+def check_results(metrics: Iterable[tuple[str, Metric]], state: TrainState) -> None:
     """Measure without computing, to find a mistake in a metric before a run begins.
 
     Args:
-        names: of the metrics.
+        metrics: by name.
         state: of the run, as `jax.ShapeDtypeStruct`s.
 
     Raises:
@@ -65,7 +67,7 @@ def check_results(names: Sequence[str], state: TrainState) -> None:
 
     def trace(state: TrainState) -> dict[str, jax.Array]:
         params = trainable(state.model)
-        return measure(names, StepTrees(params, params, state, state))
+        return measure(metrics, StepTrees(params, params, state, state))
 
     eqx.filter_eval_shape(trace, state)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
+from jax.tree_util import Partial
 
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.data import DataConfig
+from sophia_levanter.config.model import ModelConfig
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches
 from sophia_levanter.data.preparation import cache_directory
@@ -43,13 +44,14 @@ class Parts:
     verification: Verification
     callbacks: dict[str, Callback]
 
-    def initial_state(self) -> TrainState:
-        """The state before step 0, a function of the configuration alone: weights are drawn, not read."""
+    @property
+    def initial_state(self) -> Callable[[], TrainState]:
+        """Makes the state before step 0 from the configuration alone: weights are drawn, not read."""
         return _initial_state(self.config, self.settings, self.data.tokenizer.vocab_size)
 
     def state_from(self, weights: LanguageModel) -> TrainState:
         """The state before step 0 on the devices, with weights from this host's memory."""
-        start = partial(TrainState.init, optimizer=self.settings.optimizer, policy=self.settings.policy)
+        start = Partial(TrainState.init, optimizer=self.settings.optimizer, policy=self.settings.policy)
         return self.partition.made(start, self.partition.place(weights))
 
 
@@ -74,9 +76,9 @@ def build_parts(
     attention_of(config, partition)
     callbacks, settings, text = build_callbacks(config), StepSettings.of(config), text or config.data
     if trainer.metrics:
-        vocab_size = load_tokenizer(text.tokenizer).vocab_size
+        initial_state = _initial_state(config, settings, load_tokenizer(text.tokenizer).vocab_size)
         with partition.active():
-            check_results(trainer.metrics, partition.abstract(lambda: _initial_state(config, settings, vocab_size)))
+            check_results(settings.metrics, partition.abstract(initial_state))
     data = prepare(text, console.line, warn=console.notice)
     check_mesh(config, mesh.size, data.tokenizer.vocab_size)
     for corpus in (data.train, data.validation):
@@ -109,6 +111,10 @@ def build_parts(
     )
 
 
-def _initial_state(config: TrainConfig, settings: StepSettings, vocab_size: int) -> TrainState:
-    model = config.model.build(vocab_size=vocab_size, key=jax.random.key(config.trainer.seed))
+def _initial_state(config: TrainConfig, settings: StepSettings, vocab_size: int) -> Callable[[], TrainState]:
+    return Partial(_build_state, config.model, settings, vocab_size, config.trainer.seed)
+
+
+def _build_state(config: ModelConfig, settings: StepSettings, vocab_size: int, seed: int) -> TrainState:
+    model = config.build(vocab_size=vocab_size, key=jax.random.key(seed))
     return TrainState.init(model, settings.optimizer, settings.policy)

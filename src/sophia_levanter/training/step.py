@@ -16,6 +16,7 @@ from haliax import Axis, NamedArray
 from sophia_levanter.batch import Batch, count_targets
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.optimizer import build_optimizer
+from sophia_levanter.config.registries import METRICS
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.models.attention import forward_differentiable
 from sophia_levanter.models.language_model import LanguageModel
@@ -25,7 +26,7 @@ from sophia_levanter.optim._gradients import LossesFn
 from sophia_levanter.optim._microbatch import split_at
 from sophia_levanter.optim._trees import is_named, norm
 from sophia_levanter.partition.mesh import at_rest
-from sophia_levanter.training.metrics import StepTrees, measure
+from sophia_levanter.training.metrics import Metric, StepTrees, measure
 
 PyTree = Any
 
@@ -100,7 +101,7 @@ class StepSettings:
         loss_spike_factor: a step whose loss is more than so many times the recent mean is skipped; None for none.
         curvature_microbatches: how many of the first microbatches refresh the curvature; None for all.
         curvature_microbatch_size: rows of a microbatch that refreshes the curvature; None for the gradient's.
-        metrics: names of registered metrics to measure.
+        metrics: registered metrics to measure, by name.
     """
 
     optimizer: Optimizer
@@ -110,7 +111,7 @@ class StepSettings:
     loss_spike_factor: float | None = None
     curvature_microbatches: int | None = None
     curvature_microbatch_size: int | None = None
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[tuple[str, Metric], ...] = ()
 
     @staticmethod
     def of(config: TrainConfig, trainer: TrainerConfig | None = None) -> StepSettings:
@@ -132,7 +133,7 @@ class StepSettings:
             loss_spike_factor=trainer.loss_spike_factor,
             curvature_microbatches=None if curvature is None else curvature[0],
             curvature_microbatch_size=own,
-            metrics=trainer.metrics,
+            metrics=tuple((name, METRICS[name]) for name in trainer.metrics),
         )
 
 
