@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,12 @@ if version("jaxlib").startswith("0.10."):
     # not know.
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+# Workers, and the processes that tests start, share what they compile; one that is killed may leave half a program, so
+# nothing stays for the next time.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ["JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 # Where libtpu is installed to compile for TPUs, jax would look for one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices that each decompose a matrix would wait for each other's LAPACK threads, thirty times as long.
