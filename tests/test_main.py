@@ -135,11 +135,11 @@ def test_memory_and_lapack_are_set_up_before_jax_is_imported(config_file, tmp_pa
     program = f"""
 import os, sys
 from sophia_levanter import allocation, main
-from sophia_levanter.training import run_directory
+from sophia_levanter.run import directory
 kept = []
 allocation.keep_freed_memory = lambda: kept.append("jax" in sys.modules)
 status = main.main(["--config", {str(config_file)!r}, "--resume", {str(tmp_path / "none")!r}])
-run_directory.choose_run_directory = lambda command: sys.exit(9)
+directory.choose_run_directory = lambda command: sys.exit(9)
 try:
     main.main(["--config", {str(config_file)!r}])
 except SystemExit:
@@ -490,12 +490,12 @@ def test_sigterm_before_training_is_not_swallowed(config_file, tmp_path):
     program = """
 import gc, signal, sys
 from sophia_levanter.main import main
-from sophia_levanter.training import run
+from sophia_levanter.run import run
 def collect(*arguments, **options):
     gc.callbacks.append(lambda *arguments: signal.raise_signal(signal.SIGTERM))
     gc.collect()
     print("went on")
-run.run = collect
+run.train = collect
 sys.exit(main(sys.argv[1:]))
 """
     command = [sys.executable, "-c", program, "--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run")]

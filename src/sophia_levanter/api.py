@@ -17,7 +17,8 @@ from sophia_levanter.config.command_line import Command, build_config, existing_
 from sophia_levanter.config.files import Layer, Setting, flatten, read_layers
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import plan_run
-from sophia_levanter.training.run import TrainingResult, run
+from sophia_levanter.run.run import TrainingResult
+from sophia_levanter.run.run import train as train_run
 
 __all__ = ["TrainingResult", "train"]
 
@@ -66,7 +67,7 @@ def train(
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         with _one_at_a_time:
-            result = run(resolved, directory, quiet=quiet)
+            result = train_run(resolved, directory, quiet=quiet)
     finally:
         directory.unlock()
         if in_main_thread:

@@ -16,7 +16,7 @@ from sophia_levanter.printing import one_line
 if TYPE_CHECKING:
     from sophia_levanter.config import TrainConfig
     from sophia_levanter.config.command_line import Command
-    from sophia_levanter.training.run_directory import RunDirectory
+    from sophia_levanter.run.directory import RunDirectory
 
 INTERRUPTED_LINE = "interrupted; nothing since the last checkpoint is saved"
 
@@ -78,11 +78,11 @@ def _run(argv: Sequence[str]) -> int:
 
     from sophia_levanter.checkpoint import CheckpointError
     from sophia_levanter.partition.messages import NoAnswer
+    from sophia_levanter.run.run import train
     from sophia_levanter.training.callbacks import TrainingFailed
-    from sophia_levanter.training.run import run
 
     try:
-        stopped_by = run(config, directory, quiet=command.quiet).stopped_by
+        stopped_by = train(config, directory, quiet=command.quiet).stopped_by
     except (TrainingFailed, CheckpointError, NoAnswer) as error:
         print(one_line(f"error: {error}"), file=sys.stderr)
         return FAILURE
@@ -104,7 +104,7 @@ def plan_run(command: Command) -> tuple[RunDirectory, TrainConfig]:
     """
     from sophia_levanter.config.mesh import check_launcher
     from sophia_levanter.config.tracking import check_installed
-    from sophia_levanter.training.run_directory import choose_run_directory
+    from sophia_levanter.run.directory import choose_run_directory
 
     assert command.config is not None
     check_launcher(command.config.mesh, os.environ)

@@ -14,7 +14,7 @@ from sophia_levanter.commands.compare import main
 from sophia_levanter.comparison.records import read_records
 from sophia_levanter.comparison.runner import job_directory
 from sophia_levanter.comparison.study import plan, read_study
-from sophia_levanter.training.run_directory import with_absolute_paths
+from sophia_levanter.run.directory import with_absolute_paths
 
 STUDY = """
 config: [tiny.yaml]

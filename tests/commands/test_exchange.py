@@ -15,7 +15,7 @@ from sophia_levanter.data import batches as batches_module
 from sophia_levanter.data.bpe import save_bpe, train_bpe
 from sophia_levanter.main import main
 from sophia_levanter.models.huggingface import gpt2_to_state_dict
-from sophia_levanter.training.loading_models import load_model
+from sophia_levanter.run.loading import load_model
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.commands import export
-from sophia_levanter.training.loading_models import load_model
+from sophia_levanter.run.loading import load_model
 
 BAD = {
     "no words": ([], "0 words are given; write MODEL OUT_DIR"),

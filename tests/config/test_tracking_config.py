@@ -11,7 +11,7 @@ from sophia_levanter.config import tracking as tracking_config
 from sophia_levanter.config.tracking import TrackingConfig, check_installed
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
-from sophia_levanter.training.run_directory import check_same_run
+from sophia_levanter.run.directory import check_same_run
 
 OTHER = TrackingConfig("offline", "project", "entity", "name", "group", True)
 

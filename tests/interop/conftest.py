@@ -11,7 +11,7 @@ from sophia_levanter.config.model import Gpt2Config, TransformerConfig
 from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.loading_models import LoadedModel
+from sophia_levanter.run.loading import LoadedModel
 
 
 @pytest.fixture

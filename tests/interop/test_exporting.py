@@ -14,7 +14,7 @@ from sophia_levanter.data.bpe import save_bpe, train_bpe
 from sophia_levanter.errors import InputError
 from sophia_levanter.interop.exporting import export_model
 from sophia_levanter.interop.state_dict import gpt2_to_state_dict
-from sophia_levanter.training.loading_models import LoadedModel, load_model
+from sophia_levanter.run.loading import LoadedModel, load_model
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 

@@ -12,7 +12,7 @@ from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.interop.exporting import export_model
 from sophia_levanter.interop.state_dict import gpt2_to_state_dict, to_state_dict
-from sophia_levanter.training.loading_models import load_model
+from sophia_levanter.run.loading import load_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

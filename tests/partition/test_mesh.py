@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from sophia_levanter.batch import batch_from_windows
 from sophia_levanter.config.mesh import MeshConfig
-from sophia_levanter.partition.mesh import arranged, at_rest, by_row_shard, in_use, partition_of, row_shards
+from sophia_levanter.partition.mesh import arranged, by_row_shard, gather_params, partition_of, row_shards, shard_params
 
 ROWS = ("replica", "data")
 
@@ -49,14 +49,14 @@ def test_parameters_at_rest_and_in_use(settings, shard):
     def shards(x):
         return {s.data.shape for s in x.array.addressable_shards}
 
-    placed, made = partition.place(make()), partition.made(make)
+    placed, made = partition.place(make()), partition.init_sharded(make)
     assert shards(placed) == shards(made) == {shard}
     np.testing.assert_array_equal(placed.array, made.array)
     with partition.active():
         # Functions of their own, since jax keeps what it traced by function and mesh, whatever the axes.
-        used = eqx.filter_jit(lambda x: in_use(x))(placed)
-        gradient = eqx.filter_jit(eqx.filter_grad(lambda x: hax.sum(hax.square(in_use(x))).scalar()))(placed)
-        again = eqx.filter_jit(lambda x: at_rest(x))(used)
+        used = eqx.filter_jit(lambda x: gather_params(x))(placed)
+        gradient = eqx.filter_jit(eqx.filter_grad(lambda x: hax.sum(hax.square(gather_params(x))).scalar()))(placed)
+        again = eqx.filter_jit(lambda x: shard_params(x))(used)
     mlp = 16 // partition.mesh.shape["model"] if settings.get("mlp", "model") else 16
     assert shards(used) == {(8, mlp)}
     assert shards(gradient) == shards(again) == {shard}
@@ -84,7 +84,7 @@ def test_stacks_of_square_matrices_are_split_and_other_plain_arrays_are_not(sett
         return jnp.arange(np.prod(shape)).reshape(shape)
 
     with partition.active():
-        arrays = partition.place(make()), partition.made(make), jax.jit(at_rest)(make())
+        arrays = partition.place(make()), partition.init_sharded(make), jax.jit(shard_params)(make())
     for x in arrays:
         assert {s.data.shape for s in x.addressable_shards} == {shard}
         assert x.sharding.is_equivalent_to(partition.abstract(make).sharding, len(shape))
@@ -96,7 +96,7 @@ def test_forward_over_reverse_goes_through_parameters_in_use():
     x, u = (partition.place(hax.named(jnp.arange(8.0) + i, "embed")) for i in range(2))
 
     def gradient(x):
-        return eqx.filter_grad(lambda x: hax.sum(in_use(x) ** 3).scalar())(x)
+        return eqx.filter_grad(lambda x: hax.sum(gather_params(x) ** 3).scalar())(x)
 
     with partition.active():
         _, product = jax.jit(lambda x, u: jax.jvp(gradient, (x,), (u,)))(x, u)

@@ -22,9 +22,7 @@ from sophia_levanter.planning.step_plan import (
     step_time,
 )
 from sophia_levanter.planning.target import Chip, Target
-from sophia_levanter.training.costs import matrix_flops
-from sophia_levanter.training.lowering import abstract_state
-from sophia_levanter.training.memory import bytes_by_kind, device_bytes
+from sophia_levanter.training.costs import abstract_state, bytes_by_kind, device_bytes, matrix_flops
 
 VOCAB = 257
 MODEL = Gpt2Config(num_layers=3, num_heads=2, embed_dim=32, seq_len=16, loss_block_size=8)

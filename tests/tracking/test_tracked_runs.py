@@ -13,12 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sophia_levanter import checkpoint
 from sophia_levanter.config.command_line import dump_config, load_config
 from sophia_levanter.main import main
+from sophia_levanter.run.run import Run
 from sophia_levanter.tracking import tensorboard, wandb
-from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
 from sophia_levanter.training.callbacks import SkippedSteps, TrainingFailed
-from sophia_levanter.training.run import _start_others
-from sophia_levanter.training.run_directory import RunDirectory
 
 BOTH = ["--tracking.wandb", "offline", "--tracking.tensorboard", "true"]
 
@@ -101,11 +99,11 @@ def test_trackers_that_fail_stop_no_run(config_file, tmp_path, monkeypatch, capf
 
 
 def test_a_process_that_is_not_the_first_tracks_nothing(config_file, tmp_path):
-    parts = SimpleNamespace(
+    run = SimpleNamespace(
         processes=SimpleNamespace(is_first=False), config=load_config(config_file, [("tracking.tensorboard", "true")])
     )
     before = threading.active_count()
-    others = _start_others(parts, RunDirectory(tmp_path / "run", "never"), "abc", 0, Console())
+    others = Run._start_trackers(run, 0)
     others.log(0, {"train/loss": 1.0})
     others.close(failed=False)
     assert threading.active_count() == before and not (tmp_path / "run").exists()

@@ -21,11 +21,11 @@ from pathlib import Path
 from sophia_levanter.tracking import wandb as tracking_wandb
 from sophia_levanter.config.tracking import TrackingConfig
 from sophia_levanter.tracking.console import Console
-from sophia_levanter.tracking.trackers import start_others
+from sophia_levanter.tracking.trackers import start_optional
 tracking_wandb.INIT_SECONDS, tracking_wandb.FINISH_SECONDS = int(sys.argv[2]), 3
 directory = Path(sys.argv[1])
 config, console = TrackingConfig(wandb="online"), Console()
-others = start_others(config, directory, run_id="abc", first_step=0, facts={}, max_grad_norm=None, console=console)
+others = start_optional(config, directory, run_id="abc", first_step=0, facts={}, max_grad_norm=None, console=console)
 others.log(0, {"train/loss": 2.0})
 others.close(failed=False)
 """

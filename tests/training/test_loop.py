@@ -9,8 +9,7 @@ import pytest
 
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.training.callbacks import Callback
-from sophia_levanter.training.compiled_steps import CompiledSteps
-from sophia_levanter.training.loop import Loop
+from sophia_levanter.training.loop import CompiledSteps, Loop
 from sophia_levanter.training.step import StepOutput
 
 STEP_SECONDS, STALL_SECONDS, TOKENS = 0.1, 0.5, 8

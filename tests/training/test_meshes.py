@@ -65,7 +65,7 @@ def train(config, num_devices, num_steps=STEPS, drawn=False):
         model = config.model.build(vocab_size=257, key=jax.random.key(0))
         return TrainState.init(model, settings.optimizer, settings.policy)
 
-    state, losses = partition.made(initial_state), []
+    state, losses = partition.init_sharded(initial_state), []
     with partition.active():
         steps = {
             refresh: eqx.filter_jit(partial(train_step, settings, refresh), donate="all-except-first")

@@ -7,7 +7,7 @@ import pytest
 
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.main import main
-from sophia_levanter.training.profile import Profiling
+from sophia_levanter.training.callbacks import Profiling
 
 
 def traced_steps(directory):

@@ -16,8 +16,7 @@ from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.optim import Sophia
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.planning import collectives
-from sophia_levanter.training.lowering import abstract_state, lower_step
-from sophia_levanter.training.memory import device_bytes
+from sophia_levanter.training.costs import abstract_state, device_bytes, lower_step
 from sophia_levanter.training.step import StepSettings, TrainState, train_step
 
 CONFIG = Path(__file__).parents[2] / "config" / "gpt2_nano_adamw.yaml"
@@ -108,7 +107,7 @@ class Run:
             model = Gpt2.init(self.config.model, vocab_size=VOCAB, key=jax.random.key(0))
             return TrainState.init(model, settings.optimizer, settings.policy)
 
-        self.state = self.partition.made(initial_state)
+        self.state = self.partition.init_sharded(initial_state)
         self.like = self.partition.abstract(initial_state)
 
     def train(self, first, stop):

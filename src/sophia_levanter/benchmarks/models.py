@@ -57,7 +57,7 @@ def trained(
         model = config.model.build(vocab_size=vocab_size, key=jax.random.key(config.trainer.seed))
         return TrainState.init(model, settings.optimizer, settings.policy)
 
-    state = partition.made(initial_state)
+    state = partition.init_sharded(initial_state)
     steps: dict[bool, Any] = {
         refresh: eqx.filter_jit(partial(train_step, settings, refresh), donate="all-except-first")
         for refresh in (False, True)

@@ -24,9 +24,8 @@ from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.planning.run_plan import SECONDS_PER_DAY, fsdp_minimum, hutchinsons_microbatch
 from sophia_levanter.planning.step_plan import plan_step, step_time
 from sophia_levanter.planning.target import GIB, Target, pretended_target, tpu_target
-from sophia_levanter.training.costs import flops_per_step
-from sophia_levanter.training.lowering import abstract_state
-from sophia_levanter.training.summary import count_parameters, describe_mesh
+from sophia_levanter.run.summary import count_parameters, describe_mesh
+from sophia_levanter.training.costs import abstract_state, flops_per_step
 
 VOCAB_SIZE = 50257
 FSDP = ("mesh.fsdp", "embed")

@@ -17,7 +17,7 @@ from sophia_levanter.benchmarks.timing import markdown_table
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.lowering import lower_step
+from sophia_levanter.training.costs import lower_step
 
 VOCAB_SIZE = 50257
 

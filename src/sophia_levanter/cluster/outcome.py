@@ -10,8 +10,8 @@ from typing import Literal
 from sophia_levanter.cluster.config import ClusterConfig
 from sophia_levanter.cluster.record import counted
 from sophia_levanter.exit_status import BAD_INPUT, DONE, PREEMPTED
+from sophia_levanter.run.directory import IN_USE
 from sophia_levanter.tracking.step_lines import Progress
-from sophia_levanter.training.run_directory import IN_USE
 
 LONGEST_BACK_OFF = 300.0
 

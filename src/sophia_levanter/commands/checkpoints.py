@@ -16,7 +16,7 @@ from sophia_levanter.exit_status import DONE, FAILURE, run_command
 from sophia_levanter.printing import one_line
 
 if TYPE_CHECKING:
-    from sophia_levanter.training.run_directory import RunDirectory
+    from sophia_levanter.run.directory import RunDirectory
 
 USAGE = """\
 usage: python -m sophia_levanter.commands.checkpoints list DIR
@@ -184,7 +184,7 @@ def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_r
 
 def _run_of(place: Place) -> RunDirectory | None:
     """The directories that a run which writes there has locked; None in a bucket, where none does."""
-    from sophia_levanter.training.run_directory import RunDirectory
+    from sophia_levanter.run.directory import RunDirectory
 
     if place.run_dir is not None:
         inside = place.location == str(place.run_dir / "checkpoints")

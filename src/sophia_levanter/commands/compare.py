@@ -21,7 +21,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
 from sophia_levanter.files import lock
 from sophia_levanter.printing import one_line
-from sophia_levanter.training.run_directory import with_absolute_paths
+from sophia_levanter.run.directory import with_absolute_paths
 
 Texts = dict[DataConfig, dict[str, str]]
 RECORDS = "study.json"

@@ -17,8 +17,8 @@ from sophia_levanter.printing import one_line
 
 if TYPE_CHECKING:
     from sophia_levanter.data.batches import ValidationBatches
+    from sophia_levanter.run.loading import LoadedModel
     from sophia_levanter.training.evaluation import Evaluation
-    from sophia_levanter.training.loading_models import LoadedModel
 
 WINDOWS_PER_DEVICE = 8
 REPORT_SECONDS = 5.0
@@ -83,7 +83,7 @@ def parse(words: Sequence[str]) -> Command:
 
 def _run(command: Command) -> int:
     # Only now what takes long to import.
-    from sophia_levanter.training.loading_models import load_model
+    from sophia_levanter.run.loading import load_model
 
     loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=_tell)
     batches, text = _batches(command, loaded)

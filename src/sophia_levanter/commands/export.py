@@ -74,7 +74,7 @@ def parse(words: Sequence[str]) -> Command:
 def _export(command: Command) -> int:
     # Only now what takes long to import.
     from sophia_levanter.interop.exporting import check_new_folder, export_model
-    from sophia_levanter.training.loading_models import load_model
+    from sophia_levanter.run.loading import load_model
 
     check_new_folder(command.folder)
     loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=print)

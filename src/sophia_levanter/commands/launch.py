@@ -21,7 +21,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, FAILURE, run_command
 from sophia_levanter.files import write_atomically
 from sophia_levanter.printing import one_line
-from sophia_levanter.training.run_directory import LAUNCH, choose_run_directory
+from sophia_levanter.run.directory import LAUNCH, choose_run_directory
 
 USAGE = """\
 usage: python -m sophia_levanter.commands.launch --config FILE --cluster FILE [--dry_run] [--SECTION.FIELD VALUE ...]

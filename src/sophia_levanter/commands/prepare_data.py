@@ -13,7 +13,7 @@ from sophia_levanter.config.command_line import load_config
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, PREEMPTED, run_command
 from sophia_levanter.printing import one_line
-from sophia_levanter.training.run_directory import with_absolute_paths
+from sophia_levanter.run.directory import with_absolute_paths
 
 USAGE = """\
 usage: python -m sophia_levanter.commands.prepare_data --config FILE [--ray ADDRESS] [--data.FIELD VALUE ...] [--help]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import jax
 
     from sophia_levanter.data.tokenizer import Tokenizer
-    from sophia_levanter.training.loading_models import LoadedModel
+    from sophia_levanter.run.loading import LoadedModel
 
 OPTIONS = ("--prompt_file", "--tokens", "--temperature", "--top_k", "--top_p", "--seed", "--samples", "--step")
 TOKENS = 200
@@ -138,7 +138,7 @@ def _prompt_of_file(arguments: Arguments) -> list[str]:
 
 def _run(command: Command) -> int:
     # Only now what takes long to import.
-    from sophia_levanter.training.loading_models import load_model
+    from sophia_levanter.run.loading import load_model
 
     loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=_tell)
     _tell(f"model: {loaded.source}")

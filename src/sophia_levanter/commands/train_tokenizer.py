@@ -12,7 +12,7 @@ from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.names import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, run_command
-from sophia_levanter.training.run_directory import with_absolute_paths
+from sophia_levanter.run.directory import with_absolute_paths
 
 TRAIN_BYTES = 1 << 30
 USAGE = f"""\

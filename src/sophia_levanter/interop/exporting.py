@@ -26,7 +26,7 @@ from sophia_levanter.interop.saved_weights import OWN_FIELD, TOKENIZER_FILE
 from sophia_levanter.interop.state_dict import to_state_dict
 
 if TYPE_CHECKING:
-    from sophia_levanter.training.loading_models import LoadedModel
+    from sophia_levanter.run.loading import LoadedModel
 
 
 def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) -> None:

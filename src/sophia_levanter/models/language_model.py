@@ -17,7 +17,7 @@ from optax.contrib import MuonDimensionNumbers
 from sophia_levanter.batch import Batch
 from sophia_levanter.config.model import ModelConfig
 from sophia_levanter.models.loss import Targets, blocked_cross_entropy
-from sophia_levanter.partition.mesh import in_use
+from sophia_levanter.partition.mesh import gather_params
 
 PyTree = Any
 
@@ -61,7 +61,7 @@ class LanguageModel(eqx.Module):
 
     def gathered(self) -> LanguageModel:
         """With whole parameters, where they are split over devices."""
-        return in_use(self)
+        return gather_params(self)
 
     def hidden(self, tokens: NamedArray, *, key: jax.Array | None = None) -> NamedArray:
         """The final hidden states; see `final_hidden`."""

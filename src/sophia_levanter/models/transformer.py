@@ -17,7 +17,7 @@ from sophia_levanter.config.model import TransformerConfig
 from sophia_levanter.models.attention import causal_attention, decode_attention
 from sophia_levanter.models.language_model import LanguageModel, write_row
 from sophia_levanter.models.rematerialisation import checkpointed
-from sophia_levanter.partition.mesh import at_rest, in_use
+from sophia_levanter.partition.mesh import gather_params, shard_params
 
 
 class Block(eqx.Module):
@@ -62,10 +62,10 @@ class Block(eqx.Module):
         """The block's result for a context from position 0 on; with a key there is dropout."""
         # What is kept of the parameters for the backward pass stays split, or the compiler may keep whole copies.
         forward = checkpointed(self.config.gradient_checkpointing, Block._forward)
-        return forward(at_rest(self), x, layer, key)
+        return forward(shard_params(self), x, layer, key)
 
     def _forward(self, x: NamedArray, layer: NamedArray, key: jax.Array | None) -> NamedArray:
-        block = in_use(self)
+        block = gather_params(self)
         k_weights, k_attn, k_mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
         attended = causal_attention(
             *block.project(x, layer, None),
@@ -125,7 +125,7 @@ class Transformer(LanguageModel):
             for field in dataclasses.fields(self)
             if field.name != "blocks" and not field.metadata.get("static")
         }
-        return dataclasses.replace(self, **in_use(outside))
+        return dataclasses.replace(self, **gather_params(outside))
 
     def final_hidden(self, tokens: NamedArray, key: jax.Array | None) -> NamedArray:
         key = key if self.config.dropout > 0 else None
@@ -146,7 +146,7 @@ class Transformer(LanguageModel):
         model = self.gathered()
 
         def through(block: Block, x: NamedArray, layer: NamedArray) -> tuple[NamedArray, Cache]:
-            block = in_use(block)
+            block = gather_params(block)
             query, keys, values = block.project(x, layer, None)
             attended = causal_attention(query, keys, values, implementation=self.config.attention)
             return block.finish(x, attended), Cache(keys, values)
@@ -160,7 +160,7 @@ class Transformer(LanguageModel):
         model = self.gathered()
 
         def through(block: Block, x: NamedArray, layer: NamedArray, kept: Cache) -> tuple[NamedArray, Cache]:
-            block = in_use(block)
+            block = gather_params(block)
             query, keys, values = block.project(x, layer, positions)
             here = _with(kept, keys, values, positions)
             attended = decode_attention(query, here.keys, here.values, positions)

@@ -61,7 +61,7 @@ class Partition:
 
         return self._map_arrays(describe, eqx.filter_eval_shape(make))
 
-    def made(self, make: Callable[..., Any], *placed: Any) -> Any:
+    def init_sharded(self, make: Callable[..., Any], *placed: Any) -> Any:
         """What `place(make(*placed))` would give, computed where it lies: no device ever holds the whole.
 
         Args:
@@ -69,7 +69,7 @@ class Partition:
             placed: its arguments, as `place` gives them.
         """
         with self.active():
-            return _made(self, make, placed)
+            return _init_sharded(self, make, placed)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -132,8 +132,8 @@ _active: ContextVar[Partition | None] = ContextVar("partition", default=None)
 
 
 @eqx.filter_jit
-def _made(partition: Partition, make: Callable[..., Any], placed: tuple[Any, ...]) -> Any:
-    return at_rest(make(*placed))
+def _init_sharded(partition: Partition, make: Callable[..., Any], placed: tuple[Any, ...]) -> Any:
+    return shard_params(make(*placed))
 
 
 def partition_of(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Partition:
@@ -196,7 +196,7 @@ def row_shards() -> int:
     return 1 if partition is None else partition.row_shards
 
 
-def at_rest(tree: Any) -> Any:
+def shard_params(tree: Any) -> Any:
     """Inside a compiled function: parameters, gradients or optimizer state laid out as `Partition.place` does."""
     partition = _active.get()
     if partition is None or partition.mesh.size == 1:
@@ -218,7 +218,7 @@ def by_row_shard(tree: Any) -> Any:
     return jax.tree.map(lay, tree)
 
 
-def in_use(tree: Any) -> Any:
+def gather_params(tree: Any) -> Any:
     """Parameters at rest as a layer needs them; their gradients go back to where the parameters lie.
 
     Under FSDP the forward pass gathers the whole arrays and the backward pass scatters the summed gradient. A scanned

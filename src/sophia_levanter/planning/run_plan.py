@@ -24,10 +24,8 @@ from sophia_levanter.planning.step_plan import (
     step_time,
 )
 from sophia_levanter.planning.target import GIB, GPUS_OF_A_NODE, QR_SIDE, Target
-from sophia_levanter.training.costs import flops_per_step
-from sophia_levanter.training.lowering import abstract_state
-from sophia_levanter.training.memory import bytes_by_kind
-from sophia_levanter.training.summary import attention_of, count_parameters, describe_mesh
+from sophia_levanter.run.summary import attention_of, count_parameters, describe_mesh
+from sophia_levanter.training.costs import abstract_state, bytes_by_kind, flops_per_step
 
 # What a refresh of Hutchinson's may need of a plain step's temporaries before its rows are taken in smaller pieces.
 REFRESH_RATIO = 1.25

@@ -16,9 +16,15 @@ from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.planning.collectives import collective_bytes
 from sophia_levanter.planning.target import Target
-from sophia_levanter.training.costs import matrix_flops, passes_per_step, refreshes_per_step
-from sophia_levanter.training.lowering import abstract_state, lower_step
-from sophia_levanter.training.memory import bytes_by_kind, step_bytes
+from sophia_levanter.training.costs import (
+    abstract_state,
+    bytes_by_kind,
+    lower_step,
+    matrix_flops,
+    passes_per_step,
+    refreshes_per_step,
+    step_bytes,
+)
 from sophia_levanter.training.step import StepSettings, TrainState
 
 

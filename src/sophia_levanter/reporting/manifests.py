@@ -5,7 +5,7 @@ from __future__ import annotations
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import CheckpointError, Manifest
 from sophia_levanter.errors import InputError
-from sophia_levanter.training.run_directory import RunDirectory
+from sophia_levanter.run.directory import RunDirectory
 
 FACTS = ("environment", "data", "validation")
 

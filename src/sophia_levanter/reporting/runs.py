@@ -22,9 +22,9 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.reporting.manifests import newest_manifest
 from sophia_levanter.reporting.metrics import Series, read_metrics
+from sophia_levanter.run.directory import RunDirectory
+from sophia_levanter.run.summary import count_parameters
 from sophia_levanter.training.costs import flops_per_step
-from sophia_levanter.training.run_directory import RunDirectory
-from sophia_levanter.training.summary import count_parameters
 
 
 @dataclass(frozen=True)

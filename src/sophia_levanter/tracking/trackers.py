@@ -21,15 +21,15 @@ class Trackers:
 
     Args:
         lines: metrics.jsonl; None where another process writes it, which then has the other trackers too.
-        others: the rest, which outlive this.
+        optional: the rest, which outlive this.
 
     Attributes:
         last: the last value of each metric.
     """
 
-    def __init__(self, lines: JsonLines | None, others: Others) -> None:
+    def __init__(self, lines: JsonLines | None, optional: OptionalTrackers) -> None:
         self._lines = lines
-        self._others = others
+        self._optional = optional
         self.last: dict[str, float] = {}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -37,7 +37,7 @@ class Trackers:
         self.last |= metrics
         if self._lines is not None:
             self._lines.log(step, metrics)
-        self._others.log(step, metrics)
+        self._optional.log(step, metrics)
 
     def sync(self) -> None:
         """Return when all lines of metrics.jsonl are on the disk."""
@@ -50,7 +50,7 @@ class Trackers:
             self._lines.close()
 
 
-class Others:
+class OptionalTrackers:
     """The trackers besides metrics.jsonl, from a run's start to its end, whatever checkpoints it goes back to.
 
     Args:
@@ -74,7 +74,7 @@ class Others:
             tracker.close(failed=failed, seconds=seconds)
 
 
-def start_others(
+def start_optional(
     config: TrackingConfig,
     directory: Path,
     *,
@@ -83,7 +83,7 @@ def start_others(
     facts: Mapping[str, Any],
     max_grad_norm: float | None,
     console: Console,
-) -> Others:
+) -> OptionalTrackers:
     """The trackers besides metrics.jsonl that a configuration asks for.
 
     Args:
@@ -118,7 +118,7 @@ def start_others(
     if config.tensorboard:
         others.append(Background("tensorboard", start_tensorboard, warn))
         say(f"tensorboard: tensorboard --logdir {shlex.quote(str(directory / 'tensorboard'))}")
-    return Others(others, max_grad_norm=max_grad_norm)
+    return OptionalTrackers(others, max_grad_norm=max_grad_norm)
 
 
 def _without_secrets(text: str) -> str:

@@ -1,17 +1,26 @@
-"""What a step costs besides the model's own forward and backward pass: the curvature and work on whole matrices."""
+"""What a step costs: FLOPs, bytes on a device, and the rate that devices reach at best."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from sophia_levanter.batch import Batch, batch_from_windows
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.language_model import matrix_axes
 from sophia_levanter.optim._matrices import matrix_views
+from sophia_levanter.partition.mesh import Partition
+from sophia_levanter.training.step import StepSettings, TrainState, initial_state, train_step
 
 
 @dataclass(frozen=True)
@@ -109,3 +118,113 @@ def qr_flops(side: int) -> float:
 def newton_schulz_flops(short: int, long: int) -> float:
     """FLOPs of a Newton-Schulz iteration on a matrix."""
     return 4.0 * short**2 * long + 2.0 * short**3
+
+
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+def bytes_by_kind(state: TrainState) -> dict[str, int]:
+    """Bytes of a state on one device: parameters, momentum, curvature and what else the optimizer keeps."""
+    optimizer_state = state.optimizer_state
+    kinds = {
+        "parameters": device_bytes(state.model),
+        "momentum": device_bytes(_named(optimizer_state, ("momentum", "mu"))),
+        "curvature": device_bytes(_named(optimizer_state, ("curvature",))),
+    }
+    others = device_bytes(state) - sum(kinds.values())
+    return {kind: size for kind, size in {**kinds, "other optimizer state": others}.items() if size}
+
+
+def _named(tree: Any, names: Sequence[str]) -> list[Any]:
+    """The parts of optimizer states, also of optax's nested ones, that have one of these names."""
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        found = [getattr(tree, name) for name in names if name in tree._fields]
+        return found or [part for child in tree for part in _named(child, names)]
+    if isinstance(tree, tuple | list | dict):
+        return [part for child in (tree.values() if isinstance(tree, dict) else tree) for part in _named(child, names)]
+    return []
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of `jax.ShapeDtypeStruct`s on one device."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def step_bytes(compiled: jax.stages.Compiled) -> tuple[int, int] | None:
+    """Bytes of a compiled program's arguments on a device, and of all else that it needs there at one time.
+
+    None where the backend does not tell.
+    """
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    outside = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes + max(0, outside)
+
+
+def show_bytes(count: int) -> str:
+    """`1.5 GiB`, in the largest unit of which there is one."""
+    for name, unit in UNITS:
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count} bytes"
+
+
+# Dense bfloat16 matrix FLOP/s as published by the makers, by a part of jax's device kind.
+_PUBLISHED_PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5p": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def peak_flops(devices: list[jax.Device]) -> float:
+    """FLOP/s that the devices together can do at best: published, or measured here for a kind that is not listed."""
+    kind = devices[0].device_kind
+    for name, peak in _PUBLISHED_PEAKS.items():
+        if name in kind:
+            return peak * len(devices)
+    # Several CPU devices of one host share its cores.
+    return _measured_matrix_rate() * (1 if devices[0].platform == "cpu" else len(devices))
+
+
+def _measured_matrix_rate(size: int = 1024, repeats: int = 5) -> float:
+    matrix = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+    product(matrix, matrix).block_until_ready()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2.0 * size**3 / min(times)
+
+
+def abstract_state(config: TrainConfig, partition: Partition, vocab_size: int) -> TrainState:
+    """The state of a run as `jax.ShapeDtypeStruct`s with their shardings."""
+    return partition.abstract(initial_state(config.model, StepSettings.of(config), vocab_size))
+
+
+def lower_step(config: TrainConfig, partition: Partition, vocab_size: int, *, refresh: bool) -> jax.stages.Lowered:
+    """A step, ready to be compiled.
+
+    Args:
+        config: the run; its data are not looked at.
+        partition: the devices, which need not be there.
+        vocab_size: classes that can be predicted.
+        refresh: whether the step refreshes the curvature.
+    """
+    settings = StepSettings.of(config)
+
+    def batch() -> Batch:
+        windows = np.zeros((config.trainer.batch_size, config.model.seq_len + 1), np.int32)
+        return batch_from_windows(windows, num_microbatches=config.trainer.num_microbatches)
+
+    step = jax.jit(partial(train_step, settings, refresh), donate_argnums=1)
+    with partition.active():
+        return step.lower(partition.abstract(batch), abstract_state(config, partition, vocab_size))

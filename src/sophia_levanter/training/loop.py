@@ -7,19 +7,22 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 
 from sophia_levanter.batch import Batch
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
+from sophia_levanter.optim import Optimizer
 from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.partition.processes import all_stop
 from sophia_levanter.training.callbacks import Callback, Evaluating, Monitor, Pause, Saving, StepReport
-from sophia_levanter.training.compiled_steps import CompiledSteps, compile_steps
-from sophia_levanter.training.loading import BatchLoader
-from sophia_levanter.training.step import StepOutput, StepSettings, TrainState
+from sophia_levanter.training.costs import show_bytes, step_bytes
+from sophia_levanter.training.feed import BatchLoader
+from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, train_step
 from sophia_levanter.training.stopping import StopRequest
 
 NO_WAIT_SECONDS = 1e-3
@@ -51,7 +54,7 @@ class Loop:
         saved: the last checkpoint's path or URL; None before the end.
         first_step: that `run` began with.
         seconds: that it took.
-        waited_steps: how many steps began late because their batch was not there.
+        data_stalls: how many steps began late because their batch was not there.
     """
 
     config: TrainerConfig
@@ -67,7 +70,7 @@ class Loop:
     saved: str | None = None
     first_step: int = 0
     seconds: float = 0.0
-    waited_steps: int = 0
+    data_stalls: int = 0
     _tokens: int = 0
     _last_time: float = 0.0
     _step_seconds: list[float] = field(default_factory=list)
@@ -176,7 +179,7 @@ class Loop:
         started = time.perf_counter()
         batch = next(batches)
         blocked = time.perf_counter() - started > NO_WAIT_SECONDS
-        self.waited_steps += blocked and all(x.is_ready() for x in running.metrics.values())  # type: ignore[attr-defined]
+        self.data_stalls += blocked and all(x.is_ready() for x in running.metrics.values())  # type: ignore[attr-defined]
         return batch
 
     def _read(self, most_running: int) -> None:
@@ -205,3 +208,64 @@ class Loop:
 def _end_time(output: StepOutput) -> float:
     jax.block_until_ready(output.metrics)
     return time.perf_counter()
+
+
+Step = Callable[[Batch, TrainState], tuple[TrainState, StepOutput]]
+
+
+@dataclass(frozen=True)
+class CompiledSteps:
+    """Steps for batches of one size.
+
+    Attributes:
+        batch_size: that size.
+        optimizer: says when the curvature is due.
+        plain: the step without a refresh.
+        refreshing: the step with one; `plain` where the optimizer has no curvature.
+    """
+
+    batch_size: int
+    optimizer: Optimizer
+    plain: Step
+    refreshing: Step
+
+
+def compile_steps(
+    settings: StepSettings,
+    partition: Partition,
+    batch: Batch,
+    state: TrainState,
+    batch_size: int,
+    say: Callable[[str], None],
+    of: str = "",
+) -> CompiledSteps:
+    """Compiles the step, and the one that refreshes the curvature where the optimizer has any.
+
+    Steps that this process has compiled already are taken as they are: a run that goes back to a checkpoint, or whose
+    batch size changes back, waits for no compiler.
+
+    Args:
+        settings: what stays the same over the run.
+        partition: the active one.
+        batch: one of the size that the steps are for.
+        state: where the run is.
+        batch_size: that size.
+        say: is told what is compiled, how long it took and what memory a step needs.
+        of: what kind of steps, for the first of these lines.
+    """
+    started = time.perf_counter()
+    kinds = (False,) if settings.optimizer.estimator is None else (False, True)
+    say(f"compiling {len(kinds)} training step(s){of}")
+    compiled = []
+    for refresh in kinds:
+        compiled.append(_jitted(train_step, settings, refresh, partition).lower(batch, state).compile())
+    sizes = [sum(size) for step in compiled if (size := step_bytes(step.compiled)) is not None]
+    needs = f"; a step needs at most {show_bytes(max(sizes))} on each device" if sizes else ""
+    say(f"compiled in {time.perf_counter() - started:.1f} s{needs}")
+    return CompiledSteps(batch_size, settings.optimizer, compiled[0], compiled[-1])
+
+
+@lru_cache(maxsize=8)
+def _jitted(step: Callable[..., Any], settings: StepSettings, refresh: bool, partition: Partition) -> Any:
+    """A jitted step, whose programs jax keeps. They depend on the partition: tracing reads the active one."""
+    return eqx.filter_jit(partial(step, settings, refresh), donate="all-except-first")

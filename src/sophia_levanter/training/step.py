@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import jmp
 import optax
 from haliax import Axis, NamedArray
+from jax.tree_util import Partial
 
 from sophia_levanter.batch import Batch, count_targets
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.model import ModelConfig
 from sophia_levanter.config.optimizer import build_optimizer
 from sophia_levanter.config.registries import METRICS
 from sophia_levanter.config.trainer import TrainerConfig
@@ -25,7 +28,7 @@ from sophia_levanter.optim._checks import value_at
 from sophia_levanter.optim._gradients import LossesFn
 from sophia_levanter.optim._microbatch import split_at
 from sophia_levanter.optim._trees import is_named, norm
-from sophia_levanter.partition.mesh import at_rest
+from sophia_levanter.partition.mesh import shard_params
 from sophia_levanter.training.metrics import Metric, StepTrees, measure
 
 PyTree = Any
@@ -135,6 +138,19 @@ class StepSettings:
             curvature_microbatch_size=own,
             metrics=tuple((name, METRICS[name]) for name in trainer.metrics),
         )
+
+
+def initial_state(config: ModelConfig, settings: StepSettings, vocab_size: int) -> Callable[[], TrainState]:
+    """Makes the state before step 0, with weights drawn from the settings' seed.
+
+    For equal arguments jax compiles it once.
+    """
+    return Partial(_initial_state, config, settings, vocab_size)
+
+
+def _initial_state(config: ModelConfig, settings: StepSettings, vocab_size: int) -> TrainState:
+    model = config.build(vocab_size=vocab_size, key=jax.random.key(settings.seed))
+    return TrainState.init(model, settings.optimizer, settings.policy)
 
 
 class _Keys(NamedTuple):
@@ -315,4 +331,4 @@ def _apply(
         recent_loss=jnp.where(good, recent, state.recent_loss),
         skipped_windows=state.skipped_windows,
     )
-    return at_rest(after), updates
+    return shard_params(after), updates

@@ -1,13 +1,10 @@
-"""Going on from a checkpoint: at a start, and after steps that went wrong."""
+"""What a run that resumes must have in common with its checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import equinox as eqx
-import numpy as np
 
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
@@ -16,31 +13,46 @@ from sophia_levanter.config.command_line import config_in, load_config
 from sophia_levanter.config.settings import free_settings
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.messages import PATIENCE
-from sophia_levanter.partition.processes import wait_for_all
+from sophia_levanter.run.directory import RUN_ID, RunDirectory, changed_fields, check_same_run
+from sophia_levanter.run.loading import newest_manifest
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import lines_of
 from sophia_levanter.training.checkpoints import is_of_training
-from sophia_levanter.training.loading_models import newest_manifest
-from sophia_levanter.training.run_directory import RUN_ID, RunDirectory, changed_fields, check_same_run
 from sophia_levanter.training.step import TrainState
 
 if TYPE_CHECKING:
-    from sophia_levanter.training.parts import Parts
+    from sophia_levanter.run.run import Run
 
 # Leaves of the state that runs began without, and their values in checkpoints from then. The next refresh makes the
 # first one exact.
 ADDED_LEAVES = {"optimizer_state.steps_since_refresh": 0}
 
 
-def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[TrainState]:
-    """The newest checkpoint that is whole; tells what is not as it was when it was saved.
+def restore(run: Run) -> Restored[TrainState]:
+    """The newest checkpoint of a run that is whole.
 
     Raises:
         CheckpointError: if none is whole.
-        InputError: if it is of another model, optimizer or text.
+        InputError: if it is of another model or optimizer.
     """
-    restored = _read(parts, directory, console)
-    own = parts.processes.broadcast("run id", directory.run_id or "", PATIENCE)
+    return checkpoint.restore(
+        run.directory.checkpoints,
+        run.partition.abstract(run.initial_state),
+        report=run.console.notice,
+        cast=run.config.trainer.cast_checkpoint,
+        added=ADDED_LEAVES,
+        processes=run.processes,
+    )
+
+
+def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
+    """Whether a run may go on from a checkpoint; reports what has changed since it was saved.
+
+    Raises:
+        InputError: if the checkpoint is of another run, model or text.
+    """
+    directory, console = run.directory, run.console
+    own = run.processes.broadcast("run id", directory.run_id or "", PATIENCE)
     if own and restored.run_id != own:
         raise InputError(
             f"--resume {directory.path}: step {restored.step} in {directory.checkpoints} was saved "
@@ -51,43 +63,42 @@ def resume(parts: Parts, directory: RunDirectory, console: Console) -> Restored[
     if not is_of_training(restored.metadata):
         raise InputError(f"{directory.checkpoints} holds checkpoints that were not saved by a training run")
     # Metrics and callbacks do not change the run's numbers, and an unregistered name would be refused.
-    saved_config["trainer"] |= {name: list(getattr(parts.config.trainer, name)) for name in ("metrics", "callbacks")}
+    saved_config["trainer"] |= {name: list(getattr(run.config.trainer, name)) for name in ("metrics", "callbacks")}
     old_config = config_in(saved_config, Path(f"{directory.checkpoints}/step-{restored.step:08d}"))
     if directory.resume == "if_saved":
-        check_same_run("checkpoint_dir", str(directory.checkpoints), old_config, parts.config)
-    for name, old, new in changed_fields(old_config, parts.config):
-        if name.startswith("model.") and name not in free_settings(parts.config.model):
+        check_same_run("checkpoint_dir", str(directory.checkpoints), old_config, run.config)
+    for name, old, new in changed_fields(old_config, run.config):
+        if name.startswith("model.") and name not in free_settings(run.config.model):
             raise InputError(f"--resume {directory.path}: {name} was {old} and is {new}, which is another model")
         if name == "trainer.initial_weights":
             raise InputError(
                 f"--resume {directory.path}: {name} was {old} and is {new}, but the run has begun; "
                 "another --trainer.run_dir starts one"
             )
-    if not _is_same_text(restored.metadata["data"], parts.facts["data"]):
+    if not _is_same_text(restored.metadata["data"], run.facts["data"]):
         raise InputError(
             f"--resume {directory.path}: the training text is another one than the run began with: "
-            f"{parts.facts['data']} now, {restored.metadata['data']} then; bring it back, or start another run"
+            f"{run.facts['data']} now, {restored.metadata['data']} then; bring it back, or start another run"
         )
-    if not _is_same_text(restored.metadata["validation"], parts.facts["validation"]):
+    if not _is_same_text(restored.metadata["validation"], run.facts["validation"]):
         console.line("the validation text is another one than the run began with; its losses do not compare")
     console.line(f"resuming after step {restored.step} of {directory.path}")
-    began_with, now = restored.metadata["environment"], parts.facts["environment"]
+    began_with, now = restored.metadata["environment"], run.facts["environment"]
     if began_with != now:
         console.line(f"losses may differ in their last bits: the run began with {began_with}, and this is {now}")
-    for name, old, new in changed_fields(old_config, parts.config):
+    for name, old, new in changed_fields(old_config, run.config):
         if name not in ("trainer.run_dir", "mesh.coordinator", "mesh.process_id"):
             console.line(f"{name} was {old} and is {new}")
         if name == "trainer.batch_size":
             console.line("so windows are skipped or come again; trainer.batch_size_changes keeps their order")
     rates = [
-        float(c.optimizer.build_schedule(c.trainer.num_train_steps)(restored.step)) for c in (old_config, parts.config)
+        float(c.optimizer.build_schedule(c.trainer.num_train_steps)(restored.step)) for c in (old_config, run.config)
     ]
     if rates[0] != rates[1]:
         console.line(
             f"the schedule is another one: at step {restored.step} the learning rate was {rates[0]:.3g} "
             f"and is {rates[1]:.3g}"
         )
-    return restored
 
 
 def with_saved_rows(config: TrainConfig, directory: RunDirectory) -> TrainConfig:
@@ -121,12 +132,12 @@ def check_not_begun(directory: RunDirectory, console: Console) -> None:
     console.notice(f"WARNING: {directory.checkpoints} holds no checkpoint: the run begins again at step 0")
 
 
-def best_so_far(parts: Parts, restored: Restored[TrainState]) -> dict[str, Any] | None:
+def best_so_far(run: Run, restored: Restored[TrainState]) -> dict[str, Any] | None:
     """Step and validation loss of the best checkpoint, if losses to come compare with it."""
     saved_config: Any = restored.metadata["config"]
     windows = saved_config.get("trainer", {}).get("evaluation_windows")
-    same_windows = windows == parts.config.trainer.evaluation_windows
-    same_text = _is_same_text(restored.metadata["validation"], parts.facts["validation"])
+    same_windows = windows == run.config.trainer.evaluation_windows
+    same_text = _is_same_text(restored.metadata["validation"], run.facts["validation"])
     best: Any = restored.metadata.get("best")
     is_sound = isinstance(best, dict) and isinstance(best.get("step"), int)
     is_sound = is_sound and isinstance(best.get("validation/loss"), float)
@@ -140,52 +151,3 @@ def _is_same_text(saved: Any, now: Any) -> bool:
     if isinstance(saved, list) and isinstance(now, list):
         return len(saved) == len(now) and all(map(_is_same_text, saved, now))
     return bool(saved == now)
-
-
-def go_back(
-    parts: Parts, directory: RunDirectory, console: Console, wrong: range, skipped_windows: int
-) -> Restored[TrainState] | None:
-    """The last checkpoint from before steps that went wrong, to go on from with the data that come after theirs.
-
-    Later checkpoints are removed: a restart would begin with them.
-
-    Args:
-        parts: the run.
-        directory: its directory.
-        console: is told.
-        wrong: those steps.
-        skipped_windows: of the order of the data, that the run had passed over before.
-
-    Returns:
-        The checkpoint; None if there is none from before.
-
-    Raises:
-        CheckpointError: if none of them is whole.
-    """
-    saved = checkpoint.steps(directory.checkpoints)
-    later = [step for step in saved if step > wrong.start]
-    wait_for_all("all have looked")
-    if len(later) == len(saved):
-        console.line("there is no checkpoint from before those steps to go back to")
-        return None
-    if parts.processes.is_first:
-        for step in later:
-            checkpoint.remove(directory.checkpoints, step)
-    wait_for_all("later ones are removed")
-    restored = _read(parts, directory, console)
-    passed = parts.batches.windows_between(restored.step, wrong.stop)
-    console.line(f"going back to step {restored.step}, and on with the data after the {passed} windows since then")
-    windows = parts.partition.place(np.asarray(skipped_windows + passed, np.int32))
-    tree = eqx.tree_at(lambda state: state.skipped_windows, restored.tree, windows)
-    return dataclasses.replace(restored, tree=tree)
-
-
-def _read(parts: Parts, directory: RunDirectory, console: Console) -> Restored[TrainState]:
-    return checkpoint.restore(
-        directory.checkpoints,
-        parts.partition.abstract(parts.initial_state),
-        report=console.notice,
-        cast=parts.config.trainer.cast_checkpoint,
-        added=ADDED_LEAVES,
-        processes=parts.processes,
-    )

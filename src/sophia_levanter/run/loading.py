@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +14,32 @@ from typing import Any
 
 import jax
 import jmp
+import numpy as np
 
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import CheckpointError, Manifest
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import build_config
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.files import Layer, Setting, flatten, read_layers
 from sophia_levanter.config.model import ModelConfig
 from sophia_levanter.config.run import check_parameters
 from sophia_levanter.config.settings import free_settings
+from sophia_levanter.data.bpe import bpe_file
+from sophia_levanter.data.huggingface_tokenizer import ranks_of
+from sophia_levanter.data.names import TRAINED_TOKENIZER
 from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import write_atomically
+from sophia_levanter.interop.architectures import WeightsError
 from sophia_levanter.interop.pretrained import check_vocabulary, read_pretrained
-from sophia_levanter.interop.saved_weights import open_model
+from sophia_levanter.interop.saved_weights import TOKENIZER_FILE, open_model
+from sophia_levanter.kvstore import read_file, write_file
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.partition.mesh import Partition, partition_of
+from sophia_levanter.partition.processes import check_agreement
+from sophia_levanter.tracking.console import Console
 from sophia_levanter.training.checkpoints import is_of_training
-from sophia_levanter.training.run_tokenizer import with_kept_tokenizer
 
 Overrides = Sequence[tuple[str, str]]
 Report = Callable[[str], None]
@@ -190,3 +202,103 @@ def _partition(config: TrainConfig, tokenizer: Tokenizer) -> Partition:
     partition = partition_of(config.mesh)
     check_parameters(config, partition.mesh.size, tokenizer.vocab_size)
     return partition
+
+
+def keep_tokenizer(checkpoints: Path | str, tokenizer: Tokenizer, *, is_saved: bool) -> None:
+    """Put a tokenizer that is a file beside the checkpoints. Those with a name need no copy.
+
+    Args:
+        checkpoints: a path or a URL.
+        tokenizer: the run's.
+        is_saved: whether there are checkpoints, whose copy stays; without them one is left from an earlier attempt.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    if not tokenizer.name.endswith(TRAINED_TOKENIZER):
+        return
+    try:
+        if not is_saved or read_file(checkpoints, TOKENIZER_FILE) is None:
+            write_file(checkpoints, TOKENIZER_FILE, bpe_file(ranks_of(tokenizer)))
+    except Exception as error:  # whatever a bucket's client makes of a server's answer
+        raise _unusable(checkpoints, error) from error
+
+
+def with_kept_tokenizer(data: DataConfig, checkpoints: Path | str, *, going_on: bool) -> DataConfig:
+    """The configuration with the copy in place of the tokenizer's file, where there is one.
+
+    Args:
+        data: names the file, which may be gone.
+        checkpoints: a path or a URL; from a bucket the copy comes into a temporary folder.
+        going_on: whether it is to train: then the original must not have changed.
+
+    Raises:
+        InputError: if the original has changed, or the copy cannot be read.
+    """
+    if not data.tokenizer.endswith(TRAINED_TOKENIZER):
+        return data
+    try:
+        content = read_file(checkpoints, TOKENIZER_FILE)
+    except Exception as error:  # whatever a bucket's client makes of a server's answer
+        raise _unusable(checkpoints, error) from error
+    if content is None:
+        return data
+    copy = Path(checkpoints, TOKENIZER_FILE)
+    if "://" in str(checkpoints):
+        copy = Path(_temporary_folder().name, TOKENIZER_FILE)
+        write_atomically(copy, content)
+    if going_on and os.path.exists(data.tokenizer):
+        then, now = (load_tokenizer(str(file)).fingerprint for file in (copy, data.tokenizer))
+        if then != now:
+            raise InputError(
+                f"data.tokenizer {data.tokenizer} is not the one that the run began with, which is kept in "
+                f"{checkpoints}/{TOKENIZER_FILE}; restore the original file, or move this one away to use the copy"
+            )
+    return dataclasses.replace(data, tokenizer=str(copy))
+
+
+@functools.cache
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Goes with this process."""
+    return tempfile.TemporaryDirectory(prefix="sophia_levanter-")
+
+
+def _unusable(checkpoints: Path | str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())
+    return InputError(f"data.tokenizer: {checkpoints}/{TOKENIZER_FILE} cannot be used: {reason}; check its folder")
+
+
+def read_initial_weights(config: TrainConfig, console: Console) -> LanguageModel | None:
+    """The weights that a run starts from, in this host's memory; None if they are drawn.
+
+    Raises:
+        InputError: if they cannot be read, are of another model, or are not the same in all processes.
+    """
+    path = config.trainer.initial_weights
+    if path is None:
+        return None
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    try:
+        weights = read_pretrained(
+            path,
+            config.model,
+            tokenizer=tokenizer.name,
+            fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            dtype=config.trainer.parameter_dtype,
+            report=console.line,
+        )
+        check_vocabulary(path, tokenizer)
+    except WeightsError as error:
+        raise InputError(f"trainer.initial_weights {error}") from None
+    console.line(f"initial weights: {path}")
+    if jax.process_count() > 1:
+        check_agreement("trainer.initial_weights", _digest(weights))
+    return weights
+
+
+def _digest(weights: LanguageModel) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in jax.tree.leaves(weights):
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()

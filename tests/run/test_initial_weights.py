@@ -17,10 +17,10 @@ from sophia_levanter.data.prepare import prepare
 from sophia_levanter.interop.exporting import export_model
 from sophia_levanter.main import main
 from sophia_levanter.models.huggingface import gpt2_from_state_dict
+from sophia_levanter.run.directory import RunDirectory
+from sophia_levanter.run.loading import _digest, load_model
+from sophia_levanter.run.run import Run
 from sophia_levanter.tracking.console import Console
-from sophia_levanter.training.initial_weights import _digest, read_initial_weights
-from sophia_levanter.training.loading_models import load_model
-from sophia_levanter.training.parts import build_parts
 
 MESHES = {
     "data": [],
@@ -75,17 +75,18 @@ def test_the_first_loss_is_that_of_the_weights_and_going_on_needs_no_file(
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("optimizer", ["sophia_g", "muon"])
-def test_the_state_has_the_weights_where_drawn_ones_would_lie(mesh, optimizer, gpt2_folder, config_file):
+def test_the_state_has_the_weights_where_drawn_ones_would_lie(mesh, optimizer, gpt2_folder, config_file, tmp_path):
     folder, model = gpt2_folder, saved_model(gpt2_folder)
     options = [*BIASES, *MESHES[mesh], "--optimizer.type", optimizer, "--trainer.parameter_dtype", "bfloat16"]
     options += ["--trainer.initial_weights", str(folder)]
     names = [name.removeprefix("--") for name in options[::2]]
     config = load_config(config_file, list(zip(names, options[1::2], strict=True)))
     console = Console(1, silent=True)
-    weights, parts = read_initial_weights(config, console), build_parts(config, {}, console)
+    run = Run(config, RunDirectory(tmp_path / "run", "never"), console)
+    weights = run.initial_weights
     before = jax.tree.map(np.copy, weights)
-    state = parts.state_from(weights)
-    drawn = parts.partition.made(parts.initial_state)
+    state = run.start()
+    drawn = run.partition.init_sharded(run.initial_state)
     assert jax.tree.structure(state) == jax.tree.structure(drawn)
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(drawn), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from sophia_levanter.training.run import keep_compiled
+from sophia_levanter.run.run import enable_compilation_cache
 
 
 @pytest.fixture
@@ -17,11 +17,11 @@ def kept_in():
 
 @pytest.mark.parametrize(("platform", "kept"), [("gpu", True), ("tpu", True), ("cpu", False)])
 def test_accelerators_programs_are_kept(platform, kept, kept_in, tmp_path):
-    keep_compiled(tmp_path, platform)
+    enable_compilation_cache(tmp_path, platform)
     assert kept_in() == (str(tmp_path) if kept else None)
 
 
 def test_a_place_that_is_named_already_stays(kept_in, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
-    keep_compiled(tmp_path, "tpu")
+    enable_compilation_cache(tmp_path, "tpu")
     assert kept_in() == str(tmp_path / "mine")

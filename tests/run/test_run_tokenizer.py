@@ -13,8 +13,7 @@ from sophia_levanter.data.huggingface_tokenizer import ranks_of
 from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
-from sophia_levanter.training.loading_models import load_model
-from sophia_levanter.training.run_tokenizer import keep_tokenizer, with_kept_tokenizer
+from sophia_levanter.run.loading import keep_tokenizer, load_model, with_kept_tokenizer
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import equinox as eqx
@@ -12,26 +11,26 @@ from sophia_levanter.config.sampling import Sampling
 from sophia_levanter.data.bigram import bigram_bits_per_byte
 from sophia_levanter.data.tokenizer import printable
 from sophia_levanter.models.sampling import generate
-from sophia_levanter.tracking.console import Console, show_duration
-from sophia_levanter.training.memory import bytes_by_kind, show_bytes
+from sophia_levanter.tracking.console import show_duration
+from sophia_levanter.training.costs import bytes_by_kind, show_bytes
 
 if TYPE_CHECKING:
     from sophia_levanter.config import TrainConfig
     from sophia_levanter.partition.mesh import Partition
+    from sophia_levanter.run.run import Run
     from sophia_levanter.training.loop import Loop
-    from sophia_levanter.training.parts import Parts
     from sophia_levanter.training.step import TrainState
 
 PROMPT_TOKENS = 32
 
 
-def describe_start(parts: Parts, directory: Path, console: Console) -> None:
+def describe_start(run: Run) -> None:
     """Print the model's, the data's and the step's sizes, and where the run's files go."""
-    config, data, schedule = parts.config, parts.data, parts.config.optimizer
+    config, data, schedule = run.config, run.data, run.config.optimizer
     trainer, model, tracking = config.trainer, config.model, config.tracking
-    state = parts.partition.abstract(parts.initial_state)
-    attention = attention_of(config, parts.partition)
-    estimator, kind = parts.settings.optimizer.estimator, schedule.schedule
+    state = run.partition.abstract(run.initial_state)
+    attention = attention_of(config, run.partition)
+    estimator, kind = run.settings.optimizer.estimator, schedule.schedule
     swapped = estimator is not None and estimator.forward_mode and attention not in ("blocked", "xla")
     decay = f" to {schedule.final_learning_rate:g}" if kind.decays else ""
     curvature = schedule.describe_curvature(trainer)
@@ -46,7 +45,7 @@ def describe_start(parts: Parts, directory: Path, console: Console) -> None:
         ),
         ("data", f"{data.train.num_tokens:,} training and {data.validation.num_tokens:,} validation tokens"),
         ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens"),
-        ("optimizer", f"{type(parts.settings.optimizer).__name__}, weight decay {schedule.weight_decay:g}"),
+        ("optimizer", f"{type(run.settings.optimizer).__name__}, weight decay {schedule.weight_decay:g}"),
         (
             "schedule",
             f"{trainer.num_train_steps:,} steps, learning rate {schedule.learning_rate:g} after "
@@ -62,12 +61,12 @@ def describe_start(parts: Parts, directory: Path, console: Console) -> None:
             if attention
             else []
         ),
-        ("devices", describe_mesh(parts.partition)),
+        ("devices", describe_mesh(run.partition)),
         ("memory", _state_bytes(state)),
-        ("run directory", str(directory)),
+        ("run directory", str(run.directory.path)),
         ("tracking", ", ".join(trackers)),
     ]
-    console.rows(rows)
+    run.console.rows(rows)
 
 
 def _state_bytes(state: TrainState) -> str:
@@ -98,22 +97,22 @@ def describe_mesh(partition: Partition) -> str:
     return ", ".join(parts)
 
 
-def describe_end(parts: Parts, loop: Loop, state: TrainState, console: Console) -> None:
+def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
     """Print how much was done, the losses beside a byte-bigram's, where the checkpoint lies, and a sample of text."""
-    numbers, tokenizer, step = loop.monitor.trackers.last, parts.data.tokenizer, int(state.step)
-    bigram = bigram_bits_per_byte(parts.data.train, parts.validation.token_windows(), tokenizer)
-    tokens = parts.batches.windows_between(0, step) * parts.config.model.seq_len
+    numbers, tokenizer, step = loop.monitor.trackers.last, run.data.tokenizer, int(state.step)
+    bigram = bigram_bits_per_byte(run.data.train, run.validation.token_windows(), tokenizer)
+    tokens = run.batches.windows_between(0, step) * run.config.model.seq_len
     skipped, best = int(state.skipped_steps), loop.evaluating.best
     since = f" since step {loop.first_step:,}" if loop.first_step else ""
     rows = [
         (
             "done",
             f"{step:,} steps, {tokens:,} tokens, {show_duration(loop.seconds)}{since}, "
-            f"{loop.tokens_per_second:,.0f} tokens/s, {loop.waited_steps} step(s) waited for data",
+            f"{loop.tokens_per_second:,.0f} tokens/s, {loop.data_stalls} step(s) waited for data",
         ),
         (
             "training",
-            f"{numbers['train/loss']:.4f} nats per token at the last step, {console.smoothed_loss:.4f} smoothed",
+            f"{numbers['train/loss']:.4f} nats per token at the last step, {run.console.smoothed_loss:.4f} smoothed",
         ),
         (
             "validation",
@@ -128,17 +127,17 @@ def describe_end(parts: Parts, loop: Loop, state: TrainState, console: Console) 
     if skipped:
         rows.append(("skipped", f"{skipped:,} steps, for their loss or gradient"))
     rows.append(("checkpoint", str(loop.saved)))
-    console.rows(rows, notices=("done", "validation", "checkpoint"))
-    if parts.config.trainer.sample_tokens:
-        console.paragraph(f"sample, after the prompt in brackets:\n{_sample(parts, state)}")
+    run.console.rows(rows, notices=("done", "validation", "checkpoint"))
+    if run.config.trainer.sample_tokens:
+        run.console.paragraph(f"sample, after the prompt in brackets:\n{_sample(run, state)}")
 
 
-def _sample(parts: Parts, state: TrainState) -> str:
-    data, trainer = parts.data, parts.config.trainer
+def _sample(run: Run, state: TrainState) -> str:
+    data, trainer = run.data, run.config.trainer
     prompt = data.validation.read(0, min(PROMPT_TOKENS, data.validation.num_tokens))
     keys = jax.random.key(trainer.seed)[None]
-    with parts.partition.active():
-        model = jax.jit(parts.settings.policy.cast_to_compute)(state.model)
+    with run.partition.active():
+        model = jax.jit(run.settings.policy.cast_to_compute)(state.model)
         steps = generate(model, [prompt.tolist()], trainer.sample_tokens, keys=keys, sampling=Sampling())
         drawn = [token for row in steps for token in row if token is not None]
     return printable(f"[{data.tokenizer.decode(prompt)}]{data.tokenizer.decode(drawn)}")

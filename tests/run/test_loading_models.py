@@ -10,7 +10,7 @@ from sophia_levanter.checkpoint import CheckpointError
 from sophia_levanter.errors import InputError
 from sophia_levanter.interop.saved_weights import open_model
 from sophia_levanter.main import main
-from sophia_levanter.training.loading_models import load_model
+from sophia_levanter.run.loading import load_model
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_tokenizer_of_the_same_size_is_not_taken_for_the_runs(run_dir, monkeyp
             super().__init__()
             self.fingerprint = "another"
 
-    monkeypatch.setattr("sophia_levanter.training.loading_models.load_tokenizer", lambda name: Other())
+    monkeypatch.setattr("sophia_levanter.run.loading.load_tokenizer", lambda name: Other())
     assert "data.tokenizer bytes is not the one that" in refused(run_dir)
 
 

@@ -8,8 +8,8 @@ import pytest
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import Command, load_config
 from sophia_levanter.errors import InputError
+from sophia_levanter.run.directory import RunDirectory, changed_fields, choose_run_directory
 from sophia_levanter.training.checkpoints import is_of_training
-from sophia_levanter.training.run_directory import RunDirectory, changed_fields, choose_run_directory
 
 
 def config(run_dir: Path | None = None, **data: str) -> TrainConfig:
