@@ -6,8 +6,8 @@ import pytest
 
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
-from sophia_levanter.run.provenance import FIXED, RECORDED, fixed_settings, recorded_environment
 from sophia_levanter.run import run
+from sophia_levanter.run.provenance import FIXED, RECORDED, fixed_settings, recorded_environment
 
 OTHERS = {
     "jax_default_prng_impl": "rbg",

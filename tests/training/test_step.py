@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import equinox as eqx
@@ -33,7 +33,7 @@ from sophia_levanter.optim import (
     SophiaH,
     WinRateController,
 )
-from sophia_levanter.partition.mesh import partition_of
+from sophia_levanter.partition.mesh import Partition, active_partition, partition_of
 from sophia_levanter.training.step import StepSettings, TrainState, train_step
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -45,6 +45,12 @@ AVERAGED = GaussNewtonBartlett(reduction="average_then_square")
 
 
 def jitted(settings: StepSettings, refresh: bool):
+    """The step, compiled once for all tests with these settings on the same devices."""
+    return _jitted(settings, refresh, active_partition())
+
+
+@lru_cache
+def _jitted(settings: StepSettings, refresh: bool, partition: Partition | None):
     return eqx.filter_jit(partial(train_step, settings, refresh))
 
 
