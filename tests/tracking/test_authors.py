@@ -2,7 +2,7 @@
 
 import pytest
 
-from sophia_levanter.tracking.authors import AuthorsMetrics
+from sophia_levanter.tracking.trackers import AuthorsMetrics
 
 STEP = {"train/loss": 2.0, "train/learning_rate": 1e-3, "train/mfu": 0.25}
 

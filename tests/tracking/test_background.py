@@ -6,7 +6,7 @@ import time
 import pytest
 
 from sophia_levanter.tracking import background
-from sophia_levanter.tracking.background import Background
+from sophia_levanter.tracking.trackers import Background
 
 
 class Recorder:

@@ -4,8 +4,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboardX import record_writer
 
-from sophia_levanter.tracking.background import Background
 from sophia_levanter.tracking.tensorboard import TensorBoard
+from sophia_levanter.tracking.trackers import Background
 
 
 def scalars(directory, name):

@@ -12,7 +12,7 @@ from sophia_levanter.config.arguments import parse_arguments
 from sophia_levanter.config.build import build, encode
 from sophia_levanter.config.files import Layer, Setting, dump_yaml, flatten, read_layers
 from sophia_levanter.config.help import help_text
-from sophia_levanter.config.plugins import with_plugins
+from sophia_levanter.config.registries import with_plugins
 from sophia_levanter.config.run import TrainConfig
 from sophia_levanter.errors import InputError
 

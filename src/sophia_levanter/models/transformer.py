@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -16,8 +17,7 @@ from haliax import Axis, AxisSpec, NamedArray
 from sophia_levanter.config.model import TransformerConfig
 from sophia_levanter.models.attention import causal_attention, decode_attention
 from sophia_levanter.models.language_model import LanguageModel, write_row
-from sophia_levanter.models.rematerialisation import checkpointed
-from sophia_levanter.partition.mesh import gather_params, shard_params
+from sophia_levanter.partition.mesh import gather_params, is_split, shard_params
 
 
 class Block(eqx.Module):
@@ -190,3 +190,30 @@ def normal_weights(config: TransformerConfig, axes: AxisSpec, key: jax.Array, *,
 def dropout(config: TransformerConfig, x: NamedArray, key: jax.Array | None) -> NamedArray:
     """Dropout at rate `config.dropout` if a key is given; otherwise the array unchanged."""
     return x if key is None else hnn.dropout(x, config.dropout, inference=False, key=key)
+
+
+def checkpointed(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its intermediate results kept as a policy says.
+
+    Args:
+        policy: `none` computes nothing again, but gathers parameters that are split again; `full` keeps nothing; `dots`
+            keeps the results of matrix products (not the attention's, which are quadratic in the positions); `offload`
+            keeps the same in the host's memory.
+        function: of arrays.
+    """
+    if policy == "none" and not is_split():
+        return function
+    policies = jax.checkpoint_policies
+    chosen: Callable[..., Any] = {
+        "none": _all_but_gathered,
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }[policy]
+    # Inside a scan nothing of the forward pass is there for XLA to reuse.
+    return eqx.filter_checkpoint(function, policy=chosen, prevent_cse=False)
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whole parameters are the results of sharding constraints, and so not kept."""
+    return primitive.name != "sharding_constraint"

@@ -45,10 +45,9 @@ from sophia_levanter.run.resuming import (
     with_saved_rows,
 )
 from sophia_levanter.run.summary import attention_of, describe_end, describe_start
-from sophia_levanter.tracking.background import CLOSE_SECONDS
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
-from sophia_levanter.tracking.trackers import OptionalTrackers, Trackers, start_optional
+from sophia_levanter.tracking.trackers import CLOSE_SECONDS, OptionalTrackers, Trackers, start_optional
 from sophia_levanter.training.callbacks import (
     Evaluating,
     Logging,
