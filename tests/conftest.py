@@ -2,9 +2,9 @@
 this must be set before jax is imported, and reaches the processes that tests start."""
 
 import gc
-import itertools
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sophia_levanter.allocation import return_freed_memory
 
 flags = [
     "--xla_force_host_platform_device_count=8",
@@ -62,8 +64,8 @@ trainer:
 """
 
 
-TESTS_RUN = itertools.count(1)
-MAPS = Path("/proc/self/maps")
+STATM = Path("/proc/self/statm")
+MOST_BYTES = 1_500_000_000
 
 
 def pytest_make_parametrize_id(val):
@@ -72,15 +74,16 @@ def pytest_make_parametrize_id(val):
 
 
 @pytest.fixture(autouse=True)
-def few_compiled_programs():
-    """Forgets compiled programs before there are too many: every one maps memory, and XLA dies where Linux allows no
-    more than its 65,530 maps of a process."""
+def little_memory():
+    """Forgets compiled programs where they have filled a worker. Each one also maps memory, and XLA dies where Linux
+    allows no more than its 65,530 maps of a process."""
     yield
-    if next(TESTS_RUN) % 5 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+    if STATM.exists() and int(STATM.read_text().split()[1]) * resource.getpagesize() > MOST_BYTES:
         import jax
 
         jax.clear_caches()
         gc.collect()
+        return_freed_memory()
 
 
 @pytest.fixture
