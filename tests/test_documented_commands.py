@@ -14,7 +14,7 @@ from sophia_levanter.config.command_line import FLAGS, OPTIONS, load_config, par
 from sophia_levanter.config.help import help_text
 from sophia_levanter.optim import SophiaG
 
-STARTS = r"(?:make|python -m sophia_levanter[\w.]*|sophia-levanter)(?= |$)"
+STARTS = r"(?:make|python -m sophia_levanter[\w.]*|python tests/[\w/]+\.py|sophia-levanter)(?= |$)"
 FIELDS = set(re.findall(r"--[a-z]+\.\w+", help_text()))
 TARGETS = set(re.search(r"^\.PHONY:(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split())
 # What a reader puts something in place of: FILE, RUN_DIR, N, gs://BUCKET/RUN, ...
@@ -72,7 +72,8 @@ def test_settings_named_in_prose_are_fields(page):
         ("python -m sophia_levanter.commands.checkpoints list DIR --stpe 3", "stpe"),
         ("python -m sophia_levanter.commands.checkpoints lsit DIR", "lsit"),
         ("python -m sophia_levanter.commands.plan --config config/gpt2_nano_sophia.yaml --mesh.fspd embed", "fspd"),
-        ("python -m sophia_levanter.benchmarks.peers --ruonds 3", "ruonds"),
+        ("python tests/benchmarks/peers.py --ruonds 3", "ruonds"),
+        ("python tests/benchmarks/pears.py --rounds 3", "pears"),
     ],
 )
 def test_a_misspelt_command_is_found(command, complaint, monkeypatch):
@@ -89,12 +90,16 @@ def check(command):
         unknown = [word for word in words[1:] if word.islower() and "=" not in word and word not in TARGETS]
         assert not unknown, f"no target of the Makefile: {unknown}"
         return
+    if words[0] == "python" and words[1] != "-m":
+        assert Path(words[1]).exists(), f"there is no {words[1]}"
+        _check_options(words[1], Path(words[1]).read_text(), words[2:])
+        return
     module, arguments = (words[2], words[3:]) if words[0] == "python" else (_module_of(words[1:2]), words[2:])
     assert importlib.util.find_spec(module) is not None, f"there is no {module}"
     if module == "sophia_levanter.main":
         _check_training(arguments)
     else:
-        _check_options(module, arguments)
+        _check_options(module, Path(importlib.util.find_spec(module).origin).read_text(), arguments)
 
 
 def _module_of(verb):
@@ -111,14 +116,13 @@ def _check_training(arguments):
         parse_command_line(sound)
 
 
-def _check_options(module, arguments):
-    source = Path(importlib.util.find_spec(module).origin).read_text()
+def _check_options(command, source, arguments):
     known = set(re.findall(r"--\w+", source)) | {"--help"}
-    takes_fields = "overrides=True" in source or "parse_with_overrides" in source
+    takes_fields = "overrides=True" in source or "parse_command_line" in source
     _check_names(arguments, known | FIELDS if takes_fields else known)
-    verbs = set(re.findall(rf"{re.escape(module)} ([a-z]+)", source))
+    verbs = set(re.findall(rf"{re.escape(command)} ([a-z]+)", source))
     if verbs and arguments and arguments[0].islower() and not arguments[0].startswith("-"):
-        assert arguments[0] in verbs, f"no verb {arguments[0]} of {module}"
+        assert arguments[0] in verbs, f"no verb {arguments[0]} of {command}"
     sound = _without_placeholders(arguments)
     if "--config" not in sound:
         return

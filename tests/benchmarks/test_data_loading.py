@@ -1,10 +1,10 @@
-"""The tables are made from small texts and stores; what they say of large ones is in docs/data.md."""
+"""The tables are made from small texts and stores; docs/data.md has those of large ones."""
 
 from pathlib import Path
 
+import data_loading
 import pytest
 
-from sophia_levanter.benchmarks import data_loading
 from sophia_levanter.data import token_store
 
 

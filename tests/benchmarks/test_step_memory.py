@@ -1,55 +1,37 @@
-import pytest
+from pathlib import Path
 
-from sophia_levanter.benchmarks import step_memory
-from sophia_levanter.benchmarks.step_memory import measure, temporary_bytes
+import pytest
+import step_memory
+
+from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import load_config
 
-SMALL = [("trainer.batch_size", "8")]
+
+def test_a_refresh_needs_more_temporary_memory_than_a_plain_step(config_file: Path) -> None:
+    config = load_config(config_file)
+    plain, refresh = (step_memory.temporary_bytes(config, refresh=kind, vocab_size=50) for kind in (False, True))
+    block_matrices = 4 * 2 * 12 * 16 * 16  # the gradient of two layers, in bytes
+    assert block_matrices < plain < refresh
 
 
-@pytest.fixture
-def configs(tiny, monkeypatch):
-    """The common beginning of the files of three optimizers."""
-    monkeypatch.setattr(step_memory, "VOCAB_SIZE", 50)
-    text = tiny.read_text()
-    tiny.with_name("tiny_sophia_h.yaml").write_text(text.replace("sophia_g", "sophia_h"))
-    tiny.with_name("tiny_adamw.yaml").write_text(
-        text.replace("{type: sophia_g, warmup_steps: 2, rho: 0.5, interval: 3}", "{type: adamw, warmup_steps: 2}")
-    )
-    return tiny.with_name("tiny")
-
-
-def test_temporary_memory_holds_the_gradient_and_grows_with_the_microbatch(configs):
-    config = configs.with_name("tiny_sophia.yaml")
-    small, large = (
-        temporary_bytes(load_config(config, [*SMALL, ("trainer.microbatch_size", size)]), refresh=False)
-        for size in ("1", "4")
-    )
-    matrices = 4 * 2 * 12 * 16 * 16
-    assert matrices < small < large
-
-
-def test_measure_pairs_each_step_with_the_one_beside_it(configs, monkeypatch):
-    seen = []
-
-    def counted(config, *, refresh):
-        seen.append((type(config.optimizer).__name__, refresh, config.trainer.microbatch_size))
-        own = getattr(config.optimizer, "curvature_microbatch_size", None)
-        fraction = getattr(config.optimizer, "curvature_batch_fraction", 0)
-        return 1000 * config.trainer.microbatch_size + 100 * refresh + 10 * (own or 0) + round(100 * fraction)
+def test_each_step_stands_beside_another(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def counted(config: TrainConfig, *, refresh: bool) -> int:
+        own = getattr(config.optimizer, "curvature_microbatch_size", None) or 0
+        return 1_000_000 * (config.trainer.microbatch_size or 0) + refresh * 1_000_000 * (1 + own)
 
     monkeypatch.setattr(step_memory, "temporary_bytes", counted)
-    rows = measure(configs, [4], [2, 3, 4], SMALL)
-    plain, h_plain = 4050, 4007
-    wanted = [(plain, 4000), (h_plain, 4000), (4200, plain), (4150, plain), (4127, h_plain), (4117, h_plain)]
-    assert [(row.num_bytes, row.beside_bytes) for row in rows] == wanted
-    assert [row.beside for row in rows] == ["AdamW"] * 2 + ["its plain step"] * 4
-    assert {s for s in seen if not s[1]} == {(f"{n}Config", False, 4) for n in ("AdamW", "SophiaG", "SophiaH")}
-
-
-def test_main_prints_a_table(configs, capsys, monkeypatch):
-    monkeypatch.setattr(step_memory, "temporary_bytes", lambda config, refresh: 2_000_000 + 1_000_000 * refresh)
-    step_memory.main(["--configs", str(configs), "--microbatch_sizes", "2", "--curvature_divisors", "2"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 5
-    assert [line.split("|")[-2].strip() for line in lines[2:]] == ["1.000"] * 2 + ["1.500"] * 3
+    for name, kind in (("adamw", "adamw"), ("sophia", "sophia_g"), ("sophia_h", "sophia_h")):
+        own = f"defaults: [{config_file.name}]\noptimizer: {{type: {kind}}}\n"
+        config_file.with_name(f"gpt_{name}.yaml").write_text(own)
+    beginning = str(config_file.with_name("gpt"))
+    step_memory.main(["--configs", beginning, "--microbatch_sizes", "4", "--curvature_divisors", "2", "3"])
+    _, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
+        ["4", "Sophia-G, plain", "4", "AdamW", "4", "1.000"],
+        ["4", "Sophia-H, plain", "4", "AdamW", "4", "1.000"],
+        ["4", "Sophia-G, refresh on 1.0 of the batch", "5", "its plain step", "4", "1.250"],
+        ["4", "Sophia-G, refresh on 0.5 of the batch", "5", "its plain step", "4", "1.250"],
+        ["4", "Sophia-H, refresh in microbatches of 2", "7", "its plain step", "4", "1.750"],
+    ]

@@ -90,8 +90,7 @@ def _speed_table(study: Study, cells: Sequence[Cell]) -> str:
     note = (
         "s: how much longer the baseline's whole schedule is than the arm's whole schedule that ends at the same loss; "
         "beside tokens also with what a token costs. The interval is a bootstrap over seeds, in tokens. The time is of "
-        "runs that may have shared the machine with others; `sophia_levanter.benchmarks.peers` tells what a step "
-        "costs."
+        "runs that may have shared the machine with others; `tests/benchmarks/peers.py` measures what a step costs."
     )
     return note + "\n\n" + _table(["arm", "baseline's tokens", "s", "s in FLOPs", "s in time", "95 % of s"], rows)
 
