@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from sophia_levanter.data import bigram
-from sophia_levanter.data.bigram import SMOOTHING, bigram_bits_per_byte
+from sophia_levanter.data import batches as batches_module
+from sophia_levanter.data.batches import SMOOTHING, bigram_bits_per_byte
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
 
@@ -35,7 +35,7 @@ def pairs_of(symbols: list[int]) -> list[tuple[int, int]]:
 
 def test_it_is_what_counting_by_hand_gives(make_store: MakeStore) -> None:
     tokens = np.array([*VALIDATION.encode(), 256])
-    found = bigram_bits_per_byte(make_store(TRAIN), tokens, BYTES)
+    found = bigram_bits_per_byte(make_store(TRAIN), [tokens], BYTES)
     assert found == pytest.approx(by_hand(TRAIN, pairs_of(tokens.tolist())), rel=1e-12)
 
 
@@ -44,8 +44,8 @@ def test_it_does_not_depend_on_the_tokenizer(make_store: MakeStore, tiny_bpe: To
         return np.append(tokenizer.encode(VALIDATION), tokenizer.end_of_text)
 
     assert len(tokens(tiny_bpe)) < len(tokens(BYTES))
-    by_bytes = bigram_bits_per_byte(make_store(TRAIN), tokens(BYTES), BYTES)
-    by_bpe = bigram_bits_per_byte(make_store(TRAIN, tiny_bpe), tokens(tiny_bpe), tiny_bpe)
+    by_bytes = bigram_bits_per_byte(make_store(TRAIN), [tokens(BYTES)], BYTES)
+    by_bpe = bigram_bits_per_byte(make_store(TRAIN, tiny_bpe), [tokens(tiny_bpe)], tiny_bpe)
     assert by_bpe == pytest.approx(by_bytes, rel=1e-12)
 
 
@@ -60,20 +60,20 @@ def test_the_first_token_of_each_array_is_context(make_store: MakeStore, tiny_bp
 def test_reading_in_pieces_changes_nothing(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_store(TRAIN)
     tokens = np.array([*VALIDATION.encode(), 256])
-    whole = bigram_bits_per_byte(store, tokens, BYTES)
-    monkeypatch.setattr(bigram, "READ_TOKENS", 3)
-    assert bigram_bits_per_byte(store, tokens, BYTES) == whole
+    whole = bigram_bits_per_byte(store, [tokens], BYTES)
+    monkeypatch.setattr(batches_module, "BIGRAM_TOKENS", 3)
+    assert bigram_bits_per_byte(store, [tokens], BYTES) == whole
 
 
 def test_no_more_than_the_limit_is_counted(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bigram, "MAX_TRAIN_BYTES", len(TRAIN[0]) + 1)
-    monkeypatch.setattr(bigram, "READ_TOKENS", 10)
+    monkeypatch.setattr(batches_module, "BIGRAM_BYTES", len(TRAIN[0]) + 1)
+    monkeypatch.setattr(batches_module, "BIGRAM_TOKENS", 10)
     tokens = np.array([*VALIDATION.encode()])
-    assert bigram_bits_per_byte(make_store(TRAIN), tokens, BYTES) == pytest.approx(
+    assert bigram_bits_per_byte(make_store(TRAIN), [tokens], BYTES) == pytest.approx(
         by_hand(TRAIN[:1], pairs_of(tokens.tolist()))
     )
 
 
 def test_no_text_to_predict(make_store: MakeStore) -> None:
-    assert math.isnan(bigram_bits_per_byte(make_store(TRAIN), np.array([97, 256]), BYTES))
+    assert math.isnan(bigram_bits_per_byte(make_store(TRAIN), [np.array([97, 256])], BYTES))
     assert math.isnan(bigram_bits_per_byte(make_store(TRAIN), [], BYTES))

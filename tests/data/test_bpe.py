@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from sophia_levanter.data.bpe import first_bytes, load_bpe, save_bpe, train_bpe
-from sophia_levanter.data.tokenizer import load_tokenizer
+from sophia_levanter.data.bpe import first_bytes, save_bpe, train_bpe
+from sophia_levanter.data.tokenizer import load_bpe, load_tokenizer
 from sophia_levanter.errors import InputError
 
 TEXTS = [path.read_text() for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:30]]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sophia_levanter.data.cache import build_directory, remembered
+from sophia_levanter.data.preparation import build_directory
+from sophia_levanter.data.token_store import remembered
 from sophia_levanter.errors import InputError
 
 
@@ -104,7 +105,7 @@ def test_what_a_killed_process_leaves_is_gone_on_with(tmp_path: Path) -> None:
     program = f"""
 import os, signal
 from pathlib import Path
-from sophia_levanter.data.cache import build_directory, remembered
+from sophia_levanter.data.preparation import build_directory
 def build(directory):
     (directory / "half").write_text("killed")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -15,16 +15,20 @@ import pytest
 from backports import zstd
 
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.data import documents as documents_module
-from sophia_levanter.data import opened_files
-from sophia_levanter.data.documents import FileSource
+from sophia_levanter.data import file_source, formats
+from sophia_levanter.data.documents import Rows
+from sophia_levanter.data.file_source import FileSource
 from sophia_levanter.data.text_files import find_files
 from sophia_levanter.errors import InputError
 
 
+def source_of(name: str | Path, config: DataConfig | None = None) -> FileSource:
+    return FileSource(str(name), Rows(config or DataConfig(), "data.train"), print)
+
+
 def read(source: str | Path, text_field: str = "text", said: list[str] | None = None) -> list[str]:
     config, said = DataConfig(text_field=text_field), [] if said is None else said
-    return [text for _, text in FileSource(str(source), config, field="data.train", report=said.append).documents()]
+    return [text for _, text in FileSource(str(source), Rows(config, "data.train"), said.append).documents()]
 
 
 def error_of(source: str | Path, text_field: str = "text") -> str:
@@ -215,13 +219,13 @@ def test_a_first_line_longer_than_the_look_is_a_record(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("array_bytes", [1, 7, 64, 1 << 20])
 def test_a_json_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array_bytes: int) -> None:
-    monkeypatch.setattr(documents_module, "PIECE_BYTES", array_bytes)
+    monkeypatch.setattr(file_source, "PIECE_BYTES", array_bytes)
     texts = ["é € 𝄞", 'a ] , { " quote', "x" * 300]
     for indent in (None, 2):
         content = json.dumps([{"text": text, "n": [1, {}]} for text in texts], indent=indent, ensure_ascii=False)
         (tmp_path / "a.json").write_text("\ufeff" + content)
         assert read(tmp_path / "a.json") == texts
-        assert list(FileSource(str(tmp_path / "a.json"), DataConfig(), field="f").documents((0, 1))) == [
+        assert list(source_of(tmp_path / "a.json").documents((0, 1))) == [
             ((0, 2), texts[1]),
             ((0, 3), texts[2]),
         ]
@@ -391,7 +395,7 @@ def test_urls_that_cannot_be_read(memory_files: fsspec.AbstractFileSystem, url: 
 
 @pytest.mark.parametrize("url", ["memory://here/b.txt", "memory://here"])
 def test_a_url_whose_content_changes_while_it_is_read(memory_files: fsspec.AbstractFileSystem, url: str) -> None:
-    source = FileSource(url, DataConfig(), field="data.train")
+    source = source_of(url)
     memory_files.pipe("/here/b.txt", b"Bb")
     with pytest.raises(InputError, match=r"memory:///?here/b\.txt changed after it was looked up"):
         list(source.documents())
@@ -406,11 +410,11 @@ def test_reading_goes_on_from_any_position(tmp_path: Path, name: str) -> None:
         else:
             content = json_lines(*({"text": text} for text in texts[part]))
         (tmp_path / f"{part}{name}").write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    source = FileSource(str(tmp_path / "*"), DataConfig(), field="data.train")
+    source = source_of(tmp_path / "*")
     everything = list(source.documents())
     assert [text for _, text in everything] == [text for part in texts for text in part if text]
     for number, (position, _) in enumerate(everything):
-        rest = FileSource(str(tmp_path / "*"), DataConfig(), field="data.train").documents(position)
+        rest = source_of(tmp_path / "*").documents(position)
         assert list(rest) == everything[number + 1 :]
 
 
@@ -418,7 +422,7 @@ def test_the_share_that_is_read(tmp_path: Path) -> None:
     for part in range(2):
         (tmp_path / f"{part}.jsonl").write_bytes(json_lines(*({"text": "x" * 10_000} for _ in range(50))))
     (tmp_path / "2.parquet").write_bytes(parquet({"text": ["x" * 10_000] * 50}))
-    source = FileSource(str(tmp_path / "*"), DataConfig(), field="data.train")
+    source = source_of(tmp_path / "*")
     shares = [source.share_read() for _ in source.documents()]
     assert shares == sorted(shares)
     assert shares[0] < 0.1
@@ -430,7 +434,7 @@ def test_what_is_not_utf8_may_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"ab\xffc")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "d\xe9"}\n{"text": "e\\ud83d"}\n')
     config = DataConfig(invalid_utf8="replace")
-    texts = [text for _, text in FileSource(str(tmp_path / "*"), config, field="data.train").documents()]
+    texts = [text for _, text in source_of(tmp_path / "*", config).documents()]
     assert texts == ["ab\ufffdc", "d\ufffd", "e\ufffd"]
 
 
@@ -461,7 +465,7 @@ def test_a_link_to_nothing(tmp_path: Path) -> None:
 
 def test_errors_of_resolving_come_before_reading(tmp_path: Path) -> None:
     with pytest.raises(InputError):
-        FileSource(str(tmp_path / "gone.txt"), DataConfig(), field="data.train")
+        source_of(tmp_path / "gone.txt")
 
 
 @pytest.mark.parametrize(
@@ -537,7 +541,7 @@ BOMBS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zst
 def test_a_compressed_file_that_expands_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, compression: str
 ) -> None:
-    monkeypatch.setattr(opened_files, "EXPANDED_BYTES", 1 << 20)
+    monkeypatch.setattr(formats, "EXPANDED_BYTES", 1 << 20)
     path = tmp_path / name
     path.write_bytes(BOMBS[compression](b'[{"text": "' + b"a" * (1 << 22)))
     assert error_of(path).startswith(f"data.train: {path} decompresses to more than 200 times its size; if that ")

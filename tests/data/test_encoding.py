@@ -13,9 +13,8 @@ import numpy as np
 import psutil
 import pytest
 
-from sophia_levanter.data.blocks import Texts, encode
 from sophia_levanter.data.bpe import save_bpe
-from sophia_levanter.data.encoding import Workers, encode_blocks, processes, ray_tasks
+from sophia_levanter.data.encoding import Texts, Workers, encode, encode_blocks, processes, ray_tasks
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 

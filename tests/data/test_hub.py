@@ -2,20 +2,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.data.hub import DatasetName, DatasetSource
+from sophia_levanter.data.documents import Rows
 from sophia_levanter.data.prepare import prepare
-from sophia_levanter.data.sources import absolute_source
+from sophia_levanter.data.sources import DatasetSource, absolute_source
 from sophia_levanter.errors import InputError
 
 TEXTS = [f"text {i}" for i in range(50)]
 
 
 def source(name: str, **fields: str) -> DatasetSource:
-    return DatasetSource(name, DataConfig(**fields), field="data.train")
+    return DatasetSource(name, Rows(DataConfig(**fields), "data.train"))
 
 
 def read(name: str, **fields: str) -> list[str]:
@@ -96,10 +97,14 @@ def test_names_that_are_none(name: str, expected: str) -> None:
     assert expected in error_of(name)
 
 
-def test_a_name_in_parts() -> None:
-    assert DatasetName.parse("hub:a/b?name=c&revision=d&split=train[:1%]&streaming=false", "data.train") == DatasetName(
-        "hub:", "a/b", "train[:1%]", "c", "d", False
-    )
+def test_a_name_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: calls.append((args, options)) or [])
+    assert read("hub:a/b?name=c&revision=d&split=train[:1%]&streaming=false") == read("hub:a/b") == []
+    assert calls == [
+        (("a/b",), {"name": "c", "split": "train[:1%]", "revision": "d", "streaming": False}),
+        (("a/b",), {"name": None, "split": "train", "revision": None, "streaming": True}),
+    ]
 
 
 def test_what_is_not_there(on_hub: str) -> None:

@@ -12,9 +12,8 @@ import tiktoken
 import tokenizers
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from sophia_levanter.data.bpe import END_OF_TEXT, train_bpe
-from sophia_levanter.data.huggingface_tokenizer import merges_of, ranks_of, tokenizer_config_json, tokenizer_json
-from sophia_levanter.data.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
+from sophia_levanter.data.bpe import merges_of, ranks_of, tokenizer_config_json, tokenizer_json, train_bpe
+from sophia_levanter.data.tokenizer import END_OF_TEXT, ByteTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 
 PIECES = [

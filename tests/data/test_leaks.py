@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from sophia_levanter.config.data import DataConfig, MixturePart
-from sophia_levanter.data import leaks
-from sophia_levanter.data.leaks import Leak, find_leak
-from sophia_levanter.data.mixture import Mixture
-from sophia_levanter.data.prepare import prepare
+from sophia_levanter.data import prepare as prepare_module
+from sophia_levanter.data.batches import Mixture
+from sophia_levanter.data.prepare import Leak, find_leak, prepare
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
 from sophia_levanter.errors import InputError
@@ -127,7 +126,7 @@ def test_tokens_and_texts(config: DataConfig, tmp_path: Path) -> None:
 def test_short_documents_count_only_where_all_are_the_same(
     make_store: Callable[..., TokenStore], tiny_bpe: Tokenizer, tmp_path: Path, monkeypatch, read_tokens: int
 ) -> None:
-    monkeypatch.setattr(leaks, "READ_TOKENS", read_tokens)
+    monkeypatch.setattr(prepare_module, "READ_TOKENS", read_tokens)
     train = make_store(["\n", "the the the", "yes", "an answer of some length", "yes"], tiny_bpe)
     for texts, count in (
         (["yes", "something else that is long"], 0),
@@ -143,7 +142,7 @@ def test_short_documents_count_only_where_all_are_the_same(
 def test_blocks_do_not_matter(
     make_store: Callable[..., TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_tokens: int
 ) -> None:
-    monkeypatch.setattr(leaks, "READ_TOKENS", read_tokens)
+    monkeypatch.setattr(prepare_module, "READ_TOKENS", read_tokens)
     train = Mixture([make_store(TRAIN[:9]), make_store([*TRAIN[9:], TRAIN[9]])], [1.0, 1.0])
     validation = make_store([*VALIDATION, TRAIN[13], TRAIN[9], TRAIN[13], TRAIN[1]])
     found = find_leak(train, validation, ByteTokenizer(), tmp_path, print)
@@ -152,7 +151,7 @@ def test_blocks_do_not_matter(
 
 
 def test_large_corpora_are_compared_once(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaks, "REMEMBERED_TOKENS", 0)
+    monkeypatch.setattr(prepare_module, "REMEMBERED_TOKENS", 0)
     said: list[str] = []
     prepare(config, said.append)
     first = said[-1:]
@@ -160,7 +159,7 @@ def test_large_corpora_are_compared_once(config: DataConfig, monkeypatch: pytest
     begin = f"data.validation: checking {num_tokens:,} tokens for documents that are also in data.train"
     assert said.index(begin) == len(said) - 2
     with monkeypatch.context() as patch:
-        patch.setattr(leaks, "_compare", None)
+        patch.setattr(prepare_module, "_compare", None)
         said.clear()
         prepare(config, said.append)
         assert said[-1:] == first and begin not in said

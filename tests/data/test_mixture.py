@@ -6,8 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from sophia_levanter.data.batches import TrainBatches
-from sophia_levanter.data.mixture import Mixture
+from sophia_levanter.data.batches import Mixture, TrainBatches
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.errors import InputError
 

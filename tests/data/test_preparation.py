@@ -20,11 +20,10 @@ import pytest
 from prepared import TEXTS, content, documents, json_lines, parquet, quiet, sides
 
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.data import documents as documents_module
+from sophia_levanter.data import file_source, store_writer
 from sophia_levanter.data import preparation as preparation_module
-from sophia_levanter.data import store_writer
-from sophia_levanter.data.blocks import Documents
-from sophia_levanter.data.documents import FileSource
+from sophia_levanter.data.encoding import Documents
+from sophia_levanter.data.file_source import FileSource
 from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer
@@ -139,9 +138,9 @@ def test_a_store_from_which_something_was_deleted_is_prepared_again(config: Data
 KILLED = """
 import json, os, signal, sys
 from sophia_levanter.data import preparation, store_writer
-from sophia_levanter.data.blocks import Documents
+from sophia_levanter.data.encoding import Documents
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.data.documents import FileSource
+from sophia_levanter.data.file_source import FileSource
 from sophia_levanter.data.prepare import prepare
 documents = FileSource.documents
 def killing(self, *args):
@@ -262,7 +261,7 @@ def test_a_corrected_file_goes_on_where_it_stopped(
     corrected: bytes,
     held_out: bool,
 ) -> None:
-    monkeypatch.setattr(documents_module, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(file_source, "PIECE_BYTES", 1000)
     (tmp_path / "other.txt").write_text("other")
     separator = "----" if ".txt" in name else None
     config = replace(config, train=str(tmp_path / name), document_separator=separator)
@@ -436,7 +435,7 @@ def test_two_processes_at_once(config: DataConfig) -> None:
     program = """
 import sys
 import time
-from sophia_levanter.data.blocks import Documents
+from sophia_levanter.data.encoding import Documents
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.prepare import prepare
 data = prepare(DataConfig(train=sys.argv[1], validation_fraction=0.2, cache_dir=sys.argv[2]), lambda line: None)

@@ -14,7 +14,7 @@ from sophia_levanter.config.data import DataConfig, MixturePart
 from sophia_levanter.data import preparation as preparation_module
 from sophia_levanter.data import prepare as prepare_module
 from sophia_levanter.data import token_store
-from sophia_levanter.data.documents import FileSource
+from sophia_levanter.data.file_source import FileSource
 from sophia_levanter.data.prepare import prepare, prepare_validation
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
@@ -93,7 +93,7 @@ def test_another_tokenizer_is_another_store(
     by_bytes = prepare(config, quiet)
     monkeypatch.setattr(prepare_module, "load_tokenizer", lambda name: tiny_bpe)
     by_bpe = prepare(config, quiet)
-    assert by_bpe.train.tokenizer_fingerprint == tiny_bpe.fingerprint
+    assert by_bpe.train.manifest.tokenizer_fingerprint == tiny_bpe.fingerprint
     assert by_bpe.train.num_tokens < by_bytes.train.num_tokens
     assert sides(by_bpe) == sides(by_bytes)
 

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.data import documents as documents_module
+from sophia_levanter.data import file_source
 from sophia_levanter.data.sources import open_source
 from sophia_levanter.errors import InputError
 
@@ -76,7 +76,7 @@ BAD_ROWS = [
 def test_rows_without_text_are_errors_or_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, problem: str, piece_bytes: int
 ) -> None:
-    monkeypatch.setattr(documents_module, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(file_source, "PIECE_BYTES", piece_bytes)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as info:
         read(tmp_path / name)
@@ -192,7 +192,7 @@ def test_every_special_token_is_counted(tmp_path: Path) -> None:
 def test_a_text_file_is_split_piece_by_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str, piece_bytes: int
 ) -> None:
-    monkeypatch.setattr(documents_module, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(file_source, "PIECE_BYTES", piece_bytes)
     text = f"one é\n{END}\n\n\n{END}two aaa bababa éé€ \n----\r\nthree{END}aaaab\n\n\n\nfour ababa{END}\n"
     (tmp_path / "a.txt").write_bytes(f"\ufeff{text}".encode())
     expected = [piece for piece in text.split(separator) if piece.strip()]
@@ -222,7 +222,7 @@ def test_records_are_split_too(tmp_path: Path) -> None:
 
 
 def test_a_separated_text_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents_module, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(file_source, "PIECE_BYTES", 1000)
     (tmp_path / "a.txt").write_text(f"{'x' * 90}{END}" * 1000)
     source = open_source(str(tmp_path / "a.txt"), DataConfig(document_separator=END), field="data.train", report=print)
     documents = source.documents()

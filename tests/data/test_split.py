@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from sophia_levanter.data.split import Split
+from sophia_levanter.data.documents import Split
 from sophia_levanter.errors import InputError
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.data import store_writer, token_store
-from sophia_levanter.data.blocks import Documents
+from sophia_levanter.data.encoding import Documents
 from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
@@ -40,8 +40,8 @@ def test_what_is_written_is_read(make_store: MakeStore, small_shards: None, wher
     store = make_store(TEXTS)
     assert store.num_tokens == len(TOKENS)
     assert store.num_documents == 3
-    assert store.num_bytes == len("".join(TEXTS).encode())
-    assert store.tokenizer_fingerprint == ByteTokenizer().fingerprint
+    assert store.manifest.num_bytes == len("".join(TEXTS).encode())
+    assert store.manifest.tokenizer_fingerprint == ByteTokenizer().fingerprint
     for start, stop in [(0, len(TOKENS)), (60, 70), (5, 5), (len(TOKENS) - 1, len(TOKENS))]:
         tokens = store.read(start, stop)
         assert tokens.dtype == np.uint16

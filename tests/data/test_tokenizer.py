@@ -10,8 +10,8 @@ import requests
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from sophia_levanter.data.blocks import encode_with
-from sophia_levanter.data.huggingface_tokenizer import tokenizer_json
+from sophia_levanter.data.bpe import tokenizer_json
+from sophia_levanter.data.encoding import encode_with
 from sophia_levanter.data.tokenizer import (
     ByteTokenizer,
     TiktokenTokenizer,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sophia_levanter.data.verification import READING_PATIENCE, Verification
+from sophia_levanter.data.batches import READING_PATIENCE, Verification
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import NotRegular
 from sophia_levanter.partition.messages import PATIENCE, Processes

@@ -8,8 +8,7 @@ import pytest
 from fake_gcs import FakeGcs, serving
 from sophia_levanter.commands import evaluate, export, sample
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.data.bpe import save_bpe
-from sophia_levanter.data.huggingface_tokenizer import ranks_of
+from sophia_levanter.data.bpe import ranks_of, save_bpe
 from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main

@@ -13,7 +13,7 @@ import pytest
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.data.batches import TrainBatches
-from sophia_levanter.data.blocks import encode
+from sophia_levanter.data.encoding import encode
 from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer

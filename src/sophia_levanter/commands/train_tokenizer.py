@@ -9,7 +9,7 @@ from pathlib import Path
 from sophia_levanter.config.arguments import parse_arguments, whole_number
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.data.names import TRAINED_TOKENIZER
+from sophia_levanter.data.sources import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, run_command
 from sophia_levanter.run.directory import with_absolute_paths
@@ -69,8 +69,8 @@ def _training_texts(config: DataConfig) -> Iterator[str]:
 
 
 def _all_texts(config: DataConfig) -> Iterator[str]:
+    from sophia_levanter.data.documents import NoSplit, Split
     from sophia_levanter.data.sources import open_source
-    from sophia_levanter.data.split import NoSplit, Split
 
     for part in config.train_parts:
         field = "data.train"

@@ -1,15 +1,106 @@
-"""Batches of token windows: shuffled and endless for training, in order for validation."""
+"""What a run reads: batches of token windows from one corpus or a mixture of several, compared with what they should be."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 
-from sophia_levanter.data.mixture import parts_of
 from sophia_levanter.data.token_store import Tokens
+from sophia_levanter.data.tokenizer import NUM_BYTES, Tokenizer
 from sophia_levanter.errors import InputError
+
+if TYPE_CHECKING:
+    from sophia_levanter.partition.messages import Processes
+
+# Seconds that other processes wait while one reads a large corpus.
+READING_PATIENCE = 3600.0
+# Seconds between looks at whether the run is to stop, and those that a comparison may then still take.
+STOPPING_PATIENCE = 0.5
+# What a process has found, the worst first.
+FOUND = ("wrong", "failed", "unfinished", "compared")
+
+# Of the byte-bigram model: what is added to each count, so that a pair that was never seen is possible, how much is
+# counted, and what is read at once.
+SMOOTHING = 0.01
+BIGRAM_BYTES = 64 << 20
+BIGRAM_TOKENS = 1 << 20
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A corpus in a mixture.
+
+    Attributes:
+        first: number of its first token in the mixture.
+        num_tokens: how many it has.
+        weight: its share of the windows, relative to that of the others.
+    """
+
+    first: int
+    num_tokens: int
+    weight: float
+
+
+class Mixture(Tokens):
+    """Corpora one after the other, read as if they were one; a window is within one of them."""
+
+    location = "the mixture"
+
+    def __init__(self, corpora: Sequence[Tokens], weights: Sequence[float]) -> None:
+        self._corpora = corpora
+        self._firsts = np.cumsum([0, *(corpus.num_tokens for corpus in corpora)])
+        self.parts = [
+            Part(first, corpus.num_tokens, weight)
+            for first, corpus, weight in zip(self._firsts.tolist(), corpora, weights, strict=False)
+        ]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._firsts[-1])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        parts = zip(self.parts, self._corpora, strict=True)
+        return {"mixture": [{"weight": part.weight, **corpus.facts} for part, corpus in parts]}
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        pieces = [
+            corpus.read(max(start - part.first, 0), min(stop - part.first, part.num_tokens)).astype(np.int32)
+            for part, corpus in zip(self.parts, self._corpora, strict=True)
+            if start < part.first + part.num_tokens and stop > part.first
+        ]
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+
+    def _read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        windows = np.empty((len(starts), length), np.int32)
+        owners = np.searchsorted(self._firsts, starts, side="right") - 1
+        for number in np.unique(owners).tolist():
+            rows = owners == number
+            windows[rows] = self._corpora[number].read_windows(starts[rows] - self._firsts[number], length)
+        return windows
+
+    def check_whole(self, cache_dir: Path) -> None:
+        for corpus in self._corpora:
+            corpus.check_whole(cache_dir)
+
+    def check_unchanged(self) -> None:
+        for corpus in self._corpora:
+            corpus.check_unchanged()
+
+
+def parts_of(corpus: Tokens) -> list[Part]:
+    """The parts of a mixture; a corpus that is none is its own only part."""
+    return corpus.parts if isinstance(corpus, Mixture) else [Part(0, corpus.num_tokens, 1.0)]
 
 
 class TrainBatches:
@@ -45,6 +136,8 @@ class TrainBatches:
                     f"{one} has {part.num_tokens} tokens, and one window needs {seq_len + 1} (model.seq_len + 1); "
                     "give more text or a shorter model.seq_len"
                 )
+        import grain  # only now: it takes seconds, and preparing text needs none of it
+
         self.num_windows = sum(counts)
         self._corpus = corpus
         self._seq_len = seq_len
@@ -149,3 +242,128 @@ class ValidationBatches:
 
     def _ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         return zip(self._starts[first:last].tolist(), self._ends[first:last].tolist(), strict=True)
+
+
+def bigram_bits_per_byte(train: Tokens, windows: Iterable[np.ndarray], tokenizer: Tokenizer) -> float:
+    """Bits that a byte-bigram model counted on `train` needs for a byte of validation text, for a model to beat.
+
+    As with a language model, the first token of each window is context only and the others are predicted. End-of-text
+    costs bits and is no byte of text. Of `train`, the first `BIGRAM_BYTES` are counted. nan if the windows hold no text.
+    """
+    spelled = [np.frombuffer(token, np.uint8) for token in tokenizer.token_bytes]
+    spelled[tokenizer.end_of_text] = np.array([NUM_BYTES])  # a symbol of its own
+    table, lengths = np.concatenate(spelled, dtype=np.int64), np.array([len(symbols) for symbols in spelled])
+    offsets = np.cumsum(lengths) - lengths
+
+    def symbols_of(tokens: np.ndarray) -> np.ndarray:
+        ends = np.cumsum(lengths[tokens])
+        # For each symbol its place in the table: its token's offset plus how far into the token it is.
+        first_place = np.repeat(offsets[tokens] - ends + lengths[tokens], lengths[tokens])
+        return table[first_place + np.arange(len(first_place))]
+
+    size, left = NUM_BYTES + 1, BIGRAM_BYTES
+    counts, last = np.zeros(size**2, np.int64), np.empty(0, np.int64)
+    for start in range(0, train.num_tokens, BIGRAM_TOKENS):
+        piece = symbols_of(train.read(start, min(start + BIGRAM_TOKENS, train.num_tokens)))[:left]
+        symbols = np.concatenate([last, piece])
+        counts += np.bincount(symbols[:-1] * size + symbols[1:], minlength=size**2)
+        last, left = symbols[-1:], left - len(piece)
+        if not left:
+            break
+    smoothed = counts.reshape(size, size) + SMOOTHING
+    bits = np.log2(smoothed.sum(axis=1, keepdims=True)) - np.log2(smoothed)
+    total_bits, total_bytes = 0.0, 0
+    for window in windows:
+        symbols, first = symbols_of(window), lengths[window[0]]
+        total_bits += float(bits[symbols[first - 1 : -1], symbols[first:]].sum())
+        total_bytes += int((symbols[first:] != NUM_BYTES).sum())
+    return total_bits / total_bytes if total_bytes else math.nan
+
+
+class Verification:
+    """Compares corpora with what they should be, in a thread of its own while training begins.
+
+    Args:
+        corpora: some of them may be large.
+        cache_dir: where it is kept that files of large ones have been compared.
+        processes: those of the run, which each read their own files.
+    """
+
+    def __init__(self, corpora: Sequence[Tokens], cache_dir: Path, processes: Processes) -> None:
+        self._corpora = corpora
+        self._processes = processes
+        self._name = f"data/{next(_numbers)}"
+        self._finishes = 0
+        self._failure: Exception | None = None
+        self._thread = self._start(lambda corpus: corpus.check_whole(cache_dir))
+
+    def check(self) -> None:
+        """Raise what has been found so far, if this process is the only one; to be called often.
+
+        Raises:
+            InputError: if a corpus is not what it should be.
+            Exception: what kept this process from finding out.
+        """
+        if self._failure is not None and self._processes.count == 1:
+            raise self._failure
+
+    def finish(self, stopping: Callable[[], bool] = lambda: False) -> bool:
+        """Return when all corpora have been compared and have not changed since; all processes call it together.
+
+        Args:
+            stopping: whether the run is to stop, and may soon be killed: then nothing is waited for.
+
+        Returns:
+            Whether they have, in every process; the same in all.
+
+        Raises:
+            InputError: in every process, if a corpus of one is not what it should be.
+            Exception: what kept this process from finding out; `OSError` if it was another process.
+        """
+        if self._wait(stopping) and self._failure is None:
+            self._thread = self._start(lambda corpus: corpus.check_unchanged())
+            self._wait(stopping)
+        from sophia_levanter.partition.messages import PATIENCE
+
+        mine = json.dumps(self._found())
+        name, patience = f"{self._name}/{self._finishes}", PATIENCE if self._finishes else READING_PATIENCE
+        everywhere = self._processes.gather(f"{name}/found", mine, patience)
+        worst = min(everywhere, key=lambda text: FOUND.index(json.loads(text)[0]), default=None)
+        worst = self._processes.broadcast(f"{name}/worst", worst, patience)
+        if self._finishes:
+            self._processes.forget(f"{self._name}/{self._finishes - 1}")
+        self._finishes += 1
+        found, message = json.loads(worst)
+        if found not in ("wrong", "failed"):
+            return bool(found == "compared")
+        if self._failure is not None and worst == mine:
+            raise self._failure
+        raise InputError(message) if found == "wrong" else OSError(message)
+
+    def _start(self, check: Callable[[Tokens], None]) -> Thread:
+        thread = Thread(target=self._note, args=[check], name="verification", daemon=True)
+        thread.start()
+        return thread
+
+    def _wait(self, stopping: Callable[[], bool]) -> bool:
+        """Whether the thread has ended; not before it has, unless the run is to stop."""
+        self._thread.join(STOPPING_PATIENCE)
+        while self._thread.is_alive() and not stopping():
+            self._thread.join(STOPPING_PATIENCE)
+        return not self._thread.is_alive()
+
+    def _found(self) -> tuple[str, str]:
+        """One of `FOUND`, and a message."""
+        error = self._failure
+        if error is None:
+            return "unfinished" if self._thread.is_alive() else "compared", ""
+        if isinstance(error, InputError):
+            return "wrong", str(error)
+        return "failed", str(error) if isinstance(error, OSError) else repr(error)
+
+    def _note(self, check: Callable[[Tokens], None]) -> None:
+        try:
+            for corpus in self._corpora:
+                check(corpus)
+        except Exception as error:  # whatever it is, the text has not been compared
+            self._failure = error

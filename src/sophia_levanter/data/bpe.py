@@ -1,21 +1,19 @@
-"""A byte-pair encoding trained on a text, as a tiktoken encoding with GPT-2's way to cut text into words."""
+"""Byte-pair encodings: trained on a text, and written as files of tiktoken's and of transformers'."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from sophia_levanter.data.text_files import optional_import
+from sophia_levanter.data.tokenizer import END_OF_TEXT, NUM_BYTES, Tokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.files import read_regular, write_atomically
-
-END_OF_TEXT = "<|endoftext|>"
-NUM_BYTES = 256
+from sophia_levanter.files import write_atomically
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
@@ -61,29 +59,6 @@ def save_bpe(path: Path, ranks: dict[bytes, int]) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def load_bpe(path: str) -> tiktoken.Encoding:
-    """The encoding that `save_bpe` wrote; end-of-text comes after all other tokens.
-
-    Raises:
-        InputError: if there is no such file, or it is none of tiktoken's.
-    """
-    try:
-        # Not by tiktoken's own function, which keeps a copy of a path's first content in its cache.
-        lines = (line.split() for line in read_regular(path).splitlines())
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        if set(ranks.values()) != set(range(len(ranks))) or any(
-            bytes([byte]) not in ranks for byte in range(NUM_BYTES)
-        ):
-            raise ValueError("ranks are missing, or some of the 256 bytes")
-        return tiktoken.Encoding(
-            path, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
-        )
-    except OSError as error:
-        raise InputError(f"data.tokenizer: {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"data.tokenizer: {path} is no file of tiktoken's: {error}") from error
-
-
 def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
     """Texts up to a number of bytes, the last one whole."""
     left = limit
@@ -102,3 +77,119 @@ def bytes_of_characters() -> dict[str, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, NUM_BYTES)]
     others: Any = [byte for byte in range(NUM_BYTES) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(NUM_BYTES + i): byte for i, byte in enumerate(others)}
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of `tokenizer.json`, the format of the package `tokenizers`.
+
+    It differs from the tokenizer in one thing: a special token that is spelled out in a text becomes that token, as
+    transformers has it, unless its caller asks for `split_special_tokens`.
+
+    Raises:
+        InputError: if it is not a byte-pair encoding.
+    """
+    if not tokenizer.merges_bytes:
+        raise InputError(
+            f"data.tokenizer {tokenizer.name} is not a byte-pair encoding, and cannot be exported; "
+            "bytes, tiktoken's encodings and files of train_tokenizer can"
+        )
+    ranks = ranks_of(tokenizer)
+    characters = {byte: character for character, byte in bytes_of_characters().items()}
+
+    def written(token: bytes) -> str:
+        return "".join(characters[byte] for byte in token)
+
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": token,
+                "content": name,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for name, token in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+        ],
+        "normalizer": None,
+        "pre_tokenizer": _pre_tokenizer(tokenizer.pattern),
+        "post_processor": None,
+        "decoder": _byte_level(use_regex=True),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # like tiktoken, look a whole word up first
+            # Special tokens too, or they would be numbered without the gaps before them.
+            "vocab": {written(token): rank for token, rank in ranks.items()} | dict(tokenizer.special_tokens),
+            "merges": [[written(left), written(right)] for left, right in merges_of(ranks)],
+        },
+    }
+
+
+def tokenizer_config_json(seq_len: int) -> dict[str, Any]:
+    """The content of `tokenizer_config.json`, for a model that reads so many tokens."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # tokenizer.json as it is
+        "model_max_length": seq_len,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def ranks_of(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """The id of each token that stands for bytes."""
+    return {token: rank for rank, token in enumerate(tokenizer.token_bytes) if token}
+
+
+def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pairs that a byte-pair encoding merges, in order, from the ranks of its tokens.
+
+    A token's pair is what its bytes become by the merges before it. A token that they do not make two parts of has
+    none: it is only found where it is a whole word.
+    """
+    pairs = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = _merged(token, ranks, below=rank)
+        if len(parts) == 2:
+            pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def _merged(token: bytes, ranks: Mapping[bytes, int], *, below: int) -> list[bytes]:
+    """The bytes of a token, merged by the ranks below one; of equal ranks the leftmost first."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 1:
+        rank, i = min((ranks.get(parts[i] + parts[i + 1], below), i) for i in range(len(parts) - 1))
+        if rank >= below:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def _pre_tokenizer(pattern: str) -> dict[str, Any]:
+    if pattern in ("", r50k_pat_str):
+        # GPT-2's pattern, which byte-level pre-tokenizers have in them. Bytes are the same whatever words they are in,
+        # and short words are faster.
+        return _byte_level(use_regex=True)
+    split = {"type": "Split", "pattern": {"Regex": _oniguruma(pattern)}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
+
+
+def _byte_level(*, use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _oniguruma(pattern: str) -> str:
+    """A pattern of tiktoken's in the dialect of `tokenizers`, in which `{1,3}+` is no possessive quantifier but a
+    second one, and `$` matches before every newline."""
+    return re.sub(r"(\\p\{\w+\}\{[\d,]+\})\+", r"(?>\1)", pattern).replace("$", r"\z")

@@ -1,364 +1,320 @@
-"""Documents of files: text, JSON, Parquet, and the standard library."""
+"""What a source of documents is, how its rows become documents, and which of them are held out for validation."""
 
 from __future__ import annotations
 
-import codecs
-import io
-import json
-import os
+import hashlib
 import re
-import tokenize
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, BinaryIO
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.data.formats import Format, format_of, has_objects, named_formats
-from sophia_levanter.data.names import PYTHON_STDLIB
-from sophia_levanter.data.opened_files import OpenFile, opened, readable
-from sophia_levanter.data.rows import Rows
-from sophia_levanter.data.text_files import TextFile, find_files, optional_import
 from sophia_levanter.errors import InputError
 
-MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-PARQUET_ROWS = 256  # at once
-PIECE_BYTES = 1 << 20  # of a JSON array, or of a text that is split, at once
-# What stands before an element of an array and what ends it: at its beginning, and after an element.
-ARRAY_FIRST = re.compile(r"\s*\[\s*(?=[^\s\]])"), re.compile(r"\s*\[\s*\]\s*\Z")
-ARRAY_NEXT = re.compile(r"\s*,\s*(?=\S)"), re.compile(r"\s*\]\s*\Z")
-ARRAY_DELIMITER = re.compile(r"\s*[,\]]")
-READING_VERSION = 2  # of how files become documents; what was prepared by another one is prepared again
+MAX_LISTED_FIELDS = 10
+KINDS = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+HASH_BYTES = 8  # of a document's text, which decide over its side
 
 # How far a source has been read: files that are done, and records of the next one.
 Position = tuple[int, int]
 START: Position = (0, 0)
-# A record's place, for messages, and its text; None if it is left out already.
-Record = tuple[str, str | None]
+# Whether a document is held out, and its text.
+Side = tuple[bool, str]
 
 
-def _ignore(line: str) -> None:
-    pass
-
-
-class FileSource:
-    """The documents of files, one at a time; those without text are left out.
-
-    A file's content decides how it is read, see `format_of`: JSON lines and JSON arrays hold an object a document,
-    Parquet a row a document, and any other file is one document; in UTF-8. The Python standard library is one document
-    a module, as its encoding declaration says. Texts are split at `data.document_separator`, if there is one.
-
-    Args:
-        name: which files, see `find_files`.
-        config: which field holds the text, where it is split, and what is done about bad bytes and rows.
-        field: the config field to name in errors.
-        report: takes a line about files whose names do not say what they hold.
-        special_tokens: names of tokens that are looked for in the text.
+class Source(ABC):
+    """Documents in a fixed order, which can be read from any place on.
 
     Attributes:
-        rows: what makes documents of the records.
-
-    Raises:
-        InputError: here, if there are no such files; while reading, if one cannot be read or decoded, or a record has
-            no text.
+        name: what the user wrote.
+        rows: what makes documents of its rows.
     """
 
-    def __init__(
-        self,
-        name: str,
-        config: DataConfig,
-        *,
-        field: str,
-        report: Callable[[str], None] = _ignore,
-        special_tokens: Collection[str] = (),
-    ) -> None:
-        self.rows = Rows(config, field=field, special_tokens=special_tokens)
-        self._name = name
-        self._config = config
-        self._field = field
-        self._report = report
-        self._reported: set[Any] = set()
-        self._files = find_files(name, field=field, report=report)
-        self._sizes = [file.size for file in self._files]
-        self._file = 0
-        self._share_of_file: Callable[[], float] = lambda: 0.0
+    def __init__(self, name: str, rows: Rows) -> None:
+        self.name = name
+        self.rows = rows
 
     @property
+    @abstractmethod
     def parts(self) -> list[Any]:
         """What the documents of each file depend on, as JSON values."""
-        return [(file.name, file.size, file.version) for file in self._files]
 
     @property
     def settings(self) -> list[Any]:
         """What else the documents depend on, as a JSON value."""
-        return [READING_VERSION, self._name, *self.rows.settings]
+        return [self.name, *self.rows.settings]
 
     @property
+    @abstractmethod
     def identity(self) -> Any:
         """All that the documents depend on, as a JSON value."""
-        return [READING_VERSION, self._name, self.parts, *self.rows.settings]
 
     @property
     def inputs(self) -> list[str]:
-        """What is read: real paths, and URLs."""
-        return [file.name if "://" in file.name else os.path.realpath(file.name) for file in self._files]
+        """What is read: real paths, URLs or names."""
+        return [self.name]
 
+    @abstractmethod
     def where(self, position: Position) -> str:
         """The document before a position, for people."""
-        return f"{self._files[position[0]].name}, document {position[1]}"
 
+    @abstractmethod
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
-        """Each document from `start` on, with the position after its record."""
-        for number in range(start[0], len(self._files)):
-            skip = start[1] if number == start[0] else 0
-            self._file = number
-            if not skip:
-                self.rows.tally_before = self.rows.tally
-            for record, (where, text) in enumerate(self._records(self._files[number], skip), start=skip + 1):
-                for document in self.rows.documents(text, where):
-                    yield (number, record), document
-        self._file, self._share_of_file = len(self._files), lambda: 0.0
+        """Each document from `start` on, with the position after the file's record that it is of."""
 
     def share_read(self) -> float | None:
-        """How much of the source has been read, from 0 to 1; None if that cannot be known."""
-        total = sum(self._sizes)
-        if not total:
-            return None
-        current = self._sizes[self._file] * self._share_of_file() if self._file < len(self._sizes) else 0.0
-        return (sum(self._sizes[: self._file]) + current) / total
-
-    def _records(self, file: TextFile, skip: int) -> Iterator[Record]:
-        """The records of a file from number `skip` on, those without text too."""
-        with opened(file, self._field) as open_file:
-            self._share_of_file = open_file.share_read
-            if self._name == PYTHON_STDLIB:
-                if not skip:
-                    text = _python_source(open_file.content)
-                    yield file.name, text if text.strip() else None  # an empty module is nothing to tell of
-                return
-            format_ = format_of(open_file, self._config.text_field, self._field)
-            self._report_disagreement(open_file, format_)
-            if format_ is Format.PARQUET:
-                yield from self._parquet_rows(open_file, skip)
-            elif format_ is Format.JSON_LINES:
-                yield from self._json_lines(file, open_file.content, skip)
-            elif format_ is Format.JSON_ARRAY:
-                yield from self._json_array(file, open_file.content, skip)
-            else:
-                self._report_objects(open_file)
-                yield from self._plain_text(file, open_file.content, skip)
-
-    def _report_disagreement(self, opened: OpenFile, format_: Format) -> None:
-        """One line for all files whose names and contents disagree in the same way."""
-        named, compressed = named_formats(opened.file.kind), opened.file.named_compression
-        agree = format_ in named and opened.compression == compressed
-        key = (format_, opened.compression, named, compressed)
-        if agree or not opened.file.size or key in self._reported:
-            return
-        self._reported.add(key)
-        held = format_.value if opened.compression is None else f"{format_.value} compressed by {opened.compression}"
-        self._report(
-            f"{self._field}: {opened.file.name} holds {held}, unlike its name; it and files like it are read by content"
-        )
-
-    def _report_objects(self, opened: OpenFile) -> None:
-        """One line where a text seems to be records that could not be read as such."""
-        if "objects" not in self._reported and has_objects(opened):
-            self._reported.add("objects")
-            self._report(
-                f"WARNING: {self._field}: {opened.file.name} is read as one plain text although lines of it are JSON "
-                f"objects: not all of the first lines have the field {self._config.text_field!r}; set data.text_field, "
-                "or remove the lines that are not records"
-            )
-
-    def _plain_text(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
-        """The text of a file as one record; with a separator a record ends at each, so that not all is in memory."""
-        separator = self._config.document_separator
-        if separator is None and file.size > MEMORY:
-            raise InputError(
-                f"{self._field}: {file.name} is one text of {file.size:,} bytes, which does not fit into memory; "
-                "split it, write JSON lines, or set data.document_separator"
-            )
-        reader = _Utf8(content, self._decode_errors, f"{self._field}: {file.name}")
-        text, ended = "", 0
-        # Read as much again, so that a long document is not searched more often than its length doubles.
-        while more := reader.read(max(PIECE_BYTES, len(text)) if separator else -1):
-            text += more
-            if separator:
-                *documents, text = text.split(separator)
-                for document in documents:
-                    ended += 1
-                    if ended > skip:
-                        yield f"{file.name}, document {ended}", document + separator
-        if not ended and not skip:
-            yield file.name, text
-        elif ended >= skip and text.strip():
-            yield f"{file.name}, document {ended + 1}", text
-
-    def _json_lines(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
-        offset = 0
-        for number, line in enumerate(content, start=1):
-            if number > skip:
-                where = f"{file.name}:{number}"
-                text = self._decode(line, offset, where)
-                yield where, self._text_of_line(text, where) if text.strip() else None
-            offset += len(line)
-
-    def _json_array(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
-        for number, row in enumerate(self._array_items(file, content), start=1):
-            if number > skip:
-                where = f"{file.name}, record {number}"
-                yield where, self.rows.text_of(row, where)
-
-    def _array_items(self, file: TextFile, content: BinaryIO) -> Iterator[Any]:
-        """The elements of a JSON array; what is kept of its text is a piece, or the element that is longer."""
-        reader = _Utf8(content, self._decode_errors, f"{self._field}: {file.name}")
-        scanner = json.JSONDecoder()
-        text, at, number, at_end = "", 0, 1, False
-        before, last = ARRAY_FIRST
-        while True:
-            reason = "neither a JSON object nor the end of the array"
-            try:
-                if match := before.match(text, at):
-                    item, end = scanner.raw_decode(text, match.end())
-                    # Of a number the rest may not have been read.
-                    if isinstance(item, dict) or at_end or ARRAY_DELIMITER.match(text, end):
-                        yield item
-                        at, number = end, number + 1
-                        before, last = ARRAY_NEXT
-                        continue
-            except json.JSONDecodeError as error:
-                reason = f"not JSON: {error.msg}"
-            except (ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{self._field}: {file.name}, record {number}, is not JSON that can be read: {error}"
-                ) from error
-            if at_end:
-                if last.match(text, at):
-                    return
-                raise InputError(
-                    f"{self._field}: {file.name}, record {number}, is {reason}; "
-                    "write one array of objects, or one object a line"
-                )
-            # As much again, so that a long object is not scanned more often than its length doubles.
-            more = reader.read(max(PIECE_BYTES, len(text) - at))
-            text, at, at_end = text[at:] + more, 0, not more
-
-    @property
-    def _decode_errors(self) -> str:
-        return "strict" if self._config.invalid_utf8 == "error" else "replace"
-
-    def _decode(self, data: bytes, offset: int, where: str) -> str:
-        try:
-            # Files that were put one after the other may have byte order marks in their middle.
-            return data.decode("utf-8", errors=self._decode_errors).removeprefix("\ufeff")
-        except UnicodeDecodeError as error:
-            raise _not_utf8(error, offset, f"{self._field}: {where}") from error
-
-    def _text_of_line(self, line: str, where: str) -> str | None:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            return self.rows.bad(f"{where} is not JSON (one object a line): {error.msg} at column {error.colno}")
-        except (ValueError, RecursionError) as error:
-            return self.rows.bad(f"{where} is not JSON that can be read: {error}")
-        return self.rows.text_of(row, where)
-
-    def _parquet_rows(self, opened: OpenFile, skip: int) -> Iterator[Record]:
-        file, content = opened.file, opened.content
-        parquet = optional_import("pyarrow.parquet", "pyarrow", f"{self._field}: {file.name}")
-        # The footer is at the end: a compressed Parquet file is read whole.
-        seekable = content if content.seekable() and opened.compression is None else None
-        table = self._parquet_file(parquet, seekable or io.BytesIO(content.read()), file)
-        done, rows = 0, table.metadata.num_rows
-        self._share_of_file = lambda: done / rows if rows else 1.0
-        for group in range(table.metadata.num_row_groups):
-            size = table.metadata.row_group(group).num_rows
-            if done + size <= skip:
-                done += size
-                continue
-            for batch in self._parquet_batches(table, group, file):
-                for row in batch:
-                    done += 1
-                    if done > skip:
-                        where = f"{file.name}, row {done}"
-                        yield where, self.rows.text_of(row, where)
-
-    def _parquet_file(self, parquet: Any, content: Any, file: TextFile) -> Any:
-        try:
-            table = parquet.ParquetFile(content)
-        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-            raise InputError(f"{self._field}: {file.name} is truncated or damaged, or no Parquet file") from error
-        return table
-
-    def _parquet_batches(self, table: Any, group: int, file: TextFile) -> Iterator[list[dict[str, Any]]]:
-        name, names = self._config.text_field, table.schema_arrow.names
-        if name not in names:
-            yield [dict.fromkeys(names)] * table.metadata.row_group(group).num_rows
-            return
-        batches = table.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[name])
-        with readable(file, self._field):
-            while True:
-                try:
-                    batch = next(batches, None)
-                    rows = None if batch is None else [{name: text} for text in batch.column(0).to_pylist()]
-                except ValueError as error:
-                    raise InputError(f"{self._field}: {file.name} is damaged: {str(error).splitlines()[0]}") from error
-                if rows is None:
-                    return
-                yield rows
+        """How much of it has been read, from 0 to 1; None if that cannot be known."""
+        return None
 
 
-class _Utf8:
-    """Text from bytes that are read piece by piece.
+class Tally(NamedTuple):
+    """What the rows of a source held, with the first place of each kind; replaced whenever a count changes."""
+
+    num_bad: int = 0  # rows without text that were skipped
+    first_bad: str = ""
+    num_empty: int = 0
+    first_empty: str = ""
+    num_separators: int = 0
+    special: tuple[tuple[str, int], ...] = ()  # special tokens that are spelled out, and how often
+    first_special: str = ""
+
+
+class Rows:
+    """Makes documents of the rows of one source.
+
+    A row without text is an error, or skipped, as `data.bad_rows` says. Empty text holds no tokens: it is left out.
 
     Args:
-        content: the bytes.
-        errors: what is done about bytes that are not UTF-8, as `bytes.decode` takes it.
-        where: the config field and the file, for errors.
+        config: which field of a row holds its text, and where texts are split.
+        field: the config field to name in errors.
+        special_tokens: names of tokens that are looked for in the text.
+
+    Attributes:
+        config, field: as given.
+        tally: what the rows so far held.
+        tally_before: of these, what those held that are of the files before.
     """
 
-    def __init__(self, content: BinaryIO, errors: str, where: str) -> None:
-        self._content = content
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
-        self._where = where
-        self._num_read = 0
-        self._at_beginning = True
+    def __init__(self, config: DataConfig, field: str, special_tokens: Collection[str] = ()) -> None:
+        self.tally = self.tally_before = Tally()
+        self.config = config
+        self.field = field
+        names = sorted(filter(None, special_tokens), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names))) if names else None
 
-    def read(self, size: int) -> str:
-        """The text of the next `size` bytes, or all if that is negative; empty at the end.
+    @property
+    def settings(self) -> list[Any]:
+        """The settings that decide which text a row holds, as a JSON value."""
+        separator = self.config.document_separator
+        return [self.config.text_field, self.config.invalid_utf8, *([separator] if separator else [])]
+
+    @property
+    def skips(self) -> bool:
+        """Whether rows without text are skipped."""
+        return self.config.bad_rows == "skip"
+
+    def text_of(self, row: Any, where: str) -> str | None:
+        """The text in a row; None if the row is skipped.
 
         Raises:
-            InputError: if they are not UTF-8 text.
+            InputError: if the row has no text, or text that UTF-8 cannot hold.
         """
-        while True:
-            data = self._content.read(size)
-            if (zero := data.find(b"\0")) >= 0:
-                raise InputError(
-                    f"{self._where} is a binary file (zero byte at byte offset {self._num_read + zero}); "
-                    "give UTF-8 text"
-                )
-            offset = self._num_read - len(self._decoder.getstate()[0])
-            try:
-                text = self._decoder.decode(data, not data)
-            except UnicodeDecodeError as error:
-                raise _not_utf8(error, offset, self._where) from error
-            self._num_read += len(data)
-            if text and self._at_beginning:
-                text, self._at_beginning = text.removeprefix("\ufeff"), False
-            if text or not data:
-                return text
+        name = self.config.text_field
+        if not isinstance(row, dict):
+            return self.bad(f"{where} is not a JSON object but {kind_of(row)}")
+        if name not in row:
+            shown = [repr(name) for name in row]
+            listed = ", ".join(shown[:MAX_LISTED_FIELDS]) + (", …" if len(shown) > MAX_LISTED_FIELDS else "")
+            return self.bad(f"{where} has no field {name!r}; data.text_field may be {listed or '(none)'}")
+        text = row[name]
+        if not isinstance(text, str):
+            return self.bad(f"{where}: the field {name!r} is not a string but {kind_of(text)}")
+        return self.encodable(text, f"{where}: the field {name!r}")
+
+    def encodable(self, text: str, where: str) -> str:
+        """The text as UTF-8 can hold it, with replacements if `data.invalid_utf8` is replace.
+
+        Raises:
+            InputError: if UTF-8 cannot hold it.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            if self.config.invalid_utf8 == "replace":
+                return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            raise InputError(
+                f"{self.field}: {where} holds half of a surrogate pair, "
+                f"\\u{ord(text[error.start]):04x}, at character {error.start}, which UTF-8 cannot"
+            ) from error
+        return text
+
+    def bad(self, problem: str) -> str | None:
+        """The text of a row without text, None: the row is skipped and counted.
+
+        Args:
+            problem: where the row is and what is wrong with it.
+
+        Raises:
+            InputError: unless `data.bad_rows` is skip.
+        """
+        if not self.skips:
+            raise InputError(f"{self.field}: {problem}; correct the file, or set data.bad_rows to skip")
+        tally = self.tally
+        self.tally = tally._replace(num_bad=tally.num_bad + 1, first_bad=tally.first_bad or problem)
+        return None
+
+    def documents(self, text: str | None, where: str) -> list[str]:
+        """The documents in a row's text, if it has any."""
+        if text is None:
+            return []
+        tally, separator = self.tally, self.config.document_separator
+        pieces = text.split(separator) if separator else [text]
+        texts = [piece for piece in pieces if piece and not piece.isspace()]
+        if len(pieces) > 1:
+            tally = tally._replace(num_separators=tally.num_separators + len(pieces) - 1)
+        elif not texts:
+            tally = tally._replace(num_empty=tally.num_empty + 1, first_empty=tally.first_empty or where)
+        if self._special and (found := [token for text in texts for token in self._special.findall(text)]):
+            counts = Counter(dict(tally.special)) + Counter(found)
+            tally = tally._replace(special=tuple(counts.items()), first_special=tally.first_special or where)
+        self.tally = tally
+        return texts
+
+    @property
+    def split_at(self) -> str:
+        """How often the text was split, for the line that counts documents; empty without a separator."""
+        separator = self.config.document_separator
+        return f", split at {self.tally.num_separators:,} {separator!r}" if separator else ""
+
+    @property
+    def left_out(self) -> str:
+        """How many rows are no documents, and the first of each kind; empty if there are none."""
+        tally = self.tally
+        bad = [f"{tally.num_bad:,} without text, first {tally.first_bad}"] if tally.num_bad else []
+        empty = [f"{tally.num_empty:,} empty, first {tally.first_empty}"] if tally.num_empty else []
+        return f"rows left out: {'; '.join(bad + empty)}" if bad or empty else ""
+
+    def warnings(self) -> list[str]:
+        """Lines about what the user may not want of the text."""
+        tally, separator, lines = self.tally, self.config.document_separator, []
+        if separator and not tally.num_separators:
+            lines.append(
+                f"WARNING: {self.field}: data.document_separator {separator!r} occurs nowhere in the text; "
+                "correct its spelling, or remove it"
+            )
+        if tally.special:
+            counted = ", ".join(f"{name} {count:,} times" for name, count in tally.special)
+            if tally.num_separators:
+                remedy = "remove them from the text if they do not belong there"
+            else:
+                most, _ = max(tally.special, key=lambda item: item[1])
+                remedy = f"if they separate documents, set data.document_separator to {most!r}"
+            lines.append(
+                f"WARNING: {self.field}: special tokens are spelled out in the text, first in {tally.first_special}: "
+                f"{counted}; they are encoded as ordinary text; {remedy}"
+            )
+        return lines
 
 
-def _not_utf8(error: UnicodeDecodeError, offset: int, where: str) -> InputError:
-    return InputError(
-        f"{where} is not UTF-8 text (0x{error.object[error.start]:02x} at byte offset {offset + error.start}); "
-        "convert it to UTF-8, or set data.invalid_utf8 to replace"
-    )
+def kind_of(value: Any) -> str:
+    """What a value is in JSON's words, for messages."""
+    return KINDS.get(type(value), f"a value of type {type(value).__name__}")
 
 
-def _python_source(content: BinaryIO) -> str:
-    try:
-        encoding, _ = tokenize.detect_encoding(content.readline)
-        content.seek(0)
-        return io.TextIOWrapper(content, encoding, line_buffering=True).read()
-    except (SyntaxError, UnicodeDecodeError):  # the library ships a few files that are broken on purpose
-        return ""
+class NoSplit:
+    """Holds nothing out."""
+
+    is_settled = True
+
+    def push(self, text: str) -> list[Side]:
+        """The documents whose side is known once `text` is."""
+        return [(False, text)]
+
+    def finish(self) -> list[Side]:
+        """The others."""
+        return []
+
+
+class Split:
+    """Holds a share of the documents out, in one pass that keeps one document back.
+
+    A hash of its text decides over each document, so that the split stays as it is when documents are added, and the
+    same text is on one side only. Where this leaves a side empty, the document nearest to it changes sides; of
+    documents that are all the same one the end is held out.
+
+    Args:
+        fraction: share to hold out, in (0, 1).
+        field: the config field to name in errors.
+        settled: whether it goes on where both sides had documents already.
+
+    Attributes:
+        is_settled: whether both sides have documents, so that none is kept back.
+    """
+
+    def __init__(self, fraction: float, *, field: str, settled: bool = False) -> None:
+        self._fraction = fraction
+        self._limit = fraction * 256**HASH_BYTES
+        self._field = field
+        self.is_settled = settled
+        # Of the documents so far, all on one side, the nearest to the other side, and how often it was there.
+        self._kept: tuple[int, str] | None = None
+        self._count = 0
+        self._others = False
+
+    def push(self, text: str) -> list[Side]:
+        """The documents whose side is known once `text` is; `text` is not empty."""
+        value = _hash(text)
+        held_out = value < self._limit
+        if self.is_settled:
+            return [(held_out, text)]
+        if self._kept is None:
+            self._kept, self._count = (value, text), 1
+            return []
+        kept_value, _ = self._kept
+        if value == kept_value:
+            self._count += 1
+            return []
+        if (kept_value < self._limit) != held_out:
+            self.is_settled = True
+            return [*self._release(kept_value < self._limit), (held_out, text)]
+        self._others = True
+        if (value > kept_value) if held_out else (value < kept_value):
+            released = self._release(held_out)
+            self._kept, self._count = (value, text), 1
+            return released
+        return [(held_out, text)]
+
+    def finish(self) -> list[Side]:
+        """What was kept back.
+
+        Raises:
+            InputError: if there is one document of one character.
+        """
+        if self.is_settled or self._kept is None:
+            return []
+        value, text = self._kept
+        if self._others:
+            return self._release(value >= self._limit)
+        if len(text) < 2:
+            raise InputError(
+                f"{self._field}: its only document, {text!r}, is too short to hold out a part; set data.validation"
+            )
+        end = min(max(round(len(text) * (1 - self._fraction)), 1), len(text) - 1)
+        return [(False, text[:end]), (True, text[end:])]
+
+    def _release(self, held_out: bool) -> list[Side]:
+        assert self._kept is not None
+        return [(held_out, self._kept[1])] * self._count
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=HASH_BYTES).digest(), "big")

@@ -1,25 +1,34 @@
-"""Documents to tokens: in this process, in several, or as Ray tasks; the result is the same."""
+"""Documents to tokens: in this process, in several, or as Ray tasks; the result is the same.
+
+Imports no more than a process that makes tokens needs, so that it starts at once.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import multiprocessing
 import os
+import platform
 import signal
 import socket
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import chain, islice
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
-from sophia_levanter.data.blocks import Encoded, Texts, encode, encode_with, start_worker
+import numpy as np
+
 from sophia_levanter.data.text_files import optional_import
-from sophia_levanter.data.tokenizer import Tokenizer
+from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 
 # So few blocks are done before other processes have started.
@@ -27,33 +36,86 @@ FEW_BLOCKS = 4
 CONNECT_SECONDS = 10
 
 
-class Workers(Protocol):
-    """Something that encodes blocks elsewhere."""
+@dataclass(frozen=True)
+class Documents:
+    """Documents one after the other, as a tokenizer makes them.
+
+    Attributes:
+        tokens: [position], in a store's dtype, with an end-of-text after each document.
+        lengths: int64 [document], of the tokens.
+        num_bytes: of their text in UTF-8, together.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    num_bytes: int
+
+
+# The texts of a block: of its documents for training, and of those held out.
+Texts = tuple[list[str], list[str]]
+Encoded = tuple[Documents, Documents]
+
+
+def encode(tokenizer: Tokenizer, texts: Texts) -> Encoded:
+    """The tokens of a block, an end-of-text after each document."""
+    train, held_out = texts
+    return _documents(tokenizer, train), _documents(tokenizer, held_out)
+
+
+def _documents(tokenizer: Tokenizer, texts: list[str]) -> Documents:
+    dtype = tokenizer.dtype
+    end = np.array([tokenizer.end_of_text], dtype)
+    pieces = [tokenizer.encode(text).astype(dtype) for text in texts]
+    lengths = np.array([len(piece) + 1 for piece in pieces], np.int64)
+    tokens = np.concatenate([array for piece in pieces for array in (piece, end)]) if pieces else np.empty(0, dtype)
+    return Documents(tokens, lengths, sum(len(text.encode("utf-8")) for text in texts))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(module: str, name: str, fingerprint: str) -> Tokenizer:
+    importlib.import_module(module)  # registers a plug-in's tokenizer
+    tokenizer = load_tokenizer(name)
+    if tokenizer.fingerprint != fingerprint:
+        raise InputError(
+            f"data.tokenizer: {name} differs on worker {platform.node()}; "
+            "use the same file on every host and do not change it during tokenization"
+        )
+    return tokenizer
+
+
+def encode_with(module: str, name: str, fingerprint: str, texts: Texts) -> Encoded:
+    """`encode` with the tokenizer of this name, which a process loads once; the module is its class's.
+
+    Raises:
+        InputError: if its fingerprint is another one: the file may have changed, or differ between hosts.
+    """
+    return encode(_tokenizer(module, name, fingerprint), texts)
+
+
+def _start_worker() -> None:
+    """Make a process ready for work, and end it with the one that started it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What encodes blocks elsewhere.
+
+    Attributes:
+        count: how many blocks it encodes at the same time.
+        submit: begins to encode one.
+    """
 
     count: int
-
-    def submit(self, texts: Texts) -> Future[Encoded]: ...
-
-
-class _Processes:
-    def __init__(self, pool: ProcessPoolExecutor, count: int, tokenizer: Tokenizer) -> None:
-        self.count = count
-        self._pool = pool
-        self._tokenizer = _address(tokenizer)
-
-    def submit(self, texts: Texts) -> Future[Encoded]:
-        return self._pool.submit(encode_with, *self._tokenizer, texts)
-
-
-class _RayTasks:
-    def __init__(self, ray: Any, tokenizer: Tokenizer) -> None:
-        # As many as the cluster has cores, which may come and go.
-        self.count = max(int(ray.cluster_resources().get("CPU", 1)), 1)
-        self._encode = ray.remote(encode_with)
-        self._tokenizer = _address(tokenizer)
-
-    def submit(self, texts: Texts) -> Future[Encoded]:
-        return self._encode.remote(*self._tokenizer, texts).future()
+    submit: Callable[[Texts], Future[Encoded]]
 
 
 def _address(tokenizer: Tokenizer) -> tuple[str, str, str]:
@@ -66,12 +128,12 @@ def processes(count: int, tokenizer: Tokenizer) -> Iterator[Workers]:
     """Workers on this machine, one process each, which end with this one however it ends."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
     # Makes semaphores, and with the first one Python lets SIGINT through again.
-    pool = ProcessPoolExecutor(count, context, start_worker)
+    pool = ProcessPoolExecutor(count, context, _start_worker)
     with _starting_workers():
         for _ in range(count):  # each task finds no process at leisure, and starts one
             pool.submit(os.getpid)
     try:
-        yield _Processes(pool, count, tokenizer)
+        yield Workers(count, lambda texts: pool.submit(encode_with, *_address(tokenizer), texts))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -113,14 +175,19 @@ def ray_tasks(address: str, tokenizer: Tokenizer) -> Iterator[Workers]:
         raise InputError(
             f"--ray {address}: no Ray cluster is there; give HOST:PORT of its head, or start one"
         ) from error
+    encode_block = partial(ray.remote(encode_with).remote, *_address(tokenizer))
     try:
-        yield _RayTasks(ray, tokenizer)
+        # As many as the cluster has cores, which may come and go.
+        count = max(int(ray.cluster_resources().get("CPU", 1)), 1)
+        yield Workers(count, lambda texts: encode_block(texts).future())
     finally:
         ray.shutdown()
 
 
 def encode_blocks(
-    blocks: Iterable[tuple[Any, Texts]], tokenizer: Tokenizer, workers: Callable[[], Any] | None
+    blocks: Iterable[tuple[Any, Texts]],
+    tokenizer: Tokenizer,
+    workers: Callable[[], AbstractContextManager[Workers]] | None,
 ) -> Iterator[tuple[Any, Encoded]]:
     """Each block's mark with its tokens, in the order of the blocks.
 

@@ -1,13 +1,22 @@
-"""What a file of text holds, by its content."""
+"""Files of text while they are read: decompressed as their first bytes say, and of the format that they hold."""
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
+import io
 import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from enum import Enum
-from typing import Any
+from typing import Any, BinaryIO, cast
 
-from sophia_levanter.data.opened_files import OpenFile
+from sophia_levanter.data.text_files import TextFile, optional_import
 from sophia_levanter.errors import InputError
 
 LOOK_BYTES = 1 << 16
@@ -22,6 +31,130 @@ WIDE_MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16LE",
     codecs.BOM_UTF16_BE: "UTF-16BE",
 }
+# How compressed files begin; the second pattern of zstd is a skippable frame.
+MAGIC = {
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+    "xz": re.compile(rb"\xfd7zXZ\x00"),
+    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+}
+MAGIC_BYTES = 10
+# A compressed file may expand to so many bytes, or so many times its size if that is more.
+EXPANDED_BYTES, MOST_EXPANSION = 1 << 28, 200
+
+
+class OpenFile:
+    """A file that is being read, decompressed as its first bytes say.
+
+    Attributes:
+        file: which one.
+        compression: gzip, zstd, xz, bzip2 or None.
+        content: the decompressed bytes, from where they have been read to.
+    """
+
+    def __init__(self, file: TextFile) -> None:
+        self.file = file
+        self._raw = file.open()
+        begin = self._raw.read(MAGIC_BYTES)
+        self.compression = next((name for name, magic in MAGIC.items() if magic.match(begin)), None)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Go back to the beginning."""
+        try:
+            self._raw.seek(0)
+        except (OSError, ValueError):  # a stream of a server that sends whole files only
+            self._raw.close()
+            self._raw = self.file.open()
+        self.content = _decompressed(self._raw, self.compression, self.file.where)
+        if self.compression is not None:
+            limit = max(EXPANDED_BYTES, MOST_EXPANSION * self.file.size)
+            self.content = cast(BinaryIO, io.BufferedReader(_Bounded(self.content, limit, self.file.where), 1 << 17))
+
+    def share_read(self) -> float:
+        """The share of the file that has been read."""
+        return self._raw.tell() / self.file.size if self.file.size else 1.0
+
+    def close(self) -> None:
+        """Close the file."""
+        self._raw.close()
+
+
+class _Bounded(io.RawIOBase):
+    """Decompressed bytes, as long as there are not many more than a text can have been."""
+
+    def __init__(self, content: BinaryIO, limit: int, where: str) -> None:
+        self._content, self._left, self._where = content, limit, where
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        # One read, so that what stands before damage is there before the error.
+        data = self._content.read1(len(buffer))  # type: ignore[attr-defined]
+        buffer[: len(data)] = data
+        self._left -= len(data)
+        if self._left < 0:
+            raise InputError(
+                f"{self._where} decompresses to more than {MOST_EXPANSION} times its size; if that is "
+                "intended, decompress it first"
+            )
+        return len(data)
+
+
+@contextmanager
+def opened(file: TextFile) -> Iterator[OpenFile]:
+    """The file, open for reading.
+
+    Raises:
+        InputError: here or while it is read, if it cannot be read or decompressed; at the end, if something was written
+            to it since it was looked up, or another file took its place.
+    """
+    try:
+        with readable(file), closing(OpenFile(file)) as open_file:
+            yield open_file
+    except InputError:
+        file.check_unchanged()  # a file that is being written to may look damaged
+        raise
+    file.check_unchanged()
+
+
+@contextmanager
+def readable(file: TextFile) -> Iterator[None]:
+    """Errors of reading a file as errors of input."""
+    try:
+        yield
+    except Exception as error:
+        # Each compression has an error of its own.
+        if (
+            isinstance(error, EOFError | zlib.error | lzma.LZMAError | gzip.BadGzipFile)
+            or type(error).__name__ == "ZstdError"
+        ):
+            raise InputError(f"{file.where} is truncated or damaged: {error}; copy or download it again") from error
+        if isinstance(error, MemoryError):
+            raise InputError(f"{file.where} holds a text that does not fit into memory; split it") from error
+        if isinstance(error, OSError):
+            reason = error.strerror or " ".join(str(error).split())
+            raise InputError(f"{file.field}: cannot read {file.name}: {reason}") from error
+        raise
+
+
+def _decompressed(raw: BinaryIO, compression: str | None, where: str) -> BinaryIO:
+    match compression:
+        case "gzip":
+            return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
+        case "xz":
+            return cast(BinaryIO, lzma.LZMAFile(raw))
+        case "bzip2":
+            return cast(BinaryIO, bz2.BZ2File(raw))
+        case "zstd":
+            # Python has it from 3.14 on. The package zstandard takes a truncated file for a whole one.
+            module = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+            zstd = optional_import(module, "backports.zstd", where)
+            # `zstd --long=31` makes windows that decoders refuse unless they are told.
+            window = zstd.DecompressionParameter.window_log_max
+            return cast(BinaryIO, zstd.ZstdFile(raw, options={window: window.bounds()[1]}))
+    return raw
 
 
 class Format(Enum):
@@ -43,12 +176,12 @@ NAMED = {
 }
 
 
-def named_formats(kind: str) -> tuple[Format, ...]:
-    """What files with the suffix `kind` are expected to hold."""
-    return NAMED.get(kind, (Format.TEXT,))
+def named_formats(file: TextFile) -> tuple[Format, ...]:
+    """What a file is expected to hold by its name."""
+    return NAMED.get(file.named[0], (Format.TEXT,))
 
 
-def format_of(opened: OpenFile, text_field: str, field: str) -> Format:
+def format_of(opened: OpenFile, text_field: str) -> Format:
     """What a file holds, from a look at its beginning; it is at its beginning again afterwards.
 
     Parquet is known by its first bytes. JSON is taken for records if the first ones have the field `text_field`, or
@@ -59,17 +192,17 @@ def format_of(opened: OpenFile, text_field: str, field: str) -> Format:
     """
     begin = opened.content.read(LOOK_BYTES)
     opened.rewind()
-    name = opened.file.name
+    where = opened.file.where
     for mark, encoding in WIDE_MARKS.items():
         if begin.startswith(mark):
             raise InputError(
-                f"{field}: {name} is {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8 FILE > NEW_FILE"
+                f"{where} is {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8 FILE > NEW_FILE"
             )
     if begin.startswith(LFS_MAGIC):
-        raise InputError(f"{field}: {name} is a Git LFS pointer, not the file itself; get it with git lfs pull")
+        raise InputError(f"{where} is a Git LFS pointer, not the file itself; get it with git lfs pull")
     if begin.startswith(PARQUET_MAGIC):
         return Format.PARQUET
-    named = named_formats(opened.file.kind)
+    named = named_formats(opened.file)
     begin = begin.removeprefix(codecs.BOM_UTF8).lstrip()
     is_named_json = Format.JSON_LINES in named
     if begin[:1] == b"[" and is_named_json:
@@ -94,35 +227,23 @@ def _begins_with_record(opened: OpenFile, text_field: str) -> bool:
         record, _ = json.JSONDecoder().raw_decode(begin, begin.index("{"))
     except (ValueError, RecursionError):
         return False
-    return _is_record(record, text_field)
+    return isinstance(record, dict) and text_field in record
 
 
 def _first_of_lines(opened: OpenFile) -> bool:
     """Whether the first line is JSON by itself and more lines follow."""
     lines = [line for line in opened.content.read(LOOK_LINE_BYTES).splitlines() if line.strip()]
     opened.rewind()
-    try:
-        json.loads(lines[0].decode("utf-8", errors="replace").removeprefix("\ufeff"))
-    except (ValueError, RecursionError):
-        return False
-    return len(lines) > 1
+    return len(lines) > 1 and _parsed(lines[0]) is not None
 
 
 def _lines_are_records(opened: OpenFile, text_field: str) -> bool:
     """Whether the first lines that are not blank are JSON objects with the field."""
     seen = 0
-    while seen < LOOK_LINES:
-        line = opened.content.readline(LOOK_LINE_BYTES)
-        if not line:
-            break
-        # A line that is cut short by the limit is not JSON.
-        text = line.decode("utf-8", errors="replace").removeprefix("\ufeff")
-        if text.strip():
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError):
-                record = None
-            if not _is_record(record, text_field):
+    while seen < LOOK_LINES and (line := opened.content.readline(LOOK_LINE_BYTES)):
+        if line.removeprefix(codecs.BOM_UTF8).strip():
+            record = _parsed(line)  # a line that is cut short by the limit is not JSON
+            if not (isinstance(record, dict) and text_field in record):
                 seen = 0
                 break
             seen += 1
@@ -134,15 +255,12 @@ def has_objects(opened: OpenFile) -> bool:
     """Whether one of the first lines is a JSON object, whatever its fields."""
     lines = opened.content.read(LOOK_BYTES).splitlines()[:LOOK_LINES]
     opened.rewind()
-    return any(line.startswith(b"{") and _is_object(line) for line in lines)
+    return any(line.startswith(b"{") and _parsed(line) is not None for line in lines)
 
 
-def _is_object(line: bytes) -> bool:
+def _parsed(line: bytes) -> Any:
+    """The JSON value in a line; None if it is not JSON."""
     try:
-        return isinstance(json.loads(line), dict)
+        return json.loads(line.decode("utf-8", errors="replace").removeprefix("\ufeff"))
     except (ValueError, RecursionError):
-        return False
-
-
-def _is_record(value: Any, text_field: str) -> bool:
-    return isinstance(value, dict) and text_field in value
+        return None

@@ -14,12 +14,12 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from sophia_levanter.data.cache import remembered
-from sophia_levanter.data.names import NANOGPT
+from sophia_levanter.data.token_store import MOST_READS, READ_TOKENS, Tokens, remembered
 from sophia_levanter.data.tokenizer import Tokenizer, printable
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import open_regular, read_regular
 
+NANOGPT = "nanogpt:"
 DTYPES = ("uint16", "uint32")
 NPY_MAGIC = b"\x93NUMPY"
 # Shards of llm.c and modded-nanogpt begin with 256 int32 numbers; only the first three have a meaning.
@@ -29,8 +29,6 @@ HEADERS = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 META = "meta.pkl"
 META_BYTES = 1 << 26
 UINT16_IDS = 1 << 16
-READ_TOKENS = 1 << 22  # at once, where all are read
-MOST_READS = 3  # of a file that something touches meanwhile
 REMEMBERED_TOKENS = 1 << 26  # what reading all of fewer gives is not kept
 SHOWN_TOKENS = 16
 DIGEST_PIECES = 64
@@ -74,7 +72,7 @@ class _TokenFile:
         return [now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns]
 
 
-class NanogptTokens:
+class NanogptTokens(Tokens):
     """A file of token ids, one after the other, read where it is.
 
     It is an array of NumPy (.npy), a shard with the header of llm.c, or has no header, as nanoGPT writes it: then the
@@ -93,6 +91,7 @@ class NanogptTokens:
     def __init__(self, source: str, tokenizer: Tokenizer, *, field: str, cache_dir: Path | None = None) -> None:
         name, dtype = _parsed(source, field)
         self.path = Path(os.path.abspath(os.path.expanduser(name)))
+        self.location = str(self.path)
         self._tokenizer = tokenizer
         self._where = f"{field}: {self.path}"
         self._cache_dir = cache_dir
@@ -195,14 +194,9 @@ class NanogptTokens:
         report(f"{self._where}: {self.num_tokens:,} tokens of {self._tokens.dtype.name}; begins: {begin!r}")
 
     def check_whole(self, cache_dir: Path) -> None:
-        """Nothing is left to do after `check`."""
+        pass  # `check` read all
 
     def check_unchanged(self) -> None:
-        """Compares the tokens again if something has touched the file since they were read.
-
-        Raises:
-            InputError: if they changed after it was opened, or nothing is known of what they were.
-        """
         now = self._tokens.status
         if now == self._tokens.opened_as:
             return
@@ -254,26 +248,10 @@ class NanogptTokens:
             "digest_of_samples": digest.hexdigest(),
         }
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens in `[start, stop)`, [position], in the file's type, read-only.
-
-        Raises:
-            IndexError: if the range is not within the file.
-            InputError: if the file was overwritten with ids that the tokenizer does not have.
-        """
-        if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"[{start}, {stop}) is not within the {self.num_tokens} tokens of {self.path}")
+    def _read(self, start: int, stop: int) -> np.ndarray:
         return self._checked(self._tokens[start:stop])
 
-    def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The `length` tokens from each of `starts` on, int32 [window, position].
-
-        Raises:
-            IndexError: if a window is not within the file.
-            InputError: if the file was overwritten with ids that the tokenizer does not have.
-        """
-        if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
-            raise IndexError(f"a window is not within the {self.num_tokens} tokens of {self.path}")
+    def _read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         windows = [self._tokens[start : start + length] for start in starts.tolist()]
         return self._checked(np.stack(windows)).astype(np.int32)
 

@@ -1,14 +1,15 @@
-"""From a data config to token stores, prepared once and kept."""
+"""From documents to token stores: prepared once, by one process at a time, which may be killed, and kept."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,130 +17,125 @@ from typing import Any
 
 from sophia_levanter.allocation import return_freed_memory
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.data.blocks import Texts
-from sophia_levanter.data.cache import build_directory
-from sophia_levanter.data.encoding import Workers, encode_blocks, processes, ray_tasks
-from sophia_levanter.data.progress import (
+from sophia_levanter.data.documents import NoSplit, Rows, Source, Split, Tally
+from sophia_levanter.data.encoding import Texts, Workers, encode_blocks, processes, ray_tasks
+from sophia_levanter.data.sources import DataSource
+from sophia_levanter.data.store_writer import (
     Place,
     Progress,
+    TokenStoreWriter,
     Trail,
     forget_progress,
     has_progress,
     load_progress,
     place_after,
     save_progress,
+    writing,
 )
-from sophia_levanter.data.rows import Tally
-from sophia_levanter.data.sources import DataSource, Report, Source
-from sophia_levanter.data.split import NoSplit, Split
-from sophia_levanter.data.store_writer import NotWritten, TokenStoreWriter
+from sophia_levanter.data.text_files import Report
 from sophia_levanter.data.token_store import FORMAT_VERSION, MANIFEST_NAME, SIDES, TokenStore, digest_of
 from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.files import write_atomically
+from sophia_levanter.files import sync, write_atomically
 
 BLOCK_CHARACTERS = 1 << 18  # of text are encoded by one process at a time, rounded up to whole documents
 REPORT_SECONDS = 5.0
+PARTIAL = ".partial"
 TALLY_NAME = "tally.json"  # beside the stores: what the rows of their text held, and the directory's name
 
 
 @dataclass(frozen=True)
+class Job:
+    """How text becomes tokens, and who hears of it.
+
+    Attributes:
+        config: the text, and where stores are kept.
+        tokenizer: what makes the tokens.
+        report: takes a line of news for the user.
+        warn: takes a warning.
+        ray: address of a Ray cluster whose cores make the tokens; this machine's if not given.
+    """
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    report: Report
+    warn: Report
+    ray: str | None = None
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where stores are kept."""
+        return cache_directory(self.config)
+
+    @property
+    def workers(self) -> Callable[[], AbstractContextManager[Workers]] | None:
+        """Makes the processes or tasks that encode; None if this process does."""
+        if self.ray is not None:
+            return partial(ray_tasks, self.ray, self.tokenizer)
+        count = self.config.num_workers if self.config.num_workers is not None else _num_cores()
+        if not count or not self.tokenizer.is_slow or multiprocessing.current_process().daemon:  # which may start none
+            return None
+        return partial(processes, count, self.tokenizer)
+
+
 class Preparation:
     """One source of documents and the directory for the token stores that are made of it.
 
+    Args:
+        named: the source, which is looked up; nothing of its text is read yet.
+        job: how.
+        held_out: share of the documents that goes to a second store.
+
     Attributes:
-        field: the config field that names the source, for messages.
-        name: the source.
+        source: the documents.
         directories: where the stores may be: under a digest of all that determines them; with `data.bad_rows: skip`
             also where they are if rows were skipped.
         base: what the directory is called, with a suffix, while it is made. Files that change are not in its digest,
             so that what was prepared before an error is found when they are corrected.
+
+    Raises:
+        InputError: if there is no such source.
     """
 
-    field: str
-    name: str
-    directories: tuple[Path, ...]
-    base: Path
-    _source: Source
-    _tokenizer: Tokenizer
-    _held_out: float | None
-    _workers: Callable[[], AbstractContextManager[Workers]] | None
-
-    @classmethod
-    def of(
-        cls,
-        named: DataSource,
-        config: DataConfig,
-        tokenizer: Tokenizer,
-        report: Report,
-        *,
-        held_out: float | None = None,
-        ray: str | None = None,
-    ) -> Preparation:
-        """Looks the source up; nothing of its text is read yet.
-
-        Args:
-            named: the source.
-            config: how its text is read, and where stores are kept.
-            tokenizer: what makes the tokens.
-            report: takes a line of news about the source's files.
-            held_out: share of the documents that goes to a second store.
-            ray: address of a Ray cluster whose cores make the tokens.
-
-        Raises:
-            InputError: if there is no such source.
-        """
-        source = named.open(config, report, tokenizer.special_tokens)
+    def __init__(self, named: DataSource, job: Job, held_out: float | None = None) -> None:
+        rows = Rows(job.config, named.field, job.tokenizer.special_tokens)
+        self.source = named.open(rows, job.report)
+        self._job = job
+        self._held_out = held_out
+        self._store_names = ["all"] if held_out is None else list(SIDES)
 
         def place(*text: Any) -> Path:
-            identity = [FORMAT_VERSION, *text, tokenizer.fingerprint, held_out]
-            return cache_directory(config) / digest_of(json.dumps(identity).encode())
+            identity = [FORMAT_VERSION, *text, job.tokenizer.fingerprint, held_out]
+            return job.cache_dir / digest_of(json.dumps(identity).encode())
 
-        directories = [place(source.identity)]
-        if config.bad_rows == "skip":
-            directories.append(place(source.identity, "rows were skipped"))
-        count = config.num_workers if config.num_workers is not None else _num_cores()
-        workers: Callable[[], AbstractContextManager[Workers]] | None = None
-        if ray is not None:
-            workers = partial(ray_tasks, ray, tokenizer)
-        elif count and tokenizer.is_slow and not multiprocessing.current_process().daemon:  # which may start none
-            workers = partial(processes, count, tokenizer)
-        base = place(source.settings)
-        return cls(named.field, named.name, tuple(directories), base, source, tokenizer, held_out, workers)
+        self.directories = [place(self.source.identity)]
+        if rows.skips:
+            self.directories.append(place(self.source.identity, "rows were skipped"))
+        self.base = place(self.source.settings)
 
-    @property
-    def source(self) -> Source:
-        """The documents."""
-        return self._source
+    def _report(self, line: str) -> None:
+        self._job.report(f"{self.source.rows.field}: {line}")
 
-    def stores(self, report: Report, warn: Report) -> list[TokenStore]:
+    def stores(self) -> list[TokenStore]:
         """The source's store, or those of its two sides; made if they are not there.
-
-        Args:
-            report: takes a line of news.
-            warn: takes a warning.
 
         Raises:
             InputError: if the source or the cache is not usable.
         """
         if found := self._find():
-            report(f"{self.field}: {self.name} is prepared already, in {found}")
+            self._report(f"{self.source.name} is prepared already, in {found}")
         directory = build_directory(
-            self.base,
-            find=self._find,
-            build=lambda partial: self._build(partial, report),
-            is_resumable=has_progress,
-            report=report,
+            self.base, find=self._find, build=self._build, is_resumable=has_progress, report=self._job.report
         )
         _, tally = _read_tally(directory)
         if tally is not None:
-            rows = self._source.rows
+            rows = self.source.rows
             rows.tally = tally
             if rows.left_out:
-                report(f"{self.field}: {rows.left_out}")
+                self._report(rows.left_out)
             for warning in rows.warnings():
-                warn(warning)
-        return [TokenStore.open(directory / name, self._tokenizer) for name in self._store_names]
+                self._job.warn(warning)
+        return [TokenStore.open(directory / name, self._job.tokenizer) for name in self._store_names]
 
     def _find(self) -> Path | None:
         return next(filter(self._is_complete, self.directories), None)
@@ -147,72 +143,68 @@ class Preparation:
     def _is_complete(self, directory: Path) -> bool:
         return all((directory / name / MANIFEST_NAME).exists() for name in self._store_names)
 
-    @property
-    def _store_names(self) -> list[str]:
-        return ["all"] if self._held_out is None else list(SIDES)
-
-    def _build(self, partial: Path, report: Report) -> Path:
+    def _build(self, partial: Path) -> Path:
         finished = partial.parent / _read_tally(partial)[0]
         if finished in self.directories and self._is_complete(partial):
             forget_progress(partial)
             return finished
-        begun = self._begun(partial, report)
+        source, tokenizer, rows = self.source, self._job.tokenizer, self.source.rows
+        begun = self._begun(partial)
         states = begun.writers if begun else (None,) * len(self._store_names)
         writers = [
-            TokenStoreWriter(partial / name, self._tokenizer, self.name, state)
+            TokenStoreWriter(partial / name, tokenizer, source.name, state)
             for name, state in zip(self._store_names, states, strict=True)
         ]
         if begun:
-            report(f"{self.field}: going on with {self.name} after {_counts(writers)}")
+            self._report(f"going on with {source.name} after {_counts(writers)}")
         else:
-            report(f"{self.field}: preparing {self.name} with the tokenizer {self._tokenizer.name}")
-        speed = _Speed(writers, self._source)
+            self._report(f"preparing {source.name} with the tokenizer {tokenizer.name}")
+        speed = _Speed(writers, source)
         next_report = time.monotonic() + REPORT_SECONDS
         written = [writer.num_written for writer in writers]
         blocks = self._blocks(begun.place if begun else None)
-        for (place, error), encoded in encode_blocks(blocks, self._tokenizer, self._workers):
+        for (place, error), encoded in encode_blocks(blocks, tokenizer, self._job.workers):
             for writer, documents in zip(writers, encoded, strict=False):
                 writer.append(documents)
             if place is not None and (error or written != [writer.num_written for writer in writers]):
                 written = [writer.num_written for writer in writers]
-                _save(partial, Progress(place, tuple(writer.state for writer in writers)))
+                save_progress(partial, Progress(place, tuple(writer.state for writer in writers)))
                 return_freed_memory()
             if error:
                 if place is not None:
-                    report(f"{self.field}: kept {_counts(writers)}; run the same command again to continue")
+                    self._report(f"kept {_counts(writers)}; run the same command again to continue")
                 raise error
             if time.monotonic() >= next_report:
-                report(f"{self.field}: {_counts(writers)} so far; {speed}")
+                self._report(f"{_counts(writers)} so far; {speed}")
                 next_report = time.monotonic() + REPORT_SECONDS
-        rows = self._source.rows
         if not sum(writer.num_documents for writer in writers):
             left_out = f"; {rows.left_out}" if rows.tally.num_bad else ""
-            raise InputError(f"{self.field}: {self.name!r} contains no documents with text{left_out}")
+            raise InputError(f"{rows.field}: {source.name!r} contains no documents with text{left_out}")
         for writer in writers:
             writer.finish()
         directory = self.directories[1 if rows.tally.num_bad else 0]
-        _write_tally(partial, directory.name, rows.tally)
+        with writing(f"in {partial}: "):
+            tally = json.dumps([directory.name, rows.tally._asdict()], indent=2)
+            write_atomically(partial / TALLY_NAME, tally.encode())
         forget_progress(partial)
-        counts = f"{_counts(writers)}{rows.split_at}"
-        report(f"{self.field}: {counts}, prepared in {speed.seconds:.1f} s, in {directory}")
+        self._report(f"{_counts(writers)}{rows.split_at}, prepared in {speed.seconds:.1f} s, in {directory}")
         if self._held_out is not None and self._held_out <= 0.5 and writers[1].num_tokens > writers[0].num_tokens:
-            report(
-                f"WARNING: {self.field}: most of {self.name} is held out for validation, as a few documents have most "
-                "of the text; split them, or name data.validation"
+            self._job.report(
+                f"WARNING: {rows.field}: most of {source.name} is held out for validation, as a few documents have "
+                "most of the text; split them, or name data.validation"
             )
         return directory
 
-    def _begun(self, partial: Path, report: Report) -> Progress | None:
+    def _begun(self, partial: Path) -> Progress | None:
         """What an earlier process left, if the text up to there is still the same; otherwise it is deleted."""
-        begun, rows = load_progress(partial), self._source.rows
+        begun, rows = load_progress(partial), self.source.rows
         if begun is not None and (rows.skips or not begun.place.tally.num_bad):
-            place = place_after(self._source, begun.place)
+            place = place_after(self.source, begun.place)
             if place is not None:
                 rows.tally, rows.tally_before = place.tally, place.tally_before
                 return replace(begun, place=place)
-            report(
-                f"{self.field}: {self.name} changed in the part that was already prepared; "
-                "preparing it again from the start"
+            self._report(
+                f"{self.source.name} changed in the part that was already prepared; preparing it again from the start"
             )
         rows.tally = rows.tally_before = Tally()
         shutil.rmtree(partial)
@@ -226,8 +218,12 @@ class Preparation:
         block comes with the error.
         """
         settled = begun is not None
-        split = NoSplit() if self._held_out is None else Split(self._held_out, field=self.field, settled=settled)
-        trail = Trail(self._source, begun)
+        split = (
+            NoSplit()
+            if self._held_out is None
+            else Split(self._held_out, field=self.source.rows.field, settled=settled)
+        )
+        trail = Trail(self.source, begun)
         texts: Texts = ([], [])
         size = 0
 
@@ -235,7 +231,7 @@ class Preparation:
             return trail.place if split.is_settled and trail.num_documents else None
 
         try:
-            for position, text in self._source.documents(trail.position):
+            for position, text in self.source.documents(trail.position):
                 if size >= BLOCK_CHARACTERS and position != trail.position:
                     yield (place(), None), texts
                     texts, size = ([], []), 0
@@ -293,20 +289,6 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _save(directory: Path, progress: Progress) -> None:
-    try:
-        save_progress(directory, progress)
-    except OSError as error:
-        raise _not_written(directory, error) from error
-
-
-def _write_tally(directory: Path, name: str, tally: Tally) -> None:
-    try:
-        write_atomically(directory / TALLY_NAME, json.dumps([name, tally._asdict()], indent=2).encode())
-    except OSError as error:
-        raise _not_written(directory, error) from error
-
-
 def _read_tally(directory: Path) -> tuple[str, Tally | None]:
     """The name of the finished directory, and what its rows held; None of stores that have no such file."""
     try:
@@ -316,16 +298,99 @@ def _read_tally(directory: Path) -> tuple[str, Tally | None]:
         return "", None
 
 
-def _not_written(directory: Path, error: OSError) -> NotWritten:
-    return NotWritten(
-        f"data.cache_dir: cannot write in {directory}: {error.strerror}; make room, or choose another place; "
-        "the same command goes on from what is written"
-    )
-
-
 def _counts(writers: list[TokenStoreWriter]) -> str:
     documents = sum(writer.num_documents for writer in writers)
     tokens = sum(writer.num_tokens for writer in writers)
     text_bytes = sum(writer.num_bytes for writer in writers)
     held_out = f" ({writers[1].num_tokens:,} held out)" if len(writers) == 2 else ""
     return f"{documents:,} documents, {tokens:,} tokens{held_out}, {text_bytes / max(tokens, 1):.2f} bytes per token"
+
+
+def build_directory(
+    base: Path,
+    *,
+    find: Callable[[], Path | None],
+    build: Callable[[Path], Path],
+    is_resumable: Callable[[Path], bool] = lambda directory: False,
+    report: Callable[[str], None],
+) -> Path:
+    """The directory that `find` finds; if there is none, one that `build` makes.
+
+    `build(directory)` works in `base.partial`, which is renamed to the path that it returns. Where it was killed, the
+    next call of `build` finds there what it left; where it failed with an `InputError`, only if that `is_resumable`. A
+    second process with the same `base` waits for the first.
+
+    Raises:
+        InputError: if the parent of `base` cannot be written.
+    """
+    if (found := find()) is not None:
+        return found
+    with _naming_cache_dir(base.parent):
+        base.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(base, wait=False)
+    if lock is None:
+        report(f"waiting for another process that prepares {base}")
+        with _naming_cache_dir(base.parent):
+            lock = _lock(base, wait=True)
+    assert lock is not None
+    try:
+        return find() or _build_beside(base, build, is_resumable)
+    finally:
+        _unlock(base, lock)
+
+
+def _build_beside(base: Path, build: Callable[[Path], Path], is_resumable: Callable[[Path], bool]) -> Path:
+    partial = base.with_name(base.name + PARTIAL)
+    with _naming_cache_dir(base.parent):
+        partial.mkdir(exist_ok=True)
+    try:
+        target = build(partial)
+    except InputError:
+        if not is_resumable(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    with _naming_cache_dir(base.parent):
+        shutil.rmtree(target, ignore_errors=True)  # one from which something has been deleted
+        partial.rename(target)
+        sync(target.parent)
+    return target
+
+
+def _lock_path(base: Path) -> Path:
+    return base.with_name(f"{base.name}.lock")
+
+
+def _lock(base: Path, *, wait: bool) -> int | None:
+    """An open file that holds the lock on `base`; None if another holds it and `wait` is false.
+
+    The system lets go of the lock when its process ends, however it ends.
+    """
+    path = _lock_path(base)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its holder deletes the file on leaving, and a lock on a deleted file excludes nobody: then start again.
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def _unlock(base: Path, descriptor: int) -> None:
+    _lock_path(base).unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+@contextmanager
+def _naming_cache_dir(parent: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"data.cache_dir: cannot write in {parent}: {error.strerror}; choose another folder"
+        ) from error

@@ -1,23 +1,32 @@
-"""From a data config to the tokens to train on and to validate with."""
+"""From a data config to the tokens to train on and to validate with, and the documents that these have in common."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.data.leaks import find_leak
-from sophia_levanter.data.mixture import Mixture
-from sophia_levanter.data.preparation import Preparation, cache_directory
-from sophia_levanter.data.sources import Corpora, Report, source_named
-from sophia_levanter.data.token_store import Tokens
-from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer, printable
+from sophia_levanter.data.batches import Mixture, Part, parts_of
+from sophia_levanter.data.preparation import Job, Preparation
+from sophia_levanter.data.sources import Corpora, source_named
+from sophia_levanter.data.text_files import Report
+from sophia_levanter.data.token_store import READ_TOKENS, Tokens, remembered
+from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer, printable, token_byte_lengths
 from sophia_levanter.errors import InputError
 
 SHOWN_TOKENS = 16
+# Of the documents that are on both sides:
+MIN_BYTES = 10  # shorter ones may well be there twice, unless all are
+REMEMBERED_TOKENS = 1 << 24  # of smaller corpora all is compared at each start
+DIGEST_BYTES = 8
+LEAK_VERSION = 1  # of what is compared, and how
 
 
 @dataclass(frozen=True)
@@ -44,29 +53,24 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
         InputError: if the tokenizer, a source or the cache is not usable, or training and validation text have
             documents in common and `config.on_leak` is `error`.
     """
-    warn = warn or report
     _check_separator(config, report)
     tokenizer = load_tokenizer(config.tokenizer)
-    lookup = _Lookup(config, tokenizer, report, warn, ray)
+    job = Job(config, tokenizer, report, warn or report, ray)
     if config.validation is None:
-        found = lookup.two_sides()
-        train, validation = found.make()
-        data = TextData(tokenizer, train, validation)
+        found = _two_sides(job)
+        data = TextData(tokenizer, *found.make())
         if found.source is None:  # two stores may be of any texts, but a split has equal texts on one side
-            _report_leak(data, config, [found.name], found, report, warn)
+            _report_leak(job, data, [found], found)
         return data
     # All are looked up before the first is read: a misspelt validation path must not wait for the training text.
-    names = [part.source for part in config.train_parts]
-    parts = [lookup.find("data.train", name) for name in names]
-    _report_repeats(parts, warn)
-    found = lookup.find("data.validation", config.validation)
+    parts = [_find(job, "data.train", part.source) for part in config.train_parts]
+    _report_repeats(parts, job.warn)
+    found = _find(job, "data.validation", config.validation)
     corpora = [part.make()[0] for part in parts]
-    (validation,) = found.make()
-    if isinstance(config.train, str):
-        data = TextData(tokenizer, corpora[0], validation)
-    else:
-        data = TextData(tokenizer, Mixture(corpora, [part.weight for part in config.train]), validation)
-    _report_leak(data, config, names, found, report, warn)
+    weights = [part.weight for part in config.train_parts]
+    train = corpora[0] if isinstance(config.train, str) else Mixture(corpora, weights)
+    data = TextData(tokenizer, train, found.make()[0])
+    _report_leak(job, data, parts, found)
     return data
 
 
@@ -84,26 +88,24 @@ def _report_repeats(parts: Sequence[Corpora], warn: Report) -> None:
         )
 
 
-def _report_leak(
-    data: TextData, config: DataConfig, train: Sequence[str], validation: Corpora, report: Report, warn: Report
-) -> None:
+def _report_leak(job: Job, data: TextData, train: Sequence[Corpora], validation: Corpora) -> None:
     """Say which documents are both trained on and validated with.
 
     Raises:
         InputError: if there are some and `data.on_leak` is `error`.
     """
-    leak = find_leak(data.train, data.validation, data.tokenizer, cache_directory(config), report)
+    leak = find_leak(data.train, data.validation, data.tokenizer, job.cache_dir, job.report)
     if not leak.count:
         return
     begin = data.validation.read(leak.tokens[0], min(leak.tokens[1], leak.tokens[0] + SHOWN_TOKENS))
     message = (
         f"data.validation: {leak.count:,} of its {leak.num_documents:,} documents are also in data.train; the first is "
-        f"{_where(validation, leak.document)} (document {leak.twin + 1:,} of {train[leak.part]}), which begins "
+        f"{_where(validation, leak.document)} (document {leak.twin + 1:,} of {train[leak.part].name}), which begins "
         f"{printable(data.tokenizer.decode(begin))!r}; remove them from one of the two"
     )
-    if config.on_leak == "error":
+    if job.config.on_leak == "error":
         raise InputError(f"{message}, or set data.on_leak to warn")
-    warn(f"WARNING: {message}")
+    job.warn(f"WARNING: {message}")
 
 
 def _where(found: Corpora, number: int) -> str:
@@ -126,10 +128,10 @@ def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report)
     Raises:
         InputError: if a source or the cache is not usable.
     """
-    lookup = _Lookup(config, tokenizer, report, report)
+    job = Job(config, tokenizer, report, report)
     if config.validation is None:
-        return lookup.two_sides().make()[1]
-    return lookup.find("data.validation", config.validation).make()[0]
+        return _two_sides(job).make()[1]
+    return _find(job, "data.validation", config.validation).make()[0]
 
 
 def _check_separator(config: DataConfig, report: Report) -> None:
@@ -148,27 +150,126 @@ def _check_separator(config: DataConfig, report: Report) -> None:
             report(f"data.document_separator does not apply to {source.name}, which holds tokens")
 
 
+def _find(job: Job, field: str, name: str, held_out: float | None = None) -> Corpora:
+    """The tokens of the source that a field names; two corpora if a share is held out. No text is read yet."""
+    source = source_named(name, field)
+    if found := source.find_tokens(job.tokenizer, job.cache_dir, job.report, both=held_out is not None):
+        return found
+    preparation = Preparation(source, job, held_out)
+    return Corpora(name, preparation.source.inputs, preparation.stores, preparation.source)
+
+
+def _two_sides(job: Job) -> Corpora:
+    """The tokens of the training text, split into a training and a held-out part."""
+    assert isinstance(job.config.train, str)
+    return _find(job, "data.train", job.config.train, job.config.validation_fraction)
+
+
 @dataclass(frozen=True)
-class _Lookup:
-    """Looks up sources; nothing of their text is read yet. Attributes as the arguments of `prepare`."""
+class Leak:
+    """What two corpora have in common.
 
-    config: DataConfig
-    tokenizer: Tokenizer
-    report: Report
-    warn: Report
-    ray: str | None = None
+    Attributes:
+        count: documents for validation that are for training too; where there are none, only `num_documents` counts.
+        num_documents: all that are for validation.
+        document: number of the first of them, from 0.
+        tokens: where it begins and ends in the corpus for validation.
+        part: number of the part of the mixture that it is in for training.
+        twin: its number there.
+    """
 
-    def find(self, field: str, name: str, held_out: float | None = None) -> Corpora:
-        """The tokens of the source of this name, which the field has; two corpora if a share is held out."""
-        config, tokenizer, report = self.config, self.tokenizer, self.report
-        source = source_named(name, field)
-        if found := source.find_tokens(tokenizer, cache_directory(config), report, both=held_out is not None):
-            return found
-        preparation = Preparation.of(source, config, tokenizer, report, held_out=held_out, ray=self.ray)
-        make = partial(preparation.stores, report, self.warn)
-        return Corpora(name, preparation.source.inputs, make, preparation.source)
+    count: int
+    num_documents: int
+    document: int = 0
+    tokens: tuple[int, int] = (0, 0)
+    part: int = 0
+    twin: int = 0
 
-    def two_sides(self) -> Corpora:
-        """The tokens of the training text, split into a training and a held-out part."""
-        assert isinstance(self.config.train, str)
-        return self.find("data.train", self.config.train, self.config.validation_fraction)
+
+def find_leak(train: Tokens, validation: Tokens, tokenizer: Tokenizer, cache_dir: Path, report: Report) -> Leak:
+    """The documents that two corpora have in common, token for token.
+
+    A document is what stands before an end-of-text, and what comes after the last one. Those of fewer than `MIN_BYTES`
+    bytes count only where all documents for validation are for training too. In memory are a few numbers for each
+    document for validation, and none for those for training.
+
+    Args:
+        train: the tokens to train on.
+        validation: the tokens to validate with.
+        tokenizer: that of both.
+        cache_dir: directory that caches the result for large corpora.
+        report: takes a line when a check of large corpora begins.
+    """
+    num_tokens = train.num_tokens + validation.num_tokens
+    is_large = num_tokens >= REMEMBERED_TOKENS
+
+    def compare() -> dict[str, Any]:
+        if is_large:
+            report(f"data.validation: checking {num_tokens:,} tokens for documents that are also in data.train")
+        return _compare(train, validation, tokenizer)
+
+    key = ["leak", LEAK_VERSION, train.facts, validation.facts]
+    found = remembered(cache_dir if is_large else None, key, compare)
+    return Leak(**found)
+
+
+def _compare(train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> dict[str, Any]:
+    blocks = [block for part in parts_of(validation) for block in _documents(validation, part, tokenizer)]
+    digests, begins, ends = (np.concatenate(arrays) for arrays in zip(*blocks, strict=True))
+    if not len(digests):
+        return {"count": 0, "num_documents": 0}
+    wanted, place = np.unique(digests, return_inverse=True)
+    parts, twins = np.full(len(wanted), -1), np.full(len(wanted), -1)
+    for number, part in enumerate(parts_of(train)):
+        count = 0
+        for found, _, _ in _documents(train, part, tokenizer):
+            at = np.searchsorted(wanted, found)
+            at[at == len(wanted)] = 0
+            # Of those that are there several times the first one is written last, and stays.
+            new = np.flatnonzero((wanted[at] == found) & (parts[at] < 0))[::-1]
+            parts[at[new]], twins[at[new]] = number, count + new
+            count += len(found)
+    leaked = parts[place] >= 0
+    if not leaked.all():
+        sizes = token_byte_lengths(tokenizer)
+        for i in np.flatnonzero(leaked & (ends - begins < MIN_BYTES)).tolist():
+            leaked[i] = sizes[validation.read(begins[i], ends[i])].sum() >= MIN_BYTES
+    first = int(np.argmax(leaked))
+    return {
+        "count": int(leaked.sum()),
+        "num_documents": len(leaked),
+        "document": first,
+        "tokens": [int(begins[first]), int(ends[first])],
+        "part": int(parts[place[first]]),
+        "twin": int(twins[place[first]]),
+    }
+
+
+def _documents(corpus: Tokens, part: Part, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields, block by block, the digest, start and end of each non-empty document."""
+    dtype = tokenizer.dtype.newbyteorder("<")
+    last = part.first + part.num_tokens
+    begin, digest = part.first, _new_digest()
+    for start in range(part.first, last, READ_TOKENS):
+        stop = min(start + READ_TOKENS, last)
+        tokens = corpus.read(start, stop).astype(dtype)
+        text = tokens.view(np.uint8).data
+        ends = (start + np.flatnonzero(tokens == tokenizer.end_of_text)).tolist()
+        if stop == last:
+            ends.append(last)
+        found, read = [], start
+        for end in ends:
+            digest.update(text[(read - start) * dtype.itemsize : (end - start) * dtype.itemsize])
+            if end > begin:
+                found.append((int.from_bytes(digest.digest(), "little"), begin, end))
+            begin = read = end + 1
+            digest = _new_digest()
+        digest.update(text[max(read - start, 0) * dtype.itemsize :])
+        columns = zip(*found, strict=True) if found else ([], [], [])
+        yield tuple(
+            np.array(column, kind) for column, kind in zip(columns, (np.uint64, np.int64, np.int64), strict=True)
+        )
+
+
+def _new_digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=DIGEST_BYTES)

@@ -1,4 +1,4 @@
-"""What `data.train` and `data.validation` name: files, or a registered kind of source. Free of heavy imports."""
+"""What the fields of `data` name: the registered kinds of sources, and tokenizers' files. Free of heavy imports."""
 
 from __future__ import annotations
 
@@ -11,65 +11,24 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import parse_qsl
 
 from draccus import ChoiceRegistry
 
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.settings import check_subclass
-from sophia_levanter.data.documents import START, FileSource, Position
-from sophia_levanter.data.hub import DatasetSource
-from sophia_levanter.data.names import HUB, NANOGPT, PYTHON_STDLIB, SAVED, STORE
-from sophia_levanter.data.rows import Rows, kind_of
+from sophia_levanter.data.documents import START, Position, Rows, Source, kind_of
+from sophia_levanter.data.file_source import FileSource
+from sophia_levanter.data.text_files import DATASET_MARKS, PYTHON_STDLIB, Report, optional_import
 from sophia_levanter.errors import InputError
 
 if TYPE_CHECKING:
     from sophia_levanter.data.token_store import Tokens
     from sophia_levanter.data.tokenizer import Tokenizer
 
-Report = Callable[[str], None]
-
-
-class Source(Protocol):
-    """Documents in a fixed order, which can be read from any place on.
-
-    Attributes:
-        rows: what makes documents of its rows.
-    """
-
-    rows: Rows
-
-    @property
-    def identity(self) -> Any:
-        """All that the documents depend on, as a JSON value."""
-        ...
-
-    @property
-    def settings(self) -> list[Any]:
-        """The part of the identity that does not depend on files, as a JSON value."""
-        ...
-
-    @property
-    def parts(self) -> list[Any]:
-        """What the documents of each file depend on, as JSON values."""
-        ...
-
-    @property
-    def inputs(self) -> list[str]:
-        """What is read: real paths, URLs or names."""
-        ...
-
-    def where(self, position: Position) -> str:
-        """The document before a position, for people."""
-        ...
-
-    def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
-        """Each document from `start` on, with the position after the file's record that it is of."""
-        ...
-
-    def share_read(self) -> float | None:
-        """How much of it has been read, from 0 to 1; None if that cannot be known."""
-        ...
+TRAINED_TOKENIZER = ".tiktoken"  # how a saved BPE is called
+DATASET_OPTIONS = {"hub": ("split", "name", "revision", "streaming"), "datasets": ("split",)}
 
 
 @dataclass(frozen=True)
@@ -110,13 +69,12 @@ class DataSource(ChoiceRegistry):
         """The same source, named so that it is found from any working directory."""
         return self.name
 
-    def open(self, config: DataConfig, report: Report, special_tokens: Collection[str]) -> Source:
+    def open(self, rows: Rows, report: Report) -> Source:
         """The documents.
 
         Args:
-            config: how the text is read.
+            rows: what makes documents of the source's rows.
             report: takes a line about skipped files, and about files whose names do not say what they hold.
-            special_tokens: names of tokens that are looked for in the text.
 
         Raises:
             InputError: if the source does not exist, or holds tokens.
@@ -152,15 +110,15 @@ class TextSource(DataSource):
         The name of the source need not be in it.
         """
 
-    def open(self, config: DataConfig, report: Report, special_tokens: Collection[str]) -> Source:
-        return _Texts(self, Rows(config, field=self.field, special_tokens=special_tokens))
+    def open(self, rows: Rows, report: Report) -> Source:
+        return _Texts(self, rows)
 
 
-class _Texts:
+class _Texts(Source):
     """The documents of a `TextSource`, checked and counted."""
 
     def __init__(self, source: TextSource, rows: Rows) -> None:
-        self.rows = rows
+        super().__init__(source.name, rows)
         self._source = source
         self._kind = type(source).__qualname__
         self._identity = self._current_identity()
@@ -170,29 +128,21 @@ class _Texts:
         try:
             return json.loads(json.dumps(found))
         except (TypeError, ValueError) as error:
-            raise InputError(f"{self._source.field}: {self._kind}.identity() is not a JSON value: {error}") from error
-
-    @property
-    def identity(self) -> Any:
-        return [self._source.name, self._identity, *self.rows.settings]
-
-    @property
-    def settings(self) -> list[Any]:
-        return [self._source.name, *self.rows.settings]
+            raise InputError(f"{self.rows.field}: {self._kind}.identity() is not a JSON value: {error}") from error
 
     @property
     def parts(self) -> list[Any]:
         return [self._identity]
 
     @property
-    def inputs(self) -> list[str]:
-        return [self._source.name]
+    def identity(self) -> Any:
+        return [self.name, self._identity, *self.rows.settings]
 
     def where(self, position: Position) -> str:
-        return f"{self._source.name}, document {position[1]}"
+        return f"{self.name}, document {position[1]}"
 
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
-        field, texts = self._source.field, self._source.documents()
+        field, texts = self.rows.field, self._source.documents()
         if isinstance(texts, str) or not hasattr(texts, "__iter__"):
             raise InputError(f"{field}: {self._kind}.documents() gives {kind_of(texts)}; it must yield strings")
         for number, text in enumerate(texts, start=1):
@@ -205,12 +155,8 @@ class _Texts:
                 yield (0, number), document
         if self._current_identity() != self._identity:
             raise InputError(
-                f"{field}: {self._source.name} changed while it was read; run the command again when nothing writes "
-                "to it"
+                f"{field}: {self.name} changed while it was read; run the command again when nothing writes to it"
             )
-
-    def share_read(self) -> float | None:
-        return None
 
 
 class Files(DataSource):
@@ -219,15 +165,15 @@ class Files(DataSource):
     def absolute(self) -> str:
         return self.name if self.name == PYTHON_STDLIB else _absolute(self.name)
 
-    def open(self, config: DataConfig, report: Report, special_tokens: Collection[str]) -> Source:
-        return FileSource(self.name, config, field=self.field, report=report, special_tokens=special_tokens)
+    def open(self, rows: Rows, report: Report) -> Source:
+        return FileSource(self.name, rows, report)
 
 
 class _Dataset(DataSource):
     """A dataset that the library `datasets` opens."""
 
-    def open(self, config: DataConfig, report: Report, special_tokens: Collection[str]) -> Source:
-        return DatasetSource(self.name, config, field=self.field, special_tokens=special_tokens)
+    def open(self, rows: Rows, report: Report) -> Source:
+        return DatasetSource(self.name, rows)
 
 
 @DataSource.register_subclass("datasets")
@@ -235,17 +181,128 @@ class SavedDataset(_Dataset):
     """`datasets:FOLDER?split=train`: a folder that `datasets` saved."""
 
     def absolute(self) -> str:
-        return SAVED + _absolute(self.path)
+        return f"datasets:{_absolute(self.path)}"
 
 
 @DataSource.register_subclass("hub")
 class HubDataset(_Dataset):
-    """`hub:NAME?split=train`: a dataset of the Hugging Face hub."""
+    """`hub:NAME?split=train&name=CONFIG&revision=COMMIT&streaming=false`: a dataset of the Hugging Face hub."""
 
     def absolute(self) -> str:
         path, mark, options = self.path.partition("?")
         # `datasets` takes a folder of that name before it asks the hub.
-        return HUB + os.path.abspath(path) + mark + options if os.path.isdir(path) else self.name
+        return f"hub:{os.path.abspath(path)}{mark}{options}" if os.path.isdir(path) else self.name
+
+
+class DatasetSource(Source):
+    """The rows of a Hugging Face dataset as documents; those without text are left out.
+
+    Raises:
+        InputError: if an option is unknown or has a wrong value, `datasets` is not installed, there is no such dataset,
+            configuration, split or field, or the hub cannot be reached.
+    """
+
+    def __init__(self, name: str, rows: Rows) -> None:
+        super().__init__(name, rows)
+        self._where = f"{rows.field}: {name}"
+        self._scheme, _, rest = name.partition(":")
+        self._path, _, query = rest.partition("?")
+        self._options = self._parsed(query)
+        self._done = 0
+        self._num_rows: int | None = None
+        self._looked_up = self.identity
+
+    def _parsed(self, query: str) -> dict[str, str]:
+        shown, known = f"{self.rows.field}: {self.name!r}", DATASET_OPTIONS[self._scheme]
+        if not self._path:
+            raise InputError(f"{shown} names no dataset; write {self._scheme}:NAME")
+        options = {"split": "train"}
+        for key, value in parse_qsl(query, keep_blank_values=True):
+            if key not in known:
+                raise InputError(f"{shown}: unknown option {key!r}; there are {', '.join(known)}")
+            if not value:
+                raise InputError(f"{shown}: the option {key!r} is empty")
+            options[key] = value
+        if (streaming := options.get("streaming", "true")) not in ("true", "false"):
+            raise InputError(f"{shown}: streaming is {streaming!r}; it must be true or false")
+        return options
+
+    @property
+    def parts(self) -> list[Any]:
+        """A dataset is one part: the folder and its files; of one on the hub nothing is known but its name."""
+        folder = Path(os.path.abspath(os.path.expanduser(self._path)))
+        if self._scheme == "hub" and not os.path.isdir(self._path):
+            return [[]]
+        if self._scheme == "datasets" and not any((folder / mark).is_file() for mark in DATASET_MARKS):
+            raise InputError(
+                f"{self.rows.field}: {folder} is no folder that `datasets` saved (no {DATASET_MARKS[0]} in it)"
+            )
+        files = sorted((str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*"))
+        return [[str(folder), files]]
+
+    @property
+    def identity(self) -> Any:
+        return [self.name, *self.parts[0], *self.rows.settings]
+
+    def where(self, position: Position) -> str:
+        return f"{self.name}, row {position[1]}"
+
+    def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
+        dataset = self._load()
+        self._done = start[1]
+        splits = getattr(getattr(dataset, "info", None), "splits", None) or {}
+        split = splits.get(self._options["split"])
+        self._num_rows = len(dataset) if hasattr(dataset, "__len__") else getattr(split, "num_examples", None)
+        if start[1] and start[1] == self._num_rows:
+            return
+        for row in self._rows_of(dataset.skip(start[1]) if start[1] else dataset):
+            self._done += 1
+            where = self.where((0, self._done))
+            for document in self.rows.documents(self.rows.text_of(row, where), where):
+                yield (0, self._done), document
+        if self.identity != self._looked_up:
+            raise InputError(
+                f"{self._where} changed after it was looked up; run the command again when nothing writes to it"
+            )
+
+    def share_read(self) -> float | None:
+        return min(self._done / self._num_rows, 1.0) if self._num_rows else None
+
+    def _rows_of(self, dataset: Any) -> Iterator[Any]:
+        try:
+            yield from dataset
+        except Exception as error:
+            where = f"{self._where}, after row {self._done}, cannot be read ({type(error).__name__})"
+            if _may_be_shown(error):
+                raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
+            # A network that failed: what is done stays, and the same command goes on.
+            raise OSError(where) from error
+
+    def _load(self) -> Any:
+        datasets = optional_import("datasets", "datasets", self._where)
+        split = self._options["split"]
+        try:
+            if self._scheme == "hub":
+                options = {key: self._options.get(key) for key in ("name", "split", "revision")}
+                streaming = self._options.get("streaming") != "false"
+                return datasets.load_dataset(self._path, streaming=streaming, **options)
+            loaded = datasets.load_from_disk(os.path.expanduser(self._path))
+        except Exception as error:
+            shown = f": {str(error).splitlines()[0]}" if _may_be_shown(error) and str(error) else ""
+            raise InputError(f"{self._where} cannot be loaded ({type(error).__name__}){shown}") from error
+        if not isinstance(loaded, datasets.DatasetDict):
+            return loaded
+        if split not in loaded:
+            raise InputError(f"{self._where} has no split {split!r}; there are {', '.join(loaded)}")
+        return loaded[split]
+
+
+def _may_be_shown(error: Exception) -> bool:
+    """Whether the message holds no address of a proxy, password included, as a network library's may.
+
+    What can go wrong with a dataset has many classes in four libraries.
+    """
+    return isinstance(error, ValueError) or type(error).__module__.startswith("datasets.")
 
 
 @DataSource.register_subclass("nanogpt")
@@ -255,15 +312,14 @@ class TokenFile(DataSource):
     holds = "tokens"
 
     def absolute(self) -> str:
-        return NANOGPT + _absolute(self.path)
+        return f"nanogpt:{_absolute(self.path)}"
 
     def find_tokens(self, tokenizer: Tokenizer, cache_dir: Path, report: Report, *, both: bool) -> Corpora:
         from sophia_levanter.data.nanogpt import NanogptTokens
 
         if both:
             raise InputError(
-                f"{self.field} {self.name}: a part cannot be held out of tokens; "
-                f"set data.validation to {NANOGPT}val.bin"
+                f"{self.field} {self.name}: a part cannot be held out of tokens; set data.validation to nanogpt:val.bin"
             )
         corpus = NanogptTokens(self.name, tokenizer, field=self.field, cache_dir=cache_dir)
 
@@ -281,7 +337,7 @@ class PreparedStore(DataSource):
     holds = "prepared text"
 
     def absolute(self) -> str:
-        return STORE + _absolute(self.path)
+        return f"store:{_absolute(self.path)}"
 
     def find_tokens(self, tokenizer: Tokenizer, cache_dir: Path, report: Report, *, both: bool) -> Corpora:
         from sophia_levanter.data.token_store import SIDES, TokenStore
@@ -291,7 +347,7 @@ class PreparedStore(DataSource):
         try:
             stores = [TokenStore.open(place, tokenizer) for place in places]
         except InputError as error:
-            hint = f"; without data.validation, {STORE}FOLDER holds {' and '.join(SIDES)}" if both else ""
+            hint = f"; without data.validation, store:FOLDER holds {' and '.join(SIDES)}" if both else ""
             raise InputError(f"{self.field}: {error}{hint}") from error
         return Corpora(self.name, [location], lambda: stores)
 
@@ -320,16 +376,21 @@ def source_named(name: str, field: str) -> DataSource:
     return kind(name, field)
 
 
+def open_source(
+    name: str, config: DataConfig, *, field: str, report: Report, special_tokens: Collection[str] = ()
+) -> Source:
+    """The documents of the source that `name` means; see `source_named` and `DataSource.open`."""
+    return source_named(name, field).open(Rows(config, field, special_tokens), report)
+
+
 def absolute_source(name: str, field: str) -> str:
     """`DataSource.absolute` of the source that `name` means."""
     return source_named(name, field).absolute()
 
 
-def open_source(
-    name: str, config: DataConfig, *, field: str, report: Report, special_tokens: Collection[str] = ()
-) -> Source:
-    """The documents of the source that `name` means; see `source_named` and `DataSource.open`."""
-    return source_named(name, field).open(config, report, special_tokens)
+def absolute_tokenizer(name: str) -> str:
+    """The same tokenizer, named so that it is found from any working directory."""
+    return _absolute(name) if name.endswith(TRAINED_TOKENIZER) else name
 
 
 def _absolute(path: str) -> str:

@@ -1,23 +1,33 @@
-"""How a token store is written: shard by shard, so that one that was interrupted goes on where it was."""
+"""A token store in the making: written shard by shard, with a file that says how far, so that a later process goes on."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import tensorstore as ts
 
-from sophia_levanter.data.arrays import ArrayWriter, open_array
-from sophia_levanter.data.blocks import Documents, store_dtype
+from sophia_levanter.data.documents import START, Position, Source, Tally
+from sophia_levanter.data.encoding import Documents
 from sophia_levanter.data.token_store import (
     DOCUMENT_ENDS,
     FORMAT_VERSION,
     MANIFEST_NAME,
     TOKENS,
     Manifest,
+    array_spec,
     digest_of,
+    open_array,
     tokens_digest,
 )
 from sophia_levanter.data.tokenizer import Tokenizer
@@ -28,10 +38,113 @@ SHARD_TOKENS = 1 << 21  # one file
 CHUNK_TOKENS = 1 << 14  # what one random read fetches and checks
 SHARD_DOCUMENTS = 1 << 18
 CHUNK_DOCUMENTS = 1 << 12
+FILE_NAME = "progress.npz"
+TALLIES = ("tally", "tally_before")
 
 
 class NotWritten(InputError):
     """The disk does not take what is to be written; what is there already can be gone on with."""
+
+
+@contextmanager
+def writing(before: str, after: str = "") -> Iterator[None]:
+    """Errors of the disk, which tensorstore raises as `ValueError`, as `NotWritten`: what, and around the reason."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise NotWritten(
+            f"data.cache_dir: cannot write {before}{reason}{after}; make room, or choose another place; "
+            "the same command goes on from what is written"
+        ) from error
+
+
+class Layout(NamedTuple):
+    """How an array lies in files.
+
+    Attributes:
+        dtype: of the elements.
+        shard: elements in a file.
+        chunk: elements that have a checksum of their own; divides `shard`.
+    """
+
+    dtype: np.dtype
+    shard: int
+    chunk: int
+
+
+class ArrayWriter:
+    """Appends to the one-dimensional zarr3 array in `path`, holding one shard in memory.
+
+    A shard is a file that appears whole. A writer that was killed is replaced by one with the `num_written` and the
+    `tail` that it had at any earlier time: given the same values it writes the same files.
+
+    Args:
+        path: the array's directory.
+        layout: of the array.
+        num_written: elements that are in files already, a multiple of `shard`.
+        tail: elements after those, fewer than `shard`.
+
+    Raises:
+        ValueError: here and from the methods, if the disk does not take it.
+    """
+
+    def __init__(self, path: Path, layout: Layout, num_written: int, tail: np.ndarray | None) -> None:
+        self._buffer = np.empty(layout.shard, layout.dtype)
+        self._filled = 0
+        self.num_written = num_written
+        if num_written:
+            # What was written after that is gone: what follows now may be other values, or none.
+            self._array = (
+                ts.open(array_spec(str(path)), open=True).result().resize(exclusive_max=[num_written]).result()
+            )
+        else:
+            spec = _creation_spec(path, layout)
+            self._array = ts.open(spec, create=True, delete_existing=True).result()
+        if tail is not None:
+            self.append(tail)
+
+    @property
+    def length(self) -> int:
+        """Elements so far."""
+        return self.num_written + self._filled
+
+    @property
+    def tail(self) -> np.ndarray:
+        """Elements that are in no file yet."""
+        return self._buffer[: self._filled]
+
+    def append(self, values: np.ndarray) -> None:
+        """Add elements at the end."""
+        while values.size:
+            taken = min(values.size, len(self._buffer) - self._filled)
+            self._buffer[self._filled : self._filled + taken] = values[:taken]
+            self._filled += taken
+            values = values[taken:]
+            if self._filled == len(self._buffer):
+                self.flush()
+
+    def flush(self) -> None:
+        """Write the tail; after a tail that is no whole shard nothing may follow."""
+        if not self._filled:
+            return
+        end = self.length
+        self._array = self._array.resize(exclusive_max=[end]).result()
+        # Not copied first: the buffer stays as it is until all is written.
+        self._array[self.num_written : end].write(self.tail, can_reference_source_data_indefinitely=True).result()
+        self.num_written, self._filled = end, 0
+
+
+def _creation_spec(path: Path, layout: Layout) -> dict[str, Any]:
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {"chunk_shape": [layout.chunk], "codecs": codecs, "index_codecs": codecs}
+    metadata = {
+        "shape": [0],
+        "data_type": layout.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [layout.shard]}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+    return array_spec(str(path)) | {"metadata": metadata}
 
 
 @dataclass(frozen=True)
@@ -58,22 +171,15 @@ class TokenStoreWriter:
         self._source = source
         self.num_documents = state.num_documents
         self.num_bytes = state.num_bytes
-        self._arrays = {}
-        for name, dtype, shard, chunk in (
-            (TOKENS, store_dtype(tokenizer), SHARD_TOKENS, CHUNK_TOKENS),
-            (DOCUMENT_ENDS, np.dtype(np.uint64), SHARD_DOCUMENTS, CHUNK_DOCUMENTS),
-        ):
-            try:
-                self._arrays[name] = ArrayWriter(
-                    path / name,
-                    dtype,
-                    shard=shard,
-                    chunk=chunk,
-                    num_written=state.written[name],
-                    tail=state.tails[name],
-                )
-            except ValueError as error:
-                raise _not_written(path, error) from error
+        layouts = {
+            TOKENS: Layout(tokenizer.dtype, SHARD_TOKENS, CHUNK_TOKENS),
+            DOCUMENT_ENDS: Layout(np.dtype(np.uint64), SHARD_DOCUMENTS, CHUNK_DOCUMENTS),
+        }
+        with self._writing():
+            self._arrays = {
+                name: ArrayWriter(path / name, layout, state.written[name], state.tails[name])
+                for name, layout in layouts.items()
+            }
 
     @property
     def num_tokens(self) -> int:
@@ -97,17 +203,15 @@ class TokenStoreWriter:
     def append(self, documents: Documents) -> None:
         """Add documents at the end."""
         ends = self.num_tokens + np.cumsum(documents.lengths)
-        try:
+        with self._writing():
             self._arrays[TOKENS].append(documents.tokens)
             self._arrays[DOCUMENT_ENDS].append(ends.astype(np.uint64))
-        except ValueError as error:
-            raise _not_written(self._path, error) from error
         self.num_documents += len(documents.lengths)
         self.num_bytes += documents.num_bytes
 
     def finish(self) -> None:
         """Write what is left, read all of it back, and write the manifest."""
-        try:
+        with self._writing():
             for array in self._arrays.values():
                 array.flush()
             digests = {
@@ -130,13 +234,157 @@ class TokenStoreWriter:
             )
             content = json.dumps(manifest.with_checksum().__dict__, indent=2)
             write_atomically(self._path / MANIFEST_NAME, content.encode())
-        except (ValueError, OSError) as error:
-            raise _not_written(self._path, error) from error
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(f"the token store {self._path} (", ")")
 
 
-def _not_written(path: Path, reason: object) -> NotWritten:
-    shown = os.strerror(reason.errno) if isinstance(reason, OSError) and reason.errno else reason
-    return NotWritten(
-        f"data.cache_dir: cannot write the token store {path} ({shown}); make room, or choose another place; "
-        "the same command goes on from what is written"
-    )
+@dataclass(frozen=True)
+class Place:
+    """How far a source has been read, and what it held up to there.
+
+    Attributes:
+        position: after the last document.
+        tally: what the rows up to there held.
+        tally_before: of these, what those held that are of the files before the position's.
+        files_before: digest of the files before the position's, as the source identifies them.
+        file: digest of the position's file, as the source identifies it.
+        num_documents: of that file, up to there.
+        documents: digest of these documents.
+    """
+
+    position: Position
+    tally: Tally
+    tally_before: Tally
+    files_before: str
+    file: str
+    num_documents: int
+    documents: str
+
+
+class Trail:
+    """Follows a source while it is read, so that a later process can go on after any document.
+
+    Args:
+        source: what is read.
+        place: where an earlier process was; the beginning if not given.
+    """
+
+    def __init__(self, source: Source, place: Place | None = None) -> None:
+        self._source = source
+        self._files = [_as_bytes(part) for part in source.parts]
+        self.position = place.position if place else START
+        self._tally = place.tally if place else Tally()
+        self._tally_before = place.tally_before if place else Tally()
+        self._files_before = bytes.fromhex(place.files_before) if place else b""
+        self.num_documents = place.num_documents if place else 0
+        self._documents = bytes.fromhex(place.documents) if place else b""
+
+    def add(self, position: Position, text: str) -> None:
+        """Follow to the position after a document."""
+        if position[0] != self.position[0]:
+            self._files_before = reduce(_chained, self._files[self.position[0] : position[0]], self._files_before)
+            self.num_documents, self._documents = 0, b""
+        self.num_documents += 1
+        self._documents = _chained(self._documents, text.encode("utf-8"))
+        rows = self._source.rows
+        self.position, self._tally, self._tally_before = position, rows.tally, rows.tally_before
+
+    @property
+    def place(self) -> Place:
+        """Where it is."""
+        return Place(
+            self.position,
+            self._tally,
+            self._tally_before,
+            self._files_before.hex(),
+            _chained(b"", self._files[self.position[0]]).hex(),
+            self.num_documents,
+            self._documents.hex(),
+        )
+
+
+def place_after(source: Source, place: Place) -> Place | None:
+    """Where to go on with a source that was read up to `place`; None if what was read there has changed.
+
+    A file that is not what it was, such as one that was corrected, is read again up to as many documents, which must
+    be the same; its rows are counted again.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    files = [_as_bytes(part) for part in source.parts]
+    number = place.position[0]
+    if number >= len(files) or reduce(_chained, files[:number], b"").hex() != place.files_before:
+        return None
+    if _chained(b"", files[number]).hex() == place.file:
+        return place
+    source.rows.tally = place.tally_before
+    trail = Trail(source, replace(place, position=(number, 0), num_documents=0, documents=""))
+    for position, text in islice(source.documents(trail.position), place.num_documents):
+        trail.add(position, text)
+    return trail.place if trail.place.documents == place.documents else None
+
+
+def _as_bytes(part: Any) -> bytes:
+    return json.dumps(part).encode()
+
+
+def _chained(digest: bytes, data: bytes) -> bytes:
+    return hashlib.sha256(digest + data).digest()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What has been read, and where the writers of the stores were then."""
+
+    place: Place
+    writers: tuple[WriterState, ...]
+
+
+def save_progress(directory: Path, progress: Progress) -> None:
+    """Replace what the directory says.
+
+    Raises:
+        NotWritten: if the disk does not take it.
+    """
+    numbers = [{"documents": w.num_documents, "bytes": w.num_bytes, "written": w.written} for w in progress.writers]
+    tails = {f"{i}_{name}": tail for i, w in enumerate(progress.writers) for name, tail in w.tails.items()}
+    content = io.BytesIO()
+    place = vars(progress.place) | {name: getattr(progress.place, name)._asdict() for name in TALLIES}
+    header = json.dumps({"place": place, "writers": numbers})
+    np.savez(content, header=np.frombuffer(header.encode(), np.uint8), **tails)  # type: ignore[arg-type]
+    with writing(f"in {directory}: "):
+        write_atomically(directory / FILE_NAME, content.getvalue())
+
+
+def load_progress(directory: Path) -> Progress | None:
+    """What the directory says; None if it says nothing that can be read, so that all is done anew."""
+    try:
+        with np.load(directory / FILE_NAME, allow_pickle=False) as arrays:
+            header = json.loads(arrays["header"].tobytes())
+            writers = tuple(
+                WriterState(
+                    numbers["documents"],
+                    numbers["bytes"],
+                    numbers["written"],
+                    {name: arrays[f"{i}_{name}"] for name in numbers["written"]},
+                )
+                for i, numbers in enumerate(header["writers"])
+            )
+            place = header["place"]
+            place |= {name: Tally(**place[name]) for name in TALLIES} | {"position": tuple(place["position"])}
+            return Progress(Place(**place), writers)
+    except Exception:  # whatever damage makes of it
+        return None
+
+
+def has_progress(directory: Path) -> bool:
+    """Whether a later process can go on from what is in the directory."""
+    return (directory / FILE_NAME).exists()
+
+
+def forget_progress(directory: Path) -> None:
+    """Remove what the directory says."""
+    for path in directory.glob(f"{FILE_NAME}*"):  # a process that was killed may have left one half written
+        path.unlink()

@@ -1,4 +1,4 @@
-"""Files of text, here or at a URL: which there are."""
+"""Files of text, here or at a URL: which a source names, and whether they change."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from sophia_levanter.data.names import PYTHON_STDLIB
 from sophia_levanter.errors import InputError
 
+PYTHON_STDLIB = "python_stdlib"
 NOT_STDLIB_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 # What is taken of a folder. A .json that is not compressed may well be a configuration.
 KINDS = (".txt", ".jsonl", ".ndjson", ".jsonlines", ".parquet")
 DATASET_MARKS = ("state.json", "dataset_dict.json")
+# What editors and downloads leave beside a file.
+LEFT_BESIDE_FOLDERS = {"__macosx", "_temporary", "_delta_log"}
+LEFT_BESIDE = (".bak", ".orig", ".swp", ".part", ".crdownload", ".tmp", ".incomplete")
 # What fsspec's file systems call that by which a changed file is known.
 REMOTE_MARKS = ("size", "mtime", "ino", "ETag", "etag", "generation", "md5Hash", "blob_id")
+
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -32,41 +37,68 @@ class TextFile:
 
     Attributes:
         name: an absolute path, or a URL.
+        field: the config field that names it, for errors.
         size: bytes.
         version: another one if the content is another; a JSON value.
         marks: what changes when something is written to the file, or another one takes its place.
     """
 
     name: str
+    field: str
     size: int
     version: Any
-    marks: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    marks: Mapping[str, Any]
 
     @property
-    def kind(self) -> str:
-        """The suffix without that of a compression, in lower case."""
-        name = self.name.lower()
-        for suffix in COMPRESSIONS:
-            name = name.removesuffix(suffix)
-        return os.path.splitext(name)[1]
+    def where(self) -> str:
+        """The field and the file, for messages."""
+        return f"{self.field}: {self.name}"
 
     @property
-    def named_compression(self) -> str | None:
-        """The compression that the suffix stands for."""
-        return COMPRESSIONS.get(os.path.splitext(self.name.lower())[1])
+    def named(self) -> tuple[str, str | None]:
+        """What the name says: the suffix without that of a compression, in lower case, and the compression."""
+        return _suffixes(self.name)
 
-    @property
-    def is_of_folder(self) -> bool:
-        """Whether a folder that is named as a source takes it."""
-        return self.kind in KINDS or (self.kind == ".json" and self.named_compression is not None)
+    def open(self) -> BinaryIO:
+        """The bytes as they are."""
+        if "://" not in self.name:
+            return cast(BinaryIO, Path(self.name).open("rb"))
+        filesystem, path = _filesystem_of(self.name, self.field)
+        with _naming_url(self.name, self.field):
+            return cast(BinaryIO, filesystem.open(path, "rb"))
+
+    def check_unchanged(self) -> None:
+        """Whether the file is still the one that was looked up.
+
+        Raises:
+            InputError: if something was written to it, or another file took its place.
+        """
+        if "://" not in self.name:
+            now = _local_file(Path(self.name), self.field)
+        else:
+            filesystem, path = _filesystem_of(self.name, self.field)
+            with _naming_url(self.name, self.field):
+                filesystem.invalidate_cache(path)
+                now = _remote_file(filesystem, path, self.field)
+        # What a server tells of a file alone and of all in a folder may differ.
+        if any(now.marks[name] != self.marks[name] for name in now.marks.keys() & self.marks.keys()):
+            raise InputError(
+                f"{self.where} changed after it was looked up; run the command again when nothing writes to it"
+            )
 
 
-# What editors and downloads leave beside a file.
-LEFT_BESIDE_FOLDERS = {"__macosx", "_temporary", "_delta_log"}
-LEFT_BESIDE = (".bak", ".orig", ".swp", ".part", ".crdownload", ".tmp", ".incomplete")
+def _suffixes(name: str) -> tuple[str, str | None]:
+    stem, last = os.path.splitext(name.lower())
+    return (os.path.splitext(stem)[1], COMPRESSIONS[last]) if last in COMPRESSIONS else (last, None)
 
 
-def find_files(source: str, *, field: str, report: Callable[[str], None]) -> list[TextFile]:
+def _is_of_folder(name: str) -> bool:
+    """Whether a folder that is named as a source takes a file of this name, or that which it was left beside."""
+    kind, compression = _suffixes(_own_name(name))
+    return kind in KINDS or (kind == ".json" and compression is not None)
+
+
+def find_files(source: str, *, field: str, report: Report) -> list[TextFile]:
     """The files that `source` names, in sorted order.
 
     Args:
@@ -84,7 +116,7 @@ def find_files(source: str, *, field: str, report: Callable[[str], None]) -> lis
         paths = _stdlib_files()
         if not paths:
             raise InputError(f"{field}: {PYTHON_STDLIB}: this Python has no source files of its library; name a file")
-        return [local_file(path, field) for path in paths]
+        return [_local_file(path, field) for path in paths]
     if "://" in source:
         if "@" in urlsplit(source).netloc:
             raise InputError(
@@ -107,7 +139,7 @@ def find_files(source: str, *, field: str, report: Callable[[str], None]) -> lis
         paths = _taken(shown | hidden, kept, field, report)
     if not paths:
         raise InputError(f"{field}: no file is called or matches {source!r}; give a path, a glob or {PYTHON_STDLIB}")
-    return [local_file(path, field) for path in paths]
+    return [_local_file(path, field) for path in paths]
 
 
 def optional_import(module: str, package: str, what: str) -> Any:
@@ -176,7 +208,7 @@ def _own_name(name: str) -> str:
     return stem if suffix.lower() in LEFT_BESIDE else name
 
 
-def _report_left_out(names: set[Any], field: str, report: Callable[[str], None]) -> None:
+def _report_left_out(names: set[Any], field: str, report: Report) -> None:
     if names:
         report(
             f"{field}: left out {len(names)} hidden files, backups or partial downloads, such as {min(names)}; "
@@ -184,7 +216,7 @@ def _report_left_out(names: set[Any], field: str, report: Callable[[str], None])
         )
 
 
-def _taken(found: set[Path], kept: set[Path], field: str, report: Callable[[str], None]) -> list[Path]:
+def _taken(found: set[Path], kept: set[Path], field: str, report: Report) -> list[Path]:
     """Those of the files that are kept, each once, in sorted order; one line says how many are not."""
     _report_left_out(found - kept, field, report)
     # A path without a link goes before one with a link, and a short one before a long one.
@@ -198,10 +230,10 @@ def _taken(found: set[Path], kept: set[Path], field: str, report: Callable[[str]
     return once
 
 
-def _files_of_folder(folder: Path, source: str, field: str, report: Callable[[str], None]) -> list[Path]:
+def _files_of_folder(folder: Path, source: str, field: str, report: Report) -> list[Path]:
     if any((folder / mark).is_file() for mark in DATASET_MARKS):
         raise InputError(f"{field}: {source!r} is a folder that `datasets` saved; write datasets:{source}")
-    found = [p for p in folder.rglob("*") if p.is_file() and TextFile(_own_name(p.name), 0, None).is_of_folder]
+    found = [p for p in folder.rglob("*") if p.is_file() and _is_of_folder(p.name)]
     relative = {path: path.relative_to(folder).as_posix() for path in found}
     kept = {path for path in found if not _is_hidden(relative[path]) and not _is_left_beside(relative[path])}
     paths = _taken({*found}, kept, field, report)
@@ -213,19 +245,19 @@ def _files_of_folder(folder: Path, source: str, field: str, report: Callable[[st
     return paths
 
 
-def local_file(path: Path, field: str) -> TextFile:
+def _local_file(path: Path, field: str) -> TextFile:
     if not path.is_file():
         raise InputError(f"{field}: {path} is not a regular file, or a link to one that is gone")
     status = path.stat()
     marks = {"size": status.st_size, "mtime": status.st_mtime_ns, "ino": status.st_ino}
-    return TextFile(str(path), status.st_size, status.st_mtime_ns, marks)
+    return TextFile(str(path), field, status.st_size, status.st_mtime_ns, marks)
 
 
-def _remote_files(source: str, field: str, report: Callable[[str], None]) -> list[TextFile]:
-    filesystem, path = filesystem_of(source, field)
-    with naming_url(source, field):
+def _remote_files(source: str, field: str, report: Report) -> list[TextFile]:
+    filesystem, path = _filesystem_of(source, field)
+    with _naming_url(source, field):
         if filesystem.isdir(path):
-            found = [name for name in filesystem.find(path) if TextFile(_own_name(name), 0, None).is_of_folder]
+            found = [name for name in filesystem.find(path) if _is_of_folder(name)]
             fixed = len(path)
         elif any(character in path for character in "*?["):
             found = [name for name in filesystem.glob(path) if not filesystem.isdir(name)]
@@ -238,16 +270,17 @@ def _remote_files(source: str, field: str, report: Callable[[str], None]) -> lis
         rest = {name: name[fixed:].lstrip("/") for name in found}
         taken = [name for name in found if not (_is_hidden(rest[name]) or _is_left_beside(rest[name]))]
         _report_left_out({*found} - {*taken}, field, report)
-        return [remote_file(filesystem, name) for name in sorted(taken)]
+        return [_remote_file(filesystem, name, field) for name in sorted(taken)]
 
 
-def remote_file(filesystem: Any, path: str) -> TextFile:
+def _remote_file(filesystem: Any, path: str, field: str) -> TextFile:
     details = filesystem.info(path)
     marks = {name: details[name] for name in REMOTE_MARKS if name in details}
-    return TextFile(filesystem.unstrip_protocol(path), details.get("size") or 0, filesystem.ukey(path), marks)
+    name = filesystem.unstrip_protocol(path)
+    return TextFile(name, field, details.get("size") or 0, filesystem.ukey(path), marks)
 
 
-def filesystem_of(url: str, field: str) -> tuple[Any, str]:
+def _filesystem_of(url: str, field: str) -> tuple[Any, str]:
     fsspec = optional_import("fsspec", "fsspec", f"{field}: {url}")
     try:
         return fsspec.core.url_to_fs(url)
@@ -259,7 +292,7 @@ def filesystem_of(url: str, field: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def naming_url(url: str, field: str) -> Iterator[None]:
+def _naming_url(url: str, field: str) -> Iterator[None]:
     try:
         yield
     except InputError:

@@ -1,4 +1,4 @@
-"""A corpus as one long array of token ids, with an end-of-text after each document: how it is read."""
+"""A corpus as one long array of token ids, with an end-of-text after each document: what it is, and reading a store."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import contextlib
 import hashlib
 import json
 import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from sophia_levanter.data.arrays import open_array
-from sophia_levanter.data.cache import remembered
 from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.kvstore import read_file
+from sophia_levanter.files import check_regular, write_atomically
+from sophia_levanter.kvstore import context_spec, kvstore_spec, read_file
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 TOKENS, DOCUMENT_ENDS = "tokens", "document_ends"
+RESULTS = "results"  # in the cache directory, of reading much
 SIDES = ("train", "validation")  # the stores of a text of which a part is held out
 IN_MEMORY_BYTES = 1 << 30  # smaller stores are read once and kept
 CACHE_BYTES = 1 << 26  # for shard indices and chunks of the larger ones
@@ -30,35 +32,69 @@ READ_TOKENS = 1 << 22  # at once, where all are read
 MOST_READS = 3  # of tokens whose files something touches meanwhile
 
 
-class Tokens(Protocol):
-    """A corpus that batches are cut from: a token store, or another program's file."""
+class Tokens(ABC):
+    """A corpus that batches are cut from: a token store, another program's file, or several of them.
+
+    Attributes:
+        location: where it is, for messages.
+    """
+
+    location: str
 
     @property
+    @abstractmethod
     def num_tokens(self) -> int: ...
 
     @property
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What tells it from other corpora: JSON values, kept with checkpoints and compared on resuming."""
-        ...
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens in `[start, stop)`, int [position]."""
-        ...
+        """The tokens in `[start, stop)`, int [position], read-only.
+
+        Raises:
+            IndexError: if the range is not within the corpus.
+            InputError: if the corpus is damaged there.
+        """
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"[{start}, {stop}) is not within the {self.num_tokens} tokens of {self.location}")
+        return self._read(start, stop)
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The `length` tokens from each of `starts` on, int32 [window, position]."""
-        ...
+        """The `length` tokens from each of `starts` on, int32 [window, position].
 
+        Raises:
+            IndexError: if a window is not within the corpus, or a part of it.
+            InputError: if the corpus is damaged there.
+        """
+        if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
+            raise IndexError(f"a window is not within the {self.num_tokens} tokens of {self.location}")
+        return self._read_windows(starts, length)
+
+    @abstractmethod
+    def _read(self, start: int, stop: int) -> np.ndarray: ...
+
+    @abstractmethod
+    def _read_windows(self, starts: np.ndarray, length: int) -> np.ndarray: ...
+
+    @abstractmethod
     def check_whole(self, cache_dir: Path) -> None:
-        """Compare all of it with what it should be, which may take minutes. Raises `InputError` if it differs.
+        """Compare all of it with what it should be, which may take minutes.
 
         What is found of files in large corpora is kept in `cache_dir`.
-        """
-        ...
 
+        Raises:
+            InputError: if it differs.
+        """
+
+    @abstractmethod
     def check_unchanged(self) -> None:
-        """Compare again, after `check_whole`, what has been touched since. Raises `InputError` if it differs."""
-        ...
+        """Compare again, after `check_whole`, what has been touched since.
+
+        Raises:
+            InputError: if it differs.
+        """
 
 
 @dataclass(frozen=True)
@@ -88,7 +124,7 @@ def digest_of(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-class TokenStore:
+class TokenStore(Tokens):
     """A finished token store, opened by `TokenStore.open`.
 
     Attributes:
@@ -140,49 +176,23 @@ class TokenStore:
         return self.manifest.num_documents
 
     @property
-    def num_bytes(self) -> int:
-        return self.manifest.num_bytes
-
-    @property
     def dtype(self) -> np.dtype:
         """Of the tokens: uint16 or uint32."""
         return self._array.dtype.numpy_dtype
 
     @property
-    def tokenizer_fingerprint(self) -> str:
-        return self.manifest.tokenizer_fingerprint
-
-    @property
     def facts(self) -> dict[str, Any]:
         return {
-            "tokenizer": self.tokenizer_fingerprint,
+            "tokenizer": self.manifest.tokenizer_fingerprint,
             "documents": self.num_documents,
             "tokens": self.num_tokens,
             "digest": self.manifest.digest,
         }
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens in `[start, stop)`, uint16 or uint32 [position], read-only.
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        return self._tokens[start:stop] if self._fits_in_memory else self._fetch([slice(start, stop)])[0]
 
-        Raises:
-            IndexError: if the range is not within the store.
-            InputError: if the store is damaged there.
-        """
-        if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"[{start}, {stop}) is not within the {self.num_tokens} tokens of {self.location}")
-        if self._fits_in_memory:
-            return self._tokens[start:stop]
-        return self._fetch([slice(start, stop)])[0]
-
-    def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The `length` tokens from each of `starts` on, int32 [window, position].
-
-        Raises:
-            IndexError: if a window is not within the store.
-            InputError: if the store is damaged there.
-        """
-        if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
-            raise IndexError(f"a window is not within the {self.num_tokens} tokens of {self.location}")
+    def _read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         if self._fits_in_memory:
             return self._tokens[starts[:, None] + np.arange(length)].astype(np.int32)
         return np.stack(self._fetch([slice(start, start + length) for start in starts.tolist()])).astype(np.int32)
@@ -196,8 +206,11 @@ class TokenStore:
         """
         if not 0 <= number < self.num_documents:
             raise IndexError(f"document {number} is not one of the {self.num_documents} of {self.location}")
-        first = max(number - 1, 0)
-        ends = self._read_ends(first, number + 1).tolist()
+        try:
+            array = _open(self.location, DOCUMENT_ENDS, self.num_documents)
+            ends = array[max(number - 1, 0) : number + 1].read().result().tolist()
+        except ValueError as error:
+            raise _damaged(self.location, error) from error
         return self.read(ends[0] if number else 0, ends[-1] - 1)
 
     def verify(self) -> None:
@@ -212,11 +225,6 @@ class TokenStore:
             raise _damaged(self.location, "the documents' ends are not those that were written")
 
     def check_whole(self, cache_dir: Path) -> None:
-        """Compare all tokens with the manifest; at once where the same files have been compared before.
-
-        Raises:
-            InputError: if the tokens are not those that were written.
-        """
         if self._fits_in_memory:
             _ = self._tokens
             return
@@ -226,17 +234,10 @@ class TokenStore:
         self.check_unchanged()
 
     def check_unchanged(self) -> None:
-        """Compare the tokens again where something has touched their files since `check_whole`.
-
-        A file that is gone is missed when it is read.
-
-        Raises:
-            InputError: if the tokens are not those that were written, or the files change without end.
-        """
         if self._fits_in_memory:
             return
         for _ in range(MOST_READS):
-            now = self._files()
+            now = self._files()  # one that is gone is missed when it is read
             if all(now.get(name, status) == status for name, status in self._status.items()):
                 return
             self._check_digest(self._read_all()["digest"])
@@ -277,16 +278,6 @@ class TokenStore:
         self._check_digest(hashlib.blake2b(tokens.data, digest_size=16).hexdigest())
         return tokens
 
-    @cached_property
-    def _ends(self) -> ts.TensorStore:
-        return _open(self.location, DOCUMENT_ENDS, self.num_documents)
-
-    def _read_ends(self, start: int, stop: int) -> np.ndarray:
-        try:
-            return self._ends[start:stop].read().result()
-        except ValueError as error:
-            raise _damaged(self.location, error) from error
-
     def _fetch(self, ranges: list[slice]) -> list[np.ndarray]:
         futures = [self._array[tokens].read() for tokens in ranges]  # all at once: the reads overlap
         try:
@@ -296,6 +287,31 @@ class TokenStore:
         for array in arrays:
             array.flags.writeable = False
         return arrays
+
+
+def open_array(location: str, cache_bytes: int = 0) -> ts.TensorStore:
+    """The array at a path or URL, for reading.
+
+    Raises:
+        NotRegular: if one of its files is not a regular file.
+        ValueError: if it is not there or cannot be read.
+    """
+    for path in Path(location).rglob("*") if "://" not in location else ():
+        if not path.is_dir():
+            check_regular(path)
+    context = ts.Context(context_spec(cache_bytes))
+    return ts.open(array_spec(location), open=True, read=True, context=context).result()
+
+
+def array_spec(location: str) -> dict[str, Any]:
+    """How tensorstore finds an array."""
+    return {
+        "driver": "zarr3",
+        "kvstore": kvstore_spec(location),
+        # Otherwise a chunk whose file is gone would read as zeros.
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+    }
 
 
 def tokens_digest(array: ts.TensorStore, location: str) -> str:
@@ -352,3 +368,23 @@ def _read_manifest(location: str) -> Manifest:
 
 def _damaged(location: str, reason: object) -> InputError:
     return InputError(f"{location}: the token store is damaged ({reason}); delete it and it is prepared again")
+
+
+def remembered(cache_dir: Path | None, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `compute` gives, a JSON object; for a key that was there before, what it gave then.
+
+    Args:
+        cache_dir: where it is kept, if that can be written; None keeps nothing.
+        key: all that the result depends on, a JSON value.
+        compute: reads much.
+    """
+    if cache_dir is None:
+        return compute()
+    path = cache_dir / RESULTS / hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_bytes())
+    result = compute()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(result).encode())
+    return result

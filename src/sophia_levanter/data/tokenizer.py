@@ -1,7 +1,8 @@
-"""Text to token ids and back: tiktoken's encodings by name, and plain bytes."""
+"""Text to token ids and back: plain bytes, and byte-pair encodings from tiktoken or from `train_bpe`."""
 
 from __future__ import annotations
 
+import base64
 import difflib
 import hashlib
 from abc import ABC, abstractmethod
@@ -11,14 +12,17 @@ from typing import ClassVar
 import numpy as np
 import tiktoken
 from draccus import ChoiceRegistry
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from sophia_levanter.config.settings import check_subclass
-from sophia_levanter.data.bpe import END_OF_TEXT, load_bpe
-from sophia_levanter.data.names import TRAINED_TOKENIZER
+from sophia_levanter.data.sources import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import read_regular
 from sophia_levanter.printing import CONTROLS
 
 BYTES = "bytes"
+END_OF_TEXT = "<|endoftext|>"
+NUM_BYTES = 256
 PIECE_CHARACTERS = 100_000
 # Of encodings that a machine may have to know of before it can download them.
 VOCAB_SIZES = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
@@ -66,6 +70,11 @@ class Tokenizer(ABC, ChoiceRegistry):
             digest.update(len(token).to_bytes(4, "little") + token)
         self.fingerprint = digest.hexdigest()
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of ids in a token store: uint16 where all fit, else uint32."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, int32 [position]. Special tokens spelled out in it are ordinary text."""
@@ -99,15 +108,15 @@ class ByteTokenizer(Tokenizer):
     def __init__(self, name: str = BYTES) -> None:
         if name != BYTES:
             raise InputError(f"data.tokenizer is {name!r}; did you mean {BYTES}?")
-        values = [bytes([value]) for value in range(256)]
-        super().__init__(BYTES, 256, [*values, b""], special_tokens={END_OF_TEXT: 256}, pattern="")
+        values = [bytes([value]) for value in range(NUM_BYTES)]
+        super().__init__(BYTES, NUM_BYTES, [*values, b""], special_tokens={END_OF_TEXT: NUM_BYTES}, pattern="")
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.int32)
 
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
         ids = self._checked(tokens)
-        return ids[ids < 256].astype(np.uint8).tobytes()
+        return ids[ids < NUM_BYTES].astype(np.uint8).tobytes()
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -153,6 +162,29 @@ class TiktokenTokenizer(Tokenizer):
         except UnicodeEncodeError:  # half of a surrogate pair, as a command line may hold
             return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
         return ids.astype(np.int32)
+
+
+def load_bpe(path: str) -> tiktoken.Encoding:
+    """The encoding that `save_bpe` wrote; end-of-text comes after all other tokens.
+
+    Raises:
+        InputError: if there is no such file, or it is none of tiktoken's.
+    """
+    try:
+        # Not by tiktoken's own function, which keeps a copy of a path's first content in its cache.
+        lines = (line.split() for line in read_regular(path).splitlines())
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        if set(ranks.values()) != set(range(len(ranks))) or any(
+            bytes([byte]) not in ranks for byte in range(NUM_BYTES)
+        ):
+            raise ValueError("ranks are missing, or some of the 256 bytes")
+        return tiktoken.Encoding(
+            path, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+        )
+    except OSError as error:
+        raise InputError(f"data.tokenizer: {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"data.tokenizer: {path} is no file of tiktoken's: {error}") from error
 
 
 def load_tokenizer(name: str) -> Tokenizer:

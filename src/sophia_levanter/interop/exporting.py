@@ -16,9 +16,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 import sophia_levanter
-from sophia_levanter.data.bpe import save_bpe
-from sophia_levanter.data.huggingface_tokenizer import ranks_of, tokenizer_config_json, tokenizer_json
-from sophia_levanter.data.names import TRAINED_TOKENIZER
+from sophia_levanter.data.bpe import ranks_of, save_bpe, tokenizer_config_json, tokenizer_json
+from sophia_levanter.data.sources import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import sync, write_atomically
 from sophia_levanter.interop.architectures import architecture_of

@@ -16,8 +16,7 @@ from sophia_levanter.config.build import flat
 from sophia_levanter.config.command_line import Command, dump_config, load_config
 from sophia_levanter.config.data import MixturePart
 from sophia_levanter.config.tracking import TrackingConfig
-from sophia_levanter.data.names import absolute_tokenizer
-from sophia_levanter.data.sources import absolute_source
+from sophia_levanter.data.sources import absolute_source, absolute_tokenizer
 from sophia_levanter.errors import InputError
 
 # What may differ between a run and its continuation by `--resume auto` without making it another run: how long it is,

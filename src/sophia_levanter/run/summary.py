@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 
 from sophia_levanter.config.sampling import Sampling
-from sophia_levanter.data.bigram import bigram_bits_per_byte
+from sophia_levanter.data.batches import bigram_bits_per_byte
 from sophia_levanter.data.tokenizer import printable
 from sophia_levanter.models.sampling import generate
 from sophia_levanter.tracking.console import show_duration

@@ -14,7 +14,7 @@ from sophia_levanter.checkpoint import CheckpointError
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.registries import CALLBACKS
 from sophia_levanter.config.trainer import TrainerConfig
-from sophia_levanter.data.verification import Verification
+from sophia_levanter.data.batches import Verification
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.printing import one_line

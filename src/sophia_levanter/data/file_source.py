@@ -1,0 +1,314 @@
+"""Documents of files: text, JSON, Parquet, and the standard library."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import os
+import re
+import tokenize
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from sophia_levanter.data.documents import START, Position, Rows, Source
+from sophia_levanter.data.formats import Format, OpenFile, format_of, has_objects, named_formats, opened
+from sophia_levanter.data.text_files import PYTHON_STDLIB, Report, TextFile, find_files, optional_import
+from sophia_levanter.errors import InputError
+
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+PARQUET_ROWS = 256  # at once
+PIECE_BYTES = 1 << 20  # of a JSON array, or of a text that is split, at once
+# What stands before an element of an array and what ends it: at its beginning, and after an element.
+ARRAY_FIRST = re.compile(r"\s*\[\s*(?=[^\s\]])"), re.compile(r"\s*\[\s*\]\s*\Z")
+ARRAY_NEXT = re.compile(r"\s*,\s*(?=\S)"), re.compile(r"\s*\]\s*\Z")
+ARRAY_DELIMITER = re.compile(r"\s*[,\]]")
+READING_VERSION = 2  # of how files become documents; what was prepared by another one is prepared again
+
+# A record's place, for messages, and its text; None if it is left out already.
+Record = tuple[str, str | None]
+
+
+class FileSource(Source):
+    """The documents of files, one at a time; those without text are left out.
+
+    A file's content decides how it is read, see `format_of`: JSON lines and JSON arrays hold an object a document,
+    Parquet a row a document, and any other file is one document; in UTF-8. The Python standard library is one document
+    a module, as its encoding declaration says. Texts are split at `data.document_separator`, if there is one.
+
+    Args:
+        name: which files, see `find_files`.
+        rows: what makes documents of the records.
+        report: takes a line about files whose names do not say what they hold.
+
+    Raises:
+        InputError: here, if there are no such files; while reading, if one cannot be read or decoded, or a record has
+            no text.
+    """
+
+    def __init__(self, name: str, rows: Rows, report: Report) -> None:
+        super().__init__(name, rows)
+        self._report = report
+        self._reported: set[Any] = set()
+        self._files = find_files(name, field=rows.field, report=report)
+        self._file = 0
+        self._share_of_file: Callable[[], float] = lambda: 0.0
+
+    @property
+    def parts(self) -> list[Any]:
+        return [(file.name, file.size, file.version) for file in self._files]
+
+    @property
+    def settings(self) -> list[Any]:
+        return [READING_VERSION, *super().settings]
+
+    @property
+    def identity(self) -> Any:
+        return [READING_VERSION, self.name, self.parts, *self.rows.settings]
+
+    @property
+    def inputs(self) -> list[str]:
+        return [file.name if "://" in file.name else os.path.realpath(file.name) for file in self._files]
+
+    def where(self, position: Position) -> str:
+        return f"{self._files[position[0]].name}, document {position[1]}"
+
+    def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
+        for number in range(start[0], len(self._files)):
+            skip = start[1] if number == start[0] else 0
+            self._file = number
+            if not skip:
+                self.rows.tally_before = self.rows.tally
+            for record, (where, text) in enumerate(self._records(self._files[number], skip), start=skip + 1):
+                for document in self.rows.documents(text, where):
+                    yield (number, record), document
+        self._file, self._share_of_file = len(self._files), lambda: 0.0
+
+    def share_read(self) -> float | None:
+        sizes = [file.size for file in self._files]
+        if not sum(sizes):
+            return None
+        current = sizes[self._file] * self._share_of_file() if self._file < len(sizes) else 0.0
+        return (sum(sizes[: self._file]) + current) / sum(sizes)
+
+    def _records(self, file: TextFile, skip: int) -> Iterator[Record]:
+        """The records of a file from number `skip` on, those without text too."""
+        with opened(file) as open_file:
+            self._share_of_file = open_file.share_read
+            if self.name == PYTHON_STDLIB:
+                if not skip:
+                    text = _python_source(open_file.content)
+                    yield file.name, text if text.strip() else None  # an empty module is nothing to tell of
+                return
+            format_ = format_of(open_file, self.rows.config.text_field)
+            self._report_disagreement(open_file, format_)
+            if format_ is Format.PARQUET:
+                yield from self._parquet_rows(open_file, skip)
+            elif format_ is Format.JSON_LINES:
+                yield from self._json_lines(file, open_file.content, skip)
+            elif format_ is Format.JSON_ARRAY:
+                yield from self._json_array(file, open_file.content, skip)
+            else:
+                self._report_objects(open_file)
+                yield from self._plain_text(file, open_file.content, skip)
+
+    def _report_disagreement(self, opened: OpenFile, format_: Format) -> None:
+        """One line for all files whose names and contents disagree in the same way."""
+        named, compressed = named_formats(opened.file), opened.file.named[1]
+        agree = format_ in named and opened.compression == compressed
+        key = (format_, opened.compression, named, compressed)
+        if agree or not opened.file.size or key in self._reported:
+            return
+        self._reported.add(key)
+        held = format_.value if opened.compression is None else f"{format_.value} compressed by {opened.compression}"
+        self._report(f"{opened.file.where} holds {held}, unlike its name; it and files like it are read by content")
+
+    def _report_objects(self, opened: OpenFile) -> None:
+        """One line where a text seems to be records that could not be read as such."""
+        if "objects" not in self._reported and has_objects(opened):
+            self._reported.add("objects")
+            self._report(
+                f"WARNING: {opened.file.where} is read as one plain text although lines of it are JSON "
+                f"objects: not all of the first lines have the field {self.rows.config.text_field!r}; set data.text_field, "
+                "or remove the lines that are not records"
+            )
+
+    def _plain_text(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
+        """The text of a file as one record; with a separator a record ends at each, so that not all is in memory."""
+        separator = self.rows.config.document_separator
+        if separator is None and file.size > MEMORY:
+            raise InputError(
+                f"{file.where} is one text of {file.size:,} bytes, which does not fit into memory; "
+                "split it, write JSON lines, or set data.document_separator"
+            )
+        reader = _Utf8(content, self._decode_errors, f"{file.where}")
+        text, ended = "", 0
+        # Read as much again, so that a long document is not searched more often than its length doubles.
+        while more := reader.read(max(PIECE_BYTES, len(text)) if separator else -1):
+            text += more
+            if separator:
+                *documents, text = text.split(separator)
+                for document in documents:
+                    ended += 1
+                    if ended > skip:
+                        yield f"{file.name}, document {ended}", document + separator
+        if not ended and not skip:
+            yield file.name, text
+        elif ended >= skip and text.strip():
+            yield f"{file.name}, document {ended + 1}", text
+
+    def _json_lines(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
+        offset = 0
+        for number, line in enumerate(content, start=1):
+            if number > skip:
+                where = f"{file.name}:{number}"
+                text = self._decode(line, offset, where)
+                yield where, self._text_of_line(text, where) if text.strip() else None
+            offset += len(line)
+
+    def _json_array(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
+        for number, row in enumerate(self._array_items(file, content), start=1):
+            if number > skip:
+                where = f"{file.name}, record {number}"
+                yield where, self.rows.text_of(row, where)
+
+    def _array_items(self, file: TextFile, content: BinaryIO) -> Iterator[Any]:
+        """The elements of a JSON array; what is kept of its text is a piece, or the element that is longer."""
+        reader = _Utf8(content, self._decode_errors, f"{file.where}")
+        scanner = json.JSONDecoder()
+        text, at, number, at_end = "", 0, 1, False
+        before, last = ARRAY_FIRST
+        while True:
+            reason = "neither a JSON object nor the end of the array"
+            try:
+                if match := before.match(text, at):
+                    item, end = scanner.raw_decode(text, match.end())
+                    # Of a number the rest may not have been read.
+                    if isinstance(item, dict) or at_end or ARRAY_DELIMITER.match(text, end):
+                        yield item
+                        at, number = end, number + 1
+                        before, last = ARRAY_NEXT
+                        continue
+            except json.JSONDecodeError as error:
+                reason = f"not JSON: {error.msg}"
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{file.where}, record {number}, is not JSON that can be read: {error}") from error
+            if at_end:
+                if last.match(text, at):
+                    return
+                raise InputError(
+                    f"{file.where}, record {number}, is {reason}; write one array of objects, or one object a line"
+                )
+            # As much again, so that a long object is not scanned more often than its length doubles.
+            more = reader.read(max(PIECE_BYTES, len(text) - at))
+            text, at, at_end = text[at:] + more, 0, not more
+
+    @property
+    def _decode_errors(self) -> str:
+        return "strict" if self.rows.config.invalid_utf8 == "error" else "replace"
+
+    def _decode(self, data: bytes, offset: int, where: str) -> str:
+        try:
+            # Files that were put one after the other may have byte order marks in their middle.
+            return data.decode("utf-8", errors=self._decode_errors).removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(error, offset, f"{self.rows.field}: {where}") from error
+
+    def _text_of_line(self, line: str, where: str) -> str | None:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            return self.rows.bad(f"{where} is not JSON (one object a line): {error.msg} at column {error.colno}")
+        except (ValueError, RecursionError) as error:
+            return self.rows.bad(f"{where} is not JSON that can be read: {error}")
+        return self.rows.text_of(row, where)
+
+    def _parquet_rows(self, opened: OpenFile, skip: int) -> Iterator[Record]:
+        file, content = opened.file, opened.content
+        parquet = optional_import("pyarrow.parquet", "pyarrow", file.where)
+        if not content.seekable() or opened.compression is not None:  # the footer is at the end: then read all of it
+            content = io.BytesIO(content.read())
+        try:
+            table = parquet.ParquetFile(content)
+        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            raise InputError(f"{file.where} is truncated or damaged, or no Parquet file") from error
+        done, rows = 0, table.metadata.num_rows
+        self._share_of_file = lambda: done / rows if rows else 1.0
+        for group in range(table.metadata.num_row_groups):
+            size = table.metadata.row_group(group).num_rows
+            if done + size <= skip:
+                done += size
+                continue
+            for row in self._group_rows(table, group, file):
+                done += 1
+                if done > skip:
+                    where = f"{file.name}, row {done}"
+                    yield where, self.rows.text_of(row, where)
+
+    def _group_rows(self, table: Any, group: int, file: TextFile) -> Iterator[dict[str, Any]]:
+        name, names = self.rows.config.text_field, table.schema_arrow.names
+        if name not in names:
+            yield from [dict.fromkeys(names)] * table.metadata.row_group(group).num_rows
+            return
+        try:
+            for batch in table.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[name]):
+                yield from ({name: text} for text in batch.column(0).to_pylist())
+        except ValueError as error:
+            raise InputError(f"{file.where} is damaged: {str(error).splitlines()[0]}") from error
+
+
+class _Utf8:
+    """Text from bytes that are read piece by piece.
+
+    Args:
+        content: the bytes.
+        errors: what is done about bytes that are not UTF-8, as `bytes.decode` takes it.
+        where: the config field and the file, for errors.
+    """
+
+    def __init__(self, content: BinaryIO, errors: str, where: str) -> None:
+        self._content = content
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        self._where = where
+        self._num_read = 0
+        self._at_beginning = True
+
+    def read(self, size: int) -> str:
+        """The text of the next `size` bytes, or all if that is negative; empty at the end.
+
+        Raises:
+            InputError: if they are not UTF-8 text.
+        """
+        while True:
+            data = self._content.read(size)
+            if (zero := data.find(b"\0")) >= 0:
+                raise InputError(
+                    f"{self._where} is a binary file (zero byte at byte offset {self._num_read + zero}); "
+                    "give UTF-8 text"
+                )
+            offset = self._num_read - len(self._decoder.getstate()[0])
+            try:
+                text = self._decoder.decode(data, not data)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(error, offset, self._where) from error
+            self._num_read += len(data)
+            if text and self._at_beginning:
+                text, self._at_beginning = text.removeprefix("\ufeff"), False
+            if text or not data:
+                return text
+
+
+def _not_utf8(error: UnicodeDecodeError, offset: int, where: str) -> InputError:
+    return InputError(
+        f"{where} is not UTF-8 text (0x{error.object[error.start]:02x} at byte offset {offset + error.start}); "
+        "convert it to UTF-8, or set data.invalid_utf8 to replace"
+    )
+
+
+def _python_source(content: BinaryIO) -> str:
+    try:
+        encoding, _ = tokenize.detect_encoding(content.readline)
+        content.seek(0)
+        return io.TextIOWrapper(content, encoding, line_buffering=True).read()
+    except (SyntaxError, UnicodeDecodeError):  # the library ships a few files that are broken on purpose
+        return ""
