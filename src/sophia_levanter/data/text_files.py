@@ -63,8 +63,7 @@ class TextFile:
         """The bytes as they are."""
         if "://" not in self.name:
             return cast(BinaryIO, Path(self.name).open("rb"))
-        filesystem, path = _filesystem_of(self.name, self.field)
-        with _naming_url(self.name, self.field):
+        with _remote(self.name, self.field) as (filesystem, path):
             return cast(BinaryIO, filesystem.open(path, "rb"))
 
     def check_unchanged(self) -> None:
@@ -76,8 +75,7 @@ class TextFile:
         if "://" not in self.name:
             now = _local_file(Path(self.name), self.field)
         else:
-            filesystem, path = _filesystem_of(self.name, self.field)
-            with _naming_url(self.name, self.field):
+            with _remote(self.name, self.field) as (filesystem, path):
                 filesystem.invalidate_cache(path)
                 now = _remote_file(filesystem, path, self.field)
         # What a server tells of a file alone and of all in a folder may differ.
@@ -254,8 +252,7 @@ def _local_file(path: Path, field: str) -> TextFile:
 
 
 def _remote_files(source: str, field: str, report: Report) -> list[TextFile]:
-    filesystem, path = _filesystem_of(source, field)
-    with _naming_url(source, field):
+    with _remote(source, field) as (filesystem, path):
         if filesystem.isdir(path):
             found = [name for name in filesystem.find(path) if _is_of_folder(name)]
             fixed = len(path)
@@ -280,21 +277,19 @@ def _remote_file(filesystem: Any, path: str, field: str) -> TextFile:
     return TextFile(name, field, details.get("size") or 0, filesystem.ukey(path), marks)
 
 
-def _filesystem_of(url: str, field: str) -> tuple[Any, str]:
+@contextmanager
+def _remote(url: str, field: str) -> Iterator[tuple[Any, str]]:
+    """The file system of a URL and the path in it; what goes wrong there is an error of input."""
     fsspec = optional_import("fsspec", "fsspec", f"{field}: {url}")
     try:
-        return fsspec.core.url_to_fs(url)
+        found = fsspec.core.url_to_fs(url)
     except ImportError as error:  # the message names the package of this kind of URL
         raise InputError(f"{field}: {url} cannot be read: {str(error).splitlines()[0]}") from None
     except ValueError:
         known = ", ".join(f"{name}://" for name in ("gs", "s3", "hf", "https"))
         raise InputError(f"{field}: {url} is of an unknown kind; {known} and what fsspec knows besides") from None
-
-
-@contextmanager
-def _naming_url(url: str, field: str) -> Iterator[None]:
     try:
-        yield
+        yield found
     except InputError:
         raise
     except Exception as error:
