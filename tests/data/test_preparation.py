@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from kill_preparing import kill_at_random
 from prepared import TEXTS, content, documents, json_lines, parquet, quiet, sides
 
 from sophia_levanter.config.data import DataConfig
@@ -24,6 +26,7 @@ from sophia_levanter.data import file_source, store_writer
 from sophia_levanter.data import preparation as preparation_module
 from sophia_levanter.data.encoding import Documents
 from sophia_levanter.data.file_source import FileSource
+from sophia_levanter.data.preparation import build_directory
 from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer
@@ -490,3 +493,130 @@ def test_what_processes_made_before_an_error_is_kept(config: DataConfig, monkeyp
     Path(config.train).write_bytes(json_lines(TEXTS))
     train, validation = sides(prepare(config, quiet))
     assert sorted(train + validation) == sorted(TEXTS)
+
+
+def is_complete(directory: Path) -> bool:
+    return (directory / "done").exists()
+
+
+def build(directory: Path) -> None:
+    (directory / "done").write_text("built")
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def make(target: Path, build=build, report=print) -> None:
+    def find() -> Path | None:
+        return target if is_complete(target) else None
+
+    def build_target(partial: Path) -> Path:
+        build(partial)
+        return target
+
+    assert build_directory(target, find=find, build=build_target, report=report) == target
+
+
+def refuse(directory: Path) -> None:
+    raise AssertionError("built once more")
+
+
+def test_it_appears_at_once_when_it_is_complete(tmp_path: Path) -> None:
+    built = []
+
+    def look(directory: Path) -> None:
+        assert not (tmp_path / "target").exists()
+        build(directory)
+        built.append(directory.stat().st_ino)
+
+    make(tmp_path / "target", build=look)
+    assert is_complete(tmp_path / "target")
+    assert built == [(tmp_path / "target").stat().st_ino]  # renamed, not copied
+
+
+def test_what_a_killed_process_leaves_is_gone_on_with(tmp_path: Path) -> None:
+    # The folder may hold other people's files, whatever they are called.
+    (tmp_path / "poetry.partial").mkdir()
+    (tmp_path / "poetry.lock").write_text("theirs")
+    theirs = names(tmp_path)
+    program = f"""
+import os, signal
+from pathlib import Path
+from sophia_levanter.data.preparation import build_directory
+def build(directory):
+    (directory / "half").write_text("killed")
+    os.kill(os.getpid(), signal.SIGKILL)
+target = Path({str(tmp_path / "target")!r})
+build_directory(target, find=lambda: None, build=build, report=print)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
+    assert "target" not in names(tmp_path)
+
+    def go_on(directory: Path) -> None:
+        assert (directory / "half").read_text() == "killed"
+        build(directory)
+
+    make(tmp_path / "other")
+    make(tmp_path / "target", build=go_on)
+    assert names(tmp_path) == sorted([*theirs, "other", "target"])
+    assert is_complete(tmp_path / "target")
+
+
+def test_a_second_builder_waits_for_the_first_and_leaves_its_work_alone(tmp_path: Path) -> None:
+    second_waits = threading.Event()
+    first_builds = threading.Event()
+    failures = []
+
+    def slow(directory: Path) -> None:
+        first_builds.set()
+        if not second_waits.wait(timeout=20):
+            failures.append("the second did not wait")
+        build(directory)
+
+    first = threading.Thread(target=make, args=(tmp_path / "target", slow))
+    first.start()
+    assert first_builds.wait(timeout=20)
+    make(tmp_path / "other")  # another target neither waits nor takes the first one's directory for a leftover
+
+    def report(line: str) -> None:
+        assert "waiting" in line
+        second_waits.set()
+
+    make(tmp_path / "target", build=refuse, report=report)
+    first.join()
+    assert not failures
+    assert names(tmp_path) == ["other", "target"]
+
+
+def test_a_second_builder_takes_over_when_the_first_fails(tmp_path: Path) -> None:
+    second_waits = threading.Event()
+    first_builds = threading.Event()
+
+    def fail(directory: Path) -> None:
+        first_builds.set()
+        second_waits.wait(timeout=20)
+        time.sleep(0.2)  # so that the second does wait
+        raise InputError("first")
+
+    def first_make() -> None:
+        with pytest.raises(InputError, match="first"):
+            make(tmp_path / "target", build=fail)
+
+    first = threading.Thread(target=first_make)
+    first.start()
+    assert first_builds.wait(timeout=20)
+    make(tmp_path / "target", report=lambda line: second_waits.set())
+    first.join()
+    assert names(tmp_path) == ["target"]
+
+
+def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"^data\.cache_dir: cannot write in .*file"):
+        make(tmp_path / "file" / "target")
+
+
+@pytest.mark.timeout(300)
+def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    assert len(kill_at_random("python_stdlib", "bytes", 3, tmp_path, seed=0)) == 3

@@ -1,5 +1,3 @@
-"""Which source a string means, and texts from outside the package."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,13 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+from datasets import Dataset, DatasetDict
 from prepared import TEXTS, quiet, sides
 
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import preparation as preparation_module
+from sophia_levanter.data.documents import Rows
 from sophia_levanter.data.prepare import prepare
-from sophia_levanter.data.sources import DataSource, TextSource, absolute_source, open_source
+from sophia_levanter.data.sources import DatasetSource, DataSource, TextSource, absolute_source, open_source
 from sophia_levanter.errors import InputError
 
 
@@ -148,3 +149,158 @@ def test_an_unknown_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_token_file_has_no_text(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^data\.train: nanogpt:a\.bin holds tokens; name the text that"):
         open_source("nanogpt:a.bin", DataConfig(), field="data.train", report=print)
+
+
+ROWS = [f"text {i}" for i in range(50)]
+
+
+def source(name: str, **fields: str) -> DatasetSource:
+    return DatasetSource(name, Rows(DataConfig(**fields), "data.train"))
+
+
+def read(name: str, **fields: str) -> list[str]:
+    return [text for _, text in source(name, **fields).documents()]
+
+
+def error_of(name: str, **fields: str) -> str:
+    with pytest.raises(InputError) as info:
+        read(name, **fields)
+    message = str(info.value)
+    assert message.startswith("data.train: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def on_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A dataset that `datasets` finds by a name as on the hub: it looks for a folder of that name first."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "someone" / "texts"
+    folder.mkdir(parents=True)
+    for split, texts in (("train", ROWS), ("test", ["held out"])):
+        Dataset.from_dict({"text": texts, "title": texts}).to_parquet(folder / f"{split}.parquet")
+    return "hub:someone/texts"
+
+
+@pytest.mark.parametrize("streaming", ["", "&streaming=false", "&streaming=true"])
+def test_the_hub(on_hub: str, streaming: str) -> None:
+    assert read(f"{on_hub}?split=train{streaming}") == ROWS
+    assert read(f"{on_hub}?split=test{streaming}") == ["held out"]
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_reading_goes_on_from_any_row(on_hub: str, streaming: str) -> None:
+    name = f"{on_hub}?streaming={streaming}"
+    everything = list(source(name).documents())
+    for number in (0, 7, 48, 49):
+        assert list(source(name).documents(everything[number][0])) == everything[number + 1 :]
+
+
+def test_the_share_that_is_read(on_hub: str) -> None:
+    reading = source(f"{on_hub}?streaming=false")
+    shares = [reading.share_read() for _ in reading.documents()]
+    assert shares[0] == pytest.approx(1 / 50)
+    assert shares[-1] == 1
+
+
+def test_folders_that_datasets_saved(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"text": ["", *ROWS]})
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict(train=rows, test=Dataset.from_dict({"text": ["held out"]})).save_to_disk(tmp_path / "both")
+    assert read(f"datasets:{tmp_path}/one") == ROWS
+    assert read(f"datasets:{tmp_path}/both") == ROWS
+    assert read(f"datasets:{tmp_path}/both?split=test") == ["held out"]
+    assert "no split 'dev'; there are train, test" in error_of(f"datasets:{tmp_path}/both?split=dev")
+    assert "may be 'text'" in error_of(f"datasets:{tmp_path}/one", text_field="body")
+    before = source(f"datasets:{tmp_path}/one").identity
+    rows.map(lambda row: {"text": row["text"].upper()}).save_to_disk(tmp_path / "one")
+    assert source(f"datasets:{tmp_path}/one").identity != before
+
+
+def test_a_dataset_becomes_tokens(on_hub: str, tmp_path: Path) -> None:
+    data = prepare(DataConfig(train=on_hub, validation=f"{on_hub}?split=test", cache_dir=str(tmp_path)), print)
+    assert data.tokenizer.decode(data.train.read(0, data.train.num_tokens)) == "".join(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("hub:", "names no dataset"),
+        ("hub:a?splitt=train", "unknown option 'splitt'; there are split, name, revision, streaming"),
+        ("datasets:a?revision=b", "unknown option 'revision'; there are split"),
+        ("hub:a?split=", "the option 'split' is empty"),
+        ("hub:a?streaming=yes", "streaming is 'yes'"),
+    ],
+)
+def test_names_that_are_none(name: str, expected: str) -> None:
+    assert expected in error_of(name)
+
+
+def test_a_name_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: calls.append((args, options)) or [])
+    assert read("hub:a/b?name=c&revision=d&split=train[:1%]&streaming=false") == read("hub:a/b") == []
+    assert calls == [
+        (("a/b",), {"name": "c", "split": "train[:1%]", "revision": "d", "streaming": False}),
+        (("a/b",), {"name": None, "split": "train", "revision": None, "streaming": True}),
+    ]
+
+
+def test_what_is_not_there(on_hub: str) -> None:
+    assert "cannot be loaded (ValueError)" in error_of(f"{on_hub}?name=other")
+    assert "cannot be loaded (ValueError)" in error_of(f"{on_hub}?split=dev")
+    assert "may be 'text', 'title'" in error_of(on_hub, text_field="body")
+
+
+@pytest.mark.slow  # `datasets` tries again and again
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@127.0.0.1:9")
+    message = error_of("hub:nobody/nothing")
+    assert "cannot be loaded" in message
+    assert "secret" not in message
+
+
+def test_a_folder_that_datasets_did_not_save(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no folder that `datasets` saved"):
+        _ = source(f"datasets:{tmp_path}").identity
+
+
+def test_a_folder_is_known_by_its_files(on_hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = source(on_hub).identity
+    Dataset.from_dict({"text": ["other"], "title": [""]}).to_parquet(tmp_path / "someone" / "texts" / "train.parquet")
+    assert source(on_hub).identity != before
+    absolute = absolute_source(f"{on_hub}?split=test", "data.train")
+    assert absolute == f"hub:{tmp_path}/someone/texts?split=test"
+    monkeypatch.chdir("/")
+    assert read(absolute) == ["held out"]
+    assert absolute_source(on_hub, "data.train") == on_hub  # there is no such folder here
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_folder_that_changes_while_it_is_read(on_hub: str, tmp_path: Path, saved: bool) -> None:
+    Dataset.from_dict({"text": ROWS}).save_to_disk(tmp_path / "saved")
+    folder = tmp_path / ("saved" if saved else "someone/texts")
+    documents = source(f"datasets:{folder}" if saved else on_hub).documents()
+    next(documents)
+    (folder / "more").touch()
+    with pytest.raises(InputError, match=r"^data\.train: .* changed after it was looked up; run the command again"):
+        list(documents)
+
+
+def test_rows_that_cannot_be_read(on_hub: str, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "train.jsonl").write_bytes(b'{"text": "good"}\n' * 60 + b'{"text": \n')
+    assert "cannot be" in error_of(f"hub:{tmp_path}/bad")
+    (tmp_path / "bad" / "train.jsonl").write_bytes(b'{"text": "good"}\n' * 60 + b'{"text": "\xe9"}\n')
+    assert "cannot be" in error_of(f"hub:{tmp_path}/bad")
+
+
+def test_a_network_that_fails_on_the_way_leaves_what_is_done(on_hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def __iter__(self):
+            yield {"text": "good"}
+            raise ConnectionError("http://user:secret@proxy")
+
+    monkeypatch.setattr(DatasetSource, "_load", lambda self: Failing())
+    with pytest.raises(OSError, match=r"after row 1, cannot be read \(ConnectionError\)$"):
+        read(on_hub)

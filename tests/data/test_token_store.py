@@ -4,17 +4,20 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fake_gcs import FakeGcs, serving
 from sophia_levanter.data import store_writer, token_store
 from sophia_levanter.data.encoding import Documents
 from sophia_levanter.data.store_writer import TokenStoreWriter
-from sophia_levanter.data.token_store import TokenStore
+from sophia_levanter.data.token_store import TokenStore, remembered
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
 from sophia_levanter.errors import InputError
 
@@ -306,3 +309,67 @@ def test_a_shard_that_is_gone_is_missed_when_it_is_read(
     store.check_unchanged()
     with pytest.raises(InputError, match="damaged"):
         store.read(0, store.num_tokens)
+
+
+def test_results_of_reading_much_are_kept(tmp_path: Path) -> None:
+    computed: list[int] = []
+
+    def compute() -> dict[str, int]:
+        computed.append(1)
+        return {"number": len(computed)}
+
+    assert [remembered(tmp_path / "new", ["a", 1], compute) for _ in range(2)] == [{"number": 1}] * 2
+    assert remembered(tmp_path / "new", ["a", 2], compute) == {"number": 2}
+    for path in (tmp_path / "new").rglob("*"):
+        if path.is_file():
+            path.write_text("{half")
+    assert remembered(tmp_path / "new", ["a", 1], compute) == {"number": 3}
+    (tmp_path / "file").touch()
+    for number, place in enumerate([None, tmp_path / "file", None, tmp_path / "file"], start=4):
+        assert remembered(place, ["a", 1], compute) == {"number": number}
+
+
+@pytest.fixture
+def bucket() -> Iterator[FakeGcs]:
+    with serving(FakeGcs()) as server:
+        yield server
+
+
+def upload(folder: Path, bucket: FakeGcs) -> None:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    bucket.objects |= {str(path.relative_to(folder.parent)): (1, path.read_bytes()) for path in files}
+
+
+def inspect(bucket: FakeGcs, location: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "sophia_levanter.commands.inspect_data", location, "--verify"]
+    environment = os.environ | {"TENSORSTORE_GCS_HTTP_URL": bucket.address}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def last_line(text: str) -> str:
+    """Above it tensorstore says that it looked for credentials."""
+    return text.splitlines()[-1]
+
+
+def test_a_store_in_a_bucket(make_store: Callable[..., TokenStore], bucket: FakeGcs) -> None:
+    store = make_store(["first document", "second document"])
+    upload(store.path, bucket)
+    result = inspect(bucket, f"gs://bucket/{store.path.name}")
+    assert result.returncode == 0, result.stderr
+    assert "verified" in result.stdout
+    assert "second document" in result.stdout
+
+    shard = store.path / "tokens" / "c" / "0"
+    content = bytearray(shard.read_bytes())
+    content[9] ^= 4
+    shard.write_bytes(content)
+    upload(store.path, bucket)
+    result = inspect(bucket, f"gs://bucket/{store.path.name}")
+    assert result.returncode == 2
+    assert f"error: gs://bucket/{store.path.name}: the token store is damaged" in last_line(result.stderr)
+
+
+def test_no_store_in_a_bucket(bucket: FakeGcs) -> None:
+    result = inspect(bucket, "gs://bucket/nothing")
+    assert result.returncode == 2
+    assert last_line(result.stderr) == "error: gs://bucket/nothing: no finished token store is there (no manifest.json)"

@@ -1,4 +1,4 @@
-"""What a run reads: batches of token windows from one corpus or a mixture of several, compared with what they should be."""
+"""What a run reads: batches of windows from one corpus or a mixture, and the check that the tokens are the right ones."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def bigram_bits_per_byte(train: Tokens, windows: Iterable[np.ndarray], tokenizer
     """Bits that a byte-bigram model counted on `train` needs for a byte of validation text, for a model to beat.
 
     As with a language model, the first token of each window is context only and the others are predicted. End-of-text
-    costs bits and is no byte of text. Of `train`, the first `BIGRAM_BYTES` are counted. nan if the windows hold no text.
+    costs bits and is no byte of text. The first `BIGRAM_BYTES` of `train` are counted. nan if the windows hold no text.
     """
     spelled = [np.frombuffer(token, np.uint8) for token in tokenizer.token_bytes]
     spelled[tokenizer.end_of_text] = np.array([NUM_BYTES])  # a symbol of its own

@@ -128,9 +128,9 @@ class FileSource(Source):
         if "objects" not in self._reported and has_objects(opened):
             self._reported.add("objects")
             self._report(
-                f"WARNING: {opened.file.where} is read as one plain text although lines of it are JSON "
-                f"objects: not all of the first lines have the field {self.rows.config.text_field!r}; set data.text_field, "
-                "or remove the lines that are not records"
+                f"WARNING: {opened.file.where} is read as one plain text although lines of it are JSON objects: not "
+                f"all of the first lines have the field {self.rows.config.text_field!r}; set data.text_field, or remove "
+                "the lines that are not records"
             )
 
     def _plain_text(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:

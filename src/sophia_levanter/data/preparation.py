@@ -124,9 +124,7 @@ class Preparation:
         """
         if found := self._find():
             self._report(f"{self.source.name} is prepared already, in {found}")
-        directory = build_directory(
-            self.base, find=self._find, build=self._build, is_resumable=has_progress, report=self._job.report
-        )
+        directory = build_directory(self.base, find=self._find, build=self._build, report=self._job.report)
         _, tally = _read_tally(directory)
         if tally is not None:
             rows = self.source.rows
@@ -307,18 +305,13 @@ def _counts(writers: list[TokenStoreWriter]) -> str:
 
 
 def build_directory(
-    base: Path,
-    *,
-    find: Callable[[], Path | None],
-    build: Callable[[Path], Path],
-    is_resumable: Callable[[Path], bool] = lambda directory: False,
-    report: Callable[[str], None],
+    base: Path, *, find: Callable[[], Path | None], build: Callable[[Path], Path], report: Report
 ) -> Path:
     """The directory that `find` finds; if there is none, one that `build` makes.
 
     `build(directory)` works in `base.partial`, which is renamed to the path that it returns. Where it was killed, the
-    next call of `build` finds there what it left; where it failed with an `InputError`, only if that `is_resumable`. A
-    second process with the same `base` waits for the first.
+    next call of `build` finds there what it left; where it failed with an `InputError`, only if there is progress in
+    it. A second process with the same `base` waits for the first.
 
     Raises:
         InputError: if the parent of `base` cannot be written.
@@ -334,19 +327,19 @@ def build_directory(
             lock = _lock(base, wait=True)
     assert lock is not None
     try:
-        return find() or _build_beside(base, build, is_resumable)
+        return find() or _build_beside(base, build)
     finally:
         _unlock(base, lock)
 
 
-def _build_beside(base: Path, build: Callable[[Path], Path], is_resumable: Callable[[Path], bool]) -> Path:
+def _build_beside(base: Path, build: Callable[[Path], Path]) -> Path:
     partial = base.with_name(base.name + PARTIAL)
     with _naming_cache_dir(base.parent):
         partial.mkdir(exist_ok=True)
     try:
         target = build(partial)
     except InputError:
-        if not is_resumable(partial):
+        if not has_progress(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     with _naming_cache_dir(base.parent):

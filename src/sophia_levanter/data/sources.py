@@ -20,14 +20,13 @@ from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.settings import check_subclass
 from sophia_levanter.data.documents import START, Position, Rows, Source, kind_of
 from sophia_levanter.data.file_source import FileSource
-from sophia_levanter.data.text_files import DATASET_MARKS, PYTHON_STDLIB, Report, optional_import
+from sophia_levanter.data.text_files import DATASET_MARKS, PYTHON_STDLIB, TRAINED_TOKENIZER, Report, optional_import
 from sophia_levanter.errors import InputError
 
 if TYPE_CHECKING:
     from sophia_levanter.data.token_store import Tokens
     from sophia_levanter.data.tokenizer import Tokenizer
 
-TRAINED_TOKENIZER = ".tiktoken"  # how a saved BPE is called
 DATASET_OPTIONS = {"hub": ("split", "name", "revision", "streaming"), "datasets": ("split",)}
 
 

@@ -1,4 +1,4 @@
-"""A token store in the making: written shard by shard, with a file that says how far, so that a later process goes on."""
+"""A token store in the making: written shard by shard, and how far, so that a later process goes on."""
 
 from __future__ import annotations
 

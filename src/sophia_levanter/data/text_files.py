@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from sophia_levanter.errors import InputError
 
 PYTHON_STDLIB = "python_stdlib"
+TRAINED_TOKENIZER = ".tiktoken"  # how a saved BPE is called
 NOT_STDLIB_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 # What is taken of a folder. A .json that is not compressed may well be a configuration.

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import sophia_levanter
 from sophia_levanter.data.bpe import ranks_of, save_bpe, tokenizer_config_json, tokenizer_json
-from sophia_levanter.data.sources import TRAINED_TOKENIZER
+from sophia_levanter.data.tokenizer import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import sync, write_atomically
 from sophia_levanter.interop.architectures import architecture_of

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sophia_levanter.data.sources import TRAINED_TOKENIZER
+from sophia_levanter.data.tokenizer import TRAINED_TOKENIZER
 from sophia_levanter.files import NotRegular, check_regular, read_regular
 from sophia_levanter.interop.architectures import (
     NANOGPT,

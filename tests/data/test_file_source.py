@@ -1,0 +1,553 @@
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import sysconfig
+from pathlib import Path
+
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+from backports import zstd
+
+from sophia_levanter.config.data import DataConfig
+from sophia_levanter.data import file_source, formats
+from sophia_levanter.data.documents import Rows
+from sophia_levanter.data.file_source import FileSource
+from sophia_levanter.data.text_files import find_files
+from sophia_levanter.errors import InputError
+
+
+def source_of(name: str | Path, config: DataConfig | None = None) -> FileSource:
+    return FileSource(str(name), Rows(config or DataConfig(), "data.train"), print)
+
+
+def read(source: str | Path, text_field: str = "text", said: list[str] | None = None) -> list[str]:
+    config, said = DataConfig(text_field=text_field), [] if said is None else said
+    return [text for _, text in FileSource(str(source), Rows(config, "data.train"), said.append).documents()]
+
+
+def error_of(source: str | Path, text_field: str = "text") -> str:
+    with pytest.raises(InputError) as info:
+        read(source, text_field)
+    message = str(info.value)
+    assert message.startswith("data.train: ")
+    assert "\n" not in message
+    return message
+
+
+def json_lines(*records: object) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def parquet(columns: dict[str, list], **options: object) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, **options)
+    return buffer.getvalue()
+
+
+def flipped_pages(content: bytes) -> bytes:
+    """The file with its first page's header overwritten, which pyarrow says in several lines."""
+    return content[:4] + b"\xff" * 40 + content[44:]
+
+
+def test_the_standard_library() -> None:
+    texts = read("python_stdlib")
+    root = Path(sysconfig.get_paths()["stdlib"])
+    assert len(texts) > 300
+    assert (root / "json" / "decoder.py").read_text(encoding="utf-8") in texts
+    names = [
+        Path(file.name).relative_to(root) for file in find_files("python_stdlib", field="data.train", report=print)
+    ]
+    assert names == sorted(names)
+    assert not [name for name in names if {"site-packages", "test", "tests"}.intersection(name.parts)]
+
+
+def test_the_standard_library_as_it_declares_its_encoding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes("# coding: latin-1\n'é'".encode("latin-1"))
+    (tmp_path / "b.py").write_bytes(b"'\xe9'")
+    (tmp_path / "c.py").write_bytes(b"# coding: nonsense\n")
+    (tmp_path / "d.py").write_bytes(b"")
+    (tmp_path / "e.py").write_bytes(b"\n\n\n'\xe9'")
+    for name in ("site-packages", "tests"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "e.py").write_text("left out")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert read("python_stdlib") == ["# coding: latin-1\n'é'"]
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "nowhere")})
+    assert "no source files" in error_of("python_stdlib")
+
+
+def test_a_text_file_is_one_document_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffune\r\n\r\npreuve é\n".encode())
+    assert read(tmp_path / "a.txt") == ["une\r\n\r\npreuve é\n"]
+
+
+def test_a_glob_is_read_in_sorted_order_and_crosses_folders(tmp_path: Path) -> None:
+    (tmp_path / "sub.txt").mkdir()
+    for name, text in {"b.txt": "B", "a.md": "no", "sub.txt/c.txt": "C", "a.txt": "A", "empty.txt": " \n"}.items():
+        (tmp_path / name).write_text(text)
+    assert read(tmp_path / "*.txt") == ["A", "B"]
+    assert read(tmp_path / "**" / "*.txt") == ["A", "B", "C"]
+
+
+def test_a_name_with_brackets_is_a_name(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text("one")
+    assert read(tmp_path / "a[1].txt") == ["one"]
+
+
+def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("at home")
+    assert read("~/a.txt") == ["at home"]
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + json_lines({"text": "one\ntwo", "x": 1}) + b"\n" + json_lines({"text": ""}, {"text": "é"})
+    )
+    assert read(tmp_path / "a.jsonl") == ["one\ntwo", "é"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.txt"])
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        (".gz", gzip.compress),
+        (".GZ", gzip.compress),
+        (".xz", lzma.compress),
+        (".zst", zstd.compress),
+        (".bz2", bz2.compress),
+        ("", gzip.compress),
+        ("", bz2.compress),
+        (".gz", zstd.compress),
+        (".zst", lzma.compress),
+    ],
+)
+def test_compressions(tmp_path: Path, name: str, suffix: str, compress) -> None:
+    content = json_lines({"text": "one"}) if "jsonl" in name.lower() else b"some text"
+    # Two streams one after the other are one file.
+    (tmp_path / f"{name}{suffix}").write_bytes(compress(content) + compress(content))
+    both = ["one", "one"] if "jsonl" in name.lower() else [content.decode() * 2]
+    said: list[str] = []
+    assert read(tmp_path / f"{name}{suffix}", said=said) == both
+    assert bool(said) == (suffix == "" or (suffix, compress) in ((".gz", zstd.compress), (".zst", lzma.compress)))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_parquet(tmp_path: Path, suffix: str) -> None:
+    texts = [f"text {i}" for i in range(700)]
+    content = parquet({"text": [*texts, "", " "], "n": list(range(702))}, row_group_size=300)
+    (tmp_path / f"a.parquet{suffix}").write_bytes(gzip.compress(content) if suffix else content)
+    assert read(tmp_path / f"a.parquet{suffix}") == texts
+
+
+RECORDS = json_lines({"text": "one", "url": "u"}, {"text": "two"})
+ARRAY = b'[ {"text": "one", "url": "u"},\n {"text": "two"} ]\n'
+
+
+@pytest.mark.parametrize("name", ["a.json", "c4.00000-of-01024.json.gz", "a.ndjson", "a.jsonlines.zst", "A.JSON"])
+def test_json_by_all_its_suffixes(tmp_path: Path, name: str) -> None:
+    compress = {".gz": gzip.compress, "zst": zstd.compress}.get(name[-3:], bytes)
+    (tmp_path / name).write_bytes(compress(RECORDS))
+    said: list[str] = []
+    assert read(tmp_path / name, said=said) == ["one", "two"]
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "held"),
+    [
+        ("a.txt", RECORDS, "JSON lines"),
+        ("a", b"\n" + RECORDS, "JSON lines"),
+        ("a.md", b"\xef\xbb\xbf" + RECORDS, "JSON lines"),
+        ("a.parquet", RECORDS, "JSON lines"),
+        ("a.txt", ARRAY, "a JSON array"),
+        ("a.jsonl", ARRAY, "a JSON array"),
+        ("a.txt", parquet({"text": ["one", "two"]}), "Parquet"),
+        ("a.jsonl", parquet({"text": ["one", "two"]}), "Parquet"),
+        ("a.jsonl.gz", RECORDS, "JSON lines"),
+        ("a.txt.xz", gzip.compress(RECORDS, mtime=0), "JSON lines compressed by gzip"),
+        ("a.parquet", zstd.compress(parquet({"text": ["one", "two"]})), "Parquet compressed by zstd"),
+    ],
+)
+def test_the_content_decides_and_one_line_says_so(tmp_path: Path, name: str, content: bytes, held: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    said: list[str] = []
+    assert read(tmp_path / name, said=said) == ["one", "two"]
+    assert [f"{tmp_path / name} holds {held}, unlike its name;" in line for line in said] == [True]
+    assert "\n" not in said[0]
+
+
+def test_files_that_disagree_alike_are_said_once(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_bytes(RECORDS)
+    said: list[str] = []
+    assert read(tmp_path / "*.txt", said=said) == ["one", "two"] * 3
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"title": "no text"}\n{"title": "none"}\n',
+        '{"text": "one"}\nand then prose\n',
+        "{braces} and prose",
+        '[{"title": "no text"}]',
+        "[1] a list\n",
+        "[{",
+        "PAR is not PAR1",
+        "BZh9 is not bzip2",
+    ],
+)
+def test_what_only_looks_like_records_is_text(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    said: list[str] = []
+    assert read(tmp_path / "a.txt", said=said) == [text]
+    assert len(said) == text.startswith('{"')
+    assert all("is read as one plain text although lines of it are JSON objects" in line for line in said)
+
+
+def test_a_first_line_longer_than_the_look_is_a_record(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(json_lines({"text": "x" * 200_000}, {"text": "two"}))
+    assert [len(text) for text in read(tmp_path / "a.txt")] == [200_000, 3]
+
+
+@pytest.mark.parametrize("array_bytes", [1, 7, 64, 1 << 20])
+def test_a_json_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array_bytes: int) -> None:
+    monkeypatch.setattr(file_source, "PIECE_BYTES", array_bytes)
+    texts = ["é € 𝄞", 'a ] , { " quote', "x" * 300]
+    for indent in (None, 2):
+        content = json.dumps([{"text": text, "n": [1, {}]} for text in texts], indent=indent, ensure_ascii=False)
+        (tmp_path / "a.json").write_text("\ufeff" + content)
+        assert read(tmp_path / "a.json") == texts
+        assert list(source_of(tmp_path / "a.json").documents((0, 1))) == [
+            ((0, 2), texts[1]),
+            ((0, 3), texts[2]),
+        ]
+    (tmp_path / "a.json").write_text(" [ ] ")
+    assert read(tmp_path / "a.json") == []
+
+
+@pytest.mark.parametrize("window_log", [27, 28, 31])
+def test_long_windows_of_zstd(tmp_path: Path, window_log: int) -> None:
+    content = json_lines({"text": "one"})
+    block = (len(content) << 3 | 1).to_bytes(3, "little") + content
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\0" + bytes([(window_log - 10) << 3]) + block)
+    assert read(tmp_path / "a.jsonl.zst") == ["one"]
+
+
+def test_a_skippable_frame_of_zstd(tmp_path: Path) -> None:
+    skipped = b"\x5a\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"none"
+    (tmp_path / "a.jsonl.zst").write_bytes(skipped + zstd.compress(RECORDS))
+    assert read(tmp_path / "a.jsonl.zst") == ["one", "two"]
+
+
+def test_marks_in_the_middle_of_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + RECORDS + b"\xef\xbb\xbf" + RECORDS)
+    assert read(tmp_path / "a.jsonl") == ["one", "two"] * 2
+
+
+def test_a_folder_is_its_files_of_known_kinds(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("B")
+    (tmp_path / "a.md").write_text("no")
+    (tmp_path / "sub" / "c.jsonl.gz").write_bytes(gzip.compress(json_lines({"text": "C"})))
+    (tmp_path / "a.parquet").write_bytes(parquet({"text": ["A"]}))
+    (tmp_path / "config.json").write_text('{"not": "text"}')
+    (tmp_path / "z.json.gz").write_bytes(gzip.compress(json_lines({"text": "Z"})))
+    assert read(tmp_path) == ["A", "B", "C", "Z"]
+
+
+LEFT_OUT = [
+    ".ipynb_checkpoints/a-checkpoint.txt",
+    ".git/a.txt",
+    "._a.txt",
+    "__MACOSX/a.txt",
+    "_temporary/0/a.txt",
+    "_delta_log/a.txt",
+    "a.txt~",
+    "#a.txt#",
+    "a.txt.bak",
+    "a.jsonl.gz.part",
+    "a.txt.crdownload",
+]
+
+
+@pytest.mark.parametrize("pattern", ["", "**"])
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_editors_downloads_and_systems_leave_is_left_out(tmp_path: Path, name: str, pattern: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("left out")
+    (tmp_path / "b.txt").write_text("B")
+    said: list[str] = []
+    assert read(tmp_path / pattern, said=said) == ["B"]
+    assert [
+        f"left out 1 hidden files, backups or partial downloads, such as {tmp_path / name};" in s for s in said
+    ] == [True]
+    assert read(tmp_path / name) == ["left out"]  # what is named is read
+
+
+@pytest.mark.parametrize(
+    ("text", "warned"),
+    [
+        (b'{"content": "a"}\n{"content": "b"}\n', True),
+        (b'# of 2026\n{"text": "a"}\n{"text": "b"}\n', True),
+        (b'{"text": "a"}\n{"text": "b"}\n', False),
+        (b"{ x | x > 0 }\n", False),
+    ],
+)
+def test_a_text_of_json_objects_is_warned_of(tmp_path: Path, text: bytes, warned: bool) -> None:
+    (tmp_path / "a.txt").write_bytes(text)
+    said: list[str] = []
+    read(tmp_path / "a.txt", said=said)
+    assert [f"WARNING: data.train: {tmp_path / 'a.txt'} is read as one plain text although" in s for s in said] == (
+        [True] if warned else [False] * len(said)
+    )
+
+
+def test_hidden_places_that_are_named_are_read(tmp_path: Path) -> None:
+    (tmp_path / ".data").mkdir()
+    (tmp_path / ".data" / "a.txt").write_text("A")
+    for source in (".data", ".data/*.txt", ".d*/a.txt"):
+        assert read(tmp_path / source) == ["A"]
+
+
+@pytest.mark.parametrize("source", ["l", "l/**/*.txt", "l/**", "**/*.txt"])
+def test_links_do_not_multiply_the_text(tmp_path: Path, source: str) -> None:
+    (tmp_path / "l").mkdir()
+    (tmp_path / "l" / "b.txt").write_text("B")
+    (tmp_path / "l" / "a.txt").symlink_to("b.txt")
+    (tmp_path / "l" / "Self").symlink_to("../l")
+    said: list[str] = []
+    assert read(tmp_path / source, said=said) == ["B"]
+    assert len(said) == 1
+    assert "links to files that are read already" in said[0]
+    (tmp_path / "l" / "b.txt").rename(tmp_path / "c.txt")
+    (tmp_path / "l" / "a.txt").unlink()
+    (tmp_path / "l" / "a.txt").symlink_to("../c.txt")
+    assert read(tmp_path / source) == ["B"]
+
+
+@pytest.mark.parametrize("source", ["a", "**/*.txt", "a/**/*.txt", "a/*/*/*.txt", "a/*/*/a.txt", "[ab]/**"])
+def test_folders_that_link_to_each_other(tmp_path: Path, source: str) -> None:
+    for name, other in ("ab", "ba"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").write_text(name.upper())
+        (tmp_path / name / "link").symlink_to(tmp_path / other)
+    (tmp_path / "a" / "top").symlink_to(tmp_path)
+    texts = read(tmp_path / source)
+    assert sorted(texts) in (["A"], ["A", "B"])  # of a folder, Python's versions before 3.13 follow no links
+    assert ("B" in texts) or source in ("a", "a/*/*/a.txt")
+
+
+@pytest.mark.parametrize("pattern", ["**", "**/*.txt", "shown/*", "s*/**"])
+def test_a_link_that_shows_a_hidden_folder_is_followed(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / ".store").mkdir()
+    (tmp_path / ".store" / "a.txt").write_text("A")
+    (tmp_path / "shown").symlink_to(".store")
+    assert read(tmp_path / pattern) == ["A"]
+
+
+@pytest.fixture
+def memory_files() -> fsspec.AbstractFileSystem:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe(
+        {
+            "/here/b.txt": b"B",
+            "/here/a.jsonl.gz": gzip.compress(json_lines({"text": "A"})),
+            "/here/c.parquet": parquet({"text": ["C"]}),
+            "/here/d.md": b"no",
+            "/here/.git/a.txt": b"left out",
+            "/here/b.txt~": b"left out",
+            "/here/__MACOSX/b.txt": b"left out",
+        }
+    )
+    yield filesystem
+    filesystem.rm("/here", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "texts"),
+    [("memory://here/b.txt", ["B"]), ("memory://here", ["A", "B", "C"]), ("memory://here/*.*", ["A", "B", "C", "no"])],
+)
+def test_urls(memory_files: fsspec.AbstractFileSystem, url: str, texts: list[str]) -> None:
+    assert read(url) == texts
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("memory://here/gone.txt", "no file is called"),
+        ("nothing://here", "unknown kind"),
+        ("https://127.0.0.1:9/a.txt", "cannot be read"),
+    ],
+)
+def test_urls_that_cannot_be_read(memory_files: fsspec.AbstractFileSystem, url: str, expected: str) -> None:
+    message = error_of(url)
+    assert url in message
+    assert expected in message
+
+
+@pytest.mark.parametrize("url", ["memory://here/b.txt", "memory://here"])
+def test_a_url_whose_content_changes_while_it_is_read(memory_files: fsspec.AbstractFileSystem, url: str) -> None:
+    source = source_of(url)
+    memory_files.pipe("/here/b.txt", b"Bb")
+    with pytest.raises(InputError, match=r"memory:///?here/b\.txt changed after it was looked up"):
+        list(source.documents())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_reading_goes_on_from_any_position(tmp_path: Path, name: str) -> None:
+    texts = [["", *(f"{part} {i}" for i in range(20))] for part in range(3)]
+    for part in range(3):
+        if name == "a.parquet":
+            content = parquet({"text": texts[part]}, row_group_size=6)
+        else:
+            content = json_lines(*({"text": text} for text in texts[part]))
+        (tmp_path / f"{part}{name}").write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    source = source_of(tmp_path / "*")
+    everything = list(source.documents())
+    assert [text for _, text in everything] == [text for part in texts for text in part if text]
+    for number, (position, _) in enumerate(everything):
+        rest = source_of(tmp_path / "*").documents(position)
+        assert list(rest) == everything[number + 1 :]
+
+
+def test_the_share_that_is_read(tmp_path: Path) -> None:
+    for part in range(2):
+        (tmp_path / f"{part}.jsonl").write_bytes(json_lines(*({"text": "x" * 10_000} for _ in range(50))))
+    (tmp_path / "2.parquet").write_bytes(parquet({"text": ["x" * 10_000] * 50}))
+    source = source_of(tmp_path / "*")
+    shares = [source.share_read() for _ in source.documents()]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.1
+    assert 0.4 < shares[49] <= 0.5
+    assert source.share_read() == 1
+
+
+def test_what_is_not_utf8_may_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"ab\xffc")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "d\xe9"}\n{"text": "e\\ud83d"}\n')
+    config = DataConfig(invalid_utf8="replace")
+    texts = [text for _, text in source_of(tmp_path / "*", config).documents()]
+    assert texts == ["ab\ufffdc", "d\ufffd", "e\ufffd"]
+
+
+def test_another_text_field(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines({"text": "no", "body": "yes"}))
+    assert read(tmp_path / "a.jsonl", "body") == ["yes"]
+
+
+@pytest.mark.parametrize("source", ["gone.txt", "*.nothing"])
+def test_no_file(tmp_path: Path, source: str) -> None:
+    assert source in error_of(tmp_path / source)
+
+
+def test_a_folder_of_other_files_is_answered_with_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("no")
+    assert f"{tmp_path}/*.md" in error_of(f"{tmp_path}/")
+
+
+def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    assert f"write datasets:{tmp_path}" in error_of(tmp_path)
+
+
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to("gone")
+    assert "not a regular file" in error_of(tmp_path / "a.txt")
+
+
+def test_errors_of_resolving_come_before_reading(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        source_of(tmp_path / "gone.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "é".encode() + b"\xff", "0xff at byte offset 2"),
+        ("a.txt", b"abc\0", "byte offset 3"),
+        ("a.jsonl", json_lines({"text": "1"}) + b'{"text": "\xe9"}', ":2 is not UTF-8 text (0xe9 at byte offset 24"),
+        ("a.txt.gz", gzip.compress(b"some text" * 9, mtime=0)[:-9], "truncated or damaged"),
+        ("a.txt.gz", gzip.compress(b"some text" * 9, mtime=0)[:12] + b"damage" * 9, "truncated or damaged"),
+        ("a.txt.gz", b"not compressed \xff", "0xff at byte offset 15"),
+        ("a.txt.bz2", bz2.compress(b"some text" * 9)[:-9], "truncated or damaged"),
+        ("a.txt.bz2", bz2.compress(b"some text" * 9)[:10] + b"damage" * 9, "cannot read"),
+        ("a.txt.xz", lzma.compress(b"some text" * 9)[:-9], "truncated or damaged"),
+        ("a.jsonl.zst", zstd.compress(b"some text" * 9)[:-9], "truncated or damaged"),
+        ("a.jsonl.zst", b"not compressed", ":1 is not JSON"),
+        ("a.parquet", b"not Parquet", "no Parquet file"),
+        ("a.txt", "text".encode("utf-16"), "is UTF-16LE, not UTF-8; convert it: iconv -f UTF-16LE"),
+        ("a.jsonl.gz", gzip.compress(b"\xfe\xff\0a", mtime=0), "is UTF-16BE"),
+        ("a.txt", "text".encode("utf-32"), "is UTF-32LE"),
+        ("a.txt", b"\0\0\xfe\xff\0\0\0a", "is UTF-32BE"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ("a.json", b'{\n "text": "pretty"\n}', ":1 is not JSON"),
+        ("a.json", json_lines({"body": "1"}), "no field 'text'; data.text_field may be 'body'"),
+        ("a.json", b'[{"body": "1"}]', "record 1 has no field 'text'"),
+        (
+            "a.json",
+            b'[{"text": "1"}, 2]',
+            "record 2 is not a JSON object but a number; correct the file, or set data.bad_rows to skip",
+        ),
+        ("a.json", b'[{"text": "1"}, {"text": "2"', "record 2, is not JSON"),
+        ("a.json", b'[{"text": "1"} {"text": "2"}]', "record 2, is neither"),
+        ("a.json", b'[{"text": "1"}, {"text": "\xff"}]', "0xff at byte offset 26"),
+        ("a.json", b'[{"text": ' + b"1" * 5000 + b"}]", "record 1, is not JSON that can be read"),
+        ("a.parquet", b"PAR1 and no more", "no Parquet file"),
+        ("a.parquet", parquet({"text": ["1"]})[:-9], "no Parquet file"),
+        (
+            "a.parquet",
+            parquet({"body": ["1"], "title": ["2"]}),
+            "no field 'text'; data.text_field may be 'body', 'title'",
+        ),
+        ("a.parquet", parquet({"text": ["1", None]}), "row 2: the field 'text' is not a string but null"),
+        ("a.parquet", flipped_pages(parquet({"text": ["some text"] * 500})), "cannot read"),
+        ("a.parquet", parquet({"text": [1]}), "row 1: the field 'text' is not a string but a number"),
+        ("a.jsonl", json_lines({"text": "1"}) + b'\n{"text": "2",}\n', "a.jsonl:3 is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is not JSON"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1 is not JSON"),
+        ("a.jsonl", json_lines(["text"]), "a.jsonl:1 is not a JSON object but a list"),
+        ("a.jsonl", json_lines({"body": "1", "title": "2"}), "no field 'text'; data.text_field may be 'body', 'title'"),
+        ("a.jsonl", json_lines({}), "(none)"),
+        ("a.jsonl", json_lines({"text": "1"}, {"text": None}), "a.jsonl:2: the field 'text' is not a string"),
+        ("a.jsonl", b'{"text": "ab\\ud83d"}', "\\ud83d, at character 2"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    message = error_of(tmp_path / name)
+    assert expected in message
+    assert str(tmp_path / name) in message
+
+
+def test_a_url_with_a_password_is_refused_and_not_shown() -> None:
+    message = error_of("https://user:s3cret@127.0.0.1:1/a.jsonl")
+    assert "password" in message
+    assert "s3cret" not in message
+
+
+BOMBS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zstd": zstd.compress}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+@pytest.mark.parametrize("compression", BOMBS)
+def test_a_compressed_file_that_expands_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, compression: str
+) -> None:
+    monkeypatch.setattr(formats, "EXPANDED_BYTES", 1 << 20)
+    path = tmp_path / name
+    path.write_bytes(BOMBS[compression](b'[{"text": "' + b"a" * (1 << 22)))
+    assert error_of(path).startswith(f"data.train: {path} decompresses to more than 200 times its size; if that ")
+
+
+def test_a_text_that_does_not_fit_into_memory(tmp_path: Path) -> None:
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate(1 << 42)
+    assert "is one text of 4,398,046,511,104 bytes, which does not fit into memory" in error_of(tmp_path / "a.txt")
