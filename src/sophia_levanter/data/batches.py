@@ -1,4 +1,4 @@
-"""What a run reads: batches of windows from one corpus or a mixture, and the check that the tokens are the right ones."""
+"""What a run reads: batches of windows from one corpus or a mixture, and whether its tokens are the right ones."""
 
 from __future__ import annotations
 

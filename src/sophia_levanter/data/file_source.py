@@ -129,8 +129,8 @@ class FileSource(Source):
             self._reported.add("objects")
             self._report(
                 f"WARNING: {opened.file.where} is read as one plain text although lines of it are JSON objects: not "
-                f"all of the first lines have the field {self.rows.config.text_field!r}; set data.text_field, or remove "
-                "the lines that are not records"
+                f"all of the first lines have the field {self.rows.config.text_field!r}; set data.text_field, or "
+                "remove the lines that are not records"
             )
 
     def _plain_text(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
