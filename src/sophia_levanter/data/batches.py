@@ -99,7 +99,7 @@ class Mixture(Tokens):
 
 
 def parts_of(corpus: Tokens) -> list[Part]:
-    """The parts of a mixture; a corpus that is none is its own only part."""
+    """The parts of a mixture; a single corpus is its own only part."""
     return corpus.parts if isinstance(corpus, Mixture) else [Part(0, corpus.num_tokens, 1.0)]
 
 
@@ -155,7 +155,7 @@ class TrainBatches:
         return self.rows(step)
 
     def rows(self, step: int, wanted: np.ndarray | None = None, *, skipped_windows: int = 0) -> np.ndarray:
-        """The batch of `step`, of which only some rows are read; the others are zeros.
+        """The batch of `step`. Only the wanted rows are read; the others are zeros.
 
         Args:
             step: counted from 0.
@@ -248,7 +248,7 @@ def bigram_bits_per_byte(train: Tokens, windows: Iterable[np.ndarray], tokenizer
     """Bits that a byte-bigram model counted on `train` needs for a byte of validation text, for a model to beat.
 
     As with a language model, the first token of each window is context only and the others are predicted. End-of-text
-    costs bits and is no byte of text. The first `BIGRAM_BYTES` of `train` are counted. nan if the windows hold no text.
+    costs bits but is not a byte of text. The first `BIGRAM_BYTES` of `train` are counted. nan if the windows hold no text.
     """
     spelled = [np.frombuffer(token, np.uint8) for token in tokenizer.token_bytes]
     spelled[tokenizer.end_of_text] = np.array([NUM_BYTES])  # a symbol of its own

@@ -190,6 +190,6 @@ def _byte_level(*, use_regex: bool) -> dict[str, Any]:
 
 
 def _oniguruma(pattern: str) -> str:
-    """A pattern of tiktoken's in the dialect of `tokenizers`, in which `{1,3}+` is no possessive quantifier but a
+    """A pattern of tiktoken's in the dialect of `tokenizers`, in which `{1,3}+` is not a possessive quantifier but a
     second one, and `$` matches before every newline."""
     return re.sub(r"(\\p\{\w+\}\{[\d,]+\})\+", r"(?>\1)", pattern).replace("$", r"\z")

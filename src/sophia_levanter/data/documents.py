@@ -197,7 +197,7 @@ class Rows:
 
     @property
     def left_out(self) -> str:
-        """How many rows are no documents, and the first of each kind; empty if there are none."""
+        """How many rows are left out, and the first of each kind; empty if there are none."""
         tally = self.tally
         bad = [f"{tally.num_bad:,} without text, first {tally.first_bad}"] if tally.num_bad else []
         empty = [f"{tally.num_empty:,} empty, first {tally.first_empty}"] if tally.num_empty else []
@@ -254,7 +254,7 @@ class Split:
     Args:
         fraction: share to hold out, in (0, 1).
         field: the config field to name in errors.
-        settled: whether it goes on where both sides had documents already.
+        settled: whether both sides have documents already.
 
     Attributes:
         is_settled: whether both sides have documents, so that none is kept back.

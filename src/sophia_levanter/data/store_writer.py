@@ -1,4 +1,4 @@
-"""A token store in the making: written shard by shard, and how far, so that a later process goes on."""
+"""A token store in the making: written shard by shard, with a progress file from which a later process continues."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TALLIES = ("tally", "tally_before")
 
 
 class NotWritten(InputError):
-    """The disk does not take what is to be written; what is there already can be gone on with."""
+    """The disk does not take what is to be written; a later process can continue from what is there."""
 
 
 @contextmanager
@@ -125,7 +125,7 @@ class ArrayWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Write the tail; after a tail that is no whole shard nothing may follow."""
+        """Write the tail. Nothing may follow a tail that is shorter than a shard."""
         if not self._filled:
             return
         end = self.length
@@ -192,7 +192,7 @@ class TokenStoreWriter:
 
     @property
     def state(self) -> WriterState:
-        """For a writer that goes on after this one was killed."""
+        """From which another writer continues if this one is killed."""
         return WriterState(
             self.num_documents,
             self.num_bytes,
@@ -217,7 +217,7 @@ class TokenStoreWriter:
             digests = {
                 name: tokens_digest(open_array(f"{self._path}/{name}"), str(self._path)) for name in self._arrays
             }
-            # Tensorstore's locks, of which a process that was killed leaves some.
+            # Lock files of tensorstore, which a killed process leaves behind.
             for lock in self._path.rglob("*.__lock"):
                 lock.unlink()
             manifest = Manifest(

@@ -168,7 +168,7 @@ def load_bpe(path: str) -> tiktoken.Encoding:
     """The encoding that `save_bpe` wrote; end-of-text comes after all other tokens.
 
     Raises:
-        InputError: if there is no such file, or it is none of tiktoken's.
+        InputError: if there is no such file, or it is not in tiktoken's format.
     """
     try:
         # Not by tiktoken's own function, which keeps a copy of a path's first content in its cache.
