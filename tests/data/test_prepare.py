@@ -261,63 +261,63 @@ def write(path: Path, texts: list[str]) -> Path:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> DataConfig:
+def leaky(tmp_path: Path) -> DataConfig:
     """Texts of which the fourth for validation is the eighth for training."""
     train = write(tmp_path / "train.jsonl", TRAIN)
     validation = write(tmp_path / "validation.jsonl", [*VALIDATION[:3], "", TRAIN[7], *VALIDATION[3:], TRAIN[2]])
     return DataConfig(train=str(train), validation=str(validation), cache_dir=str(tmp_path / ".cache"))
 
 
-def warnings(config: DataConfig) -> list[str]:
+def warnings(leaky: DataConfig) -> list[str]:
     said: list[str] = []
-    prepare(config, said.append)
+    prepare(leaky, said.append)
     assert not [line for line in said if "\n" in line]
     return [line for line in said if line.startswith("WARNING")]
 
 
-def test_documents_on_both_sides_are_counted_and_the_first_is_named(config: DataConfig) -> None:
-    (line,) = warnings(config)
+def test_documents_on_both_sides_are_counted_and_the_first_is_named(leaky: DataConfig) -> None:
+    (line,) = warnings(leaky)
     assert line == (
-        f"WARNING: data.validation: 2 of its 12 documents are also in data.train; the first is {config.validation}, "
-        f"document 5 (document 8 of {config.train}), which begins 'document number '; remove them from one of the two"
+        f"WARNING: data.validation: 2 of its 12 documents are also in data.train; the first is {leaky.validation}, "
+        f"document 5 (document 8 of {leaky.train}), which begins 'document number '; remove them from one of the two"
     )
-    assert warnings(config) == [line]  # at a later start too
+    assert warnings(leaky) == [line]  # at a later start too
 
 
-def test_none_are_found_where_there_are_none(config: DataConfig, tmp_path: Path) -> None:
-    assert warnings(replace(config, validation=str(write(tmp_path / "other.jsonl", VALIDATION)))) == []
+def test_none_are_found_where_there_are_none(leaky: DataConfig, tmp_path: Path) -> None:
+    assert warnings(replace(leaky, validation=str(write(tmp_path / "other.jsonl", VALIDATION)))) == []
 
 
-def test_a_part_that_is_held_out_is_not_checked(config: DataConfig, tmp_path: Path) -> None:
+def test_a_part_that_is_held_out_is_not_checked(leaky: DataConfig, tmp_path: Path) -> None:
     """Equal texts are on one side; of a lone document that is cut in two both may be equal."""
     one = write(tmp_path / "one.jsonl", ["the same half. " * 2])
-    assert warnings(replace(config, train=str(one), validation=None, validation_fraction=0.5)) == []
+    assert warnings(replace(leaky, train=str(one), validation=None, validation_fraction=0.5)) == []
 
 
-def test_two_stores_in_a_folder_are_checked(config: DataConfig, tmp_path: Path) -> None:
-    data = prepare(config, print)
+def test_two_stores_in_a_folder_are_checked(leaky: DataConfig, tmp_path: Path) -> None:
+    data = prepare(leaky, print)
     for side, corpus in (("train", data.train), ("validation", data.validation)):
         shutil.copytree(corpus.path, tmp_path / "stores" / side)
-    (line,) = warnings(replace(config, train=f"store:{tmp_path}/stores", validation=None))
+    (line,) = warnings(replace(leaky, train=f"store:{tmp_path}/stores", validation=None))
     assert "data.validation: 2 of its 12 documents" in line
 
 
-def test_they_may_be_an_error(config: DataConfig) -> None:
+def test_they_may_be_an_error(leaky: DataConfig) -> None:
     with pytest.raises(InputError, match=r"^data\.validation: 2 of its 12 .*, or set data\.on_leak to warn$"):
-        prepare(replace(config, on_leak="error"), print)
+        prepare(replace(leaky, on_leak="error"), print)
     with pytest.raises(InputError, match=r"^data\.on_leak is 'ignore'; it must be warn or error"):
-        replace(config, on_leak="ignore")
+        replace(leaky, on_leak="ignore")
 
 
-def test_a_leak_into_a_mixture(config: DataConfig, tmp_path: Path) -> None:
+def test_a_leak_into_a_mixture(leaky: DataConfig, tmp_path: Path) -> None:
     first = write(tmp_path / "first.jsonl", ["document of another kind", "and a second one"])
-    train = (MixturePart(str(first)), MixturePart(str(config.train), 2.0))
-    (line,) = warnings(replace(config, train=train))
-    assert f"document 5 (document 8 of {config.train})" in line
+    train = (MixturePart(str(first)), MixturePart(str(leaky.train), 2.0))
+    (line,) = warnings(replace(leaky, train=train))
+    assert f"document 5 (document 8 of {leaky.train})" in line
 
 
 @pytest.mark.parametrize("kind", ["text", "short text", "gzip", "glob", "folder", "link", "copy", "nanogpt", "store"])
-def test_the_very_same_file_is_always_found(config: DataConfig, tmp_path: Path, kind: str) -> None:
+def test_the_very_same_file_is_always_found(leaky: DataConfig, tmp_path: Path, kind: str) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     same = write(texts / "a.jsonl", TRAIN)
@@ -339,17 +339,17 @@ def test_the_very_same_file_is_always_found(config: DataConfig, tmp_path: Path, 
         (texts / "a.bin").write_bytes(np.frombuffer(b"no end of text", np.uint8).astype(np.uint16).tobytes())
         same = again = f"nanogpt:{texts}/a.bin"
     else:
-        same = again = f"store:{prepare(replace(config, train=str(same)), print).train.path}"
+        same = again = f"store:{prepare(replace(leaky, train=str(same)), print).train.path}"
     with pytest.raises(InputError, match=r"^data\.validation: (\d+) of its \1 documents are also in data\.train"):
-        prepare(replace(config, train=str(same), validation=str(again), on_leak="error"), print)
+        prepare(replace(leaky, train=str(same), validation=str(again), on_leak="error"), print)
 
 
-def test_tokens_and_texts(config: DataConfig, tmp_path: Path) -> None:
+def test_tokens_and_texts(leaky: DataConfig, tmp_path: Path) -> None:
     tokens = [token for text in (*VALIDATION, TRAIN[4], "end") for token in (256, *text.encode())]
     np.array(tokens, np.uint16).tofile(tmp_path / "validation.bin")
-    (line,) = warnings(replace(config, validation=f"nanogpt:{tmp_path}/validation.bin"))
+    (line,) = warnings(replace(leaky, validation=f"nanogpt:{tmp_path}/validation.bin"))
     assert "1 of its 12 documents are also in data.train" in line
-    assert f"the first is document 11 of nanogpt:{tmp_path}/validation.bin (document 5 of {config.train})" in line
+    assert f"the first is document 11 of nanogpt:{tmp_path}/validation.bin (document 5 of {leaky.train})" in line
 
 
 @pytest.mark.parametrize("read_tokens", [3, 20, 1 << 22])
@@ -380,10 +380,10 @@ def test_blocks_do_not_matter(
     assert found == Leak(4, 14, document=10, tokens=[begin, begin + len(TRAIN[13])], part=1, twin=4)
 
 
-def test_large_corpora_are_compared_once(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_corpora_are_compared_once(leaky: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "REMEMBERED_TOKENS", 0)
     said: list[str] = []
-    prepare(config, said.append)
+    prepare(leaky, said.append)
     first = said[-1:]
     num_tokens = sum(len(text) + 1 for text in [*TRAIN, *VALIDATION, TRAIN[7], TRAIN[2]])
     begin = f"data.validation: checking {num_tokens:,} tokens for documents that are also in data.train"
@@ -391,10 +391,10 @@ def test_large_corpora_are_compared_once(config: DataConfig, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "_compare", None)
         said.clear()
-        prepare(config, said.append)
+        prepare(leaky, said.append)
         assert said[-1:] == first and begin not in said
-    write(Path(str(config.validation)), [*VALIDATION, TRAIN[0]])
-    assert "1 of its 11 documents" in warnings(config)[0]
+    write(Path(str(leaky.validation)), [*VALIDATION, TRAIN[0]])
+    assert "1 of its 11 documents" in warnings(leaky)[0]
 
 
 def test_a_run_warns_or_does_not_begin(config_file: Path, text_file: Path, tmp_path: Path, capfd) -> None:
