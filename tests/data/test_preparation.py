@@ -322,7 +322,7 @@ def test_a_store_that_shrinks_ends_where_its_text_does(
     texts = [f"{number:063}" for number in range(9)]
     Path(config.train).write_bytes(json_lines(texts))
     with monkeypatch.context() as patch:
-        save, calls = preparation_module._save, []
+        save, calls = preparation_module.save_progress, []
 
         def failing(*arguments: object) -> None:
             calls.append(arguments)
@@ -330,7 +330,7 @@ def test_a_store_that_shrinks_ends_where_its_text_does(
                 raise RuntimeError("killed")
             save(*arguments)
 
-        patch.setattr(preparation_module, "_save", failing)
+        patch.setattr(preparation_module, "save_progress", failing)
         with pytest.raises(RuntimeError):
             prepare(config, quiet)
     Path(config.train).write_bytes(json_lines(texts[:5]))
