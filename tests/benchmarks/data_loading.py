@@ -25,7 +25,7 @@ from benchmark_tables import print_table, spread
 
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import token_store
-from sophia_levanter.data.blocks import Documents
+from sophia_levanter.data.encoding import Documents
 from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.sources import open_source
 from sophia_levanter.data.store_writer import TokenStoreWriter

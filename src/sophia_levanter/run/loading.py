@@ -25,10 +25,8 @@ from sophia_levanter.config.files import Layer, Setting, flatten, read_layers
 from sophia_levanter.config.model import ModelConfig
 from sophia_levanter.config.run import check_parameters
 from sophia_levanter.config.settings import free_settings
-from sophia_levanter.data.bpe import bpe_file
-from sophia_levanter.data.huggingface_tokenizer import ranks_of
-from sophia_levanter.data.names import TRAINED_TOKENIZER
-from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
+from sophia_levanter.data.bpe import bpe_file, ranks_of
+from sophia_levanter.data.tokenizer import TRAINED_TOKENIZER, Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import write_atomically
 from sophia_levanter.interop.architectures import WeightsError
