@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from sophia_levanter.comparison.records import Record, find, read_records, write_records
-from sophia_levanter.comparison.study import PlannedRun, Study, plan, read_study
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.arguments import parse_arguments
 from sophia_levanter.config.data import DataConfig
@@ -22,6 +20,8 @@ from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, P
 from sophia_levanter.files import lock
 from sophia_levanter.printing import one_line
 from sophia_levanter.run.directory import with_absolute_paths
+from sophia_levanter.studies.records import Record, find, read_records, write_records
+from sophia_levanter.studies.study import PlannedRun, Study, plan, read_study
 
 Texts = dict[DataConfig, dict[str, str]]
 RECORDS = "study.json"
@@ -122,7 +122,7 @@ def _compare(command: Command, stopped: Callable[[], bool]) -> int:
         print(_counts(study, runs, missing), flush=True)
         failures = _do(study, command, missing, records, texts, stopped) if missing else 0
 
-        from sophia_levanter.comparison.report import write_report
+        from sophia_levanter.studies.report import write_report
 
         print(write_report(study, runs, records, command.out))
     return FAILURE if failures else DONE
@@ -135,7 +135,7 @@ def _texts(runs: Sequence[PlannedRun], records: Sequence[Record], out: Path) -> 
         InputError: if a text is not there, or a record is of another one. The path may change, the text may not: runs
             would be compared as if they were of one text.
     """
-    from sophia_levanter.comparison.texts import digests
+    from sophia_levanter.studies.runner import digests
 
     texts = {data: digests(data) for data in dict.fromkeys(run.config.data for run in runs)}
     for run in runs:
@@ -184,8 +184,7 @@ def _do(
 ) -> int:
     """Do the runs, putting each record into the file as it comes; the number of those that failed."""
     # Only now what takes long to import: a mistake above is answered at once.
-    from sophia_levanter.comparison.execute import as_ray_tasks, one_by_one
-    from sophia_levanter.comparison.runner import Job, RunFailed, job_directory
+    from sophia_levanter.studies.runner import Job, RunFailed, as_ray_tasks, job_directory, one_by_one
 
     folder = (command.out / "runs").absolute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sophia_levanter.comparison.styles import MOST_STYLES
 from sophia_levanter.config.arguments import parse_arguments
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, run_command
@@ -55,10 +54,6 @@ def parse(words: Sequence[str]) -> tuple[dict[str, Path], Path]:
         raise InputError(f"--output {page}: there is no directory {page.parent}; make it first")
     if not arguments.words:
         raise InputError("name at least one run directory: RUN_DIR or NAME=RUN_DIR; --help shows the options")
-    if len(arguments.words) > MOST_STYLES:
-        raise InputError(
-            f"{len(arguments.words)} runs are too many to tell their curves apart; name at most {MOST_STYLES}"
-        )
     return _named(arguments.words), page
 
 
@@ -96,17 +91,20 @@ def _report(words: Sequence[str]) -> int:
     # For jax, which looks at it when it starts: an accelerator may be in use by the very run.
     os.environ["JAX_PLATFORMS"] = "cpu"
 
-    from sophia_levanter.reporting.comparability import compare
-    from sophia_levanter.reporting.runs import read_run
+    from sophia_levanter.studies.comparability import compare
+    from sophia_levanter.studies.runs import read_run
 
+    try:
+        from sophia_levanter.studies.page import in_lines, write_page
+        from sophia_levanter.studies.plots import MOST_STYLES
+    except ImportError:
+        raise InputError("a report needs matplotlib and jinja2; install sophia-levanter[compare]") from None
+    if len(named) > MOST_STYLES:
+        raise InputError(f"{len(named)} runs are too many to tell their curves apart; name at most {MOST_STYLES}")
     runs = [read_run(name, path) for name, path in named.items()]
     comparability = compare(runs)
     try:
-        from sophia_levanter.reporting.writing import in_lines, write_report
-    except ImportError:
-        raise InputError("a report needs matplotlib; install sophia-levanter[compare]") from None
-    try:
-        files = write_report(runs, comparability, page)
+        files = write_page(runs, comparability, page)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -7,13 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sophia_levanter.comparison.costs import flops_per_token, seconds_per_step, tokens_per_step
-from sophia_levanter.comparison.records import Record
-from sophia_levanter.comparison.results import Cell, best, collect, lengths
-from sophia_levanter.comparison.speedup import SpeedUp, speed_ups
-from sophia_levanter.comparison.study import PlannedRun, Study
 from sophia_levanter.errors import InputError
 from sophia_levanter.printing import one_line
+from sophia_levanter.studies.records import Record
+from sophia_levanter.studies.results import (
+    Cell,
+    SpeedUp,
+    best,
+    collect,
+    flops_per_token,
+    lengths,
+    seconds_per_step,
+    speed_ups,
+    tokens_per_step,
+)
+from sophia_levanter.studies.study import PlannedRun, Study
 
 REPORT = "report.md"
 
@@ -38,10 +46,12 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
         parts += [f"## Speed-up over {study.baseline}", _speed_table(study, cells)]
     parts += ["## All points", _all_table(cells)]
     try:
-        from sophia_levanter.comparison.plots import write_plots
+        from sophia_levanter.studies.plots import study_pictures
     except ImportError:
         raise InputError("plots need matplotlib; install sophia-levanter[compare]") from None
-    parts += [f"![{name}]({name})" for name in write_plots(cells, out)]
+    for name, picture in study_pictures(cells).items():
+        (out / name).write_bytes(picture)
+        parts.append(f"![{name}]({name})")
     text = "\n\n".join(parts) + "\n"
     (out / REPORT).write_text(text, encoding="utf-8")
     return text

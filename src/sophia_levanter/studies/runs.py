@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from array import array
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,19 +15,39 @@ from typing import Any
 
 import numpy as np
 
-from sophia_levanter.checkpoint.manifest import Manifest
-from sophia_levanter.comparison.runner import has_diverged
+from sophia_levanter import checkpoint
+from sophia_levanter.checkpoint import CheckpointError, Manifest
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.language_model import abstract_model
-from sophia_levanter.reporting.manifests import newest_manifest
-from sophia_levanter.reporting.metrics import Series, read_metrics
 from sophia_levanter.run.directory import RunDirectory
 from sophia_levanter.run.summary import count_parameters
+from sophia_levanter.tracking.jsonl import read_records
 from sophia_levanter.training.costs import flops_per_step
+
+# A run whose training loss is this many nats above its lowest, over as many steps, will not come back in time.
+DIVERGED_NATS, DIVERGED_STEPS = 1.0, 50
+FACTS = ("environment", "data", "validation")  # in the metadata of a training run's checkpoint
+
+
+@dataclass(frozen=True)
+class Series:
+    """What a run has logged under one name.
+
+    Attributes:
+        steps: steps done when each number was taken, int64 [point], ascending.
+        values: the numbers, float64 [point]; NaN where one was not finite.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def last(self) -> float:
+        return float(self.values[-1])
 
 
 @dataclass(frozen=True)
@@ -38,7 +61,9 @@ class Run:
         series: what it has logged, by name.
         facts: of the newest checkpoint: `environment`, `data` and `validation`; empty without one.
         checkpoint: which that is, or why there is none.
-        vocab_size: of the model, perhaps with its padding; None where neither tokenizer nor checkpoint tell.
+        parameters: of the model, the padding of the vocabulary included; None where neither tokenizer nor checkpoint
+            tells the vocabulary's size.
+        flops_per_token: of the model's forward and backward pass; None in the same case.
         written_at: when its metrics were last written to, in seconds since 1970.
     """
 
@@ -48,7 +73,8 @@ class Run:
     series: Mapping[str, Series]
     facts: Mapping[str, Any]
     checkpoint: str
-    vocab_size: int | None
+    parameters: int | None
+    flops_per_token: float | None
     written_at: float
 
     @property
@@ -82,14 +108,6 @@ class Run:
     def seconds_since_written(self) -> float:
         return time.time() - self.written_at
 
-    @cached_property
-    def parameters(self) -> int | None:
-        """Of the model, the padding of the vocabulary included."""
-        if self.vocab_size is None:
-            return None
-        shapes = abstract_model(self.config.model, self.vocab_size)
-        return count_parameters(shapes)
-
     def tokens_at(self, steps: np.ndarray) -> np.ndarray:
         """Training tokens after so many steps, float64 [point]."""
         return self._spent(steps, [part.batch_size * self.config.model.seq_len for part in self.config.trainer.parts])
@@ -100,9 +118,7 @@ class Run:
 
     def seconds_at(self, steps: np.ndarray) -> np.ndarray | None:
         """Seconds of training after so many steps, float64 [point]; None if not known."""
-        if self._clock is None:
-            return None
-        return np.interp(steps, *self._clock)
+        return None if self._clock is None else np.interp(steps, *self._clock)
 
     @cached_property
     def rates(self) -> Series | None:
@@ -124,11 +140,10 @@ class Run:
     @cached_property
     def _flops_of_steps(self) -> list[float] | None:
         """Of a step with each of the run's batch sizes."""
-        if self.vocab_size is None:
+        if self.flops_per_token is None:
             return None
-        of_model = abstract_model(self.config.model, self.vocab_size).flops_per_token
         parts = self.config.trainer.parts
-        return [flops_per_step(replace(self.config, trainer=part), of_model) for part in parts]
+        return [flops_per_step(replace(self.config, trainer=part), self.flops_per_token) for part in parts]
 
     def _spent(self, steps: np.ndarray, of_steps: Sequence[float]) -> np.ndarray:
         """The sum over the steps so far of what a step with each of the run's batch sizes takes."""
@@ -147,12 +162,26 @@ def read_run(name: str, path: Path) -> Run:
     Raises:
         InputError: if it is no directory of a run that has begun.
     """
-    directory = RunDirectory(path, "never")
-    if not directory.config_file.is_file():
+    config_file = RunDirectory(path, "never").config_file
+    if not config_file.is_file():
         raise InputError(f"{path} holds no config.yaml; name a run directory")
-    config = load_config(directory.config_file)
+    run = read_files(name, path, load_config(config_file))
+    if not run.series:
+        raise InputError(f"{path / 'metrics.jsonl'} holds no step yet; wait for the run's first one")
+    return run
+
+
+def read_files(name: str, path: Path, config: TrainConfig) -> Run:
+    """What a run of this configuration has left in its directory; it need not have logged a step.
+
+    Raises:
+        InputError: if its metrics are missing or damaged.
+    """
+    directory = RunDirectory(path, "never", config.trainer.checkpoint_dir)
     series = read_metrics(directory.metrics_file)
-    manifest, found = newest_manifest(replace(directory, checkpoint_dir=config.trainer.checkpoint_dir))
+    manifest, found = _newest_manifest(directory)
+    vocab_size = _vocab_size(config, manifest)
+    model = None if vocab_size is None else abstract_model(config.model, vocab_size)
     return Run(
         name=name,
         path=path,
@@ -160,15 +189,75 @@ def read_run(name: str, path: Path) -> Run:
         series=series,
         facts={} if manifest is None else manifest.metadata,
         checkpoint=found,
-        vocab_size=_vocab_size(config, manifest),
+        parameters=None if model is None else count_parameters(model),
+        flops_per_token=None if model is None else model.flops_per_token,
         written_at=directory.metrics_file.stat().st_mtime,
     )
 
 
+def read_metrics(path: Path) -> dict[str, Series]:
+    """Reads a run's `metrics.jsonl`; a last line that is cut short, as a kill leaves it, is not there.
+
+    Returns:
+        A series for each name.
+
+    Raises:
+        InputError: if the file is missing or damaged.
+    """
+    steps: dict[str, array] = defaultdict(lambda: array("q"))
+    values: dict[str, array] = defaultdict(lambda: array("d"))
+    try:
+        for record in read_records(path):
+            done = record.pop("step") + 1
+            for name, value in record.items():
+                steps[name].append(done)
+                values[name].append(math.nan if value is None else value)
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} holds no metrics.jsonl; name the directory of a run that has begun") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    for name in steps:
+        if np.any(np.diff(steps[name]) < 0):
+            raise InputError(f"{path}: the steps of {name} do not ascend; it is not the file of one run")
+    return {name: Series(np.array(steps[name], np.int64), np.array(values[name], np.float64)) for name in steps}
+
+
+def has_diverged(losses: Sequence[float]) -> bool:
+    """Whether the mean training loss of the last steps is far above the lowest mean before.
+
+    A single step whose loss is not finite changes nothing, and many in a row end the run by themselves.
+    """
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    means = [
+        statistics.fmean(finite[i : i + DIVERGED_STEPS])
+        for i in range(0, len(finite) - DIVERGED_STEPS + 1, DIVERGED_STEPS)
+    ]
+    return len(means) > 1 and means[-1] > min(means) + DIVERGED_NATS
+
+
+def _newest_manifest(directory: RunDirectory) -> tuple[Manifest | None, str]:
+    """The manifest of the newest checkpoint that is whole and a training run's; and in words, where it was found."""
+    location = str(directory.checkpoints)
+    if "://" in location:
+        return None, f"not looked at: {location}"
+    damaged: list[str] = []
+    for step in reversed(checkpoint.steps(location)):
+        try:
+            manifest = checkpoint.read_step(location, step)
+        except (CheckpointError, InputError):
+            damaged.append(f"step {step} is damaged")
+            continue
+        if all(isinstance(manifest.metadata.get(name), dict) for name in FACTS):
+            return manifest, "; ".join([*damaged, f"step {step}"])
+        damaged.append(f"step {step} is no training run's")
+    return None, "; ".join(damaged) or "none yet"
+
+
 def _vocab_size(config: TrainConfig, manifest: Manifest | None) -> int | None:
-    for array in manifest.arrays if manifest is not None else ():
-        if array.path == "model.wte.weight":
-            return array.shape[0]
+    """Of the model, perhaps with its padding; None where neither tokenizer nor checkpoint tells it."""
+    for saved in manifest.arrays if manifest is not None else ():
+        if saved.path == "model.wte.weight":
+            return saved.shape[0]
     try:
         return vocab_size_of(config.data.tokenizer)
     except InputError:

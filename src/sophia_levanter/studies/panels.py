@@ -1,16 +1,22 @@
-"""Which pictures a report has, and what each of them says."""
+"""Which pictures a report has, what each of them says, and what curves are drawn against."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
 import numpy as np
 
 from sophia_levanter.config.registries import BUILT_IN
-from sophia_levanter.reporting.metrics import Series
-from sophia_levanter.reporting.runs import Run
+from sophia_levanter.studies.runs import Run, Series
+
+MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
+COUNTS = ((1.0, ""), (1e3, "thousands"), (1e6, "millions"), (1e9, "billions"), (1e12, "trillions"))
+FLOPS = ((1.0, ""), (1e9, "10⁹"), (1e12, "10¹²"), (1e15, "10¹⁵"), (1e18, "10¹⁸"), (1e21, "10²¹"), (1e24, "10²⁴"))
+TIMES = ((1.0, "seconds"), (MINUTE, "minutes"), (HOUR, "hours"), (DAY, "days"))
+ADVISED_WIN_RATES = (0.1, 0.5)  # README of the authors' code
+LEAST = 2.0  # of a unit, for it to be used
 
 
 class Kind(Enum):
@@ -71,17 +77,18 @@ TRAINING = Panel(
     "training loss (nats per token)",
     "Of each step's batch, before the step: faint; smoothed over 5 % of the curve: bold.",
 )
+WIN_RATE = Panel(
+    "win_rate",
+    "Win rate",
+    "optim/win_rate",
+    "share of unclipped coordinates",
+    "The share of coordinates whose step is not clipped. The authors advise 0.1 to 0.5 (grey): lower is close to "
+    "sign descent, and a larger rho raises it.",
+    Kind.LINE,
+    limits=(0.0, 1.0),
+)
 OTHERS = (
-    Panel(
-        "win_rate",
-        "Win rate",
-        "optim/win_rate",
-        "share of unclipped coordinates",
-        "The share of coordinates whose step is not clipped. The authors advise 0.1 to 0.5 (grey): lower is close to "
-        "sign descent, and a larger rho raises it.",
-        Kind.LINE,
-        limits=(0.0, 1.0),
-    ),
+    WIN_RATE,
     Panel(
         "rho",
         "rho",
@@ -174,3 +181,38 @@ def _tells(panel: Panel, run: Run) -> bool:
     if panel.key == "rho":
         return any(np.unique(series.values).size > 1 for series in curves)
     return any(panel.key != "skipped_steps" or series.last > 0 for series in curves)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A horizontal axis.
+
+    Attributes:
+        key: in names of files and in the page.
+        title: of its button.
+        label: beside the axis.
+        units: sizes with their names, ascending.
+        positions: of a run after so many steps [point]; None if it is not known for the run.
+    """
+
+    key: str
+    title: str
+    label: str
+    units: tuple[tuple[float, str], ...]
+    positions: Callable[[Run, np.ndarray], np.ndarray | None]
+
+    def unit(self, runs: Iterable[Run]) -> tuple[float, str]:
+        """The size of the unit that suits the runs, and the axis's label with its name."""
+        ends = [self.positions(run, np.array([run.steps_done])) for run in runs]
+        longest = max((float(end[0]) for end in ends if end is not None), default=0.0)
+        size, name = [unit for unit in self.units if unit[0] * LEAST <= longest or unit == self.units[0]][-1]
+        return size, f"{self.label} ({name})" if name else self.label
+
+
+STEPS = Axis("steps", "Steps", "steps", ((1.0, ""),), lambda run, steps: steps)
+AXES = (
+    STEPS,
+    Axis("tokens", "Tokens", "training tokens", COUNTS, Run.tokens_at),
+    Axis("flops", "FLOPs", "FLOPs, curvature counted", FLOPS, Run.flops_at),
+    Axis("time", "Time", "training time", TIMES, Run.seconds_at),
+)

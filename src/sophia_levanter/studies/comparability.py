@@ -1,18 +1,93 @@
-"""What the runs are: their configurations beside each other, and their text and machines."""
+"""Whether the losses of runs can be compared; and their configurations, texts and machines beside each other."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sophia_levanter.config.build import flat
-from sophia_levanter.reporting.headline import NOTHING
-from sophia_levanter.reporting.runs import Run
+from sophia_levanter.studies.runs import Run
 
+NOTHING = "–"
 Row = tuple[str, list[str]]
 # Every run has its own, and it stands among the facts.
 RUN_DIR = "trainer.run_dir"
+
+
+@dataclass(frozen=True)
+class Comparability:
+    """What the losses of some runs allow.
+
+    Attributes:
+        same_tokenizer: whether a token is the same thing in all of them.
+        same_text: whether they are validated on the same text.
+        notes: what a reader must know, a line each.
+    """
+
+    same_tokenizer: bool
+    same_text: bool
+    notes: list[str]
+
+
+def compare(runs: Sequence[Run]) -> Comparability:
+    """What the losses of runs allow; each is held against the first."""
+    first, *others = runs
+    same_tokenizer = all(_same_tokenizer(first, run) for run in others)
+    same_text = all(_same_text(first, run) for run in others)
+    return Comparability(same_tokenizer, same_text, list(_notes(runs, same_tokenizer, same_text)))
+
+
+def _notes(runs: Sequence[Run], same_tokenizer: bool, same_text: bool) -> Iterator[str]:
+    if not same_tokenizer:
+        yield (
+            "The runs have different tokenizers: losses per token cannot be compared, and validation is shown in bits "
+            "per byte of text."
+        )
+    if not same_text:
+        yield (
+            "The runs are validated on different texts: not even their bits per byte compare exactly, and no value is "
+            "marked as the best."
+        )
+    elif len({(run.config.trainer.evaluation_windows, run.config.model.seq_len) for run in runs}) > 1:
+        yield (
+            "The runs are validated on different windows of the text (trainer.evaluation_windows, model.seq_len): "
+            "small differences between their losses may come from that."
+        )
+    for run in runs:
+        if run.parameters is None:
+            yield (
+                f"{run.name}: its tokenizer {run.config.data.tokenizer} cannot be loaded and no checkpoint can be "
+                "read, so its parameters and FLOPs are not known."
+            )
+        if "damaged" in run.checkpoint:
+            yield f"{run.name}: damaged checkpoints: {run.checkpoint}."
+
+
+def _same_tokenizer(a: Run, b: Run) -> bool:
+    mine, other = (_facts(run).get("tokenizer") for run in (a, b))
+    if mine is None or other is None:
+        return a.config.data.tokenizer == b.config.data.tokenizer
+    return mine == other
+
+
+def _same_text(a: Run, b: Run) -> bool:
+    mine, other = _facts(a), _facts(b)
+    if mine and other and mine.get("tokenizer") == other.get("tokenizer"):
+        return mine == other
+    if mine and other and mine.get("documents") != other.get("documents"):
+        return False
+    return _source(a) == _source(b)
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    return run.facts.get("validation", {})
+
+
+def _source(run: Run) -> tuple[object, ...]:
+    data = run.config.data
+    return (data.validation,) if data.validation is not None else (data.train, data.validation_fraction)
 
 
 def configurations(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:

@@ -1,1 +1,0 @@
-"""Runs in tables and pictures, from the files that they leave."""

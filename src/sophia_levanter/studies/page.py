@@ -1,0 +1,253 @@
+"""The report of runs: a page that holds all it shows, pictures beside it, and lines for a terminal."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from sophia_levanter.checkpoint.report import age
+from sophia_levanter.files import write_atomically
+from sophia_levanter.printing import one_line
+from sophia_levanter.studies.comparability import NOTHING, Comparability, configurations, facts
+from sophia_levanter.studies.panels import (
+    ADVISED_WIN_RATES,
+    AXES,
+    BITS,
+    STEPS,
+    TRAINING,
+    VALIDATION,
+    Axis,
+    Panel,
+    curves_of,
+    other_panels,
+)
+from sophia_levanter.studies.plots import png, sample_of_line, svg
+from sophia_levanter.studies.runs import Run
+
+RECENT_SECONDS = 86_400.0
+IN_TERMINAL = ("run", "steps", "last validation loss", "bits per byte", "win rate", "tokens/s", "status")
+OF_OTHER_TOKENS = "It is per token, and not to be compared between tokenizers."
+
+
+def write_page(runs: Sequence[Run], comparability: Comparability, page: Path) -> list[Path]:
+    """Writes the page, and pictures named after it beside it.
+
+    Args:
+        runs: at least one, each with a name of its own.
+        comparability: what their losses allow.
+        page: the file of the page.
+
+    Returns:
+        The files, the page first.
+    """
+    files = {page: render(runs, comparability).encode(errors="replace")}
+    for axis in axes_of(runs):
+        suffix = "" if axis is STEPS else f"-{axis.key}"
+        losses = [(panel, axis) for panel in loss_panels(comparability)]
+        files[page.with_name(f"{page.stem}-loss{suffix}.png")] = png(losses, runs)
+    for panel in other_panels(runs):
+        files[page.with_name(f"{page.stem}-{panel.key}.png")] = png([(panel, STEPS)], runs)
+    for path, content in files.items():
+        write_atomically(path, content)
+    return list(files)
+
+
+def in_lines(runs: Sequence[Run], comparability: Comparability) -> list[str]:
+    """The most important columns for a terminal, and what a reader must know."""
+    chosen = [COLUMNS.index(name) for name in IN_TERMINAL]
+    rows = [[_text(row[i]) for i in chosen] for row in headline(runs, comparability)]
+    table = [[one_line(text) for text in row] for row in (IN_TERMINAL, *rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(chosen))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return lines + [one_line(f"NOTE: {note}") for note in comparability.notes]
+
+
+def loss_panels(comparability: Comparability) -> list[Panel]:
+    """The panels of losses that can be compared as far as any can."""
+    validation = VALIDATION if comparability.same_tokenizer and comparability.same_text else BITS
+    if comparability.same_tokenizer:
+        return [validation, TRAINING]
+    return [validation, replace(TRAINING, caption=f"{TRAINING.caption} {OF_OTHER_TOKENS}")]
+
+
+def axes_of(runs: Sequence[Run]) -> list[Axis]:
+    """The axes that are known for any of the runs."""
+    return [axis for axis in AXES if any(axis.positions(run, np.zeros(1)) is not None for run in runs)]
+
+
+def render(runs: Sequence[Run], comparability: Comparability) -> str:
+    """The page.
+
+    Args:
+        runs: at least one, each with a name of its own.
+        comparability: what their losses allow.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=_shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    differing, same = configurations(runs)
+    return environment.get_template("page.html").render(
+        names=[run.name for run in runs],
+        samples=[Markup(sample_of_line(number)) for number in range(len(runs))],
+        made=f"{datetime.datetime.now():%Y-%m-%d %H:%M}, sophia_levanter {version('sophia-levanter')}",
+        notes=comparability.notes,
+        columns=COLUMNS,
+        rows=headline(runs, comparability),
+        all_axes=AXES,
+        axes=axes_of(runs),
+        steps=STEPS,
+        losses=loss_panels(comparability),
+        others=other_panels(runs),
+        names_in=lambda panel: ", ".join(run.name for run in runs if curves_of(panel, run)),
+        picture=lambda panel, axis: Markup(svg(panel, runs, axis)),
+        differing=differing,
+        same=[(name, values[:1]) for name, values in same],
+        facts=facts(runs),
+    )
+
+
+def _shown(value: object) -> object:
+    """What a page shows of a value; the template's own markup and the pictures stay as they are."""
+    return value if isinstance(value, Markup) else one_line(value)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An entry of a table.
+
+    Attributes:
+        text: what it shows.
+        best: whether it is the best of its column.
+        remark: a word beside it; empty for none.
+    """
+
+    text: str
+    best: bool = False
+    remark: str = ""
+
+
+# Of the table that a reader looks at first.
+COLUMNS = (
+    "run",
+    "status",
+    "optimizer",
+    "parameters",
+    "steps",
+    "tokens",
+    "last validation loss",
+    "best validation loss",
+    "bits per byte",
+    "win rate",
+    "tokens/s",
+    "MFU",
+    "skipped steps",
+)
+
+
+def headline(runs: Sequence[Run], comparability: Comparability) -> list[list[Cell]]:
+    """A row for each run, with a cell for each of `COLUMNS`."""
+    losses = [_last(run, "validation/loss") for run in runs]
+    lowest = [_lowest(run) for run in runs]
+    bits = [_last(run, "validation/bits_per_byte") for run in runs]
+    compared = comparability.same_text and len(runs) > 1
+    per_token = compared and comparability.same_tokenizer
+    return [
+        [
+            Cell(run.name),
+            Cell(status(run)),
+            Cell(run.optimizer),
+            Cell(NOTHING if run.parameters is None else short(run.parameters)),
+            Cell(f"{run.steps_done:,} / {run.total_steps:,}"),
+            Cell(short(float(run.tokens_at(np.array(run.steps_done))))),
+            Cell(_decimals(losses[i]), best=per_token and _is_lowest(losses[i], losses)),
+            Cell(_decimals(lowest[i]), best=per_token and _is_lowest(lowest[i], lowest)),
+            Cell(_decimals(bits[i]), best=compared and _is_lowest(bits[i], bits)),
+            _win_rate(run),
+            Cell(_throughput(run)),
+            Cell(_utilisation(run)),
+            Cell(f"{_last(run, 'train/skipped_steps', 0.0):,.0f}"),
+        ]
+        for i, run in enumerate(runs)
+    ]
+
+
+def status(run: Run) -> str:
+    """How a run stands."""
+    if run.has_diverged:
+        return "diverged" if run.is_finished else f"diverged, at step {run.steps_done:,}"
+    if run.is_finished:
+        return "finished"
+    if run.seconds_since_written < RECENT_SECONDS:
+        return f"at step {run.steps_done:,}, {age(run.written_at)}"
+    return f"stopped at step {run.steps_done:,}"
+
+
+def short(number: float) -> str:
+    """Three digits and a unit: 860k, 1.56B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            scaled = number / size
+            return f"{scaled:.{max(0, 2 - int(math.log10(max(scaled, 1))))}f}{unit}"
+    return f"{number:,.0f}"
+
+
+def _last(run: Run, name: str, otherwise: float = math.nan) -> float:
+    return run.series[name].last if name in run.series else otherwise
+
+
+def _lowest(run: Run) -> float:
+    values = run.series["validation/loss"].values if "validation/loss" in run.series else np.array([])
+    finite = values[np.isfinite(values)]
+    return float(finite.min()) if finite.size else math.nan
+
+
+def _is_lowest(value: float, values: Sequence[float]) -> bool:
+    finite = [other for other in values if math.isfinite(other)]
+    # As shown: of two that look the same neither is better.
+    return len(finite) > 1 and _decimals(value) == _decimals(min(finite))
+
+
+def _decimals(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else NOTHING
+
+
+def _win_rate(run: Run) -> Cell:
+    rate = _last(run, "optim/win_rate")
+    if not math.isfinite(rate):
+        return Cell(NOTHING)
+    low, high = ADVISED_WIN_RATES
+    return Cell(f"{rate:.2f}", remark="low" if rate < low else "high" if rate > high else "")
+
+
+def _throughput(run: Run) -> str:
+    seconds = run.seconds_at(np.array(run.steps_done))
+    return NOTHING if seconds is None else short(float(run.tokens_at(np.array(run.steps_done)) / seconds))
+
+
+def _utilisation(run: Run) -> str:
+    """The mean over time: of the FLOPs that all steps together could have done."""
+    if run.rates is None or "train/mfu" not in run.series:
+        return NOTHING
+    # A step takes as long as its rate is low; each has the same model FLOPs per token.
+    shares = run.series["train/mfu"]
+    steps, of_rates, of_shares = np.intersect1d(run.rates.steps, shares.steps, return_indices=True)
+    seconds = np.diff(run.tokens_at(np.append(0, steps))) / run.rates.values[of_rates]
+    share = np.sum(shares.values[of_shares] * seconds) / np.sum(seconds) if steps.size else math.nan
+    return f"{share:.1%}" if math.isfinite(share) else NOTHING
+
+
+def _text(cell: Cell) -> str:
+    return f"{cell.text} {cell.remark}".rstrip() + (" *" if cell.best else "")

@@ -1,0 +1,323 @@
+"""Pictures of runs and of studies. Of this package only this module imports matplotlib."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from sophia_levanter.printing import one_line, shortened
+from sophia_levanter.studies.panels import (
+    ADVISED_WIN_RATES,
+    AXES,
+    STEPS,
+    VALIDATION,
+    WIN_RATE,
+    Axis,
+    Kind,
+    Panel,
+    curves_of,
+)
+from sophia_levanter.studies.results import Cell, as_run, best, finished, lengths
+from sophia_levanter.studies.runs import Run
+
+# Okabe and Ito's, for all kinds of colour vision, without their yellow, which is too faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", ":", "-.")
+MOST_STYLES = len(COLOURS) * len(LINES)  # after which they repeat
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+FAINTEST = 0.25  # of a run's curves in one panel
+MOST_MARKERS = 25  # on a curve
+SIZE = (5.2, 3.2)  # of a panel, in inches
+LETTERS = 14  # of a legend in an inch
+DPI = 220
+SHORT_NAME = 40
+MOST_POINTS = 2000
+WINDOW = 0.05  # of the curve, that a smoothed point is the mean of
+SETTLED = 0.1  # of a curve, after which its values set the limits
+MARGIN = 0.05
+LOOK: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "0.4",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "xtick.color": "0.3",
+    "ytick.color": "0.3",
+    "legend.frameon": False,
+    "svg.hashsalt": "report",
+    # Names of runs and arms are names, whatever dollar signs they hold.
+    "text.parse_math": False,
+}
+
+
+def svg(panel: Panel, runs: Sequence[Run], axis: Axis) -> str:
+    """A panel without a legend, as a `data:` URL."""
+    with _figure(1) as (figure, (axes,)):
+        _draw(axes, panel, runs, axis)
+        return _as_url(figure)
+
+
+def png(panels: Sequence[tuple[Panel, Axis]], runs: Sequence[Run]) -> bytes:
+    """Panels side by side, two in a row, with a legend of the runs that are in them."""
+    with _figure(len(panels)) as (figure, places):
+        for axes, (panel, axis) in zip(places, panels, strict=True):
+            _draw(axes, panel, runs, axis)
+        drawn = {i: run.name for i, run in enumerate(runs) if any(curves_of(panel, run) for panel, _ in panels)}
+        return _as_png(figure, drawn if len(runs) > 1 else {})
+
+
+def study_pictures(cells: Sequence[Cell]) -> dict[str, bytes]:
+    """PNGs of the arms' best points.
+
+    Args:
+        cells: the study's results.
+
+    Returns:
+        `final_loss.png`, `curves.png`, and `win_rate.png` if a run has a curvature.
+    """
+    records = {arm: finished(cells, arm) for arm in dict.fromkeys(cell.arm for cell in cells)}
+    # Arms of which no run has finished come last: the others have one style in all pictures.
+    runs = [as_run(record, arm) for arm, record in records.items() if record is not None]
+    others = [arm for arm, record in records.items() if record is None]
+    pictures = {
+        "final_loss.png": _final_losses(cells, [*(run.name for run in runs), *others]),
+        "curves.png": png([(VALIDATION, axis) for axis in AXES], runs),
+    }
+    if any(curves_of(WIN_RATE, run) for run in runs):
+        pictures["win_rate.png"] = png([(WIN_RATE, STEPS)], runs)
+    return pictures
+
+
+def _final_losses(cells: Sequence[Cell], arms: Sequence[str]) -> bytes:
+    with _figure(1) as (figure, (axes,)):
+        for number, arm in enumerate(arms):
+            points = [cell for t in lengths(cells, arm) if (cell := best(cells, arm, t)) and math.isfinite(cell.mean)]
+            axes.plot([c.tokens for c in points], [c.mean for c in points], marker=_marker(number), **style_of(number))
+            for cell in points:
+                losses = cell.losses()
+                seeds: dict[str, Any] = {"color": style_of(number)["color"], "alpha": 0.4}
+                axes.plot([cell.tokens] * len(losses), losses, ".", **seeds)
+        axes.set_xscale("log")
+        axes.set_xlabel("length of the whole schedule (training tokens)")
+        axes.set_ylabel(VALIDATION.label)
+        return _as_png(figure, dict(enumerate(arms)))
+
+
+def style_of(number: int) -> dict[str, Any]:
+    """Matplotlib's arguments for the line of that number, from 0."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
+
+
+def sample_of_line(number: int) -> str:
+    """What a run's curves look like, as a `data:` URL of a small picture."""
+    with mpl.rc_context(LOOK):
+        figure = Figure(figsize=(0.5, 0.16))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.plot([0, 1, 2], [0, 0, 0], marker=_marker(number), markevery=[1], **style_of(number))
+        axes.set_axis_off()
+        return _as_url(figure)
+
+
+@contextmanager
+def _figure(panels: int) -> Iterator[tuple[Figure, list[Axes]]]:
+    rows, columns = -(-panels // 2), min(panels, 2)
+    with mpl.rc_context(LOOK):
+        figure = Figure(figsize=(SIZE[0] * columns, SIZE[1] * rows), layout="constrained")
+        yield figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
+
+
+def _as_url(figure: Figure) -> str:
+    content = io.BytesIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(content, format="svg", metadata=nothing, transparent=True)
+    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def _as_png(figure: Figure, names: Mapping[int, str]) -> bytes:
+    """With a legend of the lines of these numbers, by name."""
+    if names:
+        samples = [_sample(name, number) for number, name in names.items()]
+        longest = max(len(str(sample.get_label())) for sample in samples)
+        columns = max(1, min(4, int(figure.get_figwidth() * LETTERS / (longest + 6))))
+        figure.legend(handles=samples, loc="outside upper center", ncols=columns)
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        # A name in a script that matplotlib's font lacks shows as boxes, which is no news to its owner.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        figure.savefig(content, format="png", dpi=DPI)
+    return content.getvalue()
+
+
+def _sample(name: str, number: int) -> Line2D:
+    label = shortened(one_line(name), SHORT_NAME)
+    # matplotlib leaves out labels that begin with an underscore.
+    label = f" {label}" if label.startswith("_") else label
+    return Line2D([], [], label=label, marker=_marker(number), **style_of(number))
+
+
+def _marker(number: int) -> str:
+    return MARKERS[number % len(COLOURS)]
+
+
+def _draw(axes: Axes, panel: Panel, runs: Sequence[Run], axis: Axis) -> None:
+    unit, label = axis.unit(runs)
+    drawn: list[tuple[Run, np.ndarray]] = []
+    for number, run in enumerate(runs):
+        curves = curves_of(panel, run)
+        for strength, series in zip(np.linspace(1, FAINTEST, len(curves))[::-1], curves, strict=True):
+            x = axis.positions(run, series.steps)
+            if x is not None:
+                bins = thin(x / unit, series.values)
+                drawn.append((run, _draw_curve(axes, panel, bins, number, strength)))
+    if panel.key == "win_rate":
+        axes.axhspan(*ADVISED_WIN_RATES, color="0.93", zorder=0)
+    _set_limits(axes, panel, drawn)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(label)
+    axes.set_ylabel(panel.label)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=axis.key == "steps"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}" if x < 1e6 else f"{x:,.0f}"))
+
+
+def _draw_curve(axes: Axes, panel: Panel, bins: Bins, number: int, strength: float) -> np.ndarray:
+    """Draws one curve of a run; the values that it goes through."""
+    style: dict[str, Any] = {**style_of(number), "zorder": 3, "alpha": strength}
+    if panel.kind is Kind.POINTS:
+        markers: dict[str, Any] = {"marker": _marker(number), "markevery": max(1, len(bins.x) // MOST_MARKERS)}
+        axes.plot(bins.x, bins.mean, **markers, **style)
+        return bins.mean
+    if panel.kind is Kind.LINE:
+        axes.plot(bins.x, bins.mean, marker="." if len(bins.x) == 1 else None, **style)
+        return bins.mean
+    faint: dict[str, Any] = {"color": style["color"], "linewidth": 0.6, "zorder": 2}
+    if bins.low is bins.high:
+        axes.plot(bins.x, bins.mean, alpha=0.3, **faint)
+    else:
+        axes.fill_between(bins.x, bins.low, bins.high, alpha=0.15, **(faint | {"linewidth": 0}))
+    smoothed = smooth(bins.mean)
+    axes.plot(bins.x, smoothed, marker="." if len(bins.x) == 1 else None, **style)
+    return smoothed
+
+
+def _set_limits(axes: Axes, panel: Panel, drawn: Sequence[tuple[Run, np.ndarray]]) -> None:
+    if panel.limits is not None:
+        axes.set_ylim(*panel.limits)
+        return
+    # One that has diverged leaves the picture, and the others can still be told apart.
+    curves = [values for run, values in drawn if not run.has_diverged] or [values for _, values in drawn]
+    found = limits(curves)
+    if found is None:
+        return
+    if panel.series.endswith("/") and not spans_decades(curves):
+        return  # of a registered metric all is shown
+    if panel.from_zero:
+        top = max(float(np.nanmax(values)) for _, values in drawn if np.isfinite(values).any())
+        axes.set_ylim(0, 1.05 * top or 1.0)
+    elif panel.may_be_logarithmic and spans_decades(curves):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(*found)
+
+
+class Bins(NamedTuple):
+    """Runs of neighbouring points, each as one.
+
+    Attributes:
+        x: mean position of each, float64 [bin].
+        mean, low, high: of its finite values, float64 [bin]; NaN where it has none.
+    """
+
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> Bins:
+    """At most so many bins of equally many points, give or take one.
+
+    Args:
+        x: positions [point].
+        y: values [point]; NaN for gaps.
+        most: bins.
+    """
+    if len(x) <= most:
+        return Bins(x, y, y, y)
+    edges = np.linspace(0, len(x), most + 1).astype(np.int64)
+    starts, counts = edges[:-1], np.diff(edges)
+    gap = np.isnan(y)
+    finite = counts - np.add.reduceat(gap, starts, dtype=np.int64)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        mean = np.add.reduceat(np.where(gap, 0.0, y), starts) / finite
+    low = np.fmin.reduceat(y, starts)
+    high = np.fmax.reduceat(y, starts)
+    return Bins(np.add.reduceat(x.astype(np.float64), starts) / counts, mean, low, high)
+
+
+def smooth(y: np.ndarray) -> np.ndarray:
+    """The mean of the finite values around each point, float64 [point]; at the ends of those that are there.
+
+    Args:
+        y: values [point]; gaps stay gaps.
+    """
+    reach = int(len(y) * WINDOW / 2)
+    window = np.ones(2 * reach + 1)
+    gap = np.isnan(y)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        sums = np.convolve(np.where(gap, 0.0, y), window)
+        means = sums / np.convolve(~gap, window)
+    return np.where(gap, np.nan, means[reach : reach + len(y)])
+
+
+def limits(curves: Sequence[np.ndarray]) -> tuple[float, float] | None:
+    """Limits that show how curves end, and not the cliff that they begin with or one that flies off.
+
+    A curve counts from a tenth of its length on, and for the upper limit without its highest values. The upper limit
+    suits the middle one of the curves and those near it, and the ends of the others where they come down.
+
+    Args:
+        curves: values [point] of each; NaN for gaps.
+
+    Returns:
+        The lower and the upper limit; None where no value is finite.
+    """
+    settled = [_finite(curve[int(len(curve) * SETTLED) :]) for curve in curves]
+    settled = [values for values in settled if values.size]
+    if not settled:
+        return None
+    low = min(float(values.min()) for values in settled)
+    tops = [float(np.quantile(values, 0.98)) for values in settled]
+    near = low + 3 * (float(np.median(tops)) - low)
+    ends = [float(values[-1]) for values, top in zip(settled, tops, strict=True) if values[-1] < top]
+    high = max([*(top for top in tops if top <= near), *ends, low])
+    room = (high - low) * MARGIN or abs(high) * MARGIN or 1.0
+    return low - room, high + room
+
+
+def spans_decades(curves: Sequence[np.ndarray]) -> bool:
+    """Whether values are all positive, and so far apart that a logarithmic axis shows them better."""
+    finite = _finite(np.concatenate(list(curves)))
+    return bool(finite.size) and finite.min() > 0 and math.log10(finite.max() / finite.min()) > 1.5
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]

@@ -1,0 +1,210 @@
+"""What a study's records say, arm by arm, and the paper's speed-up.
+
+The speed-up is how much shorter a whole schedule reaches the loss that the baseline's whole schedule reaches. Sophia
+with T / s tokens, and a schedule made for T / s tokens, has the loss that the baseline has at the end of its own
+schedule of T tokens (arXiv 2305.14342, section 3.2). A curve at T / s of a longer schedule would be another thing: its
+learning rate is still high there.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sophia_levanter.studies.records import Record, config_of, find
+from sophia_levanter.studies.runs import Run, Series
+from sophia_levanter.studies.study import PlannedRun
+from sophia_levanter.training.costs import flops_per_step, refreshes_per_step
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of an arm's grid at one schedule length.
+
+    Attributes:
+        arm: the arm's name.
+        point: the grid's fields with their values.
+        tokens: the schedule's length in training tokens.
+        records: what was run, by seed.
+    """
+
+    arm: str
+    point: dict[str, Any]
+    tokens: int
+    records: dict[int, Record] = field(default_factory=dict)
+
+    def losses(self, seeds: Sequence[int] | None = None) -> list[float]:
+        """Validation losses at the end, of all seeds or of these (as often as they are named); infinite if diverged."""
+        chosen = list(self.records) if seeds is None else seeds
+        return [math.inf if (loss := self.records[s].loss) is None else loss for s in chosen]
+
+    @property
+    def mean(self) -> float:
+        """The mean validation loss over seeds, in nats per token."""
+        return statistics.fmean(self.losses())
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation over seeds; None for fewer than two, or where one diverged."""
+        losses = self.losses()
+        return statistics.stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else None
+
+    @property
+    def diverged(self) -> int:
+        """How many of the runs diverged."""
+        return sum(record.loss is None for record in self.records.values())
+
+
+def collect(runs: Sequence[PlannedRun], records: Sequence[Record]) -> list[Cell]:
+    """The cells with at least one record, in the study's order."""
+    cells: dict[tuple, Cell] = {}
+    for run in runs:
+        record = find(records, run.config)
+        if record is not None:
+            key = (run.arm, tuple(run.point.items()), run.tokens)
+            cell = cells.setdefault(key, Cell(run.arm, run.point, run.tokens))
+            cell.records[run.seed] = record
+    return list(cells.values())
+
+
+def best(cells: Sequence[Cell], arm: str, tokens: int) -> Cell | None:
+    """The arm's point with the lowest mean loss at a length, of those with the most seeds."""
+    candidates = [cell for cell in cells if cell.arm == arm and cell.tokens == tokens]
+    if not candidates:
+        return None
+    seeds = max(len(cell.records) for cell in candidates)
+    return min((cell for cell in candidates if len(cell.records) == seeds), key=lambda cell: cell.mean)
+
+
+def lengths(cells: Sequence[Cell], arm: str) -> list[int]:
+    """The schedule lengths of which an arm has results, shortest first."""
+    return sorted({cell.tokens for cell in cells if cell.arm == arm})
+
+
+def finished(cells: Sequence[Cell], arm: str) -> Record | None:
+    """A finished run of the arm's best point at its longest schedule."""
+    for tokens in reversed(lengths(cells, arm)):
+        cell = best(cells, arm, tokens)
+        for record in () if cell is None else cell.records.values():
+            if record.loss is not None:
+                return record
+    return None
+
+
+def as_run(record: Record, name: str) -> Run:
+    """A record's curves and what they cost, to be drawn as those of a run are."""
+    config, seconds = config_of(record), seconds_per_step(record)
+    curves = {"validation/loss": record.validation, "optim/win_rate": record.win_rate}
+    series = {key: _series(curve) for key, curve in curves.items() if curve}
+    if seconds:
+        # One rate for all steps: the record has only medians of their times.
+        series["train/tokens_per_second"] = _series(
+            [[config.trainer.num_train_steps, tokens_per_step(record) / seconds]]
+        )
+    return Run(name, Path(), config, series, record.facts, "", record.parameters, record.flops_per_token, 0.0)
+
+
+def _series(curve: Sequence[Sequence[float | None]]) -> Series:
+    steps, values = zip(*curve, strict=True)
+    return Series(np.array(steps, np.int64), np.array(values, np.float64))
+
+
+def flops_per_token(record: Record) -> float:
+    """FLOPs of a step, all counted, over its tokens."""
+    return flops_per_step(config_of(record), record.flops_per_token) / tokens_per_step(record)
+
+
+def seconds_per_step(record: Record) -> float:
+    """Median seconds of a step, refreshes spread over all steps, on the machine that did the run."""
+    plain, refresh = record.seconds
+    if refresh is None or plain is None:
+        return plain or refresh or 0.0
+    return plain + (refresh - plain) * refreshes_per_step(config_of(record))
+
+
+def tokens_per_step(record: Record) -> int:
+    """Training tokens in a step."""
+    return record.config["trainer.batch_size"] * record.config["model.seq_len"]
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """The factor s at one length of the baseline's schedule.
+
+    Attributes:
+        tokens: the baseline's length T.
+        factor: s; above 1 the arm is faster.
+        bound: "" for a value; ">" or "<" where the arm reaches the loss in less than its shortest schedule, or not in
+            its longest, and `factor` is only a bound.
+        low, high: 95 % interval over seeds, by bootstrap; None with fewer than two seeds in common.
+        seeds: how many seeds both have.
+    """
+
+    tokens: int
+    factor: float
+    bound: str
+    low: float | None
+    high: float | None
+    seeds: int
+
+
+def speed_ups(cells: Sequence[Cell], arm: str, baseline: str) -> list[SpeedUp]:
+    """The speed-up at each of the baseline's lengths. Every length has its own best point, for both arms.
+
+    A length at which the baseline diverged is left out: it sets no loss to reach.
+    """
+    curve, targets = (
+        [cell for tokens in lengths(cells, name) if (cell := best(cells, name, tokens)) is not None]
+        for name in (arm, baseline)
+    )
+    return [_speed_up(curve, target) for target in targets if math.isfinite(target.mean)] if curve else []
+
+
+def _speed_up(curve: Sequence[Cell], target: Cell) -> SpeedUp:
+    seeds = sorted(set(target.records).intersection(*(cell.records for cell in curve)))
+    factor, bound = _factor(curve, target, None)
+    low = high = None
+    if len(seeds) > 1:
+        # Seeds are resampled in pairs: one seed is the same data and initial weights for all optimizers.
+        draws = np.random.default_rng(0).choice(seeds, (RESAMPLES, len(seeds)))
+        factors = [_factor(curve, target, [int(s) for s in draw])[0] for draw in draws]
+        low, high = (float(q) for q in np.quantile(factors, (0.025, 0.975)))
+    return SpeedUp(target.tokens, factor, bound, low, high, len(seeds))
+
+
+def _factor(curve: Sequence[Cell], target: Cell, seeds: Sequence[int] | None) -> tuple[float, str]:
+    wanted = statistics.fmean(target.losses(seeds))
+    losses = [statistics.fmean(cell.losses(seeds)) for cell in curve]
+    tokens, bound = reach(wanted, [cell.tokens for cell in curve], losses)
+    return target.tokens / tokens, bound
+
+
+def reach(wanted: float, tokens: Sequence[float], losses: Sequence[float]) -> tuple[float, str]:
+    """The length of schedule that reaches a loss, linear in the logarithm of the length between those measured.
+
+    Args:
+        wanted: the loss to reach.
+        tokens: the lengths measured, ascending.
+        losses: the loss at the end of each.
+
+    Returns:
+        The length, and "" for a value; ">" where the shortest reaches it already, so that the speed-up is above what
+        this length gives, and "<" where the longest does not.
+    """
+    if losses[0] <= wanted:
+        return tokens[0], "" if losses[0] == wanted else ">"
+    for (t0, l0), (t1, l1) in zip(
+        zip(tokens, losses, strict=True), list(zip(tokens, losses, strict=True))[1:], strict=False
+    ):
+        if l1 <= wanted:
+            share = (l0 - wanted) / (l0 - l1) if math.isfinite(l0) else 1.0
+            return math.exp(math.log(t0) + share * (math.log(t1) - math.log(t0))), ""
+    return tokens[-1], "<"

@@ -1,0 +1,267 @@
+"""Doing the runs of a study: each is a process of `sophia_levanter.main`, so a comparison tests what users run.
+
+They are done one after the other here, or as Ray tasks of one core each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.command_line import dump_config
+from sophia_levanter.config.data import DataConfig
+from sophia_levanter.data.prepare import prepare
+from sophia_levanter.data.token_store import Tokens, TokenStore, digest_of
+from sophia_levanter.errors import InputError
+from sophia_levanter.printing import one_line
+from sophia_levanter.studies.records import Record, flat_config
+from sophia_levanter.studies.runs import FACTS, Run, Series, has_diverged, read_files
+
+POINTS = 50  # entries of a record's training curve
+POLL_SECONDS = 1.0
+CANCEL_SECONDS = 60
+
+
+class RunFailed(Exception):
+    """A run ended without a result; the message is its own."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to do.
+
+    Attributes:
+        config: the run's configuration.
+        directory: where it goes; a run that was cut short goes on from what is there.
+        threads: how many threads its process computes with; None for one a core.
+    """
+
+    config: TrainConfig
+    directory: Path
+    threads: int | None = None
+
+
+Result = tuple[int, Record | RunFailed]
+
+
+def job_directory(folder: Path, config: TrainConfig) -> Path:
+    """The directory of a run, by its configuration: where an interrupted study finds it again."""
+    return folder / hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
+
+
+def digests(config: DataConfig) -> dict[str, str]:
+    """Digests of the tokens that runs train on and validate with, by the name of the field; prepared if need be.
+
+    Raises:
+        InputError: if a text is not there or is empty.
+    """
+    data = prepare(config, lambda line: print(one_line(line), flush=True))
+    return {"train": _digest(data.train), "validation": _digest(data.validation)}
+
+
+def _digest(corpus: Tokens) -> str:
+    if isinstance(corpus, TokenStore):
+        return corpus.manifest.digest
+    return digest_of(json.dumps(corpus.facts).encode())
+
+
+def one_by_one(jobs: Sequence[Job]) -> Generator[Result, None, None]:
+    """The index of each job with its record or its failure, in order; each has all cores."""
+    for index, job in enumerate(jobs):
+        yield index, _attempt(job)
+
+
+def as_ray_tasks(jobs: Sequence[Job], stopped: Callable[[], bool]) -> Generator[Result, None, None]:
+    """The same in the order in which they end; as many at a time as Ray has cores, with one thread each.
+
+    Small models gain: two runs of one thread do more steps than one run of two. On a cluster of several machines they
+    must see the same files. Ray is started here unless RAY_ADDRESS names a cluster.
+
+    Args:
+        jobs: what to do.
+        stopped: whether a signal has come. An exception that its handler raises inside Ray can be lost there.
+
+    Raises:
+        KeyboardInterrupt: if one has; the tasks have ended then.
+        InputError: if Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--ray needs Ray; install sophia-levanter[cluster]") from None
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    stop = signal.getsignal(signal.SIGTERM)
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    # Ray puts in its own, which ends with another exit status.
+    signal.signal(signal.SIGTERM, stop)
+    attempt = ray.remote(num_cpus=1, max_retries=0)(_task)
+    pending = {attempt.remote(replace(job, threads=1)): index for index, job in enumerate(jobs)}
+    try:
+        while pending:
+            done, _ = ray.wait(list(pending), timeout=POLL_SECONDS)
+            if stopped():
+                raise KeyboardInterrupt
+            for task in done:
+                yield pending.pop(task), ray.get(task)
+    finally:
+        for task in pending:
+            ray.cancel(task)
+        if pending:
+            ray.wait(list(pending), num_returns=len(pending), timeout=CANCEL_SECONDS)
+        ray.shutdown()
+
+
+def _task(job: Job) -> Record | RunFailed:
+    # Ray cancels by SIGINT, which a shell ignores for what it runs in the background, and its children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return _attempt(job)
+
+
+def _attempt(job: Job) -> Record | RunFailed:
+    try:
+        return do(job)
+    except RunFailed as failure:
+        return failure
+
+
+def do(job: Job) -> Record:
+    """Train one run to its end, or until it has diverged.
+
+    Raises:
+        RunFailed: if the process ended otherwise.
+    """
+    job.directory.parent.mkdir(parents=True, exist_ok=True)
+    config = replace(job.config, trainer=replace(job.config.trainer, run_dir=str(job.directory)))
+    config_file = job.directory.with_suffix(".yaml")
+    config_file.write_text(dump_config(config), encoding="utf-8")
+    log, metrics = job.directory.with_suffix(".log"), job.directory / "metrics.jsonl"
+    stale = _inode(metrics)
+    # XLA's threads, and those of LAPACK, where XLA calls it.
+    limits = ("NPROC", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sophia_levanter.main", "--config", str(config_file), "--resume", "auto"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # ^C of a terminal would reach the run too, and a second signal ends it without saving.
+            process_group=0,
+            env=os.environ | ({} if job.threads is None else dict.fromkeys(limits, str(job.threads))),
+        )
+        try:
+            diverged = _watch(process, metrics, stale)
+        except BaseException:
+            # The run saves where it is, and the study goes on from there.
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise
+    if not diverged and process.returncode != 0:
+        message = log.read_text(errors="replace").strip().splitlines()[-1:]
+        if not (message and "not finite" in message[0]):
+            said = message[0].removeprefix("error: ") if message else f"exit status {process.returncode}"
+            raise RunFailed(f"{log}: {said}")
+        diverged = True
+    record = record_of(read_files(job.directory.name, job.directory, config), diverged=diverged)
+    shutil.rmtree(job.directory / "checkpoints", ignore_errors=True)
+    return record
+
+
+def _inode(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
+
+
+def _watch(process: subprocess.Popen, metrics: Path, stale: int | None) -> bool:
+    """Wait for the process to end; stop it if the run has diverged, and say so.
+
+    The process replaces a metrics file of an attempt before, `stale`, by the part that it goes on from.
+    """
+    losses: list[float] = []
+    position = 0
+    while process.poll() is None:
+        time.sleep(POLL_SECONDS)
+        if _inode(metrics) in (None, stale):
+            continue
+        with metrics.open() as file:
+            file.seek(position)
+            for line in iter(file.readline, ""):
+                if not line.endswith("\n"):
+                    break
+                position += len(line)
+                losses += [math.inf if v is None else v for k, v in json.loads(line).items() if k == "train/loss"]
+        if has_diverged(losses):
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            return True
+    return False
+
+
+def record_of(run: Run, *, diverged: bool) -> Record:
+    """What a study keeps of a run.
+
+    Args:
+        run: as its directory tells it.
+        diverged: whether it was stopped; it also has if its last validation loss is not finite.
+    """
+    nothing = Series(np.zeros(0, np.int64), np.zeros(0))
+    validation, training, win_rate = (
+        run.series.get(name, nothing) for name in ("validation/loss", "train/loss", "optim/win_rate")
+    )
+    loss = _at_the_end(run, "validation/loss")
+    diverged = diverged or loss is None
+    return Record(
+        config=flat_config(run.config),
+        status="diverged" if diverged else "done",
+        loss=None if diverged else loss,
+        bits_per_byte=None if diverged else _at_the_end(run, "validation/bits_per_byte"),
+        validation=[[int(s), _finite(float(v))] for s, v in zip(validation.steps, validation.values, strict=True)],
+        training=_means(training, max(1, run.total_steps // POINTS)),
+        win_rate=_means(win_rate, max(1, len(win_rate.steps) // POINTS)),
+        seconds=_step_seconds(run, refreshes=win_rate.steps),
+        parameters=run.parameters or 0,
+        flops_per_token=run.flops_per_token or 0.0,
+        facts={name: run.facts[name] for name in FACTS if name in run.facts} | {"version": version("sophia-levanter")},
+    )
+
+
+def _at_the_end(run: Run, name: str) -> float | None:
+    series = run.series.get(name)
+    return _finite(series.last) if series is not None and series.steps[-1] == run.total_steps else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _means(series: Series, size: int) -> list[list[float | None]]:
+    """The last step of each so many points, and the mean of their finite values."""
+    curve: list[list[float | None]] = []
+    for start in range(0, len(series.steps), size):
+        values = series.values[start : start + size]
+        known = values[np.isfinite(values)]
+        step = int(series.steps[start : start + size][-1])
+        curve.append([step, round(float(known.mean()), 5) if known.size else None])
+    return curve
+
+
+def _step_seconds(run: Run, refreshes: np.ndarray) -> list[float | None]:
+    """Median seconds of the steps without a refresh and of those with one."""
+    if run.rates is None:
+        return [None, None]
+    seconds = run.config.trainer.batch_size * run.config.model.seq_len / run.rates.values
+    refresh = np.isin(run.rates.steps, refreshes)
+    return [round(float(np.median(kind)), 6) if kind.size else None for kind in (seconds[~refresh], seconds[refresh])]
