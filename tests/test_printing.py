@@ -15,7 +15,7 @@ from sophia_levanter.commands.report import main as report
 from sophia_levanter.data.tokenizer import printable
 from sophia_levanter.main import main as train
 from sophia_levanter.printing import CONTROLS, one_line, shortened
-from sophia_levanter.reporting.runs import Run
+from sophia_levanter.studies.runs import Run
 from written_runs import run_config, write_run
 
 # A colour, a title, a bell, a line of its own, an override of the direction, a C1 control, and HTML.
@@ -59,16 +59,16 @@ def test_names_of_runs_in_a_report(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    from sophia_levanter.reporting import figures, page, writing
+    from sophia_levanter.studies import page, plots
 
     drawn: list[str] = []
 
     def picture(panel: object, runs: list[Run], axis: object) -> str:
-        drawn.extend(str(figures._sample(run, 0).get_label()) for run in runs)
+        drawn.extend(str(plots._sample(run.name, 0).get_label()) for run in runs)
         return "data:"
 
     monkeypatch.setattr(page, "svg", picture)
-    monkeypatch.setattr(writing, "png", lambda panels, runs, axis: b"")
+    monkeypatch.setattr(page, "png", lambda panels, runs: b"")
     lines = [{"step": 0, "train/loss": 5.0}, {"step": 1, "train/loss": 4.0, HOSTILE: 1.0}]
     config = run_config(data={"train": HOSTILE, "validation": HOSTILE, "tokenizer": "bytes"})
     name = HOSTILE.replace("/", "")

@@ -11,7 +11,6 @@ import pytest
 
 from sophia_levanter.checkpoint import CheckpointError, Retention, damage, read_step, restore, save
 from sophia_levanter.commands.sample import parse as parse_sample
-from sophia_levanter.comparison.records import read_records as read_study_records
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.data.prepare import prepare
@@ -19,7 +18,8 @@ from sophia_levanter.data.text_files import find_files
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, load_bpe
 from sophia_levanter.errors import InputError
-from sophia_levanter.reporting.metrics import read_metrics
+from sophia_levanter.studies.records import read_records as read_study_records
+from sophia_levanter.studies.runs import read_metrics
 from sophia_levanter.tracking.jsonl import JsonLines
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from sophia_levanter.commands.compare import main
-from sophia_levanter.comparison import execute
-from sophia_levanter.comparison.records import Record, flat_config, read_records
-from sophia_levanter.comparison.runner import Job, RunFailed
+from sophia_levanter.studies import runner
+from sophia_levanter.studies.records import Record, flat_config, read_records
+from sophia_levanter.studies.runner import Job, RunFailed
 
 STUDY = """
 config: [tiny.yaml]
@@ -38,7 +38,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
         outcome = ("done" if loss else "diverged", loss, loss, [[10, loss]], [[10, loss]], [], [0.1, None], 1000, 6e3)
         return Record(flat_config(job.config), *outcome, {"data": {"digest": "abc"}})
 
-    monkeypatch.setattr(execute, "do", do)
+    monkeypatch.setattr(runner, "do", do)
     return jobs
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sophia_levanter.comparison.records import Record, read_records
-from sophia_levanter.comparison.results import collect
-from sophia_levanter.comparison.study import plan, read_study
+from sophia_levanter.studies.records import Record, read_records
+from sophia_levanter.studies.results import collect
+from sophia_levanter.studies.study import plan, read_study
 
 ROOT = Path(__file__).parents[2]
 # Nats above AdamW in the same study, and the win rate at the end. Measured: G +0.062 and 0.56, H +0.046 and 0.48. With

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from sophia_levanter.commands.report import main
-from sophia_levanter.comparison.styles import MOST_STYLES
 from sophia_levanter.config.optimizer import AdamWConfig
+from sophia_levanter.studies.plots import MOST_STYLES
 from written_runs import FACTS, TEXT, run_config, step_lines, write_manifest, write_run
 
 CHROMIUM = shutil.which("chromium")
@@ -65,7 +65,7 @@ def runs(tmp_path) -> Path:
 @pytest.fixture
 def no_pngs(monkeypatch) -> None:
     """The page's pictures are drawn alike."""
-    monkeypatch.setattr("sophia_levanter.reporting.writing.png", lambda *_: b"")
+    monkeypatch.setattr("sophia_levanter.studies.page.png", lambda *_: b"")
 
 
 def test_a_report_of_two_runs(runs, capfd):
@@ -212,9 +212,9 @@ def test_bad_input_is_one_line(words, runs, capfd, monkeypatch):
 
 
 def test_without_matplotlib_it_says_what_to_install(runs, capfd, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sophia_levanter.reporting.writing", None)
+    monkeypatch.setitem(sys.modules, "sophia_levanter.studies.page", None)
     status, _, error = command(capfd, runs / "sophia", "-o", runs / "r.html")
-    assert (status, error) == (2, "error: a report needs matplotlib; install sophia-levanter[compare]\n")
+    assert (status, error) == (2, "error: a report needs matplotlib and jinja2; install sophia-levanter[compare]\n")
 
 
 def test_the_page_goes_where_nothing_is_said(runs, capfd, monkeypatch):
@@ -263,7 +263,7 @@ def test_a_page_that_cannot_be_written(number, expected, runs, capfd, monkeypatc
     def fail(path, content):
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr("sophia_levanter.reporting.writing.write_atomically", fail)
+    monkeypatch.setattr("sophia_levanter.studies.page.write_atomically", fail)
     status, _, error = command(capfd, runs / "sophia", "-o", runs / "page.html")
     assert status == expected
     assert error.count("\n") == 1 and "page.html" in error and os.strerror(number) in error

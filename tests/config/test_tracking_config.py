@@ -5,13 +5,13 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
-from sophia_levanter.comparison.records import flat_config
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config import tracking as tracking_config
 from sophia_levanter.config.tracking import TrackingConfig, check_installed
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
 from sophia_levanter.run.directory import check_same_run
+from sophia_levanter.studies.records import flat_config
 
 OTHER = TrackingConfig("offline", "project", "entity", "name", "group", True)
 

@@ -53,7 +53,8 @@ class Record:
         training: [steps done, mean training loss over the steps since the last entry].
         win_rate: [steps done, share of coordinates with an unclipped step, or None]; empty without curvature.
         seconds: median time of a step without a refresh and of one with it (None without curvature).
-        parameters: of the model, the padding of the vocabulary included; 0 if it diverged before its first checkpoint.
+        parameters: of the model, the padding of the vocabulary included; 0 in older records of runs that diverged
+            before their first checkpoint.
         flops_per_token: of forward and backward.
         facts: data and environment, as in the run's checkpoints if it has any, and the package's version.
     """

@@ -59,7 +59,7 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
 
 def _summary(cells: Sequence[Cell], records: Sequence[Record]) -> str:
     diverged = sum(record.loss is None for record in records)
-    # A run that diverged before its first checkpoint knows neither.
+    # Older records of runs that diverged before their first checkpoint know neither.
     sizes = ", ".join(f"{n:,}" for n in sorted({record.parameters for record in records} - {0}))
     texts = len({record.facts["data"]["digest"] for record in records if "data" in record.facts})
     lines = [f"{len(records)} runs were started, {diverged} of them diverged; parameters: {sizes}."]

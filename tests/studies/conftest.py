@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 
-from sophia_levanter.comparison.records import Record, flat_config
-from sophia_levanter.comparison.results import Cell
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.studies.records import Record, flat_config
+from sophia_levanter.studies.results import Cell
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Doing a run and reading what it left, against processes that only pretend to train."""
+"""Doing runs and reading what they left, against processes that only pretend to train."""
 
 import json
 import os
@@ -14,14 +14,24 @@ import numpy as np
 import pytest
 
 from sophia_levanter.checkpoint.manifest import FILE_NAME, Manifest, SavedArray, encode_manifest
-from sophia_levanter.comparison import runner
-from sophia_levanter.comparison.records import flat_config
-from sophia_levanter.comparison.runner import Job, RunFailed, do, has_diverged, job_directory, read_run
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
 from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.errors import InputError
+from sophia_levanter.studies import runner
+from sophia_levanter.studies.records import Record, flat_config
+from sophia_levanter.studies.runner import (
+    Job,
+    RunFailed,
+    as_ray_tasks,
+    do,
+    job_directory,
+    one_by_one,
+    record_of,
+)
+from sophia_levanter.studies.runs import has_diverged, read_files
 
 MODEL = Gpt2Config(num_layers=1, num_heads=1, embed_dim=8, seq_len=10)
 CONFIG = TrainConfig(
@@ -29,6 +39,8 @@ CONFIG = TrainConfig(
     optimizer=SophiaGConfig(interval=2, warmup_steps=0),
     trainer=TrainerConfig(num_train_steps=4, batch_size=5),
 )
+# The padded vocabulary, positions, a block's matrices and three norms.
+PARAMETERS = 8 * (384 + 10 + 12 * 8 + 3)
 FACTS = {"data": {"digest": "abc"}, "environment": {"jax": "1"}, "validation": {"digest": "def"}}
 
 
@@ -83,18 +95,22 @@ METRICS = [
 ]
 
 
+def read_record(config: TrainConfig, directory: Path, *, diverged: bool) -> Record:
+    return record_of(read_files("", directory, config), diverged=diverged)
+
+
 def test_what_a_finished_run_says(tmp_path):
     write_metrics(tmp_path, METRICS)
     write_checkpoint(tmp_path, 2)
     write_checkpoint(tmp_path, 4)
-    record = read_run(CONFIG, tmp_path, diverged=False)
+    record = read_record(CONFIG, tmp_path, diverged=False)
     assert record.config == flat_config(CONFIG)
     assert (record.status, record.loss, record.bits_per_byte) == ("done", 2.5, 3.5)
     assert record.validation == [[2, 4.0], [4, 2.5]]
     assert record.training == [[1, 5.0], [2, None], [3, 3.0], [4, 2.0]]
     assert record.win_rate == [[1, 0.0], [3, 0.5]]
     assert record.seconds == [pytest.approx(0.15), pytest.approx(0.5)]
-    assert record.parameters == 17
+    assert record.parameters == PARAMETERS
     # 6 for each weight of the layer and of the padded vocabulary (257 bytes and end-of-text), and attention's.
     assert record.flops_per_token == 6 * (12 * 8**2 + 384 * 8) + 12 * 8 * 10
     assert record.facts["data"] == FACTS["data"] and record.facts["environment"] == FACTS["environment"]
@@ -106,7 +122,7 @@ def test_a_long_run_has_fifty_points(tmp_path):
     config = TrainConfig(model=MODEL, optimizer=AdamWConfig(warmup_steps=0), trainer=TrainerConfig(num_train_steps=500))
     write_metrics(tmp_path, [step_line(i, i / 10, 0.1) for i in range(500)])
     write_checkpoint(tmp_path, 500)
-    record = read_run(config, tmp_path, diverged=True)
+    record = read_record(config, tmp_path, diverged=True)
     assert len(record.training) == 50
     assert record.training[0] == [10, pytest.approx(0.45)]
     assert record.training[-1] == [500, pytest.approx(49.45)]
@@ -117,9 +133,9 @@ def test_a_long_run_has_fifty_points(tmp_path):
 def test_a_run_that_was_stopped_has_diverged(tmp_path):
     write_metrics(tmp_path, METRICS[:4])
     write_checkpoint(tmp_path, 3)
-    record = read_run(CONFIG, tmp_path, diverged=True)
+    record = read_record(CONFIG, tmp_path, diverged=True)
     assert (record.status, record.loss, record.bits_per_byte) == ("diverged", None, None)
-    assert (record.validation, record.parameters) == ([[2, 4.0]], 17)
+    assert (record.validation, record.parameters) == ([[2, 4.0]], PARAMETERS)
 
 
 @pytest.mark.parametrize("last", [{"validation/loss": None}, {}])
@@ -127,14 +143,14 @@ def test_a_last_loss_that_is_not_finite_is_a_divergence(last, tmp_path):
     """Infinity is null in the metrics, and not-a-number is not there; the loss of an earlier step is no result."""
     write_metrics(tmp_path, [*METRICS[:5], {"step": 3, **last}])
     write_checkpoint(tmp_path, 4)
-    record = read_run(CONFIG, tmp_path, diverged=False)
+    record = read_record(CONFIG, tmp_path, diverged=False)
     assert (record.status, record.loss, record.bits_per_byte) == ("diverged", None, None)
 
 
 def test_a_run_may_diverge_before_its_first_checkpoint(tmp_path):
     write_metrics(tmp_path, METRICS[:2])
-    record = read_run(CONFIG, tmp_path, diverged=True)
-    assert (record.status, record.parameters, list(record.facts)) == ("diverged", 0, ["version"])
+    record = read_record(CONFIG, tmp_path, diverged=True)
+    assert (record.status, record.parameters, list(record.facts)) == ("diverged", PARAMETERS, ["version"])
 
 
 def test_each_configuration_has_a_directory_of_its_own(tmp_path):
@@ -193,7 +209,7 @@ def test_a_finished_run_is_recorded_and_its_checkpoints_go(pretend):
     job, _ = pretend("log([5.0] * 4, last=2.0)")
     write_checkpoint(job.directory, 4)
     record = do(job)
-    assert (record.status, record.loss, record.parameters) == ("done", 2.0, 17)
+    assert (record.status, record.loss, record.parameters) == ("done", 2.0, PARAMETERS)
     assert [path.name for path in job.directory.iterdir()] == ["metrics.jsonl"]
     written = load_config(job.directory.with_suffix(".yaml"))
     assert written.trainer.run_dir == str(job.directory)
@@ -276,3 +292,40 @@ time.sleep(0.3)
 def test_a_run_is_in_no_group_of_ours(pretend):
     job, _ = pretend("log([5.0], last=float(os.getpgid(0) == os.getpid()))")
     assert do(job).loss == 1.0
+
+
+def test_a_run_that_fails_does_not_stop_the_others(monkeypatch, make_record, tmp_path):
+    jobs = [Job(TrainConfig(), tmp_path / name) for name in "abc"]
+    records = {"a": make_record(loss=1.0), "c": make_record(loss=None)}
+    started = []
+
+    def do(job: Job):
+        started.append(job)
+        if job.directory.name not in records:
+            raise RunFailed("no text")
+        return records[job.directory.name]
+
+    monkeypatch.setattr(runner, "do", do)
+    results = one_by_one(jobs)
+    assert next(results) == (0, records["a"]) and started == jobs[:1], "a result is given before the next run starts"
+    (second, failure), third = results
+    assert (second, str(failure)) == (1, "no text") and isinstance(failure, RunFailed)
+    assert third == (2, records["c"]) and started == jobs
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"install sophia-levanter\[cluster\]"):
+        next(as_ray_tasks([Job(TrainConfig(), tmp_path)], lambda: False))
+
+
+@pytest.mark.slow
+def test_a_signal_that_ray_swallowed_stops_the_tasks_all_the_same(tmp_path, monkeypatch):
+    def endless(job: Job) -> None:
+        while True:
+            time.sleep(0.1)
+
+    monkeypatch.setattr(runner, "_task", endless)
+    stop_at = time.monotonic() + 15
+    with pytest.raises(KeyboardInterrupt):
+        next(as_ray_tasks([Job(TrainConfig(), tmp_path)], lambda: time.monotonic() > stop_at))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sophia_levanter.comparison.study import PlannedRun, plan, read_study
 from sophia_levanter.config.files import Setting
 from sophia_levanter.config.optimizer import AdamWConfig, LionConfig, SophiaGConfig
 from sophia_levanter.errors import InputError
+from sophia_levanter.studies.study import PlannedRun, plan, read_study
 
 # 100 tokens in a step.
 TINY = "model: {num_layers: 1, num_heads: 1, embed_dim: 8, seq_len: 10}\ntrainer: {batch_size: 10}\n"

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from sophia_levanter.comparison.records import flat_config
-from sophia_levanter.comparison.report import write_report
-from sophia_levanter.comparison.study import PlannedRun, Study
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
 from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.studies.records import flat_config
+from sophia_levanter.studies.report import write_report
+from sophia_levanter.studies.study import PlannedRun, Study
 
 STUDY = Study("small", (), "adamw", 5)
 OPTIMIZERS = {"adamw": AdamWConfig, "sophia": SophiaGConfig}
@@ -124,6 +124,6 @@ def test_runs_of_different_texts_are_pointed_out(study, tmp_path, make_record):
 def test_without_matplotlib_it_says_what_to_install(study, tmp_path, monkeypatch):
     from sophia_levanter.errors import InputError
 
-    monkeypatch.setitem(sys.modules, "sophia_levanter.comparison.plots", None)
+    monkeypatch.setitem(sys.modules, "sophia_levanter.studies.plots", None)
     with pytest.raises(InputError, match=r"install sophia-levanter\[compare\]"):
         write_report(STUDY, *study, tmp_path)
