@@ -127,7 +127,7 @@ def _check_options(command, source, arguments):
     if "--config" not in sound:
         return
     config = Path(sound[sound.index("--config") + 1])
-    if config.is_relative_to("config/studies"):
+    if config.parent.name == "studies":
         assert config.exists(), f"there is no {config}"
         return
     fields = [(word[2:], sound[i + 1]) for i, word in enumerate(sound) if word in FIELDS]
@@ -145,8 +145,8 @@ def _without_placeholders(arguments):
     for word in arguments:
         if re.match(r"--(SECTION|\w+\.FIELD)", word):
             continue
-        # Files of the project are in config/; others are the reader's own.
-        own_file = sound[-1:] == ["--config"] and not word.startswith("config/")
+        # Files of the project are in config/ and docs/; others are the reader's own.
+        own_file = sound[-1:] == ["--config"] and not word.startswith(("config/", "docs/"))
         if not PLACEHOLDER.match(word) and not own_file:
             sound.append(word)
         elif sound and sound[-1].startswith("--"):

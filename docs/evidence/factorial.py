@@ -19,8 +19,12 @@ from pathlib import Path
 
 import yaml
 
-from sophia_levanter.studies.records import find, read_records
-from sophia_levanter.studies.study import plan, read_study
+try:
+    from sophia_levanter.studies.records import find, read_records
+    from sophia_levanter.studies.study import plan, read_study
+except ImportError:  # in the commit that PROTOCOL.md names
+    from sophia_levanter.comparison.records import find, read_records
+    from sophia_levanter.comparison.study import plan, read_study
 
 STUDIES, EVIDENCE = Path("config/studies"), Path("docs/evidence")
 RUNS = 6  # tuning runs of each cell, all with seed 0

@@ -8,8 +8,13 @@ import pytest
 from sophia_levanter.config.files import Setting
 from sophia_levanter.config.optimizer import AdamWConfig, LionConfig, SophiaGConfig
 from sophia_levanter.errors import InputError
+from sophia_levanter.studies.records import find, read_records
 from sophia_levanter.studies.study import PlannedRun, plan, read_study
 
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("config/studies", "docs/evidence/studies")
+NO_STUDIES = ("base", "recommended", "both_sides")  # what studies start from
+STUDIES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.yaml")) if path.stem not in NO_STUDIES]
 # 100 tokens in a step.
 TINY = "model: {num_layers: 1, num_heads: 1, embed_dim: 8, seq_len: 10}\ntrainer: {batch_size: 10}\n"
 
@@ -292,3 +297,11 @@ def test_a_bad_override_is_one_line(field, value, wanted, runs):
     with pytest.raises(InputError) as caught:
         runs(GOOD + ARM, **{field.replace(".", "__"): value})
     assert str(caught.value).startswith(wanted) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_of_the_project(path):
+    """Each can be planned, and the records beside the evidence are of its runs."""
+    runs, file = plan(read_study(path), {}), ROOT / "docs" / "evidence" / path.stem / "study.json"
+    records = read_records(file) if file.exists() else []
+    assert runs and (not records or any(find(records, run.config) for run in runs))
