@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -190,7 +191,7 @@ def status(run: Run) -> str:
         return "diverged" if run.is_finished else f"diverged, at step {run.steps_done:,}"
     if run.is_finished:
         return "finished"
-    if run.seconds_since_written < RECENT_SECONDS:
+    if time.time() - run.written_at < RECENT_SECONDS:
         return f"at step {run.steps_done:,}, {age(run.written_at)}"
     return f"stopped at step {run.steps_done:,}"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -103,10 +102,6 @@ class Run:
         losses = self.series["train/loss"].values
         recent = losses[-self.config.trainer.max_skipped_steps :]
         return not np.isfinite(recent).any() or has_diverged(losses.tolist())
-
-    @property
-    def seconds_since_written(self) -> float:
-        return time.time() - self.written_at
 
     def tokens_at(self, steps: np.ndarray) -> np.ndarray:
         """Training tokens after so many steps, float64 [point]."""

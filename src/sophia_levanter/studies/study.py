@@ -123,7 +123,9 @@ def read_study(path: Path) -> Study:
     if baseline is not None and not (isinstance(baseline, str) and baseline in names):
         raise InputError(f"{path}: baseline is {show_value(baseline)}; it must be one of the arms {', '.join(names)}")
     evaluations = common.get("evaluations", Setting(5, path))
-    return Study(path.stem, arms, baseline, _positive_int("evaluations", evaluations))
+    if isinstance(evaluations.value, list):
+        raise InputError(f"{evaluations.prefix}evaluations is a list; it must be an integer")
+    return Study(path.stem, arms, baseline, _ints("evaluations", evaluations, low=1)[0])
 
 
 def plan(study: Study, overrides: Layer) -> list[PlannedRun]:
@@ -197,7 +199,7 @@ def _arm(name: str, own: Layer, common: Layer, path: Path) -> Arm:
         name,
         tuple(layers),
         {key: _grid_values(name, key, value) for key, value in _below("grid.", own).items()},
-        tuple(_positive_ints("tokens", fields["tokens"])),
+        tuple(_ints("tokens", fields["tokens"], low=1)),
         tuple(_ints("seeds", fields["seeds"])) if "seeds" in fields else (0,),
         *(_fraction(key, fields.get(key, Setting(default))) for key, default in _FRACTIONS.items()),
     )
@@ -247,7 +249,7 @@ def _grid_values(arm: str, key: str, setting: Setting) -> list[Setting]:
     return [Setting(value, setting.file) for value in setting.value]
 
 
-def _ints(name: str, setting: Setting) -> list[int]:
+def _ints(name: str, setting: Setting, low: int | None = None) -> list[int]:
     given: list[Any] = setting.value if isinstance(setting.value, list) else [setting.value]
     values = [int(value) if type(value) is float and value.is_integer() else value for value in given]
     for value in values:
@@ -257,20 +259,9 @@ def _ints(name: str, setting: Setting) -> list[int]:
         raise InputError(f"{setting.prefix}{name} is an empty list; give at least one")
     if len(set(values)) < len(values):
         raise InputError(f"{setting.prefix}{name} is {values}, in which a value stands twice")
+    if low is not None and min(values) < low:
+        raise InputError(f"{setting.prefix}{name} holds {min(values)}; it must be at least {low}")
     return values
-
-
-def _positive_ints(name: str, setting: Setting) -> list[int]:
-    for value in _ints(name, setting):
-        if value < 1:
-            raise InputError(f"{setting.prefix}{name} holds {value}; it must be at least 1")
-    return _ints(name, setting)
-
-
-def _positive_int(name: str, setting: Setting) -> int:
-    if isinstance(setting.value, list):
-        raise InputError(f"{setting.prefix}{name} is a list; it must be an integer")
-    return _positive_ints(name, setting)[0]
 
 
 def _fraction(name: str, setting: Setting) -> float:
