@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
 from sophia_levanter.printing import one_line, shortened
 from sophia_levanter.studies.panels import (
@@ -40,7 +40,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 FAINTEST = 0.25  # of a run's curves in one panel
 MOST_MARKERS = 25  # on a curve
 SIZE = (5.2, 3.2)  # of a panel, in inches
-LETTERS = 14  # of a legend in an inch
+LETTERS, LINE_HEIGHT = 14, 0.19  # of a legend: in an inch, and in inches
 DPI = 220
 SHORT_NAME = 40
 MOST_POINTS = 2000
@@ -115,6 +115,9 @@ def _final_losses(cells: Sequence[Cell], arms: Sequence[str]) -> bytes:
                 seeds: dict[str, Any] = {"color": style_of(number)["color"], "alpha": 0.4}
                 axes.plot([cell.tokens] * len(losses), losses, ".", **seeds)
         axes.set_xscale("log")
+        axes.set_xticks(sorted({cell.tokens for cell in cells}))
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # the usual one writes mathematics
         axes.set_xlabel("length of the whole schedule (training tokens)")
         axes.set_ylabel(VALIDATION.label)
         return _as_png(figure, dict(enumerate(arms)))
@@ -156,6 +159,8 @@ def _as_png(figure: Figure, names: Mapping[int, str]) -> bytes:
         samples = [_sample(name, number) for number, name in names.items()]
         longest = max(len(str(sample.get_label())) for sample in samples)
         columns = max(1, min(4, int(figure.get_figwidth() * LETTERS / (longest + 6))))
+        # The panels keep their size.
+        figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * -(-len(samples) // columns))
         figure.legend(handles=samples, loc="outside upper center", ncols=columns)
     content = io.BytesIO()
     with warnings.catch_warnings():
