@@ -43,7 +43,7 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
         return f"# {one_line(study.name)}\n\nNo run is done yet."
     parts = [f"# {one_line(study.name)}", _summary(cells, records), "## The best of each arm", _best_table(cells)]
     if study.baseline is not None:
-        parts += [f"## Speed-up over {study.baseline}", _speed_table(study, cells)]
+        parts += [f"## Speed-up over {study.baseline}", _speed_table(study.baseline, cells)]
     parts += ["## All points", _all_table(cells)]
     try:
         from sophia_levanter.studies.plots import study_pictures
@@ -82,21 +82,12 @@ def _best_table(cells: Sequence[Cell]) -> str:
     return _table(["arm", "tokens", "points tried", "best point", "validation loss", "seeds"], rows)
 
 
-def _speed_table(study: Study, cells: Sequence[Cell]) -> str:
-    assert study.baseline is not None
+def _speed_table(baseline: str, cells: Sequence[Cell]) -> str:
     rows = []
-    for arm in dict.fromkeys(cell.arm for cell in cells):
-        for found in speed_ups(cells, arm, study.baseline) if arm != study.baseline else []:
-            costs = _cost_ratios(cells, arm, study.baseline)
-            rows.append(
-                [
-                    arm,
-                    f"{found.tokens:,}",
-                    _factor(found, 1),
-                    *(_factor(found, cost) for cost in costs),
-                    _interval(found),
-                ]
-            )
+    for arm in dict.fromkeys(cell.arm for cell in cells if cell.arm != baseline):
+        for found in speed_ups(cells, arm, baseline):
+            factors = [_factor(found, cost) for cost in (1.0, *_cost_ratios(cells, arm, baseline))]
+            rows.append([arm, f"{found.tokens:,}", *factors, _interval(found)])
     note = (
         "s: how much longer the baseline's whole schedule is than the arm's whole schedule that ends at the same loss; "
         "beside tokens also with what a token costs. The interval is a bootstrap over seeds, in tokens. The time is of "
