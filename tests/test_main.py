@@ -19,6 +19,7 @@ from sophia_levanter.data import prepare
 from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.data.prepare import Leak
 from sophia_levanter.main import main
+from sophia_levanter.status import VARIABLE, Failure, read_status
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -199,7 +200,8 @@ def test_no_whole_checkpoint_is_a_failure_and_never_a_new_start(config_file, tmp
     assert "error: " in capfd.readouterr().err
 
 
-def test_too_many_bad_steps_end_the_run(config_file, tmp_path, capfd):
+def test_too_many_bad_steps_end_the_run(config_file, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "1")
     run_dir = tmp_path / "run"
     arguments = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.max_skipped_steps", "3"]
     huge = ["--optimizer.type", "adamw", "--optimizer.learning_rate", "1e38", "--optimizer.final_learning_rate", "1e38"]
@@ -207,6 +209,8 @@ def test_too_many_bad_steps_end_the_run(config_file, tmp_path, capfd):
     out = capfd.readouterr()
     assert "the step changed nothing" in out.out
     assert "not finite in 3 steps in a row" in out.err
+    failure = read_status(out.out.splitlines()[-1])
+    assert isinstance(failure, Failure) and failure.reason == "loss_not_finite"
     assert not (run_dir / "checkpoints").exists() or not checkpoint.steps(run_dir / "checkpoints")
 
 
@@ -336,9 +340,12 @@ def test_a_run_directory_has_one_process_at_a_time(config_file, tmp_path):
     long = ["--trainer.num_train_steps", 100_000, "--trainer.evaluate_every", 100_000]
     process = start(["--config", config_file, "--trainer.run_dir", run_dir, *long], tmp_path)
     wait_for_step(run_dir, 7, process)
-    done = subprocess.run(command("--resume", run_dir), capture_output=True, text=True)
+    environment = os.environ | {VARIABLE: "1"}
+    done = subprocess.run(command("--resume", run_dir), capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert f"{run_dir} is in use by another process" in done.stderr
+    failure = read_status(done.stdout.splitlines()[-1])
+    assert failure == Failure("directory_in_use", done.stderr.removeprefix("error: ").rstrip())
     process.terminate()
     assert process.wait(120) == 75
 

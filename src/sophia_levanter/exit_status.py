@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from sophia_levanter.errors import InputError
 from sophia_levanter.printing import one_line
+from sophia_levanter.status import report_failure
 
 DONE = 0
 FAILURE = 1
@@ -47,6 +48,7 @@ def run_command(
         return run(words)
     except InputError as error:
         print(one_line(f"error: {error}"), file=sys.stderr)
+        report_failure(error.reason, one_line(error))
         return BAD_INPUT
     except BrokenPipeError:
         # Nobody reads on (`| head`); what Python would still flush must not fail either.

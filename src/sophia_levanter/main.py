@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sophia_levanter.exit_status import DONE, FAILURE, INTERRUPTED, PREEMPTED, run_command
 from sophia_levanter.printing import one_line
+from sophia_levanter.status import report_failure
 
 if TYPE_CHECKING:
     from sophia_levanter.config import TrainConfig
@@ -85,6 +86,8 @@ def _run(argv: Sequence[str]) -> int:
         stopped_by = train(config, directory, quiet=command.quiet).stopped_by
     except (TrainingFailed, CheckpointError, NoAnswer) as error:
         print(one_line(f"error: {error}"), file=sys.stderr)
+        if isinstance(error, TrainingFailed):
+            report_failure(error.reason, one_line(error))
         return FAILURE
     except JaxRuntimeError as error:
         print(one_line(f"error: {str(error).splitlines()[0]}"), file=sys.stderr)

@@ -4,7 +4,7 @@ import pytest
 
 from sophia_levanter.cluster.config import LocalCluster
 from sophia_levanter.cluster.outcome import Budgets, Outcome, outcome_of
-from sophia_levanter.tracking.step_lines import Progress
+from sophia_levanter.status import Failure, Progress
 
 
 @pytest.mark.parametrize(
@@ -29,28 +29,29 @@ from sophia_levanter.tracking.step_lines import Progress
     ],
 )
 def test_statuses(statuses, told, kind, reason):
-    tail = ["something", "0: error: model.num_heads 3: no", "after it"]
+    failures = [Failure("bad_input", "model.num_heads 3: no")]
     first = next((status for status in statuses if status is not None), None)
-    outcome = outcome_of(statuses, first, "process-1", tail, Progress(3), told_to_stop=told, has_begun=False)
+    outcome = outcome_of(statuses, first, "process-1", [], Progress(3), failures, told_to_stop=told, has_begun=False)
     assert (outcome.kind, outcome.reason, outcome.progress) == (kind, reason, Progress(3))
 
 
 def test_what_has_not_trained_has_saved_nothing():
-    stopped = outcome_of([75], 75, "process-0", [], None, told_to_stop=True, has_begun=False)
+    stopped = outcome_of([75], 75, "process-0", [], None, [], told_to_stop=True, has_begun=False)
     assert (stopped.kind, stopped.reason) == ("stopped", "as asked")
-    preempted = outcome_of([75], 75, "process-0", [], None, told_to_stop=False, has_begun=False)
+    preempted = outcome_of([75], 75, "process-0", [], None, [], told_to_stop=False, has_begun=False)
     assert (preempted.kind, preempted.reason) == ("preempted", "the run was told to stop")
 
 
 def test_a_directory_that_is_still_in_use_is_tried_again():
-    tail = ["error: trainer.run_dir run is in use by another process; wait for it or name another directory"]
-    assert outcome_of([2, 2], 2, "process-0", tail, None, told_to_stop=False, has_begun=False).kind == "failed"
+    failures = [Failure("directory_in_use", "run is in use"), Failure("bad_input", "run is in use")]
+    outcome = outcome_of([2, 2], 2, "process-0", [], None, failures, told_to_stop=False, has_begun=False)
+    assert (outcome.kind, outcome.reason) == ("failed", "run is in use")
 
 
 def test_what_is_refused_once_the_run_has_trained_is_a_failure():
-    tail = ["error: trainer.run_dir run cannot be used: Stale file handle; name another directory"]
-    outcome = outcome_of([2, None], 2, "process-0", tail, None, told_to_stop=False, has_begun=True)
-    assert (outcome.kind, outcome.tail) == ("failed", tail)
+    failures = [Failure("bad_input", "trainer.run_dir run cannot be used: Stale file handle")]
+    outcome = outcome_of([2, None], 2, "process-0", ["tail"], None, failures, told_to_stop=False, has_begun=True)
+    assert (outcome.kind, outcome.tail) == ("failed", ["tail"])
 
 
 def failed_at(step):

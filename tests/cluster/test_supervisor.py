@@ -21,7 +21,10 @@ from sophia_levanter.cluster.supervisor import Supervisor
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import lock
 
-STEP = "step 4/9  loss 2.500  1,234 tokens/s  MFU 1.0%"
+STEP = "step 4/9"
+# A process that tells the launcher its step, and people another line.
+REPORTS = f"""echo '{STEP}'; echo '@status {{"step": 4, "total": 9, "loss": 2.5, "tokens_per_second": 1234}}'"""
+REFUSES = """echo '@status {"failed": "bad_input", "message": "model.num_heads 3: no"}'; exit 2"""
 
 
 class Scripts:
@@ -82,7 +85,7 @@ def lives(pid):
 
 
 def test_all_processes_end_well(tmp_path):
-    status, said, record = run(tmp_path, Scripts([f"echo '{STEP}'; echo tail >&2", "echo two"]))
+    status, said, record = run(tmp_path, Scripts([f"{REPORTS}; echo tail >&2", "echo two"]))
     assert status == 0
     assert said == [
         STEP,
@@ -115,7 +118,7 @@ def test_a_process_that_does_not_end_with_the_others_is_a_failure(tmp_path):
 
 
 def test_bad_input_is_not_tried_again(tmp_path):
-    backend = Scripts(["echo 'error: model.num_heads 3: no' >&2; exit 2", "sleep 1000"])
+    backend = Scripts([REFUSES, "sleep 1000"])
     status, said, record = run(tmp_path, backend)
     assert (status, backend.started) == (2, 1)
     assert said[-1] == "error: model.num_heads 3: no"
@@ -127,8 +130,26 @@ def test_bad_input_is_not_tried_again(tmp_path):
     assert said[-1] == "error: setup failed:"
 
 
+def test_a_directory_that_is_still_in_use_is_tried_again(tmp_path):
+    in_use = REFUSES.replace("bad_input", "directory_in_use")
+    status, _, record = run(tmp_path, Scripts([in_use, in_use], ["true", "true"]))
+    assert (status, record.read().failures) == (0, 1)
+
+
+def test_what_is_refused_without_a_message_shows_what_was_printed(tmp_path):
+    status, said, _ = run(tmp_path, Scripts(["echo 'unknown option' >&2; exit 2"]))
+    assert (status, said[-2:]) == (2, ["  | unknown option", "error: its input is at fault"])
+
+
+def test_text_for_people_is_not_read(tmp_path):
+    line = "step 4/9  loss 2.500  1,234 tokens/s  MFU 1.0%"
+    status, said, record = run(tmp_path, Scripts([f"echo '{line}'; echo '@status [1'; echo 'a @status {{}}'"]))
+    assert (status, record.read().progress) == (0, None)
+    assert said[:3] == [line, "@status [1", "a @status {}"]
+
+
 def test_preemptions_have_a_budget_of_their_own(tmp_path):
-    backend = Scripts([f"echo '{STEP}'; exit 75"], ["exit 1"], ["exit 75"], ["true"], preempted=(2,))
+    backend = Scripts([f"{REPORTS}; exit 75"], ["exit 1"], ["exit 75"], ["true"], preempted=(2,))
     status, said, record = run(tmp_path, backend, max_failures=0)
     assert status == 0
     assert "preempted: its machines are gone; process-0 ended with status 1" in " ".join(said)
@@ -139,7 +160,7 @@ def test_preemptions_have_a_budget_of_their_own(tmp_path):
 
 
 def test_a_crash_loop_ends_with_the_tail_of_the_log(tmp_path):
-    script = f"echo '{STEP}'; for i in $(seq 30); do echo line $i; done; exit 1"
+    script = f"{REPORTS}; for i in $(seq 30); do echo line $i; done; exit 1"
     status, said, _ = run(tmp_path, Scripts(*[[script]] * 4), crash_loop=3)
     assert status == 1
     assert said[-1].startswith("error: given up after 3 attempts in a row failed after step 4 (crash_loop)")
@@ -155,11 +176,11 @@ def test_machines_that_do_not_come_are_a_failure(tmp_path):
 @pytest.mark.parametrize("by_stdin", [False, True])
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (None, 75)])
 def test_told_to_stop_all_save_and_end(by_stdin, number, expected, tmp_path):
-    saves = "read line; exit 75" if by_stdin else "trap 'echo saved; exit 75' TERM; sleep 1000 & wait"
+    listens, saves = ("", "read line; exit 75") if by_stdin else ("trap 'exit 75' TERM; ", "sleep 1000 & wait")
     said = []
 
     def tell():
-        while not list(tmp_path.glob("run/launch/attempt-001/*")):
+        while len(list(tmp_path.glob("run/launch/attempt-001/*"))) < 2:
             time.sleep(0.05)
         time.sleep(0.3)
         if number is None:
@@ -168,7 +189,7 @@ def test_told_to_stop_all_save_and_end(by_stdin, number, expected, tmp_path):
             os.kill(os.getpid(), number)
 
     threading.Thread(target=tell).start()
-    status, said, record = run(tmp_path, Scripts([f"echo '{STEP}'; {saves}"] * 2, by_stdin=by_stdin))
+    status, said, record = run(tmp_path, Scripts([f"{listens}{REPORTS}; {saves}"] * 2, by_stdin=by_stdin))
     assert status == expected
     assert "stopped: as asked; the run is saved" in said[-1]
     assert record.read().state == "stopped"
@@ -176,9 +197,14 @@ def test_told_to_stop_all_save_and_end(by_stdin, number, expected, tmp_path):
 
 def test_labelled_lines_are_told_apart_and_secrets_kept_out(tmp_path, monkeypatch):
     monkeypatch.setenv("THE_KEY", "hunter2hunter2")
-    backend = Scripts([f"echo '1: two'; echo '0: {STEP}'; echo all; echo 1: $THE_KEY; exit 1"], ["true"], labelled=True)
+    backend = Scripts(
+        [f"echo '1: two'; {REPORTS.replace('@status', '0: @status')}; echo all; echo 1: $THE_KEY; exit 1"],
+        ["true"],
+        labelled=True,
+    )
     status, said, record = run(tmp_path, backend, secrets=("THE_KEY",))
     assert status == 0
+    assert any("1 process, step 4/9" in line for line in said)
     logs = record.attempt_directory(1)
     assert (logs / "process-1.log").read_text().count("\n") == 2
     everything = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file()) + "".join(said)
@@ -202,10 +228,18 @@ def test_a_reader_that_has_left_and_a_full_disk_do_not_stop_the_run(tmp_path, mo
 
 
 def test_bad_input_after_training_has_begun_is_tried_again(tmp_path):
-    first = f"echo '{STEP}'; exit 1"
-    status, _, record = run(tmp_path, Scripts([first], ["echo 'error: a disk is gone'; exit 2"], ["true"]))
+    status, _, record = run(tmp_path, Scripts([f"{REPORTS}; exit 1"], [REFUSES], ["true"]))
     assert status == 0
     assert record.read().failures == 2
+
+
+def test_a_secret_in_a_reported_message_is_kept_out(tmp_path, monkeypatch):
+    """JSON writes its characters in another way."""
+    monkeypatch.setenv("THE_KEY", 'hunter"2é')
+    code = "import json, os; print('@status', json.dumps({'failed': 'bad_input', 'message': os.environ['THE_KEY']}))"
+    script = f'"{sys.executable}" -c "{code}"; exit 2'
+    status, said, _ = run(tmp_path, Scripts([script]), secrets=("THE_KEY",))
+    assert (status, said) == (2, ["error: ***"])
 
 
 def test_a_secret_of_several_lines_is_kept_out(tmp_path, monkeypatch):
@@ -272,7 +306,7 @@ def test_a_command_that_cannot_be_started(tmp_path):
 
 def test_the_status_of_a_run_that_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor, "STATUS_SECONDS", 0.0)
-    script = f"echo '{STEP}'; until [ -e {tmp_path}/go ]; do sleep 0.05; done"
+    script = f"{REPORTS}; until [ -e {tmp_path}/go ]; do sleep 0.05; done"
     record = LaunchRecord(tmp_path / "run" / "launch")
     seen = []
 

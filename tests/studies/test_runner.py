@@ -166,6 +166,7 @@ def test_each_configuration_has_a_directory_of_its_own(tmp_path):
 
 PRETEND = """
 import json, os, pathlib, signal, sys, time
+from sophia_levanter.status import report_failure
 metrics = pathlib.Path(sys.argv[1], "metrics.jsonl")
 def log(losses, last=None):
     # As a run does it: what stands there is replaced, and then added to.
@@ -235,9 +236,15 @@ def test_a_run_that_dies_silently_has_a_status(pretend):
 
 
 def test_a_run_that_gives_up_has_diverged(pretend):
-    job, _ = pretend("log([5.0, None]); sys.exit('error: the loss or gradient was not finite in 10 steps in a row')")
+    job, _ = pretend("log([5.0, None]); report_failure('loss_not_finite', 'in 10 steps in a row'); sys.exit(1)")
     record = do(job)
     assert (record.status, record.loss) == ("diverged", None)
+
+
+def test_a_run_that_gives_up_for_spikes_has_failed(pretend):
+    job, _ = pretend("report_failure('loss_spikes', ''); sys.exit('error: the loss was a spike, and is not finite')")
+    with pytest.raises(RunFailed, match="the loss was a spike"):
+        do(job)
 
 
 def test_a_run_that_diverges_is_stopped(pretend):

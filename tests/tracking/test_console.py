@@ -1,12 +1,13 @@
 """What is shown of a run, in a terminal and in a log."""
 
 import io
+import math
 import re
 
 import pytest
 from rich.console import Console as RichConsole
 
-from sophia_levanter.tracking.console import Console
+from sophia_levanter.tracking.console import Console, StepNumbers
 
 NUMBERS = {"train/loss": 3.14159, "train/tokens_per_second": 12345.6, "train/mfu": 0.256}
 REFRESHED = {**NUMBERS, "optim/win_rate": 0.421}
@@ -108,3 +109,22 @@ def test_no_rows_print_nothing(terminal):
     out = io.StringIO()
     console_on(out, terminal=terminal).rows([])
     assert out.getvalue() == ""
+
+
+def test_the_smoothed_loss_has_no_bias_and_passes_over_what_is_no_number():
+    numbers = StepNumbers()
+    assert math.isnan(numbers.smoothed_loss)
+    numbers.update(NUMBERS | {"train/loss": 4.0})
+    assert numbers.smoothed_loss == pytest.approx(4.0)
+    numbers.update(NUMBERS | {"train/loss": math.nan})
+    numbers.update(NUMBERS | {"train/loss": math.inf})
+    assert numbers.smoothed_loss == pytest.approx(4.0)
+    numbers.update(NUMBERS | {"train/loss": 2.0})
+    assert numbers.smoothed_loss == pytest.approx((0.95 * 4 + 2) / 1.95)
+
+
+def test_the_win_rate_is_the_last_one():
+    numbers = StepNumbers()
+    numbers.update(NUMBERS | {"optim/win_rate": 0.25})
+    numbers.update(NUMBERS)
+    assert str(numbers).endswith("  win rate 25.0%")

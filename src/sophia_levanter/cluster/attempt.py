@@ -11,12 +11,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 from sophia_levanter.cluster.backend import HostCommand
 from sophia_levanter.cluster.child import bound_to_this_process
 from sophia_levanter.config.build import MASK
+from sophia_levanter.status import ON_STDOUT, Failure, Progress, read_status
 
 _LABELLED = re.compile(r" *(\d+): (.*)")
 TAIL_LINES = 20
@@ -31,6 +33,10 @@ class Attempt:
         directory: for the logs, process-N.log.
         on_line: told of every line: the log's name, and the line.
         secrets: texts that no log is to hold.
+
+    Attributes:
+        progress: of the run, as its first process last reported it.
+        failures: that processes reported.
     """
 
     def __init__(
@@ -46,6 +52,8 @@ class Attempt:
         parts = {part.strip() for secret in secrets for part in secret.splitlines()}
         # The longest first: one secret may be the beginning of another.
         self._secrets = sorted((part for part in parts if len(part) >= SHORTEST_SECRET), key=len, reverse=True)
+        self.progress: Progress | None = None
+        self.failures: list[Failure] = []
         self._logs: dict[str, IO[str]] = {}
         self._tails: dict[str, deque[str]] = {command.label: deque(maxlen=TAIL_LINES) for command in commands}
         self._lock = threading.Lock()
@@ -68,7 +76,7 @@ class Attempt:
     def _start(self, command: HostCommand) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             bound_to_this_process(command.words),
-            env=os.environ | dict(command.env),
+            env=os.environ | dict(command.env) | ON_STDOUT,
             stdin=subprocess.PIPE if command.by_stdin else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -139,18 +147,32 @@ class Attempt:
     def _read(self, command: HostCommand, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
         for raw in process.stdout:
-            line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
-            for secret in self._secrets:
-                line = line.replace(secret, MASK)
-            self._tails[command.label].append(line)
+            whole = line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
             label = command.label
             if command.labelled and (match := _LABELLED.match(line)):
                 label, line = f"process-{match[1]}", match[2]
+            if status := read_status(line):
+                self._note(label, status)
+                continue
+            self._tails[command.label].append(self._masked(whole))
+            line = self._masked(line)
             # A full disk or a reader that has left must not stop the reading: the process would wait for it for ever.
             with contextlib.suppress(OSError):
                 self._keep(label, line)
             with contextlib.suppress(OSError):
                 self._on_line(label, line)
+
+    def _note(self, label: str, status: Progress | Failure) -> None:
+        if isinstance(status, Failure):
+            # Masked here, after decoding: JSON may escape a character of a secret.
+            self.failures.append(replace(status, message=self._masked(status.message)))
+        elif label == "process-0":
+            self.progress = status
+
+    def _masked(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
+        return text
 
     def _keep(self, label: str, line: str) -> None:
         with self._lock:

@@ -114,7 +114,11 @@ class Backend(Protocol):
         """
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
-        """What to start for an attempt on the machines that are ready."""
+        """What to start for an attempt on the machines that are ready.
+
+        Training processes report their progress on standard output if `status.ON_STDOUT` is in their environment. What
+        a command starts on this machine inherits it; on other hosts the backend sets it.
+        """
 
     def was_preempted(self) -> bool:
         """Whether the last attempt, which failed, has lost its machines to their owner."""

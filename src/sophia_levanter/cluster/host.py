@@ -24,6 +24,7 @@ from sophia_levanter.cluster.child import bound_to_this_process
 from sophia_levanter.config.arguments import parse_arguments, whole_number
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import FAILURE, run_command
+from sophia_levanter.status import ON_STDOUT, read_status
 
 USAGE = """\
 usage: python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD...
@@ -80,6 +81,7 @@ def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
         signal.signal(number, lambda *_: stop.set())
     child = subprocess.Popen(
         bound_to_this_process(words),
+        env=os.environ | ON_STDOUT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -148,13 +150,18 @@ def _kill_group(leader: int) -> None:
 
 
 def _pass_on(source: IO[bytes], log: IO[bytes]) -> None:
-    """To standard output and the log, each as long as it takes it: a process that saves must not fail at printing."""
+    """To standard output and the log, each as long as it takes it: a process that saves must not fail at printing.
+
+    Status lines are for the launcher, not for the log.
+    """
     sinks = {1: True, log.fileno(): True}
-    while content := os.read(source.fileno(), 65536):
+    for line in source:
         for sink in sinks:
+            if sink != 1 and read_status(line.decode(errors="replace").rstrip()):
+                continue
             try:
                 if sinks[sink]:
-                    _write(sink, content)
+                    _write(sink, line)
             except OSError:
                 sinks[sink] = False
 

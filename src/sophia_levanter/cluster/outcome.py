@@ -9,9 +9,9 @@ from typing import Literal
 
 from sophia_levanter.cluster.config import ClusterConfig
 from sophia_levanter.cluster.record import counted
+from sophia_levanter.errors import DirectoryInUse
 from sophia_levanter.exit_status import BAD_INPUT, DONE, PREEMPTED
-from sophia_levanter.run.directory import IN_USE
-from sophia_levanter.tracking.step_lines import Progress
+from sophia_levanter.status import Failure, Progress
 
 LONGEST_BACK_OFF = 300.0
 
@@ -24,7 +24,7 @@ class Outcome:
         kind: done; refused for bad input; stopped as the launcher was told; preempted; failed; or unavailable, where
             it could not begin.
         reason: for people.
-        progress: as the run last printed it in this attempt.
+        progress: as the run last reported it in this attempt.
         tail: the last lines of the process that ended first.
     """
 
@@ -40,6 +40,7 @@ def outcome_of(
     culprit: str | None,
     tail: Sequence[str],
     progress: Progress | None,
+    failures: Sequence[Failure],
     *,
     told_to_stop: bool,
     has_begun: bool,
@@ -51,7 +52,8 @@ def outcome_of(
         first: the status of the one that was the first to end.
         culprit: the command that was the first to end other than well.
         tail: the last lines that it printed.
-        progress: of the run, as it last printed it.
+        progress: of the run, as it last reported it.
+        failures: that processes reported.
         told_to_stop: whether the launcher was.
         has_begun: whether an earlier attempt has trained: what is refused then was accepted before, so it is not input
             that is at fault but, say, a disk.
@@ -69,12 +71,12 @@ def outcome_of(
     if first == PREEMPTED:
         return Outcome("preempted", f"{culprit} was told to stop; the last checkpoint counts", progress)
     if ended and all(status == BAD_INPUT for status in ended):
-        errors = [line.partition("error: ")[2] for line in tail if "error: " in line]
-        reason = errors[-1] if errors else "its input is at fault"
+        reason = failures[-1].message if failures else "its input is at fault"
         # A lock may be that of an earlier attempt on another machine, which needs a moment to be gone.
-        if has_begun or IN_USE in reason:
+        in_use = any(failure.reason == DirectoryInUse.reason for failure in failures)
+        if has_begun or in_use:
             return Outcome("failed", reason, progress, tail)
-        return Outcome("refused", reason, progress)
+        return Outcome("refused", reason, progress, () if failures else tail)
     return Outcome("failed", f"{culprit or 'a process'} {_how(ended)}", progress, tail)
 
 

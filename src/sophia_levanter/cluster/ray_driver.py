@@ -25,7 +25,9 @@ from ray.train.v2.jax import JaxConfig, JaxTrainer
 from sophia_levanter.cluster.ray_host import Board, run_host
 from sophia_levanter.cluster.ray_slices import Fence
 from sophia_levanter.cluster.tpu_shapes import GENERATIONS
+from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, PREEMPTED
+from sophia_levanter.status import report_failure
 
 POLL_SECONDS = 0.5
 FENCE_SECONDS = 5.0
@@ -55,7 +57,9 @@ def main(order_file: Path) -> int:
             logging_level=logging.WARNING,
         )
     except ConnectionError as error:
-        print(f"error: address {cluster['address']}: {str(error).splitlines()[0]}", flush=True)
+        message = f"address {cluster['address']}: {str(error).splitlines()[0]}"
+        print(f"error: {message}", flush=True)
+        report_failure(InputError.reason, message)
         return BAD_INPUT
     # Ray puts in its own, which ends at once.
     signal.signal(signal.SIGTERM, note)

@@ -27,6 +27,7 @@ from sophia_levanter.cluster.backend import training_command
 from sophia_levanter.cluster.child import bound_to_this_process
 from sophia_levanter.cluster.local import free_port
 from sophia_levanter.exit_status import DONE, FAILURE, PREEMPTED
+from sophia_levanter.status import ON_STDOUT
 
 POLL_SECONDS = 0.5
 BARRIER_SECONDS = 15.0
@@ -102,7 +103,7 @@ def run_host(order: dict[str, Any]) -> None:
     rank, count = get_context().get_world_rank(), get_context().get_world_size()
     address = f"{ray.util.get_node_ip_address()}:{free_port()}" if rank == 0 else None
     coordinator = broadcast_from_rank_zero(address)
-    environment = os.environ | order["env"] | ray.get(order["secrets"][0])
+    environment = os.environ | order["env"] | ray.get(order["secrets"][0]) | ON_STDOUT
     if order["slices"] > 1:
         slice_id = rank // (count // order["slices"])
         host = coordinator.rpartition(":")[0]

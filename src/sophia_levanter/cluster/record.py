@@ -15,7 +15,7 @@ from typing import IO
 
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import lock, read_regular, write_atomically
-from sophia_levanter.tracking.step_lines import Progress
+from sophia_levanter.status import Progress
 
 NUMBERS = ("processes", "attempt", "failures", "preemptions")
 STOP = "stop"  # a file that is there when the launcher has been told to stop
@@ -34,7 +34,7 @@ class Status:
         attempt: number of the present or last one, from 1; 0 before the first.
         failures: attempts that failed.
         preemptions: attempts that were preempted.
-        progress: as the run last printed it.
+        progress: as the run last reported it.
         exit_status: of the launcher, once it has ended.
     """
 

@@ -19,7 +19,6 @@ from sophia_levanter.cluster.outcome import Budgets, Outcome, outcome_of
 from sophia_levanter.cluster.record import LaunchRecord, Status, counted
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
-from sophia_levanter.tracking.step_lines import Progress, read_progress
 
 POLL_SECONDS = 0.2
 STATUS_SECONDS = 2.0
@@ -49,7 +48,6 @@ class Supervisor:
         self._signal: signal.Signals | None = None
         self._interrupts = 0
         self._has_begun = False
-        self._progress: Progress | None = None
         self._status = Status("starting", policy.backend, backend.num_processes)
         self._written = 0.0
 
@@ -100,7 +98,6 @@ class Supervisor:
         return INTERRUPTED if self._signal == signal.SIGINT else PREEMPTED
 
     def _attempt(self, number: int) -> Outcome:
-        self._progress = None
         try:
             self._backend.prepare(self._job, number, self._tell, self._told_to_stop)
             if self._told_to_stop():
@@ -123,13 +120,14 @@ class Supervisor:
             attempt.first_status,
             culprit,
             tail,
-            self._progress,
+            attempt.progress,
+            attempt.failures,
             told_to_stop=told,
             has_begun=self._has_begun,
         )
-        self._has_begun |= self._progress is not None
+        self._has_begun |= attempt.progress is not None
         if outcome.kind == "failed" and self._backend.was_preempted():
-            return Outcome("preempted", f"its machines are gone; {outcome.reason}", self._progress)
+            return Outcome("preempted", f"its machines are gone; {outcome.reason}", attempt.progress)
         return outcome
 
     def _follow(self, attempt: Attempt) -> list[int | None]:
@@ -161,7 +159,7 @@ class Supervisor:
                 attempt.kill()
                 return attempt.poll()
             if now > self._written + STATUS_SECONDS:
-                self._update(state="running", progress=self._progress or self._status.progress)
+                self._update(state="running", progress=attempt.progress or self._status.progress)
             time.sleep(POLL_SECONDS)
 
     def _tell(self, line: str) -> None:
@@ -197,7 +195,6 @@ class Supervisor:
 
     def _hear(self, label: str, line: str) -> None:
         if label == "process-0":
-            self._progress = read_progress(line) or self._progress
             self._say(line)
 
     def _update(self, **changes: Any) -> None:

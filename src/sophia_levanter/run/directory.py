@@ -17,7 +17,7 @@ from sophia_levanter.config.command_line import Command, dump_config, load_confi
 from sophia_levanter.config.data import MixturePart
 from sophia_levanter.config.tracking import TrackingConfig
 from sophia_levanter.data.sources import absolute_source, absolute_tokenizer
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import DirectoryInUse, InputError
 
 # What may differ between a run and its continuation by `--resume auto` without making it another run: how long it is,
 # and what does not change its numbers, such as the host that a new attempt finds the others by.
@@ -48,7 +48,6 @@ _MAY_DIFFER = (
 )
 LOCK_NAME = ".lock"
 RUN_ID = ".run_id"
-IN_USE = "is in use by another process"
 UNFINISHED_CONFIG = "config.yaml.tmp"
 LAUNCH = "launch"  # what the launcher knows of the run
 
@@ -102,7 +101,8 @@ class RunDirectory:
         """Make the directory, and the one of the checkpoints, and keep other processes out until this one ends.
 
         Raises:
-            InputError: if another process has one of them, or it cannot be written.
+            DirectoryInUse: if another process has one of them.
+            InputError: if it cannot be written.
         """
         for field, path in self._lockable():
             _lock(field, path)
@@ -208,7 +208,9 @@ def _lock(field: str, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         lock = files.lock(path / LOCK_NAME)
     if lock is None:
-        raise InputError(f"trainer.{field} {path} {IN_USE}; wait for it or name another directory")
+        raise DirectoryInUse(
+            f"trainer.{field} {path} is in use by another process; wait for it or name another directory"
+        )
     _locks[path] = lock
 
 

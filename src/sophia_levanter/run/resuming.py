@@ -82,7 +82,7 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
         )
     if not _is_same_text(restored.metadata["validation"], run.facts["validation"]):
         console.line("the validation text is another one than the run began with; its losses do not compare")
-    console.line(f"resuming after step {restored.step} of {directory.path}")
+    console.resumed(restored.step, directory.path)
     began_with, now = restored.metadata["environment"], run.facts["environment"]
     if began_with != now:
         console.line(f"losses may differ in their last bits: the run began with {began_with}, and this is {now}")

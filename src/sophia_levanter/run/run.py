@@ -385,14 +385,14 @@ class Run:
 
     def _on_process_zero(self, name: str, work: Callable[[], None]) -> None:
         """Have the first process do some work; an `InputError` of it is raised in all of them."""
-        failure = None
+        raised = None
         if self.processes.is_first:
             try:
                 work()
             except InputError as error:
-                failure = str(error)
-        if failure := self.processes.first_failure(name, failure, PATIENCE):
-            raise InputError(failure)
+                raised = error
+        if failure := self.processes.first_failure(name, str(raised) if raised else None, PATIENCE):
+            raise raised or InputError(failure)
 
     def _write_directory(self) -> None:
         directory = self.directory

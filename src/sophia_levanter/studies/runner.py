@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.token_store import Tokens, TokenStore, digest_of
 from sophia_levanter.errors import InputError
 from sophia_levanter.printing import one_line
+from sophia_levanter.status import VARIABLE, Failure, read_status
 from sophia_levanter.studies.records import Record, flat_config
 from sophia_levanter.studies.runs import FACTS, Run, Series, has_diverged, read_files
 
@@ -153,7 +155,7 @@ def do(job: Job) -> Record:
     stale = _inode(metrics)
     # XLA's threads, and those of LAPACK, where XLA calls it.
     limits = ("NPROC", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
-    with log.open("w") as output:
+    with log.open("w") as output, tempfile.TemporaryFile("w+") as status:
         process = subprocess.Popen(
             [sys.executable, "-m", "sophia_levanter.main", "--config", str(config_file), "--resume", "auto"],
             stdin=subprocess.DEVNULL,
@@ -161,7 +163,10 @@ def do(job: Job) -> Record:
             stderr=subprocess.STDOUT,
             # ^C of a terminal would reach the run too, and a second signal ends it without saving.
             process_group=0,
-            env=os.environ | ({} if job.threads is None else dict.fromkeys(limits, str(job.threads))),
+            env=os.environ
+            | {VARIABLE: str(status.fileno())}
+            | ({} if job.threads is None else dict.fromkeys(limits, str(job.threads))),
+            pass_fds=[status.fileno()],
         )
         try:
             diverged = _watch(process, metrics, stale)
@@ -170,9 +175,11 @@ def do(job: Job) -> Record:
             process.send_signal(signal.SIGTERM)
             process.wait()
             raise
+        status.seek(0)
+        statuses = [read_status(line.rstrip()) for line in status]
     if not diverged and process.returncode != 0:
-        message = log.read_text(errors="replace").strip().splitlines()[-1:]
-        if not (message and "not finite" in message[0]):
+        if not any(isinstance(status, Failure) and status.reason == "loss_not_finite" for status in statuses):
+            message = log.read_text(errors="replace").strip().splitlines()[-1:]
             said = message[0].removeprefix("error: ") if message else f"exit status {process.returncode}"
             raise RunFailed(f"{log}: {said}")
         diverged = True

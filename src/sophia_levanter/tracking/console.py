@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -12,11 +14,56 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sophia_levanter.printing import one_line
-from sophia_levanter.tracking.step_lines import StepNumbers, show_step
+from sophia_levanter.status import report_resumed, report_step
 
 # Columns of a terminal from which on there is room for a bar, and for the time that has passed; and of these two.
 WIDTH_FOR_BAR, BAR_WIDTH = 120, 20
 WIDTH_FOR_ELAPSED, ELAPSED_WIDTH = 70, 9
+SMOOTHING = 0.95
+
+
+class StepNumbers:
+    """The numbers of a run's last step as they are shown, with those that need the steps before it.
+
+    Those are the smoothed loss, an exponential mean of this process's finite losses without a bias towards its start,
+    and the win rate, which is that of the last refresh.
+    """
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._weight = 0.0
+        self._shown: dict[str, str] = {}
+
+    def update(self, metrics: Mapping[str, float]) -> None:
+        """Take a step's metrics, by their names in metrics.jsonl."""
+        loss = metrics["train/loss"]
+        if math.isfinite(loss):
+            self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
+            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        self._shown |= {
+            "loss": f"loss {loss:.3f}",
+            "smoothed": f"smoothed {self.smoothed_loss:.3f}",
+            "rate": f"{metrics['train/tokens_per_second']:,.0f} tokens/s",
+            "mfu": f"MFU {metrics['train/mfu']:.1%}",
+        }
+        if "optim/win_rate" in metrics:
+            self._shown["win rate"] = f"win rate {metrics['optim/win_rate']:.1%}"
+
+    @property
+    def smoothed_loss(self) -> float:
+        """Nats per token; not a number before the first finite loss."""
+        return self._sum / self._weight if self._weight else math.nan
+
+    def __str__(self) -> str:
+        return "  ".join(self._shown.values())
+
+    def within(self, width: int) -> str:
+        """As many of them as fit in a line of so many columns, the loss before all others."""
+        kept = dict(self._shown)
+        for name in ("mfu", "win rate", "rate", "smoothed"):
+            if len("  ".join(kept.values())) > width:
+                kept.pop(name, None)
+        return "  ".join(kept.values())
 
 
 class _SurvivingConsole(RichConsole):
@@ -107,6 +154,11 @@ class Console:
         self._task = self._progress.add_task("train", total=total, completed=completed, numbers="training", left="")
         self._progress.start()
 
+    def resumed(self, step: int, run_dir: Path) -> None:
+        """Print which step of a run it goes on from."""
+        self.line(f"resuming after step {step} of {run_dir}")
+        report_resumed(step)
+
     def step(self, step: int, metrics: Mapping[str, float], seconds_left: float) -> None:
         """Show a step's metrics, by their names in metrics.jsonl."""
         self._numbers.update(metrics)
@@ -115,7 +167,8 @@ class Console:
             numbers = self._numbers.within(self._room_for_numbers(left))
             self._progress.update(self._task, completed=step + 1, numbers=numbers, left=left)
         elif (step + 1) % self._log_every == 0 or step + 1 == self._total:
-            self.line(f"{show_step(step + 1, self._total, self._numbers)}  {left}")
+            self.line(f"step {step + 1}/{self._total}  {self._numbers}  {left}")
+            report_step(step + 1, self._total, metrics["train/loss"], metrics["train/tokens_per_second"])
 
     @property
     def smoothed_loss(self) -> float:

@@ -32,11 +32,13 @@ class TrainingFailed(Exception):
 
     Attributes:
         steps: those in a row that changed nothing.
+        reason: for the program that started this one.
     """
 
-    def __init__(self, message: str, steps: range) -> None:
+    def __init__(self, message: str, steps: range, reason: str = "loss_not_finite") -> None:
         super().__init__(message)
         self.steps = steps
+        self.reason = reason
 
 
 class StepReport(NamedTuple):
@@ -219,6 +221,7 @@ class SkippedSteps(Callback):
                 f"the {what} in {in_a_row} steps in a row, the last of them step {step}; "
                 f"try a lower --optimizer.learning_rate or more --optimizer.warmup_steps{hint}",
                 range(step + 1 - in_a_row, step + 1),
+                "loss_spikes" if spike else "loss_not_finite",
             )
 
 
