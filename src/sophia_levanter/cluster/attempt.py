@@ -1,9 +1,8 @@
-"""The processes of one attempt, as the launcher's machine sees them: started, listened to, told to stop, killed."""
+"""One attempt: its processes as the launcher's machine sees them, started, heard, stopped, killed; and how it ended."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import subprocess
@@ -11,18 +10,103 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from sophia_levanter.cluster.backend import HostCommand
-from sophia_levanter.cluster.child import bound_to_this_process
+from sophia_levanter.cluster.host import kill_group, start_process
 from sophia_levanter.config.build import MASK
-from sophia_levanter.status import ON_STDOUT, Failure, Progress, read_status
+from sophia_levanter.errors import DirectoryInUse
+from sophia_levanter.exit_status import BAD_INPUT, DONE, PREEMPTED
+from sophia_levanter.status import Failure, Progress, read_status
 
 _LABELLED = re.compile(r" *(\d+): (.*)")
 TAIL_LINES = 20
 SHORTEST_SECRET = 6  # in characters: shorter ones would be found everywhere
+Kind = Literal["done", "refused", "stopped", "preempted", "failed", "unavailable"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended.
+
+    Attributes:
+        kind: done; refused for bad input; stopped as the launcher was told; preempted; failed; or unavailable, where
+            it could not begin.
+        reason: for people.
+        progress: as the run last reported it in this attempt.
+        tail: the last lines of the process that ended first.
+    """
+
+    kind: Kind
+    reason: str
+    progress: Progress | None = None
+    tail: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What is left of an attempt whose commands have all ended.
+
+    Attributes:
+        statuses: of each command, -N for signal N; None for those that the launcher had to kill.
+        first: the status of the one that was the first to end by itself; None if none did.
+        culprit: the command that was the first to end other than well; None if none did.
+        tail: the last lines that it printed.
+        progress: of the run, as it last reported it.
+        failures: that processes reported.
+    """
+
+    statuses: Sequence[int | None]
+    first: int | None = None
+    culprit: str | None = None
+    tail: Sequence[str] = ()
+    progress: Progress | None = None
+    failures: Sequence[Failure] = ()
+
+    def outcome(self, *, told_to_stop: bool, has_begun: bool) -> Outcome:
+        """What the exit statuses say.
+
+        Args:
+            told_to_stop: whether the launcher was.
+            has_begun: whether an earlier attempt has trained: what is refused then was accepted before, so it is not
+                input that is at fault but, say, a disk.
+        """
+        ended = [status for status in self.statuses if status is not None]
+        all_well = len(ended) == len(self.statuses) and all(status in (DONE, PREEMPTED) for status in ended)
+        if all_well and PREEMPTED not in ended:
+            return self._outcome("done", "the run is complete")
+        if told_to_stop:
+            saved = "; the run is saved" if self.progress else ""
+            return self._outcome(
+                "stopped", f"as asked{saved}" if all_well else "as asked, and not saved: the last checkpoint counts"
+            )
+        if all_well:
+            saved = ", and is saved" if self.progress else ""
+            return self._outcome("preempted", f"the run was told to stop{saved}")
+        if self.first == PREEMPTED:
+            return self._outcome("preempted", f"{self.culprit} was told to stop; the last checkpoint counts")
+        if not ended or any(status != BAD_INPUT for status in ended):
+            return self._outcome("failed", f"{self.culprit or 'a process'} {_how(ended)}", self.tail)
+        reason = self.failures[-1].message if self.failures else "its input is at fault"
+        # A lock may be that of an earlier attempt on another machine, which needs a moment to be gone.
+        if has_begun or any(failure.reason == DirectoryInUse.reason for failure in self.failures):
+            return self._outcome("failed", reason, self.tail)
+        return self._outcome("refused", reason, () if self.failures else self.tail)
+
+    def _outcome(self, kind: Kind, reason: str, tail: Sequence[str] = ()) -> Outcome:
+        return Outcome(kind, reason, self.progress, tail)
+
+
+def _how(ended: Sequence[int]) -> str:
+    status = next((status for status in ended if status not in (DONE, PREEMPTED)), None)
+    if status is None:
+        return "ended, and others did not"
+    number = -status if status < 0 else status - 128
+    if number in {s.value for s in signal.Signals}:
+        return f"was ended by {signal.Signals(number).name}"
+    return f"ended with status {status}"
 
 
 class Attempt:
@@ -36,7 +120,6 @@ class Attempt:
 
     Attributes:
         progress: of the run, as its first process last reported it.
-        failures: that processes reported.
     """
 
     def __init__(
@@ -53,7 +136,7 @@ class Attempt:
         # The longest first: one secret may be the beginning of another.
         self._secrets = sorted((part for part in parts if len(part) >= SHORTEST_SECRET), key=len, reverse=True)
         self.progress: Progress | None = None
-        self.failures: list[Failure] = []
+        self._failures: list[Failure] = []
         self._logs: dict[str, IO[str]] = {}
         self._tails: dict[str, deque[str]] = {command.label: deque(maxlen=TAIL_LINES) for command in commands}
         self._lock = threading.Lock()
@@ -62,7 +145,8 @@ class Attempt:
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
             for command in commands:
-                self._processes.append(self._start(command))
+                stdin = subprocess.PIPE if command.by_stdin else subprocess.DEVNULL
+                self._processes.append(start_process(command.words, command.env, stdin=stdin))
         except OSError:
             self.kill()
             raise
@@ -72,16 +156,6 @@ class Attempt:
         ]
         for reader in self._readers:
             reader.start()
-
-    def _start(self, command: HostCommand) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            bound_to_this_process(command.words),
-            env=os.environ | dict(command.env) | ON_STDOUT,
-            stdin=subprocess.PIPE if command.by_stdin else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is the launcher's to pass on
-        )
 
     def poll(self) -> list[int | None]:
         """The exit status of each command, -N for signal N; None for those that live or were killed by `kill`."""
@@ -111,7 +185,7 @@ class Attempt:
         for index, process in enumerate(self._processes):
             if process.poll() is None:
                 self._killed.add(index)
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_group(process.pid)
         for process in self._processes:
             process.wait()
 
@@ -119,8 +193,7 @@ class Attempt:
         """Leave no process, nor what one that has ended left behind, and the logs complete."""
         self.kill()
         for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_group(process.pid)
         for reader in self._readers:
             reader.join(timeout=5)
         with self._lock:
@@ -128,21 +201,14 @@ class Attempt:
                 log.close()
             self._logs.clear()
 
-    def tail(self, label: str) -> list[str]:
-        """The last lines of a command."""
-        return list(self._tails[label])
-
-    @property
-    def first_status(self) -> int | None:
-        """The exit status of the command that was the first to end by itself; None if none did."""
-        return next((self._processes[i].returncode for i in self._ended if i not in self._killed), None)
-
-    def culprit(self) -> str | None:
-        """The label of the first command that ended other than well; None if none did."""
-        for index in self._ended:
-            if index not in self._killed and self._processes[index].returncode:
-                return self._commands[index].label
-        return None
+    def ending(self) -> Ending:
+        """What is left of the attempt, once all commands have ended."""
+        statuses = self.poll()
+        ended = [index for index in self._ended if index not in self._killed]
+        first = self._processes[ended[0]].returncode if ended else None
+        bad = next((self._commands[index].label for index in ended if statuses[index]), None)
+        tail = list(self._tails[bad]) if bad else ()
+        return Ending(statuses, first, bad, tail, self.progress, self._failures)
 
     def _read(self, command: HostCommand, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
@@ -165,7 +231,7 @@ class Attempt:
     def _note(self, label: str, status: Progress | Failure) -> None:
         if isinstance(status, Failure):
             # Masked here, after decoding: JSON may escape a character of a secret.
-            self.failures.append(replace(status, message=self._masked(status.message)))
+            self._failures.append(replace(status, message=self._masked(status.message)))
         elif label == "process-0":
             self.progress = status
 

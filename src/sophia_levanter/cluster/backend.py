@@ -92,7 +92,7 @@ class Unavailable(Exception):
 
 
 class Backend(Protocol):
-    """Where a run's processes are started."""
+    """Where a run's processes are started. The last two methods are for backends whose machines come and go."""
 
     num_processes: int
 
@@ -122,6 +122,8 @@ class Backend(Protocol):
 
     def was_preempted(self) -> bool:
         """Whether the last attempt, which failed, has lost its machines to their owner."""
+        return False
 
     def release(self, say: Say) -> None:
         """Give back what is paid for: the run is over."""
+        return

@@ -172,7 +172,7 @@ class RayCluster(ClusterConfig):
         return self.slices * self.shape.chips if self.shape else self.num_processes * self.gpus_per_worker or None
 
     def build(self, job: Job) -> Backend:
-        from sophia_levanter.cluster.ray_backend import RayBackend
+        from sophia_levanter.cluster.ray import RayBackend
 
         return RayBackend(self)
 
@@ -221,7 +221,7 @@ class SlurmCluster(ClusterConfig):
         return SlurmBackend(self)
 
     def submission(self, job: Job, launcher: Sequence[str]) -> Submission | None:
-        from sophia_levanter.cluster.slurm_job import describe_submission, submit
+        from sophia_levanter.cluster.slurm.job import describe_submission, submit
 
         if "SLURM_JOB_ID" in os.environ:
             return None  # on the job's first node already

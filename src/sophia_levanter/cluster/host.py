@@ -1,14 +1,21 @@
-"""`python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD...`: a training process under ssh.
+"""`python -m sophia_levanter.cluster.host`: how a training process is held on its host.
 
-It is told to stop by the end of standard input, which is all that a host hears of a connection or a launcher that is
-gone, or by SIGTERM or SIGHUP, as when the machine is shut down. What it prints is passed on, and kept in the file, in
-whose folder there is one process at a time.
+With `--parent PID` this process becomes the training process, and dies with the one that started it. A launcher that is
+killed must not leave processes that train on without it and hold the run's directory. Linux alone can promise that;
+elsewhere the command is started without the promise.
+
+With `--grace SECONDS --log FILE` it holds a training process under ssh, and tells it to stop at the end of standard
+input, which is all that a host hears of a connection or a launcher that is gone, or at a SIGTERM or SIGHUP, as when the
+machine is shut down. What the process prints is passed on, and kept in the file, in whose folder there is one process
+at a time.
+
 Imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import signal
@@ -16,11 +23,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from types import MappingProxyType
+from typing import IO, NoReturn
 
-from sophia_levanter.cluster.child import bound_to_this_process
 from sophia_levanter.config.arguments import parse_arguments, whole_number
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import FAILURE, run_command
@@ -28,12 +35,42 @@ from sophia_levanter.status import ON_STDOUT, read_status
 
 USAGE = """\
 usage: python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD...
+       python -m sophia_levanter.cluster.host --parent PID -- WORD...
 
   WORD...           the command line of a process; it gets SIGTERM when standard input ends
   --grace SECONDS   after which it then gets SIGKILL
   --log FILE        a new file for what it prints; where there is one already, the process is not started a second time
+  --parent PID      becomes the process, which ends with this parent
   --help            prints this and exits"""
+PR_SET_PDEATHSIG = 1
 _PATIENCE = 10.0  # seconds beyond the grace in which the process of an earlier attempt ends
+
+
+def start_process(
+    words: Sequence[str], env: Mapping[str, str] = MappingProxyType({}), *, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    """Starts a process that dies with this one, in a session of its own; its status lines and output are to be read.
+
+    Args:
+        words: its command line.
+        env: environment variables on top of this process's.
+        stdin: its standard input.
+    """
+    parent = ["--parent", str(os.getpid())]
+    return subprocess.Popen(
+        [sys.executable, "-m", "sophia_levanter.cluster.host", *parent, "--", *words],
+        env=os.environ | dict(env) | ON_STDOUT,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C is the launcher's to pass on
+    )
+
+
+def kill_group(leader: int) -> None:
+    """Ends a process of `start_process` at once with all that it has started, be it there itself or not."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(given: Sequence[str], words: Sequence[str]) -> int:
-    arguments = parse_arguments(given, options=("--grace", "--log"))
+    arguments = parse_arguments(given, options=("--grace", "--log", "--parent"))
+    if "--parent" in arguments.options:
+        _become(words, whole_number("--parent", arguments.options["--parent"]))
     grace = whole_number("--grace", arguments.needed("--grace", "SECONDS", "then comes SIGKILL"))
     log_file = Path(arguments.needed("--log", "FILE", "what the process prints is kept there"))
     if not words:
@@ -63,6 +102,17 @@ def _run(given: Sequence[str], words: Sequence[str]) -> int:
         return FAILURE
     with log, _alone_on_this_host(log_file.parent, grace + _PATIENCE):
         return run_child(words, grace, log)
+
+
+def _become(words: Sequence[str], parent: int) -> NoReturn:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        os.execvp(words[0], list(words))
+    except OSError as error:
+        sys.exit(f"error: {words[0]} cannot be started: {error.strerror}")
 
 
 def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
@@ -79,14 +129,7 @@ def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    child = subprocess.Popen(
-        bound_to_this_process(words),
-        env=os.environ | ON_STDOUT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    child = start_process(words)
     assert child.stdout is not None
     printing = threading.Thread(target=_pass_on, args=(child.stdout, log), daemon=True)
     for thread in (
@@ -97,7 +140,7 @@ def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
         thread.start()
     status = child.wait()
     # What it has started must not hold the devices, nor the pipe.
-    _kill_group(child.pid)
+    kill_group(child.pid)
     printing.join(timeout=5)
     return 128 - status if status < 0 else status
 
@@ -141,12 +184,7 @@ def _end(child: subprocess.Popen[bytes], stop: threading.Event, grace: float) ->
     try:
         child.wait(grace)
     except subprocess.TimeoutExpired:
-        _kill_group(child.pid)
-
-
-def _kill_group(leader: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+        kill_group(child.pid)
 
 
 def _pass_on(source: IO[bytes], log: IO[bytes]) -> None:

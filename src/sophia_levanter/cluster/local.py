@@ -6,11 +6,11 @@ import socket
 import sys
 from collections.abc import Callable
 
-from sophia_levanter.cluster.backend import HostCommand, Job, Say, check_secrets, training_command
+from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, check_secrets, training_command
 from sophia_levanter.cluster.config import LocalCluster
 
 
-class LocalBackend:
+class LocalBackend(Backend):
     """Starts the processes here.
 
     Args:
@@ -41,13 +41,6 @@ class LocalBackend:
             words = training_command(sys.executable, str(job.config_file), mesh if count > 1 else None)
             commands.append(HostCommand(f"process-{index}", words, self._cluster.env))
         return commands
-
-    def was_preempted(self) -> bool:
-        """Never: a machine of one's own has no other owner."""
-        return False
-
-    def release(self, say: Say) -> None:
-        """Nothing."""
 
 
 def free_port() -> int:

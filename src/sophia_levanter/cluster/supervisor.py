@@ -12,19 +12,74 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from sophia_levanter.cluster.attempt import Attempt
+from sophia_levanter.cluster.attempt import Attempt, Outcome
 from sophia_levanter.cluster.backend import Backend, Job, Say, Unavailable
 from sophia_levanter.cluster.config import ClusterConfig
-from sophia_levanter.cluster.outcome import Budgets, Outcome, outcome_of
 from sophia_levanter.cluster.record import LaunchRecord, Status, counted
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
 
 POLL_SECONDS = 0.2
+LONGEST_BACK_OFF = 300.0
 STATUS_SECONDS = 2.0
 # How long after the first process has failed others may show that they have, too.
 GATHER_SECONDS = 2.0
 STATES = {DONE: "done", FAILURE: "failed", BAD_INPUT: "refused", PREEMPTED: "stopped", INTERRUPTED: "stopped"}
+
+
+class Budgets:
+    """Counts how often a run has failed and was preempted, and says when it is to be given up.
+
+    Args:
+        policy: how often it may.
+
+    Attributes:
+        failures: so far.
+        preemptions: so far.
+    """
+
+    def __init__(self, policy: ClusterConfig) -> None:
+        self._policy = policy
+        self._failed_at: int | None = None
+        self._same_step = 0
+        self._in_a_row = 0
+        self.failures = 0
+        self.preemptions = 0
+
+    def charge(self, outcome: Outcome) -> str | None:
+        """Count an attempt that was preempted, failed or could not begin.
+
+        Returns:
+            Why there is to be no other; None if there is.
+        """
+        if outcome.kind == "preempted":
+            self.preemptions += 1
+            self._same_step = 0
+            self._in_a_row = 0 if outcome.progress else self._in_a_row + 1
+            if self.preemptions > self._policy.max_preemptions:
+                return f"{counted(self.preemptions, 'preemption')} (max_preemptions)"
+            return None
+        self.failures += 1
+        step = outcome.progress.step if outcome.progress else None
+        if outcome.kind == "failed":
+            self._same_step = self._same_step + 1 if step == self._failed_at else 1
+            self._in_a_row = self._in_a_row + 1 if step == self._failed_at else 1
+            self._failed_at = step
+        else:
+            self._in_a_row += 1
+        if self._same_step >= self._policy.crash_loop:
+            at = "before the first step" if step is None else f"after step {step}"
+            return f"{counted(self._same_step, 'attempt')} in a row failed {at} (crash_loop), and another would too"
+        if self.failures > self._policy.max_failures:
+            return f"{counted(self.failures, 'failure')} (max_failures)"
+        return None
+
+    @property
+    def pause(self) -> float:
+        """Seconds before the next attempt: more with each that came no further; none after one that was preempted."""
+        if not self._in_a_row:
+            return 0.0
+        return min(LONGEST_BACK_OFF, self._policy.back_off * 2 ** min(self._in_a_row - 1, 10))
 
 
 class Supervisor:
@@ -109,39 +164,23 @@ class Supervisor:
         secrets = [value for name in self._policy.secrets if (value := os.environ.get(name))]
         attempt = Attempt(commands, self._record.attempt_directory(number), self._hear, secrets)
         try:
-            statuses = self._follow(attempt)
+            self._follow(attempt)
         finally:
             attempt.close()
-        culprit = attempt.culprit()
-        tail = attempt.tail(culprit) if culprit else ()
-        told = self._told_to_stop()
-        outcome = outcome_of(
-            statuses,
-            attempt.first_status,
-            culprit,
-            tail,
-            attempt.progress,
-            attempt.failures,
-            told_to_stop=told,
-            has_begun=self._has_begun,
-        )
+        outcome = attempt.ending().outcome(told_to_stop=self._told_to_stop(), has_begun=self._has_begun)
         self._has_begun |= attempt.progress is not None
         if outcome.kind == "failed" and self._backend.was_preempted():
             return Outcome("preempted", f"its machines are gone; {outcome.reason}", attempt.progress)
         return outcome
 
-    def _follow(self, attempt: Attempt) -> list[int | None]:
-        """Until all processes have ended, or are killed because one has ended and the others do not.
-
-        Returns:
-            The exit status of each; None for those that were killed.
-        """
+    def _follow(self, attempt: Attempt) -> None:
+        """Until all processes have ended, or are killed because one has ended and the others do not."""
         deadline = float("inf")
         told = ended_well = False
         while True:
             statuses = attempt.poll()
             if attempt.all_ended:
-                return statuses
+                return
             now = time.monotonic()
             ended = [status for status in statuses if status is not None]
             if any(status not in (DONE, PREEMPTED) for status in ended):
@@ -157,7 +196,7 @@ class Supervisor:
                 deadline = min(deadline, now + self._policy.stop_timeout)
             if now > deadline or self._interrupts > 1:
                 attempt.kill()
-                return attempt.poll()
+                return
             if now > self._written + STATUS_SECONDS:
                 self._update(state="running", progress=attempt.progress or self._status.progress)
             time.sleep(POLL_SECONDS)

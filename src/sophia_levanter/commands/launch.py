@@ -202,7 +202,7 @@ def _logs(words: Sequence[str]) -> int:
 
 
 def _stop(words: Sequence[str]) -> int:
-    from sophia_levanter.cluster.slurm_job import cancel_if_queued
+    from sophia_levanter.cluster.slurm.job import cancel_if_queued
 
     record, _ = _record(words)
     if not record.is_held:

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sophia_levanter.cluster.config import GcloudCluster, read_cluster
-from sophia_levanter.cluster.gcloud_calls import missing_gcloud
-from sophia_levanter.cluster.gcloud_words import GcloudWords, resource_name
+from sophia_levanter.cluster.gcloud.commands import GcloudCommands, missing_gcloud, resource_name
 from sophia_levanter.config.arguments import chosen, parse_arguments
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import DONE, FAILURE, run_command
@@ -74,16 +73,16 @@ def _cluster(path: Path) -> GcloudCluster:
 
 def _lines(what: str, cluster: GcloudCluster, given: Sequence[str], command: Sequence[str]) -> list[list[str]]:
     if what == "list":
-        return [GcloudWords(cluster, "").list_all()]
-    words = GcloudWords(cluster, _name(cluster, given))
+        return [GcloudCommands(cluster, "").list_all()]
+    gcloud = GcloudCommands(cluster, _name(cluster, given))
     if what == "create":
-        return [words.create()]
+        return [gcloud.create()]
     if what == "delete":
-        return [words.delete()]
+        return [gcloud.delete()]
     if what == "logs":
-        return [words.ssh(words.node_names[0], 0, words.newest_log())]
+        return [gcloud.ssh(gcloud.node_names[0], 0, gcloud.newest_log())]
     line = command[0] if len(command) == 1 else shlex.join(command)
-    return [words.ssh(node, "all", line) for node in words.node_names]
+    return [gcloud.ssh(node, "all", line) for node in gcloud.node_names]
 
 
 def _name(cluster: GcloudCluster, given: Sequence[str]) -> str:

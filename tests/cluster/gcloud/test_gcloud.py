@@ -9,11 +9,11 @@ import pytest
 from gcloud_cases import backend, cluster, spec
 
 from sophia_levanter.cluster.backend import Unavailable
-from sophia_levanter.cluster.gcloud_words import GcloudWords
-from sophia_levanter.cluster.queued_resources import QueuedResource
+from sophia_levanter.cluster.gcloud import Acquisition
+from sophia_levanter.cluster.gcloud.commands import GcloudCommands, QueuedResource
 from sophia_levanter.errors import InputError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "gcloud"
+GOLDEN = Path(__file__).parents[2] / "golden" / "gcloud"
 pytestmark = [
     pytest.mark.slow,  # each call of gcloud takes about a second
     pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed"),
@@ -21,7 +21,8 @@ pytestmark = [
 
 
 def acquire(said, stopped=lambda: False, **fields):
-    return QueuedResource(GcloudWords(cluster(**fields), "a-run"), 0.01).acquire(said.append, stopped)
+    resource = QueuedResource(GcloudCommands(cluster(**fields), "a-run"))
+    return Acquisition(resource, 0.01, said.append, stopped).run()
 
 
 @pytest.mark.parametrize(
@@ -46,8 +47,7 @@ def acquire(said, stopped=lambda: False, **fields):
     ],
 )
 def test_what_is_created(api, golden, fields):
-    words = GcloudWords(cluster(**fields), "a-run")
-    assert not QueuedResource(words, 0.01).create(lambda: False).status
+    assert not QueuedResource(GcloudCommands(cluster(**fields), "a-run")).create().status
     ((method, path, body),) = api.requests
     assert {"method": method, "path": path, "body": body} == json.loads((GOLDEN / f"{golden}.json").read_text())
 
@@ -84,7 +84,7 @@ def test_a_slice_that_lost_a_host_is_not_used_again(api, state):
 
 
 def test_a_slice_that_stays_sick_is_replaced(api, monkeypatch):
-    monkeypatch.setattr("sophia_levanter.cluster.queued_resources.SETTLE", 0.1)
+    monkeypatch.setattr("sophia_levanter.cluster.gcloud.SETTLE", 0.1)
     api.add("a-run", spec(), ["ACTIVE"])
     api.nodes["a-run"] = ("READY", "UNHEALTHY_TENSORFLOW")
     said = []

@@ -16,7 +16,7 @@ from fake_slurm import ODD_NAME, tasks, until
 from sophia_levanter.cluster.backend import Job
 from sophia_levanter.cluster.config import SlurmCluster, read_cluster
 from sophia_levanter.cluster.record import STOP
-from sophia_levanter.cluster.slurm_job import cancel_if_queued, describe_submission, sbatch_script, submit
+from sophia_levanter.cluster.slurm.job import cancel_if_queued, describe_submission, sbatch_script, submit
 from sophia_levanter.commands import launch
 from sophia_levanter.errors import InputError
 
@@ -84,7 +84,7 @@ def test_whole_nodes_unless_cpus_are_given(slurm_run: Job):
 
 @pytest.mark.parametrize("name", ["slurm_1_node", "slurm_2x8_h100"])
 def test_clusters_that_come_along(slurm_run: Job, name: str):
-    cluster = read_cluster(Path(__file__).parents[2] / "infra" / "gpu" / f"{name}.yaml")
+    cluster = read_cluster(Path(__file__).parents[3] / "infra" / "gpu" / f"{name}.yaml")
     options = fake_slurm.directives(sbatch_script(cluster, slurm_run, ["python"]))
     assert options["gpus-per-node"] == "8" and options["time"] == cluster.time
     assert cluster.save_before >= cluster.stop_timeout
@@ -238,7 +238,7 @@ from pathlib import Path
 from sophia_levanter.cluster.backend import Job
 from sophia_levanter.cluster.config import SlurmCluster, read_cluster
 from sophia_levanter.cluster.record import STOP
-from sophia_levanter.cluster.slurm_job import submit
+from sophia_levanter.cluster.slurm.job import submit
 job = Job(Path(sys.argv[1]), Path(sys.argv[1]) / "launch")
 sys.exit(submit(SlurmCluster(), job, sys.argv[2:], lambda line: print(line, flush=True)))
 """

@@ -1,4 +1,4 @@
-"""Workers of a Ray cluster. Free of Ray: what talks to it is a process of its own for each attempt, ray_driver."""
+"""Workers of a Ray cluster. Free of Ray: what talks to it is a process of its own for each attempt, `ray.driver`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
-from sophia_levanter.cluster.backend import HostCommand, Job, Say, Unavailable, check_secrets, training_command
+from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unavailable, check_secrets, training_command
 from sophia_levanter.cluster.config import RayCluster
 from sophia_levanter.errors import InputError
 
@@ -19,7 +20,7 @@ LOST_NODES = "lost_nodes.json"
 CONNECT_SECONDS = 10.0
 
 
-class RayBackend:
+class RayBackend(Backend):
     """Starts a driver of Ray here, which has Ray Train start the processes.
 
     Args:
@@ -70,36 +71,20 @@ class RayBackend:
             self._lost_nodes |= set(json.loads(self._lost_file.read_text()))
         self._lost_file = directory / LOST_NODES
         order = {
-            "cluster": {
-                "address": self._cluster.address,
-                "workers": self.num_processes,
-                "cpus_per_worker": self._cluster.cpus_per_worker,
-                "gpus_per_worker": self._cluster.gpus_per_worker,
-                "slices": self._cluster.slices,
-                "generation": self._cluster.shape and self._cluster.shape.generation,
-                "topology": self._cluster.shape and self._cluster.shape.topology,
-                "pod_type": self._cluster.shape and self._cluster.shape.accelerator_type,
-                "start_timeout": self._cluster.start_timeout,
-                "stop_timeout": self._cluster.stop_timeout,
-            },
+            "cluster": {field.name: getattr(self._cluster, field.name) for field in fields(RayCluster)},
             "config": job.config_file.read_text(),
-            "env": dict(self._cluster.env),
-            "secrets": list(self._cluster.secrets),
             "lost_nodes": sorted(self._lost_nodes),
             "lost_file": str(self._lost_file),
             "storage": str(job.directory / "ray"),
         }
         order_file = directory / "ray.json"
         order_file.write_text(json.dumps(order))
-        words = [sys.executable, "-u", "-m", "sophia_levanter.cluster.ray_driver", str(order_file)]
+        words = [sys.executable, "-u", "-m", "sophia_levanter.cluster.ray.driver", str(order_file)]
         return [HostCommand("ray", words, {"RAY_AUTH_MODE": self._cluster.auth}, labelled=True)]
 
     def was_preempted(self) -> bool:
         """Whether Ray said that nodes were taken away, or that a process was told to stop from outside."""
         return self._lost_file.exists()
-
-    def release(self, say: Say) -> None:
-        """Nothing: the cluster is not the launcher's."""
 
 
 def _answers(host: str, port: int) -> bool:

@@ -1,4 +1,4 @@
-"""Attempts inside a Slurm job: one srun for each, with a process on every node. `slurm_job` submits that job.
+"""Attempts inside a Slurm job: one srun for each, with a process on every node. `job` submits that job.
 
 What is said of Slurm here was seen on version 22.05.
 """
@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from sophia_levanter.cluster.backend import HostCommand, Job, Say, Unavailable, check_secrets, training_command
+from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unavailable, check_secrets, training_command
 from sophia_levanter.cluster.config import SlurmCluster
 from sophia_levanter.errors import InputError
 
@@ -24,7 +24,7 @@ LEFTOVERS_TIMEOUT = 60
 TASK = 'exec 3<&0; {{ cat <&3; kill -TERM $$; }} >/dev/null 2>&1 & exec "$@"{mesh} </dev/null 3<&-'
 
 
-class SlurmBackend:
+class SlurmBackend(Backend):
     """Starts a run's processes on the nodes of the allocation that the launcher is in, one on each."""
 
     def __init__(self, cluster: SlurmCluster) -> None:
@@ -77,13 +77,6 @@ class SlurmBackend:
         words += ["bash", "-c", TASK.format(mesh=' --mesh.process_id "$SLURM_PROCID"' if mesh else ""), "-"]
         words += training_command(cluster.python, str(job.config_file), mesh)
         return [HostCommand("srun", words, env=cluster.env, labelled=True, by_stdin=True)]
-
-    def was_preempted(self) -> bool:
-        """Never: a job whose nodes are taken ends with them, and Slurm queues it again."""
-        return False
-
-    def release(self, say: Say) -> None:
-        """Nothing: the allocation ends with the launcher."""
 
 
 def _check_allocation(cluster: SlurmCluster) -> None:

@@ -6,7 +6,6 @@ jax's heartbeat of 20 s (Ray's JaxConfig leaves it at 100) and SIGTERM as its wa
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import signal
@@ -24,10 +23,9 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.util.tpu import get_tpu_coordinator_env_vars
 
 from sophia_levanter.cluster.backend import training_command
-from sophia_levanter.cluster.child import bound_to_this_process
+from sophia_levanter.cluster.host import kill_group, start_process
 from sophia_levanter.cluster.local import free_port
 from sophia_levanter.exit_status import DONE, FAILURE, PREEMPTED
-from sophia_levanter.status import ON_STDOUT
 
 POLL_SECONDS = 0.5
 BARRIER_SECONDS = 15.0
@@ -39,6 +37,9 @@ class ProcessFailed(Exception):
 
 class Board:
     """An actor beside the driver: workers put up what their processes print and how they end, and see what to do.
+
+    Ray's own ways do not do: `log_to_driver` merges equal lines of different workers, and `ray.train.report` is a
+    barrier, at which a worker waits for peers that are dead.
 
     Args:
         num_processes: that the run has.
@@ -103,7 +104,7 @@ def run_host(order: dict[str, Any]) -> None:
     rank, count = get_context().get_world_rank(), get_context().get_world_size()
     address = f"{ray.util.get_node_ip_address()}:{free_port()}" if rank == 0 else None
     coordinator = broadcast_from_rank_zero(address)
-    environment = os.environ | order["env"] | ray.get(order["secrets"][0]) | ON_STDOUT
+    environment = order["env"] | ray.get(order["secrets"][0])
     if order["slices"] > 1:
         slice_id = rank // (count // order["slices"])
         host = coordinator.rpartition(":")[0]
@@ -113,23 +114,14 @@ def run_host(order: dict[str, Any]) -> None:
         config_file.write_text(order["config"])
         mesh = {"coordinator": coordinator, "num_processes": count, "process_id": rank}
         words = training_command(sys.executable, str(config_file), mesh if count > 1 else None)
-        process = subprocess.Popen(
-            bound_to_this_process(words),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = start_process(words, environment)
         attended = threading.Event()
         threading.Thread(target=_end_with, args=(process, attended), daemon=True).start()
         try:
             _attend(process, rank, order["board"])
         finally:
             attended.set()
-            # With all that it has started, be it there itself or not.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_group(process.pid)
             process.wait()
 
 

@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.cluster.ray_driver ORDER`: one attempt of a run on a Ray cluster, through Ray Train.
+"""`python -m sophia_levanter.cluster.ray.driver ORDER`: one attempt of a run on a Ray cluster, through Ray Train.
 
 Prints what the processes print, each line with the number of its process before it. Exit status: 0 done, 1 failure,
 2 bad input, 75 stopped or preempted, and saved.
@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,16 +22,21 @@ import ray
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.jax import JaxConfig, JaxTrainer
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.tpu import get_tpu_slice_name_from_node
 
-from sophia_levanter.cluster.ray_host import Board, run_host
-from sophia_levanter.cluster.ray_slices import Fence
-from sophia_levanter.cluster.tpu_shapes import GENERATIONS
+from sophia_levanter.cluster.config import RayCluster
+from sophia_levanter.cluster.ray.worker import Board, run_host
+from sophia_levanter.cluster.tpu_shapes import GENERATIONS, TpuShape
 from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, PREEMPTED
 from sophia_levanter.status import report_failure
 
 POLL_SECONDS = 0.5
 FENCE_SECONDS = 5.0
+POD_TYPE = "ray.io/tpu-pod-type"
+WORKER_ID = "ray.io/tpu-worker-id"
+SLICE_NAME = "ray.io/tpu-slice-name"
 
 
 def main(order_file: Path) -> int:
@@ -40,7 +46,7 @@ def main(order_file: Path) -> int:
         The exit status.
     """
     order = json.loads(order_file.read_text())
-    cluster = order["cluster"]
+    cluster = RayCluster(**order["cluster"])
     # Ray Train reads these in its controller, and asks each second whether nodes are to be taken away.
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
@@ -51,32 +57,84 @@ def main(order_file: Path) -> int:
 
     try:
         ray.init(
-            address=cluster["address"],
-            include_dashboard=False if cluster["address"] == "local" else None,
+            address=cluster.address,
+            include_dashboard=False if cluster.address == "local" else None,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
     except ConnectionError as error:
-        message = f"address {cluster['address']}: {str(error).splitlines()[0]}"
+        message = f"address {cluster.address}: {str(error).splitlines()[0]}"
         print(f"error: {message}", flush=True)
         report_failure(InputError.reason, message)
         return BAD_INPUT
     # Ray puts in its own, which ends at once.
     signal.signal(signal.SIGTERM, note)
     here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
-    board = ray.remote(num_cpus=0, resources=here)(Board).remote(cluster["workers"])
-    fit = _Fit(_trainer(order, board))
-    fence = Fence(cluster["pod_type"], cluster["topology"], order["lost_nodes"]) if cluster["topology"] else None
+    board = ray.remote(num_cpus=0, resources=here)(Board).remote(cluster.num_processes)
+    fit = _Fit(_trainer(cluster, order, board))
+    fence = Fence(cluster.shape, order["lost_nodes"]) if cluster.shape else None
     if fence is not None and (fenced := fence.update()):
         print(f"not used, for they lack a host or are about to: {', '.join(fenced)}", flush=True)
     fit.start()
-    seen = _follow(fit, board, fence, cluster["start_timeout"], cluster["stop_timeout"], told)
-    return exit_status(fit.error, seen, order)
+    seen = _follow(fit, board, fence, cluster, told)
+    return exit_status(fit.error, seen, cluster.num_processes, Path(order["lost_file"]))
 
 
 def ray_accelerator(generation: str) -> str:
     """Ray's name of a generation of TPUs: TPU-V5LITEPOD for v5e."""
     return f"TPU-{GENERATIONS[generation].type_prefix.upper()}"
+
+
+def broken_slices(nodes: Iterable[Mapping[str, Any]], shape: TpuShape, lost_nodes: Collection[str]) -> set[str]:
+    """Names of slices that lack a host, or are about to, and that Ray would reserve, for their first host is there.
+
+    Args:
+        nodes: as `ray.nodes()` has them.
+        shape: of the slices to look at.
+        lost_nodes: ids of nodes that will be taken away.
+    """
+    alive: dict[str, float] = {}
+    reservable: set[str] = set()
+    doomed: set[str] = set()
+    for node in nodes:
+        name = get_tpu_slice_name_from_node(dict(node))
+        if name is None or not node["Alive"] or node["Labels"].get(POD_TYPE) != shape.accelerator_type:
+            continue
+        alive[name] = alive.get(name, 0) + node["Resources"].get("TPU", 0)
+        if node["Labels"].get(WORKER_ID) == "0":
+            reservable.add(name)
+        if node["NodeID"] in lost_nodes:
+            doomed.add(name)
+    return {name for name in reservable if alive[name] != shape.chips or name in doomed}
+
+
+class Fence:
+    """Keeps the first hosts of broken slices, so that Ray does not begin to reserve those slices.
+
+    Ray Train reserves a slice by its first host, be the others there or not, and can be told neither which slice to
+    take nor which to leave. (`ray.util.tpu` counts whole slices, but does not know which of them are about to go.)
+
+    Args:
+        shape: of the slices that a run asks for.
+        lost_nodes: ids of nodes that will be taken away.
+    """
+
+    def __init__(self, shape: TpuShape, lost_nodes: Collection[str]) -> None:
+        self._shape = shape
+        self._lost_nodes = lost_nodes
+        self._held: dict[str, PlacementGroup] = {}
+
+    def update(self) -> list[str]:
+        """Look again; the names of the slices that are fenced off."""
+        broken = broken_slices(ray.nodes(), self._shape, self._lost_nodes)
+        for name in broken - set(self._held):
+            self._held[name] = placement_group(
+                [{f"TPU-{self._shape.accelerator_type}-head": 1}],
+                bundle_label_selector=[{SLICE_NAME: name, WORKER_ID: "0"}],
+            )
+        for name in set(self._held) - broken:
+            remove_placement_group(self._held.pop(name))
+        return sorted(self._held)
 
 
 class _Fit(threading.Thread):
@@ -94,52 +152,50 @@ class _Fit(threading.Thread):
             self.error = error
 
 
-def _trainer(order: dict[str, Any], board: Any) -> JaxTrainer:
-    cluster = order["cluster"]
-    resources: dict[str, float] = {"CPU": cluster["cpus_per_worker"]}
-    if cluster["gpus_per_worker"]:
-        resources["GPU"] = cluster["gpus_per_worker"]
+def _trainer(cluster: RayCluster, order: dict[str, Any], board: Any) -> JaxTrainer:
+    resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
     accelerator: dict[str, Any] = {}
-    if cluster["topology"]:
+    if cluster.shape is not None:
         accelerator = {
             "use_tpu": True,
-            "topology": cluster["topology"],
-            "accelerator_type": ray_accelerator(cluster["generation"]),
+            "topology": cluster.shape.topology,
+            "accelerator_type": ray_accelerator(cluster.shape.generation),
         }
         resources = {}
     # In the object store, whence only the workers take it: not in what Ray keeps of a run, or shows.
-    secrets = ray.put({name: os.environ[name] for name in order["secrets"]})
+    secrets = ray.put({name: os.environ[name] for name in cluster.secrets})
     return JaxTrainer(
         run_host,
         train_loop_config={
             "config": order["config"],
-            "env": order["env"],
+            "env": dict(cluster.env),
             "secrets": [secrets],
             "board": board,
-            "slices": cluster["slices"],
+            "slices": cluster.slices,
         },
         # The worker itself stays clear of jax and its devices: they are its process's.
         jax_config=JaxConfig(use_tpu=False, use_gpu=False),
         scaling_config=ScalingConfig(
-            num_workers=cluster["workers"],
-            use_gpu=bool(cluster["gpus_per_worker"]),
+            num_workers=cluster.num_processes,
+            use_gpu=bool(cluster.gpus_per_worker),
             resources_per_worker=resources or None,
             placement_strategy="SPREAD",
             **accelerator,
         ),
-        # Whether there is to be another attempt is the launcher's to say, as on every backend.
+        # Ray's own retries are off: the launcher decides whether there is another attempt, as on every backend, and
+        # counts failures at one step, which Ray does not, and failures of Ray's head, which end this driver.
         run_config=RunConfig(
             storage_path=order["storage"],
             failure_config=FailureConfig(
-                max_failures=0, max_preemption_failures=0, preemption_grace_s=cluster["stop_timeout"]
+                max_failures=0, max_preemption_failures=0, preemption_grace_s=cluster.stop_timeout
             ),
         ),
     )
 
 
-def _follow(
-    fit: _Fit, board: Any, fence: Fence | None, start_timeout: float, stop_timeout: float, told: list[int]
-) -> dict[str, Any]:
+def _follow(fit: _Fit, board: Any, fence: Fence | None, cluster: RayCluster, told: list[int]) -> dict[str, Any]:
     """Prints lines until the attempt is over; what the board had at last."""
     began = fenced = time.monotonic()
     first_ended: float | None = None
@@ -157,26 +213,29 @@ def _follow(
                 return seen
             ray.get(board.stop.remote())
         now = time.monotonic()
-        if not seen["hosts"] and now > began + start_timeout:
-            print(f"no nodes for the run's workers within {start_timeout} s (start_timeout)", flush=True)
+        if not seen["hosts"] and now > began + cluster.start_timeout:
+            print(f"no nodes for the run's workers within {cluster.start_timeout} s (start_timeout)", flush=True)
             return seen
         if fence is not None and now > fenced + FENCE_SECONDS:
             fence.update()
             fenced = now
         first_ended = first_ended or (now if seen["statuses"] else None)
-        if first_ended is not None and now > first_ended + stop_timeout:
-            print(f"one process has ended, and others have not within {stop_timeout} s (stop_timeout)", flush=True)
+        if first_ended is not None and now > first_ended + cluster.stop_timeout:
+            print(
+                f"one process has ended, and others have not within {cluster.stop_timeout} s (stop_timeout)", flush=True
+            )
             return seen
         fit.join(timeout=POLL_SECONDS)
 
 
-def exit_status(error: Exception | None, seen: dict[str, Any], order: dict[str, Any]) -> int:
+def exit_status(error: Exception | None, seen: dict[str, Any], num_processes: int, lost_file: Path) -> int:
     """The driver's, from what the board had at last; leaves the lost nodes for the launcher.
 
     Args:
         error: of `fit`, if it raised one.
         seen: statuses of the processes in the order in which they ended, and lost_nodes.
-        order: the driver's.
+        num_processes: that the run has.
+        lost_file: where the lost nodes are left.
     """
     statuses = list(seen["statuses"].values())
     lost = set(seen["lost_nodes"])
@@ -184,12 +243,10 @@ def exit_status(error: Exception | None, seen: dict[str, Any], order: dict[str, 
         lost |= set(error.preemption_info.preempted_node_ids)
     if isinstance(error, WorkerGroupError):
         lost |= {"unknown" for failure in error.worker_failures.values() if _was_preempted(failure)}
-    if len(statuses) == order["cluster"]["workers"] and set(statuses) <= {DONE, PREEMPTED}:
-        status = max(statuses)
-    else:
-        status = FAILURE
+    all_well = len(statuses) == num_processes and set(statuses) <= {DONE, PREEMPTED}
+    status = max(statuses) if all_well else FAILURE
     if lost or (status == FAILURE and statuses[:1] == [PREEMPTED]):
-        Path(order["lost_file"]).write_text(json.dumps(sorted(lost)))
+        lost_file.write_text(json.dumps(sorted(lost)))
     if status != FAILURE:
         return status
     if statuses and all(status == BAD_INPUT for status in statuses):

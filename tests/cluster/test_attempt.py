@@ -2,8 +2,9 @@
 
 import pytest
 
+from sophia_levanter.cluster.attempt import Ending, Outcome
 from sophia_levanter.cluster.config import LocalCluster
-from sophia_levanter.cluster.outcome import Budgets, Outcome, outcome_of
+from sophia_levanter.cluster.supervisor import Budgets
 from sophia_levanter.status import Failure, Progress
 
 
@@ -31,26 +32,28 @@ from sophia_levanter.status import Failure, Progress
 def test_statuses(statuses, told, kind, reason):
     failures = [Failure("bad_input", "model.num_heads 3: no")]
     first = next((status for status in statuses if status is not None), None)
-    outcome = outcome_of(statuses, first, "process-1", [], Progress(3), failures, told_to_stop=told, has_begun=False)
+    ending = Ending(statuses, first, "process-1", progress=Progress(3), failures=failures)
+    outcome = ending.outcome(told_to_stop=told, has_begun=False)
     assert (outcome.kind, outcome.reason, outcome.progress) == (kind, reason, Progress(3))
 
 
 def test_what_has_not_trained_has_saved_nothing():
-    stopped = outcome_of([75], 75, "process-0", [], None, [], told_to_stop=True, has_begun=False)
+    stopped = Ending([75], 75, "process-0").outcome(told_to_stop=True, has_begun=False)
     assert (stopped.kind, stopped.reason) == ("stopped", "as asked")
-    preempted = outcome_of([75], 75, "process-0", [], None, [], told_to_stop=False, has_begun=False)
+    preempted = Ending([75], 75, "process-0").outcome(told_to_stop=False, has_begun=False)
     assert (preempted.kind, preempted.reason) == ("preempted", "the run was told to stop")
 
 
 def test_a_directory_that_is_still_in_use_is_tried_again():
     failures = [Failure("directory_in_use", "run is in use"), Failure("bad_input", "run is in use")]
-    outcome = outcome_of([2, 2], 2, "process-0", [], None, failures, told_to_stop=False, has_begun=False)
+    outcome = Ending([2, 2], 2, "process-0", failures=failures).outcome(told_to_stop=False, has_begun=False)
     assert (outcome.kind, outcome.reason) == ("failed", "run is in use")
 
 
 def test_what_is_refused_once_the_run_has_trained_is_a_failure():
     failures = [Failure("bad_input", "trainer.run_dir run cannot be used: Stale file handle")]
-    outcome = outcome_of([2, None], 2, "process-0", ["tail"], None, failures, told_to_stop=False, has_begun=True)
+    ending = Ending([2, None], 2, "process-0", ["tail"], failures=failures)
+    outcome = ending.outcome(told_to_stop=False, has_begun=True)
     assert (outcome.kind, outcome.tail) == ("failed", ["tail"])
 
 

@@ -11,10 +11,10 @@ from fake_tpu_api import FakeTpuApi, hosts_of_this_machine, serving
 from sophia_levanter.cluster.backend import Job
 from sophia_levanter.cluster.config import read_cluster
 from sophia_levanter.cluster.gcloud import GcloudBackend
-from sophia_levanter.cluster.gcloud_words import GcloudWords
+from sophia_levanter.cluster.gcloud.commands import GcloudCommands
 from sophia_levanter.commands import tpu
 
-INFRA = Path(__file__).parents[2] / "infra" / "tpu"
+INFRA = Path(__file__).parents[3] / "infra" / "tpu"
 needs_gcloud = pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
 
 
@@ -87,7 +87,7 @@ def test_logs_are_the_newest_ones(cluster_file, tmp_path):
     folder.mkdir()
     for stamp in ("20261231T235959-bb", "20270101T000000-aa"):
         (folder / f"{stamp}-attempt-1.log").write_text(f"{stamp}\n")
-    words = GcloudWords(read_cluster(Path(cluster_file)), "mine").newest_log()
+    words = GcloudCommands(read_cluster(Path(cluster_file)), "mine").newest_log()
     process = subprocess.Popen(["bash", "-c", f"exec {words}"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "20270101T000000-aa\n"

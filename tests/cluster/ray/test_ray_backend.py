@@ -9,14 +9,13 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from sophia_levanter.cluster import ray_driver
 from sophia_levanter.cluster.backend import Job, Unavailable
 from sophia_levanter.cluster.config import RayCluster
 from sophia_levanter.cluster.local import free_port
-from sophia_levanter.cluster.ray_backend import RayBackend
-from sophia_levanter.cluster.ray_host import Board
-from sophia_levanter.cluster.ray_slices import broken_slices
-from sophia_levanter.cluster.tpu_shapes import GENERATIONS, shapes_of
+from sophia_levanter.cluster.ray import RayBackend, driver
+from sophia_levanter.cluster.ray.driver import broken_slices
+from sophia_levanter.cluster.ray.worker import Board
+from sophia_levanter.cluster.tpu_shapes import GENERATIONS, shapes_of, tpu_shape
 from sophia_levanter.errors import InputError
 
 
@@ -40,8 +39,9 @@ def test_the_order_of_an_attempt_holds_no_secret(tmp_path, monkeypatch):
     backend.prepare(job, 1, print, lambda: False)
     command, order = order_of(job, backend, 1)
     assert command.env == {"RAY_AUTH_MODE": "disabled"}
-    assert order["secrets"] == ["THE_KEY"]
-    assert order["cluster"] | {"workers": 8, "topology": "4x4", "generation": "v5e", "slices": 2} == order["cluster"]
+    assert RayCluster(**order["cluster"]) == RayCluster(
+        accelerator="v5e-16", slices=2, env={"A": "b c"}, secrets=["THE_KEY"]
+    )
     assert order["config"] == "trainer: {}\n"
     assert not any(b"correct" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
@@ -94,9 +94,8 @@ def test_nodes_that_were_taken_away_are_avoided_from_then_on(tmp_path):
     ],
 )
 def test_the_drivers_exit_status(statuses, lost_nodes, status, preempted, tmp_path):
-    order = {"cluster": {"workers": 2}, "lost_file": str(tmp_path / "lost")}
     seen = {"statuses": statuses, "lost_nodes": lost_nodes}
-    assert ray_driver.exit_status(None, seen, order) == status
+    assert driver.exit_status(None, seen, 2, tmp_path / "lost") == status
     assert (tmp_path / "lost").exists() == preempted
 
 
@@ -132,7 +131,7 @@ def test_slices_that_lack_a_host_are_broken():
     nodes = [node(None, 0), *(node(name, i) for name in "ab" for i in range(2))]
 
     def broken(nodes, lost=()):
-        return broken_slices(nodes, "v4-16", "2x2x2", lost)
+        return broken_slices(nodes, tpu_shape("v4-16"), lost)
 
     assert broken(nodes) == set()
     assert broken(nodes[:-1]) == {"b"}
@@ -147,7 +146,7 @@ def test_slices_that_lack_a_host_are_broken():
 
 @pytest.mark.parametrize("shape", [shape for name in GENERATIONS for shape in shapes_of(name)], ids=str)
 def test_ray_knows_every_slice_as_we_do(shape):
-    accelerator = ray_driver.ray_accelerator(shape.generation)
+    accelerator = driver.ray_accelerator(shape.generation)
     scaling = ScalingConfig(
         num_workers=shape.hosts, use_tpu=True, topology=shape.topology, accelerator_type=accelerator
     )
@@ -161,13 +160,12 @@ class Death(Exception):
 
 @pytest.mark.parametrize("wrap", [lambda death: death, lambda death: WorkerHealthCheckFailedError("worker 0", death)])
 def test_a_preemption_that_came_without_notice(wrap, tmp_path):
-    order = {"cluster": {"workers": 2}, "lost_file": str(tmp_path / "lost")}
     error = WorkerGroupError("a worker died", {0: wrap(Death()), 1: RuntimeError("of a collective")})
-    assert ray_driver.exit_status(error, {"statuses": {1: -6}, "lost_nodes": []}, order) == 1
+    assert driver.exit_status(error, {"statuses": {1: -6}, "lost_nodes": []}, 2, tmp_path / "lost") == 1
     assert (tmp_path / "lost").exists()
     (tmp_path / "lost").unlink()
     error = WorkerGroupError("a worker died", {0: RuntimeError("by itself")})
-    assert ray_driver.exit_status(error, {"statuses": {}, "lost_nodes": []}, order) == 1
+    assert driver.exit_status(error, {"statuses": {}, "lost_nodes": []}, 2, tmp_path / "lost") == 1
     assert not (tmp_path / "lost").exists()
 
 
@@ -175,11 +173,11 @@ def test_an_address_where_nothing_answers_is_bad_input(tmp_path, capsys, monkeyp
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     for name in ("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"):
         monkeypatch.setenv(name, os.environ.get(name, "1"))
-    (tmp_path / "order").write_text(json.dumps({"cluster": {"address": "auto"}}))
+    (tmp_path / "order").write_text(json.dumps({"cluster": {"workers": 1}}))
 
     def refuse(**options):
         raise ConnectionError("Could not find any running Ray\ninstance")
 
     monkeypatch.setattr("ray.init", refuse)
-    assert ray_driver.main(tmp_path / "order") == 2
+    assert driver.main(tmp_path / "order") == 2
     assert capsys.readouterr().out == "error: address auto: Could not find any running Ray\n"

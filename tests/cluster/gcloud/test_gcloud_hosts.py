@@ -14,8 +14,7 @@ from gcloud_cases import AWKWARD, FAKE_PYTHON, backend, cluster, fake_python, sp
 
 from sophia_levanter.cluster.backend import Job
 from sophia_levanter.cluster.gcloud import GcloudBackend
-from sophia_levanter.cluster.gcloud_calls import Answer
-from sophia_levanter.cluster.gcloud_words import GcloudWords, resource_name
+from sophia_levanter.cluster.gcloud.commands import Answer, GcloudCommands, resource_name
 from sophia_levanter.errors import InputError
 
 slow = pytest.mark.slow  # each call of gcloud takes about a second
@@ -167,7 +166,7 @@ def test_a_secret_is_fetched_on_the_host_and_written_nowhere(job, tmp_path, foun
     answer = f"printf %s {shlex.quote(secret)}" if found else "echo no such secret >&2; exit 1"
     store.write_text(f'#!/bin/bash\necho "$*" >> {tmp_path / "asked"}\n{answer}\n')
     store.chmod(0o755)
-    words = GcloudWords(cluster(secrets=("WANDB_API_KEY",), project="a-project"), "a-run")
+    words = GcloudCommands(cluster(secrets=("WANDB_API_KEY",), project="a-project"), "a-run")
     script = words.training([sys.executable, "-c", "import os; print(os.environ['WANDB_API_KEY'])"], {}, "a.log")
     script = script.replace("exec python3 ", f"exec {sys.executable} ")
     env = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
@@ -207,7 +206,7 @@ def test_what_is_described_can_be_pasted(job):
     slices = backend(slices=2, capacity="spot", setup=setup, env={"AWKWARD": AWKWARD})
     lines = slices.describe(job)
     commands = [shlex.split(line) for line in lines if line.startswith("  gcloud")]
-    words = GcloudWords(cluster(slices=2, capacity="spot", setup=setup, env={"AWKWARD": AWKWARD}), "a-run")
+    words = GcloudCommands(cluster(slices=2, capacity="spot", setup=setup, env={"AWKWARD": AWKWARD}), "a-run")
     assert commands[0] == words.create()
     assert commands[1:3] == [
         words.scp(node, [str(job.config_file)], "sophia_levanter-a-run.yaml") for node in ("a-run-0", "a-run-1")
@@ -226,7 +225,7 @@ def test_a_file_that_is_not_there(job):
 
 def test_another_wheel_is_installed_anew(tmp_path):
     wheel = tmp_path / "a.whl"
-    words = GcloudWords(cluster(setup=("true",), files=(str(wheel),)), "a-run")
+    words = GcloudCommands(cluster(setup=("true",), files=(str(wheel),)), "a-run")
     lines = []
     for content in ("one", "two", "one"):
         wheel.write_text(content)
@@ -241,7 +240,7 @@ def test_another_wheel_is_installed_anew(tmp_path):
 def test_the_queued_resource_is_named_after_the_run_and_its_place(run_dir, name):
     slices = GcloudBackend(cluster(name=None), Path(run_dir))
     assert re.search(rf"queued resource {name}-[0-9a-f]{{6}} in", slices.describe(Job(Path(run_dir), Path(run_dir)))[0])
-    assert resource_name(cluster(name=None), Path("/elsewhere", run_dir)) != slices._words.name
+    assert resource_name(cluster(name=None), Path("/elsewhere", run_dir)) != slices._commands.name
 
 
 def test_a_run_that_no_name_can_be_made_of():

@@ -1,0 +1,320 @@
+"""The gcloud backend: TPU slices of Google Cloud, bought as a queued resource, a training process on each host."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sophia_levanter.cluster.backend import HostCommand, Job, Say, Unavailable, training_command
+from sophia_levanter.cluster.config import GcloudCluster
+from sophia_levanter.cluster.gcloud.commands import (
+    Answer,
+    GcloudCommands,
+    Node,
+    QueuedResource,
+    Stopped,
+    call,
+    resource_name,
+)
+from sophia_levanter.config.build import MASK
+from sophia_levanter.errors import InputError
+
+PRICES = "https://cloud.google.com/tpu/pricing"
+# In polls, while Google refuses to delete: some seven minutes in all.
+RELEASE_PAUSES = (1, 2, 4, 8, 12)
+LONGEST_PAUSE = 300.0  # seconds between two tries of what was refused
+SETTLE = 600.0  # seconds that the nodes of an active queued resource have to be ready and healthy
+_OVER = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
+# Below the ports that the kernel gives away, and none that a TPU's own software listens on. Another one for each
+# attempt, since a port of the one before may still be taken.
+_COORDINATOR_PORT, _SLICES_PORT, _PORTS = 20000, 21000, 1000
+
+
+class GcloudBackend:
+    """Slices of one queued resource.
+
+    Attributes:
+        num_processes: that the run has, one a host.
+    """
+
+    def __init__(self, cluster: GcloudCluster, run_dir: Path, *, poll: float = 15.0) -> None:
+        """Starts nothing.
+
+        Args:
+            cluster: what is asked for.
+            run_dir: of the run, which the queued resource is named after if the cluster's file does not name it.
+            poll: seconds between two looks at what is waited for.
+
+        Raises:
+            InputError: if there is no name for the queued resource.
+        """
+        self.num_processes = cluster.num_processes
+        self._cluster = cluster
+        self._commands = GcloudCommands(cluster, resource_name(cluster, run_dir))
+        self._resource = QueuedResource(self._commands)
+        self._poll = poll
+        self._nodes: list[Node] = []
+
+    def describe(self, job: Job) -> list[str]:
+        """What would be created, run and paid for, as lines for people. Nothing is started."""
+        shape, cluster = self._cluster.shape, self._cluster
+        lines = [
+            f"would create, unless it is there already, queued resource {self._commands.name} in {cluster.zone}:",
+            f"  {shlex.join(self._commands.create())}",
+            f"paid for: {cluster.slices} x {shape}; {cluster.capacity}, {cluster.slices * shape.chips} chips in all, "
+            f"from when it is active until it is deleted, by the prices at {PRICES}",
+            "would then copy the configuration, and files, to every host:",
+            *(f"  {shlex.join(words)}" for words in self._copies(job)),
+        ]
+        if cluster.setup:
+            lines.append("would run the lines of setup once on every host:")
+            lines += [f"  {shlex.join(words)}" for words in self._setups()]
+        lines.append("would run for each attempt (WORKER_0: the internal address of worker 0 of the first slice):")
+        stand_ins = [Node(name, "READY", None, ("WORKER_0",) * shape.hosts) for name in self._commands.node_names]
+        masked = dataclasses.replace(cluster, env=dict.fromkeys(cluster.env, MASK))
+        shown = GcloudCommands(masked, self._commands.name)
+        lines += [f"  {command.shown()}" for command in self._host_commands(shown, stand_ins, 1, "ATTEMPT")]
+        kept = "would keep it, and it would be paid for, until somebody deletes it:"
+        lines.append(kept if cluster.keep else "would delete it when the run is over:")
+        return [*lines, f"  {shlex.join(self._commands.delete())}"]
+
+    def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
+        """Have whole slices, with the configuration and what `setup` installs on every host.
+
+        Raises:
+            InputError: if they cannot be had, or a line of `setup` fails.
+            Unavailable: if they do not come within `start_timeout`, or cannot be reached.
+        """
+        self._nodes = []
+        for file in self._cluster.files:
+            if not Path(file).is_file():
+                raise InputError(f"files names {file}, which is not there")
+        try:
+            nodes = Acquisition(self._resource, self._poll, say, stopped).run()
+            say(f"queued resource {self._commands.name}: {self._cluster.slices} x {self._cluster.shape} ready")
+            # One after another: the first one makes gcloud's ssh key where there is none.
+            for words in self._copies(job):
+                self._check(call(words, stopped), "copying files")
+            if self._cluster.setup:
+                with ThreadPoolExecutor(len(nodes)) as pool:
+                    answers = list(pool.map(lambda words: call(words, stopped), self._setups()))
+                for answer in answers:
+                    self._check(answer, "setup")
+        except Stopped:
+            return
+        self._nodes = nodes
+
+    def commands(self, job: Job, attempt: int) -> list[HostCommand]:
+        """What to start for an attempt: an ssh to each host."""
+        stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+        return self._host_commands(self._commands, self._nodes, attempt, stamp)
+
+    def was_preempted(self) -> bool:
+        """Whether the slices are no longer there."""
+        try:
+            state = self._resource.state()
+            if state is None:
+                return True
+            if isinstance(state, Answer):
+                return False
+            if state[0] != "ACTIVE":
+                return True
+            nodes = self._resource.nodes()
+        except InputError:
+            return False
+        return not isinstance(nodes, Answer) and any(node.lost for node in nodes)
+
+    def release(self, say: Say) -> None:
+        """Deletes the queued resource with its slices, if `keep` is not set."""
+        if not self._resource.ours:
+            return
+        name, by_hand = self._commands.name, shlex.join(self._commands.delete())
+        if self._cluster.keep:
+            say(f"queued resource {name} stays, and is paid for until you delete it: {by_hand}")
+            return
+        answer = self._resource.delete()
+        for pause in RELEASE_PAUSES:
+            if not answer.status or answer.final:
+                break
+            say(f"gcloud: {answer.error}; trying again, for the slices are paid for")
+            time.sleep(pause * self._poll)
+            answer = self._resource.delete()
+        if answer.code == "NOT_FOUND":
+            say(f"queued resource {name} is gone")
+        elif answer.status:
+            say(f"queued resource {name} is not deleted, and still paid for: {answer.error}; try {by_hand}")
+        else:
+            say(f"queued resource {name} is being deleted")
+
+    def _host_commands(self, to: GcloudCommands, nodes: Sequence[Node], attempt: int, stamp: str) -> list[HostCommand]:
+        hosts = [(i, node, worker) for i, node in enumerate(nodes) for worker in range(len(node.addresses))]
+        commands = []
+        for process_id, (slice_id, node, worker) in enumerate(hosts):
+            coordinator = nodes[0].addresses[0]
+            mesh = {
+                "coordinator": f"{coordinator}:{_COORDINATOR_PORT + attempt % _PORTS}",
+                "num_processes": self.num_processes,
+                "process_id": process_id,
+            }
+            env = {}
+            if len(nodes) > 1:
+                port = _SLICES_PORT + attempt % _PORTS
+                env = {
+                    "MEGASCALE_COORDINATOR_ADDRESS": f"{coordinator}:{port}",
+                    "MEGASCALE_PORT": str(port),
+                    "MEGASCALE_NUM_SLICES": str(len(nodes)),
+                    "MEGASCALE_SLICE_ID": str(slice_id),
+                }
+            words = training_command(to.cluster.python, to.config_file, mesh if self.num_processes > 1 else None)
+            line = to.training(words, env, f"{stamp}-attempt-{attempt}.log")
+            commands.append(HostCommand(f"process-{process_id}", to.ssh(node.name, worker, line), by_stdin=True))
+        return commands
+
+    def _copies(self, job: Job) -> list[list[str]]:
+        # gcloud takes what comes before a colon for a host, if there is no slash before it.
+        files = [os.path.abspath(file) for file in self._cluster.files]
+        commands, config = self._commands, os.path.abspath(job.config_file)
+        copies = [commands.scp(node, [config], commands.config_file) for node in commands.node_names]
+        return copies + [commands.scp(node, files, "") for node in commands.node_names if files]
+
+    def _setups(self) -> list[list[str]]:
+        return [self._commands.ssh(node, "all", self._commands.setup()) for node in self._commands.node_names]
+
+    def _check(self, answer: Answer, what: str) -> None:
+        if not answer.status:
+            return
+        text = f"{what} failed with status {answer.status} on queued resource {self._commands.name}:\n{answer.tail}"
+        raise Unavailable(text) if answer.unreachable else InputError(text)
+
+
+class Acquisition:
+    """One wait for whole slices, which are created where needed.
+
+    Args:
+        resource: the queued resource.
+        poll: seconds between two looks.
+        say: tells people.
+        stopped: whether the launcher was told to stop.
+    """
+
+    def __init__(self, resource: QueuedResource, poll: float, say: Say, stopped: Callable[[], bool]) -> None:
+        self._resource = resource
+        self._poll = poll
+        self._tell = say
+        self._stopped = stopped
+        self._name = resource.commands.name
+        self._pause = poll
+        self._said = ""
+        self._deleting = False
+        self._active_since: float | None = None
+
+    def run(self) -> list[Node]:
+        """The slices.
+
+        Raises:
+            InputError: if they cannot be had.
+            Unavailable: if they do not come in time.
+            Stopped: if `stopped` says so.
+        """
+        timeout = self._resource.commands.cluster.start_timeout
+        deadline = time.monotonic() + timeout
+        while True:
+            if self._stopped():
+                raise Stopped
+            if nodes := self._look():
+                return nodes
+            if time.monotonic() >= deadline:
+                raise Unavailable(f"no slices within start_timeout, {timeout} seconds; at last {self._said}")
+
+    def _look(self) -> list[Node] | None:
+        """Takes one step towards slices; returns them where they are whole."""
+        state = self._resource.state(self._stopped)
+        if isinstance(state, Answer):
+            self._refused(state)
+        elif state is None:
+            self._deleting, self._active_since = False, None
+            self._create()
+        elif state[0] in _OVER or self._deleting:
+            self._replace(f"queued resource {self._name} is {': '.join(filter(None, state))}", state[0])
+        elif state[0] != "ACTIVE":
+            self._say(f"queued resource {self._name} is {state[0]}")
+            self._sleep(self._poll)
+        else:
+            return self._whole_nodes()
+        return None
+
+    def _create(self) -> None:
+        answer = self._resource.create(self._stopped)
+        if answer.code == "ALREADY_EXISTS":
+            self._say(f"queued resource {self._name} is there already")
+        elif answer.status:
+            self._refused(answer)
+        else:
+            self._say(
+                f"created queued resource {self._name}; it is paid for from when it is active until it is deleted"
+            )
+
+    def _whole_nodes(self) -> list[Node] | None:
+        nodes = self._resource.nodes(self._stopped)
+        if isinstance(nodes, Answer):
+            self._refused(nodes)
+            return None
+        now = time.monotonic()
+        self._active_since = self._active_since or now
+        faults = "; ".join(str(node) for node in nodes if not node.whole)
+        if not faults:
+            self._check_hosts(nodes)
+            return nodes
+        if any(node.lost for node in nodes) or now - self._active_since > SETTLE:
+            self._replace(faults, "ACTIVE")
+        else:
+            self._say(faults)
+            self._sleep(self._poll)
+        return None
+
+    def _check_hosts(self, nodes: list[Node]) -> None:
+        hosts = self._resource.commands.cluster.shape.hosts
+        for node in nodes:
+            if len(node.addresses) != hosts:
+                accelerator = self._resource.commands.cluster.shape.accelerator_type
+                raise InputError(
+                    f"slice {node.name} has {len(node.addresses)} hosts, and {accelerator} should have {hosts}"
+                )
+
+    def _replace(self, why: str, state: str) -> None:
+        if self._deleting or state == "DELETING":
+            self._say(f"{why}; waiting until it is gone")
+            self._sleep(self._poll)
+            return
+        self._say(f"{why}; it is deleted and created anew")
+        answer = self._resource.delete(self._stopped)
+        if answer.status and answer.code != "NOT_FOUND":
+            self._refused(answer)
+            return
+        self._deleting = True
+        # Longer each time: one that fails as soon as it is created is not asked for in a tight loop.
+        self._back_off()
+
+    def _refused(self, answer: Answer) -> None:
+        self._say(f"gcloud: {answer.error}; trying again")
+        self._back_off()
+
+    def _back_off(self) -> None:
+        self._sleep(self._pause)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    def _say(self, text: str) -> None:
+        if text != self._said:
+            self._said = text
+            self._tell(text)
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self._stopped() and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.2))

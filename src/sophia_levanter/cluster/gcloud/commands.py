@@ -1,0 +1,375 @@
+"""What is said to gcloud, and to shells on the hosts of TPU slices; and what gcloud answers of a queued resource."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sophia_levanter.cluster.config import GcloudCluster
+from sophia_levanter.errors import InputError
+
+_QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
+# A connection whose other end has silently gone ends after a minute.
+_KEEPALIVE = ("--ssh-flag=-oServerAliveInterval=15", "--ssh-flag=-oServerAliveCountMax=4")
+
+
+def resource_name(cluster: GcloudCluster, run_dir: Path) -> str:
+    """The queued resource's name: the one in the cluster's file, or one made of the run directory and its place.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    if cluster.name is not None:
+        return cluster.name
+    made = re.sub(r"[^a-z0-9]+", "-", run_dir.name.lower()).lstrip("-0123456789")[:33].rstrip("-")
+    if not made:
+        raise InputError(f"name is missing, and none can be made of {run_dir.name!r}; give the queued resource a name")
+    # Two runs must not take each other's slices because their directories have the same name.
+    return f"{made}-{hashlib.sha256(os.fsencode(run_dir.absolute())).hexdigest()[:6]}"
+
+
+@dataclass(frozen=True)
+class GcloudCommands:
+    """Command lines for one queued resource, its nodes, one a slice, and their workers.
+
+    Attributes:
+        cluster: what is asked for.
+        name: the queued resource's.
+    """
+
+    cluster: GcloudCluster
+    name: str
+
+    @property
+    def node_names(self) -> list[str]:
+        """Of the slices."""
+        return [self.name] if self.cluster.slices == 1 else [f"{self.name}-{i}" for i in range(self.cluster.slices)]
+
+    @property
+    def config_file(self) -> str:
+        """Where the run's configuration lies on the hosts; what is relative is so to the home folder."""
+        return f"sophia_levanter-{self.name}.yaml"
+
+    @property
+    def log_folder(self) -> str:
+        """Where each host keeps what its attempts have printed."""
+        return f"sophia_levanter-{self.name}-logs"
+
+    def create(self) -> list[str]:
+        cluster, shape = self.cluster, self.cluster.shape
+        one = [f"--node-id={self.name}"]
+        several = [f"--node-count={cluster.slices}", f"--node-prefix={self.name}"]
+        words = [
+            *(*_QUEUED, "create", self.name),
+            *(one if cluster.slices == 1 else several),
+            f"--accelerator-type={shape.accelerator_type}",
+            f"--runtime-version={cluster.runtime_version or shape.runtime_version}",
+        ]
+        if cluster.capacity != "on-demand":
+            words.append(f"--{cluster.capacity}")
+        for flag in ("network", "subnetwork", "service_account"):
+            if value := getattr(cluster, flag):
+                words.append(f"--{flag.replace('_', '-')}={value}")
+        if cluster.internal_ips:
+            words.append("--internal-ips")
+        return [*words, *self._place, "--async", "--quiet"]
+
+    def describe(self) -> list[str]:
+        return [*_QUEUED, "describe", self.name, *self._place, "--format=json", "--quiet"]
+
+    def list_all(self) -> list[str]:
+        """All queued resources of the zone."""
+        return [*_QUEUED, "list", *self._place]
+
+    def delete(self) -> list[str]:
+        # --force: the nodes go too.
+        return [*_QUEUED, "delete", self.name, *self._place, "--force", "--async", "--quiet"]
+
+    def describe_node(self, node: str) -> list[str]:
+        return [*self._tpu_vm, "describe", node, *self._place, "--format=json", "--quiet"]
+
+    def ssh(self, node: str, worker: int | str, command: str) -> list[str]:
+        """Runs a line of shell on a worker, or on `all`; of a single one it passes standard input and the status on."""
+        to = [node, *self._place, f"--worker={worker}", *self._tunnel, *_KEEPALIVE, "--quiet"]
+        return [*self._tpu_vm, "ssh", *to, f"--command={command}"]
+
+    def scp(self, node: str, files: Sequence[str], destination: str) -> list[str]:
+        """Copies files to all workers."""
+        to = [f"{node}:{destination}", *self._place, "--worker=all", *self._tunnel, "--quiet"]
+        return [*self._tpu_vm, "scp", *files, *to]
+
+    def setup(self) -> str:
+        """The lines of the cluster's file, for a host that they have not yet been run on."""
+        lines = "\n".join(self.cluster.setup)
+        digest = hashlib.sha256(lines.encode())
+        for path in map(Path, self.cluster.files):
+            digest.update(path.read_bytes() if path.is_file() else b"")
+        marker = f"sophia_levanter-setup-{digest.hexdigest()[:12]}"
+        return f"test -e {marker} || {{ bash -e -o pipefail -c {shlex.quote(lines)} && touch {marker}; }}"
+
+    def training(self, words: Sequence[str], env: Mapping[str, str], log: str) -> str:
+        """Runs a training process on a host.
+
+        Args:
+            words: its command line.
+            env: environment variables on top of the cluster's.
+            log: name of the file for what it prints; an attempt's own.
+        """
+        cluster = self.cluster
+        of_project = f" --project={cluster.project}" if cluster.project else ""
+        # Two commands for each secret: the status of `export NAME="$(...)"` would be export's.
+        parts = [
+            f'{name}="$(gcloud secrets versions access latest --secret={name}{of_project})" || exit 1; export {name}'
+            for name in cluster.secrets
+        ]
+        parts += [f"export {name}={shlex.quote(value)}" for name, value in {**cluster.env, **env}.items()]
+        host = [cluster.python, "-m", "sophia_levanter.cluster.host", "--grace", str(cluster.stop_timeout)]
+        host += ["--log", f"{self.log_folder}/{log}", "--", *words]
+        return "; ".join([*parts, f"exec {shlex.join(host)}"])
+
+    def newest_log(self) -> str:
+        """Shows what the newest attempt prints on a host, and goes on doing so."""
+        return f'tail -n 100 -F "$(ls -d {self.log_folder}/*.log | tail -n 1)"'
+
+    @property
+    def _place(self) -> list[str]:
+        project = [f"--project={self.cluster.project}"] if self.cluster.project else []
+        return [f"--zone={self.cluster.zone}", *project]
+
+    @property
+    def _tpu_vm(self) -> list[str]:
+        # Only the alpha command knows of tunnels.
+        return ["gcloud", *(["alpha"] if self.cluster.internal_ips else []), "compute", "tpus", "tpu-vm"]
+
+    @property
+    def _tunnel(self) -> list[str]:
+        return ["--tunnel-through-iap"] if self.cluster.internal_ips else []
+
+
+# The end of what was printed that an error shows.
+_TAIL_LINES = 15
+# What only a person can put right. All else, such as a name server that does not answer, may pass.
+_FINAL = ("INVALID_ARGUMENT", "UNAUTHENTICATED", "PERMISSION_DENIED", "NOT_FOUND", "FAILED_PRECONDITION")
+_USAGE = 2  # gcloud's exit status for a command line that it does not understand
+_SSH_FAILED = 255  # ssh's own
+# Nodes of these states have lost their hosts, or will.
+_LOST = ("PREEMPTED", "TERMINATED", "DELETING", "STOPPED", "STOPPING", "REPAIRING", "HIDDEN", "HIDING", "UNKNOWN")
+_GONE = "gone"
+_NO_ACCOUNT = "gcloud auth login"  # part of what gcloud says where nobody is logged in
+
+
+def never() -> bool:
+    """Whether to stop waiting: no."""
+    return False
+
+
+class Stopped(Exception):
+    """The launcher was told to stop while gcloud ran."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What gcloud answered.
+
+    Attributes:
+        status: its exit status.
+        output: what it printed.
+        errors: what it printed on standard error.
+    """
+
+    status: int
+    output: str
+    errors: str
+
+    @property
+    def error(self) -> str:
+        """gcloud's own first line about what is wrong, without the name of its command."""
+        match = re.search(r"^ERROR: (?:\(gcloud[\w.-]*\) )?(.+)", self.errors, re.MULTILINE)
+        return match[1].strip() if match else ((self.errors.strip().splitlines() or [""])[-1])
+
+    @property
+    def code(self) -> str | None:
+        """Google's name of the error: NOT_FOUND."""
+        match = re.match(r"([A-Z]+(?:_[A-Z]+)*): ", self.error)
+        return match[1] if match else None
+
+    @property
+    def final(self) -> bool:
+        """Whether asking again would not help."""
+        return self.code in _FINAL or self.status == _USAGE or _NO_ACCOUNT in self.errors
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether a command for a host did not get there, as opposed to one that failed there."""
+        return self.status == _SSH_FAILED or "ERROR: (gcloud" in self.errors or "gcloud crashed" in self.errors
+
+    @property
+    def tail(self) -> str:
+        """The last lines of all that was printed."""
+        lines = [line.rstrip() for line in f"{self.output}\n{self.errors}".splitlines() if line.strip()]
+        return "\n".join(lines[-_TAIL_LINES:])
+
+    def json(self) -> dict[str, Any]:
+        """What it describes."""
+        return json.loads(self.output)
+
+
+def call(words: Sequence[str], stopped: Callable[[], bool] = never) -> Answer:
+    """Runs gcloud to its end.
+
+    Args:
+        words: the command line.
+        stopped: whether not to wait any longer.
+
+    Raises:
+        InputError: if gcloud is not there.
+        Stopped: if `stopped` says so; gcloud is gone.
+    """
+    try:
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise InputError(missing_gcloud()) from None
+    try:
+        while True:
+            try:
+                output, errors = process.communicate(timeout=0.2)
+                return Answer(process.returncode, output, errors)
+            except subprocess.TimeoutExpired:
+                if stopped():
+                    raise Stopped from None
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def missing_gcloud() -> str:
+    """What is said where gcloud is not installed."""
+    return "backend gcloud: there is no gcloud command; install it from https://cloud.google.com/sdk/docs/install"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A slice.
+
+    Attributes:
+        name: by which gcloud knows it.
+        state: READY where it can be used.
+        health: HEALTHY, if that is known.
+        addresses: internal ones of its hosts, in the order of the workers.
+    """
+
+    name: str
+    state: str
+    health: str | None = None
+    addresses: tuple[str, ...] = ()
+
+    @property
+    def lost(self) -> bool:
+        """Whether it has lost a host and will never be whole again."""
+        return self.state in (*_LOST, _GONE)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it can be used."""
+        return self.state == "READY" and self.health in (None, "HEALTHY", "HEALTH_UNSPECIFIED")
+
+    def __str__(self) -> str:
+        health = f" and {self.health}" if self.state == "READY" and self.health else ""
+        return f"slice {self.name} is {self.state}{health}"
+
+
+class QueuedResource:
+    """The queued resource that a run has its slices from. Each call ends early, with `Stopped`, if `stopped` says so.
+
+    Attributes:
+        commands: command lines for it.
+        ours: whether what is there under its name is what was asked for, or was asked for by this object.
+    """
+
+    def __init__(self, commands: GcloudCommands) -> None:
+        self.commands = commands
+        self.ours = False
+
+    def state(self, stopped: Callable[[], bool] = never) -> tuple[str, str] | Answer | None:
+        """Its state with what is said of it, None if there is no such queued resource, or an error.
+
+        Raises:
+            InputError: if there is another one of that name, or it may not be asked for.
+        """
+        answer = call(self.commands.describe(), stopped)
+        if answer.code == "NOT_FOUND":
+            return None
+        if answer.status:
+            self._check(answer)
+            return answer
+        described = answer.json()
+        self.ours = False
+        self._check_specification(described)
+        self.ours = True
+        state = described.get("state", {})
+        said = state.get("failedData", {}).get("error", {}).get("message", "")
+        return state.get("state", "STATE_UNSPECIFIED"), said
+
+    def create(self, stopped: Callable[[], bool] = never) -> Answer:
+        """Asks for it.
+
+        Raises:
+            InputError: if it cannot be had.
+        """
+        self.ours = True  # before the answer, which may get lost
+        answer = call(self.commands.create(), stopped)
+        self.ours = not (answer.status and answer.final)
+        self._check(answer)
+        return answer
+
+    def delete(self, stopped: Callable[[], bool] = never) -> Answer:
+        """Asks for its end, and that of its slices."""
+        return call(self.commands.delete(), stopped)
+
+    def nodes(self, stopped: Callable[[], bool] = never) -> list[Node] | Answer:
+        """The slices, or an error."""
+        found = []
+        for name in self.commands.node_names:
+            answer = call(self.commands.describe_node(name), stopped)
+            if answer.code == "NOT_FOUND":
+                found.append(Node(name, _GONE))
+            elif answer.status:
+                return answer
+            else:
+                described = answer.json()
+                addresses = tuple(end.get("ipAddress", "") for end in described.get("networkEndpoints", ()))
+                found.append(Node(name, described.get("state", "UNKNOWN"), described.get("health"), addresses))
+        return found
+
+    def _check(self, answer: Answer) -> None:
+        if answer.status and answer.final:
+            raise InputError(f"backend gcloud: queued resource {self.commands.name}: {answer.error}")
+
+    def _check_specification(self, described: dict[str, Any]) -> None:
+        specs = described.get("tpu", {}).get("nodeSpec", [{}])
+        count = specs[0].get("multisliceParams", {}).get("nodeCount", 1)
+        accelerator = specs[0].get("node", {}).get("acceleratorType", "?").rpartition("/")[2]
+        cluster = self.commands.cluster
+        if (accelerator, count) != (cluster.shape.accelerator_type, cluster.slices):
+            raise InputError(
+                f"name {self.commands.name}: there is a queued resource of that name with {count} x {accelerator}, and "
+                f"{cluster.slices} x {cluster.shape.accelerator_type} are asked for; delete it, or give another name"
+            )
