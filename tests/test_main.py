@@ -16,8 +16,8 @@ import pytest
 
 from sophia_levanter import checkpoint
 from sophia_levanter.data import prepare
+from sophia_levanter.data.corpora import Leak
 from sophia_levanter.data.nanogpt import NanogptTokens
-from sophia_levanter.data.prepare import Leak
 from sophia_levanter.main import main
 from sophia_levanter.status import VARIABLE, Failure, read_status
 

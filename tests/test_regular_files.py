@@ -12,8 +12,8 @@ import pytest
 from sophia_levanter.checkpoint import CheckpointError, Retention, damage, read_step, restore, save
 from sophia_levanter.commands.sample import parse as parse_sample
 from sophia_levanter.config.command_line import load_config
+from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.nanogpt import NanogptTokens
-from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.text_files import find_files
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, load_bpe

@@ -25,8 +25,8 @@ from benchmark_tables import print_table, spread
 
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import token_store
+from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.encoding import Documents
-from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.sources import open_source
 from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore

@@ -25,7 +25,7 @@ from sophia_levanter.batch import Batch, batch_from_windows, count_targets
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import parse_command_line
 from sophia_levanter.data.batches import TrainBatches
-from sophia_levanter.data.prepare import prepare
+from sophia_levanter.data.corpora import prepare
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.optim import GaussNewtonBartlett, value_grad_and_curvature
 from sophia_levanter.training.step import StepSettings, TrainState, train_step

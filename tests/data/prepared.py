@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from sophia_levanter.data.prepare import TextData
+from sophia_levanter.data.corpora import TextData
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import Tokenizer
 

@@ -14,8 +14,8 @@ from datasets import Dataset
 
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import load_config
+from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.file_source import FileSource
-from sophia_levanter.data.prepare import prepare
 
 CONFIGS = Path(__file__).parents[2] / "config" / "data"
 TEXTS = [f"Document {i}. " + "It has several words. " * 8 for i in range(400)]

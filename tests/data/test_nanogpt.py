@@ -15,8 +15,8 @@ import pytest
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import nanogpt as nanogpt_module
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches
+from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.nanogpt import NanogptTokens
-from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 

@@ -24,10 +24,10 @@ from prepared import TEXTS, content, documents, json_lines, parquet, quiet, side
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import file_source, store_writer
 from sophia_levanter.data import preparation as preparation_module
+from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.encoding import Documents
 from sophia_levanter.data.file_source import FileSource
 from sophia_levanter.data.preparation import build_directory
-from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer
 from sophia_levanter.errors import InputError
@@ -144,7 +144,7 @@ from sophia_levanter.data import preparation, store_writer
 from sophia_levanter.data.encoding import Documents
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.file_source import FileSource
-from sophia_levanter.data.prepare import prepare
+from sophia_levanter.data.corpora import prepare
 documents = FileSource.documents
 def killing(self, *args):
     for number, item in enumerate(documents(self, *args)):
@@ -440,7 +440,7 @@ import sys
 import time
 from sophia_levanter.data.encoding import Documents
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.data.prepare import prepare
+from sophia_levanter.data.corpora import prepare
 data = prepare(DataConfig(train=sys.argv[1], validation_fraction=0.2, cache_dir=sys.argv[2]), lambda line: None)
 print(data.train.num_documents + data.validation.num_documents)
 """

@@ -12,8 +12,8 @@ from prepared import TEXTS, quiet, sides
 
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import preparation as preparation_module
+from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.documents import Rows
-from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.sources import DatasetSource, DataSource, TextSource, absolute_source, open_source
 from sophia_levanter.errors import InputError
 

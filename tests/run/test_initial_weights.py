@@ -13,7 +13,7 @@ from sophia_levanter.batch import batch_from_windows
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.data.batches import TrainBatches
-from sophia_levanter.data.prepare import prepare
+from sophia_levanter.data.corpora import prepare
 from sophia_levanter.interop.exporting import export_model
 from sophia_levanter.main import main
 from sophia_levanter.models.huggingface import gpt2_from_state_dict

@@ -108,7 +108,7 @@ def _place(text: str) -> Place:
 
 def _do(what: str, place: Place, arguments: Arguments, numbers: dict[str, int]) -> int:
     from sophia_levanter import checkpoint
-    from sophia_levanter.checkpoint import report
+    from sophia_levanter.commands import checkpoint_report as report
 
     if match := _STEP_FOLDER.fullmatch(place.location):
         raise InputError(f"{place.location} is one step; name the folder {match[1]}, and {int(match[2])} as a step")
@@ -136,7 +136,7 @@ def _do(what: str, place: Place, arguments: Arguments, numbers: dict[str, int]) 
 
 
 def _verify(location: str, steps: Sequence[int]) -> int:
-    from sophia_levanter.checkpoint import report
+    from sophia_levanter.commands import checkpoint_report as report
 
     damaged = 0
     for step in steps:
@@ -150,7 +150,7 @@ def _verify(location: str, steps: Sequence[int]) -> int:
 
 def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_run: bool) -> int:
     from sophia_levanter import checkpoint
-    from sophia_levanter.checkpoint import report
+    from sophia_levanter.commands import checkpoint_report as report
 
     run = _run_of(place)
     if run is not None and not dry_run:

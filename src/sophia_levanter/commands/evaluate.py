@@ -103,7 +103,7 @@ def _tell(line: str) -> None:
 def _batches(command: Command, loaded: LoadedModel) -> tuple[ValidationBatches, str]:
     """The windows to evaluate, and what text they are of."""
     from sophia_levanter.data.batches import ValidationBatches
-    from sophia_levanter.data.prepare import prepare_validation
+    from sophia_levanter.data.corpora import prepare_validation
 
     data = loaded.config.data
     if data.validation is None and loaded.step is None:

@@ -49,7 +49,7 @@ def _prepare(words: Sequence[str]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     # Only now what takes long to import: a mistake above is answered at once.
-    from sophia_levanter.data.prepare import prepare
+    from sophia_levanter.data.corpora import prepare
 
     data = prepare(config.data, lambda line: print(one_line(line), flush=True), ray=ray)
     for name, corpus in (("training", data.train), ("validation", data.validation)):

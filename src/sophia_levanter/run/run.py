@@ -25,8 +25,8 @@ from sophia_levanter.config.command_line import dump_config
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches, Verification
+from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.preparation import cache_directory
-from sophia_levanter.data.prepare import prepare
 from sophia_levanter.data.tokenizer import load_tokenizer, token_byte_lengths
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.language_model import LanguageModel, abstract_model

@@ -14,7 +14,6 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from sophia_levanter.checkpoint.report import age
 from sophia_levanter.files import write_atomically
 from sophia_levanter.printing import one_line
 from sophia_levanter.studies.comparability import NOTHING, Comparability, configurations, facts
@@ -32,6 +31,7 @@ from sophia_levanter.studies.panels import (
 )
 from sophia_levanter.studies.plots import png, sample_of_line, svg
 from sophia_levanter.studies.runs import Run
+from sophia_levanter.tracking.console import show_age
 
 RECENT_SECONDS = 86_400.0
 IN_TERMINAL = ("run", "steps", "last validation loss", "bits per byte", "win rate", "tokens/s", "status")
@@ -192,7 +192,7 @@ def status(run: Run) -> str:
     if run.is_finished:
         return "finished"
     if time.time() - run.written_at < RECENT_SECONDS:
-        return f"at step {run.steps_done:,}, {age(run.written_at)}"
+        return f"at step {run.steps_done:,}, {show_age(run.written_at)}"
     return f"stopped at step {run.steps_done:,}"
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import dump_config
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.data.prepare import prepare
+from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.token_store import Tokens, TokenStore, digest_of
 from sophia_levanter.errors import InputError
 from sophia_levanter.printing import one_line

@@ -18,8 +18,8 @@ from sophia_levanter.data import preparation as preparation_module
 from sophia_levanter.data import prepare as prepare_module
 from sophia_levanter.data import token_store
 from sophia_levanter.data.batches import Mixture
+from sophia_levanter.data.corpora import Leak, find_leak, prepare, prepare_validation
 from sophia_levanter.data.file_source import FileSource
-from sophia_levanter.data.prepare import Leak, find_leak, prepare, prepare_validation
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError

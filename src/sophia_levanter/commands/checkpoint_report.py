@@ -13,6 +13,7 @@ import numpy as np
 from sophia_levanter.checkpoint.manifest import CheckpointError, Manifest, SavedArray
 from sophia_levanter.checkpoint.restoring import damage, read_arrays, read_step
 from sophia_levanter.errors import InputError
+from sophia_levanter.tracking.console import show_age
 
 
 def list_steps(location: str, steps: Sequence[int]) -> Iterator[str]:
@@ -27,7 +28,7 @@ def list_steps(location: str, steps: Sequence[int]) -> Iterator[str]:
             continue
         metrics = _mapping(manifest.metadata, "metrics")
         yield (
-            f"{step:>10}  {age(manifest.saved_at):<16}  {_size(_num_bytes(manifest.arrays)):>9}  "
+            f"{step:>10}  {show_age(manifest.saved_at):<16}  {_size(_num_bytes(manifest.arrays)):>9}  "
             f"{_number(metrics.get('train/loss')):>8}  {_number(metrics.get('validation/loss')):>10}"
             + ("  best" if step == best else "")
         )
@@ -55,7 +56,7 @@ def describe(location: str, step: int) -> Iterator[str]:
     """
     manifest = read_step(location, step)
     saved_at = datetime.datetime.fromtimestamp(manifest.saved_at, datetime.UTC)
-    when = f"{saved_at:%Y-%m-%d %H:%M:%S} UTC ({age(manifest.saved_at)})"
+    when = f"{saved_at:%Y-%m-%d %H:%M:%S} UTC ({show_age(manifest.saved_at)})"
     yield f"step {manifest.step} of run {manifest.run_id}, saved {when}"
     for name in ("metrics", "best", "code", "environment", "data", "validation"):
         values = manifest.metadata.get(name)
@@ -193,13 +194,3 @@ def _size(num_bytes: int) -> str:
         return f"{num_bytes} B"
     power = min(4, (len(str(num_bytes)) - 1) // 3)
     return f"{num_bytes / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
-
-
-def age(saved_at: float) -> str:
-    """How long ago a time was, given in seconds since 1970, for people."""
-    seconds = max(0, int(time.time() - saved_at))
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= size:
-            count = seconds // size
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
-    return f"{seconds} s ago"
