@@ -20,7 +20,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
 
 POLL_SECONDS = 0.2
-LONGEST_BACK_OFF = 300.0
+LONGEST_BACK_OFF = 300.0  # seconds
 STATUS_SECONDS = 2.0
 # How long after the first process has failed others may show that they have, too.
 GATHER_SECONDS = 2.0

@@ -13,6 +13,7 @@ from pathlib import Path
 from sophia_levanter.cluster.backend import Job
 from sophia_levanter.cluster.config import ClusterConfig, Submission, read_cluster
 from sophia_levanter.cluster.record import LaunchRecord
+from sophia_levanter.cluster.supervisor import Supervisor
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.arguments import chosen, parse_arguments, whole_number
 from sophia_levanter.config.command_line import Command, dump_config, load_config
@@ -134,9 +135,6 @@ def _launch(launch: Launch) -> int:
     record = LaunchRecord(launch.job.directory)
     with record.held():
         write_atomically(launch.job.config_file, dump_config(launch.config).encode())
-        # Not before: what takes its time to import comes after what may be at fault.
-        from sophia_levanter.cluster.supervisor import Supervisor
-
         return Supervisor(backend, launch.job, launch.cluster, record, _say).run()
 
 
