@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter import checkpoint
-from sophia_levanter.data import prepare
+from sophia_levanter.data import corpora
 from sophia_levanter.data.corpora import Leak
 from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.main import main
@@ -581,7 +581,7 @@ def test_a_damaged_store_is_found_before_the_run_has_a_directory(config_file, tm
 def test_what_was_trained_is_saved_when_the_data_turn_out_damaged(config_file, tmp_path, capfd, monkeypatch):
     # As if the file had been overwritten after it was checked.
     monkeypatch.setattr(NanogptTokens, "check", lambda self, report: None)
-    monkeypatch.setattr(prepare, "find_leak", lambda *_: Leak(0, 0))
+    monkeypatch.setattr(corpora, "find_leak", lambda *_: Leak(0, 0))
     tokens = np.random.default_rng(0).integers(0, 257, 16 * 16 * 12 + 1).astype(np.uint16)
     tokens[-20] = 60000  # in the last window, which comes at some step of the first epoch
     tokens.tofile(tmp_path / "train.bin")
@@ -600,7 +600,7 @@ def test_what_was_trained_is_saved_when_the_validation_text_turns_out_damaged(
 ):
     # As if the file had been overwritten after it was checked.
     monkeypatch.setattr(NanogptTokens, "check", lambda self, report: None)
-    monkeypatch.setattr(prepare, "find_leak", lambda *_: Leak(0, 0))
+    monkeypatch.setattr(corpora, "find_leak", lambda *_: Leak(0, 0))
     tokens = np.random.default_rng(0).integers(0, 257, 16 * 16 * 12 + 1).astype(np.uint16)
     tokens.tofile(tmp_path / "train.bin")
     tokens[-20] = 60000

@@ -14,9 +14,8 @@ import pytest
 from prepared import TEXTS, content, documents, json_lines, parquet, quiet, sides
 
 from sophia_levanter.config.data import DataConfig, MixturePart
+from sophia_levanter.data import corpora, token_store
 from sophia_levanter.data import preparation as preparation_module
-from sophia_levanter.data import prepare as prepare_module
-from sophia_levanter.data import token_store
 from sophia_levanter.data.batches import Mixture
 from sophia_levanter.data.corpora import Leak, find_leak, prepare, prepare_validation
 from sophia_levanter.data.file_source import FileSource
@@ -97,7 +96,7 @@ def test_another_tokenizer_is_another_store(
     config: DataConfig, tiny_bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_bytes = prepare(config, quiet)
-    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda name: tiny_bpe)
+    monkeypatch.setattr(corpora, "load_tokenizer", lambda name: tiny_bpe)
     by_bpe = prepare(config, quiet)
     assert by_bpe.train.manifest.tokenizer_fingerprint == tiny_bpe.fingerprint
     assert by_bpe.train.num_tokens < by_bytes.train.num_tokens
@@ -191,7 +190,7 @@ def test_stores_that_were_prepared(config: DataConfig, tiny_bpe: Tokenizer, monk
         InputError, match=r"^data\.train: .*no finished token store.*without data.validation, store:FOLDER"
     ):
         prepare(replace(config, train=f"store:{folder}/train"), quiet)
-    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda name: tiny_bpe)
+    monkeypatch.setattr(corpora, "load_tokenizer", lambda name: tiny_bpe)
     with pytest.raises(InputError, match=r"^data\.train: .*written with the tokenizer bytes \(.*\), not with tiny \("):
         prepare(apart, quiet)
 
@@ -356,7 +355,7 @@ def test_tokens_and_texts(leaky: DataConfig, tmp_path: Path) -> None:
 def test_short_documents_count_only_where_all_are_the_same(
     make_store: Callable[..., TokenStore], tiny_bpe: Tokenizer, tmp_path: Path, monkeypatch, read_tokens: int
 ) -> None:
-    monkeypatch.setattr(prepare_module, "READ_TOKENS", read_tokens)
+    monkeypatch.setattr(corpora, "READ_TOKENS", read_tokens)
     train = make_store(["\n", "the the the", "yes", "an answer of some length", "yes"], tiny_bpe)
     for texts, count in (
         (["yes", "something else that is long"], 0),
@@ -372,7 +371,7 @@ def test_short_documents_count_only_where_all_are_the_same(
 def test_blocks_do_not_matter(
     make_store: Callable[..., TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_tokens: int
 ) -> None:
-    monkeypatch.setattr(prepare_module, "READ_TOKENS", read_tokens)
+    monkeypatch.setattr(corpora, "READ_TOKENS", read_tokens)
     train = Mixture([make_store(TRAIN[:9]), make_store([*TRAIN[9:], TRAIN[9]])], [1.0, 1.0])
     validation = make_store([*VALIDATION, TRAIN[13], TRAIN[9], TRAIN[13], TRAIN[1]])
     found = find_leak(train, validation, ByteTokenizer(), tmp_path, print)
@@ -381,7 +380,7 @@ def test_blocks_do_not_matter(
 
 
 def test_large_corpora_are_compared_once(leaky: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "REMEMBERED_TOKENS", 0)
+    monkeypatch.setattr(corpora, "REMEMBERED_TOKENS", 0)
     said: list[str] = []
     prepare(leaky, said.append)
     first = said[-1:]
@@ -389,7 +388,7 @@ def test_large_corpora_are_compared_once(leaky: DataConfig, monkeypatch: pytest.
     begin = f"data.validation: checking {num_tokens:,} tokens for documents that are also in data.train"
     assert said.index(begin) == len(said) - 2
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "_compare", None)
+        patch.setattr(corpora, "_compare", None)
         said.clear()
         prepare(leaky, said.append)
         assert said[-1:] == first and begin not in said

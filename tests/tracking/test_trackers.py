@@ -1,12 +1,12 @@
-"""Trackers that a run can do without: what goes wrong with them is said once, and holds nobody up."""
+"""Optional trackers: a failure is reported once and delays nothing. Metrics under the Sophia authors' names."""
 
 import threading
 import time
 
 import pytest
 
-from sophia_levanter.tracking import background
-from sophia_levanter.tracking.trackers import Background
+from sophia_levanter.tracking import trackers
+from sophia_levanter.tracking.trackers import AuthorsMetrics, Background
 
 
 class Recorder:
@@ -95,7 +95,7 @@ def test_one_that_hangs_holds_nobody_up(where):
 
 @pytest.mark.parametrize("late", ["log", "close"])
 def test_one_that_does_not_keep_up_is_left_out(late, monkeypatch):
-    monkeypatch.setattr(background, "LONGEST_QUEUE", 3)
+    monkeypatch.setattr(trackers, "LONGEST_QUEUE", 3)
     released, said = threading.Event(), []
     recorder = Recorder(in_log=released.wait)
     tracker = Background("recorder", lambda: recorder, said.append)
@@ -109,3 +109,32 @@ def test_one_that_does_not_keep_up_is_left_out(late, monkeypatch):
     tracker._thread.join()
     assert said == ["WARNING: recorder: does not keep up: 3 records wait for it; the run goes on without it"]
     assert len(recorder.logged) == 1 and not recorder.closed
+
+
+STEP = {"train/loss": 2.0, "train/learning_rate": 1e-3, "train/mfu": 0.25}
+
+
+def test_names_and_units():
+    refreshed = STEP | {
+        "train/parameter_norm": 7.0,
+        "optim/win_rate": 0.5,
+        "optim/curvature_norm": 3.0,
+        "optim/momentum_norm": 4.0,
+    }
+    assert AuthorsMetrics(1.0).of(5, refreshed) == {
+        "iter": 5.0,
+        "lr": 1e-3,
+        "mfu": 25.0,
+        "param_norm": 7.0,
+        "train/win_rate": 0.5,
+        "hessian_norm2": 3.0,
+        "momentum_norm": 4.0,
+    }
+    assert AuthorsMetrics(1.0).of(5, {"validation/loss": 2.5}) == {"iter": 5.0, "val/loss": 2.5}
+
+
+@pytest.mark.parametrize(("limit", "rates"), [(1.0, [0, 1 / 2, 2 / 3, 2 / 4]), (None, [0, 0, 0, 0])])
+def test_the_share_of_clipped_steps(limit, rates):
+    metrics = AuthorsMetrics(limit)
+    found = [metrics.of(step, {"train/grad_norm": norm})["train/clip_rate"] for step, norm in enumerate([1, 2, 3, 0.5])]
+    assert found == pytest.approx(rates)
