@@ -17,8 +17,8 @@ from sophia_levanter.config.command_line import Command, build_config, existing_
 from sophia_levanter.config.files import Layer, Setting, flatten, read_layers
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import plan_run
-from sophia_levanter.run.run import TrainingResult
 from sophia_levanter.run.run import train as train_run
+from sophia_levanter.run.summary import TrainingResult
 
 __all__ = ["TrainingResult", "train"]
 

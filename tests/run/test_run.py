@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from sophia_levanter.run.run import enable_compilation_cache
+from sophia_levanter.run.provenance import enable_compilation_cache
 
 
 @pytest.fixture

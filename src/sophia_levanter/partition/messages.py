@@ -3,11 +3,14 @@ hangs or computes is not waited for, and always with a timeout."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax._src import distributed
+
+from sophia_levanter.errors import InputError
 
 # Seconds that a process waits for what another does, beyond what it has needed for the same itself.
 PATIENCE = 120.0
@@ -65,6 +68,17 @@ class Processes:
         """What one of the processes has to complain of, the same for all of them; None if none has."""
         failures = [text for text in self.gather(f"{name}/failures", failure or "", timeout) if text]
         return self.broadcast(f"{name}/failure", failures[0] if failures else "", timeout) or None
+
+    def on_process_zero(self, name: str, work: Callable[[], None]) -> None:
+        """Have process zero do some work; an `InputError` of it is raised in all processes."""
+        raised = None
+        if self.is_first:
+            try:
+                work()
+            except InputError as error:
+                raised = error
+        if failure := self.first_failure(name, str(raised) if raised else None, PATIENCE):
+            raise raised or InputError(failure)
 
     def forget(self, name: str) -> None:
         """Free the memory of all messages under a name; by the first process, when all have read them."""

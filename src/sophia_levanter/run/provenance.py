@@ -106,3 +106,13 @@ def _git(directory: Path, *arguments: str) -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
+
+
+def enable_compilation_cache(directory: Path, platform: str) -> None:
+    """Have jax keep compiled programs, unless JAX_COMPILATION_CACHE_DIR has named a place for them already.
+
+    Not on CPUs, where jaxlib may refuse to read a program that it has written, with some lines of complaint each time
+    (https://github.com/jax-ml/jax/issues/38445).
+    """
+    if platform != "cpu" and jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(directory))

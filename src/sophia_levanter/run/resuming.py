@@ -1,4 +1,4 @@
-"""What a run that resumes must have in common with its checkpoints."""
+"""The checkpoints that a run goes on from: finding them, restoring them, and what they must have in common with it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import equinox as eqx
+import numpy as np
+
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import config_in, load_config
 from sophia_levanter.config.settings import free_settings
 from sophia_levanter.errors import InputError
-from sophia_levanter.partition.messages import PATIENCE
+from sophia_levanter.partition.messages import PATIENCE, Processes
+from sophia_levanter.partition.processes import wait_for_all
 from sophia_levanter.run.directory import RUN_ID, RunDirectory, changed_fields, check_same_run
 from sophia_levanter.run.loading import newest_manifest
 from sophia_levanter.tracking.console import Console
@@ -26,6 +30,32 @@ if TYPE_CHECKING:
 # Leaves of the state that runs began without, and their values in checkpoints from then. The next refresh makes the
 # first one exact.
 ADDED_LEAVES = {"optimizer_state.steps_since_refresh": 0}
+
+
+def find_checkpoints(directory: RunDirectory, processes: Processes, console: Console) -> bool:
+    """Whether there are checkpoints to resume from. Locks a directory that may hold some.
+
+    Raises:
+        InputError: if that does not fit `directory.resume`.
+    """
+    if directory.resume != "never":
+        processes.on_process_zero("lock", directory.lock)
+    # The first process looks: disks that hosts share do not always show all of them the same.
+    found = str(bool(checkpoint.steps(directory.checkpoints)))
+    is_saved = processes.broadcast("saved", found, PATIENCE) == "True"
+    if directory.resume == "never" and is_saved:
+        raise InputError(
+            f"trainer.checkpoint_dir {directory.checkpoints} holds checkpoints already; --resume auto continues "
+            "the run that they are of, another --trainer.checkpoint_dir starts one"
+        )
+    if directory.resume == "always" and not is_saved:
+        raise InputError(
+            f"--resume {directory.path}: {directory.checkpoints} holds no checkpoint to go on from; "
+            f"start the run with --config FILE --trainer.run_dir {directory.path} --resume auto"
+        )
+    if directory.resume == "if_saved" and not is_saved:
+        processes.on_process_zero("begin", lambda: _check_not_begun(directory, console))
+    return is_saved
 
 
 def restore(run: Run) -> Restored[TrainState]:
@@ -111,7 +141,7 @@ def with_saved_rows(config: TrainConfig, directory: RunDirectory) -> TrainConfig
     return dataclasses.replace(config, model=model)
 
 
-def check_not_begun(directory: RunDirectory, console: Console) -> None:
+def _check_not_begun(directory: RunDirectory, console: Console) -> None:
     """Whether a run without checkpoints may begin: it may have begun before, and its disk not be there now.
 
     A run that was killed before its first checkpoint begins again, and says so.
@@ -151,3 +181,38 @@ def _is_same_text(saved: Any, now: Any) -> bool:
     if isinstance(saved, list) and isinstance(now, list):
         return len(saved) == len(now) and all(map(_is_same_text, saved, now))
     return bool(saved == now)
+
+
+def restore_before(run: Run, wrong: range, skipped_windows: int) -> Restored[TrainState] | None:
+    """The last checkpoint from before steps that went wrong, to go on from with the data that come after theirs.
+
+    Later checkpoints are removed: a restart would begin with them.
+
+    Args:
+        run: the run.
+        wrong: those steps.
+        skipped_windows: of the order of the data, that the run had passed over before.
+
+    Returns:
+        The checkpoint; None if there is none from before.
+
+    Raises:
+        CheckpointError: if none of them is whole.
+    """
+    directory = run.directory.checkpoints
+    saved = checkpoint.steps(directory)
+    later = [step for step in saved if step > wrong.start]
+    wait_for_all("all have looked")
+    if len(later) == len(saved):
+        run.console.line("there is no checkpoint from before those steps to go back to")
+        return None
+    if run.processes.is_first:
+        for step in later:
+            checkpoint.remove(directory, step)
+    wait_for_all("later ones are removed")
+    restored = restore(run)
+    passed = run.batches.windows_between(restored.step, wrong.stop)
+    run.console.line(f"going back to step {restored.step}, and on with the data after the {passed} windows since then")
+    windows = run.partition.place(np.asarray(skipped_windows + passed, np.int32))
+    tree = eqx.tree_at(lambda state: state.skipped_windows, restored.tree, windows)
+    return dataclasses.replace(restored, tree=tree)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Any
 
-import equinox as eqx
 import jax
-import numpy as np
 from jax.tree_util import Partial
 
 from sophia_levanter import checkpoint
@@ -28,22 +26,27 @@ from sophia_levanter.data.batches import TrainBatches, ValidationBatches, Verifi
 from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.preparation import cache_directory
 from sophia_levanter.data.tokenizer import load_tokenizer, token_byte_lengths
-from sophia_levanter.errors import InputError
 from sophia_levanter.models.language_model import LanguageModel, abstract_model
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.partition.messages import PATIENCE, Processes
+from sophia_levanter.partition.messages import Processes
 from sophia_levanter.partition.processes import check_agreement, is_first_process, start_processes, wait_for_all
 from sophia_levanter.run.directory import RunDirectory
 from sophia_levanter.run.loading import keep_tokenizer, read_initial_weights, with_kept_tokenizer
-from sophia_levanter.run.provenance import code_version, fixed_settings, recorded_environment
+from sophia_levanter.run.provenance import (
+    code_version,
+    enable_compilation_cache,
+    fixed_settings,
+    recorded_environment,
+)
 from sophia_levanter.run.resuming import (
     best_so_far,
-    check_not_begun,
     check_resumable,
+    find_checkpoints,
     restore,
+    restore_before,
     with_saved_rows,
 )
-from sophia_levanter.run.summary import attention_of, describe_end, describe_start
+from sophia_levanter.run.summary import TrainingResult, attention_of, describe_end, describe_start
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
 from sophia_levanter.tracking.trackers import CLOSE_SECONDS, OptionalTrackers, Trackers, start_optional
@@ -69,39 +72,6 @@ from sophia_levanter.training.stopping import StopRequest, Watchdog
 
 # Seconds that optional trackers have to end in when the run was told to stop.
 STOPPED_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """How a run went.
-
-    Attributes:
-        run_dir: the run directory, with `config.yaml` and `metrics.jsonl`.
-        step: training steps done, those before a resume included.
-        metrics: the last value of each metric by its name in `metrics.jsonl`, such as `train/loss`.
-        best_step: the step of the lowest validation loss; None before the first evaluation.
-        best_validation_loss: that loss, in nats per token.
-        checkpoint: the path or URL of the last checkpoint.
-        stopped_by: the signal that ended the run before its last step; None where it ran to the end.
-    """
-
-    run_dir: Path
-    step: int
-    metrics: Mapping[str, float]
-    best_step: int | None
-    best_validation_loss: float | None
-    checkpoint: str
-    stopped_by: Signals | None = None
-
-    @property
-    def train_loss(self) -> float | None:
-        """The mean loss of the last step's batch, in nats per token."""
-        return self.metrics.get("train/loss")
-
-    @property
-    def validation_loss(self) -> float | None:
-        """The last validation loss, in nats per token; None before the first evaluation."""
-        return self.metrics.get("validation/loss")
 
 
 @fixed_settings()
@@ -168,7 +138,7 @@ class Run:
         self.processes = Processes.of_this_run()
         self.restored: Restored[TrainState] | None = None
         self.loop: Loop | None = None
-        self.resumes = self._find_checkpoints()
+        self.resumes = find_checkpoints(directory, self.processes, console)
         text = config.data
         self.initial_weights: LanguageModel | None = None
         if self.resumes:
@@ -253,7 +223,7 @@ class Run:
         wait_for_all("restored")
         # Of all the ids only the first process's is saved.
         self._run_id = uuid.uuid4().hex if self.restored is None else self.restored.run_id
-        self._on_process_zero("directory", self._write_directory)
+        self.processes.on_process_zero("directory", self._write_directory)
 
     def train(self, state: TrainState) -> TrainState:
         """Train to the last step or until a signal, and return the last state, which is saved.
@@ -299,26 +269,10 @@ class Run:
         Raises:
             CheckpointError: if none of them is whole.
         """
-        directory = self.directory.checkpoints
-        saved = checkpoint.steps(directory)
-        later = [step for step in saved if step > wrong.start]
-        wait_for_all("all have looked")
-        if len(later) == len(saved):
-            self.console.line("there is no checkpoint from before those steps to go back to")
-            return False
-        if self.processes.is_first:
-            for step in later:
-                checkpoint.remove(directory, step)
-        wait_for_all("later ones are removed")
-        restored = restore(self)
-        passed = self.batches.windows_between(restored.step, wrong.stop)
-        self.console.line(
-            f"going back to step {restored.step}, and on with the data after the {passed} windows since then"
-        )
-        windows = self.partition.place(np.asarray(skipped_windows + passed, np.int32))
-        tree = eqx.tree_at(lambda state: state.skipped_windows, restored.tree, windows)
-        self.restored = replace(restored, tree=tree)
-        return True
+        restored = restore_before(self, wrong, skipped_windows)
+        if restored is not None:
+            self.restored = restored
+        return restored is not None
 
     def finish(self, state: TrainState) -> TrainingResult:
         """Report how the run went, and end its trackers."""
@@ -360,39 +314,6 @@ class Run:
     ) -> TrainingResult:
         best_step, best_loss = (None, None) if best is None else (best["step"], best["validation/loss"])
         return TrainingResult(self.directory.path, step, dict(metrics), best_step, best_loss, saved, stopped_by)
-
-    def _find_checkpoints(self) -> bool:
-        """Whether there are checkpoints to resume from, which must fit `directory.resume`."""
-        directory = self.directory
-        if directory.resume != "never":
-            self._on_process_zero("lock", directory.lock)
-        # The first process looks: disks that hosts share do not always show all of them the same.
-        found = str(bool(checkpoint.steps(directory.checkpoints)))
-        is_saved = self.processes.broadcast("saved", found, PATIENCE) == "True"
-        if directory.resume == "never" and is_saved:
-            raise InputError(
-                f"trainer.checkpoint_dir {directory.checkpoints} holds checkpoints already; --resume auto continues "
-                "the run that they are of, another --trainer.checkpoint_dir starts one"
-            )
-        if directory.resume == "always" and not is_saved:
-            raise InputError(
-                f"--resume {directory.path}: {directory.checkpoints} holds no checkpoint to go on from; "
-                f"start the run with --config FILE --trainer.run_dir {directory.path} --resume auto"
-            )
-        if directory.resume == "if_saved" and not is_saved:
-            self._on_process_zero("begin", lambda: check_not_begun(directory, self.console))
-        return is_saved
-
-    def _on_process_zero(self, name: str, work: Callable[[], None]) -> None:
-        """Have the first process do some work; an `InputError` of it is raised in all of them."""
-        raised = None
-        if self.processes.is_first:
-            try:
-                work()
-            except InputError as error:
-                raised = error
-        if failure := self.processes.first_failure(name, str(raised) if raised else None, PATIENCE):
-            raise raised or InputError(failure)
 
     def _write_directory(self) -> None:
         directory = self.directory
@@ -464,13 +385,3 @@ def _shared_config(config: TrainConfig) -> str:
     if trainer.checkpoint_dir is not None:
         trainer = replace(trainer, run_dir="each its own")
     return dump_config(replace(config, mesh=mesh, data=DataConfig(), trainer=trainer))
-
-
-def enable_compilation_cache(directory: Path, platform: str) -> None:
-    """Have jax keep compiled programs, unless JAX_COMPILATION_CACHE_DIR has named a place for them already.
-
-    Not on CPUs, where jaxlib may refuse to read a program that it has written, with some lines of complaint each time
-    (https://github.com/jax-ml/jax/issues/38445).
-    """
-    if platform != "cpu" and jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -1,7 +1,11 @@
-"""What a run says of itself at its start and at its end."""
+"""What a run reports at its start and at its end."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING
 
 import equinox as eqx
@@ -22,6 +26,39 @@ if TYPE_CHECKING:
     from sophia_levanter.training.step import TrainState
 
 PROMPT_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run went.
+
+    Attributes:
+        run_dir: the run directory, with `config.yaml` and `metrics.jsonl`.
+        step: training steps done, those before a resume included.
+        metrics: the last value of each metric by its name in `metrics.jsonl`, such as `train/loss`.
+        best_step: the step of the lowest validation loss; None before the first evaluation.
+        best_validation_loss: that loss, in nats per token.
+        checkpoint: the path or URL of the last checkpoint.
+        stopped_by: the signal that ended the run before its last step; None where it ran to the end.
+    """
+
+    run_dir: Path
+    step: int
+    metrics: Mapping[str, float]
+    best_step: int | None
+    best_validation_loss: float | None
+    checkpoint: str
+    stopped_by: Signals | None = None
+
+    @property
+    def train_loss(self) -> float | None:
+        """The mean loss of the last step's batch, in nats per token."""
+        return self.metrics.get("train/loss")
+
+    @property
+    def validation_loss(self) -> float | None:
+        """The last validation loss, in nats per token; None before the first evaluation."""
+        return self.metrics.get("validation/loss")
 
 
 def describe_start(run: Run) -> None:
