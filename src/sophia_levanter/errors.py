@@ -1,5 +1,8 @@
-"""The exceptions that stand for a mistake in what the user gave us."""
+"""Bad input as exceptions, and how what others have named is shown in one line."""
 
+from __future__ import annotations
+
+import re
 from typing import ClassVar
 
 
@@ -17,3 +20,19 @@ class DirectoryInUse(InputError):
     """Another process holds the run directory or the one of its checkpoints; it may be gone in a moment."""
 
     reason = "directory_in_use"
+
+
+# What a terminal obeys, ends a line or reorders the rest of it, and halves of surrogate pairs.
+CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+LONGEST_WORD = 300
+
+
+def one_line(text: object) -> str:
+    """The text in one line: control characters as Python's escapes, and long words without their middle."""
+    line = CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    return re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda found: shortened(found[0], LONGEST_WORD), line)
+
+
+def shortened(name: str, most: int) -> str:
+    """The name with "…" in place of its middle if it has more than so many characters."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[most // 2 + 1 - most :]}"

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from sophia_levanter.exit_status import DONE, FAILURE, INTERRUPTED, PREEMPTED, run_command
-from sophia_levanter.printing import one_line
-from sophia_levanter.status import report_failure
+from sophia_levanter.errors import one_line
+from sophia_levanter.status import DONE, FAILURE, INTERRUPTED, PREEMPTED, report_failure, run_command
 
 if TYPE_CHECKING:
     from sophia_levanter.config import TrainConfig

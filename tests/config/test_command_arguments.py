@@ -4,7 +4,7 @@ import pytest
 
 from sophia_levanter.config.arguments import Arguments, parse_arguments
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import run_command
+from sophia_levanter.status import run_command
 
 
 def parse(*words: str) -> Arguments:

@@ -18,8 +18,7 @@ from sophia_levanter.cluster.backend import HostCommand
 from sophia_levanter.cluster.host import kill_group, start_process
 from sophia_levanter.config.build import MASK
 from sophia_levanter.errors import DirectoryInUse
-from sophia_levanter.exit_status import BAD_INPUT, DONE, PREEMPTED
-from sophia_levanter.status import Failure, Progress, read_status
+from sophia_levanter.status import BAD_INPUT, DONE, PREEMPTED, Failure, Progress, read_status
 
 _LABELLED = re.compile(r" *(\d+): (.*)")
 TAIL_LINES = 20

@@ -30,8 +30,7 @@ from typing import IO, NoReturn
 
 from sophia_levanter.config.arguments import parse_arguments, whole_number
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import FAILURE, run_command
-from sophia_levanter.status import ON_STDOUT, read_status
+from sophia_levanter.status import FAILURE, ON_STDOUT, read_status, run_command
 
 USAGE = """\
 usage: python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD...

@@ -17,7 +17,7 @@ from sophia_levanter.cluster.backend import Backend, Job, Say, Unavailable
 from sophia_levanter.cluster.config import ClusterConfig
 from sophia_levanter.cluster.record import LaunchRecord, Status, counted
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
+from sophia_levanter.status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
 
 POLL_SECONDS = 0.2
 LONGEST_BACK_OFF = 300.0  # seconds

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sophia_levanter.config.arguments import Arguments, chosen, parse_arguments, whole_number
-from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, FAILURE, run_command
-from sophia_levanter.printing import one_line
+from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.status import DONE, FAILURE, run_command
 
 if TYPE_CHECKING:
     from sophia_levanter.run.directory import RunDirectory

@@ -15,11 +15,10 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.arguments import parse_arguments
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.files import Layer, Setting
-from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
+from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.files import lock
-from sophia_levanter.printing import one_line
 from sophia_levanter.run.directory import with_absolute_paths
+from sophia_levanter.status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
 from sophia_levanter.studies.records import Record, find, read_records, write_records
 from sophia_levanter.studies.study import PlannedRun, Study, plan, read_study
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 from sophia_levanter.commands.on_models import run_on_model
 from sophia_levanter.config.arguments import parse_arguments, whole_number
-from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE
-from sophia_levanter.printing import one_line
+from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.status import DONE
 
 if TYPE_CHECKING:
     from sophia_levanter.data.batches import ValidationBatches

@@ -11,7 +11,7 @@ from pathlib import Path
 from sophia_levanter.commands.on_models import run_on_model
 from sophia_levanter.config.arguments import parse_arguments, whole_number
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE
+from sophia_levanter.status import DONE
 
 DTYPES = ("float32", "bfloat16", "float16")
 USAGE = """\

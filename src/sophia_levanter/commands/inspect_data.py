@@ -10,9 +10,8 @@ from pathlib import Path
 from sophia_levanter.config.arguments import PLUGINS, parse_arguments, whole_number
 from sophia_levanter.config.files import Setting
 from sophia_levanter.config.registries import KEY, with_plugins
-from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, run_command
-from sophia_levanter.printing import one_line
+from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.status import DONE, run_command
 
 SHOWN_CHARACTERS = 300
 USAGE = """\

@@ -18,11 +18,10 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.arguments import chosen, parse_arguments, whole_number
 from sophia_levanter.config.command_line import Command, dump_config, load_config
 from sophia_levanter.config.run import check_mesh
-from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, FAILURE, run_command
+from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.files import write_atomically
-from sophia_levanter.printing import one_line
 from sophia_levanter.run.directory import LAUNCH, choose_run_directory
+from sophia_levanter.status import DONE, FAILURE, run_command
 
 USAGE = """\
 usage: python -m sophia_levanter.commands.launch --config FILE --cluster FILE [--dry_run] [--SECTION.FIELD VALUE ...]

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from sophia_levanter.exit_status import FAILURE, INTERRUPTED, run_command
-from sophia_levanter.printing import one_line
+from sophia_levanter.errors import one_line
+from sophia_levanter.status import FAILURE, INTERRUPTED, run_command
 
 Command = TypeVar("Command")
 

@@ -10,10 +10,9 @@ from types import FrameType
 
 from sophia_levanter.config.arguments import parse_arguments
 from sophia_levanter.config.command_line import load_config
-from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, PREEMPTED, run_command
-from sophia_levanter.printing import one_line
+from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.run.directory import with_absolute_paths
+from sophia_levanter.status import DONE, PREEMPTED, run_command
 
 USAGE = """\
 usage: python -m sophia_levanter.commands.prepare_data --config FILE [--ray ADDRESS] [--data.FIELD VALUE ...] [--help]

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sophia_levanter.config.arguments import parse_arguments
-from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, run_command
-from sophia_levanter.printing import one_line
+from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.status import DONE, run_command
 
 USAGE = """\
 usage: python -m sophia_levanter.commands.report [NAME=]RUN_DIR [[NAME=]RUN_DIR ...] [-o FILE.html] [--help]

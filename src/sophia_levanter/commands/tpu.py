@@ -12,7 +12,7 @@ from sophia_levanter.cluster.config import GcloudCluster, read_cluster
 from sophia_levanter.cluster.gcloud.commands import GcloudCommands, missing_gcloud, resource_name
 from sophia_levanter.config.arguments import chosen, parse_arguments
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, FAILURE, run_command
+from sophia_levanter.status import DONE, FAILURE, run_command
 
 USAGE = """\
 usage: python -m sophia_levanter.commands.tpu create --cluster FILE [NAME] [--dry_run]

@@ -11,8 +11,8 @@ from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.sources import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import DONE, run_command
 from sophia_levanter.run.directory import with_absolute_paths
+from sophia_levanter.status import DONE, run_command
 
 TRAIN_BYTES = 1 << 30
 USAGE = f"""\

@@ -15,9 +15,8 @@ from typing import Any
 
 import yaml
 
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, shortened
 from sophia_levanter.files import read_regular
-from sophia_levanter.printing import shortened
 
 DEFAULTS_KEY = "defaults"
 MOST_BYTES = 1 << 20  # of a file

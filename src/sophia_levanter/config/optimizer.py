@@ -13,8 +13,7 @@ from draccus import ChoiceRegistry
 from sophia_levanter.config.schedule import CosineSchedule, Schedule, ScheduleConfig
 from sophia_levanter.config.settings import Settings, not_defined, setting
 from sophia_levanter.config.trainer import DTYPES, TrainerConfig
-from sophia_levanter.errors import InputError
-from sophia_levanter.printing import one_line
+from sophia_levanter.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from sophia_levanter.optim import Estimator, Optimizer

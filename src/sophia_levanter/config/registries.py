@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from sophia_levanter.config.files import Layer, Setting, show_value
-from sophia_levanter.errors import InputError
-from sophia_levanter.printing import one_line
+from sophia_levanter.errors import InputError, one_line
 
 T = TypeVar("T")
 

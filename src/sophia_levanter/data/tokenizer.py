@@ -16,9 +16,8 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from sophia_levanter.config.settings import check_subclass
 from sophia_levanter.data.text_files import TRAINED_TOKENIZER
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import CONTROLS, InputError
 from sophia_levanter.files import read_regular
-from sophia_levanter.printing import CONTROLS
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"

@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig, ModelConfig, TransformerConfig
-from sophia_levanter.errors import InputError
-from sophia_levanter.printing import one_line, shortened
+from sophia_levanter.errors import InputError, one_line, shortened
 
 _LONGEST_NAME = 100
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import FAILURE
+from sophia_levanter.status import FAILURE
 
 # Seconds that jaxlib waits longer than this module does.
 JAXLIB_MARGIN = 60

@@ -14,8 +14,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from sophia_levanter.errors import one_line
 from sophia_levanter.files import write_atomically
-from sophia_levanter.printing import one_line
 from sophia_levanter.studies.comparability import NOTHING, Comparability, configurations, facts
 from sophia_levanter.studies.panels import (
     ADVISED_WIN_RATES,

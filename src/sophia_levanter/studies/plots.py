@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
-from sophia_levanter.printing import one_line, shortened
+from sophia_levanter.errors import one_line, shortened
 from sophia_levanter.studies.panels import (
     ADVISED_WIN_RATES,
     AXES,

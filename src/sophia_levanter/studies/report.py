@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sophia_levanter.errors import InputError
-from sophia_levanter.printing import one_line
+from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.studies.records import Record
 from sophia_levanter.studies.results import (
     Cell,

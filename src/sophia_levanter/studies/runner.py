@@ -28,8 +28,7 @@ from sophia_levanter.config.command_line import dump_config
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.token_store import Tokens, TokenStore, digest_of
-from sophia_levanter.errors import InputError
-from sophia_levanter.printing import one_line
+from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.status import VARIABLE, Failure, read_status
 from sophia_levanter.studies.records import Record, flat_config
 from sophia_levanter.studies.runs import FACTS, Run, Series, has_diverged, read_files

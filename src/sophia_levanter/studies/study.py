@@ -13,8 +13,7 @@ from typing import Any
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import build_config
 from sophia_levanter.config.files import Layer, Setting, read_layers, show_value
-from sophia_levanter.errors import InputError
-from sophia_levanter.printing import one_line, shortened
+from sophia_levanter.errors import InputError, one_line, shortened
 
 ARM_FIELDS = ("config", "settings", "grid", "tokens", "seeds", "warmup_fraction", "final_fraction")
 STUDY_FIELDS = (*(name for name in ARM_FIELDS if name != "grid"), "evaluations", "baseline", "arms")

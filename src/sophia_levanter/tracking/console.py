@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Column, Table
 from rich.text import Text
 
-from sophia_levanter.printing import one_line
+from sophia_levanter.errors import one_line
 from sophia_levanter.status import report_resumed, report_step
 
 # Columns of a terminal from which on there is room for a bar, and for the time that has passed; and of these two.

@@ -15,9 +15,8 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.registries import CALLBACKS
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.data.batches import Verification
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.models.language_model import LanguageModel
-from sophia_levanter.printing import one_line
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.trackers import Trackers
 from sophia_levanter.training.checkpoints import RunCheckpoints

@@ -13,9 +13,9 @@ from typing import Any
 from sophia_levanter.checkpoint import JSON, Retention, Saver
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.build import encode
-from sophia_levanter.exit_status import FAILURE
+from sophia_levanter.errors import one_line
 from sophia_levanter.partition.messages import Processes
-from sophia_levanter.printing import one_line
+from sophia_levanter.status import FAILURE
 from sophia_levanter.training.step import TrainState
 
 # Seconds for the loop to see that a save has failed, before the process ends all the same: of several processes one

@@ -9,9 +9,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.optim._trees import plain, trainable
-from sophia_levanter.printing import one_line
 
 if TYPE_CHECKING:
     from sophia_levanter.training.step import TrainState

@@ -10,7 +10,7 @@ import threading
 import time
 from types import FrameType
 
-from sophia_levanter.exit_status import FAILURE
+from sophia_levanter.status import FAILURE
 
 
 class StopRequest:

@@ -29,8 +29,7 @@ from sophia_levanter.cluster.config import RayCluster
 from sophia_levanter.cluster.ray.worker import Board, run_host
 from sophia_levanter.cluster.tpu_shapes import GENERATIONS, TpuShape
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import BAD_INPUT, DONE, FAILURE, PREEMPTED
-from sophia_levanter.status import report_failure
+from sophia_levanter.status import BAD_INPUT, DONE, FAILURE, PREEMPTED, report_failure
 
 POLL_SECONDS = 0.5
 FENCE_SECONDS = 5.0

@@ -25,7 +25,7 @@ from ray.util.tpu import get_tpu_coordinator_env_vars
 from sophia_levanter.cluster.backend import training_command
 from sophia_levanter.cluster.host import kill_group, start_process
 from sophia_levanter.cluster.local import free_port
-from sophia_levanter.exit_status import DONE, FAILURE, PREEMPTED
+from sophia_levanter.status import DONE, FAILURE, PREEMPTED
 
 POLL_SECONDS = 0.5
 BARRIER_SECONDS = 15.0

@@ -15,8 +15,8 @@ from sophia_levanter.cluster.config import SlurmCluster
 from sophia_levanter.cluster.record import STOP
 from sophia_levanter.cluster.slurm import SlurmBackend, ask, last_line
 from sophia_levanter.errors import InputError
-from sophia_levanter.exit_status import FAILURE, INTERRUPTED, PREEMPTED
 from sophia_levanter.files import read_regular
+from sophia_levanter.status import FAILURE, INTERRUPTED, PREEMPTED
 
 NUMBER = "slurm_job"  # a file beside the script, with the job's
 # Ends of a job with which sbatch --wait may say 0 although the run is not done.

@@ -13,8 +13,8 @@ from sophia_levanter.commands.checkpoints import main as checkpoints
 from sophia_levanter.commands.compare import main as compare
 from sophia_levanter.commands.report import main as report
 from sophia_levanter.data.tokenizer import printable
+from sophia_levanter.errors import CONTROLS, one_line, shortened
 from sophia_levanter.main import main as train
-from sophia_levanter.printing import CONTROLS, one_line, shortened
 from sophia_levanter.studies.runs import Run
 from written_runs import run_config, write_run
 
