@@ -105,15 +105,15 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
                 f"--resume {directory.path}: {name} was {old} and is {new}, but the run has begun; "
                 "another --trainer.run_dir starts one"
             )
-    if not _is_same_text(restored.metadata["data"], run.facts["data"]):
+    if not _is_same_text(restored.metadata["data"], run.provenance["data"]):
         raise InputError(
             f"--resume {directory.path}: the training text is another one than the run began with: "
-            f"{run.facts['data']} now, {restored.metadata['data']} then; bring it back, or start another run"
+            f"{run.provenance['data']} now, {restored.metadata['data']} then; bring it back, or start another run"
         )
-    if not _is_same_text(restored.metadata["validation"], run.facts["validation"]):
+    if not _is_same_text(restored.metadata["validation"], run.provenance["validation"]):
         console.line("the validation text is another one than the run began with; its losses do not compare")
     console.resumed(restored.step, directory.path)
-    began_with, now = restored.metadata["environment"], run.facts["environment"]
+    began_with, now = restored.metadata["environment"], run.provenance["environment"]
     if began_with != now:
         console.line(f"losses may differ in their last bits: the run began with {began_with}, and this is {now}")
     for name, old, new in changed_fields(old_config, run.config):
@@ -167,7 +167,7 @@ def best_so_far(run: Run, restored: Restored[TrainState]) -> dict[str, Any] | No
     saved_config: Any = restored.metadata["config"]
     windows = saved_config.get("trainer", {}).get("evaluation_windows")
     same_windows = windows == run.config.trainer.evaluation_windows
-    same_text = _is_same_text(restored.metadata["validation"], run.facts["validation"])
+    same_text = _is_same_text(restored.metadata["validation"], run.provenance["validation"])
     best: Any = restored.metadata.get("best")
     is_sound = isinstance(best, dict) and isinstance(best.get("step"), int)
     is_sound = is_sound and isinstance(best.get("validation/loss"), float)

@@ -125,7 +125,7 @@ class Run:
         batches: of the training corpus.
         validation: the windows of the validation corpus.
         verification: compares the prepared text with its digests while the run trains.
-        facts: what besides the configuration decides the numbers; saved with each checkpoint.
+        provenance: what besides the configuration decides the numbers; saved with each checkpoint.
         restored: the checkpoint that the run went on from last, if any.
         loop: the last loop of steps; None before the first.
 
@@ -181,13 +181,13 @@ class Run:
         )
         self.verification = Verification(corpora, cache_directory(config.data), self.processes)
         devices = {"device": mesh.devices.flat[0].device_kind, "device_count": mesh.size}
-        self.facts: dict[str, Any] = {
+        self.provenance: dict[str, Any] = {
             "environment": {**recorded_environment(), **devices},
             "data": self.data.train.facts,
             "validation": self.data.validation.facts,
             "code": code_version(),
         }
-        check_agreement("the text", json.dumps([self.facts["data"], self.facts["validation"]]))
+        check_agreement("the text", json.dumps([self.provenance["data"], self.provenance["validation"]]))
 
     @property
     def initial_state(self) -> Callable[[], TrainState]:
@@ -335,7 +335,7 @@ class Run:
             self.directory.path,
             run_id=self._run_id,
             first_step=step,
-            facts={**encode(self.config), "code": self.facts["code"]},
+            facts={**encode(self.config), "code": self.provenance["code"]},
             max_grad_norm=self.config.trainer.max_grad_norm,
             console=self.console,
         )
@@ -351,7 +351,7 @@ class Run:
         checkpoints = RunCheckpoints(
             self.directory.checkpoints,
             self.config,
-            self.facts,
+            self.provenance,
             run_id=self._run_id,
             processes=self.processes,
             best=best,

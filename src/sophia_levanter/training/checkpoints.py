@@ -37,7 +37,7 @@ class RunCheckpoints:
     Args:
         directory: a path, or a `gs://` or `s3://` URL.
         config: the run's configuration, which is saved too.
-        facts: what besides the configuration decides the numbers, to be saved too.
+        provenance: what besides the configuration decides the numbers, to be saved too.
         run_id: of the run.
         processes: those of the run.
         best: step and validation loss of the best checkpoint so far, as saved with the one that the run goes on from.
@@ -50,7 +50,7 @@ class RunCheckpoints:
         self,
         directory: Path | str,
         config: TrainConfig,
-        facts: Mapping[str, Any],
+        provenance: Mapping[str, Any],
         *,
         run_id: str,
         processes: Processes,
@@ -59,7 +59,7 @@ class RunCheckpoints:
     ) -> None:
         self.saved_step = saved_step
         self._trainer = config.trainer
-        self._metadata: dict[str, JSON] = {**facts, "config": encode(config)}
+        self._metadata: dict[str, JSON] = {**provenance, "config": encode(config)}
         self._best = best
         on_failure = _end_soon if processes.count > 1 else None
         self._saver = Saver(directory, run_id=run_id, processes=processes, on_failure=on_failure)
