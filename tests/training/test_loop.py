@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sophia_levanter.batch import batch_from_windows
 from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.optim import AdamW
+from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.callbacks import Callback
-from sophia_levanter.training.loop import CompiledSteps, Loop
-from sophia_levanter.training.step import StepOutput
+from sophia_levanter.training.loop import CompiledSteps, Loop, compile_steps
+from sophia_levanter.training.step import StepOutput, StepSettings, TrainState
 
 STEP_SECONDS, STALL_SECONDS, TOKENS = 0.1, 0.5, 8
 
@@ -74,3 +77,25 @@ def test_a_step_takes_as_long_as_its_result(rates_of, stall):
     rates = rates_of(**stall)
     assert len(rates) == 10
     assert max(rates) < 4 * TOKENS / STEP_SECONDS  # a busy machine sees some ends late
+
+
+def test_steps_are_compiled_once_for_runs_with_the_same_settings(make_model):
+    traced = []
+
+    def count(trees):
+        traced.append(trees)
+        return {}
+
+    def compile_with(max_grad_norm):
+        settings = StepSettings(optimizer, max_grad_norm=max_grad_norm, metrics=(("count", count),))
+        with partition.active():
+            compile_steps(settings, partition, batch, state, 2, lambda line: None)
+
+    optimizer, partition = AdamW(learning_rate=1e-3), partition_of(devices=jax.devices()[:1])
+    state = partition.place(TrainState.init(make_model(), optimizer))
+    batch = partition.place(batch_from_windows(np.zeros((2, 9), np.int32)))
+    numbers = []
+    for max_grad_norm in (1.0, 1.0, 2.0, 1.0):
+        compile_with(max_grad_norm)
+        numbers.append(len(traced))
+    assert numbers == [1, 1, 2, 2]
