@@ -50,7 +50,7 @@ class Budgets:
         """Count an attempt that was preempted, failed or could not begin.
 
         Returns:
-            Why there is to be no other; None if there is.
+            Why no further attempt may start; None if one may.
         """
         if outcome.kind == "preempted":
             self.preemptions += 1

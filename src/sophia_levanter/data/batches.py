@@ -248,7 +248,7 @@ def bigram_bits_per_byte(train: Tokens, windows: Iterable[np.ndarray], tokenizer
     """Bits that a byte-bigram model counted on `train` needs for a byte of validation text, for a model to beat.
 
     As with a language model, the first token of each window is context only and the others are predicted. End-of-text
-    costs bits but is not a byte of text. The first `BIGRAM_BYTES` of `train` are counted. nan if there is no text.
+    costs bits but is not a byte of text. The first `BIGRAM_BYTES` of `train` are counted. nan for an empty text.
     """
     spelled = [np.frombuffer(token, np.uint8) for token in tokenizer.token_bytes]
     spelled[tokenizer.end_of_text] = np.array([NUM_BYTES])  # a symbol of its own

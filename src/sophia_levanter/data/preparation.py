@@ -94,7 +94,7 @@ class Preparation:
             so that what was prepared before an error is found when they are corrected.
 
     Raises:
-        InputError: if there is no such source.
+        InputError: if the source does not exist.
     """
 
     def __init__(self, named: DataSource, job: Job, held_out: float | None = None) -> None:

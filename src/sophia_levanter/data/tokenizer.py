@@ -167,7 +167,7 @@ def load_bpe(path: str) -> tiktoken.Encoding:
     """The encoding that `save_bpe` wrote; end-of-text comes after all other tokens.
 
     Raises:
-        InputError: if there is no such file, or it is not in tiktoken's format.
+        InputError: if the file does not exist or is not in tiktoken's format.
     """
     try:
         # Not by tiktoken's own function, which keeps a copy of a path's first content in its cache.
@@ -183,7 +183,7 @@ def load_bpe(path: str) -> tiktoken.Encoding:
     except OSError as error:
         raise InputError(f"data.tokenizer: {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise InputError(f"data.tokenizer: {path} is no file of tiktoken's: {error}") from error
+        raise InputError(f"data.tokenizer: {path} is not in tiktoken's format: {error}") from error
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -124,7 +124,7 @@ def test_bad_input(arguments, wanted, cluster_file, tmp_path, capsys):
 def test_gcloud_is_missing(cluster_file, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     assert tpu.main(["list", "--cluster", cluster_file]) == 2
-    assert "there is no gcloud command; install it" in capsys.readouterr().err
+    assert "the gcloud command was not found; install it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class GcloudBackend:
             poll: seconds between two looks at what is waited for.
 
         Raises:
-            InputError: if there is no name for the queued resource.
+            InputError: if the queued resource has no name.
         """
         self.num_processes = cluster.num_processes
         self._cluster = cluster
@@ -177,7 +177,7 @@ class GcloudBackend:
         return commands
 
     def _copies(self, job: Job) -> list[list[str]]:
-        # gcloud takes what comes before a colon for a host, if there is no slash before it.
+        # gcloud reads the text before a colon as a host unless a slash precedes it.
         files = [os.path.abspath(file) for file in self._cluster.files]
         commands, config = self._commands, os.path.abspath(job.config_file)
         copies = [commands.scp(node, [config], commands.config_file) for node in commands.node_names]

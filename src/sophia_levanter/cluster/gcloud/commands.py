@@ -262,7 +262,7 @@ def call(words: Sequence[str], stopped: Callable[[], bool] = never) -> Answer:
 
 def missing_gcloud() -> str:
     """What is said where gcloud is not installed."""
-    return "backend gcloud: there is no gcloud command; install it from https://cloud.google.com/sdk/docs/install"
+    return "backend gcloud: the gcloud command was not found; install it from https://cloud.google.com/sdk/docs/install"
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,7 @@ class QueuedResource:
         self.ours = False
 
     def state(self, stopped: Callable[[], bool] = never) -> tuple[str, str] | Answer | None:
-        """Its state with what is said of it, None if there is no such queued resource, or an error.
+        """Its state and message; None if the queued resource does not exist, or an error.
 
         Raises:
             InputError: if there is another one of that name, or it may not be asked for.
