@@ -261,7 +261,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_folder_that_datasets_did_not_save(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no folder that `datasets` saved"):
+    with pytest.raises(InputError, match="was not saved by `datasets`"):
         _ = source(f"datasets:{tmp_path}").identity
 
 

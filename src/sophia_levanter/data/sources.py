@@ -197,8 +197,8 @@ class DatasetSource(Source):
     """The rows of a Hugging Face dataset as documents; those without text are left out.
 
     Raises:
-        InputError: if an option is unknown or has a wrong value, `datasets` is not installed, the dataset does not exist,
-            configuration, split or field, or the hub cannot be reached.
+        InputError: if an option is unknown or has a wrong value, `datasets` is not installed, the dataset, configuration, split
+            or field does not exist, or the hub cannot be reached.
     """
 
     def __init__(self, name: str, rows: Rows) -> None:
@@ -233,9 +233,7 @@ class DatasetSource(Source):
         if self._scheme == "hub" and not os.path.isdir(self._path):
             return [[]]
         if self._scheme == "datasets" and not any((folder / mark).is_file() for mark in DATASET_MARKS):
-            raise InputError(
-                f"{self.rows.field}: {folder} was not saved by `datasets`: it has no {DATASET_MARKS[0]}"
-            )
+            raise InputError(f"{self.rows.field}: {folder} was not saved by `datasets`: it has no {DATASET_MARKS[0]}")
         files = sorted((str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*"))
         return [[str(folder), files]]
 

@@ -151,7 +151,9 @@ def test_another_queued_resource_of_that_name_is_left_alone(api, job):
 
 def test_gcloud_is_missing(job, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(InputError, match=r"the gcloud command was not found; install it from https://cloud.google.com/sdk"):
+    with pytest.raises(
+        InputError, match=r"the gcloud command was not found; install it from https://cloud.google.com/sdk"
+    ):
         backend().prepare(job, 1, lambda text: None, lambda: False)
 
 
