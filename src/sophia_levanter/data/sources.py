@@ -197,8 +197,8 @@ class DatasetSource(Source):
     """The rows of a Hugging Face dataset as documents; those without text are left out.
 
     Raises:
-        InputError: if an option is unknown or has a wrong value, `datasets` is not installed, the dataset, configuration, split
-            or field does not exist, or the hub cannot be reached.
+        InputError: if an option is unknown or has a wrong value, `datasets` is not installed, the dataset,
+            configuration, split or field does not exist, or the hub cannot be reached.
     """
 
     def __init__(self, name: str, rows: Rows) -> None:
