@@ -10,8 +10,8 @@ from typing import Any
 
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.build import schema
+from sophia_levanter.config.command_line import fields_of
 from sophia_levanter.config.files import show_value
-from sophia_levanter.config.help import fields_of
 from sophia_levanter.config.settings import declaration
 
 MARK = re.compile(r"^<!-- fields of ([\w.]+)(?: (\w+))? -->$", re.MULTILINE)

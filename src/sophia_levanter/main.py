@@ -77,7 +77,7 @@ def _run(argv: Sequence[str]) -> int:
     from jax.errors import JaxRuntimeError
 
     from sophia_levanter.checkpoint import CheckpointError
-    from sophia_levanter.partition.messages import NoAnswer
+    from sophia_levanter.partition.processes import NoAnswer
     from sophia_levanter.run.run import train
     from sophia_levanter.training.callbacks import TrainingFailed
 
@@ -105,7 +105,7 @@ def plan_run(command: Command) -> tuple[RunDirectory, TrainConfig]:
         InputError: if a launcher, a missing package or the run directory is in the way. Nothing is written.
     """
     from sophia_levanter.config.mesh import check_launcher
-    from sophia_levanter.config.tracking import check_installed
+    from sophia_levanter.config.run import check_installed
     from sophia_levanter.run.directory import choose_run_directory
 
     assert command.config is not None

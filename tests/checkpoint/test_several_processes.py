@@ -27,7 +27,7 @@ if count > 1:
     jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds={HEARTBEAT})
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import CheckpointError, Retention, Saver, restore, saving
-from sophia_levanter.partition.messages import Processes
+from sophia_levanter.partition.processes import Processes
 
 processes = Processes.of_this_run()
 assert (processes.index, processes.count) == (index, count)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from sophia_levanter.checkpoint import Retention, arrays, read_step, restore, save, shards
+from sophia_levanter.checkpoint import Retention, arrays, read_step, restore, save
 
 directory = Path(sys.argv[1])
 devices = np.array(jax.devices())
@@ -53,7 +53,7 @@ sizes = lambda step, leaf: {p.stat().st_size - 4 for p in directory.glob(f"step-
 assert names(1, "rows") == [f"c.{i}.0" for i in range(4)] and sizes(1, "rows") == {4 * 6 * 4}
 assert names(1, "grid") == [f"c.{i}.{j}" for i in range(4) for j in range(2)] and sizes(1, "grid") == {2 * 4 * 4}
 assert names(1, "replicated") == ["c.0"] and names(1, "scalar") == ["c"]
-assert len(shards.host_arrays(placed(meshes[8]))[2].parts) == 1  # and not once a replica
+assert len(arrays.host_arrays(placed(meshes[8]))[2].parts) == 1  # and not once a replica
 assert names(2, "grid") == ["c.0.0"] and names(3, "grid") == [f"c.{i}.{j}" for i in range(2) for j in range(2)]
 
 # A step that donates what was restored does not write into another device's replica.

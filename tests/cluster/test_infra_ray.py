@@ -20,8 +20,8 @@ from infra_checks import (
 )
 
 from sophia_levanter.cluster.config import RayCluster, read_cluster
-from sophia_levanter.cluster.tpu_shapes import tpu_shape
 from sophia_levanter.config.command_line import parse_command_line
+from sophia_levanter.planning.target import tpu_shape
 
 CLUSTERS = sorted(path.name for path in RAY.glob("cluster_*.yaml"))
 RAYJOBS = sorted(path.name for path in RAY.glob("rayjob*.yaml"))

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sophia_levanter.cluster.tpu_shapes import GENERATIONS, shapes_of, tpu_shape
 from sophia_levanter.errors import InputError
-from sophia_levanter.planning.target import GIB
+from sophia_levanter.planning.target import GENERATIONS, GIB, shapes_of, tpu_shape
 
 INFRA = Path(__file__).parents[2] / "infra" / "tpu"
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sophia_levanter.studies.records import Record, read_records
-from sophia_levanter.studies.results import collect
+from sophia_levanter.studies.results import Record, collect, read_records
 from sophia_levanter.studies.study import plan, read_study
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from sophia_levanter.commands import sample
-from sophia_levanter.config.sampling import Sampling
+from sophia_levanter.config.trainer import Sampling
 from sophia_levanter.data.tokenizer import ByteTokenizer
 from sophia_levanter.main import main
 

@@ -6,12 +6,12 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.config import tracking as tracking_config
-from sophia_levanter.config.tracking import TrackingConfig, check_installed
+from sophia_levanter.config import run as run_config
+from sophia_levanter.config.run import TrackingConfig, check_installed
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
 from sophia_levanter.run.directory import check_same_run
-from sophia_levanter.studies.records import flat_config
+from sophia_levanter.studies.results import flat_config
 
 OTHER = TrackingConfig("offline", "project", "entity", "name", "group", True)
 
@@ -47,7 +47,7 @@ def test_bad_values(values, message):
     ],
 )
 def test_a_package_that_is_not_there(spec, option, message, monkeypatch, config_file, tmp_path, capsys):
-    monkeypatch.setattr(tracking_config, "find_spec", lambda name: spec)
+    monkeypatch.setattr(run_config, "find_spec", lambda name: spec)
     run_dir = tmp_path / "run"
     assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir), *option]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
@@ -56,7 +56,7 @@ def test_a_package_that_is_not_there(spec, option, message, monkeypatch, config_
 
 def test_what_is_installed_or_not_asked_for_is_no_error(monkeypatch):
     check_installed(OTHER)
-    monkeypatch.setattr(tracking_config, "find_spec", lambda name: None)
+    monkeypatch.setattr(run_config, "find_spec", lambda name: None)
     check_installed(TrackingConfig())
 
 

@@ -29,7 +29,7 @@ from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import NotRegular
-from sophia_levanter.partition.messages import PATIENCE, Processes
+from sophia_levanter.partition.processes import PATIENCE, Processes
 
 MakeStore = Callable[..., TokenStore]
 

@@ -405,3 +405,10 @@ def test_a_run_warns_or_does_not_begin(config_file: Path, text_file: Path, tmp_p
     assert not (tmp_path / "run").exists()
     assert main(command) == 0
     assert "WARNING: data.validation: 1 of its 1 documents are also in data.train" in capfd.readouterr().out
+
+
+def test_the_former_places_of_prepare_and_its_settings_work_for_one_more_release() -> None:
+    from sophia_levanter.data import config as former_config
+    from sophia_levanter.data import prepare as former
+
+    assert former.prepare is prepare and former_config.DataConfig is DataConfig

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.config.mesh import MeshConfig
-from sophia_levanter.config.sampling import Sampling
+from sophia_levanter.config.trainer import Sampling
 from sophia_levanter.errors import InputError
 from sophia_levanter.models import sampling as sampling_module
 from sophia_levanter.models.sampling import generate, restricted

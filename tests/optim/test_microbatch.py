@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.optim import split_microbatches
-from sophia_levanter.optim._microbatch import num_microbatches, sum_over_microbatches
+from sophia_levanter.optim._gradients import num_microbatches, sum_over_microbatches
 
 ROWS = np.arange(24, dtype=np.float32).reshape(12, 2)
 

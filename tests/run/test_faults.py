@@ -25,7 +25,7 @@ from sophia_levanter.data import token_store
 from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.main import main
 from sophia_levanter.tracking.jsonl import JsonLines
-from sophia_levanter.training.feed import BatchLoader
+from sophia_levanter.training.loop import BatchLoader
 
 
 def metrics(run_dir: Path, name: str = "train/loss") -> dict[int, float | None]:

@@ -10,7 +10,7 @@ import pytest
 import wandb_files
 from fake_wandb import fake_wandb
 
-from sophia_levanter.config.tracking import TrackingConfig
+from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.tracking.wandb import Wandb
 
 SECRET = "s3cr3t" * 8
@@ -19,7 +19,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from sophia_levanter.tracking import wandb as tracking_wandb
-from sophia_levanter.config.tracking import TrackingConfig
+from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.trackers import start_optional
 tracking_wandb.INIT_SECONDS, tracking_wandb.FINISH_SECONDS = int(sys.argv[2]), 3

@@ -19,7 +19,7 @@ from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.feed import BatchLoader
+from sophia_levanter.training.loop import BatchLoader
 
 STEPS = 1000
 
@@ -86,7 +86,7 @@ from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.partition.processes import start_processes
 from sophia_levanter.config.trainer import TrainerConfig
-from sophia_levanter.training.feed import BatchLoader
+from sophia_levanter.training.loop import BatchLoader
 
 store, out, steps, address, count, number = sys.argv[1:]
 if int(count) > 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from sophia_levanter.checkpoint.arrays import with_digests, write_arrays
+from sophia_levanter.checkpoint.arrays import HostArray, copied_to_host, host_arrays, with_digests, write_arrays
 from sophia_levanter.checkpoint.manifest import (
     JSON,
     CheckpointError,
@@ -20,12 +20,10 @@ from sophia_levanter.checkpoint.manifest import (
     encode_manifest,
     one_line,
 )
-from sophia_levanter.checkpoint.restoring import is_intact
-from sophia_levanter.checkpoint.shards import HostArray, copied_to_host, host_arrays
+from sophia_levanter.checkpoint.restoring import arrays_of, is_intact
 from sophia_levanter.checkpoint.storage import Stage, Storage, step_name, storage_at
-from sophia_levanter.checkpoint.tree import arrays_of
 from sophia_levanter.errors import InputError
-from sophia_levanter.partition.messages import PATIENCE, NoAnswer, Processes
+from sophia_levanter.partition.processes import PATIENCE, NoAnswer, Processes
 
 # All processes save in the same order, and so agree on the number of a save.
 _numbers = itertools.count()

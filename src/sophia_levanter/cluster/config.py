@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from draccus import ChoiceRegistry
 
-from sophia_levanter.cluster.tpu_shapes import TpuShape, tpu_shape
 from sophia_levanter.config.build import build
 from sophia_levanter.config.files import read_layers
 from sophia_levanter.config.settings import Settings, setting
 from sophia_levanter.errors import InputError
+from sophia_levanter.planning.target import TpuShape, tpu_shape
 
 if TYPE_CHECKING:
     from sophia_levanter.cluster.backend import Backend, Job
@@ -114,7 +114,7 @@ class LocalCluster(ClusterConfig):
     processes: int = setting(1, "number of processes of the run", low=1, high=1024)
 
     def build(self, job: Job) -> Backend:
-        from sophia_levanter.cluster.local import LocalBackend
+        from sophia_levanter.cluster.backend import LocalBackend
 
         return LocalBackend(self)
 

@@ -18,7 +18,7 @@ from sophia_levanter.data.tokenizer import NUM_BYTES, Tokenizer
 from sophia_levanter.errors import InputError
 
 if TYPE_CHECKING:
-    from sophia_levanter.partition.messages import Processes
+    from sophia_levanter.partition.processes import Processes
 
 # Seconds that other processes wait while one reads a large corpus.
 READING_PATIENCE = 3600.0
@@ -323,7 +323,7 @@ class Verification:
         if self._wait(stopping) and self._failure is None:
             self._thread = self._start(lambda corpus: corpus.check_unchanged())
             self._wait(stopping)
-        from sophia_levanter.partition.messages import PATIENCE
+        from sophia_levanter.partition.processes import PATIENCE
 
         mine = json.dumps(self._found())
         name, patience = f"{self._name}/{self._finishes}", PATIENCE if self._finishes else READING_PATIENCE

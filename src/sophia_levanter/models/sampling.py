@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from haliax import Axis, NamedArray
 
-from sophia_levanter.config.sampling import Sampling
+from sophia_levanter.config.trainer import Sampling
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.optim._categorical import sample_categorical
 

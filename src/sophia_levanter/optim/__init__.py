@@ -4,14 +4,12 @@ Needs jax, equinox, optax and jaxtyping, and nothing else of this project.
 """
 
 from sophia_levanter.optim._averages import Curvature, Momentum, SophiaState
-from sophia_levanter.optim._baselines import AdamW, BaselineState, Lion, OptaxOptimizer
+from sophia_levanter.optim._baselines import AdamW, BaselineState, Lion, Muon, OptaxOptimizer
 from sophia_levanter.optim._gauss_newton import EmpiricalFisher, GaussNewtonBartlett
-from sophia_levanter.optim._gradients import GradientSums, RefreshStep, value_grad_and_curvature
+from sophia_levanter.optim._gradients import GradientSums, RefreshStep, split_microbatches, value_grad_and_curvature
 from sophia_levanter.optim._hutchinson import GaussNewtonHutchinson, Hutchinson
 from sophia_levanter.optim._kronecker import Coordinates, KroneckerBasis
 from sophia_levanter.optim._likelihood import Bernoulli, Categorical, Likelihood, Normal
-from sophia_levanter.optim._microbatch import split_microbatches
-from sophia_levanter.optim._muon import Muon
 from sophia_levanter.optim._presets import ReproducedSophia, SophiaG, SophiaH, sophia_g
 from sophia_levanter.optim._protocol import Estimator, MatrixWork, Optimizer
 from sophia_levanter.optim._rho import ScheduledRho, WinRateController

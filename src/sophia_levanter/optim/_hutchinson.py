@@ -19,7 +19,7 @@ from sophia_levanter.optim._checks import (
     check_scalar,
     whole_number,
 )
-from sophia_levanter.optim._gradients import GradientSums, RefreshStep
+from sophia_levanter.optim._gradients import GradientSums, RefreshStep, num_microbatches, sum_over_microbatches
 from sophia_levanter.optim._kronecker import Coordinates
 from sophia_levanter.optim._likelihood import (
     Categorical,
@@ -28,7 +28,6 @@ from sophia_levanter.optim._likelihood import (
     check_microbatch_weights,
     target_weights,
 )
-from sophia_levanter.optim._microbatch import num_microbatches, sum_over_microbatches
 from sophia_levanter.optim._trees import plain, trainable, upcast
 
 PROBES = ("rademacher", "gaussian")

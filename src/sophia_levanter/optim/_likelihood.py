@@ -18,7 +18,7 @@ from jaxtyping import Array, Key, PyTree
 
 from sophia_levanter.optim._categorical import categorical_loss, sample_categorical
 from sophia_levanter.optim._checks import check_count, check_not_negative, check_number, whole_number
-from sophia_levanter.optim._microbatch import num_microbatches
+from sophia_levanter.optim._gradients import num_microbatches
 from sophia_levanter.optim._trees import axis_names, is_named, plain
 
 

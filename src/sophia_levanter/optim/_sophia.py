@@ -12,7 +12,16 @@ from equinox import AbstractClassVar
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from sophia_levanter.optim._algorithm import last_rho, refreshed, updated, win_rate
-from sophia_levanter.optim._averages import COUNTS, Curvature, Momentum, SophiaState, WeightDecay, check_state
+from sophia_levanter.optim._averages import (
+    COUNTS,
+    Curvature,
+    Momentum,
+    SophiaState,
+    WeightDecay,
+    check_state,
+    gradient_noise,
+    state_metrics,
+)
 from sophia_levanter.optim._checks import (
     check_bool,
     check_flag,
@@ -22,7 +31,6 @@ from sophia_levanter.optim._checks import (
     python_number,
 )
 from sophia_levanter.optim._kronecker import KroneckerBasis
-from sophia_levanter.optim._noise import gradient_noise, state_metrics
 from sophia_levanter.optim._optax import (
     as_optax,
     check_gradient_transform,

@@ -15,7 +15,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.build import flat
 from sophia_levanter.config.command_line import Command, dump_config, load_config
 from sophia_levanter.config.data import MixturePart
-from sophia_levanter.config.tracking import TrackingConfig
+from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.data.sources import absolute_source, absolute_tokenizer
 from sophia_levanter.errors import DirectoryInUse, InputError
 

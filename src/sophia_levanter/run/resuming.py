@@ -15,8 +15,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import config_in, load_config
 from sophia_levanter.config.settings import free_settings
 from sophia_levanter.errors import InputError
-from sophia_levanter.partition.messages import PATIENCE, Processes
-from sophia_levanter.partition.processes import wait_for_all
+from sophia_levanter.partition.processes import PATIENCE, Processes, wait_for_all
 from sophia_levanter.run.directory import RUN_ID, RunDirectory, changed_fields, check_same_run
 from sophia_levanter.run.loading import newest_manifest
 from sophia_levanter.tracking.console import Console

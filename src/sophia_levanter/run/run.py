@@ -28,8 +28,13 @@ from sophia_levanter.data.preparation import cache_directory
 from sophia_levanter.data.tokenizer import load_tokenizer, token_byte_lengths
 from sophia_levanter.models.language_model import LanguageModel, abstract_model
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.partition.messages import Processes
-from sophia_levanter.partition.processes import check_agreement, is_first_process, start_processes, wait_for_all
+from sophia_levanter.partition.processes import (
+    Processes,
+    check_agreement,
+    is_first_process,
+    start_processes,
+    wait_for_all,
+)
 from sophia_levanter.run.directory import RunDirectory
 from sophia_levanter.run.loading import keep_tokenizer, read_initial_weights, with_kept_tokenizer
 from sophia_levanter.run.provenance import (
@@ -64,8 +69,7 @@ from sophia_levanter.training.callbacks import (
 from sophia_levanter.training.checkpoints import RunCheckpoints
 from sophia_levanter.training.costs import peak_flops
 from sophia_levanter.training.evaluation import Evaluator
-from sophia_levanter.training.feed import BatchLoader
-from sophia_levanter.training.loop import Loop
+from sophia_levanter.training.loop import BatchLoader, Loop
 from sophia_levanter.training.metrics import check_results
 from sophia_levanter.training.step import StepSettings, TrainState, initial_state
 from sophia_levanter.training.stopping import StopRequest, Watchdog

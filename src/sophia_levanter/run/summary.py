@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import equinox as eqx
 import jax
 
-from sophia_levanter.config.sampling import Sampling
+from sophia_levanter.config.trainer import Sampling
 from sophia_levanter.data.batches import bigram_bits_per_byte
 from sophia_levanter.data.tokenizer import printable
 from sophia_levanter.models.sampling import generate

@@ -9,7 +9,7 @@ from typing import Any
 
 import wandb
 
-from sophia_levanter.config.tracking import TrackingConfig
+from sophia_levanter.config.run import TrackingConfig
 
 Say = Callable[[str], None]
 

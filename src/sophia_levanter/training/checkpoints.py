@@ -14,7 +14,7 @@ from sophia_levanter.checkpoint import JSON, Retention, Saver
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.build import encode
 from sophia_levanter.errors import one_line
-from sophia_levanter.partition.messages import Processes
+from sophia_levanter.partition.processes import Processes
 from sophia_levanter.status import FAILURE
 from sophia_levanter.training.step import TrainState
 

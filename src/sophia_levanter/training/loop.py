@@ -1,4 +1,4 @@
-"""The host's side of training: which step runs next, and when callbacks act."""
+"""The host's side of training: batches on their way to the devices, which step runs next, and when callbacks act."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import equinox as eqx
+import grain
 import jax
+import numpy as np
 
-from sophia_levanter.batch import Batch
+from sophia_levanter.batch import Batch, batch_from_windows
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.optim import Optimizer
@@ -21,9 +23,55 @@ from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.partition.processes import all_stop
 from sophia_levanter.training.callbacks import Callback, Evaluating, Monitor, Pause, Saving, StepReport
 from sophia_levanter.training.costs import show_bytes, step_bytes
-from sophia_levanter.training.feed import BatchLoader
 from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, train_step
 from sophia_levanter.training.stopping import StopRequest
+
+READ_THREADS = 2
+BATCHES_AHEAD = 2  # are on the devices, or on their way there
+
+
+class Batches(Protocol):
+    """Windows of a step; a pure function of the step."""
+
+    def rows(self, step: int, wanted: np.ndarray, *, skipped_windows: int) -> np.ndarray:
+        """int32 [batch, position + 1], in which only the `wanted` rows need be right."""
+        ...
+
+
+@dataclass(frozen=True)
+class BatchLoader:
+    """Puts batches on the devices; of several processes each reads only the rows that its own devices have.
+
+    Attributes:
+        batches: the windows.
+        partition: the devices.
+        config: the batch sizes, and into how many microbatches they fall.
+        skipped_windows: of the order of the windows, that the run has passed over.
+    """
+
+    batches: Batches
+    partition: Partition
+    config: TrainerConfig
+    skipped_windows: int = 0
+
+    def load(self, step: int) -> Batch:
+        """The batch of a step, [microbatch, batch, position], on the devices.
+
+        Raises:
+            InputError: if the corpus is damaged there.
+        """
+        trainer = self.config.at_step(int(step))
+        size = trainer.batch_size // trainer.num_microbatches
+        rows = self.partition.rows_of_this_process(size)
+        wanted = (np.arange(trainer.num_microbatches)[:, None] * size + rows).ravel()
+        windows = self.batches.rows(int(step), wanted, skipped_windows=self.skipped_windows)
+        return self.partition.place(batch_from_windows(windows, num_microbatches=trainer.num_microbatches))
+
+    def load_all(self, first: int, stop: int) -> Iterator[Batch]:
+        """The batches of the steps in `[first, stop)`, of which the next few are loaded meanwhile."""
+        steps = grain.MapDataset.range(first, stop).map(self.load)
+        return iter(steps.to_iter_dataset(grain.ReadOptions(READ_THREADS, BATCHES_AHEAD)))
+
 
 NO_WAIT_SECONDS = 1e-3
 

@@ -25,8 +25,7 @@ from sophia_levanter.models.attention import forward_differentiable
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.optim import Optimizer, RefreshStep
 from sophia_levanter.optim._checks import value_at
-from sophia_levanter.optim._gradients import LossesFn
-from sophia_levanter.optim._microbatch import split_at
+from sophia_levanter.optim._gradients import LossesFn, split_at
 from sophia_levanter.optim._trees import is_named, norm
 from sophia_levanter.partition.mesh import shard_params
 from sophia_levanter.training.metrics import Metric, StepTrees, measure

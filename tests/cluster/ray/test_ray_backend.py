@@ -9,14 +9,13 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from sophia_levanter.cluster.backend import Job, Unavailable
+from sophia_levanter.cluster.backend import Job, Unavailable, free_port
 from sophia_levanter.cluster.config import RayCluster
-from sophia_levanter.cluster.local import free_port
 from sophia_levanter.cluster.ray import RayBackend, driver
 from sophia_levanter.cluster.ray.driver import broken_slices
 from sophia_levanter.cluster.ray.worker import Board
-from sophia_levanter.cluster.tpu_shapes import GENERATIONS, shapes_of, tpu_shape
 from sophia_levanter.errors import InputError
+from sophia_levanter.planning.target import GENERATIONS, shapes_of, tpu_shape
 
 
 def job_in(tmp_path):

@@ -27,8 +27,8 @@ from ray.util.tpu import get_tpu_slice_name_from_node
 
 from sophia_levanter.cluster.config import RayCluster
 from sophia_levanter.cluster.ray.worker import Board, run_host
-from sophia_levanter.cluster.tpu_shapes import GENERATIONS, TpuShape
 from sophia_levanter.errors import InputError
+from sophia_levanter.planning.target import GENERATIONS, TpuShape
 from sophia_levanter.status import BAD_INPUT, DONE, FAILURE, PREEMPTED, report_failure
 
 POLL_SECONDS = 0.5

@@ -22,9 +22,8 @@ from ray.train import get_context, get_preemption_info
 from ray.train.collective import broadcast_from_rank_zero
 from ray.util.tpu import get_tpu_coordinator_env_vars
 
-from sophia_levanter.cluster.backend import training_command
+from sophia_levanter.cluster.backend import free_port, training_command
 from sophia_levanter.cluster.host import kill_group, start_process
-from sophia_levanter.cluster.local import free_port
 from sophia_levanter.status import DONE, FAILURE, PREEMPTED
 
 POLL_SECONDS = 0.5
