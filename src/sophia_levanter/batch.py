@@ -12,7 +12,7 @@ import sophia_levanter.jax_compatibility  # noqa: F401
 
 
 class Batch(eqx.Module):
-    """Windows of text for next-token prediction; there may be leading axes, such as `microbatch`.
+    """Sequences of text for next-token prediction; there may be leading axes, such as `microbatch`.
 
     Attributes:
         tokens: int32 [batch, position], what the model reads.
@@ -25,27 +25,29 @@ class Batch(eqx.Module):
     weights: NamedArray
 
 
-def batch_from_windows(windows: np.ndarray, weights: np.ndarray | None = None, *, num_microbatches: int = 1) -> Batch:
-    """A host-side batch [microbatch, batch, position] from windows of one token more than positions.
+def batch_from_sequences(
+    sequences: np.ndarray, weights: np.ndarray | None = None, *, num_microbatches: int = 1
+) -> Batch:
+    """A host-side batch [microbatch, batch, position] from sequences of one token more than positions.
 
     Microbatch i is the i-th run of consecutive rows, on whatever devices it is computed.
 
     Args:
-        windows: int32 [rows, position + 1]; rows are a multiple of `num_microbatches`.
+        sequences: int32 [rows, position + 1]; rows are a multiple of `num_microbatches`.
         weights: float32 [rows, position]; 1 each if not given.
         num_microbatches: how many parts the rows fall into.
     """
     if weights is None:
-        weights = np.ones((windows.shape[0], windows.shape[1] - 1), np.float32)
+        weights = np.ones((sequences.shape[0], sequences.shape[1] - 1), np.float32)
     axes = hax.make_axes(
-        microbatch=num_microbatches, batch=windows.shape[0] // num_microbatches, position=windows.shape[1] - 1
+        microbatch=num_microbatches, batch=sequences.shape[0] // num_microbatches, position=sequences.shape[1] - 1
     )
     shape = tuple(axis.size for axis in axes)
 
     def named(array: np.ndarray) -> NamedArray:
         return NamedArray(np.ascontiguousarray(array).reshape(shape), axes)
 
-    return Batch(named(windows[:, :-1]), named(windows[:, 1:]), named(weights))
+    return Batch(named(sequences[:, :-1]), named(sequences[:, 1:]), named(weights))
 
 
 def count_targets(batch: Batch) -> jax.Array:

@@ -21,7 +21,7 @@ import numpy as np
 from benchmark_tables import print_table, spread
 from haliax import NamedArray
 
-from sophia_levanter.batch import Batch, batch_from_windows, count_targets
+from sophia_levanter.batch import Batch, batch_from_sequences, count_targets
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import parse_command_line
 from sophia_levanter.data.batches import TrainBatches
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     estimate = eqx.filter_jit(partial(gradient_and_curvature, settings.policy))
 
     def batch_at(step: int) -> Batch:
-        return batch_from_windows(windows[step], num_microbatches=trainer.num_microbatches)
+        return batch_from_sequences(windows[step], num_microbatches=trainer.num_microbatches)
 
     # No step of the run has these batches.
     later = range(trainer.num_train_steps, trainer.num_train_steps + arguments.batches)

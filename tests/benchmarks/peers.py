@@ -26,7 +26,7 @@ from benchmark_tables import print_table
 from peers_by_hand import step_by_hand
 
 from sophia_levanter.allocation import keep_freed_memory
-from sophia_levanter.batch import batch_from_windows
+from sophia_levanter.batch import batch_from_sequences
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.config.optimizer import (
@@ -81,7 +81,7 @@ def trainer_steps(model: Gpt2Config, optimizer: OptimizerConfig) -> list[Step]:
     config = TrainConfig(model=model, optimizer=optimizer, trainer=TrainerConfig(batch_size=BATCH_SIZE))
     partition = partition_of(devices=jax.devices()[:1])
     windows = np.random.default_rng(0).integers(0, VOCAB_SIZE, (BATCH_SIZE, model.seq_len + 1), np.int32)
-    batch = partition.place(batch_from_windows(windows))
+    batch = partition.place(batch_from_sequences(windows))
     built = model.build(vocab_size=VOCAB_SIZE, key=jax.random.key(0))
     state = partition.place(TrainState.init(built, StepSettings.of(config).optimizer))
 

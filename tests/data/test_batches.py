@@ -48,7 +48,7 @@ def test_an_epoch_is_every_window_once_in_a_new_order(make_store: MakeStore) -> 
     store = make_store([TEXT])
     tokens = store.read(0, store.num_tokens)
     batches = TrainBatches(store, seq_len=40, batch_size=5, seed=0)
-    assert batches.num_windows == 25
+    assert batches.num_sequences == 25
     assert batches[0].shape == (5, 41)
     assert batches[0].dtype == np.int32
     epochs = [
@@ -131,14 +131,14 @@ def test_validation_predicts_every_token_but_the_first_once(
 
 
 def test_token_windows_are_the_batches_not_filled_up(make_store: MakeStore) -> None:
-    batches = ValidationBatches(make_store([TEXT]), seq_len=64, batch_size=3, max_windows=9)
+    batches = ValidationBatches(make_store([TEXT]), seq_len=64, batch_size=3, max_sequences=9)
     rows = [
         row[: int(weight.sum()) + 1]
         for windows, weights in batches
         for row, weight in zip(windows, weights, strict=True)
         if weight.any()
     ]
-    windows = list(batches.token_windows())
+    windows = list(batches.token_sequences())
     assert len(windows) == len(rows) == 9
     for window, row in zip(windows, rows, strict=True):
         np.testing.assert_array_equal(window, row)
@@ -147,16 +147,16 @@ def test_token_windows_are_the_batches_not_filled_up(make_store: MakeStore) -> N
 def test_a_few_validation_windows_are_spread_evenly(make_store: MakeStore) -> None:
     store = make_store([TEXT])
     tokens = store.read(0, store.num_tokens)
-    batches = ValidationBatches(store, seq_len=40, batch_size=4, max_windows=6)
+    batches = ValidationBatches(store, seq_len=40, batch_size=4, max_sequences=6)
     assert len(batches) == 2
-    chosen = starts(np.array(list(batches.token_windows())), tokens, 40)
+    chosen = starts(np.array(list(batches.token_sequences())), tokens, 40)
     assert len(chosen) == 6
     gaps = np.diff([*chosen, 25])
     assert chosen[0] == 0
     assert set(gaps.tolist()) == {4, 5}
     assert sum(weights.sum() for _, weights in batches) == 6 * 40
     assert sum(weights.sum() for _, weights in batches) == 6 * 40
-    everything = ValidationBatches(store, seq_len=40, batch_size=4, max_windows=1000)
+    everything = ValidationBatches(store, seq_len=40, batch_size=4, max_sequences=1000)
     assert sum(weights.sum() for _, weights in everything) == 1000
 
 
@@ -189,7 +189,7 @@ def test_the_shuffle_takes_no_memory(make_store: MakeStore) -> None:
     class Large:
         num_tokens = 10**12
 
-        def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        def read_sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
             return np.broadcast_to(starts[:, None], (len(starts), length))
 
     tracemalloc.start()
@@ -213,11 +213,11 @@ def test_it_reads_as_one(mixture: Mixture) -> None:
     for start, stop in [(0, len(text)), (395, 450), (401, 442), (7, 7)]:
         shown = bytes(np.where(mixture.read(start, stop) == 256, ord("|"), mixture.read(start, stop)).tolist())
         assert shown.decode() == text[start:stop]
-    windows = mixture.read_windows(np.array([500, 0, 401]), 4)
+    windows = mixture.read_sequences(np.array([500, 0, 401]), 4)
     assert [bytes(row.tolist()) for row in windows] == [b"cccc", b"aaaa", b"bbbb"]
     for start in (-1, len(text)):
         with pytest.raises(IndexError):
-            mixture.read_windows(np.array([start]), 2)
+            mixture.read_sequences(np.array([start]), 2)
     with pytest.raises(IndexError):
         mixture.read(3, 2)
 

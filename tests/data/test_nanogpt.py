@@ -67,7 +67,7 @@ def test_files_are_used_where_they_are(files: Path) -> None:
     )
     assert not (files / "cache").exists()
     np.testing.assert_array_equal(data.train.read(0, 2000), TOKENS)
-    np.testing.assert_array_equal(data.train.read_windows(np.array([5, 1990]), 10), [TOKENS[5:15], TOKENS[1990:]])
+    np.testing.assert_array_equal(data.train.read_sequences(np.array([5, 1990]), 10), [TOKENS[5:15], TOKENS[1990:]])
     assert TrainBatches(data.train, seq_len=16, batch_size=4, seed=0)[3].shape == (4, 17)
     assert sum(weights.sum() for _, weights in ValidationBatches(data.validation, seq_len=16, batch_size=4)) == 99
 
@@ -102,7 +102,7 @@ def test_ids_that_change_after_the_check(files: Path) -> None:
     tokens.check(print)
     np.memmap(files / "train.bin", np.uint16, "r+")[7] = 50256
     assert "token id 50256" in error_of(lambda: tokens.read(7, 8))
-    assert "token id 50256" in error_of(lambda: tokens.read_windows(np.array([5]), 4))
+    assert "token id 50256" in error_of(lambda: tokens.read_sequences(np.array([5]), 4))
     assert tokens.read(0, 7).tolist() == TOKENS[:7].tolist()
 
 
@@ -123,7 +123,7 @@ def test_shards_of_llm_c(tmp_path: Path, magic: int, version: int, dtype: str, n
     tokens = opened(tmp_path / "a.bin", f"?dtype={dtype}" if named else "")
     tokens.check(print)
     np.testing.assert_array_equal(tokens.read(0, tokens.num_tokens), TOKENS)
-    np.testing.assert_array_equal(tokens.read_windows(np.array([5]), 10), TOKENS[None, 5:15])
+    np.testing.assert_array_equal(tokens.read_sequences(np.array([5]), 10), TOKENS[None, 5:15])
     assert tokens.facts["tokens"] == 2000
 
 
@@ -151,7 +151,7 @@ def test_arrays_of_numpy(tmp_path: Path, dtype: str) -> None:
     tokens = opened(tmp_path / "a.npy")
     tokens.check(print)
     np.testing.assert_array_equal(tokens.read(0, 2000), expected)
-    assert tokens.read_windows(np.array([5]), 10).dtype == np.int32
+    assert tokens.read_sequences(np.array([5]), 10).dtype == np.int32
     assert len(tokens.facts["digest_of_samples"]) == 32
 
 
@@ -243,7 +243,7 @@ def test_ranges_outside_are_refused(files: Path) -> None:
         with pytest.raises(IndexError):
             opened(files / "train.bin").read(start, stop)
     with pytest.raises(IndexError):
-        opened(files / "train.bin").read_windows(np.array([1999]), 3)
+        opened(files / "train.bin").read_sequences(np.array([1999]), 3)
 
 
 def test_a_part_cannot_be_held_out(files: Path) -> None:
@@ -297,7 +297,7 @@ def test_a_file_that_is_cut_short_is_an_error_and_does_not_kill_the_process(file
     tokens = opened(files / name)
     os.truncate(files / name, size)
     assert "was cut short after it was opened" in error_of(lambda: tokens.read(0, 2000))
-    assert "was cut short after it was opened" in error_of(lambda: tokens.read_windows(np.array([1990]), 10))
+    assert "was cut short after it was opened" in error_of(lambda: tokens.read_sequences(np.array([1990]), 10))
     assert "changed after it was opened" in error_of(tokens.check_unchanged)
 
 

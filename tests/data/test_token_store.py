@@ -49,7 +49,7 @@ def test_what_is_written_is_read(make_store: MakeStore, small_shards: None, wher
         tokens = store.read(start, stop)
         assert tokens.dtype == np.uint16
         np.testing.assert_array_equal(tokens, TOKENS[start:stop])
-    windows = store.read_windows(np.array([100, 0, 57]), 20)
+    windows = store.read_sequences(np.array([100, 0, 57]), 20)
     assert windows.dtype == np.int32
     np.testing.assert_array_equal(windows, [TOKENS[start : start + 20] for start in (100, 0, 57)])
 
@@ -66,7 +66,7 @@ def test_ranges_outside_are_refused(make_store: MakeStore, where: None) -> None:
             store.read(start, stop)
     for start in (-1, 2):
         with pytest.raises(IndexError):
-            store.read_windows(np.array([0, start]), 3)
+            store.read_sequences(np.array([0, start]), 3)
 
 
 def test_a_store_that_ends_with_a_whole_shard(make_store: MakeStore, small_shards: None) -> None:
@@ -229,7 +229,7 @@ def test_another_shard_is_found_when_a_store_is_read(alike: tuple[TokenStore, To
     with pytest.raises(InputError, match=r"the tokens are not those that were written.*delete it"):
         store.read(0, 1)
     with pytest.raises(InputError, match="the tokens are not those that were written"):
-        TokenStore.open(store.path).read_windows(np.array([0]), 3)
+        TokenStore.open(store.path).read_sequences(np.array([0]), 3)
 
 
 def test_another_shard_is_found_in_a_large_store(

@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from sophia_levanter.batch import batch_from_windows
+from sophia_levanter.batch import batch_from_sequences
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.partition.mesh import arranged, by_row_shard, gather_params, partition_of, row_shards, shard_params
 
@@ -20,7 +20,7 @@ ROWS = ("replica", "data")
 
 def test_a_batch_is_spread_and_all_else_is_everywhere():
     partition = partition_of()
-    batch = partition.place(batch_from_windows(np.zeros((16, 5), np.int32), num_microbatches=2))
+    batch = partition.place(batch_from_sequences(np.zeros((16, 5), np.int32), num_microbatches=2))
     assert batch.tokens.array.sharding.spec == PartitionSpec(None, ROWS, ("sequence",))
     assert {s.data.shape for s in batch.tokens.array.addressable_shards} == {(2, 1, 4)}
     weight = partition.place(hax.zeros(hax.make_axes(embed=8)))

@@ -118,7 +118,7 @@ def test_a_run_goes_back_and_past_the_data_where_it_went_wrong(config_file, tmp_
     assert main([*command, "--trainer.run_dir", str(run_dir), "--trainer.max_rollbacks", "1"]) == 0
     out = capfd.readouterr().out
     assert "WARNING: the loss or gradient was not finite in 3 steps in a row, the last of them step 9" in out
-    assert "going back to step 4, and on with the data after the 96 windows since then" in out
+    assert "going back to step 4, and on with the data after the 96 sequences since then" in out
     assert all(loss is not None for loss in metrics(run_dir).values())
     state = state_of(run_dir)
     assert (int(state["step"]), int(state["skipped_windows"]), int(state["skipped_steps"])) == (12, 96, 0)
@@ -135,7 +135,7 @@ def test_a_checkpoint_to_go_back_to_is_not_pushed_out(config_file, tmp_path, pla
     often = ["--trainer.checkpoint_every", "1", "--trainer.keep_checkpoints", "1", "--trainer.keep_best", "false"]
     options = [*often, "--trainer.max_skipped_steps", "3", "--trainer.max_rollbacks", "1"]
     assert main(["--config", str(config_file), *options, "--trainer.run_dir", str(tmp_path / "run")]) == 0
-    assert "going back to step 7, and on with the data after the 48 windows" in capfd.readouterr().out
+    assert "going back to step 7, and on with the data after the 48 sequences" in capfd.readouterr().out
 
 
 def test_a_run_that_goes_wrong_from_the_start_cannot_go_back(config_file, tmp_path, plant, capfd):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sophia_levanter.batch import batch_from_windows
+from sophia_levanter.batch import batch_from_sequences
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.data.batches import TrainBatches
@@ -45,7 +45,7 @@ def first_loss(model, config):
     data = prepare(config.data, print)
     windows = TrainBatches(data.train, seq_len=16, batch_size=16, seed=config.trainer.seed)[0]
     batch = jax.tree.map(
-        lambda x: x["microbatch", 0], batch_from_windows(windows), is_leaf=lambda x: hasattr(x, "axes")
+        lambda x: x["microbatch", 0], batch_from_sequences(windows), is_leaf=lambda x: hasattr(x, "axes")
     )
     return float(model.losses(batch)[0]) / windows[:, 1:].size
 

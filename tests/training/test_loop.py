@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sophia_levanter.batch import batch_from_windows
+from sophia_levanter.batch import batch_from_sequences
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.optim import AdamW
 from sophia_levanter.partition.mesh import partition_of
@@ -59,7 +59,7 @@ def rates_of():
             callbacks=[Log(None)],
             evaluating=MagicMock(),
             saving=MagicMock(),
-            tokens_per_window=TOKENS // 2,
+            tokens_per_sequence=TOKENS // 2,
             mfu_per_token_rate=1.0,
         )
         loop._last_time = time.perf_counter()
@@ -93,7 +93,7 @@ def test_steps_are_compiled_once_for_runs_with_the_same_settings(make_model):
 
     optimizer, partition = AdamW(learning_rate=1e-3), partition_of(devices=jax.devices()[:1])
     state = partition.place(TrainState.init(make_model(), optimizer))
-    batch = partition.place(batch_from_windows(np.zeros((2, 9), np.int32)))
+    batch = partition.place(batch_from_sequences(np.zeros((2, 9), np.int32)))
     numbers = []
     for max_grad_norm in (1.0, 1.0, 2.0, 1.0):
         compile_with(max_grad_norm)

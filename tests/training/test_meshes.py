@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from sophia_levanter.batch import batch_from_windows
+from sophia_levanter.batch import batch_from_sequences
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.optimizer import SophiaGConfig
@@ -52,7 +52,7 @@ def windows(config, step):
 def given_labels(config, settings, step):
     """Labels for GNB that are no function of the model: a drawn one may be another for a rounding error's sake."""
     num_microbatches = config.trainer.num_microbatches
-    batch = batch_from_windows(windows(config, STEPS + step), num_microbatches=num_microbatches)
+    batch = batch_from_sequences(windows(config, STEPS + step), num_microbatches=num_microbatches)
     return curvature_rows(settings, batch)[0].targets
 
 
@@ -72,7 +72,7 @@ def train(config, num_devices, num_steps=STEPS, drawn=False):
             for refresh in (False, True)
         }
         for step in range(num_steps):
-            batch = batch_from_windows(windows(config, step), num_microbatches=config.trainer.num_microbatches)
+            batch = batch_from_sequences(windows(config, step), num_microbatches=config.trainer.num_microbatches)
             refresh = bool(settings.optimizer.refresh_due(step))
             more = {}
             if refresh and isinstance(config.optimizer, SophiaGConfig) and not drawn:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from sophia_levanter.batch import batch_from_windows
+from sophia_levanter.batch import batch_from_sequences
 from sophia_levanter.checkpoint import Retention, restore, save
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.models.gpt2 import Gpt2
@@ -115,7 +115,7 @@ class Run:
         losses = []
         for step in range(first, stop):
             windows = np.random.default_rng(step).integers(0, 64, (ROWS, MODEL["seq_len"] + 1), dtype=np.int32)
-            batch = self.partition.place(batch_from_windows(windows, num_microbatches=1))
+            batch = self.partition.place(batch_from_sequences(windows, num_microbatches=1))
             with self.partition.active():
                 self.state, output = self.steps[bool(self.refresh_due(step))](batch, self.state)
             losses.append(float(output.metrics["train/loss"]))

@@ -14,7 +14,7 @@ import jmp
 import numpy as np
 import pytest
 
-from sophia_levanter.batch import Batch, batch_from_windows
+from sophia_levanter.batch import Batch, batch_from_sequences
 from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
 from sophia_levanter.models.huggingface import gpt2_from_state_dict, gpt2_to_state_dict
@@ -56,11 +56,11 @@ def _jitted(settings: StepSettings, refresh: bool, partition: Partition | None):
 
 def batch_of(inputs: np.ndarray, targets: np.ndarray, num_microbatches: int) -> Batch:
     np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
-    return batch_from_windows(np.concatenate([inputs, targets[:, -1:]], axis=1), num_microbatches=num_microbatches)
+    return batch_from_sequences(np.concatenate([inputs, targets[:, -1:]], axis=1), num_microbatches=num_microbatches)
 
 
 def labels_of(labels: np.ndarray, num_microbatches: int):
-    return batch_from_windows(
+    return batch_from_sequences(
         np.concatenate([labels[:, :1], labels], axis=1), num_microbatches=num_microbatches
     ).targets
 
@@ -132,7 +132,7 @@ def check_golden_run(name: str, devices: int, num_microbatches: int, dtype: jnp.
     def curvature_at(t: int) -> dict:
         # The authors refresh after step 9, 19, ... on a fresh batch; that is before step 10, 20, ... here.
         inputs, labels = (golden[f"hessian_{x}"][t // h["k"] - 1] for x in ("inputs", "sampled_targets"))
-        batch = batch_from_windows(np.pad(inputs, [(0, 0), (0, 1)]), num_microbatches=num_microbatches)
+        batch = batch_from_sequences(np.pad(inputs, [(0, 0), (0, 1)]), num_microbatches=num_microbatches)
         return {
             "curvature_batch": partition.place(batch),
             "samples": partition.place(labels_of(labels, num_microbatches)),
@@ -187,7 +187,7 @@ def gap(a, b) -> float:
 def one_step(optimizer, *, devices=1, num_microbatches=1, refresh=True, batch=None, state=None, **settings):
     """A step from the tiny model on one batch; gives the state after it and the step's output."""
     partition = partition_of(devices=jax.devices()[:devices])
-    batch = batch or batch_from_windows(windows(), num_microbatches=num_microbatches)
+    batch = batch or batch_from_sequences(windows(), num_microbatches=num_microbatches)
     state = partition.place(state or TrainState.init(tiny_model(), optimizer))
     with partition.active():
         return jitted(StepSettings(optimizer, **settings), refresh)(partition.place(batch), state)
@@ -204,7 +204,7 @@ def test_a_kronecker_basis_on_a_mesh_in_microbatches(optimizer, devices):
     policy = jmp.get_policy("params=float32,compute=bfloat16,output=float32")
     settings = StepSettings(optimizer, policy=policy)
     partition = partition_of(devices=jax.devices()[:devices])
-    batch = partition.place(batch_from_windows(windows(), num_microbatches=2))
+    batch = partition.place(batch_from_sequences(windows(), num_microbatches=2))
     state, losses = partition.place(TrainState.init(tiny_model(), optimizer)), []
     steps = [jitted(settings, refresh) for refresh in (False, True)]
     with partition.active():
@@ -251,7 +251,7 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(optimizer):
 
 
 def test_the_shared_forward_gives_the_estimate_of_a_pass_of_its_own():
-    batch = batch_from_windows(windows(), num_microbatches=4)
+    batch = batch_from_sequences(windows(), num_microbatches=4)
     optimizer = SophiaG()
     partition = partition_of(devices=jax.devices()[:1])
     settings = StepSettings(optimizer, curvature_microbatches=2)
@@ -269,7 +269,7 @@ def test_the_shared_forward_gives_the_estimate_of_a_pass_of_its_own():
 
 def test_a_part_of_the_batch_is_its_first_microbatches():
     state, _ = one_step(SophiaH(), num_microbatches=4, curvature_microbatches=1)
-    first, _ = one_step(SophiaH(), batch=batch_from_windows(windows()[:2]))
+    first, _ = one_step(SophiaH(), batch=batch_from_sequences(windows()[:2]))
     whole, _ = one_step(SophiaH(), num_microbatches=4)
     assert gap(state.optimizer_state.curvature, first.optimizer_state.curvature) < 1e-4
     assert gap(state.optimizer_state.curvature, whole.optimizer_state.curvature) > 1e-2
@@ -280,7 +280,7 @@ def test_without_an_extra_pass_the_curvature_takes_microbatches_from_the_gradien
     replacing = SophiaG(estimator=GaussNewtonBartlett(extra_pass=False))
     wanted, _ = one_step(SophiaG(), num_microbatches=4, curvature_microbatches=1)
     found, output = one_step(replacing, num_microbatches=4, curvature_microbatches=1)
-    rest, plain = one_step(SophiaG(), refresh=False, batch=batch_from_windows(windows()[2:], num_microbatches=3))
+    rest, plain = one_step(SophiaG(), refresh=False, batch=batch_from_sequences(windows()[2:], num_microbatches=3))
     assert gap(found.optimizer_state.curvature, wanted.optimizer_state.curvature) < 1e-5
     assert gap(found.optimizer_state.momentum, rest.optimizer_state.momentum) < 1e-5
     assert gap(found.optimizer_state.momentum, wanted.optimizer_state.momentum) > 1e-3
@@ -291,7 +291,7 @@ def test_without_an_extra_pass_the_curvature_takes_microbatches_from_the_gradien
 @pytest.mark.parametrize(("devices", "size", "count"), [(1, 2, 2), (2, 2, 2), (1, 1, 3), (2, 2, 3)])
 def test_the_curvature_is_estimated_in_microbatches_of_its_own(optimizer, devices, size, count):
     """The same rows, probe and labels, so the same curvature, and all rows have their part in the gradient."""
-    rows = batch_from_windows(windows()[: size * count], num_microbatches=count)
+    rows = batch_from_sequences(windows()[: size * count], num_microbatches=count)
     wanted, _ = one_step(optimizer, batch=rows)
     cut, output = one_step(
         optimizer, devices=devices, num_microbatches=2, curvature_microbatch_size=size, curvature_microbatches=count
@@ -306,7 +306,7 @@ def test_the_curvature_is_estimated_in_microbatches_of_its_own(optimizer, device
 def test_optimizers_of_matrices_learn(optimizer):
     partition = partition_of(devices=jax.devices()[:4])
     batch, state = (
-        partition.place(batch_from_windows(windows())),
+        partition.place(batch_from_sequences(windows())),
         partition.place(TrainState.init(tiny_model(), optimizer)),
     )
     step, losses = jitted(StepSettings(optimizer), False), []
@@ -321,7 +321,7 @@ def uneven_batch() -> Batch:
     """Two microbatches of different numbers of targets."""
     weights = np.ones((4, TINY.seq_len), np.float32)
     weights[1, 3:] = 0
-    return batch_from_windows(windows(4), weights, num_microbatches=2)
+    return batch_from_sequences(windows(4), weights, num_microbatches=2)
 
 
 def test_the_targets_may_be_the_labels_of_the_curvature():
@@ -404,9 +404,9 @@ def test_gradients_above_the_limit_are_scaled_down_to_it():
 def test_weights_leave_positions_out_of_loss_and_curvature():
     weights = np.ones((8, TINY.seq_len), np.float32)
     weights[6:] = 0
-    masked = batch_from_windows(windows(), weights)
+    masked = batch_from_sequences(windows(), weights)
     state, output = one_step(SophiaG(), batch=masked)
-    fewer, output_fewer = one_step(SophiaG(), batch=batch_from_windows(windows()[:6]))
+    fewer, output_fewer = one_step(SophiaG(), batch=batch_from_sequences(windows()[:6]))
     assert float(output.metrics["train/loss"]) == pytest.approx(float(output_fewer.metrics["train/loss"]), rel=1e-6)
     assert gap(state.optimizer_state.curvature, fewer.optimizer_state.curvature) < 1e-4
 
@@ -419,7 +419,7 @@ def test_a_non_finite_gradient_changes_nothing_but_counts(optimizer):
     before, _ = one_step(optimizer, refresh=refresh)
     weights = np.ones((8, TINY.seq_len), np.float32)
     weights[3, 3] = np.nan
-    after, output = one_step(optimizer, refresh=refresh, state=before, batch=batch_from_windows(windows(), weights))
+    after, output = one_step(optimizer, refresh=refresh, state=before, batch=batch_from_sequences(windows(), weights))
     assert np.isnan(float(output.metrics["train/loss"]))
     floats = partial(eqx.filter, filter_spec=eqx.is_inexact_array)
     assert gap(floats(before.model), floats(after.model)) == 0
@@ -441,9 +441,9 @@ def test_a_non_finite_estimate_skips_the_refresh_only():
     weights = np.full((8, TINY.seq_len), np.inf, np.float32)
     optimizer = SophiaG()
     state = partition.place(TrainState.init(tiny_model(), optimizer))
-    batch = partition.place(batch_from_windows(windows()))
+    batch = partition.place(batch_from_sequences(windows()))
     with partition.active():
-        bad = partition.place(batch_from_windows(windows(), weights))
+        bad = partition.place(batch_from_sequences(windows(), weights))
         after, output = jitted(StepSettings(optimizer), True)(batch, state, curvature_batch=bad)
     assert bool(output.refresh_pending)
     assert int(after.optimizer_state.skipped_refreshes) == 1
@@ -496,7 +496,7 @@ def test_the_estimates_of_the_step_have_the_exact_diagonal_as_their_mean(kind: s
     policy = jmp.get_policy(f"params=float32,compute={compute},output=float32")
     settings = StepSettings(optimizer, policy=policy)
     partition = partition_of(devices=jax.devices()[:devices])
-    batch = partition.place(batch_from_windows(tokens, num_microbatches=2))
+    batch = partition.place(batch_from_sequences(tokens, num_microbatches=2))
     state = partition.place(TrainState.init(model, optimizer))
 
     @eqx.filter_jit

@@ -31,7 +31,7 @@ Prints the mean loss over all tokens of a text, each predicted once and weighted
   MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
   --step N               of the run's checkpoints; the newest if not given
   --windows N            of the text, spread evenly; all if not given
-  --batch_size N         windows at one time, rounded up to a multiple of the devices that share them;
+  --batch_size N         sequences at one time, rounded up to a multiple of the devices that share them;
                          {WINDOWS_PER_DEVICE} for each of these if not given
   --SECTION.FIELD VALUE  sets one field, on top of the run's: --data.validation 'other/*.txt', --mesh.fsdp embed,
                          --trainer.compute_dtype bfloat16. A model that is no run's needs --data.validation
@@ -44,7 +44,7 @@ class Command:
 
     model: str
     step: int | None
-    windows: int | None
+    sequences: int | None
     batch_size: int | None
     overrides: Sequence[tuple[str, str]]
 
@@ -74,7 +74,7 @@ def parse(words: Sequence[str]) -> Command:
     return Command(
         arguments.words[0],
         step=numbers.get("--step"),
-        windows=numbers.get("--windows"),
+        sequences=numbers.get("--windows"),
         batch_size=numbers.get("--batch_size"),
         overrides=arguments.overrides,
     )
@@ -100,7 +100,7 @@ def _tell(line: str) -> None:
 
 
 def _batches(command: Command, loaded: LoadedModel) -> tuple[ValidationBatches, str]:
-    """The windows to evaluate, and what text they are of."""
+    """The sequences to evaluate, and what text they are of."""
     from sophia_levanter.data.batches import ValidationBatches
     from sophia_levanter.data.corpora import prepare_validation
 
@@ -110,13 +110,13 @@ def _batches(command: Command, loaded: LoadedModel) -> tuple[ValidationBatches, 
     tokens = prepare_validation(data, loaded.tokenizer, _tell)
     shards = loaded.partition.row_shards
     # No more than there are, which memory may not hold.
-    windows = max(1, -(-(tokens.num_tokens - 1) // loaded.config.model.seq_len))
-    wanted = min(command.batch_size or WINDOWS_PER_DEVICE * shards, command.windows or windows, windows)
+    sequences = max(1, -(-(tokens.num_tokens - 1) // loaded.config.model.seq_len))
+    wanted = min(command.batch_size or WINDOWS_PER_DEVICE * shards, command.sequences or sequences, sequences)
     batches = ValidationBatches(
         tokens,
         seq_len=loaded.config.model.seq_len,
         batch_size=-(-wanted // shards) * shards,
-        max_windows=command.windows,
+        max_sequences=command.sequences,
     )
     return batches, data.validation or f"what is held out of {data.train}"
 

@@ -1,4 +1,4 @@
-"""What a run reads: batches of windows from one corpus or a mixture, and whether its tokens are the right ones."""
+"""What a run reads: batches of sequences from one corpus or a mixture, and whether its tokens are the right ones."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Part:
     Attributes:
         first: number of its first token in the mixture.
         num_tokens: how many it has.
-        weight: its share of the windows, relative to that of the others.
+        weight: its share of the sequences, relative to that of the others.
     """
 
     first: int
@@ -52,7 +52,7 @@ class Part:
 
 
 class Mixture(Tokens):
-    """Corpora one after the other, read as if they were one; a window is within one of them."""
+    """Corpora one after the other, read as if they were one; a sequence is within one of them."""
 
     location = "the mixture"
 
@@ -81,13 +81,13 @@ class Mixture(Tokens):
         ]
         return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
 
-    def _read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        windows = np.empty((len(starts), length), np.int32)
+    def _read_sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
+        sequences = np.empty((len(starts), length), np.int32)
         owners = np.searchsorted(self._firsts, starts, side="right") - 1
         for number in np.unique(owners).tolist():
             rows = owners == number
-            windows[rows] = self._corpora[number].read_windows(starts[rows] - self._firsts[number], length)
-        return windows
+            sequences[rows] = self._corpora[number].read_sequences(starts[rows] - self._firsts[number], length)
+        return sequences
 
     def check_whole(self, cache_dir: Path) -> None:
         for corpus in self._corpora:
@@ -106,21 +106,21 @@ def parts_of(corpus: Tokens) -> list[Part]:
 class TrainBatches:
     """`batches[step]`: a pure function of the data, the seed and the step, at any step in constant time and memory.
 
-    A window is the `seq_len + 1` tokens from a multiple of `seq_len` on: the inputs and, moved on by one, the targets.
-    Every epoch goes through all windows in an order of its own; the tokens after the last whole window are left out. A
-    batch may reach over the end of an epoch. Of a mixture, each part has epochs of its own, and of the windows up to
-    any one every part has its share by weight, to within one window (grain's mixing, in which weights are rounded to a
-    hundredth of the smallest). The order of the windows does not depend on how many make a batch.
+    A sequence is the `seq_len + 1` tokens from a multiple of `seq_len` on: the inputs, and the targets one token later.
+    Every epoch goes through all sequences in an order of its own. The tokens after the last whole sequence are left
+    out. A batch may reach over the end of an epoch. Each part of a mixture has its own epochs. Of the sequences up
+    to any point, every part has its share by weight to within one sequence: grain's mixing, which rounds weights to a
+    hundredth of the smallest. The order of the sequences does not depend on how many make a batch.
 
     Args:
         corpus: the tokens.
-        seq_len: tokens that a window predicts.
-        batch_size: windows in a batch.
+        seq_len: tokens that a sequence predicts.
+        batch_size: sequences in a batch.
         changes: `(step, batch size)` where another size begins, ascending.
         seed: of the order.
 
     Raises:
-        InputError: if the corpus, or a part of the mixture, is shorter than one window.
+        InputError: if the corpus, or a part of the mixture, is shorter than one sequence.
         ValueError: if `seed` is not in [0, 2^32).
     """
 
@@ -133,12 +133,12 @@ class TrainBatches:
             if count < 1:
                 one = "data.train" if len(parts) == 1 else f"part {parts.index(part)} of data.train"
                 raise InputError(
-                    f"{one} has {part.num_tokens} tokens, and one window needs {seq_len + 1} (model.seq_len + 1); "
+                    f"{one} has {part.num_tokens} tokens, and one sequence needs {seq_len + 1} (model.seq_len + 1); "
                     "give more text or a shorter model.seq_len"
                 )
         import grain  # only now: it takes seconds, and preparing text needs none of it
 
-        self.num_windows = sum(counts)
+        self.num_sequences = sum(counts)
         self._corpus = corpus
         self._seq_len = seq_len
         starts = [
@@ -160,28 +160,28 @@ class TrainBatches:
         Args:
             step: counted from 0.
             wanted: numbers of rows, int [row]; all if not given.
-            skipped_windows: how much further on in the order of the windows this batch is.
+            skipped_windows: how much further on in the order of the sequences this batch is.
 
         Returns:
             int32 [batch, seq_len + 1].
         """
         if step < 0:
             raise IndexError(f"step {step} is negative")
-        first, size = self._window_range(step)
+        first, size = self._sequence_range(step)
         first += skipped_windows
-        starts = np.array([self._starts[window] for window in range(first, first + size)], dtype=np.int64)
+        starts = np.array([self._starts[sequence] for sequence in range(first, first + size)], dtype=np.int64)
         if wanted is None or len(wanted) == len(starts):
-            return self._corpus.read_windows(starts, self._seq_len + 1)
-        windows = np.zeros((len(starts), self._seq_len + 1), np.int32)
-        windows[wanted] = self._corpus.read_windows(starts[wanted], self._seq_len + 1)
-        return windows
+            return self._corpus.read_sequences(starts, self._seq_len + 1)
+        sequences = np.zeros((len(starts), self._seq_len + 1), np.int32)
+        sequences[wanted] = self._corpus.read_sequences(starts[wanted], self._seq_len + 1)
+        return sequences
 
-    def windows_between(self, step: int, later: int) -> int:
-        """How many windows the steps in `[step, later)` have."""
-        return self._window_range(later)[0] - self._window_range(step)[0]
+    def sequences_between(self, step: int, later: int) -> int:
+        """How many sequences the steps in `[step, later)` have."""
+        return self._sequence_range(later)[0] - self._sequence_range(step)[0]
 
-    def _window_range(self, step: int) -> tuple[int, int]:
-        """Number of the first window of a step, and how many there are."""
+    def _sequence_range(self, step: int) -> tuple[int, int]:
+        """Number of the first sequence of a step, and how many there are."""
         before, since, size = 0, 0, 0
         for begins, next_size in self._sizes:
             if begins > step:
@@ -192,28 +192,28 @@ class TrainBatches:
 
 
 class ValidationBatches:
-    """Iterates over `(windows, weights)`: int32 [batch, seq_len + 1] and float32 [batch, seq_len].
+    """Iterates over `(sequences, weights)`: int32 [batch, seq_len + 1] and float32 [batch, seq_len].
 
-    Together the windows predict every token of the store but the first exactly once. Where the last window and the last
-    batch are filled up, the tokens are 0 and the weights, which go with the predicted tokens, are 0 too.
+    Together the sequences predict every token of the store but the first exactly once. Where the last sequence and the
+    last batch are filled up, the tokens and the weights of the predicted tokens are 0.
 
     Args:
         store: the validation tokens.
-        seq_len: tokens that a whole window predicts.
-        batch_size: windows in a batch.
-        max_windows: take so many windows, spread evenly over the store, if it has more; None takes all.
+        seq_len: tokens that a whole sequence predicts.
+        batch_size: sequences in a batch.
+        max_sequences: take so many sequences, spread evenly over the store, if it has more; None takes all.
 
     Raises:
         InputError: if the store has no token to predict.
     """
 
-    def __init__(self, store: Tokens, *, seq_len: int, batch_size: int, max_windows: int | None = None) -> None:
+    def __init__(self, store: Tokens, *, seq_len: int, batch_size: int, max_sequences: int | None = None) -> None:
         if store.num_tokens < 2:
             raise InputError(
                 f"data.validation has {store.num_tokens} token(s), and at least 2 are needed; give more validation text"
             )
         total = -(-(store.num_tokens - 1) // seq_len)
-        count = total if max_windows is None else min(max_windows, total)
+        count = total if max_sequences is None else min(max_sequences, total)
         self._store = store
         self._seq_len = seq_len
         self._batch_size = batch_size
@@ -224,15 +224,15 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for first in range(0, len(self._starts), self._batch_size):
-            windows = np.zeros((self._batch_size, self._seq_len + 1), np.int32)
+            sequences = np.zeros((self._batch_size, self._seq_len + 1), np.int32)
             weights = np.zeros((self._batch_size, self._seq_len), np.float32)
             for row, (start, end) in enumerate(self._ranges(first, first + self._batch_size)):
-                windows[row, : end - start] = self._store.read(start, end)
+                sequences[row, : end - start] = self._store.read(start, end)
                 weights[row, : end - start - 1] = 1
-            yield windows, weights
+            yield sequences, weights
 
-    def token_windows(self) -> Iterator[np.ndarray]:
-        """The same windows one by one and not filled up: uint16 or uint32 [position], 2 to `seq_len + 1` long."""
+    def token_sequences(self) -> Iterator[np.ndarray]:
+        """The same sequences one by one and not filled up: uint16 or uint32 [position], 2 to `seq_len + 1` long."""
         for start, end in self._ranges(0, len(self._starts)):
             yield self._store.read(start, end)
 
@@ -244,10 +244,10 @@ class ValidationBatches:
         return zip(self._starts[first:last].tolist(), self._ends[first:last].tolist(), strict=True)
 
 
-def bigram_bits_per_byte(train: Tokens, windows: Iterable[np.ndarray], tokenizer: Tokenizer) -> float:
+def bigram_bits_per_byte(train: Tokens, sequences: Iterable[np.ndarray], tokenizer: Tokenizer) -> float:
     """Bits that a byte-bigram model counted on `train` needs for a byte of validation text, for a model to beat.
 
-    As with a language model, the first token of each window is context only and the others are predicted. End-of-text
+    As with a language model, the first token of each sequence is context only and the others are predicted. End-of-text
     costs bits but is not a byte of text. The first `BIGRAM_BYTES` of `train` are counted. nan for an empty text.
     """
     spelled = [np.frombuffer(token, np.uint8) for token in tokenizer.token_bytes]
@@ -273,8 +273,8 @@ def bigram_bits_per_byte(train: Tokens, windows: Iterable[np.ndarray], tokenizer
     smoothed = counts.reshape(size, size) + SMOOTHING
     bits = np.log2(smoothed.sum(axis=1, keepdims=True)) - np.log2(smoothed)
     total_bits, total_bytes = 0.0, 0
-    for window in windows:
-        symbols, first = symbols_of(window), lengths[window[0]]
+    for sequence in sequences:
+        symbols, first = symbols_of(sequence), lengths[sequence[0]]
         total_bits += float(bits[symbols[first - 1 : -1], symbols[first:]].sum())
         total_bytes += int((symbols[first:] != NUM_BYTES).sum())
     return total_bits / total_bytes if total_bytes else math.nan

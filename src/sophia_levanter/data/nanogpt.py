@@ -251,9 +251,9 @@ class NanogptTokens(Tokens):
     def _read(self, start: int, stop: int) -> np.ndarray:
         return self._checked(self._tokens[start:stop])
 
-    def _read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        windows = [self._tokens[start : start + length] for start in starts.tolist()]
-        return self._checked(np.stack(windows)).astype(np.int32)
+    def _read_sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
+        sequences = [self._tokens[start : start + length] for start in starts.tolist()]
+        return self._checked(np.stack(sequences)).astype(np.int32)
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         for token in (int(tokens.min()), int(tokens.max())) if tokens.size else ():

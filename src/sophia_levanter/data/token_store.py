@@ -61,22 +61,22 @@ class Tokens(ABC):
             raise IndexError(f"[{start}, {stop}) is not within the {self.num_tokens} tokens of {self.location}")
         return self._read(start, stop)
 
-    def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The `length` tokens from each of `starts` on, int32 [window, position].
+    def read_sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The `length` tokens from each of `starts` on, int32 [sequence, position].
 
         Raises:
-            IndexError: if a window is not within the corpus, or a part of it.
+            IndexError: if a sequence is not within the corpus, or a part of it.
             InputError: if the corpus is damaged there.
         """
         if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
-            raise IndexError(f"a window is not within the {self.num_tokens} tokens of {self.location}")
-        return self._read_windows(starts, length)
+            raise IndexError(f"a sequence is not within the {self.num_tokens} tokens of {self.location}")
+        return self._read_sequences(starts, length)
 
     @abstractmethod
     def _read(self, start: int, stop: int) -> np.ndarray: ...
 
     @abstractmethod
-    def _read_windows(self, starts: np.ndarray, length: int) -> np.ndarray: ...
+    def _read_sequences(self, starts: np.ndarray, length: int) -> np.ndarray: ...
 
     @abstractmethod
     def check_whole(self, cache_dir: Path) -> None:
@@ -192,7 +192,7 @@ class TokenStore(Tokens):
     def _read(self, start: int, stop: int) -> np.ndarray:
         return self._tokens[start:stop] if self._fits_in_memory else self._fetch([slice(start, stop)])[0]
 
-    def _read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+    def _read_sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
         if self._fits_in_memory:
             return self._tokens[starts[:, None] + np.arange(length)].astype(np.int32)
         return np.stack(self._fetch([slice(start, start + length) for start in starts.tolist()])).astype(np.int32)

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from sophia_levanter.batch import batch_from_windows
+from sophia_levanter.batch import batch_from_sequences
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.partition.mesh import Partition
@@ -157,7 +157,7 @@ def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int)
         """Of activations, and of parameters in other dtypes and shapes."""
 
         def kept(parameters: Any) -> list[jax.Array]:
-            batch = batch_from_windows(np.zeros((rows, positions + 1), np.int32))
+            batch = batch_from_sequences(np.zeros((rows, positions + 1), np.int32))
             one = jax.tree.map(lambda x: x["microbatch", 0], batch, is_leaf=lambda x: hasattr(x, "axes"))
             cast = policy.cast_to_compute(eqx.combine(parameters, static))
             _, pull = jax.vjp(lambda p: eqx.combine(p, static).losses(one)[0], eqx.filter(cast, eqx.is_array))

@@ -119,7 +119,7 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
         if name not in ("trainer.run_dir", "mesh.coordinator", "mesh.process_id"):
             console.line(f"{name} was {old} and is {new}")
         if name == "trainer.batch_size":
-            console.line("so windows are skipped or come again; trainer.batch_size_changes keeps their order")
+            console.line("so sequences are skipped or come again; trainer.batch_size_changes keeps their order")
     rates = [
         float(c.optimizer.build_schedule(c.trainer.num_train_steps)(restored.step)) for c in (old_config, run.config)
     ]
@@ -164,13 +164,13 @@ def _check_not_begun(directory: RunDirectory, console: Console) -> None:
 def best_so_far(run: Run, restored: Restored[TrainState]) -> dict[str, Any] | None:
     """Step and validation loss of the best checkpoint, if losses to come compare with it."""
     saved_config: Any = restored.metadata["config"]
-    windows = saved_config.get("trainer", {}).get("evaluation_windows")
-    same_windows = windows == run.config.trainer.evaluation_windows
+    sequences = saved_config.get("trainer", {}).get("evaluation_windows")
+    same_sequences = sequences == run.config.trainer.evaluation_windows
     same_text = _is_same_text(restored.metadata["validation"], run.provenance["validation"])
     best: Any = restored.metadata.get("best")
     is_sound = isinstance(best, dict) and isinstance(best.get("step"), int)
     is_sound = is_sound and isinstance(best.get("validation/loss"), float)
-    return best if is_sound and same_windows and same_text else None
+    return best if is_sound and same_sequences and same_text else None
 
 
 def _is_same_text(saved: Any, now: Any) -> bool:
@@ -210,8 +210,10 @@ def restore_before(run: Run, wrong: range, skipped_windows: int) -> Restored[Tra
             checkpoint.remove(directory, step)
     wait_for_all("later ones are removed")
     restored = restore(run)
-    passed = run.batches.windows_between(restored.step, wrong.stop)
-    run.console.line(f"going back to step {restored.step}, and on with the data after the {passed} windows since then")
-    windows = run.partition.place(np.asarray(skipped_windows + passed, np.int32))
-    tree = eqx.tree_at(lambda state: state.skipped_windows, restored.tree, windows)
+    passed = run.batches.sequences_between(restored.step, wrong.stop)
+    run.console.line(
+        f"going back to step {restored.step}, and on with the data after the {passed} sequences since then"
+    )
+    sequences = run.partition.place(np.asarray(skipped_windows + passed, np.int32))
+    tree = eqx.tree_at(lambda state: state.skipped_windows, restored.tree, sequences)
     return dataclasses.replace(restored, tree=tree)

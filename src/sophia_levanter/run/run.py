@@ -127,7 +127,7 @@ class Run:
         callbacks: the registered ones, by name.
         data: the tokenizer, and the training and validation corpus.
         batches: of the training corpus.
-        validation: the windows of the validation corpus.
+        validation: the sequences of the validation corpus.
         verification: compares the prepared text with its digests while the run trains.
         provenance: what besides the configuration decides the numbers; saved with each checkpoint.
         restored: the checkpoint that the run went on from last, if any.
@@ -181,7 +181,7 @@ class Run:
             self.data.validation,
             seq_len=seq_len,
             batch_size=trainer.microbatch_size or trainer.batch_size,
-            max_windows=trainer.evaluation_windows,
+            max_sequences=trainer.evaluation_windows,
         )
         self.verification = Verification(corpora, cache_directory(config.data), self.processes)
         devices = {"device": mesh.devices.flat[0].device_kind, "device_count": mesh.size}
@@ -377,7 +377,7 @@ class Run:
             callbacks=[profiling, Logging(monitor), SkippedSteps(trainer, monitor), evaluating, *registered, saving],
             evaluating=evaluating,
             saving=saving,
-            tokens_per_window=self.config.model.seq_len,
+            tokens_per_sequence=self.config.model.seq_len,
             mfu_per_token_rate=flops / peak_flops(list(self.partition.mesh.devices.flat)),
         )
 

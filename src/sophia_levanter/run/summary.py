@@ -137,8 +137,8 @@ def describe_mesh(partition: Partition) -> str:
 def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
     """Print how much was done, the losses beside a byte-bigram's, where the checkpoint lies, and a sample of text."""
     numbers, tokenizer, step = loop.monitor.trackers.last, run.data.tokenizer, int(state.step)
-    bigram = bigram_bits_per_byte(run.data.train, run.validation.token_windows(), tokenizer)
-    tokens = run.batches.windows_between(0, step) * run.config.model.seq_len
+    bigram = bigram_bits_per_byte(run.data.train, run.validation.token_sequences(), tokenizer)
+    tokens = run.batches.sequences_between(0, step) * run.config.model.seq_len
     skipped, best = int(state.skipped_steps), loop.evaluating.best
     since = f" since step {loop.first_step:,}" if loop.first_step else ""
     rows = [

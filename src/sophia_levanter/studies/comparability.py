@@ -52,7 +52,7 @@ def _notes(runs: Sequence[Run], same_tokenizer: bool, same_text: bool) -> Iterat
         )
     elif len({(run.config.trainer.evaluation_windows, run.config.model.seq_len) for run in runs}) > 1:
         yield (
-            "The runs are validated on different windows of the text (trainer.evaluation_windows, model.seq_len): "
+            "The runs are validated on different sequences of the text (trainer.evaluation_windows, model.seq_len): "
             "small differences between their losses may come from that."
         )
     for run in runs:

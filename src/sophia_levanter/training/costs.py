@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sophia_levanter.batch import Batch, batch_from_windows
+from sophia_levanter.batch import Batch, batch_from_sequences
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.language_model import matrix_axes
 from sophia_levanter.optim._matrices import matrix_views
@@ -222,8 +222,8 @@ def lower_step(config: TrainConfig, partition: Partition, vocab_size: int, *, re
     settings = StepSettings.of(config)
 
     def batch() -> Batch:
-        windows = np.zeros((config.trainer.batch_size, config.model.seq_len + 1), np.int32)
-        return batch_from_windows(windows, num_microbatches=config.trainer.num_microbatches)
+        sequences = np.zeros((config.trainer.batch_size, config.model.seq_len + 1), np.int32)
+        return batch_from_sequences(sequences, num_microbatches=config.trainer.num_microbatches)
 
     step = jax.jit(partial(train_step, settings, refresh), donate_argnums=1)
     with partition.active():

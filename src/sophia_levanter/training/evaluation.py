@@ -12,7 +12,7 @@ import jax
 import jmp
 import numpy as np
 
-from sophia_levanter.batch import Batch, batch_from_windows
+from sophia_levanter.batch import Batch, batch_from_sequences
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.partition.mesh import Partition
 
@@ -42,7 +42,7 @@ class Evaluator:
     """Evaluates models of one shape on one validation set.
 
     Args:
-        batches: the validation windows.
+        batches: the validation sequences.
         byte_lengths: [vocab] bytes of text that each token stands for.
         partition: the devices, and where arrays lie on them.
         policy: parameters' and compute dtypes.
@@ -66,12 +66,12 @@ class Evaluator:
         pending: deque[jax.Array] = deque()
         nats = 0.0
         tokens = text_bytes = 0
-        for windows, weights in self._batches:
+        for sequences, weights in self._batches:
             with self._partition.active():
-                batch = self._partition.place(batch_from_windows(windows, weights))
+                batch = self._partition.place(batch_from_sequences(sequences, weights))
                 pending.append(_summed_loss(self._partition, self._policy, model, batch))
             tokens += int(np.count_nonzero(weights))
-            text_bytes += int((self._byte_lengths[windows[:, 1:]] * (weights > 0)).sum())
+            text_bytes += int((self._byte_lengths[sequences[:, 1:]] * (weights > 0)).sum())
             if len(pending) > BATCHES_AHEAD:
                 nats += float(pending.popleft())
                 on_progress()

@@ -15,7 +15,7 @@ import grain
 import jax
 import numpy as np
 
-from sophia_levanter.batch import Batch, batch_from_windows
+from sophia_levanter.batch import Batch, batch_from_sequences
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.optim import Optimizer
@@ -31,7 +31,7 @@ BATCHES_AHEAD = 2  # are on the devices, or on their way there
 
 
 class Batches(Protocol):
-    """Windows of a step; a pure function of the step."""
+    """Sequences of a step; a pure function of the step."""
 
     def rows(self, step: int, wanted: np.ndarray, *, skipped_windows: int) -> np.ndarray:
         """int32 [batch, position + 1], in which only the `wanted` rows need be right."""
@@ -43,10 +43,10 @@ class BatchLoader:
     """Puts batches on the devices; of several processes each reads only the rows that its own devices have.
 
     Attributes:
-        batches: the windows.
+        batches: the sequences.
         partition: the devices.
         config: the batch sizes, and into how many microbatches they fall.
-        skipped_windows: of the order of the windows, that the run has passed over.
+        skipped_windows: of the order of the sequences, that the run has passed over.
     """
 
     batches: Batches
@@ -64,8 +64,8 @@ class BatchLoader:
         size = trainer.batch_size // trainer.num_microbatches
         rows = self.partition.rows_of_this_process(size)
         wanted = (np.arange(trainer.num_microbatches)[:, None] * size + rows).ravel()
-        windows = self.batches.rows(int(step), wanted, skipped_windows=self.skipped_windows)
-        return self.partition.place(batch_from_windows(windows, num_microbatches=trainer.num_microbatches))
+        sequences = self.batches.rows(int(step), wanted, skipped_windows=self.skipped_windows)
+        return self.partition.place(batch_from_sequences(sequences, num_microbatches=trainer.num_microbatches))
 
     def load_all(self, first: int, stop: int) -> Iterator[Batch]:
         """The batches of the steps in `[first, stop)`, of which the next few are loaded meanwhile."""
@@ -97,7 +97,7 @@ class Loop:
         callbacks: act on the run in this order, `evaluating` and `saving` among them.
         evaluating: knows the best validation loss.
         saving: saves states; the loop asks it for the last one.
-        tokens_per_window: predicted tokens in a row of a batch.
+        tokens_per_sequence: predicted tokens in a row of a batch.
         mfu_per_token_rate: model FLOPs utilisation at one token a second.
         saved: the last checkpoint's path or URL; None before the end.
         first_step: that `run` began with.
@@ -113,7 +113,7 @@ class Loop:
     callbacks: Sequence[Callback]
     evaluating: Evaluating
     saving: Saving
-    tokens_per_window: int
+    tokens_per_sequence: int
     mfu_per_token_rate: float
     saved: str | None = None
     first_step: int = 0
@@ -238,7 +238,7 @@ class Loop:
             ended = end.result()
             self._step_seconds.append(ended - self._last_time)
             self._last_time = ended
-            tokens = self.config.at_step(step).batch_size * self.tokens_per_window
+            tokens = self.config.at_step(step).batch_size * self.tokens_per_sequence
             self._tokens += tokens
             rate = tokens / self._step_seconds[-1]
             numbers |= {"train/tokens_per_second": rate, "train/mfu": rate * self.mfu_per_token_rate}

@@ -46,7 +46,7 @@ class TrainState(eqx.Module):
             nothing but counts.
         skipped_in_a_row: int32, such steps since the last good one.
         recent_loss: float32, exponential mean of the losses of good steps, nats; infinite before the first.
-        skipped_windows: int32, windows of the data order that the run has passed over, going back to a checkpoint.
+        skipped_windows: int32, sequences of the data order that the run has passed over, going back to a checkpoint.
     """
 
     step: jax.Array
