@@ -26,7 +26,7 @@ from benchmark_tables import print_table, spread
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import token_store
 from sophia_levanter.data.corpora import prepare
-from sophia_levanter.data.encoding import Documents
+from sophia_levanter.data.encoding import EncodedDocuments
 from sophia_levanter.data.sources import open_source
 from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore
@@ -112,13 +112,13 @@ def read_rows(num_tokens: int, work: Path, batches: int) -> Iterator[Row]:
 
 
 def _store_of(size: int, path: Path) -> TokenStore:
-    """Documents of a thousand random tokens each."""
+    """EncodedDocuments of a thousand random tokens each."""
     tokenizer = load_tokenizer(TOKENIZER)
     writer = TokenStoreWriter(path, tokenizer, "random tokens")
     generator = np.random.default_rng(0)
     for _ in range(-(-size // 1_000_000)):
         tokens = generator.integers(0, tokenizer.vocab_size, 1_000_000, dtype=np.uint16)
-        writer.append(Documents(tokens, np.full(1000, 1000), 1_000_000))
+        writer.append(EncodedDocuments(tokens, np.full(1000, 1000), 1_000_000))
     writer.finish()
     return TokenStore.open(path)
 

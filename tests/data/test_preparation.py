@@ -25,7 +25,7 @@ from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import file_source, store_writer
 from sophia_levanter.data import preparation as preparation_module
 from sophia_levanter.data.corpora import prepare
-from sophia_levanter.data.encoding import Documents
+from sophia_levanter.data.encoding import EncodedDocuments
 from sophia_levanter.data.file_source import FileSource
 from sophia_levanter.data.preparation import build_directory
 from sophia_levanter.data.token_store import TokenStore
@@ -141,7 +141,7 @@ def test_a_store_from_which_something_was_deleted_is_prepared_again(config: Data
 KILLED = """
 import json, os, signal, sys
 from sophia_levanter.data import preparation, store_writer
-from sophia_levanter.data.encoding import Documents
+from sophia_levanter.data.encoding import EncodedDocuments
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.file_source import FileSource
 from sophia_levanter.data.corpora import prepare
@@ -438,7 +438,7 @@ def test_two_processes_at_once(config: DataConfig) -> None:
     program = """
 import sys
 import time
-from sophia_levanter.data.encoding import Documents
+from sophia_levanter.data.encoding import EncodedDocuments
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.corpora import prepare
 data = prepare(DataConfig(train=sys.argv[1], validation_fraction=0.2, cache_dir=sys.argv[2]), lambda line: None)
@@ -471,7 +471,7 @@ def test_documents_are_read_as_they_are_written(config: DataConfig, monkeypatch:
             yield (0, number), text
 
     class Writer(preparation_module.TokenStoreWriter):
-        def append(self, documents: Documents) -> None:
+        def append(self, documents: EncodedDocuments) -> None:
             nonlocal ahead
             ahead -= len(documents.lengths)
             super().append(documents)

@@ -15,7 +15,7 @@ import pytest
 
 from fake_gcs import FakeGcs, serving
 from sophia_levanter.data import store_writer, token_store
-from sophia_levanter.data.encoding import Documents
+from sophia_levanter.data.encoding import EncodedDocuments
 from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore, remembered
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
@@ -78,7 +78,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     tokenizer = ByteTokenizer()
     tokenizer.vocab_size = 1 << 17
     writer = TokenStoreWriter(tmp_path / "store", tokenizer, "test")
-    writer.append(Documents(np.array([100_000, 5, 256], np.uint32), np.array([3]), 2))
+    writer.append(EncodedDocuments(np.array([100_000, 5, 256], np.uint32), np.array([3]), 2))
     writer.finish()
     tokens = TokenStore.open(tmp_path / "store").read(0, 3)
     assert tokens.dtype == np.uint32
@@ -91,7 +91,7 @@ def test_zeros_are_data(make_store: MakeStore, small_shards: None) -> None:
 
 def test_an_unfinished_store_is_none(tmp_path: Path) -> None:
     writer = TokenStoreWriter(tmp_path / "store", ByteTokenizer(), "test")
-    writer.append(Documents(np.array([1, 2, 256], np.uint16), np.array([3]), 2))
+    writer.append(EncodedDocuments(np.array([1, 2, 256], np.uint16), np.array([3]), 2))
     with pytest.raises(InputError, match="no finished token store"):
         TokenStore.open(tmp_path / "store")
 

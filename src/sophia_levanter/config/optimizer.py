@@ -200,7 +200,11 @@ class SophiaConfig(OptimizerConfig):
 @OptimizerConfig.register_subclass("sophia_g")
 @dataclass(frozen=True)
 class SophiaGConfig(SophiaConfig):
-    """Sophia with the Gauss-Newton-Bartlett estimator (Algorithm 2)."""
+    """Sophia with the Gauss-Newton-Bartlett estimator (Algorithm 2).
+
+    The model scores the sampled labels itself (`LanguageModel.losses`), so `build` makes a `Sophia` whose estimator has
+    no use for a likelihood.
+    """
 
     curvature_batch_fraction: float = setting(
         0.5, "part of the batch that refreshes the curvature, in whole microbatches", above=0, high=1

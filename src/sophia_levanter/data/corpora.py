@@ -15,7 +15,7 @@ import numpy as np
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.batches import Mixture, Part, parts_of
 from sophia_levanter.data.preparation import Job, Preparation
-from sophia_levanter.data.sources import Corpora, source_named
+from sophia_levanter.data.sources import FoundSource, source_named
 from sophia_levanter.data.text_files import Report
 from sophia_levanter.data.token_store import READ_TOKENS, Tokens, remembered
 from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer, printable, token_byte_lengths
@@ -74,9 +74,9 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
     return data
 
 
-def _report_repeats(parts: Sequence[Corpora], warn: Report) -> None:
+def _report_repeats(parts: Sequence[FoundSource], warn: Report) -> None:
     """Say which files are in several parts of a mixture."""
-    first: dict[str, Corpora] = {}
+    first: dict[str, FoundSource] = {}
     again = [
         (file, first[file], part) for part in parts for file in part.inputs if first.setdefault(file, part) is not part
     ]
@@ -88,7 +88,7 @@ def _report_repeats(parts: Sequence[Corpora], warn: Report) -> None:
         )
 
 
-def _report_leak(job: Job, data: TextData, train: Sequence[Corpora], validation: Corpora) -> None:
+def _report_leak(job: Job, data: TextData, train: Sequence[FoundSource], validation: FoundSource) -> None:
     """Say which documents are both trained on and validated with.
 
     Raises:
@@ -108,7 +108,7 @@ def _report_leak(job: Job, data: TextData, train: Sequence[Corpora], validation:
     job.warn(f"WARNING: {message}")
 
 
-def _where(found: Corpora, number: int) -> str:
+def _where(found: FoundSource, number: int) -> str:
     """The document of a number, from 0: by its file where that can be read again."""
     if found.source is not None:
         with contextlib.suppress(InputError, OSError):
@@ -150,16 +150,16 @@ def _check_separator(config: DataConfig, report: Report) -> None:
             report(f"data.document_separator does not apply to {source.name}, which holds tokens")
 
 
-def _find(job: Job, field: str, name: str, held_out: float | None = None) -> Corpora:
+def _find(job: Job, field: str, name: str, held_out: float | None = None) -> FoundSource:
     """The tokens of the source that a field names; two corpora if a share is held out. No text is read yet."""
     source = source_named(name, field)
     if found := source.find_tokens(job.tokenizer, job.cache_dir, job.report, both=held_out is not None):
         return found
     preparation = Preparation(source, job, held_out)
-    return Corpora(name, preparation.source.inputs, preparation.stores, preparation.source)
+    return FoundSource(name, preparation.source.inputs, preparation.stores, preparation.source)
 
 
-def _two_sides(job: Job) -> Corpora:
+def _two_sides(job: Job) -> FoundSource:
     """The tokens of the training text, split into a training and a held-out part."""
     assert isinstance(job.config.train, str)
     return _find(job, "data.train", job.config.train, job.config.validation_fraction)

@@ -236,7 +236,7 @@ class NoSplit:
     is_settled = True
 
     def push(self, text: str) -> list[Side]:
-        """The documents whose side is known once `text` is."""
+        """The documents whose side is settled by adding `text`."""
         return [(False, text)]
 
     def finish(self) -> list[Side]:

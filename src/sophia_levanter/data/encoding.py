@@ -1,4 +1,4 @@
-"""Documents to tokens: in this process, in several, or as Ray tasks; the result is the same.
+"""EncodedDocuments to tokens: in this process, in several, or as Ray tasks; the result is the same.
 
 Imports no more than a process that makes tokens needs, so that it starts at once.
 """
@@ -37,8 +37,8 @@ CONNECT_SECONDS = 10
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Documents one after the other, as a tokenizer makes them.
+class EncodedDocuments:
+    """EncodedDocuments one after the other, as a tokenizer makes them.
 
     Attributes:
         tokens: [position], in a store's dtype, with an end-of-text after each document.
@@ -53,7 +53,7 @@ class Documents:
 
 # The texts of a block: of its documents for training, and of those held out.
 Texts = tuple[list[str], list[str]]
-Encoded = tuple[Documents, Documents]
+Encoded = tuple[EncodedDocuments, EncodedDocuments]
 
 
 def encode(tokenizer: Tokenizer, texts: Texts) -> Encoded:
@@ -62,13 +62,13 @@ def encode(tokenizer: Tokenizer, texts: Texts) -> Encoded:
     return _documents(tokenizer, train), _documents(tokenizer, held_out)
 
 
-def _documents(tokenizer: Tokenizer, texts: list[str]) -> Documents:
+def _documents(tokenizer: Tokenizer, texts: list[str]) -> EncodedDocuments:
     dtype = tokenizer.dtype
     end = np.array([tokenizer.end_of_text], dtype)
     pieces = [tokenizer.encode(text).astype(dtype) for text in texts]
     lengths = np.array([len(piece) + 1 for piece in pieces], np.int64)
     tokens = np.concatenate([array for piece in pieces for array in (piece, end)]) if pieces else np.empty(0, dtype)
-    return Documents(tokens, lengths, sum(len(text.encode("utf-8")) for text in texts))
+    return EncodedDocuments(tokens, lengths, sum(len(text.encode("utf-8")) for text in texts))
 
 
 @lru_cache(maxsize=1)

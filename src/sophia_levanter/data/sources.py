@@ -31,7 +31,7 @@ DATASET_OPTIONS = {"hub": ("split", "name", "revision", "streaming"), "datasets"
 
 
 @dataclass(frozen=True)
-class Corpora:
+class FoundSource:
     """The tokens of a source that was looked up: one corpus, or one to train on and one to validate with.
 
     Attributes:
@@ -80,7 +80,7 @@ class DataSource(ChoiceRegistry):
         """
         raise InputError(f"{self.field}: {self.name} holds tokens; name the text that they were made from")
 
-    def find_tokens(self, tokenizer: Tokenizer, cache_dir: Path, report: Report, *, both: bool) -> Corpora | None:
+    def find_tokens(self, tokenizer: Tokenizer, cache_dir: Path, report: Report, *, both: bool) -> FoundSource | None:
         """The tokens, where they are; None if they are made from text.
 
         Args:
@@ -311,7 +311,7 @@ class TokenFile(DataSource):
     def absolute(self) -> str:
         return f"nanogpt:{_absolute(self.path)}"
 
-    def find_tokens(self, tokenizer: Tokenizer, cache_dir: Path, report: Report, *, both: bool) -> Corpora:
+    def find_tokens(self, tokenizer: Tokenizer, cache_dir: Path, report: Report, *, both: bool) -> FoundSource:
         from sophia_levanter.data.nanogpt import NanogptTokens
 
         if both:
@@ -324,7 +324,7 @@ class TokenFile(DataSource):
             corpus.check(report)
             return [corpus]
 
-        return Corpora(self.name, [os.path.realpath(corpus.path)], checked)
+        return FoundSource(self.name, [os.path.realpath(corpus.path)], checked)
 
 
 @DataSource.register_subclass("store")
@@ -336,7 +336,7 @@ class PreparedStore(DataSource):
     def absolute(self) -> str:
         return f"store:{_absolute(self.path)}"
 
-    def find_tokens(self, tokenizer: Tokenizer, cache_dir: Path, report: Report, *, both: bool) -> Corpora:
+    def find_tokens(self, tokenizer: Tokenizer, cache_dir: Path, report: Report, *, both: bool) -> FoundSource:
         from sophia_levanter.data.token_store import SIDES, TokenStore
 
         location = _absolute(self.path).rstrip("/")
@@ -346,7 +346,7 @@ class PreparedStore(DataSource):
         except InputError as error:
             hint = f"; without data.validation, store:FOLDER holds {' and '.join(SIDES)}" if both else ""
             raise InputError(f"{self.field}: {error}{hint}") from error
-        return Corpora(self.name, [location], lambda: stores)
+        return FoundSource(self.name, [location], lambda: stores)
 
 
 def source_named(name: str, field: str) -> DataSource:

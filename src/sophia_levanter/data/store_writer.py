@@ -18,7 +18,7 @@ import numpy as np
 import tensorstore as ts
 
 from sophia_levanter.data.documents import START, Position, Source, Tally
-from sophia_levanter.data.encoding import Documents
+from sophia_levanter.data.encoding import EncodedDocuments
 from sophia_levanter.data.token_store import (
     DOCUMENT_ENDS,
     FORMAT_VERSION,
@@ -200,7 +200,7 @@ class TokenStoreWriter:
             {name: array.tail.copy() for name, array in self._arrays.items()},
         )
 
-    def append(self, documents: Documents) -> None:
+    def append(self, documents: EncodedDocuments) -> None:
         """Add documents at the end."""
         ends = self.num_tokens + np.cumsum(documents.lengths)
         with self._writing():

@@ -86,7 +86,7 @@ def coordinates_of(sophia: AbstractSophia, state: SophiaState) -> Coordinates:
 
 
 def last_rho(sophia: AbstractSophia, state: SophiaState) -> Any:
-    """rho of the last update, for a state after it."""
+    """rho of the update that led to this state."""
     return sophia.rho.at(state.rho, jnp.maximum(state.count - 1, 0))
 
 

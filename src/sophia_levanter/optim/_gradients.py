@@ -131,6 +131,8 @@ def _common_length(name: str, tree: PyTree, things: str) -> int:
     return lengths.pop()
 
 
+# (model, microbatch, key) -> mean loss, mean loss on sampled targets, number of targets. Means, so that half precision
+# does not overflow; `accumulate` multiplies them by the number again.
 LossesFn = Callable[..., tuple[Any, Any, Any]]
 
 

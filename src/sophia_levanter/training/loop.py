@@ -90,7 +90,7 @@ class Loop:
 
     Attributes:
         config: how long, and with which batches.
-        settings_of: gives what the step needs, of a trainer's settings with one batch size.
+        settings_of: makes the `StepSettings` for one batch size, from the trainer's settings with that size.
         partition: the devices, and where arrays lie on them.
         loader: puts the training batches on the devices.
         monitor: how the run is watched.
@@ -214,10 +214,10 @@ class Loop:
         self.monitor.watchdog.pause()
         trainer = self.config.at_step(step)
         settings = self.settings_of(trainer)
-        of = f" for batches of {trainer.batch_size}" if self.config.batch_size_changes else ""
+        suffix = f" for batches of {trainer.batch_size}" if self.config.batch_size_changes else ""
         batch = self.loader.load(step)
         compiled = compile_steps(
-            settings, self.partition, batch, state, trainer.batch_size, self.monitor.console.line, of
+            settings, self.partition, batch, state, trainer.batch_size, self.monitor.console.line, suffix
         )
         self._last_time = time.perf_counter()
         return compiled
@@ -285,7 +285,7 @@ def compile_steps(
     state: TrainState,
     batch_size: int,
     say: Callable[[str], None],
-    of: str = "",
+    suffix: str = "",
 ) -> CompiledSteps:
     """Compiles the step, and the one that refreshes the curvature where the optimizer has any.
 
@@ -299,11 +299,11 @@ def compile_steps(
         state: where the run is.
         batch_size: that size.
         say: is told what is compiled, how long it took and what memory a step needs.
-        of: what kind of steps, for the first of these lines.
+        suffix: ends the first of these lines: what kind of steps they are.
     """
     started = time.perf_counter()
     kinds = (False,) if settings.optimizer.estimator is None else (False, True)
-    say(f"compiling {len(kinds)} training step(s){of}")
+    say(f"compiling {len(kinds)} training step(s){suffix}")
     compiled = []
     for refresh in kinds:
         compiled.append(_jitted(train_step, settings, refresh, partition).lower(batch, state).compile())

@@ -178,8 +178,8 @@ def train_step(
         state: the state before the step.
         curvature_batch: [microbatch, batch, position] to estimate the curvature on; if not given, the first
             `curvature_microbatches` of the batch, which then share their forward pass with the gradient (Sophia-G).
-        samples: [microbatch, batch, position] int labels for GNB, like the microbatches it is estimated on; if not
-            given they are what the estimator asks for: the targets, or drawn from the model, by (seed, step, row).
+        samples: [microbatch, batch, position] int labels for GNB, like the microbatches it is estimated on. If not
+            given, an estimator that samples targets draws them from the model, by (seed, step, row).
 
     Returns:
         The state after the step, and what the host may want to know of it.
