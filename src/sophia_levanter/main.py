@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says.
 
     Returns:
-        The exit status: 0 done, 1 failure, 2 bad input, 75 stopped by SIGTERM (run it again), 130 interrupted.
+        The exit status: 0 done, 1 failure, 2 bad input, 75 stopped by SIGTERM (resume the run), 130 interrupted.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

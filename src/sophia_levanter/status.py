@@ -19,7 +19,7 @@ from sophia_levanter.errors import InputError, one_line
 DONE = 0
 FAILURE = 1
 BAD_INPUT = 2
-PREEMPTED = 75  # stopped, and saved where there is something to save: run the command again
+PREEMPTED = 75  # stopped, and saved where there is something to save
 INTERRUPTED = 130
 
 VARIABLE = "SOPHIA_LEVANTER_STATUS"
@@ -77,7 +77,7 @@ class Progress:
 
     Attributes:
         step: steps done.
-        total: steps of the run; None where it has just resumed, as for the other two.
+        total: steps of the run. None right after a resume, as are `loss` and `tokens_per_second`.
         loss: of the last step, nats per token.
         tokens_per_second: of all devices.
     """

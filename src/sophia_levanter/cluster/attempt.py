@@ -35,7 +35,7 @@ class Outcome:
             it could not begin.
         reason: for people.
         progress: as the run last reported it in this attempt.
-        tail: the last lines of the process that ended first.
+        tail: the last lines of the first process that failed.
     """
 
     kind: Kind

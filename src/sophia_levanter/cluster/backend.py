@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is to be launched.
+    """A run as backends see it.
 
     Attributes:
         run_dir: of the run, as its configuration has it.
@@ -74,9 +74,9 @@ class HostCommand:
         label: the log's name: process-0.
         words: the command line.
         env: environment variables on top of the launcher's.
-        labelled: whether it speaks for several processes: lines of theirs begin with "N: ", N the process, and blanks
-            before it where there are more than ten; other lines are its own.
-        by_stdin: whether it is told to stop by the end of its standard input, which ssh passes on; by SIGTERM if not.
+        labelled: whether it prints for several processes. The lines of process N begin with "N: ", N padded to the
+            same width for all; other lines are its own.
+        by_stdin: whether closing its standard input stops it, which ssh passes on; otherwise SIGTERM does.
     """
 
     label: str

@@ -88,7 +88,7 @@ class Supervisor:
     Args:
         backend: where.
         job: what.
-        policy: how often.
+        policy: limits on attempts.
         record: where its state is left for others.
         say: tells people.
     """

@@ -46,7 +46,7 @@ run is saved, twice it ends at once."""
 
 @dataclass(frozen=True)
 class Launch:
-    """A run that is to be launched.
+    """A launch as the command line asks for it.
 
     Attributes:
         config: of the run, with its run directory.

@@ -49,7 +49,7 @@ class MeshConfig(Settings):
     mlp: str | None = setting("model", "mesh axis that the MLP's hidden units are split over", choices=("model",))
     vocab: str | None = setting("model", "mesh axis that the vocabulary is split over", choices=("model",))
     position: str | None = setting("sequence", "mesh axis that positions are split over", choices=("sequence",))
-    coordinator: str | None = setting(None, "HOST:PORT of process 0 of several, or auto, as a TPU pod or Slurm says")
+    coordinator: str | None = setting(None, "HOST:PORT where process 0 listens; auto asks the TPU pod or Slurm")
     num_processes: int | None = setting(None, "with HOST:PORT: number of processes of the run", low=1)
     process_id: int | None = setting(None, "with HOST:PORT: index of this process, from 0", low=0)
     start_timeout: int = setting(300, "seconds to wait for the other processes", low=1)

@@ -1,7 +1,7 @@
 """A run of several processes, one on each host: how they find each other, and how they exchange messages.
 
-Messages go through jax's coordination service, from any thread and always with a timeout. A busy or hanging device
-delays none of them.
+The messages of `Processes` go through jax's coordination service, from any thread and always with a timeout. A busy or
+hanging device delays none of them.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class Watchdog:
     def _end(self) -> None:
         print(
             f"error: {self._doing} has taken more than {self._seconds} s (trainer.step_timeout); "
-            "the run goes on from its last checkpoint when it is started again; what each thread was doing:",
+            "resume the run to continue from its last checkpoint; what each thread was doing:",
             file=sys.stderr,
             flush=True,
         )

@@ -84,7 +84,9 @@ def _check_allocation(cluster: SlurmCluster) -> None:
         raise InputError("backend slurm: SLURM_JOB_ID is not set; attempts are started inside a Slurm job")
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "an unknown number")
     if nodes != str(cluster.nodes):
-        raise InputError(f"nodes is {cluster.nodes}, and this Slurm job has {nodes}; make them the same")
+        raise InputError(
+            f"nodes is {cluster.nodes}, and this Slurm job has {nodes}; make them the same, or launch outside the job"
+        )
     check_secrets(cluster.secrets)
 
 
