@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import tensorstore as ts
 from jax.sharding import NamedSharding, PartitionSpec
 from trees import bits, chunk_files, files, make_model, make_state, put, silent
 
+from kills import Fork, save_50_times, save_for_ever
 from sophia_levanter.checkpoint import (
     CheckpointError,
     Retention,
@@ -255,25 +255,9 @@ def test_retention() -> None:
 
 def test_50_saves_need_no_more_memory_than_5(tmp_path: Path) -> None:
     """A context that is shared by all saves grows by 8 MiB with each, which this would see."""
-    finished = subprocess.run([sys.executable, "-c", FIFTY_SAVES, str(tmp_path)], capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    early, late = (int(word) for word in finished.stdout.split())
+    status, (early, late) = Fork(save_50_times, tmp_path).end()
+    assert status == 0
     assert late - early < 45 * 8 * 2**20 / 8, (early, late)
-
-
-FIFTY_SAVES = """
-import sys
-import numpy as np
-import psutil
-from sophia_levanter.checkpoint import Retention, Saver
-saver = Saver(sys.argv[1], run_id="r")
-tree = {str(i): np.ones((4, 2**17), np.float32) for i in range(4)}
-for step in range(50):
-    saver.save(step, tree, metadata={}, retention=Retention(2))
-    if step in (5, 49):
-        saver.wait()
-        print(psutil.Process().memory_info().rss)
-"""
 
 
 FULL_DISK = """
@@ -321,48 +305,17 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert len(whole.split()) >= 3 and after.startswith("saved")
 
 
-# Killed.
-
-SAVE_FOR_EVER = """
-import sys
-from pathlib import Path
-import numpy as np
-from sophia_levanter.checkpoint import Retention, Saver, steps
-directory, damaging = Path(sys.argv[1]), sys.argv[2] == "again"
-step = max(steps(directory), default=0)
-saver = Saver(directory, run_id="r")
-
-def save(value):
-    tree = {str(i): np.full((64, 64), value) for i in range(20)}
-    saver.save(step, tree, metadata={}, retention=Retention(9 if damaging else 2))
-    saver.wait()
-
-while True:
-    step += 1
-    save(step)
-    print(step, flush=True)
-    if damaging:
-        # The step is damaged, and saved once more under the same number.
-        next(directory.glob(f"step-{step:08d}/arrays/*-7/c.*")).write_bytes(b"")
-        save(-step)
-"""
-
-
 def kills(directory: Path, how: str, count: int) -> None:
     """Kill a saving process so many times, and look at what is there each time."""
     like = {str(i): np.zeros((64, 64), int) for i in range(20)}
     rng = random.Random(0)
     leftovers = 0
     for _ in range(count):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVE_FOR_EVER, str(directory), how], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        committed = int(process.stdout.readline())
+        fork = Fork(save_for_ever, directory, how == "again")
+        committed = fork.receive()
         time.sleep(rng.uniform(0, 0.15))
-        process.send_signal(signal.SIGKILL)
-        committed = max([committed, *map(int, process.stdout.read().split())])
-        process.wait()
+        fork.kill()
+        committed = max([committed, *fork.end()[1]])
 
         leftovers += len([path for path in directory.iterdir() if "." in path.name])
         remove_leftovers(directory)
