@@ -106,7 +106,7 @@ def serving(bucket: FakeGcs) -> Iterator[FakeGcs]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         bucket.address = f"http://127.0.0.1:{server.server_port}"
         yield bucket
         server.shutdown()

@@ -12,8 +12,10 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from trees import bits, blank, make_state, silent
@@ -62,11 +64,8 @@ class Google:
 class Amazon:
     url = "s3://bucket/run/checkpoints"
 
-    def __init__(self, address: str) -> None:
-        import boto3
-
-        self.client = boto3.client("s3", endpoint_url=address, region_name="us-east-1")
-        self.client.create_bucket(Bucket="bucket")
+    def __init__(self, client: Any) -> None:
+        self.client = client
 
     def names(self) -> list[str]:
         return sorted(found["Key"] for found in self.client.list_objects_v2(Bucket="bucket").get("Contents", []))
@@ -81,43 +80,71 @@ class Amazon:
         self.client.delete_object(Bucket="bucket", Key=name)
 
 
-@pytest.fixture(params=["gs", "s3"])
-def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    if request.param == "gs":
-        with serving(FakeGcs()) as server:
-            monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server.address)
-            yield Google(server)
-        return
+@pytest.fixture(scope="module")
+def google_server() -> Iterator[FakeGcs]:
+    with serving(FakeGcs()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def amazon_client() -> Iterator[Any]:
+    """Of a server on this machine."""
+    import boto3
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    yield Amazon(f"http://{host}:{port}")
-    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST"))
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    yield boto3.client("s3", endpoint_url=address, region_name="us-east-1", **KEYS)
     server.stop()
 
 
-def put(bucket: Bucket, step: int, *, keep: int = 9) -> str:
-    return save(bucket.url, step, make_state(step), run_id="run", metadata={"seed": step}, retention=Retention(keep))
+KEYS = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
+
+
+@pytest.fixture
+def google(google_server: FakeGcs, monkeypatch: pytest.MonkeyPatch) -> Google:
+    """An empty bucket, and so the other one."""
+    google_server.objects.clear()
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", google_server.address)
+    return Google(google_server)
+
+
+@pytest.fixture
+def amazon(amazon_client: Any, monkeypatch: pytest.MonkeyPatch) -> Amazon:
+    address = amazon_client.meta.endpoint_url
+    urllib.request.urlopen(urllib.request.Request(f"{address}/moto-api/reset", method="POST"))
+    amazon_client.create_bucket(Bucket="bucket")
+    variables = {name.upper(): value for name, value in KEYS.items()}
+    for name, value in (variables | {"AWS_ENDPOINT_URL": address, "AWS_EC2_METADATA_DISABLED": "true"}).items():
+        monkeypatch.setenv(name, value)
+    return Amazon(amazon_client)
+
+
+@pytest.fixture(params=["google", "amazon"])
+def bucket(request: pytest.FixtureRequest) -> Bucket:
+    return request.getfixturevalue(request.param)
+
+
+def small(step: int) -> dict[str, jax.Array]:
+    return {"scale": jnp.full(4, step, jnp.bfloat16), "bias": step * jnp.arange(6.0).reshape(2, 3)}
+
+
+def put(bucket: Bucket, step: int, tree: Any = None, *, keep: int = 9) -> str:
+    tree = small(step) if tree is None else tree
+    return save(bucket.url, step, tree, run_id="run", metadata={"seed": step}, retention=Retention(keep))
 
 
 def test_what_is_saved_comes_back_and_old_steps_go(bucket: Bucket) -> None:
     assert steps(bucket.url) == []
-    for step in (1, 2, 3):
-        assert put(bucket, step, keep=2) == f"{bucket.url}/step-0000000{step}"
+    for step in (1, 2):
+        put(bucket, step, keep=2)
+    assert put(bucket, 3, make_state(), keep=2) == f"{bucket.url}/step-00000003"
     assert steps(bucket.url) == [2, 3]
     assert not [name for name in bucket.names() if "step-00000001" in name]
     restored = restore(bucket.url, blank(make_state()), report=silent)
-    assert bits(restored.tree) == bits(make_state(3))
+    assert bits(restored.tree) == bits(make_state())
     assert (restored.step, restored.run_id, restored.metadata) == (3, "run", {"seed": 3})
     with pytest.raises(FileExistsError, match="step-00000003 already holds a checkpoint"):
         put(bucket, 3)
@@ -127,7 +154,8 @@ def test_a_flipped_bit_and_a_lost_object_are_found(bucket: Bucket) -> None:
     put(bucket, 1)
     rng = random.Random(0)
     names = bucket.names()
-    for name in [*rng.sample(names, k=8), next(name for name in names if name.endswith("manifest.json"))]:
+    assert len(names) == 5  # two of each array, and the manifest
+    for name in names:
         content = bucket.get(name)
         flipped = bytearray(content)
         flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -140,7 +168,7 @@ def test_a_flipped_bit_and_a_lost_object_are_found(bucket: Bucket) -> None:
                 (line,) = damage(bucket.url, 1)
                 assert name.removeprefix("run/") in line
                 with pytest.raises(CheckpointError):
-                    restore(bucket.url, make_state(), report=silent)
+                    restore(bucket.url, small(0), report=silent)
         bucket.put(name, content)
     assert damage(bucket.url, 1) == []
 
@@ -151,10 +179,10 @@ def test_a_damaged_step_is_passed_over_and_can_be_saved_again(bucket: Bucket) ->
     lost = next(name for name in bucket.names() if "step-00000002/arrays-" in name)
     bucket.delete(lost)
     lines: list[str] = []
-    assert restore(bucket.url, make_state(), report=lines.append).step == 1
+    assert restore(bucket.url, small(0), report=lines.append).step == 1
     assert len(lines) == 1 and lost.removeprefix("run/") in lines[0]
     put(bucket, 2)
-    assert bits(restore(bucket.url, blank(make_state()), report=silent).tree) == bits(make_state(2))
+    assert bits(restore(bucket.url, small(0), report=silent).tree) == bits(small(2))
     assert not [name for name in bucket.names() if lost.split("/")[3] in name], "the damaged one's arrays are gone"
     remove_leftovers(bucket.url)
     assert damage(bucket.url, 2) == []
@@ -166,8 +194,8 @@ def test_a_folder_copied_from_a_bucket_is_a_checkpoint(bucket: Bucket, tmp_path:
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(bucket.get(name))
-    restored = restore(tmp_path / "run" / "checkpoints", blank(make_state()), report=silent)
-    assert bits(restored.tree) == bits(make_state(5))
+    restored = restore(tmp_path / "run" / "checkpoints", small(0), report=silent)
+    assert bits(restored.tree) == bits(small(5))
 
 
 RACE = """
@@ -257,19 +285,16 @@ def test_killed_in_the_midst_of_saves_to_a_bucket(bucket: Bucket) -> None:
     assert leftovers > 0
 
 
-def test_a_bucket_that_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(FakeGcs()) as server:
-        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server.address)
-        bucket = Google(server)
-        put(bucket, 1)
-        server.refused = "model.scale/c"
-        with pytest.raises(CheckpointError, match=r"could not be written: leaf model\.scale, gs://.*quota"):
-            put(bucket, 2)
-        assert steps(bucket.url) == [1]
-        assert not [name for name in bucket.names() if "step-00000002" in name]
-        server.refused = None
-        put(bucket, 2)
-        assert steps(bucket.url) == [1, 2]
+def test_a_bucket_that_takes_no_more(google: Google, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(google, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(google.server, "refused", "scale/c")
+        with pytest.raises(CheckpointError, match=r"could not be written: leaf scale, gs://.*quota"):
+            put(google, 2)
+    assert steps(google.url) == [1]
+    assert not [name for name in google.names() if "step-00000002" in name]
+    put(google, 2)
+    assert steps(google.url) == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from sophia_levanter.checkpoint import CheckpointError, damage, restore
 from sophia_levanter.checkpoint.manifest import FORMAT, decode_manifest
 from sophia_levanter.commands.checkpoints import main
 
+MANIFEST = "step-00000001/manifest.json"
+
 
 def forged(body: object) -> bytes:
     """The bytes of a manifest that says `body`, with the digest that they have."""
@@ -91,17 +93,25 @@ OF_OTHERS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A folder with one step, and its manifest."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    put(folder, 1, {"a": jnp.arange(4.0), "b": jnp.ones(3)})
+    return folder, (folder / MANIFEST).read_bytes()
+
+
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    put(tmp_path, 1, {"a": jnp.arange(4.0), "b": jnp.ones(3)})
-    return tmp_path
+def saved(checkpoints: tuple[Path, bytes]) -> Path:
+    folder, manifest = checkpoints
+    (folder / MANIFEST).write_bytes(manifest)
+    return folder
 
 
 def change(saved: Path, of_manifest: dict[str, Any], of_array: dict[str, Any]) -> None:
-    file = saved / "step-00000001" / "manifest.json"
-    manifest = dataclasses.asdict(decode_manifest("", file.read_bytes()))
+    manifest = dataclasses.asdict(decode_manifest("", (saved / MANIFEST).read_bytes()))
     manifest["arrays"][0] |= of_array
-    file.write_bytes(forged({"format": FORMAT} | manifest | of_manifest))
+    (saved / MANIFEST).write_bytes(forged({"format": FORMAT} | manifest | of_manifest))
 
 
 def refused(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -151,5 +161,5 @@ def test_values_of_other_arrays(saved: Path, of_array: dict[str, Any]) -> None:
 def test_bytes_that_are_no_manifest(
     saved: Path, capfd: pytest.CaptureFixture[str], content: Callable[[], bytes]
 ) -> None:
-    (saved / "step-00000001" / "manifest.json").write_bytes(content())
+    (saved / MANIFEST).write_bytes(content())
     refused(saved, capfd)

@@ -1,5 +1,6 @@
 """Trees to save, and what the tests of checkpoints do with them."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,14 @@ class State(eqx.Module):
     step: jax.Array
 
 
+@functools.cache
 def make_model(seed: int = 0, activation: Any = jax.nn.gelu) -> Model:
     up = hax.nn.Linear.init(Embed, Mlp, key=jax.random.PRNGKey(seed))
     scale = jnp.array([1.5, jnp.nan, -0.0, jnp.inf], jnp.bfloat16)
     return Model(up, scale, activation, 0.1, "m")
 
 
+@functools.cache
 def make_state(seed: int = 0) -> State:
     model = make_model(seed)
     optimizer = (
