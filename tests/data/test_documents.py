@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 from collections import Counter
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from datasets import Dataset
+from reading import json_lines, parquet
 
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import file_source
@@ -18,16 +16,6 @@ from sophia_levanter.data.sources import open_source
 from sophia_levanter.errors import InputError
 
 END = "<|endoftext|>"
-
-
-def json_lines(*rows: object) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-
-
-def parquet(**columns: list) -> bytes:
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
-    return buffer.getvalue()
 
 
 def read(name: str | Path, **fields: str) -> tuple[list[str], list[str]]:
@@ -69,7 +57,11 @@ BAD_ROWS = [
     ("a.json", json.dumps([None, GOOD, GOOD]).encode(), "a.json, record 1 is not a JSON object but null"),
     ("a.json", json.dumps([GOOD, {"text": None}, GOOD]).encode(), "a.json, record 2: the field 'text' is not"),
     ("a.json", json.dumps([GOOD, ["a"], GOOD], indent=1).encode(), "a.json, record 2 is not a JSON object but a list"),
-    ("a.parquet", parquet(text=["one", None, "one"]), "a.parquet, row 2: the field 'text' is not a string but null"),
+    (
+        "a.parquet",
+        parquet({"text": ["one", None, "one"]}),
+        "a.parquet, row 2: the field 'text' is not a string but null",
+    ),
 ]
 
 
@@ -101,7 +93,7 @@ def test_rows_without_text_are_errors_or_skipped(
     ],
 )
 def test_a_parquet_column_that_is_no_text(tmp_path: Path, columns: dict[str, list], problem: str) -> None:
-    (tmp_path / "a.parquet").write_bytes(parquet(**columns))
+    (tmp_path / "a.parquet").write_bytes(parquet(columns))
     with pytest.raises(InputError, match=problem):
         read(tmp_path / "a.parquet")
     texts, notes = read(tmp_path / "a.parquet", bad_rows="skip")
@@ -126,7 +118,7 @@ def test_rows_of_a_dataset(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "1"}, {"text": }, {"text": "3"}]', "record 2, is not JSON"),
         ("a.json", b'[{"text": "1"}, {"text": "2', "record 2, is not JSON"),
         ("a.json", b'[{"text": "1"}, {"text": "2"}', "record 3, is neither a JSON object nor the end"),
-        ("a.parquet", parquet(text=["1"])[:-9], "truncated or damaged"),
+        ("a.parquet", parquet({"text": ["1"]})[:-9], "truncated or damaged"),
         ("a.jsonl", b'{"text": "\xe9"}\n', "is not UTF-8 text"),
     ],
 )
@@ -162,7 +154,7 @@ def test_empty_modules_of_the_library_are_not_worth_a_line() -> None:
         ("a.txt", f"one{END}two{END}three".encode(), "/a.txt: "),
         ("a.jsonl", json_lines(GOOD, {"text": f"two{END}"}, {"text": END}), "/a.jsonl:2: "),
         ("a.json", json.dumps([GOOD, {"text": f"{END}{END}x"}]).encode(), "/a.json, record 2: "),
-        ("a.parquet", parquet(text=["one", f"two{END}{END}"]), "/a.parquet, row 2: "),
+        ("a.parquet", parquet({"text": ["one", f"two{END}{END}"]}), "/a.parquet, row 2: "),
     ],
 )
 def test_special_tokens_in_the_text_are_counted_in_one_warning(
@@ -214,7 +206,7 @@ def test_a_text_file_is_split_piece_by_piece(
 
 def test_records_are_split_too(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines({"text": f"one{END}two"}, {"text": f"{END} {END}three"}))
-    (tmp_path / "b.parquet").write_bytes(parquet(text=[f"four{END}five", "six"]))
+    (tmp_path / "b.parquet").write_bytes(parquet({"text": [f"four{END}five", "six"]}))
     (tmp_path / "c.json").write_text(json.dumps([{"text": f"seven{END}eight{END}"}]))
     Dataset.from_dict({"text": [f"one{END}two", END]}).save_to_disk(tmp_path / "d")
     texts, notes = read(tmp_path / "*.*", document_separator=END)
