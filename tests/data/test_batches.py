@@ -1,37 +1,27 @@
+"""Batches of windows: their order, validation, mixtures of texts, and targets."""
+
 from __future__ import annotations
 
-import errno
-import json
-import math
 import random
-import threading
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sophia_levanter.data import batches as batches_module
+from sophia_levanter.batch import batch_from_windows, count_targets
 from sophia_levanter.data import token_store
 from sophia_levanter.data.batches import (
-    READING_PATIENCE,
-    SMOOTHING,
     Mixture,
     TrainBatches,
     ValidationBatches,
-    Verification,
-    bigram_bits_per_byte,
 )
 from sophia_levanter.data.token_store import TokenStore
-from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.files import NotRegular
-from sophia_levanter.partition.processes import PATIENCE, Processes
 
 MakeStore = Callable[..., TokenStore]
+
 
 TEXT = "".join(random.Random(0).choices("abcdefgh", k=1000))  # 1001 tokens with end-of-text
 
@@ -263,195 +253,18 @@ def test_the_facts_tell_mixtures_apart(make_store: MakeStore) -> None:
     assert facts[0] != facts[2]
 
 
-TRAIN = ["the cat and the hat, an ant", "another naïve théorem", "the end"]
-VALIDATION = "a then ant and â"
-BYTES = ByteTokenizer()
+def test_targets_are_the_next_tokens_and_microbatches_are_runs_of_rows():
+    windows = np.arange(4 * 6, dtype=np.int32).reshape(4, 6)
+    batch = batch_from_windows(windows, num_microbatches=2)
+    assert [(a.name, a.size) for a in batch.tokens.axes] == [("microbatch", 2), ("batch", 2), ("position", 5)]
+    np.testing.assert_array_equal(batch.tokens.array.reshape(4, 5), windows[:, :-1])
+    np.testing.assert_array_equal(batch.targets.array.reshape(4, 5), windows[:, 1:])
+    assert float(count_targets(batch)) == 20
 
 
-def by_hand(train: list[str], predictions: list[tuple[int, int]]) -> float:
-    """Bits per byte of the (previous, next) symbols, counted one by one."""
-    symbols = [symbol for text in train for symbol in [*text.encode(), 256]]
-    pairs = Counter(pairwise(symbols))
-    previous_counts = Counter(symbols[:-1])
-    bits = sum(-math.log2((pairs[a, b] + SMOOTHING) / (previous_counts[a] + 257 * SMOOTHING)) for a, b in predictions)
-    return bits / sum(b != 256 for _, b in predictions)
-
-
-def pairs_of(symbols: list[int]) -> list[tuple[int, int]]:
-    return list(pairwise(symbols))
-
-
-def test_it_is_what_counting_by_hand_gives(make_store: MakeStore) -> None:
-    tokens = np.array([*VALIDATION.encode(), 256])
-    found = bigram_bits_per_byte(make_store(TRAIN), [tokens], BYTES)
-    assert found == pytest.approx(by_hand(TRAIN, pairs_of(tokens.tolist())), rel=1e-12)
-
-
-def test_it_does_not_depend_on_the_tokenizer(make_store: MakeStore, tiny_bpe: Tokenizer) -> None:
-    def tokens(tokenizer: Tokenizer) -> np.ndarray:
-        return np.append(tokenizer.encode(VALIDATION), tokenizer.end_of_text)
-
-    assert len(tokens(tiny_bpe)) < len(tokens(BYTES))
-    by_bytes = bigram_bits_per_byte(make_store(TRAIN), [tokens(BYTES)], BYTES)
-    by_bpe = bigram_bits_per_byte(make_store(TRAIN, tiny_bpe), [tokens(tiny_bpe)], tiny_bpe)
-    assert by_bpe == pytest.approx(by_bytes, rel=1e-12)
-
-
-def test_the_first_token_of_each_array_is_context(make_store: MakeStore, tiny_bpe: Tokenizer) -> None:
-    windows = [np.array([257, 32, 258]), np.array([300, 257])]  # "the| an" and "<end>|the"
-    expected = by_hand(TRAIN, [*pairs_of([*b"e an"]), *pairs_of([256, *b"the"])])
-    assert bigram_bits_per_byte(make_store(TRAIN, tiny_bpe), iter(windows), tiny_bpe) == pytest.approx(
-        expected, rel=1e-12
-    )
-
-
-def test_reading_in_pieces_changes_nothing(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = make_store(TRAIN)
-    tokens = np.array([*VALIDATION.encode(), 256])
-    whole = bigram_bits_per_byte(store, [tokens], BYTES)
-    monkeypatch.setattr(batches_module, "BIGRAM_TOKENS", 3)
-    assert bigram_bits_per_byte(store, [tokens], BYTES) == whole
-
-
-def test_no_more_than_the_limit_is_counted(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches_module, "BIGRAM_BYTES", len(TRAIN[0]) + 1)
-    monkeypatch.setattr(batches_module, "BIGRAM_TOKENS", 10)
-    tokens = np.array([*VALIDATION.encode()])
-    assert bigram_bits_per_byte(make_store(TRAIN), [tokens], BYTES) == pytest.approx(
-        by_hand(TRAIN[:1], pairs_of(tokens.tolist()))
-    )
-
-
-def test_no_text_to_predict(make_store: MakeStore) -> None:
-    assert math.isnan(bigram_bits_per_byte(make_store(TRAIN), [np.array([97, 256])], BYTES))
-    assert math.isnan(bigram_bits_per_byte(make_store(TRAIN), [], BYTES))
-
-
-class Corpus:
-    """One that is compared when `compared` is set."""
-
-    def __init__(self, whole: Exception | None = None, unchanged: Exception | None = None) -> None:
-        self.compared = threading.Event()
-        self._whole, self._unchanged = whole, unchanged
-
-    def check_whole(self, cache_dir: Path) -> None:
-        assert self.compared.wait(60)
-        if self._whole:
-            raise self._whole
-
-    def check_unchanged(self) -> None:
-        if self._unchanged:
-            raise self._unchanged
-
-
-def test_nothing_is_waited_for_before_the_end(tmp_path: Path) -> None:
-    corpus = Corpus()
-    verification = Verification([corpus], tmp_path, Processes())
-    verification.check()
-    corpus.compared.set()
-    assert verification.finish()
-    assert verification.finish()
-    verification.check()
-
-
-ERRORS = [
-    InputError("the text is damaged"),
-    NotRegular(errno.EINVAL, "it is not a regular file", "shard"),
-    OSError(errno.EIO, "Input/output error"),
-    MemoryError(),
-    KeyError("digest"),
-]
-
-
-@pytest.mark.parametrize("where", ["whole", "unchanged"])
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_what_is_wrong_is_raised_from_then_on(tmp_path: Path, where: str, error: Exception) -> None:
-    corpora = [Corpus(**{where: error}), Corpus()]
-    verification = Verification(corpora, tmp_path, Processes())
-    for corpus in corpora:
-        corpus.compared.set()
-    for raising in (verification.finish, verification.check, verification.finish):
-        with pytest.raises(type(error)) as info:
-            raising()
-        assert info.value is error
-
-
-class Answers:
-    """Stands for the messages between processes: what this one says, and what others do."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.names: list[str] = []
-        self.said: list[str] = []
-        self.timeouts: list[float] = []
-        self.others: list[str] = []
-
-        def gather(processes: Processes, name: str, text: str, timeout: float) -> list[str]:
-            self.names.append(name)
-            self.said.append(text)
-            self.timeouts.append(timeout)
-            return [text, *self.others]
-
-        monkeypatch.setattr(Processes, "gather", gather)
-        monkeypatch.setattr(Processes, "broadcast", lambda self, name, text, timeout: text)
-        monkeypatch.setattr(Processes, "forget", lambda self, name: None)
-
-
-@pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
-    return Answers(monkeypatch)
-
-
-def finished(tmp_path: Path, corpus: Corpus, processes: Processes) -> Verification:
-    corpus.compared.set()
-    return Verification([corpus], tmp_path, processes)
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_of_several_processes_all_raise_together(tmp_path: Path, answers: Answers, error: Exception) -> None:
-    broken = finished(tmp_path, Corpus(whole=error), Processes(1, 2))
-    with pytest.raises(type(error)):
-        broken.finish()
-    broken.check()  # alone it says nothing: the others would wait for it
-    answers.others = answers.said[:]
-    sound = finished(tmp_path, Corpus(), Processes(0, 2))
-    expected = InputError if isinstance(error, InputError) else OSError
-    with pytest.raises(expected, match=type(error).__name__ if isinstance(error, MemoryError | KeyError) else None):
-        sound.finish()
-    # Where another process has found worse, this one raises that.
-    if expected is OSError:
-        answers.others = [json.dumps(["wrong", "process 0 has damaged text"])]
-        with pytest.raises(InputError, match="process 0 has damaged text"):
-            broken.finish()
-
-
-@pytest.mark.parametrize("signalled", [False, True])
-def test_who_is_to_stop_does_not_wait(tmp_path: Path, signalled: bool) -> None:
-    """Signalled before it waits, or meanwhile."""
-    corpus = Corpus()
-    verification = Verification([corpus], tmp_path, Processes())
-    looks = iter([signalled, True])
-    assert not verification.finish(lambda: next(looks))
-    corpus.compared.set()
-    assert verification.finish(lambda: True)
-
-
-def test_where_one_process_has_not_compared_all_say_so(tmp_path: Path, answers: Answers) -> None:
-    unfinished = Verification([Corpus()], tmp_path, Processes(0, 2))
-    assert not unfinished.finish(lambda: True)
-    sound = finished(tmp_path, Corpus(), Processes(0, 2))
-    assert sound.finish()
-    answers.others = answers.said[:1]
-    assert not sound.finish(lambda: True)
-    answers.others.append(json.dumps(["wrong", "process 1 has damaged text"]))
-    for verification in (unfinished, sound):
-        with pytest.raises(InputError, match="process 1 has damaged text"):
-            verification.finish(lambda: True)
-
-
-def test_each_run_of_a_process_has_time_to_read(tmp_path: Path, answers: Answers) -> None:
-    for _ in range(3):
-        verification = finished(tmp_path, Corpus(), Processes(0, 2))
-        verification.finish()
-        verification.finish()
-    assert answers.timeouts == [READING_PATIENCE, PATIENCE] * 3
-    assert len(set(answers.names)) == 6
+def test_weights_are_kept():
+    weights = np.zeros((4, 5), np.float32)
+    weights[1, 2] = 1
+    batch = batch_from_windows(np.zeros((4, 6), np.int32), weights)
+    assert batch.weights.array[0, 1, 2] == 1
+    assert float(count_targets(batch)) == 1
