@@ -217,11 +217,6 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     assert source(f"datasets:{tmp_path}/one").identity != before
 
 
-def test_a_dataset_becomes_tokens(on_hub: str, tmp_path: Path) -> None:
-    data = prepare(DataConfig(train=on_hub, validation=f"{on_hub}?split=test", cache_dir=str(tmp_path)), print)
-    assert data.tokenizer.decode(data.train.read(0, data.train.num_tokens)) == "".join(ROWS)
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -4,8 +4,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 
 from fake_gcs import FakeGcs, serving
+from sophia_levanter.commands import inspect_data
 from sophia_levanter.data import store_writer, token_store
 from sophia_levanter.data.encoding import EncodedDocuments
 from sophia_levanter.data.store_writer import TokenStoreWriter
@@ -104,9 +103,9 @@ def test_another_tokenizer(make_store: MakeStore, tiny_bpe: Tokenizer) -> None:
         assert part in str(info.value)
 
 
-def flip_a_bit(path: Path) -> None:
+def flip_a_bit(path: Path, byte: int = 20) -> None:
     data = bytearray(path.read_bytes())
-    data[20] ^= 1
+    data[byte] ^= 1
     path.write_bytes(data)
 
 
@@ -330,8 +329,9 @@ def test_results_of_reading_much_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def bucket() -> Iterator[FakeGcs]:
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGcs]:
     with serving(FakeGcs()) as server:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server.address)
         yield server
 
 
@@ -340,36 +340,21 @@ def upload(folder: Path, bucket: FakeGcs) -> None:
     bucket.objects |= {str(path.relative_to(folder.parent)): (1, path.read_bytes()) for path in files}
 
 
-def inspect(bucket: FakeGcs, location: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "sophia_levanter.commands.inspect_data", location, "--verify"]
-    environment = os.environ | {"TENSORSTORE_GCS_HTTP_URL": bucket.address}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def last_line(text: str) -> str:
-    """Above it tensorstore says that it looked for credentials."""
-    return text.splitlines()[-1]
-
-
-def test_a_store_in_a_bucket(make_store: Callable[..., TokenStore], bucket: FakeGcs) -> None:
+def test_a_store_in_a_bucket(make_store: MakeStore, bucket: FakeGcs, capsys: pytest.CaptureFixture[str]) -> None:
     store = make_store(["first document", "second document"])
     upload(store.path, bucket)
-    result = inspect(bucket, f"gs://bucket/{store.path.name}")
-    assert result.returncode == 0, result.stderr
-    assert "verified" in result.stdout
-    assert "second document" in result.stdout
+    command = [f"gs://bucket/{store.path.name}", "--verify"]
+    assert inspect_data.main(command) == 0
+    shown = capsys.readouterr().out
+    assert "verified" in shown and "second document" in shown
 
-    shard = store.path / "tokens" / "c" / "0"
-    content = bytearray(shard.read_bytes())
-    content[9] ^= 4
-    shard.write_bytes(content)
+    flip_a_bit(store.path / "tokens" / "c" / "0", byte=9)
     upload(store.path, bucket)
-    result = inspect(bucket, f"gs://bucket/{store.path.name}")
-    assert result.returncode == 2
-    assert f"error: gs://bucket/{store.path.name}: the token store is damaged" in last_line(result.stderr)
+    assert inspect_data.main(command) == 2
+    assert f"error: {command[0]}: the token store is damaged" in capsys.readouterr().err
 
 
-def test_no_store_in_a_bucket(bucket: FakeGcs) -> None:
-    result = inspect(bucket, "gs://bucket/nothing")
-    assert result.returncode == 2
-    assert last_line(result.stderr) == "error: gs://bucket/nothing: no finished token store is there (no manifest.json)"
+def test_no_store_in_a_bucket(bucket: FakeGcs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect_data.main(["gs://bucket/nothing", "--verify"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: gs://bucket/nothing: no finished token store is there (no manifest.json)\n"
