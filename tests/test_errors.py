@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -110,11 +109,9 @@ def test_what_a_checkpoint_says(tmp_path: Path, capfd: pytest.CaptureFixture[str
         clean(capfd)
     assert checkpoints(["diff", str(tmp_path), "1", "2"]) == 0
     clean(capfd)
-    chunk = next((tmp_path / "step-00000001").rglob("zarr.json"))
-    chunk.unlink()
+    next((tmp_path / "step-00000001").rglob("zarr.json")).unlink()
     assert checkpoints(["verify", str(tmp_path)]) == 1
     clean(capfd)
-    shutil.rmtree(tmp_path / "step-00000002")
 
 
 @pytest.mark.parametrize("name", [HOSTILE.replace(".", ""), "x" * 61, "a\u202eb", "\x1b"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,12 @@ STEP = "step 4/9"
 # A process that tells the launcher its step, and people another line.
 REPORTS = f"""echo '{STEP}'; echo '@status {{"step": 4, "total": 9, "loss": 2.5, "tokens_per_second": 1234}}'"""
 REFUSES = """echo '@status {"failed": "bad_input", "message": "model.num_heads 3: no"}'; exit 2"""
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(supervisor, "GATHER_SECONDS", 0.2)
 
 
 class Scripts:
@@ -87,12 +94,10 @@ def lives(pid):
 def test_all_processes_end_well(tmp_path):
     status, said, record = run(tmp_path, Scripts([f"{REPORTS}; echo tail >&2", "echo two"]))
     assert status == 0
-    assert said == [
-        STEP,
-        "tail",
-        "launch: attempt 1: 2 processes, step 4/9, loss 2.500, 1,234 tokens/s, 0 s; done: the run is complete; "
-        "failures 0 of 10, preemptions 0 of 100",
-    ]
+    *lines, outcome = said
+    assert lines == [STEP, "tail"]
+    told = r"launch: attempt 1: 2 processes, step 4/9, loss 2\.500, 1,234 tokens/s, \d+ s; done: the run is complete; "
+    assert re.fullmatch(told + "failures 0 of 10, preemptions 0 of 100", outcome)
     left = record.read()
     assert (left.state, left.attempt, left.exit_status, left.progress.step) == ("done", 1, 0, 4)
     logs = record.attempt_directory(1)
@@ -128,12 +133,6 @@ def test_bad_input_is_not_tried_again(tmp_path):
     assert status == 2
     assert said[0] == "  | pip: no"
     assert said[-1] == "error: setup failed:"
-
-
-def test_a_directory_that_is_still_in_use_is_tried_again(tmp_path):
-    in_use = REFUSES.replace("bad_input", "directory_in_use")
-    status, _, record = run(tmp_path, Scripts([in_use, in_use], ["true", "true"]))
-    assert (status, record.read().failures) == (0, 1)
 
 
 def test_what_is_refused_without_a_message_shows_what_was_printed(tmp_path):
@@ -177,12 +176,10 @@ def test_machines_that_do_not_come_are_a_failure(tmp_path):
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (None, 75)])
 def test_told_to_stop_all_save_and_end(by_stdin, number, expected, tmp_path):
     listens, saves = ("", "read line; exit 75") if by_stdin else ("trap 'exit 75' TERM; ", "sleep 1000 & wait")
-    said = []
 
     def tell():
-        while len(list(tmp_path.glob("run/launch/attempt-001/*"))) < 2:
-            time.sleep(0.05)
-        time.sleep(0.3)
+        while sum(STEP in log.read_text() for log in tmp_path.glob("run/launch/attempt-001/*.log")) < 2:
+            time.sleep(0.02)
         if number is None:
             LaunchRecord(tmp_path / "run" / "launch").ask_to_stop()
         else:
@@ -281,15 +278,15 @@ run(pathlib.Path({str(tmp_path)!r}), Scripts(["echo $$ > {tmp_path}/pid; exec sl
     try:
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
             assert process.poll() is None
-            time.sleep(0.05)
+            time.sleep(0.02)
     finally:
         process.kill()
         process.wait()
     pid = int((tmp_path / "pid").read_text())
-    for _ in range(100):
+    for _ in range(500):
         if not lives(pid):
             break
-        time.sleep(0.05)
+        time.sleep(0.02)
     assert not lives(pid)
     assert not LaunchRecord(tmp_path / "run" / "launch").is_held
 
@@ -312,7 +309,7 @@ def test_the_status_of_a_run_that_goes_on(tmp_path, monkeypatch):
 
     def look():
         while not seen or seen[-1].progress is None:
-            time.sleep(0.05)
+            time.sleep(0.02)
             if (record.directory / "status.json").exists():
                 seen.append(record.read())
         assert record.is_held

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import fake_slurm
-import launcher_stub
 import pytest
 from fake_slurm import ODD_NAME, tasks, until
 
@@ -183,6 +182,23 @@ def test_cancelled_job_is_not_queued_again(slurm_commands: Path, slurm_run: Job)
     assert not (slurm_commands / "requeued").exists()
 
 
+# What a launcher does with a backend, without its policy: one attempt, told to stop as the backend says.
+LAUNCHER = """
+import signal, subprocess, sys
+from pathlib import Path
+from sophia_levanter.cluster.backend import Job
+from sophia_levanter.cluster.config import read_cluster
+from sophia_levanter.cluster.slurm import SlurmBackend
+job = Job(Path(sys.argv[2]), Path(sys.argv[2]) / "launch")
+backend = SlurmBackend(read_cluster(Path(sys.argv[1])))
+backend.prepare(job, 1, print, lambda: False)
+(command,) = backend.commands(job, 1)
+process = subprocess.Popen(command.words, stdin=subprocess.PIPE)
+signal.signal(signal.SIGTERM, lambda *_: process.stdin.close())
+sys.exit(process.wait())
+"""
+
+
 def test_run_through_the_job_saves_and_is_queued_again(
     slurm_commands: Path, slurm_run: Job, python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -190,7 +206,7 @@ def test_run_through_the_job_saves_and_is_queued_again(
     (tmp_path / "record" / "ends").write_text("never never")
     cluster_file = tmp_path / "slurm.yaml"
     cluster_file.write_text(f"backend: slurm\nnodes: 2\nsecrets: [WANDB_API_KEY]\npython: {python}\n")
-    words = [sys.executable, launcher_stub.__file__, str(cluster_file), str(slurm_run.run_dir)]
+    words = [sys.executable, "-c", LAUNCHER, str(cluster_file), str(slurm_run.run_dir)]
     process = start_job(slurm_run, words, nodes=2, secrets=("WANDB_API_KEY",))
     pids = [task["pid"] for task in tasks(tmp_path)]
     assert all(b"WANDB_API_KEY=hunter2hunter2" in Path(f"/proc/{pid}/environ").read_bytes() for pid in pids)
@@ -236,8 +252,7 @@ SUBMITTING = """
 import sys
 from pathlib import Path
 from sophia_levanter.cluster.backend import Job
-from sophia_levanter.cluster.config import SlurmCluster, read_cluster
-from sophia_levanter.cluster.record import STOP
+from sophia_levanter.cluster.config import SlurmCluster
 from sophia_levanter.cluster.slurm.job import submit
 job = Job(Path(sys.argv[1]), Path(sys.argv[1]) / "launch")
 sys.exit(submit(SlurmCluster(), job, sys.argv[2:], lambda line: print(line, flush=True)))
