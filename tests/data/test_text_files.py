@@ -189,29 +189,17 @@ def test_a_url_whose_content_changes_while_it_is_read(memory_files: fsspec.Abstr
         list(source.documents())
 
 
-@pytest.mark.parametrize("source", ["gone.txt", "*.nothing"])
-def test_no_file(tmp_path: Path, source: str) -> None:
-    assert source in error_of(tmp_path / source)
-
-
-def test_a_folder_of_other_files_is_answered_with_a_glob(tmp_path: Path) -> None:
-    (tmp_path / "a.md").write_text("no")
-    assert f"{tmp_path}/*.md" in error_of(f"{tmp_path}/")
-
-
-def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
-    (tmp_path / "state.json").write_text("{}")
-    assert f"write datasets:{tmp_path}" in error_of(tmp_path)
-
-
-def test_a_link_to_nothing(tmp_path: Path) -> None:
+def test_what_is_not_text_is_an_error_before_anything_is_read(tmp_path: Path) -> None:
+    for source in ("gone.txt", "*.nothing"):
+        assert source in error_of(tmp_path / source)
+        with pytest.raises(InputError):
+            source_of(tmp_path / source)
     (tmp_path / "a.txt").symlink_to("gone")
     assert "not a regular file" in error_of(tmp_path / "a.txt")
-
-
-def test_errors_of_resolving_come_before_reading(tmp_path: Path) -> None:
-    with pytest.raises(InputError):
-        source_of(tmp_path / "gone.txt")
+    for folder, name, answer in (("notes/", "a.md", "{}/*.md"), ("saved", "state.json", "write datasets:{}")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("{}")
+        assert answer.format(tmp_path / folder) in error_of(f"{tmp_path}/{folder}")
 
 
 def test_a_url_with_a_password_is_refused_and_not_shown() -> None:
