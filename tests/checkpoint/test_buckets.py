@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +31,6 @@ from sophia_levanter.checkpoint import (
     steps,
 )
 from sophia_levanter.errors import InputError
-
-
-class Bucket(Protocol):
-    url: str
-
-    def names(self) -> list[str]: ...
-    def get(self, name: str) -> bytes: ...
-    def put(self, name: str, content: bytes) -> None: ...
-    def delete(self, name: str) -> None: ...
 
 
 class Google:
@@ -78,6 +69,9 @@ class Amazon:
 
     def delete(self, name: str) -> None:
         self.client.delete_object(Bucket="bucket", Key=name)
+
+
+Bucket = Google | Amazon
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def nested(depth: int) -> Any:
     return tree
 
 
-# What is changed of a manifest, or of its first array.
+# What is changed of a manifest, or of its first array; what becomes GONE is left out.
 OF_MANIFEST: list[dict[str, Any]] = [
     {"run_id": 3},
     {"run_id": None},
@@ -53,6 +53,8 @@ OF_MANIFEST: list[dict[str, Any]] = [
     {"folder": 7},
     {"arrays": None},
     {"arrays": {}, "folder": None},
+    {"arrays": "GONE"},
+    {"run_id": "GONE"},
     {"arrays": [1]},
     {"arrays": ["x"]},
     {"more": 1},
@@ -77,6 +79,7 @@ OF_ARRAY: list[dict[str, Any]] = [
     {"dtype": "string"},
     {"dtype": None},
     {"header": 1},
+    {"header": "GONE"},
     {"chunks": []},
     {"chunks": {"c.0": None}},
     {"more": 1},
@@ -110,8 +113,12 @@ def saved(checkpoints: tuple[Path, bytes]) -> Path:
 
 def change(saved: Path, of_manifest: dict[str, Any], of_array: dict[str, Any]) -> None:
     manifest = dataclasses.asdict(decode_manifest("", (saved / MANIFEST).read_bytes()))
-    manifest["arrays"][0] |= of_array
-    (saved / MANIFEST).write_bytes(forged({"format": FORMAT} | manifest | of_manifest))
+    manifest["arrays"][0] = without_gone(manifest["arrays"][0] | of_array)
+    (saved / MANIFEST).write_bytes(forged(without_gone({"format": FORMAT} | manifest | of_manifest)))
+
+
+def without_gone(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value != "GONE"}
 
 
 def refused(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:

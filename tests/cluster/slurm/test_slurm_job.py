@@ -37,9 +37,18 @@ def start_job(slurm_run: Job, words: list[str], **fields: object) -> subprocess.
     return subprocess.Popen(["sbatch", "--wait", "--parsable", str(slurm_run.directory / "job.sh")], text=True)
 
 
+def ready_job(slurm_run: Job, words: list[str], **fields: object) -> tuple[subprocess.Popen[str], Path]:
+    """The same when it has printed that it is ready, and its log."""
+    process, log = start_job(slurm_run, words, **fields), slurm_run.directory / "slurm-100.log"
+    until(lambda: log.exists() and "ready" in log.read_text())
+    return process, log
+
+
 def tell_script(state: Path) -> None:
     """As Slurm does before the job's time ends."""
-    os.kill(int((state / "pid-100").read_text()), signal.SIGTERM)
+    pid = state / "pid-100"
+    until(lambda: pid.exists() and pid.read_text())  # a script may print before this is written
+    os.kill(int(pid.read_text()), signal.SIGTERM)
 
 
 FULL = {
@@ -119,9 +128,7 @@ LISTENING = "trap 'echo told; sleep 0.3; exit {}' TERM; echo ready; while :; do 
 
 @pytest.mark.parametrize(("status", "requeued"), [(75, True), (0, False), (1, False), (2, False)])
 def test_time_that_ends(slurm_commands: Path, slurm_run: Job, status: int, requeued: bool):
-    process = start_job(slurm_run, shell(LISTENING.format(status)))
-    log = slurm_run.directory / "slurm-100.log"
-    until(lambda: log.exists() and "ready" in log.read_text())
+    process, log = ready_job(slurm_run, shell(LISTENING.format(status)))
     tell_script(slurm_commands)
     until(lambda: "told" in log.read_text())
     tell_script(slurm_commands)
@@ -133,9 +140,7 @@ def test_time_that_ends(slurm_commands: Path, slurm_run: Job, status: int, reque
 
 
 def test_time_that_ends_before_the_launcher_listens(slurm_commands: Path, slurm_run: Job):
-    process = start_job(slurm_run, shell("echo ready; sleep 60"))
-    log = slurm_run.directory / "slurm-100.log"
-    until(lambda: log.exists() and "ready" in log.read_text())
+    process, _ = ready_job(slurm_run, shell("echo ready; sleep 60"))
     tell_script(slurm_commands)
     assert process.wait(timeout=60) == 75
     assert (slurm_commands / "requeued").read_text() == "100\n"
@@ -143,9 +148,7 @@ def test_time_that_ends_before_the_launcher_listens(slurm_commands: Path, slurm_
 
 def test_time_that_ends_during_setup(slurm_commands: Path, slurm_run: Job, tmp_path: Path):
     wait = f"echo ready; while [ ! -e {shlex.quote(str(tmp_path / 'go'))} ]; do sleep 0.05; done"
-    process = start_job(slurm_run, shell("echo launched"), setup=(wait,))
-    log = slurm_run.directory / "slurm-100.log"
-    until(lambda: log.exists() and "ready" in log.read_text())
+    process, log = ready_job(slurm_run, shell("echo launched"), setup=(wait,))
     tell_script(slurm_commands)
     (tmp_path / "go").touch()
     assert process.wait(timeout=60) == 75
@@ -155,9 +158,7 @@ def test_time_that_ends_during_setup(slurm_commands: Path, slurm_run: Job, tmp_p
 
 def test_stopped_run_is_not_queued_again(slurm_commands: Path, slurm_run: Job):
     """Somebody has asked it to stop, and the job's time ends while it saves."""
-    process = start_job(slurm_run, shell(LISTENING.format(75)))
-    log = slurm_run.directory / "slurm-100.log"
-    until(lambda: log.exists() and "ready" in log.read_text())
+    process, _ = ready_job(slurm_run, shell(LISTENING.format(75)))
     (slurm_run.directory / STOP).touch()
     tell_script(slurm_commands)
     assert process.wait(timeout=60) == 75
