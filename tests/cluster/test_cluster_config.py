@@ -113,38 +113,14 @@ def test_a_file_that_is_not_there(tmp_path):
         read_cluster(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "DB_PASSWD",
-        "PGPASS",
-        "PASSPHRASE",
-        "SSH_PASSPHRASE",
-        "DB_PASS",
-        "PASS",
-        "SSHPASS",
-        "PASSCODE",
-        "MYSQL_PWD",
-        "HF_CREDS",
-        "AWS_CREDENTIALS",
-        "AUTH",
-        "NPM_AUTH",
-        "HTTP_AUTHORIZATION",
-        "SESSION_COOKIE",
-        "COOKIES",
-        "SSH_PRIVATE",
-        "SENTRY_DSN",
-        "MY_JWT",
-        "APIKEY",
-        "api_key",
-        "PGPASSWORD",
-        "KEY2",
-        "HF_TOKEN",
-        "TOKEN_FOR_WANDB",
-        "MY_SECRETS",
-        "pgPass",
-    ],
-)
+SECRET = """
+DB_PASSWD PGPASS PASSPHRASE SSH_PASSPHRASE DB_PASS PASS SSHPASS PASSCODE MYSQL_PWD HF_CREDS AWS_CREDENTIALS AUTH
+NPM_AUTH HTTP_AUTHORIZATION SESSION_COOKIE COOKIES SSH_PRIVATE SENTRY_DSN MY_JWT APIKEY api_key PGPASSWORD KEY2
+HF_TOKEN TOKEN_FOR_WANDB MY_SECRETS pgPass
+"""
+
+
+@pytest.mark.parametrize("name", SECRET.split())
 def test_a_name_that_looks_like_a_secrets_is_refused_in_env(name, tmp_path):
     with pytest.raises(InputError) as error:
         read(tmp_path, f"backend: local\nenv: {{{name}: hunter2}}\n")
@@ -153,30 +129,14 @@ def test_a_name_that_looks_like_a_secrets_is_refused_in_env(name, tmp_path):
     assert "hunter2" not in message and "\n" not in message
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "XLA_PASSES",
-        "XLA_FLAGS",
-        "XLA_PASS_THROUGH",
-        "TOKENIZERS_PARALLELISM",
-        "GIT_AUTHOR_NAME",
-        "RAY_AUTH_MODE",
-        "XAUTHORITY",
-        "PWD",
-        "OLDPWD",
-        "BYPASS",
-        "COMPASS",
-        "SSH_ASKPASS",
-        "PGPASSFILE",
-        "PRIVATE_NETWORK",
-        "KEYBOARD",
-        "SECRETARY",
-        "JAX_PLATFORMS",
-        "NCCL_DEBUG",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION",
-    ],
-)
+INNOCENT = """
+XLA_PASSES XLA_FLAGS XLA_PASS_THROUGH TOKENIZERS_PARALLELISM GIT_AUTHOR_NAME RAY_AUTH_MODE XAUTHORITY PWD OLDPWD
+BYPASS COMPASS SSH_ASKPASS PGPASSFILE PRIVATE_NETWORK KEYBOARD SECRETARY JAX_PLATFORMS NCCL_DEBUG
+XLA_PYTHON_CLIENT_MEM_FRACTION
+"""
+
+
+@pytest.mark.parametrize("name", INNOCENT.split())
 def test_an_innocent_name_is_taken_in_env(name, tmp_path):
     assert read(tmp_path, f"backend: local\nenv: {{{name}: x}}\n").env == {name: "x"}
 
