@@ -6,6 +6,7 @@ from unittest.mock import MagicMock
 
 import jax.numpy as jnp
 import pytest
+import yaml
 
 from sophia_levanter import checkpoint
 from sophia_levanter.config import TrainConfig
@@ -77,6 +78,16 @@ def test_what_is_not_a_callback_is_refused(value, message, registered):
 
 
 MORE_STEPS = ["--trainer.num_train_steps"]
+
+
+@pytest.fixture
+def config_file(config_file):
+    """The tiny run with AdamW, which has one kind of step, and without sampled text."""
+    config = yaml.safe_load(config_file.read_text())
+    config["optimizer"] = {"type": "adamw", "learning_rate": 1e-2, "warmup_steps": 2}
+    config["trainer"]["sample_tokens"] = 0
+    config_file.write_text(yaml.safe_dump(config))
+    return config_file
 
 
 class Recorder(Callback):
