@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from sophia_levanter.allocation import return_freed_memory
+from tiny_runs import FinishedRun, finish_run, write_config, write_text
 
 flags = [
     "--xla_force_host_platform_device_count=8",
@@ -40,29 +41,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # A shell has what it starts in the background ignore Ctrl-C, and the processes that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-CONFIG = """
-model: {num_layers: 2, num_heads: 2, embed_dim: 16, seq_len: 16, loss_block_size: 8, gradient_checkpointing: none}
-optimizer:
-  type: sophia_g
-  learning_rate: 1e-2
-  final_learning_rate: 1e-3
-  warmup_steps: 2
-  rho: 0.5
-  interval: 3
-  bias_correct_curvature: true
-data: {train: TEXT, tokenizer: bytes, cache_dir: CACHE}
-trainer:
-  num_train_steps: 12
-  batch_size: 16
-  microbatch_size: 8
-  evaluate_every: 6
-  evaluation_windows: 20
-  checkpoint_every: 6
-  log_every: 4
-  sample_tokens: 20
-"""
-
 
 STATM = Path("/proc/self/statm")
 MOST_BYTES = 1_500_000_000
@@ -89,17 +67,19 @@ def little_memory():
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
     """Some 20 kB of text with a pattern in it."""
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"Line {i} says that {i} times {i % 7} is {i * (i % 7)}.\n" for i in range(500)))
-    return path
+    return write_text(tmp_path)
 
 
 @pytest.fixture
 def config_file(tmp_path: Path, text_file: Path) -> Path:
     """The configuration of a tiny run on that text, for `--config`."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(CONFIG.replace("TEXT", str(text_file)).replace("CACHE", str(tmp_path / "cache")))
-    return path
+    return write_config(tmp_path, text_file)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run of the tiny configuration, trained once for all tests that read one; a test changes only a copy."""
+    return finish_run(tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture
@@ -188,20 +168,29 @@ def gpt2_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch):
-    """Makes the process get a signal when the metrics of a step are logged."""
-
+def after_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Does something once the metrics of a step are logged."""
     from sophia_levanter.tracking.jsonl import JsonLines
 
-    def plan(step: int, number: signal.Signals = signal.SIGINT) -> None:
+    def plan(step: int, act: Callable[[], object]) -> None:
         log = JsonLines.log
 
-        def log_and_signal(self, at, metrics):
-            log(self, at, metrics)
-            if at == step and "train/loss" in metrics:
+        def log_and_act(self, at, numbers):
+            log(self, at, numbers)
+            if at == step and "train/loss" in numbers:
                 monkeypatch.setattr(JsonLines, "log", log)
-                signal.raise_signal(number)
+                act()
 
-        monkeypatch.setattr(JsonLines, "log", log_and_signal)
+        monkeypatch.setattr(JsonLines, "log", log_and_act)
+
+    return plan
+
+
+@pytest.fixture
+def stop_after(after_step):
+    """Makes the process get a signal when the metrics of a step are logged."""
+
+    def plan(step: int, number: signal.Signals = signal.SIGINT) -> None:
+        after_step(step, lambda: signal.raise_signal(number))
 
     return plan

@@ -15,7 +15,7 @@ from sophia_levanter.data.tokenizer import printable
 from sophia_levanter.errors import CONTROLS, one_line, shortened
 from sophia_levanter.main import main as train
 from sophia_levanter.studies.runs import Run
-from written_runs import run_config, write_run
+from tiny_runs import run_config, write_run
 
 # A colour, a title, a bell, a line of its own, an override of the direction, a C1 control, and HTML.
 HOSTILE = "a\x1b[31m\x1b]0;title\x07\nerror: b\r\u202ec\x9b2J\u2028<script>&"

@@ -18,7 +18,7 @@ import pytest
 from sophia_levanter.commands.report import main
 from sophia_levanter.config.optimizer import AdamWConfig
 from sophia_levanter.studies.plots import MOST_STYLES
-from written_runs import FACTS, TEXT, run_config, step_lines, write_manifest, write_run
+from tiny_runs import FACTS, TEXT, run_config, step_lines, write_manifest, write_run
 
 CHROMIUM = shutil.which("chromium")
 ADAMW = run_config(optimizer=AdamWConfig(warmup_steps=0))

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from prepared import TEXTS
 
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.encoding import encode
 from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer
+from tiny_runs import TEXTS
 
 
 @pytest.fixture

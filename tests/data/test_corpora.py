@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prepared import TEXTS, content, documents, json_lines, parquet, quiet, sides
 
 from sophia_levanter.config.data import DataConfig, MixturePart
 from sophia_levanter.data import corpora, token_store
@@ -19,6 +18,8 @@ from sophia_levanter.data.corpora import prepare, prepare_validation
 from sophia_levanter.data.file_source import FileSource
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
+from sophia_levanter.main import main
+from tiny_runs import TEXTS, content, documents, json_lines, parquet, quiet, sides
 
 
 def test_a_document_that_is_most_of_the_text_is_warned_of_where_it_is_held_out(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict
-from prepared import TEXTS, quiet, sides
 
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import preparation as preparation_module
@@ -16,6 +15,7 @@ from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.documents import Rows
 from sophia_levanter.data.sources import DatasetSource, DataSource, TextSource, absolute_source, open_source
 from sophia_levanter.errors import InputError
+from tiny_runs import TEXTS, quiet, sides
 
 
 class Made(TextSource):

@@ -9,7 +9,7 @@ from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
 from sophia_levanter.studies.comparability import compare, configurations, facts
 from sophia_levanter.studies.page import COLUMNS, headline
 from sophia_levanter.studies.runs import read_run
-from written_runs import FACTS, TEXT, run_config, write_manifest, write_run
+from tiny_runs import FACTS, TEXT, run_config, write_manifest, write_run
 
 
 def read_with_facts(path, facts=FACTS, **config):

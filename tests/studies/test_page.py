@@ -10,7 +10,7 @@ from sophia_levanter.config.optimizer import AdamWConfig
 from sophia_levanter.studies.comparability import compare
 from sophia_levanter.studies.page import COLUMNS, headline, short, status
 from sophia_levanter.studies.runs import read_run
-from written_runs import run_config, step_lines, write_run
+from tiny_runs import run_config, step_lines, write_run
 
 
 def test_rates_that_cannot_be_are_left_out(tmp_path):

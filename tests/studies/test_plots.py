@@ -6,7 +6,7 @@ import pytest
 from sophia_levanter.studies.panels import STEPS, curves_of, other_panels
 from sophia_levanter.studies.plots import limits, smooth, spans_decades, svg, thin
 from sophia_levanter.studies.runs import read_run
-from written_runs import step_lines, write_run
+from tiny_runs import step_lines, write_run
 
 NAN = np.nan
 

@@ -10,7 +10,7 @@ from sophia_levanter.studies.panels import AXES, STEPS
 from sophia_levanter.studies.results import flops_per_token
 from sophia_levanter.studies.runner import record_of
 from sophia_levanter.studies.runs import read_metrics, read_run
-from written_runs import run_config, step_lines, write_run
+from tiny_runs import run_config, step_lines, write_run
 
 
 def test_metrics_are_series_of_steps_done(tmp_path):
