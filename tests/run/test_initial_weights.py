@@ -21,6 +21,7 @@ from sophia_levanter.run.directory import RunDirectory
 from sophia_levanter.run.loading import _digest, load_model
 from sophia_levanter.run.run import Run
 from sophia_levanter.tracking.console import Console
+from tiny_runs import metrics
 
 MESHES = {
     "data": [],
@@ -35,11 +36,6 @@ def saved_model(folder):
     return gpt2_from_state_dict(config, load_file(folder / "model.safetensors"))
 
 
-def losses(run_dir):
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
-
-
 def first_loss(model, config):
     """The mean loss of a model on a run's first batch, on one device."""
     data = prepare(config.data, print)
@@ -52,25 +48,27 @@ def first_loss(model, config):
 
 @pytest.mark.parametrize("mesh", ["fsdp and model", pytest.param("data", marks=pytest.mark.slow)])
 def test_the_first_loss_is_that_of_the_weights_and_going_on_needs_no_file(
-    mesh, gpt2_folder, config_file, tmp_path, monkeypatch, capfd
+    mesh, gpt2_folder, config_file, tmp_path, monkeypatch, stop_after, capfd
 ):
     folder, model = gpt2_folder, saved_model(gpt2_folder)
     run_dir = tmp_path / "run"
     monkeypatch.chdir(tmp_path)
     run = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.initial_weights", "gpt2"]
-    run += [*BIASES, *MESHES[mesh]]
-    assert main([*run, "--trainer.num_train_steps", "2"]) == 0
+    run += [*BIASES, *MESHES[mesh], "--optimizer.type", "adamw", "--trainer.sample_tokens", "0"]
+    stop_after(0)
+    assert main(run) == 130
     assert f"initial weights: {folder}\n" in capfd.readouterr().out
     config = load_config(run_dir / "config.yaml")
     assert config.trainer.initial_weights == str(folder)
-    assert losses(run_dir)[0] == pytest.approx(first_loss(model, config), rel=1e-5)
-    assert losses(run_dir)[0] > 5.6  # log 257 is what small random weights have
+    assert metrics(run_dir)[0] == pytest.approx(first_loss(model, config), rel=1e-5)
+    assert metrics(run_dir)[0] > 5.6  # log 257 is what small random weights have
     shutil.rmtree(folder)
-    assert main([*run, "--resume", "auto", "--trainer.num_train_steps", "3"]) == 0
+    stop_after(4)
+    assert main([*run, "--resume", "auto"]) == 130
     assert "initial weights" not in capfd.readouterr().out
     monkeypatch.chdir("/")
-    assert main(["--resume", str(run_dir), "--trainer.num_train_steps", "4"]) == 0
-    assert list(losses(run_dir)) == [0, 1, 2, 3]
+    assert main(["--resume", str(run_dir)]) == 0
+    assert list(metrics(run_dir)) == list(range(12))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -100,7 +98,7 @@ def test_the_state_has_the_weights_where_drawn_ones_would_lie(mesh, optimizer, g
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_rows_beyond_the_tokenizers_stay_until_they_are_exported(gpt2_folder, config_file, tmp_path, capfd):
+def test_rows_beyond_the_tokenizers_stay_until_they_are_exported(gpt2_folder, config_file, tmp_path, stop_after, capfd):
     rows = 258  # with an added padding token
     arrays = load_file(gpt2_folder / "model.safetensors")
     arrays["transformer.wte.weight"] = np.resize(arrays["transformer.wte.weight"], (rows, 16))
@@ -118,13 +116,14 @@ def test_rows_beyond_the_tokenizers_stay_until_they_are_exported(gpt2_folder, co
         "--trainer.sample_tokens",
         "0",
     ]
-    assert main([*run, "--trainer.num_train_steps", "1"]) == 0
+    stop_after(0)
+    assert main([*run, "--trainer.num_train_steps", "4"]) == 130
     news = f"the embedding has {rows} rows: 257 for the tokens of data.tokenizer bytes and 1 more, which are kept"
     assert news in capfd.readouterr().out
     shutil.rmtree(gpt2_folder)
-    assert main([*run, "--trainer.num_train_steps", "2"]) == 0
+    assert main([*run, "--trainer.num_train_steps", "4"]) == 0
     loaded = load_model(str(tmp_path / "run"), report=print)
-    assert (loaded.step, loaded.model.vocab_size, loaded.config.model.vocab_rows) == (2, 257, rows)
+    assert (loaded.step, loaded.model.vocab_size, loaded.config.model.vocab_rows) == (4, 257, rows)
     export_model(loaded, tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == rows
     exported = load_file(tmp_path / "out/model.safetensors")["transformer.wte.weight"]
@@ -167,16 +166,14 @@ def test_weights_of_another_vocabulary(gpt2_folder, config_file, tmp_path, capfd
     assert capfd.readouterr().err.startswith(wanted)
 
 
-def test_a_run_that_has_begun_takes_no_other_weights(gpt2_folder, config_file, tmp_path, capfd):
-    run_dir = tmp_path / "run"
-    run = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.num_train_steps", "2"]
-    assert main([*run, *BIASES]) == 0
-    capfd.readouterr()
+def test_a_run_that_has_begun_takes_no_other_weights(gpt2_folder, finished_run, tmp_path, capfd):
+    run_dir = finished_run.copy(tmp_path / "run")
     weights = ["--trainer.initial_weights", str(gpt2_folder)]
-    assert main(["--resume", str(run_dir), *weights, "--trainer.num_train_steps", "4"]) == 2
+    assert main(["--resume", str(run_dir), *weights]) == 2
     error = capfd.readouterr().err
     assert f"trainer.initial_weights was None and is {gpt2_folder}, but the run has begun" in error
-    assert main([*run, *BIASES, *weights, "--resume", "auto"]) == 2
+    run = ["--config", str(finished_run.config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto"]
+    assert main([*run, *weights]) == 2
     assert "holds another run: its trainer.initial_weights is None" in capfd.readouterr().err
 
 

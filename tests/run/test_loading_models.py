@@ -9,27 +9,15 @@ import pytest
 from sophia_levanter.checkpoint import CheckpointError
 from sophia_levanter.errors import InputError
 from sophia_levanter.interop.saved_weights import open_model
-from sophia_levanter.main import main
 from sophia_levanter.run.loading import load_model
+from tiny_runs import finish_run
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A run of 12 steps with checkpoints after 6 and 12, with biases and its parameters split over eight devices."""
-    root = tmp_path_factory.mktemp("trained")
-    text = root / "text.txt"
-    text.write_text("".join(f"Line {i} says {i * i}.\n" for i in range(500)))
-    sizes = (
-        "{num_layers: 2, num_heads: 2, embed_dim: 16, seq_len: 16, loss_block_size: 8, gradient_checkpointing: none}"
-    )
-    config = root / "tiny.yaml"
-    config.write_text(
-        f"model: {sizes}\noptimizer: {{type: adamw, warmup_steps: 2}}\nmesh: {{fsdp: embed}}\n"
-        f"data: {{train: {text}, tokenizer: bytes, cache_dir: {root / 'cache'}}}\n"
-        "trainer: {num_train_steps: 12, batch_size: 8, checkpoint_every: 6, evaluate_every: 6, sample_tokens: 0}\n"
-    )
-    assert main(["--config", str(config), "--trainer.run_dir", str(root / "run")]) == 0
-    return root / "run"
+    """A run of 12 steps with checkpoints after 6 and 12, its parameters split over eight devices."""
+    options = ["--optimizer.type", "adamw", "--mesh.fsdp", "embed", "--trainer.sample_tokens", "0"]
+    return finish_run(tmp_path_factory.mktemp("trained"), *options).path
 
 
 def load(place, **arguments):

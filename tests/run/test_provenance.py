@@ -1,4 +1,4 @@
-"""A run's numbers do not depend on jax's variables, or it says that they may."""
+"""jax's settings in a run: the numbers do not depend on its variables, or the run says that they may."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,13 @@ import pytest
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
 from sophia_levanter.run import run
-from sophia_levanter.run.provenance import FIXED, RECORDED, fixed_settings, recorded_environment
+from sophia_levanter.run.provenance import (
+    FIXED,
+    RECORDED,
+    enable_compilation_cache,
+    fixed_settings,
+    recorded_environment,
+)
 
 OTHERS = {
     "jax_default_prng_impl": "rbg",
@@ -68,13 +74,8 @@ def test_a_variable_is_recorded_where_it_is_set(name, monkeypatch):
     assert recorded_environment()[name] == "1"
 
 
-def test_a_resumed_run_names_the_variables_that_differ(config_file, tmp_path, capfd, monkeypatch):
-    for name in RECORDED:
-        monkeypatch.delenv(name, raising=False)
-    run_dir = tmp_path / "run"
-    options = ["--optimizer.type", "lion", "--trainer.num_train_steps", "3"]
-    assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir), *options]) == 0
-    capfd.readouterr()
+def test_a_resumed_run_names_the_variables_that_differ(finished_run, tmp_path, capfd, monkeypatch):
+    run_dir = finished_run.copy(tmp_path / "run")
     assert main(["--resume", str(run_dir)]) == 0
     assert "may differ" not in capfd.readouterr().out
     for name, value in {
@@ -97,3 +98,24 @@ def test_a_run_without_compilation_is_refused(config_file, tmp_path, capfd):
         jax.config.update("jax_disable_jit", False)
     error = capfd.readouterr().err
     assert error.startswith("error: JAX_DISABLE_JIT is set, and ") and error.count("\n") == 1
+
+
+@pytest.fixture
+def kept_in():
+    """Where jax keeps compiled programs; put back afterwards."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield lambda: jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize(("platform", "kept"), [("gpu", True), ("tpu", True), ("cpu", False)])
+def test_accelerators_programs_are_kept(platform, kept, kept_in, tmp_path):
+    enable_compilation_cache(tmp_path, platform)
+    assert kept_in() == (str(tmp_path) if kept else None)
+
+
+def test_a_place_that_is_named_already_stays(kept_in, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    enable_compilation_cache(tmp_path, "tpu")
+    assert kept_in() == str(tmp_path / "mine")
