@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from trees import put, silent
 
-from sophia_levanter.checkpoint import arrays, read_step, restore, shards
+from sophia_levanter.checkpoint import arrays, read_step, restore
 
 VALUES = {
     "rows": np.arange(16 * 6, dtype=np.float32).reshape(16, 6),
@@ -67,7 +67,7 @@ def test_chunks_are_shards_and_only_those_needed_are_read(tmp_path: Path, meshes
     assert found["rows"] == {f"c.{i}.0": 4 * 6 * 4 for i in range(4)}
     assert found["grid"] == {f"c.{i}.{j}": 2 * 4 * 4 for i in range(4) for j in range(2)}
     assert (list(found["replicated"]), list(found["scalar"])) == (["c.0"], ["c"])
-    assert len(shards.host_arrays(placed(meshes[8]))[2].parts) == 1  # and not once a replica
+    assert len(arrays.host_arrays(placed(meshes[8]))[2].parts) == 1  # and not once a replica
     # The second half of the columns, whose chunks are whole.
     for i in range(4):
         (next(folder.glob("*-grid")) / f"c.{i}.0").unlink()

@@ -14,10 +14,9 @@ from sophia_levanter.cluster.config import (
     SlurmCluster,
     read_cluster,
 )
-from sophia_levanter.cluster.tpu_shapes import GENERATIONS, shapes_of, tpu_shape
 from sophia_levanter.config.settings import setting
 from sophia_levanter.errors import InputError
-from sophia_levanter.planning.target import GIB
+from sophia_levanter.planning.target import GENERATIONS, GIB, shapes_of, tpu_shape
 
 INFRA = Path(__file__).parents[2] / "infra" / "tpu"
 

@@ -18,7 +18,6 @@ from sophia_levanter.data.corpora import prepare, prepare_validation
 from sophia_levanter.data.file_source import FileSource
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
-from sophia_levanter.main import main
 from tiny_runs import TEXTS, content, documents, json_lines, parquet, quiet, sides
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from prepared import TEXTS, content, documents, json_lines, parquet, quiet, sides
 
 from kills import Fork, kill_at_random, prepare_and_die
 from sophia_levanter.config.data import DataConfig
@@ -21,6 +20,7 @@ from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.file_source import FileSource
 from sophia_levanter.data.tokenizer import ByteTokenizer
 from sophia_levanter.errors import InputError
+from tiny_runs import TEXTS, content, documents, json_lines, parquet, quiet, sides
 
 BAD = [*TEXTS[:40], None, *TEXTS[40:]]
 NULLS = [*TEXTS[20:30], None, None, *TEXTS[30:40]]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prepared import json_lines
 
 from sophia_levanter.config.data import DataConfig, MixturePart
 from sophia_levanter.data import corpora
@@ -21,6 +20,7 @@ from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
 from sophia_levanter.run.run import Run
+from tiny_runs import json_lines
 
 TRAIN = [f"document number {i} for training" for i in range(20)]
 VALIDATION = [f"document number {i} for validation" for i in range(10)]

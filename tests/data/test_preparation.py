@@ -14,7 +14,6 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from kill_preparing import kill_at_random
 
 from kills import Fork, build_half_and_die
 from kills import prepare as prepare_text
@@ -26,7 +25,7 @@ from sophia_levanter.data.file_source import FileSource
 from sophia_levanter.data.preparation import build_directory
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.errors import InputError
-from tiny_runs import TEXTS, content, documents, json_lines, parquet, quiet, sides
+from tiny_runs import TEXTS, json_lines, quiet, sides
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from sophia_levanter.data.batches import (
 )
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import NotRegular
-from sophia_levanter.partition.messages import PATIENCE, Processes
+from sophia_levanter.partition.processes import PATIENCE, Processes
 
 
 class Corpus:

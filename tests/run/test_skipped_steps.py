@@ -11,7 +11,7 @@ import pytest
 from sophia_levanter import checkpoint
 from sophia_levanter.main import main
 from sophia_levanter.status import VARIABLE, Failure, read_status
-from sophia_levanter.training.feed import BatchLoader
+from sophia_levanter.training.loop import BatchLoader
 from tiny_runs import metrics
 
 
@@ -127,7 +127,7 @@ def test_a_run_goes_back_and_past_the_data_where_it_went_wrong(config_file, tmp_
     assert main([*command, str(whole)]) == 0
     out = capfd.readouterr().out
     assert "WARNING: the loss or gradient was not finite in 3 steps in a row, the last of them step 8" in out
-    assert "going back to step 4, and on with the data after the 80 windows since then" in out
+    assert "going back to step 4, and on with the data after the 80 sequences since then" in out
     assert all(loss is not None for loss in metrics(whole).values())
     state = state_of(whole)
     assert (int(state["step"]), int(state["skipped_windows"]), int(state["skipped_steps"])) == (12, 80, 0)
@@ -144,4 +144,4 @@ def test_a_checkpoint_to_go_back_to_is_not_pushed_out(config_file, tmp_path, pla
     often = ["--trainer.checkpoint_every", "1", "--trainer.keep_checkpoints", "1", "--trainer.keep_best", "false"]
     options = [*often, "--trainer.max_skipped_steps", "3", "--trainer.max_rollbacks", "1"]
     assert main(["--config", str(config_file), *options, "--trainer.run_dir", str(tmp_path / "run")]) == 0
-    assert "going back to step 7, and on with the data after the 48 windows" in capfd.readouterr().out
+    assert "going back to step 7, and on with the data after the 48 sequences" in capfd.readouterr().out

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_step import TINY, gap, take_step, tiny_model, windows
 
-from sophia_levanter.batch import Batch, batch_from_windows
+from sophia_levanter.batch import Batch, batch_from_sequences
 from sophia_levanter.config import model as model_config
 from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
 from sophia_levanter.optim import EmpiricalFisher, GaussNewtonBartlett, SophiaG, SophiaH
@@ -29,7 +29,7 @@ def uneven_batch() -> Batch:
     """Two microbatches of different numbers of targets."""
     weights = np.ones((4, TINY.seq_len), np.float32)
     weights[1, 3:] = 0
-    return batch_from_windows(windows(4), weights, num_microbatches=2)
+    return batch_from_sequences(windows(4), weights, num_microbatches=2)
 
 
 @cache
@@ -100,7 +100,7 @@ def test_the_estimates_of_the_step_have_the_exact_diagonal_as_their_mean(kind, c
     policy = jmp.get_policy(f"params=float32,compute={compute},output=float32")
     settings = StepSettings(optimizer, policy=policy)
     partition = partition_of(devices=jax.devices()[:devices])
-    batch = partition.place(batch_from_windows(tokens, num_microbatches=2))
+    batch = partition.place(batch_from_sequences(tokens, num_microbatches=2))
     state = partition.place(TrainState.init(model, optimizer))
 
     @eqx.filter_jit

@@ -11,7 +11,7 @@ import jmp
 import numpy as np
 import pytest
 
-from sophia_levanter.batch import Batch, batch_from_windows
+from sophia_levanter.batch import Batch, batch_from_sequences
 from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.models.gpt2 import Gpt2Config
 from sophia_levanter.models.huggingface import gpt2_from_state_dict, gpt2_to_state_dict
@@ -26,11 +26,11 @@ AVERAGED = GaussNewtonBartlett(reduction="average_then_square")
 
 def batch_of(inputs: np.ndarray, targets: np.ndarray, num_microbatches: int) -> Batch:
     np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
-    return batch_from_windows(np.concatenate([inputs, targets[:, -1:]], axis=1), num_microbatches=num_microbatches)
+    return batch_from_sequences(np.concatenate([inputs, targets[:, -1:]], axis=1), num_microbatches=num_microbatches)
 
 
 def labels_of(labels: np.ndarray, num_microbatches: int):
-    return batch_from_windows(
+    return batch_from_sequences(
         np.concatenate([labels[:, :1], labels], axis=1), num_microbatches=num_microbatches
     ).targets
 
@@ -102,7 +102,7 @@ def check_golden_run(name: str, devices: int, num_microbatches: int, dtype: jnp.
     def curvature_at(t: int) -> dict:
         # The authors refresh after step 9, 19, ... on a fresh batch; that is before step 10, 20, ... here.
         inputs, labels = (golden[f"hessian_{x}"][t // h["k"] - 1] for x in ("inputs", "sampled_targets"))
-        batch = batch_from_windows(np.pad(inputs, [(0, 0), (0, 1)]), num_microbatches=num_microbatches)
+        batch = batch_from_sequences(np.pad(inputs, [(0, 0), (0, 1)]), num_microbatches=num_microbatches)
         return {
             "curvature_batch": partition.place(batch),
             "samples": partition.place(labels_of(labels, num_microbatches)),

@@ -10,7 +10,7 @@ import jmp
 import numpy as np
 import pytest
 
-from sophia_levanter.batch import Batch, batch_from_windows
+from sophia_levanter.batch import Batch, batch_from_sequences
 from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
 from sophia_levanter.models.language_model import decay_mask, matrix_axes
 from sophia_levanter.optim import (
@@ -77,7 +77,7 @@ def first_step(
     optimizer, *, rows=range(ROWS), num_microbatches=1, refresh=True, devices=1, **settings
 ) -> tuple[TrainState, StepOutput]:
     """The step from the tiny model on these rows, run once for all tests."""
-    batch = batch_from_windows(windows()[rows.start : rows.stop], num_microbatches=num_microbatches)
+    batch = batch_from_sequences(windows()[rows.start : rows.stop], num_microbatches=num_microbatches)
     return take_step(StepSettings(optimizer, **settings), batch, refresh=refresh, devices=devices)
 
 
@@ -92,7 +92,7 @@ def test_a_kronecker_basis_on_a_mesh_in_microbatches(optimizer):
     policy = jmp.get_policy("params=float32,compute=bfloat16,output=float32")
     settings = StepSettings(optimizer, policy=policy)
     partition = partition_of(devices=jax.devices()[:4])
-    batch = partition.place(batch_from_windows(windows(8), num_microbatches=2))
+    batch = partition.place(batch_from_sequences(windows(8), num_microbatches=2))
     state, losses = partition.place(TrainState.init(tiny_model(STACKED), optimizer)), []
     step = jitted(settings, True, partition)
     with partition.active():
@@ -125,7 +125,7 @@ def test_a_kronecker_basis_on_a_mesh_in_microbatches(optimizer):
 def test_the_curvature_takes_the_first_rows(size, count, first, others):
     """The parts hold the rows in their order; each has these numbers of microbatches and rows."""
     weights = np.random.default_rng(1).random((8, TINY.seq_len), np.float32)
-    batch = batch_from_windows(windows(8), weights, num_microbatches=2)
+    batch = batch_from_sequences(windows(8), weights, num_microbatches=2)
     settings = StepSettings(SophiaG(), curvature_microbatches=count, curvature_microbatch_size=size)
     found, rest = curvature_rows(settings, batch)
     parts = [found, *rest]
@@ -159,8 +159,8 @@ def test_neither_a_mesh_nor_microbatches_change_the_step(optimizer, averaged):
 
 def step_with_curvature_batch(weights=None):
     """A step of Sophia-G on all rows, which estimates the curvature on a separate batch of the first rows."""
-    batch = batch_from_windows(windows()[: FIRST_ROWS.stop], weights)
-    return take_step(StepSettings(SophiaG()), batch_from_windows(windows()), curvature_batch=batch)
+    batch = batch_from_sequences(windows()[: FIRST_ROWS.stop], weights)
+    return take_step(StepSettings(SophiaG()), batch_from_sequences(windows()), curvature_batch=batch)
 
 
 def test_the_shared_forward_gives_the_estimate_of_a_pass_of_its_own():
@@ -186,7 +186,7 @@ def test_without_an_extra_pass_the_curvature_takes_microbatches_from_the_gradien
 
 @pytest.mark.parametrize("optimizer", [MUON, SOAP], ids=["muon", "soap"])
 def test_optimizers_of_matrices_learn(optimizer):
-    batch, state, losses = batch_from_windows(windows()), None, []
+    batch, state, losses = batch_from_sequences(windows()), None, []
     for _ in range(10):
         state, output = take_step(StepSettings(optimizer), batch, state, refresh=False, devices=4)
         losses.append(loss_of(output))
@@ -215,7 +215,7 @@ def test_rho_follows_the_win_rate():
     optimizer = SophiaG(rho=WinRateController(target=0.5, initial=1e-6, gain=1.0))
     state, output = first_step(optimizer)
     assert float(output.metrics["optim/rho"]) == pytest.approx(1e-6)
-    state, output = take_step(StepSettings(optimizer), batch_from_windows(windows()), state)
+    state, output = take_step(StepSettings(optimizer), batch_from_sequences(windows()), state)
     assert float(output.metrics["optim/rho"]) == pytest.approx(1e-6 * np.exp(0.5), rel=1e-3)
 
 
@@ -233,7 +233,7 @@ def test_gradients_above_the_limit_are_scaled_down_to_it():
 def test_weights_leave_positions_out_of_loss_and_curvature():
     weights = np.ones((ROWS, TINY.seq_len), np.float32)
     weights[FIRST_ROWS.stop :] = 0
-    state, output = take_step(StepSettings(SophiaH()), batch_from_windows(windows(), weights))
+    state, output = take_step(StepSettings(SophiaH()), batch_from_sequences(windows(), weights))
     fewer, output_fewer = first_step(SophiaH(), rows=FIRST_ROWS)
     assert loss_of(output) == pytest.approx(loss_of(output_fewer), rel=1e-6)
     assert gap(state.optimizer_state.curvature, fewer.optimizer_state.curvature) < 1e-4
@@ -250,7 +250,7 @@ def test_a_non_finite_gradient_changes_nothing_but_counts(optimizer, devices):
     before, _ = first_step(optimizer, refresh=refresh, devices=devices)
     weights = np.ones((ROWS, TINY.seq_len), np.float32)
     weights[3, 3] = np.nan
-    after, output = run(batch_from_windows(windows(), weights), before)
+    after, output = run(batch_from_sequences(windows(), weights), before)
     assert np.isnan(loss_of(output))
     floats = partial(eqx.filter, filter_spec=eqx.is_inexact_array)
     assert gap(floats(before.model), floats(after.model)) == 0
@@ -261,7 +261,7 @@ def test_a_non_finite_gradient_changes_nothing_but_counts(optimizer, devices):
         assert int(after.optimizer_state.refresh_count) == 1
         assert bool(output.refresh_pending)
         assert int(after.optimizer_state.skipped_refreshes) == 1
-    good, output = run(batch_from_windows(windows()), after)
+    good, output = run(batch_from_sequences(windows()), after)
     assert gap(floats(good.model), floats(after.model)) > 0
     assert (int(good.skipped_steps), int(output.skipped_in_a_row)) == (1, 0)
     assert not bool(output.refresh_pending)
