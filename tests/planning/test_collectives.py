@@ -116,8 +116,4 @@ ENTRY %main (a: bf16[16,4], b: bf16[120,4], c: f32[6]) -> bf16[6] {
 
 
 def test_what_tpus_write_in_parts_counts_once():
-    assert collective_bytes(TPU) == {
-        "all-gather": 128 * 4 * 2,
-        "reduce-scatter": 128 * 4 * 2,
-        "all-reduce": 2 * 6 * 2,
-    }
+    assert collective_bytes(TPU) == {"all-gather": 128 * 4 * 2, "reduce-scatter": 128 * 4 * 2, "all-reduce": 2 * 6 * 2}
