@@ -68,6 +68,12 @@ def no_pngs(monkeypatch) -> None:
     monkeypatch.setattr("sophia_levanter.studies.page.png", lambda *_: b"")
 
 
+@pytest.fixture
+def no_svgs(monkeypatch) -> None:
+    """For tests that read the text of a page, or the pictures beside it."""
+    monkeypatch.setattr("sophia_levanter.studies.page.svg", lambda *_: "data:image/svg+xml;base64,")
+
+
 def test_a_report_of_two_runs(runs, capfd):
     page = runs / "two.html"
     status, out, error = command(capfd, runs / "sophia", f"Adam W={runs / 'adamw'}", "-o", page)
@@ -110,6 +116,7 @@ def test_a_page_loads_nothing(runs, capfd):
     assert "url(" not in (runs / "r.html").read_text() and "@import" not in (runs / "r.html").read_text()
 
 
+@pytest.mark.usefixtures("no_pngs")
 @pytest.mark.parametrize(
     "lines",
     [
@@ -126,6 +133,7 @@ def test_runs_of_little(lines, runs, capfd):
     assert ("Not measured yet." in Page(runs / "r.html").text) == (lines[0]["step"] == 0 or len(lines) == 1)
 
 
+@pytest.mark.usefixtures("no_svgs")
 def test_names_are_text(runs, capfd):
     name = "<img onerror>&'\" $x_1$ 日😀"
     write_run(runs / "other", run_config(data={"train": "/a<script>b.txt"}))
@@ -137,7 +145,7 @@ def test_names_are_text(runs, capfd):
     assert not [tag for tag, e in found.elements if tag == "script" or "onerror" in e]
 
 
-@pytest.mark.usefixtures("no_pngs")
+@pytest.mark.usefixtures("no_pngs", "no_svgs")
 def test_runs_of_different_tokenizers_are_compared_in_bits_per_byte(runs, capfd):
     write_run(runs / "gpt2", run_config(data={"tokenizer": "gpt2"}))
     other = FACTS | {"validation": TEXT | {"tokenizer": "gpt2'", "tokens": 300, "digest": "xyz"}}
@@ -150,7 +158,7 @@ def test_runs_of_different_tokenizers_are_compared_in_bits_per_byte(runs, capfd)
     assert "Validation loss" not in found.text and "not to be compared between tokenizers" in found.text
 
 
-@pytest.mark.usefixtures("no_pngs")
+@pytest.mark.usefixtures("no_pngs", "no_svgs")
 def test_as_many_runs_as_there_are_styles(runs, capfd):
     words = [write_run(runs / f"run{i}", lines=step_lines(5, 3 + i / 10)) for i in range(MOST_STYLES)]
     assert command(capfd, *words[:12], "-o", runs / "r.html")[0] == 0
@@ -161,7 +169,7 @@ def test_as_many_runs_as_there_are_styles(runs, capfd):
     assert (status, error) == (2, "error: 29 runs are too many to tell their curves apart; name at most 28\n")
 
 
-@pytest.mark.usefixtures("no_pngs")
+@pytest.mark.usefixtures("no_pngs", "no_svgs")
 def test_a_name_or_a_directory_with_an_equals_sign(runs, capfd):
     write_run(runs / "lr=0.1")
     status, out, _ = command(capfd, runs / "lr=0.1", f"a=b={runs / 'sophia'}", "-o", runs / "r.html")
@@ -217,6 +225,7 @@ def test_without_matplotlib_it_says_what_to_install(runs, capfd, monkeypatch):
     assert (status, error) == (2, "error: a report needs matplotlib and jinja2; install sophia-levanter[compare]\n")
 
 
+@pytest.mark.usefixtures("no_pngs", "no_svgs")
 def test_the_page_goes_where_nothing_is_said(runs, capfd, monkeypatch):
     monkeypatch.chdir(runs)
     status, out, _ = command(capfd, "sophia")
@@ -257,7 +266,7 @@ def test_a_browser_shows_it(width, height, runs, capfd):
         assert (np.abs(pixels - colour).max(axis=-1) < 0.02).sum() > 100
 
 
-@pytest.mark.usefixtures("no_pngs")
+@pytest.mark.usefixtures("no_pngs", "no_svgs")
 @pytest.mark.parametrize(("number", "expected"), [(errno.ENOSPC, 1), (errno.EROFS, 2)])
 def test_a_page_that_cannot_be_written(number, expected, runs, capfd, monkeypatch):
     def fail(path, content):

@@ -41,6 +41,12 @@ def study(make_record):
     return runs, records
 
 
+@pytest.fixture
+def no_pngs(monkeypatch):
+    """For tests that read the tables; the pictures are drawn and not encoded."""
+    monkeypatch.setattr("sophia_levanter.studies.plots._as_png", lambda *_: b"")
+
+
 def test_the_report_of_a_study(study, tmp_path):
     text = write_report(STUDY, *study, tmp_path)
     assert (tmp_path / "report.md").read_text() == text
@@ -60,10 +66,12 @@ def test_the_report_of_a_study(study, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("no_pngs")
 def test_without_a_baseline_there_is_no_speed_up(study, tmp_path):
     assert "Speed-up" not in write_report(dataclasses.replace(STUDY, baseline=None), *study, tmp_path)
 
 
+@pytest.mark.usefixtures("no_pngs")
 def test_without_a_curvature_there_is_no_win_rate(study, tmp_path):
     runs, records = study
     text = write_report(STUDY, [run for run in runs if run.arm == "adamw"], records, tmp_path)
@@ -103,6 +111,7 @@ def test_one_arm_diverged(study, tmp_path, make_record):
     assert "| sophia | 2,000 | <1.00 | <0.94 | <nan | – |" in write_report(STUDY, runs, records, tmp_path)
 
 
+@pytest.mark.usefixtures("no_pngs")
 def test_records_that_are_not_asked_for_change_no_table(study, tmp_path, make_record):
     runs, records = study
     later = make_record(config=flat_config(runs[0].config) | {"optimizer.of_tomorrow": 1}, loss=0.1)
@@ -113,6 +122,7 @@ def test_records_that_are_not_asked_for_change_no_table(study, tmp_path, make_re
     assert after == told
 
 
+@pytest.mark.usefixtures("no_pngs")
 def test_runs_of_different_texts_are_pointed_out(study, tmp_path, make_record):
     runs, records = study
     other = make_record(runs[0].config, facts={"data": {"digest": "xyz"}})
