@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -19,12 +20,12 @@ PLUGINS = {
     "mean_fisher": ["--optimizer.type", "sophia_mean_fisher", "--optimizer.interval", "2"],
     "inverse_sqrt": ["--optimizer.schedule.type", "inverse_sqrt", "--optimizer.schedule.timescale", "3"],
     "gru": ["--model.type", "gru", "--model.embed_dim", "16"],
-    "layer_norms,perplexity": [
-        *("--trainer.metrics", "grad_norm_per_layer", "--trainer.callbacks", "perplexity"),
-        *("--optimizer.type", "adamw"),
-    ],
+    "layer_norms": ["--trainer.metrics", "grad_norm_per_layer"],
+    "perplexity": ["--trainer.callbacks", "perplexity"],
     "docstrings": ["--data.train", "docstrings:email"],
 }
+# All that go together in one run, and the others in a second: each has one optimizer and one model.
+RUNS = [("ademamix", "inverse_sqrt", "layer_norms", "perplexity", "docstrings"), ("mean_fisher", "gru")]
 
 
 @pytest.fixture(autouse=True)
@@ -32,22 +33,30 @@ def _on_the_path(plugin_folder):
     """All plug-ins can be imported."""
 
 
-@pytest.mark.parametrize("plugin", PLUGINS)
-def test_a_run_and_its_resume(plugin, config_file, tmp_path, capsys):
+def options_of(*plugins):
+    return ["--plugins", ",".join(plugins), *(word for plugin in plugins for word in PLUGINS[plugin]), *SMALL_STEPS]
+
+
+@pytest.mark.parametrize("plugins", RUNS, ids=",".join)
+def test_a_run_and_its_resume(plugins, config_file, tmp_path, monkeypatch, capsys):
+    # Pictures of registered metrics are drawn in tests/studies/test_plots.py.
+    monkeypatch.setattr("sophia_levanter.studies.page.png", lambda *_: b"")
+    monkeypatch.setattr("sophia_levanter.studies.page.svg", lambda *_: "data:")
     run_dir = tmp_path / "run"
-    options = ["--plugins", plugin, *PLUGINS[plugin], *SMALL_STEPS]
-    assert main(["--config", str(config_file), *options, "--trainer.run_dir", str(run_dir)]) == 0
-    assert yaml.safe_load((run_dir / "config.yaml").read_text())["plugins"] == plugin.split(",")
-    # The plug-in is in the run's configuration.
-    assert main(["--resume", str(run_dir), "--trainer.num_train_steps", "8"]) == 0
+    options = ["--config", str(config_file), *options_of(*plugins)]
+    assert main([*options, "--trainer.run_dir", str(run_dir)]) == 0
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["plugins"] == list(plugins)
+    # The plug-ins are in the run's configuration. From the checkpoint before the last it goes on with the same steps.
+    shutil.rmtree(run_dir / "checkpoints/step-00000006")
+    assert main(["--resume", str(run_dir)]) == 0
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in metrics if "train/loss" in line]
-    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert len(losses) == 6 and losses[-1] < losses[0]
     assert report.main([str(run_dir), "-o", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert PLUGINS[plugin][1] in page
+    assert all(PLUGINS[plugin][1] in page for plugin in plugins)
     printed = capsys.readouterr().out
-    if "layer_norms" in plugin:
+    if "layer_norms" in plugins:
         norms = [[line[f"grad_norm_per_layer/layer_{i}"] for i in range(2)] for line in metrics[:2]]
         wholes = [line["train/grad_norm"] for line in metrics[:2]]
         assert all(0 < math.hypot(*parts) < whole for parts, whole in zip(norms, wholes, strict=True))
@@ -64,7 +73,7 @@ def test_a_run_and_its_resume(plugin, config_file, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("plugin", ["mean_fisher", "gru"])
 def test_plan_knows_them(plugin, config_file):
-    options = ["--plugins", plugin, *PLUGINS[plugin], *SMALL_STEPS]
+    options = options_of(plugin)
     words = [sys.executable, "-m", "sophia_levanter.commands.plan", "--config", str(config_file), *options]
     planned = subprocess.run(words, capture_output=True, text=True)
     assert planned.returncode == 0, planned.stderr
