@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import wandb_files
-from fake_wandb import fake_wandb
+from fake_wandb import fake_wandb, offline_runs
 
 from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.tracking.wandb import Wandb
@@ -50,7 +49,7 @@ def test_offline(tmp_path, capfd):
         run.close(failed=failed)
     out, err = capfd.readouterr()
     assert not out and not err, "wandb says nothing of its own"
-    first, second = wandb_files.runs(tmp_path)
+    first, second = offline_runs(tmp_path)
     assert [line.partition(": offline; to upload it: wandb sync ")[::2] for line in said] == [
         ("wandb", str(folder)) for folder in sorted(tmp_path.glob("wandb/offline-run-*"))
     ]
@@ -84,10 +83,7 @@ def silent_server():
 
 @pytest.mark.parametrize(
     "key",
-    [
-        SECRET,
-        *(pytest.param(key, marks=pytest.mark.slow) for key in (None, "short", f"{SECRET} to a silent server")),
-    ],
+    [SECRET, *(pytest.param(key, marks=pytest.mark.slow) for key in (None, "short", f"{SECRET} to a silent server"))],
     ids=["refused", "no_key", "bad_key", "silent"],
 )
 def test_where_no_server_answers_the_run_is_offline(key, silent_server, tmp_path):
@@ -99,7 +95,7 @@ def test_where_no_server_answers_the_run_is_offline(key, silent_server, tmp_path
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert line.startswith("WARNING: wandb: ")
     assert line.endswith(f"; the run is logged offline, and uploaded by: wandb sync {folder}")
-    (run,) = wandb_files.runs(tmp_path)
+    (run,) = offline_runs(tmp_path)
     assert run["history"][0]["train/loss"] == 2.0
     if key == SECRET:
         files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
