@@ -39,6 +39,8 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
         return Record(flat_config(job.config), *outcome, {"data": {"digest": "abc"}})
 
     monkeypatch.setattr(runner, "do", do)
+    # Pictures are drawn in tests/studies/test_report.py.
+    monkeypatch.setattr("sophia_levanter.studies.plots.study_pictures", lambda cells: {})
     return jobs
 
 
@@ -57,12 +59,7 @@ def arguments(study: Path, *more: object) -> list[str]:
         (["--plan", "STUDY"], "study.yaml'; write --SECTION.FIELD VALUE"),
         (["--config", "STUDY", "--confg", "x"], "unknown option '--confg'; did you mean --config?"),
         (["--config", "STUDY", "--ray=1"], "--ray takes no value, found '1'"),
-        (["--config"], "--config has no value; write --config VALUE"),
-        (["--config="], "--config has an empty value"),
-        (["--config", "--plan"], "--config has no value"),
         (["--config", "STUDY", "--out"], "--out has no value"),
-        (["--config", "STUDY", "--out="], "--out has an empty value"),
-        (["--config", "STUDY", "--data.train"], "--data.train has no value"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["--config", "."], ".: cannot be read: Is a directory"),
         (["--config", "STUDY", "--out", "STUDY"], "study.yaml is a file or below one; name a directory"),
@@ -75,16 +72,16 @@ def arguments(study: Path, *more: object) -> list[str]:
         (["--config", "tiny.yaml"], "tiny.yaml: unknown key 'model.num_layers'"),
     ],
 )
-@pytest.mark.parametrize("plan", [[], ["--plan"]], ids=["", "plan"])
-def test_bad_input_is_one_line_and_writes_nothing(words, wanted, plan, write, tmp_path, capfd, monkeypatch, done):
+def test_bad_input_is_one_line_and_writes_nothing(words, wanted, write, tmp_path, capfd, monkeypatch, done):
     monkeypatch.chdir(tmp_path)
     study = str(write(STUDY))
     before = sorted(tmp_path.rglob("*"))
-    assert main([*plan, *(word.replace("STUDY", study) for word in words)]) == 2
-    out, error = capfd.readouterr()
-    assert error.startswith("error: ") and error.count("\n") == 1 and not out
-    assert wanted in error
-    assert not done and sorted(tmp_path.rglob("*")) == before
+    for plan in ([], ["--plan"]):
+        assert main([*plan, *(word.replace("STUDY", study) for word in words)]) == 2
+        out, error = capfd.readouterr()
+        assert error.startswith("error: ") and error.count("\n") == 1 and not out
+        assert wanted in error
+        assert not done and sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_damaged_file_of_records_stays_as_it_is(write, capfd, done):
@@ -111,7 +108,7 @@ def test_a_directory_has_one_comparison_at_a_time(write, tmp_path, capfd, done):
     assert main(arguments(write(STUDY))) == 0
 
 
-@pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["--config", "nowhere.yaml"], 2), (["--plan"], 2)])
+@pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["--config", "nowhere.yaml"], 2)])
 def test_the_real_command(words, status, tmp_path):
     command = [sys.executable, "-m", "sophia_levanter.commands.compare", *words]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

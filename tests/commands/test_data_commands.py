@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,11 @@ def test_bad_input_is_a_line_and_status_2(
 
 
 def test_training_finds_what_was_prepared_by_relative_names(
-    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: str,
+    tmp_path: Path,
+    stop_after: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -124,21 +129,14 @@ def test_training_finds_what_was_prepared_by_relative_names(
     assert prepare_data.main(["--config", config, *names]) == 0
     assert inspect_data.main([f"../cache/{Path(store_of(tmp_path)).name}"]) == 0
     capsys.readouterr()
-    arguments = [
-        "--config",
-        config,
-        *names,
-        "--model.embed_dim",
-        "16",
-        "--model.num_heads",
-        "2",
-        "--model.num_layers",
-        "1",
-    ]
-    arguments += ["--trainer.num_train_steps", "2", "--trainer.batch_size", "8", "--optimizer.warmup_steps", "0"]
-    assert train.main([*arguments, "--trainer.run_dir", "../run"]) == 0
+    arguments = ["--config", config, *names]
+    arguments += ["--model.embed_dim", "16", "--model.num_heads", "2", "--model.num_layers", "1"]
+    arguments += ["--optimizer.type", "adamw", "--optimizer.warmup_steps", "0"]
+    arguments += ["--trainer.num_train_steps", "4", "--trainer.batch_size", "8", "--trainer.sample_tokens", "0"]
+    stop_after(0)
+    assert train.main([*arguments, "--trainer.run_dir", "../run"]) == 130
     assert "is prepared already" in capsys.readouterr().out
-    assert train.main(["--resume", "../run", "--trainer.num_train_steps", "3"]) == 0
+    assert train.main(["--resume", "../run"]) == 0
 
 
 def test_a_text_without_documents_trains_no_tokenizer(config: str, tmp_path: Path, capsys) -> None:
@@ -151,8 +149,7 @@ def test_a_text_without_documents_trains_no_tokenizer(config: str, tmp_path: Pat
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signals_end_a_preparation_with_one_line(tmp_path: Path, number: signal.Signals, status: int) -> None:
-    lines = "\n".join(json.dumps({"text": f"{i} words and words " * 2000}) for i in range(4000))
-    (tmp_path / "many.jsonl").write_text(lines)
+    (tmp_path / "many.jsonl").write_text((json.dumps({"text": "words and words " * 2000}) + "\n") * 4000)
     (tmp_path / "my.tiktoken").write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
     (tmp_path / "data.yaml").write_text(f"data: {{tokenizer: {tmp_path}/my.tiktoken, num_workers: 2}}\n")
     command = [sys.executable, "-m", "sophia_levanter.commands.prepare_data", "--config", str(tmp_path / "data.yaml")]

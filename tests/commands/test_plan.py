@@ -19,8 +19,6 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
     ("words", "message"),
     [
         ([], "--config FILE is missing; config/gpt2_large_sophia.yaml is one"),
-        (["--config"], "--config has no value; write --config VALUE"),
-        (["--config="], "--config has an empty value"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["--config", NANO, "extra"], "unexpected argument 'extra'; write --SECTION.FIELD VALUE"),
         (["--config", NANO, "--mfu", "1.5"], "--mfu is '1.5'; it must be above 0 and at most 1"),
@@ -35,10 +33,7 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
         (["--config", NANO, "--target", "v4"], "--target is 'v4'; it must be a TPU and its chips along each axis"),
         (["--config", NANO, "--target", "v4:0x2x4"], "--target is 'v4:0x2x4'; a side of v4 has between 1 and 16 chips"),
         (["--config", NANO, "--target", "v5e:1000x1000"], "--target is 'v5e:1000x1000'; a side of v5e has between 1"),
-        (
-            ["--config", NANO, "--trainer.batch_size", "9" * 20],
-            f"trainer.batch_size is {'9' * 20}; it must be",
-        ),
+        (["--config", NANO, "--trainer.batch_size", "9" * 20], f"trainer.batch_size is {'9' * 20}; it must be"),
         (
             ["--config", NANO, "--model.embed_dim", "9" * 11],
             f"model.embed_dim is {'9' * 11}; it must be between 1 and 1048576",
@@ -63,9 +58,9 @@ def test_help(capsys):
     assert "--target TPU" in capsys.readouterr().out
 
 
-def planned(*words):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+def planned(*words, flags=""):
     command = [sys.executable, "-m", "sophia_levanter.commands.plan", *words]
+    environment = os.environ | {"XLA_FLAGS": flags}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -78,7 +73,10 @@ def numbers(lines, start):
 
 def test_a_plan():
     config = str(ROOT / "config/gpt2_nano_sophia_h.yaml")
-    lines = planned("--config", config, "--devices", "4", "--gpu", "a100-40", "--mesh.fsdp", "embed")
+    # The suite's flags have XLA compile in a fraction of the time; the plan has its own number of devices.
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    words = ["--devices", "4", "--gpu", "a100-40", "--mesh.fsdp", "embed"]
+    lines = planned("--config", config, *words, flags=flags)
     assert lines[0] == "gpt2_nano_sophia_h on 4 x a100-40: 4 cpu device(s), data 4, embed over data"
     assert lines[1].startswith("approximate")
     assert lines[2].split() == ["attention", "blocked"]
