@@ -32,3 +32,27 @@ def write(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> C
         return path
 
     return write
+
+
+TRAINED = """
+model: {num_layers: 2, num_heads: 2, embed_dim: 16, seq_len: 16, loss_block_size: 8, gradient_checkpointing: none}
+optimizer: {type: adamw, warmup_steps: 2, learning_rate: 1e-2}
+data: {train: ROOT/text.txt, tokenizer: bytes, cache_dir: ROOT/cache}
+trainer: {num_train_steps: 12, batch_size: 8, checkpoint_every: 6, evaluate_every: 6, evaluation_windows: 10,
+  sample_tokens: 0}
+"""
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run, `run`, with checkpoints after 6 and 12 steps; its configuration, `tiny.yaml`; and
+    the same model exported, `exported`. Tests only read them."""
+    from sophia_levanter.commands import export
+    from sophia_levanter.main import main
+
+    root = tmp_path_factory.mktemp("trained")
+    (root / "text.txt").write_text("".join(f"Line {i} says {i * i} — naïve.\n" for i in range(300)))
+    (root / "tiny.yaml").write_text(TRAINED.replace("ROOT", str(root)))
+    assert main(["--config", str(root / "tiny.yaml"), "--trainer.run_dir", str(root / "run")]) == 0
+    assert export.main([str(root / "run"), str(root / "exported")]) == 0
+    return root

@@ -7,8 +7,12 @@ import sys
 import pytest
 import yaml
 
+from sophia_levanter.cluster.config import ClusterConfig
 from sophia_levanter.cluster.record import LaunchRecord
 from sophia_levanter.commands import launch
+
+# One step to compile, and no text to sample.
+FAST = ["--optimizer.type", "adamw", "--trainer.sample_tokens", "0"]
 
 
 def main(capsys, *words):
@@ -47,10 +51,7 @@ def test_a_dry_run_shows_the_commands_and_writes_nothing(config_file, tmp_path, 
     assert shown[-1] == "1"
 
 
-@pytest.mark.parametrize(
-    "cluster",
-    ["backend: local\n", "backend: ray\nworkers: 2\n", "backend: slurm\nnodes: 1\n"],
-)
+@pytest.mark.parametrize("cluster", ["backend: local\n", "backend: ray\nworkers: 2\n", "backend: slurm\nnodes: 1\n"])
 def test_a_dry_run_masks_the_values_of_env(cluster, config_file, tmp_path, capsys):
     file = cluster_file(tmp_path, cluster + "env: {A: hunter2, B: hunter2 too}\n")
     run_dir = tmp_path / "run"
@@ -74,7 +75,7 @@ def test_a_dry_run_of_ray(config_file, tmp_path, capsys):
     )
 
 
-def test_a_cluster_of_a_plug_in(config_file, tmp_path):
+def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
     """It starts processes, or submits a job that runs the launcher elsewhere, without an edit of the launcher."""
     (tmp_path / "queue_cluster.py").write_text(
         "from dataclasses import dataclass\n"
@@ -87,19 +88,17 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path):
         "            return None\n"
         "        return Submission(lambda: ['would queue', *launcher], lambda say: 0)\n"
     )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for known, name in ((sys.modules, "queue_cluster"), (ClusterConfig.get_known_choices(), "queue")):
+        monkeypatch.setitem(known, name, None)  # is undone after the test
+        del known[name]
     for processes, shown in ((1, "on this machine, nothing is paid for:"), (2, "would queue")):
         cluster = cluster_file(tmp_path, f"backend: queue\nprocesses: {processes}\n")
         words = ["--plugins", "queue_cluster", "--config", config_file, "--cluster", cluster, "--dry_run"]
-        result = subprocess.run(
-            [sys.executable, "-m", "sophia_levanter.commands.launch", *map(str, words)],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert (result.returncode, result.stderr) == (0, "")
-        assert result.stdout.splitlines()[0] == shown
+        status, out, err = main(capsys, *words)
+        assert (status, err) == (0, "")
+        assert out.splitlines()[0] == shown
 
 
 @pytest.mark.parametrize(
@@ -110,10 +109,7 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path):
         (["--config", "nowhere.yaml", "--cluster", "CLUSTER"], "nowhere.yaml: there is no such file"),
         (["--config", "CONFIG", "--cluster", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["--config", "CONFIG", "--cluster", "CONFIG"], "backend is missing"),
-        (
-            ["--config", "CONFIG", "--cluster", "CLUSTER", "--dryrun"],
-            "did you mean --dry_run?",
-        ),
+        (["--config", "CONFIG", "--cluster", "CLUSTER", "--dryrun"], "did you mean --dry_run?"),
         (["--config", "CONFIG", "--cluster", "CLUSTER", "--model.heads", "2"], "unknown option '--model.heads'"),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--mesh.coordinator", "auto", "--trainer.run_dir", "run"],
@@ -147,10 +143,7 @@ def test_bad_input(words, message, config_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("cluster", "message"),
     [
-        (
-            "backend: gcloud\nzone: z\naccelerator: v4-64\n",
-            "trainer.batch_size 16 does not divide over mesh.data 32",
-        ),
+        ("backend: gcloud\nzone: z\naccelerator: v4-64\n", "trainer.batch_size 16 does not divide over mesh.data 32"),
         ("backend: ray\naccelerator: v4-32\n", "trainer.microbatch_size 8 does not divide over mesh.data 16 devices"),
         (
             "backend: ray\nworkers: 2\ngpus_per_worker: 8\n",
@@ -178,7 +171,7 @@ def test_a_bucket_is_needed_where_hosts_share_no_disk(config_file, tmp_path, cap
 def test_a_run_of_one_process_then_again_then_another(config_file, tmp_path, capfd):
     """A launched run that is done is done; its directory is not for another run."""
     cluster, run_dir = cluster_file(tmp_path, "backend: local\n"), tmp_path / "run"
-    words = ["--config", config_file, "--cluster", cluster, "--trainer.run_dir", run_dir]
+    words = ["--config", config_file, "--cluster", cluster, "--trainer.run_dir", run_dir, *FAST]
     status, out, _ = main(capfd, *words)
     assert status == 0
     assert "launch: attempt 1: 1 process, step 12/12, loss " in out
@@ -188,9 +181,9 @@ def test_a_run_of_one_process_then_again_then_another(config_file, tmp_path, cap
     assert status == 0
     assert "all 12 steps are done" in out
 
-    status, _, err = main(capfd, *words, "--optimizer.rho", "0.1")
+    status, _, err = main(capfd, *words, "--optimizer.b1", "0.8")
     assert status == 2
-    assert f"trainer.run_dir {run_dir} holds another run: its optimizer.rho is 0.5" in err
+    assert f"trainer.run_dir {run_dir} holds another run: its optimizer.b1 is 0.9" in err
 
     status, out, _ = main(capfd, "status", run_dir)
     assert (status, out) == (0, "done; 1 process (local); attempt 2; step 12; 0 failures, 0 preemptions\n")
@@ -231,7 +224,7 @@ def test_a_run_whose_launcher_is_gone(tmp_path, capsys):
 
 def test_a_reader_that_leaves_does_not_stop_the_run(config_file, tmp_path):
     words = ["--config", str(config_file), "--cluster", str(cluster_file(tmp_path, "backend: local\n"))]
-    words += ["--trainer.run_dir", str(tmp_path / "run"), "--trainer.log_every", "1"]
+    words += ["--trainer.run_dir", str(tmp_path / "run"), "--trainer.log_every", "1", *FAST]
     launcher = subprocess.Popen(
         [sys.executable, "-m", "sophia_levanter.commands.launch", *words], stdout=subprocess.PIPE, text=True
     )
@@ -243,7 +236,8 @@ def test_a_reader_that_leaves_does_not_stop_the_run(config_file, tmp_path):
 
 
 def test_a_mistake_that_only_the_run_finds_ends_it_at_once(config_file, tmp_path, capfd):
-    words = ["--config", config_file, "--cluster", cluster_file(tmp_path), "--trainer.run_dir", tmp_path / "run"]
+    cluster = cluster_file(tmp_path, "backend: local\n")
+    words = ["--config", config_file, "--cluster", cluster, "--trainer.run_dir", tmp_path / "run"]
     status, out, _ = main(capfd, *words, "--trainer.batch_size", "3", "--trainer.microbatch_size", "3")
     assert status == 2
     assert "error: trainer.batch_size 3 does not divide over mesh.data" in out.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""`evaluate` and `export` of a run: the loss of its model on a text, and its way into a folder and from there on."""
+"""`evaluate`: the loss of a run's model, or of an exported one, on a text."""
 
 import json
 import re
@@ -10,32 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from sophia_levanter.commands import evaluate, export
+from sophia_levanter.commands import evaluate
 from sophia_levanter.data import batches as batches_module
 from sophia_levanter.data.bpe import save_bpe, train_bpe
-from sophia_levanter.main import main
-from sophia_levanter.models.huggingface import gpt2_to_state_dict
 from sophia_levanter.run.loading import load_model
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with a finished run and the same model exported."""
-    root = tmp_path_factory.mktemp("trained")
-    (root / "text.txt").write_text("".join(f"Line {i} says {i * i} — naïve.\n" for i in range(300)))
-    (root / "other.txt").write_text("Another text, of 300 or so bytes.\n" * 9)
-    sizes = (
-        "{num_layers: 2, num_heads: 2, embed_dim: 16, seq_len: 16, loss_block_size: 8,\n gradient_checkpointing: none}"
-    )
-    (root / "tiny.yaml").write_text(
-        f"model: {sizes}\noptimizer: {{type: adamw, warmup_steps: 2, learning_rate: 1e-2}}\n"
-        f"data: {{train: {root / 'text.txt'}, tokenizer: bytes, cache_dir: {root / 'cache'}}}\n"
-        "trainer: {num_train_steps: 12, batch_size: 8, checkpoint_every: 6, evaluate_every: 6, sample_tokens: 0,\n"
-        "  evaluation_windows: 10}\n"
-    )
-    assert main(["--config", str(root / "tiny.yaml"), "--trainer.run_dir", str(root / "run")]) == 0
-    assert export.main([str(root / "run"), str(root / "exported")]) == 0
-    return root
 
 
 @pytest.fixture
@@ -54,12 +32,20 @@ def evaluated(trained, capsys):
 
 
 @pytest.fixture(scope="module")
-def own_mean(trained):
+def other(tmp_path_factory):
+    """A text that the run was not trained on."""
+    path = tmp_path_factory.mktemp("other") / "other.txt"
+    path.write_text("Another text, of 300 or so bytes.\n" * 9)
+    return path
+
+
+@pytest.fixture(scope="module")
+def own_mean(trained, other):
     """Sum of the losses and number of tokens of the other text, window by window on one device."""
     loaded = load_model(str(trained / "run"), report=print)
     model = jax.device_put(loaded.model, jax.devices()[0])
     logits_of = eqx.filter_jit(lambda model, ids: model(hax.named(ids, "position")).array)
-    ids = np.array([*(trained / "other.txt").read_bytes(), 256], np.int32)
+    ids = np.array([*other.read_bytes(), 256], np.int32)
     nats = count = 0
     for start in range(0, len(ids) - 1, 16):
         window = ids[start : start + 17]
@@ -90,10 +76,10 @@ MESHES = {
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_every_token_counts_once_whatever_the_mesh_and_the_batch(mesh, trained, own_mean, evaluated):
-    size = (trained / "other.txt").stat().st_size
+def test_every_token_counts_once_whatever_the_mesh_and_the_batch(mesh, other, own_mean, evaluated):
+    size = other.stat().st_size
     nats, count = own_mean
-    figures, _ = evaluated("run", "--data.validation", str(trained / "other.txt"), *MESHES[mesh])
+    figures, _ = evaluated("run", "--data.validation", str(other), *MESHES[mesh])
     assert figures["tokens"] == count == size
     assert figures["bytes"] == size - 1  # the first is not predicted, and end-of-text has none
     assert figures["loss"] == pytest.approx(nats / count, abs=6e-5)
@@ -123,44 +109,14 @@ def test_no_memory_is_one_line(trained, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("error: RESOURCE_EXHAUSTED: Out of memory\n")
 
 
-def test_an_exported_model_on_a_text(trained, evaluated):
-    text = ["--data.validation", str(trained / "other.txt"), "--data.cache_dir", str(trained / "cache")]
+def test_an_exported_model_on_a_text(trained, other, evaluated):
+    text = ["--data.validation", str(other), "--data.cache_dir", str(trained / "cache")]
     ours, _ = evaluated("run", *text)
     theirs, shown = evaluated("exported", *text)
     assert theirs == ours
-    assert f"text           {trained / 'other.txt'}, tokenizer bytes\n" in shown
+    assert f"text           {other}, tokenizer bytes\n" in shown
     coarse, _ = evaluated("exported", *text, "--trainer.compute_dtype", "bfloat16")
     assert coarse["loss"] == pytest.approx(ours["loss"], rel=0.02)
-
-
-def weights(place, **options):
-    return gpt2_to_state_dict(load_model(str(place), report=print, **options).model)
-
-
-def assert_same(found, wanted):
-    assert set(found) == set(wanted)
-    for name, array in wanted.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
-
-
-def test_a_run_goes_out_and_another_starts_from_it(trained, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    assert export.main([str(trained / "run"), "out"]) == 0
-    size = (tmp_path / "out/model.safetensors").stat().st_size
-    assert capfd.readouterr().out == (
-        f"step 12 of {trained / 'run'} is in {tmp_path / 'out'}: float32, {size:,} bytes, tokenizer bytes\n"
-    )
-    assert_same(weights("out"), weights(trained / "run"))
-    assert export.main([str(trained / "run"), "half", "--step", "6", "--dtype=bfloat16"]) == 0
-    assert json.loads((tmp_path / "half/config.json").read_text())["sophia_levanter"]["step"] == 6
-    earlier = {name: array.astype("bfloat16") for name, array in weights(trained / "run", step=6).items()}
-    assert_same(weights("half"), earlier)
-
-    # A learning rate that moves nothing leaves the weights as they were.
-    still = ["--optimizer.learning_rate", "1e-30", "--optimizer.final_learning_rate", "0"]
-    again = ["--trainer.run_dir", "again", "--trainer.initial_weights", "out", "--trainer.num_train_steps", "2"]
-    assert main(["--config", str(trained / "tiny.yaml"), *again, *still]) == 0
-    assert_same(weights("again"), weights("out"))
 
 
 BAD = {
