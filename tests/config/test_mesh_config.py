@@ -35,11 +35,7 @@ def test_sizes(settings, devices, sizes):
             8,
             r"^mesh: data 4 x model 4 is 16 devices, and there are 8; mesh.data 2 with mesh.m",
         ),
-        (
-            {"model": 3},
-            8,
-            r"^mesh: data 2 x model 3 is 6 devices, and there are 8; mesh.data 4 with mesh.model 2",
-        ),
+        ({"model": 3}, 8, r"^mesh: data 2 x model 3 is 6 devices, and there are 8; mesh.data 4 with mesh.model 2"),
         ({"model": 16}, 8, r"^mesh: model 16 is 16 devices, and there are 8; mesh.data 1 with mesh.model 8 would fit$"),
         ({"replica": 5}, 4, r"^mesh: replica 5 is 5 devices, and there are 4; mesh.data 1 with mesh.replica 4 would"),
         ({"model": 2, "replica": 3}, 4, "mesh.data 1 with mesh.model 2 and mesh.replica 2 would fit$"),

@@ -1,6 +1,8 @@
-"""From settings to optimizers: every field arrives."""
+"""From settings to optimizers and learning-rate schedules: every field arrives."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sophia_levanter.config import TrainConfig
@@ -8,10 +10,12 @@ from sophia_levanter.config.optimizer import (
     AdamWConfig,
     LionConfig,
     MuonConfig,
+    OptimizerConfig,
     SoapConfig,
     SophiaGConfig,
     SophiaHConfig,
 )
+from sophia_levanter.config.schedule import ScheduleConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.models.language_model import decay_mask, matrix_axes
 from sophia_levanter.optim import (
@@ -113,10 +117,7 @@ def settings_of(optimizer):
     return found | dict(zip(("denominator", "refresh_order", "first_refresh"), choices, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("config", "kind", "fields"),
-    CASES,
-)
+@pytest.mark.parametrize(("config", "kind", "fields"), CASES)
 def test_every_setting_arrives(config, kind, fields):
     optimizer = config.build(110)
     assert type(optimizer) is kind
@@ -169,3 +170,51 @@ def test_step_settings():
     assert settings.curvature_microbatch_size is None
     assert (settings.policy.param_dtype, settings.policy.compute_dtype) == (jnp.float32, jnp.bfloat16)
     assert StepSettings.of(TrainConfig(optimizer=AdamWConfig(), trainer=trainer)).curvature_microbatches is None
+
+
+def at(schedule, steps):
+    return [float(schedule(jnp.asarray(step, jnp.int32))) for step in steps]
+
+
+def schedule_of(kind, **changes):
+    given = {"learning_rate": 2.0, "final_learning_rate": 0.4, "warmup_steps": 4} | changes
+    schedule = ScheduleConfig.get_known_choices()[kind]()
+    return OptimizerConfig(**given, schedule=schedule).build_schedule(12)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_warmup_starts_at_zero_and_reaches_the_peak(kind):
+    assert at(schedule_of(kind), range(5)) == pytest.approx([0, 0.5, 1, 1.5, 2], abs=1e-7)
+
+
+def test_the_cosine_schedule():
+    # Two, four and six eighths of the way: final + (peak - final) (1 + cos(pi share)) / 2.
+    wanted = [1.2 + 0.8 * np.sqrt(0.5), 1.2, 1.2 - 0.8 * np.sqrt(0.5), 0.4]
+    assert at(schedule_of("cosine"), [6, 8, 10, 12]) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_linear_schedule():
+    assert at(schedule_of("linear"), [6, 8, 10, 12]) == pytest.approx([1.6, 1.2, 0.8, 0.4], abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "end"), [("cosine", 0.4), ("linear", 0.4), ("constant", 2.0)])
+def test_the_rate_stays_at_the_end_value(kind, end):
+    assert at(schedule_of(kind), [12, 13, 1000]) == pytest.approx([end] * 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_no_warmup_starts_at_the_peak(kind):
+    assert at(schedule_of(kind, warmup_steps=0), [0]) == [2.0]
+
+
+def test_the_rate_decays_to_zero():
+    assert at(schedule_of("cosine", final_learning_rate=0.0), [8, 12]) == pytest.approx([1, 0], abs=1e-7)
+
+
+def test_warmup_over_the_whole_run():
+    assert at(schedule_of("cosine", warmup_steps=12), [0, 6, 11, 12]) == pytest.approx([0, 1, 11 / 6, 2], abs=1e-6)
+
+
+def test_schedules_compile():
+    schedule = schedule_of("cosine")
+    assert jax.jit(schedule)(jnp.int32(8)) == pytest.approx(1.2, abs=1e-6)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from sophia_levanter.models.language_model import abstract_model
 
 CONFIG_DIR = Path(__file__).parents[2] / "config"
 FILES = sorted(CONFIG_DIR.glob("*.yaml"))
-GPT2_FILES = [file for file in FILES if file.stem.startswith("gpt2_")]
 TYPES = {
     "sophia": SophiaGConfig,
     "sophia_h": SophiaHConfig,
@@ -66,8 +66,11 @@ PUBLISHED = {
 }
 
 
+loaded = functools.cache(load_config)  # configurations are frozen
+
+
 def named(size: str, optimizer: str) -> TrainConfig:
-    return load_config(CONFIG_DIR / f"gpt2_{size}_{optimizer}.yaml")
+    return loaded(CONFIG_DIR / f"gpt2_{size}_{optimizer}.yaml")
 
 
 def parameters(layers: int, embed: int, vocab: int, seq_len: int) -> int:
@@ -84,7 +87,7 @@ def test_every_configuration_is_there():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_shipped_configuration(file, tmp_path):
-    config = load_config(file)
+    config = loaded(file)
     model, size, optimizer = file.stem.split("_", 2)
     assert type(config.optimizer) is TYPES[optimizer]
     assert (config.model.num_layers, config.model.num_heads, config.model.embed_dim) == SHAPES[size]
@@ -100,9 +103,9 @@ def test_shipped_configuration(file, tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
 
 
-@pytest.mark.parametrize("file", GPT2_FILES, ids=lambda file: file.stem)
-def test_parameter_count(file):
-    config = load_config(file).model
+@pytest.mark.parametrize("size", GPT2_SIZES)
+def test_parameter_count(size):
+    config = named(size, "adamw").model
     model = eqx.filter_eval_shape(Gpt2.init, config, vocab_size=50304, key=jax.random.key(0))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.ShapeDtypeStruct))
     assert count == parameters(config.num_layers, config.embed_dim, 50304, config.seq_len)
@@ -113,7 +116,7 @@ def test_parameter_count(file):
 @pytest.mark.parametrize(("size", "count"), [("nano", 7_226_496), ("125m", 123_587_328), ("1b", 1_076_168_704)])
 def test_parameter_count_of_llama(size, count):
     """Token embedding, the blocks' queries, keys, values and output, three matrices of the MLP, and norms."""
-    model = load_config(CONFIG_DIR / f"llama_{size}_adamw.yaml").model
+    model = loaded(CONFIG_DIR / f"llama_{size}_adamw.yaml").model
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract_model(model, 50304))) == count
     embed, heads = model.embed_dim, (2 * model.num_heads + 2 * model.kv_heads) * model.head_dim
     block = embed * heads + 3 * embed * model.mlp_dim + 2 * embed
@@ -179,7 +182,7 @@ def test_baselines_without_a_size(tmp_path):
 
 def test_optimizers_of_one_size_differ_in_the_optimizer_only():
     for size in GPT2_SIZES:
-        runs = [load_config(file) for file in FILES if file.stem.startswith(f"gpt2_{size}_")]
+        runs = [loaded(file) for file in FILES if file.stem.startswith(f"gpt2_{size}_")]
         assert len({(run.model, run.data, run.trainer) for run in runs}) == 1
 
 
