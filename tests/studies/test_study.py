@@ -214,10 +214,7 @@ BAD = {
         f"{GOOD}arms: {{a: {{settings: {{optimizer: {{rho: -1}}}}}}}}",
         "arm a: optimizer.rho is -1.0; it must be above 0",
     ),
-    "misspelt setting": (
-        f"{GOOD}{ARM}settings: {{optimizer: {{roh: 1}}}}",
-        "arm a: FILE: unknown key 'optimizer.roh'",
-    ),
+    "misspelt setting": (f"{GOOD}{ARM}settings: {{optimizer: {{roh: 1}}}}", "arm a: FILE: unknown key 'optimizer.roh'"),
     "config is a string": (
         "config: tiny.yaml\ntokens: 1\n" + ARM,
         "FILE: config is 'tiny.yaml'; it must be a list of file",

@@ -187,7 +187,7 @@ def test_a_full_disk_under_the_events_is_one_warning(steps, tmp_path, monkeypatc
     assert said == ["WARNING: tensorboard: [Errno 28] No space left on device; the run goes on without it"]
 
 
-def test_events_that_cannot_be_written_are_one_warning_is_one_warning(tmp_path):
+def test_events_that_cannot_be_written_are_one_warning(tmp_path):
     (tmp_path / "tensorboard").write_text("")
     said = []
     Background("tensorboard", lambda: TensorBoard(tmp_path / "tensorboard", 0), said.append).close(failed=False)
