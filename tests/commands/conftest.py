@@ -2,6 +2,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 
 # 64 tokens in a step.
@@ -16,6 +17,7 @@ trainer: {batch_size: 2, evaluation_windows: 8, log_every: 100}
 @pytest.fixture
 def write(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """Writes a study; its runs have one device, as a user without accelerators has it."""
+    jax.devices()  # this process keeps its eight
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
     monkeypatch.setenv("XLA_FLAGS", flags)
     validation = tmp_path / "validation.txt"
