@@ -12,6 +12,7 @@ from sophia_levanter.optim._checks import (
     check_number,
     check_parameters,
     check_same_structure,
+    value_at,
     whole_number,
 )
 
@@ -46,7 +47,7 @@ def test_open_range():
 @pytest.mark.parametrize(
     "value", ["0.5", None, True, np.True_, 1j, [0.5], (0.5,), {}, np.asarray(["0.5"]), jnp.asarray(True)], ids=repr
 )
-def test_no_number(value):
+def test_what_is_not_a_number(value):
     with pytest.raises(TypeError) as error:
         check_number("b1", value, low=0, high=1)
     assert str(error.value) == f"b1 is {value!r}; it must be a number"
@@ -58,6 +59,11 @@ def test_schedules_only_where_they_may_be():
     check_number("learning_rate", lambda count: -1.0, low=0, schedule=True)
     with pytest.raises(TypeError, match=r"^b1 is a function; it must be a number$"):
         check_number("b1", lambda count: 0.5, low=0)
+
+
+def test_value_at():
+    assert value_at("x", 0.5, jnp.int32(3)) == 0.5
+    assert value_at("x", lambda count: 2 * count, jnp.int32(3)) == 6
 
 
 def test_traced_numbers_are_taken_as_they_are():
@@ -77,14 +83,23 @@ def test_whole_numbers_become_ints(value):
 
 
 @pytest.mark.parametrize("value", [2.0, "3", None, True, Fraction(3), jnp.asarray(3), np.ones(2, int)], ids=repr)
-def test_what_is_no_whole_number_stays(value):
+def test_what_is_not_a_whole_number_stays(value):
     assert whole_number(value) is value
 
 
 def test_count():
     check_count("interval", 1)
     check_count("first_refresh", 0, low=0)
-    for value, low in ((0, 1), (-1, 0), (1.0, 1), ("1", 1), (True, 1), (None, 1), (np.int64(3), 1)):
+    for value, low in (
+        (0, 1),
+        (-1, 0),
+        (1.0, 1),
+        ("1", 1),
+        (True, 1),
+        (None, 1),
+        (np.int64(3), 1),
+        (jnp.asarray(3), 1),
+    ):
         with pytest.raises(ValueError) as error:
             check_count("interval", value, low=low)
         assert str(error.value) == f"interval is {value!r}; it must be a whole number of at least {low}"

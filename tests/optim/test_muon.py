@@ -91,7 +91,7 @@ def test_steps_and_state_are_those_of_optax(momentum_dtype):
         np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=1e-5, atol=1e-7)
 
 
-def test_each_matrix_of_a_stack_is_a_matrix_of_its_own():
+def test_the_matrices_of_a_stack_are_separate():
     """Also where the axes that count them do not come first, and where a side has several axes."""
     stacked = [normal(2, 6, 3, 2, 4, seed=seed) for seed in range(STEPS + 1)]
 
@@ -108,28 +108,6 @@ def test_each_matrix_of_a_stack_is_a_matrix_of_its_own():
     assert np.abs(one[0]["w"] - together[0]["w"]).max() > 1e-3
 
 
-def test_the_other_leaves_follow_optax_adamw():
-    matrices = {"w": MuonDimensionNumbers(), "embedding": None, "norm": None}
-    mask = {"w": True, "embedding": True, "norm": False}
-
-    def tree(seed):
-        return {"w": normal(3, 4, seed=seed), "embedding": normal(5, 4, seed=seed), "norm": normal(4, seed=seed)}
-
-    def rest(tree):
-        return {name: tree[name] for name in ("embedding", "norm")}
-
-    optimizer = Muon(rate, 0.7, 0.8, 0.9, 1e-6, 0.3, mask, matrices)
-    found = run(optimizer, tree(9), [tree(seed) for seed in range(STEPS)])
-    adamw = optax.adamw(rate, 0.8, 0.9, 1e-6, weight_decay=0.3, mask=rest(mask), nesterov=True)
-    params = rest(tree(9))
-    state = adamw.init(params)
-    for step in range(STEPS):
-        updates, state = jax.jit(adamw.update)(rest(tree(step)), state, params)
-        params = optax.apply_updates(params, updates)
-        for name, array in params.items():
-            np.testing.assert_allclose(found[step][name], array, rtol=1e-6, atol=1e-7)
-
-
 def test_one_decay_and_one_mask_for_both_groups():
     params = {"w": jnp.ones((2, 2)), "v": jnp.ones((2, 2)), "a": jnp.ones(2), "b": jnp.ones(2)}
     optimizer = Muon(0.5, weight_decay=0.2, weight_decay_mask={"w": True, "v": False, "a": True, "b": False})
@@ -142,21 +120,8 @@ def test_the_momentum_norm_is_over_both_groups():
     optimizer = Muon(beta=0.5, b1=0.75)
     params = {"w": jnp.zeros((1, 2)), "b": jnp.zeros(1)}
     grads = {"w": jnp.asarray([[6.0, 8.0]]), "b": jnp.asarray([48.0])}
-    _, state = optimizer.update(grads, optimizer.init(params), params)
+    _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     assert float(optimizer.metrics(state)["momentum_norm"]) == pytest.approx(13)
-
-
-@pytest.mark.parametrize("where", ["w", "b"])
-def test_a_gradient_that_is_not_finite_leaves_both_groups(where):
-    optimizer = Muon(0.1)
-    good = {"w": normal(2, 3), "b": normal(2)}
-    _, before = optimizer.update(good, optimizer.init(good), good)
-    updates, after = jax.jit(optimizer.update)(good | {where: good[where] * jnp.nan}, before, good)
-    assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        np.testing.assert_array_equal(new, old + 1 if jnp.issubdtype(old.dtype, jnp.integer) else old)
-    updates, _ = optimizer.update(good, after, good)
-    assert all(leaf.all() for leaf in jax.tree.leaves(updates))
 
 
 class Model(eqx.Module):
@@ -168,21 +133,23 @@ class Model(eqx.Module):
         raise AssertionError("the optimizer must not call the model, nor a tree of its shape")
 
 
+def is_entry(x):
+    return x is None or isinstance(x, MuonDimensionNumbers)
+
+
 def test_matrices_may_be_a_function_a_tree_or_a_prefix():
     model = Model(normal(3, 4), hax.named(normal(2, 3, 4), ("layers", "in", "out")), jnp.int32(1))
     grads = eqx.filter(model, eqx.is_inexact_array)
     entry = MuonDimensionNumbers(1, 2)
     prefix = eqx.tree_at(lambda m: (m.table, m.linear, m.steps), model, (None, entry, None))
     full = eqx.tree_at(lambda m: m.linear, prefix, eqx.tree_at(lambda x: x.array, model.linear, entry))
-    by_role = [prefix, full, lambda _: prefix, lambda _: full]
-    found = [run(Muon(matrices=matrices), model, [grads])[0] for matrices in by_role]
-    for other in found[1:]:
-        assert eqx.tree_equal(other, found[0])
-    assert found[0].linear.axes == model.linear.axes
-    assert int(found[0].steps) == 1
-    default = run(Muon(), model, [grads])[0]
-    assert np.abs(default.table - found[0].table).max() > 1e-5
-    assert np.abs(default.linear.array - found[0].linear.array).max() > 1e-5
+    for matrices in (prefix, full, lambda _: prefix, lambda _: full):
+        assert jax.tree.leaves(matrices_tree(matrices, grads), is_leaf=is_entry) == [None, entry, None]
+    found, default = (run(Muon(matrices=matrices), model, [grads])[0] for matrices in (prefix, None))
+    assert found.linear.axes == model.linear.axes
+    assert int(found.steps) == 1
+    assert np.abs(default.table - found.table).max() > 1e-5
+    assert np.abs(default.linear.array - found.linear.array).max() > 1e-5
 
 
 @pytest.mark.parametrize(

@@ -1,67 +1,136 @@
+"""The public interface: imports, names, examples, and what every optimizer does, whatever its algorithm."""
+
+import doctest
+import subprocess
+import sys
+
+import equinox as eqx
+import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from sophia_levanter.optim import (
-    AdamW,
-    KroneckerBasis,
-    Lion,
-    Muon,
-    Optimizer,
-    Soap,
-    Sophia,
-    SophiaG,
-    SophiaH,
-    WinRateController,
-)
+import sophia_levanter.optim
+from sophia_levanter.optim import AdamW, Lion, Muon, Optimizer, Soap, Sophia, SophiaG, SophiaH
 from sophia_levanter.optim._checks import value_at
 
-
-def test_value_at():
-    assert value_at("x", 0.5, jnp.int32(3)) == 0.5
-    assert value_at("x", lambda count: 2 * count, jnp.int32(3)) == 6
+HEAVY = ("haliax", "draccus", "orbax", "ray", "datasets", "wandb", "grain", "tensorstore", "rich", "jmp", "tokenizers")
 
 
-@pytest.mark.parametrize("cls", [Sophia, SophiaG, SophiaH, AdamW, Lion, Muon, Soap])
+def test_imports_jax_equinox_optax_and_jaxtyping_only():
+    program = f"""
+import sys
+import sophia_levanter.optim
+loaded = {{name.partition(".")[0] for name in sys.modules}}
+print(*sorted(loaded & set({HEAVY})))
+print(*sorted(name for name in sys.modules if name.startswith("sophia_levanter")))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    heavy, own = result.stdout.splitlines()
+    assert heavy == ""
+    assert all(name == "sophia_levanter" or name.startswith("sophia_levanter.optim") for name in own.split())
+
+
+def test_public_names_exist():
+    names = {"AdamW", "Lion", "Muon", "Soap", "Sophia", "SophiaG", "SophiaH", "sophia_g"}
+    assert names <= set(sophia_levanter.optim.__all__)
+    assert all(hasattr(sophia_levanter.optim, name) for name in sophia_levanter.optim.__all__)
+
+
+PUBLIC = {name: getattr(sophia_levanter.optim, name) for name in sophia_levanter.optim.__all__}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_examples_in_docstrings(name):
+    names = PUBLIC | {"eqx": eqx, "jax": jax, "jnp": jnp, "optax": optax}
+    for test in doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs=names):
+        assert doctest.DocTestRunner().run(test).failed == 0
+
+
+ONE_OF_EACH = [SophiaG, AdamW, Lion, Muon, Soap]
+PARAMS = {"w": jnp.ones(2), "b": jnp.ones(3)}
+
+
+@pytest.mark.parametrize("cls", [Sophia, SophiaH, *ONE_OF_EACH])
 def test_every_optimizer_can_be_driven_by_the_protocol_alone(cls):
     optimizer: Optimizer = cls(learning_rate=0.1)
     params = {"w": jnp.asarray([1.0, -2.0])}
-    state = optimizer.init(params)
-    updates, state = jax.jit(optimizer.update)(params, state, params, finite=jnp.asarray(True))
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    updates, state = update(params, state, params, finite=jnp.asarray(True))
     assert (np.sign(updates["w"]) == [-1, 1]).all()
-    skipped, _ = jax.jit(optimizer.update)(params, state, params, finite=jnp.asarray(False))
+    skipped, after = update(params, state, params, finite=jnp.asarray(False))
     assert skipped["w"].tolist() == [0, 0]
     assert value_at("learning_rate", optimizer.learning_rate, jnp.int32(0)) == 0.1
     assert optimizer.refresh_due(0) in (True, False)
-    assert all(value.shape == () for value in optimizer.metrics(state).values())
+    metrics = optimizer.metrics(state)
+    assert all(value.shape == () for value in metrics.values())
+    assert metrics["momentum_norm"] == optimizer.metrics(after)["momentum_norm"] > 0
 
 
-SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 9, 1e-3)
-OPTIMIZERS = {
-    "AdamW": AdamW(SCHEDULE),
-    "NAdamW": AdamW(SCHEDULE, nesterov=True),
-    "cautious AdamW": AdamW(SCHEDULE, cautious=True),
-    "Lion": Lion(SCHEDULE),
-    "Muon": Muon(SCHEDULE),
-    "SOAP": Soap(SCHEDULE),
-    "Sophia-G": SophiaG(SCHEDULE),
-    "Sophia-H": SophiaH(SCHEDULE),
-    "Sophia-G in a basis": SophiaG(SCHEDULE, basis=KroneckerBasis()),
-    "Sophia-H with a win rate": SophiaH(SCHEDULE, rho=WinRateController(target=0.9, initial=0.1)),
-}
+@pytest.mark.parametrize("cls", [AdamW, Lion])
+def test_named_arrays(cls):
+    named = {"w": hax.named(jnp.asarray([1.0, -2.0]), "embed")}
+    optimizer = cls(0.1, weight_decay=0.0)
+    updates, _ = optimizer.update(named, optimizer.init(named), named)
+    assert updates["w"].axes == named["w"].axes
+    assert updates["w"].array.tolist() == pytest.approx([-0.1, 0.1])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_states_and_updates_stay_narrow_under_x64(name, dtype):
-    optimizer = OPTIMIZERS[name]
-    with jax.enable_x64(True):
-        params = {"w": jnp.ones((4, 6), dtype), "b": jnp.ones(6, dtype)}
-        state = optimizer.init(params)
-        h_hat = params if isinstance(optimizer, Sophia) else None
-        updates, after = optimizer.update(params, state, params, h_hat)
-        for tree in (state, updates, after, optimizer.metrics(after)):
-            for path, leaf in jax.tree.leaves_with_path(tree):
-                assert leaf.dtype.itemsize < 8, f"{jax.tree_util.keystr(path)} is {leaf.dtype}"
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
+def test_a_gradient_transformation_comes_first(cls):
+    """Clipped inside is clipped by hand. `test_sophia.py` and `test_optax.py` have the same of Sophia."""
+    clip = optax.clip_by_global_norm(0.5)
+    inside, outside = cls(0.1, gradient_transform=clip), cls(0.1)
+    params = {"w": jnp.asarray([1.0, -2.0])}
+    ours, theirs = inside.init(params), outside.init(params)
+    for scale in (10.0, 0.1, 3.0):
+        grads = {"w": scale * jnp.asarray([0.6, 0.8])}
+        clipped, _ = clip.update(grads, clip.init(params))
+        updates, ours = inside.update(grads, ours, params)
+        wanted, theirs = outside.update(clipped, theirs, params)
+        np.testing.assert_array_equal(updates["w"], wanted["w"])
+        assert inside.metrics(ours) == outside.metrics(theirs)
+    assert not np.array_equal(inside.metrics(ours)["momentum_norm"], 0)
+
+
+@pytest.mark.parametrize("cls", ONE_OF_EACH)
+def test_models_that_cannot_be_optimized(cls):
+    with pytest.raises(ValueError, match="the model has no floating-point array to optimize"):
+        cls().init({"steps": jnp.int32(1)})
+    with pytest.raises(TypeError, match=r"^model\['z'\] is complex \(complex64\)"):
+        cls().init({"w": jnp.ones(1), "z": jnp.ones(1, jnp.complex64)})
+
+
+@pytest.mark.parametrize("cls", ONE_OF_EACH)
+def test_other_trees_are_named_by_their_path(cls):
+    optimizer = cls()
+    with pytest.raises(ValueError, match=r"grads\['b'\] has shape missing, the parameter has \(3,\)"):
+        optimizer.update({"w": jnp.ones(2)}, optimizer.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match=r"weight_decay_mask does not fit the parameters: it has nothing for \['b'\]"):
+        masked = cls(weight_decay_mask={"w": True})
+        masked.update(PARAMS, masked.init(PARAMS), PARAMS)
+
+
+# Sophia and the baselines check these each in their own `update`.
+@pytest.mark.parametrize("cls", [SophiaG, AdamW])
+@pytest.mark.parametrize(
+    ("state", "finite", "message"),
+    [
+        *((None, finite, "^finite ") for finite in (1, "yes", jnp.asarray(1), jnp.ones(2, bool))),
+        ({}, None, r"^state is a .*; it must be what init\(model\) gave"),
+        (optax.adam(0.1).init(PARAMS), None, r"^state is a .*; it must be what init\(model\) gave"),
+    ],
+)
+def test_a_state_or_flag_of_another_kind_is_refused(cls, state, finite, message):
+    optimizer = cls()
+    with pytest.raises(TypeError, match=message):
+        optimizer.update(PARAMS, optimizer.init(PARAMS) if state is None else state, PARAMS, finite=finite)
+
+
+@pytest.mark.parametrize("cls", [SophiaG, AdamW, Lion])
+@pytest.mark.parametrize("value", [1.0, optax.clip_by_global_norm, optax.GradientTransformation, SophiaH()])
+def test_a_gradient_transform_of_another_kind_is_refused(cls, value):
+    with pytest.raises(TypeError, match=r"^gradient_transform is "):
+        cls(gradient_transform=value)

@@ -1,6 +1,7 @@
 """A few steps of an optimizer on small arrays."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,3 +24,19 @@ def run(optimizer, params, grads):
 def rate(count):
     """A learning rate that grows."""
     return 0.01 * (count + 1)
+
+
+def dtypes(tree):
+    """The dtype in the place of each array."""
+    return jax.tree.map(lambda leaf: leaf.dtype, tree)
+
+
+def assert_trees_equal(found, wanted):
+    """Equal numbers, of random keys as well."""
+
+    def compare(one, other):
+        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, other = jax.random.key_data(one), jax.random.key_data(other)
+        np.testing.assert_array_equal(one, other)
+
+    jax.tree.map(compare, found, wanted)

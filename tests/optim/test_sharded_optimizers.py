@@ -1,19 +1,68 @@
-"""Matrices shared among the devices of a mesh."""
+"""Optimizers on a mesh: sharded parameters, and matrices shared among the devices."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 from trajectories import normal
 
-from sophia_levanter.optim import KroneckerBasis, Muon, Soap
+from sophia_levanter.optim import KroneckerBasis, Muon, Soap, SophiaG
 from sophia_levanter.optim._matrices import by_matrix
 
 
 def mesh_of(axis_type=AxisType.Auto):
     return jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+
+
+def placed(tree, mesh):
+    """Matrices split over the first axis, the rest on every device."""
+
+    def place(leaf):
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*("data",)[: leaf.ndim - 1])))
+
+    return jax.tree.map(place, tree)
+
+
+TREE = {"w": normal(16, 3), "b": normal(3, seed=1)}
+
+
+@pytest.fixture(scope="module")
+def three_steps():
+    """(parameters, estimate) -> parameters, updates, state and metrics after three updates."""
+    optimizer = SophiaG.paper(learning_rate=0.1, rho="auto", interval=1)
+    update = jax.jit(lambda params, state, h_hat: optimizer.update(params, optimizer.refresh(state, h_hat), params))
+
+    def steps(params, h_hat):
+        state = optimizer.init(params)
+        for _ in range(3):
+            updates, state = update(params, state, h_hat)
+            params = eqx.apply_updates(params, updates)
+        return params, updates, state, optimizer.metrics(state)
+
+    return steps
+
+
+@pytest.fixture(scope="module")
+def on_one_device(three_steps):
+    return three_steps(TREE, jax.tree.map(lambda x: 30 * jnp.square(x), TREE))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_sharded_parameters(axis_type, three_steps, on_one_device):
+    """The same numbers, with clipping and the win rate over all devices; and every array stays where it was."""
+    mesh = mesh_of(axis_type)
+    tree = placed(TREE, mesh)
+    found = three_steps(tree, jax.tree.map(lambda x: 30 * jnp.square(x), tree))
+    jax.tree.map(lambda ours, one: np.testing.assert_allclose(ours, one, rtol=1e-5), found, on_one_device)
+    params, updates, state, metrics = found
+    assert 0 < float(metrics["win_rate"]) < 1
+    for found in (params, updates, state.momentum, state.curvature):
+        for name, leaf in found.items():
+            assert leaf.sharding.is_equivalent_to(tree[name].sharding, leaf.ndim)
+            assert leaf.addressable_shards[0].data.shape == {"w": (2, 3), "b": (3,)}[name]
 
 
 # 16 matrices are shared as they are; 3 and 7 of a shape are pooled as 16, and 2 of another shape padded to 8.
