@@ -29,6 +29,9 @@ X = jnp.asarray(RNG.normal(size=(MICROBATCHES, ROWS, 2)), jnp.float32)
 LABELS = jnp.asarray(RNG.integers(0, 3, (MICROBATCHES, ROWS)))
 NUMBERS = jnp.asarray(RNG.integers(0, 2, (MICROBATCHES, ROWS, 3)))
 WEIGHTS = jnp.asarray([[0.25, 3, 0], [1, 0.5, 2], [0, 0, 0], [6, 1, 1]], jnp.float32)
+BATCH = X, LABELS, WEIGHTS
+GNB, REPLACING = GaussNewtonBartlett(), GaussNewtonBartlett(extra_pass=False)
+AVERAGED = GaussNewtonBartlett(reduction="average_then_square")
 
 
 class Network(eqx.Module):
@@ -48,21 +51,31 @@ def normal(*shape):
 MODEL = Network(normal(2, 4), normal(4, 3), jnp.int32(3), "network")
 
 
-def losses_fn(estimator):
+def losses_fn(model, part, key):
     """As a user writes it: the microbatch holds inputs, targets and weights."""
-
-    def losses(model, part, key):
-        x, targets, weights = part
-        return estimator.losses(model(x), targets, key=key, weights=weights)
-
-    return losses
+    x, targets, weights = part
+    return GNB.losses(model(x), targets, key=key, weights=weights)
 
 
-def parts(first=MICROBATCHES, targets=LABELS):
-    return X[:first], targets[:first], WEIGHTS[:first]
+def passes(losses_fn, model, *microbatches, estimator=GNB, key=KEY, **given):
+    return value_grad_and_curvature(losses_fn, model, *microbatches, estimator=estimator, key=key, **given)
 
 
-def mean_cross_entropy(model, x=X, labels=LABELS, weights=WEIGHTS):
+@eqx.filter_jit
+def all_three(batch=BATCH, estimator=GNB, curvature_microbatches=None, key=KEY):
+    """Compiled once for each estimator and number of microbatches."""
+    return passes(losses_fn, MODEL, batch, estimator=estimator, key=key, curvature_microbatches=curvature_microbatches)
+
+
+@eqx.filter_jit
+def own_estimate(estimator, first):
+    x, _, weights = (array[:first] for array in BATCH)
+    return estimator(lambda model, x: model(x), MODEL, x, key=KEY, weights=weights)
+
+
+@eqx.filter_jit
+@eqx.filter_value_and_grad
+def mean_cross_entropy(model, x, labels, weights):
     losses = optax.softmax_cross_entropy_with_integer_labels(model(x), labels)
     return jnp.sum(losses * weights) / jnp.sum(weights)
 
@@ -73,97 +86,76 @@ def assert_same(ours, theirs, rtol=1e-5):
         np.testing.assert_allclose(one, other, rtol=rtol, atol=1e-6)
 
 
-def own_estimate(estimator, first=MICROBATCHES):
-    x, _, weights = parts(first)
-    return estimator(lambda model, x: model(x), MODEL, x, key=KEY, weights=weights)
-
-
-@pytest.mark.parametrize("curvature_microbatches", [None, 1, 2, MICROBATCHES])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_all_three_over_microbatches(reduction, curvature_microbatches):
-    estimator = GaussNewtonBartlett(reduction=reduction)
-    loss, grads, h_hat = eqx.filter_jit(value_grad_and_curvature)(
-        losses_fn(estimator),
-        MODEL,
-        parts(),
-        key=KEY,
-        estimator=estimator,
-        curvature_microbatches=curvature_microbatches,
-    )
-    wanted_loss, wanted_grads = eqx.filter_value_and_grad(mean_cross_entropy)(MODEL)
+def assert_mean_loss_and_gradient(loss, grads, batch=BATCH):
+    wanted_loss, wanted_grads = mean_cross_entropy(MODEL, *batch)
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
     assert_same(grads, wanted_grads)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "curvature_microbatches"),
+    [(GNB, None), (GNB, 1), (GNB, MICROBATCHES), (AVERAGED, 2)],
+)
+def test_all_three_over_microbatches(estimator, curvature_microbatches):
+    loss, grads, h_hat = all_three(BATCH, estimator, curvature_microbatches)
+    assert_mean_loss_and_gradient(loss, grads)
     assert_same(h_hat, own_estimate(estimator, curvature_microbatches or MICROBATCHES))
 
 
 @pytest.mark.parametrize(
-    ("likelihood", "targets", "loss"),
+    ("estimator", "targets", "loss"),
     [
-        (Categorical(), LABELS[0], optax.softmax_cross_entropy_with_integer_labels),
-        (Bernoulli(event_ndim=1), NUMBERS[0], lambda z, y: jnp.sum(optax.sigmoid_binary_cross_entropy(z, y), axis=-1)),
+        (GNB, LABELS[0], optax.softmax_cross_entropy_with_integer_labels),
+        (
+            GaussNewtonBartlett(Bernoulli(event_ndim=1), max_grad_norm=0.01),
+            NUMBERS[0],
+            lambda z, y: jnp.sum(optax.sigmoid_binary_cross_entropy(z, y), axis=-1),
+        ),
         # The negative log-density of variance 1/2 is the squared error and a constant.
-        (Normal(0.5), NUMBERS[0], lambda z, y: jnp.square(z - y) + 0.5 * jnp.log(jnp.pi)),
+        (GaussNewtonBartlett(Normal(0.5)), NUMBERS[0], lambda z, y: jnp.square(z - y) + 0.5 * jnp.log(jnp.pi)),
     ],
 )
-@pytest.mark.parametrize("max_grad_norm", [None, 0.01])
-def test_all_three_in_one_pass(likelihood, targets, loss, max_grad_norm):
-    estimator = GaussNewtonBartlett(likelihood, max_grad_norm=max_grad_norm)
+def test_all_three_in_one_pass(estimator, targets, loss):
 
-    def losses(model, key):
-        return estimator.losses(model(X[0]), targets, key=key)
+    @eqx.filter_jit
+    def found_and_wanted(model):
+        found = passes(lambda m, key: estimator.losses(m(X[0]), targets, key=key), model, estimator=estimator)
+        wanted = eqx.filter_value_and_grad(lambda m: jnp.mean(loss(m(X[0]), targets)))(model)
+        return found, (*wanted, estimator(lambda m: m(X[0]), model, key=KEY))
 
-    value, grads, h_hat = value_grad_and_curvature(losses, MODEL, key=KEY, estimator=estimator)
-    wanted_loss, wanted_grads = eqx.filter_value_and_grad(lambda m: jnp.mean(loss(m(X[0]), targets)))(MODEL)
-    np.testing.assert_allclose(value, wanted_loss, rtol=1e-5)
-    assert_same(grads, wanted_grads)
-    assert_same(h_hat, estimator(lambda m: m(X[0]), MODEL, key=KEY))
-
-
-def test_the_estimator_squares_each_microbatch_if_not_said_otherwise():
-    estimator = GaussNewtonBartlett()
-    _, _, h_hat = value_grad_and_curvature(losses_fn(estimator), MODEL, parts(), key=KEY, estimator=estimator)
-    assert_same(h_hat, own_estimate(estimator))
+    (value, *trees), (wanted, *wanted_trees) = found_and_wanted(MODEL)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    assert_same(trees, wanted_trees)
 
 
 def test_named_arrays():
+    w = hax.named(normal(2, 3), ("feature", "class"))
     estimator = GaussNewtonBartlett(Categorical("class"))
-    model = {"w": hax.named(normal(2, 3), ("feature", "class"))}
 
-    def losses(model, part, key):
+    def named_losses(w, part, key):
         x, labels, weights = part
-        return estimator.losses(hax.dot(x, model["w"], axis="feature"), labels, key=key, weights=weights)
+        return estimator.losses(hax.dot(x, w, axis="feature"), labels, key=key, weights=weights)
 
-    batch = (
-        hax.named(X, ("microbatch", "row", "feature")),
-        hax.named(LABELS, ("microbatch", "row")),
-        hax.named(WEIGHTS, ("microbatch", "row")),
-    )
-    named = value_grad_and_curvature(losses, model, batch, key=KEY, estimator=estimator, curvature_microbatches=2)
-    plain_estimator = GaussNewtonBartlett()
-    plain = value_grad_and_curvature(
-        lambda m, part, key: plain_estimator.losses(part[0] @ m, part[1], key=key, weights=part[2]),
-        model["w"].array,
-        parts(),
-        key=KEY,
-        curvature_microbatches=2,
-        estimator=GaussNewtonBartlett(),
-    )
+    axes = ("microbatch", "row", "feature")
+    batch = tuple(hax.named(array, axes[: array.ndim]) for array in BATCH)
+
+    def plain_losses(w, part, key):
+        return losses_fn(lambda x: x @ w, part, key)
+
+    named = jax.jit(lambda w: passes(named_losses, w, batch, curvature_microbatches=2))(w)
+    plain = jax.jit(lambda w: passes(plain_losses, w, BATCH, curvature_microbatches=2))(w.array)
     np.testing.assert_allclose(named[0], plain[0], rtol=1e-6)
-    for tree, array in zip(named[1:], plain[1:], strict=True):
-        assert tree["w"].axes == model["w"].axes
-        np.testing.assert_allclose(tree["w"].array, array, rtol=1e-5, atol=1e-7)
+    for ours, theirs in zip(named[1:], plain[1:], strict=True):
+        assert ours.axes == w.axes
+        np.testing.assert_allclose(ours.array, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_scalars_may_be_named():
-    model = {"w": hax.named(normal(2, 3), ("feature", "class"))}
-
-    def losses(model, key):
-        return hax.mean(model["w"]), 2 * hax.mean(model["w"]), 3
-
-    loss, grads, h_hat = value_grad_and_curvature(losses, model, key=KEY, estimator=GaussNewtonBartlett())
-    np.testing.assert_allclose(loss, hax.mean(model["w"]).array, rtol=1e-6)
-    np.testing.assert_allclose(grads["w"].array, 1 / 6, rtol=1e-6)
-    np.testing.assert_allclose(h_hat["w"].array, 3 / 9, rtol=1e-6)
+    w = hax.named(normal(2, 3), ("feature", "class"))
+    loss, grads, h_hat = passes(lambda w, key: (hax.mean(w), 2 * hax.mean(w), 3), w)
+    np.testing.assert_allclose(loss, hax.mean(w).array, rtol=1e-6)
+    np.testing.assert_allclose(grads.array, 1 / 6, rtol=1e-6)
+    np.testing.assert_allclose(h_hat.array, 3 / 9, rtol=1e-6)
 
 
 def count(jaxpr, primitive):
@@ -174,101 +166,88 @@ def count(jaxpr, primitive):
     )
 
 
-@pytest.mark.parametrize("microbatches", [False, True])
-def test_there_is_one_forward_and_two_backward_passes(microbatches):
-    estimator = GaussNewtonBartlett()
-    calls = []
+# A forward pass has two products; a backward pass has one for each matrix, and one for the hidden layer.
+@pytest.mark.parametrize(
+    ("estimator", "curvature_microbatches", "calls", "forward", "products"),
+    [
+        pytest.param(GNB, None, 2, 1, 2 + 2 * 3, id="one forward and two backward passes"),
+        pytest.param(
+            REPLACING, 1, 2, 2, 2 * (2 + 3), id="as much as a gradient: the first, and a loop over the others"
+        ),
+        pytest.param(GNB, "one pass", 1, 1, 2 + 2 * 3, id="without microbatches"),
+    ],
+)
+def test_no_pass_is_made_twice(estimator, curvature_microbatches, calls, forward, products):
+    seen = []
 
     class Counted(Network):
         def __call__(self, x):
-            calls.append(x)
+            seen.append(x)
             return super().__call__(x)
 
-    model = Counted(MODEL.inner, MODEL.outer, MODEL.steps, MODEL.name)
+    def traced(model):
+        if curvature_microbatches == "one pass":
+            part = jax.tree.map(lambda x: x[0], BATCH)
+            return passes(lambda m, key: losses_fn(m, part, key), model, estimator=estimator)
+        return passes(losses_fn, model, BATCH, estimator=estimator, curvature_microbatches=curvature_microbatches)
 
-    def all_three(model):
-        if microbatches:
-            return value_grad_and_curvature(losses_fn(estimator), model, parts(), key=KEY, estimator=estimator)
-        part = jax.tree.map(lambda x: x[0], parts())
-        return value_grad_and_curvature(
-            lambda m, key: losses_fn(estimator)(m, part, key), model, key=KEY, estimator=estimator
-        )
-
-    jaxpr = jax.make_jaxpr(all_three)(model).jaxpr
-    # The shapes of the sums over microbatches are found by a trace of its own, which computes nothing.
-    assert len(calls) == 1 + microbatches
-    assert count(jaxpr, "tanh") == 1
-    # Two products forward; backward one for each matrix, and one for the hidden layer.
-    assert count(jaxpr, "dot_general") == 2 + 2 * 3
+    jaxpr = jax.make_jaxpr(traced)(Counted(MODEL.inner, MODEL.outer, MODEL.steps, MODEL.name)).jaxpr
+    # Another trace finds the shapes of the sums over microbatches, or is that of the loop over the other microbatches.
+    assert len(seen) == calls
+    assert count(jaxpr, "tanh") == forward
+    assert count(jaxpr, "dot_general") == products
 
 
-def test_what_has_no_weight_changes_nothing():
-    estimator = GaussNewtonBartlett()
-    wild = jnp.where(WEIGHTS[..., None] > 0, X, 1e4)
-    one, other = (
-        value_grad_and_curvature(losses_fn(estimator), MODEL, (x, LABELS, WEIGHTS), key=KEY, estimator=estimator)
-        for x in (X, wild)
-    )
-    assert_same(one[0], other[0])
-    assert_same(one[1], other[1])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param((jnp.where(WEIGHTS[..., None] > 0, X, 1e4), LABELS, WEIGHTS), id="inputs"),
+        # Data sets mark positions so.
+        pytest.param((X, jnp.where(WEIGHTS > 0, LABELS, -100), WEIGHTS), id="label -100"),
+        pytest.param((X, jnp.where(WEIGHTS > 0, LABELS, 1000), WEIGHTS), id="label 1000"),
+    ],
+)
+def test_what_has_no_weight_changes_nothing(batch):
+    assert_same(all_three(batch), all_three())
 
 
-@pytest.mark.parametrize("label", [-100, 1000])
-def test_labels_of_positions_left_out_may_be_no_classes(label):
-    """Data sets mark them so."""
-    estimator = GaussNewtonBartlett()
-    labels = jnp.where(WEIGHTS > 0, LABELS, label)
-    marked = value_grad_and_curvature(losses_fn(estimator), MODEL, (X, labels, WEIGHTS), key=KEY, estimator=estimator)
-    plain = value_grad_and_curvature(losses_fn(estimator), MODEL, parts(), key=KEY, estimator=estimator)
-    for one, other in zip(marked, plain, strict=True):
-        assert_same(one, other)
+@pytest.mark.parametrize("named", [False, True])
+def test_missing_values_may_be_nan_where_the_weight_is_zero(named):
+    estimator = GaussNewtonBartlett(Normal())
+    x, weights, full = normal(4, 3), jnp.asarray([1.0, 0.0, 1.0, 1.0]), jnp.arange(4.0)
+
+    def results(targets):
+        def losses(w, key):
+            outputs, y, used = (hax.named(a, ("row",)) if named else a for a in (x @ w, targets, weights))
+            return estimator.losses(outputs, y, key=key, weights=used)
+
+        return passes(losses, jnp.ones(3), estimator=estimator)
+
+    assert_same(results(full.at[1].set(jnp.nan)), results(full))
 
 
 def test_all_left_out_is_not_finite():
-    results = value_grad_and_curvature(
-        losses_fn(GaussNewtonBartlett()),
-        MODEL,
-        (X, LABELS, jnp.zeros_like(WEIGHTS)),
-        key=KEY,
-        estimator=GaussNewtonBartlett(),
-    )
-    for leaf in jax.tree.leaves(results):
+    for leaf in jax.tree.leaves(all_three((X, LABELS, jnp.zeros_like(WEIGHTS)))):
         assert not np.isfinite(leaf).any()
 
 
 def test_vmap_over_keys():
-    estimator = GaussNewtonBartlett()
     keys = jax.random.split(KEY, 2)
-
-    def all_three(key):
-        return value_grad_and_curvature(
-            losses_fn(estimator), MODEL, parts(), key=key, curvature_microbatches=2, estimator=estimator
-        )
-
-    batched = jax.jit(jax.vmap(all_three))(keys)
-    single = jax.jit(all_three)
-    assert_same(batched, jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(single, keys)), rtol=1e-4)
+    batched = eqx.filter_jit(jax.vmap(lambda key: all_three(BATCH, GNB, 2, key)))(keys)
+    each = [all_three(BATCH, GNB, 2, key) for key in keys]
+    assert_same(batched, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), rtol=1e-4)
 
 
 def test_numpy_microbatches():
-    estimator = GaussNewtonBartlett()
-    numpy_parts = jax.tree.map(np.asarray, parts())
-    ours, theirs = (
-        value_grad_and_curvature(losses_fn(estimator), MODEL, p, key=KEY, curvature_microbatches=2, estimator=estimator)
-        for p in (numpy_parts, parts())
-    )
-    for one, other in zip(ours, theirs, strict=True):
-        assert_same(one, other)
+    arrays = jax.tree.map(np.asarray, BATCH)
+    ours = eqx.filter_jit(lambda model: passes(losses_fn, model, arrays, curvature_microbatches=2))(MODEL)
+    assert_same(ours, all_three(BATCH, GNB, 2))
 
 
 def test_gradients_of_half_precision_models_are_summed_in_float32():
     """In bfloat16 a sum of ones stands still at 256."""
-    _, grads, h_hat = value_grad_and_curvature(
-        lambda m, x, key: (jnp.sum(m), jnp.sum(m), 1),
-        jnp.ones(2, jnp.bfloat16),
-        jnp.zeros((512, 1)),
-        key=KEY,
-        estimator=GaussNewtonBartlett(),
+    _, grads, h_hat = passes(
+        lambda m, x, key: (jnp.sum(m), jnp.sum(m), 1), jnp.ones(2, jnp.bfloat16), jnp.zeros((512, 1))
     )
     np.testing.assert_allclose(np.asarray(grads, np.float32), 1)
     np.testing.assert_allclose(h_hat, 1)
@@ -277,118 +256,25 @@ def test_gradients_of_half_precision_models_are_summed_in_float32():
 
 @pytest.mark.parametrize(("dtype", "num_targets"), [("bfloat16", 1001), ("float16", 70001)])
 def test_the_number_of_targets_is_not_rounded_to_the_dtype_of_the_loss(dtype, num_targets):
-    _, grads, h_hat = value_grad_and_curvature(
-        lambda m, key: (jnp.sum(m), jnp.sum(m), num_targets),
-        jnp.ones(2, dtype),
-        key=KEY,
-        estimator=GaussNewtonBartlett(),
-    )
+    _, grads, h_hat = passes(lambda m, key: (jnp.sum(m), jnp.sum(m), num_targets), jnp.ones(2, dtype))
     np.testing.assert_allclose(grads, 1, rtol=1e-6)
     np.testing.assert_allclose(h_hat, num_targets, rtol=1e-6)
 
 
 def test_sums_without_an_estimator():
-    sums = accumulate(losses_fn(GaussNewtonBartlett()), MODEL, parts(), key=KEY)
+    sums = eqx.filter_jit(lambda batch: accumulate(losses_fn, MODEL, batch, key=KEY))(BATCH)
     assert sums.curvature is None
     np.testing.assert_allclose(sums.num_targets, np.sum(WEIGHTS))
-    loss, grads = sums.mean()
-    wanted_loss, wanted_grads = eqx.filter_value_and_grad(mean_cross_entropy)(MODEL)
-    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
-    assert_same(grads, wanted_grads)
+    assert_mean_loss_and_gradient(*sums.mean())
 
 
-@pytest.mark.parametrize("wanted", [0, -1, MICROBATCHES + 1, 1.5])
-def test_more_curvature_microbatches_than_there_are_are_refused(wanted):
-    with pytest.raises(ValueError, match=f"curvature_microbatches is {wanted}; it must be .*between 1 and 4"):
-        value_grad_and_curvature(
-            losses_fn(GaussNewtonBartlett()),
-            MODEL,
-            parts(),
-            key=KEY,
-            curvature_microbatches=wanted,
-            estimator=GaussNewtonBartlett(),
-        )
-
-
-def test_curvature_microbatches_without_microbatches_are_refused():
-    with pytest.raises(ValueError, match=r"curvature_microbatches .* microbatches"):
-        value_grad_and_curvature(
-            lambda m, key: (m, m, 1), jnp.ones(()), key=KEY, curvature_microbatches=2, estimator=GaussNewtonBartlett()
-        )
-
-
-@pytest.mark.parametrize(("which", "name"), [(0, "first"), (1, "second")])
-@pytest.mark.parametrize("shape", [(3,), (1,)])
-def test_a_loss_that_is_no_scalar_is_refused(which, name, shape):
-    def losses(model, key):
-        results = [jnp.sum(model), jnp.sum(model), 1]
-        results[which] = jnp.broadcast_to(results[which], shape)
-        return tuple(results)
-
-    with pytest.raises(ValueError, match=rf"the {name} result of losses_fn has shape .*scalar mean loss"):
-        value_grad_and_curvature(losses, jnp.ones(2), key=KEY, estimator=GaussNewtonBartlett())
-
-
-@pytest.mark.parametrize(
-    ("model", "error", "message"),
-    [
-        ({"n": jnp.int32(1)}, ValueError, "the model has no floating-point array"),
-        ({"z": jnp.ones(2, jnp.complex64)}, TypeError, r"model\['z'\] is complex"),
-    ],
-)
-def test_models_that_cannot_be_differentiated_are_refused(model, error, message):
-    with pytest.raises(error, match=message):
-        value_grad_and_curvature(lambda m, key: (0.0, 0.0, 1), model, key=KEY, estimator=GaussNewtonBartlett())
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_missing_values_may_be_nan_where_the_weight_is_zero(named):
-    estimator = GaussNewtonBartlett(Normal())
-    x, weights = normal(4, 3), jnp.asarray([1.0, 0.0, 1.0, 1.0])
-
-    def losses(targets):
-        def of_model(w, key):
-            outputs, y, used = x @ w, targets, weights
-            if named:
-                outputs, y, used = (hax.named(a, ("row",)) for a in (outputs, y, used))
-            return estimator.losses(outputs, y, key=key, weights=used)
-
-        return value_grad_and_curvature(of_model, jnp.ones(3), key=KEY, estimator=estimator)
-
-    full = jnp.arange(4.0)
-    for one, other in zip(losses(full.at[1].set(jnp.nan)), losses(full), strict=True):
-        assert_same(one, other)
-
-
-@pytest.mark.parametrize("result", [1.0, (1.0, 2.0), None])
-def test_losses_that_are_not_three_are_refused(result):
-    with pytest.raises(TypeError, match="losses_fn must give 3 scalars"):
-        value_grad_and_curvature(lambda m, key: result, jnp.ones(2), key=KEY, estimator=GaussNewtonBartlett())
-
-
-@pytest.mark.parametrize("estimator", [None, lambda function, model, microbatches, key: model])
-def test_an_estimator_that_does_not_say_which_passes_it_needs_is_refused(estimator):
-    with pytest.raises(TypeError, match=r"^estimator is .*; it must define gradient_and_estimate"):
-        value_grad_and_curvature(lambda m, key: (1.0, 1.0, 1), jnp.ones(2), key=KEY, estimator=estimator)
-
-
-@pytest.mark.parametrize("curvature_microbatches", [None, 2])
-def test_hutchinson_makes_a_pass_of_its_own(curvature_microbatches):
+def test_hutchinson_makes_another_pass():
     """One probe for all microbatches, each with the weight of its targets."""
-    estimator = Hutchinson()
-    loss, grads, h_hat = value_grad_and_curvature(
-        losses_fn(GaussNewtonBartlett()),
-        MODEL,
-        parts(),
-        key=KEY,
-        estimator=estimator,
-        curvature_microbatches=curvature_microbatches,
-    )
-    first = parts(curvature_microbatches or MICROBATCHES)
-    wanted_loss, wanted_grads = eqx.filter_value_and_grad(mean_cross_entropy)(MODEL)
-    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
-    assert_same(grads, wanted_grads)
-    assert_same(h_hat, estimator(lambda m: mean_cross_entropy(m, *first), MODEL, key=KEY), rtol=1e-4)
+    loss, grads, h_hat = all_three(BATCH, Hutchinson(), 2)
+    assert_mean_loss_and_gradient(loss, grads)
+    first = [array[:2] for array in BATCH]
+    wanted = eqx.filter_jit(lambda model: Hutchinson()(lambda m: mean_cross_entropy(m, *first)[0], model, key=KEY))
+    assert_same(h_hat, wanted(MODEL), rtol=1e-4)
 
 
 @pytest.mark.parametrize("microbatches", [None, jnp.zeros((2, 1))])
@@ -401,84 +287,86 @@ def test_a_probe_does_not_depend_on_what_the_loss_draws(microbatches):
         return loss, loss, 1
 
     def diagonal(key):
-        return value_grad_and_curvature(losses, jnp.ones(4), microbatches, key=key, estimator=Hutchinson())[2]
+        return passes(losses, jnp.ones(4), microbatches, key=key, estimator=Hutchinson())[2]
 
-    draws = jax.vmap(diagonal)(jax.random.split(KEY, 4000))
+    draws = jax.jit(jax.vmap(diagonal))(jax.random.split(KEY, 4000))
     np.testing.assert_allclose(jnp.mean(draws, axis=0), 1, atol=0.2)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_the_empirical_fisher_squares_the_training_gradient(reduction):
-    """It needs no pass of its own, and does not look at the sampled targets."""
-    estimator = EmpiricalFisher(reduction=reduction)
+    """It needs no further pass, and does not look at the sampled targets."""
 
     def losses(model, part, key):
-        x, labels = part
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(x), labels)
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(part[0]), part[1])
         return jnp.mean(losses), jnp.nan, ROWS
 
-    _, grads, h_hat = value_grad_and_curvature(losses, MODEL, (X, LABELS), key=KEY, estimator=estimator)
-    each = [
-        eqx.filter_grad(lambda m, i=i: jnp.mean(losses(m, (X[i], LABELS[i]), KEY)[0]))(MODEL)
-        for i in range(MICROBATCHES)
-    ]
+    estimator = EmpiricalFisher(reduction=reduction)
+    _, grads, h_hat = eqx.filter_jit(lambda batch: passes(losses, MODEL, batch, estimator=estimator))(BATCH)
     if reduction == "average_then_square":
         wanted = jax.tree.map(lambda g: MICROBATCHES * ROWS * g**2, grads)
     else:
+        each = [mean_cross_entropy(MODEL, x, labels, jnp.ones(ROWS))[1] for x, labels in zip(X, LABELS, strict=True)]
         wanted = jax.tree.map(lambda *gs: sum((ROWS * g) ** 2 for g in gs) / (MICROBATCHES * ROWS), *each)
     assert_same(h_hat, wanted)
 
 
-REPLACING = GaussNewtonBartlett(extra_pass=False)
-
-
-@pytest.mark.parametrize("curvature_microbatches", [1, 2])
-def test_without_an_extra_pass_the_gradient_is_that_of_the_other_microbatches(curvature_microbatches):
-    loss, grads, h_hat = value_grad_and_curvature(
-        losses_fn(REPLACING),
-        MODEL,
-        parts(),
-        key=KEY,
-        estimator=REPLACING,
-        curvature_microbatches=curvature_microbatches,
-    )
-    rest = jax.tree.map(lambda a: a[curvature_microbatches:], parts())
-    wanted_loss, wanted_grads = eqx.filter_value_and_grad(mean_cross_entropy)(MODEL, *rest)
-    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
-    assert_same(grads, wanted_grads)
-    assert_same(h_hat, own_estimate(GaussNewtonBartlett(), curvature_microbatches))
-
-
-def test_without_an_extra_pass_there_is_no_more_work():
-    """As many products as a gradient has: one forward and one backward pass of each microbatch."""
-
-    def all_three(model):
-        return value_grad_and_curvature(
-            losses_fn(REPLACING), model, parts(), key=KEY, estimator=REPLACING, curvature_microbatches=1
-        )
-
-    jaxpr = jax.make_jaxpr(all_three)(MODEL).jaxpr
-    # The first microbatch, and the loop over the others: two products forward and three backward each.
-    assert count(jaxpr, "dot_general") == 2 * (2 + 3)
-
-
-@pytest.mark.parametrize("microbatches", [None, 4])
-def test_without_an_extra_pass_a_microbatch_must_be_left(microbatches):
-    with pytest.raises(ValueError, match=r"^extra_pass is False, and no microbatch is left for the gradient"):
-        value_grad_and_curvature(
-            losses_fn(REPLACING), MODEL, parts(), key=KEY, estimator=REPLACING, curvature_microbatches=microbatches
-        )
+def test_without_an_extra_pass_the_gradient_is_that_of_the_other_microbatches():
+    loss, grads, h_hat = all_three(BATCH, REPLACING, 1)
+    assert_mean_loss_and_gradient(loss, grads, [array[1:] for array in BATCH])
+    assert_same(h_hat, own_estimate(GNB, 1))
 
 
 def test_without_an_extra_pass_an_estimate_that_is_not_finite_leaves_no_gradient():
     """The step must be skipped: its other microbatches were not looked at."""
-    x = X.at[0, 0, 0].set(jnp.nan)
-    _, grads, h_hat = value_grad_and_curvature(
-        losses_fn(REPLACING),
-        MODEL,
-        (x, LABELS, WEIGHTS),
-        key=KEY,
-        estimator=REPLACING,
-        curvature_microbatches=1,
-    )
+    _, grads, h_hat = all_three((X.at[0, 0, 0].set(jnp.nan), LABELS, WEIGHTS), REPLACING, 1)
     assert not any(np.isfinite(leaf).all() for leaf in jax.tree.leaves((grads, h_hat)))
+
+
+@pytest.mark.parametrize("wanted", [None, MICROBATCHES])
+def test_without_an_extra_pass_a_microbatch_must_be_left(wanted):
+    with pytest.raises(ValueError, match=r"^extra_pass is False, and no microbatch is left for the gradient"):
+        passes(losses_fn, MODEL, BATCH, estimator=REPLACING, curvature_microbatches=wanted)
+
+
+@pytest.mark.parametrize("wanted", [0, -1, MICROBATCHES + 1, 1.5])
+def test_more_curvature_microbatches_than_there_are_are_refused(wanted):
+    with pytest.raises(ValueError, match=f"curvature_microbatches is {wanted}; it must be .*between 1 and 4"):
+        passes(losses_fn, MODEL, BATCH, curvature_microbatches=wanted)
+    with pytest.raises(ValueError, match=r"curvature_microbatches .* microbatches"):
+        passes(lambda m, key: (m, m, 1), jnp.ones(()), curvature_microbatches=wanted)
+
+
+@pytest.mark.parametrize(("which", "name"), [(0, "first"), (1, "second")])
+@pytest.mark.parametrize("shape", [(3,), (1,)])
+def test_a_loss_that_is_not_a_scalar_is_refused(which, name, shape):
+    def losses(model, key):
+        results = [jnp.sum(model), jnp.sum(model), 1]
+        results[which] = jnp.broadcast_to(results[which], shape)
+        return tuple(results)
+
+    with pytest.raises(ValueError, match=rf"the {name} result of losses_fn has shape .*scalar mean loss"):
+        passes(losses, jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("model", "losses", "estimator", "error", "message"),
+    [
+        ({"n": jnp.int32(1)}, (0.0, 0.0, 1), GNB, ValueError, "the model has no floating-point array"),
+        ({"z": jnp.ones(2, jnp.complex64)}, (0.0, 0.0, 1), GNB, TypeError, r"model\['z'\] is complex"),
+        (jnp.ones(2), 1.0, GNB, TypeError, "losses_fn must give 3 scalars"),
+        (jnp.ones(2), (1.0, 2.0), GNB, TypeError, "losses_fn must give 3 scalars"),
+        (jnp.ones(2), None, GNB, TypeError, "losses_fn must give 3 scalars"),
+        (jnp.ones(2), (1.0, 1.0, 1), None, TypeError, "^estimator is .*; it must define gradient_and_estimate"),
+        (
+            jnp.ones(2),
+            (1.0, 1.0, 1),
+            lambda function, model, microbatches, key: model,
+            TypeError,
+            "^estimator is .*; it must define gradient_and_estimate",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(model, losses, estimator, error, message):
+    with pytest.raises(error, match=message):
+        passes(lambda m, key: losses, model, estimator=estimator)
