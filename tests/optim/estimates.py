@@ -105,8 +105,7 @@ ELEMENT_WEIGHTS = np.outer(ANY_WEIGHTS, [1, 0, 0.5])
 # Likelihood, outputs, weights as given, S, the weight of each position; all with targets of the same model.
 LIKELIHOODS = {
     "categorical": (Categorical(), outputs_fn, None, softmax_inner, None),
-    "mask": (Categorical(), outputs_fn, MASK.astype(bool), softmax_inner, MASK),
-    "classes first": (Categorical(0), lambda m: m(INPUTS).T, ANY_WEIGHTS, softmax_inner, ANY_WEIGHTS),
+    "classes first": (Categorical(0), lambda m: m(INPUTS).T, MASK.astype(bool), softmax_inner, MASK),
     "named weights in another order": (
         Categorical("class"),
         named_grid,

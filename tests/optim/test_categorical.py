@@ -41,7 +41,7 @@ def drawn(possible, labels):
 @pytest.mark.parametrize("classes", SIZES)
 def test_frequencies_are_the_softmax(classes):
     logits = normal(classes)
-    # Evenly spaced uniforms give every class its expected count, but for one at each end.
+    # Evenly spaced uniforms give every class its expected count, up to one at each end.
     uniforms = (np.arange(ROWS, dtype=np.float32) + 0.5) / ROWS
     labels = sample(np.broadcast_to(logits, (ROWS, classes)), uniforms)
     counts = np.bincount(labels, minlength=classes)

@@ -105,7 +105,7 @@ def test_models_that_cannot_be_estimated_are_refused(estimator, model, error, me
 
 
 @pytest.mark.parametrize("shape", [(3,), (1,), (2, 2)])
-def test_a_loss_that_is_no_scalar_is_refused(shape):
+def test_a_loss_that_is_not_a_scalar_is_refused(shape):
     message = rf"shape \({', '.join(map(str, shape))},?\).* scalar"
     with pytest.raises(ValueError, match=message):
         Hutchinson()(lambda w: w, jnp.ones(shape), key=KEY)
@@ -147,7 +147,7 @@ def test_weights_of_microbatches_must_be_one_number_each():
         Hutchinson()(loss, MODEL, jnp.asarray(INPUTS.reshape(2, 4, 3)), key=KEY, weights=jnp.ones((2, 1)))
 
 
-def test_weights_without_microbatches_mean_nothing_to_hutchinson():
+def test_weights_without_microbatches_are_refused_by_hutchinson():
     with pytest.raises(ValueError, match=r"weights .* microbatches"):
         Hutchinson()(loss, MODEL, key=KEY, weights=jnp.ones(POSITIONS))
 
@@ -160,7 +160,7 @@ def test_a_loss_instead_of_logits_is_refused(estimator):
 
 @pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), GaussNewtonHutchinson(), Hutchinson()])
 @pytest.mark.parametrize("key", [None, 0])
-def test_what_is_no_key_is_refused(estimator, key):
+def test_what_is_not_a_key_is_refused(estimator, key):
     with pytest.raises(TypeError, match=r"^key is"):
         estimator(lambda m: m, jnp.ones(3), key=key)
 
@@ -171,7 +171,7 @@ def test_what_is_no_key_is_refused(estimator, key):
     [{"a": jnp.ones((2, 3))}, (jnp.ones((2, 3)), 1.0), None, [[1.0, 2.0]]],
     ids=["dict", "pair", "none", "list"],
 )
-def test_outputs_that_are_no_array_are_refused(estimator, outputs):
+def test_outputs_that_are_not_an_array_are_refused(estimator, outputs):
     with pytest.raises(TypeError, match=r"the outputs are a .*; the function must give one array"):
         estimator(lambda m: outputs, jnp.ones(3), key=KEY)
 

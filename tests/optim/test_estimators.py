@@ -94,7 +94,7 @@ def test_the_optimizers_estimate_with_their_estimator(optimizer, function):
     np.testing.assert_array_equal(flatten(estimate), flatten(optimizer.estimator(function, MODEL, key=KEY)))
 
 
-def test_each_microbatch_has_targets_of_its_own():
+def test_each_microbatch_draws_its_own_targets():
     def sampled_loss(model, x, key):
         return jnp.sum(model * jax.random.uniform(key)), 1
 
@@ -177,22 +177,18 @@ def test_sums_over_many_microbatches_do_not_stand_still_in_half_precision(estima
 
 
 @pytest.mark.parametrize(("estimator", "function"), ESTIMATORS)
-def test_vmap_over_keys_changes_nothing(estimator, function):
-    keys, x = jax.random.split(KEY, 2), jnp.asarray(INPUTS.reshape(2, 4, 3))
-    batched = jax.jit(jax.vmap(lambda key: flatten(estimator(function, MODEL, x, key=key))))(keys)
-    one = jax.jit(lambda key: flatten(estimator(function, MODEL, x, key=key)))
-    np.testing.assert_allclose(batched, [one(key) for key in keys], rtol=1e-4, atol=1e-6)
+def test_numpy_arrays_and_vmap_over_keys_change_nothing(estimator, function):
+    arrays = {"microbatches": INPUTS.reshape(2, 4, 3)}
+    if not isinstance(estimator, Hutchinson):
+        arrays["weights"] = ANY_WEIGHTS.reshape(2, 4)
 
+    def one(key, arrays):
+        return flatten(estimator(function, MODEL, **arrays, key=key))
 
-@pytest.mark.parametrize(("estimator", "function"), ESTIMATORS)
-def test_microbatches_and_weights_may_be_numpy_arrays(estimator, function):
-    x = INPUTS.reshape(2, 4, 3)
-    weights = {} if isinstance(estimator, Hutchinson) else {"weights": ANY_WEIGHTS.reshape(2, 4)}
-    given = estimator(function, MODEL, x, key=KEY, **weights)
-    weights = {name: jnp.asarray(array) for name, array in weights.items()}
-    np.testing.assert_array_equal(
-        flatten(given), flatten(estimator(function, MODEL, jnp.asarray(x), key=KEY, **weights))
-    )
+    keys = jax.random.split(KEY, 2)
+    batched = jax.jit(jax.vmap(one, (0, None)))(keys, arrays)
+    of_numpy = jax.jit(lambda key: one(key, arrays))
+    np.testing.assert_allclose(batched, [of_numpy(key) for key in keys], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("estimator", [GaussNewtonBartlett, GaussNewtonHutchinson, Hutchinson])
@@ -234,7 +230,7 @@ def test_named_arrays_give_what_plain_arrays_give(estimator):
 
 
 class HeteroscedasticNormal:
-    """A likelihood of a user's own, whose outputs are a pair: mean and log of the variance."""
+    """A custom likelihood whose outputs are a pair: the mean and the log of the variance."""
 
     def sample(self, outputs, *, key):
         mean, log_variance = outputs
@@ -245,7 +241,7 @@ class HeteroscedasticNormal:
         return (jnp.square(targets - mean) / jnp.exp(log_variance) + log_variance) / 2
 
 
-def test_a_likelihood_of_ones_own():
+def test_a_custom_likelihood():
     model = {"mean": jnp.asarray([1.0]), "log_variance": jnp.asarray([-1.0])}
 
     def outputs(m):

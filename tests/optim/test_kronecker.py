@@ -1,4 +1,4 @@
-"""The Kronecker basis: what it does to trees, how it turns, and Sophia and its estimators in it."""
+"""The Kronecker basis: what it does to trees, how it is rotated, and Sophia and its estimators in it."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,6 @@ from sophia_levanter.optim import (
     KroneckerBasis,
     Sophia,
     SophiaG,
-    SophiaH,
 )
 from sophia_levanter.optim._kronecker import Factor
 
@@ -43,8 +42,8 @@ def orthogonal(n):
     return jnp.asarray(np.linalg.qr(RNG.normal(size=(n, n)))[0], jnp.float32)
 
 
-def turned_sides(*sizes, count=1):
-    """Sides that stand anywhere."""
+def rotated_factors(*sizes, count=1):
+    """Factors of any basis."""
     return tuple(Factor(jnp.zeros((count, n, n)), jnp.stack([orthogonal(n) for _ in range(count)])) for n in sizes)
 
 
@@ -53,10 +52,10 @@ PARAMS = {"w": normal(2, 2, 4, 3), "v": normal(5), "m": normal(3, 2)}
 AXES = {"w": MuonDimensionNumbers(2, (1, 3)), "v": None, "m": MuonDimensionNumbers(0, 1)}
 BASIS = KroneckerBasis(matrices=AXES)
 # In the leaves' order: m, v, w.
-TURNS = (turned_sides(3, 2), None, turned_sides(4, 6, count=2))
+TURNS = (rotated_factors(3, 2), None, rotated_factors(4, 6, count=2))
 
 
-def test_a_tree_enters_and_leaves():
+def test_a_tree_is_projected_and_projected_back():
     coordinates = BASIS.at(TURNS)
     inside = coordinates.project(PARAMS)
     assert inside["v"] is PARAMS["v"]
@@ -111,7 +110,7 @@ def test_the_basis_finds_the_eigenvectors_and_follows_them():
 def test_a_diagonal_turns_with_the_basis():
     """The diagonal of K diag(h) K^T, K what takes the old coordinates to the new ones, by whole matrices."""
     basis, params = KroneckerBasis(b2=0.5), {"w": normal(3, 4)}
-    turns, h = (turned_sides(3, 4),), {"w": jnp.abs(normal(3, 4))}
+    turns, h = (rotated_factors(3, 4),), {"w": jnp.abs(normal(3, 4))}
     after, turned = basis.rotated(basis.update_moments(turns, params), h)
     (old_left, old_right), (left, right) = turns[0], after[0]
     change = np.kron(left.vectors[0].T @ old_left.vectors[0], right.vectors[0].T @ old_right.vectors[0])
@@ -122,7 +121,7 @@ def test_a_diagonal_turns_with_the_basis():
     np.testing.assert_allclose(after[0][1].moment[0], 0.5 * params["w"].T @ params["w"], rtol=1e-5)
 
 
-def test_no_gradient_yet_turns_nothing():
+def test_a_zero_momentum_rotates_nothing():
     turns, h = BASIS.rotated(BASIS.update_moments(TURNS, jax.tree.map(jnp.zeros_like, PARAMS)), PARAMS)
     for before, after in zip(jax.tree.leaves(TURNS), jax.tree.leaves(turns), strict=True):
         np.testing.assert_array_equal(before, after)
@@ -131,7 +130,7 @@ def test_no_gradient_yet_turns_nothing():
 
 
 MODEL_BASIS = KroneckerBasis()
-MODEL_TURNS = tuple(turned_sides(3, 3) if leaf.ndim == 2 else None for leaf in jax.tree.leaves(FROM_FLAT(FLAT)))
+MODEL_TURNS = tuple(rotated_factors(3, 3) if leaf.ndim == 2 else None for leaf in jax.tree.leaves(FROM_FLAT(FLAT)))
 COORDINATES = MODEL_BASIS.at(MODEL_TURNS)
 
 
@@ -158,7 +157,6 @@ def gauss_newton():
         GaussNewtonBartlett(reduction="average_then_square"),
         GaussNewtonHutchinson(),
         Hutchinson(),
-        Hutchinson("gaussian", num_probes=2),
     ],
     ids=repr,
 )
@@ -180,15 +178,15 @@ def test_microbatches_are_squared_apart_in_the_basis(rotation):
     estimator = GaussNewtonBartlett(coordinates=COORDINATES)
     keys = [jax.random.fold_in(KEY, i) for i in range(2)]
 
-    def gradient_sum(i):
-        def summed(flat):
-            losses, count = estimator.sampled_loss(model_from(flat)(parts[i]), key=keys[i])
-            return losses * count
+    @jax.jit
+    @jax.grad
+    def gradient_sum(flat, part, key):
+        losses, count = estimator.sampled_loss(model_from(flat)(part), key=key)
+        return losses * count
 
-        return np.asarray(jax.grad(summed)(FLAT), np.float64)
-
-    wanted = sum((rotation @ gradient_sum(i)) ** 2 for i in range(2)) / 8
-    found = estimator(lambda m, x: m(x), MODEL, parts, key=KEY)
+    gradients = [np.asarray(gradient_sum(FLAT, *given), np.float64) for given in zip(parts, keys, strict=True)]
+    wanted = sum((rotation @ gradient) ** 2 for gradient in gradients) / 8
+    found = jax.jit(lambda parts: estimator(lambda m, x: m(x), MODEL, parts, key=KEY))(parts)
     np.testing.assert_allclose(jax.flatten_util.ravel_pytree(found)[0], wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -216,8 +214,7 @@ def by_hand(grads, estimates, *, rate, b1, b2, rho, basis_b2, cautious):
 
 
 @pytest.mark.parametrize("cautious", [False, True])
-@pytest.mark.parametrize("jit", [False, True])
-def test_steps_are_those_by_hand(cautious, jit):
+def test_steps_are_those_by_hand(cautious):
     settings = {"b1": 0.8, "b2": 0.7, "rho": 0.6, "cautious": cautious}
     grads = [np.asarray(normal(3, 4), np.float64) for _ in range(12)]
     estimates = [np.asarray(jnp.abs(normal(3, 4)), np.float64) if step % 3 == 0 else None for step in range(12)]
@@ -225,14 +222,14 @@ def test_steps_are_those_by_hand(cautious, jit):
     optimizer = SophiaG(0.01, weight_decay=0.0, basis=KroneckerBasis(b2=0.6), **uncorrected, **settings)
     params = {"w": jnp.zeros((3, 4))}
     state = optimizer.init(params)
-    update = jax.jit(optimizer.update) if jit else optimizer.update
+    update = jax.jit(optimizer.update)
     for g, h_hat in zip(grads, estimates, strict=True):
         h_hat = None if h_hat is None else {"w": jnp.asarray(h_hat, jnp.float32)}
         updates, state = update({"w": jnp.asarray(g, jnp.float32)}, state, params, h_hat)
         params = optax.apply_updates(params, updates)
     wanted = by_hand(grads, estimates, rate=0.01, basis_b2=0.6, **settings)
     np.testing.assert_allclose(params["w"], wanted, atol=2e-5)
-    # Without a basis it is another way.
+    # The basis is not the identity.
     assert float(jnp.max(jnp.abs(state.basis[0][0].vectors - jnp.eye(3)))) > 0.1
 
 
@@ -248,7 +245,7 @@ def test_an_estimate_that_is_not_finite_leaves_basis_and_curvature():
     assert jnp.any(taken.basis[0][0].moment) and not taken.refresh_pending
 
 
-def test_a_momentum_whose_square_is_not_finite_turns_nothing():
+def test_a_momentum_whose_square_is_not_finite_rotates_nothing():
     optimizer = SophiaG(learning_rate=1e-3, b1=0.0, basis=KroneckerBasis())
     params = {"w": normal(3, 4)}
     state = optimizer.init(params)
@@ -258,43 +255,36 @@ def test_a_momentum_whose_square_is_not_finite_turns_nothing():
     assert float(jnp.max(jnp.abs(state.basis[0][0].vectors - jnp.eye(3)))) > 0.1
 
 
-def test_dtypes_where_float64_is_at_hand():
-    with jax.enable_x64(True):
-        optimizer, params = SophiaG(basis=KroneckerBasis()), {"w": jnp.ones((3, 4), jnp.float32)}
-        state = optimizer.init(params)
-        after = optimizer.refresh(state, {"w": jnp.ones((3, 4), jnp.float32)})
-        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
-
-
 def test_weight_decay_is_of_the_parameters_themselves():
     optimizer = SophiaG(learning_rate=0.1, weight_decay=0.5, basis=KroneckerBasis())
     params = {"w": normal(3, 4)}
-    state = optimizer.init(params)._replace(basis=(turned_sides(3, 4),))
+    state = optimizer.init(params)._replace(basis=(rotated_factors(3, 4),))
     updates, _ = optimizer.update({"w": jnp.zeros((3, 4))}, state, params)
     np.testing.assert_allclose(updates["w"], -0.05 * params["w"], rtol=1e-6)
 
 
 def test_dtypes_of_parameters_in_bfloat16():
     optimizer = SophiaG(basis=KroneckerBasis())
-    params = {"w": normal(3, 4).astype(jnp.bfloat16)}
-    h_hat = optimizer.estimate(
-        lambda p: jnp.ones((5, 3), jnp.bfloat16) @ p["w"], params, key=KEY, state=optimizer.init(params)
-    )
-    updates, state = optimizer.update({"w": params["w"]}, optimizer.init(params), params, h_hat)
+
+    def step(params):
+        state = optimizer.init(params)
+        h_hat = optimizer.estimate(lambda p: jnp.ones((5, 3), jnp.bfloat16) @ p["w"], params, key=KEY, state=state)
+        return h_hat, *optimizer.update(params, state, params, h_hat)
+
+    h_hat, updates, state = jax.eval_shape(step, {"w": jnp.ones((3, 4), jnp.bfloat16)})
     assert updates["w"].dtype == state.momentum["w"].dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves((h_hat, state.curvature, state.basis))} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize(("optimizer", "function"), [(SophiaG, outputs_fn), (SophiaH, loss)])
-def test_a_model_learns_under_jit_and_in_optax(optimizer, function):
-    optimizer = optimizer(learning_rate=0.05, weight_decay=0.0, rho=0.1, interval=2, basis=KroneckerBasis())
+def test_a_model_learns_under_jit_and_in_optax():
+    optimizer = SophiaG(learning_rate=0.05, weight_decay=0.0, rho=0.1, interval=2, basis=KroneckerBasis())
     transformation = optax.chain(optimizer.as_optax())
     model, state = FROM_FLAT(FLAT), transformation.init(FROM_FLAT(FLAT))
 
     @jax.jit
     def step(params, state, key):
         whole = model_from(jax.flatten_util.ravel_pytree(params)[0])
-        h_hat = optimizer.estimate(function, whole, key=key, state=state[0])
+        h_hat = optimizer.estimate(outputs_fn, whole, key=key, state=state[0])
         assert_like_the_model(h_hat)
         grads = jax.grad(lambda p: loss(model_from(jax.flatten_util.ravel_pytree(p)[0])))(params)
         updates, state = transformation.update(grads, state, params, h_hat=h_hat)
@@ -356,7 +346,7 @@ def test_an_estimate_in_a_basis_needs_the_state():
         optimizer.estimate(outputs_fn, MODEL, key=KEY, state={})
 
 
-def test_an_estimator_that_knows_no_basis():
+def test_an_estimator_without_coordinates():
     optimizer = Sophia(basis=KroneckerBasis(), estimator=lambda function, model, microbatches, *, key: model)
     with pytest.raises(TypeError, match="with a basis it must have a field `coordinates`, as Hutchinson's has"):
         optimizer.estimate(outputs_fn, MODEL, key=KEY, state=optimizer.init(MODEL))

@@ -1,4 +1,4 @@
-"""Likelihoods' losses and samples against other implementations; their curvature is in test_curvature.py."""
+"""Likelihoods' losses and samples against other implementations; their curvature is in test_estimator_means.py."""
 
 import haliax as hax
 import jax
@@ -47,7 +47,7 @@ def test_categorical_loss_of_named_logits(axis, targets):
     assert [a.name for a in Categorical(axis).target_axes(logits)] == ["position", "batch"]
 
 
-def test_padded_classes_are_no_classes():
+def test_padded_classes_are_left_out():
     padded = np.concatenate([LOGITS, np.full((2, 4, 5), 9, np.float32)], axis=-1)
     np.testing.assert_allclose(Categorical(num_classes=3).loss(padded, LABELS), cross_entropy(), rtol=1e-5)
     first = Categorical(0, num_classes=3).loss(np.moveaxis(padded, -1, 0), LABELS)
@@ -199,13 +199,13 @@ def test_logits_without_the_class_axis_are_refused(outputs, axis, message):
 
 
 @pytest.mark.parametrize("axis", [None, 1.0, True, ("class",)])
-def test_an_axis_that_is_no_position_or_name_is_refused(axis):
+def test_an_axis_that_is_not_a_position_or_name_is_refused(axis):
     with pytest.raises(TypeError, match=r"axis is .*; it must be the class axis' position or name"):
         Categorical(axis)
 
 
 @pytest.mark.parametrize("num_classes", [0, -1, 2.0, True])
-def test_num_classes_that_is_no_count_is_refused(num_classes):
+def test_num_classes_that_is_not_a_count_is_refused(num_classes):
     with pytest.raises(ValueError, match=r"num_classes is .*; it must be a whole number of at least 1"):
         Categorical(num_classes=num_classes)
 
@@ -218,7 +218,7 @@ def test_more_classes_than_logits_are_refused(outputs, axis):
 
 @pytest.mark.parametrize(("likelihood", "targets"), [(Categorical(), LABELS), (Bernoulli(), YES), (Normal(), NUMBERS)])
 @pytest.mark.parametrize("dtype", [np.int32, bool, np.complex64])
-def test_outputs_that_are_no_real_numbers_are_refused(likelihood, targets, dtype):
+def test_outputs_that_are_not_real_numbers_are_refused(likelihood, targets, dtype):
     outputs = LOGITS.astype(dtype)
     with pytest.raises(TypeError, match=f"are {np.dtype(dtype)}; a likelihood needs floating-point numbers"):
         likelihood.sample(outputs, key=KEY)

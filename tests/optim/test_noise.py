@@ -10,21 +10,22 @@ from sophia_levanter.optim import GaussNewtonBartlett, Hutchinson, Sophia, Sophi
 B, SIZE, STEPS, B1 = 64, 400, 300, 0.9
 
 
+WATCHED = SophiaG(learning_rate=0.0, b1=B1)
+PARAMS = {"a": jnp.zeros(SIZE), "b": jnp.zeros((2, SIZE // 2))}
+update = jax.jit(lambda grads, state, h_hat=None: WATCHED.update(grads, state, PARAMS, h_hat)[1])
+
+
 def watched(signal, *, noise=1.0, steps=STEPS, seed=0):
     """Metrics after steps whose gradients have a mean and the variance `noise / B` in each coordinate."""
-    optimizer = SophiaG(learning_rate=0.0, b1=B1)
-    params = {"a": jnp.zeros(SIZE), "b": jnp.zeros((2, SIZE // 2))}
-    state = optimizer.init(params)
-    h_hat = jax.tree.map(lambda p: jnp.full_like(p, noise), params)
-    update = jax.jit(optimizer.update)
-    rng = np.random.default_rng(seed)
+    state, rng = WATCHED.init(PARAMS), np.random.default_rng(seed)
+    h_hat = jax.tree.map(lambda p: jnp.full_like(p, noise), PARAMS)
     for step in range(steps):
         grads = {
-            name: jnp.asarray(signal[name] + rng.normal(size=p.shape) * np.sqrt(noise / B), jnp.float32)
-            for name, p in params.items()
+            name: np.asarray(signal[name] + rng.normal(size=p.shape) * np.sqrt(noise / B), np.float32)
+            for name, p in PARAMS.items()
         }
-        _, state = update(grads, state, params, h_hat if optimizer.refresh_due(step) else None)
-    return optimizer.metrics(state, num_targets=B)
+        state = update(grads, state, h_hat) if WATCHED.refresh_due(step) else update(grads, state)
+    return WATCHED.metrics(state, num_targets=B)
 
 
 @pytest.mark.parametrize("noise", [1.0, 4.0])

@@ -15,7 +15,7 @@ STEPS = 9
 
 @pytest.mark.parametrize(("max_size", "both"), [(4, True), (3, False)])
 def test_soap_by_hand(max_size, both):
-    """Algorithm 3, with the second moment turned as a diagonal is, on both sides and on the shorter one."""
+    """Algorithm 3, with the second moment rotated as a diagonal is, on both sides or on the shorter one."""
     grads = [normal(3, 4, seed=seed) for seed in range(STEPS)]
     theta = np.asarray(normal(3, 4, seed=99), np.float64)
     found = run(
@@ -58,7 +58,7 @@ def test_the_other_leaves_follow_optax_adamw():
     assert float(jnp.max(jnp.abs(found[-1]["w"] - params["w"]))) > 1e-3
 
 
-def test_each_matrix_of_a_stack_is_a_matrix_of_its_own():
+def test_the_matrices_of_a_stack_are_separate():
     stacked = [normal(2, 6, 4, seed=seed) for seed in range(STEPS + 1)]
     optimizer = Soap(rate, basis=KroneckerBasis({"w": MuonDimensionNumbers((1,), (2,))}, b2=0.95))
     together = run(optimizer, {"w": stacked[0]}, [{"w": g} for g in stacked[1:]])
@@ -99,7 +99,7 @@ def test_named_arrays():
     np.testing.assert_array_equal(updates["w"].array, plain["w"])
 
 
-def test_when_the_basis_turns():
+def test_when_the_basis_is_rotated():
     assert [step for step in range(12) if turn_due(step, 4)] == [0, 1, 2, 3, 4, 8]
 
 

@@ -27,7 +27,7 @@ def is_matrix(tree):
     return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, tree)
 
 
-def test_differentiable_keeps_floating_point_arrays_only():
+def test_trainable_keeps_floating_point_arrays_only():
     model = {"layer": layer(), "half": jnp.ones(2, jnp.bfloat16), "flag": True, "rate": 0.5, "function": jnp.sin}
     kept = jax.tree.leaves(trainable(model))
     assert [(leaf.shape, leaf.dtype.name) for leaf in kept] == [
@@ -38,7 +38,7 @@ def test_differentiable_keeps_floating_point_arrays_only():
     assert trainable(model)["layer"].steps is None
 
 
-def test_widened():
+def test_upcast():
     with jax.enable_x64(True):
         wide = {dtype: upcast(jnp.ones(1, dtype)).dtype.name for dtype in ("float16", "bfloat16", "float32", "float64")}
     assert wide == {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
@@ -52,11 +52,11 @@ def test_one_number_that_is_not_finite_is_found_in_any_array(bad):
         assert not bool(all_finite(tree | {name: tree[name].at[index].set(bad)}))
 
 
-def test_nothing_is_finite():
+def test_a_tree_without_floating_point_arrays_is_finite():
     assert bool(all_finite({"steps": jnp.int32(1)}))
 
 
-def test_where_chooses_between_arrays_and_keeps_other_leaves():
+def test_select_chooses_between_arrays_and_keeps_other_leaves():
     new = {"a": jnp.ones(2), "steps": jnp.int32(5), "key": jax.random.key(1), "name": "new"}
     old = {"a": jnp.zeros(2), "steps": jnp.int32(4), "key": jax.random.key(0), "name": "old"}
     for condition, wanted in ((True, new), (False, old)):
@@ -162,7 +162,7 @@ def test_mask_of_another_tree_is_named_by_its_path(mask, problem):
 
 
 @pytest.mark.parametrize("value", [1, "yes", 0.5, np.ones(2, bool)], ids=str)
-def test_mask_leaf_that_is_no_bool(value):
+def test_mask_leaf_that_is_not_a_bool(value):
     with pytest.raises(TypeError, match=r"^weight_decay_mask\['b'\] is .*; it must be True or False"):
         decay_mask_tree({"a": True, "b": value}, {"a": jnp.ones(1), "b": jnp.ones(1)})
 
@@ -175,7 +175,7 @@ def test_mask_prefix_over_a_subtree_without_parameters(mask):
     assert int(optimizer.update(params, optimizer.init(params), params)[1].count) == 1
 
 
-def test_a_mask_that_is_no_tree_of_bools_at_all():
+def test_a_mask_that_is_not_a_tree_of_bools():
     params = {"a": jnp.ones(1)}
     optimizer = SophiaG(weight_decay_mask=3)
     with pytest.raises(TypeError, match=r"^weight_decay_mask is 3; it must be True or False"):
