@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from functools import partial
 
 import haliax as hax
@@ -92,70 +93,74 @@ def test_dropout_keeps_the_mean_and_causality():
     assert np.any(changed[:, :, 3:] != attended[:, :, 3:])
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, model=4), MeshConfig(heads=None)])
-def test_blocked_attention_on_a_mesh_needs_no_communication(mesh):
-    axes = hax.make_axes(batch=8, position=100, heads=4, head_size=16)
-    arrays = np.random.default_rng(1).normal(size=(3, 8, 100, 4, 16)).astype(np.float32)
+MESHES = [MeshConfig(data=2, model=4), MeshConfig(heads=None)]
+# A row and a head for each device; 128 positions are two blocks, and the fewest that splash takes.
+WIDE = hax.make_axes(batch=8, position=128, heads=4, head_size=16)
+WIDE_ARRAYS = np.random.default_rng(1).normal(size=(3, 8, 128, 4, 16)).astype(np.float32)
 
-    def loss(q, k, v):
-        named = hax.auto_sharded(tuple(hax.named(x, axes) for x in (q, k, v)))
-        return hax.auto_sharded(causal_attention(*named, implementation="blocked")).array.sum()
 
-    gradient = jax.grad(loss, argnums=(0, 1, 2))
-    wanted = jax.jit(gradient)(*arrays)
+def wide_loss(*qkv, implementation="xla"):
+    named = hax.auto_sharded(tuple(hax.named(x, WIDE) for x in qkv))
+    return (hax.auto_sharded(causal_attention(*named, implementation=implementation)).array ** 2).sum()
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    """The loss and its gradients on one device."""
+    return jax.jit(jax.value_and_grad(wide_loss, argnums=(0, 1, 2)))(*WIDE_ARRAYS)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_blocked_attention_on_a_mesh_needs_no_communication(mesh, wanted):
+    def gradients(*qkv):
+        found = jax.grad(partial(wide_loss, implementation="blocked"), argnums=(0, 1, 2))(*qkv)
+        return hax.auto_sharded([hax.named(g, WIDE) for g in found])
+
     with partition_of(mesh).active():
-        compiled = (
-            jax.jit(lambda *x: hax.auto_sharded([hax.named(g, axes) for g in gradient(*x)])).lower(*arrays).compile()
-        )
-        found = compiled(*arrays)
-    assert not collective_bytes(compiled.as_text())
-    for ours, theirs in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(ours.array, theirs, atol=1e-5)
+        compiled = jax.jit(gradients).lower(*WIDE_ARRAYS).compile()
+        assert not collective_bytes(compiled.as_text())
+        for ours, theirs in zip(compiled(*WIDE_ARRAYS), wanted[1], strict=True):
+            np.testing.assert_allclose(ours.array, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, model=4), MeshConfig(heads=None)])
-def test_splash_is_the_same(mesh, monkeypatch):
+@pytest.mark.parametrize("mesh", [None, *MESHES])
+def test_splash_is_the_same(mesh, wanted, monkeypatch):
     """TPU's kernel, interpreted, and its gradients; on a mesh each device has its own rows and heads."""
-    kernel = partial(attention._splash, interpret=True)
-    axes = hax.make_axes(batch=8, position=128, heads=4, head_size=16)
-    arrays = np.random.default_rng(1).normal(size=(3, 8, 128, 4, 16)).astype(np.float32)
-
-    def loss(q, k, v):
-        return (causal_attention(*(hax.named(x, axes) for x in (q, k, v))).array ** 2).sum()
-
-    wanted, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
+    monkeypatch.setattr(attention, "_splash", partial(attention._splash, interpret=True))
     monkeypatch.setattr(attention, "_chosen", lambda *_: "splash")
-    monkeypatch.setattr(attention, "_splash", kernel)
-
-    def splash_loss(q, k, v):
-        return loss(q, k, v)
-
-    compiled = jax.jit(jax.value_and_grad(splash_loss, argnums=(0, 1, 2)))
-    if mesh is None:
-        found, ours = compiled(*arrays)
-    else:
-        with partition_of(mesh).active():
-            found, ours = compiled(*arrays)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    for mine, theirs in zip(ours, gradients, strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=2e-4)
+    # A new function: `wide_loss` itself was traced with the other attention.
+    compiled = jax.jit(jax.value_and_grad(lambda *qkv: wide_loss(*qkv), argnums=(0, 1, 2)))
+    with nullcontext() if mesh is None else partition_of(mesh).active():
+        found, gradients = compiled(*WIDE_ARRAYS)
+    np.testing.assert_allclose(found, wanted[0], rtol=1e-5)
+    for ours, theirs in zip(gradients, wanted[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
-def value_gradient_and_hessian_product(implementation, arrays, tangents):
-    """Of the sum of squares of the attended values; the second derivative is forward over reverse."""
+def value_and_gradient(implementation, arrays):
+    """Of the sum of squares of the attended values."""
     axes = hax.make_axes(**dict(zip(("batch", "position", "heads", "head_size"), arrays[0].shape, strict=True)))
 
     def loss(qkv):
         attended = causal_attention(*(hax.named(x, axes) for x in qkv), implementation=implementation)
         return (attended.array.astype(jnp.float32) ** 2).sum()
 
-    value, gradient = jax.value_and_grad(loss)(arrays)
-    return value, gradient, jax.jvp(jax.grad(loss), (arrays,), (tangents,))[1]
+    return jax.value_and_grad(loss)(arrays)
 
 
-@pytest.mark.parametrize("positions", [1, 63, 64, 65, 150, 600])
-def test_blocked_attention_is_the_same_for_any_number_of_positions(positions):
-    """600 positions are 8 blocks of 75; 150 are two blocks of 64 and one of 22."""
+def value_gradient_and_hessian_product(implementation, arrays, tangents):
+    """The second derivative is forward over reverse."""
+    return jax.jvp(partial(value_and_gradient, implementation), (arrays,), (tangents,))
+
+
+gradient_of = jax.jit(lambda *given: value_and_gradient(*given)[1], static_argnums=0)
+
+
+@pytest.mark.parametrize("positions", [1, 4, 5, 10, 14])
+def test_blocked_attention_is_the_same_for_any_number_of_positions(positions, monkeypatch):
+    """14 positions are 3 blocks, of 5, 5 and 4; 10 are two blocks of 4 and one of 2."""
+    monkeypatch.setattr(attention, "BLOCK_SIZE", 4)
+    monkeypatch.setattr(attention, "MOST_BLOCKS", 3)
     rng = np.random.default_rng(positions)
     arrays, tangents = rng.normal(size=(2, 3, 2, positions, 2, 4)).astype(np.float32)
     both = jax.jit(value_gradient_and_hessian_product, static_argnums=0)
@@ -175,11 +180,11 @@ def test_blocked_attention_in_bfloat16_is_as_near_the_truth(size):
     """At a size of 300 scores are of 1e5, weights 0 or 1, and the gradients of queries and keys 0."""
     rng = np.random.default_rng(0)
     exact = tuple(size * rng.normal(size=(3, 2, 100, 2, 16)).astype(np.float32))
-    truth = value_gradient_and_hessian_product("xla", exact, exact)[1]
+    truth = gradient_of("xla", exact)
     rounded = tuple(x.astype(jnp.bfloat16) for x in exact)
     errors = {}
     for name in ("xla", "blocked"):
-        gradient = value_gradient_and_hessian_product(name, rounded, rounded)[1]
+        gradient = gradient_of(name, rounded)
         assert all(g.dtype == jnp.bfloat16 and np.isfinite(np.asarray(g, np.float32)).all() for g in gradient)
         errors[name] = [np.linalg.norm(np.asarray(g, np.float32) - t) for g, t in zip(gradient, truth, strict=True)]
     rounding = 1e-6 * size**2 * np.linalg.norm(exact[0]) * np.array([1, 1, 0])

@@ -53,17 +53,17 @@ def transformers(request, golden):
     return Golden(golden(request.param))
 
 
-@pytest.mark.parametrize("attention", ["blocked", "xla"])
-def test_logits_are_those_of_transformers(transformers, attention):
+def test_logits_are_those_of_transformers(transformers):
+    """With one implementation of attention; on CPUs the gradients have the other."""
     logits = eqx.filter_jit(lambda m, tokens: m(tokens).array)(
-        transformers.model(attention=attention), transformers.batch.tokens
+        transformers.model(attention="xla"), transformers.batch.tokens
     )
     # float32's rounding of logits up to 9; GPT-2's golden logits, up to 1.3, are held to 1e-5.
     np.testing.assert_allclose(logits, transformers.arrays["logits"], rtol=0, atol=2e-5)
 
 
 def test_loss_and_gradients_are_those_of_transformers(transformers):
-    model = transformers.model(loss_block_size=16, gradient_checkpointing="full")
+    model = transformers.model(attention="blocked", loss_block_size=16, gradient_checkpointing="full")
     loss, grads = eqx.filter_jit(eqx.filter_value_and_grad(lambda m, batch: m.losses(batch)[0]))(
         model, transformers.batch
     )
