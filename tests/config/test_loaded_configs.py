@@ -10,7 +10,7 @@ from sophia_levanter.config.command_line import dump_config, load_config
 from sophia_levanter.config.data import DataConfig, MixturePart
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig
 from sophia_levanter.config.optimizer import AdamWConfig, LionConfig, SophiaGConfig, SophiaHConfig
-from sophia_levanter.config.tracking import TrackingConfig
+from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.config.trainer import BatchSizeChange, TrainerConfig
 from sophia_levanter.errors import InputError
 

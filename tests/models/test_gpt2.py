@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from sophia_levanter.batch import Batch, batch_from_windows
+from sophia_levanter.batch import Batch, batch_from_sequences
 from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
 from sophia_levanter.models.huggingface import gpt2_from_state_dict, gpt2_to_state_dict
 from sophia_levanter.models.language_model import decay_mask, matrix_axes
@@ -50,7 +50,7 @@ def batch() -> Batch:
     """Two windows of eight positions; some targets are left out."""
     rng = np.random.default_rng(0)
     weights = rng.choice([0, 1, 1, 2], (2, 8)).astype(np.float32)
-    batch = batch_from_windows(rng.integers(0, 100, (2, 9)).astype(np.int32), weights)
+    batch = batch_from_sequences(rng.integers(0, 100, (2, 9)).astype(np.int32), weights)
     return jax.tree.map(lambda x: x["microbatch", 0], batch, is_leaf=lambda x: hasattr(x, "axes"))
 
 
