@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import draccus
 from draccus import ChoiceRegistry
 
 from sophia_levanter.config.files import Layer, Setting, parse_value, show_value
+from sophia_levanter.config.settings import declaration
 from sophia_levanter.errors import InputError
 
 EXPECTED = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
@@ -31,11 +33,13 @@ class Schema:
         fields: the annotation of each field by its path, such as `optimizer.rho`.
         sections: the dataclass of each section by its path; that of the root is empty.
         choices: the registry of each section whose type is chosen, by the section's path.
+        former: the path of each field that had another one in the last release, by that one.
     """
 
     fields: dict[str, Any] = field(default_factory=dict)
     sections: dict[str, type] = field(default_factory=dict)
     choices: dict[str, type[ChoiceRegistry]] = field(default_factory=dict)
+    former: dict[str, str] = field(default_factory=dict)
 
     def suggestion(self, key: str, prefix: str = "", options: Collection[str] = ()) -> str:
         """What to write in place of an unknown key.
@@ -153,6 +157,8 @@ def _add_section(found: Schema, kind: Any, path: str, settings: Layer, default: 
             _add_section(found, hint, below, settings, declared.default_factory)
         elif _is_setting(hint):
             found.fields[below] = hint
+            if former := declaration(declared).former:
+                found.former[_join(path, former)] = below
         else:
             known = "bool, int, float, str, one of them or None, a tuple of them, or a dataclass"
             raise InputError(f"{below} of {kind.__qualname__} has the type {hint}; a setting must be {known}")
@@ -178,6 +184,7 @@ def _chosen(registry: type[ChoiceRegistry], key: str, settings: Layer, default: 
 def _put_on_top(root: type, settings: Layer, layer: Layer) -> Layer:
     """The merged settings, without the fields of types that `layer` replaces by others."""
     before = schema(root, settings)
+    layer = _with_present_names(before.former, layer)
     for path, registry in before.choices.items():
         key = _join(path, choice_key(registry))
         if path in layer and isinstance(layer[path].value, str):  # `schedule: linear`
@@ -191,6 +198,25 @@ def _put_on_top(root: type, settings: Layer, layer: Layer) -> Layer:
             dropped = {name for name in own if not any(f"{name}.".startswith(f"{common}.") for common in kept)}
             settings = {name: setting for name, setting in settings.items() if name not in dropped}
     return settings | layer
+
+
+def _with_present_names(former: Mapping[str, str], layer: Layer) -> Layer:
+    """The layer with the names that settings have today.
+
+    Raises:
+        InputError: if one setting is given under both of its names.
+    """
+    for name in former.keys() & layer.keys():
+        setting, present = layer[name], former[name]
+        if present in layer:
+            raise InputError(f"{setting.prefix}{name} and {present} are the same setting; give {present} alone")
+        if name not in _warned and (setting.file is None or setting.file.suffix in (".yaml", ".yml")):
+            _warned.add(name)
+            print(f"WARNING: {setting.prefix}{name} is now called {present}", file=sys.stderr)
+    return {former.get(name, name): setting for name, setting in layer.items()}
+
+
+_warned: set[str] = set()  # former names, each reported once by a process
 
 
 def _add_value(found: Schema, values: dict[str, Any], key: str, setting: Setting) -> None:
@@ -245,9 +271,9 @@ def convert_value(key: str, setting: Setting, annotation: Any) -> Any:
             value = parse_value(value)
     if value is None and NoneType in kinds:
         return None
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and int not in scalars:
         value = float(value) if abs(value) < 2**1023 else math.inf
-    if type(value) is kind and not (isinstance(value, float) and not math.isfinite(value)):
+    if type(value) in scalars and not (isinstance(value, float) and not math.isfinite(value)):
         return value
     expected = EXPECTED[kind] + (" or null" if NoneType in kinds else "")
     hint = "; quote it" if kind is str and not isinstance(value, dict | list | NoneType) else ""

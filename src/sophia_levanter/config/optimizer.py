@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from draccus import ChoiceRegistry
 
 from sophia_levanter.config.schedule import CosineSchedule, Schedule, ScheduleConfig
-from sophia_levanter.config.settings import Settings, not_defined, setting
-from sophia_levanter.config.trainer import DTYPES, TrainerConfig
+from sophia_levanter.config.settings import Settings, not_defined, setting, steps_of
+from sophia_levanter.config.trainer import DTYPES, OR_FRACTION, TrainerConfig
 from sophia_levanter.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -33,19 +33,35 @@ class OptimizerConfig(Settings, ChoiceRegistry):
     section: ClassVar[str] = "optimizer"
 
     learning_rate: float = setting(6e-4, "peak, reached at the end of the warm-up", above=0)
-    final_learning_rate: float = setting(1.5e-5, "learning rate at the last step; constant ignores it", low=0)
+    final_fraction: float = setting(
+        0.025, "learning rate at the last step over the peak; constant ignores it", low=0, high=1
+    )
+    final_learning_rate: float | None = setting(None, "the same as a rate, in place of the fraction", low=0)
     schedule: ScheduleConfig = field(default_factory=CosineSchedule)
-    warmup_steps: int = setting(2000, "steps of linear growth from 0 to learning_rate", low=0)
+    warmup: float | int = setting(
+        0.02,
+        f"steps of linear growth from 0 to learning_rate, {OR_FRACTION}",
+        low=0,
+        steps=True,
+        former="warmup_steps",
+    )
     weight_decay: float = setting(0.1, "decoupled decay of matrices and embeddings, not of biases and norms", low=0)
     momentum_dtype: str = setting("float32", "dtype of the momentum, or first moment, between steps", choices=DTYPES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.schedule.decays and self.final_learning_rate > self.learning_rate:
+        if self.schedule.decays and self.last_learning_rate > self.learning_rate:
             raise InputError(
-                f"optimizer.final_learning_rate is {self.final_learning_rate}; "
-                f"it must be between 0 and optimizer.learning_rate, {self.learning_rate}"
+                f"optimizer.final_learning_rate is {self.final_learning_rate}; it must be between 0 and "
+                f"optimizer.learning_rate, {self.learning_rate}; optimizer.final_fraction follows the learning rate"
             )
+
+    @property
+    def last_learning_rate(self) -> float:
+        """The learning rate that a decaying schedule ends at."""
+        return (
+            self.final_fraction * self.learning_rate if self.final_learning_rate is None else self.final_learning_rate
+        )
 
     def check_run(self, trainer: TrainerConfig) -> None:
         """Check that the optimizer fits a run.
@@ -53,10 +69,9 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         Raises:
             InputError: names the fields that do not go together.
         """
-        if self.warmup_steps > trainer.num_train_steps:
+        if self.warmup > trainer.num_train_steps:
             raise InputError(
-                f"optimizer.warmup_steps {self.warmup_steps} is more than "
-                f"trainer.num_train_steps {trainer.num_train_steps}"
+                f"optimizer.warmup {self.warmup} is more than trainer.num_train_steps {trainer.num_train_steps}"
             )
 
     def build(self, num_train_steps: int) -> Optimizer:
@@ -70,12 +85,13 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         """
         import optax
 
-        num_steps = max(num_train_steps - self.warmup_steps, 1)
-        decay = self.schedule.build(self.learning_rate, self.final_learning_rate, num_steps)
-        if self.warmup_steps == 0:
+        warmup_steps = steps_of(self.warmup, num_train_steps)
+        num_steps = max(num_train_steps - warmup_steps, 1)
+        decay = self.schedule.build(self.learning_rate, self.last_learning_rate, num_steps)
+        if warmup_steps == 0:
             return decay
-        warmup = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
-        return optax.join_schedules([warmup, decay], [self.warmup_steps])
+        warmup = optax.linear_schedule(0.0, self.learning_rate, warmup_steps)
+        return optax.join_schedules([warmup, decay], [warmup_steps])
 
     def arguments(self, optimizer: type, num_train_steps: int) -> dict[str, Any]:
         """Arguments of an optimizer's class: each field that both have, and of the learning rate as a schedule,
@@ -301,7 +317,9 @@ class LionConfig(OptimizerConfig):
     """Lion (Chen et al. 2023), optax's."""
 
     learning_rate: float = setting(1e-4, "peak, reached at the end of the warm-up", above=0)
-    final_learning_rate: float = setting(5e-6, "learning rate at the last step; constant ignores it", low=0)
+    final_fraction: float = setting(
+        0.05, "learning rate at the last step over the peak; constant ignores it", low=0, high=1
+    )
     b1: float = setting(0.95, "weight of the momentum in the step", low=0, below=1)
     b2: float = setting(0.98, "decay of the momentum", low=0, below=1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.mesh import MeshConfig, check_divides
 from sophia_levanter.config.model import Gpt2Config, ModelConfig, pad_vocab
 from sophia_levanter.config.optimizer import OptimizerConfig, SophiaGConfig
-from sophia_levanter.config.settings import Settings, setting
+from sophia_levanter.config.settings import Settings, setting, steps_of
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
 
@@ -91,6 +91,22 @@ class TrainConfig:
         self.optimizer.check_run(self.trainer)
         if self.mesh.coordinator is not None and self.trainer.run_dir is None:
             raise InputError("trainer.run_dir is missing; the processes of mesh.coordinator must agree on it")
+
+
+def with_steps(config: TrainConfig) -> TrainConfig:
+    """The configuration with whole steps and a final learning rate in place of fractions."""
+    trainer, optimizer = config.trainer, config.optimizer
+    intervals = {
+        "evaluate_every": trainer.evaluation_interval,
+        "checkpoint_every": trainer.checkpoint_interval,
+        "log_every": trainer.log_interval,
+    }
+    schedule = {
+        "warmup": steps_of(optimizer.warmup, trainer.num_train_steps),
+        "final_learning_rate": optimizer.last_learning_rate,
+        "final_fraction": type(optimizer).final_fraction,
+    }
+    return replace(config, trainer=replace(trainer, **intervals), optimizer=replace(optimizer, **schedule))
 
 
 def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:

@@ -24,6 +24,8 @@ class Declaration:
         choices: the only values.
         empty: what to do in place of an empty string.
         free: of a model's settings, whether a trained model works with another value.
+        steps: whether it counts steps: a whole number, or below 1 a fraction of the run.
+        former: the name that the setting had in the last release, which still works.
     """
 
     help: str
@@ -34,6 +36,8 @@ class Declaration:
     choices: Collection[str] = ()
     empty: str = "leave it out for the default"
     free: bool = False
+    steps: bool = False
+    former: str = ""
 
     def check(self, name: str, value: Any, *, nullable: bool = False) -> None:
         """Check a value of the field's type; None always passes.
@@ -57,6 +61,8 @@ class Declaration:
             raise InputError(f"{name} is {value!r}; it must be {one_of}{', '.join(options[:-1])}{last}")
         if self._is_bounded and not self._holds(value):
             raise InputError(f"{name} is {value}; it must be {self._range}")
+        if self.steps and value >= 1 and not float(value).is_integer():
+            raise InputError(f"{name} is {value}; it must be a whole number of steps, or below 1 a fraction of the run")
 
     @property
     def described(self) -> str:
@@ -102,6 +108,11 @@ def setting(default: Any, help: str, **bounds: Any) -> Any:
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def steps_of(value: float, num_train_steps: int) -> int:
+    """The steps that a setting declared with `steps` stands for in a run of `num_train_steps`."""
+    return round(value * num_train_steps) if value < 1 else int(value)
 
 
 def declaration(field: dataclasses.Field[Any]) -> Declaration:

@@ -7,12 +7,13 @@ from dataclasses import MISSING, dataclass, replace
 from typing import ClassVar
 
 from sophia_levanter.config.registries import CALLBACKS, METRICS
-from sophia_levanter.config.settings import Settings, setting
+from sophia_levanter.config.settings import Settings, setting, steps_of
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import check_utf8
 
 MOST_WINDOWS = 2**20  # in a step: a billion tokens of 1,024 each
 DTYPES = ("float32", "bfloat16")
+OR_FRACTION = "or below 1 their fraction of the run"
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,15 @@ class TrainerConfig(Settings):
     max_rollbacks: int = setting(
         0, "times the run may return to its last good checkpoint and skip the data since then", low=0
     )
-    evaluate_every: int = setting(1000, "steps between validation losses; one more comes at the end", low=1)
+    evaluate_every: float | int = setting(
+        0.05, f"steps between validation losses, {OR_FRACTION}; one more comes at the end", above=0, steps=True
+    )
     evaluation_windows: int | None = setting(
         512, "sequences in a validation loss, evenly spread; all if not given", low=1
     )
-    checkpoint_every: int = setting(1000, "steps between checkpoints; one more comes at the end", low=1)
+    checkpoint_every: float | int = setting(
+        1000, f"steps between checkpoints, {OR_FRACTION}; one more comes at the end", above=0, steps=True
+    )
     checkpoint_dir: str | None = setting(None, "path, gs:// or s3:// for checkpoints; run_dir/checkpoints if not given")
     keep_checkpoints: int = setting(2, "number of newest checkpoints to keep", low=1)
     keep_every: int | None = setting(None, "keep checkpoints at multiples of this many steps for ever", low=1)
@@ -71,7 +76,9 @@ class TrainerConfig(Settings):
     )
     metrics: tuple[str, ...] = setting((), "registered metrics to measure in each step, such as a plug-in's")
     callbacks: tuple[str, ...] = setting((), "registered callbacks that act beside the steps, such as a plug-in's")
-    log_every: int = setting(10, "steps between progress lines when stdout is not a terminal", low=1)
+    log_every: float | int = setting(
+        10, f"steps between progress lines when stdout is not a terminal, {OR_FRACTION}", above=0, steps=True
+    )
     sample_tokens: int = setting(200, "tokens of text to generate at the end of the run", low=0)
     profile_steps: str | None = setting(None, "FIRST:END, trace these steps, END excluded, into run_dir/profile")
     initial_weights: str | None = setting(
@@ -113,6 +120,24 @@ class TrainerConfig(Settings):
                     f"trainer.num_train_steps is {self.num_train_steps}"
                 )
             self.at_step(change.step)  # whether this size would do as the only one
+
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps between validation losses."""
+        return self._interval(self.evaluate_every)
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """Steps between checkpoints."""
+        return self._interval(self.checkpoint_every)
+
+    @property
+    def log_interval(self) -> int:
+        """Steps between progress lines."""
+        return self._interval(self.log_every)
+
+    def _interval(self, every: float) -> int:
+        return max(1, steps_of(every, self.num_train_steps))
 
     @property
     def profiled_steps(self) -> range:

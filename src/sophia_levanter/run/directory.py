@@ -15,7 +15,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.build import flat
 from sophia_levanter.config.command_line import Command, dump_config, load_config
 from sophia_levanter.config.data import MixturePart
-from sophia_levanter.config.run import TrackingConfig
+from sophia_levanter.config.run import TrackingConfig, with_steps
 from sophia_levanter.data.sources import absolute_source, absolute_tokenizer
 from sophia_levanter.errors import DirectoryInUse, InputError
 
@@ -253,10 +253,15 @@ def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -
 
 
 def changed_fields(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, Any]]:
-    """(name, old value, new value) of each field in which two configurations differ."""
+    """(name, old value, new value) of each field in which two configurations differ.
+
+    A number of steps or a learning rate and a fraction that gives the same are not different.
+    """
     before, after = flat(old), flat(new)
+    steps = [flat(with_steps(config)) for config in (old, new)]
     names = [*before, *(name for name in after if name not in before)]
-    return [(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
+    differ = [name for name in names if all(a.get(name) != b.get(name) for a, b in ((before, after), steps))]
+    return [(name, before.get(name), after.get(name)) for name in differ]
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:

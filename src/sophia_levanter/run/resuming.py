@@ -151,7 +151,7 @@ def _check_not_begun(directory: RunDirectory, console: Console) -> None:
     if not directory.metrics_file.exists() or not directory.metrics_file.stat().st_size:
         return
     lines = sum(1 for _ in lines_of(directory.metrics_file))
-    every = load_config(directory.config_file).trainer.checkpoint_every
+    every = load_config(directory.config_file).trainer.checkpoint_interval
     # Steps beyond the second save come when the first is committed; a step has two lines at most.
     if lines > 4 * every:
         raise InputError(

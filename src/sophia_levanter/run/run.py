@@ -93,7 +93,7 @@ def train(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) 
         CheckpointError: if all checkpoints of the run are damaged.
     """
     start_processes(config.mesh)
-    console = Console(config.trainer.log_every, quiet=quiet, silent=not is_first_process())
+    console = Console(config.trainer.log_interval, quiet=quiet, silent=not is_first_process())
     check_agreement("the configuration", _shared_config(config))
     enable_compilation_cache(Path(config.data.cache_dir).expanduser().absolute() / "compiled", jax.default_backend())
     run = Run(config, directory, console)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import equinox as eqx
 import jax
 
+from sophia_levanter.config.settings import steps_of
 from sophia_levanter.config.trainer import Sampling
 from sophia_levanter.data.batches import bigram_bits_per_byte
 from sophia_levanter.data.tokenizer import printable
@@ -69,7 +70,8 @@ def describe_start(run: Run) -> None:
     attention = attention_of(config, run.partition)
     estimator, kind = run.settings.optimizer.estimator, schedule.schedule
     swapped = estimator is not None and estimator.forward_mode and attention not in ("blocked", "xla")
-    decay = f" to {schedule.final_learning_rate:g}" if kind.decays else ""
+    warmup_steps = steps_of(schedule.warmup, trainer.num_train_steps)
+    decay = f" to {schedule.last_learning_rate:g}" if kind.decays else ""
     curvature = schedule.describe_curvature(trainer)
     changes = "".join(f", batches of {size} from step {step:,} on" for step, size in trainer.size_changes)
     trackers = ["metrics.jsonl"]
@@ -86,7 +88,7 @@ def describe_start(run: Run) -> None:
         (
             "schedule",
             f"{trainer.num_train_steps:,} steps, learning rate {schedule.learning_rate:g} after "
-            f"{schedule.warmup_steps:,} of them, then {kind.get_choice_name(type(kind))}{decay}",
+            f"{warmup_steps:,} of them, then {kind.get_choice_name(type(kind))}{decay}",
         ),
         (
             "batch",

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.config.build import flat
+from sophia_levanter.config.build import flat, schema
 from sophia_levanter.config.command_line import build_config
 from sophia_levanter.config.files import Setting
 from sophia_levanter.config.run import TrackingConfig
@@ -107,7 +107,9 @@ def find(records: Iterable[Record], config: TrainConfig) -> Record | None:
     wanted = flat_config(config)
     defaults = flat_config(TrainConfig(model=type(config.model)(), optimizer=type(config.optimizer)()))
     missing = {name: defaults.get(name) for name in wanted}
-    return next((record for record in records if missing | record.config == wanted), None)
+    former = schema(TrainConfig).former
+    present = ((record, {former.get(k, k): v for k, v in record.config.items()}) for record in records)
+    return next((record for record, config in present if missing | config == wanted), None)
 
 
 def read_records(path: Path) -> list[Record]:

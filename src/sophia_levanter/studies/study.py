@@ -13,6 +13,7 @@ from typing import Any
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import build_config
 from sophia_levanter.config.files import Layer, Setting, read_layers, show_value
+from sophia_levanter.config.run import with_steps
 from sophia_levanter.errors import InputError, one_line, shortened
 
 ARM_FIELDS = ("config", "settings", "grid", "tokens", "seeds", "warmup_fraction", "final_fraction")
@@ -26,15 +27,9 @@ OWN_FIELDS = {
     "trainer.evaluate_every": "evaluations",
     "trainer.checkpoint_every": "evaluations",
     "trainer.run_dir": "--out",
-    "optimizer.warmup_steps": "warmup_fraction",
-    "optimizer.final_learning_rate": "final_fraction",
 }
-# They stand in until the schedule is known, and fit every learning rate and number of steps.
-_NO_SCHEDULE = {
-    "trainer.num_train_steps": Setting(2**31 - 1),
-    "optimizer.warmup_steps": Setting(0),
-    "optimizer.final_learning_rate": Setting(0.0),
-}
+# It stands in until the number of steps is known, and fits every warm-up.
+_MANY_STEPS = {"trainer.num_train_steps": Setting(2**31 - 1)}
 
 
 @dataclass(frozen=True)
@@ -47,8 +42,6 @@ class Arm:
         grid: the values tried of each field; all combinations run.
         tokens: lengths of the schedules, in training tokens.
         seeds: one run each at every point and length.
-        warmup_fraction: warm-up's share of the steps.
-        final_fraction: the last learning rate over the highest.
     """
 
     name: str
@@ -56,8 +49,6 @@ class Arm:
     grid: dict[str, list[Setting]] = field(default_factory=dict)
     tokens: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0,)
-    warmup_fraction: float = 0.1
-    final_fraction: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -148,14 +139,14 @@ def _runs_of(arm: Arm, overrides: Layer, evaluations: int) -> Iterator[PlannedRu
         point = dict(zip(arm.grid, values, strict=True))
         for tokens, seed in itertools.product(arm.tokens, arm.seeds):
             try:
-                config = build_config([*arm.layers, point], overrides | _NO_SCHEDULE)
-                config = _with_schedule(config, arm, tokens, seed, evaluations)
+                config = build_config([*arm.layers, point], overrides | _MANY_STEPS)
+                config = _with_schedule(config, tokens, seed, evaluations)
             except InputError as error:
                 raise InputError(f"arm {arm.name}: {error}") from None
             yield PlannedRun(arm.name, {name: value.value for name, value in point.items()}, tokens, seed, config)
 
 
-def _with_schedule(config: TrainConfig, arm: Arm, tokens: int, seed: int, evaluations: int) -> TrainConfig:
+def _with_schedule(config: TrainConfig, tokens: int, seed: int, evaluations: int) -> TrainConfig:
     if config.trainer.batch_size_changes:
         raise InputError("trainer.batch_size_changes is set; the runs of a study have one batch size")
     steps = round(Fraction(tokens, config.trainer.batch_size * config.model.seq_len))
@@ -174,12 +165,7 @@ def _with_schedule(config: TrainConfig, arm: Arm, tokens: int, seed: int, evalua
         sample_tokens=0,
         run_dir=None,
     )
-    optimizer = dataclasses.replace(
-        config.optimizer,
-        warmup_steps=round(arm.warmup_fraction * steps),
-        final_learning_rate=arm.final_fraction * config.optimizer.learning_rate,
-    )
-    return dataclasses.replace(config, trainer=trainer, optimizer=optimizer)
+    return with_steps(dataclasses.replace(config, trainer=trainer))
 
 
 def _arm(name: str, own: Layer, common: Layer, path: Path) -> Arm:
@@ -190,21 +176,28 @@ def _arm(name: str, own: Layer, common: Layer, path: Path) -> Arm:
     _check_not_own("settings.", _below("settings.", common))
     for section in SECTIONS:
         _check_not_own(f"arms.{name}.{section}.", _below(f"{section}.", own))
-    layers = [*_config_layers(common), _below("settings.", common), *_config_layers(own), _below("settings.", own)]
     fields = {key: value for key, value in (common | own).items() if key.split(".")[0] not in ("config", *SECTIONS)}
     if "tokens" not in fields:
         raise InputError(f"{path}: tokens is missing; give the lengths of the schedules in training tokens")
+    shared = _below("settings.", common)
+    schedule = {"optimizer.final_learning_rate": shared.get("optimizer.final_learning_rate", Setting(None))}
+    for key, (path_of_setting, default) in _FRACTIONS.items():
+        given = fields.get(key)
+        found = shared.get(path_of_setting, Setting(default)) if given is None else _fraction(key, given)
+        schedule[path_of_setting] = found
+    # The schedules of configuration files are made for runs of one length.
+    layers = [*_config_layers(common), shared, *_config_layers(own), schedule, _below("settings.", own)]
     return Arm(
         name,
         tuple(layers),
         {key: _grid_values(name, key, value) for key, value in _below("grid.", own).items()},
         tuple(_ints("tokens", fields["tokens"], low=1)),
         tuple(_ints("seeds", fields["seeds"])) if "seeds" in fields else (0,),
-        *(_fraction(key, fields.get(key, Setting(default))) for key, default in _FRACTIONS.items()),
     )
 
 
-_FRACTIONS = {"warmup_fraction": Arm.warmup_fraction, "final_fraction": Arm.final_fraction}
+# Fields of an arm or a study, the settings that they stand for, and their defaults.
+_FRACTIONS = {"warmup_fraction": ("optimizer.warmup", 0.1), "final_fraction": ("optimizer.final_fraction", 0.05)}
 
 
 def _below(prefix: str, layer: Layer) -> Layer:
@@ -263,8 +256,8 @@ def _ints(name: str, setting: Setting, low: int | None = None) -> list[int]:
     return values
 
 
-def _fraction(name: str, setting: Setting) -> float:
+def _fraction(name: str, setting: Setting) -> Setting:
     value = setting.value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise InputError(f"{setting.prefix}{name} is {show_value(value)}; it must be between 0 and 1")
-    return float(value)
+    return Setting(float(value), setting.file)

@@ -218,7 +218,7 @@ class SkippedSteps(Callback):
         if in_a_row >= self.config.max_skipped_steps:
             raise TrainingFailed(
                 f"the {what} in {in_a_row} steps in a row, the last of them step {step}; "
-                f"try a lower --optimizer.learning_rate or more --optimizer.warmup_steps{hint}",
+                f"try a lower --optimizer.learning_rate or more --optimizer.warmup{hint}",
                 range(step + 1 - in_a_row, step + 1),
                 "loss_spikes" if spike else "loss_not_finite",
             )
@@ -245,7 +245,7 @@ class Saving(Callback):
         self.verification.check()
 
     def is_due(self, done: int) -> bool:
-        return done % self.config.checkpoint_every == 0 or done == self.config.num_train_steps
+        return done % self.config.checkpoint_interval == 0 or done == self.config.num_train_steps
 
     def on_pause(self, pause: Pause) -> None:
         # What follows skipped steps may go back to a checkpoint from before them, which this one could push out.
@@ -291,7 +291,7 @@ class Evaluating(Callback):
     best: dict[str, Any] | None = None
 
     def is_due(self, done: int) -> bool:
-        return done % self.config.evaluate_every == 0 or done == self.config.num_train_steps
+        return done % self.config.evaluation_interval == 0 or done == self.config.num_train_steps
 
     def on_pause(self, pause: Pause) -> None:
         """Raises `InputError` where the validation text is damaged or a registered callback returns no numbers."""
