@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from draccus import ChoiceRegistry
 
-from sophia_levanter.config.settings import Settings, not_defined
+from sophia_levanter.config.settings import Settings, not_defined, setting, steps_of
 
 Schedule = Callable[[Any], Any]
 
@@ -68,3 +68,43 @@ class ConstantSchedule(ScheduleConfig):
         import optax
 
         return optax.constant_schedule(peak)
+
+
+@ScheduleConfig.register_subclass("wsd")
+@dataclass(frozen=True)
+class WarmupStableDecaySchedule(ScheduleConfig):
+    """The peak, then a decay to the final learning rate at the end (arXiv 2404.06395; 1-sqrt: arXiv 2405.18392)."""
+
+    decay: float | int = setting(
+        0.2, "steps of the decay, or below 1 their fraction of the steps after the warm-up", above=0, steps=True
+    )
+    shape: str = setting("linear", "shape of the decay", choices=("linear", "cosine", "1-sqrt"))
+
+    def build(self, peak: float, final: float, num_steps: int) -> Schedule:
+        import jax.numpy as jnp
+
+        decay = min(max(1, steps_of(self.decay, num_steps)), num_steps)
+        remaining = {
+            "linear": lambda share: 1 - share,
+            "cosine": lambda share: (1 + jnp.cos(jnp.pi * share)) / 2,
+            "1-sqrt": lambda share: 1 - jnp.sqrt(share),
+        }[self.shape]
+
+        def rate(count: Any) -> Any:
+            share = jnp.clip((count - (num_steps - decay)) / decay, 0, 1)
+            return final + (peak - final) * remaining(share)
+
+        return rate
+
+
+@ScheduleConfig.register_subclass("inverse_sqrt")
+@dataclass(frozen=True)
+class InverseSqrtSchedule(ScheduleConfig):
+    """The peak times sqrt(timescale / (timescale + steps since the warm-up))."""
+
+    decays: ClassVar[bool] = False
+
+    timescale: int = setting(10_000, "steps after the warm-up until the rate is 0.71 of the peak", low=1)
+
+    def build(self, peak: float, final: float, num_steps: int) -> Schedule:
+        return lambda count: peak * (self.timescale / (self.timescale + count)) ** 0.5
