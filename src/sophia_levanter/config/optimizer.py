@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,10 +17,43 @@ from sophia_levanter.config.trainer import DTYPES, OR_FRACTION, TrainerConfig
 from sophia_levanter.errors import InputError, one_line
 
 if TYPE_CHECKING:
-    from sophia_levanter.optim import Estimator, Optimizer
+    from sophia_levanter.optim import Estimator, Optimizer, ParameterGroup
 
 SMALLEST_EPS = 1e-37  # float32 makes a smaller one 0
 _METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_at", "matrix_work")
+
+
+@dataclass(frozen=True)
+class GroupConfig(Settings):
+    """Parameters with a learning rate or weight decay of their own."""
+
+    section: ClassVar[str] = "optimizer.groups"
+
+    match: str = setting(dataclasses.MISSING, "regular expression that their paths contain, such as wte|wpe")
+    learning_rate: float | str = setting("1 x", "their peak, or a factor on optimizer.learning_rate such as 0.1 x")
+    weight_decay: float | None = setting(None, "their weight decay, in place of optimizer.weight_decay", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise InputError(f"optimizer.groups: match {self.match!r} is not a regular expression: {error}") from None
+        if self.factor(1.0) is None:
+            raise InputError(
+                f"optimizer.groups: learning_rate is {self.learning_rate!r}; "
+                "it must be a rate, or a factor such as 0.1 x"
+            )
+
+    def factor(self, peak: float) -> float | None:
+        """The factor on an optimizer's learning rate; None if `learning_rate` does not spell one."""
+        if isinstance(self.learning_rate, int | float):
+            return self.learning_rate / peak if self.learning_rate >= 0 else None
+        found = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?) ?x", self.learning_rate.strip())
+        try:
+            return float(found[1]) if found else None
+        except ValueError:
+            return None
 
 
 @dataclass(frozen=True)
@@ -47,6 +81,9 @@ class OptimizerConfig(Settings, ChoiceRegistry):
     )
     weight_decay: float = setting(0.1, "decoupled decay of matrices and embeddings, not of biases and norms", low=0)
     momentum_dtype: str = setting("float32", "dtype of the momentum, or first moment, between steps", choices=DTYPES)
+    groups: tuple[GroupConfig, ...] = setting(
+        (), "parameters with settings of their own: [{match: wte|wpe, learning_rate: 0.1 x, weight_decay: 0}, ...]"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +115,13 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         """The optimizer of a run over this many steps."""
         raise not_defined(self, "build")
 
+    @property
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The groups as the optimizers take them."""
+        from sophia_levanter.optim import ParameterGroup
+
+        return [ParameterGroup(g.match, g.factor(self.learning_rate) or 0.0, g.weight_decay) for g in self.groups]
+
     def build_schedule(self, num_train_steps: int) -> Schedule:
         """The learning rate as a function of the step, warm-up included.
 
@@ -104,14 +148,17 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         import jax.numpy as jnp
 
         from sophia_levanter.models.language_model import decay_mask
+        from sophia_levanter.optim import group_weight_decay
 
         common = {common.name for common in dataclasses.fields(OptimizerConfig)}
         taken = set(inspect.signature(getattr(optimizer, "__init__")).parameters)  # noqa: B009
         own = [own.name for own in dataclasses.fields(self) if own.name in taken - common]
-        shared = {
+        decay: dict[str, Any] = {"weight_decay": self.weight_decay, "weight_decay_mask": decay_mask}
+        if any(group.weight_decay is not None for group in self.groups):
+            mask = group_weight_decay(self.parameter_groups, self.weight_decay, decay_mask)
+            decay = {"weight_decay": 1.0, "weight_decay_mask": mask}
+        shared = decay | {
             "learning_rate": self.build_schedule(num_train_steps),
-            "weight_decay": self.weight_decay,
-            "weight_decay_mask": decay_mask,
             "momentum_dtype": jnp.dtype(self.momentum_dtype),
         }
         return {name: getattr(self, name) for name in own} | {name: shared[name] for name in shared if name in taken}
@@ -365,6 +412,20 @@ class SoapConfig(OptimizerConfig):
         return Soap(**self.arguments(Soap, num_train_steps), basis=basis)
 
 
+def check_groups(config: OptimizerConfig, model: Any) -> dict[str, int]:
+    """The group of each parameter of a model that is in one, by the parameter's path.
+
+    Raises:
+        InputError: if a group matches no parameter.
+    """
+    from sophia_levanter.optim import groups_of
+
+    try:
+        return groups_of(config.parameter_groups, model)
+    except ValueError as error:
+        raise InputError(f"optimizer.{error}") from None
+
+
 @lru_cache(maxsize=8)
 def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
     """The optimizer of a run over this many steps, the same object for the same arguments.
@@ -389,4 +450,8 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
         )
     if missing:
         raise InputError(f"optimizer: {type(optimizer).__qualname__} does not define {', '.join(missing)}")
-    return optimizer
+    if not config.groups:
+        return optimizer
+    from sophia_levanter.optim import ParameterGroups
+
+    return ParameterGroups(optimizer, config.parameter_groups)

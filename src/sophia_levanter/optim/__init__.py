@@ -7,6 +7,7 @@ from sophia_levanter.optim._averages import Curvature, Momentum, SophiaState
 from sophia_levanter.optim._baselines import AdamW, BaselineState, Lion, Muon, OptaxOptimizer
 from sophia_levanter.optim._gauss_newton import EmpiricalFisher, GaussNewtonBartlett
 from sophia_levanter.optim._gradients import GradientSums, RefreshStep, split_microbatches, value_grad_and_curvature
+from sophia_levanter.optim._groups import ParameterGroup, ParameterGroups, group_weight_decay, groups_of
 from sophia_levanter.optim._hutchinson import GaussNewtonHutchinson, Hutchinson
 from sophia_levanter.optim._kronecker import Coordinates, KroneckerBasis
 from sophia_levanter.optim._likelihood import Bernoulli, Categorical, Likelihood, Normal
@@ -40,6 +41,8 @@ __all__ = [
     "Normal",
     "OptaxOptimizer",
     "Optimizer",
+    "ParameterGroup",
+    "ParameterGroups",
     "RefreshStep",
     "ReproducedSophia",
     "ScheduledRho",
@@ -50,6 +53,8 @@ __all__ = [
     "SophiaState",
     "WinRateController",
     "decay_mask_tree",
+    "group_weight_decay",
+    "groups_of",
     "sophia_g",
     "split_microbatches",
     "value_grad_and_curvature",

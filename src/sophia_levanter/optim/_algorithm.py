@@ -45,8 +45,9 @@ def updated(
     learning_rate = value_at("learning_rate", sophia.learning_rate, state.count)
     decay = learning_rate * value_at("weight_decay", sophia.weight_decay.rate, state.count)
 
-    def step(p: Array, u: Array, decayed: bool) -> Array:
-        change = learning_rate * u + decay * p if decayed else learning_rate * u
+    def step(p: Array, u: Array, decayed: bool | float) -> Array:
+        rate = decay if decayed is True else decayed * decay
+        change = learning_rate * u + rate * p if decayed else learning_rate * u
         return jnp.where(finite, -change, 0).astype(p.dtype)
 
     return jax.tree.map(step, params, direction, decay_mask_tree(sophia.weight_decay.mask, params)), after

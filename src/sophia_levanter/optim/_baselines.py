@@ -167,11 +167,10 @@ class AdamW(OptaxOptimizer):
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for these parameters."""
-        mask = decay_mask_tree(self.weight_decay_mask, params)
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.momentum_dtype, nesterov=self.nesterov)
         return optax.chain(
             cautious(adam) if self.cautious else adam,
-            optax.add_decayed_weights(self.weight_decay, mask),
+            add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
             optax.scale_by_learning_rate(self.learning_rate),
         )
 
@@ -199,10 +198,23 @@ class Lion(OptaxOptimizer):
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for these parameters."""
-        mask = decay_mask_tree(self.weight_decay_mask, params)
-        return optax.lion(
-            self.learning_rate, self.b1, self.b2, self.momentum_dtype, weight_decay=self.weight_decay, mask=mask
+        return optax.chain(
+            optax.scale_by_lion(self.b1, self.b2, self.momentum_dtype),
+            add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
+            optax.scale_by_learning_rate(self.learning_rate),
         )
+
+
+def add_decayed_weights(rate: Scalar, mask: WeightDecayMask, params: PyTree) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` with a mask that may have factors on the rate."""
+    factors = decay_mask_tree(mask, params)
+    if all(isinstance(factor, bool) for factor in jax.tree.leaves(factors)):
+        return optax.add_decayed_weights(rate, factors)
+
+    def decayed(updates: PyTree, params: PyTree) -> PyTree:
+        return jax.tree.map(lambda u, p, f: u + rate * f * p if f else u, updates, params, factors)
+
+    return optax.stateless(decayed)
 
 
 def check_shared(optimizer: Any) -> None:
@@ -296,7 +308,7 @@ class Muon(OptaxOptimizer):
         )
         return optax.chain(
             direction,
-            optax.add_decayed_weights(self.weight_decay, decay_mask_tree(self.weight_decay_mask, params)),
+            add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
             optax.scale_by_learning_rate(self.learning_rate),
         )
 

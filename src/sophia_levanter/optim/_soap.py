@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from sophia_levanter.optim._baselines import OptaxOptimizer, check_shared
+from sophia_levanter.optim._baselines import OptaxOptimizer, add_decayed_weights, check_shared
 from sophia_levanter.optim._checks import check_count, check_number, python_number, whole_number
 from sophia_levanter.optim._kronecker import BasisState, KroneckerBasis
 from sophia_levanter.optim._protocol import MatrixWork, Scalar, ScalarOrSchedule
-from sophia_levanter.optim._trees import WeightDecayMask, decay_mask_tree
+from sophia_levanter.optim._trees import WeightDecayMask
 
 
 class SoapState(NamedTuple):
@@ -89,7 +89,7 @@ class Soap(OptaxOptimizer):
         """The optax transformation for these parameters."""
         return optax.chain(
             scale_by_soap(self.basis, self.b1, self.b2, self.eps, self.interval, self.momentum_dtype),
-            optax.add_decayed_weights(self.weight_decay, decay_mask_tree(self.weight_decay_mask, params)),
+            add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
             optax.scale_by_learning_rate(self.learning_rate),
         )
 

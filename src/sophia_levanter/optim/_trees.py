@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-WeightDecayMask: TypeAlias = PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None
+WeightDecayMask: TypeAlias = PyTree[bool | float] | Callable[[PyTree], PyTree[bool | float]] | None
 
 
 def trainable(model: PyTree) -> PyTree:
@@ -58,21 +58,26 @@ def num_coordinates(tree: PyTree) -> float:
     return float(max(1, sum(leaf.size for leaf in jax.tree.leaves(tree))))
 
 
-def decay_mask_tree(mask: WeightDecayMask, params: PyTree) -> PyTree[bool]:
-    """A bool for every leaf of params: True where weight decay applies.
+def decay_mask_tree(mask: WeightDecayMask, params: PyTree) -> PyTree[bool | float]:
+    """For every leaf of params whether weight decay applies, or a factor on it.
 
     Args:
-        mask: a tree of bools, or a prefix of one, or a function from parameters to one; None is True everywhere.
+        mask: a tree of bools or factors, or a prefix of one, or a function from parameters to one; None is True
+            everywhere.
         params: the parameters; optax's masked nodes among them are left out, as `optax.multi_transform` needs.
 
     Raises:
-        ValueError: if a parameter has no bool in the mask, or a bool of the mask no parameter; names the path.
-        TypeError: if a leaf of the mask is not a bool.
+        ValueError: if a parameter has no entry in the mask, or an entry of the mask no parameter; names the path.
+        TypeError: if a leaf of the mask is neither a bool nor a number from 0.
     """
     if mask is None:
         return jax.tree.map(lambda _: True, params)
-    fitted = fit_prefix("weight_decay_mask", mask, params, lambda x: isinstance(x, bool | np.bool_), "True or False")
-    return jax.tree.map(bool, fitted)
+    fitted = fit_prefix("weight_decay_mask", mask, params, _is_factor, "True, False or a factor")
+    return jax.tree.map(lambda x: float(x) if isinstance(x, float) else bool(x), fitted)
+
+
+def _is_factor(x: Any) -> bool:
+    return isinstance(x, bool | np.bool_) or (isinstance(x, float) and 0 <= x < float("inf"))
 
 
 def fit_prefix(name: str, spec: PyTree, params: PyTree, is_entry: Callable[[Any], bool], wanted: str) -> PyTree:

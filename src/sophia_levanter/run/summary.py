@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import equinox as eqx
 import jax
 
+from sophia_levanter.config.optimizer import OptimizerConfig, check_groups
 from sophia_levanter.config.settings import steps_of
 from sophia_levanter.config.trainer import Sampling
 from sophia_levanter.data.batches import bigram_bits_per_byte
 from sophia_levanter.data.tokenizer import printable
+from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.models.sampling import generate
 from sophia_levanter.tracking.console import show_duration
 from sophia_levanter.training.costs import bytes_by_kind, show_bytes
@@ -84,7 +86,8 @@ def describe_start(run: Run) -> None:
         ),
         ("data", f"{data.train.num_tokens:,} training and {data.validation.num_tokens:,} validation tokens"),
         ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens"),
-        ("optimizer", f"{type(run.settings.optimizer).__name__}, weight decay {schedule.weight_decay:g}"),
+        ("optimizer", f"{schedule.get_choice_name(type(schedule))}, weight decay {schedule.weight_decay:g}"),
+        *(("group", line) for line in describe_groups(schedule, state.model)),
         (
             "schedule",
             f"{trainer.num_train_steps:,} steps, learning rate {schedule.learning_rate:g} after "
@@ -106,6 +109,15 @@ def describe_start(run: Run) -> None:
         ("tracking", ", ".join(trackers)),
     ]
     run.console.rows(rows)
+
+
+def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[str]:
+    """`wte|wpe: 2 arrays, learning rate 6e-05, weight decay 0`, a line for each group of parameters."""
+    found = check_groups(config, model) if config.groups else {}
+    for index, group in enumerate(config.parameter_groups if config.groups else ()):
+        arrays = sum(1 for number in found.values() if number == index)
+        decay = "" if group.weight_decay is None else f", weight decay {group.weight_decay:g}"
+        yield f"{group.match}: {arrays} array(s), learning rate {group.learning_rate * config.learning_rate:g}{decay}"
 
 
 def _state_bytes(state: TrainState) -> str:

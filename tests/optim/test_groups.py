@@ -1,0 +1,100 @@
+"""Groups of parameters around every optimizer."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sophia_levanter.optim import (
+    AdamW,
+    Lion,
+    Muon,
+    ParameterGroup,
+    ParameterGroups,
+    Soap,
+    SophiaG,
+    SophiaH,
+    group_weight_decay,
+    groups_of,
+)
+
+OPTIMIZERS = [SophiaG, SophiaH, AdamW, Lion, Muon, Soap]
+GROUPS = [ParameterGroup("embed|head", 0.1, 0.0), ParameterGroup("weight", 0.5, 0.3), ParameterGroup("bias", 2.0)]
+MASK = {"embed": True, "block": {"weight": True, "bias": False}, "norm": True}
+
+
+def parameters(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"embed": (3, 2), "block": {"weight": (2, 2), "bias": (2,)}, "norm": (2,)}
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s)), shapes, is_leaf=lambda s: isinstance(s, tuple))
+
+
+def stepped(optimizer, steps=3):
+    params = parameters(0)
+    state = optimizer.init(params)
+    for seed in range(1, steps + 1):
+        updates, state = optimizer.update(parameters(seed), state, params)
+        params = eqx.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_group_has_the_steps_of_an_optimizer_with_its_settings(kind):
+    """Each array alone moves as under an optimizer with its group's learning rate and decay."""
+    mask = group_weight_decay(GROUPS, 0.2, MASK)
+    grouped = stepped(ParameterGroups(kind(learning_rate=0.1, weight_decay=1.0, weight_decay_mask=mask), GROUPS))
+    wanted = {
+        "embed": (0.01, 0.0, lambda p: p["embed"]),
+        "weight": (0.05, 0.3, lambda p: p["block"]["weight"]),
+        "bias": (0.2, 0.0, lambda p: p["block"]["bias"]),
+        "norm": (0.1, 0.2, lambda p: p["norm"]),
+    }
+    for rate, decay, leaf in wanted.values():
+        alone = stepped(kind(learning_rate=rate, weight_decay=decay))
+        np.testing.assert_allclose(leaf(grouped), leaf(alone), rtol=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_skipped():
+    optimizer = ParameterGroups(SophiaG(), GROUPS)
+    params = parameters(0)
+    bad = eqx.tree_at(lambda p: p["norm"], parameters(1), jnp.asarray([1.0, jnp.nan]))
+    updates, state = optimizer.update(bad, optimizer.init(params), params)
+    assert not any(np.any(u) for u in jax.tree.leaves(updates))
+    assert int(optimizer.metrics(state)["skipped_updates"]) == 1
+
+
+def test_the_first_group_that_matches_counts():
+    assert groups_of([ParameterGroup("weight|bias"), ParameterGroup("block|norm")], parameters(0)) == {
+        "block.bias": 0,
+        "block.weight": 0,
+        "norm": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([ParameterGroup("wte")], r"groups\[0\].match 'wte' matches no parameter; there are \['block.bias'"),
+        (
+            [ParameterGroup("block"), ParameterGroup("bias")],
+            r"groups\[1\].match 'bias' matches no parameter that is not in a group before it",
+        ),
+    ],
+)
+def test_a_group_without_parameters_is_an_error(groups, message):
+    with pytest.raises(ValueError, match=message):
+        ParameterGroups(AdamW(), groups).init(parameters(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("(",), "match is '\\('; it is not a regular expression"),
+        (("a", -1.0), "learning_rate"),
+        (("a", 1.0, -1.0), "weight_decay"),
+    ],
+)
+def test_bad_groups(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ParameterGroup(*arguments)

@@ -1,0 +1,80 @@
+"""Parameter groups from the settings to a run."""
+
+import jax
+import numpy as np
+import pytest
+
+from sophia_levanter.config.command_line import load_config
+from sophia_levanter.config.optimizer import build_optimizer
+from sophia_levanter.errors import InputError
+from sophia_levanter.main import main
+from sophia_levanter.models.language_model import abstract_model
+from sophia_levanter.run.loading import load_model
+
+GROUPS = "[{match: wte|wpe, learning_rate: 0.1 x, weight_decay: 0}]"
+
+
+def test_a_rate_and_a_factor_mean_the_same(config_file):
+    optimizers = []
+    for rate in ("0.1 x", "1e-3"):
+        value = f"[{{match: mlp, learning_rate: {rate}, weight_decay: 0.25}}]"
+        config = load_config(config_file, [("optimizer.groups", value)])
+        optimizers.append(build_optimizer(config.optimizer, 12))
+    (first,), (second,) = (optimizer.groups for optimizer in optimizers)
+    assert (first.match, first.weight_decay) == (second.match, second.weight_decay) == ("mlp", 0.25)
+    assert first.learning_rate == pytest.approx(second.learning_rate) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ("{learning_rate: 0.1 x}", "optimizer.groups[0].match is missing; the fields are match, learning_rate, "),
+        ("{match: '('}", "optimizer.groups: match '(' is not a regular expression: "),
+        ("{match: a, learning_rate: ten x}", "optimizer.groups: learning_rate is 'ten x'; it must be a rate, or a "),
+        ("{match: a, learning_rate: 1.2.3x}", "optimizer.groups: learning_rate is '1.2.3x'; it must be a rate, or a "),
+        ("{match: a, learning_rate: -1}", "optimizer.groups: learning_rate is -1.0; it must be a rate, or a factor"),
+        ("{match: a, weight_decay: -1}", "optimizer.groups.weight_decay is -1.0; it must be at least 0"),
+        ("{match: a, rate: 1}", "optimizer.groups[0].rate is unknown; the fields are match, learning_rate, "),
+    ],
+)
+def test_bad_settings(config_file, group, message):
+    with pytest.raises(InputError) as raised:
+        load_config(config_file, [("optimizer.groups", f"[{group}]")])
+    assert message in str(raised.value)
+
+
+def test_a_group_that_matches_nothing_ends_the_run_before_it_begins(config_file, tmp_path, capfd):
+    command = ["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run")]
+    assert main([*command, "--optimizer.groups", "[{match: wtx}]"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: optimizer.groups[0].match 'wtx' matches no parameter; there are ['")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_groups(config_file, tmp_path, capfd):
+    """Embeddings that do not move, and the table that says so; it resumes."""
+    still = GROUPS.replace("0.1 x", "0 x")
+    command = ["--config", str(config_file), "--optimizer.groups", still, "--trainer.sample_tokens", "0"]
+    command += ["--trainer.run_dir", str(tmp_path / "run")]
+    assert main([*command, "--trainer.num_train_steps", "2"]) == 0
+    assert "group: wte|wpe: 2 array(s), learning rate 0, weight decay 0" in (capfd.readouterr().out)
+    assert main([*command, "--trainer.num_train_steps", "4", "--resume", "auto"]) == 0
+    loaded = load_model(str(tmp_path / "run"), report=print)
+    drawn = loaded.config.model.build(vocab_size=257, key=jax.random.key(0))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(drawn)]
+    moved = {
+        path: not np.allclose(a, b, atol=1e-6)
+        for path, a, b in zip(paths, jax.tree.leaves(drawn), jax.tree.leaves(loaded.model), strict=True)
+    }
+    assert {path for path, has_moved in moved.items() if not has_moved} == {
+        path for path in paths if "wte" in path or "wpe" in path
+    }
+
+
+def test_paths_are_those_of_checkpoints(config_file):
+    """The names in `checkpoints show` are what `match` is searched in, after `model.`."""
+    from sophia_levanter.checkpoint.restoring import arrays_of
+    from sophia_levanter.optim import ParameterGroup, groups_of
+
+    model = abstract_model(load_config(config_file).model, 257)
+    assert set(groups_of([ParameterGroup("")], model)) == set(arrays_of(model))
