@@ -61,7 +61,7 @@ def test_overrides_are_sections_or_dotted_names(config_file, tmp_path, monkeypat
     monkeypatch.setattr(Run, "finish", lambda run, state: SimpleNamespace(stopped_by=None))
     overrides = {"trainer.run_dir": tmp_path / "run", "trainer.evaluate_every": np.int64(4)}
     overrides["trainer.batch_size_changes"] = [{"step": np.int64(2), "batch_size": np.int32(8)}]
-    optimizer = {"learning_rate": np.float32(0.5), "rho": np.array(0.25), "warmup_steps": 0, "b1": 0}
+    optimizer = {"learning_rate": np.float32(0.5), "rho": np.array(0.25), "warmup": 0, "b1": 0}
     train(load_config(config_file), optimizer=optimizer, trainer={"num_train_steps": 4}, **overrides)
     saved = load_config(tmp_path / "run" / "config.yaml")
     assert (saved.optimizer.learning_rate, saved.optimizer.rho, saved.optimizer.b1) == (0.5, 0.25, 0.0)

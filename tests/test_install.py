@@ -61,7 +61,7 @@ def test_a_run_with_a_configuration_of_ones_own(python, tmp_path):
     """The file that the page on configurations gives for those who have the package and not the repository."""
     page = (ROOT / "docs" / "configuration.md").read_text().split("## Without the repository")[1]
     (tmp_path / "tiny.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
-    command = ("train", "--config", "tiny.yaml", "--trainer.num_train_steps", 5, "--optimizer.warmup_steps", 2)
+    command = ("train", "--config", "tiny.yaml", "--trainer.num_train_steps", 5, "--optimizer.warmup", 2)
     own = ("--data.cache_dir", "cache", "--trainer.run_dir", "run", "--trainer.evaluation_windows", 8)
     trained = run(python.with_name("sophia-levanter"), *command, *own, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr

@@ -168,7 +168,7 @@ BAD = {
         "where an added eps turns the step uphill; use max",
     ),
     "eps": (["--optimizer.eps", "1e-50"], "optimizer.eps is 1e-50"),
-    "warm-up": (["--optimizer.warmup_steps", "99"], "optimizer.warmup_steps 99"),
+    "warm-up": (["--optimizer.warmup", "99"], "optimizer.warmup 99"),
     "another run": (["--trainer.run_dir", "FULL"], "holds files already"),
     "auto without a directory": (["--resume", "auto"], "trainer.run_dir"),
 }

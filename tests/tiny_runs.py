@@ -39,7 +39,7 @@ optimizer:
   type: sophia_g
   learning_rate: 1e-2
   final_learning_rate: 1e-3
-  warmup_steps: 2
+  warmup: 2
   rho: 0.5
   interval: 3
   bias_correct_curvature: true
@@ -166,7 +166,7 @@ def run_config(**changes: Any) -> TrainConfig:
     """The configuration of 10 steps of 5 windows of 10 tokens; a section's fields by `SECTION={...}`."""
     trainer = {"num_train_steps": 10, "batch_size": 5} | changes.pop("trainer", {})
     data = {"train": "/texts/train.txt", "tokenizer": "bytes"} | changes.pop("data", {})
-    optimizer = changes.pop("optimizer", SophiaGConfig(interval=2, warmup_steps=0))
+    optimizer = changes.pop("optimizer", SophiaGConfig(interval=2, warmup=0))
     return TrainConfig(
         model=changes.pop("model", MODEL),
         optimizer=optimizer,

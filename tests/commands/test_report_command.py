@@ -21,7 +21,7 @@ from sophia_levanter.studies.plots import MOST_STYLES
 from tiny_runs import FACTS, TEXT, run_config, step_lines, write_manifest, write_run
 
 CHROMIUM = shutil.which("chromium")
-ADAMW = run_config(optimizer=AdamWConfig(warmup_steps=0))
+ADAMW = run_config(optimizer=AdamWConfig(warmup=0))
 
 
 def command(capfd, *words: object) -> tuple[int, str, str]:

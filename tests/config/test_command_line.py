@@ -104,14 +104,14 @@ def test_override_errors(write, key, value, problem):
 
 
 def test_another_optimizer_keeps_what_every_optimizer_has(write):
-    text = "optimizer: {learning_rate: 5e-4, warmup_steps: 7, schedule: linear, rho: 0.5, b1: 0.9, interval: 3}"
+    text = "optimizer: {learning_rate: 5e-4, warmup: 7, schedule: linear, rho: 0.5, b1: 0.9, interval: 3}"
     path = write(text)
     assert load_config(path, [("optimizer.type", "adamw"), ("optimizer.b2", "0.98")]).optimizer == AdamWConfig(
-        learning_rate=5e-4, warmup_steps=7, schedule=LinearSchedule(), b2=0.98
+        learning_rate=5e-4, warmup=7, schedule=LinearSchedule(), b2=0.98
     )
     # b1 and interval are the former optimizer's, even where the new one has fields of that name.
     assert load_config(path, [("optimizer.type", "sophia_h")]).optimizer == SophiaHConfig(
-        learning_rate=5e-4, warmup_steps=7, schedule=LinearSchedule()
+        learning_rate=5e-4, warmup=7, schedule=LinearSchedule()
     )
 
 
@@ -126,14 +126,14 @@ def test_order_of_overrides_does_not_matter_to_the_type(write):
 
 
 def test_a_name_in_place_of_a_section_is_its_type(write):
-    write("optimizer: {type: sophia_h, rho: 0.5, warmup_steps: 3}", "base.yaml")
-    assert load_config(write("defaults: [base.yaml]\noptimizer: adamw")).optimizer == AdamWConfig(warmup_steps=3)
+    write("optimizer: {type: sophia_h, rho: 0.5, warmup: 3}", "base.yaml")
+    assert load_config(write("defaults: [base.yaml]\noptimizer: adamw")).optimizer == AdamWConfig(warmup=3)
 
 
 def test_a_file_may_replace_the_optimizer_of_its_defaults(write):
-    write("optimizer: {type: sophia_h, rho: 0.5, warmup_steps: 3}", "base.yaml")
+    write("optimizer: {type: sophia_h, rho: 0.5, warmup: 3}", "base.yaml")
     path = write("defaults: [base.yaml]\noptimizer: {type: adamw}")
-    assert load_config(path).optimizer == AdamWConfig(warmup_steps=3)
+    assert load_config(path).optimizer == AdamWConfig(warmup=3)
 
 
 def test_a_misspelt_key_is_found_although_the_optimizer_is_replaced(write):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from refusals import TYPES, load_error
 
-from sophia_levanter.config import TrainConfig
+from sophia_levanter.config import TrainConfig, build
 from sophia_levanter.config.command_line import dump_config, load_config
 from sophia_levanter.config.data import DataConfig, MixturePart
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig
@@ -153,8 +153,8 @@ def test_files_that_are_not_strict_yaml(write, text, problem):
         (
             "optimizer: {type: adamw, rho: 1}",
             "optimizer.rho",
-            "the fields of optimizer of type adamw are type, learning_rate, final_learning_rate, warmup_steps, "
-            "weight_decay, momentum_dtype, b1, b2, eps, nesterov, cautious, schedule",
+            "the fields of optimizer of type adamw are type, learning_rate, final_fraction, "
+            "final_learning_rate, warmup, weight_decay, momentum_dtype, groups, b1, b2, eps, nesterov, cautious, schedule",
         ),
     ],
 )
@@ -197,7 +197,7 @@ def test_unknown_key_names_the_file_it_stands_in(write):
         ("model: [num_layers]", "model is a list; it must be a section of fields"),
         (
             "optimizer: {schedule: cosin}",
-            "optimizer.schedule.type is 'cosin'; it must be one of cosine, linear, constant",
+            "optimizer.schedule.type is 'cosin'; it must be one of cosine, linear, constant, wsd, inverse_sqrt",
         ),
         ("optimizer: adamw2", f"optimizer.type is 'adamw2'; {TYPES}"),
         ("optimizer: {type: sgd}", f"optimizer.type is 'sgd'; {TYPES}"),
@@ -214,7 +214,8 @@ def test_errors_of_a_dataclass_pass_unchanged(write):
         Gpt2Config(num_heads=7)
     assert load_error(write("model: {num_heads: 7}")) == str(direct.value)
     assert load_error(write("optimizer: {rho: -1}")) == "optimizer.rho is -1.0; it must be above 0"
-    assert "optimizer.warmup_steps 2000 is more than" in load_error(write("trainer: {num_train_steps: 10}"))
+    text = "optimizer: {warmup: 20}\ntrainer: {num_train_steps: 10}"
+    assert "optimizer.warmup 20 is more than" in load_error(write(text))
 
 
 @pytest.mark.parametrize(
@@ -328,3 +329,16 @@ def test_a_mixture_without_a_validation_text(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(MIXTURE.replace("  validation: other.txt\n", ""))
     with pytest.raises(InputError, match=r"^data\.validation is missing; a mixture in data\.train"):
         load_config(tmp_path / "a.yaml")
+
+
+def test_a_former_name_works_and_is_reported_once(write, capfd, monkeypatch):
+    monkeypatch.setattr(build, "_warned", set())
+    path = write("optimizer: {warmup_steps: 7}")
+    for _ in range(2):
+        assert load_config(path).optimizer.warmup == 7
+    assert capfd.readouterr().err == f"WARNING: {path}: optimizer.warmup_steps is now called optimizer.warmup\n"
+    assert load_config(path, [("optimizer.warmup", "0.5")]).optimizer.warmup == 0.5
+    assert load_config(path, [("optimizer.warmup_steps", "9")]).optimizer.warmup == 9
+    assert load_error(write("optimizer: {warmup_steps: 7, warmup: 9}")) == (
+        f"{path}: optimizer.warmup_steps and optimizer.warmup are the same setting; give optimizer.warmup alone"
+    )

@@ -34,7 +34,7 @@ from sophia_levanter.optim import (
 )
 from sophia_levanter.training.step import StepSettings
 
-RATES = {"learning_rate": 0.1, "final_learning_rate": 0.01, "warmup_steps": 10, "weight_decay": 0.3}
+RATES = {"learning_rate": 0.1, "final_learning_rate": 0.01, "warmup": 10, "weight_decay": 0.3}
 SOPHIA = {
     "b1": 0.8,
     "b2": 0.7,
@@ -176,13 +176,13 @@ def at(schedule, steps):
     return [float(schedule(jnp.asarray(step, jnp.int32))) for step in steps]
 
 
-def schedule_of(kind, **changes):
-    given = {"learning_rate": 2.0, "final_learning_rate": 0.4, "warmup_steps": 4} | changes
-    schedule = ScheduleConfig.get_known_choices()[kind]()
+def schedule_of(kind, own=None, **changes):
+    given = {"learning_rate": 2.0, "final_learning_rate": 0.4, "warmup": 4} | changes
+    schedule = ScheduleConfig.get_known_choices()[kind](**(own or {}))
     return OptimizerConfig(**given, schedule=schedule).build_schedule(12)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd", "inverse_sqrt"])
 def test_warmup_starts_at_zero_and_reaches_the_peak(kind):
     assert at(schedule_of(kind), range(5)) == pytest.approx([0, 0.5, 1, 1.5, 2], abs=1e-7)
 
@@ -197,14 +197,34 @@ def test_the_linear_schedule():
     assert at(schedule_of("linear"), [6, 8, 10, 12]) == pytest.approx([1.6, 1.2, 0.8, 0.4], abs=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "end"), [("cosine", 0.4), ("linear", 0.4), ("constant", 2.0)])
+@pytest.mark.parametrize(("kind", "end"), [("cosine", 0.4), ("linear", 0.4), ("constant", 2.0), ("wsd", 0.4)])
 def test_the_rate_stays_at_the_end_value(kind, end):
     assert at(schedule_of(kind), [12, 13, 1000]) == pytest.approx([end] * 3, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd", "inverse_sqrt"])
 def test_no_warmup_starts_at_the_peak(kind):
-    assert at(schedule_of(kind, warmup_steps=0), [0]) == [2.0]
+    assert at(schedule_of(kind, warmup=0), [0]) == [2.0]
+
+
+@pytest.mark.parametrize(("shape", "middle"), [("linear", 1.2), ("cosine", 1.2), ("1-sqrt", 2 - 1.6 * np.sqrt(0.5))])
+def test_warmup_stable_decay(shape, middle):
+    """Of the eight steps after the warm-up, the last four decay."""
+    for decay in (4, 0.5):
+        found = at(schedule_of("wsd", {"decay": decay, "shape": shape}), [4, 6, 8, 10, 12])
+        assert found == pytest.approx([2, 2, 2, middle, 0.4], abs=1e-6)
+    assert at(schedule_of("wsd", {"decay": 100, "shape": shape}), [4, 8]) == pytest.approx([2, middle], abs=1e-6)
+
+
+def test_the_inverse_square_root():
+    found = at(schedule_of("inverse_sqrt", {"timescale": 4}), [4, 8, 16])
+    assert found == pytest.approx([2, 2 * np.sqrt(0.5), 1], abs=1e-6)
+
+
+def test_a_fraction_follows_the_length_and_the_peak():
+    config = OptimizerConfig(learning_rate=2.0, final_fraction=0.25, warmup=0.25)
+    for steps in (8, 16):
+        assert at(config.build_schedule(steps), [0, steps // 8, steps // 4, steps]) == pytest.approx([0, 1, 2, 0.5])
 
 
 def test_the_rate_decays_to_zero():
@@ -212,7 +232,7 @@ def test_the_rate_decays_to_zero():
 
 
 def test_warmup_over_the_whole_run():
-    assert at(schedule_of("cosine", warmup_steps=12), [0, 6, 11, 12]) == pytest.approx([0, 1, 11 / 6, 2], abs=1e-6)
+    assert at(schedule_of("cosine", warmup=12), [0, 6, 11, 12]) == pytest.approx([0, 1, 11 / 6, 2], abs=1e-6)
 
 
 def test_schedules_compile():

@@ -20,6 +20,7 @@ from sophia_levanter.config.optimizer import (
     SophiaHConfig,
 )
 from sophia_levanter.config.schedule import CosineSchedule
+from sophia_levanter.config.settings import steps_of
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.gpt2 import Gpt2
@@ -127,15 +128,15 @@ def test_parameter_count_of_llama(size, count):
 def test_published_figures(size, optimizer):
     config = named(size, optimizer)
     found = config.optimizer
-    figures = [found.learning_rate, found.final_learning_rate, found.weight_decay]
+    figures = [found.learning_rate, found.last_learning_rate, found.weight_decay]
     if isinstance(found, SophiaGConfig | SophiaHConfig):
         figures.append(found.rho)
         assert (found.b1, found.b2, found.eps, found.interval) == (0.965, 0.99, 1e-12, 10)
         assert not found.bias_correct_momentum
         assert not found.bias_correct_curvature
     assert figures == pytest.approx(PUBLISHED[size, optimizer], rel=1e-12)
-    assert (found.schedule, found.warmup_steps) == (CosineSchedule(), 2000)
     trainer = config.trainer
+    assert (found.schedule, steps_of(found.warmup, trainer.num_train_steps)) == (CosineSchedule(), 2000)
     assert trainer.num_train_steps == (200_000 if size == "xl" else 100_000)
     assert (trainer.batch_size, trainer.max_grad_norm, trainer.compute_dtype) == (480, 1.0, "bfloat16")
     assert (config.model.seq_len, config.data.tokenizer) == (1024, "gpt2")
@@ -186,10 +187,18 @@ def test_optimizers_of_one_size_differ_in_the_optimizer_only():
         assert len({(run.model, run.data, run.trainer) for run in runs}) == 1
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_preset_needs_one_flag_for_another_length_or_rate(file):
+    changes = [("trainer.num_train_steps", "60"), ("optimizer.learning_rate", "1e-7")]
+    for overrides in (changes[:1], changes[1:], changes):
+        config = load_config(file, overrides)
+        assert config.trainer.evaluation_interval < config.trainer.num_train_steps
+
+
 def test_warmup_must_end_within_the_run():
-    TrainConfig(optimizer=SophiaGConfig(warmup_steps=10), trainer=TrainerConfig(num_train_steps=10))
-    with pytest.raises(InputError, match=r"optimizer\.warmup_steps 11 is more than trainer\.num_train_steps 10"):
-        TrainConfig(optimizer=SophiaGConfig(warmup_steps=11), trainer=TrainerConfig(num_train_steps=10))
+    TrainConfig(optimizer=SophiaGConfig(warmup=10), trainer=TrainerConfig(num_train_steps=10))
+    with pytest.raises(InputError, match=r"optimizer\.warmup 11 is more than trainer\.num_train_steps 10"):
+        TrainConfig(optimizer=SophiaGConfig(warmup=11), trainer=TrainerConfig(num_train_steps=10))
 
 
 NOT_A_NUMBER = float("nan")
@@ -209,7 +218,10 @@ NOT_A_NUMBER = float("nan")
         *((OptimizerConfig, "learning_rate", value) for value in (0.0, -1.0, NOT_A_NUMBER)),
         (OptimizerConfig, "final_learning_rate", 1.0),
         (OptimizerConfig, "final_learning_rate", -1.0),
-        (OptimizerConfig, "warmup_steps", -1),
+        *((OptimizerConfig, "final_fraction", value) for value in (-0.1, 1.1)),
+        *((OptimizerConfig, "warmup", value) for value in (1.5, NOT_A_NUMBER)),
+        (TrainerConfig, "evaluate_every", 2.5),
+        (OptimizerConfig, "warmup", -1),
         (OptimizerConfig, "weight_decay", -0.1),
         *((cls, beta, 1.0) for cls in TYPES.values() for beta in ("b1", "b2")),
         *((cls, "rho", 0.0) for cls in (SophiaGConfig, SophiaHConfig)),

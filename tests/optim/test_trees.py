@@ -161,9 +161,9 @@ def test_mask_of_another_tree_is_named_by_its_path(mask, problem):
     assert str(error.value) == f"weight_decay_mask does not fit the parameters: {problem}"
 
 
-@pytest.mark.parametrize("value", [1, "yes", 0.5, np.ones(2, bool)], ids=str)
+@pytest.mark.parametrize("value", [1, "yes", -0.5, float("inf"), np.ones(2, bool)], ids=str)
 def test_mask_leaf_that_is_not_a_bool(value):
-    with pytest.raises(TypeError, match=r"^weight_decay_mask\['b'\] is .*; it must be True or False"):
+    with pytest.raises(TypeError, match=r"^weight_decay_mask\['b'\] is .*; it must be True, False or a factor"):
         decay_mask_tree({"a": True, "b": value}, {"a": jnp.ones(1), "b": jnp.ones(1)})
 
 
@@ -178,5 +178,5 @@ def test_mask_prefix_over_a_subtree_without_parameters(mask):
 def test_a_mask_that_is_not_a_tree_of_bools():
     params = {"a": jnp.ones(1)}
     optimizer = SophiaG(weight_decay_mask=3)
-    with pytest.raises(TypeError, match=r"^weight_decay_mask is 3; it must be True or False"):
+    with pytest.raises(TypeError, match=r"^weight_decay_mask is 3; it must be True, False or a factor"):
         optimizer.update(params, optimizer.init(params), params)

@@ -27,9 +27,7 @@ from sophia_levanter.training.costs import abstract_state, bytes_by_kind, device
 VOCAB = 257
 MODEL = Gpt2Config(num_layers=3, num_heads=2, embed_dim=32, seq_len=16, loss_block_size=8)
 TRAINER = TrainerConfig(batch_size=32, microbatch_size=16, num_train_steps=100)
-CONFIG = TrainConfig(
-    model=MODEL, optimizer=SophiaGConfig(warmup_steps=0), trainer=TRAINER, mesh=MeshConfig(fsdp="embed")
-)
+CONFIG = TrainConfig(model=MODEL, optimizer=SophiaGConfig(warmup=0), trainer=TRAINER, mesh=MeshConfig(fsdp="embed"))
 BLOCKS = 3 * (12 * 32 * 32 + 2 * 32)
 EMBEDDINGS = 384 * 32 + 16 * 32 + 32
 PARAMETERS = BLOCKS + EMBEDDINGS
@@ -51,7 +49,7 @@ def test_state_is_split(num_devices):
     ("optimizer", "momentum", "other"), [(AdamWConfig, 1, 1), (LionConfig, 1, 0), (MuonConfig, 1, 0.5)]
 )
 def test_states_of_other_optimizers(optimizer, momentum, other):
-    config = dataclasses.replace(CONFIG, optimizer=optimizer(warmup_steps=0))
+    config = dataclasses.replace(CONFIG, optimizer=optimizer(warmup=0))
     kinds = bytes_by_kind(abstract_state(config, partition_of(config.mesh), VOCAB))
     assert kinds["parameters"] == PARAMETERS // 2
     assert kinds["momentum"] == pytest.approx(momentum * kinds["parameters"], abs=100)
@@ -93,14 +91,14 @@ def test_activations_grow_with_the_microbatch(policy):
 
 
 def test_hutchinsons_refresh_needs_more():
-    config = dataclasses.replace(CONFIG, optimizer=SophiaHConfig(warmup_steps=0, curvature_batch_fraction=1.0))
+    config = dataclasses.replace(CONFIG, optimizer=SophiaHConfig(warmup=0, curvature_batch_fraction=1.0))
     partition = partition_of(config.mesh, jax.devices()[:1])
     plain, refresh = (plan_step(config, partition, VOCAB, refresh=refresh) for refresh in (False, True))
     assert refresh.temporaries > plain.temporaries
 
 
 # A refresh at every fourth step, which sends more.
-KRONECKER = SophiaGConfig(warmup_steps=0, interval=4, basis="kronecker", curvature_batch_fraction=1.0)
+KRONECKER = SophiaGConfig(warmup=0, interval=4, basis="kronecker", curvature_batch_fraction=1.0)
 PLANS = {
     False: StepPlan(arguments=1, temporaries=1, collectives={"all-gather": 100e9, "all-reduce": 200e9}),
     True: StepPlan(arguments=1, temporaries=1, collectives={"all-gather": 700e9}),
@@ -133,7 +131,7 @@ def test_the_time_of_a_step_is_priced_by_kind():
 
 
 def test_newton_schulz_has_a_rate_of_its_own():
-    config, time = timed(MuonConfig(warmup_steps=0), {False: PLANS[False]})
+    config, time = timed(MuonConfig(warmup=0), {False: PLANS[False]})
     assert time.newton_schulz == pytest.approx(matrix_flops(config, 8).newton_schulz / 1e10)
     assert time.qr == 0
     assert time.communication == pytest.approx(300 / 200)

@@ -18,14 +18,14 @@ SMALL_STEPS = ["--trainer.num_train_steps", "6", "--trainer.checkpoint_every", "
 PLUGINS = {
     "ademamix": ["--optimizer.type", "ademamix", "--optimizer.b3", "0.99"],
     "mean_fisher": ["--optimizer.type", "sophia_mean_fisher", "--optimizer.interval", "2"],
-    "inverse_sqrt": ["--optimizer.schedule.type", "inverse_sqrt", "--optimizer.schedule.timescale", "3"],
+    "polynomial": ["--optimizer.schedule.type", "polynomial", "--optimizer.schedule.power", "3"],
     "gru": ["--model.type", "gru", "--model.embed_dim", "16"],
     "layer_norms": ["--trainer.metrics", "grad_norm_per_layer"],
     "perplexity": ["--trainer.callbacks", "perplexity"],
     "docstrings": ["--data.train", "docstrings:email"],
 }
 # All that go together in one run, and the others in a second: each has one optimizer and one model.
-RUNS = [("ademamix", "inverse_sqrt", "layer_norms", "perplexity", "docstrings"), ("mean_fisher", "gru")]
+RUNS = [("ademamix", "polynomial", "layer_norms", "perplexity", "docstrings"), ("mean_fisher", "gru")]
 
 
 @pytest.fixture(autouse=True)
@@ -121,9 +121,9 @@ def test_help_and_messages_name_them(config_file):
 
 def test_several_are_joined(config_file, tmp_path):
     above = tmp_path / "above.yaml"
-    above.write_text(f"defaults: [{config_file}]\nplugins: [gru]\noptimizer: {{schedule: inverse_sqrt}}\n")
-    argv = ["--config", str(above), "--plugins", "inverse_sqrt", "--plugins=ademamix"]
-    assert parse_command_line(argv).config.plugins == ("gru", "inverse_sqrt", "ademamix")
+    above.write_text(f"defaults: [{config_file}]\nplugins: [gru]\noptimizer: {{schedule: polynomial}}\n")
+    argv = ["--config", str(above), "--plugins", "polynomial", "--plugins=ademamix"]
+    assert parse_command_line(argv).config.plugins == ("gru", "polynomial", "ademamix")
 
 
 HEADER = """

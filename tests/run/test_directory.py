@@ -7,6 +7,8 @@ import pytest
 
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import Command, load_config
+from sophia_levanter.config.optimizer import SophiaGConfig
+from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.run.directory import RunDirectory, changed_fields, choose_run_directory
 from sophia_levanter.training.checkpoints import is_of_training
@@ -75,6 +77,24 @@ def test_changed_fields():
     old, new = config(), config(tokenizer="gpt2")
     assert changed_fields(old, old) == []
     assert changed_fields(old, new) == [("data.tokenizer", "bytes", "gpt2")]
+
+
+def test_steps_and_fractions_that_mean_the_same_have_not_changed():
+    def config(steps, **optimizer):
+        return TrainConfig(
+            trainer=TrainerConfig(num_train_steps=1000, evaluate_every=steps, checkpoint_every=steps),
+            optimizer=SophiaGConfig(learning_rate=2e-3, **optimizer),
+        )
+
+    fractions = config(0.25, warmup=0.1, final_fraction=0.05)
+    assert changed_fields(config(250, warmup=100, final_learning_rate=1e-4), fractions) == []
+    longer = dataclasses.replace(fractions, trainer=dataclasses.replace(fractions.trainer, num_train_steps=2000))
+    assert changed_fields(fractions, longer) == [("trainer.num_train_steps", 1000, 2000)]
+    assert changed_fields(config(250, warmup=90, final_learning_rate=1e-4), fractions)[0] == (
+        "optimizer.warmup",
+        90,
+        0.1,
+    )
 
 
 def test_the_id_of_a_run(tmp_path):

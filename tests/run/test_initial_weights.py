@@ -106,7 +106,7 @@ def test_rows_beyond_the_tokenizers_stay_until_they_are_exported(gpt2_folder, co
     shape = json.loads((gpt2_folder / "config.json").read_text())
     (gpt2_folder / "config.json").write_text(json.dumps(shape | {"vocab_size": rows}))
     run = ["--config", str(config_file), "--trainer.initial_weights", str(gpt2_folder), *BIASES, "--resume", "auto"]
-    run += ["--trainer.run_dir", str(tmp_path / "run"), "--optimizer.type", "adamw", "--optimizer.warmup_steps", "0"]
+    run += ["--trainer.run_dir", str(tmp_path / "run"), "--optimizer.type", "adamw", "--optimizer.warmup", "0"]
     # A learning rate that moves nothing leaves the weights as they were.
     run += [
         "--optimizer.learning_rate",

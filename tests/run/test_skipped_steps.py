@@ -81,7 +81,7 @@ def test_a_nan_in_one_batch_changes_nothing_and_the_run_goes_on(
 def test_spikes_of_the_loss_are_skipped_when_asked(config_file, tmp_path, capfd):
     """Where the learning rate grows too high, losses go up."""
     factor, run_dir = 1.01, tmp_path / "run"
-    options = ["--optimizer.learning_rate", "0.5", "--optimizer.warmup_steps", "12", "--trainer.num_train_steps", "16"]
+    options = ["--optimizer.learning_rate", "0.5", "--optimizer.warmup", "12", "--trainer.num_train_steps", "16"]
     command = ["--config", str(config_file), *options, "--trainer.run_dir"]
     assert main([*command, str(tmp_path / "without")]) == 0
     assert metrics(tmp_path / "without", "train/skipped_steps")[15] == 0

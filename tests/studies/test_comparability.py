@@ -107,8 +107,8 @@ def test_a_tokenizer_that_has_gone(tmp_path):
 
 
 def test_configurations_differ_first_where_all_have_the_field(tmp_path):
-    sophia = run_config(optimizer=SophiaGConfig(learning_rate=1e-3, warmup_steps=0), trainer={"run_dir": "/a"})
-    adamw = run_config(optimizer=AdamWConfig(learning_rate=2e-3, warmup_steps=0), trainer={"run_dir": "/b"})
+    sophia = run_config(optimizer=SophiaGConfig(learning_rate=1e-3, warmup=0), trainer={"run_dir": "/a"})
+    adamw = run_config(optimizer=AdamWConfig(learning_rate=2e-3, warmup=0), trainer={"run_dir": "/b"})
     runs = [read_run(n, write_run(tmp_path / n, c)) for n, c in (("s", sophia), ("a", adamw))]
     differing, same = configurations(runs)
     assert differing[:2] == [("optimizer.type", ["sophia_g", "adamw"]), ("optimizer.learning_rate", ["0.001", "0.002"])]

@@ -62,7 +62,7 @@ def test_a_run_that_was_left_has_stopped(tmp_path):
 
 
 def test_the_headline(tmp_path):
-    other = run_config(optimizer=AdamWConfig(warmup_steps=0))
+    other = run_config(optimizer=AdamWConfig(warmup=0))
     plain = [{k: v for k, v in line.items() if not k.startswith("optim/")} for line in step_lines(10, 3.5)]
     plain[-2] |= {"train/skipped_steps": 2}
     lines = step_lines(10)

@@ -152,3 +152,16 @@ def test_the_file_is_a_line_a_run(make_record, tmp_path):
     lines = (tmp_path / "study.json").read_text().splitlines()
     assert len(lines) == 4
     assert json.loads(lines[1].rstrip(",")) == json.loads(lines[2])
+
+
+def test_a_record_under_a_former_name(make_record):
+    """Of before `optimizer.warmup_steps` was called `optimizer.warmup`, and rates were fractions of the peak."""
+    config = TrainConfig(
+        optimizer=AdamWConfig(warmup=7, final_learning_rate=1e-5), trainer=TrainerConfig(num_train_steps=70)
+    )
+    record = make_record(config)
+    former = {name: value for name, value in record.config.items() if name != "optimizer.final_fraction"}
+    former["optimizer.warmup_steps"] = former.pop("optimizer.warmup")
+    record = dataclasses.replace(record, config=former)
+    assert find([record], config) is record
+    assert config_of(record).optimizer == config.optimizer

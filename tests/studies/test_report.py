@@ -19,7 +19,7 @@ OPTIMIZERS = {"adamw": AdamWConfig, "sophia": SophiaGConfig}
 
 def planned(arm: str, tokens: int, rate: float = 0.01, seed: int = 0) -> PlannedRun:
     trainer = TrainerConfig(num_train_steps=tokens // 100, batch_size=10, seed=seed)
-    optimizer = OPTIMIZERS[arm](learning_rate=rate, warmup_steps=0)
+    optimizer = OPTIMIZERS[arm](learning_rate=rate, warmup=0)
     config = TrainConfig(model=Gpt2Config(seq_len=10), optimizer=optimizer, trainer=trainer)
     return PlannedRun(arm, {"optimizer.learning_rate": rate}, tokens, seed, config)
 

@@ -150,7 +150,7 @@ def test_work_on_matrices_of_soap(max_size, large, make_record):
     cubes = 4 * 2 * 8**3 + 2 * (8**3 + large**3)
     config = TrainConfig(
         model=MODEL,
-        optimizer=SoapConfig(warmup_steps=0, interval=4, basis_max_size=max_size),
+        optimizer=SoapConfig(warmup=0, interval=4, basis_max_size=max_size),
         trainer=TrainerConfig(batch_size=32, num_train_steps=10),
     )
     # The basis turns at 0, 1, 2, 3, 4 and 8.
@@ -178,7 +178,7 @@ def test_work_on_matrices_of_a_kronecker_basis(max_size, large, make_record):
 
 def test_a_record_is_drawn_as_its_run_was(make_record):
     config = TrainConfig(
-        model=Gpt2Config(seq_len=64), optimizer=SophiaGConfig(interval=4, warmup_steps=0),
+        model=Gpt2Config(seq_len=64), optimizer=SophiaGConfig(interval=4, warmup=0),
         trainer=TrainerConfig(batch_size=6, num_train_steps=100),
     )  # fmt: skip
     record = make_record(

@@ -28,7 +28,7 @@ from sophia_levanter.studies.runs import has_diverged, read_files
 MODEL = Gpt2Config(num_layers=1, num_heads=1, embed_dim=8, seq_len=10)
 CONFIG = TrainConfig(
     model=MODEL,
-    optimizer=SophiaGConfig(interval=2, warmup_steps=0),
+    optimizer=SophiaGConfig(interval=2, warmup=0),
     trainer=TrainerConfig(num_train_steps=4, batch_size=5),
 )
 # The padded vocabulary, positions, a block's matrices and three norms.
@@ -111,7 +111,7 @@ def test_what_a_finished_run_says(tmp_path):
 
 
 def test_a_long_run_has_fifty_points(tmp_path):
-    config = TrainConfig(model=MODEL, optimizer=AdamWConfig(warmup_steps=0), trainer=TrainerConfig(num_train_steps=500))
+    config = TrainConfig(model=MODEL, optimizer=AdamWConfig(warmup=0), trainer=TrainerConfig(num_train_steps=500))
     write_metrics(tmp_path, [step_line(i, i / 10, 0.1) for i in range(500)])
     write_checkpoint(tmp_path, 500)
     record = read_record(config, tmp_path, diverged=True)

@@ -102,7 +102,7 @@ def test_axes_count_what_steps_take(tmp_path):
 
 def test_axes_follow_the_batch_size(tmp_path):
     changes = (BatchSizeChange(2, 10), BatchSizeChange(6, 20))
-    optimizer = AdamWConfig(warmup_steps=0)
+    optimizer = AdamWConfig(warmup=0)
     lines = [line for line in step_lines(10) if "train/loss" in line]
     for line in lines:
         line["train/tokens_per_second"] = 100.0

@@ -53,8 +53,8 @@ def test_a_whole_study(write):
     )
     assert (study.name, study.baseline, study.evaluations) == ("study", "a", 2)
     a, b = study.arms
-    assert (a.name, a.tokens, a.seeds, a.warmup_fraction, a.final_fraction) == ("a", (1000, 4000), (3,), 0.1, 0.05)
-    assert (b.name, b.tokens, b.seeds, b.warmup_fraction, b.final_fraction) == ("b", (2000,), (3,), 0.0, 1.0)
+    assert (a.name, a.tokens, a.seeds) == ("a", (1000, 4000), (3,))
+    assert (b.name, b.tokens, b.seeds) == ("b", (2000,), (3,))
 
 
 def test_what_need_not_be_given(write):
@@ -145,18 +145,31 @@ def test_each_length_has_its_own_schedule(runs):
         "config: [tiny.yaml]\ntokens: [1000, 4000]\nwarmup_fraction: 0.25\nfinal_fraction: 0.5\n"
         "arms: {a: {settings: {optimizer: {learning_rate: 0.02}}}}"
     )
-    assert [run.config.optimizer.warmup_steps for run in (short, long)] == [2, 10]
+    assert [run.config.optimizer.warmup for run in (short, long)] == [2, 10]
     assert [run.config.optimizer.final_learning_rate for run in (short, long)] == [0.01, 0.01]
 
 
 def test_the_schedule_of_a_config_file_gives_way(write, runs):
     """The file's own warm-up and final rate would not fit the study's runs, and are not asked."""
-    write("optimizer: {warmup_steps: 5000, final_learning_rate: 1e-4}\ntrainer: {num_train_steps: 3}", "train.yaml")
+    write("optimizer: {warmup: 5000, final_learning_rate: 1e-4}\ntrainer: {num_train_steps: 3}", "train.yaml")
     (run,) = runs(
         "config: [tiny.yaml, train.yaml]\ntokens: 1000\narms: {a: {grid: {optimizer: {learning_rate: [1e-6]}}}}"
     )
     optimizer = run.config.optimizer
-    assert (optimizer.warmup_steps, optimizer.final_learning_rate) == (1, pytest.approx(5e-8))
+    assert (optimizer.warmup, optimizer.final_learning_rate) == (1, pytest.approx(5e-8))
+
+
+def test_warmup_and_final_fraction_of_settings_and_grids(runs):
+    found = runs(
+        "config: [tiny.yaml]\ntokens: 4000\nsettings: {optimizer: {warmup: 0.5}}\narms:\n"
+        "  a: {seeds: [0]}\n"
+        "  b: {grid: {optimizer: {warmup: [3, 0.25], final_fraction: [0.5]}}}\n"
+        "  c: {warmup_fraction: 0.2, settings: {optimizer: {final_learning_rate: 1e-5}}}\n"
+    )
+    rates = [run.config.optimizer.final_learning_rate / run.config.optimizer.learning_rate for run in found[:3]]
+    assert [run.config.optimizer.warmup for run in found] == [20, 3, 10, 8]
+    assert rates == pytest.approx([0.05, 0.5, 0.5])
+    assert found[3].config.optimizer.final_learning_rate == 1e-5
 
 
 def test_what_says_most_runs_first(runs):
@@ -263,9 +276,9 @@ BAD = {
         f"{GOOD}arms: {{a: {{grid: {{trainer: {{seed: [1, 2]}}}}}}}}",
         "FILE: arms.a.grid.trainer.seed would change nothing; a study sets it by seeds",
     ),
-    "warm-up of an arm": (
-        f"{GOOD}arms: {{a: {{settings: {{optimizer: {{warmup_steps: 9}}}}}}}}",
-        "FILE: arms.a.settings.optimizer.warmup_steps would change nothing; a study sets it by warmup_fraction",
+    "evaluations of an arm": (
+        f"{GOOD}arms: {{a: {{settings: {{trainer: {{evaluate_every: 9}}}}}}}}",
+        "FILE: arms.a.settings.trainer.evaluate_every would change nothing; a study sets it by evaluations",
     ),
     "no YAML": ("arms: {a", "FILE: is not valid YAML"),
 }

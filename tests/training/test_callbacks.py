@@ -84,7 +84,7 @@ MORE_STEPS = ["--trainer.num_train_steps"]
 def config_file(config_file):
     """The tiny run with AdamW, which has one kind of step, and without sampled text."""
     config = yaml.safe_load(config_file.read_text())
-    config["optimizer"] = {"type": "adamw", "learning_rate": 1e-2, "warmup_steps": 2}
+    config["optimizer"] = {"type": "adamw", "learning_rate": 1e-2, "warmup": 2}
     config["trainer"]["sample_tokens"] = 0
     config_file.write_text(yaml.safe_dump(config))
     return config_file

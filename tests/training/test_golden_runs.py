@@ -81,7 +81,7 @@ def check_golden_run(name: str, devices: int, num_microbatches: int, dtype: jnp.
     model = gpt2_from_state_dict(config, initial, layout="linear")
     shared = {
         "learning_rate": OptimizerConfig(
-            learning_rate=h["lr"], final_learning_rate=h["min_lr"], warmup_steps=h["warmup"]
+            learning_rate=h["lr"], final_learning_rate=h["min_lr"], warmup=h["warmup"]
         ).build_schedule(h["steps"]),
         "b1": h["beta1"],
         "b2": h["beta2"],

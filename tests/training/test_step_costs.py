@@ -16,11 +16,11 @@ from sophia_levanter.training.costs import MatrixFlops, flops_per_step, matrix_f
 MODEL = Gpt2Config(num_layers=3, num_heads=2, embed_dim=8, seq_len=64)
 CONFIG = TrainConfig(
     model=MODEL,
-    optimizer=AdamWConfig(warmup_steps=0),
+    optimizer=AdamWConfig(warmup=0),
     trainer=TrainerConfig(batch_size=32, microbatch_size=8, num_train_steps=10),
 )
 KRONECKER = SophiaGConfig(
-    warmup_steps=0, interval=5, basis="kronecker", basis_max_size=32, curvature_reduce="average_then_square"
+    warmup=0, interval=5, basis="kronecker", basis_max_size=32, curvature_reduce="average_then_square"
 )
 # Products that change the basis of a square and of an oblong matrix; factors with sides of 8 and 32 in a layer.
 SQUARE, OBLONG, EIGHTS, THIRTY_TWOS = 2 * 2 * 8**3, 2 * (8 * 8 * 32 + 8 * 32 * 32), 4 * 2 + 2, 2
@@ -54,11 +54,11 @@ def test_devices_share_whole_matrices(num_shards, squares, oblongs, eights, thir
 def test_newton_schulz_alone_is_muons(num_shards, squares, oblongs):
     square, oblong = 5 * 2 * (2 * 8**3 + 8**3), 5 * 2 * (2 * 8**2 * 32 + 8**3)
     wanted = MatrixFlops(newton_schulz=squares * square + oblongs * oblong)
-    assert costs(MuonConfig(warmup_steps=0), num_shards) == wanted
+    assert costs(MuonConfig(warmup=0), num_shards) == wanted
 
 
 def test_soap_decomposes_at_each_interval():
-    found = costs(SoapConfig(warmup_steps=0, interval=4, basis_max_size=8), 8)
+    found = costs(SoapConfig(warmup=0, interval=4, basis_max_size=8), 8)
     # The basis is renewed at 0, 1, 2, 3, 4 and 8; the sides of 32 keep their coordinates.
     assert found.qr == pytest.approx({8: 4 * 8 / 3 * 8**3 * 6 / 10})
 

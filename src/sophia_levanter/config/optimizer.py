@@ -454,4 +454,4 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
         return optimizer
     from sophia_levanter.optim import ParameterGroups
 
-    return ParameterGroups(optimizer, config.parameter_groups)
+    return ParameterGroups(optimizer, tuple(config.parameter_groups))

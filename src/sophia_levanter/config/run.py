@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.mesh import MeshConfig, check_divides
@@ -96,12 +96,12 @@ class TrainConfig:
 def with_steps(config: TrainConfig) -> TrainConfig:
     """The configuration with whole steps and a final learning rate in place of fractions."""
     trainer, optimizer = config.trainer, config.optimizer
-    intervals = {
+    intervals: dict[str, Any] = {
         "evaluate_every": trainer.evaluation_interval,
         "checkpoint_every": trainer.checkpoint_interval,
         "log_every": trainer.log_interval,
     }
-    schedule = {
+    schedule: dict[str, Any] = {
         "warmup": steps_of(optimizer.warmup, trainer.num_train_steps),
         "final_learning_rate": optimizer.last_learning_rate,
         "final_fraction": type(optimizer).final_fraction,
