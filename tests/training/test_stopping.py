@@ -1,6 +1,8 @@
-"""The first signal asks a run to stop, the second acts."""
+"""The first signal asks a run to stop, the second acts. A step that hangs ends it."""
 
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -39,3 +41,19 @@ def test_sigterm_counts_after_ctrl_c_too():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
         signal.raise_signal(number)
     assert stop.signal == signal.SIGTERM
+
+
+HANGING = """
+import time
+from sophia_levanter.training.stopping import Watchdog
+with Watchdog(1) as watchdog:
+    watchdog.begin("step 7")
+    time.sleep(100)
+"""
+
+
+def test_a_step_that_takes_too_long_ends_the_process():
+    done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: step 7 has taken more than 1 s (trainer.step_timeout); the run goes on from")
+    assert "most recent call first" in done.stderr  # where each thread is
