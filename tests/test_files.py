@@ -40,6 +40,13 @@ def test_a_full_disk_leaves_nothing_and_is_named(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.txt"] and path.read_bytes() == b"old"
 
 
+def test_a_lock_has_one_holder(tmp_path):
+    first = files.lock(tmp_path / "lock")
+    assert first is not None and files.lock(tmp_path / "lock") is None
+    first.close()
+    assert files.lock(tmp_path / "lock") is not None
+
+
 def test_a_pipe_in_place_of_a_lock_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "lock")
     with pytest.raises(OSError, match="No such device"):
