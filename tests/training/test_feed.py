@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -49,6 +50,16 @@ def test_batches_are_on_the_devices_in_their_order(store: TokenStore, config: Me
         np.testing.assert_array_equal(batch.tokens.array.reshape(16, 16), windows[:, :-1])
         np.testing.assert_array_equal(batch.targets.array.reshape(16, 16), windows[:, 1:])
         np.testing.assert_array_equal(loading.load(step).tokens.array, batch.tokens.array)
+
+
+def test_a_process_reads_its_rows_of_each_microbatch(store: TokenStore) -> None:
+    own = [2, 3, 6]
+    place = SimpleNamespace(rows_of_this_process=lambda rows: np.array(own), place=lambda batch: batch)
+    batches = TrainBatches(store, seq_len=16, batch_size=16, seed=3)
+    loading = BatchLoader(batches, place, TrainerConfig(batch_size=16, microbatch_size=8))  # type: ignore[arg-type]
+    tokens = loading.load(5).tokens.array
+    np.testing.assert_array_equal(tokens[:, own], batches[5][:, :-1].reshape(2, 8, 16)[:, own])
+    assert not np.delete(tokens, own, axis=1).any()
 
 
 def test_only_a_few_batches_are_loaded_ahead(store: TokenStore) -> None:
