@@ -2,13 +2,33 @@
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from sophia_levanter.studies.panels import STEPS, curves_of, other_panels
-from sophia_levanter.studies.plots import limits, smooth, spans_decades, svg, thin
+from sophia_levanter.studies import plots
+from sophia_levanter.studies.panels import AXES, STEPS, VALIDATION, curves_of, other_panels
+from sophia_levanter.studies.plots import _draw, limits, smooth, spans_decades, study_pictures, svg, thin
 from sophia_levanter.studies.runs import read_run
 from tiny_runs import step_lines, write_run
 
 NAN = np.nan
+
+
+@pytest.mark.parametrize(("axis", "x"), [(STEPS, [5, 10]), (AXES[1], [250, 500])], ids=["steps", "tokens"])
+def test_a_curve_is_drawn_against_its_axis(axis, x, tmp_path):
+    run = read_run("a", write_run(tmp_path))
+    axes = Figure().subplots()
+    _draw(axes, VALIDATION, [run], axis)
+    (line,) = axes.get_lines()
+    assert line.get_xdata().tolist() == x
+    assert line.get_ydata().tolist() == run.series["validation/loss"].values.tolist() == [4.2, 4.1]
+
+
+def test_an_arm_has_one_style_in_all_pictures(make_cell, monkeypatch):
+    """One of which no run has finished is in the picture of the final losses alone, and comes last."""
+    legends = []
+    monkeypatch.setattr(plots, "_as_png", lambda figure, names: legends.append(dict(names)) or b"")
+    study_pictures([make_cell("lost", 100, [None]), make_cell("a", 100, [2.0]), make_cell("b", 100, [3.0])])
+    assert legends == [{0: "a", 1: "b", 2: "lost"}, {0: "a", 1: "b"}]
 
 
 def test_few_points_stay():
