@@ -311,6 +311,17 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says(make_cell):
     assert inside >= 7
 
 
+def test_eight_times_the_seeds_give_half_the_interval(make_cell):
+    """Means of two seeds that are 0.1 off reach both values; the 95 % of those of sixteen end at 1.96 * 0.1 / 4."""
+
+    def width(pairs):
+        cells = arm(make_cell, "slow", 1.0, (0.1, -0.1) * pairs) + arm(make_cell, "fast", 2.0, (0.0,) * 2 * pairs)
+        found = speed_ups(cells, "fast", "slow")[2]
+        return found.high - found.low
+
+    assert width(8) / width(1) == pytest.approx(0.49, rel=0.2)
+
+
 def test_only_seeds_that_both_have_are_drawn(make_cell):
     slow = [make_cell("slow", t, {0: power_law(t), 1: power_law(t), 7: 9.0}) for t in LENGTHS]
     fast = [make_cell("fast", t, {0: power_law(2 * t), 1: power_law(2 * t), 8: 1.0}) for t in LENGTHS]
