@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +47,10 @@ def test_prepare_and_inspect(config: str, tmp_path: Path, capsys: pytest.Capture
     assert out.count("  document ") == 4
     assert "the document number" in out
     assert "tokenizer   bytes (" in out
+    shown = re.findall(r"tokens +([\d,]+) .*\n +text +([\d,]+) bytes, ([\d.]+) per token", out)
+    assert len(shown) == 2
+    for tokens, size, mean in shown:
+        assert mean == f"{int(size.replace(',', '')) / int(tokens.replace(',', '')):.2f}"
     assert inspect_data.main([f"{store_of(tmp_path)}/train", "--documents", "1000"]) == 0
     assert capsys.readouterr().out.count("  document ") > 40
 

@@ -57,7 +57,9 @@ def test_a_validation_source_of_its_own(config: DataConfig, tmp_path: Path) -> N
 def test_it_is_done_once_and_said(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     first = prepare(config, said.append)
-    assert any("60 documents" in line and "bytes per token" in line for line in said)
+    size = len("".join(TEXTS).encode())
+    assert any(line.startswith(f"data.train: 60 documents, {size + 60:,} tokens (") for line in said)
+    assert any(f" held out), {size / (size + 60):.2f} bytes per token" in line for line in said)
     monkeypatch.setattr(FileSource, "documents", None)
     said.clear()
     again = prepare(config, said.append)

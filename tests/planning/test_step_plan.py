@@ -12,6 +12,7 @@ from sophia_levanter.config.optimizer import AdamWConfig, LionConfig, MuonConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.partition.mesh import partition_of
+from sophia_levanter.planning.run_plan import fsdp_minimum
 from sophia_levanter.planning.step_plan import (
     StepPlan,
     StepTime,
@@ -64,6 +65,17 @@ def test_collectives_of_a_step():
     assert gathered <= plan.collectives["all-gather"] <= gathered + 2 * 4 * EMBEDDINGS + 20_000
     reduced = 2 * 2 * 4 * PARAMETERS
     assert reduced * 0.5 <= plan.collectives["all-reduce"] <= reduced * 1.1
+
+
+@pytest.mark.parametrize(("compute_dtype", "item"), [("float32", 4), ("bfloat16", 2)])
+def test_the_least_that_fsdp_sends(compute_dtype, item):
+    """Each of two microbatches gathers all parameters twice and scatters its gradient; GNB's scatters another one."""
+    config = dataclasses.replace(CONFIG, trainer=dataclasses.replace(TRAINER, compute_dtype=compute_dtype))
+    partition, plain = partition_of(CONFIG.mesh), 2 * 3 * item * PARAMETERS
+    state = abstract_state(config, partition, VOCAB)
+    assert fsdp_minimum(config, partition, state) == {False: plain, True: plain + item * PARAMETERS}
+    hutchinson = dataclasses.replace(config, optimizer=SophiaHConfig(warmup_steps=0))
+    assert fsdp_minimum(hutchinson, partition, state) == {False: plain, True: None}
 
 
 def test_no_collectives_on_one_device():
