@@ -17,6 +17,7 @@ from sophia_levanter import checkpoint, train
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
+from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.run.run import Run
 
 
@@ -41,7 +42,8 @@ def command_losses(config_file, tmp_path, known):
     return known
 
 
-def test_a_call_trains_as_the_command_does(config_file, command_losses, tmp_path):
+def test_a_call_trains_as_the_command_does(config_file, command_losses, tmp_path, monkeypatch):
+    monkeypatch.setattr("sophia_levanter.run.run.peak_flops", lambda devices: len(devices) * 1e12)
     result = train(config_file, trainer={"run_dir": tmp_path / "run"})
     assert losses(result.run_dir) == command_losses
     assert (result.run_dir, result.step, result.stopped_by) == (tmp_path / "run", 12, None)
@@ -49,6 +51,9 @@ def test_a_call_trains_as_the_command_does(config_file, command_losses, tmp_path
     assert result.validation_loss == result.metrics["validation/loss"] < result.train_loss + 0.5
     assert (result.best_step, result.best_validation_loss) == (12, result.validation_loss)
     assert result.checkpoint == str(tmp_path / "run" / "checkpoints" / "step-00000012")
+    flops = abstract_model(load_config(config_file).model, 257).flops_per_token
+    rate = result.metrics["train/tokens_per_second"]
+    assert result.metrics["train/mfu"] == pytest.approx(rate * flops / (8 * 1e12))
     again = train(resume=result.run_dir)
     assert (again.step, again.checkpoint, again.best_validation_loss) == (12, result.checkpoint, result.validation_loss)
     assert again.metrics == pytest.approx(result.metrics)

@@ -31,6 +31,7 @@ from sophia_levanter.checkpoint import (
     steps,
 )
 from sophia_levanter.errors import InputError
+from sophia_levanter.kvstore import kvstore_spec
 
 
 class Google:
@@ -315,3 +316,19 @@ def test_keys_stay_out_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         steps("s3://bucket/run")
     assert "\n" not in str(error.value)
     assert "key" not in str(error.value) and os.environ["AWS_SECRET_ACCESS_KEY"] not in str(error.value)
+
+
+def test_amazons_variables_name_a_server_and_its_region(monkeypatch):
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert kvstore_spec("s3://bucket/a/b") == "s3://bucket/a/b/"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://any")
+    at_any = {"driver": "s3", "bucket": "bucket", "path": "a/b/", "endpoint": "http://any", "aws_region": "us-east-1"}
+    assert kvstore_spec("s3://bucket/a/b") == at_any
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    assert kvstore_spec("s3://bucket/a/b") == at_any | {"aws_region": "eu-central-1"}
+    monkeypatch.setenv("AWS_REGION", "eu-west-3")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://s3")
+    assert kvstore_spec("s3://bucket/a/b") == at_any | {"endpoint": "http://s3", "aws_region": "eu-west-3"}
+    assert kvstore_spec("gs://bucket/a") == "gs://bucket/a/"

@@ -75,3 +75,12 @@ def test_chunks_are_shards_and_only_those_needed_are_read(tmp_path: Path, meshes
     box = ((0, 8), (4, 8))
     (parts,) = arrays.read_parts(str(folder), [(saved, {box})])
     assert np.array_equal(parts[box], VALUES["grid"][:, 4:])
+
+
+def test_processes_with_the_same_chunks_share_the_bytes(monkeypatch) -> None:
+    """Large chunks first, each by the process with the fewest bytes so far of those that have it."""
+    saved = {"small": np.zeros(4), "middle": np.zeros(6), "large": np.zeros(9), "own": np.zeros(5)}
+    holders = {size: {0, 1} for size in (4, 6, 9)} | {5: {0}}
+    monkeypatch.setattr(arrays, "_holders", lambda array: {arrays.whole(array.shape): holders[array.size]})
+    found = {path: list(boxes.values()) for path, boxes in arrays._writers(saved, 2).items()}
+    assert found == {"large": [0], "middle": [1], "own": [0], "small": [1]}

@@ -74,7 +74,7 @@ def test_the_least_that_fsdp_sends(compute_dtype, item):
     partition, plain = partition_of(CONFIG.mesh), 2 * 3 * item * PARAMETERS
     state = abstract_state(config, partition, VOCAB)
     assert fsdp_minimum(config, partition, state) == {False: plain, True: plain + item * PARAMETERS}
-    hutchinson = dataclasses.replace(config, optimizer=SophiaHConfig(warmup_steps=0))
+    hutchinson = dataclasses.replace(config, optimizer=SophiaHConfig(warmup=0))
     assert fsdp_minimum(hutchinson, partition, state) == {False: plain, True: None}
 
 

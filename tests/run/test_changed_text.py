@@ -15,6 +15,7 @@ from sophia_levanter.data import corpora, token_store
 from sophia_levanter.data.corpora import Leak, prepare
 from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.main import main
+from sophia_levanter.run.resuming import _is_same_text
 from tiny_runs import metrics
 
 
@@ -159,3 +160,17 @@ def test_a_cache_that_is_removed_ends_a_run_on_a_large_store_and_what_was_traine
     done = len(metrics(run_dir))
     assert 8 <= done < 30
     assert checkpoint.steps(run_dir / "checkpoints") == [6, done]
+
+
+def test_a_text_has_all_that_was_saved_of_it():
+    part = {"tokens": 5, "digest": "abc"}
+    for saved, now, same in (
+        (part, part | {"documents": 3}, True),  # which an earlier version did not save
+        (part | {"documents": 3}, part, False),
+        (part, part | {"digest": "abd"}, False),
+        ({"mixture": [part]}, {"mixture": [part | {"documents": 3}]}, True),
+        ({"mixture": [part]}, {"mixture": [part, part]}, False),
+        ({"mixture": [part, part]}, {"mixture": [part]}, False),
+        ({"mixture": [part]}, part, False),
+    ):
+        assert _is_same_text(saved, now) is same

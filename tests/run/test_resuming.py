@@ -129,7 +129,7 @@ def test_a_finished_run_can_be_extended_and_what_changes_is_said(config_file, tm
     validation.write_text("some text to validate with " * 20)
     data = ["--data.validation", str(validation)]
     assert main(["--config", str(config_file), *data, "--trainer.run_dir", str(run_dir)]) == 0
-    validation.write_text("another text to validate with " * 20)
+    validation.write_text("ANOTHER TEXT {WHOSE LOSS} IS ABOVE THAT OF THE FIRST " * 20)
     capfd.readouterr()
     more = ["--trainer.num_train_steps", "13", "--trainer.batch_size", "32"]
     assert main(["--resume", str(run_dir), *more]) == 0
@@ -139,6 +139,8 @@ def test_a_finished_run_can_be_extended_and_what_changes_is_said(config_file, tm
     assert "the validation text is another one than the run began with" in out
     assert "trainer.batch_size_changes keeps their order" in out
     assert list(metrics(run_dir)) == list(range(13))
+    first, last = (checkpoint.read_step(run_dir / "checkpoints", step).metadata["best"] for step in (12, 13))
+    assert last["step"] == 13 and last["validation/loss"] > first["validation/loss"]
 
 
 @pytest.mark.parametrize(("windows", "best"), [("20", 6), ("3", 12)], ids=["the same windows", "others"])

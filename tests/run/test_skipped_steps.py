@@ -131,6 +131,9 @@ def test_a_run_goes_back_and_past_the_data_where_it_went_wrong(config_file, tmp_
     assert all(loss is not None for loss in metrics(whole).values())
     state = state_of(whole)
     assert (int(state["step"]), int(state["skipped_windows"]), int(state["skipped_steps"])) == (12, 80, 0)
+    # Step 8 has no validation loss: the last one is that of step 6.
+    saved = checkpoint.read_step(whole / "checkpoints", 8).metadata["metrics"]
+    assert "train/loss" in saved and "validation/loss" not in saved
 
     # A run that stops after it has gone back goes on with the same data.
     stop_after(9)

@@ -1,4 +1,5 @@
 import time
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -11,11 +12,13 @@ from sophia_levanter.batch import batch_from_sequences
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.optim import AdamW
 from sophia_levanter.partition.mesh import partition_of
+from sophia_levanter.training import loop as loop_module
 from sophia_levanter.training.callbacks import Callback
 from sophia_levanter.training.loop import CompiledSteps, Loop, compile_steps
 from sophia_levanter.training.step import StepOutput, StepSettings, TrainState
 
-STEP_SECONDS, STALL_SECONDS, TOKENS = 0.1, 0.5, 8
+STEPS, TOKENS, MFU_PER_RATE = 10, 8, 0.25
+STEP_SECONDS, STALL_SECONDS = 0.1, 0.5
 
 
 @jax.jit
@@ -27,6 +30,13 @@ def sleep(x):
         return np.asarray(x)
 
     return jax.pure_callback(wait, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+
+def loop_of(**parts):
+    """A loop of ten steps of two windows."""
+    given = {name: MagicMock() for name in ("settings_of", "partition", "loader", "monitor", "evaluating", "saving")}
+    given |= {"callbacks": [], "tokens_per_sequence": TOKENS // 2, "mfu_per_token_rate": MFU_PER_RATE}
+    return Loop(config=TrainerConfig(num_train_steps=STEPS, batch_size=2), **given | parts)
 
 
 @pytest.fixture
@@ -42,6 +52,9 @@ def rates_of():
         class Log(Callback):
             def on_step(self, numbers):
                 rates[numbers.step] = numbers.metrics["train/tokens_per_second"]
+                assert numbers.metrics["train/mfu"] == MFU_PER_RATE * rates[numbers.step]
+                mean_seconds = np.mean([TOKENS / rate for rate in rates.values()])
+                assert numbers.seconds_left == pytest.approx((STEPS - 1 - numbers.step) * mean_seconds)
                 time.sleep(STALL_SECONDS * (numbers.step in logging))
 
         def step(batch, state):
@@ -50,22 +63,12 @@ def rates_of():
             return SimpleNamespace(step=state.step + 1, refresh_pending=False, loss=loss, model=None), output
 
         rates = {}
-        loop = Loop(
-            config=TrainerConfig(num_train_steps=10, batch_size=2),
-            settings_of=MagicMock(),
-            partition=MagicMock(),
-            loader=SimpleNamespace(load_all=load_all),
-            monitor=MagicMock(),
-            callbacks=[Log(None)],
-            evaluating=MagicMock(),
-            saving=MagicMock(),
-            tokens_per_sequence=TOKENS // 2,
-            mfu_per_token_rate=1.0,
-        )
+        loop = loop_of(loader=SimpleNamespace(load_all=load_all), callbacks=[Log(None)])
         loop._last_time = time.perf_counter()
         optimizer = SimpleNamespace(refresh_due=lambda step: False)
         first = SimpleNamespace(step=0, refresh_pending=False, loss=jnp.float32(1), model=None)
         loop._steps(first, CompiledSteps(2, optimizer, step, step), SimpleNamespace(signal=None))
+        assert loop.tokens_per_second == pytest.approx(STEPS / sum(1 / rate for rate in rates.values()))
         return list(rates.values())
 
     return run
@@ -75,8 +78,35 @@ def rates_of():
 def test_a_step_takes_as_long_as_its_result(rates_of, stall):
     """Two steps that end while the host is busy are two steps long, and the second is not as fast as its log line."""
     rates = rates_of(**stall)
-    assert len(rates) == 10
+    assert len(rates) == STEPS
     assert max(rates) < 4 * TOKENS / STEP_SECONDS  # a busy machine sees some ends late
+
+
+@pytest.mark.parametrize(("seconds", "is_ready", "stalls"), [(0.5, True, 1), (0.5, False, 0), (0.0, True, 0)])
+def test_a_step_that_waits_for_its_batch_is_counted(seconds, is_ready, stalls, monkeypatch):
+    """Only where the step before has ended: otherwise the devices are busy meanwhile."""
+    clock = iter([10.0, 10.0 + seconds])
+    monkeypatch.setattr(loop_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    loop, running = loop_of(), {"train/loss": SimpleNamespace(is_ready=lambda: is_ready)}
+    assert loop._next(iter(["batch"]), StepOutput(running, np.bool_(False), np.int32(0))) == "batch"
+    assert loop.data_stalls == stalls
+
+
+def test_a_refresh_that_came_to_nothing_is_tried_again_at_the_next_step():
+    refreshes = []
+
+    def step(refresh, batch, state):
+        refreshes.append(refresh)
+        pending = refresh and sum(refreshes) < 3
+        output = StepOutput({"train/loss": jnp.float32(1)}, np.bool_(pending), np.int32(0))
+        return SimpleNamespace(step=state.step + 1), output
+
+    loop = loop_of(loader=SimpleNamespace(load_all=lambda first, stop: iter(range(first, stop))))
+    steps = CompiledSteps(
+        2, SimpleNamespace(refresh_due=lambda step: step in (1, 6)), partial(step, False), partial(step, True)
+    )
+    loop._steps(SimpleNamespace(step=0, refresh_pending=False), steps, SimpleNamespace(signal=None))
+    assert np.flatnonzero(refreshes).tolist() == [1, 2, 3, 6] and len(refreshes) == STEPS
 
 
 def test_steps_are_compiled_once_for_runs_with_the_same_settings(make_model):

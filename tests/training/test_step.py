@@ -211,12 +211,27 @@ def test_a_refresh_leaves_the_gradient_as_it_is():
     assert loss_of(plain_output) == pytest.approx(loss_of(output), rel=1e-6)
 
 
+STEERED = SophiaG(
+    learning_rate=lambda count: 0.1 / (count + 1), rho=WinRateController(target=0.5, initial=1e-6, gain=1.0)
+)
+
+
 def test_rho_follows_the_win_rate():
-    optimizer = SophiaG(rho=WinRateController(target=0.5, initial=1e-6, gain=1.0))
-    state, output = first_step(optimizer)
+    state, output = first_step(STEERED)
     assert float(output.metrics["optim/rho"]) == pytest.approx(1e-6)
-    state, output = take_step(StepSettings(optimizer), batch_from_sequences(windows()), state)
+    state, output = take_step(StepSettings(STEERED), batch_from_sequences(windows()), state)
     assert float(output.metrics["optim/rho"]) == pytest.approx(1e-6 * np.exp(0.5), rel=1e-3)
+
+
+def test_the_learning_rate_is_that_of_the_step_and_the_norm_is_that_after_it():
+    state, output = first_step(STEERED)
+    assert float(output.metrics["train/learning_rate"]) == pytest.approx(0.1)
+    before, after = (
+        float(jnp.linalg.norm(jax.flatten_util.ravel_pytree(eqx.filter(model, eqx.is_inexact_array))[0]))
+        for model in (tiny_model(), state.model)
+    )
+    assert float(output.metrics["train/parameter_norm"]) == pytest.approx(after, rel=1e-6)
+    assert after != pytest.approx(before, rel=1e-3)
 
 
 def test_gradients_above_the_limit_are_scaled_down_to_it():
@@ -228,6 +243,41 @@ def test_gradients_above_the_limit_are_scaled_down_to_it():
     m = free.optimizer_state.momentum
     assert gap(jax.tree.map(lambda x: x / 3, m), clipped.optimizer_state.momentum) < 1e-5
     assert gap(m, below.optimizer_state.momentum) == 0
+
+
+def test_dropout_differs_between_microbatches_and_between_steps():
+    model, rows = tiny_model(dataclasses.replace(TINY, dropout=0.5)), np.concatenate([windows(ROWS // 2)] * 2)
+
+    def loss(step, microbatch):
+        """Of one of two equal microbatches; the other has no weight."""
+        state = eqx.tree_at(lambda s: s.step, TrainState.init(model, AdamW()), jnp.int32(step))
+        weights = np.zeros((ROWS, TINY.seq_len), np.float32)
+        weights[ROWS // 2 * microbatch : ROWS // 2 * (microbatch + 1)] = 1
+        batch = batch_from_sequences(rows, weights, num_microbatches=2)
+        return loss_of(take_step(StepSettings(AdamW()), batch, state, refresh=False)[1])
+
+    first = loss(0, 0)
+    assert loss(0, 1) != pytest.approx(first, rel=1e-4)
+    assert loss(1, 0) != pytest.approx(first, rel=1e-4)
+
+
+def test_a_spike_of_the_loss_is_skipped():
+    """It is compared with the mean loss of the good steps before. The first step has none, and is good."""
+    settings = StepSettings(AdamW(), loss_spike_factor=2.0)
+
+    def step(recent):
+        start = TrainState.init(tiny_model(), settings.optimizer)
+        state = eqx.tree_at(lambda s: s.recent_loss, start, jnp.float32(recent))
+        return take_step(settings, batch_from_sequences(windows()), state, refresh=False)
+
+    first, output = step(np.inf)
+    loss = loss_of(output)
+    good, _ = step(1.01 * loss / 2)
+    spike, _ = step(0.99 * loss / 2)
+    assert [int(state.skipped_steps) for state in (first, good, spike)] == [0, 0, 1]
+    assert gap(good.model, tiny_model()) > 0 == gap(spike.model, tiny_model())
+    means = [float(state.recent_loss) / loss for state in (first, good, spike)]
+    assert means == pytest.approx([1.0, 0.98 * 1.01 / 2 + 0.02, 0.99 / 2])
 
 
 def test_weights_leave_positions_out_of_loss_and_curvature():
