@@ -23,13 +23,14 @@ WINDOWS_PER_DEVICE = 8
 REPORT_SECONDS = 5.0
 OPTIONS = ("--step", "--windows", "--batch_size")
 USAGE = f"""\
-usage: python -m sophia_levanter.commands.evaluate MODEL [--step N] [--windows N] [--batch_size N]
+usage: python -m sophia_levanter.commands.evaluate MODEL [--step N] [--averaged] [--windows N] [--batch_size N]
        [--SECTION.FIELD VALUE ...] [--help]
 
 Prints the mean loss over all tokens of a text, each predicted once and weighted the same.
 
   MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
   --step N               of the run's checkpoints; the newest if not given
+  --averaged             the average of the weights that a run with trainer.ema_decay keeps
   --windows N            of the text, spread evenly; all if not given
   --batch_size N         sequences at one time, rounded up to a multiple of the devices that share them;
                          {WINDOWS_PER_DEVICE} for each of these if not given
@@ -44,6 +45,7 @@ class Command:
 
     model: str
     step: int | None
+    averaged: bool
     sequences: int | None
     batch_size: int | None
     overrides: Sequence[tuple[str, str]]
@@ -64,7 +66,7 @@ def parse(words: Sequence[str]) -> Command:
     Raises:
         InputError: if an argument is not known, is missing, or has no value or a wrong one.
     """
-    arguments = parse_arguments(words, options=OPTIONS, overrides=True, words=True)
+    arguments = parse_arguments(words, options=OPTIONS, flags=("--averaged",), overrides=True, words=True)
     if len(arguments.words) != 1:
         raise InputError(f"{len(arguments.words)} models are given; write one MODEL; --help shows the options")
     numbers = {name: whole_number(name, text) for name, text in arguments.options.items()}
@@ -74,6 +76,7 @@ def parse(words: Sequence[str]) -> Command:
     return Command(
         arguments.words[0],
         step=numbers.get("--step"),
+        averaged="--averaged" in arguments.flags,
         sequences=numbers.get("--windows"),
         batch_size=numbers.get("--batch_size"),
         overrides=arguments.overrides,
@@ -84,7 +87,9 @@ def _run(command: Command) -> int:
     # Only now what takes long to import.
     from sophia_levanter.run.loading import load_model
 
-    loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=_tell)
+    loaded = load_model(
+        command.model, step=command.step, averaged=command.averaged, overrides=command.overrides, report=_tell
+    )
     batches, text = _batches(command, loaded)
     started = time.monotonic()
     evaluation = _evaluate(loaded, batches)

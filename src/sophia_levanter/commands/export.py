@@ -15,14 +15,15 @@ from sophia_levanter.status import DONE
 
 DTYPES = ("float32", "bfloat16", "float16")
 USAGE = """\
-usage: python -m sophia_levanter.commands.export MODEL OUT_DIR [--step N] [--dtype TYPE] [--SECTION.FIELD VALUE ...]
-       [--help]
+usage: python -m sophia_levanter.commands.export MODEL OUT_DIR [--step N] [--averaged] [--dtype TYPE]
+       [--SECTION.FIELD VALUE ...] [--help]
 
 Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load, and --trainer.initial_weights too.
 
   MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
   OUT_DIR                a new or an empty folder
   --step N               of the run's checkpoints; the newest if not given
+  --averaged             the average of the weights that a run with trainer.ema_decay keeps
   --dtype TYPE           float32, bfloat16 or float16; as the model has it if not given
   --SECTION.FIELD VALUE  sets one field, on top of the run's: --data.tokenizer cl100k_base for a ckpt.pt of that
   --help                 prints this and exits"""
@@ -35,6 +36,7 @@ class Command:
     model: str
     folder: Path
     step: int | None
+    averaged: bool
     dtype: str | None
     overrides: Sequence[tuple[str, str]]
 
@@ -54,7 +56,7 @@ def parse(words: Sequence[str]) -> Command:
     Raises:
         InputError: if an argument is not known, is missing, or has no value or a wrong one.
     """
-    arguments = parse_arguments(words, options=("--step", "--dtype"), overrides=True, words=True)
+    arguments = parse_arguments(words, options=("--step", "--dtype"), flags=("--averaged",), overrides=True, words=True)
     if len(arguments.words) != 2:
         raise InputError(f"{len(arguments.words)} words are given; write MODEL OUT_DIR; --help shows the options")
     dtype = arguments.options.get("--dtype")
@@ -66,6 +68,7 @@ def parse(words: Sequence[str]) -> Command:
         model,
         Path(os.path.realpath(os.path.expanduser(folder))),
         None if step is None else whole_number("--step", step),
+        "--averaged" in arguments.flags,
         dtype,
         arguments.overrides,
     )
@@ -77,7 +80,9 @@ def _export(command: Command) -> int:
     from sophia_levanter.run.loading import load_model
 
     check_new_folder(command.folder)
-    loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=print)
+    loaded = load_model(
+        command.model, step=command.step, averaged=command.averaged, overrides=command.overrides, report=print
+    )
     export_model(loaded, command.folder, command.dtype)
     print(
         f"{loaded.source} is in {command.folder}: {command.dtype or loaded.model.head_weights().dtype.name}, "

@@ -28,7 +28,7 @@ TOKENS = 200
 MOST_PROMPT_BYTES = 1 << 26
 USAGE = f"""\
 usage: python -m sophia_levanter.commands.sample MODEL [--prompt TEXT ...] [--prompt_file FILE] [--tokens N]
-       [--temperature T] [--top_k K] [--top_p P] [--seed S] [--samples N] [--step N]
+       [--temperature T] [--top_k K] [--top_p P] [--seed S] [--samples N] [--step N] [--averaged]
        [--SECTION.FIELD VALUE ...] [--help]
 
 Prints prompts and how the model goes on with them, up to the end of the document that it writes. One text comes token
@@ -46,6 +46,7 @@ by token; several come when all are done, each under a heading. All else is said
   --seed S               of the draws; 0 if not given
   --samples N            texts for each prompt; 1 if not given
   --step N               of the run's checkpoints; the newest if not given
+  --averaged             the average of the weights that a run with trainer.ema_decay keeps
   --SECTION.FIELD VALUE  sets one field, on top of the run's: --trainer.compute_dtype float32, --mesh.fsdp embed
   --help                 prints this and exits"""
 
@@ -61,6 +62,7 @@ class Command:
     seed: int
     samples: int
     step: int | None
+    averaged: bool
     overrides: Sequence[tuple[str, str]]
 
 
@@ -79,7 +81,9 @@ def parse(words: Sequence[str]) -> Command:
     Raises:
         InputError: if an argument is not known, is missing, or has no value or a wrong one, or the file is no text.
     """
-    arguments = parse_arguments(words, options=OPTIONS, repeatable=("--prompt",), overrides=True, words=True)
+    arguments = parse_arguments(
+        words, options=OPTIONS, repeatable=("--prompt",), flags=("--averaged",), overrides=True, words=True
+    )
     if len(arguments.words) != 1:
         raise InputError(
             f"{len(arguments.words)} models are given; write one MODEL, and each prompt after --prompt; "
@@ -107,6 +111,7 @@ def parse(words: Sequence[str]) -> Command:
         seed=numbers.get("--seed", 0),
         samples=numbers.get("--samples", 1),
         step=numbers.get("--step"),
+        averaged="--averaged" in arguments.flags,
         overrides=arguments.overrides,
     )
 
@@ -139,7 +144,9 @@ def _run(command: Command) -> int:
     # Only now what takes long to import.
     from sophia_levanter.run.loading import load_model
 
-    loaded = load_model(command.model, step=command.step, overrides=command.overrides, report=_tell)
+    loaded = load_model(
+        command.model, step=command.step, averaged=command.averaged, overrides=command.overrides, report=_tell
+    )
     _tell(f"model: {loaded.source}")
     prompts = _encoded(command.prompts, loaded)
     if not command.prompts:

@@ -51,6 +51,12 @@ class TrainerConfig(Settings):
     loss_spike_factor: float | None = setting(
         None, "skip steps whose loss is more than this factor above its recent mean", above=1
     )
+    ema_decay: float | None = setting(
+        None,
+        "decay of an exponential moving average of the weights, such as 0.999; no average if not given",
+        above=0,
+        below=1,
+    )
     max_skipped_steps: int = setting(10, "consecutive skipped steps before the run gives up or rolls back", low=1)
     max_rollbacks: int = setting(
         0, "times the run may return to its last good checkpoint and skip the data since then", low=0

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jmp
@@ -64,12 +64,15 @@ class LoadedModel:
     step: int | None
 
 
-def load_model(place: str, *, step: int | None = None, overrides: Overrides = (), report: Report) -> LoadedModel:
+def load_model(
+    place: str, *, step: int | None = None, averaged: bool = False, overrides: Overrides = (), report: Report
+) -> LoadedModel:
     """The model in a place, spread over all devices as `--mesh` options say; each has all of it without them.
 
     Args:
         place: a run directory; a directory or URL of checkpoints; a folder saved by transformers; nanoGPT's `ckpt.pt`.
         step: of the run's checkpoints; the newest that is whole if not given.
+        averaged: whether to take the average of the weights that a run with `trainer.ema_decay` keeps.
         overrides: dotted field paths and values as typed, on top of the run's configuration without its mesh.
         report: takes a line of news for the user.
 
@@ -84,9 +87,9 @@ def load_model(place: str, *, step: int | None = None, overrides: Overrides = ()
                 f"{place} does not exist; name a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt"
             )
         if os.path.isfile(os.path.join(place, "config.yaml")):
-            return _from_run(Path(place), step, overrides, report)
+            return _from_run(Path(place), Saved(step, averaged), overrides, report)
     if ("://" in place or os.path.isdir(place)) and checkpoint.steps(place):
-        return _from_checkpoints(place, step, overrides, report)
+        return _from_checkpoints(place, Saved(step, averaged), overrides, report)
     if "://" in place:
         raise InputError(f"{place} holds no checkpoint (no step-* folder)")
     if os.path.isdir(place) and not any(os.path.exists(os.path.join(place, n)) for n in ("config.json", "ckpt.pt")):
@@ -95,7 +98,16 @@ def load_model(place: str, *, step: int | None = None, overrides: Overrides = ()
         )
     if step is not None:
         raise InputError(f"--step {step} does not go with {place}, which is no run directory")
+    if averaged:
+        raise InputError(f"--averaged does not go with {place}, which is no run directory")
     return _from_file(Path(place), overrides, report)
+
+
+class Saved(NamedTuple):
+    """Which weights of a run's checkpoints: those of a step, or None for the newest, and whether their average."""
+
+    step: int | None
+    averaged: bool
 
 
 def _check_overrides(place: str, overrides: Overrides, allowed: Sequence[str]) -> None:
@@ -104,32 +116,34 @@ def _check_overrides(place: str, overrides: Overrides, allowed: Sequence[str]) -
             raise InputError(f"--{name} does not go with {place}, whose model has a shape already")
 
 
-def _from_run(run_dir: Path, step: int | None, overrides: Overrides, report: Report) -> LoadedModel:
+def _from_run(run_dir: Path, wanted: Saved, overrides: Overrides, report: Report) -> LoadedModel:
     config = _config(read_layers(run_dir / "config.yaml"), overrides)
     directory = config.trainer.checkpoint_dir or run_dir / "checkpoints"
     if not checkpoint.steps(directory):
         raise InputError(f"{run_dir}: the run has saved no checkpoint (no step-* folder in {directory})")
-    return _restored(directory, str(run_dir), config, step, overrides, report)
+    return _restored(directory, str(run_dir), config, wanted, overrides, report)
 
 
-def _from_checkpoints(directory: str, step: int | None, overrides: Overrides, report: Report) -> LoadedModel:
-    manifest = newest_manifest(directory, step)
+def _from_checkpoints(directory: str, wanted: Saved, overrides: Overrides, report: Report) -> LoadedModel:
+    manifest = newest_manifest(directory, wanted.step)
     if manifest is None or not is_of_training(manifest.metadata):
         raise InputError(f"{directory} holds checkpoints that were not saved by a training run")
     saved: Any = manifest.metadata["config"]
     config = _config([flatten(saved, Path(directory))], overrides)
-    return _restored(directory, directory, config, step, overrides, report)
+    return _restored(directory, directory, config, wanted, overrides, report)
 
 
 def _restored(
-    directory: Path | str, shown: str, config: TrainConfig, step: int | None, overrides: Overrides, report: Report
+    directory: Path | str, shown: str, config: TrainConfig, wanted: Saved, overrides: Overrides, report: Report
 ) -> LoadedModel:
     _check_overrides(shown, overrides, free_settings(config.model))
     if "data.tokenizer" not in dict(overrides):
         data = with_kept_tokenizer(config.data, directory, going_on=False)
         config = dataclasses.replace(config, data=data)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    _check_tokenizer(directory, shown, tokenizer, step)
+    if wanted.averaged and config.trainer.ema_decay is None:
+        raise InputError(f"--averaged: {shown} keeps no average of its weights; trainer.ema_decay makes a run keep one")
+    _check_tokenizer(directory, shown, tokenizer, wanted.step)
     partition = _partition(config, tokenizer)
     policy = jmp.get_policy(config.trainer.parameter_dtype)
 
@@ -137,10 +151,11 @@ def _restored(
         model = config.model.build(vocab_size=tokenizer.vocab_size, key=jax.random.key(0))
         return policy.cast_to_param(model)
 
-    like = {"model": partition.abstract(made)}
-    restored = checkpoint.restore(directory, like, report=report, step=step, cast=True, partial=True)
-    source = f"step {restored.step:,} of {shown}"
-    return LoadedModel(restored.tree["model"], config, tokenizer, partition, source, restored.step)
+    part = "average" if wanted.averaged else "model"
+    like = {part: partition.abstract(made)}
+    restored = checkpoint.restore(directory, like, report=report, step=wanted.step, cast=True, partial=True)
+    source = f"step {restored.step:,} of {shown}" + (", averaged weights" if wanted.averaged else "")
+    return LoadedModel(restored.tree[part], config, tokenizer, partition, source, restored.step)
 
 
 def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, step: int | None) -> None:

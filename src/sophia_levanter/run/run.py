@@ -205,7 +205,12 @@ class Run:
         """The state before step 0 on the devices, with the initial weights if the configuration names some."""
         if self.initial_weights is None:
             return self.partition.init_sharded(self.initial_state)
-        start = Partial(TrainState.init, optimizer=self.settings.optimizer, policy=self.settings.policy)
+        start = Partial(
+            TrainState.init,
+            optimizer=self.settings.optimizer,
+            policy=self.settings.policy,
+            averaged=self.settings.ema_decay is not None,
+        )
         weights, self.initial_weights = self.partition.place(self.initial_weights), None  # the host's memory is freed
         return self.partition.init_sharded(start, weights)
 

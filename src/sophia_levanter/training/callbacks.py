@@ -302,9 +302,13 @@ class Evaluating(Callback):
         numbers = {"validation/loss": loss, "validation/bits_per_byte": bits_per_byte}
         if math.isfinite(loss) and (self.best is None or loss < self.best["validation/loss"]):
             self.best = {"step": done, "validation/loss": loss}
-        self.monitor.console.line(
-            f"step {done}: validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte"
-        )
+        line = f"step {done}: validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte"
+        if pause.state.average is not None:
+            averaged = self.evaluate(pause.state.average, lambda: watchdog.begin(f"the evaluation after step {done}"))
+            numbers["validation/average_loss"] = averaged.loss
+            numbers["validation/average_bits_per_byte"] = averaged.bits_per_byte
+            line += f"; {averaged.loss:.4f} with averaged weights"
+        self.monitor.console.line(line)
         try:
             for callback in self.registered:
                 numbers |= callback.on_evaluation(pause, evaluation)

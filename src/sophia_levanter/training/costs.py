@@ -130,6 +130,7 @@ def bytes_by_kind(state: TrainState) -> dict[str, int]:
         "parameters": device_bytes(state.model),
         "momentum": device_bytes(_named(optimizer_state, ("momentum", "mu"))),
         "curvature": device_bytes(_named(optimizer_state, ("curvature",))),
+        "average": device_bytes(state.average),
     }
     others = device_bytes(state) - sum(kinds.values())
     return {kind: size for kind, size in {**kinds, "other optimizer state": others}.items() if size}

@@ -26,7 +26,7 @@ from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.optim import Optimizer, RefreshStep
 from sophia_levanter.optim._checks import value_at
 from sophia_levanter.optim._gradients import LossesFn, split_at
-from sophia_levanter.optim._trees import is_named, norm
+from sophia_levanter.optim._trees import is_named, norm, select, upcast
 from sophia_levanter.partition.mesh import shard_params
 from sophia_levanter.training.metrics import Metric, StepTrees, measure
 
@@ -47,6 +47,7 @@ class TrainState(eqx.Module):
         skipped_in_a_row: int32, such steps since the last good one.
         recent_loss: float32, exponential mean of the losses of good steps, nats; infinite before the first.
         skipped_windows: int32, sequences of the data order that the run has passed over, going back to a checkpoint.
+        average: the exponential moving average of the parameters, in at least float32; None without one.
     """
 
     step: jax.Array
@@ -56,10 +57,13 @@ class TrainState(eqx.Module):
     skipped_in_a_row: jax.Array
     recent_loss: jax.Array
     skipped_windows: jax.Array
+    average: LanguageModel | None = None
 
     @staticmethod
-    def init(model: LanguageModel, optimizer: Optimizer, policy: jmp.Policy | None = None) -> TrainState:
-        """The state before step 0, the parameters in the policy's dtype."""
+    def init(
+        model: LanguageModel, optimizer: Optimizer, policy: jmp.Policy | None = None, *, averaged: bool = False
+    ) -> TrainState:
+        """The state before step 0, the parameters in the policy's dtype, and an average of them if wanted."""
 
         def zero() -> jax.Array:
             return jnp.zeros((), jnp.int32)
@@ -67,7 +71,8 @@ class TrainState(eqx.Module):
         if policy is not None:
             model = policy.cast_to_param(model)
         infinite = jnp.full((), jnp.inf, jnp.float32)
-        return TrainState(zero(), model, optimizer.init(model), zero(), zero(), infinite, zero())
+        average = jax.tree.map(lambda x: upcast(x) + 0, model) if averaged else None
+        return TrainState(zero(), model, optimizer.init(model), zero(), zero(), infinite, zero(), average)
 
     @property
     def refresh_pending(self) -> jax.Array:
@@ -101,6 +106,7 @@ class StepSettings:
         policy: parameters' and compute dtypes.
         max_grad_norm: global norm above which gradients are scaled down to it; None for no clipping.
         loss_spike_factor: a step whose loss is more than so many times the recent mean is skipped; None for none.
+        ema_decay: of the average of the parameters; None for no average.
         curvature_microbatches: how many of the first microbatches refresh the curvature; None for all.
         curvature_microbatch_size: rows of a microbatch that refreshes the curvature; None for the gradient's.
         metrics: registered metrics to measure, by name.
@@ -111,6 +117,7 @@ class StepSettings:
     policy: jmp.Policy = field(default_factory=lambda: jmp.get_policy("float32"))
     max_grad_norm: float | None = 1.0
     loss_spike_factor: float | None = None
+    ema_decay: float | None = None
     curvature_microbatches: int | None = None
     curvature_microbatch_size: int | None = None
     metrics: tuple[tuple[str, Metric], ...] = ()
@@ -133,6 +140,7 @@ class StepSettings:
             policy=jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype},output=float32"),
             max_grad_norm=trainer.max_grad_norm,
             loss_spike_factor=trainer.loss_spike_factor,
+            ema_decay=trainer.ema_decay,
             curvature_microbatches=None if curvature is None else curvature[0],
             curvature_microbatch_size=own,
             metrics=tuple((name, METRICS[name]) for name in trainer.metrics),
@@ -149,7 +157,7 @@ def initial_state(config: ModelConfig, settings: StepSettings, vocab_size: int) 
 
 def _initial_state(config: ModelConfig, settings: StepSettings, vocab_size: int) -> TrainState:
     model = config.build(vocab_size=vocab_size, key=jax.random.key(settings.seed))
-    return TrainState.init(model, settings.optimizer, settings.policy)
+    return TrainState.init(model, settings.optimizer, settings.policy, averaged=settings.ema_decay is not None)
 
 
 class _Keys(NamedTuple):
@@ -200,7 +208,7 @@ def train_step(
     if settings.loss_spike_factor is not None:
         good &= loss <= settings.loss_spike_factor * state.recent_loss
     optimizer = settings.optimizer
-    new_state, updates = _apply(optimizer, state, loss, clipped, h_hat, good)
+    new_state, updates = _apply(settings, state, loss, clipped, h_hat, good)
     metrics = {
         "train/loss": loss,
         "train/grad_norm": grad_norm,
@@ -310,7 +318,7 @@ def _row_uniforms(key: jax.Array, batch: Batch) -> NamedArray:
 
 
 def _apply(
-    optimizer: Optimizer,
+    settings: StepSettings,
     state: TrainState,
     loss: jax.Array,
     grads: PyTree,
@@ -318,16 +326,30 @@ def _apply(
     good: jax.Array,
 ) -> tuple[TrainState, PyTree]:
     """Refresh and update where the numbers are good; count either way. The state and the update."""
-    updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.model, h_hat, finite=good)
+    updates, optimizer_state = settings.optimizer.update(grads, state.optimizer_state, state.model, h_hat, finite=good)
+    model = eqx.apply_updates(state.model, updates)
     is_first = jnp.isinf(state.recent_loss)
     recent = jnp.where(is_first, loss, RECENT_LOSS_DECAY * state.recent_loss + (1 - RECENT_LOSS_DECAY) * loss)
     after = TrainState(
         step=state.step + 1,
-        model=eqx.apply_updates(state.model, updates),
+        model=model,
         optimizer_state=optimizer_state,
         skipped_steps=state.skipped_steps + ~good,
         skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
         recent_loss=jnp.where(good, recent, state.recent_loss),
         skipped_windows=state.skipped_windows,
+        average=_averaged(settings.ema_decay, state, model, good),
     )
     return shard_params(after), updates
+
+
+def _averaged(decay: float | None, state: TrainState, model: LanguageModel, good: jax.Array) -> LanguageModel | None:
+    """average <- d average + (1 - d) parameters, after a good step.
+
+    d is the decay; in the first steps it is less, (1 + step) / (10 + step), to forget the initial weights soon.
+    """
+    if decay is None:
+        return None
+    d = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+    mean = jax.tree.map(lambda a, p: d * a + (1 - d) * upcast(p), state.average, model)
+    return select(good, mean, state.average)

@@ -1,0 +1,85 @@
+"""An exponential moving average of the weights: kept, evaluated, saved, and read by the commands on models."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sophia_levanter import checkpoint
+from sophia_levanter.batch import batch_from_sequences
+from sophia_levanter.commands import evaluate, export, sample
+from sophia_levanter.main import main
+from sophia_levanter.optim import AdamW
+from sophia_levanter.partition.mesh import partition_of
+from sophia_levanter.training.step import StepSettings, TrainState, train_step
+from tiny_runs import metrics
+
+DECAY = 0.15
+
+
+def floats(tree):
+    return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_the_average_follows_the_weights_of_good_steps(make_model, dtype):
+    settings = StepSettings(AdamW(learning_rate=0.1), ema_decay=DECAY)
+    model = jax.tree.map(lambda x: x.astype(dtype), make_model())
+    partition = partition_of(devices=jax.devices()[:1])
+    state = TrainState.init(model, settings.optimizer, averaged=True)
+    wanted = floats(model)
+    weights = np.ones((2, 8), np.float32)
+    with partition.active():
+        step = eqx.filter_jit(lambda batch, state: train_step(settings, False, batch, state))
+        for number in range(4):
+            bad = np.full_like(weights, np.nan) if number == 2 else weights
+            sequences = np.random.default_rng(number).integers(0, 100, (2, 9)).astype(np.int32)
+            state, _ = step(batch_from_sequences(sequences, bad), state)
+            decay = min(DECAY, (1 + number) / (10 + number))
+            if number != 2:
+                wanted = [decay * a + (1 - decay) * p for a, p in zip(wanted, floats(state.model), strict=True)]
+    for found, mean in zip(jax.tree.leaves(state.average), wanted, strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def averaging(tmp_path_factory):
+    """A finished run that keeps an average, stopped and resumed after six steps, and its last line of evaluation."""
+    from tiny_runs import write_config, write_text
+
+    folder = tmp_path_factory.mktemp("averaging")
+    config = write_config(folder, write_text(folder))
+    command = ["--config", str(config), "--trainer.run_dir", str(folder / "run"), "--trainer.ema_decay", "0.9"]
+    command += ["--optimizer.type", "adamw"]
+    assert main([*command, "--trainer.num_train_steps", "6"]) == 0
+    assert main([*command, "--trainer.num_train_steps", "12", "--resume", "auto"]) == 0
+    return folder / "run"
+
+
+def test_it_is_evaluated_and_saved(averaging):
+    raw, mean = (metrics(averaging, f"validation/{name}") for name in ("loss", "average_loss"))
+    assert set(raw) == set(mean) == {5, 11}
+    assert all(np.isfinite(list(mean.values()))) and mean[11] != raw[11]
+    saved = dict(checkpoint.read_arrays(averaging / "checkpoints", checkpoint.read_step(averaging / "checkpoints", 12)))
+    names = {path.removeprefix("average.") for path in saved if path.startswith("average.")}
+    assert names == {path.removeprefix("model.") for path in saved if path.startswith("model.")}
+
+
+def test_commands_read_it(averaging, tmp_path, capfd):
+    for flags, name in (([], "loss"), (["--averaged"], "average_loss")):
+        assert evaluate.main([str(averaging), "--windows", "20", *flags]) == 0
+        out = capfd.readouterr().out
+        assert f"loss           {metrics(averaging, f'validation/{name}')[11]:.4f} nats per token" in out
+        assert ("averaged weights" in out) is bool(flags)
+    assert export.main([str(averaging), str(tmp_path / "exported"), "--averaged"]) == 0
+    assert "averaged weights" in capfd.readouterr().out
+    assert sample.main([str(averaging), "--averaged", "--tokens", "3"]) == 0
+
+
+def test_where_there_is_no_average(finished_run, gpt2_folder, capfd):
+    assert evaluate.main([str(finished_run.path), "--averaged"]) == 2
+    assert "keeps no average of its weights; trainer.ema_decay makes a run keep one" in capfd.readouterr().err
+    assert sample.main([str(gpt2_folder), "--averaged"]) == 2
+    assert f"--averaged does not go with {gpt2_folder}, which is no run directory" in capfd.readouterr().err
