@@ -63,6 +63,9 @@ def test_targets():
     pod = tpu_target("v4:2x2x4")
     assert (pod.num_devices, pod.topology, pod.chip.memory) == (16, "v4:2x2x4", 32 * GIB)
     assert tpu_target("v5e:16x16").num_devices == 256
+    for name, topology in (("v4-32", "v4:2x2x4"), ("v5litepod-16", "v5e:4x4"), ("v6e-8", "v6e:2x4")):
+        named = tpu_target(name)
+        assert (named.topology, named.num_devices) == (topology, tpu_target(topology).num_devices)
     gpus = pretended_target(8, "a100-40")
     assert (gpus.num_devices, gpus.topology, gpus.chip.peak_flops) == (8, None, 312e12)
     assert 35 * GIB < gpus.chip.memory < 40 * GIB
@@ -80,7 +83,7 @@ def test_rates_of_the_chips():
 
 
 @pytest.mark.parametrize(
-    "text", ["v4", "v4-32", "v9:2x2x4", "v4:2x2xa", "v4:", "v4:8", "v4:2x2", "v5e:2x2x4", "v4:2x2x0"]
+    "text", ["v4", "v4-33", "v9:2x2x4", "v4:2x2xa", "v4:", "v4:8", "v4:2x2", "v5e:2x2x4", "v4:2x2x0"]
 )
 def test_no_topology(text):
     with pytest.raises(InputError, match=f"^--target is '{text}'; "):

@@ -24,7 +24,7 @@ from sophia_levanter.planning.step_plan import (
     step_time,
 )
 from sophia_levanter.planning.target import GIB, GPUS_OF_A_NODE, QR_SIDE, Target
-from sophia_levanter.run.summary import attention_of, count_parameters, describe_mesh
+from sophia_levanter.run.summary import attention_of, count_parameters, describe_layout
 from sophia_levanter.training.costs import abstract_state, bytes_by_kind, flops_per_step
 
 # What a refresh of Hutchinson's may need of a plain step's temporaries before its rows are taken in smaller pieces.
@@ -54,7 +54,7 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     partition = partition_of(config.mesh, target.devices())
     attention = attention_of(config, partition)
     state = abstract_state(config, partition, vocab_size)
-    yield f"{name} on {target.name}: {describe_mesh(partition)}"
+    yield ", ".join([f"{name} on {target.name}, {target.num_devices} device(s)", *describe_layout(partition)])
     if target.topology is None:
         yield (
             "approximate: compiled for this machine's CPU, whose compiler lays temporaries out in another way and "

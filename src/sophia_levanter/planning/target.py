@@ -19,6 +19,7 @@ GIB = 2**30
 # The side of the matrix that `Chip.qr_flops` is for.
 QR_SIDE = 2048
 GPUS_OF_A_NODE = 8
+SLICE_NAME = r"(v4|v5litepod|v5e|v5p|v6e)-(\d{1,5})"
 # For libtpu, which looks at these when it starts: it is to describe a machine, not to look for one.
 LIBTPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -133,16 +134,21 @@ class Target:
 
 
 def tpu_target(text: str) -> Target:
-    """A TPU topology such as `v4:2x2x4`.
+    """A TPU slice by its name on Google Cloud, such as `v4-32`, or by its topology, such as `v4:2x2x4`.
 
     Raises:
-        InputError: if it is none.
+        InputError: if it is neither.
     """
+    if re.fullmatch(SLICE_NAME, text):
+        shape = tpu_shape(text, "--target")
+        return Target(
+            f"{text} ({shape.topology})", shape.chips, TPUS[shape.generation], f"{shape.generation}:{shape.topology}"
+        )
     match = re.fullmatch(r"(\w+):(\d{1,9}(?:x\d{1,9})+)", text)
     if match is None or match[1] not in TPUS:
         raise InputError(
-            f"--target is {text!r}; it must be a TPU and its chips along each axis, such as v4:2x2x4 or v5e:4x8 "
-            f"({', '.join(TPUS)})"
+            f"--target is {text!r}; it must be a TPU slice such as v4-32, or a TPU and its chips along each axis, "
+            f"such as v4:2x2x4 or v5e:4x8 ({', '.join(TPUS)})"
         )
     sides = [int(n) for n in match[2].split("x")]
     if min(sides) < 1 or max(sides) > TPUS[match[1]].longest_side:
@@ -226,23 +232,23 @@ class TpuShape:
         return f"{self.accelerator_type}: {self.chips} chips ({self.topology}), {hosts}, {self.memory / GIB:,.0f} GiB"
 
 
-def tpu_shape(accelerator_type: str) -> TpuShape:
+def tpu_shape(accelerator_type: str, field: str = "accelerator") -> TpuShape:
     """The slice of a name such as v4-32, v5litepod-16, v5p-8 or v6e-256; v5e-16 is v5litepod-16.
 
     Raises:
         InputError: if there is none of that name; says which there are.
     """
-    match = re.fullmatch(r"(v4|v5litepod|v5e|v5p|v6e)-(\d{1,5})", accelerator_type)
+    match = re.fullmatch(SLICE_NAME, accelerator_type)
     if match is None:
         raise InputError(
-            f"accelerator is {accelerator_type!r}; it must be a TPU slice such as v4-32, v5e-16, v5p-8 or v6e-64"
+            f"{field} is {accelerator_type!r}; it must be a TPU slice such as v4-32, v5e-16, v5p-8 or v6e-64"
         )
     name = "v5e" if match[1] == "v5litepod" else match[1]
     generation = GENERATIONS[name]
     shapes = {shape.accelerator_type: shape for shape in shapes_of(name)}
     wanted = f"{generation.type_prefix}-{int(match[2])}"
     if wanted not in shapes:
-        raise InputError(f"accelerator is {accelerator_type!r}; slices of {name} are {', '.join(shapes)}")
+        raise InputError(f"{field} is {accelerator_type!r}; slices of {name} are {', '.join(shapes)}")
     return shapes[wanted]
 
 

@@ -140,12 +140,14 @@ def attention_of(config: TrainConfig, partition: Partition) -> str | None:
 def describe_mesh(partition: Partition) -> str:
     """`8 TPU v4 device(s), data 4 x model 2, embed over data`."""
     mesh = partition.mesh
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return ", ".join([f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s)", *describe_layout(partition)])
+
+
+def describe_layout(partition: Partition) -> list[str]:
+    """`data 4 x model 2` and `embed over data`; nothing for one device."""
+    axes = " x ".join(f"{name} {size}" for name, size in partition.mesh.shape.items() if size > 1)
     split = [f"{name} over {' and '.join(over)}" for name, over in partition.parameters.items() if "data" in over]
-    parts = [f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s)"]
-    if axes:
-        parts += [axes, *(s for s in split if not s.startswith("batch"))]
-    return ", ".join(parts)
+    return [axes, *(s for s in split if not s.startswith("batch"))] if axes else []
 
 
 def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
