@@ -166,6 +166,14 @@ def test_changes_of_the_batch_size_keep_the_order(make_store: MakeStore) -> None
         np.testing.assert_array_equal(changing[step], windows[first : first + sizes[step]])
 
 
+def test_windows_that_are_passed_over_do_not_come(make_store: MakeStore) -> None:
+    store = make_store([TEXT])
+    one = TrainBatches(store, seq_len=16, batch_size=1, seed=5)
+    batches = TrainBatches(store, seq_len=16, batch_size=4, seed=5)
+    wanted = [one[window] for window in range(3 * 4 + 7, 4 * 4 + 7)]
+    np.testing.assert_array_equal(batches.rows(3, skipped_windows=7), np.concatenate(wanted))
+
+
 def test_rows_that_are_not_wanted_are_not_read(make_store: MakeStore) -> None:
     batches = TrainBatches(make_store([TEXT]), seq_len=16, batch_size=6, seed=5)
     rows = batches.rows(3, np.array([1, 4]))

@@ -143,8 +143,12 @@ def test_a_run_goes_back_and_past_the_data_where_it_went_wrong(config_file, tmp_
 
 
 def test_a_checkpoint_to_go_back_to_is_not_pushed_out(config_file, tmp_path, plant, capfd):
-    plant({7, 8, 9}, np.nan)
+    """Twice: after the first time step 8 has the data of step 11, and after the second those of step 14."""
+    plant({7, 8, 9, 11, 12, 13}, np.nan)
     often = ["--trainer.checkpoint_every", "1", "--trainer.keep_checkpoints", "1", "--trainer.keep_best", "false"]
-    options = [*often, "--trainer.max_skipped_steps", "3", "--trainer.max_rollbacks", "1"]
+    options = [*often, "--trainer.max_skipped_steps", "3", "--trainer.max_rollbacks", "2"]
     assert main(["--config", str(config_file), *options, "--trainer.run_dir", str(tmp_path / "run")]) == 0
-    assert "going back to step 7, and on with the data after the 48 sequences" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    for step in (7, 8):
+        assert f"going back to step {step}, and on with the data after the 48 sequences" in out
+    assert int(state_of(tmp_path / "run")["skipped_windows"]) == 96

@@ -56,9 +56,10 @@ def test_a_process_reads_its_rows_of_each_microbatch(store: TokenStore) -> None:
     own = [2, 3, 6]
     place = SimpleNamespace(rows_of_this_process=lambda rows: np.array(own), place=lambda batch: batch)
     batches = TrainBatches(store, seq_len=16, batch_size=16, seed=3)
-    loading = BatchLoader(batches, place, TrainerConfig(batch_size=16, microbatch_size=8))  # type: ignore[arg-type]
+    config, passed_over = TrainerConfig(batch_size=16, microbatch_size=8), 32
+    loading = BatchLoader(batches, place, config, passed_over)  # type: ignore[arg-type]
     tokens = loading.load(5).tokens.array
-    np.testing.assert_array_equal(tokens[:, own], batches[5][:, :-1].reshape(2, 8, 16)[:, own])
+    np.testing.assert_array_equal(tokens[:, own], batches[7][:, :-1].reshape(2, 8, 16)[:, own])
     assert not np.delete(tokens, own, axis=1).any()
 
 
