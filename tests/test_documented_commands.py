@@ -9,7 +9,8 @@ import pytest
 
 from pages import PAGES, ROOT, read_page
 from sophia_levanter.cli import VERBS
-from sophia_levanter.config.command_line import FLAGS, OPTIONS, PLUGINS, help_text, load_config, parse_command_line
+from sophia_levanter.config.arguments import PLUGINS
+from sophia_levanter.config.command_line import FLAGS, OPTIONS, help_text, load_config, parse_command_line
 from sophia_levanter.optim import SophiaG
 
 STARTS = r"(?:make|python -m sophia_levanter[\w.]*|python tests/[\w/]+\.py|sophia-levanter)(?= |$)"

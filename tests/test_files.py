@@ -22,7 +22,7 @@ from sophia_levanter.data.text_files import find_files
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, load_bpe
 from sophia_levanter.errors import InputError
-from sophia_levanter.studies.results import read_records as read_study_records
+from sophia_levanter.studies.records import read_records as read_study_records
 from sophia_levanter.studies.runs import read_metrics
 from sophia_levanter.tracking.jsonl import JsonLines
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 
 try:
-    from sophia_levanter.studies.results import find, read_records
+    from sophia_levanter.studies.records import find, read_records
     from sophia_levanter.studies.study import plan, read_study
 except ImportError:  # in the commit that PROTOCOL.md names
     from sophia_levanter.comparison.records import find, read_records

@@ -11,7 +11,7 @@ import pytest
 
 from sophia_levanter.commands.compare import main
 from sophia_levanter.studies import runner
-from sophia_levanter.studies.results import Record, flat_config, read_records
+from sophia_levanter.studies.records import Record, flat_config, read_records
 from sophia_levanter.studies.runner import Job, RunFailed
 
 STUDY = """

@@ -12,7 +12,8 @@ import pytest
 from sophia_levanter import checkpoint
 from sophia_levanter.commands.compare import main
 from sophia_levanter.run.directory import with_absolute_paths
-from sophia_levanter.studies.results import Record, collect, read_records
+from sophia_levanter.studies.records import Record, read_records
+from sophia_levanter.studies.results import collect
 from sophia_levanter.studies.runner import job_directory
 from sophia_levanter.studies.study import plan, read_study
 

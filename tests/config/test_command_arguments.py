@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from sophia_levanter.config.command_line import Arguments, parse_arguments
+from sophia_levanter.config.arguments import Arguments, parse_arguments
 from sophia_levanter.errors import InputError
 from sophia_levanter.status import run_command
 

@@ -11,7 +11,7 @@ from sophia_levanter.config.run import TrackingConfig, check_installed
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
 from sophia_levanter.run.directory import check_same_run
-from sophia_levanter.studies.results import flat_config
+from sophia_levanter.studies.records import flat_config
 
 OTHER = TrackingConfig("offline", "project", "entity", "name", "group", True)
 

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.studies.results import Cell, Record, flat_config
+from sophia_levanter.studies.records import Record, flat_config
+from sophia_levanter.studies.results import Cell
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
-from sophia_levanter.studies.results import config_of, find, flat_config, read_records, write_records
+from sophia_levanter.studies.records import config_of, find, flat_config, read_records, write_records
 
 
 def test_records_are_read_back_as_they_were(make_record, tmp_path):

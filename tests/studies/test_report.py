@@ -9,8 +9,8 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
 from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.studies.records import flat_config
 from sophia_levanter.studies.report import write_report
-from sophia_levanter.studies.results import flat_config
 from sophia_levanter.studies.study import PlannedRun, Study
 
 STUDY = Study("small", (), "adamw", 5)

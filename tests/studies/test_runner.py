@@ -21,7 +21,7 @@ from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.studies import runner
-from sophia_levanter.studies.results import Record, flat_config
+from sophia_levanter.studies.records import Record, flat_config
 from sophia_levanter.studies.runner import Job, RunFailed, as_ray_tasks, do, job_directory, one_by_one, record_of
 from sophia_levanter.studies.runs import has_diverged, read_files
 

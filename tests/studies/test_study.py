@@ -8,7 +8,7 @@ import pytest
 from sophia_levanter.config.files import Setting
 from sophia_levanter.config.optimizer import AdamWConfig, LionConfig, SophiaGConfig
 from sophia_levanter.errors import InputError
-from sophia_levanter.studies.results import find, read_records
+from sophia_levanter.studies.records import find, read_records
 from sophia_levanter.studies.study import PlannedRun, plan, read_study
 
 ROOT = Path(__file__).parents[2]

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, NoReturn
 
-from sophia_levanter.config.command_line import parse_arguments, whole_number
+from sophia_levanter.config.arguments import parse_arguments, whole_number
 from sophia_levanter.errors import InputError
 from sophia_levanter.status import FAILURE, ON_STDOUT, read_status, run_command
 

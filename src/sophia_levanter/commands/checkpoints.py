@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sophia_levanter.config.command_line import Arguments, chosen, parse_arguments, whole_number
+from sophia_levanter.config.arguments import Arguments, chosen, parse_arguments, whole_number
 from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.status import DONE, FAILURE, run_command
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from types import FrameType
 
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.config.command_line import parse_arguments
+from sophia_levanter.config.arguments import parse_arguments
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.files import Layer, Setting
 from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.files import lock
 from sophia_levanter.run.directory import with_absolute_paths
 from sophia_levanter.status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
-from sophia_levanter.studies.results import Record, find, read_records, write_records
+from sophia_levanter.studies.records import Record, find, read_records, write_records
 from sophia_levanter.studies.study import PlannedRun, Study, plan, read_study
 
 Texts = dict[DataConfig, dict[str, str]]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sophia_levanter.commands.on_models import run_on_model
-from sophia_levanter.config.command_line import parse_arguments, whole_number
+from sophia_levanter.config.arguments import parse_arguments, whole_number
 from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.status import DONE
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sophia_levanter.commands.on_models import run_on_model
-from sophia_levanter.config.command_line import parse_arguments, whole_number
+from sophia_levanter.config.arguments import parse_arguments, whole_number
 from sophia_levanter.errors import InputError
 from sophia_levanter.status import DONE
 

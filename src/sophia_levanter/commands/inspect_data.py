@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sophia_levanter.config.command_line import PLUGINS, parse_arguments, whole_number
+from sophia_levanter.config.arguments import PLUGINS, parse_arguments, whole_number
 from sophia_levanter.config.files import Setting
 from sophia_levanter.config.registries import KEY, with_plugins
 from sophia_levanter.errors import InputError, one_line

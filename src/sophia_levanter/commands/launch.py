@@ -15,7 +15,8 @@ from sophia_levanter.cluster.config import ClusterConfig, Submission, read_clust
 from sophia_levanter.cluster.record import LaunchRecord
 from sophia_levanter.cluster.supervisor import Supervisor
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.config.command_line import Command, chosen, dump_config, load_config, parse_arguments, whole_number
+from sophia_levanter.config.arguments import chosen, parse_arguments, whole_number
+from sophia_levanter.config.command_line import Command, dump_config, load_config
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.files import write_atomically

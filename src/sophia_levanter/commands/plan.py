@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.config.command_line import load_config, parse_arguments, whole_number
+from sophia_levanter.config.arguments import parse_arguments, whole_number
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.planning.target import GPUS, TPUS, Target, pretended_target, tpu_target
 from sophia_levanter.status import DONE, FAILURE, run_command

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from sophia_levanter.config.command_line import load_config, parse_arguments
+from sophia_levanter.config.arguments import parse_arguments
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.run.directory import with_absolute_paths
 from sophia_levanter.status import DONE, PREEMPTED, run_command

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sophia_levanter.config.command_line import parse_arguments
+from sophia_levanter.config.arguments import parse_arguments
 from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.status import DONE, run_command
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sophia_levanter.commands.on_models import run_on_model
-from sophia_levanter.config.command_line import Arguments, parse_arguments, whole_number
+from sophia_levanter.config.arguments import Arguments, parse_arguments, whole_number
 from sophia_levanter.config.trainer import Sampling
 from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.files import read_regular

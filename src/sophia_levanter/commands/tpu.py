@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sophia_levanter.cluster.config import GcloudCluster, read_cluster
 from sophia_levanter.cluster.gcloud.commands import GcloudCommands, missing_gcloud, resource_name
-from sophia_levanter.config.command_line import chosen, parse_arguments
+from sophia_levanter.config.arguments import chosen, parse_arguments
 from sophia_levanter.errors import InputError
 from sophia_levanter.status import DONE, FAILURE, run_command
 

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sophia_levanter.config.command_line import load_config, parse_arguments, whole_number
+from sophia_levanter.config.arguments import parse_arguments, whole_number
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.sources import TRAINED_TOKENIZER
 from sophia_levanter.errors import InputError

@@ -1,159 +1,23 @@
-"""Command lines of all commands, their `--help`, and how they become a TrainConfig. Imports nothing heavy."""
+"""The command line of a training run: its `--help`, and how it becomes a TrainConfig. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import typing
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
 
+from sophia_levanter.config.arguments import parse_arguments
 from sophia_levanter.config.build import build, encode, schema
 from sophia_levanter.config.files import Layer, Setting, dump_yaml, flatten, read_layers, show_value
 from sophia_levanter.config.registries import with_plugins
 from sophia_levanter.config.run import TrainConfig
 from sophia_levanter.config.settings import declaration
 from sophia_levanter.errors import InputError
-
-PLUGINS = "--plugins"  # the only field without a section
-
-
-@dataclass
-class Arguments:
-    """A command line, taken apart.
-
-    Attributes:
-        options: values by the option's name, dashes included.
-        flags: names of the options without a value that were given.
-        overrides: dotted field paths and values as typed, of `--SECTION.FIELD VALUE`.
-        words: what is no option.
-        repeated: the values of each option that may be given several times, in their order.
-    """
-
-    options: dict[str, str] = field(default_factory=dict)
-    flags: set[str] = field(default_factory=set)
-    overrides: list[tuple[str, str]] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
-    repeated: dict[str, list[str]] = field(default_factory=dict)
-
-    def needed(self, name: str, placeholder: str, hint: str) -> str:
-        """The value of an option that must be given.
-
-        Raises:
-            InputError: if it is not.
-        """
-        if name not in self.options:
-            raise InputError(f"{name} {placeholder} is missing; {hint}")
-        return self.options[name]
-
-
-def whole_number(name: str, text: str) -> int:
-    """The number that an option's value spells.
-
-    Raises:
-        InputError: if it is none from 0 to a billion.
-    """
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        shown = text if len(text) < 20 else f"{text[:20]}…"
-        raise InputError(f"{name} is {shown!r}; it must be a whole number, below a billion")
-    return int(text)
-
-
-def chosen(given: Sequence[str], verbs: Collection[str]) -> tuple[str, list[str]]:
-    """The verb that a command line begins with, and what comes after it.
-
-    Raises:
-        InputError: if it begins with none of them; names the nearest.
-    """
-    names = ", ".join(verbs)
-    if not given:
-        raise InputError(f"say what to do: {names}; --help shows how")
-    verb, *rest = given
-    if verb not in verbs:
-        near = difflib.get_close_matches(verb, verbs, n=1)
-        raise InputError(f"{verb!r} is none of {names}" + (f"; did you mean {near[0]}?" if near else ""))
-    return verb, rest
-
-
-def parse_arguments(
-    given: Sequence[str],
-    *,
-    options: Collection[str] = (),
-    repeatable: Collection[str] = (),
-    flags: Collection[str] = (),
-    overrides: bool = False,
-    words: bool = False,
-) -> Arguments:
-    """Takes a command line apart. A value follows its option as the next word or after `=`.
-
-    Args:
-        given: the command line.
-        options: names of options with a value, dashes included; each may be given once.
-        repeatable: names of options with a value that may be given several times.
-        flags: names of options without one.
-        overrides: whether there may be `--SECTION.FIELD VALUE` and `--plugins MODULE`. Of several values for one field
-            the last counts; plug-ins are joined.
-        words: whether there may be words that are no options.
-
-    Raises:
-        InputError: if an argument is not known, or has no value or one too many.
-    """
-    parsed = Arguments(repeated={name: [] for name in repeatable})
-    rest = list(given)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        is_override = overrides and name.startswith("--") and ("." in name or name == PLUGINS)
-        if name in flags:
-            if equals:
-                raise InputError(f"{name} takes no value, found {value!r}")
-            parsed.flags.add(name)
-            continue
-        if words and not word:
-            raise InputError("an argument is empty; --help shows what belongs there")
-        if words and not word.startswith("-"):
-            parsed.words.append(word)
-            continue
-        if name not in options and name not in repeatable and not is_override:
-            raise _unexpected(word, (*options, *repeatable, *flags), overrides)
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise InputError(f"{name} has no value; write {name} VALUE")
-            value = rest.pop(0)
-        if is_override:
-            plugins = dict(parsed.overrides).get("plugins") if name == PLUGINS else None
-            value = value if plugins is None else f"{plugins},{value}"
-            parsed.overrides.append((name.removeprefix("--"), value))
-            continue
-        if not value:
-            raise InputError(f"{name} has an empty value")
-        if name in repeatable:
-            parsed.repeated[name].append(value)
-            continue
-        if name in parsed.options:
-            raise InputError(f"{name} is given twice")
-        parsed.options[name] = value
-    return parsed
-
-
-def _unexpected(word: str, options: Collection[str], overrides: bool) -> InputError:
-    name = word.partition("=")[0]
-    if not name.startswith("--") or name == "--":
-        hint = "write --SECTION.FIELD VALUE, and quote a glob" if overrides else "--help shows the options"
-        return InputError(f"unexpected argument {word!r}; {hint}")
-    if overrides:
-        from sophia_levanter.config.build import schema
-
-        hint = schema(TrainConfig).suggestion(name.removeprefix("--"), "--", (*options, PLUGINS))
-    else:
-        near = difflib.get_close_matches(name, options, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--help shows the options"
-    return InputError(f"unknown option {name!r}; {hint}")
-
 
 USAGE = """\
 usage: python -m sophia_levanter.main --config FILE [--SECTION.FIELD VALUE ...] [--plugins MODULE]

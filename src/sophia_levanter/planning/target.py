@@ -140,10 +140,9 @@ def tpu_target(text: str) -> Target:
         InputError: if it is neither.
     """
     if re.fullmatch(SLICE_NAME, text):
-        shape = tpu_shape(text, "--target")
-        return Target(
-            f"{text} ({shape.topology})", shape.chips, TPUS[shape.generation], f"{shape.generation}:{shape.topology}"
-        )
+        found = tpu_shape(text, "--target")
+        topology = f"{found.generation}:{found.topology}"
+        return Target(f"{text} ({found.topology})", found.chips, TPUS[found.generation], topology)
     match = re.fullmatch(r"(\w+):(\d{1,9}(?:x\d{1,9})+)", text)
     if match is None or match[1] not in TPUS:
         raise InputError(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.studies.records import Record
 from sophia_levanter.studies.results import (
     Cell,
-    Record,
     SpeedUp,
     best,
     collect,

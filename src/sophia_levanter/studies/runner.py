@@ -30,7 +30,7 @@ from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.token_store import Tokens, TokenStore, digest_of
 from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.status import VARIABLE, Failure, read_status
-from sophia_levanter.studies.results import Record, flat_config
+from sophia_levanter.studies.records import Record, flat_config
 from sophia_levanter.studies.runs import FACTS, Run, Series, has_diverged, read_files
 
 POINTS = 50  # entries of a record's training curve
