@@ -137,3 +137,25 @@ def test_without_matplotlib_it_says_what_to_install(study, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "sophia_levanter.studies.plots", None)
     with pytest.raises(InputError, match=r"install sophia-levanter\[compare\]"):
         write_report(STUDY, *study, tmp_path)
+
+
+@pytest.mark.usefixtures("no_pngs")
+def test_what_speaks_against_the_best_points(make_record, tmp_path):
+    runs = [planned("sophia", 1000, rate=rate) for rate in (0.1, 0.2, 0.4)]
+    runs += [planned("adamw", 1000, rate=rate) for rate in (0.1, 0.2, 0.4)]
+    losses = [3.0, 2.0, 1.0, 2.0, 1.0, 3.0]
+    win_rates = [{"win_rate": [[10, 0.01]]}] * 3 + [{}] * 3
+    records = [
+        make_record(run.config, loss=loss, **more) for run, loss, more in zip(runs, losses, win_rates, strict=True)
+    ]
+    text = write_report(dataclasses.replace(STUDY, evaluations=2), runs, records, tmp_path)
+    assert [line for line in text.splitlines() if line.startswith("- ")] == [
+        "- **sophia: the best learning_rate, 0.4, is at the edge of its grid; try larger ones.**",
+        "- **sophia: the win rate is 0.01 at the end; 0.1 to 0.9 is usual, so try a larger rho.**",
+        "- **2 validation losses in a run are too few to see a curve; 5 or more are better.**",
+    ]
+
+
+@pytest.mark.usefixtures("no_pngs")
+def test_where_nothing_speaks_against_them(study, tmp_path):
+    assert "- **" not in write_report(STUDY, study[0][:-1], study[1][:-1], tmp_path)

@@ -121,9 +121,11 @@ def _compare(command: Command, stopped: Callable[[], bool]) -> int:
         print(_counts(study, runs, missing), flush=True)
         failures = _do(study, command, missing, records, texts, stopped) if missing else 0
 
-        from sophia_levanter.studies.report import write_report
+        from sophia_levanter.studies.report import REPORT, write_report
 
         print(write_report(study, runs, records, command.out))
+        if (command.out / REPORT).is_file():
+            print(f"report: {command.out / REPORT}")
     return FAILURE if failures else DONE
 
 

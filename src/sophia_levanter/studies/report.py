@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from sophia_levanter.studies.results import (
 from sophia_levanter.studies.study import PlannedRun, Study
 
 REPORT = "report.md"
+# Win rates outside say that rho does not fit: almost every coordinate is clipped, or almost none.
+WIN_RATES = (0.1, 0.9)
+FEWEST_EVALUATIONS = 5
 
 
 def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Record], out: Path) -> str:
@@ -44,6 +47,8 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
     if study.baseline is not None:
         parts += [f"## Speed-up over {study.baseline}", _speed_table(study.baseline, cells)]
     parts += ["## All points", _all_table(cells)]
+    if cautions := [*_cautions(cells), *few_evaluations(study.evaluations)]:
+        parts.insert(2, "\n".join(f"- **{caution}**" for caution in cautions))
     try:
         from sophia_levanter.studies.plots import study_pictures
     except ImportError:
@@ -68,6 +73,38 @@ def _summary(cells: Sequence[Cell], records: Sequence[Record]) -> str:
     if texts > 1:
         lines.append(f"**The runs are of {texts} different training texts.**")
     return " ".join(lines)
+
+
+def _cautions(cells: Sequence[Cell]) -> Iterator[str]:
+    """What speaks against the best points of the longest schedules."""
+    for arm in dict.fromkeys(cell.arm for cell in cells):
+        tokens = lengths(cells, arm)[-1]
+        cell = best(cells, arm, tokens)
+        assert cell is not None
+        tried = [c for c in cells if c.arm == arm and c.tokens == tokens]
+        for name, value in cell.point.items():
+            values = {c.point[name] for c in tried}
+            if isinstance(value, int | float) and len(values) > 1 and value in (min(values), max(values)):
+                further = "smaller" if value == min(values) else "larger"
+                field = name.split(".")[-1]
+                yield f"{arm}: the best {field}, {_short(value)}, is at the edge of its grid; try {further} ones."
+        rate = mean_win_rate(cell)
+        if rate is not None:
+            yield from unusual_win_rate(arm, rate)
+
+
+def unusual_win_rate(name: str, rate: float) -> Iterator[str]:
+    """A caution where rho does not fit."""
+    low, high = WIN_RATES
+    if not low <= rate <= high:
+        remedy = "a larger rho" if rate < low else "a smaller rho"
+        yield f"{name}: the win rate is {rate:.2f} at the end; {low:g} to {high:g} is usual, so try {remedy}."
+
+
+def few_evaluations(count: int) -> Iterator[str]:
+    """A caution where curves have too few points."""
+    if count < FEWEST_EVALUATIONS:
+        yield f"{count} validation losses in a run are too few to see a curve; {FEWEST_EVALUATIONS} or more are better."
 
 
 def _best_table(cells: Sequence[Cell]) -> str:
@@ -143,9 +180,15 @@ def _loss(cell: Cell) -> str:
 
 
 def _win_rate(cell: Cell) -> str:
+    rate = mean_win_rate(cell)
+    return "–" if rate is None else f"{rate:.2f}"
+
+
+def mean_win_rate(cell: Cell) -> float | None:
+    """The mean win rate at the end of a cell's runs; None where none is known."""
     rates = [r.win_rate[-1][1] for r in cell.records.values() if r.win_rate]
     known = [rate for rate in rates if rate is not None]
-    return f"{sum(known) / len(known):.2f}" if known else "–"
+    return sum(known) / len(known) if known else None
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
