@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.evaluate MODEL`: the loss of a trained model on a text."""
+"""`python -m sophia_levanter.commands.evaluate MODEL`: the loss of a model on a text, or its score on a task."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sophia_levanter.commands.on_models import run_on_model
@@ -15,23 +16,30 @@ from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.status import DONE
 
 if TYPE_CHECKING:
+    import jmp
+
     from sophia_levanter.data.batches import ValidationBatches
     from sophia_levanter.run.loading import LoadedModel
     from sophia_levanter.training.evaluation import Evaluation
+    from sophia_levanter.training.tasks import Item
 
 WINDOWS_PER_DEVICE = 8
 REPORT_SECONDS = 5.0
-OPTIONS = ("--step", "--windows", "--batch_size")
+TASKS = ("hellaswag", "piqa", "arc", "lambada")
+OPTIONS = ("--step", "--windows", "--batch_size", "--task", "--file")
 USAGE = f"""\
 usage: python -m sophia_levanter.commands.evaluate MODEL [--step N] [--averaged] [--windows N] [--batch_size N]
-       [--SECTION.FIELD VALUE ...] [--help]
+       [--task NAME --file FILE] [--SECTION.FIELD VALUE ...] [--help]
 
-Prints the mean loss over all tokens of a text, each predicted once and weighted the same.
+Prints the mean loss over all tokens of a text, each predicted once and weighted the same; or with --task the score on a
+benchmark.
 
   MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
   --step N               of the run's checkpoints; the newest if not given
   --averaged             the average of the weights that a run with trainer.ema_decay keeps
   --windows N            of the text, spread evenly; all if not given
+  --task NAME            {", ".join(TASKS)}, with
+  --file FILE            its questions, JSON lines as its authors publish them
   --batch_size N         sequences at one time, rounded up to a multiple of the devices that share them;
                          {WINDOWS_PER_DEVICE} for each of these if not given
   --SECTION.FIELD VALUE  sets one field, on top of the run's: --data.validation 'other/*.txt', --mesh.fsdp embed,
@@ -48,6 +56,8 @@ class Command:
     averaged: bool
     sequences: int | None
     batch_size: int | None
+    task: str | None
+    file: Path | None
     overrides: Sequence[tuple[str, str]]
 
 
@@ -69,7 +79,15 @@ def parse(words: Sequence[str]) -> Command:
     arguments = parse_arguments(words, options=OPTIONS, flags=("--averaged",), overrides=True, words=True)
     if len(arguments.words) != 1:
         raise InputError(f"{len(arguments.words)} models are given; write one MODEL; --help shows the options")
-    numbers = {name: whole_number(name, text) for name, text in arguments.options.items()}
+    options = dict(arguments.options)
+    task, file = options.pop("--task", None), options.pop("--file", None)
+    if task not in (None, *TASKS):
+        raise InputError(f"--task is {task!r}; it must be one of {', '.join(TASKS)}")
+    if (task is None) != (file is None):
+        raise InputError("--task NAME and --file FILE go together; one of them is missing")
+    if task is not None and {"--windows", "--batch_size"} & options.keys():
+        raise InputError("--windows and --batch_size do not go with --task, which scores all questions of its file")
+    numbers = {name: whole_number(name, text) for name, text in options.items()}
     for name in ("--windows", "--batch_size"):
         if numbers.get(name) == 0:
             raise InputError(f"{name} is 0; it must be at least 1")
@@ -79,6 +97,8 @@ def parse(words: Sequence[str]) -> Command:
         averaged="--averaged" in arguments.flags,
         sequences=numbers.get("--windows"),
         batch_size=numbers.get("--batch_size"),
+        task=task,
+        file=None if file is None else Path(file),
         overrides=arguments.overrides,
     )
 
@@ -86,10 +106,17 @@ def parse(words: Sequence[str]) -> Command:
 def _run(command: Command) -> int:
     # Only now what takes long to import.
     from sophia_levanter.run.loading import load_model
+    from sophia_levanter.training.tasks import read_items
 
+    items = None if command.task is None or command.file is None else read_items(command.task, command.file)
     loaded = load_model(
         command.model, step=command.step, averaged=command.averaged, overrides=command.overrides, report=_tell
     )
+    started = time.monotonic()
+    if items is not None:
+        for line in _score(loaded, f"{command.task}, {len(items):,} questions of {command.file}", items):
+            print(one_line(line))
+        return DONE
     batches, text = _batches(command, loaded)
     started = time.monotonic()
     evaluation = _evaluate(loaded, batches)
@@ -126,15 +153,32 @@ def _batches(command: Command, loaded: LoadedModel) -> tuple[ValidationBatches, 
     return batches, data.validation or f"what is held out of {data.train}"
 
 
-def _evaluate(loaded: LoadedModel, batches: ValidationBatches) -> Evaluation:
+def _score(loaded: LoadedModel, task: str, items: Sequence[Item]) -> Iterator[str]:
+    from sophia_levanter.training.tasks import TaskScorer
+
+    scorer = TaskScorer(loaded.tokenizer, loaded.partition, _policy(loaded))
+    result = scorer(items, loaded.model)
+    yield f"model          {loaded.source}"
+    yield f"task           {task}"
+    for name, share in (("accuracy", result.accuracy), ("normalized", result.normalized_accuracy)):
+        if share is not None:
+            yield f"{name:<14} {share:.4f} ± {result.interval(share):.4f}"
+    if result.perplexity is not None:
+        yield f"perplexity     {result.perplexity:,.2f}"
+
+
+def _policy(loaded: LoadedModel) -> jmp.Policy:
     import jmp
 
+    trainer = loaded.config.trainer
+    return jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype},output=float32")
+
+
+def _evaluate(loaded: LoadedModel, batches: ValidationBatches) -> Evaluation:
     from sophia_levanter.data.tokenizer import token_byte_lengths
     from sophia_levanter.training.evaluation import Evaluator
 
-    trainer = loaded.config.trainer
-    policy = jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype},output=float32")
-    evaluator = Evaluator(batches, token_byte_lengths(loaded.tokenizer), loaded.partition, policy)
+    evaluator = Evaluator(batches, token_byte_lengths(loaded.tokenizer), loaded.partition, _policy(loaded))
     return evaluator(loaded.model, _progress(len(batches)))
 
 

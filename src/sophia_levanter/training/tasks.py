@@ -1,0 +1,233 @@
+"""Benchmarks of language models: multiple choice by likelihood, and last words.
+
+Prompts, continuations and scores are those of EleutherAI's lm-evaluation-harness 0.4: a choice counts with the summed
+log-probability of its tokens after the context, or with that over its length in characters (normalised).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import jmp
+import numpy as np
+
+from sophia_levanter.data.tokenizer import Tokenizer
+from sophia_levanter.errors import InputError
+from sophia_levanter.files import read_regular
+from sophia_levanter.models.language_model import LanguageModel
+from sophia_levanter.partition.mesh import Partition
+
+MOST_BYTES = 1 << 30  # of a file of items
+ROWS_PER_DEVICE = 8
+LENGTH_STEP = 32  # rows are padded to a multiple of it
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question.
+
+    Attributes:
+        context: the text before the choices.
+        choices: continuations of the context; a last word has one.
+        answer: the index of the right one.
+    """
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int = 0
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The scores of a model on a task.
+
+    Attributes:
+        num_items: how many questions there were.
+        accuracy: the share answered rightly; of last words, of those that are the likeliest text, token by token.
+        normalized_accuracy: the same by log-probability over length in characters; None for last words.
+        perplexity: exp of the mean negative log-probability of a last word; None for choices.
+    """
+
+    num_items: int
+    accuracy: float
+    normalized_accuracy: float | None = None
+    perplexity: float | None = None
+
+    def interval(self, share: float) -> float:
+        """Half the width of the 95 % interval of a share, by the normal approximation."""
+        return 1.96 * math.sqrt(share * (1 - share) / max(1, self.num_items - 1))
+
+
+def _hellaswag(record: Mapping[str, Any]) -> Item:
+    def clean(text: str) -> str:
+        text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+        return text.replace("  ", " ")
+
+    context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
+    return Item(clean(context), tuple(f" {clean(ending)}" for ending in record["endings"]), int(record["label"]))
+
+
+def _piqa(record: Mapping[str, Any]) -> Item:
+    choices = (f" {record['sol1']}", f" {record['sol2']}")
+    return Item(f"Question: {record['goal']}\nAnswer:", choices, int(record["label"]))
+
+
+def _arc(record: Mapping[str, Any]) -> Item:
+    """The original files nest the choices in the question; the hub's have lists of texts and labels."""
+    question, choices = record["question"], record.get("choices")
+    if isinstance(question, dict):
+        question, choices = question["stem"], question["choices"]
+    if isinstance(choices, list):
+        choices = {name: [choice[name] for choice in choices] for name in ("text", "label")}
+    answer = choices["label"].index(record["answerKey"])
+    return Item(f"Question: {question}\nAnswer:", tuple(f" {text}" for text in choices["text"]), answer)
+
+
+def _lambada(record: Mapping[str, Any]) -> Item:
+    context, _, word = record["text"].rpartition(" ")
+    return Item(context, (f" {word}",))
+
+
+TASKS: dict[str, Callable[[Mapping[str, Any]], Item]] = {
+    "hellaswag": _hellaswag,
+    "piqa": _piqa,
+    "arc": _arc,
+    "lambada": _lambada,
+}
+
+
+def read_items(task: str, path: Path) -> list[Item]:
+    """The items of a file of JSON lines in a task's own format.
+
+    Raises:
+        InputError: if the file cannot be read, or a line is not an item of the task; names the line.
+    """
+    try:
+        lines = read_regular(path, MOST_BYTES).decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--file {path}: cannot be read: {error}") from None
+    items = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            item = TASKS[task](json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise InputError(f"--file {path}: line {number} is not an item of {task}: {error!r}") from None
+        if not 0 <= item.answer < len(item.choices) or not all(choice.strip() for choice in item.choices):
+            raise InputError(f"--file {path}: line {number} is not an item of {task}: no text for its answer")
+        items.append(item)
+    if not items:
+        raise InputError(f"--file {path}: holds no item")
+    return items
+
+
+class _Row(NamedTuple):
+    """Tokens of a context and a continuation, and how many of them the continuation has."""
+
+    tokens: np.ndarray
+    length: int
+
+
+class TaskScorer:
+    """Scores models of one shape on tasks.
+
+    Args:
+        tokenizer: the models'.
+        partition: the devices, and where arrays lie on them.
+        policy: parameters' and compute dtypes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, partition: Partition, policy: jmp.Policy) -> None:
+        self._tokenizer = tokenizer
+        self._partition = partition
+        self._policy = policy
+
+    def __call__(
+        self, items: Sequence[Item], model: LanguageModel, on_progress: Callable[[], None] = lambda: None
+    ) -> TaskResult:
+        """The scores of a model on the items of one task. A text longer than its context loses its beginning."""
+        seq_len = model.config.seq_len
+        rows = [_row(item.context, choice, self._tokenizer, seq_len) for item in items for choice in item.choices]
+        found = list(self._log_probabilities(rows, model, on_progress))
+        if all(len(item.choices) == 1 for item in items):
+            accuracy = np.mean([greedy for _, greedy in found])
+            perplexity = math.exp(-np.mean([log for log, _ in found]))
+            return TaskResult(len(items), float(accuracy), perplexity=perplexity)
+        logs = iter(log for log, _ in found)
+        right, normalized = [], []
+        for item in items:
+            own = np.array([next(logs) for _ in item.choices])
+            lengths = [len(choice) - 1 for choice in item.choices]  # without the blank before it
+            right.append(np.argmax(own) == item.answer)
+            normalized.append(np.argmax(own / lengths) == item.answer)
+        return TaskResult(len(items), float(np.mean(right)), float(np.mean(normalized)))
+
+    def _log_probabilities(
+        self, rows: Sequence[_Row], model: LanguageModel, on_progress: Callable[[], None]
+    ) -> Iterator[tuple[float, bool]]:
+        """For each row the log-probability of its continuation, and whether each token of that is the likeliest."""
+        size = ROWS_PER_DEVICE * self._partition.row_shards
+        longest = max(len(row.tokens) for row in rows) - 1
+        length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, model.config.seq_len)
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            inputs, targets = np.zeros((2, size, length), np.int32)
+            counted = np.zeros((size, length), np.float32)
+            for number, row in enumerate(part):
+                end = len(row.tokens) - 1
+                inputs[number, :end], targets[number, :end] = row.tokens[:-1], row.tokens[1:]
+                counted[number, end - row.length : end] = 1
+            with self._partition.active():
+                named = [hax.named(array, ("batch", "position")) for array in (inputs, targets, counted)]
+                arrays = _score_rows(self._partition, self._policy, model, *self._partition.place(named))
+            logs, greedy = (np.asarray(array)[: len(part)].tolist() for array in arrays)
+            yield from zip(logs, greedy, strict=True)
+            on_progress()
+
+
+def _row(context: str, choice: str, tokenizer: Tokenizer, seq_len: int) -> _Row:
+    """Encoded together, so that tokens may reach over the border; those after the context's own are the choice's."""
+    bare = context.rstrip()
+    before = tokenizer.encode(bare)
+    whole = tokenizer.encode(context + choice)
+    if not len(before):
+        whole = np.concatenate([[tokenizer.end_of_text], whole])
+        before = whole[:1]
+    length = min(len(whole) - len(before), seq_len)
+    return _Row(whole[-(seq_len + 1) :].astype(np.int32), length)
+
+
+@eqx.filter_jit
+def _score_rows(
+    partition: Partition,
+    policy: jmp.Policy,
+    model: LanguageModel,
+    inputs: hax.NamedArray,
+    targets: hax.NamedArray,
+    counted: hax.NamedArray,
+) -> tuple[jax.Array, jax.Array]:
+    """Row by row, since logits of all rows may not fit. The program depends on the partition, which must be active."""
+    model = policy.cast_to_compute(model).gathered()
+    hidden = model.final_hidden(inputs, None).rearrange(("batch", "position", "embed"))
+
+    def one(row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        states, wanted, weights = row
+        logits = (
+            model.head(hax.named(states, ("position", "embed")), jnp.float32).rearrange(("position", "vocab")).array
+        )
+        logs = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[:, None], axis=-1)[:, 0]
+        is_likeliest = jnp.all((jnp.argmax(logits, axis=-1) == wanted) | (weights == 0))
+        return jnp.sum(logs * weights), is_likeliest
+
+    return jax.lax.map(one, (hidden.array, targets.array, counted.array))

@@ -1,0 +1,165 @@
+"""Benchmarks of language models: their formats, and scores against logits computed text by text."""
+
+import json
+import math
+
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import jmp
+import numpy as np
+import pytest
+
+from sophia_levanter.commands import evaluate
+from sophia_levanter.data.tokenizer import ByteTokenizer
+from sophia_levanter.errors import InputError
+from sophia_levanter.partition.mesh import partition_of
+from sophia_levanter.training.tasks import Item, TaskResult, TaskScorer, read_items
+
+HELLASWAG = {
+    "activity_label": "Removing ice from car",
+    "ctx_a": "A man [substeps] scrapes  the window.",
+    "ctx_b": "then he",
+    "endings": ["drives [title] away.", "sleeps.", "sings.", "eats [header] ice."],
+    "label": 3,
+}
+PIQA = {"goal": "Open a jar", "sol1": "Turn the lid.", "sol2": "Eat the lid.", "label": 0}
+HUB_ARC = {"question": "What melts?", "choices": {"text": ["Ice", "Sand"], "label": ["1", "2"]}, "answerKey": "2"}
+ARC = {
+    "question": {"stem": "What melts?", "choices": [{"text": "Ice", "label": "A"}, {"text": "Sand", "label": "B"}]},
+    "answerKey": "A",
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*records):
+        path = tmp_path / "items.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "item"),
+    [
+        (
+            "hellaswag",
+            HELLASWAG,
+            Item(
+                "Removing ice from car: A man scrapes the window. Then he",
+                (" drives. away.", " sleeps.", " sings.", " eats ice."),
+                3,
+            ),
+        ),
+        ("piqa", PIQA, Item("Question: Open a jar\nAnswer:", (" Turn the lid.", " Eat the lid."), 0)),
+        ("arc", ARC, Item("Question: What melts?\nAnswer:", (" Ice", " Sand"), 0)),
+        ("arc", HUB_ARC, Item("Question: What melts?\nAnswer:", (" Ice", " Sand"), 1)),
+        ("lambada", {"text": "She said that he was gone"}, Item("She said that he was", (" gone",), 0)),
+    ],
+)
+def test_formats(task, record, item, write):
+    assert read_items(task, write(record, record)) == [item, item]
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "problem"),
+    [
+        ("piqa", "", "holds no item"),
+        ("piqa", json.dumps(PIQA) + "\n{", "line 2 is not an item of piqa: JSONDecodeError"),
+        ("piqa", json.dumps(PIQA | {"label": 2}), "line 1 is not an item of piqa: no text for its answer"),
+        ("arc", json.dumps(PIQA), "line 1 is not an item of arc: KeyError('question')"),
+        ("arc", json.dumps(ARC | {"answerKey": "Z"}), "line 1 is not an item of arc: ValueError"),
+        ("lambada", '"text"', "line 1 is not an item of lambada: TypeError"),
+    ],
+)
+def test_a_bad_file_is_one_line(task, text, problem, tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        read_items(task, path)
+    assert str(error.value).startswith(f"--file {path}: {problem}")
+
+
+def log_probabilities(model, context, choice, seq_len):
+    """Token by token of the choice, of one text without padding, and whether each is the likeliest."""
+    tokens = list((context + choice).encode())[-(seq_len + 1) :]
+    logits = model(hax.named(jnp.asarray(tokens[:-1]), "position")).rearrange(("position", "vocab")).array
+    logs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    places = range(len(tokens) - 1 - min(len(choice), seq_len), len(tokens) - 1)
+    return [float(logs[i, tokens[i + 1]]) for i in places], all(
+        int(logits[i].argmax()) == tokens[i + 1] for i in places
+    )
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_scores_are_those_of_each_text_by_itself(make_model, devices):
+    """Some texts are longer than the context, one choice is longer than that by itself."""
+    model = make_model(vocab_size=257, seq_len=24)
+    partition = partition_of(devices=jax.devices()[:devices])
+    rng = np.random.default_rng(0)
+    words = ["ice", "a lid", "window", "it melts", "nobody knows why it did not"]
+    items = [
+        Item(f"Question {number}: {words[number % 5]}", tuple(f" {w}" for w in rng.permutation(words)), number % 5)
+        for number in range(20)
+    ]
+    scorer = TaskScorer(ByteTokenizer(), partition, jmp.get_policy("float32"))
+    found = scorer(items, partition.place(model))
+    right = normalized = 0
+    for item in items:
+        sums = np.array([sum(log_probabilities(model, item.context, choice, 24)[0]) for choice in item.choices])
+        right += np.argmax(sums) == item.answer
+        normalized += np.argmax(sums / [len(choice) - 1 for choice in item.choices]) == item.answer
+    assert found == TaskResult(20, right / 20, normalized / 20)
+    assert 0 < right < 20 and right != normalized
+
+
+def test_last_words(make_model):
+    model, partition = make_model(vocab_size=257, seq_len=24), partition_of(devices=jax.devices()[:1])
+    likely = model(hax.named(jnp.asarray(list(b"He said")), "position")).array[-1].argmax()
+    contexts = ["He said", "Nobody ever knew what it was that she had", ""]
+    items = [
+        Item(context, (word,)) for context, word in zip(contexts, (chr(int(likely) % 128), " seen", "a"), strict=True)
+    ]
+    found = TaskScorer(ByteTokenizer(), partition, jmp.get_policy("float32"))(items, model)
+    logs, greedy = zip(
+        *(log_probabilities(model, c or "\0", item.choices[0], 24) for c, item in zip(contexts, items, strict=True)),
+        strict=True,
+    )
+    # Without a context, end-of-text is before the first token.
+    ended = jax.nn.log_softmax(model(hax.named(jnp.asarray([256]), "position")).array[0])[ord("a")]
+    sums = [sum(logs[0]), sum(logs[1]), float(ended)]
+    assert found.perplexity == pytest.approx(math.exp(-np.mean(sums)), rel=1e-4)
+    assert found.accuracy >= sum(greedy[:2]) / 3 and found.normalized_accuracy is None
+
+
+def test_the_interval_of_a_share():
+    assert TaskResult(101, 0.5).interval(0.5) == pytest.approx(0.098)
+
+
+def test_the_command(finished_run, write, capfd):
+    path = write(*[PIQA, PIQA | {"label": 1}] * 5)
+    assert evaluate.main([str(finished_run.path), "--task", "piqa", "--file", str(path)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == f"model          step 12 of {finished_run.path}"
+    assert lines[1:] == [
+        f"task           piqa, 10 questions of {path}",
+        "accuracy       0.5000 ± 0.3267",
+        "normalized     0.5000 ± 0.3267",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task", "squad", "--file", "F"], "--task is 'squad'; it must be one of hellaswag, piqa, arc, lambada"),
+        (["--task", "piqa"], "--task NAME and --file FILE go together; one of them is missing"),
+        (["--file", "F"], "--task NAME and --file FILE go together; one of them is missing"),
+        (["--task", "piqa", "--file", "F", "--windows", "3"], "--windows and --batch_size do not go with --task"),
+        (["--task", "piqa", "--file", "nowhere.jsonl"], "--file nowhere.jsonl: cannot be read: "),
+    ],
+)
+def test_bad_options(words, message, capfd):
+    assert evaluate.main(["MODEL", *words]) == 2
+    assert capfd.readouterr().err.startswith(f"error: {message}")
