@@ -84,7 +84,8 @@ def _piqa(record: Mapping[str, Any]) -> Item:
 
 def _arc(record: Mapping[str, Any]) -> Item:
     """The original files nest the choices in the question; the hub's have lists of texts and labels."""
-    question, choices = record["question"], record.get("choices")
+    question: Any = record["question"]
+    choices: Any = record.get("choices")
     if isinstance(question, dict):
         question, choices = question["stem"], question["choices"]
     if isinstance(choices, list):
