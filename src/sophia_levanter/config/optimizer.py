@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from draccus import ChoiceRegistry
 
+from sophia_levanter.config.groups import GroupConfig
 from sophia_levanter.config.schedule import CosineSchedule, Schedule, ScheduleConfig
 from sophia_levanter.config.settings import Settings, not_defined, setting, steps_of
 from sophia_levanter.config.trainer import DTYPES, OR_FRACTION, TrainerConfig
@@ -19,41 +19,9 @@ from sophia_levanter.errors import InputError, one_line
 if TYPE_CHECKING:
     from sophia_levanter.optim import Estimator, Optimizer, ParameterGroup
 
+FINAL_FRACTION = "learning rate at the last step over the peak; constant ignores it"
 SMALLEST_EPS = 1e-37  # float32 makes a smaller one 0
 _METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_at", "matrix_work")
-
-
-@dataclass(frozen=True)
-class GroupConfig(Settings):
-    """Parameters with a learning rate or weight decay of their own."""
-
-    section: ClassVar[str] = "optimizer.groups"
-
-    match: str = setting(dataclasses.MISSING, "regular expression that their paths contain, such as wte|wpe")
-    learning_rate: float | str = setting("1 x", "their peak, or a factor on optimizer.learning_rate such as 0.1 x")
-    weight_decay: float | None = setting(None, "their weight decay, in place of optimizer.weight_decay", low=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        try:
-            re.compile(self.match)
-        except re.error as error:
-            raise InputError(f"optimizer.groups: match {self.match!r} is not a regular expression: {error}") from None
-        if self.factor(1.0) is None:
-            raise InputError(
-                f"optimizer.groups: learning_rate is {self.learning_rate!r}; "
-                "it must be a rate, or a factor such as 0.1 x"
-            )
-
-    def factor(self, peak: float) -> float | None:
-        """The factor on an optimizer's learning rate; None if `learning_rate` does not spell one."""
-        if isinstance(self.learning_rate, int | float):
-            return self.learning_rate / peak if self.learning_rate >= 0 else None
-        found = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?) ?x", self.learning_rate.strip())
-        try:
-            return float(found[1]) if found else None
-        except ValueError:
-            return None
 
 
 @dataclass(frozen=True)
@@ -67,17 +35,11 @@ class OptimizerConfig(Settings, ChoiceRegistry):
     section: ClassVar[str] = "optimizer"
 
     learning_rate: float = setting(6e-4, "peak, reached at the end of the warm-up", above=0)
-    final_fraction: float = setting(
-        0.025, "learning rate at the last step over the peak; constant ignores it", low=0, high=1
-    )
+    final_fraction: float = setting(0.025, FINAL_FRACTION, low=0, high=1)
     final_learning_rate: float | None = setting(None, "the same as a rate, in place of the fraction", low=0)
     schedule: ScheduleConfig = field(default_factory=CosineSchedule)
     warmup: float | int = setting(
-        0.02,
-        f"steps of linear growth from 0 to learning_rate, {OR_FRACTION}",
-        low=0,
-        steps=True,
-        former="warmup_steps",
+        0.02, f"steps of linear growth to the peak, {OR_FRACTION}", low=0, steps=True, former="warmup_steps"
     )
     weight_decay: float = setting(0.1, "decoupled decay of matrices and embeddings, not of biases and norms", low=0)
     momentum_dtype: str = setting("float32", "dtype of the momentum, or first moment, between steps", choices=DTYPES)
@@ -96,9 +58,8 @@ class OptimizerConfig(Settings, ChoiceRegistry):
     @property
     def last_learning_rate(self) -> float:
         """The learning rate that a decaying schedule ends at."""
-        return (
-            self.final_fraction * self.learning_rate if self.final_learning_rate is None else self.final_learning_rate
-        )
+        given = self.final_learning_rate
+        return self.final_fraction * self.learning_rate if given is None else given
 
     def check_run(self, trainer: TrainerConfig) -> None:
         """Check that the optimizer fits a run.
@@ -106,10 +67,9 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         Raises:
             InputError: names the fields that do not go together.
         """
-        if self.warmup > trainer.num_train_steps:
-            raise InputError(
-                f"optimizer.warmup {self.warmup} is more than trainer.num_train_steps {trainer.num_train_steps}"
-            )
+        steps = trainer.num_train_steps
+        if self.warmup > steps:
+            raise InputError(f"optimizer.warmup {self.warmup} is more than trainer.num_train_steps {steps}")
 
     def build(self, num_train_steps: int) -> Optimizer:
         """The optimizer of a run over this many steps."""
@@ -118,9 +78,7 @@ class OptimizerConfig(Settings, ChoiceRegistry):
     @property
     def parameter_groups(self) -> list[ParameterGroup]:
         """The groups as the optimizers take them."""
-        from sophia_levanter.optim import ParameterGroup
-
-        return [ParameterGroup(g.match, g.factor(self.learning_rate) or 0.0, g.weight_decay) for g in self.groups]
+        return [group.build(self.learning_rate) for group in self.groups]
 
     def build_schedule(self, num_train_steps: int) -> Schedule:
         """The learning rate as a function of the step, warm-up included.
@@ -364,9 +322,7 @@ class LionConfig(OptimizerConfig):
     """Lion (Chen et al. 2023), optax's."""
 
     learning_rate: float = setting(1e-4, "peak, reached at the end of the warm-up", above=0)
-    final_fraction: float = setting(
-        0.05, "learning rate at the last step over the peak; constant ignores it", low=0, high=1
-    )
+    final_fraction: float = setting(0.05, FINAL_FRACTION, low=0, high=1)
     b1: float = setting(0.95, "weight of the momentum in the step", low=0, below=1)
     b2: float = setting(0.98, "decay of the momentum", low=0, below=1)
 
@@ -412,20 +368,6 @@ class SoapConfig(OptimizerConfig):
         return Soap(**self.arguments(Soap, num_train_steps), basis=basis)
 
 
-def check_groups(config: OptimizerConfig, model: Any) -> dict[str, int]:
-    """The group of each parameter of a model that is in one, by the parameter's path.
-
-    Raises:
-        InputError: if a group matches no parameter.
-    """
-    from sophia_levanter.optim import groups_of
-
-    try:
-        return groups_of(config.parameter_groups, model)
-    except ValueError as error:
-        raise InputError(f"optimizer.{error}") from None
-
-
 @lru_cache(maxsize=8)
 def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
     """The optimizer of a run over this many steps, the same object for the same arguments.
@@ -450,8 +392,6 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
         )
     if missing:
         raise InputError(f"optimizer: {type(optimizer).__qualname__} does not define {', '.join(missing)}")
-    if not config.groups:
-        return optimizer
     from sophia_levanter.optim import ParameterGroups
 
-    return ParameterGroups(optimizer, tuple(config.parameter_groups))
+    return ParameterGroups(optimizer, tuple(config.parameter_groups)) if config.groups else optimizer

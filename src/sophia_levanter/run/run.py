@@ -21,7 +21,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.build import encode
 from sophia_levanter.config.command_line import dump_config
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.config.optimizer import check_groups
+from sophia_levanter.config.groups import check_groups
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches, Verification
 from sophia_levanter.data.corpora import prepare
@@ -172,7 +172,9 @@ class Run:
         for corpus in corpora:
             corpus.read(0, 1)  # of one that is kept in memory all is read here, before the run has a directory
         if config.optimizer.groups:
-            check_groups(config.optimizer, abstract_model(config.model, self.data.tokenizer.vocab_size))
+            check_groups(
+                config.optimizer.parameter_groups, abstract_model(config.model, self.data.tokenizer.vocab_size)
+            )
         self.batches = TrainBatches(
             self.data.train,
             seq_len=seq_len,

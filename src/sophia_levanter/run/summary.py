@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import equinox as eqx
 import jax
 
-from sophia_levanter.config.optimizer import OptimizerConfig, check_groups
+from sophia_levanter.config.groups import check_groups
+from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.config.settings import steps_of
 from sophia_levanter.config.trainer import Sampling
 from sophia_levanter.data.batches import bigram_bits_per_byte
@@ -113,8 +114,8 @@ def describe_start(run: Run) -> None:
 
 def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[str]:
     """`wte|wpe: 2 arrays, learning rate 6e-05, weight decay 0`, a line for each group of parameters."""
-    found = check_groups(config, model) if config.groups else {}
-    for index, group in enumerate(config.parameter_groups if config.groups else ()):
+    found = check_groups(config.parameter_groups, model)
+    for index, group in enumerate(config.parameter_groups):
         arrays = sum(1 for number in found.values() if number == index)
         decay = "" if group.weight_decay is None else f", weight decay {group.weight_decay:g}"
         yield f"{group.match}: {arrays} array(s), learning rate {group.learning_rate * config.learning_rate:g}{decay}"

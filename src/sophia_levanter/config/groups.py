@@ -1,0 +1,68 @@
+"""Settings of groups of parameters. Free of jax until a group is looked for in a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sophia_levanter.config.settings import Settings, setting
+from sophia_levanter.errors import InputError
+
+if TYPE_CHECKING:
+    from sophia_levanter.optim import ParameterGroup
+
+
+@dataclass(frozen=True)
+class GroupConfig(Settings):
+    """Parameters with a learning rate or weight decay of their own."""
+
+    section: ClassVar[str] = "optimizer.groups"
+
+    match: str = setting(dataclasses.MISSING, "regular expression that their paths contain, such as wte|wpe")
+    learning_rate: float | str = setting("1 x", "their peak, or a factor on optimizer.learning_rate such as 0.1 x")
+    weight_decay: float | None = setting(None, "their weight decay, in place of optimizer.weight_decay", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise InputError(f"optimizer.groups: match {self.match!r} is not a regular expression: {error}") from None
+        if self.factor(1.0) is None:
+            raise InputError(
+                f"optimizer.groups: learning_rate is {self.learning_rate!r}; "
+                "it must be a rate, or a factor such as 0.1 x"
+            )
+
+    def build(self, peak: float) -> ParameterGroup:
+        """The group as optimizers with this peak learning rate take it."""
+        from sophia_levanter.optim import ParameterGroup
+
+        return ParameterGroup(self.match, self.factor(peak) or 0.0, self.weight_decay)
+
+    def factor(self, peak: float) -> float | None:
+        """The factor on an optimizer's learning rate; None if `learning_rate` does not spell one."""
+        if isinstance(self.learning_rate, int | float):
+            return self.learning_rate / peak if self.learning_rate >= 0 else None
+        found = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?) ?x", self.learning_rate.strip())
+        try:
+            return float(found[1]) if found else None
+        except ValueError:
+            return None
+
+
+def check_groups(groups: Sequence[ParameterGroup], model: Any) -> dict[str, int]:
+    """The group of each parameter of a model that is in one, by the parameter's path.
+
+    Raises:
+        InputError: if a group matches no parameter.
+    """
+    from sophia_levanter.optim import groups_of
+
+    try:
+        return groups_of(groups, model)
+    except ValueError as error:
+        raise InputError(f"optimizer.{error}") from None
