@@ -128,7 +128,7 @@ BAD = {
     "an unknown option": (["RUN", "--window", "3"], "unknown option '--window'; did you mean --windows?"),
     "nowhere": (["nowhere"], "nowhere does not exist"),
     "no such step": (["RUN", "--step", "7"], "holds no checkpoint of step 7: it has 6, 12"),
-    "a folder without a text": (["FOLDER"], "--data.validation TEXT is missing: FOLDER is no run"),
+    "a folder without a text": (["FOLDER"], "--data.validation TEXT is missing: FOLDER is not a run"),
     "no such text": (["RUN", "--data.validation", "nowhere.txt"], "nowhere.txt"),
     "another vocabulary": (["RUN", "--data.tokenizer", "WORDS"], "WORDS is not the one that RUN was trained with"),
     "another vocabulary in a folder": (

@@ -49,7 +49,7 @@ BAD = {
     "too many": (["MODEL", "out", "more"], "3 words are given"),
     "no model": (["nowhere", "out"], "nowhere does not exist"),
     "an unknown dtype": (["MODEL", "out", "--dtype", "float64"], "--dtype is 'float64'; it must be one of float32, bf"),
-    "a step of a folder": (["MODEL", "out", "--step", "3"], "--step 3 does not go with MODEL, which is no run"),
+    "a step of a folder": (["MODEL", "out", "--step", "3"], "--step 3 does not go with MODEL, which is not a run"),
     "no step": (["MODEL", "out", "--step", "-1"], "--step is '-1'; it must be a whole number"),
     "files": (["MODEL", "full"], "full holds files already; name an empty or a new folder"),
     "a file": (["MODEL", "full/notes.txt"], "notes.txt is a file; name an empty or a new folder"),

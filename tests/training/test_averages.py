@@ -82,4 +82,4 @@ def test_where_there_is_no_average(finished_run, gpt2_folder, capfd):
     assert evaluate.main([str(finished_run.path), "--averaged"]) == 2
     assert "keeps no average of its weights; trainer.ema_decay makes a run keep one" in capfd.readouterr().err
     assert sample.main([str(gpt2_folder), "--averaged"]) == 2
-    assert f"--averaged does not go with {gpt2_folder}, which is no run directory" in capfd.readouterr().err
+    assert f"--averaged does not go with {gpt2_folder}, which is not a run directory" in capfd.readouterr().err

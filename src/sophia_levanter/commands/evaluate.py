@@ -43,7 +43,7 @@ benchmark.
   --batch_size N         sequences at one time, rounded up to a multiple of the devices that share them;
                          {WINDOWS_PER_DEVICE} for each of these if not given
   --SECTION.FIELD VALUE  sets one field, on top of the run's: --data.validation 'other/*.txt', --mesh.fsdp embed,
-                         --trainer.compute_dtype bfloat16. A model that is no run's needs --data.validation
+                         --trainer.compute_dtype bfloat16. A model that is not of a run needs --data.validation
   --help                 prints this and exits"""
 
 
@@ -138,7 +138,7 @@ def _batches(command: Command, loaded: LoadedModel) -> tuple[ValidationBatches, 
 
     data = loaded.config.data
     if data.validation is None and loaded.step is None:
-        raise InputError(f"--data.validation TEXT is missing: {loaded.source} is no run, which has a text of its own")
+        raise InputError(f"--data.validation TEXT is missing: {loaded.source} is not a run, which has its own text")
     tokens = prepare_validation(data, loaded.tokenizer, _tell)
     shards = loaded.partition.row_shards
     # No more than there are, which memory may not hold.

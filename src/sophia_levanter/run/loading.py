@@ -97,9 +97,9 @@ def load_model(
             f"{place} holds no model: no config.yaml of a run, no checkpoints (step-*), and no transformers config.json"
         )
     if step is not None:
-        raise InputError(f"--step {step} does not go with {place}, which is no run directory")
+        raise InputError(f"--step {step} does not go with {place}, which is not a run directory")
     if averaged:
-        raise InputError(f"--averaged does not go with {place}, which is no run directory")
+        raise InputError(f"--averaged does not go with {place}, which is not a run directory")
     return _from_file(Path(place), overrides, report)
 
 

@@ -72,7 +72,7 @@ from sophia_levanter.training.costs import peak_flops
 from sophia_levanter.training.evaluation import Evaluator
 from sophia_levanter.training.loop import BatchLoader, Loop
 from sophia_levanter.training.metrics import check_results
-from sophia_levanter.training.step import StepSettings, TrainState, initial_state
+from sophia_levanter.training.step import StepSettings, TrainState, first_state, initial_state
 from sophia_levanter.training.stopping import StopRequest, Watchdog
 
 # Seconds that optional trackers have to end in when the run was told to stop.
@@ -207,14 +207,8 @@ class Run:
         """The state before step 0 on the devices, with the initial weights if the configuration names some."""
         if self.initial_weights is None:
             return self.partition.init_sharded(self.initial_state)
-        start = Partial(
-            TrainState.init,
-            optimizer=self.settings.optimizer,
-            policy=self.settings.policy,
-            averaged=self.settings.ema_decay is not None,
-        )
         weights, self.initial_weights = self.partition.place(self.initial_weights), None  # the host's memory is freed
-        return self.partition.init_sharded(start, weights)
+        return self.partition.init_sharded(Partial(first_state, self.settings), weights)
 
     def resume(self) -> TrainState:
         """The state of the newest checkpoint that is whole; reports what has changed since it was saved.

@@ -68,7 +68,7 @@ class BatchLoader:
         return self.partition.place(batch_from_sequences(sequences, num_microbatches=trainer.num_microbatches))
 
     def load_all(self, first: int, stop: int) -> Iterator[Batch]:
-        """The batches of the steps in `[first, stop)`, of which the next few are loaded meanwhile."""
+        """The batches of the steps in `[first, stop)`; threads load the next few ahead."""
         steps = grain.MapDataset.range(first, stop).map(self.load)
         return iter(steps.to_iter_dataset(grain.ReadOptions(READ_THREADS, BATCHES_AHEAD)))
 

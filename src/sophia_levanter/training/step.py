@@ -157,6 +157,11 @@ def initial_state(config: ModelConfig, settings: StepSettings, vocab_size: int) 
 
 def _initial_state(config: ModelConfig, settings: StepSettings, vocab_size: int) -> TrainState:
     model = config.build(vocab_size=vocab_size, key=jax.random.key(settings.seed))
+    return first_state(settings, model)
+
+
+def first_state(settings: StepSettings, model: LanguageModel) -> TrainState:
+    """The state before step 0 with the weights of a model."""
     return TrainState.init(model, settings.optimizer, settings.policy, averaged=settings.ema_decay is not None)
 
 
