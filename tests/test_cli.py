@@ -18,7 +18,7 @@ VERBS = ["train", "prepare_data", "inspect_data", "train_tokenizer"]  # the firs
 @pytest.mark.parametrize(
     ("arguments", "status", "wanted"),
     [
-        ([], 2, f"'' is not one of the verbs {', '.join(VERBS)}, "),
+        ([], 2, f"usage: sophia-levanter {{{','.join(VERBS)},"),
         (["trian"], 2, f"'trian' is not one of the verbs {', '.join(VERBS)}, "),
         (["--help"], 0, f"usage: sophia-levanter {{{','.join(VERBS)},"),
         (["train", "--help"], 0, "--optimizer.learning_rate"),
@@ -37,6 +37,14 @@ def test_verbs(arguments, status, wanted, monkeypatch, capsys):
         for number, handler in before.items():
             signal.signal(number, handler)
     assert wanted in "".join(capsys.readouterr())
+
+
+def test_the_package_is_a_command():
+    done = subprocess.run([sys.executable, "-m", "sophia_levanter"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    usage = done.stderr.splitlines()
+    assert usage[0].startswith("usage: sophia-levanter {train,")
+    assert [line.split()[0] for line in usage[2:]] == list(cli.VERBS)
 
 
 def commands():

@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 import typing
-from types import UnionType
 from typing import Any
 
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.build import schema
 from sophia_levanter.config.command_line import fields_of
 from sophia_levanter.config.files import show_value
-from sophia_levanter.config.settings import declaration
+from sophia_levanter.config.settings import declaration, kinds_of, words_of
 
 MARK = re.compile(r"^<!-- fields of ([\w.]+)(?: (\w+))? -->$", re.MULTILINE)
 WORDS = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "NoneType": "null"}
@@ -41,5 +40,6 @@ def _table(section: str, choice: str | None) -> str:
 
 
 def _kind(annotation: object) -> str:
-    kinds = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    return " or ".join("list" if typing.get_origin(kind) else WORDS[kind.__name__] for kind in kinds)
+    kinds = [kind for kind in kinds_of(annotation) if typing.get_origin(kind) is not typing.Literal]
+    named = ["list" if typing.get_origin(kind) else WORDS[kind.__name__] for kind in kinds]
+    return " or ".join([*named, *words_of(annotation)])

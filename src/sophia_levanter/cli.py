@@ -5,20 +5,27 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-VERBS = (
-    "train",
-    "prepare_data",
-    "inspect_data",
-    "train_tokenizer",
-    "evaluate",
-    "export",
-    "sample",
-    "report",
-    "compare",
-    "plan",
-    "checkpoints",
-    "launch",
-    "tpu",
+VERBS = {
+    "train": "train a model",
+    "prepare_data": "make tokens of text, before a run needs them",
+    "inspect_data": "show what a token store holds",
+    "train_tokenizer": "make a tokenizer for a text",
+    "evaluate": "measure the loss of a model on a text, or its score on a task",
+    "export": "write a model as a folder for transformers",
+    "sample": "generate text with a model",
+    "report": "show runs on one page",
+    "compare": "do the runs of a study, and show what they give",
+    "plan": "show what a run would take",
+    "checkpoints": "list, verify, show, compare and remove checkpoints",
+    "launch": "start a run on many hosts",
+    "tpu": "create, list, reach and delete TPU slices",
+}
+USAGE = "\n".join(
+    [
+        f"usage: sophia-levanter {{{','.join(VERBS)}}} [--help] ...",
+        "",
+        *(f"  {verb:<16} {what}" for verb, what in VERBS.items()),
+    ]
 )
 
 
@@ -29,9 +36,9 @@ def main() -> int:
         The verb's exit status; 2 for no or an unknown verb.
     """
     verb, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    if verb in ("-h", "--help"):
-        print(f"usage: sophia-levanter {{{','.join(VERBS)}}} [--help] ...")
-        return 0
+    if verb in ("", "-h", "--help"):
+        print(USAGE, file=sys.stdout if verb else sys.stderr)
+        return 0 if verb else 2
     if verb not in VERBS:
         print(f"error: {verb!r} is not one of the verbs {', '.join(VERBS)}", file=sys.stderr)
         return 2

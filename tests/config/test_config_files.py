@@ -72,7 +72,7 @@ def test_a_source_whose_name_is_not_utf8_goes_into_the_run_s_configuration(tmp_p
         ("trainer: {keep_best: on}", "trainer.keep_best is 'on'; it must be true or false"),
         ("trainer: {seed: 0x10}", "trainer.seed is '0x10'; it must be an integer"),
         ("trainer: {seed: 1_000}", "trainer.seed is '1_000'; it must be an integer"),
-        ("optimizer: {rho: '1e-3'}", "optimizer.rho is '1e-3'; it must be a finite number"),
+        ("optimizer: {rho: '1e-3'}", "optimizer.rho is '1e-3'; it must be a finite number or auto"),
     ],
 )
 def test_yaml_that_surprises(text: str, says: str, tmp_path: Path) -> None:

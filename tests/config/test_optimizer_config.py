@@ -70,6 +70,12 @@ CASES = [
         ReproducedSophia,
         SOPHIA | {"rho": WinRateController(target=0.4, initial=0.6)},
     ),
+    (SophiaGConfig(**RATES, rho="auto"), Sophia, {"rho": WinRateController(target=0.3, initial=0.05)}),
+    (
+        SophiaHConfig(**RATES, rho="auto", target_win_rate=0.4),
+        Sophia,
+        {"rho": WinRateController(target=0.4, initial=0.01)},
+    ),
     (
         SophiaHConfig(**RATES, basis="kronecker", basis_b2=0.6, basis_max_size=100),
         Sophia,

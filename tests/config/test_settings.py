@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
 from draccus import ChoiceRegistry
@@ -25,6 +25,8 @@ class Shape(Settings, ChoiceRegistry):
 @dataclass(frozen=True)
 class Circle(Shape):
     radius: float = setting(1.0, "its radius", above=0, below=9)
+    border: float | Literal["auto"] = setting(1.0, "its border", above=0, choices=("auto",))
+    line_width: int = setting(1, "of its border")
 
 
 @Shape.register_subclass("polygon")
@@ -49,6 +51,8 @@ def made(*layers: dict, file: Path | None = FILE) -> Drawing:
     [
         (Circle, {"radius": 0.0}, "shape.radius is 0.0; it must be in (0, 9)"),
         (Circle, {"radius": float("nan")}, "shape.radius is nan; it must be in (0, 9)"),
+        (Circle, {"border": "wide"}, "shape.border is 'wide'; it must be a number or auto"),
+        (Circle, {"border": 0.0}, "shape.border is 0.0; it must be above 0"),
         (Circle, {"color": "green"}, "shape.color is 'green'; it must be red or blue"),
         (Polygon, {"sides": 2}, "shape.sides is 2; it must be between 3 and 12"),
         (Polygon, {"label": "c"}, "shape.label is 'c'; it must be one of a, b, or null"),
@@ -83,15 +87,30 @@ def test_lists_on_a_command_line_have_commas():
         made({"shape.type": "polygon", "shape.tags": "a,b"})
 
 
+@pytest.mark.parametrize(("value", "border"), [("auto", "auto"), ("2", 2.0)])
+def test_a_word_beside_the_numbers(value, border):
+    assert made({"shape.border": value}, file=None).shape.border == border
+    assert flat(made({"shape.border": border}))["shape.border"] == border
+
+
+def test_another_word_is_refused():
+    with pytest.raises(InputError, match=r"a\.yaml: shape\.border is 'wide'; it must be a finite number or auto"):
+        made({"shape.border": "wide"})
+
+
 def test_encoded_configurations_are_built_again():
     drawing = Drawing(Polygon(tags=("a",)))
     assert encode(drawing) == {"shape": {"type": "polygon", "color": "red", "sides": 3, "label": None, "tags": ["a"]}}
     assert made(flat(drawing)) == drawing
-    assert list(schema(Drawing).fields) == ["shape.type", "shape.color", "shape.radius"]
+    assert list(schema(Drawing).fields) == ["shape.type", "shape.color", "shape.radius", "shape.border", "shape.line_width"]
 
 
 def test_unknown_keys():
     with pytest.raises(InputError, match=r"a\.yaml: unknown key 'shape\.radios'; did you mean shape\.radius\?"):
         made({"shape.radios": 1})
+    with pytest.raises(InputError, match=r"did you mean shape\.line_width\?"):
+        made({"shape.lw": 1})
+    with pytest.raises(InputError, match=r"unknown option '--lw'; did you mean --shape\.line_width\?"):
+        made({"lw": 1}, file=None)
     with pytest.raises(InputError, match=r"the fields of shape of type polygon are type, color, sides, label, tags"):
         made({"shape.type": "polygon", "shape.zzz": 1})

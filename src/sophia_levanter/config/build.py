@@ -9,14 +9,14 @@ import sys
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import NoneType, UnionType
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, Literal, TypeVar
 
 import draccus
 from draccus import ChoiceRegistry
 
 from sophia_levanter.config.files import Layer, Setting, parse_value, show_value
-from sophia_levanter.config.settings import declaration
+from sophia_levanter.config.settings import declaration, kinds_of, words_of
 from sophia_levanter.errors import InputError
 
 EXPECTED = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
@@ -57,7 +57,9 @@ class Schema:
         if of and of == key:
             return f"{key} is a section, with the fields {', '.join(siblings)}"
         nearest = [_join(of, match) for match in difflib.get_close_matches(name, siblings, n=1)]
-        nearest += [path for path in self.fields if path.rpartition(".")[2] == name]
+        last = {path: path.rpartition(".")[2] for path in self.fields}
+        nearest += [path for path in last if path.startswith(f"{of}.") and _initials(last[path]) == name]
+        nearest += [path for path in last if name in (last[path], _initials(last[path]))]
         others = [option.removeprefix("--") for option in options] or self._top_level
         if not of:
             nearest += difflib.get_close_matches(key, [*others, *self.fields], n=1)
@@ -78,6 +80,11 @@ class Schema:
         registry = self.choices[path]
         name = registry.get_choice_name(self.sections[path])
         return f"{path} of {choice_key(registry)} {name}" if path else f"{choice_key(registry)} {name}"
+
+
+def _initials(name: str) -> str:
+    """`lr` for `learning_rate`; a name of one word has none."""
+    return "".join(word[:1] for word in name.split("_")) if "_" in name else ""
 
 
 def choice_key(registry: type[ChoiceRegistry]) -> str:
@@ -166,8 +173,8 @@ def _add_section(found: Schema, kind: Any, path: str, settings: Layer, default: 
 
 def _is_setting(hint: Any) -> bool:
     """Whether `convert_value` can make values of a type."""
-    kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    return all(kind in EXPECTED or kind is NoneType or typing.get_origin(kind) in (tuple, Mapping) for kind in kinds)
+    others = (tuple, Mapping, Literal)
+    return all(kind in EXPECTED or kind is NoneType or typing.get_origin(kind) in others for kind in kinds_of(hint))
 
 
 def _chosen(registry: type[ChoiceRegistry], key: str, settings: Layer, default: Any) -> type:
@@ -246,10 +253,12 @@ def _masked(setting: Setting) -> str:
 
 def convert_value(key: str, setting: Setting, annotation: Any) -> Any:
     """The setting's value as the field's type, `annotation`: a scalar, one that may be None, a list or a mapping."""
-    kinds = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    kinds, words = kinds_of(annotation), words_of(annotation)
     items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
     scalars = [kind for kind in kinds if kind is not NoneType and typing.get_origin(kind) is None]
     value = setting.value
+    if value in words:
+        return value
     if typing.get_origin(annotation) is Mapping:
         if value:
             raise InputError(f"{setting.prefix}{key} is {_masked(setting)}; it must be a section of NAME: VALUE")
@@ -275,7 +284,7 @@ def convert_value(key: str, setting: Setting, annotation: Any) -> Any:
         value = float(value) if abs(value) < 2**1023 else math.inf
     if type(value) in scalars and not (isinstance(value, float) and not math.isfinite(value)):
         return value
-    expected = EXPECTED[kind] + (" or null" if NoneType in kinds else "")
+    expected = " or ".join([EXPECTED[kind], *words, *(["null"] if NoneType in kinds else [])])
     hint = "; quote it" if kind is str and not isinstance(value, dict | list | NoneType) else ""
     raise InputError(f"{setting.prefix}{key} is {show_value(value)}; it must be {expected}{hint}")
 

@@ -8,7 +8,6 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
 from typing import Any, Literal
 
 from sophia_levanter.config.arguments import parse_arguments
@@ -16,7 +15,7 @@ from sophia_levanter.config.build import build, encode, schema
 from sophia_levanter.config.files import Layer, Setting, dump_yaml, flatten, read_layers, show_value
 from sophia_levanter.config.registries import with_plugins
 from sophia_levanter.config.run import TrainConfig
-from sophia_levanter.config.settings import declaration
+from sophia_levanter.config.settings import declaration, kinds_of, words_of
 from sophia_levanter.errors import InputError
 
 USAGE = """\
@@ -70,9 +69,8 @@ def fields_of(cls: type) -> list[tuple[dataclasses.Field, object]]:
 
 
 def _type_name(annotation: object) -> str:
-    kinds = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    scalars = [kind for kind in kinds if typing.get_origin(kind) is None]
-    return "|".join(TYPE_NAMES.get(kind.__name__, "null") for kind in scalars) or "LIST"
+    scalars = [kind for kind in kinds_of(annotation) if typing.get_origin(kind) is None]
+    return "|".join([*(TYPE_NAMES.get(kind.__name__, "null") for kind in scalars), *words_of(annotation)]) or "LIST"
 
 
 OPTIONS = ("--config", "--resume")

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from draccus import ChoiceRegistry
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sophia_levanter.optim import Estimator, Optimizer, ParameterGroup
 
 FINAL_FRACTION = "learning rate at the last step over the peak; constant ignores it"
+RHO = "scale of the curvature; coordinates with |m| >= rho * h take a clipped step; steered by the win rate if"
 SMALLEST_EPS = 1e-37  # float32 makes a smaller one 0
 _METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_at", "matrix_work")
 
@@ -136,7 +137,7 @@ class SophiaConfig(OptimizerConfig):
 
     b1: float = setting(0.965, "decay of the momentum m", low=0, below=1)
     b2: float = setting(0.99, "decay of the curvature h, per refresh", low=0, below=1)
-    rho: float = setting(0.05, "scale of the curvature; coordinates with |m| >= rho * h take a clipped step", above=0)
+    rho: float | Literal["auto"] = setting(0.05, RHO, above=0, choices=("auto",))
     eps: float = setting(1e-12, "floor of rho * h", low=SMALLEST_EPS)
     weight_decay: float = setting(0.2, "decoupled decay of matrices and embeddings, not of biases and norms", low=0)
     interval: int = setting(10, "steps between refreshes of the curvature", low=1)
@@ -149,7 +150,7 @@ class SophiaConfig(OptimizerConfig):
         None, "sequences in a microbatch of that part; trainer.microbatch_size if not given", low=1
     )
     target_win_rate: float | None = setting(
-        None, "adjust rho, starting from its value, until this share of the coordinates is unclipped", above=0, below=1
+        None, "adjust rho until this share of the coordinates is unclipped; 0.3 if rho is auto", above=0, below=1
     )
     denominator: str = setting(
         "max", "max(rho * h, eps), or rho * h + eps as in the authors' code (sophia_g only)", choices=("max", "add")
@@ -193,8 +194,9 @@ class SophiaConfig(OptimizerConfig):
 
         given = self.arguments(Sophia, num_train_steps) | {"curvature_dtype": jnp.dtype(self.curvature_dtype)}
         given["estimator"] = self.build_estimator()
-        if self.target_win_rate is not None:
-            given["rho"] = WinRateController(target=self.target_win_rate, initial=self.rho)
+        if self.rho == "auto" or self.target_win_rate is not None:
+            initial = type(self).rho if self.rho == "auto" else self.rho
+            given["rho"] = WinRateController(target=self.target_win_rate or 0.3, initial=initial)
         given["basis"] = None
         if self.basis == "kronecker":
             given["basis"] = KroneckerBasis(matrix_axes, self.basis_b2, self.basis_max_size, mesh_axis="data")
@@ -274,7 +276,7 @@ class SophiaGConfig(SophiaConfig):
 class SophiaHConfig(SophiaConfig):
     """Sophia with Hutchinson's estimator (Algorithm 1)."""
 
-    rho: float = setting(0.01, "scale of the curvature; coordinates with |m| >= rho * h take a clipped step", above=0)
+    rho: float | Literal["auto"] = setting(0.01, RHO, above=0, choices=("auto",))
     probe: str = setting(
         "rademacher",
         "distribution of the random direction; the paper's is gaussian",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import UnionType
+from typing import Any, ClassVar, Literal
 
 from sophia_levanter.errors import InputError
 
@@ -21,7 +23,7 @@ class Declaration:
         help: one line for `--help` and the reference page.
         low, high: the smallest and the largest value.
         above, below: bounds that are not values themselves.
-        choices: the only values.
+        choices: the only values; of a setting with bounds, the words beside its numbers.
         empty: what to do in place of an empty string.
         free: of a model's settings, whether a trained model works with another value.
         steps: whether it counts steps: a whole number, or below 1 a fraction of the run.
@@ -54,12 +56,13 @@ class Declaration:
             return
         if value == "":
             raise InputError(f"{name} is empty; {self.empty}")
-        if self.choices and value not in self.choices:
-            options = [*self.choices, "null"] if nullable else list(self.choices)
+        is_word = not self._is_bounded or (isinstance(value, str) and bool(self.choices))
+        if self.choices and is_word and value not in self.choices:
+            options = ["a number"] * self._is_bounded + [*self.choices] + ["null"] * nullable
             one_of = "one of " if len(options) > 2 else ""
             last = ", or null" if nullable and one_of else f" or {options[-1]}" if not one_of else f", {options[-1]}"
             raise InputError(f"{name} is {value!r}; it must be {one_of}{', '.join(options[:-1])}{last}")
-        if self._is_bounded and not self._holds(value):
+        if not is_word and not self._holds(value):
             raise InputError(f"{name} is {value}; it must be {self._range}")
         if self.steps and value >= 1 and not float(value).is_integer():
             raise InputError(f"{name} is {value}; it must be a whole number of steps, or below 1 a fraction of the run")
@@ -120,6 +123,18 @@ def declaration(field: dataclasses.Field[Any]) -> Declaration:
     found = field.metadata.get(DECLARATION, Declaration(""))
     assert isinstance(found, Declaration)
     return found
+
+
+def kinds_of(annotation: object) -> tuple[Any, ...]:
+    """The types that a setting's annotation joins by `|`."""
+    joined = isinstance(annotation, UnionType) or typing.get_origin(annotation) is typing.Union
+    return typing.get_args(annotation) if joined else (annotation,)
+
+
+def words_of(annotation: object) -> list[str]:
+    """The words that a setting may have beside its numbers: `auto` of `float | Literal["auto"]`."""
+    literals = [kind for kind in kinds_of(annotation) if typing.get_origin(kind) is Literal]
+    return [word for kind in literals for word in typing.get_args(kind)]
 
 
 def not_defined(settings: Settings, method: str) -> InputError:

@@ -1,0 +1,8 @@
+"""`python -m sophia_levanter VERB ...` is `sophia-levanter VERB ...`."""
+
+import sys
+
+from sophia_levanter.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
