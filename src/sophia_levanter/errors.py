@@ -36,3 +36,9 @@ def one_line(text: object) -> str:
 def shortened(name: str, most: int) -> str:
     """The name with "…" in place of its middle if it has more than so many characters."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[most // 2 + 1 - most :]}"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 layer`, `12,000 steps`, `0 processes`."""
+    plural = f"{what}es" if what.endswith(("s", "ch")) else f"{what}s"
+    return f"{number:,} {what if number == 1 else plural}"

@@ -110,7 +110,7 @@ def test_verify_finds_each_planted_fault(saved, capfd, fault):
         status, out, _ = command(capfd, "verify", saved, "--step", 3)
         path.write_bytes(content)
         wrong, summary = out.splitlines()
-        assert (status, summary) == (1, "step 3: damaged, 1 file(s)")
+        assert (status, summary) == (1, "step 3: damaged, 1 file")
         assert wrong.startswith("step 3: ") and str(path) in wrong
         assert ("leaf " in wrong) == (path.name != "manifest.json")
 
@@ -142,15 +142,15 @@ def test_show(saved, capfd):
     assert "config.optimizer: rho 0.2" in lines
     assert lines[lines.index("model") :] == [
         "model",
-        "  same      float32[5], 1 chunk(s), 20 B, norm 5.477",
+        "  same      float32[5], 1 chunk, 20 B, norm 5.477",
         "  up",
-        "    bias    float32[3], 1 chunk(s), 12 B, norm 0",
-        "    weight  float32[4, 3], 1 chunk(s), 48 B, norm 6.928",
-        "step        int32[], 1 chunk(s), 4 B, = 2",
+        "    bias    float32[3], 1 chunk, 12 B, norm 0",
+        "    weight  float32[4, 3], 1 chunk, 48 B, norm 6.928",
+        "step        int32[], 1 chunk, 4 B, = 2",
         "",
-        "model: 3 array(s), 20 numbers, 80 B",
+        "model: 3 arrays, 20 numbers, 80 B",
     ]
-    assert "x  float32[3], 1 chunk(s), 12 B, norm 5, 1 NOT FINITE" in command(capfd, "show", saved)[1]
+    assert "x  float32[3], 1 chunk, 12 B, norm 5, 1 NOT FINITE" in command(capfd, "show", saved)[1]
 
 
 def test_diff(saved, capfd):

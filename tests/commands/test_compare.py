@@ -140,9 +140,9 @@ def test_the_plan_is_printed_and_not_done(write, capfd, done, tmp_path):
     assert main(arguments(study, "--plan")) == 0
     assert capfd.readouterr().out.splitlines() == [
         "study: 3 runs, 3 to do",
-        "to do  adamw  tokens=640 seed=0",
-        "to do  sophia  tokens=640 seed=0",
-        "to do  lion  tokens=640 seed=3",
+        "to do  adamw tokens=640 seed=0",
+        "to do  sophia tokens=640 seed=0",
+        "to do  lion tokens=640 seed=3",
     ]
     assert not done and not (tmp_path / "out").exists()
     assert main(arguments(write(STUDY))) == 0
@@ -152,8 +152,8 @@ def test_the_plan_is_printed_and_not_done(write, capfd, done, tmp_path):
     # The first point of the third arm is the first arm's run.
     assert capfd.readouterr().out.splitlines() == [
         "study: 4 runs, 1 to do",
-        "done   adamw  tokens=640 seed=0",
-        "done   sophia  tokens=640 seed=0",
+        "done   adamw tokens=640 seed=0",
+        "done   sophia tokens=640 seed=0",
         "done   third optimizer.type=adamw optimizer.b1=0.9 tokens=640 seed=0",
         "to do  third optimizer.type=adamw optimizer.b1=0.5 tokens=640 seed=0",
     ]
@@ -177,7 +177,7 @@ def test_the_second_call_does_nothing_more_and_a_removed_record_is_done_again(wr
     assert main(arguments(study)) == 0
     assert [flat_config(job.config) for job in done[4:]] == [removed["config"]]
     assert [record.loss for record in read_records(file)] == [1.0, 3.0, 4.0, 5.0]
-    assert "study: 4 runs, 1 to do\n1/1 SophiaG rate 0.01 rho 0.5 10 steps seed 0: validation loss 5.0000\n" in (
+    assert "study: 4 runs, 1 to do\n1/1 sophia tokens=640 seed=0: validation loss 5.0000\n" in (
         capfd.readouterr().out
     )
 
@@ -201,12 +201,24 @@ def test_arms_share_the_runs_that_are_the_same(write, done):
     assert len({job.directory for job in done}) == 2
 
 
+def test_lines_tell_the_arms_and_points_apart(write, capfd, done):
+    grid = "grid: {optimizer: {weight_decay: [0.1, 0.2]}}"
+    study = write(f"{STUDY}  decay: {{settings: {{optimizer: {{type: adamw}}}}, {grid}}}\n")
+    assert main(arguments(study)) == 0
+    lines = [line.partition(":")[0] for line in capfd.readouterr().out.splitlines() if line[1:2] == "/"]
+    assert lines == [
+        "1/3 adamw tokens=640 seed=0",
+        "2/3 sophia tokens=640 seed=0",
+        "3/3 decay optimizer.weight_decay=0.2 tokens=640 seed=0",
+    ]
+
+
 def test_failures_and_divergences_leave_the_others(write, tmp_path, capfd, done):
     study = write(f"{STUDY}seeds: [13, 66, 0]\n")
     assert main(arguments(study)) == 1
     out, error = capfd.readouterr()
     assert error == "error: a.log: no luck\n" * 2
-    assert "3/6 AdamW rate 0.01 10 steps seed 66: diverged\n" in out
+    assert "3/6 adamw tokens=640 seed=66: diverged\n" in out
     assert "4 runs were started, 2 of them diverged" in out
     records = read_records(tmp_path / "out" / "study.json")
     assert [(record.config["trainer.seed"], record.status) for record in records] == [

@@ -80,7 +80,7 @@ def test_a_plan():
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
     words = ["--devices", "4", "--gpu", "a100-40", "--mesh.fsdp", "embed"]
     lines = planned("--config", config, *words, flags=flags)
-    assert lines[0] == "gpt2_nano_sophia_h on 4 x a100-40, 4 device(s), data 4, embed over data"
+    assert lines[0] == "gpt2_nano_sophia_h on 4 x a100-40, 4 devices, data 4, embed over data"
     assert lines[1].startswith("approximate")
     assert lines[2].split() == ["attention", "blocked"]
     assert lines[3].split() == ["parameters", "853,120"]
@@ -113,6 +113,6 @@ def test_the_largest_size_that_fits(limit, wanted):
 @pytest.mark.parametrize("target", ["v4:2x2x2", "v5e:2x4"])
 def test_a_plan_for_a_tpu(target):
     lines = planned("--config", NANO, "--target", target, "--mesh.fsdp", "embed")
-    assert lines[0].startswith(f"gpt2_nano_sophia on {target}, 8 device(s), data 8, embed over data")
+    assert lines[0].startswith(f"gpt2_nano_sophia on {target}, 8 devices, data 8, embed over data")
     assert not any("approximate" in line for line in lines)
     assert numbers(lines, "all-gather")[0] > 0

@@ -38,7 +38,7 @@ def test_a_text_begins_with_its_prompt_and_is_the_seeds(sampled, run_dir):
     assert first.out.startswith("Line ") and first.out.endswith("\n")
     assert len(first.out) > len("Line \n") + 5
     assert first.err.startswith(f"model: step 12 of {run_dir}\n")
-    assert " token(s): " in first.err and first.err.endswith(" tokens/s\n")
+    assert " tokens: " in first.err and first.err.endswith(" tokens/s\n")
     assert sampled("--prompt", "Line ").out == first.out
     assert sampled("--prompt", "Line ", "--seed", "1").out != first.out
     assert sampled("--prompt", "Line ", "--step", "6").out != first.out
@@ -92,7 +92,7 @@ def test_one_text_comes_token_by_token(sampled, rigged, monkeypatch):
     shown = sampled("--prompt", "To", "--top_p", "0.5", "--top_k", "7", "--temperature", "0.9")
     assert written == ["To", "n", "", "é", "", ""]
     assert shown.out == "\n"
-    assert shown.err.splitlines()[-1].startswith("4 token(s): ")
+    assert shown.err.splitlines()[-1].startswith("4 tokens: ")
     del asked["keys"]
     assert asked == {"prompts": [[84, 111]], "num_tokens": 24, "sampling": Sampling(0.9, 7, 0.5), "end_of_text": END}
 
@@ -101,7 +101,7 @@ def test_a_row_that_has_ended_stays_as_it_is(sampled, rigged):
     rigged([65, 66], [END, 67], [None, 68])
     shown = sampled("--prompt", ">", "--samples", "2")
     assert shown.out == "--- prompt 1, sample 1\n>A\n--- prompt 1, sample 2\n>BCD\n"
-    assert shown.err.splitlines()[-1].startswith("5 token(s): ")
+    assert shown.err.splitlines()[-1].startswith("5 tokens: ")
 
 
 def test_what_a_terminal_may_take_for_a_command_is_not_printed():

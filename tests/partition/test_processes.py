@@ -64,7 +64,7 @@ def test_two_processes_train_as_one_and_go_on(config_file, tmp_path):
     np.testing.assert_allclose(losses(two), losses(one), rtol=0, atol=1e-5)
     np.testing.assert_allclose(losses(two, "validation/loss"), losses(one, "validation/loss"), rtol=0, atol=1e-5)
     # The second process has nothing to say.
-    assert "4 cpu device(s), data 4, embed over data" in results[1][1]
+    assert "4 cpu devices, data 4, embed over data" in results[1][1]
     assert results[2][1].replace("[Gloo]", "").count("step ") == 0
 
     # What two saved, one takes up on another mesh, and two take up what one saved.

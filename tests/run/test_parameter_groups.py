@@ -57,7 +57,7 @@ def test_a_run_with_groups(config_file, tmp_path, capfd):
     command = ["--config", str(config_file), "--optimizer.groups", still, "--trainer.sample_tokens", "0"]
     command += ["--trainer.run_dir", str(tmp_path / "run")]
     assert main([*command, "--trainer.num_train_steps", "2"]) == 0
-    assert "group: wte|wpe: 2 array(s), learning rate 0, weight decay 0" in (capfd.readouterr().out)
+    assert "group: wte|wpe: 2 arrays, learning rate 0, weight decay 0" in (capfd.readouterr().out)
     assert main([*command, "--trainer.num_train_steps", "4", "--resume", "auto"]) == 0
     loaded = load_model(str(tmp_path / "run"), report=print)
     drawn = loaded.config.model.build(vocab_size=257, key=jax.random.key(0))

@@ -114,7 +114,7 @@ def test_the_batch_size_changes_on_the_way(stop_at, finished_run, config_file, t
     out = capfd.readouterr().out
     for size in (16, 24):
         assert f"for batches of {size}" in out
-    assert "microbatch(es), batches of 24 from step 5 on, batches of 16 from step 9 on\n" in out
+    assert "microbatches, batches of 24 from step 5 on, batches of 16 from step 9 on\n" in out
     before, after = metrics(whole), metrics(finished_run.path)
     assert [before[step] == after[step] for step in range(12)] == [True] * 5 + [False] * 7
 

@@ -1,7 +1,10 @@
 """Where a run's checkpoints lie: in another place, gone, in the way of another run, and which of them stay."""
 
 import fcntl
+import itertools
 import shutil
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +12,9 @@ from fake_gcs import FakeGcs, serving
 from sophia_levanter import checkpoint
 from sophia_levanter.commands.checkpoints import main as prune
 from sophia_levanter.main import main
+from sophia_levanter.partition.processes import Processes
+from sophia_levanter.training import checkpoints
+from sophia_levanter.training.checkpoints import CheckpointTimer
 from sophia_levanter.training.evaluation import Evaluation, Evaluator
 from tiny_runs import metrics
 
@@ -149,3 +155,66 @@ def test_what_stays(config_file, tmp_path, monkeypatch):
     command = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), *keep, "--trainer.evaluate_every", "1"]
     assert main(command) == 0
     assert checkpoint.steps(run_dir / "checkpoints") == [4, 7, 11, 12]
+
+
+def set_clock(monkeypatch, clock):
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=clock))
+
+
+def test_a_state_is_saved_when_the_minutes_are_over(finished_run, tmp_path, monkeypatch):
+    """Each look at the clock is 20 s later: after 3 and 9 steps a minute is over, and after 6 and 12 a save is due."""
+    set_clock(monkeypatch, itertools.count(0, 20).__next__)
+    run_dir = tmp_path / "run"
+    options = ["--trainer.checkpoint_minutes", "1", "--trainer.keep_checkpoints", "3"]
+    assert main(["--config", str(finished_run.config_file), "--trainer.run_dir", str(run_dir), *options]) == 0
+    assert checkpoint.steps(run_dir / "checkpoints") == [6, 9, 12]
+    assert metrics(run_dir) == metrics(finished_run.path)
+
+
+@dataclass(frozen=True)
+class Talking(Processes):
+    """One of two processes that talk through a dictionary."""
+
+    said: dict[str, str] = field(default_factory=dict)
+
+    def broadcast(self, name, text, timeout):
+        return self.said.setdefault(name, text) if self.is_first else self.said[name]
+
+    def forget(self, name):
+        if self.is_first:
+            del self.said[f"{name}/answer"]
+
+
+def test_the_clock_of_the_first_process_decides_for_all(monkeypatch):
+    said = {}
+    clocks, questions = [0.0, 0.0], [itertools.count(), itertools.count()]
+
+    def use(index):
+        set_clock(monkeypatch, lambda: clocks[index])
+        monkeypatch.setattr(checkpoints, "_questions", questions[index])
+
+    def ask():
+        answers = []
+        for index, timer in enumerate(timers):
+            use(index)
+            answers.append(timer.has_expired())
+            if answers[-1]:
+                timer.restart()
+        return answers
+
+    timers = []
+    for index in range(2):
+        use(index)
+        timers.append(CheckpointTimer(0.5, Talking(index, 2, said)))
+    found = []
+    for clocks[0] in (10.0, 29.0, 30.0, 40.0, 59.0, 60.0):
+        clocks[1] += 100  # another machine's
+        found.append(ask())
+    assert found == [[False] * 2, [False] * 2, [True] * 2, [False] * 2, [False] * 2, [True] * 2]
+    assert len(said) == 3  # the answers that not all may have read
+
+
+def test_without_minutes_nothing_is_said():
+    said = {}
+    assert not CheckpointTimer(None, Talking(0, 2, said)).has_expired()
+    assert said == {}

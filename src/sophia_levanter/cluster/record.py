@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, counted
 from sophia_levanter.files import lock, read_regular, write_atomically
 from sophia_levanter.status import Progress
 
@@ -53,12 +53,6 @@ class Status:
         parts += [str(self.progress)] if self.progress else []
         parts.append(f"{counted(self.failures, 'failure')}, {counted(self.preemptions, 'preemption')}")
         return "; ".join(parts)
-
-
-def counted(number: int, what: str) -> str:
-    """A number of things, for people."""
-    plural = f"{what}es" if what.endswith("s") else f"{what}s"
-    return f"{number} {what if number == 1 else plural}"
 
 
 class LaunchRecord:

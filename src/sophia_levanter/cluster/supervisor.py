@@ -15,8 +15,8 @@ from typing import Any
 from sophia_levanter.cluster.attempt import Attempt, Outcome
 from sophia_levanter.cluster.backend import Backend, Job, Say, Unavailable
 from sophia_levanter.cluster.config import ClusterConfig
-from sophia_levanter.cluster.record import LaunchRecord, Status, counted
-from sophia_levanter.errors import InputError
+from sophia_levanter.cluster.record import LaunchRecord, Status
+from sophia_levanter.errors import InputError, counted
 from sophia_levanter.status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
 
 POLL_SECONDS = 0.2

@@ -12,7 +12,7 @@ import numpy as np
 
 from sophia_levanter.checkpoint.manifest import CheckpointError, Manifest, SavedArray
 from sophia_levanter.checkpoint.restoring import damage, read_arrays, read_step
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, counted
 from sophia_levanter.tracking.console import show_age
 
 
@@ -42,10 +42,10 @@ def verify(location: str, step: int) -> tuple[list[str], str]:
     except InputError as error:  # of another format, and no reason not to look at the other steps
         wrong = [str(error)]
     if wrong:
-        return wrong, f"damaged, {len(wrong)} file(s)"
+        return wrong, f"damaged, {counted(len(wrong), 'file')}"
     arrays = read_step(location, step).arrays
     files = 1 + sum(1 + len(array.chunks) for array in arrays)
-    return [], f"intact, {files} files, {_size(_num_bytes(arrays))}, {time.perf_counter() - started:.1f} s"
+    return [], f"intact, {counted(files, 'file')}, {_size(_num_bytes(arrays))}, {time.perf_counter() - started:.1f} s"
 
 
 def describe(location: str, step: int) -> Iterator[str]:
@@ -72,7 +72,7 @@ def describe(location: str, step: int) -> Iterator[str]:
         if len(arrays) == 1:
             continue
         numbers = sum(int(np.prod(array.shape, dtype=np.int64)) for array in arrays)
-        yield f"{branch}: {len(arrays)} array(s), {numbers:,} numbers, {_size(_num_bytes(arrays))}"
+        yield f"{branch}: {counted(len(arrays), 'array')}, {numbers:,} numbers, {_size(_num_bytes(arrays))}"
 
 
 def compare(location: str, first: int, second: int) -> Iterator[str]:
@@ -141,7 +141,7 @@ def _tree(location: str, manifest: Manifest) -> Iterator[str]:
         above = branches
         yield (
             f"{'  ' * len(branches) + name:<{width}}  {_shape(saved[path])}, "
-            f"{len(saved[path].chunks)} chunk(s), {_size(saved[path].num_bytes)}, {_contents(array)}"
+            f"{counted(len(saved[path].chunks), 'chunk')}, {_size(saved[path].num_bytes)}, {_contents(array)}"
         )
 
 

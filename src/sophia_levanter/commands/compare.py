@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.arguments import parse_arguments
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.files import Layer, Setting
-from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.errors import InputError, counted, one_line
 from sophia_levanter.files import lock
 from sophia_levanter.run.directory import with_absolute_paths
 from sophia_levanter.status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
@@ -162,23 +162,23 @@ def _alone_in(out: Path) -> Iterator[None]:
         yield
 
 
-def _counts(study: Study, runs: Sequence[PlannedRun], missing: Sequence[TrainConfig]) -> str:
-    return f"{study.name}: {len(runs)} runs, {len(missing)} to do"
+def _counts(study: Study, runs: Sequence[PlannedRun], missing: Mapping[str, TrainConfig]) -> str:
+    return f"{study.name}: {counted(len(runs), 'run')}, {len(missing)} to do"
 
 
-def _missing(runs: Sequence[PlannedRun], records: Sequence[Record]) -> list[TrainConfig]:
-    """The configurations without a record, each once however many arms share it."""
-    missing: list[TrainConfig] = []
+def _missing(runs: Sequence[PlannedRun], records: Sequence[Record]) -> dict[str, TrainConfig]:
+    """The configurations without a record, by what the first run that has them is called."""
+    missing: dict[str, TrainConfig] = {}
     for run in runs:
-        if find(records, run.config) is None and run.config not in missing:
-            missing.append(run.config)
+        if find(records, run.config) is None and run.config not in missing.values():
+            missing[describe(run)] = run.config
     return missing
 
 
 def _do(
     study: Study,
     command: Command,
-    missing: Sequence[TrainConfig],
+    missing: Mapping[str, TrainConfig],
     records: list[Record],
     texts: Texts,
     stopped: Callable[[], bool],
@@ -189,7 +189,8 @@ def _do(
 
     folder = (command.out / "runs").absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [Job(config, job_directory(folder, config)) for config in missing]
+    names = list(missing)
+    jobs = [Job(config, job_directory(folder, config)) for config in missing.values()]
     failures = 0
     with closing(as_ray_tasks(jobs, stopped) if command.ray else one_by_one(jobs)) as results:
         for count, (index, result) in enumerate(results, start=1):
@@ -197,29 +198,25 @@ def _do(
                 print(one_line(f"error: {result}"), file=sys.stderr)
                 failures += 1
                 continue
-            facts = result.facts | {"texts": texts[missing[index].data]}
+            facts = result.facts | {"texts": texts[jobs[index].config.data]}
             records.append(replace(result, facts=facts))
             write_records(command.out / RECORDS, study.name, records)
             outcome = "diverged" if result.loss is None else f"validation loss {result.loss:.4f}"
-            print(f"{count}/{len(jobs)} {describe(missing[index])}: {outcome}", flush=True)
+            print(one_line(f"{count}/{len(jobs)} {names[index]}: {outcome}"), flush=True)
     return failures
 
 
-def describe(config: TrainConfig) -> str:
-    """A run in a few words."""
-    optimizer = config.optimizer
-    rho = f" rho {optimizer.rho:g}" if hasattr(optimizer, "rho") else ""
-    name = type(optimizer).__name__.removesuffix("Config")
-    steps, seed = config.trainer.num_train_steps, config.trainer.seed
-    return f"{name} rate {optimizer.learning_rate:g}{rho} {steps} steps seed {seed}"
+def describe(run: PlannedRun) -> str:
+    """A run in a few words: its arm, its point of the grid, its length and its seed."""
+    point = [f"{name}={value}" for name, value in run.point.items()]
+    return " ".join([run.arm, *point, f"tokens={run.tokens}", f"seed={run.seed}"])
 
 
 def _print_plan(study: Study, runs: Sequence[PlannedRun], records: Sequence[Record]) -> None:
     print(_counts(study, runs, _missing(runs, records)))
     for run in runs:
         state = "done" if find(records, run.config) else "to do"
-        point = " ".join(f"{name}={value}" for name, value in run.point.items())
-        print(one_line(f"{state:6} {run.arm} {point} tokens={run.tokens} seed={run.seed}"))
+        print(one_line(f"{state:6} {describe(run)}"))
 
 
 if __name__ == "__main__":

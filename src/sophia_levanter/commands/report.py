@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sophia_levanter.config.arguments import parse_arguments
-from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.errors import InputError, counted, one_line
 from sophia_levanter.status import DONE, run_command
 
 USAGE = """\
@@ -109,7 +109,7 @@ def _report(words: Sequence[str]) -> int:
             raise
         raise InputError(f"--output {page} cannot be written: {error.strerror}; name another place") from error
     print("\n".join(in_lines(runs, comparability)))
-    print(one_line(f"{files[0]}, and {len(files) - 1} pictures: {page.stem}-*.png"))
+    print(one_line(f"{files[0]}, and {counted(len(files) - 1, 'picture')}: {page.stem}-*.png"))
     return DONE
 
 

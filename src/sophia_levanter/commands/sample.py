@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sophia_levanter.commands.on_models import run_on_model
 from sophia_levanter.config.arguments import Arguments, parse_arguments, whole_number
 from sophia_levanter.config.trainer import Sampling
-from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.errors import InputError, counted, one_line
 from sophia_levanter.files import read_regular
 from sophia_levanter.status import DONE
 
@@ -194,7 +194,7 @@ def _sample(command: Command, prompts: Sequence[Sequence[int]], loaded: LoadedMo
         heading = "" if alone else f"--- prompt {prompt + 1}, sample {sample + 1}\n"
         print(heading + "".join(characters), flush=True)
     speed = f", then {(drawn - len(rows)) / (times[-1] - times[1]):,.0f} tokens/s" if len(times) > 2 else ""
-    _tell(f"{drawn:,} token(s): {times[1] - started:.1f} s to the first, with compiling{speed}")
+    _tell(f"{counted(drawn, 'token')}: {times[1] - started:.1f} s to the first, with compiling{speed}")
 
 
 def _print_at_once(text: str) -> None:

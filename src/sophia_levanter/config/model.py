@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from draccus import ChoiceRegistry
 
 from sophia_levanter.config.settings import Settings, not_defined, setting
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, counted
 
 if TYPE_CHECKING:
     import jax
@@ -62,7 +62,7 @@ class ModelConfig(Settings, ChoiceRegistry):
 
     def describe(self) -> str:
         """Its sizes, for people."""
-        return f"{self.seq_len} positions"
+        return counted(self.seq_len, "position")
 
     def attention_on(self, platform: str, dtype: str, *, split_positions: bool) -> str | None:
         """The implementation of attention on a kind of device, in a dtype; None for a model without attention.
@@ -138,8 +138,8 @@ class TransformerConfig(ModelConfig):
         }
 
     def describe(self) -> str:
-        heads = f"{self.num_heads} heads{self._key_heads}"
-        return f"{self.num_layers} layers, {heads}, {self.embed_dim} wide, {self.seq_len} positions"
+        layers, heads = counted(self.num_layers, "layer"), f"{counted(self.num_heads, 'head')}{self._key_heads}"
+        return f"{layers}, {heads}, {self.embed_dim:,} wide, {counted(self.seq_len, 'position')}"
 
     @property
     def _key_heads(self) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sophia_levanter.optim import Estimator, Optimizer, ParameterGroup
 
 FINAL_FRACTION = "learning rate at the last step over the peak; constant ignores it"
-RHO = "scale of the curvature; coordinates with |m| >= rho * h take a clipped step; steered by the win rate if"
+RHO = "scale of the curvature; coordinates with |m| >= rho * h take a clipped step; auto steers it by the win rate"
 SMALLEST_EPS = 1e-37  # float32 makes a smaller one 0
 _METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_at", "matrix_work")
 

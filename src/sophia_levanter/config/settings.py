@@ -69,8 +69,8 @@ class Declaration:
 
     @property
     def described(self) -> str:
-        """The help with the choices."""
-        return f"{self.help}: {', '.join(self.choices)}" if self.choices else self.help
+        """The help with the choices, where there are no other values."""
+        return f"{self.help}: {', '.join(self.choices)}" if self.choices and not self._is_bounded else self.help
 
     @property
     def _is_bounded(self) -> bool:

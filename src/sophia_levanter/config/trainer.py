@@ -70,6 +70,9 @@ class TrainerConfig(Settings):
     checkpoint_every: float | int = setting(
         1000, f"steps between checkpoints, {OR_FRACTION}; one more comes at the end", above=0, steps=True
     )
+    checkpoint_minutes: float | None = setting(
+        None, "minutes after the last checkpoint at which another is saved, besides checkpoint_every", above=0
+    )
     checkpoint_dir: str | None = setting(None, "path, gs:// or s3:// for checkpoints; run_dir/checkpoints if not given")
     keep_checkpoints: int = setting(2, "number of newest checkpoints to keep", low=1)
     keep_every: int | None = setting(None, "keep checkpoints at multiples of this many steps for ever", low=1)

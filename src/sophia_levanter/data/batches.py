@@ -15,7 +15,7 @@ import numpy as np
 
 from sophia_levanter.data.token_store import Tokens
 from sophia_levanter.data.tokenizer import NUM_BYTES, Tokenizer
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, counted
 
 if TYPE_CHECKING:
     from sophia_levanter.partition.processes import Processes
@@ -210,7 +210,7 @@ class ValidationBatches:
     def __init__(self, store: Tokens, *, seq_len: int, batch_size: int, max_sequences: int | None = None) -> None:
         if store.num_tokens < 2:
             raise InputError(
-                f"data.validation has {store.num_tokens} token(s), and at least 2 are needed; give more validation text"
+                f"data.validation has {counted(store.num_tokens, 'token')}, and at least 2 are needed; give more validation text"
             )
         total = -(-(store.num_tokens - 1) // seq_len)
         count = total if max_sequences is None else min(max_sequences, total)

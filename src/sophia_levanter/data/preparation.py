@@ -35,7 +35,7 @@ from sophia_levanter.data.store_writer import (
 from sophia_levanter.data.text_files import Report
 from sophia_levanter.data.token_store import FORMAT_VERSION, MANIFEST_NAME, SIDES, TokenStore, digest_of
 from sophia_levanter.data.tokenizer import Tokenizer
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, counted
 from sophia_levanter.files import sync, write_atomically
 
 BLOCK_CHARACTERS = 1 << 18  # of text are encoded by one process at a time, rounded up to whole documents
@@ -301,7 +301,8 @@ def _counts(writers: list[TokenStoreWriter]) -> str:
     tokens = sum(writer.num_tokens for writer in writers)
     text_bytes = sum(writer.num_bytes for writer in writers)
     held_out = f" ({writers[1].num_tokens:,} held out)" if len(writers) == 2 else ""
-    return f"{documents:,} documents, {tokens:,} tokens{held_out}, {text_bytes / max(tokens, 1):.2f} bytes per token"
+    size = f"{counted(documents, 'document')}, {counted(tokens, 'token')}{held_out}"
+    return f"{size}, {text_bytes / max(tokens, 1):.2f} bytes per token"
 
 
 def build_directory(

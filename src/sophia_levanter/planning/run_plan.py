@@ -11,6 +11,7 @@ import jax
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.tokenizer import vocab_size_of
+from sophia_levanter.errors import counted
 from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.optim._trees import is_named
 from sophia_levanter.partition.mesh import Partition, partition_of
@@ -54,7 +55,7 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     partition = partition_of(config.mesh, target.devices())
     attention = attention_of(config, partition)
     state = abstract_state(config, partition, vocab_size)
-    yield ", ".join([f"{name} on {target.name}, {target.num_devices} device(s)", *describe_layout(partition)])
+    yield ", ".join([f"{name} on {target.name}, {counted(target.num_devices, 'device')}", *describe_layout(partition)])
     if target.topology is None:
         yield (
             "approximate: compiled for this machine's CPU, whose compiler lays temporaries out in another way and "
@@ -104,7 +105,7 @@ def _time(config: TrainConfig, time: StepTime, target: Target, mfu: float) -> It
     if time.communication:
         days += f" to {time.serial * steps / SECONDS_PER_DAY:.3g}"
         yield f"  bounded by {time.bound} if communication overlaps fully; {time.serial:.3g} s a step if none overlaps"
-    yield f"  {days} days for {steps:,} steps of {config.trainer.batch_size * config.model.seq_len:,} tokens"
+    yield f"  {days} days for {counted(steps, 'step')} of {config.trainer.batch_size * config.model.seq_len:,} tokens"
     if rates:
         yield f"  rates: {', '.join(rates)}"
     if time.communication and target.topology is None and target.num_devices > GPUS_OF_A_NODE:

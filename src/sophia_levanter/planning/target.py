@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, counted
 
 GIB = 2**30
 # The side of the matrix that `Chip.qr_flops` is for.
@@ -227,8 +227,8 @@ class TpuShape:
     runtime_version: str
 
     def __str__(self) -> str:
-        hosts = f"{self.hosts} host{'s' if self.hosts > 1 else ''}"
-        return f"{self.accelerator_type}: {self.chips} chips ({self.topology}), {hosts}, {self.memory / GIB:,.0f} GiB"
+        size = f"{counted(self.chips, 'chip')} ({self.topology}), {counted(self.hosts, 'host')}"
+        return f"{self.accelerator_type}: {size}, {self.memory / GIB:,.0f} GiB"
 
 
 def tpu_shape(accelerator_type: str, field: str = "accelerator") -> TpuShape:

@@ -30,6 +30,7 @@ _MAY_DIFFER = (
     "trainer.run_dir",
     "trainer.checkpoint_dir",
     "trainer.checkpoint_every",
+    "trainer.checkpoint_minutes",
     "trainer.keep_checkpoints",
     "trainer.keep_every",
     "trainer.keep_best",

@@ -67,7 +67,7 @@ from sophia_levanter.training.callbacks import (
     TrainingFailed,
     build_callbacks,
 )
-from sophia_levanter.training.checkpoints import RunCheckpoints
+from sophia_levanter.training.checkpoints import CheckpointTimer, RunCheckpoints
 from sophia_levanter.training.costs import peak_flops
 from sophia_levanter.training.evaluation import Evaluator
 from sophia_levanter.training.loop import BatchLoader, Loop
@@ -365,7 +365,8 @@ class Run:
             best=best,
             saved_step=None if self.restored is None else self.restored.step,
         )
-        saving = Saving(trainer, monitor, checkpoints, self.verification)
+        timer = CheckpointTimer(trainer.checkpoint_minutes, self.processes)
+        saving = Saving(trainer, monitor, checkpoints, self.verification, timer)
         evaluator = Evaluator(
             self.validation, token_byte_lengths(self.data.tokenizer), self.partition, self.settings.policy
         )

@@ -17,6 +17,7 @@ from sophia_levanter.config.settings import steps_of
 from sophia_levanter.config.trainer import Sampling
 from sophia_levanter.data.batches import bigram_bits_per_byte
 from sophia_levanter.data.tokenizer import printable
+from sophia_levanter.errors import counted
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.models.sampling import generate
 from sophia_levanter.tracking.console import show_duration
@@ -91,12 +92,13 @@ def describe_start(run: Run) -> None:
         *(("group", line) for line in describe_groups(schedule, state.model)),
         (
             "schedule",
-            f"{trainer.num_train_steps:,} steps, learning rate {schedule.learning_rate:g} after "
+            f"{counted(trainer.num_train_steps, 'step')}, learning rate {schedule.learning_rate:g} after "
             f"{warmup_steps:,} of them, then {kind.get_choice_name(type(kind))}{decay}",
         ),
         (
             "batch",
-            f"{trainer.batch_size} x {model.seq_len} tokens in {trainer.num_microbatches} microbatch(es){changes}",
+            f"{trainer.batch_size} x {model.seq_len} tokens in "
+            f"{counted(trainer.num_microbatches, 'microbatch')}{changes}",
         ),
         *([("curvature", curvature)] if curvature else []),
         *(
@@ -116,9 +118,9 @@ def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[s
     """`wte|wpe: 2 arrays, learning rate 6e-05, weight decay 0`, a line for each group of parameters."""
     found = check_groups(config.parameter_groups, model)
     for index, group in enumerate(config.parameter_groups):
-        arrays = sum(1 for number in found.values() if number == index)
+        arrays = counted(sum(number == index for number in found.values()), "array")
         decay = "" if group.weight_decay is None else f", weight decay {group.weight_decay:g}"
-        yield f"{group.match}: {arrays} array(s), learning rate {group.learning_rate * config.learning_rate:g}{decay}"
+        yield f"{group.match}: {arrays}, learning rate {group.learning_rate * config.learning_rate:g}{decay}"
 
 
 def _state_bytes(state: TrainState) -> str:
@@ -139,9 +141,9 @@ def attention_of(config: TrainConfig, partition: Partition) -> str | None:
 
 
 def describe_mesh(partition: Partition) -> str:
-    """`8 TPU v4 device(s), data 4 x model 2, embed over data`."""
+    """`8 TPU v4 devices, data 4 x model 2, embed over data`."""
     mesh = partition.mesh
-    return ", ".join([f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s)", *describe_layout(partition)])
+    return ", ".join([counted(mesh.size, f"{mesh.devices.flat[0].device_kind} device"), *describe_layout(partition)])
 
 
 def describe_layout(partition: Partition) -> list[str]:
@@ -161,8 +163,8 @@ def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
     rows = [
         (
             "done",
-            f"{step:,} steps, {tokens:,} tokens, {show_duration(loop.seconds)}{since}, "
-            f"{loop.tokens_per_second:,.0f} tokens/s, {loop.data_stalls} step(s) waited for data",
+            f"{counted(step, 'step')}, {tokens:,} tokens, {show_duration(loop.seconds)}{since}, "
+            f"{loop.tokens_per_second:,.0f} tokens/s, {counted(loop.data_stalls, 'step')} waited for data",
         ),
         (
             "training",
@@ -179,7 +181,7 @@ def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
     if "optim/win_rate" in numbers:
         rows.append(("win rate", f"{numbers['optim/win_rate']:.1%} of the coordinates took an unclipped step"))
     if skipped:
-        rows.append(("skipped", f"{skipped:,} steps, for their loss or gradient"))
+        rows.append(("skipped", f"{counted(skipped, 'step')}, for the loss or gradient"))
     rows.append(("checkpoint", str(loop.saved)))
     run.console.rows(rows, notices=("done", "validation", "checkpoint"))
     if run.config.trainer.sample_tokens:

@@ -25,6 +25,7 @@ _NO_MATTER = (
     "data.num_workers",
     "trainer.run_dir",
     "trainer.checkpoint_every",
+    "trainer.checkpoint_minutes",
     "trainer.checkpoint_dir",
     "trainer.keep_checkpoints",
     "trainer.keep_every",

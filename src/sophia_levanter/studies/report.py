@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.errors import InputError, counted, one_line
 from sophia_levanter.studies.records import Record
 from sophia_levanter.studies.results import (
     Cell,
@@ -66,7 +66,8 @@ def _summary(cells: Sequence[Cell], records: Sequence[Record]) -> str:
     # Older records of runs that diverged before their first checkpoint know neither.
     sizes = ", ".join(f"{n:,}" for n in sorted({record.parameters for record in records} - {0}))
     texts = len({record.facts["data"]["digest"] for record in records if "data" in record.facts})
-    lines = [f"{len(records)} runs were started, {diverged} of them diverged; parameters: {sizes}."]
+    were = "was" if len(records) == 1 else "were"
+    lines = [f"{counted(len(records), 'run')} {were} started, {diverged} of them diverged; parameters: {sizes}."]
     others = len(records) - len({id(record) for cell in cells for record in cell.records.values()})
     if others:
         lines.append(f"{others} of them are in no arm of the study as it is now.")

@@ -19,7 +19,7 @@ from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.trackers import Trackers
-from sophia_levanter.training.checkpoints import RunCheckpoints
+from sophia_levanter.training.checkpoints import CheckpointTimer, RunCheckpoints
 from sophia_levanter.training.evaluation import Evaluation
 from sophia_levanter.training.metrics import metric_rows, scalars
 from sophia_levanter.training.step import TrainState
@@ -233,19 +233,22 @@ class Saving(Callback):
         monitor: of the run; what the trackers have is on the disk before a state is saved.
         checkpoints: take the states.
         verification: checks the training text; until it has finished, only a run that is stopping saves.
+        timer: says when it has been long since the last save.
     """
 
     config: TrainerConfig
     monitor: Monitor
     checkpoints: RunCheckpoints
     verification: Verification
+    timer: CheckpointTimer
 
     def before_step(self, step: int) -> None:
         self.checkpoints.check()
         self.verification.check()
 
     def is_due(self, done: int) -> bool:
-        return done % self.config.checkpoint_interval == 0 or done == self.config.num_train_steps
+        is_step = done % self.config.checkpoint_interval == 0 or done == self.config.num_train_steps
+        return is_step or self.timer.has_expired()
 
     def on_pause(self, pause: Pause) -> None:
         # What follows skipped steps may go back to a checkpoint from before them, which this one could push out.
@@ -262,6 +265,7 @@ class Saving(Callback):
         watchdog.begin(f"saving step {pause.done}")
         trackers.sync()
         self.checkpoints.save(pause.done, pause.state, trackers.last, evaluated=pause.evaluated, verified=verified)
+        self.timer.restart()
 
     def finish_after(self, error: Exception) -> None:
         """Wait for the save in progress before the run ends with an error; report it if it failed too."""

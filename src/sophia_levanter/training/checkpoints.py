@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Timer
@@ -21,6 +23,10 @@ from sophia_levanter.training.step import TrainState
 # Seconds for the loop to see that a save has failed, before the process ends all the same: of several processes one
 # may have ended already, and this one wait for it in the midst of a step.
 GRACE = 5.0
+DAY = 86_400.0
+
+# All processes ask in the same order, and so agree on the number of a question.
+_questions = itertools.count()
 
 
 def is_of_training(metadata: Mapping[str, Any]) -> bool:
@@ -29,6 +35,43 @@ def is_of_training(metadata: Mapping[str, Any]) -> bool:
     config = parts[0] if isinstance(parts[0], dict) else {"": None}
     sections = [part for name, part in config.items() if name != "plugins"]
     return all(isinstance(part, dict) for part in (*parts, *sections)) and "tokenizer" in metadata["validation"]
+
+
+class CheckpointTimer:
+    """Says when so many minutes have passed since the last checkpoint.
+
+    The processes of a run must save together, so the clock of the first one decides for all, by a message at each call.
+    There are no messages where `minutes` is None.
+
+    Args:
+        minutes: that may pass; None for any time.
+        processes: those of the run, which all make the same calls.
+    """
+
+    def __init__(self, minutes: float | None, processes: Processes) -> None:
+        self._seconds = None if minutes is None else 60 * minutes
+        self._processes = processes
+        self._started = time.monotonic()
+
+    def restart(self) -> None:
+        """The minutes begin now."""
+        self._started = time.monotonic()
+
+    def has_expired(self) -> bool:
+        """Whether the minutes are over, by the first process's clock; to be called once a step.
+
+        Raises:
+            NoAnswer: if the first process does not answer within a day. `trainer.step_timeout` ends a run before that.
+        """
+        if self._seconds is None:
+            return False
+        number = next(_questions)
+        if number >= 3:
+            # Of the last three steps the first process has read the numbers of the oldest. All processes have taken
+            # part in that step, and have read the answer before it.
+            self._processes.forget(f"checkpoint_timer/{number - 3}")
+        over = time.monotonic() - self._started >= self._seconds
+        return self._processes.broadcast(f"checkpoint_timer/{number}/answer", str(over), DAY) == str(True)
 
 
 class RunCheckpoints:

@@ -17,7 +17,7 @@ import numpy as np
 
 from sophia_levanter.batch import Batch, batch_from_sequences
 from sophia_levanter.config.trainer import TrainerConfig
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, counted
 from sophia_levanter.optim import Optimizer
 from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.partition.processes import all_stop
@@ -303,7 +303,7 @@ def compile_steps(
     """
     started = time.perf_counter()
     kinds = (False,) if settings.optimizer.estimator is None else (False, True)
-    say(f"compiling {len(kinds)} training step(s){suffix}")
+    say(f"compiling {counted(len(kinds), 'training step')}{suffix}")
     compiled = []
     for refresh in kinds:
         compiled.append(_jitted(train_step, settings, refresh, partition).lower(batch, state).compile())

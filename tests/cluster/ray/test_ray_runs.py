@@ -48,7 +48,7 @@ def test_two_nodes_train_as_one_process(cluster, undisturbed, tmp_path):
             assert training_process(run.run_dir, i).environ()["THE_API_KEY"] == secret["THE_API_KEY"]
         command_lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
         assert run.wait() == 0, run.text
-    assert "devices: 2 cpu device(s), data 2, embed over data" in run.text
+    assert "devices: 2 cpu devices, data 2, embed over data" in run.text
     np.testing.assert_allclose(losses(run.run_dir), undisturbed, rtol=0, atol=1e-5)
     status = run.status()
     assert (status["state"], status["failures"], status["preemptions"], status["exit_status"]) == ("done", 0, 0, 0)

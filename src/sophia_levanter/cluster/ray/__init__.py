@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unavailable, check_secrets, training_command
 from sophia_levanter.cluster.config import RayCluster
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, counted
 
 # What a driver leaves beside the logs of its attempt when nodes were taken away: their ids.
 LOST_NODES = "lost_nodes.json"
@@ -42,12 +42,12 @@ class RayBackend(Backend):
             "a Ray cluster that is started here" if cluster.address == "local" else f"the Ray cluster {cluster.address}"
         )
         if cluster.shape is not None:
-            on = f"{cluster.slices} whole slice(s) of {cluster.shape}"
+            on = f"{counted(cluster.slices, 'whole slice')} of {cluster.shape}"
         else:
-            on = f"workers of {cluster.cpus_per_worker:g} CPU(s) and {cluster.gpus_per_worker} GPU(s) each"
+            on = f"workers of {cluster.cpus_per_worker:g} CPUs and {counted(cluster.gpus_per_worker, 'GPU')} each"
         command = HostCommand("worker", training_command("python", "CONFIG", mesh), cluster.env)
         return [
-            f"on {where} (RAY_AUTH_MODE {cluster.auth}): {self.num_processes} processes on {on}",
+            f"on {where} (RAY_AUTH_MODE {cluster.auth}): {counted(self.num_processes, 'process')} on {on}",
             f"paid for: those nodes, as the cluster's configuration says; waited for {cluster.start_timeout} s at most",
             f"each of them: {command.shown()}",
             f"with CONFIG a copy of what would be {job.config_file}",

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unavailable, check_secrets, training_command
 from sophia_levanter.cluster.config import SlurmCluster
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, counted
 
 # The name of the steps that train, to tell them from a person's own in the same allocation.
 STEP = "sophia_levanter"
@@ -139,8 +139,8 @@ def _port(attempt: int) -> int:
 
 
 def _taken(cluster: SlurmCluster) -> str:
-    cpus = "all their CPUs" if cluster.cpus_per_node is None else f"{cluster.cpus_per_node} CPUs each"
-    gpus = cluster.nodes * cluster.gpus_per_node
-    shown = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}, {cpus}, {cluster.gpus_per_node} GPUs each"
+    cpus = "all their CPUs" if cluster.cpus_per_node is None else f"{counted(cluster.cpus_per_node, 'CPU')} each"
+    gpus = counted(cluster.nodes * cluster.gpus_per_node, "GPU")
+    shown = f"{counted(cluster.nodes, 'node')}, {cpus}, {counted(cluster.gpus_per_node, 'GPU')} each"
     time_limit = f"up to {cluster.time}" if cluster.time else "the partition's time limit"
-    return f"taken: {shown}, {gpus} GPUs in all, for {time_limit} at a time, until the run is done"
+    return f"taken: {shown}, {gpus} in all, for {time_limit} at a time, until the run is done"
