@@ -1,12 +1,15 @@
 """What is shown of a run, in a terminal and in a log."""
 
 import io
+import itertools
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console as RichConsole
 
+from sophia_levanter.tracking import console as console_module
 from sophia_levanter.tracking.console import Console, StepNumbers
 
 NUMBERS = {"train/loss": 3.14159, "train/tokens_per_second": 12345.6, "train/mfu": 0.256}
@@ -44,6 +47,14 @@ def test_plain_lines_where_there_is_no_terminal():
         "step 20/20  loss 3.142  smoothed 3.142  12,346 tokens/s  MFU 25.6%  win rate 42.1%  1:01:11 left",
         "WARNING: [red] :x:",
     ]
+
+
+def test_slow_steps_have_a_line_every_ten_seconds(monkeypatch):
+    clock = itertools.count(0, 4)
+    monkeypatch.setattr(console_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    lines = shown(False, range(13), total=100).splitlines()[1:-1]
+    # After 12 s each time, and at the tenth step.
+    assert [line.split()[1] for line in lines] == ["3/100", "6/100", "9/100", "10/100", "13/100"]
 
 
 def test_characters_that_the_output_lacks_are_replaced():

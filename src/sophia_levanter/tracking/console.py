@@ -21,6 +21,7 @@ from sophia_levanter.status import report_resumed, report_step
 WIDTH_FOR_BAR, BAR_WIDTH = 120, 20
 WIDTH_FOR_ELAPSED, ELAPSED_WIDTH = 70, 9
 SMOOTHING = 0.95
+LONGEST_SILENCE = 10.0  # seconds from one plain line to another, as long as steps end
 
 
 class StepNumbers:
@@ -79,7 +80,7 @@ class Console:
     """A progress bar and tables in a terminal, plain lines elsewhere. No text is read as markup.
 
     Args:
-        log_every: steps between two plain lines.
+        log_every: steps between two plain lines; a step that ends ten seconds after the last line has one too.
         rich_console: where to print; standard output if not given.
         quiet: print notices alone.
         silent: print nothing.
@@ -99,6 +100,7 @@ class Console:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._total = 0
+        self._last_line = 0.0
         self._numbers = StepNumbers()
 
     def line(self, text: str) -> None:
@@ -140,7 +142,7 @@ class Console:
 
     def start(self, completed: int, total: int) -> None:
         """Begin to show progress."""
-        self._total = total
+        self._total, self._last_line = total, time.monotonic()
         if not self._console.is_terminal or self._quiet:
             return
         width = self._console.width
@@ -167,7 +169,11 @@ class Console:
         if self._progress is not None and self._task is not None:
             numbers = self._numbers.within(self._room_for_numbers(left))
             self._progress.update(self._task, completed=step + 1, numbers=numbers, left=left)
-        elif (step + 1) % self._log_every == 0 or step + 1 == self._total:
+            return
+        now = time.monotonic()
+        is_slow = now - self._last_line >= LONGEST_SILENCE
+        if is_slow or (step + 1) % self._log_every == 0 or step + 1 == self._total:
+            self._last_line = now
             self.line(f"step {step + 1}/{self._total}  {self._numbers}  {left}")
             report_step(step + 1, self._total, metrics["train/loss"], metrics["train/tokens_per_second"])
 
