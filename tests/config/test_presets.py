@@ -181,6 +181,23 @@ def test_baselines_without_a_size(tmp_path):
     assert nadamw.trainer == muon.trainer == soap.trainer == adamw.trainer
 
 
+@pytest.mark.parametrize("name", ["sophia_g", "sophia_h"])
+def test_the_published_settings_are_in_files_named_so(name, tmp_path):
+    """The others are for short runs: what a user takes who reads no further."""
+    loaded = {}
+    for file in (name, f"{name}_published"):
+        path = tmp_path / f"{file}.yaml"
+        path.write_text(f"defaults: [{CONFIG_DIR / 'base' / file}.yaml]\n")
+        loaded[file] = load_config(path).optimizer
+    short, published = loaded.values()
+    assert (short.bias_correct_momentum, short.bias_correct_curvature) == (True, True)
+    assert (published.bias_correct_momentum, published.bias_correct_curvature) == (False, False)
+    assert (short.b1, published.b1) == (0.9, 0.965)
+    nano = named("nano", "sophia" if name == "sophia_g" else name).optimizer
+    given = {"learning_rate": nano.learning_rate, "final_fraction": nano.final_fraction, "warmup": nano.warmup}
+    assert nano == dataclasses.replace(short, **given)
+
+
 def test_optimizers_of_one_size_differ_in_the_optimizer_only():
     for size in GPT2_SIZES:
         runs = [loaded(file) for file in FILES if file.stem.startswith(f"gpt2_{size}_")]

@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from sophia_levanter.config.optimizer import AdamWConfig
+from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
 from sophia_levanter.studies.comparability import compare
-from sophia_levanter.studies.page import COLUMNS, headline, short, status
+from sophia_levanter.studies.page import COLUMNS, headline, in_lines, notes, short, status
 from sophia_levanter.studies.runs import read_run
 from tiny_runs import run_config, step_lines, write_run
 
@@ -88,6 +88,23 @@ def test_the_headline(tmp_path):
         ("best validation loss", True, False),
         ("bits per byte", False, True),
     ]
+
+
+def test_what_speaks_against_the_settings_of_runs(tmp_path):
+    runs = []
+    for rate, loss in ((1e-3, 4.0), (2e-3, 3.5), (4e-3, 3.0)):
+        optimizer = SophiaGConfig(interval=2, warmup=0, learning_rate=rate)
+        config = run_config(optimizer=optimizer, trainer={"evaluate_every": 2 if rate < 4e-3 else 5})
+        lines = step_lines(10, loss)
+        lines[-3] |= {"optim/win_rate": 0.95 if rate < 2e-3 else 0.5}
+        runs.append(read_run(f"rate {rate}", write_run(tmp_path / str(rate), config, lines)))
+    assert notes(runs, compare(runs)) == [
+        "sophia_g: the best learning_rate, 0.004, is at the edge of its grid; try larger ones.",
+        "rate 0.001: the last win rate is 0.95; 0.1 to 0.9 is usual, so try a smaller rho.",
+        "2 validation losses in rate 0.004 are too few to see a curve; 5 or more are better.",
+    ]
+    assert notes(runs[1:2], compare(runs[1:2])) == []
+    assert in_lines(runs, compare(runs))[-1].startswith("NOTE: 2 validation losses")
 
 
 @pytest.mark.parametrize(

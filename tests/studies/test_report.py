@@ -10,7 +10,7 @@ from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.studies.records import flat_config
-from sophia_levanter.studies.report import write_report
+from sophia_levanter.studies.report import at_the_edge, write_report
 from sophia_levanter.studies.study import PlannedRun, Study
 
 STUDY = Study("small", (), "adamw", 5)
@@ -151,9 +151,14 @@ def test_what_speaks_against_the_best_points(make_record, tmp_path):
     text = write_report(dataclasses.replace(STUDY, evaluations=2), runs, records, tmp_path)
     assert [line for line in text.splitlines() if line.startswith("- ")] == [
         "- **sophia: the best learning_rate, 0.4, is at the edge of its grid; try larger ones.**",
-        "- **sophia: the win rate is 0.01 at the end; 0.1 to 0.9 is usual, so try a larger rho.**",
+        "- **sophia: the last win rate is 0.01; 0.1 to 0.9 is usual, so try a larger rho.**",
         "- **2 validation losses in a run are too few to see a curve; 5 or more are better.**",
     ]
+
+
+def test_a_switch_has_no_edge():
+    tried = [{"optimizer.cautious": value, "optimizer.b1": 0.9} for value in (False, True)]
+    assert list(at_the_edge("sophia", tried[1], tried)) == []
 
 
 @pytest.mark.usefixtures("no_pngs")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from sophia_levanter.config.build import flat
 from sophia_levanter.errors import one_line
 from sophia_levanter.files import write_atomically
 from sophia_levanter.studies.comparability import NOTHING, Comparability, configurations, facts
@@ -30,11 +32,13 @@ from sophia_levanter.studies.panels import (
     other_panels,
 )
 from sophia_levanter.studies.plots import png, sample_of_line, svg
+from sophia_levanter.studies.report import at_the_edge, few_evaluations, unusual_win_rate
 from sophia_levanter.studies.runs import Run
 from sophia_levanter.tracking.console import show_age
 
 RECENT_SECONDS = 86_400.0
 IN_TERMINAL = ("run", "steps", "last validation loss", "bits per byte", "win rate", "tokens/s", "status")
+SMALLEST_GRID = 3  # runs
 OF_OTHER_TOKENS = "It is per token, and not to be compared between tokenizers."
 
 
@@ -68,7 +72,40 @@ def in_lines(runs: Sequence[Run], comparability: Comparability) -> list[str]:
     table = [[one_line(text) for text in row] for row in (IN_TERMINAL, *rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(chosen))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return lines + [one_line(f"NOTE: {note}") for note in comparability.notes]
+    return lines + [one_line(f"NOTE: {note}") for note in notes(runs, comparability)]
+
+
+def notes(runs: Sequence[Run], comparability: Comparability) -> list[str]:
+    """What a reader must know: what does not compare, and what speaks against the settings of the runs."""
+    return [*comparability.notes, *_cautions(runs, comparability)]
+
+
+def _cautions(runs: Sequence[Run], comparability: Comparability) -> Iterator[str]:
+    if comparability.same_tokenizer and comparability.same_text:
+        yield from _edges(runs)
+    for run in runs:
+        rate = _last(run, "optim/win_rate")
+        if math.isfinite(rate):
+            yield from unusual_win_rate(run.name, rate)
+        trainer = run.config.trainer
+        yield from few_evaluations(-(-trainer.num_train_steps // trainer.evaluation_interval), run.name)
+
+
+def _edges(runs: Sequence[Run]) -> Iterator[str]:
+    """Cautions for three runs or more of one optimizer and length: their settings are a grid."""
+    grids: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        if math.isfinite(_last(run, "validation/loss")):
+            grids.setdefault((run.optimizer, run.total_steps), []).append(run)
+    for (optimizer, _), grid in grids.items():
+        if len(grid) >= SMALLEST_GRID:
+            points = [_optimizer_settings(run) for run in grid]
+            best = min(zip(grid, points, strict=True), key=lambda pair: _last(pair[0], "validation/loss"))[1]
+            yield from at_the_edge(optimizer, best, points)
+
+
+def _optimizer_settings(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in flat(run.config).items() if name.startswith("optimizer.")}
 
 
 def loss_panels(comparability: Comparability) -> list[Panel]:
@@ -104,7 +141,7 @@ def render(runs: Sequence[Run], comparability: Comparability) -> str:
         names=[run.name for run in runs],
         samples=[Markup(sample_of_line(number)) for number in range(len(runs))],
         made=f"{datetime.datetime.now():%Y-%m-%d %H:%M}, sophia_levanter {version('sophia-levanter')}",
-        notes=comparability.notes,
+        notes=notes(runs, comparability),
         columns=COLUMNS,
         rows=headline(runs, comparability),
         all_axes=AXES,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +82,21 @@ def _cautions(cells: Sequence[Cell]) -> Iterator[str]:
         tokens = lengths(cells, arm)[-1]
         cell = best(cells, arm, tokens)
         assert cell is not None
-        tried = [c for c in cells if c.arm == arm and c.tokens == tokens]
-        for name, value in cell.point.items():
-            values = {c.point[name] for c in tried}
-            if isinstance(value, int | float) and len(values) > 1 and value in (min(values), max(values)):
-                further = "smaller" if value == min(values) else "larger"
-                field = name.split(".")[-1]
-                yield f"{arm}: the best {field}, {_short(value)}, is at the edge of its grid; try {further} ones."
+        yield from at_the_edge(arm, cell.point, [c.point for c in cells if c.arm == arm and c.tokens == tokens])
         rate = mean_win_rate(cell)
         if rate is not None:
             yield from unusual_win_rate(arm, rate)
+
+
+def at_the_edge(name: str, best: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A caution for each number of the best point that is the smallest or the largest one tried."""
+    for field, value in best.items():
+        if type(value) not in (int, float):
+            continue
+        values = [point[field] for point in tried if type(point.get(field)) in (int, float)]
+        if min(values) < max(values) and value in (min(values), max(values)):
+            further = "smaller" if value == min(values) else "larger"
+            yield f"{name}: the best {_last(field)}, {_short(value)}, is at the edge of its grid; try {further} ones."
 
 
 def unusual_win_rate(name: str, rate: float) -> Iterator[str]:
@@ -99,13 +104,19 @@ def unusual_win_rate(name: str, rate: float) -> Iterator[str]:
     low, high = WIN_RATES
     if not low <= rate <= high:
         remedy = "a larger rho" if rate < low else "a smaller rho"
-        yield f"{name}: the win rate is {rate:.2f} at the end; {low:g} to {high:g} is usual, so try {remedy}."
+        yield f"{name}: the last win rate is {rate:.2f}; {low:g} to {high:g} is usual, so try {remedy}."
 
 
-def few_evaluations(count: int) -> Iterator[str]:
+def few_evaluations(count: int, where: str = "a run") -> Iterator[str]:
     """A caution where curves have too few points."""
     if count < FEWEST_EVALUATIONS:
-        yield f"{count} validation losses in a run are too few to see a curve; {FEWEST_EVALUATIONS} or more are better."
+        losses = f"{counted(count, 'validation loss')} in {where} {'is' if count == 1 else 'are'}"
+        yield f"{losses} too few to see a curve; {FEWEST_EVALUATIONS} or more are better."
+
+
+def _last(field: str) -> str:
+    """The name of a field without its section."""
+    return field.split(".")[-1]
 
 
 def _best_table(cells: Sequence[Cell]) -> str:
@@ -167,7 +178,7 @@ def _all_table(cells: Sequence[Cell]) -> str:
 
 
 def _point(cell: Cell) -> str:
-    return ", ".join(f"{name.split('.')[-1]} {_short(value)}" for name, value in cell.point.items()) or "–"
+    return ", ".join(f"{_last(name)} {_short(value)}" for name, value in cell.point.items()) or "–"
 
 
 def _short(value: Any) -> str:
