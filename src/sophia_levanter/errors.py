@@ -22,6 +22,40 @@ class DirectoryInUse(InputError):
     reason = "directory_in_use"
 
 
+class Problems:
+    """Collects bad input, so that all of it is reported at once.
+
+    Examples:
+        >>> problems = Problems()
+        >>> for name in ("a", "b"):
+        ...     with problems:
+        ...         raise InputError(f"{name} is missing")
+        >>> problems.report()
+        Traceback (most recent call last):
+        sophia_levanter.errors.InputError: a is missing; and b is missing
+    """
+
+    def __init__(self) -> None:
+        self._messages: list[str] = []
+
+    def __enter__(self) -> Problems:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if isinstance(error, InputError):
+            self._messages.append(str(error))
+        return isinstance(error, InputError)
+
+    def report(self) -> None:
+        """Raise what was collected as one error, if there is any.
+
+        Raises:
+            InputError: with all messages.
+        """
+        if self._messages:
+            raise InputError("; and ".join(dict.fromkeys(self._messages)))
+
+
 # What a terminal obeys, ends a line or reorders the rest of it, and halves of surrogate pairs.
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_WORD = 300

@@ -20,7 +20,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
 ROOT = Path(__file__).parents[2]
-RAY = ROOT / "infra" / "ray"
+RAY, RAY_UP, KUBERAY = (ROOT / "infra" / name for name in ("ray", "ray_up", "kuberay"))
 GOLDEN = ROOT / "tests" / "golden"
 
 # Maps whose keys a schema leaves free, and the names that mean something in them.

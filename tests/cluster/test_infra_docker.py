@@ -6,7 +6,7 @@ import shlex
 from pathlib import PurePath
 
 import pytest
-from infra_checks import ROOT, complaints_of_bash
+from infra_checks import KUBERAY, ROOT, complaints_of_bash
 
 from sophia_levanter.cluster.config import SECRET
 
@@ -50,7 +50,7 @@ def test_runs_as_a_user_with_a_number(path):
     assert number > 0
     assert f"useradd --uid {number} " in " ".join(of_kind(path, "RUN"))
     # Of which the pods' manifests say the same.
-    for manifest in (ROOT / "infra" / "ray").glob("rayjob*.yaml"):
+    for manifest in KUBERAY.glob("rayjob*.yaml"):
         assert f"runAsUser: {number}\n" in manifest.read_text()
 
 
@@ -135,5 +135,5 @@ def test_pins_agree():
     for version_and_python in re.findall(r"^jax==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE):
         assert f"jax-cuda13-plugin=={version_and_python}\n" in (ROOT / "infra" / "constraints.txt").read_text()
     (version,) = re.findall(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    for manifest in (ROOT / "infra" / "ray").glob("rayjob*.yaml"):
+    for manifest in KUBERAY.glob("rayjob*.yaml"):
         assert f"rayVersion: {version}\n" in manifest.read_text()

@@ -1,12 +1,14 @@
 """All that lies under infra/ and config/: launcher files are read, scripts are shell, and there are no secrets."""
 
 import re
+import shlex
 
 import pytest
 import yaml
 from infra_checks import ROOT, complaints_of_bash
 
 from sophia_levanter.cluster.config import read_cluster
+from sophia_levanter.commands import launch
 
 FILES = sorted(
     path
@@ -17,6 +19,8 @@ FILES = sorted(
 YAML = [path for path in FILES if path.suffix == ".yaml"]
 # A launcher's file names its backend at the top level, in a line of its own.
 LAUNCHER = [path for path in YAML if re.search(r"^backend:", path.read_text(), re.MULTILINE)]
+INFRA = [path for path in FILES if ROOT / "infra" in path.parents]
+SETTINGS = re.compile(r"^# For GPT-2 large: (.*)$", re.MULTILINE)
 SCRIPTS = [path for path in FILES if path.suffix == ".sh"]
 
 SECRETS = {
@@ -75,6 +79,37 @@ def test_a_secret_is_seen(text):
 @pytest.mark.parametrize("path", LAUNCHER, ids=named)
 def test_launcher_files_are_read(path):
     assert read_cluster(path).backend == yaml.safe_load(path.read_text())["backend"]
+
+
+def dry_run(path, tmp_path, capsys, *settings):
+    config = ROOT / "config" / "gpt2_large_sophia.yaml"
+    words = ["--config", config, "--cluster", path, "--trainer.run_dir", tmp_path / "run", "--dry_run", *settings]
+    status = launch.main(list(map(str, words)))
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("path", LAUNCHER, ids=named)
+def test_a_launcher_file_takes_gpt2_large_with_the_settings_that_it_names(path, tmp_path, capsys):
+    found = SETTINGS.search(path.read_text())
+    settings = shlex.split(found[1]) if found else []
+    status, out, error = dry_run(path, tmp_path, capsys, *settings)
+    assert (status, error) == (0, "") and out
+    if settings:
+        # Without them, all that is missing is said at once.
+        status, _, error = dry_run(path, tmp_path, capsys)
+        needed = [word.removeprefix("--") for word in settings if word.startswith("--trainer.")]
+        assert status == 2 and error.count("\n") == 1
+        assert [name for name in needed if f"{name} " not in error] == []
+
+
+@pytest.mark.parametrize("path", [path for path in INFRA if path not in LAUNCHER], ids=named)
+def test_what_is_no_launcher_file_is_refused_in_one_line(path, tmp_path, capsys):
+    status, out, error = dry_run(path, tmp_path, capsys)
+    assert (status, out) == (2, "")
+    assert error.startswith("error: ") and error.count("\n") == 1 and path.name in error
+    tools = {"kuberay": "kubectl apply -f", "ray_up": "ray up", "docker": "docker build -f"}
+    if path.suffix in (".yaml", ".Dockerfile"):
+        assert f"is a file for `{tools[path.parent.name]}`; the launcher's files have a line `backend:`" in error
 
 
 def test_scripts_are_shell():

@@ -6,7 +6,9 @@ import shlex
 import pytest
 import yaml
 from infra_checks import (
+    KUBERAY,
     RAY,
+    RAY_UP,
     ROOT,
     Refused,
     check_cluster,
@@ -23,12 +25,12 @@ from sophia_levanter.cluster.config import RayCluster, read_cluster
 from sophia_levanter.config.command_line import parse_command_line
 from sophia_levanter.planning.target import tpu_shape
 
-CLUSTERS = sorted(path.name for path in RAY.glob("cluster_*.yaml"))
-RAYJOBS = sorted(path.name for path in RAY.glob("rayjob*.yaml"))
+CLUSTERS = sorted(path.name for path in RAY_UP.glob("*.yaml"))
+RAYJOBS = sorted(path.name for path in KUBERAY.glob("*.yaml"))
 
 
 def load(name):
-    return yaml.safe_load((RAY / name).read_text())
+    return yaml.safe_load(((RAY_UP if name in CLUSTERS else KUBERAY) / name).read_text())
 
 
 def test_there_are_manifests():
@@ -42,7 +44,7 @@ def test_ray_takes_a_cluster(name):
     workers = {key: value for key, value in config["available_node_types"].items() if key != config["head_node_type"]}
     assert config["max_workers"] == sum(node_type["max_workers"] for node_type in workers.values())
     # Ray's defaults, which install an old Ray and let the world in, are all replaced.
-    text = (RAY / name).read_text()
+    text = (RAY_UP / name).read_text()
     assert all(f"\n{key}:" in text for key in config if key.endswith("_commands") and key != "initialization_commands")
 
 

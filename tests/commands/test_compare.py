@@ -177,9 +177,7 @@ def test_the_second_call_does_nothing_more_and_a_removed_record_is_done_again(wr
     assert main(arguments(study)) == 0
     assert [flat_config(job.config) for job in done[4:]] == [removed["config"]]
     assert [record.loss for record in read_records(file)] == [1.0, 3.0, 4.0, 5.0]
-    assert "study: 4 runs, 1 to do\n1/1 sophia tokens=640 seed=0: validation loss 5.0000\n" in (
-        capfd.readouterr().out
-    )
+    assert "study: 4 runs, 1 to do\n1/1 sophia tokens=640 seed=0: validation loss 5.0000\n" in (capfd.readouterr().out)
 
 
 def test_another_text_needs_another_place(write, tmp_path, capsys, done):

@@ -139,6 +139,18 @@ def test_what_does_not_divide(mesh, trainer, devices, message):
         check_mesh(config, devices, 50257)
 
 
+def test_all_that_does_not_divide_is_said_at_once():
+    trainer = TrainerConfig(batch_size=12, microbatch_size=6)
+    config = TrainConfig(model=MODEL, mesh=MeshConfig(fsdp="layers"), trainer=trainer)
+    with pytest.raises(InputError) as error:
+        check_mesh(config, 8)
+    said = str(error.value).split("; and ")
+    fields = ["model.num_layers 6", "trainer.batch_size 12", "trainer.microbatch_size 6"]
+    assert [message.partition(" does not")[0] for message in said] == fields
+    # What is proposed fits together.
+    assert "such as 8 would" in said[1] and "a multiple of 8 that divides trainer.batch_size 8 such as 8" in said[2]
+
+
 def test_hutchinsons_own_microbatch_must_divide_too():
     optimizer = SophiaHConfig(curvature_microbatch_size=2)
     config = TrainConfig(model=MODEL, optimizer=optimizer, trainer=TrainerConfig(batch_size=12))

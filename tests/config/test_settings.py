@@ -102,7 +102,13 @@ def test_encoded_configurations_are_built_again():
     drawing = Drawing(Polygon(tags=("a",)))
     assert encode(drawing) == {"shape": {"type": "polygon", "color": "red", "sides": 3, "label": None, "tags": ["a"]}}
     assert made(flat(drawing)) == drawing
-    assert list(schema(Drawing).fields) == ["shape.type", "shape.color", "shape.radius", "shape.border", "shape.line_width"]
+    assert list(schema(Drawing).fields) == [
+        "shape.type",
+        "shape.color",
+        "shape.radius",
+        "shape.border",
+        "shape.line_width",
+    ]
 
 
 def test_unknown_keys():

@@ -45,6 +45,16 @@ def bins() -> None:
         np.random.default_rng(0).integers(0, 257, 5000).astype(np.uint16).tofile(f"{name}.bin")
 
 
+def shards() -> None:
+    """Token files with the header of llm.c: 256 int32 numbers."""
+    Path("fineweb10B").mkdir()
+    for name in ("train_000001", "val_000000"):
+        tokens = np.random.default_rng(0).integers(0, 257, 5000).astype("<u2")
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(tokens)
+        Path(f"fineweb10B/fineweb_{name}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+
+
 MAKE: dict[str, Callable[[], None]] = {
     "openwebtext": lambda: dataset("Skylion007/openwebtext", "plain_text", {}),
     "pile": lambda: dataset(
@@ -61,6 +71,7 @@ MAKE: dict[str, Callable[[], None]] = {
     ),
     "novels": novels,
     "nanogpt_bins": bins,
+    "fineweb_bins": shards,
     "python_stdlib": lambda: None,
 }
 
@@ -83,7 +94,8 @@ def test_a_config_becomes_tokens(name: str, tmp_path: Path, monkeypatch: pytest.
         documents = FileSource.documents
         monkeypatch.setattr(FileSource, "documents", lambda self, *start: islice(documents(self, *start), 50))
     data = prepare(config.data, print)
-    if name in ("nanogpt_bins", "python_stdlib"):
+    if name in ("nanogpt_bins", "fineweb_bins", "python_stdlib"):
+        assert name != "fineweb_bins" or data.train.num_tokens == 5000  # the header is none of them
         assert min(data.train.num_tokens, data.validation.num_tokens) > 1000
         return
     sides = [data.tokenizer.decode(corpus.read(0, corpus.num_tokens)) for corpus in (data.train, data.validation)]

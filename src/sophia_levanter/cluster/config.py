@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from draccus import ChoiceRegistry
 
 from sophia_levanter.config.build import build
-from sophia_levanter.config.files import read_layers
+from sophia_levanter.config.files import MOST_BYTES, read_layers
 from sophia_levanter.config.settings import Settings, setting
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import read_regular
 from sophia_levanter.planning.target import TpuShape, tpu_shape
 
 if TYPE_CHECKING:
@@ -285,13 +286,37 @@ class GcloudCluster(ClusterConfig):
         return GcloudBackend(self, job.run_dir)
 
 
+# What marks a file as another program's, and what reads it.
+OTHER_TOOLS = {
+    r"^apiVersion:": "kubectl apply -f",
+    r"^cluster_name:": "ray up",
+    r"^FROM ": "docker build -f",
+}
+
+
 def read_cluster(path: Path) -> ClusterConfig:
     """Reads a cluster's file: `backend: NAME` and that backend's fields.
 
     Raises:
-        InputError: if it is not YAML, a key is unknown, or a value is of the wrong type or out of range.
+        InputError: if it is another program's or not YAML, a key is unknown, or a value is of the wrong type or out of
+            range.
     """
     try:
         return build(ClusterConfig, read_layers(path))
     except InputError as error:
+        _check_reader(path)
         raise InputError(str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}") from None
+
+
+def _check_reader(path: Path) -> None:
+    """Refuse a file that another program reads."""
+    try:
+        text = read_regular(path, MOST_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return
+    for mark, command in OTHER_TOOLS.items():
+        if re.search(mark, text, re.MULTILINE):
+            raise InputError(
+                f"--cluster {path} is a file for `{command}`; the launcher's files have a line `backend:`, "
+                "such as infra/local.yaml"
+            )

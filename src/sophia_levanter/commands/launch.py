@@ -18,7 +18,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.arguments import chosen, parse_arguments, whole_number
 from sophia_levanter.config.command_line import Command, dump_config, load_config
 from sophia_levanter.config.run import check_mesh
-from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.errors import InputError, Problems, one_line
 from sophia_levanter.files import write_atomically
 from sophia_levanter.run.directory import LAUNCH, choose_run_directory
 from sophia_levanter.status import DONE, FAILURE, run_command
@@ -96,27 +96,41 @@ def parse(words: Sequence[str]) -> Launch:
     cluster_file = Path(arguments.needed("--cluster", "FILE", "infra/local.yaml is one"))
     config = load_config(path, arguments.overrides)
     cluster = read_cluster(cluster_file)  # of a kind that the run's plug-ins may have registered
-    for name in ("coordinator", "num_processes", "process_id"):
-        if getattr(config.mesh, name) is not None:
-            raise InputError(f"mesh.{name} is {getattr(config.mesh, name)!r}, and the launcher sets it; leave it out")
-    if cluster.num_devices is not None:
-        # Before anything is paid for.
-        check_mesh(config, cluster.num_devices)
-    if "://" in (config.trainer.run_dir or ""):
-        raise InputError(
-            f"trainer.run_dir {config.trainer.run_dir} is a URL, and must be a directory; "
-            "trainer.checkpoint_dir may be a URL"
-        )
+    _check_fit(config, cluster)
     if config.trainer.run_dir is None:
         config = _with_run_dir(config, str(Path("runs", path.stem)))
     if cluster.shares_disk:
         _, config = choose_run_directory(Command(config, path.stem, "auto"))
-    elif config.trainer.checkpoint_dir is None or "://" not in config.trainer.checkpoint_dir:
-        raise InputError(
-            f"trainer.checkpoint_dir is {config.trainer.checkpoint_dir}; the hosts of a TPU slice share no disk, and "
-            "their disks go with them: name a bucket, --trainer.checkpoint_dir gs://BUCKET/RUN"
-        )
     return Launch(config, cluster, cluster_file, "--dry_run" in arguments.flags)
+
+
+def _check_fit(config: TrainConfig, cluster: ClusterConfig) -> None:
+    """Refuse a run that does not fit the cluster, before anything is paid for.
+
+    Raises:
+        InputError: names all that does not fit.
+    """
+    problems = Problems()
+    for name in ("coordinator", "num_processes", "process_id"):
+        with problems:
+            if (value := getattr(config.mesh, name)) is not None:
+                raise InputError(f"mesh.{name} is {value!r}, and the launcher sets it; leave it out")
+    with problems:
+        if cluster.num_devices is not None:
+            check_mesh(config, cluster.num_devices)
+    run_dir, checkpoint_dir = config.trainer.run_dir, config.trainer.checkpoint_dir
+    with problems:
+        if "://" in (run_dir or ""):
+            raise InputError(
+                f"trainer.run_dir {run_dir} is a URL, and must be a directory; trainer.checkpoint_dir may be a URL"
+            )
+    with problems:
+        if not cluster.shares_disk and "://" not in (checkpoint_dir or ""):
+            raise InputError(
+                f"trainer.checkpoint_dir is {checkpoint_dir}; the hosts of a TPU slice share no disk, and their disks "
+                "go with them: name a bucket, --trainer.checkpoint_dir gs://BUCKET/RUN"
+            )
+    problems.report()
 
 
 def _with_run_dir(config: TrainConfig, run_dir: str) -> TrainConfig:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sophia_levanter.config.settings import Settings, setting
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, Problems
 
 MESH_AXES = ("replica", "data", "sequence", "model")
 TENSOR_AXES = ("heads", "mlp", "vocab")
@@ -164,22 +164,28 @@ def check_divides(
         of: a field, and its size, that what would do must divide.
 
     Raises:
-        InputError: names the field, the mesh axes and the nearest size that would do.
+        InputError: names each field, the mesh axes and the nearest size that would do.
     """
+    problems = Problems()
     for name, (field, size) in axes.items():
         over = {axis: sizes[axis] for axis in mapping.get(name, ()) if sizes[axis] > 1}
         parts = math.prod(over.values())
         if size % parts:
             shown = " x ".join(f"mesh.{axis} {count}" for axis, count in over.items())
-            fitting = [
-                n for n in range(parts, max(size + parts, of[1] if of else 0) + 1, parts) if not of or of[1] % n == 0
-            ]
-            nearest = min(fitting, key=lambda n: abs(n - size))
+            nearest = nearest_multiple(size, parts, of[1] if of else None)
             multiple = f"a multiple of {parts}" + (f" that divides {of[0]} {of[1]}" if of else "")
             devices = "devices" if len(over) == 1 else f"= {parts} devices"
             setting = name.removeprefix("kv_")  # mesh.heads splits both kinds of heads
             or_else = f"mesh.{setting} null" if setting in (*TENSOR_AXES, "position") else "a smaller mesh"
-            raise InputError(
-                f"{field} {size} does not divide over {shown} {devices}; "
-                f"{multiple} such as {nearest} would, or {or_else}"
-            )
+            with problems:
+                raise InputError(
+                    f"{field} {size} does not divide over {shown} {devices}; "
+                    f"{multiple} such as {nearest} would, or {or_else}"
+                )
+    problems.report()
+
+
+def nearest_multiple(size: int, parts: int, of: int | None = None) -> int:
+    """The multiple of `parts` that is nearest to a size, and divides `of`, a multiple of `parts`, if that is given."""
+    multiples = range(parts, max(size + parts, of or 0) + 1, parts)
+    return min((n for n in multiples if of is None or of % n == 0), key=lambda n: abs(n - size))

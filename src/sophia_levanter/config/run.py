@@ -7,12 +7,12 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.config.mesh import MeshConfig, check_divides
+from sophia_levanter.config.mesh import MeshConfig, check_divides, nearest_multiple
 from sophia_levanter.config.model import Gpt2Config, ModelConfig, pad_vocab
 from sophia_levanter.config.optimizer import OptimizerConfig, SophiaGConfig
 from sophia_levanter.config.settings import Settings, setting, steps_of
 from sophia_levanter.config.trainer import TrainerConfig
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, Problems
 
 # Of a project's name, as wandb has it.
 _NOT_IN_A_PROJECT = "/\\#?%:"
@@ -110,7 +110,7 @@ def with_steps(config: TrainConfig) -> TrainConfig:
 
 
 def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:
-    """Refuse a model or a batch that does not divide over the mesh.
+    """Refuse a model or batches that do not divide over the mesh; all that do not are named at once.
 
     Args:
         config: the run.
@@ -118,19 +118,27 @@ def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = N
         vocab_size: of the tokenizer; None if it is not known yet.
 
     Raises:
-        InputError: names the field, what it is split over and a size that would do.
+        InputError: names each field, what it is split over and a size that would do.
     """
-    check_parameters(config, num_devices, vocab_size)
-    trainer, mesh = config.trainer, config.mesh
+    trainer, mesh, problems = config.trainer, config.mesh, Problems()
     sizes = mesh.sizes(num_devices)
+    with problems:
+        check_parameters(config, num_devices, vocab_size)
     for part in trainer.parts:
-        check_divides(sizes, mesh.compute_mapping, {"batch": ("trainer.batch_size", part.batch_size)})
-    for part in trainer.parts:
-        rows = [("trainer.microbatch_size", part.microbatch_size or part.batch_size)]
+        batch = ("trainer.batch_size", part.batch_size)
+        rows = {"trainer.microbatch_size": part.gradient_microbatch_size}
         if (curvature := config.optimizer.curvature_microbatches(part)) is not None:
-            rows.append(("optimizer.curvature_microbatch_size", curvature[1]))
-        for row in rows:
-            check_divides(sizes, mesh.compute_mapping, {"batch": row}, of=("trainer.batch_size", part.batch_size))
+            rows["optimizer.curvature_microbatch_size"] = curvature[1]
+        with problems:
+            check_divides(sizes, mesh.compute_mapping, {"batch": batch})
+        fitting = (batch[0], nearest_multiple(batch[1], sizes["replica"] * sizes["data"]))
+        seen = {part.batch_size}
+        for row in rows.items():
+            if row[1] not in seen:
+                with problems:
+                    check_divides(sizes, mesh.compute_mapping, {"batch": row}, of=fitting)
+            seen.add(row[1])
+    problems.report()
 
 
 def check_parameters(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:

@@ -209,9 +209,8 @@ class ValidationBatches:
 
     def __init__(self, store: Tokens, *, seq_len: int, batch_size: int, max_sequences: int | None = None) -> None:
         if store.num_tokens < 2:
-            raise InputError(
-                f"data.validation has {counted(store.num_tokens, 'token')}, and at least 2 are needed; give more validation text"
-            )
+            found = counted(store.num_tokens, "token")
+            raise InputError(f"data.validation has {found}, and at least 2 are needed; give more validation text")
         total = -(-(store.num_tokens - 1) // seq_len)
         count = total if max_sequences is None else min(max_sequences, total)
         self._store = store
