@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from sophia_levanter.config import TrainConfig
@@ -40,6 +41,7 @@ def _table(section: str, choice: str | None) -> str:
 
 
 def _kind(annotation: object) -> str:
+    sections = {tuple: "list", Mapping: "mapping"}
     kinds = [kind for kind in kinds_of(annotation) if typing.get_origin(kind) is not typing.Literal]
-    named = ["list" if typing.get_origin(kind) else WORDS[kind.__name__] for kind in kinds]
+    named = [sections.get(typing.get_origin(kind)) or WORDS[kind.__name__] for kind in kinds]
     return " or ".join([*named, *words_of(annotation)])

@@ -153,6 +153,8 @@ def test_a_few_validation_windows_are_spread_evenly(make_store: MakeStore) -> No
 def test_a_validation_set_with_nothing_to_predict(make_store: MakeStore) -> None:
     with pytest.raises(InputError, match=r"^data\.validation has 1 token"):
         ValidationBatches(make_store([""]), seq_len=4, batch_size=1)
+    with pytest.raises(InputError, match=r"^data\.validation\.books has 1 token"):
+        ValidationBatches(make_store([""]), seq_len=4, batch_size=1, name="books")
 
 
 def test_changes_of_the_batch_size_keep_the_order(make_store: MakeStore) -> None:

@@ -210,17 +210,42 @@ def test_only_the_validation_text_is_looked_at_where_it_has_one_of_its_own(tmp_p
     config = DataConfig(
         train=str(tmp_path / "nowhere.txt"), validation=str(tmp_path / "validation.txt"), cache_dir=str(tmp_path / "c")
     )
-    tokens = prepare_validation(config, load_tokenizer("bytes"), print)
-    assert bytes(tokens.read(0, 8).tolist()) == b"held out"
+    sets = prepare_validation(config, load_tokenizer("bytes"), print)
+    assert list(sets) == [""] and bytes(sets[""].read(0, 8).tolist()) == b"held out"
     with pytest.raises(InputError, match="nowhere"):
         prepare(config, print)
+
+
+def test_named_validation_sets_have_stores_of_their_own(tmp_path: Path) -> None:
+    for name in ("train", "books", "code"):
+        (tmp_path / f"{name}.txt").write_text(f"the {name}")
+    sets = {name: str(tmp_path / f"{name}.txt") for name in ("code", "books")}
+    config = DataConfig(train=str(tmp_path / "train.txt"), validation=sets, cache_dir=str(tmp_path / "c"))
+    said: list[str] = []
+    data = prepare(config, said.append)
+    texts = {name: data.tokenizer.decode(one.read(0, one.num_tokens - 1)) for name, one in data.validation_sets.items()}
+    assert texts == {"code": "the code", "books": "the books"} and list(texts) == ["code", "books"]
+    assert any(line.startswith("data.validation.books: ") for line in said)
+    assert data.validation_facts == {
+        "tokenizer": data.tokenizer.fingerprint,
+        "sets": [{"name": name, **tokens.facts} for name, tokens in data.validation_sets.items()],
+    }
+    again = prepare_validation(config, data.tokenizer, print)
+    assert {name: tokens.facts for name, tokens in again.items()} == {
+        name: tokens.facts for name, tokens in data.validation_sets.items()
+    }
+    # A set that is missing is named before the training text is read.
+    said.clear()
+    with pytest.raises(InputError, match=r"^data\.validation\.laws: .*laws\.txt"):
+        prepare(replace(config, validation=sets | {"laws": str(tmp_path / "laws.txt")}), said.append)
+    assert not said
 
 
 def test_the_validation_side_of_one_text(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(f"line {i}" for i in range(100)))
     config = DataConfig(train=str(tmp_path / "text.txt"), cache_dir=str(tmp_path / "c"))
-    side = prepare_validation(config, load_tokenizer("bytes"), print)
-    assert side.facts == prepare(config, print).validation.facts
+    sides = prepare_validation(config, load_tokenizer("bytes"), print)
+    assert sides[""].facts == prepare(config, print).validation.facts
 
 
 @pytest.mark.parametrize("again", ["train.jsonl", "*.jsonl", "**/*.jsonl", "link.jsonl", "."])

@@ -73,6 +73,19 @@ def test_two_stores_in_a_folder_are_checked(leaky: DataConfig, tmp_path: Path) -
     assert "data.validation: 2 of its 12 documents" in line
 
 
+def test_each_of_several_validation_sets_is_checked(leaky: DataConfig, tmp_path: Path) -> None:
+    clean, leaked = write(tmp_path / "clean.jsonl", VALIDATION), write(tmp_path / "leaked.jsonl", TRAIN[3:5])
+    sets = {"leaky": str(leaky.validation), "clean": str(clean), "leaked": str(leaked)}
+    lines = warnings(replace(leaky, validation=sets))
+    assert [line.partition("; the first")[0] for line in lines] == [
+        "WARNING: data.validation.leaky: 2 of its 12 documents are also in data.train",
+        "WARNING: data.validation.leaked: 2 of its 2 documents are also in data.train",
+    ]
+    assert f"the first is {leaked}, document 1 (document 4 of {leaky.train})" in lines[1]
+    with pytest.raises(InputError, match=r"^data\.validation\.leaked: 2 of its 2"):
+        prepare(replace(leaky, validation={"clean": str(clean), "leaked": str(leaked)}, on_leak="error"), print)
+
+
 def test_they_may_be_an_error(leaky: DataConfig) -> None:
     with pytest.raises(InputError, match=r"^data\.validation: 2 of its 12 .*, or set data\.on_leak to warn$"):
         prepare(replace(leaky, on_leak="error"), print)

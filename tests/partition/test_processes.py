@@ -91,6 +91,23 @@ def test_two_processes_start_from_the_weights_of_a_file(config_file, gpt2_folder
 
 
 @pytest.mark.slow
+def test_two_processes_measure_named_sets_and_tasks_as_one(config_file, text_file, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    questions = [{"goal": f"Line {i}", "sol1": "says that", "sol2": "is", "label": i % 2} for i in range(40)]
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (tmp_path / "other.txt").write_text("Some other text.\n" * 40)
+    sets = ["--data.validation.lines", str(text_file), "--data.validation.other", str(tmp_path / "other.txt")]
+    tasks = ["--trainer.tasks", f"[{{task: piqa, file: {tmp_path}/piqa.jsonl}}]", "--trainer.best_by", "other"]
+    common = ["--config", str(config_file), *sets, *tasks, "--trainer.num_train_steps", "3"]
+    results = ended([start([*common, "--trainer.run_dir", str(one)], devices=4)])
+    results += ended(start_two([*common, "--trainer.run_dir", str(two)]))
+    assert [status for status, _, _ in results] == [0, 0, 0], results
+    for name in ("validation/loss", "validation/lines/loss", "validation/other/loss", "tasks/piqa/accuracy"):
+        assert len(losses(one, name))
+        np.testing.assert_allclose(losses(two, name), losses(one, name), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "statuses"), [(signal.SIGTERM, [75, 75]), (signal.SIGINT, [75, 130])])
 def test_a_signal_to_one_process_stops_all_after_the_same_step(number, statuses, config_file, tmp_path):
     run_dir = tmp_path / "run"
@@ -243,6 +260,7 @@ def test_settings_that_do_not_go_together(settings, message):
         (["--optimizer.learning_rate", "1e-3"], "the configuration is not the same in all processes"),
         (["--trainer.batch_size", "32"], "the configuration is not the same in all processes"),
         (["--data.validation_fraction", "0.5"], "the text is not the same in all processes"),
+        (["--data.validation.own", "own.txt"], "the configuration is not the same in all processes"),
     ],
 )
 def test_processes_of_different_commands_do_not_train_together(config_file, tmp_path, option, expected):

@@ -97,6 +97,17 @@ def test_checkpoints_elsewhere_are_read(tmp_path):
     assert dict(facts([run]))["training text"] == ["/texts/train.txt"]
 
 
+def test_named_validation_sets(tmp_path):
+    sets = {"books": "/texts/books.txt", "code": "/texts/code.txt"}
+    write_run(tmp_path, run_config(data={"validation": sets}))
+    text = {"tokenizer": "bytes'", "sets": [{"name": "books", **TEXT}, {"name": "code", **TEXT, "digest": "def"}]}
+    write_manifest(tmp_path / "checkpoints", 10, FACTS | {"validation": text})
+    run = read_run("a", tmp_path)
+    shown = [values for name, values in facts([run]) if name in ("validation text", "its digest", "its tokens")]
+    assert shown[2:] == [["books: /texts/books.txt, code: /texts/code.txt"], ["abc, def"], ["1,000, 1,000"]]
+    assert compare([run, run]).same_text
+
+
 def test_a_tokenizer_that_has_gone(tmp_path):
     config = run_config(data={"tokenizer": str(tmp_path / "gone.tokenizer.json")})
     run = read_run("a", write_run(tmp_path, config))

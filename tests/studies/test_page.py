@@ -8,7 +8,7 @@ import pytest
 
 from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
 from sophia_levanter.studies.comparability import compare
-from sophia_levanter.studies.page import COLUMNS, headline, in_lines, notes, short, status
+from sophia_levanter.studies.page import COLUMNS, headline, in_lines, notes, sets_and_tasks, short, status
 from sophia_levanter.studies.runs import read_run
 from tiny_runs import run_config, step_lines, write_run
 
@@ -113,3 +113,18 @@ def test_what_speaks_against_the_settings_of_runs(tmp_path):
 )
 def test_short_numbers(number, text):
     assert short(number) == text
+
+
+def test_the_last_numbers_of_named_sets_and_tasks(tmp_path):
+    scores = {"tasks/piqa/accuracy": 0.5, "tasks/piqa/accuracy_interval": 0.02, "tasks/words/perplexity": 30.0}
+    lines = [*step_lines(10), {"step": 4, "validation/books/loss": 3.0}, {"step": 9, "validation/books/loss": 2.5}]
+    runs = [
+        read_run("a", write_run(tmp_path / "a", lines=[*lines, {"step": 9, **scores}])),
+        read_run("b", write_run(tmp_path / "b")),
+    ]
+    assert sets_and_tasks(runs) == [
+        ("validation/books/loss", ["2.5000", "–"]),
+        ("tasks/piqa/accuracy", ["0.5000 ± 0.0200", "–"]),
+        ("tasks/words/perplexity", ["30.0000", "–"]),
+    ]
+    assert sets_and_tasks(runs[1:]) == []

@@ -106,3 +106,17 @@ def test_a_registered_metric_has_a_panel_with_all_its_curves(tmp_path):
     assert [series.last for series in curves_of(added[0], runs[0])] == [1, 2]
     assert curves_of(added[0], runs[1]) == []
     assert svg(added[0], runs, STEPS).startswith("data:image/svg+xml")
+
+
+def test_named_sets_and_tasks_have_panels(tmp_path):
+    numbers = {f"validation/{name}/{key}": 3.0 for name in ("books", "code") for key in ("loss", "bits_per_byte")}
+    numbers |= {"tasks/piqa/accuracy": 0.5, "tasks/piqa/accuracy_interval": 0.1, "tasks/piqa/normalized_accuracy": 0.6}
+    lines = [line | numbers if "validation/loss" in line else line for line in step_lines(10)]
+    runs = [read_run("with", write_run(tmp_path / "a", lines=lines)), read_run("without", write_run(tmp_path / "b"))]
+    added = [panel for panel in other_panels(runs) if panel not in other_panels(runs[1:])]
+    assert {panel.key: panel.caption.partition(" From ")[2] for panel in added} == {
+        "validation_sets": "faint to strong: books, code.",
+        "validation_sets_bits": "faint to strong: books, code.",
+        "tasks": "faint to strong: piqa/accuracy, piqa/normalized_accuracy.",
+    }
+    assert [len(curves_of(panel, runs[0])) for panel in added] == [2, 2, 2]

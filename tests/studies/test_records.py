@@ -9,7 +9,7 @@ import pytest
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig, SophiaHConfig
-from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.config.trainer import TaskConfig, TrainerConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.studies.records import config_of, find, flat_config, read_records, write_records
 
@@ -165,3 +165,15 @@ def test_a_record_under_a_former_name(make_record):
     record = dataclasses.replace(record, config=former)
     assert find([record], config) is record
     assert config_of(record).optimizer == config.optimizer
+
+
+def test_named_validation_sets_and_tasks_make_no_other_run(make_record):
+    config = TrainConfig()
+    tasks = (TaskConfig(task="piqa", file="piqa.jsonl"),)
+    named = TrainConfig(
+        data=DataConfig(validation={"books": "books.txt"}),
+        trainer=TrainerConfig(best_by="books", tasks=tasks, tasks_every=7),
+    )
+    assert flat_config(named) == flat_config(config)
+    record = make_record(named)
+    assert find([record], config) is record and config_of(record) == config

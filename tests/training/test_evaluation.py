@@ -1,5 +1,7 @@
 """The validation loss: each token counts once, whatever the batches."""
 
+import math
+
 import equinox as eqx
 import haliax as hax
 import jax
@@ -10,7 +12,7 @@ import pytest
 
 from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.evaluation import Evaluator
+from sophia_levanter.training.evaluation import Evaluation, Evaluator, evaluate_sets
 
 CONFIG = Gpt2Config(num_layers=1, num_heads=2, embed_dim=8, seq_len=6, gradient_checkpointing="none")
 
@@ -39,3 +41,38 @@ def test_the_mean_over_tokens_and_the_bits_over_bytes(devices):
     assert text_bytes != (byte_lengths[windows[:, :-1]] * weights).sum()
     assert evaluation.bits_per_byte == pytest.approx(nats / np.log(2) / text_bytes, rel=1e-5)
     assert (evaluation.tokens, evaluation.text_bytes) == (weights.sum(), text_bytes)
+
+
+def test_named_sets_count_the_same_however_long_they_are():
+    large, small, calls = Evaluation(3.0, 4.0, 900, 1000), Evaluation(2.0, 3.5, 10, 8), []
+
+    def evaluator(evaluation):
+        def evaluate(model, on_progress):
+            calls.append((model, on_progress))
+            return evaluation
+
+        return evaluate
+
+    def progress():
+        pass
+
+    evaluators = {"books": evaluator(large), "code": evaluator(small)}
+    found = evaluate_sets(evaluators, "model", progress)
+    assert found == Evaluation(2.5, 3.75, 910, 1008, {"books": large, "code": small})
+    assert calls == [("model", progress)] * 2
+    assert found.numbers() == {
+        "validation/loss": 2.5,
+        "validation/bits_per_byte": 3.75,
+        "validation/books/loss": 3.0,
+        "validation/books/bits_per_byte": 4.0,
+        "validation/code/loss": 2.0,
+        "validation/code/bits_per_byte": 3.5,
+    }
+    assert list(found.numbers("average_"))[::2] == [
+        "validation/average_loss",
+        "validation/books/average_loss",
+        "validation/code/average_loss",
+    ]
+    assert evaluate_sets({"": evaluator(small)}, "model", progress) is small
+    empty = evaluate_sets({"books": evaluator(large), "none": evaluator(Evaluation(math.nan, math.nan, 0, 0))}, "model")
+    assert math.isnan(empty.loss)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest.mock import MagicMock
 
 import haliax as hax
 import jax
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 
 from sophia_levanter.commands import evaluate
+from sophia_levanter.config.trainer import TASKS, TaskConfig, TrainerConfig
 from sophia_levanter.data.tokenizer import ByteTokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.tasks import Item, TaskResult, TaskScorer, read_items
+from sophia_levanter.training.callbacks import Monitor, Pause
+from sophia_levanter.training.tasks import _FORMATS, Item, Scoring, TaskResult, TaskScorer, read_items, read_tasks
 
 HELLASWAG = {
     "activity_label": "Removing ice from car",
@@ -163,3 +166,52 @@ def test_the_command(finished_run, write, capfd):
 def test_bad_options(words, message, capfd):
     assert evaluate.main(["MODEL", *words]) == 2
     assert capfd.readouterr().err.startswith(f"error: {message}")
+
+
+def test_the_tasks_of_a_run(write, tmp_path):
+    path = str(write(PIQA, PIQA))
+    found = read_tasks([TaskConfig("piqa", path), TaskConfig("piqa", path, "again")])
+    assert list(found) == ["piqa", "again"] and len(found["again"]) == 2
+    with pytest.raises(InputError) as error:
+        read_tasks([TaskConfig("piqa", path), TaskConfig("arc", path, "easy")])
+    assert str(error.value) == f"trainer.tasks: easy: {path}: line 1 is not an item of arc: KeyError('question')"
+    with pytest.raises(InputError, match=r"^trainer\.tasks: piqa: /nowhere: cannot be read: "):
+        read_tasks([TaskConfig("piqa", "/nowhere")])
+    assert read_tasks([]) == {} and set(_FORMATS) == set(TASKS)
+
+
+def test_tasks_are_scored_at_their_own_cadence_and_at_the_end():
+    config = TrainerConfig(num_train_steps=10, tasks_every=4, evaluate_every=3)
+    monitor = Monitor(MagicMock(), MagicMock(), MagicMock())
+    results = {"a": TaskResult(101, 0.5, 0.25), "b": TaskResult(5, 0.0, perplexity=9.0)}
+    scoring = Scoring(config, monitor, lambda items, model, advance: results[items[0]], {"a": ["a"], "b": ["b"]})
+    assert [done for done in range(1, 11) if scoring.is_due(done)] == [4, 8, 10]
+    assert not Scoring(config, monitor, None, {}).is_due(10)
+    pause = Pause(4, MagicMock(), lambda: False)
+    scoring.on_pause(pause)
+    assert pause.scored and not pause.evaluated
+    monitor.console.line.assert_called_once_with(
+        "step 4: a accuracy 0.5000 ± 0.0980, normalized accuracy 0.2500 ± 0.0849; "
+        "b accuracy 0.0000 ± 0.0000, perplexity 9.00"
+    )
+    ((step, numbers), _) = monitor.trackers.log.call_args
+    assert step == 3 and numbers == {
+        "tasks/a/accuracy": 0.5,
+        "tasks/a/accuracy_interval": results["a"].interval(0.5),
+        "tasks/a/normalized_accuracy": 0.25,
+        "tasks/a/normalized_accuracy_interval": results["a"].interval(0.25),
+        "tasks/b/accuracy": 0.0,
+        "tasks/b/accuracy_interval": 0.0,
+        "tasks/b/perplexity": 9.0,
+    }
+    assert [call.args for call in monitor.watchdog.begin.call_args_list] == [
+        ("scoring a after step 4",),
+        ("scoring b after step 4",),
+    ]
+
+
+def test_a_model_that_has_diverged_does_not_end_the_run(make_model):
+    """Its perplexity is beyond float64."""
+    scorer = TaskScorer(ByteTokenizer(), partition_of(devices=jax.devices()[:1]), jmp.get_policy("float32"))
+    scorer._log_probabilities = lambda rows, *_: [(-1e6, False) for _ in rows]
+    assert scorer([Item("He was", (" gone",))], make_model(vocab_size=257)).perplexity == math.inf

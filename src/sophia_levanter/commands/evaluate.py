@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sophia_levanter.commands.on_models import run_on_model
 from sophia_levanter.config.arguments import parse_arguments, whole_number
+from sophia_levanter.config.trainer import TASKS
 from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.status import DONE
 
@@ -19,20 +20,20 @@ if TYPE_CHECKING:
     import jmp
 
     from sophia_levanter.data.batches import ValidationBatches
+    from sophia_levanter.data.token_store import Tokens
     from sophia_levanter.run.loading import LoadedModel
     from sophia_levanter.training.evaluation import Evaluation
     from sophia_levanter.training.tasks import Item
 
 WINDOWS_PER_DEVICE = 8
 REPORT_SECONDS = 5.0
-TASKS = ("hellaswag", "piqa", "arc", "lambada")
 OPTIONS = ("--step", "--windows", "--batch_size", "--task", "--file")
 USAGE = f"""\
 usage: python -m sophia_levanter.commands.evaluate MODEL [--step N] [--averaged] [--windows N] [--batch_size N]
        [--task NAME --file FILE] [--SECTION.FIELD VALUE ...] [--help]
 
-Prints the mean loss over all tokens of a text, each predicted once and weighted the same; or with --task the score on a
-benchmark.
+Prints the mean loss over all tokens of a text, each predicted once and weighted the same; of a run with several
+validation sets that of each, and their mean; or with --task the score on a benchmark.
 
   MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
   --step N               of the run's checkpoints; the newest if not given
@@ -117,13 +118,20 @@ def _run(command: Command) -> int:
         for line in _score(loaded, f"{command.task}, {len(items):,} questions of {command.file}", items):
             print(one_line(line))
         return DONE
-    batches, text = _batches(command, loaded)
+    sets, data = _sets(command, loaded), loaded.config.data
     started = time.monotonic()
-    evaluation = _evaluate(loaded, batches)
+    evaluation = _evaluate(loaded, sets)
+    seconds = time.monotonic() - started
     print(one_line(f"model          {loaded.source}"))
-    print(one_line(f"text           {text}, tokenizer {os.path.basename(loaded.tokenizer.name)}"))
-    for line in _lines(evaluation, time.monotonic() - started):
-        print(line)
+    for name, own in (evaluation.sets or {"": evaluation}).items():
+        text = data.validation_sets.get(name, f"what is held out of {data.train}")
+        shown = f"{name}: {text}" if name else text
+        print(one_line(f"text           {shown}, tokenizer {os.path.basename(loaded.tokenizer.name)}"))
+        for line in _lines(own):
+            print(line)
+    if evaluation.sets:
+        print(f"mean           {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte")
+    print(f"time           {seconds:.1f} s, with compiling")
     return DONE
 
 
@@ -131,26 +139,31 @@ def _tell(line: str) -> None:
     print(one_line(line), file=sys.stderr, flush=True)
 
 
-def _batches(command: Command, loaded: LoadedModel) -> tuple[ValidationBatches, str]:
-    """The sequences to evaluate, and what text they are of."""
-    from sophia_levanter.data.batches import ValidationBatches
+def _sets(command: Command, loaded: LoadedModel) -> dict[str, ValidationBatches]:
+    """The sequences of each validation set."""
     from sophia_levanter.data.corpora import prepare_validation
 
     data = loaded.config.data
     if data.validation is None and loaded.step is None:
         raise InputError(f"--data.validation TEXT is missing: {loaded.source} is not a run, which has its own text")
-    tokens = prepare_validation(data, loaded.tokenizer, _tell)
+    sets = prepare_validation(data, loaded.tokenizer, _tell)
+    return {name: _batches(command, loaded, name, tokens) for name, tokens in sets.items()}
+
+
+def _batches(command: Command, loaded: LoadedModel, name: str, tokens: Tokens) -> ValidationBatches:
+    from sophia_levanter.data.batches import ValidationBatches
+
     shards = loaded.partition.row_shards
     # No more than there are, which memory may not hold.
     sequences = max(1, -(-(tokens.num_tokens - 1) // loaded.config.model.seq_len))
     wanted = min(command.batch_size or WINDOWS_PER_DEVICE * shards, command.sequences or sequences, sequences)
-    batches = ValidationBatches(
+    return ValidationBatches(
         tokens,
         seq_len=loaded.config.model.seq_len,
         batch_size=-(-wanted // shards) * shards,
         max_sequences=command.sequences,
+        name=name,
     )
-    return batches, data.validation or f"what is held out of {data.train}"
 
 
 def _score(loaded: LoadedModel, task: str, items: Sequence[Item]) -> Iterator[str]:
@@ -174,12 +187,13 @@ def _policy(loaded: LoadedModel) -> jmp.Policy:
     return jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype},output=float32")
 
 
-def _evaluate(loaded: LoadedModel, batches: ValidationBatches) -> Evaluation:
+def _evaluate(loaded: LoadedModel, sets: Mapping[str, ValidationBatches]) -> Evaluation:
     from sophia_levanter.data.tokenizer import token_byte_lengths
-    from sophia_levanter.training.evaluation import Evaluator
+    from sophia_levanter.training.evaluation import Evaluator, evaluate_sets
 
-    evaluator = Evaluator(batches, token_byte_lengths(loaded.tokenizer), loaded.partition, _policy(loaded))
-    return evaluator(loaded.model, _progress(len(batches)))
+    lengths, partition, policy = token_byte_lengths(loaded.tokenizer), loaded.partition, _policy(loaded)
+    evaluators = {name: Evaluator(batches, lengths, partition, policy) for name, batches in sets.items()}
+    return evaluate_sets(evaluators, loaded.model, _progress(sum(map(len, sets.values()))))
 
 
 def _progress(total: int) -> Callable[[], None]:
@@ -196,7 +210,7 @@ def _progress(total: int) -> Callable[[], None]:
     return advance
 
 
-def _lines(evaluation: Evaluation, seconds: float) -> Iterator[str]:
+def _lines(evaluation: Evaluation) -> Iterator[str]:
     import numpy as np
 
     yield f"loss           {evaluation.loss:.4f} nats per token"
@@ -204,7 +218,6 @@ def _lines(evaluation: Evaluation, seconds: float) -> Iterator[str]:
         yield f"perplexity     {np.exp(evaluation.loss):,.2f}"
     yield f"bits per byte  {evaluation.bits_per_byte:.4f}"
     yield f"tokens         {evaluation.tokens:,}, which stand for {evaluation.text_bytes:,} bytes"
-    yield f"time           {seconds:.1f} s, with compiling"
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def _prepare(words: Sequence[str]) -> int:
     from sophia_levanter.data.corpora import prepare
 
     data = prepare(config.data, lambda line: print(one_line(line), flush=True), ray=ray)
-    for name, corpus in (("training", data.train), ("validation", data.validation)):
+    sets = {f"validation {name}".rstrip(): corpus for name, corpus in data.validation_sets.items()}
+    for name, corpus in {"training": data.train, **sets}.items():
         print(f"{corpus.num_tokens:,} {name} tokens ({data.tokenizer.name})")
     if data.train.num_tokens < config.model.seq_len + 1:
         raise InputError(

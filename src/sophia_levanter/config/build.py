@@ -177,6 +177,12 @@ def _is_setting(hint: Any) -> bool:
     return all(kind in EXPECTED or kind is NoneType or typing.get_origin(kind) in others for kind in kinds_of(hint))
 
 
+def _takes_mapping(hint: Any) -> bool:
+    """Whether a mapping of names to strings is a value of a type."""
+    kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return any(typing.get_origin(kind) is Mapping for kind in kinds)
+
+
 def _chosen(registry: type[ChoiceRegistry], key: str, settings: Layer, default: Any) -> type:
     """The chosen or default type of a section; the registry itself if it has neither."""
     if key not in settings:
@@ -192,6 +198,7 @@ def _put_on_top(root: type, settings: Layer, layer: Layer) -> Layer:
     """The merged settings, without the fields of types that `layer` replaces by others."""
     before = schema(root, settings)
     layer = _with_present_names(before.former, layer)
+    settings = _without_other_kind(before.fields, settings, layer)
     for path, registry in before.choices.items():
         key = _join(path, choice_key(registry))
         if path in layer and isinstance(layer[path].value, str):  # `schedule: linear`
@@ -205,6 +212,23 @@ def _put_on_top(root: type, settings: Layer, layer: Layer) -> Layer:
             dropped = {name for name in own if not any(f"{name}.".startswith(f"{common}.") for common in kept)}
             settings = {name: setting for name, setting in settings.items() if name not in dropped}
     return settings | layer
+
+
+def _without_other_kind(fields: Mapping[str, Any], settings: Layer, layer: Layer) -> Layer:
+    """The settings without those of a field that is one value in them and a mapping in `layer`, or the reverse.
+
+    Raises:
+        InputError: if the field is both in `layer`.
+    """
+    for name in [name for name, kind in fields.items() if isinstance(kind, UnionType) and _takes_mapping(kind)]:
+        below = [key for key in layer if key.startswith(f"{name}.")]
+        if name in layer and below:
+            raise InputError(f"{layer[name].prefix}{name} and {below[0]} do not go together; give one of them")
+        if name in layer:
+            settings = {key: setting for key, setting in settings.items() if not key.startswith(f"{name}.")}
+        elif below:
+            settings = {key: setting for key, setting in settings.items() if key != name}
+    return settings
 
 
 def _with_present_names(former: Mapping[str, str], layer: Layer) -> Layer:
@@ -231,12 +255,14 @@ def _add_value(found: Schema, values: dict[str, Any], key: str, setting: Setting
     field = next((path for path in found.fields if key.startswith(f"{path}.")), None)
     if key in found.fields:
         values[key] = convert_value(key, setting, found.fields[key])
-    elif typing.get_origin(found.fields.get(parent)) is Mapping:
+    elif _takes_mapping(found.fields.get(parent)):
         if not isinstance(setting.value, str):
             kind = show_value(setting.value) if isinstance(setting.value, dict | list | NoneType) else _masked(setting)
             raise InputError(f"{setting.prefix}{key} is {kind}; it must be a string, in quotes")
         values.setdefault(parent, {})[name] = setting.value
     elif field is not None and setting.file is not None:
+        if _takes_mapping(found.fields[field]):
+            raise InputError(f"{setting.prefix}{parent} is a mapping; it must be a string, in quotes")
         convert_value(field, Setting({}, setting.file), found.fields[field])  # raises: the file has a mapping there
     elif key not in found.sections:
         what, dashes = ("unknown option", "--") if setting.file is None else ("unknown key", "")
@@ -263,6 +289,8 @@ def convert_value(key: str, setting: Setting, annotation: Any) -> Any:
         if value:
             raise InputError(f"{setting.prefix}{key} is {_masked(setting)}; it must be a section of NAME: VALUE")
         return {}
+    if _takes_mapping(annotation) and isinstance(value, dict):
+        return {name: convert_value(f"{key}.{name}", Setting(x, setting.file), str) for name, x in value.items()}
     if not scalars and setting.file is None and isinstance(value, str):
         value = value.split(",") if items == [str] and value not in ("", "[]") else parse_value(value or "[]")
     if items and isinstance(value, list):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import ClassVar
 
@@ -25,7 +27,8 @@ class DataConfig(Settings):
     """The training and validation text and how it becomes tokens.
 
     Raises:
-        InputError: if a value is out of its bounds, or a mixture has no validation text.
+        InputError: if a value is out of its bounds, a mixture has no validation text, or a validation set no usable
+            name.
     """
 
     section: ClassVar[str] = "data"
@@ -33,9 +36,9 @@ class DataConfig(Settings):
     train: tuple[MixturePart, ...] | str = setting(
         "python_stdlib", "files, hub:NAME, ...; in YAML also a list with weights"
     )
-    validation: str | None = setting(
+    validation: Mapping[str, str] | str | None = setting(
         None,
-        "like train; if not given, part of train's documents is held out",
+        "like train, in YAML also several as NAME: SOURCE; if not given, part of train's documents is held out",
         empty="leave it out to hold out a part of data.train",
     )
     tokenizer: str = setting("bytes", "bytes, or the name of a tiktoken encoding such as gpt2")
@@ -65,8 +68,49 @@ class DataConfig(Settings):
         check_utf8("data.cache_dir", self.cache_dir)
         if not isinstance(self.train, str) and self.validation is None:
             raise InputError("data.validation is missing; a mixture in data.train has no held-out part")
+        if isinstance(self.validation, Mapping):
+            _check_sets(self.validation)
+
+    def __hash__(self) -> int:
+        # A mapping has no hash of its own.
+        return hash((self.train, frozenset(self.validation_sets.items()), self.tokenizer, self.cache_dir))
 
     @property
     def train_parts(self) -> tuple[MixturePart, ...]:
         """The training texts; one of weight 1 if `train` is not a mixture."""
         return (MixturePart(self.train),) if isinstance(self.train, str) else self.train
+
+    @property
+    def validation_sets(self) -> dict[str, str]:
+        """The source of each validation set by its name; the name is empty if `validation` is a single source.
+
+        Empty if a part of the training text is held out.
+        """
+        if self.validation is None:
+            return {}
+        return {"": self.validation} if isinstance(self.validation, str) else dict(self.validation)
+
+
+def validation_field(name: str) -> str:
+    """The field that names the source of a validation set: `data.validation`, or `data.validation.NAME`."""
+    return f"data.validation.{name}" if name else "data.validation"
+
+
+def _check_sets(sets: Mapping[str, str]) -> None:
+    if not sets:
+        raise InputError("data.validation is empty; name a source, or several as NAME: SOURCE")
+    for name, source in sets.items():
+        check_name("data.validation", name)
+        if not source:
+            raise InputError(f"{validation_field(name)} is empty; name a file, hub:NAME, ... or leave it out")
+
+
+def check_name(field: str, name: str) -> None:
+    """Check a name that becomes a part of the names of metrics.
+
+    Raises:
+        InputError: names the field and what a name may have.
+    """
+    # A section of nothing but a type is shortened to the type.
+    if name == "type" or not re.fullmatch("[A-Za-z0-9_-]+", name):
+        raise InputError(f"{field} has the name {name!r}; use letters, digits, _ and -, and not the word type alone")

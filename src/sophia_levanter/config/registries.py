@@ -15,7 +15,7 @@ from sophia_levanter.errors import InputError, one_line
 T = TypeVar("T")
 
 # What the names of a run's own numbers begin with, here and in the Sophia authors' scripts.
-BUILT_IN = ("train", "optim", "validation", "val")
+BUILT_IN = ("train", "optim", "validation", "val", "tasks")
 
 
 class Registry(dict[str, Any]):

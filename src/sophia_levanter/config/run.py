@@ -89,6 +89,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.optimizer.check_run(self.trainer)
+        sets, best_by = self.data.validation_sets, self.trainer.best_by
+        if best_by is not None and best_by not in sets:
+            named = [name for name in sets if name]
+            hint = f"the sets are {', '.join(named)}" if named else "write its sets as NAME: SOURCE, or leave it out"
+            raise InputError(f"trainer.best_by is {best_by!r}, which is not a set of data.validation; {hint}")
         if self.mesh.coordinator is not None and self.trainer.run_dir is None:
             raise InputError("trainer.run_dir is missing; the processes of mesh.coordinator must agree on it")
 
@@ -98,6 +103,7 @@ def with_steps(config: TrainConfig) -> TrainConfig:
     trainer, optimizer = config.trainer, config.optimizer
     intervals: dict[str, Any] = {
         "evaluate_every": trainer.evaluation_interval,
+        "tasks_every": trainer.tasks_interval,
         "checkpoint_every": trainer.checkpoint_interval,
         "log_every": trainer.log_interval,
     }

@@ -6,6 +6,7 @@ import re
 from dataclasses import MISSING, dataclass, replace
 from typing import ClassVar
 
+from sophia_levanter.config.data import check_name
 from sophia_levanter.config.registries import CALLBACKS, METRICS
 from sophia_levanter.config.settings import Settings, setting, steps_of
 from sophia_levanter.errors import InputError
@@ -14,6 +15,7 @@ from sophia_levanter.files import check_utf8
 MOST_WINDOWS = 2**20  # in a step: a billion tokens of 1,024 each
 DTYPES = ("float32", "bfloat16")
 OR_FRACTION = "or below 1 their fraction of the run"
+TASKS = ("hellaswag", "piqa", "arc", "lambada")
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,33 @@ class BatchSizeChange(Settings):
 
 
 @dataclass(frozen=True)
+class TaskConfig(Settings):
+    """A benchmark that is scored during training."""
+
+    section: ClassVar[str] = "trainer.tasks"
+
+    task: str = setting(MISSING, "kind of its questions", choices=TASKS)
+    file: str = setting(MISSING, "its questions, JSON lines as its authors publish them", empty="name a file")
+    name: str | None = setting(None, "its numbers are tasks/NAME/accuracy, ...; the task's if not given")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_name(self.section, self.title)
+        check_utf8(f"{self.section}.file", self.file)
+
+    @property
+    def title(self) -> str:
+        """What its numbers are called."""
+        return self.task if self.name is None else self.name
+
+
+@dataclass(frozen=True)
 class TrainerConfig(Settings):
     """How long, how wide and where to train.
 
     Raises:
-        InputError: if a value is out of its bounds or the batch does not divide into microbatches.
+        InputError: if a value is out of its bounds, the batch does not divide into microbatches or two tasks have one
+            name.
     """
 
     section: ClassVar[str] = "trainer"
@@ -67,6 +91,12 @@ class TrainerConfig(Settings):
     evaluation_windows: int | None = setting(
         512, "sequences in a validation loss, evenly spread; all if not given", low=1
     )
+    tasks: tuple[TaskConfig, ...] = setting(
+        (), "benchmarks to score: [{task: hellaswag, file: hellaswag_val.jsonl}, ...]"
+    )
+    tasks_every: float | int = setting(
+        0.25, f"steps between scores on the tasks, {OR_FRACTION}; one more comes at the end", above=0, steps=True
+    )
     checkpoint_every: float | int = setting(
         1000, f"steps between checkpoints, {OR_FRACTION}; one more comes at the end", above=0, steps=True
     )
@@ -77,6 +107,9 @@ class TrainerConfig(Settings):
     keep_checkpoints: int = setting(2, "number of newest checkpoints to keep", low=1)
     keep_every: int | None = setting(None, "keep checkpoints at multiples of this many steps for ever", low=1)
     keep_best: bool = setting(True, "keep the checkpoint with the lowest validation loss")
+    best_by: str | None = setting(
+        None, "the set of data.validation whose loss is meant; the mean over all sets if not given"
+    )
     cast_checkpoint: bool = setting(
         False, "on resuming, convert arrays that were saved in another floating-point dtype"
     )
@@ -109,6 +142,10 @@ class TrainerConfig(Settings):
                 f"trainer.microbatch_size {self.microbatch_size} does not divide trainer.batch_size {self.batch_size}"
             )
         self._check_batch_size_changes()
+        titles = [task.title for task in self.tasks]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise InputError(f"trainer.tasks has several called {title}; give each a name of its own")
         if self.profile_steps is not None and not self.profiled_steps:
             raise InputError(
                 f"trainer.profile_steps is {self.profile_steps!r}; it must be FIRST:END, FIRST below END, like 10:15"
@@ -134,6 +171,16 @@ class TrainerConfig(Settings):
     def evaluation_interval(self) -> int:
         """Steps between validation losses."""
         return self._interval(self.evaluate_every)
+
+    @property
+    def tasks_interval(self) -> int:
+        """Steps between scores on the tasks."""
+        return self._interval(self.tasks_every)
+
+    @property
+    def best_metric(self) -> str:
+        """The name in metrics.jsonl of the loss that makes a checkpoint the best."""
+        return "validation/loss" if self.best_by is None else f"validation/{self.best_by}/loss"
 
     @property
     def checkpoint_interval(self) -> int:

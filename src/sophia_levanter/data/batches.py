@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sophia_levanter.config.data import validation_field
 from sophia_levanter.data.token_store import Tokens
 from sophia_levanter.data.tokenizer import NUM_BYTES, Tokenizer
 from sophia_levanter.errors import InputError, counted
@@ -202,15 +203,20 @@ class ValidationBatches:
         seq_len: tokens that a whole sequence predicts.
         batch_size: sequences in a batch.
         max_sequences: take so many sequences, spread evenly over the store, if it has more; None takes all.
+        name: of the validation set, for errors; empty for an only set without one.
 
     Raises:
         InputError: if the store has no token to predict.
     """
 
-    def __init__(self, store: Tokens, *, seq_len: int, batch_size: int, max_sequences: int | None = None) -> None:
+    def __init__(
+        self, store: Tokens, *, seq_len: int, batch_size: int, max_sequences: int | None = None, name: str = ""
+    ) -> None:
         if store.num_tokens < 2:
             found = counted(store.num_tokens, "token")
-            raise InputError(f"data.validation has {found}, and at least 2 are needed; give more validation text")
+            raise InputError(
+                f"{validation_field(name)} has {found}, and at least 2 are needed; give more validation text"
+            )
         total = -(-(store.num_tokens - 1) // seq_len)
         count = total if max_sequences is None else min(max_sequences, total)
         self._store = store

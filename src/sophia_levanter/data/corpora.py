@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sophia_levanter.config.data import DataConfig
+from sophia_levanter.config.data import DataConfig, validation_field
 from sophia_levanter.data.batches import Mixture, Part, parts_of
 from sophia_levanter.data.preparation import Job, Preparation
 from sophia_levanter.data.sources import FoundSource, source_named
@@ -31,11 +32,30 @@ LEAK_VERSION = 1  # of what is compared, and how
 
 @dataclass(frozen=True)
 class TextData:
-    """The tokens to train on and to validate with."""
+    """The tokens to train on and to validate with.
+
+    Attributes:
+        tokenizer: that of all tokens.
+        train: the tokens to train on.
+        validation_sets: those to validate with by the set's name, which is empty for an only set without one.
+    """
 
     tokenizer: Tokenizer
     train: Tokens
-    validation: Tokens
+    validation_sets: Mapping[str, Tokens]
+
+    @property
+    def validation(self) -> Tokens:
+        """The first validation set."""
+        return next(iter(self.validation_sets.values()))
+
+    @property
+    def validation_facts(self) -> dict[str, Any]:
+        """`Tokens.facts` of the validation set; of named sets their tokenizer, and under `sets` the facts of each."""
+        if "" in self.validation_sets:
+            return self.validation.facts
+        sets = [{"name": name, **tokens.facts} for name, tokens in self.validation_sets.items()]
+        return {"tokenizer": self.tokenizer.fingerprint, "sets": sets}
 
 
 def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn: Report | None = None) -> TextData:
@@ -58,19 +78,20 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
     job = Job(config, tokenizer, report, warn or report, ray)
     if config.validation is None:
         found = _two_sides(job)
-        data = TextData(tokenizer, *found.make())
+        train, held_out = found.make()
+        data = TextData(tokenizer, train, {"": held_out})
         if found.source is None:  # two stores may be of any texts, but a split has equal texts on one side
-            _report_leak(job, data, [found], found)
+            _report_leaks(job, data, [found], {"": found})
         return data
     # All are looked up before the first is read: a misspelt validation path must not wait for the training text.
     parts = [_find(job, "data.train", part.source) for part in config.train_parts]
     _report_repeats(parts, job.warn)
-    found = _find(job, "data.validation", config.validation)
+    sets = _find_validation(job)
     corpora = [part.make()[0] for part in parts]
     weights = [part.weight for part in config.train_parts]
     train = corpora[0] if isinstance(config.train, str) else Mixture(corpora, weights)
-    data = TextData(tokenizer, train, found.make()[0])
-    _report_leak(job, data, parts, found)
+    data = TextData(tokenizer, train, {name: found.make()[0] for name, found in sets.items()})
+    _report_leaks(job, data, parts, sets)
     return data
 
 
@@ -88,24 +109,31 @@ def _report_repeats(parts: Sequence[FoundSource], warn: Report) -> None:
         )
 
 
-def _report_leak(job: Job, data: TextData, train: Sequence[FoundSource], validation: FoundSource) -> None:
-    """Say which documents are both trained on and validated with.
+def _report_leaks(job: Job, data: TextData, train: Sequence[FoundSource], sets: Mapping[str, FoundSource]) -> None:
+    """Say which documents are both trained on and validated with, set by set.
 
     Raises:
         InputError: if there are some and `data.on_leak` is `error`.
     """
-    leak = find_leak(data.train, data.validation, data.tokenizer, job.cache_dir, job.report)
-    if not leak.count:
-        return
-    begin = data.validation.read(leak.tokens[0], min(leak.tokens[1], leak.tokens[0] + SHOWN_TOKENS))
-    message = (
-        f"data.validation: {leak.count:,} of its {leak.num_documents:,} documents are also in data.train; the first is "
-        f"{_where(validation, leak.document)} (document {leak.twin + 1:,} of {train[leak.part].name}), which begins "
-        f"{printable(data.tokenizer.decode(begin))!r}; remove them from one of the two"
-    )
-    if job.config.on_leak == "error":
-        raise InputError(f"{message}, or set data.on_leak to warn")
-    job.warn(f"WARNING: {message}")
+    for name, tokens in data.validation_sets.items():
+        field, found = validation_field(name), sets[name]
+        report = partial(_report_of, job.report, field)
+        leak = find_leak(data.train, tokens, data.tokenizer, job.cache_dir, report)
+        if not leak.count:
+            continue
+        begin = tokens.read(leak.tokens[0], min(leak.tokens[1], leak.tokens[0] + SHOWN_TOKENS))
+        message = (
+            f"{field}: {leak.count:,} of its {leak.num_documents:,} documents are also in data.train; the first is "
+            f"{_where(found, leak.document)} (document {leak.twin + 1:,} of {train[leak.part].name}), which begins "
+            f"{printable(data.tokenizer.decode(begin))!r}; remove them from one of the two"
+        )
+        if job.config.on_leak == "error":
+            raise InputError(f"{message}, or set data.on_leak to warn")
+        job.warn(f"WARNING: {message}")
+
+
+def _report_of(report: Report, field: str, line: str) -> None:
+    report(f"{field}: {line}")
 
 
 def _where(found: FoundSource, number: int) -> str:
@@ -117,8 +145,8 @@ def _where(found: FoundSource, number: int) -> str:
     return f"document {number + 1:,} of {found.name}"
 
 
-def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report) -> Tokens:
-    """The tokens to validate with; of a training text, only one that a part is held out of is looked at.
+def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report) -> dict[str, Tokens]:
+    """The validation sets, as in `TextData`; of a training text, only one that a part is held out of is looked at.
 
     Args:
         config: as for `prepare`.
@@ -130,8 +158,8 @@ def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report)
     """
     job = Job(config, tokenizer, report, report)
     if config.validation is None:
-        return _two_sides(job).make()[1]
-    return _find(job, "data.validation", config.validation).make()[0]
+        return {"": _two_sides(job).make()[1]}
+    return {name: found.make()[0] for name, found in _find_validation(job).items()}
 
 
 def _check_separator(config: DataConfig, report: Report) -> None:
@@ -139,7 +167,7 @@ def _check_separator(config: DataConfig, report: Report) -> None:
     if config.document_separator is None:
         return
     sources = [source_named(part.source, "data.train") for part in config.train_parts]
-    sources += [source_named(config.validation, "data.validation")] if config.validation is not None else []
+    sources += [source_named(source, validation_field(name)) for name, source in config.validation_sets.items()]
     if all(source.holds == "tokens" for source in sources):
         raise InputError(
             f"data.document_separator is {config.document_separator!r}, and every source is a token file, which holds "
@@ -157,6 +185,11 @@ def _find(job: Job, field: str, name: str, held_out: float | None = None) -> Fou
         return found
     preparation = Preparation(source, job, held_out)
     return FoundSource(name, preparation.source.inputs, preparation.stores, preparation.source)
+
+
+def _find_validation(job: Job) -> dict[str, FoundSource]:
+    """The tokens of each validation set that the configuration names."""
+    return {name: _find(job, validation_field(name), source) for name, source in job.config.validation_sets.items()}
 
 
 def _two_sides(job: Job) -> FoundSource:
@@ -205,7 +238,7 @@ def find_leak(train: Tokens, validation: Tokens, tokenizer: Tokenizer, cache_dir
 
     def compare() -> dict[str, Any]:
         if is_large:
-            report(f"data.validation: checking {num_tokens:,} tokens for documents that are also in data.train")
+            report(f"checking {num_tokens:,} tokens for documents that are also in data.train")
         return _compare(train, validation, tokenizer)
 
     key = ["leak", LEAK_VERSION, train.facts, validation.facts]

@@ -14,7 +14,7 @@ from sophia_levanter import files
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.build import flat
 from sophia_levanter.config.command_line import Command, dump_config, load_config
-from sophia_levanter.config.data import MixturePart
+from sophia_levanter.config.data import MixturePart, validation_field
 from sophia_levanter.config.run import TrackingConfig, with_steps
 from sophia_levanter.data.sources import absolute_source, absolute_tokenizer
 from sophia_levanter.errors import DirectoryInUse, InputError
@@ -34,6 +34,9 @@ _MAY_DIFFER = (
     "trainer.keep_checkpoints",
     "trainer.keep_every",
     "trainer.keep_best",
+    "trainer.best_by",
+    "trainer.tasks",
+    "trainer.tasks_every",
     "trainer.cast_checkpoint",
     "trainer.step_timeout",
     "trainer.log_every",
@@ -266,22 +269,26 @@ def changed_fields(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, A
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The configuration with paths to data, weights and checkpoints that hold from anywhere."""
+    """The configuration with paths to data, tasks, weights and checkpoints that hold from anywhere."""
     data, trainer = config.data, config.trainer
     train: str | tuple[MixturePart, ...]
     if isinstance(data.train, str):
         train = absolute_source(data.train, "data.train")
     else:
         train = tuple(dataclasses.replace(p, source=absolute_source(p.source, "data.train")) for p in data.train)
+    sets = {name: absolute_source(source, validation_field(name)) for name, source in data.validation_sets.items()}
     resolved = dataclasses.replace(
         data,
         train=train,
-        validation=None if data.validation is None else absolute_source(data.validation, "data.validation"),
+        validation=sets.get("", sets or None),
         tokenizer=absolute_tokenizer(data.tokenizer),
         cache_dir=_absolute(data.cache_dir),
     )
     if trainer.checkpoint_dir is not None and "://" not in trainer.checkpoint_dir:
         trainer = dataclasses.replace(trainer, checkpoint_dir=_absolute(trainer.checkpoint_dir))
+    if trainer.tasks:
+        tasks = tuple(dataclasses.replace(task, file=_absolute(task.file)) for task in trainer.tasks)
+        trainer = dataclasses.replace(trainer, tasks=tasks)
     if trainer.initial_weights is not None:
         trainer = dataclasses.replace(trainer, initial_weights=_absolute(trainer.initial_weights))
     return dataclasses.replace(config, data=resolved, trainer=trainer)

@@ -206,8 +206,11 @@ def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:
 
 
 def _config(layers: Sequence[Layer], overrides: Overrides) -> TrainConfig:
-    """The configuration with overrides, on whatever devices there are now."""
-    kept = [{name: value for name, value in layer.items() if not name.startswith("mesh.")} for layer in layers]
+    """The configuration with overrides, on whatever devices there are now; the overrides may name another text."""
+    kept = [
+        {name: value for name, value in layer.items() if not name.startswith("mesh.") and name != "trainer.best_by"}
+        for layer in layers
+    ]
     return build_config(kept, {name: Setting(value) for name, value in overrides})
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import jax
 
 import sophia_levanter
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.command_line import dump_config
+from sophia_levanter.config.data import DataConfig
 from sophia_levanter.errors import InputError
 
 # Settings that JAX_* variables change, and the values that a run has whatever they say.
@@ -116,3 +120,14 @@ def enable_compilation_cache(directory: Path, platform: str) -> None:
     """
     if platform != "cpu" and jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def shared_config(config: TrainConfig) -> str:
+    """What all processes of a run must agree on, as text; each may have its own copy of the data."""
+    mesh = config.mesh if config.mesh.process_id is None else replace(config.mesh, process_id=0)
+    trainer = config.trainer
+    if trainer.checkpoint_dir is not None:
+        trainer = replace(trainer, run_dir="each its own")
+    sets = dict.fromkeys(config.data.validation_sets, "each its own")
+    data = DataConfig(validation=sets.get("", sets or None))
+    return dump_config(replace(config, mesh=mesh, data=data, trainer=trainer))

@@ -162,14 +162,14 @@ def _check_not_begun(directory: RunDirectory, console: Console) -> None:
 
 
 def best_so_far(run: Run, restored: Restored[TrainState]) -> dict[str, Any] | None:
-    """Step and validation loss of the best checkpoint, if losses to come compare with it."""
+    """Step and loss of the best checkpoint, if losses to come compare with it."""
     saved_config: Any = restored.metadata["config"]
     sequences = saved_config.get("trainer", {}).get("evaluation_windows")
     same_sequences = sequences == run.config.trainer.evaluation_windows
     same_text = _is_same_text(restored.metadata["validation"], run.provenance["validation"])
     best: Any = restored.metadata.get("best")
     is_sound = isinstance(best, dict) and isinstance(best.get("step"), int)
-    is_sound = is_sound and isinstance(best.get("validation/loss"), float)
+    is_sound = is_sound and isinstance(best.get(run.config.trainer.best_metric), float)
     return best if is_sound and same_sequences and same_text else None
 
 

@@ -19,8 +19,6 @@ from sophia_levanter.checkpoint import Restored
 from sophia_levanter.checkpoint.storage import step_name
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.build import encode
-from sophia_levanter.config.command_line import dump_config
-from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.groups import check_groups
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches, Verification
@@ -43,6 +41,7 @@ from sophia_levanter.run.provenance import (
     enable_compilation_cache,
     fixed_settings,
     recorded_environment,
+    shared_config,
 )
 from sophia_levanter.run.resuming import (
     best_so_far,
@@ -69,11 +68,12 @@ from sophia_levanter.training.callbacks import (
 )
 from sophia_levanter.training.checkpoints import CheckpointTimer, RunCheckpoints
 from sophia_levanter.training.costs import peak_flops
-from sophia_levanter.training.evaluation import Evaluator
+from sophia_levanter.training.evaluation import Evaluator, evaluate_sets
 from sophia_levanter.training.loop import BatchLoader, Loop
 from sophia_levanter.training.metrics import check_results
 from sophia_levanter.training.step import StepSettings, TrainState, first_state, initial_state
 from sophia_levanter.training.stopping import StopRequest, Watchdog
+from sophia_levanter.training.tasks import Scoring, TaskScorer, read_tasks
 
 # Seconds that optional trackers have to end in when the run was told to stop.
 STOPPED_SECONDS = 10.0
@@ -95,7 +95,7 @@ def train(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) 
     """
     start_processes(config.mesh)
     console = Console(config.trainer.log_interval, quiet=quiet, silent=not is_first_process())
-    check_agreement("the configuration", _shared_config(config))
+    check_agreement("the configuration", shared_config(config))
     enable_compilation_cache(Path(config.data.cache_dir).expanduser().absolute() / "compiled", jax.default_backend())
     run = Run(config, directory, console)
     state = run.resume() if run.resumes else run.start()
@@ -126,9 +126,10 @@ class Run:
         partition: the devices.
         settings: what stays the same over all steps.
         callbacks: the registered ones, by name.
-        data: the tokenizer, and the training and validation corpus.
+        data: the tokenizer, the training corpus and the validation sets.
         batches: of the training corpus.
-        validation: the sequences of the validation corpus.
+        validation: the sequences of each validation set, by name.
+        tasks: the items of each task to score, by name.
         verification: compares the prepared text with its digests while the run trains.
         provenance: what besides the configuration decides the numbers; saved with each checkpoint.
         restored: the checkpoint that the run went on from last, if any.
@@ -161,6 +162,7 @@ class Run:
         check_mesh(config, mesh.size)
         attention_of(config, self.partition)
         self.callbacks, self.settings = build_callbacks(config), StepSettings.of(config)
+        self.tasks = read_tasks(trainer.tasks)
         if trainer.metrics:
             vocab_size = load_tokenizer(text.tokenizer).vocab_size
             with self.partition.active():
@@ -168,7 +170,7 @@ class Run:
                 check_results(self.settings.metrics, state)
         self.data = prepare(text, console.line, warn=console.notice)
         check_mesh(config, mesh.size, self.data.tokenizer.vocab_size)
-        corpora = [self.data.train, self.data.validation]
+        corpora = [self.data.train, *self.data.validation_sets.values()]
         for corpus in corpora:
             corpus.read(0, 1)  # of one that is kept in memory all is read here, before the run has a directory
         if config.optimizer.groups:
@@ -182,18 +184,22 @@ class Run:
             seed=trainer.seed,
             changes=trainer.size_changes,
         )
-        self.validation = ValidationBatches(
-            self.data.validation,
-            seq_len=seq_len,
-            batch_size=trainer.microbatch_size or trainer.batch_size,
-            max_sequences=trainer.evaluation_windows,
-        )
+        self.validation = {
+            name: ValidationBatches(
+                tokens,
+                seq_len=seq_len,
+                batch_size=trainer.microbatch_size or trainer.batch_size,
+                max_sequences=trainer.evaluation_windows,
+                name=name,
+            )
+            for name, tokens in self.data.validation_sets.items()
+        }
         self.verification = Verification(corpora, cache_directory(config.data), self.processes)
         devices = {"device": mesh.devices.flat[0].device_kind, "device_count": mesh.size}
         self.provenance: dict[str, Any] = {
             "environment": {**recorded_environment(), **devices},
             "data": self.data.train.facts,
-            "validation": self.data.validation.facts,
+            "validation": self.data.validation_facts,
             "code": code_version(),
         }
         check_agreement("the text", json.dumps([self.provenance["data"], self.provenance["validation"]]))
@@ -320,7 +326,8 @@ class Run:
         saved: str,
         stopped_by: Signals | None = None,
     ) -> TrainingResult:
-        best_step, best_loss = (None, None) if best is None else (best["step"], best["validation/loss"])
+        metric = self.config.trainer.best_metric
+        best_step, best_loss = (None, None) if best is None else (best["step"], best[metric])
         return TrainingResult(self.directory.path, step, dict(metrics), best_step, best_loss, saved, stopped_by)
 
     def _write_directory(self) -> None:
@@ -367,11 +374,12 @@ class Run:
         )
         timer = CheckpointTimer(trainer.checkpoint_minutes, self.processes)
         saving = Saving(trainer, monitor, checkpoints, self.verification, timer)
-        evaluator = Evaluator(
-            self.validation, token_byte_lengths(self.data.tokenizer), self.partition, self.settings.policy
-        )
+        lengths, policy = token_byte_lengths(self.data.tokenizer), self.settings.policy
+        evaluators = {name: Evaluator(own, lengths, self.partition, policy) for name, own in self.validation.items()}
         registered = [RegisteredCallback(name, callback, monitor) for name, callback in self.callbacks.items()]
-        evaluating = Evaluating(trainer, monitor, evaluator, registered, best)
+        evaluating = Evaluating(trainer, monitor, partial(evaluate_sets, evaluators), registered, best)
+        scoring = Scoring(trainer, monitor, TaskScorer(self.data.tokenizer, self.partition, policy), self.tasks)
+        logging = [Logging(monitor), SkippedSteps(trainer, monitor)]
         profiling = Profiling(trainer.profiled_steps, self.directory.profile, self.console)
         return Loop(
             config=trainer,
@@ -379,18 +387,9 @@ class Run:
             partition=self.partition,
             loader=BatchLoader(self.batches, self.partition, trainer, int(state.skipped_windows)),
             monitor=monitor,
-            callbacks=[profiling, Logging(monitor), SkippedSteps(trainer, monitor), evaluating, *registered, saving],
+            callbacks=[profiling, *logging, evaluating, scoring, *registered, saving],
             evaluating=evaluating,
             saving=saving,
             tokens_per_sequence=self.config.model.seq_len,
             mfu_per_token_rate=flops / peak_flops(list(self.partition.mesh.devices.flat)),
         )
-
-
-def _shared_config(config: TrainConfig) -> str:
-    """What all processes of a run must agree on, as text; each may have its own copy of the data."""
-    mesh = config.mesh if config.mesh.process_id is None else replace(config.mesh, process_id=0)
-    trainer = config.trainer
-    if trainer.checkpoint_dir is not None:
-        trainer = replace(trainer, run_dir="each its own")
-    return dump_config(replace(config, mesh=mesh, data=DataConfig(), trainer=trainer))

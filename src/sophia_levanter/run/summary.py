@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import equinox as eqx
@@ -41,7 +42,8 @@ class TrainingResult:
         run_dir: the run directory, with `config.yaml` and `metrics.jsonl`.
         step: training steps done, those before a resume included.
         metrics: the last value of each metric by its name in `metrics.jsonl`, such as `train/loss`.
-        best_step: the step of the lowest validation loss; None before the first evaluation.
+        best_step: the step of the lowest validation loss, or of that on `trainer.best_by`; None before the first
+            evaluation.
         best_validation_loss: that loss, in nats per token.
         checkpoint: the path or URL of the last checkpoint.
         stopped_by: the signal that ended the run before its last step; None where it ran to the end.
@@ -62,7 +64,7 @@ class TrainingResult:
 
     @property
     def validation_loss(self) -> float | None:
-        """The last validation loss, in nats per token; None before the first evaluation."""
+        """The last validation loss, in nats per token, the mean over named sets; None before the first evaluation."""
         return self.metrics.get("validation/loss")
 
 
@@ -86,7 +88,7 @@ def describe_start(run: Run) -> None:
             "model",
             f"{model.title}, {count_parameters(state.model):,} parameters, {model.describe()}",
         ),
-        ("data", f"{data.train.num_tokens:,} training and {data.validation.num_tokens:,} validation tokens"),
+        ("data", f"{data.train.num_tokens:,} training and {_validation_tokens(run)}"),
         ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens"),
         ("optimizer", f"{schedule.get_choice_name(type(schedule))}, weight decay {schedule.weight_decay:g}"),
         *(("group", line) for line in describe_groups(schedule, state.model)),
@@ -112,6 +114,13 @@ def describe_start(run: Run) -> None:
         ("tracking", ", ".join(trackers)),
     ]
     run.console.rows(rows)
+
+
+def _validation_tokens(run: Run) -> str:
+    """`9,000 validation tokens`, of named sets followed by those of each: `: books 4,000, code 5,000`."""
+    sizes = {name: tokens.num_tokens for name, tokens in run.data.validation_sets.items()}
+    each = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if name)
+    return f"{sum(sizes.values()):,} validation tokens" + (f": {each}" if each else "")
 
 
 def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[str]:
@@ -156,7 +165,8 @@ def describe_layout(partition: Partition) -> list[str]:
 def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
     """Print how much was done, the losses beside a byte-bigram's, where the checkpoint lies, and a sample of text."""
     numbers, tokenizer, step = loop.monitor.trackers.last, run.data.tokenizer, int(state.step)
-    bigram = bigram_bits_per_byte(run.data.train, run.validation.token_sequences(), tokenizer)
+    sets = [batches.token_sequences() for batches in run.validation.values()]
+    bigram = fmean(bigram_bits_per_byte(run.data.train, sequences, tokenizer) for sequences in sets)
     tokens = run.batches.sequences_between(0, step) * run.config.model.seq_len
     skipped, best = int(state.skipped_steps), loop.evaluating.best
     since = f" since step {loop.first_step:,}" if loop.first_step else ""
@@ -176,8 +186,13 @@ def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
             f"byte; a byte-bigram model of the same training text needs {bigram:.4f}",
         ),
     ]
+    for name in filter(None, run.validation):
+        loss, bits = (numbers[f"validation/{name}/{key}"] for key in ("loss", "bits_per_byte"))
+        rows.append((f"validation {name}", f"{loss:.4f} nats per token, {bits:.4f} bits per byte"))
     if best is not None:
-        rows.append(("best validation", f"{best['validation/loss']:.4f} nats per token, after step {best['step']:,}"))
+        metric, best_by = run.config.trainer.best_metric, run.config.trainer.best_by
+        of = f" on {best_by}" if best_by else ""
+        rows.append(("best validation", f"{best[metric]:.4f} nats per token{of}, after step {best['step']:,}"))
     if "optim/win_rate" in numbers:
         rows.append(("win rate", f"{numbers['optim/win_rate']:.1%} of the coordinates took an unclipped step"))
     if skipped:

@@ -124,26 +124,31 @@ def _shown(value: Any) -> str:
 
 def _validation(run: Run) -> str:
     data = run.config.data
-    return data.validation or f"{data.validation_fraction:.3g} of the training text's documents"
+    shown = ", ".join(f"{name}: {source}" if name else source for name, source in data.validation_sets.items())
+    return shown or f"{data.validation_fraction:.3g} of the training text's documents"
 
 
 def _digest(corpus: Mapping[str, Any] | None) -> str:
     if not corpus:
         return NOTHING
-    return ", ".join(_digest(part) for part in _parts(corpus)) if "mixture" in corpus else str(corpus.get("digest"))
+    parts = _parts(corpus)
+    return str(corpus.get("digest")) if parts is None else ", ".join(map(_digest, parts))
 
 
-def _parts(corpus: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The texts of a mixture, as far as another program's checkpoint may have some."""
-    parts = corpus["mixture"]
+def _parts(corpus: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """The texts of a mixture or of validation sets, as far as another program's checkpoint may have some."""
+    parts = corpus.get("mixture", corpus.get("sets"))
+    if parts is None:
+        return None
     return [part for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
 
 
 def _tokens(corpus: Mapping[str, Any] | None) -> str:
     if not corpus:
         return NOTHING
-    if "mixture" in corpus:
-        return ", ".join(_tokens(part) for part in _parts(corpus))
+    parts = _parts(corpus)
+    if parts is not None:
+        return ", ".join(map(_tokens, parts))
     tokens = corpus.get("tokens")
     return f"{tokens:,}" if isinstance(tokens, int) else NOTHING
 

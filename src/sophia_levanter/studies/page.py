@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from markupsafe import Markup
 from sophia_levanter.config.build import flat
 from sophia_levanter.errors import one_line
 from sophia_levanter.files import write_atomically
-from sophia_levanter.studies.comparability import NOTHING, Comparability, configurations, facts
+from sophia_levanter.studies.comparability import NOTHING, Comparability, Row, configurations, facts
 from sophia_levanter.studies.panels import (
     ADVISED_WIN_RATES,
     AXES,
@@ -144,6 +145,7 @@ def render(runs: Sequence[Run], comparability: Comparability) -> str:
         notes=notes(runs, comparability),
         columns=COLUMNS,
         rows=headline(runs, comparability),
+        sets_and_tasks=sets_and_tasks(runs),
         all_axes=AXES,
         axes=axes_of(runs),
         steps=STEPS,
@@ -220,6 +222,18 @@ def headline(runs: Sequence[Run], comparability: Comparability) -> list[list[Cel
         ]
         for i, run in enumerate(runs)
     ]
+
+
+def sets_and_tasks(runs: Sequence[Run]) -> list[Row]:
+    """The last losses on named validation sets and the last scores on tasks: each name with its numbers in the runs."""
+    logged = dict.fromkeys(name for run in runs for name in run.series)
+    names = [name for name in logged if fnmatchcase(name, "validation/*/*") or fnmatchcase(name, "tasks/*")]
+    return [(name, [_with_interval(run, name) for run in runs]) for name in names if not name.endswith("_interval")]
+
+
+def _with_interval(run: Run, name: str) -> str:
+    value, interval = _decimals(_last(run, name)), _last(run, f"{name}_interval")
+    return f"{value} ± {interval:.4f}" if math.isfinite(interval) else value
 
 
 def status(run: Run) -> str:

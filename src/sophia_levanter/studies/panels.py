@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
+from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Panel:
     Attributes:
         key: in names of files.
         title: above it.
-        series: the name in metrics.jsonl; of a registered metric what all its names begin with.
+        series: the name in metrics.jsonl; with a * of several curves, which are those of all names that it fits.
         label: beside the vertical axis.
         caption: what it says, in a sentence or two.
         kind: how its curves are drawn.
@@ -88,6 +89,23 @@ WIN_RATE = Panel(
     limits=(0.0, 1.0),
 )
 OTHERS = (
+    Panel(
+        "validation_sets",
+        "Validation sets",
+        "validation/*/loss",
+        "validation loss (nats per token)",
+        "The loss on each named set.",
+        Kind.POINTS,
+    ),
+    Panel(
+        "validation_sets_bits",
+        "Validation sets, bits per byte",
+        "validation/*/bits_per_byte",
+        "validation (bits per byte of text)",
+        "The same per byte of text.",
+        Kind.POINTS,
+    ),
+    Panel("tasks", "Tasks", "tasks/*/*accuracy", "accuracy", "The share of right answers.", Kind.POINTS),
     WIN_RATE,
     Panel(
         "rho",
@@ -157,23 +175,30 @@ OTHERS = (
 def other_panels(runs: Sequence[Run]) -> list[Panel]:
     """The panels besides the losses that have something to show for these runs: registered metrics come last."""
     sections = dict.fromkeys(name.partition("/")[0] for run in runs for name in run.series if "/" in name)
-    metrics = [_of_metric(name, runs) for name in sections if name.isidentifier() and name not in BUILT_IN]
-    return [panel for panel in (*OTHERS, *metrics) if any(_tells(panel, run) for run in runs)]
+    metrics = [
+        Panel(f"metric-{name}", name, f"{name}/*", name, "", Kind.LINE, may_be_logarithmic=True)
+        for name in sections
+        if name.isidentifier() and name not in BUILT_IN
+    ]
+    panels = [_with_key(panel, runs) if "*" in panel.series else panel for panel in (*OTHERS, *metrics)]
+    return [panel for panel in panels if any(_tells(panel, run) for run in runs)]
 
 
-def _of_metric(name: str, runs: Sequence[Run]) -> Panel:
-    keys = list(
-        dict.fromkeys(key.removeprefix(f"{name}/") for run in runs for key in run.series if key.startswith(f"{name}/"))
+def _with_key(panel: Panel, runs: Sequence[Run]) -> Panel:
+    """The panel with the names of its curves in its caption, if there are several."""
+    before, _, after = panel.series.partition("*")
+    names = dict.fromkeys(name for run in runs for name in run.series if fnmatchcase(name, panel.series))
+    shown = ", ".join(name.removeprefix(before).removesuffix(after) for name in names)
+    return (
+        replace(panel, caption=f"{panel.caption} From faint to strong: {shown}.".lstrip()) if len(names) > 1 else panel
     )
-    caption = f"From faint to strong: {', '.join(keys)}." if len(keys) > 1 else ""
-    return Panel(f"metric-{name}", name, f"{name}/", name, caption, Kind.LINE, may_be_logarithmic=True)
 
 
 def curves_of(panel: Panel, run: Run) -> list[Series]:
     """What a run has logged that belongs in a panel."""
-    if not panel.series.endswith("/"):
+    if "*" not in panel.series:
         return [run.series[panel.series]] if panel.series in run.series else []
-    return [series for name, series in run.series.items() if name.startswith(panel.series)]
+    return [series for name, series in run.series.items() if fnmatchcase(name, panel.series)]
 
 
 def _tells(panel: Panel, run: Run) -> bool:

@@ -230,7 +230,7 @@ def _set_limits(axes: Axes, panel: Panel, drawn: Sequence[tuple[Run, np.ndarray]
     found = limits(curves)
     if found is None:
         return
-    if panel.series.endswith("/") and not spans_decades(curves):
+    if panel.series.endswith("/*") and not spans_decades(curves):
         return  # of a registered metric all is shown
     if panel.from_zero:
         top = max(float(np.nanmax(values)) for _, values in drawn if np.isfinite(values).any())

@@ -30,6 +30,9 @@ _NO_MATTER = (
     "trainer.keep_checkpoints",
     "trainer.keep_every",
     "trainer.keep_best",
+    "trainer.best_by",
+    "trainer.tasks",
+    "trainer.tasks_every",
     "trainer.cast_checkpoint",
     "trainer.step_timeout",
     "trainer.log_every",
@@ -75,7 +78,8 @@ class Record:
 
 def flat_config(config: TrainConfig) -> dict[str, Any]:
     """The fields that make a run what it is, by dotted names."""
-    return {name: value for name, value in flat(config).items() if name not in _NO_MATTER}
+    matter = {name: value for name, value in flat(config).items() if name not in _NO_MATTER}
+    return {name: value for name, value in matter.items() if not name.startswith("data.validation.")}  # named sets
 
 
 def config_of(record: Record) -> TrainConfig:

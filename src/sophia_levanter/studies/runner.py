@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,13 +73,12 @@ def digests(config: DataConfig) -> dict[str, str]:
         InputError: if a text is not there or is empty.
     """
     data = prepare(config, lambda line: print(one_line(line), flush=True))
-    return {"train": _digest(data.train), "validation": _digest(data.validation)}
+    only = data.validation if "" in data.validation_sets else None
+    return {"train": _digest(data.train, data.train.facts), "validation": _digest(only, data.validation_facts)}
 
 
-def _digest(corpus: Tokens) -> str:
-    if isinstance(corpus, TokenStore):
-        return corpus.manifest.digest
-    return digest_of(json.dumps(corpus.facts).encode())
+def _digest(corpus: Tokens | None, facts: Mapping[str, Any]) -> str:
+    return corpus.manifest.digest if isinstance(corpus, TokenStore) else digest_of(json.dumps(facts).encode())
 
 
 def one_by_one(jobs: Sequence[Job]) -> Generator[Result, None, None]:

@@ -19,7 +19,7 @@ from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.trackers import Trackers
-from sophia_levanter.training.checkpoints import CheckpointTimer, RunCheckpoints
+from sophia_levanter.training.checkpoints import CheckpointTimer, RunCheckpoints, better_of
 from sophia_levanter.training.evaluation import Evaluation
 from sophia_levanter.training.metrics import metric_rows, scalars
 from sophia_levanter.training.step import TrainState
@@ -65,12 +65,14 @@ class Pause:
         state: the state after them; the next step takes over its buffers.
         stopping: whether the run is to stop, and may soon be killed.
         evaluated: whether the validation loss is this state's.
+        scored: whether the scores on tasks are this state's.
     """
 
     done: int
     state: TrainState
     stopping: Callable[[], bool]
     evaluated: bool = False
+    scored: bool = False
 
 
 class Callback:
@@ -264,7 +266,8 @@ class Saving(Callback):
             console.notice(f"step {pause.done} is saved before its text has been compared with what it should be")
         watchdog.begin(f"saving step {pause.done}")
         trackers.sync()
-        self.checkpoints.save(pause.done, pause.state, trackers.last, evaluated=pause.evaluated, verified=verified)
+        numbers = {k: v for k, v in trackers.last.items() if pause.scored or not k.startswith("tasks/")}
+        self.checkpoints.save(pause.done, pause.state, numbers, evaluated=pause.evaluated, verified=verified)
         self.timer.restart()
 
     def finish_after(self, error: Exception) -> None:
@@ -278,14 +281,14 @@ class Saving(Callback):
 
 @dataclass
 class Evaluating(Callback):
-    """Measures the validation loss.
+    """Measures the validation losses.
 
     Attributes:
-        config: how often.
+        config: how often, and which of them is to be low.
         monitor: of the run.
-        evaluate: gives a model's validation loss; calls a function on its way.
+        evaluate: gives a model's validation losses; calls a function on its way.
         registered: callbacks that look at each evaluation.
-        best: step and validation loss of the best evaluation so far; None before the first.
+        best: step and loss of the best evaluation so far, the loss by its name in metrics.jsonl; None before the first.
     """
 
     config: TrainerConfig
@@ -302,15 +305,18 @@ class Evaluating(Callback):
         done, trackers, watchdog = pause.done, self.monitor.trackers, self.monitor.watchdog
         evaluation = self.evaluate(pause.state.model, lambda: watchdog.begin(f"the evaluation after step {done}"))
         pause.evaluated = True
-        loss, bits_per_byte = evaluation.loss, evaluation.bits_per_byte
-        numbers = {"validation/loss": loss, "validation/bits_per_byte": bits_per_byte}
-        if math.isfinite(loss) and (self.best is None or loss < self.best["validation/loss"]):
-            self.best = {"step": done, "validation/loss": loss}
-        line = f"step {done}: validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte"
+        numbers, metric = evaluation.numbers(), self.config.best_metric
+        self.best = better_of(self.best, done, metric, numbers[metric])
+        line = (
+            f"step {done}: validation loss {evaluation.loss:.4f} nats per token, "
+            f"{evaluation.bits_per_byte:.4f} bits per byte"
+        )
+        if evaluation.sets:
+            sets = (f"{name} ({own.loss:.4f}, {own.bits_per_byte:.4f})" for name, own in evaluation.sets.items())
+            line += f", the mean of {', '.join(sets)}"
         if pause.state.average is not None:
             averaged = self.evaluate(pause.state.average, lambda: watchdog.begin(f"the evaluation after step {done}"))
-            numbers["validation/average_loss"] = averaged.loss
-            numbers["validation/average_bits_per_byte"] = averaged.bits_per_byte
+            numbers |= averaged.numbers("average_")
             line += f"; {averaged.loss:.4f} with averaged weights"
         self.monitor.console.line(line)
         try:

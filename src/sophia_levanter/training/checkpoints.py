@@ -74,6 +74,11 @@ class CheckpointTimer:
         return self._processes.broadcast(f"checkpoint_timer/{number}/answer", str(over), DAY) == str(True)
 
 
+def better_of(best: dict[str, Any] | None, step: int, metric: str, loss: float) -> dict[str, Any] | None:
+    """The best checkpoint so far, and this one if its loss is lower: its `step`, and its loss by the metric's name."""
+    return {"step": step, metric: loss} if math.isfinite(loss) and (best is None or loss < best[metric]) else best
+
+
 class RunCheckpoints:
     """Saves a run's state while it trains: all that is needed to go on, and what the run looked like at the time.
 
@@ -83,7 +88,7 @@ class RunCheckpoints:
         provenance: what besides the configuration decides the numbers, to be saved too.
         run_id: of the run.
         processes: those of the run.
-        best: step and validation loss of the best checkpoint so far, as saved with the one that the run goes on from.
+        best: step and loss of the best checkpoint so far, as saved with the one that the run goes on from.
 
     Attributes:
         saved_step: the step of the last save that was begun.
@@ -122,9 +127,9 @@ class RunCheckpoints:
         Raises:
             CheckpointError: if the save before has failed.
         """
-        loss = numbers.get("validation/loss", math.nan)
-        if evaluated and math.isfinite(loss) and (self._best is None or loss < self._best["validation/loss"]):
-            self._best = {"step": step, "validation/loss": loss}
+        if evaluated:
+            metric = self._trainer.best_metric
+            self._best = better_of(self._best, step, metric, numbers.get(metric, math.nan))
         finite: dict[str, JSON] = {name: value for name, value in numbers.items() if math.isfinite(value)}
         if not evaluated:
             stale = ("validation/", *(f"{name}/" for name in self._trainer.callbacks))

@@ -1,10 +1,12 @@
-"""The loss on a validation set."""
+"""The losses on validation sets."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from statistics import fmean
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import equinox as eqx
@@ -26,16 +28,27 @@ class Evaluation(NamedTuple):
     """A validation loss.
 
     Attributes:
-        loss: mean over predicted tokens, nats.
-        bits_per_byte: total bits over the bytes of text that the predicted tokens stand for; end-of-text has none.
+        loss: mean over predicted tokens, nats. Of named sets the mean over the sets, each of which counts the same.
+        bits_per_byte: total bits over the bytes of text that the predicted tokens stand for; end-of-text has none. Of
+            named sets the mean over the sets.
         tokens: that were predicted.
         text_bytes: that they stand for.
+        sets: the evaluation of each named set.
     """
 
     loss: float
     bits_per_byte: float
     tokens: int
     text_bytes: int
+    sets: Mapping[str, Evaluation] = MappingProxyType({})
+
+    def numbers(self, prefix: str = "") -> dict[str, float]:
+        """The losses by their names in metrics.jsonl, the last parts of which begin with a prefix."""
+        found = {f"validation/{prefix}loss": self.loss, f"validation/{prefix}bits_per_byte": self.bits_per_byte}
+        for name, own in self.sets.items():
+            found[f"validation/{name}/{prefix}loss"] = own.loss
+            found[f"validation/{name}/{prefix}bits_per_byte"] = own.bits_per_byte
+        return found
 
 
 class Evaluator:
@@ -80,6 +93,29 @@ class Evaluator:
             on_progress()
         bits_per_byte = nats / math.log(2) / text_bytes if text_bytes else math.nan
         return Evaluation(nats / tokens, bits_per_byte, tokens, text_bytes)
+
+
+def evaluate_sets(
+    evaluators: Mapping[str, Evaluator], model: LanguageModel, on_progress: Callable[[], None] = lambda: None
+) -> Evaluation:
+    """The losses of a model on validation sets, and their mean, in which each set counts the same.
+
+    Args:
+        evaluators: by the set's name, in the same order in all processes; an only set may have an empty one.
+        model: the model.
+        on_progress: called after each batch.
+    """
+    found = {name: evaluator(model, on_progress) for name, evaluator in evaluators.items()}
+    if "" in found:
+        return found[""]
+    sets = found.values()
+    return Evaluation(
+        fmean(one.loss for one in sets),
+        fmean(one.bits_per_byte for one in sets),
+        sum(one.tokens for one in sets),
+        sum(one.text_bytes for one in sets),
+        found,
+    )
 
 
 @eqx.filter_jit

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +21,16 @@ import jax
 import jax.numpy as jnp
 import jmp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from sophia_levanter.config.trainer import TaskConfig, TrainerConfig
 from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import read_regular
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.partition.mesh import Partition
+from sophia_levanter.partition.processes import check_agreement
+from sophia_levanter.training.callbacks import Callback, Monitor, Pause
 
 MOST_BYTES = 1 << 30  # of a file of items
 ROWS_PER_DEVICE = 8
@@ -67,6 +72,19 @@ class TaskResult:
         """Half the width of the 95 % interval of a share, by the normal approximation."""
         return 1.96 * math.sqrt(share * (1 - share) / max(1, self.num_items - 1))
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """The accuracies that the task has."""
+        found = {"accuracy": self.accuracy, "normalized_accuracy": self.normalized_accuracy}
+        return {name: share for name, share in found.items() if share is not None}
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The accuracies, their intervals as `accuracy_interval`, ..., and the perplexity if there is one."""
+        found = dict(self.shares)
+        found |= {f"{name}_interval": self.interval(share) for name, share in self.shares.items()}
+        return found if self.perplexity is None else {**found, "perplexity": self.perplexity}
+
 
 def _hellaswag(record: Mapping[str, Any]) -> Item:
     def clean(text: str) -> str:
@@ -99,7 +117,7 @@ def _lambada(record: Mapping[str, Any]) -> Item:
     return Item(context, (f" {word}",))
 
 
-TASKS: dict[str, Callable[[Mapping[str, Any]], Item]] = {
+_FORMATS: dict[str, Callable[[Mapping[str, Any]], Item]] = {
     "hellaswag": _hellaswag,
     "piqa": _piqa,
     "arc": _arc,
@@ -107,8 +125,25 @@ TASKS: dict[str, Callable[[Mapping[str, Any]], Item]] = {
 }
 
 
-def read_items(task: str, path: Path) -> list[Item]:
+def read_tasks(tasks: Sequence[TaskConfig]) -> dict[str, list[Item]]:
+    """The items of each task of a run, by what its numbers are called. All processes call it together.
+
+    Raises:
+        InputError: if a file cannot be read, a line is not an item, or processes have different files.
+    """
+    found = {task.title: read_items(task.task, Path(task.file), f"trainer.tasks: {task.title}:") for task in tasks}
+    if found:
+        check_agreement("the text of trainer.tasks", repr(found))
+    return found
+
+
+def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
     """The items of a file of JSON lines in a task's own format.
+
+    Args:
+        task: the format.
+        path: the file.
+        field: what names the file, for errors.
 
     Raises:
         InputError: if the file cannot be read, or a line is not an item of the task; names the line.
@@ -116,20 +151,20 @@ def read_items(task: str, path: Path) -> list[Item]:
     try:
         lines = read_regular(path, MOST_BYTES).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--file {path}: cannot be read: {error}") from None
+        raise InputError(f"{field} {path}: cannot be read: {error}") from None
     items = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            item = TASKS[task](json.loads(line))
+            item = _FORMATS[task](json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise InputError(f"--file {path}: line {number} is not an item of {task}: {error!r}") from None
+            raise InputError(f"{field} {path}: line {number} is not an item of {task}: {error!r}") from None
         if not 0 <= item.answer < len(item.choices) or not all(choice.strip() for choice in item.choices):
-            raise InputError(f"--file {path}: line {number} is not an item of {task}: no text for its answer")
+            raise InputError(f"{field} {path}: line {number} is not an item of {task}: no text for its answer")
         items.append(item)
     if not items:
-        raise InputError(f"--file {path}: holds no item")
+        raise InputError(f"{field} {path}: holds no item")
     return items
 
 
@@ -163,8 +198,9 @@ class TaskScorer:
         found = list(self._log_probabilities(rows, model, on_progress))
         if all(len(item.choices) == 1 for item in items):
             accuracy = np.mean([greedy for _, greedy in found])
-            perplexity = math.exp(-np.mean([log for log, _ in found]))
-            return TaskResult(len(items), float(accuracy), perplexity=perplexity)
+            with np.errstate(over="ignore"):
+                perplexity = np.exp(-np.mean([log for log, _ in found]))
+            return TaskResult(len(items), float(accuracy), perplexity=float(perplexity))
         logs = iter(log for log, _ in found)
         right, normalized = [], []
         for item in items:
@@ -218,7 +254,10 @@ def _score_rows(
     targets: hax.NamedArray,
     counted: hax.NamedArray,
 ) -> tuple[jax.Array, jax.Array]:
-    """Row by row, since logits of all rows may not fit. The program depends on the partition, which must be active."""
+    """Row by row, since logits of all rows may not fit. The program depends on the partition, which must be active.
+
+    All devices have all results, so that every process can read them.
+    """
     model = policy.cast_to_compute(model).gathered()
     hidden = model.final_hidden(inputs, None).rearrange(("batch", "position", "embed"))
 
@@ -231,4 +270,40 @@ def _score_rows(
         is_likeliest = jnp.all((jnp.argmax(logits, axis=-1) == wanted) | (weights == 0))
         return jnp.sum(logs * weights), is_likeliest
 
-    return jax.lax.map(one, (hidden.array, targets.array, counted.array))
+    found = jax.lax.map(one, (hidden.array, targets.array, counted.array))
+    return jax.lax.with_sharding_constraint(found, NamedSharding(partition.mesh, PartitionSpec()))
+
+
+@dataclass
+class Scoring(Callback):
+    """Scores the model of a run on tasks.
+
+    Attributes:
+        config: how often.
+        monitor: of the run.
+        scorer: scores models of the run's shape.
+        tasks: the items of each task by what its numbers are called, in the same order in all processes.
+    """
+
+    config: TrainerConfig
+    monitor: Monitor
+    scorer: TaskScorer
+    tasks: Mapping[str, Sequence[Item]]
+
+    def is_due(self, done: int) -> bool:
+        is_last = done == self.config.num_train_steps
+        return bool(self.tasks) and (is_last or done % self.config.tasks_interval == 0)
+
+    def on_pause(self, pause: Pause) -> None:
+        numbers, shown = {}, []
+        for name, items in self.tasks.items():
+            advance = partial(self.monitor.watchdog.begin, f"scoring {name} after step {pause.done}")
+            advance()
+            result = self.scorer(items, pause.state.model, advance)
+            numbers |= {f"tasks/{name}/{key}": value for key, value in result.numbers.items()}
+            shares = [f"{key.replace('_', ' ')} {x:.4f} ± {result.interval(x):.4f}" for key, x in result.shares.items()]
+            shares += [] if result.perplexity is None else [f"perplexity {result.perplexity:,.2f}"]
+            shown.append(f"{name} {', '.join(shares)}")
+        pause.scored = True
+        self.monitor.console.line(f"step {pause.done}: {'; '.join(shown)}")
+        self.monitor.trackers.log(pause.done - 1, numbers)
