@@ -108,7 +108,7 @@ class TrainerConfig(Settings):
     keep_every: int | None = setting(None, "keep checkpoints at multiples of this many steps for ever", low=1)
     keep_best: bool = setting(True, "keep the checkpoint with the lowest validation loss")
     best_by: str | None = setting(
-        None, "the set of data.validation whose loss is meant; the mean over all sets if not given"
+        None, "set of data.validation whose loss makes a checkpoint the best; the mean over all if not given"
     )
     cast_checkpoint: bool = setting(
         False, "on resuming, convert arrays that were saved in another floating-point dtype"

@@ -295,7 +295,8 @@ class Scoring(Callback):
         return bool(self.tasks) and (is_last or done % self.config.tasks_interval == 0)
 
     def on_pause(self, pause: Pause) -> None:
-        numbers, shown = {}, []
+        numbers: dict[str, float] = {}
+        shown = []
         for name, items in self.tasks.items():
             advance = partial(self.monitor.watchdog.begin, f"scoring {name} after step {pause.done}")
             advance()
