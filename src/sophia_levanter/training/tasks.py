@@ -28,7 +28,7 @@ from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import read_regular
 from sophia_levanter.models.language_model import LanguageModel
-from sophia_levanter.partition.mesh import Partition
+from sophia_levanter.partition.mesh import Partition, by_row_shard
 from sophia_levanter.partition.processes import check_agreement
 from sophia_levanter.training.callbacks import Callback, Monitor, Pause
 
@@ -254,9 +254,9 @@ def _score_rows(
     targets: hax.NamedArray,
     counted: hax.NamedArray,
 ) -> tuple[jax.Array, jax.Array]:
-    """Row by row, since logits of all rows may not fit. The program depends on the partition, which must be active.
+    """Each device takes its rows one by one, since logits of all may not fit, and then has the results of all devices.
 
-    All devices have all results, so that every process can read them.
+    The program depends on the partition, which must be active.
     """
     model = policy.cast_to_compute(model).gathered()
     hidden = model.final_hidden(inputs, None).rearrange(("batch", "position", "embed"))
@@ -270,8 +270,11 @@ def _score_rows(
         is_likeliest = jnp.all((jnp.argmax(logits, axis=-1) == wanted) | (weights == 0))
         return jnp.sum(logs * weights), is_likeliest
 
-    found = jax.lax.map(one, (hidden.array, targets.array, counted.array))
-    return jax.lax.with_sharding_constraint(found, NamedSharding(partition.mesh, PartitionSpec()))
+    arrays = (hidden.array, targets.array, counted.array)
+    shards = by_row_shard(tuple(array.reshape(partition.row_shards, -1, *array.shape[1:]) for array in arrays))
+    logs, greedy = jax.vmap(lambda *rows: jax.lax.map(one, rows))(*shards)
+    whole = NamedSharding(partition.mesh, PartitionSpec())
+    return jax.lax.with_sharding_constraint((logs.ravel(), greedy.ravel()), whole)
 
 
 @dataclass
