@@ -16,7 +16,7 @@ from sophia_levanter.config.trainer import TASKS, TaskConfig, TrainerConfig
 from sophia_levanter.data.tokenizer import ByteTokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.callbacks import Monitor, Pause
+from sophia_levanter.training.callbacks import Monitor, Pause, Saving
 from sophia_levanter.training.tasks import _FORMATS, Item, Scoring, TaskResult, TaskScorer, read_items, read_tasks
 
 HELLASWAG = {
@@ -208,6 +208,16 @@ def test_tasks_are_scored_at_their_own_cadence_and_at_the_end():
         ("scoring a after step 4",),
         ("scoring b after step 4",),
     ]
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_scores_are_saved_with_the_state_that_has_them(scored):
+    monitor, checkpoints = Monitor(MagicMock(), MagicMock(), MagicMock()), MagicMock()
+    monitor.trackers.last = {"train/loss": 3.0, "tasks/a/accuracy": 0.5}
+    saving = Saving(TrainerConfig(), monitor, checkpoints, MagicMock())
+    saving.save(Pause(7, MagicMock(), lambda: False, scored=scored))
+    (step, _, numbers), _ = checkpoints.save.call_args
+    assert step == 7 and set(numbers) == {"train/loss", *(["tasks/a/accuracy"] if scored else [])}
 
 
 def test_a_model_that_has_diverged_does_not_end_the_run(make_model):
