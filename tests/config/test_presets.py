@@ -238,6 +238,7 @@ NOT_A_NUMBER = float("nan")
         *((OptimizerConfig, "final_fraction", value) for value in (-0.1, 1.1)),
         *((OptimizerConfig, "warmup", value) for value in (1.5, NOT_A_NUMBER)),
         (TrainerConfig, "evaluate_every", 2.5),
+        (TrainerConfig, "statistics_every", 2.5),
         (OptimizerConfig, "warmup", -1),
         (OptimizerConfig, "weight_decay", -0.1),
         *((cls, beta, 1.0) for cls in TYPES.values() for beta in ("b1", "b2")),
@@ -277,6 +278,7 @@ NOT_A_NUMBER = float("nan")
                 "checkpoint_every",
                 "keep_checkpoints",
                 "log_every",
+                "statistics_every",
                 "max_grad_norm",
             )
         ),

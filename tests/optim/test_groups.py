@@ -64,6 +64,16 @@ def test_a_step_that_is_not_finite_is_skipped():
     assert int(optimizer.metrics(state)["skipped_updates"]) == 1
 
 
+def test_unclipped_coordinates_are_those_of_the_optimizer():
+    params, optimizer = parameters(0), ParameterGroups(SophiaG(rho=0.7), GROUPS)
+    _, state = optimizer.update(parameters(1), optimizer.init(params), params, parameters(2))
+    found = jax.tree.leaves(optimizer.unclipped(state))
+    rate = sum(int(x.sum()) for x in found) / sum(x.size for x in found)
+    assert 0 < rate < 1 and rate == pytest.approx(float(optimizer.metrics(state)["win_rate"]))
+    clips_none = ParameterGroups(AdamW(), GROUPS)
+    assert clips_none.unclipped(clips_none.init(params)) is None
+
+
 def test_the_first_group_that_matches_counts():
     assert groups_of([ParameterGroup("weight|bias"), ParameterGroup("block|norm")], parameters(0)) == {
         "block.bias": 0,

@@ -14,8 +14,9 @@ from sophia_levanter.errors import InputError, one_line
 
 T = TypeVar("T")
 
+STATISTICS = "statistics"  # begins the names of numbers of single arrays
 # What the names of a run's own numbers begin with, here and in the Sophia authors' scripts.
-BUILT_IN = ("train", "optim", "validation", "val", "tasks")
+BUILT_IN = ("train", "optim", "validation", "val", "tasks", STATISTICS)
 
 
 class Registry(dict[str, Any]):

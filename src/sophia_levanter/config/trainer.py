@@ -118,6 +118,12 @@ class TrainerConfig(Settings):
     )
     metrics: tuple[str, ...] = setting((), "registered metrics to measure in each step, such as a plug-in's")
     callbacks: tuple[str, ...] = setting((), "registered callbacks that act beside the steps, such as a plug-in's")
+    statistics_every: float | int | None = setting(
+        None,
+        f"steps between statistics of each array in each layer, {OR_FRACTION}; none if not given",
+        above=0,
+        steps=True,
+    )
     log_every: float | int = setting(
         10, f"steps between progress lines when stdout is not a terminal, {OR_FRACTION}", above=0, steps=True
     )
@@ -191,6 +197,10 @@ class TrainerConfig(Settings):
     def log_interval(self) -> int:
         """Steps between progress lines."""
         return self._interval(self.log_every)
+
+    def statistics_due(self, step: int) -> bool:
+        """Whether statistics of arrays are measured in a step, counted from 0."""
+        return self.statistics_every is not None and step % self._interval(self.statistics_every) == 0
 
     def _interval(self, every: float) -> int:
         return max(1, steps_of(every, self.num_train_steps))

@@ -102,7 +102,11 @@ def ratio(sophia: AbstractSophia, state: SophiaState) -> tuple[PyTree, PyTree]:
     return momentum, denominator
 
 
+def unclipped(sophia: AbstractSophia, state: SophiaState) -> PyTree[Bool[Array, "..."]]:
+    """The coordinates whose step is not clipped. Where h is 0, as in rows of unseen tokens, none counts."""
+    return jax.tree.map(lambda m, d, h: (jnp.abs(m) < d) & (h > 0), *ratio(sophia, state), state.curvature)
+
+
 def win_rate(sophia: AbstractSophia, state: SophiaState) -> Float[Array, ""]:
-    """The share of coordinates whose step is not clipped. Where h is 0, as in rows of unseen tokens, none counts."""
-    unclipped = jax.tree.map(lambda m, d, h: (jnp.abs(m) < d) & (h > 0), *ratio(sophia, state), state.curvature)
-    return total(unclipped) / num_coordinates(state.momentum)
+    """The share of those coordinates."""
+    return total(unclipped(sophia, state)) / num_coordinates(state.momentum)

@@ -11,7 +11,7 @@ import optax
 from equinox import AbstractClassVar
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from sophia_levanter.optim._algorithm import last_rho, refreshed, updated, win_rate
+from sophia_levanter.optim._algorithm import last_rho, refreshed, unclipped, updated, win_rate
 from sophia_levanter.optim._averages import (
     COUNTS,
     Curvature,
@@ -308,6 +308,10 @@ class AbstractSophia(eqx.Module):
         if num_targets is not None and getattr(self.estimator, "samples_targets", False):
             found |= gradient_noise(self.momentum, self.curvature, state, num_targets)
         return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
+
+    def unclipped(self, state: SophiaState) -> PyTree[Bool[Array, "..."]]:
+        """The coordinates that `win_rate` counts, like the model's trainable part, of a state after an update."""
+        return unclipped(self, state)
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
         """What a basis does to whole matrices, for the count of FLOPs."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sophia_levanter.config.registries import STATISTICS
 from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
@@ -37,7 +38,7 @@ class Trackers:
         optional: the rest, which outlive this.
 
     Attributes:
-        last: the last value of each metric.
+        last: the last value of each metric; statistics of arrays, which may be thousands, are left out.
     """
 
     def __init__(self, lines: JsonLines | None, optional: OptionalTrackers) -> None:
@@ -47,7 +48,7 @@ class Trackers:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hand a step's metrics to all of them."""
-        self.last |= metrics
+        self.last |= {name: value for name, value in metrics.items() if not name.startswith(f"{STATISTICS}/")}
         if self._lines is not None:
             self._lines.log(step, metrics)
         self._optional.log(step, metrics)

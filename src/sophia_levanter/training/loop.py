@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ from sophia_levanter.errors import InputError, counted
 from sophia_levanter.optim import Optimizer
 from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.partition.processes import all_stop
+from sophia_levanter.training.array_statistics import by_layer
 from sophia_levanter.training.callbacks import Callback, Evaluating, Monitor, Pause, Saving, StepReport
 from sophia_levanter.training.costs import show_bytes, step_bytes
 from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, train_step
@@ -178,7 +179,7 @@ class Loop:
             self.monitor.watchdog.begin(f"step {step}")
             refresh = refresh_pending or compiled.optimizer.refresh_due(step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, output = (compiled.refreshing if refresh else compiled.plain)(batch, state)
+                state, output = compiled.at(refresh, self.config.statistics_due(step))(batch, state)
             self._running.append(_Running(step, output, self._clock.submit(_end_time, output)))
             step += 1
             if step < total:
@@ -216,9 +217,12 @@ class Loop:
         settings = self.settings_of(trainer)
         suffix = f" for batches of {trainer.batch_size}" if self.config.batch_size_changes else ""
         batch = self.loader.load(step)
-        compiled = compile_steps(
-            settings, self.partition, batch, state, trainer.batch_size, self.monitor.console.line, suffix
-        )
+        say = self.monitor.console.line
+        compiled = compile_steps(settings, self.partition, batch, state, trainer.batch_size, say, suffix)
+        if trainer.statistics_every is not None:
+            settings, suffix = replace(settings, statistics=True), f"{suffix} with statistics of arrays"
+            measuring = compile_steps(settings, self.partition, batch, state, trainer.batch_size, say, suffix)
+            compiled = replace(compiled, measuring=measuring)
         self._last_time = time.perf_counter()
         return compiled
 
@@ -234,7 +238,7 @@ class Loop:
         """Read the numbers of the steps, when they have ended, up to so many that may still be running."""
         while len(self._running) > most_running:
             step, output, end = self._running.popleft()
-            numbers = {name: float(value) for name, value in output.metrics.items()}
+            numbers = {name: float(value) for name, value in output.metrics.items()} | by_layer(output.statistics)
             ended = end.result()
             self._step_seconds.append(ended - self._last_time)
             self._last_time = ended
@@ -270,12 +274,19 @@ class CompiledSteps:
         optimizer: says when the curvature is due.
         plain: the step without a refresh.
         refreshing: the step with one; `plain` where the optimizer has no curvature.
+        measuring: the same with statistics of single arrays; None where the run measures none.
     """
 
     batch_size: int
     optimizer: Optimizer
     plain: Step
     refreshing: Step
+    measuring: CompiledSteps | None = None
+
+    def at(self, refresh: bool, measured: bool) -> Step:
+        """The step with or without a refresh, and with or without statistics of arrays."""
+        steps = self.measuring if measured and self.measuring is not None else self
+        return steps.refreshing if refresh else steps.plain
 
 
 def compile_steps(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from sophia_levanter.optim._checks import value_at
 from sophia_levanter.optim._gradients import LossesFn, split_at
 from sophia_levanter.optim._trees import is_named, norm, select, upcast
 from sophia_levanter.partition.mesh import shard_params
+from sophia_levanter.training.array_statistics import array_statistics
 from sophia_levanter.training.metrics import Metric, StepTrees, measure
 
 PyTree = Any
@@ -89,11 +90,13 @@ class StepOutput(NamedTuple):
             those of registered metrics as `METRIC/...`.
         refresh_pending: as in the state after the step.
         skipped_in_a_row: as in the state after the step.
+        statistics: of single arrays, as `array_statistics` gives them; empty where they are not measured.
     """
 
     metrics: dict[str, jax.Array]
     refresh_pending: jax.Array
     skipped_in_a_row: jax.Array
+    statistics: Mapping[str, jax.Array] = {}
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class StepSettings:
         curvature_microbatches: how many of the first microbatches refresh the curvature; None for all.
         curvature_microbatch_size: rows of a microbatch that refreshes the curvature; None for the gradient's.
         metrics: registered metrics to measure, by name.
+        statistics: whether to measure statistics of single arrays; the loop compiles further steps that do.
     """
 
     optimizer: Optimizer
@@ -121,6 +125,7 @@ class StepSettings:
     curvature_microbatches: int | None = None
     curvature_microbatch_size: int | None = None
     metrics: tuple[tuple[str, Metric], ...] = ()
+    statistics: bool = False
 
     @staticmethod
     def of(config: TrainConfig, trainer: TrainerConfig | None = None) -> StepSettings:
@@ -224,8 +229,10 @@ def train_step(
         metrics["train/parameter_norm"] = norm(new_state.model)
         own = optimizer.metrics(new_state.optimizer_state, sums.num_targets)
         metrics |= {f"optim/{name}": value for name, value in own.items()}
-    metrics |= measure(settings.metrics, StepTrees(grads, updates, state, new_state))
-    return new_state, StepOutput(metrics, new_state.refresh_pending, new_state.skipped_in_a_row)
+    trees = StepTrees(grads, updates, state, new_state)
+    metrics |= measure(settings.metrics, trees)
+    statistics = array_statistics(optimizer, trees) if settings.statistics else {}
+    return new_state, StepOutput(metrics, new_state.refresh_pending, new_state.skipped_in_a_row, statistics)
 
 
 def _step_keys(seed: int, step: jax.Array) -> _Keys:

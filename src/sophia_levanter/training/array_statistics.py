@@ -1,0 +1,127 @@
+"""Statistics of single arrays, layer by layer, on the steps that `trainer.statistics_every` names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sophia_levanter.config.registries import STATISTICS
+from sophia_levanter.optim import Optimizer
+from sophia_levanter.optim._trees import is_named, plain, trainable, upcast
+from sophia_levanter.partition.mesh import shard_params
+from sophia_levanter.training.metrics import StepTrees
+
+PyTree = Any
+
+QUANTILES = {"curvature_p10": 0.1, "curvature_p50": 0.5, "curvature_p90": 0.9}
+
+
+def array_statistics(optimizer: Optimizer, step: StepTrees) -> dict[str, jax.Array]:
+    """The statistics of each array in a step.
+
+    | kind | |
+    |---|---|
+    | `weight_rms` | root mean square of the weights before the step |
+    | `gradient_rms` | of the mean gradient, before clipping |
+    | `update_rms` | of what is added to the weights, with learning rate and weight decay |
+    | `update_ratio` | `update_rms / weight_rms`; not finite where the weights are 0 |
+    | `win_rate` | the share of coordinates whose step is not clipped |
+    | `curvature_p10`, `curvature_p50`, `curvature_p90` | quantiles of h as it is stored |
+
+    The last two rows are there for an optimizer with a method `unclipped`, such as Sophia. Under a Kronecker basis
+    they are in the coordinates of h.
+
+    Args:
+        optimizer: that made the step.
+        step: its trees.
+
+    Returns:
+        float32 by `ARRAY/KIND`: [layers] of an array that layers are stacked in, a scalar of any other. ARRAY is the
+        path of the parameter, such as `blocks.stacked.attn.c_attn.weight`.
+    """
+    trees = {"weight": trainable(step.before.model), "gradient": step.grads, "update": step.updates}
+    found = {f"{array}/{kind}_rms": _rms(x) for kind, tree in trees.items() for array, x in _arrays(tree).items()}
+    for array in _arrays(trees["weight"]):
+        found[f"{array}/update_ratio"] = found[f"{array}/update_rms"] / found[f"{array}/weight_rms"]
+    state = step.after.optimizer_state
+    measure = getattr(optimizer, "unclipped", None)
+    unclipped = None if measure is None else measure(state)
+    if unclipped is not None:
+        found |= {f"{array}/win_rate": _mean(plain(x), _inner(x)) for array, x in _arrays(unclipped).items()}
+        for array, h in _arrays(state.curvature).items():
+            numbers = quantiles(plain(h), _inner(h), tuple(QUANTILES.values()))
+            found |= {f"{array}/{kind}": number for kind, number in zip(QUANTILES, numbers, strict=True)}
+    return shard_params(found)  # whole on every device, for the host to read
+
+
+def by_layer(statistics: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Statistics as they are logged: `statistics/ARRAY/KIND`, of stacked layers `statistics/ARRAY/LAYER/KIND`.
+
+    They are in the order of arrays, then of layers.
+    """
+    found = []
+    for name, values in statistics.items():
+        array, _, kind = name.rpartition("/")
+        for layer, value in enumerate(np.asarray(values).ravel().tolist()):
+            place = f"{array}/{layer}" if values.ndim else array
+            found.append(((array, layer, kind), f"{STATISTICS}/{place}/{kind}", value))
+    return {name: value for _, name, value in sorted(found)}
+
+
+def quantiles(x: jax.Array, axes: Sequence[int], shares: Sequence[float]) -> jax.Array:
+    """Quantiles over some axes of an array: the least of its numbers that at least a share of them do not exceed.
+
+    They are numpy's of the method `inverted_cdf`. The bits of each are found one after another, by counting the numbers
+    below: sorting an array that is split over devices would gather it.
+
+    Args:
+        x: numbers, taken in float32; none of them nan.
+        axes: of a layer's own coordinates.
+        shares: of the quantiles, above 0 and at most 1.
+
+    Returns:
+        float32 [share, ...], with the axes that are left.
+    """
+    sign = jnp.uint32(1 << 31)
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    ordered = jnp.where(bits & sign, ~bits, bits | sign)  # unsigned integers are in the order of these numbers
+    count = math.prod(x.shape[axis] for axis in axes)
+    left = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
+
+    def quantile(rank: jax.Array) -> jax.Array:
+        def with_bit(i: int, found: jax.Array) -> jax.Array:
+            candidate = found | (sign >> jnp.uint32(i))
+            below = jnp.sum(ordered < jnp.expand_dims(candidate, axes), axis=axes, dtype=jnp.int32)
+            return jnp.where(below < rank, candidate, found)
+
+        return jax.lax.fori_loop(0, 32, with_bit, jnp.zeros(left, jnp.uint32))
+
+    ranks = jnp.asarray([max(1, math.ceil(share * count)) for share in shares], jnp.int32)
+    found = jax.vmap(quantile)(ranks)
+    return jax.lax.bitcast_convert_type(jnp.where(found & sign, found ^ sign, ~found), jnp.float32)
+
+
+def _arrays(tree: PyTree) -> dict[str, Any]:
+    """The arrays of a tree by their paths; those with named axes as they are."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_named)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {name: leaf for name, leaf in named.items() if plain(leaf) is not None}
+
+
+def _inner(x: Any) -> tuple[int, ...]:
+    """The axes of a layer's own coordinates: all but the one that counts layers."""
+    names = [axis.name for axis in x.axes] if is_named(x) else [""] * x.ndim
+    return tuple(i for i, name in enumerate(names) if name != "layers")
+
+
+def _rms(x: Any) -> jax.Array:
+    return jnp.sqrt(_mean(jnp.square(upcast(plain(x))), _inner(x)))
+
+
+def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.mean(x, axis=axes, dtype=jnp.float32)

@@ -1,0 +1,136 @@
+"""Statistics of single arrays against numpy, and in runs that measure them on some steps."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from haliax import NamedArray
+
+from sophia_levanter import checkpoint
+from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.main import main
+from sophia_levanter.optim import AdamW, SophiaG
+from sophia_levanter.training.array_statistics import QUANTILES, array_statistics, by_layer, quantiles
+from sophia_levanter.training.metrics import StepTrees
+from sophia_levanter.training.step import TrainState
+
+SHARES = tuple(QUANTILES.values())
+
+
+def drawn(tree, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), tree)
+
+
+def arrays(tree):
+    """The named arrays of a tree in float64, [layer, ...] each; one that is not in a stack has one layer."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, NamedArray))
+    stacked = [any(axis.name == "layers" for axis in leaf.axes) for leaf in leaves]
+    return [np.asarray(x.array, np.float64)[() if s else None] for x, s in zip(leaves, stacked, strict=True)]
+
+
+def rms(x):
+    return np.sqrt([np.mean(layer**2) for layer in x])
+
+
+@pytest.mark.parametrize("optimizer", [SophiaG(learning_rate=0.1, rho=0.7), AdamW(learning_rate=0.1)])
+def test_they_are_those_that_numpy_computes(make_model, optimizer):
+    """After a first step, when the corrected averages are the gradient and the estimate."""
+    model = make_model()
+    before = TrainState.init(model, optimizer)
+    grads, estimate = drawn(model, 1), drawn(model, 2)
+    h_hat = {"h_hat": estimate} if isinstance(optimizer, SophiaG) else {}
+    updates, state = optimizer.update(grads, before.optimizer_state, model, **h_hat)
+    step = StepTrees(grads, updates, before, dataclasses.replace(before, optimizer_state=state))
+    found = jax.jit(lambda step: array_statistics(optimizer, step))(step)
+    kinds = ["weight_rms", "gradient_rms", "update_rms", "update_ratio"]
+    kinds += ["win_rate", *QUANTILES] if h_hat else []
+    names = list(dict.fromkeys(name.rpartition("/")[0] for name in found))
+    assert "blocks.stacked.attn.c_attn.weight" in names and "wte.weight" in names
+    assert set(found) == {f"{name}/{kind}" for name in names for kind in kinds}
+    trees = [dict(zip(names, arrays(tree), strict=True)) for tree in (model, grads, updates, estimate)]
+    for name in names:
+        weight, gradient, update, h = (tree[name] for tree in trees)
+        wanted = [rms(weight), rms(gradient), rms(update), rms(update) / rms(weight)]
+        if h_hat:
+            unclipped = (np.abs(gradient) < 0.7 * h) & (h > 0)
+            wanted.append([np.mean(layer) for layer in unclipped])
+            stored = np.float32(1 - 0.99) * h
+            wanted += list(np.transpose([np.quantile(x, SHARES, method="inverted_cdf") for x in stored]))
+        for kind, values in zip(kinds, wanted, strict=True):
+            np.testing.assert_allclose(np.ravel(found[f"{name}/{kind}"]), values, rtol=1e-5, err_msg=f"{name} {kind}")
+
+
+@pytest.mark.parametrize("axes", [(1, 2), (0, 1, 2)])
+def test_quantiles_are_those_of_sorted_numbers(axes):
+    x = np.random.default_rng(0).normal(size=(3, 10, 7)).astype(np.float32)
+    x[0, :3], x[1], x[2, 4:] = 0, 1e-30 * x[1], -0.0
+    shares = (*SHARES, 0.001, 1.0)
+    wanted = np.quantile(x, shares, axis=axes, method="inverted_cdf")
+    np.testing.assert_array_equal(jax.jit(lambda x: quantiles(x, axes, shares))(x), wanted)
+
+
+def test_names_are_in_the_order_of_arrays_and_layers():
+    logged = by_layer({"b.weight/weight_rms": jnp.arange(11.0), "a/win_rate": jnp.float32(0.5), "a/b": jnp.zeros(1)})
+    assert list(logged.values()) == [0.0, 0.5, *range(11)]
+    assert [*logged][:3] == ["statistics/a/0/b", "statistics/a/win_rate", "statistics/b.weight/0/weight_rms"]
+    assert [*logged][-1] == "statistics/b.weight/10/weight_rms"
+
+
+def test_the_steps_that_measure():
+    def steps(every):
+        trainer = TrainerConfig(num_train_steps=10, statistics_every=every)
+        return [step for step in range(10) if trainer.statistics_due(step)]
+
+    assert (steps(None), steps(4), steps(0.5), steps(0.001)) == ([], [0, 4, 8], [0, 5], list(range(10)))
+
+
+def lines_of(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if "train/loss" in line}
+
+
+def test_a_run_and_its_resume(config_file, finished_run, tmp_path, capfd):
+    """Parameters and state in eight parts, whose statistics are those of the whole."""
+    run_dir = tmp_path / "run"
+    command = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.sample_tokens", "0"]
+    assert main([*command, "--trainer.statistics_every", "5", "--mesh.fsdp", "embed"]) == 0
+    assert capfd.readouterr().out.count("compiling 2 training step(s) with statistics of arrays") == 1
+    lines = lines_of(run_dir)
+    found = {
+        step: {name.removeprefix("statistics/"): x for name, x in line.items() if name.startswith("statistics/")}
+        for step, line in lines.items()
+    }
+    assert [step for step in range(12) if found[step]] == [0, 5, 10]
+    manifest = checkpoint.read_step(run_dir / "checkpoints", 6)
+    saved = dict(checkpoint.read_arrays(run_dir / "checkpoints", manifest))
+    sizes = {}
+    for path, h in saved.items():
+        section, _, name = path.partition("optimizer_state.curvature.")
+        if section:
+            continue
+        stack = [(f"{name}/{i}", layer) for i, layer in enumerate(h)] if "stacked" in name else [(name, h)]
+        for place, part in stack:
+            sizes[place] = part.size
+            quantile = np.quantile(part, SHARES, method="inverted_cdf")
+            assert [found[5][f"{place}/{kind}"] for kind in QUANTILES] == quantile.tolist()
+    assert len(sizes) == 2 * 6 + 3 and len(found[0]) == 8 * len(sizes)
+    for step in (0, 5, 10):
+        square = sum(size * found[step][f"{place}/gradient_rms"] ** 2 for place, size in sizes.items())
+        assert np.sqrt(square) == pytest.approx(lines[step]["train/grad_norm"], rel=1e-5)
+    wins = sum(size * found[0][f"{place}/win_rate"] for place, size in sizes.items())
+    assert wins / sum(sizes.values()) == pytest.approx(lines[0]["optim/win_rate"], rel=1e-5)
+    assert not [name for name in manifest.metadata["metrics"] if name.startswith("statistics/")]
+
+    shutil.rmtree(run_dir / "checkpoints/step-00000012")
+    assert main(["--resume", str(run_dir)]) == 0
+    for step, line in lines_of(run_dir).items():
+        assert all(line[name] == x for name, x in lines[step].items() if name.startswith(("statistics/", "train/loss")))
+
+    # Without the setting nothing more is compiled.
+    assert finished_run.output.count("training step(s)") == 1
+    assert not [name for line in lines_of(finished_run.path).values() for name in line if "statistics" in name]
