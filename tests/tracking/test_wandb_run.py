@@ -45,7 +45,9 @@ def test_offline(tmp_path, capfd):
     for first, failed in ((0, True), (2, False)):
         run = Wandb(config, tmp_path, "abc", {"model": {"num_layers": 2 + first}}, said.append, said.append)
         for step in range(first, 4):
-            run.log(step, {"train/loss": step + first / 10})
+            rms = {"a/0": 1.0, "a/1": float("nan"), "b": 2.0} if step == 3 else {}
+            statistics = {f"statistics/{place}/weight_rms": value for place, value in rms.items()}
+            run.log(step, {"train/loss": step + first / 10, **statistics})
         run.close(failed=failed)
     out, err = capfd.readouterr()
     assert not out and not err, "wandb says nothing of its own"
@@ -59,6 +61,10 @@ def test_offline(tmp_path, capfd):
     assert [(row["step"], row["train/loss"]) for row in first["history"]] == [(0, 0), (1, 1), (2, 2), (3, 3)]
     assert [(row["step"], row["train/loss"]) for row in second["history"]] == [(2, 2.2), (3, 3.2)]
     assert (first["exit"], second["exit"]) == (1, 0)
+    # Of the statistics of arrays there is a histogram of each kind, over all arrays and layers.
+    assert "statistics" not in str(first["history"][:3]) and "statistics/a" not in str(first["history"])
+    (histogram,) = [value for name, value in first["history"][3].items() if name.startswith("statistics/weight_rms")]
+    assert sum(histogram["values"]) == 2 and (histogram["bins"][0], histogram["bins"][-1]) == (1, 2)
 
 
 def online_run(directory: Path, server: str, key: str, seconds: str = "20") -> subprocess.CompletedProcess:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import wandb
 
+from sophia_levanter.config.registries import STATISTICS
 from sophia_levanter.config.run import TrackingConfig
 
 Say = Callable[[str], None]
@@ -79,7 +82,7 @@ class Wandb:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a step."""
-        self._run.log({"step": step, **metrics})
+        self._run.log({"step": step, **_with_histograms(metrics)})
 
     def close(self, *, failed: bool) -> None:
         try:
@@ -91,3 +94,15 @@ class Wandb:
         finally:
             # What finish leaves to the end of the process: files are whole only now.
             wandb.teardown()
+
+
+def _with_histograms(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The metrics, with a histogram of each kind of statistic in place of its values for all arrays and layers."""
+    found: dict[str, Any] = {}
+    kinds: dict[str, list[float]] = defaultdict(list)
+    for name, value in metrics.items():
+        if not name.startswith(f"{STATISTICS}/"):
+            found[name] = value
+        elif math.isfinite(value):
+            kinds[f"{STATISTICS}/{name.rpartition('/')[2]}"].append(value)
+    return found | {kind: wandb.Histogram(values) for kind, values in kinds.items()}
