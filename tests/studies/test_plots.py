@@ -26,7 +26,7 @@ def test_a_curve_is_drawn_against_its_axis(axis, x, tmp_path):
 def test_an_arm_has_one_style_in_all_pictures(make_cell, monkeypatch):
     """One of which no run has finished is in the picture of the final losses alone, and comes last."""
     legends = []
-    monkeypatch.setattr(plots, "_as_png", lambda figure, names: legends.append(dict(names)) or b"")
+    monkeypatch.setattr(plots, "as_png", lambda figure, names: legends.append(dict(names)) or b"")
     study_pictures([make_cell("lost", 100, [None]), make_cell("a", 100, [2.0]), make_cell("b", 100, [3.0])])
     assert legends == [{0: "a", 1: "b", 2: "lost"}, {0: "a", 1: "b"}]
 

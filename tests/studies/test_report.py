@@ -44,7 +44,7 @@ def study(make_record):
 @pytest.fixture
 def no_pngs(monkeypatch):
     """For tests that read the tables; the pictures are drawn and not encoded."""
-    monkeypatch.setattr("sophia_levanter.studies.plots._as_png", lambda *_: b"")
+    monkeypatch.setattr("sophia_levanter.studies.plots.as_png", lambda *_: b"")
 
 
 def test_the_report_of_a_study(study, tmp_path):

@@ -20,6 +20,7 @@ from sophia_levanter.config.build import flat
 from sophia_levanter.errors import one_line
 from sophia_levanter.files import write_atomically
 from sophia_levanter.studies.comparability import NOTHING, Comparability, Row, configurations, facts
+from sophia_levanter.studies.heat_maps import CAPTION, heat_map_png, heat_map_svg, statistics_of
 from sophia_levanter.studies.panels import (
     ADVISED_WIN_RATES,
     AXES,
@@ -61,6 +62,10 @@ def write_page(runs: Sequence[Run], comparability: Comparability, page: Path) ->
         files[page.with_name(f"{page.stem}-loss{suffix}.png")] = png(losses, runs)
     for panel in other_panels(runs):
         files[page.with_name(f"{page.stem}-{panel.key}.png")] = png([(panel, STEPS)], runs)
+    for number, run in enumerate(runs, start=1):
+        if (found := statistics_of(run)) is not None:
+            suffix = f"-{number}" if len(runs) > 1 else ""
+            files[page.with_name(f"{page.stem}-statistics{suffix}.png")] = heat_map_png(found)
     for path, content in files.items():
         write_atomically(path, content)
     return list(files)
@@ -151,6 +156,8 @@ def render(runs: Sequence[Run], comparability: Comparability) -> str:
         steps=STEPS,
         losses=loss_panels(comparability),
         others=other_panels(runs),
+        heat_maps=[(run.name, Markup(heat_map_svg(found))) for run in runs if (found := statistics_of(run))],
+        heat_map_caption=CAPTION,
         names_in=lambda panel: ", ".join(run.name for run in runs if curves_of(panel, run)),
         picture=lambda panel, axis: Markup(svg(panel, runs, axis)),
         differing=differing,

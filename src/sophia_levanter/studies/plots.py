@@ -1,4 +1,4 @@
-"""Pictures of runs and of studies. Of this package only this module imports matplotlib."""
+"""Curves of runs and of studies. Of this package only this module and `heat_maps` import matplotlib."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def svg(panel: Panel, runs: Sequence[Run], axis: Axis) -> str:
     """A panel without a legend, as a `data:` URL."""
     with _figure(1) as (figure, (axes,)):
         _draw(axes, panel, runs, axis)
-        return _as_url(figure)
+        return as_url(figure)
 
 
 def png(panels: Sequence[tuple[Panel, Axis]], runs: Sequence[Run]) -> bytes:
@@ -80,7 +80,7 @@ def png(panels: Sequence[tuple[Panel, Axis]], runs: Sequence[Run]) -> bytes:
         for axes, (panel, axis) in zip(places, panels, strict=True):
             _draw(axes, panel, runs, axis)
         drawn = {i: run.name for i, run in enumerate(runs) if any(curves_of(panel, run) for panel, _ in panels)}
-        return _as_png(figure, drawn if len(runs) > 1 else {})
+        return as_png(figure, drawn if len(runs) > 1 else {})
 
 
 def study_pictures(cells: Sequence[Cell]) -> dict[str, bytes]:
@@ -120,7 +120,7 @@ def _final_losses(cells: Sequence[Cell], arms: Sequence[str]) -> bytes:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # the usual one writes mathematics
         axes.set_xlabel("length of the whole schedule (training tokens)")
         axes.set_ylabel(VALIDATION.label)
-        return _as_png(figure, dict(enumerate(arms)))
+        return as_png(figure, dict(enumerate(arms)))
 
 
 def style_of(number: int) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def sample_of_line(number: int) -> str:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.plot([0, 1, 2], [0, 0, 0], marker=_marker(number), markevery=[1], **style_of(number))
         axes.set_axis_off()
-        return _as_url(figure)
+        return as_url(figure)
 
 
 @contextmanager
@@ -146,15 +146,16 @@ def _figure(panels: int) -> Iterator[tuple[Figure, list[Axes]]]:
         yield figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
 
 
-def _as_url(figure: Figure) -> str:
+def as_url(figure: Figure) -> str:
+    """An SVG of a figure, as a `data:` URL."""
     content = io.BytesIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(content, format="svg", metadata=nothing, transparent=True)
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _as_png(figure: Figure, names: Mapping[int, str]) -> bytes:
-    """With a legend of the lines of these numbers, by name."""
+def as_png(figure: Figure, names: Mapping[int, str]) -> bytes:
+    """A PNG of a figure, with a legend of the lines of these numbers, by name."""
     if names:
         samples = [_sample(name, number) for number, name in names.items()]
         longest = max(len(str(sample.get_label())) for sample in samples)

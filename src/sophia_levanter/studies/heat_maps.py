@@ -1,0 +1,148 @@
+"""Heat maps of the statistics of arrays: a row for each layer of an array, a column for each step with statistics."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+from sophia_levanter.config.registries import STATISTICS
+from sophia_levanter.studies.plots import LOOK, as_png, as_url
+from sophia_levanter.studies.runs import Run, Series
+
+KINDS = {
+    "weight_rms": "Weights, root mean square",
+    "gradient_rms": "Gradient, root mean square",
+    "update_ratio": "Update / weight",
+    "win_rate": "Win rate",
+}
+LINEAR = ("win_rate",)  # from 0 to 1; the others are logarithmic
+CAPTION = (
+    "Each array has a stripe for each of its layers, the first at the top. The gradient is from before clipping. "
+    "Update / weight is the ratio of their root mean squares. Grey is a 0, or a number that is not finite."
+)
+MOST_COLUMNS = 400
+WIDTH = 5.2  # of a panel, in inches
+ROW, LEAST_ARRAY, MOST_ROWS = 0.05, 0.14, 5.0  # heights of a row, of an array with its label, and of all rows
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a run has logged of its arrays.
+
+    Attributes:
+        layers: of each array, ascending; [None] of one that is not in a stack of layers.
+        steps: with statistics, int64 [column], ascending, counted from 0.
+        grids: by kind, float64 [row, column], with a row for each layer of each array; NaN where there is no number,
+            or a 0 on a logarithmic scale.
+    """
+
+    layers: Mapping[str, Sequence[int | None]]
+    steps: np.ndarray
+    grids: Mapping[str, np.ndarray]
+
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """Where rows begin and end, in inches from the top, float64 [row + 1]."""
+        counts = np.array([len(layers) for layers in self.layers.values()])
+        heights = np.maximum(min(ROW, MOST_ROWS / counts.sum()), LEAST_ARRAY / counts)
+        return np.append(0.0, np.cumsum(np.repeat(heights, counts)))
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """Where arrays begin and end, in inches from the top, float64 [array + 1]."""
+        return self.edges[np.cumsum([0, *map(len, self.layers.values())])]
+
+
+def statistics_of(run: Run) -> Statistics | None:
+    """The statistics that heat maps show of a run, thinned out to few columns; None if it has none."""
+    kinds: dict[str, dict[tuple[str, int | None], Series]] = {kind: {} for kind in KINDS}
+    for name, series in run.series.items():
+        section, _, key = name.partition("/")
+        place, _, kind = key.rpartition("/")
+        if section == STATISTICS and kind in KINDS:
+            array, _, layer = place.rpartition("/")
+            kinds[kind][(array, int(layer)) if layer.isdecimal() else (place, None)] = series
+    measured = [series for found in kinds.values() for series in found.values()]
+    if not measured:
+        return None
+    rows = sorted({row for found in kinds.values() for row in found}, key=lambda row: (row[0], row[1] or 0))
+    layers: dict[str, list[int | None]] = defaultdict(list)
+    for array, layer in rows:
+        layers[array].append(layer)
+    steps = np.unique(np.concatenate([series.steps for series in measured]))
+    steps = steps[:: math.ceil(len(steps) / MOST_COLUMNS)]
+    grids = {kind: np.array([_on(steps, found.get(row)) for row in rows]) for kind, found in kinds.items()}
+    grids = {kind: np.where((grid > 0) | (kind in LINEAR), grid, np.nan) for kind, grid in grids.items()}
+    return Statistics(layers, steps - 1, {kind: grid for kind, grid in grids.items() if np.isfinite(grid).any()})
+
+
+def _on(steps: np.ndarray, series: Series | None) -> np.ndarray:
+    """The values of a series at these steps, NaN where it has none."""
+    values = np.full(len(steps), np.nan)
+    if series is not None:
+        _, here, there = np.intersect1d(steps, series.steps, return_indices=True)
+        values[here] = series.values[there]
+    return values
+
+
+def heat_map_svg(found: Statistics) -> str:
+    """A panel for each kind, as a `data:` URL."""
+    with mpl.rc_context(LOOK):
+        return as_url(_figure(found))
+
+
+def heat_map_png(found: Statistics) -> bytes:
+    """The same as a PNG."""
+    with mpl.rc_context(LOOK):
+        return as_png(_figure(found), {})
+
+
+def _figure(found: Statistics) -> Figure:
+    rows, columns = -(-len(found.grids) // 2), min(len(found.grids), 2)
+    figure = Figure(figsize=(WIDTH * columns, (found.edges[-1] + 0.8) * rows), dpi=200, layout="constrained")
+    labels = [_label(array, layers) for array, layers in found.layers.items()]
+    for number, (kind, grid) in enumerate(found.grids.items()):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        ticks = None if kind in LINEAR else LogLocator(subs=(1, 2, 5))
+        bar = figure.colorbar(_draw(axes, found, kind, grid), ax=axes, pad=0.02, aspect=30, ticks=ticks)
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        bar.minorticks_off()
+        axes.set_title(KINDS[kind], fontsize=10)
+        is_left = number % columns == 0
+        axes.set_yticks((found.bounds[:-1] + found.bounds[1:]) / 2, labels if is_left else [""] * len(labels))
+        axes.tick_params(axis="y", length=0, labelsize=6.5)
+    return figure
+
+
+def _draw(axes: Axes, found: Statistics, kind: str, grid: np.ndarray) -> Any:
+    """The cells, each from its step to the next one with statistics; lines between arrays."""
+    steps = found.steps
+    ends = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
+    low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
+    norm = Normalize(0, 1) if kind in LINEAR else LogNorm(low, max(high, 1.01 * low))
+    axes.grid(False)
+    axes.set_facecolor("0.85")
+    cells = axes.pcolormesh(ends, found.edges, grid, norm=norm, cmap="viridis", rasterized=True)
+    axes.hlines(found.bounds[1:-1], ends[0], ends[-1], color="white", linewidth=0.8)
+    axes.set_xlim(ends[0], ends[-1])
+    axes.set_ylim(found.edges[-1], 0)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    return cells
+
+
+def _label(array: str, layers: Sequence[int | None]) -> str:
+    """An array's path, and the layers that it has."""
+    return array if layers[0] is None else f"{array}  {layers[0]}–{layers[-1]}"
