@@ -18,15 +18,22 @@ class Batch(eqx.Module):
         tokens: int32 [batch, position], what the model reads.
         targets: int32 [batch, position], the token after each.
         weights: float32 [batch, position], of each target in the mean loss; 0 leaves it out.
+        document_starts: int32 [batch, position], where in its row the document of each token begins; attention and
+            positions do not reach further back. None if they reach back to the beginning of the row.
     """
 
     tokens: NamedArray
     targets: NamedArray
     weights: NamedArray
+    document_starts: NamedArray | None = None
 
 
 def batch_from_sequences(
-    sequences: np.ndarray, weights: np.ndarray | None = None, *, num_microbatches: int = 1
+    sequences: np.ndarray,
+    weights: np.ndarray | None = None,
+    *,
+    num_microbatches: int = 1,
+    document_end: int | None = None,
 ) -> Batch:
     """A host-side batch [microbatch, batch, position] from sequences of one token more than positions.
 
@@ -36,6 +43,7 @@ def batch_from_sequences(
         sequences: int32 [rows, position + 1]; rows are a multiple of `num_microbatches`.
         weights: float32 [rows, position]; 1 each if not given.
         num_microbatches: how many parts the rows fall into.
+        document_end: the token that ends a document, at which attention and positions stop; None if they do not.
     """
     if weights is None:
         weights = np.ones((sequences.shape[0], sequences.shape[1] - 1), np.float32)
@@ -47,7 +55,22 @@ def batch_from_sequences(
     def named(array: np.ndarray) -> NamedArray:
         return NamedArray(np.ascontiguousarray(array).reshape(shape), axes)
 
-    return Batch(named(sequences[:, :-1]), named(sequences[:, 1:]), named(weights))
+    starts = None if document_end is None else named(document_starts(sequences[:, :-1], document_end))
+    return Batch(named(sequences[:, :-1]), named(sequences[:, 1:]), named(weights), starts)
+
+
+def document_starts(tokens: np.ndarray, document_end: int) -> np.ndarray:
+    """Where in its row the document of each token begins: int32 [row, position].
+
+    The token that ends a document is the last of it. The document that a row begins with starts at 0.
+
+    Args:
+        tokens: int [row, position].
+        document_end: the token that ends a document.
+    """
+    starts = np.zeros(tokens.shape, np.int32)
+    starts[:, 1:] = np.where(tokens[:, :-1] == document_end, np.arange(1, tokens.shape[1], dtype=np.int32), 0)
+    return np.maximum.accumulate(starts, axis=1)
 
 
 def count_targets(batch: Batch) -> jax.Array:

@@ -51,6 +51,14 @@ def test_prepare_and_inspect(config: str, tmp_path: Path, capsys: pytest.Capture
     assert len(shown) == 2
     for tokens, size, mean in shown:
         assert mean == f"{int(size.replace(',', '')) / int(tokens.replace(',', '')):.2f}"
+    assert out.count("  packing     ") == 2 and "in a sequence of 1,024 (--seq_len)" in out
+    assert inspect_data.main([f"{store_of(tmp_path)}/train", "--documents", "0", "--seq_len", "32"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"lengths +9\d tokens the median document, 94 the longest\n", out)
+    # No sequence of 32 has more than two of them.
+    found = re.search(r"packing +1\.(\d\d) documents .* of 32 \(--seq_len\), one alone in ([\d.]+)% of the seq", out)
+    assert int(found[1]) == pytest.approx(100 - float(found[2]), abs=1)
+    assert 5 < float(re.search(r"mask_documents removes ([\d.]+)% of the attention pairs", out)[1]) < 20
     assert inspect_data.main([f"{store_of(tmp_path)}/train", "--documents", "1000"]) == 0
     assert capsys.readouterr().out.count("  document ") > 40
 
@@ -100,6 +108,7 @@ def test_held_out_documents_train_no_tokenizer(config: str, tmp_path: Path, caps
         (inspect_data, [], "name one STORE"),
         (inspect_data, ["/gone"], "no finished token store"),
         (inspect_data, ["/gone", "--documents", "-1"], "--documents is '-1'"),
+        (inspect_data, ["/gone", "--seq_len", "0"], "--seq_len is 0; it must be at least 1"),
         (inspect_data, ["gs:/bucket"], "no finished token store"),
         (train_tokenizer, ["--config", "CONFIG"], "--vocab_size N is missing; GPT-2 has 50257"),
         (train_tokenizer, ["--config", "CONFIG", "--vocab_size", "x", "--out", "a.tiktoken"], "--vocab_size is 'x'"),

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import pairwise
 
 import equinox as eqx
 import haliax as hax
@@ -65,6 +66,29 @@ def test_it_is_the_runs_own_validation_loss(trained, evaluated):
     assert f"text           what is held out of {trained / 'text.txt'}, tokenizer bytes\n" in shown
     earlier, _ = evaluated("run", "--windows", "10", "--step", "6")
     assert earlier["loss"] > figures["loss"] + 0.01
+
+
+def test_masked_documents_are_read_alone(trained, other, evaluated):
+    """Each line by itself, as far as it is in one sequence; a mesh that splits positions has another attention."""
+    loaded = load_model(str(trained / "run"), report=print)
+    model = jax.device_put(loaded.model, jax.devices()[0])
+    ids = np.array([id for line in other.read_bytes().splitlines() for id in (*line, 256)], np.int32)
+    rows, targets, weights = (np.zeros((60, 16), np.int32) for _ in range(3))
+    row, column = 0, 0
+    for number, (token, target) in enumerate(pairwise(ids)):
+        if number and (number % 16 == 0 or ids[number - 1] == 256):
+            row, column = row + 1, 0
+        rows[row, column], targets[row, column], weights[row, column] = token, target, 1
+        column += 1
+    logits = eqx.filter_jit(lambda model, ids: model(hax.named(ids, ("batch", "position"))).array)(model, rows)
+    logs = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), targets[..., None], -1)[..., 0]
+    nats = -(logs * weights).sum() / weights.sum()
+    options = ["--data.validation", str(other), "--data.document_separator", "\n", "--data.mask_documents"]
+    plain, _ = evaluated("run", *options, "false")
+    assert plain["tokens"] == weights.sum() and plain["loss"] != pytest.approx(nats, abs=1e-3)
+    for mesh in ([], ["--mesh.data", "2", "--mesh.sequence", "4"]):
+        masked, _ = evaluated("run", *options, "true", *mesh)
+        assert masked["loss"] == pytest.approx(nats, abs=6e-5)
 
 
 MESHES = {

@@ -87,6 +87,18 @@ def test_kernels_have_no_dropout():
         attention_for("cudnn", "gpu", "bfloat16", 1024, 64, dropout=True)
 
 
+def test_cudnn_masks_no_documents():
+    given = ("bfloat16", 1024, 64)
+    assert attention_for("auto", "gpu", *given, documents=True) == "xla"
+    assert attention_for("auto", "tpu", *given, documents=True) == "splash"
+    assert attention_for("auto", "cpu", *given, documents=True) == "blocked"
+    with pytest.raises(
+        InputError,
+        match=r"^model.attention is 'cudnn', which cannot stop at the borders of documents \(data.mask_documents\);",
+    ):
+        attention_for("cudnn", "gpu", *given, documents=True)
+
+
 @pytest.mark.parametrize("name", ["num_layers", "num_heads", "embed_dim", "seq_len"])
 def test_sizes_that_no_machine_has(name):
     with pytest.raises(InputError, match=rf"^model.{name} is 1048577; it must be between 1 and 1048576$"):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from sophia_levanter.batch import batch_from_sequences, count_targets
+from sophia_levanter.batch import batch_from_sequences, count_targets, document_starts
 from sophia_levanter.data import token_store
 from sophia_levanter.data.batches import (
     Mixture,
@@ -270,6 +270,23 @@ def test_targets_are_the_next_tokens_and_microbatches_are_runs_of_rows():
     np.testing.assert_array_equal(batch.tokens.array.reshape(4, 5), windows[:, :-1])
     np.testing.assert_array_equal(batch.targets.array.reshape(4, 5), windows[:, 1:])
     assert float(count_targets(batch)) == 20
+
+
+def test_a_document_ends_with_its_end_of_text():
+    tokens = np.array([[5, 9, 5, 5, 9], [9, 9, 5, 5, 5], [5, 5, 5, 5, 9]])
+    starts = document_starts(tokens, 9)
+    assert starts.dtype == np.int32
+    np.testing.assert_array_equal(starts, [[0, 0, 2, 2, 2], [0, 1, 2, 2, 2], [0, 0, 0, 0, 0]])
+
+
+def test_a_batch_knows_its_documents_only_when_asked():
+    """The last token of a sequence is a target alone."""
+    sequences = np.array([[9, 5, 9, 9], [5, 9, 5, 5]], np.int32)
+    assert batch_from_sequences(sequences).document_starts is None
+    batch = batch_from_sequences(sequences, num_microbatches=2, document_end=9)
+    assert batch.document_starts.axes == batch.tokens.axes
+    np.testing.assert_array_equal(batch.document_starts.array, [[[0, 1, 1]], [[0, 0, 2]]])
+    assert float(count_targets(batch)) == 6
 
 
 def test_weights_are_kept():

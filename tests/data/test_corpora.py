@@ -14,8 +14,10 @@ import pytest
 from sophia_levanter.config.data import DataConfig, MixturePart
 from sophia_levanter.data import corpora, token_store
 from sophia_levanter.data import preparation as preparation_module
-from sophia_levanter.data.corpora import prepare, prepare_validation
+from sophia_levanter.data.batches import Mixture
+from sophia_levanter.data.corpora import masked_end, prepare, prepare_validation
 from sophia_levanter.data.file_source import FileSource
+from sophia_levanter.data.nanogpt import NanogptTokens
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 from tiny_runs import TEXTS, content, documents, json_lines, parquet, quiet, sides
@@ -271,3 +273,16 @@ def test_token_files_in_two_parts_of_a_mixture_are_said(config: DataConfig, tmp_
     said: list[str] = []
     prepare(replace(config, train=parts, validation=config.train), said.append)
     assert [line for line in said if "in two parts of the mixture" in line]
+
+
+def test_masked_documents_need_an_end_of_text_in_every_part(make_store, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(corpora, "READ_TOKENS", 2)  # the end of the first document is not in the first piece
+    tokenizer, on = ByteTokenizer(), DataConfig(mask_documents=True)
+    np.arange(200, dtype=np.uint16).tofile(tmp_path / "bare.bin")
+    bare = NanogptTokens(f"nanogpt:{tmp_path}/bare.bin", tokenizer, field="data.train")
+    store = make_store(["a document", "another one"])
+    assert masked_end(DataConfig(), tokenizer, "data.train", bare) is None
+    assert masked_end(on, tokenizer, "data.train", store) == 256
+    expected = r"^data.mask_documents is true, and part 1 of data.train holds no end-of-text \(token 256 of bytes\)"
+    with pytest.raises(InputError, match=expected):
+        masked_end(on, tokenizer, "data.train", Mixture([store, bare], [1, 1]))

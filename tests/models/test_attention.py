@@ -25,14 +25,15 @@ def inputs(dtype=jnp.float32):
     return [hax.named(jnp.asarray(array, dtype), AXES) for array in ARRAYS]
 
 
-def by_hand():
+def by_hand(starts=((0,) * 5,) * 2):
     q, k, v = ARRAYS.astype(np.float64)
     scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
-    weights = np.exp(scores) * np.tril(np.ones((5, 5)))
+    seen = np.arange(5) >= np.array(starts)[:, None, :, None]
+    weights = np.exp(scores) * np.tril(np.ones((5, 5))) * seen
     return np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
 
 
-attend = jax.jit(causal_attention, static_argnames="dropout")
+attend = jax.jit(causal_attention, static_argnames=("dropout", "implementation"))
 
 
 def test_is_scaled_causal_softmax_attention():
@@ -93,6 +94,20 @@ def test_dropout_keeps_the_mean_and_causality():
     assert np.any(changed[:, :, 3:] != attended[:, :, 3:])
 
 
+STARTS = ((0, 0, 2, 2, 2), (0, 1, 1, 1, 4))
+
+
+@pytest.mark.parametrize("kind", ["xla", "blocked", "dropout"])
+def test_a_position_sees_nothing_before_its_document(kind):
+    options = {"dropout": 1e-9, "dropout_key": random_key(0)} if kind == "dropout" else {"implementation": kind}
+    query, key, value = inputs()
+    starts = hax.named(jnp.array(STARTS), ("batch", "position"))
+    attended = attend(query, key, value, document_starts=starts, **options)
+    np.testing.assert_allclose(attended.array, by_hand(STARTS), atol=1e-6)
+    one = attend(*(x["batch", 1] for x in (query, key, value)), document_starts=starts["batch", 1], **options)
+    np.testing.assert_allclose(one.array, by_hand(STARTS)[1], atol=1e-6)
+
+
 MESHES = [MeshConfig(data=2, model=4), MeshConfig(heads=None)]
 # A row and a head for each device; 128 positions are two blocks, and the fewest that splash takes.
 WIDE = hax.make_axes(batch=8, position=128, heads=4, head_size=16)
@@ -137,34 +152,59 @@ def test_splash_is_the_same(mesh, wanted, monkeypatch):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
-def value_and_gradient(implementation, arrays):
+@pytest.mark.parametrize("implementation", ["splash", "blocked"])
+def test_documents_on_a_mesh_are_those_of_xla_on_one_device(implementation, monkeypatch):
+    """Documents of any length, which begin inside of blocks; TPU's kernel is interpreted."""
+    monkeypatch.setattr(attention, "_splash", partial(attention._splash, interpret=True))
+    monkeypatch.setattr(attention, "_chosen", lambda wanted, *_: wanted)
+    begins = np.random.default_rng(2).random((8, 128)) < 0.03
+    starts = np.maximum.accumulate(np.where(begins, np.arange(128, dtype=np.int32), 0), axis=1)
+
+    def loss(qkv, implementation):
+        *named, at = hax.auto_sharded((*(hax.named(x, WIDE) for x in qkv), hax.named(starts, WIDE[:2])))
+        return (causal_attention(*named, implementation=implementation, document_starts=at).array ** 2).sum()
+
+    both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    wanted = both(tuple(WIDE_ARRAYS), "xla")
+    with partition_of(MESHES[0]).active():
+        found = both(tuple(WIDE_ARRAYS), implementation)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    for ours, theirs in zip(found[1], wanted[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def value_and_gradient(implementation, arrays, starts=None):
     """Of the sum of squares of the attended values."""
     axes = hax.make_axes(**dict(zip(("batch", "position", "heads", "head_size"), arrays[0].shape, strict=True)))
 
     def loss(qkv):
-        attended = causal_attention(*(hax.named(x, axes) for x in qkv), implementation=implementation)
+        named = [hax.named(x, axes) for x in qkv]
+        at = None if starts is None else hax.named(starts, axes[:2])
+        attended = causal_attention(*named, implementation=implementation, document_starts=at)
         return (attended.array.astype(jnp.float32) ** 2).sum()
 
     return jax.value_and_grad(loss)(arrays)
 
 
-def value_gradient_and_hessian_product(implementation, arrays, tangents):
+def value_gradient_and_hessian_product(implementation, arrays, tangents, starts=None):
     """The second derivative is forward over reverse."""
-    return jax.jvp(partial(value_and_gradient, implementation), (arrays,), (tangents,))
+    return jax.jvp(partial(value_and_gradient, implementation, starts=starts), (arrays,), (tangents,))
 
 
 gradient_of = jax.jit(lambda *given: value_and_gradient(*given)[1], static_argnums=0)
 
 
-@pytest.mark.parametrize("positions", [1, 4, 5, 10, 14])
-def test_blocked_attention_is_the_same_for_any_number_of_positions(positions, monkeypatch):
+@pytest.mark.parametrize(("positions", "documents"), [(1, 0), (4, 0), (5, 0), (10, 0), (14, 0), (14, 4)])
+def test_blocked_attention_is_the_same_for_any_number_of_positions(positions, documents, monkeypatch):
     """14 positions are 3 blocks, of 5, 5 and 4; 10 are two blocks of 4 and one of 2."""
     monkeypatch.setattr(attention, "BLOCK_SIZE", 4)
     monkeypatch.setattr(attention, "MOST_BLOCKS", 3)
     rng = np.random.default_rng(positions)
     arrays, tangents = rng.normal(size=(2, 3, 2, positions, 2, 4)).astype(np.float32)
     both = jax.jit(value_gradient_and_hessian_product, static_argnums=0)
-    wanted, found = (both(name, tuple(arrays), tuple(tangents)) for name in ("xla", "blocked"))
+    # Documents of four positions in one row, and one alone in the other.
+    starts = np.stack([np.arange(positions) // 4 * 4, np.zeros(positions, int)]) if documents else None
+    wanted, found = (both(name, tuple(arrays), tuple(tangents), starts) for name in ("xla", "blocked"))
     for theirs, ours in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5 * np.abs(theirs).max())
 

@@ -56,6 +56,8 @@ def test_a_tokenizer_of_one_name_may_have_changed(tmp_path):
 def test_other_windows_are_pointed_out(tmp_path):
     runs = [read_with_facts(tmp_path / "a"), read_with_facts(tmp_path / "b", trainer={"evaluation_windows": 7})]
     assert "different sequences" in compare(runs).notes[0]
+    masked = read_with_facts(tmp_path / "c", data={"mask_documents": True})
+    assert "data.mask_documents" in compare([runs[0], masked]).notes[0]
 
 
 def test_facts_come_from_the_newest_checkpoint_that_can_be_read(tmp_path):

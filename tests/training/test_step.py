@@ -4,6 +4,7 @@ import dataclasses
 from functools import cache, partial
 
 import equinox as eqx
+import haliax as hax
 import jax
 import jax.numpy as jnp
 import jmp
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.batch import Batch, batch_from_sequences
+from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
 from sophia_levanter.models.language_model import decay_mask, matrix_axes
 from sophia_levanter.optim import (
@@ -155,6 +157,55 @@ def test_neither_a_mesh_nor_microbatches_change_the_step(optimizer, averaged):
     wanted, _ = first_step(optimizer, rows=FIRST_ROWS)
     assert gap(wanted.optimizer_state.curvature, cut.optimizer_state.curvature) < 1e-4
     assert gap(wanted.optimizer_state.curvature, whole.optimizer_state.curvature) > 1e-2
+
+
+END = 7  # the token that ends a document, where some are masked
+
+
+def documents_apart(sequences: np.ndarray, labels: np.ndarray) -> tuple[Batch, np.ndarray]:
+    """Rows with one document each, filled up with positions that do not count, and the labels of each."""
+    rows = []
+    for sequence, own in zip(sequences, labels, strict=True):
+        ends = np.flatnonzero(sequence[:-1] == END) + 1
+        for start, end in zip([0, *ends], [*ends, TINY.seq_len], strict=True):
+            padding = (0, TINY.seq_len - (end - start))
+            parts = (sequence[start:end], sequence[start + 1 : end + 1], np.ones(end - start), own[start:end])
+            rows.append([np.pad(part, padding) for part in parts])
+    tokens, targets, weights, own = (np.stack(arrays).astype(np.int32) for arrays in zip(*rows, strict=True))
+    batch = batch_from_sequences(np.pad(tokens, [(0, 0), (0, 1)]), weights.astype(np.float32))
+    return eqx.tree_at(lambda b: b.targets.array, batch, targets[None]), own
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "mesh"),
+    [
+        (SophiaG(estimator=AVERAGED), MeshConfig(data=2, model=2, fsdp="embed")),
+        (SophiaH(), MeshConfig(data=2, sequence=2)),
+    ],
+    ids=["g", "h"],
+)
+def test_masked_documents_give_the_step_of_documents_in_rows_of_their_own(optimizer, mesh):
+    """On meshes, in microbatches and smaller ones for the curvature, with blocks that are computed again."""
+    sequences, labels = windows(8, seed=1), windows(8, seed=2)[:, :-1]
+    sequences[:, 4] = sequences[::2, 9] = END
+    batch, own = documents_apart(sequences, labels)
+    assert len(own) >= 20
+    axes = batch.tokens.axes
+    given = {"samples": hax.named(own[None], axes)} if isinstance(optimizer, SophiaG) else {}
+    wanted, wanted_output = take_step(StepSettings(optimizer), batch, **given)
+
+    settings = StepSettings(optimizer, curvature_microbatch_size=2)
+    partition = partition_of(mesh, jax.devices()[:4])
+    batch = batch_from_sequences(sequences, num_microbatches=2, document_end=END)
+    if given:
+        given = {"samples": hax.named(labels.reshape(4, 2, -1), ("microbatch", "batch", "position"))}
+    model = tiny_model(dataclasses.replace(TINY, gradient_checkpointing="full"))
+    state = partition.place(TrainState.init(model, optimizer))
+    with partition.active():
+        found, output = jitted(settings, True, partition)(partition.place(batch), state, **partition.place(given))
+    assert loss_of(output) == pytest.approx(loss_of(wanted_output), rel=1e-6)
+    assert gap(wanted.optimizer_state.momentum, found.optimizer_state.momentum) < 1e-5
+    assert gap(wanted.optimizer_state.curvature, found.optimizer_state.curvature) < 1e-4
 
 
 def step_with_curvature_batch(weights=None):

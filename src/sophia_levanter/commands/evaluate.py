@@ -141,12 +141,15 @@ def _tell(line: str) -> None:
 
 def _sets(command: Command, loaded: LoadedModel) -> dict[str, ValidationBatches]:
     """The sequences of each validation set."""
-    from sophia_levanter.data.corpora import prepare_validation
+    from sophia_levanter.config.data import validation_field
+    from sophia_levanter.data.corpora import masked_end, prepare_validation
 
     data = loaded.config.data
     if data.validation is None and loaded.step is None:
         raise InputError(f"--data.validation TEXT is missing: {loaded.source} is not a run, which has its own text")
     sets = prepare_validation(data, loaded.tokenizer, _tell)
+    for name, tokens in sets.items():  # refuses tokens without documents
+        masked_end(data, loaded.tokenizer, validation_field(name), tokens)
     return {name: _batches(command, loaded, name, tokens) for name, tokens in sets.items()}
 
 
@@ -192,7 +195,8 @@ def _evaluate(loaded: LoadedModel, sets: Mapping[str, ValidationBatches]) -> Eva
     from sophia_levanter.training.evaluation import Evaluator, evaluate_sets
 
     lengths, partition, policy = token_byte_lengths(loaded.tokenizer), loaded.partition, _policy(loaded)
-    evaluators = {name: Evaluator(batches, lengths, partition, policy) for name, batches in sets.items()}
+    end = loaded.tokenizer.end_of_text if loaded.config.data.mask_documents else None
+    evaluators = {name: Evaluator(batches, lengths, partition, policy, end) for name, batches in sets.items()}
     return evaluate_sets(evaluators, loaded.model, _progress(sum(map(len, sets.values()))))
 
 

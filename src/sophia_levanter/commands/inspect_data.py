@@ -15,13 +15,15 @@ from sophia_levanter.status import DONE, run_command
 
 SHOWN_CHARACTERS = 300
 USAGE = """\
-usage: python -m sophia_levanter.commands.inspect_data STORE [--documents N] [--verify] [--plugins MODULE] [--help]
+usage: python -m sophia_levanter.commands.inspect_data STORE [--documents N] [--seq_len N] [--verify]
+       [--plugins MODULE] [--help]
 
-Prints what a token store holds and the beginnings of a few of its documents.
+Prints what a token store holds, how its documents fill training sequences, and the beginnings of a few of them.
 
   STORE                  a folder that prepare_data has named, or a URL such as gs://bucket/folder; one that holds the
                          stores train and validation prints both
   --documents N          so many documents, spread evenly; 3 if not given
+  --seq_len N            tokens in a training sequence, as model.seq_len; 1024 if not given
   --verify               reads everything and compares it with the checksums
   --plugins MODULE       module that registers the store's tokenizer
   --help                 prints this and exits"""
@@ -37,12 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspect(words: Sequence[str]) -> int:
-    arguments = parse_arguments(words, options=("--documents", PLUGINS), flags=("--verify",), words=True)
+    arguments = parse_arguments(words, options=("--documents", "--seq_len", PLUGINS), flags=("--verify",), words=True)
     if len(arguments.words) != 1:
         raise InputError("name one STORE; --help shows the options")
     if PLUGINS in arguments.options:
         with_plugins([{KEY: Setting(arguments.options[PLUGINS])}])
     count = whole_number("--documents", arguments.options.get("--documents", "3"))
+    seq_len = whole_number("--seq_len", arguments.options.get("--seq_len", "1024"))
+    if not seq_len:
+        raise InputError("--seq_len is 0; it must be at least 1")
     location = arguments.words[0].rstrip("/")
     if "://" not in location:
         location = os.path.abspath(os.path.expanduser(location))
@@ -51,11 +56,12 @@ def _inspect(words: Sequence[str]) -> int:
 
     folders = [f"{location}/{name}" for name in ("all", *SIDES) if Path(location, name).is_dir()]
     for store in folders or [location]:
-        _print_store(store, count, verify="--verify" in arguments.flags)
+        _print_store(store, count, seq_len, verify="--verify" in arguments.flags)
     return DONE
 
 
-def _print_store(location: str, count: int, *, verify: bool) -> None:
+def _print_store(location: str, count: int, seq_len: int, *, verify: bool) -> None:
+    from sophia_levanter.data.packing import packing_of
     from sophia_levanter.data.token_store import TokenStore
     from sophia_levanter.data.tokenizer import load_tokenizer
 
@@ -68,6 +74,13 @@ def _print_store(location: str, count: int, *, verify: bool) -> None:
     print(f"  tokens      {manifest.num_tokens:,} ({store.dtype})")
     print(f"  text        {manifest.num_bytes:,} bytes, {manifest.num_bytes / manifest.num_tokens:.2f} per token")
     print(f"  digest      {manifest.digest}")
+    packing = packing_of(store.document_ends(0, manifest.num_documents), seq_len)
+    print(f"  lengths     {packing.median_length:,.0f} tokens the median document, {packing.longest:,} the longest")
+    print(
+        f"  packing     {packing.documents_per_sequence:.2f} documents in a sequence of {seq_len:,} (--seq_len), one "
+        f"alone in {packing.share_of_one:.1%} of the sequences"
+    )
+    print(f"  masks       data.mask_documents removes {packing.removed_share:.1%} of the attention pairs")
     if verify:
         store.verify()
         print("  verified    every token and document end is what was written")

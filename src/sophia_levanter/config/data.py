@@ -56,6 +56,7 @@ class DataConfig(Settings):
         "split texts at this string, such as <|endoftext|>; each piece is a document",
         empty="leave it out to make each text one document",
     )
+    mask_documents: bool = setting(False, "attention and positions stop at the end-of-text between documents")
     num_workers: int | None = setting(
         None, "processes that make tokens; null: one per core, 0: this process only", low=0
     )

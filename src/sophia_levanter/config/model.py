@@ -64,12 +64,18 @@ class ModelConfig(Settings, ChoiceRegistry):
         """Its sizes, for people."""
         return counted(self.seq_len, "position")
 
-    def attention_on(self, platform: str, dtype: str, *, split_positions: bool) -> str | None:
+    def attention_on(self, platform: str, dtype: str, *, split_positions: bool, documents: bool = False) -> str | None:
         """The implementation of attention on a kind of device, in a dtype; None for a model without attention.
 
         Raises:
-            InputError: if the requested implementation cannot be used.
+            InputError: if the requested implementation cannot be used, or `documents` are to be masked and the model
+                cannot do that.
         """
+        if documents:
+            raise InputError(
+                f"data.mask_documents is true, and {self.title} reads all documents of a sequence as one text; "
+                "set it to false, or take a transformer"
+            )
         return None
 
     @property
@@ -146,7 +152,7 @@ class TransformerConfig(ModelConfig):
         """How many heads keys and values have, for people, if that is another number."""
         return ""
 
-    def attention_on(self, platform: str, dtype: str, *, split_positions: bool) -> str:
+    def attention_on(self, platform: str, dtype: str, *, split_positions: bool, documents: bool = False) -> str:
         from sophia_levanter.models.attention import attention_for
 
         return attention_for(
@@ -157,6 +163,7 @@ class TransformerConfig(ModelConfig):
             self.head_dim,
             split_positions=split_positions,
             dropout=self.dropout > 0,
+            documents=documents,
         )
 
     @property

@@ -38,11 +38,13 @@ class TextData:
         tokenizer: that of all tokens.
         train: the tokens to train on.
         validation_sets: those to validate with by the set's name, which is empty for an only set without one.
+        document_end: as `masked_end` gives it.
     """
 
     tokenizer: Tokenizer
     train: Tokens
     validation_sets: Mapping[str, Tokens]
+    document_end: int | None = None
 
     @property
     def validation(self) -> Tokens:
@@ -70,8 +72,8 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
         warn: takes a warning; `report` if not given.
 
     Raises:
-        InputError: if the tokenizer, a source or the cache is not usable, or training and validation text have
-            documents in common and `config.on_leak` is `error`.
+        InputError: if the tokenizer, a source or the cache is not usable, training and validation text have documents
+            in common and `config.on_leak` is `error`, or documents are to be masked that nothing separates.
     """
     _check_separator(config, report)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -79,7 +81,7 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
     if config.validation is None:
         found = _two_sides(job)
         train, held_out = found.make()
-        data = TextData(tokenizer, train, {"": held_out})
+        data = _text_data(config, tokenizer, train, {"": held_out})
         if found.source is None:  # two stores may be of any texts, but a split has equal texts on one side
             _report_leaks(job, data, [found], {"": found})
         return data
@@ -90,9 +92,43 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
     corpora = [part.make()[0] for part in parts]
     weights = [part.weight for part in config.train_parts]
     train = corpora[0] if isinstance(config.train, str) else Mixture(corpora, weights)
-    data = TextData(tokenizer, train, {name: found.make()[0] for name, found in sets.items()})
+    data = _text_data(config, tokenizer, train, {name: found.make()[0] for name, found in sets.items()})
     _report_leaks(job, data, parts, sets)
     return data
+
+
+def _text_data(config: DataConfig, tokenizer: Tokenizer, train: Tokens, sets: Mapping[str, Tokens]) -> TextData:
+    end = masked_end(config, tokenizer, "data.train", train)
+    for name, tokens in sets.items():
+        masked_end(config, tokenizer, validation_field(name), tokens)
+    return TextData(tokenizer, train, sets, end)
+
+
+def masked_end(config: DataConfig, tokenizer: Tokenizer, field: str, corpus: Tokens) -> int | None:
+    """The token that ends a document, at which attention and positions stop; None without `data.mask_documents`.
+
+    Args:
+        config: whether they stop.
+        tokenizer: that of the corpus.
+        field: the setting that names the corpus, for messages.
+        corpus: is read up to the first such token.
+
+    Raises:
+        InputError: if they are to stop, and the corpus or a part of the mixture has no such token.
+    """
+    if not config.mask_documents:
+        return None
+    parts = parts_of(corpus)
+    for number, part in enumerate(parts):
+        last = part.first + part.num_tokens
+        pieces = (corpus.read(i, min(i + READ_TOKENS, last)) for i in range(part.first, last, READ_TOKENS))
+        if not any(np.any(piece == tokenizer.end_of_text) for piece in pieces):
+            where = field if len(parts) == 1 else f"part {number} of {field}"
+            raise InputError(
+                f"data.mask_documents is true, and {where} holds no end-of-text (token {tokenizer.end_of_text} of "
+                f"{tokenizer.name}) between documents; write one after each, or set data.mask_documents to false"
+            )
+    return tokenizer.end_of_text
 
 
 def _report_repeats(parts: Sequence[FoundSource], warn: Report) -> None:

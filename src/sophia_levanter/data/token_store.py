@@ -206,12 +206,20 @@ class TokenStore(Tokens):
         """
         if not 0 <= number < self.num_documents:
             raise IndexError(f"document {number} is not one of the {self.num_documents} of {self.location}")
+        ends = self.document_ends(max(number - 1, 0), number + 1).tolist()
+        return self.read(ends[0] if number else 0, ends[-1] - 1)
+
+    def document_ends(self, first: int, last: int) -> np.ndarray:
+        """Where the documents in `[first, last)` end, their end-of-text included: int64 [document].
+
+        Raises:
+            InputError: if the store is damaged there.
+        """
         try:
             array = _open(self.location, DOCUMENT_ENDS, self.num_documents)
-            ends = array[max(number - 1, 0) : number + 1].read().result().tolist()
+            return array[first:last].read().result().astype(np.int64)
         except ValueError as error:
             raise _damaged(self.location, error) from error
-        return self.read(ends[0] if number else 0, ends[-1] - 1)
 
     def verify(self) -> None:
         """Read everything and compare it with the manifest.

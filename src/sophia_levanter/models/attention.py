@@ -29,6 +29,7 @@ def causal_attention(
     implementation: str = "xla",
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    document_starts: NamedArray | None = None,
 ) -> NamedArray:
     """softmax(q k^T / sqrt(head_size)) v over earlier positions; softmax in float32.
 
@@ -38,6 +39,8 @@ def causal_attention(
         implementation: `blocked`, `xla`, `cudnn` or `splash`, or `auto` for what suits the device and the arrays.
         dropout: rate at which attention weights are dropped, where a key is given.
         dropout_key: a jax random key; None for no dropout.
+        document_starts: int32 [..., position], where the document of each position begins; it does not see what comes
+            before. None if it sees all earlier positions.
 
     Returns:
         [..., position, heads, head_size], in the query's dtype.
@@ -46,17 +49,20 @@ def causal_attention(
     axes = (*batch_axes, *(query.resolve_axis(name) for name in ORDER))
     q = query.rearrange(axes).array
     k, v = (_with_all_heads(x, batch_axes, q.shape[-2]) for x in (key, value))
+    starts = None if document_starts is None else document_starts.rearrange((*batch_axes, "position")).array
     if dropout > 0 and dropout_key is not None:
-        return hax.named(_attention_with_dropout(q, k, v, dropout, dropout_key), axes)
+        return hax.named(_attention_with_dropout((q, k, v), starts, dropout, dropout_key), axes)
     flat = tuple(x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
-    chosen = _chosen(implementation, q)
+    starts = None if starts is None else starts.reshape(-1, starts.shape[-1])
+    chosen = _chosen(implementation, q, starts is not None)
     if chosen == "splash":
-        attended = _splash(*flat)
+        attended = _splash(*flat, starts)
     elif chosen == "blocked":
-        attended = jnp.swapaxes(blocked_attention(*(jnp.swapaxes(x, 1, 2) for x in flat)), 1, 2)
+        attended = jnp.swapaxes(blocked_attention(*(jnp.swapaxes(x, 1, 2) for x in flat), starts), 1, 2)
     else:
         fused: Any = chosen
-        attended = jax.nn.dot_product_attention(*flat, is_causal=True, implementation=fused)
+        mask = None if starts is None else _has_begun(starts, starts.shape[-1])
+        attended = jax.nn.dot_product_attention(*flat, mask=mask, is_causal=True, implementation=fused)
     return hax.named(attended.reshape(q.shape), axes)
 
 
@@ -81,7 +87,17 @@ def forward_differentiable() -> Iterator[None]:
         _forward_differentiable.reset(token)
 
 
-def _chosen(implementation: str, query: jax.Array) -> str:
+def _has_begun(starts: jax.Array, num_keys: int) -> jax.Array:
+    """Whether a query's document has begun at a key: bool [..., 1, query, key].
+
+    Args:
+        starts: int [..., query], where the document of each query begins.
+        num_keys: the keys are the first positions.
+    """
+    return jnp.arange(num_keys, dtype=starts.dtype) >= starts[..., None, :, None]
+
+
+def _chosen(implementation: str, query: jax.Array, documents: bool) -> str:
     positions, _, head_size = query.shape[-3:]
     chosen = attention_for(
         implementation,
@@ -90,12 +106,13 @@ def _chosen(implementation: str, query: jax.Array) -> str:
         positions,
         head_size,
         split_positions=is_axis_split("position"),
+        documents=documents,
     )
     return "xla" if _forward_differentiable.get() and chosen not in ("blocked", "xla") else chosen
 
 
 @jax.custom_vjp
-def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None = None) -> jax.Array:
     """Causal attention in blocks of queries, without the blocks above the diagonal, for CPUs.
 
     The backward pass computes the weights again, block by block. Both passes are made of ordinary operations, so that
@@ -103,17 +120,20 @@ def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
     Args:
         q, k, v: [batch, heads, position, head_size], of any number of positions.
+        starts: int32 [batch, position], where the document of each position begins; None if it sees all before it.
 
     Returns:
         [batch, heads, position, head_size] in the query's dtype; scores and weights are float32 or wider.
     """
-    return _attend_blocks(q, k, v)[0]
+    return _attend_blocks(q, k, v, starts)[0]
 
 
-def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _attend_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None
+) -> tuple[jax.Array, tuple[Any, ...]]:
     outputs, log_normalizers = [], []
     for start, end in _query_blocks(q.shape[2]):
-        scores = _block_scores(q, k, start, end)
+        scores = _block_scores(q, k, starts, start, end)
         highest = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
         weights = jnp.exp(scores - highest)
         total = jnp.sum(weights, -1, keepdims=True)
@@ -122,11 +142,11 @@ def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array,
         log_normalizers.append(highest + jnp.log(total))
     output = jnp.concatenate(outputs, 2)
     # What is kept of the output is not rounded: the backward pass subtracts nearly equal numbers.
-    return output.astype(q.dtype), (q, k, v, output, jnp.concatenate(log_normalizers, 2))
+    return output.astype(q.dtype), (q, k, v, starts, output, jnp.concatenate(log_normalizers, 2))
 
 
-def _attend_blocks_back(kept: tuple[jax.Array, ...], d_output: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, k, v, output, log_normalizers = kept
+def _attend_blocks_back(kept: tuple[Any, ...], d_output: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, starts, output, log_normalizers = kept
     # sum_k weight * d_weight, the softmax's own term, by way of the output.
     inner = jnp.sum(d_output * output, -1, keepdims=True)
     # [batch, heads, head_size, position]: XLA's CPU backend is slow at products whose first factor is transposed, and
@@ -136,13 +156,18 @@ def _attend_blocks_back(kept: tuple[jax.Array, ...], d_output: jax.Array) -> tup
     d_k = d_v = jnp.zeros(q_columns.shape, output.dtype)
     for start, end in _query_blocks(q.shape[2]):
         rows = slice(start, end)
-        weights = jnp.exp(_block_scores(q, k, start, end) - log_normalizers[:, :, rows])
+        weights = jnp.exp(_block_scores(q, k, starts, start, end) - log_normalizers[:, :, rows])
         d_weights = _product("bhqd,bhkd->bhqk", d_output[:, :, rows], v[:, :, :end])
         d_scores = (weights * (d_weights - inner[:, :, rows]) * q.shape[-1] ** -0.5).astype(q.dtype)
         d_q.append(jnp.einsum("bhqk,bhkd->bhqd", d_scores, k[:, :, :end]))
         d_k = d_k.at[..., :end].add(_product("bhdq,bhqk->bhdk", q_columns[..., rows], d_scores))
         d_v = d_v.at[..., :end].add(_product("bhdq,bhqk->bhdk", d_output_columns[..., rows], weights.astype(q.dtype)))
-    return jnp.concatenate(d_q, 2), jnp.swapaxes(d_k, 2, 3).astype(k.dtype), jnp.swapaxes(d_v, 2, 3).astype(v.dtype)
+    return (
+        jnp.concatenate(d_q, 2),
+        jnp.swapaxes(d_k, 2, 3).astype(k.dtype),
+        jnp.swapaxes(d_v, 2, 3).astype(v.dtype),
+        None,
+    )
 
 
 blocked_attention.defvjp(_attend_blocks, _attend_blocks_back)
@@ -154,10 +179,13 @@ def _query_blocks(positions: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 
-def _block_scores(q: jax.Array, k: jax.Array, start: int, end: int) -> jax.Array:
+def _block_scores(q: jax.Array, k: jax.Array, starts: jax.Array | None, start: int, end: int) -> jax.Array:
     """[batch, heads, query in block, key], the keys up to the block's end."""
     scores = _product("bhqd,bhkd->bhqk", q[:, :, start:end], k[:, :, :end]) * q.shape[-1] ** -0.5
-    return jnp.where(np.tril(np.ones((end - start, end), bool), start), scores, -jnp.inf)
+    seen: Any = np.tril(np.ones((end - start, end), bool), start)
+    if starts is not None:
+        seen = seen & _has_begun(starts[:, start:end], end)
+    return jnp.where(seen, scores, -jnp.inf)
 
 
 def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -165,32 +193,44 @@ def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None = None, *, interpret: bool = False
+) -> jax.Array:
     """TPU's kernel, on each device's own rows and heads; [batch, position, heads, head_size]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    def attend(*qkv: jax.Array) -> jax.Array:
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in qkv)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *starts: jax.Array) -> jax.Array:
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
         heads, positions, head_size = q.shape[1:]
         mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((positions, positions))] * heads)
         kernel = splash_attention_kernel.make_splash_mha_single_device(mask, interpret=interpret)
+        # The kernel compares ids of segments, and skips no block for them. Two tokens have one start if and only if
+        # they are of one document, so the start is its id.
+        segments = [splash_attention_kernel.SegmentIds(x, x) for x in starts]
         # The kernel does not scale.
-        return jnp.swapaxes(jax.vmap(kernel)(q * head_size**-0.5, k, v), 1, 2).astype(q.dtype)
+        return jnp.swapaxes(jax.vmap(kernel)(q * head_size**-0.5, k, v, *segments), 1, 2).astype(q.dtype)
 
+    given = (q, k, v) if starts is None else (q, k, v, starts)
     partition = active_partition()
     if partition is None or partition.mesh.size == 1:
-        return attend(q, k, v)
-    heads: Any = partition.compute.get("heads")
-    spec = PartitionSpec(partition.compute["batch"], None, heads, None)
-    return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+        return attend(*given)
+    rows, heads = partition.compute["batch"], partition.compute.get("heads")
+    spec = PartitionSpec(rows, None, heads, None)
+    specs = ((spec,) * 3 + (PartitionSpec(rows, None),))[: len(given)]
+    return jax.shard_map(attend, in_specs=specs, out_specs=spec, check_vma=False)(*given)
 
 
-def _attention_with_dropout(q: jax.Array, k: jax.Array, v: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+def _attention_with_dropout(
+    qkv: tuple[jax.Array, jax.Array, jax.Array], starts: jax.Array | None, rate: float, key: jax.Array
+) -> jax.Array:
     """The same by hand, since no fused kernel drops attention weights."""
+    q, k, v = qkv
     positions, head_size = q.shape[-3], q.shape[-1]
     scores = jnp.einsum("...qhd,...khd->...hqk", q, k).astype(jnp.promote_types(q.dtype, jnp.float32))
-    causal = jnp.tril(jnp.ones((positions, positions), bool))
-    weights = jax.nn.softmax(jnp.where(causal, scores * head_size**-0.5, -jnp.inf), axis=-1)
+    seen = jnp.tril(jnp.ones((positions, positions), bool))
+    if starts is not None:
+        seen = seen & _has_begun(starts, positions)
+    weights = jax.nn.softmax(jnp.where(seen, scores * head_size**-0.5, -jnp.inf), axis=-1)
     weights = jnp.where(jax.random.bernoulli(key, 1 - rate, weights.shape), weights / (1 - rate), 0)
     return jnp.einsum("...hqk,...khd->...qhd", weights.astype(v.dtype), v)
 
@@ -228,6 +268,7 @@ def attention_for(
     *,
     split_positions: bool = False,
     dropout: bool = False,
+    documents: bool = False,
 ) -> str:
     """The implementation of attention that is used: the wanted one, or for `auto` the fastest that can do it.
 
@@ -238,6 +279,7 @@ def attention_for(
         positions, head_size: their sizes.
         split_positions: whether positions are split over devices.
         dropout: whether some of the attention's weights are dropped.
+        documents: whether it stops at the borders of documents.
 
     Raises:
         InputError: if the wanted one cannot do it; says why.
@@ -250,6 +292,9 @@ def attention_for(
         else _why_not(name, platform, dtype, positions, head_size, split_positions)
         for name in ("cudnn", "splash", "blocked")
     }
+    if documents and reasons["cudnn"] is None:
+        # What jax calls of cuDNN takes no ids of segments, only a mask, which it makes a bias as large as the scores.
+        reasons["cudnn"] = "cannot stop at the borders of documents (data.mask_documents)"
     if wanted == "auto":
         fastest = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}.get(platform, "xla")
         return fastest if reasons.get(fastest) is None else "xla"

@@ -16,6 +16,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from sophia_levanter.batch import Batch
 from sophia_levanter.config.model import ModelConfig
+from sophia_levanter.errors import InputError
 from sophia_levanter.models.loss import Targets, blocked_cross_entropy
 from sophia_levanter.partition.mesh import gather_params
 
@@ -46,6 +47,26 @@ class LanguageModel(eqx.Module):
         Returns:
             [..., position, embed] in the parameters' dtype.
         """
+
+    def hidden_in_documents(
+        self, tokens: NamedArray, document_starts: NamedArray | None, key: jax.Array | None
+    ) -> NamedArray:
+        """`final_hidden` of several documents in a row, none of which sees another: positions begin anew with each.
+
+        A model that has it overrides its configuration's `attention_on` too.
+
+        Args:
+            tokens: as for `final_hidden`.
+            document_starts: int32 [..., position], where in its row the document of each token begins; None for
+                `final_hidden`.
+            key: as for `final_hidden`.
+
+        Raises:
+            InputError: if the model does not define it.
+        """
+        raise InputError(
+            f"data.mask_documents is true, and {type(self).__qualname__} does not define hidden_in_documents()"
+        )
 
     @abc.abstractmethod
     def head_weights(self) -> NamedArray:
@@ -111,7 +132,11 @@ class LanguageModel(eqx.Module):
             return x.rearrange(("batch", "position", ...)).array
 
         model = self.gathered()
-        hidden = model.final_hidden(batch.tokens, key).rearrange(("batch", "position", "embed"))
+        if batch.document_starts is None:
+            hidden = model.final_hidden(batch.tokens, key)
+        else:
+            hidden = model.hidden_in_documents(batch.tokens, batch.document_starts, key)
+        hidden = hidden.rearrange(("batch", "position", "embed"))
         targets = Targets(array(batch.targets), array(batch.weights), None if samples is None else array(samples))
         head = model.head_weights().rearrange(("vocab", "embed")).array
         return blocked_cross_entropy(self.vocab_size, self.config.loss_block_size, hidden.array, head, targets)

@@ -134,7 +134,8 @@ def rotary(x: NamedArray, positions: NamedArray | None, theta: float) -> NamedAr
 
     Args:
         x: queries or keys, [..., head_size].
-        positions: int32, of one token in each row; None for tokens [..., position] from position 0 on.
+        positions: int32, those of the tokens: [batch] for one token in each row, or [..., position]; None for tokens
+            [..., position] from position 0 on.
         theta: the base of the wavelengths.
 
     Returns:

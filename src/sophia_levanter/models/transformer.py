@@ -34,7 +34,8 @@ class Block(eqx.Module):
         Args:
             x: [..., embed].
             layer: int scalar, the block's index.
-            positions: int32 [batch], of one token in each row; None for tokens [..., position] from position 0 on.
+            positions: int32, those of the tokens: [batch] for one token in each row, or [..., position]; None for
+                tokens [..., position] from position 0 on.
         """
 
     @abc.abstractmethod
@@ -58,20 +59,32 @@ class Block(eqx.Module):
         x = x + dropout(self.config, self.project_back(attended), k_attn)
         return hax.auto_sharded(x + dropout(self.config, self.apply_mlp(x), k_mlp))
 
-    def __call__(self, x: NamedArray, layer: NamedArray, key: jax.Array | None) -> NamedArray:
-        """The block's result for a context from position 0 on; with a key there is dropout."""
+    def __call__(
+        self, x: NamedArray, layer: NamedArray, key: jax.Array | None, document_starts: NamedArray | None = None
+    ) -> NamedArray:
+        """The block's result for a context from position 0 on; with a key there is dropout.
+
+        Args:
+            x: [..., position, embed].
+            layer: int scalar, the block's index.
+            key: a jax random key, or None.
+            document_starts: as `hidden_in_documents` has them.
+        """
         # What is kept of the parameters for the backward pass stays split, or the compiler may keep whole copies.
         forward = checkpointed(self.config.gradient_checkpointing, Block._forward)
-        return forward(shard_params(self), x, layer, key)
+        return forward(shard_params(self), x, layer, key, document_starts)
 
-    def _forward(self, x: NamedArray, layer: NamedArray, key: jax.Array | None) -> NamedArray:
+    def _forward(
+        self, x: NamedArray, layer: NamedArray, key: jax.Array | None, document_starts: NamedArray | None
+    ) -> NamedArray:
         block = gather_params(self)
         k_weights, k_attn, k_mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
         attended = causal_attention(
-            *block.project(x, layer, None),
+            *block.project(x, layer, _positions(document_starts)),
             implementation=self.config.attention,
             dropout=self.config.dropout,
             dropout_key=k_weights,
+            document_starts=document_starts,
         )
         return block.finish(x, attended, k_attn, k_mlp)
 
@@ -128,12 +141,17 @@ class Transformer(LanguageModel):
         return dataclasses.replace(self, **gather_params(outside))
 
     def final_hidden(self, tokens: NamedArray, key: jax.Array | None) -> NamedArray:
+        return self.hidden_in_documents(tokens, None, key)
+
+    def hidden_in_documents(
+        self, tokens: NamedArray, document_starts: NamedArray | None, key: jax.Array | None
+    ) -> NamedArray:
         key = key if self.config.dropout > 0 else None
         k_embed, k_blocks = (None, None) if key is None else jax.random.split(key)
-        x = hax.auto_sharded(self.embed(tokens, None, k_embed))
+        x = hax.auto_sharded(self.embed(tokens, _positions(document_starts), k_embed))
         layers = hax.arange(self.config.Layers)
         keys = None if k_blocks is None else jax.random.split(k_blocks, self.config.num_layers)
-        return self.final_norm(self.blocks.fold(x, layers, keys, unroll=self.config.scan_unroll))
+        return self.final_norm(self.blocks.fold(x, layers, keys, document_starts, unroll=self.config.scan_unroll))
 
     def empty_cache(self, Batch: Axis) -> Cache:
         config = self.config
@@ -173,6 +191,13 @@ class Transformer(LanguageModel):
         cache = hax.auto_sharded(_with(cache, made.keys, made.values, positions))
         # Of logits rounded to bfloat16 many are the likeliest.
         return model.head(model.final_norm(x), jnp.float32), cache
+
+
+def _positions(document_starts: NamedArray | None) -> NamedArray | None:
+    """int32 [..., position], how far each token is in its document; None where documents are not told apart."""
+    if document_starts is None:
+        return None
+    return hax.arange(document_starts.resolve_axis("position")) - document_starts
 
 
 def _with(cache: Cache, keys: NamedArray, values: NamedArray, positions: NamedArray) -> Cache:

@@ -157,7 +157,8 @@ def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int)
         """Of activations, and of parameters in other dtypes and shapes."""
 
         def kept(parameters: Any) -> list[jax.Array]:
-            batch = batch_from_sequences(np.zeros((rows, positions + 1), np.int32))
+            end = 0 if config.data.mask_documents else None
+            batch = batch_from_sequences(np.zeros((rows, positions + 1), np.int32), document_end=end)
             one = jax.tree.map(lambda x: x["microbatch", 0], batch, is_leaf=lambda x: hasattr(x, "axes"))
             cast = policy.cast_to_compute(eqx.combine(parameters, static))
             _, pull = jax.vjp(lambda p: eqx.combine(p, static).losses(one)[0], eqx.filter(cast, eqx.is_array))

@@ -129,5 +129,5 @@ def shared_config(config: TrainConfig) -> str:
     if trainer.checkpoint_dir is not None:
         trainer = replace(trainer, run_dir="each its own")
     sets = dict.fromkeys(config.data.validation_sets, "each its own")
-    data = DataConfig(validation=sets.get("", sets or None))
+    data = DataConfig(validation=sets.get("", sets or None), mask_documents=config.data.mask_documents)
     return dump_config(replace(config, mesh=mesh, data=data, trainer=trainer))

@@ -165,7 +165,8 @@ def best_so_far(run: Run, restored: Restored[TrainState]) -> dict[str, Any] | No
     """Step and loss of the best checkpoint, if losses to come compare with it."""
     saved_config: Any = restored.metadata["config"]
     sequences = saved_config.get("trainer", {}).get("evaluation_windows")
-    same_sequences = sequences == run.config.trainer.evaluation_windows
+    masked = saved_config.get("data", {}).get("mask_documents", False)
+    same_sequences = sequences == run.config.trainer.evaluation_windows and masked == run.config.data.mask_documents
     same_text = _is_same_text(restored.metadata["validation"], run.provenance["validation"])
     best: Any = restored.metadata.get("best")
     is_sound = isinstance(best, dict) and isinstance(best.get("step"), int)

@@ -374,8 +374,8 @@ class Run:
         )
         timer = CheckpointTimer(trainer.checkpoint_minutes, self.processes)
         saving = Saving(trainer, monitor, checkpoints, self.verification, timer)
-        lengths, policy = token_byte_lengths(self.data.tokenizer), self.settings.policy
-        evaluators = {name: Evaluator(own, lengths, self.partition, policy) for name, own in self.validation.items()}
+        lengths, policy, end = token_byte_lengths(self.data.tokenizer), self.settings.policy, self.data.document_end
+        evaluators = {n: Evaluator(own, lengths, self.partition, policy, end) for n, own in self.validation.items()}
         registered = [RegisteredCallback(name, callback, monitor) for name, callback in self.callbacks.items()]
         evaluating = Evaluating(trainer, monitor, partial(evaluate_sets, evaluators), registered, best)
         scoring = Scoring(trainer, monitor, TaskScorer(self.data.tokenizer, self.partition, policy), self.tasks)
@@ -385,7 +385,9 @@ class Run:
             config=trainer,
             settings_of=partial(StepSettings.of, self.config),
             partition=self.partition,
-            loader=BatchLoader(self.batches, self.partition, trainer, int(state.skipped_windows)),
+            loader=BatchLoader(
+                self.batches, self.partition, trainer, int(state.skipped_windows), self.data.document_end
+            ),
             monitor=monitor,
             callbacks=[profiling, *logging, evaluating, scoring, *registered, saving],
             evaluating=evaluating,

@@ -146,7 +146,12 @@ def attention_of(config: TrainConfig, partition: Partition) -> str | None:
         InputError: if the one that is asked for cannot be used on these devices.
     """
     split = partition.mesh.shape["sequence"] > 1
-    return config.model.attention_on(partition.platform, config.trainer.compute_dtype, split_positions=split)
+    return config.model.attention_on(
+        partition.platform,
+        config.trainer.compute_dtype,
+        split_positions=split,
+        documents=config.data.mask_documents,
+    )
 
 
 def describe_mesh(partition: Partition) -> str:

@@ -50,10 +50,11 @@ def _notes(runs: Sequence[Run], same_tokenizer: bool, same_text: bool) -> Iterat
             "The runs are validated on different texts: not even their bits per byte compare exactly, and no value is "
             "marked as the best."
         )
-    elif len({(run.config.trainer.evaluation_windows, run.config.model.seq_len) for run in runs}) > 1:
+    elif len({_sequences(run) for run in runs}) > 1:
         yield (
-            "The runs are validated on different sequences of the text (trainer.evaluation_windows, model.seq_len): "
-            "small differences between their losses may come from that."
+            "The runs are validated on different sequences of the text, or with other masks "
+            "(trainer.evaluation_windows, model.seq_len, data.mask_documents): small differences between their losses "
+            "may come from that."
         )
     for run in runs:
         if run.parameters is None:
@@ -63,6 +64,11 @@ def _notes(runs: Sequence[Run], same_tokenizer: bool, same_text: bool) -> Iterat
             )
         if "damaged" in run.checkpoint:
             yield f"{run.name}: damaged checkpoints: {run.checkpoint}."
+
+
+def _sequences(run: Run) -> tuple[object, ...]:
+    """What besides the text decides how much of it a validated token sees."""
+    return run.config.trainer.evaluation_windows, run.config.model.seq_len, run.config.data.mask_documents
 
 
 def _same_tokenizer(a: Run, b: Run) -> bool:

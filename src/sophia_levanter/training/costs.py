@@ -215,7 +215,7 @@ def lower_step(config: TrainConfig, partition: Partition, vocab_size: int, *, re
     """A step, ready to be compiled.
 
     Args:
-        config: the run; its data are not looked at.
+        config: the run; its text is not looked at.
         partition: the devices, which need not be there.
         vocab_size: classes that can be predicted.
         refresh: whether the step refreshes the curvature.
@@ -224,7 +224,8 @@ def lower_step(config: TrainConfig, partition: Partition, vocab_size: int, *, re
 
     def batch() -> Batch:
         sequences = np.zeros((config.trainer.batch_size, config.model.seq_len + 1), np.int32)
-        return batch_from_sequences(sequences, num_microbatches=config.trainer.num_microbatches)
+        end = 0 if config.data.mask_documents else None
+        return batch_from_sequences(sequences, num_microbatches=config.trainer.num_microbatches, document_end=end)
 
     step = jax.jit(partial(train_step, settings, refresh), donate_argnums=1)
     with partition.active():

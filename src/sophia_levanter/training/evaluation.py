@@ -59,15 +59,22 @@ class Evaluator:
         byte_lengths: [vocab] bytes of text that each token stands for.
         partition: the devices, and where arrays lie on them.
         policy: parameters' and compute dtypes.
+        document_end: the token that ends a document, at which attention and positions stop; None if they do not.
     """
 
     def __init__(
-        self, batches: ValidationBatches, byte_lengths: np.ndarray, partition: Partition, policy: jmp.Policy
+        self,
+        batches: ValidationBatches,
+        byte_lengths: np.ndarray,
+        partition: Partition,
+        policy: jmp.Policy,
+        document_end: int | None = None,
     ) -> None:
         self._batches = batches
         self._byte_lengths = byte_lengths
         self._partition = partition
         self._policy = policy
+        self._document_end = document_end
 
     def __call__(self, model: LanguageModel, on_progress: Callable[[], None] = lambda: None) -> Evaluation:
         """The losses of a model, each token weighted the same.
@@ -81,7 +88,8 @@ class Evaluator:
         tokens = text_bytes = 0
         for sequences, weights in self._batches:
             with self._partition.active():
-                batch = self._partition.place(batch_from_sequences(sequences, weights))
+                batch = batch_from_sequences(sequences, weights, document_end=self._document_end)
+                batch = self._partition.place(batch)
                 pending.append(_summed_loss(self._partition, self._policy, model, batch))
             tokens += int(np.count_nonzero(weights))
             text_bytes += int((self._byte_lengths[sequences[:, 1:]] * (weights > 0)).sum())

@@ -48,12 +48,14 @@ class BatchLoader:
         partition: the devices.
         config: the batch sizes, and into how many microbatches they fall.
         skipped_windows: of the order of the sequences, that the run has passed over.
+        document_end: the token that ends a document, at which attention and positions stop; None if they do not.
     """
 
     batches: Batches
     partition: Partition
     config: TrainerConfig
     skipped_windows: int = 0
+    document_end: int | None = None
 
     def load(self, step: int) -> Batch:
         """The batch of a step, [microbatch, batch, position], on the devices.
@@ -66,7 +68,10 @@ class BatchLoader:
         rows = self.partition.rows_of_this_process(size)
         wanted = (np.arange(trainer.num_microbatches)[:, None] * size + rows).ravel()
         sequences = self.batches.rows(int(step), wanted, skipped_windows=self.skipped_windows)
-        return self.partition.place(batch_from_sequences(sequences, num_microbatches=trainer.num_microbatches))
+        batch = batch_from_sequences(
+            sequences, num_microbatches=trainer.num_microbatches, document_end=self.document_end
+        )
+        return self.partition.place(batch)
 
     def load_all(self, first: int, stop: int) -> Iterator[Batch]:
         """The batches of the steps in `[first, stop)`; threads load the next few ahead."""
