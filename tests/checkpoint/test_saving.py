@@ -23,6 +23,7 @@ from sophia_levanter.checkpoint import (
     CheckpointError,
     Retention,
     Saver,
+    copy_step,
     damage,
     remove_leftovers,
     restore,
@@ -54,6 +55,22 @@ def test_an_intact_step_is_never_written_into(tmp_path: Path) -> None:
     put(tmp_path, 1, make_state(3))
     assert bits(restore(tmp_path, make_state(), report=silent).tree) == bits(make_state(3))
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_copy_is_a_step_of_another_run(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    put(source, 3, make_state(1))
+    copy_step(source, 3, target, run_id="other", metadata={"more": 1})
+    restored = restore(target, make_state(), report=silent)
+    assert bits(restored.tree) == bits(make_state(1))
+    assert (restored.step, restored.run_id) == (3, "other")
+    assert restored.metadata == restore(source, make_state(), report=silent).metadata | {"more": 1}
+    with pytest.raises(FileExistsError, match="step-00000003"):
+        copy_step(source, 3, target, run_id="third", metadata={})
+    chunk = chunk_files(source)[0]
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="step-00000003"):
+        copy_step(source, 3, tmp_path / "c", run_id="other", metadata={})
 
 
 def test_leftovers_are_no_steps_and_are_removed(tmp_path: Path) -> None:

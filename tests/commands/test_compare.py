@@ -13,6 +13,7 @@ from sophia_levanter.commands.compare import main
 from sophia_levanter.studies import runner
 from sophia_levanter.studies.records import Record, flat_config, read_records
 from sophia_levanter.studies.runner import Job, RunFailed
+from sophia_levanter.studies.sharing import Start
 
 STUDY = """
 config: [tiny.yaml]
@@ -178,6 +179,30 @@ def test_the_second_call_does_nothing_more_and_a_removed_record_is_done_again(wr
     assert [flat_config(job.config) for job in done[4:]] == [removed["config"]]
     assert [record.loss for record in read_records(file)] == [1.0, 3.0, 4.0, 5.0]
     assert "study: 4 runs, 1 to do\n1/1 sophia tokens=640 seed=0: validation loss 5.0000\n" in (capfd.readouterr().out)
+
+
+LENGTHS = """
+config: [tiny.yaml]
+tokens: [640, 1280]
+evaluations: 2
+settings: {optimizer: {type: adamw, schedule: {type: wsd, decay: 0.25}}}
+arms: {adamw: {settings: {optimizer: {WARMUP}}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("warmup", "wanted", "step"),
+    [
+        ("warmup: 2", "1 of them begin with the steps of a shorter one: 9 steps are not trained again", 9),
+        ("warmup: 0.2", "each length trains in full: optimizer.warmup is 2 and 4 steps; set it in steps to", None),
+    ],
+)
+def test_lengths_share_their_steps_or_it_says_why_not(warmup, wanted, step, write, capfd, done):
+    study = write(LENGTHS.replace("WARMUP", warmup))
+    assert main(arguments(study)) == 0
+    assert f"study: 2 runs, 2 to do\n{wanted}" in capfd.readouterr().out
+    short, long = done
+    assert short.keep_step == step and long.start == (step and Start(short.directory, step))
 
 
 def test_another_text_needs_another_place(write, tmp_path, capsys, done):

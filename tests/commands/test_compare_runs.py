@@ -12,10 +12,11 @@ import pytest
 from sophia_levanter import checkpoint
 from sophia_levanter.commands.compare import main
 from sophia_levanter.run.directory import with_absolute_paths
-from sophia_levanter.studies.records import Record, read_records
+from sophia_levanter.studies.records import Record, find, read_records
 from sophia_levanter.studies.results import collect
 from sophia_levanter.studies.runner import job_directory
 from sophia_levanter.studies.study import plan, read_study
+from tiny_runs import metrics
 
 ROOT = Path(__file__).parents[2]
 STUDY = """
@@ -65,6 +66,41 @@ def test_a_tiny_study(write, tmp_path, capfd):
     assert f"| sophia | 640 | 1 | – | {sophia.loss:.4f} | 1 |" in report
     for name in ("final_loss.png", "curves.png", "win_rate.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(out.rglob("checkpoints"))
+
+
+LENGTHS = """
+config: [tiny.yaml]
+evaluations: 2
+settings: {optimizer: {type: sophia_g, interval: 4, rho: 0.5, warmup: 2, schedule: {type: wsd, decay: 0.25}}}
+arms:
+  shared: {tokens: [640, 1280], settings: {trainer: {max_rollbacks: 0}}}
+  full: {tokens: [1280], settings: {trainer: {max_rollbacks: 1}}}
+"""
+
+
+@pytest.mark.parametrize("ray", [[], pytest.param(["--ray"], marks=pytest.mark.slow)], ids=["one_by_one", "ray"])
+def test_a_run_that_begins_with_a_shorter_one_is_the_run_from_step_0(ray, write, tmp_path, capfd):
+    """A run that may go back to a checkpoint shares nothing, and nothing sends it back here."""
+    study = write(LENGTHS)
+    assert main(arguments(study, *ray)) == 0, capfd.readouterr().err
+    said, out = capfd.readouterr().out, tmp_path / "out"
+    assert "study: 3 runs, 3 to do\n1 of them begin with the steps of a shorter one: 9 steps are not" in said
+    planned = plan(read_study(study), {})
+    records = [find(read_records(out / "study.json"), with_absolute_paths(run.config)) for run in planned]
+    short, shared, full = [job_directory(out / "runs", with_absolute_paths(run.config)) for run in planned]
+    assert [record.facts.get("shared_steps") for record in records] == [None, 9, None]
+    log = shared.with_suffix(".log").read_text()
+    assert "resuming after step 9 " in log and " and is " not in log, "it goes on as the run of its own settings"
+    losses = metrics(shared)
+    assert losses == metrics(full) and sorted(losses) == list(range(20))
+    assert [step for step in range(10) if losses[step] == metrics(short)[step]] == list(range(10))
+    assert metrics(shared, "train/learning_rate") == metrics(full, "train/learning_rate")
+    assert metrics(shared, "optim/win_rate") == metrics(full, "optim/win_rate")
+    assert (records[1].loss, records[1].training) == (records[2].loss, records[2].training)
+    # The shared steps have the validation losses that the shorter run took.
+    assert [[step for step, _ in record.validation] for record in records] == [[5, 10], [5, 10, 20], [10, 20]]
+    assert "They trained 41 steps (2,624 tokens, " in said and "; 9 more are the steps of shorter runs" in said
     assert not list(out.rglob("checkpoints"))
 
 

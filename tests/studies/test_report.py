@@ -67,6 +67,19 @@ def test_the_report_of_a_study(study, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pngs")
+def test_steps_that_runs_share_are_counted_once(study, tmp_path):
+    runs, records = study
+    assert "They trained" not in write_report(STUDY, runs, records, tmp_path)
+    # The others have trained 10 steps of 100 tokens each; of the last one, which was stopped, nothing more is known.
+    records = [dataclasses.replace(record, seconds=[360.0, None]) for record in records[:4]]
+    records[2] = dataclasses.replace(records[2], facts=records[2].facts | {"shared_steps": 8})
+    assert (
+        "They trained 32 steps (3,200 tokens, 3:12:00 of steps); 8 more are the steps of shorter runs that longer ones "
+        "began with, counted once." in write_report(STUDY, runs, records, tmp_path)
+    )
+
+
+@pytest.mark.usefixtures("no_pngs")
 def test_without_a_baseline_there_is_no_speed_up(study, tmp_path):
     assert "Speed-up" not in write_report(dataclasses.replace(STUDY, baseline=None), *study, tmp_path)
 

@@ -1,5 +1,6 @@
 """Doing runs and reading what they left, against processes that only pretend to train."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from sophia_levanter.studies import runner
 from sophia_levanter.studies.records import Record, flat_config
 from sophia_levanter.studies.runner import Job, RunFailed, as_ray_tasks, do, job_directory, one_by_one, record_of
 from sophia_levanter.studies.runs import has_diverged, read_files
+from sophia_levanter.studies.sharing import Start
 
 MODEL = Gpt2Config(num_layers=1, num_heads=1, embed_dim=8, seq_len=10)
 CONFIG = TrainConfig(
@@ -209,6 +212,33 @@ def test_a_finished_run_is_recorded_and_its_checkpoints_go(pretend):
     assert flat_config(written) == flat_config(CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("step", "every", "wanted"), [(6, 4, 3), (6, 2, 2), (7, 2, 1), (7, 4, 7), (10, 4, None), (None, 4, None)]
+)
+def test_a_run_saves_after_the_step_that_it_is_to_keep(step, every, wanted, pretend):
+    """At the divisor of the step that is nearest to the usual interval; the last step is saved in any case."""
+    job, _ = pretend("log([5.0] * 10, last=2.0)")
+    trainer = TrainerConfig(num_train_steps=10, batch_size=5, checkpoint_every=every)
+    job = dataclasses.replace(job, config=dataclasses.replace(CONFIG, trainer=trainer), keep_step=step)
+    do(job)
+    written = load_config(job.directory.with_suffix(".yaml")).trainer
+    assert (written.checkpoint_every, written.keep_every) == ((wanted, step) if wanted else (every, None))
+
+
+@pytest.mark.parametrize(("saved", "stays"), [([3, 4], True), ([2, 4], False)])
+def test_a_checkpoint_stays_for_a_longer_run_until_that_is_done(saved, stays, pretend):
+    job, _ = pretend("log([5.0] * 4, last=2.0)")
+    for step in saved:
+        write_checkpoint(job.directory, step)
+    assert "shared_steps" not in do(dataclasses.replace(job, keep_step=3)).facts
+    assert (job.directory / "checkpoints").exists() == stays
+    shorter = job.directory.rename(job.directory.with_name("shorter"))
+    job.directory.mkdir()
+    (job.directory / "shared_steps").write_text("3\n")
+    assert do(dataclasses.replace(job, start=Start(shorter, 3))).facts["shared_steps"] == 3
+    assert not (shorter / "checkpoints").exists()
+
+
 def test_a_run_is_told_its_threads(pretend):
     job, _ = pretend("log([1.0], last=float(os.environ['NPROC']))")
     assert do(Job(job.config, job.directory, threads=3)).loss == 3.0
@@ -310,6 +340,64 @@ def test_a_run_that_fails_does_not_stop_the_others(monkeypatch, make_record, tmp
     (second, failure), third = results
     assert (second, str(failure)) == (1, "no text") and isinstance(failure, RunFailed)
     assert third == (2, records["c"]) and started == jobs
+
+
+def test_a_longer_run_is_not_started_where_the_shorter_one_failed(monkeypatch, make_record, tmp_path):
+    jobs = [Job(TrainConfig(), tmp_path / name) for name in "abc"]
+    jobs[1] = dataclasses.replace(jobs[1], start=Start(tmp_path / "a", 3))
+    jobs[2] = dataclasses.replace(jobs[2], start=Start(tmp_path / "done_before", 3))
+    started = []
+
+    def do(job: Job):
+        started.append(job.directory.name)
+        if job.directory.name == "a":
+            raise RunFailed("no text")
+        return make_record()
+
+    monkeypatch.setattr(runner, "do", do)
+    _, (index, failure), (_, record) = one_by_one(jobs)
+    assert index == 1 and isinstance(failure, RunFailed)
+    assert str(failure) == f"{tmp_path}/b was not started: the shorter run that it begins with failed"
+    assert record == make_record() and started == ["a", "c"]
+
+
+class FakeRay:
+    """Does a task when its result is asked for, after those whose results it takes; the last one seems done first."""
+
+    def __init__(self) -> None:
+        self.results: dict[object, object] = {}
+        self.tasks: dict[object, tuple] = {}
+        self.init = self.shutdown = lambda **options: None
+
+    def remote(self, **options: object) -> object:
+        def start(function):
+            def remote(*arguments):
+                self.tasks[task := object()] = (function, arguments)
+                return task
+
+            return types.SimpleNamespace(remote=remote)
+
+        return start
+
+    def wait(self, pending: list[object], **options: object) -> tuple[list[object], list[object]]:
+        return pending[-1:], pending[:-1]
+
+    def get(self, task: object) -> object:
+        if task not in self.results:
+            function, arguments = self.tasks[task]
+            taken = [self.get(argument) if argument in self.tasks else argument for argument in arguments]
+            self.results[task] = function(*taken)
+        return self.results[task]
+
+
+def test_a_longer_run_is_a_task_that_waits_for_the_shorter_one(monkeypatch, make_record, tmp_path):
+    jobs = [Job(TrainConfig(), tmp_path / name) for name in "ab"]
+    jobs[1] = dataclasses.replace(jobs[1], start=Start(tmp_path / "a", 3))
+    started = []
+    monkeypatch.setitem(sys.modules, "ray", FakeRay())
+    monkeypatch.setattr(runner, "do", lambda job: (started.append(job.directory.name), make_record())[1])
+    assert [index for index, _ in as_ray_tasks(jobs, lambda: False)] == [1, 0]
+    assert started == ["a", "b"]
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ from sophia_levanter.checkpoint.restoring import (
     restore,
     steps,
 )
-from sophia_levanter.checkpoint.saving import Retention, Saver, save
+from sophia_levanter.checkpoint.saving import Retention, Saver, copy_step, save
 
 __all__ = [
     "JSON",
@@ -34,6 +34,7 @@ __all__ = [
     "SavedArray",
     "Saver",
     "check_writable",
+    "copy_step",
     "damage",
     "read_arrays",
     "read_step",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +21,10 @@ from sophia_levanter.checkpoint.manifest import (
     encode_manifest,
     one_line,
 )
-from sophia_levanter.checkpoint.restoring import arrays_of, is_intact
-from sophia_levanter.checkpoint.storage import Stage, Storage, step_name, storage_at
+from sophia_levanter.checkpoint.restoring import arrays_of, damage, is_intact, read_step
+from sophia_levanter.checkpoint.storage import DiskStorage, Stage, Storage, step_name, storage_at
 from sophia_levanter.errors import InputError
+from sophia_levanter.files import sync
 from sophia_levanter.partition.processes import PATIENCE, NoAnswer, Processes
 
 # All processes save in the same order, and so agree on the number of a save.
@@ -90,6 +92,33 @@ def save(
             fell back because of it could never get past it.
     """
     return _prepared(storage_at(directory), step, tree, run_id, metadata, retention, processes or Processes()).run()
+
+
+def copy_step(source: Path, step: int, target: Path, *, run_id: str, metadata: dict[str, JSON]) -> None:
+    """Copy a step from one folder on a disk to another, durably, as a step that another run has saved.
+
+    Args:
+        source: the folder that holds the step.
+        step: which.
+        target: the other folder; made if it is not there.
+        run_id: of the other run.
+        metadata: entries that take the place of those of the same names.
+
+    Raises:
+        CheckpointError: if the step is damaged.
+        FileExistsError: if the other folder holds the step already.
+    """
+    manifest = read_step(source, step)
+    storage = DiskStorage(target)
+    stage = storage.new_stage(step, replaces=False)
+    arrays = target / stage.folder / stage.arrays
+    shutil.copytree(source / step_name(step) / manifest.folder, arrays)
+    for path in (arrays, *arrays.rglob("*")):
+        sync(path)
+    new = replace(manifest, run_id=run_id, folder=stage.arrays, metadata={**manifest.metadata, **metadata})
+    storage.commit(stage, step, encode_manifest(new))
+    if found := damage(target, step):
+        raise CheckpointError(found[0])
 
 
 class Saver:

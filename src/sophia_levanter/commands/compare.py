@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -119,7 +120,7 @@ def _compare(command: Command, stopped: Callable[[], bool]) -> int:
         texts = _texts(runs, records, command.out)
         missing = _missing(runs, records)
         print(_counts(study, runs, missing), flush=True)
-        failures = _do(study, command, missing, records, texts, stopped) if missing else 0
+        failures = _do(study, command, runs, records, texts, stopped) if missing else 0
 
         from sophia_levanter.studies.report import REPORT, write_report
 
@@ -178,19 +179,20 @@ def _missing(runs: Sequence[PlannedRun], records: Sequence[Record]) -> dict[str,
 def _do(
     study: Study,
     command: Command,
-    missing: Mapping[str, TrainConfig],
+    runs: Sequence[PlannedRun],
     records: list[Record],
     texts: Texts,
     stopped: Callable[[], bool],
 ) -> int:
     """Do the runs, putting each record into the file as it comes; the number of those that failed."""
     # Only now what takes long to import: a mistake above is answered at once.
-    from sophia_levanter.studies.runner import Job, RunFailed, as_ray_tasks, job_directory, one_by_one
+    from sophia_levanter.studies.runner import RunFailed, as_ray_tasks, jobs_of, one_by_one
 
     folder = (command.out / "runs").absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    missing = _missing(runs, records)
     names = list(missing)
-    jobs = [Job(config, job_directory(folder, config)) for config in missing.values()]
+    jobs = jobs_of([run.config for run in runs], list(missing.values()), folder, partial(print, flush=True))
     failures = 0
     with closing(as_ray_tasks(jobs, stopped) if command.ray else one_by_one(jobs)) as results:
         for count, (index, result) in enumerate(results, start=1):

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sophia_levanter import checkpoint
@@ -120,14 +122,27 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
             console.line(f"{name} was {old} and is {new}")
         if name == "trainer.batch_size":
             console.line("so sequences are skipped or come again; trainer.batch_size_changes keeps their order")
-    rates = [
-        float(c.optimizer.build_schedule(c.trainer.num_train_steps)(restored.step)) for c in (old_config, run.config)
-    ]
-    if rates[0] != rates[1]:
+    then, now = (learning_rates(config, restored.step + 1) for config in (old_config, run.config))
+    differ = np.flatnonzero(then != now)
+    if differ.size:
+        step = differ[-1]
         console.line(
-            f"the schedule is another one: at step {restored.step} the learning rate was {rates[0]:.3g} "
-            f"and is {rates[1]:.3g}"
+            f"the schedule changed: at step {step} the learning rate was {then[step]:.3g} and is {now[step]:.3g}"
+            + f"; before step {differ[0]} both are the same" * bool(differ[0])
         )
+
+
+def learning_rates(config: TrainConfig, num_steps: int) -> np.ndarray:
+    """The learning rates of a run's first steps, float32 [step]."""
+    schedule = config.optimizer.build_schedule(config.trainer.num_train_steps)
+    return np.asarray(jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(jnp.arange(num_steps)))
+
+
+def steps_in_common(a: TrainConfig, b: TrainConfig) -> int:
+    """How many first steps of two runs have the same learning rates, bit for bit; at most the shorter run's steps."""
+    num_steps = min(config.trainer.num_train_steps for config in (a, b))
+    differ = np.flatnonzero(learning_rates(a, num_steps) != learning_rates(b, num_steps))
+    return int(differ[0]) if differ.size else num_steps
 
 
 def with_saved_rows(config: TrainConfig, directory: RunDirectory) -> TrainConfig:

@@ -60,7 +60,8 @@ class Record:
         parameters: of the model, the padding of the vocabulary included; 0 in older records of runs that diverged
             before their first checkpoint.
         flops_per_token: of forward and backward.
-        facts: data and environment, as in the run's checkpoints if it has any, and the package's version.
+        facts: data and environment, as in the run's checkpoints if it has any, and the package's version; with
+            `shared_steps`, how many steps of a shorter run it began with, where it did.
     """
 
     config: dict[str, Any]

@@ -17,10 +17,13 @@ from sophia_levanter.studies.results import (
     flops_per_token,
     lengths,
     seconds_per_step,
+    shared_steps,
     speed_ups,
+    steps_trained,
     tokens_per_step,
 )
 from sophia_levanter.studies.study import PlannedRun, Study
+from sophia_levanter.tracking.console import show_duration
 
 REPORT = "report.md"
 # Win rates outside say that rho does not fit: almost every coordinate is clipped, or almost none.
@@ -71,9 +74,22 @@ def _summary(cells: Sequence[Cell], records: Sequence[Record]) -> str:
     others = len(records) - len({id(record) for cell in cells for record in cell.records.values()})
     if others:
         lines.append(f"{others} of them are in no arm of the study as it is now.")
+    if shared := sum(map(shared_steps, records)):
+        lines.append(_budget(records, shared))
     if texts > 1:
         lines.append(f"**The runs are of {texts} different training texts.**")
     return " ".join(lines)
+
+
+def _budget(records: Sequence[Record], shared: int) -> str:
+    """What was trained, where runs share steps."""
+    trained = {id(record): steps_trained(record) for record in records}
+    tokens = sum(trained[id(record)] * tokens_per_step(record) for record in records)
+    seconds = sum(trained[id(record)] * seconds_per_step(record) for record in records)
+    return (
+        f"They trained {sum(trained.values()):,} steps ({tokens:,} tokens, {show_duration(seconds)} of steps); "
+        f"{shared:,} more are the steps of shorter runs that longer ones began with, counted once."
+    )
 
 
 def _cautions(cells: Sequence[Cell]) -> Iterator[str]:

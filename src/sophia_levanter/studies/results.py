@@ -19,6 +19,7 @@ import numpy as np
 
 from sophia_levanter.studies.records import Record, config_of, find
 from sophia_levanter.studies.runs import Run, Series
+from sophia_levanter.studies.sharing import SHARED_STEPS
 from sophia_levanter.studies.study import PlannedRun
 from sophia_levanter.training.costs import flops_per_step, refreshes_per_step
 
@@ -133,6 +134,17 @@ def seconds_per_step(record: Record) -> float:
 def tokens_per_step(record: Record) -> int:
     """Training tokens in a step."""
     return record.config["trainer.batch_size"] * record.config["model.seq_len"]
+
+
+def shared_steps(record: Record) -> int:
+    """Steps of a shorter run that the run began with."""
+    return record.facts.get(SHARED_STEPS, 0)
+
+
+def steps_trained(record: Record) -> int:
+    """Steps that the run did itself, to its end or until it was stopped."""
+    last = int(record.training[-1][0] or 0) if record.training else 0
+    return max(0, last - shared_steps(record))
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from sophia_levanter import checkpoint
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import dump_config
 from sophia_levanter.config.data import DataConfig
@@ -33,6 +35,7 @@ from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.status import VARIABLE, Failure, read_status
 from sophia_levanter.studies.records import Record, flat_config
 from sophia_levanter.studies.runs import FACTS, Run, Series, has_diverged, read_files
+from sophia_levanter.studies.sharing import SHARED_STEPS, Start, begin, find_starts, steps_taken_over
 
 POINTS = 50  # entries of a record's training curve
 POLL_SECONDS = 1.0
@@ -51,11 +54,15 @@ class Job:
         config: the run's configuration.
         directory: where it goes; a run that was cut short goes on from what is there.
         threads: how many threads its process computes with; None for one a core.
+        start: steps of a shorter run that it begins with; None to train in full.
+        keep_step: the step whose checkpoint stays for a longer run; None for none.
     """
 
     config: TrainConfig
     directory: Path
     threads: int | None = None
+    start: Start | None = None
+    keep_step: int | None = None
 
 
 Result = tuple[int, Record | RunFailed]
@@ -64,6 +71,38 @@ Result = tuple[int, Record | RunFailed]
 def job_directory(folder: Path, config: TrainConfig) -> Path:
     """The directory of a run, by its configuration: where an interrupted study finds it again."""
     return folder / hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
+
+
+def jobs_of(
+    configs: Sequence[TrainConfig], missing: Sequence[TrainConfig], folder: Path, say: Callable[[str], None]
+) -> list[Job]:
+    """The jobs for the runs without a record, in their order. Runs of several lengths share what they can.
+
+    Args:
+        configs: of all runs of a study, shorter ones first.
+        missing: those without a record.
+        folder: where the runs' directories go.
+        say: receives a line about the steps that are shared, and one about those that are not.
+    """
+    # An accelerator is for the runs, which are processes of their own.
+    jax.config.update("jax_platforms", "cpu")
+    places = {job_directory(folder, config): config for config in configs}
+    to_do = [job_directory(folder, config) for config in missing]
+    found, hindrance = find_starts(places)
+    # A shorter run that was done by itself has no checkpoint left.
+    starts = {
+        directory: start
+        for directory in to_do
+        if (start := found.get(directory)) is not None
+        and (start.directory in to_do or start.is_saved or steps_taken_over(directory))
+    }
+    kept = {start.directory: start.step for start in starts.values()}
+    if starts:
+        steps = sum(start.step for start in starts.values())
+        say(f"{len(starts)} of them begin with the steps of a shorter one: {steps:,} steps are not trained again")
+    if hindrance:
+        say(hindrance)
+    return [Job(places[path], path, start=starts.get(path), keep_step=kept.get(path)) for path in to_do]
 
 
 def digests(config: DataConfig) -> dict[str, str]:
@@ -83,8 +122,10 @@ def _digest(corpus: Tokens | None, facts: Mapping[str, Any]) -> str:
 
 def one_by_one(jobs: Sequence[Job]) -> Generator[Result, None, None]:
     """The index of each job with its record or its failure, in order; each has all cores."""
+    results: dict[Path, Record | RunFailed] = {}
     for index, job in enumerate(jobs):
-        yield index, _attempt(job)
+        results[job.directory] = _attempt(job, *_result_before(job, results))
+        yield index, results[job.directory]
 
 
 def as_ray_tasks(jobs: Sequence[Job], stopped: Callable[[], bool]) -> Generator[Result, None, None]:
@@ -111,7 +152,11 @@ def as_ray_tasks(jobs: Sequence[Job], stopped: Callable[[], bool]) -> Generator[
     # Ray puts in its own, which ends with another exit status.
     signal.signal(signal.SIGTERM, stop)
     attempt = ray.remote(num_cpus=1, max_retries=0)(_task)
-    pending = {attempt.remote(replace(job, threads=1)): index for index, job in enumerate(jobs)}
+    tasks: dict[Path, Any] = {}
+    for job in jobs:
+        # Ray begins a task when what it is given is there.
+        tasks[job.directory] = attempt.remote(replace(job, threads=1), *_result_before(job, tasks))
+    pending = {task: index for index, task in enumerate(tasks.values())}
     try:
         while pending:
             done, _ = ray.wait(list(pending), timeout=POLL_SECONDS)
@@ -127,13 +172,20 @@ def as_ray_tasks(jobs: Sequence[Job], stopped: Callable[[], bool]) -> Generator[
         ray.shutdown()
 
 
-def _task(job: Job) -> Record | RunFailed:
+def _result_before(job: Job, results: Mapping[Path, Any]) -> list[Any]:
+    """The result of the shorter run that a job waits for, if it is one of these."""
+    return [results[job.start.directory]] if job.start and job.start.directory in results else []
+
+
+def _task(job: Job, before: Record | RunFailed | None = None) -> Record | RunFailed:
     # Ray cancels by SIGINT, which a shell ignores for what it runs in the background, and its children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    return _attempt(job)
+    return _attempt(job, before)
 
 
-def _attempt(job: Job) -> Record | RunFailed:
+def _attempt(job: Job, before: Record | RunFailed | None = None) -> Record | RunFailed:
+    if isinstance(before, RunFailed):
+        return RunFailed(f"{job.directory} was not started: the shorter run that it begins with failed")
     try:
         return do(job)
     except RunFailed as failure:
@@ -147,7 +199,10 @@ def do(job: Job) -> Record:
         RunFailed: if the process ended otherwise.
     """
     job.directory.parent.mkdir(parents=True, exist_ok=True)
-    config = replace(job.config, trainer=replace(job.config.trainer, run_dir=str(job.directory)))
+    trainer = replace(job.config.trainer, run_dir=str(job.directory), **_saving(job))
+    config = replace(job.config, trainer=trainer)
+    if job.start is not None:
+        begin(job.start, config, job.directory)
     config_file = job.directory.with_suffix(".yaml")
     config_file.write_text(dump_config(config), encoding="utf-8")
     log, metrics = job.directory.with_suffix(".log"), job.directory / "metrics.jsonl"
@@ -183,8 +238,21 @@ def do(job: Job) -> Record:
             raise RunFailed(f"{log}: {said}")
         diverged = True
     record = record_of(read_files(job.directory.name, job.directory, config), diverged=diverged)
-    shutil.rmtree(job.directory / "checkpoints", ignore_errors=True)
+    if job.keep_step not in checkpoint.steps(job.directory / "checkpoints"):
+        shutil.rmtree(job.directory / "checkpoints", ignore_errors=True)
+    if job.start is not None:
+        shutil.rmtree(job.start.directory / "checkpoints", ignore_errors=True)
     return record
+
+
+def _saving(job: Job) -> dict[str, Any]:
+    """Settings by which a run saves after the step that it is to keep, and otherwise about as often as before."""
+    step, trainer = job.keep_step, job.config.trainer
+    if step is None or step == trainer.num_train_steps:
+        return {}
+    divisors = [number for number in range(1, step + 1) if step % number == 0]
+    every = min(divisors, key=lambda number: abs(math.log(number / trainer.checkpoint_interval)))
+    return {"checkpoint_every": every, "keep_every": step}
 
 
 def _inode(path: Path) -> int | None:
@@ -240,7 +308,9 @@ def record_of(run: Run, *, diverged: bool) -> Record:
         seconds=_step_seconds(run, refreshes=win_rate.steps),
         parameters=run.parameters or 0,
         flops_per_token=run.flops_per_token or 0.0,
-        facts={name: run.facts[name] for name in FACTS if name in run.facts} | {"version": version("sophia-levanter")},
+        facts={name: run.facts[name] for name in FACTS if name in run.facts}
+        | {"version": version("sophia-levanter")}
+        | ({SHARED_STEPS: steps} if (steps := steps_taken_over(run.path)) else {}),
     )
 
 

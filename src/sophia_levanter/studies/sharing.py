@@ -1,0 +1,156 @@
+"""Runs that differ only in their length share their first steps, as far as their learning rates are the same.
+
+A schedule with a stable part and a decay (`optimizer.schedule.type: wsd`) has the same rates at every length until the
+decay. A study of several lengths then trains the stable part once, and decays from it at each length (Hägele et al.
+2024, arXiv 2405.18392, section 4): a run begins with a checkpoint of the next shorter one from before its decay. It is
+bit for bit the run that it would be from step 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import uuid
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sophia_levanter import checkpoint
+from sophia_levanter.checkpoint import CheckpointError
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.build import encode, flat
+from sophia_levanter.config.optimizer import OptimizerConfig
+from sophia_levanter.files import write_atomically
+from sophia_levanter.run.directory import RunDirectory
+from sophia_levanter.run.resuming import steps_in_common
+
+LEAST_SHARE = 0.25  # of the shorter run; the longer one would wait for it to save fewer steps
+SHARED_STEPS = "shared_steps"  # a file in a run directory, and a fact in a record: how many steps it began with
+# Fields that follow from a run's length, and do not change the steps before that.
+_OF_LENGTH = (
+    "trainer.num_train_steps",
+    "trainer.evaluate_every",
+    "trainer.checkpoint_every",
+    "trainer.log_every",
+)
+_WARMUP = "optimizer.warmup"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The steps of a shorter run that a longer one begins with.
+
+    Attributes:
+        directory: of the shorter run.
+        step: how many steps; the shorter run saves after them.
+    """
+
+    directory: Path
+    step: int
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the shorter run has that checkpoint now."""
+        return self.step in checkpoint.steps(self.directory / "checkpoints")
+
+
+def find_starts(runs: Mapping[Path, TrainConfig]) -> tuple[dict[Path, Start], str | None]:
+    """The runs that can begin with steps of a shorter one.
+
+    Args:
+        runs: configurations of a study by run directory.
+
+    Returns:
+        The start of each such run by its directory; and why others train in full although a part of their schedules
+        is stable, in one line, or None.
+    """
+    starts = {}
+    for family in _families(runs):
+        for shorter, longer in itertools.pairwise(family):
+            step = steps_in_common(runs[shorter], runs[longer])
+            if _is_worth_it(step, runs[shorter]) and _obstacle(runs[longer]) is None:
+                starts[longer] = Start(shorter, step)
+    hindered = (
+        _hindrance(runs[family[0]], runs[family[-1]])
+        for family in _families(runs, _WARMUP)
+        if not any(directory in starts for directory in family)
+    )
+    return starts, next((reason for reason in hindered if reason), None)
+
+
+def _families(runs: Mapping[Path, TrainConfig], *besides: str) -> list[list[Path]]:
+    """The directories of runs that differ in their length only, and in these fields; shortest first."""
+    families: dict[str, list[Path]] = defaultdict(list)
+    for directory, config in runs.items():
+        fields = {name: value for name, value in flat(config).items() if name not in (*_OF_LENGTH, *besides)}
+        families[json.dumps(fields, default=str)].append(directory)
+    return [sorted(family, key=lambda path: runs[path].trainer.num_train_steps) for family in families.values()]
+
+
+def _is_worth_it(step: int, shorter: TrainConfig) -> bool:
+    return step >= LEAST_SHARE * shorter.trainer.num_train_steps
+
+
+def _obstacle(config: TrainConfig) -> str | None:
+    """What besides the learning rate may depend on a run's length or on its checkpoints."""
+    if config.trainer.max_rollbacks:
+        return "trainer.max_rollbacks is above 0, and a run that goes back needs checkpoints of its own"
+    if not type(config.optimizer).__module__.startswith("sophia_levanter."):
+        name = OptimizerConfig.get_choice_name(type(config.optimizer))
+        return f"optimizer.type {name} is a plug-in's, and may use the number of steps besides the schedule"
+    return None
+
+
+def _hindrance(shorter: TrainConfig, longer: TrainConfig) -> str | None:
+    """Why two runs do not share steps that they would share if their warm-ups were the same."""
+    if shorter.trainer.num_train_steps == longer.trainer.num_train_steps:
+        return None
+    warmups = [config.optimizer.warmup for config in (shorter, longer)]
+    same = replace(longer, optimizer=replace(longer.optimizer, warmup=warmups[0]))
+    if not _is_worth_it(steps_in_common(shorter, same), shorter):
+        return None
+    reason = _obstacle(longer)
+    if reason is None and warmups[0] != warmups[1]:
+        reason = f"{_WARMUP} is {warmups[0]} and {warmups[1]} steps; set it in steps to train the common steps once"
+    return reason and f"each length trains in full: {reason}"
+
+
+def begin(start: Start, config: TrainConfig, directory: Path) -> None:
+    """Make the directory of a run that begins with the steps of a shorter one, as if it had saved after them.
+
+    Nothing is done where the directory is there already, or the shorter run has no whole checkpoint of that step, as
+    one that diverged before. The run then trains in full.
+
+    Args:
+        start: the steps.
+        config: of the run, with its directory.
+        directory: where the run goes.
+    """
+    if directory.exists() or not start.is_saved:
+        return
+    # Renamed when all is there: without its checkpoint the directory would be one that lost it.
+    new = RunDirectory(directory.with_suffix(".partial"), "never")
+    shutil.rmtree(new.path, ignore_errors=True)
+    new.path.mkdir()
+    source, target = start.directory / "checkpoints", new.path / "checkpoints"
+    try:
+        saved: Any = checkpoint.read_step(source, start.step).metadata["config"]
+        metadata = {"config": saved | {"trainer": encode(config)["trainer"]}}
+        checkpoint.copy_step(source, start.step, target, run_id=uuid.uuid4().hex, metadata=metadata)
+    except CheckpointError:
+        shutil.rmtree(new.path)
+        return
+    # The run drops the lines of later steps.
+    shutil.copyfile(RunDirectory(start.directory, "never").metrics_file, new.metrics_file)
+    new.write_config(config)
+    write_atomically(new.path / SHARED_STEPS, f"{start.step}\n".encode())
+    new.path.rename(directory)
+
+
+def steps_taken_over(directory: Path) -> int:
+    """How many steps of a shorter run the run in a directory began with."""
+    file = directory / SHARED_STEPS
+    return int(file.read_text()) if file.exists() else 0
