@@ -70,7 +70,7 @@ def test_the_report_of_a_study(study, tmp_path):
 def test_steps_that_runs_share_are_counted_once(study, tmp_path):
     runs, records = study
     assert "They trained" not in write_report(STUDY, runs, records, tmp_path)
-    # The others have trained 10 steps of 100 tokens each; of the last one, which was stopped, nothing more is known.
+    # Each has a curve of 10 steps of 100 tokens.
     records = [dataclasses.replace(record, seconds=[360.0, None]) for record in records[:4]]
     records[2] = dataclasses.replace(records[2], facts=records[2].facts | {"shared_steps": 8})
     assert (
