@@ -1,17 +1,23 @@
-"""The names of jax that are defined for haliax, and when they can go."""
+"""The names of jax that are defined for haliax, and when they can go; libtpu on machines without a TPU."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import haliax as hax
 import jax
 import jax.export
 import jax.numpy as jnp
+import pytest
+from jax._src import hardware_utils
 
-import sophia_levanter.jax_compatibility  # noqa: F401
 from pages import ROOT
+from sophia_levanter import jax_compatibility
 
 SRC = ROOT / "src"
 
@@ -56,3 +62,32 @@ def test_every_module_that_imports_haliax_gets_the_name():
     assert len(users) > 5
     needed = SRC / "sophia_levanter" / "jax_compatibility.py"
     assert [path.name for path in users if needed not in reached_from(path, set())] == []
+
+
+@pytest.mark.parametrize(
+    ("attached", "platforms", "skipped"),
+    [(0, None, True), (0, "", True), (4, None, False), (4, "tpu,cpu", False), (0, "tpu", False)],
+)
+def test_a_tpu_is_skipped_only_where_none_can_be(attached, platforms, skipped, monkeypatch):
+    replaced = []
+    hardware = SimpleNamespace(num_available_tpu_chips_and_device_id=lambda: (attached, None))
+    monkeypatch.setattr(jax_compatibility, "hardware_utils", hardware)
+    monkeypatch.setattr(jax_compatibility, "jax", SimpleNamespace(config=SimpleNamespace(jax_platforms=platforms)))
+    monkeypatch.setattr(jax_compatibility, "register_backend_factory", lambda name, *_, **__: replaced.append(name))
+    jax_compatibility.skip_absent_tpu()
+    assert replaced == ["tpu"] * skipped
+    replaced.clear()
+    monkeypatch.setenv("JAX_FORCE_TPU_INIT", "1")
+    jax_compatibility.skip_absent_tpu()
+    assert replaced == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the extra tpu")
+@pytest.mark.skipif(hardware_utils.num_available_tpu_chips_and_device_id()[0] > 0, reason="this machine has a TPU")
+def test_libtpu_prints_nothing_where_no_tpu_is():
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    program = "import jax, sophia_levanter.batch; print(jax.default_backend())"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] in ("cpu", "gpu")
+    assert not re.search("tpu|InitGoogle", done.stderr, re.IGNORECASE), done.stderr

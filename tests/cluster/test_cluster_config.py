@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sophia_levanter.accelerators import GIB
 from sophia_levanter.cluster.backend import Job
 from sophia_levanter.cluster.config import (
     ClusterConfig,
@@ -16,7 +17,7 @@ from sophia_levanter.cluster.config import (
 )
 from sophia_levanter.config.settings import setting
 from sophia_levanter.errors import InputError
-from sophia_levanter.planning.target import GENERATIONS, GIB, shapes_of, tpu_shape
+from sophia_levanter.planning.target import GENERATIONS, shapes_of, tpu_shape
 
 INFRA = Path(__file__).parents[2] / "infra" / "tpu"
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from sophia_levanter.planning.collectives import collective_bytes
+from sophia_levanter.planning.collectives import _groups, collective_bytes
 
 # A loop as TPU's compiler writes it, which turns (8 - 0) / 2 = 4 times, inside of one that says that it turns 3 times.
 LOOPS = """\
-HloModule jit_step, is_scheduled=true
+HloModule jit_step, is_scheduled=true, num_partitions=4
 
 %add (x: f32[], y: f32[]) -> f32[] {
   %x = f32[] parameter(0)
@@ -27,8 +27,8 @@ HloModule jit_step, is_scheduled=true
   %constant.2 = u32[]{:T(128)} constant(2)
   %next.2 = u32[]{:T(128)} add(%counter.2, %constant.2)
   %x.2 = bf16[16,4]{1,0:T(8,128)(2,1)S(3)} get-tuple-element(%param.2), index=1
-  %sent.2 = (bf16[16,4]{1,0:T(8,128)(2,1)}, bf16[16,4], u32[], /*index=3*/u32[]{:S(2)}) collective-permute-start(%x.2)
-  %got.2 = bf16[16,4]{1,0:T(8,128)(2,1)S(3)} collective-permute-done(%sent.2)
+  %put.2 = (bf16[16,4], bf16[16,4], /*index=2*/u32[]{:S(2)}) collective-permute-start(%x.2), source_target_pairs={{1,2}}
+  %got.2 = bf16[16,4]{1,0:T(8,128)(2,1)S(3)} collective-permute-done(%put.2)
   ROOT %tuple.2 = (u32[]{:T(128)}, bf16[16,4]{1,0:T(8,128)(2,1)S(3)}) tuple(%next.2, %got.2)
 }
 
@@ -37,9 +37,9 @@ HloModule jit_step, is_scheduled=true
   %start.4 = (u32[], bf16[16,4]) tuple(%param.4, %param.4)
   %inner = (u32[], bf16[16,4]) while(%start.4), condition=%inner_condition, body=%inner_body
   %x.4 = bf16[16,4] get-tuple-element(%inner), index=1
-  %whole.4 = (bf16[16,4], bf16[32,4]) all-gather-start(%x.4), replica_groups={{0,1}}, dimensions={0}
+  %whole.4 = (bf16[16,4], bf16[32,4]) all-gather-start(%x.4), replica_groups={{0,1},{2,3}}, dimensions={0}
   %whole_done.4 = bf16[32,4] all-gather-done(%whole.4)
-  %part.4 = bf16[8,4] reduce-scatter(%x.4), to_apply=%add
+  %part.4 = bf16[8,4] reduce-scatter(%x.4), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
   ROOT %tuple.4 = (s32[], bf16[16,4]) tuple(%param.4, %x.4)
 }
 
@@ -60,10 +60,68 @@ ENTRY %main (a: (s32[], bf16[16,4]), b: f32[6]) -> f32[6] {
 def test_loops_count_as_often_as_they_turn():
     assert collective_bytes(LOOPS) == {
         "collective-permute": 3 * 4 * (16 * 4 * 2),
-        "all-gather": 3 * (32 * 4 * 2),
-        "reduce-scatter": 3 * (16 * 4 * 2),
-        "all-reduce": 2 * 6 * 4,
+        "all-gather": 3 * (32 * 4 * 2) / 2,
+        "reduce-scatter": 3 * (16 * 4 * 2) / 2,
+        "all-reduce": 2 * 6 * 4 * 3 / 4,
     }
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted"),
+    [
+        # The gathers are of devices 0 and 1, and of 2 and 3; the scatters of 0 and 2, and of 1 and 3.
+        ([0, 0, 1, 1], {"collective-permute": 1536, "reduce-scatter": 192, "all-reduce": 12}),
+        ([0, 1, 0, 1], {"collective-permute": 1536, "all-gather": 384, "all-reduce": 12}),
+        ([0, 0, 0, 0], {}),
+    ],
+)
+def test_what_goes_to_other_nodes(nodes, wanted):
+    assert collective_bytes(LOOPS, nodes) == wanted
+
+
+# Of 96 bytes on eight devices.
+@pytest.mark.parametrize(
+    ("kind", "sent", "to_other_nodes"),
+    [
+        ("all-gather", 84, 12),
+        ("reduce-scatter", 84, 12),
+        ("all-reduce", 168, 24),
+        ("all-to-all", 84, 48),
+        ("collective-permute", 96, 96),
+    ],
+)
+def test_a_ring_over_two_nodes(kind, sent, to_other_nodes):
+    hlo = f"""\
+HloModule jit_step, num_partitions=8
+
+ENTRY %main (a: f32[24]) -> f32[24] {{
+  %a = f32[24] parameter(0)
+  ROOT %sent = f32[24] {kind}(%a), replica_groups={{}}
+}}
+"""
+    assert collective_bytes(hlo) == {kind: sent}
+    assert collective_bytes(hlo, 4 * [0] + 4 * [1]) == {kind: to_other_nodes}
+    assert collective_bytes(hlo.replace("num_partitions=8", "num_partitions=1")) == {}
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("{{0,3},{1,2}}", [[0, 3], [1, 2]]),
+        ("{}", [list(range(8))]),
+        ("[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("mesh['a'=2,'b'=4] {'b'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("mesh['a'=2,'b'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("mesh['a'=2,'b'=4] {'a','b'}", [list(range(8))]),
+        ("mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("mesh['a'=8] {'a':(1)2,'a':(4)2}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'b'}", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+    ],
+)
+def test_how_groups_are_written(written, groups):
+    assert _groups(f"f32[4] all-reduce(%a), channel_id=1, replica_groups={written}, to_apply=%add", range(8)) == groups
 
 
 def test_a_loop_that_does_not_say_how_often_it_turns():
@@ -72,10 +130,16 @@ def test_a_loop_that_does_not_say_how_often_it_turns():
         collective_bytes(hlo)
 
 
+def test_groups_in_an_unknown_form():
+    hlo = LOOPS.replace("replica_groups=[2,2]<=", "replica_groups=@2")
+    with pytest.raises(ValueError, match="which devices take part in a collective cannot be told"):
+        collective_bytes(hlo)
+
+
 # As v5e's compiler writes them: a gather in three parts, which each have the whole; a sum that a slice is taken of; a
 # sum whose operand is narrowed on the way.
 TPU = """\
-HloModule jit_step, is_scheduled=true
+HloModule jit_step, is_scheduled=true, num_partitions=8
 
 %fused_computation.1 (p.1: bf16[16,4]) -> (bf16[16,4], bf16[128,4], u32[]) {
   %p.1 = bf16[16,4] parameter(0)
@@ -116,4 +180,9 @@ ENTRY %main (a: bf16[16,4], b: bf16[120,4], c: f32[6]) -> bf16[6] {
 
 
 def test_what_tpus_write_in_parts_counts_once():
-    assert collective_bytes(TPU) == {"all-gather": 128 * 4 * 2, "reduce-scatter": 128 * 4 * 2, "all-reduce": 2 * 6 * 2}
+    whole = 128 * 4 * 2
+    assert collective_bytes(TPU) == {
+        "all-gather": whole * 7 / 8,
+        "reduce-scatter": whole * 7 / 8,
+        "all-reduce": 2 * 6 * 2 * 7 / 8,
+    }

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import pytest
 
+from sophia_levanter.accelerators import Chip
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.model import Gpt2Config
@@ -22,7 +23,7 @@ from sophia_levanter.planning.step_plan import (
     plan_step,
     step_time,
 )
-from sophia_levanter.planning.target import Chip, Target
+from sophia_levanter.planning.target import Target
 from sophia_levanter.training.costs import abstract_state, bytes_by_kind, device_bytes, matrix_flops
 
 VOCAB = 257
@@ -113,20 +114,31 @@ def test_hutchinsons_refresh_needs_more():
 KRONECKER = SophiaGConfig(warmup=0, interval=4, basis="kronecker", curvature_batch_fraction=1.0)
 PLANS = {
     False: StepPlan(arguments=1, temporaries=1, collectives={"all-gather": 100e9, "all-reduce": 200e9}),
-    True: StepPlan(arguments=1, temporaries=1, collectives={"all-gather": 700e9}),
+    True: StepPlan(arguments=1, temporaries=1, collectives={"all-gather": 700e9}, between_nodes=80e9),
 }
-TARGET = Target("test", 8, Chip(memory=1, peak_flops=1e12, bandwidth=200e9, qr_flops=1e9, newton_schulz_flops=1e10))
+CHIP = Chip(
+    kinds=(),
+    memory=1,
+    memory_bandwidth=4.0,
+    peak_flops=1e12,
+    bandwidth=200e9,
+    network=1e9,
+    qr_flops=1e9,
+    newton_schulz_flops=1e10,
+)
+TARGET = Target("test", 8, CHIP)
 
 
-def timed(optimizer, plans):
+def timed(optimizer, plans, chip=CHIP):
     config = dataclasses.replace(CONFIG, optimizer=optimizer)
-    return config, step_time(config, partition_of(CONFIG.mesh), VOCAB, plans, TARGET, mfu=0.5)
+    target = dataclasses.replace(TARGET, chip=chip)
+    return config, step_time(config, partition_of(CONFIG.mesh), VOCAB, plans, target, mfu=0.5)
 
 
 def test_what_is_sent_is_averaged_over_the_run():
     config = dataclasses.replace(CONFIG, optimizer=KRONECKER)
-    assert mean_bytes_sent(config, PLANS) == pytest.approx(300e9 * 3 / 4 + 700e9 / 4)
-    assert mean_bytes_sent(CONFIG, {False: PLANS[False]}) == 300e9
+    assert mean_bytes_sent(config, PLANS) == pytest.approx((400e9 - 20e9, 20e9))
+    assert mean_bytes_sent(CONFIG, {False: PLANS[False]}) == (300e9, 0)
 
 
 def test_the_time_of_a_step_is_priced_by_kind():
@@ -139,25 +151,34 @@ def test_the_time_of_a_step_is_priced_by_kind():
     assert time.qr == pytest.approx(sum(flops / rates[side] for side, flops in share.qr.items()))
     assert share.qr.keys() == rates.keys()
     assert time.newton_schulz == 0
-    assert time.communication == pytest.approx(400 / 200)
+    assert time.memory == 2 * 1 / 4
+    assert time.within == pytest.approx(380 / 200)
+    assert time.between == pytest.approx(20)
 
 
 def test_newton_schulz_has_a_rate_of_its_own():
     config, time = timed(MuonConfig(warmup=0), {False: PLANS[False]})
     assert time.newton_schulz == pytest.approx(matrix_flops(config, 8).newton_schulz / 1e10)
     assert time.qr == 0
-    assert time.communication == pytest.approx(300 / 200)
+    assert time.within == pytest.approx(300 / 200)
 
 
 @pytest.mark.parametrize(
-    ("communication", "bound", "overlapped", "serial"),
-    [(5.0, "compute", 6.0, 11.0), (7.0, "communication", 7.0, 13.0), (None, "compute", 6.0, 6.0)],
+    ("memory", "within", "between", "bound", "overlapped"),
+    [
+        (1.0, 5.0, 0.0, "compute", 6.0),
+        (7.0, 5.0, 0.0, "memory traffic", 7.0),
+        (1.0, 7.0, 2.0, "communication within a node", 7.0),
+        (1.0, 7.0, 8.0, "communication between nodes", 8.0),
+        (1.0, None, 0.0, "compute", 6.0),
+    ],
 )
-def test_what_bounds_a_step(communication, bound, overlapped, serial):
-    time = StepTime(products=3.0, qr=2.0, newton_schulz=1.0, communication=communication)
-    assert (time.bound, time.overlapped, time.serial) == (bound, overlapped, serial)
+def test_what_bounds_a_step(memory, within, between, bound, overlapped):
+    time = StepTime(products=3.0, qr=2.0, newton_schulz=1.0, memory=memory, within=within, between=between)
+    assert (time.bound, time.overlapped) == (bound, overlapped)
+    assert time.serial == 6 + memory + (within or 0) + between
 
 
 def test_communication_of_a_step_that_does_not_fit_is_unknown():
     _, time = timed(KRONECKER, {**PLANS, True: StepPlan(arguments=1, temporaries=None, collectives={})})
-    assert time.communication is None
+    assert time.within is None

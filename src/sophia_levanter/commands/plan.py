@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sophia_levanter.accelerators import GPUS, TPUS
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.arguments import parse_arguments, whole_number
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.errors import InputError, one_line
-from sophia_levanter.planning.target import GPUS, TPUS, Target, pretended_target, tpu_target
+from sophia_levanter.planning.target import Target, pretended_target, tpu_target
 from sophia_levanter.status import DONE, FAILURE, run_command
 
 OPTIONS = ("--config", "--target", "--devices", "--gpu", "--mfu")
@@ -21,7 +22,8 @@ usage: python -m sophia_levanter.commands.plan --config FILE [--target TPU | --d
        [--SECTION.FIELD VALUE ...] [--help]
 
 Compiles the steps of a run without data and without parameters, and prints parameters, FLOPs, each device's memory by
-kind, what devices send each other, the largest microbatch that fits, and how long the run would take.
+kind, what devices send each other, the largest microbatch that fits, how long the run would take, and what bounds a
+step.
 
   --config FILE          the run's configuration, as for training
   --target TPU           a TPU slice such as v4-32, or a topology such as v4:2x2x4 ({", ".join(TPUS)}); compiled as

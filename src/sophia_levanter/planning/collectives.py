@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
@@ -13,6 +16,13 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 _OPCODE = re.compile(r" (?P<opcode>[a-z][a-z0-9\-]*)\((?P<operands>[^)]*)\)")
 _ARRAY = re.compile(r"\b(?P<dtype>pred|bf16|[sfuc]\d+)\[(?P<shape>[\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}\s]+(?:, ?%[^,}\s]+)*)\}?")
+# The forms in which a collective names the devices that exchange with each other: {{0,1},{2,3}}; [2,2]<=[4], the parts
+# of a range, which may be reshaped and transposed; mesh['a'=2,'b'=2] {'b'}, axes of a mesh of devices.
+_LISTS = re.compile(r"\b(?:replica_groups|source_target_pairs)=\{(?P<lists>(?:\{[\d,]+\},?)*)\}")
+_PARTS = re.compile(r"\breplica_groups=\[\d+,(?P<size>\d+)\]<=(?P<range>\[[\d,]+\](?:T\([\d,]+\))?)")
+_MESH = re.compile(
+    r"\breplica_groups=mesh\[(?P<axes>[^]]*)\](?:, device_ids=\((?P<ids>[^ ]*)\))? \{(?P<grouped>[^}]*)\}"
+)
 
 
 @dataclass
@@ -30,20 +40,91 @@ class _Instruction:
     text: str
 
 
-def collective_bytes(hlo: str) -> dict[str, float]:
-    """Bytes that go through each kind of collective on one device, loops counted as often as they turn.
+def collective_bytes(hlo: str, nodes: Sequence[int] | None = None) -> dict[str, float]:
+    """Bytes that a device sends through each kind of collective, loops counted as often as they turn.
 
-    An all-gather counts its result, a reduce-scatter its operand, an all-reduce its result twice (it is one of each),
-    the others their operand: what a ring of many devices sends.
+    Devices in a ring, n of them on k nodes, send to the next one, and to the next node:
+
+        all-gather, reduce-scatter    (n - 1) / n and (k - 1) / n of the whole array
+        all-reduce                    twice that: it is one of each
+        all-to-all                    (n - 1) / n and (k - 1) / k of the array on the device
+        collective-permute            the array on the device, if anyone sends to another device or node
 
     Args:
         hlo: the text of a compiled module (`Compiled.as_text()`).
+        nodes: the node of each device, in the order of the program's devices; only what goes to other nodes is counted.
+            If not given, each device is a node of its own: all that is sent is counted.
 
     Raises:
-        ValueError: if a loop with collectives inside does not say how often it turns.
+        ValueError: if a loop with collectives inside does not say how often it turns, or a collective not which devices
+            take part.
     """
     computations, entry = _parse(hlo)
-    return {kind: float(count) for kind, count in _count(computations, entry).items() if count}
+    partitions = re.search(r"\bnum_partitions=(\d+)", hlo.split("\n", 1)[0])
+    devices = range(int(partitions[1]) if partitions else 1)
+    place = devices if nodes is None else nodes
+
+    def share(kind: str, instruction: _Instruction) -> float:
+        groups = _groups(instruction.text, devices)
+        return max(_share(kind, len(group), len({place[i] for i in group})) for group in groups)
+
+    counts: dict[str, float] = {}
+    for kind, count in _sent(computations, entry, share):
+        counts[kind] = counts.get(kind, 0.0) + count
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def _share(kind: str, size: int, nodes: int) -> float:
+    """What a device sends to other nodes, as a part of the array, in a group of so many devices on so many nodes."""
+    if kind == "collective-permute":
+        return float(nodes > 1)
+    if kind == "all-to-all":
+        return 1 - 1 / nodes
+    return (2 if kind == "all-reduce" else 1) * (nodes - 1) / size
+
+
+def _groups(text: str, devices: Sequence[int]) -> list[list[int]]:
+    """The devices that exchange with each other in a collective; all of them where none are named."""
+    if match := _LISTS.search(text):
+        return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", match["lists"])] or [list(devices)]
+    if match := _PARTS.search(text):
+        return _range(match["range"]).reshape(-1, int(match["size"])).tolist()
+    if match := _MESH.search(text):
+        return _mesh_groups(match["axes"], match["ids"], match["grouped"])
+    if "replica_groups=" in text:
+        raise ValueError(f"which devices take part in a collective cannot be told: {text[:200]}")
+    return [list(devices)]
+
+
+def _mesh_groups(axes: str, ids: str | None, grouped: str) -> list[list[int]]:
+    """The groups along axes of a mesh, which may be parts of its axes: 'a':(2)4 is the part of 4 after one of 2."""
+    parts: dict[str, list[tuple[int, int]]] = {}
+    for axis in grouped.split(","):
+        name, _, part = axis.partition(":")
+        before, size = _numbers(part) if part else (1, 0)
+        parts.setdefault(name, []).append((before, before * size))
+    sizes, within = [], []
+    for axis in axes.split(","):
+        name, _, size = axis.partition("=")
+        spans = [(start, end or int(size)) for start, end in parts.get(name, [])]
+        for start, end in pairwise(sorted({1, int(size)}.union(*spans))):
+            sizes.append(end // start)
+            within.append(any(first <= start and end <= last for first, last in spans))
+    devices = np.arange(math.prod(sizes)) if ids is None else _range(ids) if "[" in ids else np.array(_numbers(ids))
+    order = sorted(range(len(sizes)), key=lambda axis: within[axis])
+    group = math.prod(size for size, inside in zip(sizes, within, strict=True) if inside)
+    return devices.reshape(sizes).transpose(order).reshape(-1, group).tolist()
+
+
+def _range(text: str) -> np.ndarray:
+    """The numbers of [2,4]T(1,0): 0 to 7 in two rows, transposed, one after another."""
+    sizes, _, order = text.partition("T")
+    shape = _numbers(sizes)
+    return np.arange(math.prod(shape)).reshape(shape).transpose(_numbers(order) or None).ravel()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
 
 
 def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
@@ -86,26 +167,26 @@ def _array_bytes(text: str) -> int:
     )
 
 
-def _count(computations: dict[str, _Computation], name: str) -> Counter[str]:
-    counts: Counter[str] = Counter()
+def _sent(
+    computations: dict[str, _Computation], name: str, share: Callable[[str, _Instruction], float]
+) -> Iterator[tuple[str, float]]:
+    """The kind of each collective of a computation, and the bytes that a device sends for it."""
     computation = computations.get(name, _Computation())
     for instruction_name, instruction in computation.instructions.items():
         kind = instruction.opcode.removesuffix("-start")
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
             # How TPU's text writes a reduce-scatter: the slice that is taken of it is all that arrives.
-            counts["reduce-scatter"] += instruction.result_bytes
+            yield "reduce-scatter", instruction.result_bytes * share("reduce-scatter", instruction)
         elif kind in KINDS:
-            counts[kind] += _moved(kind, instruction, computation)
+            yield kind, _array_sent(kind, instruction, computation) * share(kind, instruction)
         elif instruction.opcode == "while":
-            body = _attribute(instruction.text, "body")
-            inside = _count(computations, body)
+            inside = list(_sent(computations, _attribute(instruction.text, "body"), share))
             if inside:
                 turns = _turns(computations, instruction)
-                counts.update({kind: turns * count for kind, count in inside.items()})
+                yield from ((kind, turns * count) for kind, count in inside)
         elif not _continues(instruction_name, instruction):
             for called in instruction.called:
-                counts.update(_count(computations, called))
-    return counts
+                yield from _sent(computations, called, share)
 
 
 def _continues(name: str, instruction: _Instruction) -> bool:
@@ -115,7 +196,8 @@ def _continues(name: str, instruction: _Instruction) -> bool:
     )
 
 
-def _moved(kind: str, instruction: _Instruction, computation: _Computation) -> int:
+def _array_sent(kind: str, instruction: _Instruction, computation: _Computation) -> int:
+    """Bytes of the array that a share of is sent."""
     operands = sum(
         computation.instructions[name].result_bytes for name in instruction.operands if name in computation.instructions
     )
@@ -125,7 +207,7 @@ def _moved(kind: str, instruction: _Instruction, computation: _Computation) -> i
         return instruction.result_bytes - (operands if started else 0)
     if kind == "all-reduce":
         # TPUs narrow the operand on the way.
-        return 2 * instruction.result_bytes
+        return instruction.result_bytes
     return operands
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 
+from sophia_levanter.accelerators import GIB, QR_SIDE
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.tokenizer import vocab_size_of
@@ -16,6 +17,10 @@ from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.optim._trees import is_named
 from sophia_levanter.partition.mesh import Partition, partition_of
 from sophia_levanter.planning.step_plan import (
+    BETWEEN,
+    COMPUTE,
+    MEMORY,
+    WITHIN,
     StepPlan,
     StepTime,
     activation_bytes,
@@ -24,7 +29,7 @@ from sophia_levanter.planning.step_plan import (
     plan_step,
     step_time,
 )
-from sophia_levanter.planning.target import GIB, GPUS_OF_A_NODE, QR_SIDE, Target
+from sophia_levanter.planning.target import Target
 from sophia_levanter.run.summary import attention_of, count_parameters, describe_layout
 from sophia_levanter.training.costs import abstract_state, bytes_by_kind, flops_per_step
 
@@ -87,29 +92,58 @@ def _size(config: TrainConfig, state: object, vocab_size: int) -> Iterator[str]:
 
 
 def _time(config: TrainConfig, time: StepTime, target: Target, mfu: float) -> Iterator[str]:
-    chip, steps = target.chip, config.trainer.num_train_steps
-    parts, rates = [f"{time.products:.3g} products at an MFU of {mfu:g}"], []
+    first, last = f"{time.overlapped:.3g}", f"{time.serial:.3g}"
+    yield f"time              {first} s a step if everything overlaps, {last} s if nothing does"
+    yield f"  {_bound(time, target, mfu)}"
+    if time.bound in (WITHIN, BETWEEN):
+        yield f"  remedy: {' or '.join(_remedies(config, time, target))}"
+    steps, tokens = config.trainer.num_train_steps, config.trainer.batch_size * config.model.seq_len
+    first, last = (f"{seconds * steps / SECONDS_PER_DAY:.3g}" for seconds in (time.overlapped, time.serial))
+    yield f"  {first if first == last else f'{first} to {last}'} days for {counted(steps, 'step')} of {tokens:,} tokens"
+    yield f"  computed from published rates, not measured on these devices: {', '.join(_rates(time, target))}"
+
+
+def _bound(time: StepTime, target: Target, mfu: float) -> str:
+    """What takes longest in a step, and the times of all its parts."""
+    compute = [f"{time.products:.3g} products at an MFU of {mfu:g}"]
+    compute += [f"{time.qr:.3g} QR"] * bool(time.qr)
+    compute += [f"{time.newton_schulz:.3g} Newton-Schulz"] * bool(time.newton_schulz)
+    details = {COMPUTE: f" ({', '.join(compute)})"}
+
+    def times(*parts: str) -> str:
+        return ", ".join(f"{part} {time.parts[part]:.3g} s{details.get(part, '')}" for part in parts)
+
+    if time.within is None:
+        return f"{times(COMPUTE, MEMORY)}, communication unknown: the step does not fit"
+    parts = [COMPUTE, MEMORY, *[WITHIN] * (target.num_devices > 1), *[BETWEEN] * (target.num_nodes > 1)]
+    line = f"bounded by {time.bound}: {times(*parts)}"
+    return line.replace("a node", "a slice") if target.topology else line
+
+
+def _rates(time: StepTime, target: Target) -> Iterator[str]:
+    chip = target.chip
+    yield f"memory {chip.memory_bandwidth / 1e9:,.0f} GB/s"
+    if target.num_devices > 1:
+        yield f"links within a {'slice' if target.topology else 'node'} {chip.bandwidth / 1e9:g} GB/s"
+    if target.num_nodes > 1 and chip.network is not None:
+        yield f"network between nodes {chip.network / 1e9:g} GB/s"
     if time.qr:
-        parts.append(f"{time.qr:.3g} QR")
-        source = "published" if chip.qr_measured else "assumed, not measured on this chip"
-        rates.append(f"QR {chip.qr_flops / 1e12:g} TFLOP/s at a side of {QR_SIDE} ({source})")
+        source = "published" if chip.qr_measured else "assumed"
+        yield f"QR {chip.qr_flops / 1e12:g} TFLOP/s at a side of {QR_SIDE} ({source})"
     if time.newton_schulz:
-        parts.append(f"{time.newton_schulz:.3g} Newton-Schulz")
-        rates.append(f"Newton-Schulz {chip.newton_schulz_flops / 1e12:g} TFLOP/s (assumed, not measured on this chip)")
-    if time.communication:
-        parts.append(f"{time.communication:.3g} communication at {chip.bandwidth / 1e9:g} GB/s")
-    elif time.communication is None:
-        parts.append("communication unknown: the step does not fit")
-    yield f"time              {time.overlapped:.3g} s a step: {', '.join(parts)}"
-    days = f"{time.overlapped * steps / SECONDS_PER_DAY:.3g}"
-    if time.communication:
-        days += f" to {time.serial * steps / SECONDS_PER_DAY:.3g}"
-        yield f"  bounded by {time.bound} if communication overlaps fully; {time.serial:.3g} s a step if none overlaps"
-    yield f"  {days} days for {counted(steps, 'step')} of {config.trainer.batch_size * config.model.seq_len:,} tokens"
-    if rates:
-        yield f"  rates: {', '.join(rates)}"
-    if time.communication and target.topology is None and target.num_devices > GPUS_OF_A_NODE:
-        yield f"  the bandwidth is that of NVLink; the network between nodes of {GPUS_OF_A_NODE} GPUs is slower"
+        yield f"Newton-Schulz {chip.newton_schulz_flops / 1e12:g} TFLOP/s (assumed)"
+
+
+def _remedies(config: TrainConfig, time: StepTime, target: Target) -> Iterator[str]:
+    """What has a device send less for each token."""
+    mesh = config.mesh
+    if time.bound == BETWEEN and mesh.fsdp is not None and mesh.replica < target.num_nodes:
+        yield f"mesh.replica {target.num_nodes} (only gradients go between nodes)"
+    for axis in ("sequence", "model"):
+        if getattr(mesh, axis) > 1:
+            yield f"a smaller mesh.{axis}"
+    # Parameters are gathered, and gradients reduced, once for each microbatch.
+    yield "a larger trainer.microbatch_size" if config.trainer.num_microbatches > 1 else "a larger trainer.batch_size"
 
 
 def _memory(
@@ -171,21 +205,24 @@ def _collectives(
     for kind in kinds:
         yield _row(kind, [plan.collectives.get(kind, 0) for plan in plans.values()], unit)
     yield _row("together", totals.values(), unit)
+    if any(plan.between_nodes for plan in plans.values()):
+        yield _row("to other nodes", [plan.between_nodes for plan in plans.values()], unit)
     if config.mesh.fsdp is not None:
         least = fsdp_minimum(config, partition, state)
         yield _row("least for FSDP", ["-" if least[r] is None else least[r] for r in plans], unit)
     if True in plans:
-        yield f"  {mean_bytes_sent(config, plans) / unit:.2f} in the mean over the run"
+        yield f"  {sum(mean_bytes_sent(config, plans)) / unit:.2f} in the mean over the run"
 
 
 def fsdp_minimum(config: TrainConfig, partition: Partition, state: object) -> dict[bool, float | None]:
     """The least bytes that a device sends in a plain and in a refresh step, parameters gathered in the compute dtype.
 
     Every microbatch gathers each parameter that is in parts twice and scatters its gradient once; one of GNB's refresh
-    scatters a second gradient. Hutchinson's pass has rows of its own: None.
+    scatters a second gradient. Hutchinson's pass has rows of its own: None. Of n devices each has 1 / n already.
     """
-    item = 2 if config.trainer.compute_dtype == "bfloat16" else 4
-    once = item * _gathered_elements(partition, state.model, config.mesh.fsdp)  # type: ignore[attr-defined]
+    item, devices = 2 if config.trainer.compute_dtype == "bfloat16" else 4, partition.mesh.shape["data"]
+    gathered = _gathered_elements(partition, state.model, config.mesh.fsdp)  # type: ignore[attr-defined]
+    once = item * gathered * (devices - 1) / devices
     plain = 3.0 * once * config.trainer.num_microbatches
     curvature = config.optimizer.curvature_microbatches(config.trainer)
     if curvature is None or config.optimizer.build(config.trainer.num_train_steps).estimator.forward_mode:

@@ -15,7 +15,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.partition.mesh import Partition
 from sophia_levanter.planning.collectives import collective_bytes
-from sophia_levanter.planning.target import Target
+from sophia_levanter.planning.target import Target, node_of
 from sophia_levanter.training.costs import (
     abstract_state,
     bytes_by_kind,
@@ -35,12 +35,14 @@ class StepPlan:
     Attributes:
         arguments: the state and the batch; the next state takes the same place.
         temporaries: all else at the peak: gradients, activations, workspace; None if it does not fit the device.
-        collectives: what goes through each kind of collective.
+        collectives: what the device sends through each kind of collective.
+        between_nodes: the part of it that goes to other nodes.
     """
 
     arguments: int
     temporaries: int | None
     collectives: dict[str, float]
+    between_nodes: float = 0.0
 
     def fits(self, memory: float) -> bool:
         """Whether arguments and temporaries are within so many bytes."""
@@ -58,7 +60,13 @@ def plan_step(config: TrainConfig, partition: Partition, vocab_size: int, *, ref
         return StepPlan(sum(bytes_by_kind(state).values()), None, {})
     sizes = step_bytes(compiled)
     assert sizes is not None, "no memory analysis on this backend"
-    return StepPlan(*sizes, collective_bytes(compiled.as_text() or ""))
+    hlo, nodes = compiled.as_text() or "", [node_of(device) for device in partition.mesh.devices.flat]
+    between = collective_bytes(hlo, nodes) if len(set(nodes)) > 1 else {}
+    return StepPlan(*sizes, collective_bytes(hlo), sum(between.values()))
+
+
+COMPUTE, MEMORY = "compute", "memory traffic"
+WITHIN, BETWEEN = "communication within a node", "communication between nodes"
 
 
 @dataclass(frozen=True)
@@ -69,33 +77,43 @@ class StepTime:
         products: the model's matrix products and those of an optimizer with its matrices.
         qr: QR decompositions.
         newton_schulz: Newton-Schulz iterations.
-        communication: what the device sends, at the bandwidth of its links; None if the steps do not fit the device.
+        memory: parameters and optimizer state, read and written once, at the bandwidth of the device's memory.
+        within: what the device sends to others of its node or slice, at the bandwidth of its links; None if the steps
+            do not fit the device.
+        between: what it sends to other nodes, at the bandwidth of its network.
     """
 
     products: float
     qr: float
     newton_schulz: float
-    communication: float | None
+    memory: float
+    within: float | None
+    between: float
 
     @property
     def compute(self) -> float:
-        """All but communication."""
+        """Matrix products, QR decompositions and Newton-Schulz iterations, one after another."""
         return self.products + self.qr + self.newton_schulz
 
     @property
+    def parts(self) -> dict[str, float]:
+        """What may run at the same time."""
+        return {COMPUTE: self.compute, MEMORY: self.memory, WITHIN: self.within or 0.0, BETWEEN: self.between}
+
+    @property
     def overlapped(self) -> float:
-        """Of a step whose communication overlaps fully with computation."""
-        return max(self.compute, self.communication or 0.0)
+        """Of a step whose parts overlap fully: the longest of them."""
+        return max(self.parts.values())
 
     @property
     def serial(self) -> float:
-        """Of a step whose communication does not overlap with computation."""
-        return self.compute + (self.communication or 0.0)
+        """Of a step whose parts do not overlap: all of them."""
+        return sum(self.parts.values())
 
     @property
     def bound(self) -> str:
-        """What bounds the overlapped step."""
-        return "compute" if self.overlapped == self.compute else "communication"
+        """The longest part, which bounds the overlapped step."""
+        return max(self.parts, key=lambda part: self.parts[part])
 
 
 def step_time(
@@ -119,20 +137,23 @@ def step_time(
     )
     matrices = matrix_flops(config, partition.mesh.shape["data"])
     fits = all(plan.temporaries is not None for plan in plans.values())
+    within, between = mean_bytes_sent(config, plans)
     return StepTime(
         products=(model + matrices.products) / (mfu * chip.peak_flops),
         qr=sum(flops / chip.qr_rate(side) for side, flops in matrices.qr.items()),
         newton_schulz=matrices.newton_schulz / chip.newton_schulz_flops,
-        communication=mean_bytes_sent(config, plans) / chip.bandwidth if fits else None,
+        memory=2 * plans[False].arguments / chip.memory_bandwidth,
+        within=within / chip.bandwidth if fits else None,
+        between=between / chip.network if chip.network else 0.0,
     )
 
 
-def mean_bytes_sent(config: TrainConfig, plans: dict[bool, StepPlan]) -> float:
-    """Bytes that a device sends in a step, averaged over the plain and the refresh steps of the run."""
-    sent = {refresh: sum(plan.collectives.values()) for refresh, plan in plans.items()}
-    if True not in sent:
-        return sent[False]
-    return sent[False] + (sent[True] - sent[False]) * refreshes_per_step(config)
+def mean_bytes_sent(config: TrainConfig, plans: dict[bool, StepPlan]) -> tuple[float, float]:
+    """Bytes that a device sends within its node and to other nodes in a step, averaged over the steps of the run."""
+    refreshes = refreshes_per_step(config) if True in plans else 0.0
+    weighted = [(refreshes if refresh else 1 - refreshes, plan) for refresh, plan in plans.items()]
+    between = sum(weight * plan.between_nodes for weight, plan in weighted)
+    return sum(weight * sum(plan.collectives.values()) for weight, plan in weighted) - between, between
 
 
 def gradient_bytes(state: TrainState) -> int:

@@ -1,4 +1,4 @@
-"""Accelerators: the devices that a plan is for, and the TPU slices that Google Cloud names.
+"""The devices that a plan is for, and the TPU slices that Google Cloud names.
 
 Facts about slices from https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e; runtime versions), read in November 2026.
 """
@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sophia_levanter.accelerators import GIB, GPUS, TPUS, Chip
 from sophia_levanter.errors import InputError, counted
 
-GIB = 2**30
-# The side of the matrix that `Chip.qr_flops` is for.
-QR_SIDE = 2048
 GPUS_OF_A_NODE = 8
 SLICE_NAME = r"(v4|v5litepod|v5e|v5p|v6e)-(\d{1,5})"
 # For libtpu, which looks at these when it starts: it is to describe a machine, not to look for one.
@@ -27,67 +25,6 @@ LIBTPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v4-8",
-}
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One device.
-
-    Attributes:
-        memory: bytes that a program can have.
-        peak_flops: dense bfloat16 FLOP/s as published.
-        bandwidth: bytes/s that the chip can send to others of its slice or node, over all links, as published.
-        qr_flops: FLOP/s of a QR decomposition in float32 of a `QR_SIDE` x `QR_SIDE` matrix; `qr_rate` has other sides.
-        newton_schulz_flops: FLOP/s of Newton-Schulz iterations in float32, as jax multiplies by default.
-        topology: what libtpu needs to be told to compile for it; None where there is no such compiler.
-        longest_side: chips along the longest side of the largest slice.
-        qr_measured: whether `qr_flops` was measured on this kind of chip, by anyone; otherwise it is assumed.
-    """
-
-    memory: float
-    peak_flops: float
-    bandwidth: float
-    qr_flops: float
-    newton_schulz_flops: float
-    topology: dict[str, Any] | None = None
-    longest_side: int = 16
-    qr_measured: bool = False
-
-    def qr_rate(self, side: int) -> float:
-        """FLOP/s of a QR decomposition of a side x side matrix.
-
-        Householder's columns come one after another, so that the time grows more slowly than the FLOPs: with the
-        power 1.5 of the side here. On an unnamed GPU torch.linalg.qr took 0.61, 3.8 and 24 ms for R alone at sides of
-        256, 1024 and 4096, the power 1.3 (github.com/flagos-ai/FlagGems, pull request 5586); Q adds products.
-        """
-        return self.qr_flops * (side / QR_SIDE) ** 1.5
-
-
-# The bandwidths are half of the "bidirectional ICI bandwidth per chip" of docs.cloud.google.com/tpu/docs/v5p, v5e and
-# v6e, and six links of 50 GB/s for v4 (Jouppi et al. 2023, arXiv 2304.01433). No rate of XLA's QR on TPUs is published:
-# a quarter of the A100's is assumed, since its loop over columns cannot use the matrix units. Newton-Schulz is assumed
-# to reach half the peak; float32 products take one bfloat16 pass by default.
-_TPU_QR_FLOPS = 0.36e12
-_ONE_CORE: dict[str, Any] = {"chips_per_host_bounds": (2, 2, 1)}
-_MEGACORE = {"chip_config_name": "megacore", **_ONE_CORE}
-TPUS = {
-    "v4": Chip(32 * GIB, 275e12, 300e9, _TPU_QR_FLOPS, 137e12, _MEGACORE),
-    "v5p": Chip(95 * GIB, 459e12, 600e9, _TPU_QR_FLOPS, 229e12, _MEGACORE, longest_side=28),
-    "v5e": Chip(16 * GIB, 197e12, 200e9, _TPU_QR_FLOPS, 98e12, _ONE_CORE),
-    "v6e": Chip(32 * GIB, 918e12, 400e9, _TPU_QR_FLOPS, 459e12, _ONE_CORE),
-}
-# Of the memory on the card, what a driver and its context leave. The bandwidths are NVLink's in one direction, half of
-# the 600 and 900 GB/s of NVIDIA's data sheets. torch.linalg.qr of a 2048 x 2048 float32 matrix took 15.97 ms on an A100
-# (github.com/pytorch/pytorch, issue 151066; cuSOLVER, which jax calls too): 8/3 * 2048^3 FLOPs in that time are 1.43
-# TFLOP/s. The H100's and H200's are assumed to be the same. Newton-Schulz is assumed to reach half the peak of float32
-# products, which by default are in TF32: a quarter of the bfloat16 peak.
-_GPU_QR_FLOPS = 1.43e12
-GPUS = {
-    "a100-40": Chip(38 * GIB, 312e12, 300e9, _GPU_QR_FLOPS, 78e12, qr_measured=True),
-    "a100-80": Chip(77 * GIB, 312e12, 300e9, _GPU_QR_FLOPS, 78e12, qr_measured=True),
-    "h100": Chip(77 * GIB, 989e12, 450e9, _GPU_QR_FLOPS, 247e12),
-    "h200": Chip(138 * GIB, 989e12, 450e9, _GPU_QR_FLOPS, 247e12),
 }
 
 
@@ -106,6 +43,11 @@ class Target:
     num_devices: int
     chip: Chip
     topology: str | None = None
+
+    @property
+    def num_nodes(self) -> int:
+        """Groups of devices with slow links between them: nodes of eight GPUs, or the one slice of TPUs."""
+        return 1 if self.topology else -(-self.num_devices // GPUS_OF_A_NODE)
 
     def devices(self) -> Sequence[Any]:
         """The devices to compile for. For the first call of a process that uses jax.
@@ -131,6 +73,11 @@ class Target:
                 raise InputError("--target needs libtpu: pip install 'sophia-levanter[tpu]'") from None
             raise InputError(f"--target {self.name}: {' '.join(str(error).split())[:200]}") from None
         return described.devices
+
+
+def node_of(device: Any) -> int:
+    """The node or slice of a device, pretended ones in nodes of eight GPUs: links within it are fast."""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else device.id // GPUS_OF_A_NODE
 
 
 def tpu_target(text: str) -> Target:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sophia_levanter.accelerators import published_peak
 from sophia_levanter.batch import Batch, batch_from_sequences
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.models.language_model import matrix_axes
@@ -172,24 +173,11 @@ def show_bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-# Dense bfloat16 matrix FLOP/s as published by the makers, by a part of jax's device kind.
-_PUBLISHED_PEAKS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5p": 459e12,
-    "TPU v5 lite": 197e12,
-    "TPU v6 lite": 918e12,
-}
-
-
 def peak_flops(devices: list[jax.Device]) -> float:
     """FLOP/s that the devices together can do at best: published, or measured here for a kind that is not listed."""
-    kind = devices[0].device_kind
-    for name, peak in _PUBLISHED_PEAKS.items():
-        if name in kind:
-            return peak * len(devices)
+    published = published_peak(devices[0].device_kind)
+    if published is not None:
+        return published * len(devices)
     # Several CPU devices of one host share its cores.
     return _measured_matrix_rate() * (1 if devices[0].platform == "cpu" else len(devices))
 
