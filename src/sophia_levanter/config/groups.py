@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from sophia_levanter.errors import InputError
 if TYPE_CHECKING:
     from sophia_levanter.optim import ParameterGroup
 
+ROLES = ("embedding", "head", "matrix", "vector")  # those of `LanguageModel.parameter_roles`
+
 
 @dataclass(frozen=True)
 class GroupConfig(Settings):
@@ -21,14 +22,19 @@ class GroupConfig(Settings):
 
     section: ClassVar[str] = "optimizer.groups"
 
-    match: str = setting(dataclasses.MISSING, "regular expression that their paths contain, such as wte|wpe")
+    match: str | None = setting(None, "regular expression that their paths contain, such as wte|wpe")
     learning_rate: float | str = setting("1 x", "their peak, or a factor on optimizer.learning_rate such as 0.1 x")
     weight_decay: float | None = setting(None, "their weight decay, in place of optimizer.weight_decay", low=0)
+    role: str | None = setting(None, "in place of match, what they are in the model", choices=ROLES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.match is None and self.role is None:
+            raise InputError("optimizer.groups: match is missing; a group has match, or role in place of it")
+        if self.match is not None and self.role is not None:
+            raise InputError(f"optimizer.groups: match {self.match!r} and role {self.role!r} are both given; keep one")
         try:
-            re.compile(self.match)
+            re.compile(self.match or "")
         except re.error as error:
             raise InputError(f"optimizer.groups: match {self.match!r} is not a regular expression: {error}") from None
         if self.factor(1.0) is None:
@@ -41,7 +47,7 @@ class GroupConfig(Settings):
         """The group as optimizers with this peak learning rate take it."""
         from sophia_levanter.optim import ParameterGroup
 
-        return ParameterGroup(self.match, self.factor(peak) or 0.0, self.weight_decay)
+        return ParameterGroup(self.match, self.factor(peak) or 0.0, self.weight_decay, self.role)
 
     def factor(self, peak: float) -> float | None:
         """The factor on an optimizer's learning rate; None if `learning_rate` does not spell one."""
@@ -60,9 +66,10 @@ def check_groups(groups: Sequence[ParameterGroup], model: Any) -> dict[str, int]
     Raises:
         InputError: if a group matches no parameter.
     """
+    from sophia_levanter.models.language_model import parameter_roles
     from sophia_levanter.optim import groups_of
 
     try:
-        return groups_of(groups, model)
+        return groups_of(groups, model, parameter_roles)
     except ValueError as error:
         raise InputError(f"optimizer.{error}") from None

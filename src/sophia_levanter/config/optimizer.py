@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from draccus import ChoiceRegistry
 
+from sophia_levanter.config.assembly import build_optimizer as build_optimizer
 from sophia_levanter.config.groups import GroupConfig
 from sophia_levanter.config.schedule import CosineSchedule, Schedule, ScheduleConfig
 from sophia_levanter.config.settings import Settings, not_defined, setting, steps_of
 from sophia_levanter.config.trainer import DTYPES, OR_FRACTION, TrainerConfig
-from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.errors import InputError
 
 if TYPE_CHECKING:
     from sophia_levanter.optim import Estimator, Optimizer, ParameterGroup
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 FINAL_FRACTION = "learning rate at the last step over the peak; constant ignores it"
 RHO = "scale of the curvature; coordinates with |m| >= rho * h take a clipped step; auto steers it by the win rate"
 SMALLEST_EPS = 1e-37  # float32 makes a smaller one 0
-_METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_at", "matrix_work")
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,10 @@ class OptimizerConfig(Settings, ChoiceRegistry):
     groups: tuple[GroupConfig, ...] = setting(
         (), "parameters with settings of their own: [{match: wte|wpe, learning_rate: 0.1 x, weight_decay: 0}, ...]"
     )
+    hyperball: bool = setting(
+        False, "keep the norm of each matrix, which does not decay; learning_rate is then the angle of its steps"
+    )
+    cautious_weight_decay: bool = setting(False, "decay only coordinates that the step does not move away from zero")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +84,19 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         """The groups as the optimizers take them."""
         return [group.build(self.learning_rate) for group in self.groups]
 
+    @property
+    def decay(self) -> dict[str, Any]:
+        """The weight decay of each parameter: `weight_decay` and `weight_decay_mask` as the optimizers take them."""
+        from sophia_levanter.models.language_model import decay_mask, hyperball_matrices, parameter_roles
+        from sophia_levanter.optim import group_weight_decay, hyperball_weight_decay
+
+        rate, mask = self.weight_decay, decay_mask
+        if any(group.weight_decay is not None for group in self.groups):
+            rate, mask = 1.0, group_weight_decay(self.parameter_groups, rate, mask, parameter_roles)
+        if self.hyperball:
+            mask = hyperball_weight_decay(hyperball_matrices, mask)
+        return {"weight_decay": rate, "weight_decay_mask": mask}
+
     def build_schedule(self, num_train_steps: int) -> Schedule:
         """The learning rate as a function of the step, warm-up included.
 
@@ -106,17 +122,10 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         """
         import jax.numpy as jnp
 
-        from sophia_levanter.models.language_model import decay_mask
-        from sophia_levanter.optim import group_weight_decay
-
         common = {common.name for common in dataclasses.fields(OptimizerConfig)}
         taken = set(inspect.signature(getattr(optimizer, "__init__")).parameters)  # noqa: B009
         own = [own.name for own in dataclasses.fields(self) if own.name in taken - common]
-        decay: dict[str, Any] = {"weight_decay": self.weight_decay, "weight_decay_mask": decay_mask}
-        if any(group.weight_decay is not None for group in self.groups):
-            mask = group_weight_decay(self.parameter_groups, self.weight_decay, decay_mask)
-            decay = {"weight_decay": 1.0, "weight_decay_mask": mask}
-        shared = decay | {
+        shared = self.decay | {
             "learning_rate": self.build_schedule(num_train_steps),
             "momentum_dtype": jnp.dtype(self.momentum_dtype),
         }
@@ -370,30 +379,22 @@ class SoapConfig(OptimizerConfig):
         return Soap(**self.arguments(Soap, num_train_steps), basis=basis)
 
 
-@lru_cache(maxsize=8)
-def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
-    """The optimizer of a run over this many steps, the same object for the same arguments.
+@OptimizerConfig.register_subclass("ademamix")
+@dataclass(frozen=True)
+class AdEMAMixConfig(OptimizerConfig):
+    """AdEMAMix (Pagliardini et al. 2024): AdamW with a second, slower average of the gradient."""
 
-    Raises:
-        InputError: if a plug-in's cannot be built, or is not an optimizer.
-    """
-    import optax
+    b1: float = setting(0.9, "decay of the fast average", low=0, below=1)
+    b2: float = setting(0.999, "decay of the second moment", low=0, below=1)
+    b3: float = setting(0.9999, "decay of the slow average", low=0, below=1)
+    alpha: float = setting(5.0, "weight of the slow average in the step", low=0)
+    slow_warmup: float | int | None = setting(
+        None, f"steps over which b3 and alpha grow, {OR_FRACTION}; the whole run if not given", low=0, steps=True
+    )
+    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
 
-    kind = type(config).__qualname__
-    try:
-        optimizer = config.build(num_train_steps)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(one_line(f"optimizer: {kind}.build() fails: {type(error).__name__}: {error}")) from error
-    missing = [name for name in _METHODS if not hasattr(optimizer, name)]
-    if missing and isinstance(optimizer, optax.GradientTransformation):
-        raise InputError(
-            f"optimizer: {kind}.build() gives an optax transformation; return it from transformation() of a subclass "
-            "of sophia_levanter.optim.OptaxOptimizer"
-        )
-    if missing:
-        raise InputError(f"optimizer: {type(optimizer).__qualname__} does not define {', '.join(missing)}")
-    from sophia_levanter.optim import ParameterGroups
+    def build(self, num_train_steps: int) -> Optimizer:
+        from sophia_levanter.optim import AdEMAMix
 
-    return ParameterGroups(optimizer, tuple(config.parameter_groups)) if config.groups else optimizer
+        warmup = num_train_steps if self.slow_warmup is None else steps_of(self.slow_warmup, num_train_steps)
+        return AdEMAMix(**self.arguments(AdEMAMix, num_train_steps) | {"slow_warmup": warmup})

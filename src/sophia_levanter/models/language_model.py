@@ -18,6 +18,7 @@ from sophia_levanter.batch import Batch
 from sophia_levanter.config.model import ModelConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.loss import Targets, blocked_cross_entropy
+from sophia_levanter.optim._matrices import matrices_tree, matrix_views
 from sophia_levanter.partition.mesh import gather_params
 
 PyTree = Any
@@ -179,6 +180,34 @@ class LanguageModel(eqx.Module):
 
         return jax.tree.map(axes, self, is_leaf=_is_layer)
 
+    def parameter_roles(self) -> PyTree:
+        """The role of each parameter, by which groups find it.
+
+        `matrix`: what `matrix_axes()` names. `head`: `head_weights()`, unless the token embedding has the same array.
+        `embedding`: the other weights of embedding layers. `vector`: everything else, such as norms and biases.
+
+        Returns:
+            A prefix tree of these names for the model's parameters.
+        """
+        head = self.head_weights()
+        named = [x for x in jax.tree.leaves(self, is_leaf=_is_named) if _is_named(x)]
+        has_own_head = sum(set(x.axes) == set(head.axes) for x in named) > 1
+        layers = jax.tree.leaves(self, is_leaf=_is_layer)
+        embeddings = [layer.weight.array for layer in layers if isinstance(layer, hnn.Embedding)]
+
+        def role(leaf: object, is_matrix: bool) -> str:
+            if leaf is head.array and has_own_head:
+                return "head"
+            if any(leaf is embedding for embedding in embeddings):
+                return "embedding"
+            return "matrix" if is_matrix else "vector"
+
+        leaves, structure = jax.tree.flatten(self)
+        views = matrix_views(matrix_axes, self)
+        return jax.tree.unflatten(
+            structure, [role(leaf, view is not None) for leaf, view in zip(leaves, views, strict=True)]
+        )
+
     # Generation. By default a model has no cache and reads its whole context again for each token.
 
     def empty_cache(self, Batch: Axis) -> PyTree:
@@ -227,6 +256,19 @@ def matrix_axes(model: LanguageModel) -> PyTree:
     return model.matrix_axes()
 
 
+def parameter_roles(model: LanguageModel) -> PyTree:
+    """`model.parameter_roles()`, for optimizers, which take a function of the parameters."""
+    return model.parameter_roles()
+
+
+def hyperball_matrices(model: LanguageModel) -> PyTree:
+    """The matrices whose norms a hyperball keeps: `matrix_axes()`, and the output head if no embedding is the same
+    array, as in Levanter."""
+    head = MuonDimensionNumbers(1, 0)
+    entries = matrices_tree(matrix_axes, model)
+    return jax.tree.map(lambda role, entry: head if role == "head" else entry, model.parameter_roles(), entries)
+
+
 def abstract_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
     """A model with `jax.ShapeDtypeStruct`s for arrays."""
     return eqx.filter_eval_shape(config.build, vocab_size=vocab_size, key=jax.random.key(0))
@@ -248,6 +290,10 @@ def write_row(cache: NamedArray, row: jax.Array, new: NamedArray) -> NamedArray:
 
 def _is_layer(x: object) -> bool:
     return isinstance(x, hnn.Linear | hnn.Embedding)
+
+
+def _is_named(x: object) -> bool:
+    return isinstance(x, NamedArray)
 
 
 def _is_float(x: object) -> bool:

@@ -3,6 +3,7 @@
 Needs jax, equinox, optax and jaxtyping, and nothing else of this project.
 """
 
+from sophia_levanter.optim._ademamix import AdEMAMix
 from sophia_levanter.optim._averages import Curvature, Momentum, SophiaState
 from sophia_levanter.optim._baselines import AdamW, BaselineState, Lion, Muon, OptaxOptimizer
 from sophia_levanter.optim._gauss_newton import EmpiricalFisher, GaussNewtonBartlett
@@ -11,6 +12,7 @@ from sophia_levanter.optim._groups import ParameterGroup, ParameterGroups, group
 from sophia_levanter.optim._hutchinson import GaussNewtonHutchinson, Hutchinson
 from sophia_levanter.optim._kronecker import Coordinates, KroneckerBasis
 from sophia_levanter.optim._likelihood import Bernoulli, Categorical, Likelihood, Normal
+from sophia_levanter.optim._norms import CautiousWeightDecay, Hyperball, NormControlState, hyperball_weight_decay
 from sophia_levanter.optim._presets import ReproducedSophia, SophiaG, SophiaH, sophia_g
 from sophia_levanter.optim._protocol import Estimator, MatrixWork, Optimizer
 from sophia_levanter.optim._rho import ScheduledRho, WinRateController
@@ -20,10 +22,12 @@ from sophia_levanter.optim._trees import decay_mask_tree
 
 __all__ = [
     "AbstractSophia",
+    "AdEMAMix",
     "AdamW",
     "BaselineState",
     "Bernoulli",
     "Categorical",
+    "CautiousWeightDecay",
     "Coordinates",
     "Curvature",
     "EmpiricalFisher",
@@ -32,12 +36,14 @@ __all__ = [
     "GaussNewtonHutchinson",
     "GradientSums",
     "Hutchinson",
+    "Hyperball",
     "KroneckerBasis",
     "Likelihood",
     "Lion",
     "MatrixWork",
     "Momentum",
     "Muon",
+    "NormControlState",
     "Normal",
     "OptaxOptimizer",
     "Optimizer",
@@ -55,6 +61,7 @@ __all__ = [
     "decay_mask_tree",
     "group_weight_decay",
     "groups_of",
+    "hyperball_weight_decay",
     "sophia_g",
     "split_microbatches",
     "value_grad_and_curvature",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -14,46 +14,62 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from sophia_levanter.optim._checks import check_number
 from sophia_levanter.optim._protocol import MatrixWork, ScalarOrSchedule
-from sophia_levanter.optim._trees import WeightDecayMask, decay_mask_tree, is_named, plain, trainable
+from sophia_levanter.optim._trees import WeightDecayMask, decay_mask_tree, fit_prefix, is_named, plain, trainable
+
+Roles: TypeAlias = PyTree[str] | Callable[[PyTree], PyTree[str]] | None
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that are treated alike.
+    """Parameters that are treated alike: those whose path matches, or those that have a role.
 
     Attributes:
         match: a regular expression that is searched for in the paths of parameters: `wte|wpe`, `attention.*weight`.
         learning_rate: factor on the optimizer's learning rate.
         weight_decay: in place of the optimizer's; None for the optimizer's.
+        role: in place of `match`, a role that `roles` gives to parameters, such as `embedding`.
 
     Raises:
-        ValueError: if the expression is not valid, or a number is negative.
+        ValueError: if not exactly one of `match` and `role` is given, the expression is not valid, or a number is
+            negative.
+
+    Examples:
+        >>> ParameterGroup(role="embedding", learning_rate=0.1).includes("wte.weight", "embedding")
+        True
     """
 
-    match: str
+    match: str | None = None
     learning_rate: float = 1.0
     weight_decay: float | None = None
+    role: str | None = None
 
     def __post_init__(self) -> None:
+        if (self.match is None) == (self.role is None):
+            raise ValueError(f"match is {self.match!r} and role is {self.role!r}; give one of the two")
         try:
-            re.compile(self.match)
+            re.compile(self.match or "")
         except re.error as error:
             raise ValueError(f"match is {self.match!r}; it is not a regular expression: {error}") from None
         check_number("learning_rate", self.learning_rate, low=0)
         if self.weight_decay is not None:
             check_number("weight_decay", self.weight_decay, low=0)
 
+    def includes(self, path: str, role: str | None) -> bool:
+        """Whether a parameter with this path and role is one of them."""
+        return role == self.role if self.match is None else re.search(self.match, path) is not None
+
 
 class ParameterGroups(eqx.Module):
     """An optimizer whose steps are scaled in groups of parameters: theta <- theta + r step, r the group's factor.
 
-    A parameter is in the first group that matches its path, such as `blocks.attention.query.weight`; one that no group
-    matches has r = 1. The state is the optimizer's. The weight decay of groups is the optimizer's to apply: give it
-    `weight_decay=1.0, weight_decay_mask=group_weight_decay(groups, rate, mask)`.
+    A parameter is in the first group that matches its path, such as `blocks.attention.query.weight`, or its role; one
+    that no group matches has r = 1. The state is the optimizer's. The weight decay of groups is the optimizer's to
+    apply: give it `weight_decay=1.0, weight_decay_mask=group_weight_decay(groups, rate, mask, roles)`.
 
     Args:
         optimizer: follows the protocol of `Optimizer`.
         groups: the groups.
+        roles: a tree (or prefix) of the parameters' roles, or a function from parameters to one, for groups by role.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -67,6 +83,7 @@ class ParameterGroups(eqx.Module):
 
     optimizer: Any
     groups: tuple[ParameterGroup, ...] = eqx.field(converter=tuple, static=True)
+    roles: Roles = None
 
     @property
     def learning_rate(self) -> ScalarOrSchedule:
@@ -84,7 +101,7 @@ class ParameterGroups(eqx.Module):
         Raises:
             ValueError: if a group matches no parameter.
         """
-        groups_of(self.groups, model)
+        groups_of(self.groups, model, self.roles)
         return self.optimizer.init(model)
 
     def estimator_at(self, state: Any) -> Any:
@@ -102,9 +119,14 @@ class ParameterGroups(eqx.Module):
     ) -> tuple[PyTree, Any]:
         """The step to add to the model, and the next state; arguments and errors are those of the optimizer."""
         updates, after = self.optimizer.update(grads, state, model, h_hat, finite=finite)
-        factors = _by_group(self.groups, model, lambda group: 1.0 if group is None else group.learning_rate)
+        factors = self.learning_rate_factors(model)
         scaled = jax.tree.map(lambda u, r: u if r == 1 else (r * u).astype(u.dtype), updates, factors)
         return scaled, after
+
+    def learning_rate_factors(self, model: PyTree) -> PyTree[float]:
+        """r for each parameter."""
+        rates = [group.learning_rate for group in self.groups]
+        return _by_group(self.groups, self.roles, model, lambda index: 1.0 if index is None else rates[index])
 
     def refresh_due(self, step: int) -> bool:
         """The optimizer's."""
@@ -125,7 +147,7 @@ class ParameterGroups(eqx.Module):
 
 
 def group_weight_decay(
-    groups: Sequence[ParameterGroup], rate: float, mask: WeightDecayMask = None
+    groups: Sequence[ParameterGroup], rate: float, mask: WeightDecayMask = None, roles: Roles = None
 ) -> Callable[[PyTree], PyTree[float]]:
     """The weight decay of each parameter, for `weight_decay_mask` of an optimizer with `weight_decay=1.0`.
 
@@ -133,52 +155,77 @@ def group_weight_decay(
         groups: those of `ParameterGroups`.
         rate: the weight decay outside groups that have their own.
         mask: where it applies; the decay of groups applies to all of their parameters.
+        roles: as for `ParameterGroups`.
     """
+    decays = [-1.0 if group.weight_decay is None else group.weight_decay for group in groups]
 
     def rates(model: PyTree) -> PyTree[float]:
         params = trainable(model)
         shared = jax.tree.map(lambda factor: rate * factor, decay_mask_tree(mask, params))
-        own = _by_group(groups, params, lambda group: -1.0 if group is None else _or(group.weight_decay, -1.0))
+        own = _by_group(groups, roles, params, lambda index: -1.0 if index is None else decays[index])
         return jax.tree.map(lambda s, g: s if g < 0 else g, shared, own)
 
     return rates
 
 
-def groups_of(groups: Sequence[ParameterGroup], model: PyTree) -> dict[str, int]:
+def groups_of(groups: Sequence[ParameterGroup], model: PyTree, roles: Roles = None) -> dict[str, int]:
     """The group of each parameter that is in one: its index in `groups`, by the parameter's path.
 
+    Args:
+        groups: those of `ParameterGroups`.
+        model: the model; its arrays may be abstract.
+        roles: as for `ParameterGroups`.
+
     Raises:
-        ValueError: if a group matches no parameter, or only such as are in groups before it.
+        ValueError: if a group matches no parameter, or only such as are in groups before it, or there is a group by
+            role and `roles` is None.
     """
     leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_named)
     # `trainable` would leave out the arrays of an abstract model.
     paths = [_path(path) for path, leaf in leaves if jnp.issubdtype(getattr(plain(leaf), "dtype", bool), jnp.inexact)]
-    found = {path: index for path in paths if (index := _first(groups, path)) is not None}
+    by_path = _roles_by_path(groups, roles, model)
+    found = {path: index for path in paths if (index := _first(groups, path, by_path)) is not None}
     for index, group in enumerate(groups):
         if index not in found.values():
-            earlier = " that is not in a group before it" if any(re.search(group.match, path) for path in paths) else ""
-            raise ValueError(f"groups[{index}].match {group.match!r} matches no parameter{earlier}; there are {paths}")
+            included = any(group.includes(path, by_path.get(path)) for path in paths)
+            earlier = " that is not in a group before it" if included else ""
+            what, known = (
+                ("match", paths) if group.role is None else ("role", sorted({by_path[path] for path in paths}))
+            )
+            value = getattr(group, what)
+            raise ValueError(f"groups[{index}].{what} {value!r} matches no parameter{earlier}; there are {known}")
     return found
 
 
-def _by_group(groups: Sequence[ParameterGroup], model: PyTree, value: Callable[[Any], float]) -> PyTree[float]:
-    """A number for each parameter, from its group or None."""
+def _by_group(
+    groups: Sequence[ParameterGroup], roles: Roles, model: PyTree, value: Callable[[int | None], float]
+) -> PyTree[float]:
+    """A number for each parameter, from the index of its group or None."""
+    params = trainable(model)
+    by_path = _roles_by_path(groups, roles, params)
 
     def of(path: tuple, leaf: Any) -> Any:
-        index = _first(groups, _path(path))
-        number = value(None if index is None else groups[index])
+        number = value(_first(groups, _path(path), by_path))
         return jax.tree.map(lambda _: number, leaf)
 
-    return jax.tree_util.tree_map_with_path(of, trainable(model), is_leaf=is_named)
+    return jax.tree_util.tree_map_with_path(of, params, is_leaf=is_named)
 
 
-def _first(groups: Sequence[ParameterGroup], path: str) -> int | None:
-    return next((index for index, group in enumerate(groups) if re.search(group.match, path)), None)
+def _roles_by_path(groups: Sequence[ParameterGroup], roles: Roles, model: PyTree) -> dict[str, str]:
+    """The role of each parameter, by its path; empty if no group asks for one."""
+    asked = [group.role for group in groups if group.role is not None]
+    if not asked:
+        return {}
+    if roles is None:
+        raise ValueError(f"a group has the role {asked[0]!r}, and roles is None; it must give each parameter's role")
+    fitted = fit_prefix("roles", roles, model, lambda x: isinstance(x, str), "the name of a role")
+    leaves = jax.tree_util.tree_leaves_with_path(fitted, is_leaf=is_named)
+    return {_path(path): plain(role) for path, role in leaves}
+
+
+def _first(groups: Sequence[ParameterGroup], path: str, roles: dict[str, str]) -> int | None:
+    return next((index for index, group in enumerate(groups) if group.includes(path, roles.get(path))), None)
 
 
 def _path(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value

@@ -40,6 +40,11 @@ class MatrixView:
     def __hash__(self) -> int:
         return hash(tuple(vars(self).values()))
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The axes of the parameter that are inputs or outputs."""
+        return self._order[len(self._order) - self._sides :]
+
     def stack(self, x: Array) -> Array:
         """[matrix, inputs ..., outputs ...] of an array of the parameter's shape.
 

@@ -18,8 +18,8 @@ from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
 from sophia_levanter.checkpoint.storage import step_name
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.assembly import check_optimizer
 from sophia_levanter.config.build import encode
-from sophia_levanter.config.groups import check_groups
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.batches import TrainBatches, ValidationBatches, Verification
 from sophia_levanter.data.corpora import prepare
@@ -173,10 +173,8 @@ class Run:
         corpora = [self.data.train, *self.data.validation_sets.values()]
         for corpus in corpora:
             corpus.read(0, 1)  # of one that is kept in memory all is read here, before the run has a directory
-        if config.optimizer.groups:
-            check_groups(
-                config.optimizer.parameter_groups, abstract_model(config.model, self.data.tokenizer.vocab_size)
-            )
+        if config.optimizer.groups or config.optimizer.hyperball:
+            check_optimizer(config.optimizer, abstract_model(config.model, self.data.tokenizer.vocab_size))
         self.batches = TrainBatches(
             self.data.train,
             seq_len=seq_len,

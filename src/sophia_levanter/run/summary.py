@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import equinox as eqx
 import jax
 
+from sophia_levanter.config.assembly import count_on_hyperball
 from sophia_levanter.config.groups import check_groups
 from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.config.settings import steps_of
@@ -90,7 +91,7 @@ def describe_start(run: Run) -> None:
         ),
         ("data", f"{data.train.num_tokens:,} training and {_validation_tokens(run)}"),
         ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens"),
-        ("optimizer", f"{schedule.get_choice_name(type(schedule))}, weight decay {schedule.weight_decay:g}"),
+        ("optimizer", describe_optimizer(schedule, state.model)),
         *(("group", line) for line in describe_groups(schedule, state.model)),
         (
             "schedule",
@@ -123,13 +124,24 @@ def _validation_tokens(run: Run) -> str:
     return f"{sum(sizes.values()):,} validation tokens" + (f": {each}" if each else "")
 
 
+def describe_optimizer(config: OptimizerConfig, model: LanguageModel) -> str:
+    """`adamw, weight decay 0.1; hyperball: the matrices of 4 arrays keep their norms and do not decay`."""
+    cautious = ", cautious" if config.cautious_weight_decay else ""
+    line = f"{config.get_choice_name(type(config))}, weight decay {config.weight_decay:g}{cautious}"
+    if not config.hyperball:
+        return line
+    arrays = counted(count_on_hyperball(model), "array")
+    return f"{line}; hyperball: the matrices of {arrays} keep their norms and do not decay"
+
+
 def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[str]:
     """`wte|wpe: 2 arrays, learning rate 6e-05, weight decay 0`, a line for each group of parameters."""
     found = check_groups(config.parameter_groups, model)
     for index, group in enumerate(config.parameter_groups):
         arrays = counted(sum(number == index for number in found.values()), "array")
         decay = "" if group.weight_decay is None else f", weight decay {group.weight_decay:g}"
-        yield f"{group.match}: {arrays}, learning rate {group.learning_rate * config.learning_rate:g}{decay}"
+        name = group.match if group.role is None else f"role {group.role}"
+        yield f"{name}: {arrays}, learning rate {group.learning_rate * config.learning_rate:g}{decay}"
 
 
 def _state_bytes(state: TrainState) -> str:

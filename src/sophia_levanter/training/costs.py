@@ -129,7 +129,7 @@ def bytes_by_kind(state: TrainState) -> dict[str, int]:
     optimizer_state = state.optimizer_state
     kinds = {
         "parameters": device_bytes(state.model),
-        "momentum": device_bytes(_named(optimizer_state, ("momentum", "mu"))),
+        "momentum": device_bytes(_named(optimizer_state, ("momentum", "mu", "mu_slow"))),
         "curvature": device_bytes(_named(optimizer_state, ("curvature",))),
         "average": device_bytes(state.average),
     }

@@ -1,0 +1,82 @@
+"""The optimizer of a run: what its type builds, and what the settings of every optimizer put around it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from sophia_levanter.config.groups import check_groups
+from sophia_levanter.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    from sophia_levanter.config.optimizer import OptimizerConfig
+    from sophia_levanter.optim import Optimizer
+
+_METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_at", "matrix_work")
+
+
+@lru_cache(maxsize=8)
+def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
+    """The optimizer of a run over this many steps, the same object for the same arguments.
+
+    Raises:
+        InputError: if a plug-in's cannot be built, or is not an optimizer.
+    """
+    from sophia_levanter.models.language_model import hyperball_matrices, parameter_roles
+    from sophia_levanter.optim import CautiousWeightDecay, Hyperball, ParameterGroups
+
+    if not config.cautious_weight_decay:
+        optimizer = _build(config, num_train_steps)
+    else:
+        undecayed = replace(config, weight_decay=0.0, groups=())
+        optimizer = CautiousWeightDecay(_build(undecayed, num_train_steps), **config.decay)
+    if config.groups:
+        optimizer = ParameterGroups(optimizer, tuple(config.parameter_groups), parameter_roles)
+    return Hyperball(optimizer, hyperball_matrices) if config.hyperball else optimizer
+
+
+def _build(config: OptimizerConfig, num_train_steps: int) -> Any:
+    """What the type builds.
+
+    Raises:
+        InputError: as `build_optimizer`.
+    """
+    import optax
+
+    kind = type(config).__qualname__
+    try:
+        optimizer = config.build(num_train_steps)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(one_line(f"optimizer: {kind}.build() fails: {type(error).__name__}: {error}")) from error
+    missing = [name for name in _METHODS if not hasattr(optimizer, name)]
+    if missing and isinstance(optimizer, optax.GradientTransformation):
+        raise InputError(
+            f"optimizer: {kind}.build() gives an optax transformation; return it from transformation() of a subclass "
+            "of sophia_levanter.optim.OptaxOptimizer"
+        )
+    if missing:
+        raise InputError(f"optimizer: {type(optimizer).__qualname__} does not define {', '.join(missing)}")
+    return optimizer
+
+
+def check_optimizer(config: OptimizerConfig, model: Any) -> None:
+    """Check that an optimizer fits a model, whose arrays may be abstract.
+
+    Raises:
+        InputError: if a group matches no parameter, or there is no matrix for the hyperball.
+    """
+    if config.groups:
+        check_groups(config.parameter_groups, model)
+    if config.hyperball and not count_on_hyperball(model):
+        raise InputError("optimizer.hyperball is true, and the model has no matrix; leave it out")
+
+
+def count_on_hyperball(model: Any) -> int:
+    """The number of arrays whose matrices keep their norms on the hyperball."""
+    from sophia_levanter.models.language_model import hyperball_matrices
+    from sophia_levanter.optim._matrices import matrix_views
+
+    return sum(view is not None for view in matrix_views(hyperball_matrices, model))

@@ -1,0 +1,133 @@
+"""AdEMAMix: Adam with a second, much slower average of the gradient (Pagliardini et al. 2024, arXiv 2409.03137)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from sophia_levanter.optim._baselines import OptaxOptimizer, add_decayed_weights, check_shared
+from sophia_levanter.optim._checks import check_count, check_number, python_number, whole_number
+from sophia_levanter.optim._protocol import Scalar, ScalarOrSchedule
+from sophia_levanter.optim._trees import WeightDecayMask
+
+
+class AdEMAMixState(NamedTuple):
+    """The state of `scale_by_ademamix`.
+
+    Attributes:
+        count: int32 scalar, updates so far.
+        mu: the fast average of the gradient, like the parameters.
+        mu_slow: the slow one.
+        nu: the average of its square.
+    """
+
+    count: Array  # type: ignore[assignment]  # a tuple has a method of that name, which optax hides too
+    mu: PyTree
+    mu_slow: PyTree
+    nu: PyTree
+
+
+class AdEMAMix(OptaxOptimizer):
+    """AdEMAMix (Pagliardini et al. 2024, arXiv 2409.03137, Algorithm 1).
+
+        m1    <- b1 m1 + (1 - b1) g                m2 <- b3(t) m2 + (1 - b3(t)) g             t counts from 1
+        v     <- b2 v + (1 - b2) g^2
+        theta <- theta - lr ((m1 / (1 - b1^t) + alpha(t) m2) / (sqrt(v / (1 - b2^t)) + eps) + wd theta)
+
+    Over the first `slow_warmup` updates alpha(t) grows linearly from 0, and the half-life of b3(t) linearly from that
+    of b1: 1 / ln b3(t) = (1 - s) / ln b1 + s / ln b3 with s = t / slow_warmup. The slow average is not bias-corrected.
+    The state holds three numbers for each parameter, where AdamW's holds two.
+
+    Args:
+        learning_rate: a number or a function of the update count.
+        b1: decay of the fast average, in [0, 1).
+        b2: decay of the second moment, in [0, 1).
+        b3: decay of the slow average, in [0, 1).
+        alpha: weight of the slow average in the step, from 0.
+        slow_warmup: updates over which `alpha` and `b3` grow; the paper takes the whole run. 0 for constant ones.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay, multiplied by the learning rate.
+        weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
+        momentum_dtype: of both averages of the gradient; None for the parameters'.
+        gradient_transform: an optax transformation that the gradient goes through first; None for none.
+
+    Raises:
+        TypeError, ValueError: if a hyper-parameter that is a concrete number is out of its range.
+
+    Examples:
+        >>> optimizer = AdEMAMix(learning_rate=0.1, b3=0.9, alpha=5.0, weight_decay=0.0)
+        >>> params = {"w": jnp.zeros(2)}
+        >>> updates, _ = optimizer.update({"w": jnp.asarray([3.0, -5.0])}, optimizer.init(params), params)
+        >>> [round(float(x), 3) for x in updates["w"]]  # -lr (1 + alpha (1 - b3)) sign(g)
+        [-0.15, 0.15]
+    """
+
+    learning_rate: ScalarOrSchedule = eqx.field(default=6e-4, converter=python_number)
+    b1: Scalar = eqx.field(default=0.9, converter=python_number)
+    b2: Scalar = eqx.field(default=0.999, converter=python_number)
+    b3: Scalar = eqx.field(default=0.9999, converter=python_number)
+    alpha: Scalar = eqx.field(default=5.0, converter=python_number)
+    slow_warmup: int = eqx.field(default=0, static=True, converter=whole_number)
+    eps: Scalar = eqx.field(default=1e-8, converter=python_number)
+    weight_decay: Scalar = eqx.field(default=0.1, converter=python_number)
+    weight_decay_mask: WeightDecayMask = None
+    momentum_dtype: Any = eqx.field(default=None, static=True)
+
+    def __check_init__(self) -> None:
+        check_shared(self)
+        check_number("b3", self.b3, low=0, high=1)
+        check_number("alpha", self.alpha, low=0)
+        check_count("slow_warmup", self.slow_warmup, low=0)
+        check_number("eps", self.eps, low=0)
+
+    def transformation(self, params: PyTree) -> optax.GradientTransformation:
+        """The optax transformation for these parameters."""
+        return optax.chain(
+            scale_by_ademamix(self),
+            add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
+            optax.scale_by_learning_rate(self.learning_rate),
+        )
+
+
+def scale_by_ademamix(settings: AdEMAMix) -> optax.GradientTransformation:
+    """The direction of AdEMAMix's step, without weight decay and learning rate."""
+    b1, b2 = settings.b1, settings.b2
+
+    def init(params: PyTree) -> AdEMAMixState:
+        def zeros(dtype: Any = None) -> PyTree:
+            return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
+
+        dtype = settings.momentum_dtype
+        return AdEMAMixState(jnp.zeros((), jnp.int32), zeros(dtype), zeros(dtype), zeros())
+
+    def update(grads: PyTree, state: AdEMAMixState, params: PyTree | None = None) -> tuple[PyTree, AdEMAMixState]:
+        count = optax.safe_increment(state.count)
+        alpha, weight = _slow_average(settings, count, jnp.result_type(jnp.float32, *jax.tree.leaves(grads)))
+        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+        mu_slow = jax.tree.map(lambda m, g: m + weight * (g - m), state.mu_slow, grads)
+        nu = optax.tree.update_moment(grads, state.nu, b2, 2)
+        direction = jax.tree.map(
+            lambda fast, slow, v: ((fast + alpha * slow) / (jnp.sqrt(v) + settings.eps)).astype(v.dtype),
+            optax.tree.bias_correction(mu, b1, count),
+            mu_slow,
+            optax.tree.bias_correction(nu, b2, count),
+        )
+        after = AdEMAMixState(count, mu, mu_slow, nu)
+        return direction, jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _slow_average(settings: AdEMAMix, count: Array, dtype: Any) -> tuple[Scalar, Scalar]:
+    """alpha and 1 - b3 at an update, counted from 1."""
+    if settings.slow_warmup == 0:
+        return settings.alpha, 1 - settings.b3
+    share = jnp.minimum(count.astype(dtype) / settings.slow_warmup, 1)
+    # Of a decay close to 1 float32 keeps few digits: take the logarithm, and the result, by what is missing to 1.
+    fast, slow = (jnp.log1p(jnp.asarray(b - 1, dtype)) for b in (settings.b1, settings.b3))
+    return settings.alpha * share, -jnp.expm1(1 / ((1 - share) / fast + share / slow))

@@ -1,0 +1,254 @@
+"""Control of the weights' norms around any optimizer: matrices on spheres, and decay that never opposes a step."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from sophia_levanter.optim._checks import check_number, python_number, value_at
+from sophia_levanter.optim._groups import ParameterGroups
+from sophia_levanter.optim._matrices import Matrices, matrices_tree, matrix_views
+from sophia_levanter.optim._protocol import MatrixWork, Scalar, ScalarOrSchedule
+from sophia_levanter.optim._trees import WeightDecayMask, decay_mask_tree, trainable, upcast
+
+
+class NormControlState(NamedTuple):
+    """The state of `Hyperball` and `CautiousWeightDecay`.
+
+    Attributes:
+        count: int32 scalar, updates so far.
+        optimizer_state: the state of the optimizer inside.
+        radii: of `Hyperball`, for each leaf of the parameters the norms of its matrices before the first step, in at
+            least float32, with the leaf's axes and size 1 along inputs and outputs; None for other leaves.
+    """
+
+    count: Int[Array, ""]  # type: ignore[assignment]  # a tuple has a method of that name, which optax hides too
+    optimizer_state: Any
+    radii: tuple[Float[Array, "..."] | None, ...] = ()
+
+    @property
+    def refresh_pending(self) -> Bool[Array, ""]:
+        """Whether the optimizer inside wants another estimate of the curvature."""
+        return getattr(self.optimizer_state, "refresh_pending", jnp.zeros((), bool))
+
+
+class _NormControl(eqx.Module):
+    """What `Hyperball` and `CautiousWeightDecay` leave to the optimizer inside. They change its steps only."""
+
+    optimizer: eqx.AbstractVar[Any]
+
+    @abc.abstractmethod
+    def _radii(self, params: PyTree) -> tuple:
+        """The state's radii before the first step."""
+
+    @abc.abstractmethod
+    def _controlled(self, updates: PyTree, params: PyTree, state: NormControlState) -> PyTree:
+        """The steps in place of the optimizer's."""
+
+    @property
+    def learning_rate(self) -> ScalarOrSchedule:
+        """The optimizer's."""
+        return self.optimizer.learning_rate
+
+    @property
+    def estimator(self) -> Any:
+        """The optimizer's."""
+        return self.optimizer.estimator
+
+    def init(self, model: PyTree) -> NormControlState:
+        """The state before the first step; errors are the optimizer's.
+
+        Raises:
+            ValueError: from `Hyperball`, if no parameter is a matrix.
+        """
+        inner = self.optimizer.init(model)
+        return NormControlState(jnp.zeros((), jnp.int32), inner, self._radii(trainable(model)))
+
+    def estimator_at(self, state: NormControlState) -> Any:
+        """The optimizer's."""
+        return self.optimizer.estimator_at(state.optimizer_state)
+
+    def update(
+        self,
+        grads: PyTree,
+        state: NormControlState,
+        model: PyTree,
+        h_hat: PyTree | None = None,
+        *,
+        finite: Bool[Array, ""] | None = None,
+    ) -> tuple[PyTree, NormControlState]:
+        """The step to add to the model, and the next state; arguments and errors are those of the optimizer.
+
+        Raises:
+            TypeError: if the state is not a `NormControlState`.
+        """
+        if not isinstance(state, NormControlState):
+            raise TypeError(f"state is a {type(state).__name__}; it must be what init(model) gave")
+        updates, inner = self.optimizer.update(grads, state.optimizer_state, model, h_hat, finite=finite)
+        updates = self._controlled(updates, trainable(model), state)
+        return updates, state._replace(count=state.count + 1, optimizer_state=inner)
+
+    def refresh_due(self, step: int) -> bool:
+        """The optimizer's."""
+        return self.optimizer.refresh_due(step)
+
+    def metrics(
+        self, state: NormControlState, num_targets: float | Float[Array, ""] | None = None
+    ) -> dict[str, Float[Array, ""]]:
+        """The optimizer's."""
+        return self.optimizer.metrics(state.optimizer_state, num_targets)
+
+    def matrix_work(self, num_microbatches: int) -> MatrixWork:
+        """The optimizer's."""
+        return self.optimizer.matrix_work(num_microbatches)
+
+
+class Hyperball(_NormControl):
+    """An optimizer whose matrices keep the Frobenius norm R that they began with (Wen et al. 2026, arXiv 2606.16899).
+
+        W <- W - lr R u / |u|
+        W <- R W / |W|                  for each matrix of a parameter by itself
+
+    u is the direction of the optimizer's step. The learning rate is therefore the angle of a step in radians, and the
+    length of u has no effect. Other parameters take the optimizer's own steps. Let embeddings be among those, as the
+    paper and Levanter do. A matrix of zeros has no direction and takes the optimizer's own steps, too.
+
+    Weight decay would only turn the direction of u: give the optimizer `hyperball_weight_decay(matrices, mask)` as
+    `weight_decay_mask`. `ParameterGroups` belong directly inside; their factors then apply to the learning rate.
+
+    Args:
+        optimizer: follows the protocol of `Optimizer`.
+        matrices: a tree (or prefix), or a function from parameters to one, of optax's `MuonDimensionNumbers` where a
+            parameter is a matrix and None elsewhere. Axes that are neither input nor output count matrices. None takes
+            the leaves with two axes, embeddings too.
+
+    Raises:
+        ValueError, TypeError: from `init` and `update`, if `matrices` does not fit the parameters; names the path.
+
+    Examples:
+        >>> from sophia_levanter.optim import AdamW
+        >>> optimizer = Hyperball(AdamW(learning_rate=0.1, weight_decay=0.0))
+        >>> params = {"w": jnp.asarray([[3.0, 0.0], [0.0, 4.0]])}
+        >>> updates, _ = optimizer.update({"w": jnp.ones((2, 2))}, optimizer.init(params), params)
+        >>> bool(abs(jnp.linalg.norm(params["w"] + updates["w"]) - 5) < 1e-5)
+        True
+    """
+
+    optimizer: Any
+    matrices: Matrices = None
+
+    def _radii(self, params: PyTree) -> tuple:
+        views = matrix_views(self.matrices, params)
+        if not any(views):
+            raise ValueError("matrices has no matrix: hyperball would keep the norm of nothing")
+        leaves = zip(views, jax.tree.leaves(params), strict=True)
+        return tuple(None if view is None else _norms(p, view.sides) for view, p in leaves)
+
+    def _controlled(self, updates: PyTree, params: PyTree, state: NormControlState) -> PyTree:
+        rate = value_at("learning_rate", self.learning_rate, state.count)
+        factors = [1.0] * len(state.radii)
+        if isinstance(self.optimizer, ParameterGroups):
+            # Groups scale the optimizer's steps, and the length of these is lost.
+            factors = jax.tree.leaves(self.optimizer.learning_rate_factors(params))
+        steps, structure = jax.tree.flatten(updates)
+        views = matrix_views(self.matrices, params)
+        leaves = zip(views, jax.tree.leaves(params), steps, state.radii, factors, strict=True)
+        steps = [
+            step if view is None else _on_sphere(p, step, view.sides, radius, rate * factor)
+            for view, p, step, radius, factor in leaves
+        ]
+        return jax.tree.unflatten(structure, steps)
+
+
+def _norms(x: Array, sides: Sequence[int]) -> Array:
+    """The Frobenius norm of each matrix, with size 1 along its sides."""
+    return jnp.sqrt(jnp.sum(jnp.square(upcast(x)), axis=tuple(sides), keepdims=True))
+
+
+def _on_sphere(p: Array, step: Array, sides: Sequence[int], radius: Array, angle: Scalar) -> Array:
+    """The step in the direction of `step` that stays on the sphere; see `Hyperball`."""
+    wide, size = upcast(p), _norms(step, sides)
+    moved = wide + angle * radius * upcast(step) / jnp.where(size > 0, size, 1)
+    length = _norms(moved, sides)
+    turned = radius * moved / jnp.where(length > 0, length, 1) - wide
+    # The optimizer's step is zero where the gradient is not finite.
+    turned = jnp.where(size > 0, turned, 0)
+    return jnp.where(radius > 0, turned, upcast(step)).astype(step.dtype)
+
+
+def hyperball_weight_decay(matrices: Matrices, mask: WeightDecayMask = None) -> Callable[[PyTree], PyTree]:
+    """Weight decay outside `Hyperball`'s matrices, for `weight_decay_mask` of the optimizer inside.
+
+    Args:
+        matrices: as for `Hyperball`.
+        mask: where weight decay applies otherwise.
+
+    Examples:
+        >>> params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+        >>> hyperball_weight_decay(None)(params)
+        {'b': True, 'w': False}
+    """
+
+    def outside(model: PyTree) -> PyTree:
+        params = trainable(model)
+        factors = decay_mask_tree(mask, params)
+        return jax.tree.map(lambda f, entry: f if entry is None else False, factors, matrices_tree(matrices, params))
+
+    return outside
+
+
+class CautiousWeightDecay(_NormControl):
+    """An optimizer with weight decay in the coordinates that its step does not move away from zero.
+
+        theta <- theta - lr (u + wd [u theta >= 0] theta)
+
+    u is the direction of the optimizer's step, and [] is 1 or 0 for each coordinate (Chen et al. 2025, arXiv
+    2510.12402, Algorithm 1). The optimizer itself must have `weight_decay=0.0`.
+
+    Args:
+        optimizer: follows the protocol of `Optimizer`.
+        weight_decay: decoupled decay, multiplied by the learning rate; a number or a function of the update count.
+        weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
+
+    Raises:
+        TypeError, ValueError: if `weight_decay` is not a number, or negative.
+
+    Examples:
+        >>> from sophia_levanter.optim import AdamW
+        >>> optimizer = CautiousWeightDecay(AdamW(learning_rate=0.1, weight_decay=0.0), weight_decay=0.5)
+        >>> params = {"w": jnp.ones(2)}
+        >>> updates, _ = optimizer.update({"w": jnp.asarray([1.0, -1.0])}, optimizer.init(params), params)
+        >>> [round(float(x), 3) for x in updates["w"]]
+        [-0.15, 0.1]
+    """
+
+    optimizer: Any
+    weight_decay: ScalarOrSchedule = eqx.field(default=0.1, converter=python_number)
+    weight_decay_mask: WeightDecayMask = None
+
+    def __check_init__(self) -> None:
+        check_number("weight_decay", self.weight_decay, low=0, schedule=True)
+
+    def _radii(self, params: PyTree) -> tuple:
+        return ()
+
+    def _controlled(self, updates: PyTree, params: PyTree, state: NormControlState) -> PyTree:
+        decay = value_at("learning_rate", self.learning_rate, state.count)
+        decay *= value_at("weight_decay", self.weight_decay, state.count)
+        # Where the gradient is not finite, the optimizer makes no step at all; then nothing decays.
+        moved = jnp.any(jnp.stack([jnp.any(u != 0) for u in jax.tree.leaves(updates)]))
+
+        def step(u: Array, p: Array, factor: bool | float) -> Array:
+            if not factor:
+                return u
+            # Signs, since a product of small numbers may be 0.
+            decays = moved & (jnp.sign(u) * jnp.sign(p) <= 0)
+            return jnp.where(decays, u - decay * factor * p, u).astype(u.dtype)
+
+        return jax.tree.map(step, updates, params, decay_mask_tree(self.weight_decay_mask, params))
