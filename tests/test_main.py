@@ -13,7 +13,13 @@ from sophia_levanter.main import main
 from tiny_runs import command, metrics, start
 
 
-@pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h", "adamw", "lion", "muon", "soap"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        *("sophia_g", "sophia_h", "adamw", "lion", "muon", "soap"),
+        pytest.param("ademamix", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_learns_and_says_how_it_went(optimizer, finished_run, config_file, tmp_path, capfd):
     if optimizer == "sophia_g":
         run_dir, out = finished_run.path, finished_run.output

@@ -7,7 +7,7 @@ import pytest
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.errors import InputError
 
-TYPES = "it must be one of sophia_g, sophia_h, adamw, lion, muon, soap"
+TYPES = "it must be one of sophia_g, sophia_h, adamw, lion, muon, soap, ademamix"
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:

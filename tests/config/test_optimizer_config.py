@@ -8,6 +8,7 @@ import pytest
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.optimizer import (
     AdamWConfig,
+    AdEMAMixConfig,
     LionConfig,
     MuonConfig,
     OptimizerConfig,
@@ -21,6 +22,7 @@ from sophia_levanter.models.language_model import decay_mask, matrix_axes
 from sophia_levanter.optim import (
     AbstractSophia,
     AdamW,
+    AdEMAMix,
     EmpiricalFisher,
     GaussNewtonBartlett,
     Hutchinson,
@@ -91,6 +93,7 @@ CASES = [
             (LionConfig, Lion),
             (MuonConfig, Muon),
             (SoapConfig, Soap),
+            (AdEMAMixConfig, AdEMAMix),
         )
     ),
     (AdamWConfig(**RATES, b1=0.8, b2=0.7, eps=1e-5), AdamW, {"b1": 0.8, "b2": 0.7, "eps": 1e-5, "nesterov": False}),
@@ -105,6 +108,12 @@ CASES = [
         SoapConfig(**RATES, b1=0.8, b2=0.7, eps=1e-5, interval=3, basis_max_size=100),
         Soap,
         {"b1": 0.8, "b2": 0.7, "eps": 1e-5, "interval": 3, "basis": KroneckerBasis(matrix_axes, 0.7, 100, "data")},
+    ),
+    (AdEMAMixConfig(**RATES, slow_warmup=0.5), AdEMAMix, {"slow_warmup": 55}),
+    (
+        AdEMAMixConfig(**RATES, b1=0.8, b2=0.7, b3=0.9, alpha=2.0, eps=1e-5),
+        AdEMAMix,
+        {"b1": 0.8, "b2": 0.7, "b3": 0.9, "alpha": 2.0, "slow_warmup": 110, "eps": 1e-5},
     ),
 ]
 

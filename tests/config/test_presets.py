@@ -12,6 +12,7 @@ from sophia_levanter.config.command_line import dump_config, load_config
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig
 from sophia_levanter.config.optimizer import (
     AdamWConfig,
+    AdEMAMixConfig,
     LionConfig,
     MuonConfig,
     OptimizerConfig,
@@ -173,12 +174,13 @@ def test_baselines_without_a_size(tmp_path):
         path.write_text(f"defaults: {files}\n")
         return load_config(path)
 
-    adamw, nadamw, muon, soap = (load(name) for name in ("adamw", "nadamw", "muon", "soap"))
+    adamw, nadamw, muon, soap, ademamix = (load(name) for name in ("adamw", "nadamw", "muon", "soap", "ademamix"))
     assert nadamw.optimizer == dataclasses.replace(adamw.optimizer, nesterov=True)
     shared = {field.name: getattr(adamw.optimizer, field.name) for field in dataclasses.fields(OptimizerConfig)}
     assert muon.optimizer == MuonConfig(**shared, beta=0.95, b1=0.9, b2=0.95)
     assert soap.optimizer == SoapConfig(**shared, b1=0.95, b2=0.95, interval=10)
-    assert nadamw.trainer == muon.trainer == soap.trainer == adamw.trainer
+    assert ademamix.optimizer == AdEMAMixConfig(**shared, b1=0.9, b2=0.999, b3=0.9999, alpha=5.0, slow_warmup=None)
+    assert nadamw.trainer == muon.trainer == soap.trainer == ademamix.trainer == adamw.trainer
 
 
 @pytest.mark.parametrize("name", ["sophia_g", "sophia_h"])
@@ -251,6 +253,8 @@ NOT_A_NUMBER = float("nan")
         *((MuonConfig, beta, value) for beta in ("beta", "b1", "b2") for value in (1.0, -0.1)),
         (MuonConfig, "eps", 0.0),
         (SoapConfig, "eps", 0.0),
+        *((AdEMAMixConfig, name, 1.0) for name in ("b1", "b2", "b3")),
+        *((AdEMAMixConfig, name, -1.0) for name in ("alpha", "slow_warmup")),
         *((SoapConfig, name, 0) for name in ("interval", "basis_max_size")),
         *((SophiaGConfig, "curvature_max_grad_norm", value) for value in (0.0, -1.0)),
         (SophiaHConfig, "probe", "uniform"),

@@ -10,9 +10,9 @@ import optax
 import pytest
 from trajectories import rate
 
-from sophia_levanter.optim import AdamW, Lion, Muon, Soap
+from sophia_levanter.optim import AdamW, AdEMAMix, Lion, Muon, Soap
 
-BASELINES = [AdamW, Lion, Muon, Soap]
+BASELINES = [AdamW, Lion, Muon, Soap, AdEMAMix]
 STEPS = 6
 GRADS = np.random.default_rng(0).normal(size=(STEPS, 6)).astype(np.float32)
 
@@ -136,7 +136,7 @@ def test_argument_of_the_wrong_kind(cls):
         cls(weight_decay=lambda count: 0.1)
 
 
-@pytest.mark.parametrize("cls", [AdamW, Muon, Soap])
+@pytest.mark.parametrize("cls", [AdamW, Muon, Soap, AdEMAMix])
 def test_eps_out_of_range(cls):
     with pytest.raises(ValueError, match=r"^eps is -1\.0; it must be in \[0, inf\)"):
         cls(eps=-1.0)

@@ -13,6 +13,7 @@ from trajectories import assert_trees_equal, dtypes
 
 from sophia_levanter.optim import (
     AdamW,
+    AdEMAMix,
     KroneckerBasis,
     Lion,
     Muon,
@@ -36,6 +37,10 @@ OPTIMIZERS = {
     "Lion": (Lion, RATES | DECAYS),
     "Muon": (Muon, RATES | DECAYS | EPS | {"beta": float(np.float32(0.95))}),
     "Soap": (Soap, RATES | DECAYS | EPS),
+    "AdEMAMix": (
+        functools.partial(AdEMAMix, slow_warmup=3),
+        RATES | DECAYS | EPS | {"b3": float(np.float32(0.9999)), "alpha": 5.0},
+    ),
     "SophiaG": (SophiaG, SOPHIA),
     "SophiaH": (functools.partial(SophiaH, cautious=True), SOPHIA),
     "Kronecker": (
@@ -190,7 +195,7 @@ def test_narrow_states_keep_their_dtypes(basis):
     assert updates["w"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
+@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap, AdEMAMix])
 def test_a_narrow_momentum_of_a_baseline(cls):
     """Its dtype stays, and the steps stay near those of a wide one."""
     params = {"w": jnp.asarray([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]])}

@@ -8,6 +8,7 @@ import pytest
 
 from sophia_levanter.optim import (
     AdamW,
+    AdEMAMix,
     Lion,
     Muon,
     ParameterGroup,
@@ -19,7 +20,7 @@ from sophia_levanter.optim import (
     groups_of,
 )
 
-OPTIMIZERS = [SophiaG, SophiaH, AdamW, Lion, Muon, Soap]
+OPTIMIZERS = [SophiaG, SophiaH, AdamW, Lion, Muon, Soap, AdEMAMix]
 GROUPS = [ParameterGroup("embed|head", 0.1, 0.0), ParameterGroup("weight", 0.5, 0.3), ParameterGroup("bias", 2.0)]
 MASK = {"embed": True, "block": {"weight": True, "bias": False}, "norm": True}
 
@@ -97,9 +98,51 @@ def test_a_group_without_parameters_is_an_error(groups, message):
         ParameterGroups(AdamW(), groups).init(parameters(0))
 
 
+ROLES = {"embed": "embedding", "block": {"weight": "matrix", "bias": "vector"}, "norm": "vector"}
+BY_ROLE = [ParameterGroup("bias", 2.0), ParameterGroup(role="vector", learning_rate=0.5, weight_decay=0.3)]
+
+
+def test_groups_by_role():
+    """With groups by path in their order; roles may be a prefix or a function."""
+    for roles in (ROLES, lambda params: ROLES, ROLES | {"block": "vector"}):
+        found = groups_of(BY_ROLE, parameters(0), roles)
+        assert found.pop("block.weight", 1) == 1
+        assert found == {"block.bias": 0, "norm": 1}
+    mask = group_weight_decay(BY_ROLE, 0.2, MASK, ROLES)
+    assert mask(parameters(0)) == {"embed": 0.2, "block": {"weight": 0.2, "bias": 0.0}, "norm": 0.3}
+    optimizer = ParameterGroups(AdamW(0.1, weight_decay=0.0), BY_ROLE, ROLES)
+    updates, _ = optimizer.update(parameters(1), optimizer.init(parameters(0)), parameters(0))
+    sizes = {name: float(jnp.max(jnp.abs(x))) for name, x in (updates | updates["block"]).items() if name != "block"}
+    assert sizes == pytest.approx({"embed": 0.1, "weight": 0.1, "bias": 0.2, "norm": 0.05}, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("groups", "roles", "message"),
+    [
+        (
+            ["head"],
+            ROLES,
+            r"^groups\[0\]\.role 'head' matches no parameter; there are \['embedding', 'matrix', 'vector'\]",
+        ),
+        (
+            ["vector", "vector"],
+            ROLES,
+            r"^groups\[1\]\.role 'vector' matches no parameter that is not in a group before",
+        ),
+        (["vector"], None, r"^a group has the role 'vector', and roles is None; it must give each parameter's role"),
+        (["vector"], {"embed": "embedding"}, r"^roles does not fit the parameters: it has nothing for \['block'\]"),
+    ],
+)
+def test_roles_that_do_not_fit(groups, roles, message):
+    with pytest.raises(ValueError, match=message):
+        ParameterGroups(AdamW(), [ParameterGroup(role=role) for role in groups], roles).init(parameters(0))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((), "match is None and role is None; give one of the two"),
+        (("a", 1.0, None, "matrix"), "match is 'a' and role is 'matrix'; give one of the two"),
         (("(",), "match is '\\('; it is not a regular expression"),
         (("a", -1.0), "learning_rate"),
         (("a", 1.0, -1.0), "weight_decay"),

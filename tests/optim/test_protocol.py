@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import sophia_levanter.optim
-from sophia_levanter.optim import AdamW, Lion, Muon, Optimizer, Soap, Sophia, SophiaG, SophiaH
+from sophia_levanter.optim import AdamW, AdEMAMix, Lion, Muon, Optimizer, Soap, Sophia, SophiaG, SophiaH
 from sophia_levanter.optim._checks import value_at
 
 HEAVY = ("haliax", "draccus", "orbax", "ray", "datasets", "wandb", "grain", "tensorstore", "rich", "jmp", "tokenizers")
@@ -34,7 +34,19 @@ print(*sorted(name for name in sys.modules if name.startswith("sophia_levanter")
 
 
 def test_public_names_exist():
-    names = {"AdamW", "Lion", "Muon", "Soap", "Sophia", "SophiaG", "SophiaH", "sophia_g"}
+    names = {
+        "AdamW",
+        "AdEMAMix",
+        "CautiousWeightDecay",
+        "Hyperball",
+        "Lion",
+        "Muon",
+        "Soap",
+        "Sophia",
+        "SophiaG",
+        "SophiaH",
+        "sophia_g",
+    }
     assert names <= set(sophia_levanter.optim.__all__)
     assert all(hasattr(sophia_levanter.optim, name) for name in sophia_levanter.optim.__all__)
 
@@ -49,7 +61,7 @@ def test_examples_in_docstrings(name):
         assert doctest.DocTestRunner().run(test).failed == 0
 
 
-ONE_OF_EACH = [SophiaG, AdamW, Lion, Muon, Soap]
+ONE_OF_EACH = [SophiaG, AdamW, Lion, Muon, Soap, AdEMAMix]
 PARAMS = {"w": jnp.ones(2), "b": jnp.ones(3)}
 
 

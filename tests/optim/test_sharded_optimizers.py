@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 from trajectories import normal
 
-from sophia_levanter.optim import KroneckerBasis, Muon, Soap, SophiaG
+from sophia_levanter.optim import AdamW, CautiousWeightDecay, Hyperball, KroneckerBasis, Muon, Soap, SophiaG
 from sophia_levanter.optim._matrices import by_matrix
 
 
@@ -63,6 +63,27 @@ def test_sharded_parameters(axis_type, three_steps, on_one_device):
         for name, leaf in found.items():
             assert leaf.sharding.is_equivalent_to(tree[name].sharding, leaf.ndim)
             assert leaf.addressable_shards[0].data.shape == {"w": (2, 3), "b": (3,)}[name]
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_norms_are_those_of_whole_matrices(axis_type):
+    """Also where eight devices have two rows of a matrix each; and every array stays where it was."""
+    optimizer = Hyperball(CautiousWeightDecay(AdamW(0.1, weight_decay=0.0), 0.3))
+
+    def steps(params):
+        state, update = optimizer.init(params), jax.jit(optimizer.update)
+        for _ in range(3):
+            updates, state = update(params, state, params)
+            params = eqx.apply_updates(params, updates)
+        return params, state
+
+    tree = placed(TREE, mesh_of(axis_type))
+    (found, state), (wanted, _) = steps(tree), steps(TREE)
+    for name, leaf in found.items():
+        np.testing.assert_allclose(leaf, wanted[name], rtol=1e-5, atol=1e-6)
+        assert leaf.sharding.is_equivalent_to(tree[name].sharding, leaf.ndim)
+    norm = np.linalg.norm(TREE["w"])
+    assert [float(jnp.linalg.norm(found["w"])), float(jnp.max(state.radii[1]))] == pytest.approx([norm, norm])
 
 
 # 16 matrices are shared as they are; 3 and 7 of a shape are pooled as 16, and 2 of another shape padded to 8.

@@ -9,7 +9,14 @@ from sophia_levanter.accelerators import Chip
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.config.optimizer import AdamWConfig, LionConfig, MuonConfig, SophiaGConfig, SophiaHConfig
+from sophia_levanter.config.optimizer import (
+    AdamWConfig,
+    AdEMAMixConfig,
+    LionConfig,
+    MuonConfig,
+    SophiaGConfig,
+    SophiaHConfig,
+)
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.partition.mesh import partition_of
@@ -48,7 +55,8 @@ def test_state_is_split(num_devices):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "momentum", "other"), [(AdamWConfig, 1, 1), (LionConfig, 1, 0), (MuonConfig, 1, 0.5)]
+    ("optimizer", "momentum", "other"),
+    [(AdamWConfig, 1, 1), (LionConfig, 1, 0), (MuonConfig, 1, 0.5), (AdEMAMixConfig, 2, 1)],
 )
 def test_states_of_other_optimizers(optimizer, momentum, other):
     config = dataclasses.replace(CONFIG, optimizer=optimizer(warmup=0))

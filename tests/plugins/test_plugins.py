@@ -16,7 +16,7 @@ from sophia_levanter.main import main
 
 SMALL_STEPS = ["--trainer.num_train_steps", "6", "--trainer.checkpoint_every", "3", "--trainer.sample_tokens", "3"]
 PLUGINS = {
-    "ademamix": ["--optimizer.type", "ademamix", "--optimizer.b3", "0.99"],
+    "adan": ["--optimizer.type", "adan", "--optimizer.b3", "0.95"],
     "mean_fisher": ["--optimizer.type", "sophia_mean_fisher", "--optimizer.interval", "2"],
     "polynomial": ["--optimizer.schedule.type", "polynomial", "--optimizer.schedule.power", "3"],
     "gru": ["--model.type", "gru", "--model.embed_dim", "16"],
@@ -25,7 +25,7 @@ PLUGINS = {
     "docstrings": ["--data.train", "docstrings:email"],
 }
 # All that go together in one run, and the others in a second: each has one optimizer and one model.
-RUNS = [("ademamix", "polynomial", "layer_norms", "perplexity", "docstrings"), ("mean_fisher", "gru")]
+RUNS = [("adan", "polynomial", "layer_norms", "perplexity", "docstrings"), ("mean_fisher", "gru")]
 
 
 @pytest.fixture(autouse=True)
@@ -90,28 +90,28 @@ def test_a_study_of_them(config_file, tmp_path):
                 "tokens": [1536],
                 "evaluations": 2,
                 "settings": {
-                    "plugins": ["ademamix", "layer_norms", "docstrings"],
+                    "plugins": ["adan", "layer_norms", "docstrings"],
                     "trainer": {"metrics": ["grad_norm_per_layer"]},
                     "data": {"train": "docstrings:email"},
                 },
-                "arms": {"sophia": {"settings": {}}, "ademamix": {"settings": {"optimizer": {"type": "ademamix"}}}},
+                "arms": {"sophia": {"settings": {}}, "adan": {"settings": {"optimizer": {"type": "adan"}}}},
             }
         )
     )
     assert compare.main(["--config", str(study), "--out", str(tmp_path / "out")]) == 0
-    assert "ademamix" in (tmp_path / "out" / "report.md").read_text()
+    assert "adan" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_help_and_messages_name_them(config_file):
-    text = parse_command_line(["--plugins", "ademamix", "--help"]).help
-    assert "optimizer, with --optimizer.type ademamix: AdEMAMix" in text
-    assert "--optimizer.b3 NUMBER (0.9999)" in text
-    assert parse_command_line(["--help", "--plugins=ademamix"]).help == text
-    argv = ["--config", str(config_file), "--plugins", "ademamix", "--optimizer.type", "ademamix"]
+    text = parse_command_line(["--plugins", "adan", "--help"]).help
+    assert "optimizer, with --optimizer.type adan: Adan" in text
+    assert "--optimizer.b3 NUMBER (0.99)" in text
+    assert parse_command_line(["--help", "--plugins=adan"]).help == text
+    argv = ["--config", str(config_file), "--plugins", "adan", "--optimizer.type", "adan"]
     with pytest.raises(InputError, match=r"optimizer\.b3 is 2\.0; it must be in \[0, 1\)"):
         parse_command_line([*argv, "--optimizer.b3", "2"])
-    with pytest.raises(InputError, match=r"unknown option '--optimizer\.alhpa'; did you mean --optimizer\.alpha\?"):
-        parse_command_line([*argv, "--optimizer.alhpa", "2"])
+    with pytest.raises(InputError, match=r"unknown option '--optimizer\.b33'; did you mean --optimizer\.b3\?"):
+        parse_command_line([*argv, "--optimizer.b33", "2"])
     chosen = ["--trainer.metrics", "grad_norm_per_laver"]
     with pytest.raises(InputError, match=r"^trainer\.metrics has 'grad_norm_per_laver', .*; --plugins adds metrics$"):
         parse_command_line([*argv, *chosen])
@@ -122,8 +122,8 @@ def test_help_and_messages_name_them(config_file):
 def test_several_are_joined(config_file, tmp_path):
     above = tmp_path / "above.yaml"
     above.write_text(f"defaults: [{config_file}]\nplugins: [gru]\noptimizer: {{schedule: polynomial}}\n")
-    argv = ["--config", str(above), "--plugins", "polynomial", "--plugins=ademamix"]
-    assert parse_command_line(argv).config.plugins == ("gru", "polynomial", "ademamix")
+    argv = ["--config", str(above), "--plugins", "polynomial", "--plugins=adan"]
+    assert parse_command_line(argv).config.plugins == ("gru", "polynomial", "adan")
 
 
 HEADER = """

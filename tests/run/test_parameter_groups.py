@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.config.command_line import load_config
+from sophia_levanter.config.groups import check_groups
 from sophia_levanter.config.optimizer import build_optimizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
@@ -28,7 +29,9 @@ def test_a_rate_and_a_factor_mean_the_same(config_file):
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ("{learning_rate: 0.1 x}", "optimizer.groups[0].match is missing; the fields are match, learning_rate, "),
+        ("{learning_rate: 0.1 x}", "optimizer.groups: match is missing; a group has match, or role in place of it"),
+        ("{match: a, role: matrix}", "optimizer.groups: match 'a' and role 'matrix' are both given; keep one"),
+        ("{role: heads}", "optimizer.groups.role is 'heads'; it must be one of embedding, head, matrix, vector, or"),
         ("{match: '('}", "optimizer.groups: match '(' is not a regular expression: "),
         ("{match: a, learning_rate: ten x}", "optimizer.groups: learning_rate is 'ten x'; it must be a rate, or a "),
         ("{match: a, learning_rate: 1.2.3x}", "optimizer.groups: learning_rate is '1.2.3x'; it must be a rate, or a "),
@@ -49,6 +52,15 @@ def test_a_group_that_matches_nothing_ends_the_run_before_it_begins(config_file,
     error = capfd.readouterr().err
     assert error.startswith("error: optimizer.groups[0].match 'wtx' matches no parameter; there are ['")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_role_that_nothing_has(config_file):
+    """The head of this model is its token embedding."""
+    config = load_config(config_file, [("optimizer.groups", "[{role: head}]")])
+    with pytest.raises(InputError) as raised:
+        check_groups(config.optimizer.parameter_groups, abstract_model(config.model, 257))
+    wanted = "optimizer.groups[0].role 'head' matches no parameter; there are ['embedding', 'matrix', 'vector']"
+    assert str(raised.value) == wanted
 
 
 def test_a_run_with_groups(config_file, tmp_path, capfd):

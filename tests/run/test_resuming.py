@@ -30,6 +30,8 @@ SWITCHES = {
     "optimizer.curvature_max_grad_norm": "1.0",
     "optimizer.curvature_labels": "data",
     "optimizer.basis": "kronecker",
+    "optimizer.hyperball": "true",
+    "optimizer.cautious_weight_decay": "true",
     "trainer.compute_dtype": "bfloat16",
     "model.gradient_checkpointing": "full",
     "model.dropout": "0.1",
@@ -47,6 +49,7 @@ def test_a_run_with_every_switch_learns(switched_run):
     assert list(rho) == [2, 5, 8, 11]
     assert 0.5 < rho[2] < rho[5] < rho[8] < rho[11]
     assert metrics(switched_run.path)[11] < metrics(switched_run.path)[0] - 0.1
+    assert "weight decay 0.2, cautious; hyperball: the matrices of 4 array(s) keep their norms" in switched_run.output
 
 
 @pytest.mark.parametrize(
@@ -58,8 +61,9 @@ def test_a_run_with_every_switch_learns(switched_run):
         (7, LLAMA),
         pytest.param(7, ["--optimizer.type", "muon"], marks=pytest.mark.slow),
         pytest.param(7, ["--optimizer.type", "soap"], marks=pytest.mark.slow),
+        pytest.param(7, ["--optimizer.type", "ademamix"], marks=pytest.mark.slow),
     ],
-    ids=["next_step_refreshes", "next_step_is_plain", "every_switch", "llama", "muon", "soap"],
+    ids=["next_step_refreshes", "next_step_is_plain", "every_switch", "llama", "muon", "soap", "ademamix"],
 )
 def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
     stopped_at, options, request, config_file, tmp_path, capfd, stop_after

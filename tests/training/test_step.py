@@ -14,10 +14,12 @@ import pytest
 from sophia_levanter.batch import Batch, batch_from_sequences
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
-from sophia_levanter.models.language_model import decay_mask, matrix_axes
+from sophia_levanter.models.language_model import decay_mask, hyperball_matrices, matrix_axes
 from sophia_levanter.optim import (
     AdamW,
+    CautiousWeightDecay,
     GaussNewtonBartlett,
+    Hyperball,
     KroneckerBasis,
     Muon,
     ReproducedSophia,
@@ -35,6 +37,7 @@ TINY = Gpt2Config(
 STACKED = dataclasses.replace(TINY, num_layers=2, loss_block_size=5)
 VOCAB_SIZE, ROWS = 50, 12
 MUON = Muon(learning_rate=3e-3, matrices=matrix_axes, weight_decay_mask=decay_mask)
+NORMS = Hyperball(CautiousWeightDecay(AdamW(weight_decay=0.0), 0.1), hyperball_matrices)
 SOAP = Soap(learning_rate=3e-3, basis=KroneckerBasis(matrix_axes, 0.95), weight_decay_mask=decay_mask)
 KRONECKER = KroneckerBasis(matrices=matrix_axes)
 AVERAGED = GaussNewtonBartlett(reduction="average_then_square")
@@ -342,8 +345,8 @@ def test_weights_leave_positions_out_of_loss_and_curvature():
 
 @pytest.mark.parametrize(
     ("optimizer", "devices"),
-    [(AdamW(), 1), (MUON, 4), (SOAP, 4), (SophiaG(), 1), (SophiaH(), 1)],
-    ids=["adamw", "muon", "soap", "g", "h"],
+    [(AdamW(), 1), (MUON, 4), (SOAP, 4), (NORMS, 4), (SophiaG(), 1), (SophiaH(), 1)],
+    ids=["adamw", "muon", "soap", "norms", "g", "h"],
 )
 def test_a_non_finite_gradient_changes_nothing_but_counts(optimizer, devices):
     settings, refresh = StepSettings(optimizer), optimizer.refresh_due(0)

@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 from sophia_levanter.optim._baselines import OptaxOptimizer, add_decayed_weights, check_shared
 from sophia_levanter.optim._checks import check_count, check_number, python_number, whole_number
 from sophia_levanter.optim._protocol import Scalar, ScalarOrSchedule
-from sophia_levanter.optim._trees import WeightDecayMask
+from sophia_levanter.optim._trees import WeightDecayMask, wide_dtype
 
 
 class AdEMAMixState(NamedTuple):
@@ -21,9 +21,9 @@ class AdEMAMixState(NamedTuple):
 
     Attributes:
         count: int32 scalar, updates so far.
-        mu: the fast average of the gradient, like the parameters.
-        mu_slow: the slow one.
-        nu: the average of its square.
+        mu: the fast average of the gradient, like the parameters, in their dtypes or `momentum_dtype`.
+        mu_slow: the slow one, in at least float32.
+        nu: the average of its square, in the parameters' dtypes.
     """
 
     count: Array  # type: ignore[assignment]  # a tuple has a method of that name, which optax hides too
@@ -53,7 +53,8 @@ class AdEMAMix(OptaxOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, multiplied by the learning rate.
         weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
-        momentum_dtype: of both averages of the gradient; None for the parameters'.
+        momentum_dtype: of the fast average; None for the parameters'. The slow one has at least float32: bfloat16 would
+            lose what it changes by.
         gradient_transform: an optax transformation that the gradient goes through first; None for none.
 
     Raises:
@@ -99,11 +100,9 @@ def scale_by_ademamix(settings: AdEMAMix) -> optax.GradientTransformation:
     b1, b2 = settings.b1, settings.b2
 
     def init(params: PyTree) -> AdEMAMixState:
-        def zeros(dtype: Any = None) -> PyTree:
-            return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
-
-        dtype = settings.momentum_dtype
-        return AdEMAMixState(jnp.zeros((), jnp.int32), zeros(dtype), zeros(dtype), zeros())
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=settings.momentum_dtype), params)
+        mu_slow = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params)
+        return AdEMAMixState(jnp.zeros((), jnp.int32), mu, mu_slow, jax.tree.map(jnp.zeros_like, params))
 
     def update(grads: PyTree, state: AdEMAMixState, params: PyTree | None = None) -> tuple[PyTree, AdEMAMixState]:
         count = optax.safe_increment(state.count)
@@ -112,7 +111,8 @@ def scale_by_ademamix(settings: AdEMAMix) -> optax.GradientTransformation:
         mu_slow = jax.tree.map(lambda m, g: m + weight * (g - m), state.mu_slow, grads)
         nu = optax.tree.update_moment(grads, state.nu, b2, 2)
         direction = jax.tree.map(
-            lambda fast, slow, v: ((fast + alpha * slow) / (jnp.sqrt(v) + settings.eps)).astype(v.dtype),
+            lambda g, fast, slow, v: ((fast + alpha * slow) / (jnp.sqrt(v) + settings.eps)).astype(g.dtype),
+            grads,
             optax.tree.bias_correction(mu, b1, count),
             mu_slow,
             optax.tree.bias_correction(nu, b2, count),

@@ -1,0 +1,81 @@
+"""What the settings of every optimizer put around it, and what becomes of its weight decay there."""
+
+import dataclasses
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sophia_levanter.config.assembly import build_optimizer
+from sophia_levanter.config.groups import GroupConfig
+from sophia_levanter.config.optimizer import AdamWConfig, OptimizerConfig, SophiaGConfig
+from sophia_levanter.optim import AdamW, CautiousWeightDecay, Hyperball, ParameterGroups
+from sophia_levanter.optim._trees import decay_mask_tree, trainable
+from sophia_levanter.run.summary import describe_groups, describe_optimizer
+
+GROUPS = (GroupConfig(role="vector", learning_rate="0.5 x", weight_decay=0.25),)
+ALL = AdamWConfig(warmup=0, hyperball=True, cautious_weight_decay=True, groups=GROUPS)
+
+
+@pytest.mark.parametrize("name", list(OptimizerConfig.get_known_choices()))
+def test_every_optimizer_takes_all_of_it(name):
+    config = OptimizerConfig.get_choice_class(name)(hyperball=True, cautious_weight_decay=True, groups=GROUPS)
+    optimizer = build_optimizer(config, 100)
+    assert type(optimizer) is Hyperball
+    assert type(optimizer.optimizer) is ParameterGroups
+    cautious = optimizer.optimizer.optimizer
+    assert type(cautious) is CautiousWeightDecay
+    assert type(cautious.optimizer) is type(config.build(100))
+    decay = cautious.optimizer.weight_decay
+    assert getattr(decay, "rate", decay) == 0.0
+
+
+def test_nothing_is_around_an_optimizer_unless_asked_for():
+    assert type(build_optimizer(AdamWConfig(), 100)) is AdamW
+    assert type(build_optimizer(AdamWConfig(hyperball=True), 100).optimizer) is AdamW
+    assert type(build_optimizer(AdamWConfig(cautious_weight_decay=True), 100).optimizer) is AdamW
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+def test_what_decays(cautious, make_model):
+    """Embeddings by the setting, vectors by their group's, and matrices not at all."""
+    model = make_model()
+    config = dataclasses.replace(ALL, weight_decay=0.5, cautious_weight_decay=cautious)
+    decaying = build_optimizer(config, 100).optimizer.optimizer
+    rates = decay_mask_tree(decaying.weight_decay_mask, trainable(model))
+    assert decaying.weight_decay == 1.0
+    assert (rates.wte.weight.array, rates.ln_f.weight.array) == (0.5, 0.25)
+    block = rates.blocks.stacked
+    assert {block.attn.c_attn.weight.array, block.mlp.c_proj.weight.array} == {False}
+
+
+def test_a_step_of_a_model(make_model):
+    """Queries, keys and values of each layer keep their norms apart; vectors move by half the rate."""
+    model = make_model()
+    config = dataclasses.replace(ALL, learning_rate=0.02, weight_decay=0.0, groups=(GroupConfig("ln", "0.5 x"),))
+    optimizer = build_optimizer(config, 100)
+    grads = jax.tree.map(jnp.cos, trainable(model))
+    updates, _ = eqx.filter_jit(optimizer.update)(grads, optimizer.init(model), model)
+
+    def norms(model):
+        weight = model.blocks.stacked.attn.c_attn.weight
+        sides = [axis.name for axis in weight.axes if axis.name not in ("layers", "qkv")]
+        return hax.sqrt(hax.sum(hax.square(weight), axis=sides)).array
+
+    before, after = norms(model), norms(eqx.apply_updates(model, updates))
+    assert before.shape == (2, 3)
+    np.testing.assert_allclose(after, before, rtol=1e-5)
+    np.testing.assert_allclose(jnp.abs(updates.ln_f.weight.array), 0.01, rtol=1e-4)
+    np.testing.assert_allclose(jnp.abs(updates.wte.weight.array), 0.02, rtol=1e-4)
+
+
+def test_the_lines_that_say_so(make_model):
+    assert list(describe_groups(ALL, make_model())) == [
+        "role vector: 10 array(s), learning rate 0.0003, weight decay 0.25"
+    ]
+    line = "adamw, weight decay 0.1, cautious; hyperball: the matrices of 4 array(s) keep their norms and do not decay"
+    assert describe_optimizer(ALL, make_model()) == line
+    assert describe_optimizer(SophiaGConfig(), make_model()) == "sophia_g, weight decay 0.2"

@@ -1,0 +1,88 @@
+"""What the trainer knows of any model: the roles of its parameters, and the matrices that keep their norms."""
+
+import equinox as eqx
+import haliax.nn as hnn
+import jax
+import pytest
+
+from sophia_levanter.config.assembly import check_optimizer, count_on_hyperball
+from sophia_levanter.config.model import Gpt2Config, LlamaConfig
+from sophia_levanter.config.optimizer import AdamWConfig
+from sophia_levanter.errors import InputError
+from sophia_levanter.models.language_model import LanguageModel, abstract_model, hyperball_matrices, parameter_roles
+from sophia_levanter.optim import ParameterGroup, groups_of
+from sophia_levanter.optim._matrices import matrices_tree
+
+SHAPE = {"num_layers": 2, "num_heads": 2, "embed_dim": 8, "seq_len": 8}
+GPT2 = Gpt2Config(**SHAPE, use_bias=True)
+LLAMA = LlamaConfig(**SHAPE, tie_embeddings=False)
+
+
+def paths_with(role, model):
+    return set(groups_of([ParameterGroup(role=role)], model, parameter_roles))
+
+
+def test_roles_of_gpt2():
+    model = abstract_model(GPT2, 100)
+    assert paths_with("embedding", model) == {"wte.weight", "wpe.weight"}
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert paths_with("matrix", model) == {f"blocks.stacked.{layer}.weight" for layer in layers}
+    vectors = {f"blocks.stacked.{layer}.bias" for layer in layers}
+    vectors |= {f"{norm}.{part}" for norm in ("blocks.stacked.ln_1", "blocks.stacked.ln_2", "ln_f") for part in PARTS}
+    assert paths_with("vector", model) == vectors
+    with pytest.raises(ValueError, match=r"role 'head' matches no parameter"):
+        paths_with("head", model)
+
+
+PARTS = ("weight", "bias")
+
+
+def test_an_output_head_of_its_own_is_one_and_keeps_its_norm():
+    model = abstract_model(LLAMA, 100)
+    assert paths_with("head", model) == {"lm_head.weight"}
+    assert paths_with("embedding", model) == {"embed_tokens.weight"}
+    assert count_on_hyperball(model) == 7 + 1
+    entries = matrices_tree(hyperball_matrices, model)
+    assert entries.lm_head.weight.array is not None and entries.embed_tokens.weight.array is None
+    assert count_on_hyperball(abstract_model(LlamaConfig(**SHAPE, tie_embeddings=True), 100)) == 7
+
+
+def test_roles_of_arrays_that_are_traced():
+    """As in a compiled step."""
+    roles = {}
+
+    def trace(model):
+        roles.update(groups_of([ParameterGroup(role="head")], model, parameter_roles))
+
+    eqx.filter_eval_shape(trace, abstract_model(LLAMA, 100))
+    assert roles == {"lm_head.weight": 0}
+
+
+def test_roles_of_a_plugins_model(plugin_folder):
+    """Its head is a bare array, and its cell is not made of Haliax's layers."""
+    from gru import GruConfig
+
+    model = abstract_model(GruConfig(embed_dim=4), 100)
+    assert paths_with("embedding", model) == {"wte.weight"}
+    assert paths_with("head", model) == {"lm_head"}
+    assert {path.split(".")[0] for path in paths_with("vector", model)} == {"cell"}
+
+
+class Unigrams(LanguageModel):
+    config: Gpt2Config = eqx.field(static=True)
+    vocab_size: int = eqx.field(static=True)
+    wte: hnn.Embedding
+
+    def head_weights(self):
+        return self.wte.weight
+
+    def final_hidden(self, tokens, key):
+        return self.wte.embed(tokens)
+
+
+def test_a_hyperball_without_matrices_is_refused():
+    def make():
+        return Unigrams(GPT2, 100, hnn.Embedding.init(GPT2.Vocab(100), GPT2.Embed, key=jax.random.key(0)))
+
+    with pytest.raises(InputError, match=r"^optimizer\.hyperball is true, and the model has no matrix; leave it out$"):
+        check_optimizer(AdamWConfig(hyperball=True), eqx.filter_eval_shape(make))
