@@ -67,6 +67,13 @@ def test_states_of_other_optimizers(optimizer, momentum, other):
     assert "curvature" not in kinds
 
 
+def test_snapshots_of_the_weights_are_split_as_they_are():
+    trainer = dataclasses.replace(TRAINER, lawa_every=10, lawa_snapshots=3)
+    config = dataclasses.replace(CONFIG, optimizer=AdamWConfig(warmup=0), trainer=trainer)
+    kinds = bytes_by_kind(abstract_state(config, partition_of(config.mesh), VOCAB))
+    assert (kinds["snapshots"], kinds["average"]) == (3 * kinds["parameters"], kinds["parameters"])
+
+
 def test_collectives_of_a_step():
     """A block's parameters are gathered twice in a microbatch; the gradients are all-reduced on a CPU."""
     plan = plan_step(CONFIG, partition_of(CONFIG.mesh), VOCAB, refresh=False)

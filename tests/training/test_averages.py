@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights: kept, evaluated, saved, and read by the commands on models."""
+"""Averages of the weights: kept, evaluated, saved, and read by the commands on models."""
 
 import equinox as eqx
 import jax
@@ -9,10 +9,12 @@ import pytest
 from sophia_levanter import checkpoint
 from sophia_levanter.batch import batch_from_sequences
 from sophia_levanter.commands import evaluate, export, sample
+from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
 from sophia_levanter.optim import AdamW
 from sophia_levanter.partition.mesh import partition_of
-from sophia_levanter.training.step import StepSettings, TrainState, train_step
+from sophia_levanter.training.step import StepSettings, TrainState, first_state, train_step
 from tiny_runs import metrics
 
 DECAY = 0.15
@@ -44,14 +46,44 @@ def test_the_average_follows_the_weights_of_good_steps(make_model, dtype):
         np.testing.assert_allclose(found, mean, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def averaging(tmp_path_factory):
+def test_the_mean_of_the_latest_snapshots(make_model):
+    """Of two, one after every second step; also after a step that is skipped, whose weights are those before."""
+    settings = StepSettings(AdamW(learning_rate=0.1), lawa_interval=2, lawa_snapshots=2)
+    partition = partition_of(devices=jax.devices()[:2])
+    start = make_model()
+    state = partition.place(first_state(settings, jax.tree.map(lambda x: x.astype(jnp.float32), start)))
+    weights, snapshots = np.ones((2, 8), np.float32), []
+    with partition.active():
+        step = eqx.filter_jit(lambda batch, state: train_step(settings, False, batch, state))
+        for number in range(8):
+            bad = np.full_like(weights, np.nan) if number == 3 else weights
+            sequences = np.random.default_rng(number).integers(0, 100, (2, 9)).astype(np.int32)
+            state, _ = step(partition.place(batch_from_sequences(sequences, bad)), state)
+            if number % 2 == 1:
+                snapshots.append(floats(state.model))
+            latest = snapshots[-2:] or [floats(start)]
+            for found, *taken in zip(jax.tree.leaves(state.average), *latest, strict=True):
+                np.testing.assert_allclose(found, np.mean(taken, axis=0), rtol=1e-5, atol=1e-6)
+    assert int(state.skipped_steps) == 1
+    held = {tuple(leaf.sum() for leaf in floats(snapshot)) for snapshot in state.snapshots}
+    assert held == {tuple(leaf.sum() for leaf in snapshot) for snapshot in snapshots[-2:]}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ["--trainer.ema_decay", "0.9"],
+        pytest.param(["--trainer.lawa_every", "2", "--trainer.lawa_snapshots", "2"], marks=pytest.mark.slow),
+    ],
+    ids=["ema", "lawa"],
+)
+def averaging(request, tmp_path_factory):
     """A finished run that keeps an average, stopped and resumed after six steps, and its last line of evaluation."""
     from tiny_runs import write_config, write_text
 
     folder = tmp_path_factory.mktemp("averaging")
     config = write_config(folder, write_text(folder))
-    command = ["--config", str(config), "--trainer.run_dir", str(folder / "run"), "--trainer.ema_decay", "0.9"]
+    command = ["--config", str(config), "--trainer.run_dir", str(folder / "run"), *request.param]
     command += ["--optimizer.type", "adamw"]
     assert main([*command, "--trainer.num_train_steps", "6"]) == 0
     assert main([*command, "--trainer.num_train_steps", "12", "--resume", "auto"]) == 0
@@ -83,3 +115,16 @@ def test_where_there_is_no_average(finished_run, gpt2_folder, capfd):
     assert "keeps no average of its weights; trainer.ema_decay makes a run keep one" in capfd.readouterr().err
     assert sample.main([str(gpt2_folder), "--averaged"]) == 2
     assert f"--averaged does not go with {gpt2_folder}, which is not a run directory" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ema_decay": 0.9}, r"^trainer\.ema_decay is 0\.9 and trainer\.lawa_every 8; a run keeps one average"),
+        ({"num_train_steps": 7}, r"^trainer\.lawa_every 8 is more than trainer\.num_train_steps 7$"),
+    ],
+)
+def test_settings_that_do_not_go_together(given, message):
+    with pytest.raises(InputError, match=message):
+        TrainerConfig(lawa_every=8, **given)
+    assert TrainerConfig(lawa_every=0.25, num_train_steps=8).lawa_interval == 2

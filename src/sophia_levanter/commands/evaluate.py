@@ -37,7 +37,7 @@ validation sets that of each, and their mean; or with --task the score on a benc
 
   MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
   --step N               of the run's checkpoints; the newest if not given
-  --averaged             the average of the weights that a run with trainer.ema_decay keeps
+  --averaged             the average that a run with trainer.ema_decay or trainer.lawa_every keeps
   --windows N            of the text, spread evenly; all if not given
   --task NAME            {", ".join(TASKS)}, with
   --file FILE            its questions, JSON lines as its authors publish them

@@ -23,7 +23,7 @@ Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load, 
   MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
   OUT_DIR                a new or an empty folder
   --step N               of the run's checkpoints; the newest if not given
-  --averaged             the average of the weights that a run with trainer.ema_decay keeps
+  --averaged             the average that a run with trainer.ema_decay or trainer.lawa_every keeps
   --dtype TYPE           float32, bfloat16 or float16; as the model has it if not given
   --SECTION.FIELD VALUE  sets one field, on top of the run's: --data.tokenizer cl100k_base for a ckpt.pt of that
   --help                 prints this and exits"""

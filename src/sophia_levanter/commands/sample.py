@@ -46,7 +46,7 @@ by token; several come when all are done, each under a heading. All else is said
   --seed S               of the draws; 0 if not given
   --samples N            texts for each prompt; 1 if not given
   --step N               of the run's checkpoints; the newest if not given
-  --averaged             the average of the weights that a run with trainer.ema_decay keeps
+  --averaged             the average that a run with trainer.ema_decay or trainer.lawa_every keeps
   --SECTION.FIELD VALUE  sets one field, on top of the run's: --trainer.compute_dtype float32, --mesh.fsdp embed
   --help                 prints this and exits"""
 

@@ -81,6 +81,13 @@ class TrainerConfig(Settings):
         above=0,
         below=1,
     )
+    lawa_every: float | int | None = setting(
+        None,
+        f"steps between snapshots of the weights, {OR_FRACTION}, whose mean is kept; none if not given",
+        above=0,
+        steps=True,
+    )
+    lawa_snapshots: int = setting(5, "latest snapshots in that mean; each takes the memory of the parameters", low=1)
     max_skipped_steps: int = setting(10, "consecutive skipped steps before the run gives up or rolls back", low=1)
     max_rollbacks: int = setting(
         0, "times the run may return to its last good checkpoint and skip the data since then", low=0
@@ -152,6 +159,15 @@ class TrainerConfig(Settings):
         for title in titles:
             if titles.count(title) > 1:
                 raise InputError(f"trainer.tasks has several called {title}; give each a name of its own")
+        if self.ema_decay is not None and self.lawa_every is not None:
+            raise InputError(
+                f"trainer.ema_decay is {self.ema_decay} and trainer.lawa_every {self.lawa_every}; a run keeps one "
+                "average, so leave one of them out"
+            )
+        if self.lawa_every is not None and self.lawa_every > self.num_train_steps:
+            raise InputError(
+                f"trainer.lawa_every {self.lawa_every} is more than trainer.num_train_steps {self.num_train_steps}"
+            )
         if self.profile_steps is not None and not self.profiled_steps:
             raise InputError(
                 f"trainer.profile_steps is {self.profile_steps!r}; it must be FIRST:END, FIRST below END, like 10:15"
@@ -192,6 +208,16 @@ class TrainerConfig(Settings):
     def checkpoint_interval(self) -> int:
         """Steps between checkpoints."""
         return self._interval(self.checkpoint_every)
+
+    @property
+    def lawa_interval(self) -> int | None:
+        """Steps between snapshots of the weights; None for no snapshots."""
+        return None if self.lawa_every is None else self._interval(self.lawa_every)
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether the run keeps an average of its weights."""
+        return self.ema_decay is not None or self.lawa_every is not None
 
     @property
     def log_interval(self) -> int:

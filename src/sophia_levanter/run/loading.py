@@ -72,7 +72,8 @@ def load_model(
     Args:
         place: a run directory; a directory or URL of checkpoints; a folder saved by transformers; nanoGPT's `ckpt.pt`.
         step: of the run's checkpoints; the newest that is whole if not given.
-        averaged: whether to take the average of the weights that a run with `trainer.ema_decay` keeps.
+        averaged: whether to take the average of the weights, which a run with `trainer.ema_decay` or
+            `trainer.lawa_every` keeps.
         overrides: dotted field paths and values as typed, on top of the run's configuration without its mesh.
         report: takes a line of news for the user.
 
@@ -141,8 +142,11 @@ def _restored(
         data = with_kept_tokenizer(config.data, directory, going_on=False)
         config = dataclasses.replace(config, data=data)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    if wanted.averaged and config.trainer.ema_decay is None:
-        raise InputError(f"--averaged: {shown} keeps no average of its weights; trainer.ema_decay makes a run keep one")
+    if wanted.averaged and not config.trainer.keeps_average:
+        raise InputError(
+            f"--averaged: {shown} keeps no average of its weights; trainer.ema_decay makes a run keep one, and so does "
+            "trainer.lawa_every"
+        )
     _check_tokenizer(directory, shown, tokenizer, wanted.step)
     partition = _partition(config, tokenizer)
     policy = jmp.get_policy(config.trainer.parameter_dtype)

@@ -132,6 +132,7 @@ def bytes_by_kind(state: TrainState) -> dict[str, int]:
         "momentum": device_bytes(_named(optimizer_state, ("momentum", "mu", "mu_slow"))),
         "curvature": device_bytes(_named(optimizer_state, ("curvature",))),
         "average": device_bytes(state.average),
+        "snapshots": device_bytes(state.snapshots),
     }
     others = device_bytes(state) - sum(kinds.values())
     return {kind: size for kind, size in {**kinds, "other optimizer state": others}.items() if size}

@@ -26,9 +26,10 @@ from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.optim import Optimizer, RefreshStep
 from sophia_levanter.optim._checks import value_at
 from sophia_levanter.optim._gradients import LossesFn, split_at
-from sophia_levanter.optim._trees import is_named, norm, select, upcast
+from sophia_levanter.optim._trees import is_named, norm, upcast
 from sophia_levanter.partition.mesh import shard_params
 from sophia_levanter.training.array_statistics import array_statistics
+from sophia_levanter.training.averages import averages
 from sophia_levanter.training.metrics import Metric, StepTrees, measure
 
 PyTree = Any
@@ -48,7 +49,9 @@ class TrainState(eqx.Module):
         skipped_in_a_row: int32, such steps since the last good one.
         recent_loss: float32, exponential mean of the losses of good steps, nats; infinite before the first.
         skipped_windows: int32, sequences of the data order that the run has passed over, going back to a checkpoint.
-        average: the exponential moving average of the parameters, in at least float32; None without one.
+        average: an average of the parameters, in at least float32; None without one.
+        snapshots: the latest snapshots that the average is the mean of, in the parameters' dtypes; zeros for those
+            that are still to come.
     """
 
     step: jax.Array
@@ -59,10 +62,16 @@ class TrainState(eqx.Module):
     recent_loss: jax.Array
     skipped_windows: jax.Array
     average: LanguageModel | None = None
+    snapshots: tuple[LanguageModel, ...] = ()
 
     @staticmethod
     def init(
-        model: LanguageModel, optimizer: Optimizer, policy: jmp.Policy | None = None, *, averaged: bool = False
+        model: LanguageModel,
+        optimizer: Optimizer,
+        policy: jmp.Policy | None = None,
+        *,
+        averaged: bool = False,
+        num_snapshots: int = 0,
     ) -> TrainState:
         """The state before step 0, the parameters in the policy's dtype, and an average of them if wanted."""
 
@@ -73,7 +82,8 @@ class TrainState(eqx.Module):
             model = policy.cast_to_param(model)
         infinite = jnp.full((), jnp.inf, jnp.float32)
         average = jax.tree.map(lambda x: upcast(x) + 0, model) if averaged else None
-        return TrainState(zero(), model, optimizer.init(model), zero(), zero(), infinite, zero(), average)
+        snapshots = tuple(jax.tree.map(jnp.zeros_like, model) for _ in range(num_snapshots))
+        return TrainState(zero(), model, optimizer.init(model), zero(), zero(), infinite, zero(), average, snapshots)
 
     @property
     def refresh_pending(self) -> jax.Array:
@@ -109,7 +119,9 @@ class StepSettings:
         policy: parameters' and compute dtypes.
         max_grad_norm: global norm above which gradients are scaled down to it; None for no clipping.
         loss_spike_factor: a step whose loss is more than so many times the recent mean is skipped; None for none.
-        ema_decay: of the average of the parameters; None for no average.
+        ema_decay: of the exponential moving average of the parameters; None for none.
+        lawa_interval: steps between the snapshots whose mean is kept; None for none.
+        lawa_snapshots: how many.
         curvature_microbatches: how many of the first microbatches refresh the curvature; None for all.
         curvature_microbatch_size: rows of a microbatch that refreshes the curvature; None for the gradient's.
         metrics: registered metrics to measure, by name.
@@ -122,6 +134,8 @@ class StepSettings:
     max_grad_norm: float | None = 1.0
     loss_spike_factor: float | None = None
     ema_decay: float | None = None
+    lawa_interval: int | None = None
+    lawa_snapshots: int = 0
     curvature_microbatches: int | None = None
     curvature_microbatch_size: int | None = None
     metrics: tuple[tuple[str, Metric], ...] = ()
@@ -146,6 +160,8 @@ class StepSettings:
             max_grad_norm=trainer.max_grad_norm,
             loss_spike_factor=trainer.loss_spike_factor,
             ema_decay=trainer.ema_decay,
+            lawa_interval=trainer.lawa_interval,
+            lawa_snapshots=0 if trainer.lawa_interval is None else trainer.lawa_snapshots,
             curvature_microbatches=None if curvature is None else curvature[0],
             curvature_microbatch_size=own,
             metrics=tuple((name, METRICS[name]) for name in trainer.metrics),
@@ -167,7 +183,10 @@ def _initial_state(config: ModelConfig, settings: StepSettings, vocab_size: int)
 
 def first_state(settings: StepSettings, model: LanguageModel) -> TrainState:
     """The state before step 0 with the weights of a model."""
-    return TrainState.init(model, settings.optimizer, settings.policy, averaged=settings.ema_decay is not None)
+    averaged = settings.ema_decay is not None or settings.lawa_interval is not None
+    return TrainState.init(
+        model, settings.optimizer, settings.policy, averaged=averaged, num_snapshots=settings.lawa_snapshots
+    )
 
 
 class _Keys(NamedTuple):
@@ -340,6 +359,7 @@ def _apply(
     """Refresh and update where the numbers are good; count either way. The state and the update."""
     updates, optimizer_state = settings.optimizer.update(grads, state.optimizer_state, state.model, h_hat, finite=good)
     model = eqx.apply_updates(state.model, updates)
+    average, snapshots = averages(settings, state, model, good)
     is_first = jnp.isinf(state.recent_loss)
     recent = jnp.where(is_first, loss, RECENT_LOSS_DECAY * state.recent_loss + (1 - RECENT_LOSS_DECAY) * loss)
     after = TrainState(
@@ -350,18 +370,7 @@ def _apply(
         skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
         recent_loss=jnp.where(good, recent, state.recent_loss),
         skipped_windows=state.skipped_windows,
-        average=_averaged(settings.ema_decay, state, model, good),
+        average=average,
+        snapshots=snapshots,
     )
     return shard_params(after), updates
-
-
-def _averaged(decay: float | None, state: TrainState, model: LanguageModel, good: jax.Array) -> LanguageModel | None:
-    """average <- d average + (1 - d) parameters, after a good step.
-
-    d is the decay; in the first steps it is less, (1 + step) / (10 + step), to forget the initial weights soon.
-    """
-    if decay is None:
-        return None
-    d = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
-    mean = jax.tree.map(lambda a, p: d * a + (1 - d) * upcast(p), state.average, model)
-    return select(good, mean, state.average)

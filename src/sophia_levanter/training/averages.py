@@ -1,0 +1,63 @@
+"""Averages of the parameters over the steps of a run, of which it keeps one if asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from sophia_levanter.models.language_model import LanguageModel
+from sophia_levanter.optim._trees import select, upcast
+
+if TYPE_CHECKING:
+    from sophia_levanter.training.step import StepSettings, TrainState
+
+Snapshots = tuple[LanguageModel, ...]
+
+
+def averages(
+    settings: StepSettings, state: TrainState, model: LanguageModel, good: jax.Array
+) -> tuple[LanguageModel | None, Snapshots]:
+    """The average after a step, and the snapshots that it is made of.
+
+    Args:
+        settings: which average, if any.
+        state: the state before the step.
+        model: the parameters after it.
+        good: bool, whether the step was not skipped.
+    """
+    if settings.lawa_interval is not None:
+        return _mean_of_latest(settings.lawa_interval, state, model)
+    return _moving_average(settings.ema_decay, state, model, good), ()
+
+
+def _moving_average(
+    decay: float | None, state: TrainState, model: LanguageModel, good: jax.Array
+) -> LanguageModel | None:
+    """average <- d average + (1 - d) parameters, after a good step.
+
+    d is the decay; in the first steps it is less, (1 + step) / (10 + step), to forget the initial weights soon.
+    """
+    if decay is None:
+        return None
+    d = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+    mean = jax.tree.map(lambda a, p: d * a + (1 - d) * upcast(p), state.average, model)
+    return select(good, mean, state.average)
+
+
+def _mean_of_latest(interval: int, state: TrainState, model: LanguageModel) -> tuple[LanguageModel | None, Snapshots]:
+    """The mean of the latest snapshots, one after every `interval` steps (LAWA; Kaddour 2022, arXiv 2209.14981).
+
+    Before the first snapshot it is the initial weights. Skipped steps count: their parameters are those before.
+    """
+    step, count = state.step + 1, len(state.snapshots)
+    taken = step // interval
+
+    def take() -> tuple[LanguageModel | None, Snapshots]:
+        snapshots = tuple(select((taken - 1) % count == i, model, old) for i, old in enumerate(state.snapshots))
+        # Those that are still to come are zeros.
+        mean = jax.tree.map(lambda *xs: sum(map(upcast, xs)) / jnp.minimum(taken, count), *snapshots)
+        return mean, snapshots
+
+    return jax.lax.cond(step % interval == 0, take, lambda: (state.average, state.snapshots))
