@@ -2,7 +2,6 @@
 
 import equinox as eqx
 import haliax.nn as hnn
-import jax
 import pytest
 
 from sophia_levanter.config.assembly import check_optimizer, count_on_hyperball
@@ -80,9 +79,14 @@ class Unigrams(LanguageModel):
         return self.wte.embed(tokens)
 
 
-def test_a_hyperball_without_matrices_is_refused():
-    def make():
-        return Unigrams(GPT2, 100, hnn.Embedding.init(GPT2.Vocab(100), GPT2.Embed, key=jax.random.key(0)))
+class UnigramsConfig(Gpt2Config):
+    def build(self, *, vocab_size, key):
+        Vocab = self.Vocab(vocab_size)
+        return Unigrams(self, vocab_size, hnn.Embedding.init(Vocab, self.Embed, key=key))
 
+
+def test_a_hyperball_without_matrices_is_refused():
     with pytest.raises(InputError, match=r"^optimizer\.hyperball is true, and the model has no matrix; leave it out$"):
-        check_optimizer(AdamWConfig(hyperball=True), eqx.filter_eval_shape(make))
+        check_optimizer(AdamWConfig(hyperball=True), UnigramsConfig(**SHAPE), 100)
+    check_optimizer(AdamWConfig(hyperball=True), GPT2, 100)
+    check_optimizer(AdamWConfig(), UnigramsConfig(**SHAPE), 100)

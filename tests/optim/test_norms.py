@@ -99,8 +99,9 @@ def test_a_matrix_of_zeros_takes_the_optimizers_steps():
 
 
 def test_rounding_does_not_add_up():
-    """bfloat16 rounds to three digits, and the norm stays within that after a hundred steps."""
-    optimizer, params = Hyperball(signs()), {"w": normal(8, 8).astype(jnp.bfloat16)}
+    """bfloat16 rounds to three digits, and the norm stays within that after two hundred steps."""
+    optimizer = Hyperball(AdamW(0.02, b1=0.0, b2=0.0, weight_decay=0.0))
+    params = {"w": normal(8, 8).astype(jnp.bfloat16)}
 
     def step(carry, seed):
         params, state = carry
@@ -108,11 +109,11 @@ def test_rounding_does_not_add_up():
         updates, state = optimizer.update(grads, state, params)
         return (eqx.apply_updates(params, updates), state), None
 
-    (after, _), _ = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), jnp.arange(100)))(params)
-    lengths = [float(jnp.linalg.norm(p["w"].astype(jnp.float32))) for p in (params, after)]
+    (after, _), _ = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), jnp.arange(200)))(params)
+    before, now = (p["w"].astype(jnp.float32) for p in (params, after))
     assert after["w"].dtype == jnp.bfloat16
-    assert lengths[1] == pytest.approx(lengths[0], rel=1e-2)
-    assert float(jnp.linalg.norm((after["w"] - params["w"]).astype(jnp.float32))) > 0.5 * lengths[0]
+    assert float(jnp.linalg.norm(now)) == pytest.approx(float(jnp.linalg.norm(before)), rel=1e-2)
+    assert float(jnp.linalg.norm(now - before)) > 0.2 * float(jnp.linalg.norm(before))
 
 
 def test_cautious_weight_decay_by_hand():
@@ -146,7 +147,7 @@ def both(**given):
 @pytest.mark.parametrize("given", [None, jnp.asarray(False)])
 def test_a_step_that_is_not_finite_changes_nothing_but_counts(given):
     optimizer = both()
-    update = jax.jit(optimizer.update)
+    update = eqx.filter_jit(optimizer.update)
     _, before = update(GRADS[0], optimizer.init(START), START, jax.tree.map(jnp.square, GRADS[0]))
     bad = GRADS[1] | ({"norm": GRADS[1]["norm"].at[2].set(jnp.nan)} if given is None else {})
     updates, after = update(bad, before, START, finite=given)

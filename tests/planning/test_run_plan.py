@@ -1,17 +1,20 @@
 """What `plan` prints about time, and the chips that it may be for."""
 
-import dataclasses
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from sophia_levanter.accelerators import GIB
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.data import DataConfig
+from sophia_levanter.config.groups import GroupConfig
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.optimizer import AdamWConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
-from sophia_levanter.planning.run_plan import _time
+from sophia_levanter.planning.run_plan import _time, describe
 from sophia_levanter.planning.step_plan import StepTime
 from sophia_levanter.planning.target import node_of, pretended_target, tpu_target
 
@@ -22,6 +25,14 @@ COMPUTED = "  computed from published rates, not measured on these devices"
 
 def lines(time, target, config=CONFIG):
     return list(_time(config, time, target, mfu=0.4))
+
+
+def test_an_optimizer_that_does_not_fit_the_model():
+    """Said before anything is compiled."""
+    optimizer = AdamWConfig(groups=(GroupConfig("wtx"),))
+    config = replace(CONFIG, optimizer=optimizer, data=DataConfig(tokenizer="bytes"))
+    with pytest.raises(InputError, match=r"^optimizer\.groups\[0\]\.match 'wtx' matches no parameter; there are \['"):
+        next(describe(config, "name", pretended_target(1, "h100"), 0.4))
 
 
 def step(within=0.0, between=0.0, **others):
@@ -98,8 +109,8 @@ def test_a_step_bounded_by_communication_between_nodes():
     ],
 )
 def test_what_sends_less(time, mesh, microbatch_size, remedy):
-    trainer = dataclasses.replace(CONFIG.trainer, microbatch_size=microbatch_size)
-    config = dataclasses.replace(CONFIG, mesh=MeshConfig(**mesh), trainer=trainer)
+    trainer = replace(CONFIG.trainer, microbatch_size=microbatch_size)
+    config = replace(CONFIG, mesh=MeshConfig(**mesh), trainer=trainer)
     assert lines(time, pretended_target(16, "h100"), config)[2] == f"  remedy: {remedy}"
 
 

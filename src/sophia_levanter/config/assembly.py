@@ -10,6 +10,7 @@ from sophia_levanter.config.groups import check_groups
 from sophia_levanter.errors import InputError, one_line
 
 if TYPE_CHECKING:
+    from sophia_levanter.config.model import ModelConfig
     from sophia_levanter.config.optimizer import OptimizerConfig
     from sophia_levanter.optim import Optimizer
 
@@ -62,14 +63,18 @@ def _build(config: OptimizerConfig, num_train_steps: int) -> Any:
     return optimizer
 
 
-def check_optimizer(config: OptimizerConfig, model: Any) -> None:
-    """Check that an optimizer fits a model, whose arrays may be abstract.
+def check_optimizer(config: OptimizerConfig, model_config: ModelConfig, vocab_size: int) -> None:
+    """Check that an optimizer fits a model.
 
     Raises:
-        InputError: if a group matches no parameter, or there is no matrix for the hyperball.
+        InputError: if a group matches no parameter, or the hyperball no matrix.
     """
-    if config.groups:
-        check_groups(config.parameter_groups, model)
+    from sophia_levanter.models.language_model import abstract_model
+
+    if not (config.groups or config.hyperball):
+        return
+    model = abstract_model(model_config, vocab_size)
+    check_groups(config.parameter_groups, model)
     if config.hyperball and not count_on_hyperball(model):
         raise InputError("optimizer.hyperball is true, and the model has no matrix; leave it out")
 

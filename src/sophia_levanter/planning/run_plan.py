@@ -10,6 +10,7 @@ import jax
 
 from sophia_levanter.accelerators import GIB, QR_SIDE
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.assembly import check_optimizer
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.errors import counted
@@ -49,10 +50,11 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
         mfu: model FLOPs utilisation to expect.
 
     Raises:
-        InputError: if the run does not fit the mesh, or the compiler for the target is missing.
+        InputError: if the run does not fit the mesh, or its optimizer the model, or the target's compiler is missing.
     """
     vocab_size = vocab_size_of(config.data.tokenizer)
     check_mesh(config, target.num_devices, vocab_size)
+    check_optimizer(config.optimizer, config.model, vocab_size)
     if config.trainer.batch_size_changes:
         largest_part = max(config.trainer.parts, key=lambda trainer: trainer.batch_size)
         config = dataclasses.replace(config, trainer=largest_part)

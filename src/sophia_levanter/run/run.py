@@ -173,8 +173,7 @@ class Run:
         corpora = [self.data.train, *self.data.validation_sets.values()]
         for corpus in corpora:
             corpus.read(0, 1)  # of one that is kept in memory all is read here, before the run has a directory
-        if config.optimizer.groups or config.optimizer.hyperball:
-            check_optimizer(config.optimizer, abstract_model(config.model, self.data.tokenizer.vocab_size))
+        check_optimizer(config.optimizer, config.model, self.data.tokenizer.vocab_size)
         self.batches = TrainBatches(
             self.data.train,
             seq_len=seq_len,
