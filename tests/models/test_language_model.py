@@ -4,11 +4,17 @@ import equinox as eqx
 import haliax.nn as hnn
 import pytest
 
-from sophia_levanter.config.assembly import check_optimizer, count_on_hyperball
+from sophia_levanter.config.assembly import check_optimizer
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig
 from sophia_levanter.config.optimizer import AdamWConfig
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.language_model import LanguageModel, abstract_model, hyperball_matrices, parameter_roles
+from sophia_levanter.models.language_model import (
+    LanguageModel,
+    abstract_model,
+    count_on_hyperball,
+    hyperball_matrices,
+    parameter_roles,
+)
 from sophia_levanter.optim import ParameterGroup, groups_of
 from sophia_levanter.optim._matrices import matrices_tree
 

@@ -69,7 +69,7 @@ def check_optimizer(config: OptimizerConfig, model_config: ModelConfig, vocab_si
     Raises:
         InputError: if a group matches no parameter, or the hyperball no matrix.
     """
-    from sophia_levanter.models.language_model import abstract_model
+    from sophia_levanter.models.language_model import abstract_model, count_on_hyperball
 
     if not (config.groups or config.hyperball):
         return
@@ -77,11 +77,3 @@ def check_optimizer(config: OptimizerConfig, model_config: ModelConfig, vocab_si
     check_groups(config.parameter_groups, model)
     if config.hyperball and not count_on_hyperball(model):
         raise InputError("optimizer.hyperball is true, and the model has no matrix; leave it out")
-
-
-def count_on_hyperball(model: Any) -> int:
-    """The number of arrays whose matrices keep their norms on the hyperball."""
-    from sophia_levanter.models.language_model import hyperball_matrices
-    from sophia_levanter.optim._matrices import matrix_views
-
-    return sum(view is not None for view in matrix_views(hyperball_matrices, model))

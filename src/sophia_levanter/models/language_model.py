@@ -269,6 +269,11 @@ def hyperball_matrices(model: LanguageModel) -> PyTree:
     return jax.tree.map(lambda role, entry: head if role == "head" else entry, model.parameter_roles(), entries)
 
 
+def count_on_hyperball(model: LanguageModel) -> int:
+    """The number of arrays whose matrices a hyperball keeps the norms of; the model's may be abstract."""
+    return sum(view is not None for view in matrix_views(hyperball_matrices, model))
+
+
 def abstract_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
     """A model with `jax.ShapeDtypeStruct`s for arrays."""
     return eqx.filter_eval_shape(config.build, vocab_size=vocab_size, key=jax.random.key(0))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import equinox as eqx
 import jax
 
-from sophia_levanter.config.assembly import count_on_hyperball
 from sophia_levanter.config.groups import check_groups
 from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.config.settings import steps_of
@@ -20,7 +19,7 @@ from sophia_levanter.config.trainer import Sampling
 from sophia_levanter.data.batches import bigram_bits_per_byte
 from sophia_levanter.data.tokenizer import printable
 from sophia_levanter.errors import counted
-from sophia_levanter.models.language_model import LanguageModel
+from sophia_levanter.models.language_model import LanguageModel, count_on_hyperball
 from sophia_levanter.models.sampling import generate
 from sophia_levanter.tracking.console import show_duration
 from sophia_levanter.training.costs import bytes_by_kind, show_bytes
