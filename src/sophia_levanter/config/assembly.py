@@ -31,7 +31,7 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
         optimizer = _build(config, num_train_steps)
     else:
         undecayed = replace(config, weight_decay=0.0, groups=())
-        optimizer = CautiousWeightDecay(_build(undecayed, num_train_steps), **config.decay)
+        optimizer = CautiousWeightDecay(_build(undecayed, num_train_steps), **config.decay_arguments)
     if config.groups:
         optimizer = ParameterGroups(optimizer, tuple(config.parameter_groups), parameter_roles)
     return Hyperball(optimizer, hyperball_matrices) if config.hyperball else optimizer

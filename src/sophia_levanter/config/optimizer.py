@@ -85,7 +85,7 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         return [group.build(self.learning_rate) for group in self.groups]
 
     @property
-    def decay(self) -> dict[str, Any]:
+    def decay_arguments(self) -> dict[str, Any]:
         """The weight decay of each parameter: `weight_decay` and `weight_decay_mask` as the optimizers take them."""
         from sophia_levanter.models.language_model import decay_mask, hyperball_matrices, parameter_roles
         from sophia_levanter.optim import group_weight_decay, hyperball_weight_decay
@@ -125,7 +125,7 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         common = {common.name for common in dataclasses.fields(OptimizerConfig)}
         taken = set(inspect.signature(getattr(optimizer, "__init__")).parameters)  # noqa: B009
         own = [own.name for own in dataclasses.fields(self) if own.name in taken - common]
-        shared = self.decay | {
+        shared = self.decay_arguments | {
             "learning_rate": self.build_schedule(num_train_steps),
             "momentum_dtype": jnp.dtype(self.momentum_dtype),
         }
