@@ -179,8 +179,7 @@ def _is_setting(hint: Any) -> bool:
 
 def _takes_mapping(hint: Any) -> bool:
     """Whether a mapping of names to strings is a value of a type."""
-    kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    return any(typing.get_origin(kind) is Mapping for kind in kinds)
+    return any(typing.get_origin(kind) is Mapping for kind in kinds_of(hint))
 
 
 def _chosen(registry: type[ChoiceRegistry], key: str, settings: Layer, default: Any) -> type:
@@ -220,7 +219,7 @@ def _without_other_kind(fields: Mapping[str, Any], settings: Layer, layer: Layer
     Raises:
         InputError: if the field is both in `layer`.
     """
-    for name in [name for name, kind in fields.items() if isinstance(kind, UnionType) and _takes_mapping(kind)]:
+    for name in [name for name, kind in fields.items() if len(kinds_of(kind)) > 1 and _takes_mapping(kind)]:
         below = [key for key in layer if key.startswith(f"{name}.")]
         if name in layer and below:
             raise InputError(f"{layer[name].prefix}{name} and {below[0]} do not go together; give one of them")
