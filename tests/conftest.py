@@ -39,6 +39,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices that each decompose a matrix would wait for each other's LAPACK threads, thirty times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Ray gives its workers a niceness of 15; beside the other worker's tests they would wait until timeouts are over.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # A shell has what it starts in the background ignore Ctrl-C, and the processes that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
