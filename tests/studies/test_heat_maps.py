@@ -40,6 +40,12 @@ def test_a_row_is_a_layer_and_a_column_a_step(tmp_path):
     assert found.bounds.tolist() == [0, found.edges[11], found.edges[12]]
 
 
+def test_runs_without_numbers_have_none(tmp_path):
+    lines = [line | {"statistics/wte/weight_rms": None} for line in step_lines(1)]
+    for name, given in (("a", step_lines(1)), ("b", lines)):
+        assert statistics_of(read_run(name, write_run(tmp_path / name, lines=given))) is None
+
+
 def test_long_runs_are_thinned_out(tmp_path):
     found = statistics_of(run_of(tmp_path, 2 * MOST_COLUMNS + 1, 1))
     assert found.steps.tolist() == list(range(0, 2 * MOST_COLUMNS + 1, 3))

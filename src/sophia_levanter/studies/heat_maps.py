@@ -84,7 +84,8 @@ def statistics_of(run: Run) -> Statistics | None:
     steps = steps[:: math.ceil(len(steps) / MOST_COLUMNS)]
     grids = {kind: np.array([_on(steps, found.get(row)) for row in rows]) for kind, found in kinds.items()}
     grids = {kind: np.where((grid > 0) | (kind in LINEAR), grid, np.nan) for kind, grid in grids.items()}
-    return Statistics(layers, steps - 1, {kind: grid for kind, grid in grids.items() if np.isfinite(grid).any()})
+    grids = {kind: grid for kind, grid in grids.items() if np.isfinite(grid).any()}
+    return Statistics(layers, steps - 1, grids) if grids else None
 
 
 def _on(steps: np.ndarray, series: Series | None) -> np.ndarray:
