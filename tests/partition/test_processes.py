@@ -59,8 +59,11 @@ def test_two_processes_train_as_one_and_go_on(config_file, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     common = ["--config", str(config_file), "--mesh.fsdp", "embed"]
     results = ended([start([*common, "--trainer.run_dir", str(one)], devices=4)])
-    results += ended(start_two([*common, "--trainer.run_dir", str(two)]))
+    # Both save after every step, by the clock of the first.
+    often = ["--trainer.checkpoint_minutes", "1e-6", "--trainer.keep_checkpoints", "12"]
+    results += ended(start_two([*common, *often, "--trainer.run_dir", str(two)]))
     assert [status for status, _, _ in results] == [0, 0, 0], results
+    assert checkpoint.steps(two / "checkpoints") == list(range(1, 13))
     np.testing.assert_allclose(losses(two), losses(one), rtol=0, atol=1e-5)
     np.testing.assert_allclose(losses(two, "validation/loss"), losses(one, "validation/loss"), rtol=0, atol=1e-5)
     # The second process has nothing to say.

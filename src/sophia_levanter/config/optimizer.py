@@ -205,6 +205,7 @@ class SophiaConfig(OptimizerConfig):
         given["estimator"] = self.build_estimator()
         if self.rho == "auto" or self.target_win_rate is not None:
             initial = type(self).rho if self.rho == "auto" else self.rho
+            assert not isinstance(initial, str)
             given["rho"] = WinRateController(target=self.target_win_rate or 0.3, initial=initial)
         given["basis"] = None
         if self.basis == "kronecker":
