@@ -105,9 +105,9 @@ def _mesh_groups(axes: str, ids: str | None, grouped: str) -> list[list[int]]:
         parts.setdefault(name, []).append((before, before * size))
     sizes, within = [], []
     for axis in axes.split(","):
-        name, _, size = axis.partition("=")
-        spans = [(start, end or int(size)) for start, end in parts.get(name, [])]
-        for start, end in pairwise(sorted({1, int(size)}.union(*spans))):
+        name, _, length = axis.partition("=")
+        spans = [(start, end or int(length)) for start, end in parts.get(name, [])]
+        for start, end in pairwise(sorted({1, int(length)}.union(*spans))):
             sizes.append(end // start)
             within.append(any(first <= start and end <= last for first, last in spans))
     devices = np.arange(math.prod(sizes)) if ids is None else _range(ids) if "[" in ids else np.array(_numbers(ids))
