@@ -12,7 +12,6 @@ import time
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sophia_levanter.checkpoint.manifest import FILE_NAME, Manifest, SavedArray, encode_manifest
@@ -25,7 +24,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.studies import runner
 from sophia_levanter.studies.records import Record, flat_config
 from sophia_levanter.studies.runner import Job, RunFailed, as_ray_tasks, do, job_directory, one_by_one, record_of
-from sophia_levanter.studies.runs import has_diverged, read_files
+from sophia_levanter.studies.runs import read_files
 from sophia_levanter.studies.sharing import Start
 
 MODEL = Gpt2Config(num_layers=1, num_heads=1, embed_dim=8, seq_len=10)
@@ -37,28 +36,6 @@ CONFIG = TrainConfig(
 # The padded vocabulary, positions, a block's matrices and three norms.
 PARAMETERS = 8 * (384 + 10 + 12 * 8 + 3)
 FACTS = {"data": {"digest": "abc"}, "environment": {"jax": "1"}, "validation": {"digest": "def"}}
-
-
-@pytest.mark.parametrize(
-    ("losses", "diverged"),
-    [
-        ([], False),
-        ([5.0] * 49 + [9.0] * 49, False),
-        ([5.0] * 50 + [9.0] * 49, False),
-        ([5.0] * 50 + [9.0] * 50, True),
-        ([5.0] * 50 + [5.9] * 50, False),
-        ([9.0] * 50 + [5.0] * 50, False),
-        ([5.0] * 50 + [9.0] * 50 + [5.5] * 50, False),  # it came back
-        ([5.0] * 50 + [5.9] * 50 + [6.1] * 50, True),  # slowly
-        ([9.0] * 50 + [2.0] * 50 + [4.0] * 50, True),  # though it is below where it began
-        ([5.0] * 50 + [float("inf")] * 50, False),  # ends by itself
-        ([5.0] * 50 + [float("inf")] * 50 + [9.0] * 50, True),
-        ([*np.linspace(9, 2, 500), *[2.0, 30.0] * 25], True),
-        ([*np.linspace(9, 2, 500), 30.0], False),
-    ],
-)
-def test_a_run_has_diverged(losses, diverged):
-    assert has_diverged(losses) == diverged
 
 
 def write_metrics(directory: Path, lines: list[dict]) -> None:

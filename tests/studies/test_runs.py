@@ -9,7 +9,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.studies.panels import AXES, STEPS
 from sophia_levanter.studies.results import flops_per_token
 from sophia_levanter.studies.runner import record_of
-from sophia_levanter.studies.runs import read_metrics, read_run
+from sophia_levanter.studies.runs import has_diverged, read_metrics, read_run
 from tiny_runs import run_config, step_lines, write_run
 
 
@@ -129,3 +129,25 @@ def test_units_suit_the_longest_run(tmp_path):
     slow = [read_run("c", write_run(tmp_path / "c", lines=step_lines(10, seconds=1500)))]
     assert AXES[3].unit(slow) == (3600, "training time (hours)")
     assert STEPS.unit(slow) == (1, "steps")
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [
+        ([], False),
+        ([5.0] * 49 + [9.0] * 49, False),
+        ([5.0] * 50 + [9.0] * 49, False),
+        ([5.0] * 50 + [9.0] * 50, True),
+        ([5.0] * 50 + [5.9] * 50, False),
+        ([9.0] * 50 + [5.0] * 50, False),
+        ([5.0] * 50 + [9.0] * 50 + [5.5] * 50, False),  # it came back
+        ([5.0] * 50 + [5.9] * 50 + [6.1] * 50, True),  # slowly
+        ([9.0] * 50 + [2.0] * 50 + [4.0] * 50, True),  # though it is below where it began
+        ([5.0] * 50 + [float("inf")] * 50, False),  # ends by itself
+        ([5.0] * 50 + [float("inf")] * 50 + [9.0] * 50, True),
+        ([*np.linspace(9, 2, 500), *[2.0, 30.0] * 25], True),
+        ([*np.linspace(9, 2, 500), 30.0], False),
+    ],
+)
+def test_a_run_has_diverged(losses, diverged):
+    assert has_diverged(losses) == diverged
