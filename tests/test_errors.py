@@ -12,7 +12,7 @@ from sophia_levanter.commands.checkpoints import main as checkpoints
 from sophia_levanter.commands.compare import main as compare
 from sophia_levanter.commands.report import main as report
 from sophia_levanter.data.tokenizer import printable
-from sophia_levanter.errors import CONTROLS, one_line, shortened
+from sophia_levanter.errors import CONTROLS, InputError, Problems, counted, one_line, shortened
 from sophia_levanter.main import main as train
 from sophia_levanter.studies.runs import Run
 from tiny_runs import run_config, write_run
@@ -120,3 +120,29 @@ def test_names_of_a_study_s_arms(name: str, tmp_path: Path, capfd: pytest.Captur
     (tmp_path / "study.yaml").write_text(json.dumps(study))
     assert compare(["--config", str(tmp_path / "study.yaml"), "--plan"]) == 2
     assert "at most 60 printable characters" in clean(capfd)
+
+
+@pytest.mark.parametrize(
+    ("number", "what", "shown"),
+    [
+        (1, "layer", "1 layer"),
+        (0, "step", "0 steps"),
+        (12_000, "step", "12,000 steps"),
+        (2, "process", "2 processes"),
+        (3, "microbatch", "3 microbatches"),
+    ],
+)
+def test_numbers_of_things(number, what, shown):
+    assert counted(number, what) == shown
+
+
+def test_problems_are_reported_at_once():
+    problems = Problems()
+    problems.report()
+    for message in ("a is missing", "b is missing", "a is missing"):
+        with problems:
+            raise InputError(message)
+    with pytest.raises(InputError, match="^a is missing; and b is missing$"):
+        problems.report()
+    with pytest.raises(KeyError), problems:
+        raise KeyError("a fault of the program")
