@@ -360,7 +360,7 @@ class FakeRay:
     def get(self, task: object) -> object:
         if task not in self.results:
             function, arguments = self.tasks[task]
-            taken = [self.get(argument) if argument in self.tasks else argument for argument in arguments]
+            taken = [self.get(argument) if type(argument) is object else argument for argument in arguments]
             self.results[task] = function(*taken)
         return self.results[task]
 

@@ -2,7 +2,7 @@
 
 A schedule with a stable part and a decay (`optimizer.schedule.type: wsd`) has the same rates at every length until the
 decay. A study of several lengths then trains the stable part once, and decays from it at each length (Hägele et al.
-2024, arXiv 2405.18392, section 4): a run begins with a checkpoint of the next shorter one from before its decay. It is
+2024, arXiv 2405.18392): a run begins with a checkpoint of the next shorter one from before its decay. It is
 bit for bit the run that it would be from step 0.
 """
 
