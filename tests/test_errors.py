@@ -142,7 +142,7 @@ def test_problems_are_reported_at_once():
     for message in ("a is missing", "b is missing", "a is missing"):
         with problems:
             raise InputError(message)
-    with pytest.raises(InputError, match="^a is missing; and b is missing$"):
+    with pytest.raises(InputError, match=r"^a is missing; and b is missing$"):
         problems.report()
     with pytest.raises(KeyError), problems:
         raise KeyError("a fault of the program")
