@@ -6,12 +6,12 @@ import pytest
 from sophia_levanter.batch import document_starts
 from sophia_levanter.data.packing import packing_of
 
-END = 9
+END = 99
 
 
 @pytest.mark.parametrize("seq_len", [1, 4, 7, 100])
 def test_packing_is_what_masks_would_see(seq_len):
-    """The last sequence is shorter than 4 and 7 tokens; two documents are empty."""
+    """Two documents are empty; sequences of 4 and of 7 leave a shorter one at the end."""
     lengths = [3, 1, 9, 12, 1, 2, 5]
     tokens = np.concatenate([[*range(length - 1), END] for length in lengths])
     sequences = [tokens[i : i + seq_len] for i in range(0, len(tokens), seq_len)]
