@@ -78,18 +78,44 @@ def test_collectives_of_a_step():
     """A block's parameters are gathered twice in a microbatch; the gradients are all-reduced on a CPU."""
     plan = plan_step(CONFIG, partition_of(CONFIG.mesh), VOCAB, refresh=False)
     gathered = 2 * 2 * 4 * BLOCKS
-    assert gathered <= plan.collectives["all-gather"] <= gathered + 2 * 4 * EMBEDDINGS + 20_000
+    assert gathered <= plan.collectives["all-gather"] * 8 / 7 <= gathered + 2 * 4 * EMBEDDINGS + 20_000
     reduced = 2 * 2 * 4 * PARAMETERS
-    assert reduced * 0.5 <= plan.collectives["all-reduce"] <= reduced * 1.1
+    assert reduced * 0.5 <= plan.collectives["all-reduce"] * 8 / 7 <= reduced * 1.1
+
+
+# Elements. The embedding has a gradient from the lookup and one from the head, and some scalars are reduced too.
+SCALARS = 16
+REDUCED = range(PARAMETERS + 384 * 32, PARAMETERS + 384 * 32 + SCALARS)
+# The forward and the backward pass gather blocks, and one pass all else; the lookup gathers the tokens.
+GATHERED = range(2 * BLOCKS + EMBEDDINGS, 2 * BLOCKS + EMBEDDINGS + 32 * 16 + 1)
+SCATTERED = range(PARAMETERS, PARAMETERS + SCALARS)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "elements"),
+    [(None, {"all-reduce": REDUCED}), ("embed", {"all-gather": GATHERED, "all-reduce": SCATTERED})],
+)
+def test_what_a_step_sends_in_a_ring_of_eight(fsdp, elements, monkeypatch):
+    monkeypatch.setattr("sophia_levanter.planning.target.GPUS_OF_A_NODE", 4)
+    trainer, mesh = dataclasses.replace(TRAINER, microbatch_size=None), MeshConfig(fsdp=fsdp)
+    config = dataclasses.replace(CONFIG, optimizer=LionConfig(warmup=0), trainer=trainer, mesh=mesh)
+    plan = plan_step(config, partition_of(mesh), VOCAB, refresh=False)
+    ring = {"all-gather": 4 * 7 / 8, "all-reduce": 2 * 4 * 7 / 8}
+    assert elements.keys() == plan.collectives.keys() & ring.keys()
+    for kind, wanted in elements.items():
+        assert plan.collectives[kind] / ring[kind] in wanted
+    # Two nodes of four: one hop of seven goes to the other node, and an all-to-all sends half of its array there.
+    exchanged = plan.collectives.get("all-to-all", 0)
+    assert plan.between_nodes == pytest.approx((sum(plan.collectives.values()) - exchanged) / 7 + exchanged * 4 / 7)
 
 
 @pytest.mark.parametrize(("compute_dtype", "item"), [("float32", 4), ("bfloat16", 2)])
 def test_the_least_that_fsdp_sends(compute_dtype, item):
     """Each of two microbatches gathers all parameters twice and scatters its gradient; GNB's scatters another one."""
     config = dataclasses.replace(CONFIG, trainer=dataclasses.replace(TRAINER, compute_dtype=compute_dtype))
-    partition, plain = partition_of(CONFIG.mesh), 2 * 3 * item * PARAMETERS
-    state = abstract_state(config, partition, VOCAB)
-    assert fsdp_minimum(config, partition, state) == {False: plain, True: plain + item * PARAMETERS}
+    partition, once = partition_of(CONFIG.mesh), item * PARAMETERS * 7 / 8
+    plain, state = 2 * 3 * once, abstract_state(config, partition, VOCAB)
+    assert fsdp_minimum(config, partition, state) == {False: plain, True: plain + once}
     hutchinson = dataclasses.replace(config, optimizer=SophiaHConfig(warmup=0))
     assert fsdp_minimum(hutchinson, partition, state) == {False: plain, True: None}
 
