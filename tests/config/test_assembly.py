@@ -74,8 +74,8 @@ def test_a_step_of_a_model(make_model):
 
 def test_the_lines_that_say_so(make_model):
     assert list(describe_groups(ALL, make_model())) == [
-        "role vector: 3 array(s), learning rate 0.0003, weight decay 0.25"
+        "role vector: 3 arrays, learning rate 0.0003, weight decay 0.25"
     ]
-    line = "adamw, weight decay 0.1, cautious; hyperball: the matrices of 4 array(s) keep their norms and do not decay"
+    line = "adamw, weight decay 0.1, cautious; hyperball: the matrices of 4 arrays keep their norms and do not decay"
     assert describe_optimizer(ALL, make_model()) == line
     assert describe_optimizer(SophiaGConfig(), make_model()) == "sophia_g, weight decay 0.2"

@@ -49,7 +49,7 @@ def test_a_run_with_every_switch_learns(switched_run):
     assert list(rho) == [2, 5, 8, 11]
     assert 0.5 < rho[2] < rho[5] < rho[8] < rho[11]
     assert metrics(switched_run.path)[11] < metrics(switched_run.path)[0] - 0.1
-    assert "weight decay 0.2, cautious; hyperball: the matrices of 4 array(s) keep their norms" in switched_run.output
+    assert "weight decay 0.2, cautious; hyperball: the matrices of 4 arrays keep their norms" in switched_run.output
 
 
 @pytest.mark.parametrize(
