@@ -154,8 +154,8 @@ def test_files_that_are_not_strict_yaml(write, text, problem):
             "optimizer: {type: adamw, rho: 1}",
             "optimizer.rho",
             "the fields of optimizer of type adamw are type, learning_rate, final_fraction, "
-            "final_learning_rate, warmup, weight_decay, momentum_dtype, groups, b1, b2, eps, nesterov, "
-            "cautious, schedule",
+            "final_learning_rate, warmup, weight_decay, momentum_dtype, groups, hyperball, "
+            "cautious_weight_decay, b1, b2, eps, nesterov, cautious, schedule",
         ),
     ],
 )

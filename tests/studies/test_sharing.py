@@ -12,7 +12,7 @@ from sophia_levanter import checkpoint
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.config.optimizer import AdamWConfig, OptimizerConfig, SophiaGConfig
+from sophia_levanter.config.optimizer import AdamWConfig, AdEMAMixConfig, OptimizerConfig, SophiaGConfig
 from sophia_levanter.config.schedule import ConstantSchedule, CosineSchedule, WarmupStableDecaySchedule
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.run.directory import RunDirectory
@@ -79,13 +79,23 @@ def test_it_says_why_each_length_trains_in_full(first, second, wanted):
 
 @pytest.mark.usefixtures("plugin_folder")
 def test_a_plug_in_may_use_the_length_in_other_ways():
-    optimizer = importlib.import_module("ademamix").AdEMAMixConfig(schedule=WSD, warmup=2, final_learning_rate=0.0)
+    optimizer = importlib.import_module("adan").AdanConfig(schedule=WSD, warmup=2, final_learning_rate=0.0)
     found, hindrance = starts(*(dataclasses.replace(config(steps), optimizer=optimizer) for steps in (10, 20)))
     assert found == [None, None]
     assert hindrance == (
-        "each length trains in full: optimizer.type ademamix is a plug-in's, and may use the number of steps besides "
+        "each length trains in full: optimizer.type adan is a plug-in's, and may use the number of steps besides "
         "the schedule"
     )
+
+
+def test_a_slow_average_that_warms_up_over_the_whole_run():
+    optimizer = AdEMAMixConfig(schedule=WSD, warmup=2, final_learning_rate=0.0)
+    found, hindrance = starts(*(dataclasses.replace(config(steps), optimizer=optimizer) for steps in (10, 20)))
+    assert found == [None, None]
+    assert hindrance == "each length trains in full: optimizer.slow_warmup spans the whole run; set it in steps"
+    optimizer = dataclasses.replace(optimizer, slow_warmup=4)
+    found, hindrance = starts(*(dataclasses.replace(config(steps), optimizer=optimizer) for steps in (10, 20)))
+    assert found[1] is not None and hindrance is None
 
 
 @pytest.mark.parametrize("name", ["sophia_g", "sophia_h", "adamw", "lion", "muon", "soap"])

@@ -63,8 +63,9 @@ def test_offline(tmp_path, capfd):
     assert (first["exit"], second["exit"]) == (1, 0)
     # Of the statistics of arrays there is a histogram of each kind, over all arrays and layers.
     assert "statistics" not in str(first["history"][:3]) and "statistics/a" not in str(first["history"])
-    (histogram,) = [value for name, value in first["history"][3].items() if name.startswith("statistics/weight_rms")]
-    assert sum(histogram["values"]) == 2 and (histogram["bins"][0], histogram["bins"][-1]) == (1, 2)
+    row = first["history"][3]
+    values, bins = row["statistics/weight_rms/values"], row["statistics/weight_rms/bins"]
+    assert sum(values) == 2 and (bins[0], bins[-1]) == (1, 2)
 
 
 def online_run(directory: Path, server: str, key: str, seconds: str = "20") -> subprocess.CompletedProcess:

@@ -22,7 +22,7 @@ from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import CheckpointError
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.build import encode, flat
-from sophia_levanter.config.optimizer import OptimizerConfig
+from sophia_levanter.config.optimizer import AdEMAMixConfig, OptimizerConfig
 from sophia_levanter.files import write_atomically
 from sophia_levanter.run.directory import RunDirectory
 from sophia_levanter.run.resuming import steps_in_common
@@ -35,6 +35,8 @@ _OF_LENGTH = (
     "trainer.evaluate_every",
     "trainer.checkpoint_every",
     "trainer.log_every",
+    "trainer.tasks_every",
+    "trainer.statistics_every",
 )
 _WARMUP = "optimizer.warmup"
 
@@ -101,6 +103,8 @@ def _obstacle(config: TrainConfig) -> str | None:
     if not type(config.optimizer).__module__.startswith("sophia_levanter."):
         name = OptimizerConfig.get_choice_name(type(config.optimizer))
         return f"optimizer.type {name} is a plug-in's, and may use the number of steps besides the schedule"
+    if isinstance(config.optimizer, AdEMAMixConfig) and config.optimizer.slow_warmup is None:
+        return "optimizer.slow_warmup spans the whole run; set it in steps"
     return None
 
 
