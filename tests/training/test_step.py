@@ -183,7 +183,7 @@ def documents_apart(sequences: np.ndarray, labels: np.ndarray) -> tuple[Batch, n
     ("optimizer", "mesh"),
     [
         (SophiaG(estimator=AVERAGED), MeshConfig(data=2, model=2, fsdp="embed")),
-        (SophiaH(), MeshConfig(data=2, sequence=2)),
+        pytest.param(SophiaH(), MeshConfig(data=2, sequence=2), marks=pytest.mark.slow),
     ],
     ids=["g", "h"],
 )

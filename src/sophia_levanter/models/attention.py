@@ -56,13 +56,13 @@ def causal_attention(
     starts = None if starts is None else starts.reshape(-1, starts.shape[-1])
     chosen = _chosen(implementation, q, starts is not None)
     if chosen == "splash":
-        attended = _splash(*flat, starts)
+        attended = _splash(*flat, starts=starts)
     elif chosen == "blocked":
         attended = jnp.swapaxes(blocked_attention(*(jnp.swapaxes(x, 1, 2) for x in flat), starts), 1, 2)
     else:
-        fused: Any = chosen
         mask = None if starts is None else _has_begun(starts, starts.shape[-1])
-        attended = jax.nn.dot_product_attention(*flat, mask=mask, is_causal=True, implementation=fused)
+        options: Any = {"mask": mask, "implementation": chosen}
+        attended = jax.nn.dot_product_attention(*flat, is_causal=True, **options)
     return hax.named(attended.reshape(q.shape), axes)
 
 
