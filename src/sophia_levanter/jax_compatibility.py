@@ -25,7 +25,8 @@ def skip_absent_tpu() -> None:
     the errors of a TPU that should be there are shown.
     """
     attached, _ = hardware_utils.num_available_tpu_chips_and_device_id()
-    if not attached and not jax.config.jax_platforms and "JAX_FORCE_TPU_INIT" not in os.environ:
+    chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if not attached and not chosen and "JAX_FORCE_TPU_INIT" not in os.environ:
         # It is an error where jax has started one all the same.
         with contextlib.suppress(RuntimeError):
             register_backend_factory("tpu", _no_tpu, priority=300, fail_quietly=True)
