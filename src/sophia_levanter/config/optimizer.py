@@ -46,9 +46,7 @@ class OptimizerConfig(Settings, ChoiceRegistry):
     groups: tuple[GroupConfig, ...] = setting(
         (), "parameters with settings of their own: [{match: wte|wpe, learning_rate: 0.1 x, weight_decay: 0}, ...]"
     )
-    hyperball: bool = setting(
-        False, "keep the norm of each matrix, which does not decay; learning_rate is then the angle of its steps"
-    )
+    hyperball: bool = setting(False, "keep the norm of each matrix; learning_rate is then the angle of its steps")
     cautious_weight_decay: bool = setting(False, "decay only coordinates that the step does not move away from zero")
 
     def __post_init__(self) -> None:
@@ -86,11 +84,12 @@ class OptimizerConfig(Settings, ChoiceRegistry):
 
     @property
     def decay_arguments(self) -> dict[str, Any]:
-        """The weight decay of each parameter: `weight_decay` and `weight_decay_mask` as the optimizers take them."""
+        """`weight_decay` and `weight_decay_mask` as the optimizers take them."""
         from sophia_levanter.models.language_model import decay_mask, hyperball_matrices, parameter_roles
         from sophia_levanter.optim import group_weight_decay, hyperball_weight_decay
 
-        rate, mask = self.weight_decay, decay_mask
+        rate = self.weight_decay
+        mask: Any = decay_mask
         if any(group.weight_decay is not None for group in self.groups):
             rate, mask = 1.0, group_weight_decay(self.parameter_groups, rate, mask, parameter_roles)
         if self.hyperball:

@@ -56,7 +56,7 @@ def causal_attention(
     starts = None if starts is None else starts.reshape(-1, starts.shape[-1])
     chosen = _chosen(implementation, q, starts is not None)
     if chosen == "splash":
-        attended = _splash(*flat, starts=starts)
+        attended = _splash(flat[0], flat[1], flat[2], starts)
     elif chosen == "blocked":
         attended = jnp.swapaxes(blocked_attention(*(jnp.swapaxes(x, 1, 2) for x in flat), starts), 1, 2)
     else:

@@ -160,7 +160,7 @@ class Hyperball(_NormControl):
         views = matrix_views(self.matrices, params)
         leaves = zip(views, jax.tree.leaves(params), steps, state.radii, factors, strict=True)
         steps = [
-            step if view is None else _on_sphere(p, step, view.sides, radius, rate * factor)
+            step if view is None or radius is None else _on_sphere(p, step, view.sides, radius, rate * factor)
             for view, p, step, radius, factor in leaves
         ]
         return jax.tree.unflatten(structure, steps)

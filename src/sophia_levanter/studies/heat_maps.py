@@ -71,8 +71,8 @@ def statistics_of(run: Run) -> Statistics | None:
         section, _, key = name.partition("/")
         place, _, kind = key.rpartition("/")
         if section == STATISTICS and kind in KINDS:
-            array, _, layer = place.rpartition("/")
-            kinds[kind][(array, int(layer)) if layer.isdecimal() else (place, None)] = series
+            array, _, last = place.rpartition("/")
+            kinds[kind][(array, int(last)) if last.isdecimal() else (place, None)] = series
     measured = [series for found in kinds.values() for series in found.values()]
     if not measured:
         return None
