@@ -193,7 +193,7 @@ arms: {adamw: {settings: {optimizer: {WARMUP}}}}
 @pytest.mark.parametrize(
     ("warmup", "wanted", "step"),
     [
-        ("warmup: 2", "1 of them begin with the steps of a shorter one: 9 steps are not trained again", 9),
+        ("warmup: 2", "1 run will start from a shorter run's checkpoint: 9 steps are not trained again", 9),
         ("warmup: 0.2", "each length trains in full: optimizer.warmup is 2 and 4 steps; set it in steps to", None),
     ],
 )

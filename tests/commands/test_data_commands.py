@@ -51,12 +51,12 @@ def test_prepare_and_inspect(config: str, tmp_path: Path, capsys: pytest.Capture
     assert len(shown) == 2
     for tokens, size, mean in shown:
         assert mean == f"{int(size.replace(',', '')) / int(tokens.replace(',', '')):.2f}"
-    assert out.count("  packing     ") == 2 and "in a sequence of 1,024 (--seq_len)" in out
+    assert out.count("  packing     ") == 2 and "documents per sequence of 1,024 tokens (--seq_len)" in out
     assert inspect_data.main([f"{store_of(tmp_path)}/train", "--documents", "0", "--seq_len", "32"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"lengths +9\d tokens the median document, 94 the longest\n", out)
+    assert re.search(r"lengths +median document 9\d tokens, longest 94\n", out)
     # No sequence of 32 has more than two of them.
-    found = re.search(r"packing +1\.(\d\d) documents .* of 32 \(--seq_len\), one alone in ([\d.]+)% of the seq", out)
+    found = re.search(r"packing +1\.(\d\d) documents .* of 32 tokens \(--seq_len\); ([\d.]+)% of the seq", out)
     assert int(found[1]) == pytest.approx(100 - float(found[2]), abs=1)
     assert 5 < float(re.search(r"mask_documents removes ([\d.]+)% of the attention pairs", out)[1]) < 20
     assert inspect_data.main([f"{store_of(tmp_path)}/train", "--documents", "1000"]) == 0

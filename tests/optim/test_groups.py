@@ -9,6 +9,8 @@ import pytest
 from sophia_levanter.optim import (
     AdamW,
     AdEMAMix,
+    CautiousWeightDecay,
+    Hyperball,
     Lion,
     Muon,
     ParameterGroup,
@@ -71,6 +73,10 @@ def test_unclipped_coordinates_are_those_of_the_optimizer():
     found = jax.tree.leaves(optimizer.unclipped(state))
     rate = sum(int(x.sum()) for x in found) / sum(x.size for x in found)
     assert 0 < rate < 1 and rate == pytest.approx(float(optimizer.metrics(state)["win_rate"]))
+    for wrapped in (Hyperball(optimizer), ParameterGroups(CautiousWeightDecay(SophiaG(rho=0.7), 0.1), GROUPS)):
+        _, state = wrapped.update(parameters(1), wrapped.init(params), params, parameters(2))
+        for x, y in zip(jax.tree.leaves(wrapped.unclipped(state)), found, strict=True):
+            np.testing.assert_array_equal(x, y)
     clips_none = ParameterGroups(AdamW(), GROUPS)
     assert clips_none.unclipped(clips_none.init(params)) is None
 

@@ -74,8 +74,8 @@ def test_steps_that_runs_share_are_counted_once(study, tmp_path):
     records = [dataclasses.replace(record, seconds=[360.0, None]) for record in records[:4]]
     records[2] = dataclasses.replace(records[2], facts=records[2].facts | {"shared_steps": 8})
     assert (
-        "They trained 32 steps (3,200 tokens, 3:12:00 of steps); 8 more are the steps of shorter runs that longer ones "
-        "began with, counted once." in write_report(STUDY, runs, records, tmp_path)
+        "They trained 32 steps (3,200 tokens, 3:12:00 of steps); longer runs reused another 8 steps of shorter ones, "
+        "which are counted once." in write_report(STUDY, runs, records, tmp_path)
     )
 
 

@@ -16,6 +16,7 @@ from sophia_levanter.config.optimizer import AdamWConfig, AdEMAMixConfig, Optimi
 from sophia_levanter.config.schedule import ConstantSchedule, CosineSchedule, WarmupStableDecaySchedule
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.run.directory import RunDirectory
+from sophia_levanter.run.resuming import steps_in_common
 from sophia_levanter.studies.runner import jobs_of
 from sophia_levanter.studies.sharing import SHARED_STEPS, Start, begin, find_starts, steps_taken_over
 from tiny_runs import FACTS, content, step_lines, write_run
@@ -48,6 +49,16 @@ def test_each_length_begins_where_the_next_shorter_one_decays():
         [("c", 9), None, None, ("b", 9)],
         None,
     )
+
+
+def test_runs_of_one_length_do_not_begin_with_each_other():
+    assert starts(config(10), config(10, log_every=3), config(20)) == ([None, None, ("b", 9)], None)
+    assert starts(config(10), config(20, statistics_every=3)) == ([None, None], None)
+
+
+def test_the_shared_steps_have_a_divisor_to_save_at():
+    assert steps_in_common(config(1060), config(2120)) == 797  # a prime
+    assert starts(config(1060), config(2120))[0][1] == ("a", 795)
 
 
 def test_what_decays_at_once_or_differs_otherwise_shares_nothing():
@@ -88,11 +99,12 @@ def test_a_plug_in_may_use_the_length_in_other_ways():
     )
 
 
-def test_a_slow_average_that_warms_up_over_the_whole_run():
-    optimizer = AdEMAMixConfig(schedule=WSD, warmup=2, final_learning_rate=0.0)
+@pytest.mark.parametrize("part", [None, 0.5])
+def test_a_slow_average_that_warms_up_over_a_part_of_the_run(part):
+    optimizer = AdEMAMixConfig(schedule=WSD, warmup=2, final_learning_rate=0.0, slow_warmup=part)
     found, hindrance = starts(*(dataclasses.replace(config(steps), optimizer=optimizer) for steps in (10, 20)))
     assert found == [None, None]
-    assert hindrance == "each length trains in full: optimizer.slow_warmup spans the whole run; set it in steps"
+    assert hindrance == "each length trains in full: optimizer.slow_warmup is a part of the run; set it in steps"
     optimizer = dataclasses.replace(optimizer, slow_warmup=4)
     found, hindrance = starts(*(dataclasses.replace(config(steps), optimizer=optimizer) for steps in (10, 20)))
     assert found[1] is not None and hindrance is None
@@ -176,7 +188,7 @@ def test_the_jobs_of_a_study(tmp_path):
     assert (first.config, second.config, third.config) == (short, other, long)
     assert (first.start, first.keep_step, third.keep_step) == (None, 9, None)
     assert third.start == Start(first.directory, 9) and (second.start, second.keep_step) == (None, None)
-    assert lines == ["1 of them begin with the steps of a shorter one: 9 steps are not trained again"]
+    assert lines == ["1 run will start from a shorter run's checkpoint: 9 steps are not trained again"]
 
     def remaining() -> Start | None:
         (job,) = jobs_of([short, long], [long], tmp_path, lines.append)

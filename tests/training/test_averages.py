@@ -14,6 +14,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
 from sophia_levanter.optim import AdamW
 from sophia_levanter.partition.mesh import partition_of
+from sophia_levanter.training.averages import averages
 from sophia_levanter.training.step import StepSettings, TrainState, first_state, train_step
 from tiny_runs import metrics
 
@@ -61,12 +62,24 @@ def test_the_mean_of_the_latest_snapshots(make_model):
             state, _ = step(partition.place(batch_from_sequences(sequences, bad)), state)
             if number % 2 == 1:
                 snapshots.append(floats(state.model))
-            latest = snapshots[-2:] or [floats(start)]
+            latest = snapshots[-2:] or [floats(state.model)]
             for found, *taken in zip(jax.tree.leaves(state.average), *latest, strict=True):
                 np.testing.assert_allclose(found, np.mean(taken, axis=0), rtol=1e-5, atol=1e-6)
     assert int(state.skipped_steps) == 1
     held = {tuple(leaf.sum() for leaf in floats(snapshot)) for snapshot in state.snapshots}
     assert held == {tuple(leaf.sum() for leaf in snapshot) for snapshot in snapshots[-2:]}
+
+
+def test_the_mean_counts_the_snapshots_that_there_are(make_model):
+    """After 30 steps of an interval of 10 that is new to the run, one of three is there."""
+    model = jax.tree.map(lambda x: x.astype(jnp.float32), make_model())
+    settings = StepSettings(AdamW(), lawa_interval=10, lawa_snapshots=3)
+    state = first_state(settings, model)
+    state = eqx.tree_at(lambda state: state.step, state, jnp.asarray(29))
+    average, snapshots = averages(settings, state, model, jnp.asarray(True))
+    for found, wanted in zip(floats(average), floats(model), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert sum(bool(np.any(floats(snapshot)[0])) for snapshot in snapshots) == 1
 
 
 @pytest.fixture(

@@ -75,10 +75,10 @@ def _print_store(location: str, count: int, seq_len: int, *, verify: bool) -> No
     print(f"  text        {manifest.num_bytes:,} bytes, {manifest.num_bytes / manifest.num_tokens:.2f} per token")
     print(f"  digest      {manifest.digest}")
     packing = packing_of(store.document_ends(0, manifest.num_documents), seq_len)
-    print(f"  lengths     {packing.median_length:,.0f} tokens the median document, {packing.longest:,} the longest")
+    print(f"  lengths     median document {packing.median_length:,.0f} tokens, longest {packing.longest:,}")
     print(
-        f"  packing     {packing.documents_per_sequence:.2f} documents in a sequence of {seq_len:,} (--seq_len), one "
-        f"alone in {packing.share_of_one:.1%} of the sequences"
+        f"  packing     {packing.documents_per_sequence:.2f} documents per sequence of {seq_len:,} tokens (--seq_len); "
+        f"{packing.share_of_one:.1%} of the sequences hold only one"
     )
     print(f"  masks       data.mask_documents removes {packing.removed_share:.1%} of the attention pairs")
     if verify:

@@ -106,6 +106,7 @@ def with_steps(config: TrainConfig) -> TrainConfig:
         "tasks_every": trainer.tasks_interval,
         "checkpoint_every": trainer.checkpoint_interval,
         "log_every": trainer.log_interval,
+        "lawa_every": trainer.lawa_interval,
     }
     schedule: dict[str, Any] = {
         "warmup": steps_of(optimizer.warmup, trainer.num_train_steps),

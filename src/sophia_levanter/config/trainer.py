@@ -83,7 +83,7 @@ class TrainerConfig(Settings):
     )
     lawa_every: float | int | None = setting(
         None,
-        f"steps between snapshots of the weights, {OR_FRACTION}, whose mean is kept; none if not given",
+        f"keep the mean of the latest weights, one snapshot every so many steps, {OR_FRACTION}; none if not given",
         above=0,
         steps=True,
     )
@@ -113,7 +113,7 @@ class TrainerConfig(Settings):
     checkpoint_dir: str | None = setting(None, "path, gs:// or s3:// for checkpoints; run_dir/checkpoints if not given")
     keep_checkpoints: int = setting(2, "number of newest checkpoints to keep", low=1)
     keep_every: int | None = setting(None, "keep checkpoints at multiples of this many steps for ever", low=1)
-    keep_best: bool = setting(True, "keep the checkpoint with the lowest validation loss")
+    keep_best: bool = setting(True, "keep the saved step with the lowest validation loss (of trainer.best_by)")
     best_by: str | None = setting(
         None, "set of data.validation whose loss makes a checkpoint the best; the mean over all if not given"
     )
@@ -132,7 +132,10 @@ class TrainerConfig(Settings):
         steps=True,
     )
     log_every: float | int = setting(
-        10, f"steps between progress lines when stdout is not a terminal, {OR_FRACTION}", above=0, steps=True
+        10,
+        f"steps between progress lines when stdout is not a terminal, {OR_FRACTION}; one comes every ten seconds, too",
+        above=0,
+        steps=True,
     )
     sample_tokens: int = setting(200, "tokens of text to generate at the end of the run", low=0)
     profile_steps: str | None = setting(None, "FIRST:END, trace these steps, END excluded, into run_dir/profile")

@@ -56,7 +56,7 @@ class TextData:
         """`Tokens.facts` of the validation set; of named sets their tokenizer, and under `sets` the facts of each."""
         if "" in self.validation_sets:
             return self.validation.facts
-        sets = [{"name": name, **tokens.facts} for name, tokens in self.validation_sets.items()]
+        sets = [{"name": name, **tokens.facts} for name, tokens in sorted(self.validation_sets.items())]
         return {"tokenizer": self.tokenizer.fingerprint, "sets": sets}
 
 
@@ -73,7 +73,7 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
 
     Raises:
         InputError: if the tokenizer, a source or the cache is not usable, training and validation text have documents
-            in common and `config.on_leak` is `error`, or documents are to be masked that nothing separates.
+            in common and `config.on_leak` is `error`, or nothing separates documents that are to be masked.
     """
     _check_separator(config, report)
     tokenizer = load_tokenizer(config.tokenizer)

@@ -104,6 +104,11 @@ class _NormControl(eqx.Module):
         """The optimizer's."""
         return self.optimizer.metrics(state.optimizer_state, num_targets)
 
+    def unclipped(self, state: NormControlState) -> PyTree[Bool[Array, "..."]] | None:
+        """The optimizer's; None for an optimizer that clips no coordinate."""
+        found = getattr(self.optimizer, "unclipped", None)
+        return None if found is None else found(state.optimizer_state)
+
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
         """The optimizer's."""
         return self.optimizer.matrix_work(num_microbatches)

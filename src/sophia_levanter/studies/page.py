@@ -91,18 +91,24 @@ def _cautions(runs: Sequence[Run], comparability: Comparability) -> Iterator[str
         yield from _edges(runs)
     for run in runs:
         rate = _last(run, "optim/win_rate")
-        if math.isfinite(rate):
+        # In the first steps of a run it may be 0, and a controller moves it by itself.
+        if math.isfinite(rate) and run.is_finished and not _is_controlled(run):
             yield from unusual_win_rate(run.name, rate)
         trainer = run.config.trainer
         yield from few_evaluations(-(-trainer.num_train_steps // trainer.evaluation_interval), run.name)
 
 
+def _is_controlled(run: Run) -> bool:
+    optimizer = run.config.optimizer
+    return getattr(optimizer, "target_win_rate", None) is not None or getattr(optimizer, "rho", None) == "auto"
+
+
 def _edges(runs: Sequence[Run]) -> Iterator[str]:
-    """Cautions for three runs or more of one optimizer and length: their settings are a grid."""
-    grids: dict[tuple[str, int], list[Run]] = {}
+    """Cautions for three finished runs or more that differ in their optimizer's settings: these are a grid."""
+    grids: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        if math.isfinite(_last(run, "validation/loss")):
-            grids.setdefault((run.optimizer, run.total_steps), []).append(run)
+        if run.is_finished and math.isfinite(_last(run, "validation/loss")):
+            grids.setdefault((run.optimizer, _besides_optimizer(run)), []).append(run)
     for (optimizer, _), grid in grids.items():
         if len(grid) >= SMALLEST_GRID:
             points = [_optimizer_settings(run) for run in grid]
@@ -111,7 +117,15 @@ def _edges(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _optimizer_settings(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in flat(run.config).items() if name.startswith("optimizer.")}
+    """Without the last learning rate, which in studies follows from the highest."""
+    settings = {name: value for name, value in flat(run.config).items() if name.startswith("optimizer.")}
+    return {name: value for name, value in settings.items() if name != "optimizer.final_learning_rate"}
+
+
+def _besides_optimizer(run: Run) -> str:
+    """The model, the batches and the length, as text."""
+    names = ("num_train_steps", "batch_size", "batch_size_changes")
+    return str([run.config.model, *(getattr(run.config.trainer, name) for name in names)])
 
 
 def loss_panels(comparability: Comparability) -> list[Panel]:

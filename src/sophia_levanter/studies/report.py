@@ -88,7 +88,7 @@ def _budget(records: Sequence[Record], shared: int) -> str:
     seconds = sum(trained[id(record)] * seconds_per_step(record) for record in records)
     return (
         f"They trained {sum(trained.values()):,} steps ({tokens:,} tokens, {show_duration(seconds)} of steps); "
-        f"{shared:,} more are the steps of shorter runs that longer ones began with, counted once."
+        f"longer runs reused another {shared:,} steps of shorter ones, which are counted once."
     )
 
 

@@ -31,7 +31,7 @@ from sophia_levanter.config.command_line import dump_config
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.token_store import Tokens, TokenStore, digest_of
-from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.errors import InputError, counted, one_line
 from sophia_levanter.status import VARIABLE, Failure, read_status
 from sophia_levanter.studies.records import Record, flat_config
 from sophia_levanter.studies.runs import FACTS, Run, Series, has_diverged, read_files
@@ -94,12 +94,14 @@ def jobs_of(
         directory: start
         for directory in to_do
         if (start := found.get(directory)) is not None
+        and (not directory.exists() or steps_taken_over(directory))  # else it began from step 0 earlier
         and (start.directory in to_do or start.is_saved or steps_taken_over(directory))
     }
     kept = {start.directory: start.step for start in starts.values()}
     if starts:
         steps = sum(start.step for start in starts.values())
-        say(f"{len(starts)} of them begin with the steps of a shorter one: {steps:,} steps are not trained again")
+        runs = counted(len(starts), "run")
+        say(f"{runs} will start from a shorter run's checkpoint: {steps:,} steps are not trained again")
     if hindrance:
         say(hindrance)
     return [Job(places[path], path, start=starts.get(path), keep_step=kept.get(path)) for path in to_do]

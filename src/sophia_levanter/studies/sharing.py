@@ -36,7 +36,6 @@ _OF_LENGTH = (
     "trainer.checkpoint_every",
     "trainer.log_every",
     "trainer.tasks_every",
-    "trainer.statistics_every",
 )
 _WARMUP = "optimizer.warmup"
 
@@ -72,7 +71,10 @@ def find_starts(runs: Mapping[Path, TrainConfig]) -> tuple[dict[Path, Start], st
     starts = {}
     for family in _families(runs):
         for shorter, longer in itertools.pairwise(family):
+            if runs[shorter].trainer.num_train_steps == runs[longer].trainer.num_train_steps:
+                continue
             step = steps_in_common(runs[shorter], runs[longer])
+            step -= step % max(1, step // 50)  # a number with divisors, one of which is how often the run saves
             if _is_worth_it(step, runs[shorter]) and _obstacle(runs[longer]) is None:
                 starts[longer] = Start(shorter, step)
     hindered = (
@@ -103,8 +105,10 @@ def _obstacle(config: TrainConfig) -> str | None:
     if not type(config.optimizer).__module__.startswith("sophia_levanter."):
         name = OptimizerConfig.get_choice_name(type(config.optimizer))
         return f"optimizer.type {name} is a plug-in's, and may use the number of steps besides the schedule"
-    if isinstance(config.optimizer, AdEMAMixConfig) and config.optimizer.slow_warmup is None:
-        return "optimizer.slow_warmup spans the whole run; set it in steps"
+    if isinstance(config.optimizer, AdEMAMixConfig):
+        warmup = config.optimizer.slow_warmup
+        if warmup is None or 0 < warmup < 1:
+            return "optimizer.slow_warmup is a part of the run; set it in steps"
     return None
 
 

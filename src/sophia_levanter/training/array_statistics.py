@@ -51,6 +51,8 @@ def array_statistics(optimizer: Optimizer, step: StepTrees) -> dict[str, jax.Arr
     state = step.after.optimizer_state
     measure = getattr(optimizer, "unclipped", None)
     unclipped = None if measure is None else measure(state)
+    while hasattr(state, "optimizer_state"):  # that of a wrapper such as `Hyperball`
+        state = state.optimizer_state
     if unclipped is not None:
         found |= {f"{array}/win_rate": _mean(plain(x), _inner(x)) for array, x in _arrays(unclipped).items()}
         for array, h in _arrays(state.curvature).items():

@@ -49,15 +49,25 @@ def _moving_average(
 def _mean_of_latest(interval: int, state: TrainState, model: LanguageModel) -> tuple[LanguageModel | None, Snapshots]:
     """The mean of the latest snapshots, one after every `interval` steps (LAWA; Kaddour 2022, arXiv 2209.14981).
 
-    Before the first snapshot it is the initial weights. Skipped steps count: their parameters are those before.
+    Before the first snapshot it is the parameters. Skipped steps count: their parameters are those before.
     """
     step, count = state.step + 1, len(state.snapshots)
     taken = step // interval
 
     def take() -> tuple[LanguageModel | None, Snapshots]:
         snapshots = tuple(select((taken - 1) % count == i, model, old) for i, old in enumerate(state.snapshots))
-        # Those that are still to come are zeros.
-        mean = jax.tree.map(lambda *xs: sum(map(upcast, xs)) / jnp.minimum(taken, count), *snapshots)
+        # Those that are still to come are zeros. How many there are does not follow from the step where the interval
+        # was another one earlier.
+        filled = sum(map(_is_taken, snapshots))
+        mean = jax.tree.map(lambda *xs: sum(map(upcast, xs)) / filled, *snapshots)
         return mean, snapshots
 
-    return jax.lax.cond(step % interval == 0, take, lambda: (state.average, state.snapshots))
+    def keep() -> tuple[LanguageModel | None, Snapshots]:
+        return select(taken > 0, state.average, jax.tree.map(upcast, model)), state.snapshots
+
+    return jax.lax.cond(step % interval == 0, take, keep)
+
+
+def _is_taken(snapshot: LanguageModel) -> jax.Array:
+    """int32, 1 for a snapshot of parameters and 0 for zeros."""
+    return jnp.any(jnp.stack([jnp.any(x != 0) for x in jax.tree.leaves(snapshot)])).astype(jnp.int32)

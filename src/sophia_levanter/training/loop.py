@@ -329,7 +329,7 @@ def compile_steps(
     return CompiledSteps(batch_size, settings.optimizer, compiled[0], compiled[-1])
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _jitted(step: Callable[..., Any], settings: StepSettings, refresh: bool, partition: Partition) -> Any:
     """A jitted step, whose programs jax keeps. They depend on the partition: tracing reads the active one."""
     return eqx.filter_jit(partial(step, settings, refresh), donate="all-except-first")
