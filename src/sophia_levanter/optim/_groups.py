@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from sophia_levanter.optim._checks import check_number
-from sophia_levanter.optim._protocol import MatrixWork, ScalarOrSchedule
+from sophia_levanter.optim._protocol import OptimizerWrapper
 from sophia_levanter.optim._trees import WeightDecayMask, decay_mask_tree, fit_prefix, is_named, plain, trainable
 
 Roles: TypeAlias = PyTree[str] | Callable[[PyTree], PyTree[str]] | None
@@ -59,7 +59,7 @@ class ParameterGroup:
         return role == self.role if self.match is None else re.search(self.match, path) is not None
 
 
-class ParameterGroups(eqx.Module):
+class ParameterGroups(OptimizerWrapper):
     """An optimizer whose steps are scaled in groups of parameters: theta <- theta + r step, r the group's factor.
 
     A parameter is in the first group that matches its path, such as `blocks.attention.query.weight`, or its role; one
@@ -85,16 +85,6 @@ class ParameterGroups(eqx.Module):
     groups: tuple[ParameterGroup, ...] = eqx.field(converter=tuple, static=True)
     roles: Roles = None
 
-    @property
-    def learning_rate(self) -> ScalarOrSchedule:
-        """The optimizer's, without the groups' factors."""
-        return self.optimizer.learning_rate
-
-    @property
-    def estimator(self) -> Any:
-        """The optimizer's."""
-        return self.optimizer.estimator
-
     def init(self, model: PyTree) -> Any:
         """The optimizer's state before the first step.
 
@@ -103,10 +93,6 @@ class ParameterGroups(eqx.Module):
         """
         groups_of(self.groups, model, self.roles)
         return self.optimizer.init(model)
-
-    def estimator_at(self, state: Any) -> Any:
-        """The optimizer's."""
-        return self.optimizer.estimator_at(state)
 
     def update(
         self,
@@ -127,23 +113,6 @@ class ParameterGroups(eqx.Module):
         """r for each parameter."""
         rates = [group.learning_rate for group in self.groups]
         return _by_group(self.groups, self.roles, model, lambda index: 1.0 if index is None else rates[index])
-
-    def refresh_due(self, step: int) -> bool:
-        """The optimizer's."""
-        return self.optimizer.refresh_due(step)
-
-    def metrics(self, state: Any, num_targets: float | Float[Array, ""] | None = None) -> dict[str, Float[Array, ""]]:
-        """The optimizer's."""
-        return self.optimizer.metrics(state, num_targets)
-
-    def unclipped(self, state: Any) -> PyTree[Bool[Array, "..."]] | None:
-        """The optimizer's; None for an optimizer that clips no coordinate."""
-        found = getattr(self.optimizer, "unclipped", None)
-        return None if found is None else found(state)
-
-    def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """The optimizer's."""
-        return self.optimizer.matrix_work(num_microbatches)
 
 
 def group_weight_decay(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from sophia_levanter.optim._checks import check_number, python_number, value_at
 from sophia_levanter.optim._groups import ParameterGroups
 from sophia_levanter.optim._matrices import Matrices, matrices_tree, matrix_views
-from sophia_levanter.optim._protocol import MatrixWork, Scalar, ScalarOrSchedule
+from sophia_levanter.optim._protocol import OptimizerWrapper, Scalar, ScalarOrSchedule
 from sophia_levanter.optim._trees import WeightDecayMask, decay_mask_tree, trainable, upcast
 
 
@@ -38,10 +38,8 @@ class NormControlState(NamedTuple):
         return getattr(self.optimizer_state, "refresh_pending", jnp.zeros((), bool))
 
 
-class _NormControl(eqx.Module):
+class _NormControl(OptimizerWrapper):
     """What `Hyperball` and `CautiousWeightDecay` leave to the optimizer inside. They change its steps only."""
-
-    optimizer: eqx.AbstractVar[Any]
 
     @abc.abstractmethod
     def _radii(self, params: PyTree) -> tuple:
@@ -50,16 +48,6 @@ class _NormControl(eqx.Module):
     @abc.abstractmethod
     def _controlled(self, updates: PyTree, params: PyTree, state: NormControlState) -> PyTree:
         """The steps in place of the optimizer's."""
-
-    @property
-    def learning_rate(self) -> ScalarOrSchedule:
-        """The optimizer's."""
-        return self.optimizer.learning_rate
-
-    @property
-    def estimator(self) -> Any:
-        """The optimizer's."""
-        return self.optimizer.estimator
 
     def init(self, model: PyTree) -> NormControlState:
         """The state before the first step; errors are the optimizer's.
@@ -70,9 +58,8 @@ class _NormControl(eqx.Module):
         inner = self.optimizer.init(model)
         return NormControlState(jnp.zeros((), jnp.int32), inner, self._radii(trainable(model)))
 
-    def estimator_at(self, state: NormControlState) -> Any:
-        """The optimizer's."""
-        return self.optimizer.estimator_at(state.optimizer_state)
+    def _inner(self, state: NormControlState) -> Any:
+        return state.optimizer_state
 
     def update(
         self,
@@ -93,25 +80,6 @@ class _NormControl(eqx.Module):
         updates, inner = self.optimizer.update(grads, state.optimizer_state, model, h_hat, finite=finite)
         updates = self._controlled(updates, trainable(model), state)
         return updates, state._replace(count=state.count + 1, optimizer_state=inner)
-
-    def refresh_due(self, step: int) -> bool:
-        """The optimizer's."""
-        return self.optimizer.refresh_due(step)
-
-    def metrics(
-        self, state: NormControlState, num_targets: float | Float[Array, ""] | None = None
-    ) -> dict[str, Float[Array, ""]]:
-        """The optimizer's."""
-        return self.optimizer.metrics(state.optimizer_state, num_targets)
-
-    def unclipped(self, state: NormControlState) -> PyTree[Bool[Array, "..."]] | None:
-        """The optimizer's; None for an optimizer that clips no coordinate."""
-        found = getattr(self.optimizer, "unclipped", None)
-        return None if found is None else found(state.optimizer_state)
-
-    def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """The optimizer's."""
-        return self.optimizer.matrix_work(num_microbatches)
 
 
 class Hyperball(_NormControl):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import equinox as eqx
 from jaxtyping import Array, Bool, Float, PyTree
 
 from sophia_levanter.optim._gradients import GradientSums, RefreshStep
@@ -108,3 +109,44 @@ class Optimizer(Protocol[State]):
             num_microbatches: those that an estimate of the curvature is made on.
         """
         ...
+
+
+class OptimizerWrapper(eqx.Module):
+    """What a wrapper of an optimizer passes on to it. The learning rate is without the wrapper's factors."""
+
+    optimizer: eqx.AbstractVar[Any]
+
+    def _inner(self, state: Any) -> Any:
+        """The optimizer's state in the wrapper's."""
+        return state
+
+    @property
+    def learning_rate(self) -> ScalarOrSchedule:
+        """The optimizer's."""
+        return self.optimizer.learning_rate
+
+    @property
+    def estimator(self) -> Any:
+        """The optimizer's."""
+        return self.optimizer.estimator
+
+    def estimator_at(self, state: Any) -> Any:
+        """The optimizer's."""
+        return self.optimizer.estimator_at(self._inner(state))
+
+    def refresh_due(self, step: int) -> bool:
+        """The optimizer's."""
+        return self.optimizer.refresh_due(step)
+
+    def metrics(self, state: Any, num_targets: float | Float[Array, ""] | None = None) -> dict[str, Float[Array, ""]]:
+        """The optimizer's."""
+        return self.optimizer.metrics(self._inner(state), num_targets)
+
+    def unclipped(self, state: Any) -> PyTree[Bool[Array, "..."]] | None:
+        """The optimizer's; None for an optimizer that clips no coordinate."""
+        found = getattr(self.optimizer, "unclipped", None)
+        return None if found is None else found(self._inner(state))
+
+    def matrix_work(self, num_microbatches: int) -> MatrixWork:
+        """The optimizer's."""
+        return self.optimizer.matrix_work(num_microbatches)
