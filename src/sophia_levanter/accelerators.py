@@ -27,7 +27,7 @@ class Chip:
         network: bytes/s that the chip can send to other nodes; None for TPUs, whose targets are one slice.
         qr_flops: FLOP/s of a QR decomposition in float32 of a `QR_SIDE` x `QR_SIDE` matrix; `qr_rate` has other sides.
         newton_schulz_flops: FLOP/s of Newton-Schulz iterations in float32, as jax multiplies by default.
-        topology: what libtpu needs to be told to compile for it; None where there is no such compiler.
+        topology: what libtpu must know to compile for it; None for GPUs.
         longest_side: chips along the longest side of the largest slice.
         qr_measured: whether `qr_flops` was measured on this kind of chip, by anyone; otherwise it is assumed.
     """

@@ -52,7 +52,7 @@ class LanguageModel(eqx.Module):
     def hidden_in_documents(
         self, tokens: NamedArray, document_starts: NamedArray | None, key: jax.Array | None
     ) -> NamedArray:
-        """`final_hidden` of several documents in a row, none of which sees another: positions begin anew with each.
+        """`final_hidden` of rows with several documents: attention and positions start anew in each document.
 
         A model that has it overrides its configuration's `attention_on` too.
 

@@ -43,7 +43,7 @@ class Statistics:
     Attributes:
         layers: of each array, ascending; [None] of one that is not in a stack of layers.
         steps: with statistics, int64 [column], ascending, counted from 0.
-        grids: by kind, float64 [row, column], with a row for each layer of each array; NaN where there is no number,
+        grids: by kind, float64 [row, column], with a row for each layer of each array; NaN for a missing number,
             or a 0 on a logarithmic scale.
     """
 

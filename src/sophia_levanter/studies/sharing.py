@@ -74,7 +74,7 @@ def find_starts(runs: Mapping[Path, TrainConfig]) -> tuple[dict[Path, Start], st
             if runs[shorter].trainer.num_train_steps == runs[longer].trainer.num_train_steps:
                 continue
             step = steps_in_common(runs[shorter], runs[longer])
-            step -= step % max(1, step // 50)  # a number with divisors, one of which is how often the run saves
+            step -= step % max(1, step // 50)  # the run saves at a divisor of the step, and a prime has none
             if _is_worth_it(step, runs[shorter]) and _obstacle(runs[longer]) is None:
                 starts[longer] = Start(shorter, step)
     hindered = (

@@ -1,4 +1,4 @@
-"""Averages of the parameters over the steps of a run, of which it keeps one if asked for."""
+"""Averages of the parameters over the steps of a run: a moving average, or the mean of the latest snapshots."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Evaluation(NamedTuple):
     """A validation loss.
 
     Attributes:
-        loss: mean over predicted tokens, nats. Of named sets the mean over the sets, each of which counts the same.
+        loss: mean over predicted tokens, nats. For named sets, the unweighted mean over the sets.
         bits_per_byte: total bits over the bytes of text that the predicted tokens stand for; end-of-text has none. Of
             named sets the mean over the sets.
         tokens: that were predicted.
@@ -43,7 +43,7 @@ class Evaluation(NamedTuple):
     sets: Mapping[str, Evaluation] = MappingProxyType({})
 
     def numbers(self, prefix: str = "") -> dict[str, float]:
-        """The losses by their names in metrics.jsonl, the last parts of which begin with a prefix."""
+        """The losses by their names in metrics.jsonl; the prefix starts the last part of each name."""
         found = {f"validation/{prefix}loss": self.loss, f"validation/{prefix}bits_per_byte": self.bits_per_byte}
         for name, own in self.sets.items():
             found[f"validation/{name}/{prefix}loss"] = own.loss
