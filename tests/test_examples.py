@@ -57,6 +57,7 @@ def test_regression():
     assert all(0.1 < rate < 0.6 for rate in results["win_rates"].values())
 
 
+@pytest.mark.slow
 def test_char_transformer():
     """Below the bigram table by more than padding that is counted, or a step that is not taken, would leave."""
     results = results_of("char_transformer")

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow  # the benchmarks are no part of the package
+
 
 @pytest.mark.parametrize("way", checkpoints.WAYS)
 def test_each_way_restores_what_it_saved(way: str, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from haliax import NamedArray
 from sophia_levanter.batch import Batch
 from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
 
+pytestmark = pytest.mark.slow  # the benchmarks are no part of the package
+
 TINY = Gpt2Config(num_layers=1, num_heads=2, embed_dim=8, seq_len=4, loss_block_size=4, gradient_checkpointing="none")
 B, BATCHES, COORDINATES = 50, 200, 2000
 

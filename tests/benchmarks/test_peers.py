@@ -9,6 +9,8 @@ from peers_by_hand import _attention, step_by_hand
 
 from sophia_levanter.config.model import Gpt2Config
 
+pytestmark = pytest.mark.slow  # the benchmarks are no part of the package
+
 TINY = Gpt2Config(num_layers=2, num_heads=2, embed_dim=8, seq_len=16, gradient_checkpointing="none")
 # Answers each line as `peers_torch.py` does, for an interpreter without torch.
 STAND_IN = "import sys\nfor line in sys.stdin:\n    print(0.25, flush=True)\n"

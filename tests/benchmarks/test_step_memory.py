@@ -6,6 +6,8 @@ import step_memory
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import load_config
 
+pytestmark = pytest.mark.slow  # the benchmarks are no part of the package
+
 
 def test_a_refresh_needs_more_temporary_memory_than_a_plain_step(config_file: Path) -> None:
     config = load_config(config_file)

@@ -15,7 +15,7 @@ import psutil
 NANO = Path(__file__).parents[2] / "config" / "gpt2_nano_sophia.yaml"
 # Some 0.15 s a step on one core: time enough to kill something between two of them.
 OPTIONS = [
-    *("--config", str(NANO), "--mesh.fsdp", "embed", "--trainer.num_train_steps", "40"),
+    *("--config", str(NANO), "--model.scan_unroll", "1", "--mesh.fsdp", "embed", "--trainer.num_train_steps", "40"),
     *("--optimizer.warmup", "5", "--optimizer.interval", "4", "--trainer.checkpoint_every", "10"),
     *("--trainer.batch_size", "8", "--trainer.microbatch_size", "8", "--trainer.log_every", "2"),
     *("--trainer.evaluation_windows", "16", "--trainer.sample_tokens", "0", "--trainer.evaluate_every", "1000"),

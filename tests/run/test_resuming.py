@@ -57,7 +57,7 @@ def test_a_run_with_every_switch_learns(switched_run):
         (5, []),
         (7, []),
         (7, SWITCHED),
-        (7, LLAMA),
+        pytest.param(7, LLAMA, marks=pytest.mark.slow),
         pytest.param(7, ["--optimizer.type", "muon"], marks=pytest.mark.slow),
         pytest.param(7, ["--optimizer.type", "soap"], marks=pytest.mark.slow),
         pytest.param(7, NORMS, marks=pytest.mark.slow),

@@ -44,7 +44,10 @@ def state_of(run_dir: Path, step: int | None = None) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--mesh.fsdp", "embed", "--trainer.compute_dtype", "bfloat16"]],
+    [
+        [],
+        pytest.param(["--mesh.fsdp", "embed", "--trainer.compute_dtype", "bfloat16"], marks=pytest.mark.slow),
+    ],
     ids=["data parallel", "fsdp bfloat16"],
 )
 def test_a_nan_in_one_batch_changes_nothing_and_the_run_goes_on(

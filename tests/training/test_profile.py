@@ -5,6 +5,7 @@ from unittest.mock import MagicMock
 import jax
 import pytest
 
+from sophia_levanter import checkpoint
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.main import main
 from sophia_levanter.training.callbacks import Profiling
@@ -34,12 +35,15 @@ def test_a_trace_has_the_steps_asked_for_and_no_others(config_file, tmp_path, ca
     assert f"profile: tensorboard --logdir {run_dir}/profile" in capsys.readouterr().out
 
 
-def test_a_resumed_run_traces_what_is_left(config_file, tmp_path):
+def test_a_resumed_run_traces_what_is_left(config_file, tmp_path, stop_after):
     run_dir = tmp_path / "run"
-    command = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.profile_steps", "5:9"]
-    assert main([*command, "--trainer.num_train_steps", "9"]) == 0
-    assert main([*command, "--resume", "auto", "--trainer.profile_steps", "8:11"]) == 0
-    assert sorted(traced_steps(run_dir / "profile")) == [[5, 6, 7, 8], [9, 10]]
+    command = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.profile_steps", "5:8"]
+    stop_after(8)
+    assert main(command) == 130
+    (saved,) = set(checkpoint.steps(run_dir / "checkpoints")) - {6}
+    assert saved in (9, 10)
+    assert main([*command, "--resume", "auto", "--trainer.profile_steps", "8:12"]) == 0
+    assert sorted(traced_steps(run_dir / "profile")) == [[5, 6, 7], list(range(saved, 12))]
 
 
 def test_a_trace_is_written_when_a_run_ends_within_it(tmp_path):

@@ -25,7 +25,7 @@ OPTIMIZERS = {
     "soap": {"type": "soap", "interval": 2},
     "muon": {"type": "muon"},
 }
-MODEL = {"num_heads": 2, "embed_dim": 16, "seq_len": 16, "loss_block_size": 8}
+MODEL = {"num_heads": 2, "embed_dim": 16, "seq_len": 16, "loss_block_size": 8, "scan_unroll": 1}
 DEVICES, STEPS, ROWS, VOCAB = 8, 4, 8, 257
 
 

@@ -90,7 +90,7 @@ def loss_of(output: StepOutput) -> float:
     return float(output.metrics["train/loss"])
 
 
-@pytest.mark.parametrize("optimizer", [SophiaG, SophiaH], ids=["g", "h"])
+@pytest.mark.parametrize("optimizer", [SophiaG, pytest.param(SophiaH, marks=pytest.mark.slow)], ids=["g", "h"])
 def test_a_kronecker_basis_on_a_mesh_in_microbatches(optimizer):
     """bfloat16 compute, the blocked loss and two microbatches, over refreshes in which the basis turns."""
     optimizer = optimizer(learning_rate=3e-3, basis=KRONECKER, weight_decay_mask=decay_mask)
