@@ -19,7 +19,8 @@ VERBS = ["train", "prepare_data", "inspect_data", "train_tokenizer"]  # the firs
     ("arguments", "status", "wanted"),
     [
         ([], 2, f"usage: sophia-levanter {{{','.join(VERBS)},"),
-        (["trian"], 2, f"'trian' is not one of the verbs {', '.join(VERBS)}, "),
+        (["trian"], 2, f"error: 'trian' is not one of {', '.join(cli.VERBS)}; did you mean train?\n"),
+        (["xyz"], 2, ", launch, tpu\n"),
         (["--help"], 0, f"usage: sophia-levanter {{{','.join(VERBS)},"),
         (["train", "--help"], 0, "--optimizer.learning_rate"),
         (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
@@ -45,6 +46,17 @@ def test_the_package_is_a_command():
     usage = done.stderr.splitlines()
     assert usage[0].startswith("usage: sophia-levanter {train,")
     assert [line.split()[0] for line in usage[2:]] == list(cli.VERBS)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["checkpoints", "--help"]], ids=" ".join)
+def test_a_reader_that_leaves_ends_a_command_quietly(words):
+    """As `| head -1` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "sophia_levanter", *words]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def commands():

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,20 @@ def test_a_starter_that_has_left_changes_nothing(monkeypatch):
     monkeypatch.setenv(status.VARIABLE, str(writing))
     status.report_resumed(40)
     os.close(writing)
+
+
+@pytest.mark.parametrize(("status_of_run", "wanted"), [(0, 1), (2, 2), (75, 75)])
+def test_a_reader_that_leaves_does_not_change_a_status_other_than_done(status_of_run, wanted, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    def run(words):
+        print("a line that is still in the buffer when the command has ended")
+        return status_of_run
+
+    with open(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert status.run_command([], run) == wanted
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+
+from sophia_levanter.config.arguments import chosen
+from sophia_levanter.status import BAD_INPUT, DONE, run_command
 
 VERBS = {
     "train": "train a model",
@@ -35,13 +39,17 @@ def main() -> int:
     Returns:
         The verb's exit status; 2 for no or an unknown verb.
     """
-    verb, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    if verb in ("", "-h", "--help"):
-        print(USAGE, file=sys.stdout if verb else sys.stderr)
-        return 0 if verb else 2
-    if verb not in VERBS:
-        print(f"error: {verb!r} is not one of the verbs {', '.join(VERBS)}", file=sys.stderr)
-        return 2
+    return run_command(None, _run)
+
+
+def _run(words: Sequence[str]) -> int:
+    if not words:
+        print(USAGE, file=sys.stderr)
+        return BAD_INPUT
+    if words[0] in ("-h", "--help"):
+        print(USAGE)
+        return DONE
+    verb, arguments = chosen(words, VERBS)
     if verb == "train":
         return int(import_module("sophia_levanter.main").process(arguments))
     return int(import_module(f"sophia_levanter.commands.{verb}").main(arguments))

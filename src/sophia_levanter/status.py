@@ -50,19 +50,23 @@ def run_command(
             # What is printed may hold what the terminal's encoding lacks.
             stream.reconfigure(errors="replace")
     words = sys.argv[1:] if given is None else given
+    status = FAILURE
     try:
         if usage is not None and ("--help" in words or "-h" in words):
             print(usage)
-            return DONE
-        return run(words)
+            status = DONE
+        else:
+            status = run(words)
+        print(end="", flush=True)  # a reader that has left is noticed here, and not when the interpreter ends
+        return status
     except InputError as error:
         print(one_line(f"error: {error}"), file=sys.stderr)
         report_failure(error.reason, one_line(error))
         return BAD_INPUT
     except BrokenPipeError:
-        # Nobody reads on (`| head`); what Python would still flush must not fail either.
+        # The reader has left (`| head`); what Python still flushes at its end must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
+        return status or FAILURE
     except OSError as error:
         print(one_line(f"error: {error}"), file=sys.stderr)
         return FAILURE

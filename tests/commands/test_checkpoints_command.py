@@ -231,7 +231,7 @@ def test_a_bucket(monkeypatch, capfd):
     ("words", "message"),
     [
         ([], "say what to do: list, verify, show, diff, prune; --help shows how"),
-        (["lst", "DIR"], "'lst' is none of list, verify, show, diff, prune; did you mean list?"),
+        (["lst", "DIR"], "'lst' is not one of list, verify, show, diff, prune; did you mean list?"),
         (["list"], "list takes DIR; --help shows the options"),
         (["list", "DIR", "x"], "list takes DIR; --help"),
         (["list", "DIR", "--step", "1"], "unknown option '--step'"),

@@ -124,7 +124,7 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
         (["status", "a", "b"], "give one run directory"),
         (["logs", "FOLDER"], "holds no run that was launched"),
         (["stop", "nowhere"], "nowhere holds no run that was launched"),
-        (["stats", "FOLDER"], "'stats' is none of status, logs, stop; did you mean status?"),
+        (["stats", "FOLDER"], "'stats' is not one of status, logs, stop; did you mean status?"),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "gs://bucket/run"],
             "trainer.run_dir gs://bucket/run is a URL, and must be a directory; trainer.checkpoint_dir may be a URL",

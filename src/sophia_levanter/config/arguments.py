@@ -64,7 +64,7 @@ def chosen(given: Sequence[str], verbs: Collection[str]) -> tuple[str, list[str]
     verb, *rest = given
     if verb not in verbs:
         near = difflib.get_close_matches(verb, verbs, n=1)
-        raise InputError(f"{verb!r} is none of {names}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise InputError(f"{verb!r} is not one of {names}" + (f"; did you mean {near[0]}?" if near else ""))
     return verb, rest
 
 

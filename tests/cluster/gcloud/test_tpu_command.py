@@ -100,7 +100,7 @@ def test_logs_are_the_newest_ones(cluster_file, tmp_path):
     ("arguments", "wanted"),
     [
         ([], "error: say what to do: create, list, delete, ssh, logs"),
-        (["lst"], "error: 'lst' is none of create, list, delete, ssh, logs; did you mean list?"),
+        (["lst"], "error: 'lst' is not one of create, list, delete, ssh, logs; did you mean list?"),
         (["list"], "error: --cluster FILE is missing"),
         (["list", "--cluster", "nowhere.yaml"], "error: nowhere.yaml"),
         (["delete", "other", "--cluster", "FILE"], "error: other is not the name in the cluster's file, mine"),
