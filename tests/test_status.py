@@ -75,8 +75,8 @@ def test_a_reader_that_leaves_does_not_change_a_status_other_than_done(status_of
         print("a line that is still in the buffer when the command has ended")
         return status_of_run
 
-    with open(writing, "w") as stdout:
-        monkeypatch.setattr(sys, "stdout", stdout)
+    with open(writing, "w") as stdout, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stdout)
         assert status.run_command([], run) == wanted
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -89,7 +90,11 @@ def dry_run(path, tmp_path, capsys, *settings):
 
 
 @pytest.mark.parametrize("path", LAUNCHER, ids=named)
-def test_a_launcher_file_takes_gpt2_large_with_the_settings_that_it_names(path, tmp_path, capsys):
+def test_a_launcher_file_takes_gpt2_large_with_the_settings_that_it_names(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in getattr(read_cluster(path), "files", ()):  # `make wheel` builds the wheel
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
     found = SETTINGS.search(path.read_text())
     settings = shlex.split(found[1]) if found else []
     status, out, error = dry_run(path, tmp_path, capsys, *settings)

@@ -168,6 +168,21 @@ def test_a_bucket_is_needed_where_hosts_share_no_disk(config_file, tmp_path, cap
     assert "trainer.checkpoint_dir is ckpt; the hosts of a TPU slice share no disk" in err
 
 
+def test_files_for_the_hosts_that_are_missing_are_found_before_anything_is_paid_for(
+    config_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "constraints.txt").touch()
+    slices = "backend: gcloud\nzone: us-central2-b\naccelerator: v4-8\nfiles: [dist/a.whl, constraints.txt, b.whl]\n"
+    words = ["--config", config_file, "--cluster", cluster_file(tmp_path, slices)]
+    words += ["--trainer.checkpoint_dir", "gs://bucket/run"]
+    for further in ([], ["--dry_run"]):
+        status, out, err = main(capsys, *words, *further)
+        assert (status, out) == (2, "")
+        assert err.startswith("error: files names dist/a.whl, b.whl: not found; paths are relative to the working ")
+        assert err.count("\n") == 1
+
+
 def test_a_run_of_one_process_then_again_then_another(config_file, tmp_path, capfd):
     """A launched run that is done is done; its directory is not for another run."""
     cluster, run_dir = cluster_file(tmp_path, "backend: local\n"), tmp_path / "run"

@@ -93,6 +93,13 @@ class ClusterConfig(Settings, ChoiceRegistry):
         """That the run has in all; None where the file does not tell."""
         return None
 
+    def check_files(self) -> None:
+        """Check that this machine has all that is copied to hosts.
+
+        Raises:
+            InputError: names what is missing.
+        """
+
     def build(self, job: Job) -> Backend:
         """What starts the processes of a run."""
         raise InputError(f"backend {self.backend}: {type(self).__qualname__} does not define build()")
@@ -265,6 +272,14 @@ class GcloudCluster(ClusterConfig):
             raise InputError(f"name is {self.name!r}; it must be up to 40 of a-z, 0-9 and -, a letter first")
         if any("\n" in line for line in self.setup):
             raise InputError("setup holds an item with a line break; each is one line of shell")
+
+    def check_files(self) -> None:
+        missing = [file for file in self.files if not Path(file).is_file()]
+        if missing:
+            raise InputError(
+                f"files names {', '.join(missing)}: not found; paths are relative to the working directory, "
+                "and `make wheel` builds the wheel of this project"
+            )
 
     @property
     def shape(self) -> TpuShape:

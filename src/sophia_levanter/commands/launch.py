@@ -105,10 +105,10 @@ def parse(words: Sequence[str]) -> Launch:
 
 
 def _check_fit(config: TrainConfig, cluster: ClusterConfig) -> None:
-    """Refuse a run that does not fit the cluster, before anything is paid for.
+    """Refuse a run that does not fit the cluster, or whose files are missing, before anything is paid for.
 
     Raises:
-        InputError: names all that does not fit.
+        InputError: names all that is wrong.
     """
     problems = Problems()
     for name in ("coordinator", "num_processes", "process_id"):
@@ -118,6 +118,8 @@ def _check_fit(config: TrainConfig, cluster: ClusterConfig) -> None:
     with problems:
         if cluster.num_devices is not None:
             check_mesh(config, cluster.num_devices)
+    with problems:
+        cluster.check_files()
     run_dir, checkpoint_dir = config.trainer.run_dir, config.trainer.checkpoint_dir
     with problems:
         if "://" in (run_dir or ""):

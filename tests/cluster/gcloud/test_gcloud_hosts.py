@@ -219,7 +219,7 @@ def test_what_is_described_can_be_pasted(job):
 
 
 def test_a_file_that_is_not_there(job):
-    with pytest.raises(InputError, match=r"^files names nowhere.whl, which is not there$"):
+    with pytest.raises(InputError, match=r"^files names nowhere\.whl: not found; paths are relative to the working"):
         backend(files=("nowhere.whl",)).prepare(job, 1, print, lambda: False)
 
 

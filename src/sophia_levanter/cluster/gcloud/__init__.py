@@ -92,9 +92,7 @@ class GcloudBackend:
             Unavailable: if they do not come within `start_timeout`, or cannot be reached.
         """
         self._nodes = []
-        for file in self._cluster.files:
-            if not Path(file).is_file():
-                raise InputError(f"files names {file}, which is not there")
+        self._cluster.check_files()
         try:
             nodes = Acquisition(self._resource, self._poll, say, stopped).run()
             say(f"queued resource {self._commands.name}: {self._cluster.slices} x {self._cluster.shape} ready")
