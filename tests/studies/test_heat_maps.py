@@ -15,7 +15,7 @@ NAN = np.nan
 
 def measured(step, layers=11):
     """What a run logs of an array in a stack and of one beside it."""
-    places = [*(f"blocks.w/{layer}" for layer in range(layers)), "wte"]
+    places = [*(f"blocks/w/{layer}" for layer in range(layers)), "wte"]
     numbers = {f"{place}/weight_rms": i + step / 100 for i, place in enumerate(places)}
     numbers |= {f"{place}/win_rate": 0.0 for place in places} | {"wte/update_ratio": None, "wte/update_rms": 3.0}
     return {f"statistics/{name}": value for name, value in numbers.items()}
@@ -28,7 +28,7 @@ def run_of(path, steps, every):
 
 def test_a_row_is_a_layer_and_a_column_a_step(tmp_path):
     found = statistics_of(run_of(tmp_path, 9, 4))
-    assert found.layers == {"blocks.w": list(range(11)), "wte": [None]}
+    assert found.layers == {"blocks/w": list(range(11)), "wte": [None]}
     assert found.steps.tolist() == [0, 4, 8]
     assert list(found.grids) == ["weight_rms", "win_rate"]  # of the others there is no number, or none to show
     wanted = np.arange(12)[:, None] + np.array([0, 0.04, 0.08])

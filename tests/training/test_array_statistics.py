@@ -29,9 +29,9 @@ def drawn(tree, seed):
 def arrays(tree):
     """The named arrays of a tree by path, float64 [layer, ...]; one that is not in a stack has one layer."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, NamedArray))
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
     return {
-        name: np.asarray(x.array, np.float64)[() if name.startswith("blocks.") else None] for name, x in named.items()
+        name: np.asarray(x.array, np.float64)[() if name.startswith("blocks/") else None] for name, x in named.items()
     }
 
 
@@ -53,7 +53,7 @@ def test_they_are_those_that_numpy_computes(make_model, optimizer):
     kinds += ["win_rate", *QUANTILES] if h_hat else []
     trees = [arrays(tree) for tree in (model, grads, updates, estimate)]
     assert set(found) == {f"{name}/{kind}" for name in trees[0] for kind in kinds}
-    assert found["blocks.stacked.attn.c_attn.weight/weight_rms"].shape == (2,)
+    assert found["blocks/stacked/attn/c_attn/weight/weight_rms"].shape == (2,)
     for name in trees[0]:
         weight, gradient, update, h = (tree[name] for tree in trees)
         wanted = [rms(weight), rms(gradient), rms(update), rms(update) / rms(weight)]
@@ -76,10 +76,10 @@ def test_quantiles_are_those_of_sorted_numbers(axes):
 
 
 def test_names_are_in_the_order_of_arrays_and_layers():
-    logged = by_layer({"b.weight/weight_rms": jnp.arange(11.0), "a/win_rate": jnp.float32(0.5), "a/b": jnp.zeros(1)})
+    logged = by_layer({"b/weight/weight_rms": jnp.arange(11.0), "a/win_rate": jnp.float32(0.5), "a/b": jnp.zeros(1)})
     assert list(logged.values()) == [0.0, 0.5, *range(11)]
-    assert [*logged][:3] == ["statistics/a/0/b", "statistics/a/win_rate", "statistics/b.weight/0/weight_rms"]
-    assert [*logged][-1] == "statistics/b.weight/10/weight_rms"
+    assert [*logged][:3] == ["statistics/a/0/b", "statistics/a/win_rate", "statistics/b/weight/0/weight_rms"]
+    assert [*logged][-1] == "statistics/b/weight/10/weight_rms"
 
 
 def test_the_steps_that_measure():
@@ -114,6 +114,7 @@ def test_a_run_and_its_resume(config_file, finished_run, tmp_path, capfd):
         section, _, name = path.partition("optimizer_state.curvature.")
         if section:
             continue
+        name = name.replace(".", "/")
         stack = [(f"{name}/{i}", layer) for i, layer in enumerate(h)] if "stacked" in name else [(name, h)]
         for place, part in stack:
             sizes[place] = part.size

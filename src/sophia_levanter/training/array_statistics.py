@@ -42,7 +42,7 @@ def array_statistics(optimizer: Optimizer, step: StepTrees) -> dict[str, jax.Arr
 
     Returns:
         float32 by `ARRAY/KIND`: [layers] of an array that layers are stacked in, a scalar of any other. ARRAY is the
-        path of the parameter, such as `blocks.stacked.attn.c_attn.weight`.
+        path of the parameter, such as `blocks/stacked/attn/c_attn/weight`.
     """
     trees = {"weight": trainable(step.before.model), "gradient": step.grads, "update": step.updates}
     found = {f"{array}/{kind}_rms": _rms(x) for kind, tree in trees.items() for array, x in _arrays(tree).items()}
@@ -111,7 +111,7 @@ def quantiles(x: jax.Array, axes: Sequence[int], shares: Sequence[float]) -> jax
 def _arrays(tree: PyTree) -> dict[str, Any]:
     """The arrays of a tree by their paths; those with named axes as they are."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_named)
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     return {name: leaf for name, leaf in named.items() if plain(leaf) is not None}
 
 
