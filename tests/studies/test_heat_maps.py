@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from sophia_levanter.studies.comparability import compare
-from sophia_levanter.studies.heat_maps import MOST_COLUMNS, heat_map_png, statistics_of
+from sophia_levanter.studies.heat_maps import CAPTION, MOST_COLUMNS, heat_map_png, statistics_of
 from sophia_levanter.studies.page import write_page
 from sophia_levanter.studies.runs import read_run
 from tiny_runs import step_lines, write_run
@@ -54,7 +55,7 @@ def test_long_runs_are_thinned_out(tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 9])
 def test_the_picture_has_the_colours(steps, tmp_path):
-    (tmp_path / "a.png").write_bytes(heat_map_png(statistics_of(run_of(tmp_path, steps, 4))))
+    (tmp_path / "a.png").write_bytes(heat_map_png(statistics_of(run_of(tmp_path, steps, 4)), "a"))
     pixels = imread(tmp_path / "a.png")[..., :3]
     # viridis from its dark to its light end, and grey for what is not there
     for colour, least in ((0x440154, 5000), (0xFDE725, 500), (0xD9D9D9, 500)):
@@ -62,10 +63,21 @@ def test_the_picture_has_the_colours(steps, tmp_path):
         assert (np.abs(pixels - wanted).max(axis=-1) < 0.02).sum() > least, hex(colour)
 
 
+def test_a_png_has_the_name_of_the_run_and_the_caption(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    heat_map_png(statistics_of(run_of(tmp_path, 9, 4)), "my run")
+    (figure,) = figures
+    assert figure.get_suptitle() == "my run: arrays and layers"
+    assert figure.get_supxlabel().replace("\n", " ") == CAPTION
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["Weights, root mean square", "", "Win rate", ""]  # each with its colour bar
+
+
 def test_a_page_has_those_of_the_runs_that_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("sophia_levanter.studies.page.png", lambda *_: b"")
     monkeypatch.setattr("sophia_levanter.studies.page.svg", lambda *_: "data:")
-    monkeypatch.setattr("sophia_levanter.studies.page.heat_map_png", lambda found: b"heat map")
+    monkeypatch.setattr("sophia_levanter.studies.page.heat_map_png", lambda *_: b"heat map")
     runs = [run_of(tmp_path / "a", 9, 4), read_run("b", write_run(tmp_path / "b"))]
     page = tmp_path / "r.html"
     files = {path.name for path in write_page(runs, compare(runs), page)}

@@ -5,8 +5,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from sophia_levanter.studies import plots
-from sophia_levanter.studies.panels import AXES, STEPS, VALIDATION, curves_of, other_panels
-from sophia_levanter.studies.plots import _draw, limits, smooth, spans_decades, study_pictures, svg, thin
+from sophia_levanter.studies.panels import AXES, STEPS, VALIDATION, WIN_RATE, curves_of, other_panels
+from sophia_levanter.studies.plots import _draw, limits, png, smooth, spans_decades, study_pictures, svg, thin
 from sophia_levanter.studies.runs import read_run
 from tiny_runs import step_lines, write_run
 
@@ -26,9 +26,13 @@ def test_a_curve_is_drawn_against_its_axis(axis, x, tmp_path):
 def test_an_arm_has_one_style_in_all_pictures(make_cell, monkeypatch):
     """One of which no run has finished is in the picture of the final losses alone, and comes last."""
     legends = []
-    monkeypatch.setattr(plots, "as_png", lambda figure, names: legends.append(dict(names)) or b"")
+    monkeypatch.setattr(plots, "as_png", lambda figure, samples: legends.append(samples) or b"")
     study_pictures([make_cell("lost", 100, [None]), make_cell("a", 100, [2.0]), make_cell("b", 100, [3.0])])
-    assert legends == [{0: "a", 1: "b", 2: "lost"}, {0: "a", 1: "b"}]
+    styles = [
+        {sample.get_label(): (sample.get_color(), sample.get_marker()) for sample in legend} for legend in legends
+    ]
+    a, b, lost = zip(plots.COLOURS, plots.MARKERS[:3], strict=False)
+    assert styles == [{"a": a, "b": b, "lost": lost}, {"a": a, "b": b}]
 
 
 def test_few_points_stay():
@@ -120,3 +124,42 @@ def test_named_sets_and_tasks_have_panels(tmp_path):
         "tasks": "faint to strong: piqa/accuracy, piqa/normalized_accuracy.",
     }
     assert [len(curves_of(panel, runs[0])) for panel in added] == [2, 2, 2]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures of the PNGs, which are not drawn."""
+    found = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: found.append(figure))
+    return found
+
+
+def legend_of(figure):
+    """The opacity of each line of a legend, by its name."""
+    (legend,) = figure.legends
+    return {text.get_text(): line.get_alpha() for text, line in zip(legend.texts, legend.legend_handles, strict=True)}
+
+
+def test_a_png_of_named_sets_stands_by_itself(tmp_path, figures):
+    """It has a title, and a legend of the sets, each with one opacity in all runs."""
+    lines = [line | {"validation/code/loss": 3.0} if "validation/loss" in line else line for line in step_lines(10)]
+    more = [line | {"validation/books/loss": 2.0} if "validation/loss" in line else line for line in lines]
+    both = read_run("both", write_run(tmp_path / "a", lines=more))
+    code = read_run("code alone", write_run(tmp_path / "b", lines=lines))
+    (panel,) = [panel for panel in other_panels([both]) if panel.key == "validation_sets"]
+    png([(panel, STEPS)], [both])
+    png([(panel, STEPS)], [both, code])
+    (alone, together) = figures
+    (axes,) = alone.axes
+    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == (panel.title, "steps", panel.label)
+    assert legend_of(alone) == {"code": 0.25, "books": 1.0}
+    assert legend_of(together) == {"both": None, "code alone": None, "code": 0.25, "books": 1.0}
+    assert [line.get_alpha() for line in together.axes[0].get_lines()] == [0.25, 1.0, 0.25]
+
+
+def test_a_png_of_one_curve_needs_no_legend(tmp_path, figures):
+    run = read_run("a", write_run(tmp_path))
+    png([(VALIDATION, STEPS), (WIN_RATE, STEPS)], [run])
+    (figure,) = figures
+    assert [axes.get_title() for axes in figure.axes] == ["Validation loss", "Win rate"]
+    assert [*legend_of(figure)] == ["advised range"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from sophia_levanter.config.registries import STATISTICS
-from sophia_levanter.studies.plots import LOOK, as_png, as_url
+from sophia_levanter.studies.plots import LOOK, as_png, as_url, shown_name
 from sophia_levanter.studies.runs import Run, Series
 
 KINDS = {
@@ -34,6 +35,8 @@ CAPTION = (
 MOST_COLUMNS = 400
 WIDTH = 5.2  # of a panel, in inches
 ROW, LEAST_ARRAY, MOST_ROWS = 0.05, 0.14, 5.0  # heights of a row, of an array with its label, and of all rows
+CAPTION_LETTERS = 18  # in an inch
+TITLE_HEIGHT, CAPTION_LINE_HEIGHT = 0.3, 0.13  # in inches
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,15 @@ def heat_map_svg(found: Statistics) -> str:
         return as_url(_figure(found))
 
 
-def heat_map_png(found: Statistics) -> bytes:
-    """The same as a PNG."""
+def heat_map_png(found: Statistics, name: str) -> bytes:
+    """The same as a PNG that stands by itself, with the name of the run and the caption."""
     with mpl.rc_context(LOOK):
-        return as_png(_figure(found), {})
+        figure = _figure(found)
+        caption = textwrap.wrap(CAPTION, int(figure.get_figwidth() * CAPTION_LETTERS))
+        figure.set_figheight(figure.get_figheight() + TITLE_HEIGHT + CAPTION_LINE_HEIGHT * len(caption))
+        figure.suptitle(f"{shown_name(name)}: arrays and layers", fontsize=11)
+        figure.supxlabel("\n".join(caption), fontsize=7, color="0.3")
+        return as_png(figure)
 
 
 def _figure(found: Statistics) -> Figure:
@@ -119,7 +127,7 @@ def _figure(found: Statistics) -> Figure:
         bar = figure.colorbar(_draw(axes, found, kind, grid), ax=axes, pad=0.02, aspect=30, ticks=ticks)
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         bar.minorticks_off()
-        axes.set_title(KINDS[kind], fontsize=10)
+        axes.set_title(KINDS[kind])
         is_left = number % columns == 0
         axes.set_yticks((found.bounds[:-1] + found.bounds[1:]) / 2, labels if is_left else [""] * len(labels))
         axes.tick_params(axis="y", length=0, labelsize=6.5)

@@ -65,7 +65,7 @@ def write_page(runs: Sequence[Run], comparability: Comparability, page: Path) ->
     for number, run in enumerate(runs, start=1):
         if (found := statistics_of(run)) is not None:
             suffix = f"-{number}" if len(runs) > 1 else ""
-            files[page.with_name(f"{page.stem}-statistics{suffix}.png")] = heat_map_png(found)
+            files[page.with_name(f"{page.stem}-statistics{suffix}.png")] = heat_map_png(found, run.name)
     for path, content in files.items():
         write_atomically(path, content)
     return list(files)

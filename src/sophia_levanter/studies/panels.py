@@ -186,19 +186,23 @@ def other_panels(runs: Sequence[Run]) -> list[Panel]:
 
 def _with_key(panel: Panel, runs: Sequence[Run]) -> Panel:
     """The panel with the names of its curves in its caption, if there are several."""
+    labels = curve_labels(panel, runs).values()
+    shown = f"{panel.caption} From faint to strong: {', '.join(labels)}.".lstrip()
+    return replace(panel, caption=shown) if len(labels) > 1 else panel
+
+
+def curve_labels(panel: Panel, runs: Sequence[Run]) -> dict[str, str]:
+    """The series of the runs that belong in a panel: what the * stands for, by the name in metrics.jsonl."""
+    if "*" not in panel.series:
+        return {panel.series: ""} if any(panel.series in run.series for run in runs) else {}
     before, _, after = panel.series.partition("*")
     names = dict.fromkeys(name for run in runs for name in run.series if fnmatchcase(name, panel.series))
-    shown = ", ".join(name.removeprefix(before).removesuffix(after) for name in names)
-    return (
-        replace(panel, caption=f"{panel.caption} From faint to strong: {shown}.".lstrip()) if len(names) > 1 else panel
-    )
+    return {name: name.removeprefix(before).removesuffix(after) for name in names}
 
 
 def curves_of(panel: Panel, run: Run) -> list[Series]:
     """What a run has logged that belongs in a panel."""
-    if "*" not in panel.series:
-        return [run.series[panel.series]] if panel.series in run.series else []
-    return [series for name, series in run.series.items() if fnmatchcase(name, panel.series)]
+    return [run.series[name] for name in curve_labels(panel, [run])]
 
 
 def _tells(panel: Panel, run: Run) -> bool:

@@ -6,7 +6,7 @@ import base64
 import io
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from sophia_levanter.studies.panels import (
     Axis,
     Kind,
     Panel,
+    curve_labels,
     curves_of,
 )
 from sophia_levanter.studies.results import Cell, as_run, best, finished, lengths
@@ -38,6 +39,7 @@ LINES = ("-", "--", ":", "-.")
 MOST_STYLES = len(COLOURS) * len(LINES)  # after which they repeat
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 FAINTEST = 0.25  # of a run's curves in one panel
+ADVISED_GREY = "0.93"  # of the win rates that the authors advise
 MOST_MARKERS = 25  # on a curve
 SIZE = (5.2, 3.2)  # of a panel, in inches
 LETTERS, LINE_HEIGHT = 14, 0.19  # of a legend: in an inch, and in inches
@@ -54,6 +56,7 @@ LOOK: Any = {
     "axes.edgecolor": "0.4",
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.titlesize": 10,
     "grid.color": "0.9",
     "grid.linewidth": 0.7,
     "lines.linewidth": 1.6,
@@ -75,12 +78,20 @@ def svg(panel: Panel, runs: Sequence[Run], axis: Axis) -> str:
 
 
 def png(panels: Sequence[tuple[Panel, Axis]], runs: Sequence[Run]) -> bytes:
-    """Panels side by side, two in a row, with a legend of the runs that are in them."""
+    """Panels with their titles side by side, two in a row, with a legend of their runs and of the curves of a run."""
     with _figure(len(panels)) as (figure, places):
+        drawn = {i: run.name for i, run in enumerate(runs) if any(curves_of(panel, run) for panel, _ in panels)}
+        samples = _samples(drawn if len(runs) > 1 else {})
+        colour = COLOURS[0] if len(runs) == 1 else "black"
         for axes, (panel, axis) in zip(places, panels, strict=True):
             _draw(axes, panel, runs, axis)
-        drawn = {i: run.name for i, run in enumerate(runs) if any(curves_of(panel, run) for panel, _ in panels)}
-        return as_png(figure, drawn if len(runs) > 1 else {})
+            axes.set_title(panel.title)
+            labels = curve_labels(panel, runs)
+            strengths = _strengths(labels).items() if "*" in panel.series else ()
+            samples += [_sample(labels[name], color=colour, alpha=strength) for name, strength in strengths]
+            if panel.key == "win_rate":
+                samples.append(_sample("advised range", color=ADVISED_GREY, linewidth=8))
+        return as_png(figure, samples)
 
 
 def study_pictures(cells: Sequence[Cell]) -> dict[str, bytes]:
@@ -120,7 +131,8 @@ def _final_losses(cells: Sequence[Cell], arms: Sequence[str]) -> bytes:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # the usual one writes mathematics
         axes.set_xlabel("length of the whole schedule (training tokens)")
         axes.set_ylabel(VALIDATION.label)
-        return as_png(figure, dict(enumerate(arms)))
+        axes.set_title("Validation loss at the end of the schedule")
+        return as_png(figure, _samples(dict(enumerate(arms))))
 
 
 def style_of(number: int) -> dict[str, Any]:
@@ -154,10 +166,9 @@ def as_url(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def as_png(figure: Figure, names: Mapping[int, str]) -> bytes:
-    """A PNG of a figure, with a legend of the lines of these numbers, by name."""
-    if names:
-        samples = [_sample(name, number) for number, name in names.items()]
+def as_png(figure: Figure, samples: Sequence[Line2D] = ()) -> bytes:
+    """A PNG of a figure, with a legend of these lines."""
+    if samples:
         longest = max(len(str(sample.get_label())) for sample in samples)
         columns = max(1, min(4, int(figure.get_figwidth() * LETTERS / (longest + 6))))
         # The panels keep their size.
@@ -171,11 +182,26 @@ def as_png(figure: Figure, names: Mapping[int, str]) -> bytes:
     return content.getvalue()
 
 
-def _sample(name: str, number: int) -> Line2D:
-    label = shortened(one_line(name), SHORT_NAME)
+def _samples(names: Mapping[int, str]) -> list[Line2D]:
+    """Lines for a legend, by their numbers."""
+    return [_sample(name, marker=_marker(number), **style_of(number)) for number, name in names.items()]
+
+
+def _sample(name: str, **style: Any) -> Line2D:
+    label = shown_name(name)
     # matplotlib leaves out labels that begin with an underscore.
     label = f" {label}" if label.startswith("_") else label
-    return Line2D([], [], label=label, marker=_marker(number), **style_of(number))
+    return Line2D([], [], label=label, **style)
+
+
+def shown_name(name: str) -> str:
+    """A name in a picture: in one line, and not too long."""
+    return shortened(one_line(name), SHORT_NAME)
+
+
+def _strengths(names: Collection[str]) -> dict[str, float]:
+    """The opacity of the curves of each series, the same in all runs."""
+    return dict(zip(names, np.linspace(1, FAINTEST, len(names))[::-1].tolist(), strict=True))
 
 
 def _marker(number: int) -> str:
@@ -184,16 +210,16 @@ def _marker(number: int) -> str:
 
 def _draw(axes: Axes, panel: Panel, runs: Sequence[Run], axis: Axis) -> None:
     unit, label = axis.unit(runs)
+    strengths = _strengths(curve_labels(panel, runs))
     drawn: list[tuple[Run, np.ndarray]] = []
     for number, run in enumerate(runs):
-        curves = curves_of(panel, run)
-        for strength, series in zip(np.linspace(1, FAINTEST, len(curves))[::-1], curves, strict=True):
-            x = axis.positions(run, series.steps)
+        for name, strength in strengths.items():
+            x = axis.positions(run, run.series[name].steps) if name in run.series else None
             if x is not None:
-                bins = thin(x / unit, series.values)
+                bins = thin(x / unit, run.series[name].values)
                 drawn.append((run, _draw_curve(axes, panel, bins, number, strength)))
     if panel.key == "win_rate":
-        axes.axhspan(*ADVISED_WIN_RATES, color="0.93", zorder=0)
+        axes.axhspan(*ADVISED_WIN_RATES, color=ADVISED_GREY, zorder=0)
     _set_limits(axes, panel, drawn)
     axes.set_xlim(left=0)
     axes.set_xlabel(label)
