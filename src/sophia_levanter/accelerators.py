@@ -24,7 +24,7 @@ class Chip:
         memory_bandwidth: bytes/s that the chip reads from and writes to its memory.
         peak_flops: dense bfloat16 FLOP/s.
         bandwidth: bytes/s that the chip can send to others of its slice or node, over all links.
-        network: bytes/s that the chip can send to other nodes; None for TPUs, whose targets are one slice.
+        network: bytes/s that the chip can send to other nodes or slices.
         qr_flops: FLOP/s of a QR decomposition in float32 of a `QR_SIDE` x `QR_SIDE` matrix; `qr_rate` has other sides.
         newton_schulz_flops: FLOP/s of Newton-Schulz iterations in float32, as jax multiplies by default.
         topology: what libtpu must know to compile for it; None for GPUs.
@@ -37,7 +37,7 @@ class Chip:
     memory_bandwidth: float
     peak_flops: float
     bandwidth: float
-    network: float | None
+    network: float
     qr_flops: float
     newton_schulz_flops: float
     topology: dict[str, Any] | None = None
@@ -55,17 +55,18 @@ class Chip:
 
 
 # The links' bandwidths are half of the "bidirectional ICI bandwidth per chip" of v5p, v5e and v6e, and six links of 50
-# GB/s for v4 (Jouppi et al. 2023, arXiv 2304.01433). No rate of XLA's QR on TPUs is published: a quarter of the A100's
-# is assumed, since its loop over columns cannot use the matrix units. Newton-Schulz is assumed to reach half the peak;
-# float32 products take one bfloat16 pass by default.
+# GB/s for v4 (Jouppi et al. 2023, arXiv 2304.01433). Between slices each chip has a share of the
+# adapters of its host: 50 Gb/s for v5p, 25 for v5e, 100 for v6e, and 50 for v4 (jax-ml.github.io/scaling-book/tpus).
+# No rate of XLA's QR on TPUs is published: a quarter of the A100's is assumed, since its loop over columns cannot use
+# the matrix units. Newton-Schulz is assumed to reach half the peak; float32 products take one bfloat16 pass by default.
 _TPU_QR_FLOPS = 0.36e12
 _ONE_CORE: dict[str, Any] = {"chips_per_host_bounds": (2, 2, 1)}
 _MEGACORE = {"chip_config_name": "megacore", **_ONE_CORE}
 TPUS = {
-    "v4": Chip(("TPU v4",), 32 * GIB, 1200e9, 275e12, 300e9, None, _TPU_QR_FLOPS, 137e12, _MEGACORE),
-    "v5p": Chip(("TPU v5",), 95 * GIB, 2765e9, 459e12, 600e9, None, _TPU_QR_FLOPS, 229e12, _MEGACORE, longest_side=28),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 16 * GIB, 819e9, 197e12, 200e9, None, _TPU_QR_FLOPS, 98e12, _ONE_CORE),
-    "v6e": Chip(("TPU v6",), 32 * GIB, 1638e9, 918e12, 400e9, None, _TPU_QR_FLOPS, 459e12, _ONE_CORE),
+    "v4": Chip(("TPU v4",), 32 * GIB, 1200e9, 275e12, 300e9, 6.25e9, _TPU_QR_FLOPS, 137e12, _MEGACORE),
+    "v5p": Chip(("TPU v5",), 95 * GIB, 2765e9, 459e12, 600e9, 6.25e9, _TPU_QR_FLOPS, 229e12, _MEGACORE, 28),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 16 * GIB, 819e9, 197e12, 200e9, 3.125e9, _TPU_QR_FLOPS, 98e12, _ONE_CORE),
+    "v6e": Chip(("TPU v6",), 32 * GIB, 1638e9, 918e12, 400e9, 12.5e9, _TPU_QR_FLOPS, 459e12, _ONE_CORE),
 }
 # Of the memory on the card, what a driver and its context leave. The bandwidths within a node are NVLink's in one
 # direction, half of the 600 and 900 GB/s of the data sheets. Between nodes each GPU has an adapter of its own, as in

@@ -32,7 +32,12 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
         (["--config", NANO, "--devices", "8", "--gpu", "tpu"], "--gpu is 'tpu'; it must be one of a100-40"),
         (
             ["--config", NANO, "--target", "v4"],
-            "--target is 'v4'; it must be a TPU slice such as v4-32, or a TPU and its chips along each axis",
+            "--target is 'v4'; it must be a TPU slice such as v4-32, several such as 2xv4-32, or a TPU and its chips",
+        ),
+        (["--config", NANO, "--target", "0xv4-32"], "--target is '0xv4-32'; the number of slices must be at least 1"),
+        (
+            ["--config", NANO, "--target", "2xv4-8", "--mesh.replica", "4"],
+            "mesh.replica is 4, and --target has 2 slices; set --mesh.replica 2, so that only gradients go between",
         ),
         (["--config", NANO, "--target", "v4:0x2x4"], "--target is 'v4:0x2x4'; a side of v4 has between 1 and 16 chips"),
         (["--config", NANO, "--target", "v5e:1000x1000"], "--target is 'v5e:1000x1000'; a side of v5e has between 1"),
@@ -112,9 +117,23 @@ def test_the_largest_size_that_fits(limit, wanted):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the extra tpu")
-@pytest.mark.parametrize("target", ["v4:2x2x2", "v5e:2x4"])
-def test_a_plan_for_a_tpu(target):
-    lines = planned("--config", NANO, "--target", target, "--mesh.fsdp", "embed")
-    assert lines[0].startswith(f"gpt2_nano_sophia on {target}, 8 devices, data 8, embed over data")
+@pytest.mark.parametrize(
+    ("target", "shown", "replicas"),
+    [("v4:2x2x2", "v4:2x2x2", 1), ("v5e:2x4", "v5e:2x4", 1), ("2xv5e-4", "2 x v5e-4 (2x2)", 2)],
+)
+def test_a_plan_for_tpus(target, shown, replicas):
+    mesh = ["--mesh.fsdp", "embed", "--mesh.replica", str(replicas)]
+    lines = planned("--config", NANO, "--target", target, *mesh)
+    layout = "data 8" if replicas == 1 else "replica 2 x data 4"
+    assert lines[0].startswith(f"gpt2_nano_sophia on {shown}, 8 devices, {layout}, embed over data")
     assert not any("approximate" in line for line in lines)
     assert numbers(lines, "all-gather")[0] > 0
+    if replicas == 1:
+        assert not any("other slices" in line for line in lines)
+        return
+    # Each device has a quarter of the gradient, in bfloat16 or float32, and sends it to the other slice.
+    plain, refresh = numbers(lines, "to other slices")
+    parameters = int(next(line for line in lines if line.startswith("parameters")).split()[1].replace(",", ""))
+    assert 1.9 < plain * 1e6 / (parameters / 4) < 4.4
+    assert plain <= refresh
+    assert any("communication between slices" in line for line in lines)

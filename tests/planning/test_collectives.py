@@ -186,3 +186,38 @@ def test_what_tpus_write_in_parts_counts_once():
         "reduce-scatter": whole * 7 / 8,
         "all-reduce": 2 * 6 * 2 * 7 / 8,
     }
+
+
+# Of 96 bytes on a device of three slices.
+@pytest.mark.parametrize(
+    ("written", "kind", "sent"),
+    [
+        ("ALL_REDUCE", "all-reduce", 128),
+        ("REDUCE_SCATTER", "reduce-scatter", 64),
+        ("ALL_GATHER", "all-gather", 192),
+        ("ALL_TO_ALL", "all-to-all", 64),
+        ("ONE_TO_ONE", "collective-permute", 96),
+    ],
+)
+@pytest.mark.parametrize("slices", ["1,2,3", "1:3"])
+def test_what_hosts_transfer_to_other_slices(written, kind, sent, slices):
+    hlo = f"""\
+HloModule jit_step, num_partitions=12
+
+ENTRY %main (a: f32[24]) -> f32[24] {{
+  %a = f32[24] parameter(0)
+  %token = token[] after-all()
+  %send = (f32[24], u32[], token[]) send(%a, %token), channel_id=1, is_host_transfer=true, frontend_attributes={{\
+_xla_megascale_target="{{{slices}}}x{{0:3}}",_xla_megascale_transfer_type="{written}"}}
+  ROOT %sent = token[] send-done(%send), channel_id=1, is_host_transfer=true
+}}
+"""
+    assert collective_bytes(hlo) == collective_bytes(hlo, 4 * [0] + 4 * [1] + 4 * [2]) == {kind: sent}
+    with pytest.raises(ValueError, match="which slices take part in a collective cannot be told"):
+        collective_bytes(hlo.replace(written, "SOMETHING"))
+
+
+def test_what_a_host_transfers_otherwise_is_not_counted():
+    entry = "ENTRY %main (a: f32[24]) -> token[] {\n  %a = f32[24] parameter(0)\n  ROOT %sent = token[] send(%a)\n}\n"
+    hlo = f"HloModule jit_step, num_partitions=8\n\n{entry}"
+    assert collective_bytes(hlo) == {}

@@ -93,6 +93,17 @@ def test_a_step_bounded_by_communication_between_nodes():
     ]
 
 
+def test_a_step_on_two_slices():
+    assert lines(step(within=1.0, between=4.0), tpu_target("2xv5e-16")) == [
+        "time              4 s a step if everything overlaps, 7.25 s if nothing does",
+        "  bounded by communication between slices: compute 2 s (2 products at an MFU of 0.4), memory traffic 0.25 s, "
+        "communication within a slice 1 s, communication between slices 4 s",
+        "  remedy: a larger trainer.batch_size",
+        f"  4 to 7.25 {DAYS}",
+        f"{COMPUTED}: memory 819 GB/s, links within a slice 200 GB/s, network between slices 3.125 GB/s",
+    ]
+
+
 @pytest.mark.parametrize(
     ("time", "mesh", "microbatch_size", "remedy"),
     [
@@ -122,7 +133,7 @@ def test_a_step_that_does_not_fit():
 
 def test_nodes():
     assert [pretended_target(n, "h100").num_nodes for n in (1, 8, 9, 64)] == [1, 1, 2, 8]
-    assert tpu_target("v4-32").num_nodes == 1
+    assert [tpu_target(name).num_nodes for name in ("v4-32", "1xv4-32", "3xv4-32")] == [1, 1, 3]
     gpus = [SimpleNamespace(platform="cpu", id=n) for n in (0, 7, 8, 23)]
     assert [node_of(gpu) for gpu in gpus] == [0, 0, 1, 2]
     assert node_of(SimpleNamespace(platform="tpu", id=23, slice_index=1)) == 1
@@ -132,6 +143,9 @@ def test_targets():
     pod = tpu_target("v4:2x2x4")
     assert (pod.num_devices, pod.topology, pod.chip.memory) == (16, "v4:2x2x4", 32 * GIB)
     assert tpu_target("v5e:16x16").num_devices == 256
+    two = tpu_target("2xv4-32")
+    assert (two.name, two.num_devices, two.topology, two.num_slices) == ("2 x v4-32 (2x2x4)", 32, "v4:2x2x4", 2)
+    assert tpu_target("2xv5e:4x8").num_devices == 64
     for name, topology in (("v4-32", "v4:2x2x4"), ("v5litepod-16", "v5e:4x4"), ("v6e-8", "v6e:2x4")):
         named = tpu_target(name)
         assert (named.topology, named.num_devices) == (topology, tpu_target(topology).num_devices)
@@ -141,11 +155,27 @@ def test_targets():
 
 
 @pytest.mark.parametrize(
-    "text", ["v4", "v4-33", "v9:2x2x4", "v4:2x2xa", "v4:", "v4:8", "v4:2x2", "v5e:2x2x4", "v4:2x2x0"]
+    "text",
+    [
+        "v4",
+        "v4-33",
+        "v9:2x2x4",
+        "v4:2x2xa",
+        "v4:",
+        "v4:8",
+        "v4:2x2",
+        "v5e:2x2x4",
+        "v4:2x2x0",
+        "0xv4-32",
+        "2x v4-32",
+        "2x4",
+    ],
 )
 def test_no_topology(text):
     with pytest.raises(InputError, match=f"^--target is '{text}'; "):
         tpu_target(text)
+    with pytest.raises(InputError, match=r"^--target is "):
+        tpu_target(f"2x{text}")
 
 
 def test_no_devices():

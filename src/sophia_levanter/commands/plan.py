@@ -26,8 +26,9 @@ kind, what devices send each other, the largest microbatch that fits, how long t
 step.
 
   --config FILE          the run's configuration, as for training
-  --target TPU           a TPU slice such as v4-32, or a topology such as v4:2x2x4 ({", ".join(TPUS)}); compiled as
-                         for the real machine, which need not be there: pip install 'sophia-levanter[tpu]'
+  --target TPU           a TPU slice such as v4-32, two of them such as 2xv4-32, or a topology such as v4:2x2x4
+                         ({", ".join(TPUS)}); compiled as for the real machine, which need not be there:
+                         pip install 'sophia-levanter[tpu]'
   --devices N            so many GPUs, one if not given; compiled for this machine's CPU, and so approximate
   --gpu KIND             {", ".join(GPUS)}; h100 if not given
   --mfu SHARE            model FLOPs utilisation to expect, 0.4 if not given

@@ -19,6 +19,9 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?
 # The forms in which a collective names the devices that exchange with each other: {{0,1},{2,3}}; [2,2]<=[4], the parts
 # of a range, which may be reshaped and transposed; mesh['a'=2,'b'=2] {'b'}, axes of a mesh of devices.
 _LISTS = re.compile(r"\b(?:replica_groups|source_target_pairs)=\{(?P<lists>(?:\{[\d,]+\},?)*)\}")
+# Between slices of TPUs the hosts transfer what a device sends: {1,2}x{0:3} is devices 0 to 3 of slices 1 and 2.
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(?P<kind>\w+)"')
+_SLICES = re.compile(r'_xla_megascale_target="\{(?P<slices>[^}]*)\}')
 _PARTS = re.compile(r"\breplica_groups=\[\d+,(?P<size>\d+)\]<=(?P<range>\[[\d,]+\](?:T\([\d,]+\))?)")
 _MESH = re.compile(
     r"\breplica_groups=mesh\[(?P<axes>[^]]*)\](?:, device_ids=\((?P<ids>[^ ]*)\))? \{(?P<grouped>[^}]*)\}"
@@ -179,6 +182,8 @@ def _sent(
             yield "reduce-scatter", instruction.result_bytes * share("reduce-scatter", instruction)
         elif kind in KINDS:
             yield kind, _array_sent(kind, instruction, computation) * share(kind, instruction)
+        elif instruction.opcode == "send" and (transfer := _TRANSFER.search(instruction.text)):
+            yield _sent_to_slices(transfer["kind"], instruction, computation)
         elif instruction.opcode == "while":
             inside = list(_sent(computations, _attribute(instruction.text, "body"), share))
             if inside:
@@ -187,6 +192,19 @@ def _sent(
         elif not _continues(instruction_name, instruction):
             for called in instruction.called:
                 yield from _sent(computations, called, share)
+
+
+def _sent_to_slices(kind: str, instruction: _Instruction, computation: _Computation) -> tuple[str, float]:
+    """The kind of a collective between slices, and the bytes that a device sends for it."""
+    kind = "collective-permute" if kind == "ONE_TO_ONE" else kind.lower().replace("_", "-")
+    target = _SLICES.search(instruction.text)
+    if kind not in KINDS or target is None:
+        raise ValueError(f"which slices take part in a collective cannot be told: {instruction.text[:200]}")
+    spans = re.findall(r"(\d+)(?::(\d+))?", target["slices"])
+    slices = sum(int(last or first) - int(first) + 1 for first, last in spans)
+    # The operand of a gather is the device's part of the array.
+    parts = slices if kind == "all-gather" else 1
+    return kind, parts * _array_sent("", instruction, computation) * _share(kind, slices, slices)
 
 
 def _continues(name: str, instruction: _Instruction) -> bool:

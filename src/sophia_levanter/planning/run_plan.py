@@ -13,7 +13,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.assembly import check_optimizer
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.tokenizer import vocab_size_of
-from sophia_levanter.errors import counted
+from sophia_levanter.errors import InputError, counted
 from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.optim._trees import is_named
 from sophia_levanter.partition.mesh import Partition, partition_of
@@ -53,6 +53,11 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
         InputError: if the run does not fit the mesh, or its optimizer the model, or the target's compiler is missing.
     """
     vocab_size = vocab_size_of(config.data.tokenizer)
+    if target.num_slices > 1 and config.mesh.replica != target.num_slices:
+        raise InputError(
+            f"mesh.replica is {config.mesh.replica}, and --target has {target.num_slices} slices; set --mesh.replica "
+            f"{target.num_slices}, so that only gradients go between them"
+        )
     check_mesh(config, target.num_devices, vocab_size)
     check_optimizer(config.optimizer, config.model, vocab_size)
     if config.trainer.batch_size_changes:
@@ -119,7 +124,7 @@ def _bound(time: StepTime, target: Target, mfu: float) -> str:
         return f"{times(COMPUTE, MEMORY)}, communication unknown: the step does not fit"
     parts = [COMPUTE, MEMORY, *[WITHIN] * (target.num_devices > 1), *[BETWEEN] * (target.num_nodes > 1)]
     line = f"bounded by {time.bound}: {times(*parts)}"
-    return line.replace("a node", "a slice") if target.topology else line
+    return line.replace("node", "slice") if target.topology else line
 
 
 def _rates(time: StepTime, target: Target) -> Iterator[str]:
@@ -127,8 +132,8 @@ def _rates(time: StepTime, target: Target) -> Iterator[str]:
     yield f"memory {chip.memory_bandwidth / 1e9:,.0f} GB/s"
     if target.num_devices > 1:
         yield f"links within a {'slice' if target.topology else 'node'} {chip.bandwidth / 1e9:g} GB/s"
-    if target.num_nodes > 1 and chip.network is not None:
-        yield f"network between nodes {chip.network / 1e9:g} GB/s"
+    if target.num_nodes > 1:
+        yield f"network between {'slices' if target.topology else 'nodes'} {chip.network / 1e9:g} GB/s"
     if time.qr:
         source = "published" if chip.qr_measured else "assumed"
         yield f"QR {chip.qr_flops / 1e12:g} TFLOP/s at a side of {QR_SIDE} ({source})"
@@ -208,7 +213,8 @@ def _collectives(
         yield _row(kind, [plan.collectives.get(kind, 0) for plan in plans.values()], unit)
     yield _row("together", totals.values(), unit)
     if any(plan.between_nodes for plan in plans.values()):
-        yield _row("to other nodes", [plan.between_nodes for plan in plans.values()], unit)
+        others = "to other slices" if partition.platform == "tpu" else "to other nodes"
+        yield _row(others, [plan.between_nodes for plan in plans.values()], unit)
     if config.mesh.fsdp is not None:
         least = fsdp_minimum(config, partition, state)
         yield _row("least for FSDP", ["-" if least[r] is None else least[r] for r in plans], unit)

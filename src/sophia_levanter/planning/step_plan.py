@@ -144,7 +144,7 @@ def step_time(
         newton_schulz=matrices.newton_schulz / chip.newton_schulz_flops,
         memory=2 * plans[False].arguments / chip.memory_bandwidth,
         within=within / chip.bandwidth if fits else None,
-        between=between / chip.network if chip.network else 0.0,
+        between=between / chip.network,
     )
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sophia_levanter.accelerators import GIB, GPUS, TPUS, Chip
@@ -36,18 +36,20 @@ class Target:
         name: for people.
         num_devices: how many chips.
         chip: of what kind.
-        topology: as libtpu calls it; None for devices that are pretended on this machine's CPU.
+        topology: of a slice, as libtpu calls it; None for devices that are pretended on this machine's CPU.
+        num_slices: how many of them, with slow links between them.
     """
 
     name: str
     num_devices: int
     chip: Chip
     topology: str | None = None
+    num_slices: int = 1
 
     @property
     def num_nodes(self) -> int:
-        """Groups of devices with slow links between them: nodes of eight GPUs, or the one slice of TPUs."""
-        return 1 if self.topology else -(-self.num_devices // GPUS_OF_A_NODE)
+        """Groups of devices with slow links between them: slices of TPUs, or nodes of eight GPUs."""
+        return self.num_slices if self.topology else -(-self.num_devices // GPUS_OF_A_NODE)
 
     def devices(self) -> Sequence[Any]:
         """The devices to compile for. For the first call of a process that uses jax.
@@ -64,10 +66,11 @@ class Target:
 
         for name, value in LIBTPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        options = dict(self.chip.topology or {})
+        if self.num_slices > 1:
+            options["num_slices"] = self.num_slices
         try:
-            described = topologies.get_topology_desc(
-                platform="tpu", topology_name=self.topology, **(self.chip.topology or {})
-            )
+            described = topologies.get_topology_desc(platform="tpu", topology_name=self.topology, **options)
         except Exception as error:
             if importlib.util.find_spec("libtpu") is None:
                 raise InputError("--target needs libtpu: pip install 'sophia-levanter[tpu]'") from None
@@ -81,11 +84,23 @@ def node_of(device: Any) -> int:
 
 
 def tpu_target(text: str) -> Target:
-    """A TPU slice by its name on Google Cloud, such as `v4-32`, or by its topology, such as `v4:2x2x4`.
+    """TPU slices by name or topology: `v4-32`, `v4:2x2x4`, or `2xv4-32`, which is two slices of 16 chips each.
 
     Raises:
-        InputError: if it is neither.
+        InputError: if there are no such slices.
     """
+    count = re.match(r"(\d{1,3})x(?=v)", text)
+    if count is None:
+        return _slice_target(text)
+    num_slices, one = int(count[1]), _slice_target(text[count.end() :])
+    if num_slices < 1:
+        raise InputError(f"--target is {text!r}; the number of slices must be at least 1")
+    devices = num_slices * one.num_devices
+    return replace(one, name=f"{num_slices} x {one.name}", num_devices=devices, num_slices=num_slices)
+
+
+def _slice_target(text: str) -> Target:
+    """A slice by its name on Google Cloud, such as `v4-32`, or by its topology, such as `v4:2x2x4`."""
     if re.fullmatch(SLICE_NAME, text):
         found = tpu_shape(text, "--target")
         topology = f"{found.generation}:{found.topology}"
@@ -93,8 +108,8 @@ def tpu_target(text: str) -> Target:
     match = re.fullmatch(r"(\w+):(\d{1,9}(?:x\d{1,9})+)", text)
     if match is None or match[1] not in TPUS:
         raise InputError(
-            f"--target is {text!r}; it must be a TPU slice such as v4-32, or a TPU and its chips along each axis, "
-            f"such as v4:2x2x4 or v5e:4x8 ({', '.join(TPUS)})"
+            f"--target is {text!r}; it must be a TPU slice such as v4-32, several such as 2xv4-32, or a TPU and "
+            f"its chips along each axis, such as v4:2x2x4 or v5e:4x8 ({', '.join(TPUS)})"
         )
     sides = [int(n) for n in match[2].split("x")]
     if min(sides) < 1 or max(sides) > TPUS[match[1]].longest_side:
