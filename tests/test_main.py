@@ -156,12 +156,12 @@ BAD = {
     ),
     "curvature devices": (
         ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.curvature_microbatch_size", "4"],
-        "optimizer.curvature_microbatch_size 4 does not divide over mesh.data 8 devices",
+        "optimizer.curvature_microbatch_size 4 is not divisible by the 8 devices on mesh.data",
     ),
     "cudnn": (["--model.attention", "cudnn"], "model.attention is 'cudnn', which needs a GPU, and this is a CPU"),
     "devices": (
         ["--trainer.batch_size", "6", "--trainer.microbatch_size", "3"],
-        "does not divide over mesh.data 8 devices",
+        "is not divisible by the 8 devices on mesh.data",
     ),
     "missing file": (["--data.train", "nowhere.txt"], "nowhere.txt"),
     "empty file": (["--data.train", "EMPTY"], "empty"),

@@ -143,13 +143,22 @@ def test_bad_input(words, message, config_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("cluster", "message"),
     [
-        ("backend: gcloud\nzone: z\naccelerator: v4-64\n", "trainer.batch_size 16 does not divide over mesh.data 32"),
-        ("backend: ray\naccelerator: v4-32\n", "trainer.microbatch_size 8 does not divide over mesh.data 16 devices"),
+        (
+            "backend: gcloud\nzone: z\naccelerator: v4-64\n",
+            "trainer.batch_size 16 is not divisible by the 32 devices on mesh.data",
+        ),
+        (
+            "backend: ray\naccelerator: v4-32\n",
+            "trainer.microbatch_size 8 is not divisible by the 16 devices on mesh.data",
+        ),
         (
             "backend: ray\nworkers: 2\ngpus_per_worker: 8\n",
-            "trainer.microbatch_size 8 does not divide over mesh.data 16",
+            "trainer.microbatch_size 8 is not divisible by the 16 devices on mesh.data",
         ),
-        ("backend: slurm\nnodes: 4\ngpus_per_node: 4\n", "trainer.microbatch_size 8 does not divide over mesh.data 16"),
+        (
+            "backend: slurm\nnodes: 4\ngpus_per_node: 4\n",
+            "trainer.microbatch_size 8 is not divisible by the 16 devices on mesh.data",
+        ),
     ],
 )
 def test_a_batch_that_does_not_divide_is_found_before_anything_is_paid_for(
@@ -255,5 +264,5 @@ def test_a_mistake_that_only_the_run_finds_ends_it_at_once(config_file, tmp_path
     words = ["--config", config_file, "--cluster", cluster, "--trainer.run_dir", tmp_path / "run"]
     status, out, _ = main(capfd, *words, "--trainer.batch_size", "3", "--trainer.microbatch_size", "3")
     assert status == 2
-    assert "error: trainer.batch_size 3 does not divide over mesh.data" in out.splitlines()[-1]
+    assert "error: trainer.batch_size 3 is not divisible by" in out.splitlines()[-1]
     assert "launch: " not in out

@@ -50,7 +50,7 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
         (["--config", NANO, "--mesh.width", "4"], "unknown option '--mesh.width'; the fields of mesh are"),
         (["--config", NANO, "--mesh.fsdp", "embd"], "mesh.fsdp is 'embd'; it must be one of embed, mlp"),
         (["--config", NANO, "--devices", "2", "--mesh.model", "4"], "mesh: model 4 is 4 devices, and there are 2"),
-        (["--config", NANO, "--devices", "3"], "trainer.batch_size 8 does not divide over mesh.data 3 devices"),
+        (["--config", NANO, "--devices", "3"], "trainer.batch_size 8 is not divisible by the 3 devices on mesh.data"),
     ],
 )
 def test_bad_input_is_one_line(words, message, capsys):

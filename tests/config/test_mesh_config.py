@@ -91,45 +91,45 @@ MODEL = Gpt2Config(num_layers=6, num_heads=6, embed_dim=96, seq_len=64)
             MeshConfig(),
             {},
             8,
-            "^trainer.batch_size 12 does not divide over mesh.data 8 devices; a multiple of 8 such as",
+            "^trainer.batch_size 12 is not divisible by the 8 devices on mesh.data; use a multiple of 8, such as",
         ),
         (
             MeshConfig(),
             {"microbatch_size": 6},
             4,
-            "^trainer.microbatch_size 6 does not divide over mesh.data 4 devices",
+            "^trainer.microbatch_size 6 is not divisible by the 4 devices on mesh.data; ",
         ),
         (
             MeshConfig(replica=4, data=2),
             {},
             8,
-            "^trainer.batch_size 12 does not divide over mesh.replica 4 x mesh.data 2 = 8 devices",
+            "^trainer.batch_size 12 is not divisible by the 8 devices on mesh.replica 4 x mesh.data 2; ",
         ),
         (
             MeshConfig(model=4),
             {},
             4,
-            "^model.num_heads 6 does not divide over mesh.model 4 devices; a multiple of 4 such as 4 would",
+            "^model.num_heads 6 is not divisible by the 4 devices on mesh.model; use a multiple of 4, such as 4, or ",
         ),
         (
             MeshConfig(model=5, heads=None),
             {},
             5,
-            "^model.embed_dim x model.mlp_ratio 384 does not divide over mesh.model 5",
+            "^model.embed_dim x model.mlp_ratio 384 is not divisible by the 5 devices on mesh.model; ",
         ),
-        (MeshConfig(sequence=3), {}, 3, "^model.seq_len 64 does not divide over mesh.sequence 3"),
-        (MeshConfig(fsdp="layers"), {}, 4, "^model.num_layers 6 does not divide over mesh.data 4"),
+        (MeshConfig(sequence=3), {}, 3, "^model.seq_len 64 is not divisible by the 3 devices on mesh.sequence; "),
+        (MeshConfig(fsdp="layers"), {}, 4, "^model.num_layers 6 is not divisible by the 4 devices on mesh.data; "),
         (
             MeshConfig(fsdp="heads", model=3),
             {},
             12,
-            "^model.num_heads 6 does not divide over mesh.model 3 x mesh.data 4",
+            "^model.num_heads 6 is not divisible by the 12 devices on mesh.model 3 x mesh.data 4; ",
         ),
         (
             MeshConfig(model=5, heads=None, mlp=None),
             {},
             5,
-            "^the vocabulary of data.tokenizer bytes, padded, 50304 does",
+            "^the vocabulary of data.tokenizer bytes, padded, 50304 is not divisible by the 5 devices on mesh.model; ",
         ),
     ],
 )
@@ -146,15 +146,18 @@ def test_all_that_does_not_divide_is_said_at_once():
         check_mesh(config, 8)
     said = str(error.value).split("; and ")
     fields = ["model.num_layers 6", "trainer.batch_size 12", "trainer.microbatch_size 6"]
-    assert [message.partition(" does not")[0] for message in said] == fields
+    assert [message.partition(" is not")[0] for message in said] == fields
     # What is proposed fits together.
-    assert "such as 8 would" in said[1] and "a multiple of 8 that divides trainer.batch_size 8 such as 8" in said[2]
+    assert "use a multiple of 8, such as 8, or" in said[1]
+    assert "a multiple of 8 that divides trainer.batch_size 8, such as 8" in said[2]
 
 
 def test_hutchinsons_own_microbatch_must_divide_too():
     optimizer = SophiaHConfig(curvature_microbatch_size=2)
     config = TrainConfig(model=MODEL, optimizer=optimizer, trainer=TrainerConfig(batch_size=12))
-    with pytest.raises(InputError, match=r"^optimizer.curvature_microbatch_size 2 does not divide over mesh.data 4"):
+    with pytest.raises(
+        InputError, match=r"^optimizer.curvature_microbatch_size 2 is not divisible by the 4 devices on mesh.data"
+    ):
         check_mesh(config, 4)
 
 

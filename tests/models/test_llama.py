@@ -154,7 +154,8 @@ def test_heads_of_keys_and_values_must_divide_over_the_devices():
     model = LlamaConfig(num_heads=8, num_kv_heads=2, embed_dim=128)
     check_parameters(TrainConfig(model=model, mesh=MeshConfig(model=2)), 2)
     with pytest.raises(
-        InputError, match=r"^model\.num_kv_heads 2 does not divide over mesh\.model 4 devices; .* or mesh\.heads null"
+        InputError,
+        match=r"^model\.num_kv_heads 2 is not divisible by the 4 devices on mesh\.model; .* or mesh\.heads null",
     ):
         check_parameters(TrainConfig(model=model, mesh=MeshConfig(model=4)), 4)
 

@@ -155,7 +155,7 @@ def check_divides(
     *,
     of: tuple[str, int] | None = None,
 ) -> None:
-    """Refuse named axes that do not divide over the mesh axes they are split over.
+    """Refuse named axes whose size is not divisible by the mesh axes that they are split over.
 
     Args:
         sizes: of the mesh axes.
@@ -171,16 +171,15 @@ def check_divides(
         over = {axis: sizes[axis] for axis in mapping.get(name, ()) if sizes[axis] > 1}
         parts = math.prod(over.values())
         if size % parts:
-            shown = " x ".join(f"mesh.{axis} {count}" for axis, count in over.items())
+            named = [f"mesh.{axis} {count}" if len(over) > 1 else f"mesh.{axis}" for axis, count in over.items()]
             nearest = nearest_multiple(size, parts, of[1] if of else None)
             multiple = f"a multiple of {parts}" + (f" that divides {of[0]} {of[1]}" if of else "")
-            devices = "devices" if len(over) == 1 else f"= {parts} devices"
             setting = name.removeprefix("kv_")  # mesh.heads splits both kinds of heads
             or_else = f"mesh.{setting} null" if setting in (*TENSOR_AXES, "position") else "a smaller mesh"
             with problems:
                 raise InputError(
-                    f"{field} {size} does not divide over {shown} {devices}; "
-                    f"{multiple} such as {nearest} would, or {or_else}"
+                    f"{field} {size} is not divisible by the {parts} devices on {' x '.join(named)}; "
+                    f"use {multiple}, such as {nearest}, or {or_else}"
                 )
     problems.report()
 

@@ -117,7 +117,7 @@ def with_steps(config: TrainConfig) -> TrainConfig:
 
 
 def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:
-    """Refuse a model or batches that do not divide over the mesh; all that do not are named at once.
+    """Refuse a model or batches that the mesh cannot split evenly; all of them are named at once.
 
     Args:
         config: the run.
