@@ -32,7 +32,7 @@ def run_command(
     run: Callable[[Sequence[str]], int],
     *,
     usage: str | None = None,
-    interrupted: str = "interrupted; the same command goes on",
+    interrupted: str = "interrupted; run the same command again to continue",
 ) -> int:
     """`run(command line)`, errors as one line each.
 

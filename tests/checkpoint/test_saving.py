@@ -159,7 +159,7 @@ def test_a_folder_that_is_removed_between_saves_does_not_come_back(tmp_path: Pat
     saver.wait()
     remove(folder)
     begin(saver, 2, make_state())
-    with pytest.raises(CheckpointError, match="checkpoints was removed or renamed while the run went on"):
+    with pytest.raises(CheckpointError, match="checkpoints was removed or renamed during the run"):
         saver.wait()
     assert not folder.exists()
     assert folder.parent.exists() == (remove is REMOVALS["the checkpoints"])

@@ -154,9 +154,9 @@ LONG = STUDY.replace("640", "64000")  # 1000 steps
     [
         ([], signal.SIGTERM, 75, "SIGTERM: stopped; run the command again"),
         ([], signal.SIGHUP, 75, "SIGHUP: stopped; run the command again"),
-        ([], signal.SIGINT, 130, "interrupted; the same command goes on"),
+        ([], signal.SIGINT, 130, "interrupted; run the same command again to continue"),
         (["--ray"], signal.SIGTERM, 75, "SIGTERM: stopped; run the command again"),
-        (["--ray"], signal.SIGINT, 130, "interrupted; the same command goes on"),
+        (["--ray"], signal.SIGINT, 130, "interrupted; run the same command again to continue"),
     ],
 )
 def test_a_stopped_study_leaves_no_process_and_goes_on(ray, number, status, wanted, write, tmp_path):

@@ -178,4 +178,4 @@ def test_signals_end_a_preparation_with_one_line(tmp_path: Path, number: signal.
     _, error = process.communicate(timeout=60)
     assert process.returncode == status
     assert error.count("\n") == 1
-    assert "the same command goes on" in error
+    assert "run the same command again to continue" in error

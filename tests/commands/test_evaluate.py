@@ -26,7 +26,7 @@ def evaluated(trained, capsys):
         assert evaluate.main([str(trained / place), *words]) == 0
         shown = capsys.readouterr().out
         figures = dict(re.findall(r"^(loss|perplexity|bits per byte|tokens) +([\d.,]+)", shown, re.MULTILINE))
-        figures["bytes"] = re.search(r"stand for ([\d,]+) bytes", shown)[1]
+        figures["bytes"] = re.search(r"for ([\d,]+) bytes of text", shown)[1]
         return {name: float(value.strip(",").replace(",", "")) for name, value in figures.items()}, shown
 
     return run
@@ -63,7 +63,7 @@ def test_it_is_the_runs_own_validation_loss(trained, evaluated):
     assert figures["loss"] == pytest.approx(last["validation/loss"], abs=1e-4)
     assert figures["bits per byte"] == pytest.approx(last["validation/bits_per_byte"], abs=1e-4)
     assert f"step 12 of {trained / 'run'}\n" in shown
-    assert f"text           what is held out of {trained / 'text.txt'}, tokenizer bytes\n" in shown
+    assert f"text           the held-out part of {trained / 'text.txt'}, tokenizer bytes\n" in shown
     earlier, _ = evaluated("run", "--windows", "10", "--step", "6")
     assert earlier["loss"] > figures["loss"] + 0.01
 

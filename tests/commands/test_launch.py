@@ -243,7 +243,7 @@ def test_a_run_whose_launcher_is_gone(tmp_path, capsys):
         (tmp_path / "launch" / "status.json").write_text(damaged)
         status, out, err = main(capsys, "status", tmp_path)
         assert (status, out) == (2, "")
-        assert err.endswith("status.json is damaged; the same launch command goes on with the run\n")
+        assert err.endswith("status.json is damaged; run the same launch command again to continue the run\n")
 
 
 def test_a_reader_that_leaves_does_not_stop_the_run(config_file, tmp_path):

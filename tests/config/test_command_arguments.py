@@ -56,7 +56,7 @@ def test_overrides_only_where_they_are_meant() -> None:
     [
         (InputError("wrong"), 2, "error: wrong\n"),
         (OSError("failed"), 1, "error: failed\n"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on\n"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to continue\n"),
     ],
 )
 def test_errors_are_a_line_and_a_status(

@@ -56,8 +56,8 @@ def test_a_killed_preparation_goes_on_to_the_same_store(config: DataConfig, tmp_
     assert run("whole", 1000)[0] == 0
     (first, begun), (second, _), (third, gone_on) = (run("killed", kill_after) for kill_after in (5, 30, 20))
     assert first == second == third == -signal.SIGKILL
-    assert "going on" not in begun
-    assert "going on" in gone_on  # after the documents that the second left
+    assert "continuing" not in begun
+    assert "continuing" in gone_on  # after the documents that the second left
     assert run("killed", 1000)[0] == 0
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
@@ -97,12 +97,14 @@ def test_a_full_disk_is_gone_on_from(config: DataConfig, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(store_writer.ArrayWriter, "flush", full)
-        with pytest.raises(InputError, match=r"^data\.cache_dir: .*No space left.*make room.*goes on"):
+        with pytest.raises(
+            InputError, match=r"^data\.cache_dir: .*No space left.*make room.*running the same command again"
+        ):
             prepare(config, quiet)
     said: list[str] = []
     train, validation = sides(prepare(config, said.append))
     assert sorted(train + validation) == sorted(TEXTS)
-    assert "going on" in said[0]
+    assert "continuing" in said[0]
     assert len(list(Path(config.cache_dir).iterdir())) == 1
 
 
@@ -143,7 +145,7 @@ def test_a_corrected_file_goes_on_where_it_stopped(
     again: list[str] = []
     data = prepare(config, again.append)
     kept = said[-1].split("kept ")[1].split(";")[0]
-    assert again[0] == f"data.train: going on with {tmp_path / name} after {kept}"
+    assert again[0] == f"data.train: continuing {tmp_path / name} after {kept}"
     anew = prepare(replace(config, cache_dir=config.cache_dir + "2"), quiet)
     assert content(data.train.path) == content(anew.train.path)
     assert content(data.validation.path) == content(anew.validation.path)
@@ -171,7 +173,7 @@ def test_other_files_than_the_bad_one_may_change(
     (tmp_path / f"{changed}.jsonl").write_bytes(json_lines([*TEXTS[20:40], "changed"]))
     said: list[str] = []
     data = prepare(config, said.append)
-    assert any("going on" in line for line in said) == goes_on
+    assert any("continuing" in line for line in said) == goes_on
     anew = prepare(replace(config, cache_dir=config.cache_dir + "2"), quiet)
     assert content(data.train.path.parent) == content(anew.train.path.parent)
 
@@ -213,7 +215,7 @@ def test_skipped_rows_are_another_store_and_counted(config: DataConfig) -> None:
     )
     said: list[str] = []
     data = prepare(skip, said.append)
-    assert "going on" in said[0]
+    assert "continuing" in said[0]
     train, validation = sides(data)
     assert sorted(train + validation) == sorted(TEXTS)
     note = f"data.train: rows left out: 1 without text, first {config.train}:41: the field 'text' is not a string"
@@ -246,7 +248,7 @@ def test_rows_of_a_corrected_file_are_counted_again(
     (tmp_path / "b.jsonl").write_bytes(json_lines(corrected))
     said.clear()
     data = prepare(config, said.append)
-    assert "going on" in said[0]
+    assert "continuing" in said[0]
     notes = [line for line in said if "rows left out" in line]
     assert len(notes) == bool(left_out)
     assert re.match("data.train: rows left out: " + left_out.format(tmp_path), "".join(notes)) or not left_out
@@ -262,7 +264,7 @@ def test_what_was_begun_with_rows_skipped_is_an_error_again(config: DataConfig) 
     assert "kept 60 documents" in said[-1]
     error, said = stopped(config)
     assert ":41: the field" in error
-    assert "going on" not in said[0]
+    assert "continuing" not in said[0]
 
 
 @pytest.mark.parametrize("changed", [False, True])

@@ -67,7 +67,7 @@ def test_what_was_prepared_before_an_error_is_kept(
     monkeypatch.setattr(Made, "texts", [text.upper() for text in TEXTS] if changed else TEXTS)
     said: list[str] = []
     data = prepare(made, said.append)
-    assert any("going on with made:up after" in line for line in said) is not changed
+    assert any("continuing made:up after" in line for line in said) is not changed
     assert any("made:up changed in the part" in line for line in said) is changed
     assert (sides(data) == whole) is not changed
 

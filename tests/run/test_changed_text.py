@@ -73,7 +73,7 @@ def test_a_step_on_an_overwritten_token_file_is_not_saved(of_tokens, tmp_path, a
     assert f"error: data.train: {tmp_path}/train.bin changed after it was opened" in capfd.readouterr().err
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [6]
     assert main(["--resume", str(tmp_path / "run")]) == 2
-    assert "the training text is another one than the run began with" in capfd.readouterr().err
+    assert "the training text differs from the one that the run began with" in capfd.readouterr().err
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [6]
 
 

@@ -79,7 +79,9 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
     # The step that runs while the signal comes is finished, not thrown away.
     assert len(steps) == 1 and steps[0] in (stopped_at, stopped_at + 1)
     assert (steps[0] % 3 == 0) == (stopped_at == 5), "the interval is 3"
-    assert f"stopped after step {steps[0]}, which is saved; --resume {parts} goes on" in capfd.readouterr().out
+    assert (
+        f"stopped after step {steps[0]}, which is saved; --resume {parts} continues the run" in capfd.readouterr().out
+    )
     assert main(["--resume", str(parts)]) == 0
     assert metrics(parts) == metrics(whole)
     last = [run_dir / "checkpoints" / "step-00000012" / "arrays" for run_dir in (whole, parts)]
@@ -140,7 +142,7 @@ def test_a_finished_run_can_be_extended_and_what_changes_is_said(config_file, tm
     assert "trainer.num_train_steps was 12 and is 13" in out
     changed = r"the schedule changed: at step 12 the learning rate was 0\.001 and is 0\.00\d+; before step (\d+) both"
     assert re.search(changed, out)[1] == "3"  # the warm-up takes 2, and the peak follows
-    assert "the validation text is another one than the run began with" in out
+    assert "the validation text differs from the one that the run began with" in out
     assert "trainer.batch_size_changes keeps their order" in out
     assert list(metrics(run_dir)) == list(range(13))
     first, last = (checkpoint.read_step(run_dir / "checkpoints", step).metadata["best"] for step in (12, 13))
@@ -194,7 +196,7 @@ def test_a_checkpoint_of_another_model_is_refused(finished_run, tmp_path, capfd)
     other.write_text("Another text. " * 200)
     cache = ["--data.cache_dir", str(tmp_path / "cache")]
     assert main(["--resume", str(run_dir), "--data.train", str(other), *cache]) == 2
-    assert "the training text is another one" in capfd.readouterr().err
+    assert "the training text differs from the one" in capfd.readouterr().err
     # A run directory that has lost its checkpoints has nothing to resume from.
     shutil.rmtree(run_dir / "checkpoints")
     assert main(["--resume", str(run_dir)]) == 2
@@ -207,7 +209,7 @@ def test_a_text_of_the_same_size_is_another_text(config_file, text_file, tmp_pat
     assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 130
     text_file.write_text(text_file.read_text().replace("times", "TIMES"))
     assert main(["--resume", str(run_dir)]) == 2
-    assert "the training text is another one" in capfd.readouterr().err
+    assert "the training text differs from the one" in capfd.readouterr().err
 
 
 def test_auto_refuses_the_directory_of_another_run(finished_run, tmp_path, capfd):

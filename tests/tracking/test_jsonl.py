@@ -59,5 +59,5 @@ def test_a_file_that_is_gone_is_noticed(tmp_path, remove):
     lines.log(0, {"train/loss": 2.5})
     remove(run)
     for write in (lambda: lines.log(1, {"train/loss": 2.5}), lines.sync, lines.close):
-        with pytest.raises(OSError, match=r"metrics\.jsonl was removed, renamed or replaced while the run went on"):
+        with pytest.raises(OSError, match=r"metrics\.jsonl was removed, renamed or replaced during the run"):
             write()

@@ -99,7 +99,7 @@ def test_trackers_that_fail_stop_no_run(config_file, tmp_path, monkeypatch, capf
     assert [record["step"] for record in records(run_dir) if "train/loss" in record] == list(range(12))
     *warnings, done, validation, saved = capfd.readouterr().out.splitlines()
     assert sorted(warnings) == [
-        f"WARNING: {name}: [Errno 28] No space left on device; the run goes on without it"
+        f"WARNING: {name}: [Errno 28] No space left on device; the run continues without it"
         for name in ("tensorboard", "wandb")
     ]
     # This is all that --quiet leaves.

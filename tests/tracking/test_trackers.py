@@ -59,7 +59,7 @@ def test_a_failure_is_one_warning(make):
         time.sleep(0.01)
     tracker.close(failed=False)
     tracker.close(failed=False)
-    assert said == ["WARNING: recorder: [Errno 28] No space left on device; the run goes on without it"]
+    assert said == ["WARNING: recorder: [Errno 28] No space left on device; the run continues without it"]
 
 
 def test_messages_of_several_lines_and_none_are_one_line():
@@ -73,8 +73,8 @@ def test_messages_of_several_lines_and_none_are_one_line():
     for error in (ValueError("one\n  two"), KeyError()):
         Background("recorder", fail(error), said.append).close(failed=False)
     assert [line.split(": ")[2] for line in said] == [
-        "one two; the run goes on without it",
-        "KeyError; the run goes on without it",
+        "one two; the run continues without it",
+        "KeyError; the run continues without it",
     ]
 
 
@@ -94,7 +94,7 @@ def test_one_that_hangs_holds_nobody_up(where):
     tracker.close(failed=False, seconds=0.2)
     released.set()
     assert time.monotonic() - began < 5
-    assert said == ["WARNING: recorder: has not ended within 0 s; the run goes on without it"]
+    assert said == ["WARNING: recorder: has not ended within 0 s; the run continues without it"]
 
 
 @pytest.mark.parametrize("late", ["log", "close"])
@@ -111,7 +111,7 @@ def test_one_that_does_not_keep_up_is_left_out(late, monkeypatch):
     tracker.close(failed=False)
     released.set()
     tracker._thread.join()
-    assert said == ["WARNING: recorder: does not keep up: 3 records wait for it; the run goes on without it"]
+    assert said == ["WARNING: recorder: does not keep up: 3 records wait for it; the run continues without it"]
     assert len(recorder.logged) == 1 and not recorder.closed
 
 
@@ -184,7 +184,7 @@ def test_a_full_disk_under_the_events_is_one_warning(steps, tmp_path, monkeypatc
     for step in range(steps):
         tracker.log(step, {"train/loss": 1.0})
     tracker.close(failed=False)
-    assert said == ["WARNING: tensorboard: [Errno 28] No space left on device; the run goes on without it"]
+    assert said == ["WARNING: tensorboard: [Errno 28] No space left on device; the run continues without it"]
 
 
 def test_events_that_cannot_be_written_are_one_warning(tmp_path):

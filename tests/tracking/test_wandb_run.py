@@ -127,7 +127,7 @@ def test_a_server_that_goes_away_does_not_hold_the_end_up(tmp_path):
     (folder,) = tmp_path.glob("wandb/run-*")
     assert done.stdout.splitlines()[-1] == (
         "WARNING: wandb: not all was uploaded within 3 s of the run's end; the rest is by: "
-        f"wandb sync {folder}; the run goes on without it"
+        f"wandb sync {folder}; the run continues without it"
     )
 
 

@@ -152,7 +152,7 @@ class DiskStorage:
         folder = _aside(step, "partial")
         new = [path for path in (self._path, *self._path.parents) if not path.exists()]
         if new and self._was_there:
-            raise CheckpointError(f"{self.location} was removed or renamed while the run went on")
+            raise CheckpointError(f"{self.location} was removed or renamed during the run")
         (self._path / folder).mkdir(parents=not self._was_there)
         for path in new:
             sync(path.parent)

@@ -128,7 +128,9 @@ class LaunchRecord:
                 raise TypeError
             return status
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise InputError(f"{self._status_file} is damaged; the same launch command goes on with the run") from None
+            raise InputError(
+                f"{self._status_file} is damaged; run the same launch command again to continue the run"
+            ) from None
 
     def ask_to_stop(self) -> None:
         """Have the launcher stop the run; it looks each second, on whatever machine it is."""

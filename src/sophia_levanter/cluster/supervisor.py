@@ -145,7 +145,7 @@ class Supervisor:
                 return FAILURE
             self._pause()
             if self._told_to_stop():
-                self._tell("told to stop; the same command goes on")
+                self._tell("told to stop; run the same command again to continue")
                 return self._stopped_status
 
     @property

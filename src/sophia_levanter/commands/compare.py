@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stopped_by:
             print(f"{stopped_by[0].name}: stopped; run the command again", file=sys.stderr)
             return PREEMPTED
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return INTERRUPTED
     finally:
         for number, handler in before.items():

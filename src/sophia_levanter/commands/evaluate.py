@@ -124,7 +124,7 @@ def _run(command: Command) -> int:
     seconds = time.monotonic() - started
     print(one_line(f"model          {loaded.source}"))
     for name, own in (evaluation.sets or {"": evaluation}).items():
-        text = data.validation_sets.get(name, f"what is held out of {data.train}")
+        text = data.validation_sets.get(name, f"the held-out part of {data.train}")
         shown = f"{name}: {text}" if name else text
         print(one_line(f"text           {shown}, tokenizer {os.path.basename(loaded.tokenizer.name)}"))
         for line in _lines(own):
@@ -221,7 +221,7 @@ def _lines(evaluation: Evaluation) -> Iterator[str]:
     with np.errstate(over="ignore"):
         yield f"perplexity     {np.exp(evaluation.loss):,.2f}"
     yield f"bits per byte  {evaluation.bits_per_byte:.4f}"
-    yield f"tokens         {evaluation.tokens:,}, which stand for {evaluation.text_bytes:,} bytes"
+    yield f"tokens         {evaluation.tokens:,} for {evaluation.text_bytes:,} bytes of text"
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ usage: python -m sophia_levanter.commands.launch --config FILE --cluster FILE [-
        python -m sophia_levanter.commands.launch stop RUN_DIR
 
 Starts one training process on each host of a cluster, and starts them again from the last checkpoint when a host dies,
-hangs or is taken away, until the run is done. The same command goes on with a run that was stopped.
+hangs or is taken away, until the run is done. The same command continues a run that was stopped.
 
   --config FILE          the run's configuration, as for training; its run directory is runs/NAME if not given
   --cluster FILE         where: backend local, ray, slurm or gcloud; infra/ has one of each
@@ -186,7 +186,7 @@ def _show(record: LaunchRecord) -> int:
     status = record.read()
     print(one_line(status))
     if status.exit_status is None and not record.is_held:
-        print("its launcher is gone, and the run with it: the same launch command goes on")
+        print("its launcher is gone, and the run with it; run the same launch command again to continue")
         return FAILURE
     return DONE
 

@@ -18,7 +18,7 @@ USAGE = """\
 usage: python -m sophia_levanter.commands.prepare_data --config FILE [--ray ADDRESS] [--data.FIELD VALUE ...] [--help]
 
 Makes the token stores of a configuration's data section, in data.cache_dir; one that is there is left as it is. It may
-be killed at any time: the same command goes on. Training does the same by itself when a store is missing.
+be killed at any time: the same command continues. Training does the same by itself when a store is missing.
 
   --config FILE          a run's configuration, or one with a data section alone, such as config/data/openwebtext.yaml
   --ray ADDRESS          tokens are made by the cores of this Ray cluster (auto: the one that this machine belongs to)
@@ -43,7 +43,7 @@ def _prepare(words: Sequence[str]) -> int:
     config = with_absolute_paths(load_config(path, arguments.overrides))
 
     def stop(number: int, frame: FrameType | None) -> None:
-        print("SIGTERM: stopped; the same command goes on", file=sys.stderr)
+        print("SIGTERM: stopped; run the same command again to continue", file=sys.stderr)
         sys.exit(PREEMPTED)
 
     signal.signal(signal.SIGTERM, stop)

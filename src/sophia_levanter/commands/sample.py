@@ -31,7 +31,7 @@ usage: python -m sophia_levanter.commands.sample MODEL [--prompt TEXT ...] [--pr
        [--temperature T] [--top_k K] [--top_p P] [--seed S] [--samples N] [--step N] [--averaged]
        [--SECTION.FIELD VALUE ...] [--help]
 
-Prints prompts and how the model goes on with them, up to the end of the document that it writes. One text comes token
+Prints prompts and how the model continues them, up to the end of the document that it writes. One text comes token
 by token; several come when all are done, each under a heading. All else is said on standard error.
 
   MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt

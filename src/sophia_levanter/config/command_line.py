@@ -27,8 +27,8 @@ Trains a language model.
   --config FILE          YAML with any of the fields below; `defaults: [FILE, ...]` in it names files to start from
   --SECTION.FIELD VALUE  sets one field, on top of the file; quote a glob so that the shell leaves it alone
   --plugins MODULE       imports a module of your own first, which registers optimizers, models, schedules, ...
-  --resume DIR           goes on with the run in DIR; needs no --config
-  --resume auto          goes on with the run in trainer.run_dir if it holds one, and starts it otherwise
+  --resume DIR           continues the run in DIR; needs no --config
+  --resume auto          continues the run in trainer.run_dir if it holds one, and starts it otherwise
   --print_config         prints the resolved configuration and exits
   --quiet                prints warnings and, at the end, the result and the checkpoint; nothing while it trains
   --help                 prints this and exits"""

@@ -154,7 +154,7 @@ class Preparation:
             for name, state in zip(self._store_names, states, strict=True)
         ]
         if begun:
-            self._report(f"going on with {source.name} after {_counts(writers)}")
+            self._report(f"continuing {source.name} after {_counts(writers)}")
         else:
             self._report(f"preparing {source.name} with the tokenizer {tokenizer.name}")
         speed = _Speed(writers, source)

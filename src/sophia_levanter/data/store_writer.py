@@ -55,7 +55,7 @@ def writing(before: str, after: str = "") -> Iterator[None]:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise NotWritten(
             f"data.cache_dir: cannot write {before}{reason}{after}; make room, or choose another place; "
-            "the same command goes on from what is written"
+            "running the same command again continues from what is written"
         ) from error
 
 

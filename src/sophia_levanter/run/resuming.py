@@ -51,7 +51,7 @@ def find_checkpoints(directory: RunDirectory, processes: Processes, console: Con
         )
     if directory.resume == "always" and not is_saved:
         raise InputError(
-            f"--resume {directory.path}: {directory.checkpoints} holds no checkpoint to go on from; "
+            f"--resume {directory.path}: {directory.checkpoints} holds no checkpoint to resume from; "
             f"start the run with --config FILE --trainer.run_dir {directory.path} --resume auto"
         )
     if directory.resume == "if_saved" and not is_saved:
@@ -108,11 +108,11 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
             )
     if not _is_same_text(restored.metadata["data"], run.provenance["data"]):
         raise InputError(
-            f"--resume {directory.path}: the training text is another one than the run began with: "
+            f"--resume {directory.path}: the training text differs from the one that the run began with: "
             f"{run.provenance['data']} now, {restored.metadata['data']} then; bring it back, or start another run"
         )
     if not _is_same_text(restored.metadata["validation"], run.provenance["validation"]):
-        console.line("the validation text is another one than the run began with; its losses do not compare")
+        console.line("the validation text differs from the one that the run began with; its losses do not compare")
     console.resumed(restored.step, directory.path)
     began_with, now = restored.metadata["environment"], run.provenance["environment"]
     if began_with != now:

@@ -303,7 +303,7 @@ class Run:
                 stopped_by = self._stop.signal or Signals.SIGTERM
                 self.console.notice(
                     f"{stopped_by.name}: stopped after step {step}, which is saved; "
-                    f"--resume {self.directory.path} goes on"
+                    f"--resume {self.directory.path} continues the run"
                 )
             else:
                 describe_end(self, self.loop, state)

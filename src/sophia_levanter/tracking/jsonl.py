@@ -57,7 +57,7 @@ class JsonLines:
 
     def _check_that_it_is_there(self) -> None:
         if not (os.fstat(self._file.fileno()).st_nlink and self._path.exists()):
-            raise OSError(f"{self._path} was removed, renamed or replaced while the run went on")
+            raise OSError(f"{self._path} was removed, renamed or replaced during the run")
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

@@ -237,4 +237,4 @@ class Background:
     def _leave_out(self, reason: str) -> None:
         if not self._left_out.is_set():
             self._left_out.set()
-            self._warn(f"WARNING: {self._name}: {reason}; the run goes on without it")
+            self._warn(f"WARNING: {self._name}: {reason}; the run continues without it")

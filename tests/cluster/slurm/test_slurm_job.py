@@ -270,7 +270,7 @@ def test_ctrl_c_leaves_the_job(slurm_commands: Path, slurm_run: Job, tmp_path: P
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     stop = shlex.join(["python", "-m", "sophia_levanter.commands.launch", "stop", str(slurm_run.run_dir)])
-    assert output == f"job 100 goes on; {stop} ends it, or scancel 100 where it has not begun\n"
+    assert output == f"job 100 keeps running; {stop} ends it, or scancel 100 if it has not begun\n"
     (tmp_path / "go").touch()
     until((slurm_commands / "exit-100").exists)
     assert (slurm_commands / "exit-100").read_text() == "3"

@@ -204,7 +204,7 @@ def _goes_on(job: Job, number: str) -> str:
     if not number:
         return "interrupted before Slurm answered; squeue --me says whether there is a job"
     stop = shlex.join(["python", "-m", "sophia_levanter.commands.launch", "stop", str(job.run_dir)])
-    return f"job {number} goes on; {stop} ends it, or scancel {number} where it has not begun"
+    return f"job {number} keeps running; {stop} ends it, or scancel {number} if it has not begun"
 
 
 def _quoted(option: str) -> str:
