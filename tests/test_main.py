@@ -175,7 +175,7 @@ BAD = {
     ),
     "eps": (["--optimizer.eps", "1e-50"], "optimizer.eps is 1e-50"),
     "warm-up": (["--optimizer.warmup", "99"], "optimizer.warmup 99"),
-    "another run": (["--trainer.run_dir", "FULL"], "holds files already"),
+    "another run": (["--trainer.run_dir", "FULL"], "already holds files"),
     "auto without a directory": (["--resume", "auto"], "trainer.run_dir"),
 }
 

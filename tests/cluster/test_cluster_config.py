@@ -109,7 +109,7 @@ def test_a_mistake_has_one_line(text, message, tmp_path):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="there is no such file"):
+    with pytest.raises(InputError, match="no such file"):
         read_cluster(tmp_path / "none.yaml")
 
 

@@ -48,7 +48,7 @@ def test_stop_and_the_same_command_again(cluster_file, undisturbed, tmp_path):
             text=True,
         )
         assert second.returncode == 2
-        assert "has a launcher already; launch status" in second.stderr
+        assert "already has a launcher; launch status" in second.stderr
         stopped = subprocess.run([*launch, "stop", str(run.run_dir)], capture_output=True, text=True)
         assert stopped.returncode == 0
         assert "stopped; 2 processes (local); attempt 1; step " in stopped.stdout

@@ -230,12 +230,12 @@ def test_a_bucket(monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say what to do: list, verify, show, diff, prune; --help shows how"),
+        ([], "name one of list, verify, show, diff, prune; --help shows how"),
         (["lst", "DIR"], "'lst' is not one of list, verify, show, diff, prune; did you mean list?"),
         (["list"], "list takes DIR; --help shows the options"),
         (["list", "DIR", "x"], "list takes DIR; --help"),
         (["list", "DIR", "--step", "1"], "unknown option '--step'"),
-        (["list", "nowhere"], "nowhere: there is no such directory"),
+        (["list", "nowhere"], "nowhere: no such directory"),
         (["list", "DIR/step-00000001/arrays"], "arrays holds no checkpoint (no step-* folder)"),
         (["show", "DIR/step-00000001"], "run, and 1 as a step"),
         (["list", "http://host/x"], "checkpoints go to a path, or to gs:// or s3://"),

@@ -61,7 +61,7 @@ def arguments(study: Path, *more: object) -> list[str]:
         (["--config", "STUDY", "--confg", "x"], "unknown option '--confg'; did you mean --config?"),
         (["--config", "STUDY", "--ray=1"], "--ray takes no value, found '1'"),
         (["--config", "STUDY", "--out"], "--out has no value"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--config", "."], ".: cannot be read: Is a directory"),
         (["--config", "STUDY", "--out", "STUDY"], "study.yaml is a file or below one; name a directory"),
         (["--config", "STUDY", "--out", "STUDY/x"], "study.yaml/x is a file or below one; name a directory"),

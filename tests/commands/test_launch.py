@@ -106,8 +106,8 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
     [
         ([], "--config FILE is missing; config/gpt2_large_sophia.yaml is one"),
         (["--config", "CONFIG"], "--cluster FILE is missing; infra/local.yaml is one"),
-        (["--config", "nowhere.yaml", "--cluster", "CLUSTER"], "nowhere.yaml: there is no such file"),
-        (["--config", "CONFIG", "--cluster", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["--config", "nowhere.yaml", "--cluster", "CLUSTER"], "nowhere.yaml: no such file"),
+        (["--config", "CONFIG", "--cluster", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--config", "CONFIG", "--cluster", "CONFIG"], "backend is missing"),
         (["--config", "CONFIG", "--cluster", "CLUSTER", "--dryrun"], "did you mean --dry_run?"),
         (["--config", "CONFIG", "--cluster", "CLUSTER", "--model.heads", "2"], "unknown option '--model.heads'"),
@@ -122,8 +122,8 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
         ),
         (["status"], "give one run directory"),
         (["status", "a", "b"], "give one run directory"),
-        (["logs", "FOLDER"], "holds no run that was launched"),
-        (["stop", "nowhere"], "nowhere holds no run that was launched"),
+        (["logs", "FOLDER"], "holds no launched run"),
+        (["stop", "nowhere"], "nowhere holds no launched run"),
         (["stats", "FOLDER"], "'stats' is not one of status, logs, stop; did you mean status?"),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "gs://bucket/run"],
@@ -213,10 +213,10 @@ def test_a_run_of_one_process_then_again_then_another(config_file, tmp_path, cap
     assert (status, out) == (0, "done; 1 process (local); attempt 2; step 12; 0 failures, 0 preemptions\n")
     assert "step 12/12" in main(capfd, "logs", run_dir, "--attempt", "1", "--process", "0")[1]
     assert "all 12 steps are done" in main(capfd, "logs", run_dir)[1]
-    assert main(capfd, "stop", run_dir)[1].startswith("nothing runs\ndone; 1 process")
+    assert main(capfd, "stop", run_dir)[1].startswith("nothing is running\ndone; 1 process")
     for wrong, message in (
-        ("--attempt", "--attempt 7: there are logs of attempt-001, attempt-002"),
-        ("--process", "--process 7: there are logs"),
+        ("--attempt", "--attempt 7 has no logs; the attempts with logs: attempt-001, attempt-002"),
+        ("--process", "--process 7 has no logs; the processes with logs: process-0"),
     ):
         status, _, err = main(capfd, "logs", run_dir, wrong, "7")
         assert status == 2 and message in err

@@ -19,7 +19,7 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
     ("words", "message"),
     [
         ([], "--config FILE is missing; config/gpt2_large_sophia.yaml is one"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--config", NANO, "extra"], "unexpected argument 'extra'; write --SECTION.FIELD VALUE"),
         (["--config", NANO, "--mfu", "1.5"], "--mfu is '1.5'; it must be above 0 and at most 1"),
         (["--config", NANO, "--mfu", "half"], "--mfu is 'half'; it must be above 0 and at most 1"),

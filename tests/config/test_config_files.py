@@ -24,7 +24,7 @@ def test_files_that_name_each_other_many_times(tmp_path: Path) -> None:
 def test_a_file_that_names_itself(content: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(content.format(tmp_path.name))
     (tmp_path / "link.yaml").symlink_to("run.yaml")
-    assert "defaults go round in a circle" in load_error(tmp_path / "run.yaml")
+    assert "defaults form a cycle" in load_error(tmp_path / "run.yaml")
 
 
 def test_a_link_to_itself(tmp_path: Path) -> None:

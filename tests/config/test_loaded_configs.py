@@ -93,20 +93,20 @@ def test_defaults_in_a_circle(write):
     write("defaults: [b.yaml]", "a.yaml")
     write("defaults: [a.yaml]", "b.yaml")
     message = load_error(write("defaults: [a.yaml]"))
-    assert "b.yaml: defaults go round in a circle: a.yaml -> b.yaml -> a.yaml" in message
+    assert "b.yaml: defaults form a cycle: a.yaml -> b.yaml -> a.yaml" in message
 
 
 def test_missing_files(write, tmp_path):
-    assert load_error(tmp_path / "no.yaml") == f"{tmp_path}/no.yaml: there is no such file"
+    assert load_error(tmp_path / "no.yaml") == f"{tmp_path}/no.yaml: no such file"
     path = write("defaults: [no.yaml]")
-    assert load_error(path) == f"{tmp_path}/no.yaml: there is no such file; {path} names it under defaults"
+    assert load_error(path) == f"{tmp_path}/no.yaml: no such file; {path} names it under defaults"
     assert "cannot be read" in load_error(tmp_path)
 
 
 def test_file_that_is_not_text(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"model: \xff\xfe")
-    assert load_error(path) == f"{path}: is not text in UTF-8"
+    assert load_error(path) == f"{path}: is not valid UTF-8"
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_sizes(settings, devices, sizes):
         (
             {"coordinator": "host:1", "num_processes": 16, "process_id": 0},
             8,
-            "^mesh.num_processes is 16, and there are 8 devices: every process has one at least$",
+            "^mesh.num_processes is 16, and there are 8 devices; every process needs at least one$",
         ),
         ({"data": 2}, 1, r"^mesh: data 2 is 2 devices, and there are 1; mesh.data 1 would fit$"),
     ],
@@ -55,7 +55,7 @@ def test_sizes_that_do_not_fit(settings, devices, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data": 0}, "^mesh.data is 0; it must be at least 1, or -1 for all devices that are left$"),
+        ({"data": 0}, "^mesh.data is 0; it must be at least 1, or -1 for all remaining devices$"),
         ({"data": -2}, "^mesh.data is -2; it must be at least 1"),
         ({"model": -1}, "^mesh.model is -1; it must be at least 1$"),
         ({"fsdp": "width"}, "^mesh.fsdp is 'width'; it must be one of embed, mlp, heads, vocab, layers, or null$"),

@@ -98,7 +98,7 @@ def test_a_process_that_is_killed_is_named() -> None:
     for child in psutil.Process().children():
         if "spawn_main" in " ".join(child.cmdline()):
             child.kill()
-    with pytest.raises(OSError, match="was killed, perhaps for want of memory"):
+    with pytest.raises(OSError, match="was killed, perhaps for lack of memory"):
         list(encoded)
 
 
@@ -133,7 +133,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, number: signal.S
 def test_a_ray_cluster_that_is_not_there(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where `auto` looks; other tests start clusters
-    with pytest.raises(InputError, match=rf"^--ray {address}: no Ray cluster is there"):
+    with pytest.raises(InputError, match=rf"^--ray {address}: no Ray cluster was found"):
         list(encode_blocks(blocks(10), ByteTokenizer(), lambda: ray_tasks(address, ByteTokenizer())))
 
 

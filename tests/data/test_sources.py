@@ -134,7 +134,7 @@ def test_an_unknown_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         absolute_source("nanogtp:train.bin", "data.validation")
     assert str(error.value) == (
         "data.validation is 'nanogtp:train.bin'; no file is called that, and nanogtp: is not a known kind of source; "
-        "did you mean nanogpt:? There are datasets:, hub:, made:, nanogpt:, store:"
+        "did you mean nanogpt:? The kinds are datasets:, hub:, made:, nanogpt:, store:"
     )
     (tmp_path / "a:b").mkdir()
     names = ["a:b/*.txt", "text.txt", "~/text.txt", "python_stdlib", "gs://bucket/a:b", "made:up"]
@@ -210,7 +210,7 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     assert read(f"datasets:{tmp_path}/one") == ROWS
     assert read(f"datasets:{tmp_path}/both") == ROWS
     assert read(f"datasets:{tmp_path}/both?split=test") == ["held out"]
-    assert "no split 'dev'; there are train, test" in error_of(f"datasets:{tmp_path}/both?split=dev")
+    assert "no split 'dev'; the splits are train, test" in error_of(f"datasets:{tmp_path}/both?split=dev")
     assert "may be 'text'" in error_of(f"datasets:{tmp_path}/one", text_field="body")
     before = source(f"datasets:{tmp_path}/one").identity
     rows.map(lambda row: {"text": row["text"].upper()}).save_to_disk(tmp_path / "one")
@@ -221,8 +221,8 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     ("name", "expected"),
     [
         ("hub:", "names no dataset"),
-        ("hub:a?splitt=train", "unknown option 'splitt'; there are split, name, revision, streaming"),
-        ("datasets:a?revision=b", "unknown option 'revision'; there are split"),
+        ("hub:a?splitt=train", "unknown option 'splitt'; the options are split, name, revision, streaming"),
+        ("datasets:a?revision=b", "unknown option 'revision'; the options are split"),
         ("hub:a?split=", "the option 'split' is empty"),
         ("hub:a?streaming=yes", "streaming is 'yes'"),
     ],

@@ -121,7 +121,9 @@ def test_a_tokenizer_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     # As a process that has not imported its module encodes.
     train, _ = encode_with(__name__, "halves:2", tokenizer.fingerprint, (["no"], []))
     assert train.tokens.tolist() == [6, 14, 6, 15, 16]
-    with pytest.raises(InputError, match=r"^data\.tokenizer is 'halve'; did you mean halves\? There are bytes, halves"):
+    with pytest.raises(
+        InputError, match=r"^data\.tokenizer is 'halve'; did you mean halves\? The tokenizers are bytes, halves"
+    ):
         load_tokenizer("halve")
     with pytest.raises(InputError, match=r"^data\.tokenizer halves:2 is not a byte-pair encoding, and cannot be exp"):
         tokenizer_json(tokenizer)

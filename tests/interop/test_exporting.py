@@ -131,7 +131,7 @@ def test_nothing_is_written_over(make_loaded, tmp_path):
     loaded = make_loaded()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
-    for name, message in (("full", "full holds files already"), ("full/notes.txt", "notes.txt is a file")):
+    for name, message in (("full", "full already holds files"), ("full/notes.txt", "notes.txt is a file")):
         with pytest.raises(InputError, match=message):
             export_model(loaded, tmp_path / name)
     with pytest.raises(InputError, match="cannot be made: Not a directory; name another folder"):

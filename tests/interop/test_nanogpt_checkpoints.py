@@ -89,7 +89,7 @@ def test_no_checkpoint(model, save_checkpoint, tmp_path, capsys):
     file = tmp_path / "other.pt"
     for other in ({"model": {}}, [1], {"model": 1, "model_args": {}}, torch.zeros(3)):
         torch.save(other, file)
-        assert "is no checkpoint of nanoGPT or the Sophia authors" in refused(file, model.config)
+        assert "is not a checkpoint of nanoGPT or the Sophia authors" in refused(file, model.config)
     torch.save({"model": {"wte.weight": 3}, "model_args": nanogpt_args(model.config)}, file)
     assert "model has 'wte.weight', which is not a named tensor" in refused(file, model.config)
     torch.save({"model": {"x": torch.ones(3, dtype=torch.int64)}, "model_args": nanogpt_args(model.config)}, file)

@@ -23,7 +23,7 @@ def test_shards(folder, model, arrays):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
     assert "index.json: has no weight_map" in refused(folder, model.config)
     (folder / "model.safetensors.index.json").write_text("{")
-    assert "index.json: is no JSON" in refused(folder, model.config)
+    assert "index.json: is not valid JSON" in refused(folder, model.config)
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "..", "", "sub/x.safetensors", "a\0b"])
@@ -68,7 +68,7 @@ def test_shards_that_both_have_an_array(folder, model, arrays):
 
 
 def test_no_such_file(model, tmp_path):
-    assert "nowhere: there is no such file; name a folder" in refused(tmp_path / "nowhere", model.config)
+    assert "nowhere: no such file; name a folder" in refused(tmp_path / "nowhere", model.config)
     assert "no file name can hold one of its characters; name a folder" in refused("a\0b", model.config)
 
 
@@ -88,7 +88,12 @@ def test_a_folder_of_something_else(folder, model, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [(b"{", "is no JSON"), (b"\xff", "is no JSON"), (b"[" * 100_000, "is no JSON"), (b"3", "is no JSON object")],
+    [
+        (b"{", "is not valid JSON"),
+        (b"\xff", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"3", "is not a JSON object"),
+    ],
 )
 def test_a_config_that_is_no_json(text, wanted, folder, model):
     (folder / "config.json").write_bytes(text)

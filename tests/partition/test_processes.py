@@ -226,7 +226,9 @@ def test_a_process_that_is_left_alone_says_so(config_file, tmp_path):
     ((status, _, error),) = ended([start([*arguments, *mesh], devices=1)])
     # Not bad input: a launcher is to try again.
     assert status == 1
-    wanted = "error: mesh.coordinator localhost:1: the 2 processes of the run did not all come within 3 s (mesh.start_"
+    wanted = (
+        "error: mesh.coordinator localhost:1: the 2 processes of the run did not all arrive within 3 s (mesh.start_"
+    )
     assert error.startswith(wanted) and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -236,7 +238,7 @@ def test_a_process_that_is_left_alone_says_so(config_file, tmp_path):
     [
         ({"coordinator": "here"}, r"^mesh.coordinator is 'here'; it must be HOST:PORT, auto or null$"),
         ({"coordinator": "here:99999"}, r"^mesh.coordinator is 'here:99999'; it must be HOST:PORT, auto or null$"),
-        ({"coordinator": "here:80"}, "^mesh.num_processes is missing; mesh.coordinator here:80 goes with it$"),
+        ({"coordinator": "here:80"}, "^mesh.num_processes is missing; mesh.coordinator here:80 needs it$"),
         ({"coordinator": "here:80", "num_processes": 2}, "^mesh.process_id is missing; mesh.coordinator here:80 goes"),
         (
             {"coordinator": "here:80", "num_processes": 0, "process_id": 0},
@@ -246,8 +248,8 @@ def test_a_process_that_is_left_alone_says_so(config_file, tmp_path):
             {"coordinator": "here:80", "num_processes": 2, "process_id": 2},
             "^mesh.process_id is 2; it must be between 0 and mesh.num_processes - 1, 1$",
         ),
-        ({"num_processes": 2}, "^mesh.num_processes 2 goes with mesh.coordinator HOST:PORT alone$"),
-        ({"coordinator": "auto", "process_id": 0}, "^mesh.process_id 0 goes with mesh.coordinator HOST:PORT alone$"),
+        ({"num_processes": 2}, "^mesh.num_processes 2 needs mesh.coordinator HOST:PORT$"),
+        ({"coordinator": "auto", "process_id": 0}, "^mesh.process_id 0 needs mesh.coordinator HOST:PORT$"),
         ({"start_timeout": 0}, "^mesh.start_timeout is 0; it must be at least 1$"),
     ],
 )

@@ -45,7 +45,7 @@ def test_paths_hold_from_anywhere(tmp_path, monkeypatch):
 
 def test_a_directory_with_files_is_not_used(tmp_path):
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(InputError, match="holds files already"):
+    with pytest.raises(InputError, match="already holds files"):
         choose_run_directory(Command(config(tmp_path), "x"))
     with pytest.raises(InputError, match="holds files but no run"):
         choose_run_directory(Command(config(tmp_path), "x", "auto"))

@@ -135,7 +135,7 @@ def test_rows_beyond_the_tokenizers_stay_until_they_are_exported(gpt2_folder, co
 
 
 BAD = {
-    "missing": (["--trainer.initial_weights", "nowhere"], "nowhere: there is no such file"),
+    "missing": (["--trainer.initial_weights", "nowhere"], "nowhere: no such file"),
     "empty": (["--trainer.initial_weights", ""], "trainer.initial_weights is empty"),
     "no biases": (["--model.use_bias", "false"], "set --model.use_bias true"),
     "layers": (["--model.num_layers", "3"], "model.num_layers is 3, and "),

@@ -101,7 +101,7 @@ def test_checkpoints_of_another_run_are_in_the_way(finished_run, tmp_path, capfd
     config = ["--config", str(finished_run.config_file)]
     command = [*config, "--trainer.checkpoint_dir", str(kept), "--trainer.run_dir", str(run_dir)]
     assert main(command) == 2
-    assert f"trainer.checkpoint_dir {kept} holds checkpoints already; --resume auto" in capfd.readouterr().err
+    assert f"trainer.checkpoint_dir {kept} already holds checkpoints; --resume auto" in capfd.readouterr().err
     assert main([*command, "--resume", "auto", "--trainer.seed", "5"]) == 2
     assert "holds another run: its trainer.seed is 0, this one's is 5" in capfd.readouterr().err
     assert not (run_dir / "config.yaml").exists()

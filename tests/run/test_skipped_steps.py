@@ -130,7 +130,7 @@ def test_a_run_goes_back_and_past_the_data_where_it_went_wrong(config_file, tmp_
     assert main([*command, str(whole)]) == 0
     out = capfd.readouterr().out
     assert "WARNING: the loss or gradient was not finite in 3 steps in a row, the last of them step 8" in out
-    assert "going back to step 4, and on with the data after the 80 sequences since then" in out
+    assert "going back to step 4 and continuing with the data after the 80 sequences since then" in out
     assert all(loss is not None for loss in metrics(whole).values())
     state = state_of(whole)
     assert (int(state["step"]), int(state["skipped_windows"]), int(state["skipped_steps"])) == (12, 80, 0)
@@ -153,5 +153,5 @@ def test_a_checkpoint_to_go_back_to_is_not_pushed_out(config_file, tmp_path, pla
     assert main(["--config", str(config_file), *options, "--trainer.run_dir", str(tmp_path / "run")]) == 0
     out = capfd.readouterr().out
     for step in (7, 8):
-        assert f"going back to step {step}, and on with the data after the 48 sequences" in out
+        assert f"going back to step {step} and continuing with the data after the 48 sequences" in out
     assert int(state_of(tmp_path / "run")["skipped_windows"]) == 96

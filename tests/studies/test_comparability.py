@@ -66,7 +66,7 @@ def test_facts_come_from_the_newest_checkpoint_that_can_be_read(tmp_path):
     write_manifest(tmp_path / "checkpoints", 8).write_text("{}")
     write_manifest(tmp_path / "checkpoints", 10, {"of": "another program"})
     run = read_run("a", tmp_path)
-    assert run.checkpoint == "step 10 is no training run's; step 8 is damaged; step 5"
+    assert run.checkpoint == "step 10 is not a training run's; step 8 is damaged; step 5"
     assert any("damaged checkpoints" in note for note in compare([run]).notes)
     rows = dict(facts([run]))
     assert rows["device"] == ["1 × cpu, 2 threads"] and rows["jax"] == ["0.10.2"]

@@ -60,7 +60,7 @@ def test_numbers_that_are_not_finite_are_gaps(tmp_path):
 
 def test_steps_that_go_back_are_no_run(tmp_path):
     write_run(tmp_path, lines=[{"step": 4, "train/loss": 1.0}, {"step": 3, "train/loss": 1.0}])
-    with pytest.raises(InputError, match="the steps of train/loss do not ascend"):
+    with pytest.raises(InputError, match="the steps of train/loss are not ascending"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 

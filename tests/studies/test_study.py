@@ -238,7 +238,7 @@ BAD = {
     ),
     "config is not there": (
         "config: [nowhere.yaml]\ntokens: 1\n" + ARM,
-        "FILE: config: DIR/nowhere.yaml: there is no such file",
+        "FILE: config: DIR/nowhere.yaml: no such file",
     ),
     "baseline is no arm": (f"{GOOD}{ARM}baseline: b", "FILE: baseline is 'b'; it must be one of the arms a"),
     "baseline is a list": (f"{GOOD}{ARM}baseline: [a]", "FILE: baseline is a list; it must be one of the arms a"),
@@ -256,7 +256,7 @@ BAD = {
         "arm a: tokens 449 are 4 steps; it must be one at least for each of 5 evaluations",
     ),
     "very many tokens": (f"config: [tiny.yaml]\n{ARM}tokens: {10**400}", "arm a: trainer.num_train_steps is 1000"),
-    "a seed twice": (f"{GOOD}{ARM}seeds: [1, 2, 1]", "FILE: seeds is [1, 2, 1], in which a value stands twice"),
+    "a seed twice": (f"{GOOD}{ARM}seeds: [1, 2, 1]", "FILE: seeds is [1, 2, 1], which contains a value twice"),
     "no seeds": (f"{GOOD}{ARM}seeds: []", "FILE: seeds is an empty list"),
     "a seed is a word": (f"{GOOD}{ARM}seeds: [0, one]", "FILE: seeds holds 'one'; it must be a list of integers"),
     "negative seed": (f"{GOOD}{ARM}seeds: [-1]", "arm a: trainer.seed is -1; it must be between 0 and"),

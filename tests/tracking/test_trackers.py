@@ -94,7 +94,7 @@ def test_one_that_hangs_holds_nobody_up(where):
     tracker.close(failed=False, seconds=0.2)
     released.set()
     assert time.monotonic() - began < 5
-    assert said == ["WARNING: recorder: has not ended within 0 s; the run continues without it"]
+    assert said == ["WARNING: recorder: did not finish within 0 s; the run continues without it"]
 
 
 @pytest.mark.parametrize("late", ["log", "close"])
@@ -111,7 +111,7 @@ def test_one_that_does_not_keep_up_is_left_out(late, monkeypatch):
     tracker.close(failed=False)
     released.set()
     tracker._thread.join()
-    assert said == ["WARNING: recorder: does not keep up: 3 records wait for it; the run continues without it"]
+    assert said == ["WARNING: recorder: cannot keep up: 3 records are waiting; the run continues without it"]
     assert len(recorder.logged) == 1 and not recorder.closed
 
 

@@ -101,7 +101,7 @@ def test_where_no_server_answers_the_run_is_offline(key, silent_server, tmp_path
     (line,) = done.stdout.splitlines()
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert line.startswith("WARNING: wandb: ")
-    assert line.endswith(f"; the run is logged offline, and uploaded by: wandb sync {folder}")
+    assert line.endswith(f"; the run is logged offline; upload it with: wandb sync {folder}")
     (run,) = offline_runs(tmp_path)
     assert run["history"][0]["train/loss"] == 2.0
     if key == SECRET:
@@ -126,7 +126,7 @@ def test_a_server_that_goes_away_does_not_hold_the_end_up(tmp_path):
         done = online_run(tmp_path, server.url, SECRET)
     (folder,) = tmp_path.glob("wandb/run-*")
     assert done.stdout.splitlines()[-1] == (
-        "WARNING: wandb: not all was uploaded within 3 s of the run's end; the rest is by: "
+        "WARNING: wandb: not everything was uploaded within 3 s of the run's end; upload the rest with: "
         f"wandb sync {folder}; the run continues without it"
     )
 

@@ -298,7 +298,7 @@ def _check_header(folder: str, saved: SavedArray, context: ts.Context) -> None:
         if (count := saved.num_chunks) != len(saved.chunks):
             raise ValueError(f"the manifest has digests of {len(saved.chunks)} chunks, and its shape has {count}")
         if _digest(_read_header(folder, saved, context)) != saved.header:
-            raise ValueError("not the bytes of the manifest's digest")
+            raise ValueError("the bytes do not match the manifest's digest")
 
 
 def _read_chunk(folder: str, saved: SavedArray, box: Box, context: ts.Context) -> np.ndarray:
@@ -307,7 +307,7 @@ def _read_chunk(folder: str, saved: SavedArray, box: Box, context: ts.Context) -
         _check_file(folder, saved, name)
         data = _open(folder, saved, context)[_slices(box)].read().result()
         if _digest(_bytes(data)) != saved.chunks[name]:
-            raise ValueError("not the bytes of the manifest's digest")
+            raise ValueError("the bytes do not match the manifest's digest")
         return data
 
 

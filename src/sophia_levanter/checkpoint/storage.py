@@ -182,7 +182,7 @@ class DiskStorage:
             folder.rename(final)  # which refuses to take the place of a folder that holds anything
         except OSError as error:
             if final.exists():
-                raise FileExistsError(f"{final} has come to be there meanwhile") from error
+                raise FileExistsError(f"{final} appeared in the meantime") from error
             raise
         sync(self._path)
 
@@ -256,7 +256,7 @@ class BucketStorage:
             self._do(self._store.write(probe, b""))
             self._do(self._store.write(probe, None))
         except CheckpointError as error:
-            raise InputError(f"{error}; it must be a bucket that can be written and deleted from") from error
+            raise InputError(f"{error}; the bucket must allow writing and deleting") from error
 
     def new_stage(self, step: int, *, replaces: bool) -> Stage:
         return Stage(step_name(step), f"arrays-{uuid.uuid4().hex}", replaces)
@@ -276,7 +276,7 @@ class BucketStorage:
                 return
             there = self._do(self._store.read(key))
         if there.value != manifest:  # its own, where a write was done and the answer to it was lost
-            raise FileExistsError(f"{self.location}/{key} has come to be there meanwhile")
+            raise FileExistsError(f"{self.location}/{key} appeared in the meantime")
 
     def discard(self, stage: Stage) -> None:
         with contextlib.suppress(CheckpointError):  # what stays is a leftover

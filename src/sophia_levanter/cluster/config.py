@@ -151,8 +151,8 @@ class RayCluster(ClusterConfig):
         super().__post_init__()
         if self.address not in ("auto", "local") and not re.fullmatch(r"[\w.\-\[\]:]+:\d{1,5}", self.address):
             raise InputError(
-                f"address is {self.address!r}; it must be auto, local or HOST:PORT, and the launcher run on a machine "
-                "of the cluster"
+                f"address is {self.address!r}; it must be auto, local or HOST:PORT, and the launcher must run "
+                "on a machine of the cluster"
             )
         if (self.workers is None) == (self.accelerator is None):
             raise InputError(

@@ -83,8 +83,8 @@ class LaunchRecord:
             ) from None
         if held is None:
             raise InputError(
-                f"trainer.run_dir {self.directory.parent} has a launcher already; "
-                f"launch status {self.directory.parent} shows how it stands"
+                f"trainer.run_dir {self.directory.parent} already has a launcher; "
+                f"launch status {self.directory.parent} shows its state"
             )
         with held:
             self._stop_file.unlink(missing_ok=True)
@@ -119,7 +119,7 @@ class LaunchRecord:
             InputError: if there is none.
         """
         if not self._status_file.exists():
-            raise InputError(f"{self.directory.parent} holds no run that was launched")
+            raise InputError(f"{self.directory.parent} holds no launched run")
         try:
             fields = json.loads(read_regular(self._status_file))
             progress = fields.pop("progress")

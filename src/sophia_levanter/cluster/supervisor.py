@@ -191,7 +191,7 @@ class Supervisor:
                 deadline = min(deadline, now + self._policy.stop_timeout)
             if self._told_to_stop() and not told:
                 told = True
-                self._tell("told to stop; the run saves and ends (Ctrl-C again ends it at once)")
+                self._tell("told to stop; the run saves and stops (Ctrl-C again stops it at once)")
                 attempt.stop()
                 deadline = min(deadline, now + self._policy.stop_timeout)
             if now > deadline or self._interrupts > 1:

@@ -94,7 +94,7 @@ def _place(text: str) -> Place:
         return Place(text, None)
     path = Path(os.path.abspath(os.path.expanduser(text)))
     if not path.is_dir():
-        raise InputError(f"{text}: there is no such directory")
+        raise InputError(f"{text}: no such directory")
     if (path / "config.yaml").is_file():
         from sophia_levanter.config.command_line import load_config
 

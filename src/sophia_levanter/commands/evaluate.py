@@ -146,7 +146,9 @@ def _sets(command: Command, loaded: LoadedModel) -> dict[str, ValidationBatches]
 
     data = loaded.config.data
     if data.validation is None and loaded.step is None:
-        raise InputError(f"--data.validation TEXT is missing: {loaded.source} is not a run, which has its own text")
+        raise InputError(
+            f"--data.validation TEXT is missing: {loaded.source} is not a run directory and has no text of its own"
+        )
     sets = prepare_validation(data, loaded.tokenizer, _tell)
     for name, tokens in sets.items():  # refuses tokens without documents
         masked_end(data, loaded.tokenizer, validation_field(name), tokens)

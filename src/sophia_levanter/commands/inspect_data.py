@@ -83,7 +83,7 @@ def _print_store(location: str, count: int, seq_len: int, *, verify: bool) -> No
     print(f"  masks       data.mask_documents removes {packing.removed_share:.1%} of the attention pairs")
     if verify:
         store.verify()
-        print("  verified    every token and document end is what was written")
+        print("  verified    every token and document end matches what was written")
     tokenizer = load_tokenizer(manifest.tokenizer_name)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise InputError(

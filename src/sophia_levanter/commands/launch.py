@@ -36,7 +36,7 @@ hangs or is taken away, until the run is done. The same command continues a run 
   --cluster FILE         where: backend local, ray, slurm or gcloud; infra/ has one of each
   --dry_run              prints what would be created, run and paid for, and does nothing
   --SECTION.FIELD VALUE  sets one field of the run, on top of the file: --trainer.checkpoint_dir gs://bucket/run
-  status                 how a launched run stands
+  status                 the state of a launched run
   logs                   what its processes printed in the last attempt, or in --attempt; all of them, or --process
   stop                   has the run save and end, and waits for that
   --help                 prints this and exits
@@ -198,14 +198,14 @@ def _logs(words: Sequence[str]) -> int:
         wanted = record.attempt_directory(whole_number("--attempt", options["--attempt"]))
         if wanted not in attempts:
             there = ", ".join(path.name for path in attempts) or "none"
-            raise InputError(f"--attempt {options['--attempt']}: there are logs of {there}")
+            raise InputError(f"--attempt {options['--attempt']} has no logs; the attempts with logs: {there}")
         attempts = [wanted]
     logs = sorted(attempts[-1].glob("*.log")) if attempts else []
     if "--process" in options:
         name = f"process-{whole_number('--process', options['--process'])}"
         if name not in [log.stem for log in logs]:
             there = ", ".join(log.stem for log in logs) or "none"
-            raise InputError(f"--process {options['--process']}: there are logs of {there}")
+            raise InputError(f"--process {options['--process']} has no logs; the processes with logs: {there}")
         logs = [log for log in logs if log.stem == name]
     for log in logs:
         with log.open(encoding="utf-8", errors="replace") as lines:
@@ -222,11 +222,11 @@ def _stop(words: Sequence[str]) -> int:
         if number := cancel_if_queued(record.directory):
             print(f"Slurm job {number}, which had not begun, is cancelled")
         else:
-            print("nothing runs", flush=True)
+            print("nothing is running", flush=True)
             _show(record)
         return DONE
     record.ask_to_stop()
-    print("asked the run to save and to end", flush=True)
+    print("asked the run to save and stop", flush=True)
     while record.is_held:
         time.sleep(0.5)
     _show(record)
@@ -239,7 +239,7 @@ def _record(words: Sequence[str], *options: str) -> tuple[LaunchRecord, dict[str
         raise InputError("give one run directory: launch status RUN_DIR")
     run_dir = Path(arguments.words[0])
     if not (run_dir / LAUNCH).is_dir():
-        raise InputError(f"{run_dir} holds no run that was launched")
+        raise InputError(f"{run_dir} holds no launched run")
     return LaunchRecord(run_dir / LAUNCH), arguments.options
 
 

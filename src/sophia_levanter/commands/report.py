@@ -46,11 +46,11 @@ def parse(words: Sequence[str]) -> tuple[dict[str, Path], Path]:
         raise InputError("-o and --output are the same; give one of them")
     page = Path(next(iter(arguments.options.values()), "report.html"))
     if page.suffix != ".html":
-        raise InputError(f"--output {page} is no name of a page; it must end in .html")
+        raise InputError(f"--output {page} must end in .html")
     if page.is_dir():
         raise InputError(f"--output {page} is a directory; name a file")
     if not page.parent.is_dir():
-        raise InputError(f"--output {page}: there is no directory {page.parent}; make it first")
+        raise InputError(f"--output {page}: the directory {page.parent} does not exist; create it first")
     if not arguments.words:
         raise InputError("name at least one run directory: RUN_DIR or NAME=RUN_DIR; --help shows the options")
     return _named(arguments.words), page
@@ -85,7 +85,7 @@ def _report(words: Sequence[str]) -> int:
     named, page = parse(words)
     for path in named.values():
         if not os.path.isdir(path):  # which, unlike Path's, takes any word
-            raise InputError(f"{path}: there is no such directory")
+            raise InputError(f"{path}: no such directory")
 
     # For jax, which looks at it when it starts: an accelerator may be in use by the very run.
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -97,7 +97,7 @@ def parse(words: Sequence[str]) -> Command:
     for prompt in arguments.repeated["--prompt"]:
         # Bytes that are no text come as half a pair of surrogates.
         if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise InputError(f"--prompt {prompt!a} is no text in UTF-8")
+            raise InputError(f"--prompt {prompt!a} is not valid UTF-8")
     temperature = _number(arguments, "--temperature")
     return Command(
         arguments.words[0],
@@ -134,7 +134,7 @@ def _prompt_of_file(arguments: Arguments) -> list[str]:
     except OSError as error:
         raise InputError(f"--prompt_file {name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"--prompt_file {name} is no text in UTF-8: byte {error.start:,} is wrong") from None
+        raise InputError(f"--prompt_file {name} is not valid UTF-8: byte {error.start:,} is wrong") from None
     if not text:
         raise InputError(f"--prompt_file {name} is empty; without a prompt the model begins a document")
     return [text]

@@ -60,7 +60,7 @@ def chosen(given: Sequence[str], verbs: Collection[str]) -> tuple[str, list[str]
     """
     names = ", ".join(verbs)
     if not given:
-        raise InputError(f"say what to do: {names}; --help shows how")
+        raise InputError(f"name one of {names}; --help shows how")
     verb, *rest = given
     if verb not in verbs:
         near = difflib.get_close_matches(verb, verbs, n=1)

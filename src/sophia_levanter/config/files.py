@@ -132,7 +132,7 @@ def _read_layers(path: Path, including: tuple[Path, ...], count: Iterator[int]) 
         raise InputError(f"{including[0]}: {DEFAULTS_KEY} include more than {MOST_FILES} files; list each file once")
     if resolved in including:
         cycle = " -> ".join(file.name for file in (*including[including.index(resolved) :], resolved))
-        raise InputError(f"{including[-1]}: {DEFAULTS_KEY} go round in a circle: {cycle}")
+        raise InputError(f"{including[-1]}: {DEFAULTS_KEY} form a cycle: {cycle}")
     tree = _read_tree(path, including[-1] if including else None)
     defaults = tree.pop(DEFAULTS_KEY, None) or []
     if not isinstance(defaults, list) or not all(isinstance(name, str) and name for name in defaults):
@@ -147,11 +147,11 @@ def _read_tree(path: Path, included_from: Path | None) -> dict[Any, Any]:
     try:
         text = read_regular(path, MOST_BYTES).decode("utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file{reader}") from None
+        raise InputError(f"{path}: no such file{reader}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}{reader}") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: is not text in UTF-8{reader}") from None
+        raise InputError(f"{path}: is not valid UTF-8{reader}") from None
     try:
         tree = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:

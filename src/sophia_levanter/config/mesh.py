@@ -37,7 +37,7 @@ class MeshConfig(Settings):
     replica: int = setting(
         1, "groups with slow links between them (slices, nodes): each has all parameters and its own rows", low=1
     )
-    data: int = setting(-1, "devices of a group that have rows of their own; -1: all that the other sizes leave")
+    data: int = setting(-1, "devices of a group with their own rows; -1: all remaining devices")
     sequence: int = setting(1, "devices that a row's positions are split over", low=1)
     model: int = setting(1, "devices that heads, mlp and vocab are split over (tensor parallelism)", low=1)
     fsdp: str | None = setting(
@@ -60,7 +60,7 @@ class MeshConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data < 1 and self.data != -1:
-            raise InputError(f"mesh.data is {self.data}; it must be at least 1, or -1 for all devices that are left")
+            raise InputError(f"mesh.data is {self.data}; it must be at least 1, or -1 for all remaining devices")
         self._check_processes()
 
     def _check_processes(self) -> None:
@@ -68,14 +68,14 @@ class MeshConfig(Settings):
         if self.coordinator is None or self.coordinator == "auto":
             for name, value in (("num_processes", count), ("process_id", this)):
                 if value is not None:
-                    raise InputError(f"mesh.{name} {value} goes with mesh.coordinator HOST:PORT alone")
+                    raise InputError(f"mesh.{name} {value} needs mesh.coordinator HOST:PORT")
             return
         host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise InputError(f"mesh.coordinator is {self.coordinator!r}; it must be HOST:PORT, auto or null")
         if count is None or this is None:
             missing = "num_processes" if count is None else "process_id"
-            raise InputError(f"mesh.{missing} is missing; mesh.coordinator {self.coordinator} goes with it")
+            raise InputError(f"mesh.{missing} is missing; mesh.coordinator {self.coordinator} needs it")
         if this >= count:
             raise InputError(f"mesh.process_id is {this}; it must be between 0 and mesh.num_processes - 1, {count - 1}")
 
@@ -87,8 +87,8 @@ class MeshConfig(Settings):
         """
         if (self.num_processes or 1) > num_devices:
             raise InputError(
-                f"mesh.num_processes is {self.num_processes}, and there are {num_devices} devices: "
-                "every process has one at least"
+                f"mesh.num_processes is {self.num_processes}, and there are {num_devices} devices; "
+                "every process needs at least one"
             )
         sizes = {name: getattr(self, name) for name in MESH_AXES}
         others = math.prod(size for name, size in sizes.items() if name != "data")

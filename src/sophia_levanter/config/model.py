@@ -251,8 +251,8 @@ class LlamaConfig(TransformerConfig):
             check_divisor("model.num_heads", self.num_heads, "model.embed_dim", self.embed_dim)
         if self.head_dim % 2:
             raise InputError(
-                f"the heads' size is {self.head_dim}, and rotary positions need an even one; "
-                "set model.head_size, or another model.num_heads"
+                f"the head size is {self.head_dim}, but rotary positions need an even size; "
+                "set model.head_size or change model.num_heads"
             )
 
     def build(self, *, vocab_size: int, key: jax.Array) -> LanguageModel:

@@ -37,7 +37,7 @@ class Registry(dict[str, Any]):
             ValueError: if the name is taken or is not an identifier.
         """
         if name in (*METRICS, *CALLBACKS, *BUILT_IN) or not name.isidentifier():
-            raise ValueError(f"the {self._kind} name {name!r} is reserved, taken or no identifier; choose another")
+            raise ValueError(f"the {self._kind} name {name!r} is reserved, taken or not an identifier; choose another")
 
         def register(registered: T) -> T:
             self[name] = registered

@@ -173,7 +173,7 @@ def ray_tasks(address: str, tokenizer: Tokenizer) -> Iterator[Workers]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"--ray {address}: no Ray cluster is there; give HOST:PORT of its head, or start one"
+            f"--ray {address}: no Ray cluster was found; give HOST:PORT of its head, or start one"
         ) from error
     encode_block = partial(ray.remote(encode_with).remote, *_address(tokenizer))
     try:
@@ -222,6 +222,4 @@ def _in_order(blocks: Iterator[tuple[Any, Texts]], workers: Workers) -> Iterator
         for mark, future in pending:
             yield mark, future.result()
     except BrokenProcessPool as error:
-        raise OSError(
-            "a process that makes tokens was killed, perhaps for want of memory; run the command again"
-        ) from error
+        raise OSError("a tokenizing process was killed, perhaps for lack of memory; run the command again") from error

@@ -102,8 +102,8 @@ class NanogptTokens(Tokens):
             raise InputError(f"{self._where}: {reason}; {NANOGPT}FILE.bin names a file of token ids") from error
         if self._tokens.dtype.itemsize <= 2 and tokenizer.vocab_size > UINT16_IDS:
             raise InputError(
-                f"{self._where}: ids of two bytes cannot be of data.tokenizer {tokenizer.name}, which has "
-                f"{tokenizer.vocab_size} ids; if those of the file have four bytes, write "
+                f"{self._where}: two-byte ids cannot come from data.tokenizer {tokenizer.name}, which has "
+                f"{tokenizer.vocab_size} ids; if the file's ids have four bytes, write "
                 f"{NANOGPT}{self.path.name}?dtype=uint32, otherwise name the tokenizer that made it"
             )
         self._check_meta()
@@ -141,7 +141,7 @@ class NanogptTokens(Tokens):
         if tokens.dtype.itemsize == 4 or (not len(tokens) % 4 and not tokens[:READ_TOKENS][2::4].any()):
             if dtype != "uint16":
                 raise InputError(
-                    f"{self._where} holds ids of eight bytes, as of numpy's int64; write them anew: "
+                    f"{self._where} holds eight-byte ids (numpy's int64); write them again: "
                     f"numpy.fromfile({self.path.name!r}, 'int64').astype('uint32').tofile(NEW_FILE)"
                 )
         elif dtype is None:
@@ -222,7 +222,7 @@ class NanogptTokens(Tokens):
             found = self._read_once()
             if self._tokens.status == status:
                 return found
-        raise InputError(f"{self._where} changes again and again while it is read; start the run when it is complete")
+        raise InputError(f"{self._where} keeps changing while it is read; start the run when it is complete")
 
     def _read_once(self) -> dict[str, Any]:
         digest = hashlib.blake2b(digest_size=16)

@@ -218,7 +218,7 @@ class DatasetSource(Source):
         options = {"split": "train"}
         for key, value in parse_qsl(query, keep_blank_values=True):
             if key not in known:
-                raise InputError(f"{shown}: unknown option {key!r}; there are {', '.join(known)}")
+                raise InputError(f"{shown}: unknown option {key!r}; the options are {', '.join(known)}")
             if not value:
                 raise InputError(f"{shown}: the option {key!r} is empty")
             options[key] = value
@@ -290,7 +290,7 @@ class DatasetSource(Source):
         if not isinstance(loaded, datasets.DatasetDict):
             return loaded
         if split not in loaded:
-            raise InputError(f"{self._where} has no split {split!r}; there are {', '.join(loaded)}")
+            raise InputError(f"{self._where} has no split {split!r}; the splits are {', '.join(loaded)}")
         return loaded[split]
 
 
@@ -366,7 +366,7 @@ def source_named(name: str, field: str) -> DataSource:
         nearest = difflib.get_close_matches(scheme, known, n=1, cutoff=0)[0]
         raise InputError(
             f"{field} is {name!r}; no file is called that, and {scheme}: is not a known kind of source; "
-            f"did you mean {nearest}:? There are {', '.join(f'{kind}:' for kind in sorted(known))}"
+            f"did you mean {nearest}:? The kinds are {', '.join(f'{kind}:' for kind in sorted(known))}"
         )
     kind = known.get(scheme, Files) if colon else Files
     check_subclass(kind, DataSource, field)

@@ -158,7 +158,7 @@ class TokenStore(Tokens):
             )
         for name, digest in manifest.arrays.items():
             if digest_of(read_file(location, f"{name}/zarr.json") or b"") != digest:
-                raise _damaged(location, f"{name}/zarr.json is not what was written")
+                raise _damaged(location, f"{name}/zarr.json has changed since it was written")
         array = _open(location, TOKENS, manifest.num_tokens)
         return cls(location, manifest, array)
 
@@ -230,7 +230,7 @@ class TokenStore(Tokens):
         self._check_digest(tokens_digest(self._array, self.location))
         ends = _open(self.location, DOCUMENT_ENDS, self.num_documents)
         if tokens_digest(ends, self.location) != self.manifest.document_ends_digest:
-            raise _damaged(self.location, "the documents' ends are not those that were written")
+            raise _damaged(self.location, "the documents' ends have changed since they were written")
 
     def check_whole(self, cache_dir: Path) -> None:
         if self._fits_in_memory:
@@ -250,7 +250,7 @@ class TokenStore(Tokens):
                 return
             self._check_digest(self._read_all()["digest"])
             self._status = self._status | now
-        raise _damaged(self.location, "its files are modified again and again during the run")
+        raise _damaged(self.location, "its files keep changing during the run")
 
     @cached_property
     def _status(self) -> dict[str, list[int]]:
@@ -274,7 +274,7 @@ class TokenStore(Tokens):
 
     def _check_digest(self, digest: str) -> None:
         if digest != self.manifest.digest:
-            raise _damaged(self.location, "the tokens are not those that were written")
+            raise _damaged(self.location, "the tokens have changed since they were written")
 
     @property
     def _fits_in_memory(self) -> bool:
@@ -354,7 +354,7 @@ def _read_manifest(location: str) -> Manifest:
     except ValueError as error:
         raise InputError(f"{location}: the token store cannot be read: {error}") from error
     if content is None:
-        raise InputError(f"{location}: no finished token store is there (no {MANIFEST_NAME})")
+        raise InputError(f"{location}: no finished token store here (no {MANIFEST_NAME})")
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -362,20 +362,20 @@ def _read_manifest(location: str) -> Manifest:
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{location}: a token store of format {version!r}, and this program reads {FORMAT_VERSION}; "
-            "delete it and it is prepared again"
+            f"{location}: a token store of format {version!r}, but this version reads {FORMAT_VERSION}; "
+            "delete it to prepare it again"
         )
     try:
         manifest = Manifest(**values)
     except TypeError as error:
         raise _damaged(location, f"{MANIFEST_NAME}: {error}") from error
     if manifest.with_checksum() != manifest:
-        raise _damaged(location, f"{MANIFEST_NAME} is not what was written")
+        raise _damaged(location, f"{MANIFEST_NAME} has changed since it was written")
     return manifest
 
 
 def _damaged(location: str, reason: object) -> InputError:
-    return InputError(f"{location}: the token store is damaged ({reason}); delete it and it is prepared again")
+    return InputError(f"{location}: the token store is damaged ({reason}); delete it to prepare it again")
 
 
 def remembered(cache_dir: Path | None, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -209,7 +209,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     known = [*registered, *tiktoken.list_encoding_names()]
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        raise InputError(f"data.tokenizer is {name!r}; did you mean {nearest}? There are {', '.join(known)}")
+        raise InputError(f"data.tokenizer is {name!r}; did you mean {nearest}? The tokenizers are {', '.join(known)}")
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:

@@ -78,7 +78,7 @@ def check_new_folder(folder: Path) -> None:
         InputError: if there is something other than an empty folder.
     """
     if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder} holds files already; name an empty or a new folder")
+        raise InputError(f"{folder} already holds files; name an empty or a new folder")
     if not folder.is_dir() and os.path.lexists(folder):
         raise InputError(f"{folder} is a file; name an empty or a new folder")
 

@@ -76,7 +76,7 @@ def open_model(path: Path) -> SavedModel:
     try:
         check_regular(path)
     except OSError as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise input_error(path, f"{reason}; name a folder saved by transformers, or nanoGPT's ckpt.pt") from None
     if path.suffix in (".safetensors", ".bin", ".json"):
         raise input_error(path, f"name the folder, {path.parent}, which must hold config.json and model.safetensors")
@@ -172,9 +172,9 @@ def read_json(file: Path) -> dict[str, Any]:
     except NotRegular as error:
         raise input_error(file, f"{error.strerror}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise input_error(file, f"is no JSON: {_first_line(error)}") from None
+        raise input_error(file, f"is not valid JSON: {_first_line(error)}") from None
     if not isinstance(values, dict):
-        raise input_error(file, "is no JSON object")
+        raise input_error(file, "is not a JSON object")
     return values
 
 
@@ -250,7 +250,9 @@ def _nanogpt(file: Path) -> SavedModel:
     checkpoint = _torch_load(file)
     values, tensors = (checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ("model_args", "model"))
     if not isinstance(values, dict) or not isinstance(tensors, dict):
-        raise input_error(file, "is no checkpoint of nanoGPT or the Sophia authors, a dict with model and model_args")
+        raise input_error(
+            file, "is not a checkpoint of nanoGPT or the Sophia authors, a dict with model and model_args"
+        )
     # Forks of nanoGPT say here that they compute something else.
     known = (*_NANOGPT_ARGS, _SCALED)
     for name, value in values.items():

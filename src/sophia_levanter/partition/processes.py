@@ -53,7 +53,7 @@ def start_processes(config: MeshConfig) -> None:
     except (RuntimeError, ValueError) as error:
         if auto:
             raise InputError(
-                f"mesh.coordinator is auto, and no cluster says who belongs to the run: {_first_line(error)}; "
+                f"mesh.coordinator is auto, but no cluster environment was found: {_first_line(error)}; "
                 "give HOST:PORT with mesh.num_processes and mesh.process_id"
             ) from None
         raise InputError(f"mesh.coordinator {config.coordinator}: {_first_line(error)}") from None
@@ -71,8 +71,8 @@ def _ending_after(config: MeshConfig) -> Iterator[None]:
     def end() -> None:
         expected = "" if config.num_processes is None else f"{config.num_processes} "
         print(
-            f"error: mesh.coordinator {config.coordinator}: the {expected}processes of the run did not all come within "
-            f"{config.start_timeout} s (mesh.start_timeout); start the same command on every host",
+            f"error: mesh.coordinator {config.coordinator}: the {expected}processes of the run did not all arrive "
+            f"within {config.start_timeout} s (mesh.start_timeout); start the same command on every host",
             file=sys.stderr,
             flush=True,
         )

@@ -70,8 +70,8 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     yield ", ".join([f"{name} on {target.name}, {counted(target.num_devices, 'device')}", *describe_layout(partition)])
     if target.topology is None:
         yield (
-            "approximate: compiled for this machine's CPU, whose compiler lays temporaries out in another way and "
-            "all-reduces what others scatter"
+            "approximate: compiled for this machine's CPU, whose compiler lays out temporaries differently and "
+            "all-reduces where others reduce-scatter"
         )
     if attention is not None:
         yield f"attention         {attention}"
@@ -219,7 +219,7 @@ def _collectives(
         least = fsdp_minimum(config, partition, state)
         yield _row("least for FSDP", ["-" if least[r] is None else least[r] for r in plans], unit)
     if True in plans:
-        yield f"  {sum(mean_bytes_sent(config, plans)) / unit:.2f} in the mean over the run"
+        yield f"  {sum(mean_bytes_sent(config, plans)) / unit:.2f} on average over the run"
 
 
 def fsdp_minimum(config: TrainConfig, partition: Partition, state: object) -> dict[bool, float | None]:
@@ -264,7 +264,7 @@ def _largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: i
     found = largest_microbatch(config, partition, vocab_size, memory)
     if found is None:
         least = f"trainer.microbatch_size {partition.row_shards}, the smallest"
-        return f"{least}, does not fit {memory / GIB:.0f} GiB: take more devices with mesh.fsdp, or mesh.model"
+        return f"{least}, does not fit {memory / GIB:.0f} GiB: use more devices with mesh.fsdp or mesh.model"
     return f"the largest trainer.microbatch_size that fits is {found}, of {config.trainer.batch_size}"
 
 

@@ -184,8 +184,8 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
     if not isinstance(command.resume, Path) and _holds_files(run.path):
         if command.resume != "auto":
             raise InputError(
-                f"trainer.run_dir {run.path} holds files already; --resume auto continues the run that is there, "
-                "another --trainer.run_dir starts one"
+                f"trainer.run_dir {run.path} already holds files; --resume auto continues its run, "
+                "another --trainer.run_dir starts a new one"
             )
         _check_config_file(run, config)
         return dataclasses.replace(run, resume="if_saved"), config

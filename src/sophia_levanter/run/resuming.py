@@ -46,8 +46,8 @@ def find_checkpoints(directory: RunDirectory, processes: Processes, console: Con
     is_saved = processes.broadcast("saved", found, PATIENCE) == "True"
     if directory.resume == "never" and is_saved:
         raise InputError(
-            f"trainer.checkpoint_dir {directory.checkpoints} holds checkpoints already; --resume auto continues "
-            "the run that they are of, another --trainer.checkpoint_dir starts one"
+            f"trainer.checkpoint_dir {directory.checkpoints} already holds checkpoints; --resume auto continues "
+            "their run, another --trainer.checkpoint_dir starts a new one"
         )
     if directory.resume == "always" and not is_saved:
         raise InputError(
@@ -104,12 +104,12 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
         if name == "trainer.initial_weights":
             raise InputError(
                 f"--resume {directory.path}: {name} was {old} and is {new}, but the run has begun; "
-                "another --trainer.run_dir starts one"
+                "another --trainer.run_dir starts a new one"
             )
     if not _is_same_text(restored.metadata["data"], run.provenance["data"]):
         raise InputError(
             f"--resume {directory.path}: the training text differs from the one that the run began with: "
-            f"{run.provenance['data']} now, {restored.metadata['data']} then; bring it back, or start another run"
+            f"{run.provenance['data']} now, {restored.metadata['data']} then; restore it, or start another run"
         )
     if not _is_same_text(restored.metadata["validation"], run.provenance["validation"]):
         console.line("the validation text differs from the one that the run began with; its losses do not compare")
@@ -121,7 +121,7 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
         if name not in ("trainer.run_dir", "mesh.coordinator", "mesh.process_id"):
             console.line(f"{name} was {old} and is {new}")
         if name == "trainer.batch_size":
-            console.line("so sequences are skipped or come again; trainer.batch_size_changes keeps their order")
+            console.line("so some sequences are skipped or repeated; trainer.batch_size_changes keeps their order")
     then, now = (learning_rates(config, restored.step + 1) for config in (old_config, run.config))
     differ = np.flatnonzero(then != now)
     if differ.size:
@@ -219,7 +219,7 @@ def restore_before(run: Run, wrong: range, skipped_windows: int) -> Restored[Tra
     later = [step for step in saved if step > wrong.start]
     wait_for_all("all have looked")
     if len(later) == len(saved):
-        run.console.line("there is no checkpoint from before those steps to go back to")
+        run.console.line("no checkpoint from before those steps exists")
         return None
     if run.processes.is_first:
         for step in later:
@@ -228,7 +228,7 @@ def restore_before(run: Run, wrong: range, skipped_windows: int) -> Restored[Tra
     restored = restore(run)
     passed = run.batches.sequences_between(restored.step, wrong.stop)
     run.console.line(
-        f"going back to step {restored.step}, and on with the data after the {passed} sequences since then"
+        f"going back to step {restored.step} and continuing with the data after the {passed} sequences since then"
     )
     sequences = run.partition.place(np.asarray(skipped_windows + passed, np.int32))
     tree = eqx.tree_at(lambda state: state.skipped_windows, restored.tree, sequences)

@@ -290,9 +290,7 @@ class Run:
         step, total = int(state.step), self.config.trainer.num_train_steps
         if self.loop is None:
             assert self.restored is not None
-            self.console.notice(
-                f"all {step} steps are done; --trainer.num_train_steps with more of them extends the run"
-            )
+            self.console.notice(f"all {step} steps are done; a larger --trainer.num_train_steps extends the run")
             metrics: Any = self.restored.metadata["metrics"]
             saved = f"{self.directory.checkpoints}/{step_name(self.restored.step)}"
             return self._result(step, metrics, best_so_far(self, self.restored), saved)

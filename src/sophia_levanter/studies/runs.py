@@ -213,7 +213,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     for name in steps:
         if np.any(np.diff(steps[name]) < 0):
-            raise InputError(f"{path}: the steps of {name} do not ascend; it is not the file of one run")
+            raise InputError(f"{path}: the steps of {name} are not ascending; the file mixes several runs")
     return {name: Series(np.array(steps[name], np.int64), np.array(values[name], np.float64)) for name in steps}
 
 
@@ -244,7 +244,7 @@ def _newest_manifest(directory: RunDirectory) -> tuple[Manifest | None, str]:
             continue
         if all(isinstance(manifest.metadata.get(name), dict) for name in FACTS):
             return manifest, "; ".join([*damaged, f"step {step}"])
-        damaged.append(f"step {step} is no training run's")
+        damaged.append(f"step {step} is not a training run's")
     return None, "; ".join(damaged) or "none yet"
 
 

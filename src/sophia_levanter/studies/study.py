@@ -101,7 +101,7 @@ def read_study(path: Path) -> Study:
         _check_known(key, setting, STUDY_FIELDS, "")
     names = dict.fromkeys(key.split(".")[1] for key in merged if key.startswith("arms."))
     if "" in names:
-        raise InputError(f"{path}: arms has one with an empty name")
+        raise InputError(f"{path}: an arm has an empty name")
     for name in names:
         if name != shortened(one_line(name), LONGEST_NAME):
             shown = shortened(repr(name), LONGEST_NAME)
@@ -250,7 +250,7 @@ def _ints(name: str, setting: Setting, low: int | None = None) -> list[int]:
     if not values:
         raise InputError(f"{setting.prefix}{name} is an empty list; give at least one")
     if len(set(values)) < len(values):
-        raise InputError(f"{setting.prefix}{name} is {values}, in which a value stands twice")
+        raise InputError(f"{setting.prefix}{name} is {values}, which contains a value twice")
     if low is not None and min(values) < low:
         raise InputError(f"{setting.prefix}{name} holds {min(values)}; it must be at least {low}")
     return values

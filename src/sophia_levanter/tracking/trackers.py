@@ -208,7 +208,7 @@ class Background:
         try:
             self._queue.put_nowait((step, metrics))
         except queue.Full:
-            self._leave_out(f"does not keep up: {LONGEST_QUEUE:,} records wait for it")
+            self._leave_out(f"cannot keep up: {LONGEST_QUEUE:,} records are waiting")
 
     def close(self, *, failed: bool, seconds: float = CLOSE_SECONDS) -> None:
         """Let the tracker end, for so many seconds at most."""
@@ -217,11 +217,11 @@ class Background:
         try:
             self._queue.put_nowait(failed)
         except queue.Full:
-            self._leave_out(f"does not keep up: {LONGEST_QUEUE:,} records wait for it")
+            self._leave_out(f"cannot keep up: {LONGEST_QUEUE:,} records are waiting")
             return
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._leave_out(f"has not ended within {seconds:.0f} s")
+            self._leave_out(f"did not finish within {seconds:.0f} s")
 
     def _work(self) -> None:
         try:

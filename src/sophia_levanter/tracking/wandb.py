@@ -70,7 +70,7 @@ class Wandb:
             wandb.teardown()
             self._run = start("offline")
             reason = " ".join(str(error).split()).rstrip(".")
-            warn(f"WARNING: wandb: {reason}; the run is logged offline, and uploaded by: {self._upload}")
+            warn(f"WARNING: wandb: {reason}; the run is logged offline; upload it with: {self._upload}")
         else:
             say(f"wandb: {self._run.url}" if self._run.url else f"wandb: offline; to upload it: {self._upload}")
         self._run.config.update(dict(facts), allow_val_change=True)
@@ -89,7 +89,8 @@ class Wandb:
             self._run.finish(exit_code=int(failed))
         except TimeoutError:
             raise TimeoutError(
-                f"not all was uploaded within {FINISH_SECONDS} s of the run's end; the rest is by: {self._upload}"
+                f"not everything was uploaded within {FINISH_SECONDS} s of the run's end; upload the rest "
+                f"with: {self._upload}"
             ) from None
         finally:
             # What finish leaves to the end of the process: files are whole only now.

@@ -263,7 +263,7 @@ class Saving(Callback):
         watchdog.pause()
         verified = self.verification.finish(pause.stopping)
         if not verified:
-            console.notice(f"step {pause.done} is saved before its text has been compared with what it should be")
+            console.notice(f"step {pause.done} is saved before its text was verified")
         watchdog.begin(f"saving step {pause.done}")
         trackers.sync()
         numbers = {k: v for k, v in trackers.last.items() if pause.scored or not k.startswith("tasks/")}

@@ -99,7 +99,7 @@ def test_logs_are_the_newest_ones(cluster_file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        ([], "error: say what to do: create, list, delete, ssh, logs"),
+        ([], "error: name one of create, list, delete, ssh, logs"),
         (["lst"], "error: 'lst' is not one of create, list, delete, ssh, logs; did you mean list?"),
         (["list"], "error: --cluster FILE is missing"),
         (["list", "--cluster", "nowhere.yaml"], "error: nowhere.yaml"),

@@ -179,7 +179,7 @@ def test_cancelled_job_is_not_queued_again(slurm_commands: Path, slurm_run: Job)
     assert (
         submit(SlurmCluster(), slurm_run, shell("(sleep 0.3; scancel 100) & " + LISTENING.format(75)), said.append) == 1
     )
-    assert "Slurm job 100 was not run to its end: CANCELLED" in said
+    assert "Slurm job 100 did not finish: CANCELLED" in said
     assert not (slurm_commands / "requeued").exists()
 
 
@@ -227,7 +227,7 @@ def test_submit_says_number_and_log(slurm_commands: Path, slurm_run: Job):
 
 def test_no_sbatch(slurm_run: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InputError, match="there is no sbatch here; run this on a login node"):
+    with pytest.raises(InputError, match="sbatch was not found; run this on a login node"):
         submit(SlurmCluster(), slurm_run, ["true"], print)
 
 

@@ -121,7 +121,7 @@ def ask(*words: str) -> str:
     try:
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise InputError(f"backend slurm: there is no {words[0]} here; it belongs to Slurm") from None
+        raise InputError(f"backend slurm: {words[0]} was not found; it is part of Slurm") from None
     if done.returncode:
         raise Unavailable(f"{words[0]}: {last_line(done.stderr) or f'ended with status {done.returncode}'}")
     return done.stdout

@@ -134,7 +134,7 @@ def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> i
             _sbatch(job), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
     except FileNotFoundError:
-        raise InputError("backend slurm: there is no sbatch here; run this on a login node of the cluster") from None
+        raise InputError("backend slurm: sbatch was not found; run this on a login node of the cluster") from None
     try:
         assert sbatch.stdout is not None
         # NUMBER, or NUMBER;CLUSTER
@@ -187,7 +187,7 @@ def _status_of(number: str, status: int, say: Say) -> int:
     while (state := _state(number)) == "COMPLETING":
         time.sleep(1)
     if state in BAD_ENDS or status < 0:
-        say(f"Slurm job {number} was not run to its end: {state or f'sbatch died of signal {-status}'}")
+        say(f"Slurm job {number} did not finish: {state or f'sbatch died of signal {-status}'}")
         return status if status > 0 else FAILURE
     return status
 
