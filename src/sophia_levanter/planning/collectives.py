@@ -196,7 +196,9 @@ def _sent(
 
 def _sent_to_slices(kind: str, instruction: _Instruction, computation: _Computation) -> tuple[str, float]:
     """The kind of a collective between slices, and the bytes that a device sends for it."""
-    kind = "collective-permute" if kind == "ONE_TO_ONE" else kind.lower().replace("_", "-")
+    if kind == "ONE_TO_ONE":
+        return "collective-permute", _array_sent("", instruction, computation)
+    kind = kind.lower().replace("_", "-")
     target = _SLICES.search(instruction.text)
     if kind not in KINDS or target is None:
         raise ValueError(f"which slices take part in a collective cannot be told: {instruction.text[:200]}")

@@ -87,8 +87,9 @@ def png(panels: Sequence[tuple[Panel, Axis]], runs: Sequence[Run]) -> bytes:
             _draw(axes, panel, runs, axis)
             axes.set_title(panel.title)
             labels = curve_labels(panel, runs)
-            strengths = _strengths(labels).items() if "*" in panel.series else ()
-            samples += [_sample(labels[name], color=colour, alpha=strength) for name, strength in strengths]
+            if "*" in panel.series:
+                curves = _strengths(labels).items()
+                samples += [_sample(labels[name], color=colour, alpha=strength) for name, strength in curves]
             if panel.key == "win_rate":
                 samples.append(_sample("advised range", color=ADVISED_GREY, linewidth=8))
         return as_png(figure, samples)
