@@ -40,6 +40,7 @@ def test_ctrl_c_saves_says_so_and_exits_130(config_file, tmp_path):
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130, out
     (step,) = checkpoint.steps(run_dir / "checkpoints")
+    assert "stop requested: the run saves and ends after the present step" in out
     assert f"SIGINT: stopped after step {step}, which is saved" in out
     assert "Traceback" not in out
 

@@ -43,6 +43,29 @@ def test_sigterm_counts_after_ctrl_c_too():
     assert stop.signal == signal.SIGTERM
 
 
+def test_it_says_so_at_once_and_once(capfd):
+    StopRequest("stop requested: it saves")
+    signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err == "stop requested: it saves\n"
+    signal.raise_signal(signal.SIGTERM)
+    assert capfd.readouterr().err == ""
+
+
+def test_in_a_terminal_the_line_takes_the_place_of_the_bar(capfd, monkeypatch):
+    monkeypatch.setattr("os.isatty", lambda number: True)
+    StopRequest("stop requested: it saves")
+    signal.raise_signal(signal.SIGTERM)
+    assert capfd.readouterr().err == "\r\x1b[2Kstop requested: it saves\n"
+
+
+def test_what_waits_ends_where_it_asks():
+    stop = StopRequest(signals=[signal.SIGTERM])
+    stop.check()
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        stop.check()
+
+
 HANGING = """
 import time
 from sophia_levanter.training.stopping import Watchdog
