@@ -1,18 +1,20 @@
 """The command that does a study: bad input, what is done and done again, tiny studies, and how they are stopped."""
 
 import fcntl
+import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from sophia_levanter.commands.compare import main
+from sophia_levanter.commands.compare import STUDY_STOPS, main
 from sophia_levanter.studies import runner
 from sophia_levanter.studies.records import Record, flat_config, read_records
-from sophia_levanter.studies.runner import Job, RunFailed
+from sophia_levanter.studies.runner import CheckStop, Job, RunFailed
 from sophia_levanter.studies.sharing import Start
 
 STUDY = """
@@ -31,7 +33,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """The jobs done; each at once, with a loss of its number. A job of seed 13 fails, and one of seed 66 diverges."""
     jobs: list[Job] = []
 
-    def do(job: Job) -> Record:
+    def do(job: Job, check_stop: CheckStop) -> Record:
         jobs.append(job)
         if job.config.trainer.seed == 13:
             raise RunFailed("a.log: no luck")
@@ -272,3 +274,50 @@ def test_a_terminal_that_lacks_letters(write):
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "gr??er" in ended.stdout
+
+
+# --- how it is stopped
+
+
+def raise_where_it_is_dropped(number: signal.Signals) -> None:
+    """Raises a signal in a callback of the garbage collector, from which Python only prints exceptions. jax has one."""
+
+    def callback(*arguments: object) -> None:
+        gc.callbacks.remove(callback)
+        signal.raise_signal(number)
+
+    gc.callbacks.append(callback)
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [
+        (signal.SIGINT, 130, "interrupted; the same command goes on"),
+        (signal.SIGTERM, 75, "SIGTERM: stopped; run the command again"),
+    ],
+)
+def test_a_signal_during_a_run_ends_the_study_after_it(number, status, said, write, tmp_path, capfd, monkeypatch, done):
+    do, before = runner.do, signal.getsignal(number)
+
+    def signalled(job: Job, check_stop: CheckStop) -> Record:
+        raise_where_it_is_dropped(number)
+        return do(job, check_stop)
+
+    monkeypatch.setattr(runner, "do", signalled)
+    assert main(arguments(write(STUDY))) == status
+    assert capfd.readouterr().err == f"{STUDY_STOPS}\n{said}\n"
+    assert len(done) == len(read_records(tmp_path / "out" / "study.json")) == 1
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_no_run_starts_after_a_signal_whose_exception_was_dropped(write, tmp_path, capfd, monkeypatch, done):
+    def digests(data: object) -> dict[str, str]:
+        raise_where_it_is_dropped(signal.SIGINT)
+        return {"train": "a", "validation": "b"}
+
+    monkeypatch.setattr(runner, "digests", digests)
+    assert main(arguments(write(STUDY))) == 130
+    assert capfd.readouterr().err.endswith("interrupted; the same command goes on\n")
+    assert not done and not read_records(tmp_path / "out" / "study.json")

@@ -10,7 +10,7 @@ import pytest
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.studies import runner
-from sophia_levanter.studies.runner import Job, RunFailed, as_ray_tasks, one_by_one
+from sophia_levanter.studies.runner import CheckStop, Job, RunFailed, as_ray_tasks, one_by_one
 from sophia_levanter.studies.sharing import Start
 
 
@@ -19,7 +19,7 @@ def test_a_run_that_fails_does_not_stop_the_others(monkeypatch, make_record, tmp
     records = {"a": make_record(loss=1.0), "c": make_record(loss=None)}
     started = []
 
-    def do(job: Job):
+    def do(job: Job, check_stop: CheckStop):
         started.append(job)
         if job.directory.name not in records:
             raise RunFailed("no text")
@@ -39,7 +39,7 @@ def test_a_longer_run_is_not_started_where_the_shorter_one_failed(monkeypatch, m
     jobs[2] = dataclasses.replace(jobs[2], start=Start(tmp_path / "done_before", 3))
     started = []
 
-    def do(job: Job):
+    def do(job: Job, check_stop: CheckStop):
         started.append(job.directory.name)
         if job.directory.name == "a":
             raise RunFailed("no text")
@@ -86,15 +86,15 @@ def test_a_longer_run_is_a_task_that_waits_for_the_shorter_one(monkeypatch, make
     jobs[1] = dataclasses.replace(jobs[1], start=Start(tmp_path / "a", 3))
     started = []
     monkeypatch.setitem(sys.modules, "ray", FakeRay())
-    monkeypatch.setattr(runner, "do", lambda job: (started.append(job.directory.name), make_record())[1])
-    assert [index for index, _ in as_ray_tasks(jobs, lambda: False)] == [1, 0]
+    monkeypatch.setattr(runner, "do", lambda job, check_stop: (started.append(job.directory.name), make_record())[1])
+    assert [index for index, _ in as_ray_tasks(jobs, lambda: None)] == [1, 0]
     assert started == ["a", "b"]
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"install sophia-levanter\[cluster\]"):
-        next(as_ray_tasks([Job(TrainConfig(), tmp_path)], lambda: False))
+        next(as_ray_tasks([Job(TrainConfig(), tmp_path)], lambda: None))
 
 
 @pytest.mark.slow
@@ -105,5 +105,10 @@ def test_a_signal_that_ray_swallowed_stops_the_tasks_all_the_same(tmp_path, monk
 
     monkeypatch.setattr(runner, "_task", endless)
     stop_at = time.monotonic() + 15
+
+    def check_stop() -> None:
+        if time.monotonic() > stop_at:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        next(as_ray_tasks([Job(TrainConfig(), tmp_path)], lambda: time.monotonic() > stop_at))
+        next(as_ray_tasks([Job(TrainConfig(), tmp_path)], check_stop))

@@ -21,7 +21,7 @@ from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.studies import runner
 from sophia_levanter.studies.records import Record, flat_config
-from sophia_levanter.studies.runner import Job, RunFailed, do, job_directory, record_of
+from sophia_levanter.studies.runner import Job, RunFailed, do, job_directory, record_of, remove_checkpoints
 from sophia_levanter.studies.runs import read_files
 from sophia_levanter.studies.sharing import Start
 
@@ -180,6 +180,7 @@ def test_a_finished_run_is_recorded_and_its_checkpoints_go(pretend):
     job, _ = pretend("log([5.0] * 4, last=2.0)")
     write_checkpoint(job.directory, 4)
     record = do(job)
+    remove_checkpoints(job)
     assert (record.status, record.loss, record.parameters) == ("done", 2.0, PARAMETERS)
     assert [path.name for path in job.directory.iterdir()] == ["metrics.jsonl"]
     written = load_config(job.directory.with_suffix(".yaml"))
@@ -203,13 +204,26 @@ def test_a_checkpoint_stays_for_a_longer_run_until_that_is_done(saved, stays, pr
     job, _ = pretend("log([5.0] * 4, last=2.0)")
     for step in saved:
         write_checkpoint(job.directory, step)
-    assert "shared_steps" not in do(dataclasses.replace(job, keep_step=3)).facts
+    job = dataclasses.replace(job, keep_step=3)
+    assert "shared_steps" not in do(job).facts
+    remove_checkpoints(job)
     assert (job.directory / "checkpoints").exists() == stays
     shorter = job.directory.rename(job.directory.with_name("shorter"))
     job.directory.mkdir()
     (job.directory / "shared_steps").write_text("3\n")
-    assert do(dataclasses.replace(job, start=Start(shorter, 3))).facts["shared_steps"] == 3
+    job = dataclasses.replace(job, start=Start(shorter, 3))
+    assert do(job).facts["shared_steps"] == 3
+    remove_checkpoints(job)
     assert not (shorter / "checkpoints").exists()
+
+
+def test_a_run_whose_record_was_not_written_is_taken_over(pretend):
+    """Its checkpoint is there until then: the run has nothing left to do, and tells the same once more."""
+    job, _ = pretend("if not metrics.exists(): log([5.0] * 4, last=2.0)")
+    write_checkpoint(job.directory, 4)
+    record = do(job)
+    assert record.facts["data"] == FACTS["data"]
+    assert do(job) == record
 
 
 def test_a_run_is_told_its_threads(pretend):
@@ -289,6 +303,23 @@ time.sleep(0.3)
         signal.signal(number, before)
     assert processes[0].returncode == 0
     assert (job.directory / "saved").read_text() == repr([int(signal.SIGTERM)])
+
+
+def test_a_second_interruption_kills_the_run(pretend):
+    job, processes = pretend("signal.signal(signal.SIGTERM, signal.SIG_IGN); log([5.0]); time.sleep(600)")
+
+    def check_stop() -> None:
+        if (job.directory / "metrics.jsonl").exists():
+            threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            do(job, check_stop)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert processes[0].wait() == -signal.SIGKILL
 
 
 def test_a_run_is_in_no_group_of_ours(pretend):

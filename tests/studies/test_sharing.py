@@ -15,11 +15,12 @@ from sophia_levanter.config.model import Gpt2Config
 from sophia_levanter.config.optimizer import AdamWConfig, AdEMAMixConfig, OptimizerConfig, SophiaGConfig
 from sophia_levanter.config.schedule import ConstantSchedule, CosineSchedule, WarmupStableDecaySchedule
 from sophia_levanter.config.trainer import TrainerConfig
-from sophia_levanter.run.directory import RunDirectory
+from sophia_levanter.files import lock
+from sophia_levanter.run.directory import LOCK_NAME, RunDirectory
 from sophia_levanter.run.resuming import steps_in_common
-from sophia_levanter.studies.runner import jobs_of
+from sophia_levanter.studies.runner import job_directory, jobs_of
 from sophia_levanter.studies.sharing import SHARED_STEPS, Start, begin, find_starts, steps_taken_over
-from tiny_runs import FACTS, content, step_lines, write_run
+from tiny_runs import FACTS, content, step_lines, write_manifest, write_run
 
 WSD = WarmupStableDecaySchedule(decay=0.25)
 
@@ -204,3 +205,19 @@ def test_the_jobs_of_a_study(tmp_path):
     # The longer one is done, so nothing need be kept for it.
     (job,) = jobs_of([short, long], [short], tmp_path, lines.append)
     assert job.keep_step is None
+
+
+def test_a_run_without_record_and_checkpoint_begins_again(tmp_path):
+    """A study that was killed left it so. A run at work stays as it is, and so does one with a checkpoint."""
+    lines: list[str] = []
+    lost, saved = TrainConfig(optimizer=SophiaGConfig()), config(10)
+    for each in (lost, saved):
+        write_run(job_directory(tmp_path, each), each)
+    write_manifest(job_directory(tmp_path, saved) / "checkpoints", 10)
+    directory = job_directory(tmp_path, lost)
+    with lock(directory / LOCK_NAME):
+        jobs_of([lost, saved], [lost, saved], tmp_path, lines.append)
+    assert directory.exists() and not lines
+    first, second = jobs_of([lost, saved], [lost, saved], tmp_path, lines.append)
+    assert lines == [f"{directory} holds a run without record and checkpoint; it begins again at step 0"]
+    assert first.directory == directory and not directory.exists() and second.directory.exists()

@@ -22,9 +22,11 @@ from sophia_levanter.run.directory import with_absolute_paths
 from sophia_levanter.status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
 from sophia_levanter.studies.records import Record, find, read_records, write_records
 from sophia_levanter.studies.study import PlannedRun, Study, plan, read_study
+from sophia_levanter.training.stopping import StopRequest
 
 Texts = dict[DataConfig, dict[str, str]]
 RECORDS = "study.json"
+STUDY_STOPS = "stop requested: the study ends when the present run has saved; Ctrl-C again ends it at once"
 USAGE = """\
 usage: python -m sophia_levanter.commands.compare --config STUDY [--out DIR] [--ray] [--plan]
        [--SECTION.FIELD VALUE ...] [--help]
@@ -65,18 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--help" in words or "-h" in words:
         print(USAGE)
         return DONE
-    stopped_by: list[signal.Signals] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopped_by.append(signal.Signals(number))
-        # Not SystemExit: where Ray waits, it would become one with another status.
-        raise KeyboardInterrupt
-
-    # A closed terminal, too, must not leave a run behind; nohup ignores it.
-    signals = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in signals}
+    interruption = Interruption()
     try:
-        return _compare(parse(words), stopped=lambda: bool(stopped_by))
+        return _compare(parse(words), interruption)
     except InputError as error:
         print(one_line(f"error: {error}"), file=sys.stderr)
         return BAD_INPUT
@@ -84,13 +77,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(one_line(f"error: {error}"), file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
-        if stopped_by:
-            print(f"{stopped_by[0].name}: stopped; run the command again", file=sys.stderr)
+        number = interruption.signal
+        if number is not None and number != signal.SIGINT:
+            print(f"{number.name}: stopped; run the command again", file=sys.stderr)
             return PREEMPTED
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return INTERRUPTED
     finally:
-        for number, handler in before.items():
+        interruption.restore_handlers()
+
+
+class Interruption:
+    """Ends a study at a signal: at once, or, while a run is at work, when that has saved.
+
+    Attributes:
+        signal: the one that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        # A closed terminal must not leave a run behind either. What is ignored stays so: nohup ignores SIGHUP, and a
+        # shell SIGINT for what it runs in the background.
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._before = {n: handler for n in numbers if (handler := signal.getsignal(n)) != signal.SIG_IGN}
+        self._end_at_once()
+
+    def _end_at_once(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._end)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        # Not SystemExit: where Ray waits, it would become one with another status.
+        raise KeyboardInterrupt
+
+    @contextmanager
+    def noted(self) -> Iterator[Callable[[], None]]:
+        """While runs are done: gives a function that raises KeyboardInterrupt once a signal has come."""
+        stop = StopRequest(STUDY_STOPS, self._before)
+        # One that came earlier, and whose exception Python dropped; see `StopRequest.check`.
+        stop.signal = stop.signal or self.signal
+        try:
+            yield stop.check
+            stop.check()
+        finally:
+            self.signal = stop.signal
+            self._end_at_once()
+
+    def restore_handlers(self) -> None:
+        """Put the handlers of the caller back."""
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
@@ -107,7 +143,7 @@ def parse(words: Sequence[str]) -> Command:
     return Command(study, out, "--ray" in arguments.flags, "--plan" in arguments.flags, overrides)
 
 
-def _compare(command: Command, stopped: Callable[[], bool]) -> int:
+def _compare(command: Command, interruption: Interruption) -> int:
     study = read_study(command.study)
     runs = [replace(run, config=with_absolute_paths(run.config)) for run in plan(study, command.overrides)]
     if any(path.is_file() for path in (command.out, *command.out.parents)):
@@ -120,7 +156,10 @@ def _compare(command: Command, stopped: Callable[[], bool]) -> int:
         texts = _texts(runs, records, command.out)
         missing = _missing(runs, records)
         print(_counts(study, runs, missing), flush=True)
-        failures = _do(study, command, runs, records, texts, stopped) if missing else 0
+        failures = 0
+        if missing:
+            with interruption.noted() as check_stop:
+                failures = _do(study, command, runs, records, texts, check_stop)
 
         from sophia_levanter.studies.report import REPORT, write_report
 
@@ -182,11 +221,11 @@ def _do(
     runs: Sequence[PlannedRun],
     records: list[Record],
     texts: Texts,
-    stopped: Callable[[], bool],
+    check_stop: Callable[[], None],
 ) -> int:
     """Do the runs, putting each record into the file as it comes; the number of those that failed."""
     # Only now what takes long to import: a mistake above is answered at once.
-    from sophia_levanter.studies.runner import RunFailed, as_ray_tasks, jobs_of, one_by_one
+    from sophia_levanter.studies.runner import RunFailed, as_ray_tasks, jobs_of, one_by_one, remove_checkpoints
 
     folder = (command.out / "runs").absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +233,7 @@ def _do(
     names = list(missing)
     jobs = jobs_of([run.config for run in runs], list(missing.values()), folder, partial(print, flush=True))
     failures = 0
-    with closing(as_ray_tasks(jobs, stopped) if command.ray else one_by_one(jobs)) as results:
+    with closing(as_ray_tasks(jobs, check_stop) if command.ray else one_by_one(jobs, check_stop)) as results:
         for count, (index, result) in enumerate(results, start=1):
             if isinstance(result, RunFailed):
                 print(one_line(f"error: {result}"), file=sys.stderr)
@@ -203,6 +242,7 @@ def _do(
             facts = result.facts | {"texts": texts[jobs[index].config.data]}
             records.append(replace(result, facts=facts))
             write_records(command.out / RECORDS, study.name, records)
+            remove_checkpoints(jobs[index])
             outcome = "diverged" if result.loss is None else f"validation loss {result.loss:.4f}"
             print(one_line(f"{count}/{len(jobs)} {names[index]}: {outcome}"), flush=True)
     return failures

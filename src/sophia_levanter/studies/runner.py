@@ -32,10 +32,13 @@ from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.token_store import Tokens, TokenStore, digest_of
 from sophia_levanter.errors import InputError, counted, one_line
+from sophia_levanter.files import lock
+from sophia_levanter.run.directory import LOCK_NAME, RunDirectory
 from sophia_levanter.status import VARIABLE, Failure, read_status
 from sophia_levanter.studies.records import Record, flat_config
 from sophia_levanter.studies.runs import FACTS, Run, Series, has_diverged, read_files
 from sophia_levanter.studies.sharing import SHARED_STEPS, Start, begin, find_starts, steps_taken_over
+from sophia_levanter.training.stopping import StopRequest
 
 POINTS = 50  # entries of a record's training curve
 POLL_SECONDS = 1.0
@@ -66,6 +69,7 @@ class Job:
 
 
 Result = tuple[int, Record | RunFailed]
+CheckStop = Callable[[], None]
 
 
 def job_directory(folder: Path, config: TrainConfig) -> Path:
@@ -82,12 +86,15 @@ def jobs_of(
         configs: of all runs of a study, shorter ones first.
         missing: those without a record.
         folder: where the runs' directories go.
-        say: receives a line about the steps that are shared, and one about those that are not.
+        say: receives a line about the steps that are shared, one about those that are not, and one about each run that
+            begins again.
     """
     # An accelerator is for the runs, which are processes of their own.
     jax.config.update("jax_platforms", "cpu")
     places = {job_directory(folder, config): config for config in configs}
     to_do = [job_directory(folder, config) for config in missing]
+    for directory in to_do:
+        _remove_lost(directory, places[directory], say)
     found, hindrance = find_starts(places)
     # A shorter run that was done by itself has no checkpoint left.
     starts = {
@@ -107,6 +114,18 @@ def jobs_of(
     return [Job(places[path], path, start=starts.get(path), keep_step=kept.get(path)) for path in to_do]
 
 
+def _remove_lost(directory: Path, config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Remove what is left of a run that has neither a record nor a checkpoint: it can only begin again."""
+    left = RunDirectory(directory, "never", config.trainer.checkpoint_dir)
+    if not left.metrics_file.exists() or checkpoint.steps(left.checkpoints):
+        return
+    held = lock(directory / LOCK_NAME)
+    if held is not None:  # else it is at work
+        with held:
+            shutil.rmtree(directory)
+        say(one_line(f"{directory} holds a run without record and checkpoint; it begins again at step 0"))
+
+
 def digests(config: DataConfig) -> dict[str, str]:
     """Digests of the tokens that runs train on and validate with, by the name of the field; prepared if need be.
 
@@ -122,15 +141,21 @@ def _digest(corpus: Tokens | None, facts: Mapping[str, Any]) -> str:
     return corpus.manifest.digest if isinstance(corpus, TokenStore) else digest_of(json.dumps(facts).encode())
 
 
-def one_by_one(jobs: Sequence[Job]) -> Generator[Result, None, None]:
-    """The index of each job with its record or its failure, in order; each has all cores."""
+def one_by_one(jobs: Sequence[Job], check_stop: CheckStop = lambda: None) -> Generator[Result, None, None]:
+    """The index of each job with its record or its failure, in order; each has all cores.
+
+    Args:
+        jobs: what to do.
+        check_stop: called before each job and while it is done; an exception from it stops the job.
+    """
     results: dict[Path, Record | RunFailed] = {}
     for index, job in enumerate(jobs):
-        results[job.directory] = _attempt(job, *_result_before(job, results))
+        check_stop()
+        results[job.directory] = _attempt(job, check_stop, *_result_before(job, results))
         yield index, results[job.directory]
 
 
-def as_ray_tasks(jobs: Sequence[Job], stopped: Callable[[], bool]) -> Generator[Result, None, None]:
+def as_ray_tasks(jobs: Sequence[Job], check_stop: CheckStop) -> Generator[Result, None, None]:
     """The same in the order in which they end; as many at a time as Ray has cores, with one thread each.
 
     Small models gain: two runs of one thread do more steps than one run of two. On a cluster of several machines they
@@ -138,10 +163,9 @@ def as_ray_tasks(jobs: Sequence[Job], stopped: Callable[[], bool]) -> Generator[
 
     Args:
         jobs: what to do.
-        stopped: whether a signal has come. An exception that its handler raises inside Ray can be lost there.
+        check_stop: called now and then; after an exception from it the tasks end. One from inside Ray can be lost.
 
     Raises:
-        KeyboardInterrupt: if one has; the tasks have ended then.
         InputError: if Ray is not installed.
     """
     try:
@@ -162,10 +186,9 @@ def as_ray_tasks(jobs: Sequence[Job], stopped: Callable[[], bool]) -> Generator[
     try:
         while pending:
             done, _ = ray.wait(list(pending), timeout=POLL_SECONDS)
-            if stopped():
-                raise KeyboardInterrupt
             for task in done:
                 yield pending.pop(task), ray.get(task)
+            check_stop()
     finally:
         for task in pending:
             ray.cancel(task)
@@ -182,20 +205,28 @@ def _result_before(job: Job, results: Mapping[Path, Any]) -> list[Any]:
 def _task(job: Job, before: Record | RunFailed | None = None) -> Record | RunFailed:
     # Ray cancels by SIGINT, which a shell ignores for what it runs in the background, and its children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    return _attempt(job, before)
+    stop = StopRequest(signals=[signal.SIGINT])
+    try:
+        return _attempt(job, stop.check, before)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _attempt(job: Job, before: Record | RunFailed | None = None) -> Record | RunFailed:
+def _attempt(job: Job, check_stop: CheckStop, before: Record | RunFailed | None = None) -> Record | RunFailed:
     if isinstance(before, RunFailed):
         return RunFailed(f"{job.directory} was not started: the shorter run that it begins with failed")
     try:
-        return do(job)
+        return do(job, check_stop)
     except RunFailed as failure:
         return failure
 
 
-def do(job: Job) -> Record:
-    """Train one run to its end, or until it has diverged.
+def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
+    """Train one run to its end, or until it has diverged. Its checkpoints stay until `remove_checkpoints`.
+
+    Args:
+        job: the run.
+        check_stop: called now and then; an exception from it stops the run, which saves. A second one kills it.
 
     Raises:
         RunFailed: if the process ended otherwise.
@@ -225,12 +256,14 @@ def do(job: Job) -> Record:
             pass_fds=[status.fileno()],
         )
         try:
-            diverged = _watch(process, metrics, stale)
+            diverged = _watch(process, metrics, stale, check_stop)
         except BaseException:
             # The run saves where it is, and the study goes on from there.
             process.send_signal(signal.SIGTERM)
             process.wait()
             raise
+        finally:
+            process.kill()  # does nothing, unless a second exception ended the wait
         status.seek(0)
         statuses = [read_status(line.rstrip()) for line in status]
     if not diverged and process.returncode != 0:
@@ -239,12 +272,15 @@ def do(job: Job) -> Record:
             said = message[0].removeprefix("error: ") if message else f"exit status {process.returncode}"
             raise RunFailed(f"{log}: {said}")
         diverged = True
-    record = record_of(read_files(job.directory.name, job.directory, config), diverged=diverged)
+    return record_of(read_files(job.directory.name, job.directory, config), diverged=diverged)
+
+
+def remove_checkpoints(job: Job) -> None:
+    """Remove the checkpoints that no run needs any more, once the record of a job's run is written."""
     if job.keep_step not in checkpoint.steps(job.directory / "checkpoints"):
         shutil.rmtree(job.directory / "checkpoints", ignore_errors=True)
     if job.start is not None:
         shutil.rmtree(job.start.directory / "checkpoints", ignore_errors=True)
-    return record
 
 
 def _saving(job: Job) -> dict[str, Any]:
@@ -261,7 +297,7 @@ def _inode(path: Path) -> int | None:
     return path.stat().st_ino if path.exists() else None
 
 
-def _watch(process: subprocess.Popen, metrics: Path, stale: int | None) -> bool:
+def _watch(process: subprocess.Popen, metrics: Path, stale: int | None, check_stop: CheckStop) -> bool:
     """Wait for the process to end; stop it if the run has diverged, and say so.
 
     The process replaces a metrics file of an attempt before, `stale`, by the part that it goes on from.
@@ -269,6 +305,7 @@ def _watch(process: subprocess.Popen, metrics: Path, stale: int | None) -> bool:
     losses: list[float] = []
     position = 0
     while process.poll() is None:
+        check_stop()
         time.sleep(POLL_SECONDS)
         if _inode(metrics) in (None, stale):
             continue
