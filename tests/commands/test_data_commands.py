@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sophia_levanter import main as train
 from sophia_levanter.commands import inspect_data, prepare_data, train_tokenizer
+from sophia_levanter.data.token_store import TokenStore
 
 TEXTS = [f"the document number {i}, naïve\n" * 3 for i in range(60)]
 
@@ -34,7 +36,9 @@ def store_of(tmp_path: Path) -> str:
     return str(folder)
 
 
-def test_prepare_and_inspect(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_and_inspect(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert prepare_data.main(["--config", config]) == 0
     out = capsys.readouterr().out
     assert "data.train: 60 documents" in out
@@ -52,13 +56,25 @@ def test_prepare_and_inspect(config: str, tmp_path: Path, capsys: pytest.Capture
     for tokens, size, mean in shown:
         assert mean == f"{int(size.replace(',', '')) / int(tokens.replace(',', '')):.2f}"
     assert out.count("  packing     ") == 2 and "documents per sequence of 1,024 tokens (--seq_len)" in out
-    assert inspect_data.main([f"{store_of(tmp_path)}/train", "--documents", "0", "--seq_len", "32"]) == 0
+    words = [f"{store_of(tmp_path)}/train", "--documents", "0", "--seq_len", "32"]
+    assert inspect_data.main(words) == 0
     out = capsys.readouterr().out
     assert re.search(r"lengths +median document 9\d tokens, longest 94\n", out)
     # No sequence of 32 has more than two of them.
     found = re.search(r"packing +1\.(\d\d) documents .* of 32 tokens \(--seq_len\); ([\d.]+)% of the seq", out)
     assert int(found[1]) == pytest.approx(100 - float(found[2]), abs=1)
     assert 5 < float(re.search(r"mask_documents removes ([\d.]+)% of the attention pairs", out)[1]) < 20
+    # The same, where not all ends of documents are read at once.
+    sizes, document_ends = [], TokenStore.document_ends
+
+    def noted(store: TokenStore, first: int, last: int) -> np.ndarray:
+        sizes.append(last - first)
+        return document_ends(store, first, last)
+
+    monkeypatch.setattr(TokenStore, "document_ends", noted)
+    monkeypatch.setattr(inspect_data, "DOCUMENTS_AT_ONCE", 7)
+    assert inspect_data.main(words) == 0
+    assert capsys.readouterr().out == out and max(sizes) == 7
     assert inspect_data.main([f"{store_of(tmp_path)}/train", "--documents", "1000"]) == 0
     assert capsys.readouterr().out.count("  document ") > 40
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sophia_levanter.config.arguments import PLUGINS, parse_arguments, whole_number
 from sophia_levanter.config.files import Setting
@@ -13,7 +14,13 @@ from sophia_levanter.config.registries import KEY, with_plugins
 from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.status import DONE, run_command
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sophia_levanter.data.token_store import TokenStore
+
 SHOWN_CHARACTERS = 300
+DOCUMENTS_AT_ONCE = 1 << 20  # of whose ends there are gigabytes in large stores
 USAGE = """\
 usage: python -m sophia_levanter.commands.inspect_data STORE [--documents N] [--seq_len N] [--verify]
        [--plugins MODULE] [--help]
@@ -74,7 +81,7 @@ def _print_store(location: str, count: int, seq_len: int, *, verify: bool) -> No
     print(f"  tokens      {manifest.num_tokens:,} ({store.dtype})")
     print(f"  text        {manifest.num_bytes:,} bytes, {manifest.num_bytes / manifest.num_tokens:.2f} per token")
     print(f"  digest      {manifest.digest}")
-    packing = packing_of(store.document_ends(0, manifest.num_documents), seq_len)
+    packing = packing_of(_ends_in_parts(store), seq_len)
     print(f"  lengths     median document {packing.median_length:,.0f} tokens, longest {packing.longest:,}")
     print(
         f"  packing     {packing.documents_per_sequence:.2f} documents per sequence of {seq_len:,} tokens (--seq_len); "
@@ -95,6 +102,12 @@ def _print_store(location: str, count: int, seq_len: int, *, verify: bool) -> No
         tokens = store.document(number)
         text = tokenizer.decode(tokens[:SHOWN_CHARACTERS])[:SHOWN_CHARACTERS]
         print(f"  document {number:,}, {len(tokens):,} tokens: {text!r}")
+
+
+def _ends_in_parts(store: TokenStore) -> Iterator[np.ndarray]:
+    """`document_ends` of all documents, a part of them at a time."""
+    for first in range(0, store.num_documents, DOCUMENTS_AT_ONCE):
+        yield store.document_ends(first, min(first + DOCUMENTS_AT_ONCE, store.num_documents))
 
 
 if __name__ == "__main__":

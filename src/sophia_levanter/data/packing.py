@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,30 +29,49 @@ class Packing:
     removed_share: float
 
 
-def packing_of(document_ends: np.ndarray, seq_len: int) -> Packing:
+def packing_of(document_ends: Iterable[np.ndarray], seq_len: int) -> Packing:
     """How documents fill sequences that begin at the multiples of a length; the last sequence may be shorter.
 
     Args:
-        document_ends: int64 [document], where each document ends, one token after its last; ascending, not empty.
+        document_ends: where each document ends, one token after its last, in parts: int64 [document], not empty. They
+            ascend from one part to the next, too. One part is held at a time.
         seq_len: tokens in a sequence.
     """
-    lengths = np.diff(document_ends, prepend=0)
-    num_tokens = int(document_ends[-1])
-    sequence_starts = np.arange(0, num_tokens, seq_len)
-    # Documents cut at the ends of sequences.
-    borders = np.union1d(np.append(sequence_starts, num_tokens), document_ends)
-    pieces = np.diff(borders)
-    pieces_in_sequence = np.bincount(borders[:-1] // seq_len)
-    all_pairs = _pairs(np.diff(np.append(sequence_starts, num_tokens)))
+    counts: Counter[int] = Counter()  # of documents by their length; there are few lengths where documents are many
+    last_divided = -1  # the latest sequence that a document begins inside
+    num_tokens = inner_starts = divided = removed = 0
+    for ends in document_ends:
+        starts = np.append(num_tokens, ends[:-1])
+        num_tokens = int(ends[-1])
+        lengths, times = np.unique(ends - starts, return_counts=True)
+        counts.update(dict(zip(lengths.tolist(), times.tolist(), strict=True)))
+        # A document that begins inside a sequence does not see the tokens before it there. Where it goes on in further
+        # sequences, these begin with it.
+        offsets = starts % seq_len
+        removed += int((offsets * np.minimum(ends - starts, seq_len - offsets)).sum())
+        sequences = starts[offsets > 0] // seq_len
+        inner_starts += len(sequences)
+        divided += int(np.count_nonzero(np.diff(sequences, prepend=last_divided)))
+        last_divided = int(sequences[-1]) if len(sequences) else last_divided
+    whole, rest = divmod(num_tokens, seq_len)
+    num_sequences = whole + (rest > 0)
     return Packing(
-        median_length=float(np.median(lengths)),
-        longest=int(lengths.max()),
-        documents_per_sequence=float(pieces_in_sequence.mean()),
-        share_of_one=float((pieces_in_sequence == 1).mean()),
-        removed_share=1 - _pairs(pieces) / all_pairs,
+        median_length=_median(counts),
+        longest=max(counts),
+        documents_per_sequence=1 + inner_starts / num_sequences,
+        share_of_one=1 - divided / num_sequences,
+        removed_share=removed / (whole * _pairs(seq_len) + _pairs(rest)),
     )
 
 
-def _pairs(lengths: np.ndarray) -> float:
-    """Pairs of a token and itself or an earlier one, in stretches of these lengths."""
-    return float((lengths * (lengths + 1) // 2).sum())
+def _median(counts: Mapping[int, int]) -> float:
+    """The median of numbers, given how often each occurs."""
+    numbers = np.array(sorted(counts))
+    up_to = np.cumsum([counts[number] for number in numbers.tolist()])
+    middle = np.array([(up_to[-1] - 1) // 2, up_to[-1] // 2])
+    return float(numbers[np.searchsorted(up_to, middle, side="right")].mean())
+
+
+def _pairs(length: int) -> int:
+    """Pairs of a token and itself or an earlier one, in a stretch of this length."""
+    return length * (length + 1) // 2
