@@ -4,19 +4,24 @@ import fcntl
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from sophia_levanter import checkpoint
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.build import encode
 from sophia_levanter.config.command_line import load_config
+from sophia_levanter.config.optimizer import AdEMAMixConfig
 from sophia_levanter.main import main
 from sophia_levanter.run.directory import RunDirectory
+from sophia_levanter.run.resuming import check_resumable
 from sophia_levanter.run.run import Run
 from sophia_levanter.status import VARIABLE, Failure, read_status
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.training.evaluation import Evaluation, Evaluator
-from tiny_runs import command, finish_run, metrics, start, steps_so_far, wait_for_step
+from tiny_runs import FACTS, command, finish_run, metrics, run_config, start, steps_so_far, wait_for_step
 
 LLAMA = ["--model.type", "llama", "--model.num_kv_heads", "1", "--model.qk_norm", "true"]
 LLAMA += ["--trainer.sample_tokens", "0"]
@@ -147,6 +152,35 @@ def test_a_finished_run_can_be_extended_and_what_changes_is_said(config_file, tm
     assert list(metrics(run_dir)) == list(range(13))
     first, last = (checkpoint.read_step(run_dir / "checkpoints", step).metadata["best"] for step in (12, 13))
     assert last["step"] == 13 and last["validation/loss"] > first["validation/loss"]
+
+
+def resuming_says(before: TrainConfig, after: TrainConfig, step: int, run_dir) -> list[str]:
+    """What is said where a run goes on from this step with another configuration; nothing is trained."""
+    lines: list[str] = []
+    run = SimpleNamespace(
+        directory=RunDirectory(run_dir, "always"),
+        console=SimpleNamespace(line=lines.append, resumed=lambda step, run_dir: None),
+        processes=SimpleNamespace(broadcast=lambda name, text, timeout: text),
+        config=after,
+        provenance=FACTS,
+    )
+    check_resumable(run, checkpoint.Restored(None, step, FACTS | {"config": encode(before)}, "id"))
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("slow_warmup", "step", "grows_over"),
+    [(None, 10, [(10, 20)]), (0.5, 10, []), (4, 2, [])],
+    ids=["the whole run", "half of it, which is over", "steps"],
+)
+def test_a_slow_average_that_warms_up_over_the_run_changes_with_it(slow_warmup, step, grows_over, tmp_path):
+    optimizer = AdEMAMixConfig(slow_warmup=slow_warmup)
+    short, long = (run_config(optimizer=optimizer, trainer={"num_train_steps": steps}) for steps in (10, 20))
+    assert [line for line in resuming_says(short, long, step, tmp_path) if "alpha" in line] == [
+        f"the schedule changed: alpha and b3 grew over {before} steps and now grow over {after}; "
+        f"optimizer.slow_warmup {before} would keep them"
+        for before, after in grows_over
+    ]
 
 
 @pytest.mark.parametrize(("windows", "best"), [("20", 6), ("3", 12)], ids=["the same windows", "others"])

@@ -17,6 +17,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import config_in, load_config
 from sophia_levanter.config.settings import free_settings
 from sophia_levanter.errors import InputError
+from sophia_levanter.optim import AdEMAMix
 from sophia_levanter.partition.processes import PATIENCE, Processes, wait_for_all
 from sophia_levanter.run.directory import RUN_ID, RunDirectory, changed_fields, check_same_run
 from sophia_levanter.run.loading import newest_manifest
@@ -130,12 +131,24 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
             f"the schedule changed: at step {step} the learning rate was {then[step]:.3g} and is {now[step]:.3g}"
             + f"; before step {differ[0]} both are the same" * bool(differ[0])
         )
+    before, after = (_slow_warmup(config) for config in (old_config, run.config))
+    if before != after and restored.step < max(before, after):
+        console.line(
+            f"the schedule changed: alpha and b3 grew over {before:,} steps and now grow over {after:,}; "
+            f"optimizer.slow_warmup {before} would keep them"
+        )
 
 
 def learning_rates(config: TrainConfig, num_steps: int) -> np.ndarray:
     """The learning rates of a run's first steps, float32 [step]."""
     schedule = config.optimizer.build_schedule(config.trainer.num_train_steps)
     return np.asarray(jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(jnp.arange(num_steps)))
+
+
+def _slow_warmup(config: TrainConfig) -> int:
+    """The steps over which alpha and b3 of AdEMAMix grow; 0 for other optimizers."""
+    optimizer = config.optimizer.build(config.trainer.num_train_steps)
+    return optimizer.slow_warmup if isinstance(optimizer, AdEMAMix) else 0
 
 
 def steps_in_common(a: TrainConfig, b: TrainConfig) -> int:
