@@ -48,6 +48,8 @@ def test_a_run_learns_and_says_how_it_went(optimizer, finished_run, config_file,
     ):
         assert re.search(wanted, out), wanted
     assert ("win rate:" in out) == optimizer.startswith("sophia")
+    assert ("curvature: every 3 steps, on" in out and ", rho 0." in out) == optimizer.startswith("sophia")
+    assert "\ndocuments: " not in out and "\ncheckpoints: " not in out
     for name in ("train/grad_norm", "train/learning_rate", "train/tokens_per_second", "train/mfu"):
         assert 0 in metrics(run_dir, name)
     validation, bits = metrics(run_dir, "validation/loss"), metrics(run_dir, "validation/bits_per_byte")

@@ -165,7 +165,7 @@ def test_the_hessian_may_have_smaller_microbatches():
     trainer = TrainerConfig(batch_size=480, microbatch_size=16)
     config = SophiaHConfig(curvature_batch_fraction=1 / 15, curvature_microbatch_size=4)
     assert config.curvature_microbatches(trainer) == (8, 4)
-    assert config.describe_curvature(trainer) == "every 10 steps, on 7% of the batch"
+    assert config.describe_curvature(trainer) == "every 10 steps, on 7% of the batch, rho 0.01"
     settings = StepSettings.of(TrainConfig(optimizer=config, trainer=trainer))
     assert (settings.curvature_microbatches, settings.curvature_microbatch_size) == (8, 4)
 
@@ -174,8 +174,21 @@ def test_the_share_in_effect_is_that_of_whole_microbatches():
     trainer = TrainerConfig(batch_size=12, microbatch_size=4)
     config = SophiaGConfig(curvature_batch_fraction=0.5, initial_refreshes=3, basis="kronecker")
     assert config.describe_curvature(trainer) == (
-        "every 10 steps, on 67% of the batch, at each of the first 3 steps, in a Kronecker basis"
+        "every 10 steps, on 67% of the batch, at each of the first 3 steps, in a Kronecker basis, rho 0.05"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"rho": "auto"}, "rho auto"),
+        ({"rho": "auto", "target_win_rate": 0.2}, "rho auto for a win rate of 0.2"),
+        ({"rho": 0.5, "target_win_rate": 0.2}, "rho 0.5 for a win rate of 0.2"),
+    ],
+)
+def test_the_line_about_the_curvature_says_how_rho_is_set(given, wanted):
+    line = SophiaGConfig(**given).describe_curvature(TrainerConfig(batch_size=12, microbatch_size=4))
+    assert line == f"every 10 steps, on 67% of the batch, {wanted}"
 
 
 def test_step_settings():

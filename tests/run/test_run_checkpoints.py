@@ -161,12 +161,13 @@ def set_clock(monkeypatch, clock):
     monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=clock))
 
 
-def test_a_state_is_saved_when_the_minutes_are_over(finished_run, tmp_path, monkeypatch):
+def test_a_state_is_saved_when_the_minutes_are_over(finished_run, tmp_path, monkeypatch, capfd):
     """Each look at the clock is 20 s later: after 3 and 9 steps a minute is over, and after 6 and 12 a save is due."""
     set_clock(monkeypatch, itertools.count(0, 20).__next__)
     run_dir = tmp_path / "run"
     options = ["--trainer.checkpoint_minutes", "1", "--trainer.keep_checkpoints", "3"]
     assert main(["--config", str(finished_run.config_file), "--trainer.run_dir", str(run_dir), *options]) == 0
+    assert "\ncheckpoints: every 6 steps or 1 min\n" in capfd.readouterr().out
     assert checkpoint.steps(run_dir / "checkpoints") == [6, 9, 12]
     assert metrics(run_dir) == metrics(finished_run.path)
 

@@ -203,12 +203,10 @@ class SophiaConfig(OptimizerConfig):
         given = self.arguments(Sophia, num_train_steps) | {"curvature_dtype": jnp.dtype(self.curvature_dtype)}
         given["estimator"] = self.build_estimator()
         if self.rho == "auto" or self.target_win_rate is not None:
-            initial = type(self).rho if self.rho == "auto" else self.rho
-            assert not isinstance(initial, str)
+            initial: Any = type(self).rho if self.rho == "auto" else self.rho
             given["rho"] = WinRateController(target=self.target_win_rate or 0.3, initial=initial)
-        given["basis"] = None
-        if self.basis == "kronecker":
-            given["basis"] = KroneckerBasis(matrix_axes, self.basis_b2, self.basis_max_size, mesh_axis="data")
+        basis = KroneckerBasis(matrix_axes, self.basis_b2, self.basis_max_size, mesh_axis="data")
+        given["basis"] = basis if self.basis == "kronecker" else None
         choices = {name: getattr(self, name) for name in ("denominator", "refresh_order", "first_refresh")}
         if choices == {"denominator": "max", "refresh_order": "before", "first_refresh": 0}:
             return Sophia(**given)
@@ -226,7 +224,9 @@ class SophiaConfig(OptimizerConfig):
         count, size = self.curvature_microbatches(trainer)
         first = f", at each of the first {self.initial_refreshes} steps" if self.initial_refreshes else ""
         basis = ", in a Kronecker basis" if self.basis == "kronecker" else ""
-        return f"every {self.interval} steps, on {count * size / trainer.batch_size:.0%} of the batch{first}{basis}"
+        target = f" for a win rate of {self.target_win_rate:g}" if self.target_win_rate else ""
+        share = count * size / trainer.batch_size
+        return f"every {self.interval} steps, on {share:.0%} of the batch{first}{basis}, rho {self.rho}{target}"
 
 
 @OptimizerConfig.register_subclass("sophia_g")

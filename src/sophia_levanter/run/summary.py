@@ -79,6 +79,7 @@ def describe_start(run: Run) -> None:
     warmup_steps = steps_of(schedule.warmup, trainer.num_train_steps)
     decay = f" to {schedule.last_learning_rate:g}" if kind.decays else ""
     curvature = schedule.describe_curvature(trainer)
+    minutes = trainer.checkpoint_minutes
     changes = "".join(f", batches of {size} from step {step:,} on" for step, size in trainer.size_changes)
     trackers = ["metrics.jsonl"]
     trackers += [f"wandb ({tracking.wandb})"] if tracking.wandb else []
@@ -89,6 +90,7 @@ def describe_start(run: Run) -> None:
             f"{model.title}, {count_parameters(state.model):,} parameters, {model.describe()}",
         ),
         ("data", f"{data.train.num_tokens:,} training and {_validation_tokens(run)}"),
+        *([("documents", "attention and positions start anew in each")] if config.data.mask_documents else []),
         ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens"),
         ("optimizer", describe_optimizer(schedule, state.model)),
         *(("group", line) for line in describe_groups(schedule, state.model)),
@@ -110,6 +112,7 @@ def describe_start(run: Run) -> None:
         ),
         ("devices", describe_mesh(run.partition)),
         ("memory", _state_bytes(state)),
+        *([("checkpoints", f"every {trainer.checkpoint_interval:,} steps or {minutes:g} min")] if minutes else []),
         ("run directory", str(run.directory.path)),
         ("tracking", ", ".join(trackers)),
     ]
