@@ -1,19 +1,23 @@
 """What the trainer knows of any model: the roles of its parameters, and the matrices that keep their norms."""
 
+import dataclasses
+import re
+
 import equinox as eqx
 import haliax.nn as hnn
 import pytest
 
 from sophia_levanter.config.assembly import check_optimizer
+from sophia_levanter.config.groups import GroupConfig
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig
 from sophia_levanter.config.optimizer import AdamWConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.language_model import (
     LanguageModel,
     abstract_model,
-    count_on_hyperball,
     hyperball_matrices,
     parameter_roles,
+    paths_on_hyperball,
 )
 from sophia_levanter.optim import ParameterGroup, groups_of
 from sophia_levanter.optim._matrices import matrices_tree
@@ -46,10 +50,10 @@ def test_an_output_head_of_its_own_is_one_and_keeps_its_norm():
     model = abstract_model(LLAMA, 100)
     assert paths_with("head", model) == {"lm_head.weight"}
     assert paths_with("embedding", model) == {"embed_tokens.weight"}
-    assert count_on_hyperball(model) == 7 + 1
+    assert len(paths_on_hyperball(model)) == 7 + 1
     entries = matrices_tree(hyperball_matrices, model)
     assert entries.lm_head.weight.array is not None and entries.embed_tokens.weight.array is None
-    assert count_on_hyperball(abstract_model(LlamaConfig(**SHAPE, tie_embeddings=True), 100)) == 7
+    assert len(paths_on_hyperball(abstract_model(LlamaConfig(**SHAPE, tie_embeddings=True), 100))) == 7
 
 
 def test_roles_of_arrays_that_are_traced():
@@ -96,3 +100,17 @@ def test_a_hyperball_without_matrices_is_refused():
         check_optimizer(AdamWConfig(hyperball=True), UnigramsConfig(**SHAPE), 100)
     check_optimizer(AdamWConfig(hyperball=True), GPT2, 100)
     check_optimizer(AdamWConfig(), UnigramsConfig(**SHAPE), 100)
+
+
+def test_a_group_that_decays_only_what_a_hyperball_keeps_is_refused():
+    """Not where it decays something besides, or nothing."""
+    alone = AdamWConfig(groups=(GroupConfig(role="vector"), GroupConfig(role="matrix", weight_decay=0.1)))
+    message = (
+        "optimizer.groups[1].weight_decay is 0.1, and optimizer.hyperball keeps the norms of all its parameters; "
+        "leave weight_decay out of this group"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        check_optimizer(dataclasses.replace(alone, hyperball=True), GPT2, 100)
+    check_optimizer(alone, GPT2, 100)
+    for group in (GroupConfig("blocks", weight_decay=0.1), GroupConfig(role="matrix", weight_decay=0.0)):
+        check_optimizer(AdamWConfig(hyperball=True, groups=(group,)), GPT2, 100)

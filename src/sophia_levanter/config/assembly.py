@@ -67,13 +67,23 @@ def check_optimizer(config: OptimizerConfig, model_config: ModelConfig, vocab_si
     """Check that an optimizer fits a model.
 
     Raises:
-        InputError: if a group matches no parameter, or the hyperball no matrix.
+        InputError: if a group matches no parameter, or the hyperball no matrix, or a group decays matrices that the
+            hyperball keeps the norms of, and nothing else.
     """
-    from sophia_levanter.models.language_model import abstract_model, count_on_hyperball
+    from sophia_levanter.models.language_model import abstract_model, paths_on_hyperball
 
     if not (config.groups or config.hyperball):
         return
     model = abstract_model(model_config, vocab_size)
-    check_groups(config.parameter_groups, model)
-    if config.hyperball and not count_on_hyperball(model):
+    found = check_groups(config.parameter_groups, model)
+    if not config.hyperball:
+        return
+    kept = paths_on_hyperball(model)
+    if not kept:
         raise InputError("optimizer.hyperball is true, and the model has no matrix; leave it out")
+    for index, group in enumerate(config.groups):
+        if group.weight_decay and kept.issuperset(path for path, number in found.items() if number == index):
+            raise InputError(
+                f"optimizer.groups[{index}].weight_decay is {group.weight_decay:g}, and optimizer.hyperball keeps the "
+                "norms of all its parameters; leave weight_decay out of this group"
+            )

@@ -269,9 +269,13 @@ def hyperball_matrices(model: LanguageModel) -> PyTree:
     return jax.tree.map(lambda role, entry: head if role == "head" else entry, model.parameter_roles(), entries)
 
 
-def count_on_hyperball(model: LanguageModel) -> int:
-    """The number of arrays whose matrices a hyperball keeps the norms of; the model's may be abstract."""
-    return sum(view is not None for view in matrix_views(hyperball_matrices, model))
+def paths_on_hyperball(model: LanguageModel) -> set[str]:
+    """The paths of the arrays whose matrices a hyperball keeps the norms of, such as `blocks.mlp.c_fc.weight`; the
+    model's may be abstract."""
+    named = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_named)
+    views = matrix_views(hyperball_matrices, model)
+    paths = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in named)
+    return {path for path, view in zip(paths, views, strict=True) if view is not None}
 
 
 def abstract_model(config: ModelConfig, vocab_size: int) -> LanguageModel:

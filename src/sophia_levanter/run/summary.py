@@ -19,7 +19,7 @@ from sophia_levanter.config.trainer import Sampling
 from sophia_levanter.data.batches import bigram_bits_per_byte
 from sophia_levanter.data.tokenizer import printable
 from sophia_levanter.errors import counted
-from sophia_levanter.models.language_model import LanguageModel, count_on_hyperball
+from sophia_levanter.models.language_model import LanguageModel, paths_on_hyperball
 from sophia_levanter.models.sampling import generate
 from sophia_levanter.tracking.console import show_duration
 from sophia_levanter.training.costs import bytes_by_kind, show_bytes
@@ -132,16 +132,23 @@ def describe_optimizer(config: OptimizerConfig, model: LanguageModel) -> str:
     line = f"{config.get_choice_name(type(config))}, weight decay {config.weight_decay:g}{cautious}"
     if not config.hyperball:
         return line
-    arrays = counted(count_on_hyperball(model), "array")
+    arrays = counted(len(paths_on_hyperball(model)), "array")
     return f"{line}; hyperball: the matrices of {arrays} keep their norms and do not decay"
 
 
 def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[str]:
-    """`wte|wpe: 2 arrays, learning rate 6e-05, weight decay 0`, a line for each group of parameters."""
+    """`wte|wpe: 2 arrays, learning rate 6e-05, weight decay 0`, a line for each group of parameters.
+
+    Where a hyperball keeps the norms of some: `weight decay 0.1 of the 2 that are not on spheres`.
+    """
     found = check_groups(config.parameter_groups, model)
+    kept = paths_on_hyperball(model) if config.hyperball else set()
     for index, group in enumerate(config.parameter_groups):
-        arrays = counted(sum(number == index for number in found.values()), "array")
+        paths = {path for path, number in found.items() if number == index}
+        arrays = counted(len(paths), "array")
         decay = "" if group.weight_decay is None else f", weight decay {group.weight_decay:g}"
+        if group.weight_decay and kept & paths:
+            decay += f" of the {len(paths - kept)} that are not on spheres"
         name = group.match if group.role is None else f"role {group.role}"
         yield f"{name}: {arrays}, learning rate {group.learning_rate * config.learning_rate:g}{decay}"
 
