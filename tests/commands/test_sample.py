@@ -94,7 +94,14 @@ def test_one_text_comes_token_by_token(sampled, rigged, monkeypatch):
     assert shown.out == "\n"
     assert shown.err.splitlines()[-1].startswith("4 tokens: ")
     del asked["keys"]
+    assert asked.pop("document_end") is None
     assert asked == {"prompts": [[84, 111]], "num_tokens": 24, "sampling": Sampling(0.9, 7, 0.5), "end_of_text": END}
+
+
+def test_documents_that_training_masked_begin_anew(sampled, rigged):
+    asked = rigged([65])
+    assert sampled("--data.mask_documents", "true").out.endswith("A\n")
+    assert (asked["prompts"], asked["document_end"]) == ([[END]], END)
 
 
 def test_a_row_that_has_ended_stays_as_it_is(sampled, rigged):

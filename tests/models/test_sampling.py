@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sophia_levanter.batch import document_starts
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.trainer import Sampling
 from sophia_levanter.errors import InputError
@@ -69,6 +70,31 @@ def test_end_of_text_ends_a_row(rigged):
 
 def test_a_prompt_longer_than_the_context(rigged):
     assert texts(rigged, [list(range(11))], KEYS[:1], 3) == [[27, 23, 24]]
+
+
+def test_a_document_begins_anew_where_training_masked_them(rigged):
+    """Token 22 ends a document: what comes after it has positions from 0."""
+    assert texts(rigged, [[5, 6, 7], [22], [9, 22, 5, 6]], num_tokens=7, document_end=22) == [
+        [22, 23, 20, 21, 22, 23, 20],
+        [20, 20, 21, 22, 23, 20, 21],
+        [21, 22, 23, 20, 21, 22, 23],
+    ]
+
+
+def test_a_prompt_of_two_documents_is_read_as_in_training(make_model):
+    model, context = make_model(), [5, 6, 99, 7, 8]
+
+    @jax.jit
+    def next_token(model, tokens, starts, last):
+        named = (hax.named(x, "position") for x in (tokens, starts))
+        return jnp.argmax(model.head(model.hidden_in_documents(*named, None)).array[last])
+
+    (found,) = texts(model, [context], KEYS[:1], 3, Sampling(0), document_end=99)
+    for token in found:
+        window = np.pad(context, (0, 8 - len(context))).astype(np.int32)
+        starts = document_starts(window[None], 99)[0]
+        assert token == int(next_token(model, window, starts, len(context) - 1))
+        context.append(token)
 
 
 logits_at = jax.jit(lambda model, window, last: model(hax.named(window, "position")).array[last])

@@ -210,7 +210,7 @@ def _drawn(
 
     from sophia_levanter.models.sampling import generate
 
-    trainer = loaded.config.trainer
+    trainer, end = loaded.config.trainer, loaded.tokenizer.end_of_text
     policy = jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype}")
     return generate(
         jax.jit(policy.cast_to_compute)(loaded.model),
@@ -218,7 +218,8 @@ def _drawn(
         command.tokens,
         keys=_keys(command.seed, rows),
         sampling=command.sampling,
-        end_of_text=loaded.tokenizer.end_of_text,
+        end_of_text=end,
+        document_end=end if loaded.config.data.mask_documents else None,
     )
 
 

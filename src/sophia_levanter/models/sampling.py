@@ -27,6 +27,7 @@ def generate(
     keys: jax.Array,
     sampling: Sampling,
     end_of_text: int | None = None,
+    document_end: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Tokens drawn one after the other, one for each prompt at a time.
 
@@ -42,6 +43,8 @@ def generate(
         keys: jax random keys, [prompt].
         sampling: how they are drawn.
         end_of_text: a token that ends a row, if any does.
+        document_end: the token at which attention and positions stopped in training (`data.mask_documents`): a row goes
+            on after it as a context of its own. None if they did not.
 
     Yields:
         Each prompt's next token; None once it has ended. Stops when all have.
@@ -54,7 +57,7 @@ def generate(
             raise ValueError("a prompt is empty; give at least one token")
         if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
             raise ValueError(f"a prompt holds ids outside [0, {model.vocab_size})")
-    rows = _Rows(model, prompts, keys, sampling)
+    rows = _Rows(model, prompts, keys, sampling, document_end)
 
     def draws() -> Iterator[list[int | None]]:
         going = list(range(len(prompts)))
@@ -97,11 +100,17 @@ class _Rows:
     """Prompts with what was drawn after them, and the cache that belongs to them."""
 
     def __init__(
-        self, model: LanguageModel, prompts: Sequence[Sequence[int]], keys: jax.Array, sampling: Sampling
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        keys: jax.Array,
+        sampling: Sampling,
+        document_end: int | None,
     ) -> None:
-        self._model, self._sampling = model, sampling
+        self._model, self._sampling, self._document_end = model, sampling, document_end
         self._seq_len = model.config.seq_len
-        self._contexts = [list(map(int, prompt))[-self._seq_len :] for prompt in prompts]
+        documents = (_last_document(list(map(int, prompt)), document_end) for prompt in prompts)
+        self._contexts = [document[-self._seq_len :] for document in documents]
         # Arrays of this host, which go with a model that lies on several.
         self._keys = np.asarray(jax.random.key_data(keys))
         self._Batch = Axis("batch", len(self._contexts))
@@ -125,8 +134,10 @@ class _Rows:
         return np.asarray(tokens).tolist()
 
     def append(self, row: int, token: int) -> None:
-        """Put a token behind a row's last; when the context is full, go on with its last half."""
+        """Put a token behind a row's last; when that ended a document, or the context is full, go on with a new one."""
         context = self._contexts[row]
+        if context[-1] == self._document_end:
+            context.clear()
         context.append(token)
         if len(context) > self._seq_len:
             del context[: -max(1, self._seq_len // 2)]
@@ -139,6 +150,12 @@ class _Rows:
             window = np.zeros(_prefill_length(len(context), self._seq_len), np.int32)
             window[: len(context)] = context
             self._cache = _prefill(self._model, self._cache, np.int32(row), hax.named(window, "position"))
+
+
+def _last_document(tokens: list[int], document_end: int | None) -> list[int]:
+    """The tokens of the document that the last token is in; one that ends a document is the last of it."""
+    begins = [place + 1 for place, token in enumerate(tokens[:-1]) if token == document_end]
+    return tokens[begins[-1] :] if begins else tokens
 
 
 @partial(jax.jit, static_argnames="Batch")

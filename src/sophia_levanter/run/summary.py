@@ -235,7 +235,14 @@ def _sample(run: Run, state: TrainState) -> str:
     keys = jax.random.key(trainer.seed)[None]
     with run.partition.active():
         model = jax.jit(run.settings.policy.cast_to_compute)(state.model)
-        steps = generate(model, [prompt.tolist()], trainer.sample_tokens, keys=keys, sampling=Sampling())
+        steps = generate(
+            model,
+            [prompt.tolist()],
+            trainer.sample_tokens,
+            keys=keys,
+            sampling=Sampling(),
+            document_end=data.document_end,
+        )
         drawn = [token for row in steps for token in row if token is not None]
     return printable(f"[{data.tokenizer.decode(prompt)}]{data.tokenizer.decode(drawn)}")
 
