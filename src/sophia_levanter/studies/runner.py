@@ -203,8 +203,9 @@ def _result_before(job: Job, results: Mapping[Path, Any]) -> list[Any]:
 
 
 def _task(job: Job, before: Record | RunFailed | None = None) -> Record | RunFailed:
-    # Ray cancels by SIGINT, which a shell ignores for what it runs in the background, and its children inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Ray cancels by SIGINT, which is noted even if it was ignored, as by what a shell runs in the background. A second
+    # one must not keep the run from saving.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     stop = StopRequest(signals=[signal.SIGINT])
     try:
         return _attempt(job, stop.check, before)
