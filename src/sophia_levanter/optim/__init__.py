@@ -1,6 +1,6 @@
 """Sophia-G, Sophia-H and baselines, as Equinox modules for any pytree of parameters.
 
-Needs jax, equinox, optax and jaxtyping, and nothing else of this project.
+Depends on jax, equinox, optax and jaxtyping, and on nothing else in this project.
 """
 
 from sophia_levanter.optim._ademamix import AdEMAMix

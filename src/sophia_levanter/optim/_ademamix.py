@@ -22,11 +22,11 @@ class AdEMAMixState(NamedTuple):
     Attributes:
         count: int32 scalar, updates so far.
         mu: the fast average of the gradient, like the parameters, in their dtypes or `momentum_dtype`.
-        mu_slow: the slow one, in at least float32.
-        nu: the average of its square, in the parameters' dtypes.
+        mu_slow: the slow average of the gradient, in at least float32.
+        nu: the average of the squared gradient, in the parameters' dtypes.
     """
 
-    count: Array  # type: ignore[assignment]  # a tuple has a method of that name, which optax hides too
+    count: Array  # type: ignore[assignment]  # hides tuple.count, as optax's states do
     mu: PyTree
     mu_slow: PyTree
     nu: PyTree
@@ -39,26 +39,26 @@ class AdEMAMix(OptaxOptimizer):
         v     <- b2 v + (1 - b2) g^2
         theta <- theta - lr ((m1 / (1 - b1^t) + alpha(t) m2) / (sqrt(v / (1 - b2^t)) + eps) + wd theta)
 
-    Over the first `slow_warmup` updates alpha(t) grows linearly from 0, and the half-life of b3(t) linearly from that
-    of b1: 1 / ln b3(t) = (1 - s) / ln b1 + s / ln b3 with s = t / slow_warmup. The slow average is not bias-corrected.
-    The state holds three numbers for each parameter, where AdamW's holds two.
+    Over the first `slow_warmup` updates alpha(t) grows linearly from 0, and the half-life of b3(t) grows linearly from
+    that of b1: 1 / ln b3(t) = (1 - s) / ln b1 + s / ln b3 with s = t / slow_warmup. The slow average is not
+    bias-corrected. The state holds three numbers per parameter; AdamW's holds two.
 
     Args:
         learning_rate: a number or a function of the update count.
         b1: decay of the fast average, in [0, 1).
         b2: decay of the second moment, in [0, 1).
         b3: decay of the slow average, in [0, 1).
-        alpha: weight of the slow average in the step, from 0.
-        slow_warmup: updates over which `alpha` and `b3` grow; the paper takes the whole run. 0 for constant ones.
+        alpha: weight of the slow average in the step, at least 0.
+        slow_warmup: updates over which `alpha` and `b3` grow, the whole run in the paper; 0 keeps both constant.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, multiplied by the learning rate.
         weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
-        momentum_dtype: of the fast average; None for the parameters'. The slow one has at least float32: bfloat16 would
-            lose what it changes by.
-        gradient_transform: an optax transformation that the gradient goes through first; None for none.
+        momentum_dtype: dtype of the fast average; None for the parameters' dtypes. The slow average uses at least
+            float32, since bfloat16 would round its small changes away.
+        gradient_transform: an optax transformation that is applied to the gradient first, or None.
 
     Raises:
-        TypeError, ValueError: if a hyper-parameter that is a concrete number is out of its range.
+        TypeError, ValueError: if a concrete hyper-parameter is out of range.
 
     Examples:
         >>> optimizer = AdEMAMix(learning_rate=0.1, b3=0.9, alpha=5.0, weight_decay=0.0)
@@ -87,7 +87,6 @@ class AdEMAMix(OptaxOptimizer):
         check_number("eps", self.eps, low=0)
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
-        """The optax transformation for these parameters."""
         return optax.chain(
             scale_by_ademamix(self),
             add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
@@ -96,7 +95,7 @@ class AdEMAMix(OptaxOptimizer):
 
 
 def scale_by_ademamix(settings: AdEMAMix) -> optax.GradientTransformation:
-    """The direction of AdEMAMix's step, without weight decay and learning rate."""
+    """The direction of AdEMAMix's step, before weight decay and the learning rate."""
     b1, b2 = settings.b1, settings.b2
 
     def init(params: PyTree) -> AdEMAMixState:
@@ -124,10 +123,10 @@ def scale_by_ademamix(settings: AdEMAMix) -> optax.GradientTransformation:
 
 
 def _slow_average(settings: AdEMAMix, count: Array, dtype: Any) -> tuple[Scalar, Scalar]:
-    """alpha and 1 - b3 at an update, counted from 1."""
+    """alpha(t) and 1 - b3(t) at update t = `count`, counted from 1."""
     if settings.slow_warmup == 0:
         return settings.alpha, 1 - settings.b3
     share = jnp.minimum(count.astype(dtype) / settings.slow_warmup, 1)
-    # Of a decay close to 1 float32 keeps few digits: take the logarithm, and the result, by what is missing to 1.
+    # float32 keeps few digits of a decay close to 1, so compute with 1 - b: log1p, and expm1 for the result.
     fast, slow = (jnp.log1p(jnp.asarray(b - 1, dtype)) for b in (settings.b1, settings.b3))
     return settings.alpha * share, -jnp.expm1(1 / ((1 - share) / fast + share / slow))

@@ -1,4 +1,4 @@
-"""The page that is Sophia: Algorithm 3 of arXiv 2305.14342. Everything else composes around it."""
+"""Sophia's update and refresh: Algorithm 3 of arXiv 2305.14342."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def updated(
     u     <- clip(P m / max(rho h, eps), -1, 1)                            m and h bias-corrected
     theta <- theta - lr (P^-1 u + wd theta)
 
-    Where the gradient is not finite, theta and m stay.
+    If the gradient is not finite, theta and m do not change.
     """
     momentum = jax.tree.map(sophia.momentum.next, state.momentum, grads)
     after = state._replace(
@@ -54,12 +54,12 @@ def updated(
 
 
 def refreshed(sophia: AbstractSophia, state: SophiaState, h_hat: PyTree, finite: Bool[Array, ""]) -> SophiaState:
-    """The state with an estimate of the curvature, where it, and the step that it belongs to, are finite.
+    """The state after a refresh, which is skipped unless the estimate and the gradient beside it are finite.
 
-    h <- b2 h + (1 - b2) h_hat; then the basis, if any, is rotated, and h with it, and the controller, if any, sets rho.
+    h <- b2 h + (1 - b2) h_hat; then the basis, if any, rotates together with h, and the controller, if any, sets rho.
     """
     averaged = jax.tree.map(sophia.curvature.next, state.curvature, h_hat)
-    # An estimate that is not finite shows in h, and so does one that is too large for h's dtype.
+    # Checking h, not the estimate, also finds numbers that overflow h's dtype.
     sound = finite & all_finite(averaged)
     curvature = select(sound, averaged, state.curvature)
     basis = state.basis
@@ -76,13 +76,13 @@ def refreshed(sophia: AbstractSophia, state: SophiaState, h_hat: PyTree, finite:
     )
     if after.rho is None:
         return after
-    # Before the first update m is 0 and says nothing.
+    # Before the first update m is 0, so the win rate has no meaning.
     measured = sound & (state.count > 0)
     return after._replace(rho=select(measured, sophia.rho.next(state.rho, win_rate(sophia, after)), state.rho))
 
 
 def coordinates_of(sophia: AbstractSophia, state: SophiaState) -> Coordinates:
-    """Those that h is diagonal in."""
+    """The coordinates in which h is diagonal."""
     return Coordinates() if sophia.basis is None else sophia.basis.at(state.basis)
 
 
@@ -103,10 +103,10 @@ def ratio(sophia: AbstractSophia, state: SophiaState) -> tuple[PyTree, PyTree]:
 
 
 def unclipped(sophia: AbstractSophia, state: SophiaState) -> PyTree[Bool[Array, "..."]]:
-    """The coordinates whose step is not clipped. Where h is 0, as in rows of unseen tokens, none counts."""
+    """The coordinates whose step is not clipped, without those where h <= 0, such as the rows of unseen tokens."""
     return jax.tree.map(lambda m, d, h: (jnp.abs(m) < d) & (h > 0), *ratio(sophia, state), state.curvature)
 
 
 def win_rate(sophia: AbstractSophia, state: SophiaState) -> Float[Array, ""]:
-    """The share of those coordinates."""
+    """The share of `unclipped` coordinates."""
     return total(unclipped(sophia, state)) / num_coordinates(state.momentum)

@@ -1,4 +1,4 @@
-"""What Sophia remembers between steps, how its two averages are taken, and what they say of the gradient's noise."""
+"""Sophia's state, its two moving averages, and the gradient noise that is estimated from them."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 
 class SophiaState(NamedTuple):
-    """What Sophia remembers between steps.
+    """Sophia's state between steps.
 
     Attributes:
         count: updates so far.
         refresh_count: refreshes of the curvature so far.
         momentum: m, like the model's trainable part, in its dtypes or that of `Momentum`.
         curvature: h, the same shapes in at least float32, or in the dtype of `Curvature`.
-        refresh_pending: the last refresh was skipped: try again at the next step.
-        skipped_updates: updates whose gradient was not finite; they changed nothing but counts.
+        refresh_pending: whether the last refresh was skipped and the next step should try again.
+        skipped_updates: updates whose gradient was not finite; they changed only counts.
         skipped_refreshes: refreshes whose estimate, or the gradient beside it, was not finite.
-        steps_since_refresh: updates since the last refresh, or since the start if there was none.
+        steps_since_refresh: updates since the last refresh, or since the start before the first refresh.
         rho: a float32 scalar with a `WinRateController`, or None.
         gradient_state: the state of `gradient_transform`, or None.
         basis: the state of a `KroneckerBasis`, or None.
     """
 
-    count: Int[Array, ""]  # type: ignore[assignment]  # a tuple has a method of that name, which optax hides too
+    count: Int[Array, ""]  # type: ignore[assignment]  # hides tuple.count, as optax's states do
     refresh_count: Int[Array, ""]
     momentum: PyTree[Float[Array, "..."]]
     curvature: PyTree[Float[Array, "..."]]
@@ -66,7 +66,7 @@ class Momentum(eqx.Module):
     Args:
         b1: decay, in [0, 1).
         bias_correct: use m / (1 - b1^count) in the update.
-        dtype: of m; None for the parameters'. The average is computed in the wider of it and the gradient's.
+        dtype: dtype of m; None for the parameters' dtypes. The average is computed in the wider of m's and g's dtype.
     """
 
     b1: Scalar = eqx.field(default=0.965, converter=python_number)
@@ -94,13 +94,14 @@ class Curvature(eqx.Module):
     Args:
         b2: decay, in [0, 1).
         interval: updates between two refreshes, at least 1.
-        initial_refreshes: refresh at each of this many first steps, besides every `interval`: at the start h is an
-            average of few estimates, of a model that changes quickly.
+        initial_refreshes: refresh at each of this many first steps too: at the start h averages few estimates, and the
+            model changes quickly.
         bias_correct: use h / (1 - b2^refreshes) in the update. Uncorrected, as in the paper, h reaches 63 % of its
             value only after 1 / (1 - b2) refreshes, and until then steps are too long.
-        dtype: of h; None for float32, or wider where the parameters are. The average is computed in float32 at least,
-            but stored in bfloat16 it loses what changes h by less than 0.4 %: with b2 = 0.99, estimates within 40 %.
-        basis: where h is diagonal; None for the parameters' own coordinates.
+        dtype: dtype of h; None for float32, or wider where the parameters are. The average is computed in at least
+            float32, but storing it in bfloat16 loses changes of less than 0.4 %: with b2 = 0.99, estimates within 40 %
+            of h have no effect.
+        basis: the basis in which h is diagonal; None for the parameters' own coordinates.
     """
 
     b2: Scalar = eqx.field(default=0.99, converter=python_number)
@@ -143,7 +144,7 @@ def check_state(optimizer: AbstractSophia, state: Any) -> None:
 
     Raises:
         TypeError: if it is not a `SophiaState`.
-        ValueError: if it is of another kind of rho or basis, or the optimizer has several hyper-parameters in one.
+        ValueError: if its kind of rho or basis is not the optimizer's, or a hyper-parameter has several numbers.
     """
     if not isinstance(state, SophiaState):
         raise TypeError(f"state is a {type(state).__name__}; it must be what init(model) gave")
@@ -173,21 +174,22 @@ def state_metrics(state: SophiaState) -> dict[str, Any]:
 def gradient_noise(momentum: Momentum, curvature: Curvature, state: SophiaState, num_targets: Any) -> dict[str, Any]:
     """The critical batch, and the signal-to-noise ratio of each array.
 
-    A target drawn from the model has the expected squared gradient h. So far as the model is right about the data, the
-    gradient of the mean loss of B targets has the variance h / B in each coordinate. The bias-corrected average m of t
-    such gradients has the variance (h / B) (1 - b1) (1 + b1^t) / ((1 + b1) (1 - b1^t)), which is taken off |m|^2:
+    The squared gradient of the loss on one target drawn from the model has the mean h. As far as the model is right
+    about the data, the gradient of the mean loss on B targets has the variance h / B in each coordinate. The variance
+    of the bias-corrected average m of t such gradients is subtracted from |m|^2:
 
+        variance of m = (h / B) (1 - b1) (1 + b1^t) / ((1 + b1) (1 - b1^t))
         |G|^2 = max(0, |m|^2 - trace(variance of m))
-        critical_batch_tokens = sum(h) / |G|^2                 where signal and noise are equal
+        critical_batch_tokens = sum(h) / |G|^2                 the batch at which signal and noise are equal
         signal_to_noise/ARRAY = |G|^2 / (sum(h) / B)           of that array
 
-    The critical batch is the simple noise scale of McCandlish et al. 2018 (arXiv 1812.06162); it is infinite where no
-    signal is found. The gradient is assumed to change little over 1 / (1 - b1) steps; where it is clipped before m, |G|
-    is too small.
+    The critical batch is the simple noise scale of McCandlish et al. 2018 (arXiv 1812.06162); it is infinite if no
+    signal is found. The gradient is assumed to change little over 1 / (1 - b1) steps. Clipping the gradient before it
+    enters m makes |G| too small.
 
     Args:
         momentum, curvature: those of the optimizer; h must be the curvature of the likelihood's mean loss.
-        state: a state after an update; before the first refresh all is nan.
+        state: a state after an update; before the first refresh all results are nan.
         num_targets: B, the number of targets in a batch.
     """
     corrected = dataclasses.replace(momentum, bias_correct=True), dataclasses.replace(curvature, bias_correct=True)

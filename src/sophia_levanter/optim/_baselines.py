@@ -33,7 +33,7 @@ class BaselineState(NamedTuple):
     """The state of AdamW, Lion, Muon and Soap.
 
     Attributes:
-        optax_state: optax's own.
+        optax_state: the state of the optax transformation.
         gradient_state: the state of `gradient_transform`, or None.
     """
 
@@ -76,11 +76,11 @@ class OptaxOptimizer(eqx.Module):
     ) -> tuple[PyTree, BaselineState]:
         """One step from the gradient of the mean loss: the step to add to the model, and the next state.
 
-        Where the gradient is not finite the step is zero and only counts in the state advance. `finite` says whether
-        it is; it is looked up if not given. `h_hat` is None, here for loops that train with Sophia too.
+        If the gradient is not finite, the step is zero and only counts in the state advance. `finite` tells whether
+        the gradient is finite; None checks it. `h_hat` must be None: it is for loops that also train with Sophia.
 
         Raises:
-            ValueError: if the gradient's tree is not the model's; names the path. If there is an estimate.
+            ValueError: if the gradient's tree is not the model's; names the path. If `h_hat` is given.
         """
         if h_hat is not None:
             raise ValueError(f"h_hat is given, and {type(self).__name__} has no curvature; ask `refresh_due` first")
@@ -94,7 +94,7 @@ class OptaxOptimizer(eqx.Module):
             self.gradient_transform, grads, state.gradient_state, params, finite
         )
         updates, new_state = self.transformation(params).update(grads, state.optax_state, params)
-        # Integer leaves are counts.
+        # Integer leaves are counts, which always advance.
         new_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old).astype(old.dtype) if eqx.is_inexact_array(new) else new,
             new_state,
@@ -104,7 +104,7 @@ class OptaxOptimizer(eqx.Module):
         return select(finite, updates, zeros), BaselineState(new_state, gradient_state)
 
     def refresh_due(self, step: int) -> bool:
-        """Never: there is no curvature to estimate."""
+        """Always False, since the optimizer uses no curvature."""
         return False
 
     def metrics(
@@ -112,7 +112,7 @@ class OptaxOptimizer(eqx.Module):
     ) -> dict[str, Float[Array, ""]]:
         """`momentum_norm`, the global 2-norm of the first moment as stored, over all groups of parameters."""
         found = optax.tree.get_all_with_path(state.optax_state, "mu")
-        # A parameter may be called mu too: the states that hold moments are named tuples, at the path's end.
+        # A parameter may be called mu too, but only a state's moment is the field of a named tuple at the path's end.
         moments = [mu for path, mu in found if isinstance(path[-1], optax.tree_utils.NamedTupleKey)]
         return {"momentum_norm": optax.tree.norm(moments)}
 
@@ -134,13 +134,14 @@ class AdamW(OptaxOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, multiplied by the learning rate.
         weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
-        nesterov: whether the step looks ahead in the first moment (NAdamW; Dozat 2016).
-        cautious: leave out the coordinates whose step would go up this batch's gradient (arXiv 2411.16085).
-        momentum_dtype: of the first moment; None for the parameters'.
-        gradient_transform: an optax transformation that the gradient goes through first; None for none.
+        nesterov: whether to use Nesterov momentum (NAdamW; Dozat 2016).
+        cautious: zero the coordinates whose step would go up this batch's gradient and scale up the others
+            (arXiv 2411.16085).
+        momentum_dtype: dtype of the first moment; None for the parameters' dtypes.
+        gradient_transform: an optax transformation that is applied to the gradient first, or None.
 
     Raises:
-        TypeError, ValueError: if a hyper-parameter that is a concrete number is out of its range.
+        TypeError, ValueError: if a concrete hyper-parameter is out of range.
 
     Examples:
         >>> optimizer, params = AdamW(learning_rate=0.1, weight_decay=0.0), {"w": jnp.ones(2)}
@@ -166,7 +167,6 @@ class AdamW(OptaxOptimizer):
         check_bool("cautious", self.cautious)
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
-        """The optax transformation for these parameters."""
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.momentum_dtype, nesterov=self.nesterov)
         return optax.chain(
             cautious(adam) if self.cautious else adam,
@@ -197,7 +197,6 @@ class Lion(OptaxOptimizer):
         check_shared(self)
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
-        """The optax transformation for these parameters."""
         return optax.chain(
             optax.scale_by_lion(self.b1, self.b2, self.momentum_dtype),
             add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
@@ -206,7 +205,7 @@ class Lion(OptaxOptimizer):
 
 
 def add_decayed_weights(rate: Scalar, mask: WeightDecayMask, params: PyTree) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights` with a mask that may have factors on the rate."""
+    """`optax.add_decayed_weights` with a mask that may hold factors on the rate."""
     factors = decay_mask_tree(mask, params)
     if all(isinstance(factor, bool) for factor in jax.tree.leaves(factors)):
         return optax.add_decayed_weights(rate, factors)
@@ -221,7 +220,7 @@ def check_shared(optimizer: Any) -> None:
     """Check the hyper-parameters that every baseline has.
 
     Raises:
-        TypeError, ValueError: if one that is a concrete number is out of its range.
+        TypeError, ValueError: if a concrete hyper-parameter is out of range.
     """
     check_number("learning_rate", optimizer.learning_rate, low=0, schedule=True)
     check_number("b1", optimizer.b1, low=0, high=1)
@@ -232,7 +231,7 @@ def check_shared(optimizer: Any) -> None:
 
 # Liu et al. 2025, section 2.2: the root mean square of AdamW's steps, so that the learning rate is on its scale.
 ADAMW_RMS = 0.2
-# Of the quintic iteration, chosen for its slope at 0 (Jordan et al. 2024).
+# Coefficients of the quintic Newton-Schulz iteration, chosen for its slope at 0 (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
@@ -250,20 +249,20 @@ class Muon(OptaxOptimizer):
         beta: decay of the matrices' momentum, in [0, 1).
         b1: decay of the first moment of the other parameters, in [0, 1).
         b2: decay of their second moment, in [0, 1).
-        eps: added to the root of their second moment, and to the norm that a matrix is divided by at first.
+        eps: added to the root of their second moment, and to the norm that divides a matrix before the iterations.
         weight_decay: decoupled decay of all parameters, multiplied by the learning rate.
         weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
         matrices: a tree (or prefix), or a function from parameters to one, of optax's `MuonDimensionNumbers` where a
-            parameter is orthogonalised and None elsewhere. They number its input (reduction) and output axes; each
-            index of the axes left is a matrix of its own. None takes the leaves with two axes, embeddings too.
-        momentum_dtype: of momentum and first moment; None for the parameters'.
-        mesh_axis: axis of the mesh whose devices share the matrices among them, each with its own to orthogonalise;
-            None for all of them on every device.
-        gradient_transform: an optax transformation that the gradient goes through first; None for none.
+            parameter is orthogonalised and None elsewhere. They number its input (reduction) and output axes; the
+            other axes enumerate matrices. None takes the leaves with two axes, including embeddings.
+        momentum_dtype: dtype of the momentum and the first moment; None for the parameters' dtypes.
+        mesh_axis: mesh axis whose devices each orthogonalise a share of the matrices; None computes all matrices on
+            every device.
+        gradient_transform: an optax transformation that is applied to the gradient first, or None.
 
     Raises:
-        TypeError, ValueError: if a hyper-parameter that is a concrete number is out of its range; from `init` and
-            `update`, if `matrices` does not fit the parameters.
+        TypeError, ValueError: if a concrete hyper-parameter is out of range; from `init` and `update`, if `matrices`
+            does not fit the parameters.
 
     Examples:
         >>> optimizer, params = Muon(learning_rate=1.0, weight_decay=0.0), {"w": jnp.eye(4)}
@@ -290,7 +289,6 @@ class Muon(OptaxOptimizer):
         check_mesh_axis(self.mesh_axis)
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
-        """The optax transformation for these parameters."""
         views = matrix_views(self.matrices, params)
         labels = ["adam" if view is None else "muon" for view in views]
         groups = jax.tree.unflatten(jax.tree.structure(params), labels)
@@ -320,10 +318,10 @@ class Muon(OptaxOptimizer):
 def scale_by_muon(
     views: Sequence[MatrixView], beta: Scalar, eps: Scalar, momentum_dtype: Any = None, mesh_axis: str | None = None
 ) -> optax.GradientTransformation:
-    """Orthogonalised Nesterov momentum times 0.2 sqrt(max(in, out)): `optax.contrib.scale_by_muon`, whose state it has.
+    """Orthogonalised Nesterov momentum times 0.2 sqrt(max(in, out)), with `optax.contrib.scale_by_muon`'s state.
 
     Args:
-        views: of each parameter, in the order of their leaves.
+        views: the view of each parameter, in the order of the leaves.
         beta, eps, momentum_dtype, mesh_axis: as for `Muon`.
     """
 
@@ -356,7 +354,7 @@ def scale_by_muon(
 
 
 def orthogonalized(x: Array, coefficients: Array, eps: Scalar) -> Array:
-    """X <- a X + (b X X^T + c (X X^T)^2) X, five times, from X / |X|; [in, out] in the shorter side's products."""
+    """Five times X <- a X + (b X X^T + c (X X^T)^2) X, from X / |X|. `x` is [in, out]; the shorter side forms X X^T."""
     if x.shape[0] > x.shape[1]:
         return orthogonalized(x.T, coefficients, eps).T
     a, b, c = coefficients.astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Draw classes from logits, and score them."""
+"""Sample classes from logits, and compute their losses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _BLOCK = 128
 
 
 def sample_categorical(logits: Array, uniforms: Array) -> Array:
-    """Labels drawn from softmax(logits) by the inverse of the cumulative distribution, in float32.
+    """Labels drawn from softmax(logits) by inverting the cumulative distribution, in float32.
 
-    One uniform a position instead of one Gumbel variable a class: several times cheaper for large vocabularies. The
-    cumulative sum is taken over blocks of 128 classes first and then inside the block that was hit.
+    One uniform number per position is several times cheaper than one Gumbel variable per class for large vocabularies.
+    The cumulative sum is taken over blocks of 128 classes first and then inside the block that was hit.
 
     Args:
-        logits: [..., classes]; -inf for a class that cannot be drawn (one at least must be possible).
+        logits: [..., classes]; -inf for a class that cannot be drawn. At least one class must be finite.
         uniforms: [...] float32 in [0, 1).
 
     Returns:
@@ -40,10 +40,11 @@ def sample_categorical(logits: Array, uniforms: Array) -> Array:
 
 
 def _first_above(weights: Array, ends: Array, target: Array) -> Array:
-    """The first index of positive weight that ends above the target; the last such index where rounding left none.
+    """The first index of positive weight whose cumulative sum exceeds the target.
 
-    The weights are looked at too because of rounding: a target may come out a little below 0, and a parallel
-    cumulative sum is not quite monotone, so that an index of weight 0 can be the first to end above the target.
+    If rounding leaves none, it is the last index of positive weight. The weights are checked because a target may be
+    rounded below 0 and a parallel cumulative sum is not quite monotone, so the first sum above the target can belong
+    to an index of weight 0.
     """
     positions = jnp.arange(weights.shape[-1], dtype=jnp.int32)
     possible = weights > 0

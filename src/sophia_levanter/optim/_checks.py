@@ -1,4 +1,4 @@
-"""Checks of arguments and trees where they are concrete: under `jit` and `vmap` numbers may be tracers."""
+"""Checks of arguments and trees. Under `jit` and `vmap` numbers may be tracers, whose values cannot be checked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_number(
 ) -> None:
     """Raise unless a hyper-parameter is a number, or an array of them, in [low, high), or (low, high) with `low_open`.
 
-    Traced arrays pass, and with `schedule` functions of the update count: their values are unknown.
+    Traced arrays pass, since their values are unknown; with `schedule`, so do functions of the update count.
     """
     if callable(value) and not isinstance(value, type):
         if not schedule:
@@ -46,7 +46,7 @@ def _is_real(array: Any) -> bool:
 
 
 def python_number(value: Any) -> Any:
-    """A NumPy scalar or 0-d array as a Python number, which does not promote bfloat16; any other value as it is."""
+    """A NumPy scalar or 0-d array as a Python number, which does not promote bfloat16; any other value unchanged."""
     scalar = isinstance(value, np.generic | np.ndarray) and value.shape == ()
     return value.item() if scalar and _is_real(value) else value
 
@@ -60,7 +60,7 @@ def whole_number(value: Any) -> Any:
 
 
 def check_count(name: str, value: Any, *, low: int = 1) -> None:
-    """Raise a ValueError unless the value is an int of at least `low`; JAX arrays, which may be traced, are not."""
+    """Raise a ValueError unless the value is an int of at least `low`; JAX arrays fail, since they may be traced."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")
 
@@ -100,7 +100,7 @@ def check_single(name: str, value: Any) -> None:
 
 
 def value_at(name: str, value: float | Array | Callable[[Array], Any], count: Any) -> Any:
-    """A hyper-parameter at an update count, whether it is a number or a schedule, which must return one number."""
+    """The value of a hyper-parameter, a number or a schedule, at an update count; a schedule must return one number."""
     found = value(count) if callable(value) else value
     if not isinstance(found, Real | ARRAYS):
         raise TypeError(f"{name} at an update count is {found!r}; it must be a number")
@@ -120,7 +120,7 @@ def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, as of j
 
 
 def check_scalars(name: str, results: Any, what: Sequence[str]) -> list[Array]:
-    """The results of a function as arrays, if they are real scalars, as many as `what` describes."""
+    """The results of a function as arrays; an error unless they are real scalars, one for each entry of `what`."""
     if not isinstance(results, tuple | list) or len(results) != len(what):
         raise TypeError(f"{name} must give {len(what)} scalars: {', '.join(what)}")
     named = zip(("first", "second", "third"), results, what, strict=False)

@@ -34,7 +34,7 @@ class AbstractSquaredGradient(eqx.Module):
     samples_targets: AbstractClassVar[bool]
     forward_mode: ClassVar[bool] = False
 
-    # Properties, and not `AbstractVar`s, which type checkers would put before the likelihood.
+    # Properties, not `AbstractVar`s: type checkers would order those fields before the likelihood.
     @property
     @abc.abstractmethod
     def reduction(self) -> str: ...
@@ -48,16 +48,16 @@ class AbstractSquaredGradient(eqx.Module):
     def coordinates(self) -> Coordinates: ...
 
     def changes_of_basis(self, num_microbatches: int) -> int:
-        """The gradient is projected once, or once for each microbatch where each is squared."""
+        """The gradient is projected once, or once per microbatch if each is squared."""
         return num_microbatches if self.reduction == "square_then_average" else 1
 
     def accumulated(self, grad_sum: PyTree, num_targets: Float[Array, ""]) -> PyTree:
-        """What one microbatch adds to the running total, in at least float32: G_i^2, or G_i."""
+        """A microbatch's term of the running total, in at least float32: G_i^2 or G_i."""
         wide = jax.tree.map(upcast, grad_sum)
         return self._squared(wide, num_targets) if self.reduction == "square_then_average" else wide
 
     def finished(self, total: PyTree, num_targets: Float[Array, ""]) -> PyTree:
-        """The estimate from the sums of `accumulated` and of the numbers of targets over microbatches."""
+        """The estimate, from the sums of `accumulated` and of the number of targets over microbatches."""
         if self.reduction == "average_then_square":
             total = self._squared(total, num_targets)
         return jax.tree.map(lambda x: x / num_targets, total)
@@ -78,23 +78,23 @@ class AbstractSquaredGradient(eqx.Module):
 class GaussNewtonBartlett(AbstractSquaredGradient):
     """B * g^2, with g the gradient of the mean loss on B targets drawn from the model's own distribution.
 
-    Its mean is the diagonal of the Gauss-Newton matrix (Algorithm 2); it is never negative. That is the curvature of
-    the likelihood's mean loss: where the training loss is c times as large, rho must be c times as large too.
+    Its mean is the diagonal of the Gauss-Newton matrix (Algorithm 2); it is never negative. It measures the curvature
+    of the likelihood's mean loss: if the training loss is c times as large, rho must be c times as large too.
 
     Over several microbatches both reductions are unbiased, since the G_i are independent with mean zero. Squaring first
-    has up to n times less variance with n microbatches; averaging first is what the authors' code does.
+    has up to n times less variance with n microbatches; the authors' code averages first.
 
     Args:
-        likelihood: what the outputs say of the targets.
-        reduction: how microbatches are joined: sum_i G_i^2 / sum_i B_i is `square_then_average`, (sum_i G_i)^2 /
-            sum_i B_i is `average_then_square`; G_i is the gradient of the summed loss of microbatch i, B_i its number
-            of targets.
-        extra_pass: whether a step that estimates makes one more backward pass. False scores the microbatches that the
-            curvature is estimated on against sampled targets alone, and leaves them out of the gradient: the step
-            costs what any other does, and its gradient is the mean of the other microbatches.
+        likelihood: the distribution of the targets given the outputs.
+        reduction: how microbatches are combined: `square_then_average` is sum_i G_i^2 / sum_i B_i,
+            `average_then_square` is (sum_i G_i)^2 / sum_i B_i, with G_i the gradient of the summed loss of microbatch i
+            and B_i its number of targets.
+        extra_pass: whether a refresh step makes one more backward pass. With False, the microbatches that the curvature
+            is estimated on see only sampled targets and are left out of the gradient: the step costs no more than any
+            other, and its gradient is the mean over the other microbatches.
         max_grad_norm: g is scaled down to this global norm before it is squared, as in the authors' code (1.0), which
-            makes the estimate biased; None for not.
-        coordinates: those whose diagonal is estimated, the parameters' own if not given; `Sophia.estimator_at` sets it.
+            makes the estimate biased; None does not clip.
+        coordinates: where the diagonal is estimated, by default the parameters' own; `Sophia.estimator_at` sets them.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -129,12 +129,12 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
         """An estimate of the Gauss-Newton diagonal of the (weighted) mean loss.
 
         Args:
-            outputs_fn: model -> outputs, or (model, microbatch) -> those of a microbatch.
+            outputs_fn: model -> outputs, or (model, microbatch) -> the microbatch's outputs.
             model: any pytree.
             microbatches: a pytree of arrays [microbatch, ...].
             key: a JAX random key for the targets.
-            weights: the weight of each target in the mean loss, 0 to leave it out; 1 each if not given. Like the
-                likelihood's losses, with [microbatch, ...] in front where there are microbatches.
+            weights: the weight of each target in the mean loss, 0 to leave it out; 1 by default. They have the shape of
+                the likelihood's losses, after a first axis [microbatch, ...] if there are microbatches.
 
         Raises:
             ValueError, TypeError: if the outputs are not what the likelihood needs.
@@ -150,7 +150,7 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
 
     @property
     def gradients(self) -> float:
-        """2/3 for the extra backward pass, 0 without it; the forward pass is the gradient's."""
+        """2/3 for the extra backward pass, 0 without it; the forward pass is shared with the gradient."""
         return 2 / 3 if self.extra_pass else 0.0
 
     def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
@@ -165,13 +165,13 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
         *,
         key: Key[Array, ""],
     ) -> PyTree:
-        """The same from a function that draws its targets itself, as blocked losses over a vocabulary do.
+        """The same estimate, from a function that draws its own targets, as blocked losses over a vocabulary do.
 
         Args:
             sampled_loss: (model, key) or (model, microbatch, key) -> (mean loss on B targets drawn from the model's
                 own distribution, B).
             model: any pytree.
-            microbatches: a pytree of arrays [microbatch, ...]; each has a key of its own.
+            microbatches: a pytree of arrays [microbatch, ...]; each gets its own key.
             key: a JAX random key for the targets.
         """
         return _estimate(self, "sampled_loss", sampled_loss, model, microbatches, key)
@@ -182,8 +182,8 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
         Args:
             outputs: the model's outputs, an array or a NamedArray.
             key: a JAX random key for the targets.
-            weights: of each target in the mean; B is their sum. The mean has their roots, so that the expected square
-                of its gradient is the weighted sum of the targets' Gauss-Newton diagonals.
+            weights: the weight of each target; B is their sum. The mean loss is weighted by their roots, so that its
+                expected squared gradient is proportional to the weighted sum of the targets' Gauss-Newton diagonals.
         """
         _, losses, w = self._sampled(outputs, key, weights)
         return weighted_mean(losses, jnp.sqrt(w), jnp.sum(w)), jnp.sum(w)
@@ -191,13 +191,13 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
     def losses(
         self, outputs: Any, targets: Any, *, key: Key[Array, ""], weights: Any = None
     ) -> tuple[Array, Array, Array]:
-        """What `value_grad_and_curvature` needs: the mean loss on the true and on sampled targets, and their number B.
+        """The mean loss on the true and on sampled targets, and their number B, for `value_grad_and_curvature`.
 
         Args:
             outputs: the model's outputs, an array or a NamedArray.
             targets: the true targets, as the likelihood takes them.
             key: a JAX random key for the sampled targets.
-            weights: of each target in the mean; B is their sum.
+            weights: the weight of each target in the mean; B is their sum.
         """
         sampled, sampled_losses, w = self._sampled(outputs, key, weights)
         targets = targets_in_use(self.likelihood, outputs, targets, sampled, w)
@@ -218,8 +218,8 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
 class EmpiricalFisher(AbstractSquaredGradient):
     """B * g^2, with g the gradient of the mean loss on the data's own B targets: the training gradient itself.
 
-    The mean gradient is not 0, and enters the estimate: it is not the Gauss-Newton matrix's diagonal (Kunstner, Balles
-    and Hennig 2019, arXiv 1905.12558). The arguments are `GaussNewtonBartlett`'s.
+    The mean gradient is not 0 and enters the estimate, so this is not the diagonal of the Gauss-Newton matrix
+    (Kunstner, Balles and Hennig 2019, arXiv 1905.12558). The arguments are `GaussNewtonBartlett`'s.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -252,7 +252,7 @@ class EmpiricalFisher(AbstractSquaredGradient):
             loss_fn: model, or (model, microbatch), -> (mean loss on the true targets, their number B).
             model: any pytree.
             microbatches: a pytree of arrays [microbatch, ...].
-            key: a JAX random key, as other estimators need one; nothing is drawn.
+            key: a JAX random key, unused: other estimators need it.
         """
         return _estimate(self, "loss_fn", lambda *args: loss_fn(*args[:-1]), model, microbatches, key)
 
@@ -269,7 +269,7 @@ def _estimate(
     microbatches: PyTree,
     key: Key[Array, ""],
 ) -> PyTree:
-    """An estimate alone, from (model, key) or (model, microbatch, key) -> (mean loss, number of targets)."""
+    """An estimate without a gradient, from (model, key) or (model, microbatch, key) -> (mean loss, num_targets)."""
 
     def losses_fn(*args: Any) -> tuple[Array, Array, Array]:
         loss, num_targets = check_scalars(name, loss_fn(*args), ("a scalar mean loss", "the number of targets"))

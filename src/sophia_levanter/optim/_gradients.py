@@ -1,6 +1,6 @@
-"""Gradients and curvature of a batch, piece by piece, for a trainer and for `value_grad_and_curvature` alike.
+"""Gradients and curvature of a batch, for the trainer and for `value_grad_and_curvature`.
 
-Only the activations of one piece exist at a time.
+The activations of only one microbatch exist at a time.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sophia_levanter.optim._trees import all_finite, is_named, trainable, upcast
 def split_microbatches(
     batch: PyTree, microbatch_size: int, *, fraction: float = 1.0, num_devices: int = 1
 ) -> tuple[PyTree, float]:
-    """The first part of a batch in microbatches, for an estimator or `value_grad_and_curvature`.
+    """Split the first part of a batch into microbatches, for an estimator or `value_grad_and_curvature`.
 
     Args:
-        batch: any pytree of arrays or NamedArrays whose first axis is the row, of the same length in all.
+        batch: any pytree of arrays or NamedArrays whose first axis is the row; all have the same number of rows.
         microbatch_size: rows in a microbatch; it must divide the number of rows.
         fraction: the wanted part of the batch, in (0, 1], rounded to whole microbatches, at least one.
-        num_devices: over how many devices the rows will be split; it must divide a microbatch, so that no device is
-            without a row. Put the result on them with the sharding [None, devices].
+        num_devices: number of devices that the rows will be sharded over; it must divide `microbatch_size`, so that
+            every device has rows. Shard the result as [None, devices].
 
     Returns:
         The same tree with arrays [microbatch, row, ...], and the share of the batch that it holds.
@@ -91,7 +91,7 @@ def sum_over_microbatches(
     Args:
         function: returns a tree of arrays, of the same shapes for each microbatch.
         microbatches: any pytree of arrays or NamedArrays [microbatch, ...].
-        start: what is added to; zeros if not given.
+        start: the initial sum; zeros if not given.
     """
 
     def at(index: Any) -> PyTree:
@@ -170,9 +170,9 @@ def accumulate(
 
     Args:
         losses_fn, model, microbatches, key: as for `value_grad_and_curvature`.
-        estimator: its `accumulated` is what a microbatch adds to the curvature; None for no curvature.
+        estimator: its `accumulated` gives each microbatch's term of the curvature; None for no curvature.
         gradient: whether the gradient of the loss on the true targets is taken.
-        start: sums over other microbatches, which are added.
+        start: sums over other microbatches, to continue from.
     """
     check_parameters(model)
     check_key(key)
@@ -182,7 +182,7 @@ def accumulate(
         return check_scalars("losses_fn", losses_fn(model, *args), what)
 
     def one(*args: Any) -> GradientSums:
-        # Only what is differentiated is a result, so that the rest of the backward pass need not exist.
+        # Return only the losses that are differentiated, so that no other backward pass is built.
         wanted = [0] if gradient else []
         if estimator is not None and not (gradient and not estimator.samples_targets):
             wanted.append(int(estimator.samples_targets))
@@ -195,7 +195,7 @@ def accumulate(
         n = jnp.asarray(num_targets, jnp.promote_types(loss.dtype, jnp.float32))
 
         def gradient_of(index: int) -> PyTree:
-            """Of a summed loss. In half precision the number of targets would be rounded, or overflow."""
+            """The gradient of a summed loss; in half precision, n as a cotangent would be rounded or overflow."""
             cotangents = [jnp.zeros_like(result) for result in results]
             exact = results[index].dtype == n.dtype
             cotangents[index] = n if exact else jnp.ones_like(results[index])
@@ -213,16 +213,16 @@ def accumulate(
 
 
 class RefreshStep(eqx.Module):
-    """A step that refreshes the curvature, as its estimator sees it: the estimator decides which passes are made.
+    """A step that refreshes the curvature. Its estimator decides which passes are made.
 
     Attributes:
         losses_fn: as for `value_grad_and_curvature`.
         model: the model before the step.
         key: a JAX random key.
-        batch: [microbatch, ...], whose mean gradient is wanted; None for a single pass.
-        first: [microbatch, ...], what the curvature is estimated on.
-        others: the microbatches of the batch that are not in `first`; None where `first` is not part of the batch.
-        curvature_losses_fn: `losses_fn` with a forward derivative, where that is another function.
+        batch: the microbatches [microbatch, ...] of the whole batch; None for a single pass.
+        first: the microbatches [microbatch, ...] that the curvature is estimated on.
+        others: the microbatches of the batch that are not in `first`; None if `first` is not part of the batch.
+        curvature_losses_fn: `losses_fn` with a forward derivative, if it needs another implementation.
     """
 
     losses_fn: LossesFn
@@ -238,7 +238,9 @@ class RefreshStep(eqx.Module):
         return accumulate(self.losses_fn, self.model, self.batch, key=self.key)
 
     def shared_gradient(self, estimator: Any) -> tuple[GradientSums, PyTree]:
-        """The same, and an estimate from the same forward pass and, for sampled targets, a second backward pass.
+        """Loss and gradient over the whole batch, and an estimate on `first` from the same forward pass.
+
+        Sampled targets need a second backward pass, and a `first` outside the batch needs a separate pass.
 
         Args:
             estimator: has `samples_targets`, `accumulated` and `finished`, as `GaussNewtonBartlett` has.
@@ -253,10 +255,10 @@ class RefreshStep(eqx.Module):
         return self._with_others(sums._replace(curvature=None)), h_hat
 
     def replaced_gradient(self, estimator: Any) -> tuple[GradientSums, PyTree]:
-        """Loss and gradient over the others, and an estimate on `first`: no pass more than a plain step has.
+        """Loss and gradient over `others`, and an estimate on `first`, with no more passes than a plain step.
 
         Raises:
-            ValueError: if there are no others.
+            ValueError: if `others` is empty or None.
         """
         if not self.others:
             raise ValueError(
@@ -265,18 +267,18 @@ class RefreshStep(eqx.Module):
             )
         sums = accumulate(self.losses_fn, self.model, self.first, key=self.key, estimator=estimator, gradient=False)
         h_hat = estimator.finished(sums.curvature, sums.num_targets)
-        # Where the estimate is not finite the gradient is not either, so that the step is skipped: see _once_complete.
+        # If the estimate is not finite, start the gradient at nan, so that the step is skipped: see _once_complete.
         zero = jnp.where(all_finite(h_hat), 0.0, jnp.nan)
         zeros = jax.tree.map(lambda p: jnp.full_like(p, zero, dtype=wide_dtype(p)), trainable(self.model))
         nothing = GradientSums(jnp.zeros_like(sums.loss), jnp.zeros_like(sums.num_targets), zeros, None)
         return self._with_others(nothing), h_hat
 
     def curvature_pass(self, after: GradientSums) -> tuple[Callable[..., tuple[Array, Array]], PyTree]:
-        """For a pass over `first` by itself, which begins when the sums `after` are complete.
+        """The loss and the microbatches for a separate pass over `first`, which begins when `after` is complete.
 
         Returns:
             (model, microbatch) -> (scalar mean loss, number of targets), with a forward derivative, or model -> the
-            same for a single pass; the microbatches, or None.
+            same for a single pass; and the microbatches, or None.
         """
         losses_fn = self.curvature_losses_fn or self.losses_fn
         # An estimator draws its probe from `key`, and dropout must not depend on the probe.
@@ -303,9 +305,9 @@ class RefreshStep(eqx.Module):
 def _once_complete(sums: GradientSums, microbatches: PyTree) -> PyTree:
     """The microbatches, for a pass that begins when these sums are complete.
 
-    Two passes at a time would need the memory of both. On CPUs they may never end: devices enter the collectives of
-    independent passes in different orders. Where a gradient is not finite the microbatches are zeros: such a step is
-    skipped whatever they hold, and the loss that is reported is that of the pass before.
+    Two concurrent passes would need the memory of both. On CPUs they may deadlock, because devices enter the
+    collectives of independent passes in different orders. If the gradient is not finite, the microbatches become zeros:
+    such a step is skipped anyway, and its reported loss is that of the earlier pass.
     """
     finite = all_finite(sums.grads)
 
@@ -325,28 +327,28 @@ def value_grad_and_curvature(
     estimator: Any,
     curvature_microbatches: int | None = None,
 ) -> tuple[Float[Array, ""], PyTree, PyTree]:
-    """The mean loss, its gradient and an estimate of the curvature: the passes that the trainer makes.
+    """The mean loss, its gradient and an estimate of the curvature, in the passes that the trainer makes.
 
     With `GaussNewtonBartlett` the estimate costs one more backward pass and no forward pass, or no pass at all with
-    `extra_pass=False`. Its method `losses` makes the three results of `losses_fn` from a model's outputs. That keeps
+    `extra_pass=False`. Its method `losses` computes the three results of `losses_fn` from a model's outputs. That keeps
     two cotangents of the outputs; for a large vocabulary write a `losses_fn` that takes the final hidden states
-    through the head in blocks, scoring true and sampled labels in one pass (as `sophia_levanter.models.loss` does).
+    through the head in blocks and computes both losses in one pass (as `sophia_levanter.models.loss` does).
 
     Args:
         losses_fn: (model, key) or (model, microbatch, key) -> (mean loss on the true targets, mean loss on targets
-            drawn from the model's own distribution, their number B). `Hutchinson` looks at the first and the third.
+            drawn from the model's own distribution, their number B). `Hutchinson` uses only the first and the third.
         model: any pytree.
         microbatches: a pytree of arrays or NamedArrays [microbatch, ...]; None for a single pass.
         key: a JAX random key for the sampled targets, or the probe.
-        estimator: that of an optimizer is `optimizer.estimator_at(state)`.
-        curvature_microbatches: how many of the first microbatches the curvature is estimated on; None for all.
+        estimator: the estimator; an optimizer's is `optimizer.estimator_at(state)`.
+        curvature_microbatches: estimate the curvature on this many of the first microbatches; None for all.
 
     Returns:
         The loss, the gradient and the estimate, both like the model's trainable part.
 
     Raises:
         ValueError: if a loss is not a scalar, or there are fewer microbatches than wanted.
-        TypeError: if the estimator does not say how a step with it is made.
+        TypeError: if the estimator does not define `gradient_and_estimate`.
 
     Examples:
         >>> estimator, x, y = GaussNewtonBartlett(), jnp.ones((4, 1)), jnp.arange(4) % 2

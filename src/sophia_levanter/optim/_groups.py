@@ -1,4 +1,4 @@
-"""Groups of parameters with a learning rate and a weight decay of their own, around any optimizer."""
+"""Parameter groups with their own learning rate and weight decay, around any optimizer."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Roles: TypeAlias = PyTree[str] | Callable[[PyTree], PyTree[str]] | None
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that are treated alike: those whose path matches, or those that have a role.
+    """Parameters that share settings: those whose path matches an expression, or those that have a role.
 
     Attributes:
         match: a regular expression that is searched for in the paths of parameters: `wte|wpe`, `attention.*weight`.
         learning_rate: factor on the optimizer's learning rate.
-        weight_decay: in place of the optimizer's; None for the optimizer's.
+        weight_decay: the group's weight decay; None for the optimizer's.
         role: in place of `match`, a role that `roles` gives to parameters, such as `embedding`.
 
     Raises:
@@ -55,16 +55,16 @@ class ParameterGroup:
             check_number("weight_decay", self.weight_decay, low=0)
 
     def includes(self, path: str, role: str | None) -> bool:
-        """Whether a parameter with this path and role is one of them."""
+        """Whether a parameter with this path and role belongs to the group."""
         return role == self.role if self.match is None else re.search(self.match, path) is not None
 
 
 class ParameterGroups(OptimizerWrapper):
-    """An optimizer whose steps are scaled in groups of parameters: theta <- theta + r step, r the group's factor.
+    """An optimizer whose steps are scaled by group: theta <- theta + r step, with r the group's factor.
 
-    A parameter is in the first group that matches its path, such as `blocks.attention.query.weight`, or its role; one
-    that no group matches has r = 1. The state is the optimizer's. The weight decay of groups is the optimizer's to
-    apply: give it `weight_decay=1.0, weight_decay_mask=group_weight_decay(groups, rate, mask, roles)`.
+    A parameter is in the first group that matches its path, such as `blocks.attention.query.weight`, or its role; if no
+    group matches, r = 1. The state is the optimizer's. The optimizer applies the weight decay of groups: give it
+    `weight_decay=1.0, weight_decay_mask=group_weight_decay(groups, rate, mask, roles)`.
 
     Args:
         optimizer: follows the protocol of `Optimizer`.
@@ -123,7 +123,7 @@ def group_weight_decay(
     Args:
         groups: those of `ParameterGroups`.
         rate: the weight decay outside groups that have their own.
-        mask: where it applies; the decay of groups applies to all of their parameters.
+        mask: where `rate` applies; the decay of a group applies to all of its parameters.
         roles: as for `ParameterGroups`.
     """
     decays = [-1.0 if group.weight_decay is None else group.weight_decay for group in groups]
@@ -138,7 +138,7 @@ def group_weight_decay(
 
 
 def groups_of(groups: Sequence[ParameterGroup], model: PyTree, roles: Roles = None) -> dict[str, int]:
-    """The group of each parameter that is in one: its index in `groups`, by the parameter's path.
+    """The index in `groups` of each parameter's group, by the parameter's path; parameters without a group are omitted.
 
     Args:
         groups: those of `ParameterGroups`.
@@ -146,7 +146,7 @@ def groups_of(groups: Sequence[ParameterGroup], model: PyTree, roles: Roles = No
         roles: as for `ParameterGroups`.
 
     Raises:
-        ValueError: if a group matches no parameter, or only such as are in groups before it, or there is a group by
+        ValueError: if a group matches no parameter, or only parameters that are in earlier groups, or if a group has a
             role and `roles` is None.
     """
     leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_named)

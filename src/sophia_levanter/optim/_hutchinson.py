@@ -41,7 +41,7 @@ class AbstractHutchinson(eqx.Module):
     signed: ClassVar[bool] = True
     forward_mode: ClassVar[bool] = True
 
-    # Properties, and not `AbstractVar`s, which type checkers would put before the likelihood.
+    # Properties, not `AbstractVar`s: type checkers would order those fields before the likelihood.
     @property
     @abc.abstractmethod
     def probe(self) -> str: ...
@@ -55,7 +55,7 @@ class AbstractHutchinson(eqx.Module):
     def coordinates(self) -> Coordinates: ...
 
     def changes_of_basis(self, num_microbatches: int) -> int:
-        """A probe is projected back, and its product into the basis."""
+        """Each probe is projected back, and its product is projected into the basis."""
         return 2 * self.num_probes
 
     def _check(self) -> None:
@@ -95,8 +95,8 @@ class Hutchinson(AbstractHutchinson):
 
     Args:
         probe: how u is drawn: `rademacher` (lower variance) or `gaussian` (the paper's).
-        num_probes: over how many u the estimate is averaged, one after the other.
-        coordinates: those whose diagonal is estimated, the parameters' own if not given; `Sophia.estimator_at` sets it.
+        num_probes: the number of u that the estimate averages, one after the other.
+        coordinates: where the diagonal is estimated, by default the parameters' own; `Sophia.estimator_at` sets them.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -127,9 +127,9 @@ class Hutchinson(AbstractHutchinson):
         Args:
             loss_fn: model -> scalar mean loss, or (model, microbatch) -> that of a microbatch.
             model: any pytree.
-            microbatches: a pytree of arrays [microbatch, ...]; all have the same u, and only split the work.
+            microbatches: a pytree of arrays [microbatch, ...]; they share u and only split the work.
             key: a JAX random key for u.
-            weights: share of each microbatch in the mean loss, as the number of its targets; equal if not given.
+            weights: weight of each microbatch in the mean loss, such as its number of targets; equal if not given.
 
         Raises:
             ValueError: if the loss is not a scalar.
@@ -149,7 +149,7 @@ class Hutchinson(AbstractHutchinson):
 
     @property
     def gradients(self) -> float:
-        """A gradient and its derivative for each probe."""
+        """Each probe costs a gradient and its derivative."""
         return 2.0 * self.num_probes
 
     def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
@@ -161,7 +161,7 @@ class Hutchinson(AbstractHutchinson):
     def _estimate(
         self, loss_fn: Callable[..., tuple[Any, Any]], model: PyTree, microbatches: PyTree, key: Key[Array, ""]
     ) -> PyTree:
-        """From model, or (model, microbatch), -> (mean loss, its weight)."""
+        """An estimate, from model, or (model, microbatch), -> (mean loss, its weight)."""
         check_key(key)
 
         def product(u: PyTree, part: PyTree, _: Any) -> Product:
@@ -175,12 +175,12 @@ class Hutchinson(AbstractHutchinson):
 class GaussNewtonHutchinson(AbstractHutchinson):
     """u * (J^T S J u): Hutchinson's estimator of the Gauss-Newton matrix, for comparison with the other two.
 
-    J is the Jacobian of the outputs and S the Hessian of the loss in the outputs; forward mode gives J u, reverse mode
-    the rest. Its mean is that of Gauss-Newton-Bartlett where S does not depend on the targets, as for the likelihoods
-    here, or else with S at sampled targets. Single entries may be negative.
+    J is the Jacobian of the outputs, and S is the Hessian of the loss with respect to the outputs, at sampled targets
+    if it depends on the targets (it does not for the likelihoods here). Forward mode gives J u, reverse mode the rest.
+    The mean equals that of Gauss-Newton-Bartlett. Single entries may be negative.
 
     Args:
-        likelihood: what the outputs say of the targets.
+        likelihood: the distribution of the targets given the outputs.
         probe, num_probes, coordinates: as for `Hutchinson`.
 
     Raises:
@@ -252,7 +252,7 @@ def draw_probe(key: Key[Array, ""], model: PyTree, probe: str = "rademacher") ->
 def hessian_vector_product(
     loss_fn: Callable[[PyTree], Any], model: PyTree, vector: PyTree, *, has_aux: bool = False
 ) -> Any:
-    """H v of a scalar loss, by forward-over-reverse differentiation; with `has_aux` (H v, aux) of (loss, aux)."""
+    """H v of a scalar loss, by forward-over-reverse differentiation; (H v, aux) if `loss_fn` gives (loss, aux)."""
 
     def scalar_loss(model: PyTree) -> tuple[Array, Any]:
         loss, aux = loss_fn(model) if has_aux else (loss_fn(model), None)
@@ -269,7 +269,7 @@ def forward_derivative(name: str, function: Callable[[PyTree], Any], model: PyTr
     """The value of a function of the model and its derivative along a vector; a TypeError names the function."""
     try:
         return eqx.filter_jvp(function, (model,), (vector,))
-    # jax and its kernels have no common error for this: a custom_vjp raises the first, other primitives the rest.
+    # jax and its kernels share no error type for this: a custom_vjp raises the first, other primitives the rest.
     except (TypeError, ValueError, NotImplementedError) as error:
         if not re.search(r"forward-mode|ifferentiation rule|\bjvp\b", str(error), re.IGNORECASE):
             raise

@@ -18,18 +18,18 @@ from sophia_levanter.optim._trees import upcast, wide_dtype
 
 
 class Factor(NamedTuple):
-    """One side, inputs or outputs, of the matrices of a parameter, in at least float32.
+    """The factor for one side, inputs or outputs, of a parameter's matrices, in at least float32.
 
     Attributes:
         moment: the average of m m^T, or m^T m.
-        vectors: orthonormal columns, close to its eigenvectors.
+        vectors: orthonormal columns, close to the eigenvectors of `moment`.
     """
 
     moment: Float[Array, "matrix n n"]
     vectors: Float[Array, "matrix n n"]
 
 
-# For each leaf of the parameters its two factors, or None.
+# The two factors of each leaf of the parameters, or None.
 BasisState = tuple[tuple[Factor | None, Factor | None] | None, ...]
 
 
@@ -40,22 +40,23 @@ class KroneckerBasis(eqx.Module):
         Q_L <- qr(L Q_L)                        Q_R <- qr(R Q_R)
         G in the basis is Q_L^T G Q_R
 
-    One step of orthogonal iteration at each refresh, from the identity, follows the eigenvectors as they change, as in
-    SOAP (Vyas et al. 2024, arXiv 2409.11321); Shampoo (Gupta et al. 2018, arXiv 1802.09568) has such moments of
-    gradients. The diagonal in this basis is that of George et al. 2018 (arXiv 1806.03884). When the basis is rotated
-    by A = Q_L^T Q_L,old and C likewise, a diagonal h becomes (A * A) h (C * C)^T, the diagonal of the rotated matrix.
+    The basis starts at the identity and tracks the eigenvectors with one step of orthogonal iteration at each refresh,
+    as in SOAP (Vyas et al. 2024, arXiv 2409.11321). Shampoo (Gupta et al. 2018, arXiv 1802.09568) keeps such moments of
+    gradients; George et al. 2018 (arXiv 1806.03884) take the diagonal in such a basis. When the basis is rotated by
+    A = Q_L^T Q_L,old and C likewise, a diagonal h becomes (A * A) h (C * C)^T, the diagonal of the rotated matrix.
 
-    It holds 2 (in^2 + out^2) numbers for each matrix. A step projects the matrix into the basis and back, with one
-    product with a square matrix for each side each time.
+    The state holds 2 (in^2 + out^2) numbers for each matrix. A step projects each matrix into the basis and back; each
+    projection multiplies it by one square matrix per side.
 
     Args:
         matrices: a tree (or prefix), or a function from parameters to one, of optax's `MuonDimensionNumbers` where a
             parameter is a matrix and None where it keeps its coordinates. Axes that are neither input nor output
-            count matrices. None takes the leaves with two axes: embeddings too, and the wrong ones in a model whose
-            layers are stacked. Under `vmap` of the optimizer itself it must be a function or None.
+            enumerate matrices. None takes the leaves with two axes, which includes embeddings and is wrong for a model
+            whose layers are stacked. Under `vmap` of the optimizer itself it must be a function or None.
         b2: decay of L and R per refresh, in [0, 1).
         max_size: a side with more coordinates than this is not rotated.
-        mesh_axis: axis of the mesh whose devices share the matrices among them; None for all of them on every device.
+        mesh_axis: mesh axis whose devices each compute a share of the matrices; None computes all matrices on every
+            device.
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of its range.
@@ -78,7 +79,7 @@ class KroneckerBasis(eqx.Module):
         check_mesh_axis(self.mesh_axis)
 
     def init(self, params: PyTree) -> BasisState:
-        """The basis of the parameters' own coordinates.
+        """The identity basis: the parameters' own coordinates.
 
         Raises:
             ValueError, TypeError: if `matrices` does not fit the parameters; names the path.
@@ -97,13 +98,13 @@ class KroneckerBasis(eqx.Module):
         return tuple(None if view is None else factors(view, leaf) for view, leaf in leaves)
 
     def at(self, state: BasisState) -> Coordinates:
-        """The coordinates that a state of the basis stands for."""
+        """The coordinates of a state of the basis."""
         return Coordinates(self.matrices, state, self.mesh_axis)
 
     def update_moments(self, state: BasisState, tree: PyTree) -> BasisState:
-        """The state with a momentum, or gradient, like the parameters in its averages L and R.
+        """The state after averaging a tree like the parameters, a momentum or gradient, into L and R.
 
-        Moments that are not finite, as squares of finite numbers may be, are left out.
+        Moments that overflow are left out.
         """
 
         def average(factor: Factor | None, x: Array, y: Array) -> Factor | None:
@@ -124,7 +125,7 @@ class KroneckerBasis(eqx.Module):
         return tuple(after)
 
     def rotated(self, state: BasisState, diagonal: PyTree) -> tuple[BasisState, PyTree]:
-        """The basis after one step of orthogonal iteration, and a diagonal, such as the curvature's, in it.
+        """The basis after one step of orthogonal iteration, and a diagonal, such as the curvature, in that basis.
 
         Args:
             state: the state before.
@@ -142,21 +143,21 @@ class KroneckerBasis(eqx.Module):
 
 
 def _iterated(moment: Array, vectors: Array) -> tuple[Array, Array]:
-    """The vectors after a step, and the squares of the old ones' coordinates in them."""
+    """The vectors after a step, and the squared coordinates of the old vectors in the new ones."""
     size = jnp.trace(moment, axis1=-2, axis2=-1)[:, None, None]
     # The moments are zero before the first gradient, so keep the identity basis.
     known = size > 0
     # Gradients are small, and the products of their moments would underflow in float32.
     scaled = moment / jnp.where(known, size, 1)
-    # One by one: on CPUs a batched QR waits for threads of the pool that it runs in. With several batches in a step, or
-    # several devices, every thread may wait and none is left to finish (jaxlib 0.10.2).
+    # One matrix at a time: on CPUs a batched QR waits for threads of the pool that it runs in. With several batches in
+    # a step, or several devices, all threads may wait, which is a deadlock (jaxlib 0.10.2).
     after = jax.lax.map(lambda x: jnp.linalg.qr(x)[0], scaled @ vectors)
     after = jnp.where(known, after, vectors)
     return after, jnp.square(_transposed(after) @ vectors)
 
 
 class Coordinates(eqx.Module):
-    """The basis of a state, for trees like the parameters; by default the identity.
+    """The coordinates of trees like the parameters in a basis; by default the identity.
 
     Args:
         matrices: as for `KroneckerBasis`.
@@ -169,19 +170,19 @@ class Coordinates(eqx.Module):
     mesh_axis: str | None = eqx.field(default=None, static=True)
 
     def project(self, tree: PyTree) -> PyTree:
-        """A tree in the basis: Q_L^T G Q_R for matrices. The shapes stay.
+        """Project a tree into the basis: Q_L^T G Q_R for each matrix G. Shapes do not change.
 
         Raises:
-            ValueError: if the tree has another number of leaves than the parameters.
+            ValueError: if the tree does not have as many leaves as the parameters.
         """
         return self._map(tree, partial(_times, inverse=True))
 
     def project_back(self, tree: PyTree) -> PyTree:
-        """A tree that is in the basis in the parameters' own coordinates: Q_L G Q_R^T."""
+        """Project a tree from the basis back into the parameters' own coordinates: Q_L G Q_R^T."""
         return self._map(tree, partial(_times, inverse=False))
 
     def by_matrix(self, tree: PyTree, function: Callable[..., PyTree]) -> list[tuple[int, MatrixView, PyTree]]:
-        """`function(view, stack, left, right)` of each leaf that is in the basis, with its number and view."""
+        """(index, view, `function(view, stack, left, right)`) for each leaf that has a basis."""
         leaves, state = jax.tree.leaves(tree), self.state or ()
         if len(leaves) != len(state):
             raise ValueError(f"the basis is of {len(state)} parameters, and here are {len(leaves)}")

@@ -1,4 +1,4 @@
-"""What a model's outputs say of its targets: draw targets from them, and score targets against them.
+"""Distributions of targets given a model's outputs: draw targets, and compute the losses of targets.
 
 Gauss-Newton-Bartlett needs both, since the Gauss-Newton matrix is the expected outer product of the gradient of the
 loss on targets drawn from the model itself (arXiv 2305.14342, section 2.3). A likelihood is any value with the
@@ -25,8 +25,8 @@ from sophia_levanter.optim._trees import axis_names, is_named, plain
 class Likelihood(Protocol):
     """A distribution of targets given a model's outputs.
 
-    `loss` gives one number a target, so that targets can be weighted or left out; a training loss that goes with it
-    is the (weighted) mean of them.
+    `loss` gives one number per target, so that targets can be weighted or left out. The training loss must be the
+    (weighted) mean of these numbers.
     """
 
     def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
@@ -38,22 +38,22 @@ class Likelihood(Protocol):
         ...
 
     def target_axes(self, outputs: Any) -> tuple:
-        """The axes of the losses, for NamedArray outputs; asked for only where weights have named axes too."""
+        """The axes of the losses, for NamedArray outputs; called only if targets or weights have named axes too."""
         ...
 
 
 def check_likelihood(value: Any) -> None:
-    """Raise a TypeError if the value lacks a likelihood's methods, or is a class and no value."""
+    """Raise a TypeError if the value lacks a likelihood's methods, or is a class instead of an instance."""
     if isinstance(value, type) or not (hasattr(value, "sample") and hasattr(value, "loss")):
         raise TypeError(f"likelihood is {value!r}; it must be a value such as Categorical(), Bernoulli() or Normal()")
 
 
 class Categorical(eqx.Module):
-    """A class out of several, from logits: softmax cross-entropy.
+    """One of several classes, from logits: softmax cross-entropy.
 
     Args:
         axis: the class axis of the logits, by position or, for NamedArrays, by name.
-        num_classes: how many of the logits are classes, where the rest is padding, which is never drawn; None for all.
+        num_classes: the number of logits that are classes, if the rest is padding, which is never drawn; None for all.
 
     Raises:
         ValueError: on use, if the logits have no such axis.
@@ -81,8 +81,8 @@ class Categorical(eqx.Module):
         """The cross-entropy of each target class.
 
         Args:
-            outputs: [..., classes] logits, the class axis wherever `axis` says.
-            targets: [...] integers; a NamedArray is brought into the order of the logits' other axes. One that is not a
+            outputs: [..., classes] logits; `axis` names the class axis.
+            targets: [...] integers; the axes of a NamedArray are reordered like the logits'. A target that is not a
                 class has the loss nan, or inf in the padding; give it the weight 0.
         """
         logits = self._logits(outputs)
@@ -92,7 +92,7 @@ class Categorical(eqx.Module):
         if not jnp.issubdtype(targets.dtype, jnp.integer):
             raise TypeError(f"targets of a categorical likelihood are {targets.dtype}; they must be integer classes")
         _check_target_shape(targets, logits.shape[:-1])
-        # What is no class has no loss: nan, also for -1, which would count from the end.
+        # A target that is not a class gets the loss nan, also -1, which would index from the end.
         return categorical_loss(logits, jnp.where(targets < 0, logits.shape[-1], targets))
 
     def target_axes(self, outputs: Any) -> tuple:
@@ -174,10 +174,10 @@ class _Elementwise(eqx.Module):
 
 
 class Bernoulli(_Elementwise):
-    """Yes or no, from the logit of yes: sigmoid cross-entropy.
+    """A binary target, from the logit of 1: sigmoid cross-entropy.
 
     Args:
-        event_ndim: how many of the last axes are summed in one target's loss (1 for [row, label] where the training
+        event_ndim: the number of last axes that are summed in one target's loss (1 for [row, label] if the training
             loss is the mean over rows of the sum over labels).
 
     Examples:
@@ -202,12 +202,12 @@ class Bernoulli(_Elementwise):
 
 
 class Normal(_Elementwise):
-    """A real number with the output as mean: squared error over twice the variance, and a constant.
+    """A real number with the output as mean: squared error over twice the variance, plus a constant.
 
     Args:
-        variance: of the targets around the mean, above 0; a number or an array that broadcasts to the outputs. The mean
-            of (y - output)^2 as a training loss is that of a variance of 1/2.
-        event_ndim: how many of the last axes are summed in one target's loss.
+        variance: variance of the targets around the mean, above 0; a number or an array that broadcasts to the outputs.
+            Use 1/2 if the training loss is the mean of (y - output)^2.
+        event_ndim: the number of last axes that are summed in one target's loss.
 
     Examples:
         >>> likelihood = Normal(0.5)  # (y - output)^2 and a constant
@@ -238,7 +238,7 @@ class Normal(_Elementwise):
         return self._summed(jnp.square(error) / (2 * variance) + 0.5 * jnp.log(2 * math.pi * variance))
 
     def _variance(self, mean: Array) -> Array:
-        """In the outputs' shape, which the mean has; broadcasting must not make it larger."""
+        """The variance in the shape of the outputs; broadcasting must not enlarge that shape."""
         variance = jnp.asarray(self.variance, mean.dtype)
         try:
             return jnp.broadcast_to(variance, mean.shape)
@@ -277,7 +277,7 @@ def _check_target_shape(targets: Array, wanted: tuple[int, ...]) -> None:
 
 
 def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights: Any) -> Array:
-    """The weights in the shape of the losses: 1 each if not given, NamedArrays brought into the targets' order.
+    """The weights in the shape of the losses: 1 if not given; the axes of NamedArrays are reordered like the targets'.
 
     Raises:
         ValueError: if they do not fit.
@@ -299,7 +299,7 @@ def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights:
 
 
 def targets_in_use(likelihood: Likelihood, outputs: Any, targets: Any, sampled: Array, weights: Array) -> Any:
-    """The targets, and where the weight is 0 sampled ones: a missing value, marked by nan, has a gradient of nan."""
+    """The targets, with sampled ones where the weight is 0: a missing value marked by nan would have a nan gradient."""
     if is_named(targets) and is_named(outputs):
         axes = likelihood.target_axes(outputs) if sampled.ndim < len(outputs.axes) else outputs.axes
         if set(axes) != set(targets.axes):
@@ -314,7 +314,7 @@ def targets_in_use(likelihood: Likelihood, outputs: Any, targets: Any, sampled: 
 
 def weighted_mean(losses: Array, weights: Array, num_targets: Array) -> Array:
     """sum(losses * weights) / num_targets, or 0 if num_targets is 0."""
-    # What is left out may be marked by labels that are no class, and 0 * nan is nan.
+    # Targets that are left out may be marked by invalid labels, whose loss is nan, and 0 * nan is nan.
     return jnp.sum(jnp.where(weights == 0, 0, losses * weights)) / jnp.where(num_targets > 0, num_targets, 1)
 
 

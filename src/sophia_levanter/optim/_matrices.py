@@ -19,10 +19,10 @@ Matrices: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
 
 @jax.tree_util.register_static
 class MatrixView:
-    """A parameter of any number of axes as matrices, in x out.
+    """A parameter with any number of axes, viewed as in x out matrices.
 
     Attributes:
-        shape: the parameter's.
+        shape: the parameter's shape.
         sizes: (matrices, in, out).
     """
 
@@ -46,19 +46,19 @@ class MatrixView:
         return self._order[len(self._order) - self._sides :]
 
     def stack(self, x: Array) -> Array:
-        """[matrix, inputs ..., outputs ...] of an array of the parameter's shape.
+        """An array of the parameter's shape as [matrix, inputs ..., outputs ...].
 
-        Its axes may be split over devices as the parameter's are; those of [matrix, in, out] often cannot.
+        These axes can be sharded like the parameter's; those of [matrix, in, out] often cannot.
         """
         x = jnp.transpose(x, self._order)
         return x.reshape(self.sizes[0], *x.shape[len(self.shape) - self._sides :])
 
     def matrices(self, stack: Array) -> Array:
-        """[matrix, in, out] of a stack, or of a part of its matrices."""
+        """A stack, or a part of its matrices, as [matrix, in, out]."""
         return stack.reshape(len(stack), *self.sizes[1:])
 
     def parameter(self, x: Array) -> Array:
-        """The parameter's shape again, of a stack."""
+        """A stack in the parameter's shape."""
         back = sorted(range(len(self._order)), key=self._order.__getitem__)
         return jnp.transpose(x.reshape([self.shape[axis] for axis in self._order]), back)
 
@@ -68,13 +68,13 @@ def by_matrix(
 ) -> list[PyTree]:
     """`[function(*item) for item in items]`, where each device of a mesh axis computes its share of the matrices.
 
-    Items whose number of matrices the devices divide are shared as they are. The others are padded with zeros, those of
-    equal shapes and views together, so that parameters of one matrix each are shared too.
+    An item whose number of matrices is a multiple of the number of devices is split directly. Other items are padded
+    with zeros, after joining those of equal shapes and views, so that parameters of one matrix each are split too.
 
     Args:
-        mesh_axis: the axis of the mesh of `jax.set_mesh`. Every device computes everything without a mesh, outside of
-            `jit`, and where the mesh lacks this axis or does not leave it to the compiler (`AxisType.Auto`).
-        function: treats each matrix by itself.
+        mesh_axis: an axis of the mesh of `jax.set_mesh`. Every device computes everything without a mesh, outside
+            `jit`, and if the mesh lacks this axis or its type is not `AxisType.Auto`.
+        function: treats each matrix separately.
         items: trees of stacks [matrix, ...]; all stacks and results of an item have the same number of matrices.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -89,7 +89,7 @@ def by_matrix(
         groups.setdefault(shapes if len(stacks[0]) % num_devices else index, []).append(index)
 
     def split(x: Array) -> Array:
-        """Split inside the matrices, so that stacks are joined, padded and cut without sending anything."""
+        """Shard an axis inside the matrices, so that joining, padding and slicing stacks needs no communication."""
         axis = next((axis for axis in range(1, x.ndim) if x.shape[axis] % num_devices == 0), None)
         spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, mesh_axis)
         return jax.lax.with_sharding_constraint(x, spec)
@@ -140,7 +140,7 @@ def matrices_tree(matrices: Matrices, params: PyTree) -> PyTree:
         params: the parameters.
 
     Raises:
-        ValueError: if a parameter has no entry, an entry no parameter, or axes are not a matrix's; names the path.
+        ValueError: if a parameter has no entry, an entry has no parameter, or the axes are not valid; names the path.
         TypeError: if an entry is neither None nor a `MuonDimensionNumbers`.
     """
     if matrices is None:
@@ -155,7 +155,7 @@ def _is_entry(x: Any) -> bool:
 
 
 def _check_axes(path: tuple, x: Array, entry: MuonDimensionNumbers | None) -> None:
-    """Raise a ValueError if these are not one input and one output axis or more, all different; optax wraps numbers."""
+    """Raise a ValueError unless there are input and output axes, all different; optax would wrap axes out of range."""
     if entry is None:
         return
     groups = [(axes,) if isinstance(axes, int) else tuple(axes) for axes in entry]

@@ -23,23 +23,23 @@ class NormControlState(NamedTuple):
 
     Attributes:
         count: int32 scalar, updates so far.
-        optimizer_state: the state of the optimizer inside.
-        radii: of `Hyperball`, for each leaf of the parameters the norms of its matrices before the first step, in at
-            least float32, with the leaf's axes and size 1 along inputs and outputs; None for other leaves.
+        optimizer_state: the state of the wrapped optimizer.
+        radii: for `Hyperball`, the norms of each leaf's matrices before the first step, in at least float32, with the
+            leaf's axes and size 1 along inputs and outputs; None for leaves that are not matrices.
     """
 
-    count: Int[Array, ""]  # type: ignore[assignment]  # a tuple has a method of that name, which optax hides too
+    count: Int[Array, ""]  # type: ignore[assignment]  # hides tuple.count, as optax's states do
     optimizer_state: Any
     radii: tuple[Float[Array, "..."] | None, ...] = ()
 
     @property
     def refresh_pending(self) -> Bool[Array, ""]:
-        """Whether the optimizer inside wants another estimate of the curvature."""
+        """Whether the wrapped optimizer wants another estimate of the curvature."""
         return getattr(self.optimizer_state, "refresh_pending", jnp.zeros((), bool))
 
 
 class _NormControl(OptimizerWrapper):
-    """What `Hyperball` and `CautiousWeightDecay` leave to the optimizer inside. They change its steps only."""
+    """Base of `Hyperball` and `CautiousWeightDecay`, which change only the steps of the wrapped optimizer."""
 
     @abc.abstractmethod
     def _radii(self, params: PyTree) -> tuple:
@@ -47,7 +47,7 @@ class _NormControl(OptimizerWrapper):
 
     @abc.abstractmethod
     def _controlled(self, updates: PyTree, params: PyTree, state: NormControlState) -> PyTree:
-        """The steps in place of the optimizer's."""
+        """The steps that replace the optimizer's."""
 
     def init(self, model: PyTree) -> NormControlState:
         """The state before the first step; errors are the optimizer's.
@@ -86,20 +86,21 @@ class Hyperball(_NormControl):
     """An optimizer whose matrices keep the Frobenius norm R that they began with (Wen et al. 2026, arXiv 2606.16899).
 
         W <- W - lr R u / |u|
-        W <- R W / |W|                  for each matrix of a parameter by itself
+        W <- R W / |W|                  for each matrix of a parameter separately
 
     u is the direction of the optimizer's step. The learning rate is therefore the angle of a step in radians, and the
-    length of u has no effect. Other parameters take the optimizer's own steps. Let embeddings be among those, as the
-    paper and Levanter do. A matrix of zeros has no direction and takes the optimizer's own steps, too.
+    length of u has no effect. Other parameters take the optimizer's own steps; embeddings should be among them, as in
+    the paper and in Levanter. A matrix of zeros has no direction and also takes the optimizer's own steps.
 
-    Weight decay would only turn the direction of u: give the optimizer `hyperball_weight_decay(matrices, mask)` as
-    `weight_decay_mask`. `ParameterGroups` belong directly inside; their factors then apply to the learning rate.
+    Weight decay of these matrices would only rotate u, so exclude them: give the optimizer
+    `hyperball_weight_decay(matrices, mask)` as `weight_decay_mask`. `ParameterGroups` belong directly inside; their
+    factors then apply to the learning rate.
 
     Args:
         optimizer: follows the protocol of `Optimizer`.
         matrices: a tree (or prefix), or a function from parameters to one, of optax's `MuonDimensionNumbers` where a
-            parameter is a matrix and None elsewhere. Axes that are neither input nor output count matrices. None takes
-            the leaves with two axes, embeddings too.
+            parameter is a matrix and None elsewhere. Axes that are neither input nor output enumerate matrices. None
+            takes the leaves with two axes, including embeddings.
 
     Raises:
         ValueError, TypeError: from `init` and `update`, if `matrices` does not fit the parameters; names the path.
@@ -127,7 +128,7 @@ class Hyperball(_NormControl):
         rate = value_at("learning_rate", self.learning_rate, state.count)
         factors = [1.0] * len(state.radii)
         if isinstance(self.optimizer, ParameterGroups):
-            # Groups scale the optimizer's steps, and the length of these is lost.
+            # Groups scale the optimizer's steps, whose length has no effect here; scale the angle instead.
             factors = jax.tree.leaves(self.optimizer.learning_rate_factors(params))
         steps, structure = jax.tree.flatten(updates)
         views = matrix_views(self.matrices, params)
@@ -156,11 +157,11 @@ def _on_sphere(p: Array, step: Array, sides: Sequence[int], radius: Array, angle
 
 
 def hyperball_weight_decay(matrices: Matrices, mask: WeightDecayMask = None) -> Callable[[PyTree], PyTree]:
-    """Weight decay outside `Hyperball`'s matrices, for `weight_decay_mask` of the optimizer inside.
+    """Weight decay outside `Hyperball`'s matrices, for `weight_decay_mask` of the wrapped optimizer.
 
     Args:
         matrices: as for `Hyperball`.
-        mask: where weight decay applies otherwise.
+        mask: where weight decay applies to the other parameters.
 
     Examples:
         >>> params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
@@ -177,7 +178,7 @@ def hyperball_weight_decay(matrices: Matrices, mask: WeightDecayMask = None) -> 
 
 
 class CautiousWeightDecay(_NormControl):
-    """An optimizer with weight decay in the coordinates that its step does not move away from zero.
+    """An optimizer with weight decay only in the coordinates that its step does not move away from zero.
 
         theta <- theta - lr (u + wd [u theta >= 0] theta)
 

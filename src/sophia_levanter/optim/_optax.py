@@ -1,4 +1,4 @@
-"""Sophia as an optax transformation, and optax transformations before and after an optimizer's own work."""
+"""Sophia as an optax transformation, and optax transformations before and after an optimizer's update."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sophia_levanter.optim._trees import all_finite, select, trainable
 if TYPE_CHECKING:
     from sophia_levanter.optim._sophia import AbstractSophia
 
-# As in the authors' code: however few coordinates agree, a step grows by no more than this one's inverse.
+# As in the authors' code: a step is scaled up by at most 1000, however few coordinates agree.
 SMALLEST_SHARE = 1e-3
 
 
 def agreeing(step: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The part of a step that goes down the gradient, scaled up by what is lost.
+    """The coordinates of a step that go down the gradient, scaled up to make up for the others.
 
     u <- u [u g > 0] / max(mean [u g > 0], 1e-3), the mean over the array; u is subtracted from the parameters
     (cautious steps, Liang et al. 2024, arXiv 2411.16085). Momentum lags where the gradient changes its sign.
@@ -53,7 +53,7 @@ def check_gradient_transform(value: Any) -> None:
 
 
 def init_transform(transform: optax.GradientTransformation | None, params: PyTree) -> PyTree | None:
-    """The transformation's first state; None without one."""
+    """The transformation's initial state; None without a transformation."""
     return None if transform is None else transform.init(params)
 
 
@@ -64,9 +64,9 @@ def transform_gradient(
     params: PyTree,
     finite: Bool[Array, ""],
 ) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
-    """The transformed gradient, the transformation's next state, and whether the gradient still is finite.
+    """The transformed gradient, the transformation's next state, and whether the transformed gradient is finite.
 
-    The state stays as it was where the gradient is not finite.
+    The state does not change if the gradient is not finite.
     """
     if transform is None:
         return grads, state, finite
@@ -80,12 +80,12 @@ def as_optax(optimizer: AbstractSophia) -> optax.GradientTransformationExtraArgs
     """Sophia as an optax transformation.
 
     Its `update(grads, state, params, h_hat=None)` takes an estimate on the steps where one is due. Under
-    `optax.multi_transform` every group takes its part of the whole `h_hat`; under `optax.MultiSteps` the one given
-    with the last micro step of each counts, and `should_skip_update_fn=optax.skip_not_finite` is needed: without it
-    one nan gradient makes every later update zero.
+    `optax.multi_transform` every group takes its part of the whole `h_hat`. Under `optax.MultiSteps` only the estimate
+    given with the last micro step counts, and `should_skip_update_fn=optax.skip_not_finite` is needed: without it one
+    nan gradient makes every later update zero.
 
-    Without any estimate Sophia is sign descent. Where `update` is not traced, it warns once if none was given by the
-    time a second refresh is due.
+    Without any estimate Sophia is sign descent. An `update` that is not traced warns once if it was given no estimate
+    by the time a second refresh is due.
 
     Args:
         optimizer: any Sophia.

@@ -37,9 +37,9 @@ class SophiaG(AbstractSophia):
     """Sophia with the Gauss-Newton-Bartlett estimator; h is never negative. See `AbstractSophia` for the arguments.
 
     `estimate(outputs_fn, model, key=key)` takes the model's outputs, such as logits, and gives B * g^2 for targets
-    drawn from the model's own distribution (arXiv 2305.14342, Algorithm 2); B, the number of targets, is included. The
-    estimator is a `GaussNewtonBartlett`, which holds the likelihood (categorical, if not said otherwise) and how
-    microbatches are joined.
+    drawn from the model's own distribution (arXiv 2305.14342, Algorithm 2); the factor B, the number of targets, is
+    included. The estimator is a `GaussNewtonBartlett`, which sets the likelihood (by default categorical) and how
+    microbatches are combined.
 
     Examples:
         >>> params = {"w": jnp.asarray([[0.5, -0.5]])}
@@ -64,7 +64,7 @@ class SophiaG(AbstractSophia):
     def authors(**overrides: Any) -> ReproducedSophia:
         """As in the authors' code: rho h + eps, h refreshed after steps 9, 19, ..., both gradients clipped.
 
-        The update is theirs to rounding if the estimate given after step 9 is taken on a batch of its own, at the
+        The update equals theirs up to rounding if the estimate given after step 9 is taken on a separate batch, at the
         parameters after that step.
         """
         estimator = GaussNewtonBartlett(reduction="average_then_square", max_grad_norm=1.0)
@@ -75,7 +75,7 @@ class SophiaH(AbstractSophia):
     """Sophia with Hutchinson's estimator; where h is negative, the step is a sign step. See `AbstractSophia`.
 
     `estimate(loss_fn, model, key=key)` takes the scalar mean loss and gives u * (H u) (arXiv 2305.14342, Algorithm 1).
-    The estimator is a `Hutchinson`, which holds the kind and number of probes.
+    The estimator is a `Hutchinson`, which sets the kind and number of probes.
 
     Examples:
         >>> h_hat = SophiaH().estimate(lambda w: jnp.sum(w**2), jnp.ones(2), key=jax.random.key(0))
@@ -96,7 +96,7 @@ class SophiaH(AbstractSophia):
 
     @staticmethod
     def authors(**overrides: Any) -> ReproducedSophia:
-        """The update of the authors' code, which has no Sophia-H, over Hutchinson's estimator, for comparison.
+        """The authors' update with Hutchinson's estimator, for comparison; the authors' code has no Sophia-H.
 
         Their denominator rho h + eps reverses the step where h is negative.
         """
@@ -112,7 +112,7 @@ class SophiaH(AbstractSophia):
 
     @staticmethod
     def levanter(**overrides: Any) -> ReproducedSophia:
-        """As Levanter's `sophia-h` means to be (commit 0251ebf): m corrected, h refreshed after steps 9, 19, ...."""
+        """As Levanter intends `sophia-h` (commit 0251ebf): m corrected, h refreshed after steps 9, 19, ...."""
         settings: dict[str, Any] = {"b1": 0.96, "b2": 0.99, "eps": 1e-12, "weight_decay": 0.1, "interval": 10}
         late: dict[str, Any] = {"bias_correct_curvature": False, "refresh_order": "after", "first_refresh": 9}
         return _reproduced(0.01, settings | late | {"estimator": Hutchinson("gaussian")} | overrides)
@@ -164,7 +164,7 @@ class ReproducedSophia(AbstractSophia):
         self.choices = Choices(denominator, refresh_order, first_refresh)
 
     def denominator(self, scaled: Float[Array, "..."]) -> Float[Array, "..."]:
-        """What m is divided by, of rho h."""
+        """The denominator of m, from rho h."""
         return scaled + self.eps if self.choices.denominator == "add" else super().denominator(scaled)
 
     def _step(
@@ -202,10 +202,9 @@ def sophia_g(
 ) -> optax.GradientTransformationExtraArgs:
     """Sophia as an optax transformation from its hyper-parameters, as `optax.inject_hyperparams` needs it.
 
-    The arguments are `AbstractSophia`'s; Sophia-H differs in rho (0.01) and in the estimates that it is given.
-    `interval` and the estimator, which say when and how to estimate, belong to a `SophiaG` beside it. A
-    `weight_decay_mask` that is a function must be named in `inject_hyperparams(..., static_args="weight_decay_mask")`,
-    or it is taken for a schedule.
+    The arguments are `AbstractSophia`'s; Sophia-H differs only in rho (0.01) and in its estimates. A separate `SophiaG`
+    holds `interval` and the estimator, which decide when and how to estimate. A `weight_decay_mask` that is a function
+    must be named in `inject_hyperparams(..., static_args="weight_decay_mask")`, or it is taken for a schedule.
 
     Examples:
         >>> state = optax.inject_hyperparams(sophia_g)(learning_rate=0.25).init({"w": jnp.ones(2)})

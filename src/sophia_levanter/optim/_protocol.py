@@ -1,4 +1,4 @@
-"""What a training loop may ask of an optimizer, and of its estimator of the curvature."""
+"""The interfaces of optimizers and of curvature estimators that a training loop uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Estimator(Protocol):
     """An estimator of the curvature's diagonal that a training loop can use.
 
     Attributes:
-        gradients: what an estimate costs over its part of the batch, in gradients (a forward and a backward pass).
+        gradients: the cost of an estimate over its part of the batch, in gradients (a forward and a backward pass).
         forward_mode: whether the loss needs a forward derivative.
     """
 
@@ -34,7 +34,7 @@ class Estimator(Protocol):
         ...
 
     def changes_of_basis(self, num_microbatches: int) -> int:
-        """How often an estimate is projected into a basis, or back."""
+        """The number of projections into a basis, or back, that an estimate makes."""
         ...
 
 
@@ -43,9 +43,9 @@ class MatrixWork(NamedTuple):
 
     Attributes:
         changes: changes of basis in every step.
-        turn_changes: changes of basis where the basis is updated.
-        turns_at: whether it is updated at a step.
-        max_size: larger sides of a matrix are not rotated.
+        turn_changes: additional changes of basis in a step that updates the basis.
+        turns_at: whether a step updates the basis.
+        max_size: sides of a matrix that are larger are not rotated.
         newton_schulz: Newton-Schulz iterations in every step.
     """
 
@@ -57,7 +57,7 @@ class MatrixWork(NamedTuple):
 
 
 class Optimizer(Protocol[State]):
-    """optax's convention on any pytree, plus the host-side question whether the curvature is due."""
+    """optax's convention on any pytree, and the host's decision when to refresh the curvature."""
 
     @property
     def learning_rate(self) -> ScalarOrSchedule:
@@ -88,9 +88,8 @@ class Optimizer(Protocol[State]):
     ) -> tuple[PyTree, State]:
         """The step to add to the model (`eqx.apply_updates`), and the next state.
 
-        Where the gradient is not finite, the step is zero and nothing in the state changes but counts. `finite` says
-        whether it is, where the caller knows; otherwise the gradient is checked. `h_hat` is a new estimate of the
-        curvature, if one was due.
+        If the gradient is not finite, the step is zero and only counts in the state change. `finite` tells whether the
+        gradient is finite; None checks it. `h_hat` is a new estimate of the curvature, if one was due.
         """
         ...
 
@@ -103,50 +102,44 @@ class Optimizer(Protocol[State]):
         ...
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """Its work on whole matrices, for the count of FLOPs.
+        """The optimizer's work on whole matrices, for the count of FLOPs.
 
         Args:
-            num_microbatches: those that an estimate of the curvature is made on.
+            num_microbatches: the number of microbatches that the curvature is estimated on.
         """
         ...
 
 
 class OptimizerWrapper(eqx.Module):
-    """What a wrapper of an optimizer passes on to it. The learning rate is without the wrapper's factors."""
+    """Base of wrappers, which forwards to the wrapped optimizer. `learning_rate` excludes the wrapper's factors."""
 
     optimizer: eqx.AbstractVar[Any]
 
     def _inner(self, state: Any) -> Any:
-        """The optimizer's state in the wrapper's."""
+        """The wrapped optimizer's state, from the wrapper's."""
         return state
 
     @property
     def learning_rate(self) -> ScalarOrSchedule:
-        """The optimizer's."""
         return self.optimizer.learning_rate
 
     @property
     def estimator(self) -> Any:
-        """The optimizer's."""
         return self.optimizer.estimator
 
     def estimator_at(self, state: Any) -> Any:
-        """The optimizer's."""
         return self.optimizer.estimator_at(self._inner(state))
 
     def refresh_due(self, step: int) -> bool:
-        """The optimizer's."""
         return self.optimizer.refresh_due(step)
 
     def metrics(self, state: Any, num_targets: float | Float[Array, ""] | None = None) -> dict[str, Float[Array, ""]]:
-        """The optimizer's."""
         return self.optimizer.metrics(self._inner(state), num_targets)
 
     def unclipped(self, state: Any) -> PyTree[Bool[Array, "..."]] | None:
-        """The optimizer's; None for an optimizer that clips no coordinate."""
+        """The wrapped optimizer's unclipped coordinates; None for an optimizer that does not clip coordinates."""
         found = getattr(self.optimizer, "unclipped", None)
         return None if found is None else found(self._inner(state))
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """The optimizer's."""
         return self.optimizer.matrix_work(num_microbatches)

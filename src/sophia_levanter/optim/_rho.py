@@ -28,7 +28,7 @@ class ScheduledRho(eqx.Module):
         """No state."""
 
     def at(self, rho: None, count: Any) -> Any:
-        """rho of the update after `count` others."""
+        """rho of the update that follows `count` updates."""
         return value_at("rho", self.value, count)
 
     def next(self, rho: None, win_rate: Float[Array, ""]) -> None:
@@ -39,15 +39,15 @@ class WinRateController(eqx.Module):
     """Multiplicative feedback: rho <- rho * exp(gain * (target - win rate)), at each refresh of the curvature.
 
     A coordinate is unclipped where |m| < rho h, so a larger rho raises the win rate. The paper's authors tune rho by
-    hand until it lies between 0.1 and 0.5 (README of their code); here it is measured with the present momentum and
-    the refreshed curvature. rho stays within a factor of `span` of its first value: it must not run away where the
-    target cannot be reached, as with h = 0 almost everywhere.
+    hand until the win rate lies between 0.1 and 0.5 (README of their code). Here the win rate is measured with the
+    current momentum and the refreshed curvature. The bounds of `span` keep rho from running away if the target cannot
+    be reached, as with h = 0 almost everywhere.
 
     Args:
         target: the wanted win rate, in (0, 1).
         initial: rho before the first measurement, above 0.
         gain: how fast log(rho) follows, above 0. At 2 a win rate that is 0.1 too low makes rho 1.22 times as large. On
-            GPT-2 nano each refresh makes up for some 40 % of the distance; at 0.5 rho lagged behind (0.24, not 0.3).
+            GPT-2 nano each refresh then closes 40 % of the gap; at 0.5 rho lagged behind (win rate 0.24, not 0.3).
         span: rho stays between initial / span and initial * span; above 1.
 
     Raises:
@@ -85,7 +85,7 @@ class WinRateController(eqx.Module):
 
 
 def rho_rule(rho: Any, initial: float) -> ScheduledRho | WinRateController:
-    """The rule for a value of `rho`; "auto" is a controller that begins at `initial`."""
+    """The rule for a value of `rho`; "auto" is a controller that starts at `initial`."""
     if isinstance(rho, WinRateController | ScheduledRho):
         return rho
     if isinstance(rho, str):

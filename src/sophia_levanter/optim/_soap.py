@@ -27,7 +27,7 @@ class SoapState(NamedTuple):
         basis: the state of the basis.
     """
 
-    count: Array  # type: ignore[assignment]  # a tuple has a method of that name, which optax hides too
+    count: Array  # type: ignore[assignment]  # hides tuple.count, as optax's states do
     mu: PyTree
     nu: PyTree
     basis: BasisState
@@ -37,14 +37,14 @@ class Soap(OptaxOptimizer):
     """SOAP (Vyas et al. 2024, Algorithm 3) for matrices; AdamW for all other parameters.
 
         L  <- b2 L + (1 - b2) g g^T,   R <- b2 R + (1 - b2) g^T g         every step, b2 the basis's
-        Q_L <- qr(L Q_L),   Q_R <- qr(R Q_R)                              every `interval` steps, and the first ones
+        Q_L <- qr(L Q_L),   Q_R <- qr(R Q_R)                  each of the first `interval` steps, then every `interval`
         m  <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) (Q_L^T g Q_R)^2
         theta <- theta - lr wd theta - lr Q_L [Q_L^T m' Q_R / (sqrt(v') + eps)] Q_R^T         m', v': bias-corrected
 
-    It is Adam's second moment in Sophia's `KroneckerBasis`: the two differ in what they divide by. Three things differ
-    from the authors' code: it starts from the identity with an iteration in each of the first `interval` steps, where
-    theirs decomposes the first gradient and takes no step; L, R and the basis take the gradient before the step, theirs
-    after it; and v is rotated with the basis.
+    This is Adam's second moment in Sophia's `KroneckerBasis`: the two optimizers differ in their denominator. Three
+    things differ from the authors' code. The basis starts at the identity, with an iteration in each of the first
+    `interval` steps; theirs decomposes the first gradient and takes no step. L, R and the basis are updated before the
+    step; theirs after it. And v is rotated with the basis.
 
     Args:
         learning_rate: a number or a function of the update count.
@@ -55,12 +55,12 @@ class Soap(OptaxOptimizer):
         weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
         interval: updates between two rotations of the basis, at least 1.
         basis: the basis, with the decay of L and R.
-        momentum_dtype: of the first moment; None for the parameters'.
-        gradient_transform: an optax transformation of the gradient; None for none.
+        momentum_dtype: dtype of the first moment; None for the parameters' dtypes.
+        gradient_transform: an optax transformation that is applied to the gradient first, or None.
 
     Raises:
-        TypeError, ValueError: if a hyper-parameter that is a concrete number is out of its range; from `init` and
-            `update`, if the basis's matrices do not fit the parameters.
+        TypeError, ValueError: if a concrete hyper-parameter is out of range; from `init` and `update`, if the basis's
+            matrices do not fit the parameters.
 
     Examples:
         >>> optimizer, params = Soap(basis=KroneckerBasis(b2=0.95, max_size=512)), {"w": jnp.ones((2, 3))}
@@ -86,7 +86,6 @@ class Soap(OptaxOptimizer):
             raise TypeError(f"basis is {self.basis!r}; it must be a KroneckerBasis")
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
-        """The optax transformation for these parameters."""
         return optax.chain(
             scale_by_soap(self.basis, self.b1, self.b2, self.eps, self.interval, self.momentum_dtype),
             add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
@@ -94,16 +93,16 @@ class Soap(OptaxOptimizer):
         )
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """What the basis does to whole matrices, for the count of FLOPs."""
-        # The gradient and the first moment are projected, the step projected back, and both sides' moments are taken;
-        # v is rotated.
+        """The basis's work on whole matrices, for the count of FLOPs."""
+        # Each step projects the gradient and the first moment, projects the step back, and takes both sides' moments.
+        # A rotation of the basis also rotates v.
         return MatrixWork(4, 1, lambda step: bool(turn_due(step, self.interval)), self.basis.max_size)
 
 
 def scale_by_soap(
     basis: KroneckerBasis, b1: Scalar, b2: Scalar, eps: Scalar, interval: int, momentum_dtype: Any = None
 ) -> optax.GradientTransformation:
-    """Adam's direction in a basis that turns every `interval` steps; the arguments are those of `Soap`."""
+    """Adam's direction in a basis that rotates every `interval` steps; the arguments are those of `Soap`."""
 
     def init(params: PyTree) -> SoapState:
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -114,7 +113,7 @@ def scale_by_soap(
         count = optax.safe_increment(state.count)
         turns, nu = jax.lax.cond(
             turn_due(state.count, interval),
-            lambda turns, nu: basis.rotated(turns, nu),  # jax hashes a branch, and a basis of a tree has no hash
+            lambda turns, nu: basis.rotated(turns, nu),  # jax hashes branches; a basis with a tree has no hash
             lambda turns, nu: (turns, nu),
             basis.update_moments(state.basis, grads),
             state.nu,
@@ -134,5 +133,5 @@ def scale_by_soap(
 
 
 def turn_due(step: Scalar, interval: int) -> Scalar:
-    """Whether the basis turns at this step."""
+    """Whether the basis is rotated at this step."""
     return (step < interval) | (step % interval == 0)

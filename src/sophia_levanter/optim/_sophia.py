@@ -54,8 +54,8 @@ class AbstractSophia(eqx.Module):
         h     <- b2 h + (1 - b2) h_hat                   every `interval` steps, before the update
         theta <- theta - lr wd theta - lr clip(m / max(rho h, eps), -1, 1)
 
-    Where the gradient is not finite, an update is zero and leaves m and h; where an estimate is not finite, h stays,
-    and `state.refresh_pending` asks for another one. Both are counted in the state, and nothing is raised.
+    If the gradient is not finite, the update is zero and m and h do not change. If an estimate is not finite, h does
+    not change and `state.refresh_pending` asks for a new one. The state counts both cases; neither raises an error.
 
     Args:
         learning_rate: a number or a function of the update count.
@@ -67,12 +67,13 @@ class AbstractSophia(eqx.Module):
         weight_decay: decoupled decay, multiplied by the learning rate; a number or a function of the update count.
         interval: updates between two refreshes, at least 1.
         weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
-        estimator: (function of the model, model, microbatches, key=...) -> h_hat; what `estimate` calls.
-        basis: a `KroneckerBasis` for matrices, whose h is diagonal and whose ratio is clipped there; None for the
-            parameters' own coordinates. It is updated at every refresh, by the momentum.
-        gradient_transform: an optax transformation of the gradient, such as `optax.clip_by_global_norm(1.0)`.
-        cautious: zero the coordinates whose step would go up this batch's gradient, and scale up the others by what is
-            lost, at most 1000-fold and beyond the clip (arXiv 2411.16085).
+        estimator: (function of the model, model, microbatches, key=...) -> h_hat; `estimate` calls it.
+        basis: a `KroneckerBasis` in which the matrices' h is diagonal and their ratio is clipped; None for the
+            parameters' own coordinates. Every refresh updates it with the momentum.
+        gradient_transform: an optax transformation that is applied to the gradient first, such as
+            `optax.clip_by_global_norm(1.0)`, or None.
+        cautious: zero the coordinates whose step would go up this batch's gradient, and scale up the others to make up
+            for them, by at most 1000 and possibly beyond the clip (arXiv 2411.16085).
         initial_refreshes, bias_correct_momentum, bias_correct_curvature, momentum_dtype, curvature_dtype: see
             `Momentum` and `Curvature`.
 
@@ -135,14 +136,14 @@ class AbstractSophia(eqx.Module):
 
     @property
     def basis(self) -> KroneckerBasis | None:
-        """Where h is diagonal; None for the parameters' own coordinates."""
+        """The basis in which h is diagonal; None for the parameters' own coordinates."""
         return self.curvature.basis
 
     def init(self, model: PyTree) -> SophiaState:
-        """m = 0 and h = 0.
+        """The state before the first step: m = 0 and h = 0.
 
         Raises:
-            ValueError: if the model has no floating-point leaf, or there is a basis and none of them is a matrix.
+            ValueError: if the model has no floating-point leaf, or there is a basis and no leaf is a matrix.
             TypeError: if a leaf is complex; names its path.
         """
         check_parameters(model)
@@ -154,7 +155,7 @@ class AbstractSophia(eqx.Module):
         return state
 
     def _init_params(self, params: PyTree) -> SophiaState:
-        """The same for parameters that may be empty, as a group of `optax.multi_transform` is."""
+        """The same for parameters that may be empty, as a group of `optax.multi_transform` may be."""
         # One array for each count, so that a state can be donated.
         counts = {name: jnp.zeros((), jnp.int32) for name in COUNTS}
         return SophiaState(
@@ -177,16 +178,17 @@ class AbstractSophia(eqx.Module):
         weights: Any = None,
         state: SophiaState | None = None,
     ) -> PyTree:
-        """An estimate of the curvature's diagonal, like the model's trainable part: what `estimator` gives.
+        """The estimator's estimate of the curvature's diagonal, like the model's trainable part.
 
         Args:
-            function: of the model, or of the model and a microbatch. For `SophiaG` it gives the outputs (logits
-                [..., classes] for the categorical likelihood), for `SophiaH` the scalar mean loss.
+            function: a function of the model, or of the model and a microbatch. For `SophiaG` it gives the outputs
+                (logits [..., classes] for the categorical likelihood), for `SophiaH` the scalar mean loss.
             model: any pytree.
             microbatches: a pytree of arrays [microbatch, ...] to go through one by one; None for a single pass.
             key: a JAX random key for the sampled targets, or the probe.
-            weights: for `SophiaG` of each target in the mean loss, 0 to leave it out; for `SophiaH` of each microbatch.
-            state: the state that the estimate is for; needed with a `basis` alone.
+            weights: for `SophiaG` the weight of each target in the mean loss, 0 to leave it out; for `SophiaH` the
+                weight of each microbatch.
+            state: the state that the estimate is for; needed only with a `basis`.
 
         Raises:
             ValueError, TypeError: as the estimator does, and `estimator_at`.
@@ -256,13 +258,13 @@ class AbstractSophia(eqx.Module):
     def _step(
         self, grads: PyTree, h_hat: PyTree | None, state: SophiaState, params: PyTree, finite: Bool[Array, ""]
     ) -> tuple[PyTree, SophiaState]:
-        """The order of refresh and update."""
+        """Refresh h, if there is an estimate, and then update."""
         if h_hat is not None:
             state = self.refresh(state, h_hat, finite=finite)
         return updated(self, grads, state, params, finite)
 
     def denominator(self, scaled: Float[Array, "..."]) -> Float[Array, "..."]:
-        """What m is divided by, of rho h."""
+        """The denominator of m, from rho h."""
         return jnp.maximum(scaled, self.eps)
 
     def refresh(self, state: SophiaState, h_hat: PyTree, *, finite: Bool[Array, ""] | None = None) -> SophiaState:
@@ -271,7 +273,7 @@ class AbstractSophia(eqx.Module):
         Args:
             state: the state before.
             h_hat: an estimate of the curvature's diagonal, like the model's trainable part.
-            finite: whether the step that this belongs to is sound; the estimate is checked besides.
+            finite: whether the gradient of the same step is finite; the estimate is always checked.
 
         Raises:
             ValueError: if the estimate's tree is not the curvature's; names the path.
@@ -283,8 +285,8 @@ class AbstractSophia(eqx.Module):
     def refresh_due(self, step: int) -> bool:
         """Whether an estimate is wanted at this step, from its number alone; decided on the host.
 
-        Where `state.refresh_pending` is set, one is wanted besides. To read it the host waits for the device, so a loop
-        does well to look only after steps that had an estimate.
+        An estimate is also wanted if `state.refresh_pending` is set. Reading it makes the host wait for the device, so
+        read it only after steps that had an estimate.
         """
         return (step >= 0) & ((step < self.curvature.initial_refreshes) | (step % self.curvature.interval == 0))
 
@@ -293,16 +295,16 @@ class AbstractSophia(eqx.Module):
     ) -> dict[str, Float[Array, ""]]:
         """float32 scalars of a state after an update.
 
-        `win_rate` is the share of coordinates with h > 0 and |m| below the denominator, m and h corrected as in the
-        update, whose step is not clipped; `curvature_nonpositive` is the share with h <= 0; the norms are global
-        2-norms of m and h as stored; `rho` is that of the last update, or the controller's, which a refresh changes;
-        `skipped_updates` and `skipped_refreshes` are counts; `steps_since_refresh` above `interval` means that updates
-        got no estimate where one was due, and where it only grows Sophia is sign descent.
+        `win_rate` is the share of coordinates whose step is not clipped: h > 0 and |m| below the denominator, with m
+        and h corrected as in the update. `curvature_nonpositive` is the share with h <= 0. The norms are global 2-norms
+        of m and h as stored. `rho` is that of the last update, or the controller's, which a refresh changes.
+        `skipped_updates` and `skipped_refreshes` are counts. `steps_since_refresh` above `interval` means that an
+        estimate was due and not given; without any estimate Sophia is sign descent.
 
         Args:
             state: a state after an update.
-            num_targets: B, the number of targets in a batch; with an estimator that samples targets it adds what
-                `gradient_noise` gives.
+            num_targets: B, the number of targets in a batch; with an estimator that samples targets it adds the metrics
+                of `gradient_noise`.
         """
         found = state_metrics(state) | {"win_rate": win_rate(self, state), "rho": last_rho(self, state)}
         if num_targets is not None and getattr(self.estimator, "samples_targets", False):
@@ -310,11 +312,11 @@ class AbstractSophia(eqx.Module):
         return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
 
     def unclipped(self, state: SophiaState) -> PyTree[Bool[Array, "..."]]:
-        """The coordinates that `win_rate` counts, like the model's trainable part, of a state after an update."""
+        """The coordinates that `win_rate` counts in a state after an update, like the model's trainable part."""
         return unclipped(self, state)
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """What a basis does to whole matrices, for the count of FLOPs."""
+        """The basis's work on whole matrices, for the count of FLOPs."""
         if self.basis is None:
             return MatrixWork()
         # The momentum is projected and the step projected back, and cautious steps project the gradient. A refresh
@@ -324,10 +326,10 @@ class AbstractSophia(eqx.Module):
         return MatrixWork(changes, estimated + 2, self.refresh_due, self.basis.max_size)
 
     def as_optax(self) -> optax.GradientTransformationExtraArgs:
-        """The same as an optax transformation; `update` takes the estimate as the extra argument `h_hat`.
+        """Sophia as an optax transformation; `update` takes the estimate as the extra argument `h_hat`.
 
-        It works in `optax.chain`, `optax.multi_transform`, `optax.apply_if_finite` and the like. Estimates are made
-        outside, with `estimate`, and given on the steps where `refresh_due` says so.
+        It works in `optax.chain`, `optax.multi_transform`, `optax.apply_if_finite` and the like. Call `estimate`
+        outside, on the steps where `refresh_due` is true.
         """
         return as_optax(self)
 

@@ -25,7 +25,7 @@ def wide_dtype(x: Any) -> Any:
 
 
 def upcast(x: Array) -> Array:
-    """In at least float32: squares of small float16 numbers underflow, and averages in bfloat16 stall."""
+    """The array in at least float32: squares of small float16 numbers underflow, and averages in bfloat16 stall."""
     return x.astype(wide_dtype(x))
 
 
@@ -59,7 +59,7 @@ def num_coordinates(tree: PyTree) -> float:
 
 
 def decay_mask_tree(mask: WeightDecayMask, params: PyTree) -> PyTree[bool | float]:
-    """For every leaf of params whether weight decay applies, or a factor on it.
+    """Whether weight decay applies, or a factor on it, for every leaf of params.
 
     Args:
         mask: a tree of bools or factors, or a prefix of one, or a function from parameters to one; None is True
@@ -67,8 +67,8 @@ def decay_mask_tree(mask: WeightDecayMask, params: PyTree) -> PyTree[bool | floa
         params: the parameters; optax's masked nodes among them are left out, as `optax.multi_transform` needs.
 
     Raises:
-        ValueError: if a parameter has no entry in the mask, or an entry of the mask no parameter; names the path.
-        TypeError: if a leaf of the mask is neither a bool nor a number from 0.
+        ValueError: if a parameter has no entry in the mask, or an entry has no parameter; names the path.
+        TypeError: if a leaf of the mask is neither a bool nor a float of at least 0.
     """
     if mask is None:
         return jax.tree.map(lambda _: True, params)
@@ -127,7 +127,7 @@ def is_named(x: Any) -> bool:
 
 
 def plain(x: Any) -> Any:
-    """The array without its axes' names."""
+    """The array without axis names."""
     return x.array if is_named(x) else x
 
 
