@@ -1,4 +1,4 @@
-"""Causal self-attention with named axes, by the implementation that suits the device."""
+"""Causal self-attention with named axes, in the implementation that suits the device."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def causal_attention(
 
     Args:
         query: [..., position, heads, head_size].
-        key, value: the same, or [..., position, kv_heads, head_size], whose heads each serve several of the query's.
-        implementation: `blocked`, `xla`, `cudnn` or `splash`, or `auto` for what suits the device and the arrays.
-        dropout: rate at which attention weights are dropped, where a key is given.
+        key, value: the same, or [..., position, kv_heads, head_size], where each head serves several query heads.
+        implementation: `blocked`, `xla`, `cudnn` or `splash`, or `auto` for the one that suits the device and arrays.
+        dropout: rate at which attention weights are dropped.
         dropout_key: a jax random key; None for no dropout.
-        document_starts: int32 [..., position], where the document of each position begins; it does not see what comes
-            before. None if it sees all earlier positions.
+        document_starts: int32 [..., position], where each position's document begins; positions before it are masked.
+            None masks no earlier position.
 
     Returns:
         [..., position, heads, head_size], in the query's dtype.
@@ -79,7 +79,7 @@ _forward_differentiable: ContextVar[bool] = ContextVar("forward_differentiable",
 
 @contextmanager
 def forward_differentiable() -> Iterator[None]:
-    """A context in which attention is made of ordinary operations, so that its gradient has a forward derivative."""
+    """A context in which attention uses ordinary operations only, so that its gradient has a forward derivative."""
     token = _forward_differentiable.set(True)
     try:
         yield
@@ -91,7 +91,7 @@ def _has_begun(starts: jax.Array, num_keys: int) -> jax.Array:
     """Whether a query's document has begun at a key: bool [..., 1, query, key].
 
     Args:
-        starts: int [..., query], where the document of each query begins.
+        starts: int [..., query], where each query's document begins.
         num_keys: the keys are the first positions.
     """
     return jnp.arange(num_keys, dtype=starts.dtype) >= starts[..., None, :, None]
@@ -115,12 +115,12 @@ def _chosen(implementation: str, query: jax.Array, documents: bool) -> str:
 def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None = None) -> jax.Array:
     """Causal attention in blocks of queries, without the blocks above the diagonal, for CPUs.
 
-    The backward pass computes the weights again, block by block. Both passes are made of ordinary operations, so that
-    forward over reverse mode works; forward mode alone does not.
+    The backward pass recomputes the weights, block by block. Both passes use ordinary operations, so
+    forward-over-reverse mode works; forward mode alone does not.
 
     Args:
-        q, k, v: [batch, heads, position, head_size], of any number of positions.
-        starts: int32 [batch, position], where the document of each position begins; None if it sees all before it.
+        q, k, v: [batch, heads, position, head_size], with any number of positions.
+        starts: int32 [batch, position], where each position's document begins; None masks no earlier position.
 
     Returns:
         [batch, heads, position, head_size] in the query's dtype; scores and weights are float32 or wider.
@@ -137,20 +137,20 @@ def _attend_blocks(
         highest = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
         weights = jnp.exp(scores - highest)
         total = jnp.sum(weights, -1, keepdims=True)
-        # Divided after the product, which is smaller than the weights.
+        # Divide after the product, which is smaller than the weights.
         outputs.append(_product("bhqk,bhkd->bhqd", weights.astype(v.dtype), v[:, :, :end]) / total)
         log_normalizers.append(highest + jnp.log(total))
     output = jnp.concatenate(outputs, 2)
-    # What is kept of the output is not rounded: the backward pass subtracts nearly equal numbers.
+    # Keep the output unrounded: the backward pass subtracts nearly equal numbers.
     return output.astype(q.dtype), (q, k, v, starts, output, jnp.concatenate(log_normalizers, 2))
 
 
 def _attend_blocks_back(kept: tuple[Any, ...], d_output: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, starts, output, log_normalizers = kept
-    # sum_k weight * d_weight, the softmax's own term, by way of the output.
+    # sum_k weight * d_weight, the softmax's own term, computed from the output.
     inner = jnp.sum(d_output * output, -1, keepdims=True)
     # [batch, heads, head_size, position]: XLA's CPU backend is slow at products whose first factor is transposed, and
-    # these are smaller than the weights.
+    # these arrays are smaller than the weights.
     q_columns, d_output_columns = jnp.swapaxes(q, 2, 3), jnp.swapaxes(d_output, 2, 3)
     d_q = []
     d_k = d_v = jnp.zeros(q_columns.shape, output.dtype)
@@ -189,14 +189,14 @@ def _block_scores(q: jax.Array, k: jax.Array, starts: jax.Array | None, start: i
 
 
 def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """In float32 or wider."""
+    """The einsum in float32 or wider."""
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _splash(
     q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None = None, *, interpret: bool = False
 ) -> jax.Array:
-    """TPU's kernel, on each device's own rows and heads; [batch, position, heads, head_size]."""
+    """The TPU kernel on each device's rows and heads; all arrays are [batch, position, heads, head_size]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, *starts: jax.Array) -> jax.Array:
@@ -204,8 +204,8 @@ def _splash(
         heads, positions, head_size = q.shape[1:]
         mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((positions, positions))] * heads)
         kernel = splash_attention_kernel.make_splash_mha_single_device(mask, interpret=interpret)
-        # The kernel compares ids of segments, and skips no block for them. Two tokens have one start if and only if
-        # they are of one document, so the start is its id.
+        # The kernel compares segment ids, but does not skip blocks for them. Two tokens have the same start if and
+        # only if they are in the same document, so the start serves as its id.
         segments = [splash_attention_kernel.SegmentIds(x, x) for x in starts]
         # The kernel does not scale.
         return jnp.swapaxes(jax.vmap(kernel)(q * head_size**-0.5, k, v, *segments), 1, 2).astype(q.dtype)
@@ -223,7 +223,7 @@ def _splash(
 def _attention_with_dropout(
     qkv: tuple[jax.Array, jax.Array, jax.Array], starts: jax.Array | None, rate: float, key: jax.Array
 ) -> jax.Array:
-    """The same by hand, since no fused kernel drops attention weights."""
+    """Causal attention without a fused kernel, since none of them drops attention weights."""
     q, k, v = qkv
     positions, head_size = q.shape[-3], q.shape[-1]
     scores = jnp.einsum("...qhd,...khd->...hqk", q, k).astype(jnp.promote_types(q.dtype, jnp.float32))
@@ -236,11 +236,11 @@ def _attention_with_dropout(
 
 
 def decode_attention(query: NamedArray, keys: NamedArray, values: NamedArray, positions: NamedArray) -> NamedArray:
-    """Attention of one position of each row over those up to it.
+    """Attention of one position of each row over all positions up to it.
 
     Args:
         query: [batch, heads, head_size].
-        keys, values: [batch, kv_heads, position, head_size] in any order, those of the position included.
+        keys, values: [batch, kv_heads, position, head_size], axes in any order, up to and including the position.
         positions: int32 [batch].
 
     Returns:
@@ -270,19 +270,19 @@ def attention_for(
     dropout: bool = False,
     documents: bool = False,
 ) -> str:
-    """The implementation of attention that is used: the wanted one, or for `auto` the fastest that can do it.
+    """The implementation of attention to use: the wanted one, or for `auto` the fastest that supports the arguments.
 
     Args:
         wanted: a value of `model.attention`.
         platform: `cpu`, `gpu` or `tpu`.
-        dtype: of queries, keys and values.
+        dtype: dtype of queries, keys and values.
         positions, head_size: their sizes.
         split_positions: whether positions are split over devices.
-        dropout: whether some of the attention's weights are dropped.
-        documents: whether it stops at the borders of documents.
+        dropout: whether attention weights are dropped.
+        documents: whether attention stops at the borders of documents.
 
     Raises:
-        InputError: if the wanted one cannot do it; says why.
+        InputError: if the wanted implementation does not support the arguments; says why.
     """
     if wanted == "xla":
         return wanted
@@ -293,7 +293,7 @@ def attention_for(
         for name in ("cudnn", "splash", "blocked")
     }
     if documents and reasons["cudnn"] is None:
-        # What jax calls of cuDNN takes no ids of segments, only a mask, which it makes a bias as large as the scores.
+        # jax's call of cuDNN takes no segment ids, only a mask, which it turns into a bias as large as the scores.
         reasons["cudnn"] = "cannot stop at the borders of documents (data.mask_documents)"
     if wanted == "auto":
         fastest = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}.get(platform, "xla")

@@ -33,7 +33,7 @@ class Attention(eqx.Module):
         )
 
     def project(self, x: NamedArray, layer: NamedArray) -> tuple[NamedArray, NamedArray, NamedArray]:
-        """Queries, keys and values, each [..., heads, head_size], the queries scaled as the layer has it."""
+        """Queries, keys and values, each [..., heads, head_size]; the queries include the layer's scale."""
         qkv = linear(self.c_attn, x)
         query, keys, values = (part["qkv", 0] for part in qkv.split("qkv", [Axis("qkv", 1)] * 3))
         if self.config.scale_attn_by_inverse_layer_idx:
@@ -88,7 +88,7 @@ class Gpt2Block(Block):
 
 
 class Gpt2(Transformer):
-    """A GPT-2 language model. The vocabulary is padded to a multiple of 128 inside and never seen so outside.
+    """A GPT-2 language model. The vocabulary is padded to a multiple of 128; callers never see the padding.
 
     Attributes:
         config: the model's shape.
@@ -108,8 +108,8 @@ class Gpt2(Transformer):
 
     @staticmethod
     def init(config: Gpt2Config, *, vocab_size: int, key: jax.Array) -> Gpt2:
-        """Weights drawn as GPT-2's: normal with `initializer_range`, projections into the residual stream divided by
-        sqrt(2 layers), zero biases, unit norms.
+        """GPT-2's initialization: normal weights with standard deviation `initializer_range`, projections into the
+        residual stream divided by sqrt(2 layers), zero biases, unit norms.
 
         Args:
             config: the model's shape.

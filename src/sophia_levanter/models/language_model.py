@@ -1,4 +1,4 @@
-"""What the trainer, evaluation, generation, planning and export know of a model."""
+"""The interface of models for the trainer, evaluation, generation, planning and export."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ PyTree = Any
 
 
 class LanguageModel(eqx.Module):
-    """A causal language model: final hidden states and an output head. All else follows from the two.
+    """A causal language model: final hidden states and an output head. Everything else follows from these two.
 
-    The vocabulary is padded to a multiple of 128 inside and never seen so outside.
+    The vocabulary is padded to a multiple of 128; callers never see the padding.
 
     Attributes:
         config: the model's shape.
@@ -52,13 +52,13 @@ class LanguageModel(eqx.Module):
     def hidden_in_documents(
         self, tokens: NamedArray, document_starts: NamedArray | None, key: jax.Array | None
     ) -> NamedArray:
-        """`final_hidden` of rows with several documents: attention and positions start anew in each document.
+        """`final_hidden` for rows with several documents: attention and positions restart in each document.
 
-        A model that has it overrides its configuration's `attention_on` too.
+        A model that defines it also overrides its configuration's `attention_on`.
 
         Args:
             tokens: as for `final_hidden`.
-            document_starts: int32 [..., position], where in its row the document of each token begins; None for
+            document_starts: int32 [..., position], where in its row each token's document begins; None for
                 `final_hidden`.
             key: as for `final_hidden`.
 
@@ -75,14 +75,14 @@ class LanguageModel(eqx.Module):
 
     @property
     def flops_per_token(self) -> float:
-        """FLOPs of the forward and backward pass for one token: 6 for each parameter, unless a model knows better.
+        """FLOPs of the forward and backward pass for one token: 6 per parameter, unless a model overrides it.
 
-        Recomputation and curvature are not counted: they are not the model's.
+        Recomputation and curvature are not counted.
         """
         return 6.0 * sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(self, _is_float)))
 
     def gathered(self) -> LanguageModel:
-        """With whole parameters, where they are split over devices."""
+        """The model with whole parameters, gathered if they are split over devices."""
         return gather_params(self)
 
     def hidden(self, tokens: NamedArray, *, key: jax.Array | None = None) -> NamedArray:
@@ -107,7 +107,7 @@ class LanguageModel(eqx.Module):
 
         Args:
             hidden: final hidden states, [..., embed].
-            dtype: of the logits; that of the hidden states if not given.
+            dtype: dtype of the logits; that of the hidden states if not given.
 
         Returns:
             [..., vocab].
@@ -118,7 +118,7 @@ class LanguageModel(eqx.Module):
     def losses(
         self, batch: Batch, *, samples: NamedArray | None = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Sums of the next-token losses, of the true and of sampled labels, without whole logits.
+        """Sums of the next-token losses of the true and of sampled labels, without materialising all logits.
 
         Args:
             batch: [batch, position].
@@ -158,9 +158,8 @@ class LanguageModel(eqx.Module):
         return jax.tree.map(mask, self, is_leaf=_is_layer)
 
     def matrix_axes(self) -> PyTree:
-        """The matrices that Muon orthogonalises and that have a Kronecker basis: all linear maps, one for each layer
-        and, where there is an axis `qkv`, one for each of query, key and value. Embeddings, the output head, norms
-        and biases are left out.
+        """The matrices for Muon and the Kronecker basis: all linear maps, one for each layer and, if there is an axis
+        `qkv`, one for each of query, key and value. Embeddings, the output head, norms and biases are left out.
 
         Returns:
             A prefix tree for the model's parameters: `optax.contrib.MuonDimensionNumbers`, or None.
@@ -169,7 +168,7 @@ class LanguageModel(eqx.Module):
         def axes(layer: object) -> object:
             if not isinstance(layer, hnn.Linear):
                 return None
-            # qkv is not an axis of the matrices: like layers, it counts them.
+            # qkv is not an axis of the matrices: like layers, it enumerates them.
             position = {axis.name: i for i, axis in enumerate(layer.weight.axes)}
             inputs, outputs = (
                 tuple(position[axis.name] for axis in hax.util.ensure_tuple(spec) if axis.name != "qkv")
@@ -181,9 +180,9 @@ class LanguageModel(eqx.Module):
         return jax.tree.map(axes, self, is_leaf=_is_layer)
 
     def parameter_roles(self) -> PyTree:
-        """The role of each parameter, by which groups find it.
+        """The role of each parameter, for parameter groups.
 
-        `matrix`: what `matrix_axes()` names. `head`: `head_weights()`, unless the token embedding has the same array.
+        `matrix`: the matrices of `matrix_axes()`. `head`: `head_weights()`, unless it is the token embedding's array.
         `embedding`: the other weights of embedding layers. `vector`: everything else, such as norms and biases.
 
         Returns:
@@ -208,10 +207,10 @@ class LanguageModel(eqx.Module):
             structure, [role(leaf, view is not None) for leaf, view in zip(leaves, views, strict=True)]
         )
 
-    # Generation. By default a model has no cache and reads its whole context again for each token.
+    # Generation. By default the cache is the tokens, and a model reads its whole context again for each token.
 
     def empty_cache(self, Batch: Axis) -> PyTree:
-        """What is kept of the tokens that rows hold so far, for no tokens.
+        """The cache of rows that hold no tokens yet.
 
         Args:
             Batch: the axis of the rows, `batch`.
@@ -219,23 +218,23 @@ class LanguageModel(eqx.Module):
         return hax.zeros((Batch, self.config.Pos), jnp.int32)
 
     def prefill(self, cache: PyTree, row: jax.Array, tokens: NamedArray) -> PyTree:
-        """The cache with one row begun anew.
+        """The cache after one row is replaced.
 
         Args:
-            cache: of any rows.
-            row: which of them, an int scalar.
-            tokens: int32 [position], at positions from 0 on, no more than the context has. Those behind the row's last
-                may be any: what is decoded after the last takes their places.
+            cache: the cache of all rows.
+            row: the row's index, an int scalar.
+            tokens: int32 [position], the row's tokens from position 0, at most the context's length. They may be
+                padded at the end: decoding overwrites the padding.
         """
         return write_row(cache, row, tokens)
 
     def decode_step(self, cache: PyTree, tokens: NamedArray, positions: NamedArray) -> tuple[NamedArray, PyTree]:
-        """What the model predicts after one more token of each row.
+        """The model's prediction after one more token in each row.
 
         Args:
-            cache: of all positions before.
+            cache: the cache of all earlier positions.
             tokens: int32 [batch].
-            positions: int32 [batch], where each row has its token; less than the context's length.
+            positions: int32 [batch], the position of each row's token, less than the context's length.
 
         Returns:
             Logits over the true vocabulary, float32 [batch, vocab], and the cache with these tokens.
@@ -262,16 +261,17 @@ def parameter_roles(model: LanguageModel) -> PyTree:
 
 
 def hyperball_matrices(model: LanguageModel) -> PyTree:
-    """The matrices whose norms a hyperball keeps: `matrix_axes()`, and the output head if no embedding is the same
-    array, as in Levanter."""
+    """The matrices whose norms a hyperball keeps, as in Levanter: `matrix_axes()` and an untied output head."""
     head = MuonDimensionNumbers(1, 0)
     entries = matrices_tree(matrix_axes, model)
     return jax.tree.map(lambda role, entry: head if role == "head" else entry, model.parameter_roles(), entries)
 
 
 def paths_on_hyperball(model: LanguageModel) -> set[str]:
-    """The paths of the arrays whose matrices a hyperball keeps the norms of, such as `blocks.mlp.c_fc.weight`; the
-    model's may be abstract."""
+    """The paths of the arrays whose matrices have their norms kept by a hyperball, such as `blocks.mlp.c_fc.weight`.
+
+    The model may be abstract.
+    """
     named = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_named)
     views = matrix_views(hyperball_matrices, model)
     paths = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in named)
@@ -279,7 +279,7 @@ def paths_on_hyperball(model: LanguageModel) -> set[str]:
 
 
 def abstract_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
-    """A model with `jax.ShapeDtypeStruct`s for arrays."""
+    """A model with `jax.ShapeDtypeStruct`s in place of arrays."""
     return eqx.filter_eval_shape(config.build, vocab_size=vocab_size, key=jax.random.key(0))
 
 
@@ -287,11 +287,11 @@ def write_row(cache: NamedArray, row: jax.Array, new: NamedArray) -> NamedArray:
     """An array with the first positions of one row replaced.
 
     Args:
-        cache: [batch, position, ...] in any order.
-        row: which, an int scalar.
-        new: [position, ...], the axes of `cache` without `batch`; its positions are the ones replaced.
+        cache: [batch, position, ...], axes in any order.
+        row: the row's index, an int scalar.
+        new: [position, ...], the axes of `cache` without `batch`, for the first positions.
     """
-    # Not at an index of the rows, which may be spread over devices: each would gather the whole.
+    # Select with a mask: rows may be sharded, and indexing them would gather the whole array on each device.
     here = {"position": slice(0, new.resolve_axis("position").size)}
     chosen = hax.where(hax.arange(cache.resolve_axis("batch")) == row, new, cache[here])
     return cache.at[here].set(chosen.rearrange(cache.axes))

@@ -1,7 +1,7 @@
 """A decoder in the style of Llama (Touvron et al. 2023, arXiv 2302.13971) with Haliax named axes.
 
 RMSNorm before attention and MLP, rotary positions, SwiGLU, grouped queries (Ainslie et al., arXiv 2305.13245), no
-biases. The fields are named as transformers' Llama names its modules.
+biases. The fields are named like the modules of transformers' Llama.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class LlamaBlock(Block):
 
 
 class Llama(Transformer):
-    """A Llama-style language model. The vocabulary is padded to a multiple of 128 inside and never seen so outside.
+    """A Llama-style language model. The vocabulary is padded to a multiple of 128; callers never see the padding.
 
     Attributes:
         config: the model's shape.
@@ -121,8 +121,8 @@ class Llama(Transformer):
 
     @staticmethod
     def init(config: LlamaConfig, *, vocab_size: int, key: jax.Array) -> Llama:
-        """Weights drawn as GPT-2's: normal with `initializer_range`, projections into the residual stream divided by
-        sqrt(2 layers), unit norms.
+        """GPT-2's initialization: normal weights with standard deviation `initializer_range`, projections into the
+        residual stream divided by sqrt(2 layers), unit norms.
 
         Args:
             config: the model's shape.

@@ -1,9 +1,8 @@
 """Next-token cross-entropy in blocks of positions, so that the logits of a whole batch never exist.
 
-The backward pass needs no second look at the logits: while a block's logits are at hand its contribution to the
-gradients of the hidden states and of the head is computed, and the backward pass only scales what was kept. The same
-pass can draw labels from the model's own distribution and keep their gradients too, which is what
-Gauss-Newton-Bartlett needs.
+While a block's logits exist, the forward pass also computes the block's contribution to the gradients of the hidden
+states and of the head; the backward pass only scales these gradients. The same forward pass can draw labels from the
+model's own distribution and keep their gradients too, as Gauss-Newton-Bartlett needs.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from sophia_levanter.partition.mesh import by_row_shard, row_shards
 
 
 class Targets(NamedTuple):
-    """What the hidden states are scored against; all arrays [batch, position].
+    """Labels for the hidden states; all arrays are [batch, position].
 
     Attributes:
         labels: int32, the true next tokens.
-        weights: float32, of each position in the sum.
-        samples: float32 in [0, 1) to draw a label each by the inverse of the model's cumulative distribution, or int
+        weights: float32, the weight of each position in the sum.
+        samples: float32 uniforms in [0, 1) that draw labels by inverting the model's cumulative distribution, or int
             labels drawn elsewhere; None for no second loss.
     """
 
@@ -45,12 +44,13 @@ def blocked_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sums of the cross-entropy of the true and of the sampled labels.
 
-    In the second sum a position of weight w counts with the root of w, so that the expected square of its gradient is
-    the weighted sum of the positions' Gauss-Newton diagonals. Reverse mode only; forward over reverse works.
+    The second sum weights each position by the root of its weight, so that the expected square of its gradient is the
+    weighted sum of the positions' Gauss-Newton diagonals. Reverse mode and forward-over-reverse mode work; forward mode
+    alone does not.
 
     Args:
-        vocab_size: classes from here on are padding: never predicted, never drawn.
-        block_size: positions whose logits exist at one time.
+        vocab_size: classes from this index on are padding, which is never predicted and never drawn.
+        block_size: number of positions whose logits exist at one time.
         hidden: [batch, position, embed] final hidden states.
         head: [vocab, embed].
         targets: the labels; see `Targets`.
@@ -72,7 +72,7 @@ def _forward(
 def _backward(
     vocab_size: int, block_size: int, kept: tuple[_Gradients, ...], cotangents: tuple[Any, Any]
 ) -> tuple[jax.Array, jax.Array, None]:
-    # A loss that nobody differentiates has a symbolic zero, and its gradients are never computed.
+    # A loss that is not differentiated has a symbolic zero as cotangent, and its gradients are never computed.
     used = [(g, c) for g, c in zip(kept, cotangents, strict=False) if not isinstance(c, SymbolicZero)]
     hidden, head = (
         sum((g * c for g, (_, c) in zip(parts, used, strict=True)), start=jnp.zeros((), parts[0].dtype)).astype(
@@ -89,7 +89,7 @@ blocked_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 def _run_blocks(
     vocab_size: int, block_size: int, hidden: jax.Array, head: jax.Array, targets: Targets, *, with_gradients: bool
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[_Gradients, ...]]:
-    """The sums over all rows, shard by shard, so that the head's gradient is added up over devices only once."""
+    """The sums over all rows, shard by shard, so that the head's gradient is summed over devices only once."""
     shards = row_shards()
     if shards == 1:
         losses, gradients = _run_shard(vocab_size, block_size, head, hidden, targets, with_gradients=with_gradients)
@@ -170,7 +170,7 @@ def _one_block(
 def _draw(logits: jax.Array, samples: jax.Array) -> jax.Array:
     if jnp.issubdtype(samples.dtype, jnp.integer):
         return samples
-    # Row by row: TPU's compiler has several arrays like the logits for it.
+    # Row by row: vectorised, the TPU compiler materialises several logits-sized temporaries.
     return jax.lax.map(lambda row: sample_categorical(*row), (jax.lax.stop_gradient(logits), samples))
 
 

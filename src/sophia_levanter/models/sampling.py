@@ -29,22 +29,21 @@ def generate(
     end_of_text: int | None = None,
     document_end: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Tokens drawn one after the other, one for each prompt at a time.
+    """Draw tokens for all prompts at once, one position at a time.
 
-    A token costs one position of the model, not the whole context. When a row's context is full, the last half of it is
-    read anew as a context of its own, since the model has learned its positions one by one and cannot shift them. What
-    a row gets depends on its prompt and its key alone, not on the rows beside it. Where their number divides over
-    the devices that have rows of their own, they are spread over these.
+    A token costs one position of the model, not the whole context. When a row's context is full, its last half is read
+    again as a new context, since learned positions cannot be shifted. A row's tokens depend only on its prompt and its
+    key, not on the other rows. The rows are sharded over the devices of the batch axis if these divide their number.
 
     Args:
-        model: a trained model in the dtype to compute in; what lies on several devices, inside its partition's context.
-        prompts: at least one token each; of a longer one than the model's context only the last `seq_len` are read.
-        num_tokens: how many to draw for each prompt, at most.
+        model: a trained model in the dtype to compute in; a sharded model needs its partition's context.
+        prompts: at least one token each; only the last `seq_len` tokens are read.
+        num_tokens: the maximum number of tokens for each prompt.
         keys: jax random keys, [prompt].
-        sampling: how they are drawn.
-        end_of_text: a token that ends a row, if any does.
-        document_end: the token at which attention and positions stopped in training (`data.mask_documents`): a row goes
-            on after it as a context of its own. None if they did not.
+        sampling: temperature, top_k and top_p.
+        end_of_text: the token that ends a row, or None.
+        document_end: the token at which attention and positions stopped in training (`data.mask_documents`): a row
+            continues after it in a new context. None if they did not.
 
     Yields:
         Each prompt's next token; None once it has ended. Stops when all have.
@@ -74,14 +73,14 @@ def generate(
 
 
 def restricted(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """The logits to draw from, where the temperature is not 0.
+    """The logits to draw from, if the temperature is not 0.
 
     Args:
         logits: [..., vocab].
-        sampling: as in transformers, the tokens as likely as the k-th stay, and so does the one that reaches `top_p`.
+        sampling: as in transformers, tokens as likely as the k-th stay, and so does the token that reaches `top_p`.
 
     Returns:
-        float32 [..., vocab], divided by the temperature; -inf for what is not to be drawn.
+        float32 [..., vocab], divided by the temperature; -inf for tokens that cannot be drawn.
     """
     logits = logits.astype(jnp.float32) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
@@ -97,7 +96,7 @@ def restricted(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 class _Rows:
-    """Prompts with what was drawn after them, and the cache that belongs to them."""
+    """Prompts with the tokens drawn so far, and their cache."""
 
     def __init__(
         self,
@@ -111,7 +110,7 @@ class _Rows:
         self._seq_len = model.config.seq_len
         documents = (_last_document(list(map(int, prompt)), document_end) for prompt in prompts)
         self._contexts = [document[-self._seq_len :] for document in documents]
-        # Arrays of this host, which go with a model that lies on several.
+        # Arrays of this host also work with a model that spans several hosts.
         self._keys = np.asarray(jax.random.key_data(keys))
         self._Batch = Axis("batch", len(self._contexts))
         self._cache = _empty(model, self._Batch)
@@ -119,7 +118,7 @@ class _Rows:
             self._prefill(row)
 
     def draw(self, number: int) -> list[int]:
-        """The next token of each row, the `number`-th."""
+        """Draw the next token of each row, the `number`-th."""
         last = np.array([context[-1] for context in self._contexts], np.int32)
         positions = np.array([len(context) - 1 for context in self._contexts], np.int32)
         tokens, self._cache = _draw(
@@ -134,7 +133,10 @@ class _Rows:
         return np.asarray(tokens).tolist()
 
     def append(self, row: int, token: int) -> None:
-        """Put a token behind a row's last; when that ended a document, or the context is full, go on with a new one."""
+        """Append a token to a row.
+
+        After the end of a document the context starts anew; when it is full, it continues with its last half.
+        """
         context = self._contexts[row]
         if context[-1] == self._document_end:
             context.clear()
@@ -144,7 +146,7 @@ class _Rows:
             self._prefill(row)
 
     def _prefill(self, row: int) -> None:
-        """Put all but a row's last token, which is the next to be decoded, into the cache."""
+        """Put a row's tokens into the cache, except the last, which is decoded next."""
         context = self._contexts[row][:-1]
         if context:
             window = np.zeros(_prefill_length(len(context), self._seq_len), np.int32)
@@ -192,7 +194,7 @@ def _drawn(logits: jax.Array, keys: jax.Array, number: jax.Array, sampling: Samp
 
 
 def _prefill_length(needed: int, seq_len: int) -> int:
-    """The context's length halved while that is enough and a multiple of 128, which kernels like: few are compiled."""
+    """`seq_len`, halved while it suffices and stays a multiple of 128, as kernels need. So few lengths are compiled."""
     length = seq_len
     while length % (2 * SHORTEST_PREFILL) == 0 and length // 2 >= needed:
         length //= 2

@@ -1,4 +1,4 @@
-"""What transformers share: blocks that are scanned, attention, and a cache of keys and values."""
+"""Shared parts of transformers: scanned blocks, attention, and a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -29,27 +29,26 @@ class Block(eqx.Module):
     def project(
         self, x: NamedArray, layer: NamedArray, positions: NamedArray | None
     ) -> tuple[NamedArray, NamedArray, NamedArray]:
-        """Queries, [..., heads, head_size], keys and values, each [..., kv_heads, head_size], of the block's input.
+        """Queries [..., heads, head_size], and keys and values [..., kv_heads, head_size], of the block's input.
 
         Args:
             x: [..., embed].
             layer: int scalar, the block's index.
-            positions: int32, those of the tokens: [batch] for one token in each row, or [..., position]; None for
-                tokens [..., position] from position 0 on.
+            positions: as for `models.layers.rotary`.
         """
 
     @abc.abstractmethod
     def project_back(self, attended: NamedArray) -> NamedArray:
-        """What attention adds to the residual stream, [..., embed], given its result, [..., heads, head_size]."""
+        """Attention's result [..., heads, head_size] as a term of the residual stream, [..., embed]."""
 
     @abc.abstractmethod
     def apply_mlp(self, x: NamedArray) -> NamedArray:
-        """What the MLP adds to the residual stream, [..., embed]."""
+        """The MLP's term of the residual stream, [..., embed]."""
 
     def finish(
         self, x: NamedArray, attended: NamedArray, k_attn: jax.Array | None = None, k_mlp: jax.Array | None = None
     ) -> NamedArray:
-        """The block's result, given its input and attention's result; with keys there is dropout.
+        """The block's result, given its input and attention's result; the keys switch on dropout.
 
         Args:
             x: [..., embed].
@@ -62,15 +61,15 @@ class Block(eqx.Module):
     def __call__(
         self, x: NamedArray, layer: NamedArray, key: jax.Array | None, document_starts: NamedArray | None = None
     ) -> NamedArray:
-        """The block's result for a context from position 0 on; with a key there is dropout.
+        """The block's result for a context that starts at position 0; the key switches on dropout.
 
         Args:
             x: [..., position, embed].
             layer: int scalar, the block's index.
             key: a jax random key, or None.
-            document_starts: as `hidden_in_documents` has them.
+            document_starts: as for `hidden_in_documents`.
         """
-        # What is kept of the parameters for the backward pass stays split, or the compiler may keep whole copies.
+        # Keep the parameters sharded for the backward pass; otherwise the compiler may keep whole copies.
         forward = checkpointed(self.config.gradient_checkpointing, Block._forward)
         return forward(shard_params(self), x, layer, key, document_starts)
 
@@ -90,11 +89,11 @@ class Block(eqx.Module):
 
 
 class Cache(eqx.Module):
-    """What attention needs of the tokens that rows hold so far.
+    """Keys and values of the tokens that rows hold so far.
 
     Attributes:
-        keys, values: [layers, batch, kv_heads, position, head_size] in the model's dtype; what a row holds behind its
-            last position is never looked at.
+        keys, values: [layers, batch, kv_heads, position, head_size] in the model's dtype; entries after a row's last
+            position are never read.
     """
 
     keys: NamedArray
@@ -109,22 +108,22 @@ class Transformer(LanguageModel):
     """
 
     config: eqx.AbstractVar[TransformerConfig]
-    if TYPE_CHECKING:  # a field here would come before a model's own, which have an order
+    if TYPE_CHECKING:  # a real field would come before the fields of subclasses
         blocks: hnn.Stacked[Any]
 
     @abc.abstractmethod
     def embed(self, tokens: NamedArray, positions: NamedArray | None, key: jax.Array | None = None) -> NamedArray:
-        """The input of the first block, [..., embed]; with a key there is dropout. Positions are as in `project`."""
+        """The input of the first block, [..., embed]; the key switches on dropout. Positions are as for `project`."""
 
     @abc.abstractmethod
     def final_norm(self, x: NamedArray) -> NamedArray:
-        """The final hidden states, of the last block's result."""
+        """The final hidden states, from the last block's result."""
 
     @property
     def flops_per_token(self) -> float:
-        """FLOPs of forward and backward for one token: 6 for each weight in a matrix product, and attention's.
+        """FLOPs of the forward and backward pass for one token: 6 per weight in a matrix product, plus attention's.
 
-        Attention costs 12 * layers * heads * head_size * seq_len, as PaLM's appendix B (arXiv 2204.02311) counts it.
+        Attention costs 12 * layers * heads * head_size * seq_len (PaLM, arXiv 2204.02311, appendix B).
         """
         config = self.config
         layers = jax.tree.leaves(self.blocks, is_leaf=lambda x: isinstance(x, hnn.Linear))
@@ -132,7 +131,7 @@ class Transformer(LanguageModel):
         return 6.0 * weights + 12.0 * config.num_layers * config.num_heads * config.head_dim * config.seq_len
 
     def gathered(self) -> Transformer:
-        """With whole parameters outside of the blocks, which gather their own."""
+        """The model with whole parameters outside the blocks, which gather their own."""
         outside = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -155,7 +154,7 @@ class Transformer(LanguageModel):
 
     def empty_cache(self, Batch: Axis) -> Cache:
         config = self.config
-        # A head's positions lie together: with heads inside, attention of many rows is tens of times slower on CPUs.
+        # Positions inside heads: the other order makes attention of many rows tens of times slower on CPUs.
         axes = (config.Layers, Batch, config.KVHeads, config.Pos, config.HeadSize)
         zeros = hax.zeros(axes, self.head_weights().dtype)
         return hax.auto_sharded(Cache(zeros, zeros))
@@ -187,27 +186,27 @@ class Transformer(LanguageModel):
         scan = model.blocks.scan_via(through, unroll=self.config.scan_unroll)
         x = hax.auto_sharded(model.embed(tokens, positions))
         x, made = scan(x, hax.arange(self.config.Layers), cache)
-        # One write for all layers: a scan that gave whole caches would copy them at every token.
+        # One write for all layers: a scan that returned whole caches would copy them at every token.
         cache = hax.auto_sharded(_with(cache, made.keys, made.values, positions))
-        # Of logits rounded to bfloat16 many are the likeliest.
+        # float32, since many logits would tie for the maximum in bfloat16.
         return model.head(model.final_norm(x), jnp.float32), cache
 
 
 def _positions(document_starts: NamedArray | None) -> NamedArray | None:
-    """int32 [..., position], how far each token is in its document; None where documents are not told apart."""
+    """int32 [..., position], each token's position in its document; None without document starts."""
     if document_starts is None:
         return None
     return hax.arange(document_starts.resolve_axis("position")) - document_starts
 
 
 def _with(cache: Cache, keys: NamedArray, values: NamedArray, positions: NamedArray) -> Cache:
-    """A cache, of all layers or one, with a key and a value more in each row."""
+    """A cache, of all layers or one, with one more key and value in each row."""
     here = ("position", positions)
     return Cache(cache.keys.at[here].set(keys), cache.values.at[here].set(values))
 
 
 def normal_weights(config: TransformerConfig, axes: AxisSpec, key: jax.Array, *, residual: bool = False) -> NamedArray:
-    """Normal weights with `config.initializer_range`; into the residual stream divided by sqrt(2 layers)."""
+    """Normal weights with standard deviation `config.initializer_range`, divided by sqrt(2 layers) if `residual`."""
     std = config.initializer_range * ((2 * config.num_layers) ** -0.5 if residual else 1)
     return hax.random.normal(key, axes) * std
 
@@ -218,13 +217,13 @@ def dropout(config: TransformerConfig, x: NamedArray, key: jax.Array | None) -> 
 
 
 def checkpointed(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its intermediate results kept as a policy says.
+    """The function with gradient checkpointing.
 
     Args:
-        policy: `none` computes nothing again, but gathers parameters that are split again; `full` keeps nothing; `dots`
-            keeps the results of matrix products (not the attention's, which are quadratic in the positions); `offload`
-            keeps the same in the host's memory.
-        function: of arrays.
+        policy: `none` recomputes nothing, but gathers split parameters again; `full` keeps no intermediate results;
+            `dots` keeps the results of matrix products (except attention's, which are quadratic in the positions);
+            `offload` keeps the same results in the host's memory.
+        function: a function of arrays.
     """
     if policy == "none" and not is_split():
         return function
@@ -235,10 +234,10 @@ def checkpointed(policy: str, function: Callable[..., Any]) -> Callable[..., Any
         "dots": policies.dots_with_no_batch_dims_saveable,
         "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     }[policy]
-    # Inside a scan nothing of the forward pass is there for XLA to reuse.
+    # prevent_cse is not needed inside a scan, where XLA cannot reuse the forward pass.
     return eqx.filter_checkpoint(function, policy=chosen, prevent_cse=False)
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whole parameters are the results of sharding constraints, and so not kept."""
+    """A checkpoint policy that drops gathered parameters, which are the results of sharding constraints."""
     return primitive.name != "sharding_constraint"
