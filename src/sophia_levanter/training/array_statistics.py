@@ -1,4 +1,4 @@
-"""Statistics of single arrays, layer by layer, on the steps that `trainer.statistics_every` names."""
+"""Statistics of single arrays, layer by layer, at the steps that `trainer.statistics_every` selects."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def array_statistics(optimizer: Optimizer, step: StepTrees) -> dict[str, jax.Arr
     | kind | |
     |---|---|
     | `weight_rms` | root mean square of the weights before the step |
-    | `gradient_rms` | of the mean gradient, before clipping |
-    | `update_rms` | of what is added to the weights, with learning rate and weight decay |
+    | `gradient_rms` | root mean square of the mean gradient, before clipping |
+    | `update_rms` | root mean square of the update, with learning rate and weight decay |
     | `update_ratio` | `update_rms / weight_rms`; not finite where the weights are 0 |
     | `win_rate` | the share of coordinates whose step is not clipped |
     | `curvature_p10`, `curvature_p50`, `curvature_p90` | quantiles of h as it is stored |
 
-    The last two rows are there for an optimizer with a method `unclipped`, such as Sophia. Under a Kronecker basis
-    they are in the coordinates of h.
+    The last two rows need an optimizer with a method `unclipped`, such as Sophia. With a Kronecker basis they are in
+    the coordinates of h.
 
     Args:
-        optimizer: that made the step.
-        step: its trees.
+        optimizer: the optimizer that made the step.
+        step: the step's trees.
 
     Returns:
-        float32 by `ARRAY/KIND`: [layers] of an array that layers are stacked in, a scalar of any other. ARRAY is the
-        path of the parameter, such as `blocks/stacked/attn/c_attn/weight`.
+        float32 by `ARRAY/KIND`: [layers] for an array of stacked layers, a scalar for any other. ARRAY is the path of
+        the parameter, such as `blocks/stacked/attn/c_attn/weight`.
     """
     trees = {"weight": trainable(step.before.model), "gradient": step.grads, "update": step.updates}
     found = {f"{array}/{kind}_rms": _rms(x) for kind, tree in trees.items() for array, x in _arrays(tree).items()}
@@ -51,7 +51,7 @@ def array_statistics(optimizer: Optimizer, step: StepTrees) -> dict[str, jax.Arr
     state = step.after.optimizer_state
     measure = getattr(optimizer, "unclipped", None)
     unclipped = None if measure is None else measure(state)
-    while hasattr(state, "optimizer_state"):  # that of a wrapper such as `Hyperball`
+    while hasattr(state, "optimizer_state"):  # the state of a wrapper such as `Hyperball`
         state = state.optimizer_state
     if unclipped is not None:
         found |= {f"{array}/win_rate": _mean(plain(x), _inner(x)) for array, x in _arrays(unclipped).items()}
@@ -62,9 +62,9 @@ def array_statistics(optimizer: Optimizer, step: StepTrees) -> dict[str, jax.Arr
 
 
 def by_layer(statistics: Mapping[str, jax.Array]) -> dict[str, float]:
-    """Statistics as they are logged: `statistics/ARRAY/KIND`, of stacked layers `statistics/ARRAY/LAYER/KIND`.
+    """Statistics by their logged names: `statistics/ARRAY/KIND`, or `statistics/ARRAY/LAYER/KIND` for stacked layers.
 
-    They are in the order of arrays, then of layers.
+    They are sorted by array, then by layer.
     """
     found = []
     for name, values in statistics.items():
@@ -76,22 +76,22 @@ def by_layer(statistics: Mapping[str, jax.Array]) -> dict[str, float]:
 
 
 def quantiles(x: jax.Array, axes: Sequence[int], shares: Sequence[float]) -> jax.Array:
-    """Quantiles over some axes of an array: the least of its numbers that at least a share of them do not exceed.
+    """Quantiles over some axes of an array, as numpy's method `inverted_cdf` gives them.
 
-    They are numpy's of the method `inverted_cdf`. The bits of each are found one after another, by counting the numbers
-    below: sorting an array that is split over devices would gather it.
+    The bits of each quantile are found one after another, by counting the smaller numbers: sorting an array that is
+    split over devices would gather it.
 
     Args:
-        x: numbers, taken in float32; none of them nan.
-        axes: of a layer's own coordinates.
-        shares: of the quantiles, above 0 and at most 1.
+        x: numbers without nan, converted to float32.
+        axes: the axes to reduce.
+        shares: the quantiles' probabilities, above 0 and at most 1.
 
     Returns:
-        float32 [share, ...], with the axes that are left.
+        float32 [share, ...], with the other axes of `x`.
     """
     sign = jnp.uint32(1 << 31)
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    ordered = jnp.where(bits & sign, ~bits, bits | sign)  # unsigned integers are in the order of these numbers
+    ordered = jnp.where(bits & sign, ~bits, bits | sign)  # unsigned integers in the order of the numbers
     count = math.prod(x.shape[axis] for axis in axes)
     left = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
 
@@ -109,14 +109,14 @@ def quantiles(x: jax.Array, axes: Sequence[int], shares: Sequence[float]) -> jax
 
 
 def _arrays(tree: PyTree) -> dict[str, Any]:
-    """The arrays of a tree by their paths; those with named axes as they are."""
+    """The arrays of a tree by their paths; NamedArrays keep their axes."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_named)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     return {name: leaf for name, leaf in named.items() if plain(leaf) is not None}
 
 
 def _inner(x: Any) -> tuple[int, ...]:
-    """The axes of a layer's own coordinates: all but the one that counts layers."""
+    """The axes of one layer's coordinates: all but the axis of layers."""
     names = [axis.name for axis in x.axes] if is_named(x) else [""] * x.ndim
     return tuple(i for i, name in enumerate(names) if name != "layers")
 

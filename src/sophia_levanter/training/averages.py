@@ -19,7 +19,7 @@ Snapshots = tuple[LanguageModel, ...]
 def averages(
     settings: StepSettings, state: TrainState, model: LanguageModel, good: jax.Array
 ) -> tuple[LanguageModel | None, Snapshots]:
-    """The average after a step, and the snapshots that it is made of.
+    """The average after a step, and the snapshots that it averages.
 
     Args:
         settings: which average, if any.
@@ -37,7 +37,7 @@ def _moving_average(
 ) -> LanguageModel | None:
     """average <- d average + (1 - d) parameters, after a good step.
 
-    d is the decay; in the first steps it is less, (1 + step) / (10 + step), to forget the initial weights soon.
+    d is the decay, but at most (1 + step) / (10 + step), to forget the initial weights quickly.
     """
     if decay is None:
         return None
@@ -49,15 +49,14 @@ def _moving_average(
 def _mean_of_latest(interval: int, state: TrainState, model: LanguageModel) -> tuple[LanguageModel | None, Snapshots]:
     """The mean of the latest snapshots, one after every `interval` steps (LAWA; Kaddour 2022, arXiv 2209.14981).
 
-    Before the first snapshot it is the parameters. Skipped steps count: their parameters are those before.
+    Before the first snapshot the average is the parameters. Skipped steps count; they do not change the parameters.
     """
     step, count = state.step + 1, len(state.snapshots)
     taken = step // interval
 
     def take() -> tuple[LanguageModel | None, Snapshots]:
         snapshots = tuple(select((taken - 1) % count == i, model, old) for i, old in enumerate(state.snapshots))
-        # Those that are still to come are zeros. How many there are does not follow from the step where the interval
-        # was another one earlier.
+        # Snapshots not taken yet are zeros. Count the others, since the interval may have changed during the run.
         filled = sum(map(_is_taken, snapshots))
         mean = jax.tree.map(lambda *xs: sum(map(upcast, xs)) / filled, *snapshots)
         return mean, snapshots

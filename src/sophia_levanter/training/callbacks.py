@@ -1,4 +1,4 @@
-"""What runs alongside the training steps: logging, evaluation, saving and registered callbacks."""
+"""Callbacks that run alongside the training steps: logging, evaluation, saving and registered callbacks."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from sophia_levanter.training.stopping import Watchdog
 
 
 class TrainingFailed(Exception):
-    """The run cannot go on; the message says why and what to try.
+    """The run cannot continue; the message names the cause and a remedy.
 
     Attributes:
-        steps: those in a row that changed nothing.
-        reason: for the program that started this one.
+        steps: the consecutive steps that changed nothing.
+        reason: the cause, for the program that started this one.
     """
 
     def __init__(self, message: str, steps: range, reason: str = "loss_not_finite") -> None:
@@ -41,13 +41,13 @@ class TrainingFailed(Exception):
 
 
 class StepReport(NamedTuple):
-    """What is known of a step that has ended.
+    """The numbers of a step that has ended.
 
     Attributes:
-        step: which, from 0.
-        metrics: its numbers, by their names in metrics.jsonl.
-        skipped_in_a_row: steps up to this one that changed nothing; 0 if it is a good one.
-        seconds_left: until the end of the run.
+        step: the step's number, from 0.
+        metrics: its metrics, by their names in metrics.jsonl.
+        skipped_in_a_row: consecutive skipped steps up to this one; 0 if this step was not skipped.
+        seconds_left: estimated seconds until the end of the run.
     """
 
     step: int
@@ -62,8 +62,8 @@ class Pause:
 
     Attributes:
         done: steps taken.
-        state: the state after them; the next step takes over its buffers.
-        stopping: whether the run is to stop, and may soon be killed.
+        state: the state after them; its buffers are donated to the next step.
+        stopping: whether the run is stopping, and may soon be killed.
         evaluated: whether the validation loss is this state's.
         scored: whether the scores on tasks are this state's.
     """
@@ -76,10 +76,10 @@ class Pause:
 
 
 class Callback:
-    """Acts on a run beside its steps. A subclass overrides what it needs.
+    """Acts on a run alongside its steps. A subclass overrides the methods that it needs.
 
     Args:
-        config: of the run; what a registered callback is made from.
+        config: the run's configuration.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -92,25 +92,25 @@ class Callback:
         """Called when a step's numbers are available. The next step may already be running."""
 
     def is_due(self, done: int) -> bool:
-        """Whether the run pauses for `on_pause` after so many steps."""
+        """Whether the run pauses for `on_pause` after `done` steps."""
         return False
 
     def on_pause(self, pause: Pause) -> None:
-        """Called after the steps for which `is_due`, when their numbers have been read."""
+        """Called after the steps for which `is_due` is true, when their numbers have been read."""
 
     def on_evaluation(self, pause: Pause, evaluation: Evaluation) -> Mapping[str, float]:
-        """Called after each evaluation of a registered callback. What it returns is logged as `NAME/KEY`."""
+        """Called after each evaluation, for registered callbacks only. The result is logged as `NAME/KEY`."""
         return {}
 
     def on_end(self) -> None:
-        """Called when the run ends, however it ends, and before it goes back to a checkpoint and trains on."""
+        """Called when the run ends, however it ends, and before it goes back to a checkpoint to train on."""
 
 
 def build_callbacks(config: TrainConfig) -> dict[str, Callback]:
     """The registered callbacks that a run asks for, by name.
 
     Raises:
-        InputError: if one is not a `Callback`, or cannot be made.
+        InputError: if one is not a `Callback`, or cannot be built.
     """
     built = {}
     for name in config.trainer.callbacks:
@@ -124,12 +124,12 @@ def build_callbacks(config: TrainConfig) -> dict[str, Callback]:
 
 
 class RegisteredCallback(Callback):
-    """A callback of a plug-in: its errors are named, and its time does not count as a step's.
+    """A callback of a plug-in: its errors name it, and the watchdog does not count its time as a step's.
 
     Args:
-        name: that it is registered under.
-        callback: what acts.
-        monitor: of the run.
+        name: the name that it is registered under.
+        callback: the plug-in's callback.
+        monitor: the run's monitor.
     """
 
     def __init__(self, name: str, callback: Callback, monitor: Monitor) -> None:
@@ -150,7 +150,7 @@ class RegisteredCallback(Callback):
         self._call("on_pause", pause)
 
     def on_evaluation(self, pause: Pause, evaluation: Evaluation) -> Mapping[str, float]:
-        """Its numbers by `NAME/KEY`."""
+        """The callback's numbers by `NAME/KEY`."""
         self._monitor.watchdog.pause()
         numbers = scalars("trainer.callbacks", self.name, self._call("on_evaluation", pause, evaluation))
         return {key: float(value) for key, value in numbers.items()}
@@ -173,12 +173,12 @@ class RegisteredCallback(Callback):
 
 @dataclass(frozen=True)
 class Monitor:
-    """How a run is watched.
+    """The parts that watch a run.
 
     Attributes:
-        trackers: take its numbers.
+        trackers: record its numbers.
         console: shows them.
-        watchdog: ends the run where it is stuck.
+        watchdog: ends the run if it is stuck.
     """
 
     trackers: Trackers
@@ -188,7 +188,7 @@ class Monitor:
 
 @dataclass
 class Logging(Callback):
-    """Hands each step's numbers to the trackers, and shows them."""
+    """Logs each step's numbers to the trackers and the console."""
 
     monitor: Monitor
 
@@ -203,7 +203,7 @@ class Logging(Callback):
 
 @dataclass
 class SkippedSteps(Callback):
-    """Says which steps were skipped, and ends a run with too many in a row."""
+    """Reports skipped steps, and ends a run with too many in a row."""
 
     config: TrainerConfig
     monitor: Monitor
@@ -228,14 +228,14 @@ class SkippedSteps(Callback):
 
 @dataclass
 class Saving(Callback):
-    """Saves states while training goes on, and notices where that or the text has failed.
+    """Saves states while training continues, and raises the error of a failed save or of a changed text.
 
     Attributes:
-        config: how often.
-        monitor: of the run; what the trackers have is on the disk before a state is saved.
-        checkpoints: take the states.
-        verification: checks the training text; until it has finished, only a run that is stopping saves.
-        timer: says when it has been long since the last save.
+        config: the trainer's settings.
+        monitor: the run's monitor; its trackers are on the disk before a state is saved.
+        checkpoints: saves the states.
+        verification: checks the training text; a save waits for its end unless the run is stopping.
+        timer: tells when the last save is too long ago.
     """
 
     config: TrainerConfig
@@ -253,12 +253,12 @@ class Saving(Callback):
         return is_step or self.timer.has_expired()
 
     def on_pause(self, pause: Pause) -> None:
-        # What follows skipped steps may go back to a checkpoint from before them, which this one could push out.
+        # After skipped steps the run may go back to a checkpoint from before them, which this save could remove.
         if pause.done == self.config.num_train_steps or not int(pause.state.skipped_in_a_row):
             self.save(pause)
 
     def save(self, pause: Pause) -> None:
-        """Begin to save the state."""
+        """Start saving the state."""
         trackers, console, watchdog = self.monitor.trackers, self.monitor.console, self.monitor.watchdog
         watchdog.pause()
         verified = self.verification.finish(pause.stopping)
@@ -284,10 +284,10 @@ class Evaluating(Callback):
     """Measures the validation losses.
 
     Attributes:
-        config: how often, and which of them is to be low.
-        monitor: of the run.
-        evaluate: gives a model's validation losses; calls a function on its way.
-        registered: callbacks that look at each evaluation.
+        config: the trainer's settings.
+        monitor: the run's monitor.
+        evaluate: gives a model's validation losses; calls the given function after each batch.
+        registered: registered callbacks, which are called after each evaluation.
         best: step and loss of the best evaluation so far, the loss by its name in metrics.jsonl; None before the first.
     """
 
@@ -301,7 +301,7 @@ class Evaluating(Callback):
         return done % self.config.evaluation_interval == 0 or done == self.config.num_train_steps
 
     def on_pause(self, pause: Pause) -> None:
-        """Raises `InputError` where the validation text is damaged or a registered callback returns no numbers."""
+        """Raises `InputError` if the validation text is damaged or a registered callback returns no numbers."""
         done, trackers, watchdog = pause.done, self.monitor.trackers, self.monitor.watchdog
         evaluation = self.evaluate(pause.state.model, lambda: watchdog.begin(f"the evaluation after step {done}"))
         pause.evaluated = True
@@ -330,12 +330,12 @@ class Evaluating(Callback):
 
 
 class Profiling(Callback):
-    """Traces host and devices from the first of some steps to the last.
+    """Traces host and devices during some steps.
 
     Args:
-        steps: the steps to trace; none of them if empty.
+        steps: the steps to trace; may be empty.
         directory: where the trace is written, as `plugins/profile/TIME/HOST.xplane.pb`.
-        console: says where it is.
+        console: shows where it is.
     """
 
     def __init__(self, steps: range, directory: Path, console: Console) -> None:
@@ -343,11 +343,11 @@ class Profiling(Callback):
         self._running = False
 
     def is_due(self, done: int) -> bool:
-        """Steps before the first one traced should have ended, and so should the last one."""
+        """True before the first traced step and after the last one, so that the running step ends."""
         return done == self._steps.stop if self._running else done in self._steps
 
     def before_step(self, step: int) -> None:
-        """Begins the trace at its first step, or at the one that a resumed run begins with."""
+        """Start the trace at the first of its steps, or at the first step of a resumed run."""
         if step in self._steps and not self._running:
             jax.profiler.start_trace(self._directory)
             self._running = True

@@ -1,4 +1,4 @@
-"""What a training run saves, and when it learns that it could not."""
+"""The checkpoints of a training run, and the end of a run whose save failed."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from sophia_levanter.partition.processes import Processes
 from sophia_levanter.status import FAILURE
 from sophia_levanter.training.step import TrainState
 
-# Seconds for the loop to see that a save has failed, before the process ends all the same: of several processes one
-# may have ended already, and this one wait for it in the midst of a step.
+# Seconds that the loop has to notice a failed save before the process exits anyway: if another process has already
+# ended, this process may wait for it inside a step.
 GRACE = 5.0
 DAY = 86_400.0
 
-# All processes ask in the same order, and so agree on the number of a question.
+# All processes ask in the same order, so they agree on the number of a question.
 _questions = itertools.count()
 
 
 def is_of_training(metadata: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's metadata is what `RunCheckpoints` saves, and not another program's."""
+    """Whether a checkpoint's metadata was saved by `RunCheckpoints`, not by another program."""
     parts = [metadata.get(name) for name in ("config", "environment", "data", "validation")]
     config = parts[0] if isinstance(parts[0], dict) else {"": None}
     sections = [part for name, part in config.items() if name != "plugins"]
@@ -38,14 +38,14 @@ def is_of_training(metadata: Mapping[str, Any]) -> bool:
 
 
 class CheckpointTimer:
-    """Says when so many minutes have passed since the last checkpoint.
+    """Tells when the last checkpoint is too long ago.
 
-    The processes of a run must save together, so the clock of the first one decides for all, by a message at each call.
-    There are no messages where `minutes` is None.
+    The processes of a run must save together, so the clock of the first process decides for all, by a message at each
+    call. No messages are sent if `minutes` is None.
 
     Args:
-        minutes: that may pass; None for any time.
-        processes: those of the run, which all make the same calls.
+        minutes: the longest time between checkpoints; None for no limit.
+        processes: the run's processes, which all make the same calls.
     """
 
     def __init__(self, minutes: float | None, processes: Processes) -> None:
@@ -54,11 +54,11 @@ class CheckpointTimer:
         self._started = time.monotonic()
 
     def restart(self) -> None:
-        """The minutes begin now."""
+        """Start the minutes again."""
         self._started = time.monotonic()
 
     def has_expired(self) -> bool:
-        """Whether the minutes are over, by the first process's clock; to be called once a step.
+        """Whether the minutes have passed on the first process's clock; call it once per step.
 
         Raises:
             NoAnswer: if the first process does not answer within a day. `trainer.step_timeout` ends a run before that.
@@ -67,31 +67,31 @@ class CheckpointTimer:
             return False
         number = next(_questions)
         if number >= 3:
-            # Of the last three steps the first process has read the numbers of the oldest. All processes have taken
-            # part in that step, and have read the answer before it.
+            # The first process has read the numbers of the oldest of the last three steps. All processes took part in
+            # that step, and had read this answer before it.
             self._processes.forget(f"checkpoint_timer/{number - 3}")
         over = time.monotonic() - self._started >= self._seconds
         return self._processes.broadcast(f"checkpoint_timer/{number}/answer", str(over), DAY) == str(True)
 
 
 def better_of(best: dict[str, Any] | None, step: int, metric: str, loss: float) -> dict[str, Any] | None:
-    """The best checkpoint so far, and this one if its loss is lower: its `step`, and its loss by the metric's name."""
+    """The better of the best checkpoint so far and this one: its `step`, and its loss by the metric's name."""
     return {"step": step, metric: loss} if math.isfinite(loss) and (best is None or loss < best[metric]) else best
 
 
 class RunCheckpoints:
-    """Saves a run's state while it trains: all that is needed to go on, and what the run looked like at the time.
+    """Saves a run's state while it trains, with the run's configuration, provenance and metrics.
 
     Args:
         directory: a path, or a `gs://` or `s3://` URL.
-        config: the run's configuration, which is saved too.
-        provenance: what besides the configuration decides the numbers, to be saved too.
-        run_id: of the run.
-        processes: those of the run.
-        best: step and loss of the best checkpoint so far, as saved with the one that the run goes on from.
+        config: the run's configuration.
+        provenance: facts besides the configuration that determine the numbers.
+        run_id: the run's identifier.
+        processes: the run's processes.
+        best: step and loss of the best checkpoint so far, as saved in the checkpoint that the run resumes from.
 
     Attributes:
-        saved_step: the step of the last save that was begun.
+        saved_step: the step of the last save that was started.
     """
 
     def __init__(
@@ -115,17 +115,17 @@ class RunCheckpoints:
     def save(
         self, step: int, state: TrainState, numbers: Mapping[str, float], *, evaluated: bool, verified: bool = True
     ) -> None:
-        """Begin to save a state; its buffers may be given away when this returns.
+        """Start saving a state; its buffers may be donated when this returns.
 
         Args:
             step: steps taken.
             state: the state after them.
             numbers: the latest metrics by name.
             evaluated: whether the validation loss among them is this state's.
-            verified: whether the text has been compared with what it should be.
+            verified: whether the training text has been verified.
 
         Raises:
-            CheckpointError: if the save before has failed.
+            CheckpointError: if the previous save failed.
         """
         if evaluated:
             metric = self._trainer.best_metric
@@ -144,14 +144,14 @@ class RunCheckpoints:
         self.saved_step = step
 
     def check(self) -> None:
-        """Raise what the last save has failed with (`CheckpointError`), if it has; to be called at every step."""
+        """Raise the `CheckpointError` of the last save, if it failed; call it at every step."""
         self._saver.check()
 
     def wait(self) -> str | None:
-        """The path or URL of the last checkpoint, when it is committed.
+        """Wait until the last checkpoint is committed; its path or URL.
 
         Raises:
-            CheckpointError: if it could not be.
+            CheckpointError: if it could not be committed.
         """
         self._saver.wait()
         return self._saver.saved

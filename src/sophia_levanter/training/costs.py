@@ -1,4 +1,4 @@
-"""What a step costs: FLOPs, bytes on a device, and the rate that devices reach at best."""
+"""The cost of a step: FLOPs, bytes on a device, and the peak rate of devices."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ class MatrixFlops:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """The sum of all kinds."""
         return self.products + self.newton_schulz + sum(self.qr.values())
 
 
 def flops_per_step(config: TrainConfig, flops_per_token: float) -> float:
-    """FLOPs of a step: forward, backward and, spread over all steps, refreshes and what is done to whole matrices.
+    """FLOPs of a step: forward, backward and, averaged over all steps, refreshes and the work on whole matrices.
 
-    What optimizers do to each parameter by itself is not counted: the time tells it.
+    The optimizer's elementwise work is not counted.
 
     Args:
-        config: of the run; its batch size is that of all steps.
-        flops_per_token: of the model's forward and backward pass.
+        config: the run's configuration; its batch size is taken for all steps.
+        flops_per_token: FLOPs of the model's forward and backward pass for one token.
     """
     tokens = config.trainer.batch_size * config.model.seq_len
     return flops_per_token * passes_per_step(config) * tokens + matrix_flops(config).total
 
 
 def passes_per_step(config: TrainConfig) -> float:
-    """Forward and backward passes over the batch in a step, refreshes of the curvature spread over all steps."""
+    """Forward and backward passes over the batch in a step, with refreshes averaged over all steps."""
     trainer = config.trainer
     curvature = config.optimizer.curvature_microbatches(trainer)
     if curvature is None:
@@ -78,10 +78,10 @@ def matrix_flops(config: TrainConfig, num_shards: int = 1) -> MatrixFlops:
     """FLOPs of the work on the blocks' matrices in a step, averaged over the run.
 
     Args:
-        config: of the run.
-        num_shards: devices that the matrices are divided over. The result is that of the device with the most matrices:
-            each device has whole matrices, so the number of a parameter's is rounded up. QR decompositions of one side
-            are divided together.
+        config: the run's configuration.
+        num_shards: number of devices that share the matrices. The result is that of the device with the most matrices:
+            devices take whole matrices, so the count of each parameter is rounded up. For QR decompositions, the count
+            of each matrix size is rounded up.
     """
     steps = config.trainer.num_train_steps
     num_microbatches, _ = config.optimizer.curvature_microbatches(config.trainer) or (0, 0)
@@ -125,7 +125,7 @@ UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def bytes_by_kind(state: TrainState) -> dict[str, int]:
-    """Bytes of a state on one device: parameters, momentum, curvature and what else the optimizer keeps."""
+    """Bytes of a state on one device: parameters, momentum, curvature, averages and other optimizer state."""
     optimizer_state = state.optimizer_state
     kinds = {
         "parameters": device_bytes(state.model),
@@ -139,7 +139,7 @@ def bytes_by_kind(state: TrainState) -> dict[str, int]:
 
 
 def _named(tree: Any, names: Sequence[str]) -> list[Any]:
-    """The parts of optimizer states, also of optax's nested ones, that have one of these names."""
+    """The parts of optimizer states, including optax's nested states, that have one of these names."""
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         found = [getattr(tree, name) for name in names if name in tree._fields]
         return found or [part for child in tree for part in _named(child, names)]
@@ -155,9 +155,9 @@ def device_bytes(tree: Any) -> int:
 
 
 def step_bytes(compiled: jax.stages.Compiled) -> tuple[int, int] | None:
-    """Bytes of a compiled program's arguments on a device, and of all else that it needs there at one time.
+    """Bytes of a compiled program's arguments on a device, and of the other memory that it needs there at one time.
 
-    None where the backend does not tell.
+    None if the backend does not report them.
     """
     analysis = compiled.memory_analysis()
     if analysis is None:
@@ -167,7 +167,7 @@ def step_bytes(compiled: jax.stages.Compiled) -> tuple[int, int] | None:
 
 
 def show_bytes(count: int) -> str:
-    """`1.5 GiB`, in the largest unit of which there is one."""
+    """A number of bytes such as `1.5 GiB`, in the largest unit that it reaches."""
     for name, unit in UNITS:
         if count >= unit:
             return f"{count / unit:,.1f} {name}"
@@ -175,7 +175,7 @@ def show_bytes(count: int) -> str:
 
 
 def peak_flops(devices: list[jax.Device]) -> float:
-    """FLOP/s that the devices together can do at best: published, or measured here for a kind that is not listed."""
+    """Peak FLOP/s of the devices together: published, or measured here for a kind that is not listed."""
     published = published_peak(devices[0].device_kind)
     if published is not None:
         return published * len(devices)
@@ -204,8 +204,8 @@ def lower_step(config: TrainConfig, partition: Partition, vocab_size: int, *, re
     """A step, ready to be compiled.
 
     Args:
-        config: the run; its text is not looked at.
-        partition: the devices, which need not be there.
+        config: the run's configuration; its text is not read.
+        partition: the devices, which need not exist.
         vocab_size: classes that can be predicted.
         refresh: whether the step refreshes the curvature.
     """

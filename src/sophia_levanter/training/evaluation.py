@@ -21,7 +21,7 @@ from sophia_levanter.partition.mesh import Partition
 if TYPE_CHECKING:
     from sophia_levanter.data.batches import ValidationBatches
 
-BATCHES_AHEAD = 4  # given to the devices while they compute one
+BATCHES_AHEAD = 4  # batches queued while the devices compute one
 
 
 class Evaluation(NamedTuple):
@@ -29,10 +29,10 @@ class Evaluation(NamedTuple):
 
     Attributes:
         loss: mean over predicted tokens, nats. For named sets, the unweighted mean over the sets.
-        bits_per_byte: total bits over the bytes of text that the predicted tokens stand for; end-of-text has none. Of
-            named sets the mean over the sets.
-        tokens: that were predicted.
-        text_bytes: that they stand for.
+        bits_per_byte: total bits over the bytes of text of the predicted tokens; end-of-text has no bytes. For named
+            sets, the unweighted mean over the sets.
+        tokens: number of predicted tokens.
+        text_bytes: bytes of text of the predicted tokens.
         sets: the evaluation of each named set.
     """
 
@@ -56,10 +56,10 @@ class Evaluator:
 
     Args:
         batches: the validation sequences.
-        byte_lengths: [vocab] bytes of text that each token stands for.
-        partition: the devices, and where arrays lie on them.
-        policy: parameters' and compute dtypes.
-        document_end: the token that ends a document, at which attention and positions stop; None if they do not.
+        byte_lengths: [vocab] bytes of text of each token.
+        partition: the devices, and how arrays are sharded over them.
+        policy: dtypes of parameters and of computation.
+        document_end: the token that ends a document, where attention and positions restart; None if they do not.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class Evaluator:
 def evaluate_sets(
     evaluators: Mapping[str, Evaluator], model: LanguageModel, on_progress: Callable[[], None] = lambda: None
 ) -> Evaluation:
-    """The losses of a model on validation sets, and their mean, in which each set counts the same.
+    """The losses of a model on validation sets, and their unweighted mean.
 
     Args:
-        evaluators: by the set's name, in the same order in all processes; an only set may have an empty one.
+        evaluators: evaluators by the set's name, in the same order in all processes; a single set's name may be empty.
         model: the model.
         on_progress: called after each batch.
     """
@@ -128,6 +128,6 @@ def evaluate_sets(
 
 @eqx.filter_jit
 def _summed_loss(partition: Partition, policy: jmp.Policy, model: LanguageModel, batch: Batch) -> jax.Array:
-    """The loss of a batch of one microbatch. Its program depends on the partition, which must be active."""
+    """The summed loss of a batch of one microbatch. The program depends on the partition, which must be active."""
     one = jax.tree.map(lambda x: x["microbatch", 0], batch, is_leaf=lambda x: hasattr(x, "axes"))
     return policy.cast_to_compute(model).losses(one)[0]

@@ -1,4 +1,4 @@
-"""The host's side of training: batches on their way to the devices, which step runs next, and when callbacks act."""
+"""The host's side of training: loading batches, choosing the next step, and calling callbacks."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, 
 from sophia_levanter.training.stopping import StopRequest
 
 READ_THREADS = 2
-BATCHES_AHEAD = 2  # are on the devices, or on their way there
+BATCHES_AHEAD = 2  # batches on the devices, or on their way there
 
 
 class Batches(Protocol):
     """Sequences of a step; a pure function of the step."""
 
     def rows(self, step: int, wanted: np.ndarray, *, skipped_windows: int) -> np.ndarray:
-        """int32 [batch, position + 1], in which only the `wanted` rows need be right."""
+        """int32 [batch, position + 1], in which only the `wanted` rows need to be right."""
         ...
 
 
 @dataclass(frozen=True)
 class BatchLoader:
-    """Puts batches on the devices; of several processes each reads only the rows that its own devices have.
+    """Puts batches on the devices. Each process reads only the rows of its own devices.
 
     Attributes:
         batches: the sequences.
         partition: the devices.
-        config: the batch sizes, and into how many microbatches they fall.
-        skipped_windows: of the order of the sequences, that the run has passed over.
-        document_end: the token that ends a document, at which attention and positions stop; None if they do not.
+        config: the trainer's settings, with batch sizes and microbatches.
+        skipped_windows: number of sequences in the data order that the run has skipped.
+        document_end: the token that ends a document, where attention and positions restart; None if they do not.
     """
 
     batches: Batches
@@ -61,7 +61,7 @@ class BatchLoader:
         """The batch of a step, [microbatch, batch, position], on the devices.
 
         Raises:
-            InputError: if the corpus is damaged there.
+            InputError: if the corpus is damaged in these rows.
         """
         trainer = self.config.at_step(int(step))
         size = trainer.batch_size // trainer.num_microbatches
@@ -83,7 +83,7 @@ NO_WAIT_SECONDS = 1e-3
 
 
 class _Running(NamedTuple):
-    """A step whose numbers are not read yet, and the clock's time at which they are there."""
+    """A step whose numbers have not been read yet, and the time when it ends."""
 
     step: int
     output: StepOutput
@@ -95,20 +95,20 @@ class Loop:
     """A run of training steps.
 
     Attributes:
-        config: how long, and with which batches.
+        config: the trainer's settings.
         settings_of: makes the `StepSettings` for one batch size, from the trainer's settings with that size.
-        partition: the devices, and where arrays lie on them.
+        partition: the devices, and how arrays are sharded over them.
         loader: puts the training batches on the devices.
-        monitor: how the run is watched.
-        callbacks: act on the run in this order, `evaluating` and `saving` among them.
-        evaluating: knows the best validation loss.
-        saving: saves states; the loop asks it for the last one.
+        monitor: the run's monitor.
+        callbacks: all callbacks in the order of their calls, including `evaluating` and `saving`.
+        evaluating: the callback with the best validation loss.
+        saving: the callback that saves states; the loop also saves the last state with it.
         tokens_per_sequence: predicted tokens in a row of a batch.
-        mfu_per_token_rate: model FLOPs utilisation at one token a second.
+        mfu_per_token_rate: model FLOPs utilisation at one token per second.
         saved: the last checkpoint's path or URL; None before the end.
-        first_step: that `run` began with.
-        seconds: that it took.
-        data_stalls: how many steps began late because their batch was not there.
+        first_step: the first step of `run`.
+        seconds: the duration of `run`.
+        data_stalls: number of steps that started late because their batch was not ready.
     """
 
     config: TrainerConfig
@@ -130,7 +130,7 @@ class Loop:
     _step_seconds: list[float] = field(default_factory=list)
     # Steps whose numbers are not read yet: a step's numbers are read while the next one runs.
     _running: deque[_Running] = field(default_factory=deque)
-    # Sees when a step ends, whatever the host is doing then: one that waits for data would read two steps at once.
+    # Records when each step ends: a host that waits for data may find that two steps have ended.
     _clock: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "step-clock"))
 
     def run(self, state: TrainState, stop: StopRequest) -> TrainState:
@@ -138,7 +138,7 @@ class Loop:
 
         Args:
             state: where to start, on the mesh.
-            stop: looked at before each step.
+            stop: checked before each step.
 
         Returns:
             The last state.
@@ -146,7 +146,7 @@ class Loop:
         Raises:
             TrainingFailed: if too many steps in a row were skipped for their loss or gradient.
             CheckpointError: if a state could not be saved.
-            InputError: if the text is damaged, or not the one that the run was given.
+            InputError: if the text is damaged or has changed.
         """
         self.first_step = int(state.step)
         started = time.perf_counter()
@@ -173,7 +173,7 @@ class Loop:
         batch = next(batches)
 
         def stopping() -> bool:
-            # Of several processes all must save together: they know of a signal when all have stopped.
+            # Several processes must save together: they learn of a signal when all have stopped.
             return jax.process_count() == 1 and stop.signal is not None
 
         while step < total and not all_stop(step, stop.signal is not None):
@@ -210,12 +210,12 @@ class Loop:
         return state
 
     def _pause(self, done: int, state: TrainState, stopping: Callable[[], bool]) -> Pause:
-        """The run between two steps, when the numbers of all steps have been read."""
+        """The run between two steps, after the numbers of all steps have been read."""
         self._read(most_running=0)
         return Pause(done, state, stopping)
 
     def _compile(self, state: TrainState, step: int) -> CompiledSteps:
-        """Steps for batches of the size that they have from `step` on."""
+        """Compile the steps for the batch size from `step` on."""
         self._read(most_running=0)
         self.monitor.watchdog.pause()
         trainer = self.config.at_step(step)
@@ -240,7 +240,7 @@ class Loop:
         return batch
 
     def _read(self, most_running: int) -> None:
-        """Read the numbers of the steps, when they have ended, up to so many that may still be running."""
+        """Wait for steps and read their numbers, until at most `most_running` steps may still be running."""
         while len(self._running) > most_running:
             step, output, end = self._running.popleft()
             numbers = {name: float(value) for name, value in output.metrics.items()} | by_layer(output.statistics)
@@ -258,7 +258,7 @@ class Loop:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all steps of this process, without evaluations and saves."""
+        """Tokens per second over all steps of this process, without evaluations and saves."""
         return self._tokens / sum(self._step_seconds) if self._step_seconds else 0.0
 
 
@@ -275,11 +275,11 @@ class CompiledSteps:
     """Steps for batches of one size.
 
     Attributes:
-        batch_size: that size.
-        optimizer: says when the curvature is due.
+        batch_size: rows in a batch.
+        optimizer: decides when the curvature is due.
         plain: the step without a refresh.
-        refreshing: the step with one; `plain` where the optimizer has no curvature.
-        measuring: the same with statistics of single arrays; None where the run measures none.
+        refreshing: the step with a refresh; `plain` if the optimizer has no curvature.
+        measuring: the same steps with statistics of single arrays; None if the run measures none.
     """
 
     batch_size: int
@@ -303,19 +303,19 @@ def compile_steps(
     say: Callable[[str], None],
     suffix: str = "",
 ) -> CompiledSteps:
-    """Compiles the step, and the one that refreshes the curvature where the optimizer has any.
+    """Compile the plain step and, if the optimizer has curvature, the step with a refresh.
 
-    Steps that this process has compiled already are taken as they are: a run that goes back to a checkpoint, or whose
-    batch size changes back, waits for no compiler.
+    Steps that this process has already compiled are reused, such as after the run went back to a checkpoint or to an
+    earlier batch size.
 
     Args:
-        settings: what stays the same over the run.
-        partition: the active one.
-        batch: one of the size that the steps are for.
-        state: where the run is.
-        batch_size: that size.
-        say: is told what is compiled, how long it took and what memory a step needs.
-        suffix: ends the first of these lines: what kind of steps they are.
+        settings: the settings of the steps.
+        partition: the active partition.
+        batch: a batch of the size to compile for.
+        state: the run's state.
+        batch_size: rows in a batch.
+        say: prints what is compiled, how long it took and how much memory a step needs.
+        suffix: the kind of steps, appended to the first of these lines.
     """
     started = time.perf_counter()
     kinds = (False,) if settings.optimizer.estimator is None else (False, True)
@@ -331,5 +331,5 @@ def compile_steps(
 
 @lru_cache(maxsize=16)
 def _jitted(step: Callable[..., Any], settings: StepSettings, refresh: bool, partition: Partition) -> Any:
-    """A jitted step, whose programs jax keeps. They depend on the partition: tracing reads the active one."""
+    """A jitted step, cached with its programs. They depend on the partition: tracing reads the active one."""
     return eqx.filter_jit(partial(step, settings, refresh), donate="all-except-first")

@@ -1,4 +1,4 @@
-"""Numbers of registered metrics and callbacks: what a step gives a metric, and what comes of the results."""
+"""Numbers of registered metrics and callbacks: a metric's argument, and checks of the results."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PyTree = Any
 
 
 class StepTrees(NamedTuple):
-    """What a metric may look at.
+    """The argument of a metric.
 
     Attributes:
         grads: the mean gradient before clipping, like the model's trainable part.
-        updates: what is added to the parameters, in the same structure; zeros where the step is skipped.
+        updates: the updates that are added to the parameters, in the same structure; zeros if the step is skipped.
         before: the state before the step, with `model` and `optimizer_state`.
         after: the state after it.
     """
@@ -41,7 +41,7 @@ def measure(metrics: Iterable[tuple[str, Metric]], trees: StepTrees) -> dict[str
     """The chosen metrics of a step: float32 scalars by `METRIC/KEY`.
 
     Raises:
-        InputError: if a metric fails, or returns anything else than a dict of scalars.
+        InputError: if a metric fails, or returns anything other than a dict of scalars.
     """
     numbers: dict[str, jax.Array] = {}
     for name, metric in metrics:
@@ -58,7 +58,7 @@ def check_results(metrics: Iterable[tuple[str, Metric]], state: TrainState) -> N
 
     Args:
         metrics: by name.
-        state: of the run, as `jax.ShapeDtypeStruct`s.
+        state: the run's state, as `jax.ShapeDtypeStruct`s.
 
     Raises:
         InputError: as `measure` does.
@@ -82,10 +82,10 @@ def metric_rows(names: Sequence[str], numbers: Mapping[str, float]) -> list[tupl
 
 
 def scalars(setting: str, name: str, values: Any) -> dict[str, Any]:
-    """What a metric or a callback returns, as scalars by `NAME/KEY`.
+    """The result of a metric or a callback, as scalars by `NAME/KEY`.
 
     Raises:
-        InputError: if it is anything else than a dict of scalars; names the setting that lists it.
+        InputError: if it is anything other than a dict of scalars; names the setting that lists it.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{setting}: {name} returns a {type(values).__name__}; it must return a dict")

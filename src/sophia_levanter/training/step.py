@@ -34,24 +34,24 @@ from sophia_levanter.training.metrics import Metric, StepTrees, measure
 
 PyTree = Any
 
-RECENT_LOSS_DECAY = 0.98  # of the mean that a spike is one above
+RECENT_LOSS_DECAY = 0.98  # of the mean loss that spikes are compared with
 
 
 class TrainState(eqx.Module):
-    """All that a step changes.
+    """Everything that a step changes.
 
     Attributes:
         step: int32, steps taken.
         model: the parameters.
         optimizer_state: the optimizer's own state.
-        skipped_steps: int32, steps whose loss or gradient was not finite, or whose loss was a spike; they changed
-            nothing but counts.
+        skipped_steps: int32, steps whose loss or gradient was not finite, or whose loss was a spike; they changed only
+            counts.
         skipped_in_a_row: int32, such steps since the last good one.
         recent_loss: float32, exponential mean of the losses of good steps, nats; infinite before the first.
-        skipped_windows: int32, sequences of the data order that the run has passed over, going back to a checkpoint.
-        average: an average of the parameters, in at least float32; None without one.
-        snapshots: the latest snapshots that the average is the mean of, in the parameters' dtypes; zeros for those
-            that are still to come.
+        skipped_windows: int32, sequences of the data order that the run has skipped, going back to a checkpoint.
+        average: an average of the parameters, in at least float32, or None.
+        snapshots: the latest snapshots, whose mean is the average, in the parameters' dtypes; zeros for snapshots that
+            were not taken yet.
     """
 
     step: jax.Array
@@ -73,7 +73,7 @@ class TrainState(eqx.Module):
         averaged: bool = False,
         num_snapshots: int = 0,
     ) -> TrainState:
-        """The state before step 0, the parameters in the policy's dtype, and an average of them if wanted."""
+        """The state before step 0, with parameters in the policy's dtype and, if `averaged`, an average of them."""
 
         def zero() -> jax.Array:
             return jnp.zeros((), jnp.int32)
@@ -87,20 +87,20 @@ class TrainState(eqx.Module):
 
     @property
     def refresh_pending(self) -> jax.Array:
-        """bool, a refresh was due and its estimate or gradient was not finite: try at the next step."""
+        """bool, whether the last refresh was skipped for numbers that were not finite; the next step tries again."""
         return getattr(self.optimizer_state, "refresh_pending", jnp.zeros((), bool))
 
 
 class StepOutput(NamedTuple):
-    """What a step tells the host, apart from the state, whose buffers the next step takes over.
+    """A step's results for the host, apart from the state, whose buffers are donated to the next step.
 
     Attributes:
-        metrics: scalars by their names in metrics.jsonl; `train/loss` is the mean in nats, `train/grad_norm` is from
-            before clipping; after a refresh `train/parameter_norm` and the optimizer's own metrics as `optim/...`;
-            those of registered metrics as `METRIC/...`.
+        metrics: scalars by their names in metrics.jsonl. `train/loss` is the mean in nats, and `train/grad_norm` is
+            measured before clipping. A refresh adds `train/parameter_norm` and the optimizer's metrics as `optim/...`;
+            registered metrics add `METRIC/...`.
         refresh_pending: as in the state after the step.
         skipped_in_a_row: as in the state after the step.
-        statistics: of single arrays, as `array_statistics` gives them; empty where they are not measured.
+        statistics: statistics of single arrays from `array_statistics`; empty if they are not measured.
     """
 
     metrics: dict[str, jax.Array]
@@ -111,18 +111,18 @@ class StepOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What stays the same over a run.
+    """The settings of a run's steps.
 
     Attributes:
         optimizer: the optimizer.
-        seed: of dropout and curvature samples.
-        policy: parameters' and compute dtypes.
+        seed: seed of dropout and curvature samples.
+        policy: dtypes of parameters and of computation.
         max_grad_norm: global norm above which gradients are scaled down to it; None for no clipping.
-        loss_spike_factor: a step whose loss is more than so many times the recent mean is skipped; None for none.
-        ema_decay: of the exponential moving average of the parameters; None for none.
-        lawa_interval: steps between the snapshots whose mean is kept; None for none.
-        lawa_snapshots: how many.
-        curvature_microbatches: how many of the first microbatches refresh the curvature; None for all.
+        loss_spike_factor: skip a step whose loss exceeds the recent mean by this factor; None skips no spikes.
+        ema_decay: decay of the exponential moving average of the parameters; None for no moving average.
+        lawa_interval: steps between the snapshots that are averaged; None for no snapshots.
+        lawa_snapshots: number of snapshots.
+        curvature_microbatches: the number of first microbatches that refresh the curvature; None for all.
         curvature_microbatch_size: rows of a microbatch that refreshes the curvature; None for the gradient's.
         metrics: registered metrics to measure, by name.
         statistics: whether to measure statistics of single arrays; the loop compiles further steps that do.
@@ -143,11 +143,11 @@ class StepSettings:
 
     @staticmethod
     def of(config: TrainConfig, trainer: TrainerConfig | None = None) -> StepSettings:
-        """Those of a run.
+        """The settings of a run.
 
         Args:
-            config: the run.
-            trainer: its settings with one batch size; the configuration's if not given.
+            config: the run's configuration.
+            trainer: the trainer's settings with one batch size; the configuration's if not given.
         """
         trainer = trainer or config.trainer
         curvature = config.optimizer.curvature_microbatches(trainer)
@@ -169,9 +169,9 @@ class StepSettings:
 
 
 def initial_state(config: ModelConfig, settings: StepSettings, vocab_size: int) -> Callable[[], TrainState]:
-    """Makes the state before step 0, with weights drawn from the settings' seed.
+    """A function that makes the state before step 0, with weights drawn from the settings' seed.
 
-    For equal arguments jax compiles it once.
+    jax compiles it once for equal arguments.
     """
     return Partial(_initial_state, config, settings, vocab_size)
 
@@ -203,23 +203,23 @@ def train_step(
     curvature_batch: Batch | None = None,
     samples: NamedArray | None = None,
 ) -> tuple[TrainState, StepOutput]:
-    """One step: gradient over all microbatches, if `refresh` the curvature, then the update.
+    """One step: the gradient over all microbatches, the curvature if `refresh`, then the update.
 
-    A non-finite loss or gradient, or a spike of the loss, leaves parameters, momentum and curvature as they were; a
+    A non-finite loss or gradient, or a spike of the loss, leaves parameters, momentum and curvature unchanged; a
     non-finite estimate skips the refresh. Counts advance in both cases.
 
     Args:
-        settings: what stays the same over the run.
+        settings: the settings of the run's steps.
         refresh: whether the curvature is estimated before the update; decided on the host.
         batch: [microbatch, batch, position].
         state: the state before the step.
         curvature_batch: [microbatch, batch, position] to estimate the curvature on; if not given, the first
             `curvature_microbatches` of the batch, which then share their forward pass with the gradient (Sophia-G).
-        samples: [microbatch, batch, position] int labels for GNB, like the microbatches it is estimated on. If not
-            given, an estimator that samples targets draws them from the model, by (seed, step, row).
+        samples: [microbatch, batch, position] int labels for GNB, like the curvature's microbatches. If not given, an
+            estimator that samples targets draws them from the model, by (seed, step, row).
 
     Returns:
-        The state after the step, and what the host may want to know of it.
+        The state after the step, and its results for the host.
     """
     keys = _step_keys(settings.seed, state.step)
     passes = _passes(settings, state.model, batch, keys, curvature_batch, samples)
@@ -314,7 +314,7 @@ def _num_microbatches(batch: Batch) -> int:
 
 
 def curvature_rows(settings: StepSettings, batch: Batch) -> tuple[Batch, list[Batch]]:
-    """The microbatches that refresh the curvature, the first rows of the batch, and the other rows in microbatches."""
+    """The microbatches that refresh the curvature, from the first rows of the batch, and microbatches of the others."""
     size, count = settings.curvature_microbatch_size, settings.curvature_microbatches
     if size is None:
         first, rest = split_at(batch, count or _num_microbatches(batch))
@@ -322,7 +322,7 @@ def curvature_rows(settings: StepSettings, batch: Batch) -> tuple[Batch, list[Ba
     num, gradient_size = (batch.tokens.resolve_axis(name).size for name in ("microbatch", "batch"))
     end = num * gradient_size
     used = end if count is None else count * size
-    # The remainder of a partly used gradient microbatch becomes a microbatch of its own.
+    # The remainder of a partly used gradient microbatch becomes a separate microbatch.
     whole = used + -used % gradient_size
 
     def part(start: int, stop: int, rows: int) -> Batch:
@@ -356,7 +356,7 @@ def _apply(
     h_hat: PyTree | None,
     good: jax.Array,
 ) -> tuple[TrainState, PyTree]:
-    """Refresh and update where the numbers are good; count either way. The state and the update."""
+    """Refresh and update if the numbers are good, and advance the counts. Returns the state and the update."""
     updates, optimizer_state = settings.optimizer.update(grads, state.optimizer_state, state.model, h_hat, finite=good)
     model = eqx.apply_updates(state.model, updates)
     average, snapshots = averages(settings, state, model, good)

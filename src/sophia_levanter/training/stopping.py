@@ -1,4 +1,4 @@
-"""How a run is asked to stop: by SIGINT or SIGTERM to one of its processes."""
+"""The end of a run on SIGINT or SIGTERM to one of its processes, or when it is stuck."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ RUN_STOPS = "stop requested: the run saves and ends after the present step or co
 
 
 class StopRequest:
-    """Notes the signals that ask a run to stop, so that it can save and end, and says so at once.
+    """Records the signals that ask a run to stop, so that it can save and end, and says so at once.
 
-    Outside the main thread signals are not its business. A second SIGINT acts as it would without this, unless another
-    signal came before it. The handlers stay until the caller puts its own back: a signal that comes while the run
-    reports its end must not change how it ends.
+    Outside the main thread it handles no signals. A second SIGINT acts as without these handlers, unless another signal
+    came before it. The handlers stay until the caller restores its own: a signal that comes while the run reports its
+    end must not change how it ends.
 
     Args:
         line: printed on standard error when the first signal comes; the end may take a while.
-        signals: those that are noted.
-        several: whether the run has several processes. Then jax's runtime notes SIGTERM, and tells all of them; a
-            SIGINT to one of them is passed on to it as that.
+        signals: the signals to record.
+        several: whether the run has several processes. Then jax's runtime records SIGTERM and informs all of them, and
+            a SIGINT to one of them is forwarded as SIGTERM.
 
     Attributes:
         signal: the signal that came, or None.
@@ -62,7 +62,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         is_first = self.signal is None
-        # SIGTERM counts even after SIGINT: Python reports those that arrive together in the order of their numbers.
+        # SIGTERM counts even after SIGINT: Python reports signals that arrive together in the order of their numbers.
         if number != signal.SIGINT:
             self.signal = signal.Signals(number)
             signal.signal(signal.SIGINT, self._note)
@@ -85,12 +85,12 @@ class StopRequest:
 
 
 class Watchdog:
-    """Ends the process, every thread's stack on standard error, when there has been no progress for some time.
+    """Ends the process after some time without progress, and prints every thread's stack on standard error.
 
     A collective whose other side has hung never returns, and no exception can be raised there.
 
     Args:
-        seconds: how long without progress; None never ends it.
+        seconds: the time without progress; None never ends the process.
     """
 
     def __init__(self, seconds: int | None) -> None:
@@ -108,16 +108,16 @@ class Watchdog:
         self._stopped.set()
 
     def begin(self, doing: str) -> None:
-        """There is progress: this begins now.
+        """Start the clock for the next piece of work.
 
         Args:
-            doing: what, for the message: "step 7".
+            doing: its name in the message, such as "step 7".
         """
         self._doing = doing
         self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
 
     def pause(self) -> None:
-        """What begins now may take any time."""
+        """Stop the clock until the next `begin`."""
         self._deadline = None
 
     def _watch(self) -> None:

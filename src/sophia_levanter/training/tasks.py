@@ -1,7 +1,7 @@
 """Benchmarks of language models: multiple choice by likelihood, and last words.
 
-Prompts, continuations and scores are those of EleutherAI's lm-evaluation-harness 0.4: a choice counts with the summed
-log-probability of its tokens after the context, or with that over its length in characters (normalised).
+Prompts, continuations and scores are those of EleutherAI's lm-evaluation-harness 0.4. The score of a choice is the
+summed log-probability of its tokens after the context, or (normalised) this sum over its length in characters.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sophia_levanter.training.callbacks import Callback, Monitor, Pause
 
 MOST_BYTES = 1 << 30  # of a file of items
 ROWS_PER_DEVICE = 8
-LENGTH_STEP = 32  # rows are padded to a multiple of it
+LENGTH_STEP = 32  # rows are padded to a multiple of this length
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Item:
     Attributes:
         context: the text before the choices.
         choices: continuations of the context; a last word has one.
-        answer: the index of the right one.
+        answer: the index of the right choice.
     """
 
     context: str
@@ -57,9 +57,9 @@ class TaskResult:
     """The scores of a model on a task.
 
     Attributes:
-        num_items: how many questions there were.
-        accuracy: the share answered rightly; of last words, of those that are the likeliest text, token by token.
-        normalized_accuracy: the same by log-probability over length in characters; None for last words.
+        num_items: number of questions.
+        accuracy: the share of right answers; a last word is right if each of its tokens is the likeliest.
+        normalized_accuracy: the share of right answers by normalised score; None for last words.
         perplexity: exp of the mean negative log-probability of a last word; None for choices.
     """
 
@@ -126,7 +126,7 @@ _FORMATS: dict[str, Callable[[Mapping[str, Any]], Item]] = {
 
 
 def read_tasks(tasks: Sequence[TaskConfig]) -> dict[str, list[Item]]:
-    """The items of each task of a run, by what its numbers are called. All processes call it together.
+    """The items of each task of a run, by the task's title. All processes call it together.
 
     Raises:
         InputError: if a file cannot be read, a line is not an item, or processes have different files.
@@ -143,7 +143,7 @@ def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
     Args:
         task: the format.
         path: the file.
-        field: what names the file, for errors.
+        field: the setting that names the file, for errors.
 
     Raises:
         InputError: if the file cannot be read, or a line is not an item of the task; names the line.
@@ -169,7 +169,7 @@ def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
 
 
 class _Row(NamedTuple):
-    """Tokens of a context and a continuation, and how many of them the continuation has."""
+    """Tokens of a context and a continuation, the last `length` of them the continuation's."""
 
     tokens: np.ndarray
     length: int
@@ -179,9 +179,9 @@ class TaskScorer:
     """Scores models of one shape on tasks.
 
     Args:
-        tokenizer: the models'.
-        partition: the devices, and where arrays lie on them.
-        policy: parameters' and compute dtypes.
+        tokenizer: the models' tokenizer.
+        partition: the devices, and how arrays are sharded over them.
+        policy: dtypes of parameters and of computation.
     """
 
     def __init__(self, tokenizer: Tokenizer, partition: Partition, policy: jmp.Policy) -> None:
@@ -192,7 +192,7 @@ class TaskScorer:
     def __call__(
         self, items: Sequence[Item], model: LanguageModel, on_progress: Callable[[], None] = lambda: None
     ) -> TaskResult:
-        """The scores of a model on the items of one task. A text longer than its context loses its beginning."""
+        """The scores of a model on the items of one task. Texts longer than its context are cut at the beginning."""
         seq_len = model.config.seq_len
         rows = [_row(item.context, choice, self._tokenizer, seq_len) for item in items for choice in item.choices]
         found = list(self._log_probabilities(rows, model, on_progress))
@@ -213,7 +213,7 @@ class TaskScorer:
     def _log_probabilities(
         self, rows: Sequence[_Row], model: LanguageModel, on_progress: Callable[[], None]
     ) -> Iterator[tuple[float, bool]]:
-        """For each row the log-probability of its continuation, and whether each token of that is the likeliest."""
+        """The log-probability of each row's continuation, and whether each of its tokens is the likeliest."""
         size = ROWS_PER_DEVICE * self._partition.row_shards
         longest = max(len(row.tokens) for row in rows) - 1
         length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, model.config.seq_len)
@@ -234,7 +234,7 @@ class TaskScorer:
 
 
 def _row(context: str, choice: str, tokenizer: Tokenizer, seq_len: int) -> _Row:
-    """Encoded together, so that tokens may reach over the border; those after the context's own are the choice's."""
+    """Encode context and choice together: tokens may span the border. Those after the context's are the choice's."""
     bare = context.rstrip()
     before = tokenizer.encode(bare)
     whole = tokenizer.encode(context + choice)
@@ -254,9 +254,10 @@ def _score_rows(
     targets: hax.NamedArray,
     counted: hax.NamedArray,
 ) -> tuple[jax.Array, jax.Array]:
-    """Each device takes its rows one by one, since logits of all may not fit, and then has the results of all devices.
+    """The results of `_log_probabilities` for all rows, on every device.
 
-    The program depends on the partition, which must be active.
+    Each device scores its rows one by one, since the logits of all rows may not fit. The program depends on the
+    partition, which must be active.
     """
     model = policy.cast_to_compute(model).gathered()
     hidden = model.final_hidden(inputs, None).rearrange(("batch", "position", "embed"))
@@ -282,10 +283,10 @@ class Scoring(Callback):
     """Scores the model of a run on tasks.
 
     Attributes:
-        config: how often.
-        monitor: of the run.
+        config: the trainer's settings.
+        monitor: the run's monitor.
         scorer: scores models of the run's shape.
-        tasks: the items of each task by what its numbers are called, in the same order in all processes.
+        tasks: the items of each task by its title, in the same order in all processes.
     """
 
     config: TrainerConfig
