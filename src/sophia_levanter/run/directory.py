@@ -19,8 +19,8 @@ from sophia_levanter.config.run import TrackingConfig, with_steps
 from sophia_levanter.data.sources import absolute_source, absolute_tokenizer
 from sophia_levanter.errors import DirectoryInUse, InputError
 
-# What may differ between a run and its continuation by `--resume auto` without making it another run: how long it is,
-# and what does not change its numbers, such as the host that a new attempt finds the others by.
+# Settings that `--resume auto` may change in a run: its length, and those that do not change its numbers, such as the
+# address of the coordinator.
 _MAY_DIFFER = (
     "plugins",
     "trainer.metrics",
@@ -53,9 +53,9 @@ _MAY_DIFFER = (
 LOCK_NAME = ".lock"
 RUN_ID = ".run_id"
 UNFINISHED_CONFIG = "config.yaml.tmp"
-LAUNCH = "launch"  # what the launcher knows of the run
+LAUNCH = "launch"  # the launcher's facts about the run
 
-# The open files whose locks this process holds: a lock goes when its file is closed.
+# The open files whose locks this process holds: closing a file releases its lock.
 _locks: dict[Path, IO[str]] = {}
 
 
@@ -65,8 +65,8 @@ class RunDirectory:
 
     Attributes:
         path: the directory.
-        resume: `never` for a new run, `if_saved` to go on from a checkpoint if there is one, `always` to need one.
-        checkpoint_dir: where the checkpoints lie, a path or a URL; in the directory itself if not given.
+        resume: `never` for a new run, `if_saved` to continue from a checkpoint if there is one, `always` to require it.
+        checkpoint_dir: the path or URL of the checkpoints; `checkpoints` in the directory if not given.
     """
 
     path: Path
@@ -79,10 +79,10 @@ class RunDirectory:
 
     @property
     def run_id(self) -> str | None:
-        """The id that the run in the directory saves its checkpoints under; None where none was written.
+        """The id that the run in the directory saves its checkpoints under; None if none was written.
 
         Raises:
-            NotRegular: if the file is something else.
+            NotRegular: if it is not a regular file.
         """
         try:
             return files.read_regular(self.path / RUN_ID, 1000).decode(errors="replace").strip() or None
@@ -102,17 +102,17 @@ class RunDirectory:
         return self.path / "profile"
 
     def lock(self) -> None:
-        """Make the directory, and the one of the checkpoints, and keep other processes out until this one ends.
+        """Make the run directory and that of the checkpoints, and lock them until this process ends.
 
         Raises:
-            DirectoryInUse: if another process has one of them.
-            InputError: if it cannot be written.
+            DirectoryInUse: if another process has locked one of them.
+            InputError: if one of them cannot be written.
         """
         for field, path in self._lockable():
             _lock(field, path)
 
     def unlock(self) -> None:
-        """Let others in."""
+        """Release the locks."""
         for _, path in self._lockable():
             if lock := _locks.pop(path, None):
                 lock.close()
@@ -124,7 +124,7 @@ class RunDirectory:
         return places
 
     def make_checkpoints(self) -> None:
-        """Make the folder of the checkpoints, if it is one in the directory.
+        """Make the folder of the checkpoints, if it is in the run directory.
 
         Raises:
             InputError: if it cannot be made.
@@ -134,10 +134,10 @@ class RunDirectory:
                 Path(self.checkpoints).mkdir(exist_ok=True)
 
     def write_run_id(self, run_id: str) -> None:
-        """Put the run's id into the directory that holds its checkpoints.
+        """Write the run's id into the run directory, if that holds the checkpoints.
 
-        Where they lie elsewhere, each host may have a run directory of its own, and the id of an attempt that saved
-        nothing may stay in one of them.
+        If the checkpoints are elsewhere, each host may have its own run directory, and one of them may keep the id of
+        an attempt that saved nothing.
 
         Raises:
             InputError: if it cannot be written.
@@ -147,10 +147,10 @@ class RunDirectory:
                 files.write_atomically(self.path / RUN_ID, f"{run_id}\n".encode())
 
     def write_config(self, config: TrainConfig) -> None:
-        """Put the resolved configuration into the directory.
+        """Write the resolved configuration into the directory.
 
         Raises:
-            InputError: if it cannot be written; nothing of it stays then.
+            InputError: if it cannot be written; no partial file is left.
         """
         with _naming("run_dir", self.path):
             try:
@@ -160,12 +160,10 @@ class RunDirectory:
 
 
 def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
-    """The run directory that a command means, and the configuration with paths that hold from anywhere.
-
-    Nothing is written.
+    """The run directory of a command, and its configuration with absolute paths. Nothing is written.
 
     Raises:
-        InputError: if the directory holds another run, or `--resume auto` comes without `trainer.run_dir`.
+        InputError: if the directory holds another run, or `--resume auto` is given without `trainer.run_dir`.
     """
     assert command.config is not None
     given = command.config.trainer.run_dir
@@ -190,7 +188,7 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
         _check_config_file(run, config)
         return dataclasses.replace(run, resume="if_saved"), config
     if command.resume == "auto" and run.checkpoint_dir is not None:
-        # The directory may have gone with the machine, and the checkpoints not.
+        # The directory may be gone with its machine while the checkpoints still exist.
         return dataclasses.replace(run, resume="if_saved"), config
     return run, config
 
@@ -220,7 +218,7 @@ def _lock(field: str, path: Path) -> None:
 
 @contextmanager
 def _naming(field: str, path: Path) -> Iterator[None]:
-    """What the system says against a directory, as an error that names it."""
+    """Turn an error of the system about a directory into an `InputError` that names it."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -236,19 +234,19 @@ def _check_config_file(run: RunDirectory, config: TrainConfig) -> None:
 
 
 def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -> None:
-    """For `--resume auto`, which continues the very run that it starts.
+    """Check that `--resume auto` continues the run that it started.
 
     Args:
-        field: of the trainer, that names the place.
+        field: the trainer's setting that names the place.
         place: where the run was found.
         old: its configuration.
-        new: the one that it is to have now.
+        new: the configuration of this command.
 
     Raises:
-        InputError: if they differ in what makes another run.
+        InputError: if they differ in a setting that may not change.
     """
     for name, before, after in changed_fields(old, new):
-        # Rows that are not asked for come from the initial weights.
+        # Unset rows come from the initial weights.
         if name not in _MAY_DIFFER and (name, after) != ("model.vocab_rows", None):
             raise InputError(
                 f"trainer.{field} {place} holds another run: its {name} is {before!r}, this one's is {after!r}; "
@@ -259,7 +257,7 @@ def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -
 def changed_fields(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, Any]]:
     """(name, old value, new value) of each field in which two configurations differ.
 
-    A number of steps or a learning rate and a fraction that gives the same are not different.
+    A fraction does not differ from the number of steps or the learning rate that it gives.
     """
     before, after = flat(old), flat(new)
     steps = [flat(with_steps(config)) for config in (old, new)]
@@ -269,7 +267,7 @@ def changed_fields(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, A
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The configuration with paths to data, tasks, weights and checkpoints that hold from anywhere."""
+    """The configuration with absolute paths to data, tasks, weights and checkpoints."""
     data, trainer = config.data, config.trainer
     train: str | tuple[MixturePart, ...]
     if isinstance(data.train, str):

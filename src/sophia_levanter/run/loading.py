@@ -48,12 +48,12 @@ class LoadedModel:
     """A trained model on the devices.
 
     Attributes:
-        model: the model, laid out as the partition says, in `config.trainer.parameter_dtype`.
-        config: the run's configuration with the overrides; of a file without a run, the defaults with its shape.
-        tokenizer: the one that the model was trained with.
+        model: the model, sharded by the partition, in `config.trainer.parameter_dtype`.
+        config: the run's configuration with the overrides; for a file without a run, the defaults with its shape.
+        tokenizer: the tokenizer that the model was trained with.
         partition: the devices.
         source: what was read, for people.
-        step: how long it was trained; None where the file does not tell.
+        step: the training step; None if the file does not contain it.
     """
 
     model: LanguageModel
@@ -67,19 +67,19 @@ class LoadedModel:
 def load_model(
     place: str, *, step: int | None = None, averaged: bool = False, overrides: Overrides = (), report: Report
 ) -> LoadedModel:
-    """The model in a place, spread over all devices as `--mesh` options say; each has all of it without them.
+    """Load a model, sharded by `--mesh` overrides; without them each device holds all of it.
 
     Args:
         place: a run directory; a directory or URL of checkpoints; a folder saved by transformers; nanoGPT's `ckpt.pt`.
-        step: of the run's checkpoints; the newest that is whole if not given.
+        step: the step of a run's checkpoint; the newest whole one if not given.
         averaged: whether to take the average of the weights, which a run with `trainer.ema_decay` or
             `trainer.lawa_every` keeps.
         overrides: dotted field paths and values as typed, on top of the run's configuration without its mesh.
-        report: takes a line of news for the user.
+        report: prints a line for the user.
 
     Raises:
-        InputError: if there is no model, or the overrides are for another one.
-        CheckpointError: if all checkpoints are damaged, or the one that is asked for.
+        InputError: if no model is there, or the overrides do not fit it.
+        CheckpointError: if all checkpoints are damaged, or the requested one.
     """
     if "://" not in place:
         place = os.path.abspath(os.path.expanduser(place))
@@ -105,7 +105,7 @@ def load_model(
 
 
 class Saved(NamedTuple):
-    """Which weights of a run's checkpoints: those of a step, or None for the newest, and whether their average."""
+    """Which weights of a run's checkpoints: the step, or None for the newest, and whether to take the average."""
 
     step: int | None
     averaged: bool
@@ -163,7 +163,7 @@ def _restored(
 
 
 def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, step: int | None) -> None:
-    """Before anything is restored, which would be found to be of another size at best."""
+    """Check the tokenizer before anything is restored: its size alone may not reveal a wrong one."""
     manifest = newest_manifest(directory, step)
     if manifest is not None and not is_of_training(manifest.metadata):
         raise InputError(f"{directory} holds checkpoints that were not saved by a training run")
@@ -176,7 +176,7 @@ def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, st
 
 
 def newest_manifest(directory: Path | str, step: int | None = None) -> Manifest | None:
-    """The newest that is whole, or that of a step; None where restoring will say that there is none."""
+    """The newest readable manifest, or that of a step; None if no such manifest can be read."""
     for candidate in reversed(checkpoint.steps(directory)) if step is None else [step]:
         try:
             return checkpoint.read_step(directory, candidate)
@@ -210,7 +210,7 @@ def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:
 
 
 def _config(layers: Sequence[Layer], overrides: Overrides) -> TrainConfig:
-    """The configuration with overrides, on whatever devices there are now; the overrides may name another text."""
+    """The configuration with overrides, without mesh and `trainer.best_by`: devices and validation sets may differ."""
     kept = [
         {name: value for name, value in layer.items() if not name.startswith("mesh.") and name != "trainer.best_by"}
         for layer in layers
@@ -225,12 +225,12 @@ def _partition(config: TrainConfig, tokenizer: Tokenizer) -> Partition:
 
 
 def keep_tokenizer(checkpoints: Path | str, tokenizer: Tokenizer, *, is_saved: bool) -> None:
-    """Put a tokenizer that is a file beside the checkpoints. Those with a name need no copy.
+    """Copy a tokenizer that is a file to the checkpoints. Named tokenizers need no copy.
 
     Args:
         checkpoints: a path or a URL.
-        tokenizer: the run's.
-        is_saved: whether there are checkpoints, whose copy stays; without them one is left from an earlier attempt.
+        tokenizer: the run's tokenizer.
+        is_saved: whether there are checkpoints, whose copy is kept; without them a copy is left over and replaced.
 
     Raises:
         InputError: if it cannot be written.
@@ -245,12 +245,12 @@ def keep_tokenizer(checkpoints: Path | str, tokenizer: Tokenizer, *, is_saved: b
 
 
 def with_kept_tokenizer(data: DataConfig, checkpoints: Path | str, *, going_on: bool) -> DataConfig:
-    """The configuration with the copy in place of the tokenizer's file, where there is one.
+    """The configuration with the checkpoints' copy, if there is one, in place of the tokenizer's file.
 
     Args:
         data: names the file, which may be gone.
-        checkpoints: a path or a URL; from a bucket the copy comes into a temporary folder.
-        going_on: whether it is to train: then the original must not have changed.
+        checkpoints: a path or a URL; a copy in a bucket is downloaded to a temporary folder.
+        going_on: whether training continues; then the original must not have changed.
 
     Raises:
         InputError: if the original has changed, or the copy cannot be read.
@@ -279,7 +279,7 @@ def with_kept_tokenizer(data: DataConfig, checkpoints: Path | str, *, going_on: 
 
 @functools.cache
 def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """Goes with this process."""
+    """A folder that is removed when this process ends."""
     return tempfile.TemporaryDirectory(prefix="sophia_levanter-")
 
 
@@ -292,7 +292,7 @@ def read_initial_weights(config: TrainConfig, console: Console) -> LanguageModel
     """The weights that a run starts from, in this host's memory; None if they are drawn.
 
     Raises:
-        InputError: if they cannot be read, are of another model, or are not the same in all processes.
+        InputError: if they cannot be read, do not fit the model, or differ between processes.
     """
     path = config.trainer.initial_weights
     if path is None:

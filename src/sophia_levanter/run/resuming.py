@@ -1,4 +1,4 @@
-"""The checkpoints that a run goes on from: finding them, restoring them, and what they must have in common with it."""
+"""Resuming a run: finding checkpoints, restoring them, and checking that they fit the run."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ from sophia_levanter.training.step import TrainState
 if TYPE_CHECKING:
     from sophia_levanter.run.run import Run
 
-# Leaves of the state that runs began without, and their values in checkpoints from then. The next refresh makes the
-# first one exact.
+# Leaves that older checkpoints lack, and their values. The next refresh corrects `steps_since_refresh`.
 ADDED_LEAVES = {"optimizer_state.steps_since_refresh": 0}
 
 
@@ -38,11 +37,11 @@ def find_checkpoints(directory: RunDirectory, processes: Processes, console: Con
     """Whether there are checkpoints to resume from. Locks a directory that may hold some.
 
     Raises:
-        InputError: if that does not fit `directory.resume`.
+        InputError: if the answer does not fit `directory.resume`.
     """
     if directory.resume != "never":
         processes.on_process_zero("lock", directory.lock)
-    # The first process looks: disks that hosts share do not always show all of them the same.
+    # The first process decides: a shared disk does not always look the same on all hosts.
     found = str(bool(checkpoint.steps(directory.checkpoints)))
     is_saved = processes.broadcast("saved", found, PATIENCE) == "True"
     if directory.resume == "never" and is_saved:
@@ -61,11 +60,11 @@ def find_checkpoints(directory: RunDirectory, processes: Processes, console: Con
 
 
 def restore(run: Run) -> Restored[TrainState]:
-    """The newest checkpoint of a run that is whole.
+    """The run's newest intact checkpoint.
 
     Raises:
-        CheckpointError: if none is whole.
-        InputError: if it is of another model or optimizer.
+        CheckpointError: if none is intact.
+        InputError: if it does not fit the model or the optimizer.
     """
     return checkpoint.restore(
         run.directory.checkpoints,
@@ -78,10 +77,10 @@ def restore(run: Run) -> Restored[TrainState]:
 
 
 def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
-    """Whether a run may go on from a checkpoint; reports what has changed since it was saved.
+    """Check that a run may continue from a checkpoint, and report what has changed since it was saved.
 
     Raises:
-        InputError: if the checkpoint is of another run, model or text.
+        InputError: if the checkpoint belongs to a different run, model or text.
     """
     directory, console = run.directory, run.console
     own = run.processes.broadcast("run id", directory.run_id or "", PATIENCE)
@@ -152,14 +151,14 @@ def _slow_warmup(config: TrainConfig) -> int:
 
 
 def steps_in_common(a: TrainConfig, b: TrainConfig) -> int:
-    """How many first steps of two runs have the same learning rates, bit for bit; at most the shorter run's steps."""
+    """The number of first steps with bitwise equal learning rates in two runs; at most the shorter run's steps."""
     num_steps = min(config.trainer.num_train_steps for config in (a, b))
     differ = np.flatnonzero(learning_rates(a, num_steps) != learning_rates(b, num_steps))
     return int(differ[0]) if differ.size else num_steps
 
 
 def with_saved_rows(config: TrainConfig, directory: RunDirectory) -> TrainConfig:
-    """The configuration with the rows of the token embedding that the run's initial weights had."""
+    """The configuration with the number of embedding rows that the run's initial weights had."""
     manifest = newest_manifest(directory.checkpoints)
     if config.model.vocab_rows is not None or manifest is None or not is_of_training(manifest.metadata):
         return config
@@ -169,18 +168,18 @@ def with_saved_rows(config: TrainConfig, directory: RunDirectory) -> TrainConfig
 
 
 def _check_not_begun(directory: RunDirectory, console: Console) -> None:
-    """Whether a run without checkpoints may begin: it may have begun before, and its disk not be there now.
+    """Check that a run without checkpoints has not saved any before, on a disk that is missing now.
 
-    A run that was killed before its first checkpoint begins again, and says so.
+    A run that was killed before its first checkpoint starts again, with a warning.
 
     Raises:
-        InputError: if its metrics tell that it has saved.
+        InputError: if the number of its metrics shows that it has saved a checkpoint.
     """
     if not directory.metrics_file.exists() or not directory.metrics_file.stat().st_size:
         return
     lines = sum(1 for _ in lines_of(directory.metrics_file))
     every = load_config(directory.config_file).trainer.checkpoint_interval
-    # Steps beyond the second save come when the first is committed; a step has two lines at most.
+    # A run passes its second save only after the first is committed, and a step writes at most two lines.
     if lines > 4 * every:
         raise InputError(
             f"{directory.metrics_file} has {lines} lines, and {directory.checkpoints} holds no checkpoint: bring them "
@@ -190,7 +189,7 @@ def _check_not_begun(directory: RunDirectory, console: Console) -> None:
 
 
 def best_so_far(run: Run, restored: Restored[TrainState]) -> dict[str, Any] | None:
-    """Step and loss of the best checkpoint, if losses to come compare with it."""
+    """Step and loss of the best checkpoint, if later losses can be compared with it."""
     saved_config: Any = restored.metadata["config"]
     sequences = saved_config.get("trainer", {}).get("evaluation_windows")
     masked = saved_config.get("data", {}).get("mask_documents", False)
@@ -203,7 +202,7 @@ def best_so_far(run: Run, restored: Restored[TrainState]) -> dict[str, Any] | No
 
 
 def _is_same_text(saved: Any, now: Any) -> bool:
-    """Whether a corpus has all that was saved of it; what earlier versions did not save is not compared."""
+    """Whether a corpus equals its saved facts; facts that earlier versions did not save are not compared."""
     if isinstance(saved, dict) and isinstance(now, dict):
         return all(_is_same_text(value, now.get(name)) for name, value in saved.items())
     if isinstance(saved, list) and isinstance(now, list):
@@ -212,20 +211,20 @@ def _is_same_text(saved: Any, now: Any) -> bool:
 
 
 def restore_before(run: Run, wrong: range, skipped_windows: int) -> Restored[TrainState] | None:
-    """The last checkpoint from before steps that went wrong, to go on from with the data that come after theirs.
+    """The last checkpoint from before steps that went wrong, to continue with the data after those steps.
 
-    Later checkpoints are removed: a restart would begin with them.
+    Later checkpoints are removed, since a restart would use them.
 
     Args:
         run: the run.
-        wrong: those steps.
-        skipped_windows: of the order of the data, that the run had passed over before.
+        wrong: the steps that went wrong.
+        skipped_windows: sequences in the data order that the run had already skipped.
 
     Returns:
-        The checkpoint; None if there is none from before.
+        The checkpoint; None if no earlier checkpoint exists.
 
     Raises:
-        CheckpointError: if none of them is whole.
+        CheckpointError: if none of them is intact.
     """
     directory = run.directory.checkpoints
     saved = checkpoint.steps(directory)

@@ -1,4 +1,4 @@
-"""A training run from its configuration: build the parts, start or resume, train, and report how it went."""
+"""A training run from its configuration: build the parts, start or resume, train, and report the result."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ from sophia_levanter.training.step import StepSettings, TrainState, first_state,
 from sophia_levanter.training.stopping import StopRequest, Watchdog
 from sophia_levanter.training.tasks import Scoring, TaskScorer, read_tasks
 
-# Seconds that optional trackers have to end in when the run was told to stop.
+# Seconds that optional trackers have to finish when a signal stopped the run.
 STOPPED_SECONDS = 10.0
 
 
@@ -89,8 +89,8 @@ def train(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) 
         quiet: whether to print only warnings and the result.
 
     Raises:
-        InputError: if the parts do not fit each other or the data; the run directory is untouched then.
-        TrainingFailed: if the numbers go bad.
+        InputError: if the parts do not fit each other or the data; then the run directory is untouched.
+        TrainingFailed: if too many steps in a row are skipped.
         CheckpointError: if all checkpoints of the run are damaged.
     """
     start_processes(config.mesh)
@@ -107,9 +107,9 @@ def train(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) 
 
 
 class Run:
-    """A training run: what it is made of, and its life from start to finish.
+    """A training run: its parts, and its life from start to finish.
 
-    Building it prepares the text and writes nothing to the run directory. Of several processes each builds one.
+    Building it prepares the text and writes nothing to the run directory. Each process of a run builds its own.
 
     Args:
         config: the resolved configuration.
@@ -117,22 +117,21 @@ class Run:
         console: receives lines for people.
 
     Attributes:
-        config: with what checkpoints or initial weights add to it.
-        directory: as given.
-        console: as given.
-        processes: those of the run.
-        resumes: whether there are checkpoints, from which the run goes on.
-        initial_weights: to start from, in this host's memory; None if they are drawn, and after the start.
+        config: the configuration, completed from checkpoints or initial weights.
+        directory, console: as given.
+        processes: the run's processes.
+        resumes: whether the run continues from checkpoints.
+        initial_weights: the weights to start from, in this host's memory; None if they are drawn, and after the start.
         partition: the devices.
-        settings: what stays the same over all steps.
-        callbacks: the registered ones, by name.
+        settings: the settings of all steps.
+        callbacks: the registered callbacks by name.
         data: the tokenizer, the training corpus and the validation sets.
-        batches: of the training corpus.
+        batches: the batches of the training corpus.
         validation: the sequences of each validation set, by name.
         tasks: the items of each task to score, by name.
         verification: compares the prepared text with its digests while the run trains.
-        provenance: what besides the configuration decides the numbers; saved with each checkpoint.
-        restored: the checkpoint that the run went on from last, if any.
+        provenance: facts besides the configuration that determine the numbers; saved with each checkpoint.
+        restored: the checkpoint that the run last continued from, if any.
         loop: the last loop of steps; None before the first.
 
     Raises:
@@ -151,7 +150,7 @@ class Run:
             text = with_kept_tokenizer(text, directory.checkpoints, going_on=True)
             config = with_saved_rows(config, directory)
         else:
-            # Before the text is prepared, which may take hours.
+            # Read weights first: preparing the text may take hours.
             self.initial_weights = read_initial_weights(replace(config, data=text), console)
         if self.initial_weights is not None:
             config = replace(config, model=self.initial_weights.config)
@@ -172,7 +171,7 @@ class Run:
         check_mesh(config, mesh.size, self.data.tokenizer.vocab_size)
         corpora = [self.data.train, *self.data.validation_sets.values()]
         for corpus in corpora:
-            corpus.read(0, 1)  # of one that is kept in memory all is read here, before the run has a directory
+            corpus.read(0, 1)  # reads a corpus that is kept in memory completely, before the run has a directory
         check_optimizer(config.optimizer, config.model, self.data.tokenizer.vocab_size)
         self.batches = TrainBatches(
             self.data.train,
@@ -203,7 +202,7 @@ class Run:
 
     @property
     def initial_state(self) -> Callable[[], TrainState]:
-        """Makes the state before step 0 from the configuration alone: weights are drawn, not read."""
+        """A function that makes the state before step 0 from the configuration alone: weights are drawn, not read."""
         return initial_state(self.config.model, self.settings, self.data.tokenizer.vocab_size)
 
     def start(self) -> TrainState:
@@ -214,35 +213,36 @@ class Run:
         return self.partition.init_sharded(Partial(first_state, self.settings), weights)
 
     def resume(self) -> TrainState:
-        """The state of the newest checkpoint that is whole; reports what has changed since it was saved.
+        """The state of the newest intact checkpoint; reports what has changed since it was saved.
 
         Raises:
-            CheckpointError: if none is whole.
-            InputError: if it is of another model, optimizer or text.
+            CheckpointError: if none is intact.
+            InputError: if it does not fit the run, its model, optimizer or text.
         """
         self.restored = restore(self)
         check_resumable(self, self.restored)
         return self.restored.tree
 
     def claim_directory(self) -> None:
-        """Lock the run directory and write what a run begins with.
+        """Lock the run directory and write the run's first files.
 
         Raises:
             InputError: if another process uses it, or it cannot be written.
         """
-        # Every process has read what is there before the first one writes.
+        # Every process has read the directory before the first one writes to it.
         wait_for_all("restored")
-        # Of all the ids only the first process's is saved.
+        # Only the first process's id is saved.
         self._run_id = uuid.uuid4().hex if self.restored is None else self.restored.run_id
         self.processes.on_process_zero("directory", self._write_directory)
 
     def train(self, state: TrainState) -> TrainState:
         """Train to the last step or until a signal, and return the last state, which is saved.
 
-        After steps that went wrong the run rolls back to a checkpoint, `trainer.max_rollbacks` times.
+        If too many steps in a row are skipped, the run rolls back to a checkpoint, at most `trainer.max_rollbacks`
+        times.
 
         Raises:
-            TrainingFailed: if the numbers go bad.
+            TrainingFailed: if the run cannot roll back any more.
         """
         self._trackers = self._start_trackers(int(state.step))
         self._stop = StopRequest(several=jax.process_count() > 1)
@@ -266,19 +266,13 @@ class Run:
             raise
 
     def roll_back(self, wrong: range, skipped_windows: int) -> bool:
-        """Restore the last checkpoint from before steps that went wrong, to go on with the data that come after theirs.
-
-        Later checkpoints are removed: a restart would begin with them.
-
-        Args:
-            wrong: those steps.
-            skipped_windows: of the order of the data, that the run had passed over before.
+        """Restore the last checkpoint from before steps that went wrong; see `restore_before`.
 
         Returns:
             Whether there is a checkpoint from before those steps.
 
         Raises:
-            CheckpointError: if none of them is whole.
+            CheckpointError: if none of them is intact.
         """
         restored = restore_before(self, wrong, skipped_windows)
         if restored is not None:
@@ -286,7 +280,7 @@ class Run:
         return restored is not None
 
     def finish(self, state: TrainState) -> TrainingResult:
-        """Report how the run went, and end its trackers."""
+        """Report the result of the run, and end its trackers."""
         step, total = int(state.step), self.config.trainer.num_train_steps
         if self.loop is None:
             assert self.restored is not None
@@ -297,7 +291,7 @@ class Run:
         stopped_by = None
         try:
             if step < total:
-                # Of several processes one may have been signalled, and all have stopped.
+                # Another process may have received the signal: all of them have stopped.
                 stopped_by = self._stop.signal or Signals.SIGTERM
                 self.console.notice(
                     f"{stopped_by.name}: stopped after step {step}, which is saved; "
@@ -308,7 +302,7 @@ class Run:
         except Exception:
             self._trackers.close(failed=True)
             raise
-        # What stops a run may soon kill it.
+        # A run that was told to stop may soon be killed.
         self._trackers.close(failed=stopped_by is not None, seconds=STOPPED_SECONDS if stopped_by else CLOSE_SECONDS)
         metrics, best = self.loop.monitor.trackers.last, self.loop.evaluating.best
         return self._result(step, metrics, best, str(self.loop.saved), stopped_by)
@@ -337,7 +331,7 @@ class Run:
         checkpoint.remove_leftovers(directory.checkpoints)
 
     def _start_trackers(self, step: int) -> OptionalTrackers:
-        """The optional trackers, which take the numbers from a step on; none in any process but the first."""
+        """The optional trackers, which log from a step on; only the first process has any."""
         if not self.processes.is_first:
             return OptionalTrackers()
         return start_optional(
@@ -351,7 +345,7 @@ class Run:
         )
 
     def _build_loop(self, state: TrainState) -> Loop:
-        """The loop of steps from a state on."""
+        """The loop of steps that starts from a state."""
         trainer = self.config.trainer
         step = int(state.step)
         best = None if self.restored is None else best_so_far(self, self.restored)

@@ -1,4 +1,4 @@
-"""What a run reports at its start and at its end."""
+"""The reports of a run at its start and at its end."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ PROMPT_TOKENS = 32
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run went.
+    """The result of a run.
 
     Attributes:
         run_dir: the run directory, with `config.yaml` and `metrics.jsonl`.
-        step: training steps done, those before a resume included.
+        step: training steps done, including those before a resume.
         metrics: the last value of each metric by its name in `metrics.jsonl`, such as `train/loss`.
-        best_step: the step of the lowest validation loss, or of that on `trainer.best_by`; None before the first
-            evaluation.
+        best_step: the step of the lowest validation loss (on the set `trainer.best_by`, if that is set); None before
+            the first evaluation.
         best_validation_loss: that loss, in nats per token.
         checkpoint: the path or URL of the last checkpoint.
-        stopped_by: the signal that ended the run before its last step; None where it ran to the end.
+        stopped_by: the signal that ended the run before its last step; None if it ran to the end.
     """
 
     run_dir: Path
@@ -69,7 +69,7 @@ class TrainingResult:
 
 
 def describe_start(run: Run) -> None:
-    """Print the model's, the data's and the step's sizes, and where the run's files go."""
+    """Print the sizes of the model, the data and a step, and where the run's files are."""
     config, data, schedule = run.config, run.data, run.config.optimizer
     trainer, model, tracking = config.trainer, config.model, config.tracking
     state = run.partition.abstract(run.initial_state)
@@ -120,7 +120,7 @@ def describe_start(run: Run) -> None:
 
 
 def _validation_tokens(run: Run) -> str:
-    """`9,000 validation tokens`, of named sets followed by those of each: `: books 4,000, code 5,000`."""
+    """`9,000 validation tokens`; for named sets `9,000 validation tokens: books 4,000, code 5,000`."""
     sizes = {name: tokens.num_tokens for name, tokens in run.data.validation_sets.items()}
     each = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if name)
     return f"{sum(sizes.values()):,} validation tokens" + (f": {each}" if each else "")
@@ -164,7 +164,7 @@ def attention_of(config: TrainConfig, partition: Partition) -> str | None:
     """The implementation of attention that a run uses, if any.
 
     Raises:
-        InputError: if the one that is asked for cannot be used on these devices.
+        InputError: if the configured one cannot be used on these devices.
     """
     split = partition.mesh.shape["sequence"] > 1
     return config.model.attention_on(
@@ -189,7 +189,7 @@ def describe_layout(partition: Partition) -> list[str]:
 
 
 def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
-    """Print how much was done, the losses beside a byte-bigram's, where the checkpoint lies, and a sample of text."""
+    """Print the work done, the losses beside a byte-bigram model's, the last checkpoint and a sample of text."""
     numbers, tokenizer, step = loop.monitor.trackers.last, run.data.tokenizer, int(state.step)
     sets = [batches.token_sequences() for batches in run.validation.values()]
     bigram = fmean(bigram_bits_per_byte(run.data.train, sequences, tokenizer) for sequences in sets)
@@ -248,7 +248,7 @@ def _sample(run: Run, state: TrainState) -> str:
 
 
 def count_parameters(model: object) -> int:
-    """The number of floating-point parameters, padding of the vocabulary included."""
+    """The number of floating-point parameters, including the vocabulary's padding."""
     leaves = jax.tree.leaves(
         eqx.filter(model, lambda x: eqx.is_inexact_array(x) or isinstance(x, jax.ShapeDtypeStruct))
     )
