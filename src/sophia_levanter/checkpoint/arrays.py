@@ -1,4 +1,4 @@
-"""Arrays in a storage: which host writes which part, each a zarr3 array, each file checked when it is read."""
+"""Arrays in a storage, as zarr3: which host writes which part, and checks of every file that is read."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from sophia_levanter.kvstore import context_spec, kvstore_spec
 
 
 class HostArray(NamedTuple):
-    """What one host writes of an array.
+    """The part of an array that one host writes.
 
     Attributes:
-        saved: the array's description, digests not yet in it.
-        parts: its chunks that this host writes, on the devices or in its memory.
+        saved: the array's description, still without digests.
+        parts: the chunks that this host writes, on the devices or in its memory.
     """
 
     saved: SavedArray
@@ -35,15 +35,15 @@ class HostArray(NamedTuple):
 
 
 def host_arrays(arrays: Mapping[str, Any], *, process: int = 0, num_processes: int = 1) -> list[HostArray]:
-    """What a process writes of each array. A chunk is a shard; hosts that have the same ones share the work.
+    """The part of each array that a process writes. A chunk is a shard; hosts with the same shards share the work.
 
     Args:
         arrays: by their path in the tree; the same on every process.
         process: the number of this process.
-        num_processes: how many there are.
+        num_processes: the number of processes.
 
     Raises:
-        TypeError: for an array that does not hold numbers.
+        TypeError: if an array does not hold numbers.
     """
     described = [_describe(number, path, array) for number, (path, array) in enumerate(arrays.items())]
     writers = _writers(arrays, num_processes)
@@ -56,7 +56,7 @@ def host_arrays(arrays: Mapping[str, Any], *, process: int = 0, num_processes: i
 
 
 def copied_to_host(arrays: Sequence[HostArray]) -> list[HostArray]:
-    """The same with numpy arrays of their own, which stay what they are when the devices' buffers are given away."""
+    """The same with copies as numpy arrays, which stay valid when the devices' buffers are donated."""
     for array in arrays:
         for part in array.parts.values():
             if isinstance(part, jax.Array):
@@ -65,7 +65,7 @@ def copied_to_host(arrays: Sequence[HostArray]) -> list[HostArray]:
 
 
 def box_of(index: Any, shape: Sequence[int]) -> Box:
-    """The part of an array that a tuple of slices, as jax gives a shard, stands for."""
+    """The part of an array that a tuple of slices selects, such as jax's index of a shard."""
     bounds = (part.indices(size) for part, size in zip(index, shape, strict=True))
     return tuple((start, stop) for start, stop, _ in bounds)
 
@@ -78,17 +78,17 @@ def _describe(number: int, path: str, array: Any) -> SavedArray:
     if not any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_)):
         raise TypeError(f"leaf {path} has dtype {array.dtype}, not numbers: of a random key, save jax.random.key_data")
     chunk_shape = array.sharding.shard_shape(array.shape) if isinstance(array, jax.Array) else array.shape
-    # The number keeps the names apart, on disks that ignore case too; the rest is for people.
+    # The number makes names unique, also on disks that ignore case; the rest is for people.
     folder = f"{number:04d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', path)[:150]}"
     chunks = tuple(max(1, size) for size in chunk_shape)
     return SavedArray(path, folder, array.shape, array.dtype.name, chunks, "", {})
 
 
 def _writers(arrays: Mapping[str, Any], num_processes: int) -> dict[str, dict[Box, int]]:
-    """The process that writes each chunk: of those that have it the one with the fewest bytes to write so far."""
+    """The process that writes each chunk: the one with the fewest bytes to write so far among those that have it."""
     load = [0] * num_processes
     writers: dict[str, dict[Box, int]] = {}
-    # Large chunks first, and small ones fill up.
+    # Assign large chunks first; small chunks even out the load.
     by_size = sorted(arrays, key=lambda path: (-_chunk_bytes(arrays[path]), path))
     for path in by_size:
         writers[path] = {}
@@ -105,11 +105,11 @@ def _chunk_bytes(array: Any) -> int:
 
 
 def _holders(array: Any) -> dict[Box, set[int]]:
-    """The processes that have each distinct shard; none of an array without elements."""
+    """The processes that have each distinct shard; empty for an array without elements."""
     if array.size == 0:
         return {}
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
-        # Each process has one of its own, with the same numbers.
+        # Each process has its own copy of the same numbers; the first writes it.
         return {box: {0} for box in _local_parts(array)}
     holders: dict[Box, set[int]] = {}
     devices: Mapping[Any, Any] = array.sharding.devices_indices_map(array.shape)
@@ -130,11 +130,11 @@ def _local_parts(array: Any) -> dict[Box, Any]:
 def _own_copy(part: Any) -> np.ndarray:
     if isinstance(part, jax.Array) and next(iter(part.devices())).platform != "cpu":
         return np.asarray(part)
-    # Of an array in the host's memory numpy would give a view.
+    # np.asarray would return a view of an array in the host's memory.
     return np.array(part)
 
 
-# Chunks in flight: enough to keep a disk busy, few enough to need little memory beyond what the tree itself takes.
+# Chunks in flight: enough to keep a disk busy, few enough to need little memory besides the tree's own.
 WORKERS = 8
 HEADER = "zarr.json"
 CHECKSUM_BYTES = 4  # after the numbers of a chunk
@@ -151,10 +151,10 @@ def write_arrays(folder: str, arrays: Sequence[HostArray], *, headers: bool) -> 
         headers: whether it also writes each array's zarr.json, as one host does.
 
     Returns:
-        The digests of what was written.
+        The digests of the files that were written.
 
     Raises:
-        CheckpointError: if the storage refuses; names the leaf and its folder.
+        CheckpointError: if a write fails; names the leaf and its folder.
     """
     context = ts.Context(context_spec())
 
@@ -191,7 +191,7 @@ def write_arrays(folder: str, arrays: Sequence[HostArray], *, headers: bool) -> 
 
 
 def with_digests(arrays: Sequence[HostArray], hosts: Sequence[Digests]) -> list[SavedArray]:
-    """The arrays' descriptions with the digests that the hosts have found among them."""
+    """The arrays' descriptions with the digests of all hosts."""
     complete = []
     for saved, _ in arrays:
         found = {name: digest for digests in hosts for name, digest in digests.get(saved.path, {}).items()}
@@ -201,17 +201,17 @@ def with_digests(arrays: Sequence[HostArray], hosts: Sequence[Digests]) -> list[
 
 
 def read_parts(folder: str, wanted: Sequence[tuple[SavedArray, set[Box]]]) -> Iterator[dict[Box, np.ndarray]]:
-    """Parts of arrays. Reads the chunks that one of them touches, each once, many at a time.
+    """Read parts of arrays. Each chunk that overlaps a part is read once, many chunks at a time.
 
     Args:
         folder: the path or URL of the checkpoint.
-        wanted: arrays, and the parts that are wanted of each.
+        wanted: arrays, and the wanted parts of each.
 
     Yields:
-        For each array its parts.
+        The parts of each array.
 
     Raises:
-        CheckpointError: for a file that is missing or not the one that was saved.
+        CheckpointError: if a file is missing, or its digest is not the saved one.
     """
     context = ts.Context(context_spec())
     pool = ThreadPoolExecutor(WORKERS)
@@ -232,7 +232,7 @@ def read_parts(folder: str, wanted: Sequence[tuple[SavedArray, set[Box]]]) -> It
 
 
 def find_damage(folder: str, arrays: Sequence[SavedArray]) -> list[str]:
-    """What is wrong with any file of the arrays, a line each; reads every byte."""
+    """The damage in the arrays' files, one line each; reads every byte."""
     context = ts.Context(context_spec())
 
     def check(saved: SavedArray, box: Box | None) -> str | None:
@@ -269,7 +269,7 @@ def _spec(folder: str, saved: SavedArray) -> dict[str, Any]:
     return {
         "driver": "zarr3",
         "kvstore": kvstore_spec(f"{folder}/{saved.folder}"),
-        # A chunk whose file is gone is an error; otherwise it would read as zeros.
+        # A missing chunk is an error; by default it would read as zeros.
         "store_data_equal_to_fill_value": True,
         "fill_missing_data_reads": False,
         "metadata": {
@@ -283,7 +283,7 @@ def _spec(folder: str, saved: SavedArray) -> dict[str, Any]:
 
 
 def _open(folder: str, saved: SavedArray, context: ts.Context) -> ts.TensorStore:
-    """The array as the manifest describes it. Its zarr.json is not looked at."""
+    """The array as the manifest describes it, without reading its zarr.json."""
     return ts.open(_spec(folder, saved), context=context, open=True, assume_metadata=True).result()
 
 
@@ -312,7 +312,7 @@ def _read_chunk(folder: str, saved: SavedArray, box: Box, context: ts.Context) -
 
 
 def _check_file(folder: str, saved: SavedArray, name: str) -> None:
-    """What tensorstore takes for granted: it waits for a pipe, and dies of a chunk that does not fit into memory."""
+    """Check a file before tensorstore reads it, which would wait for a pipe or run out of memory on a huge chunk."""
     if "://" in folder:
         return
     path = f"{folder}/{saved.folder}/{name}"
@@ -323,7 +323,7 @@ def _check_file(folder: str, saved: SavedArray, name: str) -> None:
 
 
 class _naming:
-    """Whatever goes wrong in the block, as an error that names the leaf and the file or folder."""
+    """Turns any error in the block into one that names the leaf and the file or folder."""
 
     def __init__(self, folder: str, saved: SavedArray, name: str | None = None) -> None:
         self._where = f"leaf {saved.path}, {folder}/{saved.folder}" + (f"/{name}" if name else "")
@@ -332,7 +332,7 @@ class _naming:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # tensorstore has many errors for what damage and full disks can do.
+        # tensorstore raises many kinds of errors for damage and full disks.
         if isinstance(error, Exception):
             raise CheckpointError(f"{self._where}: {one_line(error)}") from error
 
@@ -342,7 +342,7 @@ def _bytes(data: np.ndarray) -> memoryview:
 
 
 def _digest(content: bytes | memoryview) -> str:
-    """Against damage, not malice: 128 bits of a hash that is as fast as memory."""
+    """A 128-bit hash as fast as memory, against damage but not against malice."""
     return xxhash.xxh3_128_hexdigest(content)
 
 
@@ -352,6 +352,6 @@ def _overlap(a: Box, b: Box) -> Box | None:
 
 
 def _slices(box: Box, within: Box | None = None) -> tuple[slice, ...]:
-    """Indexes that part of the whole array, or of the part `within`."""
+    """The index of a part in the whole array, or in the part `within`."""
     origins = [start for start, _ in within or whole([0] * len(box))]
     return tuple(slice(start - origin, stop - origin) for (start, stop), origin in zip(box, origins, strict=True))

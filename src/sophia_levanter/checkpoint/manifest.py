@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what must be there, and the digests that tell whether it is."""
+"""The manifest of a checkpoint: its arrays and files, with the digests that detect damage."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ Box: TypeAlias = tuple[tuple[int, int], ...]  # a part of an array: (start, stop
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written, or none could be read. The message is one line with the leaf and the file."""
+    """A checkpoint could not be written, or none could be read. The message is one line that names leaf and file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,11 @@ class SavedArray:
 
     Attributes:
         path: its name in the tree.
-        folder: where it lies among the checkpoint's arrays.
+        folder: its folder among the checkpoint's arrays.
         shape, dtype, chunk_shape: as in zarr.json.
         header: digest of the file zarr.json.
-        chunks: digests of the chunks by file name, each of the array's own bytes (row-major, little-endian), so that a
-            chunk can be checked wherever the storage splits or wraps it.
+        chunks: digests of the chunks by file name, each of the array's own bytes (row-major, little-endian), so that
+            they do not depend on how the storage encodes the chunk.
     """
 
     path: str
@@ -52,7 +52,7 @@ class SavedArray:
         return ".".join(["c", *(str(start // size) for (start, _), size in zip(box, self.chunk_shape, strict=True))])
 
     def boxes(self) -> Iterator[Box]:
-        """The part of the array that each chunk holds. All are of one size: the shards of an array divide it."""
+        """The part of the array that each chunk holds. All have the same size, since shards divide an array evenly."""
         grid = (size // chunk for size, chunk in zip(self.shape, self.chunk_shape, strict=True))
         for index in np.ndindex(*grid):
             yield tuple((i * chunk, (i + 1) * chunk) for i, chunk in zip(index, self.chunk_shape, strict=True))
@@ -67,21 +67,21 @@ class SavedArray:
 
     @property
     def numpy_dtype(self) -> np.dtype:
-        import tensorstore as ts  # which knows bfloat16
+        import tensorstore as ts  # it knows bfloat16
 
         return ts.dtype(self.dtype).numpy_dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """The description of a checkpoint.
 
     Attributes:
-        run_id: of the run that saved it.
+        run_id: the id of the run that saved it.
         step: steps taken.
         saved_at: seconds since 1970.
-        metadata: whatever the run wants to find again.
-        folder: the one beside the manifest that holds the arrays.
+        metadata: the run's own data, as JSON.
+        folder: the folder beside the manifest that holds the arrays.
         arrays: the leaves.
     """
 
@@ -94,7 +94,7 @@ class Manifest:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The file's content: JSON, whose first line is a digest of all the bytes after it."""
+    """The file's content: JSON whose first line holds a digest of all bytes after it."""
     body = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1).removeprefix("{").encode()
     return f"{_DIGEST_LINE.format(_digest(body))}".encode() + body
 
@@ -103,7 +103,7 @@ def decode_manifest(file: str, content: bytes) -> Manifest:
     """The manifest in a file's content.
 
     Args:
-        file: its name, for messages.
+        file: the file's name, for messages.
         content: its bytes.
 
     Raises:
@@ -128,7 +128,7 @@ def decode_manifest(file: str, content: bytes) -> Manifest:
 
 
 def _manifest_of(body: dict[str, Any]) -> Manifest:
-    """What JSON says. Raises an error if `encode_manifest` could not have written it: anyone can make a digest."""
+    """The manifest in JSON; an error if `encode_manifest` could not have written it: the digest proves no origin."""
     manifest = Manifest(**body | {"arrays": [_array_of(entry) for entry in body["arrays"]]})
     _check(isinstance(manifest.run_id, str), "run_id is not a string")
     _check(type(manifest.step) is int and 0 <= manifest.step < 2**63, "step is not a count")

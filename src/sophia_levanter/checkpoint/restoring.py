@@ -1,4 +1,4 @@
-"""Reading steps back into trees of arrays: the newest whole one, or one that is asked for; and looking for damage."""
+"""Reading steps back into trees of arrays, the newest intact step or a given one, and looking for damage."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def arrays_of(tree: Any) -> dict[str, Any]:
 def read_tree(
     folder: str, saved: Sequence[SavedArray], like: Tree, *, cast: bool, added: Mapping[str, int] | None = None
 ) -> Tree:
-    """`like` with the saved arrays in place of its own, each with the sharding of the one it replaces.
+    """`like` with the saved arrays in place of its own, each with the sharding of the array it replaces.
 
     Args:
         folder: the path or URL that holds the arrays.
-        saved: what is there.
-        like: what is wanted.
-        cast: whether floating-point arrays may be of another dtype than the wanted one.
-        added: the value of a scalar, by path, that `like` has and what is there may lack.
+        saved: the saved arrays.
+        like: the wanted tree.
+        cast: whether floating-point arrays may have a different dtype than the wanted one.
+        added: values of scalars, by path, that `like` has and the saved arrays may lack.
 
     Raises:
         InputError: if the arrays are not those of `like`.
@@ -80,7 +80,7 @@ def _named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    # The array inside a NamedArray has the index 0 and no name: it goes by the name of its NamedArray.
+    # The array inside a NamedArray has the index 0 and no name; use the name of its NamedArray.
     if path and path[-1] == FlattenedIndexKey(0):
         path = path[:-1]
     return keystr(path, simple=True, separator=".")
@@ -91,7 +91,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _check_model(folder: str, there: dict[str, SavedArray], wanted: dict[str, Any], cast: bool) -> None:
-    """Refuse a checkpoint of another model: that is not damage, and an older one would not do either."""
+    """Refuse a checkpoint of a different model. It is not damaged, so falling back to an older one would not help."""
     for path in [*wanted, *there]:
         if path in there and path in wanted and there[path].shape == wanted[path].shape:
             saved_dtype, dtype = there[path].numpy_dtype, wanted[path].dtype
@@ -107,7 +107,7 @@ def _check_model(folder: str, there: dict[str, SavedArray], wanted: dict[str, An
 
 
 def _sharding(like: Any) -> jax.sharding.Sharding | None:
-    """None where the array would move with the default device."""
+    """The sharding of an array; None if it is on the default device without being committed to it."""
     if isinstance(like, jax.Array) and not like.committed:
         return None
     return getattr(like, "sharding", None)
@@ -139,11 +139,11 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Restored(Generic[Tree]):
-    """What `restore` returns.
+    """The result of `restore`.
 
     Attributes:
         tree: the tree.
-        step, metadata, run_id: what it was saved with.
+        step, metadata, run_id: those that it was saved with.
     """
 
     tree: Tree
@@ -153,26 +153,26 @@ class Restored(Generic[Tree]):
 
 
 def steps(directory: Path | str) -> list[int]:
-    """The committed steps in a directory, ascending; none when there is no such folder."""
+    """The committed steps in a directory, ascending; empty if the directory does not exist."""
     return storage_at(directory).steps()
 
 
 def remove_leftovers(directory: Path | str) -> None:
-    """Delete what killed saves left in a directory. For a run's start: no save into it may be under way."""
+    """Delete the leftovers of killed saves in a directory. No save may be in progress there."""
     storage_at(directory).remove_leftovers()
 
 
 def check_writable(directory: Path | str) -> None:
-    """Find out before the first save whether one can be made.
+    """Check before the first save that the directory can be written.
 
     Raises:
-        InputError: if nothing can be written there.
+        InputError: if it cannot be written.
     """
     storage_at(directory).check_writable()
 
 
 def remove(directory: Path | str, step: int) -> None:
-    """Remove a committed step; a kill half-way leaves a leftover and never a step that looks whole."""
+    """Remove a committed step. A kill in between leaves a leftover, never a step that looks complete."""
     storage_at(directory).remove(step)
 
 
@@ -187,7 +187,7 @@ def read_step(directory: Path | str, step: int) -> Manifest:
 
 
 def read_arrays(directory: Path | str, manifest: Manifest) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of a step with their paths in the tree, of which one at a time is in memory.
+    """The arrays of a step with their paths in the tree, one in memory at a time.
 
     Raises:
         CheckpointError: if a file is damaged.
@@ -199,7 +199,7 @@ def read_arrays(directory: Path | str, manifest: Manifest) -> Iterator[tuple[str
 
 
 def damage(directory: Path | str, step: int) -> list[str]:
-    """All that is wrong with a committed step, a line for each file; reads every byte of it.
+    """The damage of a committed step, a line for each file; reads every byte of it.
 
     Raises:
         InputError: if another version of this package wrote it.
@@ -208,7 +208,7 @@ def damage(directory: Path | str, step: int) -> list[str]:
 
 
 def is_intact(storage: Storage, step: int) -> bool:
-    """Whether every byte of a committed step is what was written."""
+    """Whether every byte of a committed step is unchanged."""
     return not _damage(storage, step)
 
 
@@ -225,29 +225,29 @@ def restore(
 ) -> Restored[Tree]:
     """Read the newest intact checkpoint in `directory`, or exactly `step`, into the structure of `like`.
 
-    The array leaves of `like` say shape, dtype and sharding: `jax.Array` or `jax.ShapeDtypeStruct` (the default device
-    when it is committed to none), or numpy arrays, which come back as numpy arrays. Other leaves are returned as they
-    are. The sharding and the number of processes need not be those of the save; only the chunks that this process
-    needs are read. All processes of a run call it together, and get the same step.
+    The array leaves of `like` give shape, dtype and sharding: `jax.Array` or `jax.ShapeDtypeStruct` (without a
+    committed device, the default device), or numpy arrays, which are restored as numpy arrays. Other leaves are
+    returned unchanged. The sharding and the number of processes may differ from the save's; only the chunks that this
+    process needs are read. All processes of a run call it together, and get the same step.
 
     Args:
         directory: a path, or a `gs://` or `s3://` URL.
-        like: says what is wanted.
-        report: gets a line for each damaged checkpoint that is passed over for the one before it.
-        step: the one to read; the newest that is whole if not given.
-        cast: convert floating-point arrays of another dtype, which otherwise are refused.
-        partial: pass over arrays that `like` does not have, which otherwise are refused.
-        added: values of scalars, by path, that checkpoints lack which were saved before `like` had them.
-        processes: those of the run; this one alone if not given.
+        like: a tree of the wanted structure.
+        report: gets a line for each damaged checkpoint that is skipped for the one before it.
+        step: the step to read; the newest intact one if not given.
+        cast: convert floating-point arrays of a different dtype, which otherwise are refused.
+        partial: skip saved arrays that `like` does not have, which otherwise are refused.
+        added: values of scalars, by path, that older checkpoints lack.
+        processes: the run's processes; this one alone if not given.
 
     Raises:
         CheckpointError: if all are damaged.
-        InputError: if there is none, or it is of another model (leaves, shapes or dtypes).
+        InputError: if no checkpoint is there, or it does not fit `like` (leaves, shapes or dtypes).
     """
     processes = processes or Processes()
     storage = storage_at(directory)
     name = f"restore/{next(_numbers)}"
-    # Disks that hosts share do not always show all of them the same names.
+    # A shared disk does not always show the same names on all hosts.
     text = processes.broadcast(f"{name}/steps", " ".join(map(str, storage.steps())), PATIENCE)
     found = [int(word) for word in text.split()]
     if not found:

@@ -1,4 +1,4 @@
-"""Saving a tree as a step: at once, or while training goes on."""
+"""Saving a tree as a step: at once, or while training continues."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.files import sync
 from sophia_levanter.partition.processes import PATIENCE, NoAnswer, Processes
 
-# All processes save in the same order, and so agree on the number of a save.
+# All processes save in the same order, so they agree on the number of a save.
 _numbers = itertools.count()
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which steps stay when one has been saved. Later ones, there when a run was taken back, are left alone.
+    """The steps that are kept after a save. Later steps, from before a run went back, are always kept.
 
     Attributes:
-        last: the newest so many.
-        every: the multiples of this too, for ever.
-        best: and this step.
+        last: keep this many of the newest steps.
+        every: also keep all multiples of this step, if given.
+        best: also keep this step, if given.
 
     Raises:
-        InputError: if a number is below 1.
+        InputError: if `last` or `every` is below 1.
     """
 
     last: int
@@ -55,7 +55,7 @@ class Retention:
             )
 
     def surplus(self, steps: list[int]) -> list[int]:
-        """Those of some steps, ascending, that go."""
+        """The steps to remove, out of some steps in ascending order."""
         return [s for s in steps[: -self.last] if s != self.best and (self.every is None or s % self.every)]
 
 
@@ -71,42 +71,42 @@ def save(
 ) -> str:
     """Write the arrays of `tree` as `directory/step-NNNNNNNN`, durably or not at all.
 
-    Leaves that are jax or numpy arrays, or numpy scalars, are saved; others, Python numbers among them, are not. All
-    processes of a run call it together, and each writes shards that it has; `directory` is then one that all share.
+    Leaves that are jax or numpy arrays, or numpy scalars, are saved; others, such as Python numbers, are not. All
+    processes of a run call it together, and each writes some of its shards; all must share `directory`.
 
     Args:
         directory: a path, or a `gs://` or `s3://` URL.
         step: steps taken.
         tree: any pytree.
-        run_id: of the run.
-        metadata: what the run wants to find again, as JSON.
-        retention: which steps stay.
-        processes: those of the run; this one alone if not given.
+        run_id: the run's id.
+        metadata: the run's own data, as JSON.
+        retention: the steps to keep.
+        processes: the run's processes; this one alone if not given.
 
     Returns:
         The path or URL of the step.
 
     Raises:
-        CheckpointError: on every process, if one of them could not do its part; nothing is committed then.
-        FileExistsError: if an intact checkpoint of this step is there. A damaged one is replaced, or else a run that
-            fell back because of it could never get past it.
+        CheckpointError: on every process, if one of them failed; then nothing is committed.
+        FileExistsError: if an intact checkpoint of this step exists. A damaged one is replaced, since a run that fell
+            back because of it could otherwise never pass it.
     """
     return _prepared(storage_at(directory), step, tree, run_id, metadata, retention, processes or Processes()).run()
 
 
 def copy_step(source: Path, step: int, target: Path, *, run_id: str, metadata: dict[str, JSON]) -> None:
-    """Copy a step from one folder on a disk to another, durably, as a step that another run has saved.
+    """Copy a step from one folder on a disk to another, durably, as a step of another run.
 
     Args:
         source: the folder that holds the step.
-        step: which.
-        target: the other folder; made if it is not there.
-        run_id: of the other run.
-        metadata: entries that take the place of those of the same names.
+        step: the step's number.
+        target: the other folder; made if it does not exist.
+        run_id: the other run's id.
+        metadata: entries that replace those of the same names.
 
     Raises:
         CheckpointError: if the step is damaged.
-        FileExistsError: if the other folder holds the step already.
+        FileExistsError: if the other folder already holds the step.
     """
     manifest = read_step(source, step)
     storage = DiskStorage(target)
@@ -122,16 +122,16 @@ def copy_step(source: Path, step: int, target: Path, *, run_id: str, metadata: d
 
 
 class Saver:
-    """Saves while training goes on: `save` returns when the arrays are copied, and a thread of its own does the rest.
+    """Saves while training continues: `save` returns when the arrays are copied, and a thread does the rest.
 
     Args:
         directory: a path, or a `gs://` or `s3://` URL.
-        run_id: of the run.
-        processes: those of the run, which all make the same calls; this one alone if not given.
-        on_failure: called with the error, by the thread, as soon as a save has failed.
+        run_id: the run's id.
+        processes: the run's processes, which all make the same calls; this one alone if not given.
+        on_failure: called with the error, in the thread, as soon as a save fails.
 
     Attributes:
-        saved: the path or URL of the last committed step; None before.
+        saved: the path or URL of the last committed step; None before the first.
     """
 
     def __init__(
@@ -151,12 +151,12 @@ class Saver:
         self._failure: Exception | None = None
 
     def save(self, step: int, tree: Any, *, metadata: dict[str, JSON], retention: Retention) -> None:
-        """Begin a save, as the function `save` does it, when the one before has ended.
+        """Start a save like that of the function `save`, after the previous one has ended.
 
-        The arrays may be given away (donated) as soon as it returns.
+        The arrays may be donated as soon as it returns.
 
         Raises:
-            CheckpointError, FileExistsError: if the save before has failed.
+            CheckpointError, FileExistsError: if the previous save failed.
         """
         self.wait()
         job = _prepared(self._storage, step, tree, self._run_id, metadata, retention, self._processes)
@@ -165,15 +165,15 @@ class Saver:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what the last save has failed with, if it has; to be called often."""
+        """Raise the error of the last save, if it failed; call it often."""
         if self._failure is not None:
             raise self._failure
 
     def wait(self) -> None:
-        """Return when the last save is committed.
+        """Wait until the last save is committed.
 
         Raises:
-            CheckpointError, FileExistsError: if it has failed.
+            CheckpointError, FileExistsError: if it failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -201,13 +201,13 @@ def _prepared(
     if step < 0:
         raise InputError(f"a checkpoint needs step >= 0, found {step}")
     arrays = host_arrays(arrays_of(tree), process=processes.index, num_processes=processes.count)
-    # What JSON cannot hold fails here, before the arrays are written.
+    # Metadata that JSON cannot hold fails here, before the arrays are written.
     return _Save(storage, step, arrays, run_id, json.loads(json.dumps(metadata)), retention, processes, next(_numbers))
 
 
 @dataclass(frozen=True)
 class _Save:
-    """One save, on each process of a run. The first one chooses the place, and commits when all have written."""
+    """One save, on each process of a run. The first process chooses the folder, and commits when all have written."""
 
     storage: Storage
     step: int
@@ -219,7 +219,7 @@ class _Save:
     number: int
 
     def run(self) -> str:
-        """Write, commit, and remove the steps that go; the path or URL of the step."""
+        """Write and commit the step, and remove surplus steps; the path or URL of the step."""
         final = self.storage.folder(step_name(self.step))
         started = time.monotonic()
         try:
@@ -227,7 +227,7 @@ class _Save:
             outcome = self._write(stage)
             patience = PATIENCE + time.monotonic() - started
             if not self.processes.is_first:
-                self._gather(outcome, patience)  # which from here only sends it
+                self._gather(outcome, patience)  # only sends the outcome from here
             self._by_first("commit", lambda: self._commit(stage, outcome, patience), patience)
             if self.number:
                 self.processes.forget(f"save/{self.number - 1}")
@@ -247,7 +247,7 @@ class _Save:
         return self.storage.new_stage(self.step, replaces=is_there)
 
     def _write(self, stage: Stage) -> dict[str, Any]:
-        """The digests of what this process has written, or why it could not."""
+        """The digests of this process's files, or the reason for a failure."""
         folder = self.storage.folder(f"{stage.folder}/{stage.arrays}")
         try:
             digests = write_arrays(folder, self.arrays, headers=self.processes.is_first)
@@ -288,7 +288,7 @@ class _Save:
         return [json.loads(text) for text in texts]
 
     def _by_first(self, name: str, work: Callable[[], Any], patience: float) -> Any:
-        """What the first process's work gives, or why it could not be done, on every process."""
+        """The result of the first process's work, or its failure, on every process."""
         text = None
         if self.processes.is_first:
             try:

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a folder on a disk, or a prefix in a bucket. Each has its own way to commit a step."""
+"""Storages of checkpoints: a folder on a disk, or a prefix in a bucket. Each has its own way to commit a step."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Stage(NamedTuple):
     """Where a step is written before it is committed.
 
     Attributes:
-        folder: in the storage; the name of the step itself in a bucket, where nothing can be renamed.
+        folder: a folder in the storage; in a bucket, where nothing can be renamed, the name of the step itself.
         arrays: the folder in it that holds the arrays.
-        replaces: whether a damaged checkpoint of the step is there, whose place this one takes.
+        replaces: whether the step replaces a damaged checkpoint of the same number.
     """
 
     folder: str
@@ -37,7 +37,7 @@ class Stage(NamedTuple):
 
 
 class Storage(Protocol):
-    """Steps by number. What is no committed step cannot be seen here.
+    """Steps by number. Only committed steps are visible.
 
     Attributes:
         location: its path or URL, for messages.
@@ -46,7 +46,7 @@ class Storage(Protocol):
     location: str
 
     def steps(self) -> list[int]:
-        """The committed steps, ascending; none where there is nothing."""
+        """The committed steps, ascending."""
         ...
 
     def folder(self, name: str) -> str:
@@ -58,38 +58,38 @@ class Storage(Protocol):
         ...
 
     def check_writable(self) -> None:
-        """Find out before the first save. Raises `InputError` if nothing can be written there."""
+        """Raise an `InputError` if nothing can be written; called before the first save."""
         ...
 
     def new_stage(self, step: int, *, replaces: bool) -> Stage:
-        """A place of its own for a save."""
+        """A new stage for a save, separate from all others."""
         ...
 
     def sync_stage(self, stage: Stage) -> None:
-        """Return when what this host has written is there to stay."""
+        """Return when the files of this host are durable."""
         ...
 
     def sees(self, file: str) -> bool:
-        """Whether a file that another host has written is there for this one."""
+        """Whether this host sees a file that another host has written."""
         ...
 
     def commit(self, stage: Stage, step: int, manifest: bytes) -> None:
-        """Make it the step. Raises `FileExistsError` if another has come to be there since the stage was made."""
+        """Make the stage the step. Raises `FileExistsError` if another save has committed the step in the meantime."""
         ...
 
     def discard(self, stage: Stage) -> None:
-        """Remove what a failed save has written, as far as that can be done.
+        """Remove the files of a failed save, as far as possible.
 
-        Raises `CheckpointError` if it was removed before, which is why the save has failed.
+        Raises `CheckpointError` if the stage was already removed, which explains why the save failed.
         """
         ...
 
     def remove(self, step: int) -> None:
-        """Remove a committed step; a kill half-way leaves a leftover and never a step that looks whole."""
+        """Remove a committed step. A kill in between leaves a leftover, never a step that looks complete."""
         ...
 
     def remove_leftovers(self) -> None:
-        """Remove what killed saves left. No save into it may be under way."""
+        """Remove the leftovers of killed saves. No save may be in progress there."""
         ...
 
 
@@ -115,12 +115,12 @@ def step_name(step: int) -> str:
 
 
 class DiskStorage:
-    """A folder, made by the first save. A step is written aside and renamed when all of it is on the disk."""
+    """A folder, made by the first save. A step is written beside its final name and renamed when it is durable."""
 
     def __init__(self, path: Path) -> None:
         self.location = str(path)
         self._path = path
-        # From then on it has to stay: a run's directory that someone removes must not come back with a part of it.
+        # Once the folder exists it is not made again: a removed run directory must not come back incomplete.
         self._was_there = path.is_dir()
 
     def steps(self) -> list[int]:
@@ -157,11 +157,11 @@ class DiskStorage:
         for path in new:
             sync(path.parent)
         self._was_there = True
-        (self._path / folder / FILE_NAME).touch()  # it tells whether the folder is still the same one
+        (self._path / folder / FILE_NAME).touch()  # its absence shows later that the folder was removed
         return Stage(folder, "arrays", replaces)
 
     def sync_stage(self, stage: Stage) -> None:
-        # tensorstore has seen to the files, and to the names in the folders that they are in.
+        # tensorstore has already synced the files, and the names in their folders.
         arrays = self._path / stage.folder / stage.arrays
         if arrays.exists():
             sync(arrays)
@@ -179,7 +179,7 @@ class DiskStorage:
         if stage.replaces and final.exists():
             self.remove(step)
         try:
-            folder.rename(final)  # which refuses to take the place of a folder that holds anything
+            folder.rename(final)  # fails if `final` is a folder that is not empty
         except OSError as error:
             if final.exists():
                 raise FileExistsError(f"{final} appeared in the meantime") from error
@@ -189,11 +189,11 @@ class DiskStorage:
     def discard(self, stage: Stage) -> None:
         folder = self._path / stage.folder
         step, _, _ = stage.folder.partition(".")
-        # A step that is in place, and only could not be synced, was not removed.
+        # A step that was renamed and only could not be synced was not removed.
         was_removed = not (folder / FILE_NAME).exists() and not (self._path / step / FILE_NAME).exists()
         shutil.rmtree(folder, ignore_errors=True)
         if was_removed:
-            # tensorstore makes folders anew that are removed while it writes.
+            # tensorstore makes removed folders again while it writes.
             with contextlib.suppress(OSError):
                 self._path.rmdir()
                 self._path.parent.rmdir()
@@ -214,9 +214,9 @@ class DiskStorage:
 
 
 class BucketStorage:
-    """A prefix in a bucket. A step is there as soon as its manifest is, which is written on condition that none is.
+    """A prefix in a bucket. A step exists once its manifest does, which is written only if none exists.
 
-    The arrays of each save have a prefix of their own, which its manifest names: two saves never mix.
+    The arrays of each save have their own prefix, which the manifest names: two saves never mix.
     """
 
     def __init__(self, url: str) -> None:
@@ -243,14 +243,14 @@ class BucketStorage:
         key = f"{step_name(step)}/{FILE_NAME}"
         try:
             found = self._store.read(key).result()
-        except Exception as error:  # whatever the client makes of a server's answer
+        except Exception as error:  # the client raises many kinds
             raise CheckpointError(f"{self.location}/{key}: {one_line(error)}") from error
         if found.state != "value":
             raise CheckpointError(f"{self.location}/{key} is missing")
         return bytes(found.value)
 
     def check_writable(self) -> None:
-        # What is left of it, where objects cannot be deleted, is a leftover.
+        # If objects cannot be deleted, the probe stays as a leftover.
         probe = f"{step_name(0)}/arrays-{uuid.uuid4().hex}/probe"
         try:
             self._do(self._store.write(probe, b""))
@@ -262,7 +262,7 @@ class BucketStorage:
         return Stage(step_name(step), f"arrays-{uuid.uuid4().hex}", replaces)
 
     def sync_stage(self, stage: Stage) -> None:
-        """Nothing to do: an object is there to stay when its write has been answered."""
+        """An object is durable once its write has been answered."""
 
     def sees(self, file: str) -> bool:
         return True
@@ -275,11 +275,11 @@ class BucketStorage:
                 self._remove_other_arrays(stage)
                 return
             there = self._do(self._store.read(key))
-        if there.value != manifest:  # its own, where a write was done and the answer to it was lost
+        if there.value != manifest:  # equal if our write succeeded but its answer was lost
             raise FileExistsError(f"{self.location}/{key} appeared in the meantime")
 
     def discard(self, stage: Stage) -> None:
-        with contextlib.suppress(CheckpointError):  # what stays is a leftover
+        with contextlib.suppress(CheckpointError):  # remaining files are leftovers
             self._delete_all(f"{stage.folder}/{stage.arrays}/")
 
     def remove(self, step: int) -> None:
@@ -310,12 +310,12 @@ class BucketStorage:
     def _do(self, request: Any) -> Any:
         try:
             return request.result()
-        except Exception as error:  # whatever the client makes of a server's answer, or of none
+        except Exception as error:  # the client raises many kinds
             raise CheckpointError(f"{self.location}: {one_line(error)}") from error
 
 
 def _delete(path: Path) -> None:
-    """Remove a leftover. What stays, as NFS keeps a file that a reader has open, is removed at a later start."""
+    """Remove a leftover. Files that stay, as NFS keeps those that a reader has open, are removed at a later start."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
