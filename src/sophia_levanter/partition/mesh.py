@@ -1,4 +1,4 @@
-"""Devices as a mesh, and which named axis lies along which of its axes."""
+"""Devices as a mesh, and the mapping from named axes to mesh axes."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ AxisMapping = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """Where arrays lie. Compared by identity, so that compiled functions can be kept for one.
+    """How arrays are sharded. Compared by identity, so that compiled functions can be cached for a partition.
 
     Attributes:
         mesh: the devices.
-        compute: the mesh axes of each named axis, for activations and for parameters while they are in use.
-        parameters: the same for parameters, optimizer state and gradients at rest.
+        compute: the mesh axes of each named axis, for activations and for parameters during computation.
+        parameters: the same for stored parameters, optimizer state and gradients.
     """
 
     mesh: Mesh
@@ -40,9 +40,10 @@ class Partition:
     parameters: AxisMapping
 
     def place(self, tree: Any) -> Any:
-        """The tree on the devices: named arrays as at rest, stacks of square matrices in parts, all else whole.
+        """The tree on the devices: named arrays sharded like `parameters`, stacks of square matrices sharded by matrix
+        or rows, and all other arrays replicated.
 
-        Every process gives the same values and keeps its part of them.
+        Every process passes the same values and keeps its part of them.
         """
 
         def put(x: Any, sharding: NamedSharding) -> Any:
@@ -54,7 +55,7 @@ class Partition:
         return self._map_arrays(put, tree)
 
     def abstract(self, make: Callable[[], Any]) -> Any:
-        """What `place(make())` would give, as `jax.ShapeDtypeStruct`s with their shardings; nothing is computed."""
+        """The result of `place(make())` as `jax.ShapeDtypeStruct`s with their shardings; nothing is computed."""
 
         def describe(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -62,11 +63,11 @@ class Partition:
         return self._map_arrays(describe, eqx.filter_eval_shape(make))
 
     def init_sharded(self, make: Callable[..., Any], *placed: Any) -> Any:
-        """What `place(make(*placed))` would give, computed where it lies: no device ever holds the whole.
+        """The result of `place(make(*placed))`, computed in shards: no device ever holds all of it.
 
         Args:
             make: a function of arrays. A `jax.tree_util.Partial` of the same function and arguments compiles once.
-            placed: its arguments, as `place` gives them.
+            placed: its arguments, as returned by `place`.
         """
         with self.active():
             return _init_sharded(self, make, placed)
@@ -83,16 +84,16 @@ class Partition:
 
     @property
     def platform(self) -> str:
-        """`cpu`, `gpu` or `tpu`: what the devices are, or are compiled for."""
+        """The kind of the devices: `cpu`, `gpu` or `tpu`."""
         return self.mesh.devices.flat[0].platform
 
     @property
     def row_shards(self) -> int:
-        """Over how many devices the rows of a batch are spread."""
+        """The number of shards of a batch's rows."""
         return math.prod(self.mesh.shape[axis] for axis in self.compute["batch"])
 
     def rows_of_this_process(self, num_rows: int) -> np.ndarray:
-        """Numbers of the rows of a microbatch that devices of this process have, ascending: int [row]."""
+        """The indices of a microbatch's rows on this process's devices, ascending: int [row]."""
         sharding = NamedSharding(self.mesh, PartitionSpec(self.compute["batch"]))
         wanted = np.zeros(num_rows, bool)
         for index in sharding.addressable_devices_indices_map((num_rows,)).values():
@@ -108,7 +109,7 @@ class Partition:
         def visit(x: Any) -> Any:
             if not isinstance(x, NamedArray):
                 return function(x, NamedSharding(self.mesh, self._unnamed(x.shape))) if is_array(x) else x
-            # Where optax masks parameters, its state has named axes without an array.
+            # For parameters that optax masks, its state has named axes without an array.
             if not is_array(x.array):
                 return x
             spec = PartitionSpec(*(self.parameters.get(axis.name) for axis in x.axes))
@@ -117,8 +118,8 @@ class Partition:
         return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, NamedArray))
 
     def _unnamed(self, shape: tuple[int, ...]) -> PartitionSpec:
-        """Stacks of square matrices, as a Kronecker basis has them, are split by matrix, or by rows if that does not
-        divide; any other array without names is on every device."""
+        """Stacks of square matrices, such as a Kronecker basis, are sharded by matrix, or by rows if their number is
+        not divisible; any other unnamed array is replicated."""
         parts = self.mesh.shape["data"]
         if parts > 1 and len(shape) == 3 and shape[1] == shape[2]:
             if shape[0] % parts == 0:
@@ -137,14 +138,14 @@ def _init_sharded(partition: Partition, make: Callable[..., Any], placed: tuple[
 
 
 def partition_of(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Partition:
-    """The partition that a configuration means, the same object for the same arguments.
+    """The partition of a configuration, the same object for the same arguments.
 
     Args:
-        config: sizes and axes; if not given, rows are spread over all devices.
-        devices: all that jax has if not given; those of a topology to compile for do too.
+        config: sizes and axes; if not given, rows are sharded over all devices.
+        devices: the devices, which may be those of a topology to compile for; all of jax's if not given.
 
     Raises:
-        InputError: if the sizes do not fit the devices, or jax cannot start the platform it is told to use.
+        InputError: if the sizes do not fit the devices, or jax cannot start the selected platform.
     """
     return _partition_of(config or MeshConfig(), tuple(all_devices() if devices is None else devices))
 
@@ -173,31 +174,31 @@ def active_partition() -> Partition | None:
 
 
 def active_platform() -> str:
-    """The kind of device that what is traced here runs on: `cpu`, `gpu` or `tpu`."""
+    """The kind of device that code traced here runs on: `cpu`, `gpu` or `tpu`."""
     partition = _active.get()
     return jax.default_backend() if partition is None else partition.platform
 
 
 def is_split() -> bool:
-    """Whether parameters are split over data where this is called."""
+    """Whether the active partition splits parameters over data."""
     partition = _active.get()
     return partition is not None and partition.mesh.shape["data"] > 1 and partition.parameters != partition.compute
 
 
 def is_axis_split(name: str) -> bool:
-    """Whether a named axis of activations is split over devices where this is called."""
+    """Whether the active partition splits a named axis of activations over devices."""
     partition = _active.get()
     return partition is not None and any(partition.mesh.shape[axis] > 1 for axis in partition.compute.get(name, ()))
 
 
 def row_shards() -> int:
-    """Over how many devices the rows of a batch are spread where this is called; 1 without a partition."""
+    """The number of shards of a batch's rows in the active partition; 1 without a partition."""
     partition = _active.get()
     return 1 if partition is None else partition.row_shards
 
 
 def shard_params(tree: Any) -> Any:
-    """Inside a compiled function: parameters, gradients or optimizer state laid out as `Partition.place` does."""
+    """Inside a compiled function: parameters, gradients or optimizer state sharded like `Partition.place`'s result."""
     partition = _active.get()
     if partition is None or partition.mesh.size == 1:
         return tree
@@ -205,7 +206,7 @@ def shard_params(tree: Any) -> Any:
 
 
 def by_row_shard(tree: Any) -> Any:
-    """Arrays [shard, ...], each shard of rows with the devices that have these rows."""
+    """Arrays [shard, ...] with each shard of rows on the devices that hold these rows."""
     partition = _active.get()
     if partition is None or partition.mesh.size == 1:
         return tree
@@ -219,10 +220,10 @@ def by_row_shard(tree: Any) -> Any:
 
 
 def gather_params(tree: Any) -> Any:
-    """Parameters at rest as a layer needs them; their gradients go back to where the parameters lie.
+    """Stored parameters resharded for computation; their gradients are sharded like the stored parameters.
 
-    Under FSDP the forward pass gathers the whole arrays and the backward pass scatters the summed gradient. A scanned
-    layer that calls it on itself has one layer's parameters whole at a time.
+    Under FSDP the forward pass gathers the whole arrays and the backward pass scatters the summed gradient. If a
+    scanned layer calls it on itself, only one layer's parameters are whole at a time.
     """
     partition = _active.get()
     if partition is None or partition.mesh.size == 1:

@@ -1,7 +1,7 @@
-"""A run of several processes, one on each host: how they find each other, and how they exchange messages.
+"""Runs of several processes, one on each host: how they find each other and exchange messages.
 
-The messages of `Processes` go through jax's coordination service, from any thread and always with a timeout. A busy or
-hanging device delays none of them.
+The messages of `Processes` go through jax's coordination service, from any thread and always with a timeout. Busy or
+hanging devices do not delay them.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.status import FAILURE
 
-# Seconds that jaxlib waits longer than this module does.
+# Seconds that jaxlib waits longer than this module.
 JAXLIB_MARGIN = 60
 
 
 def start_processes(config: MeshConfig) -> None:
-    """Wait for the other processes of the run, if it has any. Before anything else uses jax.
+    """Wait for the other processes of the run, if it has any. Call it before anything else uses jax.
 
-    Ends the process with status 1 and one line if they do not come within `mesh.start_timeout`.
+    Ends the process with status 1 and one line if they do not connect within `mesh.start_timeout`.
 
     Raises:
-        InputError: if no cluster says who they are, or they are not as many as they should be.
+        InputError: if no cluster names them, or their number is not `mesh.num_processes`.
     """
     if config.coordinator is None or jax.distributed.is_initialized():
         return
@@ -45,7 +45,7 @@ def start_processes(config: MeshConfig) -> None:
                 None if auto else config.coordinator,
                 config.num_processes,
                 config.process_id,
-                # Where jax finds Slurm it would give each process one GPU, although all else is said.
+                # If jax detects Slurm, it would give each process one GPU in spite of the other arguments.
                 cluster_detection_method=None if auto else "deactivate",
                 initialization_timeout=config.start_timeout + JAXLIB_MARGIN,
                 heartbeat_timeout_seconds=config.heartbeat_timeout,
@@ -95,7 +95,7 @@ def all_devices() -> list[jax.Device]:
     """The devices of all processes.
 
     Raises:
-        InputError: if jax cannot start the platform it is told to use.
+        InputError: if jax cannot start the selected platform.
     """
     try:
         return jax.devices()
@@ -104,20 +104,20 @@ def all_devices() -> list[jax.Device]:
 
 
 def is_first_process() -> bool:
-    """Whether this one writes files and talks to people.
+    """Whether this is the process that writes files and prints.
 
     Raises:
-        InputError: if jax cannot start the platform it is told to use.
+        InputError: if jax cannot start the selected platform.
     """
     all_devices()
     return jax.process_index() == 0
 
 
 def check_agreement(what: str, text: str) -> None:
-    """All processes call it together, with the same text if they are of one run.
+    """Check that all processes of a run have the same text. All processes call it together.
 
     Args:
-        what: the text is, for the message.
+        what: the name of the text, for the message.
         text: anything that must be the same everywhere.
 
     Raises:
@@ -132,24 +132,24 @@ def check_agreement(what: str, text: str) -> None:
 
 
 def wait_for_all(name: str) -> None:
-    """Return when every process is here."""
+    """Return when every process has called it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def all_stop(step: int, signalled: bool) -> bool:
-    """Whether every process is to stop before this step: one was signalled, and all agree on the step."""
+    """Whether all processes stop before this step: one was signalled, and all agree on the step."""
     if jax.process_count() == 1:
         return signalled
     return bool(multihost_utils.reached_preemption_sync_point(step))
 
 
-# Seconds that a process waits for what another does, beyond what it has needed for the same itself.
+# Seconds that a process waits for another, in addition to its own time for the same work.
 PATIENCE = 120.0
 
 
 class NoAnswer(Exception):
-    """A process did not say what it should have in time; the message is one line with its number."""
+    """A process did not answer in time; the message is one line with its number."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Processes:
 
     Attributes:
         index: the number of this process.
-        count: how many there are.
+        count: the number of processes.
     """
 
     index: int = 0
@@ -184,7 +184,7 @@ class Processes:
         return []
 
     def broadcast(self, name: str, text: str | None, timeout: float) -> str:
-        """The first process's text, for all of them; what others give is not looked at.
+        """The first process's text, for all of them; the others' texts are ignored.
 
         Raises:
             NoAnswer: if it does not come within `timeout` seconds.
@@ -197,12 +197,12 @@ class Processes:
         return text
 
     def first_failure(self, name: str, failure: str | None, timeout: float) -> str | None:
-        """What one of the processes has to complain of, the same for all of them; None if none has."""
+        """The failure of the first process that has one, the same for all of them; None if none failed."""
         failures = [text for text in self.gather(f"{name}/failures", failure or "", timeout) if text]
         return self.broadcast(f"{name}/failure", failures[0] if failures else "", timeout) or None
 
     def on_process_zero(self, name: str, work: Callable[[], None]) -> None:
-        """Have process zero do some work; an `InputError` of it is raised in all processes."""
+        """Have process zero do some work; its `InputError` is raised in all processes."""
         raised = None
         if self.is_first:
             try:
@@ -213,18 +213,18 @@ class Processes:
             raise raised or InputError(failure)
 
     def forget(self, name: str) -> None:
-        """Free the memory of all messages under a name; by the first process, when all have read them."""
+        """Free the memory of all messages under a name, in the first process; all must have read them."""
         if self.is_first and self.count > 1:
             _client().key_value_delete(f"sophia_levanter/{name}/")
 
     def _send(self, name: str, text: str) -> None:
-        # The service takes no empty text.
+        # The service does not accept empty texts.
         _client().key_value_set(f"sophia_levanter/{name}", f"={text}")
 
     def _receive(self, name: str, process: int, timeout: float) -> str:
         try:
             return _client().blocking_key_value_get(f"sophia_levanter/{name}", int(timeout * 1000))[1:]
-        except Exception as error:  # jaxlib's own, of several kinds
+        except Exception as error:  # jaxlib raises several kinds
             what = "DEADLINE_EXCEEDED" in str(error) and f"did not answer within {timeout:.0f} s"
             raise NoAnswer(f"process {process} {what or f'is gone: {str(error).splitlines()[0]}'}") from error
 
