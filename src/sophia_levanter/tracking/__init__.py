@@ -1,1 +1,1 @@
-"""Where the numbers of a run go."""
+"""The outputs for a run's numbers: console, JSON lines, wandb and TensorBoard."""

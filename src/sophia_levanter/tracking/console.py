@@ -1,4 +1,4 @@
-"""What a person watching a run sees."""
+"""The console output of a run."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from rich.text import Text
 from sophia_levanter.errors import one_line
 from sophia_levanter.status import report_resumed, report_step
 
-# Columns of a terminal from which on there is room for a bar, and for the time that has passed; and of these two.
+# Columns that a terminal needs to show a bar or the elapsed time, and the columns of each.
 WIDTH_FOR_BAR, BAR_WIDTH = 120, 20
 WIDTH_FOR_ELAPSED, ELAPSED_WIDTH = 70, 9
 SMOOTHING = 0.95
-LONGEST_SILENCE = 10.0  # seconds from one plain line to another, as long as steps end
+LONGEST_SILENCE = 10.0  # seconds between plain lines, as long as steps end
 
 
 class StepNumbers:
-    """The numbers of a run's last step as they are shown, with those that need the steps before it.
+    """The shown numbers of a run's last step, with two that need earlier steps.
 
-    Those are the smoothed loss, an exponential mean of this process's finite losses without a bias towards its start,
-    and the win rate, which is that of the last refresh.
+    These are the smoothed loss, a bias-corrected exponential mean of this process's finite losses, and the win rate of
+    the last refresh.
     """
 
     def __init__(self) -> None:
@@ -53,14 +53,14 @@ class StepNumbers:
 
     @property
     def smoothed_loss(self) -> float:
-        """Nats per token; not a number before the first finite loss."""
+        """The smoothed loss in nats per token; nan before the first finite loss."""
         return self._sum / self._weight if self._weight else math.nan
 
     def __str__(self) -> str:
         return "  ".join(self._shown.values())
 
     def within(self, width: int) -> str:
-        """As many of them as fit in a line of so many columns, the loss before all others."""
+        """As many numbers as fit in `width` columns; the loss is always shown."""
         kept = dict(self._shown)
         for name in ("mfu", "win rate", "rate", "smoothed"):
             if len("  ".join(kept.values())) > width:
@@ -69,7 +69,7 @@ class StepNumbers:
 
 
 class _SurvivingConsole(RichConsole):
-    """A console whose reader may leave (`| head`): the run goes on, in silence."""
+    """A console whose reader may close the pipe (`| head`): the run continues silently."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -77,12 +77,12 @@ class _SurvivingConsole(RichConsole):
 
 
 class Console:
-    """A progress bar and tables in a terminal, plain lines elsewhere. No text is read as markup.
+    """A progress bar and tables in a terminal, plain lines elsewhere. Text is never parsed as markup.
 
     Args:
-        log_every: steps between two plain lines; a step that ends ten seconds after the last line has one too.
+        log_every: steps between two plain lines; a step that ends ten seconds after the last line also prints one.
         rich_console: where to print; standard output if not given.
-        quiet: print notices alone.
+        quiet: print only notices.
         silent: print nothing.
     """
 
@@ -109,16 +109,16 @@ class Console:
             self.notice(text)
 
     def notice(self, text: str) -> None:
-        """Print a line that one who asked for quiet wants to see too: a warning, or what came of the run."""
+        """Print a line also if `quiet`: a warning, or the result of the run."""
         self._print(one_line(text))
 
     def paragraph(self, text: str) -> None:
-        """Print text of several lines that holds nothing which a terminal obeys."""
+        """Print text of several lines that contains no control characters for a terminal."""
         if not self._quiet:
             self._print(text)
 
     def _print(self, text: str) -> None:
-        # A caller's standard output may lack a character; a command's has been told to replace it.
+        # The encoding of a caller's standard output may lack a character; commands set theirs to replace it.
         text = text.encode(self._console.encoding, "replace").decode(self._console.encoding)
         self._console.print(text, markup=False, emoji=False, highlight=False)
 
@@ -127,7 +127,7 @@ class Console:
 
         Args:
             rows: name and text of each.
-            notices: names of rows that are printed, as lines, to one who asked for quiet.
+            notices: names of rows that are printed as lines also if `quiet`.
         """
         if not rows:
             return
@@ -141,7 +141,7 @@ class Console:
             (self.notice if name in notices else self.line)(f"{name}: {text}")
 
     def start(self, completed: int, total: int) -> None:
-        """Begin to show progress."""
+        """Start showing progress."""
         self._total, self._last_line = total, time.monotonic()
         if not self._console.is_terminal or self._quiet:
             return
@@ -158,7 +158,7 @@ class Console:
         self._progress.start()
 
     def resumed(self, step: int, run_dir: Path) -> None:
-        """Print which step of a run it goes on from."""
+        """Print the step that the run resumes after."""
         self.line(f"resuming after step {step} of {run_dir}")
         report_resumed(step)
 
@@ -179,7 +179,7 @@ class Console:
 
     @property
     def smoothed_loss(self) -> float:
-        """As shown at the last step, nats per token."""
+        """The smoothed loss of the last step, in nats per token."""
         return self._numbers.smoothed_loss
 
     def stop(self) -> None:
@@ -189,7 +189,7 @@ class Console:
             self._progress = None
 
     def _room_for_numbers(self, left: str) -> int:
-        """Columns beside the other parts of the bar, with a blank between two of them."""
+        """The columns that the other parts of the bar leave, with a blank between two parts."""
         width = self._console.width
         others = [2 * len(str(self._total)) + 1, len(left)]
         others += [BAR_WIDTH] if width >= WIDTH_FOR_BAR else []
@@ -205,7 +205,7 @@ def show_duration(seconds: float) -> str:
 
 
 def show_age(saved_at: float) -> str:
-    """How long ago a time was, given in seconds since 1970, for people."""
+    """The age of a time in seconds since 1970, for people: `2 hours ago`."""
     seconds = max(0, int(time.time() - saved_at))
     for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= size:

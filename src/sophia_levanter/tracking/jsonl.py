@@ -14,17 +14,17 @@ from sophia_levanter.files import open_regular, write_atomically
 
 MOST_LINE_BYTES = 1 << 24  # statistics of the arrays of 144 layers take 1.2 MB
 MOST_STEPS = 2**31
-LARGEST = 1e100  # far above what float32 holds; pictures cannot show much more
+LARGEST = 1e100  # far above the range of float32; plots cannot show much more
 
 
 class JsonLines:
-    """Appends one JSON object a step to a file; a resumed run goes on where its checkpoint is.
+    """Appends one JSON object per step to a file; a resumed run continues at its checkpoint.
 
-    Non-finite numbers are written as null, since JSON has none.
+    Non-finite numbers, which JSON lacks, are written as null.
 
     Args:
-        path: the file; made if it is not there.
-        first_step: lines of this step and later ones, left by a run that died after its last checkpoint, are dropped.
+        path: the file; made if it does not exist.
+        first_step: lines from this step on, left by a run that died after its last checkpoint, are dropped.
     """
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
@@ -38,7 +38,7 @@ class JsonLines:
         """Write the metrics of a step.
 
         Raises:
-            OSError: if they cannot be written, or the file was removed or renamed: nobody would find them.
+            OSError: if they cannot be written, or the file was removed or renamed.
         """
         self._check_that_it_is_there()
         record = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
@@ -61,12 +61,12 @@ class JsonLines:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects in a file that `JsonLines` wrote, numbers that are not finite as None.
+    """The objects in a file that `JsonLines` wrote, with None for non-finite numbers.
 
-    A last line that is cut short, as a kill leaves it, is left out.
+    A last line that a kill cut short is omitted.
 
     Raises:
-        InputError: if another line is damaged.
+        InputError: if any other line is damaged.
         OSError: if the file cannot be read.
     """
     for number, line in enumerate(lines_of(path), start=1):
@@ -82,7 +82,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def lines_of(path: Path) -> Iterator[bytes]:
-    """The lines of a regular file with their ends; one that is too long for a step's comes in pieces.
+    """The lines of a regular file with their line ends; lines of more than 16 MiB are split.
 
     Raises:
         OSError: if the file cannot be read.
@@ -92,7 +92,7 @@ def lines_of(path: Path) -> Iterator[bytes]:
 
 
 def _record_of(line: bytes) -> dict[str, Any]:
-    """The object in a line. Raises `ValueError` if it is not one with a step and numbers."""
+    """The object in a line. Raises `ValueError` if it is not an object with a step and numbers."""
     try:
         record = json.loads(line)
         if type(record["step"]) is not int or not 0 <= record["step"] < MOST_STEPS:
@@ -106,7 +106,7 @@ def _record_of(line: bytes) -> dict[str, Any]:
 
 
 def _step_of(line: bytes) -> float:
-    """The line's step; a line that a kill cut short is as good as from the future."""
+    """The line's step; infinite for a line that cannot be read, such as one that a kill cut short."""
     try:
         return _record_of(line)["step"]
     except ValueError:

@@ -14,18 +14,18 @@ FLUSH_SECONDS = 5.0
 
 
 class TensorBoard:
-    """Writes scalars into an event file of its own, which TensorBoard shows with the others in the directory.
+    """Writes scalars into a new event file, which TensorBoard shows with the others in the directory.
 
-    Not by tensorboardX's SummaryWriter, in whose own thread and queue a full disk would show too late.
+    tensorboardX's SummaryWriter is not used, since its own thread and queue would report a full disk too late.
 
     Args:
-        directory: of the event files.
-        first_step: TensorBoard forgets this step and later ones of older files, left by a run that died.
+        directory: the directory of the event files.
+        first_step: TensorBoard drops this step and later ones from older files, left by a run that died.
     """
 
     def __init__(self, directory: Path, first_step: int) -> None:
         directory.mkdir(exist_ok=True)
-        # Names have seconds, in which a run may begin anew.
+        # tensorboardX's names have seconds only, and a run may restart within a second.
         self._events = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
         self._flushed = time.monotonic()
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))

@@ -1,4 +1,4 @@
-"""What takes the numbers of a run: metrics.jsonl, and optional trackers that cannot stop it."""
+"""Trackers of a run's numbers: metrics.jsonl, and optional trackers whose failure does not stop the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
 
-# Records that wait for a tracker that is slow, such as one that looks for its server.
+# Records that may wait for a slow tracker, such as one that connects to its server.
 LONGEST_QUEUE = 10_000
 CLOSE_SECONDS = 90.0
 # Metrics that the Sophia authors' scripts log under other names.
@@ -31,14 +31,14 @@ _SAME = {
 
 
 class Trackers:
-    """metrics.jsonl, whose failure is the run's, and others, whose failures are not.
+    """metrics.jsonl, whose failure ends the run, and the optional trackers, whose failures do not.
 
     Args:
-        lines: metrics.jsonl; None where another process writes it, which then has the other trackers too.
-        optional: the rest, which outlive this.
+        lines: metrics.jsonl; None in all processes but the first, which also has the optional trackers.
+        optional: the optional trackers, which live longer than this object.
 
     Attributes:
-        last: the last value of each metric; statistics of arrays, which may be thousands, are left out.
+        last: the last value of each metric, without the statistics of arrays, which may be thousands.
     """
 
     def __init__(self, lines: JsonLines | None, optional: OptionalTrackers) -> None:
@@ -47,7 +47,7 @@ class Trackers:
         self.last: dict[str, float] = {}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand a step's metrics to all of them."""
+        """Log a step's metrics to all trackers."""
         self.last |= {name: value for name, value in metrics.items() if not name.startswith(f"{STATISTICS}/")}
         if self._lines is not None:
             self._lines.log(step, metrics)
@@ -59,17 +59,17 @@ class Trackers:
             self._lines.sync()
 
     def close(self) -> None:
-        """End metrics.jsonl."""
+        """Close metrics.jsonl."""
         if self._lines is not None:
             self._lines.close()
 
 
 class OptionalTrackers:
-    """The trackers besides metrics.jsonl, from a run's start to its end, whatever checkpoints it goes back to.
+    """The trackers besides metrics.jsonl, from a run's start to its end, even if it goes back to a checkpoint.
 
     Args:
-        trackers: get each step's metrics under the Sophia authors' names as well.
-        max_grad_norm: that gradients are clipped to; None for no clipping.
+        trackers: the trackers, which also get each step's metrics under the Sophia authors' names.
+        max_grad_norm: the norm that gradients are clipped to; None for no clipping.
     """
 
     def __init__(self, trackers: Sequence[Background] = (), *, max_grad_norm: float | None = None) -> None:
@@ -77,13 +77,13 @@ class OptionalTrackers:
         self._authors = AuthorsMetrics(max_grad_norm)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand a step's metrics to all of them."""
+        """Log a step's metrics to all trackers."""
         both = {**metrics, **self._authors.of(step, metrics)}
         for tracker in self._trackers:
             tracker.log(step, both)
 
     def close(self, *, failed: bool, seconds: float = CLOSE_SECONDS) -> None:
-        """Let each of them end, for so many seconds at most."""
+        """Close all trackers, waiting at most `seconds` for each."""
         for tracker in self._trackers:
             tracker.close(failed=failed, seconds=seconds)
 
@@ -101,13 +101,13 @@ def start_optional(
     """The trackers besides metrics.jsonl that a configuration asks for.
 
     Args:
-        config: says which.
-        directory: of the run.
-        run_id: of the run.
-        first_step: that will be logged.
+        config: selects the trackers.
+        directory: the run directory.
+        run_id: the run's id.
+        first_step: the first step that will be logged.
         facts: the configuration to show, nested.
-        max_grad_norm: that gradients are clipped to; None for no clipping.
-        console: says where the numbers are to be seen, and what is wrong with a tracker.
+        max_grad_norm: the norm that gradients are clipped to; None for no clipping.
+        console: prints where the numbers are shown, and warnings of trackers.
     """
 
     def say(text: str) -> None:
@@ -136,19 +136,19 @@ def start_optional(
 
 
 def _without_secrets(text: str) -> str:
-    """The text without wandb's key, should a message of wandb's have it."""
+    """The text without wandb's key, which a message of wandb may contain."""
     key = os.environ.get("WANDB_API_KEY")
     return text.replace(key, "***") if key else text
 
 
 class Tracker(Protocol):
-    """A place that the numbers of a run's steps go to."""
+    """A destination for the numbers of a run's steps."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take a step's metrics, by their names in metrics.jsonl; a step may come in several parts."""
+        """Log a step's metrics, by their names in metrics.jsonl; a step may be logged in several parts."""
 
     def close(self, *, failed: bool) -> None:
-        """Return when all that was logged is where it belongs.
+        """Return when all metrics have reached their destination.
 
         Args:
             failed: whether the run ends with an error.
@@ -156,10 +156,10 @@ class Tracker(Protocol):
 
 
 class AuthorsMetrics:
-    """A run's metrics by the authors' names, beside `train/loss`, which is theirs and ours.
+    """A run's metrics under the Sophia authors' names; `train/loss` has the same name there and here.
 
     Args:
-        max_grad_norm: that gradients are clipped to; None for no clipping.
+        max_grad_norm: the norm that gradients are clipped to; None for no clipping.
     """
 
     def __init__(self, max_grad_norm: float | None) -> None:
@@ -168,7 +168,7 @@ class AuthorsMetrics:
         self._clipped_steps = 0
 
     def of(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Those that the step's metrics give; `train/clip_rate` is over the steps of this process."""
+        """The authors' metrics of a step; `train/clip_rate` is over the steps of this process."""
         named = {"iter": float(step)} | {theirs: metrics[ours] for ours, theirs in _SAME.items() if ours in metrics}
         if "train/mfu" in metrics:
             named["mfu"] = 100 * metrics["train/mfu"]
@@ -180,15 +180,14 @@ class AuthorsMetrics:
 
 
 class Background:
-    """A tracker in a thread of its own, which a run neither waits for nor fails with.
+    """A tracker in a background thread, which neither delays a run nor ends it.
 
-    Whatever goes wrong with it, at its start, in a step or at the end, gives one warning, and the tracker is left out
-    from then on.
+    Its first error, at its start, in a step or at its end, prints one warning, and the run continues without it.
 
     Args:
-        name: of the tracker, for messages.
-        start: makes it; called in the thread.
-        warn: is told what went wrong.
+        name: the tracker's name, for messages.
+        start: makes the tracker; called in the thread.
+        warn: prints a warning.
     """
 
     def __init__(self, name: str, start: Callable[[], Tracker], warn: Callable[[str], None]) -> None:
@@ -202,7 +201,7 @@ class Background:
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand over a step's metrics; never waits."""
+        """Queue a step's metrics without waiting."""
         if self._left_out.is_set():
             return
         try:
@@ -211,7 +210,7 @@ class Background:
             self._leave_out(f"cannot keep up: {LONGEST_QUEUE:,} records are waiting")
 
     def close(self, *, failed: bool, seconds: float = CLOSE_SECONDS) -> None:
-        """Let the tracker end, for so many seconds at most."""
+        """Close the tracker, waiting at most `seconds`."""
         if self._left_out.is_set():
             return
         try:

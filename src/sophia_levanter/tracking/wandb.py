@@ -1,4 +1,4 @@
-"""Metrics as a run of Weights & Biases."""
+"""Metrics in a Weights & Biases run."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ FINISH_SECONDS = 60
 
 
 class Wandb:
-    """A run there that goes on where one with its id left off; offline where the server cannot be reached.
+    """A wandb run that continues the one with the same id, offline if the server cannot be reached.
 
-    wandb's own steps only go up, and a run that goes back to a checkpoint does not: the metrics' x axis is `step`, a
-    metric of our own, and steps done twice are there twice.
+    wandb's own steps only increase, but a run may go back to a checkpoint. So the metrics' x axis is our own metric
+    `step`, and repeated steps appear twice.
 
     Args:
-        config: mode, project and names; without a name the directory's is taken.
-        directory: of the run; wandb's files go into `wandb` there.
-        run_id: of the run, the same after every resume.
-        facts: what wandb is to show as the run's configuration, nested.
-        say: gets the line that says where the run is.
-        warn: gets the line that says why it is offline.
+        config: mode, project and names; the default name is the directory's.
+        directory: the run directory; wandb's files go into its subfolder `wandb`.
+        run_id: the run's id, the same after every resume.
+        facts: the run's configuration to show, nested.
+        say: prints where the run is.
+        warn: prints why the run is offline.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Wandb:
     ) -> None:
 
         def start(mode: Any) -> wandb.Run:
-            # Before a first line of wandb's own, and before it asks a terminal for a key.
+            # Call it first, so that wandb prints no lines and does not ask a terminal for a key.
             wandb.setup(wandb.Settings(silent=True, console="off"))
             return wandb.init(
                 mode=mode,
@@ -56,7 +56,7 @@ class Wandb:
                     init_timeout=INIT_SECONDS,
                     finish_timeout=FINISH_SECONDS,
                     finish_timeout_raises=True,
-                    # It would note the repository's URL, in which there may be a token; the commit is in the facts.
+                    # wandb would save the repository's URL, which may contain a token; `facts` has the commit.
                     disable_git=True,
                 ),
             )
@@ -66,7 +66,7 @@ class Wandb:
         except Exception as error:
             if config.wandb == "offline":
                 raise
-            # wandb's service has the run's id in use still.
+            # wandb's service still has the run's id in use.
             wandb.teardown()
             self._run = start("offline")
             reason = " ".join(str(error).split()).rstrip(".")
@@ -93,12 +93,12 @@ class Wandb:
                 f"with: {self._upload}"
             ) from None
         finally:
-            # What finish leaves to the end of the process: files are whole only now.
+            # Files are complete only after teardown, which wandb would otherwise do at the end of the process.
             wandb.teardown()
 
 
 def _with_histograms(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The metrics, with a histogram of each kind of statistic in place of its values for all arrays and layers."""
+    """The metrics, with a histogram of each kind of statistic in place of the values of all arrays and layers."""
     found: dict[str, Any] = {}
     kinds: dict[str, list[float]] = defaultdict(list)
     for name, value in metrics.items():
