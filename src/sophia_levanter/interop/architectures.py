@@ -1,4 +1,4 @@
-"""The models that are exchanged with transformers: the names of their weights, and the fields of config.json."""
+"""Models exchanged with transformers: the names of their weights, and the fields of config.json."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
 
 
 class WeightsError(InputError):
-    """Something is wrong with a file of weights, whose name the message begins with."""
+    """A file of weights is wrong; the message starts with its name."""
 
 
 def input_error(file: Path, text: str) -> WeightsError:
-    """What is wrong with a file."""
+    """A `WeightsError` about a file."""
     return WeightsError(f"{file}: {text}")
 
 
 def shown(name: str, longest: int = _LONGEST_NAME) -> str:
-    """A text from a file as a terminal can show it: control characters escaped, shortened."""
+    """A text from a file for a terminal, with control characters escaped, shortened."""
     return shortened(one_line(name), longest)
 
 
@@ -44,10 +44,10 @@ class Description:
     values: Mapping[str, Any]
 
     def value(self, name: str, kind: Any, default: Any = None) -> Any:
-        """A field, which must be of a kind; a number must be above 0.
+        """A field of type `kind`; a number must be above 0.
 
         Raises:
-            InputError: if it is something else.
+            InputError: if it has a different type, or is not above 0.
         """
         value: Any = self.values.get(name, default)
         if kind is float and type(value) is int:
@@ -67,7 +67,7 @@ class Description:
             raise self.error(name, reason)
 
     def error(self, name: str, text: str, value: Any = None) -> WeightsError:
-        """What is wrong with a field."""
+        """A `WeightsError` about a field."""
         value = self.values.get(name) if value is None else value
         as_written = str(value).lower() if isinstance(value, bool) else shown(repr(value))
         return input_error(self.file, f"{name} is {as_written}; {text}")
@@ -77,13 +77,13 @@ class Architecture(abc.ABC):
     """One kind of model: its names and its `config.json` in transformers.
 
     Attributes:
-        model_types: that `config.json` has for it.
-        config_class: the settings of such a model here.
-        prefix: of every weight's name except `lm_head.weight`.
-        layers: the name before a layer's number, which is `blocks` here.
-        layout: of matrices: `conv1d` for [in, out], `linear` for torch.nn.Linear's [out, in].
+        model_types: its values of `model_type` in `config.json`.
+        config_class: the class of its settings in this package.
+        prefix: the prefix of every weight's name except `lm_head.weight`.
+        layers: the name before a layer's number, which is `blocks` in this package.
+        layout: the layout of matrices: `conv1d` for [in, out], `linear` for torch.nn.Linear's [out, in].
         embedding: the name of the token embedding, without the prefix.
-        always_has_biases: whether transformers' model has biases even where the model here has none.
+        always_has_biases: whether transformers' model has biases even if this package's model has none.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -96,21 +96,21 @@ class Architecture(abc.ABC):
 
     @property
     def title(self) -> str:
-        """What people call such a model."""
+        """The model's name for people."""
         return self.config_class.title
 
     @abc.abstractmethod
     def fields(self, given: Description) -> dict[str, Any]:
-        """The settings with which a model here computes what the described one does; `use_bias` is left out.
+        """The settings with which this package's model computes the same as the described one, without `use_bias`.
 
         Raises:
-            InputError: if the described model computes what this one cannot; names the field.
+            InputError: if this package's model cannot compute the same; names the field.
         """
 
     @abc.abstractmethod
     def sizes(self, given: Description) -> dict[str, int]:
-        """The number of layers, embedding rows, embedding columns and learned positions, keyed by field name, in this
-        order. What `config.json` leaves out has transformers' default.
+        """The number of layers, embedding rows, embedding columns and learned positions, by field name and in this
+        order. Fields that `config.json` lacks have transformers' defaults.
         """
 
     @abc.abstractmethod
@@ -123,14 +123,14 @@ class Architecture(abc.ABC):
 
     @abc.abstractmethod
     def seq_len(self, given: Description) -> int:
-        """The longest context that the described model was made for."""
+        """The longest context of the described model."""
 
 
 class Gpt2Architecture(Architecture):
     """GPT2LMHeadModel, and nanoGPT's GPT.
 
     Attributes:
-        positions: what the number of positions is called.
+        positions: the name of the field with the number of positions.
     """
 
     model_types = ("gpt2",)
@@ -190,7 +190,7 @@ class Gpt2Architecture(Architecture):
         }
 
     def complete(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The weights with zeros for the biases that they lack, as transformers' GPT-2 always has them."""
+        """The weights, with zeros for missing biases, since transformers' GPT-2 always has biases."""
         biases = {
             name.removesuffix("weight") + "bias": np.zeros(array.shape[-1:], array.dtype)
             for name, array in arrays.items()
@@ -235,7 +235,7 @@ class LlamaArchitecture(Architecture):
         given.require("partial_rotary_factor", 1.0, "this model rotates whole heads")
         sizes = self.sizes(given)
         width, heads = sizes["hidden_size"], given.value("num_attention_heads", int, 32)
-        # What Qwen3's config.json leaves out; null means what Llama's default means.
+        # Defaults for fields that Qwen3's config.json lacks; null has the same meaning as Llama's default.
         kv_heads = 32 if qwen and "num_key_value_heads" not in given.values else heads
         head_size = 128 if qwen and "head_dim" not in given.values else width // heads
         return {
@@ -303,10 +303,10 @@ def architecture_of_type(file: Path, model_type: Any) -> Architecture:
 
 
 def architecture_of(config: ModelConfig) -> Architecture:
-    """The architecture of a model here.
+    """The architecture of this package's model.
 
     Raises:
-        InputError: if transformers has none for it.
+        InputError: if transformers has no such model.
     """
     for architecture in ARCHITECTURES:
         if type(config) is architecture.config_class:

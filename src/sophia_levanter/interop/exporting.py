@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) -> None:
-    """Write a model and its tokenizer as transformers' `save_pretrained` does, and what they are called here.
+    """Write a model and its tokenizer as transformers' `save_pretrained` does, with this package's own settings.
 
     Args:
         loaded: the model.
-        folder: where to; it is there when all of it is.
-        dtype: of the weights, `float32`, `bfloat16` or `float16`; as they are if not given.
+        folder: the target folder, which appears when it is complete.
+        dtype: dtype of the weights, `float32`, `bfloat16` or `float16`; unchanged if not given.
 
     Raises:
         InputError: if the folder holds files or cannot be made, or the dtype cannot hold the weights.
@@ -67,7 +67,7 @@ def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) ->
         if has_own_file:
             save_bpe(partial / TOKENIZER_FILE, ranks_of(tokenizer))
         _save(partial / "model.safetensors", arrays)
-        # safetensors makes a file for its owner alone.
+        # safetensors makes a file that only its owner can read.
         shutil.copymode(partial / "config.json", partial / "model.safetensors")
 
 
@@ -75,7 +75,7 @@ def check_new_folder(folder: Path) -> None:
     """Refuse to export over files.
 
     Raises:
-        InputError: if there is something other than an empty folder.
+        InputError: if the path exists and is not an empty folder.
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} already holds files; name an empty or a new folder")
@@ -106,7 +106,7 @@ def _save(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which then takes the place of `folder`; nothing is left of it after an error."""
+    """A temporary folder to write in, which is renamed to `folder` at the end, or removed after an error."""
     check_new_folder(folder)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""Weights from files as a model that a run can start from."""
+"""Weights from files, as a model that a run can start from."""
 
 from __future__ import annotations
 
@@ -31,25 +31,26 @@ def read_pretrained(
 ) -> Transformer:
     """A model with the weights of a file, in this host's memory.
 
-    A vocabulary that is padded to a multiple of 128, as nanoGPT's is, loses its padding. Other rows beyond the
-    tokenizer's, such as an added padding token's, are kept and never predicted: `vocab_rows` of the result's `config`
-    counts them. Where the model has no biases, those that transformers saved, which always has some, must be 0.
+    The padding of a vocabulary that is padded to a multiple of 128, as nanoGPT's is, is dropped. Other rows beyond the
+    tokenizer's, such as an added padding token's, are kept and never predicted; `vocab_rows` of the result's `config`
+    counts them. If the model has no biases, the biases that transformers always saves must be 0.
 
     Args:
         path: a folder with `config.json` and `model.safetensors` or its shards, as transformers saves them; or the
             `ckpt.pt` of nanoGPT or the Sophia authors.
         config: the model's shape, which must be the file's.
         tokenizer: the tokenizer's name, for messages.
-        fingerprint: of the tokenizer, which must be the file's where that tells.
+        fingerprint: the tokenizer's fingerprint, which must be the file's if the file contains one.
         vocab_size: the number of its tokens.
-        dtype: of the parameters.
-        report: takes a line of news for the user.
+        dtype: dtype of the parameters.
+        report: prints a line for the user.
 
     Returns:
         The model with numpy arrays for leaves.
 
     Raises:
-        InputError: if the file cannot be read, is of another model or vocabulary, or holds numbers that are not finite.
+        InputError: if the file cannot be read, does not fit the model or tokenizer, or holds numbers that are not
+            finite.
     """
     saved = open_model(Path(path))
     if not isinstance(config, saved.architecture.config_class):
@@ -81,7 +82,7 @@ def read_pretrained(
 
 
 def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer with other ids than the `vocab.json` or `tokenizer.json` in a folder saved by transformers.
+    """Refuse a tokenizer whose ids differ from `vocab.json` or `tokenizer.json` in a folder saved by transformers.
 
     Raises:
         InputError: names the first token that differs.
@@ -99,7 +100,7 @@ def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
             )
         byte_of = bytes_of_characters()
         for text, token in sorted(vocab.items(), key=lambda item: item[1]):
-            # Added tokens lie beyond the tokenizer's.
+            # Added tokens have ids beyond the tokenizer's.
             if 0 <= token < tokenizer.vocab_size and tokenizer.special_tokens.get(text) != token:
                 ours = tokenizer.token_bytes[token]
                 if bytes(byte_of.get(character, 0) for character in text) != ours:
@@ -114,7 +115,7 @@ def _check_fields(saved: SavedModel, config: ModelConfig) -> None:
     config = config.explicit()
     wrong = {name: value for name, value in saved.fields.items() if getattr(config, name) != value}
     if not wrong or (set(wrong) == {"use_bias"} and saved.architecture.layout == "conv1d"):
-        return  # whether biases of transformers' layout are any shows when they are read
+        return  # whether transformers' biases are all 0 is checked when they are read
     name, value = next(iter(wrong.items()))
     options = " ".join(f"--model.{name} {_shown(value)}" for name, value in wrong.items())
     ours = _shown(getattr(config, name))
@@ -134,7 +135,7 @@ def _without_biases(saved: SavedModel, arrays: Mapping[str, np.ndarray]) -> dict
 def _with_rows(
     saved: SavedModel, config: TransformerConfig, tokenizer: str, fingerprint: str, vocab_size: int
 ) -> TransformerConfig:
-    """The configuration with the file's rows beyond the tokenizer's tokens that are no padding of ours."""
+    """The configuration with `vocab_rows`, if the file has rows beyond the tokenizer's that are not our padding."""
     if saved.tokenizer_fingerprint not in (None, fingerprint):
         raise InputError(
             f"data.tokenizer {tokenizer} is not the one that {saved.file} was trained with; "
@@ -150,7 +151,7 @@ def _with_rows(
     if rows in (vocab_size, pad_vocab(vocab_size)):
         return config
     known = {size: name for name, size in reversed(VOCAB_SIZES.items())} | {pad_vocab(50257): "gpt2"}
-    # So many more are another vocabulary's, rather than added tokens and padding.
+    # A larger difference means a different vocabulary, not added tokens and padding.
     if vocab_size < rows < vocab_size + max(VOCAB_MULTIPLE, vocab_size // 20) and rows not in known:
         return dataclasses.replace(config, vocab_rows=rows)
     keep = f", or --model.vocab_rows {rows} to keep {rows - vocab_size} rows that are never predicted"

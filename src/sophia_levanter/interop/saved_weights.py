@@ -1,7 +1,7 @@
 """Models in files, described before they are read: folders saved by transformers, checkpoints of nanoGPT and of the
 Sophia authors.
 
-Nothing that a file holds is ever run: safetensors has arrays only, and torch loads tensors and plain values only.
+Code in a file is never run: safetensors holds only arrays, and torch loads only tensors and plain values.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from sophia_levanter.interop.state_dict import BUFFERS, HEAD, plain_names
 _FLOATS = ("F16", "BF16", "F32", "F64")
 # nanoGPT's epsilon is in its code, not in its checkpoints.
 _NANOGPT_EPSILON = 1e-5
-# What an exported folder has of its own: a field of config.json, and a tokenizer that has no name elsewhere.
+# This package's additions to an exported folder: a field of config.json, and a trained tokenizer's file.
 OWN_FIELD = "sophia_levanter"
 TOKENIZER_FILE = f"tokenizer{TRAINED_TOKENIZER}"
-_SCALED = "scale_attn_by_inverse_layer_idx"  # of the Sophia authors alone
+_SCALED = "scale_attn_by_inverse_layer_idx"  # only in the Sophia authors' checkpoints
 _NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 
 
@@ -46,13 +46,13 @@ class SavedModel:
 
     Attributes:
         file: the file or folder.
-        architecture: what kind of model it is.
-        fields: what the settings of `architecture.config_class` must be for it.
-        seq_len: the longest context that it was made for.
+        architecture: the kind of model.
+        fields: the settings of `architecture.config_class` that the model needs.
+        seq_len: the model's longest context.
         vocab_size: rows of its token embedding.
-        arrays: its (name, array), by `plain_names`; each is read when its turn comes.
-        tokenizer: what `data.tokenizer` was for it, where the file tells.
-        tokenizer_fingerprint: of that tokenizer.
+        arrays: its (name, array), with names from `plain_names`; each array is read when it is iterated.
+        tokenizer: the `data.tokenizer` that it was trained with, or None if the file does not contain it.
+        tokenizer_fingerprint: that tokenizer's fingerprint, or None.
     """
 
     file: Path
@@ -69,7 +69,8 @@ def open_model(path: Path) -> SavedModel:
     """The model in a folder saved by transformers, or in a `ckpt.pt` of nanoGPT or the Sophia authors.
 
     Raises:
-        InputError: if there is none, or no model here computes the same; from `arrays` if one cannot be read.
+        InputError: if the path has no model, or this package cannot compute the same; from `arrays`, if one of them
+            cannot be read.
     """
     if os.path.isdir(path):
         return _huggingface(path)
@@ -90,14 +91,14 @@ def _first_line(error: Exception) -> str:
 def _weights(
     file: Path, shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, given: Description, source: str
 ) -> dict[str, str]:
-    """`plain_names` of arrays, whose sizes must be the described ones: a model of another size is never built.
+    """`plain_names` of arrays; an error unless the description gives their sizes, before a model of that size is built.
 
     Args:
-        file: that holds them, for messages.
-        shapes: by the name in the file.
-        architecture: whose weights they are.
+        file: the file that holds them, for messages.
+        shapes: the arrays' shapes by their names in the file.
+        architecture: the weights' architecture.
         given: the description.
-        source: what people call the description.
+        source: the description's name, for messages.
     """
     try:
         names = plain_names(shapes)
@@ -107,7 +108,7 @@ def _weights(
     if embedding is None:
         raise input_error(file, f"{architecture.embedding} is missing: this is not a {architecture.title} state dict")
     layers = {found[1] for name in names if (found := re.match(rf"{architecture.layers}\.(\d+)\.", name))}
-    # An array without these axes is refused by its shape, with the others.
+    # An array without these axes is refused later, by its shape.
     sizes = [len(layers), *(shapes[embedding] + (None, None))[:2], *shapes.get(names.get("wpe.weight", ""), ())[:1]]
     wrong = [
         f"{name} is {value}, and the weights have {size}"
@@ -137,7 +138,7 @@ def _huggingface(folder: Path) -> SavedModel:
         return ((plain, arrays[name].read()) for plain, name in names.items() if plain.endswith(suffix))
 
     if architecture.always_has_biases:
-        # transformers' GPT-2 always has biases. Those of a model without are 0, until it is trained on elsewhere.
+        # transformers' GPT-2 always has biases. They are 0 for a model without, unless transformers trained it further.
         fields["use_bias"] = own["use_bias"] or any(array.any() for _, array in read(".bias"))
     return SavedModel(
         file=folder,
@@ -152,13 +153,13 @@ def _huggingface(folder: Path) -> SavedModel:
 
 
 def _own_values(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What this package's export says of the model, in whatever folder."""
+    """The fields that this package's export adds, or their defaults."""
     own = values.get(OWN_FIELD, {})
     kinds = {"use_bias": (bool, True), "tokenizer": (str, None), "tokenizer_fingerprint": (str, None)}
     if (
         not isinstance(own, dict)
         or any(name in own and type(own[name]) is not kinds[name][0] for name in kinds)
-        # A file of its own is in the folder; no other is read.
+        # A trained tokenizer's file must be the one in the folder.
         or (own.get("tokenizer", "").endswith(TRAINED_TOKENIZER) and own["tokenizer"] != TOKENIZER_FILE)
     ):
         raise input_error(file, f"{OWN_FIELD} is not what an export writes; take it out, and name --data.tokenizer")
@@ -166,7 +167,7 @@ def _own_values(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; `WeightsError` if there is none."""
+    """The object in a JSON file; raises `WeightsError` if it holds none."""
     try:
         values = json.loads(read_regular(file))
     except NotRegular as error:
@@ -253,14 +254,14 @@ def _nanogpt(file: Path) -> SavedModel:
         raise input_error(
             file, "is not a checkpoint of nanoGPT or the Sophia authors, a dict with model and model_args"
         )
-    # Forks of nanoGPT say here that they compute something else.
+    # Forks of nanoGPT name here what they compute differently.
     known = (*_NANOGPT_ARGS, _SCALED)
     for name, value in values.items():
         if name not in known and value is not None and value is not False:
             raise input_error(
                 file, f"model_args has {shown(str(name))} {shown(repr(value))}, which this model does not have"
             )
-    # Nothing has a default here; the epsilon is in nanoGPT's code.
+    # These fields have no defaults; the epsilon is in nanoGPT's code.
     named = {name: values.get(name) for name in _NANOGPT_ARGS} | {_SCALED: values.get(_SCALED, False)}
     given = Description(file, named | {"layer_norm_epsilon": _NANOGPT_EPSILON})
     fields = NANOGPT.fields(given) | {"use_bias": given.value("bias", bool)}
@@ -272,7 +273,7 @@ def _nanogpt(file: Path) -> SavedModel:
         fields=fields,
         seq_len=NANOGPT.seq_len(given),
         vocab_size=given.value("vocab_size", int),
-        # numpy has no bfloat16 that torch knows of.
+        # torch cannot convert bfloat16 to numpy.
         arrays=((plain, tensors[name].detach().float().numpy()) for plain, name in names.items()),
     )
 
@@ -288,9 +289,9 @@ def _torch_load(file: Path) -> Any:
         ) from None
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch has no common one
+    except Exception as error:  # torch's errors share no type
         if "weights_only" in str(error):
-            # What torch says goes on with how to run the file's code.
+            # torch's own message explains how to run the file's code.
             reason = "holds more than tensors and plain values, and code pickled in a file is never run"
         else:
             reason = f"torch cannot load it: {_first_line(error)}"
@@ -298,14 +299,14 @@ def _torch_load(file: Path) -> Any:
 
 
 def _shape(file: Path, name: Any, tensor: Any) -> tuple[int, ...]:
-    """The shape of a tensor whose numbers are all in the file."""
+    """The shape of a tensor; an error unless the file stores all of its numbers."""
     import torch
 
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
         raise input_error(file, f"model has {shown(repr(name))}, which is not a named tensor")
     if not tensor.is_floating_point():
         raise input_error(file, f"{shown(name)} is {tensor.dtype}; it must be floating-point")
-    # What is not stored, or a few stored numbers over and over, could be of any size.
+    # A tensor that is not stored, or repeats a few stored numbers, could have any size.
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
         kind = "meta" if tensor.is_meta else "nested" if tensor.is_nested else str(tensor.layout)
         raise input_error(file, f"{shown(name)} is a {kind} tensor; save it as a dense one (tensor.to_dense())")

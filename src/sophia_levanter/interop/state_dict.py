@@ -1,4 +1,4 @@
-"""Weights by the names that transformers and nanoGPT give them."""
+"""Weights under the names of transformers and nanoGPT."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def gpt2_from_state_dict(config: Gpt2Config, arrays: Mapping[str, np.ndarray], *
 
     Args:
         config: the model's shape.
-        arrays: by state-dict name, with or without `transformer.`, `model.`, `module.` and `_orig_mod.`.
-        layout: `conv1d` for matrices [in, out], as transformers stores them; `linear` for torch.nn.Linear's [out, in],
-            as nanoGPT and the Sophia authors do.
+        arrays: arrays by state-dict name, with or without `transformer.`, `model.`, `module.` and `_orig_mod.`.
+        layout: `conv1d` for matrices [in, out], as in transformers; `linear` for torch.nn.Linear's [out, in], as in
+            nanoGPT and the Sophia authors' code.
 
     Raises:
-        ValueError: if arrays are missing, unknown, there twice or of another shape, or the head is another one; names
-            them.
+        ValueError: if arrays are missing, unknown, given twice or of the wrong shape, or the head is not the token
+            embedding; names them.
     """
     return jax.tree.map(jnp.asarray, model_on_host(config, arrays, layout=layout))
 
@@ -58,14 +58,14 @@ def model_on_host(
     layout: str | None = None,
     vocab_size: int | None = None,
 ) -> Any:
-    """A model with the given weights as numpy arrays, also one that no single device can hold.
+    """A model with the given weights as numpy arrays; it may be too large for a single device.
 
     Args:
         config: the model's shape.
-        arrays: by state-dict name, with or without wrappers' prefixes.
-        layout: of matrices, `conv1d` or `linear`; transformers' own for the model if not given.
+        arrays: arrays by state-dict name, with or without wrappers' prefixes.
+        layout: the layout of matrices, `conv1d` or `linear`; transformers' own for the model if not given.
         vocab_size: classes that can be predicted; the rows of the token embedding if not given. Rows beyond
-            `config.embedding_rows(vocab_size)` are left out.
+            `config.embedding_rows(vocab_size)` are dropped.
 
     Raises:
         ValueError: as `gpt2_from_state_dict`.
@@ -98,11 +98,11 @@ def model_on_host(
 
 
 def to_state_dict(model: Any, *, layout: str | None = None) -> dict[str, np.ndarray]:
-    """The weights by state-dict name, the vocabulary without padding but with the rows that `config.vocab_rows` keeps.
+    """The weights by state-dict name; the vocabulary has no padding, except for the rows of `config.vocab_rows`.
 
     Args:
         model: a `Gpt2` or a `Llama`.
-        layout: of matrices, `conv1d` or `linear`; transformers' own for the model if not given.
+        layout: the layout of matrices, `conv1d` or `linear`; transformers' own for the model if not given.
 
     Raises:
         ValueError: if the layout is unknown.
@@ -128,10 +128,10 @@ def to_state_dict(model: Any, *, layout: str | None = None) -> dict[str, np.ndar
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """The given names by those without the parts that wrappers add; buffers are left out.
+    """The given names by the names without the parts that wrappers add; buffers are left out.
 
     Raises:
-        ValueError: if two of them are of the same array.
+        ValueError: if two of them name the same array.
     """
     given: dict[str, str] = {}
     for name in names:
@@ -148,9 +148,9 @@ class _Names:
     """The names and shapes of a model's arrays in a state dict.
 
     Attributes:
-        architecture: whose names they are.
-        layout: of matrices.
-        inputs: how many axes of each linear map's weight are inputs, by its name here.
+        architecture: the architecture that the names belong to.
+        layout: the layout of matrices.
+        inputs: the number of input axes of each linear map's weight, by its name in this package.
     """
 
     def __init__(self, architecture: Architecture, layout: str | None) -> None:
@@ -169,7 +169,7 @@ class _Names:
         return self.layout == "linear" and name in self.inputs
 
     def shapes(self, model: Any, rows: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every array by its name without prefixes, for so many rows of the embedding."""
+        """The shape of every array by its name without prefixes, for an embedding of `rows` rows."""
         self.inputs = _inputs_of_linear_maps(model)
         shapes: dict[str, tuple[int, ...]] = {}
 
@@ -206,7 +206,7 @@ def _inputs_of_linear_maps(model: Any) -> dict[str, int]:
 
 
 def _tie(given: dict[str, np.ndarray], embedding: str) -> None:
-    """Takes the output head out of the arrays; it must be the token embedding, and stands for it where that lacks."""
+    """Remove the output head from the arrays; it must equal the token embedding, or becomes it if that is missing."""
     head = given.pop(HEAD, None)
     array = given.setdefault(embedding, head)  # type: ignore[arg-type]
     if head is not None and not np.array_equal(head, array):
@@ -218,7 +218,7 @@ def _tie(given: dict[str, np.ndarray], embedding: str) -> None:
 
 
 def _check_same(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], names: _Names) -> None:
-    """Whether arrays have the names and the shapes of a model's; names what differs."""
+    """Raise a ValueError that names the differences unless arrays have the names and shapes of a model's."""
     missing, unknown = [n for n in wanted if n not in given], [n for n in given if n not in wanted]
     differences = [
         f"{_listed(found)} {'is' if len(found) == 1 else 'are'} {what}"
