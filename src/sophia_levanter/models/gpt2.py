@@ -108,7 +108,7 @@ class Gpt2(Transformer):
 
     @staticmethod
     def init(config: Gpt2Config, *, vocab_size: int, key: jax.Array) -> Gpt2:
-        """GPT-2's initialization: normal weights with standard deviation `initializer_range`, projections into the
+        """GPT-2's initialisation: normal weights with standard deviation `initializer_range`, projections into the
         residual stream divided by sqrt(2 layers), zero biases, unit norms.
 
         Args:

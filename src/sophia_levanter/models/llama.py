@@ -121,7 +121,7 @@ class Llama(Transformer):
 
     @staticmethod
     def init(config: LlamaConfig, *, vocab_size: int, key: jax.Array) -> Llama:
-        """GPT-2's initialization: normal weights with standard deviation `initializer_range`, projections into the
+        """GPT-2's initialisation: normal weights with standard deviation `initializer_range`, projections into the
         residual stream divided by sqrt(2 layers), unit norms.
 
         Args:

@@ -223,7 +223,6 @@ def checkpointed(policy: str, function: Callable[..., Any]) -> Callable[..., Any
         policy: `none` recomputes nothing, but gathers split parameters again; `full` keeps no intermediate results;
             `dots` keeps the results of matrix products (except attention's, which are quadratic in the positions);
             `offload` keeps the same results in the host's memory.
-        function: a function of arrays.
     """
     if policy == "none" and not is_split():
         return function
@@ -234,7 +233,7 @@ def checkpointed(policy: str, function: Callable[..., Any]) -> Callable[..., Any
         "dots": policies.dots_with_no_batch_dims_saveable,
         "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     }[policy]
-    # prevent_cse is not needed inside a scan, where XLA cannot reuse the forward pass.
+    # Inside a scan XLA cannot reuse the forward pass, so prevent_cse is not needed.
     return eqx.filter_checkpoint(function, policy=chosen, prevent_cse=False)
 
 

@@ -137,7 +137,7 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
                 the likelihood's losses, after a first axis [microbatch, ...] if there are microbatches.
 
         Raises:
-            ValueError, TypeError: if the outputs are not what the likelihood needs.
+            ValueError, TypeError: if the outputs do not fit the likelihood.
         """
         check_microbatch_weights(microbatches, weights)
 

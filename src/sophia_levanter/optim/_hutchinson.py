@@ -125,7 +125,7 @@ class Hutchinson(AbstractHutchinson):
         """An estimate of the Hessian's diagonal.
 
         Args:
-            loss_fn: model -> scalar mean loss, or (model, microbatch) -> that of a microbatch.
+            loss_fn: model -> scalar mean loss, or (model, microbatch) -> the microbatch's mean loss.
             model: any pytree.
             microbatches: a pytree of arrays [microbatch, ...]; they share u and only split the work.
             key: a JAX random key for u.

@@ -115,15 +115,7 @@ def by_matrix(
 
 
 def matrix_views(matrices: Matrices, params: PyTree) -> list[MatrixView | None]:
-    """A view of each leaf of params that is a matrix, None for the others, in the leaves' order.
-
-    Args:
-        matrices: as for `matrices_tree`.
-        params: the parameters.
-
-    Raises:
-        ValueError, TypeError: as `matrices_tree` does.
-    """
+    """A view of each leaf of params that is a matrix, None for others, in the leaves' order; see `matrices_tree`."""
     leaves, structure = jax.tree.flatten(params)
     entries = structure.flatten_up_to(matrices_tree(matrices, params))  # type: ignore[attr-defined]
     return [

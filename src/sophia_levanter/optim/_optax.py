@@ -86,9 +86,6 @@ def as_optax(optimizer: AbstractSophia) -> optax.GradientTransformationExtraArgs
 
     Without any estimate Sophia is sign descent. An `update` that is not traced warns once if it was given no estimate
     by the time a second refresh is due.
-
-    Args:
-        optimizer: any Sophia.
     """
 
     first_refresh = next(filter(optimizer.refresh_due, itertools.count()))

@@ -47,7 +47,7 @@ class WinRateController(eqx.Module):
         target: the wanted win rate, in (0, 1).
         initial: rho before the first measurement, above 0.
         gain: how fast log(rho) follows, above 0. At 2 a win rate that is 0.1 too low makes rho 1.22 times as large. On
-            GPT-2 nano each refresh then closes 40 % of the gap; at 0.5 rho lagged behind (win rate 0.24, not 0.3).
+            GPT-2 nano each refresh closes about 40 % of the gap; at 0.5 rho lagged behind (win rate 0.24, not 0.3).
         span: rho stays between initial / span and initial * span; above 1.
 
     Raises:

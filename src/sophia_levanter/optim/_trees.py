@@ -103,7 +103,7 @@ def fit_prefix(name: str, spec: PyTree, params: PyTree, is_entry: Callable[[Any]
         return entries[prefix]
 
     fitted = jax.tree_util.tree_map_with_path(covering, params)
-    # Leaves of the model that are not parameters, empty parts, and what optax masked may have entries too.
+    # Leaves that are not parameters, empty parts, and leaves that optax masked may have entries too.
     parts = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: not jax.tree.leaves(x))
     others = [path for path, leaf in parts if not eqx.is_array(leaf)]
     for path, entry in entries.items():

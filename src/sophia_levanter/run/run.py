@@ -109,7 +109,7 @@ def train(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) 
 class Run:
     """A training run: its parts, and its life from start to finish.
 
-    Building it prepares the text and writes nothing to the run directory. Each process of a run builds its own.
+    Building it prepares the text and does not write to the run directory. Each process of a run builds its own.
 
     Args:
         config: the resolved configuration.

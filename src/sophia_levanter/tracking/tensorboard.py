@@ -31,7 +31,6 @@ class TensorBoard:
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of a step."""
         for name, value in metrics.items():
             self._write(Event(step=step, summary=scalar(name, value)))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:

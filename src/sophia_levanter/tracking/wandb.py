@@ -81,7 +81,6 @@ class Wandb:
         return f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of a step."""
         self._run.log({"step": step, **_with_histograms(metrics)})
 
     def close(self, *, failed: bool) -> None:

@@ -36,10 +36,6 @@ def array_statistics(optimizer: Optimizer, step: StepTrees) -> dict[str, jax.Arr
     The last two rows need an optimizer with a method `unclipped`, such as Sophia. With a Kronecker basis they are in
     the coordinates of h.
 
-    Args:
-        optimizer: the optimizer that made the step.
-        step: the step's trees.
-
     Returns:
         float32 by `ARRAY/KIND`: [layers] for an array of stacked layers, a scalar for any other. ARRAY is the path of
         the parameter, such as `blocks/stacked/attn/c_attn/weight`.

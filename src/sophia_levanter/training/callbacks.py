@@ -129,7 +129,6 @@ class RegisteredCallback(Callback):
     Args:
         name: the name that it is registered under.
         callback: the plug-in's callback.
-        monitor: the run's monitor.
     """
 
     def __init__(self, name: str, callback: Callback, monitor: Monitor) -> None:
@@ -231,8 +230,7 @@ class Saving(Callback):
     """Saves states while training continues, and raises the error of a failed save or of a changed text.
 
     Attributes:
-        config: the trainer's settings.
-        monitor: the run's monitor; its trackers are on the disk before a state is saved.
+        monitor: its trackers are on the disk before a state is saved.
         checkpoints: saves the states.
         verification: checks the training text; a save waits for its end unless the run is stopping.
         timer: tells when the last save is too long ago.
@@ -284,8 +282,6 @@ class Evaluating(Callback):
     """Measures the validation losses.
 
     Attributes:
-        config: the trainer's settings.
-        monitor: the run's monitor.
         evaluate: gives a model's validation losses; calls the given function after each batch.
         registered: registered callbacks, which are called after each evaluation.
         best: step and loss of the best evaluation so far, the loss by its name in metrics.jsonl; None before the first.

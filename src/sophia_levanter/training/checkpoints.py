@@ -54,7 +54,7 @@ class CheckpointTimer:
         self._started = time.monotonic()
 
     def restart(self) -> None:
-        """Start the minutes again."""
+        """Restart the clock."""
         self._started = time.monotonic()
 
     def has_expired(self) -> bool:

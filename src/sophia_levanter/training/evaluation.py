@@ -77,12 +77,7 @@ class Evaluator:
         self._document_end = document_end
 
     def __call__(self, model: LanguageModel, on_progress: Callable[[], None] = lambda: None) -> Evaluation:
-        """The losses of a model, each token weighted the same.
-
-        Args:
-            model: the model.
-            on_progress: called after each batch.
-        """
+        """The losses of a model, each token weighted the same. `on_progress` is called after each batch."""
         pending: deque[jax.Array] = deque()
         nats = 0.0
         tokens = text_bytes = 0
@@ -110,7 +105,7 @@ def evaluate_sets(
 
     Args:
         evaluators: evaluators by the set's name, in the same order in all processes; a single set's name may be empty.
-        model: the model.
+        model: the model to evaluate.
         on_progress: called after each batch.
     """
     found = {name: evaluator(model, on_progress) for name, evaluator in evaluators.items()}

@@ -44,9 +44,6 @@ class BatchLoader:
     """Puts batches on the devices. Each process reads only the rows of its own devices.
 
     Attributes:
-        batches: the sequences.
-        partition: the devices.
-        config: the trainer's settings, with batch sizes and microbatches.
         skipped_windows: number of sequences in the data order that the run has skipped.
         document_end: the token that ends a document, where attention and positions restart; None if they do not.
     """
@@ -95,11 +92,7 @@ class Loop:
     """A run of training steps.
 
     Attributes:
-        config: the trainer's settings.
         settings_of: makes the `StepSettings` for one batch size, from the trainer's settings with that size.
-        partition: the devices, and how arrays are sharded over them.
-        loader: puts the training batches on the devices.
-        monitor: the run's monitor.
         callbacks: all callbacks in the order of their calls, including `evaluating` and `saving`.
         evaluating: the callback with the best validation loss.
         saving: the callback that saves states; the loop also saves the last state with it.
@@ -309,10 +302,8 @@ def compile_steps(
     earlier batch size.
 
     Args:
-        settings: the settings of the steps.
         partition: the active partition.
         batch: a batch of the size to compile for.
-        state: the run's state.
         batch_size: rows in a batch.
         say: prints what is compiled, how long it took and how much memory a step needs.
         suffix: the kind of steps, appended to the first of these lines.

@@ -114,7 +114,6 @@ class StepSettings:
     """The settings of a run's steps.
 
     Attributes:
-        optimizer: the optimizer.
         seed: seed of dropout and curvature samples.
         policy: dtypes of parameters and of computation.
         max_grad_norm: global norm above which gradients are scaled down to it; None for no clipping.

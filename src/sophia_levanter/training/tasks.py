@@ -283,8 +283,6 @@ class Scoring(Callback):
     """Scores the model of a run on tasks.
 
     Attributes:
-        config: the trainer's settings.
-        monitor: the run's monitor.
         scorer: scores models of the run's shape.
         tasks: the items of each task by its title, in the same order in all processes.
     """
