@@ -1,4 +1,4 @@
-# For NVIDIA GPUs: CUDA 13 is wheels, the driver (580 or later) is the host's. Build it from the top of the repository:
+# For NVIDIA GPUs; CUDA 13 comes as wheels, the driver (580 or later) from the host. Build from the repository's top:
 #   docker build -f infra/docker/cuda.Dockerfile -t sophia-levanter-cuda:0.1.0 .
 
 FROM python:3.12.12-slim-bookworm AS build
@@ -13,7 +13,7 @@ RUN /opt/venv/bin/pip install --no-cache-dir --no-build-isolation -c constraints
     '.[data,cluster]' 'ray[default]' 'jax[cuda13]'
 
 FROM python:3.12.12-slim-bookworm
-# KubeRay's probes call wget; Ray's dashboard reads processes with ps.
+# KubeRay's probes call wget, and Ray's dashboard calls ps.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends procps wget \
     && rm -rf /var/lib/apt/lists/* \
@@ -22,9 +22,9 @@ COPY --from=build /opt/venv /opt/venv
 COPY config /app/config/
 COPY infra/ray /app/infra/ray/
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
-# NVIDIA's container runtime reads these, and puts the host's driver in.
+# NVIDIA's container runtime reads these and adds the host's driver.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /home/trainer
-# By number, because Kubernetes can tell of a number alone that it is not root.
+# A number, because Kubernetes cannot tell whether a name is root.
 USER 10001:10001
 CMD ["python", "-m", "sophia_levanter.main", "--help"]

@@ -1,4 +1,4 @@
-# For TPU hosts: libtpu is a wheel. Build it from the top of the repository:
+# For TPU hosts; libtpu is a wheel. Build from the repository's top:
 #   docker build -f infra/docker/tpu.Dockerfile -t sophia-levanter-tpu:0.1.0 .
 
 FROM python:3.12.12-slim-bookworm AS build
@@ -13,7 +13,7 @@ RUN /opt/venv/bin/pip install --no-cache-dir --no-build-isolation -c constraints
     '.[data,cluster,tpu]' 'ray[default]'
 
 FROM python:3.12.12-slim-bookworm
-# KubeRay's probes call wget; Ray's dashboard reads processes with ps.
+# KubeRay's probes call wget, and Ray's dashboard calls ps.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends procps wget \
     && rm -rf /var/lib/apt/lists/* \
@@ -23,6 +23,6 @@ COPY config /app/config/
 COPY infra/ray /app/infra/ray/
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 WORKDIR /home/trainer
-# By number, because Kubernetes can tell of a number alone that it is not root.
+# A number, because Kubernetes cannot tell whether a name is root.
 USER 10001:10001
 CMD ["python", "-m", "sophia_levanter.main", "--help"]

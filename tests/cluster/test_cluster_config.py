@@ -1,11 +1,12 @@
 """Clusters' files: what they say, and what is wrong with them; TPU slices by their names."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from sophia_levanter.accelerators import GIB
+from sophia_levanter.accelerators import GIB, TPUS
 from sophia_levanter.cluster.backend import Job
 from sophia_levanter.cluster.config import (
     ClusterConfig,
@@ -191,8 +192,21 @@ def test_there_is_no_such_slice(name, wanted):
 
 def test_the_table_for_people_is_the_one_in_the_code():
     rows = [line.strip("| \n").split(" | ") for line in (INFRA / "README.md").open() if line.startswith("| v")]
-    shapes = [shape for name in GENERATIONS for shape in shapes_of(name)]
     assert rows == [
-        [s.generation, s.accelerator_type, s.topology, f"{s.chips:,}", f"{s.hosts:,}", f"{s.memory / GIB:,.0f}"]
-        for s in shapes
+        [
+            name,
+            f"{TPUS[name].memory / GIB:.0f}",
+            ", ".join(f"{s.accelerator_type} {s.topology}" for s in shapes_of(name)),
+        ]
+        for name in GENERATIONS
     ]
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_chips_hosts_and_memory_follow_from_that_table(generation):
+    for shape in shapes_of(generation):
+        number = int(shape.accelerator_type.partition("-")[2])
+        assert shape.chips == number // (2 if generation in ("v4", "v5p") else 1)
+        assert shape.chips == math.prod(map(int, shape.topology.split("x")))
+        assert shape.hosts == (1 if generation in ("v5e", "v6e") and shape.chips <= 8 else shape.chips / 4)
+        assert shape.memory == shape.chips * TPUS[generation].memory
