@@ -1,11 +1,11 @@
-"""What glibc does with freed memory. Other C libraries are left alone."""
+"""Settings of glibc's malloc for freed memory; no effect with other C libraries."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# Parameters of mallopt, from glibc's malloc.h, and the values that keep a step's buffers allocated between steps.
+# Values of mallopt's parameters (glibc's malloc.h) that keep a step's buffers allocated between steps.
 _KEEP = {
     -4: 0,  # M_MMAP_MAX: large buffers come from the heap, too
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: the free end of the heap is not given back
@@ -18,7 +18,7 @@ def keep_freed_memory() -> None:
     """Have malloc keep freed memory for the process, for programs that allocate the same large buffers again and again.
 
     By default glibc returns every large buffer to the system. A training step on a CPU then spends a tenth to a quarter
-    of its time on page faults. Call this before the first thread starts: arenas that exist remain.
+    of its time on page faults. Call this before the first thread starts, since existing arenas remain.
     """
     mallopt = _function("mallopt")
     if mallopt is not None:
@@ -29,7 +29,7 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Have malloc return free memory to the system.
 
-    Texts have different sizes, and glibc keeps the gaps between them. Without this a process that prepares a long text
+    Freed texts of different sizes leave gaps that glibc keeps. Without this call a process that prepares a long text
     grows by a third in its first minute.
     """
     trim = _function("malloc_trim")
@@ -38,5 +38,5 @@ def return_freed_memory() -> None:
 
 
 def _function(name: str) -> ctypes._NamedFuncPointer | None:
-    """A function of glibc, or None where the C library does not have it."""
+    """A function of the C library; None if it lacks the function."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

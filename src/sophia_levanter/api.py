@@ -22,9 +22,9 @@ from sophia_levanter.run.summary import TrainingResult
 
 __all__ = ["TrainingResult", "train"]
 
-# What messages name in place of a file.
+# Error messages name this in place of a configuration file.
 _CALL = Path("train()")
-# A run fixes jax's settings for the whole process.
+# A run sets jax's configuration for the whole process.
 _one_at_a_time = threading.Lock()
 
 
@@ -46,10 +46,10 @@ def train(
         resume: a run directory to continue, or `"auto"` to continue the run in `trainer.run_dir` if there is one.
         quiet: whether to print only warnings and the result.
         overrides: settings on top of `config`: sections as mappings (`optimizer={"learning_rate": 1e-3}`) or fields by
-            dotted name (`**{"optimizer.learning_rate": 1e-3}`). NumPy scalars and paths are taken as their values.
+            dotted name (`**{"optimizer.learning_rate": 1e-3}`). Values may be NumPy scalars and paths.
 
     Returns:
-        The last step, its metrics, and where the run directory and the checkpoint lie.
+        The last step, its metrics, and the paths of the run directory and the checkpoint.
 
     Raises:
         InputError: if a setting, a file or the data is wrong.
@@ -72,7 +72,7 @@ def train(
         directory.unlock()
         if in_main_thread:
             for number, handler in handlers:
-                # One that a program in another language set is None here, and cannot be put back.
+                # `getsignal` returns None for a handler that was not set from Python; it cannot be restored.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
     if in_main_thread and result.stopped_by is not None:
         signal.raise_signal(result.stopped_by)
@@ -89,7 +89,7 @@ def _command(config: Any, resume: Any, quiet: bool, overrides: Mapping[str, Any]
         else:
             tree = encode(config) if isinstance(config, TrainConfig) else config
             layers, name = [flatten(tree, _CALL)], "train"
-        # Trials that begin in the same second have directories of their own.
+        # The random suffix separates trials that start in the same second.
         return Command(build_config(layers, settings), f"{name}-{secrets.token_hex(2)}", resume, quiet=quiet)
     if config is not None:
         raise InputError("train(): config does not go with resume, a run directory, which has its own config")
@@ -107,7 +107,7 @@ def _settings(overrides: Mapping[str, Any]) -> Layer:
 
 
 def _plain(value: Any) -> Any:
-    """A value as YAML would give it."""
+    """Convert a value to the types that YAML yields."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):

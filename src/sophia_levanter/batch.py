@@ -1,4 +1,4 @@
-"""The record that the data side makes and the model side reads."""
+"""The batch: `data` makes it, `models` and `training` read it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Batch(eqx.Module):
         tokens: int32 [batch, position], what the model reads.
         targets: int32 [batch, position], the token after each.
         weights: float32 [batch, position], of each target in the mean loss; 0 leaves it out.
-        document_starts: int32 [batch, position], where in its row the document of each token begins; attention and
-            positions do not reach further back. None if they reach back to the beginning of the row.
+        document_starts: int32 [batch, position], the index in the row at which each token's document starts; attention
+            and position indices do not reach before it. None if they reach back to the start of the row.
     """
 
     tokens: NamedArray
@@ -35,15 +35,15 @@ def batch_from_sequences(
     num_microbatches: int = 1,
     document_end: int | None = None,
 ) -> Batch:
-    """A host-side batch [microbatch, batch, position] from sequences of one token more than positions.
+    """Make a host-side batch [microbatch, batch, position] from sequences of `position + 1` tokens.
 
-    Microbatch i is the i-th run of consecutive rows, on whatever devices it is computed.
+    Microbatch i holds the i-th block of consecutive rows, whichever devices compute it.
 
     Args:
         sequences: int32 [rows, position + 1]; rows are a multiple of `num_microbatches`.
         weights: float32 [rows, position]; 1 each if not given.
-        num_microbatches: how many parts the rows fall into.
-        document_end: the token that ends a document, at which attention and positions stop; None if they do not.
+        num_microbatches: the number of blocks that the rows are divided into.
+        document_end: the token that ends a document, for `Batch.document_starts`; None leaves them out.
     """
     if weights is None:
         weights = np.ones((sequences.shape[0], sequences.shape[1] - 1), np.float32)
@@ -60,9 +60,9 @@ def batch_from_sequences(
 
 
 def document_starts(tokens: np.ndarray, document_end: int) -> np.ndarray:
-    """Where in its row the document of each token begins: int32 [row, position].
+    """The index in its row at which each token's document starts: int32 [row, position].
 
-    The token that ends a document is the last of it. The document that a row begins with starts at 0.
+    The token that ends a document belongs to it. The first document of each row starts at 0.
 
     Args:
         tokens: int [row, position].

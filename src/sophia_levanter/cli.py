@@ -34,10 +34,10 @@ USAGE = "\n".join(
 
 
 def main() -> int:
-    """Run the verb that is the first argument on the others.
+    """Run the verb named by the first argument with the remaining arguments.
 
     Returns:
-        The verb's exit status; 2 for no or an unknown verb.
+        The verb's exit status; 2 for a missing or unknown verb.
     """
     return run_command(None, _run)
 

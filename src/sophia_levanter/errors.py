@@ -1,4 +1,4 @@
-"""Bad input as exceptions, and how what others have named is shown in one line."""
+"""Exceptions for bad input, and functions that format messages as one line."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import ClassVar
 class InputError(Exception):
     """Bad input: a config field, a file, a run directory.
 
-    The message is one line that names the field or file, the value found and what would do. Commands print it without
-    a traceback and exit with status 2.
+    The message is one line that names the field or file, the value found and the remedy. Commands print it without a
+    traceback and exit with status 2.
     """
 
-    reason: ClassVar[str] = "bad_input"  # for the program that started this one
+    reason: ClassVar[str] = "bad_input"  # reported to the program that started this one
 
 
 class DirectoryInUse(InputError):
-    """Another process holds the run directory or the one of its checkpoints; it may be gone in a moment."""
+    """Another process has locked the run directory or its checkpoint directory; a later attempt may succeed."""
 
     reason = "directory_in_use"
 
@@ -47,7 +47,7 @@ class Problems:
         return isinstance(error, InputError)
 
     def report(self) -> None:
-        """Raise what was collected as one error, if there is any.
+        """Raise the collected errors, if any, as one.
 
         Raises:
             InputError: with all messages.
@@ -56,19 +56,19 @@ class Problems:
             raise InputError("; and ".join(dict.fromkeys(self._messages)))
 
 
-# What a terminal obeys, ends a line or reorders the rest of it, and halves of surrogate pairs.
+# Control characters, line separators, bidirectional formatting and lone surrogates.
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_WORD = 300
 
 
 def one_line(text: object) -> str:
-    """The text in one line: control characters as Python's escapes, and long words without their middle."""
+    """Format a text as one line: control characters become Python escapes, and very long words lose their middle."""
     line = CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
     return re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda found: shortened(found[0], LONGEST_WORD), line)
 
 
 def shortened(name: str, most: int) -> str:
-    """The name with "…" in place of its middle if it has more than so many characters."""
+    """Replace the middle of a name by "…" if the name has more than `most` characters."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[most // 2 + 1 - most :]}"
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and are there after a power cut; and reading those of others."""
+"""Atomic and durable writes, locks, and safe reads of files that users name."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import IO, BinaryIO
 
 from sophia_levanter.errors import InputError
 
-MOST_BYTES = 1 << 28  # of a file that is read as a whole; the largest known vocabulary has 4 MB
-# Where a shell puts the pipe of `<(command)` and of `command |`. It ends; other pipes and devices may not.
+MOST_BYTES = 1 << 28  # largest file that is read as a whole; the largest known vocabulary has 4 MB
+# Paths of the pipes of a shell's `<(command)` and `command |`. These end; other pipes and devices may not.
 _PIPES_OF_SHELL = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
 class NotRegular(OSError, InputError):
-    """A file that cannot be read as one: no regular file, or a larger one than it may be."""
+    """The path is not a regular file, or the file is too large."""
 
     def __str__(self) -> str:
         return f"{self.filename}: {self.strerror}"
 
 
 def check_utf8(field: str, path: str) -> None:
-    """Whether tensorstore can use a path that a field names.
+    """Check that tensorstore can use the path in a field.
 
     Raises:
-        InputError: if the path is not UTF-8, or holds a NUL.
+        InputError: if the path is not UTF-8 or contains a NUL.
     """
     if re.search("[\0\ud800-\udfff]", path):
         raise InputError(f"{field} is {path!r}; it must be the name of a folder in UTF-8")
@@ -46,11 +46,11 @@ def open_regular(path: Path | str) -> BinaryIO:
 
 
 def check_regular(path: Path | str) -> None:
-    """Whether a file can be read to its end: for files that others open, too.
+    """Check that a path is a regular file, or a pipe from the shell, before a library opens it.
 
     Raises:
         NotRegular: if it is something else, such as a named pipe, which might never end.
-        OSError: if it is not there.
+        OSError: if it does not exist.
     """
     try:
         mode = os.stat(path).st_mode
@@ -70,7 +70,7 @@ def read_regular(path: Path | str, most_bytes: int = MOST_BYTES) -> bytes:
         OSError: if it cannot be read.
     """
     with open_regular(path) as file:
-        # Not more than there is: the system would be asked for as much memory. Pipes and /proc have no size.
+        # `read` allocates as much memory as it is asked for. Pipes and files in /proc report a size of 0.
         size = os.fstat(file.fileno()).st_size or most_bytes
         content = file.read(min(size, most_bytes) + 1)
     if len(content) > most_bytes:
@@ -79,7 +79,7 @@ def read_regular(path: Path | str, most_bytes: int = MOST_BYTES) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file at `path`: whoever is killed, it has its old content or the new one, also after a power cut."""
+    """Replace the file at `path`. After a kill or a power cut it holds either the old or the new content."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -88,14 +88,14 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        # Of a full disk the system does not say which file.
+        # The system's error for a full disk does not name the file.
         raise OSError(error.errno, error.strerror, str(path)) from error
     temporary.replace(path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or the names in a directory, on the disk."""
+    """Flush a file's content, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,15 +104,15 @@ def sync(path: Path) -> None:
 
 
 def lock(path: Path) -> IO[str] | None:
-    """Keep other processes out, as long as the file that is returned is open, or this process lives.
+    """Lock other processes out until the returned file is closed or this process ends.
 
     Args:
-        path: of a file that is made for this; its directory is there.
+        path: the lock file, which is created; its directory must exist.
 
     Returns:
-        None if another process has it.
+        The locked file; None if another process holds the lock.
     """
-    # Without waiting for a reader, where someone has put a pipe there.
+    # O_NONBLOCK, so that a named pipe at this path fails instead of waiting for a reader.
     file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o666), "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

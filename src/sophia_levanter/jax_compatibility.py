@@ -1,8 +1,8 @@
-"""What jax must have and do for this package; whatever imports haliax first imports this too.
+"""Adjustments to jax that this package needs. Every module that imports haliax imports this one.
 
 Newer versions of jax lack a name that haliax uses. `tests/test_jax_compatibility.py` fails as soon as haliax no longer
-needs it: then delete it here. haliax looks it up when its functions are called, and jax starts its platforms when the
-first device is asked for, so the order of the imports does not matter.
+needs it: then delete it here. haliax looks the name up when its functions are called, and jax starts its platforms when
+the first device is requested, so the order of imports does not matter.
 """
 
 import contextlib
@@ -12,22 +12,22 @@ import jax
 from jax._src import hardware_utils
 from jax.extend.backend import register_backend_factory
 
-# Deprecated in jax 0.10, removed in 0.11. When haliax contracts axes it asks which of their sizes are known: integers,
-# but not the symbols of an export with unknown sizes.
+# Deprecated in jax 0.10, removed in 0.11. haliax calls it, when it contracts axes, to tell known sizes (integers) from
+# the symbolic sizes of an export.
 vars(jax.core).setdefault("is_constant_dim", lambda size: isinstance(size, int))
 
 
 def skip_absent_tpu() -> None:
     """Keep jax from starting libtpu on a machine without a TPU, where it is installed to compile for TPUs.
 
-    jax tries every platform that it knows, and libtpu then complains on stderr, from C++. TPUs are counted here as jax
-    counts them when it is imported. Nothing changes on a machine that has one, or where JAX_PLATFORMS names platforms:
-    the errors of a TPU that should be there are shown.
+    jax tries every platform that it knows, and libtpu then prints errors to stderr from C++. TPUs are counted as jax
+    counts them when it is imported. Nothing changes on a machine with a TPU or where JAX_PLATFORMS names platforms, so
+    that the errors of a TPU that should work are still shown.
     """
     attached, _ = hardware_utils.num_available_tpu_chips_and_device_id()
     chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
     if not attached and not chosen and "JAX_FORCE_TPU_INIT" not in os.environ:
-        # It is an error where jax has started one all the same.
+        # RuntimeError: jax has already started a TPU.
         with contextlib.suppress(RuntimeError):
             register_backend_factory("tpu", _no_tpu, priority=300, fail_quietly=True)
 

@@ -1,4 +1,4 @@
-"""Folders as tensorstore knows them, on a disk or in a bucket, and small files in them."""
+"""tensorstore's specifications of folders on a disk or in a bucket, and small files in these folders."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import tensorstore as ts
 
 from sophia_levanter.files import NotRegular, read_regular
 
-# Of a request to a bucket, with pauses that grow to half a minute: one that does not answer is given up after two.
+# Retries of a bucket request. The pauses grow to half a minute, so an unanswered request fails after two minutes.
 _RETRIES = {"max_retries": 8}
 
 
 def kvstore_spec(location: str) -> dict[str, Any] | str:
-    """What tensorstore calls the folder at a path, or at a URL such as gs://bucket/folder.
+    """tensorstore's specification of the folder at a path or at a URL such as gs://bucket/folder.
 
-    Of `s3://`, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL names a server other than Amazon's, and AWS_REGION or
-    AWS_DEFAULT_REGION its region, as for Amazon's own tools; tensorstore itself reads neither.
+    For `s3://`, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL names a server other than Amazon's, and AWS_REGION or
+    AWS_DEFAULT_REGION its region, as in Amazon's own tools. tensorstore itself does not read these variables.
     """
     folder = f"{location.rstrip('/')}/"
     scheme, separator, rest = folder.partition("://")
@@ -33,7 +33,7 @@ def kvstore_spec(location: str) -> dict[str, Any] | str:
 
 
 def context_spec(cache_bytes: int = 0) -> dict[str, Any]:
-    """Of a `tensorstore.Context`: a cache of chunks of so many bytes, and requests to buckets that end some time."""
+    """The specification of a `tensorstore.Context`: the size of the chunk cache, and limited retries for buckets."""
     return {
         "cache_pool": {"total_bytes_limit": cache_bytes},
         "gcs_request_retries": _RETRIES,
@@ -42,11 +42,11 @@ def context_spec(cache_bytes: int = 0) -> dict[str, Any]:
 
 
 def read_file(location: str | Path, name: str) -> bytes | None:
-    """The content of a file in a folder; None if there is none.
+    """The content of a file in a folder; None if the file does not exist.
 
     Raises:
         NotRegular: if it is not a regular file.
-        ValueError: if the place cannot be read.
+        ValueError: if the folder or the file cannot be read.
     """
     if "://" not in str(location):  # tensorstore would wait for a pipe
         try:
@@ -62,10 +62,10 @@ def read_file(location: str | Path, name: str) -> bytes | None:
 
 
 def write_file(location: str | Path, name: str, content: bytes) -> None:
-    """Make a file in a folder, which need not be there; it is there when all of it is.
+    """Write a file, and create its folder if needed. The file appears only once it is complete.
 
     Raises:
-        ValueError: if nothing can be written there.
+        ValueError: if the folder cannot be written.
     """
     _store(location).write(name, content).result()
 

@@ -22,7 +22,7 @@ INTERRUPTED_LINE = "interrupted; nothing since the last checkpoint is saved"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says.
+    """Run the training that the command line describes.
 
     Returns:
         The exit status: 0 done, 1 failure, 2 bad input, 75 stopped by SIGTERM (resume the run), 130 interrupted.
@@ -36,15 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def process(argv: Sequence[str] | None = None) -> int:
-    """`main` for a process of its own: the first signal decides its exit status, however many follow.
+    """`main` as a whole process: the first signal decides the exit status, however many follow.
 
-    This module imports little, so that signals are handled before the imports that take time.
+    This module imports little, so that signals are handled before the slow imports.
     """
     signal.signal(signal.SIGTERM, _stop_at_once)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell has it for what runs in the background
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell ignores SIGINT for background commands
         signal.signal(signal.SIGINT, _stop_at_once)
     status = _train(argv)
-    # The interpreter takes a while to end, and would put the default handlers back.
+    # The interpreter takes a while to shut down, and restores the default handlers first.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     return status
@@ -58,7 +58,7 @@ def _run(argv: Sequence[str]) -> int:
     from sophia_levanter.allocation import keep_freed_memory
     from sophia_levanter.config.command_line import dump_config, parse_command_line
 
-    # LAPACK reads this when jax is imported, which a plug-in may do. With threads of its own it decomposes small
+    # OpenBLAS reads this when jax is imported, which a plug-in may do. With its own threads it decomposes small
     # matrices 2.5 times slower.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     command = parse_command_line(argv)
@@ -73,7 +73,7 @@ def _run(argv: Sequence[str]) -> int:
     directory, config = plan_run(command)
     signal.signal(signal.SIGTERM, _stop_at_once)
 
-    # Only now what takes long to import: a mistake above is answered at once.
+    # The slow imports come after the checks, so that mistakes are reported at once.
     from jax.errors import JaxRuntimeError
 
     from sophia_levanter.checkpoint import CheckpointError
@@ -99,10 +99,10 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def plan_run(command: Command) -> tuple[RunDirectory, TrainConfig]:
-    """The run directory and the configuration that a command means, checked against this process's environment.
+    """Choose the run directory and complete the configuration, checked against this process's environment.
 
     Raises:
-        InputError: if a launcher, a missing package or the run directory is in the way. Nothing is written.
+        InputError: if the launcher, a missing package or the run directory prevents the run. Nothing is written then.
     """
     from sophia_levanter.config.mesh import check_launcher
     from sophia_levanter.config.run import check_installed
@@ -115,10 +115,10 @@ def plan_run(command: Command) -> tuple[RunDirectory, TrainConfig]:
 
 
 def _stop_at_once(number: int, frame: FrameType | None) -> None:
-    """Ends the process where there is nothing to save, or at a second Ctrl-C.
+    """End the process when there is nothing to save, or at a second Ctrl-C.
 
-    Not by an exception: imports of C extensions turn it into another one, and callbacks of the garbage collector
-    swallow it. Not by print, which fails where the signal comes while something is printed.
+    An exception would not do: imports of C extensions replace it, and callbacks of the garbage collector swallow it.
+    `print` would fail if the signal arrived during another print.
     """
     interrupted = number == signal.SIGINT
     line = INTERRUPTED_LINE if interrupted else "SIGTERM: stopped outside training; run the command again"

@@ -1,7 +1,7 @@
-"""How a process tells its starter how it went: exit statuses, and JSON status lines beside its output for people.
+"""Exit statuses, and JSON status lines from a process to the program that started it.
 
-The starter sets SOPHIA_LEVANTER_STATUS to the number of a file descriptor. A process on another host shares only its
-standard output with the launcher, through ssh, srun or a Ray worker; there a prefix tells status lines from other text.
+That program sets SOPHIA_LEVANTER_STATUS to the number of a file descriptor. A process on another host shares only its
+standard output with the launcher, through ssh, srun or a Ray worker; a prefix marks its status lines there.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from sophia_levanter.errors import InputError, one_line
 DONE = 0
 FAILURE = 1
 BAD_INPUT = 2
-PREEMPTED = 75  # stopped, and saved where there is something to save
+PREEMPTED = 75  # stopped, after saving if there was anything to save
 INTERRUPTED = 130
 
 VARIABLE = "SOPHIA_LEVANTER_STATUS"
-ON_STDOUT = {VARIABLE: "1"}  # the environment of a process whose standard output the starter reads
+ON_STDOUT = {VARIABLE: "1"}  # environment of a process that writes its status lines to standard output
 _PREFIX = "@status "
 
 
@@ -34,20 +34,20 @@ def run_command(
     usage: str | None = None,
     interrupted: str = "interrupted; run the same command again to continue",
 ) -> int:
-    """`run(command line)`, errors as one line each.
+    """Call `run` with a command line, and report errors as one line each.
 
     Args:
-        given: the command line; this process's if None.
-        run: does what it says.
-        usage: printed in place of that where --help is asked for; None leaves this to `run`.
-        interrupted: what is said on Ctrl-C.
+        given: the arguments; those of this process if None.
+        run: executes the command, and returns its exit status.
+        usage: printed for --help instead of calling `run`; None leaves --help to `run`.
+        interrupted: the message on Ctrl-C.
 
     Returns:
-        The exit status: what `run` gives, 1 failure, 2 bad input, 130 interrupted.
+        The exit status: that of `run`, 1 failure, 2 bad input, 130 interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # What is printed may hold what the terminal's encoding lacks.
+            # Output may contain characters that the terminal's encoding lacks.
             stream.reconfigure(errors="replace")
     words = sys.argv[1:] if given is None else given
     status = FAILURE
@@ -64,7 +64,7 @@ def run_command(
         report_failure(error.reason, one_line(error))
         return BAD_INPUT
     except BrokenPipeError:
-        # The reader has left (`| head`); what Python still flushes at its end must not fail either.
+        # The reader is gone (`| head`). Python flushes stdout again at exit, and that must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return status or FAILURE
     except OSError as error:
@@ -77,13 +77,13 @@ def run_command(
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
         step: steps done.
         total: steps of the run. None right after a resume, as are `loss` and `tokens_per_second`.
         loss: of the last step, nats per token.
-        tokens_per_second: of all devices.
+        tokens_per_second: over all devices.
     """
 
     step: int
@@ -102,8 +102,8 @@ class Failure:
     """Why a process ends with an error.
 
     Attributes:
-        reason: for programs: the `reason` of the exception.
-        message: for people, one line.
+        reason: the `reason` of the exception, for programs.
+        message: one line for people.
     """
 
     reason: str
@@ -111,17 +111,17 @@ class Failure:
 
 
 def report_step(step: int, total: int, loss: float, tokens_per_second: float) -> None:
-    """Tell the starter which step is done."""
+    """Report that a step is done."""
     _report(step=step, total=total, loss=round(float(loss), 3), tokens_per_second=round(tokens_per_second))
 
 
 def report_resumed(step: int) -> None:
-    """Tell the starter which step the run goes on from."""
+    """Report the step from which the run continues."""
     _report(resumed_from=step)
 
 
 def report_failure(reason: str, message: str) -> None:
-    """Tell the starter why this process ends."""
+    """Report why this process ends."""
     _report(failed=reason, message=message)
 
 
@@ -129,14 +129,14 @@ def _report(**fields: object) -> None:
     number = os.environ.get(VARIABLE)
     if number is None:
         return
-    # A run goes on, and ends as it would, where its starter has left.
+    # The run continues even if the program that started it has gone.
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         os.write(int(number), f"{_PREFIX}{json.dumps(fields)}\n".encode())
 
 
 def read_status(line: str) -> Progress | Failure | None:
-    """What a line without its end tells; None if it is not a status line."""
+    """Parse a line without its line break; None if it is not a status line."""
     if not line.startswith(_PREFIX):
         return None
     try:
