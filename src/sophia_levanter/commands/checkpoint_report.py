@@ -1,4 +1,4 @@
-"""Checkpoints in words: lists, descriptions and differences, a line at a time."""
+"""Text reports on checkpoints, line by line: lists, descriptions and differences."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def list_steps(location: str, steps: Sequence[int]) -> Iterator[str]:
 
 
 def verify(location: str, step: int) -> tuple[list[str], str]:
-    """What is wrong with a step, a line for each file, and all in one line; every byte is read."""
+    """Read every byte of a step: one line for each damaged file, and a one-line summary."""
     started = time.perf_counter()
     try:
         wrong = damage(location, step)
-    except InputError as error:  # of another format, and no reason not to look at the other steps
+    except InputError as error:  # a step in another format must not end the check of the other steps
         wrong = [str(error)]
     if wrong:
         return wrong, f"damaged, {counted(len(wrong), 'file')}"
@@ -49,7 +49,7 @@ def verify(location: str, step: int) -> tuple[list[str], str]:
 
 
 def describe(location: str, step: int) -> Iterator[str]:
-    """What a step says of itself, and its arrays as a tree with shapes, chunks, sizes and norms.
+    """A step's metadata, and its arrays as a tree with shapes, chunks, sizes and norms.
 
     Raises:
         CheckpointError: if it is damaged.
@@ -76,10 +76,10 @@ def describe(location: str, step: int) -> Iterator[str]:
 
 
 def compare(location: str, first: int, second: int) -> Iterator[str]:
-    """In what two steps differ: configuration, arrays that one of them lacks, and how far the others have moved.
+    """The differences of two steps: configuration, missing or reshaped arrays, and how far the other arrays moved.
 
     Raises:
-        CheckpointError: if one is damaged.
+        CheckpointError: if one of them is damaged.
     """
     a, b = read_step(location, first), read_step(location, second)
     before, after = (_flat(_mapping(m.metadata, "config")) for m in (a, b))
@@ -109,7 +109,7 @@ def compare(location: str, first: int, second: int) -> Iterator[str]:
 
 
 def best_step(location: str, steps: Sequence[int]) -> int | None:
-    """The step with the lowest validation loss so far, as the newest that can be read says."""
+    """The step with the lowest validation loss so far, as the newest readable step records it."""
     for step in reversed(steps):
         try:
             best = _mapping(read_step(location, step).metadata, "best").get("step")
@@ -120,7 +120,7 @@ def best_step(location: str, steps: Sequence[int]) -> int | None:
 
 
 def size_of_step(location: str, step: int) -> str:
-    """The size of a step's arrays, for people."""
+    """The size of a step's arrays as text."""
     try:
         return _size(_num_bytes(read_step(location, step).arrays))
     except (CheckpointError, InputError):
@@ -166,7 +166,7 @@ def _num_bytes(arrays: Sequence[SavedArray]) -> int:
 
 
 def _mapping(metadata: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Other programs' checkpoints may have anything there."""
+    """A section of the metadata; empty if it is not a mapping, as in other programs' checkpoints."""
     value = metadata.get(name)
     return value if isinstance(value, Mapping) else {}
 

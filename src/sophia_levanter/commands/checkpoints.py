@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.checkpoints list|verify|show|diff|prune DIR`: what a run has saved."""
+"""`python -m sophia_levanter.commands.checkpoints list|verify|show|diff|prune DIR`: inspect and prune checkpoints."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ _STEP_FOLDER = re.compile(r"(.*)/step-(\d{8,})")
 
 @dataclass(frozen=True)
 class Place:
-    """Where checkpoints lie.
+    """A folder of checkpoints.
 
     Attributes:
-        location: their folder, a path or a URL.
-        run_dir: the directory of the run that they are of, if it is on this machine.
+        location: a path or a URL.
+        run_dir: the directory of their run, if it is on this machine.
     """
 
     location: str
@@ -56,7 +56,7 @@ class Place:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command.
 
     Returns:
         The exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted.
@@ -79,7 +79,7 @@ def _run(given: Sequence[str]) -> int:
                 raise InputError(f"{name} is {number}; it must be at least 1")
     place = _place(arguments.words[0].rstrip("/") or "/")
 
-    # Only now what takes long to import.
+    # The slow imports come after the checks.
     from sophia_levanter.checkpoint import CheckpointError
 
     try:
@@ -182,7 +182,7 @@ def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_r
 
 
 def _run_of(place: Place) -> RunDirectory | None:
-    """The directories that a run which writes there has locked; None in a bucket, where none does."""
+    """The run directory whose lock excludes a run that writes there; None for a bucket, which has no lock."""
     from sophia_levanter.run.directory import RunDirectory
 
     if place.run_dir is not None:

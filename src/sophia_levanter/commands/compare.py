@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.compare --config STUDY`: do the runs of a study, and say what they show."""
+"""`python -m sophia_levanter.commands.compare --config STUDY`: do the runs of a study, and report the results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ report.md and plots. It may be interrupted and repeated at any time.
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line asks for."""
+    """The parsed command line."""
 
     study: Path
     out: Path
@@ -54,14 +54,14 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command.
 
     Returns:
         The exit status: 0 done, 1 a run failed, 2 bad input, 75 stopped by SIGTERM (run it again), 130 interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # An arm's name or the report may hold what the terminal's encoding lacks.
+            # An arm's name or the report may contain characters that the terminal's encoding lacks.
             stream.reconfigure(errors="replace")
     words = sys.argv[1:] if argv is None else argv
     if "--help" in words or "-h" in words:
@@ -131,10 +131,10 @@ class Interruption:
 
 
 def parse(words: Sequence[str]) -> Command:
-    """Reads the command line.
+    """Parse the command line.
 
     Raises:
-        InputError: if an argument is not known or has no value.
+        InputError: if an argument is unknown or has no value.
     """
     arguments = parse_arguments(words, options=("--config", "--out"), flags=("--ray", "--plan"), overrides=True)
     study = Path(arguments.needed("--config", "STUDY", "config/studies/quick.yaml is a small one to start with"))
@@ -170,11 +170,11 @@ def _compare(command: Command, interruption: Interruption) -> int:
 
 
 def _texts(runs: Sequence[PlannedRun], records: Sequence[Record], out: Path) -> Texts:
-    """The digests of the texts that the runs are about.
+    """The digests of the texts that the runs use.
 
     Raises:
-        InputError: if a text is not there, or a record is of another one. The path may change, the text may not: runs
-            would be compared as if they were of one text.
+        InputError: if a text is missing, or a record used a different text. A text's path may change but not its
+            content, since the runs of a study are compared with each other.
     """
     from sophia_levanter.studies.runner import digests
 
@@ -193,7 +193,7 @@ def _texts(runs: Sequence[PlannedRun], records: Sequence[Record], out: Path) -> 
 
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
-    """Keep other comparisons out of the directory: each would write the file of records without the other's."""
+    """Lock the directory, since two comparisons would overwrite each other's records."""
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out / ".lock")
     if held is None:
@@ -207,7 +207,7 @@ def _counts(study: Study, runs: Sequence[PlannedRun], missing: Mapping[str, Trai
 
 
 def _missing(runs: Sequence[PlannedRun], records: Sequence[Record]) -> dict[str, TrainConfig]:
-    """The configurations without a record, by what the first run that has them is called."""
+    """The configurations without a record, each under the description of the first run that has it."""
     missing: dict[str, TrainConfig] = {}
     for run in runs:
         if find(records, run.config) is None and run.config not in missing.values():
@@ -223,8 +223,8 @@ def _do(
     texts: Texts,
     check_stop: Callable[[], None],
 ) -> int:
-    """Do the runs, putting each record into the file as it comes; the number of those that failed."""
-    # Only now what takes long to import: a mistake above is answered at once.
+    """Do the runs, write each record as it arrives, and return the number of failed runs."""
+    # The slow imports come after the checks, so that mistakes are reported at once.
     from sophia_levanter.studies.runner import RunFailed, as_ray_tasks, jobs_of, one_by_one, remove_checkpoints
 
     folder = (command.out / "runs").absolute()
@@ -249,7 +249,7 @@ def _do(
 
 
 def describe(run: PlannedRun) -> str:
-    """A run in a few words: its arm, its point of the grid, its length and its seed."""
+    """A short description of a run: its arm, its point of the grid, its length and its seed."""
     point = [f"{name}={value}" for name, value in run.point.items()]
     return " ".join([run.arm, *point, f"tokens={run.tokens}", f"seed={run.seed}"])
 

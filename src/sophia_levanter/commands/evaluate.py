@@ -50,7 +50,7 @@ validation sets that of each, and their mean; or with --task the score on a benc
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line asks for."""
+    """The parsed command line."""
 
     model: str
     step: int | None
@@ -63,7 +63,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command.
 
     Returns:
         The exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted.
@@ -72,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> Command:
-    """Reads the command line.
+    """Parse the command line.
 
     Raises:
-        InputError: if an argument is not known, is missing, or has no value or a wrong one.
+        InputError: if an argument is unknown or missing, or its value is missing or wrong.
     """
     arguments = parse_arguments(words, options=OPTIONS, flags=("--averaged",), overrides=True, words=True)
     if len(arguments.words) != 1:
@@ -105,7 +105,7 @@ def parse(words: Sequence[str]) -> Command:
 
 
 def _run(command: Command) -> int:
-    # Only now what takes long to import.
+    # The slow imports come after the checks.
     from sophia_levanter.run.loading import load_model
     from sophia_levanter.training.tasks import read_items
 
@@ -140,7 +140,7 @@ def _tell(line: str) -> None:
 
 
 def _sets(command: Command, loaded: LoadedModel) -> dict[str, ValidationBatches]:
-    """The sequences of each validation set."""
+    """The batches of each validation set."""
     from sophia_levanter.config.data import validation_field
     from sophia_levanter.data.corpora import masked_end, prepare_validation
 
@@ -159,7 +159,7 @@ def _batches(command: Command, loaded: LoadedModel, name: str, tokens: Tokens) -
     from sophia_levanter.data.batches import ValidationBatches
 
     shards = loaded.partition.row_shards
-    # No more than there are, which memory may not hold.
+    # A batch is no larger than the text, to save memory.
     sequences = max(1, -(-(tokens.num_tokens - 1) // loaded.config.model.seq_len))
     wanted = min(command.batch_size or WINDOWS_PER_DEVICE * shards, command.sequences or sequences, sequences)
     return ValidationBatches(
@@ -203,7 +203,7 @@ def _evaluate(loaded: LoadedModel, sets: Mapping[str, ValidationBatches]) -> Eva
 
 
 def _progress(total: int) -> Callable[[], None]:
-    """Called after each batch, tells from time to time how many are done."""
+    """A function to call after each batch; it prints the number of batches done every `REPORT_SECONDS`."""
     done, next_report = 0, time.monotonic() + REPORT_SECONDS
 
     def advance() -> None:

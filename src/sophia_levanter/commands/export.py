@@ -31,7 +31,7 @@ Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load, 
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line asks for."""
+    """The parsed command line."""
 
     model: str
     folder: Path
@@ -42,7 +42,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command.
 
     Returns:
         The exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted.
@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> Command:
-    """Reads the command line.
+    """Parse the command line.
 
     Raises:
-        InputError: if an argument is not known, is missing, or has no value or a wrong one.
+        InputError: if an argument is unknown or missing, or its value is missing or wrong.
     """
     arguments = parse_arguments(words, options=("--step", "--dtype"), flags=("--averaged",), overrides=True, words=True)
     if len(arguments.words) != 2:
@@ -75,7 +75,7 @@ def parse(words: Sequence[str]) -> Command:
 
 
 def _export(command: Command) -> int:
-    # Only now what takes long to import.
+    # The slow imports come after the checks.
     from sophia_levanter.interop.exporting import check_new_folder, export_model
     from sophia_levanter.run.loading import load_model
 

@@ -37,7 +37,7 @@ Prints what a token store holds, how its documents fill training sequences, and 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command.
 
     Returns:
         The exit status: 0 done, 1 failure, 2 bad input or a damaged store, 130 interrupted.

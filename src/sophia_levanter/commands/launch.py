@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.launch --config FILE --cluster FILE`: a run on many hosts, to its end."""
+"""`python -m sophia_levanter.commands.launch --config FILE --cluster FILE`: start and supervise a run on many hosts."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ run is saved, twice it ends at once."""
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch as the command line asks for it.
+    """The parsed command line of a launch.
 
     Attributes:
-        config: of the run, with its run directory.
-        cluster: where.
-        cluster_file: that says so.
-        dry_run: whether to print what would be done.
+        config: the run's configuration, with its run directory.
+        cluster: where the run takes place.
+        cluster_file: the file that `cluster` was read from.
+        dry_run: whether to only print what would be done.
     """
 
     config: TrainConfig
@@ -63,13 +63,13 @@ class Launch:
 
     @property
     def job(self) -> Job:
-        """What the backends need to know of it."""
+        """The part of the launch that backends need."""
         run_dir = Path(self.config.trainer.run_dir or "")
         return Job(run_dir, run_dir.absolute() / LAUNCH)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command.
 
     Returns:
         The exit status: 0 done, 1 given up, 2 bad input, 75 stopped (run it again), 130 interrupted.
@@ -86,16 +86,16 @@ def _run(words: Sequence[str]) -> int:
 
 
 def parse(words: Sequence[str]) -> Launch:
-    """Reads the command line of a launch.
+    """Parse the command line of a launch.
 
     Raises:
-        InputError: if an argument is not known or a file is at fault, or the directory holds another run.
+        InputError: if an argument is unknown, a file is invalid, or the directory holds another run.
     """
     arguments = parse_arguments(words, options=("--config", "--cluster"), flags=("--dry_run",), overrides=True)
     path = Path(arguments.needed("--config", "FILE", "config/gpt2_large_sophia.yaml is one"))
     cluster_file = Path(arguments.needed("--cluster", "FILE", "infra/local.yaml is one"))
     config = load_config(path, arguments.overrides)
-    cluster = read_cluster(cluster_file)  # of a kind that the run's plug-ins may have registered
+    cluster = read_cluster(cluster_file)  # after the run's plug-ins, which may register its backend
     _check_fit(config, cluster)
     if config.trainer.run_dir is None:
         config = _with_run_dir(config, str(Path("runs", path.stem)))
@@ -154,7 +154,7 @@ def _launch(launch: Launch) -> int:
 
 
 def _submit(launch: Launch, submission: Submission) -> int:
-    """The launcher of a job runs on its first node: this one submits the job, and waits."""
+    """Submit the job, whose first node runs its own launcher, and wait for it."""
     job = launch.job
     if launch.dry_run:
         return _print(submission.describe())
@@ -173,7 +173,7 @@ def _say(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError:
-        # The reader has left, or the disk is full: the run goes on, and its logs have all of it.
+        # The reader is gone or the disk is full. The run continues, and its logs are complete.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""What the commands on trained models have in common."""
+"""Shared entry point of the commands that load a trained model."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def run_on_model(
     usage: str,
     interrupted: str = "interrupted",
 ) -> int:
-    """Does what a command line says; errors as one line each.
+    """Parse a command line, run it, and report errors as one line each.
 
     Args:
-        given: the command line; this process's if None.
-        parse: reads it; imports nothing heavy, to answer at once where it is wrong.
-        run: does what it says.
-        usage: printed in place of that where --help is asked for.
-        interrupted: what is said on Ctrl-C.
+        given: the arguments; those of this process if None.
+        parse: parses the arguments. It avoids slow imports, so that mistakes are reported at once.
+        run: executes the parsed command, and returns its exit status.
+        usage: printed for --help instead of running.
+        interrupted: the message on Ctrl-C.
 
     Returns:
-        The exit status: what `run` gives; 1 for damaged checkpoints, and where devices fail or have no memory; 2 for
-        bad input, 130 interrupted.
+        The exit status: that of `run`; 1 for a damaged checkpoint, or if a device fails or runs out of memory; 2 for
+        bad input; 130 interrupted.
     """
     return run_command(
         given, lambda words: _failing_in_one_line(run, parse(words), interrupted), usage=usage, interrupted=interrupted
@@ -51,7 +51,7 @@ def _failing_in_one_line(run: Callable[[Command], int], command: Command, interr
     except JaxRuntimeError as error:
         print(one_line(f"error: {str(error).splitlines()[0]}"), file=sys.stderr)
     except KeyboardInterrupt:
-        # Python's way out would tear down what the devices are at work on, and die of it.
+        # A normal exit would destroy buffers that devices still use, and crash.
         print(interrupted, file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
     return FAILURE

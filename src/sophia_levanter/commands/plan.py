@@ -38,7 +38,7 @@ step.
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line asks for."""
+    """The parsed command line."""
 
     config: TrainConfig
     name: str
@@ -47,7 +47,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command.
 
     Returns:
         The exit status: 0 done, 1 the compiler failed, 2 bad input, 130 interrupted.
@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> Command:
-    """Reads the command line.
+    """Parse the command line.
 
     Raises:
-        InputError: if an argument is not known, has no value or a wrong one, or the configuration is at fault.
+        InputError: if an argument is unknown, its value is missing or wrong, or the configuration is invalid.
     """
     arguments = parse_arguments(words, options=OPTIONS, overrides=True)
     path = Path(arguments.needed("--config", "FILE", "config/gpt2_large_sophia.yaml is one"))
@@ -91,7 +91,7 @@ def _mfu(text: str) -> float:
 
 
 def _plan(command: Command) -> int:
-    # For jax, which looks at it when it starts: no accelerator of this machine is used or asked about.
+    # jax reads this when it starts: planning neither uses nor queries this machine's accelerators.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.prepare_data --config FILE`: text to token stores, before a run needs them."""
+"""`python -m sophia_levanter.commands.prepare_data --config FILE`: make a run's token stores in advance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ be killed at any time: the same command continues. Training does the same by its
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command.
 
     Returns:
         The exit status: 0 done, 1 failure, 2 bad input, 75 stopped by SIGTERM (run it again), 130 interrupted.
@@ -47,7 +47,7 @@ def _prepare(words: Sequence[str]) -> int:
         sys.exit(PREEMPTED)
 
     signal.signal(signal.SIGTERM, stop)
-    # Only now what takes long to import: a mistake above is answered at once.
+    # The slow imports come after the checks, so that mistakes are reported at once.
     from sophia_levanter.data.corpora import prepare
 
     data = prepare(config.data, lambda line: print(one_line(line), flush=True), ray=ray)

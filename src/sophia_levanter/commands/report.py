@@ -24,7 +24,7 @@ its curves beside it.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command.
 
     Returns:
         The exit status: 0 done, 1 failure, 2 bad input, 130 interrupted.
@@ -33,13 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> tuple[dict[str, Path], Path]:
-    """Reads the command line.
+    """Parse the command line.
 
     Returns:
-        Run directories by the runs' names, and the file of the page.
+        The run directories by name, and the page's file.
 
     Raises:
-        InputError: if an argument is not known, a run is named twice, or the page cannot go where it is to.
+        InputError: if an argument is unknown, a run is given twice, or the page cannot be written to its file.
     """
     arguments = parse_arguments(words, options=("-o", "--output"), words=True)
     if len(arguments.options) > 1:
@@ -60,7 +60,7 @@ def _named(words: Sequence[str]) -> dict[str, Path]:
     runs: dict[str, Path] = {}
     for word in words:
         name, path = _name_and_path(word)
-        name = name.encode(errors="replace").decode()  # what pictures cannot show
+        name = name.encode(errors="replace").decode()  # pictures cannot show lone surrogates
         for other, known in runs.items():
             if os.path.realpath(path) == os.path.realpath(known):
                 raise InputError(f"{word} is given twice" if other == name else f"{word} is the same run as {other}")
@@ -72,7 +72,7 @@ def _named(words: Sequence[str]) -> dict[str, Path]:
 
 def _name_and_path(word: str) -> tuple[str, Path]:
     before, equals, after = word.partition("=")
-    # Directories are called runs/lr=0.01 too.
+    # A directory's own name may contain "=", as in runs/lr=0.01.
     if not equals or "/" in before or os.path.isdir(word):
         path = Path(os.path.expanduser(word))
         return Path(os.path.abspath(path)).name or word, path
@@ -84,10 +84,10 @@ def _name_and_path(word: str) -> tuple[str, Path]:
 def _report(words: Sequence[str]) -> int:
     named, page = parse(words)
     for path in named.values():
-        if not os.path.isdir(path):  # which, unlike Path's, takes any word
+        if not os.path.isdir(path):  # `Path.is_dir` raises OSError for some names
             raise InputError(f"{path}: no such directory")
 
-    # For jax, which looks at it when it starts: an accelerator may be in use by the very run.
+    # jax reads this when it starts: the run itself may be using the accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
 
     from sophia_levanter.studies.comparability import compare

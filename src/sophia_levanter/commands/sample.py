@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.sample MODEL`: text that a trained model goes on with."""
+"""`python -m sophia_levanter.commands.sample MODEL`: generate text with a trained model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ by token; several come when all are done, each under a heading. All else is said
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line asks for; no prompts for the start of a document."""
+    """The parsed command line. Without prompts the model begins a document."""
 
     model: str
     prompts: Sequence[str]
@@ -67,7 +67,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command.
 
     Returns:
         The exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted.
@@ -76,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> Command:
-    """Reads the command line, and the prompt's file.
+    """Parse the command line, and read the prompt's file.
 
     Raises:
-        InputError: if an argument is not known, is missing, or has no value or a wrong one, or the file is no text.
+        InputError: if an argument is unknown or missing, its value is missing or wrong, or the file is not text.
     """
     arguments = parse_arguments(
         words, options=OPTIONS, repeatable=("--prompt",), flags=("--averaged",), overrides=True, words=True
@@ -95,7 +95,7 @@ def parse(words: Sequence[str]) -> Command:
         if numbers.get(name) == 0:
             raise InputError(f"{name} is 0; it must be at least 1")
     for prompt in arguments.repeated["--prompt"]:
-        # Bytes that are no text come as half a pair of surrogates.
+        # Python decodes bytes of the command line that are not UTF-8 as lone surrogates.
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise InputError(f"--prompt {prompt!a} is not valid UTF-8")
     temperature = _number(arguments, "--temperature")
@@ -141,7 +141,7 @@ def _prompt_of_file(arguments: Arguments) -> list[str]:
 
 
 def _run(command: Command) -> int:
-    # Only now what takes long to import.
+    # The slow imports come after the checks.
     from sophia_levanter.run.loading import load_model
 
     loaded = load_model(
@@ -160,7 +160,7 @@ def _tell(line: str) -> None:
 
 
 def _encoded(prompts: Sequence[str], loaded: LoadedModel) -> list[list[int]]:
-    """Each prompt's tokens; end-of-text, after which a document begins, if there is none."""
+    """The tokens of each prompt; without prompts a single end-of-text, after which a document begins."""
     encoded = [loaded.tokenizer.encode(prompt).tolist() for prompt in prompts]
     context = loaded.config.model.seq_len
     for number, tokens in enumerate(encoded, 1):
@@ -204,7 +204,7 @@ def _print_at_once(text: str) -> None:
 def _drawn(
     command: Command, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], loaded: LoadedModel
 ) -> Iterator[list[int | None]]:
-    """The next token of each row, a prompt's and a sample's number; None where the document has come to its end."""
+    """The next token of each row, a (prompt, sample) pair; None for a row whose document has ended."""
     import jax
     import jmp
 
@@ -224,7 +224,7 @@ def _drawn(
 
 
 def _keys(seed: int, rows: Sequence[tuple[int, int]]) -> jax.Array:
-    """A key for each row, which does not depend on how many there are."""
+    """A key for each row, independent of the number of rows."""
     import jax
     import jax.numpy as jnp
 
@@ -235,7 +235,7 @@ def _keys(seed: int, rows: Sequence[tuple[int, int]]) -> jax.Array:
 
 
 class _Text:
-    """A prompt and what comes after it, given on as a terminal can show it. Characters may be split over tokens."""
+    """Streams a prompt and its continuation as printable text. A character may be split over several tokens."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], give: Callable[[str], None]) -> None:
         from sophia_levanter.data.tokenizer import printable
@@ -246,11 +246,11 @@ class _Text:
         self._give(tokenizer.decode(prompt))
 
     def add(self, token: int) -> None:
-        """Give on the characters that end with a token."""
+        """Pass on the characters that a token completes."""
         self._give(self._decoder.decode(self._tokenizer.decode_bytes([token])))
 
     def end(self) -> None:
-        """Give on what is left of a character that has not come to its end."""
+        """Pass on the rest of an incomplete character."""
         self._give(self._decoder.decode(b"", final=True))
 
 

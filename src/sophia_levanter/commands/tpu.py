@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.tpu create|list|delete|ssh|logs --cluster FILE`: TPU slices, by hand."""
+"""`python -m sophia_levanter.commands.tpu create|list|delete|ssh|logs --cluster FILE`: manage TPU slices by hand."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ ACTIONS = ("create", "list", "delete", "ssh", "logs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command.
 
     Returns:
         The exit status: 0 done, 1 gcloud or the command failed, 2 bad input, 130 interrupted.
     """
     given = sys.argv[1:] if argv is None else list(argv)
     own = given[: given.index("--")] if "--" in given else given
-    # A --help behind the dashes is COMMAND's.
+    # A --help after the dashes belongs to COMMAND.
     return run_command(own, lambda words: _run(words, given[len(own) + 1 :]), usage=USAGE, interrupted="interrupted")
 
 
@@ -60,7 +60,7 @@ def _run(given: Sequence[str], command: Sequence[str]) -> int:
         for line in lines:
             print(shlex.join(line))
         return DONE
-    statuses = [_gcloud(line) for line in lines]  # of all slices, also where the command fails on one
+    statuses = [_gcloud(line) for line in lines]  # all slices, even if the command fails on one
     return FAILURE if any(statuses) else DONE
 
 

@@ -30,7 +30,7 @@ GiB of it. Use it as --data.tokenizer FILE{TRAINED_TOKENIZER}.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command.
 
     Returns:
         The exit status: 0 done, 1 failure, 2 bad input, 130 interrupted.
@@ -49,7 +49,7 @@ def _train(words: Sequence[str]) -> int:
         raise InputError(f"--out {out} must be called *{TRAINED_TOKENIZER}, by which a tokenizer's file is known")
     config = with_absolute_paths(load_config(path, arguments.overrides))
 
-    # Only now what takes long to import: a mistake above is answered at once.
+    # The slow imports come after the checks, so that mistakes are reported at once.
     from sophia_levanter.data.bpe import first_bytes, save_bpe, train_bpe
     from sophia_levanter.data.tokenizer import load_tokenizer
 
