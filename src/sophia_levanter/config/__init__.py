@@ -9,7 +9,7 @@ __all__ = ["TrainConfig"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on use: a launcher's agent on a host reads a command line only.
+    # Imported on use: a launcher's agent on a host only needs to parse a command line.
     if name in __all__:
         from sophia_levanter.config import run
 

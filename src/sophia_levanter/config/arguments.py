@@ -1,4 +1,4 @@
-"""Command lines of all commands. Imports nothing heavy, to answer at once."""
+"""The argument parser of all commands. Free of slow imports, so that mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PLUGINS = "--plugins"  # the only field without a section
 
 @dataclass
 class Arguments:
-    """A command line, taken apart.
+    """A parsed command line.
 
     Attributes:
         options: values by the option's name, dashes included.
-        flags: names of the options without a value that were given.
+        flags: names of the given options without a value.
         overrides: dotted field paths and values as typed, of `--SECTION.FIELD VALUE`.
-        words: what is no option.
-        repeated: the values of each option that may be given several times, in their order.
+        words: the positional arguments.
+        repeated: the values of each repeatable option, in order.
     """
 
     options: dict[str, str] = field(default_factory=dict)
@@ -30,10 +30,10 @@ class Arguments:
     repeated: dict[str, list[str]] = field(default_factory=dict)
 
     def needed(self, name: str, placeholder: str, hint: str) -> str:
-        """The value of an option that must be given.
+        """The value of a required option.
 
         Raises:
-            InputError: if it is not.
+            InputError: if it is missing.
         """
         if name not in self.options:
             raise InputError(f"{name} {placeholder} is missing; {hint}")
@@ -41,10 +41,10 @@ class Arguments:
 
 
 def whole_number(name: str, text: str) -> int:
-    """The number that an option's value spells.
+    """Parse the value of an option as an integer.
 
     Raises:
-        InputError: if it is none from 0 to a billion.
+        InputError: if it is not an integer from 0 to 999,999,999.
     """
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         shown = text if len(text) < 20 else f"{text[:20]}…"
@@ -53,10 +53,10 @@ def whole_number(name: str, text: str) -> int:
 
 
 def chosen(given: Sequence[str], verbs: Collection[str]) -> tuple[str, list[str]]:
-    """The verb that a command line begins with, and what comes after it.
+    """Split a command line into its verb and the arguments after it.
 
     Raises:
-        InputError: if it begins with none of them; names the nearest.
+        InputError: if the verb is missing or unknown; names the nearest verb.
     """
     names = ", ".join(verbs)
     if not given:
@@ -77,19 +77,19 @@ def parse_arguments(
     overrides: bool = False,
     words: bool = False,
 ) -> Arguments:
-    """Takes a command line apart. A value follows its option as the next word or after `=`.
+    """Parse a command line. A value follows its option as the next word or after `=`.
 
     Args:
         given: the command line.
         options: names of options with a value, dashes included; each may be given once.
         repeatable: names of options with a value that may be given several times.
-        flags: names of options without one.
-        overrides: whether there may be `--SECTION.FIELD VALUE` and `--plugins MODULE`. Of several values for one field
-            the last counts; plug-ins are joined.
-        words: whether there may be words that are no options.
+        flags: names of options without a value.
+        overrides: whether to accept `--SECTION.FIELD VALUE` and `--plugins MODULE`. The last value for a field counts;
+            plug-ins are joined.
+        words: whether to accept positional arguments.
 
     Raises:
-        InputError: if an argument is not known, or has no value or one too many.
+        InputError: if an argument is unknown, lacks a value, has an unexpected value or is given twice.
     """
     parsed = Arguments(repeated={name: [] for name in repeatable})
     rest = list(given)

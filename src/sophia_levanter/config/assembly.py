@@ -1,4 +1,4 @@
-"""The optimizer of a run: what its type builds, and what the settings of every optimizer put around it."""
+"""Builds the optimizer of a run: the chosen type, inside the wrappers that the shared settings ask for."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_
 
 @lru_cache(maxsize=8)
 def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
-    """The optimizer of a run over this many steps, the same object for the same arguments.
+    """Build the optimizer of a run of `num_train_steps` steps. Equal arguments return the same object.
 
     Raises:
-        InputError: if a plug-in's cannot be built, or is not an optimizer.
+        InputError: if a plug-in's optimizer cannot be built, or lacks a method of an optimizer.
     """
     from sophia_levanter.models.language_model import hyperball_matrices, parameter_roles
     from sophia_levanter.optim import CautiousWeightDecay, Hyperball, ParameterGroups
@@ -38,10 +38,10 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
 
 
 def _build(config: OptimizerConfig, num_train_steps: int) -> Any:
-    """What the type builds.
+    """Build the optimizer without wrappers.
 
     Raises:
-        InputError: as `build_optimizer`.
+        InputError: as `build_optimizer` does.
     """
     import optax
 
@@ -67,8 +67,8 @@ def check_optimizer(config: OptimizerConfig, model_config: ModelConfig, vocab_si
     """Check that an optimizer fits a model.
 
     Raises:
-        InputError: if a group matches no parameter, or the hyperball no matrix, or a group decays matrices that the
-            hyperball keeps the norms of, and nothing else.
+        InputError: if a group matches no parameter; if `hyperball` is set and the model has no matrix; if a group
+            decays only matrices whose norms the hyperball keeps.
     """
     from sophia_levanter.models.language_model import abstract_model, paths_on_hyperball
 

@@ -1,4 +1,4 @@
-"""From settings by dotted path to the dataclasses that declare them."""
+"""Builds configuration dataclasses from settings by dotted path."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Root = TypeVar("Root")
 
 @dataclass
 class Schema:
-    """The keys that a configuration may have, given the types that are chosen in it.
+    """The keys that a configuration may have, given the types that it chooses.
 
     Attributes:
         fields: the annotation of each field by its path, such as `optimizer.rho`.
-        sections: the dataclass of each section by its path; that of the root is empty.
-        choices: the registry of each section whose type is chosen, by the section's path.
-        former: the path of each field that had another one in the last release, by that one.
+        sections: the dataclass of each section by its path; the path of the root is empty.
+        choices: the registry of each section with a choice of types, by the section's path.
+        former: the present path of each renamed field, by its path in the last release.
     """
 
     fields: dict[str, Any] = field(default_factory=dict)
@@ -42,11 +42,11 @@ class Schema:
     former: dict[str, str] = field(default_factory=dict)
 
     def suggestion(self, key: str, prefix: str = "", options: Collection[str] = ()) -> str:
-        """What to write in place of an unknown key.
+        """Suggest what to write in place of an unknown key.
 
         Args:
-            key: its path.
-            prefix: what field names start with where the user writes them: `--` on a command line.
+            key: the path of the unknown key.
+            prefix: the prefix of field names where the user writes them: `--` on a command line.
             options: names of options that are not fields.
         """
         section, _, name = key.rpartition(".")
@@ -88,7 +88,7 @@ def _initials(name: str) -> str:
 
 
 def choice_key(registry: type[ChoiceRegistry]) -> str:
-    """The key that names the type of a section: `type`, or what the registry calls it."""
+    """The key that names the type of a section: `type`, or the registry's `choice_key`."""
     return getattr(registry, "choice_key", "type")
 
 
@@ -97,10 +97,10 @@ def schema(root: type, settings: Layer | None = None) -> Schema:
 
     Args:
         root: the dataclass, or registry of dataclasses, of the whole configuration.
-        settings: in which types are chosen; the others are the defaults.
+        settings: chooses types; the other sections have their default types.
 
     Raises:
-        InputError: if a type is not one of its registry.
+        InputError: if a chosen type is not registered.
     """
     found = Schema()
     _add_section(found, root, "", settings or {}, dataclasses.MISSING)
@@ -108,10 +108,10 @@ def schema(root: type, settings: Layer | None = None) -> Schema:
 
 
 def build(root: type[Root], layers: Sequence[Layer]) -> Root:
-    """The configuration that settings give, those of later layers on top of those of earlier ones.
+    """Build the configuration from layers of settings; later layers override earlier ones.
 
-    A layer that chooses another type for a section keeps the fields that both types inherit from a class marked
-    `is_family`, or else from the registry, and drops the other fields that earlier layers set.
+    A layer that changes the type of a section keeps the fields that both types inherit from a class marked `is_family`,
+    or else from the registry. It drops the other fields that earlier layers set.
 
     Raises:
         InputError: if a key is unknown, or a value is of the wrong type or out of range.
@@ -131,7 +131,7 @@ def build(root: type[Root], layers: Sequence[Layer]) -> Root:
 
 
 def encode(config: Any) -> Any:
-    """A configuration, or a part of one, as plain values; a section of nothing but a type is the type's name."""
+    """A configuration, or a part of it, as plain values. A section with only a type becomes the type's name."""
     return _shorten(draccus.encode(config))
 
 
@@ -172,13 +172,13 @@ def _add_section(found: Schema, kind: Any, path: str, settings: Layer, default: 
 
 
 def _is_setting(hint: Any) -> bool:
-    """Whether `convert_value` can make values of a type."""
+    """Whether `convert_value` supports a type."""
     others = (tuple, Mapping, Literal)
     return all(kind in EXPECTED or kind is NoneType or typing.get_origin(kind) in others for kind in kinds_of(hint))
 
 
 def _takes_mapping(hint: Any) -> bool:
-    """Whether a mapping of names to strings is a value of a type."""
+    """Whether a type accepts a mapping of names to strings."""
     return any(typing.get_origin(kind) is Mapping for kind in kinds_of(hint))
 
 
@@ -194,7 +194,7 @@ def _chosen(registry: type[ChoiceRegistry], key: str, settings: Layer, default: 
 
 
 def _put_on_top(root: type, settings: Layer, layer: Layer) -> Layer:
-    """The merged settings, without the fields of types that `layer` replaces by others."""
+    """Merge a layer into settings; a new type for a section drops the fields of its old type."""
     before = schema(root, settings)
     layer = _with_present_names(before.former, layer)
     settings = _without_other_kind(before.fields, settings, layer)
@@ -214,10 +214,10 @@ def _put_on_top(root: type, settings: Layer, layer: Layer) -> Layer:
 
 
 def _without_other_kind(fields: Mapping[str, Any], settings: Layer, layer: Layer) -> Layer:
-    """The settings without those of a field that is one value in them and a mapping in `layer`, or the reverse.
+    """Drop a field's settings if `layer` changes it from a single value to a mapping, or the reverse.
 
     Raises:
-        InputError: if the field is both in `layer`.
+        InputError: if `layer` gives both for one field.
     """
     for name in [name for name, kind in fields.items() if len(kinds_of(kind)) > 1 and _takes_mapping(kind)]:
         below = [key for key in layer if key.startswith(f"{name}.")]
@@ -231,10 +231,10 @@ def _without_other_kind(fields: Mapping[str, Any], settings: Layer, layer: Layer
 
 
 def _with_present_names(former: Mapping[str, str], layer: Layer) -> Layer:
-    """The layer with the names that settings have today.
+    """Replace former names of settings by the present ones.
 
     Raises:
-        InputError: if one setting is given under both of its names.
+        InputError: if a setting is given under both names.
     """
     for name in former.keys() & layer.keys():
         setting, present = layer[name], former[name]
@@ -246,7 +246,7 @@ def _with_present_names(former: Mapping[str, str], layer: Layer) -> Layer:
     return {former.get(name, name): setting for name, setting in layer.items()}
 
 
-_warned: set[str] = set()  # former names, each reported once by a process
+_warned: set[str] = set()  # former names that this process has reported
 
 
 def _add_value(found: Schema, values: dict[str, Any], key: str, setting: Setting) -> None:
@@ -277,7 +277,7 @@ def _masked(setting: Setting) -> str:
 
 
 def convert_value(key: str, setting: Setting, annotation: Any) -> Any:
-    """The setting's value as the field's type, `annotation`: a scalar, one that may be None, a list or a mapping."""
+    """Convert a setting's value to the field's type: a scalar, an optional scalar, a list or a mapping."""
     kinds, words = kinds_of(annotation), words_of(annotation)
     items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
     scalars = [kind for kind in kinds if kind is not NoneType and typing.get_origin(kind) is None]
@@ -317,7 +317,7 @@ def convert_value(key: str, setting: Setting, annotation: Any) -> Any:
 
 
 def _convert_item(key: str, setting: Setting, kind: Any) -> Any:
-    """An item of a list: a scalar, or a mapping of the fields of a dataclass."""
+    """Convert an item of a list: a scalar, or a mapping of a dataclass's fields."""
     if not dataclasses.is_dataclass(kind):
         return convert_value(key, setting, kind)
     if not isinstance(setting.value, dict):
@@ -336,7 +336,7 @@ def _convert_item(key: str, setting: Setting, kind: Any) -> Any:
 
 
 def _construct(found: Schema, path: str, values: Mapping[str, Any]) -> Any:
-    """A section, from the values of its fields and of the sections below it."""
+    """Construct a section from the values of its fields and of the sections below it."""
     arguments = {}
     cls = found.sections[path]
     for declared in dataclasses.fields(cls):

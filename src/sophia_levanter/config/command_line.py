@@ -1,4 +1,4 @@
-"""The command line of a training run: its `--help`, and how it becomes a TrainConfig. Imports nothing heavy."""
+"""The command line of a training run: `--help`, and parsing into a TrainConfig. Free of slow imports."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def help_text() -> str:
 
 
 def _section_help(title: str, section: str, cls: type) -> str:
-    # A dataclass without a docstring gets its signature for one.
+    # A dataclass without a docstring gets its signature as docstring.
     doc = cls.__doc__ or ""
     summary = cls.__name__ if not doc or doc.startswith(f"{cls.__name__}(") else doc.splitlines()[0]
     lines = [f"{title}: {summary}"]
@@ -62,7 +62,7 @@ def _section_help(title: str, section: str, cls: type) -> str:
 
 
 def fields_of(cls: type) -> list[tuple[dataclasses.Field, object]]:
-    """The fields of a section, without the sections below it, with their types."""
+    """The fields of a section with their types, without the sections below it."""
     hints = typing.get_type_hints(cls)
     fields = [(found, hints[found.name]) for found in dataclasses.fields(cls)]
     return [(found, annotation) for found, annotation in fields if not dataclasses.is_dataclass(annotation)]
@@ -79,15 +79,15 @@ FLAGS = ("--print_config", "--quiet", "--help")
 
 @dataclass(frozen=True)
 class Command:
-    """What a command line asks for.
+    """The parsed command line.
 
     Attributes:
-        config: the resolved configuration; None only where `help` is given.
-        config_name: the config file's name without its suffix; the run directory's name under `--resume DIR`.
-        resume: a run directory to go on with; "auto" to go on with `config.trainer.run_dir` if it holds a run.
-        print_config: whether to print the configuration in place of training.
+        config: the resolved configuration; None only if `help` is set.
+        config_name: the config file's name without its suffix; with `--resume DIR`, the run directory's name.
+        resume: a run directory to continue; "auto" to continue the run in `config.trainer.run_dir` if there is one.
+        print_config: whether to print the configuration instead of training.
         quiet: whether to print only warnings and the result.
-        help: the text to print in place of anything else.
+        help: the text to print instead of doing anything else.
     """
 
     config: TrainConfig | None = None
@@ -99,13 +99,13 @@ class Command:
 
 
 def parse_command_line(argv: Sequence[str]) -> Command:
-    """Reads the command line that `--help` shows.
+    """Parse the command line that `--help` shows.
 
-    A value follows its option as the next word or after `=`; of several values for one field the last counts.
-    `--resume DIR` reads DIR/config.yaml in place of `--config`.
+    A value follows its option as the next word or after `=`; the last value for a field counts. `--resume DIR` reads
+    DIR/config.yaml instead of `--config`.
 
     Raises:
-        InputError: if an argument, a file or a value is not what it must be.
+        InputError: if an argument, a file or a value is invalid.
     """
     if "--help" in argv or "-h" in argv:
         words = [part for word in argv for part in word.split("=", 1)]
@@ -131,16 +131,16 @@ def parse_command_line(argv: Sequence[str]) -> Command:
 
 
 def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> TrainConfig:
-    """Reads a configuration file with the files under its `defaults:`, and puts `overrides` on top.
+    """Read a configuration file and the files under its `defaults:`, and apply `overrides`.
 
-    Of files and overrides that set the same field, the last counts. One that sets `optimizer.type` to another type than
-    those before it keeps the fields of every optimizer (`OptimizerConfig`: the learning rate, its schedule, weight
-    decay) and drops those of the former type (b1, rho, ...).
+    The last file or override that sets a field counts. A change of `optimizer.type` keeps the fields of every optimizer
+    (`OptimizerConfig`: the learning rate, its schedule, weight decay) and drops those of the previous type (b1, rho,
+    ...).
 
     Args:
         path: a YAML file.
-        overrides: dotted field paths and values as typed: `("optimizer.rho", "0.03")`. Values for string fields are
-            taken as they are; `null` and `none` give None where the field may be None.
+        overrides: dotted field paths and values as typed: `("optimizer.rho", "0.03")`. Values of string fields are
+            taken literally; `null` and `none` give None where the field may be None.
 
     Raises:
         InputError: if a file is missing or not YAML, a key is unknown, or a value is of the wrong type or out of range.
@@ -149,7 +149,7 @@ def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> TrainC
 
 
 def build_config(files: Sequence[Layer], overrides: Layer | None = None) -> TrainConfig:
-    """The configuration that the settings of files give, later ones on top of earlier ones, with overrides over all.
+    """Build the configuration from the settings of files; later files override earlier ones, `overrides` all of them.
 
     Raises:
         InputError: if a key is unknown, or a value is of the wrong type or out of range.
@@ -158,11 +158,11 @@ def build_config(files: Sequence[Layer], overrides: Layer | None = None) -> Trai
 
 
 def config_in(tree: Mapping[str, Any], source: Path) -> TrainConfig:
-    """The configuration that `encode` made a tree of.
+    """Build a configuration from the output of `encode`.
 
     Args:
         tree: sections with their fields.
-        source: where it comes from, for messages.
+        source: the file to name in messages.
 
     Raises:
         InputError: if a key is unknown, or a value is of the wrong type or out of range.

@@ -1,4 +1,4 @@
-"""Where the text comes from. Free of heavy imports, so that a command line can be checked at once."""
+"""Settings of the data. Free of slow imports, so that a command line is checked at once."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class DataConfig(Settings):
     """The training and validation text and how it becomes tokens.
 
     Raises:
-        InputError: if a value is out of its bounds, a mixture has no validation text, or a validation set no usable
-            name.
+        InputError: if a value is out of its bounds, a mixture has no validation text, or a validation set's name is
+            invalid.
     """
 
     section: ClassVar[str] = "data"
@@ -73,7 +73,7 @@ class DataConfig(Settings):
             _check_sets(self.validation)
 
     def __hash__(self) -> int:
-        # A mapping has no hash of its own.
+        # The generated hash fails if `validation` is a mapping.
         return hash((self.train, frozenset(self.validation_sets.items()), self.tokenizer, self.cache_dir))
 
     @property
@@ -107,11 +107,11 @@ def _check_sets(sets: Mapping[str, str]) -> None:
 
 
 def check_name(field: str, name: str) -> None:
-    """Check a name that becomes a part of the names of metrics.
+    """Check a name that becomes part of metric names.
 
     Raises:
-        InputError: names the field and what a name may have.
+        InputError: names the field and the characters that a name may have.
     """
-    # A section of nothing but a type is shortened to the type.
+    # `encode` shortens a mapping whose only key is `type`.
     if name == "type" or not re.fullmatch("[A-Za-z0-9_-]+", name):
         raise InputError(f"{field} has the name {name!r}; use letters, digits, _ and -, and not the word type alone")

@@ -1,7 +1,7 @@
 """Configuration files: strict YAML, in which a `defaults:` list names other files to start from.
 
-The YAML is the part that cannot surprise: mappings, lists and YAML 1.2 scalars. `6e-4` is a number; `yes`, `0123` and
-`12:30` are strings. Duplicate keys, anchors, aliases and tags are refused, so no Python object is ever constructed.
+Only mappings, lists and YAML 1.2 scalars are accepted. `6e-4` is a number; `yes`, `0123` and `12:30` are strings.
+Duplicate keys, anchors, aliases and tags are refused, so no Python object is ever constructed.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from sophia_levanter.files import read_regular
 DEFAULTS_KEY = "defaults"
 MOST_BYTES = 1 << 20  # of a file
 MOST_SHOWN = 200  # characters of a value in an error message
-MOST_FILES = 100  # that one configuration is made from; a file that is named twice counts twice
+MOST_FILES = 100  # in one configuration; a file that is named twice counts twice
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value given to one field, and the file that gives it; None stands for the command line."""
+    """The value of a field, and the file that sets it; None stands for the command line."""
 
     value: object
     file: Path | None = None
 
     @property
     def prefix(self) -> str:
-        """What an error message about this setting starts with."""
+        """The start of an error message about this setting."""
         return "" if self.file is None else f"{self.file}: "
 
 
-# NUL, and halves of surrogate pairs but for those that stand for a byte of a file's name that is not UTF-8.
+# NUL and lone surrogates, except those that encode bytes of file names that are not UTF-8.
 _NOT_TEXT = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
-# The settings that one source gives, by dotted path: {"optimizer.rho": Setting(0.03, file)}.
+# The settings from one source, by dotted path: {"optimizer.rho": Setting(0.03, file)}.
 Layer = dict[str, Setting]
 
 
@@ -86,7 +86,7 @@ for _tag, _pattern, _first in (
 
 
 class _Dumper(yaml.SafeDumper):
-    # The loader's, so that exactly the strings that it would read as something else are quoted.
+    # The loader's resolvers, so that exactly those strings are quoted that it would not read as strings.
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
@@ -96,7 +96,7 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
 
 
 def parse_value(text: str) -> object:
-    """The number, truth value or null that a command line's text stands for; the text itself if it is no YAML."""
+    """Parse a value on a command line as YAML; the text itself if it is not valid YAML."""
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -104,7 +104,7 @@ def parse_value(text: str) -> object:
 
 
 def show_value(value: object) -> str:
-    """A value for an error message, as it stands in YAML."""
+    """Format a value for an error message, as it is written in YAML."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -115,10 +115,10 @@ def show_value(value: object) -> str:
 
 
 def read_layers(path: Path) -> list[Layer]:
-    """The files that `path` names under `defaults:`, depth first, and last `path` itself; later ones take precedence.
+    """Read the files that `path` names under `defaults:`, depth first, then `path`. Later layers take precedence.
 
     Raises:
-        InputError: if a file is missing, is not strict YAML or includes itself, or there are too many.
+        InputError: if a file is missing, is not strict YAML or includes itself, or there are too many files.
     """
     return _read_layers(path, (), itertools.count(1))
 
@@ -126,7 +126,7 @@ def read_layers(path: Path) -> list[Layer]:
 def _read_layers(path: Path, including: tuple[Path, ...], count: Iterator[int]) -> list[Layer]:
     try:
         resolved = path.resolve()
-    except (OSError, ValueError, RuntimeError):  # a link to itself, or a name that no file can have
+    except (OSError, ValueError, RuntimeError):  # a cyclic link, or an invalid file name
         resolved = path
     if next(count) > MOST_FILES:
         raise InputError(f"{including[0]}: {DEFAULTS_KEY} include more than {MOST_FILES} files; list each file once")
@@ -170,15 +170,15 @@ def _read_tree(path: Path, included_from: Path | None) -> dict[Any, Any]:
 
 
 def flatten(tree: Mapping[Any, Any], file: Path, prefix: str = "") -> Layer:
-    """The settings in a tree of sections.
+    """Flatten a tree of sections into settings by dotted path.
 
     Args:
-        tree: as read from YAML.
-        file: where they come from, for messages.
-        prefix: of their names.
+        tree: the sections, as read from YAML.
+        file: the file to name in messages.
+        prefix: prepended to each path.
 
     Raises:
-        InputError: if a key has a dot.
+        InputError: if a key contains a dot.
     """
     layer: Layer = {}
     for key, value in tree.items():

@@ -1,4 +1,4 @@
-"""Settings of groups of parameters. Free of jax until a group is looked for in a model."""
+"""Settings of groups of parameters. Free of jax until a group is built or matched to a model."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class GroupConfig(Settings):
             )
 
     def build(self, peak: float) -> ParameterGroup:
-        """The group as optimizers with this peak learning rate take it."""
+        """Build the group for an optimizer with this peak learning rate."""
         from sophia_levanter.optim import ParameterGroup
 
         return ParameterGroup(self.match, self.factor(peak) or 0.0, self.weight_decay, self.role)
 
     def factor(self, peak: float) -> float | None:
-        """The factor on an optimizer's learning rate; None if `learning_rate` does not spell one."""
+        """The factor on the optimizer's learning rate; None if `learning_rate` is invalid."""
         if isinstance(self.learning_rate, int | float):
             return self.learning_rate / peak if self.learning_rate >= 0 else None
         found = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?) ?x", self.learning_rate.strip())
@@ -61,7 +61,7 @@ class GroupConfig(Settings):
 
 
 def check_groups(groups: Sequence[ParameterGroup], model: Any) -> dict[str, int]:
-    """The group of each parameter of a model that is in one, by the parameter's path.
+    """The index of the group of each parameter in a group, by the parameter's path.
 
     Raises:
         InputError: if a group matches no parameter.

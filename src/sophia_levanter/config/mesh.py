@@ -1,4 +1,4 @@
-"""The mesh's settings, and whether they fit a model, a number of devices and a launcher. Free of jax."""
+"""Settings of the mesh, and checks against a model, a number of devices and a launcher. Free of jax."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sophia_levanter.errors import InputError, Problems
 MESH_AXES = ("replica", "data", "sequence", "model")
 TENSOR_AXES = ("heads", "mlp", "vocab")
 
-# The variables by which launchers say how many processes they started, each with those that must be set beside it.
-# In Slurm only a step's own number counts: the script of a job and a shell in an allocation may have SLURM_NTASKS and
-# SLURM_PROCID too, and are one process.
+# The variables in which launchers give the number of processes, each with the variables that must be set beside it.
+# In Slurm only the step's number counts: a job's script and a shell in an allocation are single processes, and may have
+# SLURM_NTASKS and SLURM_PROCID too.
 PROCESS_COUNTS = {
     "SLURM_STEP_NUM_TASKS": ("SLURM_STEP_ID", "SLURM_PROCID"),  # srun
     "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_RANK",),  # mpirun of Open MPI
@@ -80,10 +80,10 @@ class MeshConfig(Settings):
             raise InputError(f"mesh.process_id is {this}; it must be between 0 and mesh.num_processes - 1, {count - 1}")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """The size of each mesh axis over so many devices, in the order of the mesh.
+        """The size of each mesh axis on `num_devices` devices, in the order of the mesh.
 
         Raises:
-            InputError: if the product is not the number of devices; says what would fit.
+            InputError: if the product is not the number of devices; suggests sizes that fit.
         """
         if (self.num_processes or 1) > num_devices:
             raise InputError(
@@ -103,7 +103,7 @@ class MeshConfig(Settings):
         )
 
     def _fitting(self, num_devices: int) -> str:
-        """The nearest sizes, not larger than those asked for but for `data`, whose product is the number of devices."""
+        """The nearest sizes whose product is the number of devices. Only `data` may exceed its setting."""
         rest, sizes = num_devices, {}
         for name in ("model", "sequence", "replica"):
             sizes[name] = max(n for n in range(1, getattr(self, name) + 1) if rest % n == 0)
@@ -119,7 +119,7 @@ class MeshConfig(Settings):
 
     @property
     def parameter_mapping(self) -> dict[str, tuple[str, ...]]:
-        """The same for parameters, optimizer state and gradients at rest."""
+        """The mesh axes of each named axis, for stored parameters, optimizer state and gradients."""
         mapping = self.compute_mapping
         if self.fsdp is not None:
             mapping[self.fsdp] = (*mapping.get(self.fsdp, ()), "data")
@@ -127,14 +127,14 @@ class MeshConfig(Settings):
 
 
 def check_launcher(config: MeshConfig, environment: Mapping[str, str]) -> None:
-    """Refuse to be one of several processes that would not find each other: each would train a model by itself.
+    """Refuse to run as one of several unconnected processes, since each would train its own model.
 
     Args:
-        config: the mesh; with `mesh.coordinator`, the processes find each other.
-        environment: the variables of this process.
+        config: the mesh; `mesh.coordinator` connects the processes.
+        environment: the environment variables of this process.
 
     Raises:
-        InputError: if a launcher started several processes; names its variable.
+        InputError: if a launcher started several processes; names the launcher's variable.
     """
     if config.coordinator is not None:
         return
@@ -155,16 +155,16 @@ def check_divides(
     *,
     of: tuple[str, int] | None = None,
 ) -> None:
-    """Refuse named axes whose size is not divisible by the mesh axes that they are split over.
+    """Refuse named axes whose size is not divisible by the mesh axes that split them.
 
     Args:
-        sizes: of the mesh axes.
+        sizes: the size of each mesh axis.
         mapping: the mesh axes of each named axis.
         axes: the configuration's field and the size, by named axis.
-        of: a field, and its size, that what would do must divide.
+        of: a field and its size, which the suggested size must divide.
 
     Raises:
-        InputError: names each field, the mesh axes and the nearest size that would do.
+        InputError: names each field, the mesh axes and the nearest valid size.
     """
     problems = Problems()
     for name, (field, size) in axes.items():
@@ -185,6 +185,6 @@ def check_divides(
 
 
 def nearest_multiple(size: int, parts: int, of: int | None = None) -> int:
-    """The multiple of `parts` that is nearest to a size, and divides `of`, a multiple of `parts`, if that is given."""
+    """The multiple of `parts` nearest to `size`. If `of` is given, a multiple of `parts`, the result divides it."""
     multiples = range(parts, max(size + parts, of or 0) + 1, parts)
     return min((n for n in multiples if of is None or of % n == 0), key=lambda n: abs(n - size))

@@ -1,4 +1,4 @@
-"""The settings of models, and how they become models. Free of jax until one is built."""
+"""Settings of models. Free of jax until a model is built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sophia_levanter.models.language_model import LanguageModel
 
 VOCAB_MULTIPLE = 128
-LARGEST = 2**20  # of any size of a model
+LARGEST = 2**20  # upper bound of the sizes of a model
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ModelConfig(Settings, ChoiceRegistry):
     """
 
     section: ClassVar[str] = "model"
-    title: ClassVar[str] = "model"  # what people call it
+    title: ClassVar[str] = "model"  # its name in messages
 
     seq_len: int = setting(1024, "tokens in a training sequence; the longest context", low=1, high=LARGEST)
     vocab_rows: int | None = setting(
@@ -49,27 +49,27 @@ class ModelConfig(Settings, ChoiceRegistry):
         raise not_defined(self, "build")
 
     def explicit(self) -> ModelConfig:
-        """The same settings, with those filled in that follow from others."""
+        """The same settings with derived values filled in."""
         return self
 
     def embedding_rows(self, vocab_size: int) -> int:
-        """Rows of the token embedding without padding, for a tokenizer of so many tokens."""
+        """Rows of the token embedding without padding, for a tokenizer of `vocab_size` tokens."""
         return max(vocab_size, self.vocab_rows or 0)
 
     def axis_sizes(self) -> dict[str, tuple[str, int]]:
-        """What sets the size of each named axis of the parameters, for messages, and that size."""
+        """The field that sets the size of each named axis of the parameters, for messages, and the size."""
         return {"position": ("model.seq_len", self.seq_len)}
 
     def describe(self) -> str:
-        """Its sizes, for people."""
+        """The model's sizes as text."""
         return counted(self.seq_len, "position")
 
     def attention_on(self, platform: str, dtype: str, *, split_positions: bool, documents: bool = False) -> str | None:
         """The implementation of attention on a kind of device, in a dtype; None for a model without attention.
 
         Raises:
-            InputError: if the requested implementation cannot be used, or `documents` are to be masked and the model
-                cannot do that.
+            InputError: if the requested implementation cannot be used, or `documents` is true and the model cannot mask
+                documents.
         """
         if documents:
             raise InputError(
@@ -149,7 +149,7 @@ class TransformerConfig(ModelConfig):
 
     @property
     def _key_heads(self) -> str:
-        """How many heads keys and values have, for people, if that is another number."""
+        """The number of heads of keys and values as text, if it differs from the number of query heads."""
         return ""
 
     def attention_on(self, platform: str, dtype: str, *, split_positions: bool, documents: bool = False) -> str:
@@ -247,7 +247,7 @@ class LlamaConfig(TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_divisor("model.num_kv_heads", self.kv_heads, "model.num_heads", self.num_heads)
-        if not self.qk_norm:  # transformers' Llama demands it, whatever the heads' size
+        if not self.qk_norm:  # transformers' Llama requires it, whatever the head size
             check_divisor("model.num_heads", self.num_heads, "model.embed_dim", self.embed_dim)
         if self.head_dim % 2:
             raise InputError(
@@ -295,7 +295,7 @@ def check_divisor(name: str, divisor: int, other: str, number: int) -> None:
     """Check that one setting divides another.
 
     Raises:
-        InputError: names both and the nearest number that would.
+        InputError: names both settings and the nearest divisor.
     """
     if number % divisor:
         nearest = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - divisor))
@@ -303,7 +303,7 @@ def check_divisor(name: str, divisor: int, other: str, number: int) -> None:
 
 
 def pad_vocab(vocab_size: int) -> int:
-    """The vocabulary rounded up to a multiple of 128, as matrix units like it."""
+    """Round a vocabulary's size up to a multiple of 128, which suits matrix units."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

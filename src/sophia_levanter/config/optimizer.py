@@ -1,4 +1,4 @@
-"""The optimizers' settings, and how they become optimizers. Free of jax until one is built."""
+"""Settings of optimizers. Free of jax until an optimizer is built."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FINAL_FRACTION = "learning rate at the last step over the peak; constant ignores it"
 RHO = "scale of the curvature; coordinates with |m| >= rho * h take a clipped step; auto steers it by the win rate"
-SMALLEST_EPS = 1e-37  # float32 makes a smaller one 0
+SMALLEST_EPS = 1e-37  # smaller values become 0 in float32
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class OptimizerConfig(Settings, ChoiceRegistry):
 
     @property
     def last_learning_rate(self) -> float:
-        """The learning rate that a decaying schedule ends at."""
+        """The final learning rate of a decaying schedule."""
         given = self.final_learning_rate
         return self.final_fraction * self.learning_rate if given is None else given
 
@@ -67,24 +67,24 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         """Check that the optimizer fits a run.
 
         Raises:
-            InputError: names the fields that do not go together.
+            InputError: names the conflicting fields.
         """
         steps = trainer.num_train_steps
         if self.warmup > steps:
             raise InputError(f"optimizer.warmup {self.warmup} is more than trainer.num_train_steps {steps}")
 
     def build(self, num_train_steps: int) -> Optimizer:
-        """The optimizer of a run over this many steps."""
+        """Build the optimizer of a run of `num_train_steps` steps."""
         raise not_defined(self, "build")
 
     @property
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The groups as the optimizers take them."""
+        """The groups in the form that optimizers take."""
         return [group.build(self.learning_rate) for group in self.groups]
 
     @property
     def decay_arguments(self) -> dict[str, Any]:
-        """`weight_decay` and `weight_decay_mask` as the optimizers take them."""
+        """`weight_decay` and `weight_decay_mask` in the form that optimizers take."""
         from sophia_levanter.models.language_model import decay_mask, hyperball_matrices, parameter_roles
         from sophia_levanter.optim import group_weight_decay, hyperball_weight_decay
 
@@ -112,12 +112,14 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         return optax.join_schedules([warmup, decay], [warmup_steps])
 
     def arguments(self, optimizer: type, num_train_steps: int) -> dict[str, Any]:
-        """Arguments of an optimizer's class: each field that both have, and of the learning rate as a schedule,
-        `weight_decay`, `weight_decay_mask` and `momentum_dtype` those that the class has.
+        """Keyword arguments for the class of an optimizer, limited to the parameters that it has.
+
+        They are the fields of this configuration's own type, `learning_rate` as a schedule, `weight_decay`,
+        `weight_decay_mask` and `momentum_dtype`.
 
         Args:
             optimizer: the class.
-            num_train_steps: steps of the run, over which the schedule goes.
+            num_train_steps: steps of the run, the length of the schedule.
         """
         import jax.numpy as jnp
 
@@ -234,8 +236,8 @@ class SophiaConfig(OptimizerConfig):
 class SophiaGConfig(SophiaConfig):
     """Sophia with the Gauss-Newton-Bartlett estimator (Algorithm 2).
 
-    The model scores the sampled labels itself (`LanguageModel.losses`), so `build` makes a `Sophia` whose estimator has
-    no use for a likelihood.
+    The model scores the sampled labels itself (`LanguageModel.losses`), so the estimator that `build` uses needs no
+    likelihood.
     """
 
     curvature_batch_fraction: float = setting(

@@ -1,4 +1,4 @@
-"""What plug-ins register: their modules, and metrics and callbacks, which settings list by name. Free of jax."""
+"""Imports plug-ins, and registers metrics and callbacks by the names that settings list. Free of jax."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sophia_levanter.errors import InputError, one_line
 
 T = TypeVar("T")
 
-STATISTICS = "statistics"  # begins the names of numbers of single arrays
-# What the names of a run's own numbers begin with, here and in the Sophia authors' scripts.
+STATISTICS = "statistics"  # prefix of the statistics of single arrays
+# Prefixes of a run's own metrics, here and in the Sophia authors' scripts.
 BUILT_IN = ("train", "optim", "validation", "val", "tasks", STATISTICS)
 
 
 class Registry(dict[str, Any]):
-    """What is registered, by name.
+    """Registered functions or classes, by name.
 
     Args:
-        kind: a metric or a callback; `trainer.KINDs` lists the names that a run uses.
+        kind: "metric" or "callback"; `trainer.KINDs` lists the names that a run uses.
     """
 
     def __init__(self, kind: str) -> None:
@@ -31,7 +31,7 @@ class Registry(dict[str, Any]):
         self._kind = kind
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Registers the function or class below it under a name, which the names of its numbers begin with.
+        """A decorator that registers a function or class under a name, the prefix of its metrics.
 
         Raises:
             ValueError: if the name is taken or is not an identifier.
@@ -49,7 +49,7 @@ class Registry(dict[str, Any]):
         """Check that all names are registered.
 
         Raises:
-            InputError: names the one that is not, and the nearest.
+            InputError: names the unregistered name and the nearest registered one.
         """
         for name in names:
             if name not in self:
@@ -63,15 +63,15 @@ METRICS, CALLBACKS = Registry("metric"), Registry("callback")
 
 
 def register_metric(name: str) -> Callable[[T], T]:
-    """Registers a function for `trainer.metrics`.
+    """A decorator that registers a function for `trainer.metrics`.
 
-    It is traced in the compiled step. It takes a `training.metrics.StepTrees` and returns a dict of scalars.
+    The function is traced in the compiled step. It takes a `training.metrics.StepTrees` and returns a dict of scalars.
     """
     return METRICS.register(name)
 
 
 def register_callback(name: str) -> Callable[[T], T]:
-    """Registers a subclass of `training.callbacks.Callback` for `trainer.callbacks`."""
+    """A decorator that registers a subclass of `training.callbacks.Callback` for `trainer.callbacks`."""
     return CALLBACKS.register(name)
 
 
@@ -79,13 +79,13 @@ KEY = "plugins"
 
 
 def with_plugins(layers: Iterable[Layer]) -> list[Layer]:
-    """Import the modules that settings name under `plugins`; those of all layers, not of the last alone.
+    """Import the modules that the settings name under `plugins`, in all layers and not only the last.
 
     Returns:
-        The layers, with all plug-ins in a last one if there are any.
+        The layers, and a last one with all plug-ins if there are any.
 
     Raises:
-        InputError: if one cannot be imported; names it and says why.
+        InputError: names the first module that cannot be imported, and the reason.
     """
     layers = list(layers)
     named = [(name, layer[KEY]) for layer in layers if KEY in layer for name in _names(layer[KEY])]
@@ -110,7 +110,7 @@ def _import(name: str, setting: Setting) -> None:
         raise InputError(
             f"{setting.prefix}{KEY}: {show_value(name)} is not the name of a module; for my_module.py write my_module"
         )
-    # `python -m` looks for modules in the working directory, and a console script does not.
+    # `python -m` looks for modules in the working directory; a console script does not.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     try:

@@ -1,4 +1,4 @@
-"""The whole configuration of a training run, and where its numbers go besides its directory. Free of jax."""
+"""The whole configuration of a training run, and its `tracking` section. Free of jax."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sophia_levanter.config.settings import Settings, setting, steps_of
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError, Problems
 
-# Of a project's name, as wandb has it.
+# wandb's limits on the names of projects.
 _NOT_IN_A_PROJECT = "/\\#?%:"
 _LONGEST_NAME = 128
 
@@ -24,7 +24,7 @@ class TrackingConfig(Settings):
     """Where the numbers go besides metrics.jsonl, which is always written.
 
     Raises:
-        InputError: if a value is not what it must be.
+        InputError: if a value is invalid.
     """
 
     section: ClassVar[str] = "tracking"
@@ -53,10 +53,10 @@ class TrackingConfig(Settings):
 
 
 def check_installed(config: TrackingConfig) -> None:
-    """Whether the packages are there that the configuration needs.
+    """Check that the packages that the configuration needs are installed.
 
     Raises:
-        InputError: if one is not.
+        InputError: if a package is missing.
     """
     if config.wandb is not None:
         _check_package("wandb", f"tracking.wandb is {config.wandb!r}", "wandb")
@@ -66,17 +66,17 @@ def check_installed(config: TrackingConfig) -> None:
 
 def _check_package(package: str, setting: str, extra: str) -> None:
     spec = find_spec(package)
-    # A folder of that name, which wandb leaves where it runs, is found too, and has no origin.
+    # wandb leaves a folder of that name where it runs. `find_spec` finds the folder too, without an origin.
     if spec is None or spec.origin is None:
         raise InputError(f"{setting}; {package} is not installed; pip install 'sophia-levanter[{extra}]'")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What `python -m sophia_levanter.main` trains, and how.
+    """The configuration of a training run.
 
     Raises:
-        InputError: if the parts do not fit each other.
+        InputError: if the sections do not fit each other.
     """
 
     plugins: tuple[str, ...] = setting((), "Python modules to import first, for what they register")
@@ -99,7 +99,7 @@ class TrainConfig:
 
 
 def with_steps(config: TrainConfig) -> TrainConfig:
-    """The configuration with whole steps and a final learning rate in place of fractions."""
+    """The configuration with step counts and a final learning rate in place of fractions."""
     trainer, optimizer = config.trainer, config.optimizer
     intervals: dict[str, Any] = {
         "evaluate_every": trainer.evaluation_interval,
@@ -117,15 +117,15 @@ def with_steps(config: TrainConfig) -> TrainConfig:
 
 
 def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:
-    """Refuse a model or batches that the mesh cannot split evenly; all of them are named at once.
+    """Refuse a model or batches whose sizes are not divisible by the mesh. All misfits are reported at once.
 
     Args:
-        config: the run.
-        num_devices: that there are.
-        vocab_size: of the tokenizer; None if it is not known yet.
+        config: the configuration of the run.
+        num_devices: the number of devices.
+        vocab_size: tokens of the tokenizer; None if they are not known yet.
 
     Raises:
-        InputError: names each field, what it is split over and a size that would do.
+        InputError: names each field, the mesh axes that split it and a valid size.
     """
     trainer, mesh, problems = config.trainer, config.mesh, Problems()
     sizes = mesh.sizes(num_devices)

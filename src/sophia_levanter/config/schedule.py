@@ -28,8 +28,8 @@ class ScheduleConfig(Settings, ChoiceRegistry):
         """The learning rate as a function of the number of updates since the warm-up.
 
         Args:
-            peak: its value at 0.
-            final: its value at `num_steps`.
+            peak: the learning rate at 0.
+            final: the learning rate at `num_steps`.
             num_steps: updates from the end of the warm-up to the end of the run, at least 1.
         """
         raise not_defined(self, "build")

@@ -1,4 +1,4 @@
-"""How a setting is declared: its default, its help text and its bounds stand in one place."""
+"""Declares settings: the default, help text and bounds of each in one place."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ DECLARATION = "setting"  # the key of a field's metadata
 
 @dataclass(frozen=True)
 class Declaration:
-    """What is known of a setting besides its type and its default.
+    """The properties of a setting besides its type and default.
 
     Attributes:
         help: one line for `--help` and the reference page.
-        low, high: the smallest and the largest value.
-        above, below: bounds that are not values themselves.
-        choices: the only values; of a setting with bounds, the words beside its numbers.
-        empty: what to do in place of an empty string.
-        free: of a model's settings, whether a trained model works with another value.
-        steps: whether it counts steps: a whole number, or below 1 a fraction of the run.
-        former: the name that the setting had in the last release, which still works.
+        low, high: inclusive bounds.
+        above, below: exclusive bounds.
+        choices: the only values; with bounds, the words that are allowed besides numbers.
+        empty: the remedy for an empty string, for messages.
+        free: for a setting of a model, whether a trained model works with other values.
+        steps: whether the value counts steps: a whole number, or below 1 a fraction of the run.
+        former: the setting's name in the last release, which still works.
     """
 
     help: str
@@ -50,7 +50,7 @@ class Declaration:
             nullable: whether the field may be None, for messages.
 
         Raises:
-            InputError: names the field, the value and what would do.
+            InputError: names the field, the value and the valid values.
         """
         if value is None:
             return
@@ -69,7 +69,7 @@ class Declaration:
 
     @property
     def described(self) -> str:
-        """The help with the choices, where there are no other values."""
+        """The help, with the choices if they are the only values."""
         return f"{self.help}: {', '.join(self.choices)}" if self.choices and not self._is_bounded else self.help
 
     @property
@@ -103,7 +103,7 @@ def setting(default: Any, help: str, **bounds: Any) -> Any:
     """A dataclass field that declares a setting.
 
     Args:
-        default: its default; `dataclasses.MISSING` if a value must be given. The only mapping is {}.
+        default: `dataclasses.MISSING` if a value must be given. The only supported mapping is {}.
         help: one line for `--help` and the reference page.
         bounds: the other attributes of `Declaration`.
     """
@@ -114,12 +114,12 @@ def setting(default: Any, help: str, **bounds: Any) -> Any:
 
 
 def steps_of(value: float, num_train_steps: int) -> int:
-    """The steps that a setting declared with `steps` stands for in a run of `num_train_steps`."""
+    """The value of a setting declared with `steps`, in steps of a run of `num_train_steps`."""
     return round(value * num_train_steps) if value < 1 else int(value)
 
 
 def declaration(field: dataclasses.Field[Any]) -> Declaration:
-    """What `setting` declared of a field; a plain field has neither help nor bounds."""
+    """The declaration of a field; for a field without one, an empty declaration."""
     found = field.metadata.get(DECLARATION, Declaration(""))
     assert isinstance(found, Declaration)
     return found
@@ -132,18 +132,18 @@ def kinds_of(annotation: object) -> tuple[Any, ...]:
 
 
 def words_of(annotation: object) -> list[str]:
-    """The words that a setting may have beside its numbers: `auto` of `float | Literal["auto"]`."""
+    """The words that a setting allows besides numbers: `auto` for `float | Literal["auto"]`."""
     literals = [kind for kind in kinds_of(annotation) if typing.get_origin(kind) is Literal]
     return [word for kind in literals for word in typing.get_args(kind)]
 
 
 def not_defined(settings: Settings, method: str) -> InputError:
-    """For a method that a registered class must define, and does not."""
+    """The error for a registered class that lacks a required method."""
     return InputError(f"{settings.section}: {type(settings).__qualname__} does not define {method}()")
 
 
 def check_subclass(registered: type, base: type, field: str) -> None:
-    """Check that a registered class can be made.
+    """Check that a registered class can be instantiated.
 
     Raises:
         InputError: if it is not a subclass of `base`, or lacks a method that `base` requires.
@@ -156,13 +156,13 @@ def check_subclass(registered: type, base: type, field: str) -> None:
 
 
 def free_settings(settings: Settings) -> list[str]:
-    """The paths of a model's settings with which a trained model works at any value."""
+    """The paths of the model settings that may change after training."""
     return [settings.path(field.name) for field in dataclasses.fields(settings) if declaration(field).free]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A section of settings. It checks each value against its declaration when it is made.
+    """A section of settings. Its constructor checks each value against the declaration.
 
     Raises:
         InputError: if a value is out of its bounds.

@@ -12,7 +12,7 @@ from sophia_levanter.config.settings import Settings, setting, steps_of
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import check_utf8
 
-MOST_WINDOWS = 2**20  # in a step: a billion tokens of 1,024 each
+MOST_WINDOWS = 2**20  # sequences in a step: a billion tokens at 1,024 tokens each
 DTYPES = ("float32", "bfloat16")
 OR_FRACTION = "or below 1 their fraction of the run"
 TASKS = ("hellaswag", "piqa", "arc", "lambada")
@@ -20,7 +20,7 @@ TASKS = ("hellaswag", "piqa", "arc", "lambada")
 
 @dataclass(frozen=True)
 class BatchSizeChange(Settings):
-    """Another batch size from a step on."""
+    """A change of the batch size at a step."""
 
     section: ClassVar[str] = "trainer.batch_size_changes"
 
@@ -45,7 +45,7 @@ class TaskConfig(Settings):
 
     @property
     def title(self) -> str:
-        """What its numbers are called."""
+        """The task's name in metrics."""
         return self.task if self.name is None else self.name
 
 
@@ -54,8 +54,8 @@ class TrainerConfig(Settings):
     """How long, how wide and where to train.
 
     Raises:
-        InputError: if a value is out of its bounds, the batch does not divide into microbatches or two tasks have one
-            name.
+        InputError: if a value is out of its bounds, the microbatch size does not divide a batch size, or two tasks have
+            the same name.
     """
 
     section: ClassVar[str] = "trainer"
@@ -190,7 +190,7 @@ class TrainerConfig(Settings):
                     f"trainer.batch_size_changes has the step {change.step}, which is never reached: "
                     f"trainer.num_train_steps is {self.num_train_steps}"
                 )
-            self.at_step(change.step)  # whether this size would do as the only one
+            self.at_step(change.step)  # raises if this size would be invalid on its own
 
     @property
     def evaluation_interval(self) -> int:
@@ -243,7 +243,7 @@ class TrainerConfig(Settings):
         return range(int(first), int(end))
 
     def at_step(self, step: int) -> TrainerConfig:
-        """The same with the batch size of a step, and no changes."""
+        """These settings with the batch size of a step, without changes of it."""
         if not self.batch_size_changes:
             return self
         sizes = [change.batch_size for change in self.batch_size_changes if change.step <= step]
@@ -256,7 +256,7 @@ class TrainerConfig(Settings):
 
     @property
     def parts(self) -> list[TrainerConfig]:
-        """The same with each of its batch sizes, and no changes."""
+        """These settings once for each batch size, without changes of it."""
         return [self.at_step(step) for step in (0, *(change.step for change in self.batch_size_changes))]
 
     @property
