@@ -1,4 +1,4 @@
-"""What a run reads: batches of sequences from one corpus or a mixture, and whether its tokens are the right ones."""
+"""Batches of sequences from one corpus or a mixture, and the verification of corpora while training runs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from sophia_levanter.errors import InputError, counted
 if TYPE_CHECKING:
     from sophia_levanter.partition.processes import Processes
 
-# Seconds that other processes wait while one reads a large corpus.
+# Seconds to wait for other processes, which may still read a large corpus.
 READING_PATIENCE = 3600.0
-# Seconds between looks at whether the run is to stop, and those that a comparison may then still take.
+# Seconds between checks whether the run is stopping, and the longest wait for a verification after that.
 STOPPING_PATIENCE = 0.5
-# What a process has found, the worst first.
+# Outcomes of a process's verification, the worst first.
 FOUND = ("wrong", "failed", "unfinished", "compared")
 
-# Of the byte-bigram model: what is added to each count, so that a pair that was never seen is possible, how much is
-# counted, and what is read at once.
+# The byte-bigram model adds SMOOTHING to each count, so that unseen pairs are possible. It counts BIGRAM_BYTES bytes,
+# and reads BIGRAM_TOKENS tokens at once.
 SMOOTHING = 0.01
 BIGRAM_BYTES = 64 << 20
 BIGRAM_TOKENS = 1 << 20
@@ -42,9 +42,9 @@ class Part:
     """A corpus in a mixture.
 
     Attributes:
-        first: number of its first token in the mixture.
-        num_tokens: how many it has.
-        weight: its share of the sequences, relative to that of the others.
+        first: index of its first token in the mixture.
+        num_tokens: number of its tokens.
+        weight: its share of the sequences, relative to the weights of the other parts.
     """
 
     first: int
@@ -53,7 +53,7 @@ class Part:
 
 
 class Mixture(Tokens):
-    """Corpora one after the other, read as if they were one; a sequence is within one of them."""
+    """Concatenated corpora, read as one corpus. A sequence must lie within one of them."""
 
     location = "the mixture"
 
@@ -100,25 +100,25 @@ class Mixture(Tokens):
 
 
 def parts_of(corpus: Tokens) -> list[Part]:
-    """The parts of a mixture; a single corpus is its own only part."""
+    """The parts of a mixture; a single corpus is one part."""
     return corpus.parts if isinstance(corpus, Mixture) else [Part(0, corpus.num_tokens, 1.0)]
 
 
 class TrainBatches:
-    """`batches[step]`: a pure function of the data, the seed and the step, at any step in constant time and memory.
+    """`batches[step]`: a pure function of the data, the seed and the step, in constant time and memory for any step.
 
-    A sequence is the `seq_len + 1` tokens from a multiple of `seq_len` on: the inputs, and the targets one token later.
-    Every epoch goes through all sequences in an order of its own. The tokens after the last whole sequence are left
-    out. A batch may reach over the end of an epoch. Each part of a mixture has its own epochs. Of the sequences up
-    to any point, every part has its share by weight to within one sequence: grain's mixing, which rounds weights to a
-    hundredth of the smallest. The order of the sequences does not depend on how many make a batch.
+    A sequence is `seq_len + 1` tokens that start at a multiple of `seq_len`: the inputs, and the targets one token
+    later. Each epoch visits all sequences in a new order. Tokens after the last whole sequence are left out. A batch
+    may span two epochs. Each part of a mixture has its own epochs. At any point, the number of sequences taken from a
+    part is its share by weight to within one sequence (grain's mixing, which rounds weights to a hundredth of the
+    smallest). The order of the sequences does not depend on the batch size.
 
     Args:
         corpus: the tokens.
         seq_len: tokens that a sequence predicts.
         batch_size: sequences in a batch.
-        changes: `(step, batch size)` where another size begins, ascending.
-        seed: of the order.
+        changes: `(step, batch size)` of each change of the batch size, in ascending order.
+        seed: seed of the order.
 
     Raises:
         InputError: if the corpus, or a part of the mixture, is shorter than one sequence.
@@ -137,13 +137,13 @@ class TrainBatches:
                     f"{one} has {part.num_tokens} tokens, and one sequence needs {seq_len + 1} (model.seq_len + 1); "
                     "give more text or a shorter model.seq_len"
                 )
-        import grain  # only now: it takes seconds, and preparing text needs none of it
+        import grain  # takes seconds to import, and preparing text does not need it
 
         self.num_sequences = sum(counts)
         self._corpus = corpus
         self._seq_len = seq_len
         starts = [
-            # Parts of the same length are in different orders.
+            # Different seeds, so that parts of the same length are shuffled differently.
             grain.MapDataset.range(part.first, part.first + count * seq_len, seq_len).seed((seed + i) % 2**32).shuffle()
             for i, (part, count) in enumerate(zip(parts, counts, strict=True))
         ]
@@ -160,8 +160,8 @@ class TrainBatches:
 
         Args:
             step: counted from 0.
-            wanted: numbers of rows, int [row]; all if not given.
-            skipped_windows: how much further on in the order of the sequences this batch is.
+            wanted: indices of rows, int [row]; all if not given.
+            skipped_windows: the number of sequences that the run skipped before this batch.
 
         Returns:
             int32 [batch, seq_len + 1].
@@ -178,11 +178,11 @@ class TrainBatches:
         return sequences
 
     def sequences_between(self, step: int, later: int) -> int:
-        """How many sequences the steps in `[step, later)` have."""
+        """The number of sequences in the steps `[step, later)`."""
         return self._sequence_range(later)[0] - self._sequence_range(step)[0]
 
     def _sequence_range(self, step: int) -> tuple[int, int]:
-        """Number of the first sequence of a step, and how many there are."""
+        """The index of a step's first sequence, and the number of its sequences."""
         before, since, size = 0, 0, 0
         for begins, next_size in self._sizes:
             if begins > step:
@@ -195,15 +195,15 @@ class TrainBatches:
 class ValidationBatches:
     """Iterates over `(sequences, weights)`: int32 [batch, seq_len + 1] and float32 [batch, seq_len].
 
-    Together the sequences predict every token of the store but the first exactly once. Where the last sequence and the
-    last batch are filled up, the tokens and the weights of the predicted tokens are 0.
+    Together the sequences predict every token of the store except the first exactly once. The last sequence and the
+    last batch are padded with tokens and weights of 0.
 
     Args:
         store: the validation tokens.
         seq_len: tokens that a whole sequence predicts.
         batch_size: sequences in a batch.
-        max_sequences: take so many sequences, spread evenly over the store, if it has more; None takes all.
-        name: of the validation set, for errors; empty for an only set without one.
+        max_sequences: the largest number of sequences, spread evenly over the store; None takes all.
+        name: name of the validation set, for errors; empty for a single unnamed set.
 
     Raises:
         InputError: if the store has no token to predict.
@@ -237,7 +237,7 @@ class ValidationBatches:
             yield sequences, weights
 
     def token_sequences(self) -> Iterator[np.ndarray]:
-        """The same sequences one by one and not filled up: uint16 or uint32 [position], 2 to `seq_len + 1` long."""
+        """The same sequences one by one without padding: uint16 or uint32 [position], 2 to `seq_len + 1` long."""
         for start, end in self._ranges(0, len(self._starts)):
             yield self._store.read(start, end)
 
@@ -250,19 +250,19 @@ class ValidationBatches:
 
 
 def bigram_bits_per_byte(train: Tokens, sequences: Iterable[np.ndarray], tokenizer: Tokenizer) -> float:
-    """Bits that a byte-bigram model counted on `train` needs for a byte of validation text, for a model to beat.
+    """Bits per byte of validation text under a byte-bigram model of `train`, a baseline for language models.
 
     As with a language model, the first token of each sequence is context only and the others are predicted. End-of-text
     costs bits but is not a byte of text. The first `BIGRAM_BYTES` of `train` are counted. nan for an empty text.
     """
     spelled = [np.frombuffer(token, np.uint8) for token in tokenizer.token_bytes]
-    spelled[tokenizer.end_of_text] = np.array([NUM_BYTES])  # a symbol of its own
+    spelled[tokenizer.end_of_text] = np.array([NUM_BYTES])  # a symbol besides the bytes
     table, lengths = np.concatenate(spelled, dtype=np.int64), np.array([len(symbols) for symbols in spelled])
     offsets = np.cumsum(lengths) - lengths
 
     def symbols_of(tokens: np.ndarray) -> np.ndarray:
         ends = np.cumsum(lengths[tokens])
-        # For each symbol its place in the table: its token's offset plus how far into the token it is.
+        # The place of each symbol in the table: its token's offset plus its position in the token.
         first_place = np.repeat(offsets[tokens] - ends + lengths[tokens], lengths[tokens])
         return table[first_place + np.arange(len(first_place))]
 
@@ -286,12 +286,12 @@ def bigram_bits_per_byte(train: Tokens, sequences: Iterable[np.ndarray], tokeniz
 
 
 class Verification:
-    """Compares corpora with what they should be, in a thread of its own while training begins.
+    """Verifies corpora in a background thread while training begins.
 
     Args:
-        corpora: some of them may be large.
-        cache_dir: where it is kept that files of large ones have been compared.
-        processes: those of the run, which each read their own files.
+        corpora: the corpora, which may be large.
+        cache_dir: the directory that records which files of large corpora have been verified.
+        processes: the processes of the run. Each reads its own files.
     """
 
     def __init__(self, corpora: Sequence[Tokens], cache_dir: Path, processes: Processes) -> None:
@@ -303,27 +303,27 @@ class Verification:
         self._thread = self._start(lambda corpus: corpus.check_whole(cache_dir))
 
     def check(self) -> None:
-        """Raise what has been found so far, if this process is the only one; to be called often.
+        """Raise the error found so far, if the run has a single process. Call this often.
 
         Raises:
-            InputError: if a corpus is not what it should be.
-            Exception: what kept this process from finding out.
+            InputError: if a corpus is wrong.
+            Exception: if the verification failed.
         """
         if self._failure is not None and self._processes.count == 1:
             raise self._failure
 
     def finish(self, stopping: Callable[[], bool] = lambda: False) -> bool:
-        """Return when all corpora have been compared and have not changed since; all processes call it together.
+        """Wait until all corpora are verified, then check that they are unchanged. All processes call it together.
 
         Args:
-            stopping: whether the run is to stop, and may soon be killed: then nothing is waited for.
+            stopping: whether the run is stopping, and may soon be killed: then this does not wait.
 
         Returns:
-            Whether they have, in every process; the same in all.
+            Whether the corpora of all processes are verified; the same in every process.
 
         Raises:
-            InputError: in every process, if a corpus of one is not what it should be.
-            Exception: what kept this process from finding out; `OSError` if it was another process.
+            InputError: in every process, if a corpus of one process is wrong.
+            Exception: if this process's verification failed; `OSError` if another process's did.
         """
         if self._wait(stopping) and self._failure is None:
             self._thread = self._start(lambda corpus: corpus.check_unchanged())
@@ -351,7 +351,7 @@ class Verification:
         return thread
 
     def _wait(self, stopping: Callable[[], bool]) -> bool:
-        """Whether the thread has ended; not before it has, unless the run is to stop."""
+        """Wait for the thread, or until the run is stopping; whether the thread has ended."""
         self._thread.join(STOPPING_PATIENCE)
         while self._thread.is_alive() and not stopping():
             self._thread.join(STOPPING_PATIENCE)
@@ -370,5 +370,5 @@ class Verification:
         try:
             for corpus in self._corpora:
                 check(corpus)
-        except Exception as error:  # whatever it is, the text has not been compared
+        except Exception as error:  # after any error the text is not verified
             self._failure = error

@@ -1,4 +1,4 @@
-"""Byte-pair encodings: trained on a text, and written as files of tiktoken's and of transformers'."""
+"""Byte-pair encodings: training, and writing as files for tiktoken and transformers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sophia_levanter.files import write_atomically
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
-    """The rank of each token: the 256 bytes, and what was merged from them, in the order of merging.
+    """Train an encoding. Returns the rank of each token: the 256 bytes, then merged tokens in the order of merging.
 
     Args:
-        texts: what to train on, held in memory one at a time; distinct words are counted.
-        vocab_size: tokens, end-of-text included; fewer are found if the text has no more pairs.
+        texts: the training texts. Memory holds one at a time, and the counts of distinct words.
+        vocab_size: tokens, end-of-text included; there are fewer if the text has no more pairs.
 
     Raises:
         InputError: if `vocab_size` is too small, or the package `tokenizers` is not installed.
@@ -42,15 +42,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
 
 
 def bpe_file(ranks: dict[bytes, int]) -> bytes:
-    """The file that tiktoken reads: a token in base64 and its rank a line."""
+    """The content of a file for tiktoken: a token in base64 and its rank on each line."""
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()).encode()
 
 
 def save_bpe(path: Path, ranks: dict[bytes, int]) -> None:
-    """Writes `bpe_file`.
+    """Write `bpe_file(ranks)` to a path.
 
     Raises:
-        InputError: if it cannot be written.
+        InputError: if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def save_bpe(path: Path, ranks: dict[bytes, int]) -> None:
 
 
 def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """Texts up to a number of bytes, the last one whole."""
+    """Yield texts until their size reaches `limit` bytes; the last text is not cut."""
     left = limit
     for text in texts:
         yield text
@@ -70,9 +70,9 @@ def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def bytes_of_characters() -> dict[str, int]:
-    """The byte that each character of GPT-2's printable alphabet stands for, in which vocabularies are written.
+    """The byte of each character in GPT-2's printable alphabet, in which vocabularies are written.
 
-    Printable bytes stand for themselves, the others for the characters from 256 on, in order.
+    Printable bytes are written as themselves, the others as the characters from 256 on, in order.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, NUM_BYTES)]
     others: Any = [byte for byte in range(NUM_BYTES) if byte not in printable]
@@ -82,11 +82,11 @@ def bytes_of_characters() -> dict[str, int]:
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of `tokenizer.json`, the format of the package `tokenizers`.
 
-    It differs from the tokenizer in one thing: a special token that is spelled out in a text becomes that token, as
-    transformers has it, unless its caller asks for `split_special_tokens`.
+    Unlike this package, transformers encodes a special token that is spelled out in a text as that token, unless its
+    caller sets `split_special_tokens`.
 
     Raises:
-        InputError: if it is not a byte-pair encoding.
+        InputError: if the tokenizer is not a byte-pair encoding.
     """
     if not tokenizer.merges_bytes:
         raise InputError(
@@ -128,7 +128,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,  # like tiktoken, look a whole word up first
-            # Special tokens too, or they would be numbered without the gaps before them.
+            # With the special tokens, which would otherwise be renumbered without gaps.
             "vocab": {written(token): rank for token, rank in ranks.items()} | dict(tokenizer.special_tokens),
             "merges": [[written(left), written(right)] for left, right in merges_of(ranks)],
         },
@@ -136,9 +136,9 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def tokenizer_config_json(seq_len: int) -> dict[str, Any]:
-    """The content of `tokenizer_config.json`, for a model that reads so many tokens."""
+    """The content of `tokenizer_config.json`, for a model with a context of `seq_len` tokens."""
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # tokenizer.json as it is
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json unchanged
         "model_max_length": seq_len,
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
@@ -154,8 +154,8 @@ def ranks_of(tokenizer: Tokenizer) -> dict[bytes, int]:
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The pairs that a byte-pair encoding merges, in order, from the ranks of its tokens.
 
-    A token's pair is what its bytes become by the merges before it. A token that they do not make two parts of has
-    none: it is only found where it is a whole word.
+    The pair of a token results from applying the earlier merges to its bytes. If they do not leave two parts, the token
+    has no pair: it only occurs as a whole word.
     """
     pairs = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -166,7 +166,7 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _merged(token: bytes, ranks: Mapping[bytes, int], *, below: int) -> list[bytes]:
-    """The bytes of a token, merged by the ranks below one; of equal ranks the leftmost first."""
+    """Merge the bytes of a token by the ranks smaller than `below`; of equal ranks the leftmost first."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
         rank, i = min((ranks.get(parts[i] + parts[i + 1], below), i) for i in range(len(parts) - 1))
@@ -178,8 +178,8 @@ def _merged(token: bytes, ranks: Mapping[bytes, int], *, below: int) -> list[byt
 
 def _pre_tokenizer(pattern: str) -> dict[str, Any]:
     if pattern in ("", r50k_pat_str):
-        # GPT-2's pattern, which byte-level pre-tokenizers have in them. Bytes are the same whatever words they are in,
-        # and short words are faster.
+        # Byte-level pre-tokenizers contain GPT-2's pattern. Without merges the split into words changes nothing, and
+        # short words are faster.
         return _byte_level(use_regex=True)
     split = {"type": "Split", "pattern": {"Regex": _oniguruma(pattern)}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
@@ -190,6 +190,6 @@ def _byte_level(*, use_regex: bool) -> dict[str, Any]:
 
 
 def _oniguruma(pattern: str) -> str:
-    """A pattern of tiktoken's in the dialect of `tokenizers`, in which `{1,3}+` is not a possessive quantifier but a
-    second one, and `$` matches before every newline."""
+    """Translate a pattern of tiktoken's for `tokenizers`, which reads `{1,3}+` as two quantifiers instead of a
+    possessive one, and matches `$` before every newline."""
     return re.sub(r"(\\p\{\w+\}\{[\d,]+\})\+", r"(?>\1)", pattern).replace("$", r"\z")

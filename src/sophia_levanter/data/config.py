@@ -1,4 +1,4 @@
-"""The former place of `DataConfig`, for one release. Import it from `sophia_levanter.config.data`."""
+"""Deprecated alias, for one release: import `DataConfig` from `sophia_levanter.config.data`."""
 
 from sophia_levanter.config.data import DataConfig
 

@@ -1,4 +1,4 @@
-"""From a data config to the tokens to train on and to validate with, and the documents that these have in common."""
+"""Prepares the training and validation tokens of a data config, and finds documents that they have in common."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer, printable,
 from sophia_levanter.errors import InputError
 
 SHOWN_TOKENS = 16
-# Of the documents that are on both sides:
-MIN_BYTES = 10  # shorter ones may well be there twice, unless all are
-REMEMBERED_TOKENS = 1 << 24  # of smaller corpora all is compared at each start
+# For the search for documents in both training and validation text:
+MIN_BYTES = 10  # shorter documents may recur by chance, and count only if all documents recur
+REMEMBERED_TOKENS = 1 << 24  # smaller corpora are compared at each start
 DIGEST_BYTES = 8
-LEAK_VERSION = 1  # of what is compared, and how
+LEAK_VERSION = 1  # of the comparison
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class TextData:
     """The tokens to train on and to validate with.
 
     Attributes:
-        tokenizer: that of all tokens.
+        tokenizer: the tokenizer of all tokens.
         train: the tokens to train on.
-        validation_sets: those to validate with by the set's name, which is empty for an only set without one.
-        document_end: as `masked_end` gives it.
+        validation_sets: the tokens of each validation set by its name, which is empty for a single unnamed set.
+        document_end: the result of `masked_end`.
     """
 
     tokenizer: Tokenizer
@@ -53,7 +53,7 @@ class TextData:
 
     @property
     def validation_facts(self) -> dict[str, Any]:
-        """`Tokens.facts` of the validation set; of named sets their tokenizer, and under `sets` the facts of each."""
+        """`Tokens.facts` of the validation set; for named sets the tokenizer, and the facts of each under `sets`."""
         if "" in self.validation_sets:
             return self.validation.facts
         sets = [{"name": name, **tokens.facts} for name, tokens in sorted(self.validation_sets.items())]
@@ -61,15 +61,15 @@ class TextData:
 
 
 def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn: Report | None = None) -> TextData:
-    """The tokens of `config`; text that has no token store in `config.cache_dir` yet gets one.
+    """Find the tokens of `config`, and make the token stores that are missing in `config.cache_dir`.
 
     Memory is bounded by the largest documents.
 
     Args:
         config: the text, its tokenizer and the split.
-        report: takes a line of news for the user.
+        report: called with each message for the user.
         ray: address of a Ray cluster whose cores make the tokens; this machine's if not given.
-        warn: takes a warning; `report` if not given.
+        warn: called with each warning; `report` if not given.
 
     Raises:
         InputError: if the tokenizer, a source or the cache is not usable, training and validation text have documents
@@ -82,10 +82,10 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
         found = _two_sides(job)
         train, held_out = found.make()
         data = _text_data(config, tokenizer, train, {"": held_out})
-        if found.source is None:  # two stores may be of any texts, but a split has equal texts on one side
+        if found.source is None:  # found stores may overlap; a split here puts equal texts on the same side
             _report_leaks(job, data, [found], {"": found})
         return data
-    # All are looked up before the first is read: a misspelt validation path must not wait for the training text.
+    # Find all sources before reading any, so that a misspelt validation path is reported at once.
     parts = [_find(job, "data.train", part.source) for part in config.train_parts]
     _report_repeats(parts, job.warn)
     sets = _find_validation(job)
@@ -105,16 +105,16 @@ def _text_data(config: DataConfig, tokenizer: Tokenizer, train: Tokens, sets: Ma
 
 
 def masked_end(config: DataConfig, tokenizer: Tokenizer, field: str, corpus: Tokens) -> int | None:
-    """The token that ends a document, at which attention and positions stop; None without `data.mask_documents`.
+    """The token at which attention and positions stop, end-of-text; None without `data.mask_documents`.
 
     Args:
-        config: whether they stop.
-        tokenizer: that of the corpus.
+        config: has `mask_documents`.
+        tokenizer: the tokenizer of the corpus.
         field: the setting that names the corpus, for messages.
-        corpus: is read up to the first such token.
+        corpus: the tokens, which are read up to the first end-of-text.
 
     Raises:
-        InputError: if they are to stop, and the corpus or a part of the mixture has no such token.
+        InputError: if documents are to be masked, and the corpus or a part of the mixture has no end-of-text.
     """
     if not config.mask_documents:
         return None
@@ -132,7 +132,7 @@ def masked_end(config: DataConfig, tokenizer: Tokenizer, field: str, corpus: Tok
 
 
 def _report_repeats(parts: Sequence[FoundSource], warn: Report) -> None:
-    """Say which files are in several parts of a mixture."""
+    """Warn about files that are in several parts of a mixture."""
     first: dict[str, FoundSource] = {}
     again = [
         (file, first[file], part) for part in parts for file in part.inputs if first.setdefault(file, part) is not part
@@ -146,10 +146,10 @@ def _report_repeats(parts: Sequence[FoundSource], warn: Report) -> None:
 
 
 def _report_leaks(job: Job, data: TextData, train: Sequence[FoundSource], sets: Mapping[str, FoundSource]) -> None:
-    """Say which documents are both trained on and validated with, set by set.
+    """Warn about documents of each validation set that are also in the training text.
 
     Raises:
-        InputError: if there are some and `data.on_leak` is `error`.
+        InputError: if there are any and `data.on_leak` is `error`.
     """
     for name, tokens in data.validation_sets.items():
         field, found = validation_field(name), sets[name]
@@ -173,7 +173,7 @@ def _report_of(report: Report, field: str, line: str) -> None:
 
 
 def _where(found: FoundSource, number: int) -> str:
-    """The document of a number, from 0: by its file where that can be read again."""
+    """Describe a document by its number, counted from 0, or by its file if that can be read again."""
     if found.source is not None:
         with contextlib.suppress(InputError, OSError):
             for position, _ in islice(found.source.documents(), number, None):
@@ -182,12 +182,12 @@ def _where(found: FoundSource, number: int) -> str:
 
 
 def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report) -> dict[str, Tokens]:
-    """The validation sets, as in `TextData`; of a training text, only one that a part is held out of is looked at.
+    """The validation sets, as in `TextData`. The training text is read only if a part of it is held out.
 
     Args:
         config: as for `prepare`.
-        tokenizer: the one that `config` names.
-        report: takes a line of news for the user.
+        tokenizer: the tokenizer that `config` names.
+        report: called with each message for the user.
 
     Raises:
         InputError: if a source or the cache is not usable.
@@ -215,7 +215,7 @@ def _check_separator(config: DataConfig, report: Report) -> None:
 
 
 def _find(job: Job, field: str, name: str, held_out: float | None = None) -> FoundSource:
-    """The tokens of the source that a field names; two corpora if a share is held out. No text is read yet."""
+    """Find the tokens of the source in a field; two corpora if a share is held out. No text is read yet."""
     source = source_named(name, field)
     if found := source.find_tokens(job.tokenizer, job.cache_dir, job.report, both=held_out is not None):
         return found
@@ -224,27 +224,27 @@ def _find(job: Job, field: str, name: str, held_out: float | None = None) -> Fou
 
 
 def _find_validation(job: Job) -> dict[str, FoundSource]:
-    """The tokens of each validation set that the configuration names."""
+    """Find the tokens of each validation set."""
     return {name: _find(job, validation_field(name), source) for name, source in job.config.validation_sets.items()}
 
 
 def _two_sides(job: Job) -> FoundSource:
-    """The tokens of the training text, split into a training and a held-out part."""
+    """Find the tokens of the training text, split into a training and a held-out part."""
     assert isinstance(job.config.train, str)
     return _find(job, "data.train", job.config.train, job.config.validation_fraction)
 
 
 @dataclass(frozen=True)
 class Leak:
-    """What two corpora have in common.
+    """The documents that a validation corpus has in common with the training corpus.
 
     Attributes:
-        count: documents for validation that are for training too; where there are none, only `num_documents` counts.
-        num_documents: all that are for validation.
-        document: number of the first of them, from 0.
-        tokens: where it begins and ends in the corpus for validation.
-        part: number of the part of the mixture that it is in for training.
-        twin: its number there.
+        count: number of common documents; if it is 0, the other attributes but `num_documents` are unused.
+        num_documents: number of validation documents.
+        document: index of the first common document in the validation corpus.
+        tokens: where it begins and ends in the validation corpus.
+        part: index of the part of the training mixture that contains it.
+        twin: its index in that part.
     """
 
     count: int
@@ -256,18 +256,17 @@ class Leak:
 
 
 def find_leak(train: Tokens, validation: Tokens, tokenizer: Tokenizer, cache_dir: Path, report: Report) -> Leak:
-    """The documents that two corpora have in common, token for token.
+    """Find the documents that two corpora have in common, token for token.
 
-    A document is what stands before an end-of-text, and what comes after the last one. Those of fewer than `MIN_BYTES`
-    bytes count only where all documents for validation are for training too. In memory are a few numbers for each
-    document for validation, and none for those for training.
+    End-of-text separates documents. Documents of fewer than `MIN_BYTES` bytes count only if all validation documents
+    are also training documents. Memory holds a few numbers per validation document, and none per training document.
 
     Args:
         train: the tokens to train on.
         validation: the tokens to validate with.
-        tokenizer: that of both.
+        tokenizer: the tokenizer of both.
         cache_dir: directory that caches the result for large corpora.
-        report: takes a line when a check of large corpora begins.
+        report: called with a message when a check of large corpora begins.
     """
     num_tokens = train.num_tokens + validation.num_tokens
     is_large = num_tokens >= REMEMBERED_TOKENS
@@ -294,7 +293,7 @@ def _compare(train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> dict[st
         for found, _, _ in _documents(train, part, tokenizer):
             at = np.searchsorted(wanted, found)
             at[at == len(wanted)] = 0
-            # Of those that are there several times the first one is written last, and stays.
+            # In reverse, so that the first of several equal documents is written last and stays.
             new = np.flatnonzero((wanted[at] == found) & (parts[at] < 0))[::-1]
             parts[at[new]], twins[at[new]] = number, count + new
             count += len(found)
@@ -315,7 +314,7 @@ def _compare(train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> dict[st
 
 
 def _documents(corpus: Tokens, part: Part, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields, block by block, the digest, start and end of each non-empty document."""
+    """Yield, block by block, the digest, start and end of each non-empty document."""
     dtype = tokenizer.dtype.newbyteorder("<")
     last = part.first + part.num_tokens
     begin, digest = part.first, _new_digest()

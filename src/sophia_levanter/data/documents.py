@@ -1,4 +1,4 @@
-"""What a source of documents is, how its rows become documents, and which of them are held out for validation."""
+"""Sources of documents, the conversion of rows to documents, and the split into training and held-out documents."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ KINDS = {
     list: "a list",
     dict: "an object",
 }
-HASH_BYTES = 8  # of a document's text, which decide over its side
+HASH_BYTES = 8  # of the hash of a document's text that decides whether it is held out
 
-# How far a source has been read: files that are done, and records of the next one.
+# A position in a source: the number of files done, and of records done in the next file.
 Position = tuple[int, int]
 START: Position = (0, 0)
 # Whether a document is held out, and its text.
@@ -32,11 +32,11 @@ Side = tuple[bool, str]
 
 
 class Source(ABC):
-    """Documents in a fixed order, which can be read from any place on.
+    """Documents in a fixed order, readable from any position.
 
     Attributes:
-        name: what the user wrote.
-        rows: what makes documents of its rows.
+        name: the source as the user wrote it.
+        rows: converts its rows to documents.
     """
 
     def __init__(self, name: str, rows: Rows) -> None:
@@ -46,62 +46,62 @@ class Source(ABC):
     @property
     @abstractmethod
     def parts(self) -> list[Any]:
-        """What the documents of each file depend on, as JSON values."""
+        """For each file a JSON value of all that its documents depend on."""
 
     @property
     def settings(self) -> list[Any]:
-        """What else the documents depend on, as a JSON value."""
+        """A JSON value of all else that the documents depend on."""
         return [self.name, *self.rows.settings]
 
     @property
     @abstractmethod
     def identity(self) -> Any:
-        """All that the documents depend on, as a JSON value."""
+        """A JSON value of all that the documents depend on."""
 
     @property
     def inputs(self) -> list[str]:
-        """What is read: real paths, URLs or names."""
+        """The real paths, URLs or names that are read."""
         return [self.name]
 
     @abstractmethod
     def where(self, position: Position) -> str:
-        """The document before a position, for people."""
+        """Describe the document before a position."""
 
     @abstractmethod
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
-        """Each document from `start` on, with the position after the file's record that it is of."""
+        """Each document from `start` on, with the position after its record."""
 
     def share_read(self) -> float | None:
-        """How much of it has been read, from 0 to 1; None if that cannot be known."""
+        """The share of the source that has been read, from 0 to 1; None if unknown."""
         return None
 
 
 class Tally(NamedTuple):
-    """What the rows of a source held, with the first place of each kind; replaced whenever a count changes."""
+    """Counts of what the rows of a source held, with the first place of each kind; replaced when a count changes."""
 
     num_bad: int = 0  # rows without text that were skipped
     first_bad: str = ""
     num_empty: int = 0
     first_empty: str = ""
     num_separators: int = 0
-    special: tuple[tuple[str, int], ...] = ()  # special tokens that are spelled out, and how often
+    special: tuple[tuple[str, int], ...] = ()  # special tokens spelled out in the text, and their counts
     first_special: str = ""
 
 
 class Rows:
-    """Makes documents of the rows of one source.
+    """Converts the rows of one source to documents.
 
-    A row without text is an error, or skipped, as `data.bad_rows` says. Empty text holds no tokens: it is left out.
+    A row without text is an error or skipped, depending on `data.bad_rows`. Empty texts are left out.
 
     Args:
-        config: which field of a row holds its text, and where texts are split.
+        config: names the field of a row that holds its text, and the separator of documents.
         field: the config field to name in errors.
-        special_tokens: names of tokens that are looked for in the text.
+        special_tokens: special tokens to search for in the text.
 
     Attributes:
         config, field: as given.
-        tally: what the rows so far held.
-        tally_before: of these, what those held that are of the files before.
+        tally: counts of the rows so far.
+        tally_before: counts of the rows in earlier files.
     """
 
     def __init__(self, config: DataConfig, field: str, special_tokens: Collection[str] = ()) -> None:
@@ -141,10 +141,10 @@ class Rows:
         return self.encodable(text, f"{where}: the field {name!r}")
 
     def encodable(self, text: str, where: str) -> str:
-        """The text as UTF-8 can hold it, with replacements if `data.invalid_utf8` is replace.
+        """The text itself; lone surrogates are replaced if `data.invalid_utf8` is replace.
 
         Raises:
-            InputError: if UTF-8 cannot hold it.
+            InputError: if UTF-8 cannot encode it.
         """
         try:
             text.encode("utf-8")
@@ -158,10 +158,10 @@ class Rows:
         return text
 
     def bad(self, problem: str) -> str | None:
-        """The text of a row without text, None: the row is skipped and counted.
+        """Skip and count a row without text. Returns None in place of the text.
 
         Args:
-            problem: where the row is and what is wrong with it.
+            problem: the place of the row, and what is wrong with it.
 
         Raises:
             InputError: unless `data.bad_rows` is skip.
@@ -204,7 +204,7 @@ class Rows:
         return f"rows left out: {'; '.join(bad + empty)}" if bad or empty else ""
 
     def warnings(self) -> list[str]:
-        """Lines about what the user may not want of the text."""
+        """Warnings about a text that may not be as intended."""
         tally, separator, lines = self.tally, self.config.document_separator, []
         if separator and not tally.num_separators:
             lines.append(
@@ -226,7 +226,7 @@ class Rows:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is in JSON's words, for messages."""
+    """JSON's name for the type of a value, for messages."""
     return KINDS.get(type(value), f"a value of type {type(value).__name__}")
 
 
@@ -240,16 +240,16 @@ class NoSplit:
         return [(False, text)]
 
     def finish(self) -> list[Side]:
-        """The others."""
+        """The remaining documents."""
         return []
 
 
 class Split:
-    """Holds a share of the documents out, in one pass that keeps one document back.
+    """Holds out a share of the documents, in one pass that buffers one document.
 
-    A hash of its text decides over each document, so that the split stays as it is when documents are added, and the
-    same text is on one side only. Where this leaves a side empty, the document nearest to it changes sides; of
-    documents that are all the same one the end is held out.
+    A hash of the text decides whether a document is held out. So documents that are added later do not change the
+    split, and equal texts are on the same side. If a side would remain empty, the document with the hash nearest to it
+    moves there. If all documents are equal, one of them is kept, and its end is held out.
 
     Args:
         fraction: share to hold out, in (0, 1).
@@ -257,7 +257,7 @@ class Split:
         settled: whether both sides have documents already.
 
     Attributes:
-        is_settled: whether both sides have documents, so that none is kept back.
+        is_settled: whether both sides have documents, so that none is buffered.
     """
 
     def __init__(self, fraction: float, *, field: str, settled: bool = False) -> None:
@@ -265,13 +265,13 @@ class Split:
         self._limit = fraction * 256**HASH_BYTES
         self._field = field
         self.is_settled = settled
-        # Of the documents so far, all on one side, the nearest to the other side, and how often it was there.
+        # While all documents are on one side: the document nearest to the other side, and its number of occurrences.
         self._kept: tuple[int, str] | None = None
         self._count = 0
         self._others = False
 
     def push(self, text: str) -> list[Side]:
-        """The documents whose side is known once `text` is; `text` is not empty."""
+        """The documents whose side is settled by adding `text`, which is not empty."""
         value = _hash(text)
         held_out = value < self._limit
         if self.is_settled:
@@ -294,10 +294,10 @@ class Split:
         return [(held_out, text)]
 
     def finish(self) -> list[Side]:
-        """What was kept back.
+        """The remaining documents.
 
         Raises:
-            InputError: if there is one document of one character.
+            InputError: if the only document has a single character.
         """
         if self.is_settled or self._kept is None:
             return []

@@ -1,6 +1,6 @@
-"""EncodedDocuments to tokens: in this process, in several, or as Ray tasks; the result is the same.
+"""Encodes documents in this process, in several processes, or in Ray tasks, with the same result.
 
-Imports no more than a process that makes tokens needs, so that it starts at once.
+Imports only what a worker needs, so that workers start quickly.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from sophia_levanter.data.text_files import optional_import
 from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 
-# So few blocks are done before other processes have started.
+# Fewer blocks are encoded sooner than workers start.
 FEW_BLOCKS = 4
 CONNECT_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """EncodedDocuments one after the other, as a tokenizer makes them.
+    """The concatenated tokens of documents.
 
     Attributes:
         tokens: [position], in a store's dtype, with an end-of-text after each document.
-        lengths: int64 [document], of the tokens.
-        num_bytes: of their text in UTF-8, together.
+        lengths: int64 [document], the number of tokens of each document, end-of-text included.
+        num_bytes: bytes of all texts in UTF-8.
     """
 
     tokens: np.ndarray
@@ -51,13 +51,13 @@ class EncodedDocuments:
     num_bytes: int
 
 
-# The texts of a block: of its documents for training, and of those held out.
+# The texts of a block: its training documents, and its held-out documents.
 Texts = tuple[list[str], list[str]]
 Encoded = tuple[EncodedDocuments, EncodedDocuments]
 
 
 def encode(tokenizer: Tokenizer, texts: Texts) -> Encoded:
-    """The tokens of a block, an end-of-text after each document."""
+    """The tokens of a block, with an end-of-text after each document."""
     train, held_out = texts
     return _documents(tokenizer, train), _documents(tokenizer, held_out)
 
@@ -84,17 +84,17 @@ def _tokenizer(module: str, name: str, fingerprint: str) -> Tokenizer:
 
 
 def encode_with(module: str, name: str, fingerprint: str, texts: Texts) -> Encoded:
-    """`encode` with the tokenizer of this name, which a process loads once; the module is its class's.
+    """`encode` with a named tokenizer, which a process loads once. `module` defines the tokenizer's class.
 
     Raises:
-        InputError: if its fingerprint is another one: the file may have changed, or differ between hosts.
+        InputError: if the fingerprint differs: the tokenizer's file has changed, or differs between hosts.
     """
     return encode(_tokenizer(module, name, fingerprint), texts)
 
 
 def _start_worker() -> None:
-    """Make a process ready for work, and end it with the one that started it, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    """Initialise a worker process, and end it when its parent ends for any reason."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -107,11 +107,11 @@ def _start_worker() -> None:
 
 @dataclass(frozen=True)
 class Workers:
-    """What encodes blocks elsewhere.
+    """Encodes blocks in other processes.
 
     Attributes:
-        count: how many blocks it encodes at the same time.
-        submit: begins to encode one.
+        count: the number of blocks encoded at the same time.
+        submit: starts to encode a block.
     """
 
     count: int
@@ -119,18 +119,18 @@ class Workers:
 
 
 def _address(tokenizer: Tokenizer) -> tuple[str, str, str]:
-    """What another process finds the tokenizer by."""
+    """The arguments by which another process loads the tokenizer."""
     return type(tokenizer).__module__, tokenizer.name, tokenizer.fingerprint
 
 
 @contextmanager
 def processes(count: int, tokenizer: Tokenizer) -> Iterator[Workers]:
-    """Workers on this machine, one process each, which end with this one however it ends."""
+    """Workers on this machine, one process each, which end when this process ends for any reason."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
-    # Makes semaphores, and with the first one Python lets SIGINT through again.
+    # Created before SIGINT is blocked: with its first semaphore Python starts a resource tracker and unblocks SIGINT.
     pool = ProcessPoolExecutor(count, context, _start_worker)
     with _starting_workers():
-        for _ in range(count):  # each task finds no process at leisure, and starts one
+        for _ in range(count):  # no process is idle, so each task starts one
             pool.submit(os.getpid)
     try:
         yield Workers(count, lambda texts: pool.submit(encode_with, *_address(tokenizer), texts))
@@ -140,9 +140,9 @@ def processes(count: int, tokenizer: Tokenizer) -> Iterator[Workers]:
 
 @contextmanager
 def _starting_workers() -> Iterator[None]:
-    """Processes started in here never hear Ctrl-C, which is for this one and reaches it afterwards.
+    """Start processes that never receive Ctrl-C; it reaches this process afterwards.
 
-    They do not import this program's script either, which would start to train again where its lines are not under
+    The processes do not import this program's script either, which would train again if its code is not under
     `if __name__ == "__main__"`.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -160,14 +160,14 @@ def ray_tasks(address: str, tokenizer: Tokenizer) -> Iterator[Workers]:
     """Workers on a Ray cluster: tasks of one core each.
 
     Raises:
-        InputError: if Ray is not installed, or there is no cluster at the address.
+        InputError: if Ray is not installed, or no cluster runs at the address.
     """
-    # Otherwise a token file that Ray leaves in the home folder would ask for authentication later.
+    # Ray leaves a token file in the home folder, which would switch authentication on in later sessions.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray = optional_import("ray", "'ray>=2.60'", "--ray")
     try:
         if address != "auto":
-            # Ray itself would try for a minute, and say so many times.
+            # Ray itself would retry for a minute, with many messages.
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
@@ -177,7 +177,7 @@ def ray_tasks(address: str, tokenizer: Tokenizer) -> Iterator[Workers]:
         ) from error
     encode_block = partial(ray.remote(encode_with).remote, *_address(tokenizer))
     try:
-        # As many as the cluster has cores, which may come and go.
+        # One worker per core of the cluster; their number may change.
         count = max(int(ray.cluster_resources().get("CPU", 1)), 1)
         yield Workers(count, lambda texts: encode_block(texts).future())
     finally:
@@ -189,12 +189,12 @@ def encode_blocks(
     tokenizer: Tokenizer,
     workers: Callable[[], AbstractContextManager[Workers]] | None,
 ) -> Iterator[tuple[Any, Encoded]]:
-    """Each block's mark with its tokens, in the order of the blocks.
+    """Encode blocks, and yield each block's mark with its tokens, in the order of the blocks.
 
     Args:
-        blocks: a mark and the texts of each. About twice as many as there are workers are in memory at one time.
-        tokenizer: what to encode with.
-        workers: makes a context of `Workers`; None encodes here. They are not started for a few blocks.
+        blocks: a mark and the texts of each. About twice as many blocks as workers are in memory at one time.
+        tokenizer: the tokenizer.
+        workers: makes a context of `Workers`, which is not started for a few blocks; None encodes in this process.
 
     Raises:
         OSError: if a worker was killed.

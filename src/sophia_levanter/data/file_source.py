@@ -1,4 +1,4 @@
-"""Documents of files: text, JSON, Parquet, and the standard library."""
+"""Documents in files: text, JSON, Parquet, and Python's standard library."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from sophia_levanter.data.text_files import PYTHON_STDLIB, Report, TextFile, fin
 from sophia_levanter.errors import InputError
 
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-PARQUET_ROWS = 256  # at once
-PIECE_BYTES = 1 << 20  # of a JSON array, or of a text that is split, at once
-# What stands before an element of an array and what ends it: at its beginning, and after an element.
+PARQUET_ROWS = 256  # read at once
+PIECE_BYTES = 1 << 20  # read at once of a JSON array, or of a text with separators
+# What precedes an element of a JSON array, and what ends the array: at its beginning, and after an element.
 ARRAY_FIRST = re.compile(r"\s*\[\s*(?=[^\s\]])"), re.compile(r"\s*\[\s*\]\s*\Z")
 ARRAY_NEXT = re.compile(r"\s*,\s*(?=\S)"), re.compile(r"\s*\]\s*\Z")
 ARRAY_DELIMITER = re.compile(r"\s*[,\]]")
-READING_VERSION = 2  # of how files become documents; what was prepared by another one is prepared again
+READING_VERSION = 2  # of the conversion of files to documents; token stores of other versions are made again
 
-# A record's place, for messages, and its text; None if it is left out already.
+# A record's place, for messages, and its text; None if the record is left out.
 Record = tuple[str, str | None]
 
 
 class FileSource(Source):
-    """The documents of files, one at a time; those without text are left out.
+    """The documents of files, one at a time. Documents without text are left out.
 
-    A file's content decides how it is read, see `format_of`: JSON lines and JSON arrays hold an object a document,
-    Parquet a row a document, and any other file is one document; in UTF-8. The Python standard library is one document
-    a module, as its encoding declaration says. Texts are split at `data.document_separator`, if there is one.
+    A file's content decides how it is read (`format_of`): JSON lines and JSON arrays hold one document per object,
+    Parquet one per row, and any other file is a single document in UTF-8. Python's standard library has one document
+    per module, decoded by its encoding declaration. Texts are split at `data.document_separator`, if it is set.
 
     Args:
-        name: which files, see `find_files`.
-        rows: what makes documents of the records.
-        report: takes a line about files whose names do not say what they hold.
+        name: the files, see `find_files`.
+        rows: converts records to documents.
+        report: called with a message about files whose names and contents disagree.
 
     Raises:
-        InputError: here, if there are no such files; while reading, if one cannot be read or decoded, or a record has
-            no text.
+        InputError: here, if no files are found; while reading, if a file cannot be read or decoded, or a record has no
+            text.
     """
 
     def __init__(self, name: str, rows: Rows, report: Report) -> None:
@@ -92,13 +92,13 @@ class FileSource(Source):
         return (sum(sizes[: self._file]) + current) / sum(sizes)
 
     def _records(self, file: TextFile, skip: int) -> Iterator[Record]:
-        """The records of a file from number `skip` on, those without text too."""
+        """The records of a file after the first `skip`, including those without text."""
         with opened(file) as open_file:
             self._share_of_file = open_file.share_read
             if self.name == PYTHON_STDLIB:
                 if not skip:
                     text = _python_source(open_file.content)
-                    yield file.name, text if text.strip() else None  # an empty module is nothing to tell of
+                    yield file.name, text if text.strip() else None  # empty modules are not counted
                 return
             format_ = format_of(open_file, self.rows.config.text_field)
             self._report_disagreement(open_file, format_)
@@ -113,7 +113,7 @@ class FileSource(Source):
                 yield from self._plain_text(file, open_file.content, skip)
 
     def _report_disagreement(self, opened: OpenFile, format_: Format) -> None:
-        """One line for all files whose names and contents disagree in the same way."""
+        """Report files whose names and contents disagree, once for each kind of disagreement."""
         named, compressed = named_formats(opened.file), opened.file.named[1]
         agree = format_ in named and opened.compression == compressed
         key = (format_, opened.compression, named, compressed)
@@ -124,7 +124,7 @@ class FileSource(Source):
         self._report(f"{opened.file.where} holds {held}, unlike its name; it and files like it are read by content")
 
     def _report_objects(self, opened: OpenFile) -> None:
-        """One line where a text seems to be records that could not be read as such."""
+        """Warn once about a text that seems to consist of JSON records."""
         if "objects" not in self._reported and has_objects(opened):
             self._reported.add("objects")
             self._report(
@@ -134,7 +134,7 @@ class FileSource(Source):
             )
 
     def _plain_text(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
-        """The text of a file as one record; with a separator a record ends at each, so that not all is in memory."""
+        """The text of a file as one record; with a separator one record per document, to save memory."""
         separator = self.rows.config.document_separator
         if separator is None and file.size > MEMORY:
             raise InputError(
@@ -143,7 +143,7 @@ class FileSource(Source):
             )
         reader = _Utf8(content, self._decode_errors, f"{file.where}")
         text, ended = "", 0
-        # Read as much again, so that a long document is not searched more often than its length doubles.
+        # Each read doubles the text, so that a long document is searched only a logarithmic number of times.
         while more := reader.read(max(PIECE_BYTES, len(text)) if separator else -1):
             text += more
             if separator:
@@ -173,7 +173,7 @@ class FileSource(Source):
                 yield where, self.rows.text_of(row, where)
 
     def _array_items(self, file: TextFile, content: BinaryIO) -> Iterator[Any]:
-        """The elements of a JSON array; what is kept of its text is a piece, or the element that is longer."""
+        """The elements of a JSON array. Memory holds one piece of its text, or one element if that is longer."""
         reader = _Utf8(content, self._decode_errors, f"{file.where}")
         scanner = json.JSONDecoder()
         text, at, number, at_end = "", 0, 1, False
@@ -183,7 +183,7 @@ class FileSource(Source):
             try:
                 if match := before.match(text, at):
                     item, end = scanner.raw_decode(text, match.end())
-                    # Of a number the rest may not have been read.
+                    # The rest of a number may not have been read yet.
                     if isinstance(item, dict) or at_end or ARRAY_DELIMITER.match(text, end):
                         yield item
                         at, number = end, number + 1
@@ -199,7 +199,7 @@ class FileSource(Source):
                 raise InputError(
                     f"{file.where}, record {number}, is {reason}; write one array of objects, or one object a line"
                 )
-            # As much again, so that a long object is not scanned more often than its length doubles.
+            # Each read doubles the text, so that a long object is scanned only a logarithmic number of times.
             more = reader.read(max(PIECE_BYTES, len(text) - at))
             text, at, at_end = text[at:] + more, 0, not more
 
@@ -209,7 +209,7 @@ class FileSource(Source):
 
     def _decode(self, data: bytes, offset: int, where: str) -> str:
         try:
-            # Files that were put one after the other may have byte order marks in their middle.
+            # Concatenated files may have byte order marks in the middle.
             return data.decode("utf-8", errors=self._decode_errors).removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise _not_utf8(error, offset, f"{self.rows.field}: {where}") from error
@@ -226,7 +226,7 @@ class FileSource(Source):
     def _parquet_rows(self, opened: OpenFile, skip: int) -> Iterator[Record]:
         file, content = opened.file, opened.content
         parquet = optional_import("pyarrow.parquet", "pyarrow", file.where)
-        if not content.seekable() or opened.compression is not None:  # the footer is at the end: then read all of it
+        if not content.seekable() or opened.compression is not None:  # the footer is at the end, so read all of it
             content = io.BytesIO(content.read())
         try:
             table = parquet.ParquetFile(content)
@@ -258,11 +258,11 @@ class FileSource(Source):
 
 
 class _Utf8:
-    """Text from bytes that are read piece by piece.
+    """Decodes UTF-8 piece by piece.
 
     Args:
         content: the bytes.
-        errors: what is done about bytes that are not UTF-8, as `bytes.decode` takes it.
+        errors: the handling of bytes that are not UTF-8, as for `bytes.decode`.
         where: the config field and the file, for errors.
     """
 
@@ -274,7 +274,7 @@ class _Utf8:
         self._at_beginning = True
 
     def read(self, size: int) -> str:
-        """The text of the next `size` bytes, or all if that is negative; empty at the end.
+        """The text of the next `size` bytes, or of all if `size` is negative; empty at the end.
 
         Raises:
             InputError: if they are not UTF-8 text.

@@ -1,4 +1,4 @@
-"""Files of text while they are read: decompressed as their first bytes say, and of the format that they hold."""
+"""Opens files of text: detects their compression and format from their content."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ LOOK_LINES = 5
 LOOK_LINE_BYTES = 1 << 24  # a file whose first line is longer is one text, unless its name says JSON
 PARQUET_MAGIC = b"PAR1"
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
-# Of marks that begin alike the longer one is first.
+# Longer marks come first: that of UTF-32LE begins with that of UTF-16LE.
 WIDE_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32LE",
     codecs.BOM_UTF32_BE: "UTF-32BE",
     codecs.BOM_UTF16_LE: "UTF-16LE",
     codecs.BOM_UTF16_BE: "UTF-16BE",
 }
-# How compressed files begin; the second pattern of zstd is a skippable frame.
+# The first bytes of compressed files; the second pattern of zstd is a skippable frame.
 MAGIC = {
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
@@ -39,17 +39,17 @@ MAGIC = {
     "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
 }
 MAGIC_BYTES = 10
-# A compressed file may expand to so many bytes, or so many times its size if that is more.
+# A compressed file may expand to EXPANDED_BYTES, or MOST_EXPANSION times its size if that is more.
 EXPANDED_BYTES, MOST_EXPANSION = 1 << 28, 200
 
 
 class OpenFile:
-    """A file that is being read, decompressed as its first bytes say.
+    """An open file, decompressed according to its first bytes.
 
     Attributes:
-        file: which one.
+        file: the file.
         compression: gzip, zstd, xz, bzip2 or None.
-        content: the decompressed bytes, from where they have been read to.
+        content: the stream of decompressed bytes.
     """
 
     def __init__(self, file: TextFile) -> None:
@@ -63,7 +63,7 @@ class OpenFile:
         """Go back to the beginning."""
         try:
             self._raw.seek(0)
-        except (OSError, ValueError):  # a stream of a server that sends whole files only
+        except (OSError, ValueError):  # a stream from a server that only sends whole files
             self._raw.close()
             self._raw = self.file.open()
         self.content = _decompressed(self._raw, self.compression, self.file.where)
@@ -81,7 +81,7 @@ class OpenFile:
 
 
 class _Bounded(io.RawIOBase):
-    """Decompressed bytes, as long as there are not many more than a text can have been."""
+    """A stream of decompressed bytes that fails beyond a limit, which protects against decompression bombs."""
 
     def __init__(self, content: BinaryIO, limit: int, where: str) -> None:
         self._content, self._left, self._where = content, limit, where
@@ -90,7 +90,7 @@ class _Bounded(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        # One read, so that what stands before damage is there before the error.
+        # A single read, so that the bytes before damage arrive before the error.
         data = self._content.read1(len(buffer))  # type: ignore[attr-defined]
         buffer[: len(data)] = data
         self._left -= len(data)
@@ -107,8 +107,8 @@ def opened(file: TextFile) -> Iterator[OpenFile]:
     """The file, open for reading.
 
     Raises:
-        InputError: here or while it is read, if it cannot be read or decompressed; at the end, if something was written
-            to it since it was looked up, or another file took its place.
+        InputError: here or while it is read, if it cannot be read or decompressed; at the end, if it was changed or
+            replaced since it was found.
     """
     try:
         with readable(file), closing(OpenFile(file)) as open_file:
@@ -121,11 +121,11 @@ def opened(file: TextFile) -> Iterator[OpenFile]:
 
 @contextmanager
 def readable(file: TextFile) -> Iterator[None]:
-    """Errors of reading a file as errors of input."""
+    """Convert errors from reading a file to `InputError`."""
     try:
         yield
     except Exception as error:
-        # Each compression has an error of its own.
+        # Each compression has its own error class.
         if (
             isinstance(error, EOFError | zlib.error | lzma.LZMAError | gzip.BadGzipFile)
             or type(error).__name__ == "ZstdError"
@@ -148,17 +148,17 @@ def _decompressed(raw: BinaryIO, compression: str | None, where: str) -> BinaryI
         case "bzip2":
             return cast(BinaryIO, bz2.BZ2File(raw))
         case "zstd":
-            # Python has it from 3.14 on. The package zstandard takes a truncated file for a whole one.
+            # Python includes zstd from 3.14 on. The package zstandard does not detect truncated files.
             module = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
             zstd = optional_import(module, "backports.zstd", where)
-            # `zstd --long=31` makes windows that decoders refuse unless they are told.
+            # By default decoders refuse the large windows of `zstd --long=31`.
             window = zstd.DecompressionParameter.window_log_max
             return cast(BinaryIO, zstd.ZstdFile(raw, options={window: window.bounds()[1]}))
     return raw
 
 
 class Format(Enum):
-    """How documents are kept in a file; the value is its name in messages."""
+    """The format of a file; the value is its name in messages."""
 
     TEXT = "plain text"
     JSON_LINES = "JSON lines"
@@ -166,7 +166,7 @@ class Format(Enum):
     PARQUET = "Parquet"
 
 
-# What a suffix may stand for; any other stands for text.
+# The formats that a suffix may stand for; any other suffix stands for text.
 NAMED = {
     ".json": (Format.JSON_LINES, Format.JSON_ARRAY),
     ".jsonl": (Format.JSON_LINES,),
@@ -177,18 +177,18 @@ NAMED = {
 
 
 def named_formats(file: TextFile) -> tuple[Format, ...]:
-    """What a file is expected to hold by its name."""
+    """The formats that a file's name suggests."""
     return NAMED.get(file.named[0], (Format.TEXT,))
 
 
 def format_of(opened: OpenFile, text_field: str) -> Format:
-    """What a file holds, from a look at its beginning; it is at its beginning again afterwards.
+    """Detect the format of a file from its beginning, and rewind it.
 
-    Parquet is known by its first bytes. JSON is taken for records if the first ones have the field `text_field`, or
-    at once if the suffix says JSON. What is neither is what the suffix says, so that a damaged file is refused.
+    Parquet is recognised by its first bytes. JSON is read as records if the suffix says JSON, or if the first records
+    have the field `text_field`. Otherwise the suffix decides, so that a damaged file is refused.
 
     Raises:
-        InputError: if it is UTF-16 or UTF-32, or a pointer that Git LFS left in place of the file.
+        InputError: if the file is UTF-16 or UTF-32, or a pointer of Git LFS.
     """
     begin = opened.content.read(LOOK_BYTES)
     opened.rewind()

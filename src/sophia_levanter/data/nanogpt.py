@@ -1,4 +1,4 @@
-"""Token files that other programs wrote, used where they are: nanoGPT's, llm.c's and NumPy's."""
+"""Token files of other programs, read in place: nanoGPT's, llm.c's and NumPy's."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ HEADERS = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 META = "meta.pkl"
 META_BYTES = 1 << 26
 UINT16_IDS = 1 << 16
-REMEMBERED_TOKENS = 1 << 26  # what reading all of fewer gives is not kept
+REMEMBERED_TOKENS = 1 << 26  # smaller files are read again at each start
 SHOWN_TOKENS = 16
 DIGEST_PIECES = 64
 DIGEST_PIECE_BYTES = 1 << 16
 
 
 class _TokenFile:
-    """Ids in a file, which are read where a slice asks for them.
+    """Token ids in a file, read slice by slice.
 
-    Not by memory map: where a mapped file is cut short, the system kills the process.
+    A memory map would not do: if a mapped file is cut short, the system kills the process.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, length: int, *, offset: int, where: str) -> None:
@@ -67,22 +67,22 @@ class _TokenFile:
 
     @property
     def status(self) -> list[int]:
-        """What changes when something is written to the file."""
+        """Numbers that change when the file is written to."""
         now = os.fstat(self._file.fileno())
         return [now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns]
 
 
 class NanogptTokens(Tokens):
-    """A file of token ids, one after the other, read where it is.
+    """A file of token ids, read in place.
 
-    It is an array of NumPy (.npy), a shard with the header of llm.c, or has no header, as nanoGPT writes it: then the
-    ids are uint16 unless `?dtype=uint32` is given.
+    It is an array of NumPy (.npy), a shard with the header of llm.c, or a file without a header, as nanoGPT writes it.
+    Without a header the ids are uint16 unless `?dtype=uint32` is given.
 
     Args:
         source: `nanogpt:FILE` or `nanogpt:FILE?dtype=uint32`.
-        tokenizer: what the ids are taken to be of.
+        tokenizer: the tokenizer that is assumed to have made the ids.
         field: the config field to name in errors.
-        cache_dir: where what was found in large files is kept, not to read all of them at each start.
+        cache_dir: directory that caches what is found in large files, so that they are read only once.
 
     Raises:
         InputError: if the file does not exist, or this tokenizer cannot have made it.
@@ -167,7 +167,7 @@ class NanogptTokens(Tokens):
         return tokens
 
     def _check_meta(self) -> None:
-        """Refuses a file beside which nanoGPT wrote that the ids are of another vocabulary."""
+        """Refuse a file if nanoGPT's `meta.pkl` beside it describes a different vocabulary."""
         meta = _read_meta(self.path.with_name(META), self._where)
         if "stoi" in meta:
             raise InputError(
@@ -175,7 +175,7 @@ class NanogptTokens(Tokens):
                 f"{self._tokenizer.name} cannot read; name the text that it was made from, such as input.txt"
             )
         size = meta.get("vocab_size", self._tokenizer.vocab_size)
-        if not isinstance(size, int | str):  # what is nested may take for ever to show
+        if not isinstance(size, int | str):  # a nested value may take forever to print
             size = type(size).__name__
         if size != self._tokenizer.vocab_size:
             raise InputError(
@@ -184,23 +184,23 @@ class NanogptTokens(Tokens):
             )
 
     def check(self, report: Callable[[str], None]) -> None:
-        """Looks at all of the file, and reports how it begins.
+        """Read the whole file, and report how it begins.
 
         Raises:
-            InputError: if there is an id that the tokenizer does not have.
+            InputError: if the tokenizer lacks an id of the file.
         """
         self._checked(np.array(self._contents["range"]))
         begin = printable(self._tokenizer.decode(self._tokens[:SHOWN_TOKENS]))
         report(f"{self._where}: {self.num_tokens:,} tokens of {self._tokens.dtype.name}; begins: {begin!r}")
 
     def check_whole(self, cache_dir: Path) -> None:
-        pass  # `check` read all
+        pass  # `check` has read all of it
 
     def check_unchanged(self) -> None:
         now = self._tokens.status
         if now == self._tokens.opened_as:
             return
-        known = vars(self).get("_contents")  # what the property below gave
+        known = vars(self).get("_contents")  # the cached property below
         if known is None or self._read_all() != known:
             raise InputError(f"{self._where} changed after it was opened; start the run again with the file as it was")
         self._tokens.opened_as = now
@@ -236,7 +236,7 @@ class NanogptTokens(Tokens):
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What tells it from other files. Checkpoints of earlier versions have the digest of some pieces alone."""
+        """Values that identify the file. Checkpoints of earlier versions only have the digest of some pieces."""
         digest = hashlib.blake2b(digest_size=16)
         items = DIGEST_PIECE_BYTES // self._tokens.dtype.itemsize
         for start in np.linspace(0, max(self.num_tokens - items, 0), DIGEST_PIECES).astype(np.int64).tolist():
@@ -276,14 +276,14 @@ def _parsed(source: str, field: str) -> tuple[str, str | None]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, lists and dicts; nothing that a pickle can name is imported or called."""
+    """Reads numbers, strings, lists and dicts. It never imports or calls what a pickle names."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 def _read_meta(path: Path, where: str) -> dict[Any, Any]:
-    """What nanoGPT's `meta.pkl` says; nothing if there is none."""
+    """The content of nanoGPT's `meta.pkl`; empty if the file does not exist."""
     try:
         meta = _PlainUnpickler(io.BytesIO(read_regular(path, META_BYTES))).load()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""How documents fill sequences, and what `data.mask_documents` takes from attention there."""
+"""How documents fill sequences, and how many attention pairs `data.mask_documents` removes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Packing:
     """The documents of a token store in sequences of one length.
 
     Attributes:
-        median_length: of the documents, in tokens, end-of-text included.
+        median_length: median length of the documents in tokens, end-of-text included.
         longest: length of the longest document.
-        documents_per_sequence: how many documents a sequence holds, wholly or in part, in the mean.
-        share_of_one: the share of the sequences that hold one document only; a mask changes nothing in them.
-        removed_share: of all pairs of a token and itself or an earlier one of its sequence, the share whose tokens are
-            of different documents.
+        documents_per_sequence: the mean number of documents in a sequence, whole or in part.
+        share_of_one: the share of the sequences that hold a single document; masking does not change them.
+        removed_share: the share of attention pairs (a token with itself or an earlier token of its sequence) whose
+            tokens belong to different documents.
     """
 
     median_length: float
@@ -30,11 +30,11 @@ class Packing:
 
 
 def packing_of(document_ends: Iterable[np.ndarray], seq_len: int) -> Packing:
-    """How documents fill sequences that begin at the multiples of a length; the last sequence may be shorter.
+    """Measure how documents fill sequences that start at the multiples of `seq_len`; the last may be shorter.
 
     Args:
-        document_ends: where each document ends, one token after its last, in parts: int64 [document], not empty. They
-            ascend from one part to the next, too. One part is held at a time.
+        document_ends: the index after the last token of each document, in parts: int64 [document], not empty, ascending
+            from one part to the next, too. One part is held at a time.
         seq_len: tokens in a sequence.
     """
     counts: Counter[int] = Counter()  # of documents by their length; there are few lengths where documents are many
@@ -73,5 +73,5 @@ def _median(counts: Mapping[int, int]) -> float:
 
 
 def _pairs(length: int) -> int:
-    """Pairs of a token and itself or an earlier one, in a stretch of this length."""
+    """The number of pairs of a token with itself or an earlier one, in a piece of this length."""
     return length * (length + 1) // 2

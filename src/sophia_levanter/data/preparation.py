@@ -1,4 +1,4 @@
-"""From documents to token stores: prepared once, by one process at a time, which may be killed, and kept."""
+"""Prepares token stores from documents: once, by one process at a time, which may be killed and continued."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError, counted
 from sophia_levanter.files import sync, write_atomically
 
-BLOCK_CHARACTERS = 1 << 18  # of text are encoded by one process at a time, rounded up to whole documents
+BLOCK_CHARACTERS = 1 << 18  # of text that one process encodes at a time, rounded up to whole documents
 REPORT_SECONDS = 5.0
 PARTIAL = ".partial"
-TALLY_NAME = "tally.json"  # beside the stores: what the rows of their text held, and the directory's name
+TALLY_NAME = "tally.json"  # beside the stores: the counts of their rows, and the directory's name
 
 
 @dataclass(frozen=True)
 class Job:
-    """How text becomes tokens, and who hears of it.
+    """How to prepare text, and where to report.
 
     Attributes:
-        config: the text, and where stores are kept.
-        tokenizer: what makes the tokens.
-        report: takes a line of news for the user.
-        warn: takes a warning.
+        config: names the text and the cache directory.
+        tokenizer: the tokenizer.
+        report: called with each message for the user.
+        warn: called with each warning.
         ray: address of a Ray cluster whose cores make the tokens; this machine's if not given.
     """
 
@@ -64,34 +64,34 @@ class Job:
 
     @property
     def cache_dir(self) -> Path:
-        """Where stores are kept."""
+        """The directory of the token stores."""
         return cache_directory(self.config)
 
     @property
     def workers(self) -> Callable[[], AbstractContextManager[Workers]] | None:
-        """Makes the processes or tasks that encode; None if this process does."""
+        """Makes the worker processes or tasks; None if this process encodes."""
         if self.ray is not None:
             return partial(ray_tasks, self.ray, self.tokenizer)
         count = self.config.num_workers if self.config.num_workers is not None else _num_cores()
-        if not count or not self.tokenizer.is_slow or multiprocessing.current_process().daemon:  # which may start none
+        if not count or not self.tokenizer.is_slow or multiprocessing.current_process().daemon:  # daemons start none
             return None
         return partial(processes, count, self.tokenizer)
 
 
 class Preparation:
-    """One source of documents and the directory for the token stores that are made of it.
+    """A source of documents, and the directory of its token stores.
 
     Args:
-        named: the source, which is looked up; nothing of its text is read yet.
-        job: how.
+        named: the source. It is opened here, but its text is not read yet.
+        job: how to prepare it.
         held_out: share of the documents that goes to a second store.
 
     Attributes:
         source: the documents.
-        directories: where the stores may be: under a digest of all that determines them; with `data.bad_rows: skip`
-            also where they are if rows were skipped.
-        base: what the directory is called, with a suffix, while it is made. Files that change are not in its digest,
-            so that what was prepared before an error is found when they are corrected.
+        directories: the possible directories of the stores, named by a digest of all that determines the stores. With
+            `data.bad_rows: skip` a second directory is for stores with skipped rows.
+        base: the directory during preparation, without its suffix. Its digest leaves out the state of files, so that
+            progress before an error is found again after a file is corrected.
 
     Raises:
         InputError: if the source does not exist.
@@ -117,7 +117,7 @@ class Preparation:
         self._job.report(f"{self.source.rows.field}: {line}")
 
     def stores(self) -> list[TokenStore]:
-        """The source's store, or those of its two sides; made if they are not there.
+        """Open the source's store, or those of its two sides, and prepare them if they are missing.
 
         Raises:
             InputError: if the source or the cache is not usable.
@@ -194,7 +194,7 @@ class Preparation:
         return directory
 
     def _begun(self, partial: Path) -> Progress | None:
-        """What an earlier process left, if the text up to there is still the same; otherwise it is deleted."""
+        """Load the progress of an earlier process; if the text before it has changed, delete the progress."""
         begun, rows = load_progress(partial), self.source.rows
         if begun is not None and (rows.skips or not begun.place.tally.num_bad):
             place = place_after(self.source, begun.place)
@@ -210,10 +210,10 @@ class Preparation:
         return None
 
     def _blocks(self, begun: Place | None) -> Iterator[tuple[tuple[Place | None, InputError | None], Texts]]:
-        """Texts of about a block's size, of whole records, with the place after each.
+        """Yield blocks of texts, which hold whole records, with the place after each block.
 
-        The place is None if a document before it is kept back. Where the source cannot be read any further, the last
-        block comes with the error.
+        The place is None while the split buffers a document. If the source cannot be read any further, the last block
+        comes with the error.
         """
         settled = begun is not None
         split = (
@@ -239,7 +239,7 @@ class Preparation:
                     size += len(own)
         except InputError as error:
             kept = place()
-            # Whatever the size and time of the file say then: its documents are compared before more are taken.
+            # The empty digest makes the next process compare the file's documents, whatever its size and time.
             yield (kept and replace(kept, file=""), error), texts
             return
         for held_out, own in split.finish():
@@ -248,7 +248,7 @@ class Preparation:
 
 
 class _Speed:
-    """How fast documents come, and how long the rest will take."""
+    """The speed of the preparation, and the estimated time left."""
 
     def __init__(self, writers: list[TokenStoreWriter], source: Source) -> None:
         self._started = time.monotonic()
@@ -279,7 +279,7 @@ class _Speed:
 
 
 def cache_directory(config: DataConfig) -> Path:
-    """Where stores are kept, named so that it is found from any working directory."""
+    """The absolute path of the directory of the token stores."""
     return Path(os.path.abspath(os.path.expanduser(config.cache_dir)))
 
 
@@ -288,7 +288,7 @@ def _num_cores() -> int:
 
 
 def _read_tally(directory: Path) -> tuple[str, Tally | None]:
-    """The name of the finished directory, and what its rows held; None of stores that have no such file."""
+    """The name of the finished directory, and the counts of its rows; None for stores without this file."""
     try:
         name, tally = json.loads((directory / TALLY_NAME).read_bytes())
         return str(name), Tally(**tally)
@@ -308,11 +308,11 @@ def _counts(writers: list[TokenStoreWriter]) -> str:
 def build_directory(
     base: Path, *, find: Callable[[], Path | None], build: Callable[[Path], Path], report: Report
 ) -> Path:
-    """The directory that `find` finds; if there is none, one that `build` makes.
+    """The directory that `find` returns, or else a directory that `build` makes.
 
-    `build(directory)` works in `base.partial`, which is renamed to the path that it returns. Where it was killed, the
-    next call of `build` finds there what it left; where it failed with an `InputError`, only if there is progress in
-    it. A second process with the same `base` waits for the first.
+    `build(directory)` works in `base.partial`, which is renamed to the path that it returns. After a kill, the next
+    call of `build` finds the directory as it was left; after an `InputError`, only if it has progress in it. A second
+    process with the same `base` waits for the first.
 
     Raises:
         InputError: if the parent of `base` cannot be written.
@@ -344,7 +344,7 @@ def _build_beside(base: Path, build: Callable[[Path], Path]) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     with _naming_cache_dir(base.parent):
-        shutil.rmtree(target, ignore_errors=True)  # one from which something has been deleted
+        shutil.rmtree(target, ignore_errors=True)  # an incomplete one
         partial.rename(target)
         sync(target.parent)
     return target
@@ -355,16 +355,16 @@ def _lock_path(base: Path) -> Path:
 
 
 def _lock(base: Path, *, wait: bool) -> int | None:
-    """An open file that holds the lock on `base`; None if another holds it and `wait` is false.
+    """An open file that holds the lock on `base`; None if another process holds it and `wait` is false.
 
-    The system lets go of the lock when its process ends, however it ends.
+    The system releases the lock when the process ends for any reason.
     """
     path = _lock_path(base)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its holder deletes the file on leaving, and a lock on a deleted file excludes nobody: then start again.
+            # The holder deletes the file at the end. A lock on a deleted file excludes nobody, so try again.
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""The former place of `prepare`, for one release. Import it from `sophia_levanter.data.corpora`."""
+"""Deprecated alias, for one release: import `prepare` from `sophia_levanter.data.corpora`."""
 
 from sophia_levanter.data.corpora import prepare
 

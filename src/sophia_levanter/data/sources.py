@@ -1,4 +1,4 @@
-"""What the fields of `data` name: the registered kinds of sources, and tokenizers' files. Free of heavy imports."""
+"""The sources that the fields of `data` name, by their registered kinds. Free of slow imports."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ DATASET_OPTIONS = {"hub": ("split", "name", "revision", "streaming"), "datasets"
 
 @dataclass(frozen=True)
 class FoundSource:
-    """The tokens of a source that was looked up: one corpus, or one to train on and one to validate with.
+    """The tokens of a source: one corpus, or a training and a validation corpus.
 
     Attributes:
-        name: what the user wrote.
-        inputs: what is read, by names that are the same for the same file.
-        make: makes what is not there yet.
-        source: the documents; None where only their tokens are there.
+        name: the source as the user wrote it.
+        inputs: the files or folders that are read, by names that are equal for the same file.
+        make: returns the tokens, after preparing them if needed.
+        source: the documents; None if only their tokens exist.
     """
 
     name: str
@@ -51,10 +51,10 @@ class DataSource(ChoiceRegistry):
     """A source by its name, `SCHEME:PATH`. Subclasses are registered by their scheme.
 
     Attributes:
-        name: what the user wrote.
-        path: what follows the scheme.
+        name: the source as the user wrote it.
+        path: the part after the scheme.
         field: the config field that names it, for errors.
-        holds: text; prepared text, which may have been split at separators; or tokens.
+        holds: "text", "prepared text" (which may have been split at separators) or "tokens".
     """
 
     holds: ClassVar[str] = "text"
@@ -65,15 +65,15 @@ class DataSource(ChoiceRegistry):
         self.path = name.partition(":")[2]
 
     def absolute(self) -> str:
-        """The same source, named so that it is found from any working directory."""
+        """The name of the source, valid in any working directory."""
         return self.name
 
     def open(self, rows: Rows, report: Report) -> Source:
-        """The documents.
+        """Open the documents.
 
         Args:
-            rows: what makes documents of the source's rows.
-            report: takes a line about skipped files, and about files whose names do not say what they hold.
+            rows: converts the source's rows to documents.
+            report: called with messages about skipped files, and about files whose names and contents disagree.
 
         Raises:
             InputError: if the source does not exist, or holds tokens.
@@ -81,13 +81,13 @@ class DataSource(ChoiceRegistry):
         raise InputError(f"{self.field}: {self.name} holds tokens; name the text that they were made from")
 
     def find_tokens(self, tokenizer: Tokenizer, cache_dir: Path, report: Report, *, both: bool) -> FoundSource | None:
-        """The tokens, where they are; None if they are made from text.
+        """Find existing tokens; None if they are made from text.
 
         Args:
-            tokenizer: the one that the tokens must be of.
-            cache_dir: where what was found in large files is kept.
-            report: takes a line of news.
-            both: whether to look for a corpus to train on and one to validate with.
+            tokenizer: the tokenizer that must have made the tokens.
+            cache_dir: directory that caches what is found in large files.
+            report: called with each message for the user.
+            both: whether to find both a training and a validation corpus.
 
         Raises:
             InputError: if they do not exist, or another tokenizer made them.
@@ -96,7 +96,7 @@ class DataSource(ChoiceRegistry):
 
 
 class TextSource(DataSource):
-    """Documents that a program makes or fetches. A registered subclass needs no more than these two methods."""
+    """Documents that a program makes or fetches. A registered subclass only needs these two methods."""
 
     @abstractmethod
     def documents(self) -> Iterable[str]:
@@ -159,7 +159,7 @@ class _Texts(Source):
 
 
 class Files(DataSource):
-    """Files by a path, a folder, a glob or a URL, or the standard library: names without a scheme."""
+    """A source without a scheme: a path, a folder, a glob, a URL, or Python's standard library."""
 
     def absolute(self) -> str:
         return self.name if self.name == PYTHON_STDLIB else _absolute(self.name)
@@ -189,12 +189,12 @@ class HubDataset(_Dataset):
 
     def absolute(self) -> str:
         path, mark, options = self.path.partition("?")
-        # `datasets` takes a folder of that name before it asks the hub.
+        # `datasets` prefers a folder of that name to the hub.
         return f"hub:{os.path.abspath(path)}{mark}{options}" if os.path.isdir(path) else self.name
 
 
 class DatasetSource(Source):
-    """The rows of a Hugging Face dataset as documents; those without text are left out.
+    """The rows of a Hugging Face dataset as documents. Documents without text are left out.
 
     Raises:
         InputError: if an option is unknown or has a wrong value, `datasets` is not installed, the dataset,
@@ -228,7 +228,7 @@ class DatasetSource(Source):
 
     @property
     def parts(self) -> list[Any]:
-        """A dataset is one part: the folder and its files; of one on the hub nothing is known but its name."""
+        """One part: the folder and its files, or nothing for a dataset on the hub, which is identified by name."""
         folder = Path(os.path.abspath(os.path.expanduser(self._path)))
         if self._scheme == "hub" and not os.path.isdir(self._path):
             return [[]]
@@ -272,7 +272,7 @@ class DatasetSource(Source):
             where = f"{self._where}, after row {self._done}, cannot be read ({type(error).__name__})"
             if _may_be_shown(error):
                 raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
-            # A network that failed: what is done stays, and the same command goes on.
+            # A network error: progress is kept, and the same command continues.
             raise OSError(where) from error
 
     def _load(self) -> Any:
@@ -295,9 +295,9 @@ class DatasetSource(Source):
 
 
 def _may_be_shown(error: Exception) -> bool:
-    """Whether the message holds no address of a proxy, password included, as a network library's may.
+    """Whether an error's message is safe to print. That of a network library may contain a proxy's password.
 
-    What can go wrong with a dataset has many classes in four libraries.
+    The check is indirect, since datasets raise errors of many classes from four libraries.
     """
     return isinstance(error, ValueError) or type(error).__module__.startswith("datasets.")
 
@@ -329,7 +329,7 @@ class TokenFile(DataSource):
 
 @DataSource.register_subclass("store")
 class PreparedStore(DataSource):
-    """`store:FOLDER`: a token store, or the two that were made of one text."""
+    """`store:FOLDER`: a token store, or the two stores of a split text."""
 
     holds = "prepared text"
 
@@ -350,14 +350,14 @@ class PreparedStore(DataSource):
 
 
 def source_named(name: str, field: str) -> DataSource:
-    """The source that a string means.
+    """Parse the name of a source.
 
     Args:
-        name: what the user wrote: `SCHEME:PATH` with a registered scheme, or files.
+        name: `SCHEME:PATH` with a registered scheme, or files.
         field: the config field to name in errors.
 
     Raises:
-        InputError: if the scheme is unknown and no file is called that, or its class lacks a method.
+        InputError: if the scheme is unknown and no file has this name, or the scheme's class lacks a method.
     """
     known = DataSource.get_known_choices()
     scheme, colon, path = name.partition(":")
@@ -376,17 +376,17 @@ def source_named(name: str, field: str) -> DataSource:
 def open_source(
     name: str, config: DataConfig, *, field: str, report: Report, special_tokens: Collection[str] = ()
 ) -> Source:
-    """The documents of the source that `name` means; see `source_named` and `DataSource.open`."""
+    """Open the documents of a named source; see `source_named` and `DataSource.open`."""
     return source_named(name, field).open(Rows(config, field, special_tokens), report)
 
 
 def absolute_source(name: str, field: str) -> str:
-    """`DataSource.absolute` of the source that `name` means."""
+    """`DataSource.absolute` of a named source."""
     return source_named(name, field).absolute()
 
 
 def absolute_tokenizer(name: str) -> str:
-    """The same tokenizer, named so that it is found from any working directory."""
+    """The name of a tokenizer, valid in any working directory."""
     return _absolute(name) if name.endswith(TRAINED_TOKENIZER) else name
 
 

@@ -1,4 +1,4 @@
-"""A token store in the making: written shard by shard, with a progress file from which a later process continues."""
+"""Writes a token store shard by shard, with a progress file from which a later process continues."""
 
 from __future__ import annotations
 
@@ -43,12 +43,15 @@ TALLIES = ("tally", "tally_before")
 
 
 class NotWritten(InputError):
-    """The disk does not take what is to be written; a later process can continue from what is there."""
+    """The disk refused a write. A later process can continue from what was written."""
 
 
 @contextmanager
 def writing(before: str, after: str = "") -> Iterator[None]:
-    """Errors of the disk, which tensorstore raises as `ValueError`, as `NotWritten`: what, and around the reason."""
+    """Convert errors of the disk, which tensorstore raises as `ValueError`, to `NotWritten`.
+
+    The message puts `before` and `after` around the reason.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
@@ -60,12 +63,12 @@ def writing(before: str, after: str = "") -> Iterator[None]:
 
 
 class Layout(NamedTuple):
-    """How an array lies in files.
+    """The layout of an array in files.
 
     Attributes:
-        dtype: of the elements.
+        dtype: dtype of the elements.
         shard: elements in a file.
-        chunk: elements that have a checksum of their own; divides `shard`.
+        chunk: elements that share a checksum; divides `shard`.
     """
 
     dtype: np.dtype
@@ -74,19 +77,19 @@ class Layout(NamedTuple):
 
 
 class ArrayWriter:
-    """Appends to the one-dimensional zarr3 array in `path`, holding one shard in memory.
+    """Appends to the one-dimensional zarr3 array in `path`, with one shard in memory.
 
-    A shard is a file that appears whole. A writer that was killed is replaced by one with the `num_written` and the
-    `tail` that it had at any earlier time: given the same values it writes the same files.
+    A shard is a file that appears only when it is complete. To continue after a kill, make a writer with the
+    `num_written` and `tail` of any earlier time: given the same values, it writes the same files.
 
     Args:
         path: the array's directory.
-        layout: of the array.
+        layout: the array's layout.
         num_written: elements that are in files already, a multiple of `shard`.
-        tail: elements after those, fewer than `shard`.
+        tail: the elements after those, fewer than `shard`.
 
     Raises:
-        ValueError: here and from the methods, if the disk does not take it.
+        ValueError: here and from the methods, if the disk refuses a write.
     """
 
     def __init__(self, path: Path, layout: Layout, num_written: int, tail: np.ndarray | None) -> None:
@@ -94,7 +97,7 @@ class ArrayWriter:
         self._filled = 0
         self.num_written = num_written
         if num_written:
-            # What was written after that is gone: what follows now may be other values, or none.
+            # Remove later elements, since different ones may follow now, or none.
             self._array = (
                 ts.open(array_spec(str(path)), open=True).result().resize(exclusive_max=[num_written]).result()
             )
@@ -111,7 +114,7 @@ class ArrayWriter:
 
     @property
     def tail(self) -> np.ndarray:
-        """Elements that are in no file yet."""
+        """Elements that are not in a file yet."""
         return self._buffer[: self._filled]
 
     def append(self, values: np.ndarray) -> None:
@@ -130,7 +133,7 @@ class ArrayWriter:
             return
         end = self.length
         self._array = self._array.resize(exclusive_max=[end]).result()
-        # Not copied first: the buffer stays as it is until all is written.
+        # No copy is needed, since the buffer does not change until the write is done.
         self._array[self.num_written : end].write(self.tail, can_reference_source_data_indefinitely=True).result()
         self.num_written, self._filled = end, 0
 
@@ -149,7 +152,7 @@ def _creation_spec(path: Path, layout: Layout) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class WriterState:
-    """Where a writer was: files that hold so many tokens and document ends, what comes after those, and its counts."""
+    """The state of a writer: its counts, the number of elements in files, and the elements after those."""
 
     num_documents: int = 0
     num_bytes: int = 0
@@ -158,10 +161,10 @@ class WriterState:
 
 
 class TokenStoreWriter:
-    """Writes a store in the directory `path`, from where `state` is. `finish` makes it a store.
+    """Writes a store in the directory `path`, starting from `state`. `finish` completes the store.
 
     Raises:
-        NotWritten: from any method, if the disk does not take it.
+        NotWritten: from any method, if the disk refuses a write.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, source: str, state: WriterState | None = None) -> None:
@@ -192,7 +195,7 @@ class TokenStoreWriter:
 
     @property
     def state(self) -> WriterState:
-        """From which another writer continues if this one is killed."""
+        """The state from which another writer can continue."""
         return WriterState(
             self.num_documents,
             self.num_bytes,
@@ -210,14 +213,14 @@ class TokenStoreWriter:
         self.num_bytes += documents.num_bytes
 
     def finish(self) -> None:
-        """Write what is left, read all of it back, and write the manifest."""
+        """Write the remaining elements, read everything back, and write the manifest."""
         with self._writing():
             for array in self._arrays.values():
                 array.flush()
             digests = {
                 name: tokens_digest(open_array(f"{self._path}/{name}"), str(self._path)) for name in self._arrays
             }
-            # Lock files of tensorstore, which a killed process leaves behind.
+            # A killed process leaves lock files of tensorstore behind.
             for lock in self._path.rglob("*.__lock"):
                 lock.unlink()
             manifest = Manifest(
@@ -241,15 +244,15 @@ class TokenStoreWriter:
 
 @dataclass(frozen=True)
 class Place:
-    """How far a source has been read, and what it held up to there.
+    """A place in a source, and what the source holds up to there.
 
     Attributes:
-        position: after the last document.
-        tally: what the rows up to there held.
-        tally_before: of these, what those held that are of the files before the position's.
-        files_before: digest of the files before the position's, as the source identifies them.
+        position: the position after the last document.
+        tally: counts of the rows up to there.
+        tally_before: counts of the rows in the files before the position's file.
+        files_before: digest of the files before the position's file, as the source identifies them.
         file: digest of the position's file, as the source identifies it.
-        num_documents: of that file, up to there.
+        num_documents: the number of documents of that file up to there.
         documents: digest of these documents.
     """
 
@@ -263,11 +266,11 @@ class Place:
 
 
 class Trail:
-    """Follows a source while it is read, so that a later process can go on after any document.
+    """Follows a source while it is read, so that a later process can continue after any document.
 
     Args:
-        source: what is read.
-        place: where an earlier process was; the beginning if not given.
+        source: the source.
+        place: the place where an earlier process stopped; the beginning if not given.
     """
 
     def __init__(self, source: Source, place: Place | None = None) -> None:
@@ -281,7 +284,7 @@ class Trail:
         self._documents = bytes.fromhex(place.documents) if place else b""
 
     def add(self, position: Position, text: str) -> None:
-        """Follow to the position after a document."""
+        """Advance to the position after a document."""
         if position[0] != self.position[0]:
             self._files_before = reduce(_chained, self._files[self.position[0] : position[0]], self._files_before)
             self.num_documents, self._documents = 0, b""
@@ -292,7 +295,7 @@ class Trail:
 
     @property
     def place(self) -> Place:
-        """Where it is."""
+        """The present place."""
         return Place(
             self.position,
             self._tally,
@@ -305,13 +308,13 @@ class Trail:
 
 
 def place_after(source: Source, place: Place) -> Place | None:
-    """Where to go on with a source that was read up to `place`; None if what was read there has changed.
+    """Where to continue with a source that was read up to `place`; None if the part before it has changed.
 
-    A file that is not what it was, such as one that was corrected, is read again up to as many documents, which must
-    be the same; its rows are counted again.
+    If the last file has changed, for example because it was corrected, it is read again up to the same number of
+    documents, which must be equal. Its rows are counted again.
 
     Raises:
-        InputError: if it cannot be read.
+        InputError: if the file cannot be read.
     """
     files = [_as_bytes(part) for part in source.parts]
     number = place.position[0]
@@ -336,17 +339,17 @@ def _chained(digest: bytes, data: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Progress:
-    """What has been read, and where the writers of the stores were then."""
+    """A place in the source, and the states of the stores' writers at that place."""
 
     place: Place
     writers: tuple[WriterState, ...]
 
 
 def save_progress(directory: Path, progress: Progress) -> None:
-    """Replace what the directory says.
+    """Write the directory's progress file.
 
     Raises:
-        NotWritten: if the disk does not take it.
+        NotWritten: if the disk refuses the write.
     """
     numbers = [{"documents": w.num_documents, "bytes": w.num_bytes, "written": w.written} for w in progress.writers]
     tails = {f"{i}_{name}": tail for i, w in enumerate(progress.writers) for name, tail in w.tails.items()}
@@ -359,7 +362,7 @@ def save_progress(directory: Path, progress: Progress) -> None:
 
 
 def load_progress(directory: Path) -> Progress | None:
-    """What the directory says; None if it says nothing that can be read, so that all is done anew."""
+    """Read the directory's progress file; None if it is missing or damaged, so that everything is done again."""
     try:
         with np.load(directory / FILE_NAME, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
@@ -375,16 +378,16 @@ def load_progress(directory: Path) -> Progress | None:
             place = header["place"]
             place |= {name: Tally(**place[name]) for name in TALLIES} | {"position": tuple(place["position"])}
             return Progress(Place(**place), writers)
-    except Exception:  # whatever damage makes of it
+    except Exception:  # a damaged file may raise anything
         return None
 
 
 def has_progress(directory: Path) -> bool:
-    """Whether a later process can go on from what is in the directory."""
+    """Whether the directory has a progress file."""
     return (directory / FILE_NAME).exists()
 
 
 def forget_progress(directory: Path) -> None:
-    """Remove what the directory says."""
-    for path in directory.glob(f"{FILE_NAME}*"):  # a process that was killed may have left one half written
+    """Remove the directory's progress file."""
+    for path in directory.glob(f"{FILE_NAME}*"):  # a killed process may have left a partly written one
         path.unlink()

@@ -1,4 +1,4 @@
-"""Files of text, here or at a URL: which a source names, and whether they change."""
+"""Text files, local or at a URL: finds those that a source names, and detects changes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from urllib.parse import urlsplit
 from sophia_levanter.errors import InputError
 
 PYTHON_STDLIB = "python_stdlib"
-TRAINED_TOKENIZER = ".tiktoken"  # how a saved BPE is called
+TRAINED_TOKENIZER = ".tiktoken"  # suffix of a saved BPE
 NOT_STDLIB_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
-# What is taken of a folder. A .json that is not compressed may well be a configuration.
+# The kinds of files that a folder contributes. An uncompressed .json may be a configuration.
 KINDS = (".txt", ".jsonl", ".ndjson", ".jsonlines", ".parquet")
 DATASET_MARKS = ("state.json", "dataset_dict.json")
-# What editors and downloads leave beside a file.
+# Leftovers of editors and downloads beside a file.
 LEFT_BESIDE_FOLDERS = {"__macosx", "_temporary", "_delta_log"}
 LEFT_BESIDE = (".bak", ".orig", ".swp", ".part", ".crdownload", ".tmp", ".incomplete")
-# What fsspec's file systems call that by which a changed file is known.
+# The names in fsspec's file systems for properties that change with a file.
 REMOTE_MARKS = ("size", "mtime", "ino", "ETag", "etag", "generation", "md5Hash", "blob_id")
 
 Report = Callable[[str], None]
@@ -34,14 +34,14 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file.
+    """A file of text, as it was found.
 
     Attributes:
         name: an absolute path, or a URL.
         field: the config field that names it, for errors.
         size: bytes.
-        version: another one if the content is another; a JSON value.
-        marks: what changes when something is written to the file, or another one takes its place.
+        version: a JSON value that changes with the content.
+        marks: properties that change when the file is written to or replaced.
     """
 
     name: str
@@ -57,21 +57,21 @@ class TextFile:
 
     @property
     def named(self) -> tuple[str, str | None]:
-        """What the name says: the suffix without that of a compression, in lower case, and the compression."""
+        """The suffix of the name in lower case, without that of a compression, and the compression."""
         return _suffixes(self.name)
 
     def open(self) -> BinaryIO:
-        """The bytes as they are."""
+        """Open the file without decompressing it."""
         if "://" not in self.name:
             return cast(BinaryIO, Path(self.name).open("rb"))
         with _remote(self.name, self.field) as (filesystem, path):
             return cast(BinaryIO, filesystem.open(path, "rb"))
 
     def check_unchanged(self) -> None:
-        """Whether the file is still the one that was looked up.
+        """Check that the file is still the one that was found.
 
         Raises:
-            InputError: if something was written to it, or another file took its place.
+            InputError: if it was written to or replaced.
         """
         if "://" not in self.name:
             now = _local_file(Path(self.name), self.field)
@@ -79,7 +79,7 @@ class TextFile:
             with _remote(self.name, self.field) as (filesystem, path):
                 filesystem.invalidate_cache(path)
                 now = _remote_file(filesystem, path, self.field)
-        # What a server tells of a file alone and of all in a folder may differ.
+        # A server may give different properties for a single file and in the listing of a folder.
         if any(now.marks[name] != self.marks[name] for name in now.marks.keys() & self.marks.keys()):
             raise InputError(
                 f"{self.where} changed after it was looked up; run the command again when nothing writes to it"
@@ -92,7 +92,7 @@ def _suffixes(name: str) -> tuple[str, str | None]:
 
 
 def _is_of_folder(name: str) -> bool:
-    """Whether a folder that is named as a source takes a file of this name, or that which it was left beside."""
+    """Whether a folder contributes files of this name, or of the name without a backup's or download's suffix."""
     kind, compression = _suffixes(_own_name(name))
     return kind in KINDS or (kind == ".json" and compression is not None)
 
@@ -101,15 +101,15 @@ def find_files(source: str, *, field: str, report: Report) -> list[TextFile]:
     """The files that `source` names, in sorted order.
 
     Args:
-        source: `python_stdlib`, or a path, a folder or a glob (`**` crosses folders), here (`~` is the home folder) or
-            as a URL that fsspec knows. Of a folder the files of `KINDS`, compressed or not, and compressed .json.
-            Of a folder or a glob, hidden files, backups, partial downloads and what macOS leaves are not taken, and a
-            file with several links to it is taken once.
+        source: `python_stdlib`, or a path, a folder or a glob (`**` crosses folders; `~` is the home folder), local or
+            as a URL that fsspec supports. A folder contributes its files of `KINDS`, compressed or not, and compressed
+            .json. Folders and globs leave out hidden files, backups, partial downloads and files of macOS, and
+            contribute a file with several links once.
         field: the config field to name in errors.
-        report: takes a line about files that were not taken.
+        report: called with messages about files that are left out.
 
     Raises:
-        InputError: if there are none, one is something else than a file, or a URL cannot be read.
+        InputError: if no file is found, a path is not a file, or a URL cannot be read.
     """
     if source == PYTHON_STDLIB:
         paths = _stdlib_files()
@@ -128,7 +128,7 @@ def find_files(source: str, *, field: str, report: Report) -> list[TextFile]:
     elif os.path.lexists(pattern):
         paths = [Path(pattern)]
     else:
-        # Without hidden files unless the pattern spells out their dot.
+        # Hidden files are left out unless the pattern contains their dot.
         shown, hidden = (
             {Path(name) for name in _matches(pattern, include_hidden=hidden) if not os.path.isdir(name)}
             for hidden in (False, True)
@@ -142,7 +142,7 @@ def find_files(source: str, *, field: str, report: Report) -> list[TextFile]:
 
 
 def optional_import(module: str, package: str, what: str) -> Any:
-    """A module of an optional dependency.
+    """Import a module of an optional dependency.
 
     Raises:
         InputError: if it is not installed.
@@ -161,7 +161,7 @@ def _stdlib_files() -> list[Path]:
 
 
 def _matches(pattern: str, *, include_hidden: bool) -> list[str]:
-    """What a glob matches. `**` enters each folder once, by however many links it can be reached."""
+    """The paths that match a glob. `**` enters each folder once, however many links lead to it."""
     crossing = re.search(r"/\*\*(?=/|$)", pattern)
     if not crossing:
         return glob.glob(pattern, include_hidden=include_hidden)
@@ -171,7 +171,7 @@ def _matches(pattern: str, *, include_hidden: bool) -> list[str]:
 
 
 def _folders_in(top: str, include_hidden: bool) -> list[str]:
-    """A folder and those in it, each once: by the path with the fewest links."""
+    """A folder and the folders in it, each once, by the path with the fewest links."""
     found: dict[str, str] = {}
     waiting = [top]
     while waiting:
@@ -191,7 +191,7 @@ def _is_hidden(relative: str) -> bool:
 
 
 def _is_left_beside(relative: str) -> bool:
-    """Whether it is an editor's backup, a partial download, or in a folder that macOS or Spark leaves beside data."""
+    """Whether a path is an editor's backup, a partial download, or in a folder of metadata from macOS or Spark."""
     *folders, name = relative.lower().split("/")
     return (
         not LEFT_BESIDE_FOLDERS.isdisjoint(folders)
@@ -216,9 +216,9 @@ def _report_left_out(names: set[Any], field: str, report: Report) -> None:
 
 
 def _taken(found: set[Path], kept: set[Path], field: str, report: Report) -> list[Path]:
-    """Those of the files that are kept, each once, in sorted order; one line says how many are not."""
+    """The kept files, each once, in sorted order. Reports how many files are left out."""
     _report_left_out(found - kept, field, report)
-    # A path without a link goes before one with a link, and a short one before a long one.
+    # Paths without links come first, then short paths.
     by_real_path: dict[str, Path] = {}
     for path in sorted(kept, key=lambda path: (os.path.realpath(path) != str(path), len(path.parts), path)):
         by_real_path.setdefault(os.path.realpath(path), path)
@@ -280,7 +280,7 @@ def _remote_file(filesystem: Any, path: str, field: str) -> TextFile:
 
 @contextmanager
 def _remote(url: str, field: str) -> Iterator[tuple[Any, str]]:
-    """The file system of a URL and the path in it; what goes wrong there is an error of input."""
+    """The file system of a URL and the path in it. Errors inside the context become `InputError`."""
     fsspec = optional_import("fsspec", "fsspec", f"{field}: {url}")
     try:
         found = fsspec.core.url_to_fs(url)

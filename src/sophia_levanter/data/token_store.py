@@ -1,4 +1,4 @@
-"""A corpus as one long array of token ids, with an end-of-text after each document: what it is, and reading a store."""
+"""Corpora as one long array of token ids with an end-of-text after each document, and the reader of token stores."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from sophia_levanter.kvstore import context_spec, kvstore_spec, read_file
 FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 TOKENS, DOCUMENT_ENDS = "tokens", "document_ends"
-RESULTS = "results"  # in the cache directory, of reading much
+RESULTS = "results"  # in the cache directory: results of reading large corpora
 SIDES = ("train", "validation")  # the stores of a text that is split
 IN_MEMORY_BYTES = 1 << 30  # smaller stores are read once and kept
 CACHE_BYTES = 1 << 26  # for shard indices and chunks of the larger ones
-READ_TOKENS = 1 << 22  # at once, where all are read
-MOST_READS = 3  # of tokens whose files something touches meanwhile
+READ_TOKENS = 1 << 22  # read at once when a whole corpus is read
+MOST_READS = 3  # of tokens whose files change while they are read
 
 
 class Tokens(ABC):
-    """A corpus that batches are cut from: a token store, another program's file, or several of them.
+    """A corpus of tokens: a token store, another program's file, or a mixture of them.
 
     Attributes:
-        location: where it is, for messages.
+        location: its path or URL, for messages.
     """
 
     location: str
@@ -48,7 +48,7 @@ class Tokens(ABC):
     @property
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What tells it from other corpora: JSON values, kept with checkpoints and compared on resuming."""
+        """JSON values that identify the corpus. Checkpoints keep them, and a resumed run compares them."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens in `[start, stop)`, int [position], read-only.
@@ -80,20 +80,20 @@ class Tokens(ABC):
 
     @abstractmethod
     def check_whole(self, cache_dir: Path) -> None:
-        """Compare all of it with what it should be, which may take minutes.
+        """Verify the whole corpus, which may take minutes.
 
-        What is found of files in large corpora is kept in `cache_dir`.
+        Results for large corpora are cached in `cache_dir`.
 
         Raises:
-            InputError: if it differs.
+            InputError: if the corpus is damaged or wrong.
         """
 
     @abstractmethod
     def check_unchanged(self) -> None:
-        """Compare again, after `check_whole`, what has been touched since.
+        """After `check_whole`, verify again what has been touched since.
 
         Raises:
-            InputError: if it differs.
+            InputError: if it has changed.
         """
 
 
@@ -114,7 +114,7 @@ class Manifest:
     checksum: str = ""  # BLAKE2b of all the above
 
     def with_checksum(self) -> Manifest:
-        """The manifest with the checksum that its other values have."""
+        """The manifest with the checksum of its other values."""
         values = asdict(self) | {"checksum": ""}
         return Manifest(**(values | {"checksum": digest_of(json.dumps(values, sort_keys=True).encode())}))
 
@@ -129,7 +129,7 @@ class TokenStore(Tokens):
 
     Attributes:
         location: its directory, a path or a URL.
-        manifest: what it holds.
+        manifest: its manifest.
     """
 
     def __init__(self, location: str, manifest: Manifest, array: ts.TensorStore) -> None:
@@ -146,7 +146,7 @@ class TokenStore(Tokens):
             tokenizer: if given, the store must have been written with it.
 
         Raises:
-            InputError: if there is no finished store, it is damaged or of another format, or of another tokenizer.
+            InputError: if no finished store is there, or it is damaged, of another format, or of another tokenizer.
         """
         location = str(location).rstrip("/")
         manifest = _read_manifest(location)
@@ -164,7 +164,7 @@ class TokenStore(Tokens):
 
     @property
     def path(self) -> Path:
-        """`location`, where that is a path."""
+        """`location` as a path, for a store that is not at a URL."""
         return Path(self.location)
 
     @property
@@ -177,7 +177,7 @@ class TokenStore(Tokens):
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the tokens: uint16 or uint32."""
+        """The dtype of the tokens: uint16 or uint32."""
         return self._array.dtype.numpy_dtype
 
     @property
@@ -201,7 +201,7 @@ class TokenStore(Tokens):
         """The tokens of a document, counted from 0, without its end-of-text: uint16 or uint32 [position].
 
         Raises:
-            IndexError: if there is none of this number.
+            IndexError: if the number is out of range.
             InputError: if the store is damaged there.
         """
         if not 0 <= number < self.num_documents:
@@ -245,7 +245,7 @@ class TokenStore(Tokens):
         if self._fits_in_memory:
             return
         for _ in range(MOST_READS):
-            now = self._files()  # one that is gone is missed when it is read
+            now = self._files()  # a deleted file is detected when it is read
             if all(now.get(name, status) == status for name, status in self._status.items()):
                 return
             self._check_digest(self._read_all()["digest"])
@@ -257,7 +257,7 @@ class TokenStore(Tokens):
         return self._files()
 
     def _files(self) -> dict[str, list[int]]:
-        """The tokens' files with what changes when something is written to them; none of a store at a URL."""
+        """The files of the tokens, with numbers that change when they are written to; empty for a store at a URL."""
         if "://" in self.location:
             return {}
         found = {}
@@ -269,7 +269,7 @@ class TokenStore(Tokens):
         return found
 
     def _read_all(self) -> dict[str, str]:
-        # Not through the cache of chunks, which is for random reads.
+        # Without the cache of chunks, which is for random reads.
         return {"digest": tokens_digest(open_array(f"{self.location}/{TOKENS}"), self.location)}
 
     def _check_digest(self, digest: str) -> None:
@@ -287,7 +287,7 @@ class TokenStore(Tokens):
         return tokens
 
     def _fetch(self, ranges: list[slice]) -> list[np.ndarray]:
-        futures = [self._array[tokens].read() for tokens in ranges]  # all at once: the reads overlap
+        futures = [self._array[tokens].read() for tokens in ranges]  # all at once, so that the reads overlap
         try:
             arrays = [future.result() for future in futures]
         except ValueError as error:
@@ -302,7 +302,7 @@ def open_array(location: str, cache_bytes: int = 0) -> ts.TensorStore:
 
     Raises:
         NotRegular: if one of its files is not a regular file.
-        ValueError: if it is not there or cannot be read.
+        ValueError: if it does not exist or cannot be read.
     """
     for path in Path(location).rglob("*") if "://" not in location else ():
         if not path.is_dir():
@@ -312,11 +312,11 @@ def open_array(location: str, cache_bytes: int = 0) -> ts.TensorStore:
 
 
 def array_spec(location: str) -> dict[str, Any]:
-    """How tensorstore finds an array."""
+    """tensorstore's specification of an array."""
     return {
         "driver": "zarr3",
         "kvstore": kvstore_spec(location),
-        # Otherwise a chunk whose file is gone would read as zeros.
+        # Otherwise a chunk whose file is missing would read as zeros.
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
     }
@@ -379,12 +379,12 @@ def _damaged(location: str, reason: object) -> InputError:
 
 
 def remembered(cache_dir: Path | None, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `compute` gives, a JSON object; for a key that was there before, what it gave then.
+    """The result of `compute`, a JSON object, cached on disk by `key`.
 
     Args:
-        cache_dir: where it is kept, if that can be written; None keeps nothing.
-        key: all that the result depends on, a JSON value.
-        compute: reads much.
+        cache_dir: the directory of the cache, if it can be written; None disables caching.
+        key: a JSON value of all that the result depends on.
+        compute: the slow function.
     """
     if cache_dir is None:
         return compute()

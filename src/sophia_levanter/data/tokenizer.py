@@ -23,27 +23,27 @@ BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTES = 256
 PIECE_CHARACTERS = 100_000
-# Of encodings that a machine may have to know of before it can download them.
+# So that the sizes of well-known encodings are known without downloading them.
 VOCAB_SIZES = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
 
 
 class Tokenizer(ABC, ChoiceRegistry):
     """A fixed map between text and ids in `[0, vocab_size)`.
 
-    `data.tokenizer: NAME` or `NAME:PATH` is the subclass that is registered as NAME, called with all of that.
+    `data.tokenizer: NAME` or `NAME:PATH` calls the subclass that is registered as NAME with the whole string.
 
     Attributes:
-        name: what `load_tokenizer` was asked for.
+        name: the argument of `load_tokenizer`.
         vocab_size: number of ids.
         end_of_text: the id that ends a document.
         token_bytes: the bytes each id decodes to, `vocab_size` of them; empty for end-of-text, other special tokens and
             unused ids.
         special_tokens: ids by name, end-of-text among them.
-        pattern: the regular expression that cuts text into words, none of which shares a token with another; empty if
-            text is not cut.
+        pattern: the regular expression that splits text into words, which tokens do not cross; empty if text is not
+            split.
         fingerprint: a hash of what defines the encoding; equal only if the ids mean the same.
-        is_slow: whether it is worth several processes.
-        merges_bytes: whether it is a byte-pair encoding: `token_bytes` and `pattern` say all about it.
+        is_slow: whether encoding in several processes pays off.
+        merges_bytes: whether it is a byte-pair encoding, which `token_bytes` and `pattern` define.
     """
 
     is_slow = True
@@ -71,7 +71,7 @@ class Tokenizer(ABC, ChoiceRegistry):
 
     @property
     def dtype(self) -> np.dtype:
-        """Of ids in a token store: uint16 where all fit, else uint32."""
+        """The dtype of ids in a token store: uint16 if all fit, else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     @abstractmethod
@@ -79,7 +79,7 @@ class Tokenizer(ABC, ChoiceRegistry):
         """The ids of `text`, int32 [position]. Special tokens spelled out in it are ordinary text."""
 
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes that `tokens` stand for; end-of-text stands for none.
+        """The bytes of `tokens`; end-of-text has none.
 
         Raises:
             ValueError: if an id is not in `[0, vocab_size)`.
@@ -135,7 +135,7 @@ class TiktokenTokenizer(Tokenizer):
                 f"data.tokenizer: {encoding.name} has no <|endoftext|> token; choose one that has"
             ) from None
         self._encoding = encoding
-        # tiktoken shows the pattern that cuts text into words under a private name only.
+        # tiktoken has only a private name for the pattern that splits text into words.
         super().__init__(
             encoding.name,
             end_of_text,
@@ -150,27 +150,27 @@ class TiktokenTokenizer(Tokenizer):
         except ValueError as error:
             if len(text) <= PIECE_CHARACTERS or isinstance(error, UnicodeError):
                 raise
-            # The pattern that cuts text into words gives up in a run of a million spaces; in pieces it does not.
+            # The pattern that splits text into words fails on a run of a million spaces, but not on pieces of it.
             pieces = [text[i : i + PIECE_CHARACTERS] for i in range(0, len(text), PIECE_CHARACTERS)]
             return np.concatenate([self._encode(piece) for piece in pieces])
 
     def _encode(self, text: str) -> np.ndarray:
         try:
-            # As an array: a list of Python's integers takes longer to turn into one than to make. Nothing is special.
+            # As an array, since converting a list of Python integers takes longer than encoding. Nothing is special.
             ids = self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-        except UnicodeEncodeError:  # half of a surrogate pair, as a command line may hold
+        except UnicodeEncodeError:  # a lone surrogate, as a command line may hold
             return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
         return ids.astype(np.int32)
 
 
 def load_bpe(path: str) -> tiktoken.Encoding:
-    """The encoding that `save_bpe` wrote; end-of-text comes after all other tokens.
+    """Load an encoding that `save_bpe` wrote; end-of-text comes after all other tokens.
 
     Raises:
         InputError: if the file does not exist or is not in tiktoken's format.
     """
     try:
-        # Not by tiktoken's own function, which keeps a copy of a path's first content in its cache.
+        # tiktoken's own function would cache the first content of a path.
         lines = (line.split() for line in read_regular(path).splitlines())
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         if set(ranks.values()) != set(range(len(ranks))) or any(
@@ -187,13 +187,13 @@ def load_bpe(path: str) -> tiktoken.Encoding:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: a registered one such as `bytes`, a tiktoken encoding such as `gpt2`, or a file that
-    `save_bpe` wrote.
+    """Load a tokenizer: a registered one such as `bytes`, a tiktoken encoding such as `gpt2`, or a file that `save_bpe`
+    wrote.
 
     tiktoken downloads an encoding on first use and keeps it in its own cache.
 
     Raises:
-        InputError: if there is no such tokenizer, or it can be neither downloaded nor found in tiktoken's cache.
+        InputError: if the tokenizer is unknown, or can be neither downloaded nor found in tiktoken's cache.
     """
     if name.endswith(TRAINED_TOKENIZER):
         return TiktokenTokenizer(load_bpe(name))
@@ -213,7 +213,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
-        # Only the kind of error: a network library's message may spell out the address of a proxy, password included.
+        # Only the kind of error: a network library's message may contain the password of a proxy.
         raise InputError(
             f"data.tokenizer: {name} is not in tiktoken's cache and could not be downloaded ({type(error).__name__}); "
             f"connect to the network, set TIKTOKEN_CACHE_DIR to a folder that holds it, or use data.tokenizer {BYTES}"
@@ -222,7 +222,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def vocab_size_of(name: str) -> int:
-    """The number of ids of the tokenizer called `name`; of well-known encodings without looking at them.
+    """The number of ids of the tokenizer called `name`. Well-known encodings are not loaded for it.
 
     Raises:
         InputError: as `load_tokenizer` does.
@@ -231,12 +231,12 @@ def vocab_size_of(name: str) -> int:
 
 
 def printable(text: str) -> str:
-    """The text with U+FFFD for what a terminal may take for a command, as a model of bytes may well write it."""
+    """Replace control characters by U+FFFD, since a byte-level model may generate commands for the terminal."""
     return CONTROLS.sub(lambda found: found[0] if found[0] in "\n\t" else "\N{REPLACEMENT CHARACTER}", text)
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of text each id stands for, int32 [vocab]; 0 for end-of-text."""
+    """The number of bytes of text of each id, int32 [vocab]; 0 for end-of-text."""
     return np.array([len(token) for token in tokenizer.token_bytes], dtype=np.int32)
 
 
