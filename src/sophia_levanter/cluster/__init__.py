@@ -1,1 +1,1 @@
-"""Runs on many hosts: what starts their processes, notices that one is gone, and starts them again."""
+"""Runs on many hosts: starts their processes, detects lost ones, and starts the run again."""

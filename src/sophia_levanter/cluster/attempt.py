@@ -1,4 +1,4 @@
-"""One attempt: its processes as the launcher's machine sees them, started, heard, stopped, killed; and how it ended."""
+"""One attempt: starts, reads, stops and kills its processes on the launcher's machine, and decides how it ended."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sophia_levanter.status import BAD_INPUT, DONE, PREEMPTED, Failure, Progress
 
 _LABELLED = re.compile(r" *(\d+): (.*)")
 TAIL_LINES = 20
-SHORTEST_SECRET = 6  # in characters: shorter ones would be found everywhere
+SHORTEST_SECRET = 6  # in characters; shorter secrets would match ordinary text
 Kind = Literal["done", "refused", "stopped", "preempted", "failed", "unavailable"]
 
 
@@ -31,10 +31,10 @@ class Outcome:
     """How an attempt ended.
 
     Attributes:
-        kind: done; refused for bad input; stopped as the launcher was told; preempted; failed; or unavailable, where
-            it could not begin.
-        reason: for people.
-        progress: as the run last reported it in this attempt.
+        kind: done; refused for bad input; stopped because the launcher was told to stop; preempted; failed; or
+            unavailable if it could not begin.
+        reason: one line for people.
+        progress: the last progress that the run reported in this attempt.
         tail: the last lines of the first process that failed.
     """
 
@@ -46,15 +46,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ending:
-    """What is left of an attempt whose commands have all ended.
+    """The results of an attempt whose commands have all ended.
 
     Attributes:
-        statuses: of each command, -N for signal N; None for those that the launcher had to kill.
-        first: the status of the one that was the first to end by itself; None if none did.
-        culprit: the command that was the first to end other than well; None if none did.
-        tail: the last lines that it printed.
-        progress: of the run, as it last reported it.
-        failures: that processes reported.
+        statuses: the exit status of each command, -N for signal N; None for those that the launcher had to kill.
+        first: the status of the first command that ended by itself; None if none did.
+        culprit: the first command that ended by itself with a status other than 0; None if none did.
+        tail: the last lines that the culprit printed.
+        progress: the last progress that the run reported.
+        failures: the failures that processes reported.
     """
 
     statuses: Sequence[int | None]
@@ -65,12 +65,12 @@ class Ending:
     failures: Sequence[Failure] = ()
 
     def outcome(self, *, told_to_stop: bool, has_begun: bool) -> Outcome:
-        """What the exit statuses say.
+        """Decide from the exit statuses how the attempt ended.
 
         Args:
-            told_to_stop: whether the launcher was.
-            has_begun: whether an earlier attempt has trained: what is refused then was accepted before, so it is not
-                input that is at fault but, say, a disk.
+            told_to_stop: whether the launcher was told to stop.
+            has_begun: whether an earlier attempt has trained. The input was accepted then, so a refusal now has another
+                cause, such as a disk.
         """
         ended = [status for status in self.statuses if status is not None]
         all_well = len(ended) == len(self.statuses) and all(status in (DONE, PREEMPTED) for status in ended)
@@ -89,7 +89,7 @@ class Ending:
         if not ended or any(status != BAD_INPUT for status in ended):
             return self._outcome("failed", f"{self.culprit or 'a process'} {_how(ended)}", self.tail)
         reason = self.failures[-1].message if self.failures else "its input is at fault"
-        # A lock may be that of an earlier attempt on another machine, which needs a moment to be gone.
+        # The lock of an earlier attempt on another machine may take a moment to disappear.
         if has_begun or any(failure.reason == DirectoryInUse.reason for failure in self.failures):
             return self._outcome("failed", reason, self.tail)
         return self._outcome("refused", reason, () if self.failures else self.tail)
@@ -109,16 +109,16 @@ def _how(ended: Sequence[int]) -> str:
 
 
 class Attempt:
-    """Runs commands and keeps what they print, a file for each of the run's processes.
+    """Runs commands and logs their output in one file for each process of the run.
 
     Args:
-        commands: what to start.
-        directory: for the logs, process-N.log.
-        on_line: told of every line: the log's name, and the line.
-        secrets: texts that no log is to hold.
+        commands: the commands to start.
+        directory: the directory of the logs, process-N.log.
+        on_line: called with the log's name and each line.
+        secrets: texts to mask in logs.
 
     Attributes:
-        progress: of the run, as its first process last reported it.
+        progress: the last progress that the run's first process reported.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Attempt:
             reader.start()
 
     def poll(self) -> list[int | None]:
-        """The exit status of each command, -N for signal N; None for those that live or were killed by `kill`."""
+        """The exit status of each command, -N for signal N; None if it is running or was killed by `kill`."""
         for index, process in enumerate(self._processes):
             if process.poll() is not None and index not in self._ended:
                 self._ended.append(index)
@@ -165,11 +165,11 @@ class Attempt:
 
     @property
     def all_ended(self) -> bool:
-        """Whether no command lives, as `poll` last saw it."""
+        """Whether all commands had ended at the last `poll`."""
         return len(self._ended) == len(self._processes)
 
     def stop(self) -> None:
-        """Have all of them save and end."""
+        """Tell all processes to save and end."""
         for command, process in zip(self._commands, self._processes, strict=True):
             if process.poll() is not None:
                 continue
@@ -180,7 +180,7 @@ class Attempt:
                 process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End those that live, at once, with all that they have started."""
+        """Kill all running processes and their descendants."""
         for index, process in enumerate(self._processes):
             if process.poll() is None:
                 self._killed.add(index)
@@ -189,7 +189,7 @@ class Attempt:
             process.wait()
 
     def close(self) -> None:
-        """Leave no process, nor what one that has ended left behind, and the logs complete."""
+        """Kill all processes, including descendants of ended ones, and complete the logs."""
         self.kill()
         for process in self._processes:
             kill_group(process.pid)
@@ -201,7 +201,7 @@ class Attempt:
             self._logs.clear()
 
     def ending(self) -> Ending:
-        """What is left of the attempt, once all commands have ended."""
+        """The results of the attempt, after all commands have ended."""
         statuses = self.poll()
         ended = [index for index in self._ended if index not in self._killed]
         first = self._processes[ended[0]].returncode if ended else None
@@ -221,7 +221,7 @@ class Attempt:
                 continue
             self._tails[command.label].append(self._masked(whole))
             line = self._masked(line)
-            # A full disk or a reader that has left must not stop the reading: the process would wait for it for ever.
+            # A full disk or a closed output must not stop the reading, or the process would block forever.
             with contextlib.suppress(OSError):
                 self._keep(label, line)
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What the launcher asks of a backend: machines, and the commands that start processes on them. And the local one."""
+"""The interface of backends, which provide machines and the commands that start processes there; the local backend."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Job:
     """A run as backends see it.
 
     Attributes:
-        run_dir: of the run, as its configuration has it.
-        directory: where the launcher keeps what it knows of it, on this machine: RUN_DIR/launch.
+        run_dir: the run directory, as in the configuration.
+        directory: the launcher's directory for the run on this machine, RUN_DIR/launch.
     """
 
     run_dir: Path
@@ -37,16 +37,16 @@ class Job:
         return self.directory / "config.yaml"
 
     def attempt_directory(self, attempt: int) -> Path:
-        """Where the logs of an attempt's processes are."""
+        """The directory with the logs of an attempt's processes."""
         return LaunchRecord(self.directory).attempt_directory(attempt)
 
 
 def training_command(python: str, config_file: str, mesh: Mapping[str, object] | None = None) -> list[str]:
-    """The command line of one training process: it begins the run, or goes on with it.
+    """The command line of one training process, which starts the run or continues it.
 
     Args:
         python: the interpreter.
-        config_file: the resolved configuration, where the process finds it.
+        config_file: the path of the resolved configuration on the process's host.
         mesh: fields of the mesh section to set: coordinator, num_processes, process_id.
     """
     words = [python, "-u", "-m", "sophia_levanter.main", "--config", config_file, "--resume", "auto"]
@@ -56,10 +56,10 @@ def training_command(python: str, config_file: str, mesh: Mapping[str, object] |
 
 
 def check_secrets(names: Sequence[str]) -> None:
-    """Whether the launcher has what it is to pass on by environment.
+    """Check that the launcher's environment has the secrets to pass on.
 
     Raises:
-        InputError: if a variable of these names is not set.
+        InputError: if a variable is not set.
     """
     for name in names:
         if not os.environ.get(name):
@@ -68,7 +68,7 @@ def check_secrets(names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class HostCommand:
-    """A process that the launcher starts on its own machine for an attempt: a host's, or one that talks to hosts.
+    """A process that the launcher starts on its own machine: a training process, or a connection to other hosts.
 
     Attributes:
         label: the log's name: process-0.
@@ -76,7 +76,7 @@ class HostCommand:
         env: environment variables on top of the launcher's.
         labelled: whether it prints for several processes. The lines of process N begin with "N: ", N padded to the
             same width for all; other lines are its own.
-        by_stdin: whether closing its standard input stops it, which ssh passes on; otherwise SIGTERM does.
+        by_stdin: whether closing its standard input stops it, as for ssh; otherwise SIGTERM does.
     """
 
     label: str
@@ -86,16 +86,16 @@ class HostCommand:
     by_stdin: bool = False
 
     def shown(self) -> str:
-        """As a person would type it, with the values of `env` masked."""
+        """The command as typed in a shell, with the values of `env` masked."""
         return " ".join([*(f"{name}={shlex.quote(MASK)}" for name in self.env), shlex.join(self.words)])
 
 
 class Unavailable(Exception):
-    """There are no machines, or no longer: an attempt that could not begin, and not for the run's fault."""
+    """An attempt could not begin because machines are missing, which is not the run's fault."""
 
 
 class Backend(Protocol):
-    """Where a run's processes are started. The last two methods are for backends whose machines come and go."""
+    """Starts the processes of a run. The last two methods are for backends whose machines come and go."""
 
     num_processes: int
 
@@ -103,40 +103,40 @@ class Backend(Protocol):
         """What would be created, run and paid for, as lines for people. Nothing is started."""
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
-        """Have machines ready for an attempt; returns early where the launcher was told to stop.
+        """Prepare machines for an attempt; return early if the launcher was told to stop.
 
         Args:
             job: the run.
-            attempt: its number, from 1.
-            say: tells people.
+            attempt: the attempt's number, from 1.
+            say: prints a message.
             stopped: whether the launcher was told to stop.
 
         Raises:
-            InputError: if what the cluster's file asks for cannot be had.
-            Unavailable: if machines are gone, or do not come.
+            InputError: if the resources in the cluster's file cannot be obtained.
+            Unavailable: if machines are gone, or do not become available in time.
         """
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
-        """What to start for an attempt on the machines that are ready.
+        """The commands to start for an attempt on the prepared machines.
 
-        Training processes report their progress on standard output if `status.ON_STDOUT` is in their environment. What
-        a command starts on this machine inherits it; on other hosts the backend sets it.
+        Training processes report their progress on standard output if `status.ON_STDOUT` is in their environment.
+        Processes on this machine inherit it; on other hosts the backend sets it.
         """
 
     def was_preempted(self) -> bool:
-        """Whether the last attempt, which failed, has lost its machines to their owner."""
+        """Whether the last attempt failed because its machines were taken away."""
         return False
 
     def release(self, say: Say) -> None:
-        """Give back what is paid for: the run is over."""
+        """Release what is paid for, after the end of the run."""
         return
 
 
 class LocalBackend(Backend):
-    """Starts the processes here.
+    """Starts the processes on this machine.
 
     Args:
-        cluster: how many.
+        cluster: the settings.
     """
 
     def __init__(self, cluster: LocalCluster) -> None:
@@ -148,11 +148,11 @@ class LocalBackend(Backend):
         return ["on this machine, nothing is paid for:", *(command.shown() for command in self._commands(job, 0))]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
-        """Checks that secrets are there; the machine is."""
+        """Check the secrets. This machine needs no preparation."""
         check_secrets(self._cluster.secrets)
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
-        """One for each process, with a port for them to meet at."""
+        """A command for each process, with a port for their coordinator."""
         return self._commands(job, free_port())
 
     def _commands(self, job: Job, port: int) -> list[HostCommand]:
@@ -166,7 +166,7 @@ class LocalBackend(Backend):
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens at."""
+    """A free port of this machine."""
     with socket.socket() as free:
         free.bind(("", 0))
         port: int = free.getsockname()[1]

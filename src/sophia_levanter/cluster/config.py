@@ -1,4 +1,4 @@
-"""A cluster's file: where the processes of a run are started, and how often. Free of jax and Ray."""
+"""Settings of clusters: where the processes of a run are started, and how often. Free of jax and Ray."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 LARGEST = 1_000_000
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Names of variables whose values no file should hold. The words of the second line count only at the end of a name:
-# RAY_AUTH_MODE is innocent. PWD is the working directory, and SSH_ASKPASS the path of a program.
+# Names of variables whose values should not be in files. The words of the second line count only at the end of a name,
+# since RAY_AUTH_MODE is harmless. So are PWD, the working directory, and SSH_ASKPASS, the path of a program.
 SECRET = re.compile(
     r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|CREDENTIAL|CRED|COOKIE|JWT|BEARER|AUTHORIZATION)S?\d*(_|$)"
     r"|(?<!BY)(?<!COM)(?<!ASK)PASS\d*$|AUTH\d*$|(^|_)(PRIVATE|DSN)\d*$|_PWD\d*$"
@@ -36,8 +36,8 @@ class Submission(NamedTuple):
     """A job that runs the launcher on another machine.
 
     Attributes:
-        describe: what `submit` would do, as lines for people.
-        submit: submits the job and waits for its end; the exit status. Its argument tells people.
+        describe: describes in lines of text what `submit` would do.
+        submit: submits the job, waits for its end and returns the exit status. Its argument prints a message.
     """
 
     describe: Callable[[], list[str]]
@@ -46,7 +46,7 @@ class Submission(NamedTuple):
 
 @dataclass(frozen=True)
 class ClusterConfig(Settings, ChoiceRegistry):
-    """What every backend has: environments, and how a run goes on after its processes have ended.
+    """Settings of every backend: environments, and the limits on attempts after processes have ended.
 
     Raises:
         InputError: if a value is out of its bounds.
@@ -85,12 +85,12 @@ class ClusterConfig(Settings, ChoiceRegistry):
 
     @property
     def backend(self) -> str:
-        """Its name in files."""
+        """The backend's name in files."""
         return self.get_choice_name(type(self))
 
     @property
     def num_devices(self) -> int | None:
-        """That the run has in all; None where the file does not tell."""
+        """The number of devices of the whole run; None if the file does not determine it."""
         return None
 
     def check_files(self) -> None:
@@ -101,11 +101,11 @@ class ClusterConfig(Settings, ChoiceRegistry):
         """
 
     def build(self, job: Job) -> Backend:
-        """What starts the processes of a run."""
+        """Build the backend that starts the processes of a run."""
         raise InputError(f"backend {self.backend}: {type(self).__qualname__} does not define build()")
 
     def submission(self, job: Job, launcher: Sequence[str]) -> Submission | None:
-        """How a job that runs the launcher elsewhere is submitted; None where the launcher runs here.
+        """The submission of a job that runs the launcher elsewhere; None if the launcher runs here.
 
         Args:
             job: the run.
@@ -167,12 +167,12 @@ class RayCluster(ClusterConfig):
 
     @property
     def shape(self) -> TpuShape | None:
-        """Of one slice."""
+        """The shape of one slice."""
         return None if self.accelerator is None else tpu_shape(self.accelerator)
 
     @property
     def num_processes(self) -> int:
-        """That the run has."""
+        """The number of processes of the run."""
         return self.slices * self.shape.hosts if self.shape else self.workers or 0
 
     @property
@@ -232,7 +232,7 @@ class SlurmCluster(ClusterConfig):
         from sophia_levanter.cluster.slurm.job import describe_submission, submit
 
         if "SLURM_JOB_ID" in os.environ:
-            return None  # on the job's first node already
+            return None  # this is the job's first node
         words = [self.python, *launcher]
         return Submission(partial(describe_submission, self, job, words), partial(submit, self, job, words))
 
@@ -283,12 +283,12 @@ class GcloudCluster(ClusterConfig):
 
     @property
     def shape(self) -> TpuShape:
-        """Of one slice."""
+        """The shape of one slice."""
         return tpu_shape(self.accelerator or "")
 
     @property
     def num_processes(self) -> int:
-        """That the run has."""
+        """The number of processes of the run."""
         return self.slices * self.shape.hosts
 
     @property
@@ -301,7 +301,7 @@ class GcloudCluster(ClusterConfig):
         return GcloudBackend(self, job.run_dir)
 
 
-# What marks a file as another program's, and what reads it.
+# Patterns that identify files of other programs, and the commands that read them.
 OTHER_TOOLS = {
     r"^apiVersion:": "kubectl apply -f",
     r"^cluster_name:": "ray up",
@@ -310,11 +310,11 @@ OTHER_TOOLS = {
 
 
 def read_cluster(path: Path) -> ClusterConfig:
-    """Reads a cluster's file: `backend: NAME` and that backend's fields.
+    """Read a cluster's file: `backend: NAME` and that backend's fields.
 
     Raises:
-        InputError: if it is another program's or not YAML, a key is unknown, or a value is of the wrong type or out of
-            range.
+        InputError: if the file is for another program or is not YAML, a key is unknown, or a value is of the wrong type
+            or out of range.
     """
     try:
         return build(ClusterConfig, read_layers(path))
@@ -324,7 +324,7 @@ def read_cluster(path: Path) -> ClusterConfig:
 
 
 def _check_reader(path: Path) -> None:
-    """Refuse a file that another program reads."""
+    """Refuse a file that is for another program."""
     try:
         text = read_regular(path, MOST_BYTES).decode("utf-8", "replace")
     except OSError:

@@ -1,15 +1,14 @@
-"""`python -m sophia_levanter.cluster.host`: how a training process is held on its host.
+"""`python -m sophia_levanter.cluster.host`: runs a training process on its host.
 
-With `--parent PID` this process becomes the training process, and dies with the one that started it. A launcher that is
-killed must not leave processes that train on without it and hold the run's directory. Linux alone can promise that;
-elsewhere the command is started without the promise.
+With `--parent PID` this process becomes the training process, and dies with the process that started it. Otherwise the
+processes of a killed launcher would continue to train and keep the run directory locked. Only Linux guarantees this;
+elsewhere the command is started without the guarantee.
 
-With `--grace SECONDS --log FILE` it holds a training process under ssh, and tells it to stop at the end of standard
-input, which is all that a host hears of a connection or a launcher that is gone, or at a SIGTERM or SIGHUP, as when the
-machine is shut down. What the process prints is passed on, and kept in the file, in whose folder there is one process
-at a time.
+With `--grace SECONDS --log FILE` it runs a training process under ssh. It tells the process to stop when standard input
+ends, which is the only sign of a lost connection or launcher, and at SIGTERM or SIGHUP, as at a shutdown of the
+machine. It passes on the process's output and writes it to the file. Only one process at a time may log to a folder.
 
-Imports nothing heavy.
+Free of slow imports.
 """
 
 from __future__ import annotations
@@ -42,18 +41,18 @@ usage: python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD
   --parent PID      becomes the process, which ends with this parent
   --help            prints this and exits"""
 PR_SET_PDEATHSIG = 1
-_PATIENCE = 10.0  # seconds beyond the grace in which the process of an earlier attempt ends
+_PATIENCE = 10.0  # seconds beyond the grace to wait for the process of an earlier attempt
 
 
 def start_process(
     words: Sequence[str], env: Mapping[str, str] = MappingProxyType({}), *, stdin: int = subprocess.DEVNULL
 ) -> subprocess.Popen[bytes]:
-    """Starts a process that dies with this one, in a session of its own; its status lines and output are to be read.
+    """Start a process in its own session that dies with this process. Its output must be read.
 
     Args:
-        words: its command line.
+        words: the command line.
         env: environment variables on top of this process's.
-        stdin: its standard input.
+        stdin: the standard input.
     """
     parent = ["--parent", str(os.getpid())]
     return subprocess.Popen(
@@ -62,25 +61,25 @@ def start_process(
         stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C is the launcher's to pass on
+        start_new_session=True,  # the launcher handles Ctrl-C
     )
 
 
 def kill_group(leader: int) -> None:
-    """Ends a process of `start_process` at once with all that it has started, be it there itself or not."""
+    """Kill a process of `start_process` and its descendants, even if the process itself has ended."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command.
 
     Returns:
         The process's exit status, 128 + N if signal N ended it; 1 if it was started before, 2 for bad input.
     """
     given = sys.argv[1:] if argv is None else list(argv)
     own = given[: given.index("--")] if "--" in given else given
-    # A --help behind the dashes is the process's.
+    # A --help after the dashes belongs to the process.
     return run_command(own, lambda arguments: _run(arguments, given[len(own) + 1 :]), usage=USAGE)
 
 
@@ -96,7 +95,7 @@ def _run(given: Sequence[str], words: Sequence[str]) -> int:
     try:
         log = log_file.open("xb", buffering=0)
     except FileExistsError:
-        # gcloud connects again where a connection has broken, and would run a second process beside the first.
+        # gcloud reconnects after a broken connection, and would start a second process beside the first.
         print(f"error: {log_file} exists: the process was started once, and its connection is gone", file=sys.stderr)
         return FAILURE
     with log, _alone_on_this_host(log_file.parent, grace + _PATIENCE):
@@ -115,15 +114,15 @@ def _become(words: Sequence[str], parent: int) -> NoReturn:
 
 
 def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
-    """Runs a process to its end.
+    """Run a process to its end.
 
     Args:
-        words: its command line.
-        grace: seconds between the SIGTERM and the SIGKILL.
-        log: for what it prints.
+        words: the command line.
+        grace: seconds between SIGTERM and SIGKILL.
+        log: receives the output.
 
     Returns:
-        Its exit status; 128 + N if signal N ended it.
+        The exit status; 128 + N if signal N ended the process.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
@@ -138,7 +137,7 @@ def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
     ):
         thread.start()
     status = child.wait()
-    # What it has started must not hold the devices, nor the pipe.
+    # Its descendants must not keep the devices or the pipe.
     kill_group(child.pid)
     printing.join(timeout=5)
     return 128 - status if status < 0 else status
@@ -146,7 +145,7 @@ def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
 
 @contextlib.contextmanager
 def _alone_on_this_host(folder: Path, seconds: float) -> Iterator[None]:
-    """Waits until the process of an earlier attempt is gone, which holds the devices; it is told to end."""
+    """Tell the process of an earlier attempt to end, and wait until it has released the devices."""
     with (folder / "lock").open("a+") as lock:
         deadline = time.monotonic() + seconds
         told = False
@@ -187,7 +186,7 @@ def _end(child: subprocess.Popen[bytes], stop: threading.Event, grace: float) ->
 
 
 def _pass_on(source: IO[bytes], log: IO[bytes]) -> None:
-    """To standard output and the log, each as long as it takes it: a process that saves must not fail at printing.
+    """Copy output to standard output and the log. Errors end the copy to one of them, not the process that prints.
 
     Status lines are for the launcher, not for the log.
     """

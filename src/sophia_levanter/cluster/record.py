@@ -1,4 +1,4 @@
-"""What a launcher leaves on the disk for people, and for the commands that ask after a run: RUN_DIR/launch."""
+"""The launcher's files for people and for other commands, in RUN_DIR/launch."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from sophia_levanter.files import lock, read_regular, write_atomically
 from sophia_levanter.status import Progress
 
 NUMBERS = ("processes", "attempt", "failures", "preemptions")
-STOP = "stop"  # a file that is there when the launcher has been told to stop
+STOP = "stop"  # a file that tells the launcher to stop
 LOOK_SECONDS = 1.0
-LEASE_SECONDS = 180.0  # after which a file server gives up a client that is gone
+LEASE_SECONDS = 180.0  # after which a file server releases the locks of a lost client
 
 
 @dataclass(frozen=True)
 class Status:
-    """How a launched run stands.
+    """The status of a launched run.
 
     Attributes:
         state: starting, running, waiting, done, failed, stopped or refused.
-        backend: where it runs.
-        processes: that it has.
-        attempt: number of the present or last one, from 1; 0 before the first.
-        failures: attempts that failed.
-        preemptions: attempts that were preempted.
-        progress: as the run last reported it.
-        exit_status: of the launcher, once it has ended.
+        backend: name of the backend.
+        processes: number of processes.
+        attempt: number of the present or last attempt, from 1; 0 before the first.
+        failures: number of failed attempts.
+        preemptions: number of preempted attempts.
+        progress: the last progress that the run reported.
+        exit_status: the launcher's exit status, once it has ended.
     """
 
     state: str
@@ -69,10 +69,10 @@ class LaunchRecord:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the directory this launcher's.
+        """Lock the directory for this launcher.
 
         Raises:
-            InputError: if another launcher has it, or it cannot be written.
+            InputError: if another launcher has locked it, or it cannot be written.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ class LaunchRecord:
             yield
 
     def _lock(self) -> IO[str] | None:
-        """Waits for those who only look, and in a Slurm job that was queued again for the lock of a host that died."""
+        """Wait for commands that test the lock, and in a requeued Slurm job for the lock of a host that died."""
         until = time.monotonic() + (LEASE_SECONDS if "SLURM_RESTART_COUNT" in os.environ else LOOK_SECONDS)
         while (held := lock(self.directory / ".lock")) is None and time.monotonic() < until:
             time.sleep(0.1)
@@ -99,7 +99,7 @@ class LaunchRecord:
 
     @property
     def is_held(self) -> bool:
-        """Whether a launcher is at work."""
+        """Whether a launcher is running."""
         if not (self.directory / ".lock").exists():
             return False
         held = lock(self.directory / ".lock")
@@ -109,14 +109,14 @@ class LaunchRecord:
         return False
 
     def write(self, status: Status) -> None:
-        """Leave the status for those who ask."""
+        """Write the status for other commands."""
         write_atomically(self._status_file, json.dumps(dataclasses.asdict(status)).encode())
 
     def read(self) -> Status:
-        """The status that was left last.
+        """The status that was written last.
 
         Raises:
-            InputError: if there is none.
+            InputError: if it is missing or damaged.
         """
         if not self._status_file.exists():
             raise InputError(f"{self.directory.parent} holds no launched run")
@@ -133,19 +133,19 @@ class LaunchRecord:
             ) from None
 
     def ask_to_stop(self) -> None:
-        """Have the launcher stop the run; it looks each second, on whatever machine it is."""
+        """Tell the launcher to stop the run. It polls for this file, on whatever machine it runs."""
         self._stop_file.touch()
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether someone has."""
+        """Whether the launcher was told to stop."""
         try:
             return self._stop_file.exists()
-        except OSError:  # of a disk on the network
+        except OSError:  # from a network file system
             return False
 
     def attempt_directory(self, attempt: int) -> Path:
-        """Where the logs of an attempt's processes are."""
+        """The directory with the logs of an attempt's processes."""
         return self.directory / f"attempt-{attempt:03d}"
 
     def attempts(self) -> list[Path]:
@@ -153,7 +153,7 @@ class LaunchRecord:
         return sorted(self.directory.glob("attempt-*"))
 
     def next_attempt(self) -> int:
-        """The number of the next one: those of earlier launchers keep their logs."""
+        """The number of the next attempt; attempts of earlier launchers keep their logs."""
         numbers = [0]
         for path in self.attempts():
             with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Brings a run to its end: attempts, one after the other, each in fresh processes, until it is done or given up."""
+"""Supervises a run: makes attempts, each in fresh processes, until the run is done or given up."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from sophia_levanter.status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMP
 POLL_SECONDS = 0.2
 LONGEST_BACK_OFF = 300.0  # seconds
 STATUS_SECONDS = 2.0
-# How long after the first process has failed others may show that they have, too.
+# Seconds after the first failure of a process in which other processes may report theirs.
 GATHER_SECONDS = 2.0
 STATES = {DONE: "done", FAILURE: "failed", BAD_INPUT: "refused", PREEMPTED: "stopped", INTERRUPTED: "stopped"}
 
 
 class Budgets:
-    """Counts how often a run has failed and was preempted, and says when it is to be given up.
+    """Counts the failures and preemptions of a run, and decides when to give up.
 
     Args:
-        policy: how often it may.
+        policy: the limits.
 
     Attributes:
-        failures: so far.
-        preemptions: so far.
+        failures: failed attempts so far.
+        preemptions: preempted attempts so far.
     """
 
     def __init__(self, policy: ClusterConfig) -> None:
@@ -50,7 +50,7 @@ class Budgets:
         """Count an attempt that was preempted, failed or could not begin.
 
         Returns:
-            Why no further attempt may start; None if one may.
+            The reason to give up; None if another attempt may start.
         """
         if outcome.kind == "preempted":
             self.preemptions += 1
@@ -76,7 +76,7 @@ class Budgets:
 
     @property
     def pause(self) -> float:
-        """Seconds before the next attempt: more with each that came no further; none after one that was preempted."""
+        """Seconds before the next attempt: doubled after each attempt without progress, 0 after a preemption with it."""
         if not self._in_a_row:
             return 0.0
         return min(LONGEST_BACK_OFF, self._policy.back_off * 2 ** min(self._in_a_row - 1, 10))
@@ -86,11 +86,11 @@ class Supervisor:
     """Runs a job on a backend.
 
     Args:
-        backend: where.
-        job: what.
+        backend: starts the processes.
+        job: the run.
         policy: limits on attempts.
-        record: where its state is left for others.
-        say: tells people.
+        record: receives the status.
+        say: prints a message.
     """
 
     def __init__(self, backend: Backend, job: Job, policy: ClusterConfig, record: LaunchRecord, say: Say) -> None:
@@ -107,7 +107,7 @@ class Supervisor:
         self._written = 0.0
 
     def run(self) -> int:
-        """Attempt after attempt.
+        """Make attempts until the run ends.
 
         Returns:
             The exit status: 0 done, 1 given up, 2 bad input, 75 stopped by SIGTERM or `launch stop`, 130 by Ctrl-C.
@@ -174,7 +174,7 @@ class Supervisor:
         return outcome
 
     def _follow(self, attempt: Attempt) -> None:
-        """Until all processes have ended, or are killed because one has ended and the others do not."""
+        """Wait until all processes have ended; kill them if one has ended and the others do not."""
         deadline = float("inf")
         told = ended_well = False
         while True:
@@ -202,7 +202,7 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def _tell(self, line: str) -> None:
-        """Of the launcher's own, among the run's."""
+        """Print a line of the launcher, marked as such among the lines of the run."""
         self._say(f"launch: {line}")
 
     def _tell_outcome(self, outcome: Outcome, seconds: float) -> None:
@@ -239,7 +239,7 @@ class Supervisor:
     def _update(self, **changes: Any) -> None:
         self._status = dataclasses.replace(self._status, **changes)
         self._written = time.monotonic()
-        # Others then see an older one; the run does not depend on it.
+        # After an error other commands see an older status; the run does not depend on it.
         with contextlib.suppress(OSError):
             self._record.write(self._status)
 
@@ -253,7 +253,7 @@ class Supervisor:
             self._interrupts += number == signal.SIGINT
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # nohup ignores SIGHUP, and is to go on doing so.
+        # Under nohup SIGHUP is ignored, and must stay so.
         before = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
         try:
             yield

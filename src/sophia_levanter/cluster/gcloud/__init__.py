@@ -1,4 +1,4 @@
-"""The gcloud backend: TPU slices of Google Cloud, bought as a queued resource, a training process on each host."""
+"""The gcloud backend: TPU slices of Google Cloud, bought as a queued resource, with a training process on each host."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from sophia_levanter.config.build import MASK
 from sophia_levanter.errors import InputError
 
 PRICES = "https://cloud.google.com/tpu/pricing"
-# In polls, while Google refuses to delete: some seven minutes in all.
+# Pauses, in units of `poll`, while Google refuses to delete: about seven minutes in all.
 RELEASE_PAUSES = (1, 2, 4, 8, 12)
-LONGEST_PAUSE = 300.0  # seconds between two tries of what was refused
+LONGEST_PAUSE = 300.0  # seconds before a refused request is repeated
 SETTLE = 600.0  # seconds that the nodes of an active queued resource have to be ready and healthy
 _OVER = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
-# Below the ports that the kernel gives away, and none that a TPU's own software listens on. Another one for each
-# attempt, since a port of the one before may still be taken.
+# Below the kernel's ephemeral ports, and not used by a TPU's own software. Each attempt has a different port, since the
+# port of the attempt before may still be in use.
 _COORDINATOR_PORT, _SLICES_PORT, _PORTS = 20000, 21000, 1000
 
 
@@ -40,16 +40,16 @@ class GcloudBackend:
     """Slices of one queued resource.
 
     Attributes:
-        num_processes: that the run has, one a host.
+        num_processes: number of processes of the run, one per host.
     """
 
     def __init__(self, cluster: GcloudCluster, run_dir: Path, *, poll: float = 15.0) -> None:
-        """Starts nothing.
+        """Set up the backend without starting anything.
 
         Args:
-            cluster: what is asked for.
-            run_dir: of the run, which the queued resource is named after if the cluster's file does not name it.
-            poll: seconds between two looks at what is waited for.
+            cluster: the settings.
+            run_dir: the run directory, after which the queued resource is named if the cluster's file has no name.
+            poll: seconds between polls.
 
         Raises:
             InputError: if the queued resource has no name.
@@ -85,18 +85,18 @@ class GcloudBackend:
         return [*lines, f"  {shlex.join(self._commands.delete())}"]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
-        """Have whole slices, with the configuration and what `setup` installs on every host.
+        """Obtain whole slices, copy the configuration and files to every host, and run `setup` there.
 
         Raises:
-            InputError: if they cannot be had, or a line of `setup` fails.
-            Unavailable: if they do not come within `start_timeout`, or cannot be reached.
+            InputError: if the slices cannot be obtained, or a line of `setup` fails.
+            Unavailable: if the slices are not available within `start_timeout`, or cannot be reached.
         """
         self._nodes = []
         self._cluster.check_files()
         try:
             nodes = Acquisition(self._resource, self._poll, say, stopped).run()
             say(f"queued resource {self._commands.name}: {self._cluster.slices} x {self._cluster.shape} ready")
-            # One after another: the first one makes gcloud's ssh key where there is none.
+            # One after another, since the first call makes gcloud's ssh key if it is missing.
             for words in self._copies(job):
                 self._check(call(words, stopped), "copying files")
             if self._cluster.setup:
@@ -109,12 +109,12 @@ class GcloudBackend:
         self._nodes = nodes
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
-        """What to start for an attempt: an ssh to each host."""
+        """The commands of an attempt: an ssh connection to each host."""
         stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
         return self._host_commands(self._commands, self._nodes, attempt, stamp)
 
     def was_preempted(self) -> bool:
-        """Whether the slices are no longer there."""
+        """Whether the slices are gone."""
         try:
             state = self._resource.state()
             if state is None:
@@ -129,7 +129,7 @@ class GcloudBackend:
         return not isinstance(nodes, Answer) and any(node.lost for node in nodes)
 
     def release(self, say: Say) -> None:
-        """Deletes the queued resource with its slices, if `keep` is not set."""
+        """Delete the queued resource with its slices, unless `keep` is set."""
         if not self._resource.ours:
             return
         name, by_hand = self._commands.name, shlex.join(self._commands.delete())
@@ -192,12 +192,12 @@ class GcloudBackend:
 
 
 class Acquisition:
-    """One wait for whole slices, which are created where needed.
+    """Waits for whole slices, and creates them if needed.
 
     Args:
         resource: the queued resource.
-        poll: seconds between two looks.
-        say: tells people.
+        poll: seconds between polls.
+        say: prints a message.
         stopped: whether the launcher was told to stop.
     """
 
@@ -213,12 +213,12 @@ class Acquisition:
         self._active_since: float | None = None
 
     def run(self) -> list[Node]:
-        """The slices.
+        """Wait for the slices.
 
         Raises:
-            InputError: if they cannot be had.
-            Unavailable: if they do not come in time.
-            Stopped: if `stopped` says so.
+            InputError: if they cannot be obtained.
+            Unavailable: if they are not available in time.
+            Stopped: if `stopped` returns true.
         """
         timeout = self._resource.commands.cluster.start_timeout
         deadline = time.monotonic() + timeout
@@ -231,7 +231,7 @@ class Acquisition:
                 raise Unavailable(f"no slices within start_timeout, {timeout} seconds; at last {self._said}")
 
     def _look(self) -> list[Node] | None:
-        """Takes one step towards slices; returns them where they are whole."""
+        """Take one step towards slices; return them once they are whole."""
         state = self._resource.state(self._stopped)
         if isinstance(state, Answer):
             self._refused(state)
@@ -296,7 +296,7 @@ class Acquisition:
             self._refused(answer)
             return
         self._deleting = True
-        # Longer each time: one that fails as soon as it is created is not asked for in a tight loop.
+        # Longer each time, so that a resource that fails at once is not created in a tight loop.
         self._back_off()
 
     def _refused(self, answer: Answer) -> None:

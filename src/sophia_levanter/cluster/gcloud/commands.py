@@ -1,4 +1,4 @@
-"""What is said to gcloud, and to shells on the hosts of TPU slices; and what gcloud answers of a queued resource."""
+"""Command lines for gcloud and for shells on the hosts of TPU slices, and gcloud's answers about queued resources."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from sophia_levanter.cluster.config import GcloudCluster
 from sophia_levanter.errors import InputError
 
 _QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
-# A connection whose other end has silently gone ends after a minute.
+# A connection ends after a minute without a sign of the other end.
 _KEEPALIVE = ("--ssh-flag=-oServerAliveInterval=15", "--ssh-flag=-oServerAliveCountMax=4")
 
 
 def resource_name(cluster: GcloudCluster, run_dir: Path) -> str:
-    """The queued resource's name: the one in the cluster's file, or one made of the run directory and its place.
+    """The queued resource's name: that in the cluster's file, or one made from the run directory's name and path.
 
     Raises:
-        InputError: if there is neither.
+        InputError: if neither gives a name.
     """
     if cluster.name is not None:
         return cluster.name
     made = re.sub(r"[^a-z0-9]+", "-", run_dir.name.lower()).lstrip("-0123456789")[:33].rstrip("-")
     if not made:
         raise InputError(f"name is missing, and none can be made of {run_dir.name!r}; give the queued resource a name")
-    # Two runs must not take each other's slices because their directories have the same name.
+    # The hash separates runs whose directories have the same name.
     return f"{made}-{hashlib.sha256(os.fsencode(run_dir.absolute())).hexdigest()[:6]}"
 
 
 @dataclass(frozen=True)
 class GcloudCommands:
-    """Command lines for one queued resource, its nodes, one a slice, and their workers.
+    """Command lines for one queued resource, its nodes (one per slice) and their workers.
 
     Attributes:
-        cluster: what is asked for.
-        name: the queued resource's.
+        cluster: the settings.
+        name: the name of the queued resource.
     """
 
     cluster: GcloudCluster
@@ -51,17 +51,17 @@ class GcloudCommands:
 
     @property
     def node_names(self) -> list[str]:
-        """Of the slices."""
+        """The names of the slices."""
         return [self.name] if self.cluster.slices == 1 else [f"{self.name}-{i}" for i in range(self.cluster.slices)]
 
     @property
     def config_file(self) -> str:
-        """Where the run's configuration lies on the hosts; what is relative is so to the home folder."""
+        """The path of the run's configuration on the hosts, relative to the home folder."""
         return f"sophia_levanter-{self.name}.yaml"
 
     @property
     def log_folder(self) -> str:
-        """Where each host keeps what its attempts have printed."""
+        """The folder of the attempts' logs on each host, relative to the home folder."""
         return f"sophia_levanter-{self.name}-logs"
 
     def create(self) -> list[str]:
@@ -91,24 +91,24 @@ class GcloudCommands:
         return [*_QUEUED, "list", *self._place]
 
     def delete(self) -> list[str]:
-        # --force: the nodes go too.
+        # --force deletes the nodes too.
         return [*_QUEUED, "delete", self.name, *self._place, "--force", "--async", "--quiet"]
 
     def describe_node(self, node: str) -> list[str]:
         return [*self._tpu_vm, "describe", node, *self._place, "--format=json", "--quiet"]
 
     def ssh(self, node: str, worker: int | str, command: str) -> list[str]:
-        """Runs a line of shell on a worker, or on `all`; of a single one it passes standard input and the status on."""
+        """Run a line of shell on a worker or on `all`. A single worker gets standard input and returns its status."""
         to = [node, *self._place, f"--worker={worker}", *self._tunnel, *_KEEPALIVE, "--quiet"]
         return [*self._tpu_vm, "ssh", *to, f"--command={command}"]
 
     def scp(self, node: str, files: Sequence[str], destination: str) -> list[str]:
-        """Copies files to all workers."""
+        """Copy files to all workers."""
         to = [f"{node}:{destination}", *self._place, "--worker=all", *self._tunnel, "--quiet"]
         return [*self._tpu_vm, "scp", *files, *to]
 
     def setup(self) -> str:
-        """The lines of the cluster's file, for a host that they have not yet been run on."""
+        """Shell that runs the cluster's lines of `setup`, once on each host."""
         lines = "\n".join(self.cluster.setup)
         digest = hashlib.sha256(lines.encode())
         for path in map(Path, self.cluster.files):
@@ -117,12 +117,12 @@ class GcloudCommands:
         return f"test -e {marker} || {{ bash -e -o pipefail -c {shlex.quote(lines)} && touch {marker}; }}"
 
     def training(self, words: Sequence[str], env: Mapping[str, str], log: str) -> str:
-        """Runs a training process on a host.
+        """Shell that runs a training process on a host.
 
         Args:
-            words: its command line.
+            words: the process's command line.
             env: environment variables on top of the cluster's.
-            log: name of the file for what it prints; an attempt's own.
+            log: name of the log file, different for each attempt.
         """
         cluster = self.cluster
         of_project = f" --project={cluster.project}" if cluster.project else ""
@@ -137,7 +137,7 @@ class GcloudCommands:
         return "; ".join([*parts, f"exec {shlex.join(host)}"])
 
     def newest_log(self) -> str:
-        """Shows what the newest attempt prints on a host, and goes on doing so."""
+        """Shell that follows the newest attempt's log on a host."""
         return f'tail -n 100 -F "$(ls -d {self.log_folder}/*.log | tail -n 1)"'
 
     @property
@@ -147,7 +147,7 @@ class GcloudCommands:
 
     @property
     def _tpu_vm(self) -> list[str]:
-        # Only the alpha command knows of tunnels.
+        # Only the alpha command supports tunnels.
         return ["gcloud", *(["alpha"] if self.cluster.internal_ips else []), "compute", "tpus", "tpu-vm"]
 
     @property
@@ -155,20 +155,20 @@ class GcloudCommands:
         return ["--tunnel-through-iap"] if self.cluster.internal_ips else []
 
 
-# The end of what was printed that an error shows.
+# The number of last lines that an error shows.
 _TAIL_LINES = 15
-# What only a person can put right. All else, such as a name server that does not answer, may pass.
+# Errors that only a person can correct. Others, such as an unreachable name server, may pass.
 _FINAL = ("INVALID_ARGUMENT", "UNAUTHENTICATED", "PERMISSION_DENIED", "NOT_FOUND", "FAILED_PRECONDITION")
 _USAGE = 2  # gcloud's exit status for a command line that it does not understand
-_SSH_FAILED = 255  # ssh's own
-# Nodes of these states have lost their hosts, or will.
+_SSH_FAILED = 255  # exit status of ssh itself
+# Nodes in these states have lost their hosts, or will.
 _LOST = ("PREEMPTED", "TERMINATED", "DELETING", "STOPPED", "STOPPING", "REPAIRING", "HIDDEN", "HIDING", "UNKNOWN")
 _GONE = "gone"
-_NO_ACCOUNT = "gcloud auth login"  # part of what gcloud says where nobody is logged in
+_NO_ACCOUNT = "gcloud auth login"  # part of gcloud's error if nobody is logged in
 
 
 def never() -> bool:
-    """Whether to stop waiting: no."""
+    """The default of `stopped`: do not stop waiting."""
     return False
 
 
@@ -178,12 +178,12 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What gcloud answered.
+    """The result of a gcloud command.
 
     Attributes:
-        status: its exit status.
-        output: what it printed.
-        errors: what it printed on standard error.
+        status: the exit status.
+        output: the standard output.
+        errors: the standard error.
     """
 
     status: int
@@ -192,47 +192,47 @@ class Answer:
 
     @property
     def error(self) -> str:
-        """gcloud's own first line about what is wrong, without the name of its command."""
+        """The first line of gcloud's error, without the name of the command."""
         match = re.search(r"^ERROR: (?:\(gcloud[\w.-]*\) )?(.+)", self.errors, re.MULTILINE)
         return match[1].strip() if match else ((self.errors.strip().splitlines() or [""])[-1])
 
     @property
     def code(self) -> str | None:
-        """Google's name of the error: NOT_FOUND."""
+        """Google's name for the error, such as NOT_FOUND."""
         match = re.match(r"([A-Z]+(?:_[A-Z]+)*): ", self.error)
         return match[1] if match else None
 
     @property
     def final(self) -> bool:
-        """Whether asking again would not help."""
+        """Whether repeating the command cannot help."""
         return self.code in _FINAL or self.status == _USAGE or _NO_ACCOUNT in self.errors
 
     @property
     def unreachable(self) -> bool:
-        """Whether a command for a host did not get there, as opposed to one that failed there."""
+        """Whether a command did not reach its host, as opposed to failing there."""
         return self.status == _SSH_FAILED or "ERROR: (gcloud" in self.errors or "gcloud crashed" in self.errors
 
     @property
     def tail(self) -> str:
-        """The last lines of all that was printed."""
+        """The last lines of output and errors."""
         lines = [line.rstrip() for line in f"{self.output}\n{self.errors}".splitlines() if line.strip()]
         return "\n".join(lines[-_TAIL_LINES:])
 
     def json(self) -> dict[str, Any]:
-        """What it describes."""
+        """The output, parsed as JSON."""
         return json.loads(self.output)
 
 
 def call(words: Sequence[str], stopped: Callable[[], bool] = never) -> Answer:
-    """Runs gcloud to its end.
+    """Run gcloud to its end.
 
     Args:
         words: the command line.
-        stopped: whether not to wait any longer.
+        stopped: whether to stop waiting.
 
     Raises:
-        InputError: if gcloud is not there.
-        Stopped: if `stopped` says so; gcloud is gone.
+        InputError: if gcloud is not installed.
+        Stopped: if `stopped` returns true; gcloud is killed.
     """
     try:
         process = subprocess.Popen(
@@ -261,7 +261,7 @@ def call(words: Sequence[str], stopped: Callable[[], bool] = never) -> Answer:
 
 
 def missing_gcloud() -> str:
-    """What is said where gcloud is not installed."""
+    """The error message if gcloud is not installed."""
     return "backend gcloud: the gcloud command was not found; install it from https://cloud.google.com/sdk/docs/install"
 
 
@@ -270,10 +270,10 @@ class Node:
     """A slice.
 
     Attributes:
-        name: by which gcloud knows it.
-        state: READY where it can be used.
-        health: HEALTHY, if that is known.
-        addresses: internal ones of its hosts, in the order of the workers.
+        name: the node's name in gcloud.
+        state: READY if it can be used.
+        health: HEALTHY if it can be used; None if unknown.
+        addresses: internal addresses of the hosts, in the order of the workers.
     """
 
     name: str
@@ -297,11 +297,11 @@ class Node:
 
 
 class QueuedResource:
-    """The queued resource that a run has its slices from. Each call ends early, with `Stopped`, if `stopped` says so.
+    """The queued resource with a run's slices. Each call raises `Stopped` early if `stopped` returns true.
 
     Attributes:
         commands: command lines for it.
-        ours: whether what is there under its name is what was asked for, or was asked for by this object.
+        ours: whether the resource of this name has the requested slices, or was requested by this object.
     """
 
     def __init__(self, commands: GcloudCommands) -> None:
@@ -309,10 +309,10 @@ class QueuedResource:
         self.ours = False
 
     def state(self, stopped: Callable[[], bool] = never) -> tuple[str, str] | Answer | None:
-        """Its state and message; None if the queued resource does not exist, or an error.
+        """The state and its message; None if the resource does not exist; an `Answer` for an error.
 
         Raises:
-            InputError: if there is another one of that name, or it may not be asked for.
+            InputError: if the resource of this name has other slices, or Google refuses the query for good.
         """
         answer = call(self.commands.describe(), stopped)
         if answer.code == "NOT_FOUND":
@@ -329,10 +329,10 @@ class QueuedResource:
         return state.get("state", "STATE_UNSPECIFIED"), said
 
     def create(self, stopped: Callable[[], bool] = never) -> Answer:
-        """Asks for it.
+        """Request the resource.
 
         Raises:
-            InputError: if it cannot be had.
+            InputError: if Google refuses it for good.
         """
         self.ours = True  # before the answer, which may get lost
         answer = call(self.commands.create(), stopped)
@@ -341,11 +341,11 @@ class QueuedResource:
         return answer
 
     def delete(self, stopped: Callable[[], bool] = never) -> Answer:
-        """Asks for its end, and that of its slices."""
+        """Request the deletion of the resource and its slices."""
         return call(self.commands.delete(), stopped)
 
     def nodes(self, stopped: Callable[[], bool] = never) -> list[Node] | Answer:
-        """The slices, or an error."""
+        """The slices; an `Answer` for an error."""
         found = []
         for name in self.commands.node_names:
             answer = call(self.commands.describe_node(name), stopped)

@@ -1,4 +1,4 @@
-"""Workers of a Ray cluster. Free of Ray: what talks to it is a process of its own for each attempt, `ray.driver`."""
+"""Workers of a Ray cluster. Free of Ray itself: each attempt runs `ray.driver` in a separate process."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unav
 from sophia_levanter.cluster.config import RayCluster
 from sophia_levanter.errors import InputError, counted
 
-# What a driver leaves beside the logs of its attempt when nodes were taken away: their ids.
+# A file beside the logs of an attempt, in which its driver leaves the ids of nodes that were taken away.
 LOST_NODES = "lost_nodes.json"
 CONNECT_SECONDS = 10.0
 
 
 class RayBackend(Backend):
-    """Starts a driver of Ray here, which has Ray Train start the processes.
+    """Starts a Ray driver on this machine, which starts the processes through Ray Train.
 
     Args:
-        cluster: where, and how many.
+        cluster: the settings.
     """
 
     def __init__(self, cluster: RayCluster) -> None:
@@ -35,7 +35,7 @@ class RayBackend(Backend):
         self.num_processes = cluster.num_processes
 
     def describe(self, job: Job) -> list[str]:
-        """What each worker would run, and on what."""
+        """What each worker would run, and on which resources."""
         cluster = self._cluster
         mesh = {"coordinator": "WORKER_0:PORT", "num_processes": self.num_processes, "process_id": "N"}
         where = (
@@ -54,7 +54,7 @@ class RayBackend(Backend):
         ]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
-        """Checks what can be checked without Ray's answer; the driver waits for nodes."""
+        """Check what can be checked without Ray. The driver waits for nodes."""
         if any(importlib.util.find_spec(name) is None for name in ("ray", "pydantic")):
             raise InputError("backend ray needs Ray Train; install sophia-levanter[cluster]")
         check_secrets(self._cluster.secrets)
@@ -64,7 +64,7 @@ class RayBackend(Backend):
             raise Unavailable(problem) if self._has_begun else InputError(f"{problem}; start the cluster first")
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
-        """One: the driver."""
+        """A single command, the driver."""
         self._has_begun = True
         directory = job.attempt_directory(attempt)
         if self._lost_file.exists():
@@ -83,12 +83,12 @@ class RayBackend(Backend):
         return [HostCommand("ray", words, {"RAY_AUTH_MODE": self._cluster.auth}, labelled=True)]
 
     def was_preempted(self) -> bool:
-        """Whether Ray said that nodes were taken away, or that a process was told to stop from outside."""
+        """Whether nodes were taken away, or a process was told to stop from outside."""
         return self._lost_file.exists()
 
 
 def _answers(host: str, port: int) -> bool:
-    """Whether a port is open: Ray itself would ask for minutes."""
+    """Whether a port is open. Ray itself would retry for minutes."""
     try:
         socket.create_connection((host.strip("[]"), port), timeout=CONNECT_SECONDS).close()
     except OSError:

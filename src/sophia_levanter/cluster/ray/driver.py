@@ -1,7 +1,7 @@
 """`python -m sophia_levanter.cluster.ray.driver ORDER`: one attempt of a run on a Ray cluster, through Ray Train.
 
-Prints what the processes print, each line with the number of its process before it. Exit status: 0 done, 1 failure,
-2 bad input, 75 stopped or preempted, and saved.
+Prints the output of the processes, each line after the number of its process. Exit status: 0 done, 1 failure, 2 bad
+input, 75 stopped or preempted after a save.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ SLICE_NAME = "ray.io/tpu-slice-name"
 
 
 def main(order_file: Path) -> int:
-    """Do what the order says.
+    """Run the attempt that the order file of `RayBackend` describes.
 
     Returns:
         The exit status.
     """
     order = json.loads(order_file.read_text())
     cluster = RayCluster(**order["cluster"])
-    # Ray Train reads these in its controller, and asks each second whether nodes are to be taken away.
+    # Ray Train's controller reads these, and then checks each second whether nodes will be taken away.
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     told: list[int] = []
@@ -66,7 +66,7 @@ def main(order_file: Path) -> int:
         print(f"error: {message}", flush=True)
         report_failure(InputError.reason, message)
         return BAD_INPUT
-    # Ray puts in its own, which ends at once.
+    # Replaces Ray's own handler, which ends the process at once.
     signal.signal(signal.SIGTERM, note)
     here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
     board = ray.remote(num_cpus=0, resources=here)(Board).remote(cluster.num_processes)
@@ -80,16 +80,16 @@ def main(order_file: Path) -> int:
 
 
 def ray_accelerator(generation: str) -> str:
-    """Ray's name of a generation of TPUs: TPU-V5LITEPOD for v5e."""
+    """Ray's name for a generation of TPUs, such as TPU-V5LITEPOD for v5e."""
     return f"TPU-{GENERATIONS[generation].type_prefix.upper()}"
 
 
 def broken_slices(nodes: Iterable[Mapping[str, Any]], shape: TpuShape, lost_nodes: Collection[str]) -> set[str]:
-    """Names of slices that lack a host, or are about to, and that Ray would reserve, for their first host is there.
+    """Names of slices that lack a host or will lose one, and that Ray would still reserve by their first host.
 
     Args:
-        nodes: as `ray.nodes()` has them.
-        shape: of the slices to look at.
+        nodes: the nodes as in `ray.nodes()`.
+        shape: the shape of the slices to consider.
         lost_nodes: ids of nodes that will be taken away.
     """
     alive: dict[str, float] = {}
@@ -108,13 +108,13 @@ def broken_slices(nodes: Iterable[Mapping[str, Any]], shape: TpuShape, lost_node
 
 
 class Fence:
-    """Keeps the first hosts of broken slices, so that Ray does not begin to reserve those slices.
+    """Reserves the first hosts of broken slices, so that Ray does not reserve those slices.
 
-    Ray Train reserves a slice by its first host, be the others there or not, and can be told neither which slice to
-    take nor which to leave. (`ray.util.tpu` counts whole slices, but does not know which of them are about to go.)
+    Ray Train reserves a slice by its first host, whether the other hosts are alive or not, and has no setting to choose
+    or exclude slices. (`ray.util.tpu` counts whole slices, but does not know which of them will be taken away.)
 
     Args:
-        shape: of the slices that a run asks for.
+        shape: the shape of the run's slices.
         lost_nodes: ids of nodes that will be taken away.
     """
 
@@ -124,7 +124,7 @@ class Fence:
         self._held: dict[str, PlacementGroup] = {}
 
     def update(self) -> list[str]:
-        """Look again; the names of the slices that are fenced off."""
+        """Update the reservations; the names of the excluded slices."""
         broken = broken_slices(ray.nodes(), self._shape, self._lost_nodes)
         for name in broken - set(self._held):
             self._held[name] = placement_group(
@@ -137,7 +137,7 @@ class Fence:
 
 
 class _Fit(threading.Thread):
-    """`trainer.fit()` while this process goes on to listen."""
+    """Runs `trainer.fit()` while the main thread follows the attempt."""
 
     def __init__(self, trainer: JaxTrainer) -> None:
         super().__init__(daemon=True)
@@ -163,7 +163,7 @@ def _trainer(cluster: RayCluster, order: dict[str, Any], board: Any) -> JaxTrain
             "accelerator_type": ray_accelerator(cluster.shape.generation),
         }
         resources = {}
-    # In the object store, whence only the workers take it: not in what Ray keeps of a run, or shows.
+    # In the object store, which only the workers read, and not in the configuration that Ray keeps and shows.
     secrets = ray.put({name: os.environ[name] for name in cluster.secrets})
     return JaxTrainer(
         run_host,
@@ -174,7 +174,7 @@ def _trainer(cluster: RayCluster, order: dict[str, Any], board: Any) -> JaxTrain
             "board": board,
             "slices": cluster.slices,
         },
-        # The worker itself stays clear of jax and its devices: they are its process's.
+        # The worker itself does not use jax, since the devices belong to its training process.
         jax_config=JaxConfig(use_tpu=False, use_gpu=False),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_processes,
@@ -183,8 +183,8 @@ def _trainer(cluster: RayCluster, order: dict[str, Any], board: Any) -> JaxTrain
             placement_strategy="SPREAD",
             **accelerator,
         ),
-        # Ray's own retries are off: the launcher decides whether there is another attempt, as on every backend, and
-        # counts failures at one step, which Ray does not, and failures of Ray's head, which end this driver.
+        # Ray's own retries are off. As on every backend, the launcher decides about further attempts. Unlike Ray, it
+        # counts failures at the same step, and survives failures of Ray's head, which end this driver.
         run_config=RunConfig(
             storage_path=order["storage"],
             failure_config=FailureConfig(
@@ -195,7 +195,7 @@ def _trainer(cluster: RayCluster, order: dict[str, Any], board: Any) -> JaxTrain
 
 
 def _follow(fit: _Fit, board: Any, fence: Fence | None, cluster: RayCluster, told: list[int]) -> dict[str, Any]:
-    """Prints lines until the attempt is over; what the board had at last."""
+    """Print lines until the attempt is over; return the last state of the board."""
     began = fenced = time.monotonic()
     first_ended: float | None = None
     seen: dict[str, Any] = {"statuses": {}, "lost_nodes": [], "hosts": 0}
@@ -228,13 +228,13 @@ def _follow(fit: _Fit, board: Any, fence: Fence | None, cluster: RayCluster, tol
 
 
 def exit_status(error: Exception | None, seen: dict[str, Any], num_processes: int, lost_file: Path) -> int:
-    """The driver's, from what the board had at last; leaves the lost nodes for the launcher.
+    """The driver's exit status, from the last state of the board. Writes the lost nodes for the launcher.
 
     Args:
-        error: of `fit`, if it raised one.
+        error: the exception of `fit`, if any.
         seen: statuses of the processes in the order in which they ended, and lost_nodes.
-        num_processes: that the run has.
-        lost_file: where the lost nodes are left.
+        num_processes: number of processes of the run.
+        lost_file: the file for the lost nodes.
     """
     statuses = list(seen["statuses"].values())
     lost = set(seen["lost_nodes"])
@@ -259,7 +259,7 @@ def exit_status(error: Exception | None, seen: dict[str, Any], num_processes: in
 
 
 def _was_preempted(failure: Any) -> bool:
-    """Whether Ray says of a worker's death that its node was taken away."""
+    """Whether Ray reports that a failed worker's node was taken away."""
     return bool(getattr(getattr(failure, "health_check_failure", failure), "preempted", False))
 
 

@@ -1,7 +1,7 @@
-"""What runs in each worker of Ray Train: starts the training process, listens to it, and tells it when to stop.
+"""The code in each worker of Ray Train: starts the training process, reads its output, and tells it when to stop.
 
-The training process is one of its own rather than the worker itself, so that it is the same program as everywhere, with
-jax's heartbeat of 20 s (Ray's JaxConfig leaves it at 100) and SIGTERM as its way to be told to stop.
+Training runs in a separate process, not in the worker, so that it is the same program as on other backends: jax's
+heartbeat timeout is 20 s (Ray's JaxConfig leaves it at 100), and SIGTERM stops it.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ BARRIER_SECONDS = 15.0
 
 
 class ProcessFailed(Exception):
-    """The training process of a worker ended otherwise than well."""
+    """The training process of a worker failed."""
 
 
 class Board:
-    """An actor beside the driver: workers put up what their processes print and how they end, and see what to do.
+    """An actor beside the driver. Workers post the output and exit statuses of their processes, and read what to do.
 
-    Ray's own ways do not do: `log_to_driver` merges equal lines of different workers, and `ray.train.report` is a
-    barrier, at which a worker waits for peers that are dead.
+    Ray's own means do not suffice: `log_to_driver` merges equal lines of different workers, and `ray.train.report` is a
+    barrier, at which a worker would wait for dead peers.
 
     Args:
-        num_processes: that the run has.
+        num_processes: number of processes of the run.
     """
 
     def __init__(self, num_processes: int) -> None:
@@ -53,17 +53,17 @@ class Board:
         self._hosts = 0
 
     def arrive(self) -> None:
-        """A worker has started its process."""
+        """Count a worker that has started its process."""
         self._hosts += 1
 
     def report(self, rank: int, lines: list[str], status: int | None, lost_nodes: list[str]) -> None:
-        """What a worker has to tell.
+        """Post the news of a worker.
 
         Args:
-            rank: of the worker.
-            lines: that its process has printed since.
-            status: of the process, once it has ended.
-            lost_nodes: ids of nodes that Ray says will be taken away.
+            rank: the worker's rank.
+            lines: new lines of its process's output.
+            status: the process's exit status, once it has ended.
+            lost_nodes: ids of nodes that will be taken away, according to Ray.
         """
         self._lines += [(rank, line) for line in lines]
         self._lost_nodes |= set(lost_nodes)
@@ -71,13 +71,13 @@ class Board:
             self._statuses[rank] = status
 
     def verdict(self) -> str:
-        """What the workers are to do: go on, stop (have processes save and end), or finish (all have ended)."""
+        """What the workers must do: go on, stop (tell processes to save and end), or finish (all have ended)."""
         if len(self._statuses) == self._num_processes:
             return "finish"
         return "stop" if self._stop or self._lost_nodes else "go on"
 
     def stop(self) -> None:
-        """Have the processes save and end."""
+        """Tell the processes to save and end."""
         self._stop = True
 
     def take(self) -> dict[str, Any]:
@@ -92,13 +92,13 @@ class Board:
 
 
 def run_host(order: dict[str, Any]) -> None:
-    """Ray Train's function for each worker: all call Ray's collectives the same number of times.
+    """Ray Train's function for each worker. All workers call Ray's collectives the same number of times.
 
     Args:
-        order: config (the run's, as YAML), env, secrets (a box with a reference to their values), board, slices.
+        order: config (the run's, as YAML), env, secrets (a list with a reference to their values), board, slices.
 
     Raises:
-        ProcessFailed: if the training process ended otherwise than done or preempted.
+        ProcessFailed: if the training process ended with a status other than done or preempted.
     """
     rank, count = get_context().get_world_rank(), get_context().get_world_size()
     address = f"{ray.util.get_node_ip_address()}:{free_port()}" if rank == 0 else None
@@ -125,7 +125,7 @@ def run_host(order: dict[str, Any]) -> None:
 
 
 def _end_with(process: subprocess.Popen[bytes], attended: threading.Event) -> None:
-    """Ends this worker if its process has failed, and it waits in vain for workers whose nodes are gone."""
+    """End this worker if its process has failed and the worker still waits for workers on lost nodes."""
     if process.wait() not in (DONE, PREEMPTED) and not attended.wait(BARRIER_SECONDS):
         os._exit(FAILURE)
 

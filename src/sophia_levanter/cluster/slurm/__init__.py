@@ -1,6 +1,6 @@
 """Attempts inside a Slurm job: one srun for each, with a process on every node. `job` submits that job.
 
-What is said of Slurm here was seen on version 22.05.
+Statements about Slurm in these modules were checked with version 22.05.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unav
 from sophia_levanter.cluster.config import SlurmCluster
 from sophia_levanter.errors import InputError, counted
 
-# The name of the steps that train, to tell them from a person's own in the same allocation.
+# The name of the steps that train, which distinguishes them from a user's own steps in the same allocation.
 STEP = "sophia_levanter"
-# Seconds that what is left of an earlier attempt may take to be gone after SIGKILL.
+# Seconds to wait for processes of an earlier attempt after SIGKILL.
 LEFTOVERS_TIMEOUT = 60
-# srun ends its tasks with SIGKILL when it is sent SIGTERM, so they are told to save by the end of their input. The
-# process that waits for it has none of the task's streams: srun would wait for it.
+# On SIGTERM srun ends its tasks with SIGKILL, so closing its standard input tells them to save instead. The process
+# that waits for the end of the input has none of the task's streams, since srun would wait for it too.
 TASK = 'exec 3<&0; {{ cat <&3; kill -TERM $$; }} >/dev/null 2>&1 & exec "$@"{mesh} </dev/null 3<&-'
 
 
@@ -33,14 +33,14 @@ class SlurmBackend(Backend):
         self._first_node: str | None = None
 
     def describe(self, job: Job) -> list[str]:
-        """What is taken, and what is run on it."""
+        """The resources that the job takes, and the command that it runs on them."""
         return [_taken(self.cluster), f"each attempt: {self.commands(job, 1)[0].shown()}"]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
-        """Makes sure that the allocation is the one asked for, and that nothing of an earlier attempt is left in it.
+        """Check that the allocation is as requested, and end the processes of an earlier attempt in it.
 
         Raises:
-            InputError: if this is no allocation or another one, or a secret is not in the environment.
+            InputError: if this is not a Slurm job or its size differs, or a secret is not in the environment.
             Unavailable: if Slurm does not answer, or processes of an earlier attempt cannot be ended.
         """
         _check_allocation(self.cluster)
@@ -51,7 +51,7 @@ class SlurmBackend(Backend):
         _end_leftovers(say, stopped)
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
-        """One srun, which speaks for all processes."""
+        """A single srun, which prints for all processes."""
         cluster = self.cluster
         mesh: dict[str, object] = {}
         if cluster.nodes > 1:
@@ -60,10 +60,10 @@ class SlurmBackend(Backend):
         words = [
             "srun",
             f"--job-name={STEP}",
-            "--export=ALL",  # also where the job itself was submitted with another --export
+            "--export=ALL",  # even if the job itself was submitted with a different --export
             "--label",
-            # Not 1: when a process has saved and ended with 75, the others would be killed on their last lines, and
-            # srun would say 143. Peers of one that died end by themselves; those that are stuck are ended by --wait.
+            # Not 1: after a process saved and ended with 75, the others would be killed before their last lines, and
+            # srun would return 143. Peers of a dead process end by themselves; --wait ends those that are stuck.
             "--kill-on-bad-exit=0",
             f"--wait={cluster.stop_timeout}",
             f"--nodes={cluster.nodes}",
@@ -91,7 +91,7 @@ def _check_allocation(cluster: SlurmCluster) -> None:
 
 
 def _end_leftovers(say: Say, stopped: Callable[[], bool]) -> None:
-    """Tasks outlive an srun that was killed, if they hang."""
+    """End tasks that survived an srun that was killed, because they hang."""
     deadline = time.monotonic() + LEFTOVERS_TIMEOUT
     said = False
     while (steps := _steps()) and not stopped():
@@ -100,7 +100,7 @@ def _end_leftovers(say: Say, stopped: Callable[[], bool]) -> None:
         if not said:
             say("ending what is left of an earlier attempt")
         said = True
-        # Fails for a step that has ended meanwhile.
+        # This fails for a step that has ended meanwhile.
         subprocess.run(["scancel", "--signal=KILL", *steps], stderr=subprocess.DEVNULL, check=False)
         time.sleep(1)
 
@@ -112,11 +112,11 @@ def _steps() -> list[str]:
 
 
 def ask(*words: str) -> str:
-    """What a command of Slurm prints.
+    """The output of a Slurm command.
 
     Raises:
-        InputError: if there is none on this machine.
-        Unavailable: if it fails.
+        InputError: if the command is not installed on this machine.
+        Unavailable: if the command fails.
     """
     try:
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -128,13 +128,13 @@ def ask(*words: str) -> str:
 
 
 def last_line(text: str) -> str:
-    """What a command of Slurm complains of, without its name."""
+    """The last line of a Slurm command's error, without the command's name."""
     lines = text.strip().splitlines()
     return re.sub(r"^\w+: error: ", "", lines[-1]) if lines else ""
 
 
 def _port(attempt: int) -> int:
-    """Below those that Linux gives to clients; another one for each attempt, and far from those of jobs beside it."""
+    """A port below Linux's ephemeral ports, different for each attempt and far from those of neighbouring jobs."""
     return 12_000 + (int(os.environ["SLURM_JOB_ID"]) * 127 + attempt) % 20_000
 
 

@@ -1,4 +1,4 @@
-"""The Slurm job that a run's launcher is in: its script, and how it is submitted on a login node."""
+"""The Slurm job that runs the launcher: its script, and its submission on a login node."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.files import read_regular
 from sophia_levanter.status import FAILURE, INTERRUPTED, PREEMPTED
 
-NUMBER = "slurm_job"  # a file beside the script, with the job's
-# Ends of a job with which sbatch --wait may say 0 although the run is not done.
+NUMBER = "slurm_job"  # a file beside the script, with the job's number
+# Final states of a job for which sbatch --wait may return 0 although the run is not done.
 BAD_ENDS = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
 
 
@@ -62,12 +62,12 @@ exit "$status"
 
 
 def sbatch_script(cluster: SlurmCluster, job: Job, words: Sequence[str]) -> str:
-    """The script that sbatch is given.
+    """The job's script for sbatch.
 
     Args:
-        cluster: what to ask Slurm for.
+        cluster: the settings.
         job: the run.
-        words: the launcher's command line, for inside the allocation.
+        words: the launcher's command line inside the allocation.
 
     Raises:
         InputError: if Slurm cannot write a log into the run's directory.
@@ -103,7 +103,7 @@ def sbatch_script(cluster: SlurmCluster, job: Job, words: Sequence[str]) -> str:
 
 
 def describe_submission(cluster: SlurmCluster, job: Job, words: Sequence[str]) -> list[str]:
-    """What `submit` would do, as lines for people: the command, the script, and what the job takes and runs."""
+    """What `submit` would do, as lines for people: the command, the script, and the job's resources and command."""
     return [
         f"would run: {shlex.join(_sbatch(job))}",
         f"{_script(job)}:",
@@ -113,19 +113,19 @@ def describe_submission(cluster: SlurmCluster, job: Job, words: Sequence[str]) -
 
 
 def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> int:
-    """Submits a job that runs the launcher on the run's nodes, and waits for its end.
+    """Submit a job that runs the launcher on the run's nodes, and wait for its end.
 
     Args:
-        cluster: what to ask Slurm for.
-        job: the run; its directory is there, on a disk that all nodes share.
-        words: the launcher's command line, for inside the allocation.
-        say: tells people.
+        cluster: the settings.
+        job: the run; its directory exists, on a disk that all nodes share.
+        words: the launcher's command line inside the allocation.
+        say: prints a message.
 
     Returns:
-        The launcher's exit status; 1 if the job ended otherwise, 130 on Ctrl-C, after which the job goes on.
+        The launcher's exit status; 1 if Slurm ended the job; 130 on Ctrl-C, after which the job continues.
 
     Raises:
-        InputError: if there is no sbatch here, or it refuses the job.
+        InputError: if sbatch is not installed here, or refuses the job.
     """
     _script(job).write_text(sbatch_script(cluster, job, words), encoding="utf-8")
     number = ""
@@ -157,13 +157,13 @@ def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> i
 
 
 def cancel_if_queued(directory: Path) -> str | None:
-    """End the job that a run was submitted as, if it waits in the queue.
+    """Cancel a run's job if it waits in the queue.
 
     Args:
-        directory: the launcher's, of the run.
+        directory: the launcher's directory for the run.
 
     Returns:
-        The job's number, if it was ended.
+        The job's number if it was cancelled.
     """
     try:
         number = read_regular(directory / NUMBER).decode()
@@ -193,7 +193,7 @@ def _status_of(number: str, status: int, say: Say) -> int:
 
 
 def _state(number: str) -> str | None:
-    """Of a job; None if Slurm does not say, or has forgotten it."""
+    """The state of a job; None if Slurm does not answer or no longer knows the job."""
     try:
         return ask("squeue", "--noheader", f"--jobs={number}", "--states=all", "--format=%T").strip() or None
     except (Unavailable, InputError):
@@ -208,7 +208,7 @@ def _goes_on(job: Job, number: str) -> str:
 
 
 def _quoted(option: str) -> str:
-    """As sbatch reads a line of a script: double quotes keep blanks and #, and a backslash the next character."""
+    """Quote an option for a line of sbatch's script: double quotes protect blanks and #, a backslash one character."""
     if re.fullmatch(r"[\w./:=,@%+-]+", option):
         return option
     name, equals, value = option.partition("=")
