@@ -76,7 +76,7 @@ class Budgets:
 
     @property
     def pause(self) -> float:
-        """Seconds before the next attempt: doubled after each attempt without progress, 0 after a preemption with it."""
+        """Seconds before the next attempt: doubled after each one without progress, 0 after a preemption with it."""
         if not self._in_a_row:
             return 0.0
         return min(LONGEST_BACK_OFF, self._policy.back_off * 2 ** min(self._in_a_row - 1, 10))

@@ -1,1 +1,1 @@
-"""What a run would take on given devices, found by compiling its steps without data and without parameters."""
+"""Estimates what a run would take on given devices, by compiling its steps without data and without parameters."""

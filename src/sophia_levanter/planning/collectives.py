@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program, read from its HLO text."""
+"""Counts the bytes that devices send each other in a compiled program, from its HLO text."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class _Instruction:
 
 
 def collective_bytes(hlo: str, nodes: Sequence[int] | None = None) -> dict[str, float]:
-    """Bytes that a device sends through each kind of collective, loops counted as often as they turn.
+    """Bytes that a device sends through each kind of collective, with loops counted by their iterations.
 
-    Devices in a ring, n of them on k nodes, send to the next one, and to the next node:
+    In a ring of n devices on k nodes, a device sends to the next device, and to the next node:
 
         all-gather, reduce-scatter    (n - 1) / n and (k - 1) / n of the whole array
         all-reduce                    twice that: it is one of each
@@ -55,12 +55,11 @@ def collective_bytes(hlo: str, nodes: Sequence[int] | None = None) -> dict[str, 
 
     Args:
         hlo: the text of a compiled module (`Compiled.as_text()`).
-        nodes: the node of each device, in the order of the program's devices; only what goes to other nodes is counted.
-            If not given, each device is a node of its own: all that is sent is counted.
+        nodes: the node of each device, in the order of the program's devices; only bytes sent to other nodes are
+            counted. If not given, all bytes are counted.
 
     Raises:
-        ValueError: if a loop with collectives inside does not say how often it turns, or a collective not which devices
-            take part.
+        ValueError: if the text does not give the iterations of a loop with collectives, or the devices of a collective.
     """
     computations, entry = _parse(hlo)
     partitions = re.search(r"\bnum_partitions=(\d+)", hlo.split("\n", 1)[0])
@@ -78,7 +77,7 @@ def collective_bytes(hlo: str, nodes: Sequence[int] | None = None) -> dict[str, 
 
 
 def _share(kind: str, size: int, nodes: int) -> float:
-    """What a device sends to other nodes, as a part of the array, in a group of so many devices on so many nodes."""
+    """The share of the array that a device sends to other nodes, in a group of `size` devices on `nodes` nodes."""
     if kind == "collective-permute":
         return float(nodes > 1)
     if kind == "all-to-all":
@@ -87,7 +86,7 @@ def _share(kind: str, size: int, nodes: int) -> float:
 
 
 def _groups(text: str, devices: Sequence[int]) -> list[list[int]]:
-    """The devices that exchange with each other in a collective; all of them where none are named."""
+    """The groups of devices that exchange data in a collective; one group of all devices if the text names none."""
     if match := _LISTS.search(text):
         return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", match["lists"])] or [list(devices)]
     if match := _PARTS.search(text):
@@ -100,7 +99,7 @@ def _groups(text: str, devices: Sequence[int]) -> list[list[int]]:
 
 
 def _mesh_groups(axes: str, ids: str | None, grouped: str) -> list[list[int]]:
-    """The groups along axes of a mesh, which may be parts of its axes: 'a':(2)4 is the part of 4 after one of 2."""
+    """The groups along axes of a mesh, or parts of axes: 'a':(2)4 is the part of size 4 after a part of size 2."""
     parts: dict[str, list[tuple[int, int]]] = {}
     for axis in grouped.split(","):
         name, _, part = axis.partition(":")
@@ -134,7 +133,7 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
     current: _Computation | None = None
     entry = ""
-    # TPU's text has indices of long tuples as comments.
+    # The text for TPUs has comments with the indices of long tuples.
     for line in re.sub(r"/\*index=\d+\*/", "", hlo).splitlines():
         if line.endswith("{") and "->" in line and not line.startswith(" "):
             name = line.removeprefix("ENTRY ").lstrip("%").split(" ", 1)[0].split("(", 1)[0]
@@ -159,12 +158,12 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _without_layouts(text: str) -> str:
-    """Without the braces of layouts, whose parentheses would be taken for operands."""
+    """Remove the braces of layouts, whose parentheses would be mistaken for operands."""
     return re.sub(r"\{[^{}]*\}", "", text)
 
 
 def _array_bytes(text: str) -> int:
-    """Of all arrays that a type names."""
+    """The bytes of all arrays in the text of a type."""
     return sum(
         _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in _ARRAY.findall(text)
     )
@@ -178,7 +177,7 @@ def _sent(
     for instruction_name, instruction in computation.instructions.items():
         kind = instruction.opcode.removesuffix("-start")
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-            # How TPU's text writes a reduce-scatter: the slice that is taken of it is all that arrives.
+            # The text for TPUs writes a reduce-scatter as an all-reduce, of which only a slice arrives.
             yield "reduce-scatter", instruction.result_bytes * share("reduce-scatter", instruction)
         elif kind in KINDS:
             yield kind, _array_sent(kind, instruction, computation) * share(kind, instruction)
@@ -210,23 +209,23 @@ def _sent_to_slices(kind: str, instruction: _Instruction, computation: _Computat
 
 
 def _continues(name: str, instruction: _Instruction) -> bool:
-    """Whether a fusion holds a collective that another one has started, which TPU's text repeats in every part."""
+    """Whether a fusion continues a collective that an earlier one started; the text for TPUs repeats it in each."""
     return name.startswith("async-collective-done") or any(
         called.startswith("async_collective_fusion") for called in instruction.called
     )
 
 
 def _array_sent(kind: str, instruction: _Instruction, computation: _Computation) -> int:
-    """Bytes of the array that a share of is sent."""
+    """Bytes of the array whose share is sent."""
     operands = sum(
         computation.instructions[name].result_bytes for name in instruction.operands if name in computation.instructions
     )
     if kind == "all-gather":
-        # A started one results in its operands beside its results.
+        # The result of an all-gather-start contains its operands, too.
         started = instruction.opcode.endswith("-start")
         return instruction.result_bytes - (operands if started else 0)
     if kind == "all-reduce":
-        # TPUs narrow the operand on the way.
+        # Not the operands, since TPUs convert them to a narrower type first.
         return instruction.result_bytes
     return operands
 
@@ -237,7 +236,7 @@ def _attribute(text: str, name: str) -> str:
 
 
 def _turns(computations: dict[str, _Computation], loop: _Instruction) -> int:
-    """How often a loop turns: as it says, or from the constant its counter is compared with and the counter's step."""
+    """The iterations of a loop: its known trip count, or else from the limit and the step of its counter."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text)
     if known:
         return int(known[1])

@@ -33,10 +33,10 @@ class StepPlan:
     """What a step takes on one device, in bytes.
 
     Attributes:
-        arguments: the state and the batch; the next state takes the same place.
-        temporaries: all else at the peak: gradients, activations, workspace; None if it does not fit the device.
+        arguments: the state and the batch; the next state reuses their memory.
+        temporaries: everything else at the peak: gradients, activations, workspace; None if it does not fit the device.
         collectives: what the device sends through each kind of collective.
-        between_nodes: the part of it that goes to other nodes.
+        between_nodes: the part of these bytes that goes to other nodes.
     """
 
     arguments: int
@@ -45,12 +45,12 @@ class StepPlan:
     between_nodes: float = 0.0
 
     def fits(self, memory: float) -> bool:
-        """Whether arguments and temporaries are within so many bytes."""
+        """Whether arguments and temporaries fit into `memory` bytes."""
         return self.temporaries is not None and self.arguments + self.temporaries <= memory
 
 
 def plan_step(config: TrainConfig, partition: Partition, vocab_size: int, *, refresh: bool) -> StepPlan:
-    """Compile a step and read off what it takes."""
+    """Compile a step, and measure the compiled program."""
     try:
         compiled = lower_step(config, partition, vocab_size, refresh=refresh).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -78,9 +78,9 @@ class StepTime:
         qr: QR decompositions.
         newton_schulz: Newton-Schulz iterations.
         memory: parameters and optimizer state, read and written once, at the bandwidth of the device's memory.
-        within: what the device sends to others of its node or slice, at the bandwidth of its links; None if the steps
-            do not fit the device.
-        between: what it sends to other nodes, at the bandwidth of its network.
+        within: data that the device sends within its node or slice, at the bandwidth of its links; None if the steps do
+            not fit the device.
+        between: data that it sends to other nodes, at the bandwidth of its network.
     """
 
     products: float
@@ -97,17 +97,17 @@ class StepTime:
 
     @property
     def parts(self) -> dict[str, float]:
-        """What may run at the same time."""
+        """The seconds of each part; parts may overlap."""
         return {COMPUTE: self.compute, MEMORY: self.memory, WITHIN: self.within or 0.0, BETWEEN: self.between}
 
     @property
     def overlapped(self) -> float:
-        """Of a step whose parts overlap fully: the longest of them."""
+        """Seconds of a step whose parts overlap fully: the longest part."""
         return max(self.parts.values())
 
     @property
     def serial(self) -> float:
-        """Of a step whose parts do not overlap: all of them."""
+        """Seconds of a step whose parts do not overlap: the sum of the parts."""
         return sum(self.parts.values())
 
     @property
@@ -124,10 +124,10 @@ def step_time(
     Matrices of the optimizer are divided over the mesh's data axis.
 
     Args:
-        config: of the run.
-        partition: of the target's devices.
-        vocab_size: of the tokenizer.
-        plans: of the plain step and, if there is one, of the refresh step.
+        config: the configuration of the run.
+        partition: the partition of the target's devices.
+        vocab_size: tokens of the tokenizer.
+        plans: the plans of the plain step and, if there is one, of the refresh step.
         target: the devices.
         mfu: the share of the peak that matrix products reach.
     """
@@ -157,15 +157,15 @@ def mean_bytes_sent(config: TrainConfig, plans: dict[bool, StepPlan]) -> tuple[f
 
 
 def gradient_bytes(state: TrainState) -> int:
-    """The float32 sum of the gradients on one device."""
+    """Bytes of the float32 sum of the gradients on one device."""
     leaves = [leaf for leaf in jax.tree.leaves(state.model) if isinstance(leaf, jax.ShapeDtypeStruct)]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in leaves)
 
 
 def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int) -> int:
-    """What the forward pass over a microbatch keeps for the backward pass, on one device.
+    """Bytes that the forward pass over a microbatch keeps for the backward pass, on one device.
 
-    Counted on one device's rows and positions, with heads and MLP whole.
+    The count is for the device's rows and positions, with heads and MLP not split.
     """
     trainer, model_config = config.trainer, config.model
     rows = (trainer.microbatch_size or trainer.batch_size) // partition.row_shards
@@ -175,7 +175,7 @@ def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int)
     parameters, static = eqx.partition(model, lambda x: isinstance(x, jax.ShapeDtypeStruct))
 
     def kept_bytes(rows: int) -> int:
-        """Of activations, and of parameters in other dtypes and shapes."""
+        """Bytes of activations, and of parameters in other dtypes and shapes."""
 
         def kept(parameters: Any) -> list[jax.Array]:
             end = 0 if config.data.mask_documents else None
@@ -189,5 +189,5 @@ def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int)
         arrays: dict[int, Any] = {id(v): v.aval for v in jaxpr.outvars if hasattr(v, "aval")}
         return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays.values())
 
-    # Activations grow with the rows, and nothing else does.
+    # Only activations grow with the rows.
     return kept_bytes(2 * rows) - kept_bytes(rows)

@@ -1,6 +1,7 @@
-"""The devices that a plan is for, and the TPU slices that Google Cloud names.
+"""The devices that a plan is for, and the TPU slices of Google Cloud.
 
-Facts about slices from https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e; runtime versions), read in November 2026.
+Facts about slices are from https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e; runtime versions), read in November
+2026.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sophia_levanter.errors import InputError, counted
 
 GPUS_OF_A_NODE = 8
 SLICE_NAME = r"(v4|v5litepod|v5e|v5p|v6e)-(\d{1,5})"
-# For libtpu, which looks at these when it starts: it is to describe a machine, not to look for one.
+# libtpu reads these when it starts, and then describes a machine instead of looking for one.
 LIBTPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -30,14 +31,14 @@ LIBTPU_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Target:
-    """Where a run is to go.
+    """The devices that a run is planned for.
 
     Attributes:
-        name: for people.
-        num_devices: how many chips.
-        chip: of what kind.
-        topology: of a slice, as libtpu calls it; None for devices that are pretended on this machine's CPU.
-        num_slices: how many of them, with slow links between them.
+        name: the target's name for people.
+        num_devices: number of chips.
+        chip: the kind of the chips.
+        topology: libtpu's name of a slice's topology; None for devices that are simulated on this machine's CPU.
+        num_slices: number of slices, with slow links between them.
     """
 
     name: str
@@ -48,11 +49,11 @@ class Target:
 
     @property
     def num_nodes(self) -> int:
-        """Groups of devices with slow links between them: slices of TPUs, or nodes of eight GPUs."""
+        """Number of groups of devices with slow links between them: TPU slices, or nodes of eight GPUs."""
         return self.num_slices if self.topology else -(-self.num_devices // GPUS_OF_A_NODE)
 
     def devices(self) -> Sequence[Any]:
-        """The devices to compile for. For the first call of a process that uses jax.
+        """The devices to compile for. This must be the first use of jax in the process.
 
         Raises:
             InputError: if libtpu is not installed, or does not know the topology.
@@ -79,7 +80,7 @@ class Target:
 
 
 def node_of(device: Any) -> int:
-    """The node or slice of a device, pretended ones in nodes of eight GPUs: links within it are fast."""
+    """The node or slice of a device, in which links are fast; simulated devices are in nodes of eight GPUs."""
     return getattr(device, "slice_index", 0) if device.platform == "tpu" else device.id // GPUS_OF_A_NODE
 
 
@@ -87,7 +88,7 @@ def tpu_target(text: str) -> Target:
     """TPU slices by name or topology: `v4-32`, `v4:2x2x4`, or `2xv4-32`, which is two slices of 16 chips each.
 
     Raises:
-        InputError: if there are no such slices.
+        InputError: if the text names no such slices.
     """
     count = re.match(r"(\d{1,3})x(?=v)", text)
     if count is None:
@@ -123,10 +124,10 @@ def _slice_target(text: str) -> Target:
 
 
 def pretended_target(num_devices: int, gpu: str) -> Target:
-    """Devices whose program is compiled for this machine's CPU: what it says of them is approximate.
+    """GPUs for which steps are compiled on this machine's CPU, so that the plan is approximate.
 
     Raises:
-        InputError: if there is no such GPU, or no device.
+        InputError: if the kind of GPU is unknown, or `num_devices` is below 1.
     """
     if num_devices < 1:
         raise InputError(f"--devices is {num_devices}; it must be at least 1")
@@ -140,10 +141,10 @@ class Generation:
     """A kind of TPU.
 
     Attributes:
-        type_prefix: of its slices' names.
-        cores_per_chip: that the number in such a name counts; 1 where it counts chips.
-        runtime_version: of the hosts' system.
-        topologies: by chips.
+        type_prefix: prefix of its slices' names.
+        cores_per_chip: cores per chip that the number in such a name counts; 1 if it counts chips.
+        runtime_version: version of the hosts' system.
+        topologies: topologies by number of chips.
     """
 
     type_prefix: str
@@ -168,16 +169,16 @@ GENERATIONS = {
 
 @dataclass(frozen=True)
 class TpuShape:
-    """A slice.
+    """The shape of a TPU slice.
 
     Attributes:
-        accelerator_type: its name: v4-32.
+        accelerator_type: its name, such as v4-32.
         generation: v4, v5e, v5p or v6e.
-        topology: chips along each axis: 2x2x4.
-        chips: in all.
-        hosts: machines that they are in, with as many processes of a run.
-        memory: bytes of all chips.
-        runtime_version: of the hosts' system, where another is not asked for.
+        topology: chips along each axis, such as 2x2x4.
+        chips: number of chips.
+        hosts: number of hosts, and of processes of a run.
+        memory: bytes of memory of all chips.
+        runtime_version: the default version of the hosts' system.
     """
 
     accelerator_type: str
@@ -194,10 +195,10 @@ class TpuShape:
 
 
 def tpu_shape(accelerator_type: str, field: str = "accelerator") -> TpuShape:
-    """The slice of a name such as v4-32, v5litepod-16, v5p-8 or v6e-256; v5e-16 is v5litepod-16.
+    """The slice with a name such as v4-32, v5litepod-16, v5p-8 or v6e-256; v5e-16 is v5litepod-16.
 
     Raises:
-        InputError: if there is none of that name; says which there are.
+        InputError: if the name is unknown; lists the known names.
     """
     match = re.fullmatch(SLICE_NAME, accelerator_type)
     if match is None:
@@ -223,7 +224,7 @@ def shapes_of(name: str) -> list[TpuShape]:
             generation=name,
             topology=topology,
             chips=chips,
-            # A host of v5e and v6e has eight chips where that is the whole slice, otherwise four as v4's and v5p's.
+            # Slices of v5e and v6e with up to eight chips have one host. All other hosts have four chips.
             hosts=1 if flat and chips <= 8 else chips // 4,
             memory=chips * TPUS[name].memory,
             runtime_version=generation.runtime_version,

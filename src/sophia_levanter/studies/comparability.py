@@ -1,4 +1,4 @@
-"""Whether the losses of runs can be compared; and their configurations, texts and machines beside each other."""
+"""Checks whether the losses of runs are comparable, and lists their configurations, texts and machines."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from sophia_levanter.studies.runs import Run
 
 NOTHING = "–"
 Row = tuple[str, list[str]]
-# Every run has its own, and it stands among the facts.
+# Different in every run; `facts` lists it.
 RUN_DIR = "trainer.run_dir"
 
 
 @dataclass(frozen=True)
 class Comparability:
-    """What the losses of some runs allow.
+    """How far the losses of some runs are comparable.
 
     Attributes:
-        same_tokenizer: whether a token is the same thing in all of them.
-        same_text: whether they are validated on the same text.
-        notes: what a reader must know, a line each.
+        same_tokenizer: whether all runs have the same tokenizer.
+        same_text: whether all runs are validated on the same text.
+        notes: notes for the reader, one line each.
     """
 
     same_tokenizer: bool
@@ -32,7 +32,7 @@ class Comparability:
 
 
 def compare(runs: Sequence[Run]) -> Comparability:
-    """What the losses of runs allow; each is held against the first."""
+    """Determine how far the losses of runs are comparable; each run is compared with the first."""
     first, *others = runs
     same_tokenizer = all(_same_tokenizer(first, run) for run in others)
     same_text = all(_same_text(first, run) for run in others)
@@ -67,7 +67,7 @@ def _notes(runs: Sequence[Run], same_tokenizer: bool, same_text: bool) -> Iterat
 
 
 def _sequences(run: Run) -> tuple[object, ...]:
-    """What besides the text decides how much of it a validated token sees."""
+    """The settings that decide which tokens of the text are validated, and with how much context."""
     return run.config.trainer.evaluation_windows, run.config.model.seq_len, run.config.data.mask_documents
 
 
@@ -88,7 +88,7 @@ def _same_text(a: Run, b: Run) -> bool:
 
 
 def _documents(facts: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """What tells texts apart that different tokenizers read, by the name of the validation set."""
+    """The name and number of documents of each validation set, to distinguish texts under different tokenizers."""
     return [(part.get("name"), part.get("documents")) for part in facts.get("sets", [facts])]
 
 
@@ -102,7 +102,10 @@ def _source(run: Run) -> tuple[object, ...]:
 
 
 def configurations(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
-    """The fields in which runs differ, those that some of them lack last, and the others; with their values in each."""
+    """The fields in which runs differ, and those that are equal, with the value in each run.
+
+    Differing fields that only some of the runs have come last.
+    """
     configs = [flat(run.config) for run in runs]
     names = [name for name in dict.fromkeys(name for fields in configs for name in fields) if name != RUN_DIR]
     rows = [(name, [_shown(fields[name]) if name in fields else NOTHING for fields in configs]) for name in names]
@@ -112,7 +115,7 @@ def configurations(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
 
 
 def facts(runs: Sequence[Run]) -> list[Row]:
-    """Where the runs lie, their text and their machines."""
+    """The directories, texts and machines of the runs."""
     rows: dict[str, list[str]] = {
         "run directory": [str(run.path) for run in runs],
         "checkpoint that this is from": [run.checkpoint for run in runs],
@@ -147,7 +150,7 @@ def _digest(corpus: Mapping[str, Any] | None) -> str:
 
 
 def _parts(corpus: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
-    """The texts of a mixture or of validation sets, as far as another program's checkpoint may have some."""
+    """The texts of a mixture or of validation sets. A checkpoint of another program may have anything there."""
     parts = corpus.get("mixture", corpus.get("sets"))
     if parts is None:
         return None

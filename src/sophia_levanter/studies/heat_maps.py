@@ -41,11 +41,11 @@ TITLE_HEIGHT, CAPTION_LINE_HEIGHT = 0.3, 0.13  # in inches
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a run has logged of its arrays.
+    """The statistics of a run's arrays.
 
     Attributes:
-        layers: of each array, ascending; [None] of one that is not in a stack of layers.
-        steps: with statistics, int64 [column], ascending, counted from 0.
+        layers: the layers of each array, ascending; [None] for an array outside a stack of layers.
+        steps: the steps with statistics, int64 [column], ascending, counted from 0.
         grids: by kind, float64 [row, column], with a row for each layer of each array; NaN for a missing number,
             or a 0 on a logarithmic scale.
     """
@@ -56,19 +56,19 @@ class Statistics:
 
     @cached_property
     def edges(self) -> np.ndarray:
-        """Where rows begin and end, in inches from the top, float64 [row + 1]."""
+        """The edges of the rows, in inches from the top, float64 [row + 1]."""
         counts = np.array([len(layers) for layers in self.layers.values()])
         heights = np.maximum(min(ROW, MOST_ROWS / counts.sum()), LEAST_ARRAY / counts)
         return np.append(0.0, np.cumsum(np.repeat(heights, counts)))
 
     @cached_property
     def bounds(self) -> np.ndarray:
-        """Where arrays begin and end, in inches from the top, float64 [array + 1]."""
+        """The edges of the arrays, in inches from the top, float64 [array + 1]."""
         return self.edges[np.cumsum([0, *map(len, self.layers.values())])]
 
 
 def statistics_of(run: Run) -> Statistics | None:
-    """The statistics that heat maps show of a run, thinned out to few columns; None if it has none."""
+    """The statistics of a run for heat maps, thinned to at most `MOST_COLUMNS` steps; None if it has none."""
     kinds: dict[str, dict[tuple[str, int | None], Series]] = {kind: {} for kind in KINDS}
     for name, series in run.series.items():
         section, _, key = name.partition("/")
@@ -107,7 +107,7 @@ def heat_map_svg(found: Statistics) -> str:
 
 
 def heat_map_png(found: Statistics, name: str) -> bytes:
-    """The same as a PNG that stands by itself, with the name of the run and the caption."""
+    """A panel for each kind, as a PNG that stands by itself: with the name of the run and a caption."""
     with mpl.rc_context(LOOK):
         figure = _figure(found)
         caption = textwrap.wrap(CAPTION, int(figure.get_figwidth() * CAPTION_LETTERS))
@@ -135,7 +135,7 @@ def _figure(found: Statistics) -> Figure:
 
 
 def _draw(axes: Axes, found: Statistics, kind: str, grid: np.ndarray) -> Any:
-    """The cells, each from its step to the next one with statistics; lines between arrays."""
+    """Draw the cells, each from its step to the next step with statistics, and lines between arrays."""
     steps = found.steps
     ends = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))

@@ -1,4 +1,4 @@
-"""The report of runs: a page that holds all it shows, pictures beside it, and lines for a terminal."""
+"""The report of runs: a self-contained page, pictures beside it, and lines for a terminal."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ OF_OTHER_TOKENS = "It is per token, and not to be compared between tokenizers."
 
 
 def write_page(runs: Sequence[Run], comparability: Comparability, page: Path) -> list[Path]:
-    """Writes the page, and pictures named after it beside it.
+    """Write the page, and beside it pictures named after it.
 
     Args:
-        runs: at least one, each with a name of its own.
-        comparability: what their losses allow.
+        runs: at least one run, with distinct names.
+        comparability: how far their losses are comparable.
         page: the file of the page.
 
     Returns:
@@ -72,7 +72,7 @@ def write_page(runs: Sequence[Run], comparability: Comparability, page: Path) ->
 
 
 def in_lines(runs: Sequence[Run], comparability: Comparability) -> list[str]:
-    """The most important columns for a terminal, and what a reader must know."""
+    """The most important columns as lines for a terminal, and the notes."""
     chosen = [COLUMNS.index(name) for name in IN_TERMINAL]
     rows = [[_text(row[i]) for i in chosen] for row in headline(runs, comparability)]
     table = [[one_line(text) for text in row] for row in (IN_TERMINAL, *rows)]
@@ -82,7 +82,7 @@ def in_lines(runs: Sequence[Run], comparability: Comparability) -> list[str]:
 
 
 def notes(runs: Sequence[Run], comparability: Comparability) -> list[str]:
-    """What a reader must know: what does not compare, and what speaks against the settings of the runs."""
+    """Notes for the reader: the limits of the comparison, and cautions about the runs' settings."""
     return [*comparability.notes, *_cautions(runs, comparability)]
 
 
@@ -91,7 +91,7 @@ def _cautions(runs: Sequence[Run], comparability: Comparability) -> Iterator[str
         yield from _edges(runs)
     for run in runs:
         rate = _last(run, "optim/win_rate")
-        # In the first steps of a run it may be 0, and a controller moves it by itself.
+        # In the first steps of a run the win rate may be 0, and a controller adjusts it by itself.
         if math.isfinite(rate) and run.is_finished and not _is_controlled(run):
             yield from unusual_win_rate(run.name, rate)
         trainer = run.config.trainer
@@ -104,7 +104,7 @@ def _is_controlled(run: Run) -> bool:
 
 
 def _edges(runs: Sequence[Run]) -> Iterator[str]:
-    """Cautions for three finished runs or more that differ in their optimizer's settings: these are a grid."""
+    """Cautions for grids: three or more finished runs that differ only in their optimizer's settings."""
     grids: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.is_finished and math.isfinite(_last(run, "validation/loss")):
@@ -117,7 +117,7 @@ def _edges(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _optimizer_settings(run: Run) -> dict[str, Any]:
-    """Without the last learning rate, which in studies follows from the highest."""
+    """The optimizer's settings without the final learning rate, which in studies follows from the peak."""
     settings = {name: value for name, value in flat(run.config).items() if name.startswith("optimizer.")}
     return {name: value for name, value in settings.items() if name != "optimizer.final_learning_rate"}
 
@@ -129,7 +129,7 @@ def _besides_optimizer(run: Run) -> str:
 
 
 def loss_panels(comparability: Comparability) -> list[Panel]:
-    """The panels of losses that can be compared as far as any can."""
+    """The panels of losses, in units that are comparable if possible."""
     validation = VALIDATION if comparability.same_tokenizer and comparability.same_text else BITS
     if comparability.same_tokenizer:
         return [validation, TRAINING]
@@ -137,16 +137,16 @@ def loss_panels(comparability: Comparability) -> list[Panel]:
 
 
 def axes_of(runs: Sequence[Run]) -> list[Axis]:
-    """The axes that are known for any of the runs."""
+    """The axes that are known for at least one of the runs."""
     return [axis for axis in AXES if any(axis.positions(run, np.zeros(1)) is not None for run in runs)]
 
 
 def render(runs: Sequence[Run], comparability: Comparability) -> str:
-    """The page.
+    """The page as HTML.
 
     Args:
-        runs: at least one, each with a name of its own.
-        comparability: what their losses allow.
+        runs: at least one run, with distinct names.
+        comparability: how far their losses are comparable.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -181,7 +181,7 @@ def render(runs: Sequence[Run], comparability: Comparability) -> str:
 
 
 def _shown(value: object) -> object:
-    """What a page shows of a value; the template's own markup and the pictures stay as they are."""
+    """A value as text for the page. The template's own markup and the pictures are not changed."""
     return value if isinstance(value, Markup) else one_line(value)
 
 
@@ -190,9 +190,9 @@ class Cell:
     """An entry of a table.
 
     Attributes:
-        text: what it shows.
+        text: the text.
         best: whether it is the best of its column.
-        remark: a word beside it; empty for none.
+        remark: a word beside the text; may be empty.
     """
 
     text: str
@@ -200,7 +200,7 @@ class Cell:
     remark: str = ""
 
 
-# Of the table that a reader looks at first.
+# The columns of the first table.
 COLUMNS = (
     "run",
     "status",
@@ -246,7 +246,7 @@ def headline(runs: Sequence[Run], comparability: Comparability) -> list[list[Cel
 
 
 def sets_and_tasks(runs: Sequence[Run]) -> list[Row]:
-    """The last losses on named validation sets and the last scores on tasks: each name with its numbers in the runs."""
+    """The last losses on named validation sets and the last scores on tasks: each name with its value in each run."""
     logged = dict.fromkeys(name for run in runs for name in run.series)
     names = [name for name in logged if fnmatchcase(name, "validation/*/*") or fnmatchcase(name, "tasks/*")]
     return [(name, [_with_interval(run, name) for run in runs]) for name in names if not name.endswith("_interval")]
@@ -258,7 +258,7 @@ def _with_interval(run: Run, name: str) -> str:
 
 
 def status(run: Run) -> str:
-    """How a run stands."""
+    """The status of a run as text."""
     if run.has_diverged:
         return "diverged" if run.is_finished else f"diverged, at step {run.steps_done:,}"
     if run.is_finished:
@@ -289,7 +289,7 @@ def _lowest(run: Run) -> float:
 
 def _is_lowest(value: float, values: Sequence[float]) -> bool:
     finite = [other for other in values if math.isfinite(other)]
-    # As shown: of two that look the same neither is better.
+    # Rounded as shown, so that values that look equal are equally good.
     return len(finite) > 1 and _decimals(value) == _decimals(min(finite))
 
 
@@ -311,10 +311,10 @@ def _throughput(run: Run) -> str:
 
 
 def _utilisation(run: Run) -> str:
-    """The mean over time: of the FLOPs that all steps together could have done."""
+    """The mean MFU over time: the share of the FLOPs that the devices could have done in all steps together."""
     if run.rates is None or "train/mfu" not in run.series:
         return NOTHING
-    # A step takes as long as its rate is low; each has the same model FLOPs per token.
+    # Weighted by the seconds of the steps, since all of them have the same model FLOPs per token.
     shares = run.series["train/mfu"]
     steps, of_rates, of_shares = np.intersect1d(run.rates.steps, shares.steps, return_indices=True)
     seconds = np.diff(run.tokens_at(np.append(0, steps))) / run.rates.values[of_rates]

@@ -1,4 +1,4 @@
-"""Which pictures a report has, what each of them says, and what curves are drawn against."""
+"""The panels of a report with their captions, and the horizontal axes of curves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COUNTS = ((1.0, ""), (1e3, "thousands"), (1e6, "millions"), (1e9, "billions"), (
 FLOPS = ((1.0, ""), (1e9, "10⁹"), (1e12, "10¹²"), (1e15, "10¹⁵"), (1e18, "10¹⁸"), (1e21, "10²¹"), (1e24, "10²⁴"))
 TIMES = ((1.0, "seconds"), (MINUTE, "minutes"), (HOUR, "hours"), (DAY, "days"))
 ADVISED_WIN_RATES = (0.1, 0.5)  # README of the authors' code
-LEAST = 2.0  # of a unit, for it to be used
+LEAST = 2.0  # a unit is used if the longest run has at least this many
 
 
 class Kind(Enum):
@@ -33,15 +33,15 @@ class Panel:
     """One picture.
 
     Attributes:
-        key: in names of files.
-        title: above it.
-        series: the name in metrics.jsonl; with a * of several curves, which are those of all names that it fits.
-        label: beside the vertical axis.
-        caption: what it says, in a sentence or two.
+        key: its name in file names.
+        title: the title above it.
+        series: the name in metrics.jsonl, or a pattern with * for several curves.
+        label: the label of the vertical axis.
+        caption: an explanation in a sentence or two.
         kind: how its curves are drawn.
-        limits: of the vertical axis; None for what suits the curves.
+        limits: limits of the vertical axis; None to fit them to the curves.
         from_zero: whether the vertical axis begins at 0.
-        may_be_logarithmic: whether the vertical axis may be, where values are far apart.
+        may_be_logarithmic: whether the vertical axis is logarithmic if values are far apart.
     """
 
     key: str
@@ -173,7 +173,7 @@ OTHERS = (
 
 
 def other_panels(runs: Sequence[Run]) -> list[Panel]:
-    """The panels besides the losses that have something to show for these runs: registered metrics come last."""
+    """The panels besides the losses for which these runs have data. Registered metrics come last."""
     sections = dict.fromkeys(name.partition("/")[0] for run in runs for name in run.series if "/" in name)
     metrics = [
         Panel(f"metric-{name}", name, f"{name}/*", name, "", Kind.LINE, may_be_logarithmic=True)
@@ -185,14 +185,14 @@ def other_panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _with_key(panel: Panel, runs: Sequence[Run]) -> Panel:
-    """The panel with the names of its curves in its caption, if there are several."""
+    """Add the names of the panel's curves to its caption, if there are several."""
     labels = curve_labels(panel, runs).values()
     shown = f"{panel.caption} From faint to strong: {', '.join(labels)}.".lstrip()
     return replace(panel, caption=shown) if len(labels) > 1 else panel
 
 
 def curve_labels(panel: Panel, runs: Sequence[Run]) -> dict[str, str]:
-    """The series of the runs that belong in a panel: what the * stands for, by the name in metrics.jsonl."""
+    """The labels of a panel's series, the text that `*` stands for, by their names in metrics.jsonl."""
     if "*" not in panel.series:
         return {panel.series: ""} if any(panel.series in run.series for run in runs) else {}
     before, _, after = panel.series.partition("*")
@@ -201,7 +201,7 @@ def curve_labels(panel: Panel, runs: Sequence[Run]) -> dict[str, str]:
 
 
 def curves_of(panel: Panel, run: Run) -> list[Series]:
-    """What a run has logged that belongs in a panel."""
+    """The series of a run that belong in a panel."""
     return [run.series[name] for name in curve_labels(panel, [run])]
 
 
@@ -217,11 +217,11 @@ class Axis:
     """A horizontal axis.
 
     Attributes:
-        key: in names of files and in the page.
-        title: of its button.
-        label: beside the axis.
-        units: sizes with their names, ascending.
-        positions: of a run after so many steps [point]; None if it is not known for the run.
+        key: its name in file names and in the page.
+        title: the title of its button.
+        label: the label of the axis.
+        units: sizes of units with their names, ascending.
+        positions: gives a run's positions after numbers of steps [point]; None if they are not known for the run.
     """
 
     key: str
@@ -231,7 +231,7 @@ class Axis:
     positions: Callable[[Run, np.ndarray], np.ndarray | None]
 
     def unit(self, runs: Iterable[Run]) -> tuple[float, str]:
-        """The size of the unit that suits the runs, and the axis's label with its name."""
+        """The size of the unit that suits the runs, and the axis's label with the unit's name."""
         ends = [self.positions(run, np.array([run.steps_done])) for run in runs]
         longest = max((float(end[0]) for end in ends if end is not None), default=0.0)
         size, name = [unit for unit in self.units if unit[0] * LEAST <= longest or unit == self.units[0]][-1]

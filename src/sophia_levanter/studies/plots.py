@@ -1,4 +1,4 @@
-"""Curves of runs and of studies. Of this package only this module and `heat_maps` import matplotlib."""
+"""Curves of runs and of studies. Only this module and `heat_maps` import matplotlib."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from sophia_levanter.studies.panels import (
 from sophia_levanter.studies.results import Cell, as_run, best, finished, lengths
 from sophia_levanter.studies.runs import Run
 
-# Okabe and Ito's, for all kinds of colour vision, without their yellow, which is too faint on white.
+# The colours of Okabe and Ito, for all kinds of colour vision, without the yellow, which is too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")
 MOST_STYLES = len(COLOURS) * len(LINES)  # after which they repeat
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-FAINTEST = 0.25  # of a run's curves in one panel
-ADVISED_GREY = "0.93"  # of the win rates that the authors advise
+FAINTEST = 0.25  # opacity of the faintest of a run's curves in one panel
+ADVISED_GREY = "0.93"  # behind the win rates that the authors advise
 MOST_MARKERS = 25  # on a curve
 SIZE = (5.2, 3.2)  # of a panel, in inches
 LETTERS, LINE_HEIGHT = 14, 0.19  # of a legend: in an inch, and in inches
 DPI = 220
 SHORT_NAME = 40
 MOST_POINTS = 2000
-WINDOW = 0.05  # of the curve, that a smoothed point is the mean of
-SETTLED = 0.1  # of a curve, after which its values set the limits
+WINDOW = 0.05  # the share of a curve that a smoothed point averages
+SETTLED = 0.1  # the share of a curve after which its values set the limits
 MARGIN = 0.05
 LOOK: Any = {
     "font.size": 9,
@@ -65,7 +65,7 @@ LOOK: Any = {
     "ytick.color": "0.3",
     "legend.frameon": False,
     "svg.hashsalt": "report",
-    # Names of runs and arms are names, whatever dollar signs they hold.
+    # Dollar signs in the names of runs and arms are not mathematics.
     "text.parse_math": False,
 }
 
@@ -105,7 +105,7 @@ def study_pictures(cells: Sequence[Cell]) -> dict[str, bytes]:
         `final_loss.png`, `curves.png`, and `win_rate.png` if a run has a curvature.
     """
     records = {arm: finished(cells, arm) for arm in dict.fromkeys(cell.arm for cell in cells)}
-    # Arms of which no run has finished come last: the others have one style in all pictures.
+    # Arms without a finished run come last, so that the others have the same style in all pictures.
     runs = [as_run(record, arm) for arm, record in records.items() if record is not None]
     others = [arm for arm, record in records.items() if record is None]
     pictures = {
@@ -129,7 +129,7 @@ def _final_losses(cells: Sequence[Cell], arms: Sequence[str]) -> bytes:
         axes.set_xscale("log")
         axes.set_xticks(sorted({cell.tokens for cell in cells}))
         axes.minorticks_off()
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # the usual one writes mathematics
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # the default formatter writes mathematics
         axes.set_xlabel("length of the whole schedule (training tokens)")
         axes.set_ylabel(VALIDATION.label)
         axes.set_title("Validation loss at the end of the schedule")
@@ -137,12 +137,12 @@ def _final_losses(cells: Sequence[Cell], arms: Sequence[str]) -> bytes:
 
 
 def style_of(number: int) -> dict[str, Any]:
-    """Matplotlib's arguments for the line of that number, from 0."""
+    """Matplotlib's arguments for a line by its number, counted from 0."""
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
 
 
 def sample_of_line(number: int) -> str:
-    """What a run's curves look like, as a `data:` URL of a small picture."""
+    """A sample of a run's line, as a `data:` URL of a small picture."""
     with mpl.rc_context(LOOK):
         figure = Figure(figsize=(0.5, 0.16))
         axes = figure.add_axes((0, 0, 1, 1))
@@ -172,12 +172,12 @@ def as_png(figure: Figure, samples: Sequence[Line2D] = ()) -> bytes:
     if samples:
         longest = max(len(str(sample.get_label())) for sample in samples)
         columns = max(1, min(4, int(figure.get_figwidth() * LETTERS / (longest + 6))))
-        # The panels keep their size.
+        # The figure grows, so that the panels keep their size.
         figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * -(-len(samples) // columns))
         figure.legend(handles=samples, loc="outside upper center", ncols=columns)
     content = io.BytesIO()
     with warnings.catch_warnings():
-        # A name in a script that matplotlib's font lacks shows as boxes, which is no news to its owner.
+        # Characters that matplotlib's font lacks become boxes; the warning would not help.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
         figure.savefig(content, format="png", dpi=DPI)
     return content.getvalue()
@@ -230,7 +230,7 @@ def _draw(axes: Axes, panel: Panel, runs: Sequence[Run], axis: Axis) -> None:
 
 
 def _draw_curve(axes: Axes, panel: Panel, bins: Bins, number: int, strength: float) -> np.ndarray:
-    """Draws one curve of a run; the values that it goes through."""
+    """Draw one curve of a run; return its values."""
     style: dict[str, Any] = {**style_of(number), "zorder": 3, "alpha": strength}
     if panel.kind is Kind.POINTS:
         markers: dict[str, Any] = {"marker": _marker(number), "markevery": max(1, len(bins.x) // MOST_MARKERS)}
@@ -253,13 +253,13 @@ def _set_limits(axes: Axes, panel: Panel, drawn: Sequence[tuple[Run, np.ndarray]
     if panel.limits is not None:
         axes.set_ylim(*panel.limits)
         return
-    # One that has diverged leaves the picture, and the others can still be told apart.
+    # A diverged curve may leave the picture, so that the others can be told apart.
     curves = [values for run, values in drawn if not run.has_diverged] or [values for _, values in drawn]
     found = limits(curves)
     if found is None:
         return
     if panel.series.endswith("/*") and not spans_decades(curves):
-        return  # of a registered metric all is shown
+        return  # a registered metric is shown in full
     if panel.from_zero:
         top = max(float(np.nanmax(values)) for _, values in drawn if np.isfinite(values).any())
         axes.set_ylim(0, 1.05 * top or 1.0)
@@ -272,11 +272,11 @@ def _set_limits(axes: Axes, panel: Panel, drawn: Sequence[tuple[Run, np.ndarray]
 
 
 class Bins(NamedTuple):
-    """Runs of neighbouring points, each as one.
+    """Bins of neighbouring points.
 
     Attributes:
-        x: mean position of each, float64 [bin].
-        mean, low, high: of its finite values, float64 [bin]; NaN where it has none.
+        x: the mean position in each bin, float64 [bin].
+        mean, low, high: the mean, least and greatest finite value, float64 [bin]; NaN for a bin without any.
     """
 
     x: np.ndarray
@@ -286,12 +286,12 @@ class Bins(NamedTuple):
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> Bins:
-    """At most so many bins of equally many points, give or take one.
+    """Group points into at most `most` bins, whose sizes differ by at most one point.
 
     Args:
         x: positions [point].
         y: values [point]; NaN for gaps.
-        most: bins.
+        most: the largest number of bins.
     """
     if len(x) <= most:
         return Bins(x, y, y, y)
@@ -307,7 +307,7 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> Bins:
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
-    """The mean of the finite values around each point, float64 [point]; at the ends of those that are there.
+    """The mean of the finite values in a window around each point, float64 [point]; the ends cut the window off.
 
     Args:
         y: values [point]; gaps stay gaps.
@@ -322,16 +322,16 @@ def smooth(y: np.ndarray) -> np.ndarray:
 
 
 def limits(curves: Sequence[np.ndarray]) -> tuple[float, float] | None:
-    """Limits that show how curves end, and not the cliff that they begin with or one that flies off.
+    """Limits that show how curves end, without the steep beginning and without outlying curves.
 
     A curve counts from a tenth of its length on, and for the upper limit without its highest values. The upper limit
-    suits the middle one of the curves and those near it, and the ends of the others where they come down.
+    fits the median curve and those near it, and the ends of other curves that come down.
 
     Args:
         curves: values [point] of each; NaN for gaps.
 
     Returns:
-        The lower and the upper limit; None where no value is finite.
+        The lower and the upper limit; None if no value is finite.
     """
     settled = [_finite(curve[int(len(curve) * SETTLED) :]) for curve in curves]
     settled = [values for values in settled if values.size]
@@ -347,7 +347,7 @@ def limits(curves: Sequence[np.ndarray]) -> tuple[float, float] | None:
 
 
 def spans_decades(curves: Sequence[np.ndarray]) -> bool:
-    """Whether values are all positive, and so far apart that a logarithmic axis shows them better."""
+    """Whether all values are positive and far enough apart for a logarithmic axis."""
     finite = _finite(np.concatenate(list(curves)))
     return bool(finite.size) and finite.min() > 0 and math.log10(finite.max() / finite.min()) > 1.5
 

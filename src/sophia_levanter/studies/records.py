@@ -1,4 +1,4 @@
-"""`study.json`: what the runs of a study gave. The file accumulates; a run that is in it is not done again."""
+"""`study.json`: the results of a study's runs. The file accumulates, and a run in it is not done again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import read_regular
 
-# Where a run's files lie, and how often it says or saves something, makes it no other run.
+# Fields that do not change a run's result, such as the places of its files and how often it logs and saves.
 _NO_MATTER = (
     "data.train",
     "data.validation",
@@ -46,22 +46,22 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One run that was started.
+    """The result of one run.
 
     Attributes:
-        config: its configuration by dotted field names, without those that make no difference.
-        status: "done"; or "diverged", if it was stopped for a loss that went up or was not finite.
+        config: its configuration by dotted field names, without the fields that do not change the result.
+        status: "done"; or "diverged" if it was stopped because its loss went up or was not finite.
         loss: validation loss at the end of the schedule, in nats per token; None if it diverged.
         bits_per_byte: the same in bits per byte of text; None if it diverged.
         validation: [steps done, validation loss].
         training: [steps done, mean training loss over the steps since the last entry].
         win_rate: [steps done, share of coordinates with an unclipped step, or None]; empty without curvature.
         seconds: median time of a step without a refresh and of one with it (None without curvature).
-        parameters: of the model, the padding of the vocabulary included; 0 in older records of runs that diverged
-            before their first checkpoint.
-        flops_per_token: of forward and backward.
-        facts: data and environment, as in the run's checkpoints if it has any, and the package's version; with
-            `shared_steps`, how many steps of a shorter run it began with, where it did.
+        parameters: number of parameters, the padding of the vocabulary included; 0 in older records of runs that
+            diverged before their first checkpoint.
+        flops_per_token: FLOPs of the forward and backward pass per token.
+        facts: data and environment from the run's checkpoints, if it has any, and the package's version;
+            `shared_steps` is the number of steps taken over from a shorter run, if any.
     """
 
     config: dict[str, Any]
@@ -78,21 +78,21 @@ class Record:
 
 
 def flat_config(config: TrainConfig) -> dict[str, Any]:
-    """The fields that make a run what it is, by dotted names."""
+    """The fields that determine a run's result, by dotted names."""
     matter = {name: value for name, value in flat(config).items() if name not in _NO_MATTER}
     return {name: value for name, value in matter.items() if not name.startswith("data.validation.")}  # named sets
 
 
 def config_of(record: Record) -> TrainConfig:
-    """The configuration of a record; what makes no difference to a run has its default."""
+    """The configuration of a record. Fields that do not change the result have their defaults."""
     return build_config([{name: Setting(value, Path("study.json")) for name, value in record.config.items()}])
 
 
 def find(records: Iterable[Record], config: TrainConfig) -> Record | None:
     """The record of this configuration, if there is one.
 
-    A field that the record's version did not have is at its default. A record with a field that this version does not
-    have is of no configuration.
+    Fields that the record's version did not have count as defaults. A record with a field that this version does not
+    have matches no configuration.
     """
     wanted = flat_config(config)
     defaults = flat_config(TrainConfig(model=type(config.model)(), optimizer=type(config.optimizer)()))
@@ -103,10 +103,10 @@ def find(records: Iterable[Record], config: TrainConfig) -> Record | None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a study file; none if it is not there.
+    """The records of a study file; empty if the file does not exist.
 
     Raises:
-        InputError: if the file is not one that `write_records` wrote.
+        InputError: if `write_records` did not write the file.
     """
     try:
         tree = json.loads(read_regular(path))
@@ -123,7 +123,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def write_records(path: Path, name: str, records: Iterable[Record]) -> None:
-    """Replaces the file at once, so that a kill leaves the old or the new one."""
+    """Replace the file atomically, so that a kill leaves the old or the new one."""
     runs = ",\n".join(json.dumps(dataclasses.asdict(record)) for record in records)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(

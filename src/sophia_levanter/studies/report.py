@@ -26,18 +26,18 @@ from sophia_levanter.studies.study import PlannedRun, Study
 from sophia_levanter.tracking.console import show_duration
 
 REPORT = "report.md"
-# Win rates outside say that rho does not fit: almost every coordinate is clipped, or almost none.
+# Outside of these win rates rho does not fit: almost every coordinate is clipped, or almost none.
 WIN_RATES = (0.1, 0.9)
 FEWEST_EVALUATIONS = 5
 
 
 def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Record], out: Path) -> str:
-    """Writes `report.md` and the plots into a directory, and returns the report's text.
+    """Write `report.md` and the plots into a directory, and return the report's text.
 
     Args:
-        study: what was asked for.
+        study: the study.
         runs: the runs of the study.
-        records: what was done, perhaps more than the study asks for now.
+        records: the results, which may include runs that are no longer in the study.
         out: the directory.
 
     Raises:
@@ -66,7 +66,7 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
 
 def _summary(cells: Sequence[Cell], records: Sequence[Record]) -> str:
     diverged = sum(record.loss is None for record in records)
-    # Older records of runs that diverged before their first checkpoint know neither.
+    # Older records of runs that diverged before their first checkpoint lack both the size and the text.
     sizes = ", ".join(f"{n:,}" for n in sorted({record.parameters for record in records} - {0}))
     texts = len({record.facts["data"]["digest"] for record in records if "data" in record.facts})
     were = "was" if len(records) == 1 else "were"
@@ -82,7 +82,7 @@ def _summary(cells: Sequence[Cell], records: Sequence[Record]) -> str:
 
 
 def _budget(records: Sequence[Record], shared: int) -> str:
-    """What was trained, where runs share steps."""
+    """How much was trained, for studies whose runs share steps."""
     trained = {id(record): steps_trained(record) for record in records}
     tokens = sum(trained[id(record)] * tokens_per_step(record) for record in records)
     seconds = sum(trained[id(record)] * seconds_per_step(record) for record in records)
@@ -93,7 +93,7 @@ def _budget(records: Sequence[Record], shared: int) -> str:
 
 
 def _cautions(cells: Sequence[Cell]) -> Iterator[str]:
-    """What speaks against the best points of the longest schedules."""
+    """Cautions about the best points of the longest schedules."""
     for arm in dict.fromkeys(cell.arm for cell in cells):
         tokens = lengths(cells, arm)[-1]
         cell = best(cells, arm, tokens)
@@ -116,7 +116,7 @@ def at_the_edge(name: str, best: Mapping[str, Any], tried: Sequence[Mapping[str,
 
 
 def unusual_win_rate(name: str, rate: float) -> Iterator[str]:
-    """A caution where rho does not fit."""
+    """A caution if rho does not fit."""
     low, high = WIN_RATES
     if not low <= rate <= high:
         remedy = "a larger rho" if rate < low else "a smaller rho"
@@ -124,7 +124,7 @@ def unusual_win_rate(name: str, rate: float) -> Iterator[str]:
 
 
 def few_evaluations(count: int, where: str = "a run") -> Iterator[str]:
-    """A caution where curves have too few points."""
+    """A caution if curves have too few points."""
     if count < FEWEST_EVALUATIONS:
         losses = f"{counted(count, 'validation loss')} in {where} {'is' if count == 1 else 'are'}"
         yield f"{losses} too few to see a curve; {FEWEST_EVALUATIONS} or more are better."
@@ -161,7 +161,7 @@ def _speed_table(baseline: str, cells: Sequence[Cell]) -> str:
 
 
 def _cost_ratios(cells: Sequence[Cell], arm: str, baseline: str) -> tuple[float, float]:
-    """FLOPs and seconds of a token, of the arm over the baseline."""
+    """The arm's FLOPs and seconds per token over those of the baseline."""
 
     def record(name: str) -> Record:
         cell = best(cells, name, lengths(cells, name)[-1])
@@ -178,7 +178,7 @@ def _factor(found: SpeedUp, cost: float) -> str:
 
 
 def _interval(found: SpeedUp) -> str:
-    # Around a bound it would be an interval of bounds.
+    # For a bound the bootstrap gives an interval of bounds.
     if found.low is None or found.bound:
         return "–"
     return f"{found.low:.2f}–{found.high:.2f} ({found.seeds} seeds)"
@@ -213,7 +213,7 @@ def _win_rate(cell: Cell) -> str:
 
 
 def mean_win_rate(cell: Cell) -> float | None:
-    """The mean win rate at the end of a cell's runs; None where none is known."""
+    """The mean win rate at the end of a cell's runs; None if no run has one."""
     rates = [r.win_rate[-1][1] for r in cell.records.values() if r.win_rate]
     known = [rate for rate in rates if rate is not None]
     return sum(known) / len(known) if known else None

@@ -1,9 +1,8 @@
-"""What a study's records say, arm by arm, and the paper's speed-up.
+"""The results of a study, arm by arm, and the paper's speed-up.
 
-The speed-up is how much shorter a whole schedule reaches the loss that the baseline's whole schedule reaches. Sophia
-with T / s tokens, and a schedule made for T / s tokens, has the loss that the baseline has at the end of its own
-schedule of T tokens (arXiv 2305.14342, section 3.2). A curve at T / s of a longer schedule would be another thing: its
-learning rate is still high there.
+The speed-up compares whole schedules. It is s if an arm, with T / s tokens and a schedule made for T / s tokens,
+reaches the loss that the baseline has at the end of its own schedule of T tokens (arXiv 2305.14342, section 3.2). The
+loss at T / s tokens of a longer schedule is not comparable, because the learning rate is still high there.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Cell:
         arm: the arm's name.
         point: the grid's fields with their values.
         tokens: the schedule's length in training tokens.
-        records: what was run, by seed.
+        records: the records by seed.
     """
 
     arm: str
@@ -43,7 +42,7 @@ class Cell:
     records: dict[int, Record] = field(default_factory=dict)
 
     def losses(self, seeds: Sequence[int] | None = None) -> list[float]:
-        """Validation losses at the end, of all seeds or of these (as often as they are named); infinite if diverged."""
+        """Final validation losses of all seeds, or of `seeds`, which may repeat; infinite for a diverged run."""
         chosen = list(self.records) if seeds is None else seeds
         return [math.inf if (loss := self.records[s].loss) is None else loss for s in chosen]
 
@@ -54,13 +53,13 @@ class Cell:
 
     @property
     def spread(self) -> float | None:
-        """The standard deviation over seeds; None for fewer than two, or where one diverged."""
+        """The standard deviation over seeds; None for fewer than two seeds, or if one diverged."""
         losses = self.losses()
         return statistics.stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else None
 
     @property
     def diverged(self) -> int:
-        """How many of the runs diverged."""
+        """The number of runs that diverged."""
         return sum(record.loss is None for record in self.records.values())
 
 
@@ -86,7 +85,7 @@ def best(cells: Sequence[Cell], arm: str, tokens: int) -> Cell | None:
 
 
 def lengths(cells: Sequence[Cell], arm: str) -> list[int]:
-    """The schedule lengths of which an arm has results, shortest first."""
+    """The schedule lengths for which an arm has results, shortest first."""
     return sorted({cell.tokens for cell in cells if cell.arm == arm})
 
 
@@ -101,7 +100,7 @@ def finished(cells: Sequence[Cell], arm: str) -> Record | None:
 
 
 def as_run(record: Record, name: str) -> Run:
-    """A record's curves and what they cost, to be drawn as those of a run are."""
+    """A record as a run, with its curves and costs, for plots."""
     config, seconds = config_of(record), seconds_per_step(record)
     curves = {"validation/loss": record.validation, "optim/win_rate": record.win_rate}
     series = {key: _series(curve) for key, curve in curves.items() if curve}
@@ -119,12 +118,12 @@ def _series(curve: Sequence[Sequence[float | None]]) -> Series:
 
 
 def flops_per_token(record: Record) -> float:
-    """FLOPs of a step, all counted, over its tokens."""
+    """FLOPs per token of a whole step, curvature and work on matrices included."""
     return flops_per_step(config_of(record), record.flops_per_token) / tokens_per_step(record)
 
 
 def seconds_per_step(record: Record) -> float:
-    """Median seconds of a step, refreshes spread over all steps, on the machine that did the run."""
+    """Median seconds of a step on the machine of the run, with the refreshes averaged over all steps."""
     plain, refresh = record.seconds
     if refresh is None or plain is None:
         return plain or refresh or 0.0
@@ -137,12 +136,12 @@ def tokens_per_step(record: Record) -> int:
 
 
 def shared_steps(record: Record) -> int:
-    """Steps of a shorter run that the run began with."""
+    """The number of steps that the run took over from a shorter run."""
     return record.facts.get(SHARED_STEPS, 0)
 
 
 def steps_trained(record: Record) -> int:
-    """Steps that the run did itself, to its end or until it was stopped."""
+    """The number of steps that the run trained itself, until its end or until it was stopped."""
     last = int(record.training[-1][0] or 0) if record.training else 0
     return max(0, last - shared_steps(record))
 
@@ -154,10 +153,10 @@ class SpeedUp:
     Attributes:
         tokens: the baseline's length T.
         factor: s; above 1 the arm is faster.
-        bound: "" for a value; ">" or "<" where the arm reaches the loss in less than its shortest schedule, or not in
-            its longest, and `factor` is only a bound.
+        bound: "" for a value; ">" if the arm's shortest schedule already reaches the loss, "<" if its longest does not:
+            then `factor` is only a bound.
         low, high: 95 % interval over seeds, by bootstrap; None with fewer than two seeds in common.
-        seeds: how many seeds both have.
+        seeds: the number of seeds in common.
     """
 
     tokens: int
@@ -169,9 +168,9 @@ class SpeedUp:
 
 
 def speed_ups(cells: Sequence[Cell], arm: str, baseline: str) -> list[SpeedUp]:
-    """The speed-up at each of the baseline's lengths. Every length has its own best point, for both arms.
+    """The speed-up at each of the baseline's lengths, with the best point of each arm at each length.
 
-    A length at which the baseline diverged is left out: it sets no loss to reach.
+    A length at which the baseline diverged is left out, since it sets no loss to reach.
     """
     curve, targets = (
         [cell for tokens in lengths(cells, name) if (cell := best(cells, name, tokens)) is not None]
@@ -185,7 +184,7 @@ def _speed_up(curve: Sequence[Cell], target: Cell) -> SpeedUp:
     factor, bound = _factor(curve, target, None)
     low = high = None
     if len(seeds) > 1:
-        # Seeds are resampled in pairs: one seed is the same data and initial weights for all optimizers.
+        # Resample seeds, not runs: arms share data and initial weights for each seed, so pairing cancels that noise.
         draws = np.random.default_rng(0).choice(seeds, (RESAMPLES, len(seeds)))
         factors = [_factor(curve, target, [int(s) for s in draw])[0] for draw in draws]
         low, high = (float(q) for q in np.quantile(factors, (0.025, 0.975)))
@@ -200,7 +199,7 @@ def _factor(curve: Sequence[Cell], target: Cell, seeds: Sequence[int] | None) ->
 
 
 def reach(wanted: float, tokens: Sequence[float], losses: Sequence[float]) -> tuple[float, str]:
-    """The length of schedule that reaches a loss, linear in the logarithm of the length between those measured.
+    """The length of schedule that reaches a loss, interpolated linearly in the logarithm of the length.
 
     Args:
         wanted: the loss to reach.
@@ -208,8 +207,8 @@ def reach(wanted: float, tokens: Sequence[float], losses: Sequence[float]) -> tu
         losses: the loss at the end of each.
 
     Returns:
-        The length, and "" for a value; ">" where the shortest reaches it already, so that the speed-up is above what
-        this length gives, and "<" where the longest does not.
+        The length, and "" for a value; ">" if the shortest length already reaches the loss, so that the true length is
+        shorter; "<" if the longest does not reach it.
     """
     if losses[0] <= wanted:
         return tokens[0], "" if losses[0] == wanted else ">"

@@ -1,6 +1,6 @@
-"""Doing the runs of a study: each is a process of `sophia_levanter.main`, so a comparison tests what users run.
+"""Does the runs of a study, each in a process of `sophia_levanter.main`, so that a comparison tests what users run.
 
-They are done one after the other here, or as Ray tasks of one core each.
+The runs are done one after the other, or as Ray tasks of one core each.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CANCEL_SECONDS = 60
 
 
 class RunFailed(Exception):
-    """A run ended without a result; the message is its own."""
+    """A run ended without a result; the message is the run's own."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Job:
 
     Attributes:
         config: the run's configuration.
-        directory: where it goes; a run that was cut short goes on from what is there.
-        threads: how many threads its process computes with; None for one a core.
-        start: steps of a shorter run that it begins with; None to train in full.
-        keep_step: the step whose checkpoint stays for a longer run; None for none.
+        directory: the run directory; an interrupted run continues from there.
+        threads: number of threads that its process computes with; None for one per core.
+        start: the steps to take over from a shorter run; None to train in full.
+        keep_step: the step whose checkpoint is kept for a longer run; None to keep none.
     """
 
     config: TrainConfig
@@ -73,30 +73,29 @@ CheckStop = Callable[[], None]
 
 
 def job_directory(folder: Path, config: TrainConfig) -> Path:
-    """The directory of a run, by its configuration: where an interrupted study finds it again."""
+    """The directory of a run, named after its configuration, so that an interrupted study finds it again."""
     return folder / hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
 
 
 def jobs_of(
     configs: Sequence[TrainConfig], missing: Sequence[TrainConfig], folder: Path, say: Callable[[str], None]
 ) -> list[Job]:
-    """The jobs for the runs without a record, in their order. Runs of several lengths share what they can.
+    """The jobs for the runs without a record, in their order. Runs of several lengths share steps if possible.
 
     Args:
-        configs: of all runs of a study, shorter ones first.
-        missing: those without a record.
-        folder: where the runs' directories go.
-        say: receives a line about the steps that are shared, one about those that are not, and one about each run that
-            begins again.
+        configs: the configurations of all runs of a study, shorter ones first.
+        missing: the configurations without a record.
+        folder: the folder of the run directories.
+        say: called with messages about steps that are shared, about steps that are not, and about runs that begin again.
     """
-    # An accelerator is for the runs, which are processes of their own.
+    # Accelerators are for the runs, which are separate processes.
     jax.config.update("jax_platforms", "cpu")
     places = {job_directory(folder, config): config for config in configs}
     to_do = [job_directory(folder, config) for config in missing]
     for directory in to_do:
         _remove_lost(directory, places[directory], say)
     found, hindrance = find_starts(places)
-    # A shorter run that was done by itself has no checkpoint left.
+    # A shorter run that was done earlier has no checkpoint left.
     starts = {
         directory: start
         for directory in to_do
@@ -127,10 +126,10 @@ def _remove_lost(directory: Path, config: TrainConfig, say: Callable[[str], None
 
 
 def digests(config: DataConfig) -> dict[str, str]:
-    """Digests of the tokens that runs train on and validate with, by the name of the field; prepared if need be.
+    """Digests of the training and validation tokens, by the name of the field; missing tokens are prepared.
 
     Raises:
-        InputError: if a text is not there or is empty.
+        InputError: if a text is missing or empty.
     """
     data = prepare(config, lambda line: print(one_line(line), flush=True))
     only = data.validation if "" in data.validation_sets else None
@@ -142,11 +141,11 @@ def _digest(corpus: Tokens | None, facts: Mapping[str, Any]) -> str:
 
 
 def one_by_one(jobs: Sequence[Job], check_stop: CheckStop = lambda: None) -> Generator[Result, None, None]:
-    """The index of each job with its record or its failure, in order; each has all cores.
+    """Do jobs in order, each with all cores; yield the index of each job with its record or its failure.
 
     Args:
-        jobs: what to do.
-        check_stop: called before each job and while it is done; an exception from it stops the job.
+        jobs: the jobs.
+        check_stop: called before each job and during it; an exception from it stops the job.
     """
     results: dict[Path, Record | RunFailed] = {}
     for index, job in enumerate(jobs):
@@ -156,14 +155,14 @@ def one_by_one(jobs: Sequence[Job], check_stop: CheckStop = lambda: None) -> Gen
 
 
 def as_ray_tasks(jobs: Sequence[Job], check_stop: CheckStop) -> Generator[Result, None, None]:
-    """The same in the order in which they end; as many at a time as Ray has cores, with one thread each.
+    """Do jobs as Ray tasks, one thread each and as many at a time as Ray has cores; yield results as they end.
 
-    Small models gain: two runs of one thread do more steps than one run of two. On a cluster of several machines they
-    must see the same files. Ray is started here unless RAY_ADDRESS names a cluster.
+    Small models gain: two runs of one thread do more steps than one run of two threads. The machines of a cluster must
+    see the same files. Ray is started here unless RAY_ADDRESS names a cluster.
 
     Args:
-        jobs: what to do.
-        check_stop: called now and then; after an exception from it the tasks end. One from inside Ray can be lost.
+        jobs: the jobs.
+        check_stop: called regularly; after an exception from it the tasks end. An exception inside Ray can be lost.
 
     Raises:
         InputError: if Ray is not installed.
@@ -175,12 +174,12 @@ def as_ray_tasks(jobs: Sequence[Job], check_stop: CheckStop) -> Generator[Result
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     stop = signal.getsignal(signal.SIGTERM)
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    # Ray puts in its own, which ends with another exit status.
+    # Replaces Ray's own handler, which ends with a different exit status.
     signal.signal(signal.SIGTERM, stop)
     attempt = ray.remote(num_cpus=1, max_retries=0)(_task)
     tasks: dict[Path, Any] = {}
     for job in jobs:
-        # Ray begins a task when what it is given is there.
+        # Ray starts a task when its arguments are available.
         tasks[job.directory] = attempt.remote(replace(job, threads=1), *_result_before(job, tasks))
     pending = {task: index for index, task in enumerate(tasks.values())}
     try:
@@ -198,13 +197,13 @@ def as_ray_tasks(jobs: Sequence[Job], check_stop: CheckStop) -> Generator[Result
 
 
 def _result_before(job: Job, results: Mapping[Path, Any]) -> list[Any]:
-    """The result of the shorter run that a job waits for, if it is one of these."""
+    """The result of the shorter run that a job waits for, if it is among these results."""
     return [results[job.start.directory]] if job.start and job.start.directory in results else []
 
 
 def _task(job: Job, before: Record | RunFailed | None = None) -> Record | RunFailed:
-    # Ray cancels by SIGINT, which is noted even if it was ignored, as by what a shell runs in the background. A second
-    # one must not keep the run from saving.
+    # Ray cancels by SIGINT, which is noted even where it was ignored, as in commands that a shell runs in the
+    # background. A second SIGINT must not keep the run from saving.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stop = StopRequest(signals=[signal.SIGINT])
     try:
@@ -230,7 +229,7 @@ def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
         check_stop: called now and then; an exception from it stops the run, which saves. A second one kills it.
 
     Raises:
-        RunFailed: if the process ended otherwise.
+        RunFailed: if the process failed.
     """
     job.directory.parent.mkdir(parents=True, exist_ok=True)
     trainer = replace(job.config.trainer, run_dir=str(job.directory), **_saving(job))
@@ -241,7 +240,7 @@ def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
     config_file.write_text(dump_config(config), encoding="utf-8")
     log, metrics = job.directory.with_suffix(".log"), job.directory / "metrics.jsonl"
     stale = _inode(metrics)
-    # XLA's threads, and those of LAPACK, where XLA calls it.
+    # The threads of XLA, and of LAPACK where XLA calls it.
     limits = ("NPROC", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
     with log.open("w") as output, tempfile.TemporaryFile("w+") as status:
         process = subprocess.Popen(
@@ -249,7 +248,7 @@ def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # ^C of a terminal would reach the run too, and a second signal ends it without saving.
+            # Otherwise Ctrl-C would reach the run too, and a second signal would end it without saving.
             process_group=0,
             env=os.environ
             | {VARIABLE: str(status.fileno())}
@@ -259,7 +258,7 @@ def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
         try:
             diverged = _watch(process, metrics, stale, check_stop)
         except BaseException:
-            # The run saves where it is, and the study goes on from there.
+            # The run saves its state, and the study continues from there.
             process.send_signal(signal.SIGTERM)
             process.wait()
             raise
@@ -285,7 +284,7 @@ def remove_checkpoints(job: Job) -> None:
 
 
 def _saving(job: Job) -> dict[str, Any]:
-    """Settings by which a run saves after the step that it is to keep, and otherwise about as often as before."""
+    """Settings that make a run save after the step to keep, and otherwise about as often as configured."""
     step, trainer = job.keep_step, job.config.trainer
     if step is None or step == trainer.num_train_steps:
         return {}
@@ -299,9 +298,9 @@ def _inode(path: Path) -> int | None:
 
 
 def _watch(process: subprocess.Popen, metrics: Path, stale: int | None, check_stop: CheckStop) -> bool:
-    """Wait for the process to end; stop it if the run has diverged, and say so.
+    """Wait for the process to end, or stop it if the run has diverged; return whether it has.
 
-    The process replaces a metrics file of an attempt before, `stale`, by the part that it goes on from.
+    The process replaces the metrics file of an earlier attempt, `stale`, by the part from which it continues.
     """
     losses: list[float] = []
     position = 0
@@ -325,11 +324,11 @@ def _watch(process: subprocess.Popen, metrics: Path, stale: int | None, check_st
 
 
 def record_of(run: Run, *, diverged: bool) -> Record:
-    """What a study keeps of a run.
+    """The record of a run.
 
     Args:
-        run: as its directory tells it.
-        diverged: whether it was stopped; it also has if its last validation loss is not finite.
+        run: the run as read from its directory.
+        diverged: whether it was stopped; a run without a finite validation loss at the end has diverged, too.
     """
     nothing = Series(np.zeros(0, np.int64), np.zeros(0))
     validation, training, win_rate = (
@@ -364,7 +363,7 @@ def _finite(value: float) -> float | None:
 
 
 def _means(series: Series, size: int) -> list[list[float | None]]:
-    """The last step of each so many points, and the mean of their finite values."""
+    """The last step of each group of `size` points, and the mean of the group's finite values."""
     curve: list[list[float | None]] = []
     for start in range(0, len(series.steps), size):
         values = series.values[start : start + size]

@@ -1,4 +1,4 @@
-"""A run as its directory tells it: configuration, metrics, and what its newest checkpoint says."""
+"""Reads a run from its directory: the configuration, the metrics, and facts from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from sophia_levanter.run.summary import count_parameters
 from sophia_levanter.tracking.jsonl import read_records
 from sophia_levanter.training.costs import flops_per_step
 
-# A run whose training loss is this many nats above its lowest, over as many steps, will not come back in time.
+# A run has diverged if the mean training loss over so many steps is so many nats above its lowest: it will not recover.
 DIVERGED_NATS, DIVERGED_STEPS = 1.0, 50
 FACTS = ("environment", "data", "validation")  # in the metadata of a training run's checkpoint
 
 
 @dataclass(frozen=True)
 class Series:
-    """What a run has logged under one name.
+    """The numbers that a run has logged under one name.
 
     Attributes:
-        steps: steps done when each number was taken, int64 [point], ascending.
-        values: the numbers, float64 [point]; NaN where one was not finite.
+        steps: steps done when each number was logged, int64 [point], ascending.
+        values: the numbers, float64 [point]; NaN for a number that was not finite.
     """
 
     steps: np.ndarray
@@ -54,15 +54,15 @@ class Run:
     """A run that has begun.
 
     Attributes:
-        name: for people.
+        name: its name for people.
         path: its directory.
         config: its configuration.
         series: what it has logged, by name.
-        facts: of the newest checkpoint: `environment`, `data` and `validation`; empty without one.
-        checkpoint: which that is, or why there is none.
-        parameters: of the model, the padding of the vocabulary included; None where neither tokenizer nor checkpoint
-            tells the vocabulary's size.
-        flops_per_token: of the model's forward and backward pass; None in the same case.
+        facts: `environment`, `data` and `validation` of the newest checkpoint; empty without a checkpoint.
+        checkpoint: which checkpoint that is, or why there is none.
+        parameters: number of parameters, the padding of the vocabulary included; None if neither the tokenizer nor a
+            checkpoint gives the size of the vocabulary.
+        flops_per_token: FLOPs of the forward and backward pass per token; None in the same case.
         written_at: when its metrics were last written to, in seconds since 1970.
     """
 
@@ -94,7 +94,7 @@ class Run:
 
     @cached_property
     def has_diverged(self) -> bool:
-        """Whether its loss is far above where it was, or has not been finite for as long as a run may go on."""
+        """Whether its loss is far above its lowest, or was not finite in the last `trainer.max_skipped_steps` steps."""
         if "validation/loss" in self.series and not math.isfinite(self.series["validation/loss"].last):
             return True
         if "train/loss" not in self.series:
@@ -104,58 +104,58 @@ class Run:
         return not np.isfinite(recent).any() or has_diverged(losses.tolist())
 
     def tokens_at(self, steps: np.ndarray) -> np.ndarray:
-        """Training tokens after so many steps, float64 [point]."""
+        """Training tokens after these numbers of steps, float64 [point]."""
         return self._spent(steps, [part.batch_size * self.config.model.seq_len for part in self.config.trainer.parts])
 
     def flops_at(self, steps: np.ndarray) -> np.ndarray | None:
-        """FLOPs after so many steps, curvature and work on matrices counted, float64 [point]; None if not known."""
+        """FLOPs after these numbers of steps, with curvature and work on matrices, float64 [point]; None if unknown."""
         return None if self._flops_of_steps is None else self._spent(steps, self._flops_of_steps)
 
     def seconds_at(self, steps: np.ndarray) -> np.ndarray | None:
-        """Seconds of training after so many steps, float64 [point]; None if not known."""
+        """Seconds of training after these numbers of steps, float64 [point]; None if unknown."""
         return None if self._clock is None else np.interp(steps, *self._clock)
 
     @cached_property
     def rates(self) -> Series | None:
-        """Tokens per second of the steps that took some time; None if there is none."""
+        """Tokens per second of the steps with a finite, positive rate; None without such steps."""
         series = self.series.get("train/tokens_per_second")
         known = np.zeros(0, bool) if series is None else np.isfinite(series.values) & (series.values > 0)
         return Series(series.steps[known], series.values[known]) if series is not None and known.any() else None
 
     @cached_property
     def _clock(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Steps done, and the seconds that they took: without compiling, evaluations and saves."""
+        """Steps done, and the seconds that they took, without compilation, evaluations and saves."""
         rates = self.rates
         if rates is None:
             return None
-        # Steps whose lines are missing, left on a disk that is gone, are taken for as fast as the next one.
+        # Steps without a logged rate, such as those lost with a disk, count as being as fast as the next logged step.
         tokens = np.diff(self.tokens_at(np.append(0, rates.steps)))
         return np.append(0, rates.steps), np.append(0.0, np.cumsum(tokens / rates.values))
 
     @cached_property
     def _flops_of_steps(self) -> list[float] | None:
-        """Of a step with each of the run's batch sizes."""
+        """FLOPs of a step with each of the run's batch sizes."""
         if self.flops_per_token is None:
             return None
         parts = self.config.trainer.parts
         return [flops_per_step(replace(self.config, trainer=part), self.flops_per_token) for part in parts]
 
     def _spent(self, steps: np.ndarray, of_steps: Sequence[float]) -> np.ndarray:
-        """The sum over the steps so far of what a step with each of the run's batch sizes takes."""
+        """The total over the steps so far of a cost, given for a step with each of the run's batch sizes."""
         changes = [step for step, _ in self.config.trainer.size_changes]
         starts = [0, *changes, max(self.total_steps, self.steps_done)]
         return np.interp(steps, starts, np.append(0.0, np.cumsum(np.array(of_steps) * np.diff(starts))))
 
 
 def read_run(name: str, path: Path) -> Run:
-    """Reads a run directory; a bucket that holds its checkpoints is not asked.
+    """Read a run directory. Checkpoints in a bucket are not read.
 
     Args:
-        name: what to call the run.
+        name: the run's name for people.
         path: its directory.
 
     Raises:
-        InputError: if it is no directory of a run that has begun.
+        InputError: if it is not the directory of a run that has begun.
     """
     config_file = RunDirectory(path, "never").config_file
     if not config_file.is_file():
@@ -167,7 +167,7 @@ def read_run(name: str, path: Path) -> Run:
 
 
 def read_files(name: str, path: Path, config: TrainConfig) -> Run:
-    """What a run of this configuration has left in its directory; it need not have logged a step.
+    """Read the files of a run with this configuration, which need not have logged a step.
 
     Raises:
         InputError: if its metrics are missing or damaged.
@@ -191,7 +191,7 @@ def read_files(name: str, path: Path, config: TrainConfig) -> Run:
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """Reads a run's `metrics.jsonl`; a last line that is cut short, as a kill leaves it, is not there.
+    """Read a run's `metrics.jsonl`. An incomplete last line, as after a kill, is ignored.
 
     Returns:
         A series for each name.
@@ -220,7 +220,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
 def has_diverged(losses: Sequence[float]) -> bool:
     """Whether the mean training loss of the last steps is far above the lowest mean before.
 
-    A single step whose loss is not finite changes nothing, and many in a row end the run by themselves.
+    Losses that are not finite are ignored; many in a row end the run by themselves.
     """
     finite = [loss for loss in losses if math.isfinite(loss)]
     means = [
@@ -231,7 +231,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
 
 def _newest_manifest(directory: RunDirectory) -> tuple[Manifest | None, str]:
-    """The manifest of the newest checkpoint that is whole and a training run's; and in words, where it was found."""
+    """The manifest of the newest intact checkpoint of a training run, and a description of where it was found."""
     location = str(directory.checkpoints)
     if "://" in location:
         return None, f"not looked at: {location}"
@@ -249,7 +249,7 @@ def _newest_manifest(directory: RunDirectory) -> tuple[Manifest | None, str]:
 
 
 def _vocab_size(config: TrainConfig, manifest: Manifest | None) -> int | None:
-    """Of the model, perhaps with its padding; None where neither tokenizer nor checkpoint tells it."""
+    """The size of the vocabulary, possibly with padding; None if neither the checkpoint nor the tokenizer gives it."""
     for saved in manifest.arrays if manifest is not None else ():
         if saved.path == "model.wte.weight":
             return saved.shape[0]

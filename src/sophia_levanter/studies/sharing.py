@@ -1,9 +1,9 @@
-"""Runs that differ only in their length share their first steps, as far as their learning rates are the same.
+"""Shares the first steps of runs that differ only in their length, as far as their learning rates are equal.
 
 A schedule with a stable part and a decay (`optimizer.schedule.type: wsd`) has the same rates at every length until the
 decay. A study of several lengths then trains the stable part once, and decays from it at each length (Hägele et al.
-2024, arXiv 2405.18392): a run begins with a checkpoint of the next shorter one from before its decay. It is
-bit for bit the run that it would be from step 0.
+2024, arXiv 2405.18392): a run starts from a checkpoint of the next shorter run, saved before that run's decay. The
+result is bit for bit that of a run from step 0.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from sophia_levanter.files import write_atomically
 from sophia_levanter.run.directory import RunDirectory
 from sophia_levanter.run.resuming import steps_in_common
 
-LEAST_SHARE = 0.25  # of the shorter run; the longer one would wait for it to save fewer steps
-SHARED_STEPS = "shared_steps"  # a file in a run directory, and a fact in a record: how many steps it began with
-# Fields that follow from a run's length, and do not change the steps before that.
+LEAST_SHARE = 0.25  # of the shorter run; fewer steps do not pay for waiting until it has saved
+SHARED_STEPS = "shared_steps"  # a file in a run directory, and a fact in a record: the number of steps taken over
+# Fields that follow from a run's length, and do not change its steps.
 _OF_LENGTH = (
     "trainer.num_train_steps",
     "trainer.evaluate_every",
@@ -42,11 +42,11 @@ _WARMUP = "optimizer.warmup"
 
 @dataclass(frozen=True)
 class Start:
-    """The steps of a shorter run that a longer one begins with.
+    """The steps that a longer run takes over from a shorter one.
 
     Attributes:
-        directory: of the shorter run.
-        step: how many steps; the shorter run saves after them.
+        directory: the directory of the shorter run.
+        step: the number of steps, after which the shorter run saves.
     """
 
     directory: Path
@@ -54,19 +54,19 @@ class Start:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the shorter run has that checkpoint now."""
+        """Whether the shorter run has the checkpoint now."""
         return self.step in checkpoint.steps(self.directory / "checkpoints")
 
 
 def find_starts(runs: Mapping[Path, TrainConfig]) -> tuple[dict[Path, Start], str | None]:
-    """The runs that can begin with steps of a shorter one.
+    """Find the runs that can take over steps of a shorter run.
 
     Args:
         runs: configurations of a study by run directory.
 
     Returns:
-        The start of each such run by its directory; and why others train in full although a part of their schedules
-        is stable, in one line, or None.
+        The start of each such run by its directory; and one line that says why others train in full although a part of
+        their schedules is stable, or None.
     """
     starts = {}
     for family in _families(runs):
@@ -74,7 +74,7 @@ def find_starts(runs: Mapping[Path, TrainConfig]) -> tuple[dict[Path, Start], st
             if runs[shorter].trainer.num_train_steps == runs[longer].trainer.num_train_steps:
                 continue
             step = steps_in_common(runs[shorter], runs[longer])
-            step -= step % max(1, step // 50)  # the run saves at a divisor of the step, and a prime has none
+            step -= step % max(1, step // 50)  # the run saves at divisors of the step, and a prime lacks them
             if _is_worth_it(step, runs[shorter]) and _obstacle(runs[longer]) is None:
                 starts[longer] = Start(shorter, step)
     hindered = (
@@ -86,7 +86,7 @@ def find_starts(runs: Mapping[Path, TrainConfig]) -> tuple[dict[Path, Start], st
 
 
 def _families(runs: Mapping[Path, TrainConfig], *besides: str) -> list[list[Path]]:
-    """The directories of runs that differ in their length only, and in these fields; shortest first."""
+    """Groups of run directories that differ only in their length and in the fields `besides`, shortest runs first."""
     families: dict[str, list[Path]] = defaultdict(list)
     for directory, config in runs.items():
         fields = {name: value for name, value in flat(config).items() if name not in (*_OF_LENGTH, *besides)}
@@ -99,7 +99,7 @@ def _is_worth_it(step: int, shorter: TrainConfig) -> bool:
 
 
 def _obstacle(config: TrainConfig) -> str | None:
-    """What besides the learning rate may depend on a run's length or on its checkpoints."""
+    """The reason why a run cannot take over steps whatever its learning rate, if there is one."""
     if config.trainer.max_rollbacks:
         return "trainer.max_rollbacks is above 0, and a run that goes back needs checkpoints of its own"
     if not type(config.optimizer).__module__.startswith("sophia_levanter."):
@@ -127,19 +127,19 @@ def _hindrance(shorter: TrainConfig, longer: TrainConfig) -> str | None:
 
 
 def begin(start: Start, config: TrainConfig, directory: Path) -> None:
-    """Make the directory of a run that begins with the steps of a shorter one, as if it had saved after them.
+    """Make the directory of a run that takes over the steps of a shorter run, as if it had saved after them.
 
-    Nothing is done where the directory is there already, or the shorter run has no whole checkpoint of that step, as
-    one that diverged before. The run then trains in full.
+    Nothing is done if the directory exists, or if the shorter run has no intact checkpoint of that step, for example
+    because it diverged earlier. The run then trains in full.
 
     Args:
         start: the steps.
-        config: of the run, with its directory.
-        directory: where the run goes.
+        config: the configuration of the run, with its directory.
+        directory: the run directory.
     """
     if directory.exists() or not start.is_saved:
         return
-    # Renamed when all is there: without its checkpoint the directory would be one that lost it.
+    # Renamed once it is complete: without the checkpoint it would look like a run that lost its checkpoint.
     new = RunDirectory(directory.with_suffix(".partial"), "never")
     shutil.rmtree(new.path, ignore_errors=True)
     new.path.mkdir()
@@ -159,6 +159,6 @@ def begin(start: Start, config: TrainConfig, directory: Path) -> None:
 
 
 def steps_taken_over(directory: Path) -> int:
-    """How many steps of a shorter run the run in a directory began with."""
+    """The number of steps that the run in a directory took over from a shorter run."""
     file = directory / SHARED_STEPS
     return int(file.read_text()) if file.exists() else 0

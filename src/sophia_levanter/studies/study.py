@@ -1,4 +1,4 @@
-"""A study: which training runs are to be compared. Free of jax, so that a mistake is answered at once."""
+"""Study files: which training runs to compare. Free of jax, so that mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARM_FIELDS = ("config", "settings", "grid", "tokens", "seeds", "warmup_fraction"
 STUDY_FIELDS = (*(name for name in ARM_FIELDS if name != "grid"), "evaluations", "baseline", "arms")
 LONGEST_NAME = 60  # of an arm, in tables and legends
 SECTIONS = ("settings", "grid")
-# Fields of a run that the study sets, and what it sets them by.
+# Fields of a run that the study sets, each with the study's own field or option for it.
 OWN_FIELDS = {
     "trainer.num_train_steps": "tokens",
     "trainer.seed": "seeds",
@@ -28,20 +28,20 @@ OWN_FIELDS = {
     "trainer.checkpoint_every": "evaluations",
     "trainer.run_dir": "--out",
 }
-# It stands in until the number of steps is known, and fits every warm-up.
+# Used until the number of steps is known; it is larger than any warm-up.
 _MANY_STEPS = {"trainer.num_train_steps": Setting(2**31 - 1)}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things compared: an optimizer, or a factor, with the grid that is tried of it.
+    """One side of the comparison: an optimizer, or a factor, with the grid of its settings to try.
 
     Attributes:
         name: the arm's name in tables and plots.
-        layers: settings of its runs, the later ones on top.
-        grid: the values tried of each field; all combinations run.
+        layers: settings of its runs; later layers override earlier ones.
+        grid: the values to try for each field; all combinations run.
         tokens: lengths of the schedules, in training tokens.
-        seeds: one run each at every point and length.
+        seeds: the seeds; each runs at every point and length.
     """
 
     name: str
@@ -53,13 +53,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file asks for.
+    """A parsed study file.
 
     Attributes:
         name: the file's name without its suffix.
-        arms: what is compared.
-        baseline: the arm that the others are measured against; None for none.
-        evaluations: validation losses over a run, the last one included.
+        arms: the arms that are compared.
+        baseline: the arm that the others are measured against; may be None.
+        evaluations: number of validation losses over a run, the last one included.
     """
 
     name: str
@@ -74,10 +74,10 @@ class PlannedRun:
 
     Attributes:
         arm: the arm's name.
-        point: the grid's fields with their values here.
-        tokens: length of the schedule in training tokens, as asked for; the run's is whole steps.
-        seed: of weights, data order and samples.
-        config: all of it, without a run directory.
+        point: the grid's fields with their values in this run.
+        tokens: the requested length of the schedule in training tokens; the run rounds it to whole steps.
+        seed: seed of weights, data order and samples.
+        config: the complete configuration, without a run directory.
     """
 
     arm: str
@@ -88,10 +88,10 @@ class PlannedRun:
 
 
 def read_study(path: Path) -> Study:
-    """Reads a study file. Like other configuration files it may name files to start from under `defaults:`.
+    """Read a study file. Like other configuration files it may name files to start from under `defaults:`.
 
     Raises:
-        InputError: if a file is missing or is not strict YAML, a key is unknown or a value is not what it must be.
+        InputError: if a file is missing or is not strict YAML, a key is unknown or a value is invalid.
     """
     merged: Layer = {}
     for layer in read_layers(path):
@@ -119,14 +119,14 @@ def read_study(path: Path) -> Study:
 
 
 def plan(study: Study, overrides: Layer) -> list[PlannedRun]:
-    """All runs that a study asks for: first every arm's shortest schedule with the first seed, then the longer ones.
+    """All runs of a study: first every arm's shortest schedule with the first seed, then the longer ones.
 
     Args:
         study: the study.
-        overrides: settings of every run, on top of all others.
+        overrides: settings of every run, which override all others.
 
     Raises:
-        InputError: if a run's configuration is not sound; names the arm.
+        InputError: if a run's configuration is invalid; names the arm.
     """
     _check_not_own("--", overrides)
     runs = [run for arm in study.arms for run in _runs_of(arm, overrides, study.evaluations)]
@@ -185,7 +185,7 @@ def _arm(name: str, own: Layer, common: Layer, path: Path) -> Arm:
         given = fields.get(key)
         found = shared.get(path_of_setting, Setting(default)) if given is None else _fraction(key, given)
         schedule[path_of_setting] = found
-    # The schedules of configuration files are made for runs of one length.
+    # `schedule` overrides the schedules of configuration files, which are made for runs of one length.
     layers = [*_config_layers(common), shared, *_config_layers(own), schedule, _below("settings.", own)]
     return Arm(
         name,
@@ -196,7 +196,7 @@ def _arm(name: str, own: Layer, common: Layer, path: Path) -> Arm:
     )
 
 
-# Fields of an arm or a study, the settings that they stand for, and their defaults.
+# Fields of an arm or a study, the settings that they set, and their defaults.
 _FRACTIONS = {"warmup_fraction": ("optimizer.warmup", 0.1), "final_fraction": ("optimizer.final_fraction", 0.05)}
 
 
