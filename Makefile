@@ -24,7 +24,7 @@ lint: .venv/dev.stamp
 docs: .venv/dev.stamp
 	$(BIN)/mkdocs build --strict
 
-# Into dist/. setuptools would take files that are gone from the source out of an old build/.
+# The wheel goes to dist/. From an old build/ setuptools would take files that the source no longer has.
 wheel: | .venv/bin/python
 	rm -rf build
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
@@ -42,7 +42,7 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[compare]'
 	touch $@
 
-# The compiler for TPUs, which needs none, and the libraries that read what is exported: 6 GB.
+# The compiler for TPUs, which needs no TPU, and the libraries that read exported models: 6 GB.
 .venv/test-all.stamp: .venv/dev.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev,tpu]' \
 	  torch transformers

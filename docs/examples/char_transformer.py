@@ -1,7 +1,7 @@
-"""A small transformer over characters, of plain Equinox modules, learns Python's argparse with Sophia-G.
+"""A small character-level transformer of plain Equinox modules learns the source of argparse with Sophia-G.
 
-The text is in every Python installation. Its paragraphs are the rows: cut or padded to 64 characters, so that rows
-differ in length and padding has weight 0. A table of which character follows which is the bar to be below.
+Every Python installation has this text. Its paragraphs are the rows, cut or padded to 64 characters, so that rows
+differ in length and padding has weight 0. The baseline is a table of character bigrams.
 """
 
 import argparse
@@ -19,9 +19,9 @@ STEPS, ROWS, MICROBATCH, LENGTH, WIDTH, HEADS = 120, 16, 4, 64, 64, 4
 
 
 def load():
-    """((tokens [row, LENGTH + 1], lengths [row]), the same for testing), and the number of characters there are.
+    """((tokens [row, LENGTH + 1], lengths [row]) for training, the same for testing, the number of different tokens).
 
-    Token 0 is the end of a paragraph and the padding after it; every fifth paragraph is kept for testing.
+    Token 0 is the end of a paragraph and the padding after it. Every fifth paragraph is kept for testing.
     """
     paragraphs = [part for part in inspect.getsource(argparse).split("\n\n") if part.strip()]
     characters = sorted(set("".join(paragraphs)))
@@ -80,7 +80,7 @@ def weights_of(lengths):
 
 
 def weighted_loss(model, batch):
-    """(the sum of the losses over the targets that count, how many they are)."""
+    """(the sum of the losses over the targets with weight 1, the number of these targets)."""
     rows, lengths = batch
     logits = jax.vmap(model)(rows[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
@@ -121,7 +121,7 @@ def train_step_with_refresh(optimizer, model, state, batch, key):
 
 
 def bigram_loss(data, test, characters):
-    """Nats per character of a table of which character follows which, counted on the training rows plus one each."""
+    """Nats per character of a bigram table, counted on the training rows with one added to each count."""
 
     def pairs(data):
         rows, lengths = data

@@ -38,7 +38,7 @@ def train_step(optimizer, model, state, batch):
 
 @eqx.filter_jit
 def train_step_with_refresh(optimizer, model, state, batch, key):
-    """The same, with curvature from the forward pass that the gradient needs anyway, in four microbatches."""
+    """A step in four microbatches, with curvature from the forward pass of the gradient."""
 
     def losses(model, microbatch, key):
         images, classes = microbatch

@@ -1,7 +1,7 @@
 """A convolutional network with batch norm learns scikit-learn's digits with Sophia-G, its parameters in three groups.
 
-The kernels decay, the vectors (norms and biases) have another learning rate and no decay, and the first convolution
-is frozen: it keeps its random filters, as a pretrained layer would keep what it learned.
+The kernels decay, the vectors (norms and biases) have a different learning rate and no decay, and the first convolution
+is frozen: it keeps its random filters, as a pretrained layer would keep its weights.
 """
 
 import equinox as eqx
@@ -69,7 +69,7 @@ def groups(params):
 def train_step(optimizer, transformation, model, statistics, state, batch, key=None):
     """A step, with an estimate of the curvature if there is a key.
 
-    `value_grad_and_curvature` cannot return the running statistics. `estimate` has a forward pass of its own, but it is
+    `value_grad_and_curvature` cannot return the running statistics. `estimate` has a separate forward pass, but it is
     the same as the loss's, so the compiler keeps only one of them.
     """
     h_hat = None
@@ -79,7 +79,7 @@ def train_step(optimizer, transformation, model, statistics, state, batch, key=N
         h_hat = optimizer.estimate(lambda model: logits(model, statistics, batch[0])[0], model, key=key)
     (loss, statistics), grads = eqx.filter_value_and_grad(mean_loss, has_aux=True)(model, statistics, batch)
     params = eqx.filter(model, eqx.is_inexact_array)
-    # Each group takes its part of the whole model's estimate.
+    # Each group uses its part of the whole model's estimate.
     updates, state = transformation.update(grads, state, params, h_hat=h_hat)
     return eqx.apply_updates(model, updates), statistics, state, loss
 

@@ -43,7 +43,7 @@ def train_step(optimizer, model, state, likelihood, data):
 
 @eqx.filter_jit
 def refresh(optimizer, model, state, likelihood, data, key):
-    """Sophia-H looks at the loss, Sophia-G at the predictions: the targets that it needs it draws itself."""
+    """Sophia-H estimates from the loss, Sophia-G from the predictions, for which it samples targets itself."""
     if isinstance(optimizer, SophiaH):
         h_hat = optimizer.estimate(lambda model: mean_loss(model, likelihood, data), model, key=key)
     else:
@@ -67,7 +67,7 @@ def squared_error(predicted, y):
 
 
 def least_squares_error(data, test):
-    """The mean squared error on the test rows of the best linear model of the others."""
+    """The mean squared error on the test rows of the linear model that fits the training rows best."""
 
     def with_ones(x):
         return np.column_stack([x, np.ones(len(x))])

@@ -1,4 +1,4 @@
-"""Mathematics as MathML, which browsers draw by themselves: nothing is loaded when a page is read."""
+"""Converts mathematics to MathML, which browsers draw without loading anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMULA = re.compile(
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """mkdocs calls this with each page's HTML, where pymdownx.arithmatex has marked the formulas."""
+    """Convert the formulas that pymdownx.arithmatex has marked; mkdocs calls this with each page's HTML."""
     return FORMULA.sub(_mathml, content)
 
 

@@ -86,7 +86,7 @@ def jobs_of(
         configs: the configurations of all runs of a study, shorter ones first.
         missing: the configurations without a record.
         folder: the folder of the run directories.
-        say: called with messages about steps that are shared, about steps that are not, and about runs that begin again.
+        say: called with messages about steps that are shared or not, and about runs that begin again.
     """
     # Accelerators are for the runs, which are separate processes.
     jax.config.update("jax_platforms", "cpu")
