@@ -115,7 +115,7 @@ def plan_run(command: Command) -> tuple[RunDirectory, TrainConfig]:
 
 
 def _stop_at_once(number: int, frame: FrameType | None) -> None:
-    """End the process when there is nothing to save, or at a second Ctrl-C.
+    """End the process when no state needs saving, or at a second Ctrl-C.
 
     An exception would not do: imports of C extensions replace it, and callbacks of the garbage collector swallow it.
     `print` would fail if the signal arrived during another print.

@@ -159,7 +159,7 @@ def _batches(command: Command, loaded: LoadedModel, name: str, tokens: Tokens) -
     from sophia_levanter.data.batches import ValidationBatches
 
     shards = loaded.partition.row_shards
-    # A batch is no larger than the text, to save memory.
+    # A batch does not exceed the text, to save memory.
     sequences = max(1, -(-(tokens.num_tokens - 1) // loaded.config.model.seq_len))
     wanted = min(command.batch_size or WINDOWS_PER_DEVICE * shards, command.sequences or sequences, sequences)
     return ValidationBatches(

@@ -311,8 +311,8 @@ def build_directory(
     """The directory that `find` returns, or else a directory that `build` makes.
 
     `build(directory)` works in `base.partial`, which is renamed to the path that it returns. After a kill, the next
-    call of `build` finds the directory as it was left; after an `InputError`, only if it has progress in it. A second
-    process with the same `base` waits for the first.
+    call of `build` finds the same directory; after an `InputError`, only if it has progress in it. A second process
+    with the same `base` waits for the first.
 
     Raises:
         InputError: if the parent of `base` cannot be written.

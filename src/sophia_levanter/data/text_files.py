@@ -34,7 +34,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file of text, as it was found.
+    """A text file, and its state when it was found.
 
     Attributes:
         name: an absolute path, or a URL.

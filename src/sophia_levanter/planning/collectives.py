@@ -177,7 +177,7 @@ def _sent(
     for instruction_name, instruction in computation.instructions.items():
         kind = instruction.opcode.removesuffix("-start")
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-            # The text for TPUs writes a reduce-scatter as an all-reduce, of which only a slice arrives.
+            # The text for TPUs writes a reduce-scatter as an all-reduce and a slice, and only the slice arrives.
             yield "reduce-scatter", instruction.result_bytes * share("reduce-scatter", instruction)
         elif kind in KINDS:
             yield kind, _array_sent(kind, instruction, computation) * share(kind, instruction)

@@ -37,7 +37,7 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
     Args:
         study: the study.
         runs: the runs of the study.
-        records: the results, which may include runs that are no longer in the study.
+        records: the results, perhaps with those of runs that the study no longer has.
         out: the directory.
 
     Raises:
