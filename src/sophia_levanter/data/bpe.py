@@ -147,7 +147,7 @@ def tokenizer_config_json(seq_len: int) -> dict[str, Any]:
 
 
 def ranks_of(tokenizer: Tokenizer) -> dict[bytes, int]:
-    """The id of each token that stands for bytes."""
+    """The id of each token that has bytes."""
     return {token: rank for rank, token in enumerate(tokenizer.token_bytes) if token}
 
 

@@ -106,7 +106,7 @@ class TextSource(DataSource):
     def identity(self) -> Any:
         """A JSON value that changes when the documents change, such as the sizes and times of files.
 
-        The name of the source need not be in it.
+        It need not contain the name of the source.
         """
 
     def open(self, rows: Rows, report: Report) -> Source:
