@@ -37,7 +37,6 @@ class Job:
         return self.directory / "config.yaml"
 
     def attempt_directory(self, attempt: int) -> Path:
-        """The directory with the logs of an attempt's processes."""
         return LaunchRecord(self.directory).attempt_directory(attempt)
 
 
@@ -133,18 +132,13 @@ class Backend(Protocol):
 
 
 class LocalBackend(Backend):
-    """Starts the processes on this machine.
-
-    Args:
-        cluster: the settings.
-    """
+    """Starts the processes on this machine."""
 
     def __init__(self, cluster: LocalCluster) -> None:
         self._cluster = cluster
         self.num_processes = cluster.processes
 
     def describe(self, job: Job) -> list[str]:
-        """The commands that would run."""
         return ["on this machine, nothing is paid for:", *(command.shown() for command in self._commands(job, 0))]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:

@@ -172,7 +172,6 @@ class RayCluster(ClusterConfig):
 
     @property
     def num_processes(self) -> int:
-        """The number of processes of the run."""
         return self.slices * self.shape.hosts if self.shape else self.workers or 0
 
     @property
@@ -288,7 +287,6 @@ class GcloudCluster(ClusterConfig):
 
     @property
     def num_processes(self) -> int:
-        """The number of processes of the run."""
         return self.slices * self.shape.hosts
 
     @property

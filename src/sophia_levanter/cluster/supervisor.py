@@ -28,15 +28,7 @@ STATES = {DONE: "done", FAILURE: "failed", BAD_INPUT: "refused", PREEMPTED: "sto
 
 
 class Budgets:
-    """Counts the failures and preemptions of a run, and decides when to give up.
-
-    Args:
-        policy: the limits.
-
-    Attributes:
-        failures: failed attempts so far.
-        preemptions: preempted attempts so far.
-    """
+    """Counts the failed and preempted attempts of a run, and decides by `policy` when to give up."""
 
     def __init__(self, policy: ClusterConfig) -> None:
         self._policy = policy
@@ -83,15 +75,7 @@ class Budgets:
 
 
 class Supervisor:
-    """Runs a job on a backend.
-
-    Args:
-        backend: starts the processes.
-        job: the run.
-        policy: limits on attempts.
-        record: receives the status.
-        say: prints a message.
-    """
+    """Runs a job on a backend, within the limits of `policy`; writes the status to `record`, and messages by `say`."""
 
     def __init__(self, backend: Backend, job: Job, policy: ClusterConfig, record: LaunchRecord, say: Say) -> None:
         self._backend = backend

@@ -38,11 +38,7 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
 
 
 def _build(config: OptimizerConfig, num_train_steps: int) -> Any:
-    """Build the optimizer without wrappers.
-
-    Raises:
-        InputError: as `build_optimizer` does.
-    """
+    """Build the optimizer without wrappers."""
     import optax
 
     kind = type(config).__qualname__

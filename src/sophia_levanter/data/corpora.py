@@ -224,7 +224,6 @@ def _find(job: Job, field: str, name: str, held_out: float | None = None) -> Fou
 
 
 def _find_validation(job: Job) -> dict[str, FoundSource]:
-    """Find the tokens of each validation set."""
     return {name: _find(job, validation_field(name), source) for name, source in job.config.validation_sets.items()}
 
 

@@ -236,11 +236,9 @@ class NoSplit:
     is_settled = True
 
     def push(self, text: str) -> list[Side]:
-        """The documents whose side is settled by adding `text`."""
         return [(False, text)]
 
     def finish(self) -> list[Side]:
-        """The remaining documents."""
         return []
 
 

@@ -60,7 +60,6 @@ class OpenFile:
         self.rewind()
 
     def rewind(self) -> None:
-        """Go back to the beginning."""
         try:
             self._raw.seek(0)
         except (OSError, ValueError):  # a stream from a server that only sends whole files
@@ -76,7 +75,6 @@ class OpenFile:
         return self._raw.tell() / self.file.size if self.file.size else 1.0
 
     def close(self) -> None:
-        """Close the file."""
         self._raw.close()
 
 

@@ -118,7 +118,6 @@ class ArrayWriter:
         return self._buffer[: self._filled]
 
     def append(self, values: np.ndarray) -> None:
-        """Add elements at the end."""
         while values.size:
             taken = min(values.size, len(self._buffer) - self._filled)
             self._buffer[self._filled : self._filled + taken] = values[:taken]
@@ -204,7 +203,6 @@ class TokenStoreWriter:
         )
 
     def append(self, documents: EncodedDocuments) -> None:
-        """Add documents at the end."""
         ends = self.num_tokens + np.cumsum(documents.lengths)
         with self._writing():
             self._arrays[TOKENS].append(documents.tokens)

@@ -142,12 +142,7 @@ def axes_of(runs: Sequence[Run]) -> list[Axis]:
 
 
 def render(runs: Sequence[Run], comparability: Comparability) -> str:
-    """The page as HTML.
-
-    Args:
-        runs: at least one run, with distinct names.
-        comparability: how far their losses are comparable.
-    """
+    """The page as HTML; for the arguments see `write_page`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

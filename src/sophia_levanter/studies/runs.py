@@ -27,7 +27,7 @@ from sophia_levanter.run.summary import count_parameters
 from sophia_levanter.tracking.jsonl import read_records
 from sophia_levanter.training.costs import flops_per_step
 
-# A run will not recover if its mean training loss over DIVERGED_STEPS steps is DIVERGED_NATS above the lowest such mean.
+# A run will not recover if its mean loss over DIVERGED_STEPS steps is DIVERGED_NATS above the lowest such mean.
 DIVERGED_NATS, DIVERGED_STEPS = 1.0, 50
 FACTS = ("environment", "data", "validation")  # in the metadata of a training run's checkpoint
 

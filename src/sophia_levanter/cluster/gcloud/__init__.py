@@ -62,7 +62,6 @@ class GcloudBackend:
         self._nodes: list[Node] = []
 
     def describe(self, job: Job) -> list[str]:
-        """What would be created, run and paid for, as lines for people. Nothing is started."""
         shape, cluster = self._cluster.shape, self._cluster
         lines = [
             f"would create, unless it is there already, queued resource {self._commands.name} in {cluster.zone}:",

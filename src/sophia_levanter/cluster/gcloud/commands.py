@@ -219,7 +219,6 @@ class Answer:
         return "\n".join(lines[-_TAIL_LINES:])
 
     def json(self) -> dict[str, Any]:
-        """The output, parsed as JSON."""
         return json.loads(self.output)
 
 

@@ -21,11 +21,7 @@ CONNECT_SECONDS = 10.0
 
 
 class RayBackend(Backend):
-    """Starts a Ray driver on this machine, which starts the processes through Ray Train.
-
-    Args:
-        cluster: the settings.
-    """
+    """Starts a Ray driver on this machine, which starts the processes through Ray Train."""
 
     def __init__(self, cluster: RayCluster) -> None:
         self._cluster = cluster
