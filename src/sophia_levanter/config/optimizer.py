@@ -112,14 +112,10 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         return optax.join_schedules([warmup, decay], [warmup_steps])
 
     def arguments(self, optimizer: type, num_train_steps: int) -> dict[str, Any]:
-        """Keyword arguments for the class of an optimizer, limited to the parameters that it has.
+        """Keyword arguments for the class `optimizer`, limited to the parameters that it has.
 
-        They are the fields of this configuration's own type, `learning_rate` as a schedule, `weight_decay`,
-        `weight_decay_mask` and `momentum_dtype`.
-
-        Args:
-            optimizer: the class.
-            num_train_steps: steps of the run, the length of the schedule.
+        They are the fields of this configuration's own type, `learning_rate` as a schedule over `num_train_steps`,
+        `weight_decay`, `weight_decay_mask` and `momentum_dtype`.
         """
         import jax.numpy as jnp
 
