@@ -1,5 +1,5 @@
 # For NVIDIA GPUs; CUDA 13 comes as wheels, the driver (580 or later) from the host. Build from the repository's top:
-#   docker build -f infra/docker/cuda.Dockerfile -t sophia-levanter-cuda:0.1.0 .
+#   docker build -f infra/docker/cuda.Dockerfile -t sophia-levanter-cuda:0.2.0 .
 
 FROM python:3.12.12-slim-bookworm AS build
 WORKDIR /build

@@ -1,5 +1,5 @@
 # For TPU hosts; libtpu is a wheel. Build from the repository's top:
-#   docker build -f infra/docker/tpu.Dockerfile -t sophia-levanter-tpu:0.1.0 .
+#   docker build -f infra/docker/tpu.Dockerfile -t sophia-levanter-tpu:0.2.0 .
 
 FROM python:3.12.12-slim-bookworm AS build
 WORKDIR /build

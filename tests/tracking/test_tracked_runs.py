@@ -75,7 +75,7 @@ def test_a_run_that_dies_and_goes_on_is_one_run_everywhere(config_file, tmp_path
         assert last[theirs] == last[ours]
     config = runs[1]["config"]
     assert config["optimizer"]["rho"] == 0.5 and config["code"] == saved.metadata["code"]
-    assert config["code"]["version"] == "0.1.0"
+    assert config["code"]["version"] == "0.2.0"
 
 
 def test_trackers_that_fail_stop_no_run(config_file, tmp_path, monkeypatch, capfd):
