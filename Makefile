@@ -3,6 +3,7 @@ PYTHON ?= python3
 CONFIG ?= config/gpt2_nano_sophia_kronecker.yaml
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
+PROSE := src docs infra config README.md CONTRIBUTING.md CHANGELOG.md
 
 .PHONY: train test test-all lint docs wheel clean
 
@@ -20,6 +21,9 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell $(PROSE)
+	@! grep -rnwE -f .phrases --include='*.py' --include='*.md' --include='*.html' --exclude-dir=evidence $(PROSE) || \
+	  { echo "error: reword these lines; .phrases lists what a reader stumbles over"; exit 1; }
 
 docs: .venv/dev.stamp
 	$(BIN)/mkdocs build --strict

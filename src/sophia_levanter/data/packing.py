@@ -45,8 +45,8 @@ def packing_of(document_ends: Iterable[np.ndarray], seq_len: int) -> Packing:
         num_tokens = int(ends[-1])
         lengths, times = np.unique(ends - starts, return_counts=True)
         counts.update(dict(zip(lengths.tolist(), times.tolist(), strict=True)))
-        # A document that begins inside a sequence does not see the tokens before it there. Where it goes on in further
-        # sequences, these begin with it.
+        # A document that begins inside a sequence does not see the tokens before it there. The further sequences that
+        # it continues in begin with it.
         offsets = starts % seq_len
         removed += int((offsets * np.minimum(ends - starts, seq_len - offsets)).sum())
         sequences = starts[offsets > 0] // seq_len
