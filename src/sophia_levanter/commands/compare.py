@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +18,8 @@ from sophia_levanter.config.files import Layer, Setting
 from sophia_levanter.errors import InputError, counted, one_line
 from sophia_levanter.files import lock
 from sophia_levanter.run.directory import with_absolute_paths
-from sophia_levanter.status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMPTED
-from sophia_levanter.studies.records import Record, find, read_records, write_records
+from sophia_levanter.status import DONE, FAILURE, PREEMPTED, run_command
+from sophia_levanter.studies.records import find, read_records, write_records
 from sophia_levanter.studies.study import PlannedRun, Study, plan, read_study
 from sophia_levanter.training.stopping import StopRequest
 
@@ -59,32 +58,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 a run failed, 2 bad input, 75 stopped by SIGTERM (run it again), 130 interrupted.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # An arm's name or the report may contain characters that the terminal's encoding lacks.
-            stream.reconfigure(errors="replace")
-    words = sys.argv[1:] if argv is None else argv
-    if "--help" in words or "-h" in words:
-        print(USAGE)
-        return DONE
     interruption = Interruption()
     try:
-        return _compare(parse(words), interruption)
-    except InputError as error:
-        print(one_line(f"error: {error}"), file=sys.stderr)
-        return BAD_INPUT
-    except OSError as error:
-        print(one_line(f"error: {error}"), file=sys.stderr)
-        return FAILURE
-    except KeyboardInterrupt:
-        number = interruption.signal
-        if number is not None and number != signal.SIGINT:
-            print(f"{number.name}: stopped; run the command again", file=sys.stderr)
-            return PREEMPTED
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        return INTERRUPTED
+        return run_command(argv, lambda words: _run(words, interruption), usage=USAGE)
     finally:
         interruption.restore_handlers()
+
+
+def _run(words: Sequence[str], interruption: Interruption) -> int:
+    try:
+        return _compare(parse(words), interruption)
+    except KeyboardInterrupt:
+        number = interruption.signal
+        if number is None or number == signal.SIGINT:
+            raise
+        print(f"{number.name}: stopped; run the command again", file=sys.stderr)
+        return PREEMPTED
 
 
 class Interruption:
@@ -149,46 +138,23 @@ def _compare(command: Command, interruption: Interruption) -> int:
     if any(path.is_file() for path in (command.out, *command.out.parents)):
         raise InputError(f"--out {command.out} is a file or below one; name a directory")
     if command.plan_only:
-        _print_plan(study, runs, read_records(command.out / RECORDS))
+        _Comparison(study, runs, command.out).print_plan()
         return DONE
     with _alone_in(command.out):
-        records = read_records(command.out / RECORDS)
-        texts = _texts(runs, records, command.out)
-        missing = _missing(runs, records)
-        print(_counts(study, runs, missing), flush=True)
+        comparison = _Comparison(study, runs, command.out)
+        texts = comparison.texts()
+        comparison.print_counts()
         failures = 0
-        if missing:
+        if comparison.missing():
             with interruption.noted() as check_stop:
-                failures = _do(study, command, runs, records, texts, check_stop)
+                failures = comparison.do_runs(texts, command.ray, check_stop)
 
         from sophia_levanter.studies.report import REPORT, write_report
 
-        print(write_report(study, runs, records, command.out))
+        print(write_report(study, runs, comparison.records, command.out))
         if (command.out / REPORT).is_file():
             print(f"report: {command.out / REPORT}")
     return FAILURE if failures else DONE
-
-
-def _texts(runs: Sequence[PlannedRun], records: Sequence[Record], out: Path) -> Texts:
-    """The digests of the texts that the runs use.
-
-    Raises:
-        InputError: if a text is missing, or a record used a different text. A text's path may change but not its
-            content, since the runs of a study are compared with each other.
-    """
-    from sophia_levanter.studies.runner import digests
-
-    texts = {data: digests(data) for data in dict.fromkeys(run.config.data for run in runs)}
-    for run in runs:
-        record = find(records, run.config)
-        for name, then in (record.facts.get("texts", {}) if record else {}).items():
-            now = texts[run.config.data][name]
-            if then != now:
-                raise InputError(
-                    f"{out / RECORDS} holds runs on another text: the digest of data.{name} was {then} and is {now}; "
-                    "name another --out"
-                )
-    return texts
 
 
 @contextmanager
@@ -202,63 +168,82 @@ def _alone_in(out: Path) -> Iterator[None]:
         yield
 
 
-def _counts(study: Study, runs: Sequence[PlannedRun], missing: Mapping[str, TrainConfig]) -> str:
-    return f"{study.name}: {counted(len(runs), 'run')}, {len(missing)} to do"
+class _Comparison:
+    """A study with its planned runs, its output directory, and the records there."""
 
+    def __init__(self, study: Study, runs: Sequence[PlannedRun], out: Path) -> None:
+        self.study, self.runs, self.out = study, runs, out
+        self.records = read_records(out / RECORDS)
 
-def _missing(runs: Sequence[PlannedRun], records: Sequence[Record]) -> dict[str, TrainConfig]:
-    """The configurations without a record, each under the description of the first run that has it."""
-    missing: dict[str, TrainConfig] = {}
-    for run in runs:
-        if find(records, run.config) is None and run.config not in missing.values():
-            missing[describe(run)] = run.config
-    return missing
+    def missing(self) -> dict[str, TrainConfig]:
+        """The configurations without a record, each under the description of the first run that has it."""
+        missing: dict[str, TrainConfig] = {}
+        for run in self.runs:
+            if find(self.records, run.config) is None and run.config not in missing.values():
+                missing[describe(run)] = run.config
+        return missing
 
+    def print_counts(self) -> None:
+        print(f"{self.study.name}: {counted(len(self.runs), 'run')}, {len(self.missing())} to do", flush=True)
 
-def _do(
-    study: Study,
-    command: Command,
-    runs: Sequence[PlannedRun],
-    records: list[Record],
-    texts: Texts,
-    check_stop: Callable[[], None],
-) -> int:
-    """Do the runs, write each record as it arrives, and return the number of failed runs."""
-    # The slow imports come after the checks, so that mistakes are reported at once.
-    from sophia_levanter.studies.runner import RunFailed, as_ray_tasks, jobs_of, one_by_one, remove_checkpoints
+    def print_plan(self) -> None:
+        self.print_counts()
+        for run in self.runs:
+            state = "done" if find(self.records, run.config) else "to do"
+            print(one_line(f"{state:6} {describe(run)}"))
 
-    folder = (command.out / "runs").absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = _missing(runs, records)
-    names = list(missing)
-    jobs = jobs_of([run.config for run in runs], list(missing.values()), folder, partial(print, flush=True))
-    failures = 0
-    with closing(as_ray_tasks(jobs, check_stop) if command.ray else one_by_one(jobs, check_stop)) as results:
-        for count, (index, result) in enumerate(results, start=1):
-            if isinstance(result, RunFailed):
-                print(one_line(f"error: {result}"), file=sys.stderr)
-                failures += 1
-                continue
-            facts = result.facts | {"texts": texts[jobs[index].config.data]}
-            records.append(replace(result, facts=facts))
-            write_records(command.out / RECORDS, study.name, records)
-            remove_checkpoints(jobs[index])
-            outcome = "diverged" if result.loss is None else f"validation loss {result.loss:.4f}"
-            print(one_line(f"{count}/{len(jobs)} {names[index]}: {outcome}"), flush=True)
-    return failures
+    def texts(self) -> Texts:
+        """The digests of the texts that the runs use.
+
+        Raises:
+            InputError: if a text is missing, or a record used a different text. A text's path may change but not its
+                content, since the runs of a study are compared with each other.
+        """
+        from sophia_levanter.studies.runner import digests
+
+        texts = {data: digests(data) for data in dict.fromkeys(run.config.data for run in self.runs)}
+        for run in self.runs:
+            record = find(self.records, run.config)
+            for name, then in (record.facts.get("texts", {}) if record else {}).items():
+                now = texts[run.config.data][name]
+                if then != now:
+                    raise InputError(
+                        f"{self.out / RECORDS} holds runs on another text: the digest of data.{name} was {then} and is "
+                        f"{now}; name another --out"
+                    )
+        return texts
+
+    def do_runs(self, texts: Texts, ray: bool, check_stop: Callable[[], None]) -> int:
+        """Do the missing runs, write each record as it arrives, and return the number of failed runs."""
+        # The slow imports come after the checks, so that mistakes are reported at once.
+        from sophia_levanter.studies.runner import RunFailed, as_ray_tasks, jobs_of, one_by_one, remove_checkpoints
+
+        folder = (self.out / "runs").absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        missing = self.missing()
+        names = list(missing)
+        configs = [run.config for run in self.runs]
+        jobs = jobs_of(configs, list(missing.values()), folder, partial(print, flush=True))
+        failures = 0
+        with closing(as_ray_tasks(jobs, check_stop) if ray else one_by_one(jobs, check_stop)) as results:
+            for count, (index, result) in enumerate(results, start=1):
+                if isinstance(result, RunFailed):
+                    print(one_line(f"error: {result}"), file=sys.stderr)
+                    failures += 1
+                    continue
+                facts = result.facts | {"texts": texts[jobs[index].config.data]}
+                self.records.append(replace(result, facts=facts))
+                write_records(self.out / RECORDS, self.study.name, self.records)
+                remove_checkpoints(jobs[index])
+                outcome = "diverged" if result.loss is None else f"validation loss {result.loss:.4f}"
+                print(one_line(f"{count}/{len(jobs)} {names[index]}: {outcome}"), flush=True)
+        return failures
 
 
 def describe(run: PlannedRun) -> str:
     """A short description of a run: its arm, its point of the grid, its length and its seed."""
     point = [f"{name}={value}" for name, value in run.point.items()]
     return " ".join([run.arm, *point, f"tokens={run.tokens}", f"seed={run.seed}"])
-
-
-def _print_plan(study: Study, runs: Sequence[PlannedRun], records: Sequence[Record]) -> None:
-    print(_counts(study, runs, _missing(runs, records)))
-    for run in runs:
-        state = "done" if find(records, run.config) else "to do"
-        print(one_line(f"{state:6} {describe(run)}"))
 
 
 if __name__ == "__main__":
