@@ -113,7 +113,6 @@ def _run(command: Command) -> int:
     loaded = load_model(
         command.model, step=command.step, averaged=command.averaged, overrides=command.overrides, report=_tell
     )
-    started = time.monotonic()
     if items is not None:
         for line in _score(loaded, f"{command.task}, {len(items):,} questions of {command.file}", items):
             print(one_line(line))
