@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from sophia_levanter.config.command_line import build_config
 from sophia_levanter.config.files import Setting
 from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.errors import InputError
-from sophia_levanter.files import read_regular
+from sophia_levanter.files import read_regular, write_atomically
 
 # Fields that do not change a run's result, such as the places of its files and how often it logs and saves.
 _NO_MATTER = (
@@ -123,10 +122,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def write_records(path: Path, name: str, records: Iterable[Record]) -> None:
-    """Replace the file atomically, so that a kill leaves the old or the new one."""
+    """Replace the file atomically."""
     runs = ",\n".join(json.dumps(dataclasses.asdict(record)) for record in records)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(
-        f'{{"format": {FORMAT}, "study": {json.dumps(name)}, "runs": [\n{runs}\n]}}\n', encoding="utf-8"
-    )
-    os.replace(temporary, path)
+    text = f'{{"format": {FORMAT}, "study": {json.dumps(name)}, "runs": [\n{runs}\n]}}\n'
+    write_atomically(path, text.encode())
