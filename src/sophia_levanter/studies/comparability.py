@@ -116,20 +116,19 @@ def configurations(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
 
 def facts(runs: Sequence[Run]) -> list[Row]:
     """The directories, texts and machines of the runs."""
-    rows: dict[str, list[str]] = {
-        "run directory": [str(run.path) for run in runs],
-        "checkpoint that this is from": [run.checkpoint for run in runs],
-        "training text": [_shown(run.config.data.train) for run in runs],
-        "its digest": [_digest(run.facts.get("data")) for run in runs],
-        "its tokens": [_tokens(run.facts.get("data")) for run in runs],
-        "validation text": [_validation(run) for run in runs],
-        "its digest ": [_digest(run.facts.get("validation")) for run in runs],
-        "its tokens ": [_tokens(run.facts.get("validation")) for run in runs],
-        "tokenizer": [run.config.data.tokenizer for run in runs],
-        "device": [_device(run.facts.get("environment", {})) for run in runs],
-        "jax": [str(run.facts.get("environment", {}).get("jax", NOTHING)) for run in runs],
-    }
-    return [(name.strip(), values) for name, values in rows.items()]
+    return [
+        ("run directory", [str(run.path) for run in runs]),
+        ("checkpoint that this is from", [run.checkpoint for run in runs]),
+        ("training text", [_shown(run.config.data.train) for run in runs]),
+        ("its digest", [_digest(run.facts.get("data")) for run in runs]),
+        ("its tokens", [_tokens(run.facts.get("data")) for run in runs]),
+        ("validation text", [_validation(run) for run in runs]),
+        ("its digest", [_digest(run.facts.get("validation")) for run in runs]),
+        ("its tokens", [_tokens(run.facts.get("validation")) for run in runs]),
+        ("tokenizer", [run.config.data.tokenizer for run in runs]),
+        ("device", [_device(run.facts.get("environment", {})) for run in runs]),
+        ("jax", [str(run.facts.get("environment", {}).get("jax", NOTHING)) for run in runs]),
+    ]
 
 
 def _shown(value: Any) -> str:
