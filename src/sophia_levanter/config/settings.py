@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Collection
 from dataclasses import dataclass
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal
 
 from sophia_levanter.errors import InputError
 
 DECLARATION = "setting"  # the key of a field's metadata
+_type_hints = functools.cache(typing.get_type_hints)
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,9 @@ class Settings:
     section: ClassVar[str] = ""  # its name in configuration files and on command lines
 
     def __post_init__(self) -> None:
+        hints = _type_hints(type(self))
         for field in dataclasses.fields(self):
-            nullable = "None" in str(field.type)
+            nullable = NoneType in kinds_of(hints[field.name])
             declaration(field).check(self.path(field.name), getattr(self, field.name), nullable=nullable)
 
     @classmethod
