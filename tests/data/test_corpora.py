@@ -37,6 +37,18 @@ def test_a_document_that_is_most_of_the_text_is_warned_of_where_it_is_held_out(t
     assert {*most} == {True, False}
 
 
+def test_equal_documents_are_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["the same text"] * 3))
+    config = DataConfig(train=str(tmp_path / "a.jsonl"), validation_fraction=0.5, cache_dir=str(tmp_path / "cache"))
+    for _ in range(2):  # prepared, and found in the cache
+        said: list[str] = []
+        assert sides(prepare(config, said.append)) == (["the sa"], ["me text"])
+        assert [line for line in said if "WARNING" in line] == [
+            "WARNING: data.train: all 3 documents are equal; one is kept, and its end is held out for validation; "
+            "name data.validation to keep all of them"
+        ]
+
+
 def test_a_part_of_the_documents_is_held_out(config: DataConfig) -> None:
     train, validation = sides(prepare(config, quiet))
     assert sorted(train + validation) == sorted(TEXTS)

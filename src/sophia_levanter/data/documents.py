@@ -86,6 +86,7 @@ class Tally(NamedTuple):
     num_separators: int = 0
     special: tuple[tuple[str, int], ...] = ()  # special tokens spelled out in the text, and their counts
     first_special: str = ""
+    num_copies: int = 0  # documents that were left out because all are equal
 
 
 class Rows:
@@ -222,6 +223,11 @@ class Rows:
                 f"WARNING: {self.field}: special tokens are spelled out in the text, first in {tally.first_special}: "
                 f"{counted}; they are encoded as ordinary text; {remedy}"
             )
+        if tally.num_copies:
+            lines.append(
+                f"WARNING: {self.field}: all {tally.num_copies + 1:,} documents are equal; one is kept, and its end is "
+                "held out for validation; name data.validation to keep all of them"
+            )
         return lines
 
 
@@ -234,6 +240,7 @@ class NoSplit:
     """Holds nothing out."""
 
     is_settled = True
+    num_copies = 0
 
     def push(self, text: str) -> list[Side]:
         return [(False, text)]
@@ -256,6 +263,7 @@ class Split:
 
     Attributes:
         is_settled: whether both sides have documents, so that none is buffered.
+        num_copies: the documents that `finish` left out because all are equal.
     """
 
     def __init__(self, fraction: float, *, field: str, settled: bool = False) -> None:
@@ -263,6 +271,7 @@ class Split:
         self._limit = fraction * 256**HASH_BYTES
         self._field = field
         self.is_settled = settled
+        self.num_copies = 0
         # While all documents are on one side: the document nearest to the other side, and its number of occurrences.
         self._kept: tuple[int, str] | None = None
         self._count = 0
@@ -306,6 +315,7 @@ class Split:
             raise InputError(
                 f"{self._field}: its only document, {text!r}, is too short to hold out a part; set data.validation"
             )
+        self.num_copies = self._count - 1
         end = min(max(round(len(text) * (1 - self._fraction)), 1), len(text) - 1)
         return [(False, text[:end]), (True, text[end:])]
 

@@ -244,6 +244,8 @@ class Preparation:
             return
         for held_out, own in split.finish():
             texts[held_out].append(own)
+        rows = self.source.rows
+        rows.tally = rows.tally._replace(num_copies=split.num_copies)
         yield (None, None), texts
 
 
