@@ -1,6 +1,7 @@
 """Files of weights as others write them, and what becomes of them."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -50,9 +51,7 @@ def read(path, config, dtype="float32", vocab_size=VOCAB, lines=None, fingerprin
     return read_pretrained(
         str(path),
         config,
-        tokenizer="words",
-        fingerprint=fingerprint,
-        vocab_size=vocab_size,
+        SimpleNamespace(name="words", fingerprint=fingerprint, vocab_size=vocab_size),
         dtype=dtype,
         report=(lines if lines is not None else []).append,
     )

@@ -20,14 +20,7 @@ from sophia_levanter.models.transformer import Transformer
 
 
 def read_pretrained(
-    path: str,
-    config: ModelConfig,
-    *,
-    tokenizer: str,
-    fingerprint: str,
-    vocab_size: int,
-    dtype: str,
-    report: Callable[[str], None],
+    path: str, config: ModelConfig, tokenizer: Tokenizer, *, dtype: str, report: Callable[[str], None]
 ) -> Transformer:
     """A model with the weights of a file, in this host's memory.
 
@@ -39,9 +32,7 @@ def read_pretrained(
         path: a folder with `config.json` and `model.safetensors` or its shards, as transformers saves them; or the
             `ckpt.pt` of nanoGPT or the Sophia authors.
         config: the model's shape, which must be the file's.
-        tokenizer: the tokenizer's name, for messages.
-        fingerprint: the tokenizer's fingerprint, which must be the file's if the file contains one.
-        vocab_size: the number of its tokens.
+        tokenizer: the model's tokenizer. If the file contains a fingerprint, it must be this tokenizer's.
         dtype: dtype of the parameters.
         report: prints a line for the user.
 
@@ -52,7 +43,7 @@ def read_pretrained(
         InputError: if the file cannot be read, does not fit the model or tokenizer, or holds numbers that are not
             finite.
     """
-    saved = open_model(Path(path))
+    saved, vocab_size = open_model(Path(path)), tokenizer.vocab_size
     if not isinstance(config, saved.architecture.config_class):
         kind, wanted = (config.get_choice_name(c) for c in (type(config), saved.architecture.config_class))
         raise input_error(
@@ -62,7 +53,7 @@ def read_pretrained(
     _check_fields(saved, config)
     if config.seq_len > saved.seq_len:
         report(f"model.seq_len {config.seq_len} is longer than the {saved.seq_len} positions of {saved.file}")
-    config = _with_rows(saved, config, tokenizer, fingerprint, vocab_size)
+    config = _with_rows(saved, config, tokenizer)
     arrays = {name: _finite(saved.file, name, array, dtype) for name, array in saved.arrays}
     if not getattr(config, "use_bias", True):
         arrays = _without_biases(saved, arrays)
@@ -75,8 +66,8 @@ def read_pretrained(
         if config.vocab_rows is not None:
             more = f"{saved.vocab_size - vocab_size:,} more, which are kept and never predicted"
         report(
-            f"the embedding has {saved.vocab_size:,} rows: {vocab_size:,} for the tokens of data.tokenizer {tokenizer} "
-            f"and {more}"
+            f"the embedding has {saved.vocab_size:,} rows: {vocab_size:,} for the tokens of "
+            f"data.tokenizer {tokenizer.name} and {more}"
         )
     return model
 
@@ -132,16 +123,14 @@ def _without_biases(saved: SavedModel, arrays: Mapping[str, np.ndarray]) -> dict
     return {name: array for name, array in arrays.items() if not name.endswith(".bias")}
 
 
-def _with_rows(
-    saved: SavedModel, config: TransformerConfig, tokenizer: str, fingerprint: str, vocab_size: int
-) -> TransformerConfig:
+def _with_rows(saved: SavedModel, config: TransformerConfig, tokenizer: Tokenizer) -> TransformerConfig:
     """The configuration with `vocab_rows`, if the file has rows beyond the tokenizer's that are not our padding."""
-    if saved.tokenizer_fingerprint not in (None, fingerprint):
+    if saved.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
         raise InputError(
-            f"data.tokenizer {tokenizer} is not the one that {saved.file} was trained with; "
+            f"data.tokenizer {tokenizer.name} is not the one that {saved.file} was trained with; "
             f"set --data.tokenizer {shown(str(saved.tokenizer))}"
         )
-    rows = saved.vocab_size
+    rows, vocab_size = saved.vocab_size, tokenizer.vocab_size
     if rows >= vocab_size and config.vocab_rows is not None:
         if rows != config.vocab_rows:
             raise InputError(
@@ -156,7 +145,7 @@ def _with_rows(
         return dataclasses.replace(config, vocab_rows=rows)
     keep = f", or --model.vocab_rows {rows} to keep {rows - vocab_size} rows that are never predicted"
     raise InputError(
-        f"data.tokenizer {tokenizer} has {vocab_size} tokens, and {saved.file} has {rows} rows, "
+        f"data.tokenizer {tokenizer.name} has {vocab_size} tokens, and {saved.file} has {rows} rows, "
         f"{abs(rows - vocab_size)} {'more' if rows > vocab_size else 'fewer'}; "
         f"set --data.tokenizer {known.get(rows, 'to the one that it was trained with')}"
         + (keep if rows > vocab_size else "")

@@ -194,15 +194,7 @@ def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:
     free = {"model.seq_len", "model.vocab_rows"} - {f"model.{name}" for name in saved.fields}
     _check_overrides(str(path), overrides, [*free_settings(config.model), *free])
     tokenizer = load_tokenizer(config.data.tokenizer)
-    weights = read_pretrained(
-        str(path),
-        config.model,
-        tokenizer=tokenizer.name,
-        fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        dtype=config.trainer.parameter_dtype,
-        report=report,
-    )
+    weights = read_pretrained(str(path), config.model, tokenizer, dtype=config.trainer.parameter_dtype, report=report)
     check_vocabulary(str(path), tokenizer)
     config = dataclasses.replace(config, model=weights.config)
     partition = _partition(config, tokenizer)
@@ -300,13 +292,7 @@ def read_initial_weights(config: TrainConfig, console: Console) -> LanguageModel
     tokenizer = load_tokenizer(config.data.tokenizer)
     try:
         weights = read_pretrained(
-            path,
-            config.model,
-            tokenizer=tokenizer.name,
-            fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            dtype=config.trainer.parameter_dtype,
-            report=console.line,
+            path, config.model, tokenizer, dtype=config.trainer.parameter_dtype, report=console.line
         )
         check_vocabulary(path, tokenizer)
     except WeightsError as error:
