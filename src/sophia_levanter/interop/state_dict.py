@@ -14,7 +14,7 @@ from haliax import NamedArray
 from haliax.util import ensure_tuple
 
 from sophia_levanter.config.model import Gpt2Config, TransformerConfig
-from sophia_levanter.interop.architectures import Architecture, architecture_of, shown
+from sophia_levanter.interop.architectures import architecture_of, shown
 from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.models.language_model import abstract_model
 
@@ -70,15 +70,16 @@ def model_on_host(
     Raises:
         ValueError: as `gpt2_from_state_dict`.
     """
-    names = _Names(architecture_of(config), layout)
+    architecture = architecture_of(config)
     given = {plain: np.asarray(arrays[name]) for plain, name in plain_names(arrays).items()}
-    embedding = names.architecture.embedding
+    embedding = architecture.embedding
     rows_of = given.get(embedding, given.get(HEAD))
     if rows_of is None:
-        raise ValueError(f"{embedding} is missing: this is not a {names.architecture.title} state dict")
+        raise ValueError(f"{embedding} is missing: this is not a {architecture.title} state dict")
     rows = (rows_of.shape or (1,))[0]
     template = abstract_model(config, vocab_size or rows)
-    wanted = names.shapes(template, rows)
+    names = _Names(template, layout)
+    wanted = names.shapes(rows)
     if HEAD not in wanted:
         _tie(given, embedding)
     _check_same(wanted, {name: array.shape for name, array in given.items()}, names)
@@ -108,8 +109,8 @@ def to_state_dict(model: Any, *, layout: str | None = None) -> dict[str, np.ndar
         ValueError: if the layout is unknown.
         InputError: if transformers has no such model.
     """
-    names = _Names(architecture_of(model.config), layout)
-    shapes = names.shapes(model, model.config.embedding_rows(model.vocab_size))
+    names = _Names(model, layout)
+    shapes = names.shapes(model.config.embedding_rows(model.vocab_size))
     arrays: dict[str, np.ndarray] = {}
 
     def save(name: str, leaf: NamedArray) -> NamedArray:
@@ -148,16 +149,18 @@ class _Names:
     """The names and shapes of a model's arrays in a state dict.
 
     Attributes:
-        architecture: the architecture that the names belong to.
+        model: the model.
+        architecture: its architecture.
         layout: the layout of matrices.
         inputs: the number of input axes of each linear map's weight, by its name in this package.
     """
 
-    def __init__(self, architecture: Architecture, layout: str | None) -> None:
-        self.architecture, self.layout = architecture, layout or architecture.layout
+    def __init__(self, model: Any, layout: str | None) -> None:
+        self.model, self.architecture = model, architecture_of(model.config)
+        self.layout = layout or self.architecture.layout
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
-        self.inputs: dict[str, int] = {}
+        self.inputs = _inputs_of_linear_maps(model)
 
     def of_layer(self, name: str, layer: int) -> str:
         return name.replace("blocks", f"{self.architecture.layers}.{layer}", 1)
@@ -168,9 +171,8 @@ class _Names:
     def is_transposed(self, name: str) -> bool:
         return self.layout == "linear" and name in self.inputs
 
-    def shapes(self, model: Any, rows: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
         """The shape of every array by its name without prefixes, for an embedding of `rows` rows."""
-        self.inputs = _inputs_of_linear_maps(model)
         shapes: dict[str, tuple[int, ...]] = {}
 
         def note(name: str, leaf: NamedArray) -> NamedArray:
@@ -186,7 +188,7 @@ class _Names:
                 shapes[self.of_layer(name, i)] = per_layer[::-1] if self.is_transposed(name) else per_layer
             return leaf
 
-        _map_named(note, model)
+        _map_named(note, self.model)
         return shapes
 
     def is_matrix(self, plain: str) -> bool:
