@@ -8,7 +8,7 @@ from optax.contrib import MuonDimensionNumbers
 from trajectories import normal, rate, run
 
 from sophia_levanter.optim import AdamW, KroneckerBasis, Soap
-from sophia_levanter.optim._soap import turn_due
+from sophia_levanter.optim._soap import rotation_due
 
 STEPS = 9
 
@@ -100,7 +100,7 @@ def test_named_arrays():
 
 
 def test_when_the_basis_is_rotated():
-    assert [step for step in range(12) if turn_due(step, 4)] == [0, 1, 2, 3, 4, 8]
+    assert [step for step in range(12) if rotation_due(step, 4)] == [0, 1, 2, 3, 4, 8]
 
 
 def test_counts_out_of_range():

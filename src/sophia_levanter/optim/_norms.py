@@ -150,10 +150,10 @@ def _on_sphere(p: Array, step: Array, sides: Sequence[int], radius: Array, angle
     wide, size = upcast(p), _norms(step, sides)
     moved = wide + angle * radius * upcast(step) / jnp.where(size > 0, size, 1)
     length = _norms(moved, sides)
-    turned = radius * moved / jnp.where(length > 0, length, 1) - wide
+    rotated = radius * moved / jnp.where(length > 0, length, 1) - wide
     # The optimizer's step is zero where the gradient is not finite.
-    turned = jnp.where(size > 0, turned, 0)
-    return jnp.where(radius > 0, turned, upcast(step)).astype(step.dtype)
+    rotated = jnp.where(size > 0, rotated, 0)
+    return jnp.where(radius > 0, rotated, upcast(step)).astype(step.dtype)
 
 
 def hyperball_weight_decay(matrices: Matrices, mask: WeightDecayMask = None) -> Callable[[PyTree], PyTree]:

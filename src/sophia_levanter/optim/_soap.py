@@ -96,7 +96,7 @@ class Soap(OptaxOptimizer):
         """The basis's work on whole matrices, for the count of FLOPs."""
         # Each step projects the gradient and the first moment, projects the step back, and takes both sides' moments.
         # A rotation of the basis also rotates v.
-        return MatrixWork(4, 1, lambda step: bool(turn_due(step, self.interval)), self.basis.max_size)
+        return MatrixWork(4, 1, lambda step: bool(rotation_due(step, self.interval)), self.basis.max_size)
 
 
 def scale_by_soap(
@@ -111,14 +111,14 @@ def scale_by_soap(
 
     def update(grads: PyTree, state: SoapState, params: PyTree | None = None) -> tuple[PyTree, SoapState]:
         count = optax.safe_increment(state.count)
-        turns, nu = jax.lax.cond(
-            turn_due(state.count, interval),
-            lambda turns, nu: basis.rotated(turns, nu),  # jax hashes branches; a basis with a tree has no hash
-            lambda turns, nu: (turns, nu),
+        new_basis, nu = jax.lax.cond(
+            rotation_due(state.count, interval),
+            lambda new_basis, nu: basis.rotated(new_basis, nu),  # jax hashes branches; a basis with a tree has no hash
+            lambda new_basis, nu: (new_basis, nu),
             basis.update_moments(state.basis, grads),
             state.nu,
         )
-        coordinates = basis.at(turns)
+        coordinates = basis.at(new_basis)
         mu = optax.tree.update_moment(grads, state.mu, b1, 1)
         nu = optax.tree.update_moment(coordinates.project(grads), nu, b2, 2)
         direction = jax.tree.map(
@@ -127,11 +127,11 @@ def scale_by_soap(
             optax.tree.bias_correction(nu, b2, count),
         )
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
-        return coordinates.project_back(direction), SoapState(count, mu, nu, turns)
+        return coordinates.project_back(direction), SoapState(count, mu, nu, new_basis)
 
     return optax.GradientTransformation(init, update)
 
 
-def turn_due(step: Scalar, interval: int) -> Scalar:
+def rotation_due(step: Scalar, interval: int) -> Scalar:
     """Whether the basis is rotated at this step."""
     return (step < interval) | (step % interval == 0)

@@ -94,20 +94,20 @@ def matrix_flops(config: TrainConfig, num_shards: int = 1) -> MatrixFlops:
     def share(count: int) -> int:
         return -(-count // num_shards)
 
-    turns = sum(map(work.turns_at, range(steps))) / steps
+    rotations = sum(map(work.turns_at, range(steps))) / steps
     products = newton_schulz = 0.0
     factors: Counter[int] = Counter()
     for count, *shape in sizes:
         rotated = [n for n in shape if n <= work.max_size]
         # One product with each side's square matrix: into the basis, or out of it.
         change = sum(2.0 * n * math.prod(shape) for n in rotated)
-        products += share(count) * (work.changes + turns * work.turn_changes) * change
+        products += share(count) * (work.changes + rotations * work.turn_changes) * change
         newton_schulz += share(count) * work.newton_schulz * newton_schulz_flops(*sorted(shape))
         for n in rotated:
             factors[n] += count
     # The iteration's product and the overlap of the new vectors with the old.
-    products += sum(turns * share(count) * 4.0 * n**3 for n, count in factors.items())
-    qr = {n: turns * share(count) * qr_flops(n) for n, count in factors.items()}
+    products += sum(rotations * share(count) * 4.0 * n**3 for n, count in factors.items())
+    qr = {n: rotations * share(count) * qr_flops(n) for n, count in factors.items()}
     return MatrixFlops(products, newton_schulz, qr)
 
 
