@@ -119,7 +119,7 @@ def test_steps_are_compiled_once_for_runs_with_the_same_settings(make_model):
     def compile_with(max_grad_norm):
         settings = StepSettings(optimizer, max_grad_norm=max_grad_norm, metrics=(("count", count),))
         with partition.active():
-            compile_steps(settings, partition, batch, state, 2, lambda line: None)
+            compile_steps(settings, partition, batch, state, lambda line: None)
 
     optimizer, partition = AdamW(learning_rate=1e-3), partition_of(devices=jax.devices()[:1])
     state = partition.place(TrainState.init(make_model(), optimizer))

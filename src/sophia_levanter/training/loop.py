@@ -216,10 +216,10 @@ class Loop:
         suffix = f" for batches of {trainer.batch_size}" if self.config.batch_size_changes else ""
         batch = self.loader.load(step)
         say = self.monitor.console.line
-        compiled = compile_steps(settings, self.partition, batch, state, trainer.batch_size, say, suffix)
+        compiled = compile_steps(settings, self.partition, batch, state, say, suffix)
         if trainer.statistics_every is not None:
             settings, suffix = replace(settings, statistics=True), f"{suffix} with statistics of arrays"
-            measuring = compile_steps(settings, self.partition, batch, state, trainer.batch_size, say, suffix)
+            measuring = compile_steps(settings, self.partition, batch, state, say, suffix)
             compiled = replace(compiled, measuring=measuring)
         self._last_time = time.perf_counter()
         return compiled
@@ -292,7 +292,6 @@ def compile_steps(
     partition: Partition,
     batch: Batch,
     state: TrainState,
-    batch_size: int,
     say: Callable[[str], None],
     suffix: str = "",
 ) -> CompiledSteps:
@@ -303,8 +302,7 @@ def compile_steps(
 
     Args:
         partition: the active partition.
-        batch: a batch of the size to compile for.
-        batch_size: rows in a batch.
+        batch: [microbatch, batch, position], of the size to compile for.
         say: prints what is compiled, how long it took and how much memory a step needs.
         suffix: the kind of steps, appended to the first of these lines.
     """
@@ -317,6 +315,7 @@ def compile_steps(
     sizes = [sum(size) for step in compiled if (size := step_bytes(step.compiled)) is not None]
     needs = f"; a step needs at most {show_bytes(max(sizes))} on each device" if sizes else ""
     say(f"compiled in {time.perf_counter() - started:.1f} s{needs}")
+    batch_size = batch.tokens.size // batch.tokens.resolve_axis("position").size
     return CompiledSteps(batch_size, settings.optimizer, compiled[0], compiled[-1])
 
 
