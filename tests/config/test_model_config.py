@@ -4,7 +4,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.model import Gpt2Config, pad_vocab
 from sophia_levanter.config.run import check_parameters
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.attention import attention_for
+from sophia_levanter.models.attention import Requirements, attention_for
 
 
 @pytest.mark.parametrize(("vocab", "padded"), [(1, 128), (128, 128), (129, 256), (257, 384), (50257, 50304)])
@@ -57,11 +57,11 @@ def test_axes():
     ],
 )
 def test_attention_that_suits(platform, dtype, positions, head_size, split, chosen):
-    given = (platform, dtype, positions, head_size)
-    assert attention_for("auto", *given, split_positions=split) == chosen
-    assert attention_for("xla", *given, split_positions=split) == "xla"
+    required = Requirements(platform, dtype, positions, head_size, split)
+    assert attention_for("auto", required) == chosen
+    assert attention_for("xla", required) == "xla"
     if chosen != "xla":
-        assert attention_for(chosen, *given, split_positions=split) == chosen
+        assert attention_for(chosen, required) == chosen
 
 
 @pytest.mark.parametrize(
@@ -78,25 +78,25 @@ def test_attention_that_suits(platform, dtype, positions, head_size, split, chos
 )
 def test_attention_that_cannot_be_had(wanted, platform, dtype, positions, head_size, split, reason):
     with pytest.raises(InputError, match=rf"^model.attention is '{wanted}', which {reason}; auto or xla would do$"):
-        attention_for(wanted, platform, dtype, positions, head_size, split_positions=split)
+        attention_for(wanted, Requirements(platform, dtype, positions, head_size, split))
 
 
 def test_kernels_have_no_dropout():
-    assert attention_for("auto", "tpu", "bfloat16", 1024, 64, dropout=True) == "xla"
+    assert attention_for("auto", Requirements("tpu", "bfloat16", 1024, 64, dropout=True)) == "xla"
     with pytest.raises(InputError, match=r"^model.attention is 'cudnn', which has no dropout \(model.dropout\)"):
-        attention_for("cudnn", "gpu", "bfloat16", 1024, 64, dropout=True)
+        attention_for("cudnn", Requirements("gpu", "bfloat16", 1024, 64, dropout=True))
 
 
 def test_cudnn_masks_no_documents():
     given = ("bfloat16", 1024, 64)
-    assert attention_for("auto", "gpu", *given, documents=True) == "xla"
-    assert attention_for("auto", "tpu", *given, documents=True) == "splash"
-    assert attention_for("auto", "cpu", *given, documents=True) == "blocked"
+    assert attention_for("auto", Requirements("gpu", *given, documents=True)) == "xla"
+    assert attention_for("auto", Requirements("tpu", *given, documents=True)) == "splash"
+    assert attention_for("auto", Requirements("cpu", *given, documents=True)) == "blocked"
     with pytest.raises(
         InputError,
         match=r"^model.attention is 'cudnn', which cannot stop at the borders of documents \(data.mask_documents\);",
     ):
-        attention_for("cudnn", "gpu", *given, documents=True)
+        attention_for("cudnn", Requirements("gpu", *given, documents=True))
 
 
 @pytest.mark.parametrize("name", ["num_layers", "num_heads", "embed_dim", "seq_len"])

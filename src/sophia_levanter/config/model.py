@@ -153,10 +153,9 @@ class TransformerConfig(ModelConfig):
         return ""
 
     def attention_on(self, platform: str, dtype: str, *, split_positions: bool, documents: bool = False) -> str:
-        from sophia_levanter.models.attention import attention_for
+        from sophia_levanter.models.attention import Requirements, attention_for
 
-        return attention_for(
-            self.attention,
+        required = Requirements(
             platform,
             dtype,
             self.seq_len,
@@ -165,6 +164,7 @@ class TransformerConfig(ModelConfig):
             dropout=self.dropout > 0,
             documents=documents,
         )
+        return attention_for(self.attention, required)
 
     @property
     def Embed(self) -> Axis:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import haliax as hax
@@ -99,8 +100,7 @@ def _has_begun(starts: jax.Array, num_keys: int) -> jax.Array:
 
 def _chosen(implementation: str, query: jax.Array, documents: bool) -> str:
     positions, _, head_size = query.shape[-3:]
-    chosen = attention_for(
-        implementation,
+    required = Requirements(
         active_platform(),
         query.dtype.name,
         positions,
@@ -108,6 +108,7 @@ def _chosen(implementation: str, query: jax.Array, documents: bool) -> str:
         split_positions=is_axis_split("position"),
         documents=documents,
     )
+    chosen = attention_for(implementation, required)
     return "xla" if _forward_differentiable.get() and chosen not in ("blocked", "xla") else chosen
 
 
@@ -259,62 +260,66 @@ def decode_attention(query: NamedArray, keys: NamedArray, values: NamedArray, po
     return hax.named(attended[:, 0], axes)
 
 
-def attention_for(
-    wanted: str,
-    platform: str,
-    dtype: str,
-    positions: int,
-    head_size: int,
-    *,
-    split_positions: bool = False,
-    dropout: bool = False,
-    documents: bool = False,
-) -> str:
-    """The implementation of attention to use: the wanted one, or for `auto` the fastest that supports the arguments.
+@dataclass(frozen=True)
+class Requirements:
+    """What an implementation of attention has to support.
 
-    Args:
-        wanted: a value of `model.attention`.
+    Attributes:
         platform: `cpu`, `gpu` or `tpu`.
         dtype: dtype of queries, keys and values.
         positions, head_size: their sizes.
         split_positions: whether positions are split over devices.
         dropout: whether attention weights are dropped.
         documents: whether attention stops at the borders of documents.
+    """
+
+    platform: str
+    dtype: str
+    positions: int
+    head_size: int
+    split_positions: bool = False
+    dropout: bool = False
+    documents: bool = False
+
+
+def attention_for(wanted: str, required: Requirements) -> str:
+    """The implementation of attention to use: the wanted one, or for `auto` the fastest that meets the requirements.
+
+    Args:
+        wanted: a value of `model.attention`.
+        required: the requirements.
 
     Raises:
-        InputError: if the wanted implementation does not support the arguments; says why.
+        InputError: if the wanted implementation does not meet the requirements; says why.
     """
-    if wanted == "xla":
-        return wanted
-    reasons = {
-        name: "has no dropout (model.dropout)"
-        if dropout
-        else _why_not(name, platform, dtype, positions, head_size, split_positions)
-        for name in ("cudnn", "splash", "blocked")
-    }
-    if documents and reasons["cudnn"] is None:
-        # jax's call of cuDNN takes no segment ids, only a mask, which it turns into a bias as large as the scores.
-        reasons["cudnn"] = "cannot stop at the borders of documents (data.mask_documents)"
     if wanted == "auto":
-        fastest = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}.get(platform, "xla")
-        return fastest if reasons.get(fastest) is None else "xla"
-    if reasons[wanted] is not None:
-        raise InputError(f"model.attention is {wanted!r}, which {reasons[wanted]}; auto or xla would do")
+        fastest = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}.get(required.platform, "xla")
+        return fastest if _why_not(fastest, required) is None else "xla"
+    reason = _why_not(wanted, required)
+    if reason is not None:
+        raise InputError(f"model.attention is {wanted!r}, which {reason}; auto or xla would do")
     return wanted
 
 
-def _why_not(name: str, platform: str, dtype: str, positions: int, head_size: int, split_positions: bool) -> str | None:
+def _why_not(name: str, required: Requirements) -> str | None:
     """Why an implementation cannot be used, or None."""
-    device = {"cudnn": "gpu", "splash": "tpu"}.get(name, platform)
-    if platform != device:
-        return f"needs a {device.upper()}, and this is a {platform.upper()}"
-    if split_positions:
+    if name == "xla":
+        return None
+    if required.dropout:
+        return "has no dropout (model.dropout)"
+    device = {"cudnn": "gpu", "splash": "tpu"}.get(name, required.platform)
+    if required.platform != device:
+        return f"needs a {device.upper()}, and this is a {required.platform.upper()}"
+    if required.split_positions:
         return "cannot split positions over devices (mesh.sequence)"
     if name == "cudnn":
-        if dtype != "bfloat16":
-            return f"needs trainer.compute_dtype bfloat16, not {dtype}"
-        if head_size % 8 or head_size > 128:
-            return f"needs heads of a multiple of 8 up to 128, not {head_size}"
-    elif name == "splash" and positions % 128:
-        return f"needs a multiple of 128 positions, not {positions}"
+        if required.dtype != "bfloat16":
+            return f"needs trainer.compute_dtype bfloat16, not {required.dtype}"
+        if required.head_size % 8 or required.head_size > 128:
+            return f"needs heads of a multiple of 8 up to 128, not {required.head_size}"
+        if required.documents:
+            # jax's call of cuDNN takes no segment ids, only a mask, which it turns into a bias as large as the scores.
+            return "cannot stop at the borders of documents (data.mask_documents)"
+    elif name == "splash" and required.positions % 128:
+        return f"needs a multiple of 128 positions, not {required.positions}"
     return None
