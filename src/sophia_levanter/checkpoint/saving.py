@@ -91,7 +91,8 @@ def save(
         FileExistsError: if an intact checkpoint of this step exists. A damaged one is replaced, since a run that fell
             back because of it could otherwise never pass it.
     """
-    return _prepared(storage_at(directory), step, tree, run_id, metadata, retention, processes or Processes()).run()
+    saver = Saver(directory, run_id=run_id, processes=processes)
+    return saver._prepared(step, tree, metadata, retention).run()
 
 
 def copy_step(source: Path, step: int, target: Path, *, run_id: str, metadata: dict[str, JSON]) -> None:
@@ -159,7 +160,7 @@ class Saver:
             CheckpointError, FileExistsError: if the previous save failed.
         """
         self.wait()
-        job = _prepared(self._storage, step, tree, self._run_id, metadata, retention, self._processes)
+        job = self._prepared(step, tree, metadata, retention)
         job = replace(job, arrays=copied_to_host(job.arrays))
         self._thread = Thread(target=self._run, args=(job,), name=f"save of step {step}", daemon=True)
         self._thread.start()
@@ -180,6 +181,15 @@ class Saver:
             self._thread = None
         self.check()
 
+    def _prepared(self, step: int, tree: Any, metadata: dict[str, JSON], retention: Retention) -> _Save:
+        if step < 0:
+            raise InputError(f"a checkpoint needs step >= 0, found {step}")
+        processes = self._processes
+        arrays = host_arrays(arrays_of(tree), process=processes.index, num_processes=processes.count)
+        # Metadata that JSON cannot hold fails here, before the arrays are written.
+        metadata = json.loads(json.dumps(metadata))
+        return _Save(self._storage, step, arrays, self._run_id, metadata, retention, processes, next(_numbers))
+
     def _run(self, job: _Save) -> None:
         try:
             self.saved = job.run()
@@ -187,22 +197,6 @@ class Saver:
             self._failure = error
             if self._on_failure is not None:
                 self._on_failure(error)
-
-
-def _prepared(
-    storage: Storage,
-    step: int,
-    tree: Any,
-    run_id: str,
-    metadata: dict[str, JSON],
-    retention: Retention,
-    processes: Processes,
-) -> _Save:
-    if step < 0:
-        raise InputError(f"a checkpoint needs step >= 0, found {step}")
-    arrays = host_arrays(arrays_of(tree), process=processes.index, num_processes=processes.count)
-    # Metadata that JSON cannot hold fails here, before the arrays are written.
-    return _Save(storage, step, arrays, run_id, json.loads(json.dumps(metadata)), retention, processes, next(_numbers))
 
 
 @dataclass(frozen=True)
