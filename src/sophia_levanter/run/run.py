@@ -143,6 +143,9 @@ class Run:
         self.processes = Processes.of_this_run()
         self.restored: Restored[TrainState] | None = None
         self.loop: Loop | None = None
+        self._run_id = uuid.uuid4().hex  # only the first process's id is saved
+        self._trackers = OptionalTrackers()
+        self._signal: Signals | None = None  # the one that stopped this process
         self.resumes = find_checkpoints(directory, self.processes, console)
         text = config.data
         self.initial_weights: LanguageModel | None = None
@@ -221,6 +224,7 @@ class Run:
         """
         self.restored = restore(self)
         check_resumable(self, self.restored)
+        self._run_id = self.restored.run_id
         return self.restored.tree
 
     def claim_directory(self) -> None:
@@ -231,8 +235,6 @@ class Run:
         """
         # Every process has read the directory before the first one writes to it.
         wait_for_all("restored")
-        # Only the first process's id is saved.
-        self._run_id = uuid.uuid4().hex if self.restored is None else self.restored.run_id
         self.processes.on_process_zero("directory", self._write_directory)
 
     def train(self, state: TrainState) -> TrainState:
@@ -245,13 +247,13 @@ class Run:
             TrainingFailed: if the run cannot roll back any more.
         """
         self._trackers = self._start_trackers(int(state.step))
-        self._stop = StopRequest(several=jax.process_count() > 1)
+        stop = StopRequest(several=jax.process_count() > 1)
         try:
             for left in range(self.config.trainer.max_rollbacks, -1, -1):
                 skipped_windows = int(state.skipped_windows)
                 self.loop = self._build_loop(state)
                 try:
-                    return self.loop.run(state, self._stop)
+                    return self.loop.run(state, stop)
                 except TrainingFailed as error:
                     if not left:
                         raise
@@ -264,6 +266,8 @@ class Run:
         except Exception:
             self._trackers.close(failed=True)
             raise
+        finally:
+            self._signal = stop.signal
 
     def roll_back(self, wrong: range, skipped_windows: int) -> bool:
         """Restore the last checkpoint from before steps that went wrong; see `restore_before`.
@@ -292,7 +296,7 @@ class Run:
         try:
             if step < total:
                 # Another process may have received the signal: all of them have stopped.
-                stopped_by = self._stop.signal or Signals.SIGTERM
+                stopped_by = self._signal or Signals.SIGTERM
                 self.console.notice(
                     f"{stopped_by.name}: stopped after step {step}, which is saved; "
                     f"--resume {self.directory.path} continues the run"
