@@ -86,21 +86,21 @@ def test_a_copy_beside_checkpoints(url, words, tmp_path, monkeypatch):
     data = DataConfig(tokenizer=str(words))
     with serving(FakeGcs()) as bucket:
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", bucket.address)
-        assert with_kept_tokenizer(data, place, going_on=True) == data
+        assert with_kept_tokenizer(data, place, resuming=True) == data
         # An attempt that saved nothing left another one.
         write_words(words, b"an", b"th")
         keep_tokenizer(place, load_tokenizer(str(words)), is_saved=False)
         write_words(words, b"th", b"in")
         keep_tokenizer(place, tokenizer, is_saved=False)
-        kept = with_kept_tokenizer(data, place, going_on=True).tokenizer
+        kept = with_kept_tokenizer(data, place, resuming=True).tokenizer
         assert kept != str(words) and load_tokenizer(kept).fingerprint == tokenizer.fingerprint
         write_words(words, b"th")
         keep_tokenizer(place, load_tokenizer(str(words)), is_saved=True)
         with pytest.raises(InputError, match=r"words\.tiktoken is not the one that the run began with"):
-            with_kept_tokenizer(data, place, going_on=True)
+            with_kept_tokenizer(data, place, resuming=True)
         words.unlink()
-        for going_on in (True, False):
-            kept = with_kept_tokenizer(data, place, going_on=going_on).tokenizer
+        for resuming in (True, False):
+            kept = with_kept_tokenizer(data, place, resuming=resuming).tokenizer
             assert ranks_of(load_tokenizer(kept)) == ranks_of(tokenizer)
 
 
@@ -109,7 +109,7 @@ def test_tokenizers_with_a_name_are_not_copied(name, tmp_path):
     keep_tokenizer(tmp_path / "checkpoints", load_tokenizer("bytes"), is_saved=False)
     assert not (tmp_path / "checkpoints").exists()
     data = DataConfig(tokenizer=name)
-    assert with_kept_tokenizer(data, tmp_path, going_on=True) is data
+    assert with_kept_tokenizer(data, tmp_path, resuming=True) is data
 
 
 def test_a_place_that_cannot_be_written(words, monkeypatch, tmp_path):

@@ -257,7 +257,7 @@ class _Save:
                 if "failure" in one:
                     raise CheckpointError((f"process {number}: " if len(outcomes) > 1 else "") + one["failure"])
             arrays = with_digests(self.arrays, [one["digests"] for one in outcomes])
-            self._check_that_all_is_here(stage, arrays, outcomes[1:])
+            self._check_shared(stage, arrays, outcomes[1:])
             manifest = Manifest(self.run_id, self.step, time.time(), self.metadata, stage.arrays, arrays)
             self.storage.commit(stage, self.step, encode_manifest(manifest))
         except BaseException:
@@ -266,7 +266,7 @@ class _Save:
         for old in self.retention.surplus([saved for saved in self.storage.steps() if saved <= self.step]):
             self.storage.remove(old)
 
-    def _check_that_all_is_here(self, stage: Stage, arrays: list[SavedArray], others: list[dict[str, Any]]) -> None:
+    def _check_shared(self, stage: Stage, arrays: list[SavedArray], others: list[dict[str, Any]]) -> None:
         folders = {array.path: array.folder for array in arrays}
         for number, outcome in enumerate(others, start=1):
             for path, names in outcome["digests"].items():

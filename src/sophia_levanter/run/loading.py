@@ -139,7 +139,7 @@ def _restored(
 ) -> LoadedModel:
     _check_overrides(shown, overrides, free_settings(config.model))
     if "data.tokenizer" not in dict(overrides):
-        data = with_kept_tokenizer(config.data, directory, going_on=False)
+        data = with_kept_tokenizer(config.data, directory, resuming=False)
         config = dataclasses.replace(config, data=data)
     tokenizer = load_tokenizer(config.data.tokenizer)
     if wanted.averaged and not config.trainer.keeps_average:
@@ -236,13 +236,13 @@ def keep_tokenizer(checkpoints: Path | str, tokenizer: Tokenizer, *, is_saved: b
         raise _unusable(checkpoints, error) from error
 
 
-def with_kept_tokenizer(data: DataConfig, checkpoints: Path | str, *, going_on: bool) -> DataConfig:
+def with_kept_tokenizer(data: DataConfig, checkpoints: Path | str, *, resuming: bool) -> DataConfig:
     """The configuration with the checkpoints' copy, if there is one, in place of the tokenizer's file.
 
     Args:
         data: names the file, which may be gone.
         checkpoints: a path or a URL; a copy in a bucket is downloaded to a temporary folder.
-        going_on: whether training continues; then the original must not have changed.
+        resuming: whether a run resumes; then the original must not have changed.
 
     Raises:
         InputError: if the original has changed, or the copy cannot be read.
@@ -259,7 +259,7 @@ def with_kept_tokenizer(data: DataConfig, checkpoints: Path | str, *, going_on: 
     if "://" in str(checkpoints):
         copy = Path(_temporary_folder().name, TOKENIZER_FILE)
         write_atomically(copy, content)
-    if going_on and os.path.exists(data.tokenizer):
+    if resuming and os.path.exists(data.tokenizer):
         then, now = (load_tokenizer(str(file)).fingerprint for file in (copy, data.tokenizer))
         if then != now:
             raise InputError(

@@ -150,7 +150,7 @@ class Run:
         text = config.data
         self.initial_weights: LanguageModel | None = None
         if self.resumes:
-            text = with_kept_tokenizer(text, directory.checkpoints, going_on=True)
+            text = with_kept_tokenizer(text, directory.checkpoints, resuming=True)
             config = with_saved_rows(config, directory)
         else:
             # Read weights first: preparing the text may take hours.

@@ -40,7 +40,7 @@ class JsonLines:
         Raises:
             OSError: if they cannot be written, or the file was removed or renamed.
         """
-        self._check_that_it_is_there()
+        self._check_not_removed()
         record = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -49,13 +49,13 @@ class JsonLines:
         """Return when all lines are on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._check_that_it_is_there()
+        self._check_not_removed()
 
     def close(self) -> None:
         with self._file:
             self.sync()
 
-    def _check_that_it_is_there(self) -> None:
+    def _check_not_removed(self) -> None:
         if not (os.fstat(self._file.fileno()).st_nlink and self._path.exists()):
             raise OSError(f"{self._path} was removed, renamed or replaced during the run")
 
