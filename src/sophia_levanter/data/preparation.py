@@ -173,7 +173,7 @@ class Preparation:
                     self._report(f"kept {_counts(writers)}; run the same command again to continue")
                 raise error
             if time.monotonic() >= next_report:
-                self._report(f"{_counts(writers)} so far; {speed}")
+                self._report(f"{_counts(writers)} so far; {speed.report()}")
                 next_report = time.monotonic() + REPORT_SECONDS
         if not sum(writer.num_documents for writer in writers):
             left_out = f"; {rows.left_out}" if rows.tally.num_bad else ""
@@ -258,6 +258,7 @@ class _Speed:
         self._source = source
         self._before = self._totals()
         self._share_before: float | None = None
+        self._started_at_share = self._started
 
     @property
     def seconds(self) -> float:
@@ -266,7 +267,8 @@ class _Speed:
     def _totals(self) -> tuple[int, int]:
         return sum(w.num_documents for w in self._writers), sum(w.num_bytes for w in self._writers)
 
-    def __str__(self) -> str:
+    def report(self) -> str:
+        """The speed so far; from the second call on, also the time left."""
         documents, size = (now - before for now, before in zip(self._totals(), self._before, strict=True))
         shown = f"{documents / self.seconds:,.0f} documents/s, {size / self.seconds / 1e6:.1f} MB/s"
         share = self._source.share_read()
