@@ -47,7 +47,7 @@ def acquire(said, stopped=lambda: False, **fields):
     ],
 )
 def test_what_is_created(api, golden, fields):
-    assert not QueuedResource(GcloudCommands(cluster(**fields), "a-run")).create().status
+    assert QueuedResource(GcloudCommands(cluster(**fields), "a-run")).create()
     ((method, path, body),) = api.requests
     assert {"method": method, "path": path, "body": body} == json.loads((GOLDEN / f"{golden}.json").read_text())
 

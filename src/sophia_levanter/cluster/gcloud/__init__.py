@@ -18,6 +18,7 @@ from sophia_levanter.cluster.gcloud.commands import (
     GcloudCommands,
     Node,
     QueuedResource,
+    Refused,
     Stopped,
     call,
     resource_name,
@@ -116,16 +117,11 @@ class GcloudBackend:
         """Whether the slices are gone."""
         try:
             state = self._resource.state()
-            if state is None:
+            if state is None or state[0] != "ACTIVE":
                 return True
-            if isinstance(state, Answer):
-                return False
-            if state[0] != "ACTIVE":
-                return True
-            nodes = self._resource.nodes()
-        except InputError:
+            return any(node.lost for node in self._resource.nodes())
+        except (InputError, Refused):
             return False
-        return not isinstance(nodes, Answer) and any(node.lost for node in nodes)
 
     def release(self, say: Say) -> None:
         """Delete the queued resource with its slices, unless `keep` is set."""
@@ -224,17 +220,19 @@ class Acquisition:
         while True:
             if self._stopped():
                 raise Stopped
-            if nodes := self._look():
-                return nodes
+            try:
+                if nodes := self._look():
+                    return nodes
+            except Refused as refusal:
+                self._say(f"gcloud: {refusal}; trying again")
+                self._back_off()
             if time.monotonic() >= deadline:
                 raise Unavailable(f"no slices within start_timeout, {timeout} seconds; at last {self._said}")
 
     def _look(self) -> list[Node] | None:
         """Take one step towards slices; return them once they are whole."""
         state = self._resource.state(self._stopped)
-        if isinstance(state, Answer):
-            self._refused(state)
-        elif state is None:
+        if state is None:
             self._deleting, self._active_since = False, None
             self._create()
         elif state[0] in _OVER or self._deleting:
@@ -247,21 +245,15 @@ class Acquisition:
         return None
 
     def _create(self) -> None:
-        answer = self._resource.create(self._stopped)
-        if answer.code == "ALREADY_EXISTS":
-            self._say(f"queued resource {self._name} is there already")
-        elif answer.status:
-            self._refused(answer)
-        else:
+        if self._resource.create(self._stopped):
             self._say(
                 f"created queued resource {self._name}; it is paid for from when it is active until it is deleted"
             )
+        else:
+            self._say(f"queued resource {self._name} is there already")
 
     def _whole_nodes(self) -> list[Node] | None:
         nodes = self._resource.nodes(self._stopped)
-        if isinstance(nodes, Answer):
-            self._refused(nodes)
-            return None
         now = time.monotonic()
         self._active_since = self._active_since or now
         faults = "; ".join(str(node) for node in nodes if not node.whole)
@@ -292,14 +284,9 @@ class Acquisition:
         self._say(f"{why}; it is deleted and created anew")
         answer = self._resource.delete(self._stopped)
         if answer.status and answer.code != "NOT_FOUND":
-            self._refused(answer)
-            return
+            raise Refused(answer.error)
         self._deleting = True
         # Longer each time, so that a resource that fails at once is not created in a tight loop.
-        self._back_off()
-
-    def _refused(self, answer: Answer) -> None:
-        self._say(f"gcloud: {answer.error}; trying again")
         self._back_off()
 
     def _back_off(self) -> None:

@@ -176,6 +176,10 @@ class Stopped(Exception):
     """The launcher was told to stop while gcloud ran."""
 
 
+class Refused(Exception):
+    """A request failed, and may succeed later; the message is gcloud's error."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """The result of a gcloud command.
@@ -307,18 +311,17 @@ class QueuedResource:
         self.commands = commands
         self.ours = False
 
-    def state(self, stopped: Callable[[], bool] = never) -> tuple[str, str] | Answer | None:
-        """The state and its message; None if the resource does not exist; an `Answer` for an error.
+    def state(self, stopped: Callable[[], bool] = never) -> tuple[str, str] | None:
+        """The state and its message; None if the resource does not exist.
 
         Raises:
             InputError: if the resource of this name has other slices, or Google refuses the query for good.
+            Refused: if the query fails.
         """
         answer = call(self.commands.describe(), stopped)
         if answer.code == "NOT_FOUND":
             return None
-        if answer.status:
-            self._check(answer)
-            return answer
+        self._check(answer)
         described = answer.json()
         self.ours = False
         self._check_specification(described)
@@ -327,31 +330,38 @@ class QueuedResource:
         said = state.get("failedData", {}).get("error", {}).get("message", "")
         return state.get("state", "STATE_UNSPECIFIED"), said
 
-    def create(self, stopped: Callable[[], bool] = never) -> Answer:
-        """Request the resource.
+    def create(self, stopped: Callable[[], bool] = never) -> bool:
+        """Request the resource; return whether it is new.
 
         Raises:
             InputError: if Google refuses it for good.
+            Refused: if the request fails.
         """
         self.ours = True  # before the answer, which may get lost
         answer = call(self.commands.create(), stopped)
         self.ours = not (answer.status and answer.final)
+        if answer.code == "ALREADY_EXISTS":
+            return False
         self._check(answer)
-        return answer
+        return True
 
     def delete(self, stopped: Callable[[], bool] = never) -> Answer:
         """Request the deletion of the resource and its slices."""
         return call(self.commands.delete(), stopped)
 
-    def nodes(self, stopped: Callable[[], bool] = never) -> list[Node] | Answer:
-        """The slices; an `Answer` for an error."""
+    def nodes(self, stopped: Callable[[], bool] = never) -> list[Node]:
+        """The slices.
+
+        Raises:
+            Refused: if a query fails.
+        """
         found = []
         for name in self.commands.node_names:
             answer = call(self.commands.describe_node(name), stopped)
             if answer.code == "NOT_FOUND":
                 found.append(Node(name, _GONE))
             elif answer.status:
-                return answer
+                raise Refused(answer.error)
             else:
                 described = answer.json()
                 addresses = tuple(end.get("ipAddress", "") for end in described.get("networkEndpoints", ()))
@@ -361,6 +371,8 @@ class QueuedResource:
     def _check(self, answer: Answer) -> None:
         if answer.status and answer.final:
             raise InputError(f"backend gcloud: queued resource {self.commands.name}: {answer.error}")
+        if answer.status:
+            raise Refused(answer.error)
 
     def _check_specification(self, described: dict[str, Any]) -> None:
         specs = described.get("tpu", {}).get("nodeSpec", [{}])
