@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sophia_levanter.cluster.backend import HostCommand, Job, Say, Unavailable, training_command
+from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unavailable, training_command
 from sophia_levanter.cluster.config import GcloudCluster
 from sophia_levanter.cluster.gcloud.commands import (
     Answer,
@@ -37,7 +37,7 @@ _OVER = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
 _COORDINATOR_PORT, _SLICES_PORT, _PORTS = 20000, 21000, 1000
 
 
-class GcloudBackend:
+class GcloudBackend(Backend):
     """Slices of one queued resource.
 
     Attributes:
