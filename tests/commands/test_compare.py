@@ -293,7 +293,7 @@ def raise_where_it_is_dropped(number: signal.Signals) -> None:
 @pytest.mark.parametrize(
     ("number", "status", "said"),
     [
-        (signal.SIGINT, 130, "interrupted; the same command goes on"),
+        (signal.SIGINT, 130, "interrupted; run the same command again to continue"),
         (signal.SIGTERM, 75, "SIGTERM: stopped; run the command again"),
     ],
 )
@@ -319,5 +319,5 @@ def test_no_run_starts_after_a_signal_whose_exception_was_dropped(write, tmp_pat
 
     monkeypatch.setattr(runner, "digests", digests)
     assert main(arguments(write(STUDY))) == 130
-    assert capfd.readouterr().err.endswith("interrupted; the same command goes on\n")
+    assert capfd.readouterr().err.endswith("interrupted; run the same command again to continue\n")
     assert not done and not read_records(tmp_path / "out" / "study.json")
