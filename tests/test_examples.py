@@ -34,6 +34,7 @@ def test_digits():
     assert metrics["rho"] < 0.05
 
 
+@pytest.mark.slow
 def test_digits_convolution():
     """The estimates leave the running statistics alone: those saw one batch a step."""
     results = results_of("digits_convolution")
@@ -48,6 +49,7 @@ def test_digits_convolution():
         assert metrics["rho"] != 0.05
 
 
+@pytest.mark.slow
 def test_regression():
     """Between the noise, below which nobody can be, and a third of what the best linear model has."""
     results = results_of("regression")
@@ -70,10 +72,10 @@ def test_char_transformer():
 
 
 def test_char_transformer_looks_back_only():
-    model = names_in("char_transformer")["Transformer"](9, jax.random.key(0))
+    model = eqx.filter_jit(names_in("char_transformer")["Transformer"])(9, jax.random.key(0))
     tokens = np.arange(64) % 9
     changed = np.where(np.arange(64) < 40, tokens, 0)
-    before, after = jax.vmap(model)(np.stack([tokens, changed]))
+    before, after = eqx.filter_jit(jax.vmap(model))(np.stack([tokens, changed]))
     np.testing.assert_allclose(before[:40], after[:40], atol=1e-5)
     assert np.abs(before[40:] - after[40:]).max() > 0.01
 

@@ -246,6 +246,7 @@ def test_a_run_whose_launcher_is_gone(tmp_path, capsys):
         assert err.endswith("status.json is damaged; run the same launch command again to continue the run\n")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_does_not_stop_the_run(config_file, tmp_path):
     words = ["--config", str(config_file), "--cluster", str(cluster_file(tmp_path, "backend: local\n"))]
     words += ["--trainer.run_dir", str(tmp_path / "run"), "--trainer.log_every", "1", *FAST]

@@ -109,19 +109,24 @@ def test_a_full_disk_is_gone_on_from(config: DataConfig, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("name", "bad", "corrected"),
+    ("name", "bad", "corrected", "held_out"),
     [
-        ("a.jsonl", json_lines(BAD), json_lines(TEXTS)),
-        ("a.jsonl", json_lines(BAD), b"\n\n" + json_lines(TEXTS)),  # lines have other numbers
-        ("a.jsonl", json_lines(BAD), json_lines([*TEXTS[:40], "put in", *TEXTS[40:]])),
-        ("a.jsonl", json_lines(TEXTS)[:-20], json_lines(TEXTS)),
-        ("a.json", json.dumps([{"text": text} for text in BAD]).encode(), json_lines(TEXTS)),
-        ("a.parquet", parquet(BAD), parquet(TEXTS)),
-        ("a.jsonl.gz", gzip.compress(json_lines(LONG))[:-60], gzip.compress(json_lines(LONG))),
-        ("a.txt.gz", gzip.compress("----".join(LONG).encode())[:-60], gzip.compress("----".join(LONG).encode(), 1)),
+        ("a.jsonl", json_lines(BAD), json_lines(TEXTS), True),
+        ("a.jsonl", json_lines(BAD), json_lines(TEXTS), False),
+        ("a.jsonl", json_lines(BAD), b"\n\n" + json_lines(TEXTS), True),  # lines have other numbers
+        ("a.jsonl", json_lines(BAD), json_lines([*TEXTS[:40], "put in", *TEXTS[40:]]), False),
+        ("a.jsonl", json_lines(TEXTS)[:-20], json_lines(TEXTS), True),
+        ("a.json", json.dumps([{"text": text} for text in BAD]).encode(), json_lines(TEXTS), True),
+        ("a.parquet", parquet(BAD), parquet(TEXTS), True),
+        ("a.jsonl.gz", gzip.compress(json_lines(LONG))[:-60], gzip.compress(json_lines(LONG)), True),
+        (
+            "a.txt.gz",
+            gzip.compress("----".join(LONG).encode())[:-60],
+            gzip.compress("----".join(LONG).encode(), 1),
+            False,
+        ),
     ],
 )
-@pytest.mark.parametrize("held_out", [True, False])
 def test_a_corrected_file_goes_on_where_it_stopped(
     config: DataConfig,
     tmp_path: Path,

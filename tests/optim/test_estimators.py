@@ -15,6 +15,7 @@ from estimates import (
     assert_like_the_model,
     assert_mean,
     draws_of,
+    estimate,
     flatten,
     loss,
     outputs_fn,
@@ -55,8 +56,8 @@ def scaled_loss(model, part, key):
 def test_microbatches_by_hand(reduction, max_grad_norm, wanted):
     estimator = GaussNewtonBartlett(reduction=reduction, max_grad_norm=max_grad_norm)
     parts = jnp.asarray([[1.5], [2.0]]), jnp.asarray([2, 2])
-    estimate = estimator.from_sampled_loss(scaled_loss, {"w": jnp.ones(1)}, parts, key=KEY)
-    assert estimate["w"].tolist() == pytest.approx([wanted])
+    found = estimator.from_sampled_loss(scaled_loss, {"w": jnp.ones(1)}, parts, key=KEY)
+    assert found["w"].tolist() == pytest.approx([wanted])
 
 
 @pytest.mark.parametrize(("max_grad_norm", "wanted"), [(None, [18, 32]), (1, [0.72, 1.28]), (5.1, [18, 32])])
@@ -73,25 +74,18 @@ def test_from_sampled_loss_is_the_same():
     def sampled_loss(model, x, key):
         return estimator.sampled_loss(model(x), key=key)
 
+    made = eqx.filter_jit(lambda function, *args: estimator.from_sampled_loss(function, *args, key=KEY))
     x = jnp.asarray(INPUTS.reshape(2, 4, 3))
-    pairs = [
-        (
-            estimator(outputs_fn, MODEL, x, key=KEY),
-            estimator.from_sampled_loss(sampled_loss, MODEL, x, key=KEY),
-        ),
-        (
-            estimator(outputs_fn, MODEL, key=KEY),
-            estimator.from_sampled_loss(lambda m, k: sampled_loss(m, INPUTS, k), MODEL, key=KEY),
-        ),
-    ]
-    for called, made in pairs:
-        np.testing.assert_array_equal(flatten(called), flatten(made))
+    pairs = [(estimate(estimator, outputs_fn, MODEL, x), made(sampled_loss, MODEL, x))]
+    pairs += [(estimate(estimator, outputs_fn, MODEL), made(lambda m, key: sampled_loss(m, INPUTS, key), MODEL))]
+    for called, other in pairs:
+        np.testing.assert_array_equal(flatten(called), flatten(other))
 
 
 @pytest.mark.parametrize(("optimizer", "function"), [(SophiaG(), outputs_fn), (SophiaH(), loss)])
 def test_the_optimizers_estimate_with_their_estimator(optimizer, function):
-    estimate = optimizer.estimate(function, MODEL, key=KEY)
-    np.testing.assert_array_equal(flatten(estimate), flatten(optimizer.estimator(function, MODEL, key=KEY)))
+    found = eqx.filter_jit(lambda model: optimizer.estimate(function, model, key=KEY))(MODEL)
+    np.testing.assert_array_equal(flatten(found), flatten(estimate(optimizer.estimator, function, MODEL)))
 
 
 def test_each_microbatch_draws_its_own_targets():
@@ -193,7 +187,7 @@ def test_numpy_arrays_and_vmap_over_keys_change_nothing(estimator, function):
 
 @pytest.mark.parametrize("estimator", [GaussNewtonBartlett, GaussNewtonHutchinson, Hutchinson])
 def test_integer_and_static_leaves_have_no_curvature(estimator):
-    h_hat = estimator()(loss if estimator is Hutchinson else outputs_fn, MODEL, key=KEY)
+    h_hat = estimate(estimator(), loss if estimator is Hutchinson else outputs_fn, MODEL)
     assert (h_hat.steps, h_hat.name) == (None, "classifier")
     assert_like_the_model(h_hat)
 
@@ -223,8 +217,8 @@ def test_named_arrays_give_what_plain_arrays_give(estimator):
         named_weights, weights = hax.named(jnp.asarray([1.0, 3.0]), ("microbatch",)), jnp.asarray([1.0, 3.0])
     else:
         made, functions = estimator(Categorical(-1)), (named_outputs, plain_outputs)
-    named = made(functions[0], named_model, named_x, key=KEY, weights=named_weights)
-    plain = made(functions[1], {"w": MODEL.inner}, jnp.asarray(x), key=KEY, weights=jnp.asarray(weights))
+    named = estimate(made, functions[0], named_model, named_x, weights=named_weights)
+    plain = estimate(made, functions[1], {"w": MODEL.inner}, jnp.asarray(x), weights=jnp.asarray(weights))
     assert named["w"].axes == named_model["w"].axes
     np.testing.assert_allclose(named["w"].array, plain["w"], rtol=1e-5)
 

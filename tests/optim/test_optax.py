@@ -43,10 +43,10 @@ H_HATS = [jax.tree.map(lambda x: 20 * x**2, arrays(jax.random.key(9 + step))) fo
 SOME_H_HATS = [None, H_HATS[1], None, H_HATS[3]]
 
 
-def follow(transformation, h_hats=H_HATS, grads=GRADS, jit=True):
+def follow(transformation, h_hats=H_HATS, grads=GRADS):
     """The updates of each step, and the last state; an estimate that is None is not given."""
     params, state, found = PARAMS, transformation.init(PARAMS), []
-    update = jax.jit(transformation.update) if jit else transformation.update
+    update = jax.jit(transformation.update)
     for grad, h_hat in zip(grads, h_hats, strict=True):
         updates, state = update(grad, state, params, **({} if h_hat is None else {"h_hat": h_hat}))
         params = optax.apply_updates(params, updates)
@@ -56,8 +56,9 @@ def follow(transformation, h_hats=H_HATS, grads=GRADS, jit=True):
 
 def by_hand(optimizer, h_hats=H_HATS, grads=GRADS):
     params, state, found = PARAMS, optimizer.init(PARAMS), []
+    update = eqx.filter_jit(optimizer.update)
     for grad, h_hat in zip(grads, h_hats, strict=True):
-        updates, state = optimizer.update(grad, state, params, h_hat)
+        updates, state = update(grad, state, params, h_hat)
         params = eqx.apply_updates(params, updates)
         found.append(updates)
     return found, state
@@ -167,7 +168,7 @@ def test_apply_if_finite():
 
 def test_multi_steps_take_the_estimate_of_the_last_micro_step():
     optimizer = SophiaG.paper(learning_rate=0.1, rho="auto")
-    transformation = optax.MultiSteps(optimizer.as_optax(), 2)
+    transformation = optax.MultiSteps(optimizer.as_optax(), 2).gradient_transformation()  # one `update`, compiled once
     mean = [jax.tree.map(lambda a, b: (a + b) / 2, *GRADS[i : i + 2]) for i in (0, 2)]
     wanted, inner = by_hand(optimizer, [H_HATS[1], H_HATS[3]], mean)
     for h_hats in (SOME_H_HATS, H_HATS):
@@ -183,7 +184,7 @@ def test_multi_steps_take_the_estimate_of_the_last_micro_step():
 def test_multi_steps_and_a_gradient_that_is_not_finite(skip):
     """Without `skip_not_finite` no later step trains, and `skipped_updates` says so; with it a micro step is lost."""
     optimizer = SophiaG(0.1, **SETTINGS)
-    transformation = optax.MultiSteps(optimizer.as_optax(), 2, should_skip_update_fn=skip)
+    transformation = optax.MultiSteps(optimizer.as_optax(), 2, should_skip_update_fn=skip).gradient_transformation()
     for bad, value in ((0, jnp.nan), (2, jnp.inf), (3, -jnp.inf)):
         grads = [*GRADS, *GRADS]
         grads[bad] = jax.tree.map(lambda x, value=value: x * value, grads[bad])

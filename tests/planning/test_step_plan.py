@@ -120,9 +120,13 @@ def test_the_least_that_fsdp_sends(compute_dtype, item):
     assert fsdp_minimum(hutchinson, partition, state) == {False: plain, True: None}
 
 
-def test_no_collectives_on_one_device():
-    plan = plan_step(CONFIG, partition_of(CONFIG.mesh, jax.devices()[:1]), VOCAB, refresh=True)
-    assert plan.collectives == {}
+def test_one_device():
+    """It sends nothing, and Hutchinson's refresh needs more than a plain step."""
+    config = dataclasses.replace(CONFIG, optimizer=SophiaHConfig(warmup=0, curvature_batch_fraction=1.0))
+    partition = partition_of(config.mesh, jax.devices()[:1])
+    plain, plan = (plan_step(config, partition, VOCAB, refresh=refresh) for refresh in (False, True))
+    assert plain.collectives == plan.collectives == {}
+    assert plan.temporaries > plain.temporaries
     assert plan.arguments == pytest.approx(3 * 4 * PARAMETERS + 3 * 4 * 32 * 16, rel=0.01)
     assert plan.temporaries > 2 * 4 * PARAMETERS
     assert plan.fits(plan.arguments + plan.temporaries)
@@ -142,13 +146,6 @@ def test_activations_grow_with_the_microbatch(policy):
     # A block's input for each layer at least, in float32.
     assert middle - small >= 3 * 8 * 16 * 32 * 4
     assert large - middle == 2 * (middle - small)
-
-
-def test_hutchinsons_refresh_needs_more():
-    config = dataclasses.replace(CONFIG, optimizer=SophiaHConfig(warmup=0, curvature_batch_fraction=1.0))
-    partition = partition_of(config.mesh, jax.devices()[:1])
-    plain, refresh = (plan_step(config, partition, VOCAB, refresh=refresh) for refresh in (False, True))
-    assert refresh.temporaries > plain.temporaries
 
 
 # A refresh at every fourth step, which sends more.

@@ -14,12 +14,12 @@ from sophia_levanter.config.command_line import load_config, parse_command_line
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
 
-SMALL_STEPS = ["--trainer.num_train_steps", "6", "--trainer.checkpoint_every", "3", "--trainer.sample_tokens", "3"]
+SMALL_STEPS = ["--trainer.num_train_steps", "6", "--trainer.checkpoint_every", "3"]
 PLUGINS = {
-    "adan": ["--optimizer.type", "adan", "--optimizer.b3", "0.95"],
+    "adan": ["--optimizer.type", "adan", "--optimizer.b3", "0.95", "--trainer.sample_tokens", "0"],
     "mean_fisher": ["--optimizer.type", "sophia_mean_fisher", "--optimizer.interval", "2"],
     "polynomial": ["--optimizer.schedule.type", "polynomial", "--optimizer.schedule.power", "3"],
-    "gru": ["--model.type", "gru", "--model.embed_dim", "16"],
+    "gru": ["--model.type", "gru", "--model.embed_dim", "16", "--trainer.sample_tokens", "3"],
     "layer_norms": ["--trainer.metrics", "grad_norm_per_layer"],
     "perplexity": ["--trainer.callbacks", "perplexity"],
     "docstrings": ["--data.train", "docstrings:email"],

@@ -40,6 +40,7 @@ SWITCHES = {
     "trainer.compute_dtype": "bfloat16",
     "model.gradient_checkpointing": "full",
     "model.dropout": "0.1",
+    "trainer.sample_tokens": "0",
 }
 SWITCHED = [word for name, value in SWITCHES.items() for word in (f"--{name}", value)]
 

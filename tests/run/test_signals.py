@@ -32,6 +32,7 @@ def test_sigterm_means_run_me_again_and_auto_does(config_file, tmp_path, capfd, 
     assert "all 12 steps are done" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_says_so_and_exits_130(config_file, tmp_path):
     run_dir = tmp_path / "run"
     process = start(command("--config", config_file, "--trainer.run_dir", run_dir, *ENDLESS))
@@ -65,7 +66,9 @@ sys.exit(main(sys.argv[1:]))
     assert result.stderr == "SIGTERM: stopped outside training; run the command again\n"
 
 
-@pytest.mark.parametrize("pause", [0.005, 0.05], ids=["every 5 ms", "every 50 ms, console script"])
+@pytest.mark.parametrize(
+    "pause", [pytest.param(0.005, marks=pytest.mark.slow), 0.05], ids=["every 5 ms", "every 50 ms, console script"]
+)
 def test_signals_until_the_exit_do_not_change_how_a_run_ends(pause, config_file, tmp_path):
     run_dir = tmp_path / "run"
     words = command("--config", config_file, "--trainer.run_dir", run_dir, *ENDLESS)

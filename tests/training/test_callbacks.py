@@ -1,6 +1,7 @@
 """Registered metrics and callbacks that are not what they should be."""
 
 import json
+import shutil
 from typing import ClassVar
 from unittest.mock import MagicMock
 
@@ -77,14 +78,11 @@ def test_what_is_not_a_callback_is_refused(value, message, registered):
     assert str(error.value) == message
 
 
-MORE_STEPS = ["--trainer.num_train_steps"]
-
-
 @pytest.fixture
 def config_file(config_file):
     """The tiny run with AdamW, which has one kind of step, and without sampled text."""
     config = yaml.safe_load(config_file.read_text())
-    config["optimizer"] = {"type": "adamw", "learning_rate": 1e-2, "warmup": 2}
+    config["optimizer"] = {"type": "adamw", "learning_rate": 1e-2, "final_learning_rate": 1e-3, "warmup": 2}
     config["trainer"]["sample_tokens"] = 0
     config_file.write_text(yaml.safe_dump(config))
     return config_file
@@ -140,10 +138,13 @@ def test_a_callback_is_called_through_a_run(registered, config_file, tmp_path, c
     losses = {name: [line[name] for line in lines if name in line] for name in ("own/loss", "validation/loss")}
     assert losses["own/loss"] == losses["validation/loss"] and len(losses["own/loss"]) == 2
     # Neither a callback that is left out nor one that is gone makes it another run.
-    run = ["--trainer.run_dir", str(tmp_path / "run")]
-    assert main(["--config", str(config_file), *argv[4:], *run, "--resume", "auto", *MORE_STEPS, "13"]) == 0
+    run, last = ["--trainer.run_dir", str(tmp_path / "run")], tmp_path / "run" / "checkpoints" / "step-00000012"
+    shutil.rmtree(last)
+    assert main(["--config", str(config_file), *argv[4:], *run, "--resume", "auto"]) == 0
+    shutil.rmtree(last)
     monkeypatch.delitem(CALLBACKS, "own")
-    assert main(["--resume", str(tmp_path / "run"), "--trainer.callbacks", "[]", *MORE_STEPS, "14"]) == 0
+    assert main(["--resume", str(tmp_path / "run"), "--trainer.callbacks", "[]"]) == 0
+    assert last.exists()
 
 
 @pytest.mark.parametrize(("call", "method"), [(("pause", 5), "on_pause"), (("evaluation", 6), "on_evaluation")])

@@ -37,7 +37,6 @@ def labels_of(labels: np.ndarray, num_microbatches: int):
 
 FAST_GOLDENS = [
     ("train_adamw_scaled_attn_nobias", 1, 1),
-    ("train_sophiag_scaled_attn_nobias", 1, 1),
     ("train_sophiag_scaled_attn_nobias", 2, 4),
 ]
 ALL_GOLDENS = [

@@ -84,15 +84,16 @@ def train(config, num_devices, num_steps=STEPS, drawn=False):
 
 
 @cache
-def on_one_device(optimizer, num_microbatches, model):
-    losses, _ = train(nano(optimizer, num_microbatches, model), 1)
+def on_one_device(*run):
+    losses, _ = train(nano(*run), 1)
     assert losses[-1] < losses[0] - 0.2
     return losses
 
 
-def check_mesh(mesh, optimizer, num_microbatches, atol=1e-5, model="gpt2"):
-    losses, state = train(dataclasses.replace(nano(optimizer, num_microbatches, model), mesh=mesh), 8)
-    np.testing.assert_allclose(losses, on_one_device(optimizer, num_microbatches, model), rtol=0, atol=atol)
+def check_mesh(mesh, run, num_steps=STEPS, atol=1e-5):
+    """The first steps of a run, given by the arguments of `nano`."""
+    losses, state = train(dataclasses.replace(nano(*run), mesh=mesh), 8, num_steps)
+    np.testing.assert_allclose(losses, on_one_device(*run)[:num_steps], rtol=0, atol=atol)
     if mesh.fsdp:
         check_split(state, mesh)
 
@@ -110,8 +111,11 @@ def check_split(state, mesh):
                 assert {s.data.size for s in leaf.array.addressable_shards} == {leaf.array.size // parts}, names
 
 
+FEW = 6  # the curvature of steps 0 and 4 acts on the losses
+
+
 def test_one_mesh_with_everything():
-    check_mesh(MeshConfig(replica=2, model=2, fsdp="embed"), "sophia", 4)
+    check_mesh(MeshConfig(replica=2, model=2, fsdp="embed"), ("sophia", 4), FEW)
 
 
 def test_the_labels_that_are_drawn_are_the_same_on_any_mesh():
@@ -127,7 +131,7 @@ def test_the_labels_that_are_drawn_are_the_same_on_any_mesh():
 
 
 def test_positions_may_be_split():
-    check_mesh(MeshConfig(data=2, sequence=4), "sophia_h", 1)
+    check_mesh(MeshConfig(data=2, sequence=4), ("sophia_h", 1), FEW)
 
 
 @pytest.mark.slow
@@ -136,7 +140,7 @@ def test_positions_may_be_split():
 @pytest.mark.parametrize(("data", "model"), [(8, 1), (4, 2), (2, 4), (1, 8)])
 @pytest.mark.parametrize("optimizer", ["sophia", "sophia_h", "adamw", "lion"])
 def test_table_of_meshes(optimizer, data, model, fsdp, num_microbatches):
-    check_mesh(MeshConfig(data=data, model=model, fsdp=fsdp), optimizer, num_microbatches)
+    check_mesh(MeshConfig(data=data, model=model, fsdp=fsdp), (optimizer, num_microbatches))
 
 
 @pytest.mark.slow
@@ -144,7 +148,7 @@ def test_table_of_meshes(optimizer, data, model, fsdp, num_microbatches):
 @pytest.mark.parametrize(("data", "model"), [(8, 1), (4, 2)])
 @pytest.mark.parametrize("optimizer", ["sophia", "sophia_h", "adamw"])
 def test_table_of_meshes_for_llama(optimizer, data, model, fsdp):
-    check_mesh(MeshConfig(data=data, model=model, fsdp=fsdp), optimizer, 4, model="llama")
+    check_mesh(MeshConfig(data=data, model=model, fsdp=fsdp), (optimizer, 4, "llama"))
 
 
 @pytest.mark.slow
@@ -152,4 +156,4 @@ def test_table_of_meshes_for_llama(optimizer, data, model, fsdp):
 def test_a_kronecker_basis(mesh):
     """Where its moments have no direction yet a basis follows rounding: 1e-7 in the weights becomes 2e-4 in the loss
     within twenty steps, on one device too."""
-    check_mesh(mesh, "sophia_kronecker", 1, atol=1e-3)
+    check_mesh(mesh, ("sophia_kronecker", 1), atol=1e-3)

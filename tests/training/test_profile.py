@@ -27,19 +27,12 @@ def traced_steps(directory):
     ]
 
 
-def test_a_trace_has_the_steps_asked_for_and_no_others(config_file, tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    command = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.profile_steps", "4:7"]
-    assert main(command) == 0
-    assert traced_steps(run_dir / "profile") == [[4, 5, 6]]
-    assert f"profile: tensorboard --logdir {run_dir}/profile" in capsys.readouterr().out
-
-
-def test_a_resumed_run_traces_what_is_left(config_file, tmp_path, stop_after):
+def test_a_run_and_its_resume_trace_the_steps_asked_for(config_file, tmp_path, capsys, stop_after):
     run_dir = tmp_path / "run"
     command = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.profile_steps", "5:8"]
     stop_after(8)
     assert main(command) == 130
+    assert f"profile: tensorboard --logdir {run_dir}/profile" in capsys.readouterr().out
     (saved,) = set(checkpoint.steps(run_dir / "checkpoints")) - {6}
     assert saved in (9, 10)
     assert main([*command, "--resume", "auto", "--trainer.profile_steps", "8:12"]) == 0
