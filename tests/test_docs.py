@@ -54,6 +54,7 @@ def test_every_test_named_in_the_pages_is_there():
     assert not [(file, test) for file, test in named if f"def {test}" not in (ROOT / file).read_text()]
 
 
+@pytest.mark.slow  # `make docs` builds it, too
 def test_the_site_is_built_without_warnings_and_loads_nothing_from_elsewhere(tmp_path):
     mkdocs = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     built = subprocess.run(mkdocs, cwd=ROOT, capture_output=True, text=True)

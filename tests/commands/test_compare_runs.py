@@ -48,6 +48,7 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_tiny_study(write, tmp_path, capfd):
     study = write(STUDY)
     assert main(arguments(study)) == 0, capfd.readouterr().err
@@ -98,6 +99,14 @@ def test_a_run_that_begins_with_a_shorter_one_is_the_run_from_step_0(ray, write,
     assert metrics(shared, "train/learning_rate") == metrics(full, "train/learning_rate")
     assert metrics(shared, "optim/win_rate") == metrics(full, "optim/win_rate")
     assert (records[1].loss, records[1].training) == (records[2].loss, records[2].training)
+    for record in records:
+        assert record.status == "done" and record.loss == record.validation[-1][1]
+        assert record.parameters > 256 * 16 and record.seconds[1] > 0
+        assert record.facts["data"]["tokens"] > 15_000 and "environment" in record.facts
+        assert record.training[-1][1] < record.training[0][1]
+    assert [step for step, _ in records[2].win_rate] == [1, 5, 9, 13, 17]
+    assert (out / "report.md").read_text() in said
+    assert (out / "win_rate.png").read_bytes().startswith(b"\x89PNG")
     # The shared steps have the validation losses that the shorter run took.
     assert [[step for step, _ in record.validation] for record in records] == [[5, 10], [5, 10, 20], [10, 20]]
     assert (

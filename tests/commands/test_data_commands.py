@@ -161,7 +161,7 @@ def test_training_finds_what_was_prepared_by_relative_names(
     capsys.readouterr()
     arguments = ["--config", config, *names]
     arguments += ["--model.embed_dim", "16", "--model.num_heads", "2", "--model.num_layers", "1"]
-    arguments += ["--optimizer.type", "adamw", "--optimizer.warmup", "0"]
+    arguments += ["--model.gradient_checkpointing", "none", "--optimizer.type", "adamw", "--optimizer.warmup", "0"]
     arguments += ["--trainer.num_train_steps", "4", "--trainer.batch_size", "8", "--trainer.sample_tokens", "0"]
     stop_after(0)
     assert train.main([*arguments, "--trainer.run_dir", "../run"]) == 130

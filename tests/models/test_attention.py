@@ -138,7 +138,7 @@ def test_blocked_attention_on_a_mesh_needs_no_communication(mesh, wanted):
             np.testing.assert_allclose(ours.array, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", [None, *MESHES])
+@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), *MESHES])
 def test_splash_is_the_same(mesh, wanted, monkeypatch):
     """TPU's kernel, interpreted, and its gradients; on a mesh each device has its own rows and heads."""
     monkeypatch.setattr(attention, "_splash", partial(attention._splash, interpret=True))

@@ -79,7 +79,7 @@ def test_bfloat16(make_model):
 @pytest.mark.parametrize(
     ("changes", "mesh"),
     [
-        (LIKE_GPT2, MeshConfig(data=4, model=2, fsdp="embed")),
+        pytest.param(LIKE_GPT2, MeshConfig(data=4, model=2, fsdp="embed"), marks=pytest.mark.slow),  # test_sampling.py
         (LIKE_GPT2, MeshConfig(data=2, sequence=4, fsdp="mlp")),
         (LIKE_LLAMA, MeshConfig(data=4, model=2, fsdp="embed")),
     ],

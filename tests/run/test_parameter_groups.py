@@ -1,5 +1,6 @@
 """Parameter groups from the settings to a run."""
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_a_run_with_groups(config_file, tmp_path, capfd, stop_after):
     assert "group: wte|wpe: 2 arrays, learning rate 0, weight decay 0" in (capfd.readouterr().out)
     assert main([*command, "--resume", "auto"]) == 0
     loaded = load_model(str(tmp_path / "run"), report=print)
-    drawn = loaded.config.model.build(vocab_size=257, key=jax.random.key(0))
+    drawn = eqx.filter_jit(loaded.config.model.build)(vocab_size=257, key=jax.random.key(0))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(drawn)]
     moved = {
         path: not np.allclose(a, b, atol=1e-6)
