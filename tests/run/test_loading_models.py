@@ -10,14 +10,16 @@ from sophia_levanter.checkpoint import CheckpointError
 from sophia_levanter.errors import InputError
 from sophia_levanter.interop.saved_weights import open_model
 from sophia_levanter.run.loading import load_model
-from tiny_runs import finish_run
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    """A run of 12 steps with checkpoints after 6 and 12, its parameters split over eight devices."""
-    options = ["--optimizer.type", "adamw", "--mesh.fsdp", "embed", "--trainer.sample_tokens", "0"]
-    return finish_run(tmp_path_factory.mktemp("trained"), *options).path
+def run_dir(finished_run, tmp_path_factory):
+    """A run of 12 steps with checkpoints after 6 and 12, whose configuration splits parameters over its devices."""
+    path = finished_run.copy(tmp_path_factory.mktemp("trained") / "run")
+    config = (path / "config.yaml").read_text()
+    assert config.count("fsdp: null") == 1
+    (path / "config.yaml").write_text(config.replace("fsdp: null", "fsdp: embed"))
+    return path
 
 
 def load(place, **arguments):

@@ -309,7 +309,12 @@ def test_a_bad_override_is_one_line(field, value, wanted, runs):
     assert str(caught.value).startswith(wanted) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def marked(path):
+    """Those of the evidence are done, and planned again in the nightly tests."""
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if "evidence" in path.parts else [])
+
+
+@pytest.mark.parametrize("path", map(marked, STUDIES))
 def test_the_studies_of_the_project(path):
     """Each can be planned, and the records beside the evidence are of its runs."""
     runs, file = plan(read_study(path), {}), ROOT / "docs" / "evidence" / path.stem / "study.json"
