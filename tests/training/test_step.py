@@ -143,6 +143,13 @@ def test_the_curvature_takes_the_first_rows(size, count, first, others):
 FIRST_ROWS = range(4)
 
 
+def first_rows_alone() -> Batch:
+    """All rows, of which only the first have targets."""
+    weights = np.ones((ROWS, TINY.seq_len), np.float32)
+    weights[FIRST_ROWS.stop :] = 0
+    return batch_from_sequences(windows(), weights)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "averaged"), [(SophiaG(), SophiaG(estimator=AVERAGED)), (SophiaH(), SophiaH())], ids=["g", "h"]
 )
@@ -157,7 +164,7 @@ def test_neither_a_mesh_nor_microbatches_change_the_step(optimizer, averaged):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     assert gap(whole.optimizer_state.momentum, cut.optimizer_state.momentum) < 1e-5
     # Labels go by row and one probe serves all; with others the estimates would have nothing in common.
-    wanted, _ = first_step(optimizer, rows=FIRST_ROWS)
+    wanted, _ = take_step(StepSettings(optimizer), first_rows_alone())
     assert gap(wanted.optimizer_state.curvature, cut.optimizer_state.curvature) < 1e-4
     assert gap(wanted.optimizer_state.curvature, whole.optimizer_state.curvature) > 1e-2
 
@@ -247,22 +254,20 @@ def test_optimizers_of_matrices_learn(optimizer):
     assert losses[9] < losses[0] - 0.1
 
 
+def unclipped_step() -> tuple[TrainState, StepOutput]:
+    """A step without a refresh, whose gradient is below the usual limit."""
+    return first_step(SophiaG(), refresh=False, max_grad_norm=None)
+
+
 def test_an_estimate_may_enter_after_the_update():
     before, _ = first_step(SophiaG())
     after, output = first_step(ReproducedSophia(estimator=GaussNewtonBartlett(), refresh_order="after"))
-    signs, _ = first_step(SophiaG(), refresh=False)
+    signs, _ = unclipped_step()
     # Three programs, which XLA fuses in ways of their own: the same but for the last bit.
     assert gap(before.optimizer_state.curvature, after.optimizer_state.curvature) < 1e-6
     assert gap(signs.model, after.model) < 1e-6
     assert gap(before.model, after.model) > 0
     assert float(output.metrics["optim/curvature_norm"]) > 0
-
-
-def test_a_refresh_leaves_the_gradient_as_it_is():
-    refreshing, output = first_step(SophiaG())
-    plain, plain_output = first_step(SophiaG(), refresh=False)
-    assert gap(plain.optimizer_state.momentum, refreshing.optimizer_state.momentum) < 1e-5
-    assert loss_of(plain_output) == pytest.approx(loss_of(output), rel=1e-6)
 
 
 STEERED = SophiaG(
@@ -288,15 +293,16 @@ def test_the_learning_rate_is_that_of_the_step_and_the_norm_is_that_after_it():
     assert after != pytest.approx(before, rel=1e-3)
 
 
-def test_gradients_above_the_limit_are_scaled_down_to_it():
-    below, output = first_step(SophiaG(), refresh=False)
+def test_a_refresh_leaves_the_gradient_as_it_is_and_the_limit_what_is_below_it():
+    refreshing, output = first_step(SophiaG())
     norm = float(output.metrics["train/grad_norm"])
     assert norm < StepSettings(SophiaG()).max_grad_norm
-    free, _ = first_step(SophiaG(), refresh=False, max_grad_norm=None)
+    plain, plain_output = unclipped_step()
+    m = plain.optimizer_state.momentum
+    assert gap(m, refreshing.optimizer_state.momentum) < 1e-5
+    assert loss_of(plain_output) == pytest.approx(loss_of(output), rel=1e-6)
     clipped, _ = first_step(SophiaG(), refresh=False, max_grad_norm=norm / 3)
-    m = free.optimizer_state.momentum
     assert gap(jax.tree.map(lambda x: x / 3, m), clipped.optimizer_state.momentum) < 1e-5
-    assert gap(m, below.optimizer_state.momentum) == 0
 
 
 def test_dropout_differs_between_microbatches_and_between_steps():
@@ -335,10 +341,8 @@ def test_a_spike_of_the_loss_is_skipped():
 
 
 def test_weights_leave_positions_out_of_loss_and_curvature():
-    weights = np.ones((ROWS, TINY.seq_len), np.float32)
-    weights[FIRST_ROWS.stop :] = 0
-    state, output = take_step(StepSettings(SophiaH()), batch_from_sequences(windows(), weights))
-    fewer, output_fewer = first_step(SophiaH(), rows=FIRST_ROWS)
+    state, output = take_step(StepSettings(SophiaG()), first_rows_alone())
+    fewer, output_fewer = first_step(SophiaG(), rows=FIRST_ROWS)
     assert loss_of(output) == pytest.approx(loss_of(output_fewer), rel=1e-6)
     assert gap(state.optimizer_state.curvature, fewer.optimizer_state.curvature) < 1e-4
 
