@@ -36,12 +36,13 @@ def write(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> C
     return write
 
 
+# With the steps of `tiny_runs.CONFIG` under AdamW, which are compiled once.
 TRAINED = """
 model: {num_layers: 2, num_heads: 2, embed_dim: 16, seq_len: 16, loss_block_size: 8, gradient_checkpointing: none}
-optimizer: {type: adamw, warmup: 2, learning_rate: 1e-2}
+optimizer: {type: adamw, warmup: 2, learning_rate: 1e-2, final_learning_rate: 1e-3}
 data: {train: ROOT/text.txt, tokenizer: bytes, cache_dir: ROOT/cache}
-trainer: {num_train_steps: 12, batch_size: 8, checkpoint_every: 6, evaluate_every: 6, evaluation_windows: 10,
-  sample_tokens: 0}
+trainer: {num_train_steps: 12, batch_size: 16, microbatch_size: 8, checkpoint_every: 6, evaluate_every: 6,
+  evaluation_windows: 10, sample_tokens: 0}
 """
 
 
