@@ -148,6 +148,7 @@ def test_bad_input_is_a_line_and_status_2(
 
 def test_training_finds_what_was_prepared_by_relative_names(
     config: str,
+    config_file: Path,
     tmp_path: Path,
     stop_after: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
@@ -159,10 +160,8 @@ def test_training_finds_what_was_prepared_by_relative_names(
     assert prepare_data.main(["--config", config, *names]) == 0
     assert inspect_data.main([f"../cache/{Path(store_of(tmp_path)).name}"]) == 0
     capsys.readouterr()
-    arguments = ["--config", config, *names]
-    arguments += ["--model.embed_dim", "16", "--model.num_heads", "2", "--model.num_layers", "1"]
-    arguments += ["--model.gradient_checkpointing", "none", "--optimizer.type", "adamw", "--optimizer.warmup", "0"]
-    arguments += ["--trainer.num_train_steps", "4", "--trainer.batch_size", "8", "--trainer.sample_tokens", "0"]
+    arguments = ["--config", str(config_file), *names, "--data.validation_fraction", "0.2"]
+    arguments += ["--optimizer.type", "adamw", "--trainer.sample_tokens", "0"]
     stop_after(0)
     assert train.main([*arguments, "--trainer.run_dir", "../run"]) == 130
     assert "is prepared already" in capsys.readouterr().out

@@ -25,6 +25,7 @@ from tiny_runs import FACTS, command, finish_run, metrics, run_config, start, st
 
 LLAMA = ["--model.type", "llama", "--model.num_kv_heads", "1", "--model.qk_norm", "true"]
 LLAMA += ["--trainer.sample_tokens", "0"]
+MUON, SOAP = (["--optimizer.type", name] for name in ("muon", "soap"))
 NORMS = ["--optimizer.type", "ademamix", "--optimizer.hyperball", "true", "--optimizer.cautious_weight_decay", "true"]
 NORMS += ["--optimizer.groups", "[{role: vector, learning_rate: 0.5 x}]", "--trainer.lawa_every", "3"]
 # On eight devices, in microbatches and with a blocked loss, as all tiny runs.
@@ -36,12 +37,12 @@ SWITCHES = {
     "optimizer.curvature_reduce": "average_then_square",
     "optimizer.curvature_max_grad_norm": "1.0",
     "optimizer.curvature_labels": "data",
-    "optimizer.basis": "kronecker",
     "trainer.compute_dtype": "bfloat16",
     "model.dropout": "0.1",
     "trainer.sample_tokens": "0",
 }
 SWITCHED = [word for name, value in SWITCHES.items() for word in (f"--{name}", value)]
+KRONECKER = [*SWITCHED, "--optimizer.basis", "kronecker"]
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +63,9 @@ def test_a_run_with_every_switch_learns(switched_run):
         (5, []),
         (7, []),
         (7, SWITCHED),
-        pytest.param(7, LLAMA, marks=pytest.mark.slow),
-        pytest.param(7, ["--optimizer.type", "muon"], marks=pytest.mark.slow),
-        pytest.param(7, ["--optimizer.type", "soap"], marks=pytest.mark.slow),
-        pytest.param(7, NORMS, marks=pytest.mark.slow),
+        *(pytest.param(7, options, marks=pytest.mark.slow) for options in (KRONECKER, LLAMA, MUON, SOAP, NORMS)),
     ],
-    ids=["next_step_refreshes", "next_step_is_plain", "every_switch", "llama", "muon", "soap", "norms"],
+    ids=["next_step_refreshes", "next_step_is_plain", "every_switch", "kronecker", "llama", "muon", "soap", "norms"],
 )
 def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
     stopped_at, options, request, config_file, tmp_path, capfd, stop_after
@@ -114,18 +112,21 @@ def test_kill_9_and_resume_continue_bitwise(killed_at, config_file, tmp_path):
     assert metrics(killed) == metrics(whole)
 
 
-@pytest.mark.parametrize("stop_at", [4, pytest.param(5, marks=pytest.mark.slow)])
-def test_the_batch_size_changes_on_the_way(stop_at, finished_run, config_file, tmp_path, stop_after, capfd):
+@pytest.mark.parametrize(("stop_at", "optimizer"), [(4, "adamw"), pytest.param(5, "sophia_g", marks=pytest.mark.slow)])
+def test_the_batch_size_changes_on_the_way(stop_at, optimizer, config_file, tmp_path, stop_after, capfd):
     """It grows, and shrinks again to a size whose steps are compiled already."""
     changes = ["--trainer.batch_size_changes", "[{step: 5, batch_size: 24}, {step: 9, batch_size: 16}]"]
-    common = ["--config", str(config_file), *changes]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    plain, whole, stopped = (tmp_path / name for name in ("plain", "whole", "stopped"))
+    common = ["--config", str(config_file), "--optimizer.type", optimizer, "--trainer.sample_tokens", "0"]
+    assert main([*common, "--trainer.run_dir", str(plain)]) == 0
+    common += changes
+    capfd.readouterr()
     assert main([*common, "--trainer.run_dir", str(whole)]) == 0
     out = capfd.readouterr().out
     for size in (16, 24):
         assert f"for batches of {size}" in out
     assert "microbatches, batches of 24 from step 5 on, batches of 16 from step 9 on\n" in out
-    before, after = metrics(whole), metrics(finished_run.path)
+    before, after = metrics(whole), metrics(plain)
     assert [before[step] == after[step] for step in range(12)] == [True] * 5 + [False] * 7
 
     stop_after(stop_at)

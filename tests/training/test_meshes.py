@@ -90,10 +90,10 @@ def on_one_device(*run):
     return losses
 
 
-def check_mesh(mesh, run, num_steps=STEPS, atol=1e-5):
-    """The first steps of a run, given by the arguments of `nano`."""
-    losses, state = train(dataclasses.replace(nano(*run), mesh=mesh), 8, num_steps)
-    np.testing.assert_allclose(losses, on_one_device(*run)[:num_steps], rtol=0, atol=atol)
+def check_mesh(mesh, *run, atol=1e-5):
+    """The losses of a run, given by the arguments of `nano`."""
+    losses, state = train(dataclasses.replace(nano(*run), mesh=mesh), 8)
+    np.testing.assert_allclose(losses, on_one_device(*run), rtol=0, atol=atol)
     if mesh.fsdp:
         check_split(state, mesh)
 
@@ -111,11 +111,26 @@ def check_split(state, mesh):
                 assert {s.data.size for s in leaf.array.addressable_shards} == {leaf.array.size // parts}, names
 
 
-FEW = 6  # the curvature of steps 0 and 4 acts on the losses
-
-
-def test_one_mesh_with_everything():
-    check_mesh(MeshConfig(replica=2, model=2, fsdp="embed"), ("sophia", 4), FEW)
+@pytest.mark.parametrize(
+    ("mesh", "optimizer", "num_microbatches"),
+    [
+        (MeshConfig(replica=2, model=2, fsdp="embed"), "sophia", 4),
+        (MeshConfig(data=2, sequence=4), "sophia_h", 1),  # positions are split
+    ],
+)
+def test_a_mesh_takes_the_steps_of_one_device(mesh, optimizer, num_microbatches):
+    """Each refreshes the curvature, so that they are one program."""
+    config = nano(optimizer, num_microbatches)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, interval=1))
+    wanted, one = train(config, 1, 3)
+    losses, split = train(dataclasses.replace(config, mesh=mesh), 8, 3)
+    np.testing.assert_allclose(losses, wanted, rtol=0, atol=1e-5)
+    for name, limit in (("momentum", 1e-4), ("curvature", 1e-3)):
+        trees = (jax.device_get(jax.tree.leaves(getattr(state.optimizer_state, name))) for state in (one, split))
+        for x, y in zip(*trees, strict=True):
+            assert np.linalg.norm(x - y) < limit * np.linalg.norm(x)
+    if mesh.fsdp:
+        check_split(split, mesh)
 
 
 def test_the_labels_that_are_drawn_are_the_same_on_any_mesh():
@@ -130,17 +145,13 @@ def test_the_labels_that_are_drawn_are_the_same_on_any_mesh():
         assert np.linalg.norm(split - one) < 0.02 * np.linalg.norm(one)
 
 
-def test_positions_may_be_split():
-    check_mesh(MeshConfig(data=2, sequence=4), ("sophia_h", 1), FEW)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("num_microbatches", [1, 4])
 @pytest.mark.parametrize("fsdp", [None, "embed"])
 @pytest.mark.parametrize(("data", "model"), [(8, 1), (4, 2), (2, 4), (1, 8)])
 @pytest.mark.parametrize("optimizer", ["sophia", "sophia_h", "adamw", "lion"])
 def test_table_of_meshes(optimizer, data, model, fsdp, num_microbatches):
-    check_mesh(MeshConfig(data=data, model=model, fsdp=fsdp), (optimizer, num_microbatches))
+    check_mesh(MeshConfig(data=data, model=model, fsdp=fsdp), optimizer, num_microbatches)
 
 
 @pytest.mark.slow
@@ -148,7 +159,7 @@ def test_table_of_meshes(optimizer, data, model, fsdp, num_microbatches):
 @pytest.mark.parametrize(("data", "model"), [(8, 1), (4, 2)])
 @pytest.mark.parametrize("optimizer", ["sophia", "sophia_h", "adamw"])
 def test_table_of_meshes_for_llama(optimizer, data, model, fsdp):
-    check_mesh(MeshConfig(data=data, model=model, fsdp=fsdp), (optimizer, 4, "llama"))
+    check_mesh(MeshConfig(data=data, model=model, fsdp=fsdp), optimizer, 4, "llama")
 
 
 @pytest.mark.slow
@@ -156,4 +167,4 @@ def test_table_of_meshes_for_llama(optimizer, data, model, fsdp):
 def test_a_kronecker_basis(mesh):
     """Where its moments have no direction yet a basis follows rounding: 1e-7 in the weights becomes 2e-4 in the loss
     within twenty steps, on one device too."""
-    check_mesh(mesh, ("sophia_kronecker", 1), atol=1e-3)
+    check_mesh(mesh, "sophia_kronecker", 1, atol=1e-3)
