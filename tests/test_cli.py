@@ -48,7 +48,7 @@ def test_the_package_is_a_command():
     assert [line.split()[0] for line in usage[2:]] == list(cli.VERBS)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["checkpoints", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["train", "--help"], ["checkpoints", "--help"]], ids=" ".join)
 def test_a_reader_that_leaves_ends_a_command_quietly(words):
     """As `| head -1` does."""
     reading, writing = os.pipe()
