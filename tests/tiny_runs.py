@@ -52,7 +52,7 @@ trainer:
   evaluation_windows: 20
   checkpoint_every: 6
   log_every: 4
-  sample_tokens: 20
+  sample_tokens: 0
 """
 
 

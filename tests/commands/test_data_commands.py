@@ -161,7 +161,7 @@ def test_training_finds_what_was_prepared_by_relative_names(
     assert inspect_data.main([f"../cache/{Path(store_of(tmp_path)).name}"]) == 0
     capsys.readouterr()
     arguments = ["--config", str(config_file), *names, "--data.validation_fraction", "0.2"]
-    arguments += ["--optimizer.type", "adamw", "--trainer.sample_tokens", "0"]
+    arguments += ["--optimizer.type", "adamw"]
     stop_after(0)
     assert train.main([*arguments, "--trainer.run_dir", "../run"]) == 130
     assert "is prepared already" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from sophia_levanter.main import main
 
 SMALL_STEPS = ["--trainer.num_train_steps", "6", "--trainer.checkpoint_every", "3"]
 PLUGINS = {
-    "adan": ["--optimizer.type", "adan", "--optimizer.b3", "0.95", "--trainer.sample_tokens", "0"],
+    "adan": ["--optimizer.type", "adan", "--optimizer.b3", "0.95"],
     "mean_fisher": ["--optimizer.type", "sophia_mean_fisher", "--optimizer.interval", "2"],
     "polynomial": ["--optimizer.schedule.type", "polynomial", "--optimizer.schedule.power", "3"],
     "gru": ["--model.type", "gru", "--model.embed_dim", "16", "--trainer.sample_tokens", "3"],

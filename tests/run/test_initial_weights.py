@@ -54,7 +54,7 @@ def test_the_first_loss_is_that_of_the_weights_and_going_on_needs_no_file(
     run_dir = tmp_path / "run"
     monkeypatch.chdir(tmp_path)
     run = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.initial_weights", "gpt2"]
-    run += [*BIASES, *MESHES[mesh], "--optimizer.type", "adamw", "--trainer.sample_tokens", "0"]
+    run += [*BIASES, *MESHES[mesh], "--optimizer.type", "adamw"]
     stop_after(0)
     assert main(run) == 130
     assert f"initial weights: {folder}\n" in capfd.readouterr().out
@@ -109,7 +109,6 @@ def test_rows_beyond_the_tokenizers_stay_until_they_are_exported(gpt2_folder, co
     run += ["--trainer.run_dir", str(tmp_path / "run"), "--optimizer.type", "adamw", "--optimizer.warmup", "0"]
     # A learning rate that moves nothing leaves the weights as they were.
     run += ["--optimizer.learning_rate", "1e-30", "--optimizer.final_learning_rate", "0"]
-    run += ["--trainer.sample_tokens", "0"]
     stop_after(0)
     assert main([*run, "--trainer.num_train_steps", "4"]) == 130
     news = f"the embedding has {rows} rows: 257 for the tokens of data.tokenizer bytes and 1 more, which are kept"

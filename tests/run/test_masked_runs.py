@@ -26,7 +26,7 @@ def test_a_run_with_masks_its_evaluation_and_its_resume(config_file, tmp_path, m
     monkeypatch.setattr(loop, "batch_from_sequences", note)
     run_dir = tmp_path / "run"
     settings = {"data.mask_documents": True, "data.document_separator": "\n", "trainer.num_train_steps": 2}
-    settings |= {"trainer.sample_tokens": 0, "optimizer.type": "adamw"}
+    settings["optimizer.type"] = "adamw"
     result = train(config_file, **settings, **{"trainer.run_dir": str(run_dir)})
     assert list(metrics(run_dir)) == [0, 1] and result.best_validation_loss == result.validation_loss
     for batch in batches:

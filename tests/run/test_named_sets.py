@@ -47,7 +47,7 @@ def run(tmp_path_factory) -> NamedRun:
     config = yaml.safe_load(file.read_text())
     config["optimizer"] = {"type": "adamw", "learning_rate": 1e-2, "warmup": 0}
     config["data"]["validation"] = {name: str(folder / f"{name}.txt") for name in SETS}
-    config["trainer"] |= {"num_train_steps": 2, "evaluate_every": 1, "checkpoint_every": 1, "sample_tokens": 0}
+    config["trainer"] |= {"num_train_steps": 2, "evaluate_every": 1, "checkpoint_every": 1}
     config["trainer"] |= {"best_by": "code", "tasks_every": 2}
     config["trainer"] |= {"tasks": [{"task": "piqa", "file": str(folder / "piqa.jsonl"), "name": "lines"}]}
     file.write_text(yaml.safe_dump(config, sort_keys=False))

@@ -67,7 +67,7 @@ def test_a_role_that_nothing_has(config_file):
 def test_a_run_with_groups(config_file, tmp_path, capfd, stop_after):
     """Embeddings that do not move, and the table that says so; it resumes."""
     still = GROUPS.replace("0.1 x", "0 x")
-    command = ["--config", str(config_file), "--optimizer.groups", still, "--trainer.sample_tokens", "0"]
+    command = ["--config", str(config_file), "--optimizer.groups", still]
     command += ["--optimizer.type", "adamw", "--trainer.run_dir", str(tmp_path / "run")]
     stop_after(1)
     assert main(command) == 130

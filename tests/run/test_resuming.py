@@ -24,7 +24,6 @@ from sophia_levanter.training.evaluation import Evaluation, Evaluator
 from tiny_runs import FACTS, command, finish_run, metrics, run_config, start, steps_so_far, wait_for_step
 
 LLAMA = ["--model.type", "llama", "--model.num_kv_heads", "1", "--model.qk_norm", "true"]
-LLAMA += ["--trainer.sample_tokens", "0"]
 MUON, SOAP = (["--optimizer.type", name] for name in ("muon", "soap"))
 NORMS = ["--optimizer.type", "ademamix", "--optimizer.hyperball", "true", "--optimizer.cautious_weight_decay", "true"]
 NORMS += ["--optimizer.groups", "[{role: vector, learning_rate: 0.5 x}]", "--trainer.lawa_every", "3"]
@@ -39,7 +38,6 @@ SWITCHES = {
     "optimizer.curvature_labels": "data",
     "trainer.compute_dtype": "bfloat16",
     "model.dropout": "0.1",
-    "trainer.sample_tokens": "0",
 }
 SWITCHED = [word for name, value in SWITCHES.items() for word in (f"--{name}", value)]
 KRONECKER = [*SWITCHED, "--optimizer.basis", "kronecker"]
@@ -117,7 +115,7 @@ def test_the_batch_size_changes_on_the_way(stop_at, optimizer, config_file, tmp_
     """It grows, and shrinks again to a size whose steps are compiled already."""
     changes = ["--trainer.batch_size_changes", "[{step: 5, batch_size: 24}, {step: 9, batch_size: 16}]"]
     plain, whole, stopped = (tmp_path / name for name in ("plain", "whole", "stopped"))
-    common = ["--config", str(config_file), "--optimizer.type", optimizer, "--trainer.sample_tokens", "0"]
+    common = ["--config", str(config_file), "--optimizer.type", optimizer]
     assert main([*common, "--trainer.run_dir", str(plain)]) == 0
     common += changes
     capfd.readouterr()

@@ -41,7 +41,7 @@ def test_a_checkpoint_has_all_that_a_run_goes_on_from(finished_run, tmp_path):
 @pytest.mark.slow
 def test_a_checkpoint_that_was_copied_from_another_run(config_file, tmp_path, capfd):
     run, copy = tmp_path / "run", tmp_path / "copy"
-    options = ["--trainer.num_train_steps", "2", "--trainer.evaluation_windows", "1", "--trainer.sample_tokens", "0"]
+    options = ["--trainer.num_train_steps", "2", "--trainer.evaluation_windows", "1"]
     assert main(["--config", str(config_file), *options, *SAME_RATE, "--trainer.run_dir", str(run)]) == 0
     theirs = checkpoint.read_step(run / "checkpoints", 2).run_id
     assert (run / ".run_id").read_text() == f"{theirs}\n"

@@ -33,7 +33,7 @@ def trained(words, config_file, tmp_path):
     """The command line of a run of one step, and its directory."""
     command = ["--config", str(config_file), "--data.tokenizer", str(words), "--data.num_workers", "0"]
     command += ["--trainer.batch_size", "8", "--trainer.microbatch_size", "null", "--trainer.checkpoint_every", "1"]
-    command += ["--optimizer.warmup", "0", "--trainer.evaluation_windows", "4", "--trainer.sample_tokens", "0"]
+    command += ["--optimizer.warmup", "0", "--trainer.evaluation_windows", "4"]
     command += ["--trainer.run_dir", str(tmp_path / "run"), "--resume", "auto"]
     assert main([*command, "--trainer.num_train_steps", "1"]) == 0
     return command, tmp_path / "run"

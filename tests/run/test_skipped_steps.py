@@ -56,7 +56,7 @@ def test_a_nan_in_one_batch_changes_nothing_and_the_run_goes_on(
     plain, refreshing = 4, 6
     plant({plain, refreshing}, np.nan)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    command = ["--config", str(config_file), *options, "--trainer.sample_tokens", "0"]
+    command = ["--config", str(config_file), *options]
     assert main([*command, "--trainer.run_dir", str(whole)]) == 0
     out = capfd.readouterr().out
     for bad in (plain, refreshing):

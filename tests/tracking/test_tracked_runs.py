@@ -19,7 +19,6 @@ from sophia_levanter.tracking.jsonl import JsonLines
 from sophia_levanter.training.callbacks import SkippedSteps, TrainingFailed
 
 BOTH = ["--tracking.wandb", "offline", "--tracking.tensorboard", "true"]
-SILENT = ["--trainer.sample_tokens", "0"]  # which is a program less to compile
 
 
 def records(run_dir: Path) -> list[dict]:
@@ -34,7 +33,7 @@ def events(run_dir: Path, name: str) -> list[tuple[int, float]]:
 
 def test_a_run_that_dies_and_goes_on_is_one_run_everywhere(config_file, tmp_path, monkeypatch, capfd):
     run_dir = tmp_path / "run"
-    again = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto", *SILENT]
+    again = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto"]
     log = JsonLines.log
 
     def log_or_fail(self, step, metrics):
@@ -93,7 +92,6 @@ def test_trackers_that_fail_stop_no_run(config_file, tmp_path, monkeypatch, capf
         "--optimizer.type",
         "adamw",
         *BOTH,
-        *SILENT,
     ]
     assert main([*arguments, "--quiet"]) == 0
     assert [record["step"] for record in records(run_dir) if "train/loss" in record] == list(range(12))
@@ -139,7 +137,7 @@ def test_trackers_outlive_a_rollback(config_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tensorboard, "TensorBoard", make)
     arguments = ["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run"), "--optimizer.type", "adamw"]
-    arguments += ["--tracking.tensorboard", "true", "--trainer.checkpoint_every", "2", *SILENT]
+    arguments += ["--tracking.tensorboard", "true", "--trainer.checkpoint_every", "2"]
     calls = iter([True])
 
     def fail_once(self, numbers):

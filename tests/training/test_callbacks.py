@@ -80,10 +80,9 @@ def test_what_is_not_a_callback_is_refused(value, message, registered):
 
 @pytest.fixture
 def config_file(config_file):
-    """The tiny run with AdamW, which has one kind of step, and without sampled text."""
+    """The tiny run with AdamW, which has one kind of step."""
     config = yaml.safe_load(config_file.read_text())
     config["optimizer"] = {"type": "adamw", "learning_rate": 1e-2, "final_learning_rate": 1e-3, "warmup": 2}
-    config["trainer"]["sample_tokens"] = 0
     config_file.write_text(yaml.safe_dump(config))
     return config_file
 
