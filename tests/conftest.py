@@ -1,6 +1,7 @@
 """The whole suite runs on eight pretended CPU devices, so that sharding is at hand in every test. All
 this must be set before jax is imported, and reaches the processes that tests start."""
 
+import functools
 import gc
 import json
 import os
@@ -64,6 +65,16 @@ def little_memory():
         jax.clear_caches()
         gc.collect()
         return_freed_memory()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_peak():
+    """Every run asks for the peak of the CPU, which takes about a second to measure."""
+    from sophia_levanter.training import costs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "_measured_matrix_rate", functools.cache(costs._measured_matrix_rate))
+        yield
 
 
 @pytest.fixture
