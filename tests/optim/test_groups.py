@@ -22,7 +22,8 @@ from sophia_levanter.optim import (
     groups_of,
 )
 
-OPTIMIZERS = [SophiaG, SophiaH, AdamW, Lion, Muon, Soap, AdEMAMix]
+SLOW = (SophiaH, Lion, AdEMAMix)
+OPTIMIZERS = [SophiaG, AdamW, Muon, Soap, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
 GROUPS = [ParameterGroup("embed|head", 0.1, 0.0), ParameterGroup("weight", 0.5, 0.3), ParameterGroup("bias", 2.0)]
 MASK = {"embed": True, "block": {"weight": True, "bias": False}, "norm": True}
 

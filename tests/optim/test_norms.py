@@ -22,7 +22,7 @@ from sophia_levanter.optim import (
     hyperball_weight_decay,
 )
 
-OPTIMIZERS = [SophiaG, AdamW, Lion, Muon, Soap, AdEMAMix]
+OPTIMIZERS = [SophiaG, AdamW, Muon, Soap, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (Lion, AdEMAMix))]
 # Two layers of matrices in x out, whose axes are not the first ones; a table and a norm are none.
 MATRICES = {"stack": MuonDimensionNumbers(0, 2), "table": None, "norm": None}
 STEPS = 4
