@@ -48,28 +48,6 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.slow
-def test_a_tiny_study(write, tmp_path, capfd):
-    study = write(STUDY)
-    assert main(arguments(study)) == 0, capfd.readouterr().err
-    out = tmp_path / "out"
-    adamw, sophia = read_records(out / "study.json")
-    for record in (adamw, sophia):
-        assert record.status == "done" and record.loss == record.validation[-1][1]
-        assert [step for step, _ in record.validation] == [5, 10]
-        assert record.parameters > 256 * 16
-        assert record.facts["data"]["tokens"] > 15_000 and "environment" in record.facts
-        assert record.training[-1][1] < record.training[0][1]
-    assert (adamw.win_rate, adamw.seconds[1]) == ([], None)
-    assert [step for step, _ in sophia.win_rate] == [1, 4, 7, 10] and sophia.seconds[1] > 0
-    report = (out / "report.md").read_text()
-    assert report in capfd.readouterr().out
-    assert f"| sophia | 640 | 1 | – | {sophia.loss:.4f} | 1 |" in report
-    for name in ("final_loss.png", "curves.png", "win_rate.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
-    assert not list(out.rglob("checkpoints"))
-
-
 LENGTHS = """
 config: [tiny.yaml]
 evaluations: 2
