@@ -194,7 +194,10 @@ def value_gradient_and_hessian_product(implementation, arrays, tangents, starts=
 gradient_of = jax.jit(lambda *given: value_and_gradient(*given)[1], static_argnums=0)
 
 
-@pytest.mark.parametrize(("positions", "documents"), [(1, 0), (4, 0), (5, 0), (10, 0), (14, 0), (14, 4)])
+@pytest.mark.parametrize(
+    ("positions", "documents"),
+    [(1, 0), *(pytest.param(n, 0, marks=pytest.mark.slow) for n in (4, 5)), (10, 0), (14, 0), (14, 4)],
+)
 def test_blocked_attention_is_the_same_for_any_number_of_positions(positions, documents, monkeypatch):
     """14 positions are 3 blocks, of 5, 5 and 4; 10 are two blocks of 4 and one of 2."""
     monkeypatch.setattr(attention, "BLOCK_SIZE", 4)

@@ -135,7 +135,7 @@ def test_one_device():
     assert not plan.fits(plan.arguments + plan.temporaries - 1)
 
 
-@pytest.mark.parametrize("policy", ["full", "dots", "none"])
+@pytest.mark.parametrize("policy", ["full", pytest.param("dots", marks=pytest.mark.slow), "none"])
 def test_activations_grow_with_the_microbatch(policy):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, gradient_checkpointing=policy))
     partition = partition_of(config.mesh, jax.devices()[:1])
