@@ -2,6 +2,7 @@
 
 The steps of two runs are compiled once if the runs have the same settings and shapes, and the number of steps is one of
 the settings. A test that needs no other settings therefore takes those of `CONFIG`, and stops a run to make it short.
+One to which the optimizer does not matter adds `--optimizer.type adamw`, whose only step many tests share as well.
 """
 
 from __future__ import annotations

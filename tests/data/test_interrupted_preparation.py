@@ -26,6 +26,7 @@ BAD = [*TEXTS[:40], None, *TEXTS[40:]]
 NULLS = [*TEXTS[20:30], None, None, *TEXTS[30:40]]
 BROKEN = b'\n{"text": "\xff"}\n'
 LONG = [random.Random(number).randbytes(1000).hex() for number in range(60)]  # so that not all is in one buffer
+JOINED = "----".join(LONG).encode()
 
 
 def stopped(config: DataConfig) -> tuple[str, list[str]]:
@@ -119,12 +120,7 @@ def test_a_full_disk_is_gone_on_from(config: DataConfig, monkeypatch: pytest.Mon
         ("a.json", json.dumps([{"text": text} for text in BAD]).encode(), json_lines(TEXTS), True),
         ("a.parquet", parquet(BAD), parquet(TEXTS), True),
         ("a.jsonl.gz", gzip.compress(json_lines(LONG))[:-60], gzip.compress(json_lines(LONG)), True),
-        (
-            "a.txt.gz",
-            gzip.compress("----".join(LONG).encode())[:-60],
-            gzip.compress("----".join(LONG).encode(), 1),
-            False,
-        ),
+        ("a.txt.gz", gzip.compress(JOINED)[:-60], gzip.compress(JOINED, 1), False),
     ],
 )
 def test_a_corrected_file_goes_on_where_it_stopped(

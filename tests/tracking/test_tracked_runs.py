@@ -84,15 +84,7 @@ def test_trackers_that_fail_stop_no_run(config_file, tmp_path, monkeypatch, capf
     monkeypatch.setattr(wandb.Wandb, "__init__", fail)
     monkeypatch.setattr(tensorboard.TensorBoard, "log", fail)
     run_dir = tmp_path / "run"
-    arguments = [
-        "--config",
-        str(config_file),
-        "--trainer.run_dir",
-        str(run_dir),
-        "--optimizer.type",
-        "adamw",
-        *BOTH,
-    ]
+    arguments = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--optimizer.type", "adamw", *BOTH]
     assert main([*arguments, "--quiet"]) == 0
     assert [record["step"] for record in records(run_dir) if "train/loss" in record] == list(range(12))
     *warnings, done, validation, saved = capfd.readouterr().out.splitlines()
