@@ -63,8 +63,8 @@ SOPHIA = "sophia_g, interval: 4, rho: 0.5"
 
 @pytest.mark.parametrize(
     ("optimizer", "ray"),
-    [("adamw", []), pytest.param(SOPHIA, ["--ray"], marks=pytest.mark.slow)],
-    ids=["one_by_one", "ray"],
+    [("adamw", []), *(pytest.param(SOPHIA, ray, marks=pytest.mark.slow) for ray in ([], ["--ray"]))],
+    ids=["one_by_one", "sophia", "ray"],
 )
 def test_a_run_that_begins_with_a_shorter_one_is_the_run_from_step_0(optimizer, ray, write, tmp_path, capfd):
     """A run that may go back to a checkpoint shares nothing, and nothing sends it back here."""

@@ -40,7 +40,7 @@ SWITCHES = {
     "model.dropout": "0.1",
 }
 SWITCHED = [word for name, value in SWITCHES.items() for word in (f"--{name}", value)]
-KRONECKER = [*SWITCHED, "--optimizer.basis", "kronecker"]
+KRONECKER = [*SWITCHED, "--optimizer.basis", "kronecker", "--model.gradient_checkpointing", "full"]
 
 
 @pytest.fixture(scope="module")

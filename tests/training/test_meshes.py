@@ -111,13 +111,11 @@ def check_split(state, mesh):
                 assert {s.data.size for s in leaf.array.addressable_shards} == {leaf.array.size // parts}, names
 
 
-@pytest.mark.parametrize(
-    ("mesh", "optimizer", "num_microbatches"),
-    [
-        (MeshConfig(replica=2, model=2, fsdp="embed"), "sophia", 4),
-        (MeshConfig(data=2, sequence=4), "sophia_h", 1),  # positions are split
-    ],
-)
+EVERYTHING = MeshConfig(replica=2, model=2, fsdp="embed"), "sophia", 4
+SPLIT_POSITIONS = MeshConfig(data=2, sequence=4), "sophia_h", 1
+
+
+@pytest.mark.parametrize(("mesh", "optimizer", "num_microbatches"), [EVERYTHING, SPLIT_POSITIONS])
 def test_a_mesh_takes_the_steps_of_one_device(mesh, optimizer, num_microbatches):
     """Each refreshes the curvature, so that they are one program."""
     config = nano(optimizer, num_microbatches)
@@ -143,6 +141,12 @@ def test_the_labels_that_are_drawn_are_the_same_on_any_mesh():
     for one, split in zip(*curvatures, strict=True):
         assert np.linalg.norm(one) > 0
         assert np.linalg.norm(split - one) < 0.02 * np.linalg.norm(one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [EVERYTHING, SPLIT_POSITIONS])
+def test_more_steps_of_these_meshes(run):
+    check_mesh(*run)
 
 
 @pytest.mark.slow
