@@ -326,7 +326,7 @@ def kills(directory: Path, how: str, count: int) -> None:
     """Kill a saving process so many times, and look at what is there each time."""
     like = {str(i): np.zeros((64, 64), int) for i in range(20)}
     rng = random.Random(0)
-    leftovers = 0
+    leftovers = restores = 0
     for _ in range(count):
         fork = Fork(save_for_ever, directory, how == "again")
         committed = fork.receive()
@@ -346,8 +346,8 @@ def kills(directory: Path, how: str, count: int) -> None:
         # The file that was damaged on purpose, and no other.
         wrong = [line for lines in found.values() for line in lines]
         assert not wrong or (how == "again" and all(line.startswith("leaf 7, ") for line in wrong))
-        if all(found.values()):  # the first step was damaged and not saved again yet
-            assert how == "again" and committed == 1
+        if all(found.values()):  # on a slow machine every step was damaged and not saved again yet
+            assert how == "again"
             with pytest.raises(CheckpointError, match="holds no intact checkpoint"):
                 restore(directory, like, report=lambda line: None)
             continue
@@ -355,7 +355,8 @@ def kills(directory: Path, how: str, count: int) -> None:
         assert restored.step == max(step for step, lines in found.items() if not lines)
         values = {int(value) for leaf in restored.tree.values() for value in leaf.reshape(-1)}
         assert len(values) == 1 and abs(values.pop()) == restored.step
-    assert leftovers > 0
+        restores += 1
+    assert leftovers > 0 and restores > 0
 
 
 def test_killed_a_few_times(tmp_path: Path) -> None:

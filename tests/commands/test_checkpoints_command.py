@@ -197,8 +197,8 @@ def test_a_real_run(config_file, tmp_path, capfd):
         assert "12" in command(capfd, "list", place)[1].splitlines()[2]
     out = command(capfd, "show", run_dir)[1]
     assert "config.optimizer: type sophia_g, learning_rate 0.01" in out
-    assert re.search(r"\n {8}c_attn\n {10}weight +float32\[2, 16, 3, 2, 8\], 1 chunk\(s\), 6\.1 kB, norm \d", out)
-    assert re.search(r"\nmodel: \d+ array\(s\), 12,624 numbers, 50\.5 kB\n", out)
+    assert re.search(r"\n {8}c_attn\n {10}weight +float32\[2, 16, 3, 2, 8\], 1 chunk, 6\.1 kB, norm \d", out)
+    assert re.search(r"\nmodel: \d+ arrays, 12,624 numbers, 50\.5 kB\n", out)
     assert "step  change" in re.sub(" +", "  ", command(capfd, "diff", run_dir, 6, 12)[1])
 
     # While it runs, nothing is removed.
