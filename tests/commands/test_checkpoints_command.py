@@ -161,7 +161,7 @@ def test_diff(saved, capfd):
         ["config.optimizer.rho:", "0.1", "in", "1,", "0.30000000000000004", "in", "3"],
         ["model.up.weight", "change", "2.000e+00,", "at", "most", "2.000e+00"],
         ["step", "change", "2.000e+00,", "at", "most", "2.000e+00"],
-        ["2", "of", "4", "arrays", "are", "the", "same"],
+        ["2", "of", "4", "arrays", "are", "identical"],
     ]
     out = command(capfd, "diff", saved, 4, 5)[1]
     assert "model.up.weight: float32[4, 3] in 4, float32[3, 4] in 5" in out
@@ -174,10 +174,10 @@ def test_prune(saved, capfd):
     shutil.copytree(saved / "step-00000004", killed)
     status, out, _ = command(capfd, "prune", saved, "--keep", 1, "--every", 3, "--dry_run")
     assert status == 0 and steps(saved) == [1, 2, 3, 4] and killed.exists()
-    assert out.splitlines() == ["would remove step 1, 84 B", "2, 3, 4 would stay; the best is 2"]
+    assert out.splitlines() == ["would remove step 1, 84 B", "would keep 2, 3, 4; the best is 2"]
     status, out, _ = command(capfd, "prune", saved, "--keep", 1)
     assert status == 0 and steps(saved) == [2, 4] and not killed.exists()
-    assert out.splitlines() == ["removed step 1, 84 B", "removed step 3, 84 B", "2, 4 stay; the best is 2"]
+    assert out.splitlines() == ["removed step 1, 84 B", "removed step 3, 84 B", "kept 2, 4; the best is 2"]
 
 
 def test_prune_keeps_a_whole_one(saved, capfd):
@@ -185,7 +185,7 @@ def test_prune_keeps_a_whole_one(saved, capfd):
         next((saved / f"step-0000000{step}").rglob("c*")).unlink()
     status, _, error = command(capfd, "prune", saved, "--keep", 1)
     assert status == 1
-    assert error == "error: of the steps that would stay, 2, 4, none is whole; nothing was removed\n"
+    assert error == "error: none of the steps to keep (2, 4) is intact; nothing was removed\n"
     assert steps(saved) == [1, 2, 3, 4]
 
 
@@ -222,7 +222,7 @@ def test_a_bucket(monkeypatch, capfd):
         assert command(capfd, "verify", "gs://bucket/run")[0] == 0
         under_way = f"run/step-00000004/arrays-{'0a' * 16}/x"
         bucket.objects[under_way] = (9, b"")
-        assert command(capfd, "prune", "gs://bucket/run", "--keep", 1)[1].endswith("3 stay; the best is not known\n")
+        assert command(capfd, "prune", "gs://bucket/run", "--keep", 1)[1].endswith("kept 3; the best is unknown\n")
         assert not [name for name in bucket.objects if "step-00000002" in name]
         assert under_way in bucket.objects
 
@@ -235,18 +235,18 @@ def test_a_bucket(monkeypatch, capfd):
         (["list"], "list takes DIR; --help shows the options"),
         (["list", "DIR", "x"], "list takes DIR; --help"),
         (["list", "DIR", "--step", "1"], "unknown option '--step'"),
-        (["list", "nowhere"], "nowhere: no such directory"),
-        (["list", "DIR/step-00000001/arrays"], "arrays holds no checkpoint (no step-* folder)"),
-        (["show", "DIR/step-00000001"], "run, and 1 as a step"),
-        (["list", "http://host/x"], "checkpoints go to a path, or to gs:// or s3://"),
-        (["show", "DIR", "--step", "7"], "holds no step 7: it has 1, 2, 3, 4"),
+        (["list", "nowhere"], "nowhere does not exist; name a run directory"),
+        (["list", "DIR/step-00000001/arrays"], "arrays contains no checkpoint (no step-* folder)"),
+        (["show", "DIR/step-00000001"], "run, and step 1 separately"),
+        (["list", "http://host/x"], "checkpoints must go to a path, gs:// or s3://"),
+        (["show", "DIR", "--step", "7"], "has no step 7; its steps are 1, 2, 3, 4"),
         (["verify", "DIR", "--step", "x"], "--step is 'x'; it must be a whole number"),
         (["diff", "DIR", "1"], "diff takes DIR A B"),
         (["diff", "DIR", "1", "y"], "a step is 'y'; it must be a whole number"),
-        (["prune", "DIR"], "--keep N is missing; the newest N steps stay"),
+        (["prune", "DIR"], "--keep N is missing; it is the number of newest steps to keep"),
         (["prune", "DIR", "--keep", "0"], "--keep is 0; it must be at least 1"),
         (["prune", "DIR", "--keep", "1", "--every", "0"], "--every is 0; it must be at least 1"),
-        (["prune", "DIR", "--keep", "9" * 30], "it must be a whole number, below a billion"),
+        (["prune", "DIR", "--keep", "9" * 30], "it must be a whole number below a billion"),
     ],
 )
 def test_bad_input(four_steps, capfd, words, message):

@@ -63,14 +63,14 @@ def arguments(study: Path, *more: object) -> list[str]:
         (["--config", "STUDY", "--confg", "x"], "unknown option '--confg'; did you mean --config?"),
         (["--config", "STUDY", "--ray=1"], "--ray takes no value, found '1'"),
         (["--config", "STUDY", "--out"], "--out has no value"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
-        (["--config", "."], ".: cannot be read: Is a directory"),
-        (["--config", "STUDY", "--out", "STUDY"], "study.yaml is a file or below one; name a directory"),
-        (["--config", "STUDY", "--out", "STUDY/x"], "study.yaml/x is a file or below one; name a directory"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: file not found"),
+        (["--config", "."], ". cannot be read: Is a directory"),
+        (["--config", "STUDY", "--out", "STUDY"], "study.yaml is a file or inside a file; name a directory"),
+        (["--config", "STUDY", "--out", "STUDY/x"], "study.yaml/x is a file or inside a file; name a directory"),
         (["--config", "STUDY", "--optimizer.roh", "1"], "arm adamw: unknown option '--optimizer.roh'"),
         (["--config", "STUDY", "--optimizer.rho", "1"], "arm adamw: unknown option '--optimizer.rho'"),
         (["--config", "STUDY", "--trainer.batch_size", "two"], "arm adamw: trainer.batch_size is 'two'"),
-        (["--config", "STUDY", "--trainer.seed", "1"], "--trainer.seed would change nothing; a study sets it by seeds"),
+        (["--config", "STUDY", "--trainer.seed", "1"], "--trainer.seed has no effect in a study; use seeds instead"),
         (["--config", "STUDY", "--trainer.batch_size", "2000"], "arm adamw: tokens 640 are 0 steps"),
         (["--config", "tiny.yaml"], "tiny.yaml: unknown key 'model.num_layers'"),
     ],
@@ -96,7 +96,7 @@ def test_a_damaged_file_of_records_stays_as_it_is(write, capfd, done):
     capfd.readouterr()
     assert main(arguments(study)) == 2
     error = capfd.readouterr().err
-    assert error.startswith(f"error: {file}: is no record of a study: ") and error.count("\n") == 1
+    assert error.startswith(f"error: {file} is not a record of a study: ") and error.count("\n") == 1
     assert file.read_text() == damaged and len(done) == 2
 
 
@@ -105,7 +105,9 @@ def test_a_directory_has_one_comparison_at_a_time(write, tmp_path, capfd, done):
     with (tmp_path / "out" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(arguments(write(STUDY))) == 2
-        assert "out is in use by another comparison; wait for it or name another directory\n" in capfd.readouterr().err
+        assert (
+            "out is in use by another comparison; wait for it or choose another directory\n" in capfd.readouterr().err
+        )
         assert main(arguments(write(STUDY), "--plan")) == 0
     assert not done
     assert main(arguments(write(STUDY))) == 0
@@ -219,7 +221,7 @@ def test_another_text_needs_another_place(write, tmp_path, capsys, done):
     other.write_text("Another text altogether.")
     assert main(arguments(study, "--data.validation", other)) == 2
     error = capsys.readouterr().err
-    assert "study.json holds runs on another text: the digest of data.validation was" in error
+    assert "study.json contains runs on a different text: the digest of data.validation was" in error
     assert error.count("\n") == 1
     assert (tmp_path / "out" / "study.json").read_text() == before
 
@@ -290,7 +292,7 @@ def raise_where_it_is_dropped(number: signal.Signals) -> None:
     ("number", "status", "said"),
     [
         (signal.SIGINT, 130, "interrupted; run the same command again to continue"),
-        (signal.SIGTERM, 75, "SIGTERM: stopped; run the command again"),
+        (signal.SIGTERM, 75, "SIGTERM: stopped; run the same command again to continue"),
     ],
 )
 def test_a_signal_during_a_run_ends_the_study_after_it(number, status, said, write, tmp_path, capfd, monkeypatch, done):

@@ -146,10 +146,10 @@ LONG = STUDY.replace("640", "64000")  # 1000 steps
 @pytest.mark.parametrize(
     ("ray", "number", "status", "wanted"),
     [
-        ([], signal.SIGTERM, 75, "SIGTERM: stopped; run the command again"),
-        ([], signal.SIGHUP, 75, "SIGHUP: stopped; run the command again"),
+        ([], signal.SIGTERM, 75, "SIGTERM: stopped; run the same command again to continue"),
+        ([], signal.SIGHUP, 75, "SIGHUP: stopped; run the same command again to continue"),
         ([], signal.SIGINT, 130, "interrupted; run the same command again to continue"),
-        (["--ray"], signal.SIGTERM, 75, "SIGTERM: stopped; run the command again"),
+        (["--ray"], signal.SIGTERM, 75, "SIGTERM: stopped; run the same command again to continue"),
         (["--ray"], signal.SIGINT, 130, "interrupted; run the same command again to continue"),
     ],
 )

@@ -44,7 +44,7 @@ def test_prepare_and_inspect(
     assert "data.train: 60 documents" in out
     assert "validation tokens (bytes)" in out
     assert prepare_data.main(["--config", config]) == 0
-    assert "is prepared already" in capsys.readouterr().out
+    assert "is already prepared" in capsys.readouterr().out
     assert inspect_data.main([store_of(tmp_path), "--documents", "2", "--verify"]) == 0
     out = capsys.readouterr().out
     assert out.count("verified") == 2
@@ -82,7 +82,7 @@ def test_prepare_and_inspect(
 def test_a_tokenizer_is_trained_and_used(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "my.tiktoken")
     assert train_tokenizer.main(["--config", config, "--vocab_size", "300", "--out", out]) == 0
-    assert capsys.readouterr().out == f"300 tokens, end-of-text included, in {out}\n"
+    assert capsys.readouterr().out == f"wrote 300 tokens, including end-of-text, to {out}\n"
     assert prepare_data.main(["--config", config, "--data.tokenizer", out]) == 0
     capsys.readouterr()
     assert inspect_data.main([store_of(tmp_path)]) == 0
@@ -111,7 +111,7 @@ def test_held_out_documents_train_no_tokenizer(config: str, tmp_path: Path, caps
     ("command", "arguments", "expected"),
     [
         (prepare_data, [], "--config FILE is missing"),
-        (prepare_data, ["--config", "CONFIG", "--data.train", "/gone"], "data.train: no file is called"),
+        (prepare_data, ["--config", "CONFIG", "--data.train", "/gone"], "data.train: no file matches"),
         (prepare_data, ["--config", "CONFIG", "--data.num_workers", "-1"], "data.num_workers is -1"),
         (prepare_data, ["--config", "CONFIG", "--data.invalid_utf8", "drop"], "data.invalid_utf8 is 'drop'"),
         (
@@ -120,7 +120,11 @@ def test_held_out_documents_train_no_tokenizer(config: str, tmp_path: Path, caps
             "data.bad_rows is 'drop'; it must be error or skip",
         ),
         (prepare_data, ["--config", "CONFIG", "--data.document_separator", ""], "data.document_separator is empty"),
-        (prepare_data, ["--config", "CONFIG", "--model.seq_len", "999999"], "fewer than model.seq_len"),
+        (
+            prepare_data,
+            ["--config", "CONFIG", "--model.seq_len", "999999"],
+            "one sequence needs 1000000 (model.seq_len + 1)",
+        ),
         (inspect_data, [], "name one STORE"),
         (inspect_data, ["/gone"], "no finished token store"),
         (inspect_data, ["/gone", "--documents", "-1"], "--documents is '-1'"),
@@ -131,7 +135,7 @@ def test_held_out_documents_train_no_tokenizer(config: str, tmp_path: Path, caps
         (
             train_tokenizer,
             ["--config", "CONFIG", "--vocab_size", "300", "--out", "a.json"],
-            "must be called *.tiktoken",
+            "must end in .tiktoken",
         ),
         (train_tokenizer, ["--config", "CONFIG", "--vocab_size", "9", "--out", "a.tiktoken"], "--vocab_size is 9"),
     ],
@@ -164,7 +168,7 @@ def test_training_finds_what_was_prepared_by_relative_names(
     arguments += ["--optimizer.type", "adamw"]
     stop_after(0)
     assert train.main([*arguments, "--trainer.run_dir", "../run"]) == 130
-    assert "is prepared already" in capsys.readouterr().out
+    assert "is already prepared" in capsys.readouterr().out
     assert train.main(["--resume", "../run"]) == 0
 
 

@@ -143,22 +143,25 @@ def test_an_exported_model_on_a_text(trained, other, evaluated):
 
 
 BAD = {
-    "no model": ([], "0 models are given; write one MODEL"),
-    "two models": (["a", "b"], "2 models are given"),
+    "no model": ([], "expected one MODEL, found 0"),
+    "two models": (["a", "b"], "expected one MODEL, found 2"),
     "no windows": (["RUN", "--windows", "0"], "--windows is 0; it must be at least 1"),
     "no batch": (["RUN", "--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
     "no number": (["RUN", "--windows", "all"], "--windows is 'all'; it must be a whole number"),
     "an unknown option": (["RUN", "--window", "3"], "unknown option '--window'; did you mean --windows?"),
     "nowhere": (["nowhere"], "nowhere does not exist"),
-    "no such step": (["RUN", "--step", "7"], "holds no checkpoint of step 7: it has 6, 12"),
+    "no such step": (["RUN", "--step", "7"], "has no checkpoint of step 7; its steps are 6, 12"),
     "a folder without a text": (["FOLDER"], "--data.validation TEXT is missing: FOLDER is not a run"),
     "no such text": (["RUN", "--data.validation", "nowhere.txt"], "nowhere.txt"),
-    "another vocabulary": (["RUN", "--data.tokenizer", "WORDS"], "WORDS is not the one that RUN was trained with"),
+    "another vocabulary": (
+        ["RUN", "--data.tokenizer", "WORDS"],
+        "WORDS differs from the one that RUN was trained with",
+    ),
     "another vocabulary in a folder": (
         ["FOLDER", "--data.tokenizer", "WORDS"],
-        "WORDS is not the one that FOLDER was trained with; set --data.tokenizer bytes",
+        "WORDS differs from the one that FOLDER was trained with; set --data.tokenizer bytes",
     ),
-    "a mesh of more devices": (["RUN", "--mesh.model", "16"], "and there are 8"),
+    "a mesh of more devices": (["RUN", "--mesh.model", "16"], "but there are 8"),
 }
 
 

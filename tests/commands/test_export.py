@@ -30,7 +30,7 @@ def test_a_run_goes_out_and_another_starts_from_it(trained, tmp_path, monkeypatc
     assert export.main([str(trained / "run"), "out"]) == 0
     size = (tmp_path / "out/model.safetensors").stat().st_size
     assert capfd.readouterr().out == (
-        f"step 12 of {trained / 'run'} is in {tmp_path / 'out'}: float32, {size:,} bytes, tokenizer bytes\n"
+        f"exported step 12 of {trained / 'run'} to {tmp_path / 'out'}: float32, {size:,} bytes, tokenizer bytes\n"
     )
     assert_same(weights("out"), weights(trained / "run"))
     assert export.main([str(trained / "run"), "half", "--step", "6", "--dtype=bfloat16"]) == 0
@@ -44,20 +44,23 @@ def test_a_run_goes_out_and_another_starts_from_it(trained, tmp_path, monkeypatc
 
 
 BAD = {
-    "no words": ([], "0 words are given; write MODEL OUT_DIR"),
-    "no folder": (["MODEL"], "1 words are given; write MODEL OUT_DIR"),
-    "too many": (["MODEL", "out", "more"], "3 words are given"),
+    "no words": ([], "expected MODEL OUT_DIR, found 0 arguments"),
+    "no folder": (["MODEL"], "expected MODEL OUT_DIR, found 1 argument"),
+    "too many": (["MODEL", "out", "more"], "found 3 arguments"),
     "no model": (["nowhere", "out"], "nowhere does not exist"),
     "an unknown dtype": (["MODEL", "out", "--dtype", "float64"], "--dtype is 'float64'; it must be one of float32, bf"),
-    "a step of a folder": (["MODEL", "out", "--step", "3"], "--step 3 does not go with MODEL, which is not a run"),
+    "a step of a folder": (
+        ["MODEL", "out", "--step", "3"],
+        "--step 3 cannot be combined with MODEL, which is not a run",
+    ),
     "no step": (["MODEL", "out", "--step", "-1"], "--step is '-1'; it must be a whole number"),
-    "files": (["MODEL", "full"], "full already holds files; name an empty or a new folder"),
-    "a file": (["MODEL", "full/notes.txt"], "notes.txt is a file; name an empty or a new folder"),
-    "its own folder": (["MODEL", "MODEL"], "MODEL already holds files"),
+    "files": (["MODEL", "full"], "full already contains files; name an empty or new folder"),
+    "a file": (["MODEL", "full/notes.txt"], "notes.txt is a file; name an empty or new folder"),
+    "its own folder": (["MODEL", "MODEL"], "MODEL already contains files"),
     "another tokenizer": (["MODEL", "out", "--data.tokenizer", "bites"], "did you mean bytes?"),
-    "another model": (["MODEL", "out", "--model.use_bias", "false"], "--model.use_bias does not go with MODEL"),
+    "another model": (["MODEL", "out", "--model.use_bias", "false"], "--model.use_bias cannot be combined with MODEL"),
     "an empty word": (["MODEL", ""], "an argument is empty"),
-    "a folder of another kind": (["full", "out"], "holds no model: no config.yaml of a run"),
+    "a folder of another kind": (["full", "out"], "contains no model: no run's config.yaml"),
 }
 
 

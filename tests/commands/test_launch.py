@@ -35,7 +35,7 @@ def test_a_dry_run_shows_the_commands_and_writes_nothing(config_file, tmp_path, 
     assert (status, err) == (0, "")
     assert sorted(tmp_path.iterdir()) == before
     lines = out.splitlines()
-    assert lines[0] == "on this machine, nothing is paid for:"
+    assert lines[0] == "on this machine, nothing is billed:"
     # A shell takes what is shown as it was meant; values of env are masked.
     shown = subprocess.run(
         ["bash", "-c", lines[2].replace(sys.executable, "printf '%s\\n' \"$A\"")],
@@ -70,7 +70,7 @@ def test_a_dry_run_of_ray(config_file, tmp_path, capsys):
     assert status == 0
     assert out.startswith(
         "on the Ray cluster auto (RAY_AUTH_MODE disabled): 8 processes on 2 whole slices of "
-        "v4-32: 16 chips (2x2x4), 4 hosts, 512 GiB\npaid for: those nodes"
+        "v4-32: 16 chips (2x2x4), 4 hosts, 512 GiB\nbilled: those nodes"
     )
 
 
@@ -92,7 +92,7 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
     for known, name in ((sys.modules, "queue_cluster"), (ClusterConfig.get_known_choices(), "queue")):
         monkeypatch.setitem(known, name, None)  # is undone after the test
         del known[name]
-    for processes, shown in ((1, "on this machine, nothing is paid for:"), (2, "would queue")):
+    for processes, shown in ((1, "on this machine, nothing is billed:"), (2, "would queue")):
         cluster = cluster_file(tmp_path, f"backend: queue\nprocesses: {processes}\n")
         words = ["--plugins", "queue_cluster", "--config", config_file, "--cluster", cluster, "--dry_run"]
         status, out, err = main(capsys, *words)
@@ -105,28 +105,28 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
     [
         ([], "--config FILE is missing; config/gpt2_large_sophia.yaml is one"),
         (["--config", "CONFIG"], "--cluster FILE is missing; infra/local.yaml is one"),
-        (["--config", "nowhere.yaml", "--cluster", "CLUSTER"], "nowhere.yaml: no such file"),
-        (["--config", "CONFIG", "--cluster", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["--config", "nowhere.yaml", "--cluster", "CLUSTER"], "nowhere.yaml: file not found"),
+        (["--config", "CONFIG", "--cluster", "nowhere.yaml"], "nowhere.yaml: file not found"),
         (["--config", "CONFIG", "--cluster", "CONFIG"], "backend is missing"),
         (["--config", "CONFIG", "--cluster", "CLUSTER", "--dryrun"], "did you mean --dry_run?"),
         (["--config", "CONFIG", "--cluster", "CLUSTER", "--model.heads", "2"], "unknown option '--model.heads'"),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--mesh.coordinator", "auto", "--trainer.run_dir", "run"],
-            "mesh.coordinator is 'auto', and the launcher sets it; leave it out",
+            "mesh.coordinator is 'auto', but the launcher sets it; leave it out",
         ),
         (["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "CONFIG"], "is a file; name a directory"),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "/proc/no/run"],
             "/proc/no/run cannot be used",
         ),
-        (["status"], "give one run directory"),
-        (["status", "a", "b"], "give one run directory"),
-        (["logs", "FOLDER"], "holds no launched run"),
-        (["stop", "nowhere"], "nowhere holds no launched run"),
+        (["status"], "expected one run directory"),
+        (["status", "a", "b"], "expected one run directory"),
+        (["logs", "FOLDER"], "contains no launched run"),
+        (["stop", "nowhere"], "nowhere contains no launched run"),
         (["stats", "FOLDER"], "'stats' is not one of status, logs, stop; did you mean status?"),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "gs://bucket/run"],
-            "trainer.run_dir gs://bucket/run is a URL, and must be a directory; trainer.checkpoint_dir may be a URL",
+            "trainer.run_dir gs://bucket/run is a URL; name a directory (only trainer.checkpoint_dir may be a URL)",
         ),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_bucket_is_needed_where_hosts_share_no_disk(config_file, tmp_path, cap
     cluster = cluster_file(tmp_path, "backend: gcloud\nzone: us-central2-b\naccelerator: v4-8\n")
     status, _, err = main(capsys, "--config", config_file, "--cluster", cluster, "--trainer.checkpoint_dir", "ckpt")
     assert status == 2
-    assert "trainer.checkpoint_dir is ckpt; the hosts of a TPU slice share no disk" in err
+    assert "trainer.checkpoint_dir is ckpt, but TPU hosts do not share a disk" in err
 
 
 def test_files_for_the_hosts_that_are_missing_are_found_before_anything_is_paid_for(
@@ -187,7 +187,7 @@ def test_files_for_the_hosts_that_are_missing_are_found_before_anything_is_paid_
     for further in ([], ["--dry_run"]):
         status, out, err = main(capsys, *words, *further)
         assert (status, out) == (2, "")
-        assert err.startswith("error: files names dist/a.whl, b.whl: not found; paths are relative to the working ")
+        assert err.startswith("error: files: dist/a.whl, b.whl not found; paths are relative to the working ")
         assert err.count("\n") == 1
 
 
@@ -206,7 +206,7 @@ def test_a_run_of_one_process_then_again_then_another(config_file, tmp_path, cap
 
     status, _, err = main(capfd, *words, "--optimizer.b1", "0.8")
     assert status == 2
-    assert f"trainer.run_dir {run_dir} holds another run: its optimizer.b1 is 0.9" in err
+    assert f"trainer.run_dir {run_dir} contains another run: its optimizer.b1 is 0.9" in err
 
     status, out, _ = main(capfd, "status", run_dir)
     assert (status, out) == (0, "done; 1 process (local); attempt 2; step 12; 0 failures, 0 preemptions\n")
@@ -214,8 +214,8 @@ def test_a_run_of_one_process_then_again_then_another(config_file, tmp_path, cap
     assert "all 12 steps are done" in main(capfd, "logs", run_dir)[1]
     assert main(capfd, "stop", run_dir)[1].startswith("nothing is running\ndone; 1 process")
     for wrong, message in (
-        ("--attempt", "--attempt 7 has no logs; the attempts with logs: attempt-001, attempt-002"),
-        ("--process", "--process 7 has no logs; the processes with logs: process-0"),
+        ("--attempt", "--attempt 7 has no logs; attempts with logs: attempt-001, attempt-002"),
+        ("--process", "--process 7 has no logs; processes with logs: process-0"),
     ):
         status, _, err = main(capfd, "logs", run_dir, wrong, "7")
         assert status == 2 and message in err
@@ -237,7 +237,7 @@ def test_a_run_whose_launcher_is_gone(tmp_path, capsys):
     (tmp_path / "launch" / "status.json").write_text(f'{{"state": "running", {fields}}}')
     status, out, _ = main(capsys, "status", tmp_path)
     assert status == 1
-    assert "its launcher is gone, and the run with it" in out
+    assert "its launcher has died, and the run with it" in out
     for damaged in ("{", "[]", "", fields, f'{{"state": "running", {fields}}}'.replace("2", '"x"')):
         (tmp_path / "launch" / "status.json").write_text(damaged)
         status, out, err = main(capsys, "status", tmp_path)

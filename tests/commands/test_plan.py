@@ -19,7 +19,7 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
     ("words", "message"),
     [
         ([], "--config FILE is missing; config/gpt2_large_sophia.yaml is one"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: file not found"),
         (["--config", NANO, "extra"], "unexpected argument 'extra'; write --SECTION.FIELD VALUE"),
         (["--config", NANO, "--mfu", "1.5"], "--mfu is '1.5'; it must be above 0 and at most 1"),
         (["--config", NANO, "--mfu", "half"], "--mfu is 'half'; it must be above 0 and at most 1"),
@@ -37,7 +37,7 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
         (["--config", NANO, "--target", "0xv4-32"], "--target is '0xv4-32'; the number of slices must be at least 1"),
         (
             ["--config", NANO, "--target", "2xv4-8", "--mesh.replica", "4"],
-            "mesh.replica is 4, and --target has 2 slices; set --mesh.replica 2, so that only gradients go between",
+            "mesh.replica is 4, but --target has 2 slices; set --mesh.replica 2, so that only gradients go between",
         ),
         (["--config", NANO, "--target", "v4:0x2x4"], "--target is 'v4:0x2x4'; a side of v4 has between 1 and 16 chips"),
         (["--config", NANO, "--target", "v5e:1000x1000"], "--target is 'v5e:1000x1000'; a side of v5e has between 1"),
@@ -46,10 +46,10 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
             ["--config", NANO, "--model.embed_dim", "9" * 11],
             f"model.embed_dim is {'9' * 11}; it must be between 1 and 1048576",
         ),
-        (["--config", NANO, "--target", "v4:2x2x1", "--devices", "4"], "--devices does not go with --target"),
+        (["--config", NANO, "--target", "v4:2x2x1", "--devices", "4"], "--devices cannot be combined with --target"),
         (["--config", NANO, "--mesh.width", "4"], "unknown option '--mesh.width'; the fields of mesh are"),
         (["--config", NANO, "--mesh.fsdp", "embd"], "mesh.fsdp is 'embd'; it must be one of embed, mlp"),
-        (["--config", NANO, "--devices", "2", "--mesh.model", "4"], "mesh: model 4 is 4 devices, and there are 2"),
+        (["--config", NANO, "--devices", "2", "--mesh.model", "4"], "mesh: model 4 needs 4 devices, but there are 2"),
         (["--config", NANO, "--devices", "3"], "trainer.batch_size 8 is not divisible by the 3 devices on mesh.data"),
     ],
 )
@@ -99,7 +99,7 @@ def test_a_plan():
     assert lines[time + 2] == "  remedy: a larger trainer.batch_size"
     assert lines[time + 3].endswith(" days for 1,000 steps of 1,024 tokens")
     assert lines[time + 4].endswith("memory 1,555 GB/s, links within a node 300 GB/s")
-    assert "the largest trainer.microbatch_size that fits is 8, of 8" in lines
+    assert "the largest trainer.microbatch_size that fits is 8, in batches of 8" in lines
     assert any(line.startswith("optimizer.curvature_microbatch_size") or "no optimizer.curv" in line for line in lines)
 
 

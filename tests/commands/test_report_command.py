@@ -147,9 +147,9 @@ def test_runs_of_different_tokenizers_are_compared_in_bits_per_byte(runs, capfd)
     status, out, _ = command(capfd, runs / "sophia", runs / "gpt2", "-o", runs / "r.html")
     assert status == 0 and "NOTE: The runs have different tokenizers" in out
     found = Page(runs / "r.html")
-    assert "losses per token cannot be compared" in found.text
+    assert "Losses per token cannot be compared" in found.text
     assert "Validation, bits per byte against steps: sophia, gpt2" in found.images()
-    assert "Validation loss" not in found.text and "not to be compared between tokenizers" in found.text
+    assert "Validation loss" not in found.text and "cannot be compared between tokenizers" in found.text
 
 
 @pytest.mark.usefixtures("no_pngs", "no_svgs")
@@ -178,20 +178,20 @@ BAD = {
     "sophia -o out": "--output out must end in .html",
     "sophia -o nowhere/r.html": "--output nowhere/r.html: the directory nowhere does not exist; create it first",
     "sophia -o folder.html": "--output folder.html is a directory; name a file",
-    "sophia -o a.html --output b.html": "-o and --output are the same",
+    "sophia -o a.html --output b.html": "-o and --output are the same option",
     "sophia -o": "-o has no value",
     "sophia --pdf": "unknown option '--pdf'",
-    "nowhere": "nowhere: no such directory",
-    "a=nowhere": "nowhere: no such directory",
+    "nowhere": "nowhere does not exist; name a run directory",
+    "a=nowhere": "nowhere does not exist; name a run directory",
     "sophia sophia": "sophia is given twice",
     "sophia adamw/../sophia/": "adamw/../sophia/ is given twice",
     "sophia x=sophia": "x=sophia is the same run as sophia",
     "sophia sophia=adamw": "two runs are called sophia: sophia and adamw; write NAME=RUN_DIR for one of them",
     "=sophia": "'=sophia' lacks a name or a directory",
     "x=": "'x=' lacks a name or a directory",
-    "empty": "empty holds no config.yaml; name a run directory",
-    "no_metrics": "no_metrics holds no metrics.jsonl",
-    "no_step": "no_step/metrics.jsonl holds no step yet",
+    "empty": "empty contains no config.yaml; name a run directory",
+    "no_metrics": "no_metrics contains no metrics.jsonl",
+    "no_step": "no_step/metrics.jsonl contains no steps yet",
     "damaged": "damaged/metrics.jsonl: line 2 is damaged",
     "bad_config": "bad_config/config.yaml: unknown key 'trainer.bathc_size'",
 }

@@ -60,7 +60,7 @@ def test_several_texts_have_headings_and_are_those_of_one(sampled, tmp_path):
 
 def test_without_a_prompt_a_document_begins(sampled):
     shown = sampled("--temperature", "2")
-    assert "no prompt: the model begins a document\n" in shown.err
+    assert "no prompt: the model begins a new document\n" in shown.err
     assert len(shown.out) > 5
 
 
@@ -137,12 +137,12 @@ def test_a_reader_that_leaves(run_dir):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "0 models are given; write one MODEL, and each prompt after --prompt"),
-        (["RUN", "Once upon"], "2 models are given"),
+        ([], "expected one MODEL, found 0; write each prompt after --prompt"),
+        (["RUN", "Once upon"], "expected one MODEL, found 2"),
         (["RUN", "--prompt", ""], "--prompt has an empty value"),
         (["RUN", "--prompt"], "--prompt has no value"),
-        (["RUN", "--prompt", "x" * 17], "prompt 1 has 17 tokens, more than the 16 of the model's context"),
-        (["RUN", "--prompt", "x", "--prompt", "y" * 1700], "prompt 2 has 1,700 tokens, more than the 16"),
+        (["RUN", "--prompt", "x" * 17], "prompt 1 has 17 tokens, but the model's context has 16"),
+        (["RUN", "--prompt", "x", "--prompt", "y" * 1700], "prompt 2 has 1,700 tokens, but the model's context has 16"),
         (["RUN", "--tokens", "0"], "--tokens is 0; it must be at least 1"),
         (["RUN", "--tokens", "many"], "--tokens is 'many'; it must be a whole number"),
         (["RUN", "--samples", "0"], "--samples is 0; it must be at least 1"),
@@ -160,11 +160,14 @@ def test_a_reader_that_leaves(run_dir):
         (["RUN", "--prompt_file", "nowhere.txt"], "nowhere.txt cannot be read: No such file or directory"),
         (["RUN", "--prompt_file", "HERE"], "--prompt_file HERE cannot be read: Is a directory"),
         (["RUN", "--prompt_file", "HERE/empty"], "--prompt_file HERE/empty is empty"),
-        (["RUN", "--prompt_file", "HERE/latin1"], "--prompt_file HERE/latin1 is not valid UTF-8: byte 3 is wrong"),
-        (["RUN", "--step", "3"], "RUN/checkpoints holds no checkpoint of step 3: it has 6, 12"),
+        (
+            ["RUN", "--prompt_file", "HERE/latin1"],
+            "--prompt_file HERE/latin1 is not valid UTF-8: invalid byte at offset 3",
+        ),
+        (["RUN", "--step", "3"], "RUN/checkpoints has no checkpoint of step 3; its steps are 6, 12"),
         (["HERE/nowhere"], "HERE/nowhere does not exist; name a run directory"),
-        (["HERE"], "HERE holds no model: no config.yaml of a run"),
-        (["HERE/begun"], "HERE/begun: the run has saved no checkpoint"),
+        (["HERE"], "HERE contains no model: no run's config.yaml"),
+        (["HERE/begun"], "HERE/begun: the run has not saved a checkpoint"),
     ],
 )
 def test_bad_input_is_one_line(words, message, run_dir, tmp_path, capsys):

@@ -103,9 +103,9 @@ def compare(location: str, first: int, second: int) -> Iterator[str]:
             continue
         change = np.abs(y.astype(np.float64) - x.astype(np.float64))
         norm = _norm(x)
-        relative = f"{_norm(change) / norm:.3e}" if norm else "of nothing"
+        relative = f"{_norm(change) / norm:.3e}" if norm else "from zero"
         yield f"{path:<{width}}  change {relative}, at most {change.max():.3e}"
-    yield f"{same} of {len(common)} arrays are the same"
+    yield f"{same} of {len(common)} arrays are identical"
 
 
 def best_step(location: str, steps: Sequence[int]) -> int | None:

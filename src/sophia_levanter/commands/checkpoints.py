@@ -25,12 +25,12 @@ usage: python -m sophia_levanter.commands.checkpoints list DIR
        python -m sophia_levanter.commands.checkpoints prune DIR --keep N [--every K] [--dry_run]
 
   DIR                    a run directory, a folder of checkpoints, or a gs:// or s3:// URL of one
-  list                   each step with its age, size and losses
-  verify                 reads every byte and names what is damaged; status 1 if anything is
-  show                   what the newest step, or step N, holds: names, shapes, norms
-  diff                   in what steps A and B differ
-  prune                  keeps the newest N steps, the best one and with --every the multiples of K, and removes the
-                         others and, but for buckets, what killed saves have left; --dry_run only says what would go
+  list                   lists each step with its age, size and losses
+  verify                 reads every byte and names what is damaged; exits with status 1 if anything is
+  show                   shows the contents of the newest step, or of step N: names, shapes, norms
+  diff                   shows how steps A and B differ
+  prune                  keeps the newest N steps, the best step and, with --every, multiples of K; removes all others
+                         and, except in a bucket, what interrupted saves left behind; --dry_run only prints the list
   --help                 prints this and exits"""
 OPTIONS: dict[str, tuple[str, ...]] = {
     "list": (),
@@ -73,7 +73,7 @@ def _run(given: Sequence[str]) -> int:
         raise InputError(f"{what} takes {' '.join(expected)}; --help shows the options")
     numbers = {name: whole_number(name, text) for name, text in arguments.options.items()}
     if what == "prune":
-        arguments.needed("--keep", "N", "the newest N steps stay")
+        arguments.needed("--keep", "N", "it is the number of newest steps to keep")
         for name, number in numbers.items():
             if number < 1:
                 raise InputError(f"{name} is {number}; it must be at least 1")
@@ -94,7 +94,7 @@ def _place(text: str) -> Place:
         return Place(text, None)
     path = Path(os.path.abspath(os.path.expanduser(text)))
     if not path.is_dir():
-        raise InputError(f"{text}: no such directory")
+        raise InputError(f"{text} does not exist; name a run directory or a folder of checkpoints")
     if (path / "config.yaml").is_file():
         from sophia_levanter.config.command_line import load_config
 
@@ -110,15 +110,15 @@ def _do(what: str, place: Place, arguments: Arguments, numbers: dict[str, int]) 
     from sophia_levanter.commands import checkpoint_report as report
 
     if match := _STEP_FOLDER.fullmatch(place.location):
-        raise InputError(f"{place.location} is one step; name the folder {match[1]}, and {int(match[2])} as a step")
+        raise InputError(f"{place.location} is a step; name its folder {match[1]}, and step {int(match[2])} separately")
     steps = checkpoint.steps(place.location)
     if not steps:
-        raise InputError(f"{place.location} holds no checkpoint (no step-* folder)")
+        raise InputError(f"{place.location} contains no checkpoint (no step-* folder)")
     wanted = [whole_number("a step", word) for word in arguments.words[1:]]
     wanted += [numbers["--step"]] if "--step" in numbers else []
     for step in wanted:
         if step not in steps:
-            raise InputError(f"{place.location} holds no step {step}: it has {', '.join(map(str, steps))}")
+            raise InputError(f"{place.location} has no step {step}; its steps are {', '.join(map(str, steps))}")
     if what == "list":
         lines = report.list_steps(place.location, steps)
     elif what == "show":
@@ -161,7 +161,7 @@ def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_r
         shown = ", ".join(map(str, staying))
         if going and not any(checkpoint.damage(place.location, step) == [] for step in reversed(staying)):
             print(
-                f"error: of the steps that would stay, {shown}, none is whole; nothing was removed",
+                f"error: none of the steps to keep ({shown}) is intact; nothing was removed",
                 file=sys.stderr,
             )
             return FAILURE
@@ -172,9 +172,7 @@ def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_r
             print(f"{'would remove' if dry_run else 'removed'} step {step}, {size}", flush=True)
         if run is not None and not dry_run:  # in a bucket a save may be under way
             checkpoint.remove_leftovers(place.location)
-        print(
-            f"{', '.join(map(str, staying))} {'would stay' if dry_run else 'stay'}; the best is {best or 'not known'}"
-        )
+        print(f"{'would keep' if dry_run else 'kept'} {', '.join(map(str, staying))}; the best is {best or 'unknown'}")
     finally:
         if run is not None:
             run.unlock()

@@ -25,19 +25,19 @@ from sophia_levanter.training.stopping import StopRequest
 
 Texts = dict[DataConfig, dict[str, str]]
 RECORDS = "study.json"
-STUDY_STOPS = "stop requested: the study ends when the present run has saved; Ctrl-C again ends it at once"
+STUDY_STOPS = "stop requested; the study stops after the current run has saved; press Ctrl-C again to stop immediately"
 USAGE = """\
 usage: python -m sophia_levanter.commands.compare --config STUDY [--out DIR] [--ray] [--plan]
        [--SECTION.FIELD VALUE ...] [--help]
 
-Does the training runs that a study asks for and that are not done yet, and writes what they show: study.json,
-report.md and plots. It may be interrupted and repeated at any time.
+Trains the runs of a study that are not done yet and writes the results: study.json, report.md and plots. It can be
+interrupted at any time; run the same command again to continue.
 
-  --config STUDY         YAML: arms with their config files, settings and grids; docs/studies.md tells more
-  --out DIR              where the results are and go; studies/NAME of the study's file if not given
-  --ray                  runs are Ray tasks of one core each, in place of one after the other on all cores
-  --plan                 prints the runs that are done and those that are not, and does none
-  --SECTION.FIELD VALUE  sets a field of every run, on top of the study: --data.train 'novels/*.txt'
+  --config STUDY         YAML file with arms and their config files, settings and grids; see docs/studies.md
+  --out DIR              directory of the results; studies/NAME if not given, named after the study's file
+  --ray                  trains each run as a Ray task on one core, instead of one run after the other on all cores
+  --plan                 prints which runs are done and which are not, and exits
+  --SECTION.FIELD VALUE  overrides one field in every run of the study: --data.train 'novels/*.txt'
   --help                 prints this and exits"""
 
 
@@ -72,7 +72,7 @@ def _run(words: Sequence[str], interruption: Interruption) -> int:
         number = interruption.signal
         if number is None or number == signal.SIGINT:
             raise
-        print(f"{number.name}: stopped; run the command again", file=sys.stderr)
+        print(f"{number.name}: stopped; run the same command again to continue", file=sys.stderr)
         return PREEMPTED
 
 
@@ -136,7 +136,7 @@ def _compare(command: Command, interruption: Interruption) -> int:
     study = read_study(command.study)
     runs = [replace(run, config=with_absolute_paths(run.config)) for run in plan(study, command.overrides)]
     if any(path.is_file() for path in (command.out, *command.out.parents)):
-        raise InputError(f"--out {command.out} is a file or below one; name a directory")
+        raise InputError(f"--out {command.out} is a file or inside a file; name a directory")
     if command.plan_only:
         _Comparison(study, runs, command.out).print_plan()
         return DONE
@@ -163,7 +163,7 @@ def _alone_in(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out / ".lock")
     if held is None:
-        raise InputError(f"--out {out} is in use by another comparison; wait for it or name another directory")
+        raise InputError(f"--out {out} is in use by another comparison; wait for it or choose another directory")
     with held:
         yield
 
@@ -208,8 +208,8 @@ class _Comparison:
                 now = texts[run.config.data][name]
                 if then != now:
                     raise InputError(
-                        f"{self.out / RECORDS} holds runs on another text: the digest of data.{name} was {then} and is "
-                        f"{now}; name another --out"
+                        f"{self.out / RECORDS} contains runs on a different text: the digest of data.{name} was "
+                        f"{then} and is now {now}; choose another --out"
                     )
         return texts
 

@@ -32,19 +32,19 @@ USAGE = f"""\
 usage: python -m sophia_levanter.commands.evaluate MODEL [--step N] [--averaged] [--windows N] [--batch_size N]
        [--task NAME --file FILE] [--SECTION.FIELD VALUE ...] [--help]
 
-Prints the mean loss over all tokens of a text, each predicted once and weighted the same; of a run with several
-validation sets that of each, and their mean; or with --task the score on a benchmark.
+Prints the mean loss over all tokens of a text, each predicted once with equal weight. For a run with several validation
+sets, prints the loss on each set and their mean. With --task, prints the score on a benchmark instead.
 
   MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
-  --step N               of the run's checkpoints; the newest if not given
-  --averaged             the average that a run with trainer.ema_decay or trainer.lawa_every keeps
-  --windows N            of the text, spread evenly; all if not given
-  --task NAME            {", ".join(TASKS)}, with
-  --file FILE            its questions, JSON lines as its authors publish them
-  --batch_size N         sequences at one time, rounded up to a multiple of the devices that share them;
-                         {WINDOWS_PER_DEVICE} for each of these if not given
-  --SECTION.FIELD VALUE  sets one field, on top of the run's: --data.validation 'other/*.txt', --mesh.fsdp embed,
-                         --trainer.compute_dtype bfloat16. A model that is not of a run needs --data.validation
+  --step N               loads the run's checkpoint of step N; the newest if not given
+  --averaged             uses the averaged weights of a run with trainer.ema_decay or trainer.lawa_every
+  --windows N            number of windows of the text to score, spread evenly; all if not given
+  --task NAME            benchmark to score, one of {", ".join(TASKS)}; needs --file
+  --file FILE            questions of the benchmark, in the JSON lines format that its authors publish
+  --batch_size N         sequences at a time, rounded up to a multiple of the devices that share them;
+                         {WINDOWS_PER_DEVICE} per device if not given
+  --SECTION.FIELD VALUE  overrides one field of the run: --data.validation 'other/*.txt', --mesh.fsdp embed,
+                         --trainer.compute_dtype bfloat16. A model without a run needs --data.validation
   --help                 prints this and exits"""
 
 
@@ -79,15 +79,15 @@ def parse(words: Sequence[str]) -> Command:
     """
     arguments = parse_arguments(words, options=OPTIONS, flags=("--averaged",), overrides=True, words=True)
     if len(arguments.words) != 1:
-        raise InputError(f"{len(arguments.words)} models are given; write one MODEL; --help shows the options")
+        raise InputError(f"expected one MODEL, found {len(arguments.words)}; --help shows the options")
     options = dict(arguments.options)
     task, file = options.pop("--task", None), options.pop("--file", None)
     if task not in (None, *TASKS):
         raise InputError(f"--task is {task!r}; it must be one of {', '.join(TASKS)}")
     if (task is None) != (file is None):
-        raise InputError("--task NAME and --file FILE go together; one of them is missing")
+        raise InputError("--task NAME and --file FILE must be given together; one of them is missing")
     if task is not None and {"--windows", "--batch_size"} & options.keys():
-        raise InputError("--windows and --batch_size do not go with --task, which scores all questions of its file")
+        raise InputError("--windows and --batch_size cannot be combined with --task, which scores its whole file")
     numbers = {name: whole_number(name, text) for name, text in options.items()}
     for name in ("--windows", "--batch_size"):
         if numbers.get(name) == 0:
@@ -130,7 +130,7 @@ def _run(command: Command) -> int:
             print(line)
     if evaluation.sets:
         print(f"mean           {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte")
-    print(f"time           {seconds:.1f} s, with compiling")
+    print(f"time           {seconds:.1f} s, including compilation")
     return DONE
 
 

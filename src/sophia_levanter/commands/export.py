@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sophia_levanter.commands.on_models import run_on_model
 from sophia_levanter.config.arguments import parse_arguments, whole_number
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, counted
 from sophia_levanter.status import DONE
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -18,14 +18,14 @@ USAGE = """\
 usage: python -m sophia_levanter.commands.export MODEL OUT_DIR [--step N] [--averaged] [--dtype TYPE]
        [--SECTION.FIELD VALUE ...] [--help]
 
-Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load, and --trainer.initial_weights too.
+Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer can load, as can --trainer.initial_weights.
 
   MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
-  OUT_DIR                a new or an empty folder
-  --step N               of the run's checkpoints; the newest if not given
-  --averaged             the average that a run with trainer.ema_decay or trainer.lawa_every keeps
-  --dtype TYPE           float32, bfloat16 or float16; as the model has it if not given
-  --SECTION.FIELD VALUE  sets one field, on top of the run's: --data.tokenizer cl100k_base for a ckpt.pt of that
+  OUT_DIR                a new or empty folder
+  --step N               loads the run's checkpoint of step N; the newest if not given
+  --averaged             uses the averaged weights of a run with trainer.ema_decay or trainer.lawa_every
+  --dtype TYPE           float32, bfloat16 or float16; the model's own if not given
+  --SECTION.FIELD VALUE  overrides one field of the run, such as --data.tokenizer cl100k_base for a ckpt.pt
   --help                 prints this and exits"""
 
 
@@ -58,7 +58,8 @@ def parse(words: Sequence[str]) -> Command:
     """
     arguments = parse_arguments(words, options=("--step", "--dtype"), flags=("--averaged",), overrides=True, words=True)
     if len(arguments.words) != 2:
-        raise InputError(f"{len(arguments.words)} words are given; write MODEL OUT_DIR; --help shows the options")
+        found = counted(len(arguments.words), "argument")
+        raise InputError(f"expected MODEL OUT_DIR, found {found}; --help shows the options")
     dtype = arguments.options.get("--dtype")
     if dtype not in (None, *DTYPES):
         raise InputError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
@@ -85,7 +86,7 @@ def _export(command: Command) -> int:
     )
     export_model(loaded, command.folder, command.dtype)
     print(
-        f"{loaded.source} is in {command.folder}: {command.dtype or loaded.model.head_weights().dtype.name}, "
+        f"exported {loaded.source} to {command.folder}: {command.dtype or loaded.model.head_weights().dtype.name}, "
         f"{(command.folder / 'model.safetensors').stat().st_size:,} bytes, "
         f"tokenizer {os.path.basename(loaded.tokenizer.name)}"
     )

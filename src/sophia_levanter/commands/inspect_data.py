@@ -25,14 +25,14 @@ USAGE = """\
 usage: python -m sophia_levanter.commands.inspect_data STORE [--documents N] [--seq_len N] [--verify]
        [--plugins MODULE] [--help]
 
-Prints what a token store holds, how its documents fill training sequences, and the beginnings of a few of them.
+Prints the contents of a token store, how its documents fill training sequences, and how a few of them begin.
 
-  STORE                  a folder that prepare_data has named, or a URL such as gs://bucket/folder; one that holds the
-                         stores train and validation prints both
-  --documents N          so many documents, spread evenly; 3 if not given
-  --seq_len N            tokens in a training sequence, as model.seq_len; 1024 if not given
-  --verify               reads everything and compares it with the checksums
-  --plugins MODULE       module that registers the store's tokenizer
+  STORE                  a folder that prepare_data reported, or a URL such as gs://bucket/folder; if it contains
+                         the stores train and validation, prints both
+  --documents N          number of documents to print, spread evenly; 3 if not given
+  --seq_len N            tokens in a training sequence, like model.seq_len; 1024 if not given
+  --verify               reads all data and compares it with the checksums
+  --plugins MODULE       imports the module that registers the store's tokenizer
   --help                 prints this and exits"""
 
 
@@ -85,7 +85,7 @@ def _print_store(location: str, count: int, seq_len: int, *, verify: bool) -> No
     print(f"  lengths     median document {packing.median_length:,.0f} tokens, longest {packing.longest:,}")
     print(
         f"  packing     {packing.documents_per_sequence:.2f} documents per sequence of {seq_len:,} tokens (--seq_len); "
-        f"{packing.share_of_one:.1%} of the sequences hold only one"
+        f"{packing.share_of_one:.1%} of the sequences contain only one"
     )
     print(f"  masks       data.mask_documents removes {packing.removed_share:.1%} of the attention pairs")
     if verify:
@@ -94,8 +94,8 @@ def _print_store(location: str, count: int, seq_len: int, *, verify: bool) -> No
     tokenizer = load_tokenizer(manifest.tokenizer_name)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise InputError(
-            f"{location}: the tokenizer {manifest.tokenizer_name} that it was written with has the fingerprint "
-            f"{manifest.tokenizer_fingerprint}, and the one that is here {tokenizer.fingerprint}"
+            f"{location} was written with the tokenizer {manifest.tokenizer_name} of fingerprint "
+            f"{manifest.tokenizer_fingerprint}, but here its fingerprint is {tokenizer.fingerprint}; restore its file"
         )
     shown = min(count, manifest.num_documents)
     for number in [i * manifest.num_documents // shown for i in range(shown)]:

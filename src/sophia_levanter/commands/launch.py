@@ -29,20 +29,20 @@ usage: python -m sophia_levanter.commands.launch --config FILE --cluster FILE [-
        python -m sophia_levanter.commands.launch logs RUN_DIR [--process N] [--attempt N]
        python -m sophia_levanter.commands.launch stop RUN_DIR
 
-Starts one training process on each host of a cluster, and starts them again from the last checkpoint when a host dies,
-hangs or is taken away, until the run is done. The same command continues a run that was stopped.
+Starts one training process on each host of a cluster and restarts them from the last checkpoint when a host dies, hangs
+or is preempted, until the run is done. The same command continues a run that was stopped.
 
-  --config FILE          the run's configuration, as for training; its run directory is runs/NAME if not given
-  --cluster FILE         where: backend local, ray, slurm or gcloud; infra/ has one of each
-  --dry_run              prints what would be created, run and paid for, and does nothing
-  --SECTION.FIELD VALUE  sets one field of the run, on top of the file: --trainer.checkpoint_dir gs://bucket/run
-  status                 the state of a launched run
-  logs                   what its processes printed in the last attempt, or in --attempt; all of them, or --process
-  stop                   has the run save and end, and waits for that
+  --config FILE          the run's configuration, as for training; the run directory is runs/NAME if not given
+  --cluster FILE         where to run: a file with backend local, ray, slurm or gcloud, such as those in infra/
+  --dry_run              prints what would be created, run and billed, and exits
+  --SECTION.FIELD VALUE  overrides one field of the run: --trainer.checkpoint_dir gs://bucket/run
+  status                 prints the state of a launched run
+  logs                   prints the output of the run's processes, or of --process, in the last attempt or in --attempt
+  stop                   asks the run to save and stop, and waits until it has
   --help                 prints this and exits
 
-Exit status: 0 done, 1 given up, 2 bad input, 75 stopped (run the command again), 130 interrupted; once interrupted the
-run is saved, twice it ends at once."""
+Exit status: 0 done, 1 gave up, 2 bad input, 75 stopped (run the command again), 130 interrupted. Ctrl-C saves the run
+and stops; a second Ctrl-C stops immediately."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _check_fit(config: TrainConfig, cluster: ClusterConfig) -> None:
     for name in ("coordinator", "num_processes", "process_id"):
         with problems:
             if (value := getattr(config.mesh, name)) is not None:
-                raise InputError(f"mesh.{name} is {value!r}, and the launcher sets it; leave it out")
+                raise InputError(f"mesh.{name} is {value!r}, but the launcher sets it; leave it out")
     with problems:
         if cluster.num_devices is not None:
             check_mesh(config, cluster.num_devices)
@@ -124,13 +124,13 @@ def _check_fit(config: TrainConfig, cluster: ClusterConfig) -> None:
     with problems:
         if "://" in (run_dir or ""):
             raise InputError(
-                f"trainer.run_dir {run_dir} is a URL, and must be a directory; trainer.checkpoint_dir may be a URL"
+                f"trainer.run_dir {run_dir} is a URL; name a directory (only trainer.checkpoint_dir may be a URL)"
             )
     with problems:
         if not cluster.shares_disk and "://" not in (checkpoint_dir or ""):
             raise InputError(
-                f"trainer.checkpoint_dir is {checkpoint_dir}; the hosts of a TPU slice share no disk, and their disks "
-                "go with them: name a bucket, --trainer.checkpoint_dir gs://BUCKET/RUN"
+                f"trainer.checkpoint_dir is {checkpoint_dir}, but TPU hosts do not share a disk, and their disks are "
+                "deleted with them; name a bucket: --trainer.checkpoint_dir gs://BUCKET/RUN"
             )
     problems.report()
 
@@ -186,7 +186,7 @@ def _show(record: LaunchRecord) -> int:
     status = record.read()
     print(one_line(status))
     if status.exit_status is None and not record.is_held:
-        print("its launcher is gone, and the run with it; run the same launch command again to continue")
+        print("its launcher has died, and the run with it; run the same launch command again to continue")
         return FAILURE
     return DONE
 
@@ -198,14 +198,14 @@ def _logs(words: Sequence[str]) -> int:
         wanted = record.attempt_directory(whole_number("--attempt", options["--attempt"]))
         if wanted not in attempts:
             there = ", ".join(path.name for path in attempts) or "none"
-            raise InputError(f"--attempt {options['--attempt']} has no logs; the attempts with logs: {there}")
+            raise InputError(f"--attempt {options['--attempt']} has no logs; attempts with logs: {there}")
         attempts = [wanted]
     logs = sorted(attempts[-1].glob("*.log")) if attempts else []
     if "--process" in options:
         name = f"process-{whole_number('--process', options['--process'])}"
         if name not in [log.stem for log in logs]:
             there = ", ".join(log.stem for log in logs) or "none"
-            raise InputError(f"--process {options['--process']} has no logs; the processes with logs: {there}")
+            raise InputError(f"--process {options['--process']} has no logs; processes with logs: {there}")
         logs = [log for log in logs if log.stem == name]
     for log in logs:
         with log.open(encoding="utf-8", errors="replace") as lines:
@@ -220,7 +220,7 @@ def _stop(words: Sequence[str]) -> int:
     record, _ = _record(words)
     if not record.is_held:
         if number := cancel_if_queued(record.directory):
-            print(f"Slurm job {number}, which had not begun, is cancelled")
+            print(f"cancelled Slurm job {number}, which had not started")
         else:
             print("nothing is running", flush=True)
             _show(record)
@@ -236,10 +236,10 @@ def _stop(words: Sequence[str]) -> int:
 def _record(words: Sequence[str], *options: str) -> tuple[LaunchRecord, dict[str, str]]:
     arguments = parse_arguments(words, options=options, words=True)
     if len(arguments.words) != 1:
-        raise InputError("give one run directory: launch status RUN_DIR")
+        raise InputError("expected one run directory: launch status RUN_DIR")
     run_dir = Path(arguments.words[0])
     if not (run_dir / LAUNCH).is_dir():
-        raise InputError(f"{run_dir} holds no launched run")
+        raise InputError(f"{run_dir} contains no launched run")
     return LaunchRecord(run_dir / LAUNCH), arguments.options
 
 

@@ -21,18 +21,18 @@ USAGE = f"""\
 usage: python -m sophia_levanter.commands.plan --config FILE [--target TPU | --devices N [--gpu KIND]] [--mfu SHARE]
        [--SECTION.FIELD VALUE ...] [--help]
 
-Compiles the steps of a run without data and without parameters, and prints parameters, FLOPs, each device's memory by
-kind, what devices send each other, the largest microbatch that fits, how long the run would take, and what bounds a
-step.
+Compiles the steps of a run without data or parameter values. Prints the number of parameters, FLOPs, memory per device
+by kind, traffic between devices, the largest microbatch that fits, the time that the run would take, and what bounds
+a step.
 
   --config FILE          the run's configuration, as for training
-  --target TPU           a TPU slice such as v4-32, two of them such as 2xv4-32, or a topology such as v4:2x2x4
-                         ({", ".join(TPUS)}); compiled as for the real machine, which need not be there:
+  --target TPU           a TPU slice such as v4-32, several such as 2xv4-32, or a topology such as v4:2x2x4
+                         ({", ".join(TPUS)}); uses the real TPU compiler and needs no TPU, only
                          pip install 'sophia-levanter[tpu]'
-  --devices N            so many GPUs, one if not given; compiled for this machine's CPU, and so approximate
+  --devices N            number of GPUs, 1 if not given; compiles for this machine's CPU, so numbers are approximate
   --gpu KIND             {", ".join(GPUS)}; h100 if not given
-  --mfu SHARE            model FLOPs utilisation to expect, 0.4 if not given
-  --SECTION.FIELD VALUE  sets one field, on top of the file: --mesh.fsdp embed
+  --mfu SHARE            expected model FLOPs utilisation; 0.4 if not given
+  --SECTION.FIELD VALUE  overrides one field of the file: --mesh.fsdp embed
   --help                 prints this and exits"""
 
 
@@ -73,7 +73,7 @@ def _target(options: dict[str, str]) -> Target:
         for other in ("--devices", "--gpu"):
             if other in options:
                 raise InputError(
-                    f"{other} does not go with --target, which says how many devices of what kind there are"
+                    f"{other} cannot be combined with --target, which gives the number and kind of devices"
                 )
         return tpu_target(options["--target"])
     count = whole_number("--devices", options.get("--devices", "1"))

@@ -17,13 +17,13 @@ from sophia_levanter.status import DONE, PREEMPTED, run_command
 USAGE = """\
 usage: python -m sophia_levanter.commands.prepare_data --config FILE [--ray ADDRESS] [--data.FIELD VALUE ...] [--help]
 
-Makes the token stores of a configuration's data section, in data.cache_dir; one that is there is left as it is. It may
-be killed at any time: the same command continues. Training does the same by itself when a store is missing.
+Creates the token stores of a configuration's data section in data.cache_dir; existing stores are left unchanged. It can
+be killed at any time; run the same command again to continue. Training does the same when a store is missing.
 
-  --config FILE          a run's configuration, or one with a data section alone, such as config/data/openwebtext.yaml
-  --ray ADDRESS          tokens are made by the cores of this Ray cluster (auto: the one that this machine belongs to)
-                         in place of data.num_workers processes
-  --data.FIELD VALUE     sets one field, on top of the file: --data.train 'texts/*.jsonl.zst'
+  --config FILE          a run's configuration, or only its data section, such as config/data/openwebtext.yaml
+  --ray ADDRESS          tokenizes on the cores of this Ray cluster (auto: the cluster of this machine) instead of in
+                         data.num_workers processes
+  --data.FIELD VALUE     overrides one field of the file: --data.train 'texts/*.jsonl.zst'
   --help                 prints this and exits"""
 
 
@@ -56,7 +56,8 @@ def _prepare(words: Sequence[str]) -> int:
         print(f"{corpus.num_tokens:,} {name} tokens ({data.tokenizer.name})")
     if data.train.num_tokens < config.model.seq_len + 1:
         raise InputError(
-            f"data.train has {data.train.num_tokens} tokens, fewer than model.seq_len {config.model.seq_len} + 1"
+            f"data.train has {data.train.num_tokens} tokens, but one sequence needs {config.model.seq_len + 1} "
+            "(model.seq_len + 1); give more text or a shorter model.seq_len"
         )
     return DONE
 

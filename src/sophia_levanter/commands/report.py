@@ -15,11 +15,11 @@ from sophia_levanter.status import DONE, run_command
 USAGE = """\
 usage: python -m sophia_levanter.commands.report [NAME=]RUN_DIR [[NAME=]RUN_DIR ...] [-o FILE.html] [--help]
 
-Writes one page with the runs' losses, win rates, throughput and configurations, which needs no network, and pictures of
-its curves beside it.
+Writes a self-contained HTML page with the runs' losses, win rates, throughput and configurations, and images of its
+curves beside it.
 
-  [NAME=]RUN_DIR         a run directory, and what to call the run; its directory's name if not given
-  -o, --output FILE      where the page goes, report.html if not given; pictures become FILE-loss.png, ...
+  [NAME=]RUN_DIR         a run directory and a name for the run; the directory's name if not given
+  -o, --output FILE      page to write, report.html if not given; images are written to FILE-loss.png, ...
   --help                 prints this and exits"""
 
 
@@ -43,7 +43,7 @@ def parse(words: Sequence[str]) -> tuple[dict[str, Path], Path]:
     """
     arguments = parse_arguments(words, options=("-o", "--output"), words=True)
     if len(arguments.options) > 1:
-        raise InputError("-o and --output are the same; give one of them")
+        raise InputError("-o and --output are the same option; give one of them")
     page = Path(next(iter(arguments.options.values()), "report.html"))
     if page.suffix != ".html":
         raise InputError(f"--output {page} must end in .html")
@@ -85,7 +85,7 @@ def _report(words: Sequence[str]) -> int:
     named, page = parse(words)
     for path in named.values():
         if not os.path.isdir(path):  # `Path.is_dir` raises OSError for some names
-            raise InputError(f"{path}: no such directory")
+            raise InputError(f"{path} does not exist; name a run directory")
 
     # jax reads this when it starts: the run itself may be using the accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"

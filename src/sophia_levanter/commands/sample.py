@@ -31,23 +31,22 @@ usage: python -m sophia_levanter.commands.sample MODEL [--prompt TEXT ...] [--pr
        [--temperature T] [--top_k K] [--top_p P] [--seed S] [--samples N] [--step N] [--averaged]
        [--SECTION.FIELD VALUE ...] [--help]
 
-Prints prompts and how the model continues them, up to the end of the document that it writes. One text comes token
-by token; several come when all are done, each under a heading. All else is said on standard error.
+Prints prompts and the model's continuations, each up to the end of its document. A single text is printed token by
+token; several texts are printed when all are done, each under a heading. Everything else goes to standard error.
 
   MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
-  --prompt TEXT          what the text begins with; may be given several times. Without a prompt the model begins a
-                         document
-  --prompt_file FILE     a prompt from a file, in UTF-8, as it is there
-  --tokens N             to draw, at most; {TOKENS} if not given. May go beyond the model's context
-  --temperature T        logits are divided by it; 0 takes the likeliest token; {Sampling.temperature} if not given
-  --top_k K              draws from the K likeliest tokens only
-  --top_p P              draws from the fewest of the likeliest tokens that have probability P together, of those that
-                         the temperature and --top_k give
-  --seed S               of the draws; 0 if not given
-  --samples N            texts for each prompt; 1 if not given
-  --step N               of the run's checkpoints; the newest if not given
-  --averaged             the average that a run with trainer.ema_decay or trainer.lawa_every keeps
-  --SECTION.FIELD VALUE  sets one field, on top of the run's: --trainer.compute_dtype float32, --mesh.fsdp embed
+  --prompt TEXT          beginning of the text; can be repeated. Without a prompt, the model begins a new document
+  --prompt_file FILE     reads a prompt from a UTF-8 file, unchanged
+  --tokens N             maximum number of tokens to generate, {TOKENS} if not given; may exceed the model's context
+  --temperature T        divides the logits, {Sampling.temperature} if not given; 0 picks the likeliest token
+  --top_k K              samples only from the K likeliest tokens
+  --top_p P              samples from the smallest set of likeliest tokens with total probability P, after the
+                         temperature and --top_k are applied
+  --seed S               random seed; 0 if not given
+  --samples N            texts per prompt; 1 if not given
+  --step N               loads the run's checkpoint of step N; the newest if not given
+  --averaged             uses the averaged weights of a run with trainer.ema_decay or trainer.lawa_every
+  --SECTION.FIELD VALUE  overrides one field of the run: --trainer.compute_dtype float32, --mesh.fsdp embed
   --help                 prints this and exits"""
 
 
@@ -86,7 +85,7 @@ def parse(words: Sequence[str]) -> Command:
     )
     if len(arguments.words) != 1:
         raise InputError(
-            f"{len(arguments.words)} models are given; write one MODEL, and each prompt after --prompt; "
+            f"expected one MODEL, found {len(arguments.words)}; write each prompt after --prompt; "
             "--help shows the options"
         )
     names = ("--tokens", "--top_k", "--seed", "--samples", "--step")
@@ -134,9 +133,9 @@ def _prompt_of_file(arguments: Arguments) -> list[str]:
     except OSError as error:
         raise InputError(f"--prompt_file {name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"--prompt_file {name} is not valid UTF-8: byte {error.start:,} is wrong") from None
+        raise InputError(f"--prompt_file {name} is not valid UTF-8: invalid byte at offset {error.start:,}") from None
     if not text:
-        raise InputError(f"--prompt_file {name} is empty; without a prompt the model begins a document")
+        raise InputError(f"--prompt_file {name} is empty; without a prompt, the model begins a new document")
     return [text]
 
 
@@ -150,7 +149,7 @@ def _run(command: Command) -> int:
     _tell(f"model: {loaded.source}")
     prompts = _encoded(command.prompts, loaded)
     if not command.prompts:
-        _tell("no prompt: the model begins a document")
+        _tell("no prompt: the model begins a new document")
     _sample(command, prompts, loaded)
     return DONE
 
@@ -166,8 +165,8 @@ def _encoded(prompts: Sequence[str], loaded: LoadedModel) -> list[list[int]]:
     for number, tokens in enumerate(encoded, 1):
         if len(tokens) > context:
             raise InputError(
-                f"prompt {number} has {len(tokens):,} tokens, more than the {context:,} of the model's context; "
-                "give a shorter one"
+                f"prompt {number} has {len(tokens):,} tokens, but the model's context has {context:,}; "
+                "shorten the prompt"
             )
     return encoded or [[loaded.tokenizer.end_of_text]]
 
@@ -194,7 +193,7 @@ def _sample(command: Command, prompts: Sequence[Sequence[int]], loaded: LoadedMo
         heading = "" if alone else f"--- prompt {prompt + 1}, sample {sample + 1}\n"
         print(heading + "".join(characters), flush=True)
     speed = f", then {(drawn - len(rows)) / (times[-1] - times[1]):,.0f} tokens/s" if len(times) > 2 else ""
-    _tell(f"{counted(drawn, 'token')}: {times[1] - started:.1f} s to the first, with compiling{speed}")
+    _tell(f"{counted(drawn, 'token')}: {times[1] - started:.1f} s to the first, including compilation{speed}")
 
 
 def _print_at_once(text: str) -> None:

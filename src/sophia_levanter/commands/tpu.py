@@ -21,14 +21,15 @@ usage: python -m sophia_levanter.commands.tpu create --cluster FILE [NAME] [--dr
        python -m sophia_levanter.commands.tpu ssh    --cluster FILE [NAME] [--dry_run] -- COMMAND...
        python -m sophia_levanter.commands.tpu logs   --cluster FILE [NAME] [--dry_run]
 
-  NAME            of the queued resource, where the cluster's file has none; or the run directory that it is for
-  --cluster FILE  a cluster's file with backend: gcloud
-  create          asks for the slices, which are paid for from when they are active; does not wait for them
-  list            all queued resources of the zone with their states
-  delete          the queued resource with its slices
-  ssh             runs COMMAND on all workers of all slices: one word is a line of shell, several arrive as they are
-  logs            what the newest attempt prints on worker 0 of the first slice, until Ctrl-C
-  --dry_run       prints the commands of gcloud, and runs none
+  NAME            name of the queued resource if the cluster file has none, or the run directory that it is for
+  --cluster FILE  a cluster file with backend: gcloud
+  create          requests the slices, which are billed once they are active; does not wait for them
+  list            lists the queued resources of the zone with their states
+  delete          deletes the queued resource and its slices
+  ssh             runs COMMAND on all workers of all slices: a single word is a shell command line, several words are
+                  passed on unchanged
+  logs            follows the output of the newest attempt on worker 0 of the first slice, until Ctrl-C
+  --dry_run       prints the gcloud commands without running them
   --help          prints this and exits"""
 ACTIONS = ("create", "list", "delete", "ssh", "logs")
 
@@ -48,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(given: Sequence[str], command: Sequence[str]) -> int:
     what, rest = chosen(given, ACTIONS)
     arguments = parse_arguments(rest, options=("--cluster",), flags=("--dry_run",), words=True)
-    cluster = _cluster(Path(arguments.needed("--cluster", "FILE", "it says which slices, and where")))
+    cluster = _cluster(Path(arguments.needed("--cluster", "FILE", "it names the slices and their zone")))
     if len(arguments.words) > (what != "list"):
         raise InputError(f"unexpected argument {arguments.words[-1]!r}; --help shows the options")
     if (what == "ssh") != bool(command):
         raise InputError(
-            "ssh takes -- COMMAND..., what to run on the workers" if what == "ssh" else f"{what} takes no -- COMMAND"
+            "ssh needs -- COMMAND..., to run on the workers" if what == "ssh" else f"{what} takes no -- COMMAND"
         )
     lines = _lines(what, cluster, arguments.words, command)
     if "--dry_run" in arguments.flags:
@@ -67,7 +68,7 @@ def _run(given: Sequence[str], command: Sequence[str]) -> int:
 def _cluster(path: Path) -> GcloudCluster:
     cluster = read_cluster(path)
     if not isinstance(cluster, GcloudCluster):
-        raise InputError(f"{path}: backend is {cluster.backend}; tpu is for backend gcloud")
+        raise InputError(f"{path}: backend is {cluster.backend}; tpu needs backend gcloud")
     return cluster
 
 
@@ -89,7 +90,7 @@ def _name(cluster: GcloudCluster, given: Sequence[str]) -> str:
     if not given or Path(given[0]).is_dir():
         return resource_name(cluster, Path(*given))
     if cluster.name is not None and given[0] != cluster.name:
-        raise InputError(f"{given[0]} is not the name in the cluster's file, {cluster.name}; leave one of them out")
+        raise InputError(f"{given[0]} differs from the name in the cluster file, {cluster.name}; leave one of them out")
     return given[0]
 
 

@@ -19,13 +19,13 @@ USAGE = f"""\
 usage: python -m sophia_levanter.commands.train_tokenizer --config FILE --vocab_size N --out FILE{TRAINED_TOKENIZER}
        [--data.FIELD VALUE ...] [--help]
 
-Trains a byte-pair encoding on a configuration's training text, documents that are held out left out, at most the first
-GiB of it. Use it as --data.tokenizer FILE{TRAINED_TOKENIZER}.
+Trains a byte-pair encoding on a configuration's training text, without held-out documents and on at most its first GiB.
+Use it as --data.tokenizer FILE{TRAINED_TOKENIZER}.
 
-  --config FILE          a run's configuration, or one with a data section alone
-  --vocab_size N         tokens, the 256 bytes and end-of-text included
-  --out FILE             where it is saved; must be called *{TRAINED_TOKENIZER}
-  --data.FIELD VALUE     sets one field, on top of the file: --data.train 'texts/*.jsonl.zst'
+  --config FILE          a run's configuration, or only its data section
+  --vocab_size N         number of tokens, including the 256 bytes and end-of-text
+  --out FILE             file to write; its name must end in {TRAINED_TOKENIZER}
+  --data.FIELD VALUE     overrides one field of the file: --data.train 'texts/*.jsonl.zst'
   --help                 prints this and exits"""
 
 
@@ -46,7 +46,7 @@ def _train(words: Sequence[str]) -> int:
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; name a file")
     if out.suffix != TRAINED_TOKENIZER:
-        raise InputError(f"--out {out} must be called *{TRAINED_TOKENIZER}, by which a tokenizer's file is known")
+        raise InputError(f"--out {out} must end in {TRAINED_TOKENIZER}")
     config = with_absolute_paths(load_config(path, arguments.overrides))
 
     # The slow imports come after the checks, so that mistakes are reported at once.
@@ -55,7 +55,7 @@ def _train(words: Sequence[str]) -> int:
 
     ranks = train_bpe(first_bytes(_training_texts(config.data), TRAIN_BYTES), size)
     save_bpe(out, ranks)
-    print(f"{load_tokenizer(str(out)).vocab_size:,} tokens, end-of-text included, in {out}")
+    print(f"wrote {load_tokenizer(str(out)).vocab_size:,} tokens, including end-of-text, to {out}")
     return DONE
 
 
