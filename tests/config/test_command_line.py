@@ -175,14 +175,14 @@ def test_resume_reads_the_run_directory(write):
     command = parse_command_line(["--resume", str(run_dir), "--trainer.num_train_steps", "2500"])
     assert command.config == TrainConfig(trainer=TrainerConfig(seed=3, num_train_steps=2500), optimizer=LionConfig())
     assert (command.resume, command.config_name) == (Path(run_dir), "nano")
-    assert "does not go with" in parse_error("--resume", run_dir, "--config", run_dir / "config.yaml")
+    assert "cannot be combined with" in parse_error("--resume", run_dir, "--config", run_dir / "config.yaml")
 
 
 def test_resume_errors(tmp_path):
     assert parse_error("--resume", tmp_path / "no") == f"--resume {tmp_path}/no: the directory does not exist"
-    assert parse_error("--resume", tmp_path) == f"--resume {tmp_path}: holds no config.yaml; a run directory does"
+    assert parse_error("--resume", tmp_path) == f"--resume {tmp_path}: contains no config.yaml; name a run directory"
     (tmp_path / "config.yaml").touch()
-    assert "its config.yaml is empty; put the run's configuration there" in parse_error("--resume", tmp_path)
+    assert "its config.yaml is empty; restore the run's configuration" in parse_error("--resume", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_resume_errors(tmp_path):
         (["--data.train", "a.txt", "b.txt"], "unexpected argument 'b.txt'; write --SECTION.FIELD VALUE, and quote"),
         (["-c", "run.yaml"], "unexpected argument '-c'"),
         (["--"], "unexpected argument '--'"),
-        (["--optimizer.rho"], "--optimizer.rho has no value; write --optimizer.rho VALUE"),
+        (["--optimizer.rho"], "--optimizer.rho needs a value; write --optimizer.rho VALUE"),
         (["--model.use_bias", "--print_config"], "--model.use_bias has no value"),
         (["--print_config=true"], "--print_config takes no value, found 'true'"),
         (["--help=x"], "--help takes no value"),
@@ -212,7 +212,7 @@ def test_help_names_every_field_with_its_default_and_comment():
     assert command.config is None
     lines = [" ".join(line.split()) for line in command.help.splitlines()]
     assert lines[0].startswith("usage: python -m sophia_levanter.main --config FILE")
-    assert "--trainer.microbatch_size INT|null (null) sequences whose gradient is computed at one time; " in " ".join(
+    assert "--trainer.microbatch_size INT|null (null) sequences whose gradient is computed at a time; " in " ".join(
         lines
     )
     assert "--optimizer.interval INT (10) steps between refreshes of the curvature" in lines
@@ -250,5 +250,5 @@ print(*sorted({"jax", "jaxlib", "numpy", "haliax", "equinox", "tensorstore"} & s
 
 
 def test_resume_is_the_run_directory(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--trainer\.run_dir does not go with --resume"):
+    with pytest.raises(InputError, match=r"--trainer\.run_dir cannot be combined with --resume"):
         parse_command_line(["--resume", str(tmp_path), "--trainer.run_dir", "other"])

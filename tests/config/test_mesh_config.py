@@ -29,22 +29,26 @@ def test_sizes(settings, devices, sizes):
 @pytest.mark.parametrize(
     ("settings", "devices", "message"),
     [
-        ({"data": 4}, 8, r"^mesh: data 4 is 4 devices, and there are 8; mesh.data 8 would fit$"),
+        ({"data": 4}, 8, r"^mesh: data 4 needs 4 devices, but there are 8; use mesh.data 8$"),
         (
             {"data": 4, "model": 4},
             8,
-            r"^mesh: data 4 x model 4 is 16 devices, and there are 8; mesh.data 2 with mesh.m",
+            r"^mesh: data 4 x model 4 needs 16 devices, but there are 8; use mesh.data 2 with mesh.m",
         ),
-        ({"model": 3}, 8, r"^mesh: data 2 x model 3 is 6 devices, and there are 8; mesh.data 4 with mesh.model 2"),
-        ({"model": 16}, 8, r"^mesh: model 16 is 16 devices, and there are 8; mesh.data 1 with mesh.model 8 would fit$"),
-        ({"replica": 5}, 4, r"^mesh: replica 5 is 5 devices, and there are 4; mesh.data 1 with mesh.replica 4 would"),
-        ({"model": 2, "replica": 3}, 4, "mesh.data 1 with mesh.model 2 and mesh.replica 2 would fit$"),
+        (
+            {"model": 3},
+            8,
+            r"^mesh: data 2 x model 3 needs 6 devices, but there are 8; use mesh.data 4 with mesh.model 2",
+        ),
+        ({"model": 16}, 8, r"^mesh: model 16 needs 16 devices, but there are 8; use mesh.data 1 with mesh.model 8$"),
+        ({"replica": 5}, 4, r"^mesh: replica 5 needs 5 devices, but there are 4; use mesh.data 1 with mesh.replica 4$"),
+        ({"model": 2, "replica": 3}, 4, "mesh.data 1 with mesh.model 2 and mesh.replica 2$"),
         (
             {"coordinator": "host:1", "num_processes": 16, "process_id": 0},
             8,
-            "^mesh.num_processes is 16, and there are 8 devices; every process needs at least one$",
+            "^mesh.num_processes is 16, but there are only 8 devices; every process needs at least one$",
         ),
-        ({"data": 2}, 1, r"^mesh: data 2 is 2 devices, and there are 1; mesh.data 1 would fit$"),
+        ({"data": 2}, 1, r"^mesh: data 2 needs 2 devices, but there are 1; use mesh.data 1$"),
     ],
 )
 def test_sizes_that_do_not_fit(settings, devices, message):
@@ -180,7 +184,7 @@ STARTED_SEVERAL_TIMES = {
 @pytest.mark.parametrize("launcher", STARTED_SEVERAL_TIMES)
 def test_one_of_several_processes_that_do_not_meet_is_refused(launcher):
     name, environment = STARTED_SEVERAL_TIMES[launcher]
-    with pytest.raises(InputError, match=rf"^{name} is 2 and mesh.coordinator is null: .*; unset {name} for separate"):
+    with pytest.raises(InputError, match=rf"^{name} is 2, but mesh.coordinator is null, .*; unset {name} for separate"):
         check_launcher(MeshConfig(), environment)
 
 

@@ -67,23 +67,41 @@ def test_attention_that_suits(platform, dtype, positions, head_size, split, chos
 @pytest.mark.parametrize(
     ("wanted", "platform", "dtype", "positions", "head_size", "split", "reason"),
     [
-        ("cudnn", "cpu", "bfloat16", 1024, 64, False, "needs a GPU, and this is a CPU"),
-        ("splash", "gpu", "bfloat16", 1024, 64, False, "needs a TPU, and this is a GPU"),
+        ("cudnn", "cpu", "bfloat16", 1024, 64, False, "needs a GPU, but this is a CPU"),
+        ("splash", "gpu", "bfloat16", 1024, 64, False, "needs a TPU, but this is a GPU"),
         ("cudnn", "gpu", "float32", 1024, 64, False, "needs trainer.compute_dtype bfloat16, not float32"),
-        ("cudnn", "gpu", "bfloat16", 1024, 60, False, "needs heads of a multiple of 8 up to 128, not 60"),
-        ("splash", "tpu", "bfloat16", 1000, 64, False, "needs a multiple of 128 positions, not 1000"),
+        (
+            "cudnn",
+            "gpu",
+            "bfloat16",
+            1024,
+            60,
+            False,
+            "needs a head size that is a multiple of 8 and at most 128, not 60",
+        ),
+        (
+            "splash",
+            "tpu",
+            "bfloat16",
+            1000,
+            64,
+            False,
+            "needs a number of positions that is a multiple of 128, not 1000",
+        ),
         ("blocked", "cpu", "float32", 1024, 64, True, r"cannot split positions over devices \(mesh.sequence\)"),
         ("splash", "tpu", "bfloat16", 1024, 64, True, r"cannot split positions over devices \(mesh.sequence\)"),
     ],
 )
 def test_attention_that_cannot_be_had(wanted, platform, dtype, positions, head_size, split, reason):
-    with pytest.raises(InputError, match=rf"^model.attention is '{wanted}', which {reason}; auto or xla would do$"):
+    with pytest.raises(InputError, match=rf"^model.attention is '{wanted}', which {reason}; use auto or xla$"):
         attention_for(wanted, Requirements(platform, dtype, positions, head_size, split))
 
 
 def test_kernels_have_no_dropout():
     assert attention_for("auto", Requirements("tpu", "bfloat16", 1024, 64, dropout=True)) == "xla"
-    with pytest.raises(InputError, match=r"^model.attention is 'cudnn', which has no dropout \(model.dropout\)"):
+    with pytest.raises(
+        InputError, match=r"^model.attention is 'cudnn', which does not support dropout \(model.dropout\)"
+    ):
         attention_for("cudnn", Requirements("gpu", "bfloat16", 1024, 64, dropout=True))
 
 
@@ -94,7 +112,7 @@ def test_cudnn_masks_no_documents():
     assert attention_for("auto", Requirements("cpu", *given, documents=True)) == "blocked"
     with pytest.raises(
         InputError,
-        match=r"^model.attention is 'cudnn', which cannot stop at the borders of documents \(data.mask_documents\);",
+        match=r"^model.attention is 'cudnn', which cannot stop at document boundaries \(data.mask_documents\);",
     ):
         attention_for("cudnn", Requirements("gpu", *given, documents=True))
 

@@ -23,7 +23,7 @@ OTHER = TrackingConfig("offline", "project", "entity", "name", "group", True)
         ({"wandb_project": ""}, "tracking.wandb_project is empty; leave it out for the default"),
         ({"wandb_name": " "}, "tracking.wandb_name is ' '; it must have 1 to 128 characters"),
         ({"wandb_group": "x" * 129}, f"tracking.wandb_group is '{'x' * 129}'; it must have 1 to 128 characters"),
-        ({"wandb_project": "a/b"}, "tracking.wandb_project is 'a/b'; a project's name has no '/' in it"),
+        ({"wandb_project": "a/b"}, "tracking.wandb_project is 'a/b'; a project name cannot contain '/'"),
     ],
 )
 def test_bad_values(values, message):

@@ -49,7 +49,7 @@ def test_what_is_given_later_counts(above, overrides, expected, write):
     ("text", "expected"),
     [
         ("validation: {}", "data.validation is empty; name a source, or several as NAME: SOURCE"),
-        ("validation: {a/b: x}", "data.validation has the name 'a/b'; use letters, digits, _ and -, and not the word"),
+        ("validation: {a/b: x}", "data.validation has the name 'a/b'; use letters, digits, _ and -, but not the name"),
         ("validation: {'': x}", "data.validation has the name ''; use letters"),
         ("validation: {type: x}", "data.validation has the name 'type'; use letters"),
         ("validation: {a: ''}", "data.validation.a is empty; name a file, hub:NAME, ... or leave it out"),
@@ -64,7 +64,7 @@ def test_sets_that_are_none(text, expected, write):
 
 def test_a_source_and_sets_do_not_go_together(write):
     overrides = [("data.validation", "a.txt"), ("data.validation.code", "b.txt")]
-    expected = "data.validation and data.validation.code do not go together; give one of them"
+    expected = "data.validation and data.validation.code cannot be combined; give one of them"
     assert load_error(write(""), *overrides) == load_error(write(SETS), *overrides[::-1]) == expected
 
 
@@ -113,7 +113,7 @@ def test_tasks(write):
         ("[{task: piqa, file: f, name: a b}]", "trainer.tasks has the name 'a b'; use letters"),
         (
             "[{task: arc, file: a}, {task: arc, file: b}]",
-            "trainer.tasks has several called arc; give each a name of its own",
+            "trainer.tasks has several tasks called arc; give each its own name",
         ),
     ],
 )

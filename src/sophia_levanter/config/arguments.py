@@ -48,7 +48,7 @@ def whole_number(name: str, text: str) -> int:
     """
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         shown = text if len(text) < 20 else f"{text[:20]}…"
-        raise InputError(f"{name} is {shown!r}; it must be a whole number, below a billion")
+        raise InputError(f"{name} is {shown!r}; it must be a whole number below a billion")
     return int(text)
 
 
@@ -103,7 +103,7 @@ def parse_arguments(
             parsed.flags.add(name)
             continue
         if words and not word:
-            raise InputError("an argument is empty; --help shows what belongs there")
+            raise InputError("an argument is empty; --help shows the options")
         if words and not word.startswith("-"):
             parsed.words.append(word)
             continue
@@ -111,7 +111,7 @@ def parse_arguments(
             raise _unexpected(word, (*options, *repeatable, *flags), overrides)
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise InputError(f"{name} has no value; write {name} VALUE")
+                raise InputError(f"{name} needs a value; write {name} VALUE")
             value = rest.pop(0)
         if is_override:
             plugins = dict(parsed.overrides).get("plugins") if name == PLUGINS else None

@@ -47,11 +47,11 @@ def _build(config: OptimizerConfig, num_train_steps: int) -> Any:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(one_line(f"optimizer: {kind}.build() fails: {type(error).__name__}: {error}")) from error
+        raise InputError(one_line(f"optimizer: {kind}.build() failed: {type(error).__name__}: {error}")) from error
     missing = [name for name in _METHODS if not hasattr(optimizer, name)]
     if missing and isinstance(optimizer, optax.GradientTransformation):
         raise InputError(
-            f"optimizer: {kind}.build() gives an optax transformation; return it from transformation() of a subclass "
+            f"optimizer: {kind}.build() returns an optax transformation; return it from transformation() of a subclass "
             "of sophia_levanter.optim.OptaxOptimizer"
         )
     if missing:
@@ -76,10 +76,10 @@ def check_optimizer(config: OptimizerConfig, model_config: ModelConfig, vocab_si
         return
     kept = paths_on_hyperball(model)
     if not kept:
-        raise InputError("optimizer.hyperball is true, and the model has no matrix; leave it out")
+        raise InputError("optimizer.hyperball is true, but the model has no matrices; leave it out")
     for index, group in enumerate(config.groups):
         if group.weight_decay and kept.issuperset(path for path, number in found.items() if number == index):
             raise InputError(
-                f"optimizer.groups[{index}].weight_decay is {group.weight_decay:g}, and optimizer.hyperball keeps the "
+                f"optimizer.groups[{index}].weight_decay is {group.weight_decay:g}, but optimizer.hyperball keeps the "
                 "norms of all its parameters; leave weight_decay out of this group"
             )

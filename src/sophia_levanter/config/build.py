@@ -222,7 +222,7 @@ def _without_other_kind(fields: Mapping[str, Any], settings: Layer, layer: Layer
     for name in [name for name, kind in fields.items() if len(kinds_of(kind)) > 1 and _takes_mapping(kind)]:
         below = [key for key in layer if key.startswith(f"{name}.")]
         if name in layer and below:
-            raise InputError(f"{layer[name].prefix}{name} and {below[0]} do not go together; give one of them")
+            raise InputError(f"{layer[name].prefix}{name} and {below[0]} cannot be combined; give one of them")
         if name in layer:
             settings = {key: setting for key, setting in settings.items() if not key.startswith(f"{name}.")}
         elif below:

@@ -24,13 +24,13 @@ usage: python -m sophia_levanter.main --config FILE [--SECTION.FIELD VALUE ...] 
 
 Trains a language model.
 
-  --config FILE          YAML with any of the fields below; `defaults: [FILE, ...]` in it names files to start from
-  --SECTION.FIELD VALUE  sets one field, on top of the file; quote a glob so that the shell leaves it alone
-  --plugins MODULE       imports a module of your own first, which registers optimizers, models, schedules, ...
+  --config FILE          YAML file with any of the fields below; `defaults: [FILE, ...]` in it names files to start from
+  --SECTION.FIELD VALUE  overrides one field of the file; quote globs so that the shell does not expand them
+  --plugins MODULE       first imports your own module, which registers optimizers, models, schedules, ...
   --resume DIR           continues the run in DIR; needs no --config
-  --resume auto          continues the run in trainer.run_dir if it holds one, and starts it otherwise
+  --resume auto          continues the run in trainer.run_dir if there is one; otherwise starts it
   --print_config         prints the resolved configuration and exits
-  --quiet                prints warnings and, at the end, the result and the checkpoint; nothing while it trains
+  --quiet                prints only warnings and, at the end, the result and the checkpoint
   --help                 prints this and exits"""
 
 TYPE_NAMES = {"str": "TEXT", "int": "INT", "float": "NUMBER", "bool": "true|false"}
@@ -122,9 +122,9 @@ def parse_command_line(argv: Sequence[str]) -> Command:
         return Command(config, path.stem, "auto" if resume else None, print_config, quiet)
     if "--config" in given.options:
         own = given.options["--config"]
-        raise InputError(f"--config {own} does not go with --resume {resume}, which has its own config")
+        raise InputError(f"--config {own} cannot be combined with --resume {resume}, which has its own config")
     if any(name == "trainer.run_dir" for name, _ in given.overrides):
-        raise InputError(f"--trainer.run_dir does not go with --resume {resume}, which is the run directory")
+        raise InputError(f"--trainer.run_dir cannot be combined with --resume {resume}, which is the run directory")
     run_dir = existing_run(Path(resume))
     config = load_config(run_dir / "config.yaml", given.overrides)
     return Command(config, run_dir.resolve().name, run_dir, print_config, quiet)
@@ -180,7 +180,7 @@ def existing_run(run_dir: Path) -> Path:
         raise InputError(f"--resume {run_dir}: the directory does not exist")
     config = run_dir / "config.yaml"
     if not config.is_file():
-        raise InputError(f"--resume {run_dir}: holds no config.yaml; a run directory does")
+        raise InputError(f"--resume {run_dir}: contains no config.yaml; name a run directory")
     if not config.stat().st_size:
-        raise InputError(f"--resume {run_dir}: its config.yaml is empty; put the run's configuration there")
+        raise InputError(f"--resume {run_dir}: its config.yaml is empty; restore the run's configuration")
     return run_dir

@@ -14,17 +14,17 @@ from sophia_levanter.files import check_utf8
 
 @dataclass(frozen=True)
 class MixturePart(Settings):
-    """One of several training texts."""
+    """One of several training texts in a mixture."""
 
     section: ClassVar[str] = "data.train"
 
-    source: str = setting(MISSING, "as data.train", empty="name a file, hub:NAME, ...")
+    source: str = setting(MISSING, "text, given as in data.train", empty="name a file, hub:NAME, ...")
     weight: float = setting(1.0, "share of its sequences, relative to the other weights", above=0)
 
 
 @dataclass(frozen=True)
 class DataConfig(Settings):
-    """The training and validation text and how it becomes tokens.
+    """The training and validation texts, and how they are tokenized.
 
     Raises:
         InputError: if a value is out of its bounds, a mixture has no validation text, or a validation set's name is
@@ -34,32 +34,30 @@ class DataConfig(Settings):
     section: ClassVar[str] = "data"
 
     train: tuple[MixturePart, ...] | str = setting(
-        "python_stdlib", "files, hub:NAME, ...; in YAML also a list with weights"
+        "python_stdlib", "training text: files, hub:NAME, ...; in YAML also a list of sources with weights"
     )
     validation: Mapping[str, str] | str | None = setting(
         None,
-        "like train, in YAML also several as NAME: SOURCE; if not given, part of train's documents is held out",
+        "validation text, like train; in YAML also several as NAME: SOURCE; if not given, part of train is held out",
         empty="leave it out to hold out a part of data.train",
     )
     tokenizer: str = setting("bytes", "bytes, or the name of a tiktoken encoding such as gpt2")
-    text_field: str = setting("text", "field of a JSONL, Parquet or dataset record that holds the text")
+    text_field: str = setting("text", "field of a JSONL, Parquet or dataset record that contains the text")
     validation_fraction: float = setting(
         0.05, "share of the documents held out if validation is not given", above=0, below=1
     )
     invalid_utf8: str = setting(
-        "error", "bytes that are not UTF-8: stop, or replace them with U+FFFD", choices=("error", "replace")
+        "error", "for bytes that are not UTF-8: stop, or replace them with U+FFFD", choices=("error", "replace")
     )
-    on_leak: str = setting("warn", "documents that are in both train and validation", choices=("warn", "error"))
-    bad_rows: str = setting("error", "rows without text: stop, or skip and count them", choices=("error", "skip"))
+    on_leak: str = setting("warn", "for documents that are in both train and validation", choices=("warn", "error"))
+    bad_rows: str = setting("error", "for rows without text: stop, or skip and count them", choices=("error", "skip"))
     document_separator: str | None = setting(
         None,
         "split texts at this string, such as <|endoftext|>; each piece is a document",
         empty="leave it out to make each text one document",
     )
     mask_documents: bool = setting(False, "attention and positions stop at the end-of-text between documents")
-    num_workers: int | None = setting(
-        None, "processes that make tokens; null: one per core, 0: this process only", low=0
-    )
+    num_workers: int | None = setting(None, "tokenizing processes; null: one per core, 0: only this process", low=0)
     cache_dir: str = setting("~/.cache/sophia_levanter", "directory of the token stores")
 
     def __post_init__(self) -> None:
@@ -114,4 +112,4 @@ def check_name(field: str, name: str) -> None:
     """
     # `encode` shortens a mapping whose only key is `type`.
     if name == "type" or not re.fullmatch("[A-Za-z0-9_-]+", name):
-        raise InputError(f"{field} has the name {name!r}; use letters, digits, _ and -, and not the word type alone")
+        raise InputError(f"{field} has the name {name!r}; use letters, digits, _ and -, but not the name type")

@@ -49,11 +49,11 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             problem = (
-                f"anchors and aliases are refused; quote a string that starts with * or &, share by {DEFAULTS_KEY}"
+                f"anchors and aliases are not allowed; quote a string that starts with * or &, share by {DEFAULTS_KEY}"
             )
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         if getattr(event, "tag", None) is not None:
-            problem = f"the tag {event.tag} is refused; quote a string that starts with !"
+            problem = f"the tag {event.tag} is not allowed; quote a string that starts with !"
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 
@@ -147,24 +147,24 @@ def _read_tree(path: Path, included_from: Path | None) -> dict[Any, Any]:
     try:
         text = read_regular(path, MOST_BYTES).decode("utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file{reader}") from None
+        raise InputError(f"{path}: file not found{reader}") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}{reader}") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}{reader}") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: is not valid UTF-8{reader}") from None
+        raise InputError(f"{path} is not valid UTF-8{reader}") from None
     try:
         tree = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         line = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = ", ".join(part for part in (error.context, error.problem) if part)
-        raise InputError(f"{path}: is not valid YAML{line}: {problem}") from None
+        raise InputError(f"{path} is not valid YAML{line}: {problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise InputError(
-            f"{path}: holds a {type(tree).__name__}; it must be a mapping of sections such as `optimizer:`"
+            f"{path} contains a {type(tree).__name__}; it must be a mapping of sections such as `optimizer:`"
         )
     return tree
 
@@ -183,7 +183,7 @@ def flatten(tree: Mapping[Any, Any], file: Path, prefix: str = "") -> Layer:
     layer: Layer = {}
     for key, value in tree.items():
         if "." in str(key):
-            raise InputError(f"{file}: key {prefix + str(key)!r} has a dot; write the section, and the field inside it")
+            raise InputError(f"{file}: key {prefix + str(key)!r} has a dot; write the section with the field inside it")
         if isinstance(value, Mapping) and value:
             layer |= flatten(value, file, f"{prefix}{key}.")
         else:

@@ -18,19 +18,19 @@ ROLES = ("embedding", "head", "matrix", "vector")  # those of `LanguageModel.par
 
 @dataclass(frozen=True)
 class GroupConfig(Settings):
-    """Parameters with a learning rate or weight decay of their own."""
+    """Parameters with their own learning rate or weight decay."""
 
     section: ClassVar[str] = "optimizer.groups"
 
-    match: str | None = setting(None, "regular expression that their paths contain, such as wte|wpe")
-    learning_rate: float | str = setting("1 x", "their peak, or a factor on optimizer.learning_rate such as 0.1 x")
-    weight_decay: float | None = setting(None, "their weight decay, in place of optimizer.weight_decay", low=0)
-    role: str | None = setting(None, "in place of match, what they are in the model", choices=ROLES)
+    match: str | None = setting(None, "regular expression that matches part of their paths, such as wte|wpe")
+    learning_rate: float | str = setting("1 x", "peak rate, or a factor on optimizer.learning_rate such as 0.1 x")
+    weight_decay: float | None = setting(None, "weight decay, instead of optimizer.weight_decay", low=0)
+    role: str | None = setting(None, "role of the parameters in the model, instead of match", choices=ROLES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.match is None and self.role is None:
-            raise InputError("optimizer.groups: match is missing; a group has match, or role in place of it")
+            raise InputError("optimizer.groups: match is missing; a group needs either match or role")
         if self.match is not None and self.role is not None:
             raise InputError(f"optimizer.groups: match {self.match!r} and role {self.role!r} are both given; keep one")
         try:

@@ -26,7 +26,7 @@ PROCESS_COUNTS = {
 
 @dataclass(frozen=True)
 class MeshConfig(Settings):
-    """How the devices are laid out, and along which of their axes the model's named axes are split.
+    """The layout of the devices, and the mesh axes that the model's named axes are split over.
 
     Raises:
         InputError: if a size is out of its range, or an axis has an unknown name.
@@ -35,9 +35,9 @@ class MeshConfig(Settings):
     section: ClassVar[str] = "mesh"
 
     replica: int = setting(
-        1, "groups with slow links between them (slices, nodes): each has all parameters and its own rows", low=1
+        1, "device groups with slow links between them (slices, nodes); each has all parameters and its own rows", low=1
     )
-    data: int = setting(-1, "devices of a group with their own rows; -1: all remaining devices")
+    data: int = setting(-1, "devices per group, each with its own rows; -1: all remaining devices")
     sequence: int = setting(1, "devices that a row's positions are split over", low=1)
     model: int = setting(1, "devices that heads, mlp and vocab are split over (tensor parallelism)", low=1)
     fsdp: str | None = setting(
@@ -49,12 +49,12 @@ class MeshConfig(Settings):
     mlp: str | None = setting("model", "mesh axis that the MLP's hidden units are split over", choices=("model",))
     vocab: str | None = setting("model", "mesh axis that the vocabulary is split over", choices=("model",))
     position: str | None = setting("sequence", "mesh axis that positions are split over", choices=("sequence",))
-    coordinator: str | None = setting(None, "HOST:PORT where process 0 listens; auto asks the TPU pod or Slurm")
+    coordinator: str | None = setting(None, "HOST:PORT where process 0 listens; auto: ask the TPU pod or Slurm")
     num_processes: int | None = setting(None, "with HOST:PORT: number of processes of the run", low=1)
     process_id: int | None = setting(None, "with HOST:PORT: index of this process, from 0", low=0)
     start_timeout: int = setting(300, "seconds to wait for the other processes", low=1)
     heartbeat_timeout: int = setting(
-        20, "seconds without a heartbeat after which a process counts as dead, and all end", low=1
+        20, "seconds without a heartbeat after which a process counts as dead and all processes exit", low=1
     )
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class MeshConfig(Settings):
             missing = "num_processes" if count is None else "process_id"
             raise InputError(f"mesh.{missing} is missing; mesh.coordinator {self.coordinator} needs it")
         if this >= count:
-            raise InputError(f"mesh.process_id is {this}; it must be between 0 and mesh.num_processes - 1, {count - 1}")
+            raise InputError(f"mesh.process_id is {this}; it must be between 0 and {count - 1}, mesh.num_processes - 1")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """The size of each mesh axis on `num_devices` devices, in the order of the mesh.
@@ -87,7 +87,7 @@ class MeshConfig(Settings):
         """
         if (self.num_processes or 1) > num_devices:
             raise InputError(
-                f"mesh.num_processes is {self.num_processes}, and there are {num_devices} devices; "
+                f"mesh.num_processes is {self.num_processes}, but there are only {num_devices} devices; "
                 "every process needs at least one"
             )
         sizes = {name: getattr(self, name) for name in MESH_AXES}
@@ -98,8 +98,8 @@ class MeshConfig(Settings):
             return sizes
         shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "data 1"
         raise InputError(
-            f"mesh: {shown} is {math.prod(sizes.values())} devices, and there are {num_devices}; "
-            f"{self._fitting(num_devices)} would fit"
+            f"mesh: {shown} needs {math.prod(sizes.values())} devices, but there are {num_devices}; "
+            f"use {self._fitting(num_devices)}"
         )
 
     def _fitting(self, num_devices: int) -> str:
@@ -142,8 +142,8 @@ def check_launcher(config: MeshConfig, environment: Mapping[str, str]) -> None:
         count = environment.get(name, "")
         if count.isdecimal() and int(count) > 1 and all(other in environment for other in others):
             raise InputError(
-                f"{name} is {count} and mesh.coordinator is null: each of the {count} processes would train a model by "
-                "itself; launch one run with python -m sophia_levanter.commands.launch or set mesh.coordinator, "
+                f"{name} is {count}, but mesh.coordinator is null, so each of the {count} processes would train its "
+                "own model; launch one run with python -m sophia_levanter.commands.launch or set mesh.coordinator, "
                 f"mesh.num_processes and mesh.process_id; unset {name} for separate runs"
             )
 

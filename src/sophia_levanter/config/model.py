@@ -22,7 +22,7 @@ LARGEST = 2**20  # upper bound of the sizes of a model
 
 @dataclass(frozen=True)
 class ModelConfig(Settings, ChoiceRegistry):
-    """Settings of every model; the vocabulary's size comes from the tokenizer.
+    """Settings of every model. The vocabulary size comes from the tokenizer.
 
     Raises:
         InputError: if a value is out of its bounds.
@@ -33,10 +33,13 @@ class ModelConfig(Settings, ChoiceRegistry):
 
     seq_len: int = setting(1024, "tokens in a training sequence; the longest context", low=1, high=LARGEST)
     vocab_rows: int | None = setting(
-        None, "rows of the token embedding, if more than the tokenizer's tokens; never predicted", low=1, high=LARGEST
+        None,
+        "rows of the token embedding, if more than the tokenizer's tokens; extra rows are never predicted",
+        low=1,
+        high=LARGEST,
     )
     loss_block_size: int = setting(
-        256, "positions whose logits exist at one time in the loss", low=1, high=LARGEST, free=True
+        256, "positions whose logits are in memory at a time in the loss", low=1, high=LARGEST, free=True
     )
 
     def build(self, *, vocab_size: int, key: jax.Array) -> LanguageModel:
@@ -73,8 +76,8 @@ class ModelConfig(Settings, ChoiceRegistry):
         """
         if documents:
             raise InputError(
-                f"data.mask_documents is true, and {self.title} reads all documents of a sequence as one text; "
-                "set it to false, or take a transformer"
+                f"data.mask_documents is true, but {self.title} reads all documents of a sequence as one text; "
+                "set it to false, or use a transformer"
             )
         return None
 
@@ -112,11 +115,11 @@ class TransformerConfig(ModelConfig):
         free=True,
     )
     scan_unroll: int = setting(
-        1, "layers in one step of the scan; more compile longer and run faster on CPUs", low=1, high=LARGEST, free=True
+        1, "layers per scan step; more take longer to compile and run faster on CPUs", low=1, high=LARGEST, free=True
     )
     attention: str = setting(
         "auto",
-        "blocked (CPUs), cudnn (GPUs), splash (TPUs), xla, or auto for the device's fastest",
+        "blocked (CPUs), cudnn (GPUs), splash (TPUs), xla, or auto for the fastest on the device",
         choices=("auto", "blocked", "xla", "cudnn", "splash"),
         free=True,
     )
@@ -199,10 +202,10 @@ class Gpt2Config(TransformerConfig):
 
     title: ClassVar[str] = "GPT-2"
 
-    mlp_ratio: int = setting(4, "hidden width of the MLP over embed_dim", low=1, high=LARGEST)
+    mlp_ratio: int = setting(4, "hidden width of the MLP, as a multiple of embed_dim", low=1, high=LARGEST)
     use_bias: bool = setting(False, "biases in linear layers and layer norms")
     scale_attn_by_inverse_layer_idx: bool = setting(
-        False, "divide attention scores by the layer's index + 1, counted from 0"
+        False, "divide attention scores by 1 + the layer index, which starts at 0"
     )
 
     def build(self, *, vocab_size: int, key: jax.Array) -> LanguageModel:
@@ -231,7 +234,7 @@ class LlamaConfig(TransformerConfig):
     title: ClassVar[str] = "Llama"
 
     num_kv_heads: int | None = setting(
-        None, "heads of keys and values; must divide num_heads; num_heads if not given", low=1, high=LARGEST
+        None, "key and value heads; must divide num_heads; num_heads if not given", low=1, high=LARGEST
     )
     head_size: int | None = setting(None, "size of a head; embed_dim / num_heads if not given", low=2, high=LARGEST)
     intermediate_dim: int | None = setting(
@@ -241,7 +244,7 @@ class LlamaConfig(TransformerConfig):
         high=LARGEST,
     )
     rope_theta: float = setting(10000.0, "base of the rotary positions' wavelengths", above=0)
-    qk_norm: bool = setting(False, "RMSNorm of each head's queries and keys, as Qwen3 has it")
+    qk_norm: bool = setting(False, "RMSNorm of each head's queries and keys, as in Qwen3")
     tie_embeddings: bool = setting(False, "use the token embedding as output head")
 
     def __post_init__(self) -> None:
@@ -299,7 +302,7 @@ def check_divisor(name: str, divisor: int, other: str, number: int) -> None:
     """
     if number % divisor:
         nearest = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - divisor))
-        raise InputError(f"{name} {divisor} does not divide {other} {number}; {nearest} would")
+        raise InputError(f"{name} {divisor} does not divide {other} {number}; use a divisor, such as {nearest}")
 
 
 def pad_vocab(vocab_size: int) -> int:

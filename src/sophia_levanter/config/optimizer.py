@@ -19,8 +19,8 @@ from sophia_levanter.errors import InputError
 if TYPE_CHECKING:
     from sophia_levanter.optim import Estimator, Optimizer, ParameterGroup
 
-FINAL_FRACTION = "learning rate at the last step over the peak; constant ignores it"
-RHO = "scale of the curvature; coordinates with |m| >= rho * h take a clipped step; auto steers it by the win rate"
+FINAL_FRACTION = "learning rate at the last step, as a fraction of the peak; ignored by constant"
+RHO = "scale of the curvature; coordinates with |m| >= rho * h take a clipped step; auto adjusts rho by the win rate"
 SMALLEST_EPS = 1e-37  # smaller values become 0 in float32
 
 
@@ -34,17 +34,17 @@ class OptimizerConfig(Settings, ChoiceRegistry):
 
     section: ClassVar[str] = "optimizer"
 
-    learning_rate: float = setting(6e-4, "peak, reached at the end of the warm-up", above=0)
+    learning_rate: float = setting(6e-4, "peak learning rate, reached at the end of the warm-up", above=0)
     final_fraction: float = setting(0.025, FINAL_FRACTION, low=0, high=1)
-    final_learning_rate: float | None = setting(None, "the same as a rate, in place of the fraction", low=0)
+    final_learning_rate: float | None = setting(None, "rate at the last step, instead of final_fraction", low=0)
     schedule: ScheduleConfig = field(default_factory=CosineSchedule)
     warmup: float | int = setting(
-        0.02, f"steps of linear growth to the peak, {OR_FRACTION}", low=0, steps=True, former="warmup_steps"
+        0.02, f"steps of linear warm-up to the peak, {OR_FRACTION}", low=0, steps=True, former="warmup_steps"
     )
     weight_decay: float = setting(0.1, "decoupled decay of matrices and embeddings, not of biases and norms", low=0)
     momentum_dtype: str = setting("float32", "dtype of the momentum, or first moment, between steps", choices=DTYPES)
     groups: tuple[GroupConfig, ...] = setting(
-        (), "parameters with settings of their own: [{match: wte|wpe, learning_rate: 0.1 x, weight_decay: 0}, ...]"
+        (), "parameters with their own settings: [{match: wte|wpe, learning_rate: 0.1 x, weight_decay: 0}, ...]"
     )
     hyperball: bool = setting(False, "keep the norm of each matrix; learning_rate is then the angle of its steps")
     cautious_weight_decay: bool = setting(False, "decay only coordinates that the step does not move away from zero")
@@ -54,7 +54,7 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         if self.schedule.decays and self.last_learning_rate > self.learning_rate:
             raise InputError(
                 f"optimizer.final_learning_rate is {self.final_learning_rate}; it must be between 0 and "
-                f"optimizer.learning_rate, {self.learning_rate}; optimizer.final_fraction follows the learning rate"
+                f"optimizer.learning_rate, {self.learning_rate}; optimizer.final_fraction scales with the learning rate"
             )
 
     @property
@@ -150,10 +150,10 @@ class SophiaConfig(OptimizerConfig):
     bias_correct_momentum: bool = setting(True, "divide m by 1 - b1^steps; the paper does not")
     bias_correct_curvature: bool = setting(True, "divide h by 1 - b2^refreshes; the paper does not")
     curvature_batch_fraction: float = setting(
-        1.0, "part of the batch that refreshes the curvature, in whole microbatches", above=0, high=1
+        1.0, "fraction of the batch that refreshes the curvature, in whole microbatches", above=0, high=1
     )
     curvature_microbatch_size: int | None = setting(
-        None, "sequences in a microbatch of that part; trainer.microbatch_size if not given", low=1
+        None, "sequences in a curvature microbatch; trainer.microbatch_size if not given", low=1
     )
     target_win_rate: float | None = setting(
         None, "adjust rho until this share of the coordinates is unclipped; 0.3 if rho is auto", above=0, below=1
@@ -165,11 +165,11 @@ class SophiaConfig(OptimizerConfig):
         "before", "whether a new estimate enters h before or after the step's update", choices=("before", "after")
     )
     first_refresh: int = setting(0, "first step that refreshes the curvature", low=0)
-    initial_refreshes: int = setting(0, "refresh at each of this many first steps, then at the interval", low=0)
+    initial_refreshes: int = setting(0, "number of first steps that all refresh, before the interval applies", low=0)
     cautious: bool = setting(False, "omit coordinates whose step opposes this batch's gradient")
     basis: str = setting(
         "parameters",
-        "where h is diagonal: parameters, or kronecker, the eigenvectors of both sides of each matrix",
+        "basis in which h is diagonal: parameters, or kronecker, the eigenvectors of both sides of each matrix",
         choices=("parameters", "kronecker"),
     )
     basis_b2: float = setting(0.9, "kronecker only: decay of the moments behind the basis, per refresh", low=0, below=1)
@@ -237,7 +237,7 @@ class SophiaGConfig(SophiaConfig):
     """
 
     curvature_batch_fraction: float = setting(
-        0.5, "part of the batch that refreshes the curvature, in whole microbatches", above=0, high=1
+        0.5, "fraction of the batch that refreshes the curvature, in whole microbatches", above=0, high=1
     )
     curvature_reduce: str = setting(
         "square_then_average",
@@ -251,8 +251,8 @@ class SophiaGConfig(SophiaConfig):
     )
     curvature_extra_pass: bool = setting(
         True,
-        "estimate with one more backward pass; without it the part of the batch that refreshes the curvature is scored "
-        "on sampled labels only, and left out of the gradient",
+        "estimate with one more backward pass; if false, the part of the batch that refreshes the curvature uses "
+        "sampled labels only and does not contribute to the gradient",
     )
     curvature_max_grad_norm: float | None = setting(
         None, "clip the sampled gradient to this norm; 1.0 in the authors' code", above=0
@@ -272,7 +272,7 @@ class SophiaGConfig(SophiaConfig):
             count, size = self.curvature_microbatches(part)
             if not self.curvature_extra_pass and count * size >= part.batch_size:
                 raise InputError(
-                    f"optimizer.curvature_extra_pass is false, and optimizer.curvature_batch_fraction "
+                    f"optimizer.curvature_extra_pass is false, but optimizer.curvature_batch_fraction "
                     f"{self.curvature_batch_fraction} leaves no microbatch of {part.batch_size} sequences "
                     "for the gradient; set trainer.microbatch_size or a smaller fraction"
                 )
@@ -291,14 +291,14 @@ class SophiaHConfig(SophiaConfig):
     )
     num_probes: int = setting(1, "random directions that an estimate averages over", low=1)
     curvature_batch_fraction: float = setting(
-        0.07, "part of the batch that refreshes the curvature, in whole microbatches", above=0, high=1
+        0.07, "fraction of the batch that refreshes the curvature, in whole microbatches", above=0, high=1
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.denominator == "add":
             raise InputError(
-                "optimizer.denominator is 'add', and the curvature of sophia_h may be negative, "
+                "optimizer.denominator is 'add', but the curvature of sophia_h may be negative, "
                 "where an added eps turns the step uphill; use max"
             )
 
@@ -311,7 +311,7 @@ class SophiaHConfig(SophiaConfig):
 @OptimizerConfig.register_subclass("adamw")
 @dataclass(frozen=True)
 class AdamWConfig(OptimizerConfig):
-    """AdamW (Loshchilov and Hutter 2019), optax's."""
+    """AdamW (Loshchilov and Hutter 2019), from optax."""
 
     b1: float = setting(0.9, "decay of the first moment", low=0, below=1)
     b2: float = setting(0.95, "decay of the second moment", low=0, below=1)
@@ -328,9 +328,9 @@ class AdamWConfig(OptimizerConfig):
 @OptimizerConfig.register_subclass("lion")
 @dataclass(frozen=True)
 class LionConfig(OptimizerConfig):
-    """Lion (Chen et al. 2023), optax's."""
+    """Lion (Chen et al. 2023), from optax."""
 
-    learning_rate: float = setting(1e-4, "peak, reached at the end of the warm-up", above=0)
+    learning_rate: float = setting(1e-4, "peak learning rate, reached at the end of the warm-up", above=0)
     final_fraction: float = setting(0.05, FINAL_FRACTION, low=0, high=1)
     b1: float = setting(0.95, "weight of the momentum in the step", low=0, below=1)
     b2: float = setting(0.98, "decay of the momentum", low=0, below=1)
@@ -344,7 +344,7 @@ class LionConfig(OptimizerConfig):
 @OptimizerConfig.register_subclass("muon")
 @dataclass(frozen=True)
 class MuonConfig(OptimizerConfig):
-    """Muon (Jordan et al. 2024), optax's, for the blocks' matrices; AdamW with Nesterov momentum for the rest."""
+    """Muon (Jordan et al. 2024), from optax, for the blocks' matrices; AdamW with Nesterov momentum for the rest."""
 
     beta: float = setting(0.95, "decay of the matrices' momentum", low=0, below=1)
     b1: float = setting(0.9, "decay of the first moment of the rest", low=0, below=1)
@@ -361,7 +361,7 @@ class MuonConfig(OptimizerConfig):
 @OptimizerConfig.register_subclass("soap")
 @dataclass(frozen=True)
 class SoapConfig(OptimizerConfig):
-    """SOAP (Vyas et al. 2024) on the blocks' matrices; AdamW for the rest."""
+    """SOAP (Vyas et al. 2024) for the blocks' matrices; AdamW for the rest."""
 
     b1: float = setting(0.95, "decay of the first moment", low=0, below=1)
     b2: float = setting(0.95, "decay of the second moments", low=0, below=1)

@@ -101,14 +101,14 @@ def _names(setting: Setting) -> list[str]:
     if setting.file is None and isinstance(value, str):
         value = [name.strip() for name in value.split(",")]
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
-        raise InputError(f"{setting.prefix}{KEY} is {show_value(value)}; it must be a list of names of modules")
+        raise InputError(f"{setting.prefix}{KEY} is {show_value(value)}; it must be a list of module names")
     return value
 
 
 def _import(name: str, setting: Setting) -> None:
     if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
         raise InputError(
-            f"{setting.prefix}{KEY}: {show_value(name)} is not the name of a module; for my_module.py write my_module"
+            f"{setting.prefix}{KEY}: {show_value(name)} is not a module name; for my_module.py write my_module"
         )
     # `python -m` looks for modules in the working directory; a console script does not.
     if os.getcwd() not in sys.path and "" not in sys.path:

@@ -21,7 +21,7 @@ _LONGEST_NAME = 128
 
 @dataclass(frozen=True)
 class TrackingConfig(Settings):
-    """Where the numbers go besides metrics.jsonl, which is always written.
+    """Where metrics are logged, in addition to metrics.jsonl, which is always written.
 
     Raises:
         InputError: if a value is invalid.
@@ -37,7 +37,7 @@ class TrackingConfig(Settings):
     wandb_project: str = setting("sophia_levanter", "project of the run")
     wandb_entity: str | None = setting(None, "user or team of the project; the account's default if null")
     wandb_name: str | None = setting(None, "name of the run; the run directory's if null")
-    wandb_group: str | None = setting(None, "group of runs to show it in")
+    wandb_group: str | None = setting(None, "group that the run belongs to")
     tensorboard: bool = setting(False, "write event files into RUN_DIR/tensorboard")
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class TrackingConfig(Settings):
                 raise InputError(f"tracking.{name} is {value!r}; it must have 1 to {_LONGEST_NAME} characters")
         if found := [char for char in self.wandb_project if char in _NOT_IN_A_PROJECT]:
             raise InputError(
-                f"tracking.wandb_project is {self.wandb_project!r}; a project's name has no {found[0]!r} in it"
+                f"tracking.wandb_project is {self.wandb_project!r}; a project name cannot contain {found[0]!r}"
             )
 
 
@@ -68,7 +68,7 @@ def _check_package(package: str, setting: str, extra: str) -> None:
     spec = find_spec(package)
     # wandb leaves a folder of that name where it runs. `find_spec` finds the folder too, without an origin.
     if spec is None or spec.origin is None:
-        raise InputError(f"{setting}; {package} is not installed; pip install 'sophia-levanter[{extra}]'")
+        raise InputError(f"{setting}, but {package} is not installed; pip install 'sophia-levanter[{extra}]'")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class TrainConfig:
         InputError: if the sections do not fit each other.
     """
 
-    plugins: tuple[str, ...] = setting((), "Python modules to import first, for what they register")
+    plugins: tuple[str, ...] = setting((), "Python modules to import first, which register parts of the run")
     model: ModelConfig = field(default_factory=Gpt2Config)
     optimizer: OptimizerConfig = field(default_factory=SophiaGConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -157,7 +157,7 @@ def check_parameters(config: TrainConfig, num_devices: int, vocab_size: int | No
         if model.vocab_rows not in (None, rows):
             raise InputError(
                 f"model.vocab_rows {model.vocab_rows} is less than the {vocab_size} tokens of data.tokenizer "
-                f"{config.data.tokenizer}; leave it out, or set {vocab_size} or more"
+                f"{config.data.tokenizer}; leave it out, or set it to at least {vocab_size}"
             )
         axes["vocab"] = (f"the vocabulary of data.tokenizer {config.data.tokenizer}, padded,", pad_vocab(rows))
     check_divides(mesh.sizes(num_devices), mesh.parameter_mapping, axes)

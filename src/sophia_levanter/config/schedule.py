@@ -38,7 +38,7 @@ class ScheduleConfig(Settings, ChoiceRegistry):
 @ScheduleConfig.register_subclass("cosine")
 @dataclass(frozen=True)
 class CosineSchedule(ScheduleConfig):
-    """Half a cosine from the peak to the final learning rate."""
+    """A half cosine from the peak to the final learning rate."""
 
     def build(self, peak: float, final: float, num_steps: int) -> Schedule:
         import optax
@@ -60,7 +60,7 @@ class LinearSchedule(ScheduleConfig):
 @ScheduleConfig.register_subclass("constant")
 @dataclass(frozen=True)
 class ConstantSchedule(ScheduleConfig):
-    """The peak learning rate to the end."""
+    """The peak learning rate until the end."""
 
     decays: ClassVar[bool] = False
 
@@ -76,7 +76,7 @@ class WarmupStableDecaySchedule(ScheduleConfig):
     """The peak, then a decay to the final learning rate at the end (arXiv 2404.06395; 1-sqrt: arXiv 2405.18392)."""
 
     decay: float | int = setting(
-        0.2, "steps of the decay, or below 1 their fraction of the steps after the warm-up", above=0, steps=True
+        0.2, "steps of the decay, or a fraction of the steps after the warm-up if below 1", above=0, steps=True
     )
     shape: str = setting("linear", "shape of the decay", choices=("linear", "cosine", "1-sqrt"))
 

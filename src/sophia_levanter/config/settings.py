@@ -67,7 +67,7 @@ class Declaration:
         if not is_word and not self._holds(value):
             raise InputError(f"{name} is {value}; it must be {self._range}")
         if self.steps and value >= 1 and not float(value).is_integer():
-            raise InputError(f"{name} is {value}; it must be a whole number of steps, or below 1 a fraction of the run")
+            raise InputError(f"{name} is {value}; it must be a whole number of steps, or a fraction of the run below 1")
 
     @property
     def described(self) -> str:

@@ -14,13 +14,13 @@ from sophia_levanter.files import check_utf8
 
 MOST_WINDOWS = 2**20  # sequences in a step: a billion tokens at 1,024 tokens each
 DTYPES = ("float32", "bfloat16")
-OR_FRACTION = "or below 1 their fraction of the run"
+OR_FRACTION = "or a fraction of the run if below 1"
 TASKS = ("hellaswag", "piqa", "arc", "lambada")
 
 
 @dataclass(frozen=True)
 class BatchSizeChange(Settings):
-    """A change of the batch size at a step."""
+    """A new batch size from a step on."""
 
     section: ClassVar[str] = "trainer.batch_size_changes"
 
@@ -34,9 +34,9 @@ class TaskConfig(Settings):
 
     section: ClassVar[str] = "trainer.tasks"
 
-    task: str = setting(MISSING, "kind of its questions", choices=TASKS)
-    file: str = setting(MISSING, "its questions, JSON lines as its authors publish them", empty="name a file")
-    name: str | None = setting(None, "its numbers are tasks/NAME/accuracy, ...; the task's if not given")
+    task: str = setting(MISSING, "benchmark", choices=TASKS)
+    file: str = setting(MISSING, "questions, in the JSON lines format of the benchmark's authors", empty="name a file")
+    name: str | None = setting(None, "NAME in tasks/NAME/accuracy, ...; the task if not given")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +51,7 @@ class TaskConfig(Settings):
 
 @dataclass(frozen=True)
 class TrainerConfig(Settings):
-    """How long, how wide and where to train.
+    """Training length, batches, precision, evaluation, checkpoints and output.
 
     Raises:
         InputError: if a value is out of its bounds, the microbatch size does not divide a batch size, or two tasks have
@@ -63,12 +63,14 @@ class TrainerConfig(Settings):
     num_train_steps: int = setting(100_000, "optimizer steps in the whole run", low=1, high=2**31 - 1)
     batch_size: int = setting(480, "sequences in a step", low=1, high=MOST_WINDOWS)
     batch_size_changes: tuple[BatchSizeChange, ...] = setting(
-        (), "other sizes later: [{step: 1000, batch_size: 960}, ...]"
+        (), "batch sizes from later steps on: [{step: 1000, batch_size: 960}, ...]"
     )
     microbatch_size: int | None = setting(
-        None, "sequences whose gradient is computed at one time; the whole batch if not given", low=1
+        None, "sequences whose gradient is computed at a time; the whole batch if not given", low=1
     )
-    seed: int = setting(0, "of the initial weights, data order, dropout and curvature samples", low=0, high=2**32 - 1)
+    seed: int = setting(
+        0, "seed of the initial weights, data order, dropout and curvature samples", low=0, high=2**32 - 1
+    )
     parameter_dtype: str = setting("float32", "dtype of the parameters between steps", choices=DTYPES)
     compute_dtype: str = setting("float32", "dtype of activations and matrix products", choices=DTYPES)
     max_grad_norm: float | None = setting(1.0, "clip gradients to this global norm", above=0)
@@ -83,17 +85,17 @@ class TrainerConfig(Settings):
     )
     lawa_every: float | int | None = setting(
         None,
-        f"keep the mean of the latest weights, one snapshot every so many steps, {OR_FRACTION}; none if not given",
+        f"steps between weight snapshots to average, {OR_FRACTION}; no average if not given",
         above=0,
         steps=True,
     )
-    lawa_snapshots: int = setting(5, "latest snapshots in that mean; each takes the memory of the parameters", low=1)
+    lawa_snapshots: int = setting(5, "latest snapshots to average; each takes as much memory as the parameters", low=1)
     max_skipped_steps: int = setting(10, "consecutive skipped steps before the run gives up or rolls back", low=1)
     max_rollbacks: int = setting(
         0, "times the run may return to its last good checkpoint and skip the data since then", low=0
     )
     evaluate_every: float | int = setting(
-        0.05, f"steps between validation losses, {OR_FRACTION}; one more comes at the end", above=0, steps=True
+        0.05, f"steps between validation losses, {OR_FRACTION}; one more is measured at the end", above=0, steps=True
     )
     evaluation_windows: int | None = setting(
         512, "sequences in a validation loss, evenly spread; all if not given", low=1
@@ -102,29 +104,29 @@ class TrainerConfig(Settings):
         (), "benchmarks to score: [{task: hellaswag, file: hellaswag_val.jsonl}, ...]"
     )
     tasks_every: float | int = setting(
-        0.25, f"steps between scores on the tasks, {OR_FRACTION}; one more comes at the end", above=0, steps=True
+        0.25, f"steps between scores on the tasks, {OR_FRACTION}; one more is measured at the end", above=0, steps=True
     )
     checkpoint_every: float | int = setting(
-        1000, f"steps between checkpoints, {OR_FRACTION}; one more comes at the end", above=0, steps=True
+        1000, f"steps between checkpoints, {OR_FRACTION}; one more is saved at the end", above=0, steps=True
     )
     checkpoint_minutes: float | None = setting(
-        None, "minutes after the last checkpoint at which another is saved, besides checkpoint_every", above=0
+        None, "also save when the last checkpoint is this many minutes old", above=0
     )
     checkpoint_dir: str | None = setting(None, "path, gs:// or s3:// for checkpoints; run_dir/checkpoints if not given")
     keep_checkpoints: int = setting(2, "number of newest checkpoints to keep", low=1)
-    keep_every: int | None = setting(None, "keep checkpoints at multiples of this many steps for ever", low=1)
+    keep_every: int | None = setting(None, "keep checkpoints at multiples of this many steps forever", low=1)
     keep_best: bool = setting(True, "keep the saved step with the lowest validation loss (of trainer.best_by)")
     best_by: str | None = setting(
-        None, "set of data.validation whose loss makes a checkpoint the best; the mean over all if not given"
+        None, "set of data.validation whose loss selects the best checkpoint; the mean over all sets if not given"
     )
     cast_checkpoint: bool = setting(
-        False, "on resuming, convert arrays that were saved in another floating-point dtype"
+        False, "when resuming, convert arrays that were saved in another floating-point dtype"
     )
     step_timeout: int | None = setting(
-        3600, "seconds that a step, evaluation batch or save may take before the run ends", low=1
+        3600, "seconds that a step, evaluation batch or save may take before the run is aborted", low=1
     )
-    metrics: tuple[str, ...] = setting((), "registered metrics to measure in each step, such as a plug-in's")
-    callbacks: tuple[str, ...] = setting((), "registered callbacks that act beside the steps, such as a plug-in's")
+    metrics: tuple[str, ...] = setting((), "registered metrics to measure in each step, such as those of a plug-in")
+    callbacks: tuple[str, ...] = setting((), "registered callbacks that run between steps, such as those of a plug-in")
     statistics_every: float | int | None = setting(
         None,
         f"steps between statistics of each array in each layer, {OR_FRACTION}; none if not given",
@@ -133,12 +135,12 @@ class TrainerConfig(Settings):
     )
     log_every: float | int = setting(
         10,
-        f"steps between progress lines when stdout is not a terminal, {OR_FRACTION}; one comes every ten seconds, too",
+        f"steps between progress lines when stdout is not a terminal, {OR_FRACTION}; at least one every ten seconds",
         above=0,
         steps=True,
     )
     sample_tokens: int = setting(200, "tokens of text to generate at the end of the run", low=0)
-    profile_steps: str | None = setting(None, "FIRST:END, trace these steps, END excluded, into run_dir/profile")
+    profile_steps: str | None = setting(None, "FIRST:END, steps to trace into run_dir/profile, END excluded")
     initial_weights: str | None = setting(
         None,
         "folder saved by transformers (GPT-2, Llama, Qwen3) or nanoGPT's ckpt.pt to start from; "
@@ -161,11 +163,11 @@ class TrainerConfig(Settings):
         titles = [task.title for task in self.tasks]
         for title in titles:
             if titles.count(title) > 1:
-                raise InputError(f"trainer.tasks has several called {title}; give each a name of its own")
+                raise InputError(f"trainer.tasks has several tasks called {title}; give each its own name")
         if self.ema_decay is not None and self.lawa_every is not None:
             raise InputError(
-                f"trainer.ema_decay is {self.ema_decay} and trainer.lawa_every {self.lawa_every}; a run keeps one "
-                "average, so leave one of them out"
+                f"trainer.ema_decay is {self.ema_decay} and trainer.lawa_every is {self.lawa_every}; a run keeps only "
+                "one average, so leave one of them out"
             )
         if self.lawa_every is not None and self.lawa_every > self.num_train_steps:
             raise InputError(
@@ -173,7 +175,7 @@ class TrainerConfig(Settings):
             )
         if self.profile_steps is not None and not self.profiled_steps:
             raise InputError(
-                f"trainer.profile_steps is {self.profile_steps!r}; it must be FIRST:END, FIRST below END, like 10:15"
+                f"trainer.profile_steps is {self.profile_steps!r}; it must be FIRST:END with FIRST < END, such as 10:15"
             )
         if self.profiled_steps.stop > self.num_train_steps:
             raise InputError(
@@ -284,7 +286,7 @@ class Sampling(Settings):
     temperature: float = setting(0.8, "divide logits by it; 0 takes the likeliest token", low=0)
     top_k: int | None = setting(None, "draw from this many of the likeliest tokens and ties with the last", low=1)
     top_p: float | None = setting(
-        None, "draw from the fewest of the likeliest tokens with this probability together", above=0, high=1
+        None, "draw from the smallest set of likeliest tokens with at least this total probability", above=0, high=1
     )
 
     def __post_init__(self) -> None:
