@@ -13,20 +13,20 @@ from sophia_levanter.status import Failure, Progress
     [
         ([0, 0], False, "done", "the run is complete"),
         ([0, 0], True, "done", "the run is complete"),
-        ([75, 75], False, "preempted", "the run was told to stop, and is saved"),
-        ([75, 75], True, "stopped", "as asked; the run is saved"),
-        ([75, None], True, "stopped", "as asked, and not saved: the last checkpoint counts"),
-        ([75, None], False, "preempted", "process-1 was told to stop; the last checkpoint counts"),
-        ([75, -6], False, "preempted", "process-1 was told to stop; the last checkpoint counts"),
-        ([0, None], False, "failed", "process-1 ended, and others did not"),
-        ([-9, 75], False, "failed", "process-1 was ended by SIGKILL"),
+        ([75, 75], False, "preempted", "the run was asked to stop, and was saved"),
+        ([75, 75], True, "stopped", "as requested; the run is saved"),
+        ([75, None], True, "stopped", "as requested, but not saved; the last checkpoint counts"),
+        ([75, None], False, "preempted", "process-1 was asked to stop; the last checkpoint counts"),
+        ([75, -6], False, "preempted", "process-1 was asked to stop; the last checkpoint counts"),
+        ([0, None], False, "failed", "process-1 exited, but others did not"),
+        ([-9, 75], False, "failed", "process-1 was killed by SIGKILL"),
         ([2, None], False, "refused", "model.num_heads 3: no"),
-        ([2, -9], False, "failed", "process-1 ended with status 2"),
-        ([-9, None], False, "failed", "process-1 was ended by SIGKILL"),
-        ([None, 137], False, "failed", "process-1 was ended by SIGKILL"),
-        ([1, -6], False, "failed", "process-1 ended with status 1"),
-        ([-6, -6], True, "stopped", "as asked, and not saved: the last checkpoint counts"),
-        ([None, None], True, "stopped", "as asked, and not saved: the last checkpoint counts"),
+        ([2, -9], False, "failed", "process-1 exited with status 2"),
+        ([-9, None], False, "failed", "process-1 was killed by SIGKILL"),
+        ([None, 137], False, "failed", "process-1 was killed by SIGKILL"),
+        ([1, -6], False, "failed", "process-1 exited with status 1"),
+        ([-6, -6], True, "stopped", "as requested, but not saved; the last checkpoint counts"),
+        ([None, None], True, "stopped", "as requested, but not saved; the last checkpoint counts"),
     ],
 )
 def test_statuses(statuses, told, kind, reason):
@@ -39,9 +39,9 @@ def test_statuses(statuses, told, kind, reason):
 
 def test_what_has_not_trained_has_saved_nothing():
     stopped = Ending([75], 75, "process-0").outcome(told_to_stop=True, has_begun=False)
-    assert (stopped.kind, stopped.reason) == ("stopped", "as asked")
+    assert (stopped.kind, stopped.reason) == ("stopped", "as requested")
     preempted = Ending([75], 75, "process-0").outcome(told_to_stop=False, has_begun=False)
-    assert (preempted.kind, preempted.reason) == ("preempted", "the run was told to stop")
+    assert (preempted.kind, preempted.reason) == ("preempted", "the run was asked to stop")
 
 
 def test_a_directory_that_is_still_in_use_is_tried_again():
@@ -67,10 +67,10 @@ PREEMPTED = Outcome("preempted", "because", Progress(7))
 def test_failures_at_one_step_are_a_crash_loop():
     budgets = Budgets(LocalCluster(crash_loop=3))
     assert [budgets.charge(failed_at(step)) for step in (5, 5, 6, 6)] == [None] * 4
-    assert budgets.charge(failed_at(6)) == "3 attempts in a row failed after step 6 (crash_loop), and another would too"
+    assert budgets.charge(failed_at(6)) == "3 consecutive failures, each after step 6 (crash_loop)"
     budgets = Budgets(LocalCluster(crash_loop=2))
     assert budgets.charge(failed_at(None)) is None
-    assert "failed before the first step" in budgets.charge(failed_at(None))
+    assert "each before the first step" in budgets.charge(failed_at(None))
 
 
 def test_a_preemption_breaks_a_crash_loop():

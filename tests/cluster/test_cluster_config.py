@@ -69,15 +69,15 @@ def test_each_backend_has_its_fields(tmp_path):
         ("backend: local\nenv: {A: null}\n", "env.A is null; it must be a string, in quotes"),
         ("backend: local\nenv: A=hunter2\n", "env is *** (str); it must be a section of NAME: VALUE"),
         ("backend: local\nenv: {1A: x}\n", "'1A' is not a valid name of an environment variable"),
-        ("backend: local\nenv: {WANDB_API_KEY: x}\n", "env.WANDB_API_KEY looks like a secret; name it under secrets"),
+        ("backend: local\nenv: {WANDB_API_KEY: x}\n", "env.WANDB_API_KEY looks like a secret; list it under secrets"),
         ("backend: local\nenv: {HF_TOKEN: x}\n", "env.HF_TOKEN looks like a secret"),
         ("backend: local\nsecrets: WANDB_API_KEY\n", "secrets is 'WANDB_API_KEY'; it must be a list of strings"),
         ("backend: local\nsecrets: ['A=b']\n", "'A=b' is not a valid name of an environment variable"),
-        ("backend: ray\n", "give either workers, how many processes the run has, or accelerator"),
+        ("backend: ray\n", "give either workers (the number of processes) or accelerator"),
         ("backend: ray\nworkers: 2\naccelerator: v4-32\n", "give either workers"),
-        ("backend: ray\naccelerator: v4-33\n", "accelerator is 'v4-33'; slices of v4 are v4-8, v4-16"),
+        ("backend: ray\naccelerator: v4-33\n", "accelerator is 'v4-33'; it must be one of v4-8, v4-16"),
         ("backend: ray\naccelerator: h100\n", "accelerator is 'h100'; it must be a TPU slice such as v4-32"),
-        ("backend: ray\nworkers: 2\nslices: 2\n", "slices is 2, which goes with accelerator"),
+        ("backend: ray\nworkers: 2\nslices: 2\n", "slices is 2, but accelerator is missing"),
         (
             "backend: ray\nworkers: 2\naddress: ray://head:10001\n",
             "address is 'ray://head:10001'; it must be auto, local",
@@ -86,20 +86,20 @@ def test_each_backend_has_its_fields(tmp_path):
         ("backend: ray\nworkers: 2\nauth: none\n", "auth is 'none'; it must be disabled or token"),
         ("backend: slurm\nsave_before: 100\n", "save_before is 100; it must be at least stop_timeout 120 + 30"),
         ("backend: slurm\nnodes: 0\n", "nodes is 0; it must be between 1 and 1000000"),
-        ("backend: slurm\npartition: a b\n", "partition is 'a b'; it must be one word"),
+        ("backend: slurm\npartition: a b\n", "partition is 'a b'; it must be a single word"),
         (
             "backend: slurm\noptions: [qos=high]\n",
-            "options holds 'qos=high'; an option of sbatch looks like --qos=high",
+            "options contains 'qos=high'; an sbatch option looks like --qos=high",
         ),
-        ("backend: gcloud\nzone: z\n", "accelerator is missing; it is a TPU slice such as v4-32"),
+        ("backend: gcloud\nzone: z\n", "accelerator is missing; name a TPU slice such as v4-32"),
         ("backend: gcloud\naccelerator: v4-8\n", "zone is missing"),
         (
             "backend: gcloud\nzone: z\naccelerator: v4-8\ncapacity: cheap\n",
             "capacity is 'cheap'; it must be one of on-",
         ),
-        ("backend: gcloud\nzone: z\naccelerator: v4-8\nname: A_b\n", "name is 'A_b'; it must be up to 40 of"),
+        ("backend: gcloud\nzone: z\naccelerator: v4-8\nname: A_b\n", "name is 'A_b'; it must be up to 40"),
         ("backend: local\nbackend: ray\n", "duplicate key 'backend'"),
-        ("- backend: local\n", "holds a list"),
+        ("- backend: local\n", "contains a list"),
     ],
 )
 def test_a_mistake_has_one_line(text, message, tmp_path):
@@ -110,7 +110,7 @@ def test_a_mistake_has_one_line(text, message, tmp_path):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="file not found"):
         read_cluster(tmp_path / "none.yaml")
 
 
@@ -126,7 +126,7 @@ def test_a_name_that_looks_like_a_secrets_is_refused_in_env(name, tmp_path):
     with pytest.raises(InputError) as error:
         read(tmp_path, f"backend: local\nenv: {{{name}: hunter2}}\n")
     message = str(error.value)
-    assert f"env.{name} looks like a secret; name it under secrets, and keep its value out of files" in message
+    assert f"env.{name} looks like a secret; list it under secrets and keep its value out of files" in message
     assert "hunter2" not in message and "\n" not in message
 
 
@@ -178,8 +178,8 @@ def test_slices(name, topology, chips, hosts, memory, runtime_version):
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("v4-12", "'v4-12'; slices of v4 are v4-8, v4-16, v4-32"),
-        ("v5e-2", "'v5e-2'; slices of v5e are v5litepod-1, v5litepod-4"),
+        ("v4-12", "'v4-12'; it must be one of v4-8, v4-16, v4-32"),
+        ("v5e-2", "'v5e-2'; it must be one of v5litepod-1, v5litepod-4"),
         ("v7-8", "'v7-8'; it must be a TPU slice such as v4-32, v5e-16, v5p-8 or v6e-64"),
         ("v4-32 --spot", "'v4-32 --spot'; it must be a TPU slice"),
     ],

@@ -25,7 +25,7 @@ def test_a_killed_process(victim, cluster_file, undisturbed, tmp_path):
         training_process(run.run_dir, victim).kill()
         assert run.wait() == 0, run.text
     np.testing.assert_allclose(losses(run.run_dir), undisturbed, rtol=0, atol=1e-5)
-    assert f"failed: process-{victim} was ended by SIGKILL; failures 1 of 10, preemptions 0 of 100" in run.text
+    assert f"failed: process-{victim} was killed by SIGKILL; failures 1 of 10, preemptions 0 of 100" in run.text
     assert run.status()["attempt"] == 2
 
 
@@ -35,7 +35,7 @@ def test_sigterm_to_a_process_is_a_preemption_of_all(cluster_file, undisturbed, 
         training_process(run.run_dir, 1).send_signal(signal.SIGTERM)
         assert run.wait() == 0, run.text
     assert losses(run.run_dir) == pytest.approx(undisturbed, abs=1e-5)
-    assert "preempted: the run was told to stop, and is saved; failures 0 of 10, preemptions 1 of 100" in run.text
+    assert "preempted: the run was asked to stop, and was saved; failures 0 of 10, preemptions 1 of 100" in run.text
 
 
 def test_stop_and_the_same_command_again(cluster_file, undisturbed, tmp_path):

@@ -110,7 +110,7 @@ def test_a_dead_process_ends_its_peers_and_all_begin_again(tmp_path):
     first = ["echo $$; kill -9 $$", f"echo $$ > {marker}; sleep 1000 & echo $! >> {marker}; wait"]
     status, said, record = run(tmp_path, Scripts(first, ["true", "true"]))
     assert status == 0
-    assert "failed: process-0 was ended by SIGKILL; failures 1 of 10" in said[-2]
+    assert "failed: process-0 was killed by SIGKILL; failures 1 of 10" in said[-2]
     # What the peer had started is gone, too.
     assert not any(lives(int(pid)) for pid in marker.read_text().split())
     assert record.read().failures == 1
@@ -119,7 +119,7 @@ def test_a_dead_process_ends_its_peers_and_all_begin_again(tmp_path):
 def test_a_process_that_does_not_end_with_the_others_is_a_failure(tmp_path):
     status, said, _ = run(tmp_path, Scripts(["true", "sleep 1000"], ["true", "true"]), stop_timeout=1)
     assert status == 0
-    assert "failed: a process ended, and others did not" in said[0]
+    assert "failed: a process exited, but others did not" in said[0]
 
 
 def test_bad_input_is_not_tried_again(tmp_path):
@@ -151,18 +151,18 @@ def test_preemptions_have_a_budget_of_their_own(tmp_path):
     backend = Scripts([f"{REPORTS}; exit 75"], ["exit 1"], ["exit 75"], ["true"], preempted=(2,))
     status, said, record = run(tmp_path, backend, max_failures=0)
     assert status == 0
-    assert "preempted: its machines are gone; process-0 ended with status 1" in " ".join(said)
+    assert "preempted: its machines are gone; process-0 exited with status 1" in " ".join(said)
     assert (record.read().failures, record.read().preemptions) == (0, 3)
     status, said, _ = run(tmp_path / "other", Scripts(["exit 75"], ["exit 75"]), max_preemptions=1)
     assert status == 1
-    assert said[-1].startswith("error: given up after 2 preemptions (max_preemptions); the logs are in ")
+    assert said[-1].startswith("error: gave up after 2 preemptions (max_preemptions); the logs are in ")
 
 
 def test_a_crash_loop_ends_with_the_tail_of_the_log(tmp_path):
     script = f"{REPORTS}; for i in $(seq 30); do echo line $i; done; exit 1"
     status, said, _ = run(tmp_path, Scripts(*[[script]] * 4), crash_loop=3)
     assert status == 1
-    assert said[-1].startswith("error: given up after 3 attempts in a row failed after step 4 (crash_loop)")
+    assert said[-1].startswith("error: gave up after 3 consecutive failures, each after step 4 (crash_loop)")
     assert said[-22:-2] == [f"  | line {i}" for i in range(11, 31)]
 
 

@@ -79,13 +79,14 @@ class Ending:
         if told_to_stop:
             saved = "; the run is saved" if self.progress else ""
             return self._outcome(
-                "stopped", f"as asked{saved}" if all_well else "as asked, and not saved: the last checkpoint counts"
+                "stopped",
+                f"as requested{saved}" if all_well else "as requested, but not saved; the last checkpoint counts",
             )
         if all_well:
-            saved = ", and is saved" if self.progress else ""
-            return self._outcome("preempted", f"the run was told to stop{saved}")
+            saved = ", and was saved" if self.progress else ""
+            return self._outcome("preempted", f"the run was asked to stop{saved}")
         if self.first == PREEMPTED:
-            return self._outcome("preempted", f"{self.culprit} was told to stop; the last checkpoint counts")
+            return self._outcome("preempted", f"{self.culprit} was asked to stop; the last checkpoint counts")
         if not ended or any(status != BAD_INPUT for status in ended):
             return self._outcome("failed", f"{self.culprit or 'a process'} {_how(ended)}", self.tail)
         reason = self.failures[-1].message if self.failures else "its input is at fault"
@@ -101,11 +102,11 @@ class Ending:
 def _how(ended: Sequence[int]) -> str:
     status = next((status for status in ended if status not in (DONE, PREEMPTED)), None)
     if status is None:
-        return "ended, and others did not"
+        return "exited, but others did not"
     number = -status if status < 0 else status - 128
     if number in {s.value for s in signal.Signals}:
-        return f"was ended by {signal.Signals(number).name}"
-    return f"ended with status {status}"
+        return f"was killed by {signal.Signals(number).name}"
+    return f"exited with status {status}"
 
 
 class Attempt:

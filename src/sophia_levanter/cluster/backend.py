@@ -139,7 +139,7 @@ class LocalBackend(Backend):
         self.num_processes = cluster.processes
 
     def describe(self, job: Job) -> list[str]:
-        return ["on this machine, nothing is paid for:", *(command.shown() for command in self._commands(job, 0))]
+        return ["on this machine, nothing is billed:", *(command.shown() for command in self._commands(job, 0))]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
         """Check the secrets. This machine needs no preparation."""

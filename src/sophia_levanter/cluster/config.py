@@ -56,20 +56,20 @@ class ClusterConfig(Settings, ChoiceRegistry):
     shares_disk: ClassVar[bool] = True  # whether the launcher sees the run directory that the processes write
 
     env: Mapping[str, str] = setting({}, "environment variables of the training processes")
-    secrets: tuple[str, ...] = setting((), "names of variables to pass on without writing their values anywhere")
+    secrets: tuple[str, ...] = setting((), "names of variables to pass on; their values are never written anywhere")
     max_failures: int = setting(10, "failed attempts before the run is given up", low=0, high=LARGEST)
     max_preemptions: int = setting(100, "preempted attempts before the run is given up", low=0, high=LARGEST)
     back_off: float = setting(
         5.0,
-        "seconds before the attempt after a failure; each failure in a row doubles it, up to 300",
+        "seconds to wait after a failure; doubles with each consecutive failure, up to 300",
         low=0,
         high=300,
     )
     crash_loop: int = setting(
-        3, "failures in a row at the same step that count as the run's own fault and end it", low=1, high=LARGEST
+        3, "consecutive failures at the same step before the run is given up", low=1, high=LARGEST
     )
     stop_timeout: int = setting(
-        120, "seconds that processes have to save and end when they are told to", low=1, high=LARGEST
+        120, "seconds that processes have to save and exit after they are asked to", low=1, high=LARGEST
     )
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class ClusterConfig(Settings, ChoiceRegistry):
         for name in self.env:
             if SECRET.search(name.upper()):
                 raise InputError(
-                    f"env.{name} looks like a secret; name it under secrets, and keep its value out of files"
+                    f"env.{name} looks like a secret; list it under secrets and keep its value out of files"
                 )
 
     @property
@@ -117,9 +117,9 @@ class ClusterConfig(Settings, ChoiceRegistry):
 @ClusterConfig.register_subclass("local")
 @dataclass(frozen=True)
 class LocalCluster(ClusterConfig):
-    """Processes on this machine."""
+    """Training processes on this machine."""
 
-    processes: int = setting(1, "number of processes of the run", low=1, high=1024)
+    processes: int = setting(1, "number of training processes", low=1, high=1024)
 
     def build(self, job: Job) -> Backend:
         from sophia_levanter.cluster.backend import LocalBackend
@@ -130,21 +130,21 @@ class LocalCluster(ClusterConfig):
 @ClusterConfig.register_subclass("ray")
 @dataclass(frozen=True)
 class RayCluster(ClusterConfig):
-    """Workers of a Ray cluster: one training process each."""
+    """Workers of a Ray cluster, with one training process each."""
 
-    address: str = setting("auto", "HOST:PORT of the cluster, auto for this machine's, or local to start one here")
+    address: str = setting("auto", "HOST:PORT of the cluster; auto: this machine's cluster; local: start one here")
     auth: str = setting(
         "disabled",
         "RAY_AUTH_MODE; token needs RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH",
         choices=("disabled", "token"),
     )
-    workers: int | None = setting(None, "processes of the run, each with its own resources", low=1, high=LARGEST)
+    workers: int | None = setting(None, "training processes, each with its own resources", low=1, high=LARGEST)
     cpus_per_worker: float = setting(1.0, "CPUs that Ray reserves for each worker", above=0)
-    gpus_per_worker: int = setting(0, "GPUs of each worker", low=0, high=LARGEST)
-    accelerator: str | None = setting(None, "type of a TPU slice, such as v4-32, in place of workers")
+    gpus_per_worker: int = setting(0, "GPUs per worker", low=0, high=LARGEST)
+    accelerator: str | None = setting(None, "type of a TPU slice, such as v4-32, instead of workers")
     slices: int = setting(1, "number of TPU slices", low=1, high=LARGEST)
     start_timeout: int = setting(
-        1800, "seconds to wait for nodes, which may have to be bought first", low=1, high=LARGEST
+        1800, "seconds to wait for nodes, which may have to be provisioned first", low=1, high=LARGEST
     )
 
     def __post_init__(self) -> None:
@@ -155,13 +155,11 @@ class RayCluster(ClusterConfig):
                 "on a machine of the cluster"
             )
         if (self.workers is None) == (self.accelerator is None):
-            raise InputError(
-                "give either workers, how many processes the run has, or accelerator, a TPU slice such as v4-32"
-            )
+            raise InputError("give either workers (the number of processes) or accelerator (a TPU slice such as v4-32)")
         if self.accelerator is None and self.slices > 1:
-            raise InputError(f"slices is {self.slices}, which goes with accelerator, a TPU slice such as v4-32")
+            raise InputError(f"slices is {self.slices}, but accelerator is missing; name a TPU slice such as v4-32")
         if self.accelerator is not None and self.gpus_per_worker:
-            raise InputError(f"gpus_per_worker is {self.gpus_per_worker}, and accelerator {self.accelerator} is a TPU")
+            raise InputError(f"gpus_per_worker is {self.gpus_per_worker}, but accelerator {self.accelerator} is a TPU")
         if self.accelerator is not None:
             tpu_shape(self.accelerator)
 
@@ -187,36 +185,36 @@ class RayCluster(ClusterConfig):
 @ClusterConfig.register_subclass("slurm")
 @dataclass(frozen=True)
 class SlurmCluster(ClusterConfig):
-    """A Slurm job: one training process on each node, all its GPUs in it."""
+    """A Slurm job with one training process on each node, which uses all the node's GPUs."""
 
     nodes: int = setting(1, "number of nodes", low=1, high=LARGEST)
-    gpus_per_node: int = setting(0, "GPUs of each node", low=0, high=LARGEST)
-    cpus_per_node: int | None = setting(None, "CPUs of each node; all if null", low=1, high=LARGEST)
+    gpus_per_node: int = setting(0, "GPUs per node", low=0, high=LARGEST)
+    cpus_per_node: int | None = setting(None, "CPUs per node; all if null", low=1, high=LARGEST)
     partition: str | None = setting(None, "Slurm partition")
     account: str | None = setting(None, "Slurm account")
     time: str | None = setting(
-        None, "time limit of one job, such as 12:00:00; a job that reaches it saves and is queued again"
+        None, "time limit of one job, such as 12:00:00; a job that reaches it saves and is requeued"
     )
-    save_before: int = setting(180, "seconds before the time limit at which the run saves", low=1, high=LARGEST)
-    options: tuple[str, ...] = setting((), "more options of sbatch: --qos=high")
-    setup: tuple[str, ...] = setting((), "lines of shell before the run: module load cuda/13")
-    python: str = setting("python", "Python interpreter, found after those lines")
+    save_before: int = setting(180, "save the run this many seconds before the time limit", low=1, high=LARGEST)
+    options: tuple[str, ...] = setting((), "further sbatch options, such as --qos=high")
+    setup: tuple[str, ...] = setting((), "shell lines to run before training, such as module load cuda/13")
+    python: str = setting("python", "Python interpreter, looked up after those lines")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.save_before < self.stop_timeout + 30:
             raise InputError(
-                f"save_before is {self.save_before}; it must be at least stop_timeout {self.stop_timeout} + 30, for a "
-                "save to be over before the job's time is"
+                f"save_before is {self.save_before}; it must be at least stop_timeout {self.stop_timeout} + 30, so "
+                "that the save finishes before the time limit"
             )
         for name in ("partition", "account", "time"):
             if (value := getattr(self, name)) is not None and not re.fullmatch(r"[\w.,:@+-]+", value):
-                raise InputError(f"{name} is {value!r}; it must be one word")
+                raise InputError(f"{name} is {value!r}; it must be a single word")
         for option in self.options:
             if not re.fullmatch(r"--[a-z][a-z-]*(=\S+)?", option):
-                raise InputError(f"options holds {option!r}; an option of sbatch looks like --qos=high")
+                raise InputError(f"options contains {option!r}; an sbatch option looks like --qos=high")
         if any("\n" in line for line in self.setup):
-            raise InputError("setup holds an item with a line break; each is one line of shell")
+            raise InputError("setup has an item with a line break; write one item per line")
 
     @property
     def num_devices(self) -> int | None:
@@ -239,45 +237,47 @@ class SlurmCluster(ClusterConfig):
 @ClusterConfig.register_subclass("gcloud")
 @dataclass(frozen=True)
 class GcloudCluster(ClusterConfig):
-    """TPU slices of Google Cloud, bought for the run as one queued resource, their hosts reached by ssh."""
+    """Google Cloud TPU slices, requested for the run as one queued resource; their hosts are reached by ssh."""
 
     shares_disk: ClassVar[bool] = False
 
-    name: str | None = setting(None, "name of the queued resource; the run directory's if not given")
-    project: str | None = setting(None, "Google Cloud project; if null, the default of gcloud")
+    name: str | None = setting(None, "name of the queued resource; the run directory's name if not given")
+    project: str | None = setting(None, "Google Cloud project; gcloud's default if null")
     zone: str | None = setting(None, "zone, such as us-central2-b")
     accelerator: str | None = setting(None, "type of a TPU slice, such as v4-32")
     slices: int = setting(1, "number of TPU slices", low=1, high=LARGEST)
-    runtime_version: str | None = setting(None, "TPU software version; if null, the default for the accelerator")
-    capacity: str = setting("on-demand", "how the slices are paid for", choices=("on-demand", "spot", "reserved"))
+    runtime_version: str | None = setting(None, "TPU software version; the accelerator's default if null")
+    capacity: str = setting("on-demand", "how the slices are provisioned", choices=("on-demand", "spot", "reserved"))
     network: str | None = setting(None, "network of the hosts")
     subnetwork: str | None = setting(None, "subnetwork of the hosts")
-    internal_ips: bool = setting(False, "no public addresses; ssh then needs --tunnel-through-iap")
-    service_account: str | None = setting(None, "account of the hosts, with the right to write trainer.checkpoint_dir")
-    files: tuple[str, ...] = setting((), "local files for the home folder of every host: a wheel of this project")
-    setup: tuple[str, ...] = setting((), "lines of shell on every host, once, after that: pip install that wheel")
+    internal_ips: bool = setting(False, "use no public IP addresses; ssh then tunnels through IAP")
+    service_account: str | None = setting(None, "service account of the hosts, able to write trainer.checkpoint_dir")
+    files: tuple[str, ...] = setting((), "local files to copy to the hosts' home directories, such as a wheel")
+    setup: tuple[str, ...] = setting((), "shell lines to run once on every host after copying, such as pip install")
     python: str = setting("python3", "Python interpreter on the hosts")
-    keep: bool = setting(False, "leave the slices running, and paid for, when the run is over")
+    keep: bool = setting(False, "keep the slices running, and billed, after the run is done")
     start_timeout: int = setting(24 * 3600, "seconds to wait for capacity", low=1, high=LARGEST)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.accelerator:
-            raise InputError("accelerator is missing; it is a TPU slice such as v4-32")
+            raise InputError("accelerator is missing; name a TPU slice such as v4-32")
         tpu_shape(self.accelerator)
         if self.zone is None:
-            raise InputError("zone is missing, such as us-central2-b")
+            raise InputError("zone is missing; name one such as us-central2-b")
         if self.name is not None and not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.name):
-            raise InputError(f"name is {self.name!r}; it must be up to 40 of a-z, 0-9 and -, a letter first")
+            raise InputError(
+                f"name is {self.name!r}; it must be up to 40 characters of a-z, 0-9 and -, starting with a letter"
+            )
         if any("\n" in line for line in self.setup):
-            raise InputError("setup holds an item with a line break; each is one line of shell")
+            raise InputError("setup has an item with a line break; write one item per line")
 
     def check_files(self) -> None:
         missing = [file for file in self.files if not Path(file).is_file()]
         if missing:
             raise InputError(
-                f"files names {', '.join(missing)}: not found; paths are relative to the working directory, "
-                "and `make wheel` builds the wheel of this project"
+                f"files: {', '.join(missing)} not found; paths are relative to the working directory, "
+                "and `make wheel` builds this project's wheel"
             )
 
     @property
@@ -318,7 +318,8 @@ def read_cluster(path: Path) -> ClusterConfig:
         return build(ClusterConfig, read_layers(path))
     except InputError as error:
         _check_reader(path)
-        raise InputError(str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}") from None
+        is_named = str(error).startswith((f"{path}: ", f"{path} "))
+        raise InputError(str(error) if is_named else f"{path}: {error}") from None
 
 
 def _check_reader(path: Path) -> None:
@@ -330,6 +331,6 @@ def _check_reader(path: Path) -> None:
     for mark, command in OTHER_TOOLS.items():
         if re.search(mark, text, re.MULTILINE):
             raise InputError(
-                f"--cluster {path} is a file for `{command}`; the launcher's files have a line `backend:`, "
-                "such as infra/local.yaml"
+                f"--cluster {path} is a file for `{command}`; a file for the launcher has a line `backend:`, "
+                "as in infra/local.yaml"
             )

@@ -35,10 +35,10 @@ USAGE = """\
 usage: python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD...
        python -m sophia_levanter.cluster.host --parent PID -- WORD...
 
-  WORD...           the command line of a process; it gets SIGTERM when standard input ends
-  --grace SECONDS   after which it then gets SIGKILL
-  --log FILE        a new file for what it prints; where there is one already, the process is not started a second time
-  --parent PID      becomes the process, which ends with this parent
+  WORD...           command line of a process, which gets SIGTERM when standard input closes
+  --grace SECONDS   time from SIGTERM to SIGKILL
+  --log FILE        new file for the process's output; if it exists, the process is not started a second time
+  --parent PID      becomes the process, which exits with this parent
   --help            prints this and exits"""
 PR_SET_PDEATHSIG = 1
 _PATIENCE = 10.0  # seconds beyond the grace to wait for the process of an earlier attempt
@@ -87,8 +87,8 @@ def _run(given: Sequence[str], words: Sequence[str]) -> int:
     arguments = parse_arguments(given, options=("--grace", "--log", "--parent"))
     if "--parent" in arguments.options:
         _become(words, whole_number("--parent", arguments.options["--parent"]))
-    grace = whole_number("--grace", arguments.needed("--grace", "SECONDS", "then comes SIGKILL"))
-    log_file = Path(arguments.needed("--log", "FILE", "what the process prints is kept there"))
+    grace = whole_number("--grace", arguments.needed("--grace", "SECONDS", "it is the time from SIGTERM to SIGKILL"))
+    log_file = Path(arguments.needed("--log", "FILE", "it receives the process's output"))
     if not words:
         raise InputError("-- WORD... is missing; it is the command line of the process")
     log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def _run(given: Sequence[str], words: Sequence[str]) -> int:
         log = log_file.open("xb", buffering=0)
     except FileExistsError:
         # gcloud reconnects after a broken connection, and would start a second process beside the first.
-        print(f"error: {log_file} exists: the process was started once, and its connection is gone", file=sys.stderr)
+        print(f"error: {log_file} exists: the process was already started, and its connection lost", file=sys.stderr)
         return FAILURE
     with log, _alone_on_this_host(log_file.parent, grace + _PATIENCE):
         return run_child(words, grace, log)
@@ -155,9 +155,9 @@ def _alone_on_this_host(folder: Path, seconds: float) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise OSError(f"{folder}: the process of an earlier attempt does not end") from None
+                    raise OSError(f"{folder}: the process of an earlier attempt is still running") from None
             if not told:
-                print("waiting until the process of an earlier attempt has ended", flush=True)
+                print("waiting for the process of an earlier attempt to exit", flush=True)
                 lock.seek(0)
                 if (holder := lock.read()).isdecimal():
                     with contextlib.suppress(ProcessLookupError):

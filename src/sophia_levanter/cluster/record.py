@@ -79,7 +79,7 @@ class LaunchRecord:
             held = self._lock()
         except OSError as error:
             raise InputError(
-                f"trainer.run_dir {self.directory.parent} cannot be used: {error.strerror}; name another directory"
+                f"trainer.run_dir {self.directory.parent} cannot be used: {error.strerror}; choose another directory"
             ) from None
         if held is None:
             raise InputError(
@@ -119,7 +119,7 @@ class LaunchRecord:
             InputError: if it is missing or damaged.
         """
         if not self._status_file.exists():
-            raise InputError(f"{self.directory.parent} holds no launched run")
+            raise InputError(f"{self.directory.parent} contains no launched run")
         try:
             fields = json.loads(read_regular(self._status_file))
             progress = fields.pop("progress")

@@ -61,7 +61,7 @@ class Budgets:
             self._in_a_row += 1
         if self._same_step >= self._policy.crash_loop:
             at = "before the first step" if step is None else f"after step {step}"
-            return f"{counted(self._same_step, 'attempt')} in a row failed {at} (crash_loop), and another would too"
+            return f"{counted(self._same_step, 'consecutive failure')}, each {at} (crash_loop)"
         if self.failures > self._policy.max_failures:
             return f"{counted(self.failures, 'failure')} (max_failures)"
         return None
@@ -125,11 +125,11 @@ class Supervisor:
             if outcome.kind == "stopped":
                 return self._stopped_status
             if given_up is not None:
-                self._say(f"error: given up after {given_up}; the logs are in {self._record.directory}")
+                self._say(f"error: gave up after {given_up}; the logs are in {self._record.directory}")
                 return FAILURE
             self._pause()
             if self._told_to_stop():
-                self._tell("told to stop; run the same command again to continue")
+                self._tell("stop requested; run the same command again to continue")
                 return self._stopped_status
 
     @property
@@ -140,7 +140,7 @@ class Supervisor:
         try:
             self._backend.prepare(self._job, number, self._tell, self._told_to_stop)
             if self._told_to_stop():
-                return Outcome("stopped", "before its processes were started")
+                return Outcome("stopped", "before its processes started")
             commands = self._backend.commands(self._job, number)
         except (InputError, Unavailable) as error:
             reason, *details = str(error).splitlines()
@@ -175,7 +175,7 @@ class Supervisor:
                 deadline = min(deadline, now + self._policy.stop_timeout)
             if self._told_to_stop() and not told:
                 told = True
-                self._tell("told to stop; the run saves and stops (Ctrl-C again stops it at once)")
+                self._tell("stop requested; the run saves and stops (press Ctrl-C again to stop immediately)")
                 attempt.stop()
                 deadline = min(deadline, now + self._policy.stop_timeout)
             if now > deadline or self._interrupts > 1:
@@ -210,7 +210,7 @@ class Supervisor:
     def _pause(self) -> None:
         if self._told_to_stop() or not (seconds := self._budgets.pause):
             return
-        self._tell(f"the next attempt begins in {seconds:.0f} s")
+        self._tell(f"the next attempt starts in {seconds:.0f} s")
         self._update(state="waiting")
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self._told_to_stop():

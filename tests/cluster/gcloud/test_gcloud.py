@@ -76,7 +76,7 @@ def test_a_slice_that_lost_a_host_is_not_used_again(api, state):
     nodes = acquire(said, slices=2)
     assert [node.name for node in nodes] == ["a-run-0", "a-run-1"]
     shown = "gone" if state == "GONE" else state
-    assert said[0] == f"slice a-run-1 is {shown}; it is deleted and created anew"
+    assert said[0] == f"slice a-run-1 is {shown}; deleting and recreating it"
     assert [method for method, path, _ in api.requests if "queuedResources" in path and method != "GET"] == [
         "DELETE",
         "POST",
@@ -90,14 +90,14 @@ def test_a_slice_that_stays_sick_is_replaced(api, monkeypatch):
     said = []
     acquire(said)
     sick = "slice a-run is READY and UNHEALTHY_TENSORFLOW"
-    assert said[:2] == [sick, f"{sick}; it is deleted and created anew"]
+    assert said[:2] == [sick, f"{sick}; deleting and recreating it"]
 
 
 def test_a_creation_whose_answer_was_lost_is_gone_on_with(api):
     api.refusals, api.created_anyway = [(409, "Resource 'a-run' already exists")], True
     said = []
     assert len(acquire(said)) == 1
-    assert said == ["queued resource a-run is there already"]
+    assert said == ["queued resource a-run already exists"]
 
 
 def test_a_quota_is_waited_for(api):
@@ -112,7 +112,7 @@ def test_a_quota_is_waited_for(api):
 def test_a_quota_is_not_waited_for_without_end(api):
     api.refusals = [(429, "Quota limit reached")] * 100
     with pytest.raises(
-        Unavailable, match=r"no slices within start_timeout, 1 seconds; at last gcloud: RESOURCE_EXHAUST"
+        Unavailable, match=r"no slices within 1 s \(start_timeout\); last state: gcloud: RESOURCE_EXHAUST"
     ):
         acquire([], start_timeout=1)
 
@@ -142,7 +142,7 @@ def test_another_queued_resource_of_that_name_is_left_alone(api, job):
     api.add("a-run", spec("v4-8"), ["ACTIVE"])
     slices = backend()
     with pytest.raises(
-        InputError, match=r"^name a-run: there is a queued resource of that name with 1 x v4-8, and 1 x v4"
+        InputError, match=r"^name a-run: a queued resource of that name exists with 1 x v4-8, but 1 x v4"
     ):
         slices.prepare(job, 1, lambda text: None, lambda: False)
     slices.release(lambda text: None)
@@ -198,5 +198,5 @@ def test_slices_that_are_kept(api, job):
     slices = backend(keep=True)
     slices.prepare(job, 1, said.append, lambda: False)
     slices.release(said.append)
-    assert "stays, and is paid for until you delete it: gcloud compute tpus queued-resources delete a-run" in said[-1]
+    assert "is kept, and billed until you delete it: gcloud compute tpus queued-resources delete a-run" in said[-1]
     assert not api.bodies("DELETE", "")

@@ -33,7 +33,7 @@ def test_a_run_on_slices_from_nothing_to_nothing(api, job, tmp_path):
     slices = backend(python=fake_python(tmp_path), **fields)
     slices.prepare(job, 1, said.append, lambda: False)
     assert said == [
-        "created queued resource a-run; it is paid for from when it is active until it is deleted",
+        "created queued resource a-run; it is billed from activation to deletion",
         *(f"queued resource a-run is {state}" for state in ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")),
         "queued resource a-run: 1 x v4-32: 16 chips (2x2x4), 4 hosts, 512 GiB ready",
     ]
@@ -214,12 +214,12 @@ def test_what_is_described_can_be_pasted(job):
     assert commands[3:5] == [words.ssh(node, "all", words.setup()) for node in ("a-run-0", "a-run-1")]
     assert [re.findall(r"process_id (\d+)$", words[-1]) for words in commands[5:13]] == [[str(i)] for i in range(8)]
     assert commands[13:] == [words.delete()]
-    paid = "paid for: 2 x v4-32: 16 chips (2x2x4), 4 hosts, 512 GiB; spot, 32 chips in all, from when it is active"
-    assert lines[2] == f"{paid} until it is deleted, by the prices at https://cloud.google.com/tpu/pricing"
+    paid = "billed: 2 x v4-32: 16 chips (2x2x4), 4 hosts, 512 GiB; spot, 32 chips in total, from activation"
+    assert lines[2] == f"{paid} to deletion, at the prices on https://cloud.google.com/tpu/pricing"
 
 
 def test_a_file_that_is_not_there(job):
-    with pytest.raises(InputError, match=r"^files names nowhere\.whl: not found; paths are relative to the working"):
+    with pytest.raises(InputError, match=r"^files: nowhere\.whl not found; paths are relative to the working"):
         backend(files=("nowhere.whl",)).prepare(job, 1, print, lambda: False)
 
 
@@ -244,7 +244,7 @@ def test_the_queued_resource_is_named_after_the_run_and_its_place(run_dir, name)
 
 
 def test_a_run_that_no_name_can_be_made_of():
-    with pytest.raises(InputError, match=r"^name is missing, and none can be made of '123'"):
+    with pytest.raises(InputError, match=r"^name is missing and cannot be derived from '123'"):
         GcloudBackend(cluster(name=None), Path("123"))
 
 
@@ -267,4 +267,4 @@ def test_a_connection_that_breaks_does_not_start_the_process_twice(api, job, tmp
     assert process.stdout.readline().startswith('[["-u", "-m"')
     assert process.wait(60) == 1
     assert process.stdout.read() == ""
-    assert "the process was started once, and its connection is gone" in process.stderr.read()
+    assert "the process was already started, and its connection lost" in process.stderr.read()

@@ -103,10 +103,10 @@ def test_logs_are_the_newest_ones(cluster_file, tmp_path):
         (["lst"], "error: 'lst' is not one of create, list, delete, ssh, logs; did you mean list?"),
         (["list"], "error: --cluster FILE is missing"),
         (["list", "--cluster", "nowhere.yaml"], "error: nowhere.yaml"),
-        (["delete", "other", "--cluster", "FILE"], "error: other is not the name in the cluster's file, mine"),
+        (["delete", "other", "--cluster", "FILE"], "error: other differs from the name in the cluster file, mine"),
         (["create", "--cluster", "UNNAMED"], "error: name is missing"),
-        (["list", "--cluster", "LOCAL"], "error: LOCAL: backend is local; tpu is for backend gcloud"),
-        (["ssh", "--cluster", "FILE"], "error: ssh takes -- COMMAND..."),
+        (["list", "--cluster", "LOCAL"], "error: LOCAL: backend is local; tpu needs backend gcloud"),
+        (["ssh", "--cluster", "FILE"], "error: ssh needs -- COMMAND..."),
         (["delete", "--cluster", "FILE", "--", "x"], "error: delete takes no -- COMMAND"),
         (["delete", "--cluster", "FILE", "mine", "more"], "error: unexpected argument 'more'"),
     ],
@@ -139,7 +139,7 @@ def test_gcloud_is_missing(cluster_file, monkeypatch, capsys):
 def test_the_files_for_clusters(file, hosts, paid):
     backend = GcloudBackend(read_cluster(INFRA / file), Path("runs/a"))
     assert backend.num_processes == hosts
-    assert backend.describe(Job(Path("runs/a"), Path("runs/a/launch")))[2].startswith(f"paid for: {paid}, ")
+    assert backend.describe(Job(Path("runs/a"), Path("runs/a/launch")))[2].startswith(f"billed: {paid}, ")
 
 
 def test_all_files_for_clusters_are_read():

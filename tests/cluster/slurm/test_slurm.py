@@ -124,7 +124,7 @@ def test_tasks_of_a_killed_srun_are_gone_before_the_next_attempt(
     said: list[str] = []
     backend.prepare(slurm_run, 2, said.append, lambda: False)
     assert not any(fake_slurm.alive(pid) for pid in pids)
-    assert said == ["ending what is left of an earlier attempt"]
+    assert said == ["killing what is left of an earlier attempt"]
 
 
 def test_a_persons_step_is_left_alone(allocation: Path, slurm_run: Job):
@@ -144,7 +144,7 @@ def test_tasks_that_cannot_be_ended(allocation: Path, slurm_run: Job, monkeypatc
 
 
 def test_another_allocation_is_refused(allocation: Path, slurm_run: Job):
-    with pytest.raises(InputError, match="nodes is 3, and this Slurm job has 2"):
+    with pytest.raises(InputError, match="nodes is 3, but this Slurm job has 2"):
         SlurmBackend(SlurmCluster(nodes=3)).prepare(slurm_run, 1, lambda line: None, lambda: False)
 
 

@@ -100,7 +100,7 @@ def test_clusters_that_come_along(slurm_run: Job, name: str):
 
 @pytest.mark.parametrize("name", ["a\nb", "a\\b"])
 def test_directory_that_slurm_cannot_take(tmp_path: Path, name: str):
-    with pytest.raises(InputError, match="no line break or backslash"):
+    with pytest.raises(InputError, match="cannot contain a line break or backslash"):
         sbatch_script(SlurmCluster(), Job(tmp_path / name, tmp_path / name / "launch"), ["python"])
 
 
@@ -136,7 +136,7 @@ def test_time_that_ends(slurm_commands: Path, slurm_run: Job, status: int, reque
     assert (slurm_commands / "requeued").exists() == requeued
     if requeued:
         assert (slurm_commands / "requeued").read_text() == "100\n"
-        assert "job 100 is queued again" in log.read_text()
+        assert "requeuing job 100" in log.read_text()
 
 
 def test_time_that_ends_before_the_launcher_listens(slurm_commands: Path, slurm_run: Job):
@@ -169,7 +169,7 @@ def test_job_in_the_queue_is_cancelled_by_stop(slurm_commands: Path, slurm_run: 
     (slurm_run.directory / "slurm_job").write_text("100")
     (slurm_commands / "job-100").write_text("PENDING")
     assert launch.main(["stop", str(slurm_run.run_dir)]) == 0
-    assert capsys.readouterr().out == "Slurm job 100, which had not begun, is cancelled\n"
+    assert capsys.readouterr().out == "cancelled Slurm job 100, which had not started\n"
     assert (slurm_commands / "job-100").read_text() == "CANCELLED"
     assert cancel_if_queued(slurm_run.directory) is None
 
@@ -214,7 +214,7 @@ def test_run_through_the_job_saves_and_is_queued_again(
     tell_script(slurm_commands)
     assert process.wait(timeout=60) == 75
     log = (slurm_run.directory / "slurm-100.log").read_text()
-    assert {"0: saved", "1: saved", "job 100 is queued again"} <= set(log.splitlines())
+    assert {"0: saved", "1: saved", "requeuing job 100"} <= set(log.splitlines())
     assert (slurm_commands / "requeued").read_text() == "100\n"
     assert not any(b"hunter2" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
@@ -227,7 +227,7 @@ def test_submit_says_number_and_log(slurm_commands: Path, slurm_run: Job):
 
 def test_no_sbatch(slurm_run: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InputError, match="sbatch was not found; run this on a login node"):
+    with pytest.raises(InputError, match="sbatch not found; run this on a login node"):
         submit(SlurmCluster(), slurm_run, ["true"], print)
 
 
@@ -270,7 +270,7 @@ def test_ctrl_c_leaves_the_job(slurm_commands: Path, slurm_run: Job, tmp_path: P
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     stop = shlex.join(["python", "-m", "sophia_levanter.commands.launch", "stop", str(slurm_run.run_dir)])
-    assert output == f"job 100 keeps running; {stop} ends it, or scancel 100 if it has not begun\n"
+    assert output == f"job 100 keeps running; {stop} stops it, or scancel 100 if it has not started\n"
     (tmp_path / "go").touch()
     until((slurm_commands / "exit-100").exists)
     assert (slurm_commands / "exit-100").read_text() == "3"
@@ -283,5 +283,5 @@ def test_dry_run_shows_all_and_starts_nothing(slurm_commands: Path, slurm_run: J
     assert "sbatch --wait --parsable" in shown
     assert "  #SBATCH --nodes=2" in shown and f"  {shlex.join(words)} </dev/null &" in shown
     assert "each attempt: srun" in shown and "--mesh.coordinator FIRST_NODE:PORT" in shown
-    assert "taken: 2 nodes, 96 CPUs each, 8 GPUs each, 16 GPUs in all, for up to 1:00:00 at a time" in shown
+    assert "uses 2 nodes, 96 CPUs each, 8 GPUs each, 16 GPUs in total, for up to 1:00:00 at a time" in shown
     assert not list(slurm_run.directory.iterdir()) and not list(slurm_commands.iterdir())

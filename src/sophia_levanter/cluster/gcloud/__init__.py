@@ -65,23 +65,23 @@ class GcloudBackend(Backend):
     def describe(self, job: Job) -> list[str]:
         shape, cluster = self._cluster.shape, self._cluster
         lines = [
-            f"would create, unless it is there already, queued resource {self._commands.name} in {cluster.zone}:",
+            f"would create queued resource {self._commands.name} in {cluster.zone}, unless it already exists:",
             f"  {shlex.join(self._commands.create())}",
-            f"paid for: {cluster.slices} x {shape}; {cluster.capacity}, {cluster.slices * shape.chips} chips in all, "
-            f"from when it is active until it is deleted, by the prices at {PRICES}",
-            "would then copy the configuration, and files, to every host:",
+            f"billed: {cluster.slices} x {shape}; {cluster.capacity}, {cluster.slices * shape.chips} chips in total, "
+            f"from activation to deletion, at the prices on {PRICES}",
+            "would then copy the configuration and files to every host:",
             *(f"  {shlex.join(words)}" for words in self._copies(job)),
         ]
         if cluster.setup:
-            lines.append("would run the lines of setup once on every host:")
+            lines.append("would run the setup lines once on every host:")
             lines += [f"  {shlex.join(words)}" for words in self._setups()]
         lines.append("would run for each attempt (WORKER_0: the internal address of worker 0 of the first slice):")
         stand_ins = [Node(name, "READY", None, ("WORKER_0",) * shape.hosts) for name in self._commands.node_names]
         masked = dataclasses.replace(cluster, env=dict.fromkeys(cluster.env, MASK))
         shown = GcloudCommands(masked, self._commands.name)
         lines += [f"  {command.shown()}" for command in self._host_commands(shown, stand_ins, 1, "ATTEMPT")]
-        kept = "would keep it, and it would be paid for, until somebody deletes it:"
-        lines.append(kept if cluster.keep else "would delete it when the run is over:")
+        kept = "would keep it, and it would be billed, until someone deletes it:"
+        lines.append(kept if cluster.keep else "would delete it when the run is done:")
         return [*lines, f"  {shlex.join(self._commands.delete())}"]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
@@ -129,19 +129,19 @@ class GcloudBackend(Backend):
             return
         name, by_hand = self._commands.name, shlex.join(self._commands.delete())
         if self._cluster.keep:
-            say(f"queued resource {name} stays, and is paid for until you delete it: {by_hand}")
+            say(f"queued resource {name} is kept, and billed until you delete it: {by_hand}")
             return
         answer = self._resource.delete()
         for pause in RELEASE_PAUSES:
             if not answer.status or answer.final:
                 break
-            say(f"gcloud: {answer.error}; trying again, for the slices are paid for")
+            say(f"gcloud: {answer.error}; trying again, because the slices are billed")
             time.sleep(pause * self._poll)
             answer = self._resource.delete()
         if answer.code == "NOT_FOUND":
             say(f"queued resource {name} is gone")
         elif answer.status:
-            say(f"queued resource {name} is not deleted, and still paid for: {answer.error}; try {by_hand}")
+            say(f"queued resource {name} could not be deleted and is still billed: {answer.error}; try {by_hand}")
         else:
             say(f"queued resource {name} is being deleted")
 
@@ -227,7 +227,7 @@ class Acquisition:
                 self._say(f"gcloud: {refusal}; trying again")
                 self._back_off()
             if time.monotonic() >= deadline:
-                raise Unavailable(f"no slices within start_timeout, {timeout} seconds; at last {self._said}")
+                raise Unavailable(f"no slices within {timeout} s (start_timeout); last state: {self._said}")
 
     def _look(self) -> list[Node] | None:
         """Take one step towards slices; return them once they are whole."""
@@ -246,11 +246,9 @@ class Acquisition:
 
     def _create(self) -> None:
         if self._resource.create(self._stopped):
-            self._say(
-                f"created queued resource {self._name}; it is paid for from when it is active until it is deleted"
-            )
+            self._say(f"created queued resource {self._name}; it is billed from activation to deletion")
         else:
-            self._say(f"queued resource {self._name} is there already")
+            self._say(f"queued resource {self._name} already exists")
 
     def _whole_nodes(self) -> list[Node] | None:
         nodes = self._resource.nodes(self._stopped)
@@ -273,7 +271,7 @@ class Acquisition:
             if len(node.addresses) != hosts:
                 accelerator = self._resource.commands.cluster.shape.accelerator_type
                 raise InputError(
-                    f"slice {node.name} has {len(node.addresses)} hosts, and {accelerator} should have {hosts}"
+                    f"slice {node.name} has {len(node.addresses)} hosts, but {accelerator} should have {hosts}"
                 )
 
     def _replace(self, why: str, state: str) -> None:
@@ -281,7 +279,7 @@ class Acquisition:
             self._say(f"{why}; waiting until it is gone")
             self._sleep(self._poll)
             return
-        self._say(f"{why}; it is deleted and created anew")
+        self._say(f"{why}; deleting and recreating it")
         answer = self._resource.delete(self._stopped)
         if answer.status and answer.code != "NOT_FOUND":
             raise Refused(answer.error)

@@ -32,7 +32,7 @@ def resource_name(cluster: GcloudCluster, run_dir: Path) -> str:
         return cluster.name
     made = re.sub(r"[^a-z0-9]+", "-", run_dir.name.lower()).lstrip("-0123456789")[:33].rstrip("-")
     if not made:
-        raise InputError(f"name is missing, and none can be made of {run_dir.name!r}; give the queued resource a name")
+        raise InputError(f"name is missing and cannot be derived from {run_dir.name!r}; name the queued resource")
     # The hash separates runs whose directories have the same name.
     return f"{made}-{hashlib.sha256(os.fsencode(run_dir.absolute())).hexdigest()[:6]}"
 
@@ -381,6 +381,6 @@ class QueuedResource:
         cluster = self.commands.cluster
         if (accelerator, count) != (cluster.shape.accelerator_type, cluster.slices):
             raise InputError(
-                f"name {self.commands.name}: there is a queued resource of that name with {count} x {accelerator}, and "
-                f"{cluster.slices} x {cluster.shape.accelerator_type} are asked for; delete it, or give another name"
+                f"name {self.commands.name}: a queued resource of that name exists with {count} x {accelerator}, but "
+                f"{cluster.slices} x {cluster.shape.accelerator_type} are requested; delete it or choose another name"
             )

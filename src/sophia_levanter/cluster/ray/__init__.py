@@ -34,19 +34,17 @@ class RayBackend(Backend):
         """What each worker would run, and on which resources."""
         cluster = self._cluster
         mesh = {"coordinator": "WORKER_0:PORT", "num_processes": self.num_processes, "process_id": "N"}
-        where = (
-            "a Ray cluster that is started here" if cluster.address == "local" else f"the Ray cluster {cluster.address}"
-        )
+        where = "a Ray cluster started here" if cluster.address == "local" else f"the Ray cluster {cluster.address}"
         if cluster.shape is not None:
             on = f"{counted(cluster.slices, 'whole slice')} of {cluster.shape}"
         else:
-            on = f"workers of {cluster.cpus_per_worker:g} CPUs and {counted(cluster.gpus_per_worker, 'GPU')} each"
+            on = f"workers with {cluster.cpus_per_worker:g} CPUs and {counted(cluster.gpus_per_worker, 'GPU')} each"
         command = HostCommand("worker", training_command("python", "CONFIG", mesh), cluster.env)
         return [
             f"on {where} (RAY_AUTH_MODE {cluster.auth}): {counted(self.num_processes, 'process')} on {on}",
-            f"paid for: those nodes, as the cluster's configuration says; waited for {cluster.start_timeout} s at most",
-            f"each of them: {command.shown()}",
-            f"with CONFIG a copy of what would be {job.config_file}",
+            f"billed: those nodes, as the cluster is configured; waits for them up to {cluster.start_timeout} s",
+            f"each process: {command.shown()}",
+            f"where CONFIG is a copy of {job.config_file}",
         ]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
@@ -56,7 +54,7 @@ class RayBackend(Backend):
         check_secrets(self._cluster.secrets)
         host, _, port = self._cluster.address.rpartition(":")
         if host and not _answers(host, int(port)):
-            problem = f"address {self._cluster.address}: nothing answers there"
+            problem = f"address {self._cluster.address}: no answer"
             raise Unavailable(problem) if self._has_begun else InputError(f"{problem}; start the cluster first")
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:

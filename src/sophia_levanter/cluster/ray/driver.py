@@ -73,7 +73,7 @@ def main(order_file: Path) -> int:
     fit = _Fit(_trainer(cluster, order, board))
     fence = Fence(cluster.shape, order["lost_nodes"]) if cluster.shape else None
     if fence is not None and (fenced := fence.update()):
-        print(f"not used, for they lack a host or are about to: {', '.join(fenced)}", flush=True)
+        print(f"not used, because they lack a host or are about to lose one: {', '.join(fenced)}", flush=True)
     fit.start()
     seen = _follow(fit, board, fence, cluster, told)
     return exit_status(fit.error, seen, cluster.num_processes, Path(order["lost_file"]))
@@ -213,16 +213,14 @@ def _follow(fit: _Fit, board: Any, fence: Fence | None, cluster: RayCluster, tol
             ray.get(board.stop.remote())
         now = time.monotonic()
         if not seen["hosts"] and now > began + cluster.start_timeout:
-            print(f"no nodes for the run's workers within {cluster.start_timeout} s (start_timeout)", flush=True)
+            print(f"found no nodes for the run's workers within {cluster.start_timeout} s (start_timeout)", flush=True)
             return seen
         if fence is not None and now > fenced + FENCE_SECONDS:
             fence.update()
             fenced = now
         first_ended = first_ended or (now if seen["statuses"] else None)
         if first_ended is not None and now > first_ended + cluster.stop_timeout:
-            print(
-                f"one process has ended, and others have not within {cluster.stop_timeout} s (stop_timeout)", flush=True
-            )
+            print(f"one process exited, but others did not within {cluster.stop_timeout} s (stop_timeout)", flush=True)
             return seen
         fit.join(timeout=POLL_SECONDS)
 
@@ -254,7 +252,7 @@ def exit_status(error: Exception | None, seen: dict[str, Any], num_processes: in
         print(f"Ray: {' '.join(str(error).split())[-500:]}", flush=True)
     for rank, status in sorted(seen["statuses"].items()):
         if status not in (DONE, PREEMPTED):
-            print(f"process {rank} ended with status {status}", flush=True)
+            print(f"process {rank} exited with status {status}", flush=True)
     return FAILURE
 
 

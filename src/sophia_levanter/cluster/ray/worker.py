@@ -143,7 +143,7 @@ def _attend(process: subprocess.Popen[bytes], rank: int, board: Any) -> None:
             reader.join(timeout=5)
         ray.get(board.report.remote(rank, _drained(lines), status, lost_nodes))
         if status not in (None, DONE, PREEMPTED):
-            raise ProcessFailed(f"process {rank} ended with status {status}")
+            raise ProcessFailed(f"process {rank} exited with status {status}")
         verdict = broadcast_from_rank_zero(ray.get(board.verdict.remote()) if rank == 0 else None)
         preemption = get_preemption_info()
         lost_nodes = [] if preemption is None else preemption.preempted_node_ids

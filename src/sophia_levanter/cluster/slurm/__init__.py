@@ -46,7 +46,7 @@ class SlurmBackend(Backend):
         _check_allocation(self.cluster)
         nodes = ask("scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")).split()
         if len(nodes) != self.cluster.nodes:
-            raise Unavailable(f"scontrol names {len(nodes)} nodes of this job, which has {self.cluster.nodes}")
+            raise Unavailable(f"nodes is {self.cluster.nodes}, but scontrol lists {len(nodes)} nodes for this job")
         self._first_node = nodes[0]
         _end_leftovers(say, stopped)
 
@@ -81,11 +81,11 @@ class SlurmBackend(Backend):
 
 def _check_allocation(cluster: SlurmCluster) -> None:
     if "SLURM_JOB_ID" not in os.environ:
-        raise InputError("backend slurm: SLURM_JOB_ID is not set; attempts are started inside a Slurm job")
+        raise InputError("backend slurm: SLURM_JOB_ID is not set; attempts must start inside a Slurm job")
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "an unknown number")
     if nodes != str(cluster.nodes):
         raise InputError(
-            f"nodes is {cluster.nodes}, and this Slurm job has {nodes}; make them the same, or launch outside the job"
+            f"nodes is {cluster.nodes}, but this Slurm job has {nodes}; use the same number, or launch outside the job"
         )
     check_secrets(cluster.secrets)
 
@@ -96,9 +96,9 @@ def _end_leftovers(say: Say, stopped: Callable[[], bool]) -> None:
     said = False
     while (steps := _steps()) and not stopped():
         if time.monotonic() > deadline:
-            raise Unavailable(f"processes of an earlier attempt do not end (Slurm's steps {', '.join(steps)})")
+            raise Unavailable(f"processes of an earlier attempt are still running (Slurm steps {', '.join(steps)})")
         if not said:
-            say("ending what is left of an earlier attempt")
+            say("killing what is left of an earlier attempt")
         said = True
         # This fails for a step that has ended meanwhile.
         subprocess.run(["scancel", "--signal=KILL", *steps], stderr=subprocess.DEVNULL, check=False)
@@ -121,9 +121,9 @@ def ask(*words: str) -> str:
     try:
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise InputError(f"backend slurm: {words[0]} was not found; it is part of Slurm") from None
+        raise InputError(f"backend slurm: {words[0]} not found; run this on a machine with Slurm installed") from None
     if done.returncode:
-        raise Unavailable(f"{words[0]}: {last_line(done.stderr) or f'ended with status {done.returncode}'}")
+        raise Unavailable(f"{words[0]}: {last_line(done.stderr) or f'exited with status {done.returncode}'}")
     return done.stdout
 
 
@@ -143,4 +143,4 @@ def _taken(cluster: SlurmCluster) -> str:
     gpus = counted(cluster.nodes * cluster.gpus_per_node, "GPU")
     shown = f"{counted(cluster.nodes, 'node')}, {cpus}, {counted(cluster.gpus_per_node, 'GPU')} each"
     time_limit = f"up to {cluster.time}" if cluster.time else "the partition's time limit"
-    return f"taken: {shown}, {gpus} in all, for {time_limit} at a time, until the run is done"
+    return f"uses {shown}, {gpus} in total, for {time_limit} at a time, until the run is done"

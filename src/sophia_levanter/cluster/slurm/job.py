@@ -24,7 +24,7 @@ BAD_ENDS = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", 
 
 
 SCRIPT_BODY = """\
-# Slurm sends SIGTERM to this script alone, before the job's time ends. The launcher is told, and saves.
+# Slurm sends SIGTERM only to this script, before the time limit. The script forwards it, and the launcher saves.
 told='' again='' launcher='' status={preempted}
 tell() {{
   told=yes again=yes
@@ -42,19 +42,19 @@ if [ -z "$told" ]; then
   [ -z "$told" ] || tell
   again=yes
 fi
-# A signal ends `wait` before the launcher has ended.
+# A signal interrupts `wait` while the launcher is still running.
 while [ -n "$again" ] && [ -n "$launcher" ]; do
   again=''
   wait "$launcher"
   status=$?
 done
-# 143: told before it could listen.
+# 143: the signal arrived before the launcher could handle it.
 [ -z "$told" ] || [ "$status" != 143 ] || status={preempted}
 
-# A job that was cancelled is no longer running, and stays so; one that somebody has stopped does, too.
+# Requeue unless the job was cancelled, and so is no longer running, or someone stopped the run.
 if [ -n "$told" ] && [ "$status" = {preempted} ] && [ ! -e {stop} ] &&
   [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-  echo "job $SLURM_JOB_ID is queued again"
+  echo "requeuing job $SLURM_JOB_ID"
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
@@ -75,7 +75,8 @@ def sbatch_script(cluster: SlurmCluster, job: Job, words: Sequence[str]) -> str:
     directory = os.path.abspath(job.directory)
     if re.search(r"[\n\r\\]", directory):
         raise InputError(
-            f"trainer.run_dir {directory!r}: Slurm takes no line break or backslash in a log's name; choose another"
+            f"trainer.run_dir {directory!r}: the path of a Slurm log cannot contain a line break or backslash; "
+            "choose another directory"
         )
     options = [
         f"--job-name={re.sub(r'[^A-Za-z0-9_.-]+', '_', job.run_dir.name) or 'run'}",
@@ -134,7 +135,7 @@ def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> i
             _sbatch(job), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
     except FileNotFoundError:
-        raise InputError("backend slurm: sbatch was not found; run this on a login node of the cluster") from None
+        raise InputError("backend slurm: sbatch not found; run this on a login node of the cluster") from None
     try:
         assert sbatch.stdout is not None
         # NUMBER, or NUMBER;CLUSTER
@@ -144,7 +145,7 @@ def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> i
             say(f"Slurm job {number}; its log: {job.directory / f'slurm-{number}.log'}")
         _, errors = sbatch.communicate()
         if not number:
-            raise InputError(f"sbatch: {last_line(errors) or f'ended with status {sbatch.returncode}'}")
+            raise InputError(f"sbatch: {last_line(errors) or f'exited with status {sbatch.returncode}'}")
         if errors.strip():
             say(errors.strip())
         return _status_of(number, sbatch.returncode, say)
@@ -187,7 +188,7 @@ def _status_of(number: str, status: int, say: Say) -> int:
     while (state := _state(number)) == "COMPLETING":
         time.sleep(1)
     if state in BAD_ENDS or status < 0:
-        say(f"Slurm job {number} did not finish: {state or f'sbatch died of signal {-status}'}")
+        say(f"Slurm job {number} did not finish: {state or f'sbatch was killed by signal {-status}'}")
         return status if status > 0 else FAILURE
     return status
 
@@ -202,9 +203,9 @@ def _state(number: str) -> str | None:
 
 def _goes_on(job: Job, number: str) -> str:
     if not number:
-        return "interrupted before Slurm answered; squeue --me says whether there is a job"
+        return "interrupted before Slurm answered; squeue --me shows whether the job exists"
     stop = shlex.join(["python", "-m", "sophia_levanter.commands.launch", "stop", str(job.run_dir)])
-    return f"job {number} keeps running; {stop} ends it, or scancel {number} if it has not begun"
+    return f"job {number} keeps running; {stop} stops it, or scancel {number} if it has not started"
 
 
 def _quoted(option: str) -> str:
