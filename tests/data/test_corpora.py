@@ -44,8 +44,8 @@ def test_equal_documents_are_warned_of(tmp_path: Path) -> None:
         said: list[str] = []
         assert sides(prepare(config, said.append)) == (["the sa"], ["me text"])
         assert [line for line in said if "WARNING" in line] == [
-            "WARNING: data.train: all 3 documents are equal; one is kept, and its end is held out for validation; "
-            "name data.validation to keep all of them"
+            "WARNING: data.train: all 3 documents are identical; only one is kept, and its end is held out for "
+            "validation; set data.validation to keep all of them"
         ]
 
 
@@ -130,7 +130,7 @@ def test_a_separator_ends_documents(config: DataConfig, tmp_path: Path, name: st
     said: list[str] = []
     warned: list[str] = []
     whole = prepare(config, quiet, warn=warned.append)
-    assert [line.startswith("WARNING: data.train: special tokens are spelled out") for line in warned] == [True]
+    assert [line.startswith("WARNING: data.train: the text contains special tokens") for line in warned] == [True]
     prepare(config, quiet, warn=warned.append)
     assert warned[:1] == warned[1:]  # also where it is prepared already
     split = prepare(replace(config, document_separator="<|endoftext|>"), said.append)
@@ -164,10 +164,10 @@ def test_a_separator_and_token_files(config: DataConfig, tmp_path: Path) -> None
         prepare(replace(config, train=tokens, validation=tokens), quiet)
     said: list[str] = []
     prepare(replace(config, validation=tokens), said.append)
-    assert f"data.document_separator does not apply to {tokens}, which holds tokens" in said
+    assert f"data.document_separator does not apply to {tokens}, which contains tokens" in said
     store = prepare(replace(config, validation=config.train), quiet).train.path
     prepare(replace(config, train=f"store:{store}", validation=f"store:{store}"), said.append)
-    assert f"data.document_separator does not apply to store:{store}, which holds tokens" in said
+    assert f"data.document_separator does not apply to store:{store}, which contains tokens" in said
 
 
 @pytest.mark.parametrize(
@@ -296,6 +296,6 @@ def test_masked_documents_need_an_end_of_text_in_every_part(make_store, tmp_path
     store = make_store(["a document", "another one"])
     assert masked_end(DataConfig(), tokenizer, "data.train", bare) is None
     assert masked_end(on, tokenizer, "data.train", store) == 256
-    expected = r"^data.mask_documents is true, and part 1 of data.train holds no end-of-text \(token 256 of bytes\)"
+    expected = r"^data.mask_documents is true, but part 1 of data.train has no end-of-text \(token 256 of bytes\)"
     with pytest.raises(InputError, match=expected):
         masked_end(on, tokenizer, "data.train", Mixture([store, bare], [1, 1]))

@@ -33,7 +33,11 @@ def read(name: str | Path, **fields: str) -> tuple[list[str], list[str]]:
 GOOD = {"text": "one"}
 BAD_ROWS = [
     ("a.jsonl", json_lines(GOOD, {"text": None}, GOOD), "a.jsonl:2: the field 'text' is not a string but null"),
-    ("a.jsonl", json_lines(GOOD, {"body": "2"}, GOOD), "a.jsonl:2 has no field 'text'; data.text_field may be 'body'"),
+    (
+        "a.jsonl",
+        json_lines(GOOD, {"body": "2"}, GOOD),
+        "a.jsonl:2 has no field 'text'; possible values of data.text_field: 'body'",
+    ),
     ("a.jsonl", json_lines(GOOD, {"text": 7}, GOOD), "a.jsonl:2: the field 'text' is not a string but a number"),
     ("a.jsonl", json_lines(GOOD, {"text": True}, GOOD), "the field 'text' is not a string but a boolean"),
     ("a.jsonl", json_lines(GOOD, {"text": ["a", "b"]}, GOOD), "the field 'text' is not a string but a list"),
@@ -41,8 +45,8 @@ BAD_ROWS = [
     ("a.jsonl", json_lines(GOOD, ["text"], GOOD), "a.jsonl:2 is not a JSON object but a list"),
     ("a.jsonl", json_lines(GOOD, None, GOOD), "a.jsonl:2 is not a JSON object but null"),
     ("a.jsonl", json_lines(GOOD, "text", GOOD), "a.jsonl:2 is not a JSON object but a string"),
-    ("a.jsonl", json_lines(GOOD) + b"\nnot JSON\n" + json_lines(GOOD), "a.jsonl:3 is not JSON (one object a line)"),
-    ("a.jsonl", json_lines(GOOD, GOOD) + b'{"text": "cut o', "a.jsonl:3 is not JSON (one object a line)"),
+    ("a.jsonl", json_lines(GOOD) + b"\nnot JSON\n" + json_lines(GOOD), "a.jsonl:3 is not JSON (one object per line)"),
+    ("a.jsonl", json_lines(GOOD, GOOD) + b'{"text": "cut o', "a.jsonl:3 is not JSON (one object per line)"),
     ("a.jsonl.gz", gzip.compress(json_lines(GOOD, {}, GOOD)), "a.jsonl.gz:2 has no field 'text'"),
     ("a.json", json_lines(["text"], GOOD, GOOD), "a.json:1 is not a JSON object but a list"),
     ("a.json", json_lines([GOOD], GOOD, GOOD), "a.json:1 is not a JSON object but a list"),
@@ -89,7 +93,7 @@ def test_rows_without_text_are_errors_or_skipped(
         ({"text": [1, 2]}, "row 1: the field 'text' is not a string but a number"),
         ({"text": [b"1", b"2"]}, "row 1: the field 'text' is not a string but a value of type bytes"),
         ({"text": [["1"], ["2"]]}, "row 1: the field 'text' is not a string but a list"),
-        ({"body": ["1", "2"]}, "row 1 has no field 'text'; data.text_field may be 'body'"),
+        ({"body": ["1", "2"]}, "row 1 has no field 'text'; possible values of data.text_field: 'body'"),
     ],
 )
 def test_a_parquet_column_that_is_no_text(tmp_path: Path, columns: dict[str, list], problem: str) -> None:
@@ -118,7 +122,7 @@ def test_rows_of_a_dataset(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "1"}, {"text": }, {"text": "3"}]', "record 2, is not JSON"),
         ("a.json", b'[{"text": "1"}, {"text": "2', "record 2, is not JSON"),
         ("a.json", b'[{"text": "1"}, {"text": "2"}', "record 3, is neither a JSON object nor the end"),
-        ("a.parquet", parquet({"text": ["1"]})[:-9], "truncated or damaged"),
+        ("a.parquet", parquet({"text": ["1"]})[:-9], "truncated, damaged or not"),
         ("a.jsonl", b'{"text": "\xe9"}\n', "is not UTF-8 text"),
     ],
 )
@@ -162,7 +166,7 @@ def test_special_tokens_in_the_text_are_counted_in_one_warning(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     _, (note,) = read(tmp_path / name)
-    assert note.startswith("WARNING: data.train: special tokens are spelled out in the text, first in ")
+    assert note.startswith("WARNING: data.train: the text contains special tokens, first in ")
     assert where in note
     assert f": {END} 2 times; they are encoded as ordinary text" in note
     assert f"set data.document_separator to '{END}'" in note
@@ -228,7 +232,7 @@ def test_a_separated_text_is_read_in_bounded_memory(tmp_path: Path, monkeypatch:
 def test_a_separator_that_occurs_nowhere_is_a_warning(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     _, (note,) = read(tmp_path / name, document_separator="<|END|>")
-    assert note.startswith("WARNING: data.train: data.document_separator '<|END|>' occurs nowhere in the text")
+    assert note.startswith("WARNING: data.train: data.document_separator '<|END|>' does not occur in the text")
     (tmp_path / "b.txt").write_text(f"one{END}two")
     _, notes = read(tmp_path / "*", document_separator="<|END|>")
     assert len(notes) == 2

@@ -99,7 +99,7 @@ def test_the_content_decides_and_one_line_says_so(tmp_path: Path, name: str, con
     (tmp_path / name).write_bytes(content)
     said: list[str] = []
     assert read(tmp_path / name, said=said) == ["one", "two"]
-    assert [f"{tmp_path / name} holds {held}, unlike its name;" in line for line in said] == [True]
+    assert [f"{tmp_path / name} contains {held}, despite its name;" in line for line in said] == [True]
     assert "\n" not in said[0]
 
 
@@ -130,7 +130,7 @@ def test_what_only_looks_like_records_is_text(tmp_path: Path, text: str) -> None
     said: list[str] = []
     assert read(tmp_path / "a.txt", said=said) == [text]
     assert len(said) == ('\n{"' in f"\n{text}")
-    warning = f"WARNING: data.train: {tmp_path}/a.txt is read as one plain text although lines of it are JSON objects"
+    warning = f"WARNING: data.train: {tmp_path}/a.txt is read as one plain text, although some lines are JSON objects"
     assert all(line.startswith(warning) for line in said)
 
 
@@ -226,29 +226,33 @@ def test_another_text_field(tmp_path: Path) -> None:
         ("a.txt.xz", lzma.compress(b"some text" * 9)[:-9], "truncated or damaged"),
         ("a.jsonl.zst", zstd.compress(b"some text" * 9)[:-9], "truncated or damaged"),
         ("a.jsonl.zst", b"not compressed", ":1 is not JSON"),
-        ("a.parquet", b"not Parquet", "no Parquet file"),
+        ("a.parquet", b"not Parquet", "not a Parquet file"),
         ("a.txt", "text".encode("utf-16"), "is UTF-16LE, not UTF-8; convert it: iconv -f UTF-16LE"),
         ("a.jsonl.gz", gzip.compress(b"\xfe\xff\0a", mtime=0), "is UTF-16BE"),
         ("a.txt", "text".encode("utf-32"), "is UTF-32LE"),
         ("a.txt", b"\0\0\xfe\xff\0\0\0a", "is UTF-32BE"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("a.json", b'{\n "text": "pretty"\n}', ":1 is not JSON"),
-        ("a.json", json_lines({"body": "1"}), "no field 'text'; data.text_field may be 'body'"),
+        ("a.json", json_lines({"body": "1"}), "no field 'text'; possible values of data.text_field: 'body'"),
         ("a.json", b'[{"body": "1"}]', "record 1 has no field 'text'"),
         ("a.json", b'[{"text": "1"} {"text": "2"}]', "record 2, is neither"),
         ("a.json", b'[{"text": "1"}, {"text": "\xff"}]', "0xff at byte offset 26"),
-        ("a.json", b'[{"text": ' + b"1" * 5000 + b"}]", "record 1, is not JSON that can be read"),
-        ("a.parquet", b"PAR1 and no more", "no Parquet file"),
-        ("a.parquet", parquet({"text": ["1"]})[:-9], "no Parquet file"),
+        ("a.json", b'[{"text": ' + b"1" * 5000 + b"}]", "record 1, is not readable JSON"),
+        ("a.parquet", b"PAR1 and no more", "not a Parquet file"),
+        ("a.parquet", parquet({"text": ["1"]})[:-9], "not a Parquet file"),
         (
             "a.parquet",
             parquet({"body": ["1"], "title": ["2"]}),
-            "no field 'text'; data.text_field may be 'body', 'title'",
+            "no field 'text'; possible values of data.text_field: 'body', 'title'",
         ),
         ("a.parquet", flipped_pages(parquet({"text": ["some text"] * 500})), "cannot read"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is not JSON"),
         ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1 is not JSON"),
-        ("a.jsonl", json_lines({"body": "1", "title": "2"}), "no field 'text'; data.text_field may be 'body', 'title'"),
+        (
+            "a.jsonl",
+            json_lines({"body": "1", "title": "2"}),
+            "no field 'text'; possible values of data.text_field: 'body', 'title'",
+        ),
         ("a.jsonl", json_lines({}), "(none)"),
         ("a.jsonl", b'{"text": "ab\\ud83d"}', "\\ud83d, at character 2"),
     ],

@@ -99,7 +99,7 @@ def test_a_full_disk_is_gone_on_from(config: DataConfig, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(store_writer.ArrayWriter, "flush", full)
         with pytest.raises(
-            InputError, match=r"^data\.cache_dir: .*No space left.*make room.*running the same command again"
+            InputError, match=r"^data\.cache_dir: .*No space left.*free some space and run the same command again"
         ):
             prepare(config, quiet)
     said: list[str] = []

@@ -77,7 +77,7 @@ def test_files_are_used_where_they_are(files: Path) -> None:
     [
         (None, "No such file"),
         (b"", "0 bytes of tokens"),
-        (b"abc", "3 bytes of tokens, and uint16 ids need a multiple of 2"),
+        (b"abc", "3 bytes of tokens, but uint16 ids need a positive multiple of 2"),
     ],
 )
 def test_files_that_are_none(tmp_path: Path, content: bytes | None, expected: str) -> None:
@@ -94,7 +94,7 @@ def test_ids_of_another_tokenizer_anywhere_in_the_file(files: Path, monkeypatch:
     tokens[at] = 50256
     tokens.tofile(files / "train.bin")
     config = DataConfig(train=f"nanogpt:{files}/train.bin", validation=f"nanogpt:{files}/val.bin")
-    assert "token id 50256, and data.tokenizer bytes has 257 ids" in error_of(lambda: prepare(config, print))
+    assert "token id 50256, but data.tokenizer bytes has 257 ids" in error_of(lambda: prepare(config, print))
 
 
 def test_ids_that_change_after_the_check(files: Path) -> None:
@@ -130,12 +130,12 @@ def test_shards_of_llm_c(tmp_path: Path, magic: int, version: int, dtype: str, n
 @pytest.mark.parametrize(
     ("begin", "options", "expected"),
     [
-        (header(20240520, 2, 2000), "", "20240520, with version 2; only 1 is read"),
-        (header(20240801, 1, 1000), "", "20240801, with version 1; only 7 is read"),
+        (header(20240520, 2, 2000), "", "20240520, with version 2; only 1 is supported"),
+        (header(20240801, 1, 1000), "", "20240801, with version 1; only 7 is supported"),
         (header(20240520, 0, 2000), "", "version 0"),
-        (header(20240520, 1, 1999), "", "has 2000 tokens, and its header says 1999"),
-        (header(20240520, 1, 2001), "", "has 2000 tokens, and its header says 2001"),
-        (header(20240801, 7, 2000), "", "has 1000 tokens, and its header says 2000"),
+        (header(20240520, 1, 1999), "", "has 2000 tokens, but its header says 1999"),
+        (header(20240520, 1, 2001), "", "has 2000 tokens, but its header says 2001"),
+        (header(20240801, 7, 2000), "", "has 1000 tokens, but its header says 2000"),
         (header(20240520, 1, 2000), "?dtype=uint32", "has a header with dtype uint16, not uint32; remove ?dtype="),
     ],
 )
@@ -194,7 +194,7 @@ def test_what_looks_like_four_bytes_is_refused_unless_named(tmp_path: Path, coun
 @pytest.mark.parametrize("options", ["", "?dtype=uint32"])
 def test_ids_of_eight_bytes_are_refused(tmp_path: Path, options: str) -> None:
     TOKENS[:100].astype(np.int64).tofile(tmp_path / "a.bin")
-    assert "holds eight-byte ids" in error_of(lambda: opened(tmp_path / "a.bin", options))
+    assert "contains eight-byte ids" in error_of(lambda: opened(tmp_path / "a.bin", options))
 
 
 @pytest.mark.parametrize("options", ["?dtype=int8", "?dtype=", "?type=uint16"])
@@ -212,11 +212,11 @@ class Command:
     [
         ({"vocab_size": 65, "stoi": {"a": 0}, "itos": {0: "a"}}, "its ids are characters"),
         ({"vocab_size": 257, "stoi": {"a": 0}}, "such as input.txt"),
-        ({"vocab_size": 65}, "there are 65 ids, and data.tokenizer bytes has 257"),
+        ({"vocab_size": 65}, "there are 65 ids, but data.tokenizer bytes has 257"),
         ({"vocab_size": "257"}, "there are '257' ids"),
         ({"vocab_size": np.int64(257)}, "not a nanoGPT meta.pkl"),
         ({"vocab_size": Command()}, "it names posix.mkdir"),
-        ([257], "holds a list"),
+        ([257], "contains a list"),
         (b"not a pickle", "not a nanoGPT meta.pkl"),
         (b"", "not a nanoGPT meta.pkl"),
     ],
@@ -247,7 +247,7 @@ def test_ranges_outside_are_refused(files: Path) -> None:
 
 
 def test_a_part_cannot_be_held_out(files: Path) -> None:
-    with pytest.raises(InputError, match=r"set data\.validation to nanogpt:val\.bin"):
+    with pytest.raises(InputError, match=r"set data\.validation, as in nanogpt:val\.bin"):
         prepare(DataConfig(train=f"nanogpt:{files}/train.bin"), print)
 
 
@@ -296,8 +296,8 @@ def test_a_file_that_is_cut_short_is_an_error_and_does_not_kill_the_process(file
     np.save(files / "a.npy", TOKENS)
     tokens = opened(files / name)
     os.truncate(files / name, size)
-    assert "was cut short after it was opened" in error_of(lambda: tokens.read(0, 2000))
-    assert "was cut short after it was opened" in error_of(lambda: tokens.read_sequences(np.array([1990]), 10))
+    assert "was truncated after it was opened" in error_of(lambda: tokens.read(0, 2000))
+    assert "was truncated after it was opened" in error_of(lambda: tokens.read_sequences(np.array([1990]), 10))
     assert "changed after it was opened" in error_of(tokens.check_unchanged)
 
 

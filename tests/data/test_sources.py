@@ -84,7 +84,7 @@ def test_texts_are_split_and_replaced_as_those_of_files(monkeypatch: pytest.Monk
     source = open_source("made:up", config, field="data.train", report=print)
     assert list(source.documents()) == [((0, 1), "a"), ((0, 1), "b"), ((0, 3), "\ufffd")]
     assert source.rows.left_out == "rows left out: 1 empty, first made:up, document 2"
-    with pytest.raises(InputError, match=r"^data\.train: made:up, document 3 holds half of a surrogate pair"):
+    with pytest.raises(InputError, match=r"^data\.train: made:up, document 3 contains half of a surrogate pair"):
         list(open_source("made:up", DataConfig(), field="data.train", report=print).documents())
 
 
@@ -96,11 +96,11 @@ def changing() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("texts", None, r"Made\.documents\(\) gives null; it must yield strings"),
-        ("texts", "text", r"Made\.documents\(\) gives a string; it must yield strings"),
+        ("texts", None, r"Made\.documents\(\) returns null; it must yield strings"),
+        ("texts", "text", r"Made\.documents\(\) returns a string; it must yield strings"),
         ("texts", ["one", b"two"], r"made:up, document 2 is a value of type bytes; Made\.documents\(\) must yield"),
         ("version", {1}, r"Made\.identity\(\) is not a JSON value: Object of type set is not"),
-        ("texts", changing(), "made:up changed while it was read; run the command again when nothing writes to it"),
+        ("texts", changing(), "made:up changed while it was read; run the command again when nothing is writing to it"),
     ],
 )
 def test_what_is_not_a_text(made: DataConfig, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, message: str):
@@ -133,7 +133,7 @@ def test_an_unknown_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(InputError) as error:
         absolute_source("nanogtp:train.bin", "data.validation")
     assert str(error.value) == (
-        "data.validation is 'nanogtp:train.bin'; no file is called that, and nanogtp: is not a known kind of source; "
+        "data.validation is 'nanogtp:train.bin'; no file has this name, and nanogtp: is not a known kind of source; "
         "did you mean nanogpt:? The kinds are datasets:, hub:, made:, nanogpt:, store:"
     )
     (tmp_path / "a:b").mkdir()
@@ -147,7 +147,7 @@ def test_an_unknown_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_token_file_has_no_text(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^data\.train: nanogpt:a\.bin holds tokens; name the text that"):
+    with pytest.raises(InputError, match=r"^data\.train: nanogpt:a\.bin contains tokens; name the text that"):
         open_source("nanogpt:a.bin", DataConfig(), field="data.train", report=print)
 
 
@@ -211,7 +211,7 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     assert read(f"datasets:{tmp_path}/both") == ROWS
     assert read(f"datasets:{tmp_path}/both?split=test") == ["held out"]
     assert "no split 'dev'; the splits are train, test" in error_of(f"datasets:{tmp_path}/both?split=dev")
-    assert "may be 'text'" in error_of(f"datasets:{tmp_path}/one", text_field="body")
+    assert "data.text_field: 'text'" in error_of(f"datasets:{tmp_path}/one", text_field="body")
     before = source(f"datasets:{tmp_path}/one").identity
     rows.map(lambda row: {"text": row["text"].upper()}).save_to_disk(tmp_path / "one")
     assert source(f"datasets:{tmp_path}/one").identity != before
@@ -220,7 +220,7 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("hub:", "names no dataset"),
+        ("hub:", "does not name a dataset"),
         ("hub:a?splitt=train", "unknown option 'splitt'; the options are split, name, revision, streaming"),
         ("datasets:a?revision=b", "unknown option 'revision'; the options are split"),
         ("hub:a?split=", "the option 'split' is empty"),
@@ -244,7 +244,7 @@ def test_a_name_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_not_there(on_hub: str) -> None:
     assert "cannot be loaded (ValueError)" in error_of(f"{on_hub}?name=other")
     assert "cannot be loaded (ValueError)" in error_of(f"{on_hub}?split=dev")
-    assert "may be 'text', 'title'" in error_of(on_hub, text_field="body")
+    assert "data.text_field: 'text', 'title'" in error_of(on_hub, text_field="body")
 
 
 @pytest.mark.slow  # `datasets` tries again and again

@@ -114,7 +114,7 @@ def test_links_do_not_multiply_the_text(tmp_path: Path, source: str) -> None:
     said: list[str] = []
     assert read(tmp_path / source, said=said) == ["B"]
     assert len(said) == 1
-    assert "links to files that are read already" in said[0]
+    assert "links to files that are already read" in said[0]
     (tmp_path / "l" / "b.txt").rename(tmp_path / "c.txt")
     (tmp_path / "l" / "a.txt").unlink()
     (tmp_path / "l" / "a.txt").symlink_to("../c.txt")
@@ -170,8 +170,8 @@ def test_urls(memory_files: fsspec.AbstractFileSystem, url: str, texts: list[str
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        ("memory://here/gone.txt", "no file is called"),
-        ("nothing://here", "unknown kind"),
+        ("memory://here/gone.txt", "no file matches"),
+        ("nothing://here", "unknown scheme"),
         ("https://127.0.0.1:9/a.txt", "cannot be read"),
     ],
 )

@@ -357,4 +357,4 @@ def test_a_store_in_a_bucket(make_store: MakeStore, bucket: FakeGcs, capsys: pyt
 def test_no_store_in_a_bucket(bucket: FakeGcs, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect_data.main(["gs://bucket/nothing", "--verify"]) == 2
     error = capsys.readouterr().err
-    assert error == "error: gs://bucket/nothing: no finished token store here (no manifest.json)\n"
+    assert error == "error: gs://bucket/nothing contains no finished token store (no manifest.json)\n"

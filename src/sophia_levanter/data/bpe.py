@@ -27,7 +27,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         InputError: if `vocab_size` is too small, or the package `tokenizers` is not installed.
     """
     if vocab_size <= NUM_BYTES + 1:
-        raise InputError(f"--vocab_size is {vocab_size}; it must be above {NUM_BYTES + 1}: the bytes and end-of-text")
+        raise InputError(f"--vocab_size is {vocab_size}; it must be above {NUM_BYTES + 1}, the bytes and end-of-text")
     tokenizers = optional_import("tokenizers", "tokenizers", "training a tokenizer")
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -90,8 +90,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     if not tokenizer.merges_bytes:
         raise InputError(
-            f"data.tokenizer {tokenizer.name} is not a byte-pair encoding, and cannot be exported; "
-            "bytes, tiktoken's encodings and files of train_tokenizer can"
+            f"data.tokenizer {tokenizer.name} is not a byte-pair encoding and cannot be exported; "
+            "use bytes, a tiktoken encoding or a file from train_tokenizer"
         )
     ranks = ranks_of(tokenizer)
     characters = {byte: character for character, byte in bytes_of_characters().items()}

@@ -125,8 +125,8 @@ def masked_end(config: DataConfig, tokenizer: Tokenizer, field: str, corpus: Tok
         if not any(np.any(piece == tokenizer.end_of_text) for piece in pieces):
             where = field if len(parts) == 1 else f"part {number} of {field}"
             raise InputError(
-                f"data.mask_documents is true, and {where} holds no end-of-text (token {tokenizer.end_of_text} of "
-                f"{tokenizer.name}) between documents; write one after each, or set data.mask_documents to false"
+                f"data.mask_documents is true, but {where} has no end-of-text (token {tokenizer.end_of_text} of "
+                f"{tokenizer.name}) between documents; add one after each, or set data.mask_documents to false"
             )
     return tokenizer.end_of_text
 
@@ -141,7 +141,7 @@ def _report_repeats(parts: Sequence[FoundSource], warn: Report) -> None:
         file, one, other = again[0]
         warn(
             f"WARNING: data.train: {len(again)} of the files are in two parts of the mixture, such as {file} in "
-            f"{one.name} and in {other.name}; their text has the weights of both"
+            f"{one.name} and in {other.name}; their text gets the weights of both"
         )
 
 
@@ -161,7 +161,7 @@ def _report_leaks(job: Job, data: TextData, train: Sequence[FoundSource], sets: 
         message = (
             f"{field}: {leak.count:,} of its {leak.num_documents:,} documents are also in data.train; the first is "
             f"{_where(found, leak.document)} (document {leak.twin + 1:,} of {train[leak.part].name}), which begins "
-            f"{printable(data.tokenizer.decode(begin))!r}; remove them from one of the two"
+            f"{printable(data.tokenizer.decode(begin))!r}; remove them from one of the texts"
         )
         if job.config.on_leak == "error":
             raise InputError(f"{message}, or set data.on_leak to warn")
@@ -206,12 +206,12 @@ def _check_separator(config: DataConfig, report: Report) -> None:
     sources += [source_named(source, validation_field(name)) for name, source in config.validation_sets.items()]
     if all(source.holds == "tokens" for source in sources):
         raise InputError(
-            f"data.document_separator is {config.document_separator!r}, and every source is a token file, which holds "
-            "no text; leave it out"
+            f"data.document_separator is {config.document_separator!r}, but every source is a token file without "
+            "text; leave it out"
         )
     for source in sources:
         if source.holds != "text":
-            report(f"data.document_separator does not apply to {source.name}, which holds tokens")
+            report(f"data.document_separator does not apply to {source.name}, which contains tokens")
 
 
 def _find(job: Job, field: str, name: str, held_out: float | None = None) -> FoundSource:

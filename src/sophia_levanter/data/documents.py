@@ -135,7 +135,7 @@ class Rows:
         if name not in row:
             shown = [repr(name) for name in row]
             listed = ", ".join(shown[:MAX_LISTED_FIELDS]) + (", …" if len(shown) > MAX_LISTED_FIELDS else "")
-            return self.bad(f"{where} has no field {name!r}; data.text_field may be {listed or '(none)'}")
+            return self.bad(f"{where} has no field {name!r}; possible values of data.text_field: {listed or '(none)'}")
         text = row[name]
         if not isinstance(text, str):
             return self.bad(f"{where}: the field {name!r} is not a string but {kind_of(text)}")
@@ -153,8 +153,8 @@ class Rows:
             if self.config.invalid_utf8 == "replace":
                 return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             raise InputError(
-                f"{self.field}: {where} holds half of a surrogate pair, "
-                f"\\u{ord(text[error.start]):04x}, at character {error.start}, which UTF-8 cannot"
+                f"{self.field}: {where} contains half of a surrogate pair, \\u{ord(text[error.start]):04x}, at "
+                f"character {error.start}; correct the text, or set data.invalid_utf8 to replace"
             ) from error
         return text
 
@@ -209,8 +209,8 @@ class Rows:
         tally, separator, lines = self.tally, self.config.document_separator, []
         if separator and not tally.num_separators:
             lines.append(
-                f"WARNING: {self.field}: data.document_separator {separator!r} occurs nowhere in the text; "
-                "correct its spelling, or remove it"
+                f"WARNING: {self.field}: data.document_separator {separator!r} does not occur in the text; "
+                "correct or remove it"
             )
         if tally.special:
             counted = ", ".join(f"{name} {count:,} times" for name, count in tally.special)
@@ -220,13 +220,13 @@ class Rows:
                 most, _ = max(tally.special, key=lambda item: item[1])
                 remedy = f"if they separate documents, set data.document_separator to {most!r}"
             lines.append(
-                f"WARNING: {self.field}: special tokens are spelled out in the text, first in {tally.first_special}: "
+                f"WARNING: {self.field}: the text contains special tokens, first in {tally.first_special}: "
                 f"{counted}; they are encoded as ordinary text; {remedy}"
             )
         if tally.num_copies:
             lines.append(
-                f"WARNING: {self.field}: all {tally.num_copies + 1:,} documents are equal; one is kept, and its end is "
-                "held out for validation; name data.validation to keep all of them"
+                f"WARNING: {self.field}: all {tally.num_copies + 1:,} documents are identical; only one is kept, and "
+                "its end is held out for validation; set data.validation to keep all of them"
             )
         return lines
 

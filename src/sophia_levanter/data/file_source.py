@@ -121,14 +121,14 @@ class FileSource(Source):
             return
         self._reported.add(key)
         held = format_.value if opened.compression is None else f"{format_.value} compressed by {opened.compression}"
-        self._report(f"{opened.file.where} holds {held}, unlike its name; it and files like it are read by content")
+        self._report(f"{opened.file.where} contains {held}, despite its name; it and similar files are read by content")
 
     def _report_objects(self, opened: OpenFile) -> None:
         """Warn once about a text that seems to consist of JSON records."""
         if "objects" not in self._reported and has_objects(opened):
             self._reported.add("objects")
             self._report(
-                f"WARNING: {opened.file.where} is read as one plain text although lines of it are JSON objects: not "
+                f"WARNING: {opened.file.where} is read as one plain text, although some lines are JSON objects: not "
                 f"all of the first lines have the field {self.rows.config.text_field!r}; set data.text_field, or "
                 "remove the lines that are not records"
             )
@@ -192,12 +192,12 @@ class FileSource(Source):
             except json.JSONDecodeError as error:
                 reason = f"not JSON: {error.msg}"
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{file.where}, record {number}, is not JSON that can be read: {error}") from error
+                raise InputError(f"{file.where}, record {number}, is not readable JSON: {error}") from error
             if at_end:
                 if last.match(text, at):
                     return
                 raise InputError(
-                    f"{file.where}, record {number}, is {reason}; write one array of objects, or one object a line"
+                    f"{file.where}, record {number}, is {reason}; write one array of objects, or one object per line"
                 )
             # Each read doubles the text, so that a long object is scanned only a logarithmic number of times.
             more = reader.read(max(PIECE_BYTES, len(text) - at))
@@ -218,9 +218,9 @@ class FileSource(Source):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            return self.rows.bad(f"{where} is not JSON (one object a line): {error.msg} at column {error.colno}")
+            return self.rows.bad(f"{where} is not JSON (one object per line): {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
-            return self.rows.bad(f"{where} is not JSON that can be read: {error}")
+            return self.rows.bad(f"{where} is not readable JSON: {error}")
         return self.rows.text_of(row, where)
 
     def _parquet_rows(self, opened: OpenFile, skip: int) -> Iterator[Record]:
@@ -231,7 +231,7 @@ class FileSource(Source):
         try:
             table = parquet.ParquetFile(content)
         except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-            raise InputError(f"{file.where} is truncated or damaged, or no Parquet file") from error
+            raise InputError(f"{file.where} is truncated, damaged or not a Parquet file") from error
         done, rows = 0, table.metadata.num_rows
         self._share_of_file = lambda: done / rows if rows else 1.0
         for group in range(table.metadata.num_row_groups):

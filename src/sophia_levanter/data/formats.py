@@ -130,7 +130,7 @@ def readable(file: TextFile) -> Iterator[None]:
         ):
             raise InputError(f"{file.where} is truncated or damaged: {error}; copy or download it again") from error
         if isinstance(error, MemoryError):
-            raise InputError(f"{file.where} holds a text that does not fit into memory; split it") from error
+            raise InputError(f"{file.where} contains a text that does not fit into memory; split it") from error
         if isinstance(error, OSError):
             reason = error.strerror or " ".join(str(error).split())
             raise InputError(f"{file.field}: cannot read {file.name}: {reason}") from error

@@ -60,7 +60,7 @@ class _TokenFile:
             at = self._offset + stop * self.dtype.itemsize - len(left)
             count = os.preadv(self._file.fileno(), [left], at)
             if not count:
-                raise InputError(f"{self._where} was cut short after it was opened; copy or download it again")
+                raise InputError(f"{self._where} was truncated after it was opened; copy or download it again")
             left = left[count:]
         tokens.flags.writeable = False
         return tokens
@@ -116,7 +116,8 @@ class NanogptTokens(Tokens):
             if array.ndim != 1 or array.dtype.kind not in "ui" or not array.size:
                 raise InputError(
                     f"{self._where} is an array of {array.dtype} with the shape {array.shape}; "
-                    "token ids are one axis of integers, such as tokens.reshape(-1).astype(numpy.uint16)"
+                    "token ids must be a one-dimensional array of integers, such as "
+                    "tokens.reshape(-1).astype(numpy.uint16)"
                 )
             tokens = _TokenFile(self.path, array.dtype, array.size, offset=array.offset, where=self._where)
             return self._agreeing(tokens, dtype)
@@ -127,12 +128,12 @@ class NanogptTokens(Tokens):
             known, of_header = HEADERS[magic]
             if version != known:
                 raise InputError(
-                    f"{self._where} has the header of llm.c, {magic}, with version {version}; only {known} is read"
+                    f"{self._where} has llm.c's header {magic} with version {version}; only {known} is supported"
                 )
             tokens = self._array(size, of_header, offset=len(begin))
             if count != len(tokens):
                 raise InputError(
-                    f"{self._where} has {len(tokens)} tokens, and its header says {count}; copy or download it again"
+                    f"{self._where} has {len(tokens)} tokens, but its header says {count}; copy or download it again"
                 )
             return self._agreeing(tokens, dtype)
         tokens = self._array(size, dtype or "uint16", offset=0)
@@ -141,7 +142,7 @@ class NanogptTokens(Tokens):
         if tokens.dtype.itemsize == 4 or (not len(tokens) % 4 and not tokens[:READ_TOKENS][2::4].any()):
             if dtype != "uint16":
                 raise InputError(
-                    f"{self._where} holds eight-byte ids (numpy's int64); write them again: "
+                    f"{self._where} contains eight-byte ids (numpy's int64); write them again: "
                     f"numpy.fromfile({self.path.name!r}, 'int64').astype('uint32').tofile(NEW_FILE)"
                 )
         elif dtype is None:
@@ -155,8 +156,8 @@ class NanogptTokens(Tokens):
         item = np.dtype(dtype).itemsize
         if size <= offset or (size - offset) % item:
             raise InputError(
-                f"{self._where} has {size - offset} bytes of tokens, and {dtype} ids need a multiple of {item} above "
-                "0; copy or download it again"
+                f"{self._where} has {size - offset} bytes of tokens, but {dtype} ids need a positive multiple of "
+                f"{item}; copy or download it again"
             )
         little = np.dtype(dtype).newbyteorder("<")
         return _TokenFile(self.path, little, (size - offset) // item, offset=offset, where=self._where)
@@ -179,7 +180,7 @@ class NanogptTokens(Tokens):
             size = type(size).__name__
         if size != self._tokenizer.vocab_size:
             raise InputError(
-                f"{self._where}: {META} beside it says that there are {size!r} ids, and data.tokenizer "
+                f"{self._where}: {META} beside it says that there are {size!r} ids, but data.tokenizer "
                 f"{self._tokenizer.name} has {self._tokenizer.vocab_size}; name the tokenizer that made the file"
             )
 
@@ -202,7 +203,7 @@ class NanogptTokens(Tokens):
             return
         known = vars(self).get("_contents")  # the cached property below
         if known is None or self._read_all() != known:
-            raise InputError(f"{self._where} changed after it was opened; start the run again with the file as it was")
+            raise InputError(f"{self._where} changed after it was opened; restore the file and start the run again")
         self._tokens.opened_as = now
 
     @property
@@ -259,7 +260,7 @@ class NanogptTokens(Tokens):
         for token in (int(tokens.min()), int(tokens.max())) if tokens.size else ():
             if not 0 <= token < self._tokenizer.vocab_size:
                 raise InputError(
-                    f"{self._where} holds the token id {token}, and data.tokenizer {self._tokenizer.name} has "
+                    f"{self._where} contains the token id {token}, but data.tokenizer {self._tokenizer.name} has "
                     f"{self._tokenizer.vocab_size} ids; name the tokenizer that made the file, such as gpt2"
                 )
         return tokens
@@ -295,5 +296,5 @@ def _read_meta(path: Path, where: str) -> dict[Any, Any]:
             "does not describe this file"
         ) from error
     if not isinstance(meta, dict):
-        raise InputError(f"{where}: {META} beside it holds a {type(meta).__name__}, not a dict; move it away")
+        raise InputError(f"{where}: {META} beside it contains a {type(meta).__name__}, not a dict; move it away")
     return meta

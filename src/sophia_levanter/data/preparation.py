@@ -123,7 +123,7 @@ class Preparation:
             InputError: if the source or the cache is not usable.
         """
         if found := self._find():
-            self._report(f"{self.source.name} is prepared already, in {found}")
+            self._report(f"{self.source.name} is already prepared, in {found}")
         directory = build_directory(self.base, find=self._find, build=self._build, report=self._job.report)
         _, tally = _read_tally(directory)
         if tally is not None:
@@ -188,8 +188,8 @@ class Preparation:
         self._report(f"{_counts(writers)}{rows.split_at}, prepared in {speed.seconds:.1f} s, in {directory}")
         if self._held_out is not None and self._held_out <= 0.5 and writers[1].num_tokens > writers[0].num_tokens:
             self._job.report(
-                f"WARNING: {rows.field}: most of {source.name} is held out for validation, as a few documents have "
-                "most of the text; split them, or name data.validation"
+                f"WARNING: {rows.field}: most of {source.name} is held out for validation, because a few documents "
+                "contain most of the text; split them, or set data.validation"
             )
         return directory
 
@@ -327,7 +327,7 @@ def build_directory(
         base.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(base, wait=False)
     if lock is None:
-        report(f"waiting for another process that prepares {base}")
+        report(f"waiting for another process to prepare {base}")
         with _naming_cache_dir(base.parent):
             lock = _lock(base, wait=True)
     assert lock is not None

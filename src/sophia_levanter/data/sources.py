@@ -78,7 +78,7 @@ class DataSource(ChoiceRegistry):
         Raises:
             InputError: if the source does not exist, or holds tokens.
         """
-        raise InputError(f"{self.field}: {self.name} holds tokens; name the text that they were made from")
+        raise InputError(f"{self.field}: {self.name} contains tokens; name the text that they were made from")
 
     def find_tokens(self, tokenizer: Tokenizer, cache_dir: Path, report: Report, *, both: bool) -> FoundSource | None:
         """Find existing tokens; None if they are made from text.
@@ -143,7 +143,7 @@ class _Texts(Source):
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
         field, texts = self.rows.field, self._source.documents()
         if isinstance(texts, str) or not hasattr(texts, "__iter__"):
-            raise InputError(f"{field}: {self._kind}.documents() gives {kind_of(texts)}; it must yield strings")
+            raise InputError(f"{field}: {self._kind}.documents() returns {kind_of(texts)}; it must yield strings")
         for number, text in enumerate(texts, start=1):
             if number <= start[1]:
                 continue
@@ -154,7 +154,7 @@ class _Texts(Source):
                 yield (0, number), document
         if self._current_identity() != self._identity:
             raise InputError(
-                f"{field}: {self.name} changed while it was read; run the command again when nothing writes to it"
+                f"{field}: {self.name} changed while it was read; run the command again when nothing is writing to it"
             )
 
 
@@ -214,7 +214,7 @@ class DatasetSource(Source):
     def _parsed(self, query: str) -> dict[str, str]:
         shown, known = f"{self.rows.field}: {self.name!r}", DATASET_OPTIONS[self._scheme]
         if not self._path:
-            raise InputError(f"{shown} names no dataset; write {self._scheme}:NAME")
+            raise InputError(f"{shown} does not name a dataset; write {self._scheme}:NAME")
         options = {"split": "train"}
         for key, value in parse_qsl(query, keep_blank_values=True):
             if key not in known:
@@ -259,7 +259,7 @@ class DatasetSource(Source):
                 yield (0, self._done), document
         if self.identity != self._looked_up:
             raise InputError(
-                f"{self._where} changed after it was looked up; run the command again when nothing writes to it"
+                f"{self._where} changed after it was looked up; run the command again when nothing is writing to it"
             )
 
     def share_read(self) -> float | None:
@@ -316,7 +316,7 @@ class TokenFile(DataSource):
 
         if both:
             raise InputError(
-                f"{self.field} {self.name}: a part cannot be held out of tokens; set data.validation to nanogpt:val.bin"
+                f"{self.field} {self.name}: a token file cannot be split; set data.validation, as in nanogpt:val.bin"
             )
         corpus = NanogptTokens(self.name, tokenizer, field=self.field, cache_dir=cache_dir)
 
@@ -344,7 +344,7 @@ class PreparedStore(DataSource):
         try:
             stores = [TokenStore.open(place, tokenizer) for place in places]
         except InputError as error:
-            hint = f"; without data.validation, store:FOLDER holds {' and '.join(SIDES)}" if both else ""
+            hint = f"; without data.validation, store:FOLDER must contain {' and '.join(SIDES)}" if both else ""
             raise InputError(f"{self.field}: {error}{hint}") from error
         return FoundSource(self.name, [location], lambda: stores)
 
@@ -365,7 +365,7 @@ def source_named(name: str, field: str) -> DataSource:
     if is_scheme and scheme not in known and not glob.glob(name.partition("/")[0]):
         nearest = difflib.get_close_matches(scheme, known, n=1, cutoff=0)[0]
         raise InputError(
-            f"{field} is {name!r}; no file is called that, and {scheme}: is not a known kind of source; "
+            f"{field} is {name!r}; no file has this name, and {scheme}: is not a known kind of source; "
             f"did you mean {nearest}:? The kinds are {', '.join(f'{kind}:' for kind in sorted(known))}"
         )
     kind = known.get(scheme, Files) if colon else Files

@@ -57,8 +57,8 @@ def writing(before: str, after: str = "") -> Iterator[None]:
     except (ValueError, OSError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise NotWritten(
-            f"data.cache_dir: cannot write {before}{reason}{after}; make room, or choose another place; "
-            "running the same command again continues from what is written"
+            f"data.cache_dir: cannot write {before}{reason}{after}; free some space and run the same command again "
+            "to continue, or choose another directory"
         ) from error
 
 

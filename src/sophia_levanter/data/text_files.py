@@ -82,7 +82,7 @@ class TextFile:
         # A server may give different properties for a single file and in the listing of a folder.
         if any(now.marks[name] != self.marks[name] for name in now.marks.keys() & self.marks.keys()):
             raise InputError(
-                f"{self.where} changed after it was looked up; run the command again when nothing writes to it"
+                f"{self.where} changed after it was looked up; run the command again when nothing is writing to it"
             )
 
 
@@ -119,7 +119,7 @@ def find_files(source: str, *, field: str, report: Report) -> list[TextFile]:
     if "://" in source:
         if "@" in urlsplit(source).netloc:
             raise InputError(
-                f"{field}: the URL holds a name or a password; leave them to the environment of the library"
+                f"{field}: the URL contains a user name or password; set them in the library's environment variables"
             )
         return _remote_files(source, field, report)
     pattern = os.path.abspath(os.path.expanduser(source))
@@ -137,7 +137,7 @@ def find_files(source: str, *, field: str, report: Report) -> list[TextFile]:
         kept = {path for path in shown if not _is_left_beside(str(path)[len(fixed) :])}
         paths = _taken(shown | hidden, kept, field, report)
     if not paths:
-        raise InputError(f"{field}: no file is called or matches {source!r}; give a path, a glob or {PYTHON_STDLIB}")
+        raise InputError(f"{field}: no file matches {source!r}; give a path, a glob or {PYTHON_STDLIB}")
     return [_local_file(path, field) for path in paths]
 
 
@@ -225,7 +225,7 @@ def _taken(found: set[Path], kept: set[Path], field: str, report: Report) -> lis
     once = sorted(by_real_path.values())
     if len(once) < len(kept):
         again = min(kept - set(once))
-        report(f"{field}: left out {len(kept) - len(once)} links to files that are read already, such as {again}")
+        report(f"{field}: left out {len(kept) - len(once)} links to files that are already read, such as {again}")
     return once
 
 
@@ -238,7 +238,7 @@ def _files_of_folder(folder: Path, source: str, field: str, report: Report) -> l
     paths = _taken({*found}, kept, field, report)
     if not paths:
         raise InputError(
-            f"{field}: the folder {source!r} holds no {', '.join(KINDS)} files; "
+            f"{field}: the folder {source!r} contains no {', '.join(KINDS)} files; "
             f"name others with a glob such as {source.rstrip('/')}/*.md"
         )
     return paths
@@ -246,7 +246,7 @@ def _files_of_folder(folder: Path, source: str, field: str, report: Report) -> l
 
 def _local_file(path: Path, field: str) -> TextFile:
     if not path.is_file():
-        raise InputError(f"{field}: {path} is not a regular file, or a link to one that is gone")
+        raise InputError(f"{field}: {path} is not a regular file, or is a broken link")
     status = path.stat()
     marks = {"size": status.st_size, "mtime": status.st_mtime_ns, "ino": status.st_ino}
     return TextFile(str(path), field, status.st_size, status.st_mtime_ns, marks)
@@ -264,7 +264,7 @@ def _remote_files(source: str, field: str, report: Report) -> list[TextFile]:
             found = [path] if filesystem.exists(path) else []
             fixed = len(path)
         if not found:
-            raise InputError(f"{field}: no file is called or matches {source!r}")
+            raise InputError(f"{field}: no file matches {source!r}")
         rest = {name: name[fixed:].lstrip("/") for name in found}
         taken = [name for name in found if not (_is_hidden(rest[name]) or _is_left_beside(rest[name]))]
         _report_left_out({*found} - {*taken}, field, report)
@@ -288,7 +288,7 @@ def _remote(url: str, field: str) -> Iterator[tuple[Any, str]]:
         raise InputError(f"{field}: {url} cannot be read: {str(error).splitlines()[0]}") from None
     except ValueError:
         known = ", ".join(f"{name}://" for name in ("gs", "s3", "hf", "https"))
-        raise InputError(f"{field}: {url} is of an unknown kind; {known} and what fsspec knows besides") from None
+        raise InputError(f"{field}: {url} has an unknown scheme; use {known} or another that fsspec supports") from None
     try:
         yield found
     except InputError:

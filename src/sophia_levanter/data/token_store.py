@@ -354,7 +354,7 @@ def _read_manifest(location: str) -> Manifest:
     except ValueError as error:
         raise InputError(f"{location}: the token store cannot be read: {error}") from error
     if content is None:
-        raise InputError(f"{location}: no finished token store here (no {MANIFEST_NAME})")
+        raise InputError(f"{location} contains no finished token store (no {MANIFEST_NAME})")
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -362,7 +362,7 @@ def _read_manifest(location: str) -> Manifest:
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{location}: a token store of format {version!r}, but this version reads {FORMAT_VERSION}; "
+            f"{location}: the token store has format {version!r}, but this version reads {FORMAT_VERSION}; "
             "delete it to prepare it again"
         )
     try:

@@ -132,7 +132,7 @@ class TiktokenTokenizer(Tokenizer):
             end_of_text = encoding.eot_token
         except KeyError:
             raise InputError(
-                f"data.tokenizer: {encoding.name} has no <|endoftext|> token; choose one that has"
+                f"data.tokenizer: {encoding.name} has no <|endoftext|> token; choose one that does"
             ) from None
         self._encoding = encoding
         # tiktoken has only a private name for the pattern that splits text into words.
@@ -203,8 +203,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         return kind(name)
     if "/" in name or "." in name:
         raise InputError(
-            f"data.tokenizer is {name!r}; a tokenizer's file must be *{TRAINED_TOKENIZER}, as train_tokenizer writes "
-            f"it; otherwise name {BYTES} or an encoding of tiktoken's"
+            f"data.tokenizer is {name!r}; a tokenizer file must end in {TRAINED_TOKENIZER}, as train_tokenizer "
+            f"writes it; otherwise name {BYTES} or a tiktoken encoding"
         )
     known = [*registered, *tiktoken.list_encoding_names()]
     if name not in known:
@@ -216,7 +216,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         # Only the kind of error: a network library's message may contain the password of a proxy.
         raise InputError(
             f"data.tokenizer: {name} is not in tiktoken's cache and could not be downloaded ({type(error).__name__}); "
-            f"connect to the network, set TIKTOKEN_CACHE_DIR to a folder that holds it, or use data.tokenizer {BYTES}"
+            f"connect to the network, set TIKTOKEN_CACHE_DIR to a folder that has it, or use data.tokenizer {BYTES}"
         ) from error
     return TiktokenTokenizer(encoding)
 
