@@ -45,9 +45,9 @@ def test_paths_hold_from_anywhere(tmp_path, monkeypatch):
 
 def test_a_directory_with_files_is_not_used(tmp_path):
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(InputError, match="already holds files"):
+    with pytest.raises(InputError, match="already contains files"):
         choose_run_directory(Command(config(tmp_path), "x"))
-    with pytest.raises(InputError, match="holds files but no run"):
+    with pytest.raises(InputError, match="contains files but no run"):
         choose_run_directory(Command(config(tmp_path), "x", "auto"))
     with pytest.raises(InputError, match="is a file"):
         choose_run_directory(Command(config(tmp_path / "notes"), "x"))
@@ -60,7 +60,7 @@ def test_auto_goes_on_with_its_own_run_only(tmp_path):
     run.write_config(resolved)
     again, _ = choose_run_directory(Command(config(tmp_path / "run"), "x", "auto"))
     assert again == RunDirectory(tmp_path / "run", "if_saved")
-    with pytest.raises(InputError, match=r"its data\.tokenizer is 'bytes', this one's is 'gpt2'"):
+    with pytest.raises(InputError, match=r"its data\.tokenizer is 'bytes', but this run's is 'gpt2'"):
         choose_run_directory(Command(config(tmp_path / "run", tokenizer="gpt2"), "x", "auto"))
 
 

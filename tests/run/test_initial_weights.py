@@ -124,11 +124,11 @@ def test_rows_beyond_the_tokenizers_stay_until_they_are_exported(gpt2_folder, co
     assert load_model(str(tmp_path / "out"), report=print).config.model.vocab_rows == rows
     capfd.readouterr()
     assert main(["--resume", str(tmp_path / "run"), "--model.vocab_rows", "259"]) == 2
-    assert "model.vocab_rows was 258 and is 259, which is another model" in capfd.readouterr().err
+    assert "model.vocab_rows was 258 and is now 259, which changes the model" in capfd.readouterr().err
 
 
 BAD = {
-    "missing": (["--trainer.initial_weights", "nowhere"], "nowhere: no such file"),
+    "missing": (["--trainer.initial_weights", "nowhere"], "nowhere: file not found"),
     "empty": (["--trainer.initial_weights", ""], "trainer.initial_weights is empty"),
     "no biases": (["--model.use_bias", "false"], "set --model.use_bias true"),
     "layers": (["--model.num_layers", "3"], "model.num_layers is 3, and "),
@@ -164,10 +164,10 @@ def test_a_run_that_has_begun_takes_no_other_weights(gpt2_folder, finished_run, 
     weights = ["--trainer.initial_weights", str(gpt2_folder)]
     assert main(["--resume", str(run_dir), *weights]) == 2
     error = capfd.readouterr().err
-    assert f"trainer.initial_weights was None and is {gpt2_folder}, but the run has begun" in error
+    assert f"trainer.initial_weights was None and is now {gpt2_folder}, but the run has already started" in error
     run = ["--config", str(finished_run.config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto"]
     assert main([*run, *weights]) == 2
-    assert "holds another run: its trainer.initial_weights is None" in capfd.readouterr().err
+    assert "contains another run: its trainer.initial_weights is None" in capfd.readouterr().err
 
 
 def test_other_weights_have_another_digest(gpt2_folder):

@@ -90,19 +90,19 @@ def refused(place, **arguments):
 
 def test_bad_input(run_dir, tmp_path, gpt2_folder):
     assert "nowhere does not exist; name a run directory" in refused(tmp_path / "nowhere")
-    assert "holds no model: no config.yaml of a run" in refused(tmp_path)
-    assert "holds no checkpoint of step 7: it has 6, 12" in refused(run_dir, step=7)
-    assert "--step 6 does not go with" in refused(gpt2_folder, step=6)
+    assert "contains no model: no run's config.yaml" in refused(tmp_path)
+    assert "has no checkpoint of step 7; its steps are 6, 12" in refused(run_dir, step=7)
+    assert "--step 6 cannot be combined with" in refused(gpt2_folder, step=6)
     assert "data.tokenizer gpt2" in refused(gpt2_folder) or "tiktoken's cache" in refused(gpt2_folder)
-    assert "--model.num_layers does not go with" in refused(run_dir, overrides=[("model.num_layers", "3")])
-    assert "--model.vocab_rows does not go with" in refused(run_dir, overrides=[("model.vocab_rows", "258")])
+    assert "--model.num_layers cannot be combined with" in refused(run_dir, overrides=[("model.num_layers", "3")])
+    assert "--model.vocab_rows cannot be combined with" in refused(run_dir, overrides=[("model.vocab_rows", "258")])
     assert "unknown option '--trainer.batchsize'" in refused(run_dir, overrides=[("trainer.batchsize", "3")])
     assert "devices on mesh.data; use a multiple of" in refused(run_dir, overrides=[("mesh.fsdp", "layers")])
     (gpt2_folder / "vocab.json").write_text('{"a": 3}')
     assert "vocab.json: token 3 is 'a', and " in refused(gpt2_folder, overrides=[("data.tokenizer", "bytes")])
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/config.yaml").write_text((run_dir / "config.yaml").read_text())
-    assert "the run has saved no checkpoint" in refused(tmp_path / "begun")
+    assert "the run has not saved a checkpoint" in refused(tmp_path / "begun")
 
 
 def test_a_tokenizer_of_the_same_size_is_not_taken_for_the_runs(run_dir, monkeypatch):
@@ -114,7 +114,7 @@ def test_a_tokenizer_of_the_same_size_is_not_taken_for_the_runs(run_dir, monkeyp
             self.fingerprint = "another"
 
     monkeypatch.setattr("sophia_levanter.run.loading.load_tokenizer", lambda name: Other())
-    assert "data.tokenizer bytes is not the one that" in refused(run_dir)
+    assert "data.tokenizer bytes differs from the one that" in refused(run_dir)
 
 
 def test_checkpoints_inside_a_run_directory_are_those_that_are_meant(run_dir, tmp_path):

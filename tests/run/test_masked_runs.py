@@ -35,12 +35,12 @@ def test_a_run_with_masks_its_evaluation_and_its_resume(config_file, tmp_path, m
         assert len(rows) > 10
         assert np.all(tokens[rows, starts[rows, positions] - 1] == END)
 
-    assert "\ndocuments: attention and positions start anew in each\n" in capfd.readouterr().out
+    assert "\ndocuments: attention and positions restart in each document\n" in capfd.readouterr().out
     assert evaluate.main([str(run_dir), "--windows", "20"]) == 0
     masked = float(re.search(r"^loss +([\d.]+)", capfd.readouterr().out, re.MULTILINE)[1])
     assert masked == pytest.approx(result.validation_loss, abs=6e-5)
     resumed = train(resume=run_dir, **{"data.mask_documents": False})
-    assert "data.mask_documents was True and is False" in capfd.readouterr().out
+    assert "data.mask_documents was True and is now False" in capfd.readouterr().out
     assert resumed.best_validation_loss is None  # those with masks do not compare
 
 
@@ -51,8 +51,8 @@ def test_tokens_without_documents_are_refused(config_file, tmp_path, capfd):
     words += ["--data.train", f"nanogpt:{tmp_path}/train.bin", "--data.validation", f"nanogpt:{tmp_path}/val.bin"]
     assert main(words) == 2
     assert capfd.readouterr().err == (
-        "error: data.mask_documents is true, and data.train holds no end-of-text (token 256 of bytes) between "
-        "documents; write one after each, or set data.mask_documents to false\n"
+        "error: data.mask_documents is true, but data.train has no end-of-text (token 256 of bytes) between "
+        "documents; add one after each, or set data.mask_documents to false\n"
     )
     assert not (tmp_path / "run").exists()
 
@@ -61,6 +61,6 @@ def test_a_model_that_cannot_is_refused(config_file, plugin_folder, capfd):
     words = ["--config", str(config_file), "--plugins", "gru", "--model.type", "gru", "--data.mask_documents", "true"]
     assert main(words) == 2
     assert capfd.readouterr().err == (
-        "error: data.mask_documents is true, and GRU reads all documents of a sequence as one text; set it to false, "
-        "or take a transformer\n"
+        "error: data.mask_documents is true, but GRU reads all documents of a sequence as one text; set it to false, "
+        "or use a transformer\n"
     )

@@ -30,7 +30,7 @@ def test_a_rate_and_a_factor_mean_the_same(config_file):
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ("{learning_rate: 0.1 x}", "optimizer.groups: match is missing; a group has match, or role in place of it"),
+        ("{learning_rate: 0.1 x}", "optimizer.groups: match is missing; a group needs either match or role"),
         ("{match: a, role: matrix}", "optimizer.groups: match 'a' and role 'matrix' are both given; keep one"),
         ("{role: heads}", "optimizer.groups.role is 'heads'; it must be one of embedding, head, matrix, vector, or"),
         ("{match: '('}", "optimizer.groups: match '(' is not a regular expression: "),

@@ -97,7 +97,7 @@ def test_a_run_without_compilation_is_refused(config_file, tmp_path, capfd):
     finally:
         jax.config.update("jax_disable_jit", False)
     error = capfd.readouterr().err
-    assert error.startswith("error: JAX_DISABLE_JIT is set, and ") and error.count("\n") == 1
+    assert error.startswith("error: JAX_DISABLE_JIT is set, but ") and error.count("\n") == 1
 
 
 @pytest.fixture

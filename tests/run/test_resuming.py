@@ -143,10 +143,10 @@ def test_a_finished_run_can_be_extended_and_what_changes_is_said(config_file, tm
     more = ["--trainer.num_train_steps", "13", "--trainer.batch_size", "32"]
     assert main(["--resume", str(run_dir), *more]) == 0
     out = capfd.readouterr().out
-    assert "trainer.num_train_steps was 12 and is 13" in out
-    changed = r"the schedule changed: at step 12 the learning rate was 0\.001 and is 0\.00\d+; before step (\d+) both"
+    assert "trainer.num_train_steps was 12 and is now 13" in out
+    changed = r"the schedule changed: at step 12 the learning rate was 0\.001 and is now 0\.00\d+; before step (\d+) it"
     assert re.search(changed, out)[1] == "3"  # the warm-up takes 2, and the peak follows
-    assert "the validation text differs from the one that the run began with" in out
+    assert "the validation text has changed since the run began" in out
     assert "trainer.batch_size_changes keeps their order" in out
     assert list(metrics(run_dir)) == list(range(13))
     first, last = (checkpoint.read_step(run_dir / "checkpoints", step).metadata["best"] for step in (12, 13))
@@ -177,7 +177,7 @@ def test_a_slow_average_that_warms_up_over_the_run_changes_with_it(slow_warmup, 
     short, long = (run_config(optimizer=optimizer, trainer={"num_train_steps": steps}) for steps in (10, 20))
     assert [line for line in resuming_says(short, long, step, tmp_path) if "alpha" in line] == [
         f"the schedule changed: alpha and b3 grew over {before} steps and now grow over {after}; "
-        f"optimizer.slow_warmup {before} would keep them"
+        f"optimizer.slow_warmup {before} keeps the old schedule"
         for before, after in grows_over
     ]
 
@@ -220,7 +220,7 @@ def test_a_checkpoint_of_another_model_is_refused(finished_run, tmp_path, capfd)
     assert (run_dir / "config.yaml").read_text() == before
     # The same shapes do not make the same model.
     assert main(["--resume", str(run_dir), "--model.num_heads", "4"]) == 2
-    assert "another model" in capfd.readouterr().err
+    assert "which changes the model" in capfd.readouterr().err
     # Another optimizer's state does not fit either.
     assert main(["--resume", str(run_dir), "--optimizer.type", "adamw"]) == 2
     assert "optimizer_state" in capfd.readouterr().err
@@ -229,11 +229,11 @@ def test_a_checkpoint_of_another_model_is_refused(finished_run, tmp_path, capfd)
     other.write_text("Another text. " * 200)
     cache = ["--data.cache_dir", str(tmp_path / "cache")]
     assert main(["--resume", str(run_dir), "--data.train", str(other), *cache]) == 2
-    assert "the training text differs from the one" in capfd.readouterr().err
+    assert "the training text has changed since the run began" in capfd.readouterr().err
     # A run directory that has lost its checkpoints has nothing to resume from.
     shutil.rmtree(run_dir / "checkpoints")
     assert main(["--resume", str(run_dir)]) == 2
-    assert "holds no checkpoint" in capfd.readouterr().err
+    assert "contains no checkpoint" in capfd.readouterr().err
 
 
 def test_a_text_of_the_same_size_is_another_text(config_file, text_file, tmp_path, capfd, stop_after):
@@ -242,14 +242,14 @@ def test_a_text_of_the_same_size_is_another_text(config_file, text_file, tmp_pat
     assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 130
     text_file.write_text(text_file.read_text().replace("times", "TIMES"))
     assert main(["--resume", str(run_dir)]) == 2
-    assert "the training text differs from the one" in capfd.readouterr().err
+    assert "the training text has changed since the run began" in capfd.readouterr().err
 
 
 def test_auto_refuses_the_directory_of_another_run(finished_run, tmp_path, capfd):
     run_dir = finished_run.copy(tmp_path / "run")
     auto = ["--config", str(finished_run.config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto"]
     assert main([*auto, "--optimizer.rho", "0.3"]) == 2
-    assert "its optimizer.rho is 0.5, this one's is 0.3" in capfd.readouterr().err
+    assert "its optimizer.rho is 0.5, but this run's is 0.3" in capfd.readouterr().err
 
 
 def test_another_dtype_only_when_asked(finished_run, tmp_path, capfd):

@@ -68,7 +68,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(finished_run, tmp
     before = (run_dir / "metrics.jsonl").read_bytes()
     for more in ([], ["--trainer.checkpoint_dir", str(tmp_path / "elsewhere")]):
         assert main([*command, *more]) == 2
-        assert "holds no checkpoint: bring them back, or remove the metrics" in capfd.readouterr().err
+        assert "contains no checkpoint; restore the checkpoints, or remove the metrics" in capfd.readouterr().err
         assert (run_dir / "metrics.jsonl").read_bytes() == before
     (tmp_path / "gone").rename(run_dir / "checkpoints")
     assert main(command) == 0
@@ -81,7 +81,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_a
     stop_after(0)
     command = ["--config", str(finished_run.config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto"]
     assert main(command) == 130
-    assert "checkpoints holds no checkpoint: the run begins again at step 0" in capfd.readouterr().out
+    assert "checkpoints contains no checkpoint; the run starts again at step 0" in capfd.readouterr().out
     assert min(metrics(run_dir)) == 0 and max(metrics(run_dir)) < 3
 
 
@@ -101,12 +101,12 @@ def test_checkpoints_of_another_run_are_in_the_way(finished_run, tmp_path, capfd
     config = ["--config", str(finished_run.config_file)]
     command = [*config, "--trainer.checkpoint_dir", str(kept), "--trainer.run_dir", str(run_dir)]
     assert main(command) == 2
-    assert f"trainer.checkpoint_dir {kept} already holds checkpoints; --resume auto" in capfd.readouterr().err
+    assert f"trainer.checkpoint_dir {kept} already contains checkpoints; --resume auto" in capfd.readouterr().err
     assert main([*command, "--resume", "auto", "--trainer.seed", "5"]) == 2
-    assert "holds another run: its trainer.seed is 0, this one's is 5" in capfd.readouterr().err
+    assert "contains another run: its trainer.seed is 0, but this run's is 5" in capfd.readouterr().err
     assert not (run_dir / "config.yaml").exists()
     for location, message in (
-        ("ftp://x/y", "checkpoints go to a path, or to gs:// or s3://"),
+        ("ftp://x/y", "checkpoints must go to a path, gs:// or s3://"),
         ("gs://", "no bucket"),
         ("gs:/bucket/x", "trainer.checkpoint_dir is gs:/bucket/x; write a path, gs:// or s3://"),
     ):

@@ -66,15 +66,15 @@ def test_a_moved_run_needs_no_other_tokenizer(trained, words, tmp_path, capfd):
     write_words(words, b"th", b"an")
     assert main([*command, "--trainer.num_train_steps", "3"]) == 2
     error = capfd.readouterr().err
-    assert f"data.tokenizer {words} is not the one that the run began with, which is kept in {run_dir}/" in error
+    assert f"data.tokenizer {words} differs from the one that the run began with, saved as {run_dir}/" in error
     assert error.count("\n") == 1
     assert load_model(str(run_dir), report=print).tokenizer.fingerprint == fingerprint
-    with pytest.raises(InputError, match=r"words\.tiktoken is not the one that"):
+    with pytest.raises(InputError, match=r"words\.tiktoken differs from the one that"):
         load_model(str(run_dir), overrides=[("data.tokenizer", str(words))], report=print)
 
     # Runs of earlier versions have no copy.
     (run_dir / "checkpoints/tokenizer.tiktoken").unlink()
-    with pytest.raises(InputError, match=r"words\.tiktoken is not the one that"):
+    with pytest.raises(InputError, match=r"words\.tiktoken differs from the one that"):
         load_model(str(run_dir), report=print)
     write_words(words, b"th", b"in")
     assert load_model(str(run_dir), report=print).tokenizer.fingerprint == fingerprint
@@ -96,7 +96,7 @@ def test_a_copy_beside_checkpoints(url, words, tmp_path, monkeypatch):
         assert kept != str(words) and load_tokenizer(kept).fingerprint == tokenizer.fingerprint
         write_words(words, b"th")
         keep_tokenizer(place, load_tokenizer(str(words)), is_saved=True)
-        with pytest.raises(InputError, match=r"words\.tiktoken is not the one that the run began with"):
+        with pytest.raises(InputError, match=r"words\.tiktoken differs from the one that the run began with"):
             with_kept_tokenizer(data, place, resuming=True)
         words.unlink()
         for resuming in (True, False):

@@ -41,7 +41,7 @@ def test_ctrl_c_saves_says_so_and_exits_130(config_file, tmp_path):
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130, out
     (step,) = checkpoint.steps(run_dir / "checkpoints")
-    assert "stop requested: the run saves and ends after the present step" in out
+    assert "stop requested; the run saves and stops after the current step" in out
     assert f"SIGINT: stopped after step {step}, which is saved" in out
     assert "Traceback" not in out
 
@@ -63,7 +63,7 @@ sys.exit(main(sys.argv[1:]))
     result = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert result.returncode == 75
     assert result.stdout == ""
-    assert result.stderr == "SIGTERM: stopped outside training; run the command again\n"
+    assert result.stderr == "SIGTERM: stopped outside training; run the command again to continue\n"
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_a_nan_in_one_batch_changes_nothing_and_the_run_goes_on(
     assert main([*command, "--trainer.run_dir", str(whole)]) == 0
     out = capfd.readouterr().out
     for bad in (plain, refreshing):
-        assert f"step {bad}: the loss or gradient was not finite (loss nan); the step changed nothing" in out
+        assert f"step {bad}: the loss or gradient was not finite (loss nan); the step was skipped" in out
     assert [step for step, loss in metrics(whole).items() if loss is None] == [plain, refreshing]
     counts = {step: (step >= plain) + (step >= refreshing) for step in range(12)}
     assert metrics(whole, "train/skipped_steps") == counts
@@ -98,12 +98,12 @@ def test_spikes_of_the_loss_are_skipped_when_asked(config_file, tmp_path, capfd)
             recent = loss if math.isinf(recent) else 0.98 * recent + 0.02 * loss
     counts = metrics(run_dir, "train/skipped_steps")
     assert skipped and counts == {step: len([s for s in skipped if s <= step]) for step in range(16)}
-    assert f"step {skipped[0]}: the loss was a spike (loss " in capfd.readouterr().out
+    assert f"step {skipped[0]}: the loss spiked (loss " in capfd.readouterr().out
 
     few = ["--trainer.loss_spike_factor", "1.000001", "--trainer.max_skipped_steps", "1"]
     assert main([*command, str(tmp_path / "ends"), *few]) == 1
     error = capfd.readouterr().err
-    assert "error: the loss was a spike in 1 steps in a row" in error and "--trainer.loss_spike_factor" in error
+    assert "error: the loss spiked in 1 consecutive step" in error and "--trainer.loss_spike_factor" in error
 
 
 @pytest.mark.parametrize("rollbacks", [0, 2], ids=["none wanted", "nothing saved"])
@@ -115,8 +115,8 @@ def test_too_many_bad_steps_end_a_run_that_cannot_go_back(rollbacks, config_file
     options += ["--trainer.run_dir", str(run_dir), "--trainer.checkpoint_every", "100"]
     assert main(["--config", str(config_file), *options]) == 1
     out = capfd.readouterr()
-    assert "the step changed nothing" in out.out
-    assert "error: the loss or gradient was not finite in 3 steps in a row" in out.err
+    assert "the step was skipped" in out.out
+    assert "error: the loss or gradient was not finite in 3 consecutive steps" in out.err
     failure = read_status(out.out.splitlines()[-1])
     assert isinstance(failure, Failure) and failure.reason == "loss_not_finite"
     assert not checkpoint.steps(run_dir / "checkpoints")
@@ -129,8 +129,8 @@ def test_a_run_goes_back_and_past_the_data_where_it_went_wrong(config_file, tmp_
     command += ["--trainer.max_rollbacks", "1", "--trainer.run_dir"]
     assert main([*command, str(whole)]) == 0
     out = capfd.readouterr().out
-    assert "WARNING: the loss or gradient was not finite in 3 steps in a row, the last of them step 8" in out
-    assert "going back to step 4 and continuing with the data after the 80 sequences since then" in out
+    assert "WARNING: the loss or gradient was not finite in 3 consecutive steps, the last of them step 8" in out
+    assert "rolling back to step 4 and continuing with the data after the 80 sequences since then" in out
     assert all(loss is not None for loss in metrics(whole).values())
     state = state_of(whole)
     assert (int(state["step"]), int(state["skipped_windows"]), int(state["skipped_steps"])) == (12, 80, 0)
@@ -153,5 +153,5 @@ def test_a_checkpoint_to_go_back_to_is_not_pushed_out(config_file, tmp_path, pla
     assert main(["--config", str(config_file), *options, "--trainer.run_dir", str(tmp_path / "run")]) == 0
     out = capfd.readouterr().out
     for step in (7, 8):
-        assert f"going back to step {step} and continuing with the data after the 48 sequences" in out
+        assert f"rolling back to step {step} and continuing with the data after the 48 sequences" in out
     assert int(state_of(tmp_path / "run")["skipped_windows"]) == 96

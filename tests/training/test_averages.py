@@ -126,15 +126,15 @@ def test_commands_read_it(averaging, tmp_path, capfd):
 
 def test_where_there_is_no_average(finished_run, gpt2_folder, capfd):
     assert evaluate.main([str(finished_run.path), "--averaged"]) == 2
-    assert "keeps no average of its weights; trainer.ema_decay makes a run keep one" in capfd.readouterr().err
+    assert "has no averaged weights; only runs with trainer.ema_decay or trainer.lawa_every" in capfd.readouterr().err
     assert sample.main([str(gpt2_folder), "--averaged"]) == 2
-    assert f"--averaged does not go with {gpt2_folder}, which is not a run directory" in capfd.readouterr().err
+    assert f"--averaged cannot be combined with {gpt2_folder}, which is not a run directory" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"ema_decay": 0.9}, r"^trainer\.ema_decay is 0\.9 and trainer\.lawa_every 8; a run keeps one average"),
+        ({"ema_decay": 0.9}, r"^trainer\.ema_decay is 0\.9 and trainer\.lawa_every is 8; a run keeps only one average"),
         ({"num_train_steps": 7}, r"^trainer\.lawa_every 8 is more than trainer\.num_train_steps 7$"),
     ],
 )

@@ -67,7 +67,7 @@ def test_names_are_identifiers_that_are_not_taken(name, registered):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (dict, "trainer.callbacks: own fails: TypeError: 'TrainConfig' object is not iterable"),
+        (dict, "trainer.callbacks: own failed: TypeError: 'TrainConfig' object is not iterable"),
         (lambda config: 7, "trainer.callbacks: own is not a subclass of sophia_levanter.training.callbacks.Callback"),
     ],
 )
@@ -127,7 +127,7 @@ def test_a_callback_is_called_through_a_run(registered, config_file, tmp_path, c
     monkeypatch.setattr(Recorder, "fails", ("end",))
     argv = ["--config", str(config_file), "--trainer.callbacks", "own", "--trainer.evaluate_every", "6"]
     assert main([*argv, "--trainer.run_dir", str(tmp_path / "run")]) == 0
-    assert "WARNING: trainer.callbacks: own fails in on_end: KeyError: 'missing'" in capfd.readouterr().out
+    assert "WARNING: trainer.callbacks: own failed in on_end: KeyError: 'missing'" in capfd.readouterr().out
     steps = list(range(12))
     by_kind = {kind: [call[1] for call in Recorder.calls if call[0] == kind] for kind, *_ in Recorder.calls[:-1]}
     assert by_kind == {"before": steps, "step": steps, "pause": [5], "evaluation": [6, 12]}
@@ -154,7 +154,7 @@ def test_a_state_is_saved_before_a_callback_ends_the_run(
     monkeypatch.setattr(Recorder, "fails", call)
     argv = ["--config", str(config_file), "--trainer.callbacks", "own", "--trainer.evaluate_every", "6"]
     assert main([*argv, "--trainer.run_dir", str(tmp_path / "run")]) == 2
-    assert f"error: trainer.callbacks: own fails in {method}: KeyError: 'missing'" in capfd.readouterr().err
+    assert f"error: trainer.callbacks: own failed in {method}: KeyError: 'missing'" in capfd.readouterr().err
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == call[1]
     assert Recorder.calls[-1] == ("end",)
 

@@ -69,9 +69,9 @@ def test_formats(task, record, item, write):
 @pytest.mark.parametrize(
     ("task", "text", "problem"),
     [
-        ("piqa", "", "holds no item"),
+        ("piqa", "", "contains no items"),
         ("piqa", json.dumps(PIQA) + "\n{", "line 2 is not an item of piqa: JSONDecodeError"),
-        ("piqa", json.dumps(PIQA | {"label": 2}), "line 1 is not an item of piqa: no text for its answer"),
+        ("piqa", json.dumps(PIQA | {"label": 2}), "line 1 is not an item of piqa: its answer has no text"),
         ("arc", json.dumps(PIQA), "line 1 is not an item of arc: KeyError('question')"),
         ("arc", json.dumps(ARC | {"answerKey": "Z"}), "line 1 is not an item of arc: ValueError"),
         ("lambada", '"text"', "line 1 is not an item of lambada: TypeError"),
@@ -160,10 +160,13 @@ def test_the_command(finished_run, write, capfd):
     ("words", "message"),
     [
         (["--task", "squad", "--file", "F"], "--task is 'squad'; it must be one of hellaswag, piqa, arc, lambada"),
-        (["--task", "piqa"], "--task NAME and --file FILE go together; one of them is missing"),
-        (["--file", "F"], "--task NAME and --file FILE go together; one of them is missing"),
-        (["--task", "piqa", "--file", "F", "--windows", "3"], "--windows and --batch_size do not go with --task"),
-        (["--task", "piqa", "--file", "nowhere.jsonl"], "--file nowhere.jsonl: cannot be read: "),
+        (["--task", "piqa"], "--task NAME and --file FILE must be given together; one of them is missing"),
+        (["--file", "F"], "--task NAME and --file FILE must be given together; one of them is missing"),
+        (
+            ["--task", "piqa", "--file", "F", "--windows", "3"],
+            "--windows and --batch_size cannot be combined with --task",
+        ),
+        (["--task", "piqa", "--file", "nowhere.jsonl"], "--file nowhere.jsonl cannot be read: "),
     ],
 )
 def test_bad_options(words, message, capfd):
@@ -178,7 +181,7 @@ def test_the_tasks_of_a_run(write, tmp_path):
     with pytest.raises(InputError) as error:
         read_tasks([TaskConfig("piqa", path), TaskConfig("arc", path, "easy")])
     assert str(error.value) == f"trainer.tasks: easy: {path}: line 1 is not an item of arc: KeyError('question')"
-    with pytest.raises(InputError, match=r"^trainer\.tasks: piqa: /nowhere: cannot be read: "):
+    with pytest.raises(InputError, match=r"^trainer\.tasks: piqa: /nowhere cannot be read: "):
         read_tasks([TaskConfig("piqa", "/nowhere")])
     assert read_tasks([]) == {} and set(_FORMATS) == set(TASKS)
 

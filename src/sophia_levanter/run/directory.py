@@ -171,7 +171,7 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
         run = RunDirectory(Path(os.path.abspath(command.resume)), "always")
     elif given is None:
         if command.resume == "auto":
-            raise InputError("--resume auto needs --trainer.run_dir, the directory that later attempts look into")
+            raise InputError("--resume auto needs --trainer.run_dir, the directory that later attempts resume from")
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         run = RunDirectory(Path("runs", f"{command.config_name}-{now}").absolute(), "never")
     else:
@@ -182,7 +182,7 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
     if not isinstance(command.resume, Path) and _holds_files(run.path):
         if command.resume != "auto":
             raise InputError(
-                f"trainer.run_dir {run.path} already holds files; --resume auto continues its run, "
+                f"trainer.run_dir {run.path} already contains files; --resume auto continues its run, "
                 "another --trainer.run_dir starts a new one"
             )
         _check_config_file(run, config)
@@ -211,7 +211,7 @@ def _lock(field: str, path: Path) -> None:
         lock = files.lock(path / LOCK_NAME)
     if lock is None:
         raise DirectoryInUse(
-            f"trainer.{field} {path} is in use by another process; wait for it or name another directory"
+            f"trainer.{field} {path} is in use by another process; wait for it or choose another directory"
         )
     _locks[path] = lock
 
@@ -224,12 +224,12 @@ def _naming(field: str, path: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         shown = str(path).encode("utf-8", "backslashreplace").decode()
-        raise InputError(f"trainer.{field} {shown} cannot be used: {reason}; name another directory") from error
+        raise InputError(f"trainer.{field} {shown} cannot be used: {reason}; choose another directory") from error
 
 
 def _check_config_file(run: RunDirectory, config: TrainConfig) -> None:
     if not run.config_file.exists():
-        raise InputError(f"trainer.run_dir {run.path} holds files but no run; name an empty or a new directory")
+        raise InputError(f"trainer.run_dir {run.path} contains files but no run; name an empty or new directory")
     check_same_run("run_dir", str(run.path), load_config(run.config_file), config)
 
 
@@ -249,8 +249,8 @@ def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -
         # Unset rows come from the initial weights.
         if name not in _MAY_DIFFER and (name, after) != ("model.vocab_rows", None):
             raise InputError(
-                f"trainer.{field} {place} holds another run: its {name} is {before!r}, this one's is {after!r}; "
-                f"name another --trainer.{field}"
+                f"trainer.{field} {place} contains another run: its {name} is {before!r}, but this run's is {after!r}; "
+                f"choose another --trainer.{field}"
             )
 
 

@@ -92,15 +92,15 @@ def load_model(
     if ("://" in place or os.path.isdir(place)) and checkpoint.steps(place):
         return _from_checkpoints(place, Saved(step, averaged), overrides, report)
     if "://" in place:
-        raise InputError(f"{place} holds no checkpoint (no step-* folder)")
+        raise InputError(f"{place} contains no checkpoint (no step-* folder)")
     if os.path.isdir(place) and not any(os.path.exists(os.path.join(place, n)) for n in ("config.json", "ckpt.pt")):
         raise InputError(
-            f"{place} holds no model: no config.yaml of a run, no checkpoints (step-*), and no transformers config.json"
+            f"{place} contains no model: no run's config.yaml, no checkpoints (step-*), no transformers config.json"
         )
     if step is not None:
-        raise InputError(f"--step {step} does not go with {place}, which is not a run directory")
+        raise InputError(f"--step {step} cannot be combined with {place}, which is not a run directory")
     if averaged:
-        raise InputError(f"--averaged does not go with {place}, which is not a run directory")
+        raise InputError(f"--averaged cannot be combined with {place}, which is not a run directory")
     return _from_file(Path(place), overrides, report)
 
 
@@ -114,21 +114,21 @@ class Saved(NamedTuple):
 def _check_overrides(place: str, overrides: Overrides, allowed: Sequence[str]) -> None:
     for name, _ in overrides:
         if name.startswith("model.") and name not in allowed:
-            raise InputError(f"--{name} does not go with {place}, whose model has a shape already")
+            raise InputError(f"--{name} cannot be combined with {place}, whose model already has a shape")
 
 
 def _from_run(run_dir: Path, wanted: Saved, overrides: Overrides, report: Report) -> LoadedModel:
     config = _config(read_layers(run_dir / "config.yaml"), overrides)
     directory = config.trainer.checkpoint_dir or run_dir / "checkpoints"
     if not checkpoint.steps(directory):
-        raise InputError(f"{run_dir}: the run has saved no checkpoint (no step-* folder in {directory})")
+        raise InputError(f"{run_dir}: the run has not saved a checkpoint (no step-* folder in {directory})")
     return _restored(directory, str(run_dir), config, wanted, overrides, report)
 
 
 def _from_checkpoints(directory: str, wanted: Saved, overrides: Overrides, report: Report) -> LoadedModel:
     manifest = newest_manifest(directory, wanted.step)
     if manifest is None or not is_of_training(manifest.metadata):
-        raise InputError(f"{directory} holds checkpoints that were not saved by a training run")
+        raise InputError(f"{directory} contains checkpoints that were not saved by a training run")
     saved: Any = manifest.metadata["config"]
     config = _config([flatten(saved, Path(directory))], overrides)
     return _restored(directory, directory, config, wanted, overrides, report)
@@ -144,8 +144,8 @@ def _restored(
     tokenizer = load_tokenizer(config.data.tokenizer)
     if wanted.averaged and not config.trainer.keeps_average:
         raise InputError(
-            f"--averaged: {shown} keeps no average of its weights; trainer.ema_decay makes a run keep one, and so does "
-            "trainer.lawa_every"
+            f"--averaged: {shown} has no averaged weights; only runs with trainer.ema_decay or trainer.lawa_every "
+            "keep them"
         )
     _check_tokenizer(directory, shown, tokenizer, wanted.step)
     partition = _partition(config, tokenizer)
@@ -166,12 +166,12 @@ def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, st
     """Check the tokenizer before anything is restored: its size alone may not reveal a wrong one."""
     manifest = newest_manifest(directory, step)
     if manifest is not None and not is_of_training(manifest.metadata):
-        raise InputError(f"{directory} holds checkpoints that were not saved by a training run")
+        raise InputError(f"{directory} contains checkpoints that were not saved by a training run")
     trained_with: Any = None if manifest is None else manifest.metadata["validation"]
     if trained_with is not None and trained_with["tokenizer"] != tokenizer.fingerprint:
         raise InputError(
-            f"data.tokenizer {tokenizer.name} is not the one that {shown} was trained with; "
-            "name that with --data.tokenizer"
+            f"data.tokenizer {tokenizer.name} differs from the one that {shown} was trained with; "
+            "name that one with --data.tokenizer"
         )
 
 
@@ -263,7 +263,7 @@ def with_kept_tokenizer(data: DataConfig, checkpoints: Path | str, *, resuming: 
         then, now = (load_tokenizer(str(file)).fingerprint for file in (copy, data.tokenizer))
         if then != now:
             raise InputError(
-                f"data.tokenizer {data.tokenizer} is not the one that the run began with, which is kept in "
+                f"data.tokenizer {data.tokenizer} differs from the one that the run began with, saved as "
                 f"{checkpoints}/{TOKENIZER_FILE}; restore the original file, or move this one away to use the copy"
             )
     return dataclasses.replace(data, tokenizer=str(copy))

@@ -50,7 +50,7 @@ def fixed_settings() -> Iterator[None]:
         InputError: if compilation is off.
     """
     if jax.config.values["jax_disable_jit"]:
-        raise InputError("JAX_DISABLE_JIT is set, and a run compiles its steps ahead of time; unset it")
+        raise InputError("JAX_DISABLE_JIT is set, but a run compiles its steps ahead of time; unset it")
     before = {name: jax.config.values[name] for name in FIXED}
     for name, value in FIXED.items():
         jax.config.update(name, value)

@@ -46,12 +46,12 @@ def find_checkpoints(directory: RunDirectory, processes: Processes, console: Con
     is_saved = processes.broadcast("saved", found, PATIENCE) == "True"
     if directory.resume == "never" and is_saved:
         raise InputError(
-            f"trainer.checkpoint_dir {directory.checkpoints} already holds checkpoints; --resume auto continues "
+            f"trainer.checkpoint_dir {directory.checkpoints} already contains checkpoints; --resume auto continues "
             "their run, another --trainer.checkpoint_dir starts a new one"
         )
     if directory.resume == "always" and not is_saved:
         raise InputError(
-            f"--resume {directory.path}: {directory.checkpoints} holds no checkpoint to resume from; "
+            f"--resume {directory.path}: {directory.checkpoints} contains no checkpoint to resume from; "
             f"start the run with --config FILE --trainer.run_dir {directory.path} --resume auto"
         )
     if directory.resume == "if_saved" and not is_saved:
@@ -92,7 +92,7 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
         )
     saved_config: Any = restored.metadata.get("config")
     if not is_of_training(restored.metadata):
-        raise InputError(f"{directory.checkpoints} holds checkpoints that were not saved by a training run")
+        raise InputError(f"{directory.checkpoints} contains checkpoints that were not saved by a training run")
     # Metrics and callbacks do not change the run's numbers, and an unregistered name would be refused.
     saved_config["trainer"] |= {name: list(getattr(run.config.trainer, name)) for name in ("metrics", "callbacks")}
     old_config = config_in(saved_config, Path(f"{directory.checkpoints}/step-{restored.step:08d}"))
@@ -100,26 +100,26 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
         check_same_run("checkpoint_dir", str(directory.checkpoints), old_config, run.config)
     for name, old, new in changed_fields(old_config, run.config):
         if name.startswith("model.") and name not in free_settings(run.config.model):
-            raise InputError(f"--resume {directory.path}: {name} was {old} and is {new}, which is another model")
+            raise InputError(f"--resume {directory.path}: {name} was {old} and is now {new}, which changes the model")
         if name == "trainer.initial_weights":
             raise InputError(
-                f"--resume {directory.path}: {name} was {old} and is {new}, but the run has begun; "
+                f"--resume {directory.path}: {name} was {old} and is now {new}, but the run has already started; "
                 "another --trainer.run_dir starts a new one"
             )
     if not _is_same_text(restored.metadata["data"], run.provenance["data"]):
         raise InputError(
-            f"--resume {directory.path}: the training text differs from the one that the run began with: "
-            f"{run.provenance['data']} now, {restored.metadata['data']} then; restore it, or start another run"
+            f"--resume {directory.path}: the training text has changed since the run began: it was "
+            f"{restored.metadata['data']} and is now {run.provenance['data']}; restore it, or start another run"
         )
     if not _is_same_text(restored.metadata["validation"], run.provenance["validation"]):
-        console.line("the validation text differs from the one that the run began with; its losses do not compare")
+        console.line("the validation text has changed since the run began; losses before and after are not comparable")
     console.resumed(restored.step, directory.path)
     began_with, now = restored.metadata["environment"], run.provenance["environment"]
     if began_with != now:
-        console.line(f"losses may differ in their last bits: the run began with {began_with}, and this is {now}")
+        console.line(f"losses may differ in their last bits: the run began on {began_with} and continues on {now}")
     for name, old, new in changed_fields(old_config, run.config):
         if name not in ("trainer.run_dir", "mesh.coordinator", "mesh.process_id"):
-            console.line(f"{name} was {old} and is {new}")
+            console.line(f"{name} was {old} and is now {new}")
         if name == "trainer.batch_size":
             console.line("so some sequences are skipped or repeated; trainer.batch_size_changes keeps their order")
     then, now = (learning_rates(config, restored.step + 1) for config in (old_config, run.config))
@@ -127,14 +127,14 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
     if differ.size:
         step = differ[-1]
         console.line(
-            f"the schedule changed: at step {step} the learning rate was {then[step]:.3g} and is {now[step]:.3g}"
-            + f"; before step {differ[0]} both are the same" * bool(differ[0])
+            f"the schedule changed: at step {step} the learning rate was {then[step]:.3g} and is now {now[step]:.3g}"
+            + f"; before step {differ[0]} it is the same" * bool(differ[0])
         )
     before, after = (_slow_warmup(config) for config in (old_config, run.config))
     if before != after and restored.step < max(before, after):
         console.line(
             f"the schedule changed: alpha and b3 grew over {before:,} steps and now grow over {after:,}; "
-            f"optimizer.slow_warmup {before} would keep them"
+            f"optimizer.slow_warmup {before} keeps the old schedule"
         )
 
 
@@ -182,10 +182,10 @@ def _check_not_begun(directory: RunDirectory, console: Console) -> None:
     # A run passes its second save only after the first is committed, and a step writes at most two lines.
     if lines > 4 * every:
         raise InputError(
-            f"{directory.metrics_file} has {lines} lines, and {directory.checkpoints} holds no checkpoint: bring them "
-            "back, or remove the metrics to begin again at step 0"
+            f"{directory.metrics_file} has {lines} lines, but {directory.checkpoints} contains no checkpoint; restore "
+            "the checkpoints, or remove the metrics to start again at step 0"
         )
-    console.notice(f"WARNING: {directory.checkpoints} holds no checkpoint: the run begins again at step 0")
+    console.notice(f"WARNING: {directory.checkpoints} contains no checkpoint; the run starts again at step 0")
 
 
 def best_so_far(run: Run, restored: Restored[TrainState]) -> dict[str, Any] | None:
@@ -240,7 +240,7 @@ def restore_before(run: Run, wrong: range, skipped_windows: int) -> Restored[Tra
     restored = restore(run)
     passed = run.batches.sequences_between(restored.step, wrong.stop)
     run.console.line(
-        f"going back to step {restored.step} and continuing with the data after the {passed} sequences since then"
+        f"rolling back to step {restored.step} and continuing with the data after the {passed} sequences since then"
     )
     sequences = run.partition.place(np.asarray(skipped_windows + passed, np.int32))
     tree = eqx.tree_at(lambda state: state.skipped_windows, restored.tree, sequences)

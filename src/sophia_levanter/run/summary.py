@@ -90,7 +90,7 @@ def describe_start(run: Run) -> None:
             f"{model.title}, {count_parameters(state.model):,} parameters, {model.describe()}",
         ),
         ("data", f"{data.train.num_tokens:,} training and {_validation_tokens(run)}"),
-        *([("documents", "attention and positions start anew in each")] if config.data.mask_documents else []),
+        *([("documents", "attention and positions restart in each document")] if config.data.mask_documents else []),
         ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens"),
         ("optimizer", describe_optimizer(schedule, state.model)),
         *(("group", line) for line in describe_groups(schedule, state.model)),
@@ -106,7 +106,7 @@ def describe_start(run: Run) -> None:
         ),
         *([("curvature", curvature)] if curvature else []),
         *(
-            [("attention", attention + (", xla in the curvature's pass, which needs a forward derivative" * swapped))]
+            [("attention", attention + (", xla in the curvature pass, which needs a forward derivative" * swapped))]
             if attention
             else []
         ),
@@ -133,7 +133,7 @@ def describe_optimizer(config: OptimizerConfig, model: LanguageModel) -> str:
     if not config.hyperball:
         return line
     arrays = counted(len(paths_on_hyperball(model)), "array")
-    return f"{line}; hyperball: the matrices of {arrays} keep their norms and do not decay"
+    return f"{line}; hyperball: the matrices of {arrays} keep their norms without decay"
 
 
 def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[str]:
@@ -222,7 +222,7 @@ def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
     if "optim/win_rate" in numbers:
         rows.append(("win rate", f"{numbers['optim/win_rate']:.1%} of the coordinates took an unclipped step"))
     if skipped:
-        rows.append(("skipped", f"{counted(skipped, 'step')}, for the loss or gradient"))
+        rows.append(("skipped", f"{counted(skipped, 'step')}, because of the loss or gradient"))
     rows.append(("checkpoint", str(loop.saved)))
     run.console.rows(rows, notices=("done", "validation", "checkpoint"))
     if run.config.trainer.sample_tokens:

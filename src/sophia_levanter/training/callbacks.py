@@ -15,7 +15,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.registries import CALLBACKS
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.data.batches import Verification
-from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.errors import InputError, counted, one_line
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.trackers import Trackers
@@ -117,7 +117,7 @@ def build_callbacks(config: TrainConfig) -> dict[str, Callback]:
         try:
             built[name] = CALLBACKS[name](config)
         except Exception as error:
-            raise InputError(one_line(f"trainer.callbacks: {name} fails: {type(error).__name__}: {error}")) from error
+            raise InputError(one_line(f"trainer.callbacks: {name} failed: {type(error).__name__}: {error}")) from error
         if not isinstance(built[name], Callback):
             raise InputError(f"trainer.callbacks: {name} is not a subclass of {Callback.__module__}.Callback")
     return built
@@ -166,7 +166,7 @@ class RegisteredCallback(Callback):
         except (InputError, TrainingFailed):
             raise
         except Exception as error:
-            problem = f"{self.name} fails in {method}: {type(error).__name__}: {error}"
+            problem = f"{self.name} failed in {method}: {type(error).__name__}: {error}"
             raise InputError(one_line(f"trainer.callbacks: {problem}")) from error
 
 
@@ -213,13 +213,13 @@ class SkippedSteps(Callback):
         if not in_a_row:
             return
         spike = math.isfinite(loss) and math.isfinite(report.metrics["train/grad_norm"])
-        what = "loss was a spike" if spike else "loss or gradient was not finite"
-        hint = "; or a larger --trainer.loss_spike_factor" if spike else ""
-        self.monitor.console.notice(f"step {step}: the {what} (loss {loss:.4g}); the step changed nothing")
+        what = "loss spiked" if spike else "loss or gradient was not finite"
+        hint = ", or a larger --trainer.loss_spike_factor" if spike else ""
+        self.monitor.console.notice(f"step {step}: the {what} (loss {loss:.4g}); the step was skipped")
         if in_a_row >= self.config.max_skipped_steps:
             raise TrainingFailed(
-                f"the {what} in {in_a_row} steps in a row, the last of them step {step}; "
-                f"try a lower --optimizer.learning_rate or more --optimizer.warmup{hint}",
+                f"the {what} in {counted(in_a_row, 'consecutive step')}, the last of them step {step}; "
+                f"try a lower --optimizer.learning_rate or a longer --optimizer.warmup{hint}",
                 range(step + 1 - in_a_row, step + 1),
                 "loss_spikes" if spike else "loss_not_finite",
             )
@@ -261,7 +261,7 @@ class Saving(Callback):
         watchdog.pause()
         verified = self.verification.finish(pause.stopping)
         if not verified:
-            console.notice(f"step {pause.done} is saved before its text was verified")
+            console.notice(f"step {pause.done} was saved before its text was verified")
         watchdog.begin(f"saving step {pause.done}")
         trackers.sync()
         numbers = {k: v for k, v in trackers.last.items() if pause.scored or not k.startswith("tasks/")}

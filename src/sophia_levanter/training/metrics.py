@@ -48,7 +48,7 @@ def measure(metrics: Iterable[tuple[str, Metric]], trees: StepTrees) -> dict[str
         try:
             values = metric(trees)
         except Exception as error:
-            raise InputError(one_line(f"trainer.metrics: {name} fails: {type(error).__name__}: {error}")) from error
+            raise InputError(one_line(f"trainer.metrics: {name} failed: {type(error).__name__}: {error}")) from error
         numbers |= {key: jnp.float32(value) for key, value in scalars("trainer.metrics", name, values).items()}
     return numbers
 

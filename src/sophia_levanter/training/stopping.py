@@ -15,7 +15,7 @@ from types import FrameType
 from sophia_levanter.status import FAILURE
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-RUN_STOPS = "stop requested: the run saves and ends after the present step or compilation"
+RUN_STOPS = "stop requested; the run saves and stops after the current step or compilation"
 
 
 class StopRequest:
@@ -130,7 +130,7 @@ class Watchdog:
     def _end(self) -> None:
         print(
             f"error: {self._doing} has taken more than {self._seconds} s (trainer.step_timeout); "
-            "resume the run to continue from its last checkpoint; what each thread was doing:",
+            "resume the run to continue from its last checkpoint; stacks of all threads:",
             file=sys.stderr,
             flush=True,
         )

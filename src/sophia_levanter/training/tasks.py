@@ -151,7 +151,7 @@ def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
     try:
         lines = read_regular(path, MOST_BYTES).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{field} {path}: cannot be read: {error}") from None
+        raise InputError(f"{field} {path} cannot be read: {error}") from None
     items = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -161,10 +161,10 @@ def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise InputError(f"{field} {path}: line {number} is not an item of {task}: {error!r}") from None
         if not 0 <= item.answer < len(item.choices) or not all(choice.strip() for choice in item.choices):
-            raise InputError(f"{field} {path}: line {number} is not an item of {task}: no text for its answer")
+            raise InputError(f"{field} {path}: line {number} is not an item of {task}: its answer has no text")
         items.append(item)
     if not items:
-        raise InputError(f"{field} {path}: holds no item")
+        raise InputError(f"{field} {path} contains no items")
     return items
 
 
