@@ -141,7 +141,7 @@ def test_what_is_saved_comes_back_and_old_steps_go(bucket: Bucket) -> None:
     restored = restore(bucket.url, blank(make_state()), report=silent)
     assert bits(restored.tree) == bits(make_state())
     assert (restored.step, restored.run_id, restored.metadata) == (3, "run", {"seed": 3})
-    with pytest.raises(FileExistsError, match="step-00000003 already holds a checkpoint"):
+    with pytest.raises(FileExistsError, match="step-00000003 already contains a checkpoint"):
         put(bucket, 3)
 
 
@@ -296,10 +296,10 @@ def test_a_bucket_that_takes_no_more(google: Google, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("http://host/folder", "checkpoints go to a path, or to gs:// or s3://"),
-        ("memory://x", "checkpoints go to a path, or to gs:// or s3://"),
-        ("gs://", "gs:// names no bucket; write gs://BUCKET/FOLDER"),
-        ("s3:///folder", "names no bucket"),
+        ("http://host/folder", "checkpoints must go to a path, gs:// or s3://"),
+        ("memory://x", "checkpoints must go to a path, gs:// or s3://"),
+        ("gs://", "gs:// does not name a bucket; write gs://BUCKET/FOLDER"),
+        ("s3:///folder", "does not name a bucket"),
         ("s3://b/folder", "s3://b/folder: .*bucket name"),
     ],
 )

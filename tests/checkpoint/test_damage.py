@@ -114,7 +114,7 @@ def test_a_chunk_of_another_step_is_found(tmp_path: Path) -> None:
 def test_a_manifest_or_folder_of_another_step_is_found(tmp_path: Path) -> None:
     one = put(tmp_path, 1, make_state(1))
     shutil.copytree(one, tmp_path / "step-00000002")
-    with pytest.raises(CheckpointError, match="manifest is the one of step 1"):
+    with pytest.raises(CheckpointError, match="manifest belongs to step 1"):
         restore(tmp_path, make_state(), report=silent, step=2)
 
 
@@ -165,5 +165,5 @@ def test_a_step_asked_for_does_not_fall_back(tmp_path: Path) -> None:
     lose_a_chunk(tmp_path / "step-00000002")
     with pytest.raises(CheckpointError):
         restore(tmp_path, make_state(), report=silent, step=2)
-    with pytest.raises(InputError, match="step 5: it has 1, 2"):
+    with pytest.raises(InputError, match="step 5; its steps are 1, 2"):
         restore(tmp_path, make_state(), report=silent, step=5)

@@ -117,7 +117,7 @@ def test_ambiguous_names_and_random_keys_are_refused(tmp_path: Path) -> None:
 def test_no_checkpoint(tmp_path: Path) -> None:
     for directory in (tmp_path, tmp_path / "absent"):
         assert steps(directory) == []
-        with pytest.raises(InputError, match="holds no checkpoint"):
+        with pytest.raises(InputError, match="contains no checkpoint"):
             restore(directory, make_state(), report=silent)
     remove_leftovers(tmp_path / "absent")
 
@@ -127,21 +127,21 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     [
         (
             {"a": {"w": jnp.ones((2, 4))}, "b": jnp.ones(3)},
-            r"leaf a.w is float32[2, 3] in the checkpoint and float32[2, 4] ",
+            r"leaf a.w is float32[2, 3] in the checkpoint but float32[2, 4] ",
         ),
         (
             {"a": {"w": jnp.ones((3, 2))}, "b": jnp.ones(3)},
-            r"leaf a.w is float32[2, 3] in the checkpoint and float32[3, 2] ",
+            r"leaf a.w is float32[2, 3] in the checkpoint but float32[3, 2] ",
         ),
         (
             {"a": {"w": jnp.ones((2, 3))}, "b": jnp.ones(3, jnp.bfloat16)},
-            r"leaf b is float32[3] in the checkpoint and bfloat16[3] ",
+            r"leaf b is float32[3] in the checkpoint but bfloat16[3] ",
         ),
-        ({"a": {"w": jnp.ones((2, 3))}}, r"leaf b is float32[3] in the checkpoint and missing "),
-        ({"a": {"w": jnp.ones((2, 3))}, "b": None}, r"leaf b is float32[3] in the checkpoint and missing "),
+        ({"a": {"w": jnp.ones((2, 3))}}, r"leaf b is float32[3] in the checkpoint but missing "),
+        ({"a": {"w": jnp.ones((2, 3))}, "b": None}, r"leaf b is float32[3] in the checkpoint but missing "),
         (
             {"a": {"w": jnp.ones((2, 3))}, "b": jnp.ones(3), "c": jnp.ones(())},
-            r"leaf c is missing in the checkpoint and float32[] ",
+            r"leaf c is missing in the checkpoint but float32[] ",
         ),
     ],
 )
@@ -167,11 +167,11 @@ def test_a_cast_only_when_asked(tmp_path: Path) -> None:
     tree = {"w": jnp.array([1.0, 1 / 3, jnp.inf]), "n": jnp.arange(3)}
     put(tmp_path, 1, tree)
     half = {"w": jnp.zeros(3, jnp.bfloat16), "n": jnp.arange(3)}
-    with pytest.raises(InputError, match=r"leaf w is float32\[3\] in the checkpoint and bfloat16\[3\] in this run"):
+    with pytest.raises(InputError, match=r"leaf w is float32\[3\] in the checkpoint but bfloat16\[3\] in this run"):
         restore(tmp_path, half, report=silent)
     found = restore(tmp_path, half, report=silent, cast=True).tree
     assert bits(found) == bits({"w": tree["w"].astype(jnp.bfloat16), "n": tree["n"]})
-    with pytest.raises(InputError, match=r"leaf n is int32\[3\] in the checkpoint and float32\[3\] in this run"):
+    with pytest.raises(InputError, match=r"leaf n is int32\[3\] in the checkpoint but float32\[3\] in this run"):
         restore(tmp_path, half | {"n": jnp.zeros(3)}, report=silent, cast=True)
 
 

@@ -47,7 +47,7 @@ def test_keep(tmp_path: Path) -> None:
 def test_an_intact_step_is_never_written_into(tmp_path: Path) -> None:
     folder = put(tmp_path, 1, make_state(1))
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files(tmp_path)}
-    with pytest.raises(FileExistsError, match="step-00000001 already holds"):
+    with pytest.raises(FileExistsError, match="step-00000001 already contains"):
         put(tmp_path, 1, make_state(2))
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files(tmp_path)} == before
 
@@ -348,7 +348,7 @@ def kills(directory: Path, how: str, count: int) -> None:
         assert not wrong or (how == "again" and all(line.startswith("leaf 7, ") for line in wrong))
         if all(found.values()):  # on a slow machine every step was damaged and not saved again yet
             assert how == "again"
-            with pytest.raises(CheckpointError, match="holds no intact checkpoint"):
+            with pytest.raises(CheckpointError, match="contains no intact checkpoint"):
                 restore(directory, like, report=lambda line: None)
             continue
         restored = restore(directory, like, report=lambda line: None)

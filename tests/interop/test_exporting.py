@@ -122,7 +122,9 @@ def test_numbers_that_a_dtype_cannot_hold(make_loaded, tmp_path):
     loaded = make_loaded()
     large = eqx.tree_at(lambda loaded: loaded.ln_f.weight.array, loaded.model, replace_fn=lambda x: x + 1e5)
     loaded = LoadedModel(large, loaded.config, loaded.tokenizer, loaded.partition, loaded.source, loaded.step)
-    with pytest.raises(InputError, match=r"--dtype float16 cannot hold transformer\.ln_f\.weight; --dtype float32"):
+    with pytest.raises(
+        InputError, match=r"--dtype float16 cannot represent transformer\.ln_f\.weight; use --dtype float32"
+    ):
         export_model(loaded, tmp_path / "out", "float16")
     assert os.listdir(tmp_path) == []
 
@@ -131,10 +133,10 @@ def test_nothing_is_written_over(make_loaded, tmp_path):
     loaded = make_loaded()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
-    for name, message in (("full", "full already holds files"), ("full/notes.txt", "notes.txt is a file")):
+    for name, message in (("full", "full already contains files"), ("full/notes.txt", "notes.txt is a file")):
         with pytest.raises(InputError, match=message):
             export_model(loaded, tmp_path / name)
-    with pytest.raises(InputError, match="cannot be made: Not a directory; name another folder"):
+    with pytest.raises(InputError, match="cannot be created: Not a directory; choose another folder"):
         export_model(loaded, tmp_path / "full/notes.txt/out")
     assert os.listdir(tmp_path / "full") == ["notes.txt"]
     (tmp_path / "empty").mkdir()
@@ -157,6 +159,6 @@ def test_a_write_that_fails_leaves_nothing(make_loaded, tmp_path, monkeypatch):
 def test_numbers_that_are_not_finite_are_refused(make_loaded, tmp_path):
     loaded = make_loaded()
     broken = eqx.tree_at(lambda m: m.wpe.weight.array, loaded.model, loaded.model.wpe.weight.array.at[0, 0].set(np.nan))
-    with pytest.raises(InputError, match=r"wpe\.weight has numbers that are not finite"):
+    with pytest.raises(InputError, match=r"wpe\.weight has values that are not finite"):
         export_model(dataclasses.replace(loaded, model=broken), tmp_path / "out")
     assert not os.listdir(tmp_path)

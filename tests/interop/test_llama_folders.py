@@ -83,13 +83,13 @@ def test_buffers_and_prefixes(model, save):
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
             "this model has the same rotary positions in all layers",
         ),
-        ({"attention_bias": True}, "attention_bias is true; this model has none; use weights without"),
-        ({"mlp_bias": True}, "mlp_bias is true; this model has none"),
-        ({"use_sliding_window": True}, "use_sliding_window is true; this model has none"),
+        ({"attention_bias": True}, "attention_bias is true; this model does not support it; use weights without it"),
+        ({"mlp_bias": True}, "mlp_bias is true; this model does not support it"),
+        ({"use_sliding_window": True}, "use_sliding_window is true; this model does not support it"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this model computes silu"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; this model rotates whole heads"),
-        ({"model_type": "mistral"}, "model_type is 'mistral'; gpt2, llama, qwen3 are read"),
-        ({"num_hidden_layers": 9}, "num_hidden_layers is 9, and the weights have 2"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'; it must be one of gpt2, llama, qwen3"),
+        ({"num_hidden_layers": 9}, "num_hidden_layers is 9, but the weights have 2"),
         ({"num_key_value_heads": 2}, "model.num_kv_heads is 1, and FOLDER has 2; set --model.num_kv_heads 2"),
         ({"rope_theta": "absent", "rope_parameters": {"rope_theta": 5e5}}, "set --model.rope_theta 500000.0"),
         ({"rms_norm_eps": 1e-6}, "set --model.layer_norm_epsilon 1e-06"),
@@ -104,7 +104,10 @@ def test_what_the_model_does_not_have_is_named(changes, wanted, model, save):
 
 def test_another_type_of_model(model, save):
     folder = save()
-    assert refused(folder, Gpt2Config()) == f"{folder}: holds a Llama, and model.type is gpt2; set --model.type llama"
+    assert (
+        refused(folder, Gpt2Config())
+        == f"{folder}: contains a Llama model, but model.type is gpt2; set --model.type llama"
+    )
 
 
 def test_weights_that_are_missing_or_unknown(model, save):

@@ -67,7 +67,7 @@ def test_a_checkpoint_of_another_model(make_model, save_checkpoint):
     assert "h.0.ln_1.bias, h.1.ln_1.bias, " in refused(file, with_bias)
     assert refused(save_checkpoint(model), with_bias).endswith("; set --model.use_bias false")
     file = save_checkpoint(model, model_args=nanogpt_args(model.config, use_relu=True))
-    assert "model_args has use_relu True, which this model does not have" in refused(file, model.config)
+    assert "model_args has use_relu True, which this model does not support" in refused(file, model.config)
     file = save_checkpoint(model, model_args=nanogpt_args(model.config, use_relu=False))
     assert_same(read(file, model.config), model)
     epsilon = dataclasses.replace(model.config, layer_norm_epsilon=1e-6)
@@ -98,7 +98,7 @@ def test_no_checkpoint(model, save_checkpoint, tmp_path, capsys):
         file.write_bytes(content)
         assert "torch cannot load it: " in refused(file, model.config)
     torch.save({"model": Malicious(), "model_args": {}}, file)
-    assert "holds more than tensors and plain values, and code pickled in a file is never run" in refused(
+    assert "contains more than tensors and plain values, and code pickled in a file never runs" in refused(
         file, model.config
     )
     assert "this was run" not in capsys.readouterr().out
@@ -130,7 +130,7 @@ def test_a_checkpoint_with_an_array_twice(model, save_checkpoint):
 
 def test_a_checkpoint_of_more_layers_than_it_has(model, save_checkpoint):
     file = save_checkpoint(model, model_args=nanogpt_args(model.config, n_layer=1_000_000))
-    assert "model_args does not describe the weights: n_layer is 1000000, and the weights have 2" in refused(
+    assert "model_args does not describe the weights: n_layer is 1000000, but the weights have 2" in refused(
         file, model.config
     )
 
@@ -142,10 +142,13 @@ def test_tensors_whose_numbers_are_not_all_in_the_file(kind, model, save_checkpo
     dense = torch.ones(VOCAB, 8)
     tensor, wanted = {
         "meta": (torch.empty(VOCAB, 8, device="meta"), "is a meta tensor"),
-        "sparse_coo": (dense.to_sparse(), "is a torch.sparse_coo tensor; save it as a dense one"),
+        "sparse_coo": (dense.to_sparse(), "is a torch.sparse_coo tensor; save it as a dense tensor"),
         "sparse_csr": (dense.to_sparse_csr(), "is a torch.sparse_csr tensor"),
-        "stride 0": (torch.ones(1).expand(VOCAB, 10**9), "has shape (128, 1000000000) and repeats fewer numbers"),
-        "overlapping": (torch.ones(300).as_strided((VOCAB, 100), (1, 1)), "has shape (128, 100) and repeats fewer"),
+        "stride 0": (
+            torch.ones(1).expand(VOCAB, 10**9),
+            "has shape (128, 1000000000) but repeats fewer stored numbers",
+        ),
+        "overlapping": (torch.ones(300).as_strided((VOCAB, 100), (1, 1)), "has shape (128, 100) but repeats fewer"),
     }[kind]
     file = changed(save_checkpoint(model), **{"transformer.wte.weight": tensor})
     assert f"{file}: transformer.wte.weight {wanted}" in refused(file, model.config)
@@ -173,5 +176,5 @@ def test_without_torch_one_line_says_so(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_torch)
     message = refused(file, model.config)
-    assert "ckpt.pt: is read by torch, which cannot be imported (No module named 'torch'); pip install torch" in message
-    assert message.endswith("code pickled in the file is never run")
+    assert "ckpt.pt: needs torch, which cannot be imported (No module named 'torch'); pip install torch" in message
+    assert message.endswith("code pickled in the file never runs")

@@ -21,8 +21,9 @@ def test_an_export_tells_its_tokenizer(folder, model, arrays):
     own = {"tokenizer": "bytes", "tokenizer_fingerprint": "of bytes"}
     save_folder(folder, model.config, arrays, sophia_levanter=own)
     assert open_model(folder).tokenizer == "bytes"
-    assert f"data.tokenizer words is not the one that {folder} was trained with; set --data.tokenizer bytes" in refused(
-        folder, model.config
+    assert (
+        f"data.tokenizer words differs from the one that {folder} was trained with; set --data.tokenizer bytes"
+        in refused(folder, model.config)
     )
     read(folder, model.config, fingerprint="of bytes")
     save_folder(folder, model.config, arrays, sophia_levanter={"tokenizer": "tokenizer.tiktoken"})
@@ -41,7 +42,7 @@ def test_a_padded_vocabulary_loses_its_padding(make_model, tmp_path):
     assert lines == [
         "the embedding has 128 rows: 100 for the tokens of data.tokenizer words and padding, which is left out"
     ]
-    assert f"data.tokenizer words has 129 tokens, and {folder} has 128 rows, 1 fewer; set --data" in refused(
+    assert f"data.tokenizer words has 129 tokens, but {folder} has 128 rows, 1 fewer; set --data" in refused(
         folder, model.config, vocab_size=129
     )
 
@@ -85,7 +86,7 @@ def test_rows_beyond_the_tokenizers_are_kept_and_never_predicted(rows, make_mode
         (50257, 257, "set --data.tokenizer gpt2, or --model.vocab_rows 50257"),
         (50304, 257, "set --data.tokenizer gpt2, or"),
         (50281, 50257, "set --data.tokenizer p50k_base, or"),
-        (50257, 50281, "has 50281 tokens, and FOLDER has 50257 rows, 24 fewer; set --data.tokenizer gpt2"),
+        (50257, 50281, "has 50281 tokens, but FOLDER has 50257 rows, 24 fewer; set --data.tokenizer gpt2"),
     ],
 )
 def test_rows_that_may_be_another_tokenizers(rows, tokens, wanted, make_model, tmp_path):
@@ -126,7 +127,7 @@ def test_a_folder_with_the_vocabulary_of_the_tokenizer(name, vocab, tmp_path):
         ({"<s>": 0}, "token 0 is '<s>'"),
         ({"\N{GREEK SMALL LETTER ALPHA}": 255}, "token 255 is "),
         ({"\x1b[2J" * 99: 3}, r"…x1b[2J" + r"\x1b[2J" * 6 + "', and b'"),
-        ({"a": "x"}, "has no vocabulary from tokens to ids"),
+        ({"a": "x"}, "has no map from tokens to ids"),
     ],
 )
 def test_a_folder_with_the_vocabulary_of_another_tokenizer(change, wanted, vocab, tmp_path):
@@ -140,7 +141,7 @@ def test_a_folder_with_the_vocabulary_of_another_tokenizer(change, wanted, vocab
 
 def test_a_tokenizer_file_of_another_kind(tmp_path):
     for content, wanted in (
-        ({"model": []}, "has no vocabulary"),
+        ({"model": []}, "has no map"),
         ({"model": {"vocab": [["a", -1]]}}, "has no"),
         (3, "is no"),
     ):

@@ -119,7 +119,7 @@ def with_array(arrays, name, array):
     [
         (lambda a: {}, r"^wte\.weight is missing: this is not a GPT-2 state dict"),
         (lambda a: without(a, "wte.weight"), r"^wte\.weight is missing"),
-        (lambda a: with_array(a, "wte.weight", np.ones(())), r"^wte\.weight has shape \(\), this model wants"),
+        (lambda a: with_array(a, "wte.weight", np.ones(())), r"^wte\.weight has shape \(\), but this model expects"),
         (
             lambda a: with_array(a, "wte.weight", np.ones((128, 8))),
             r"^wte\.weight has shape \(128, 8\), .* \(128, 32\)",
@@ -144,7 +144,7 @@ def test_errors_name_the_array(linear, change, message):
 
 def test_the_other_layout_is_noticed(linear):
     config, arrays = linear()
-    with pytest.raises(ValueError, match=r"has shape \(\d+, 32\), this model wants \(32, \d+\)"):
+    with pytest.raises(ValueError, match=r"has shape \(\d+, 32\), but this model expects \(32, \d+\)"):
         gpt2_from_state_dict(config, arrays)
 
 

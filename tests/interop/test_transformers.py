@@ -148,7 +148,9 @@ def test_a_gpt2_of_transformers(dtype, tmp_path):
 
 def test_another_kind_of_model_is_refused(tmp_path):
     transformers.GPTNeoConfig().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"config\.json: model_type is 'gpt_neo'; gpt2, llama, qwen3 are read"):
+    with pytest.raises(
+        InputError, match=r"config\.json: model_type is 'gpt_neo'; it must be one of gpt2, llama, qwen3"
+    ):
         load_model(str(tmp_path), report=print)
 
 

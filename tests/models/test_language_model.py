@@ -96,7 +96,9 @@ class UnigramsConfig(Gpt2Config):
 
 
 def test_a_hyperball_without_matrices_is_refused():
-    with pytest.raises(InputError, match=r"^optimizer\.hyperball is true, and the model has no matrix; leave it out$"):
+    with pytest.raises(
+        InputError, match=r"^optimizer\.hyperball is true, but the model has no matrices; leave it out$"
+    ):
         check_optimizer(AdamWConfig(hyperball=True), UnigramsConfig(**SHAPE), 100)
     check_optimizer(AdamWConfig(hyperball=True), GPT2, 100)
     check_optimizer(AdamWConfig(), UnigramsConfig(**SHAPE), 100)
@@ -106,7 +108,7 @@ def test_a_group_that_decays_only_what_a_hyperball_keeps_is_refused():
     """Not where it decays something besides, or nothing."""
     alone = AdamWConfig(groups=(GroupConfig(role="vector"), GroupConfig(role="matrix", weight_decay=0.1)))
     message = (
-        "optimizer.groups[1].weight_decay is 0.1, and optimizer.hyperball keeps the norms of all its parameters; "
+        "optimizer.groups[1].weight_decay is 0.1, but optimizer.hyperball keeps the norms of all its parameters; "
         "leave weight_decay out of this group"
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):

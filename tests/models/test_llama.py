@@ -137,8 +137,8 @@ def test_what_decays_and_what_has_a_basis(make_model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_kv_heads": 3}, r"^model\.num_kv_heads 3 does not divide model\.num_heads 4; \d would$"),
-        ({"num_heads": 3}, r"^model\.num_heads 3 does not divide model\.embed_dim 8; \d would$"),
+        ({"num_kv_heads": 3}, r"^model\.num_kv_heads 3 does not divide model\.num_heads 4; use a divisor, such as \d$"),
+        ({"num_heads": 3}, r"^model\.num_heads 3 does not divide model\.embed_dim 8; use a divisor, such as \d$"),
         ({"head_size": 3}, r"^the head size is 3, but rotary positions need an even size"),
         ({"num_heads": 8}, r"^the head size is 1, but rotary positions need an even size"),
         ({"embed_dim": 6, "head_size": 2}, r"^model\.num_heads 4 does not divide model\.embed_dim 6"),

@@ -111,7 +111,7 @@ def test_parameters():
         with pytest.raises(ValueError, match=r"^the model has no floating-point array to optimize"):
             check_parameters(model)
     with pytest.raises(
-        TypeError, match=r"^model\['a'\]\[1\] is complex \(complex64\); keep its real and imaginary part"
+        TypeError, match=r"^model\['a'\]\[1\] is complex \(complex64\); store its real and imaginary part"
     ):
         check_parameters({"a": [jnp.ones(1), jnp.ones(1, jnp.complex64)]})
 

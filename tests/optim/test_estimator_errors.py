@@ -53,7 +53,7 @@ def test_a_custom_backward_of_ordinary_operations_has_a_forward_derivative():
     ids=["custom_vjp", "primitive", "incomplete gamma function", "callback"],
 )
 def test_an_operation_without_forward_derivative_is_refused(operation):
-    with pytest.raises(TypeError, match=r"loss_fn has an operation without a forward derivative.* use one that has it"):
+    with pytest.raises(TypeError, match=r"loss_fn has an operation without a forward derivative.* replace it"):
         Hutchinson()(lambda w: jnp.sum(operation(w)), jnp.ones(3), key=KEY)
 
 
@@ -175,7 +175,7 @@ def test_what_is_not_a_key_is_refused(estimator, key):
     ids=["dict", "pair", "none", "list"],
 )
 def test_outputs_that_are_not_an_array_are_refused(estimator, outputs):
-    with pytest.raises(TypeError, match=r"the outputs are a .*; the function must give one array"):
+    with pytest.raises(TypeError, match=r"the outputs are a .*; the function must return one array"):
         estimator(lambda m: outputs, jnp.ones(3), key=KEY)
 
 
@@ -188,7 +188,7 @@ def test_negative_weights_are_refused(estimator, weights):
 
 @pytest.mark.parametrize("result", [1.0, (1.0, 2.0, 3.0), None])
 def test_a_sampled_loss_gives_two_scalars(result):
-    with pytest.raises(TypeError, match="sampled_loss must give 2 scalars"):
+    with pytest.raises(TypeError, match="sampled_loss must return 2 scalars"):
         GaussNewtonBartlett().from_sampled_loss(lambda m, key: result, jnp.ones(3), key=KEY)
 
 

@@ -325,7 +325,7 @@ def test_without_an_extra_pass_an_estimate_that_is_not_finite_leaves_no_gradient
 
 @pytest.mark.parametrize("wanted", [None, MICROBATCHES])
 def test_without_an_extra_pass_a_microbatch_must_be_left(wanted):
-    with pytest.raises(ValueError, match=r"^extra_pass is False, and no microbatch is left for the gradient"):
+    with pytest.raises(ValueError, match=r"^extra_pass is False, but no microbatch is left for the gradient"):
         passes(losses_fn, MODEL, BATCH, estimator=REPLACING, curvature_microbatches=wanted)
 
 
@@ -354,9 +354,9 @@ def test_a_loss_that_is_not_a_scalar_is_refused(which, name, shape):
     [
         ({"n": jnp.int32(1)}, (0.0, 0.0, 1), GNB, ValueError, "the model has no floating-point array"),
         ({"z": jnp.ones(2, jnp.complex64)}, (0.0, 0.0, 1), GNB, TypeError, r"model\['z'\] is complex"),
-        (jnp.ones(2), 1.0, GNB, TypeError, "losses_fn must give 3 scalars"),
-        (jnp.ones(2), (1.0, 2.0), GNB, TypeError, "losses_fn must give 3 scalars"),
-        (jnp.ones(2), None, GNB, TypeError, "losses_fn must give 3 scalars"),
+        (jnp.ones(2), 1.0, GNB, TypeError, "losses_fn must return 3 scalars"),
+        (jnp.ones(2), (1.0, 2.0), GNB, TypeError, "losses_fn must return 3 scalars"),
+        (jnp.ones(2), None, GNB, TypeError, "losses_fn must return 3 scalars"),
         (jnp.ones(2), (1.0, 1.0, 1), None, TypeError, "^estimator is .*; it must define gradient_and_estimate"),
         (
             jnp.ones(2),

@@ -96,7 +96,7 @@ def test_the_first_group_that_matches_counts():
         ([ParameterGroup("wte")], r"groups\[0\].match 'wte' matches no parameter; there are \['block.bias'"),
         (
             [ParameterGroup("block"), ParameterGroup("bias")],
-            r"groups\[1\].match 'bias' matches no parameter that is not in a group before it",
+            r"groups\[1\].match 'bias' matches no parameter that is not already in an earlier group",
         ),
     ],
 )
@@ -134,10 +134,10 @@ def test_groups_by_role():
         (
             ["vector", "vector"],
             ROLES,
-            r"^groups\[1\]\.role 'vector' matches no parameter that is not in a group before",
+            r"^groups\[1\]\.role 'vector' matches no parameter that is not already in an",
         ),
-        (["vector"], None, r"^a group has the role 'vector', and roles is None; it must give each parameter's role"),
-        (["vector"], {"embed": "embedding"}, r"^roles does not fit the parameters: it has nothing for \['block'\]"),
+        (["vector"], None, r"^a group has the role 'vector', but roles is None; it must give each parameter's role"),
+        (["vector"], {"embed": "embedding"}, r"^roles does not fit the parameters: it has no entry for \['block'\]"),
     ],
 )
 def test_roles_that_do_not_fit(groups, roles, message):

@@ -329,7 +329,7 @@ def test_the_state_of_another_model():
     optimizer = SophiaG(basis=KroneckerBasis())
     with pytest.raises(ValueError, match=r"state\.momentum"):
         optimizer.estimate(outputs_fn, MODEL, key=KEY, state=optimizer.init({"w": jnp.ones((2, 2))}))
-    with pytest.raises(ValueError, match=r"^the basis is of 3 parameters, and here are 1$"):
+    with pytest.raises(ValueError, match=r"^the basis has 3 parameters, but the tree has 1$"):
         BASIS.at(TURNS).project({"w": PARAMS["w"]})
 
 
@@ -340,7 +340,7 @@ def test_a_basis_of_another_kind():
 
 def test_an_estimate_in_a_basis_needs_the_state():
     optimizer = SophiaG(basis=KroneckerBasis())
-    with pytest.raises(ValueError, match=r"^state is missing; the curvature is estimated in its basis: estimate\("):
+    with pytest.raises(ValueError, match=r"^state is missing; the estimate is in its basis, so call estimate\("):
         optimizer.estimate(outputs_fn, MODEL, key=KEY)
     with pytest.raises(TypeError, match="it must be what init"):
         optimizer.estimate(outputs_fn, MODEL, key=KEY, state={})
@@ -348,7 +348,7 @@ def test_an_estimate_in_a_basis_needs_the_state():
 
 def test_an_estimator_without_coordinates():
     optimizer = Sophia(basis=KroneckerBasis(), estimator=lambda function, model, microbatches, *, key: model)
-    with pytest.raises(TypeError, match="with a basis it must have a field `coordinates`, as Hutchinson's has"):
+    with pytest.raises(TypeError, match="with a basis, it must have a field `coordinates`, like Hutchinson"):
         optimizer.estimate(outputs_fn, MODEL, key=KEY, state=optimizer.init(MODEL))
 
 
@@ -356,5 +356,5 @@ def test_a_state_without_a_basis():
     state = SophiaG().init(MODEL)
     optimizer = SophiaG(basis=KroneckerBasis())
     for with_basis, without in ((optimizer, state), (SophiaG(), optimizer.init(MODEL))):
-        with pytest.raises(ValueError, match=r"state\.basis and basis do not go together; init anew"):
+        with pytest.raises(ValueError, match=r"state\.basis does not match basis; call init again"):
             with_basis.update(FROM_FLAT(FLAT), without, MODEL)

@@ -184,10 +184,10 @@ def named(array=LOGITS, names=NAMES):
         (LOGITS, 3, r"shape \(2, 4, 3\) and no axis 3 of classes"),
         (LOGITS, -4, "no axis -4 of classes"),
         (jnp.float32(0.5), -1, r"shape \(\) and no axis -1 of classes; .* not a loss"),
-        (LOGITS, "class", "class axis is 'class' and the logits have no named axes; give its position"),
-        (named(), "vocab", "the logits have no axis 'vocab'; theirs are batch, position, class"),
-        (named(), 3, "the logits have no axis 3; theirs are batch, position, class"),
-        (named(np.float32(0), ()), -1, "the logits have no axis -1; theirs are none"),
+        (LOGITS, "class", "class axis is 'class', but the logits have no named axes; give its position"),
+        (named(), "vocab", "the logits have no axis 'vocab'; their axes are batch, position, class"),
+        (named(), 3, "the logits have no axis 3; their axes are batch, position, class"),
+        (named(np.float32(0), ()), -1, "the logits have no axis -1; their axes are none"),
         (named(np.float32(0), ()), "vocab", "the logits have no axis 'vocab'"),
     ],
 )
@@ -212,7 +212,7 @@ def test_num_classes_that_is_not_a_count_is_refused(num_classes):
 
 @pytest.mark.parametrize(("outputs", "axis"), [(LOGITS, 1), (named(), "position")])
 def test_more_classes_than_logits_are_refused(outputs, axis):
-    with pytest.raises(ValueError, match=f"num_classes is 5 and the logits have 4 on axis {axis!r}"):
+    with pytest.raises(ValueError, match=f"num_classes is 5, but the logits have 4 on axis {axis!r}"):
         Categorical(axis, num_classes=5).sample(outputs, key=KEY)
 
 
@@ -247,7 +247,7 @@ def test_classes_must_be_integers(dtype):
     ],
 )
 def test_targets_are_not_broadcast(likelihood, targets):
-    message = rf"the targets have shape \({', '.join(map(str, targets.shape))},?\); with these outputs it must be"
+    message = rf"the targets have shape \({', '.join(map(str, targets.shape))},?\); with these outputs, it must be"
     with pytest.raises(ValueError, match=message):
         likelihood.loss(LOGITS, targets)
 

@@ -155,7 +155,7 @@ def test_matrices_may_be_a_function_a_tree_or_a_prefix():
 @pytest.mark.parametrize(
     ("matrices", "error", "message"),
     [
-        ({"w": None}, ValueError, r"^matrices does not fit the parameters: it has nothing for \['b'\]$"),
+        ({"w": None}, ValueError, r"^matrices does not fit the parameters: it has no entry for \['b'\]$"),
         (
             {"w": None, "b": None, "c": MuonDimensionNumbers()},
             ValueError,

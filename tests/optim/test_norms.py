@@ -179,5 +179,5 @@ def test_errors():
     with pytest.raises(ValueError, match=r"^weight_decay is -1; it must be in \[0, inf\)"):
         CautiousWeightDecay(AdamW(), -1)
     params = {"w": jnp.ones((2, 2))}
-    with pytest.raises(TypeError, match=r"^state is a BaselineState; it must be what init\(model\) gave"):
+    with pytest.raises(TypeError, match=r"^state is a BaselineState; it must be what init\(model\) returned"):
         Hyperball(AdamW()).update(params, AdamW().init(params), params)

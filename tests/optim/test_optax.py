@@ -218,7 +218,7 @@ def test_updates_without_any_estimate_are_warned_of_once(wrap, updates):
     (message,) = [str(warning.message) for warning in found]
     assert message == (
         f"h_hat is None in all {updates} updates so far, so Sophia is sign descent; "
-        "give an estimate where refresh_due(step) is True: update(grads, state, params, h_hat=h_hat)"
+        "pass an estimate when refresh_due(step) is True: update(grads, state, params, h_hat=h_hat)"
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -144,15 +144,15 @@ def test_parameters_that_optax_masked_are_left_out():
 @pytest.mark.parametrize(
     ("mask", "problem"),
     [
-        ({"a": {"w": True}}, "it has nothing for ['b']"),
-        ({"a": {}, "b": True}, "it has nothing for ['a']['w']"),
-        ({"a": {"w": True}, "b": None}, "it has nothing for ['b']"),
+        ({"a": {"w": True}}, "it has no entry for ['b']"),
+        ({"a": {}, "b": True}, "it has no entry for ['a']['w']"),
+        ({"a": {"w": True}, "b": None}, "it has no entry for ['b']"),
         ({"a": {"w": True}, "b": True, "c": True}, "['c'] is not a parameter"),
         ({"a": {"w": True, "v": False}, "b": True}, "['a']['v'] is not a parameter"),
-        ({"a": {"w": {"deeper": True}}, "b": True}, "it has nothing for ['a']['w']"),
-        ([True, True], "it has nothing for ['a']['w']"),
-        (lambda params: {"a": True}, "it has nothing for ['b']"),
-        (lambda params: None, "it has nothing for ['a']['w']"),
+        ({"a": {"w": {"deeper": True}}, "b": True}, "it has no entry for ['a']['w']"),
+        ([True, True], "it has no entry for ['a']['w']"),
+        (lambda params: {"a": True}, "it has no entry for ['b']"),
+        (lambda params: None, "it has no entry for ['a']['w']"),
     ],
 )
 def test_mask_of_another_tree_is_named_by_its_path(mask, problem):

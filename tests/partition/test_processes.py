@@ -246,7 +246,7 @@ def test_a_process_that_is_left_alone_says_so(config_file, tmp_path):
         ),
         (
             {"coordinator": "here:80", "num_processes": 2, "process_id": 2},
-            "^mesh.process_id is 2; it must be between 0 and mesh.num_processes - 1, 1$",
+            "^mesh.process_id is 2; it must be between 0 and 1, mesh.num_processes - 1$",
         ),
         ({"num_processes": 2}, "^mesh.num_processes 2 needs mesh.coordinator HOST:PORT$"),
         ({"coordinator": "auto", "process_id": 0}, "^mesh.process_id 0 needs mesh.coordinator HOST:PORT$"),
@@ -262,10 +262,10 @@ def test_settings_that_do_not_go_together(settings, message):
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        (["--optimizer.learning_rate", "1e-3"], "the configuration is not the same in all processes"),
-        (["--trainer.batch_size", "32"], "the configuration is not the same in all processes"),
-        (["--data.validation_fraction", "0.5"], "the text is not the same in all processes"),
-        (["--data.validation.own", "own.txt"], "the configuration is not the same in all processes"),
+        (["--optimizer.learning_rate", "1e-3"], "the configuration differs between the processes"),
+        (["--trainer.batch_size", "32"], "the configuration differs between the processes"),
+        (["--data.validation_fraction", "0.5"], "the text differs between the processes"),
+        (["--data.validation.own", "own.txt"], "the configuration differs between the processes"),
     ],
 )
 def test_processes_of_different_commands_do_not_train_together(config_file, tmp_path, option, expected):

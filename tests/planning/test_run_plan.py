@@ -43,7 +43,7 @@ def step(within=0.0, between=0.0, **others):
 
 def test_one_device_is_bounded_by_computation():
     assert lines(step(), pretended_target(1, "h100")) == [
-        "time              2 s a step if everything overlaps, 2.25 s if nothing does",
+        "time              2 s per step if everything overlaps, 2.25 s if nothing does",
         "  bounded by compute: compute 2 s (2 products at an MFU of 0.4), memory traffic 0.25 s",
         f"  2 to 2.25 {DAYS}",
         f"{COMPUTED}: memory 3,350 GB/s",
@@ -52,7 +52,7 @@ def test_one_device_is_bounded_by_computation():
 
 def test_one_device_with_little_to_compute():
     (time, bound, *_) = lines(step(memory=3.0), pretended_target(1, "h100"))
-    assert time == "time              3 s a step if everything overlaps, 5 s if nothing does"
+    assert time == "time              3 s per step if everything overlaps, 5 s if nothing does"
     assert bound.startswith("  bounded by memory traffic: compute 2 s")
 
 
@@ -73,7 +73,7 @@ def test_one_device_with_little_to_compute():
 )
 def test_a_step_bounded_by_computation(target, place, rates):
     assert lines(step(within=1.0, qr=0.5), target) == [
-        "time              2.5 s a step if everything overlaps, 3.75 s if nothing does",
+        "time              2.5 s per step if everything overlaps, 3.75 s if nothing does",
         "  bounded by compute: compute 2.5 s (2 products at an MFU of 0.4, 0.5 QR), memory traffic 0.25 s, "
         f"communication within a {place} 1 s",
         f"  2.5 to 3.75 {DAYS}",
@@ -83,7 +83,7 @@ def test_a_step_bounded_by_computation(target, place, rates):
 
 def test_a_step_bounded_by_communication_between_nodes():
     assert lines(step(within=1.0, between=4.0, newton_schulz=0.5), pretended_target(16, "h100")) == [
-        "time              4 s a step if everything overlaps, 7.75 s if nothing does",
+        "time              4 s per step if everything overlaps, 7.75 s if nothing does",
         "  bounded by communication between nodes: compute 2.5 s (2 products at an MFU of 0.4, 0.5 Newton-Schulz), "
         "memory traffic 0.25 s, communication within a node 1 s, communication between nodes 4 s",
         "  remedy: a larger trainer.batch_size",
@@ -95,7 +95,7 @@ def test_a_step_bounded_by_communication_between_nodes():
 
 def test_a_step_on_two_slices():
     assert lines(step(within=1.0, between=4.0), tpu_target("2xv5e-16")) == [
-        "time              4 s a step if everything overlaps, 7.25 s if nothing does",
+        "time              4 s per step if everything overlaps, 7.25 s if nothing does",
         "  bounded by communication between slices: compute 2 s (2 products at an MFU of 0.4), memory traffic 0.25 s, "
         "communication within a slice 1 s, communication between slices 4 s",
         "  remedy: a larger trainer.batch_size",

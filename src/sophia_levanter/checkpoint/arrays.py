@@ -76,7 +76,9 @@ def whole(shape: Sequence[int]) -> Box:
 
 def _describe(number: int, path: str, array: Any) -> SavedArray:
     if not any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_)):
-        raise TypeError(f"leaf {path} has dtype {array.dtype}, not numbers: of a random key, save jax.random.key_data")
+        raise TypeError(
+            f"leaf {path} has dtype {array.dtype}, which is not numeric; for a random key, save jax.random.key_data"
+        )
     chunk_shape = array.sharding.shard_shape(array.shape) if isinstance(array, jax.Array) else array.shape
     # The number makes names unique, also on disks that ignore case; the rest is for people.
     folder = f"{number:04d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', path)[:150]}"
@@ -296,7 +298,7 @@ def _read_header(folder: str, saved: SavedArray, context: ts.Context) -> bytes:
 def _check_header(folder: str, saved: SavedArray, context: ts.Context) -> None:
     with _naming(folder, saved, HEADER):
         if (count := saved.num_chunks) != len(saved.chunks):
-            raise ValueError(f"the manifest has digests of {len(saved.chunks)} chunks, and its shape has {count}")
+            raise ValueError(f"the manifest has digests of {len(saved.chunks)} chunks, but its shape has {count}")
         if _digest(_read_header(folder, saved, context)) != saved.header:
             raise ValueError("the bytes do not match the manifest's digest")
 

@@ -74,7 +74,7 @@ def _named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     taken: set[str] = set()
     for name, _ in named:
         if name in taken:
-            raise ValueError(f"two leaves of the tree are called {name}: rename the key of one")
+            raise ValueError(f"two leaves of the tree are called {name}; rename one of their keys")
         taken.add(name)
     return named, structure
 
@@ -101,8 +101,8 @@ def _check_model(folder: str, there: dict[str, SavedArray], wanted: dict[str, An
         saved = f"{there[path].dtype}{list(there[path].shape)}" if path in there else "missing"
         here = f"{wanted[path].dtype.name}{list(wanted[path].shape)}" if path in wanted else "missing"
         raise InputError(
-            f"{folder} is of another model or optimizer: leaf {path} is {saved} in the checkpoint "
-            f"and {here} in this run; use the configuration it was saved with"
+            f"{folder} is from a different model or optimizer: leaf {path} is {saved} in the checkpoint "
+            f"but {here} in this run; use the configuration that it was saved with"
         )
 
 
@@ -130,7 +130,7 @@ def _place(path: str, parts: dict[Box, np.ndarray], like: Any) -> Any:
     else:
         placed = jax.make_array_from_callback(like.shape, sharding, lambda index: parts[box_of(index, like.shape)])
     if placed.dtype != like.dtype:
-        raise InputError(f"leaf {path} is {like.dtype.name}, but jax makes it {placed.dtype.name}: set jax_enable_x64")
+        raise InputError(f"leaf {path} is {like.dtype.name}, but jax makes it {placed.dtype.name}; set jax_enable_x64")
     return placed
 
 
@@ -251,9 +251,9 @@ def restore(
     text = processes.broadcast(f"{name}/steps", " ".join(map(str, storage.steps())), PATIENCE)
     found = [int(word) for word in text.split()]
     if not found:
-        raise InputError(f"{directory} holds no checkpoint (no step-* folder): name one that a run has saved to")
+        raise InputError(f"{directory} contains no checkpoint (no step-* folder); name one that a run has saved to")
     if step is not None and step not in found:
-        raise InputError(f"{directory} holds no checkpoint of step {step}: it has {', '.join(map(str, found))}")
+        raise InputError(f"{directory} has no checkpoint of step {step}; its steps are {', '.join(map(str, found))}")
 
     wanted = arrays_of(like)
     failures: list[str] = []
@@ -275,7 +275,7 @@ def restore(
         if failure is None:
             return Restored(tree, manifest.step, manifest.metadata, manifest.run_id)
         failures.append(failure)
-    raise CheckpointError(f"{directory} holds no intact checkpoint: {'; '.join(failures)}")
+    raise CheckpointError(f"{directory} contains no intact checkpoint: {'; '.join(failures)}")
 
 
 def _damage(storage: Storage, step: int) -> list[str]:
@@ -290,7 +290,7 @@ def _read_manifest(storage: Storage, step: int) -> Manifest:
     folder = storage.folder(step_name(step))
     manifest = decode_manifest(f"{folder}/{FILE_NAME}", storage.read_manifest(step))
     if manifest.step != step:
-        raise CheckpointError(f"{folder}: its manifest is the one of step {manifest.step}")
+        raise CheckpointError(f"{folder}: its manifest belongs to step {manifest.step}")
     return manifest
 
 

@@ -50,9 +50,7 @@ class Retention:
 
     def __post_init__(self) -> None:
         if self.last < 1 or (self.every is not None and self.every < 1):
-            raise InputError(
-                f"the last {self.last} and every {self.every} steps are to be kept; neither may be below 1"
-            )
+            raise InputError(f"retention is last {self.last} and every {self.every} steps; both must be at least 1")
 
     def surplus(self, steps: list[int]) -> list[int]:
         """The steps to remove, out of some steps in ascending order."""
@@ -183,7 +181,7 @@ class Saver:
 
     def _prepared(self, step: int, tree: Any, metadata: dict[str, JSON], retention: Retention) -> _Save:
         if step < 0:
-            raise InputError(f"a checkpoint needs step >= 0, found {step}")
+            raise InputError(f"the step of a checkpoint is {step}; it must be at least 0")
         processes = self._processes
         arrays = host_arrays(arrays_of(tree), process=processes.index, num_processes=processes.count)
         # Metadata that JSON cannot hold fails here, before the arrays are written.
@@ -235,7 +233,7 @@ class _Save:
         is_there = self.step in self.storage.steps()
         if is_there and is_intact(self.storage, self.step):
             raise FileExistsError(
-                f"{self.storage.folder(step_name(self.step))} already holds a checkpoint: "
+                f"{self.storage.folder(step_name(self.step))} already contains a checkpoint; "
                 f"remove it to save step {self.step} again"
             )
         return self.storage.new_stage(self.step, replaces=is_there)
@@ -273,8 +271,8 @@ class _Save:
                 file = f"{stage.folder}/{stage.arrays}/{folders[path]}/{next(iter(names))}"
                 if not self.storage.sees(file):
                     raise CheckpointError(
-                        f"process {number} has written {file}, and it is not here: "
-                        "checkpoints of several hosts need a disk that all of them share, or a bucket"
+                        f"process {number} has written {file}, but it is not visible here; "
+                        "checkpoints of several hosts need a shared disk or a bucket"
                     )
 
     def _gather(self, outcome: dict[str, Any], patience: float) -> list[dict[str, Any]]:

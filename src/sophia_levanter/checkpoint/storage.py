@@ -104,9 +104,9 @@ def storage_at(location: str | Path) -> Storage:
     if not separator:
         return DiskStorage(Path(location))
     if scheme not in ("gs", "s3"):
-        raise InputError(f"{location}: checkpoints go to a path, or to gs:// or s3://")
+        raise InputError(f"{location}: checkpoints must go to a path, gs:// or s3://")
     if not rest.strip("/") or rest.startswith("/"):
-        raise InputError(f"{location} names no bucket; write {scheme}://BUCKET/FOLDER")
+        raise InputError(f"{location} does not name a bucket; write {scheme}://BUCKET/FOLDER")
     return BucketStorage(str(location).rstrip("/"))
 
 

@@ -153,12 +153,12 @@ class Gpt2Architecture(Architecture):
     def fields(self, given: Description) -> dict[str, Any]:
         if given.values.get("activation_function", "gelu_new") not in _TANH_GELUS:
             raise given.error("activation_function", f"this model computes {' alias '.join(_TANH_GELUS)}")
-        given.require("scale_attn_weights", True, "this model divides scores by the root of the heads' size")
+        given.require("scale_attn_weights", True, "this model divides scores by the square root of the head size")
         sizes = self.sizes(given)
         width = sizes["n_embd"]
         inner = 4 * width if given.values.get("n_inner") is None else given.value("n_inner", int)
         if inner % width:
-            raise given.error("n_inner", f"it must be a multiple of n_embd {width}: model.mlp_ratio is an integer")
+            raise given.error("n_inner", f"it must be a multiple of n_embd {width}; model.mlp_ratio is an integer")
         return {
             "num_layers": sizes["n_layer"],
             "num_heads": given.value("n_head", int, 12),
@@ -231,7 +231,7 @@ class LlamaArchitecture(Architecture):
         qwen = given.values["model_type"] == "qwen3"
         given.require("hidden_act", "silu", "this model computes silu")
         for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
-            given.require(name, False, "this model has none; use weights without")
+            given.require(name, False, "this model does not support it; use weights without it")
         given.require("partial_rotary_factor", 1.0, "this model rotates whole heads")
         sizes = self.sizes(given)
         width, heads = sizes["hidden_size"], given.value("num_attention_heads", int, 32)
@@ -298,7 +298,7 @@ def architecture_of_type(file: Path, model_type: Any) -> Architecture:
     """
     known = {name: architecture for architecture in ARCHITECTURES for name in architecture.model_types}
     if not isinstance(model_type, str) or model_type not in known:
-        raise input_error(file, f"model_type is {shown(repr(model_type))}; {', '.join(known)} are read")
+        raise input_error(file, f"model_type is {shown(repr(model_type))}; it must be one of {', '.join(known)}")
     return known[model_type]
 
 
@@ -312,7 +312,7 @@ def architecture_of(config: ModelConfig) -> Architecture:
         if type(config) is architecture.config_class:
             return architecture
     titles = " and ".join(architecture.title for architecture in ARCHITECTURES)
-    raise InputError(f"model.type is {config.get_choice_name(type(config))}; {titles} are read and exported")
+    raise InputError(f"model.type is {config.get_choice_name(type(config))}; only {titles} can be loaded and exported")
 
 
 def _optional(given: Description, name: str, default: int) -> int:

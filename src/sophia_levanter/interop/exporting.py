@@ -78,20 +78,20 @@ def check_new_folder(folder: Path) -> None:
         InputError: if the path exists and is not an empty folder.
     """
     if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder} already holds files; name an empty or a new folder")
+        raise InputError(f"{folder} already contains files; name an empty or new folder")
     if not folder.is_dir() and os.path.lexists(folder):
-        raise InputError(f"{folder} is a file; name an empty or a new folder")
+        raise InputError(f"{folder} is a file; name an empty or new folder")
 
 
 def _cast(arrays: Mapping[str, np.ndarray], dtype: str | None) -> dict[str, np.ndarray]:
     cast = {}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise InputError(f"{name} has numbers that are not finite; export an earlier --step")
+            raise InputError(f"{name} has values that are not finite; export an earlier --step")
         with np.errstate(over="ignore"):
             cast[name] = array if dtype is None else array.astype(jnp.dtype(dtype))
         if not np.isfinite(cast[name]).all():
-            raise InputError(f"--dtype {dtype} cannot hold {name}; --dtype float32 would")
+            raise InputError(f"--dtype {dtype} cannot represent {name}; use --dtype float32")
     return cast
 
 
@@ -112,7 +112,7 @@ def _whole(folder: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"{folder} cannot be made: {error.strerror}; name another folder") from error
+        raise InputError(f"{folder} cannot be created: {error.strerror}; choose another folder") from error
     try:
         yield partial
         sync(partial)

@@ -48,7 +48,7 @@ def read_pretrained(
         kind, wanted = (config.get_choice_name(c) for c in (type(config), saved.architecture.config_class))
         raise input_error(
             saved.file,
-            f"holds a {saved.architecture.title}, and model.type is {kind}; set --model.type {wanted}",
+            f"contains a {saved.architecture.title} model, but model.type is {kind}; set --model.type {wanted}",
         )
     _check_fields(saved, config)
     if config.seq_len > saved.seq_len:
@@ -87,7 +87,7 @@ def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
             vocab = vocab["model"].get("vocab") if isinstance(vocab.get("model"), dict) else None
         if not isinstance(vocab, dict) or not all(type(token) is int for token in vocab.values()):
             raise input_error(
-                file, "has no vocabulary from tokens to ids; remove the file if it is not that of the model's tokenizer"
+                file, "has no map from tokens to ids; remove the file if it does not belong to the model's tokenizer"
             )
         byte_of = bytes_of_characters()
         for text, token in sorted(vocab.items(), key=lambda item: item[1]):
@@ -97,7 +97,7 @@ def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
                 if bytes(byte_of.get(character, 0) for character in text) != ours:
                     raise input_error(
                         file,
-                        f"token {token} is {shown(repr(text))}, and {ours!r} in data.tokenizer {tokenizer.name}; name "
+                        f"token {token} is {shown(repr(text))}, but {ours!r} in data.tokenizer {tokenizer.name}; name "
                         "the tokenizer that the model was trained with, or remove the file if it is not the model's",
                     )
 
@@ -110,14 +110,14 @@ def _check_fields(saved: SavedModel, config: ModelConfig) -> None:
     name, value = next(iter(wrong.items()))
     options = " ".join(f"--model.{name} {_shown(value)}" for name, value in wrong.items())
     ours = _shown(getattr(config, name))
-    raise InputError(f"model.{name} is {ours}, and {saved.file} has {_shown(value)}; set {options}")
+    raise InputError(f"model.{name} is {ours}, but {saved.file} has {_shown(value)}; set {options}")
 
 
 def _without_biases(saved: SavedModel, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         if name.endswith(".bias") and array.any():
             raise InputError(
-                f"model.use_bias is false, and {saved.file} has biases that are not 0 ({shown(name)}); "
+                f"model.use_bias is false, but {saved.file} has nonzero biases ({shown(name)}); "
                 "set --model.use_bias true"
             )
     return {name: array for name, array in arrays.items() if not name.endswith(".bias")}
@@ -127,14 +127,14 @@ def _with_rows(saved: SavedModel, config: TransformerConfig, tokenizer: Tokenize
     """The configuration with `vocab_rows`, if the file has rows beyond the tokenizer's that are not our padding."""
     if saved.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
         raise InputError(
-            f"data.tokenizer {tokenizer.name} is not the one that {saved.file} was trained with; "
+            f"data.tokenizer {tokenizer.name} differs from the one that {saved.file} was trained with; "
             f"set --data.tokenizer {shown(str(saved.tokenizer))}"
         )
     rows, vocab_size = saved.vocab_size, tokenizer.vocab_size
     if rows >= vocab_size and config.vocab_rows is not None:
         if rows != config.vocab_rows:
             raise InputError(
-                f"model.vocab_rows is {config.vocab_rows}, and {saved.file} has {rows}; set --model.vocab_rows {rows}"
+                f"model.vocab_rows is {config.vocab_rows}, but {saved.file} has {rows}; set --model.vocab_rows {rows}"
             )
         return config
     if rows in (vocab_size, pad_vocab(vocab_size)):
@@ -145,7 +145,7 @@ def _with_rows(saved: SavedModel, config: TransformerConfig, tokenizer: Tokenize
         return dataclasses.replace(config, vocab_rows=rows)
     keep = f", or --model.vocab_rows {rows} to keep {rows - vocab_size} rows that are never predicted"
     raise InputError(
-        f"data.tokenizer {tokenizer.name} has {vocab_size} tokens, and {saved.file} has {rows} rows, "
+        f"data.tokenizer {tokenizer.name} has {vocab_size} tokens, but {saved.file} has {rows} rows, "
         f"{abs(rows - vocab_size)} {'more' if rows > vocab_size else 'fewer'}; "
         f"set --data.tokenizer {known.get(rows, 'to the one that it was trained with')}"
         + (keep if rows > vocab_size else "")
@@ -161,6 +161,6 @@ def _finite(file: Path, name: str, array: np.ndarray, dtype: str) -> np.ndarray:
         cast = array.astype(dtype)
     if not np.isfinite(cast).all():
         raise input_error(
-            file, f"{shown(name)} has numbers that are not finite in {dtype}; take the weights of an earlier step"
+            file, f"{shown(name)} has values that are not finite in {dtype}; use the weights of an earlier step"
         )
     return cast

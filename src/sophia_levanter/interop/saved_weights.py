@@ -77,10 +77,10 @@ def open_model(path: Path) -> SavedModel:
     try:
         check_regular(path)
     except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        reason = "file not found" if isinstance(error, FileNotFoundError) else error.strerror
         raise input_error(path, f"{reason}; name a folder saved by transformers, or nanoGPT's ckpt.pt") from None
     if path.suffix in (".safetensors", ".bin", ".json"):
-        raise input_error(path, f"name the folder, {path.parent}, which must hold config.json and model.safetensors")
+        raise input_error(path, f"name its folder, {path.parent}, which must contain config.json and model.safetensors")
     return _nanogpt(path)
 
 
@@ -111,13 +111,13 @@ def _weights(
     # An array without these axes is refused later, by its shape.
     sizes = [len(layers), *(shapes[embedding] + (None, None))[:2], *shapes.get(names.get("wpe.weight", ""), ())[:1]]
     wrong = [
-        f"{name} is {value}, and the weights have {size}"
+        f"{name} is {value}, but the weights have {size}"
         for (name, value), size in zip(architecture.sizes(given).items(), sizes, strict=False)
         if size not in (None, value)
     ]
     if wrong:
         raise input_error(
-            file, f"{source} does not describe the weights: {'; '.join(wrong)}; both must be of one model"
+            file, f"{source} does not describe the weights: {'; '.join(wrong)}; both must come from the same model"
         )
     return names
 
@@ -162,7 +162,7 @@ def _own_values(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         # A trained tokenizer's file must be the one in the folder.
         or (own.get("tokenizer", "").endswith(TRAINED_TOKENIZER) and own["tokenizer"] != TOKENIZER_FILE)
     ):
-        raise input_error(file, f"{OWN_FIELD} is not what an export writes; take it out, and name --data.tokenizer")
+        raise input_error(file, f"{OWN_FIELD} differs from what an export writes; remove it and set --data.tokenizer")
     return {name: own.get(name, default) for name, (_, default) in kinds.items()}
 
 
@@ -173,9 +173,9 @@ def read_json(file: Path) -> dict[str, Any]:
     except NotRegular as error:
         raise input_error(file, f"{error.strerror}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise input_error(file, f"is not valid JSON: {_first_line(error)}") from None
+        raise input_error(file, f"not valid JSON: {_first_line(error)}") from None
     if not isinstance(values, dict):
-        raise input_error(file, "is not a JSON object")
+        raise input_error(file, "not a JSON object")
     return values
 
 
@@ -196,10 +196,10 @@ def _shards(folder: Path) -> list[Path]:
     if list(folder.glob("pytorch_model*.bin*")):
         raise input_error(
             folder,
-            "there is pytorch_model.bin and no model.safetensors, and pickles are not read, since they may run code; "
-            "save_pretrained of a current transformers writes model.safetensors",
+            "found pytorch_model.bin but no model.safetensors; pickles are not read, because they can run code; "
+            "save the model again with save_pretrained of a current transformers",
         )
-    raise input_error(folder, "there is neither model.safetensors nor model.safetensors.index.json in it")
+    raise input_error(folder, "contains neither model.safetensors nor model.safetensors.index.json")
 
 
 class _Array(NamedTuple):
@@ -229,7 +229,7 @@ def _safetensors(files: Iterable[Path]) -> dict[str, _Array]:
                     )
                 if name in arrays:
                     raise input_error(
-                        file, f"{shown(name)} is in {arrays[name].file.name} too; remove one of the files"
+                        file, f"{shown(name)} is also in {arrays[name].file.name}; remove one of the files"
                     )
                 arrays[name] = _Array(file, name, tuple(part.get_shape()))
     return arrays
@@ -244,22 +244,20 @@ def _opened(file: Path) -> Iterator[Any]:
     except NotRegular as error:
         raise input_error(file, f"{error.strerror}") from None
     except (OSError, SafetensorError) as error:
-        raise input_error(file, f"is missing, damaged or not whole: {_first_line(error)}; download it again") from None
+        raise input_error(file, f"missing, damaged or incomplete: {_first_line(error)}; download it again") from None
 
 
 def _nanogpt(file: Path) -> SavedModel:
     checkpoint = _torch_load(file)
     values, tensors = (checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ("model_args", "model"))
     if not isinstance(values, dict) or not isinstance(tensors, dict):
-        raise input_error(
-            file, "is not a checkpoint of nanoGPT or the Sophia authors, a dict with model and model_args"
-        )
+        raise input_error(file, "not a checkpoint of nanoGPT or the Sophia authors, a dict with model and model_args")
     # Forks of nanoGPT name here what they compute differently.
     known = (*_NANOGPT_ARGS, _SCALED)
     for name, value in values.items():
         if name not in known and value is not None and value is not False:
             raise input_error(
-                file, f"model_args has {shown(str(name))} {shown(repr(value))}, which this model does not have"
+                file, f"model_args has {shown(str(name))} {shown(repr(value))}, which this model does not support"
             )
     # These fields have no defaults; the epsilon is in nanoGPT's code.
     named = {name: values.get(name) for name in _NANOGPT_ARGS} | {_SCALED: values.get(_SCALED, False)}
@@ -284,15 +282,15 @@ def _torch_load(file: Path) -> Any:
     except ImportError as error:
         raise input_error(
             file,
-            f"is read by torch, which cannot be imported ({_first_line(error)}); pip install torch: "
-            "it loads tensors and plain values, and code pickled in the file is never run",
+            f"needs torch, which cannot be imported ({_first_line(error)}); pip install torch "
+            "(only tensors and plain values are loaded; code pickled in the file never runs)",
         ) from None
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch's errors share no type
         if "weights_only" in str(error):
             # torch's own message explains how to run the file's code.
-            reason = "holds more than tensors and plain values, and code pickled in a file is never run"
+            reason = "contains more than tensors and plain values, and code pickled in a file never runs"
         else:
             reason = f"torch cannot load it: {_first_line(error)}"
         raise input_error(file, f"{reason}; name the ckpt.pt of nanoGPT or the Sophia authors") from None
@@ -309,10 +307,10 @@ def _shape(file: Path, name: Any, tensor: Any) -> tuple[int, ...]:
     # A tensor that is not stored, or repeats a few stored numbers, could have any size.
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
         kind = "meta" if tensor.is_meta else "nested" if tensor.is_nested else str(tensor.layout)
-        raise input_error(file, f"{shown(name)} is a {kind} tensor; save it as a dense one (tensor.to_dense())")
+        raise input_error(file, f"{shown(name)} is a {kind} tensor; save it as a dense tensor (tensor.to_dense())")
     repeats = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     if repeats or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise input_error(
-            file, f"{shown(name)} has shape {tuple(tensor.shape)} and repeats fewer numbers; save tensor.clone()"
+            file, f"{shown(name)} has shape {tuple(tensor.shape)} but repeats fewer stored numbers; save tensor.clone()"
         )
     return tuple(tensor.shape)

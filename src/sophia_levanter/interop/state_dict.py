@@ -212,10 +212,10 @@ def _tie(given: dict[str, np.ndarray], embedding: str) -> None:
     head = given.pop(HEAD, None)
     array = given.setdefault(embedding, head)  # type: ignore[arg-type]
     if head is not None and not np.array_equal(head, array):
-        shapes = "" if head.shape == array.shape else f" in its shape, {head.shape} and {array.shape}"
+        shapes = "" if head.shape == array.shape else f" in shape, {head.shape} and {array.shape}"
         raise ValueError(
-            f"{HEAD} differs from {embedding}{shapes}: the output head is not tied, and this model's output "
-            "head is its token embedding; use weights with tied embeddings"
+            f"{HEAD} differs from {embedding}{shapes}: the output head is not tied, but this model ties it to the "
+            "token embedding; use weights with tied embeddings"
         )
 
 
@@ -232,10 +232,10 @@ def _check_same(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple
     wrong = [name for name in wanted if given[name] != wanted[name]]
     if not wrong:
         return
-    others = f"; {_listed(wrong[1:])} too" if wrong[1:] else ""
+    others = f"; also wrong: {_listed(wrong[1:])}" if wrong[1:] else ""
     if all(names.is_matrix(name) and given[name] == wanted[name][::-1] for name in wrong):
         others += "; these matrices are transposed: torch.nn.Linear has [out, in], transformers' Conv1D [in, out]"
-    raise ValueError(f"{wrong[0]} has shape {given[wrong[0]]}, this model wants {wanted[wrong[0]]}{others}")
+    raise ValueError(f"{wrong[0]} has shape {given[wrong[0]]}, but this model expects {wanted[wrong[0]]}{others}")
 
 
 def _listed(names: Sequence[str], longest: int = 4) -> str:

@@ -297,7 +297,7 @@ def attention_for(wanted: str, required: Requirements) -> str:
         return fastest if _why_not(fastest, required) is None else "xla"
     reason = _why_not(wanted, required)
     if reason is not None:
-        raise InputError(f"model.attention is {wanted!r}, which {reason}; auto or xla would do")
+        raise InputError(f"model.attention is {wanted!r}, which {reason}; use auto or xla")
     return wanted
 
 
@@ -306,20 +306,20 @@ def _why_not(name: str, required: Requirements) -> str | None:
     if name == "xla":
         return None
     if required.dropout:
-        return "has no dropout (model.dropout)"
+        return "does not support dropout (model.dropout)"
     device = {"cudnn": "gpu", "splash": "tpu"}.get(name, required.platform)
     if required.platform != device:
-        return f"needs a {device.upper()}, and this is a {required.platform.upper()}"
+        return f"needs a {device.upper()}, but this is a {required.platform.upper()}"
     if required.split_positions:
         return "cannot split positions over devices (mesh.sequence)"
     if name == "cudnn":
         if required.dtype != "bfloat16":
             return f"needs trainer.compute_dtype bfloat16, not {required.dtype}"
         if required.head_size % 8 or required.head_size > 128:
-            return f"needs heads of a multiple of 8 up to 128, not {required.head_size}"
+            return f"needs a head size that is a multiple of 8 and at most 128, not {required.head_size}"
         if required.documents:
             # jax's call of cuDNN takes no segment ids, only a mask, which it turns into a bias as large as the scores.
-            return "cannot stop at the borders of documents (data.mask_documents)"
+            return "cannot stop at document boundaries (data.mask_documents)"
     elif name == "splash" and required.positions % 128:
-        return f"needs a multiple of 128 positions, not {required.positions}"
+        return f"needs a number of positions that is a multiple of 128, not {required.positions}"
     return None

@@ -66,7 +66,7 @@ class LanguageModel(eqx.Module):
             InputError: if the model does not define it.
         """
         raise InputError(
-            f"data.mask_documents is true, and {type(self).__qualname__} does not define hidden_in_documents()"
+            f"data.mask_documents is true, but {type(self).__qualname__} does not define hidden_in_documents()"
         )
 
     @abc.abstractmethod

@@ -147,11 +147,11 @@ def check_state(optimizer: AbstractSophia, state: Any) -> None:
         ValueError: if its kind of rho or basis is not the optimizer's, or a hyper-parameter has several numbers.
     """
     if not isinstance(state, SophiaState):
-        raise TypeError(f"state is a {type(state).__name__}; it must be what init(model) gave")
+        raise TypeError(f"state is a {type(state).__name__}; it must be what init(model) returned")
     if (state.rho is None) != (optimizer.rho.start() is None):
-        raise ValueError("state.rho and rho do not go together; init anew after a change between a number and 'auto'")
+        raise ValueError("state.rho does not match rho; call init again after changing rho between a number and 'auto'")
     if (state.basis is None) != (optimizer.basis is None):
-        raise ValueError("state.basis and basis do not go together; init anew after a change of the basis")
+        raise ValueError("state.basis does not match basis; call init again after changing the basis")
     for name, value in (("b1", optimizer.momentum.b1), ("b2", optimizer.curvature.b2), ("eps", optimizer.eps)):
         check_single(name, value)
     if optimizer.basis is not None:

@@ -83,9 +83,9 @@ class OptaxOptimizer(eqx.Module):
             ValueError: if the gradient's tree is not the model's; names the path. If `h_hat` is given.
         """
         if h_hat is not None:
-            raise ValueError(f"h_hat is given, and {type(self).__name__} has no curvature; ask `refresh_due` first")
+            raise ValueError(f"h_hat is given, but {type(self).__name__} has no curvature; check `refresh_due` first")
         if not isinstance(state, BaselineState):
-            raise TypeError(f"state is a {type(state).__name__}; it must be what init(model) gave")
+            raise TypeError(f"state is a {type(state).__name__}; it must be what init(model) returned")
         params = trainable(model)
         check_same_structure("grads", grads, params)
         grads = trainable(grads)

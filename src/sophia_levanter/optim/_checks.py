@@ -96,7 +96,7 @@ def check_mesh_axis(value: Any) -> None:
 def check_single(name: str, value: Any) -> None:
     """Raise a ValueError for an array of several numbers, which would broadcast over the parameters' last axis."""
     if np.shape(value) != ():
-        raise ValueError(f"{name} has shape {np.shape(value)}; one optimizer has one number (several need vmap)")
+        raise ValueError(f"{name} has shape {np.shape(value)}; it must be one number (for several, use vmap)")
 
 
 def value_at(name: str, value: float | Array | Callable[[Array], Any], count: Any) -> Any:
@@ -108,7 +108,7 @@ def value_at(name: str, value: float | Array | Callable[[Array], Any], count: An
     return found
 
 
-def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, as of jnp.mean") -> Array:
+def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, such as jnp.mean returns") -> Array:
     """The value as an array without named axes; a ValueError if it has axes, a TypeError if it is not real."""
     value = plain(value)
     array = jnp.asarray(value) if isinstance(value, Real | ARRAYS) else None
@@ -122,7 +122,7 @@ def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, as of j
 def check_scalars(name: str, results: Any, what: Sequence[str]) -> list[Array]:
     """The results of a function as arrays; an error unless they are real scalars, one for each entry of `what`."""
     if not isinstance(results, tuple | list) or len(results) != len(what):
-        raise TypeError(f"{name} must give {len(what)} scalars: {', '.join(what)}")
+        raise TypeError(f"{name} must return {len(what)} scalars: {', '.join(what)}")
     named = zip(("first", "second", "third"), results, what, strict=False)
     return [check_scalar(f"the {ordinal} result of {name}", result, wanted) for ordinal, result, wanted in named]
 
@@ -130,7 +130,7 @@ def check_scalars(name: str, results: Any, what: Sequence[str]) -> list[Array]:
 def check_key(key: Any) -> None:
     """Raise a TypeError unless this is an array, as JAX random keys are."""
     if not isinstance(key, ARRAYS):
-        raise TypeError(f"key is {key!r}; it must be a jax random key, as jax.random.key(0) gives")
+        raise TypeError(f"key is {key!r}; it must be a jax random key, such as jax.random.key(0)")
 
 
 def check_flag(name: str, value: Any) -> Bool[Array, ""]:
@@ -157,8 +157,8 @@ def check_parameters(model: PyTree) -> None:
     """Raise a ValueError if the model has no floating-point leaf, a TypeError if one is complex."""
     if not jax.tree.leaves(trainable(model)):
         raise ValueError(
-            "the model has no floating-point array to optimize; integer and static leaves are left alone, "
-            "and Python numbers too (make them arrays with jnp.asarray)"
+            "the model has no floating-point array to optimize; integers, static leaves and Python numbers are left "
+            "unchanged (convert numbers with jnp.asarray)"
         )
     check_real("model", model)
 
@@ -169,7 +169,7 @@ def check_real(name: str, tree: PyTree) -> None:
         if jnp.iscomplexobj(leaf):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} is complex ({leaf.dtype}); "
-                "keep its real and imaginary part as two real arrays"
+                "store its real and imaginary parts as two real arrays"
             )
 
 
@@ -183,8 +183,9 @@ def check_same_structure(name: str, tree: PyTree, params: PyTree) -> None:
     for path in [*wanted, *found]:
         if found.get(path) != wanted.get(path):
             raise ValueError(
-                f"{name}{path} has shape {found.get(path, 'missing')}, the parameter has {wanted.get(path, 'missing')}"
+                f"{name}{path} has shape {found.get(path, 'missing')}, but the parameter has "
+                f"{wanted.get(path, 'missing')}"
             )
     ours, theirs = (str(jax.tree.structure(trainable(t))) for t in (tree, params))
     if ours != theirs:
-        raise ValueError(f"{name} is made of other containers or axes than the parameters: {ours}, and not {theirs}")
+        raise ValueError(f"{name} has different containers or axes than the parameters: {ours}, not {theirs}")

@@ -123,7 +123,7 @@ def _common_length(name: str, tree: PyTree, things: str) -> int:
             raise ValueError(f"{name} has a scalar; its arrays must have the row, or microbatch, as first axis")
         lengths.add(shape[0])
     if not lengths:
-        raise ValueError(f"{name} has no array; for a single pass give no microbatches")
+        raise ValueError(f"{name} has no array; for a single pass, leave microbatches out")
     if len(lengths) > 1:
         raise ValueError(f"{name} has arrays with {sorted(lengths)} {things}; they must all have the same number")
     if lengths == {0}:
@@ -262,7 +262,7 @@ class RefreshStep(eqx.Module):
         """
         if not self.others:
             raise ValueError(
-                "extra_pass is False, and no microbatch is left for the gradient; "
+                "extra_pass is False, but no microbatch is left for the gradient; "
                 "estimate the curvature on fewer microbatches than the batch has"
             )
         sums = accumulate(self.losses_fn, self.model, self.first, key=self.key, estimator=estimator, gradient=False)
@@ -366,7 +366,7 @@ def value_grad_and_curvature(
     others: tuple[PyTree, ...] = ()
     if curvature_microbatches is not None:
         if microbatches is None:
-            raise ValueError(f"curvature_microbatches is {curvature_microbatches}, and there are no microbatches")
+            raise ValueError(f"curvature_microbatches is {curvature_microbatches}, but there are no microbatches")
         total, wanted = num_microbatches(microbatches), whole_number(curvature_microbatches)
         if type(wanted) is not int or not 0 < wanted <= total:
             raise ValueError(

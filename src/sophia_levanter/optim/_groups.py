@@ -157,12 +157,12 @@ def groups_of(groups: Sequence[ParameterGroup], model: PyTree, roles: Roles = No
     for index, group in enumerate(groups):
         if index not in found.values():
             included = any(group.includes(path, by_path.get(path)) for path in paths)
-            earlier = " that is not in a group before it" if included else ""
+            earlier = " that is not already in an earlier group" if included else ""
             what, known = (
                 ("match", paths) if group.role is None else ("role", sorted({by_path[path] for path in paths}))
             )
             value = getattr(group, what)
-            raise ValueError(f"groups[{index}].{what} {value!r} matches no parameter{earlier}; there are {known}")
+            raise ValueError(f"groups[{index}].{what} {value!r} matches no parameter{earlier}; choose from {known}")
     return found
 
 
@@ -186,7 +186,7 @@ def _roles_by_path(groups: Sequence[ParameterGroup], roles: Roles, model: PyTree
     if not asked:
         return {}
     if roles is None:
-        raise ValueError(f"a group has the role {asked[0]!r}, and roles is None; it must give each parameter's role")
+        raise ValueError(f"a group has the role {asked[0]!r}, but roles is None; it must give each parameter's role")
     fitted = fit_prefix("roles", roles, model, lambda x: isinstance(x, str), "the name of a role")
     leaves = jax.tree_util.tree_leaves_with_path(fitted, is_leaf=is_named)
     return {_path(path): plain(role) for path, role in leaves}

@@ -137,13 +137,13 @@ class Hutchinson(AbstractHutchinson):
         """
         if microbatches is None:
             if weights is not None:
-                raise ValueError("weights are of microbatches, and there are none; weigh the targets in loss_fn")
+                raise ValueError("weights belong to microbatches, but there are none; weight the targets in loss_fn")
             return self._estimate(lambda model: (loss_fn(model), 1.0), model, None, key)
         check_not_negative("weights", weights)
         count = num_microbatches(microbatches)
         shares = jnp.ones(count) if weights is None else jnp.asarray(plain(weights))
         if shares.shape != (count,):
-            raise ValueError(f"weights have shape {shares.shape}; there are {count} microbatches, each with one number")
+            raise ValueError(f"weights have shape {shares.shape}; each of {count} microbatches must have one number")
         parts = (microbatches, shares / jnp.sum(shares))
         return self._estimate(lambda model, part: (loss_fn(model, part[0]), part[1]), model, parts, key)
 
@@ -276,6 +276,6 @@ def forward_derivative(name: str, function: Callable[[PyTree], Any], model: PyTr
         raise TypeError(
             f"{name} has an operation without a forward derivative, which this estimator needs "
             f"({str(error).splitlines()[0]}); "
-            "use one that has it (an attention made of ordinary operations, for instance "
-            "jax.nn.dot_product_attention(..., implementation='xla')), or SophiaG, which needs reverse mode only"
+            "replace it (for attention, use jax.nn.dot_product_attention(..., implementation='xla')), "
+            "or use SophiaG, which needs reverse mode only"
         ) from error

@@ -185,7 +185,7 @@ class Coordinates(eqx.Module):
         """(index, view, `function(view, stack, left, right)`) for each leaf that has a basis."""
         leaves, state = jax.tree.leaves(tree), self.state or ()
         if len(leaves) != len(state):
-            raise ValueError(f"the basis is of {len(state)} parameters, and here are {len(leaves)}")
+            raise ValueError(f"the basis has {len(state)} parameters, but the tree has {len(leaves)}")
         views = matrix_views(self.matrices, tree)
         found = [
             (index, view, (view, view.stack(x), *factors))

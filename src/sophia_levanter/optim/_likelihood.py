@@ -105,9 +105,9 @@ class Categorical(eqx.Module):
             for axis in outputs.axes:
                 if axis.name == self.axis:
                     return axis
-            raise ValueError(f"the logits have no axis {self.axis!r}; theirs are {axis_names(outputs)}")
+            raise ValueError(f"the logits have no axis {self.axis!r}; their axes are {axis_names(outputs)}")
         if not -len(outputs.axes) <= self.axis < len(outputs.axes):
-            raise ValueError(f"the logits have no axis {self.axis}; theirs are {axis_names(outputs) or 'none'}")
+            raise ValueError(f"the logits have no axis {self.axis}; their axes are {axis_names(outputs) or 'none'}")
         return outputs.axes[self.axis]
 
     def _logits(self, outputs: Any) -> Array:
@@ -118,7 +118,7 @@ class Categorical(eqx.Module):
             logits = _one_array(outputs)
             if isinstance(self.axis, str):
                 raise ValueError(
-                    f"the class axis is {self.axis!r} and the logits have no named axes; "
+                    f"the class axis is {self.axis!r}, but the logits have no named axes; "
                     f"give its position, as in Categorical(axis=-1)"
                 )
             if not -logits.ndim <= self.axis < logits.ndim:
@@ -132,12 +132,12 @@ class Categorical(eqx.Module):
         if classes < 2 or self.num_classes == 1:
             raise ValueError(
                 f"the outputs have one class on axis {self.axis!r}, which has no curvature; "
-                "for one number or one logit a target use Normal() or Bernoulli()"
+                "for one number or one logit per target, use Normal() or Bernoulli()"
             )
         if self.num_classes is None or self.num_classes == classes:
             return logits
         if self.num_classes > classes:
-            raise ValueError(f"num_classes is {self.num_classes} and the logits have {classes} on axis {self.axis!r}")
+            raise ValueError(f"num_classes is {self.num_classes}, but the logits have {classes} on axis {self.axis!r}")
         return jnp.where(jnp.arange(classes) < self.num_classes, logits, -jnp.inf)
 
 
@@ -252,15 +252,15 @@ def _in_order(targets: Any, axes: tuple) -> Any:
     """The targets with these axes in this order."""
     if set(targets.axes) != set(axes):
         wanted = ", ".join(f"{axis.name}: {axis.size}" for axis in axes)
-        raise ValueError(f"the targets have axes {axis_names(targets)}; with these outputs they must be {wanted}")
+        raise ValueError(f"the targets have axes {axis_names(targets)}; with these outputs, they must be {wanted}")
     return targets.rearrange(axes)
 
 
 def _one_array(outputs: Any) -> Array:
     if not isinstance(outputs, np.ndarray | Array):
         raise TypeError(
-            f"the outputs are a {type(outputs).__name__}; the function must give one array "
-            "(where it gives a state too, take the first of the two)"
+            f"the outputs are a {type(outputs).__name__}; the function must return one array "
+            "(if it also returns a state, take the first of the two)"
         )
     return jnp.asarray(outputs)
 
@@ -273,7 +273,7 @@ def _check_floating(name: str, array: Array) -> None:
 def _check_target_shape(targets: Array, wanted: tuple[int, ...]) -> None:
     # Broadcasting would make [rows] and [rows, 1] a loss of [rows, rows].
     if targets.shape != wanted:
-        raise ValueError(f"the targets have shape {targets.shape}; with these outputs it must be {wanted}")
+        raise ValueError(f"the targets have shape {targets.shape}; with these outputs, it must be {wanted}")
 
 
 def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights: Any) -> Array:
@@ -295,7 +295,7 @@ def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights:
     try:
         return jnp.broadcast_to(array, losses.shape)
     except ValueError as error:
-        raise ValueError(f"weights have shape {array.shape}; the targets' is {losses.shape}") from error
+        raise ValueError(f"weights have shape {array.shape}, but the targets have {losses.shape}") from error
 
 
 def targets_in_use(likelihood: Likelihood, outputs: Any, targets: Any, sampled: Array, weights: Array) -> Any:
@@ -325,4 +325,4 @@ def check_microbatch_weights(microbatches: PyTree, weights: Any) -> None:
     count = num_microbatches(microbatches)
     shape = jnp.shape(plain(weights))
     if not shape or shape[0] != count:
-        raise ValueError(f"weights have shape {shape}; with these {count} microbatches it must begin with {count}")
+        raise ValueError(f"weights have shape {shape}; with {count} microbatches, it must begin with {count}")

@@ -48,7 +48,7 @@ def check_gradient_transform(value: Any) -> None:
     if value is not None and (missing or hasattr(value, "refresh_due")):
         raise TypeError(
             f"gradient_transform is {value!r}; "
-            "it must be an optax transformation, as optax.clip_by_global_norm(1.0) gives"
+            "it must be an optax transformation, such as optax.clip_by_global_norm(1.0)"
         )
 
 
@@ -102,7 +102,7 @@ def as_optax(optimizer: AbstractSophia) -> optax.GradientTransformationExtraArgs
             settled = True
             warnings.warn(
                 f"h_hat is None in all {int(state.count)} updates so far, so Sophia is sign descent; "
-                "give an estimate where refresh_due(step) is True: update(grads, state, params, h_hat=h_hat)",
+                "pass an estimate when refresh_due(step) is True: update(grads, state, params, h_hat=h_hat)",
                 stacklevel=3,
             )
 
@@ -120,7 +120,7 @@ def as_optax(optimizer: AbstractSophia) -> optax.GradientTransformationExtraArgs
         **_: Any,
     ) -> tuple[PyTree, Any]:
         if params is None:
-            raise ValueError("params is None; Sophia's update needs the parameters, as in update(grads, state, params)")
+            raise ValueError("params is None; Sophia's update needs the parameters: update(grads, state, params)")
         if h_hat is not None:
             h_hat = _masked_like(trainable(updates), h_hat)
         updates, state = optimizer.update(updates, state, params, h_hat, finite=finite)

@@ -158,7 +158,7 @@ class ReproducedSophia(AbstractSophia):
         check_count("first_refresh", first_refresh, low=0)
         if denominator == "add" and getattr(self.estimator, "signed", False) and not allow_reversed:
             raise ValueError(
-                f"denominator is 'add', and {type(self.estimator).__name__}'s estimates may be negative, "
+                f"denominator is 'add', but {type(self.estimator).__name__}'s estimates may be negative, "
                 "where an added eps turns the step uphill; use 'max'"
             )
         self.choices = Choices(denominator, refresh_order, first_refresh)

@@ -150,7 +150,7 @@ class AbstractSophia(eqx.Module):
         state = self._init_params(trainable(model))
         if state.basis is not None and not any(state.basis):
             raise ValueError(
-                "basis has no matrix to rotate: no parameter has two axes; name them by KroneckerBasis(matrices=...)"
+                "basis has no matrix to rotate: no parameter has two axes; name them with KroneckerBasis(matrices=...)"
             )
         return state
 
@@ -211,12 +211,12 @@ class AbstractSophia(eqx.Module):
         if self.basis is None:
             return self.estimator
         if state is None:
-            raise ValueError("state is missing; the curvature is estimated in its basis: estimate(..., state=state)")
+            raise ValueError("state is missing; the estimate is in its basis, so call estimate(..., state=state)")
         check_state(self, state)
         fields = dataclasses.fields(self.estimator) if dataclasses.is_dataclass(self.estimator) else ()
         if "coordinates" not in [field.name for field in fields]:
             raise TypeError(
-                f"estimator is {self.estimator!r}; with a basis it must have a field `coordinates`, as Hutchinson's has"
+                f"estimator is {self.estimator!r}; with a basis, it must have a field `coordinates`, like Hutchinson"
             )
         return dataclasses.replace(self.estimator, coordinates=self.basis.at(state.basis))
 

@@ -98,7 +98,7 @@ def fit_prefix(name: str, spec: PyTree, params: PyTree, is_entry: Callable[[Any]
     def covering(path: tuple, _: Array) -> Any:
         prefix = next((path[:n] for n in range(len(path) + 1) if path[:n] in entries), None)
         if prefix is None:
-            raise ValueError(f"{name} does not fit the parameters: it has nothing for {_path_name(path)}")
+            raise ValueError(f"{name} does not fit the parameters: it has no entry for {_path_name(path)}")
         used.add(prefix)
         return entries[prefix]
 

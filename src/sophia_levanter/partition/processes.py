@@ -59,7 +59,7 @@ def start_processes(config: MeshConfig) -> None:
         raise InputError(f"mesh.coordinator {config.coordinator}: {_first_line(error)}") from None
     if config.num_processes is not None and jax.process_count() != config.num_processes:
         raise InputError(
-            f"mesh.num_processes is {config.num_processes}, and jax found {jax.process_count()}; "
+            f"mesh.num_processes is {config.num_processes}, but jax found {jax.process_count()}; "
             "each host may run one process, or one for each of its devices"
         )
 
@@ -100,7 +100,7 @@ def all_devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except RuntimeError as error:
-        raise InputError(f"jax finds no devices: {_first_line(error)}") from error
+        raise InputError(f"jax found no devices: {_first_line(error)}") from error
 
 
 def is_first_process() -> bool:
@@ -128,7 +128,7 @@ def check_agreement(what: str, text: str) -> None:
     digest = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.uint32)
     everywhere = multihost_utils.process_allgather(digest)
     if (everywhere != everywhere[0]).any():
-        raise InputError(f"{what} is not the same in all processes of the run; start the same command on every host")
+        raise InputError(f"{what} differs between the processes of the run; start the same command on every host")
 
 
 def wait_for_all(name: str) -> None:

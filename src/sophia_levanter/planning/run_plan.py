@@ -55,7 +55,7 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     vocab_size = vocab_size_of(config.data.tokenizer)
     if target.num_slices > 1 and config.mesh.replica != target.num_slices:
         raise InputError(
-            f"mesh.replica is {config.mesh.replica}, and --target has {target.num_slices} slices; set --mesh.replica "
+            f"mesh.replica is {config.mesh.replica}, but --target has {target.num_slices} slices; set --mesh.replica "
             f"{target.num_slices}, so that only gradients go between them"
         )
     check_mesh(config, target.num_devices, vocab_size)
@@ -63,7 +63,7 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     if config.trainer.batch_size_changes:
         largest_part = max(config.trainer.parts, key=lambda trainer: trainer.batch_size)
         config = dataclasses.replace(config, trainer=largest_part)
-        yield f"the batch size changes; all this is for batches of {largest_part.batch_size}, the largest"
+        yield f"the batch size changes; all numbers are for batches of {largest_part.batch_size}, the largest"
     partition = partition_of(config.mesh, target.devices())
     attention = attention_of(config, partition)
     state = abstract_state(config, partition, vocab_size)
@@ -93,14 +93,14 @@ def _size(config: TrainConfig, state: object, vocab_size: int) -> Iterator[str]:
     extra = flops / (per_token * config.trainer.batch_size * config.model.seq_len) - 1
     yield f"parameters        {count_parameters(state.model):,}"  # type: ignore[attr-defined]
     yield (
-        f"FLOPs             {flops:.3g} a step, {extra:.1%} of them for curvature and matrices; "
-        f"{flops * steps:.3g} a run"
+        f"FLOPs             {flops:.3g} per step, {extra:.1%} of them for curvature and matrices; "
+        f"{flops * steps:.3g} per run"
     )
 
 
 def _time(config: TrainConfig, time: StepTime, target: Target, mfu: float) -> Iterator[str]:
     first, last = f"{time.overlapped:.3g}", f"{time.serial:.3g}"
-    yield f"time              {first} s a step if everything overlaps, {last} s if nothing does"
+    yield f"time              {first} s per step if everything overlaps, {last} s if nothing does"
     yield f"  {_bound(time, target, mfu)}"
     if time.bound in (WITHIN, BETWEEN):
         yield f"  remedy: {' or '.join(_remedies(config, time, target))}"
@@ -174,7 +174,7 @@ def _memory(
     ]
     totals = [None if plan.temporaries is None else plan.arguments + plan.temporaries for plan in plans.values()]
     name, unit = ("GiB", GIB) if max(sum(known.values()), *(total or 0 for total in totals)) >= GIB else ("MiB", MIB)
-    yield f"{name} on each device, of {target.chip.memory / unit:,.0f}:"
+    yield f"{name} per device, of {target.chip.memory / unit:,.0f}:"
     yield _heading(plans)
     for kind, size in {**known, "gradients' sum": gradients}.items():
         yield _row(kind, [size] * len(plans), unit)
@@ -207,7 +207,7 @@ def _collectives(
     kinds = sorted({kind for plan in plans.values() for kind in plan.collectives})
     totals = {refresh: sum(plan.collectives.values()) for refresh, plan in plans.items()}
     name, unit = ("GB", 1e9) if max(totals.values()) >= 1e9 else ("MB", 1e6)
-    yield f"{name} that each device sends in a step:"
+    yield f"{name} that each device sends per step:"
     yield _heading(plans)
     for kind in kinds:
         yield _row(kind, [plan.collectives.get(kind, 0) for plan in plans.values()], unit)
@@ -268,8 +268,8 @@ def _largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: i
     found = largest_microbatch(config, partition, vocab_size, memory)
     if found is None:
         least = f"trainer.microbatch_size {partition.row_shards}, the smallest"
-        return f"{least}, does not fit {memory / GIB:.0f} GiB: use more devices with mesh.fsdp or mesh.model"
-    return f"the largest trainer.microbatch_size that fits is {found}, of {config.trainer.batch_size}"
+        return f"{least}, does not fit in {memory / GIB:.0f} GiB; use more devices with mesh.fsdp or mesh.model"
+    return f"the largest trainer.microbatch_size that fits is {found}, in batches of {config.trainer.batch_size}"
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -311,8 +311,7 @@ def _hutchinsons_microbatch(config: TrainConfig, partition: Partition, vocab_siz
     found = hutchinsons_microbatch(config, partition, vocab_size, plain)
     if found is None:
         return (
-            f"no optimizer.curvature_microbatch_size keeps a refresh within {REFRESH_RATIO} times the plain step's "
-            "memory"
+            f"no optimizer.curvature_microbatch_size keeps a refresh within {REFRESH_RATIO} times a plain step's memory"
         )
     size, ratio = found
     return (

@@ -119,7 +119,7 @@ def _slice_target(text: str) -> Target:
         )
     if len(sides) != (3 if match[1] in ("v4", "v5p") else 2):
         shape = "v4:2x2x4" if match[1] in ("v4", "v5p") else "v5e:4x8"
-        raise InputError(f"--target is {text!r}; {match[1]} chips lie along {shape.count('x') + 1} axes, as in {shape}")
+        raise InputError(f"--target is {text!r}; {match[1]} chips have {shape.count('x') + 1} axes, as in {shape}")
     return Target(text, math.prod(sides), TPUS[match[1]], text)
 
 
@@ -210,7 +210,7 @@ def tpu_shape(accelerator_type: str, field: str = "accelerator") -> TpuShape:
     shapes = {shape.accelerator_type: shape for shape in shapes_of(name)}
     wanted = f"{generation.type_prefix}-{int(match[2])}"
     if wanted not in shapes:
-        raise InputError(f"{field} is {accelerator_type!r}; slices of {name} are {', '.join(shapes)}")
+        raise InputError(f"{field} is {accelerator_type!r}; it must be one of {', '.join(shapes)}")
     return shapes[wanted]
 
 
