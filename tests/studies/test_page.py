@@ -43,9 +43,9 @@ def with_losses(losses: list[float | None], **more: float | None) -> list[dict]:
         (step_lines(10), "finished"),
         (step_lines(7), "at step 7, 0 s ago"),
         (with_losses([5.0] * 9 + [None]), "finished"),  # one step was skipped
-        (with_losses([5.0, None, None, None]), "diverged, at step 4"),
+        (with_losses([5.0, None, None, None]), "diverged at step 4"),
         (with_losses([5.0] * 10, **{"validation/loss": None}), "diverged"),
-        (with_losses([None]), "diverged, at step 1"),
+        (with_losses([None]), "diverged at step 1"),
         (with_losses([5.0] * 50 + [9.0] * 50), "diverged"),
     ],
 )
@@ -100,8 +100,8 @@ def test_what_speaks_against_the_settings_of_runs(tmp_path):
         runs.append(read_run(f"rate {rate}", write_run(tmp_path / str(rate), config, lines)))
     assert notes(runs, compare(runs)) == [
         "sophia_g: the best learning_rate, 0.004, is at the edge of its grid; try larger ones.",
-        "rate 0.001: the last win rate is 0.95; 0.1 to 0.9 is usual, so try a smaller rho.",
-        "2 validation losses in rate 0.004 are too few to see a curve; 5 or more are better.",
+        "rate 0.001: the last win rate is 0.95; values from 0.1 to 0.9 are usual, so try a smaller rho.",
+        "2 validation losses in rate 0.004 are too few to show a curve; use 5 or more.",
     ]
     assert notes(runs[1:2], compare(runs[1:2])) == []
     assert in_lines(runs, compare(runs))[-1].startswith("NOTE: 2 validation losses")

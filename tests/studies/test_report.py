@@ -131,7 +131,7 @@ def test_records_that_are_not_asked_for_change_no_table(study, tmp_path, make_re
     before = write_report(STUDY, runs, records, tmp_path)
     after = write_report(STUDY, runs, [later, *records], tmp_path)
     told = before.replace("9 runs were started", "10 runs were started")
-    told = told.replace("parameters: 1,000.", "parameters: 1,000. 1 of them are in no arm of the study as it is now.")
+    told = told.replace("parameters: 1,000.", "parameters: 1,000. 1 of them belong to no arm of the current study.")
     assert after == told
 
 
@@ -139,9 +139,7 @@ def test_records_that_are_not_asked_for_change_no_table(study, tmp_path, make_re
 def test_runs_of_different_texts_are_pointed_out(study, tmp_path, make_record):
     runs, records = study
     other = make_record(runs[0].config, facts={"data": {"digest": "xyz"}})
-    assert "**The runs are of 2 different training texts.**" in write_report(
-        STUDY, runs, [other, *records[1:]], tmp_path
-    )
+    assert "**The runs have 2 different training texts.**" in write_report(STUDY, runs, [other, *records[1:]], tmp_path)
 
 
 def test_without_matplotlib_it_says_what_to_install(study, tmp_path, monkeypatch):
@@ -164,8 +162,8 @@ def test_what_speaks_against_the_best_points(make_record, tmp_path):
     text = write_report(dataclasses.replace(STUDY, evaluations=2), runs, records, tmp_path)
     assert [line for line in text.splitlines() if line.startswith("- ")] == [
         "- **sophia: the best learning_rate, 0.4, is at the edge of its grid; try larger ones.**",
-        "- **sophia: the last win rate is 0.01; 0.1 to 0.9 is usual, so try a larger rho.**",
-        "- **2 validation losses in a run are too few to see a curve; 5 or more are better.**",
+        "- **sophia: the last win rate is 0.01; values from 0.1 to 0.9 are usual, so try a larger rho.**",
+        "- **2 validation losses in a run are too few to show a curve; use 5 or more.**",
     ]
 
 

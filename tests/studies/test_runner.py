@@ -251,8 +251,8 @@ def test_a_run_that_gives_up_has_diverged(pretend):
 
 
 def test_a_run_that_gives_up_for_spikes_has_failed(pretend):
-    job, _ = pretend("report_failure('loss_spikes', ''); sys.exit('error: the loss was a spike, and is not finite')")
-    with pytest.raises(RunFailed, match="the loss was a spike"):
+    job, _ = pretend("report_failure('loss_spikes', ''); sys.exit('error: the loss spiked, and is not finite')")
+    with pytest.raises(RunFailed, match="the loss spiked"):
         do(job)
 
 

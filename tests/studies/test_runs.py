@@ -68,16 +68,16 @@ def test_steps_that_go_back_are_no_run(tmp_path):
 def test_a_run_without_a_step(content, tmp_path):
     write_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(InputError, match="holds no step yet"):
+    with pytest.raises(InputError, match="contains no steps yet"):
         read_run("a", tmp_path)
 
 
 def test_what_is_no_run_directory(tmp_path):
-    with pytest.raises(InputError, match=r"holds no config\.yaml"):
+    with pytest.raises(InputError, match=r"contains no config\.yaml"):
         read_run("a", tmp_path)
     write_run(tmp_path)
     (tmp_path / "metrics.jsonl").unlink()
-    with pytest.raises(InputError, match=r"holds no metrics\.jsonl; name the directory of a run that has begun"):
+    with pytest.raises(InputError, match=r"contains no metrics\.jsonl; name the directory of a started run"):
         read_run("a", tmp_path)
 
 

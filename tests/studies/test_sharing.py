@@ -80,7 +80,7 @@ def test_a_schedule_without_a_decay_shares_the_whole_shorter_run():
     ("first", "second", "wanted"),
     [
         ({"warmup": 2}, {"warmup": 4}, "optimizer.warmup is 2 and 4 steps; set it in steps to train the common steps"),
-        ({"max_rollbacks": 1}, {"max_rollbacks": 1}, "trainer.max_rollbacks is above 0, and a run that goes back"),
+        ({"max_rollbacks": 1}, {"max_rollbacks": 1}, "trainer.max_rollbacks is above 0, and a run that rolls back"),
     ],
 )
 def test_it_says_why_each_length_trains_in_full(first, second, wanted):
@@ -95,7 +95,7 @@ def test_a_plug_in_may_use_the_length_in_other_ways():
     found, hindrance = starts(*(dataclasses.replace(config(steps), optimizer=optimizer) for steps in (10, 20)))
     assert found == [None, None]
     assert hindrance == (
-        "each length trains in full: optimizer.type adan is a plug-in's, and may use the number of steps besides "
+        "each length trains in full: optimizer.type adan is from a plug-in, which may use the number of steps outside "
         "the schedule"
     )
 
@@ -105,7 +105,7 @@ def test_a_slow_average_that_warms_up_over_a_part_of_the_run(part):
     optimizer = AdEMAMixConfig(schedule=WSD, warmup=2, final_learning_rate=0.0, slow_warmup=part)
     found, hindrance = starts(*(dataclasses.replace(config(steps), optimizer=optimizer) for steps in (10, 20)))
     assert found == [None, None]
-    assert hindrance == "each length trains in full: optimizer.slow_warmup is a part of the run; set it in steps"
+    assert hindrance == "each length trains in full: optimizer.slow_warmup is a fraction of the run; set it in steps"
     optimizer = dataclasses.replace(optimizer, slow_warmup=4)
     found, hindrance = starts(*(dataclasses.replace(config(steps), optimizer=optimizer) for steps in (10, 20)))
     assert found[1] is not None and hindrance is None
@@ -219,5 +219,5 @@ def test_a_run_without_record_and_checkpoint_begins_again(tmp_path):
         jobs_of([lost, saved], [lost, saved], tmp_path, lines.append)
     assert directory.exists() and not lines
     first, second = jobs_of([lost, saved], [lost, saved], tmp_path, lines.append)
-    assert lines == [f"{directory} holds a run without record and checkpoint; it begins again at step 0"]
+    assert lines == [f"{directory} contains a run without a record or checkpoint; it starts again at step 0"]
     assert first.directory == directory and not directory.exists() and second.directory.exists()

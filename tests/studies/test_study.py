@@ -238,7 +238,7 @@ BAD = {
     ),
     "config is not there": (
         "config: [nowhere.yaml]\ntokens: 1\n" + ARM,
-        "FILE: config: DIR/nowhere.yaml: no such file",
+        "FILE: config: DIR/nowhere.yaml: file not found",
     ),
     "baseline is no arm": (f"{GOOD}{ARM}baseline: b", "FILE: baseline is 'b'; it must be one of the arms a"),
     "baseline is a list": (f"{GOOD}{ARM}baseline: [a]", "FILE: baseline is a list; it must be one of the arms a"),
@@ -246,21 +246,21 @@ BAD = {
     "no lengths": (f"config: [tiny.yaml]\n{ARM}tokens: []", "FILE: tokens is an empty list"),
     "half tokens": (
         f"config: [tiny.yaml]\n{ARM}tokens: [1.5]",
-        "FILE: tokens holds 1.5; it must be a list of integers",
+        "FILE: tokens contains 1.5; it must be a list of integers",
     ),
-    "infinite tokens": (f"config: [tiny.yaml]\n{ARM}tokens: 1e999", "FILE: tokens holds inf; it must be"),
-    "true tokens": (f"config: [tiny.yaml]\n{ARM}tokens: [true]", "FILE: tokens holds true; it must be"),
-    "negative tokens": (f"config: [tiny.yaml]\n{ARM}tokens: [-5]", "FILE: tokens holds -5; it must be at least 1"),
+    "infinite tokens": (f"config: [tiny.yaml]\n{ARM}tokens: 1e999", "FILE: tokens contains inf; it must be"),
+    "true tokens": (f"config: [tiny.yaml]\n{ARM}tokens: [true]", "FILE: tokens contains true; it must be"),
+    "negative tokens": (f"config: [tiny.yaml]\n{ARM}tokens: [-5]", "FILE: tokens contains -5; it must be at least 1"),
     "too few tokens": (
         f"config: [tiny.yaml]\n{ARM}tokens: 449\nevaluations: 5",
-        "arm a: tokens 449 are 4 steps; it must be one at least for each of 5 evaluations",
+        "arm a: tokens 449 are 4 steps; there must be at least one for each of 5 evaluations",
     ),
     "very many tokens": (f"config: [tiny.yaml]\n{ARM}tokens: {10**400}", "arm a: trainer.num_train_steps is 1000"),
     "a seed twice": (f"{GOOD}{ARM}seeds: [1, 2, 1]", "FILE: seeds is [1, 2, 1], which contains a value twice"),
     "no seeds": (f"{GOOD}{ARM}seeds: []", "FILE: seeds is an empty list"),
-    "a seed is a word": (f"{GOOD}{ARM}seeds: [0, one]", "FILE: seeds holds 'one'; it must be a list of integers"),
+    "a seed is a word": (f"{GOOD}{ARM}seeds: [0, one]", "FILE: seeds contains 'one'; it must be a list of integers"),
     "negative seed": (f"{GOOD}{ARM}seeds: [-1]", "arm a: trainer.seed is -1; it must be between 0 and"),
-    "no evaluations": (f"{GOOD}{ARM}evaluations: 0", "FILE: evaluations holds 0; it must be at least 1"),
+    "no evaluations": (f"{GOOD}{ARM}evaluations: 0", "FILE: evaluations contains 0; it must be at least 1"),
     "evaluations is a list": (f"{GOOD}{ARM}evaluations: [5]", "FILE: evaluations is a list; it must be an integer"),
     "warm-up of more than all": (
         f"{GOOD}{ARM}warmup_fraction: 1.5",
@@ -270,17 +270,17 @@ BAD = {
     "true fraction": (f"{GOOD}{ARM}final_fraction: true", "FILE: final_fraction is true; it must be between"),
     "steps": (
         f"{GOOD}{ARM}settings: {{trainer: {{num_train_steps: 9}}}}",
-        "FILE: settings.trainer.num_train_steps would change nothing; a study sets it by tokens",
+        "FILE: settings.trainer.num_train_steps has no effect in a study; use tokens instead",
     ),
     "seeds in a grid": (
         f"{GOOD}arms: {{a: {{grid: {{trainer: {{seed: [1, 2]}}}}}}}}",
-        "FILE: arms.a.grid.trainer.seed would change nothing; a study sets it by seeds",
+        "FILE: arms.a.grid.trainer.seed has no effect in a study; use seeds instead",
     ),
     "evaluations of an arm": (
         f"{GOOD}arms: {{a: {{settings: {{trainer: {{evaluate_every: 9}}}}}}}}",
-        "FILE: arms.a.settings.trainer.evaluate_every would change nothing; a study sets it by evaluations",
+        "FILE: arms.a.settings.trainer.evaluate_every has no effect in a study; use evaluations instead",
     ),
-    "no YAML": ("arms: {a", "FILE: is not valid YAML"),
+    "no YAML": ("arms: {a", "FILE is not valid YAML"),
 }
 
 
@@ -299,8 +299,8 @@ def test_bad_input_is_one_line(name, runs, tmp_path):
     [
         ("optimizer.roh", "1", "arm a: unknown option '--optimizer.roh'"),
         ("optimizer.b1", "2", "arm a: optimizer.b1 is 2.0; it must be in [0, 1)"),
-        ("trainer.num_train_steps", "5", "--trainer.num_train_steps would change nothing; a study sets it by tokens"),
-        ("trainer.run_dir", "x", "--trainer.run_dir would change nothing; a study sets it by --out"),
+        ("trainer.num_train_steps", "5", "--trainer.num_train_steps has no effect in a study; use tokens instead"),
+        ("trainer.run_dir", "x", "--trainer.run_dir has no effect in a study; use --out instead"),
     ],
 )
 def test_a_bad_override_is_one_line(field, value, wanted, runs):

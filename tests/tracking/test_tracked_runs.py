@@ -47,7 +47,7 @@ def test_a_run_that_dies_and_goes_on_is_one_run_everywhere(config_file, tmp_path
     monkeypatch.setattr(JsonLines, "log", log)
     assert main([*again, *BOTH, "--tracking.wandb_name", "again"]) == 0
     out = capfd.readouterr().out
-    assert out.count("wandb: offline; to upload it: wandb sync ") == 2
+    assert out.count("wandb: offline; upload it with: wandb sync ") == 2
 
     saved = checkpoint.read_step(run_dir / "checkpoints", 12)
     runs = offline_runs(run_dir)

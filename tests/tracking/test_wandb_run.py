@@ -52,7 +52,7 @@ def test_offline(tmp_path, capfd):
     out, err = capfd.readouterr()
     assert not out and not err, "wandb says nothing of its own"
     first, second = offline_runs(tmp_path)
-    assert [line.partition(": offline; to upload it: wandb sync ")[::2] for line in said] == [
+    assert [line.partition(": offline; upload it with: wandb sync ")[::2] for line in said] == [
         ("wandb", str(folder)) for folder in sorted(tmp_path.glob("wandb/offline-run-*"))
     ]
     names = {"id": "abc", "name": tmp_path.name, "project": "a project", "group": "a group", "axis": ("*", "step")}

@@ -42,25 +42,25 @@ def compare(runs: Sequence[Run]) -> Comparability:
 def _notes(runs: Sequence[Run], same_tokenizer: bool, same_text: bool) -> Iterator[str]:
     if not same_tokenizer:
         yield (
-            "The runs have different tokenizers: losses per token cannot be compared, and validation is shown in bits "
+            "The runs have different tokenizers. Losses per token cannot be compared, so validation is shown in bits "
             "per byte of text."
         )
     if not same_text:
         yield (
-            "The runs are validated on different texts: not even their bits per byte compare exactly, and no value is "
+            "The runs are validated on different texts. Even bits per byte are not exactly comparable, so no value is "
             "marked as the best."
         )
     elif len({_sequences(run) for run in runs}) > 1:
         yield (
-            "The runs are validated on different sequences of the text, or with other masks "
-            "(trainer.evaluation_windows, model.seq_len, data.mask_documents): small differences between their losses "
-            "may come from that."
+            "The runs are validated on different sequences of the text, or with different masks "
+            "(trainer.evaluation_windows, model.seq_len, data.mask_documents). This can explain small differences "
+            "between their losses."
         )
     for run in runs:
         if run.parameters is None:
             yield (
                 f"{run.name}: its tokenizer {run.config.data.tokenizer} cannot be loaded and no checkpoint can be "
-                "read, so its parameters and FLOPs are not known."
+                "read, so its parameters and FLOPs are unknown."
             )
         if "damaged" in run.checkpoint:
             yield f"{run.name}: damaged checkpoints: {run.checkpoint}."
@@ -118,13 +118,13 @@ def facts(runs: Sequence[Run]) -> list[Row]:
     """The directories, texts and machines of the runs."""
     return [
         ("run directory", [str(run.path) for run in runs]),
-        ("checkpoint that this is from", [run.checkpoint for run in runs]),
+        ("checkpoint", [run.checkpoint for run in runs]),
         ("training text", [_shown(run.config.data.train) for run in runs]),
-        ("its digest", [_digest(run.facts.get("data")) for run in runs]),
-        ("its tokens", [_tokens(run.facts.get("data")) for run in runs]),
+        ("training digest", [_digest(run.facts.get("data")) for run in runs]),
+        ("training tokens", [_tokens(run.facts.get("data")) for run in runs]),
         ("validation text", [_validation(run) for run in runs]),
-        ("its digest", [_digest(run.facts.get("validation")) for run in runs]),
-        ("its tokens", [_tokens(run.facts.get("validation")) for run in runs]),
+        ("validation digest", [_digest(run.facts.get("validation")) for run in runs]),
+        ("validation tokens", [_tokens(run.facts.get("validation")) for run in runs]),
         ("tokenizer", [run.config.data.tokenizer for run in runs]),
         ("device", [_device(run.facts.get("environment", {})) for run in runs]),
         ("jax", [str(run.facts.get("environment", {}).get("jax", NOTHING)) for run in runs]),

@@ -29,8 +29,8 @@ KINDS = {
 }
 LINEAR = ("win_rate",)  # from 0 to 1; the others are logarithmic
 CAPTION = (
-    "Each array has a stripe for each of its layers, the first at the top. The gradient is from before clipping. "
-    "Update / weight is the ratio of their root mean squares. Grey is a 0, or a number that is not finite."
+    "Each array has one stripe per layer, with the first layer at the top. Gradients are measured before clipping. "
+    "Update / weight is the ratio of their root mean squares. Grey marks zeros and values that are not finite."
 )
 MOST_COLUMNS = 400
 WIDTH = 5.2  # of a panel, in inches

@@ -41,7 +41,7 @@ from sophia_levanter.tracking.console import show_age
 RECENT_SECONDS = 86_400.0
 IN_TERMINAL = ("run", "steps", "last validation loss", "bits per byte", "win rate", "tokens/s", "status")
 SMALLEST_GRID = 3  # runs
-OF_OTHER_TOKENS = "It is per token, and not to be compared between tokenizers."
+OF_OTHER_TOKENS = "It is per token and cannot be compared between tokenizers."
 
 
 def write_page(runs: Sequence[Run], comparability: Comparability, page: Path) -> list[Path]:
@@ -255,7 +255,7 @@ def _with_interval(run: Run, name: str) -> str:
 def status(run: Run) -> str:
     """The status of a run as text."""
     if run.has_diverged:
-        return "diverged" if run.is_finished else f"diverged, at step {run.steps_done:,}"
+        return "diverged" if run.is_finished else f"diverged at step {run.steps_done:,}"
     if run.is_finished:
         return "finished"
     if time.time() - run.written_at < RECENT_SECONDS:

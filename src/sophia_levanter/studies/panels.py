@@ -76,15 +76,15 @@ TRAINING = Panel(
     "Training loss",
     "train/loss",
     "training loss (nats per token)",
-    "Of each step's batch, before the step: faint; smoothed over 5 % of the curve: bold.",
+    "The loss of each step's batch, before the step (faint), and smoothed over 5 % of the curve (bold).",
 )
 WIN_RATE = Panel(
     "win_rate",
     "Win rate",
     "optim/win_rate",
     "share of unclipped coordinates",
-    "The share of coordinates whose step is not clipped. The authors advise 0.1 to 0.5 (grey): lower is close to "
-    "sign descent, and a larger rho raises it.",
+    "The share of coordinates whose step is not clipped. The authors advise 0.1 to 0.5 (grey). Lower values are close "
+    "to sign descent; a larger rho raises the win rate.",
     Kind.LINE,
     limits=(0.0, 1.0),
 )
@@ -102,17 +102,17 @@ OTHERS = (
         "Validation sets, bits per byte",
         "validation/*/bits_per_byte",
         "validation (bits per byte of text)",
-        "The same per byte of text.",
+        "The loss on each named set, per byte of text.",
         Kind.POINTS,
     ),
-    Panel("tasks", "Tasks", "tasks/*/*accuracy", "accuracy", "The share of right answers.", Kind.POINTS),
+    Panel("tasks", "Tasks", "tasks/*/*accuracy", "accuracy", "The share of correct answers.", Kind.POINTS),
     WIN_RATE,
     Panel(
         "rho",
         "rho",
         "optim/rho",
         "rho",
-        "The scale of the curvature, steered by the win rate.",
+        "The scale of the curvature, adjusted by the win rate.",
         Kind.LINE,
         may_be_logarithmic=True,
     ),
@@ -121,7 +121,7 @@ OTHERS = (
         "Curvature norm",
         "optim/curvature_norm",
         "norm of h",
-        "Of the estimate h of the Hessian's diagonal. It should level off and not collapse.",
+        "The norm of h, the estimate of the Hessian's diagonal. It should level off without collapsing.",
         Kind.LINE,
         may_be_logarithmic=True,
     ),
@@ -139,7 +139,7 @@ OTHERS = (
         "Momentum norm",
         "optim/momentum_norm",
         "norm of m",
-        "Of the mean gradient that steps follow.",
+        "The norm of m, the mean gradient that steps follow.",
         Kind.LINE,
         may_be_logarithmic=True,
     ),
@@ -148,7 +148,7 @@ OTHERS = (
         "Gradient norm",
         "train/grad_norm",
         "norm of the gradient",
-        "Before it is clipped to trainer.max_grad_norm. Spikes are steps to look at.",
+        "Before clipping to trainer.max_grad_norm. Steps with spikes are worth a look.",
         may_be_logarithmic=True,
     ),
     Panel("learning_rate", "Learning rate", "train/learning_rate", "learning rate", "", Kind.LINE, from_zero=True),
@@ -166,7 +166,7 @@ OTHERS = (
         "Throughput",
         "train/tokens_per_second",
         "tokens per second",
-        "Of all devices together; steps that refresh the curvature are slower.",
+        "All devices together. Steps that refresh the curvature are slower.",
         from_zero=True,
     ),
 )
@@ -242,6 +242,6 @@ STEPS = Axis("steps", "Steps", "steps", ((1.0, ""),), lambda run, steps: steps)
 AXES = (
     STEPS,
     Axis("tokens", "Tokens", "training tokens", COUNTS, Run.tokens_at),
-    Axis("flops", "FLOPs", "FLOPs, curvature counted", FLOPS, Run.flops_at),
+    Axis("flops", "FLOPs", "FLOPs, including the curvature", FLOPS, Run.flops_at),
     Axis("time", "Time", "training time", TIMES, Run.seconds_at),
 )

@@ -73,11 +73,11 @@ def _summary(cells: Sequence[Cell], records: Sequence[Record]) -> str:
     lines = [f"{counted(len(records), 'run')} {were} started, {diverged} of them diverged; parameters: {sizes}."]
     others = len(records) - len({id(record) for cell in cells for record in cell.records.values()})
     if others:
-        lines.append(f"{others} of them are in no arm of the study as it is now.")
+        lines.append(f"{others} of them belong to no arm of the current study.")
     if shared := sum(map(shared_steps, records)):
         lines.append(_budget(records, shared))
     if texts > 1:
-        lines.append(f"**The runs are of {texts} different training texts.**")
+        lines.append(f"**The runs have {texts} different training texts.**")
     return " ".join(lines)
 
 
@@ -112,7 +112,7 @@ def at_the_edge(name: str, best: Mapping[str, Any], tried: Sequence[Mapping[str,
         values = [point[field] for point in tried if type(point.get(field)) in (int, float)]
         if min(values) < max(values) and value in (min(values), max(values)):
             further = "smaller" if value == min(values) else "larger"
-            yield f"{name}: the best {_last(field)}, {_short(value)}, is at the edge of its grid; try {further} ones."
+            yield f"{name}: the best {_last(field)}, {_short(value)}, is at the edge of its grid; try {further} values."
 
 
 def unusual_win_rate(name: str, rate: float) -> Iterator[str]:
@@ -120,14 +120,14 @@ def unusual_win_rate(name: str, rate: float) -> Iterator[str]:
     low, high = WIN_RATES
     if not low <= rate <= high:
         remedy = "a larger rho" if rate < low else "a smaller rho"
-        yield f"{name}: the last win rate is {rate:.2f}; {low:g} to {high:g} is usual, so try {remedy}."
+        yield f"{name}: the last win rate is {rate:.2f}; values from {low:g} to {high:g} are usual, so try {remedy}."
 
 
 def few_evaluations(count: int, where: str = "a run") -> Iterator[str]:
     """A caution if curves have too few points."""
     if count < FEWEST_EVALUATIONS:
         losses = f"{counted(count, 'validation loss')} in {where} {'is' if count == 1 else 'are'}"
-        yield f"{losses} too few to see a curve; {FEWEST_EVALUATIONS} or more are better."
+        yield f"{losses} too few to show a curve; use {FEWEST_EVALUATIONS} or more."
 
 
 def _last(field: str) -> str:
@@ -153,9 +153,10 @@ def _speed_table(baseline: str, cells: Sequence[Cell]) -> str:
             factors = [_factor(found, cost) for cost in (1.0, *_cost_ratios(cells, arm, baseline))]
             rows.append([arm, f"{found.tokens:,}", *factors, _interval(found)])
     note = (
-        "s: how much longer the baseline's whole schedule is than the arm's whole schedule that ends at the same loss; "
-        "beside tokens also with what a token costs. The interval is a bootstrap over seeds, in tokens. The time is of "
-        "runs that may have shared the machine with others; `tests/benchmarks/peers.py` measures what a step costs."
+        "s is how many times longer the baseline's whole schedule is than the arm's whole schedule that ends at the "
+        "same loss, in tokens, in FLOPs and in time. The interval is a bootstrap over seeds, in tokens. Runs may have "
+        "shared the machine with others, which affects the time; `tests/benchmarks/peers.py` measures the cost of a "
+        "step."
     )
     return note + "\n\n" + _table(["arm", "baseline's tokens", "s", "s in FLOPs", "s in time", "95 % of s"], rows)
 

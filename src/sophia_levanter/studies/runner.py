@@ -122,7 +122,7 @@ def _remove_lost(directory: Path, config: TrainConfig, say: Callable[[str], None
     if held is not None:  # else it is at work
         with held:
             shutil.rmtree(directory)
-        say(one_line(f"{directory} holds a run without record and checkpoint; it begins again at step 0"))
+        say(one_line(f"{directory} contains a run without a record or checkpoint; it starts again at step 0"))
 
 
 def digests(config: DataConfig) -> dict[str, str]:
@@ -214,7 +214,7 @@ def _task(job: Job, before: Record | RunFailed | None = None) -> Record | RunFai
 
 def _attempt(job: Job, check_stop: CheckStop, before: Record | RunFailed | None = None) -> Record | RunFailed:
     if isinstance(before, RunFailed):
-        return RunFailed(f"{job.directory} was not started: the shorter run that it begins with failed")
+        return RunFailed(f"{job.directory} was not started: the shorter run that it starts from failed")
     try:
         return do(job, check_stop)
     except RunFailed as failure:

@@ -159,10 +159,10 @@ def read_run(name: str, path: Path) -> Run:
     """
     config_file = RunDirectory(path, "never").config_file
     if not config_file.is_file():
-        raise InputError(f"{path} holds no config.yaml; name a run directory")
+        raise InputError(f"{path} contains no config.yaml; name a run directory")
     run = read_files(name, path, load_config(config_file))
     if not run.series:
-        raise InputError(f"{path / 'metrics.jsonl'} holds no step yet; wait for the run's first one")
+        raise InputError(f"{path / 'metrics.jsonl'} contains no steps yet; wait for the run's first step")
     return run
 
 
@@ -208,7 +208,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
                 steps[name].append(done)
                 values[name].append(math.nan if value is None else value)
     except FileNotFoundError:
-        raise InputError(f"{path.parent} holds no metrics.jsonl; name the directory of a run that has begun") from None
+        raise InputError(f"{path.parent} contains no metrics.jsonl; name the directory of a started run") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     for name in steps:
@@ -234,7 +234,7 @@ def _newest_manifest(directory: RunDirectory) -> tuple[Manifest | None, str]:
     """The manifest of the newest intact checkpoint of a training run, and a description of where it was found."""
     location = str(directory.checkpoints)
     if "://" in location:
-        return None, f"not looked at: {location}"
+        return None, f"not checked: {location}"
     damaged: list[str] = []
     for step in reversed(checkpoint.steps(location)):
         try:

@@ -101,14 +101,14 @@ def _is_worth_it(step: int, shorter: TrainConfig) -> bool:
 def _obstacle(config: TrainConfig) -> str | None:
     """The reason why a run cannot take over steps whatever its learning rate, if there is one."""
     if config.trainer.max_rollbacks:
-        return "trainer.max_rollbacks is above 0, and a run that goes back needs checkpoints of its own"
+        return "trainer.max_rollbacks is above 0, and a run that rolls back needs its own checkpoints"
     if not type(config.optimizer).__module__.startswith("sophia_levanter."):
         name = OptimizerConfig.get_choice_name(type(config.optimizer))
-        return f"optimizer.type {name} is a plug-in's, and may use the number of steps besides the schedule"
+        return f"optimizer.type {name} is from a plug-in, which may use the number of steps outside the schedule"
     if isinstance(config.optimizer, AdEMAMixConfig):
         warmup = config.optimizer.slow_warmup
         if warmup is None or 0 < warmup < 1:
-            return "optimizer.slow_warmup is a part of the run; set it in steps"
+            return "optimizer.slow_warmup is a fraction of the run; set it in steps"
     return None
 
 

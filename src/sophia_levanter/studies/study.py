@@ -107,7 +107,7 @@ def read_study(path: Path) -> Study:
             shown = shortened(repr(name), LONGEST_NAME)
             raise InputError(f"{path}: arms has {shown}; a name has at most {LONGEST_NAME} printable characters")
     if not names:
-        raise InputError(f"{path}: arms is missing; name what is compared, each with its config, settings and grid")
+        raise InputError(f"{path}: arms is missing; name the arms to compare, each with its config, settings and grid")
     arms = tuple(_arm(name, _below(f"arms.{name}.", merged), common, path) for name in names)
     baseline = common.get("baseline", Setting(None)).value
     if baseline is not None and not (isinstance(baseline, str) and baseline in names):
@@ -148,11 +148,11 @@ def _runs_of(arm: Arm, overrides: Layer, evaluations: int) -> Iterator[PlannedRu
 
 def _with_schedule(config: TrainConfig, tokens: int, seed: int, evaluations: int) -> TrainConfig:
     if config.trainer.batch_size_changes:
-        raise InputError("trainer.batch_size_changes is set; the runs of a study have one batch size")
+        raise InputError("trainer.batch_size_changes is set, but the runs of a study have one batch size; leave it out")
     steps = round(Fraction(tokens, config.trainer.batch_size * config.model.seq_len))
     if steps < evaluations:
         raise InputError(
-            f"tokens {tokens} are {steps} steps; it must be one at least for each of {evaluations} evaluations"
+            f"tokens {tokens} are {steps} steps; there must be at least one for each of {evaluations} evaluations"
         )
     every = -(-steps // evaluations)
     trainer = dataclasses.replace(
@@ -215,9 +215,7 @@ def _check_known(key: str, setting: Setting, fields: Sequence[str], prefix: str)
 def _check_not_own(prefix: str, layer: Layer) -> None:
     for key, setting in layer.items():
         if key in OWN_FIELDS:
-            raise InputError(
-                f"{setting.prefix}{prefix}{key} would change nothing; a study sets it by {OWN_FIELDS[key]}"
-            )
+            raise InputError(f"{setting.prefix}{prefix}{key} has no effect in a study; use {OWN_FIELDS[key]} instead")
 
 
 def _config_layers(layer: Layer) -> list[Layer]:
@@ -246,13 +244,13 @@ def _ints(name: str, setting: Setting, low: int | None = None) -> list[int]:
     values = [int(value) if type(value) is float and value.is_integer() else value for value in given]
     for value in values:
         if type(value) is not int:
-            raise InputError(f"{setting.prefix}{name} holds {show_value(value)}; it must be a list of integers")
+            raise InputError(f"{setting.prefix}{name} contains {show_value(value)}; it must be a list of integers")
     if not values:
         raise InputError(f"{setting.prefix}{name} is an empty list; give at least one")
     if len(set(values)) < len(values):
         raise InputError(f"{setting.prefix}{name} is {values}, which contains a value twice")
     if low is not None and min(values) < low:
-        raise InputError(f"{setting.prefix}{name} holds {min(values)}; it must be at least {low}")
+        raise InputError(f"{setting.prefix}{name} contains {min(values)}; it must be at least {low}")
     return values
 
 

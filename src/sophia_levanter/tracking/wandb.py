@@ -72,7 +72,7 @@ class Wandb:
             reason = " ".join(str(error).split()).rstrip(".")
             warn(f"WARNING: wandb: {reason}; the run is logged offline; upload it with: {self._upload}")
         else:
-            say(f"wandb: {self._run.url}" if self._run.url else f"wandb: offline; to upload it: {self._upload}")
+            say(f"wandb: {self._run.url}" if self._run.url else f"wandb: offline; upload it with: {self._upload}")
         self._run.config.update(dict(facts), allow_val_change=True)
         self._run.define_metric("*", step_metric="step")
 
