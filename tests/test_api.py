@@ -75,14 +75,14 @@ def test_overrides_are_sections_or_dotted_names(config_file, tmp_path, monkeypat
     ("arguments", "options", "message"),
     [
         ([], {}, "train(): config is missing; give a YAML file, a TrainConfig or a mapping of sections"),
-        (["nowhere.yaml"], {}, "nowhere.yaml: no such file"),
+        (["nowhere.yaml"], {}, "nowhere.yaml: file not found"),
         ([{}], {"optimizer": {"learning_rat": 1}}, "train(): unknown key 'optimizer.learning_rat'; did you mean"),
         ([{}], {"learning_rate": 1.0}, "train(): unknown key 'learning_rate'; did you mean optimizer.learning_rate?"),
         ([{}], {"optimizer": {"rho": "x"}}, "train(): optimizer.rho is 'x'; it must be a finite number"),
         ([{}], {"trainer": 3}, "train(): trainer is 3; it must be a section of fields"),
-        ([{}], {"resume": "runs/x"}, "train(): config does not go with resume"),
+        ([{}], {"resume": "runs/x"}, "train(): config cannot be combined with resume"),
         ([], {"resume": "nowhere"}, "--resume nowhere: the directory does not exist"),
-        ([], {"resume": "x", "trainer": {"run_dir": "y"}}, "train(): trainer.run_dir does not go with resume x"),
+        ([], {"resume": "x", "trainer": {"run_dir": "y"}}, "train(): trainer.run_dir cannot be combined with resume x"),
     ],
 )
 def test_bad_input_is_one_line(arguments, options, message, tmp_path, monkeypatch):

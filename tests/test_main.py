@@ -144,7 +144,7 @@ BAD = {
         ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.curvature_microbatch_size", "4"],
         "optimizer.curvature_microbatch_size 4 is not divisible by the 8 devices on mesh.data",
     ),
-    "cudnn": (["--model.attention", "cudnn"], "model.attention is 'cudnn', which needs a GPU, and this is a CPU"),
+    "cudnn": (["--model.attention", "cudnn"], "model.attention is 'cudnn', which needs a GPU, but this is a CPU"),
     "devices": (
         ["--trainer.batch_size", "6", "--trainer.microbatch_size", "3"],
         "is not divisible by the 8 devices on mesh.data",
@@ -156,12 +156,12 @@ BAD = {
     "steps": (["--trainer.num_train_steps", "3000000000"], "must be between 1 and 2147483647"),
     "added eps": (
         ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.denominator", "add"],
-        "optimizer.denominator is 'add', and the curvature of sophia_h may be negative, "
+        "optimizer.denominator is 'add', but the curvature of sophia_h may be negative, "
         "where an added eps turns the step uphill; use max",
     ),
     "eps": (["--optimizer.eps", "1e-50"], "optimizer.eps is 1e-50"),
     "warm-up": (["--optimizer.warmup", "99"], "optimizer.warmup 99"),
-    "another run": (["--trainer.run_dir", "FULL"], "already holds files"),
+    "another run": (["--trainer.run_dir", "FULL"], "already contains files"),
     "auto without a directory": (["--resume", "auto"], "trainer.run_dir"),
 }
 
@@ -198,7 +198,7 @@ def test_a_run_started_several_times_is_refused(variables, config_file, tmp_path
         monkeypatch.setenv(name, value)
     assert main(["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run")]) == 2
     error = capfd.readouterr().err
-    assert error.startswith(f"error: {next(iter(variables))} is 2 and mesh.coordinator is null: ")
+    assert error.startswith(f"error: {next(iter(variables))} is 2, but mesh.coordinator is null, ")
     assert error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 

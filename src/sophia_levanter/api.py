@@ -92,9 +92,11 @@ def _command(config: Any, resume: Any, quiet: bool, overrides: Mapping[str, Any]
         # The random suffix separates trials that start in the same second.
         return Command(build_config(layers, settings), f"{name}-{secrets.token_hex(2)}", resume, quiet=quiet)
     if config is not None:
-        raise InputError("train(): config does not go with resume, a run directory, which has its own config")
+        raise InputError("train(): config cannot be combined with resume, a run directory with its own config")
     if "trainer.run_dir" in settings:
-        raise InputError(f"train(): trainer.run_dir does not go with resume {resume}, which is the run directory")
+        raise InputError(
+            f"train(): trainer.run_dir cannot be combined with resume {resume}, which is the run directory"
+        )
     run_dir = existing_run(Path(resume))
     return Command(build_config(read_layers(run_dir / "config.yaml"), settings), run_dir.name, run_dir, quiet=quiet)
 

@@ -11,18 +11,18 @@ from sophia_levanter.status import BAD_INPUT, DONE, run_command
 
 VERBS = {
     "train": "train a model",
-    "prepare_data": "make tokens of text, before a run needs them",
-    "inspect_data": "show what a token store holds",
-    "train_tokenizer": "make a tokenizer for a text",
+    "prepare_data": "tokenize text before a run needs it",
+    "inspect_data": "show the contents of a token store",
+    "train_tokenizer": "train a tokenizer on a text",
     "evaluate": "measure the loss of a model on a text, or its score on a task",
-    "export": "write a model as a folder for transformers",
+    "export": "export a model for transformers",
     "sample": "generate text with a model",
     "report": "show runs on one page",
-    "compare": "do the runs of a study, and show what they give",
-    "plan": "show what a run would take",
+    "compare": "train the runs of a study and report the results",
+    "plan": "estimate the memory and time of a run",
     "checkpoints": "list, verify, show, compare and remove checkpoints",
     "launch": "start a run on many hosts",
-    "tpu": "create, list, reach and delete TPU slices",
+    "tpu": "create, list, connect to and delete TPU slices",
 }
 USAGE = "\n".join(
     [

@@ -55,7 +55,7 @@ def check_regular(path: Path | str) -> None:
     try:
         mode = os.stat(path).st_mode
     except ValueError:
-        raise NotRegular(errno.EINVAL, "no file name can hold one of its characters", str(path)) from None
+        raise NotRegular(errno.EINVAL, "it has a character that file names cannot contain", str(path)) from None
     if stat.S_ISDIR(mode):
         raise NotRegular(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode) and not (stat.S_ISFIFO(mode) and str(path).startswith(_PIPES_OF_SHELL)):

@@ -160,15 +160,15 @@ BROKEN = {
         HEADER
         + '@OptimizerConfig.register_subclass("raw")\n@dataclass(frozen=True)\nclass A(OptimizerConfig):\n'
         + "    def build(self, num_train_steps):\n        import optax\n        return optax.sgd(0.1)\n",
-        "optimizer: A.build() gives an optax transformation; return it from transformation() of a subclass",
+        "optimizer: A.build() returns an optax transformation; return it from transformation() of a subclass",
     ),
     "unbuilt": (
         HEADER
         + '@OptimizerConfig.register_subclass("unbuilt")\n@dataclass(frozen=True)\nclass A(OptimizerConfig):\n'
         + "    def build(self): return 1\n",
-        "optimizer: A.build() fails: TypeError: A.build() takes 1 positional argument but 2 were given",
+        "optimizer: A.build() failed: TypeError: A.build() takes 1 positional argument but 2 were given",
     ),
-    "with.py": (None, "plugins: 'with.py' is not the name of a module; for my_module.py write my_module"),
+    "with.py": (None, "plugins: 'with.py' is not a module name; for my_module.py write my_module"),
     "train": (
         METRIC.format("train", "pass"),
         "plugins: train cannot be imported: ValueError: the metric name 'train' is reserved",
@@ -177,7 +177,7 @@ BROKEN = {
         METRIC.format("vector", "return {'w': step.grads.wte.weight.array[0]}"),
         "trainer.metrics: vector returns an array of shape (16,) for 'w'; it must be a scalar",
     ),
-    "raises": (METRIC.format("raises", "return {'a': step.loss}"), "trainer.metrics: raises fails: AttributeError: "),
+    "raises": (METRIC.format("raises", "return {'a': step.loss}"), "trainer.metrics: raises failed: AttributeError: "),
     "textless": (
         "from sophia_levanter.data.sources import DataSource, TextSource\n"
         '@DataSource.register_subclass("textless")\nclass A(TextSource):\n    def documents(self): return ["text"]\n',
@@ -224,5 +224,5 @@ def test_a_plain_field_is_a_setting_without_bounds(plugin_folder, config_file):
 
 def test_names_of_modules_only(tmp_path):
     (tmp_path / "a.yaml").write_text("plugins: 7\n")
-    with pytest.raises(InputError, match="plugins is 7; it must be a list of names of modules"):
+    with pytest.raises(InputError, match="plugins is 7; it must be a list of module names"):
         load_config(tmp_path / "a.yaml")
