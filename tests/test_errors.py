@@ -63,7 +63,7 @@ def test_names_of_runs_in_a_report(
     drawn: list[str] = []
 
     def picture(panel: object, runs: list[Run], axis: object) -> str:
-        drawn.extend(str(plots._sample(run.name, 0).get_label()) for run in runs)
+        drawn.extend(str(plots._sample(run.name).get_label()) for run in runs)
         return "data:"
 
     monkeypatch.setattr(page, "svg", picture)

@@ -178,9 +178,9 @@ def test_four_bytes_where_they_are_named(tmp_path: Path, large: Tokenizer) -> No
     tokens.check(print)
     np.testing.assert_array_equal(tokens.read(0, 5000), ids)
     assert "write nanogpt:a.bin?dtype=uint32" in error_of(lambda: opened(tmp_path / "a.bin", "", large))
-    assert "two bytes" in error_of(lambda: opened(tmp_path / "a.bin", "?dtype=uint16", large))
+    assert "two-byte ids" in error_of(lambda: opened(tmp_path / "a.bin", "?dtype=uint16", large))
     np.save(tmp_path / "a.npy", ids.astype(np.uint16))
-    assert "two bytes" in error_of(lambda: opened(tmp_path / "a.npy", "", large))
+    assert "two-byte ids" in error_of(lambda: opened(tmp_path / "a.npy", "", large))
 
 
 @pytest.mark.parametrize("count", [2, 100, 2000])

@@ -239,7 +239,7 @@ def test_a_process_that_is_left_alone_says_so(config_file, tmp_path):
         ({"coordinator": "here"}, r"^mesh.coordinator is 'here'; it must be HOST:PORT, auto or null$"),
         ({"coordinator": "here:99999"}, r"^mesh.coordinator is 'here:99999'; it must be HOST:PORT, auto or null$"),
         ({"coordinator": "here:80"}, "^mesh.num_processes is missing; mesh.coordinator here:80 needs it$"),
-        ({"coordinator": "here:80", "num_processes": 2}, "^mesh.process_id is missing; mesh.coordinator here:80 goes"),
+        ({"coordinator": "here:80", "num_processes": 2}, "^mesh.process_id is missing; mesh.coordinator here:80 needs it"),
         (
             {"coordinator": "here:80", "num_processes": 0, "process_id": 0},
             "^mesh.num_processes is 0; it must be at least 1",
