@@ -173,7 +173,8 @@ class Settings:
     section: ClassVar[str] = ""  # its name in configuration files and on command lines
 
     def __post_init__(self) -> None:
-        hints = _type_hints(type(self))
+        kind: type = type(self)
+        hints = _type_hints(kind)
         for field in dataclasses.fields(self):
             nullable = NoneType in kinds_of(hints[field.name])
             declaration(field).check(self.path(field.name), getattr(self, field.name), nullable=nullable)
