@@ -26,7 +26,7 @@ VERBS = ["train", "prepare_data", "inspect_data", "train_tokenizer"]  # the firs
         (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["compare", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["prepare_data", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
-        (["inspect_data", "nowhere"], 2, "nowhere: no finished token store"),
+        (["inspect_data", "nowhere"], 2, "nowhere contains no finished token store"),
     ],
 )
 def test_verbs(arguments, status, wanted, monkeypatch, capsys):

@@ -34,7 +34,6 @@ def test_digits():
     assert metrics["rho"] < 0.05
 
 
-@pytest.mark.slow
 def test_digits_convolution():
     """The estimates leave the running statistics alone: those saw one batch a step."""
     results = results_of("digits_convolution")

@@ -183,5 +183,5 @@ def test_format_1_says_what_to_do(tmp_path: Path) -> None:
     body = {"format": 1, "run_id": "r", "step": 2, "metadata": {}, "arrays": []}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps({"digest": digest, **body}, indent=1))
-    with pytest.raises(InputError, match="is not in format 2: read it with the version"):
+    with pytest.raises(InputError, match="is not in format 2; read it with the version"):
         restore(tmp_path, make_state(), report=silent)

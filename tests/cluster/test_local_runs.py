@@ -53,7 +53,7 @@ def test_stop_and_the_same_command_again(cluster_file, undisturbed, tmp_path):
         assert stopped.returncode == 0
         assert "stopped; 2 processes (local); attempt 1; step " in stopped.stdout
         assert run.wait() == 75
-    assert "stopped: as asked; the run is saved" in run.text
+    assert "stopped: as requested; the run is saved" in run.text
     with Launched(tmp_path / "run", cluster_file) as again:
         assert again.wait() == 0, again.text
     assert losses(run.run_dir) == pytest.approx(undisturbed, abs=1e-5)

@@ -188,7 +188,7 @@ def test_told_to_stop_all_save_and_end(by_stdin, number, expected, tmp_path):
     threading.Thread(target=tell).start()
     status, said, record = run(tmp_path, Scripts([f"{listens}{REPORTS}; {saves}"] * 2, by_stdin=by_stdin))
     assert status == expected
-    assert "stopped: as asked; the run is saved" in said[-1]
+    assert "stopped: as requested; the run is saved" in said[-1]
     assert record.read().state == "stopped"
 
 

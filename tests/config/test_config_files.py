@@ -66,7 +66,7 @@ def test_a_source_whose_name_is_not_utf8_goes_into_the_run_s_configuration(tmp_p
         ("{a: " * 5_000, "YAML"),
         ("trainer:\n\tseed: 1", "line 2: "),
         (f"trainer: {{seed: {'9' * 400}}}", "trainer.seed is 999"),
-        ("trainer: {seed: !!int 3}", "the tag tag:yaml.org,2002:int is refused"),
+        ("trainer: {seed: !!int 3}", "the tag tag:yaml.org,2002:int is not allowed"),
         ("trainer: {keep_best: on}", "trainer.keep_best is 'on'; it must be true or false"),
         ("trainer: {seed: 0x10}", "trainer.seed is '0x10'; it must be an integer"),
         ("trainer: {seed: 1_000}", "trainer.seed is '1_000'; it must be an integer"),

@@ -130,8 +130,8 @@ def test_shards_of_llm_c(tmp_path: Path, magic: int, version: int, dtype: str, n
 @pytest.mark.parametrize(
     ("begin", "options", "expected"),
     [
-        (header(20240520, 2, 2000), "", "20240520, with version 2; only 1 is supported"),
-        (header(20240801, 1, 1000), "", "20240801, with version 1; only 7 is supported"),
+        (header(20240520, 2, 2000), "", "20240520 with version 2; only 1 is supported"),
+        (header(20240801, 1, 1000), "", "20240801 with version 1; only 7 is supported"),
         (header(20240520, 0, 2000), "", "version 0"),
         (header(20240520, 1, 1999), "", "has 2000 tokens, but its header says 1999"),
         (header(20240520, 1, 2001), "", "has 2000 tokens, but its header says 2001"),

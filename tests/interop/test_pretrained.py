@@ -71,7 +71,7 @@ def test_numbers_beyond_the_parameters_dtype_are_not_finite(folder, model, array
         ({"n_inner": 16}, "set --model.mlp_ratio 2"),
         (
             {"n_inner": 12},
-            "config.json: n_inner is 12; it must be a multiple of n_embd 8: model.mlp_ratio is an integer",
+            "config.json: n_inner is 12; it must be a multiple of n_embd 8; model.mlp_ratio is an integer",
         ),
         ({"layer_norm_epsilon": 1e-6}, "set --model.layer_norm_epsilon 1e-06"),
         (

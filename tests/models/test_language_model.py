@@ -113,6 +113,7 @@ def test_a_group_that_decays_only_what_a_hyperball_keeps_is_refused():
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         check_optimizer(dataclasses.replace(alone, hyperball=True), GPT2, 100)
+    check_optimizer(dataclasses.replace(alone, hyperball=True), GPT2, 100, resumes=True)
     check_optimizer(alone, GPT2, 100)
     for group in (GroupConfig("blocks", weight_decay=0.1), GroupConfig(role="matrix", weight_decay=0.0)):
         check_optimizer(AdamWConfig(hyperball=True, groups=(group,)), GPT2, 100)

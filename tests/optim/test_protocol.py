@@ -118,7 +118,7 @@ def test_models_that_cannot_be_optimized(cls):
 @pytest.mark.parametrize("cls", ONE_OF_EACH)
 def test_other_trees_are_named_by_their_path(cls):
     optimizer = cls()
-    with pytest.raises(ValueError, match=r"grads\['b'\] has shape missing, the parameter has \(3,\)"):
+    with pytest.raises(ValueError, match=r"grads\['b'\] has shape missing, but the parameter has \(3,\)"):
         optimizer.update({"w": jnp.ones(2)}, optimizer.init(PARAMS), PARAMS)
     with pytest.raises(ValueError, match=r"weight_decay_mask does not fit the parameters: it has no entry for \['b'\]"):
         masked = cls(weight_decay_mask={"w": True})

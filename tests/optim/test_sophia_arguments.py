@@ -111,7 +111,7 @@ def test_a_new_state_may_be_donated(settings):
 
 def test_a_state_of_another_model_or_rho():
     params = {"w": jnp.ones((3, 4))}
-    with pytest.raises(ValueError, match=r"state.momentum\['w'\] has shape \(1, 4\), the parameter has \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"state.momentum\['w'\] has shape \(1, 4\), but the parameter has \(3, 4\)"):
         SophiaG().update(params, SophiaG().init({"w": jnp.ones((1, 4))}), params)
     for one, other in ((0.05, "auto"), ("auto", 0.05)):
         with pytest.raises(ValueError, match=r"state.rho does not match rho"):
@@ -121,7 +121,7 @@ def test_a_state_of_another_model_or_rho():
 def test_trees_of_other_shapes_dtypes_and_containers_are_refused():
     optimizer, params = SophiaG(), {"w": jnp.ones(2)}
     state, wrong = optimizer.init(params), {"w": jnp.ones(2, jnp.complex64)}
-    with pytest.raises(ValueError, match=r"h_hat\['w'\] has shape \(3,\), the parameter has \(2,\)"):
+    with pytest.raises(ValueError, match=r"h_hat\['w'\] has shape \(3,\), but the parameter has \(2,\)"):
         optimizer.refresh(state, {"w": jnp.ones(3)})
     with pytest.raises(TypeError, match=r"grads\['w'\] is complex"):
         optimizer.update(wrong, state, params)

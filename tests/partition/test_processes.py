@@ -57,7 +57,7 @@ def losses(run_dir, name="train/loss"):
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_go_on(config_file, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    common = ["--config", str(config_file), "--mesh.fsdp", "embed"]
+    common = ["--config", str(config_file), "--mesh.fsdp", "embed", "--trainer.sample_tokens", "3"]
     results = ended([start([*common, "--trainer.run_dir", str(one)], devices=4)])
     # Both save after every step, by the clock of the first.
     often = ["--trainer.checkpoint_minutes", "1e-6", "--trainer.keep_checkpoints", "12"]
@@ -68,6 +68,8 @@ def test_two_processes_train_as_one_and_go_on(config_file, tmp_path):
     np.testing.assert_allclose(losses(two, "validation/loss"), losses(one, "validation/loss"), rtol=0, atol=1e-5)
     # The second process has nothing to say.
     assert "4 cpu devices, data 4, embed over data" in results[1][1]
+    samples = [said[said.index("sample, after the prompt") :].splitlines()[1] for _, said, _ in results[:2]]
+    assert samples[0] == samples[1]
     assert results[2][1].replace("[Gloo]", "").count("step ") == 0
 
     # What two saved, one takes up on another mesh, and two take up what one saved.
@@ -239,7 +241,10 @@ def test_a_process_that_is_left_alone_says_so(config_file, tmp_path):
         ({"coordinator": "here"}, r"^mesh.coordinator is 'here'; it must be HOST:PORT, auto or null$"),
         ({"coordinator": "here:99999"}, r"^mesh.coordinator is 'here:99999'; it must be HOST:PORT, auto or null$"),
         ({"coordinator": "here:80"}, "^mesh.num_processes is missing; mesh.coordinator here:80 needs it$"),
-        ({"coordinator": "here:80", "num_processes": 2}, "^mesh.process_id is missing; mesh.coordinator here:80 needs it"),
+        (
+            {"coordinator": "here:80", "num_processes": 2},
+            "^mesh.process_id is missing; mesh.coordinator here:80 needs it",
+        ),
         (
             {"coordinator": "here:80", "num_processes": 0, "process_id": 0},
             "^mesh.num_processes is 0; it must be at least 1",

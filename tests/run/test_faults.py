@@ -48,7 +48,7 @@ def test_checkpoints_that_are_removed_fail_the_next_save(config_file, tmp_path, 
     after_step(7, lambda: remove(run_dir / "checkpoints"))
     assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 1
     (error,) = capfd.readouterr().err.splitlines()
-    assert error.startswith(f"error: {run_dir}/checkpoints/step-000000") and " was removed or renamed while " in error
+    assert error.startswith(f"error: {run_dir}/checkpoints/step-000000") and " was removed or renamed " in error
     assert not (run_dir / "checkpoints").exists()
 
 

@@ -69,6 +69,7 @@ def test_the_first_loss_is_that_of_the_weights_and_going_on_needs_no_file(
     monkeypatch.chdir("/")
     assert main(["--resume", str(run_dir)]) == 0
     assert list(metrics(run_dir)) == list(range(12))
+    assert load_model(str(run_dir), report=print).step == 12
 
 
 @pytest.mark.parametrize("mesh", ["fsdp and model", pytest.param("data", marks=pytest.mark.slow)])

@@ -107,7 +107,7 @@ def test_checkpoints_of_another_run_are_in_the_way(finished_run, tmp_path, capfd
     assert not (run_dir / "config.yaml").exists()
     for location, message in (
         ("ftp://x/y", "checkpoints must go to a path, gs:// or s3://"),
-        ("gs://", "no bucket"),
+        ("gs://", "does not name a bucket"),
         ("gs:/bucket/x", "trainer.checkpoint_dir is gs:/bucket/x; write a path, gs:// or s3://"),
     ):
         assert main([*config, "--trainer.checkpoint_dir", location]) == 2

@@ -219,5 +219,7 @@ def test_a_run_without_record_and_checkpoint_begins_again(tmp_path):
         jobs_of([lost, saved], [lost, saved], tmp_path, lines.append)
     assert directory.exists() and not lines
     first, second = jobs_of([lost, saved], [lost, saved], tmp_path, lines.append)
-    assert lines == [f"{directory} contains a run without a record or checkpoint; it starts again at step 0"]
+    aside = f"{directory.name}.old"
+    assert lines == [f"{directory} had no record and no checkpoint; it is now {aside}, and the run starts again"]
+    assert (tmp_path / aside / "metrics.jsonl").exists()
     assert first.directory == directory and not directory.exists() and second.directory.exists()

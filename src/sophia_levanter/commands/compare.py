@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -72,7 +72,8 @@ def _run(words: Sequence[str], interruption: Interruption) -> int:
         number = interruption.signal
         if number is None or number == signal.SIGINT:
             raise
-        print(f"{number.name}: stopped; run the same command again to continue", file=sys.stderr)
+        with suppress(OSError):  # after SIGHUP the terminal is gone
+            print(f"{number.name}: stopped; run the same command again to continue", file=sys.stderr)
         return PREEMPTED
 
 

@@ -59,8 +59,16 @@ def _build(config: OptimizerConfig, num_train_steps: int) -> Any:
     return optimizer
 
 
-def check_optimizer(config: OptimizerConfig, model_config: ModelConfig, vocab_size: int) -> None:
+def check_optimizer(
+    config: OptimizerConfig, model_config: ModelConfig, vocab_size: int, *, resumes: bool = False
+) -> None:
     """Check that an optimizer fits a model.
+
+    Args:
+        config: the optimizer's settings.
+        model_config: the model's settings.
+        vocab_size: tokens of the tokenizer.
+        resumes: whether a run resumes with these settings, which may then hold a decay without effect.
 
     Raises:
         InputError: if a group matches no parameter; if `hyperball` is set and the model has no matrix; if a group
@@ -77,6 +85,8 @@ def check_optimizer(config: OptimizerConfig, model_config: ModelConfig, vocab_si
     kept = paths_on_hyperball(model)
     if not kept:
         raise InputError("optimizer.hyperball is true, but the model has no matrices; leave it out")
+    if resumes:
+        return
     for index, group in enumerate(config.groups):
         if group.weight_decay and kept.issuperset(path for path, number in found.items() if number == index):
             raise InputError(

@@ -75,7 +75,7 @@ class TrainerConfig(Settings):
     compute_dtype: str = setting("float32", "dtype of activations and matrix products", choices=DTYPES)
     max_grad_norm: float | None = setting(1.0, "clip gradients to this global norm", above=0)
     loss_spike_factor: float | None = setting(
-        None, "skip steps whose loss is more than this factor above its recent mean", above=1
+        None, "skip steps whose loss exceeds this factor times its recent mean", above=1
     )
     ema_decay: float | None = setting(
         None,

@@ -175,7 +175,7 @@ class Run:
         corpora = [self.data.train, *self.data.validation_sets.values()]
         for corpus in corpora:
             corpus.read(0, 1)  # reads a corpus that is kept in memory completely, before the run has a directory
-        check_optimizer(config.optimizer, config.model, self.data.tokenizer.vocab_size)
+        check_optimizer(config.optimizer, config.model, self.data.tokenizer.vocab_size, resumes=bool(self.resumes))
         self.batches = TrainBatches(
             self.data.train,
             seq_len=seq_len,
@@ -267,6 +267,7 @@ class Run:
             self._trackers.close(failed=True)
             raise
         finally:
+            stop.silence()
             self._signal = stop.signal
 
     def roll_back(self, wrong: range, skipped_windows: int) -> bool:

@@ -133,7 +133,7 @@ def describe_optimizer(config: OptimizerConfig, model: LanguageModel) -> str:
     if not config.hyperball:
         return line
     arrays = counted(len(paths_on_hyperball(model)), "array")
-    return f"{line}; hyperball: the matrices of {arrays} keep their norms without decay"
+    return f"{line}; hyperball: the matrices of {arrays} keep their norms and do not decay"
 
 
 def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[str]:

@@ -93,7 +93,7 @@ def jobs_of(
     places = {job_directory(folder, config): config for config in configs}
     to_do = [job_directory(folder, config) for config in missing]
     for directory in to_do:
-        _remove_lost(directory, places[directory], say)
+        _set_aside(directory, places[directory], say)
     found, hindrance = find_starts(places)
     # A shorter run that was done earlier has no checkpoint left.
     starts = {
@@ -113,16 +113,18 @@ def jobs_of(
     return [Job(places[path], path, start=starts.get(path), keep_step=kept.get(path)) for path in to_do]
 
 
-def _remove_lost(directory: Path, config: TrainConfig, say: Callable[[str], None]) -> None:
-    """Remove what is left of a run that has neither a record nor a checkpoint: it can only begin again."""
+def _set_aside(directory: Path, config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Rename the directory of a run that has neither a record nor a checkpoint, so that it can start again."""
     left = RunDirectory(directory, "never", config.trainer.checkpoint_dir)
     if not left.metrics_file.exists() or checkpoint.steps(left.checkpoints):
         return
     held = lock(directory / LOCK_NAME)
-    if held is not None:  # else it is at work
+    if held is not None:  # otherwise another process is training it
+        aside = directory.with_name(f"{directory.name}.old")
         with held:
-            shutil.rmtree(directory)
-        say(one_line(f"{directory} contains a run without a record or checkpoint; it starts again at step 0"))
+            shutil.rmtree(aside, ignore_errors=True)
+            directory.rename(aside)
+        say(one_line(f"{directory} had no record and no checkpoint; it is now {aside.name}, and the run starts again"))
 
 
 def digests(config: DataConfig) -> dict[str, str]:
@@ -305,8 +307,9 @@ def _watch(process: subprocess.Popen, metrics: Path, stale: int | None, check_st
     losses: list[float] = []
     position = 0
     while process.poll() is None:
-        check_stop()
-        time.sleep(POLL_SECONDS)
+        for _ in range(10):  # soon after a signal, so that a second one ends the wait below
+            check_stop()
+            time.sleep(POLL_SECONDS / 10)
         if _inode(metrics) in (None, stale):
             continue
         with metrics.open() as file:

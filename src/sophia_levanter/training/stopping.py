@@ -49,6 +49,10 @@ class StopRequest:
             for number in signals:
                 signal.signal(number, self._note)
 
+    def silence(self) -> None:
+        """Print no line any more: what a signal would have stopped has ended."""
+        self._line = ""
+
     def check(self) -> None:
         """End what waits if a signal has come.
 
@@ -65,11 +69,12 @@ class StopRequest:
         # SIGTERM counts even after SIGINT: Python reports signals that arrive together in the order of their numbers.
         if number != signal.SIGINT:
             self.signal = signal.Signals(number)
-            signal.signal(signal.SIGINT, self._note)
+            if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+                signal.signal(signal.SIGINT, self._note)
         elif self.signal is None:
             self.signal = signal.SIGINT
             signal.signal(signal.SIGINT, self._on_second)
-        if is_first:
+        if is_first and self._line:
             self._say()
 
     def _say(self) -> None:

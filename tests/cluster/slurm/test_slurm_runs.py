@@ -54,4 +54,4 @@ def test_stop(slurm_file, tmp_path):
         )
         assert "stopped; 2 processes (slurm); attempt 1; step " in stopped.stdout, stopped
         assert run.wait() == 75, run.text
-    assert "stopped: as asked; the run is saved" in (next((run.run_dir / "launch").glob("slurm-*.log"))).read_text()
+    assert "stopped: as requested; the run is saved" in (next((run.run_dir / "launch").glob("slurm-*.log"))).read_text()
