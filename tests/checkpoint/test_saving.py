@@ -40,7 +40,7 @@ def test_keep(tmp_path: Path) -> None:
         put(tmp_path, step, make_model(), keep=2)
     assert steps(tmp_path) == [10, 15, 100_000_000]  # the later one is of before the run was taken back
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000015", "step-100000000"]
-    with pytest.raises(InputError, match="kept"):
+    with pytest.raises(InputError, match="both must be at least 1"):
         put(tmp_path, 20, make_model(), keep=0)
 
 

@@ -103,7 +103,7 @@ def test_each_backend_has_its_fields(tmp_path):
     ],
 )
 def test_a_mistake_has_one_line(text, message, tmp_path):
-    with pytest.raises(InputError, match=r"cluster\.yaml: ") as error:
+    with pytest.raises(InputError, match=r"cluster\.yaml") as error:
         read(tmp_path, text)
     assert message in str(error.value)
     assert "\n" not in str(error.value)

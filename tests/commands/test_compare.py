@@ -62,7 +62,7 @@ def arguments(study: Path, *more: object) -> list[str]:
         (["--plan", "STUDY"], "study.yaml'; write --SECTION.FIELD VALUE"),
         (["--config", "STUDY", "--confg", "x"], "unknown option '--confg'; did you mean --config?"),
         (["--config", "STUDY", "--ray=1"], "--ray takes no value, found '1'"),
-        (["--config", "STUDY", "--out"], "--out has no value"),
+        (["--config", "STUDY", "--out"], "--out needs a value"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: file not found"),
         (["--config", "."], ". cannot be read: Is a directory"),
         (["--config", "STUDY", "--out", "STUDY"], "study.yaml is a file or inside a file; name a directory"),

@@ -34,11 +34,11 @@ def test_options_that_may_be_repeated() -> None:
         (["--other", "1"], "unknown option '--other'; the sections are model, optimizer"),
         (["--confg", "1"], "unknown option '--confg'; did you mean --config?"),
         (["--all=1"], "--all takes no value, found '1'"),
-        (["--config"], "--config has no value"),
-        (["--config", "--all"], "--config has no value"),
+        (["--config"], "--config needs a value"),
+        (["--config", "--all"], "--config needs a value"),
         (["--config", ""], "--config has an empty value"),
         (["--config", "a", "--config", "b"], "--config is given twice"),
-        (["--x.y"], "--x.y has no value"),
+        (["--x.y"], "--x.y needs a value"),
     ],
 )
 def test_command_lines_that_are_none(words: list[str], expected: str) -> None:

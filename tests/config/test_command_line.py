@@ -195,7 +195,7 @@ def test_resume_errors(tmp_path):
         (["-c", "run.yaml"], "unexpected argument '-c'"),
         (["--"], "unexpected argument '--'"),
         (["--optimizer.rho"], "--optimizer.rho needs a value; write --optimizer.rho VALUE"),
-        (["--model.use_bias", "--print_config"], "--model.use_bias has no value"),
+        (["--model.use_bias", "--print_config"], "--model.use_bias needs a value"),
         (["--print_config=true"], "--print_config takes no value, found 'true'"),
         (["--help=x"], "--help takes no value"),
         (["--print-config"], "unknown option '--print-config'; did you mean --print_config?"),

@@ -38,11 +38,12 @@ def test_bad_values(values, message):
     [
         (
             ("--tracking.wandb", "online"),
-            "tracking.wandb is 'online'; wandb is not installed; pip install 'sophia-levanter[wandb]'",
+            "tracking.wandb is 'online', but wandb is not installed; pip install 'sophia-levanter[wandb]'",
         ),
         (
             ("--tracking.tensorboard", "true"),
-            "tracking.tensorboard is true; tensorboardX is not installed; pip install 'sophia-levanter[tensorboard]'",
+            "tracking.tensorboard is true, but tensorboardX is not installed; "
+            "pip install 'sophia-levanter[tensorboard]'",
         ),
     ],
 )

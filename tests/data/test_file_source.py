@@ -246,8 +246,8 @@ def test_another_text_field(tmp_path: Path) -> None:
             "no field 'text'; possible values of data.text_field: 'body', 'title'",
         ),
         ("a.parquet", flipped_pages(parquet({"text": ["some text"] * 500})), "cannot read"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is not JSON"),
-        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1 is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is not readable JSON"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1 is not readable JSON"),
         (
             "a.jsonl",
             json_lines({"body": "1", "title": "2"}),

@@ -90,7 +90,7 @@ def test_buffers_and_prefixes(model, save):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; this model rotates whole heads"),
         ({"model_type": "mistral"}, "model_type is 'mistral'; it must be one of gpt2, llama, qwen3"),
         ({"num_hidden_layers": 9}, "num_hidden_layers is 9, but the weights have 2"),
-        ({"num_key_value_heads": 2}, "model.num_kv_heads is 1, and FOLDER has 2; set --model.num_kv_heads 2"),
+        ({"num_key_value_heads": 2}, "model.num_kv_heads is 1, but FOLDER has 2; set --model.num_kv_heads 2"),
         ({"rope_theta": "absent", "rope_parameters": {"rope_theta": 5e5}}, "set --model.rope_theta 500000.0"),
         ({"rms_norm_eps": 1e-6}, "set --model.layer_norm_epsilon 1e-06"),
         ({"tie_word_embeddings": True}, "set --model.tie_embeddings true"),

@@ -177,4 +177,4 @@ def test_without_torch_one_line_says_so(model, tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_torch)
     message = refused(file, model.config)
     assert "ckpt.pt: needs torch, which cannot be imported (No module named 'torch'); pip install torch" in message
-    assert message.endswith("code pickled in the file never runs")
+    assert message.endswith("code pickled in the file never runs)")

@@ -67,7 +67,7 @@ def test_numbers_beyond_the_parameters_dtype_are_not_finite(folder, model, array
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        ({"n_head": 4}, "model.num_heads is 2, and FOLDER has 4; set --model.num_heads 4"),
+        ({"n_head": 4}, "model.num_heads is 2, but FOLDER has 4; set --model.num_heads 4"),
         ({"n_inner": 16}, "set --model.mlp_ratio 2"),
         (
             {"n_inner": 12},
@@ -107,13 +107,13 @@ def test_another_model_names_the_field_and_the_value(change, wanted, folder, mod
 @pytest.mark.parametrize(
     ("ours", "wanted"),
     [
-        ({"num_layers": 12}, "model.num_layers is 12, and FOLDER has 2; set --model.num_layers 2"),
+        ({"num_layers": 12}, "model.num_layers is 12, but FOLDER has 2; set --model.num_layers 2"),
         (
             {"embed_dim": 16, "mlp_ratio": 1},
-            "model.embed_dim is 16, and FOLDER has 8; set --model.embed_dim 8 --model.mlp_ratio 4",
+            "model.embed_dim is 16, but FOLDER has 8; set --model.embed_dim 8 --model.mlp_ratio 4",
         ),
-        ({"seq_len": 16}, "model.seq_len is 16, and FOLDER has 8; set --model.seq_len 8"),
-        ({"seq_len": 4}, "model.seq_len is 4, and FOLDER has 8; set --model.seq_len 8"),
+        ({"seq_len": 16}, "model.seq_len is 16, but FOLDER has 8; set --model.seq_len 8"),
+        ({"seq_len": 4}, "model.seq_len is 4, but FOLDER has 8; set --model.seq_len 8"),
     ],
 )
 def test_a_model_of_another_shape_than_the_weights(ours, wanted, folder, model):

@@ -90,7 +90,7 @@ def test_a_folder_of_something_else(folder, model, tmp_path):
         (b"{", "not valid JSON"),
         (b"\xff", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
-        (b"3", "is not a JSON object"),
+        (b"3", "not a JSON object"),
     ],
 )
 def test_a_config_that_is_no_json(text, wanted, folder, model):

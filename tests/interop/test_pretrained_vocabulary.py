@@ -71,7 +71,7 @@ def test_rows_beyond_the_tokenizers_are_kept_and_never_predicted(rows, make_mode
     assert_same(read(folder, found.config), found)
     other = dataclasses.replace(model.config, vocab_rows=300)
     assert refused(folder, other).endswith(
-        f"model.vocab_rows is 300, and {folder} has {rows}; set --model.vocab_rows {rows}"
+        f"model.vocab_rows is 300, but {folder} has {rows}; set --model.vocab_rows {rows}"
     )
 
 
@@ -122,11 +122,11 @@ def test_a_folder_with_the_vocabulary_of_the_tokenizer(name, vocab, tmp_path):
     [
         (
             {"a": 98, "b": 97},
-            "token 97 is 'b', and b'a' in data.tokenizer bytes; name the tokenizer that the model was",
+            "token 97 is 'b', but b'a' in data.tokenizer bytes; name the tokenizer that the model was",
         ),
         ({"<s>": 0}, "token 0 is '<s>'"),
         ({"\N{GREEK SMALL LETTER ALPHA}": 255}, "token 255 is "),
-        ({"\x1b[2J" * 99: 3}, r"…x1b[2J" + r"\x1b[2J" * 6 + "', and b'"),
+        ({"\x1b[2J" * 99: 3}, r"…x1b[2J" + r"\x1b[2J" * 6 + "', but b'"),
         ({"a": "x"}, "has no map from tokens to ids"),
     ],
 )
@@ -143,7 +143,7 @@ def test_a_tokenizer_file_of_another_kind(tmp_path):
     for content, wanted in (
         ({"model": []}, "has no map"),
         ({"model": {"vocab": [["a", -1]]}}, "has no"),
-        (3, "is no"),
+        (3, "not a JSON object"),
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
         with pytest.raises(InputError, match=f"tokenizer.json: {wanted}"):

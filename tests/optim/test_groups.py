@@ -93,7 +93,7 @@ def test_the_first_group_that_matches_counts():
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ([ParameterGroup("wte")], r"groups\[0\].match 'wte' matches no parameter; there are \['block.bias'"),
+        ([ParameterGroup("wte")], r"groups\[0\].match 'wte' matches no parameter; choose from \['block.bias'"),
         (
             [ParameterGroup("block"), ParameterGroup("bias")],
             r"groups\[1\].match 'bias' matches no parameter that is not already in an earlier group",
@@ -129,7 +129,7 @@ def test_groups_by_role():
         (
             ["head"],
             ROLES,
-            r"^groups\[0\]\.role 'head' matches no parameter; there are \['embedding', 'matrix', 'vector'\]",
+            r"^groups\[0\]\.role 'head' matches no parameter; choose from \['embedding', 'matrix', 'vector'\]",
         ),
         (
             ["vector", "vector"],

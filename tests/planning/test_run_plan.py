@@ -31,7 +31,7 @@ def test_an_optimizer_that_does_not_fit_the_model():
     """Said before anything is compiled."""
     optimizer = AdamWConfig(groups=(GroupConfig("wtx"),))
     config = replace(CONFIG, optimizer=optimizer, data=DataConfig(tokenizer="bytes"))
-    with pytest.raises(InputError, match=r"^optimizer\.groups\[0\]\.match 'wtx' matches no parameter; there are \['"):
+    with pytest.raises(InputError, match=r"^optimizer\.groups\[0\]\.match 'wtx' matches no parameter; choose from \['"):
         next(describe(config, "name", pretended_target(1, "h100"), 0.4))
 
 

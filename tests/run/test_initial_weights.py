@@ -132,7 +132,7 @@ BAD = {
     "missing": (["--trainer.initial_weights", "nowhere"], "nowhere: file not found"),
     "empty": (["--trainer.initial_weights", ""], "trainer.initial_weights is empty"),
     "no biases": (["--model.use_bias", "false"], "set --model.use_bias true"),
-    "layers": (["--model.num_layers", "3"], "model.num_layers is 3, and "),
+    "layers": (["--model.num_layers", "3"], "model.num_layers is 3, but "),
     "a file that is no checkpoint": (["--trainer.initial_weights", "text.txt"], "text.txt: "),
 }
 
@@ -155,7 +155,7 @@ def test_weights_of_another_vocabulary(gpt2_folder, config_file, tmp_path, capfd
     command = ["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run"), *BIASES]
     assert main([*command, "--trainer.initial_weights", str(gpt2_folder)]) == 2
     wanted = (
-        f"error: trainer.initial_weights {gpt2_folder}/vocab.json: token 3 is 'a', and b'\\x03' in data.tokenizer bytes"
+        f"error: trainer.initial_weights {gpt2_folder}/vocab.json: token 3 is 'a', but b'\\x03' in data.tokenizer bytes"
     )
     assert capfd.readouterr().err.startswith(wanted)
 

@@ -99,7 +99,7 @@ def test_bad_input(run_dir, tmp_path, gpt2_folder):
     assert "unknown option '--trainer.batchsize'" in refused(run_dir, overrides=[("trainer.batchsize", "3")])
     assert "devices on mesh.data; use a multiple of" in refused(run_dir, overrides=[("mesh.fsdp", "layers")])
     (gpt2_folder / "vocab.json").write_text('{"a": 3}')
-    assert "vocab.json: token 3 is 'a', and " in refused(gpt2_folder, overrides=[("data.tokenizer", "bytes")])
+    assert "vocab.json: token 3 is 'a', but " in refused(gpt2_folder, overrides=[("data.tokenizer", "bytes")])
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/config.yaml").write_text((run_dir / "config.yaml").read_text())
     assert "the run has not saved a checkpoint" in refused(tmp_path / "begun")

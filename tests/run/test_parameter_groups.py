@@ -51,7 +51,7 @@ def test_a_group_that_matches_nothing_ends_the_run_before_it_begins(config_file,
     command = ["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run")]
     assert main([*command, "--optimizer.groups", "[{match: wtx}]"]) == 2
     error = capfd.readouterr().err
-    assert error.startswith("error: optimizer.groups[0].match 'wtx' matches no parameter; there are ['")
+    assert error.startswith("error: optimizer.groups[0].match 'wtx' matches no parameter; choose from ['")
     assert not (tmp_path / "run").exists()
 
 
@@ -60,7 +60,7 @@ def test_a_role_that_nothing_has(config_file):
     config = load_config(config_file, [("optimizer.groups", "[{role: head}]")])
     with pytest.raises(InputError) as raised:
         check_groups(config.optimizer.parameter_groups, abstract_model(config.model, 257))
-    wanted = "optimizer.groups[0].role 'head' matches no parameter; there are ['embedding', 'matrix', 'vector']"
+    wanted = "optimizer.groups[0].role 'head' matches no parameter; choose from ['embedding', 'matrix', 'vector']"
     assert str(raised.value) == wanted
 
 

@@ -161,7 +161,7 @@ def test_what_speaks_against_the_best_points(make_record, tmp_path):
     ]
     text = write_report(dataclasses.replace(STUDY, evaluations=2), runs, records, tmp_path)
     assert [line for line in text.splitlines() if line.startswith("- ")] == [
-        "- **sophia: the best learning_rate, 0.4, is at the edge of its grid; try larger ones.**",
+        "- **sophia: the best learning_rate, 0.4, is at the edge of its grid; try larger values.**",
         "- **sophia: the last win rate is 0.01; values from 0.1 to 0.9 are usual, so try a larger rho.**",
         "- **2 validation losses in a run are too few to show a curve; use 5 or more.**",
     ]

@@ -69,7 +69,7 @@ def test_formats(task, record, item, write):
 @pytest.mark.parametrize(
     ("task", "text", "problem"),
     [
-        ("piqa", "", "contains no items"),
+        ("piqa", "", "the file contains no items"),
         ("piqa", json.dumps(PIQA) + "\n{", "line 2 is not an item of piqa: JSONDecodeError"),
         ("piqa", json.dumps(PIQA | {"label": 2}), "line 1 is not an item of piqa: its answer has no text"),
         ("arc", json.dumps(PIQA), "line 1 is not an item of arc: KeyError('question')"),

@@ -164,7 +164,7 @@ def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
             raise InputError(f"{field} {path}: line {number} is not an item of {task}: its answer has no text")
         items.append(item)
     if not items:
-        raise InputError(f"{field} {path} contains no items")
+        raise InputError(f"{field} {path}: the file contains no items")
     return items
 
 

@@ -139,7 +139,7 @@ def test_a_persons_step_is_left_alone(allocation: Path, slurm_run: Job):
 def test_tasks_that_cannot_be_ended(allocation: Path, slurm_run: Job, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(slurm, "LEFTOVERS_TIMEOUT", 0)
     (allocation / "step-100.0").write_text(f"{slurm.STEP}\n{os.getpid()}")
-    with pytest.raises(Unavailable, match=r"Slurm's steps 100\.0"):
+    with pytest.raises(Unavailable, match=r"Slurm steps 100\.0"):
         SlurmBackend(SlurmCluster(nodes=2)).prepare(slurm_run, 1, lambda line: None, lambda: False)
 
 
