@@ -42,8 +42,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Ray gives its workers a niceness of 15; beside the other worker's tests they would wait until timeouts are over.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# A shell has what it starts in the background ignore Ctrl-C, and the processes that tests start would inherit that.
+# A shell makes background commands ignore Ctrl-C, and nohup makes them ignore SIGHUP. The processes that tests start
+# would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 STATM = Path("/proc/self/statm")
 MOST_BYTES = 2_500_000_000
