@@ -10,7 +10,7 @@ __all__ = ["TrainingResult", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on use, so that `sophia_levanter.optim` alone stays light.
+    # Imported on first use, so that importing only `sophia_levanter.optim` stays fast.
     if name in __all__:
         from sophia_levanter import api
 

@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter VERB ...` is `sophia-levanter VERB ...`."""
+"""`python -m sophia_levanter VERB ...` is the same as `sophia-levanter VERB ...`."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""Published rates of accelerators. Free of jax.
+"""Published performance figures for accelerators. This module does not import jax.
 
 This project measured none of these numbers. TPU rates are from docs.cloud.google.com/tpu/docs (v4, v5e, v5p and v6e),
-GPU rates from NVIDIA's data sheets of the A100, H100 and H200 (SXM), both read in November 2026. Comments beside the
-numbers name other sources.
+and GPU rates are from NVIDIA's data sheets for the A100, H100 and H200 (SXM). Both were read in November 2026. Comments
+next to the numbers name other sources.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 GIB = 2**30
-# The matrix side at which `Chip.qr_flops` holds.
+# The side of the matrix for which `Chip.qr_flops` is given.
 QR_SIDE = 2048
 
 
@@ -24,11 +24,11 @@ class Chip:
         memory: bytes available to a program.
         memory_bandwidth: bytes/s between the chip and its memory.
         peak_flops: dense bfloat16 FLOP/s.
-        bandwidth: bytes/s that the chip can send to other chips of its slice or node, over all links.
+        bandwidth: bytes/s that the chip can send to other chips in its slice or node, over all links.
         network: bytes/s that the chip can send to other nodes or slices.
-        qr_flops: FLOP/s of a float32 QR decomposition of a `QR_SIDE` x `QR_SIDE` matrix; see `qr_rate` for other sides.
+        qr_flops: FLOP/s of a float32 QR decomposition of a `QR_SIDE` x `QR_SIDE` matrix; see `qr_rate` for other sizes.
         newton_schulz_flops: FLOP/s of float32 Newton-Schulz iterations at jax's default matmul precision.
-        topology: what libtpu needs to compile for the chip; None for GPUs.
+        topology: the options that libtpu needs to compile for the chip; None for GPUs.
         longest_side: chips along the longest side of the largest slice.
         qr_measured: whether `qr_flops` is a published measurement on this kind of chip; otherwise it is assumed.
     """
@@ -46,20 +46,21 @@ class Chip:
     qr_measured: bool = False
 
     def qr_rate(self, side: int) -> float:
-        """FLOP/s of a QR decomposition of a side x side matrix.
+        """FLOP/s of a QR decomposition of a `side` x `side` matrix.
 
-        Householder QR processes columns one after another, so the time grows more slowly than the FLOPs: here with the
-        power 1.5 of the side. On an unnamed GPU torch.linalg.qr took 0.61, 3.8 and 24 ms for R alone at sides of 256,
-        1024 and 4096, the power 1.3 (github.com/flagos-ai/FlagGems, pull request 5586); Q adds matrix products.
+        Householder QR processes columns one after another, so its time grows more slowly than its FLOPs: it is assumed
+        to grow as `side` ** 1.5. On an unnamed GPU, torch.linalg.qr took 0.61, 3.8 and 24 ms to compute R alone for
+        sides of 256, 1024 and 4096, an exponent of 1.3 (github.com/flagos-ai/FlagGems, pull request 5586). Computing Q
+        adds matrix products.
         """
         return self.qr_flops * (side / QR_SIDE) ** 1.5
 
 
 # Bandwidths are half the "bidirectional ICI bandwidth per chip" for v5p, v5e and v6e, and six links of 50 GB/s for v4
-# (Jouppi et al. 2023, arXiv 2304.01433). Between slices each chip has a share of its host's adapters: 50 Gb/s for v5p,
-# 25 for v5e, 100 for v6e, and 50 for v4 (jax-ml.github.io/scaling-book/tpus). No rate of XLA's QR on TPUs is published:
-# a quarter of the A100's is assumed, since the loop over columns cannot use the matrix units. Newton-Schulz is assumed
-# to reach half the peak, since float32 products take one bfloat16 pass by default.
+# (Jouppi et al. 2023, arXiv 2304.01433). Between slices, each chip has a share of its host's adapters: 50 Gb/s for v5p,
+# 25 for v5e, 100 for v6e, and 50 for v4 (jax-ml.github.io/scaling-book/tpus). No figures are published for XLA's QR on
+# TPUs. A quarter of the A100's rate is assumed, because the loop over columns cannot use the matrix units.
+# Newton-Schulz is assumed to reach half the peak, because float32 products take one bfloat16 pass by default.
 _TPU_QR_FLOPS = 0.36e12
 _ONE_CORE: dict[str, Any] = {"chips_per_host_bounds": (2, 2, 1)}
 _MEGACORE = {"chip_config_name": "megacore", **_ONE_CORE}
@@ -69,9 +70,9 @@ TPUS = {
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 16 * GIB, 819e9, 197e12, 200e9, 3.125e9, _TPU_QR_FLOPS, 98e12, _ONE_CORE),
     "v6e": Chip(("TPU v6",), 32 * GIB, 1638e9, 918e12, 400e9, 12.5e9, _TPU_QR_FLOPS, 459e12, _ONE_CORE),
 }
-# Memory excludes what the driver and its context take. Bandwidths within a node are NVLink's in one direction, half of
-# the data sheets' 600 and 900 GB/s. Between nodes each GPU has its own adapter, as in NVIDIA's DGX: 200 Gb/s beside an
-# A100, 400 Gb/s beside an H100 or H200; many clouds provide a quarter of that or less.
+# Memory excludes what the driver and its context use. Bandwidths within a node are NVLink's in one direction, half the
+# 600 and 900 GB/s in the data sheets. Between nodes, each GPU has its own adapter, as in NVIDIA's DGX: 200 Gb/s for an
+# A100, 400 Gb/s for an H100 or H200; many clouds provide a quarter of that or less.
 # torch.linalg.qr of a 2048 x 2048 float32 matrix took 15.97 ms on an A100 (github.com/pytorch/pytorch, issue 151066;
 # cuSOLVER, which jax calls too): 8/3 * 2048^3 FLOPs in that time are 1.43 TFLOP/s. The same rate is assumed for the
 # H100 and H200. Newton-Schulz is assumed to reach half the peak of float32 products, which use TF32 by default: a
@@ -86,7 +87,7 @@ GPUS = {
 
 
 def published_peak(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by jax's name for its kind; None for a kind that is not listed."""
+    """Dense bfloat16 FLOP/s of a device, given jax's name for its kind; None if the kind is not listed."""
     peaks = {kind: chip.peak_flops for chip in (*TPUS.values(), *GPUS.values()) for kind in chip.kinds}
     # The longest match wins: "TPU v5 lite" (v5e) contains "TPU v5" (v5p).
     found = max((kind for kind in peaks if kind in device_kind), key=len, default=None)

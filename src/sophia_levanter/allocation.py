@@ -1,24 +1,25 @@
-"""Settings of glibc's malloc for freed memory; no effect with other C libraries."""
+"""Control what glibc's malloc does with freed memory. Other C libraries are not affected."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# Values of mallopt's parameters (glibc's malloc.h) that keep a step's buffers allocated between steps.
+# Values of the mallopt parameters (glibc's malloc.h) that keep a step's buffers allocated between steps.
 _KEEP = {
-    -4: 0,  # M_MMAP_MAX: large buffers come from the heap, too
-    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: the free end of the heap is not given back
+    -4: 0,  # M_MMAP_MAX: large buffers also come from the heap
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: free memory at the top of the heap is not returned
     -2: 2**28,  # M_TOP_PAD: the heap grows by this much at a time
     -8: 1,  # M_ARENA_MAX: one heap for all threads
 }
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep freed memory for the process, for programs that allocate the same large buffers again and again.
+    """Make malloc keep freed memory, for programs that allocate the same large buffers again and again.
 
-    By default glibc returns every large buffer to the system. A training step on a CPU then spends a tenth to a quarter
-    of its time on page faults. Call this before the first thread starts, since existing arenas remain.
+    By default, glibc returns every freed large buffer to the system, and a training step on a CPU spends a tenth to a
+    quarter of its time on page faults. Call this function before the first thread starts, because it does not remove
+    existing arenas.
     """
     mallopt = _function("mallopt")
     if mallopt is not None:
@@ -27,10 +28,10 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Have malloc return free memory to the system.
+    """Make malloc return free memory to the system.
 
-    Freed texts of different sizes leave gaps that glibc keeps. Without this call a process that prepares a long text
-    grows by a third in its first minute.
+    Freed texts of different sizes leave gaps that glibc keeps. Without this call, the memory of a process that prepares
+    a long text grows by a third in the first minute.
     """
     trim = _function("malloc_trim")
     if trim is not None:
@@ -38,5 +39,5 @@ def return_freed_memory() -> None:
 
 
 def _function(name: str) -> ctypes._NamedFuncPointer | None:
-    """A function of the C library; None if it lacks the function."""
+    """A function in the C library; None if it does not exist there or the system is not Linux."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -1,4 +1,4 @@
-"""Training called from Python: a notebook, a thread, a Ray Tune or Optuna trial."""
+"""Training from Python code, such as a notebook, a thread, or a Ray Tune or Optuna trial."""
 
 from __future__ import annotations
 
@@ -37,16 +37,17 @@ def train(
 ) -> TrainingResult:
     """Train a model, as `python -m sophia_levanter.main` does.
 
-    Errors are raised; it never calls `sys.exit`. In the main thread SIGINT and SIGTERM let the running step end, its
-    state is saved, and the program's own handlers then get the signal: Ctrl-C raises `KeyboardInterrupt` after the
-    save. In another thread it leaves signals alone. Calls from several threads train one after the other.
+    This function raises errors and never calls `sys.exit`. In the main thread, SIGINT and SIGTERM end training after
+    the current step. The state is saved first, and the program's own handlers then receive the signal, so Ctrl-C raises
+    `KeyboardInterrupt` after the save. In other threads, signals are left alone. Calls from several threads run one at
+    a time.
 
     Args:
-        config: a YAML file, a `TrainConfig`, or a mapping of sections; None only with `resume` of a directory.
-        resume: a run directory to continue, or `"auto"` to continue the run in `trainer.run_dir` if there is one.
+        config: a YAML file, a `TrainConfig`, or a mapping of sections; None only if `resume` is a directory.
+        resume: a run directory to continue, or `"auto"` to continue the run in `trainer.run_dir` if one exists.
         quiet: whether to print only warnings and the result.
-        overrides: settings on top of `config`: sections as mappings (`optimizer={"learning_rate": 1e-3}`) or fields by
-            dotted name (`**{"optimizer.learning_rate": 1e-3}`). Values may be NumPy scalars and paths.
+        overrides: settings that override `config`: either sections as mappings (`optimizer={"learning_rate": 1e-3}`) or
+            fields with dotted names (`**{"optimizer.learning_rate": 1e-3}`). Values may be NumPy scalars or paths.
 
     Returns:
         The last step, its metrics, and the paths of the run directory and the checkpoint.
@@ -118,5 +119,5 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if dataclasses.is_dataclass(value):
         return encode(value)
-    # Scalars of NumPy and JAX.
+    # NumPy and JAX scalars.
     return value.item() if getattr(value, "shape", None) == () else value

@@ -1,4 +1,4 @@
-"""The batch: `data` makes it, `models` and `training` read it."""
+"""The training batch, which `data` builds and `models` and `training` read."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import sophia_levanter.jax_compatibility  # noqa: F401
 
 
 class Batch(eqx.Module):
-    """Sequences of text for next-token prediction; there may be leading axes, such as `microbatch`.
+    """A batch of sequences for next-token prediction. It may have leading axes, such as `microbatch`.
 
     Attributes:
-        tokens: int32 [batch, position], what the model reads.
-        targets: int32 [batch, position], the token after each.
-        weights: float32 [batch, position], of each target in the mean loss; 0 leaves it out.
-        document_starts: int32 [batch, position], the index in the row at which each token's document starts; attention
-            and position indices do not reach before it. None if they reach back to the start of the row.
+        tokens: int32 [batch, position], the model's input.
+        targets: int32 [batch, position], the token that follows each input token.
+        weights: float32 [batch, position], the weight of each target in the mean loss; 0 excludes the target.
+        document_starts: int32 [batch, position], the index in the row at which each token's document starts. Attention
+            and position indices do not reach back before it. If None, they reach back to the start of the row.
     """
 
     tokens: NamedArray
@@ -35,15 +35,15 @@ def batch_from_sequences(
     num_microbatches: int = 1,
     document_end: int | None = None,
 ) -> Batch:
-    """Make a host-side batch [microbatch, batch, position] from sequences of `position + 1` tokens.
+    """Build a host-side batch [microbatch, batch, position] from sequences of `position + 1` tokens.
 
-    Microbatch i holds the i-th block of consecutive rows, whichever devices compute it.
+    Microbatch i holds the i-th block of consecutive rows, regardless of which devices compute it.
 
     Args:
-        sequences: int32 [rows, position + 1]; rows are a multiple of `num_microbatches`.
-        weights: float32 [rows, position]; 1 each if not given.
+        sequences: int32 [rows, position + 1]; the number of rows is a multiple of `num_microbatches`.
+        weights: float32 [rows, position]; all ones if not given.
         num_microbatches: the number of blocks that the rows are divided into.
-        document_end: the token that ends a document, for `Batch.document_starts`; None leaves them out.
+        document_end: the token that ends a document, used to set `Batch.document_starts`; if None, that field is None.
     """
     if weights is None:
         weights = np.ones((sequences.shape[0], sequences.shape[1] - 1), np.float32)
@@ -60,9 +60,9 @@ def batch_from_sequences(
 
 
 def document_starts(tokens: np.ndarray, document_end: int) -> np.ndarray:
-    """The index in its row at which each token's document starts: int32 [row, position].
+    """The position in the row at which each token's document starts: int32 [row, position].
 
-    The token that ends a document belongs to it. The first document of each row starts at 0.
+    The token that ends a document belongs to that document. The first document in each row starts at 0.
 
     Args:
         tokens: int [row, position].

@@ -1,4 +1,4 @@
-"""The console script: `sophia-levanter train ...` is `python -m sophia_levanter.main ...`."""
+"""The console script: `sophia-levanter train ...` is the same as `python -m sophia_levanter.main ...`."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 
 class InputError(Exception):
-    """Bad input: a config field, a file, a run directory.
+    """Bad input, such as a config field, a file or a run directory.
 
     The message is one line that names the field or file, the value found and the remedy. Commands print it without a
     traceback and exit with status 2.
@@ -23,7 +23,7 @@ class DirectoryInUse(InputError):
 
 
 class Problems:
-    """Collects bad input, so that all of it is reported at once.
+    """Collects input errors so that they are all reported together.
 
     Examples:
         >>> problems = Problems()
@@ -47,10 +47,10 @@ class Problems:
         return isinstance(error, InputError)
 
     def report(self) -> None:
-        """Raise the collected errors, if any, as one.
+        """Raise the collected errors, if any, as a single error.
 
         Raises:
-            InputError: with all messages.
+            InputError: its message contains all collected messages.
         """
         if self._messages:
             raise InputError("; and ".join(dict.fromkeys(self._messages)))
@@ -62,17 +62,17 @@ LONGEST_WORD = 300
 
 
 def one_line(text: object) -> str:
-    """Format a text as one line: control characters become Python escapes, and very long words lose their middle."""
+    """Format text as one line: control characters become Python escapes, and very long words are shortened."""
     line = CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
     return re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda found: shortened(found[0], LONGEST_WORD), line)
 
 
 def shortened(name: str, most: int) -> str:
-    """Replace the middle of a name by "…" if the name has more than `most` characters."""
+    """Replace the middle of a name with "…" if the name has more than `most` characters."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[most // 2 + 1 - most :]}"
 
 
 def counted(number: int, what: str) -> str:
-    """`1 layer`, `12,000 steps`, `0 processes`."""
+    """A number with its noun: `1 layer`, `12,000 steps`, `0 processes`."""
     plural = f"{what}es" if what.endswith(("s", "ch")) else f"{what}s"
     return f"{number:,} {what if number == 1 else plural}"

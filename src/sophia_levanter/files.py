@@ -12,8 +12,8 @@ from typing import IO, BinaryIO
 
 from sophia_levanter.errors import InputError
 
-MOST_BYTES = 1 << 28  # largest file that is read as a whole; the largest known vocabulary has 4 MB
-# Paths of the pipes of a shell's `<(command)` and `command |`. These end; other pipes and devices may not.
+MOST_BYTES = 1 << 28  # the largest file that is read whole; the largest known vocabulary is 4 MB
+# Paths of the pipes that a shell creates for `<(command)` and `command |`. These end; other pipes and devices may not.
 _PIPES_OF_SHELL = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
@@ -25,10 +25,10 @@ class NotRegular(OSError, InputError):
 
 
 def check_utf8(field: str, path: str) -> None:
-    """Check that tensorstore can use the path in a field.
+    """Check that tensorstore can use `path`, the value of `field`.
 
     Raises:
-        InputError: if the path is not UTF-8 or contains a NUL.
+        InputError: if the path is not valid UTF-8 or contains a NUL character.
     """
     if re.search("[\0\ud800-\udfff]", path):
         raise InputError(f"{field} is {path!r}; it must be the name of a folder in UTF-8")
@@ -38,8 +38,8 @@ def open_regular(path: Path | str) -> BinaryIO:
     """Open a regular file, or a pipe from the shell, for reading.
 
     Raises:
-        NotRegular: as `check_regular` does.
-        OSError: if it cannot be opened.
+        NotRegular: if `check_regular` rejects the path.
+        OSError: if the file cannot be opened.
     """
     check_regular(path)
     return open(path, "rb")
@@ -63,14 +63,14 @@ def check_regular(path: Path | str) -> None:
 
 
 def read_regular(path: Path | str, most_bytes: int = MOST_BYTES) -> bytes:
-    """The content of a regular file, or of a pipe from the shell.
+    """Read all of a regular file, or of a pipe from the shell.
 
     Raises:
-        NotRegular: as `open_regular` does, and if there are more than `most_bytes`.
-        OSError: if it cannot be read.
+        NotRegular: if `check_regular` rejects the path, or the file has more than `most_bytes` bytes.
+        OSError: if the file cannot be read.
     """
     with open_regular(path) as file:
-        # `read` allocates as much memory as it is asked for. Pipes and files in /proc report a size of 0.
+        # `read(n)` allocates n bytes at once, so ask only for the file's size. Pipes and files in /proc report 0.
         size = os.fstat(file.fileno()).st_size or most_bytes
         content = file.read(min(size, most_bytes) + 1)
     if len(content) > most_bytes:
@@ -79,7 +79,7 @@ def read_regular(path: Path | str, most_bytes: int = MOST_BYTES) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file at `path`. After a kill or a power cut it holds either the old or the new content."""
+    """Replace the file at `path`. After a crash or a power failure, it holds either the old or the new content."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -104,15 +104,15 @@ def sync(path: Path) -> None:
 
 
 def lock(path: Path) -> IO[str] | None:
-    """Lock other processes out until the returned file is closed or this process ends.
+    """Lock out other processes until the returned file is closed or this process ends.
 
     Args:
-        path: the lock file, which is created; its directory must exist.
+        path: the lock file, which is created if it is missing; its directory must exist.
 
     Returns:
         The locked file; None if another process holds the lock.
     """
-    # O_NONBLOCK, so that a named pipe at this path fails instead of waiting for a reader.
+    # With O_NONBLOCK, opening a named pipe fails instead of waiting for a reader.
     file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o666), "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

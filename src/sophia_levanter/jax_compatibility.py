@@ -1,7 +1,7 @@
 """Adjustments to jax that this package needs. Every module that imports haliax imports this one.
 
-Newer versions of jax lack a name that haliax uses. `tests/test_jax_compatibility.py` fails as soon as haliax no longer
-needs it: then delete it here. haliax looks the name up when its functions are called, and jax starts its platforms when
+Newer versions of jax lack a name that haliax uses. `tests/test_jax_compatibility.py` fails once haliax no longer needs
+the name; then delete it here. haliax looks up the name when its functions are called, and jax starts its platforms when
 the first device is requested, so the order of imports does not matter.
 """
 
@@ -12,17 +12,17 @@ import jax
 from jax._src import hardware_utils
 from jax.extend.backend import register_backend_factory
 
-# Deprecated in jax 0.10, removed in 0.11. haliax calls it, when it contracts axes, to tell known sizes (integers) from
-# the symbolic sizes of an export.
+# Deprecated in jax 0.10 and removed in 0.11. haliax calls it when contracting axes, to tell known sizes (integers) from
+# symbolic sizes, which jax.export uses.
 vars(jax.core).setdefault("is_constant_dim", lambda size: isinstance(size, int))
 
 
 def skip_absent_tpu() -> None:
-    """Keep jax from starting libtpu on a machine without a TPU, where it is installed to compile for TPUs.
+    """Keep jax from starting libtpu on a machine that has libtpu, to compile for TPUs, but no TPU.
 
-    jax tries every platform that it knows, and libtpu then prints errors to stderr from C++. TPUs are counted as jax
-    counts them when it is imported. Nothing changes on a machine with a TPU or where JAX_PLATFORMS names platforms, so
-    that the errors of a TPU that should work are still shown.
+    jax tries every platform that it knows, and libtpu then prints errors to stderr from C++. TPUs are counted the same
+    way as when jax is imported. This function does nothing if the machine has a TPU or JAX_PLATFORMS is set, so that
+    errors from a TPU that should work are still shown.
     """
     attached, _ = hardware_utils.num_available_tpu_chips_and_device_id()
     chosen = jax.config.jax_platforms  # type: ignore[attr-defined]

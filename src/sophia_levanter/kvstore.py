@@ -1,4 +1,4 @@
-"""tensorstore's specifications of folders on a disk or in a bucket, and small files in these folders."""
+"""tensorstore specifications for folders on a disk or in a bucket, and access to small files in these folders."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import tensorstore as ts
 
 from sophia_levanter.files import NotRegular, read_regular
 
-# Retries of a bucket request. The pauses grow to half a minute, so an unanswered request fails after two minutes.
+# Retries of a bucket request. The delays grow to half a minute, so an unanswered request fails after two minutes.
 _RETRIES = {"max_retries": 8}
 
 
 def kvstore_spec(location: str) -> dict[str, Any] | str:
-    """tensorstore's specification of the folder at a path or at a URL such as gs://bucket/folder.
+    """The tensorstore specification for the folder at a path or at a URL such as gs://bucket/folder.
 
-    For `s3://`, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL names a server other than Amazon's, and AWS_REGION or
-    AWS_DEFAULT_REGION its region, as in Amazon's own tools. tensorstore itself does not read these variables.
+    For `s3://` URLs, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL selects a server other than Amazon's, and AWS_REGION or
+    AWS_DEFAULT_REGION selects its region, as in Amazon's own tools. tensorstore itself does not read these variables.
     """
     folder = f"{location.rstrip('/')}/"
     scheme, separator, rest = folder.partition("://")
@@ -33,7 +33,7 @@ def kvstore_spec(location: str) -> dict[str, Any] | str:
 
 
 def context_spec(cache_bytes: int = 0) -> dict[str, Any]:
-    """The specification of a `tensorstore.Context`: the size of the chunk cache, and limited retries for buckets."""
+    """The specification for a `tensorstore.Context`: the size of the chunk cache, and limited retries for buckets."""
     return {
         "cache_pool": {"total_bytes_limit": cache_bytes},
         "gcs_request_retries": _RETRIES,
@@ -42,13 +42,13 @@ def context_spec(cache_bytes: int = 0) -> dict[str, Any]:
 
 
 def read_file(location: str | Path, name: str) -> bytes | None:
-    """The content of a file in a folder; None if the file does not exist.
+    """Read a file in a folder; None if the file does not exist.
 
     Raises:
         NotRegular: if it is not a regular file.
         ValueError: if the folder or the file cannot be read.
     """
-    if "://" not in str(location):  # tensorstore would wait for a pipe
+    if "://" not in str(location):  # tensorstore would block on a named pipe
         try:
             return read_regular(Path(location, name))
         except (FileNotFoundError, NotADirectoryError):
@@ -62,7 +62,7 @@ def read_file(location: str | Path, name: str) -> bytes | None:
 
 
 def write_file(location: str | Path, name: str, content: bytes) -> None:
-    """Write a file, and create its folder if needed. The file appears only once it is complete.
+    """Write a file, creating its folder if needed. The file appears only once it is complete.
 
     Raises:
         ValueError: if the folder cannot be written.

@@ -36,15 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def process(argv: Sequence[str] | None = None) -> int:
-    """`main` as a whole process: the first signal decides the exit status, however many follow.
+    """Run `main` as a whole process. The first signal decides the exit status, however many follow.
 
     This module imports little, so that signals are handled before the slow imports.
     """
     signal.signal(signal.SIGTERM, _stop_at_once)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell ignores SIGINT for background commands
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # shells ignore SIGINT in background commands
         signal.signal(signal.SIGINT, _stop_at_once)
     status = _train(argv)
-    # The interpreter takes a while to shut down, and restores the default handlers first.
+    # The interpreter takes a while to shut down and restores the default handlers first.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     return status
@@ -58,8 +58,8 @@ def _run(argv: Sequence[str]) -> int:
     from sophia_levanter.allocation import keep_freed_memory
     from sophia_levanter.config.command_line import dump_config, parse_command_line
 
-    # OpenBLAS reads this when jax is imported, which a plug-in may do. With its own threads it decomposes small
-    # matrices 2.5 times slower.
+    # OpenBLAS reads this variable when jax is imported, and a plug-in may import jax. With multiple threads, OpenBLAS
+    # takes 2.5 times as long to decompose small matrices.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     command = parse_command_line(argv)
     if command.help is not None:
@@ -99,10 +99,10 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def plan_run(command: Command) -> tuple[RunDirectory, TrainConfig]:
-    """Choose the run directory and complete the configuration, checked against this process's environment.
+    """Check the configuration against this process's environment, complete it and choose the run directory.
 
     Raises:
-        InputError: if the launcher, a missing package or the run directory prevents the run. Nothing is written then.
+        InputError: if the launcher, a missing package or the run directory prevents the run. Nothing has been written.
     """
     from sophia_levanter.config.mesh import check_launcher
     from sophia_levanter.config.run import check_installed
@@ -115,9 +115,9 @@ def plan_run(command: Command) -> tuple[RunDirectory, TrainConfig]:
 
 
 def _stop_at_once(number: int, frame: FrameType | None) -> None:
-    """End the process when no state needs saving, or at a second Ctrl-C.
+    """Exit immediately when no state needs saving, or at a second Ctrl-C.
 
-    An exception would not do: imports of C extensions replace it, and callbacks of the garbage collector swallow it.
+    Raising an exception would not work: imports of C extensions replace it, and garbage collector callbacks swallow it.
     `print` would fail if the signal arrived during another print.
     """
     interrupted = number == signal.SIGINT

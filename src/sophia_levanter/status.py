@@ -1,6 +1,6 @@
 """Exit statuses, and JSON status lines from a process to the program that started it.
 
-That program sets SOPHIA_LEVANTER_STATUS to the number of a file descriptor. A process on another host shares only its
+The parent program sets SOPHIA_LEVANTER_STATUS to a file descriptor number. A process on another host shares only its
 standard output with the launcher, through ssh, srun or a Ray worker; a prefix marks its status lines there.
 """
 
@@ -23,7 +23,7 @@ PREEMPTED = 75  # stopped, after saving if there was anything to save
 INTERRUPTED = 130
 
 VARIABLE = "SOPHIA_LEVANTER_STATUS"
-ON_STDOUT = {VARIABLE: "1"}  # environment of a process that writes its status lines to standard output
+ON_STDOUT = {VARIABLE: "1"}  # environment for a process that writes its status lines to standard output
 _PREFIX = "@status "
 
 
@@ -34,16 +34,16 @@ def run_command(
     usage: str | None = None,
     interrupted: str = "interrupted; run the same command again to continue",
 ) -> int:
-    """Call `run` with a command line, and report errors as one line each.
+    """Call `run` with a command line, and report each error in one line.
 
     Args:
         given: the arguments; those of this process if None.
-        run: executes the command, and returns its exit status.
-        usage: printed for --help instead of calling `run`; None leaves --help to `run`.
-        interrupted: the message on Ctrl-C.
+        run: executes the command and returns its exit status.
+        usage: printed for --help instead of calling `run`; if None, `run` handles --help.
+        interrupted: the message to print after Ctrl-C.
 
     Returns:
-        The exit status: that of `run`, 1 failure, 2 bad input, 130 interrupted.
+        The exit status from `run`; otherwise 1 for a failure, 2 for bad input, or 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -57,14 +57,14 @@ def run_command(
             status = DONE
         else:
             status = run(words)
-        print(end="", flush=True)  # a reader that has left is noticed here, and not when the interpreter ends
+        print(end="", flush=True)  # detects a closed pipe here rather than at interpreter exit
         return status
     except InputError as error:
         print(one_line(f"error: {error}"), file=sys.stderr)
         report_failure(error.reason, one_line(error))
         return BAD_INPUT
     except BrokenPipeError:
-        # The reader is gone (`| head`). Python flushes stdout again at exit, and that must not fail.
+        # The reader has exited (`| head`). Python flushes stdout again at exit, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return status or FAILURE
     except OSError as error:
@@ -80,10 +80,10 @@ class Progress:
     """The progress of a run.
 
     Attributes:
-        step: steps done.
-        total: steps of the run. None right after a resume, as are `loss` and `tokens_per_second`.
-        loss: of the last step, nats per token.
-        tokens_per_second: over all devices.
+        step: number of completed steps.
+        total: number of steps in the run. This field, `loss` and `tokens_per_second` are None right after a resume.
+        loss: loss at the last step, in nats per token.
+        tokens_per_second: throughput summed over all devices.
     """
 
     step: int
@@ -99,10 +99,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a process ends with an error.
+    """The reason why a process failed.
 
     Attributes:
-        reason: the `reason` of the exception, for programs.
+        reason: the exception's `reason`, for programs.
         message: one line for people.
     """
 
@@ -111,7 +111,7 @@ class Failure:
 
 
 def report_step(step: int, total: int, loss: float, tokens_per_second: float) -> None:
-    """Report that a step is done."""
+    """Report a completed step."""
     _report(step=step, total=total, loss=round(float(loss), 3), tokens_per_second=round(tokens_per_second))
 
 
@@ -121,7 +121,7 @@ def report_resumed(step: int) -> None:
 
 
 def report_failure(reason: str, message: str) -> None:
-    """Report why this process ends."""
+    """Report why this process failed."""
     _report(failed=reason, message=message)
 
 
@@ -129,14 +129,14 @@ def _report(**fields: object) -> None:
     number = os.environ.get(VARIABLE)
     if number is None:
         return
-    # The run continues even if the program that started it has gone.
+    # The run continues even if the program that started it has exited.
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         os.write(int(number), f"{_PREFIX}{json.dumps(fields)}\n".encode())
 
 
 def read_status(line: str) -> Progress | Failure | None:
-    """Parse a line without its line break; None if it is not a status line."""
+    """Parse a status line, given without its line break; None for any other line."""
     if not line.startswith(_PREFIX):
         return None
     try:

@@ -1,1 +1,1 @@
-"""Runs on many hosts: starts their processes, detects lost ones, and starts the run again."""
+"""Runs on many hosts: start their processes, detect lost processes, and restart the run."""

@@ -1,4 +1,4 @@
-"""One attempt: starts, reads, stops and kills its processes on the launcher's machine, and decides how it ended."""
+"""One attempt at a run: start, read, stop and kill its processes on the launcher's machine, and decide how it ended."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Ending:
     """The results of an attempt whose commands have all ended.
 
     Attributes:
-        statuses: the exit status of each command, -N for signal N; None for those that the launcher had to kill.
-        first: the status of the first command that ended by itself; None if none did.
-        culprit: the first command that ended by itself with a status other than 0; None if none did.
+        statuses: the exit status of each command, -N for signal N; None if the launcher had to kill the command.
+        first: the status of the first command that ended on its own; None if none did.
+        culprit: the label of the first command that ended on its own with a nonzero status; None if none did.
         tail: the last lines that the culprit printed.
         progress: the last progress that the run reported.
         failures: the failures that processes reported.
@@ -69,8 +69,8 @@ class Ending:
 
         Args:
             told_to_stop: whether the launcher was told to stop.
-            has_begun: whether an earlier attempt has trained. The input was accepted then, so a refusal now has another
-                cause, such as a disk.
+            has_begun: whether an earlier attempt reported progress. Its input was accepted, so a refusal now has
+                another cause, such as a disk error.
         """
         ended = [status for status in self.statuses if status is not None]
         all_well = len(ended) == len(self.statuses) and all(status in (DONE, PREEMPTED) for status in ended)
@@ -110,13 +110,13 @@ def _how(ended: Sequence[int]) -> str:
 
 
 class Attempt:
-    """Runs commands and logs their output in one file for each process of the run.
+    """Runs commands and logs the output of each of the run's processes to a separate file.
 
     Args:
         commands: the commands to start.
-        directory: the directory of the logs, process-N.log.
-        on_line: called with the log's name and each line.
-        secrets: texts to mask in logs.
+        directory: the directory for the logs, process-N.log.
+        on_line: called for each line, with the log's name and the line.
+        secrets: strings to mask in logs.
 
     Attributes:
         progress: the last progress that the run's first process reported.
@@ -133,7 +133,7 @@ class Attempt:
         self._directory = directory
         self._on_line = on_line
         parts = {part.strip() for secret in secrets for part in secret.splitlines()}
-        # The longest first: one secret may be the beginning of another.
+        # Longest first, because one secret may be a prefix of another.
         self._secrets = sorted((part for part in parts if len(part) >= SHORTEST_SECRET), key=len, reverse=True)
         self.progress: Progress | None = None
         self._failures: list[Failure] = []
@@ -170,7 +170,7 @@ class Attempt:
         return len(self._ended) == len(self._processes)
 
     def stop(self) -> None:
-        """Tell all processes to save and end."""
+        """Tell all processes to save and exit."""
         for command, process in zip(self._commands, self._processes, strict=True):
             if process.poll() is not None:
                 continue
@@ -190,7 +190,7 @@ class Attempt:
             process.wait()
 
     def close(self) -> None:
-        """Kill all processes, including descendants of ended ones, and complete the logs."""
+        """Kill all processes, including the descendants of processes that have ended, and close the logs."""
         self.kill()
         for process in self._processes:
             kill_group(process.pid)
@@ -222,7 +222,7 @@ class Attempt:
                 continue
             self._tails[command.label].append(self._masked(whole))
             line = self._masked(line)
-            # A full disk or a closed output must not stop the reading, or the process would block forever.
+            # A full disk or a closed output must not end this loop, or the process would block forever.
             with contextlib.suppress(OSError):
                 self._keep(label, line)
             with contextlib.suppress(OSError):
@@ -230,7 +230,7 @@ class Attempt:
 
     def _note(self, label: str, status: Progress | Failure) -> None:
         if isinstance(status, Failure):
-            # Masked here, after decoding: JSON may escape a character of a secret.
+            # Mask the message after decoding, because JSON may escape characters in a secret.
             self._failures.append(replace(status, message=self._masked(status.message)))
         elif label == "process-0":
             self.progress = status

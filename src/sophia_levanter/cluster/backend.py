@@ -1,4 +1,4 @@
-"""The interface of backends, which provide machines and the commands that start processes there; the local backend."""
+"""The interface of backends, which provide machines and the commands to start processes on them; the local backend."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """A run as backends see it.
+    """A run, as backends see it.
 
     Attributes:
-        run_dir: the run directory, as in the configuration.
+        run_dir: the run directory, as given in the configuration.
         directory: the launcher's directory for the run on this machine, RUN_DIR/launch.
     """
 
@@ -33,7 +33,7 @@ class Job:
 
     @property
     def config_file(self) -> Path:
-        """The run's resolved configuration, for its processes."""
+        """The file with the resolved configuration, which the run's processes read."""
         return self.directory / "config.yaml"
 
     def attempt_directory(self, attempt: int) -> Path:
@@ -41,10 +41,10 @@ class Job:
 
 
 def training_command(python: str, config_file: str, mesh: Mapping[str, object] | None = None) -> list[str]:
-    """The command line of one training process, which starts the run or continues it.
+    """The command line for one training process, which starts or continues the run.
 
     Args:
-        python: the interpreter.
+        python: the Python interpreter.
         config_file: the path of the resolved configuration on the process's host.
         mesh: fields of the mesh section to set: coordinator, num_processes, process_id.
     """
@@ -55,10 +55,10 @@ def training_command(python: str, config_file: str, mesh: Mapping[str, object] |
 
 
 def check_secrets(names: Sequence[str]) -> None:
-    """Check that the launcher's environment has the secrets to pass on.
+    """Check that the secrets to pass on are in the launcher's environment.
 
     Raises:
-        InputError: if a variable is not set.
+        InputError: if a variable is unset or empty.
     """
     for name in names:
         if not os.environ.get(name):
@@ -70,12 +70,12 @@ class HostCommand:
     """A process that the launcher starts on its own machine: a training process, or a connection to other hosts.
 
     Attributes:
-        label: the log's name: process-0.
+        label: the log's name, such as process-0.
         words: the command line.
         env: environment variables on top of the launcher's.
-        labelled: whether it prints for several processes. The lines of process N begin with "N: ", N padded to the
-            same width for all; other lines are its own.
-        by_stdin: whether closing its standard input stops it, as for ssh; otherwise SIGTERM does.
+        labelled: whether it prints the output of several processes. Lines from process N begin with "N: ", where N is
+            padded to the same width for all processes; other lines come from the command itself.
+        by_stdin: whether closing its standard input stops it, as with ssh; otherwise SIGTERM does.
     """
 
     label: str
@@ -90,7 +90,7 @@ class HostCommand:
 
 
 class Unavailable(Exception):
-    """An attempt could not begin because machines are missing, which is not the run's fault."""
+    """An attempt could not begin because machines are missing. The run is not at fault."""
 
 
 class Backend(Protocol):
@@ -99,7 +99,7 @@ class Backend(Protocol):
     num_processes: int
 
     def describe(self, job: Job) -> list[str]:
-        """What would be created, run and paid for, as lines for people. Nothing is started."""
+        """Describe what would be created, run and billed, in lines for people. Nothing is started."""
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
         """Prepare machines for an attempt; return early if the launcher was told to stop.
@@ -108,18 +108,18 @@ class Backend(Protocol):
             job: the run.
             attempt: the attempt's number, from 1.
             say: prints a message.
-            stopped: whether the launcher was told to stop.
+            stopped: returns whether the launcher was told to stop.
 
         Raises:
-            InputError: if the resources in the cluster's file cannot be obtained.
-            Unavailable: if machines are gone, or do not become available in time.
+            InputError: if the resources that the cluster file requests cannot be obtained.
+            Unavailable: if machines are gone or do not become available in time.
         """
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
         """The commands to start for an attempt on the prepared machines.
 
         Training processes report their progress on standard output if `status.ON_STDOUT` is in their environment.
-        Processes on this machine inherit it; on other hosts the backend sets it.
+        Processes on this machine inherit it; on other hosts, the backend sets it.
         """
 
     def was_preempted(self) -> bool:
@@ -127,7 +127,7 @@ class Backend(Protocol):
         return False
 
     def release(self, say: Say) -> None:
-        """Release what is paid for, after the end of the run."""
+        """Release billed resources after the run has ended."""
         return
 
 
@@ -146,7 +146,7 @@ class LocalBackend(Backend):
         check_secrets(self._cluster.secrets)
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
-        """A command for each process, with a port for their coordinator."""
+        """One command for each process, with a free port for their coordinator."""
         return self._commands(job, free_port())
 
     def _commands(self, job: Job, port: int) -> list[HostCommand]:
@@ -160,7 +160,7 @@ class LocalBackend(Backend):
 
 
 def free_port() -> int:
-    """A free port of this machine."""
+    """A free port on this machine."""
     with socket.socket() as free:
         free.bind(("", 0))
         port: int = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Settings of clusters: where the processes of a run are started, and how often. Free of jax and Ray."""
+"""Cluster settings: where a run's processes start, and how often they restart. Does not import jax or Ray."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 LARGEST = 1_000_000
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Names of variables whose values should not be in files. The words of the second line count only at the end of a name,
-# since RAY_AUTH_MODE is harmless. So are PWD, the working directory, and SSH_ASKPASS, the path of a program.
+# Names of variables whose values should not be in files. The words on the second line match only at the end of a name,
+# because RAY_AUTH_MODE is harmless. PWD (the working directory) and SSH_ASKPASS (a program's path) are harmless too.
 SECRET = re.compile(
     r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|CREDENTIAL|CRED|COOKIE|JWT|BEARER|AUTHORIZATION)S?\d*(_|$)"
     r"|(?<!BY)(?<!COM)(?<!ASK)PASS\d*$|AUTH\d*$|(^|_)(PRIVATE|DSN)\d*$|_PWD\d*$"
@@ -36,8 +36,8 @@ class Submission(NamedTuple):
     """A job that runs the launcher on another machine.
 
     Attributes:
-        describe: describes in lines of text what `submit` would do.
-        submit: submits the job, waits for its end and returns the exit status. Its argument prints a message.
+        describe: returns lines of text that describe what `submit` would do.
+        submit: submits the job, waits until it ends and returns the exit status. Its argument prints a message.
     """
 
     describe: Callable[[], list[str]]
@@ -53,7 +53,7 @@ class ClusterConfig(Settings, ChoiceRegistry):
     """
 
     choice_key: ClassVar[str] = "backend"
-    shares_disk: ClassVar[bool] = True  # whether the launcher sees the run directory that the processes write
+    shares_disk: ClassVar[bool] = True  # whether the launcher can read the run directory that the processes write
 
     env: Mapping[str, str] = setting({}, "environment variables of the training processes")
     secrets: tuple[str, ...] = setting((), "names of variables to pass on; their values are never written anywhere")
@@ -85,31 +85,31 @@ class ClusterConfig(Settings, ChoiceRegistry):
 
     @property
     def backend(self) -> str:
-        """The backend's name in files."""
+        """The backend's name in cluster files."""
         return self.get_choice_name(type(self))
 
     @property
     def num_devices(self) -> int | None:
-        """The number of devices of the whole run; None if the file does not determine it."""
+        """The number of devices in the whole run; None if the file does not determine it."""
         return None
 
     def check_files(self) -> None:
-        """Check that this machine has all that is copied to hosts.
+        """Check that the files to copy to the hosts exist on this machine.
 
         Raises:
-            InputError: names what is missing.
+            InputError: if files are missing; the message names them.
         """
 
     def build(self, job: Job) -> Backend:
-        """Build the backend that starts the processes of a run."""
+        """Build the backend that starts the run's processes."""
         raise InputError(f"backend {self.backend}: {type(self).__qualname__} does not define build()")
 
     def submission(self, job: Job, launcher: Sequence[str]) -> Submission | None:
-        """The submission of a job that runs the launcher elsewhere; None if the launcher runs here.
+        """The job to submit if the launcher runs on another machine; None if it runs on this one.
 
         Args:
             job: the run.
-            launcher: the launcher's command line, after the Python interpreter.
+            launcher: the launcher's command line, without the Python interpreter.
         """
         return None
 
@@ -299,7 +299,7 @@ class GcloudCluster(ClusterConfig):
         return GcloudBackend(self, job.run_dir)
 
 
-# Patterns that identify files of other programs, and the commands that read them.
+# Patterns that identify files for other programs, and the commands that read them.
 OTHER_TOOLS = {
     r"^apiVersion:": "kubectl apply -f",
     r"^cluster_name:": "ray up",
@@ -308,11 +308,11 @@ OTHER_TOOLS = {
 
 
 def read_cluster(path: Path) -> ClusterConfig:
-    """Read a cluster's file: `backend: NAME` and that backend's fields.
+    """Read a cluster file: `backend: NAME` and that backend's fields.
 
     Raises:
-        InputError: if the file is for another program or is not YAML, a key is unknown, or a value is of the wrong type
-            or out of range.
+        InputError: if the file is for another program or is not YAML, a key is unknown, or a value has the wrong type
+            or is out of range.
     """
     try:
         return build(ClusterConfig, read_layers(path))
@@ -323,7 +323,7 @@ def read_cluster(path: Path) -> ClusterConfig:
 
 
 def _check_reader(path: Path) -> None:
-    """Refuse a file that is for another program."""
+    """Reject a file that is for another program."""
     try:
         text = read_regular(path, MOST_BYTES).decode("utf-8", "replace")
     except OSError:

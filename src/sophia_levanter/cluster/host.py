@@ -1,14 +1,14 @@
-"""`python -m sophia_levanter.cluster.host`: runs a training process on its host.
+"""`python -m sophia_levanter.cluster.host`: run a training process on its host.
 
-With `--parent PID` this process becomes the training process, and dies with the process that started it. Otherwise the
-processes of a killed launcher would continue to train and keep the run directory locked. Only Linux guarantees this;
-elsewhere the command is started without the guarantee.
+With `--parent PID`, this process becomes the training process and dies with the process that started it. Otherwise, the
+processes of a killed launcher would continue to train and keep the run directory locked. Only Linux guarantees this
+behavior; on other systems the command is started without the guarantee.
 
-With `--grace SECONDS --log FILE` it runs a training process under ssh. It tells the process to stop when standard input
-ends, which is the only sign of a lost connection or launcher, and at SIGTERM or SIGHUP, as at a shutdown of the
-machine. It passes on the process's output and writes it to the file. Only one process at a time may log to a folder.
+With `--grace SECONDS --log FILE`, it runs a training process under ssh. It tells the process to stop when standard
+input closes, which is the only sign of a lost connection or launcher, and on SIGTERM or SIGHUP, as when the machine
+shuts down. It passes on the process's output and writes it to the file. Only one process at a time may log to a folder.
 
-Free of slow imports.
+This module avoids slow imports.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ usage: python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD
   --parent PID      becomes the process, which exits with this parent
   --help            prints this and exits"""
 PR_SET_PDEATHSIG = 1
-_PATIENCE = 10.0  # seconds beyond the grace to wait for the process of an earlier attempt
+_PATIENCE = 10.0  # seconds to wait, beyond the grace period, for the process of an earlier attempt
 
 
 def start_process(
     words: Sequence[str], env: Mapping[str, str] = MappingProxyType({}), *, stdin: int = subprocess.DEVNULL
 ) -> subprocess.Popen[bytes]:
-    """Start a process in its own session that dies with this process. Its output must be read.
+    """Start a process in its own session that dies with this process. The caller must read its output.
 
     Args:
         words: the command line.
@@ -66,7 +66,7 @@ def start_process(
 
 
 def kill_group(leader: int) -> None:
-    """Kill a process of `start_process` and its descendants, even if the process itself has ended."""
+    """Kill a process started by `start_process` and its descendants, even if the process itself has ended."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The process's exit status, 128 + N if signal N ended it; 1 if it was started before, 2 for bad input.
+        The process's exit status, 128 + N if signal N ended it; 1 if it was already started, 2 for bad input.
     """
     given = sys.argv[1:] if argv is None else list(argv)
     own = given[: given.index("--")] if "--" in given else given
@@ -95,7 +95,7 @@ def _run(given: Sequence[str], words: Sequence[str]) -> int:
     try:
         log = log_file.open("xb", buffering=0)
     except FileExistsError:
-        # gcloud reconnects after a broken connection, and would start a second process beside the first.
+        # gcloud reconnects after a broken connection, and would start a second process alongside the first.
         print(f"error: {log_file} exists: the process was already started, and its connection lost", file=sys.stderr)
         return FAILURE
     with log, _alone_on_this_host(log_file.parent, grace + _PATIENCE):
@@ -114,12 +114,12 @@ def _become(words: Sequence[str], parent: int) -> NoReturn:
 
 
 def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
-    """Run a process to its end.
+    """Run a process until it ends.
 
     Args:
         words: the command line.
         grace: seconds between SIGTERM and SIGKILL.
-        log: receives the output.
+        log: the file that receives the output.
 
     Returns:
         The exit status; 128 + N if signal N ended the process.
@@ -137,7 +137,7 @@ def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
     ):
         thread.start()
     status = child.wait()
-    # Its descendants must not keep the devices or the pipe.
+    # Its descendants must not hold the devices or the pipe.
     kill_group(child.pid)
     printing.join(timeout=5)
     return 128 - status if status < 0 else status
@@ -186,9 +186,9 @@ def _end(child: subprocess.Popen[bytes], stop: threading.Event, grace: float) ->
 
 
 def _pass_on(source: IO[bytes], log: IO[bytes]) -> None:
-    """Copy output to standard output and the log. Errors end the copy to one of them, not the process that prints.
+    """Copy output to standard output and the log. An error in writing to one of them ends only that copy.
 
-    Status lines are for the launcher, not for the log.
+    Status lines are for the launcher and are not logged.
     """
     sinks = {1: True, log.fileno(): True}
     for line in source:

@@ -1,4 +1,4 @@
-"""The launcher's files for people and for other commands, in RUN_DIR/launch."""
+"""The launcher's files in RUN_DIR/launch, for people and for other commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sophia_levanter.status import Progress
 NUMBERS = ("processes", "attempt", "failures", "preemptions")
 STOP = "stop"  # a file that tells the launcher to stop
 LOOK_SECONDS = 1.0
-LEASE_SECONDS = 180.0  # after which a file server releases the locks of a lost client
+LEASE_SECONDS = 180.0  # time after which a file server releases a lost client's locks
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Status:
         state: starting, running, waiting, done, failed, stopped or refused.
         backend: name of the backend.
         processes: number of processes.
-        attempt: number of the present or last attempt, from 1; 0 before the first.
+        attempt: number of the current or last attempt, from 1; 0 before the first.
         failures: number of failed attempts.
         preemptions: number of preempted attempts.
         progress: the last progress that the run reported.
@@ -72,7 +72,7 @@ class LaunchRecord:
         """Lock the directory for this launcher.
 
         Raises:
-            InputError: if another launcher has locked it, or it cannot be written.
+            InputError: if another launcher has locked it or it is not writable.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ class LaunchRecord:
             yield
 
     def _lock(self) -> IO[str] | None:
-        """Wait for commands that test the lock, and in a requeued Slurm job for the lock of a host that died."""
+        """Take the lock; wait for commands that test it and, in a requeued Slurm job, for the lock of a dead host."""
         until = time.monotonic() + (LEASE_SECONDS if "SLURM_RESTART_COUNT" in os.environ else LOOK_SECONDS)
         while (held := lock(self.directory / ".lock")) is None and time.monotonic() < until:
             time.sleep(0.1)
@@ -113,7 +113,7 @@ class LaunchRecord:
         write_atomically(self._status_file, json.dumps(dataclasses.asdict(status)).encode())
 
     def read(self) -> Status:
-        """The status that was written last.
+        """Read the status that was last written.
 
         Raises:
             InputError: if it is missing or damaged.
@@ -133,7 +133,7 @@ class LaunchRecord:
             ) from None
 
     def ask_to_stop(self) -> None:
-        """Tell the launcher to stop the run. It polls for this file, on whatever machine it runs."""
+        """Tell the launcher to stop the run. The launcher may run on another machine; it polls for the stop file."""
         self._stop_file.touch()
 
     @property
@@ -141,7 +141,7 @@ class LaunchRecord:
         """Whether the launcher was told to stop."""
         try:
             return self._stop_file.exists()
-        except OSError:  # from a network file system
+        except OSError:  # network file systems raise it
             return False
 
     def attempt_directory(self, attempt: int) -> Path:
@@ -149,11 +149,11 @@ class LaunchRecord:
         return self.directory / f"attempt-{attempt:03d}"
 
     def attempts(self) -> list[Path]:
-        """The directories of all attempts, the oldest first."""
+        """The directories of all attempts, oldest first."""
         return sorted(self.directory.glob("attempt-*"))
 
     def next_attempt(self) -> int:
-        """The number of the next attempt; attempts of earlier launchers keep their logs."""
+        """The number of the next attempt. It follows the attempts of earlier launchers, so that their logs are kept."""
         numbers = [0]
         for path in self.attempts():
             with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Supervises a run: makes attempts, each in fresh processes, until the run is done or given up."""
+"""Supervise a run: make attempts, each in new processes, until the run is done or the limits are reached."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from sophia_levanter.status import BAD_INPUT, DONE, FAILURE, INTERRUPTED, PREEMP
 POLL_SECONDS = 0.2
 LONGEST_BACK_OFF = 300.0  # seconds
 STATUS_SECONDS = 2.0
-# Seconds after the first failure of a process in which other processes may report theirs.
+# After the first process fails, the other processes have this many seconds to report their own failures.
 GATHER_SECONDS = 2.0
 STATES = {DONE: "done", FAILURE: "failed", BAD_INPUT: "refused", PREEMPTED: "stopped", INTERRUPTED: "stopped"}
 
 
 class Budgets:
-    """Counts the failed and preempted attempts of a run, and decides by `policy` when to give up."""
+    """Counts a run's failed and preempted attempts and decides when to give up, according to `policy`."""
 
     def __init__(self, policy: ClusterConfig) -> None:
         self._policy = policy
@@ -68,14 +68,17 @@ class Budgets:
 
     @property
     def pause(self) -> float:
-        """Seconds before the next attempt: doubled after each one without progress, 0 after a preemption with it."""
+        """Seconds before the next attempt.
+
+        The delay doubles after each attempt without progress, and is 0 after a preempted attempt with progress.
+        """
         if not self._in_a_row:
             return 0.0
         return min(LONGEST_BACK_OFF, self._policy.back_off * 2 ** min(self._in_a_row - 1, 10))
 
 
 class Supervisor:
-    """Runs a job on a backend, within the limits of `policy`; writes the status to `record`, and messages by `say`."""
+    """Runs a job on a backend within the limits of `policy`. It updates `record` and prints messages with `say`."""
 
     def __init__(self, backend: Backend, job: Job, policy: ClusterConfig, record: LaunchRecord, say: Say) -> None:
         self._backend = backend
@@ -94,7 +97,7 @@ class Supervisor:
         """Make attempts until the run ends.
 
         Returns:
-            The exit status: 0 done, 1 given up, 2 bad input, 75 stopped by SIGTERM or `launch stop`, 130 by Ctrl-C.
+            The exit status: 0 done, 1 gave up, 2 bad input, 75 stopped by SIGTERM or `launch stop`, 130 by Ctrl-C.
         """
         with self._signals_noted():
             try:
@@ -158,7 +161,7 @@ class Supervisor:
         return outcome
 
     def _follow(self, attempt: Attempt) -> None:
-        """Wait until all processes have ended; kill them if one has ended and the others do not."""
+        """Wait until all processes have ended. If only some end, kill the others after a delay."""
         deadline = float("inf")
         told = ended_well = False
         while True:
@@ -168,7 +171,7 @@ class Supervisor:
             now = time.monotonic()
             ended = [status for status in statuses if status is not None]
             if any(status not in (DONE, PREEMPTED) for status in ended):
-                # Its peers would wait for it in vain.
+                # The other processes would wait for it forever.
                 deadline = min(deadline, now + GATHER_SECONDS)
             elif ended and not ended_well:
                 ended_well = True
@@ -186,7 +189,7 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def _tell(self, line: str) -> None:
-        """Print a line of the launcher, marked as such among the lines of the run."""
+        """Print a line from the launcher, with a prefix that distinguishes it from the run's own lines."""
         self._say(f"launch: {line}")
 
     def _tell_outcome(self, outcome: Outcome, seconds: float) -> None:
@@ -223,7 +226,7 @@ class Supervisor:
     def _update(self, **changes: Any) -> None:
         self._status = dataclasses.replace(self._status, **changes)
         self._written = time.monotonic()
-        # After an error other commands see an older status; the run does not depend on it.
+        # If this fails, other commands see an older status; the run does not depend on it.
         with contextlib.suppress(OSError):
             self._record.write(self._status)
 
@@ -237,7 +240,7 @@ class Supervisor:
             self._interrupts += number == signal.SIGINT
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # Under nohup SIGHUP is ignored, and must stay so.
+        # Under nohup, SIGHUP is ignored and must stay ignored.
         before = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
         try:
             yield

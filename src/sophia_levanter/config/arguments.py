@@ -1,4 +1,4 @@
-"""The argument parser of all commands. Free of slow imports, so that mistakes are reported at once."""
+"""The argument parser for all commands. It avoids slow imports, so that mistakes are reported immediately."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Arguments:
     """A parsed command line.
 
     Attributes:
-        options: values by the option's name, dashes included.
-        flags: names of the given options without a value.
-        overrides: dotted field paths and values as typed, of `--SECTION.FIELD VALUE`.
+        options: option values, keyed by option name, including the dashes.
+        flags: names of the given options that take no value.
+        overrides: dotted field paths and values, as typed in `--SECTION.FIELD VALUE`.
         words: the positional arguments.
         repeated: the values of each repeatable option, in order.
     """
@@ -41,7 +41,7 @@ class Arguments:
 
 
 def whole_number(name: str, text: str) -> int:
-    """Parse the value of an option as an integer.
+    """Parse an option's value as an integer.
 
     Raises:
         InputError: if it is not an integer from 0 to 999,999,999.
@@ -56,7 +56,7 @@ def chosen(given: Sequence[str], verbs: Collection[str]) -> tuple[str, list[str]
     """Split a command line into its verb and the arguments after it.
 
     Raises:
-        InputError: if the verb is missing or unknown; names the nearest verb.
+        InputError: if the verb is missing or unknown; the message suggests the nearest verb.
     """
     names = ", ".join(verbs)
     if not given:
@@ -81,11 +81,11 @@ def parse_arguments(
 
     Args:
         given: the command line.
-        options: names of options with a value, dashes included; each may be given once.
-        repeatable: names of options with a value that may be given several times.
-        flags: names of options without a value.
-        overrides: whether to accept `--SECTION.FIELD VALUE` and `--plugins MODULE`. The last value for a field counts;
-            plug-ins are joined.
+        options: names of options that take a value, including the dashes; each may be given once.
+        repeatable: names of options that take a value and may be given several times.
+        flags: names of options that take no value.
+        overrides: whether to accept `--SECTION.FIELD VALUE` and `--plugins MODULE`. The last value for a field takes
+            effect; plug-ins accumulate.
         words: whether to accept positional arguments.
 
     Raises:

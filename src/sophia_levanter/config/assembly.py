@@ -1,4 +1,4 @@
-"""Builds the optimizer of a run: the chosen type, inside the wrappers that the shared settings ask for."""
+"""Build a run's optimizer: the chosen type, inside the wrappers that the shared settings request."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_
 
 @lru_cache(maxsize=8)
 def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
-    """Build the optimizer of a run of `num_train_steps` steps. Equal arguments return the same object.
+    """Build the optimizer for a run of `num_train_steps` steps. Equal arguments return the same object.
 
     Raises:
-        InputError: if a plug-in's optimizer cannot be built, or lacks a method of an optimizer.
+        InputError: if a plug-in's optimizer cannot be built or lacks a required method.
     """
     from sophia_levanter.models.language_model import hyperball_matrices, parameter_roles
     from sophia_levanter.optim import CautiousWeightDecay, Hyperball, ParameterGroups
@@ -67,12 +67,12 @@ def check_optimizer(
     Args:
         config: the optimizer's settings.
         model_config: the model's settings.
-        vocab_size: tokens of the tokenizer.
-        resumes: whether a run resumes with these settings, which may then hold a decay without effect.
+        vocab_size: number of tokens in the tokenizer.
+        resumes: whether a run resumes with these settings; a group's weight decay may then have no effect.
 
     Raises:
-        InputError: if a group matches no parameter; if `hyperball` is set and the model has no matrix; if a group
-            decays only matrices whose norms the hyperball keeps.
+        InputError: if a group matches no parameter; if `hyperball` is set and the model has no matrices; or if a group
+            decays only matrices whose norms the hyperball preserves.
     """
     from sophia_levanter.models.language_model import abstract_model, paths_on_hyperball
 

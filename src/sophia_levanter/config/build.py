@@ -1,4 +1,4 @@
-"""Builds configuration dataclasses from settings by dotted path."""
+"""Build configuration dataclasses from settings with dotted paths."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Schema:
     """The keys that a configuration may have, given the types that it chooses.
 
     Attributes:
-        fields: the annotation of each field by its path, such as `optimizer.rho`.
-        sections: the dataclass of each section by its path; the path of the root is empty.
-        choices: the registry of each section with a choice of types, by the section's path.
-        former: the present path of each renamed field, by its path in the last release.
+        fields: the annotation of each field, keyed by the field's path, such as `optimizer.rho`.
+        sections: the dataclass of each section, keyed by the section's path; the root's path is empty.
+        choices: the registry of each section that has a choice of types, keyed by the section's path.
+        former: the current path of each renamed field, keyed by its path in the last release.
     """
 
     fields: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Schema:
 
         Args:
             key: the path of the unknown key.
-            prefix: the prefix of field names where the user writes them: `--` on a command line.
+            prefix: the prefix that the user writes before field names, such as `--` on a command line.
             options: names of options that are not fields.
         """
         section, _, name = key.rpartition(".")
@@ -83,12 +83,12 @@ class Schema:
 
 
 def _initials(name: str) -> str:
-    """`lr` for `learning_rate`; a name of one word has none."""
+    """`lr` for `learning_rate`; empty for a name that is a single word."""
     return "".join(word[:1] for word in name.split("_")) if "_" in name else ""
 
 
 def choice_key(registry: type[ChoiceRegistry]) -> str:
-    """The key that names the type of a section: `type`, or the registry's `choice_key`."""
+    """The key that selects a section's type: `type`, or the registry's `choice_key`."""
     return getattr(registry, "choice_key", "type")
 
 
@@ -96,8 +96,8 @@ def schema(root: type, settings: Layer | None = None) -> Schema:
     """The keys that a configuration may have.
 
     Args:
-        root: the dataclass, or registry of dataclasses, of the whole configuration.
-        settings: chooses types; the other sections have their default types.
+        root: the dataclass, or registry of dataclasses, for the whole configuration.
+        settings: settings that may choose types; the other sections have their default types.
 
     Raises:
         InputError: if a chosen type is not registered.
@@ -110,11 +110,11 @@ def schema(root: type, settings: Layer | None = None) -> Schema:
 def build(root: type[Root], layers: Sequence[Layer]) -> Root:
     """Build the configuration from layers of settings; later layers override earlier ones.
 
-    A layer that changes the type of a section keeps the fields that both types inherit from a class marked `is_family`,
-    or else from the registry. It drops the other fields that earlier layers set.
+    A layer that changes a section's type keeps the fields that both types inherit from a class marked `is_family`, or
+    else from the registry. It drops all other fields that earlier layers set in the section.
 
     Raises:
-        InputError: if a key is unknown, or a value is of the wrong type or out of range.
+        InputError: if a key is unknown, or a value has the wrong type or is out of range.
     """
     settings: Layer = {}
     for layer in layers:
@@ -131,12 +131,12 @@ def build(root: type[Root], layers: Sequence[Layer]) -> Root:
 
 
 def encode(config: Any) -> Any:
-    """A configuration, or a part of it, as plain values. A section with only a type becomes the type's name."""
+    """Convert a configuration, or a part of it, to plain values. A section with only a type becomes the type's name."""
     return _shorten(draccus.encode(config))
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of `encode` by dotted path."""
+    """The values that `encode` returns, keyed by dotted path."""
     tree = encode(config) if not prefix else config
     values: dict[str, Any] = {}
     for name, value in tree.items():
@@ -194,7 +194,7 @@ def _chosen(registry: type[ChoiceRegistry], key: str, settings: Layer, default: 
 
 
 def _put_on_top(root: type, settings: Layer, layer: Layer) -> Layer:
-    """Merge a layer into settings; a new type for a section drops the fields of its old type."""
+    """Merge a layer into settings. If a section's type changes, drop the fields of the old type."""
     before = schema(root, settings)
     layer = _with_present_names(before.former, layer)
     settings = _without_other_kind(before.fields, settings, layer)
@@ -214,10 +214,10 @@ def _put_on_top(root: type, settings: Layer, layer: Layer) -> Layer:
 
 
 def _without_other_kind(fields: Mapping[str, Any], settings: Layer, layer: Layer) -> Layer:
-    """Drop a field's settings if `layer` changes it from a single value to a mapping, or the reverse.
+    """Drop a field's settings if `layer` changes it from a single value to a mapping, or vice versa.
 
     Raises:
-        InputError: if `layer` gives both for one field.
+        InputError: if `layer` has both for one field.
     """
     for name in [name for name, kind in fields.items() if len(kinds_of(kind)) > 1 and _takes_mapping(kind)]:
         below = [key for key in layer if key.startswith(f"{name}.")]
@@ -231,7 +231,7 @@ def _without_other_kind(fields: Mapping[str, Any], settings: Layer, layer: Layer
 
 
 def _with_present_names(former: Mapping[str, str], layer: Layer) -> Layer:
-    """Replace former names of settings by the present ones.
+    """Replace the former names of settings with the current ones.
 
     Raises:
         InputError: if a setting is given under both names.
@@ -317,7 +317,7 @@ def convert_value(key: str, setting: Setting, annotation: Any) -> Any:
 
 
 def _convert_item(key: str, setting: Setting, kind: Any) -> Any:
-    """Convert an item of a list: a scalar, or a mapping of a dataclass's fields."""
+    """Convert a list item: a scalar, or a mapping with a dataclass's fields."""
     if not dataclasses.is_dataclass(kind):
         return convert_value(key, setting, kind)
     if not isinstance(setting.value, dict):
@@ -336,7 +336,7 @@ def _convert_item(key: str, setting: Setting, kind: Any) -> Any:
 
 
 def _construct(found: Schema, path: str, values: Mapping[str, Any]) -> Any:
-    """Construct a section from the values of its fields and of the sections below it."""
+    """Construct a section from the values of its own fields and its subsections."""
     arguments = {}
     cls = found.sections[path]
     for declared in dataclasses.fields(cls):

@@ -1,4 +1,4 @@
-"""The command line of a training run: `--help`, and parsing into a TrainConfig. Free of slow imports."""
+"""The command line for a training run: `--help`, and parsing into a TrainConfig. It avoids slow imports."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HELP_COLUMN = 60
 
 
 def help_text() -> str:
-    """Usage, and each field with its type, its default and its help, section by section."""
+    """The usage, followed by each field with its type, default and help, section by section."""
     found, parts = schema(TrainConfig), [USAGE]
     for path, cls in found.sections.items():
         if path and path not in found.choices:
@@ -51,7 +51,7 @@ def help_text() -> str:
 
 
 def _section_help(title: str, section: str, cls: type) -> str:
-    # A dataclass without a docstring gets its signature as docstring.
+    # The docstring of a dataclass without its own is its signature.
     doc = cls.__doc__ or ""
     summary = cls.__name__ if not doc or doc.startswith(f"{cls.__name__}(") else doc.splitlines()[0]
     lines = [f"{title}: {summary}"]
@@ -62,7 +62,7 @@ def _section_help(title: str, section: str, cls: type) -> str:
 
 
 def fields_of(cls: type) -> list[tuple[dataclasses.Field, object]]:
-    """The fields of a section with their types, without the sections below it."""
+    """The fields of a section and their types, excluding subsections."""
     hints = typing.get_type_hints(cls)
     fields = [(found, hints[found.name]) for found in dataclasses.fields(cls)]
     return [(found, annotation) for found, annotation in fields if not dataclasses.is_dataclass(annotation)]
@@ -84,7 +84,7 @@ class Command:
     Attributes:
         config: the resolved configuration; None only if `help` is set.
         config_name: the config file's name without its suffix; with `--resume DIR`, the run directory's name.
-        resume: a run directory to continue; "auto" to continue the run in `config.trainer.run_dir` if there is one.
+        resume: a run directory to continue; "auto" to continue the run in `config.trainer.run_dir` if one exists.
         print_config: whether to print the configuration instead of training.
         quiet: whether to print only warnings and the result.
         help: the text to print instead of doing anything else.
@@ -101,8 +101,8 @@ class Command:
 def parse_command_line(argv: Sequence[str]) -> Command:
     """Parse the command line that `--help` shows.
 
-    A value follows its option as the next word or after `=`; the last value for a field counts. `--resume DIR` reads
-    DIR/config.yaml instead of `--config`.
+    A value follows its option as the next word or after `=`. The last value for a field takes effect. `--resume DIR`
+    reads DIR/config.yaml instead of the file given by `--config`.
 
     Raises:
         InputError: if an argument, a file or a value is invalid.
@@ -133,26 +133,27 @@ def parse_command_line(argv: Sequence[str]) -> Command:
 def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> TrainConfig:
     """Read a configuration file and the files under its `defaults:`, and apply `overrides`.
 
-    The last file or override that sets a field counts. A change of `optimizer.type` keeps the fields of every optimizer
-    (`OptimizerConfig`: the learning rate, its schedule, weight decay) and drops those of the previous type (b1, rho,
-    ...).
+    The last file or override that sets a field takes effect. Changing `optimizer.type` keeps the fields that all
+    optimizers share (`OptimizerConfig`: the learning rate, its schedule, weight decay) and drops those of the previous
+    type (b1, rho, ...).
 
     Args:
         path: a YAML file.
-        overrides: dotted field paths and values as typed: `("optimizer.rho", "0.03")`. Values of string fields are
-            taken literally; `null` and `none` give None where the field may be None.
+        overrides: dotted field paths and values as typed, such as `("optimizer.rho", "0.03")`. Values of string fields
+            are taken literally, but `null` and `none` mean None if the field may be None.
 
     Raises:
-        InputError: if a file is missing or not YAML, a key is unknown, or a value is of the wrong type or out of range.
+        InputError: if a file is missing or not YAML, a key is unknown, or a value has the wrong type or is out of
+            range.
     """
     return build_config(read_layers(path), {key: Setting(value) for key, value in overrides})
 
 
 def build_config(files: Sequence[Layer], overrides: Layer | None = None) -> TrainConfig:
-    """Build the configuration from the settings of files; later files override earlier ones, `overrides` all of them.
+    """Build the configuration from the settings in files. Later files override earlier ones; `overrides` come last.
 
     Raises:
-        InputError: if a key is unknown, or a value is of the wrong type or out of range.
+        InputError: if a key is unknown, or a value has the wrong type or is out of range.
     """
     return build(TrainConfig, with_plugins([*files, overrides or {}]))
 
@@ -165,13 +166,13 @@ def config_in(tree: Mapping[str, Any], source: Path) -> TrainConfig:
         source: the file to name in messages.
 
     Raises:
-        InputError: if a key is unknown, or a value is of the wrong type or out of range.
+        InputError: if a key is unknown, or a value has the wrong type or is out of range.
     """
     return build_config([flatten(tree, source)])
 
 
 def dump_config(config: TrainConfig) -> str:
-    """YAML that `load_config` reads back to an equal config."""
+    """Format a configuration as YAML that `load_config` reads back as an equal configuration."""
     return dump_yaml(encode(config))
 
 

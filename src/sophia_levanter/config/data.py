@@ -1,4 +1,4 @@
-"""Settings of the data. Free of slow imports, so that a command line is checked at once."""
+"""Data settings. This module avoids slow imports, so that a command line is checked immediately."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DataConfig(Settings):
     """The training and validation texts, and how they are tokenized.
 
     Raises:
-        InputError: if a value is out of its bounds, a mixture has no validation text, or a validation set's name is
+        InputError: if a value is out of bounds, a mixture has no validation text, or the name of a validation set is
             invalid.
     """
 
@@ -76,14 +76,15 @@ class DataConfig(Settings):
 
     @property
     def train_parts(self) -> tuple[MixturePart, ...]:
-        """The training texts; one of weight 1 if `train` is not a mixture."""
+        """The training texts; a single text with weight 1 if `train` is not a mixture."""
         return (MixturePart(self.train),) if isinstance(self.train, str) else self.train
 
     @property
     def validation_sets(self) -> dict[str, str]:
-        """The source of each validation set by its name; the name is empty if `validation` is a single source.
+        """The source of each validation set, keyed by the set's name.
 
-        Empty if a part of the training text is held out.
+        The name is empty if `validation` is a single source. The mapping is empty if part of the training text is held
+        out.
         """
         if self.validation is None:
             return {}
@@ -91,7 +92,7 @@ class DataConfig(Settings):
 
 
 def validation_field(name: str) -> str:
-    """The field that names the source of a validation set: `data.validation`, or `data.validation.NAME`."""
+    """The field that specifies a validation set's source: `data.validation` or `data.validation.NAME`."""
     return f"data.validation.{name}" if name else "data.validation"
 
 
@@ -108,7 +109,7 @@ def check_name(field: str, name: str) -> None:
     """Check a name that becomes part of metric names.
 
     Raises:
-        InputError: names the field and the characters that a name may have.
+        InputError: if the name is invalid; the message lists the allowed characters.
     """
     # `encode` shortens a mapping whose only key is `type`.
     if name == "type" or not re.fullmatch("[A-Za-z0-9_-]+", name):

@@ -1,7 +1,7 @@
 """Configuration files: strict YAML, in which a `defaults:` list names other files to start from.
 
 Only mappings, lists and YAML 1.2 scalars are accepted. `6e-4` is a number; `yes`, `0123` and `12:30` are strings.
-Duplicate keys, anchors, aliases and tags are refused, so no Python object is ever constructed.
+Duplicate keys, anchors, aliases and tags are rejected, so a file can never construct arbitrary Python objects.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from sophia_levanter.errors import InputError, shortened
 from sophia_levanter.files import read_regular
 
 DEFAULTS_KEY = "defaults"
-MOST_BYTES = 1 << 20  # of a file
+MOST_BYTES = 1 << 20  # in a file
 MOST_SHOWN = 200  # characters of a value in an error message
-MOST_FILES = 100  # in one configuration; a file that is named twice counts twice
+MOST_FILES = 100  # in one configuration; a file that is listed twice counts twice
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The value of a field, and the file that sets it; None stands for the command line."""
+    """A field's value and the file that sets it; the file is None if the command line sets it."""
 
     value: object
     file: Path | None = None
@@ -40,7 +40,7 @@ class Setting:
 # NUL and lone surrogates, except those that encode bytes of file names that are not UTF-8.
 _NOT_TEXT = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
-# The settings from one source, by dotted path: {"optimizer.rho": Setting(0.03, file)}.
+# The settings from one source, keyed by dotted path: {"optimizer.rho": Setting(0.03, file)}.
 Layer = dict[str, Setting]
 
 
@@ -86,17 +86,17 @@ for _tag, _pattern, _first in (
 
 
 class _Dumper(yaml.SafeDumper):
-    # The loader's resolvers, so that exactly those strings are quoted that it would not read as strings.
+    # Use the loader's resolvers, so that only strings that the loader would not read as strings are quoted.
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """YAML that `read_layers` reads back to the same values, keys in the order given."""
+    """Format a tree as YAML that `read_layers` reads back as the same values. Keys keep their order."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_value(text: str) -> object:
-    """Parse a value on a command line as YAML; the text itself if it is not valid YAML."""
+    """Parse a command-line value as YAML. Return the text itself if it is not valid YAML."""
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -104,7 +104,7 @@ def parse_value(text: str) -> object:
 
 
 def show_value(value: object) -> str:
-    """Format a value for an error message, as it is written in YAML."""
+    """Format a value for an error message, as it would be written in YAML."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -115,7 +115,7 @@ def show_value(value: object) -> str:
 
 
 def read_layers(path: Path) -> list[Layer]:
-    """Read the files that `path` names under `defaults:`, depth first, then `path`. Later layers take precedence.
+    """Read the files that `path` lists under `defaults:`, depth first, then `path`. Later layers take precedence.
 
     Raises:
         InputError: if a file is missing, is not strict YAML or includes itself, or there are too many files.
@@ -126,7 +126,7 @@ def read_layers(path: Path) -> list[Layer]:
 def _read_layers(path: Path, including: tuple[Path, ...], count: Iterator[int]) -> list[Layer]:
     try:
         resolved = path.resolve()
-    except (OSError, ValueError, RuntimeError):  # a cyclic link, or an invalid file name
+    except (OSError, ValueError, RuntimeError):  # a cyclic link or an invalid file name
         resolved = path
     if next(count) > MOST_FILES:
         raise InputError(f"{including[0]}: {DEFAULTS_KEY} include more than {MOST_FILES} files; list each file once")
@@ -170,7 +170,7 @@ def _read_tree(path: Path, included_from: Path | None) -> dict[Any, Any]:
 
 
 def flatten(tree: Mapping[Any, Any], file: Path, prefix: str = "") -> Layer:
-    """Flatten a tree of sections into settings by dotted path.
+    """Flatten a tree of sections into settings keyed by dotted path.
 
     Args:
         tree: the sections, as read from YAML.

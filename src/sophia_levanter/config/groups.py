@@ -1,4 +1,4 @@
-"""Settings of groups of parameters. Free of jax until a group is built or matched to a model."""
+"""Settings for parameter groups. jax is imported only when a group is built or matched to a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sophia_levanter.errors import InputError
 if TYPE_CHECKING:
     from sophia_levanter.optim import ParameterGroup
 
-ROLES = ("embedding", "head", "matrix", "vector")  # those of `LanguageModel.parameter_roles`
+ROLES = ("embedding", "head", "matrix", "vector")  # the roles in `LanguageModel.parameter_roles`
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class GroupConfig(Settings):
             )
 
     def build(self, peak: float) -> ParameterGroup:
-        """Build the group for an optimizer with this peak learning rate."""
+        """Build the group for an optimizer with the peak learning rate `peak`."""
         from sophia_levanter.optim import ParameterGroup
 
         return ParameterGroup(self.match, self.factor(peak) or 0.0, self.weight_decay, self.role)
@@ -61,7 +61,7 @@ class GroupConfig(Settings):
 
 
 def check_groups(groups: Sequence[ParameterGroup], model: Any) -> dict[str, int]:
-    """The index of the group of each parameter in a group, by the parameter's path.
+    """The group index of each parameter that belongs to a group, keyed by the parameter's path.
 
     Raises:
         InputError: if a group matches no parameter.

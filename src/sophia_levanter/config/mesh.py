@@ -1,4 +1,4 @@
-"""Settings of the mesh, and checks against a model, a number of devices and a launcher. Free of jax."""
+"""Mesh settings, and checks against a model, a number of devices and a launcher. Does not import jax."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sophia_levanter.errors import InputError, Problems
 MESH_AXES = ("replica", "data", "sequence", "model")
 TENSOR_AXES = ("heads", "mlp", "vocab")
 
-# The variables in which launchers give the number of processes, each with the variables that must be set beside it.
-# In Slurm only the step's number counts: a job's script and a shell in an allocation are single processes, and may have
+# The variables that launchers set to the number of processes, each with the other variables that must also be set.
+# In Slurm, only the step's number counts: a job script and a shell in an allocation are single processes, but may have
 # SLURM_NTASKS and SLURM_PROCID too.
 PROCESS_COUNTS = {
     "SLURM_STEP_NUM_TASKS": ("SLURM_STEP_ID", "SLURM_PROCID"),  # srun
-    "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_RANK",),  # mpirun of Open MPI
-    "PMI_SIZE": ("PMI_RANK",),  # mpirun of MPICH and Intel MPI
+    "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_RANK",),  # Open MPI's mpirun
+    "PMI_SIZE": ("PMI_RANK",),  # mpirun from MPICH and Intel MPI
     "WORLD_SIZE": ("RANK", "LOCAL_RANK"),  # torchrun
 }
 
@@ -29,7 +29,7 @@ class MeshConfig(Settings):
     """The layout of the devices, and the mesh axes that the model's named axes are split over.
 
     Raises:
-        InputError: if a size is out of its range, or an axis has an unknown name.
+        InputError: if a size is out of range or an axis has an unknown name.
     """
 
     section: ClassVar[str] = "mesh"
@@ -80,10 +80,10 @@ class MeshConfig(Settings):
             raise InputError(f"mesh.process_id is {this}; it must be between 0 and {count - 1}, mesh.num_processes - 1")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """The size of each mesh axis on `num_devices` devices, in the order of the mesh.
+        """The size of each mesh axis on `num_devices` devices, in mesh order.
 
         Raises:
-            InputError: if the product is not the number of devices; suggests sizes that fit.
+            InputError: if the product of the sizes is not `num_devices`; the message suggests sizes that fit.
         """
         if (self.num_processes or 1) > num_devices:
             raise InputError(
@@ -103,7 +103,7 @@ class MeshConfig(Settings):
         )
 
     def _fitting(self, num_devices: int) -> str:
-        """The nearest sizes whose product is the number of devices. Only `data` may exceed its setting."""
+        """Describe the nearest sizes whose product is the number of devices. Only `data` may exceed its setting."""
         rest, sizes = num_devices, {}
         for name in ("model", "sequence", "replica"):
             sizes[name] = max(n for n in range(1, getattr(self, name) + 1) if rest % n == 0)
@@ -113,13 +113,13 @@ class MeshConfig(Settings):
 
     @property
     def compute_mapping(self) -> dict[str, tuple[str, ...]]:
-        """The mesh axes of each named axis, for activations and for parameters while they are in use."""
+        """The mesh axes that split each named axis of activations, and of parameters while they are in use."""
         named = {name: getattr(self, name) for name in (*TENSOR_AXES, "position")} | {"kv_heads": self.heads}
         return {"batch": ("replica", "data")} | {name: (axis,) for name, axis in named.items() if axis is not None}
 
     @property
     def parameter_mapping(self) -> dict[str, tuple[str, ...]]:
-        """The mesh axes of each named axis, for stored parameters, optimizer state and gradients."""
+        """The mesh axes that split each named axis of stored parameters, optimizer state and gradients."""
         mapping = self.compute_mapping
         if self.fsdp is not None:
             mapping[self.fsdp] = (*mapping.get(self.fsdp, ()), "data")
@@ -127,14 +127,14 @@ class MeshConfig(Settings):
 
 
 def check_launcher(config: MeshConfig, environment: Mapping[str, str]) -> None:
-    """Refuse to run as one of several unconnected processes, since each would train its own model.
+    """Refuse to run as one of several unconnected processes, because each would train its own model.
 
     Args:
-        config: the mesh; `mesh.coordinator` connects the processes.
+        config: the mesh settings; `mesh.coordinator` connects the processes.
         environment: the environment variables of this process.
 
     Raises:
-        InputError: if a launcher started several processes; names the launcher's variable.
+        InputError: if a launcher started several unconnected processes; the message names the launcher's variable.
     """
     if config.coordinator is not None:
         return
@@ -155,16 +155,16 @@ def check_divides(
     *,
     of: tuple[str, int] | None = None,
 ) -> None:
-    """Refuse named axes whose size is not divisible by the mesh axes that split them.
+    """Check that the sizes of named axes are divisible by the mesh axes that split them.
 
     Args:
         sizes: the size of each mesh axis.
-        mapping: the mesh axes of each named axis.
-        axes: the configuration's field and the size, by named axis.
+        mapping: the mesh axes that split each named axis.
+        axes: the configuration field that sets the size of each named axis, and the size.
         of: a field and its size, which the suggested size must divide.
 
     Raises:
-        InputError: names each field, the mesh axes and the nearest valid size.
+        InputError: if a size is not divisible; the message names each field, the mesh axes and the nearest valid size.
     """
     problems = Problems()
     for name, (field, size) in axes.items():
@@ -185,6 +185,6 @@ def check_divides(
 
 
 def nearest_multiple(size: int, parts: int, of: int | None = None) -> int:
-    """The multiple of `parts` nearest to `size`. If `of` is given, a multiple of `parts`, the result divides it."""
+    """The multiple of `parts` nearest to `size` that divides `of`, if given. `of` must be a multiple of `parts`."""
     multiples = range(parts, max(size + parts, of or 0) + 1, parts)
     return min((n for n in multiples if of is None or of % n == 0), key=lambda n: abs(n - size))

@@ -1,4 +1,4 @@
-"""Settings of models. Free of jax until a model is built."""
+"""Model settings. jax is imported only when a model is built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sophia_levanter.models.language_model import LanguageModel
 
 VOCAB_MULTIPLE = 128
-LARGEST = 2**20  # upper bound of the sizes of a model
+LARGEST = 2**20  # upper bound on a model's sizes
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class ModelConfig(Settings, ChoiceRegistry):
     """Settings of every model. The vocabulary size comes from the tokenizer.
 
     Raises:
-        InputError: if a value is out of its bounds.
+        InputError: if a value is out of bounds.
     """
 
     section: ClassVar[str] = "model"
-    title: ClassVar[str] = "model"  # its name in messages
+    title: ClassVar[str] = "model"  # the model's name in messages
 
     seq_len: int = setting(1024, "tokens in a training sequence; the longest context", low=1, high=LARGEST)
     vocab_rows: int | None = setting(
@@ -43,10 +43,10 @@ class ModelConfig(Settings, ChoiceRegistry):
     )
 
     def build(self, *, vocab_size: int, key: jax.Array) -> LanguageModel:
-        """A model with random weights.
+        """Build a model with random weights.
 
         Args:
-            vocab_size: classes that can be predicted.
+            vocab_size: number of tokens that can be predicted.
             key: a jax random key.
         """
         raise not_defined(self, "build")
@@ -56,19 +56,19 @@ class ModelConfig(Settings, ChoiceRegistry):
         return self
 
     def embedding_rows(self, vocab_size: int) -> int:
-        """Rows of the token embedding without padding, for a tokenizer of `vocab_size` tokens."""
+        """The number of rows in the token embedding, without padding, for a tokenizer with `vocab_size` tokens."""
         return max(vocab_size, self.vocab_rows or 0)
 
     def axis_sizes(self) -> dict[str, tuple[str, int]]:
-        """The field that sets the size of each named axis of the parameters, for messages, and the size."""
+        """The size of each named parameter axis, with the field that sets it (for messages): (field, size)."""
         return {"position": ("model.seq_len", self.seq_len)}
 
     def describe(self) -> str:
-        """The model's sizes as text."""
+        """Describe the model's sizes in words."""
         return counted(self.seq_len, "position")
 
     def attention_on(self, platform: str, dtype: str, *, split_positions: bool, documents: bool = False) -> str | None:
-        """The implementation of attention on a kind of device, in a dtype; None for a model without attention.
+        """The attention implementation for a platform and a dtype; None for a model without attention.
 
         Raises:
             InputError: if the requested implementation cannot be used, or `documents` is true and the model cannot mask
@@ -86,7 +86,7 @@ class ModelConfig(Settings, ChoiceRegistry):
         return _axis("position", self.seq_len)
 
     def Vocab(self, vocab_size: int) -> Axis:
-        """The vocabulary with its padding."""
+        """The vocabulary axis, including padding."""
         return _axis("vocab", pad_vocab(self.embedding_rows(vocab_size)))
 
 
@@ -95,10 +95,10 @@ class TransformerConfig(ModelConfig):
     """Settings of every transformer.
 
     Raises:
-        InputError: if a value is out of its bounds or the heads do not divide the width.
+        InputError: if a value is out of bounds or the number of heads does not divide the width.
     """
 
-    is_family: ClassVar[bool] = True  # another type of transformer keeps these settings
+    is_family: ClassVar[bool] = True  # these settings are kept when the type changes to another transformer
 
     num_layers: int = setting(12, "transformer blocks", low=1, high=LARGEST)
     num_heads: int = setting(12, "attention heads; must divide embed_dim", low=1, high=LARGEST)
@@ -126,7 +126,7 @@ class TransformerConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.head_dim  # refuses heads that do not divide the width
+        _ = self.head_dim  # raises if the number of heads does not divide the width
 
     @property
     def head_dim(self) -> int:
@@ -152,7 +152,7 @@ class TransformerConfig(ModelConfig):
 
     @property
     def _key_heads(self) -> str:
-        """The number of heads of keys and values as text, if it differs from the number of query heads."""
+        """The number of key and value heads as text, if it differs from the number of query heads."""
         return ""
 
     def attention_on(self, platform: str, dtype: str, *, split_positions: bool, documents: bool = False) -> str:
@@ -179,7 +179,7 @@ class TransformerConfig(ModelConfig):
 
     @property
     def KVHeads(self) -> Axis:
-        """The heads of keys and values."""
+        """The axis of the key and value heads."""
         return self.Heads
 
     @property
@@ -227,8 +227,8 @@ class LlamaConfig(TransformerConfig):
     """A decoder in the style of Llama (Touvron et al. 2023); with `qk_norm`, of Qwen3 (2025).
 
     Raises:
-        InputError: if a value is out of its bounds, `num_kv_heads` does not divide `num_heads`, or heads have an odd
-            size, which rotary positions cannot rotate in pairs.
+        InputError: if a value is out of bounds, `num_kv_heads` does not divide `num_heads`, or the head size is odd
+            (rotary position embeddings rotate pairs of coordinates).
     """
 
     title: ClassVar[str] = "Llama"
@@ -250,7 +250,7 @@ class LlamaConfig(TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_divisor("model.num_kv_heads", self.kv_heads, "model.num_heads", self.num_heads)
-        if not self.qk_norm:  # transformers' Llama requires it, whatever the head size
+        if not self.qk_norm:  # Llama in transformers requires this for any head size
             check_divisor("model.num_heads", self.num_heads, "model.embed_dim", self.embed_dim)
         if self.head_dim % 2:
             raise InputError(
@@ -276,7 +276,7 @@ class LlamaConfig(TransformerConfig):
 
     @property
     def kv_heads(self) -> int:
-        """The number of heads of keys and values."""
+        """The number of key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
@@ -298,7 +298,7 @@ def check_divisor(name: str, divisor: int, other: str, number: int) -> None:
     """Check that one setting divides another.
 
     Raises:
-        InputError: names both settings and the nearest divisor.
+        InputError: if it does not; the message names both settings and the nearest divisor.
     """
     if number % divisor:
         nearest = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - divisor))
@@ -306,7 +306,7 @@ def check_divisor(name: str, divisor: int, other: str, number: int) -> None:
 
 
 def pad_vocab(vocab_size: int) -> int:
-    """Round a vocabulary's size up to a multiple of 128, which suits matrix units."""
+    """Round the vocabulary size up to a multiple of 128, which suits matrix units."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

@@ -1,4 +1,4 @@
-"""Settings of optimizers. Free of jax until an optimizer is built."""
+"""Optimizer settings. jax is imported only when an optimizer is built."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class OptimizerConfig(Settings, ChoiceRegistry):
     """Settings of every optimizer: a learning rate with a schedule, and decoupled weight decay.
 
     Raises:
-        InputError: if a value is out of its bounds.
+        InputError: if a value is out of bounds.
     """
 
     section: ClassVar[str] = "optimizer"
@@ -64,27 +64,27 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         return self.final_fraction * self.learning_rate if given is None else given
 
     def check_run(self, trainer: TrainerConfig) -> None:
-        """Check that the optimizer fits a run.
+        """Check that the optimizer's settings fit the run.
 
         Raises:
-            InputError: names the conflicting fields.
+            InputError: if they conflict with the trainer's; the message names the fields.
         """
         steps = trainer.num_train_steps
         if self.warmup > steps:
             raise InputError(f"optimizer.warmup {self.warmup} is more than trainer.num_train_steps {steps}")
 
     def build(self, num_train_steps: int) -> Optimizer:
-        """Build the optimizer of a run of `num_train_steps` steps."""
+        """Build the optimizer for a run of `num_train_steps` steps."""
         raise not_defined(self, "build")
 
     @property
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The groups in the form that optimizers take."""
+        """The groups in the form that optimizers expect."""
         return [group.build(self.learning_rate) for group in self.groups]
 
     @property
     def decay_arguments(self) -> dict[str, Any]:
-        """`weight_decay` and `weight_decay_mask` in the form that optimizers take."""
+        """`weight_decay` and `weight_decay_mask` in the form that optimizers expect."""
         from sophia_levanter.models.language_model import decay_mask, hyperball_matrices, parameter_roles
         from sophia_levanter.optim import group_weight_decay, hyperball_weight_decay
 
@@ -97,9 +97,9 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         return {"weight_decay": rate, "weight_decay_mask": mask}
 
     def build_schedule(self, num_train_steps: int) -> Schedule:
-        """The learning rate as a function of the step, warm-up included.
+        """The learning rate as a function of the step, including the warm-up.
 
-        At step 0 it is 0 if there is a warm-up, as in the Sophia authors' and nanoGPT's schedule.
+        With a warm-up, it is 0 at step 0, as in the schedules of nanoGPT and the Sophia authors.
         """
         import optax
 
@@ -112,9 +112,9 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         return optax.join_schedules([warmup, decay], [warmup_steps])
 
     def arguments(self, optimizer: type, num_train_steps: int) -> dict[str, Any]:
-        """Keyword arguments for the class `optimizer`, limited to the parameters that it has.
+        """Keyword arguments for the class `optimizer`, limited to the parameters of its constructor.
 
-        They are the fields of this configuration's own type, `learning_rate` as a schedule over `num_train_steps`,
+        They are the fields specific to this configuration's type, `learning_rate` as a schedule over `num_train_steps`,
         `weight_decay`, `weight_decay_mask` and `momentum_dtype`.
         """
         import jax.numpy as jnp
@@ -129,11 +129,11 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         return {name: getattr(self, name) for name in own} | {name: shared[name] for name in shared if name in taken}
 
     def curvature_microbatches(self, trainer: TrainerConfig) -> tuple[int, int] | None:
-        """The number and size of the microbatches that refresh the curvature; None without curvature."""
+        """The number and size of the microbatches that refresh the curvature; None if the optimizer uses none."""
         return None
 
     def describe_curvature(self, trainer: TrainerConfig) -> str | None:
-        """When the curvature is refreshed, and on which part of the batch; None without curvature."""
+        """Describe when and on how much of the batch the curvature is refreshed; None if the optimizer uses none."""
         return None
 
 
@@ -211,7 +211,7 @@ class SophiaConfig(OptimizerConfig):
         return ReproducedSophia(**given, **choices)
 
     def build_estimator(self) -> Estimator:
-        """The estimator of the curvature."""
+        """Build the curvature estimator."""
         raise not_defined(self, "build_estimator")
 
     def curvature_microbatches(self, trainer: TrainerConfig) -> tuple[int, int]:

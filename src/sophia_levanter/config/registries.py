@@ -1,4 +1,4 @@
-"""Imports plug-ins, and registers metrics and callbacks by the names that settings list. Free of jax."""
+"""Import plug-ins, and register metrics and callbacks under the names used in settings. Does not import jax."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sophia_levanter.errors import InputError, one_line
 
 T = TypeVar("T")
 
-STATISTICS = "statistics"  # prefix of the statistics of single arrays
-# Prefixes of a run's own metrics, here and in the Sophia authors' scripts.
+STATISTICS = "statistics"  # metric prefix for statistics of individual arrays
+# Metric prefixes reserved for built-in metrics, in this package and in the Sophia authors' scripts.
 BUILT_IN = ("train", "optim", "validation", "val", "tasks", STATISTICS)
 
 
 class Registry(dict[str, Any]):
-    """Registered functions or classes, by name.
+    """Registered functions or classes, keyed by name.
 
     Args:
-        kind: "metric" or "callback"; `trainer.KINDs` lists the names that a run uses.
+        kind: "metric" or "callback"; `trainer.metrics` or `trainer.callbacks` lists the names that a run uses.
     """
 
     def __init__(self, kind: str) -> None:
@@ -31,10 +31,10 @@ class Registry(dict[str, Any]):
         self._kind = kind
 
     def register(self, name: str) -> Callable[[T], T]:
-        """A decorator that registers a function or class under a name, the prefix of its metrics.
+        """A decorator that registers a function or class under a name, which is also the prefix of its metrics.
 
         Raises:
-            ValueError: if the name is taken or is not an identifier.
+            ValueError: if the name is reserved, taken or not an identifier.
         """
         if name in (*METRICS, *CALLBACKS, *BUILT_IN) or not name.isidentifier():
             raise ValueError(f"the {self._kind} name {name!r} is reserved, taken or not an identifier; choose another")
@@ -49,7 +49,7 @@ class Registry(dict[str, Any]):
         """Check that all names are registered.
 
         Raises:
-            InputError: names the unregistered name and the nearest registered one.
+            InputError: if a name is not registered; the message suggests the nearest registered name.
         """
         for name in names:
             if name not in self:
@@ -79,13 +79,13 @@ KEY = "plugins"
 
 
 def with_plugins(layers: Iterable[Layer]) -> list[Layer]:
-    """Import the modules that the settings name under `plugins`, in all layers and not only the last.
+    """Import the modules listed under `plugins` in any layer, not only the last.
 
     Returns:
-        The layers, and a last one with all plug-ins if there are any.
+        The layers, followed by a layer with all plug-ins if there are any.
 
     Raises:
-        InputError: names the first module that cannot be imported, and the reason.
+        InputError: if a module cannot be imported; the message gives the module and the reason.
     """
     layers = list(layers)
     named = [(name, layer[KEY]) for layer in layers if KEY in layer for name in _names(layer[KEY])]
@@ -110,7 +110,7 @@ def _import(name: str, setting: Setting) -> None:
         raise InputError(
             f"{setting.prefix}{KEY}: {show_value(name)} is not a module name; for my_module.py write my_module"
         )
-    # `python -m` looks for modules in the working directory; a console script does not.
+    # `python -m` searches the working directory for modules; a console script does not.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     try:

@@ -1,4 +1,4 @@
-"""The whole configuration of a training run, and its `tracking` section. Free of jax."""
+"""The whole configuration of a training run, and its `tracking` section. Does not import jax."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sophia_levanter.config.settings import Settings, setting, steps_of
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError, Problems
 
-# wandb's limits on the names of projects.
+# wandb's limits on project names.
 _NOT_IN_A_PROJECT = "/\\#?%:"
 _LONGEST_NAME = 128
 
@@ -53,7 +53,7 @@ class TrackingConfig(Settings):
 
 
 def check_installed(config: TrackingConfig) -> None:
-    """Check that the packages that the configuration needs are installed.
+    """Check that the packages required by the tracking settings are installed.
 
     Raises:
         InputError: if a package is missing.
@@ -66,7 +66,7 @@ def check_installed(config: TrackingConfig) -> None:
 
 def _check_package(package: str, setting: str, extra: str) -> None:
     spec = find_spec(package)
-    # wandb leaves a folder of that name where it runs. `find_spec` finds the folder too, without an origin.
+    # wandb creates a folder named wandb in the working directory. `find_spec` also finds that folder, without an origin.
     if spec is None or spec.origin is None:
         raise InputError(f"{setting}, but {package} is not installed; pip install 'sophia-levanter[{extra}]'")
 
@@ -76,7 +76,7 @@ class TrainConfig:
     """The configuration of a training run.
 
     Raises:
-        InputError: if the sections do not fit each other.
+        InputError: if the sections are inconsistent with each other.
     """
 
     plugins: tuple[str, ...] = setting((), "Python modules to import first, which register parts of the run")
@@ -99,7 +99,7 @@ class TrainConfig:
 
 
 def with_steps(config: TrainConfig) -> TrainConfig:
-    """The configuration with step counts and a final learning rate in place of fractions."""
+    """The configuration with fractions replaced by step counts and a final learning rate."""
     trainer, optimizer = config.trainer, config.optimizer
     intervals: dict[str, Any] = {
         "evaluate_every": trainer.evaluation_interval,
@@ -117,15 +117,15 @@ def with_steps(config: TrainConfig) -> TrainConfig:
 
 
 def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:
-    """Refuse a model or batches whose sizes are not divisible by the mesh. All misfits are reported at once.
+    """Check that the sizes of the model and the batches are divisible by the mesh. All problems are reported together.
 
     Args:
-        config: the configuration of the run.
+        config: the run's configuration.
         num_devices: the number of devices.
-        vocab_size: tokens of the tokenizer; None if they are not known yet.
+        vocab_size: number of tokens in the tokenizer; None if it is not known yet.
 
     Raises:
-        InputError: names each field, the mesh axes that split it and a valid size.
+        InputError: if a size does not fit; the message names each field, the mesh axes that split it and a valid size.
     """
     trainer, mesh, problems = config.trainer, config.mesh, Problems()
     sizes = mesh.sizes(num_devices)
@@ -149,7 +149,7 @@ def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = N
 
 
 def check_parameters(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:
-    """`check_mesh` for the model alone."""
+    """Perform the checks of `check_mesh` for the model only."""
     model, mesh = config.model, config.mesh
     axes = model.axis_sizes()
     if vocab_size is not None:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules after the warm-up. Free of jax until one is built."""
+"""Learning-rate schedules after the warm-up. jax is imported only when a schedule is built."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class ScheduleConfig(Settings, ChoiceRegistry):
     """Learning rate after the warm-up.
 
     Attributes:
-        decays: whether it ends at `optimizer.final_learning_rate`.
+        decays: whether the schedule ends at `optimizer.final_learning_rate`.
     """
 
     section: ClassVar[str] = "optimizer.schedule"
     decays: ClassVar[bool] = True
 
     def build(self, peak: float, final: float, num_steps: int) -> Schedule:
-        """The learning rate as a function of the number of updates since the warm-up.
+        """Build the learning rate as a function of the number of updates since the warm-up.
 
         Args:
-            peak: the learning rate at 0.
-            final: the learning rate at `num_steps`.
-            num_steps: updates from the end of the warm-up to the end of the run, at least 1.
+            peak: the learning rate after 0 updates.
+            final: the learning rate after `num_steps` updates.
+            num_steps: number of updates from the end of the warm-up to the end of the run, at least 1.
         """
         raise not_defined(self, "build")
 

@@ -1,4 +1,4 @@
-"""Declares settings: the default, help text and bounds of each in one place."""
+"""Declare settings, each with its default, help text and bounds in one place."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _type_hints = functools.cache(typing.get_type_hints)
 
 @dataclass(frozen=True)
 class Declaration:
-    """The properties of a setting besides its type and default.
+    """The properties of a setting other than its type and default.
 
     Attributes:
         help: one line for `--help` and the reference page.
         low, high: inclusive bounds.
         above, below: exclusive bounds.
-        choices: the only values; with bounds, the words that are allowed besides numbers.
+        choices: the only valid values; if there are bounds, the words allowed in addition to numbers.
         empty: the remedy for an empty string, for messages.
-        free: for a setting of a model, whether a trained model works with other values.
-        steps: whether the value counts steps: a whole number, or below 1 a fraction of the run.
+        free: for a model setting, whether a trained model still works with a different value.
+        steps: whether the value is a number of steps: a whole number, or a fraction of the run if below 1.
         former: the setting's name in the last release, which still works.
     """
 
@@ -44,7 +44,7 @@ class Declaration:
     former: str = ""
 
     def check(self, name: str, value: Any, *, nullable: bool = False) -> None:
-        """Check a value of the field's type; None always passes.
+        """Check a value that has the field's type; None always passes.
 
         Args:
             name: the field's path, for messages.
@@ -52,7 +52,7 @@ class Declaration:
             nullable: whether the field may be None, for messages.
 
         Raises:
-            InputError: names the field, the value and the valid values.
+            InputError: if the value is invalid; the message names the field, the value and the valid values.
         """
         if value is None:
             return
@@ -71,7 +71,7 @@ class Declaration:
 
     @property
     def described(self) -> str:
-        """The help, with the choices if they are the only values."""
+        """The help text, with the choices if they are the only valid values."""
         return f"{self.help}: {', '.join(self.choices)}" if self.choices and not self._is_bounded else self.help
 
     @property
@@ -116,25 +116,25 @@ def setting(default: Any, help: str, **bounds: Any) -> Any:
 
 
 def steps_of(value: float, num_train_steps: int) -> int:
-    """The value of a setting declared with `steps`, in steps of a run of `num_train_steps`."""
+    """Convert the value of a setting declared with `steps` to a step count for a run of `num_train_steps` steps."""
     return round(value * num_train_steps) if value < 1 else int(value)
 
 
 def declaration(field: dataclasses.Field[Any]) -> Declaration:
-    """The declaration of a field; for a field without one, an empty declaration."""
+    """The declaration of a field; an empty declaration if the field has none."""
     found = field.metadata.get(DECLARATION, Declaration(""))
     assert isinstance(found, Declaration)
     return found
 
 
 def kinds_of(annotation: object) -> tuple[Any, ...]:
-    """The types that a setting's annotation joins by `|`."""
+    """The types joined by `|` in a setting's annotation."""
     joined = isinstance(annotation, UnionType) or typing.get_origin(annotation) is typing.Union
     return typing.get_args(annotation) if joined else (annotation,)
 
 
 def words_of(annotation: object) -> list[str]:
-    """The words that a setting allows besides numbers: `auto` for `float | Literal["auto"]`."""
+    """The words that a setting allows in addition to numbers, such as `auto` for `float | Literal["auto"]`."""
     literals = [kind for kind in kinds_of(annotation) if typing.get_origin(kind) is Literal]
     return [word for kind in literals for word in typing.get_args(kind)]
 
@@ -148,7 +148,7 @@ def check_subclass(registered: type, base: type, field: str) -> None:
     """Check that a registered class can be instantiated.
 
     Raises:
-        InputError: if it is not a subclass of `base`, or lacks a method that `base` requires.
+        InputError: if it is not a subclass of `base` or lacks a method that `base` requires.
     """
     if not issubclass(registered, base):
         raise InputError(f"{field}: {registered.__qualname__} is not a subclass of {base.__qualname__}")
@@ -167,10 +167,10 @@ class Settings:
     """A section of settings. Its constructor checks each value against the declaration.
 
     Raises:
-        InputError: if a value is out of its bounds.
+        InputError: if a value is out of bounds.
     """
 
-    section: ClassVar[str] = ""  # its name in configuration files and on command lines
+    section: ClassVar[str] = ""  # the section's name in configuration files and on command lines
 
     def __post_init__(self) -> None:
         kind: type = type(self)
@@ -181,5 +181,5 @@ class Settings:
 
     @classmethod
     def path(cls, name: str) -> str:
-        """A field's dotted path: `optimizer.rho`."""
+        """A field's dotted path, such as `optimizer.rho`."""
         return f"{cls.section}.{name}" if cls.section else name

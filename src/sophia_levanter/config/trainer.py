@@ -1,4 +1,4 @@
-"""Settings of the trainer and of sampling from a model. Free of jax, so that a command line can be checked at once."""
+"""Settings for training and for sampling from a model. Not importing jax keeps command-line checks fast."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class TrainerConfig(Settings):
     """Training length, batches, precision, evaluation, checkpoints and output.
 
     Raises:
-        InputError: if a value is out of its bounds, the microbatch size does not divide a batch size, or two tasks have
-            the same name.
+        InputError: if a value is out of bounds, the microbatch size does not divide a batch size, or two tasks have the
+            same name.
     """
 
     section: ClassVar[str] = "trainer"
@@ -201,12 +201,12 @@ class TrainerConfig(Settings):
 
     @property
     def tasks_interval(self) -> int:
-        """Steps between scores on the tasks."""
+        """Steps between task scores."""
         return self._interval(self.tasks_every)
 
     @property
     def best_metric(self) -> str:
-        """The name in metrics.jsonl of the loss that makes a checkpoint the best."""
+        """The name in metrics.jsonl of the loss that determines the best checkpoint."""
         return "validation/loss" if self.best_by is None else f"validation/{self.best_by}/loss"
 
     @property
@@ -216,7 +216,7 @@ class TrainerConfig(Settings):
 
     @property
     def lawa_interval(self) -> int | None:
-        """Steps between snapshots of the weights; None for no snapshots."""
+        """Steps between weight snapshots; None if no snapshots are taken."""
         return None if self.lawa_every is None else self._interval(self.lawa_every)
 
     @property
@@ -230,7 +230,7 @@ class TrainerConfig(Settings):
         return self._interval(self.log_every)
 
     def statistics_due(self, step: int) -> bool:
-        """Whether statistics of arrays are measured in a step, counted from 0."""
+        """Whether array statistics are measured at `step`, counted from 0."""
         return self.statistics_every is not None and step % self._interval(self.statistics_every) == 0
 
     def _interval(self, every: float) -> int:
@@ -238,14 +238,14 @@ class TrainerConfig(Settings):
 
     @property
     def profiled_steps(self) -> range:
-        """The steps that `profile_steps` names; empty if it names none or is not FIRST:END."""
+        """The steps given by `profile_steps`; empty if it is unset, contains no steps or is not FIRST:END."""
         first, colon, end = (self.profile_steps or "").partition(":")
         if not (colon and re.fullmatch(r"[0-9]{1,9}", first) and re.fullmatch(r"[0-9]{1,9}", end)):
             return range(0)
         return range(int(first), int(end))
 
     def at_step(self, step: int) -> TrainerConfig:
-        """These settings with the batch size of a step, without changes of it."""
+        """These settings with the batch size at `step`, and no batch size changes."""
         if not self.batch_size_changes:
             return self
         sizes = [change.batch_size for change in self.batch_size_changes if change.step <= step]
@@ -253,22 +253,22 @@ class TrainerConfig(Settings):
 
     @property
     def size_changes(self) -> list[tuple[int, int]]:
-        """`(step, batch size)` of each change."""
+        """`(step, batch size)` for each change."""
         return [(change.step, change.batch_size) for change in self.batch_size_changes]
 
     @property
     def parts(self) -> list[TrainerConfig]:
-        """These settings once for each batch size, without changes of it."""
+        """These settings once for each batch size, without batch size changes."""
         return [self.at_step(step) for step in (0, *(change.step for change in self.batch_size_changes))]
 
     @property
     def gradient_microbatch_size(self) -> int:
-        """Sequences in a microbatch."""
+        """The number of sequences in a microbatch."""
         return self.microbatch_size or self.batch_size
 
     @property
     def num_microbatches(self) -> int:
-        """Microbatches in a step."""
+        """The number of microbatches in a step."""
         return self.batch_size // self.gradient_microbatch_size
 
 
@@ -280,7 +280,7 @@ class Sampling(Settings):
     """How a token is drawn: the temperature is applied first, then `top_k`, then `top_p`.
 
     Raises:
-        InputError: if a number is out of its bounds.
+        InputError: if a number is out of bounds.
     """
 
     temperature: float = setting(0.8, "divide logits by it; 0 takes the likeliest token", low=0)
