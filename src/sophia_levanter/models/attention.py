@@ -290,7 +290,7 @@ def attention_for(wanted: str, required: Requirements) -> str:
         required: the requirements.
 
     Raises:
-        InputError: if the wanted implementation does not meet the requirements; says why.
+        InputError: if the wanted implementation does not meet the requirements; the error says why.
     """
     if wanted == "auto":
         fastest = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}.get(required.platform, "xla")

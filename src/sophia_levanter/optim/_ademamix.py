@@ -20,8 +20,8 @@ class AdEMAMixState(NamedTuple):
     """The state of `scale_by_ademamix`.
 
     Attributes:
-        count: int32 scalar, updates so far.
-        mu: the fast average of the gradient, like the parameters, in their dtypes or `momentum_dtype`.
+        count: int32 scalar, the number of updates so far.
+        mu: the fast average of the gradient, structured like the parameters, in their dtypes or `momentum_dtype`.
         mu_slow: the slow average of the gradient, in at least float32.
         nu: the average of the squared gradient, in the parameters' dtypes.
     """
@@ -49,10 +49,10 @@ class AdEMAMix(OptaxOptimizer):
         b2: decay of the second moment, in [0, 1).
         b3: decay of the slow average, in [0, 1).
         alpha: weight of the slow average in the step, at least 0.
-        slow_warmup: updates over which `alpha` and `b3` grow, the whole run in the paper; 0 keeps both constant.
+        slow_warmup: updates over which `alpha` and `b3` grow (the whole run in the paper); 0 keeps both constant.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, multiplied by the learning rate.
-        weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
+        weight_decay_mask: a tree or prefix of bools, or a function from parameters to one; if None, every leaf decays.
         momentum_dtype: dtype of the fast average; None for the parameters' dtypes. The slow average uses at least
             float32, since bfloat16 would round its small changes away.
         gradient_transform: an optax transformation that is applied to the gradient first, or None.
@@ -127,6 +127,6 @@ def _slow_average(settings: AdEMAMix, count: Array, dtype: Any) -> tuple[Scalar,
     if settings.slow_warmup == 0:
         return settings.alpha, 1 - settings.b3
     share = jnp.minimum(count.astype(dtype) / settings.slow_warmup, 1)
-    # float32 keeps few digits of a decay close to 1, so compute with 1 - b: log1p, and expm1 for the result.
+    # float32 resolves a decay close to 1 poorly, so compute with 1 - b: log1p for the inputs, expm1 for the result.
     fast, slow = (jnp.log1p(jnp.asarray(b - 1, dtype)) for b in (settings.b1, settings.b3))
     return settings.alpha * share, -jnp.expm1(1 / ((1 - share) / fast + share / slow))

@@ -54,12 +54,12 @@ def updated(
 
 
 def refreshed(sophia: AbstractSophia, state: SophiaState, h_hat: PyTree, finite: Bool[Array, ""]) -> SophiaState:
-    """The state after a refresh, which is skipped unless the estimate and the gradient beside it are finite.
+    """The state after a refresh, which is skipped unless the estimate and the same step's gradient are finite.
 
-    h <- b2 h + (1 - b2) h_hat; then the basis, if any, rotates together with h, and the controller, if any, sets rho.
+    h <- b2 h + (1 - b2) h_hat; then the basis, if any, is rotated with h, and the controller, if any, sets rho.
     """
     averaged = jax.tree.map(sophia.curvature.next, state.curvature, h_hat)
-    # Checking h, not the estimate, also finds numbers that overflow h's dtype.
+    # Check h, not the estimate: this also catches values that overflow h's dtype.
     sound = finite & all_finite(averaged)
     curvature = select(sound, averaged, state.curvature)
     basis = state.basis
@@ -76,7 +76,7 @@ def refreshed(sophia: AbstractSophia, state: SophiaState, h_hat: PyTree, finite:
     )
     if after.rho is None:
         return after
-    # Before the first update m is 0, so the win rate has no meaning.
+    # m is 0 before the first update, so the win rate is meaningless.
     measured = sound & (state.count > 0)
     return after._replace(rho=select(measured, sophia.rho.next(state.rho, win_rate(sophia, after)), state.rho))
 
@@ -87,12 +87,12 @@ def coordinates_of(sophia: AbstractSophia, state: SophiaState) -> Coordinates:
 
 
 def last_rho(sophia: AbstractSophia, state: SophiaState) -> Any:
-    """rho of the update that led to this state."""
+    """The rho of the update that produced this state."""
     return sophia.rho.at(state.rho, jnp.maximum(state.count - 1, 0))
 
 
 def ratio(sophia: AbstractSophia, state: SophiaState) -> tuple[PyTree, PyTree]:
-    """Numerator and denominator of the clipped ratio, for a state after its update."""
+    """Numerator and denominator of the ratio that is clipped, for a state after an update."""
     momentum = coordinates_of(sophia, state).project(jax.tree.map(upcast, state.momentum))
     momentum = jax.tree.map(lambda m: sophia.momentum.corrected(m, state.count - state.skipped_updates), momentum)
     rho = last_rho(sophia, state)
@@ -103,10 +103,10 @@ def ratio(sophia: AbstractSophia, state: SophiaState) -> tuple[PyTree, PyTree]:
 
 
 def unclipped(sophia: AbstractSophia, state: SophiaState) -> PyTree[Bool[Array, "..."]]:
-    """The coordinates whose step is not clipped, without those where h <= 0, such as the rows of unseen tokens."""
+    """The coordinates whose step is not clipped, except those with h <= 0, such as the rows of unseen tokens."""
     return jax.tree.map(lambda m, d, h: (jnp.abs(m) < d) & (h > 0), *ratio(sophia, state), state.curvature)
 
 
 def win_rate(sophia: AbstractSophia, state: SophiaState) -> Float[Array, ""]:
-    """The share of `unclipped` coordinates."""
+    """The fraction of coordinates that are `unclipped`."""
     return total(unclipped(sophia, state)) / num_coordinates(state.momentum)

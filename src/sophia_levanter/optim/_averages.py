@@ -1,4 +1,4 @@
-"""Sophia's state, its two moving averages, and the gradient noise that is estimated from them."""
+"""Sophia's state, its two moving averages, and the gradient noise estimated from them."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class SophiaState(NamedTuple):
     """Sophia's state between steps.
 
     Attributes:
-        count: updates so far.
-        refresh_count: refreshes of the curvature so far.
-        momentum: m, like the model's trainable part, in its dtypes or that of `Momentum`.
-        curvature: h, the same shapes in at least float32, or in the dtype of `Curvature`.
+        count: number of updates so far.
+        refresh_count: number of curvature refreshes so far.
+        momentum: m, structured like the model's trainable part, in its dtypes or in the dtype of `Momentum`.
+        curvature: h, with the same shapes, in at least float32 or in the dtype of `Curvature`.
         refresh_pending: whether the last refresh was skipped and the next step should try again.
-        skipped_updates: updates whose gradient was not finite; they changed only counts.
-        skipped_refreshes: refreshes whose estimate, or the gradient beside it, was not finite.
-        steps_since_refresh: updates since the last refresh, or since the start before the first refresh.
-        rho: a float32 scalar with a `WinRateController`, or None.
+        skipped_updates: number of updates whose gradient was not finite; they changed only the counts.
+        skipped_refreshes: number of refreshes whose estimate, or the same step's gradient, was not finite.
+        steps_since_refresh: number of updates since the last refresh, or since the start if none has happened yet.
+        rho: a float32 scalar if a `WinRateController` sets rho; otherwise None.
         gradient_state: the state of `gradient_transform`, or None.
         basis: the state of a `KroneckerBasis`, or None.
     """
@@ -65,8 +65,8 @@ class Momentum(eqx.Module):
 
     Args:
         b1: decay, in [0, 1).
-        bias_correct: use m / (1 - b1^count) in the update.
-        dtype: dtype of m; None for the parameters' dtypes. The average is computed in the wider of m's and g's dtype.
+        bias_correct: whether the update uses m / (1 - b1^count).
+        dtype: dtype of m; None for the parameters' dtypes. The average is computed in the wider of m's and g's dtypes.
     """
 
     b1: Scalar = eqx.field(default=0.965, converter=python_number)
@@ -79,28 +79,28 @@ class Momentum(eqx.Module):
         check_dtype("momentum_dtype", self.dtype)
 
     def next(self, m: Array, g: Array) -> Array:
-        """m after a gradient, in m's dtype."""
+        """The next m, given a gradient g, in m's dtype."""
         return (self.b1 * m.astype(jnp.promote_types(m.dtype, g.dtype)) + (1 - self.b1) * g).astype(m.dtype)
 
     def corrected(self, m: Array, count: Int[Array, ""]) -> Array:
-        """m in at least float32, after `count` updates that were not skipped."""
-        # Before the first update m is 0, and stays 0 whatever it is divided by.
+        """m as the update uses it, in at least float32, after `count` updates that were not skipped."""
+        # m is 0 before the first update, and stays 0 whatever it is divided by.
         return upcast(m) / (1 - self.b1 ** jnp.maximum(count, 1)) if self.bias_correct else upcast(m)
 
 
 class Curvature(eqx.Module):
-    """h <- b2 h + (1 - b2) h_hat, at every refresh, in a basis.
+    """h <- b2 h + (1 - b2) h_hat, at every refresh, in the coordinates of `basis`.
 
     Args:
         b2: decay, in [0, 1).
         interval: updates between two refreshes, at least 1.
-        initial_refreshes: refresh at each of this many first steps too: at the start h averages few estimates, and the
-            model changes quickly.
-        bias_correct: use h / (1 - b2^refreshes) in the update. Uncorrected, as in the paper, h reaches 63 % of its
-            value only after 1 / (1 - b2) refreshes, and until then steps are too long.
-        dtype: dtype of h; None for float32, or wider where the parameters are. The average is computed in at least
-            float32, but storing it in bfloat16 loses changes of less than 0.4 %: with b2 = 0.99, estimates within 40 %
-            of h have no effect.
+        initial_refreshes: number of steps at the start that all refresh the curvature: early on, h averages few
+            estimates and the model changes quickly.
+        bias_correct: whether the update uses h / (1 - b2^refreshes). Without the correction, as in the paper, h reaches
+            63 % of its value only after 1 / (1 - b2) refreshes, and the steps are too long until then.
+        dtype: dtype of h; None for float32, or for the parameters' dtype if it is wider. The average is computed in at
+            least float32, but storing it in bfloat16 loses changes of less than 0.4 %: with b2 = 0.99, estimates within
+            40 % of h have no effect.
         basis: the basis in which h is diagonal; None for the parameters' own coordinates.
     """
 
@@ -121,11 +121,11 @@ class Curvature(eqx.Module):
             raise TypeError(f"basis is {self.basis!r}; it must be a KroneckerBasis or None")
 
     def next(self, h: Array, h_hat: Array) -> Array:
-        """h after an estimate, in h's dtype."""
+        """The next h, given an estimate, in h's dtype."""
         return (self.b2 * upcast(h) + (1 - self.b2) * h_hat.astype(wide_dtype(h))).astype(h.dtype)
 
     def corrected(self, h: Array, refresh_count: Int[Array, ""]) -> Array:
-        """h in at least float32, after that many refreshes."""
+        """h as the update uses it, in at least float32, after `refresh_count` refreshes."""
         return upcast(h) / (1 - self.b2 ** jnp.maximum(refresh_count, 1)) if self.bias_correct else upcast(h)
 
 
@@ -140,11 +140,11 @@ class WeightDecay(eqx.Module):
 
 
 def check_state(optimizer: AbstractSophia, state: Any) -> None:
-    """Check that a state is one of this optimizer's.
+    """Check that a state belongs to this optimizer.
 
     Raises:
         TypeError: if it is not a `SophiaState`.
-        ValueError: if its kind of rho or basis is not the optimizer's, or a hyper-parameter has several numbers.
+        ValueError: if its `rho` or `basis` does not match the optimizer's, or a hyper-parameter has several numbers.
     """
     if not isinstance(state, SophiaState):
         raise TypeError(f"state is a {type(state).__name__}; it must be what init(model) returned")
@@ -159,7 +159,7 @@ def check_state(optimizer: AbstractSophia, state: Any) -> None:
 
 
 def state_metrics(state: SophiaState) -> dict[str, Any]:
-    """Scalars of a state alone; see `Sophia.metrics`."""
+    """The metrics that depend on the state alone; see `Sophia.metrics`."""
     nonpositive = total(jax.tree.map(lambda h: h <= 0, state.curvature))
     return {
         "curvature_nonpositive": nonpositive / num_coordinates(state.curvature),
@@ -172,23 +172,23 @@ def state_metrics(state: SophiaState) -> dict[str, Any]:
 
 
 def gradient_noise(momentum: Momentum, curvature: Curvature, state: SophiaState, num_targets: Any) -> dict[str, Any]:
-    """The critical batch, and the signal-to-noise ratio of each array.
+    """The critical batch size, and the signal-to-noise ratio of each array.
 
-    The squared gradient of the loss on one target drawn from the model has the mean h. As far as the model is right
-    about the data, the gradient of the mean loss on B targets has the variance h / B in each coordinate. The variance
-    of the bias-corrected average m of t such gradients is subtracted from |m|^2:
+    The squared gradient of the loss on one target drawn from the model has mean h. To the extent that the model fits
+    the data, the gradient of the mean loss on B targets has variance h / B in each coordinate. Let m be the
+    bias-corrected average of t such gradients; its variance is subtracted from |m|^2:
 
         variance of m = (h / B) (1 - b1) (1 + b1^t) / ((1 + b1) (1 - b1^t))
         |G|^2 = max(0, |m|^2 - trace(variance of m))
-        critical_batch_tokens = sum(h) / |G|^2                 the batch at which signal and noise are equal
-        signal_to_noise/ARRAY = |G|^2 / (sum(h) / B)           of that array
+        critical_batch_tokens = sum(h) / |G|^2                 the batch size at which signal and noise are equal
+        signal_to_noise/ARRAY = |G|^2 / (sum(h) / B)           over that array
 
-    The critical batch is the simple noise scale of McCandlish et al. 2018 (arXiv 1812.06162); it is infinite if no
+    The critical batch size is the simple noise scale of McCandlish et al. 2018 (arXiv 1812.06162); it is infinite if no
     signal is found. The gradient is assumed to change little over 1 / (1 - b1) steps. Clipping the gradient before it
     enters m makes |G| too small.
 
     Args:
-        momentum, curvature: those of the optimizer; h must be the curvature of the likelihood's mean loss.
+        momentum, curvature: the optimizer's averages; h must be the curvature of the likelihood's mean loss.
         state: a state after an update; before the first refresh all results are nan.
         num_targets: B, the number of targets in a batch.
     """

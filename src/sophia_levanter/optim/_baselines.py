@@ -1,4 +1,4 @@
-"""AdamW, Lion and Muon behind the protocol that Sophia follows."""
+"""AdamW, Lion and Muon, with the same interface as Sophia."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sophia_levanter.optim._trees import WeightDecayMask, all_finite, decay_mask
 
 
 class BaselineState(NamedTuple):
-    """The state of AdamW, Lion, Muon and Soap.
+    """The state of an `OptaxOptimizer`.
 
     Attributes:
         optax_state: the state of the optax transformation.
@@ -42,7 +42,7 @@ class BaselineState(NamedTuple):
 
 
 class OptaxOptimizer(eqx.Module):
-    """An optax transformation on the trainable part of a model."""
+    """An optax transformation that is applied to the trainable part of a model."""
 
     gradient_transform: optax.GradientTransformation | None = eqx.field(default=None, kw_only=True)
     estimator: ClassVar[None] = None
@@ -59,7 +59,7 @@ class OptaxOptimizer(eqx.Module):
 
         Raises:
             ValueError: if the model has no floating-point leaf.
-            TypeError: if a leaf is complex; names its path.
+            TypeError: if a leaf is complex; the error names its path.
         """
         check_parameters(model)
         params = trainable(model)
@@ -76,11 +76,12 @@ class OptaxOptimizer(eqx.Module):
     ) -> tuple[PyTree, BaselineState]:
         """One step from the gradient of the mean loss: the step to add to the model, and the next state.
 
-        If the gradient is not finite, the step is zero and only counts in the state advance. `finite` tells whether
-        the gradient is finite; None checks it. `h_hat` must be None: it is for loops that also train with Sophia.
+        If the gradient is not finite, the step is zero and only the counts in the state advance. `finite` says whether
+        it is finite; if None, it is checked. `h_hat` must be None; it exists for loops that also train with Sophia.
 
         Raises:
-            ValueError: if the gradient's tree is not the model's; names the path. If `h_hat` is given.
+            ValueError: if `h_hat` is given, or the gradient's tree does not match the model's; the error names the
+                path.
         """
         if h_hat is not None:
             raise ValueError(f"h_hat is given, but {type(self).__name__} has no curvature; check `refresh_due` first")
@@ -110,9 +111,9 @@ class OptaxOptimizer(eqx.Module):
     def metrics(
         self, state: BaselineState, num_targets: float | Float[Array, ""] | None = None
     ) -> dict[str, Float[Array, ""]]:
-        """`momentum_norm`, the global 2-norm of the first moment as stored, over all groups of parameters."""
+        """`momentum_norm`, the global 2-norm of the first moment as stored, over all parameter groups."""
         found = optax.tree.get_all_with_path(state.optax_state, "mu")
-        # A parameter may be called mu too, but only a state's moment is the field of a named tuple at the path's end.
+        # A parameter may also be called mu, but only a state's moment has a path that ends in a named-tuple field.
         moments = [mu for path, mu in found if isinstance(path[-1], optax.tree_utils.NamedTupleKey)]
         return {"momentum_norm": optax.tree.norm(moments)}
 
@@ -120,12 +121,12 @@ class OptaxOptimizer(eqx.Module):
         """Always None, since the optimizer uses no curvature."""
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """No work on matrices; optimizers that do any override this."""
+        """No matrix work; optimizers that do some override this method."""
         return MatrixWork()
 
 
 class AdamW(OptaxOptimizer):
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), `optax.adamw`.
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); see `optax.adamw`.
 
     Args:
         learning_rate: a number or a function of the update count.
@@ -133,9 +134,9 @@ class AdamW(OptaxOptimizer):
         b2: decay of the second moment, in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, multiplied by the learning rate.
-        weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
+        weight_decay_mask: a tree or prefix of bools, or a function from parameters to one; if None, every leaf decays.
         nesterov: whether to use Nesterov momentum (NAdamW; Dozat 2016).
-        cautious: zero the coordinates whose step would go up this batch's gradient and scale up the others
+        cautious: whether to zero the coordinates whose step points up this batch's gradient and to scale up the others
             (arXiv 2411.16085).
         momentum_dtype: dtype of the first moment; None for the parameters' dtypes.
         gradient_transform: an optax transformation that is applied to the gradient first, or None.
@@ -176,8 +177,10 @@ class AdamW(OptaxOptimizer):
 
 
 class Lion(OptaxOptimizer):
-    """Lion (Chen et al. 2023, arXiv 2302.06675), `optax.lion`. The arguments are AdamW's, without eps, nesterov
-    and cautious; b2 is the decay of the only moment, and b1 its weight in the step.
+    """Lion (Chen et al. 2023, arXiv 2302.06675); see `optax.lion`.
+
+    The arguments are AdamW's, without eps, nesterov and cautious; b2 is the decay of the only moment, and b1 is its
+    weight in the step.
 
     Examples:
         >>> optimizer, params = Lion(learning_rate=0.5, weight_decay=0.0), {"w": jnp.ones(2)}
@@ -205,7 +208,7 @@ class Lion(OptaxOptimizer):
 
 
 def add_decayed_weights(rate: Scalar, mask: WeightDecayMask, params: PyTree) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights` with a mask that may hold factors on the rate."""
+    """`optax.add_decayed_weights` with a mask that may contain factors on the rate."""
     factors = decay_mask_tree(mask, params)
     if all(isinstance(factor, bool) for factor in jax.tree.leaves(factors)):
         return optax.add_decayed_weights(rate, factors)
@@ -229,7 +232,7 @@ def check_shared(optimizer: Any) -> None:
     check_dtype("momentum_dtype", optimizer.momentum_dtype)
 
 
-# Liu et al. 2025, section 2.2: the root mean square of AdamW's steps, so that the learning rate is on its scale.
+# Liu et al. 2025, section 2.2: the root mean square of AdamW's steps. It puts the learning rate on AdamW's scale.
 ADAMW_RMS = 0.2
 # Coefficients of the quintic Newton-Schulz iteration, chosen for its slope at 0 (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -240,24 +243,25 @@ class Muon(OptaxOptimizer):
     """Muon (Jordan et al. 2024), scaled and decayed as in Liu et al. 2025 (arXiv 2502.16982).
 
     The step of an in x out matrix is learning_rate * 0.2 * sqrt(max(in, out)) times its Nesterov momentum,
-    orthogonalised by five Newton-Schulz iterations: singular values come out between about 0.7 and 1.2, not at 1. All
-    other parameters take the steps of AdamW with Nesterov momentum, at the same learning rate. The state and the steps
-    are those of `optax.contrib.muon`.
+    orthogonalised by five Newton-Schulz iterations, which bring the singular values to between about 0.7 and 1.2, not
+    exactly to 1. All other parameters are updated by AdamW with Nesterov momentum, at the same learning rate. The state
+    and the steps are those of `optax.contrib.muon`.
 
     Args:
         learning_rate: a number or a function of the update count, for all parameters.
         beta: decay of the matrices' momentum, in [0, 1).
-        b1: decay of the first moment of the other parameters, in [0, 1).
-        b2: decay of their second moment, in [0, 1).
-        eps: added to the root of their second moment, and to the norm that divides a matrix before the iterations.
+        b1: decay of the other parameters' first moment, in [0, 1).
+        b2: decay of the other parameters' second moment, in [0, 1).
+        eps: added to the root of that second moment, and to the norm that divides a matrix before the iterations.
         weight_decay: decoupled decay of all parameters, multiplied by the learning rate.
-        weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
-        matrices: a tree (or prefix), or a function from parameters to one, of optax's `MuonDimensionNumbers` where a
-            parameter is orthogonalised and None elsewhere. They number its input (reduction) and output axes; the
-            other axes enumerate matrices. None takes the leaves with two axes, including embeddings.
+        weight_decay_mask: a tree or prefix of bools, or a function from parameters to one; if None, every leaf decays.
+        matrices: optax's `MuonDimensionNumbers` for each parameter to orthogonalise, and None for the others, as a
+            tree, a prefix of one, or a function from parameters to one. They give the parameter's input (reduction) and
+            output axes; the other axes enumerate matrices. By default, every leaf with two axes is a matrix, including
+            embeddings.
         momentum_dtype: dtype of the momentum and the first moment; None for the parameters' dtypes.
-        mesh_axis: mesh axis whose devices each orthogonalise a share of the matrices; None computes all matrices on
-            every device.
+        mesh_axis: mesh axis whose devices each orthogonalise a share of the matrices; if None, every device
+            orthogonalises all of them.
         gradient_transform: an optax transformation that is applied to the gradient first, or None.
 
     Raises:
@@ -293,7 +297,7 @@ class Muon(OptaxOptimizer):
         labels = ["adam" if view is None else "muon" for view in views]
         groups = jax.tree.unflatten(jax.tree.structure(params), labels)
         matrices = [view for view in views if view is not None]
-        # Chains of one element keep the state paths of optax.contrib.muon, so that older checkpoints load.
+        # Chains with one element keep the state paths of optax.contrib.muon, so that older checkpoints load.
         direction = optax.partition(
             {
                 "muon": optax.chain(scale_by_muon(matrices, self.beta, self.eps, self.momentum_dtype, self.mesh_axis)),
@@ -301,7 +305,7 @@ class Muon(OptaxOptimizer):
                     optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.momentum_dtype, nesterov=True)
                 ),
             },
-            # A function, since a tree of a model's class may itself be callable.
+            # Pass a function, since a tree that is a model may itself be callable.
             lambda _: groups,
         )
         return optax.chain(
@@ -311,7 +315,7 @@ class Muon(OptaxOptimizer):
         )
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """Newton-Schulz iterations, for the count of FLOPs."""
+        """The Newton-Schulz iterations, for the FLOP count."""
         return MatrixWork(newton_schulz=ITERATIONS)
 
 
@@ -354,7 +358,10 @@ def scale_by_muon(
 
 
 def orthogonalized(x: Array, coefficients: Array, eps: Scalar) -> Array:
-    """Five times X <- a X + (b X X^T + c (X X^T)^2) X, from X / |X|. `x` is [in, out]; the shorter side forms X X^T."""
+    """Iterate X <- a X + (b X X^T + c (X X^T)^2) X five times, starting from X / |X|.
+
+    `x` is [in, out]; a tall matrix is transposed first, so that X X^T is small.
+    """
     if x.shape[0] > x.shape[1]:
         return orthogonalized(x.T, coefficients, eps).T
     a, b, c = coefficients.astype(x.dtype)

@@ -12,11 +12,11 @@ _BLOCK = 128
 def sample_categorical(logits: Array, uniforms: Array) -> Array:
     """Labels drawn from softmax(logits) by inverting the cumulative distribution, in float32.
 
-    One uniform number per position is several times cheaper than one Gumbel variable per class for large vocabularies.
-    The cumulative sum is taken over blocks of 128 classes first and then inside the block that was hit.
+    For large vocabularies, one uniform number per position is several times cheaper than one Gumbel variable per class.
+    The cumulative sum is taken first over blocks of 128 classes, and then within the block that contains the sample.
 
     Args:
-        logits: [..., classes]; -inf for a class that cannot be drawn. At least one class must be finite.
+        logits: [..., classes]; -inf for a class that cannot be drawn. At least one logit must be finite.
         uniforms: [...] float32 in [0, 1).
 
     Returns:
@@ -40,11 +40,11 @@ def sample_categorical(logits: Array, uniforms: Array) -> Array:
 
 
 def _first_above(weights: Array, ends: Array, target: Array) -> Array:
-    """The first index of positive weight whose cumulative sum exceeds the target.
+    """The first index with positive weight whose cumulative sum exceeds the target.
 
-    If rounding leaves none, it is the last index of positive weight. The weights are checked because a target may be
-    rounded below 0 and a parallel cumulative sum is not quite monotone, so the first sum above the target can belong
-    to an index of weight 0.
+    If rounding leaves no such index, the result is the last index with positive weight. The weights are checked because
+    the first sum above the target can belong to an index with weight 0: a target may be rounded below 0, and a parallel
+    cumulative sum is not quite monotone.
     """
     positions = jnp.arange(weights.shape[-1], dtype=jnp.int32)
     possible = weights > 0

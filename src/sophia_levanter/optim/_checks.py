@@ -1,4 +1,4 @@
-"""Checks of arguments and trees. Under `jit` and `vmap` numbers may be tracers, whose values cannot be checked."""
+"""Checks for arguments and trees. Under `jit` and `vmap` numbers may be tracers, whose values cannot be checked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ARRAYS = np.ndarray | jax.Array
 def check_number(
     name: str, value: Any, *, low: float, high: float = math.inf, low_open: bool = False, schedule: bool = False
 ) -> None:
-    """Raise unless a hyper-parameter is a number, or an array of them, in [low, high), or (low, high) with `low_open`.
+    """Raise unless a hyper-parameter is a number, or an array of them, in [low, high), or in (low, high) if `low_open`.
 
     Traced arrays pass, since their values are unknown; with `schedule`, so do functions of the update count.
     """
@@ -46,13 +46,13 @@ def _is_real(array: Any) -> bool:
 
 
 def python_number(value: Any) -> Any:
-    """A NumPy scalar or 0-d array as a Python number, which does not promote bfloat16; any other value unchanged."""
+    """Convert a NumPy scalar or 0-d array to a Python number, which does not promote bfloat16; keep any other value."""
     scalar = isinstance(value, np.generic | np.ndarray) and value.shape == ()
     return value.item() if scalar and _is_real(value) else value
 
 
 def whole_number(value: Any) -> Any:
-    """The value as an int if it is a whole number; otherwise itself, for `check_count` to refuse."""
+    """Convert a whole number to an int; keep any other value, for `check_count` to reject."""
     try:
         return value if isinstance(value, bool | jax.Array) else operator.index(value)
     except TypeError:
@@ -88,7 +88,7 @@ def check_dtype(name: str, value: Any) -> None:
 
 
 def check_mesh_axis(value: Any) -> None:
-    """Raise a TypeError unless the value is None or a name."""
+    """Raise a TypeError unless the value is None or a string."""
     if value is not None and not isinstance(value, str):
         raise TypeError(f"mesh_axis is {value!r}; it must be the name of an axis of the mesh, or None")
 
@@ -100,7 +100,7 @@ def check_single(name: str, value: Any) -> None:
 
 
 def value_at(name: str, value: float | Array | Callable[[Array], Any], count: Any) -> Any:
-    """The value of a hyper-parameter, a number or a schedule, at an update count; a schedule must return one number."""
+    """The value of a hyper-parameter (a number or a schedule) at an update count; a schedule must return one number."""
     found = value(count) if callable(value) else value
     if not isinstance(found, Real | ARRAYS):
         raise TypeError(f"{name} at an update count is {found!r}; it must be a number")
@@ -109,7 +109,7 @@ def value_at(name: str, value: float | Array | Callable[[Array], Any], count: An
 
 
 def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, such as jnp.mean returns") -> Array:
-    """The value as an array without named axes; a ValueError if it has axes, a TypeError if it is not real."""
+    """The value as an array without named axes. Raises a ValueError if it has axes, a TypeError if it is not real."""
     value = plain(value)
     array = jnp.asarray(value) if isinstance(value, Real | ARRAYS) else None
     if array is None or jnp.iscomplexobj(array):
@@ -120,7 +120,7 @@ def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, such as
 
 
 def check_scalars(name: str, results: Any, what: Sequence[str]) -> list[Array]:
-    """The results of a function as arrays; an error unless they are real scalars, one for each entry of `what`."""
+    """A function's results as arrays. Raises an error unless they are real scalars, one for each entry of `what`."""
     if not isinstance(results, tuple | list) or len(results) != len(what):
         raise TypeError(f"{name} must return {len(what)} scalars: {', '.join(what)}")
     named = zip(("first", "second", "third"), results, what, strict=False)
@@ -128,13 +128,13 @@ def check_scalars(name: str, results: Any, what: Sequence[str]) -> list[Array]:
 
 
 def check_key(key: Any) -> None:
-    """Raise a TypeError unless this is an array, as JAX random keys are."""
+    """Raise a TypeError unless the key is an array; JAX random keys count as arrays."""
     if not isinstance(key, ARRAYS):
         raise TypeError(f"key is {key!r}; it must be a jax random key, such as jax.random.key(0)")
 
 
 def check_flag(name: str, value: Any) -> Bool[Array, ""]:
-    """The value as a bool scalar; a TypeError if it is not one."""
+    """The value as a bool scalar. Raises a TypeError if it is not one."""
     if not isinstance(value, bool | np.bool_ | ARRAYS) or jnp.asarray(value).dtype != bool:
         raise TypeError(f"{name} is {value!r}; it must be a bool")
     if jnp.shape(value) != ():
@@ -143,7 +143,7 @@ def check_flag(name: str, value: Any) -> Bool[Array, ""]:
 
 
 def check_not_negative(name: str, values: Any) -> None:
-    """Raise a ValueError if a concrete array has a negative entry, a TypeError if it is complex."""
+    """Raise a ValueError if a concrete array has a negative entry, or a TypeError if it is complex."""
     array = plain(values)
     if array is None or isinstance(array, jax.core.Tracer):
         return
@@ -154,7 +154,7 @@ def check_not_negative(name: str, values: Any) -> None:
 
 
 def check_parameters(model: PyTree) -> None:
-    """Raise a ValueError if the model has no floating-point leaf, a TypeError if one is complex."""
+    """Raise a ValueError if the model has no floating-point leaf, or a TypeError if a leaf is complex."""
     if not jax.tree.leaves(trainable(model)):
         raise ValueError(
             "the model has no floating-point array to optimize; integers, static leaves and Python numbers are left "
@@ -174,7 +174,7 @@ def check_real(name: str, tree: PyTree) -> None:
 
 
 def check_same_structure(name: str, tree: PyTree, params: PyTree) -> None:
-    """Raise a ValueError at the first path where `tree` is not shaped like the parameters, a TypeError if complex."""
+    """Raise a ValueError if `tree` does not match the parameters (the first path is named), a TypeError if complex."""
     check_real(name, tree)
     found, wanted = (
         {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(trainable(t))}

@@ -29,7 +29,7 @@ REDUCTIONS = ("square_then_average", "average_then_square")
 
 
 class AbstractSquaredGradient(eqx.Module):
-    """B * g^2, with g the gradient of the mean loss on B targets; see `GaussNewtonBartlett` for `reduction`."""
+    """B * g^2, where g is the gradient of the mean loss on B targets; see `GaussNewtonBartlett` for `reduction`."""
 
     samples_targets: AbstractClassVar[bool]
     forward_mode: ClassVar[bool] = False
@@ -52,12 +52,12 @@ class AbstractSquaredGradient(eqx.Module):
         return num_microbatches if self.reduction == "square_then_average" else 1
 
     def accumulated(self, grad_sum: PyTree, num_targets: Float[Array, ""]) -> PyTree:
-        """A microbatch's term of the running total, in at least float32: G_i^2 or G_i."""
+        """A microbatch's term in the running total, in at least float32: G_i^2 or G_i."""
         wide = jax.tree.map(upcast, grad_sum)
         return self._squared(wide, num_targets) if self.reduction == "square_then_average" else wide
 
     def finished(self, total: PyTree, num_targets: Float[Array, ""]) -> PyTree:
-        """The estimate, from the sums of `accumulated` and of the number of targets over microbatches."""
+        """The estimate, given the sums over microbatches of `accumulated` and of the number of targets."""
         if self.reduction == "average_then_square":
             total = self._squared(total, num_targets)
         return jax.tree.map(lambda x: x / num_targets, total)
@@ -76,28 +76,29 @@ class AbstractSquaredGradient(eqx.Module):
 
 
 class GaussNewtonBartlett(AbstractSquaredGradient):
-    """B * g^2, with g the gradient of the mean loss on B targets drawn from the model's own distribution.
+    """B * g^2, where g is the gradient of the mean loss on B targets drawn from the model's own distribution.
 
     Its mean is the diagonal of the Gauss-Newton matrix (Algorithm 2); it is never negative. It measures the curvature
     of the likelihood's mean loss: if the training loss is c times as large, rho must be c times as large too.
 
-    Over several microbatches both reductions are unbiased, since the G_i are independent with mean zero. Squaring first
-    has up to n times less variance with n microbatches; the authors' code averages first.
+    Both reductions are unbiased over several microbatches, since the G_i are independent with mean zero. With n
+    microbatches, squaring first reduces the variance by a factor of up to n; the authors' code averages first.
 
     Args:
         likelihood: the distribution of the targets given the outputs.
         reduction: how microbatches are combined: `square_then_average` is sum_i G_i^2 / sum_i B_i,
-            `average_then_square` is (sum_i G_i)^2 / sum_i B_i, with G_i the gradient of the summed loss of microbatch i
-            and B_i its number of targets.
-        extra_pass: whether a refresh step makes one more backward pass. With False, the microbatches that the curvature
+            `average_then_square` is (sum_i G_i)^2 / sum_i B_i, where G_i is the gradient of the summed loss of
+            microbatch i and B_i is its number of targets.
+        extra_pass: whether a refresh step makes one more backward pass. If False, the microbatches that the curvature
             is estimated on see only sampled targets and are left out of the gradient: the step costs no more than any
-            other, and its gradient is the mean over the other microbatches.
-        max_grad_norm: g is scaled down to this global norm before it is squared, as in the authors' code (1.0), which
-            makes the estimate biased; None does not clip.
-        coordinates: where the diagonal is estimated, by default the parameters' own; `Sophia.estimator_at` sets them.
+            other, and its gradient is the mean over the remaining microbatches.
+        max_grad_norm: global norm that g is clipped to before it is squared (1.0 in the authors' code). Clipping biases
+            the estimate; None disables it.
+        coordinates: the coordinates in which the diagonal is estimated, by default the parameters' own;
+            `Sophia.estimator_at` sets them.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of range.
 
     Examples:
         >>> h_hat = GaussNewtonBartlett()(lambda w: jnp.ones((8, 1)) @ w, jnp.zeros((1, 3)), key=jax.random.key(0))
@@ -133,8 +134,8 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
             model: any pytree.
             microbatches: a pytree of arrays [microbatch, ...].
             key: a JAX random key for the targets.
-            weights: the weight of each target in the mean loss, 0 to leave it out; 1 by default. They have the shape of
-                the likelihood's losses, after a first axis [microbatch, ...] if there are microbatches.
+            weights: the weight of each target in the mean loss, 1 by default; 0 leaves a target out. The shape is that
+                of the likelihood's losses, preceded by the microbatch axis if there are microbatches.
 
         Raises:
             ValueError, TypeError: if the outputs do not fit the likelihood.
@@ -165,7 +166,7 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
         *,
         key: Key[Array, ""],
     ) -> PyTree:
-        """The same estimate, from a function that draws its own targets, as blocked losses over a vocabulary do.
+        """The same estimate from a function that draws its own targets, such as a blocked loss over a vocabulary.
 
         Args:
             sampled_loss: (model, key) or (model, microbatch, key) -> (mean loss on B targets drawn from the model's
@@ -182,8 +183,9 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
         Args:
             outputs: the model's outputs, an array or a NamedArray.
             key: a JAX random key for the targets.
-            weights: the weight of each target; B is their sum. The mean loss is weighted by their roots, so that its
-                expected squared gradient is proportional to the weighted sum of the targets' Gauss-Newton diagonals.
+            weights: the weight of each target; B is their sum. The mean loss is weighted by their square roots, so
+                that its expected squared gradient is proportional to the weighted sum of the targets' Gauss-Newton
+                diagonals.
         """
         _, losses, w = self._sampled(outputs, key, weights)
         return weighted_mean(losses, jnp.sqrt(w), jnp.sum(w)), jnp.sum(w)
@@ -191,11 +193,11 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
     def losses(
         self, outputs: Any, targets: Any, *, key: Key[Array, ""], weights: Any = None
     ) -> tuple[Array, Array, Array]:
-        """The mean loss on the true and on sampled targets, and their number B, for `value_grad_and_curvature`.
+        """The mean losses on the true and on sampled targets, and their number B, for `value_grad_and_curvature`.
 
         Args:
             outputs: the model's outputs, an array or a NamedArray.
-            targets: the true targets, as the likelihood takes them.
+            targets: the true targets, in the form that the likelihood expects.
             key: a JAX random key for the sampled targets.
             weights: the weight of each target in the mean; B is their sum.
         """
@@ -216,13 +218,13 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
 
 
 class EmpiricalFisher(AbstractSquaredGradient):
-    """B * g^2, with g the gradient of the mean loss on the data's own B targets: the training gradient itself.
+    """B * g^2, where g is the gradient of the mean loss on the B targets in the data: the training gradient itself.
 
     The mean gradient is not 0 and enters the estimate, so this is not the diagonal of the Gauss-Newton matrix
-    (Kunstner, Balles and Hennig 2019, arXiv 1905.12558). The arguments are `GaussNewtonBartlett`'s.
+    (Kunstner, Balles and Hennig 2019, arXiv 1905.12558). The arguments are as for `GaussNewtonBartlett`.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of range.
 
     Examples:
         >>> EmpiricalFisher()(lambda w: (3.0 * jnp.sum(w), 8), jnp.ones(2), key=jax.random.key(0)).tolist()  # 8 * 3^2
@@ -246,13 +248,13 @@ class EmpiricalFisher(AbstractSquaredGradient):
         *,
         key: Key[Array, ""],
     ) -> PyTree:
-        """B * g^2 on the data's own targets.
+        """B * g^2 on the targets in the data.
 
         Args:
             loss_fn: model, or (model, microbatch), -> (mean loss on the true targets, their number B).
             model: any pytree.
             microbatches: a pytree of arrays [microbatch, ...].
-            key: a JAX random key, unused: other estimators need it.
+            key: a JAX random key, which only other estimators use.
         """
         return _estimate(self, "loss_fn", lambda *args: loss_fn(*args[:-1]), model, microbatches, key)
 

@@ -1,6 +1,6 @@
 """Gradients and curvature of a batch, for the trainer and for `value_grad_and_curvature`.
 
-The activations of only one microbatch exist at a time.
+Only one microbatch's activations are in memory at a time.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def split_microbatches(
     """Split the first part of a batch into microbatches, for an estimator or `value_grad_and_curvature`.
 
     Args:
-        batch: any pytree of arrays or NamedArrays whose first axis is the row; all have the same number of rows.
+        batch: any pytree of arrays or NamedArrays whose first axis is the row axis; all have the same number of rows.
         microbatch_size: rows in a microbatch; it must divide the number of rows.
-        fraction: the wanted part of the batch, in (0, 1], rounded to whole microbatches, at least one.
+        fraction: the fraction of the batch to keep, in (0, 1], rounded to whole microbatches (at least one).
         num_devices: number of devices that the rows will be sharded over; it must divide `microbatch_size`, so that
             every device has rows. Shard the result as [None, devices].
 
     Returns:
-        The same tree with arrays [microbatch, row, ...], and the share of the batch that it holds.
+        The same tree with arrays [microbatch, row, ...], and the fraction of the batch that it contains.
 
     Raises:
-        ValueError: if the sizes do not fit, or the fraction is out of its range.
+        ValueError: if the sizes do not divide evenly, or the fraction is out of range.
 
     Examples:
         >>> microbatches, share = split_microbatches({"x": jnp.zeros((8, 3))}, 2, fraction=0.5)
@@ -68,13 +68,13 @@ def num_microbatches(microbatches: PyTree) -> int:
     """The length of the first axis.
 
     Raises:
-        ValueError: if the arrays differ in it, or the tree has no arrays.
+        ValueError: if the arrays have different lengths, or the tree has no arrays.
     """
     return _common_length("microbatches", microbatches, "microbatches")
 
 
 def split_at(microbatches: PyTree, first: int) -> tuple[PyTree, PyTree | None]:
-    """The first microbatches, and the rest if there are any."""
+    """Split the microbatches after the first `first`; the rest is None if no microbatches are left."""
 
     def part(where: slice) -> PyTree:
         return jax.tree.map(lambda x: _at(x, where), microbatches, is_leaf=is_named)
@@ -86,10 +86,10 @@ def split_at(microbatches: PyTree, first: int) -> tuple[PyTree, PyTree | None]:
 def sum_over_microbatches(
     function: Callable[[PyTree, Any], PyTree], microbatches: PyTree, start: PyTree | None = None
 ) -> PyTree:
-    """The sum of `function(microbatch, index)` over the first axis, in a `lax.scan` that holds one at a time.
+    """The sum of `function(microbatch, index)` over the first axis, in a `lax.scan` over one microbatch at a time.
 
     Args:
-        function: returns a tree of arrays, of the same shapes for each microbatch.
+        function: returns a tree of arrays, whose shapes are the same for every microbatch.
         microbatches: any pytree of arrays or NamedArrays [microbatch, ...].
         start: the initial sum; zeros if not given.
     """
@@ -111,7 +111,7 @@ def sum_over_microbatches(
 def _at(x: Any, index: Any) -> Any:
     if is_named(x):
         return x[{x.axes[0].name: index}]
-    # numpy's arrays cannot be indexed by a traced number.
+    # A NumPy array cannot be indexed with a tracer.
     return (x if isinstance(x, jax.Array) else jnp.asarray(x))[index]
 
 
@@ -131,8 +131,8 @@ def _common_length(name: str, tree: PyTree, things: str) -> int:
     return lengths.pop()
 
 
-# (model, microbatch, key) -> mean loss, mean loss on sampled targets, number of targets. Means, so that half precision
-# does not overflow; `accumulate` multiplies them by the number again.
+# (model, microbatch, key) -> mean loss, mean loss on sampled targets, number of targets. The losses are means, so that
+# half precision does not overflow; `accumulate` multiplies them by the number of targets.
 LossesFn = Callable[..., tuple[Any, Any, Any]]
 
 
@@ -140,9 +140,9 @@ class GradientSums(NamedTuple):
     """Sums over targets.
 
     Attributes:
-        loss: the loss.
-        num_targets: the number of targets, or their weight.
-        grads: the gradient in at least float32, like the model's trainable part; None where it was not taken.
+        loss: the summed loss.
+        num_targets: the number of targets, or their total weight.
+        grads: the gradient in at least float32, structured like the model's trainable part; None if not computed.
         curvature: the sum of the estimator's `accumulated`; None without an estimator.
     """
 
@@ -166,13 +166,13 @@ def accumulate(
     gradient: bool = True,
     start: GradientSums | None = None,
 ) -> GradientSums:
-    """Sums of loss, gradient and curvature over microbatches, one at a time.
+    """Sum the loss, gradient and curvature over microbatches, one at a time.
 
     Args:
         losses_fn, model, microbatches, key: as for `value_grad_and_curvature`.
-        estimator: its `accumulated` gives each microbatch's term of the curvature; None for no curvature.
-        gradient: whether the gradient of the loss on the true targets is taken.
-        start: sums over other microbatches, to continue from.
+        estimator: its `accumulated` computes each microbatch's curvature term; None to skip the curvature.
+        gradient: whether to compute the gradient of the loss on the true targets.
+        start: sums over other microbatches, to which these are added.
     """
     check_parameters(model)
     check_key(key)
@@ -213,7 +213,7 @@ def accumulate(
 
 
 class RefreshStep(eqx.Module):
-    """A step that refreshes the curvature. Its estimator decides which passes are made.
+    """A step that refreshes the curvature. The estimator decides which passes to make.
 
     Attributes:
         losses_fn: as for `value_grad_and_curvature`.
@@ -222,7 +222,7 @@ class RefreshStep(eqx.Module):
         batch: the microbatches [microbatch, ...] of the whole batch; None for a single pass.
         first: the microbatches [microbatch, ...] that the curvature is estimated on.
         others: the microbatches of the batch that are not in `first`; None if `first` is not part of the batch.
-        curvature_losses_fn: `losses_fn` with a forward derivative, if it needs another implementation.
+        curvature_losses_fn: a version of `losses_fn` that has a forward derivative; None if `losses_fn` has one.
     """
 
     losses_fn: LossesFn
@@ -243,7 +243,7 @@ class RefreshStep(eqx.Module):
         Sampled targets need a second backward pass, and a `first` outside the batch needs a separate pass.
 
         Args:
-            estimator: has `samples_targets`, `accumulated` and `finished`, as `GaussNewtonBartlett` has.
+            estimator: an estimator with `samples_targets`, `accumulated` and `finished`, such as `GaussNewtonBartlett`.
         """
         if self.others is None:
             apart = accumulate(
@@ -277,8 +277,8 @@ class RefreshStep(eqx.Module):
         """The loss and the microbatches for a separate pass over `first`, which begins when `after` is complete.
 
         Returns:
-            (model, microbatch) -> (scalar mean loss, number of targets), with a forward derivative, or model -> the
-            same for a single pass; and the microbatches, or None.
+            A function with a forward derivative, (model, microbatch) -> (scalar mean loss, number of targets), and the
+            microbatches. For a single pass, the function takes only the model, and the microbatches are None.
         """
         losses_fn = self.curvature_losses_fn or self.losses_fn
         # An estimator draws its probe from `key`, and dropout must not depend on the probe.
@@ -303,11 +303,11 @@ class RefreshStep(eqx.Module):
 
 
 def _once_complete(sums: GradientSums, microbatches: PyTree) -> PyTree:
-    """The microbatches, for a pass that begins when these sums are complete.
+    """The microbatches, for a pass that begins only when these sums are complete.
 
     Two concurrent passes would need the memory of both. On CPUs they may deadlock, because devices enter the
     collectives of independent passes in different orders. If the gradient is not finite, the microbatches become zeros:
-    such a step is skipped anyway, and its reported loss is that of the earlier pass.
+    such a step is skipped anyway, and the loss that it reports comes from the earlier pass.
     """
     finite = all_finite(sums.grads)
 
@@ -327,12 +327,12 @@ def value_grad_and_curvature(
     estimator: Any,
     curvature_microbatches: int | None = None,
 ) -> tuple[Float[Array, ""], PyTree, PyTree]:
-    """The mean loss, its gradient and an estimate of the curvature, in the passes that the trainer makes.
+    """The mean loss, its gradient and an estimate of the curvature, computed in the same passes as in the trainer.
 
-    With `GaussNewtonBartlett` the estimate costs one more backward pass and no forward pass, or no pass at all with
-    `extra_pass=False`. Its method `losses` computes the three results of `losses_fn` from a model's outputs. That keeps
-    two cotangents of the outputs; for a large vocabulary write a `losses_fn` that takes the final hidden states
-    through the head in blocks and computes both losses in one pass (as `sophia_levanter.models.loss` does).
+    With `GaussNewtonBartlett`, the estimate costs one extra backward pass, or none with `extra_pass=False`. The
+    estimator's method `losses` computes the three results of `losses_fn` from a model's outputs. This keeps two
+    cotangents of the outputs in memory; for a large vocabulary, write a `losses_fn` that applies the head to the final
+    hidden states in blocks and computes both losses in one pass (as `sophia_levanter.models.loss` does).
 
     Args:
         losses_fn: (model, key) or (model, microbatch, key) -> (mean loss on the true targets, mean loss on targets
@@ -340,14 +340,14 @@ def value_grad_and_curvature(
         model: any pytree.
         microbatches: a pytree of arrays or NamedArrays [microbatch, ...]; None for a single pass.
         key: a JAX random key for the sampled targets, or the probe.
-        estimator: the estimator; an optimizer's is `optimizer.estimator_at(state)`.
-        curvature_microbatches: estimate the curvature on this many of the first microbatches; None for all.
+        estimator: the estimator, such as an optimizer's `optimizer.estimator_at(state)`.
+        curvature_microbatches: the number of leading microbatches to estimate the curvature on; None for all.
 
     Returns:
-        The loss, the gradient and the estimate, both like the model's trainable part.
+        The loss, and the gradient and the estimate, both structured like the model's trainable part.
 
     Raises:
-        ValueError: if a loss is not a scalar, or there are fewer microbatches than wanted.
+        ValueError: if a loss is not a scalar, or there are fewer microbatches than `curvature_microbatches`.
         TypeError: if the estimator does not define `gradient_and_estimate`.
 
     Examples:

@@ -1,4 +1,4 @@
-"""Parameter groups with their own learning rate and weight decay, around any optimizer."""
+"""Parameter groups with their own learning rate and weight decay, for any optimizer."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Roles: TypeAlias = PyTree[str] | Callable[[PyTree], PyTree[str]] | None
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share settings: those whose path matches an expression, or those that have a role.
+    """Parameters that share settings: those whose path matches a regular expression, or those with a given role.
 
     Attributes:
-        match: a regular expression that is searched for in the paths of parameters: `wte|wpe`, `attention.*weight`.
+        match: a regular expression to search for in parameter paths, such as `wte|wpe` or `attention.*weight`.
         learning_rate: factor on the optimizer's learning rate.
         weight_decay: the group's weight decay; None for the optimizer's.
-        role: in place of `match`, a role that `roles` gives to parameters, such as `embedding`.
+        role: a role that `roles` assigns to parameters, such as `embedding`, given instead of `match`.
 
     Raises:
         ValueError: if not exactly one of `match` and `role` is given, the expression is not valid, or a number is
@@ -60,16 +60,16 @@ class ParameterGroup:
 
 
 class ParameterGroups(OptimizerWrapper):
-    """An optimizer whose steps are scaled by group: theta <- theta + r step, with r the group's factor.
+    """An optimizer whose steps are scaled by group: theta <- theta + r step, where r is the group's factor.
 
     A parameter is in the first group that matches its path, such as `blocks.attention.query.weight`, or its role; if no
-    group matches, r = 1. The state is the optimizer's. The optimizer applies the weight decay of groups: give it
+    group matches, r = 1. The state is the optimizer's. The optimizer applies the groups' weight decay: give it
     `weight_decay=1.0, weight_decay_mask=group_weight_decay(groups, rate, mask, roles)`.
 
     Args:
-        optimizer: follows the protocol of `Optimizer`.
+        optimizer: an optimizer that follows the `Optimizer` protocol.
         groups: the groups.
-        roles: a tree (or prefix) of the parameters' roles, or a function from parameters to one, for groups by role.
+        roles: a tree (or prefix) of the parameters' roles, or a function from parameters to one; for groups with roles.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -118,12 +118,12 @@ class ParameterGroups(OptimizerWrapper):
 def group_weight_decay(
     groups: Sequence[ParameterGroup], rate: float, mask: WeightDecayMask = None, roles: Roles = None
 ) -> Callable[[PyTree], PyTree[float]]:
-    """The weight decay of each parameter, for `weight_decay_mask` of an optimizer with `weight_decay=1.0`.
+    """The weight decay of each parameter, for the `weight_decay_mask` of an optimizer with `weight_decay=1.0`.
 
     Args:
-        groups: those of `ParameterGroups`.
-        rate: the weight decay outside groups that have their own.
-        mask: where `rate` applies; the decay of a group applies to all of its parameters.
+        groups: as for `ParameterGroups`.
+        rate: the weight decay of parameters whose decay is not set by a group.
+        mask: where `rate` applies; a group's own decay applies to all of its parameters.
         roles: as for `ParameterGroups`.
     """
     decays = [-1.0 if group.weight_decay is None else group.weight_decay for group in groups]
@@ -138,10 +138,10 @@ def group_weight_decay(
 
 
 def groups_of(groups: Sequence[ParameterGroup], model: PyTree, roles: Roles = None) -> dict[str, int]:
-    """The index in `groups` of each parameter's group, by the parameter's path; parameters without a group are omitted.
+    """The index in `groups` of each parameter's group, keyed by the parameter's path; ungrouped parameters are omitted.
 
     Args:
-        groups: those of `ParameterGroups`.
+        groups: as for `ParameterGroups`.
         model: the model; its arrays may be abstract.
         roles: as for `ParameterGroups`.
 
@@ -169,7 +169,7 @@ def groups_of(groups: Sequence[ParameterGroup], model: PyTree, roles: Roles = No
 def _by_group(
     groups: Sequence[ParameterGroup], roles: Roles, model: PyTree, value: Callable[[int | None], float]
 ) -> PyTree[float]:
-    """A number for each parameter, from the index of its group or None."""
+    """A number for each parameter, computed from the index of its group (None without a group)."""
     params = trainable(model)
     by_path = _roles_by_path(groups, roles, params)
 
@@ -181,7 +181,7 @@ def _by_group(
 
 
 def _roles_by_path(groups: Sequence[ParameterGroup], roles: Roles, model: PyTree) -> dict[str, str]:
-    """The role of each parameter, by its path; empty if no group asks for one."""
+    """The role of each parameter, keyed by its path; empty if no group has a role."""
     asked = [group.role for group in groups if group.role is not None]
     if not asked:
         return {}

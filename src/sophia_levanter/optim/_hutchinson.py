@@ -1,4 +1,4 @@
-"""Hutchinson's estimator of a Hessian's or a Gauss-Newton matrix's diagonal (arXiv 2305.14342, Algorithm 1)."""
+"""Hutchinson's estimator for the diagonal of a Hessian or Gauss-Newton matrix (arXiv 2305.14342, Algorithm 1)."""
 
 import abc
 import re
@@ -31,12 +31,12 @@ from sophia_levanter.optim._likelihood import (
 from sophia_levanter.optim._trees import plain, trainable, upcast
 
 PROBES = ("rademacher", "gaussian")
-# A product with a symmetric matrix, like the model's trainable part, and the weight that it is divided by.
+# A product with a symmetric matrix, structured like the model's trainable part, and the weight to divide it by.
 Product = tuple[PyTree, Any]
 
 
 class AbstractHutchinson(eqx.Module):
-    """u * (M u), for a symmetric matrix M: its mean over u with E[u u^T] = 1 is M's diagonal."""
+    """u * (M u) for a symmetric matrix M: its mean over random u with E[u u^T] = I is the diagonal of M."""
 
     signed: ClassVar[bool] = True
     forward_mode: ClassVar[bool] = True
@@ -71,7 +71,7 @@ class AbstractHutchinson(eqx.Module):
     ) -> PyTree:
         """The mean of u * (M u) over the probes, in at least float32.
 
-        `product` is (u, microbatch, index) -> a microbatch's part of M u, times its weight, and the weight.
+        `product` maps (u, microbatch, index) to the microbatch's part of M u times its weight, and to the weight.
         """
 
         def one(key: Key[Array, ""], _: Any) -> PyTree:
@@ -91,15 +91,16 @@ class AbstractHutchinson(eqx.Module):
 
 
 class Hutchinson(AbstractHutchinson):
-    """u * (H u): its mean over u is the diagonal of the Hessian; single entries may be negative (Algorithm 1).
+    """u * (H u): its mean over u is the diagonal of the Hessian; individual entries may be negative (Algorithm 1).
 
     Args:
         probe: how u is drawn: `rademacher` (lower variance) or `gaussian` (the paper's).
-        num_probes: the number of u that the estimate averages, one after the other.
-        coordinates: where the diagonal is estimated, by default the parameters' own; `Sophia.estimator_at` sets them.
+        num_probes: the number of probes u to average over; they are processed one at a time.
+        coordinates: the coordinates in which the diagonal is estimated, by default the parameters' own;
+            `Sophia.estimator_at` sets them.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of range.
 
     Examples:
         >>> Hutchinson()(lambda w: jnp.sum(jnp.asarray([1.0, 3.0]) * w**2), jnp.ones(2), key=jax.random.key(0)).tolist()
@@ -129,7 +130,7 @@ class Hutchinson(AbstractHutchinson):
             model: any pytree.
             microbatches: a pytree of arrays [microbatch, ...]; they share u and only split the work.
             key: a JAX random key for u.
-            weights: weight of each microbatch in the mean loss, such as its number of targets; equal if not given.
+            weights: weight of each microbatch in the mean loss, such as its number of targets; all equal by default.
 
         Raises:
             ValueError: if the loss is not a scalar.
@@ -173,18 +174,18 @@ class Hutchinson(AbstractHutchinson):
 
 
 class GaussNewtonHutchinson(AbstractHutchinson):
-    """u * (J^T S J u): Hutchinson's estimator of the Gauss-Newton matrix, for comparison with the other two.
+    """u * (J^T S J u): Hutchinson's estimator for the Gauss-Newton matrix, for comparison with the other estimators.
 
     J is the Jacobian of the outputs, and S is the Hessian of the loss with respect to the outputs, at sampled targets
-    if it depends on the targets (it does not for the likelihoods here). Forward mode gives J u, reverse mode the rest.
-    The mean equals that of Gauss-Newton-Bartlett. Single entries may be negative.
+    if it depends on the targets (it does not for the likelihoods here). Forward mode computes J u, and
+    reverse mode computes the rest. The mean equals that of Gauss-Newton-Bartlett. Individual entries may be negative.
 
     Args:
         likelihood: the distribution of the targets given the outputs.
         probe, num_probes, coordinates: as for `Hutchinson`.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of range.
 
     Examples:
         >>> estimator = GaussNewtonHutchinson(Normal(1.0))
@@ -239,7 +240,7 @@ class GaussNewtonHutchinson(AbstractHutchinson):
 
 
 def draw_probe(key: Key[Array, ""], model: PyTree, probe: str = "rademacher") -> PyTree:
-    """A random direction u with E[u u^T] = 1, like the model's trainable part in shapes and dtypes."""
+    """A random direction u with E[u u^T] = I, in the shapes and dtypes of the model's trainable part."""
     check_choice("probe", probe, PROBES)
     check_parameters(model)
     draw = jax.random.rademacher if probe == "rademacher" else jax.random.normal
@@ -252,7 +253,7 @@ def draw_probe(key: Key[Array, ""], model: PyTree, probe: str = "rademacher") ->
 def hessian_vector_product(
     loss_fn: Callable[[PyTree], Any], model: PyTree, vector: PyTree, *, has_aux: bool = False
 ) -> Any:
-    """H v of a scalar loss, by forward-over-reverse differentiation; (H v, aux) if `loss_fn` gives (loss, aux)."""
+    """H v of a scalar loss, by forward-over-reverse differentiation; (H v, aux) if `loss_fn` returns (loss, aux)."""
 
     def scalar_loss(model: PyTree) -> tuple[Array, Any]:
         loss, aux = loss_fn(model) if has_aux else (loss_fn(model), None)
@@ -260,16 +261,16 @@ def hessian_vector_product(
 
     gradient = eqx.filter_grad(scalar_loss, has_aux=True)
     (_, aux), (product, _) = forward_derivative("loss_fn", gradient, model, vector)
-    # JAX gives None for the tangent of a gradient that does not depend on the parameters.
+    # JAX returns None as the tangent of a gradient that does not depend on the parameters.
     product = jax.tree.map(lambda v, hv: jnp.zeros_like(v) if hv is None else hv, vector, product)
     return (product, aux) if has_aux else product
 
 
 def forward_derivative(name: str, function: Callable[[PyTree], Any], model: PyTree, vector: PyTree) -> tuple[Any, Any]:
-    """The value of a function of the model and its derivative along a vector; a TypeError names the function."""
+    """A function's value at the model and its derivative along a vector; a TypeError names the function."""
     try:
         return eqx.filter_jvp(function, (model,), (vector,))
-    # jax and its kernels share no error type for this: a custom_vjp raises the first, other primitives the rest.
+    # JAX and its kernels raise different error types here: a custom_vjp raises the first, other primitives the rest.
     except (TypeError, ValueError, NotImplementedError) as error:
         if not re.search(r"forward-mode|ifferentiation rule|\bjvp\b", str(error), re.IGNORECASE):
             raise

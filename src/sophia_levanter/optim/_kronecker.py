@@ -18,7 +18,7 @@ from sophia_levanter.optim._trees import upcast, wide_dtype
 
 
 class Factor(NamedTuple):
-    """The factor for one side, inputs or outputs, of a parameter's matrices, in at least float32.
+    """The factor for one side (inputs or outputs) of a parameter's matrices, in at least float32.
 
     Attributes:
         moment: the average of m m^T, or m^T m.
@@ -29,12 +29,12 @@ class Factor(NamedTuple):
     vectors: Float[Array, "matrix n n"]
 
 
-# The two factors of each leaf of the parameters, or None.
+# Two factors for each leaf of the parameters that is a matrix; None for the other leaves and for unrotated sides.
 BasisState = tuple[tuple[Factor | None, Factor | None] | None, ...]
 
 
 class KroneckerBasis(eqx.Module):
-    """Eigenvectors of the second moments of a matrix's momentum on either side: Sophia's h is diagonal in them.
+    """A basis for Sophia's diagonal h: the eigenvectors, on either side, of the second moments of a matrix's momentum.
 
         L   <- b2 L + (1 - b2) m m^T            R   <- b2 R + (1 - b2) m^T m           at every refresh, m in x out
         Q_L <- qr(L Q_L)                        Q_R <- qr(R Q_R)
@@ -42,24 +42,26 @@ class KroneckerBasis(eqx.Module):
 
     The basis starts at the identity and tracks the eigenvectors with one step of orthogonal iteration at each refresh,
     as in SOAP (Vyas et al. 2024, arXiv 2409.11321). Shampoo (Gupta et al. 2018, arXiv 1802.09568) keeps such moments of
-    gradients; George et al. 2018 (arXiv 1806.03884) take the diagonal in such a basis. When the basis is rotated by
-    A = Q_L^T Q_L,old and C likewise, a diagonal h becomes (A * A) h (C * C)^T, the diagonal of the rotated matrix.
+    gradients; George et al. 2018 (arXiv 1806.03884) use a diagonal in such a basis. When the basis is rotated by
+    A = Q_L^T Q_L,old and C = Q_R^T Q_R,old, a diagonal h becomes (A * A) h (C * C)^T, the diagonal of the rotated
+    matrix.
 
     The state holds 2 (in^2 + out^2) numbers for each matrix. A step projects each matrix into the basis and back; each
     projection multiplies it by one square matrix per side.
 
     Args:
-        matrices: a tree (or prefix), or a function from parameters to one, of optax's `MuonDimensionNumbers` where a
-            parameter is a matrix and None where it keeps its coordinates. Axes that are neither input nor output
-            enumerate matrices. None takes the leaves with two axes, which includes embeddings and is wrong for a model
-            whose layers are stacked. Under `vmap` of the optimizer itself it must be a function or None.
+        matrices: optax's `MuonDimensionNumbers` for each parameter that is a matrix, and None for those that keep their
+            coordinates, as a tree, a prefix of one, or a function from parameters to one. Axes that are neither input
+            nor output enumerate matrices. By default, every leaf with two axes is a matrix, which includes embeddings
+            and is wrong for a model whose layers are stacked. Under `vmap` of the optimizer itself, `matrices` must be
+            a function or None.
         b2: decay of L and R per refresh, in [0, 1).
         max_size: a side with more coordinates than this is not rotated.
-        mesh_axis: mesh axis whose devices each compute a share of the matrices; None computes all matrices on every
-            device.
+        mesh_axis: mesh axis whose devices each compute a share of the matrices; if None, every device computes all of
+            them.
 
     Raises:
-        TypeError, ValueError: if an argument is of the wrong kind or out of its range.
+        TypeError, ValueError: if an argument has the wrong type or is out of range.
 
     Examples:
         >>> basis, params = KroneckerBasis(b2=0.0), {"w": jnp.asarray([[2.0, 0.0], [0.0, 1.0]])}
@@ -82,7 +84,7 @@ class KroneckerBasis(eqx.Module):
         """The identity basis: the parameters' own coordinates.
 
         Raises:
-            ValueError, TypeError: if `matrices` does not fit the parameters; names the path.
+            ValueError, TypeError: if `matrices` does not fit the parameters; the error names the path.
         """
 
         def factor(count: int, n: int, dtype: Any) -> Factor | None:
@@ -98,11 +100,11 @@ class KroneckerBasis(eqx.Module):
         return tuple(None if view is None else factors(view, leaf) for view, leaf in leaves)
 
     def at(self, state: BasisState) -> Coordinates:
-        """The coordinates of a state of the basis."""
+        """The coordinates that a state of the basis defines."""
         return Coordinates(self.matrices, state, self.mesh_axis)
 
     def update_moments(self, state: BasisState, tree: PyTree) -> BasisState:
-        """The state after averaging a tree like the parameters, a momentum or gradient, into L and R.
+        """The state after a momentum or gradient, structured like the parameters, is averaged into L and R.
 
         Moments that overflow are left out.
         """
@@ -125,11 +127,11 @@ class KroneckerBasis(eqx.Module):
         return tuple(after)
 
     def rotated(self, state: BasisState, diagonal: PyTree) -> tuple[BasisState, PyTree]:
-        """The basis after one step of orthogonal iteration, and a diagonal, such as the curvature, in that basis.
+        """The basis after one step of orthogonal iteration, and the diagonal in that basis.
 
         Args:
-            state: the state before.
-            diagonal: like the parameters, in the basis before.
+            state: the old basis.
+            diagonal: a diagonal in the old basis, such as the curvature, structured like the parameters.
         """
         factors, structure = jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, Factor))
         iterated = by_matrix(self.mesh_axis, _iterated, factors)
@@ -143,25 +145,25 @@ class KroneckerBasis(eqx.Module):
 
 
 def _iterated(moment: Array, vectors: Array) -> tuple[Array, Array]:
-    """The vectors after a step, and the squared coordinates of the old vectors in the new ones."""
+    """The vectors after an iteration, and the squared coordinates of the old vectors in the new ones."""
     size = jnp.trace(moment, axis1=-2, axis2=-1)[:, None, None]
     # The moments are zero before the first gradient, so keep the identity basis.
     known = size > 0
     # Gradients are small, and the products of their moments would underflow in float32.
     scaled = moment / jnp.where(known, size, 1)
-    # One matrix at a time: on CPUs a batched QR waits for threads of the pool that it runs in. With several batches in
-    # a step, or several devices, all threads may wait, which is a deadlock (jaxlib 0.10.2).
+    # Decompose one matrix at a time: on CPUs, a batched QR waits for threads from the pool that it runs in. If a step
+    # has several batches, or there are several devices, all threads may wait: a deadlock (jaxlib 0.10.2).
     after = jax.lax.map(lambda x: jnp.linalg.qr(x)[0], scaled @ vectors)
     after = jnp.where(known, after, vectors)
     return after, jnp.square(_transposed(after) @ vectors)
 
 
 class Coordinates(eqx.Module):
-    """The coordinates of trees like the parameters in a basis; by default the identity.
+    """Coordinates in a basis, for trees structured like the parameters; by default the parameters' own.
 
     Args:
         matrices: as for `KroneckerBasis`.
-        state: the state; None for the parameters' own coordinates.
+        state: the state of the basis; None for the parameters' own coordinates.
         mesh_axis: as for `KroneckerBasis`.
     """
 

@@ -1,8 +1,8 @@
-"""Distributions of targets given a model's outputs: draw targets, and compute the losses of targets.
+"""Distributions of targets given a model's outputs: they draw targets and compute the losses of given targets.
 
-Gauss-Newton-Bartlett needs both, since the Gauss-Newton matrix is the expected outer product of the gradient of the
-loss on targets drawn from the model itself (arXiv 2305.14342, section 2.3). A likelihood is any value with the
-methods of `Likelihood`.
+Gauss-Newton-Bartlett needs both: the Gauss-Newton matrix is the expected outer product of the loss gradient, with
+targets drawn from the model itself (arXiv 2305.14342, section 2.3). A likelihood is any object with the methods of
+`Likelihood`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sophia_levanter.optim._trees import axis_names, is_named, plain
 class Likelihood(Protocol):
     """A distribution of targets given a model's outputs.
 
-    `loss` gives one number per target, so that targets can be weighted or left out. The training loss must be the
+    `loss` returns one number per target, so that targets can be weighted or left out. The training loss must be the
     (weighted) mean of these numbers.
     """
 
@@ -38,7 +38,7 @@ class Likelihood(Protocol):
         ...
 
     def target_axes(self, outputs: Any) -> tuple:
-        """The axes of the losses, for NamedArray outputs; called only if targets or weights have named axes too."""
+        """The axes of the losses, for NamedArray outputs; called only if targets or weights also have named axes."""
         ...
 
 
@@ -49,11 +49,11 @@ def check_likelihood(value: Any) -> None:
 
 
 class Categorical(eqx.Module):
-    """One of several classes, from logits: softmax cross-entropy.
+    """One of several classes, given its logits; the loss is softmax cross-entropy.
 
     Args:
         axis: the class axis of the logits, by position or, for NamedArrays, by name.
-        num_classes: the number of logits that are classes, if the rest is padding, which is never drawn; None for all.
+        num_classes: the number of logits that are classes; the rest are padding, which is never drawn. None for all.
 
     Raises:
         ValueError: on use, if the logits have no such axis.
@@ -73,7 +73,7 @@ class Categorical(eqx.Module):
             check_count("num_classes", self.num_classes)
 
     def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
-        """int32 classes, in the order of the logits' other axes; drawn in float32."""
+        """int32 classes, drawn in float32, with the logits' other axes in their order."""
         logits = self._logits(outputs)
         return sample_categorical(logits, jax.random.uniform(key, logits.shape[:-1]))
 
@@ -82,8 +82,8 @@ class Categorical(eqx.Module):
 
         Args:
             outputs: [..., classes] logits; `axis` names the class axis.
-            targets: [...] integers; the axes of a NamedArray are reordered like the logits'. A target that is not a
-                class has the loss nan, or inf in the padding; give it the weight 0.
+            targets: [...] integers; the axes of a NamedArray are reordered to match the logits. The loss of a target
+                that is not a class is nan, or inf if it is in the padding; give such a target weight 0.
         """
         logits = self._logits(outputs)
         if is_named(targets) and is_named(outputs):
@@ -92,11 +92,11 @@ class Categorical(eqx.Module):
         if not jnp.issubdtype(targets.dtype, jnp.integer):
             raise TypeError(f"targets of a categorical likelihood are {targets.dtype}; they must be integer classes")
         _check_target_shape(targets, logits.shape[:-1])
-        # A target that is not a class gets the loss nan, also -1, which would index from the end.
+        # The loss of a target that is not a class is nan. This includes -1, which would otherwise index from the end.
         return categorical_loss(logits, jnp.where(targets < 0, logits.shape[-1], targets))
 
     def target_axes(self, outputs: Any) -> tuple:
-        """The axes that targets have, for NamedArray logits."""
+        """The axes of the targets, for NamedArray logits."""
         name = self._axis_of(outputs).name
         return tuple(axis for axis in outputs.axes if axis.name != name)
 
@@ -142,7 +142,7 @@ class Categorical(eqx.Module):
 
 
 class _Elementwise(eqx.Module):
-    """Independent targets, one for each output; the loss of the last `event_ndim` axes is summed."""
+    """Independent targets, one for each output; losses are summed over the last `event_ndim` axes."""
 
     event_ndim: int = eqx.field(default=0, static=True, kw_only=True)
 
@@ -174,11 +174,11 @@ class _Elementwise(eqx.Module):
 
 
 class Bernoulli(_Elementwise):
-    """A binary target, from the logit of 1: sigmoid cross-entropy.
+    """A binary target, given the logit of 1; the loss is sigmoid cross-entropy.
 
     Args:
-        event_ndim: the number of last axes that are summed in one target's loss (1 for [row, label] if the training
-            loss is the mean over rows of the sum over labels).
+        event_ndim: the number of trailing axes that are summed into one target's loss (1 for [row, label] if the
+            training loss is the mean over rows of the sum over labels).
 
     Examples:
         >>> f"{Bernoulli().loss(jnp.zeros(1), jnp.ones(1))[0]:.4f}"  # log 2
@@ -186,7 +186,7 @@ class Bernoulli(_Elementwise):
     """
 
     def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
-        """float32 zeros and ones of the outputs' shape."""
+        """float32 zeros and ones in the outputs' shape."""
         logits = self._outputs(outputs)
         return (jax.random.uniform(key, logits.shape) < jax.nn.sigmoid(logits)).astype(logits.dtype)
 
@@ -202,12 +202,12 @@ class Bernoulli(_Elementwise):
 
 
 class Normal(_Elementwise):
-    """A real number with the output as mean: squared error over twice the variance, plus a constant.
+    """A real number whose mean is the output; the loss is the squared error over twice the variance, plus a constant.
 
     Args:
         variance: variance of the targets around the mean, above 0; a number or an array that broadcasts to the outputs.
             Use 1/2 if the training loss is the mean of (y - output)^2.
-        event_ndim: the number of last axes that are summed in one target's loss.
+        event_ndim: the number of trailing axes that are summed into one target's loss.
 
     Examples:
         >>> likelihood = Normal(0.5)  # (y - output)^2 and a constant
@@ -221,7 +221,7 @@ class Normal(_Elementwise):
         check_number("variance", self.variance, low=0, low_open=True)
 
     def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
-        """float32 or wider numbers of the outputs' shape."""
+        """Numbers in float32 or wider, in the outputs' shape."""
         mean = self._outputs(outputs)
         return mean + jnp.sqrt(self._variance(mean)) * jax.random.normal(key, mean.shape, mean.dtype)
 
@@ -271,16 +271,16 @@ def _check_floating(name: str, array: Array) -> None:
 
 
 def _check_target_shape(targets: Array, wanted: tuple[int, ...]) -> None:
-    # Broadcasting would make [rows] and [rows, 1] a loss of [rows, rows].
+    # Broadcasting [rows] with [rows, 1] would give a loss of shape [rows, rows].
     if targets.shape != wanted:
         raise ValueError(f"the targets have shape {targets.shape}; with these outputs, it must be {wanted}")
 
 
 def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights: Any) -> Array:
-    """The weights in the shape of the losses: 1 if not given; the axes of NamedArrays are reordered like the targets'.
+    """The weights in the shape of the losses, 1 by default; a NamedArray's axes are reordered to match the targets.
 
     Raises:
-        ValueError: if they do not fit.
+        ValueError: if the weights do not fit the losses.
     """
     if weights is None:
         return jnp.ones_like(losses)
@@ -299,7 +299,7 @@ def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights:
 
 
 def targets_in_use(likelihood: Likelihood, outputs: Any, targets: Any, sampled: Array, weights: Array) -> Any:
-    """The targets, with sampled ones where the weight is 0: a missing value marked by nan would have a nan gradient."""
+    """The targets, or sampled ones where the weight is 0: a missing value marked by nan would have a nan gradient."""
     if is_named(targets) and is_named(outputs):
         axes = likelihood.target_axes(outputs) if sampled.ndim < len(outputs.axes) else outputs.axes
         if set(axes) != set(targets.axes):
@@ -314,7 +314,7 @@ def targets_in_use(likelihood: Likelihood, outputs: Any, targets: Any, sampled: 
 
 def weighted_mean(losses: Array, weights: Array, num_targets: Array) -> Array:
     """sum(losses * weights) / num_targets, or 0 if num_targets is 0."""
-    # Targets that are left out may be marked by invalid labels, whose loss is nan, and 0 * nan is nan.
+    # Omitted targets may be marked by invalid labels, whose loss is nan, and 0 * nan is nan.
     return jnp.sum(jnp.where(weights == 0, 0, losses * weights)) / jnp.where(num_targets > 0, num_targets, 1)
 
 

@@ -23,7 +23,7 @@ class MatrixView:
 
     Attributes:
         shape: the parameter's shape.
-        sizes: (matrices, in, out).
+        sizes: (number of matrices, in, out).
     """
 
     def __init__(self, axes: MuonDimensionNumbers, shape: Sequence[int]) -> None:
@@ -46,19 +46,19 @@ class MatrixView:
         return self._order[len(self._order) - self._sides :]
 
     def stack(self, x: Array) -> Array:
-        """An array of the parameter's shape as [matrix, inputs ..., outputs ...].
+        """Reshape an array from the parameter's shape to [matrix, inputs ..., outputs ...].
 
-        These axes can be sharded like the parameter's; those of [matrix, in, out] often cannot.
+        These axes can be sharded like the parameter's axes; the axes of [matrix, in, out] often cannot.
         """
         x = jnp.transpose(x, self._order)
         return x.reshape(self.sizes[0], *x.shape[len(self.shape) - self._sides :])
 
     def matrices(self, stack: Array) -> Array:
-        """A stack, or a part of its matrices, as [matrix, in, out]."""
+        """Reshape a stack, or some of its matrices, to [matrix, in, out]."""
         return stack.reshape(len(stack), *self.sizes[1:])
 
     def parameter(self, x: Array) -> Array:
-        """A stack in the parameter's shape."""
+        """Reshape a stack to the parameter's shape."""
         back = sorted(range(len(self._order)), key=self._order.__getitem__)
         return jnp.transpose(x.reshape([self.shape[axis] for axis in self._order]), back)
 
@@ -66,15 +66,15 @@ class MatrixView:
 def by_matrix(
     mesh_axis: str | None, function: Callable[..., PyTree], items: Sequence[tuple[PyTree, ...]]
 ) -> list[PyTree]:
-    """`[function(*item) for item in items]`, where each device of a mesh axis computes its share of the matrices.
+    """`[function(*item) for item in items]`, where each device along a mesh axis computes its share of the matrices.
 
-    An item whose number of matrices is a multiple of the number of devices is split directly. Other items are padded
-    with zeros, after joining those of equal shapes and views, so that parameters of one matrix each are split too.
+    An item whose number of matrices is a multiple of the number of devices is split directly. Other items are joined if
+    their shapes and views are the same, then padded with zeros, so that parameters with one matrix each are split too.
 
     Args:
-        mesh_axis: an axis of the mesh of `jax.set_mesh`. Every device computes everything without a mesh, outside
-            `jit`, and if the mesh lacks this axis or its type is not `AxisType.Auto`.
-        function: treats each matrix separately.
+        mesh_axis: an axis of the mesh set by `jax.set_mesh`. Every device computes everything without a mesh, outside
+            `jit`, or if the mesh lacks this axis or the axis type is not `AxisType.Auto`.
+        function: a function that treats each matrix separately.
         items: trees of stacks [matrix, ...]; all stacks and results of an item have the same number of matrices.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -115,7 +115,7 @@ def by_matrix(
 
 
 def matrix_views(matrices: Matrices, params: PyTree) -> list[MatrixView | None]:
-    """A view of each leaf of params that is a matrix, None for others, in the leaves' order; see `matrices_tree`."""
+    """A view of each leaf that is a matrix and None for the others, in the order of the leaves; see `matrices_tree`."""
     leaves, structure = jax.tree.flatten(params)
     entries = structure.flatten_up_to(matrices_tree(matrices, params))  # type: ignore[attr-defined]
     return [
@@ -124,15 +124,16 @@ def matrix_views(matrices: Matrices, params: PyTree) -> list[MatrixView | None]:
 
 
 def matrices_tree(matrices: Matrices, params: PyTree) -> PyTree:
-    """`MuonDimensionNumbers` for every leaf of params that is a matrix, None for the others.
+    """`MuonDimensionNumbers` for every leaf of params that is a matrix, and None for the others.
 
     Args:
-        matrices: a tree (or prefix), or a function from parameters to one, of optax's `MuonDimensionNumbers` where a
-            parameter is a matrix and None elsewhere; None takes the leaves with two axes.
+        matrices: optax's `MuonDimensionNumbers` for each parameter that is a matrix and None for the others, as a tree,
+            a prefix of one, or a function from parameters to one. By default, every leaf with two axes is a matrix.
         params: the parameters.
 
     Raises:
-        ValueError: if a parameter has no entry, an entry has no parameter, or the axes are not valid; names the path.
+        ValueError: if a parameter has no entry, an entry has no parameter, or the axes are not valid; the error names
+            the path.
         TypeError: if an entry is neither None nor a `MuonDimensionNumbers`.
     """
     if matrices is None:
@@ -147,7 +148,7 @@ def _is_entry(x: Any) -> bool:
 
 
 def _check_axes(path: tuple, x: Array, entry: MuonDimensionNumbers | None) -> None:
-    """Raise a ValueError unless there are input and output axes, all different; optax would wrap axes out of range."""
+    """Raise a ValueError unless input and output axes exist and are distinct; optax would wrap axes out of range."""
     if entry is None:
         return
     groups = [(axes,) if isinstance(axes, int) else tuple(axes) for axes in entry]

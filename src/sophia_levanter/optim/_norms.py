@@ -1,4 +1,4 @@
-"""Control of the weights' norms around any optimizer: matrices on spheres, and decay that never opposes a step."""
+"""Wrappers that control weight norms for any optimizer: matrices on spheres, and decay that never opposes a step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NormControlState(NamedTuple):
     """The state of `Hyperball` and `CautiousWeightDecay`.
 
     Attributes:
-        count: int32 scalar, updates so far.
+        count: int32 scalar, the number of updates so far.
         optimizer_state: the state of the wrapped optimizer.
         radii: for `Hyperball`, the norms of each leaf's matrices before the first step, in at least float32, with the
             leaf's axes and size 1 along inputs and outputs; None for leaves that are not matrices.
@@ -39,7 +39,7 @@ class NormControlState(NamedTuple):
 
 
 class _NormControl(OptimizerWrapper):
-    """Base of `Hyperball` and `CautiousWeightDecay`, which change only the steps of the wrapped optimizer."""
+    """Base class of `Hyperball` and `CautiousWeightDecay`, which change only the steps of the wrapped optimizer."""
 
     @abc.abstractmethod
     def _radii(self, params: PyTree) -> tuple:
@@ -50,10 +50,10 @@ class _NormControl(OptimizerWrapper):
         """The steps that replace the optimizer's."""
 
     def init(self, model: PyTree) -> NormControlState:
-        """The state before the first step; errors are the optimizer's.
+        """The state before the first step.
 
         Raises:
-            ValueError: from `Hyperball`, if no parameter is a matrix.
+            ValueError: as the optimizer does; from `Hyperball`, if no parameter is a matrix.
         """
         inner = self.optimizer.init(model)
         return NormControlState(jnp.zeros((), jnp.int32), inner, self._radii(trainable(model)))
@@ -70,7 +70,7 @@ class _NormControl(OptimizerWrapper):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, NormControlState]:
-        """The step to add to the model, and the next state; arguments and errors are those of the optimizer.
+        """The step to add to the model, and the next state; the arguments and errors are the optimizer's.
 
         Raises:
             TypeError: if the state is not a `NormControlState`.
@@ -83,27 +83,28 @@ class _NormControl(OptimizerWrapper):
 
 
 class Hyperball(_NormControl):
-    """An optimizer whose matrices keep the Frobenius norm R that they began with (Wen et al. 2026, arXiv 2606.16899).
+    """An optimizer whose matrices keep their initial Frobenius norm R (Wen et al. 2026, arXiv 2606.16899).
 
         W <- W - lr R u / |u|
         W <- R W / |W|                  for each matrix of a parameter separately
 
     u is the direction of the optimizer's step. The learning rate is therefore the angle of a step in radians, and the
     length of u has no effect. Other parameters take the optimizer's own steps; embeddings should be among them, as in
-    the paper and in Levanter. A matrix of zeros has no direction and also takes the optimizer's own steps.
+    the paper and in Levanter. A zero matrix has no direction, so it also takes the optimizer's own steps.
 
-    Weight decay of these matrices would only rotate u, so exclude them: give the optimizer
-    `hyperball_weight_decay(matrices, mask)` as `weight_decay_mask`. `ParameterGroups` belong directly inside; their
-    factors then apply to the learning rate.
+    Weight decay on these matrices would only rotate u, so exclude them: give the optimizer
+    `hyperball_weight_decay(matrices, mask)` as `weight_decay_mask`. Wrap `ParameterGroups` directly; its factors then
+    apply to the learning rate.
 
     Args:
-        optimizer: follows the protocol of `Optimizer`.
-        matrices: a tree (or prefix), or a function from parameters to one, of optax's `MuonDimensionNumbers` where a
-            parameter is a matrix and None elsewhere. Axes that are neither input nor output enumerate matrices. None
-            takes the leaves with two axes, including embeddings.
+        optimizer: an optimizer that follows the `Optimizer` protocol.
+        matrices: optax's `MuonDimensionNumbers` for each parameter that is a matrix and None for the others, as a tree,
+            a prefix of one, or a function from parameters to one. Axes that are neither input nor output enumerate
+            matrices. By default, every leaf with two axes is a matrix, including embeddings.
 
     Raises:
-        ValueError, TypeError: from `init` and `update`, if `matrices` does not fit the parameters; names the path.
+        ValueError, TypeError: from `init` and `update`, if `matrices` does not fit the parameters; the error names the
+            path.
 
     Examples:
         >>> from sophia_levanter.optim import AdamW
@@ -157,7 +158,7 @@ def _on_sphere(p: Array, step: Array, sides: Sequence[int], radius: Array, angle
 
 
 def hyperball_weight_decay(matrices: Matrices, mask: WeightDecayMask = None) -> Callable[[PyTree], PyTree]:
-    """Weight decay outside `Hyperball`'s matrices, for `weight_decay_mask` of the wrapped optimizer.
+    """Weight decay outside `Hyperball`'s matrices, for the wrapped optimizer's `weight_decay_mask`.
 
     Args:
         matrices: as for `Hyperball`.
@@ -182,16 +183,16 @@ class CautiousWeightDecay(_NormControl):
 
         theta <- theta - lr (u + wd [u theta >= 0] theta)
 
-    u is the direction of the optimizer's step, and [] is 1 or 0 for each coordinate (Chen et al. 2025, arXiv
-    2510.12402, Algorithm 1). The optimizer itself must have `weight_decay=0.0`.
+    u is the direction of the optimizer's step, and [...] is 1 in each coordinate where the condition holds and 0
+    elsewhere (Chen et al. 2025, arXiv 2510.12402, Algorithm 1). The optimizer itself must have `weight_decay=0.0`.
 
     Args:
-        optimizer: follows the protocol of `Optimizer`.
+        optimizer: an optimizer that follows the `Optimizer` protocol.
         weight_decay: decoupled decay, multiplied by the learning rate; a number or a function of the update count.
-        weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
+        weight_decay_mask: a tree or prefix of bools, or a function from parameters to one; if None, every leaf decays.
 
     Raises:
-        TypeError, ValueError: if `weight_decay` is not a number, or negative.
+        TypeError, ValueError: if `weight_decay` is neither a number nor a function, or is negative.
 
     Examples:
         >>> from sophia_levanter.optim import AdamW
@@ -215,13 +216,13 @@ class CautiousWeightDecay(_NormControl):
     def _controlled(self, updates: PyTree, params: PyTree, state: NormControlState) -> PyTree:
         decay = value_at("learning_rate", self.learning_rate, state.count)
         decay *= value_at("weight_decay", self.weight_decay, state.count)
-        # Where the gradient is not finite, the optimizer makes no step at all; then nothing decays.
+        # If the gradient is not finite, the optimizer's step is zero; then nothing decays.
         moved = jnp.any(jnp.stack([jnp.any(u != 0) for u in jax.tree.leaves(updates)]))
 
         def step(u: Array, p: Array, factor: bool | float) -> Array:
             if not factor:
                 return u
-            # Signs, since a product of small numbers may be 0.
+            # Compare signs, since the product of two small numbers may underflow to 0.
             decays = moved & (jnp.sign(u) * jnp.sign(p) <= 0)
             return jnp.where(decays, u - decay * factor * p, u).astype(u.dtype)
 

@@ -22,17 +22,17 @@ SMALLEST_SHARE = 1e-3
 
 
 def agreeing(step: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The coordinates of a step that go down the gradient, scaled up to make up for the others.
+    """The coordinates of a step that point down the gradient, scaled up to make up for the others.
 
-    u <- u [u g > 0] / max(mean [u g > 0], 1e-3), the mean over the array; u is subtracted from the parameters
-    (cautious steps, Liang et al. 2024, arXiv 2411.16085). Momentum lags where the gradient changes its sign.
+    u <- u [u g > 0] / max(mean [u g > 0], 1e-3), where the mean is over the array; u is subtracted from the parameters
+    (cautious steps, Liang et al. 2024, arXiv 2411.16085). Momentum lags where the gradient changes sign.
     """
     agrees = step * grad > 0
     return jnp.where(agrees, step / jnp.maximum(jnp.mean(agrees), SMALLEST_SHARE), 0).astype(step.dtype)
 
 
 def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Keep only the agreeing part of what an optax transformation, such as `optax.scale_by_adam()`, returns."""
+    """Keep only the agreeing part of the steps of an optax transformation, such as `optax.scale_by_adam()`."""
 
     def update(grads: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
         steps, state = inner.update(grads, state, params)
@@ -44,7 +44,7 @@ def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformatio
 def check_gradient_transform(value: Any) -> None:
     """Raise a TypeError if the value is neither None nor an optax transformation."""
     missing = not (hasattr(value, "init") and hasattr(value, "update")) or isinstance(value, type)
-    # Our own optimizers have both, and would reverse the step.
+    # This package's optimizers have both methods, but would reverse the step.
     if value is not None and (missing or hasattr(value, "refresh_due")):
         raise TypeError(
             f"gradient_transform is {value!r}; "
@@ -80,12 +80,12 @@ def as_optax(optimizer: AbstractSophia) -> optax.GradientTransformationExtraArgs
     """Sophia as an optax transformation.
 
     Its `update(grads, state, params, h_hat=None)` takes an estimate on the steps where one is due. Under
-    `optax.multi_transform` every group takes its part of the whole `h_hat`. Under `optax.MultiSteps` only the estimate
-    given with the last micro step counts, and `should_skip_update_fn=optax.skip_not_finite` is needed: without it one
-    nan gradient makes every later update zero.
+    `optax.multi_transform`, every group takes its part of the whole `h_hat`. Under `optax.MultiSteps`, only the
+    estimate given with the last micro-step counts, and `should_skip_update_fn=optax.skip_not_finite` is needed: without
+    it, one nan gradient makes every later update zero.
 
-    Without any estimate Sophia is sign descent. An `update` that is not traced warns once if it was given no estimate
-    by the time a second refresh is due.
+    Without any estimate, Sophia is sign descent. An untraced `update` warns once if it has received no estimate by the
+    time a second refresh is due.
     """
 
     first_refresh = next(filter(optimizer.refresh_due, itertools.count()))
@@ -131,7 +131,7 @@ def as_optax(optimizer: AbstractSophia) -> optax.GradientTransformationExtraArgs
 
 
 def _masked_like(grads: PyTree, h_hat: PyTree) -> PyTree:
-    """The estimate without what optax masked in the gradient."""
+    """The estimate without the leaves that optax masked in the gradient."""
     if not any(_is_masked(leaf) for leaf in jax.tree.leaves(grads, is_leaf=_is_masked)):
         return h_hat
     try:

@@ -1,4 +1,4 @@
-"""Sophia-G and Sophia-H, and other implementations of them, reproduced."""
+"""Sophia-G and Sophia-H, and presets that reproduce other implementations of them."""
 
 from __future__ import annotations
 
@@ -36,10 +36,9 @@ _AUTHORS: dict[str, Any] = _PAPER | {
 class SophiaG(AbstractSophia):
     """Sophia with the Gauss-Newton-Bartlett estimator; h is never negative. See `AbstractSophia` for the arguments.
 
-    `estimate(outputs_fn, model, key=key)` takes the model's outputs, such as logits, and gives B * g^2 for targets
-    drawn from the model's own distribution (arXiv 2305.14342, Algorithm 2); the factor B, the number of targets, is
-    included. The estimator is a `GaussNewtonBartlett`, which sets the likelihood (by default categorical) and how
-    microbatches are combined.
+    `estimate(outputs_fn, model, key=key)` takes a function that returns the model's outputs, such as logits, and
+    returns B * g^2 for B targets drawn from the model's own distribution (arXiv 2305.14342, Algorithm 2). The estimator
+    is a `GaussNewtonBartlett`, which sets the likelihood (by default categorical) and how microbatches are combined.
 
     Examples:
         >>> params = {"w": jnp.asarray([[0.5, -0.5]])}
@@ -56,16 +55,16 @@ class SophiaG(AbstractSophia):
 
     @staticmethod
     def paper(**overrides: Any) -> ReproducedSophia:
-        """As in the paper: no bias correction, one averaged gradient squared, gradients clipped to norm 1."""
+        """The paper's settings: no bias correction, gradients averaged before squaring, gradients clipped to norm 1."""
         estimator = GaussNewtonBartlett(reduction="average_then_square")
         return _reproduced(0.05, _PAPER | {"estimator": estimator, "gradient_transform": _clip()} | overrides)
 
     @staticmethod
     def authors(**overrides: Any) -> ReproducedSophia:
-        """As in the authors' code: rho h + eps, h refreshed after steps 9, 19, ..., both gradients clipped.
+        """The settings of the authors' code: rho h + eps, h refreshed after steps 9, 19, ..., both gradients clipped.
 
-        The update equals theirs up to rounding if the estimate given after step 9 is taken on a separate batch, at the
-        parameters after that step.
+        The update equals theirs up to rounding if the estimate given after step 9 is computed on a separate batch, at
+        the parameters after that step.
         """
         estimator = GaussNewtonBartlett(reduction="average_then_square", max_grad_norm=1.0)
         return _reproduced(0.05, _AUTHORS | {"estimator": estimator, "gradient_transform": _clip()} | overrides)
@@ -74,8 +73,8 @@ class SophiaG(AbstractSophia):
 class SophiaH(AbstractSophia):
     """Sophia with Hutchinson's estimator; where h is negative, the step is a sign step. See `AbstractSophia`.
 
-    `estimate(loss_fn, model, key=key)` takes the scalar mean loss and gives u * (H u) (arXiv 2305.14342, Algorithm 1).
-    The estimator is a `Hutchinson`, which sets the kind and number of probes.
+    `estimate(loss_fn, model, key=key)` takes a function that returns the scalar mean loss, and returns u * (H u) (arXiv
+    2305.14342, Algorithm 1). The estimator is a `Hutchinson`, which sets the kind and number of probes.
 
     Examples:
         >>> h_hat = SophiaH().estimate(lambda w: jnp.sum(w**2), jnp.ones(2), key=jax.random.key(0))
@@ -89,7 +88,7 @@ class SophiaH(AbstractSophia):
 
     @staticmethod
     def paper(**overrides: Any) -> ReproducedSophia:
-        """As in the paper: no bias correction, Gaussian probes, gradients clipped to norm 1."""
+        """The paper's settings: no bias correction, Gaussian probes, gradients clipped to norm 1."""
         return _reproduced(
             0.01, _PAPER | {"estimator": Hutchinson("gaussian"), "gradient_transform": _clip()} | overrides
         )
@@ -105,21 +104,21 @@ class SophiaH(AbstractSophia):
 
     @staticmethod
     def optax(**overrides: Any) -> ReproducedSophia:
-        """As `optax.contrib.sophia` (0.2.8): m corrected, h used before it is refreshed, eps 1e-8, decay 1e-4."""
+        """As in `optax.contrib.sophia` (0.2.8): m corrected, h used before it is refreshed, eps 1e-8, decay 1e-4."""
         settings: dict[str, Any] = {"b1": 0.965, "b2": 0.99, "eps": 1e-8, "weight_decay": 1e-4, "interval": 10}
         late: dict[str, Any] = {"bias_correct_curvature": False, "refresh_order": "after", "estimator": Hutchinson()}
         return _reproduced(0.01, settings | late | overrides)
 
     @staticmethod
     def levanter(**overrides: Any) -> ReproducedSophia:
-        """As Levanter intends `sophia-h` (commit 0251ebf): m corrected, h refreshed after steps 9, 19, ...."""
+        """As intended for Levanter's `sophia-h` (commit 0251ebf): m corrected, h refreshed after steps 9, 19, ...."""
         settings: dict[str, Any] = {"b1": 0.96, "b2": 0.99, "eps": 1e-12, "weight_decay": 0.1, "interval": 10}
         late: dict[str, Any] = {"bias_correct_curvature": False, "refresh_order": "after", "first_refresh": 9}
         return _reproduced(0.01, settings | late | {"estimator": Hutchinson("gaussian")} | overrides)
 
 
 class Choices(NamedTuple):
-    """Choices of other implementations; see `ReproducedSophia`."""
+    """Choices that other implementations make; see `ReproducedSophia`."""
 
     denominator: str
     refresh_order: str
@@ -127,16 +126,16 @@ class Choices(NamedTuple):
 
 
 class ReproducedSophia(AbstractSophia):
-    """Sophia with choices of other implementations; the other arguments are `AbstractSophia`'s.
+    """Sophia with choices that other implementations make; the remaining arguments are `AbstractSophia`'s.
 
     Args:
         denominator: `max` for max(rho h, eps); `add` for rho h + eps, which reverses the step where rho h < -eps.
         refresh_order: whether an estimate given to `update` enters h `before` that update or `after` it.
         first_refresh: the first step at which a refresh is due.
-        allow_reversed: whether `add` may go with an estimator whose `signed` is True.
+        allow_reversed: whether `add` may be combined with an estimator whose `signed` is True.
 
     Raises:
-        ValueError: if `denominator` is `add` and the estimates may be negative.
+        ValueError: if `denominator` is `add` and the estimates may be negative, unless `allow_reversed` is True.
     """
 
     choices: Choices = eqx.field(static=True)
@@ -164,7 +163,7 @@ class ReproducedSophia(AbstractSophia):
         self.choices = Choices(denominator, refresh_order, first_refresh)
 
     def denominator(self, scaled: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The denominator of m, from rho h."""
+        """The denominator that divides m, computed from rho h."""
         return scaled + self.eps if self.choices.denominator == "add" else super().denominator(scaled)
 
     def _step(
@@ -177,7 +176,7 @@ class ReproducedSophia(AbstractSophia):
         return updates, state
 
     def refresh_due(self, step: int) -> bool:
-        """Whether an estimate is wanted at this step, from its number alone; decided on the host."""
+        """Whether an estimate is due at this step, judging by its number alone; decided on the host."""
         return super().refresh_due(step - self.choices.first_refresh)
 
 
@@ -200,11 +199,11 @@ def sophia_g(
     bias_correct_momentum: bool = True,
     bias_correct_curvature: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Sophia as an optax transformation from its hyper-parameters, as `optax.inject_hyperparams` needs it.
+    """Sophia as an optax transformation, built from its hyper-parameters as `optax.inject_hyperparams` requires.
 
     The arguments are `AbstractSophia`'s; Sophia-H differs only in rho (0.01) and in its estimates. A separate `SophiaG`
-    holds `interval` and the estimator, which decide when and how to estimate. A `weight_decay_mask` that is a function
-    must be named in `inject_hyperparams(..., static_args="weight_decay_mask")`, or it is taken for a schedule.
+    holds `interval` and the estimator, which decide when and how to estimate. If `weight_decay_mask` is a function,
+    list it in `inject_hyperparams(..., static_args="weight_decay_mask")`; otherwise it is mistaken for a schedule.
 
     Examples:
         >>> state = optax.inject_hyperparams(sophia_g)(learning_rate=0.25).init({"w": jnp.ones(2)})

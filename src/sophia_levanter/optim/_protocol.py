@@ -1,4 +1,4 @@
-"""The interfaces of optimizers and of curvature estimators that a training loop uses."""
+"""The optimizer and curvature-estimator interfaces that a training loop uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Estimator(Protocol):
     """An estimator of the curvature's diagonal that a training loop can use.
 
     Attributes:
-        gradients: the cost of an estimate over its part of the batch, in gradients (a forward and a backward pass).
+        gradients: the cost of an estimate on its part of the batch, in gradients (a forward and a backward pass each).
         forward_mode: whether the loss needs a forward derivative.
     """
 
@@ -44,8 +44,8 @@ class MatrixWork(NamedTuple):
     Attributes:
         changes: changes of basis in every step.
         turn_changes: additional changes of basis in a step that updates the basis.
-        turns_at: whether a step updates the basis.
-        max_size: sides of a matrix that are larger are not rotated.
+        turns_at: whether a step updates the basis, given its number.
+        max_size: sides of a matrix that are larger than this are not rotated.
         newton_schulz: Newton-Schulz iterations in every step.
     """
 
@@ -57,7 +57,7 @@ class MatrixWork(NamedTuple):
 
 
 class Optimizer(Protocol[State]):
-    """optax's convention on any pytree, and the host's decision when to refresh the curvature."""
+    """An optimizer for any pytree, in optax's convention, that decides on the host when to refresh the curvature."""
 
     @property
     def learning_rate(self) -> ScalarOrSchedule:
@@ -88,13 +88,13 @@ class Optimizer(Protocol[State]):
     ) -> tuple[PyTree, State]:
         """The step to add to the model (`eqx.apply_updates`), and the next state.
 
-        If the gradient is not finite, the step is zero and only counts in the state change. `finite` tells whether the
-        gradient is finite; None checks it. `h_hat` is a new estimate of the curvature, if one was due.
+        If the gradient is not finite, the step is zero and only the counts in the state change. `finite` says whether
+        it is finite; if None, it is checked. `h_hat` is a new estimate of the curvature, if one was due.
         """
         ...
 
     def refresh_due(self, step: int) -> bool:
-        """Whether an estimate of the curvature is wanted at this step; decided on the host."""
+        """Whether an estimate of the curvature is due at this step; decided on the host."""
         ...
 
     def metrics(self, state: State, num_targets: float | Float[Array, ""] | None = None) -> dict[str, Float[Array, ""]]:
@@ -102,7 +102,7 @@ class Optimizer(Protocol[State]):
         ...
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """The optimizer's work on whole matrices, for the count of FLOPs.
+        """The optimizer's work on whole matrices, for the FLOP count.
 
         Args:
             num_microbatches: the number of microbatches that the curvature is estimated on.
@@ -111,12 +111,12 @@ class Optimizer(Protocol[State]):
 
 
 class OptimizerWrapper(eqx.Module):
-    """Base of wrappers, which forwards to the wrapped optimizer. `learning_rate` excludes the wrapper's factors."""
+    """A base class that forwards to the wrapped optimizer. `learning_rate` excludes the wrapper's factors."""
 
     optimizer: eqx.AbstractVar[Any]
 
     def _inner(self, state: Any) -> Any:
-        """The wrapped optimizer's state, from the wrapper's."""
+        """The wrapped optimizer's state, given the wrapper's."""
         return state
 
     @property

@@ -1,4 +1,4 @@
-"""The rule for rho, the scale of the curvature: a number, a schedule, or feedback from the share of unclipped steps."""
+"""The rule for rho, the scale of the curvature: a number, a schedule, or feedback from the win rate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ScheduledRho(eqx.Module):
     """rho is a number above 0, or a function of the update count.
 
     Raises:
-        TypeError, ValueError: if it is of the wrong kind or not above 0.
+        TypeError, ValueError: if `value` has the wrong type or is not above 0.
     """
 
     value: ScalarOrSchedule = eqx.field(converter=python_number)
@@ -25,33 +25,34 @@ class ScheduledRho(eqx.Module):
         check_number("rho", self.value, low=0, low_open=True, schedule=True)
 
     def start(self) -> None:
-        """No state."""
+        """This rule keeps no state."""
 
     def at(self, rho: None, count: Any) -> Any:
-        """rho of the update that follows `count` updates."""
+        """The rho of the update that follows `count` updates."""
         return value_at("rho", self.value, count)
 
     def next(self, rho: None, win_rate: Float[Array, ""]) -> None:
-        """No state."""
+        """This rule keeps no state."""
 
 
 class WinRateController(eqx.Module):
     """Multiplicative feedback: rho <- rho * exp(gain * (target - win rate)), at each refresh of the curvature.
 
-    A coordinate is unclipped where |m| < rho h, so a larger rho raises the win rate. The paper's authors tune rho by
-    hand until the win rate lies between 0.1 and 0.5 (README of their code). Here the win rate is measured with the
-    current momentum and the refreshed curvature. The bounds of `span` keep rho from running away if the target cannot
-    be reached, as with h = 0 almost everywhere.
+    The win rate is the fraction of unclipped coordinates, those with |m| < rho h, so a larger rho raises it. The
+    paper's authors tune rho by hand until the win rate lies between 0.1 and 0.5 (README of their code). Here the win
+    rate is measured with the current momentum and the refreshed curvature. The bounds set by `span` keep rho from
+    running away if the target cannot be reached, for example when h = 0 almost everywhere.
 
     Args:
-        target: the wanted win rate, in (0, 1).
+        target: the desired win rate, in (0, 1).
         initial: rho before the first measurement, above 0.
-        gain: how fast log(rho) follows, above 0. At 2 a win rate that is 0.1 too low makes rho 1.22 times as large. On
-            GPT-2 nano each refresh closes about 40 % of the gap; at 0.5 rho lagged behind (win rate 0.24, not 0.3).
+        gain: how fast log(rho) responds, above 0. With a gain of 2, a win rate that is 0.1 too low makes rho 1.22 times
+            as large, and each refresh closes about 40 % of the gap on GPT-2 nano; with a gain of 0.5, rho lagged behind
+            (win rate 0.24 instead of 0.3).
         span: rho stays between initial / span and initial * span; above 1.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of range.
 
     Examples:
         >>> controller = WinRateController(target=0.3)
@@ -75,7 +76,7 @@ class WinRateController(eqx.Module):
         return jnp.asarray(self.initial, jnp.float32)
 
     def at(self, rho: Float[Array, ""], count: Any) -> Float[Array, ""]:
-        """rho of the next update: the state."""
+        """The rho of the next update, which is the state itself."""
         return rho
 
     def next(self, rho: Float[Array, ""], win_rate: Any) -> Float[Array, ""]:
@@ -85,7 +86,7 @@ class WinRateController(eqx.Module):
 
 
 def rho_rule(rho: Any, initial: float) -> ScheduledRho | WinRateController:
-    """The rule for a value of `rho`; "auto" is a controller that starts at `initial`."""
+    """The rule for a value of `rho`; "auto" gives a controller that starts at `initial`."""
     if isinstance(rho, WinRateController | ScheduledRho):
         return rho
     if isinstance(rho, str):

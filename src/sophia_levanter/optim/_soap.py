@@ -21,9 +21,9 @@ class SoapState(NamedTuple):
     """The state of `scale_by_soap`.
 
     Attributes:
-        count: int32 scalar, updates so far.
-        mu: first moment, like the parameters, in their own coordinates.
-        nu: second moment, the same shapes, in the basis.
+        count: int32 scalar, the number of updates so far.
+        mu: first moment, structured like the parameters, in their own coordinates.
+        nu: second moment, with the same shapes, in the basis.
         basis: the state of the basis.
     """
 
@@ -34,17 +34,17 @@ class SoapState(NamedTuple):
 
 
 class Soap(OptaxOptimizer):
-    """SOAP (Vyas et al. 2024, Algorithm 3) for matrices; AdamW for all other parameters.
+    """SOAP (Vyas et al. 2024, Algorithm 3) for matrices, and AdamW for all other parameters.
 
-        L  <- b2 L + (1 - b2) g g^T,   R <- b2 R + (1 - b2) g^T g         every step, b2 the basis's
+        L  <- b2 L + (1 - b2) g g^T,   R <- b2 R + (1 - b2) g^T g         every step, with the basis's b2
         Q_L <- qr(L Q_L),   Q_R <- qr(R Q_R)                  each of the first `interval` steps, then every `interval`
         m  <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) (Q_L^T g Q_R)^2
         theta <- theta - lr wd theta - lr Q_L [Q_L^T m' Q_R / (sqrt(v') + eps)] Q_R^T         m', v': bias-corrected
 
-    This is Adam's second moment in Sophia's `KroneckerBasis`: the two optimizers differ in their denominator. Three
-    things differ from the authors' code. The basis starts at the identity, with an iteration in each of the first
-    `interval` steps; theirs decomposes the first gradient and takes no step. L, R and the basis are updated before the
-    step; theirs after it. And v is rotated with the basis.
+    This is Adam's second moment in Sophia's `KroneckerBasis`: the two optimizers differ in their denominators. There
+    are three differences from the authors' code. The basis starts at the identity and is iterated in each of the first
+    `interval` steps, while theirs decomposes the first gradient and takes no step. L, R and the basis are updated
+    before the step, not after it. And v is rotated with the basis.
 
     Args:
         learning_rate: a number or a function of the update count.
@@ -52,7 +52,7 @@ class Soap(OptaxOptimizer):
         b2: decay of the second moment v, in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, multiplied by the learning rate.
-        weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
+        weight_decay_mask: a tree or prefix of bools, or a function from parameters to one; if None, every leaf decays.
         interval: updates between two rotations of the basis, at least 1.
         basis: the basis, with the decay of L and R.
         momentum_dtype: dtype of the first moment; None for the parameters' dtypes.
@@ -93,8 +93,8 @@ class Soap(OptaxOptimizer):
         )
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """The basis's work on whole matrices, for the count of FLOPs."""
-        # Each step projects the gradient and the first moment, projects the step back, and takes both sides' moments.
+        """The basis's work on whole matrices, for the FLOP count."""
+        # Each step projects the gradient and the first moment, projects the step back, and updates both sides' moments.
         # A rotation of the basis also rotates v.
         return MatrixWork(4, 1, lambda step: bool(rotation_due(step, self.interval)), self.basis.max_size)
 

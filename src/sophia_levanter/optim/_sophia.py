@@ -1,4 +1,4 @@
-"""Sophia: momentum over a diagonal curvature, clipped coordinate by coordinate (arXiv 2305.14342, Algorithm 3)."""
+"""Sophia: momentum over a diagonal curvature, clipped in each coordinate (arXiv 2305.14342, Algorithm 3)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -48,7 +48,7 @@ from sophia_levanter.optim._trees import (
 
 
 class AbstractSophia(eqx.Module):
-    """Algorithm 3 over any estimator. `Sophia`, `SophiaG` and `SophiaH` differ only in their defaults.
+    """Algorithm 3 with any estimator. `Sophia`, `SophiaG` and `SophiaH` differ only in their defaults.
 
         m     <- b1 m + (1 - b1) g                       every step
         h     <- b2 h + (1 - b2) h_hat                   every `interval` steps, before the update
@@ -62,23 +62,23 @@ class AbstractSophia(eqx.Module):
         b1: decay of m, in [0, 1).
         b2: decay of h per refresh, in [0, 1).
         rho: scale of h, above 0: a number, a function of the update count, a `WinRateController`, or "auto" for one
-            with its defaults. The paper calls it gamma. 0.05 if not given, 0.01 for `SophiaH`.
-        eps: floor of rho h, above 0. Where h is negative or tiny the step is the sign of m.
+            with default arguments. The paper calls it gamma. The default is 0.05, or 0.01 for `SophiaH`.
+        eps: floor of rho h, above 0. Where h is negative or tiny, the step is the sign of m.
         weight_decay: decoupled decay, multiplied by the learning rate; a number or a function of the update count.
         interval: updates between two refreshes, at least 1.
-        weight_decay_mask: a tree (or prefix) of bools, or a function from parameters to one; None decays every leaf.
+        weight_decay_mask: a tree or prefix of bools, or a function from parameters to one; if None, every leaf decays.
         estimator: (function of the model, model, microbatches, key=...) -> h_hat; `estimate` calls it.
-        basis: a `KroneckerBasis` in which the matrices' h is diagonal and their ratio is clipped; None for the
-            parameters' own coordinates. Every refresh updates it with the momentum.
+        basis: a `KroneckerBasis` in which the matrices' h is diagonal and their steps are clipped; None for the
+            parameters' own coordinates. Every refresh updates the basis with the momentum.
         gradient_transform: an optax transformation that is applied to the gradient first, such as
             `optax.clip_by_global_norm(1.0)`, or None.
-        cautious: zero the coordinates whose step would go up this batch's gradient, and scale up the others to make up
-            for them, by at most 1000 and possibly beyond the clip (arXiv 2411.16085).
+        cautious: whether to zero the coordinates whose step points up this batch's gradient and to scale up the others
+            to make up for them, by a factor of at most 1000 and possibly beyond the clip (arXiv 2411.16085).
         initial_refreshes, bias_correct_momentum, bias_correct_curvature, momentum_dtype, curvature_dtype: see
             `Momentum` and `Curvature`.
 
     Raises:
-        TypeError, ValueError: if a hyper-parameter is of the wrong kind, or a concrete number out of its range.
+        TypeError, ValueError: if a hyper-parameter has the wrong type, or a concrete number is out of range.
     """
 
     learning_rate: ScalarOrSchedule
@@ -143,8 +143,8 @@ class AbstractSophia(eqx.Module):
         """The state before the first step: m = 0 and h = 0.
 
         Raises:
-            ValueError: if the model has no floating-point leaf, or there is a basis and no leaf is a matrix.
-            TypeError: if a leaf is complex; names its path.
+            ValueError: if the model has no floating-point leaf, or a basis is given but no leaf is a matrix.
+            TypeError: if a leaf is complex; the error names its path.
         """
         check_parameters(model)
         state = self._init_params(trainable(model))
@@ -155,7 +155,7 @@ class AbstractSophia(eqx.Module):
         return state
 
     def _init_params(self, params: PyTree) -> SophiaState:
-        """The same for parameters that may be empty, as a group of `optax.multi_transform` may be."""
+        """The same, for parameters that may be empty, such as a group in `optax.multi_transform`."""
         # One array for each count, so that a state can be donated.
         counts = {name: jnp.zeros((), jnp.int32) for name in COUNTS}
         return SophiaState(
@@ -178,20 +178,20 @@ class AbstractSophia(eqx.Module):
         weights: Any = None,
         state: SophiaState | None = None,
     ) -> PyTree:
-        """The estimator's estimate of the curvature's diagonal, like the model's trainable part.
+        """The estimator's estimate of the curvature's diagonal, structured like the model's trainable part.
 
         Args:
-            function: a function of the model, or of the model and a microbatch. For `SophiaG` it gives the outputs
-                (logits [..., classes] for the categorical likelihood), for `SophiaH` the scalar mean loss.
+            function: a function of the model, or of the model and a microbatch. For `SophiaG` it returns the outputs
+                (logits [..., classes] for the categorical likelihood); for `SophiaH` it returns the scalar mean loss.
             model: any pytree.
-            microbatches: a pytree of arrays [microbatch, ...] to go through one by one; None for a single pass.
+            microbatches: a pytree of arrays [microbatch, ...] to process one at a time; None for a single pass.
             key: a JAX random key for the sampled targets, or the probe.
-            weights: for `SophiaG` the weight of each target in the mean loss, 0 to leave it out; for `SophiaH` the
-                weight of each microbatch.
+            weights: for `SophiaG`, the weight of each target in the mean loss, where 0 leaves it out; for `SophiaH`,
+                the weight of each microbatch.
             state: the state that the estimate is for; needed only with a `basis`.
 
         Raises:
-            ValueError, TypeError: as the estimator does, and `estimator_at`.
+            ValueError, TypeError: as raised by the estimator and by `estimator_at`.
         """
         given = {} if weights is None else {"weights": weights}
         if state is not None:
@@ -200,11 +200,11 @@ class AbstractSophia(eqx.Module):
         return self.estimator_at(state)(function, model, microbatches, key=key, **given)
 
     def estimator_at(self, state: SophiaState | None) -> Any:
-        """The estimator of the diagonal in the basis of a state: `estimator` itself without a `basis`.
+        """The estimator of the diagonal in a state's basis, or `estimator` itself without a `basis`.
 
         Raises:
-            ValueError: if the optimizer has no estimator, or a basis and no state is given.
-            TypeError: if it has a basis, and an estimator without a field `coordinates`.
+            ValueError: if the optimizer has no estimator, or has a basis but no state is given.
+            TypeError: if the optimizer has a basis but its estimator has no field `coordinates`.
         """
         if self.estimator is None:
             raise ValueError("estimator is not set; use SophiaG, SophiaH or Sophia(estimator=...)")
@@ -232,9 +232,9 @@ class AbstractSophia(eqx.Module):
         """One step from the gradient of the mean loss.
 
         Args:
-            grads: the gradient, like the model's trainable part.
-            state: the state before.
-            model: the model before.
+            grads: the gradient, structured like the model's trainable part.
+            state: the state before the step.
+            model: the model before the step.
             h_hat: an estimate that refreshes the curvature before the update.
             finite: whether the gradient is finite; checked if not given.
 
@@ -242,7 +242,7 @@ class AbstractSophia(eqx.Module):
             The step to add to the model (`eqx.apply_updates`), and the next state.
 
         Raises:
-            ValueError: if the gradient's tree is not the model's; names the path.
+            ValueError: if the gradient's tree does not match the model's; the error names the path.
         """
         params = trainable(model)
         check_state(self, state)
@@ -258,34 +258,34 @@ class AbstractSophia(eqx.Module):
     def _step(
         self, grads: PyTree, h_hat: PyTree | None, state: SophiaState, params: PyTree, finite: Bool[Array, ""]
     ) -> tuple[PyTree, SophiaState]:
-        """Refresh h, if there is an estimate, and then update."""
+        """Refresh h if an estimate is given, then update."""
         if h_hat is not None:
             state = self.refresh(state, h_hat, finite=finite)
         return updated(self, grads, state, params, finite)
 
     def denominator(self, scaled: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The denominator of m, from rho h."""
+        """The denominator that divides m, computed from rho h."""
         return jnp.maximum(scaled, self.eps)
 
     def refresh(self, state: SophiaState, h_hat: PyTree, *, finite: Bool[Array, ""] | None = None) -> SophiaState:
         """h <- b2 h + (1 - b2) h_hat.
 
         Args:
-            state: the state before.
-            h_hat: an estimate of the curvature's diagonal, like the model's trainable part.
+            state: the state before the refresh.
+            h_hat: an estimate of the curvature's diagonal, structured like the model's trainable part.
             finite: whether the gradient of the same step is finite; the estimate is always checked.
 
         Raises:
-            ValueError: if the estimate's tree is not the curvature's; names the path.
+            ValueError: if the estimate's tree does not match the curvature's; the error names the path.
         """
         check_state(self, state)
         check_same_structure("h_hat", h_hat, state.curvature)
         return refreshed(self, state, trainable(h_hat), check_flag("finite", True if finite is None else finite))
 
     def refresh_due(self, step: int) -> bool:
-        """Whether an estimate is wanted at this step, from its number alone; decided on the host.
+        """Whether an estimate is due at this step, judging by its number alone; decided on the host.
 
-        An estimate is also wanted if `state.refresh_pending` is set. Reading it makes the host wait for the device, so
+        An estimate is also due if `state.refresh_pending` is set. Reading it makes the host wait for the device, so
         read it only after steps that had an estimate.
         """
         return (step >= 0) & ((step < self.curvature.initial_refreshes) | (step % self.curvature.interval == 0))
@@ -293,18 +293,18 @@ class AbstractSophia(eqx.Module):
     def metrics(
         self, state: SophiaState, num_targets: float | Float[Array, ""] | None = None
     ) -> dict[str, Float[Array, ""]]:
-        """float32 scalars of a state after an update.
+        """float32 scalars that describe a state after an update.
 
-        `win_rate` is the share of coordinates whose step is not clipped: h > 0 and |m| below the denominator, with m
-        and h corrected as in the update. `curvature_nonpositive` is the share with h <= 0. The norms are global 2-norms
-        of m and h as stored. `rho` is that of the last update, or the controller's, which a refresh changes.
+        `win_rate` is the fraction of coordinates whose step is not clipped: h > 0 and |m| below the denominator, with m
+        and h corrected as in the update. `curvature_nonpositive` is the fraction with h <= 0. The norms are global
+        2-norms of m and h as stored. `rho` is the last update's, or the controller's, which a refresh changes.
         `skipped_updates` and `skipped_refreshes` are counts. `steps_since_refresh` above `interval` means that an
-        estimate was due and not given; without any estimate Sophia is sign descent.
+        estimate was due but not given; without any estimate, Sophia is sign descent.
 
         Args:
             state: a state after an update.
-            num_targets: B, the number of targets in a batch; with an estimator that samples targets it adds the metrics
-                of `gradient_noise`.
+            num_targets: B, the number of targets in a batch; if the estimator samples targets, it adds the metrics from
+                `gradient_noise`.
         """
         found = state_metrics(state) | {"win_rate": win_rate(self, state), "rho": last_rho(self, state)}
         if num_targets is not None and getattr(self.estimator, "samples_targets", False):
@@ -312,15 +312,18 @@ class AbstractSophia(eqx.Module):
         return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
 
     def unclipped(self, state: SophiaState) -> PyTree[Bool[Array, "..."]]:
-        """The coordinates that `win_rate` counts in a state after an update, like the model's trainable part."""
+        """The coordinates that `win_rate` counts, for a state after an update.
+
+        The tree is structured like the model's trainable part.
+        """
         return unclipped(self, state)
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """The basis's work on whole matrices, for the count of FLOPs."""
+        """The basis's work on whole matrices, for the FLOP count."""
         if self.basis is None:
             return MatrixWork()
         # The momentum is projected and the step projected back, and cautious steps project the gradient. A refresh
-        # projects the estimate, takes the moments of the momentum, and rotates h.
+        # projects the estimate, updates both sides' moments, and rotates h.
         changes = 3 if self.cautious else 2
         estimated = 0 if self.estimator is None else self.estimator.changes_of_basis(num_microbatches)
         return MatrixWork(changes, estimated + 2, self.refresh_due, self.basis.max_size)
@@ -335,7 +338,7 @@ class AbstractSophia(eqx.Module):
 
 
 class Sophia(AbstractSophia):
-    """Sophia with a custom estimator; see `AbstractSophia` for the arguments.
+    """Sophia with a custom estimator. See `AbstractSophia` for the arguments.
 
     Set `signed = True` on an estimator whose estimates may be negative.
 

@@ -39,7 +39,7 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
 
 
 def select(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-    """Arrays of `new` where the condition holds, of `old` elsewhere; other leaves are those of `old`."""
+    """The arrays of `new` if the condition holds, otherwise those of `old`; other leaves are always those of `old`."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o) if eqx.is_array(n) else o, new, old)
 
 
@@ -54,7 +54,7 @@ def norm(tree: PyTree) -> Float[Array, ""]:
 
 
 def num_coordinates(tree: PyTree) -> float:
-    """The number of coordinates, a divisor: a float because int32 may overflow, and at least 1."""
+    """The number of coordinates, as a divisor: a float, because int32 may overflow, and at least 1."""
     return float(max(1, sum(leaf.size for leaf in jax.tree.leaves(tree))))
 
 
@@ -62,12 +62,12 @@ def decay_mask_tree(mask: WeightDecayMask, params: PyTree) -> PyTree[bool | floa
     """Whether weight decay applies, or a factor on it, for every leaf of params.
 
     Args:
-        mask: a tree of bools or factors, or a prefix of one, or a function from parameters to one; None is True
+        mask: a tree of bools or factors, a prefix of one, or a function from parameters to one; None means True
             everywhere.
-        params: the parameters; optax's masked nodes among them are left out, as `optax.multi_transform` needs.
+        params: the parameters; optax's masked nodes among them are left out, as `optax.multi_transform` requires.
 
     Raises:
-        ValueError: if a parameter has no entry in the mask, or an entry has no parameter; names the path.
+        ValueError: if a parameter has no entry in the mask, or an entry has no parameter; the error names the path.
         TypeError: if a leaf of the mask is neither a bool nor a float of at least 0.
     """
     if mask is None:
@@ -81,12 +81,13 @@ def _is_factor(x: Any) -> bool:
 
 
 def fit_prefix(name: str, spec: PyTree, params: PyTree, is_entry: Callable[[Any], bool], wanted: str) -> PyTree:
-    """An entry for every leaf of params, from a tree or prefix of entries or a function from parameters to one.
+    """An entry for every leaf of params, given a tree of entries, a prefix of one, or a function from params to one.
 
-    Raises a ValueError if a parameter has no entry, or an entry no parameter; a TypeError if a leaf is not an entry.
+    Raises a ValueError if a parameter has no entry or an entry has no parameter, and a TypeError if a leaf is not an
+    entry.
     """
     leaves = jax.tree.leaves(spec, is_leaf=is_entry)
-    # A tree of entries may itself be callable: that of a model is a module with __call__.
+    # A tree of entries may itself be callable: a tree with a model's structure is a module with __call__.
     is_tree = bool(leaves) and all(map(is_entry, leaves))
     tree = spec(params) if callable(spec) and not is_tree else spec
     entries = dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_entry))
@@ -132,5 +133,5 @@ def plain(x: Any) -> Any:
 
 
 def axis_names(x: Any) -> str:
-    """The axes of a NamedArray, for an error."""
+    """The axis names of a NamedArray, for an error message."""
     return ", ".join(axis.name for axis in x.axes)

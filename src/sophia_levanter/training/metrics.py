@@ -22,7 +22,7 @@ class StepTrees(NamedTuple):
     """The argument of a metric.
 
     Attributes:
-        grads: the mean gradient before clipping, like the model's trainable part.
+        grads: the mean gradient before clipping, structured like the model's trainable part.
         updates: the updates that are added to the parameters, in the same structure; zeros if the step is skipped.
         before: the state before the step, with `model` and `optimizer_state`.
         after: the state after it.
