@@ -1,1 +1,1 @@
-"""Haliax language models: GPT-2 and Llama."""
+"""Language models in Haliax: GPT-2 and Llama."""

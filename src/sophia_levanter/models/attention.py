@@ -1,4 +1,4 @@
-"""Causal self-attention with named axes, in the implementation that suits the device."""
+"""Causal self-attention with named axes, with an implementation for each kind of device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.partition.mesh import active_partition, active_platform, is_axis_split
 
 ORDER = ("position", "heads", "head_size")
-BLOCK_SIZE, MOST_BLOCKS = 64, 8  # minimum of queries in a block, maximum of blocks
+BLOCK_SIZE, MOST_BLOCKS = 64, 8  # minimum number of queries in a block, maximum number of blocks
 
 
 def causal_attention(
@@ -32,16 +32,16 @@ def causal_attention(
     dropout_key: jax.Array | None = None,
     document_starts: NamedArray | None = None,
 ) -> NamedArray:
-    """softmax(q k^T / sqrt(head_size)) v over earlier positions; softmax in float32.
+    """softmax(q k^T / sqrt(head_size)) v over each position and those before it; the softmax is in float32.
 
     Args:
         query: [..., position, heads, head_size].
         key, value: the same, or [..., position, kv_heads, head_size], where each head serves several query heads.
-        implementation: `blocked`, `xla`, `cudnn` or `splash`, or `auto` for the one that suits the device and arrays.
+        implementation: `blocked`, `xla`, `cudnn` or `splash`, or `auto` to choose by device and arrays.
         dropout: rate at which attention weights are dropped.
-        dropout_key: a jax random key; None for no dropout.
+        dropout_key: a JAX random key; None for no dropout.
         document_starts: int32 [..., position], where each position's document begins; positions before it are masked.
-            None masks no earlier position.
+            If None, no earlier position is masked.
 
     Returns:
         [..., position, heads, head_size], in the query's dtype.
@@ -68,7 +68,7 @@ def causal_attention(
 
 
 def _with_all_heads(x: NamedArray, batch_axes: tuple[Axis, ...], heads: int) -> jax.Array:
-    """[..., position, heads, head_size]."""
+    """Keys or values for every query head, [..., position, heads, head_size]."""
     if "kv_heads" not in [axis.name for axis in x.axes]:
         return x.rearrange((*batch_axes, *ORDER)).array
     array = x.rearrange((*batch_axes, "position", "kv_heads", "head_size")).array
@@ -80,7 +80,7 @@ _forward_differentiable: ContextVar[bool] = ContextVar("forward_differentiable",
 
 @contextmanager
 def forward_differentiable() -> Iterator[None]:
-    """A context in which attention uses ordinary operations only, so that its gradient has a forward derivative."""
+    """A context in which attention uses only ordinary operations, so that its gradient has a forward derivative."""
     token = _forward_differentiable.set(True)
     try:
         yield
@@ -89,11 +89,11 @@ def forward_differentiable() -> Iterator[None]:
 
 
 def _has_begun(starts: jax.Array, num_keys: int) -> jax.Array:
-    """Whether a query's document has begun at a key: bool [..., 1, query, key].
+    """Whether a query's document has begun by the position of a key: bool [..., 1, query, key].
 
     Args:
         starts: int [..., query], where each query's document begins.
-        num_keys: the keys are the first positions.
+        num_keys: number of keys, which are at the first positions.
     """
     return jnp.arange(num_keys, dtype=starts.dtype) >= starts[..., None, :, None]
 
@@ -121,7 +121,7 @@ def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Arra
 
     Args:
         q, k, v: [batch, heads, position, head_size], with any number of positions.
-        starts: int32 [batch, position], where each position's document begins; None masks no earlier position.
+        starts: int32 [batch, position], where each position's document begins; if None, no earlier position is masked.
 
     Returns:
         [batch, heads, position, head_size] in the query's dtype; scores and weights are float32 or wider.
@@ -138,7 +138,7 @@ def _attend_blocks(
         highest = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
         weights = jnp.exp(scores - highest)
         total = jnp.sum(weights, -1, keepdims=True)
-        # Divide after the product, which is smaller than the weights.
+        # Divide after the product, since its result is smaller than the weights.
         outputs.append(_product("bhqk,bhkd->bhqd", weights.astype(v.dtype), v[:, :, :end]) / total)
         log_normalizers.append(highest + jnp.log(total))
     output = jnp.concatenate(outputs, 2)
@@ -148,10 +148,10 @@ def _attend_blocks(
 
 def _attend_blocks_back(kept: tuple[Any, ...], d_output: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, starts, output, log_normalizers = kept
-    # sum_k weight * d_weight, the softmax's own term, computed from the output.
+    # sum_k weight * d_weight, the softmax's term in the gradient, computed from the output.
     inner = jnp.sum(d_output * output, -1, keepdims=True)
-    # [batch, heads, head_size, position]: XLA's CPU backend is slow at products whose first factor is transposed, and
-    # these arrays are smaller than the weights.
+    # Transpose to [batch, heads, head_size, position]: XLA's CPU backend is slow at products whose first factor is
+    # transposed, and these arrays are smaller than the weights.
     q_columns, d_output_columns = jnp.swapaxes(q, 2, 3), jnp.swapaxes(d_output, 2, 3)
     d_q = []
     d_k = d_v = jnp.zeros(q_columns.shape, output.dtype)
@@ -175,13 +175,13 @@ blocked_attention.defvjp(_attend_blocks, _attend_blocks_back)
 
 
 def _query_blocks(positions: int) -> list[tuple[int, int]]:
-    """Where each block of queries starts and ends; the last one may be shorter."""
+    """Where each block of queries starts and ends; the last block may be shorter."""
     size = max(BLOCK_SIZE, -(-positions // MOST_BLOCKS))
     return [(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 
 def _block_scores(q: jax.Array, k: jax.Array, starts: jax.Array | None, start: int, end: int) -> jax.Array:
-    """[batch, heads, query in block, key], the keys up to the block's end."""
+    """Masked scores [batch, heads, query in block, key], for the keys up to the block's end."""
     scores = _product("bhqd,bhkd->bhqk", q[:, :, start:end], k[:, :, :end]) * q.shape[-1] ** -0.5
     seen: Any = np.tril(np.ones((end - start, end), bool), start)
     if starts is not None:
@@ -197,7 +197,7 @@ def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 def _splash(
     q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None = None, *, interpret: bool = False
 ) -> jax.Array:
-    """The TPU kernel on each device's rows and heads; all arrays are [batch, position, heads, head_size]."""
+    """Apply the TPU kernel to each device's rows and heads; all arrays are [batch, position, heads, head_size]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, *starts: jax.Array) -> jax.Array:
@@ -205,10 +205,10 @@ def _splash(
         heads, positions, head_size = q.shape[1:]
         mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((positions, positions))] * heads)
         kernel = splash_attention_kernel.make_splash_mha_single_device(mask, interpret=interpret)
-        # The kernel compares segment ids, but does not skip blocks for them. Two tokens have the same start if and
-        # only if they are in the same document, so the start serves as its id.
+        # The kernel compares segment ids, but skips no blocks because of them. Two tokens have the same start if and
+        # only if they are in the same document, so the start serves as the document's id.
         segments = [splash_attention_kernel.SegmentIds(x, x) for x in starts]
-        # The kernel does not scale.
+        # The kernel does not scale the scores.
         return jnp.swapaxes(jax.vmap(kernel)(q * head_size**-0.5, k, v, *segments), 1, 2).astype(q.dtype)
 
     given = (q, k, v) if starts is None else (q, k, v, starts)
@@ -224,7 +224,7 @@ def _splash(
 def _attention_with_dropout(
     qkv: tuple[jax.Array, jax.Array, jax.Array], starts: jax.Array | None, rate: float, key: jax.Array
 ) -> jax.Array:
-    """Causal attention without a fused kernel, since none of them drops attention weights."""
+    """Causal attention without a fused kernel, since no kernel drops attention weights."""
     q, k, v = qkv
     positions, head_size = q.shape[-3], q.shape[-1]
     scores = jnp.einsum("...qhd,...khd->...hqk", q, k).astype(jnp.promote_types(q.dtype, jnp.float32))
@@ -237,12 +237,12 @@ def _attention_with_dropout(
 
 
 def decode_attention(query: NamedArray, keys: NamedArray, values: NamedArray, positions: NamedArray) -> NamedArray:
-    """Attention of one position of each row over all positions up to it.
+    """Attention from one position in each row to all positions up to and including it.
 
     Args:
         query: [batch, heads, head_size].
-        keys, values: [batch, kv_heads, position, head_size], axes in any order, up to and including the position.
-        positions: int32 [batch].
+        keys, values: [batch, kv_heads, position, head_size], with the axes in any order.
+        positions: int32 [batch], each row's position.
 
     Returns:
         [batch, heads, head_size].
@@ -262,15 +262,15 @@ def decode_attention(query: NamedArray, keys: NamedArray, values: NamedArray, po
 
 @dataclass(frozen=True)
 class Requirements:
-    """What an implementation of attention has to support.
+    """What an attention implementation has to support.
 
     Attributes:
         platform: `cpu`, `gpu` or `tpu`.
         dtype: dtype of queries, keys and values.
-        positions, head_size: their sizes.
+        positions, head_size: sizes of these axes.
         split_positions: whether positions are split over devices.
         dropout: whether attention weights are dropped.
-        documents: whether attention stops at the borders of documents.
+        documents: whether attention stops at document boundaries.
     """
 
     platform: str
@@ -283,14 +283,14 @@ class Requirements:
 
 
 def attention_for(wanted: str, required: Requirements) -> str:
-    """The implementation of attention to use: the wanted one, or for `auto` the fastest that meets the requirements.
+    """The attention implementation to use: the one requested or, for `auto`, the fastest that meets the requirements.
 
     Args:
         wanted: a value of `model.attention`.
         required: the requirements.
 
     Raises:
-        InputError: if the wanted implementation does not meet the requirements; the error says why.
+        InputError: if the requested implementation does not meet the requirements; the error says why.
     """
     if wanted == "auto":
         fastest = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}.get(required.platform, "xla")
@@ -302,7 +302,7 @@ def attention_for(wanted: str, required: Requirements) -> str:
 
 
 def _why_not(name: str, required: Requirements) -> str | None:
-    """Why an implementation cannot be used, or None."""
+    """Why an implementation cannot be used; None if it can."""
     if name == "xla":
         return None
     if required.dropout:
@@ -318,7 +318,7 @@ def _why_not(name: str, required: Requirements) -> str | None:
         if required.head_size % 8 or required.head_size > 128:
             return f"needs a head size that is a multiple of 8 and at most 128, not {required.head_size}"
         if required.documents:
-            # jax's call of cuDNN takes no segment ids, only a mask, which it turns into a bias as large as the scores.
+            # JAX's cuDNN call takes no segment ids, only a mask, which it turns into a bias as large as the scores.
             return "cannot stop at document boundaries (data.mask_documents)"
     elif name == "splash" and required.positions % 128:
         return f"needs a number of positions that is a multiple of 128, not {required.positions}"

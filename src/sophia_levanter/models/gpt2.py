@@ -33,7 +33,7 @@ class Attention(eqx.Module):
         )
 
     def project(self, x: NamedArray, layer: NamedArray) -> tuple[NamedArray, NamedArray, NamedArray]:
-        """Queries, keys and values, each [..., heads, head_size]; the queries include the layer's scale."""
+        """Queries, keys and values, each [..., heads, head_size]; the layer's scale is applied to the queries."""
         qkv = linear(self.c_attn, x)
         query, keys, values = (part["qkv", 0] for part in qkv.split("qkv", [Axis("qkv", 1)] * 3))
         if self.config.scale_attn_by_inverse_layer_idx:
@@ -42,7 +42,7 @@ class Attention(eqx.Module):
 
 
 class Mlp(eqx.Module):
-    """Two linear layers with GPT-2's tanh approximation of GELU between them."""
+    """Two linear layers with GELU between them, in GPT-2's tanh approximation."""
 
     c_fc: hnn.Linear  # embed -> mlp
     c_proj: hnn.Linear  # mlp -> embed
@@ -92,7 +92,7 @@ class Gpt2(Transformer):
 
     Attributes:
         config: the model's shape.
-        vocab_size: classes that can be predicted.
+        vocab_size: number of classes that can be predicted.
         wte: token embedding and output head, [vocab (padded), embed].
         wpe: position embedding, [position, embed].
         blocks: the blocks, stacked over [layers].
@@ -108,13 +108,15 @@ class Gpt2(Transformer):
 
     @staticmethod
     def init(config: Gpt2Config, *, vocab_size: int, key: jax.Array) -> Gpt2:
-        """GPT-2's initialisation: normal weights with standard deviation `initializer_range`, projections into the
-        residual stream divided by sqrt(2 layers), zero biases, unit norms.
+        """Initialise the weights as GPT-2 does.
+
+        The weights are normal with standard deviation `initializer_range`, and projections into the residual stream are
+        divided by sqrt(2 layers). Biases are 0, and the weights of norms are 1.
 
         Args:
             config: the model's shape.
-            vocab_size: classes that can be predicted.
-            key: a jax random key.
+            vocab_size: number of classes that can be predicted.
+            key: a JAX random key.
         """
         k_wte, k_wpe, k_blocks = jax.random.split(key, 3)
         Vocab = config.Vocab(vocab_size)

@@ -1,4 +1,4 @@
-"""The interface of models for the trainer, evaluation, generation, planning and export."""
+"""The model interface that training, evaluation, generation, planning and export use."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PyTree = Any
 
 
 class LanguageModel(eqx.Module):
-    """A causal language model: final hidden states and an output head. Everything else follows from these two.
+    """A causal language model: final hidden states and an output head, from which everything else follows.
 
     The vocabulary is padded to a multiple of 128; callers never see the padding.
 
     Attributes:
         config: the model's shape.
-        vocab_size: classes that can be predicted.
+        vocab_size: number of classes that can be predicted.
     """
 
     config: eqx.AbstractVar[ModelConfig]
@@ -42,8 +42,8 @@ class LanguageModel(eqx.Module):
         """The final hidden states, for a model whose parameters are gathered.
 
         Args:
-            tokens: int32 [..., position], of at most `config.seq_len` positions.
-            key: a jax random key for dropout; None for no dropout.
+            tokens: int32 [..., position], with at most `config.seq_len` positions.
+            key: a JAX random key for dropout; None for no dropout.
 
         Returns:
             [..., position, embed] in the parameters' dtype.
@@ -54,16 +54,16 @@ class LanguageModel(eqx.Module):
     ) -> NamedArray:
         """`final_hidden` for rows with several documents: attention and positions restart in each document.
 
-        A model that defines it also overrides its configuration's `attention_on`.
+        A model that defines this method also overrides its configuration's `attention_on`.
 
         Args:
             tokens: as for `final_hidden`.
-            document_starts: int32 [..., position], where in its row each token's document begins; None for
-                `final_hidden`.
+            document_starts: int32 [..., position], where in its row each token's document begins; None to treat each
+                row as one document.
             key: as for `final_hidden`.
 
         Raises:
-            InputError: if the model does not define it.
+            InputError: if the model does not define this method.
         """
         raise InputError(
             f"data.mask_documents is true, but {type(self).__qualname__} does not define hidden_in_documents()"
@@ -75,14 +75,14 @@ class LanguageModel(eqx.Module):
 
     @property
     def flops_per_token(self) -> float:
-        """FLOPs of the forward and backward pass for one token: 6 per parameter, unless a model overrides it.
+        """FLOPs of the forward and backward pass for one token: 6 per parameter, unless a model overrides this.
 
         Recomputation and curvature are not counted.
         """
         return 6.0 * sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(self, _is_float)))
 
     def gathered(self) -> LanguageModel:
-        """The model with whole parameters, gathered if they are split over devices."""
+        """The model with all parameters gathered, if they are split over devices."""
         return gather_params(self)
 
     def hidden(self, tokens: NamedArray, *, key: jax.Array | None = None) -> NamedArray:
@@ -93,8 +93,8 @@ class LanguageModel(eqx.Module):
         """Logits over the true vocabulary.
 
         Args:
-            tokens: int32 [..., position], of at most `config.seq_len` positions.
-            key: a jax random key for dropout; None for no dropout.
+            tokens: int32 [..., position], with at most `config.seq_len` positions.
+            key: a JAX random key for dropout; None for no dropout.
 
         Returns:
             [..., position, vocab] in the parameters' dtype.
@@ -107,7 +107,7 @@ class LanguageModel(eqx.Module):
 
         Args:
             hidden: final hidden states, [..., embed].
-            dtype: dtype of the logits; that of the hidden states if not given.
+            dtype: dtype of the logits; by default, the dtype of the hidden states.
 
         Returns:
             [..., vocab].
@@ -118,12 +118,12 @@ class LanguageModel(eqx.Module):
     def losses(
         self, batch: Batch, *, samples: NamedArray | None = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Sums of the next-token losses of the true and of sampled labels, without materialising all logits.
+        """The summed next-token losses on the true and on sampled labels, without materialising all logits.
 
         Args:
             batch: [batch, position].
             samples: [batch, position] float32 uniforms to draw labels with, or int labels; None for no second loss.
-            key: a jax random key for dropout; None for no dropout.
+            key: a JAX random key for dropout; None for no dropout.
 
         Returns:
             Two float32 scalars in nats; see `models.loss.blocked_cross_entropy`.
@@ -158,8 +158,10 @@ class LanguageModel(eqx.Module):
         return jax.tree.map(mask, self, is_leaf=_is_layer)
 
     def matrix_axes(self) -> PyTree:
-        """The matrices for Muon and the Kronecker basis: all linear maps, one for each layer and, if there is an axis
-        `qkv`, one for each of query, key and value. Embeddings, the output head, norms and biases are left out.
+        """The matrices for Muon and the Kronecker basis: all linear maps.
+
+        Each layer has its own matrices, and an axis `qkv` stands for three: query, key and value. Embeddings, the
+        output head, norms and biases are left out.
 
         Returns:
             A prefix tree for the model's parameters: `optax.contrib.MuonDimensionNumbers`, or None.
@@ -168,7 +170,7 @@ class LanguageModel(eqx.Module):
         def axes(layer: object) -> object:
             if not isinstance(layer, hnn.Linear):
                 return None
-            # qkv is not an axis of the matrices: like layers, it enumerates them.
+            # qkv is not an axis of the matrices; like layers, it enumerates them.
             position = {axis.name: i for i, axis in enumerate(layer.weight.axes)}
             inputs, outputs = (
                 tuple(position[axis.name] for axis in hax.util.ensure_tuple(spec) if axis.name != "qkv")
@@ -182,11 +184,11 @@ class LanguageModel(eqx.Module):
     def parameter_roles(self) -> PyTree:
         """The role of each parameter, for parameter groups.
 
-        `matrix`: the matrices of `matrix_axes()`. `head`: `head_weights()`, unless it is the token embedding's array.
-        `embedding`: the other weights of embedding layers. `vector`: everything else, such as norms and biases.
+        `matrix`: the matrices from `matrix_axes()`. `head`: `head_weights()`, unless it is the token embedding's array.
+        `embedding`: the other weights in embedding layers. `vector`: everything else, such as norms and biases.
 
         Returns:
-            A prefix tree of these names for the model's parameters.
+            A prefix tree of role names for the model's parameters.
         """
         head = self.head_weights()
         named = [x for x in jax.tree.leaves(self, is_leaf=_is_named) if _is_named(x)]
@@ -207,13 +209,13 @@ class LanguageModel(eqx.Module):
             structure, [role(leaf, view is not None) for leaf, view in zip(leaves, views, strict=True)]
         )
 
-    # Generation. By default the cache is the tokens, and a model reads its whole context again for each token.
+    # Generation. By default, the cache holds the tokens, and the model rereads its whole context for each token.
 
     def empty_cache(self, Batch: Axis) -> PyTree:
-        """The cache of rows that hold no tokens yet.
+        """An empty cache, for rows that hold no tokens yet.
 
         Args:
-            Batch: the axis of the rows, `batch`.
+            Batch: the row axis, `batch`.
         """
         return hax.zeros((Batch, self.config.Pos), jnp.int32)
 
@@ -223,8 +225,8 @@ class LanguageModel(eqx.Module):
         Args:
             cache: the cache of all rows.
             row: the row's index, an int scalar.
-            tokens: int32 [position], the row's tokens from position 0, at most the context's length. They may be
-                padded at the end: decoding overwrites the padding.
+            tokens: int32 [position], the row's tokens from position 0; at most `config.seq_len` of them. They may be
+                padded at the end, since decoding overwrites the padding.
         """
         return write_row(cache, row, tokens)
 
@@ -234,7 +236,7 @@ class LanguageModel(eqx.Module):
         Args:
             cache: the cache of all earlier positions.
             tokens: int32 [batch].
-            positions: int32 [batch], the position of each row's token, less than the context's length.
+            positions: int32 [batch], the position of each row's token, less than `config.seq_len`.
 
         Returns:
             Logits over the true vocabulary, float32 [batch, vocab], and the cache with these tokens.
@@ -246,29 +248,29 @@ class LanguageModel(eqx.Module):
 
 
 def decay_mask(model: LanguageModel) -> PyTree:
-    """`model.weight_decay_mask()`, for optimizers, which take a function of the parameters."""
+    """`model.weight_decay_mask()` as a function of the parameters, which is what optimizers take."""
     return model.weight_decay_mask()
 
 
 def matrix_axes(model: LanguageModel) -> PyTree:
-    """`model.matrix_axes()`, for optimizers, which take a function of the parameters."""
+    """`model.matrix_axes()` as a function of the parameters, which is what optimizers take."""
     return model.matrix_axes()
 
 
 def parameter_roles(model: LanguageModel) -> PyTree:
-    """`model.parameter_roles()`, for optimizers, which take a function of the parameters."""
+    """`model.parameter_roles()` as a function of the parameters, which is what optimizers take."""
     return model.parameter_roles()
 
 
 def hyperball_matrices(model: LanguageModel) -> PyTree:
-    """The matrices whose norms a hyperball keeps, as in Levanter: `matrix_axes()` and an untied output head."""
+    """The matrices whose norms `Hyperball` keeps, as in Levanter: those in `matrix_axes()` and any untied head."""
     head = MuonDimensionNumbers(1, 0)
     entries = matrices_tree(matrix_axes, model)
     return jax.tree.map(lambda role, entry: head if role == "head" else entry, model.parameter_roles(), entries)
 
 
 def paths_on_hyperball(model: LanguageModel) -> set[str]:
-    """The paths of the arrays whose matrices have their norms kept by a hyperball, such as `blocks.mlp.c_fc.weight`.
+    """The paths of the arrays whose matrices `Hyperball` keeps at a constant norm, such as `blocks.mlp.c_fc.weight`.
 
     The model may be abstract.
     """
@@ -284,14 +286,14 @@ def abstract_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
 
 
 def write_row(cache: NamedArray, row: jax.Array, new: NamedArray) -> NamedArray:
-    """An array with the first positions of one row replaced.
+    """The array with the first positions of one row replaced.
 
     Args:
-        cache: [batch, position, ...], axes in any order.
+        cache: [batch, position, ...], with the axes in any order.
         row: the row's index, an int scalar.
-        new: [position, ...], the axes of `cache` without `batch`, for the first positions.
+        new: [position, ...], the new values at the first positions, with the axes of `cache` except `batch`.
     """
-    # Select with a mask: rows may be sharded, and indexing them would gather the whole array on each device.
+    # Select with a mask: rows may be sharded, and indexing one would gather the whole array on each device.
     here = {"position": slice(0, new.resolve_axis("position").size)}
     chosen = hax.where(hax.arange(cache.resolve_axis("batch")) == row, new, cache[here])
     return cache.at[here].set(chosen.rearrange(cache.axes))

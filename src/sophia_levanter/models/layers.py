@@ -18,8 +18,8 @@ from sophia_levanter.partition.mesh import active_platform, is_axis_split
 def linear(layer: hnn.Linear, x: NamedArray) -> NamedArray:
     """Apply a layer as one product of two matrices, [row, in] and [in, out].
 
-    In the backward pass of a product over several axes, XLA's CPU backend makes transposed copies of the operands. Axes
-    that are split over devices are not joined if that would move data.
+    Otherwise, in the backward pass of a product over several axes, XLA's CPU backend would make transposed copies of
+    the operands. Axes that are split over devices are not joined if that would move data.
 
     Args:
         layer: `In` and `Out` may be tuples of axes.
@@ -48,19 +48,19 @@ def _can_join(axes: tuple[Axis, ...]) -> bool:
 
 
 def _join(x: NamedArray, axes: tuple[Axis, ...]) -> NamedArray:
-    """Flattens adjacent axes into one, which takes the first axis's name and sharding."""
+    """Flatten adjacent axes into one, which takes the first axis's name and sharding."""
     return x.flatten_axes(axes, axes[0].name) if _can_join(axes) else x
 
 
 @jax.custom_vjp
 def _matrix_product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """[row, in] and [in, out] to [row, out], with a backward pass for CPUs."""
+    """The product of [row, in] and [in, out], with a backward pass designed for CPUs."""
     return x @ weight
 
 
 def _matrix_product_backward(kept: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # XLA's CPU backend is slow at products whose first factor is transposed. So copy the smaller factor of the weight's
-    # gradient; the barriers keep XLA from fusing the copy into the product or the operations around it.
+    # XLA's CPU backend is slow at products whose first factor is transposed. For the weight's gradient, therefore copy
+    # the smaller factor; the barriers keep XLA from fusing the copy into the product or the operations around it.
     x, weight = kept
     copied = jax.lax.optimization_barrier
     d_weight = copied(x.T) @ d_y if x.shape[1] <= d_y.shape[1] else copied(copied(d_y.T) @ x).T
@@ -71,7 +71,7 @@ _matrix_product.defvjp(lambda x, weight: (x @ weight, (x, weight)), _matrix_prod
 
 
 def gelu(x: NamedArray) -> NamedArray:
-    """The tanh approximation of GELU. The backward pass recomputes the tanh, which is cheaper than keeping it."""
+    """The tanh approximation of GELU. The backward pass recomputes the tanh, which is cheaper than storing it."""
     return NamedArray(_gelu(x.array), x.axes)
 
 
@@ -80,7 +80,7 @@ _gelu = jax.custom_vjp(_tanh_gelu)
 
 
 def _gelu_backward(x: jax.Array, d_y: jax.Array) -> tuple[jax.Array]:
-    # Without the barrier the compiler would notice that both passes compute the same tanh, and keep it.
+    # Without the barrier, the compiler would notice that both passes compute the same tanh, and would store it.
     return jax.vjp(_tanh_gelu, jax.lax.optimization_barrier(x))[1](d_y)
 
 
@@ -88,7 +88,10 @@ _gelu.defvjp(lambda x: (_tanh_gelu(x), x), _gelu_backward)
 
 
 def normalize(norm: hnn.LayerNorm | hnn.RmsNorm, x: NamedArray) -> NamedArray:
-    """Apply a norm with statistics in float32 or wider; the result has x's dtype. A layer norm subtracts the mean."""
+    """Apply a norm; only a layer norm subtracts the mean.
+
+    The statistics are in float32 or wider, and the result has x's dtype.
+    """
     (axis,) = ensure_tuple(norm.axis)
     x = x.rearrange((..., axis))
     bias = None if norm.bias is None else norm.bias.array
@@ -128,15 +131,15 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def rotary(x: NamedArray, positions: NamedArray | None, theta: float) -> NamedArray:
-    """Rotary positions (Su et al., arXiv 2104.09864), in the order of transformers' Llama.
+    """Rotary positions (Su et al., arXiv 2104.09864), with elements in the same order as in transformers' Llama.
 
     Elements i and i + head_size / 2 of a head form a pair, which is rotated by position * theta^(-2 i / head_size).
 
     Args:
         x: queries or keys, [..., head_size].
-        positions: int32 positions of the tokens: [batch] for one token in each row, or [..., position]; None for tokens
-            [..., position] that start at position 0.
-        theta: the base of the wavelengths.
+        positions: int32 token positions, [batch] for one token in each row, or [..., position]; None if the tokens
+            [..., position] start at position 0.
+        theta: the base of the rotation frequencies.
 
     Returns:
         The rotated `x`, in its dtype; the angles are float32 or wider.

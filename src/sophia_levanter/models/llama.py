@@ -1,7 +1,7 @@
-"""A decoder in the style of Llama (Touvron et al. 2023, arXiv 2302.13971) with Haliax named axes.
+"""A Llama-style decoder (Touvron et al. 2023, arXiv 2302.13971) with Haliax named axes.
 
-RMSNorm before attention and MLP, rotary positions, SwiGLU, grouped queries (Ainslie et al., arXiv 2305.13245), no
-biases. The fields are named like the modules of transformers' Llama.
+It has RMSNorm before attention and MLP, rotary positions, SwiGLU, grouped queries (Ainslie et al., arXiv 2305.13245)
+and no biases. The fields are named like the modules in transformers' Llama.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Attention(eqx.Module):
     k_proj: hnn.Linear  # embed -> (kv_heads, head_size)
     v_proj: hnn.Linear  # embed -> (kv_heads, head_size)
     o_proj: hnn.Linear  # (heads, head_size) -> embed
-    q_norm: hnn.RmsNorm | None  # of head_size
+    q_norm: hnn.RmsNorm | None  # over head_size
     k_norm: hnn.RmsNorm | None
 
     @staticmethod
@@ -105,11 +105,11 @@ class Llama(Transformer):
 
     Attributes:
         config: the model's shape.
-        vocab_size: classes that can be predicted.
+        vocab_size: number of classes that can be predicted.
         embed_tokens: token embedding, [vocab (padded), embed].
         blocks: the blocks, stacked over [layers].
         norm: the final norm.
-        lm_head: output head, [vocab (padded), embed]; None if it is the token embedding.
+        lm_head: output head, [vocab (padded), embed]; None if the token embedding is the head.
     """
 
     config: LlamaConfig = eqx.field(static=True)
@@ -121,13 +121,15 @@ class Llama(Transformer):
 
     @staticmethod
     def init(config: LlamaConfig, *, vocab_size: int, key: jax.Array) -> Llama:
-        """GPT-2's initialisation: normal weights with standard deviation `initializer_range`, projections into the
-        residual stream divided by sqrt(2 layers), unit norms.
+        """Initialise the weights as GPT-2 does.
+
+        The weights are normal with standard deviation `initializer_range`, and projections into the residual stream are
+        divided by sqrt(2 layers). The weights of norms are 1.
 
         Args:
             config: the model's shape.
-            vocab_size: classes that can be predicted.
-            key: a jax random key.
+            vocab_size: number of classes that can be predicted.
+            key: a JAX random key.
         """
         k_embed, k_blocks, k_head = jax.random.split(key, 3)
 

@@ -1,4 +1,4 @@
-"""Text from a model, token by token."""
+"""Text generation, token by token."""
 
 from __future__ import annotations
 
@@ -31,25 +31,26 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Draw tokens for all prompts at once, one position at a time.
 
-    A token costs one position of the model, not the whole context. When a row's context is full, its last half is read
-    again as a new context, since learned positions cannot be shifted. A row's tokens depend only on its prompt and its
-    key, not on the other rows. The rows are sharded over the devices of the batch axis if these divide their number.
+    Each token costs one position of the model, not the whole context. When a row's context is full, its last half is
+    reread as a new context, since learned positions cannot be shifted. A row's tokens depend only on its prompt and its
+    key, not on the other rows. The rows are sharded over the devices on the batch axis if the number of rows is a
+    multiple of the number of devices.
 
     Args:
         model: a trained model in the dtype to compute in; a sharded model needs its partition's context.
         prompts: at least one token each; only the last `seq_len` tokens are read.
         num_tokens: the maximum number of tokens for each prompt.
-        keys: jax random keys, [prompt].
+        keys: JAX random keys, [prompt].
         sampling: temperature, top_k and top_p.
         end_of_text: the token that ends a row, or None.
-        document_end: the token at which attention and positions stopped in training (`data.mask_documents`): a row
-            continues after it in a new context. None if they did not.
+        document_end: the token after which attention and positions restarted in training (`data.mask_documents`): a
+            row continues after it in a new context. None if they did not restart.
 
     Yields:
-        Each prompt's next token; None once it has ended. Stops when all have.
+        Each prompt's next token, or None for a prompt that has ended. Stops when all prompts have ended.
 
     Raises:
-        ValueError: if a prompt is empty or holds an id the model does not have.
+        ValueError: if a prompt is empty or contains an id outside the model's vocabulary.
     """
     for prompt in prompts:
         if not len(prompt):
@@ -73,11 +74,11 @@ def generate(
 
 
 def restricted(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """The logits to draw from, if the temperature is not 0.
+    """The logits to draw from; the temperature must not be 0.
 
     Args:
         logits: [..., vocab].
-        sampling: as in transformers, tokens as likely as the k-th stay, and so does the token that reaches `top_p`.
+        sampling: as in transformers, tokens as likely as the k-th are kept, and so is the token that reaches `top_p`.
 
     Returns:
         float32 [..., vocab], divided by the temperature; -inf for tokens that cannot be drawn.
@@ -110,7 +111,7 @@ class _Rows:
         self._seq_len = model.config.seq_len
         documents = (_last_document(list(map(int, prompt)), document_end) for prompt in prompts)
         self._contexts = [document[-self._seq_len :] for document in documents]
-        # Arrays of this host also work with a model that spans several hosts.
+        # Arrays on this host also work with a model that spans several hosts.
         self._keys = np.asarray(jax.random.key_data(keys))
         self._Batch = Axis("batch", len(self._contexts))
         self._cache = _empty(model, self._Batch)
@@ -118,7 +119,7 @@ class _Rows:
             self._prefill(row)
 
     def draw(self, number: int) -> list[int]:
-        """Draw the next token of each row, the `number`-th."""
+        """Draw the next token of each row; `number` counts the draws from 0."""
         last = np.array([context[-1] for context in self._contexts], np.int32)
         positions = np.array([len(context) - 1 for context in self._contexts], np.int32)
         tokens, self._cache = _draw(
@@ -135,7 +136,7 @@ class _Rows:
     def append(self, row: int, token: int) -> None:
         """Append a token to a row.
 
-        After the end of a document the context starts anew; when it is full, it continues with its last half.
+        After the end of a document, the context starts anew; a full context continues with its last half.
         """
         context = self._contexts[row]
         if context[-1] == self._document_end:
@@ -146,7 +147,7 @@ class _Rows:
             self._prefill(row)
 
     def _prefill(self, row: int) -> None:
-        """Put a row's tokens into the cache, except the last, which is decoded next."""
+        """Put a row's tokens into the cache, except for the last, which is decoded next."""
         context = self._contexts[row][:-1]
         if context:
             window = np.zeros(_prefill_length(len(context), self._seq_len), np.int32)
@@ -155,7 +156,7 @@ class _Rows:
 
 
 def _last_document(tokens: list[int], document_end: int | None) -> list[int]:
-    """The tokens of the document that the last token is in; one that ends a document is the last of it."""
+    """The tokens of the last token's document; a token that ends a document belongs to that document."""
     begins = [place + 1 for place, token in enumerate(tokens[:-1]) if token == document_end]
     return tokens[begins[-1] :] if begins else tokens
 
@@ -194,7 +195,7 @@ def _drawn(logits: jax.Array, keys: jax.Array, number: jax.Array, sampling: Samp
 
 
 def _prefill_length(needed: int, seq_len: int) -> int:
-    """`seq_len`, halved while it suffices and stays a multiple of 128, as kernels need. So few lengths are compiled."""
+    """`seq_len`, halved while it suffices and stays a multiple of 128 for the kernels; few lengths are compiled."""
     length = seq_len
     while length % (2 * SHORTEST_PREFILL) == 0 and length // 2 >= needed:
         length //= 2

@@ -1,4 +1,4 @@
-"""Shared parts of transformers: scanned blocks, attention, and a cache of keys and values."""
+"""Parts that transformers share: scanned blocks, attention, and a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Block(eqx.Module):
     def project(
         self, x: NamedArray, layer: NamedArray, positions: NamedArray | None
     ) -> tuple[NamedArray, NamedArray, NamedArray]:
-        """Queries [..., heads, head_size], and keys and values [..., kv_heads, head_size], of the block's input.
+        """Queries [..., heads, head_size], and keys and values [..., kv_heads, head_size], from the block's input.
 
         Args:
             x: [..., embed].
@@ -39,11 +39,11 @@ class Block(eqx.Module):
 
     @abc.abstractmethod
     def project_back(self, attended: NamedArray) -> NamedArray:
-        """Attention's result [..., heads, head_size] as a term of the residual stream, [..., embed]."""
+        """Project attention's result [..., heads, head_size] to its term in the residual stream, [..., embed]."""
 
     @abc.abstractmethod
     def apply_mlp(self, x: NamedArray) -> NamedArray:
-        """The MLP's term of the residual stream, [..., embed]."""
+        """The MLP's term in the residual stream, [..., embed]."""
 
     def finish(
         self, x: NamedArray, attended: NamedArray, k_attn: jax.Array | None = None, k_mlp: jax.Array | None = None
@@ -53,7 +53,7 @@ class Block(eqx.Module):
         Args:
             x: [..., embed].
             attended: [..., heads, head_size].
-            k_attn, k_mlp: jax random keys.
+            k_attn, k_mlp: JAX random keys, or None.
         """
         x = x + dropout(self.config, self.project_back(attended), k_attn)
         return hax.auto_sharded(x + dropout(self.config, self.apply_mlp(x), k_mlp))
@@ -66,10 +66,10 @@ class Block(eqx.Module):
         Args:
             x: [..., position, embed].
             layer: int scalar, the block's index.
-            key: a jax random key, or None.
+            key: a JAX random key, or None.
             document_starts: as for `hidden_in_documents`.
         """
-        # Keep the parameters sharded for the backward pass; otherwise the compiler may keep whole copies.
+        # Keep the parameters sharded for the backward pass; otherwise the compiler may keep full copies.
         forward = checkpointed(self.config.gradient_checkpointing, Block._forward)
         return forward(shard_params(self), x, layer, key, document_starts)
 
@@ -89,7 +89,7 @@ class Block(eqx.Module):
 
 
 class Cache(eqx.Module):
-    """Keys and values of the tokens that rows hold so far.
+    """Keys and values of the tokens in each row so far.
 
     Attributes:
         keys, values: [layers, batch, kv_heads, position, head_size] in the model's dtype; entries after a row's last
@@ -108,20 +108,20 @@ class Transformer(LanguageModel):
     """
 
     config: eqx.AbstractVar[TransformerConfig]
-    if TYPE_CHECKING:  # a real field would come before the fields of subclasses
+    if TYPE_CHECKING:  # an actual field would come before the fields of subclasses
         blocks: hnn.Stacked[Any]
 
     @abc.abstractmethod
     def embed(self, tokens: NamedArray, positions: NamedArray | None, key: jax.Array | None = None) -> NamedArray:
-        """The input of the first block, [..., embed]; the key switches on dropout. Positions are as for `project`."""
+        """The first block's input, [..., embed]; the key switches on dropout. Positions are as for `Block.project`."""
 
     @abc.abstractmethod
     def final_norm(self, x: NamedArray) -> NamedArray:
-        """The final hidden states, from the last block's result."""
+        """The final hidden states, computed from the last block's result."""
 
     @property
     def flops_per_token(self) -> float:
-        """FLOPs of the forward and backward pass for one token: 6 per weight in a matrix product, plus attention's.
+        """FLOPs of the forward and backward pass for one token: 6 per weight in a matrix product, plus attention.
 
         Attention costs 12 * layers * heads * head_size * seq_len (PaLM, arXiv 2204.02311, appendix B).
         """
@@ -131,7 +131,7 @@ class Transformer(LanguageModel):
         return 6.0 * weights + 12.0 * config.num_layers * config.num_heads * config.head_dim * config.seq_len
 
     def gathered(self) -> Transformer:
-        """The model with whole parameters outside the blocks, which gather their own."""
+        """The model with parameters gathered outside the blocks, which gather their own."""
         outside = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -154,7 +154,7 @@ class Transformer(LanguageModel):
 
     def empty_cache(self, Batch: Axis) -> Cache:
         config = self.config
-        # Positions inside heads: the other order makes attention of many rows tens of times slower on CPUs.
+        # Put positions inside heads: on CPUs, the other order makes attention over many rows tens of times slower.
         axes = (config.Layers, Batch, config.KVHeads, config.Pos, config.HeadSize)
         zeros = hax.zeros(axes, self.head_weights().dtype)
         return hax.auto_sharded(Cache(zeros, zeros))
@@ -186,9 +186,9 @@ class Transformer(LanguageModel):
         scan = model.blocks.scan_via(through, unroll=self.config.scan_unroll)
         x = hax.auto_sharded(model.embed(tokens, positions))
         x, made = scan(x, hax.arange(self.config.Layers), cache)
-        # One write for all layers: a scan that returned whole caches would copy them at every token.
+        # Write once for all layers: a scan that returned whole caches would copy them for every token.
         cache = hax.auto_sharded(_with(cache, made.keys, made.values, positions))
-        # float32, since many logits would tie for the maximum in bfloat16.
+        # Use float32, since many logits would tie for the maximum in bfloat16.
         return model.head(model.final_norm(x), jnp.float32), cache
 
 
@@ -200,7 +200,7 @@ def _positions(document_starts: NamedArray | None) -> NamedArray | None:
 
 
 def _with(cache: Cache, keys: NamedArray, values: NamedArray, positions: NamedArray) -> Cache:
-    """A cache, of all layers or one, with one more key and value in each row."""
+    """The cache of one or all layers, with one more key and value in each row."""
     here = ("position", positions)
     return Cache(cache.keys.at[here].set(keys), cache.values.at[here].set(values))
 
@@ -221,8 +221,8 @@ def checkpointed(policy: str, function: Callable[..., Any]) -> Callable[..., Any
 
     Args:
         policy: `none` recomputes nothing, but gathers split parameters again; `full` keeps no intermediate results;
-            `dots` keeps the results of matrix products (except attention's, which are quadratic in the positions);
-            `offload` keeps the same results in the host's memory.
+            `dots` keeps the results of matrix products, except in attention, where they are quadratic in the number of
+            positions; `offload` keeps the same results in host memory.
     """
     if policy == "none" and not is_split():
         return function
@@ -233,10 +233,10 @@ def checkpointed(policy: str, function: Callable[..., Any]) -> Callable[..., Any
         "dots": policies.dots_with_no_batch_dims_saveable,
         "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     }[policy]
-    # Inside a scan XLA cannot reuse the forward pass, so prevent_cse is not needed.
+    # Inside a scan, XLA cannot reuse the forward pass, so prevent_cse is not needed.
     return eqx.filter_checkpoint(function, policy=chosen, prevent_cse=False)
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A checkpoint policy that drops gathered parameters, which are the results of sharding constraints."""
+    """A checkpoint policy that keeps everything but gathered parameters, the results of sharding constraints."""
     return primitive.name != "sharding_constraint"
