@@ -1,4 +1,4 @@
-"""Statistics of single arrays, layer by layer, at the steps that `trainer.statistics_every` selects."""
+"""Statistics of individual arrays, layer by layer, at the steps that `trainer.statistics_every` selects."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def array_statistics(optimizer: Optimizer, step: StepTrees) -> dict[str, jax.Arr
     |---|---|
     | `weight_rms` | root mean square of the weights before the step |
     | `gradient_rms` | root mean square of the mean gradient, before clipping |
-    | `update_rms` | root mean square of the update, with learning rate and weight decay |
+    | `update_rms` | root mean square of the update, including the learning rate and weight decay |
     | `update_ratio` | `update_rms / weight_rms`; not finite where the weights are 0 |
-    | `win_rate` | the share of coordinates whose step is not clipped |
-    | `curvature_p10`, `curvature_p50`, `curvature_p90` | quantiles of h as it is stored |
+    | `win_rate` | the fraction of coordinates whose step is not clipped |
+    | `curvature_p10`, `curvature_p50`, `curvature_p90` | quantiles of h as stored |
 
-    The last two rows need an optimizer with a method `unclipped`, such as Sophia. With a Kronecker basis they are in
+    The last two rows need an optimizer with a method `unclipped`, such as Sophia. With a Kronecker basis, they are in
     the coordinates of h.
 
     Returns:
-        float32 by `ARRAY/KIND`: [layers] for an array of stacked layers, a scalar for any other. ARRAY is the path of
-        the parameter, such as `blocks/stacked/attn/c_attn/weight`.
+        float32 statistics keyed by `ARRAY/KIND`: [layers] for an array of stacked layers, a scalar for any other array.
+        ARRAY is the parameter's path, such as `blocks/stacked/attn/c_attn/weight`.
     """
     trees = {"weight": trainable(step.before.model), "gradient": step.grads, "update": step.updates}
     found = {f"{array}/{kind}_rms": _rms(x) for kind, tree in trees.items() for array, x in _arrays(tree).items()}
@@ -58,7 +58,7 @@ def array_statistics(optimizer: Optimizer, step: StepTrees) -> dict[str, jax.Arr
 
 
 def by_layer(statistics: Mapping[str, jax.Array]) -> dict[str, float]:
-    """Statistics by their logged names: `statistics/ARRAY/KIND`, or `statistics/ARRAY/LAYER/KIND` for stacked layers.
+    """Statistics keyed by logged name: `statistics/ARRAY/KIND`, or `statistics/ARRAY/LAYER/KIND` for stacked layers.
 
     They are sorted by array, then by layer.
     """
@@ -72,13 +72,13 @@ def by_layer(statistics: Mapping[str, jax.Array]) -> dict[str, float]:
 
 
 def quantiles(x: jax.Array, axes: Sequence[int], shares: Sequence[float]) -> jax.Array:
-    """Quantiles over some axes of an array, as numpy's method `inverted_cdf` gives them.
+    """Quantiles over some axes of an array, as computed by NumPy's method `inverted_cdf`.
 
-    The bits of each quantile are found one after another, by counting the smaller numbers: sorting an array that is
-    split over devices would gather it.
+    The bits of each quantile are found one at a time, by counting the smaller numbers: sorting an array that is split
+    over devices would gather it.
 
     Args:
-        x: numbers without nan, converted to float32.
+        x: numbers without nan; they are converted to float32.
         axes: the axes to reduce.
         shares: the quantiles' probabilities, above 0 and at most 1.
 
@@ -105,14 +105,14 @@ def quantiles(x: jax.Array, axes: Sequence[int], shares: Sequence[float]) -> jax
 
 
 def _arrays(tree: PyTree) -> dict[str, Any]:
-    """The arrays of a tree by their paths; NamedArrays keep their axes."""
+    """The arrays in a tree, keyed by path; NamedArrays keep their axes."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_named)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     return {name: leaf for name, leaf in named.items() if plain(leaf) is not None}
 
 
 def _inner(x: Any) -> tuple[int, ...]:
-    """The axes of one layer's coordinates: all but the axis of layers."""
+    """The axes of one layer's coordinates: all except the layer axis."""
     names = [axis.name for axis in x.axes] if is_named(x) else [""] * x.ndim
     return tuple(i for i, name in enumerate(names) if name != "layers")
 

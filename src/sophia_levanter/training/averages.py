@@ -1,4 +1,4 @@
-"""Averages of the parameters over the steps of a run: a moving average, or the mean of the latest snapshots."""
+"""Averages of the parameters over a run's steps: a moving average, or the mean of the latest snapshots."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def averages(
     Args:
         settings: which average, if any.
         state: the state before the step.
-        model: the parameters after it.
-        good: bool, whether the step was not skipped.
+        model: the parameters after the step.
+        good: bool, False if the step was skipped.
     """
     if settings.lawa_interval is not None:
         return _mean_of_latest(settings.lawa_interval, state, model)
@@ -37,7 +37,7 @@ def _moving_average(
 ) -> LanguageModel | None:
     """average <- d average + (1 - d) parameters, after a good step.
 
-    d is the decay, but at most (1 + step) / (10 + step), to forget the initial weights quickly.
+    d is the decay, capped at (1 + step) / (10 + step) so that the initial weights are forgotten quickly.
     """
     if decay is None:
         return None
@@ -49,14 +49,14 @@ def _moving_average(
 def _mean_of_latest(interval: int, state: TrainState, model: LanguageModel) -> tuple[LanguageModel | None, Snapshots]:
     """The mean of the latest snapshots, one after every `interval` steps (LAWA; Kaddour 2022, arXiv 2209.14981).
 
-    Before the first snapshot the average is the parameters. Skipped steps count; they do not change the parameters.
+    Before the first snapshot, the average equals the parameters. Skipped steps count, but do not change the parameters.
     """
     step, count = state.step + 1, len(state.snapshots)
     taken = step // interval
 
     def take() -> tuple[LanguageModel | None, Snapshots]:
         snapshots = tuple(select((taken - 1) % count == i, model, old) for i, old in enumerate(state.snapshots))
-        # Snapshots not taken yet are zeros. Count the others, since the interval may have changed during the run.
+        # Snapshots that have not been taken are zeros. Count the rest, since the interval may have changed in the run.
         filled = sum(map(_is_taken, snapshots))
         mean = jax.tree.map(lambda *xs: sum(map(upcast, xs)) / filled, *snapshots)
         return mean, snapshots

@@ -31,7 +31,7 @@ class TrainingFailed(Exception):
 
     Attributes:
         steps: the consecutive steps that changed nothing.
-        reason: the cause, for the program that started this one.
+        reason: the cause, for the program that started this process.
     """
 
     def __init__(self, message: str, steps: range, reason: str = "loss_not_finite") -> None:
@@ -45,9 +45,9 @@ class StepReport(NamedTuple):
 
     Attributes:
         step: the step's number, from 0.
-        metrics: its metrics, by their names in metrics.jsonl.
+        metrics: its metrics, keyed by their names in metrics.jsonl.
         skipped_in_a_row: consecutive skipped steps up to this one; 0 if this step was not skipped.
-        seconds_left: estimated seconds until the end of the run.
+        seconds_left: estimated time until the end of the run, in seconds.
     """
 
     step: int
@@ -61,11 +61,11 @@ class Pause:
     """A run between two steps.
 
     Attributes:
-        done: steps taken.
-        state: the state after them; its buffers are donated to the next step.
-        stopping: whether the run is stopping, and may soon be killed.
-        evaluated: whether the validation loss is this state's.
-        scored: whether the scores on tasks are this state's.
+        done: number of steps taken.
+        state: the state after those steps; its buffers are donated to the next step.
+        stopping: tells whether the run is stopping and may soon be killed.
+        evaluated: whether the latest validation loss belongs to this state.
+        scored: whether the latest task scores belong to this state.
     """
 
     done: int
@@ -86,7 +86,7 @@ class Callback:
         """Store what the subclass needs; the base class keeps nothing."""
 
     def before_step(self, step: int) -> None:
-        """Called before a step begins. The step before it may still be running."""
+        """Called before a step begins. The previous step may still be running."""
 
     def on_step(self, report: StepReport) -> None:
         """Called when a step's numbers are available. The next step may already be running."""
@@ -96,21 +96,21 @@ class Callback:
         return False
 
     def on_pause(self, pause: Pause) -> None:
-        """Called after the steps for which `is_due` is true, when their numbers have been read."""
+        """Called after the steps for which `is_due` is true, once their numbers have been read."""
 
     def on_evaluation(self, pause: Pause, evaluation: Evaluation) -> Mapping[str, float]:
-        """Called after each evaluation, for registered callbacks only. The result is logged as `NAME/KEY`."""
+        """Called after each evaluation, on registered callbacks only. The result is logged as `NAME/KEY`."""
         return {}
 
     def on_end(self) -> None:
-        """Called when the run ends, however it ends, and before it goes back to a checkpoint to train on."""
+        """Called when the run ends for any reason, and before it goes back to a checkpoint to continue from there."""
 
 
 def build_callbacks(config: TrainConfig) -> dict[str, Callback]:
-    """The registered callbacks that a run asks for, by name.
+    """The registered callbacks that a run asks for, keyed by name.
 
     Raises:
-        InputError: if one is not a `Callback`, or cannot be built.
+        InputError: if one cannot be built or is not a `Callback`.
     """
     built = {}
     for name in config.trainer.callbacks:
@@ -124,10 +124,10 @@ def build_callbacks(config: TrainConfig) -> dict[str, Callback]:
 
 
 class RegisteredCallback(Callback):
-    """A callback of a plug-in: its errors name it, and the watchdog does not count its time as a step's.
+    """A plug-in's callback: its errors name it, and the watchdog does not count its time toward a step.
 
     Args:
-        name: the name that it is registered under.
+        name: the name under which it is registered.
         callback: the plug-in's callback.
     """
 
@@ -149,7 +149,7 @@ class RegisteredCallback(Callback):
         self._call("on_pause", pause)
 
     def on_evaluation(self, pause: Pause, evaluation: Evaluation) -> Mapping[str, float]:
-        """The callback's numbers by `NAME/KEY`."""
+        """The callback's numbers, keyed by `NAME/KEY`."""
         self._monitor.watchdog.pause()
         numbers = scalars("trainer.callbacks", self.name, self._call("on_evaluation", pause, evaluation))
         return {key: float(value) for key, value in numbers.items()}
@@ -172,11 +172,11 @@ class RegisteredCallback(Callback):
 
 @dataclass(frozen=True)
 class Monitor:
-    """The parts that watch a run.
+    """The objects that watch a run.
 
     Attributes:
-        trackers: record its numbers.
-        console: shows them.
+        trackers: record the run's numbers.
+        console: shows the numbers.
         watchdog: ends the run if it is stuck.
     """
 
@@ -208,7 +208,7 @@ class SkippedSteps(Callback):
     monitor: Monitor
 
     def on_step(self, report: StepReport) -> None:
-        """Raises `TrainingFailed` after too many."""
+        """Raises `TrainingFailed` after too many skipped steps in a row."""
         step, in_a_row, loss = report.step, report.skipped_in_a_row, report.metrics["train/loss"]
         if not in_a_row:
             return
@@ -227,13 +227,13 @@ class SkippedSteps(Callback):
 
 @dataclass
 class Saving(Callback):
-    """Saves states while training continues, and raises the error of a failed save or of a changed text.
+    """Saves states while training continues, and raises an error if a save failed or the training text changed.
 
     Attributes:
-        monitor: its trackers are on the disk before a state is saved.
+        monitor: its trackers are synced to disk before a state is saved.
         checkpoints: saves the states.
-        verification: checks the training text; a save waits for its end unless the run is stopping.
-        timer: tells when the last save is too long ago.
+        verification: checks the training text; a save waits for it to finish unless the run is stopping.
+        timer: tells when the next save is overdue.
     """
 
     config: TrainerConfig
@@ -251,7 +251,7 @@ class Saving(Callback):
         return is_step or self.timer.has_expired()
 
     def on_pause(self, pause: Pause) -> None:
-        # After skipped steps the run may go back to a checkpoint from before them, which this save could remove.
+        # After skipped steps, the run may go back to a checkpoint saved before them, which this save could remove.
         if pause.done == self.config.num_train_steps or not int(pause.state.skipped_in_a_row):
             self.save(pause)
 
@@ -269,7 +269,7 @@ class Saving(Callback):
         self.timer.restart()
 
     def finish_after(self, error: Exception) -> None:
-        """Wait for the save in progress before the run ends with an error; report it if it failed too."""
+        """Wait for the save in progress before the run ends with an error; if the save also fails, report that."""
         try:
             self.checkpoints.wait()
         except (CheckpointError, FileExistsError) as another:
@@ -282,9 +282,9 @@ class Evaluating(Callback):
     """Measures the validation losses.
 
     Attributes:
-        evaluate: gives a model's validation losses; calls the given function after each batch.
+        evaluate: returns a model's validation losses; calls the given function after each batch.
         registered: registered callbacks, which are called after each evaluation.
-        best: step and loss of the best evaluation so far, the loss by its name in metrics.jsonl; None before the first.
+        best: step and loss of the best evaluation so far, keyed as in metrics.jsonl; None before the first evaluation.
     """
 
     config: TrainerConfig
@@ -326,12 +326,12 @@ class Evaluating(Callback):
 
 
 class Profiling(Callback):
-    """Traces host and devices during some steps.
+    """Traces the host and the devices during some steps.
 
     Args:
         steps: the steps to trace; may be empty.
         directory: where the trace is written, as `plugins/profile/TIME/HOST.xplane.pb`.
-        console: shows where it is.
+        console: shows how to open the trace.
     """
 
     def __init__(self, steps: range, directory: Path, console: Console) -> None:
@@ -343,7 +343,7 @@ class Profiling(Callback):
         return done == self._steps.stop if self._running else done in self._steps
 
     def before_step(self, step: int) -> None:
-        """Start the trace at the first of its steps, or at the first step of a resumed run."""
+        """Start the trace at the first traced step, or at the first step of a resumed run if that is traced."""
         if step in self._steps and not self._running:
             jax.profiler.start_trace(self._directory)
             self._running = True
@@ -352,7 +352,7 @@ class Profiling(Callback):
         self.on_end()
 
     def on_end(self) -> None:
-        """Write the trace if one is running, also when the run ends inside the traced steps."""
+        """Write the trace if one is running, even if the run ends within the traced steps."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""The checkpoints of a training run, and the end of a run whose save failed."""
+"""Checkpoints of a training run, and what ends a run when a save fails."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from sophia_levanter.status import FAILURE
 from sophia_levanter.training.step import TrainState
 
 # Seconds that the loop has to notice a failed save before the process exits anyway: if another process has already
-# ended, this process may wait for it inside a step.
+# ended, this process may be waiting for it inside a step.
 GRACE = 5.0
 DAY = 86_400.0
 
-# All processes ask in the same order, so they agree on the number of a question.
+# All processes ask in the same order, so they agree on each question's number.
 _questions = itertools.count()
 
 
 def is_of_training(metadata: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's metadata was saved by `RunCheckpoints`, not by another program."""
+    """Whether a checkpoint's metadata was written by `RunCheckpoints` and not by another program."""
     parts = [metadata.get(name) for name in ("config", "environment", "data", "validation")]
     config = parts[0] if isinstance(parts[0], dict) else {"": None}
     sections = [part for name, part in config.items() if name != "plugins"]
@@ -38,13 +38,13 @@ def is_of_training(metadata: Mapping[str, Any]) -> bool:
 
 
 class CheckpointTimer:
-    """Tells when the last checkpoint is too long ago.
+    """Tells when the next checkpoint is overdue.
 
-    The processes of a run must save together, so the clock of the first process decides for all, by a message at each
+    A run's processes must save together, so the first process's clock decides for all of them, with a message at each
     call. No messages are sent if `minutes` is None.
 
     Args:
-        minutes: the longest time between checkpoints; None for no limit.
+        minutes: the longest time between checkpoints, in minutes; None for no limit.
         processes: the run's processes, which all make the same calls.
     """
 
@@ -58,24 +58,24 @@ class CheckpointTimer:
         self._started = time.monotonic()
 
     def has_expired(self) -> bool:
-        """Whether the minutes have passed on the first process's clock; call it once per step.
+        """Whether the time is up on the first process's clock; call this once per step.
 
         Raises:
-            NoAnswer: if the first process does not answer within a day. `trainer.step_timeout` ends a run before that.
+            NoAnswer: if the first process does not answer within a day; `trainer.step_timeout` ends a run before that.
         """
         if self._seconds is None:
             return False
         number = next(_questions)
         if number >= 3:
             # The first process has read the numbers of the oldest of the last three steps. All processes took part in
-            # that step, and had read this answer before it.
+            # that step, so they had already read this answer.
             self._processes.forget(f"checkpoint_timer/{number - 3}")
         over = time.monotonic() - self._started >= self._seconds
         return self._processes.broadcast(f"checkpoint_timer/{number}/answer", str(over), DAY) == str(True)
 
 
 def better_of(best: dict[str, Any] | None, step: int, metric: str, loss: float) -> dict[str, Any] | None:
-    """The better of the best checkpoint so far and this one: its `step`, and its loss by the metric's name."""
+    """The better of the best checkpoint so far and this one: its `step`, and its loss keyed by the metric's name."""
     return {"step": step, metric: loss} if math.isfinite(loss) and (best is None or loss < best[metric]) else best
 
 
@@ -85,13 +85,13 @@ class RunCheckpoints:
     Args:
         directory: a path, or a `gs://` or `s3://` URL.
         config: the run's configuration.
-        provenance: facts besides the configuration that determine the numbers.
+        provenance: facts beyond the configuration that determine the numbers.
         run_id: the run's identifier.
         processes: the run's processes.
-        best: step and loss of the best checkpoint so far, as saved in the checkpoint that the run resumes from.
+        best: step and loss of the best checkpoint so far, as saved in the checkpoint from which the run resumes.
 
     Attributes:
-        saved_step: the step of the last save that was started.
+        saved_step: the step of the last save that was started, or None.
     """
 
     def __init__(
@@ -118,10 +118,10 @@ class RunCheckpoints:
         """Start saving a state; its buffers may be donated when this returns.
 
         Args:
-            step: steps taken.
-            state: the state after them.
-            numbers: the latest metrics by name.
-            evaluated: whether the validation loss among them is this state's.
+            step: number of steps taken.
+            state: the state after those steps.
+            numbers: the latest metrics, keyed by name.
+            evaluated: whether the validation loss among them belongs to this state.
             verified: whether the training text has been verified.
 
         Raises:
@@ -144,11 +144,11 @@ class RunCheckpoints:
         self.saved_step = step
 
     def check(self) -> None:
-        """Raise the `CheckpointError` of the last save, if it failed; call it at every step."""
+        """Raise the last save's `CheckpointError` if it failed; call this at every step."""
         self._saver.check()
 
     def wait(self) -> str | None:
-        """Wait until the last checkpoint is committed; its path or URL.
+        """Wait until the last checkpoint is committed, and return its path or URL.
 
         Raises:
             CheckpointError: if it could not be committed.

@@ -1,4 +1,4 @@
-"""The cost of a step: FLOPs, bytes on a device, and the peak rate of devices."""
+"""The cost of a step: FLOPs, bytes on a device, and the devices' peak rate."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class MatrixFlops:
     """FLOPs of an optimizer's work on whole matrices in a step, averaged over the run.
 
     Attributes:
-        products: changes of basis, second moments and the products of the basis's iteration.
+        products: changes of basis, second moments and the products in the basis's iteration.
         newton_schulz: Newton-Schulz iterations.
-        qr: QR decompositions, by the side of the square matrix.
+        qr: QR decompositions, keyed by the side of the square matrix.
     """
 
     products: float = 0.0
@@ -40,7 +40,7 @@ class MatrixFlops:
 
     @property
     def total(self) -> float:
-        """The sum of all kinds."""
+        """The sum over all kinds of work."""
         return self.products + self.newton_schulz + sum(self.qr.values())
 
 
@@ -50,7 +50,7 @@ def flops_per_step(config: TrainConfig, flops_per_token: float) -> float:
     The optimizer's elementwise work is not counted.
 
     Args:
-        config: the run's configuration; its batch size is taken for all steps.
+        config: the run's configuration; its batch size is used for all steps.
         flops_per_token: FLOPs of the model's forward and backward pass for one token.
     """
     tokens = config.trainer.batch_size * config.model.seq_len
@@ -69,7 +69,7 @@ def passes_per_step(config: TrainConfig) -> float:
 
 
 def refreshes_per_step(config: TrainConfig) -> float:
-    """The share of a run's steps that refresh the curvature."""
+    """The fraction of a run's steps that refresh the curvature."""
     steps = config.trainer.num_train_steps
     return sum(map(config.optimizer.build(steps).refresh_due, range(steps))) / steps
 
@@ -79,9 +79,9 @@ def matrix_flops(config: TrainConfig, num_shards: int = 1) -> MatrixFlops:
 
     Args:
         config: the run's configuration.
-        num_shards: number of devices that share the matrices. The result is that of the device with the most matrices:
-            devices take whole matrices, so the count of each parameter is rounded up. For QR decompositions, the count
-            of each matrix size is rounded up.
+        num_shards: number of devices that share the matrices. The result is for the device with the most matrices:
+            devices take whole matrices, so the number of matrices is rounded up for each parameter and, for QR
+            decompositions, for each matrix size.
     """
     steps = config.trainer.num_train_steps
     num_microbatches, _ = config.optimizer.curvature_microbatches(config.trainer) or (0, 0)
@@ -99,25 +99,25 @@ def matrix_flops(config: TrainConfig, num_shards: int = 1) -> MatrixFlops:
     factors: Counter[int] = Counter()
     for count, *shape in sizes:
         rotated = [n for n in shape if n <= work.max_size]
-        # One product with each side's square matrix: into the basis, or out of it.
+        # One product with each side's square matrix, into the basis or out of it.
         change = sum(2.0 * n * math.prod(shape) for n in rotated)
         products += share(count) * (work.changes + rotations * work.turn_changes) * change
         newton_schulz += share(count) * work.newton_schulz * newton_schulz_flops(*sorted(shape))
         for n in rotated:
             factors[n] += count
-    # The iteration's product and the overlap of the new vectors with the old.
+    # The iteration's product, and the overlap of the new vectors with the old.
     products += sum(rotations * share(count) * 4.0 * n**3 for n, count in factors.items())
     qr = {n: rotations * share(count) * qr_flops(n) for n, count in factors.items()}
     return MatrixFlops(products, newton_schulz, qr)
 
 
 def qr_flops(side: int) -> float:
-    """FLOPs of the QR decomposition of a square matrix: 4/3 n^3 for R and as many to form Q."""
+    """FLOPs of the QR decomposition of a square matrix: 4/3 n^3 for R and the same for Q."""
     return 8 / 3 * side**3
 
 
 def newton_schulz_flops(short: int, long: int) -> float:
-    """FLOPs of a Newton-Schulz iteration on a matrix."""
+    """FLOPs of one Newton-Schulz iteration on a matrix with these sides."""
     return 4.0 * short**2 * long + 2.0 * short**3
 
 
@@ -125,7 +125,7 @@ UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def bytes_by_kind(state: TrainState) -> dict[str, int]:
-    """Bytes of a state on one device: parameters, momentum, curvature, averages and other optimizer state."""
+    """Bytes of a state on one device, by kind: parameters, momentum, curvature, averages and other optimizer state."""
     optimizer_state = state.optimizer_state
     kinds = {
         "parameters": device_bytes(state.model),
@@ -139,7 +139,7 @@ def bytes_by_kind(state: TrainState) -> dict[str, int]:
 
 
 def _named(tree: Any, names: Sequence[str]) -> list[Any]:
-    """The parts of optimizer states, including optax's nested states, that have one of these names."""
+    """The parts of an optimizer state, including optax's nested states, that have one of these names."""
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         found = [getattr(tree, name) for name in names if name in tree._fields]
         return found or [part for child in tree for part in _named(child, names)]
@@ -155,7 +155,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def step_bytes(compiled: jax.stages.Compiled) -> tuple[int, int] | None:
-    """Bytes of a compiled program's arguments on a device, and of the other memory that it needs there at one time.
+    """Bytes of a compiled program's arguments on a device, and the peak of its other memory there.
 
     None if the backend does not report them.
     """
@@ -167,7 +167,7 @@ def step_bytes(compiled: jax.stages.Compiled) -> tuple[int, int] | None:
 
 
 def show_bytes(count: int) -> str:
-    """A number of bytes such as `1.5 GiB`, in the largest unit that it reaches."""
+    """Format a number of bytes in the largest unit that it reaches, such as `1.5 GiB`."""
     for name, unit in UNITS:
         if count >= unit:
             return f"{count / unit:,.1f} {name}"
@@ -175,11 +175,11 @@ def show_bytes(count: int) -> str:
 
 
 def peak_flops(devices: list[jax.Device]) -> float:
-    """Peak FLOP/s of the devices together: published, or measured here for a kind that is not listed."""
+    """Peak FLOP/s of all devices together: the published rate, or a rate measured here if the device is not listed."""
     published = published_peak(devices[0].device_kind)
     if published is not None:
         return published * len(devices)
-    # Several CPU devices of one host share its cores.
+    # Several CPU devices on one host share its cores.
     return _measured_matrix_rate() * (1 if devices[0].platform == "cpu" else len(devices))
 
 
@@ -196,17 +196,17 @@ def _measured_matrix_rate(size: int = 1024, repeats: int = 5) -> float:
 
 
 def abstract_state(config: TrainConfig, partition: Partition, vocab_size: int) -> TrainState:
-    """The state of a run as `jax.ShapeDtypeStruct`s with their shardings."""
+    """A run's state as `jax.ShapeDtypeStruct`s with shardings."""
     return partition.abstract(initial_state(config.model, StepSettings.of(config), vocab_size))
 
 
 def lower_step(config: TrainConfig, partition: Partition, vocab_size: int, *, refresh: bool) -> jax.stages.Lowered:
-    """A step, ready to be compiled.
+    """A training step, lowered and ready to be compiled.
 
     Args:
         config: the run's configuration; its text is not read.
         partition: the devices, which need not exist.
-        vocab_size: classes that can be predicted.
+        vocab_size: number of classes that can be predicted.
         refresh: whether the step refreshes the curvature.
     """
     settings = StepSettings.of(config)

@@ -1,4 +1,4 @@
-"""The losses on validation sets."""
+"""Losses on validation sets."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ class Evaluation(NamedTuple):
     """A validation loss.
 
     Attributes:
-        loss: mean over predicted tokens, nats. For named sets, the unweighted mean over the sets.
-        bits_per_byte: total bits over the bytes of text of the predicted tokens; end-of-text has no bytes. For named
-            sets, the unweighted mean over the sets.
+        loss: mean over predicted tokens, in nats. For named sets, the unweighted mean over the sets.
+        bits_per_byte: total bits divided by `text_bytes`. For named sets, the unweighted mean over the sets.
         tokens: number of predicted tokens.
-        text_bytes: bytes of text of the predicted tokens.
-        sets: the evaluation of each named set.
+        text_bytes: bytes of text that the predicted tokens stand for; an end-of-text token has none.
+        sets: the evaluation of each named set, keyed by name.
     """
 
     loss: float
@@ -43,7 +42,7 @@ class Evaluation(NamedTuple):
     sets: Mapping[str, Evaluation] = MappingProxyType({})
 
     def numbers(self, prefix: str = "") -> dict[str, float]:
-        """The losses by their names in metrics.jsonl; the prefix starts the last part of each name."""
+        """The losses, keyed by their names in metrics.jsonl; the prefix begins the last part of each name."""
         found = {f"validation/{prefix}loss": self.loss, f"validation/{prefix}bits_per_byte": self.bits_per_byte}
         for name, own in self.sets.items():
             found[f"validation/{name}/{prefix}loss"] = own.loss
@@ -56,9 +55,9 @@ class Evaluator:
 
     Args:
         batches: the validation sequences.
-        byte_lengths: [vocab] bytes of text of each token.
+        byte_lengths: [vocab], the number of bytes of text in each token.
         partition: the devices, and how arrays are sharded over them.
-        policy: dtypes of parameters and of computation.
+        policy: dtypes for parameters and computation.
         document_end: the token that ends a document, where attention and positions restart; None if they do not.
     """
 
@@ -77,7 +76,7 @@ class Evaluator:
         self._document_end = document_end
 
     def __call__(self, model: LanguageModel, on_progress: Callable[[], None] = lambda: None) -> Evaluation:
-        """The losses of a model, each token weighted the same. `on_progress` is called after each batch."""
+        """A model's losses, with all tokens weighted equally. `on_progress` is called after each batch."""
         pending: deque[jax.Array] = deque()
         nats = 0.0
         tokens = text_bytes = 0
@@ -101,10 +100,10 @@ class Evaluator:
 def evaluate_sets(
     evaluators: Mapping[str, Evaluator], model: LanguageModel, on_progress: Callable[[], None] = lambda: None
 ) -> Evaluation:
-    """The losses of a model on validation sets, and their unweighted mean.
+    """A model's losses on validation sets, and their unweighted mean.
 
     Args:
-        evaluators: evaluators by the set's name, in the same order in all processes; a single set's name may be empty.
+        evaluators: evaluators keyed by set name, in the same order in all processes; a single set's name may be empty.
         model: the model to evaluate.
         on_progress: called after each batch.
     """
@@ -123,6 +122,6 @@ def evaluate_sets(
 
 @eqx.filter_jit
 def _summed_loss(partition: Partition, policy: jmp.Policy, model: LanguageModel, batch: Batch) -> jax.Array:
-    """The summed loss of a batch of one microbatch. The program depends on the partition, which must be active."""
+    """The summed loss on a batch of one microbatch. The program depends on the partition, which must be active."""
     one = jax.tree.map(lambda x: x["microbatch", 0], batch, is_leaf=lambda x: hasattr(x, "axes"))
     return policy.cast_to_compute(model).losses(one)[0]

@@ -1,4 +1,4 @@
-"""The host's side of training: loading batches, choosing the next step, and calling callbacks."""
+"""The host side of training: loading batches, choosing the next step, and calling callbacks."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ BATCHES_AHEAD = 2  # batches on the devices, or on their way there
 
 
 class Batches(Protocol):
-    """Sequences of a step; a pure function of the step."""
+    """The sequences of each step, as a pure function of the step."""
 
     def rows(self, step: int, wanted: np.ndarray, *, skipped_windows: int) -> np.ndarray:
-        """int32 [batch, position + 1], in which only the `wanted` rows need to be right."""
+        """int32 [batch, position + 1], in which only the `wanted` rows must be valid."""
         ...
 
 
 @dataclass(frozen=True)
 class BatchLoader:
-    """Puts batches on the devices. Each process reads only the rows of its own devices.
+    """Puts batches on the devices. Each process reads only the rows for its own devices.
 
     Attributes:
         skipped_windows: number of sequences in the data order that the run has skipped.
@@ -71,7 +71,7 @@ class BatchLoader:
         return self.partition.place(batch)
 
     def load_all(self, first: int, stop: int) -> Iterator[Batch]:
-        """The batches of the steps in `[first, stop)`; threads load the next few ahead."""
+        """The batches of the steps in `[first, stop)`; threads load the next few in advance."""
         steps = grain.MapDataset.range(first, stop).map(self.load)
         return iter(steps.to_iter_dataset(grain.ReadOptions(READ_THREADS, BATCHES_AHEAD)))
 
@@ -80,7 +80,7 @@ NO_WAIT_SECONDS = 1e-3
 
 
 class _Running(NamedTuple):
-    """A step whose numbers have not been read yet, and the time when it ends."""
+    """A step whose numbers have not been read yet, and the time at which it ends."""
 
     step: int
     output: StepOutput
@@ -93,14 +93,14 @@ class Loop:
 
     Attributes:
         settings_of: makes the `StepSettings` for one batch size, from the trainer's settings with that size.
-        callbacks: all callbacks in the order of their calls, including `evaluating` and `saving`.
-        evaluating: the callback with the best validation loss.
-        saving: the callback that saves states; the loop also saves the last state with it.
-        tokens_per_sequence: predicted tokens in a row of a batch.
+        callbacks: all callbacks in the order in which they are called, including `evaluating` and `saving`.
+        evaluating: the callback that knows the best validation loss.
+        saving: the callback that saves states; the loop also uses it to save the last state.
+        tokens_per_sequence: number of predicted tokens in a row of a batch.
         mfu_per_token_rate: model FLOPs utilisation at one token per second.
         saved: the last checkpoint's path or URL; None before the end.
         first_step: the first step of `run`.
-        seconds: the duration of `run`.
+        seconds: the duration of `run`, in seconds.
         data_stalls: number of steps that started late because their batch was not ready.
     """
 
@@ -121,23 +121,23 @@ class Loop:
     _tokens: int = 0
     _last_time: float = 0.0
     _step_seconds: list[float] = field(default_factory=list)
-    # Steps whose numbers are not read yet: a step's numbers are read while the next one runs.
+    # Steps whose numbers have not been read yet: a step's numbers are read while the next step runs.
     _running: deque[_Running] = field(default_factory=deque)
-    # Records when each step ends: a host that waits for data may find that two steps have ended.
+    # Records when each step ends: while the host waits for data, two steps may end.
     _clock: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "step-clock"))
 
     def run(self, state: TrainState, stop: StopRequest) -> TrainState:
-        """Train until the last step or until asked to stop; the last state is saved either way.
+        """Train until the last step or until asked to stop; the last state is saved in either case.
 
         Args:
-            state: where to start, on the mesh.
+            state: the state to start from, on the mesh.
             stop: checked before each step.
 
         Returns:
             The last state.
 
         Raises:
-            TrainingFailed: if too many steps in a row were skipped for their loss or gradient.
+            TrainingFailed: if too many steps in a row were skipped because of their loss or gradient.
             CheckpointError: if a state could not be saved.
             InputError: if the text is damaged or has changed.
         """
@@ -166,7 +166,7 @@ class Loop:
         batch = next(batches)
 
         def stopping() -> bool:
-            # Several processes must save together: they learn of a signal when all have stopped.
+            # Several processes must save together, so they act on a signal only when all of them have stopped.
             return jax.process_count() == 1 and stop.signal is not None
 
         while step < total and not all_stop(step, stop.signal is not None):
@@ -183,7 +183,7 @@ class Loop:
             if step < total:
                 try:
                     batch = self._next(batches, output)
-                except InputError:  # a corpus that is damaged further on
+                except InputError:  # the corpus is damaged further on
                     self.saving.save(self._pause(step, state, stopping))
                     raise
             due = [callback for callback in self.callbacks if callback.is_due(step)]
@@ -193,7 +193,7 @@ class Loop:
                 try:
                     for callback in due:
                         callback.on_pause(pause)
-                except InputError:  # damaged validation text, or a registered callback that fails
+                except InputError:  # the validation text is damaged, or a registered callback failed
                     self.saving.save(pause)
                     raise
                 self._last_time = time.perf_counter()
@@ -203,12 +203,12 @@ class Loop:
         return state
 
     def _pause(self, done: int, state: TrainState, stopping: Callable[[], bool]) -> Pause:
-        """The run between two steps, after the numbers of all steps have been read."""
+        """The run between two steps, once the numbers of all steps have been read."""
         self._read(most_running=0)
         return Pause(done, state, stopping)
 
     def _compile(self, state: TrainState, step: int) -> CompiledSteps:
-        """Compile the steps for the batch size from `step` on."""
+        """Compile the steps for the batch size used from `step` on."""
         self._read(most_running=0)
         self.monitor.watchdog.pause()
         trainer = self.config.at_step(step)
@@ -225,7 +225,7 @@ class Loop:
         return compiled
 
     def _next(self, batches: Iterator[Batch], running: StepOutput) -> Batch:
-        """The next batch, for when the `running` step is done."""
+        """The next batch; counts a data stall if the `running` step ended while the host waited for it."""
         started = time.perf_counter()
         batch = next(batches)
         blocked = time.perf_counter() - started > NO_WAIT_SECONDS
@@ -233,7 +233,7 @@ class Loop:
         return batch
 
     def _read(self, most_running: int) -> None:
-        """Wait for steps and read their numbers, until at most `most_running` steps may still be running."""
+        """Wait for steps and read their numbers until at most `most_running` steps may still be running."""
         while len(self._running) > most_running:
             step, output, end = self._running.popleft()
             numbers = {name: float(value) for name, value in output.metrics.items()} | by_layer(output.statistics)
@@ -251,7 +251,7 @@ class Loop:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second over all steps of this process, without evaluations and saves."""
+        """Tokens per second over all steps in this process, excluding evaluations and saves."""
         return self._tokens / sum(self._step_seconds) if self._step_seconds else 0.0
 
 
@@ -265,14 +265,14 @@ Step = Callable[[Batch, TrainState], tuple[TrainState, StepOutput]]
 
 @dataclass(frozen=True)
 class CompiledSteps:
-    """Steps for batches of one size.
+    """Compiled steps for one batch size.
 
     Attributes:
-        batch_size: rows in a batch.
-        optimizer: decides when the curvature is due.
+        batch_size: number of rows in a batch.
+        optimizer: decides when a refresh of the curvature is due.
         plain: the step without a refresh.
-        refreshing: the step with a refresh; `plain` if the optimizer has no curvature.
-        measuring: the same steps with statistics of single arrays; None if the run measures none.
+        refreshing: the step with a refresh; the same as `plain` if the optimizer has no curvature.
+        measuring: the same steps with statistics of individual arrays; None if the run measures none.
     """
 
     batch_size: int
@@ -297,14 +297,14 @@ def compile_steps(
 ) -> CompiledSteps:
     """Compile the plain step and, if the optimizer has curvature, the step with a refresh.
 
-    Steps that this process has already compiled are reused, such as after the run went back to a checkpoint or to an
-    earlier batch size.
+    Steps that this process has already compiled are reused, for example after the run went back to a checkpoint or to
+    an earlier batch size.
 
     Args:
         partition: the active partition.
-        batch: [microbatch, batch, position], of the size to compile for.
+        batch: [microbatch, batch, position], with the size to compile for.
         say: prints what is compiled, how long it took and how much memory a step needs.
-        suffix: the kind of steps, appended to the first of these lines.
+        suffix: the kind of steps, appended to the first printed line.
     """
     started = time.perf_counter()
     kinds = (False,) if settings.optimizer.estimator is None else (False, True)
@@ -321,5 +321,5 @@ def compile_steps(
 
 @lru_cache(maxsize=16)
 def _jitted(step: Callable[..., Any], settings: StepSettings, refresh: bool, partition: Partition) -> Any:
-    """A jitted step, cached with its programs. They depend on the partition: tracing reads the active one."""
+    """A jitted step, cached with its compiled programs, which depend on the active partition during tracing."""
     return eqx.filter_jit(partial(step, settings, refresh), donate="all-except-first")

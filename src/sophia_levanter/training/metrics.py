@@ -1,4 +1,4 @@
-"""Numbers of registered metrics and callbacks: a metric's argument, and checks of the results."""
+"""Numbers from registered metrics and callbacks: a metric's argument, and checks on the results."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class StepTrees(NamedTuple):
 
     Attributes:
         grads: the mean gradient before clipping, structured like the model's trainable part.
-        updates: the updates that are added to the parameters, in the same structure; zeros if the step is skipped.
+        updates: the updates that are added to the parameters, with the same structure; zeros if the step is skipped.
         before: the state before the step, with `model` and `optimizer_state`.
-        after: the state after it.
+        after: the state after the step.
     """
 
     grads: PyTree
@@ -38,7 +38,7 @@ Metric = Callable[[StepTrees], Mapping[str, Any]]
 
 
 def measure(metrics: Iterable[tuple[str, Metric]], trees: StepTrees) -> dict[str, jax.Array]:
-    """The chosen metrics of a step: float32 scalars by `METRIC/KEY`.
+    """The chosen metrics of a step: float32 scalars keyed by `METRIC/KEY`.
 
     Raises:
         InputError: if a metric fails, or returns anything other than a dict of scalars.
@@ -54,10 +54,10 @@ def measure(metrics: Iterable[tuple[str, Metric]], trees: StepTrees) -> dict[str
 
 
 def check_results(metrics: Iterable[tuple[str, Metric]], state: TrainState) -> None:
-    """Measure without computing, to find a mistake in a metric before a run begins.
+    """Trace the metrics without computing them, to find mistakes before a run begins.
 
     Args:
-        metrics: by name.
+        metrics: pairs of a name and a metric.
         state: the run's state, as `jax.ShapeDtypeStruct`s.
 
     Raises:
@@ -72,7 +72,7 @@ def check_results(metrics: Iterable[tuple[str, Metric]], state: TrainState) -> N
 
 
 def metric_rows(names: Sequence[str], numbers: Mapping[str, float]) -> list[tuple[str, str]]:
-    """A row for each metric or callback with numbers, for the console: its name and `KEY VALUE, KEY VALUE, ...`."""
+    """A console row for each metric or callback that has numbers: its name and `KEY VALUE, KEY VALUE, ...`."""
     registered = {name: {k: v for k, v in numbers.items() if k.startswith(f"{name}/")} for name in names}
     return [
         (name, ", ".join(f"{key.removeprefix(f'{name}/')} {value:.4g}" for key, value in values.items()))
@@ -82,10 +82,11 @@ def metric_rows(names: Sequence[str], numbers: Mapping[str, float]) -> list[tupl
 
 
 def scalars(setting: str, name: str, values: Any) -> dict[str, Any]:
-    """The result of a metric or a callback, as scalars by `NAME/KEY`.
+    """The result of a metric or a callback, as scalars keyed by `NAME/KEY`.
 
     Raises:
-        InputError: if it is anything other than a dict of scalars; names the setting that lists it.
+        InputError: if it is anything other than a dict of scalars; the error names the setting that lists the metric or
+            callback.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{setting}: {name} returns a {type(values).__name__}; it must return a dict")

@@ -34,24 +34,25 @@ from sophia_levanter.training.metrics import Metric, StepTrees, measure
 
 PyTree = Any
 
-RECENT_LOSS_DECAY = 0.98  # of the mean loss that spikes are compared with
+RECENT_LOSS_DECAY = 0.98  # decay of the mean loss that spikes are compared with
 
 
 class TrainState(eqx.Module):
     """Everything that a step changes.
 
     Attributes:
-        step: int32, steps taken.
+        step: int32, number of steps taken.
         model: the parameters.
         optimizer_state: the optimizer's own state.
-        skipped_steps: int32, steps whose loss or gradient was not finite, or whose loss was a spike; they changed only
-            counts.
-        skipped_in_a_row: int32, such steps since the last good one.
-        recent_loss: float32, exponential mean of the losses of good steps, nats; infinite before the first.
-        skipped_windows: int32, sequences of the data order that the run has skipped, going back to a checkpoint.
+        skipped_steps: int32, number of steps whose loss or gradient was not finite, or whose loss was a spike; they
+            changed only the counts.
+        skipped_in_a_row: int32, number of such steps since the last good step.
+        recent_loss: float32, exponential mean of the losses of good steps, in nats; infinite before the first.
+        skipped_windows: int32, number of sequences in the data order that the run has skipped by going back to a
+            checkpoint.
         average: an average of the parameters, in at least float32, or None.
         snapshots: the latest snapshots, whose mean is the average, in the parameters' dtypes; zeros for snapshots that
-            were not taken yet.
+            have not been taken yet.
     """
 
     step: jax.Array
@@ -73,7 +74,7 @@ class TrainState(eqx.Module):
         averaged: bool = False,
         num_snapshots: int = 0,
     ) -> TrainState:
-        """The state before step 0, with parameters in the policy's dtype and, if `averaged`, an average of them."""
+        """The state before step 0, with parameters in the policy's dtype and, if `averaged`, their average."""
 
         def zero() -> jax.Array:
             return jnp.zeros((), jnp.int32)
@@ -87,7 +88,7 @@ class TrainState(eqx.Module):
 
     @property
     def refresh_pending(self) -> jax.Array:
-        """bool, whether the last refresh was skipped for numbers that were not finite; the next step tries again."""
+        """bool, whether the last refresh was skipped because of non-finite numbers; the next step tries again."""
         return getattr(self.optimizer_state, "refresh_pending", jnp.zeros((), bool))
 
 
@@ -95,12 +96,12 @@ class StepOutput(NamedTuple):
     """A step's results for the host, apart from the state, whose buffers are donated to the next step.
 
     Attributes:
-        metrics: scalars by their names in metrics.jsonl. `train/loss` is the mean in nats, and `train/grad_norm` is
-            measured before clipping. A refresh adds `train/parameter_norm` and the optimizer's metrics as `optim/...`;
-            registered metrics add `METRIC/...`.
+        metrics: scalars keyed by their names in metrics.jsonl. `train/loss` is the mean in nats, and `train/grad_norm`
+            is measured before clipping. A refresh adds `train/parameter_norm` and the optimizer's metrics as
+            `optim/...`; registered metrics add `METRIC/...`.
         refresh_pending: as in the state after the step.
         skipped_in_a_row: as in the state after the step.
-        statistics: statistics of single arrays from `array_statistics`; empty if they are not measured.
+        statistics: statistics of individual arrays from `array_statistics`; empty if they are not measured.
     """
 
     metrics: dict[str, jax.Array]
@@ -114,17 +115,17 @@ class StepSettings:
     """The settings of a run's steps.
 
     Attributes:
-        seed: seed of dropout and curvature samples.
-        policy: dtypes of parameters and of computation.
-        max_grad_norm: global norm above which gradients are scaled down to it; None for no clipping.
+        seed: seed for dropout and curvature samples.
+        policy: dtypes for parameters and computation.
+        max_grad_norm: global norm to which larger gradients are scaled down; None for no clipping.
         loss_spike_factor: skip a step whose loss exceeds the recent mean by this factor; None skips no spikes.
         ema_decay: decay of the exponential moving average of the parameters; None for no moving average.
         lawa_interval: steps between the snapshots that are averaged; None for no snapshots.
         lawa_snapshots: number of snapshots.
-        curvature_microbatches: the number of first microbatches that refresh the curvature; None for all.
-        curvature_microbatch_size: rows of a microbatch that refreshes the curvature; None for the gradient's.
-        metrics: registered metrics to measure, by name.
-        statistics: whether to measure statistics of single arrays; the loop compiles further steps that do.
+        curvature_microbatches: the number of leading microbatches that refresh the curvature; None for all.
+        curvature_microbatch_size: rows in a microbatch that refreshes the curvature; None for the gradient's size.
+        metrics: registered metrics to measure, as pairs of a name and a metric.
+        statistics: whether to measure statistics of individual arrays; the loop compiles separate steps that do.
     """
 
     optimizer: Optimizer
@@ -146,7 +147,7 @@ class StepSettings:
 
         Args:
             config: the run's configuration.
-            trainer: the trainer's settings with one batch size; the configuration's if not given.
+            trainer: the trainer's settings with one batch size; by default, the settings in the configuration.
         """
         trainer = trainer or config.trainer
         curvature = config.optimizer.curvature_microbatches(trainer)
@@ -170,7 +171,7 @@ class StepSettings:
 def initial_state(config: ModelConfig, settings: StepSettings, vocab_size: int) -> Callable[[], TrainState]:
     """A function that makes the state before step 0, with weights drawn from the settings' seed.
 
-    jax compiles it once for equal arguments.
+    JAX compiles it only once for equal arguments.
     """
     return Partial(_initial_state, config, settings, vocab_size)
 
@@ -181,7 +182,7 @@ def _initial_state(config: ModelConfig, settings: StepSettings, vocab_size: int)
 
 
 def first_state(settings: StepSettings, model: LanguageModel) -> TrainState:
-    """The state before step 0 with the weights of a model."""
+    """The state before step 0, with a given model's weights."""
     averaged = settings.ema_decay is not None or settings.lawa_interval is not None
     return TrainState.init(
         model, settings.optimizer, settings.policy, averaged=averaged, num_snapshots=settings.lawa_snapshots
@@ -204,8 +205,8 @@ def train_step(
 ) -> tuple[TrainState, StepOutput]:
     """One step: the gradient over all microbatches, the curvature if `refresh`, then the update.
 
-    A non-finite loss or gradient, or a spike of the loss, leaves parameters, momentum and curvature unchanged; a
-    non-finite estimate skips the refresh. Counts advance in both cases.
+    A non-finite loss or gradient, or a loss spike, leaves parameters, momentum and curvature unchanged; a non-finite
+    estimate skips the refresh. Counts advance in both cases.
 
     Args:
         settings: the settings of the run's steps.
@@ -214,8 +215,9 @@ def train_step(
         state: the state before the step.
         curvature_batch: [microbatch, batch, position] to estimate the curvature on; if not given, the first
             `curvature_microbatches` of the batch, which then share their forward pass with the gradient (Sophia-G).
-        samples: [microbatch, batch, position] int labels for GNB, like the curvature's microbatches. If not given, an
-            estimator that samples targets draws them from the model, by (seed, step, row).
+        samples: [microbatch, batch, position] int labels for Gauss-Newton-Bartlett, shaped like the curvature's
+            microbatches. If not given, an estimator that samples targets draws them from the model, seeded by (seed,
+            step, row).
 
     Returns:
         The state after the step, and its results for the host.
@@ -294,7 +296,7 @@ def _passes(
 
 
 def _losses_fn(settings: StepSettings, keys: _Keys) -> LossesFn:
-    """(model, microbatch, key) -> mean losses of the true and of the curvature's labels, and their number."""
+    """(model, microbatch, key) -> mean losses on the true and on the curvature's labels, and the number of labels."""
 
     def losses(model: LanguageModel, microbatch: tuple, _: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         batch, samples, index = microbatch
@@ -313,7 +315,7 @@ def _num_microbatches(batch: Batch) -> int:
 
 
 def curvature_rows(settings: StepSettings, batch: Batch) -> tuple[Batch, list[Batch]]:
-    """The microbatches that refresh the curvature, from the first rows of the batch, and microbatches of the others."""
+    """The microbatches that refresh the curvature, from the batch's first rows, and microbatches of the other rows."""
     size, count = settings.curvature_microbatch_size, settings.curvature_microbatches
     if size is None:
         first, rest = split_at(batch, count or _num_microbatches(batch))
@@ -332,14 +334,14 @@ def curvature_rows(settings: StepSettings, batch: Batch) -> tuple[Batch, list[Ba
 
 
 def _regroup(x: NamedArray, rows: slice, size: int) -> NamedArray:
-    """Some rows of [microbatch, batch, ...], in microbatches of another size."""
+    """Some rows of an array [microbatch, batch, ...], regrouped into microbatches of another size."""
     flat = x.flatten_axes(("microbatch", "batch"), "batch")["batch", rows]
     count = flat.resolve_axis("batch").size // size
     return flat.unflatten_axis("batch", (Axis("microbatch", count), Axis("batch", size)))
 
 
 def _row_uniforms(key: jax.Array, batch: Batch) -> NamedArray:
-    """float32 [microbatch, batch, position] in [0, 1), by row of the step's batch: the same on any mesh."""
+    """float32 [microbatch, batch, position] in [0, 1), drawn by row of the step's batch: the same on any mesh."""
     axes = batch.tokens.axes
     rows = jnp.arange(axes[0].size * axes[1].size)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)

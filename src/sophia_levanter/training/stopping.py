@@ -1,4 +1,4 @@
-"""The end of a run on SIGINT or SIGTERM to one of its processes, or when it is stuck."""
+"""Ends a run when one of its processes receives SIGINT or SIGTERM, or when it is stuck."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ RUN_STOPS = "stop requested; the run saves and stops after the current step or c
 
 
 class StopRequest:
-    """Records the signals that ask a run to stop, so that it can save and end, and says so at once.
+    """Records the signals that ask a run to stop, so that it can save and end, and announces this at once.
 
-    Outside the main thread it handles no signals. A second SIGINT acts as without these handlers, unless another signal
-    came before it. The handlers stay until the caller restores its own: a signal that comes while the run reports its
-    end must not change how it ends.
+    Outside the main thread, it handles no signals. A second SIGINT acts as if these handlers were not installed, unless
+    another signal arrived before it. The handlers stay until the caller restores its own: a signal that arrives while
+    the run reports its end must not change how it ends.
 
     Args:
-        line: printed on standard error when the first signal comes; the end may take a while.
+        line: printed to standard error when the first signal arrives, since the run may take a while to end.
         signals: the signals to record.
-        several: whether the run has several processes. Then jax's runtime records SIGTERM and informs all of them, and
-            a SIGINT to one of them is forwarded as SIGTERM.
+        several: whether the run has several processes. If so, JAX's runtime records SIGTERM and informs all of them,
+            and a SIGINT to one of them is forwarded as SIGTERM.
 
     Attributes:
-        signal: the signal that came, or None.
+        signal: the recorded signal, or None.
     """
 
     def __init__(
@@ -50,23 +50,24 @@ class StopRequest:
                 signal.signal(number, self._note)
 
     def silence(self) -> None:
-        """Print no line any more: what a signal would have stopped has ended."""
+        """Stop printing the line: the work that a signal would have stopped has ended."""
         self._line = ""
 
     def check(self) -> None:
-        """End what waits if a signal has come.
+        """End a wait if a signal has arrived.
 
-        An exception from a handler may come where Python drops it, such as in jax's callback of the garbage collector.
+        The handlers do not raise, because a signal may arrive where Python drops exceptions, such as in JAX's
+        garbage-collector callback.
 
         Raises:
-            KeyboardInterrupt: if one has.
+            KeyboardInterrupt: if a signal has arrived.
         """
         if self.signal is not None:
             raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         is_first = self.signal is None
-        # SIGTERM counts even after SIGINT: Python reports signals that arrive together in the order of their numbers.
+        # SIGTERM counts even after SIGINT: Python reports signals that arrive together in numerical order.
         if number != signal.SIGINT:
             self.signal = signal.Signals(number)
             if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -78,8 +79,8 @@ class StopRequest:
             self._say()
 
     def _say(self) -> None:
-        # Not by print, which fails where the signal comes while something is printed. In a terminal the line takes the
-        # place of the progress bar, which is drawn again below it.
+        # Do not use print, which fails if the signal arrives while something is being printed. In a terminal, the line
+        # takes the place of the progress bar, which is redrawn below it.
         start = "\r\x1b[2K" if os.isatty(2) else ""
         with contextlib.suppress(OSError):
             os.write(2, f"{start}{self._line}\n".encode())
@@ -90,12 +91,12 @@ class StopRequest:
 
 
 class Watchdog:
-    """Ends the process after some time without progress, and prints every thread's stack on standard error.
+    """Ends the process after some time without progress, and prints every thread's stack to standard error.
 
-    A collective whose other side has hung never returns, and no exception can be raised there.
+    A collective whose peer has hung never returns, and no exception can be raised inside it.
 
     Args:
-        seconds: the time without progress; None never ends the process.
+        seconds: the time without progress, in seconds; if None, the process is never ended.
     """
 
     def __init__(self, seconds: int | None) -> None:
@@ -116,7 +117,7 @@ class Watchdog:
         """Start the clock for the next piece of work.
 
         Args:
-            doing: its name in the message, such as "step 7".
+            doing: the name of the work in the message, such as "step 7".
         """
         self._doing = doing
         self._deadline = None if self._seconds is None else time.monotonic() + self._seconds

@@ -1,7 +1,8 @@
-"""Benchmarks of language models: multiple choice by likelihood, and last words.
+"""Language-model benchmarks: multiple choice by likelihood, and prediction of last words.
 
 Prompts, continuations and scores are those of EleutherAI's lm-evaluation-harness 0.4. The score of a choice is the
-summed log-probability of its tokens after the context, or (normalised) this sum over its length in characters.
+summed log-probability of its tokens after the context; the normalised score divides this sum by the choice's length in
+characters.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from sophia_levanter.partition.mesh import Partition, by_row_shard
 from sophia_levanter.partition.processes import check_agreement
 from sophia_levanter.training.callbacks import Callback, Monitor, Pause
 
-MOST_BYTES = 1 << 30  # of a file of items
+MOST_BYTES = 1 << 30  # maximum size of an item file
 ROWS_PER_DEVICE = 8
 LENGTH_STEP = 32  # rows are padded to a multiple of this length
 
@@ -43,7 +44,7 @@ class Item:
 
     Attributes:
         context: the text before the choices.
-        choices: continuations of the context; a last word has one.
+        choices: continuations of the context; a last-word item has only one.
         answer: the index of the right choice.
     """
 
@@ -54,13 +55,13 @@ class Item:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """The scores of a model on a task.
+    """A model's scores on a task.
 
     Attributes:
         num_items: number of questions.
-        accuracy: the share of right answers; a last word is right if each of its tokens is the likeliest.
-        normalized_accuracy: the share of right answers by normalised score; None for last words.
-        perplexity: exp of the mean negative log-probability of a last word; None for choices.
+        accuracy: the fraction of right answers; a last word is right if each of its tokens is the likeliest.
+        normalized_accuracy: the fraction of right answers by normalised score; None for last words.
+        perplexity: exp of the mean negative log-probability of a last word; None for multiple choice.
     """
 
     num_items: int
@@ -69,7 +70,7 @@ class TaskResult:
     perplexity: float | None = None
 
     def interval(self, share: float) -> float:
-        """Half the width of the 95 % interval of a share, by the normal approximation."""
+        """Half the width of an accuracy's 95 % confidence interval, by the normal approximation."""
         return 1.96 * math.sqrt(share * (1 - share) / max(1, self.num_items - 1))
 
     @property
@@ -101,7 +102,7 @@ def _piqa(record: Mapping[str, Any]) -> Item:
 
 
 def _arc(record: Mapping[str, Any]) -> Item:
-    """The original files nest the choices in the question; the hub's have lists of texts and labels."""
+    """The original files nest the choices in the question; the hub's files have lists of texts and labels."""
     question: Any = record["question"]
     choices: Any = record.get("choices")
     if isinstance(question, dict):
@@ -126,10 +127,10 @@ _FORMATS: dict[str, Callable[[Mapping[str, Any]], Item]] = {
 
 
 def read_tasks(tasks: Sequence[TaskConfig]) -> dict[str, list[Item]]:
-    """The items of each task of a run, by the task's title. All processes call it together.
+    """The items of each task in a run, keyed by the task's title. All processes must call this function together.
 
     Raises:
-        InputError: if a file cannot be read, a line is not an item, or processes have different files.
+        InputError: if a file cannot be read, a line is not an item, or the processes' files differ.
     """
     found = {task.title: read_items(task.task, Path(task.file), f"trainer.tasks: {task.title}:") for task in tasks}
     if found:
@@ -138,15 +139,16 @@ def read_tasks(tasks: Sequence[TaskConfig]) -> dict[str, list[Item]]:
 
 
 def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
-    """The items of a file of JSON lines in a task's own format.
+    """The items in a JSON Lines file in a task's own format.
 
     Args:
         task: the format.
         path: the file.
-        field: the setting that names the file, for errors.
+        field: the setting that specifies the file, for error messages.
 
     Raises:
-        InputError: if the file cannot be read, or a line is not an item of the task; names the line.
+        InputError: if the file cannot be read or contains no items, or a line is not an item of the task; the error
+            names the line.
     """
     try:
         lines = read_regular(path, MOST_BYTES).decode("utf-8").splitlines()
@@ -169,7 +171,7 @@ def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
 
 
 class _Row(NamedTuple):
-    """Tokens of a context and a continuation, the last `length` of them the continuation's."""
+    """The tokens of a context and its continuation; the last `length` tokens are the continuation's."""
 
     tokens: np.ndarray
     length: int
@@ -181,7 +183,7 @@ class TaskScorer:
     Args:
         tokenizer: the models' tokenizer.
         partition: the devices, and how arrays are sharded over them.
-        policy: dtypes of parameters and of computation.
+        policy: dtypes for parameters and computation.
     """
 
     def __init__(self, tokenizer: Tokenizer, partition: Partition, policy: jmp.Policy) -> None:
@@ -192,7 +194,7 @@ class TaskScorer:
     def __call__(
         self, items: Sequence[Item], model: LanguageModel, on_progress: Callable[[], None] = lambda: None
     ) -> TaskResult:
-        """The scores of a model on the items of one task. Texts longer than its context are cut at the beginning."""
+        """A model's scores on one task's items. Texts longer than the model's context lose their beginning."""
         seq_len = model.config.seq_len
         rows = [_row(item.context, choice, self._tokenizer, seq_len) for item in items for choice in item.choices]
         found = list(self._log_probabilities(rows, model, on_progress))
@@ -205,7 +207,7 @@ class TaskScorer:
         right, normalized = [], []
         for item in items:
             own = np.array([next(logs) for _ in item.choices])
-            lengths = [len(choice) - 1 for choice in item.choices]  # without the blank before it
+            lengths = [len(choice) - 1 for choice in item.choices]  # without the leading space
             right.append(np.argmax(own) == item.answer)
             normalized.append(np.argmax(own / lengths) == item.answer)
         return TaskResult(len(items), float(np.mean(right)), float(np.mean(normalized)))
@@ -234,7 +236,7 @@ class TaskScorer:
 
 
 def _row(context: str, choice: str, tokenizer: Tokenizer, seq_len: int) -> _Row:
-    """Encode context and choice together: tokens may span the border. Those after the context's are the choice's."""
+    """Encode context and choice together, since tokens may span the boundary. The choice's come after the context's."""
     bare = context.rstrip()
     before = tokenizer.encode(bare)
     whole = tokenizer.encode(context + choice)
@@ -254,10 +256,10 @@ def _score_rows(
     targets: hax.NamedArray,
     counted: hax.NamedArray,
 ) -> tuple[jax.Array, jax.Array]:
-    """The results of `_log_probabilities` for all rows, on every device.
+    """The results that `_log_probabilities` yields, for all rows, on every device.
 
-    Each device scores its rows one by one, since the logits of all rows may not fit. The program depends on the
-    partition, which must be active.
+    Each device scores its rows one at a time, since the logits of all rows may not fit in memory. The program depends
+    on the partition, which must be active.
     """
     model = policy.cast_to_compute(model).gathered()
     hidden = model.final_hidden(inputs, None).rearrange(("batch", "position", "embed"))
@@ -280,11 +282,11 @@ def _score_rows(
 
 @dataclass
 class Scoring(Callback):
-    """Scores the model of a run on tasks.
+    """Scores a run's model on tasks.
 
     Attributes:
         scorer: scores models of the run's shape.
-        tasks: the items of each task by its title, in the same order in all processes.
+        tasks: the items of each task, keyed by its title, in the same order in all processes.
     """
 
     config: TrainerConfig
