@@ -1,8 +1,8 @@
 """`python -m sophia_levanter.cluster.host`: run a training process on its host.
 
 With `--parent PID`, this process becomes the training process and dies with the process that started it. Otherwise, the
-processes of a killed launcher would continue to train and keep the run directory locked. Only Linux guarantees this
-behavior; on other systems the command is started without the guarantee.
+processes of a killed launcher would continue to train and keep the run directory locked. Only Linux guarantees that the
+process dies; on other systems, the command is started without this guarantee.
 
 With `--grace SECONDS --log FILE`, it runs a training process under ssh. It tells the process to stop when standard
 input closes, which is the only sign of a lost connection or launcher, and on SIGTERM or SIGHUP, as when the machine

@@ -1,1 +1,1 @@
-"""The verbs besides training, one module each: `python -m sophia_levanter.commands.VERB`."""
+"""The verbs other than `train`, one module each: `python -m sophia_levanter.commands.VERB`."""

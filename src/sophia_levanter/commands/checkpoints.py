@@ -48,7 +48,7 @@ class Place:
 
     Attributes:
         location: a path or a URL.
-        run_dir: the directory of their run, if it is on this machine.
+        run_dir: the directory of the run that saved them, if it is on this machine.
     """
 
     location: str
@@ -170,7 +170,7 @@ def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_r
             if not dry_run:
                 checkpoint.remove(place.location, step)
             print(f"{'would remove' if dry_run else 'removed'} step {step}, {size}", flush=True)
-        if run is not None and not dry_run:  # in a bucket a save may be under way
+        if run is not None and not dry_run:  # in a bucket, a save may be in progress
             checkpoint.remove_leftovers(place.location)
         print(f"{'would keep' if dry_run else 'kept'} {', '.join(map(str, staying))}; the best is {best or 'unknown'}")
     finally:
@@ -180,7 +180,7 @@ def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_r
 
 
 def _run_of(place: Place) -> RunDirectory | None:
-    """The run directory whose lock excludes a run that writes there; None for a bucket, which has no lock."""
+    """The run directory whose lock keeps a run from writing to `place`; None for a bucket, which has no lock."""
     from sophia_levanter.run.directory import RunDirectory
 
     if place.run_dir is not None:

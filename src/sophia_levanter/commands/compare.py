@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.compare --config STUDY`: do the runs of a study, and report the results."""
+"""`python -m sophia_levanter.commands.compare --config STUDY`: train the runs of a study and report the results."""
 
 from __future__ import annotations
 
@@ -72,22 +72,22 @@ def _run(words: Sequence[str], interruption: Interruption) -> int:
         number = interruption.signal
         if number is None or number == signal.SIGINT:
             raise
-        with suppress(OSError):  # after SIGHUP the terminal is gone
+        with suppress(OSError):  # after SIGHUP, the terminal is gone
             print(f"{number.name}: stopped; run the same command again to continue", file=sys.stderr)
         return PREEMPTED
 
 
 class Interruption:
-    """Ends a study at a signal: at once, or, while a run is at work, when that has saved.
+    """Ends a study on a signal: immediately or, during a run, once the run has saved.
 
     Attributes:
-        signal: the one that came, or None.
+        signal: the signal that was received, or None.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        # A closed terminal must not leave a run behind either. What is ignored stays so: nohup ignores SIGHUP, and a
-        # shell SIGINT for what it runs in the background.
+        # SIGHUP is included because closing the terminal must not leave a run behind. Ignored signals stay ignored:
+        # nohup ignores SIGHUP, and shells ignore SIGINT in background commands.
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         self._before = {n: handler for n in numbers if (handler := signal.getsignal(n)) != signal.SIG_IGN}
         self._end_at_once()
@@ -98,14 +98,14 @@ class Interruption:
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        # Not SystemExit: where Ray waits, it would become one with another status.
+        # SystemExit would not work: while Ray waits, it would be replaced by a SystemExit with another status.
         raise KeyboardInterrupt
 
     @contextmanager
     def noted(self) -> Iterator[Callable[[], None]]:
-        """While runs are done: gives a function that raises KeyboardInterrupt once a signal has come."""
+        """A context for training runs. Yields a function that raises KeyboardInterrupt if a signal was received."""
         stop = StopRequest(STUDY_STOPS, self._before)
-        # One that came earlier, and whose exception Python dropped; see `StopRequest.check`.
+        # Include an earlier signal whose exception Python dropped; see `StopRequest.check`.
         stop.signal = stop.signal or self.signal
         try:
             yield stop.check
@@ -115,7 +115,7 @@ class Interruption:
             self._end_at_once()
 
     def restore_handlers(self) -> None:
-        """Put the handlers of the caller back."""
+        """Restore the caller's signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -124,7 +124,7 @@ def parse(words: Sequence[str]) -> Command:
     """Parse the command line.
 
     Raises:
-        InputError: if an argument is unknown or has no value.
+        InputError: if an argument is unknown or lacks a value.
     """
     arguments = parse_arguments(words, options=("--config", "--out"), flags=("--ray", "--plan"), overrides=True)
     study = Path(arguments.needed("--config", "STUDY", "config/studies/quick.yaml is a small one to start with"))
@@ -160,7 +160,7 @@ def _compare(command: Command, interruption: Interruption) -> int:
 
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
-    """Lock the directory, since two comparisons would overwrite each other's records."""
+    """Lock the directory, because two comparisons would overwrite each other's records."""
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out / ".lock")
     if held is None:
@@ -170,14 +170,14 @@ def _alone_in(out: Path) -> Iterator[None]:
 
 
 class _Comparison:
-    """A study with its planned runs, its output directory, and the records there."""
+    """A study with its planned runs, its output directory and the records in that directory."""
 
     def __init__(self, study: Study, runs: Sequence[PlannedRun], out: Path) -> None:
         self.study, self.runs, self.out = study, runs, out
         self.records = read_records(out / RECORDS)
 
     def missing(self) -> dict[str, TrainConfig]:
-        """The configurations without a record, each under the description of the first run that has it."""
+        """The configurations without a record, each keyed by the description of the first run that uses it."""
         missing: dict[str, TrainConfig] = {}
         for run in self.runs:
             if find(self.records, run.config) is None and run.config not in missing.values():
@@ -197,8 +197,8 @@ class _Comparison:
         """The digests of the texts that the runs use.
 
         Raises:
-            InputError: if a text is missing, or a record used a different text. A text's path may change but not its
-                content, since the runs of a study are compared with each other.
+            InputError: if a text is missing or differs from the text in a record. A text's path may change but not its
+                content, because the runs of a study are compared with each other.
         """
         from sophia_levanter.studies.runner import digests
 
@@ -215,7 +215,7 @@ class _Comparison:
         return texts
 
     def do_runs(self, texts: Texts, ray: bool, check_stop: Callable[[], None]) -> int:
-        """Do the missing runs, write each record as it arrives, and return the number of failed runs."""
+        """Train the missing runs, write each record as soon as it arrives, and return the number of failed runs."""
         # The slow imports come after the checks, so that mistakes are reported at once.
         from sophia_levanter.studies.runner import RunFailed, as_ray_tasks, jobs_of, one_by_one, remove_checkpoints
 
@@ -242,7 +242,7 @@ class _Comparison:
 
 
 def describe(run: PlannedRun) -> str:
-    """A short description of a run: its arm, its point of the grid, its length and its seed."""
+    """A short description of a run: its arm, grid point, length and seed."""
     point = [f"{name}={value}" for name, value in run.point.items()]
     return " ".join([run.arm, *point, f"tokens={run.tokens}", f"seed={run.seed}"])
 

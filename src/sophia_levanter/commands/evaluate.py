@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.evaluate MODEL`: the loss of a model on a text, or its score on a task."""
+"""`python -m sophia_levanter.commands.evaluate MODEL`: measure a model's loss on a text, or its score on a task."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _tell(line: str) -> None:
 
 
 def _sets(command: Command, loaded: LoadedModel) -> dict[str, ValidationBatches]:
-    """The batches of each validation set."""
+    """The batches of each validation set, keyed by the set's name."""
     from sophia_levanter.config.data import validation_field
     from sophia_levanter.data.corpora import masked_end, prepare_validation
 
@@ -149,7 +149,7 @@ def _sets(command: Command, loaded: LoadedModel) -> dict[str, ValidationBatches]
             f"--data.validation TEXT is missing: {loaded.source} is not a run directory and has no text of its own"
         )
     sets = prepare_validation(data, loaded.tokenizer, _tell)
-    for name, tokens in sets.items():  # refuses tokens without documents
+    for name, tokens in sets.items():  # raises an error for tokens without documents
         masked_end(data, loaded.tokenizer, validation_field(name), tokens)
     return {name: _batches(command, loaded, name, tokens) for name, tokens in sets.items()}
 
@@ -158,7 +158,7 @@ def _batches(command: Command, loaded: LoadedModel, name: str, tokens: Tokens) -
     from sophia_levanter.data.batches import ValidationBatches
 
     shards = loaded.partition.row_shards
-    # A batch does not exceed the text, to save memory.
+    # To save memory, a batch is not larger than the text.
     sequences = max(1, -(-(tokens.num_tokens - 1) // loaded.config.model.seq_len))
     wanted = min(command.batch_size or WINDOWS_PER_DEVICE * shards, command.sequences or sequences, sequences)
     return ValidationBatches(
@@ -202,7 +202,7 @@ def _evaluate(loaded: LoadedModel, sets: Mapping[str, ValidationBatches]) -> Eva
 
 
 def _progress(total: int) -> Callable[[], None]:
-    """A function to call after each batch; it prints the number of batches done every `REPORT_SECONDS`."""
+    """A function to call after each batch. It prints the number of finished batches every `REPORT_SECONDS`."""
     done, next_report = 0, time.monotonic() + REPORT_SECONDS
 
     def advance() -> None:

@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.export MODEL OUT_DIR`: a trained model as a folder for transformers."""
+"""`python -m sophia_levanter.commands.export MODEL OUT_DIR`: export a trained model as a folder for transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.inspect_data STORE`: what a token store holds."""
+"""`python -m sophia_levanter.commands.inspect_data STORE`: show the contents of a token store."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sophia_levanter.data.token_store import TokenStore
 
 SHOWN_CHARACTERS = 300
-DOCUMENTS_AT_ONCE = 1 << 20  # of whose ends there are gigabytes in large stores
+DOCUMENTS_AT_ONCE = 1 << 20  # the document ends of a large store take gigabytes
 USAGE = """\
 usage: python -m sophia_levanter.commands.inspect_data STORE [--documents N] [--seq_len N] [--verify]
        [--plugins MODULE] [--help]
@@ -105,7 +105,7 @@ def _print_store(location: str, count: int, seq_len: int, *, verify: bool) -> No
 
 
 def _ends_in_parts(store: TokenStore) -> Iterator[np.ndarray]:
-    """`document_ends` of all documents, a part of them at a time."""
+    """The `document_ends` of all documents, in parts of `DOCUMENTS_AT_ONCE`."""
     for first in range(0, store.num_documents, DOCUMENTS_AT_ONCE):
         yield store.document_ends(first, min(first + DOCUMENTS_AT_ONCE, store.num_documents))
 

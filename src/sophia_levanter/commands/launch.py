@@ -50,10 +50,10 @@ class Launch:
     """The parsed command line of a launch.
 
     Attributes:
-        config: the run's configuration, with its run directory.
-        cluster: where the run takes place.
+        config: the run's configuration, including its run directory.
+        cluster: the cluster that the run uses.
         cluster_file: the file that `cluster` was read from.
-        dry_run: whether to only print what would be done.
+        dry_run: whether to print what would be done without doing it.
     """
 
     config: TrainConfig
@@ -63,7 +63,7 @@ class Launch:
 
     @property
     def job(self) -> Job:
-        """The part of the launch that backends need."""
+        """The launch settings that backends need."""
         run_dir = Path(self.config.trainer.run_dir or "")
         return Job(run_dir, run_dir.absolute() / LAUNCH)
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit status: 0 done, 1 given up, 2 bad input, 75 stopped (run it again), 130 interrupted.
+        The exit status: 0 done, 1 gave up, 2 bad input, 75 stopped (run it again), 130 interrupted.
     """
     return run_command(argv, _run, usage=USAGE)
 
@@ -89,13 +89,13 @@ def parse(words: Sequence[str]) -> Launch:
     """Parse the command line of a launch.
 
     Raises:
-        InputError: if an argument is unknown, a file is invalid, or the directory holds another run.
+        InputError: if an argument is unknown, a file is invalid, or the directory contains another run.
     """
     arguments = parse_arguments(words, options=("--config", "--cluster"), flags=("--dry_run",), overrides=True)
     path = Path(arguments.needed("--config", "FILE", "config/gpt2_large_sophia.yaml is one"))
     cluster_file = Path(arguments.needed("--cluster", "FILE", "infra/local.yaml is one"))
     config = load_config(path, arguments.overrides)
-    cluster = read_cluster(cluster_file)  # after the run's plug-ins, which may register its backend
+    cluster = read_cluster(cluster_file)  # after importing the run's plug-ins, which may register it
     _check_fit(config, cluster)
     if config.trainer.run_dir is None:
         config = _with_run_dir(config, str(Path("runs", path.stem)))
@@ -105,10 +105,10 @@ def parse(words: Sequence[str]) -> Launch:
 
 
 def _check_fit(config: TrainConfig, cluster: ClusterConfig) -> None:
-    """Refuse a run that does not fit the cluster, or whose files are missing, before anything is paid for.
+    """Check that the run fits the cluster and that its files exist, before anything is billed.
 
     Raises:
-        InputError: names all that is wrong.
+        InputError: if there are problems; the message lists all of them.
     """
     problems = Problems()
     for name in ("coordinator", "num_processes", "process_id"):
@@ -154,7 +154,7 @@ def _launch(launch: Launch) -> int:
 
 
 def _submit(launch: Launch, submission: Submission) -> int:
-    """Submit the job, whose first node runs its own launcher, and wait for it."""
+    """Submit the job, whose first node runs its own launcher, and wait for it to end."""
     job = launch.job
     if launch.dry_run:
         return _print(submission.describe())
@@ -173,7 +173,7 @@ def _say(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError:
-        # The reader is gone or the disk is full. The run continues, and its logs are complete.
+        # The reader has exited or the disk is full. The run continues, and its log files stay complete.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""Shared entry point of the commands that load a trained model."""
+"""Shared entry point for the commands that load a trained model."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def run_on_model(
     usage: str,
     interrupted: str = "interrupted",
 ) -> int:
-    """Parse a command line, run it, and report errors as one line each.
+    """Parse a command line, run it, and report each error in one line.
 
     Args:
         given: the arguments; those of this process if None.
-        parse: parses the arguments. It avoids slow imports, so that mistakes are reported at once.
-        run: executes the parsed command, and returns its exit status.
-        usage: printed for --help instead of running.
-        interrupted: the message on Ctrl-C.
+        parse: parses the arguments. It avoids slow imports, so that mistakes are reported immediately.
+        run: executes the parsed command and returns its exit status.
+        usage: printed for --help instead of running the command.
+        interrupted: the message to print after Ctrl-C.
 
     Returns:
-        The exit status: that of `run`; 1 for a damaged checkpoint, or if a device fails or runs out of memory; 2 for
-        bad input; 130 interrupted.
+        The exit status from `run`; otherwise 1 if a checkpoint is damaged, or a device fails or runs out of memory, 2
+        for bad input, or 130 after Ctrl-C.
     """
     return run_command(
         given, lambda words: _failing_in_one_line(run, parse(words), interrupted), usage=usage, interrupted=interrupted
@@ -51,7 +51,7 @@ def _failing_in_one_line(run: Callable[[Command], int], command: Command, interr
     except JaxRuntimeError as error:
         print(one_line(f"error: {str(error).splitlines()[0]}"), file=sys.stderr)
     except KeyboardInterrupt:
-        # A normal exit would destroy buffers that devices still use, and crash.
+        # A normal exit would destroy buffers that devices are still using, and crash.
         print(interrupted, file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
     return FAILURE

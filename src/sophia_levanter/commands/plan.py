@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.plan --config FILE`: what a run would take, before any machine is paid for."""
+"""`python -m sophia_levanter.commands.plan --config FILE`: estimate a run's cost before any machine is billed."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _mfu(text: str) -> float:
 
 
 def _plan(command: Command) -> int:
-    # jax reads this when it starts: planning neither uses nor queries this machine's accelerators.
+    # jax reads this variable when it starts. Planning neither uses nor queries this machine's accelerators.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

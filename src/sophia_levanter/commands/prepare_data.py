@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.prepare_data --config FILE`: make a run's token stores in advance."""
+"""`python -m sophia_levanter.commands.prepare_data --config FILE`: create a run's token stores in advance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.report RUN_DIR... -o report.html`: training runs on one page."""
+"""`python -m sophia_levanter.commands.report RUN_DIR... -o report.html`: show training runs on one page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def parse(words: Sequence[str]) -> tuple[dict[str, Path], Path]:
     """Parse the command line.
 
     Returns:
-        The run directories by name, and the page's file.
+        The run directories, keyed by the runs' names, and the page's file.
 
     Raises:
         InputError: if an argument is unknown, a run is given twice, or the page cannot be written to its file.
@@ -60,7 +60,7 @@ def _named(words: Sequence[str]) -> dict[str, Path]:
     runs: dict[str, Path] = {}
     for word in words:
         name, path = _name_and_path(word)
-        name = name.encode(errors="replace").decode()  # pictures cannot show lone surrogates
+        name = name.encode(errors="replace").decode()  # images cannot show lone surrogates
         for other, known in runs.items():
             if os.path.realpath(path) == os.path.realpath(known):
                 raise InputError(f"{word} is given twice" if other == name else f"{word} is the same run as {other}")
@@ -87,7 +87,7 @@ def _report(words: Sequence[str]) -> int:
         if not os.path.isdir(path):  # `Path.is_dir` raises OSError for some names
             raise InputError(f"{path} does not exist; name a run directory")
 
-    # jax reads this when it starts: the run itself may be using the accelerator.
+    # jax reads this variable when it starts. The run itself may be using the accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
 
     from sophia_levanter.studies.comparability import compare

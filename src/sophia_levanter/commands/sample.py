@@ -52,7 +52,7 @@ token; several texts are printed when all are done, each under a heading. Everyt
 
 @dataclass(frozen=True)
 class Command:
-    """The parsed command line. Without prompts the model begins a document."""
+    """The parsed command line. Without prompts, the model begins a new document."""
 
     model: str
     prompts: Sequence[str]
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> Command:
-    """Parse the command line, and read the prompt's file.
+    """Parse the command line, and read the prompt file.
 
     Raises:
         InputError: if an argument is unknown or missing, its value is missing or wrong, or the file is not text.
@@ -94,7 +94,7 @@ def parse(words: Sequence[str]) -> Command:
         if numbers.get(name) == 0:
             raise InputError(f"{name} is 0; it must be at least 1")
     for prompt in arguments.repeated["--prompt"]:
-        # Python decodes bytes of the command line that are not UTF-8 as lone surrogates.
+        # Python decodes command-line bytes that are not valid UTF-8 as lone surrogates.
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise InputError(f"--prompt {prompt!a} is not valid UTF-8")
     temperature = _number(arguments, "--temperature")
@@ -159,7 +159,7 @@ def _tell(line: str) -> None:
 
 
 def _encoded(prompts: Sequence[str], loaded: LoadedModel) -> list[list[int]]:
-    """The tokens of each prompt; without prompts a single end-of-text, after which a document begins."""
+    """The tokens of each prompt; without prompts, a single end-of-text token, after which a document begins."""
     encoded = [loaded.tokenizer.encode(prompt).tolist() for prompt in prompts]
     context = loaded.config.model.seq_len
     for number, tokens in enumerate(encoded, 1):
@@ -203,7 +203,7 @@ def _print_at_once(text: str) -> None:
 def _drawn(
     command: Command, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], loaded: LoadedModel
 ) -> Iterator[list[int | None]]:
-    """The next token of each row, a (prompt, sample) pair; None for a row whose document has ended."""
+    """Generate the next token for each row, a (prompt, sample) pair; None if the row's document has ended."""
     import jax
     import jmp
 
@@ -234,7 +234,7 @@ def _keys(seed: int, rows: Sequence[tuple[int, int]]) -> jax.Array:
 
 
 class _Text:
-    """Streams a prompt and its continuation as printable text. A character may be split over several tokens."""
+    """Streams a prompt and its continuation as printable text. A character may span several tokens."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], give: Callable[[str], None]) -> None:
         from sophia_levanter.data.tokenizer import printable
@@ -249,7 +249,7 @@ class _Text:
         self._give(self._decoder.decode(self._tokenizer.decode_bytes([token])))
 
     def end(self) -> None:
-        """Pass on the rest of an incomplete character."""
+        """Pass on a replacement character if the last character is incomplete."""
         self._give(self._decoder.decode(b"", final=True))
 
 

@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.tpu create|list|delete|ssh|logs --cluster FILE`: manage TPU slices by hand."""
+"""`python -m sophia_levanter.commands.tpu create|list|delete|ssh|logs --cluster FILE`: manage TPU slices manually."""
 
 from __future__ import annotations
 

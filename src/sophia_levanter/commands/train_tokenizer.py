@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.train_tokenizer --config FILE --vocab_size N --out FILE.tiktoken`."""
+"""`python -m sophia_levanter.commands.train_tokenizer --config FILE ...`: train a byte-pair encoding on a text."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def check_installed(config: TrackingConfig) -> None:
 
 def _check_package(package: str, setting: str, extra: str) -> None:
     spec = find_spec(package)
-    # wandb creates a folder named wandb in the working directory. `find_spec` also finds that folder, without an origin.
+    # wandb creates a folder named wandb in the working directory. `find_spec` finds it too, but without an origin.
     if spec is None or spec.origin is None:
         raise InputError(f"{setting}, but {package} is not installed; pip install 'sophia-levanter[{extra}]'")
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from sophia_levanter.errors import InputError
 
-DECLARATION = "setting"  # the key of a field's metadata
+DECLARATION = "setting"  # the key in a field's metadata
 _type_hints = functools.cache(typing.get_type_hints)
 
 
@@ -89,7 +89,7 @@ class Declaration:
 
     @property
     def _range(self) -> str:
-        """`at least 1`, `above 0`, `between 1 and 8`, `in [0, 1)`."""
+        """The bounds in words: `at least 1`, `above 0`, `between 1 and 8`, `in [0, 1)`."""
         lower = self.above if self.low is None else self.low
         upper = self.below if self.high is None else self.high
         if self.low is not None and self.high is not None:

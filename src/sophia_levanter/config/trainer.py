@@ -272,7 +272,7 @@ class TrainerConfig(Settings):
         return self.batch_size // self.gradient_microbatch_size
 
 
-SMALLEST_TEMPERATURE = 1e-6  # logits divided by less may not be finite
+SMALLEST_TEMPERATURE = 1e-6  # logits divided by a smaller value may not be finite
 
 
 @dataclass(frozen=True)

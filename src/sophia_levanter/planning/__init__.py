@@ -1,1 +1,1 @@
-"""Estimates what a run would take on given devices, by compiling its steps without data and without parameters."""
+"""Estimate a run's memory, traffic and time on given devices by compiling its steps without data or parameters."""

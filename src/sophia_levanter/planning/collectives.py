@@ -1,4 +1,4 @@
-"""Counts the bytes that devices send each other in a compiled program, from its HLO text."""
+"""Count the bytes that devices send to each other in a compiled program, using its HLO text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 _OPCODE = re.compile(r" (?P<opcode>[a-z][a-z0-9\-]*)\((?P<operands>[^)]*)\)")
 _ARRAY = re.compile(r"\b(?P<dtype>pred|bf16|[sfuc]\d+)\[(?P<shape>[\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}\s]+(?:, ?%[^,}\s]+)*)\}?")
-# The forms in which a collective names the devices that exchange with each other: {{0,1},{2,3}}; [2,2]<=[4], the parts
-# of a range, which may be reshaped and transposed; mesh['a'=2,'b'=2] {'b'}, axes of a mesh of devices.
+# A collective specifies the devices that exchange data in one of three forms: lists such as {{0,1},{2,3}}; the parts of
+# a range that may be reshaped and transposed, such as [2,2]<=[4]; or axes of a device mesh, such as
+# mesh['a'=2,'b'=2] {'b'}.
 _LISTS = re.compile(r"\b(?:replica_groups|source_target_pairs)=\{(?P<lists>(?:\{[\d,]+\},?)*)\}")
-# Between slices of TPUs the hosts transfer what a device sends: {1,2}x{0:3} is devices 0 to 3 of slices 1 and 2.
+# Between TPU slices, the hosts transfer what a device sends: {1,2}x{0:3} means devices 0 to 3 in slices 1 and 2.
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(?P<kind>\w+)"')
 _SLICES = re.compile(r'_xla_megascale_target="\{(?P<slices>[^}]*)\}')
 _PARTS = re.compile(r"\breplica_groups=\[\d+,(?P<size>\d+)\]<=(?P<range>\[[\d,]+\](?:T\([\d,]+\))?)")
@@ -44,22 +45,22 @@ class _Instruction:
 
 
 def collective_bytes(hlo: str, nodes: Sequence[int] | None = None) -> dict[str, float]:
-    """Bytes that a device sends through each kind of collective, with loops counted by their iterations.
+    """Bytes that a device sends in each kind of collective. Each iteration of a loop is counted.
 
-    In a ring of n devices on k nodes, a device sends to the next device, and to the next node:
+    In a ring of n devices on k nodes, a device sends the following shares to other devices and to other nodes:
 
         all-gather, reduce-scatter    (n - 1) / n and (k - 1) / n of the whole array
-        all-reduce                    twice that: it is one of each
+        all-reduce                    twice as much, because it is a reduce-scatter followed by an all-gather
         all-to-all                    (n - 1) / n and (k - 1) / k of the array on the device
-        collective-permute            the array on the device, if anyone sends to another device or node
+        collective-permute            the array on the device, if any device sends to another device or node
 
     Args:
         hlo: the text of a compiled module (`Compiled.as_text()`).
-        nodes: the node of each device, in the order of the program's devices; only bytes sent to other nodes are
-            counted. If not given, all bytes are counted.
+        nodes: the node of each device, in the order of the program's devices. If given, only bytes sent to other nodes
+            are counted; otherwise all bytes are.
 
     Raises:
-        ValueError: if the text does not give the iterations of a loop with collectives, or the devices of a collective.
+        ValueError: if the text does not specify the iterations of a loop with collectives or a collective's devices.
     """
     computations, entry = _parse(hlo)
     partitions = re.search(r"\bnum_partitions=(\d+)", hlo.split("\n", 1)[0])
@@ -86,7 +87,7 @@ def _share(kind: str, size: int, nodes: int) -> float:
 
 
 def _groups(text: str, devices: Sequence[int]) -> list[list[int]]:
-    """The groups of devices that exchange data in a collective; one group of all devices if the text names none."""
+    """The groups of devices that exchange data in a collective; one group of all devices if the text has no groups."""
     if match := _LISTS.search(text):
         return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", match["lists"])] or [list(devices)]
     if match := _PARTS.search(text):
@@ -99,7 +100,7 @@ def _groups(text: str, devices: Sequence[int]) -> list[list[int]]:
 
 
 def _mesh_groups(axes: str, ids: str | None, grouped: str) -> list[list[int]]:
-    """The groups along axes of a mesh, or parts of axes: 'a':(2)4 is the part of size 4 after a part of size 2."""
+    """The groups along mesh axes or parts of axes: 'a':(2)4 is the part of size 4 that follows a part of size 2."""
     parts: dict[str, list[tuple[int, int]]] = {}
     for axis in grouped.split(","):
         name, _, part = axis.partition(":")
@@ -119,7 +120,7 @@ def _mesh_groups(axes: str, ids: str | None, grouped: str) -> list[list[int]]:
 
 
 def _range(text: str) -> np.ndarray:
-    """The numbers of [2,4]T(1,0): 0 to 7 in two rows, transposed, one after another."""
+    """The numbers in a range: [2,4]T(1,0) is 0 to 7 as a 2 x 4 array, transposed and flattened."""
     sizes, _, order = text.partition("T")
     shape = _numbers(sizes)
     return np.arange(math.prod(shape)).reshape(shape).transpose(_numbers(order) or None).ravel()
@@ -133,7 +134,7 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
     current: _Computation | None = None
     entry = ""
-    # The text for TPUs has comments with the indices of long tuples.
+    # HLO text for TPUs contains comments with the indices of long tuples.
     for line in re.sub(r"/\*index=\d+\*/", "", hlo).splitlines():
         if line.endswith("{") and "->" in line and not line.startswith(" "):
             name = line.removeprefix("ENTRY ").lstrip("%").split(" ", 1)[0].split("(", 1)[0]
@@ -158,12 +159,12 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _without_layouts(text: str) -> str:
-    """Remove the braces of layouts, whose parentheses would be mistaken for operands."""
+    """Remove layouts in braces, because their parentheses would be mistaken for operands."""
     return re.sub(r"\{[^{}]*\}", "", text)
 
 
 def _array_bytes(text: str) -> int:
-    """The bytes of all arrays in the text of a type."""
+    """The total bytes of all arrays in a type's text."""
     return sum(
         _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in _ARRAY.findall(text)
     )
@@ -172,12 +173,12 @@ def _array_bytes(text: str) -> int:
 def _sent(
     computations: dict[str, _Computation], name: str, share: Callable[[str, _Instruction], float]
 ) -> Iterator[tuple[str, float]]:
-    """The kind of each collective of a computation, and the bytes that a device sends for it."""
+    """The kind of each collective in a computation, and the bytes that a device sends for it."""
     computation = computations.get(name, _Computation())
     for instruction_name, instruction in computation.instructions.items():
         kind = instruction.opcode.removesuffix("-start")
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-            # The text for TPUs writes a reduce-scatter as an all-reduce and a slice, and only the slice arrives.
+            # HLO text for TPUs expresses a reduce-scatter as an all-reduce and a slice; only the slice is received.
             yield "reduce-scatter", instruction.result_bytes * share("reduce-scatter", instruction)
         elif kind in KINDS:
             yield kind, _array_sent(kind, instruction, computation) * share(kind, instruction)
@@ -203,13 +204,13 @@ def _sent_to_slices(kind: str, instruction: _Instruction, computation: _Computat
         raise ValueError(f"cannot determine which slices take part in a collective: {instruction.text[:200]}")
     spans = re.findall(r"(\d+)(?::(\d+))?", target["slices"])
     slices = sum(int(last or first) - int(first) + 1 for first, last in spans)
-    # The operand of a gather is the device's part of the array.
+    # An all-gather's operand is the device's part of the array.
     parts = slices if kind == "all-gather" else 1
     return kind, parts * _array_sent("", instruction, computation) * _share(kind, slices, slices)
 
 
 def _continues(name: str, instruction: _Instruction) -> bool:
-    """Whether a fusion continues a collective that an earlier one started; the text for TPUs repeats it in each."""
+    """Whether a fusion continues a collective that another fusion started; HLO text for TPUs repeats it in each."""
     return name.startswith("async-collective-done") or any(
         called.startswith("async_collective_fusion") for called in instruction.called
     )
@@ -221,11 +222,11 @@ def _array_sent(kind: str, instruction: _Instruction, computation: _Computation)
         computation.instructions[name].result_bytes for name in instruction.operands if name in computation.instructions
     )
     if kind == "all-gather":
-        # The result of an all-gather-start contains its operands, too.
+        # The result of an all-gather-start also contains its operands.
         started = instruction.opcode.endswith("-start")
         return instruction.result_bytes - (operands if started else 0)
     if kind == "all-reduce":
-        # Not the operands, since TPUs convert them to a narrower type first.
+        # The operands are not counted, because TPUs first convert them to a narrower type.
         return instruction.result_bytes
     return operands
 
@@ -236,7 +237,7 @@ def _attribute(text: str, name: str) -> str:
 
 
 def _turns(computations: dict[str, _Computation], loop: _Instruction) -> int:
-    """The iterations of a loop: its known trip count, or else from the limit and the step of its counter."""
+    """The number of iterations of a loop: its known trip count, or else its counter's limit divided by its step."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text)
     if known:
         return int(known[1])

@@ -1,4 +1,4 @@
-"""Describes what a whole run would take, in lines for people."""
+"""Describe the memory, communication and time of a whole run, in lines for people."""
 
 from __future__ import annotations
 
@@ -34,23 +34,24 @@ from sophia_levanter.planning.target import Target
 from sophia_levanter.run.summary import attention_of, count_parameters, describe_layout
 from sophia_levanter.training.costs import abstract_state, bytes_by_kind, flops_per_step
 
-# The largest acceptable ratio of the temporaries of Hutchinson's refresh to those of a plain step.
+# The largest acceptable ratio of the temporaries in a Hutchinson refresh step to those in a plain step.
 REFRESH_RATIO = 1.25
 SECONDS_PER_DAY = 86_400
 MIB = 2**20
 
 
 def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iterator[str]:
-    """Yield lines about a run on a target, as they are computed.
+    """Yield lines about a run on a target as they are computed.
 
     Args:
-        config: the configuration of the run.
-        name: the name of the configuration, for people.
+        config: the run's configuration.
+        name: the configuration's name, for people.
         target: the devices.
-        mfu: model FLOPs utilisation to expect.
+        mfu: the expected model FLOPs utilisation.
 
     Raises:
-        InputError: if the run does not fit the mesh, or its optimizer the model, or the target's compiler is missing.
+        InputError: if the run does not fit the mesh, the optimizer does not fit the model, or the target's compiler is
+            missing.
     """
     vocab_size = vocab_size_of(config.data.tokenizer)
     if target.num_slices > 1 and config.mesh.replica != target.num_slices:
@@ -111,7 +112,7 @@ def _time(config: TrainConfig, time: StepTime, target: Target, mfu: float) -> It
 
 
 def _bound(time: StepTime, target: Target, mfu: float) -> str:
-    """The longest part of a step, and the times of all parts."""
+    """Describe the longest part of a step and the time that each part takes."""
     compute = [f"{time.products:.3g} products at an MFU of {mfu:g}"]
     compute += [f"{time.qr:.3g} QR"] * bool(time.qr)
     compute += [f"{time.newton_schulz:.3g} Newton-Schulz"] * bool(time.newton_schulz)
@@ -142,14 +143,14 @@ def _rates(time: StepTime, target: Target) -> Iterator[str]:
 
 
 def _remedies(config: TrainConfig, time: StepTime, target: Target) -> Iterator[str]:
-    """Settings that make a device send less per token."""
+    """Settings that reduce the bytes that a device sends per token."""
     mesh = config.mesh
     if time.bound == BETWEEN and mesh.fsdp is not None and mesh.replica < target.num_nodes:
         yield f"mesh.replica {target.num_nodes} (only gradients go between nodes)"
     for axis in ("sequence", "model"):
         if getattr(mesh, axis) > 1:
             yield f"a smaller mesh.{axis}"
-    # Parameters are gathered, and gradients reduced, once for each microbatch.
+    # Parameters are gathered and gradients are reduced once for each microbatch.
     yield "a larger trainer.microbatch_size" if config.trainer.num_microbatches > 1 else "a larger trainer.batch_size"
 
 
@@ -164,7 +165,7 @@ def _memory(
     known = bytes_by_kind(state)  # type: ignore[arg-type]
     gradients = gradient_bytes(state) * (config.trainer.num_microbatches > 1)  # type: ignore[arg-type]
     activations = activation_bytes(config, partition, vocab_size)
-    # XLA may keep less than differentiation asks for.
+    # XLA may keep fewer bytes than differentiation requests.
     kept = [
         None if p.temporaries is None else min(activations, max(0, p.temporaries - gradients)) for p in plans.values()
     ]
@@ -178,7 +179,7 @@ def _memory(
     yield _heading(plans)
     for kind, size in {**known, "gradients' sum": gradients}.items():
         yield _row(kind, [size] * len(plans), unit)
-    # The batch, and the padding that layouts add to the arrays of the state.
+    # The batch, and the padding that layouts add to the state's arrays.
     yield _row("batch and padding", [plan.arguments - sum(known.values()) for plan in plans.values()], unit)
     yield _row("activations", kept, unit)
     yield _row("other temporaries", rest, unit)
@@ -223,11 +224,11 @@ def _collectives(
 
 
 def fsdp_minimum(config: TrainConfig, partition: Partition, state: object) -> dict[bool, float | None]:
-    """The least bytes that a device sends in a plain and in a refresh step, parameters gathered in the compute dtype.
+    """The minimum number of bytes that a device sends in a plain step and in a refresh step, keyed by `refresh`.
 
-    Each microbatch gathers each sharded parameter twice and scatters its gradient once. A microbatch of GNB's refresh
-    scatters a second gradient. Each of n devices already has 1 / n of a parameter. None for Hutchinson's refresh, which
-    has its own microbatches.
+    Parameters are gathered in the compute dtype. Each microbatch gathers each sharded parameter twice and scatters its
+    gradient once; a microbatch in a GNB refresh scatters a second gradient. Each of n devices already has 1 / n of a
+    parameter. The value is None for a Hutchinson refresh, which has its own microbatches.
     """
     item, devices = 2 if config.trainer.compute_dtype == "bfloat16" else 4, partition.mesh.shape["data"]
     gathered = _gathered_elements(partition, state.model, config.mesh.fsdp)  # type: ignore[attr-defined]
@@ -240,16 +241,16 @@ def fsdp_minimum(config: TrainConfig, partition: Partition, state: object) -> di
 
 
 def _gathered_elements(partition: Partition, model: object, fsdp: str | None) -> int:
-    """The number of elements that a device holds of the parameters that FSDP shards, once they are gathered."""
+    """The number of elements that a device holds, after gathering, of the parameters that FSDP shards."""
     named = [leaf for leaf in jax.tree.leaves(model, is_leaf=is_named) if is_named(leaf)]
     parts = [leaf.array for leaf in named if fsdp in {axis.name for axis in leaf.axes}]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * partition.mesh.shape["data"] for x in parts)
 
 
 def largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, memory: float) -> int | None:
-    """The largest microbatch size that fits in memory, in the step that needs most; None if no size does.
+    """The largest microbatch size that fits in memory in the step that needs the most; None if no size fits.
 
-    Sizes divide the batch size, and are multiples of the number of devices that share a batch.
+    Sizes divide the batch size and are multiples of the number of devices that share a batch.
     """
     batch_size = config.trainer.batch_size
     refresh = config.optimizer.curvature_microbatches(config.trainer) is not None
@@ -273,7 +274,7 @@ def _largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: i
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The largest of ascending sizes that fits; None if none does. Tries the largest first, since each try is slow."""
+    """The largest of ascending sizes that fits, or None. The largest is tried first, because each try is slow."""
     if fits(sizes[-1]):
         return sizes[-1]
     low, high = 0, len(sizes) - 1
@@ -289,7 +290,7 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 def hutchinsons_microbatch(
     config: TrainConfig, partition: Partition, vocab_size: int, plain: StepPlan
 ) -> tuple[int, float] | None:
-    """The largest `curvature_microbatch_size` within `REFRESH_RATIO`, and the ratio; None if no size is."""
+    """The largest `curvature_microbatch_size` within `REFRESH_RATIO`, and its ratio; None if there is no such size."""
     trainer, optimizer = config.trainer, config.optimizer
     rows = trainer.microbatch_size or trainer.batch_size
     sizes = [n for n in range(partition.row_shards, rows + 1, partition.row_shards) if rows % n == 0]

@@ -1,4 +1,4 @@
-"""The memory, the collectives and the time of a step."""
+"""The memory, collectives and time of a step."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from sophia_levanter.training.step import StepSettings, TrainState
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a step takes on one device, in bytes.
+    """The bytes that a step uses and sends on one device.
 
     Attributes:
         arguments: the state and the batch; the next state reuses their memory.
-        temporaries: everything else at the peak: gradients, activations, workspace; None if it does not fit the device.
-        collectives: what the device sends through each kind of collective.
-        between_nodes: the part of these bytes that goes to other nodes.
+        temporaries: everything else at peak memory (gradients, activations, workspace); None if the step does not fit.
+        collectives: the bytes that the device sends in each kind of collective.
+        between_nodes: how many of these bytes go to other nodes.
     """
 
     arguments: int
@@ -45,12 +45,12 @@ class StepPlan:
     between_nodes: float = 0.0
 
     def fits(self, memory: float) -> bool:
-        """Whether arguments and temporaries fit into `memory` bytes."""
+        """Whether the arguments and temporaries fit in `memory` bytes."""
         return self.temporaries is not None and self.arguments + self.temporaries <= memory
 
 
 def plan_step(config: TrainConfig, partition: Partition, vocab_size: int, *, refresh: bool) -> StepPlan:
-    """Compile a step, and measure the compiled program."""
+    """Compile a step and measure the compiled program."""
     try:
         compiled = lower_step(config, partition, vocab_size, refresh=refresh).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -71,16 +71,16 @@ WITHIN, BETWEEN = "communication within a node", "communication between nodes"
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step on the device with the most work, averaged over the run.
+    """The time of a step in seconds on the device with the most work, averaged over the run.
 
     Attributes:
-        products: the model's matrix products and those of an optimizer with its matrices.
+        products: the matrix products in the model and the optimizer.
         qr: QR decompositions.
         newton_schulz: Newton-Schulz iterations.
-        memory: parameters and optimizer state, read and written once, at the bandwidth of the device's memory.
-        within: data that the device sends within its node or slice, at the bandwidth of its links; None if the steps do
-            not fit the device.
-        between: data that it sends to other nodes, at the bandwidth of its network.
+        memory: reading and writing the parameters and optimizer state once, at the device's memory bandwidth.
+        within: sending data within the node or slice, at the bandwidth of the device's links; None if the steps do not
+            fit on the device.
+        between: sending data to other nodes, at the device's network bandwidth.
     """
 
     products: float
@@ -92,22 +92,22 @@ class StepTime:
 
     @property
     def compute(self) -> float:
-        """Matrix products, QR decompositions and Newton-Schulz iterations, one after another."""
+        """Seconds for matrix products, QR decompositions and Newton-Schulz iterations, one after another."""
         return self.products + self.qr + self.newton_schulz
 
     @property
     def parts(self) -> dict[str, float]:
-        """The seconds of each part; parts may overlap."""
+        """Seconds for each part; parts may overlap."""
         return {COMPUTE: self.compute, MEMORY: self.memory, WITHIN: self.within or 0.0, BETWEEN: self.between}
 
     @property
     def overlapped(self) -> float:
-        """Seconds of a step whose parts overlap fully: the longest part."""
+        """Seconds for a step whose parts overlap fully: the time of the longest part."""
         return max(self.parts.values())
 
     @property
     def serial(self) -> float:
-        """Seconds of a step whose parts do not overlap: the sum of the parts."""
+        """Seconds for a step whose parts do not overlap: the sum of the parts."""
         return sum(self.parts.values())
 
     @property
@@ -119,17 +119,17 @@ class StepTime:
 def step_time(
     config: TrainConfig, partition: Partition, vocab_size: int, plans: dict[bool, StepPlan], target: Target, mfu: float
 ) -> StepTime:
-    """The time of a step on a target, from rates of each kind of operation.
+    """The time of a step on a target, computed from the rate of each kind of operation.
 
-    Matrices of the optimizer are divided over the mesh's data axis.
+    The optimizer's matrices are distributed over the mesh's data axis.
 
     Args:
-        config: the configuration of the run.
+        config: the run's configuration.
         partition: the partition of the target's devices.
-        vocab_size: tokens of the tokenizer.
-        plans: the plans of the plain step and, if there is one, of the refresh step.
+        vocab_size: number of tokens in the tokenizer.
+        plans: the plan for the plain step and, if there is one, the plan for the refresh step.
         target: the devices.
-        mfu: the share of the peak that matrix products reach.
+        mfu: the share of peak FLOP/s that matrix products reach.
     """
     chip, tokens = target.chip, config.trainer.batch_size * config.model.seq_len
     model = (
@@ -149,7 +149,7 @@ def step_time(
 
 
 def mean_bytes_sent(config: TrainConfig, plans: dict[bool, StepPlan]) -> tuple[float, float]:
-    """Bytes that a device sends within its node and to other nodes in a step, averaged over the steps of the run."""
+    """Bytes per step that a device sends within its node and to other nodes, averaged over the run."""
     refreshes = refreshes_per_step(config) if True in plans else 0.0
     weighted = [(refreshes if refresh else 1 - refreshes, plan) for refresh, plan in plans.items()]
     between = sum(weight * plan.between_nodes for weight, plan in weighted)
@@ -157,15 +157,15 @@ def mean_bytes_sent(config: TrainConfig, plans: dict[bool, StepPlan]) -> tuple[f
 
 
 def gradient_bytes(state: TrainState) -> int:
-    """Bytes of the float32 sum of the gradients on one device."""
+    """Bytes that the float32 sum of the gradients takes on one device."""
     leaves = [leaf for leaf in jax.tree.leaves(state.model) if isinstance(leaf, jax.ShapeDtypeStruct)]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in leaves)
 
 
 def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int) -> int:
-    """Bytes that the forward pass over a microbatch keeps for the backward pass, on one device.
+    """Bytes on one device that the forward pass of a microbatch keeps for the backward pass.
 
-    The count is for the device's rows and positions, with heads and MLP not split.
+    The count covers the device's rows and positions, and assumes that heads and the MLP are not split.
     """
     trainer, model_config = config.trainer, config.model
     rows = (trainer.microbatch_size or trainer.batch_size) // partition.row_shards
@@ -175,7 +175,7 @@ def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int)
     parameters, static = eqx.partition(model, lambda x: isinstance(x, jax.ShapeDtypeStruct))
 
     def kept_bytes(rows: int) -> int:
-        """Bytes of activations, and of parameters in other dtypes and shapes."""
+        """Bytes of the activations, and of parameters converted to other dtypes and shapes."""
 
         def kept(parameters: Any) -> list[jax.Array]:
             end = 0 if config.data.mask_documents else None
@@ -189,5 +189,5 @@ def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int)
         arrays: dict[int, Any] = {id(v): v.aval for v in jaxpr.outvars if hasattr(v, "aval")}
         return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays.values())
 
-    # Only activations grow with the rows.
+    # Only activations grow with the number of rows.
     return kept_bytes(2 * rows) - kept_bytes(rows)

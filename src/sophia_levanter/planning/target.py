@@ -1,4 +1,4 @@
-"""The devices that a plan is for, and the TPU slices of Google Cloud.
+"""The devices that a plan is for, and Google Cloud's TPU slices.
 
 Facts about slices are from https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e; runtime versions), read in November
 2026.
@@ -19,7 +19,7 @@ from sophia_levanter.errors import InputError, counted
 
 GPUS_OF_A_NODE = 8
 SLICE_NAME = r"(v4|v5litepod|v5e|v5p|v6e)-(\d{1,5})"
-# libtpu reads these when it starts, and then describes a machine instead of looking for one.
+# libtpu reads these variables when it starts, and then describes a machine instead of searching for one.
 LIBTPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -34,10 +34,10 @@ class Target:
     """The devices that a run is planned for.
 
     Attributes:
-        name: the target's name for people.
+        name: the target's name, for people.
         num_devices: number of chips.
-        chip: the kind of the chips.
-        topology: libtpu's name of a slice's topology; None for devices that are simulated on this machine's CPU.
+        chip: the kind of chip.
+        topology: libtpu's name for a slice's topology; None for devices simulated on this machine's CPU.
         num_slices: number of slices, with slow links between them.
     """
 
@@ -56,7 +56,7 @@ class Target:
         """The devices to compile for. This must be the first use of jax in the process.
 
         Raises:
-            InputError: if libtpu is not installed, or does not know the topology.
+            InputError: if libtpu is not installed or does not know the topology.
         """
         import jax
 
@@ -80,15 +80,15 @@ class Target:
 
 
 def node_of(device: Any) -> int:
-    """The node or slice of a device, in which links are fast; simulated devices are in nodes of eight GPUs."""
+    """The index of a device's node or slice, within which links are fast. Simulated nodes have eight GPUs."""
     return getattr(device, "slice_index", 0) if device.platform == "tpu" else device.id // GPUS_OF_A_NODE
 
 
 def tpu_target(text: str) -> Target:
-    """TPU slices by name or topology: `v4-32`, `v4:2x2x4`, or `2xv4-32`, which is two slices of 16 chips each.
+    """TPU slices given by name or topology: `v4-32`, `v4:2x2x4`, or `2xv4-32` for two slices of 16 chips each.
 
     Raises:
-        InputError: if the text names no such slices.
+        InputError: if the text is not a valid name or topology.
     """
     count = re.match(r"(\d{1,3})x(?=v)", text)
     if count is None:
@@ -101,7 +101,7 @@ def tpu_target(text: str) -> Target:
 
 
 def _slice_target(text: str) -> Target:
-    """A slice by its name on Google Cloud, such as `v4-32`, or by its topology, such as `v4:2x2x4`."""
+    """A slice given by its Google Cloud name, such as `v4-32`, or its topology, such as `v4:2x2x4`."""
     if re.fullmatch(SLICE_NAME, text):
         found = tpu_shape(text, "--target")
         topology = f"{found.generation}:{found.topology}"
@@ -124,10 +124,10 @@ def _slice_target(text: str) -> Target:
 
 
 def pretended_target(num_devices: int, gpu: str) -> Target:
-    """GPUs for which steps are compiled on this machine's CPU, so that the plan is approximate.
+    """A target with GPUs. Its steps are compiled for this machine's CPU, so the plan is approximate.
 
     Raises:
-        InputError: if the kind of GPU is unknown, or `num_devices` is below 1.
+        InputError: if the kind of GPU is unknown or `num_devices` is below 1.
     """
     if num_devices < 1:
         raise InputError(f"--devices is {num_devices}; it must be at least 1")
@@ -138,13 +138,13 @@ def pretended_target(num_devices: int, gpu: str) -> Target:
 
 @dataclass(frozen=True)
 class Generation:
-    """A kind of TPU.
+    """A TPU generation.
 
     Attributes:
-        type_prefix: prefix of its slices' names.
-        cores_per_chip: cores per chip that the number in such a name counts; 1 if it counts chips.
-        runtime_version: version of the hosts' system.
-        topologies: topologies by number of chips.
+        type_prefix: prefix of the names of its slices.
+        cores_per_chip: number of cores per chip if the number in such a name counts cores; 1 if it counts chips.
+        runtime_version: version of the hosts' system software.
+        topologies: topologies, keyed by number of chips.
     """
 
     type_prefix: str
@@ -172,13 +172,13 @@ class TpuShape:
     """The shape of a TPU slice.
 
     Attributes:
-        accelerator_type: its name, such as v4-32.
+        accelerator_type: the slice's name, such as v4-32.
         generation: v4, v5e, v5p or v6e.
         topology: chips along each axis, such as 2x2x4.
         chips: number of chips.
-        hosts: number of hosts, and of processes of a run.
-        memory: bytes of memory of all chips.
-        runtime_version: the default version of the hosts' system.
+        hosts: number of hosts, which is also the number of processes in a run.
+        memory: total memory of all chips, in bytes.
+        runtime_version: the default version of the hosts' system software.
     """
 
     accelerator_type: str
@@ -195,10 +195,10 @@ class TpuShape:
 
 
 def tpu_shape(accelerator_type: str, field: str = "accelerator") -> TpuShape:
-    """The slice with a name such as v4-32, v5litepod-16, v5p-8 or v6e-256; v5e-16 is v5litepod-16.
+    """The slice with a name such as v4-32, v5litepod-16, v5p-8 or v6e-256. v5e-16 is an alias for v5litepod-16.
 
     Raises:
-        InputError: if the name is unknown; lists the known names.
+        InputError: if the name is unknown; the message suggests valid names.
     """
     match = re.fullmatch(SLICE_NAME, accelerator_type)
     if match is None:
@@ -215,7 +215,7 @@ def tpu_shape(accelerator_type: str, field: str = "accelerator") -> TpuShape:
 
 
 def shapes_of(name: str) -> list[TpuShape]:
-    """All slices of a generation, small ones first."""
+    """All slices of a generation, smallest first."""
     generation = GENERATIONS[name]
     flat = generation.cores_per_chip == 1
     return [
@@ -224,7 +224,7 @@ def shapes_of(name: str) -> list[TpuShape]:
             generation=name,
             topology=topology,
             chips=chips,
-            # Slices of v5e and v6e with up to eight chips have one host. All other hosts have four chips.
+            # v5e and v6e slices with up to eight chips have one host. All other hosts have four chips.
             hosts=1 if flat and chips <= 8 else chips // 4,
             memory=chips * TPUS[name].memory,
             runtime_version=generation.runtime_version,

@@ -1,4 +1,4 @@
-"""Checks whether the losses of runs are comparable, and lists their configurations, texts and machines."""
+"""Check whether the losses of runs are comparable, and list the runs' configurations, texts and machines."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sophia_levanter.studies.runs import Run
 
 NOTHING = "–"
 Row = tuple[str, list[str]]
-# Different in every run; `facts` lists it.
+# This field differs in every run; `facts` lists it instead.
 RUN_DIR = "trainer.run_dir"
 
 
 @dataclass(frozen=True)
 class Comparability:
-    """How far the losses of some runs are comparable.
+    """The extent to which the losses of several runs are comparable.
 
     Attributes:
         same_tokenizer: whether all runs have the same tokenizer.
@@ -32,7 +32,7 @@ class Comparability:
 
 
 def compare(runs: Sequence[Run]) -> Comparability:
-    """Determine how far the losses of runs are comparable; each run is compared with the first."""
+    """Determine the extent to which the losses of runs are comparable. Each run is compared with the first."""
     first, *others = runs
     same_tokenizer = all(_same_tokenizer(first, run) for run in others)
     same_text = all(_same_text(first, run) for run in others)
@@ -67,7 +67,7 @@ def _notes(runs: Sequence[Run], same_tokenizer: bool, same_text: bool) -> Iterat
 
 
 def _sequences(run: Run) -> tuple[object, ...]:
-    """The settings that decide which tokens of the text are validated, and with how much context."""
+    """The settings that determine which tokens of the text are validated and with how much context."""
     return run.config.trainer.evaluation_windows, run.config.model.seq_len, run.config.data.mask_documents
 
 
@@ -88,7 +88,7 @@ def _same_text(a: Run, b: Run) -> bool:
 
 
 def _documents(facts: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """The name and number of documents of each validation set, to distinguish texts under different tokenizers."""
+    """Each validation set's name and number of documents, which distinguish texts even if the tokenizers differ."""
     return [(part.get("name"), part.get("documents")) for part in facts.get("sets", [facts])]
 
 
@@ -102,9 +102,9 @@ def _source(run: Run) -> tuple[object, ...]:
 
 
 def configurations(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
-    """The fields in which runs differ, and those that are equal, with the value in each run.
+    """The fields that differ between runs and the fields that are the same, with the value in each run.
 
-    Differing fields that only some of the runs have come last.
+    Fields that differ only because some of the runs lack them come last.
     """
     configs = [flat(run.config) for run in runs]
     names = [name for name in dict.fromkeys(name for fields in configs for name in fields) if name != RUN_DIR]
@@ -115,7 +115,7 @@ def configurations(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
 
 
 def facts(runs: Sequence[Run]) -> list[Row]:
-    """The directories, texts and machines of the runs."""
+    """The directory, checkpoint, texts, tokenizer and machine of each run."""
     return [
         ("run directory", [str(run.path) for run in runs]),
         ("checkpoint", [run.checkpoint for run in runs]),
@@ -149,7 +149,10 @@ def _digest(corpus: Mapping[str, Any] | None) -> str:
 
 
 def _parts(corpus: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
-    """The texts of a mixture or of validation sets. A checkpoint of another program may have anything there."""
+    """The texts in a mixture or in validation sets; None for a single text.
+
+    Checkpoints from other programs may contain anything here.
+    """
     parts = corpus.get("mixture", corpus.get("sets"))
     if parts is None:
         return None

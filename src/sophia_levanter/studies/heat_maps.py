@@ -1,4 +1,4 @@
-"""Heat maps of the statistics of arrays: a row for each layer of an array, a column for each step with statistics."""
+"""Heat maps of array statistics, with a row for each layer of an array and a column for each step with statistics."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CAPTION = (
 MOST_COLUMNS = 400
 WIDTH = 5.2  # of a panel, in inches
 ROW, LEAST_ARRAY, MOST_ROWS = 0.05, 0.14, 5.0  # heights of a row, of an array with its label, and of all rows
-CAPTION_LETTERS = 18  # in an inch
+CAPTION_LETTERS = 18  # per inch
 TITLE_HEIGHT, CAPTION_LINE_HEIGHT = 0.3, 0.13  # in inches
 
 
@@ -46,8 +46,8 @@ class Statistics:
     Attributes:
         layers: the layers of each array, ascending; [None] for an array outside a stack of layers.
         steps: the steps with statistics, int64 [column], ascending, counted from 0.
-        grids: by kind, float64 [row, column], with a row for each layer of each array; NaN for a missing number,
-            or a 0 on a logarithmic scale.
+        grids: the numbers of each kind, keyed by kind, float64 [row, column], with a row for each layer of each array.
+            NaN marks missing numbers and, for kinds with a logarithmic scale, zeros.
     """
 
     layers: Mapping[str, Sequence[int | None]]
@@ -56,19 +56,19 @@ class Statistics:
 
     @cached_property
     def edges(self) -> np.ndarray:
-        """The edges of the rows, in inches from the top, float64 [row + 1]."""
+        """The edges of the rows, in inches from the top: float64 [row + 1]."""
         counts = np.array([len(layers) for layers in self.layers.values()])
         heights = np.maximum(min(ROW, MOST_ROWS / counts.sum()), LEAST_ARRAY / counts)
         return np.append(0.0, np.cumsum(np.repeat(heights, counts)))
 
     @cached_property
     def bounds(self) -> np.ndarray:
-        """The edges of the arrays, in inches from the top, float64 [array + 1]."""
+        """The edges of the arrays, in inches from the top: float64 [array + 1]."""
         return self.edges[np.cumsum([0, *map(len, self.layers.values())])]
 
 
 def statistics_of(run: Run) -> Statistics | None:
-    """The statistics of a run for heat maps, thinned to at most `MOST_COLUMNS` steps; None if it has none."""
+    """A run's statistics for heat maps, thinned to at most `MOST_COLUMNS` steps; None if the run has none."""
     kinds: dict[str, dict[tuple[str, int | None], Series]] = {kind: {} for kind in KINDS}
     for name, series in run.series.items():
         section, _, key = name.partition("/")
@@ -92,7 +92,7 @@ def statistics_of(run: Run) -> Statistics | None:
 
 
 def _on(steps: np.ndarray, series: Series | None) -> np.ndarray:
-    """The values of a series at these steps, NaN where it has none."""
+    """The values of a series at `steps`; NaN for steps without a value."""
     values = np.full(len(steps), np.nan)
     if series is not None:
         _, here, there = np.intersect1d(steps, series.steps, return_indices=True)
@@ -101,13 +101,13 @@ def _on(steps: np.ndarray, series: Series | None) -> np.ndarray:
 
 
 def heat_map_svg(found: Statistics) -> str:
-    """A panel for each kind, as a `data:` URL."""
+    """Draw a panel for each kind of statistic, as a `data:` URL."""
     with mpl.rc_context(LOOK):
         return as_url(_figure(found))
 
 
 def heat_map_png(found: Statistics, name: str) -> bytes:
-    """A panel for each kind, as a PNG that stands by itself: with the name of the run and a caption."""
+    """Draw a panel for each kind of statistic, as a standalone PNG with the run's name and a caption."""
     with mpl.rc_context(LOOK):
         figure = _figure(found)
         caption = textwrap.wrap(CAPTION, int(figure.get_figwidth() * CAPTION_LETTERS))
@@ -135,7 +135,7 @@ def _figure(found: Statistics) -> Figure:
 
 
 def _draw(axes: Axes, found: Statistics, kind: str, grid: np.ndarray) -> Any:
-    """Draw the cells, each from its step to the next step with statistics, and lines between arrays."""
+    """Draw the cells, each extending from its step to the next step with statistics, and lines between arrays."""
     steps = found.steps
     ends = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
@@ -153,5 +153,5 @@ def _draw(axes: Axes, found: Statistics, kind: str, grid: np.ndarray) -> Any:
 
 
 def _label(array: str, layers: Sequence[int | None]) -> str:
-    """An array's path, and the layers that it has."""
+    """An array's path and the range of its layers."""
     return array if layers[0] is None else f"{array}  {layers[0]}–{layers[-1]}"

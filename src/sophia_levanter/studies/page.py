@@ -1,4 +1,4 @@
-"""The report of runs: a self-contained page, pictures beside it, and lines for a terminal."""
+"""The report on runs: a self-contained page, separate images, and lines for a terminal."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ OF_OTHER_TOKENS = "It is per token and cannot be compared between tokenizers."
 
 
 def write_page(runs: Sequence[Run], comparability: Comparability, page: Path) -> list[Path]:
-    """Write the page, and beside it pictures named after it.
+    """Write the page and, next to it, images named after it.
 
     Args:
-        runs: at least one run, with distinct names.
-        comparability: how far their losses are comparable.
-        page: the file of the page.
+        runs: at least one run; names are distinct.
+        comparability: the extent to which the runs' losses are comparable.
+        page: the page's file.
 
     Returns:
-        The files, the page first.
+        The files written, starting with the page.
     """
     files = {page: render(runs, comparability).encode(errors="replace")}
     for axis in axes_of(runs):
@@ -72,7 +72,7 @@ def write_page(runs: Sequence[Run], comparability: Comparability, page: Path) ->
 
 
 def in_lines(runs: Sequence[Run], comparability: Comparability) -> list[str]:
-    """The most important columns as lines for a terminal, and the notes."""
+    """Lines for a terminal: a table with the most important columns, followed by the notes."""
     chosen = [COLUMNS.index(name) for name in IN_TERMINAL]
     rows = [[_text(row[i]) for i in chosen] for row in headline(runs, comparability)]
     table = [[one_line(text) for text in row] for row in (IN_TERMINAL, *rows)]
@@ -91,7 +91,7 @@ def _cautions(runs: Sequence[Run], comparability: Comparability) -> Iterator[str
         yield from _edges(runs)
     for run in runs:
         rate = _last(run, "optim/win_rate")
-        # In the first steps of a run the win rate may be 0, and a controller adjusts it by itself.
+        # The win rate may be 0 in the first steps of a run, and a controller adjusts it automatically.
         if math.isfinite(rate) and run.is_finished and not _is_controlled(run):
             yield from unusual_win_rate(run.name, rate)
         trainer = run.config.trainer
@@ -104,7 +104,7 @@ def _is_controlled(run: Run) -> bool:
 
 
 def _edges(runs: Sequence[Run]) -> Iterator[str]:
-    """Cautions for grids: three or more finished runs that differ only in their optimizer's settings."""
+    """Cautions for grids, which are three or more finished runs that differ only in their optimizer settings."""
     grids: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.is_finished and math.isfinite(_last(run, "validation/loss")):
@@ -117,19 +117,19 @@ def _edges(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _optimizer_settings(run: Run) -> dict[str, Any]:
-    """The optimizer's settings without the final learning rate, which in studies follows from the peak."""
+    """The optimizer's settings without the final learning rate, which studies derive from the peak."""
     settings = {name: value for name, value in flat(run.config).items() if name.startswith("optimizer.")}
     return {name: value for name, value in settings.items() if name != "optimizer.final_learning_rate"}
 
 
 def _besides_optimizer(run: Run) -> str:
-    """The model, the batches and the length, as text."""
+    """The settings of the model, the batches and the run length, as text."""
     names = ("num_train_steps", "batch_size", "batch_size_changes")
     return str([run.config.model, *(getattr(run.config.trainer, name) for name in names)])
 
 
 def loss_panels(comparability: Comparability) -> list[Panel]:
-    """The panels of losses, in units that are comparable if possible."""
+    """The loss panels, in comparable units if possible."""
     validation = VALIDATION if comparability.same_tokenizer and comparability.same_text else BITS
     if comparability.same_tokenizer:
         return [validation, TRAINING]
@@ -142,7 +142,7 @@ def axes_of(runs: Sequence[Run]) -> list[Axis]:
 
 
 def render(runs: Sequence[Run], comparability: Comparability) -> str:
-    """The page as HTML; for the arguments see `write_page`."""
+    """Render the page as HTML. See `write_page` for the arguments."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -176,7 +176,7 @@ def render(runs: Sequence[Run], comparability: Comparability) -> str:
 
 
 def _shown(value: object) -> object:
-    """A value as text for the page. The template's own markup and the pictures are not changed."""
+    """Convert a value to text for the page. Values that are already markup, such as images, are left unchanged."""
     return value if isinstance(value, Markup) else one_line(value)
 
 
@@ -186,8 +186,8 @@ class Cell:
 
     Attributes:
         text: the text.
-        best: whether it is the best of its column.
-        remark: a word beside the text; may be empty.
+        best: whether it is the best in its column.
+        remark: a word to show after the text; may be empty.
     """
 
     text: str
@@ -241,7 +241,7 @@ def headline(runs: Sequence[Run], comparability: Comparability) -> list[list[Cel
 
 
 def sets_and_tasks(runs: Sequence[Run]) -> list[Row]:
-    """The last losses on named validation sets and the last scores on tasks: each name with its value in each run."""
+    """The last losses on named validation sets and the last task scores: each name with its value in each run."""
     logged = dict.fromkeys(name for run in runs for name in run.series)
     names = [name for name in logged if fnmatchcase(name, "validation/*/*") or fnmatchcase(name, "tasks/*")]
     return [(name, [_with_interval(run, name) for run in runs]) for name in names if not name.endswith("_interval")]
@@ -253,7 +253,7 @@ def _with_interval(run: Run, name: str) -> str:
 
 
 def status(run: Run) -> str:
-    """The status of a run as text."""
+    """Describe the status of a run."""
     if run.has_diverged:
         return "diverged" if run.is_finished else f"diverged at step {run.steps_done:,}"
     if run.is_finished:
@@ -264,7 +264,7 @@ def status(run: Run) -> str:
 
 
 def short(number: float) -> str:
-    """Three digits and a unit: 860k, 1.56B."""
+    """Format a number with three digits and a unit: 860k, 1.56B."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= 0.9995 * size:
             scaled = number / size
@@ -284,7 +284,7 @@ def _lowest(run: Run) -> float:
 
 def _is_lowest(value: float, values: Sequence[float]) -> bool:
     finite = [other for other in values if math.isfinite(other)]
-    # Rounded as shown, so that values that look equal are equally good.
+    # Compare values as they are shown, so that values that look equal count as equal.
     return len(finite) > 1 and _decimals(value) == _decimals(min(finite))
 
 
@@ -306,10 +306,10 @@ def _throughput(run: Run) -> str:
 
 
 def _utilisation(run: Run) -> str:
-    """The mean MFU over time: the share of the FLOPs that the devices could have done in all steps together."""
+    """The mean MFU over time: the model FLOPs of all steps as a share of what the devices could have done."""
     if run.rates is None or "train/mfu" not in run.series:
         return NOTHING
-    # Weighted by the seconds of the steps, since all of them have the same model FLOPs per token.
+    # Each step is weighted by its duration, because all steps have the same model FLOPs per token.
     shares = run.series["train/mfu"]
     steps, of_rates, of_shares = np.intersect1d(run.rates.steps, shares.steps, return_indices=True)
     seconds = np.diff(run.tokens_at(np.append(0, steps))) / run.rates.values[of_rates]

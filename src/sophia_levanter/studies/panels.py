@@ -1,4 +1,4 @@
-"""The panels of a report with their captions, and the horizontal axes of curves."""
+"""The panels of a report, with their captions, and the horizontal axes of curves."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 COUNTS = ((1.0, ""), (1e3, "thousands"), (1e6, "millions"), (1e9, "billions"), (1e12, "trillions"))
 FLOPS = ((1.0, ""), (1e9, "10⁹"), (1e12, "10¹²"), (1e15, "10¹⁵"), (1e18, "10¹⁸"), (1e21, "10²¹"), (1e24, "10²⁴"))
 TIMES = ((1.0, "seconds"), (MINUTE, "minutes"), (HOUR, "hours"), (DAY, "days"))
-ADVISED_WIN_RATES = (0.1, 0.5)  # README of the authors' code
-LEAST = 2.0  # a unit is used if the longest run has at least this many
+ADVISED_WIN_RATES = (0.1, 0.5)  # from the README of the authors' code
+LEAST = 2.0  # a unit is used if the longest run spans at least this many of them
 
 
 class Kind(Enum):
-    """How a curve is drawn: with markers, as a plain line, or as a smooth line over a faint one."""
+    """How a curve is drawn: with markers, as a plain line, or as a smoothed line over a faint one."""
 
     POINTS = auto()
     LINE = auto()
@@ -30,18 +30,18 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture.
+    """One plot in a report.
 
     Attributes:
-        key: its name in file names.
-        title: the title above it.
+        key: the panel's name in file names.
+        title: the title above the panel.
         series: the name in metrics.jsonl, or a pattern with * for several curves.
         label: the label of the vertical axis.
         caption: an explanation in a sentence or two.
         kind: how its curves are drawn.
-        limits: limits of the vertical axis; None to fit them to the curves.
-        from_zero: whether the vertical axis begins at 0.
-        may_be_logarithmic: whether the vertical axis is logarithmic if values are far apart.
+        limits: limits of the vertical axis; if None, they are fitted to the curves.
+        from_zero: whether the vertical axis starts at 0.
+        may_be_logarithmic: whether the vertical axis becomes logarithmic if values are far apart.
     """
 
     key: str
@@ -173,7 +173,7 @@ OTHERS = (
 
 
 def other_panels(runs: Sequence[Run]) -> list[Panel]:
-    """The panels besides the losses for which these runs have data. Registered metrics come last."""
+    """The panels, other than the loss panels, for which the runs have data. Registered metrics come last."""
     sections = dict.fromkeys(name.partition("/")[0] for run in runs for name in run.series if "/" in name)
     metrics = [
         Panel(f"metric-{name}", name, f"{name}/*", name, "", Kind.LINE, may_be_logarithmic=True)
@@ -192,7 +192,7 @@ def _with_key(panel: Panel, runs: Sequence[Run]) -> Panel:
 
 
 def curve_labels(panel: Panel, runs: Sequence[Run]) -> dict[str, str]:
-    """The labels of a panel's series, the text that `*` stands for, by their names in metrics.jsonl."""
+    """The labels of a panel's series (the text that `*` matches), keyed by the series' names in metrics.jsonl."""
     if "*" not in panel.series:
         return {panel.series: ""} if any(panel.series in run.series for run in runs) else {}
     before, _, after = panel.series.partition("*")
@@ -217,11 +217,11 @@ class Axis:
     """A horizontal axis.
 
     Attributes:
-        key: its name in file names and in the page.
+        key: the axis's name in file names and on the page.
         title: the title of its button.
         label: the label of the axis.
-        units: sizes of units with their names, ascending.
-        positions: gives a run's positions after numbers of steps [point]; None if they are not known for the run.
+        units: the sizes and names of units, in ascending order.
+        positions: returns a run's positions after the given numbers of steps [point], or None if they are unknown.
     """
 
     key: str
@@ -231,7 +231,7 @@ class Axis:
     positions: Callable[[Run, np.ndarray], np.ndarray | None]
 
     def unit(self, runs: Iterable[Run]) -> tuple[float, str]:
-        """The size of the unit that suits the runs, and the axis's label with the unit's name."""
+        """The size of a unit that suits the runs, and the axis label with the unit's name."""
         ends = [self.positions(run, np.array([run.steps_done])) for run in runs]
         longest = max((float(end[0]) for end in ends if end is not None), default=0.0)
         size, name = [unit for unit in self.units if unit[0] * LEAST <= longest or unit == self.units[0]][-1]

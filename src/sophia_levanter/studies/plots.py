@@ -1,4 +1,4 @@
-"""Curves of runs and of studies. Only this module and `heat_maps` import matplotlib."""
+"""Plots of curves from runs and studies. Only this module and `heat_maps` import matplotlib."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from sophia_levanter.studies.panels import (
 from sophia_levanter.studies.results import Cell, as_run, best, finished, lengths
 from sophia_levanter.studies.runs import Run
 
-# The colours of Okabe and Ito, for all kinds of colour vision, without the yellow, which is too faint on white.
+# Okabe and Ito's colours, which suit all kinds of colour vision. Yellow is omitted: it is too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")
-MOST_STYLES = len(COLOURS) * len(LINES)  # after which they repeat
+MOST_STYLES = len(COLOURS) * len(LINES)  # further lines repeat these styles
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-FAINTEST = 0.25  # opacity of the faintest of a run's curves in one panel
-ADVISED_GREY = "0.93"  # behind the win rates that the authors advise
+FAINTEST = 0.25  # opacity of a run's faintest curve in a panel
+ADVISED_GREY = "0.93"  # background of the win rates that the authors advise
 MOST_MARKERS = 25  # on a curve
 SIZE = (5.2, 3.2)  # of a panel, in inches
-LETTERS, LINE_HEIGHT = 14, 0.19  # of a legend: in an inch, and in inches
+LETTERS, LINE_HEIGHT = 14, 0.19  # in a legend: letters per inch, and line height in inches
 DPI = 220
 SHORT_NAME = 40
 MOST_POINTS = 2000
-WINDOW = 0.05  # the share of a curve that a smoothed point averages
-SETTLED = 0.1  # the share of a curve after which its values set the limits
+WINDOW = 0.05  # the share of a curve over which smoothing averages
+SETTLED = 0.1  # the share of a curve after which its values determine the limits
 MARGIN = 0.05
 LOOK: Any = {
     "font.size": 9,
@@ -65,20 +65,20 @@ LOOK: Any = {
     "ytick.color": "0.3",
     "legend.frameon": False,
     "svg.hashsalt": "report",
-    # Dollar signs in the names of runs and arms are not mathematics.
+    # Dollar signs in the names of runs and arms do not mark mathematics.
     "text.parse_math": False,
 }
 
 
 def svg(panel: Panel, runs: Sequence[Run], axis: Axis) -> str:
-    """A panel without a legend, as a `data:` URL."""
+    """Draw a panel without a legend, as a `data:` URL."""
     with _figure(1) as (figure, (axes,)):
         _draw(axes, panel, runs, axis)
         return as_url(figure)
 
 
 def png(panels: Sequence[tuple[Panel, Axis]], runs: Sequence[Run]) -> bytes:
-    """Panels with their titles side by side, two in a row, with a legend of their runs and of the curves of a run."""
+    """Draw panels with titles, two per row, with a legend for the runs and for the curves of each run."""
     with _figure(len(panels)) as (figure, places):
         drawn = {i: run.name for i, run in enumerate(runs) if any(curves_of(panel, run) for panel, _ in panels)}
         samples = _samples(drawn if len(runs) > 1 else {})
@@ -96,16 +96,16 @@ def png(panels: Sequence[tuple[Panel, Axis]], runs: Sequence[Run]) -> bytes:
 
 
 def study_pictures(cells: Sequence[Cell]) -> dict[str, bytes]:
-    """PNGs of the arms' best points.
+    """Draw the arms' best points as PNGs.
 
     Args:
         cells: the study's results.
 
     Returns:
-        `final_loss.png`, `curves.png`, and `win_rate.png` if a run has a curvature.
+        The images, keyed by file name: `final_loss.png`, `curves.png` and, if a run has a win rate, `win_rate.png`.
     """
     records = {arm: finished(cells, arm) for arm in dict.fromkeys(cell.arm for cell in cells)}
-    # Arms without a finished run come last, so that the others have the same style in all pictures.
+    # Arms without a finished run come last, so that the others have the same style in all images.
     runs = [as_run(record, arm) for arm, record in records.items() if record is not None]
     others = [arm for arm, record in records.items() if record is None]
     pictures = {
@@ -129,7 +129,7 @@ def _final_losses(cells: Sequence[Cell], arms: Sequence[str]) -> bytes:
         axes.set_xscale("log")
         axes.set_xticks(sorted({cell.tokens for cell in cells}))
         axes.minorticks_off()
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # the default formatter writes mathematics
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # the default formatter uses math text
         axes.set_xlabel("length of the whole schedule (training tokens)")
         axes.set_ylabel(VALIDATION.label)
         axes.set_title("Validation loss at the end of the schedule")
@@ -137,12 +137,12 @@ def _final_losses(cells: Sequence[Cell], arms: Sequence[str]) -> bytes:
 
 
 def style_of(number: int) -> dict[str, Any]:
-    """Matplotlib's arguments for a line by its number, counted from 0."""
+    """Matplotlib arguments for a line, given its number, counted from 0."""
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
 
 
 def sample_of_line(number: int) -> str:
-    """A sample of a run's line, as a `data:` URL of a small picture."""
+    """A sample of a run's line, as a `data:` URL of a small image."""
     with mpl.rc_context(LOOK):
         figure = Figure(figsize=(0.5, 0.16))
         axes = figure.add_axes((0, 0, 1, 1))
@@ -160,7 +160,7 @@ def _figure(panels: int) -> Iterator[tuple[Figure, list[Axes]]]:
 
 
 def as_url(figure: Figure) -> str:
-    """An SVG of a figure, as a `data:` URL."""
+    """Convert a figure to an SVG, as a `data:` URL."""
     content = io.BytesIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(content, format="svg", metadata=nothing, transparent=True)
@@ -168,11 +168,11 @@ def as_url(figure: Figure) -> str:
 
 
 def as_png(figure: Figure, samples: Sequence[Line2D] = ()) -> bytes:
-    """A PNG of a figure, with a legend of these lines."""
+    """Convert a figure to a PNG, with a legend for `samples`."""
     if samples:
         longest = max(len(str(sample.get_label())) for sample in samples)
         columns = max(1, min(4, int(figure.get_figwidth() * LETTERS / (longest + 6))))
-        # The figure grows, so that the panels keep their size.
+        # Enlarge the figure, so that the panels keep their size.
         figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * -(-len(samples) // columns))
         figure.legend(handles=samples, loc="outside upper center", ncols=columns)
     content = io.BytesIO()
@@ -184,24 +184,24 @@ def as_png(figure: Figure, samples: Sequence[Line2D] = ()) -> bytes:
 
 
 def _samples(names: Mapping[int, str]) -> list[Line2D]:
-    """Lines for a legend, by their numbers."""
+    """Legend lines for names that are keyed by line number."""
     return [_sample(name, marker=_marker(number), **style_of(number)) for number, name in names.items()]
 
 
 def _sample(name: str, **style: Any) -> Line2D:
     label = shown_name(name)
-    # matplotlib leaves out labels that begin with an underscore.
+    # matplotlib omits labels that begin with an underscore.
     label = f" {label}" if label.startswith("_") else label
     return Line2D([], [], label=label, **style)
 
 
 def shown_name(name: str) -> str:
-    """A name in a picture: in one line, and not too long."""
+    """Format a name for an image: on one line and not too long."""
     return shortened(one_line(name), SHORT_NAME)
 
 
 def _strengths(names: Collection[str]) -> dict[str, float]:
-    """The opacity of the curves of each series, the same in all runs."""
+    """The opacity of each series' curves, which is the same for all runs."""
     return dict(zip(names, np.linspace(1, FAINTEST, len(names))[::-1].tolist(), strict=True))
 
 
@@ -230,7 +230,7 @@ def _draw(axes: Axes, panel: Panel, runs: Sequence[Run], axis: Axis) -> None:
 
 
 def _draw_curve(axes: Axes, panel: Panel, bins: Bins, number: int, strength: float) -> np.ndarray:
-    """Draw one curve of a run; return its values."""
+    """Draw one curve of a run and return the values drawn."""
     style: dict[str, Any] = {**style_of(number), "zorder": 3, "alpha": strength}
     if panel.kind is Kind.POINTS:
         markers: dict[str, Any] = {"marker": _marker(number), "markevery": max(1, len(bins.x) // MOST_MARKERS)}
@@ -253,7 +253,7 @@ def _set_limits(axes: Axes, panel: Panel, drawn: Sequence[tuple[Run, np.ndarray]
     if panel.limits is not None:
         axes.set_ylim(*panel.limits)
         return
-    # A diverged curve may leave the picture, so that the others can be told apart.
+    # A diverged curve may leave the plot, so that the others can be told apart.
     curves = [values for run, values in drawn if not run.has_diverged] or [values for _, values in drawn]
     found = limits(curves)
     if found is None:
@@ -276,7 +276,7 @@ class Bins(NamedTuple):
 
     Attributes:
         x: the mean position in each bin, float64 [bin].
-        mean, low, high: the mean, least and greatest finite value, float64 [bin]; NaN for a bin without any.
+        mean, low, high: the mean, minimum and maximum finite value, float64 [bin]; NaN for a bin without finite values.
     """
 
     x: np.ndarray
@@ -307,10 +307,10 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> Bins:
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
-    """The mean of the finite values in a window around each point, float64 [point]; the ends cut the window off.
+    """The mean of the finite values in a window around each point: float64 [point]. The ends truncate the window.
 
     Args:
-        y: values [point]; gaps stay gaps.
+        y: values [point]; NaN for gaps, which remain gaps.
     """
     reach = int(len(y) * WINDOW / 2)
     window = np.ones(2 * reach + 1)
@@ -322,16 +322,16 @@ def smooth(y: np.ndarray) -> np.ndarray:
 
 
 def limits(curves: Sequence[np.ndarray]) -> tuple[float, float] | None:
-    """Limits that show how curves end, without the steep beginning and without outlying curves.
+    """Limits that show how curves end, ignoring steep beginnings and outlying curves.
 
-    A curve counts from a tenth of its length on, and for the upper limit without its highest values. The upper limit
-    fits the median curve and those near it, and the ends of other curves that come down.
+    The first tenth of each curve is ignored and, for the upper limit, so are its highest values. The upper limit covers
+    the median curve, curves near it, and the ends of other curves that come down.
 
     Args:
-        curves: values [point] of each; NaN for gaps.
+        curves: the values [point] of each curve; NaN for gaps.
 
     Returns:
-        The lower and the upper limit; None if no value is finite.
+        The lower and upper limits; None if no value is finite.
     """
     settled = [_finite(curve[int(len(curve) * SETTLED) :]) for curve in curves]
     settled = [values for values in settled if values.size]

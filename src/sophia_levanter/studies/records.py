@@ -1,4 +1,4 @@
-"""`study.json`: the results of a study's runs. The file accumulates, and a run in it is not done again."""
+"""`study.json`: the results of a study's runs. The file accumulates, and the runs in it are not trained again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import read_regular, write_atomically
 
-# Fields that do not change a run's result, such as the places of its files and how often it logs and saves.
+# Fields that do not change a run's result, such as the locations of its files and how often it logs and saves.
 _NO_MATTER = (
     "data.train",
     "data.validation",
@@ -48,19 +48,19 @@ class Record:
     """The result of one run.
 
     Attributes:
-        config: its configuration by dotted field names, without the fields that do not change the result.
-        status: "done"; or "diverged" if it was stopped because its loss went up or was not finite.
-        loss: validation loss at the end of the schedule, in nats per token; None if it diverged.
-        bits_per_byte: the same in bits per byte of text; None if it diverged.
-        validation: [steps done, validation loss].
-        training: [steps done, mean training loss over the steps since the last entry].
-        win_rate: [steps done, share of coordinates with an unclipped step, or None]; empty without curvature.
-        seconds: median time of a step without a refresh and of one with it (None without curvature).
-        parameters: number of parameters, the padding of the vocabulary included; 0 in older records of runs that
+        config: the configuration, keyed by dotted field name, without the fields that do not change the result.
+        status: "done", or "diverged" if the run was stopped because its loss rose or was not finite.
+        loss: validation loss at the end of the schedule, in nats per token; None if the run diverged.
+        bits_per_byte: the same loss in bits per byte of text; None if the run diverged.
+        validation: entries [steps done, validation loss].
+        training: entries [steps done, mean training loss over the steps since the previous entry].
+        win_rate: entries [steps done, share of coordinates with an unclipped step, or None]; empty without curvature.
+        seconds: median time of a step without a refresh and of a step with one (None without curvature).
+        parameters: number of parameters, including the padding of the vocabulary; 0 in older records of runs that
             diverged before their first checkpoint.
-        flops_per_token: FLOPs of the forward and backward pass per token.
-        facts: data and environment from the run's checkpoints, if it has any, and the package's version;
-            `shared_steps` is the number of steps taken over from a shorter run, if any.
+        flops_per_token: FLOPs per token for the forward and backward pass.
+        facts: facts about the data and environment from the run's checkpoints, if it has any, and the package's
+            version; `shared_steps` is the number of steps taken over from a shorter run, if any.
     """
 
     config: dict[str, Any]
@@ -77,21 +77,21 @@ class Record:
 
 
 def flat_config(config: TrainConfig) -> dict[str, Any]:
-    """The fields that determine a run's result, by dotted names."""
+    """The fields that determine a run's result, keyed by dotted name."""
     matter = {name: value for name, value in flat(config).items() if name not in _NO_MATTER}
     return {name: value for name, value in matter.items() if not name.startswith("data.validation.")}  # named sets
 
 
 def config_of(record: Record) -> TrainConfig:
-    """The configuration of a record. Fields that do not change the result have their defaults."""
+    """The configuration of a record. Fields that do not change the result have their default values."""
     return build_config([{name: Setting(value, Path("study.json")) for name, value in record.config.items()}])
 
 
 def find(records: Iterable[Record], config: TrainConfig) -> Record | None:
-    """The record of this configuration, if there is one.
+    """The record for a configuration; None if there is no such record.
 
-    Fields that the record's version did not have count as defaults. A record with a field that this version does not
-    have matches no configuration.
+    Fields that did not exist in the version that wrote the record count as having their default values. A record with a
+    field that does not exist in this version matches no configuration.
     """
     wanted = flat_config(config)
     defaults = flat_config(TrainConfig(model=type(config.model)(), optimizer=type(config.optimizer)()))
@@ -105,7 +105,7 @@ def read_records(path: Path) -> list[Record]:
     """The records of a study file; empty if the file does not exist.
 
     Raises:
-        InputError: if `write_records` did not write the file.
+        InputError: if the file was not written by `write_records`.
     """
     try:
         tree = json.loads(read_regular(path))

@@ -1,4 +1,4 @@
-"""The report of a study: tables in Markdown, and pictures beside them."""
+"""The report on a study: Markdown tables, and images next to them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sophia_levanter.studies.study import PlannedRun, Study
 from sophia_levanter.tracking.console import show_duration
 
 REPORT = "report.md"
-# Outside of these win rates rho does not fit: almost every coordinate is clipped, or almost none.
+# A win rate outside this range means that rho is unsuitable: almost all coordinates are clipped, or almost none.
 WIN_RATES = (0.1, 0.9)
 FEWEST_EVALUATIONS = 5
 
@@ -36,8 +36,8 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
 
     Args:
         study: the study.
-        runs: the runs of the study.
-        records: the results, perhaps with those of runs that the study no longer has.
+        runs: the study's runs.
+        records: the results, which may include those of runs that are no longer in the study.
         out: the directory.
 
     Raises:
@@ -82,7 +82,7 @@ def _summary(cells: Sequence[Cell], records: Sequence[Record]) -> str:
 
 
 def _budget(records: Sequence[Record], shared: int) -> str:
-    """How much was trained, for studies whose runs share steps."""
+    """Describe how much was trained, for studies whose runs share steps."""
     trained = {id(record): steps_trained(record) for record in records}
     tokens = sum(trained[id(record)] * tokens_per_step(record) for record in records)
     seconds = sum(trained[id(record)] * seconds_per_step(record) for record in records)
@@ -93,7 +93,7 @@ def _budget(records: Sequence[Record], shared: int) -> str:
 
 
 def _cautions(cells: Sequence[Cell]) -> Iterator[str]:
-    """Cautions about the best points of the longest schedules."""
+    """Cautions about each arm's best point for its longest schedule."""
     for arm in dict.fromkeys(cell.arm for cell in cells):
         tokens = lengths(cells, arm)[-1]
         cell = best(cells, arm, tokens)
@@ -105,7 +105,7 @@ def _cautions(cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def at_the_edge(name: str, best: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A caution for each number of the best point that is the smallest or the largest one tried."""
+    """A caution for each numeric setting whose value in the best point is the smallest or largest tried."""
     for field, value in best.items():
         if type(value) not in (int, float):
             continue
@@ -116,7 +116,7 @@ def at_the_edge(name: str, best: Mapping[str, Any], tried: Sequence[Mapping[str,
 
 
 def unusual_win_rate(name: str, rate: float) -> Iterator[str]:
-    """A caution if rho does not fit."""
+    """A caution if the win rate shows that rho is unsuitable."""
     low, high = WIN_RATES
     if not low <= rate <= high:
         remedy = "a larger rho" if rate < low else "a smaller rho"
@@ -124,7 +124,7 @@ def unusual_win_rate(name: str, rate: float) -> Iterator[str]:
 
 
 def few_evaluations(count: int, where: str = "a run") -> Iterator[str]:
-    """A caution if curves have too few points."""
+    """A caution if there are too few validation losses for a curve."""
     if count < FEWEST_EVALUATIONS:
         losses = f"{counted(count, 'validation loss')} in {where} {'is' if count == 1 else 'are'}"
         yield f"{losses} too few to show a curve; use {FEWEST_EVALUATIONS} or more."
@@ -162,7 +162,7 @@ def _speed_table(baseline: str, cells: Sequence[Cell]) -> str:
 
 
 def _cost_ratios(cells: Sequence[Cell], arm: str, baseline: str) -> tuple[float, float]:
-    """The arm's FLOPs and seconds per token over those of the baseline."""
+    """The ratios of the arm's FLOPs and seconds per token to those of the baseline."""
 
     def record(name: str) -> Record:
         cell = best(cells, name, lengths(cells, name)[-1])
@@ -179,7 +179,7 @@ def _factor(found: SpeedUp, cost: float) -> str:
 
 
 def _interval(found: SpeedUp) -> str:
-    # For a bound the bootstrap gives an interval of bounds.
+    # For a bound, the bootstrap gives an interval of bounds.
     if found.low is None or found.bound:
         return "–"
     return f"{found.low:.2f}–{found.high:.2f} ({found.seeds} seeds)"

@@ -1,8 +1,8 @@
 """The results of a study, arm by arm, and the paper's speed-up.
 
-The speed-up compares whole schedules. It is s if an arm, with T / s tokens and a schedule made for T / s tokens,
-reaches the loss that the baseline has at the end of its own schedule of T tokens (arXiv 2305.14342, section 3.2). The
-loss at T / s tokens of a longer schedule is not comparable, because the learning rate is still high there.
+The speed-up compares whole schedules. It is s if an arm with a schedule of T / s tokens reaches the loss that the
+baseline has at the end of its own schedule of T tokens (arXiv 2305.14342, section 3.2). The loss after T / s tokens of
+a longer schedule is not comparable, because the learning rate is still high at that point.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Cell:
         arm: the arm's name.
         point: the grid's fields with their values.
         tokens: the schedule's length in training tokens.
-        records: the records by seed.
+        records: the records, keyed by seed.
     """
 
     arm: str
@@ -42,7 +42,7 @@ class Cell:
     records: dict[int, Record] = field(default_factory=dict)
 
     def losses(self, seeds: Sequence[int] | None = None) -> list[float]:
-        """Final validation losses of all seeds, or of `seeds`, which may repeat; infinite for a diverged run."""
+        """Final validation losses for all seeds, or for `seeds`, which may repeat; infinite for a diverged run."""
         chosen = list(self.records) if seeds is None else seeds
         return [math.inf if (loss := self.records[s].loss) is None else loss for s in chosen]
 
@@ -53,7 +53,7 @@ class Cell:
 
     @property
     def spread(self) -> float | None:
-        """The standard deviation over seeds; None for fewer than two seeds, or if one diverged."""
+        """The standard deviation over seeds; None if there are fewer than two seeds or a run diverged."""
         losses = self.losses()
         return statistics.stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else None
 
@@ -76,7 +76,7 @@ def collect(runs: Sequence[PlannedRun], records: Sequence[Record]) -> list[Cell]
 
 
 def best(cells: Sequence[Cell], arm: str, tokens: int) -> Cell | None:
-    """The arm's point with the lowest mean loss at a length, of those with the most seeds."""
+    """An arm's point with the lowest mean loss for a schedule length, among the points with the most seeds."""
     candidates = [cell for cell in cells if cell.arm == arm and cell.tokens == tokens]
     if not candidates:
         return None
@@ -90,7 +90,7 @@ def lengths(cells: Sequence[Cell], arm: str) -> list[int]:
 
 
 def finished(cells: Sequence[Cell], arm: str) -> Record | None:
-    """A finished run of the arm's best point at its longest schedule."""
+    """The record of a finished run at an arm's best point, for the longest schedule with such a run."""
     for tokens in reversed(lengths(cells, arm)):
         cell = best(cells, arm, tokens)
         for record in () if cell is None else cell.records.values():
@@ -100,12 +100,12 @@ def finished(cells: Sequence[Cell], arm: str) -> Record | None:
 
 
 def as_run(record: Record, name: str) -> Run:
-    """A record as a run, with its curves and costs, for plots."""
+    """Convert a record to a run with its curves and costs, for plots."""
     config, seconds = config_of(record), seconds_per_step(record)
     curves = {"validation/loss": record.validation, "optim/win_rate": record.win_rate}
     series = {key: _series(curve) for key, curve in curves.items() if curve}
     if seconds:
-        # One rate for all steps: the record has only medians of their times.
+        # Use one rate for all steps, because the record has only the median times of steps.
         series["train/tokens_per_second"] = _series(
             [[config.trainer.num_train_steps, tokens_per_step(record) / seconds]]
         )
@@ -118,12 +118,12 @@ def _series(curve: Sequence[Sequence[float | None]]) -> Series:
 
 
 def flops_per_token(record: Record) -> float:
-    """FLOPs per token of a whole step, curvature and work on matrices included."""
+    """FLOPs per token for a whole step, including the curvature and work on matrices."""
     return flops_per_step(config_of(record), record.flops_per_token) / tokens_per_step(record)
 
 
 def seconds_per_step(record: Record) -> float:
-    """Median seconds of a step on the machine of the run, with the refreshes averaged over all steps."""
+    """Median seconds per step on the run's machine, with the refreshes averaged over all steps."""
     plain, refresh = record.seconds
     if refresh is None or plain is None:
         return plain or refresh or 0.0
@@ -131,7 +131,7 @@ def seconds_per_step(record: Record) -> float:
 
 
 def tokens_per_step(record: Record) -> int:
-    """Training tokens in a step."""
+    """The number of training tokens in a step."""
     return record.config["trainer.batch_size"] * record.config["model.seq_len"]
 
 
@@ -141,7 +141,7 @@ def shared_steps(record: Record) -> int:
 
 
 def steps_trained(record: Record) -> int:
-    """The number of steps that the run trained itself, until its end or until it was stopped."""
+    """The number of steps that the run itself trained, until it ended or was stopped."""
     last = int(record.training[-1][0] or 0) if record.training else 0
     return max(0, last - shared_steps(record))
 
@@ -151,12 +151,12 @@ class SpeedUp:
     """The factor s at one length of the baseline's schedule.
 
     Attributes:
-        tokens: the baseline's length T.
-        factor: s; above 1 the arm is faster.
-        bound: "" for a value; ">" if the arm's shortest schedule already reaches the loss, "<" if its longest does not:
-            then `factor` is only a bound.
-        low, high: 95 % interval over seeds, by bootstrap; None with fewer than two seeds in common.
-        seeds: the number of seeds in common.
+        tokens: the length T of the baseline's schedule.
+        factor: s; the arm is faster if it is above 1.
+        bound: "" if `factor` is exact. If `factor` is only a bound, ">" if the arm's shortest schedule already reaches
+            the loss, or "<" if its longest does not.
+        low, high: 95 % bootstrap interval over seeds; None if there are fewer than two common seeds.
+        seeds: the number of common seeds.
     """
 
     tokens: int
@@ -168,9 +168,9 @@ class SpeedUp:
 
 
 def speed_ups(cells: Sequence[Cell], arm: str, baseline: str) -> list[SpeedUp]:
-    """The speed-up at each of the baseline's lengths, with the best point of each arm at each length.
+    """The speed-up for each of the baseline's schedule lengths, using each arm's best point for each length.
 
-    A length at which the baseline diverged is left out, since it sets no loss to reach.
+    Lengths for which the baseline diverged are left out, because there is no loss to reach.
     """
     curve, targets = (
         [cell for tokens in lengths(cells, name) if (cell := best(cells, name, tokens)) is not None]
@@ -184,7 +184,7 @@ def _speed_up(curve: Sequence[Cell], target: Cell) -> SpeedUp:
     factor, bound = _factor(curve, target, None)
     low = high = None
     if len(seeds) > 1:
-        # Resample seeds, not runs: arms share data and initial weights for each seed, so pairing cancels that noise.
+        # Resample seeds, not runs: for each seed, arms share data and initial weights, so pairing cancels that noise.
         draws = np.random.default_rng(0).choice(seeds, (RESAMPLES, len(seeds)))
         factors = [_factor(curve, target, [int(s) for s in draw])[0] for draw in draws]
         low, high = (float(q) for q in np.quantile(factors, (0.025, 0.975)))
@@ -199,16 +199,16 @@ def _factor(curve: Sequence[Cell], target: Cell, seeds: Sequence[int] | None) ->
 
 
 def reach(wanted: float, tokens: Sequence[float], losses: Sequence[float]) -> tuple[float, str]:
-    """The length of schedule that reaches a loss, interpolated linearly in the logarithm of the length.
+    """The schedule length that reaches a loss, interpolated linearly in the logarithm of the length.
 
     Args:
         wanted: the loss to reach.
-        tokens: the lengths measured, ascending.
-        losses: the loss at the end of each.
+        tokens: the measured lengths, ascending.
+        losses: the loss at the end of each schedule.
 
     Returns:
-        The length, and "" for a value; ">" if the shortest length already reaches the loss, so that the true length is
-        shorter; "<" if the longest does not reach it.
+        The length, and "" if it is exact, ">" if the shortest schedule already reaches the loss (so the true length is
+        shorter), or "<" if the longest schedule does not reach it.
     """
     if losses[0] <= wanted:
         return tokens[0], "" if losses[0] == wanted else ">"

@@ -1,6 +1,6 @@
-"""Does the runs of a study, each in a process of `sophia_levanter.main`, so that a comparison tests what users run.
+"""Train the runs of a study, each in a `sophia_levanter.main` process, so that a comparison tests what users run.
 
-The runs are done one after the other, or as Ray tasks of one core each.
+The runs are trained one after another, or as Ray tasks with one core each.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ from sophia_levanter.studies.runs import FACTS, Run, Series, has_diverged, read_
 from sophia_levanter.studies.sharing import SHARED_STEPS, Start, begin, find_starts, steps_taken_over
 from sophia_levanter.training.stopping import StopRequest
 
-POINTS = 50  # entries of a record's training curve
+POINTS = 50  # entries in a record's training curve
 POLL_SECONDS = 1.0
 CANCEL_SECONDS = 60
 
 
 class RunFailed(Exception):
-    """A run ended without a result; the message is the run's own."""
+    """A run ended without a result. The message is the run's own error message."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to do.
+    """One run to train.
 
     Attributes:
         config: the run's configuration.
         directory: the run directory; an interrupted run continues from there.
-        threads: number of threads that its process computes with; None for one per core.
+        threads: number of compute threads in its process; None for one per core.
         start: the steps to take over from a shorter run; None to train in full.
-        keep_step: the step whose checkpoint is kept for a longer run; None to keep none.
+        keep_step: the step whose checkpoint is kept for a longer run; None to keep no checkpoint.
     """
 
     config: TrainConfig
@@ -73,34 +73,34 @@ CheckStop = Callable[[], None]
 
 
 def job_directory(folder: Path, config: TrainConfig) -> Path:
-    """The directory of a run, named after its configuration, so that an interrupted study finds it again."""
+    """The directory of a run. Its name is derived from the configuration, so that an interrupted study finds it."""
     return folder / hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
 
 
 def jobs_of(
     configs: Sequence[TrainConfig], missing: Sequence[TrainConfig], folder: Path, say: Callable[[str], None]
 ) -> list[Job]:
-    """The jobs for the runs without a record, in their order. Runs of several lengths share steps if possible.
+    """The jobs for the runs without a record, in order. Runs of different lengths share steps if possible.
 
     Args:
-        configs: the configurations of all runs of a study, shorter ones first.
+        configs: the configurations of all runs in a study, shorter runs first.
         missing: the configurations without a record.
-        folder: the folder of the run directories.
-        say: called with messages about steps that are shared or not, and about runs that begin again.
+        folder: the folder that contains the run directories.
+        say: prints a message about which steps are shared, or about a run that starts again.
     """
-    # Accelerators are for the runs, which are separate processes.
+    # Leave the accelerators to the runs, which are separate processes.
     jax.config.update("jax_platforms", "cpu")
     places = {job_directory(folder, config): config for config in configs}
     to_do = [job_directory(folder, config) for config in missing]
     for directory in to_do:
         _set_aside(directory, places[directory], say)
     found, hindrance = find_starts(places)
-    # A shorter run that was done earlier has no checkpoint left.
+    # A shorter run that finished earlier has no checkpoint left.
     starts = {
         directory: start
         for directory in to_do
         if (start := found.get(directory)) is not None
-        and (not directory.exists() or steps_taken_over(directory))  # else it began from step 0 earlier
+        and (not directory.exists() or steps_taken_over(directory))  # otherwise it has already begun from step 0
         and (start.directory in to_do or start.is_saved or steps_taken_over(directory))
     }
     kept = {start.directory: start.step for start in starts.values()}
@@ -114,7 +114,7 @@ def jobs_of(
 
 
 def _set_aside(directory: Path, config: TrainConfig, say: Callable[[str], None]) -> None:
-    """Rename the directory of a run that has neither a record nor a checkpoint, so that it can start again."""
+    """Rename the directory of a run that has neither a record nor a checkpoint, so that the run can start again."""
     left = RunDirectory(directory, "never", config.trainer.checkpoint_dir)
     if not left.metrics_file.exists() or checkpoint.steps(left.checkpoints):
         return
@@ -128,7 +128,7 @@ def _set_aside(directory: Path, config: TrainConfig, say: Callable[[str], None])
 
 
 def digests(config: DataConfig) -> dict[str, str]:
-    """Digests of the training and validation tokens, by the name of the field; missing tokens are prepared.
+    """Digests of the training and validation tokens, keyed by field name. Missing tokens are prepared.
 
     Raises:
         InputError: if a text is missing or empty.
@@ -143,11 +143,11 @@ def _digest(corpus: Tokens | None, facts: Mapping[str, Any]) -> str:
 
 
 def one_by_one(jobs: Sequence[Job], check_stop: CheckStop = lambda: None) -> Generator[Result, None, None]:
-    """Do jobs in order, each with all cores; yield the index of each job with its record or its failure.
+    """Run jobs in order, each on all cores. Yield the index of each job with its record or failure.
 
     Args:
         jobs: the jobs.
-        check_stop: called before each job and during it; an exception from it stops the job.
+        check_stop: called before and during each job. If it raises an exception, the job stops.
     """
     results: dict[Path, Record | RunFailed] = {}
     for index, job in enumerate(jobs):
@@ -157,14 +157,16 @@ def one_by_one(jobs: Sequence[Job], check_stop: CheckStop = lambda: None) -> Gen
 
 
 def as_ray_tasks(jobs: Sequence[Job], check_stop: CheckStop) -> Generator[Result, None, None]:
-    """Do jobs as Ray tasks, one thread each and as many at a time as Ray has cores; yield results as they end.
+    """Run jobs as Ray tasks with one thread each, as many at a time as Ray has cores. Yield results as they arrive.
 
-    Small models gain: two runs of one thread do more steps than one run of two threads. The machines of a cluster must
-    see the same files. Ray is started here unless RAY_ADDRESS names a cluster.
+    This is faster for small models: two runs with one thread each do more steps than one run with two threads. All
+    machines in a cluster must see the same files. Ray is started on this machine unless RAY_ADDRESS specifies a
+    cluster.
 
     Args:
         jobs: the jobs.
-        check_stop: called regularly; after an exception from it the tasks end. An exception inside Ray can be lost.
+        check_stop: called regularly. If it raises an exception, the tasks end. An exception raised inside Ray can be
+            lost.
 
     Raises:
         InputError: if Ray is not installed.
@@ -176,7 +178,7 @@ def as_ray_tasks(jobs: Sequence[Job], check_stop: CheckStop) -> Generator[Result
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     stop = signal.getsignal(signal.SIGTERM)
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    # Replaces Ray's own handler, which ends with a different exit status.
+    # Replace Ray's own handler, which exits with a different status.
     signal.signal(signal.SIGTERM, stop)
     attempt = ray.remote(num_cpus=1, max_retries=0)(_task)
     tasks: dict[Path, Any] = {}
@@ -199,13 +201,13 @@ def as_ray_tasks(jobs: Sequence[Job], check_stop: CheckStop) -> Generator[Result
 
 
 def _result_before(job: Job, results: Mapping[Path, Any]) -> list[Any]:
-    """The result of the shorter run that a job waits for, if it is among these results."""
+    """The result of the shorter run that a job waits for, if `results` contains it."""
     return [results[job.start.directory]] if job.start and job.start.directory in results else []
 
 
 def _task(job: Job, before: Record | RunFailed | None = None) -> Record | RunFailed:
-    # Ray cancels by SIGINT, which is noted even where it was ignored, as in commands that a shell runs in the
-    # background. A second SIGINT must not keep the run from saving.
+    # Ray cancels tasks with SIGINT. It is handled even if it was ignored, as it is in commands that a shell runs in the
+    # background. A second SIGINT must not prevent the run from saving.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stop = StopRequest(signals=[signal.SIGINT])
     try:
@@ -224,11 +226,12 @@ def _attempt(job: Job, check_stop: CheckStop, before: Record | RunFailed | None 
 
 
 def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
-    """Train one run to its end, or until it has diverged. Its checkpoints stay until `remove_checkpoints`.
+    """Train one run until it ends or diverges. Its checkpoints remain until `remove_checkpoints` is called.
 
     Args:
         job: the run.
-        check_stop: called now and then; an exception from it stops the run, which saves. A second one kills it.
+        check_stop: called regularly. If it raises an exception, the run saves and stops. A second exception kills the
+            run.
 
     Raises:
         RunFailed: if the process failed.
@@ -242,7 +245,7 @@ def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
     config_file.write_text(dump_config(config), encoding="utf-8")
     log, metrics = job.directory.with_suffix(".log"), job.directory / "metrics.jsonl"
     stale = _inode(metrics)
-    # The threads of XLA, and of LAPACK where XLA calls it.
+    # The variables that limit the threads of XLA, and of LAPACK when XLA calls it.
     limits = ("NPROC", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
     with log.open("w") as output, tempfile.TemporaryFile("w+") as status:
         process = subprocess.Popen(
@@ -250,7 +253,7 @@ def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Otherwise Ctrl-C would reach the run too, and a second signal would end it without saving.
+            # Otherwise, Ctrl-C would also reach the run, and a second signal would end it without saving.
             process_group=0,
             env=os.environ
             | {VARIABLE: str(status.fileno())}
@@ -278,7 +281,7 @@ def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
 
 
 def remove_checkpoints(job: Job) -> None:
-    """Remove the checkpoints that no run needs any more, once the record of a job's run is written."""
+    """Remove the checkpoints that no run needs anymore. Call this after writing the record of the job's run."""
     if job.keep_step not in checkpoint.steps(job.directory / "checkpoints"):
         shutil.rmtree(job.directory / "checkpoints", ignore_errors=True)
     if job.start is not None:
@@ -286,7 +289,7 @@ def remove_checkpoints(job: Job) -> None:
 
 
 def _saving(job: Job) -> dict[str, Any]:
-    """Settings that make a run save after the step to keep, and otherwise about as often as configured."""
+    """Settings that make a run save after `keep_step` and otherwise about as often as configured."""
     step, trainer = job.keep_step, job.config.trainer
     if step is None or step == trainer.num_train_steps:
         return {}
@@ -300,14 +303,15 @@ def _inode(path: Path) -> int | None:
 
 
 def _watch(process: subprocess.Popen, metrics: Path, stale: int | None, check_stop: CheckStop) -> bool:
-    """Wait for the process to end, or stop it if the run has diverged; return whether it has.
+    """Wait for the process to end, or stop it if the run has diverged. Return whether the run has diverged.
 
-    The process replaces the metrics file of an earlier attempt, `stale`, by the part from which it continues.
+    The process replaces the metrics file from an earlier attempt, whose inode is `stale`, with the part of it that
+    precedes the step from which the run continues.
     """
     losses: list[float] = []
     position = 0
     while process.poll() is None:
-        for _ in range(10):  # soon after a signal, so that a second one ends the wait below
+        for _ in range(10):  # reacts soon after a signal, so that a second one can interrupt the wait
             check_stop()
             time.sleep(POLL_SECONDS / 10)
         if _inode(metrics) in (None, stale):
@@ -330,8 +334,9 @@ def record_of(run: Run, *, diverged: bool) -> Record:
     """The record of a run.
 
     Args:
-        run: the run as read from its directory.
-        diverged: whether it was stopped; a run without a finite validation loss at the end has diverged, too.
+        run: the run, as read from its directory.
+        diverged: whether the run was stopped because it diverged. A run without a finite final validation loss also
+            counts as diverged.
     """
     nothing = Series(np.zeros(0, np.int64), np.zeros(0))
     validation, training, win_rate = (
@@ -377,7 +382,7 @@ def _means(series: Series, size: int) -> list[list[float | None]]:
 
 
 def _step_seconds(run: Run, refreshes: np.ndarray) -> list[float | None]:
-    """Median seconds of the steps without a refresh and of those with one."""
+    """Median seconds of the steps without a refresh and of the steps with one."""
     if run.rates is None:
         return [None, None]
     seconds = run.config.trainer.batch_size * run.config.model.seq_len / run.rates.values

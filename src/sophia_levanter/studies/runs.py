@@ -1,4 +1,4 @@
-"""Reads a run from its directory: the configuration, the metrics, and facts from the newest checkpoint."""
+"""Read a run from its directory: the configuration, the metrics, and facts from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sophia_levanter.run.summary import count_parameters
 from sophia_levanter.tracking.jsonl import read_records
 from sophia_levanter.training.costs import flops_per_step
 
-# A run will not recover if its mean loss over DIVERGED_STEPS steps is DIVERGED_NATS above the lowest such mean.
+# A run has diverged if its mean loss over DIVERGED_STEPS steps is more than DIVERGED_NATS above the lowest such mean.
 DIVERGED_NATS, DIVERGED_STEPS = 1.0, 50
 FACTS = ("environment", "data", "validation")  # in the metadata of a training run's checkpoint
 
@@ -37,7 +37,7 @@ class Series:
     """The numbers that a run has logged under one name.
 
     Attributes:
-        steps: steps done when each number was logged, int64 [point], ascending.
+        steps: the number of steps done when each number was logged, int64 [point], ascending.
         values: the numbers, float64 [point]; NaN for a number that was not finite.
     """
 
@@ -54,16 +54,17 @@ class Run:
     """A run that has begun.
 
     Attributes:
-        name: its name for people.
-        path: its directory.
-        config: its configuration.
-        series: what it has logged, by name.
-        facts: `environment`, `data` and `validation` of the newest checkpoint; empty without a checkpoint.
-        checkpoint: which checkpoint that is, or why there is none.
-        parameters: number of parameters, the padding of the vocabulary included; None if neither the tokenizer nor a
-            checkpoint gives the size of the vocabulary.
-        flops_per_token: FLOPs of the forward and backward pass per token; None in the same case.
-        written_at: when its metrics were last written to, in seconds since 1970.
+        name: the run's name, for people.
+        path: the run directory.
+        config: the configuration.
+        series: the logged numbers, keyed by name.
+        facts: metadata of the newest checkpoint, such as `environment`, `data` and `validation`; empty without a
+            checkpoint.
+        checkpoint: a description of that checkpoint, or of why there is none.
+        parameters: number of parameters, including the padding of the vocabulary; None if neither the tokenizer nor a
+            checkpoint provides the vocabulary size.
+        flops_per_token: FLOPs per token for the forward and backward pass; None in the same case.
+        written_at: the time when the metrics were last written, in seconds since 1970.
     """
 
     name: str
@@ -94,7 +95,7 @@ class Run:
 
     @cached_property
     def has_diverged(self) -> bool:
-        """Whether its loss is far above its lowest, or was not finite in the last `trainer.max_skipped_steps` steps."""
+        """Whether the loss is far above its lowest, or was not finite in the last `trainer.max_skipped_steps` steps."""
         if "validation/loss" in self.series and not math.isfinite(self.series["validation/loss"].last):
             return True
         if "train/loss" not in self.series:
@@ -104,44 +105,47 @@ class Run:
         return not np.isfinite(recent).any() or has_diverged(losses.tolist())
 
     def tokens_at(self, steps: np.ndarray) -> np.ndarray:
-        """Training tokens after these numbers of steps, float64 [point]."""
+        """Training tokens after the given numbers of steps: float64 [point]."""
         return self._spent(steps, [part.batch_size * self.config.model.seq_len for part in self.config.trainer.parts])
 
     def flops_at(self, steps: np.ndarray) -> np.ndarray | None:
-        """FLOPs after these numbers of steps, with curvature and work on matrices, float64 [point]; None if unknown."""
+        """FLOPs after the given numbers of steps: float64 [point]; None if unknown.
+
+        They include the curvature and work on matrices.
+        """
         return None if self._flops_of_steps is None else self._spent(steps, self._flops_of_steps)
 
     def seconds_at(self, steps: np.ndarray) -> np.ndarray | None:
-        """Seconds of training after these numbers of steps, float64 [point]; None if unknown."""
+        """Seconds of training after the given numbers of steps: float64 [point]; None if unknown."""
         return None if self._clock is None else np.interp(steps, *self._clock)
 
     @cached_property
     def rates(self) -> Series | None:
-        """Tokens per second of the steps with a finite, positive rate; None without such steps."""
+        """Tokens per second in the steps with a finite, positive rate; None if there are no such steps."""
         series = self.series.get("train/tokens_per_second")
         known = np.zeros(0, bool) if series is None else np.isfinite(series.values) & (series.values > 0)
         return Series(series.steps[known], series.values[known]) if series is not None and known.any() else None
 
     @cached_property
     def _clock(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Steps done, and the seconds that they took, without compilation, evaluations and saves."""
+        """Steps done, and the seconds that they took, excluding compilation, evaluations and saves."""
         rates = self.rates
         if rates is None:
             return None
-        # Steps without a logged rate, such as those lost with a disk, count as being as fast as the next logged step.
+        # Steps whose rate was not logged or was lost with a disk are assumed to be as fast as the next logged step.
         tokens = np.diff(self.tokens_at(np.append(0, rates.steps)))
         return np.append(0, rates.steps), np.append(0.0, np.cumsum(tokens / rates.values))
 
     @cached_property
     def _flops_of_steps(self) -> list[float] | None:
-        """FLOPs of a step with each of the run's batch sizes."""
+        """FLOPs per step for each of the run's batch sizes."""
         if self.flops_per_token is None:
             return None
         parts = self.config.trainer.parts
         return [flops_per_step(replace(self.config, trainer=part), self.flops_per_token) for part in parts]
 
     def _spent(self, steps: np.ndarray, of_steps: Sequence[float]) -> np.ndarray:
-        """The total over the steps so far of a cost, given for a step with each of the run's batch sizes."""
+        """The total cost after the given numbers of steps. `of_steps` is the cost of a step for each batch size."""
         changes = [step for step, _ in self.config.trainer.size_changes]
         starts = [0, *changes, max(self.total_steps, self.steps_done)]
         return np.interp(steps, starts, np.append(0.0, np.cumsum(np.array(of_steps) * np.diff(starts))))
@@ -151,11 +155,11 @@ def read_run(name: str, path: Path) -> Run:
     """Read a run directory. Checkpoints in a bucket are not read.
 
     Args:
-        name: the run's name for people.
-        path: its directory.
+        name: the run's name, for people.
+        path: the run directory.
 
     Raises:
-        InputError: if it is not the directory of a run that has begun.
+        InputError: if `path` is not the directory of a run that has begun.
     """
     config_file = RunDirectory(path, "never").config_file
     if not config_file.is_file():
@@ -167,10 +171,10 @@ def read_run(name: str, path: Path) -> Run:
 
 
 def read_files(name: str, path: Path, config: TrainConfig) -> Run:
-    """Read the files of a run with this configuration, which need not have logged a step.
+    """Read the files of a run with the given configuration. The run need not have logged a step.
 
     Raises:
-        InputError: if its metrics are missing or damaged.
+        InputError: if the metrics are missing or damaged.
     """
     directory = RunDirectory(path, "never", config.trainer.checkpoint_dir)
     series = read_metrics(directory.metrics_file)
@@ -191,10 +195,10 @@ def read_files(name: str, path: Path, config: TrainConfig) -> Run:
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """Read a run's `metrics.jsonl`. An incomplete last line, as after a kill, is ignored.
+    """Read a run's `metrics.jsonl`. An incomplete last line, as left by a killed run, is ignored.
 
     Returns:
-        A series for each name.
+        The series, keyed by name.
 
     Raises:
         InputError: if the file is missing or damaged.
@@ -218,9 +222,9 @@ def read_metrics(path: Path) -> dict[str, Series]:
 
 
 def has_diverged(losses: Sequence[float]) -> bool:
-    """Whether the mean training loss of the last steps is far above the lowest mean before.
+    """Whether the mean training loss over the last steps is far above the lowest earlier mean.
 
-    Losses that are not finite are ignored; many in a row end the run by themselves.
+    Losses that are not finite are ignored, because a run ends on its own after many of them in a row.
     """
     finite = [loss for loss in losses if math.isfinite(loss)]
     means = [
@@ -231,7 +235,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
 
 def _newest_manifest(directory: RunDirectory) -> tuple[Manifest | None, str]:
-    """The manifest of the newest intact checkpoint of a training run, and a description of where it was found."""
+    """The manifest of a training run's newest intact checkpoint, and a description of where it was found."""
     location = str(directory.checkpoints)
     if "://" in location:
         return None, f"not checked: {location}"
@@ -249,7 +253,7 @@ def _newest_manifest(directory: RunDirectory) -> tuple[Manifest | None, str]:
 
 
 def _vocab_size(config: TrainConfig, manifest: Manifest | None) -> int | None:
-    """The size of the vocabulary, possibly with padding; None if neither the checkpoint nor the tokenizer gives it."""
+    """The vocabulary size, possibly with padding; None if neither the checkpoint nor the tokenizer provides it."""
     for saved in manifest.arrays if manifest is not None else ():
         if saved.path == "model.wte.weight":
             return saved.shape[0]

@@ -1,9 +1,9 @@
-"""Shares the first steps of runs that differ only in their length, as far as their learning rates are equal.
+"""Share the first steps of runs that differ only in length, as long as their learning rates are the same.
 
-A schedule with a stable part and a decay (`optimizer.schedule.type: wsd`) has the same rates at every length until the
-decay. A study of several lengths then trains the stable part once, and decays from it at each length (Hägele et al.
-2024, arXiv 2405.18392): a run starts from a checkpoint of the next shorter run, saved before that run's decay. The
-result is bit for bit that of a run from step 0.
+A schedule with a stable part and a decay (`optimizer.schedule.type: wsd`) has the same learning rates for all lengths
+until the decay. A study with several lengths then trains the stable part once and decays from it for each length
+(Hägele et al. 2024, arXiv 2405.18392): a run starts from a checkpoint that the next shorter run saved before its decay.
+The result is bitwise identical to that of a run from step 0.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from sophia_levanter.files import write_atomically
 from sophia_levanter.run.directory import RunDirectory
 from sophia_levanter.run.resuming import steps_in_common
 
-LEAST_SHARE = 0.25  # of the shorter run; fewer steps do not pay for waiting until it has saved
+LEAST_SHARE = 0.25  # of the shorter run; fewer steps are not worth the wait until it has saved
 SHARED_STEPS = "shared_steps"  # a file in a run directory, and a fact in a record: the number of steps taken over
-# Fields that follow from a run's length, and do not change its steps.
+# Fields that depend on a run's length but do not change its steps.
 _OF_LENGTH = (
     "trainer.num_train_steps",
     "trainer.evaluate_every",
@@ -46,7 +46,7 @@ class Start:
 
     Attributes:
         directory: the directory of the shorter run.
-        step: the number of steps, after which the shorter run saves.
+        step: the number of steps; the shorter run saves a checkpoint after them.
     """
 
     directory: Path
@@ -54,19 +54,19 @@ class Start:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the shorter run has the checkpoint now."""
+        """Whether the shorter run currently has the checkpoint."""
         return self.step in checkpoint.steps(self.directory / "checkpoints")
 
 
 def find_starts(runs: Mapping[Path, TrainConfig]) -> tuple[dict[Path, Start], str | None]:
-    """Find the runs that can take over steps of a shorter run.
+    """Find the runs that can take over steps from a shorter run.
 
     Args:
-        runs: configurations of a study by run directory.
+        runs: a study's configurations, keyed by run directory.
 
     Returns:
-        The start of each such run by its directory; and one line that says why others train in full although a part of
-        their schedules is stable, or None.
+        The start of each such run, keyed by run directory; and one line that explains why other runs train in full
+        although part of their schedule is stable, or None.
     """
     starts = {}
     for family in _families(runs):
@@ -74,7 +74,7 @@ def find_starts(runs: Mapping[Path, TrainConfig]) -> tuple[dict[Path, Start], st
             if runs[shorter].trainer.num_train_steps == runs[longer].trainer.num_train_steps:
                 continue
             step = steps_in_common(runs[shorter], runs[longer])
-            step -= step % max(1, step // 50)  # the run saves at divisors of the step, and a prime lacks them
+            step -= step % max(1, step // 50)  # the run saves at a divisor of the step; a prime has too few
             if _is_worth_it(step, runs[shorter]) and _obstacle(runs[longer]) is None:
                 starts[longer] = Start(shorter, step)
     hindered = (
@@ -86,7 +86,7 @@ def find_starts(runs: Mapping[Path, TrainConfig]) -> tuple[dict[Path, Start], st
 
 
 def _families(runs: Mapping[Path, TrainConfig], *besides: str) -> list[list[Path]]:
-    """Groups of run directories that differ only in their length and in the fields `besides`, shortest runs first."""
+    """Groups of directories of runs that differ only in length and in the fields `besides`, shortest runs first."""
     families: dict[str, list[Path]] = defaultdict(list)
     for directory, config in runs.items():
         fields = {name: value for name, value in flat(config).items() if name not in (*_OF_LENGTH, *besides)}
@@ -99,7 +99,7 @@ def _is_worth_it(step: int, shorter: TrainConfig) -> bool:
 
 
 def _obstacle(config: TrainConfig) -> str | None:
-    """The reason why a run cannot take over steps whatever its learning rate, if there is one."""
+    """The reason why a run cannot take over steps regardless of its learning rate, if there is one."""
     if config.trainer.max_rollbacks:
         return "trainer.max_rollbacks is above 0, and a run that rolls back needs its own checkpoints"
     if not type(config.optimizer).__module__.startswith("sophia_levanter."):
@@ -113,7 +113,7 @@ def _obstacle(config: TrainConfig) -> str | None:
 
 
 def _hindrance(shorter: TrainConfig, longer: TrainConfig) -> str | None:
-    """Why two runs do not share steps that they would share if their warm-ups were the same."""
+    """Explain why two runs do not share steps that they would share if their warm-ups were the same."""
     if shorter.trainer.num_train_steps == longer.trainer.num_train_steps:
         return None
     warmups = [config.optimizer.warmup for config in (shorter, longer)]
@@ -127,19 +127,19 @@ def _hindrance(shorter: TrainConfig, longer: TrainConfig) -> str | None:
 
 
 def begin(start: Start, config: TrainConfig, directory: Path) -> None:
-    """Make the directory of a run that takes over the steps of a shorter run, as if it had saved after them.
+    """Create the directory of a run that takes over steps from a shorter run, as if it had trained and saved them.
 
-    Nothing is done if the directory exists, or if the shorter run has no intact checkpoint of that step, for example
-    because it diverged earlier. The run then trains in full.
+    This function does nothing if the directory exists, or if the shorter run has no intact checkpoint at that step, for
+    example because it diverged earlier. In the latter case, the run trains in full.
 
     Args:
-        start: the steps.
-        config: the configuration of the run, with its directory.
+        start: the steps to take over.
+        config: the run's configuration, including its run directory.
         directory: the run directory.
     """
     if directory.exists() or not start.is_saved:
         return
-    # Renamed once it is complete: without the checkpoint it would look like a run that lost its checkpoint.
+    # The directory is renamed once it is complete. Without a checkpoint, it would look like a run that lost its own.
     new = RunDirectory(directory.with_suffix(".partial"), "never")
     shutil.rmtree(new.path, ignore_errors=True)
     new.path.mkdir()
@@ -151,7 +151,7 @@ def begin(start: Start, config: TrainConfig, directory: Path) -> None:
     except CheckpointError:
         shutil.rmtree(new.path)
         return
-    # The run drops the lines of later steps.
+    # The run will drop the lines for later steps.
     shutil.copyfile(RunDirectory(start.directory, "never").metrics_file, new.metrics_file)
     new.write_config(config)
     write_atomically(new.path / SHARED_STEPS, f"{start.step}\n".encode())

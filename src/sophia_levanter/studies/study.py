@@ -1,4 +1,4 @@
-"""Study files: which training runs to compare. Free of jax, so that mistakes are reported at once."""
+"""Study files, which list the training runs to compare. Not importing jax lets mistakes be reported immediately."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARM_FIELDS = ("config", "settings", "grid", "tokens", "seeds", "warmup_fraction"
 STUDY_FIELDS = (*(name for name in ARM_FIELDS if name != "grid"), "evaluations", "baseline", "arms")
 LONGEST_NAME = 60  # of an arm, in tables and legends
 SECTIONS = ("settings", "grid")
-# Fields of a run that the study sets, each with the study's own field or option for it.
+# Fields of a run that the study sets, each with the corresponding field or option of the study.
 OWN_FIELDS = {
     "trainer.num_train_steps": "tokens",
     "trainer.seed": "seeds",
@@ -28,20 +28,20 @@ OWN_FIELDS = {
     "trainer.checkpoint_every": "evaluations",
     "trainer.run_dir": "--out",
 }
-# Used until the number of steps is known; it is larger than any warm-up.
+# Used until the number of steps is known. The value is larger than any warm-up.
 _MANY_STEPS = {"trainer.num_train_steps": Setting(2**31 - 1)}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of the comparison: an optimizer, or a factor, with the grid of its settings to try.
+    """One side of the comparison: an optimizer or another variant, with the grid of settings to try.
 
     Attributes:
         name: the arm's name in tables and plots.
-        layers: settings of its runs; later layers override earlier ones.
-        grid: the values to try for each field; all combinations run.
+        layers: settings for its runs; later layers override earlier ones.
+        grid: the values to try for each field; all combinations are trained.
         tokens: lengths of the schedules, in training tokens.
-        seeds: the seeds; each runs at every point and length.
+        seeds: the seeds; every point and length is trained with each seed.
     """
 
     name: str
@@ -58,8 +58,8 @@ class Study:
     Attributes:
         name: the file's name without its suffix.
         arms: the arms that are compared.
-        baseline: the arm that the others are measured against; may be None.
-        evaluations: number of validation losses over a run, the last one included.
+        baseline: the arm that the others are compared with; may be None.
+        evaluations: number of validation losses in a run, including the last one.
     """
 
     name: str
@@ -76,7 +76,7 @@ class PlannedRun:
         arm: the arm's name.
         point: the grid's fields with their values in this run.
         tokens: the requested length of the schedule in training tokens; the run rounds it to whole steps.
-        seed: seed of weights, data order and samples.
+        seed: seed for the weights, data order and samples.
         config: the complete configuration, without a run directory.
     """
 
@@ -88,7 +88,7 @@ class PlannedRun:
 
 
 def read_study(path: Path) -> Study:
-    """Read a study file. Like other configuration files it may name files to start from under `defaults:`.
+    """Read a study file. Like other configuration files, it may list files to start from under `defaults:`.
 
     Raises:
         InputError: if a file is missing or is not strict YAML, a key is unknown or a value is invalid.
@@ -119,14 +119,14 @@ def read_study(path: Path) -> Study:
 
 
 def plan(study: Study, overrides: Layer) -> list[PlannedRun]:
-    """All runs of a study: first every arm's shortest schedule with the first seed, then the longer ones.
+    """All runs of a study, ordered by seed and then by schedule length.
 
     Args:
         study: the study.
-        overrides: settings of every run, which override all others.
+        overrides: settings for every run, which override all others.
 
     Raises:
-        InputError: if a run's configuration is invalid; names the arm.
+        InputError: if a run's configuration is invalid; the message names the arm.
     """
     _check_not_own("--", overrides)
     runs = [run for arm in study.arms for run in _runs_of(arm, overrides, study.evaluations)]
@@ -185,7 +185,7 @@ def _arm(name: str, own: Layer, common: Layer, path: Path) -> Arm:
         given = fields.get(key)
         found = shared.get(path_of_setting, Setting(default)) if given is None else _fraction(key, given)
         schedule[path_of_setting] = found
-    # `schedule` overrides the schedules of configuration files, which are made for runs of one length.
+    # `schedule` overrides the schedules in configuration files, which are designed for runs of one length.
     layers = [*_config_layers(common), shared, *_config_layers(own), schedule, _below("settings.", own)]
     return Arm(
         name,
