@@ -70,7 +70,7 @@ def read_regular(path: Path | str, most_bytes: int = MOST_BYTES) -> bytes:
         OSError: if the file cannot be read.
     """
     with open_regular(path) as file:
-        # `read(n)` allocates n bytes at once, so ask only for the file's size. Pipes and files in /proc report 0.
+        # `read(n)` allocates n bytes, so ask only for the file's size. Pipes and files in /proc report a size of 0.
         size = os.fstat(file.fileno()).st_size or most_bytes
         content = file.read(min(size, most_bytes) + 1)
     if len(content) > most_bytes:

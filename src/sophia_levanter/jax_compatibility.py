@@ -18,11 +18,11 @@ vars(jax.core).setdefault("is_constant_dim", lambda size: isinstance(size, int))
 
 
 def skip_absent_tpu() -> None:
-    """Keep jax from starting libtpu on a machine that has libtpu, to compile for TPUs, but no TPU.
+    """Keep jax from starting libtpu on a machine without a TPU.
 
-    jax tries every platform that it knows, and libtpu then prints errors to stderr from C++. TPUs are counted the same
-    way as when jax is imported. This function does nothing if the machine has a TPU or JAX_PLATFORMS is set, so that
-    errors from a TPU that should work are still shown.
+    libtpu may be installed there to compile for TPUs. jax tries every platform that it knows, and libtpu then prints
+    errors to stderr from C++. TPUs are counted the same way as when jax is imported. This function does nothing if the
+    machine has a TPU or JAX_PLATFORMS is set, so that errors from a TPU that should work are still shown.
     """
     attached, _ = hardware_utils.num_available_tpu_chips_and_device_id()
     chosen = jax.config.jax_platforms  # type: ignore[attr-defined]

@@ -37,7 +37,7 @@ class Submission(NamedTuple):
 
     Attributes:
         describe: returns lines of text that describe what `submit` would do.
-        submit: submits the job, waits until it ends and returns the exit status. Its argument prints a message.
+        submit: submits the job, waits until it ends and returns the exit status. Its argument is called with messages.
     """
 
     describe: Callable[[], list[str]]

@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.plan --config FILE`: estimate a run's cost before any machine is billed."""
+"""`python -m sophia_levanter.commands.plan --config FILE`: estimate a run's cost before paying for machines."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def help_text() -> str:
 
 
 def _section_help(title: str, section: str, cls: type) -> str:
-    # The docstring of a dataclass without its own is its signature.
+    # A dataclass without a docstring gets its signature as its docstring.
     doc = cls.__doc__ or ""
     summary = cls.__name__ if not doc or doc.startswith(f"{cls.__name__}(") else doc.splitlines()[0]
     lines = [f"{title}: {summary}"]

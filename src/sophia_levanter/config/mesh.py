@@ -160,7 +160,7 @@ def check_divides(
     Args:
         sizes: the size of each mesh axis.
         mapping: the mesh axes that split each named axis.
-        axes: the configuration field that sets the size of each named axis, and the size.
+        axes: for each named axis, the configuration field that sets its size, and the size.
         of: a field and its size, which the suggested size must divide.
 
     Raises:

@@ -117,7 +117,7 @@ def with_steps(config: TrainConfig) -> TrainConfig:
 
 
 def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:
-    """Check that the sizes of the model and the batches are divisible by the mesh. All problems are reported together.
+    """Check that the mesh divides the sizes of the model and the batches. All problems are reported together.
 
     Args:
         config: the run's configuration.

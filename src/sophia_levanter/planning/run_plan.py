@@ -290,7 +290,7 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 def hutchinsons_microbatch(
     config: TrainConfig, partition: Partition, vocab_size: int, plain: StepPlan
 ) -> tuple[int, float] | None:
-    """The largest `curvature_microbatch_size` within `REFRESH_RATIO`, and its ratio; None if there is no such size."""
+    """The largest `curvature_microbatch_size` within `REFRESH_RATIO`, and its ratio; None if no size qualifies."""
     trainer, optimizer = config.trainer, config.optimizer
     rows = trainer.microbatch_size or trainer.batch_size
     sizes = [n for n in range(partition.row_shards, rows + 1, partition.row_shards) if rows % n == 0]

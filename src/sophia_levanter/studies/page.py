@@ -306,7 +306,7 @@ def _throughput(run: Run) -> str:
 
 
 def _utilisation(run: Run) -> str:
-    """The mean MFU over time: the model FLOPs of all steps as a share of what the devices could have done."""
+    """The mean MFU over time: the model FLOPs of all steps as a share of what the devices could have computed."""
     if run.rates is None or "train/mfu" not in run.series:
         return NOTHING
     # Each step is weighted by its duration, because all steps have the same model FLOPs per token.

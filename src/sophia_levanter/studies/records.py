@@ -88,7 +88,7 @@ def config_of(record: Record) -> TrainConfig:
 
 
 def find(records: Iterable[Record], config: TrainConfig) -> Record | None:
-    """The record for a configuration; None if there is no such record.
+    """The record for a configuration; None if no record matches.
 
     Fields that did not exist in the version that wrote the record count as having their default values. A record with a
     field that does not exist in this version matches no configuration.

@@ -170,7 +170,7 @@ class SpeedUp:
 def speed_ups(cells: Sequence[Cell], arm: str, baseline: str) -> list[SpeedUp]:
     """The speed-up for each of the baseline's schedule lengths, using each arm's best point for each length.
 
-    Lengths for which the baseline diverged are left out, because there is no loss to reach.
+    Lengths for which the baseline diverged are left out, because they give no loss to reach.
     """
     curve, targets = (
         [cell for tokens in lengths(cells, name) if (cell := best(cells, name, tokens)) is not None]
