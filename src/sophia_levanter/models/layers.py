@@ -18,8 +18,8 @@ from sophia_levanter.partition.mesh import active_platform, is_axis_split
 def linear(layer: hnn.Linear, x: NamedArray) -> NamedArray:
     """Apply a layer as one product of two matrices, [row, in] and [in, out].
 
-    Otherwise, in the backward pass of a product over several axes, XLA's CPU backend would make transposed copies of
-    the operands. Axes that are split over devices are not joined if that would move data.
+    Joining the axes avoids transposed copies of the operands, which XLA's CPU backend makes in the backward pass of a
+    product over several axes. Axes that are split over devices are not joined if that would move data.
 
     Args:
         layer: `In` and `Out` may be tuples of axes.
@@ -59,8 +59,8 @@ def _matrix_product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _matrix_product_backward(kept: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # XLA's CPU backend is slow at products whose first factor is transposed. For the weight's gradient, therefore copy
-    # the smaller factor; the barriers keep XLA from fusing the copy into the product or the operations around it.
+    # XLA's CPU backend is slow at products whose first factor is transposed. Therefore, copy the smaller factor of the
+    # weight's gradient; the barriers keep XLA from fusing the copy into the product or the operations around it.
     x, weight = kept
     copied = jax.lax.optimization_barrier
     d_weight = copied(x.T) @ d_y if x.shape[1] <= d_y.shape[1] else copied(copied(d_y.T) @ x).T

@@ -170,7 +170,7 @@ def _one_block(
 def _draw(logits: jax.Array, samples: jax.Array) -> jax.Array:
     if jnp.issubdtype(samples.dtype, jnp.integer):
         return samples
-    # Row by row: vectorised, the TPU compiler materialises several logits-sized temporaries.
+    # Draw row by row: for a vectorised draw, the TPU compiler materialises several logits-sized temporaries.
     return jax.lax.map(lambda row: sample_categorical(*row), (jax.lax.stop_gradient(logits), samples))
 
 

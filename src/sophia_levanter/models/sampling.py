@@ -195,7 +195,10 @@ def _drawn(logits: jax.Array, keys: jax.Array, number: jax.Array, sampling: Samp
 
 
 def _prefill_length(needed: int, seq_len: int) -> int:
-    """`seq_len`, halved while it suffices and stays a multiple of 128 for the kernels; few lengths are compiled."""
+    """`seq_len`, halved while it suffices and stays a multiple of 128.
+
+    Kernels need such a multiple, and halving keeps the number of compiled lengths small.
+    """
     length = seq_len
     while length % (2 * SHORTEST_PREFILL) == 0 and length // 2 >= needed:
         length //= 2

@@ -39,7 +39,7 @@ class AdEMAMix(OptaxOptimizer):
         v     <- b2 v + (1 - b2) g^2
         theta <- theta - lr ((m1 / (1 - b1^t) + alpha(t) m2) / (sqrt(v / (1 - b2^t)) + eps) + wd theta)
 
-    Over the first `slow_warmup` updates alpha(t) grows linearly from 0, and the half-life of b3(t) grows linearly from
+    Over the first `slow_warmup` updates, alpha(t) grows linearly from 0, and the half-life of b3(t) grows linearly from
     that of b1: 1 / ln b3(t) = (1 - s) / ln b1 + s / ln b3 with s = t / slow_warmup. The slow average is not
     bias-corrected. The state holds three numbers per parameter; AdamW's holds two.
 

@@ -94,8 +94,8 @@ class Curvature(eqx.Module):
     Args:
         b2: decay, in [0, 1).
         interval: updates between two refreshes, at least 1.
-        initial_refreshes: number of steps at the start that all refresh the curvature: early on, h averages few
-            estimates and the model changes quickly.
+        initial_refreshes: number of initial steps that each refresh the curvature: early on, h averages few estimates
+            and the model changes quickly.
         bias_correct: whether the update uses h / (1 - b2^refreshes). Without the correction, as in the paper, h reaches
             63 % of its value only after 1 / (1 - b2) refreshes, and the steps are too long until then.
         dtype: dtype of h; None for float32, or for the parameters' dtype if it is wider. The average is computed in at
@@ -189,7 +189,7 @@ def gradient_noise(momentum: Momentum, curvature: Curvature, state: SophiaState,
 
     Args:
         momentum, curvature: the optimizer's averages; h must be the curvature of the likelihood's mean loss.
-        state: a state after an update; before the first refresh all results are nan.
+        state: a state after an update; all results are nan before the first refresh.
         num_targets: B, the number of targets in a batch.
     """
     corrected = dataclasses.replace(momentum, bias_correct=True), dataclasses.replace(curvature, bias_correct=True)

@@ -257,7 +257,7 @@ class Muon(OptaxOptimizer):
         weight_decay_mask: a tree or prefix of bools, or a function from parameters to one; if None, every leaf decays.
         matrices: optax's `MuonDimensionNumbers` for each parameter to orthogonalise, and None for the others, as a
             tree, a prefix of one, or a function from parameters to one. They give the parameter's input (reduction) and
-            output axes; the other axes enumerate matrices. By default, every leaf with two axes is a matrix, including
+            output axes; the other axes enumerate matrices. If None, every leaf with two axes is a matrix, including
             embeddings.
         momentum_dtype: dtype of the momentum and the first moment; None for the parameters' dtypes.
         mesh_axis: mesh axis whose devices each orthogonalise a share of the matrices; if None, every device

@@ -1,4 +1,4 @@
-"""Checks for arguments and trees. Under `jit` and `vmap` numbers may be tracers, whose values cannot be checked."""
+"""Checks for arguments and trees. Under `jit` and `vmap`, numbers may be tracers, whose values cannot be checked."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def check_real(name: str, tree: PyTree) -> None:
 
 
 def check_same_structure(name: str, tree: PyTree, params: PyTree) -> None:
-    """Raise a ValueError if `tree` does not match the parameters (the first path is named), a TypeError if complex."""
+    """Raise a ValueError naming the first path where `tree` and params differ, or a TypeError if a leaf is complex."""
     check_real(name, tree)
     found, wanted = (
         {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(trainable(t))}

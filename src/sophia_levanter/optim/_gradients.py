@@ -74,7 +74,7 @@ def num_microbatches(microbatches: PyTree) -> int:
 
 
 def split_at(microbatches: PyTree, first: int) -> tuple[PyTree, PyTree | None]:
-    """Split the microbatches after the first `first`; the rest is None if no microbatches are left."""
+    """Split the microbatches in two at index `first`; the second part is None if it would be empty."""
 
     def part(where: slice) -> PyTree:
         return jax.tree.map(lambda x: _at(x, where), microbatches, is_leaf=is_named)

@@ -69,7 +69,8 @@ class ParameterGroups(OptimizerWrapper):
     Args:
         optimizer: an optimizer that follows the `Optimizer` protocol.
         groups: the groups.
-        roles: a tree (or prefix) of the parameters' roles, or a function from parameters to one; for groups with roles.
+        roles: a tree (or prefix) of the parameters' roles, or a function from parameters to one; required if a group
+            has a role.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -103,14 +104,14 @@ class ParameterGroups(OptimizerWrapper):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, Any]:
-        """The step to add to the model, and the next state; arguments and errors are those of the optimizer."""
+        """The step to add to the model, and the next state; the arguments and errors are the optimizer's."""
         updates, after = self.optimizer.update(grads, state, model, h_hat, finite=finite)
         factors = self.learning_rate_factors(model)
         scaled = jax.tree.map(lambda u, r: u if r == 1 else (r * u).astype(u.dtype), updates, factors)
         return scaled, after
 
     def learning_rate_factors(self, model: PyTree) -> PyTree[float]:
-        """r for each parameter."""
+        """The factor r for each parameter."""
         rates = [group.learning_rate for group in self.groups]
         return _by_group(self.groups, self.roles, model, lambda index: 1.0 if index is None else rates[index])
 

@@ -177,8 +177,8 @@ class GaussNewtonHutchinson(AbstractHutchinson):
     """u * (J^T S J u): Hutchinson's estimator for the Gauss-Newton matrix, for comparison with the other estimators.
 
     J is the Jacobian of the outputs, and S is the Hessian of the loss with respect to the outputs, at sampled targets
-    if it depends on the targets (it does not for the likelihoods here). Forward mode computes J u, and
-    reverse mode computes the rest. The mean equals that of Gauss-Newton-Bartlett. Individual entries may be negative.
+    if it depends on the targets (it does not for the likelihoods here). Forward mode computes J u, and reverse mode
+    computes the rest. The mean equals that of Gauss-Newton-Bartlett. Individual entries may be negative.
 
     Args:
         likelihood: the distribution of the targets given the outputs.
@@ -211,7 +211,7 @@ class GaussNewtonHutchinson(AbstractHutchinson):
         key: Key[Array, ""],
         weights: Any = None,
     ) -> PyTree:
-        """An estimate of the Gauss-Newton diagonal of the mean loss; the arguments are `GaussNewtonBartlett`'s."""
+        """An estimate of the Gauss-Newton diagonal of the mean loss; the arguments are as for `GaussNewtonBartlett`."""
         check_key(key)
         probe_key, target_key = jax.random.split(key)
         check_microbatch_weights(microbatches, weights)

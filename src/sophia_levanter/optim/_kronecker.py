@@ -52,7 +52,7 @@ class KroneckerBasis(eqx.Module):
     Args:
         matrices: optax's `MuonDimensionNumbers` for each parameter that is a matrix, and None for those that keep their
             coordinates, as a tree, a prefix of one, or a function from parameters to one. Axes that are neither input
-            nor output enumerate matrices. By default, every leaf with two axes is a matrix, which includes embeddings
+            nor output enumerate matrices. If None, every leaf with two axes is a matrix, which includes embeddings
             and is wrong for a model whose layers are stacked. Under `vmap` of the optimizer itself, `matrices` must be
             a function or None.
         b2: decay of L and R per refresh, in [0, 1).

@@ -128,7 +128,7 @@ def matrices_tree(matrices: Matrices, params: PyTree) -> PyTree:
 
     Args:
         matrices: optax's `MuonDimensionNumbers` for each parameter that is a matrix and None for the others, as a tree,
-            a prefix of one, or a function from parameters to one. By default, every leaf with two axes is a matrix.
+            a prefix of one, or a function from parameters to one. If None, every leaf with two axes is a matrix.
         params: the parameters.
 
     Raises:

@@ -53,7 +53,7 @@ class _NormControl(OptimizerWrapper):
         """The state before the first step.
 
         Raises:
-            ValueError: as the optimizer does; from `Hyperball`, if no parameter is a matrix.
+            ValueError, TypeError: as raised by the optimizer; a ValueError from `Hyperball` if it has no matrices.
         """
         inner = self.optimizer.init(model)
         return NormControlState(jnp.zeros((), jnp.int32), inner, self._radii(trainable(model)))
@@ -100,7 +100,7 @@ class Hyperball(_NormControl):
         optimizer: an optimizer that follows the `Optimizer` protocol.
         matrices: optax's `MuonDimensionNumbers` for each parameter that is a matrix and None for the others, as a tree,
             a prefix of one, or a function from parameters to one. Axes that are neither input nor output enumerate
-            matrices. By default, every leaf with two axes is a matrix, including embeddings.
+            matrices. If None, every leaf with two axes is a matrix, including embeddings.
 
     Raises:
         ValueError, TypeError: from `init` and `update`, if `matrices` does not fit the parameters; the error names the

@@ -163,7 +163,7 @@ class ReproducedSophia(AbstractSophia):
         self.choices = Choices(denominator, refresh_order, first_refresh)
 
     def denominator(self, scaled: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The denominator that divides m, computed from rho h."""
+        """The denominator of the step, computed from rho h."""
         return scaled + self.eps if self.choices.denominator == "add" else super().denominator(scaled)
 
     def _step(

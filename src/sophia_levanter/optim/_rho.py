@@ -13,7 +13,7 @@ from sophia_levanter.optim._protocol import Scalar, ScalarOrSchedule
 
 
 class ScheduledRho(eqx.Module):
-    """rho is a number above 0, or a function of the update count.
+    """A rule in which rho is a number above 0, or a function of the update count.
 
     Raises:
         TypeError, ValueError: if `value` has the wrong type or is not above 0.

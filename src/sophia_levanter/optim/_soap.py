@@ -113,7 +113,7 @@ def scale_by_soap(
         count = optax.safe_increment(state.count)
         new_basis, nu = jax.lax.cond(
             rotation_due(state.count, interval),
-            lambda new_basis, nu: basis.rotated(new_basis, nu),  # jax hashes branches; a basis with a tree has no hash
+            lambda new_basis, nu: basis.rotated(new_basis, nu),  # JAX hashes branches, and a tree is not hashable
             lambda new_basis, nu: (new_basis, nu),
             basis.update_moments(state.basis, grads),
             state.nu,

@@ -264,7 +264,7 @@ class AbstractSophia(eqx.Module):
         return updated(self, grads, state, params, finite)
 
     def denominator(self, scaled: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The denominator that divides m, computed from rho h."""
+        """The denominator of the step, computed from rho h."""
         return jnp.maximum(scaled, self.eps)
 
     def refresh(self, state: SophiaState, h_hat: PyTree, *, finite: Bool[Array, ""] | None = None) -> SophiaState:

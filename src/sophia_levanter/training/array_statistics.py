@@ -54,7 +54,7 @@ def array_statistics(optimizer: Optimizer, step: StepTrees) -> dict[str, jax.Arr
         for array, h in _arrays(state.curvature).items():
             numbers = quantiles(plain(h), _inner(h), tuple(QUANTILES.values()))
             found |= {f"{array}/{kind}": number for kind, number in zip(QUANTILES, numbers, strict=True)}
-    return shard_params(found)  # whole on every device, for the host to read
+    return shard_params(found)  # complete on every device, for the host to read
 
 
 def by_layer(statistics: Mapping[str, jax.Array]) -> dict[str, float]:

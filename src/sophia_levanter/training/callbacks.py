@@ -45,7 +45,7 @@ class StepReport(NamedTuple):
 
     Attributes:
         step: the step's number, from 0.
-        metrics: its metrics, keyed by their names in metrics.jsonl.
+        metrics: the step's metrics, keyed by their names in metrics.jsonl.
         skipped_in_a_row: consecutive skipped steps up to this one; 0 if this step was not skipped.
         seconds_left: estimated time until the end of the run, in seconds.
     """
@@ -339,7 +339,7 @@ class Profiling(Callback):
         self._running = False
 
     def is_due(self, done: int) -> bool:
-        """True before the first traced step and after the last one, so that the running step ends."""
+        """True before the first traced step and after the last one, so that the running step ends first."""
         return done == self._steps.stop if self._running else done in self._steps
 
     def before_step(self, step: int) -> None:

@@ -225,7 +225,7 @@ class Loop:
         return compiled
 
     def _next(self, batches: Iterator[Batch], running: StepOutput) -> Batch:
-        """The next batch; counts a data stall if the `running` step ended while the host waited for it."""
+        """The next batch. Counts a data stall if the host waited for the batch past the end of the `running` step."""
         started = time.perf_counter()
         batch = next(batches)
         blocked = time.perf_counter() - started > NO_WAIT_SECONDS

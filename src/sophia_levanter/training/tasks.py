@@ -81,7 +81,7 @@ class TaskResult:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """The accuracies, their intervals as `accuracy_interval`, ..., and the perplexity if there is one."""
+        """The accuracies, their intervals (such as `accuracy_interval`), and the perplexity if there is one."""
         found = dict(self.shares)
         found |= {f"{name}_interval": self.interval(share) for name, share in self.shares.items()}
         return found if self.perplexity is None else {**found, "perplexity": self.perplexity}
@@ -236,7 +236,10 @@ class TaskScorer:
 
 
 def _row(context: str, choice: str, tokenizer: Tokenizer, seq_len: int) -> _Row:
-    """Encode context and choice together, since tokens may span the boundary. The choice's come after the context's."""
+    """Encode the context and the choice together, since tokens may span the boundary.
+
+    The tokens that follow the context's own tokens belong to the choice.
+    """
     bare = context.rstrip()
     before = tokenizer.encode(bare)
     whole = tokenizer.encode(context + choice)
