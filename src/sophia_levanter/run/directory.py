@@ -1,4 +1,4 @@
-"""The directory of a run: `config.yaml`, `metrics.jsonl`, `checkpoints/` and `profile/`; and whether it may be used."""
+"""The run directory, with `config.yaml`, `metrics.jsonl`, `checkpoints/` and `profile/`, and who may use it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sophia_levanter.config.run import TrackingConfig, with_steps
 from sophia_levanter.data.sources import absolute_source, absolute_tokenizer
 from sophia_levanter.errors import DirectoryInUse, InputError
 
-# Settings that `--resume auto` may change in a run: its length, and those that do not change its numbers, such as the
-# address of the coordinator.
+# Settings that `--resume auto` may change: the run's length, and settings that do not affect its results, such as the
+# coordinator's address.
 _MAY_DIFFER = (
     "plugins",
     "trainer.metrics",
@@ -53,9 +53,9 @@ _MAY_DIFFER = (
 LOCK_NAME = ".lock"
 RUN_ID = ".run_id"
 UNFINISHED_CONFIG = "config.yaml.tmp"
-LAUNCH = "launch"  # the launcher's facts about the run
+LAUNCH = "launch"  # the launcher's record of the run
 
-# The open files whose locks this process holds: closing a file releases its lock.
+# The open files whose locks this process holds. Closing a file releases its lock.
 _locks: dict[Path, IO[str]] = {}
 
 
@@ -65,8 +65,8 @@ class RunDirectory:
 
     Attributes:
         path: the directory.
-        resume: `never` for a new run, `if_saved` to continue from a checkpoint if there is one, `always` to require it.
-        checkpoint_dir: the path or URL of the checkpoints; `checkpoints` in the directory if not given.
+        resume: `never` for a new run, `if_saved` to continue from a checkpoint if one exists, `always` to require one.
+        checkpoint_dir: the path or URL of the checkpoints; by default, `checkpoints` in the run directory.
     """
 
     path: Path
@@ -79,10 +79,10 @@ class RunDirectory:
 
     @property
     def run_id(self) -> str | None:
-        """The id that the run in the directory saves its checkpoints under; None if none was written.
+        """The id that the run saves its checkpoints under; None if the directory does not contain one.
 
         Raises:
-            NotRegular: if it is not a regular file.
+            NotRegular: if the id is not stored in a regular file.
         """
         try:
             return files.read_regular(self.path / RUN_ID, 1000).decode(errors="replace").strip() or None
@@ -102,11 +102,13 @@ class RunDirectory:
         return self.path / "profile"
 
     def lock(self) -> None:
-        """Make the run directory and that of the checkpoints, and lock them until this process ends.
+        """Create and lock the run directory and, if it is separate and local, the checkpoint directory.
+
+        The locks last until `unlock` or until this process ends.
 
         Raises:
-            DirectoryInUse: if another process has locked one of them.
-            InputError: if one of them cannot be written.
+            DirectoryInUse: if another process has locked one of the directories.
+            InputError: if one of the directories cannot be written.
         """
         for field, path in self._lockable():
             _lock(field, path)
@@ -124,23 +126,23 @@ class RunDirectory:
         return places
 
     def make_checkpoints(self) -> None:
-        """Make the folder of the checkpoints, if it is in the run directory.
+        """Create the checkpoint folder, if it belongs in the run directory.
 
         Raises:
-            InputError: if it cannot be made.
+            InputError: if the folder cannot be created.
         """
         if self.checkpoint_dir is None:
             with _naming("run_dir", self.path):
                 Path(self.checkpoints).mkdir(exist_ok=True)
 
     def write_run_id(self, run_id: str) -> None:
-        """Write the run's id into the run directory, if that holds the checkpoints.
+        """Write the run's id into the run directory, if the directory also holds the checkpoints.
 
-        If the checkpoints are elsewhere, each host may have its own run directory, and one of them may keep the id of
-        an attempt that saved nothing.
+        If the checkpoints are elsewhere, each host may have its own run directory, and one of these directories might
+        keep the id of an attempt that saved nothing.
 
         Raises:
-            InputError: if it cannot be written.
+            InputError: if the id cannot be written.
         """
         if self.checkpoint_dir is None:
             with _naming("run_dir", self.path):
@@ -150,7 +152,7 @@ class RunDirectory:
         """Write the resolved configuration into the directory.
 
         Raises:
-            InputError: if it cannot be written; no partial file is left.
+            InputError: if the configuration cannot be written; no partial file is left behind.
         """
         with _naming("run_dir", self.path):
             try:
@@ -160,7 +162,7 @@ class RunDirectory:
 
 
 def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
-    """The run directory of a command, and its configuration with absolute paths. Nothing is written.
+    """The run directory for a command, and the command's configuration with absolute paths. Writes nothing.
 
     Raises:
         InputError: if the directory holds another run, or `--resume auto` is given without `trainer.run_dir`.
@@ -188,7 +190,7 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
         _check_config_file(run, config)
         return dataclasses.replace(run, resume="if_saved"), config
     if command.resume == "auto" and run.checkpoint_dir is not None:
-        # The directory may be gone with its machine while the checkpoints still exist.
+        # The run directory may have been lost with its machine while the checkpoints still exist.
         return dataclasses.replace(run, resume="if_saved"), config
     return run, config
 
@@ -218,7 +220,7 @@ def _lock(field: str, path: Path) -> None:
 
 @contextmanager
 def _naming(field: str, path: Path) -> Iterator[None]:
-    """Turn an error of the system about a directory into an `InputError` that names it."""
+    """Turn an `OSError` or `ValueError` about a directory into an `InputError` that names the directory."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -237,16 +239,16 @@ def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -
     """Check that `--resume auto` continues the run that it started.
 
     Args:
-        field: the trainer's setting that names the place.
-        place: where the run was found.
-        old: its configuration.
-        new: the configuration of this command.
+        field: the trainer setting that specifies the place.
+        place: where the earlier run was found.
+        old: the earlier run's configuration.
+        new: this command's configuration.
 
     Raises:
-        InputError: if they differ in a setting that may not change.
+        InputError: if the configurations differ in a setting that may not change.
     """
     for name, before, after in changed_fields(old, new):
-        # Unset rows come from the initial weights.
+        # If `vocab_rows` is not set, it comes from the initial weights.
         if name not in _MAY_DIFFER and (name, after) != ("model.vocab_rows", None):
             raise InputError(
                 f"trainer.{field} {place} contains another run: its {name} is {before!r}, but this run's is {after!r}; "
@@ -257,7 +259,7 @@ def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -
 def changed_fields(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, Any]]:
     """(name, old value, new value) of each field in which two configurations differ.
 
-    A fraction does not differ from the number of steps or the learning rate that it gives.
+    A fraction counts as the same value as the number of steps or the learning rate that it resolves to.
     """
     before, after = flat(old), flat(new)
     steps = [flat(with_steps(config)) for config in (old, new)]

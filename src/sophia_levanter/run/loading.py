@@ -1,4 +1,4 @@
-"""A trained model from a run directory, checkpoints, a folder saved by transformers, or nanoGPT's ckpt.pt."""
+"""Loading a trained model from a run directory, checkpoints, a folder saved by transformers, or nanoGPT's ckpt.pt."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class LoadedModel:
 
     Attributes:
         model: the model, sharded by the partition, in `config.trainer.parameter_dtype`.
-        config: the run's configuration with the overrides; for a file without a run, the defaults with its shape.
+        config: the run's configuration with the overrides; for weights without a run, the defaults with their shape.
         tokenizer: the tokenizer that the model was trained with.
-        partition: the devices.
-        source: what was read, for people.
-        step: the training step; None if the file does not contain it.
+        partition: the devices, and how arrays are sharded over them.
+        source: a description of what was read, for messages.
+        step: the training step; None if it is not known.
     """
 
     model: LanguageModel
@@ -67,19 +67,19 @@ class LoadedModel:
 def load_model(
     place: str, *, step: int | None = None, averaged: bool = False, overrides: Overrides = (), report: Report
 ) -> LoadedModel:
-    """Load a model, sharded by `--mesh` overrides; without them each device holds all of it.
+    """Load a model, sharded as the `--mesh` overrides specify; without them, each device holds the whole model.
 
     Args:
         place: a run directory; a directory or URL of checkpoints; a folder saved by transformers; nanoGPT's `ckpt.pt`.
-        step: the step of a run's checkpoint; the newest whole one if not given.
-        averaged: whether to take the average of the weights, which a run with `trainer.ema_decay` or
-            `trainer.lawa_every` keeps.
-        overrides: dotted field paths and values as typed, on top of the run's configuration without its mesh.
+        step: the step of a run's checkpoint; by default, the newest intact one.
+        averaged: whether to load the averaged weights, which runs with `trainer.ema_decay` or `trainer.lawa_every`
+            keep.
+        overrides: dotted field paths and values as typed, applied to the run's configuration without its mesh.
         report: prints a line for the user.
 
     Raises:
-        InputError: if no model is there, or the overrides do not fit it.
-        CheckpointError: if all checkpoints are damaged, or the requested one.
+        InputError: if `place` contains no model, or the overrides do not fit the model.
+        CheckpointError: if the requested checkpoint is damaged, or all checkpoints are.
     """
     if "://" not in place:
         place = os.path.abspath(os.path.expanduser(place))
@@ -105,7 +105,7 @@ def load_model(
 
 
 class Saved(NamedTuple):
-    """Which weights of a run's checkpoints: the step, or None for the newest, and whether to take the average."""
+    """The weights to load from a run's checkpoints: the step (None for the newest), and whether to load the average."""
 
     step: int | None
     averaged: bool
@@ -163,7 +163,7 @@ def _restored(
 
 
 def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, step: int | None) -> None:
-    """Check the tokenizer before anything is restored: its size alone may not reveal a wrong one."""
+    """Check the tokenizer before anything is restored: a wrong one may have the same vocabulary size."""
     manifest = newest_manifest(directory, step)
     if manifest is not None and not is_of_training(manifest.metadata):
         raise InputError(f"{directory} contains checkpoints that were not saved by a training run")
@@ -176,7 +176,7 @@ def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, st
 
 
 def newest_manifest(directory: Path | str, step: int | None = None) -> Manifest | None:
-    """The newest readable manifest, or that of a step; None if no such manifest can be read."""
+    """The newest readable manifest, or the manifest of `step` if it is given; None if it cannot be read."""
     for candidate in reversed(checkpoint.steps(directory)) if step is None else [step]:
         try:
             return checkpoint.read_step(directory, candidate)
@@ -202,7 +202,7 @@ def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:
 
 
 def _config(layers: Sequence[Layer], overrides: Overrides) -> TrainConfig:
-    """The configuration with overrides, without mesh and `trainer.best_by`: devices and validation sets may differ."""
+    """Build the configuration without the mesh and `trainer.best_by`: the devices and validation sets may differ."""
     kept = [
         {name: value for name, value in layer.items() if not name.startswith("mesh.") and name != "trainer.best_by"}
         for layer in layers
@@ -217,32 +217,32 @@ def _partition(config: TrainConfig, tokenizer: Tokenizer) -> Partition:
 
 
 def keep_tokenizer(checkpoints: Path | str, tokenizer: Tokenizer, *, is_saved: bool) -> None:
-    """Copy a tokenizer that is a file to the checkpoints. Named tokenizers need no copy.
+    """Copy a tokenizer that is stored in a file to the checkpoints. Other tokenizers need no copy.
 
     Args:
         checkpoints: a path or a URL.
         tokenizer: the run's tokenizer.
-        is_saved: whether there are checkpoints, whose copy is kept; without them a copy is left over and replaced.
+        is_saved: whether checkpoints exist. If so, an existing copy is kept; otherwise, it is a leftover and replaced.
 
     Raises:
-        InputError: if it cannot be written.
+        InputError: if the copy cannot be written.
     """
     if not tokenizer.name.endswith(TRAINED_TOKENIZER):
         return
     try:
         if not is_saved or read_file(checkpoints, TOKENIZER_FILE) is None:
             write_file(checkpoints, TOKENIZER_FILE, bpe_file(ranks_of(tokenizer)))
-    except Exception as error:  # whatever a bucket's client makes of a server's answer
+    except Exception as error:  # the bucket client raises many kinds of errors
         raise _unusable(checkpoints, error) from error
 
 
 def with_kept_tokenizer(data: DataConfig, checkpoints: Path | str, *, resuming: bool) -> DataConfig:
-    """The configuration with the checkpoints' copy, if there is one, in place of the tokenizer's file.
+    """The configuration with the tokenizer file replaced by its copy in the checkpoints, if there is one.
 
     Args:
-        data: names the file, which may be gone.
+        data: the data configuration; its tokenizer file may no longer exist.
         checkpoints: a path or a URL; a copy in a bucket is downloaded to a temporary folder.
-        resuming: whether a run resumes; then the original must not have changed.
+        resuming: whether a run is resuming; if so, the original must not have changed.
 
     Raises:
         InputError: if the original has changed, or the copy cannot be read.
@@ -251,7 +251,7 @@ def with_kept_tokenizer(data: DataConfig, checkpoints: Path | str, *, resuming: 
         return data
     try:
         content = read_file(checkpoints, TOKENIZER_FILE)
-    except Exception as error:  # whatever a bucket's client makes of a server's answer
+    except Exception as error:  # the bucket client raises many kinds of errors
         raise _unusable(checkpoints, error) from error
     if content is None:
         return data
@@ -281,10 +281,10 @@ def _unusable(checkpoints: Path | str, error: Exception) -> InputError:
 
 
 def read_initial_weights(config: TrainConfig, console: Console) -> LanguageModel | None:
-    """The weights that a run starts from, in this host's memory; None if they are drawn.
+    """Read the weights that a run starts from into host memory; None if they are drawn at random.
 
     Raises:
-        InputError: if they cannot be read, do not fit the model, or differ between processes.
+        InputError: if the weights cannot be read, do not fit the model, or differ between processes.
     """
     path = config.trainer.initial_weights
     if path is None:

@@ -1,4 +1,4 @@
-"""Facts besides configuration and devices that determine a run's numbers: fixed if jax allows it, else recorded."""
+"""What determines a run's results besides its configuration and devices: fixed if jax allows it, else recorded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sophia_levanter.config.command_line import dump_config
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.errors import InputError
 
-# Settings that JAX_* variables change, and the values that a run always uses.
+# Settings that JAX_* environment variables can change, and the values that every run uses.
 FIXED = {
     "jax_default_prng_impl": "threefry2x32",
     "jax_threefry_partitionable": True,
@@ -29,8 +29,8 @@ FIXED = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
 }
-# Variables that change the last bits, or more, and may be set on purpose. Only those that are set are recorded, so that
-# runs from before a variable was listed here still compare equal.
+# Environment variables that change at least the last bits of the results and that users may set on purpose. Only
+# variables that are set are recorded, so that runs saved before a variable was listed here still compare equal.
 RECORDED = (
     "LIBTPU_INIT_ARGS",
     "JAX_DEFAULT_MATMUL_PRECISION",
@@ -44,10 +44,10 @@ RECORDED = (
 
 @contextmanager
 def fixed_settings() -> Iterator[None]:
-    """Set jax's settings to the values of `FIXED`, in all threads, and restore the old values at the end.
+    """Set jax's settings to the values in `FIXED`, in all threads, and restore the old values on exit.
 
     Raises:
-        InputError: if compilation is off.
+        InputError: if compilation is disabled.
     """
     if jax.config.values["jax_disable_jit"]:
         raise InputError("JAX_DISABLE_JIT is set, but a run compiles its steps ahead of time; unset it")
@@ -62,7 +62,7 @@ def fixed_settings() -> Iterator[None]:
 
 
 def recorded_environment() -> dict[str, str | int | None]:
-    """Versions and variables that are saved with a run and compared when it resumes."""
+    """The versions, thread count and environment variables that are saved with a run and compared when it resumes."""
     return {
         "jax": version("jax"),
         "cpu_threads": _cpu_threads(),
@@ -71,7 +71,7 @@ def recorded_environment() -> dict[str, str | int | None]:
 
 
 def _cpu_threads() -> int | None:
-    """The number of threads that XLA computes with: one per core, or the value of NPROC, which XLA reads."""
+    """The number of threads that XLA uses: the value of the variable NPROC if it is set, otherwise one per core."""
     if os.environ.get("NPROC", "").isdecimal():
         return int(os.environ["NPROC"])
     return os.cpu_count() if sys.platform == "darwin" else len(os.sched_getaffinity(0))
@@ -83,10 +83,11 @@ GIT_SECONDS = 10
 def code_version() -> dict[str, Any]:
     """The package's version and, in a git repository, the commit and whether tracked files differ from it (`dirty`).
 
-    The repository is that of the running source or, for an installed package, that of the working directory.
+    The repository is the one that tracks the running source or, for an installed package, the one that contains the
+    working directory.
     """
     package = Path(sophia_levanter.__file__).parent
-    # A virtual environment may be inside an unrelated repository, which does not track it.
+    # A virtual environment may be inside an unrelated repository that does not track it.
     tracked = _git(package, "ls-files", "--error-unmatch", Path(sophia_levanter.__file__).name) is not None
     place = package if tracked else Path.cwd()
     found: dict[str, Any] = {"version": sophia_levanter.__version__}
@@ -98,7 +99,7 @@ def code_version() -> dict[str, Any]:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """The output of git; None if git is not installed, fails or does not answer."""
+    """The output of a git command; None if git is not installed, fails or times out."""
     try:
         return subprocess.run(
             ["git", "--no-optional-locks", "-C", str(directory), *arguments],
@@ -113,9 +114,9 @@ def _git(directory: Path, *arguments: str) -> str | None:
 
 
 def enable_compilation_cache(directory: Path, platform: str) -> None:
-    """Have jax cache compiled programs, unless JAX_COMPILATION_CACHE_DIR already names a directory.
+    """Make jax cache compiled programs in a directory, unless JAX_COMPILATION_CACHE_DIR already specifies one.
 
-    Programs for CPUs are not cached: jaxlib may refuse to read its own file and print warnings each time
+    CPU programs are not cached, because jaxlib may refuse to read its own cache files and print warnings each time
     (https://github.com/jax-ml/jax/issues/38445).
     """
     if platform != "cpu" and jax.config.values["jax_compilation_cache_dir"] is None:
@@ -123,7 +124,7 @@ def enable_compilation_cache(directory: Path, platform: str) -> None:
 
 
 def shared_config(config: TrainConfig) -> str:
-    """The configuration that all processes of a run must agree on, as text; each may have its own copy of the data."""
+    """The settings that all processes in a run must agree on, as text. Each process may have its own copy of the data."""
     mesh = config.mesh if config.mesh.process_id is None else replace(config.mesh, process_id=0)
     trainer = config.trainer
     if trainer.checkpoint_dir is not None:

@@ -29,19 +29,20 @@ from sophia_levanter.training.step import TrainState
 if TYPE_CHECKING:
     from sophia_levanter.run.run import Run
 
-# Leaves that older checkpoints lack, and their values. The next refresh corrects `steps_since_refresh`.
+# Leaves that older checkpoints lack, with the values to use. The next refresh corrects `steps_since_refresh`.
 ADDED_LEAVES = {"optimizer_state.steps_since_refresh": 0}
 
 
 def find_checkpoints(directory: RunDirectory, processes: Processes, console: Console) -> bool:
-    """Whether there are checkpoints to resume from. Locks a directory that may hold some.
+    """Whether there are checkpoints to resume from. Locks the directory first, unless `directory.resume` is `never`.
 
     Raises:
-        InputError: if the answer does not fit `directory.resume`.
+        InputError: if checkpoints exist although `directory.resume` is `never`, or are missing although it is `always`
+            or the run has saved some.
     """
     if directory.resume != "never":
         processes.on_process_zero("lock", directory.lock)
-    # The first process decides: a shared disk does not always look the same on all hosts.
+    # The first process decides, because hosts may see different contents on a shared disk.
     found = str(bool(checkpoint.steps(directory.checkpoints)))
     is_saved = processes.broadcast("saved", found, PATIENCE) == "True"
     if directory.resume == "never" and is_saved:
@@ -60,11 +61,11 @@ def find_checkpoints(directory: RunDirectory, processes: Processes, console: Con
 
 
 def restore(run: Run) -> Restored[TrainState]:
-    """The run's newest intact checkpoint.
+    """Restore the run's newest intact checkpoint.
 
     Raises:
-        CheckpointError: if none is intact.
-        InputError: if it does not fit the model or the optimizer.
+        CheckpointError: if no checkpoint is intact.
+        InputError: if the checkpoint does not fit the model or the optimizer.
     """
     return checkpoint.restore(
         run.directory.checkpoints,
@@ -80,7 +81,7 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
     """Check that a run may continue from a checkpoint, and report what has changed since it was saved.
 
     Raises:
-        InputError: if the checkpoint belongs to a different run, model or text.
+        InputError: if the checkpoint belongs to a different run, or the model or the training text has changed.
     """
     directory, console = run.directory, run.console
     own = run.processes.broadcast("run id", directory.run_id or "", PATIENCE)
@@ -93,7 +94,7 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
     saved_config: Any = restored.metadata.get("config")
     if not is_of_training(restored.metadata):
         raise InputError(f"{directory.checkpoints} contains checkpoints that were not saved by a training run")
-    # Metrics and callbacks do not change the run's numbers, and an unregistered name would be refused.
+    # Metrics and callbacks do not affect the run's results, and names that are no longer registered would be rejected.
     saved_config["trainer"] |= {name: list(getattr(run.config.trainer, name)) for name in ("metrics", "callbacks")}
     old_config = config_in(saved_config, Path(f"{directory.checkpoints}/step-{restored.step:08d}"))
     if directory.resume == "if_saved":
@@ -139,13 +140,13 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
 
 
 def learning_rates(config: TrainConfig, num_steps: int) -> np.ndarray:
-    """The learning rates of a run's first steps, float32 [step]."""
+    """The learning rates of a run's first `num_steps` steps, float32 [step]."""
     schedule = config.optimizer.build_schedule(config.trainer.num_train_steps)
     return np.asarray(jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(jnp.arange(num_steps)))
 
 
 def _slow_warmup(config: TrainConfig) -> int:
-    """The steps over which alpha and b3 of AdEMAMix grow; 0 for other optimizers."""
+    """The number of steps over which AdEMAMix's alpha and b3 grow; 0 for other optimizers."""
     optimizer, num_steps = config.optimizer, config.trainer.num_train_steps
     if not isinstance(optimizer, AdEMAMixConfig):
         return 0
@@ -153,14 +154,14 @@ def _slow_warmup(config: TrainConfig) -> int:
 
 
 def steps_in_common(a: TrainConfig, b: TrainConfig) -> int:
-    """The number of first steps with bitwise equal learning rates in two runs; at most the shorter run's steps."""
+    """The number of steps, counted from the start, for which two runs have bitwise identical learning rates."""
     num_steps = min(config.trainer.num_train_steps for config in (a, b))
     differ = np.flatnonzero(learning_rates(a, num_steps) != learning_rates(b, num_steps))
     return int(differ[0]) if differ.size else num_steps
 
 
 def with_saved_rows(config: TrainConfig, directory: RunDirectory) -> TrainConfig:
-    """The configuration with the number of embedding rows that the run's initial weights had."""
+    """The configuration with the saved number of embedding rows, if it does not set one itself."""
     manifest = newest_manifest(directory.checkpoints)
     if config.model.vocab_rows is not None or manifest is None or not is_of_training(manifest.metadata):
         return config
@@ -170,18 +171,18 @@ def with_saved_rows(config: TrainConfig, directory: RunDirectory) -> TrainConfig
 
 
 def _check_not_begun(directory: RunDirectory, console: Console) -> None:
-    """Check that a run without checkpoints has not saved any before, on a disk that is missing now.
+    """Check that a run without checkpoints never saved any, for example on a disk that is now missing.
 
-    A run that was killed before its first checkpoint starts again, with a warning.
+    A run that was killed before its first checkpoint starts over, with a warning.
 
     Raises:
-        InputError: if the number of its metrics shows that it has saved a checkpoint.
+        InputError: if the number of lines in metrics.jsonl shows that the run has saved a checkpoint.
     """
     if not directory.metrics_file.exists() or not directory.metrics_file.stat().st_size:
         return
     lines = sum(1 for _ in lines_of(directory.metrics_file))
     every = load_config(directory.config_file).trainer.checkpoint_interval
-    # A run passes its second save only after the first is committed, and a step writes at most two lines.
+    # A run gets past its second save only after the first is committed, and each step writes at most two lines.
     if lines > 4 * every:
         raise InputError(
             f"{directory.metrics_file} has {lines} lines, but {directory.checkpoints} contains no checkpoint; restore "
@@ -191,7 +192,7 @@ def _check_not_begun(directory: RunDirectory, console: Console) -> None:
 
 
 def best_so_far(run: Run, restored: Restored[TrainState]) -> dict[str, Any] | None:
-    """Step and loss of the best checkpoint, if later losses can be compared with it."""
+    """The step and losses of the best checkpoint; None if later losses cannot be compared with them."""
     saved_config: Any = restored.metadata["config"]
     sequences = saved_config.get("trainer", {}).get("evaluation_windows")
     masked = saved_config.get("data", {}).get("mask_documents", False)
@@ -204,7 +205,7 @@ def best_so_far(run: Run, restored: Restored[TrainState]) -> dict[str, Any] | No
 
 
 def _is_same_text(saved: Any, now: Any) -> bool:
-    """Whether a corpus equals its saved facts; facts that earlier versions did not save are not compared."""
+    """Whether a corpus matches its saved facts. Facts that earlier versions did not save are not compared."""
     if isinstance(saved, dict) and isinstance(now, dict):
         return all(_is_same_text(value, now.get(name)) for name, value in saved.items())
     if isinstance(saved, list) and isinstance(now, list):
@@ -213,20 +214,20 @@ def _is_same_text(saved: Any, now: Any) -> bool:
 
 
 def restore_before(run: Run, wrong: range, skipped_windows: int) -> Restored[TrainState] | None:
-    """The last checkpoint from before steps that went wrong, to continue with the data after those steps.
+    """Restore the last checkpoint saved before the steps that went wrong, and skip the data up to their end.
 
-    Later checkpoints are removed, since a restart would use them.
+    Later checkpoints are removed, because a restart would use them.
 
     Args:
         run: the run.
         wrong: the steps that went wrong.
-        skipped_windows: sequences in the data order that the run had already skipped.
+        skipped_windows: the number of sequences that the run has already skipped.
 
     Returns:
         The checkpoint; None if no earlier checkpoint exists.
 
     Raises:
-        CheckpointError: if none of them is intact.
+        CheckpointError: if no earlier checkpoint is intact.
     """
     directory = run.directory.checkpoints
     saved = checkpoint.steps(directory)

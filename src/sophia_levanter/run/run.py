@@ -1,4 +1,4 @@
-"""A training run from its configuration: build the parts, start or resume, train, and report the result."""
+"""A training run: building its parts from a configuration, starting or resuming, training, and reporting the result."""
 
 from __future__ import annotations
 
@@ -75,21 +75,21 @@ from sophia_levanter.training.step import StepSettings, TrainState, first_state,
 from sophia_levanter.training.stopping import StopRequest, Watchdog
 from sophia_levanter.training.tasks import Scoring, TaskScorer, read_tasks
 
-# Seconds that optional trackers have to finish when a signal stopped the run.
+# Seconds that optional trackers get to finish after a signal has stopped the run.
 STOPPED_SECONDS = 10.0
 
 
 @fixed_settings()
 def train(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) -> TrainingResult:
-    """Train as configured, in a run directory. The caller restores its handlers of SIGINT and SIGTERM.
+    """Train as configured, in a run directory. The caller must restore its own SIGINT and SIGTERM handlers.
 
     Args:
         config: the resolved configuration.
-        directory: where the run's files go, and whether the run resumes from them.
+        directory: where the run's files go, and whether the run resumes.
         quiet: whether to print only warnings and the result.
 
     Raises:
-        InputError: if the parts do not fit each other or the data; then the run directory is untouched.
+        InputError: if the parts do not fit each other or the data; the run directory is then left untouched.
         TrainingFailed: if too many steps in a row are skipped.
         CheckpointError: if all checkpoints of the run are damaged.
     """
@@ -107,32 +107,32 @@ def train(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) 
 
 
 class Run:
-    """A training run: its parts, and its life from start to finish.
+    """A training run and its parts, from start to finish.
 
-    Building it prepares the text and does not write to the run directory. Each process of a run builds its own.
+    The constructor prepares the text but does not write to the run directory. Each process constructs its own `Run`.
 
     Args:
         config: the resolved configuration.
-        directory: where the run's files go, and whether the run resumes from them.
-        console: receives lines for people.
+        directory: where the run's files go, and whether the run resumes.
+        console: prints messages for the user.
 
     Attributes:
         config: the configuration, completed from checkpoints or initial weights.
         directory, console: as given.
         processes: the run's processes.
         resumes: whether the run continues from checkpoints.
-        initial_weights: the weights to start from, in this host's memory; None if they are drawn, and after the start.
-        partition: the devices.
-        settings: the settings of all steps.
-        callbacks: the registered callbacks by name.
+        initial_weights: the weights to start from, in host memory; None if they are drawn at random, and after `start`.
+        partition: the devices, and how arrays are sharded over them.
+        settings: the settings that all steps share.
+        callbacks: the registered callbacks, keyed by name.
         data: the tokenizer, the training corpus and the validation sets.
         batches: the batches of the training corpus.
-        validation: the sequences of each validation set, by name.
-        tasks: the items of each task to score, by name.
-        verification: compares the prepared text with its digests while the run trains.
-        provenance: facts besides the configuration that determine the numbers; saved with each checkpoint.
+        validation: the batches of each validation set, keyed by the set's name.
+        tasks: the items of each task to score, keyed by the task's name.
+        verification: checks the prepared text against its digests during training.
+        provenance: what determines the results besides the configuration; saved with each checkpoint.
         restored: the checkpoint that the run last continued from, if any.
-        loop: the last loop of steps; None before the first.
+        loop: the latest training loop; None before training.
 
     Raises:
         InputError: if the parts do not fit each other or the data.
@@ -145,7 +145,7 @@ class Run:
         self.loop: Loop | None = None
         self._run_id = uuid.uuid4().hex  # only the first process's id is saved
         self._trackers = OptionalTrackers()
-        self._signal: Signals | None = None  # the one that stopped this process
+        self._signal: Signals | None = None  # the signal that stopped this process
         self.resumes = find_checkpoints(directory, self.processes, console)
         text = config.data
         self.initial_weights: LanguageModel | None = None
@@ -174,7 +174,7 @@ class Run:
         check_mesh(config, mesh.size, self.data.tokenizer.vocab_size)
         corpora = [self.data.train, *self.data.validation_sets.values()]
         for corpus in corpora:
-            corpus.read(0, 1)  # reads a corpus that is kept in memory completely, before the run has a directory
+            corpus.read(0, 1)  # loads in-memory corpora completely, before the run directory exists
         check_optimizer(config.optimizer, config.model, self.data.tokenizer.vocab_size, resumes=bool(self.resumes))
         self.batches = TrainBatches(
             self.data.train,
@@ -205,22 +205,22 @@ class Run:
 
     @property
     def initial_state(self) -> Callable[[], TrainState]:
-        """A function that makes the state before step 0 from the configuration alone: weights are drawn, not read."""
+        """A function that builds the state before step 0 from the configuration alone, with random weights."""
         return initial_state(self.config.model, self.settings, self.data.tokenizer.vocab_size)
 
     def start(self) -> TrainState:
-        """The state before step 0 on the devices, with the initial weights if the configuration names some."""
+        """Build the state before step 0 on the devices, with the configured initial weights, if any."""
         if self.initial_weights is None:
             return self.partition.init_sharded(self.initial_state)
-        weights, self.initial_weights = self.partition.place(self.initial_weights), None  # the host's memory is freed
+        weights, self.initial_weights = self.partition.place(self.initial_weights), None  # frees host memory
         return self.partition.init_sharded(Partial(first_state, self.settings), weights)
 
     def resume(self) -> TrainState:
-        """The state of the newest intact checkpoint; reports what has changed since it was saved.
+        """Return the state of the newest intact checkpoint, and report what has changed since it was saved.
 
         Raises:
-            CheckpointError: if none is intact.
-            InputError: if it does not fit the run, its model, optimizer or text.
+            CheckpointError: if no checkpoint is intact.
+            InputError: if the checkpoint belongs to a different run or does not fit its model, optimizer or text.
         """
         self.restored = restore(self)
         check_resumable(self, self.restored)
@@ -231,14 +231,14 @@ class Run:
         """Lock the run directory and write the run's first files.
 
         Raises:
-            InputError: if another process uses it, or it cannot be written.
+            InputError: if the directory is in use by another process or cannot be written.
         """
-        # Every process has read the directory before the first one writes to it.
+        # Every process must have read the directory before the first process writes to it.
         wait_for_all("restored")
         self.processes.on_process_zero("directory", self._write_directory)
 
     def train(self, state: TrainState) -> TrainState:
-        """Train to the last step or until a signal, and return the last state, which is saved.
+        """Train until the last step or a signal, and return the final state, which has been saved.
 
         If too many steps in a row are skipped, the run rolls back to a checkpoint, at most `trainer.max_rollbacks`
         times.
@@ -271,13 +271,13 @@ class Run:
             self._signal = stop.signal
 
     def roll_back(self, wrong: range, skipped_windows: int) -> bool:
-        """Restore the last checkpoint from before steps that went wrong; see `restore_before`.
+        """Restore the last checkpoint saved before the steps that went wrong; see `restore_before`.
 
         Returns:
-            Whether there is a checkpoint from before those steps.
+            Whether such a checkpoint exists.
 
         Raises:
-            CheckpointError: if none of them is intact.
+            CheckpointError: if no such checkpoint is intact.
         """
         restored = restore_before(self, wrong, skipped_windows)
         if restored is not None:
@@ -285,7 +285,7 @@ class Run:
         return restored is not None
 
     def finish(self, state: TrainState) -> TrainingResult:
-        """Report the result of the run, and end its trackers."""
+        """Report the run's result and close its trackers."""
         step, total = int(state.step), self.config.trainer.num_train_steps
         if self.loop is None:
             assert self.restored is not None
@@ -296,7 +296,7 @@ class Run:
         stopped_by = None
         try:
             if step < total:
-                # Another process may have received the signal: all of them have stopped.
+                # The signal may have reached only another process; all processes stop together.
                 stopped_by = self._signal or Signals.SIGTERM
                 self.console.notice(
                     f"{stopped_by.name}: stopped after step {step}, which is saved; "
@@ -336,7 +336,7 @@ class Run:
         checkpoint.remove_leftovers(directory.checkpoints)
 
     def _start_trackers(self, step: int) -> OptionalTrackers:
-        """The optional trackers, which log from a step on; only the first process has any."""
+        """Start the optional trackers, which log from `step` on; only the first process has any."""
         if not self.processes.is_first:
             return OptionalTrackers()
         return start_optional(
@@ -350,7 +350,7 @@ class Run:
         )
 
     def _build_loop(self, state: TrainState) -> Loop:
-        """The loop of steps that starts from a state."""
+        """Build the training loop that starts from a state."""
         trainer = self.config.trainer
         step = int(state.step)
         best = None if self.restored is None else best_so_far(self, self.restored)

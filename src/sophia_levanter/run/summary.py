@@ -1,4 +1,4 @@
-"""The reports of a run at its start and at its end."""
+"""The reports that a run prints at its start and at its end."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class TrainingResult:
 
     Attributes:
         run_dir: the run directory, with `config.yaml` and `metrics.jsonl`.
-        step: training steps done, including those before a resume.
-        metrics: the last value of each metric by its name in `metrics.jsonl`, such as `train/loss`.
-        best_step: the step of the lowest validation loss (on the set `trainer.best_by`, if that is set); None before
-            the first evaluation.
+        step: the number of training steps taken, including those before a resume.
+        metrics: the last value of each metric, keyed by its name in `metrics.jsonl`, such as `train/loss`.
+        best_step: the step with the lowest validation loss (on the set that `trainer.best_by` names, if it is given);
+            None before the first evaluation.
         best_validation_loss: that loss, in nats per token.
         checkpoint: the path or URL of the last checkpoint.
         stopped_by: the signal that ended the run before its last step; None if it ran to the end.
@@ -64,12 +64,12 @@ class TrainingResult:
 
     @property
     def validation_loss(self) -> float | None:
-        """The last validation loss, in nats per token, the mean over named sets; None before the first evaluation."""
+        """The last validation loss, in nats per token, averaged over the sets; None before the first evaluation."""
         return self.metrics.get("validation/loss")
 
 
 def describe_start(run: Run) -> None:
-    """Print the sizes of the model, the data and a step, and where the run's files are."""
+    """Print a description of the run: its model, data, optimizer, batches, devices and files."""
     config, data, schedule = run.config, run.data, run.config.optimizer
     trainer, model, tracking = config.trainer, config.model, config.tracking
     state = run.partition.abstract(run.initial_state)
@@ -120,7 +120,7 @@ def describe_start(run: Run) -> None:
 
 
 def _validation_tokens(run: Run) -> str:
-    """`9,000 validation tokens`; for named sets `9,000 validation tokens: books 4,000, code 5,000`."""
+    """`9,000 validation tokens`; with named sets, `9,000 validation tokens: books 4,000, code 5,000`."""
     sizes = {name: tokens.num_tokens for name, tokens in run.data.validation_sets.items()}
     each = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if name)
     return f"{sum(sizes.values()):,} validation tokens" + (f": {each}" if each else "")
@@ -137,9 +137,10 @@ def describe_optimizer(config: OptimizerConfig, model: LanguageModel) -> str:
 
 
 def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[str]:
-    """`wte|wpe: 2 arrays, learning rate 6e-05, weight decay 0`, a line for each group of parameters.
+    """One line for each parameter group: `wte|wpe: 2 arrays, learning rate 6e-05, weight decay 0`.
 
-    Where a hyperball keeps the norms of some: `weight decay 0.1 of the 2 that are not on spheres`.
+    If a hyperball keeps the norms of some arrays, the line ends with `weight decay 0.1 of the 2 that are not on
+    spheres`.
     """
     found = check_groups(config.parameter_groups, model)
     kept = paths_on_hyperball(model) if config.hyperball else set()
@@ -161,10 +162,10 @@ def _state_bytes(state: TrainState) -> str:
 
 
 def attention_of(config: TrainConfig, partition: Partition) -> str | None:
-    """The implementation of attention that a run uses, if any.
+    """The attention implementation that a run uses, if any.
 
     Raises:
-        InputError: if the configured one cannot be used on these devices.
+        InputError: if the configured implementation cannot be used on these devices.
     """
     split = partition.mesh.shape["sequence"] > 1
     return config.model.attention_on(
@@ -182,14 +183,14 @@ def describe_mesh(partition: Partition) -> str:
 
 
 def describe_layout(partition: Partition) -> list[str]:
-    """`data 4 x model 2` and `embed over data`; nothing for one device."""
+    """`data 4 x model 2` and `embed over data`; empty for one device."""
     axes = " x ".join(f"{name} {size}" for name, size in partition.mesh.shape.items() if size > 1)
     split = [f"{name} over {' and '.join(over)}" for name, over in partition.parameters.items() if "data" in over]
     return [axes, *(s for s in split if not s.startswith("batch"))] if axes else []
 
 
 def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
-    """Print the work done, the losses beside a byte-bigram model's, the last checkpoint and a sample of text."""
+    """Print the work done, the losses next to that of a byte-bigram model, the last checkpoint and a text sample."""
     numbers, tokenizer, step = loop.monitor.trackers.last, run.data.tokenizer, int(state.step)
     sets = [batches.token_sequences() for batches in run.validation.values()]
     bigram = fmean(bigram_bits_per_byte(run.data.train, sequences, tokenizer) for sequences in sets)
@@ -248,7 +249,7 @@ def _sample(run: Run, state: TrainState) -> str:
 
 
 def count_parameters(model: object) -> int:
-    """The number of floating-point parameters, including the vocabulary's padding."""
+    """The number of floating-point parameters, including the padding of the vocabulary."""
     leaves = jax.tree.leaves(
         eqx.filter(model, lambda x: eqx.is_inexact_array(x) or isinstance(x, jax.ShapeDtypeStruct))
     )
