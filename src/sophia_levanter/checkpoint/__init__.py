@@ -1,14 +1,14 @@
-"""Checkpoints: any pytree of arrays, one tensorstore (zarr3) array per leaf, on a disk or in a bucket.
+"""Checkpoints of any pytree of arrays: one tensorstore (zarr3) array per leaf, on disk or in a bucket.
 
     DIRECTORY/step-00000010/manifest.json                                the list of arrays and files, with digests
     DIRECTORY/step-00000010/arrays/0003-model.head.weight/zarr.json
-    DIRECTORY/step-00000010/arrays/0003-model.head.weight/c.0.1          a chunk: one device's shard when it was saved
+    DIRECTORY/step-00000010/arrays/0003-model.head.weight/c.0.1          a chunk: one device's shard at the save
 
-On a disk, a step is written as `step-00000010.partial-*` and renamed when it is complete; a step to be removed is
-renamed to `step-00000010.removed-*` first. In a bucket, each save has its own folder `arrays-*`, and the step exists
-once its manifest does, which is written only if none exists. So every visible step is complete, whenever the process
-was killed, and everything else is a leftover. The digests find later damage, such as a flipped bit or a lost or foreign
-file.
+On disk, a step is written as `step-00000010.partial-*` and renamed once it is complete. Before a step is removed, it is
+renamed to `step-00000010.removed-*`. In a bucket, each save has its own `arrays-*` folder, and a step exists once its
+manifest does; a save never overwrites the manifest of an intact step. Every visible step is therefore complete, no
+matter when a process is killed, and everything else is a leftover. The digests detect later damage, such as flipped
+bits or missing or foreign files.
 """
 
 from sophia_levanter.checkpoint.manifest import JSON, CheckpointError, Manifest, SavedArray

@@ -1,4 +1,4 @@
-"""Arrays in a storage, as zarr3: which host writes which part, and checks of every file that is read."""
+"""Reading and writing arrays as zarr3: which host writes which part, and the checks on every file that is read."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class HostArray(NamedTuple):
     """The part of an array that one host writes.
 
     Attributes:
-        saved: the array's description, still without digests.
-        parts: the chunks that this host writes, on the devices or in its memory.
+        saved: the array's description, without digests so far.
+        parts: the chunks that this host writes, in device or host memory.
     """
 
     saved: SavedArray
@@ -35,10 +35,10 @@ class HostArray(NamedTuple):
 
 
 def host_arrays(arrays: Mapping[str, Any], *, process: int = 0, num_processes: int = 1) -> list[HostArray]:
-    """The part of each array that a process writes. A chunk is a shard; hosts with the same shards share the work.
+    """The part of each array that a process writes. Each chunk is a shard; hosts with the same shards share the work.
 
     Args:
-        arrays: by their path in the tree; the same on every process.
+        arrays: the arrays, keyed by their path in the tree; the same on every process.
         process: the number of this process.
         num_processes: the number of processes.
 
@@ -56,7 +56,7 @@ def host_arrays(arrays: Mapping[str, Any], *, process: int = 0, num_processes: i
 
 
 def copied_to_host(arrays: Sequence[HostArray]) -> list[HostArray]:
-    """The same with copies as numpy arrays, which stay valid when the devices' buffers are donated."""
+    """Copy the arrays to numpy arrays in host memory, which stay valid when the device buffers are donated."""
     for array in arrays:
         for part in array.parts.values():
             if isinstance(part, jax.Array):
@@ -65,7 +65,7 @@ def copied_to_host(arrays: Sequence[HostArray]) -> list[HostArray]:
 
 
 def box_of(index: Any, shape: Sequence[int]) -> Box:
-    """The part of an array that a tuple of slices selects, such as jax's index of a shard."""
+    """The part of an array that a tuple of slices selects, such as the index of a jax shard."""
     bounds = (part.indices(size) for part, size in zip(index, shape, strict=True))
     return tuple((start, stop) for start, stop, _ in bounds)
 
@@ -80,14 +80,14 @@ def _describe(number: int, path: str, array: Any) -> SavedArray:
             f"leaf {path} has dtype {array.dtype}, which is not numeric; for a random key, save jax.random.key_data"
         )
     chunk_shape = array.sharding.shard_shape(array.shape) if isinstance(array, jax.Array) else array.shape
-    # The number makes names unique, also on disks that ignore case; the rest is for people.
+    # The number makes names unique, even on case-insensitive disks; the rest is for people.
     folder = f"{number:04d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', path)[:150]}"
     chunks = tuple(max(1, size) for size in chunk_shape)
     return SavedArray(path, folder, array.shape, array.dtype.name, chunks, "", {})
 
 
 def _writers(arrays: Mapping[str, Any], num_processes: int) -> dict[str, dict[Box, int]]:
-    """The process that writes each chunk: the one with the fewest bytes to write so far among those that have it."""
+    """The process that writes each chunk: among those that hold it, the one with the fewest bytes to write so far."""
     load = [0] * num_processes
     writers: dict[str, dict[Box, int]] = {}
     # Assign large chunks first; small chunks even out the load.
@@ -107,11 +107,11 @@ def _chunk_bytes(array: Any) -> int:
 
 
 def _holders(array: Any) -> dict[Box, set[int]]:
-    """The processes that have each distinct shard; empty for an array without elements."""
+    """The processes that hold each distinct shard; empty for an array without elements."""
     if array.size == 0:
         return {}
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
-        # Each process has its own copy of the same numbers; the first writes it.
+        # Each process has its own copy of the same values; the first process writes it.
         return {box: {0} for box in _local_parts(array)}
     holders: dict[Box, set[int]] = {}
     devices: Mapping[Any, Any] = array.sharding.devices_indices_map(array.shape)
@@ -121,7 +121,7 @@ def _holders(array: Any) -> dict[Box, set[int]]:
 
 
 def _local_parts(array: Any) -> dict[Box, Any]:
-    """The distinct shards of an array that this process has."""
+    """The distinct shards of an array that this process holds."""
     if array.size == 0:
         return {}
     if not isinstance(array, jax.Array):
@@ -132,16 +132,16 @@ def _local_parts(array: Any) -> dict[Box, Any]:
 def _own_copy(part: Any) -> np.ndarray:
     if isinstance(part, jax.Array) and next(iter(part.devices())).platform != "cpu":
         return np.asarray(part)
-    # np.asarray would return a view of an array in the host's memory.
+    # For an array in host memory, np.asarray would return a view.
     return np.array(part)
 
 
-# Chunks in flight: enough to keep a disk busy, few enough to need little memory besides the tree's own.
+# Chunks in flight: enough to keep a disk busy, but few enough to need little memory beyond the tree itself.
 WORKERS = 8
 HEADER = "zarr.json"
-CHECKSUM_BYTES = 4  # after the numbers of a chunk
+CHECKSUM_BYTES = 4  # after the values in a chunk
 
-Digests: TypeAlias = dict[str, dict[str, str]]  # by an array's path in the tree and a file's name
+Digests: TypeAlias = dict[str, dict[str, str]]  # keyed by the array's path in the tree, then by file name
 
 
 def write_arrays(folder: str, arrays: Sequence[HostArray], *, headers: bool) -> Digests:
@@ -150,13 +150,13 @@ def write_arrays(folder: str, arrays: Sequence[HostArray], *, headers: bool) -> 
     Args:
         folder: the path or URL of the checkpoint.
         arrays: what this host writes.
-        headers: whether it also writes each array's zarr.json, as one host does.
+        headers: whether it also writes each array's zarr.json; exactly one host must.
 
     Returns:
         The digests of the files that were written.
 
     Raises:
-        CheckpointError: if a write fails; names the leaf and its folder.
+        CheckpointError: if a write fails; the message names the leaf and its folder.
     """
     context = ts.Context(context_spec())
 
@@ -193,7 +193,7 @@ def write_arrays(folder: str, arrays: Sequence[HostArray], *, headers: bool) -> 
 
 
 def with_digests(arrays: Sequence[HostArray], hosts: Sequence[Digests]) -> list[SavedArray]:
-    """The arrays' descriptions with the digests of all hosts."""
+    """The arrays' descriptions with the digests from all hosts."""
     complete = []
     for saved, _ in arrays:
         found = {name: digest for digests in hosts for name, digest in digests.get(saved.path, {}).items()}
@@ -203,17 +203,17 @@ def with_digests(arrays: Sequence[HostArray], hosts: Sequence[Digests]) -> list[
 
 
 def read_parts(folder: str, wanted: Sequence[tuple[SavedArray, set[Box]]]) -> Iterator[dict[Box, np.ndarray]]:
-    """Read parts of arrays. Each chunk that overlaps a part is read once, many chunks at a time.
+    """Read parts of arrays. Each chunk that overlaps a part is read once; many chunks are read concurrently.
 
     Args:
         folder: the path or URL of the checkpoint.
-        wanted: arrays, and the wanted parts of each.
+        wanted: the arrays, each with the parts to read.
 
     Yields:
         The parts of each array.
 
     Raises:
-        CheckpointError: if a file is missing, or its digest is not the saved one.
+        CheckpointError: if a file is missing, or its digest does not match the saved digest.
     """
     context = ts.Context(context_spec())
     pool = ThreadPoolExecutor(WORKERS)
@@ -234,7 +234,7 @@ def read_parts(folder: str, wanted: Sequence[tuple[SavedArray, set[Box]]]) -> It
 
 
 def find_damage(folder: str, arrays: Sequence[SavedArray]) -> list[str]:
-    """The damage in the arrays' files, one line each; reads every byte."""
+    """Describe the damage in the arrays' files, one line per file. Reads every byte."""
     context = ts.Context(context_spec())
 
     def check(saved: SavedArray, box: Box | None) -> str | None:
@@ -314,7 +314,7 @@ def _read_chunk(folder: str, saved: SavedArray, box: Box, context: ts.Context) -
 
 
 def _check_file(folder: str, saved: SavedArray, name: str) -> None:
-    """Check a file before tensorstore reads it, which would wait for a pipe or run out of memory on a huge chunk."""
+    """Check a file before tensorstore reads it, because a pipe would block it and a huge chunk would exhaust memory."""
     if "://" in folder:
         return
     path = f"{folder}/{saved.folder}/{name}"
@@ -325,7 +325,7 @@ def _check_file(folder: str, saved: SavedArray, name: str) -> None:
 
 
 class _naming:
-    """Turns any error in the block into one that names the leaf and the file or folder."""
+    """Turns any error in the block into a `CheckpointError` that names the leaf and the file or folder."""
 
     def __init__(self, folder: str, saved: SavedArray, name: str | None = None) -> None:
         self._where = f"leaf {saved.path}, {folder}/{saved.folder}" + (f"/{name}" if name else "")
@@ -334,7 +334,7 @@ class _naming:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # tensorstore raises many kinds of errors for damage and full disks.
+        # tensorstore raises many kinds of errors for damaged files and full disks.
         if isinstance(error, Exception):
             raise CheckpointError(f"{self._where}: {one_line(error)}") from error
 
@@ -344,7 +344,7 @@ def _bytes(data: np.ndarray) -> memoryview:
 
 
 def _digest(content: bytes | memoryview) -> str:
-    """A 128-bit hash as fast as memory, against damage but not against malice."""
+    """A 128-bit hash that runs at memory speed. It detects damage, but does not protect against tampering."""
     return xxhash.xxh3_128_hexdigest(content)
 
 

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: its arrays and files, with the digests that detect damage."""
+"""A checkpoint's manifest: its arrays and files, with the digests that detect damage."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,7 @@ from sophia_levanter.errors import InputError
 
 FORMAT = 2
 FILE_NAME = "manifest.json"
-MOST_DEPTH = 50  # of metadata
+MOST_DEPTH = 50  # nesting of the metadata
 _YEAR_9999 = 253_370_764_800
 _FOLDER = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")
 _DIGEST_LINE = '{{"digest": "{}",'
@@ -24,7 +24,7 @@ Box: TypeAlias = tuple[tuple[int, int], ...]  # a part of an array: (start, stop
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written, or none could be read. The message is one line that names leaf and file."""
+    """A checkpoint could not be written, or none could be read. The message is one line with the leaf and the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +32,12 @@ class SavedArray:
     """One leaf of the tree.
 
     Attributes:
-        path: its name in the tree.
+        path: its path in the tree.
         folder: its folder among the checkpoint's arrays.
         shape, dtype, chunk_shape: as in zarr.json.
-        header: digest of the file zarr.json.
-        chunks: digests of the chunks by file name, each of the array's own bytes (row-major, little-endian), so that
-            they do not depend on how the storage encodes the chunk.
+        header: the digest of zarr.json.
+        chunks: the digest of each chunk, keyed by file name. It covers the array's own bytes (row-major,
+            little-endian), so it does not depend on how the storage encodes the chunk.
     """
 
     path: str
@@ -52,7 +52,7 @@ class SavedArray:
         return ".".join(["c", *(str(start // size) for (start, _), size in zip(box, self.chunk_shape, strict=True))])
 
     def boxes(self) -> Iterator[Box]:
-        """The part of the array that each chunk holds. All have the same size, since shards divide an array evenly."""
+        """Yield the part of the array in each chunk. All have the same size, because shards divide arrays evenly."""
         grid = (size // chunk for size, chunk in zip(self.shape, self.chunk_shape, strict=True))
         for index in np.ndindex(*grid):
             yield tuple((i * chunk, (i + 1) * chunk) for i, chunk in zip(index, self.chunk_shape, strict=True))
@@ -67,7 +67,7 @@ class SavedArray:
 
     @property
     def numpy_dtype(self) -> np.dtype:
-        import tensorstore as ts  # it knows bfloat16
+        import tensorstore as ts  # supports bfloat16
 
         return ts.dtype(self.dtype).numpy_dtype
 
@@ -78,10 +78,10 @@ class Manifest:
 
     Attributes:
         run_id: the id of the run that saved it.
-        step: steps taken.
-        saved_at: seconds since 1970.
-        metadata: the run's own data, as JSON.
-        folder: the folder beside the manifest that holds the arrays.
+        step: the number of steps taken.
+        saved_at: the time of the save, in seconds since 1970.
+        metadata: data about the run, as JSON.
+        folder: the folder next to the manifest that holds the arrays.
         arrays: the leaves.
     """
 
@@ -94,20 +94,20 @@ class Manifest:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The file's content: JSON whose first line holds a digest of all bytes after it."""
+    """The content of the manifest file: JSON whose first line holds a digest of all the bytes after it."""
     body = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1).removeprefix("{").encode()
     return f"{_DIGEST_LINE.format(_digest(body))}".encode() + body
 
 
 def decode_manifest(file: str, content: bytes) -> Manifest:
-    """The manifest in a file's content.
+    """Decode and check the content of a manifest file.
 
     Args:
         file: the file's name, for messages.
         content: its bytes.
 
     Raises:
-        CheckpointError: if it is damaged.
+        CheckpointError: if the manifest is damaged.
         InputError: if another version of this package wrote it.
     """
     head, newline, rest = content.partition(b"\n")
@@ -115,7 +115,7 @@ def decode_manifest(file: str, content: bytes) -> Manifest:
     try:
         body = json.loads(content)
         digest, version = body.pop("digest"), body.pop("format", None)
-        if not whole:  # the digest of format 1 was of its sorted JSON
+        if not whole:  # in format 1, the digest covers the JSON with sorted keys
             whole = version == 1 and digest == _digest(json.dumps(body | {"format": 1}, sort_keys=True).encode())
         if whole and version == FORMAT:
             return _manifest_of(body)
@@ -128,7 +128,10 @@ def decode_manifest(file: str, content: bytes) -> Manifest:
 
 
 def _manifest_of(body: dict[str, Any]) -> Manifest:
-    """The manifest in JSON; an error if `encode_manifest` could not have written it: the digest proves no origin."""
+    """Build a manifest from JSON.
+
+    Fails if `encode_manifest` cannot have written it. A valid digest alone does not prove where a file comes from.
+    """
     manifest = Manifest(**body | {"arrays": [_array_of(entry) for entry in body["arrays"]]})
     _check(isinstance(manifest.run_id, str), "run_id is not a string")
     _check(type(manifest.step) is int and 0 <= manifest.step < 2**63, "step is not a count")
@@ -163,7 +166,7 @@ def _check(is_sound: bool, problem: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """An error's message, or its kind when it has none, without tensorstore's list of source locations."""
+    """An error's message, or its type if it has none, without tensorstore's list of source locations."""
     return " ".join(str(error).split(" [source locations=")[0].split()) or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""Reading steps back into trees of arrays, the newest intact step or a given one, and looking for damage."""
+"""Restoring trees of arrays from the newest intact step or a given step, and checking steps for damage."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ Tree = TypeVar("Tree")
 
 
 def arrays_of(tree: Any) -> dict[str, Any]:
-    """The array leaves of `tree` by path (`model.layers.0.weight`).
+    """The array leaves of `tree`, keyed by path (such as `model.layers.0.weight`).
 
-    jax and numpy arrays, numpy scalars and `jax.ShapeDtypeStruct` count; Python numbers, as in Equinox, do not.
+    jax and numpy arrays, numpy scalars and `jax.ShapeDtypeStruct`s count as arrays. As in Equinox, Python numbers do
+    not.
     """
     return {path: leaf for path, leaf in _named_leaves(tree)[0] if _is_array(leaf)}
 
@@ -48,12 +49,12 @@ def read_tree(
         folder: the path or URL that holds the arrays.
         saved: the saved arrays.
         like: the wanted tree.
-        cast: whether floating-point arrays may have a different dtype than the wanted one.
-        added: values of scalars, by path, that `like` has and the saved arrays may lack.
+        cast: whether floating-point arrays may have a different dtype from those in `like`.
+        added: values, keyed by path, for scalars that `like` has but the saved arrays may lack.
 
     Raises:
-        InputError: if the arrays are not those of `like`.
-        CheckpointError: if one cannot be read.
+        InputError: if the saved arrays do not match those in `like`.
+        CheckpointError: if an array cannot be read.
     """
     named, structure = _named_leaves(like)
     there = {array.path: array for array in saved}
@@ -80,7 +81,7 @@ def _named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    # The array inside a NamedArray has the index 0 and no name; use the name of its NamedArray.
+    # The array inside a NamedArray has index 0 and no name; use the NamedArray's name.
     if path and path[-1] == FlattenedIndexKey(0):
         path = path[:-1]
     return keystr(path, simple=True, separator=".")
@@ -91,7 +92,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _check_model(folder: str, there: dict[str, SavedArray], wanted: dict[str, Any], cast: bool) -> None:
-    """Refuse a checkpoint of a different model. It is not damaged, so falling back to an older one would not help."""
+    """Reject a checkpoint from a different model. It is not damaged, so falling back to an older one would not help."""
     for path in [*wanted, *there]:
         if path in there and path in wanted and there[path].shape == wanted[path].shape:
             saved_dtype, dtype = there[path].numpy_dtype, wanted[path].dtype
@@ -143,7 +144,7 @@ class Restored(Generic[Tree]):
 
     Attributes:
         tree: the tree.
-        step, metadata, run_id: those that it was saved with.
+        step, metadata, run_id: the values that it was saved with.
     """
 
     tree: Tree
@@ -158,21 +159,21 @@ def steps(directory: Path | str) -> list[int]:
 
 
 def remove_leftovers(directory: Path | str) -> None:
-    """Delete the leftovers of killed saves in a directory. No save may be in progress there."""
+    """Remove what killed saves have left behind in a directory. No save may be in progress there."""
     storage_at(directory).remove_leftovers()
 
 
 def check_writable(directory: Path | str) -> None:
-    """Check before the first save that the directory can be written.
+    """Check, before the first save, that the directory can be written to.
 
     Raises:
-        InputError: if it cannot be written.
+        InputError: if the directory cannot be written to.
     """
     storage_at(directory).check_writable()
 
 
 def remove(directory: Path | str, step: int) -> None:
-    """Remove a committed step. A kill in between leaves a leftover, never a step that looks complete."""
+    """Remove a committed step. If the process is killed midway, no step remains that looks complete."""
     storage_at(directory).remove(step)
 
 
@@ -180,14 +181,14 @@ def read_step(directory: Path | str, step: int) -> Manifest:
     """The manifest of a committed step.
 
     Raises:
-        CheckpointError: if it is damaged.
+        CheckpointError: if the manifest is damaged.
         InputError: if another version of this package wrote it.
     """
     return _read_manifest(storage_at(directory), step)
 
 
 def read_arrays(directory: Path | str, manifest: Manifest) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of a step with their paths in the tree, one in memory at a time.
+    """Yield the path and the value of each array in a step, with one array in memory at a time.
 
     Raises:
         CheckpointError: if a file is damaged.
@@ -199,7 +200,7 @@ def read_arrays(directory: Path | str, manifest: Manifest) -> Iterator[tuple[str
 
 
 def damage(directory: Path | str, step: int) -> list[str]:
-    """The damage of a committed step, a line for each file; reads every byte of it.
+    """Describe the damage in a committed step, one line per file. Reads every byte.
 
     Raises:
         InputError: if another version of this package wrote it.
@@ -225,29 +226,30 @@ def restore(
 ) -> Restored[Tree]:
     """Read the newest intact checkpoint in `directory`, or exactly `step`, into the structure of `like`.
 
-    The array leaves of `like` give shape, dtype and sharding: `jax.Array` or `jax.ShapeDtypeStruct` (without a
-    committed device, the default device), or numpy arrays, which are restored as numpy arrays. Other leaves are
-    returned unchanged. The sharding and the number of processes may differ from the save's; only the chunks that this
-    process needs are read. All processes of a run call it together, and get the same step.
+    The array leaves of `like` specify shapes, dtypes and shardings. A `jax.Array` or `jax.ShapeDtypeStruct` that is not
+    committed to a device is restored on the default device, and a numpy array is restored as a numpy array. Other
+    leaves are returned unchanged. The sharding and the number of processes may have changed since the save; each
+    process reads only the chunks that it needs. All processes in a run must call this function together, and they get
+    the same step.
 
     Args:
         directory: a path, or a `gs://` or `s3://` URL.
-        like: a tree of the wanted structure.
-        report: gets a line for each damaged checkpoint that is skipped for the one before it.
-        step: the step to read; the newest intact one if not given.
-        cast: convert floating-point arrays of a different dtype, which otherwise are refused.
-        partial: skip saved arrays that `like` does not have, which otherwise are refused.
-        added: values of scalars, by path, that older checkpoints lack.
-        processes: the run's processes; this one alone if not given.
+        like: a tree with the wanted structure.
+        report: called with a line for each damaged checkpoint that is skipped in favor of an older one.
+        step: the step to read; by default, the newest intact one.
+        cast: whether to convert floating-point arrays that have a different dtype instead of rejecting them.
+        partial: whether to skip saved arrays that `like` does not have instead of rejecting the checkpoint.
+        added: values, keyed by path, for scalars that older checkpoints lack.
+        processes: the run's processes; by default, only this one.
 
     Raises:
-        CheckpointError: if all are damaged.
-        InputError: if no checkpoint is there, or it does not fit `like` (leaves, shapes or dtypes).
+        CheckpointError: if the requested checkpoint is damaged, or all checkpoints are, or a process does not answer.
+        InputError: if no such checkpoint exists, or its leaves, shapes or dtypes do not match `like`.
     """
     processes = processes or Processes()
     storage = storage_at(directory)
     name = f"restore/{next(_numbers)}"
-    # A shared disk does not always show the same names on all hosts.
+    # Hosts may see different names on a shared disk, so the first process's list counts.
     text = processes.broadcast(f"{name}/steps", " ".join(map(str, storage.steps())), PATIENCE)
     found = [int(word) for word in text.split()]
     if not found:

@@ -1,4 +1,4 @@
-"""Saving a tree as a step: at once, or while training continues."""
+"""Saving a tree as a step, either synchronously or while training continues."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.files import sync
 from sophia_levanter.partition.processes import PATIENCE, NoAnswer, Processes
 
-# All processes save in the same order, so they agree on the number of a save.
+# All processes save in the same order, so they agree on the number of each save.
 _numbers = itertools.count()
 
 
 @dataclass(frozen=True)
 class Retention:
-    """The steps that are kept after a save. Later steps, from before a run went back, are always kept.
+    """The steps to keep after a save. Later steps, saved before a run rolled back, are always kept.
 
     Attributes:
         last: keep this many of the newest steps.
@@ -53,7 +53,7 @@ class Retention:
             raise InputError(f"retention is last {self.last} and every {self.every} steps; both must be at least 1")
 
     def surplus(self, steps: list[int]) -> list[int]:
-        """The steps to remove, out of some steps in ascending order."""
+        """The steps to remove from `steps`, which must be in ascending order."""
         return [s for s in steps[: -self.last] if s != self.best and (self.every is None or s % self.every)]
 
 
@@ -69,39 +69,39 @@ def save(
 ) -> str:
     """Write the arrays of `tree` as `directory/step-NNNNNNNN`, durably or not at all.
 
-    Leaves that are jax or numpy arrays, or numpy scalars, are saved; others, such as Python numbers, are not. All
-    processes of a run call it together, and each writes some of its shards; all must share `directory`.
+    Only leaves that are jax or numpy arrays or numpy scalars are saved; other leaves, such as Python numbers, are not.
+    All processes in a run must call this function together and share `directory`. Each writes some of its shards.
 
     Args:
         directory: a path, or a `gs://` or `s3://` URL.
-        step: steps taken.
+        step: the number of steps taken.
         tree: any pytree.
         run_id: the run's id.
-        metadata: the run's own data, as JSON.
+        metadata: data about the run, as JSON.
         retention: the steps to keep.
-        processes: the run's processes; this one alone if not given.
+        processes: the run's processes; by default, only this one.
 
     Returns:
         The path or URL of the step.
 
     Raises:
-        CheckpointError: on every process, if one of them failed; then nothing is committed.
-        FileExistsError: if an intact checkpoint of this step exists. A damaged one is replaced, since a run that fell
-            back because of it could otherwise never pass it.
+        CheckpointError: on every process, if one of them failed; nothing is then committed.
+        FileExistsError: if an intact checkpoint of this step exists. A damaged one is replaced; otherwise, a run that
+            fell back because of the damage could never get past this step.
     """
     saver = Saver(directory, run_id=run_id, processes=processes)
     return saver._prepared(step, tree, metadata, retention).run()
 
 
 def copy_step(source: Path, step: int, target: Path, *, run_id: str, metadata: dict[str, JSON]) -> None:
-    """Copy a step from one folder on a disk to another, durably, as a step of another run.
+    """Durably copy a step from one local folder to another, as a step of another run.
 
     Args:
         source: the folder that holds the step.
         step: the step's number.
-        target: the other folder; made if it does not exist.
+        target: the other folder; created if it does not exist.
         run_id: the other run's id.
-        metadata: entries that replace those of the same names.
+        metadata: metadata entries to add or replace.
 
     Raises:
         CheckpointError: if the step is damaged.
@@ -121,16 +121,16 @@ def copy_step(source: Path, step: int, target: Path, *, run_id: str, metadata: d
 
 
 class Saver:
-    """Saves while training continues: `save` returns when the arrays are copied, and a thread does the rest.
+    """Saves while training continues: `save` returns once the arrays are copied, and a thread does the rest.
 
     Args:
         directory: a path, or a `gs://` or `s3://` URL.
         run_id: the run's id.
-        processes: the run's processes, which all make the same calls; this one alone if not given.
+        processes: the run's processes, which must all make the same calls; by default, only this one.
         on_failure: called with the error, in the thread, as soon as a save fails.
 
     Attributes:
-        saved: the path or URL of the last committed step; None before the first.
+        saved: the path or URL of the last committed step; None before the first commit.
     """
 
     def __init__(
@@ -150,9 +150,9 @@ class Saver:
         self._failure: Exception | None = None
 
     def save(self, step: int, tree: Any, *, metadata: dict[str, JSON], retention: Retention) -> None:
-        """Start a save like that of the function `save`, after the previous one has ended.
+        """Wait for the previous save to end, then start a new one with the arguments of the function `save`.
 
-        The arrays may be donated as soon as it returns.
+        The arrays may be donated as soon as this method returns.
 
         Raises:
             CheckpointError, FileExistsError: if the previous save failed.
@@ -164,7 +164,7 @@ class Saver:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise the error of the last save, if it failed; call it often."""
+        """Raise the last save's error if the save failed. Call this often."""
         if self._failure is not None:
             raise self._failure
 
@@ -172,7 +172,7 @@ class Saver:
         """Wait until the last save is committed.
 
         Raises:
-            CheckpointError, FileExistsError: if it failed.
+            CheckpointError, FileExistsError: if the last save failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -184,7 +184,7 @@ class Saver:
             raise InputError(f"the step of a checkpoint is {step}; it must be at least 0")
         processes = self._processes
         arrays = host_arrays(arrays_of(tree), process=processes.index, num_processes=processes.count)
-        # Metadata that JSON cannot hold fails here, before the arrays are written.
+        # Metadata that JSON cannot represent fails here, before the arrays are written.
         metadata = json.loads(json.dumps(metadata))
         return _Save(self._storage, step, arrays, self._run_id, metadata, retention, processes, next(_numbers))
 
@@ -199,7 +199,7 @@ class Saver:
 
 @dataclass(frozen=True)
 class _Save:
-    """One save, on each process of a run. The first process chooses the folder, and commits when all have written."""
+    """One save, as run on each process. The first process chooses the folder, and commits once all have written."""
 
     storage: Storage
     step: int
@@ -211,7 +211,7 @@ class _Save:
     number: int
 
     def run(self) -> str:
-        """Write and commit the step, and remove surplus steps; the path or URL of the step."""
+        """Write and commit the step, remove surplus steps, and return the step's path or URL."""
         final = self.storage.folder(step_name(self.step))
         started = time.monotonic()
         try:
@@ -219,7 +219,7 @@ class _Save:
             outcome = self._write(stage)
             patience = PATIENCE + time.monotonic() - started
             if not self.processes.is_first:
-                self._gather(outcome, patience)  # only sends the outcome from here
+                self._gather(outcome, patience)  # on these processes, this only sends the outcome
             self._by_first("commit", lambda: self._commit(stage, outcome, patience), patience)
             if self.number:
                 self.processes.forget(f"save/{self.number - 1}")
@@ -239,7 +239,7 @@ class _Save:
         return self.storage.new_stage(self.step, replaces=is_there)
 
     def _write(self, stage: Stage) -> dict[str, Any]:
-        """The digests of this process's files, or the reason for a failure."""
+        """Write this process's files, and return their digests or the reason for a failure."""
         folder = self.storage.folder(f"{stage.folder}/{stage.arrays}")
         try:
             digests = write_arrays(folder, self.arrays, headers=self.processes.is_first)
@@ -280,7 +280,7 @@ class _Save:
         return [json.loads(text) for text in texts]
 
     def _by_first(self, name: str, work: Callable[[], Any], patience: float) -> Any:
-        """The result of the first process's work, or its failure, on every process."""
+        """Do the work on the first process only; every process returns its result or raises its failure."""
         text = None
         if self.processes.is_first:
             try:

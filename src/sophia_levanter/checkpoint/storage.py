@@ -1,4 +1,4 @@
-"""Storages of checkpoints: a folder on a disk, or a prefix in a bucket. Each has its own way to commit a step."""
+"""Checkpoint storage: a folder on disk or a prefix in a bucket, each with its own way to commit a step."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Stage(NamedTuple):
     """Where a step is written before it is committed.
 
     Attributes:
-        folder: a folder in the storage; in a bucket, where nothing can be renamed, the name of the step itself.
-        arrays: the folder in it that holds the arrays.
-        replaces: whether the step replaces a damaged checkpoint of the same number.
+        folder: a folder in the storage. In a bucket, where folders cannot be renamed, it is the final folder.
+        arrays: the subfolder that holds the arrays.
+        replaces: whether the stage replaces a damaged checkpoint of the same step.
     """
 
     folder: str
@@ -37,10 +37,10 @@ class Stage(NamedTuple):
 
 
 class Storage(Protocol):
-    """Steps by number. Only committed steps are visible.
+    """A store of checkpoints, keyed by step. Only committed steps are visible.
 
     Attributes:
-        location: its path or URL, for messages.
+        location: the path or URL of the storage, for messages.
     """
 
     location: str
@@ -50,7 +50,7 @@ class Storage(Protocol):
         ...
 
     def folder(self, name: str) -> str:
-        """The path or URL of a folder in it."""
+        """The path or URL of a folder in the storage."""
         ...
 
     def read_manifest(self, step: int) -> bytes:
@@ -58,38 +58,38 @@ class Storage(Protocol):
         ...
 
     def check_writable(self) -> None:
-        """Raise an `InputError` if nothing can be written; called before the first save."""
+        """Raise an `InputError` if the storage cannot be written to. Call this before the first save."""
         ...
 
     def new_stage(self, step: int, *, replaces: bool) -> Stage:
-        """A new stage for a save, separate from all others."""
+        """Create a stage for a save, separate from all other stages."""
         ...
 
     def sync_stage(self, stage: Stage) -> None:
-        """Return when the files of this host are durable."""
+        """Block until this host's files are durable."""
         ...
 
     def sees(self, file: str) -> bool:
-        """Whether this host sees a file that another host has written."""
+        """Whether a file that another host has written is visible on this host."""
         ...
 
     def commit(self, stage: Stage, step: int, manifest: bytes) -> None:
-        """Make the stage the step. Raises `FileExistsError` if another save has committed the step in the meantime."""
+        """Commit the stage as a step. Raises `FileExistsError` if another save has committed this step meanwhile."""
         ...
 
     def discard(self, stage: Stage) -> None:
         """Remove the files of a failed save, as far as possible.
 
-        Raises `CheckpointError` if the stage was already removed, which explains why the save failed.
+        Raises `CheckpointError` if the stage had already been removed, because that is why the save failed.
         """
         ...
 
     def remove(self, step: int) -> None:
-        """Remove a committed step. A kill in between leaves a leftover, never a step that looks complete."""
+        """Remove a committed step. If the process is killed midway, no step remains that looks complete."""
         ...
 
     def remove_leftovers(self) -> None:
-        """Remove the leftovers of killed saves. No save may be in progress there."""
+        """Remove what killed saves have left behind. No save may be in progress."""
         ...
 
 
@@ -97,7 +97,7 @@ def storage_at(location: str | Path) -> Storage:
     """The storage at a path, or at a `gs://` or `s3://` URL.
 
     Raises:
-        InputError: if the URL is of another kind or names no bucket.
+        InputError: if the URL has a different scheme or does not name a bucket.
     """
     check_utf8("the folder of the checkpoints", str(location))
     scheme, separator, rest = str(location).partition("://")
@@ -115,12 +115,12 @@ def step_name(step: int) -> str:
 
 
 class DiskStorage:
-    """A folder, made by the first save. A step is written beside its final name and renamed when it is durable."""
+    """A folder that the first save creates. A step is written under a temporary name and renamed once it is durable."""
 
     def __init__(self, path: Path) -> None:
         self.location = str(path)
         self._path = path
-        # Once the folder exists it is not made again: a removed run directory must not come back incomplete.
+        # Once the folder has existed, it is never recreated: a removed run directory must not reappear incomplete.
         self._was_there = path.is_dir()
 
     def steps(self) -> list[int]:
@@ -157,11 +157,11 @@ class DiskStorage:
         for path in new:
             sync(path.parent)
         self._was_there = True
-        (self._path / folder / FILE_NAME).touch()  # its absence shows later that the folder was removed
+        (self._path / folder / FILE_NAME).touch()  # if it is missing later, the folder was removed
         return Stage(folder, "arrays", replaces)
 
     def sync_stage(self, stage: Stage) -> None:
-        # tensorstore has already synced the files, and the names in their folders.
+        # tensorstore has already synced the files and their directory entries.
         arrays = self._path / stage.folder / stage.arrays
         if arrays.exists():
             sync(arrays)
@@ -179,7 +179,7 @@ class DiskStorage:
         if stage.replaces and final.exists():
             self.remove(step)
         try:
-            folder.rename(final)  # fails if `final` is a folder that is not empty
+            folder.rename(final)  # fails if `final` is a non-empty folder
         except OSError as error:
             if final.exists():
                 raise FileExistsError(f"{final} appeared in the meantime") from error
@@ -189,11 +189,11 @@ class DiskStorage:
     def discard(self, stage: Stage) -> None:
         folder = self._path / stage.folder
         step, _, _ = stage.folder.partition(".")
-        # A step that was renamed and only could not be synced was not removed.
+        # If the rename succeeded and only the sync failed, the stage was not removed.
         was_removed = not (folder / FILE_NAME).exists() and not (self._path / step / FILE_NAME).exists()
         shutil.rmtree(folder, ignore_errors=True)
         if was_removed:
-            # tensorstore makes removed folders again while it writes.
+            # tensorstore recreates removed folders while it writes.
             with contextlib.suppress(OSError):
                 self._path.rmdir()
                 self._path.parent.rmdir()
@@ -201,7 +201,7 @@ class DiskStorage:
 
     def remove(self, step: int) -> None:
         removed = self._path / _aside(step, "removed")
-        with contextlib.suppress(FileNotFoundError):  # someone else has removed it
+        with contextlib.suppress(FileNotFoundError):  # another process has already removed it
             (self._path / step_name(step)).rename(removed)
         sync(self._path)
         _delete(removed)
@@ -214,9 +214,9 @@ class DiskStorage:
 
 
 class BucketStorage:
-    """A prefix in a bucket. A step exists once its manifest does, which is written only if none exists.
+    """A prefix in a bucket. A step exists once its manifest does; a conditional write lets only one save commit it.
 
-    The arrays of each save have their own prefix, which the manifest names: two saves never mix.
+    Each save writes its arrays under its own prefix, which the manifest records, so two saves never mix.
     """
 
     def __init__(self, url: str) -> None:
@@ -243,14 +243,14 @@ class BucketStorage:
         key = f"{step_name(step)}/{FILE_NAME}"
         try:
             found = self._store.read(key).result()
-        except Exception as error:  # the client raises many kinds
+        except Exception as error:  # the client raises many kinds of errors
             raise CheckpointError(f"{self.location}/{key}: {one_line(error)}") from error
         if found.state != "value":
             raise CheckpointError(f"{self.location}/{key} is missing")
         return bytes(found.value)
 
     def check_writable(self) -> None:
-        # If objects cannot be deleted, the probe stays as a leftover.
+        # If objects cannot be deleted, the probe remains as a leftover.
         probe = f"{step_name(0)}/arrays-{uuid.uuid4().hex}/probe"
         try:
             self._do(self._store.write(probe, b""))
@@ -262,7 +262,7 @@ class BucketStorage:
         return Stage(step_name(step), f"arrays-{uuid.uuid4().hex}", replaces)
 
     def sync_stage(self, stage: Stage) -> None:
-        """An object is durable once its write has been answered."""
+        """Do nothing: an object is durable once its write has been acknowledged."""
 
     def sees(self, file: str) -> bool:
         return True
@@ -275,11 +275,11 @@ class BucketStorage:
                 self._remove_other_arrays(stage)
                 return
             there = self._do(self._store.read(key))
-        if there.value != manifest:  # equal if our write succeeded but its answer was lost
+        if there.value != manifest:  # identical if our write succeeded but its response was lost
             raise FileExistsError(f"{self.location}/{key} appeared in the meantime")
 
     def discard(self, stage: Stage) -> None:
-        with contextlib.suppress(CheckpointError):  # remaining files are leftovers
+        with contextlib.suppress(CheckpointError):  # any remaining files are leftovers
             self._delete_all(f"{stage.folder}/{stage.arrays}/")
 
     def remove(self, step: int) -> None:
@@ -310,12 +310,12 @@ class BucketStorage:
     def _do(self, request: Any) -> Any:
         try:
             return request.result()
-        except Exception as error:  # the client raises many kinds
+        except Exception as error:  # the client raises many kinds of errors
             raise CheckpointError(f"{self.location}: {one_line(error)}") from error
 
 
 def _delete(path: Path) -> None:
-    """Remove a leftover. Files that stay, as NFS keeps those that a reader has open, are removed at a later start."""
+    """Remove a leftover. Files that cannot be removed yet, such as open files on NFS, are removed at a later start."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:

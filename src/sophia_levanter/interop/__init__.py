@@ -1,1 +1,1 @@
-"""Weights of transformers, nanoGPT and the Sophia authors, in and out."""
+"""Importing weights from transformers, nanoGPT and the Sophia authors' code, and exporting weights."""

@@ -1,4 +1,4 @@
-"""Models exchanged with transformers: the names of their weights, and the fields of config.json."""
+"""The models that can be exchanged with transformers: their weight names and `config.json` fields."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
 
 
 class WeightsError(InputError):
-    """A file of weights is wrong; the message starts with its name."""
+    """A weights file is invalid. The message starts with the file's name."""
 
 
 def input_error(file: Path, text: str) -> WeightsError:
@@ -27,7 +27,7 @@ def input_error(file: Path, text: str) -> WeightsError:
 
 
 def shown(name: str, longest: int = _LONGEST_NAME) -> str:
-    """A text from a file for a terminal, with control characters escaped, shortened."""
+    """Text from a file in a form that is safe for a terminal: shortened, with control characters escaped."""
     return shortened(one_line(name), longest)
 
 
@@ -36,18 +36,18 @@ class Description:
     """The fields of a `config.json`, or the model_args of a checkpoint.
 
     Attributes:
-        file: the file that holds them.
-        values: the fields as they are.
+        file: the file that contains them.
+        values: the fields, unchecked.
     """
 
     file: Path
     values: Mapping[str, Any]
 
     def value(self, name: str, kind: Any, default: Any = None) -> Any:
-        """A field of type `kind`; a number must be above 0.
+        """The value of a field of type `kind`. A number must be above 0.
 
         Raises:
-            InputError: if it has a different type, or is not above 0.
+            InputError: if the value has a different type, or is a number that is not above 0.
         """
         value: Any = self.values.get(name, default)
         if kind is float and type(value) is int:
@@ -58,10 +58,10 @@ class Description:
         return value
 
     def require(self, name: str, wanted: Any, reason: str) -> None:
-        """Refuse a field with any other value than the wanted one, which is the default.
+        """Check that a field is missing or has the wanted value.
 
         Raises:
-            InputError: if it has another value; gives the reason.
+            InputError: if the field has a different value; the message gives the reason.
         """
         if self.values.get(name, wanted) != wanted:
             raise self.error(name, reason)
@@ -74,14 +74,14 @@ class Description:
 
 
 class Architecture(abc.ABC):
-    """One kind of model: its names and its `config.json` in transformers.
+    """One kind of model: its weight names and its `config.json` in transformers.
 
     Attributes:
-        model_types: its values of `model_type` in `config.json`.
+        model_types: the values of `model_type` that identify it in `config.json`.
         config_class: the class of its settings in this package.
         prefix: the prefix of every weight's name except `lm_head.weight`.
-        layers: the name before a layer's number, which is `blocks` in this package.
-        layout: the layout of matrices: `conv1d` for [in, out], `linear` for torch.nn.Linear's [out, in].
+        layers: the name that precedes a layer's number; this package uses `blocks`.
+        layout: the matrix layout: `conv1d` for [in, out], `linear` for torch.nn.Linear's [out, in].
         embedding: the name of the token embedding, without the prefix.
         always_has_biases: whether transformers' model has biases even if this package's model has none.
     """
@@ -96,41 +96,42 @@ class Architecture(abc.ABC):
 
     @property
     def title(self) -> str:
-        """The model's name for people."""
+        """The model's name, for messages."""
         return self.config_class.title
 
     @abc.abstractmethod
     def fields(self, given: Description) -> dict[str, Any]:
-        """The settings with which this package's model computes the same as the described one, without `use_bias`.
+        """The settings, except `use_bias`, that make this package's model compute the same as the described model.
 
         Raises:
-            InputError: if this package's model cannot compute the same; names the field.
+            InputError: if this package's model cannot compute the same; the message names the field.
         """
 
     @abc.abstractmethod
     def sizes(self, given: Description) -> dict[str, int]:
-        """The number of layers, embedding rows, embedding columns and learned positions, by field name and in this
-        order. Fields that `config.json` lacks have transformers' defaults.
+        """The number of layers, embedding rows, embedding columns and any learned positions, in this order.
+
+        The keys are field names. Fields that `config.json` lacks have transformers' default values.
         """
 
     @abc.abstractmethod
     def describe(self, config: Any) -> dict[str, Any]:
-        """The fields of `config.json` that belong to this architecture; the inverse of `fields`."""
+        """The `config.json` fields that describe a model with this architecture; the inverse of `fields`."""
 
     def complete(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The weights as transformers expects them."""
+        """The weights that transformers expects, given the model's own."""
         return dict(arrays)
 
     @abc.abstractmethod
     def seq_len(self, given: Description) -> int:
-        """The longest context of the described model."""
+        """The maximum context length of the described model."""
 
 
 class Gpt2Architecture(Architecture):
     """GPT2LMHeadModel, and nanoGPT's GPT.
 
     Attributes:
-        positions: the name of the field with the number of positions.
+        positions: the name of the field that holds the number of positions.
     """
 
     model_types = ("gpt2",)
@@ -190,7 +191,7 @@ class Gpt2Architecture(Architecture):
         }
 
     def complete(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The weights, with zeros for missing biases, since transformers' GPT-2 always has biases."""
+        """The weights, with zeros for missing biases, because transformers' GPT-2 always has biases."""
         biases = {
             name.removesuffix("weight") + "bias": np.zeros(array.shape[-1:], array.dtype)
             for name, array in arrays.items()
@@ -200,7 +201,7 @@ class Gpt2Architecture(Architecture):
 
 
 class LlamaArchitecture(Architecture):
-    """LlamaForCausalLM, and Qwen3ForCausalLM, which adds RMSNorm of queries and keys."""
+    """LlamaForCausalLM, and Qwen3ForCausalLM, which adds RMSNorm for queries and keys."""
 
     model_types = ("llama", "qwen3")
     config_class = LlamaConfig
@@ -235,7 +236,7 @@ class LlamaArchitecture(Architecture):
         given.require("partial_rotary_factor", 1.0, "this model rotates whole heads")
         sizes = self.sizes(given)
         width, heads = sizes["hidden_size"], given.value("num_attention_heads", int, 32)
-        # Defaults for fields that Qwen3's config.json lacks; null has the same meaning as Llama's default.
+        # Defaults for fields that Qwen3's config.json lacks. A null field has the same meaning as Llama's default.
         kv_heads = 32 if qwen and "num_key_value_heads" not in given.values else heads
         head_size = 128 if qwen and "head_dim" not in given.values else width // heads
         return {
@@ -253,7 +254,7 @@ class LlamaArchitecture(Architecture):
 
     @staticmethod
     def _rope_theta(given: Description) -> float:
-        """The base of the rotary positions, which transformers 4 and 5 write under different names."""
+        """The base of the rotary position embeddings, which transformers 4 and 5 store under different names."""
         name = "rope_scaling" if given.values.get("rope_scaling") else "rope_parameters"
         rope = given.values.get(name) or {}
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
@@ -279,7 +280,7 @@ class LlamaArchitecture(Architecture):
             "num_hidden_layers": config.num_layers,
             "num_key_value_heads": config.kv_heads,
             "rms_norm_eps": config.layer_norm_epsilon,
-            "rope_theta": config.rope_theta,  # transformers 4; 5 reads the next
+            "rope_theta": config.rope_theta,  # for transformers 4; version 5 reads the next field
             "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
             "tie_word_embeddings": config.tie_embeddings,
         }
@@ -291,10 +292,10 @@ NANOGPT = Gpt2Architecture(layout="linear", positions="block_size")
 
 
 def architecture_of_type(file: Path, model_type: Any) -> Architecture:
-    """The architecture that a `config.json` names.
+    """The architecture that a `config.json` specifies.
 
     Raises:
-        InputError: if it is not one of ours.
+        InputError: if this package does not support it.
     """
     known = {name: architecture for architecture in ARCHITECTURES for name in architecture.model_types}
     if not isinstance(model_type, str) or model_type not in known:

@@ -1,4 +1,4 @@
-"""A trained model as a folder that transformers reads."""
+"""Exporting a trained model to a folder that transformers can read."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 
 def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) -> None:
-    """Write a model and its tokenizer as transformers' `save_pretrained` does, with this package's own settings.
+    """Write a model and its tokenizer in the format of transformers' `save_pretrained`, with this package's settings.
 
     Args:
         loaded: the model.
-        folder: the target folder, which appears when it is complete.
-        dtype: dtype of the weights, `float32`, `bfloat16` or `float16`; unchanged if not given.
+        folder: the target folder, which appears only once it is complete.
+        dtype: the dtype of the weights, `float32`, `bfloat16` or `float16`; unchanged by default.
 
     Raises:
-        InputError: if the folder holds files or cannot be made, or the dtype cannot hold the weights.
+        InputError: if the folder contains files or cannot be created, or the dtype cannot represent the weights.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
     architecture = architecture_of(model.config)
@@ -52,7 +52,7 @@ def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) ->
     }
     end_of_text = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
     shape = architecture.describe(model.config) | {
-        "torch_dtype": arrays[architecture.prefix + architecture.embedding].dtype.name,  # transformers 5 reads it too
+        "torch_dtype": arrays[architecture.prefix + architecture.embedding].dtype.name,  # transformers 5 also reads this
         "vocab_size": model.config.embedding_rows(model.vocab_size),
     }
     documents: dict[str, dict[str, Any]] = {
@@ -67,12 +67,12 @@ def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) ->
         if has_own_file:
             save_bpe(partial / TOKENIZER_FILE, ranks_of(tokenizer))
         _save(partial / "model.safetensors", arrays)
-        # safetensors makes a file that only its owner can read.
+        # safetensors creates a file that only its owner can read.
         shutil.copymode(partial / "config.json", partial / "model.safetensors")
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuse to export over files.
+    """Check that an export would not overwrite files.
 
     Raises:
         InputError: if the path exists and is not an empty folder.
@@ -106,7 +106,7 @@ def _save(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write in, which is renamed to `folder` at the end, or removed after an error."""
+    """A temporary folder to write to, which is renamed to `folder` at the end, or removed after an error."""
     check_new_folder(folder)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:

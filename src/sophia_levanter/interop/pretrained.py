@@ -1,4 +1,4 @@
-"""Weights from files, as a model that a run can start from."""
+"""Loading weights from files into a model that a run can start from."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from sophia_levanter.models.transformer import Transformer
 def read_pretrained(
     path: str, config: ModelConfig, tokenizer: Tokenizer, *, dtype: str, report: Callable[[str], None]
 ) -> Transformer:
-    """A model with the weights of a file, in this host's memory.
+    """Read a model from a file into host memory.
 
-    The padding of a vocabulary that is padded to a multiple of 128, as nanoGPT's is, is dropped. Other rows beyond the
-    tokenizer's, such as an added padding token's, are kept and never predicted; `vocab_rows` of the result's `config`
-    counts them. If the model has no biases, the biases that transformers always saves must be 0.
+    If the vocabulary is padded to a multiple of 128, as in nanoGPT, the padding is dropped. Other embedding rows that
+    the tokenizer does not use, such as the row for an added padding token, are kept but never predicted;
+    `config.vocab_rows` of the result includes them. If the model has no biases, the biases that transformers always
+    saves must be 0.
 
     Args:
-        path: a folder with `config.json` and `model.safetensors` or its shards, as transformers saves them; or the
-            `ckpt.pt` of nanoGPT or the Sophia authors.
-        config: the model's shape, which must be the file's.
-        tokenizer: the model's tokenizer. If the file contains a fingerprint, it must be this tokenizer's.
-        dtype: dtype of the parameters.
+        path: a folder saved by transformers, with `config.json` and `model.safetensors` or its shards; or a `ckpt.pt`
+            from nanoGPT or the Sophia authors.
+        config: the model's shape, which must match the file.
+        tokenizer: the model's tokenizer. If the file contains a fingerprint, it must match this tokenizer.
+        dtype: the dtype of the parameters.
         report: prints a line for the user.
 
     Returns:
-        The model with numpy arrays for leaves.
+        The model, with numpy arrays as leaves.
 
     Raises:
-        InputError: if the file cannot be read, does not fit the model or tokenizer, or holds numbers that are not
-            finite.
+        InputError: if the file cannot be read, does not fit the model or the tokenizer, or contains non-finite values.
     """
     saved, vocab_size = open_model(Path(path)), tokenizer.vocab_size
     if not isinstance(config, saved.architecture.config_class):
@@ -73,10 +73,10 @@ def read_pretrained(
 
 
 def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer whose ids differ from `vocab.json` or `tokenizer.json` in a folder saved by transformers.
+    """Check a tokenizer's ids against any `vocab.json` and `tokenizer.json` in a folder saved by transformers.
 
     Raises:
-        InputError: names the first token that differs.
+        InputError: if the ids differ; the message names the first token that does.
     """
     for name in ("vocab.json", "tokenizer.json"):
         file = Path(path, name)
@@ -91,7 +91,7 @@ def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
             )
         byte_of = bytes_of_characters()
         for text, token in sorted(vocab.items(), key=lambda item: item[1]):
-            # Added tokens have ids beyond the tokenizer's.
+            # Added tokens have ids that the tokenizer does not use.
             if 0 <= token < tokenizer.vocab_size and tokenizer.special_tokens.get(text) != token:
                 ours = tokenizer.token_bytes[token]
                 if bytes(byte_of.get(character, 0) for character in text) != ours:
@@ -106,7 +106,7 @@ def _check_fields(saved: SavedModel, config: ModelConfig) -> None:
     config = config.explicit()
     wrong = {name: value for name, value in saved.fields.items() if getattr(config, name) != value}
     if not wrong or (set(wrong) == {"use_bias"} and saved.architecture.layout == "conv1d"):
-        return  # whether transformers' biases are all 0 is checked when they are read
+        return  # biases from transformers are checked when they are read
     name, value = next(iter(wrong.items()))
     options = " ".join(f"--model.{name} {_shown(value)}" for name, value in wrong.items())
     ours = _shown(getattr(config, name))
@@ -124,7 +124,7 @@ def _without_biases(saved: SavedModel, arrays: Mapping[str, np.ndarray]) -> dict
 
 
 def _with_rows(saved: SavedModel, config: TransformerConfig, tokenizer: Tokenizer) -> TransformerConfig:
-    """The configuration with `vocab_rows`, if the file has rows beyond the tokenizer's that are not our padding."""
+    """The configuration, with `vocab_rows` set if the file has extra embedding rows that are not our padding."""
     if saved.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
         raise InputError(
             f"data.tokenizer {tokenizer.name} differs from the one that {saved.file} was trained with; "

@@ -1,7 +1,7 @@
-"""Models in files, described before they are read: folders saved by transformers, checkpoints of nanoGPT and of the
-Sophia authors.
+"""Models in files: folders saved by transformers, and checkpoints from nanoGPT or the Sophia authors.
 
-Code in a file is never run: safetensors holds only arrays, and torch loads only tensors and plain values.
+A model's description is read before its weights. Code in a file is never run: safetensors files contain only arrays,
+and torch loads only tensors and plain values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sophia_levanter.interop.state_dict import BUFFERS, HEAD, plain_names
 _FLOATS = ("F16", "BF16", "F32", "F64")
 # nanoGPT's epsilon is in its code, not in its checkpoints.
 _NANOGPT_EPSILON = 1e-5
-# This package's additions to an exported folder: a field of config.json, and a trained tokenizer's file.
+# What this package adds to an exported folder: a field in config.json, and the file of a trained tokenizer.
 OWN_FIELD = "sophia_levanter"
 TOKENIZER_FILE = f"tokenizer{TRAINED_TOKENIZER}"
 _SCALED = "scale_attn_by_inverse_layer_idx"  # only in the Sophia authors' checkpoints
@@ -49,9 +49,9 @@ class SavedModel:
         architecture: the kind of model.
         fields: the settings of `architecture.config_class` that the model needs.
         seq_len: the model's longest context.
-        vocab_size: rows of its token embedding.
-        arrays: its (name, array), with names from `plain_names`; each array is read when it is iterated.
-        tokenizer: the `data.tokenizer` that it was trained with, or None if the file does not contain it.
+        vocab_size: the number of rows in its token embedding.
+        arrays: its (name, array) pairs, with names from `plain_names`; iteration reads one array at a time.
+        tokenizer: the `data.tokenizer` that it was trained with, or None if the file does not specify it.
         tokenizer_fingerprint: that tokenizer's fingerprint, or None.
     """
 
@@ -66,11 +66,11 @@ class SavedModel:
 
 
 def open_model(path: Path) -> SavedModel:
-    """The model in a folder saved by transformers, or in a `ckpt.pt` of nanoGPT or the Sophia authors.
+    """Open the model in a folder saved by transformers, or in a `ckpt.pt` from nanoGPT or the Sophia authors.
 
     Raises:
-        InputError: if the path has no model, or this package cannot compute the same; from `arrays`, if one of them
-            cannot be read.
+        InputError: if the path does not contain a model that this package can compute, or later, during iteration over
+            `arrays`, if an array cannot be read.
     """
     if os.path.isdir(path):
         return _huggingface(path)
@@ -91,11 +91,11 @@ def _first_line(error: Exception) -> str:
 def _weights(
     file: Path, shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, given: Description, source: str
 ) -> dict[str, str]:
-    """`plain_names` of arrays; an error unless the description gives their sizes, before a model of that size is built.
+    """Check the arrays' sizes against the description, before a model is built, and return their `plain_names`.
 
     Args:
-        file: the file that holds them, for messages.
-        shapes: the arrays' shapes by their names in the file.
+        file: the file that contains the arrays, for messages.
+        shapes: the arrays' shapes, keyed by their names in the file.
         architecture: the weights' architecture.
         given: the description.
         source: the description's name, for messages.
@@ -108,7 +108,7 @@ def _weights(
     if embedding is None:
         raise input_error(file, f"{architecture.embedding} is missing: this is not a {architecture.title} state dict")
     layers = {found[1] for name in names if (found := re.match(rf"{architecture.layers}\.(\d+)\.", name))}
-    # An array without these axes is refused later, by its shape.
+    # An array without these axes is rejected later because of its shape.
     sizes = [len(layers), *(shapes[embedding] + (None, None))[:2], *shapes.get(names.get("wpe.weight", ""), ())[:1]]
     wrong = [
         f"{name} is {value}, but the weights have {size}"
@@ -138,7 +138,7 @@ def _huggingface(folder: Path) -> SavedModel:
         return ((plain, arrays[name].read()) for plain, name in names.items() if plain.endswith(suffix))
 
     if architecture.always_has_biases:
-        # transformers' GPT-2 always has biases. They are 0 for a model without, unless transformers trained it further.
+        # transformers' GPT-2 always has biases. For a model without biases they are 0, unless it was trained further.
         fields["use_bias"] = own["use_bias"] or any(array.any() for _, array in read(".bias"))
     return SavedModel(
         file=folder,
@@ -159,7 +159,7 @@ def _own_values(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     if (
         not isinstance(own, dict)
         or any(name in own and type(own[name]) is not kinds[name][0] for name in kinds)
-        # A trained tokenizer's file must be the one in the folder.
+        # The file of a trained tokenizer must be the one in the folder.
         or (own.get("tokenizer", "").endswith(TRAINED_TOKENIZER) and own["tokenizer"] != TOKENIZER_FILE)
     ):
         raise input_error(file, f"{OWN_FIELD} differs from what an export writes; remove it and set --data.tokenizer")
@@ -167,7 +167,7 @@ def _own_values(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises `WeightsError` if it holds none."""
+    """Read the object in a JSON file. Raises `WeightsError` if the file does not contain one."""
     try:
         values = json.loads(read_regular(file))
     except NotRegular as error:
@@ -215,11 +215,11 @@ class _Array(NamedTuple):
 
 
 def _safetensors(files: Iterable[Path]) -> dict[str, _Array]:
-    """The weights in files by their names there."""
+    """The weights in safetensors files, keyed by their names in the files."""
     arrays: dict[str, _Array] = {}
     for file in files:
         with _opened(file) as opened:
-            for name in opened.keys():  # noqa: SIM118  # it has nothing else of a mapping
+            for name in opened.keys():  # noqa: SIM118  # it has no other mapping methods
                 if name.endswith(BUFFERS):
                     continue
                 part = opened.get_slice(name)
@@ -252,14 +252,14 @@ def _nanogpt(file: Path) -> SavedModel:
     values, tensors = (checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ("model_args", "model"))
     if not isinstance(values, dict) or not isinstance(tensors, dict):
         raise input_error(file, "not a checkpoint of nanoGPT or the Sophia authors, a dict with model and model_args")
-    # Forks of nanoGPT name here what they compute differently.
+    # Forks of nanoGPT list here what they compute differently.
     known = (*_NANOGPT_ARGS, _SCALED)
     for name, value in values.items():
         if name not in known and value is not None and value is not False:
             raise input_error(
                 file, f"model_args has {shown(str(name))} {shown(repr(value))}, which this model does not support"
             )
-    # These fields have no defaults; the epsilon is in nanoGPT's code.
+    # These fields have no defaults. The epsilon comes from nanoGPT's code.
     named = {name: values.get(name) for name in _NANOGPT_ARGS} | {_SCALED: values.get(_SCALED, False)}
     given = Description(file, named | {"layer_norm_epsilon": _NANOGPT_EPSILON})
     fields = NANOGPT.fields(given) | {"use_bias": given.value("bias", bool)}
@@ -287,9 +287,9 @@ def _torch_load(file: Path) -> Any:
         ) from None
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch's errors share no type
+    except Exception as error:  # torch's errors have no common type
         if "weights_only" in str(error):
-            # torch's own message explains how to run the file's code.
+            # torch's own message would explain how to run the file's code.
             reason = "contains more than tensors and plain values, and code pickled in a file never runs"
         else:
             reason = f"torch cannot load it: {_first_line(error)}"
@@ -297,14 +297,14 @@ def _torch_load(file: Path) -> Any:
 
 
 def _shape(file: Path, name: Any, tensor: Any) -> tuple[int, ...]:
-    """The shape of a tensor; an error unless the file stores all of its numbers."""
+    """Check that the file stores all values of a tensor, and return the tensor's shape."""
     import torch
 
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
         raise input_error(file, f"model has {shown(repr(name))}, which is not a named tensor")
     if not tensor.is_floating_point():
         raise input_error(file, f"{shown(name)} is {tensor.dtype}; it must be floating-point")
-    # A tensor that is not stored, or repeats a few stored numbers, could have any size.
+    # A tensor that is not stored, or that repeats a few stored values, could claim any size.
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
         kind = "meta" if tensor.is_meta else "nested" if tensor.is_nested else str(tensor.layout)
         raise input_error(file, f"{shown(name)} is a {kind} tensor; save it as a dense tensor (tensor.to_dense())")

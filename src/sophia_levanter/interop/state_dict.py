@@ -1,4 +1,4 @@
-"""Weights under the names of transformers and nanoGPT."""
+"""State dicts: weights under the names that transformers and nanoGPT use."""
 
 from __future__ import annotations
 
@@ -20,24 +20,27 @@ from sophia_levanter.models.language_model import abstract_model
 
 LAYOUTS = ("conv1d", "linear")
 HEAD = "lm_head.weight"
-# Parts of names that torch.compile, data-parallel training, FSDP and modules around the model add.
+# Name components that torch.compile, data-parallel training, FSDP and modules around the model add.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model", "transformer"}
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # causal masks and wavelengths
 
 
 def gpt2_from_state_dict(config: Gpt2Config, arrays: Mapping[str, np.ndarray], *, layout: str = "conv1d") -> Gpt2:
-    """A GPT-2 with the given weights. Attention masks are ignored. The output head is the token embedding: one of
-    `lm_head.weight` and `wte.weight` is enough.
+    """Build a GPT-2 with the given weights.
+
+    Attention masks are ignored. The output head is the token embedding, so either `lm_head.weight` or `wte.weight` is
+    enough.
 
     Args:
         config: the model's shape.
-        arrays: arrays by state-dict name, with or without `transformer.`, `model.`, `module.` and `_orig_mod.`.
+        arrays: the arrays, keyed by state-dict name with or without `transformer.`, `model.`, `module.` and
+            `_orig_mod.`.
         layout: `conv1d` for matrices [in, out], as in transformers; `linear` for torch.nn.Linear's [out, in], as in
             nanoGPT and the Sophia authors' code.
 
     Raises:
-        ValueError: if arrays are missing, unknown, given twice or of the wrong shape, or the head is not the token
-            embedding; names them.
+        ValueError: if arrays are missing, unknown, given twice or have the wrong shape, or if the head is not the token
+            embedding; the message names them.
     """
     return jax.tree.map(jnp.asarray, model_on_host(config, arrays, layout=layout))
 
@@ -58,17 +61,17 @@ def model_on_host(
     layout: str | None = None,
     vocab_size: int | None = None,
 ) -> Any:
-    """A model with the given weights as numpy arrays; it may be too large for a single device.
+    """Build a model with the given weights as numpy arrays, because it may be too large for a single device.
 
     Args:
         config: the model's shape.
-        arrays: arrays by state-dict name, with or without wrappers' prefixes.
-        layout: the layout of matrices, `conv1d` or `linear`; transformers' own for the model if not given.
-        vocab_size: classes that can be predicted; the rows of the token embedding if not given. Rows beyond
-            `config.embedding_rows(vocab_size)` are dropped.
+        arrays: the arrays, keyed by state-dict name with or without prefixes from wrappers.
+        layout: the matrix layout, `conv1d` or `linear`; by default, the layout that transformers uses for the model.
+        vocab_size: the number of classes that can be predicted; by default, the number of token embedding rows. Rows
+            beyond `config.embedding_rows(vocab_size)` are dropped.
 
     Raises:
-        ValueError: as `gpt2_from_state_dict`.
+        ValueError: under the same conditions as `gpt2_from_state_dict`.
     """
     architecture = architecture_of(config)
     given = {plain: np.asarray(arrays[name]) for plain, name in plain_names(arrays).items()}
@@ -99,11 +102,11 @@ def model_on_host(
 
 
 def to_state_dict(model: Any, *, layout: str | None = None) -> dict[str, np.ndarray]:
-    """The weights by state-dict name; the vocabulary has no padding, except for the rows of `config.vocab_rows`.
+    """The weights, keyed by state-dict name, without vocabulary padding except the rows that `config.vocab_rows` adds.
 
     Args:
         model: a `Gpt2` or a `Llama`.
-        layout: the layout of matrices, `conv1d` or `linear`; transformers' own for the model if not given.
+        layout: the matrix layout, `conv1d` or `linear`; by default, the layout that transformers uses for the model.
 
     Raises:
         ValueError: if the layout is unknown.
@@ -129,10 +132,10 @@ def to_state_dict(model: Any, *, layout: str | None = None) -> dict[str, np.ndar
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """The given names by the names without the parts that wrappers add; buffers are left out.
+    """The given names, keyed by the same names without the components that wrappers add. Buffers are left out.
 
     Raises:
-        ValueError: if two of them name the same array.
+        ValueError: if two names refer to the same array.
     """
     given: dict[str, str] = {}
     for name in names:
@@ -151,8 +154,8 @@ class _Names:
     Attributes:
         model: the model.
         architecture: its architecture.
-        layout: the layout of matrices.
-        inputs: the number of input axes of each linear map's weight, by its name in this package.
+        layout: the matrix layout.
+        inputs: the number of input axes of each linear map's weight, keyed by the weight's name in this package.
     """
 
     def __init__(self, model: Any, layout: str | None) -> None:
@@ -172,7 +175,7 @@ class _Names:
         return self.layout == "linear" and name in self.inputs
 
     def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every array by its name without prefixes, for an embedding of `rows` rows."""
+        """The shape of every array, keyed by its name without prefixes, for an embedding with `rows` rows."""
         shapes: dict[str, tuple[int, ...]] = {}
 
         def note(name: str, leaf: NamedArray) -> NamedArray:
@@ -208,7 +211,7 @@ def _inputs_of_linear_maps(model: Any) -> dict[str, int]:
 
 
 def _tie(given: dict[str, np.ndarray], embedding: str) -> None:
-    """Remove the output head from the arrays; it must equal the token embedding, or becomes it if that is missing."""
+    """Remove the output head from the arrays. It must equal the token embedding, or replaces a missing embedding."""
     head = given.pop(HEAD, None)
     array = given.setdefault(embedding, head)  # type: ignore[arg-type]
     if head is not None and not np.array_equal(head, array):
@@ -220,7 +223,7 @@ def _tie(given: dict[str, np.ndarray], embedding: str) -> None:
 
 
 def _check_same(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], names: _Names) -> None:
-    """Raise a ValueError that names the differences unless arrays have the names and shapes of a model's."""
+    """Raise a ValueError that lists the differences unless the arrays have the model's names and shapes."""
     missing, unknown = [n for n in wanted if n not in given], [n for n in given if n not in wanted]
     differences = [
         f"{_listed(found)} {'is' if len(found) == 1 else 'are'} {what}"
@@ -244,7 +247,7 @@ def _listed(names: Sequence[str], longest: int = 4) -> str:
 
 
 def _map_named(function: Callable[[str, NamedArray], NamedArray], model: Any) -> Any:
-    """The model with `function(name, array)` in place of each array."""
+    """The model with each array replaced by `function(name, array)`."""
 
     def visit(path: tuple, leaf: object) -> object:
         return function(_name(path), leaf) if isinstance(leaf, NamedArray) else leaf

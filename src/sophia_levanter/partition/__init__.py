@@ -1,1 +1,1 @@
-"""Which device holds what: `config` has the settings and is free of jax, `mesh` puts them into effect."""
+"""How arrays are placed on devices, and how the processes of a run communicate."""

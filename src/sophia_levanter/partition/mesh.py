@@ -1,4 +1,4 @@
-"""Devices as a mesh, and the mapping from named axes to mesh axes."""
+"""The device mesh, and the mapping from named axes to mesh axes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ AxisMapping = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """How arrays are sharded. Compared by identity, so that compiled functions can be cached for a partition.
+    """How arrays are sharded. Partitions compare by identity, so that compiled functions can be cached per partition.
 
     Attributes:
         mesh: the devices.
-        compute: the mesh axes of each named axis, for activations and for parameters during computation.
+        compute: the mesh axes that shard each named axis of activations, and of parameters during computation.
         parameters: the same for stored parameters, optimizer state and gradients.
     """
 
@@ -40,10 +40,10 @@ class Partition:
     parameters: AxisMapping
 
     def place(self, tree: Any) -> Any:
-        """The tree on the devices: named arrays sharded like `parameters`, stacks of square matrices sharded by matrix
-        or rows, and all other arrays replicated.
+        """Place a tree on the devices.
 
-        Every process passes the same values and keeps its part of them.
+        Named arrays are sharded by `parameters`, stacks of square matrices by matrix or by row, and all other arrays
+        are replicated. Every process must pass the same values, and keeps its part of them.
         """
 
         def put(x: Any, sharding: NamedSharding) -> Any:
@@ -55,7 +55,7 @@ class Partition:
         return self._map_arrays(put, tree)
 
     def abstract(self, make: Callable[[], Any]) -> Any:
-        """The result of `place(make())` as `jax.ShapeDtypeStruct`s with their shardings; nothing is computed."""
+        """The result of `place(make())` as `jax.ShapeDtypeStruct`s with shardings; nothing is computed."""
 
         def describe(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -63,10 +63,10 @@ class Partition:
         return self._map_arrays(describe, eqx.filter_eval_shape(make))
 
     def init_sharded(self, make: Callable[..., Any], *placed: Any) -> Any:
-        """The result of `place(make(*placed))`, computed in shards: no device ever holds all of it.
+        """The result of `place(make(*placed))`, computed in shards, so that no device ever holds all of it.
 
         Args:
-            make: a function of arrays. A `jax.tree_util.Partial` of the same function and arguments compiles once.
+            make: a function of arrays. A `jax.tree_util.Partial` of the same function and arguments compiles only once.
             placed: its arguments, as returned by `place`.
         """
         with self.active():
@@ -74,7 +74,7 @@ class Partition:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """A context in which named axes follow this partition: trace and run steps inside it."""
+        """A context in which named axes follow this partition. Trace and run steps inside it."""
         token = _active.set(self)
         try:
             with hax.partitioning.set_mesh(self.mesh), hax.axis_mapping(self.compute):
@@ -84,16 +84,16 @@ class Partition:
 
     @property
     def platform(self) -> str:
-        """The kind of the devices: `cpu`, `gpu` or `tpu`."""
+        """The kind of device: `cpu`, `gpu` or `tpu`."""
         return self.mesh.devices.flat[0].platform
 
     @property
     def row_shards(self) -> int:
-        """The number of shards of a batch's rows."""
+        """The number of shards that a batch's rows are split into."""
         return math.prod(self.mesh.shape[axis] for axis in self.compute["batch"])
 
     def rows_of_this_process(self, num_rows: int) -> np.ndarray:
-        """The indices of a microbatch's rows on this process's devices, ascending: int [row]."""
+        """The indices of a microbatch's rows on this process's devices, in ascending order, int [row]."""
         sharding = NamedSharding(self.mesh, PartitionSpec(self.compute["batch"]))
         wanted = np.zeros(num_rows, bool)
         for index in sharding.addressable_devices_indices_map((num_rows,)).values():
@@ -101,7 +101,7 @@ class Partition:
         return np.flatnonzero(wanted)
 
     def _map_arrays(self, function: Callable[[Any, NamedSharding], Any], tree: Any) -> Any:
-        """`function(array, its sharding)` for every array of the tree."""
+        """Replace every array in a tree by `function(array, sharding)`."""
 
         def is_array(x: Any) -> bool:
             return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
@@ -109,7 +109,7 @@ class Partition:
         def visit(x: Any) -> Any:
             if not isinstance(x, NamedArray):
                 return function(x, NamedSharding(self.mesh, self._unnamed(x.shape))) if is_array(x) else x
-            # For parameters that optax masks, its state has named axes without an array.
+            # For masked parameters, optax's state has named axes without an array.
             if not is_array(x.array):
                 return x
             spec = PartitionSpec(*(self.parameters.get(axis.name) for axis in x.axes))
@@ -118,8 +118,11 @@ class Partition:
         return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, NamedArray))
 
     def _unnamed(self, shape: tuple[int, ...]) -> PartitionSpec:
-        """Stacks of square matrices, such as a Kronecker basis, are sharded by matrix, or by rows if their number is
-        not divisible; any other unnamed array is replicated."""
+        """The sharding of an unnamed array.
+
+        Stacks of square matrices, such as Kronecker bases, are sharded by matrix, or by row if the number of matrices
+        is not divisible by the `data` axis. Other arrays are replicated.
+        """
         parts = self.mesh.shape["data"]
         if parts > 1 and len(shape) == 3 and shape[1] == shape[2]:
             if shape[0] % parts == 0:
@@ -138,11 +141,11 @@ def _init_sharded(partition: Partition, make: Callable[..., Any], placed: tuple[
 
 
 def partition_of(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Partition:
-    """The partition of a configuration, the same object for the same arguments.
+    """The partition for a configuration. The same arguments return the same object.
 
     Args:
-        config: sizes and axes; if not given, rows are sharded over all devices.
-        devices: the devices, which may be those of a topology to compile for; all of jax's if not given.
+        config: the mesh configuration; by default, rows are sharded over all devices.
+        devices: the devices, which may come from a topology to compile for; by default, all jax devices.
 
     Raises:
         InputError: if the sizes do not fit the devices, or jax cannot start the selected platform.
@@ -158,7 +161,7 @@ def _partition_of(config: MeshConfig, devices: tuple[Any, ...]) -> Partition:
 
 
 def arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """The devices in the mesh's shape: fast links inside a replica, slow ones between them."""
+    """Arrange devices in the shape of the mesh, with fast links inside each replica and slow links between replicas."""
     replicas, *inner = shape
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) > 1 and len(slices) == replicas:
@@ -169,7 +172,7 @@ def arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
 
 def active_partition() -> Partition | None:
-    """The partition in whose context this is called, if any."""
+    """The partition whose `active` context this function is called in, if any."""
     return _active.get()
 
 
@@ -180,25 +183,25 @@ def active_platform() -> str:
 
 
 def is_split() -> bool:
-    """Whether the active partition splits parameters over data."""
+    """Whether the active partition splits parameters over the `data` axis."""
     partition = _active.get()
     return partition is not None and partition.mesh.shape["data"] > 1 and partition.parameters != partition.compute
 
 
 def is_axis_split(name: str) -> bool:
-    """Whether the active partition splits a named axis of activations over devices."""
+    """Whether the active partition splits a named activation axis over devices."""
     partition = _active.get()
     return partition is not None and any(partition.mesh.shape[axis] > 1 for axis in partition.compute.get(name, ()))
 
 
 def row_shards() -> int:
-    """The number of shards of a batch's rows in the active partition; 1 without a partition."""
+    """The number of shards that the active partition splits a batch's rows into; 1 without a partition."""
     partition = _active.get()
     return 1 if partition is None else partition.row_shards
 
 
 def shard_params(tree: Any) -> Any:
-    """Inside a compiled function: parameters, gradients or optimizer state sharded like `Partition.place`'s result."""
+    """Inside a compiled function, shard parameters, gradients or optimizer state the way `Partition.place` does."""
     partition = _active.get()
     if partition is None or partition.mesh.size == 1:
         return tree
@@ -206,7 +209,7 @@ def shard_params(tree: Any) -> Any:
 
 
 def by_row_shard(tree: Any) -> Any:
-    """Arrays [shard, ...] with each shard of rows on the devices that hold these rows."""
+    """Place each shard of arrays [shard, ...] on the devices that hold the corresponding batch rows."""
     partition = _active.get()
     if partition is None or partition.mesh.size == 1:
         return tree
@@ -220,10 +223,10 @@ def by_row_shard(tree: Any) -> Any:
 
 
 def gather_params(tree: Any) -> Any:
-    """Stored parameters resharded for computation; their gradients are sharded like the stored parameters.
+    """Reshard stored parameters for computation. Their gradients are sharded like the stored parameters.
 
-    Under FSDP the forward pass gathers the whole arrays and the backward pass scatters the summed gradient. If a
-    scanned layer calls it on itself, only one layer's parameters are whole at a time.
+    Under FSDP, the forward pass gathers whole arrays and the backward pass scatters the summed gradients. If a scanned
+    layer calls this function on itself, only one layer's parameters are whole at a time.
     """
     partition = _active.get()
     if partition is None or partition.mesh.size == 1:
@@ -233,7 +236,7 @@ def gather_params(tree: Any) -> Any:
     def gathered(parameters: Any) -> Any:
         return hax.shard(parameters, partition.compute)
 
-    # A sharding constraint's own transpose would gather the gradient as well.
+    # The transpose of a sharding constraint would gather the gradient too.
     use = jax.custom_vjp(gathered)
     use.defvjp(lambda p: (gathered(p), None), lambda _, gradients: (hax.shard(gradients, partition.parameters),))
     return eqx.combine(use(parameters), rest)

@@ -1,7 +1,7 @@
-"""Runs of several processes, one on each host: how they find each other and exchange messages.
+"""Multi-process runs: how the processes, such as one per host, find each other and exchange messages.
 
-The messages of `Processes` go through jax's coordination service, from any thread and always with a timeout. Busy or
-hanging devices do not delay them.
+`Processes` sends messages through jax's coordination service, from any thread and always with a timeout. Busy or hung
+devices do not delay them.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.status import FAILURE
 
-# Seconds that jaxlib waits longer than this module.
+# Seconds that jaxlib waits beyond this module's timeout.
 JAXLIB_MARGIN = 60
 
 
 def start_processes(config: MeshConfig) -> None:
-    """Wait for the other processes of the run, if it has any. Call it before anything else uses jax.
+    """Wait for the run's other processes, if there are any. Call this function before anything else uses jax.
 
-    Ends the process with status 1 and one line if they do not connect within `mesh.start_timeout`.
+    If they do not connect within `mesh.start_timeout`, prints one line and exits with status 1.
 
     Raises:
-        InputError: if no cluster names them, or their number is not `mesh.num_processes`.
+        InputError: if no cluster environment describes the processes, or their number is not `mesh.num_processes`.
     """
     if config.coordinator is None or jax.distributed.is_initialized():
         return
@@ -45,7 +45,7 @@ def start_processes(config: MeshConfig) -> None:
                 None if auto else config.coordinator,
                 config.num_processes,
                 config.process_id,
-                # If jax detects Slurm, it would give each process one GPU in spite of the other arguments.
+                # If jax detected Slurm, it would give each process one GPU despite the other arguments.
                 cluster_detection_method=None if auto else "deactivate",
                 initialization_timeout=config.start_timeout + JAXLIB_MARGIN,
                 heartbeat_timeout_seconds=config.heartbeat_timeout,
@@ -66,7 +66,7 @@ def start_processes(config: MeshConfig) -> None:
 
 @contextmanager
 def _ending_after(config: MeshConfig) -> Iterator[None]:
-    """Ends the process if the block takes longer than `mesh.start_timeout`: jaxlib would abort with a stack trace."""
+    """Exit if the block takes longer than `mesh.start_timeout`. jaxlib itself would abort with a stack trace."""
 
     def end() -> None:
         expected = "" if config.num_processes is None else f"{config.num_processes} "
@@ -114,14 +114,14 @@ def is_first_process() -> bool:
 
 
 def check_agreement(what: str, text: str) -> None:
-    """Check that all processes of a run have the same text. All processes call it together.
+    """Check that all processes in a run have the same text. All processes must call this function together.
 
     Args:
-        what: the name of the text, for the message.
-        text: anything that must be the same everywhere.
+        what: what the text describes, for the message.
+        text: the text that must be the same everywhere.
 
     Raises:
-        InputError: in every process, if the texts differ.
+        InputError: on every process, if the texts differ.
     """
     if jax.process_count() == 1:
         return
@@ -132,29 +132,29 @@ def check_agreement(what: str, text: str) -> None:
 
 
 def wait_for_all(name: str) -> None:
-    """Return when every process has called it."""
+    """Block until every process has called this function."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def all_stop(step: int, signalled: bool) -> bool:
-    """Whether all processes stop before this step: one was signalled, and all agree on the step."""
+    """Whether all processes stop before this step, because one received a signal and all agree on the step."""
     if jax.process_count() == 1:
         return signalled
     return bool(multihost_utils.reached_preemption_sync_point(step))
 
 
-# Seconds that a process waits for another, in addition to its own time for the same work.
+# Seconds that a process waits for another, on top of the time that it spent on the same work itself.
 PATIENCE = 120.0
 
 
 class NoAnswer(Exception):
-    """A process did not answer in time; the message is one line with its number."""
+    """A process did not answer in time. The message is one line that contains the process's number."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run. Each message has a name that all of them use once.
+    """The processes in a run. Every message has a unique name, which all processes use.
 
     Attributes:
         index: the number of this process.
@@ -173,10 +173,10 @@ class Processes:
         return self.index == 0
 
     def gather(self, name: str, text: str, timeout: float) -> list[str]:
-        """All processes' texts, for the first process; an empty list for the others, which do not wait.
+        """Gather the texts of all processes on the first; the others get an empty list and do not wait.
 
         Raises:
-            NoAnswer: if a text does not come within `timeout` seconds.
+            NoAnswer: if a text does not arrive within `timeout` seconds.
         """
         if self.is_first:
             return [text, *(self._receive(f"{name}/{i}", i, timeout) for i in range(1, self.count))]
@@ -184,10 +184,10 @@ class Processes:
         return []
 
     def broadcast(self, name: str, text: str | None, timeout: float) -> str:
-        """The first process's text, for all of them; the others' texts are ignored.
+        """Send the first process's text to all processes; texts from the others are ignored.
 
         Raises:
-            NoAnswer: if it does not come within `timeout` seconds.
+            NoAnswer: if the text does not arrive within `timeout` seconds.
         """
         if not self.is_first:
             return self._receive(name, 0, timeout)
@@ -197,12 +197,12 @@ class Processes:
         return text
 
     def first_failure(self, name: str, failure: str | None, timeout: float) -> str | None:
-        """The failure of the first process that has one, the same for all of them; None if none failed."""
+        """Return, on every process, the failure of the lowest-numbered process that failed; None if none failed."""
         failures = [text for text in self.gather(f"{name}/failures", failure or "", timeout) if text]
         return self.broadcast(f"{name}/failure", failures[0] if failures else "", timeout) or None
 
     def on_process_zero(self, name: str, work: Callable[[], None]) -> None:
-        """Have process zero do some work; its `InputError` is raised in all processes."""
+        """Do the work on process zero only. If it raises an `InputError`, all processes raise it."""
         raised = None
         if self.is_first:
             try:
@@ -213,18 +213,18 @@ class Processes:
             raise raised or InputError(failure)
 
     def forget(self, name: str) -> None:
-        """Free the memory of all messages under a name, in the first process; all must have read them."""
+        """On the first process, delete all messages under a name. All processes must have read them."""
         if self.is_first and self.count > 1:
             _client().key_value_delete(f"sophia_levanter/{name}/")
 
     def _send(self, name: str, text: str) -> None:
-        # The service does not accept empty texts.
+        # The service rejects empty strings.
         _client().key_value_set(f"sophia_levanter/{name}", f"={text}")
 
     def _receive(self, name: str, process: int, timeout: float) -> str:
         try:
             return _client().blocking_key_value_get(f"sophia_levanter/{name}", int(timeout * 1000))[1:]
-        except Exception as error:  # jaxlib raises several kinds
+        except Exception as error:  # jaxlib raises several kinds of errors
             what = "DEADLINE_EXCEEDED" in str(error) and f"did not answer within {timeout:.0f} s"
             raise NoAnswer(f"process {process} {what or f'is gone: {str(error).splitlines()[0]}'}") from error
 

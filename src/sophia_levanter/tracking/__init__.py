@@ -1,1 +1,1 @@
-"""The outputs for a run's numbers: console, JSON lines, wandb and TensorBoard."""
+"""Where a run's metrics go: the console, JSON lines, wandb and TensorBoard."""

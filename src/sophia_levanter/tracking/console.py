@@ -1,4 +1,4 @@
-"""The console output of a run."""
+"""A run's console output."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from rich.text import Text
 from sophia_levanter.errors import one_line
 from sophia_levanter.status import report_resumed, report_step
 
-# Columns that a terminal needs to show a bar or the elapsed time, and the columns of each.
+# The terminal widths that the bar and the elapsed time require, and the width of each, in columns.
 WIDTH_FOR_BAR, BAR_WIDTH = 120, 20
 WIDTH_FOR_ELAPSED, ELAPSED_WIDTH = 70, 9
 SMOOTHING = 0.95
-LONGEST_SILENCE = 10.0  # seconds between plain lines, as long as steps end
+LONGEST_SILENCE = 10.0  # seconds between plain lines, unless a step takes longer
 
 
 class StepNumbers:
-    """The shown numbers of a run's last step, with two that need earlier steps.
+    """The numbers to show for a run's last step.
 
-    These are the smoothed loss, a bias-corrected exponential mean of this process's finite losses, and the win rate of
-    the last refresh.
+    Two of them depend on earlier steps: the smoothed loss, which is a bias-corrected exponential moving average of this
+    process's finite losses, and the win rate of the last refresh.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class StepNumbers:
         self._shown: dict[str, str] = {}
 
     def update(self, metrics: Mapping[str, float]) -> None:
-        """Take a step's metrics, by their names in metrics.jsonl."""
+        """Update the numbers with a step's metrics, keyed by their names in metrics.jsonl."""
         loss = metrics["train/loss"]
         if math.isfinite(loss):
             self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
@@ -53,14 +53,14 @@ class StepNumbers:
 
     @property
     def smoothed_loss(self) -> float:
-        """The smoothed loss in nats per token; nan before the first finite loss."""
+        """The smoothed loss in nats per token; NaN before the first finite loss."""
         return self._sum / self._weight if self._weight else math.nan
 
     def __str__(self) -> str:
         return "  ".join(self._shown.values())
 
     def within(self, width: int) -> str:
-        """As many numbers as fit in `width` columns; the loss is always shown."""
+        """As many numbers as fit in `width` columns; the loss is always included."""
         kept = dict(self._shown)
         for name in ("mfu", "win rate", "rate", "smoothed"):
             if len("  ".join(kept.values())) > width:
@@ -69,7 +69,7 @@ class StepNumbers:
 
 
 class _SurvivingConsole(RichConsole):
-    """A console whose reader may close the pipe (`| head`): the run continues silently."""
+    """A console that falls silent, so that the run continues, if its reader closes the pipe (`| head`)."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -77,13 +77,14 @@ class _SurvivingConsole(RichConsole):
 
 
 class Console:
-    """A progress bar and tables in a terminal, plain lines elsewhere. Text is never parsed as markup.
+    """Shows a progress bar and tables in a terminal, and plain lines elsewhere. Text is never parsed as markup.
 
     Args:
-        log_every: steps between two plain lines; a step that ends ten seconds after the last line also prints one.
-        rich_console: where to print; standard output if not given.
-        quiet: print only notices.
-        silent: print nothing.
+        log_every: the number of steps between plain lines; a step that ends at least ten seconds after the last line
+            also prints one.
+        rich_console: where to print; by default, standard output.
+        quiet: whether to print only notices.
+        silent: whether to print nothing.
     """
 
     def __init__(
@@ -104,30 +105,30 @@ class Console:
         self._numbers = StepNumbers()
 
     def line(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
+        """Print a line, above the progress bar if there is one."""
         if not self._quiet:
             self.notice(text)
 
     def notice(self, text: str) -> None:
-        """Print a line also if `quiet`: a warning, or the result of the run."""
+        """Print a line even if `quiet`, such as a warning or the run's result."""
         self._print(one_line(text))
 
     def paragraph(self, text: str) -> None:
-        """Print text of several lines that contains no control characters for a terminal."""
+        """Print text with several lines, which must not contain terminal control characters."""
         if not self._quiet:
             self._print(text)
 
     def _print(self, text: str) -> None:
-        # The encoding of a caller's standard output may lack a character; commands set theirs to replace it.
+        # A caller's standard output may have an encoding that lacks a character. Our commands configure a replacement.
         text = text.encode(self._console.encoding, "replace").decode(self._console.encoding)
         self._console.print(text, markup=False, emoji=False, highlight=False)
 
     def rows(self, rows: Sequence[tuple[str, str]], notices: Collection[str] = ()) -> None:
-        """Print names and texts: a table in a terminal, lines elsewhere.
+        """Print names and texts, as a table in a terminal and as lines elsewhere.
 
         Args:
-            rows: name and text of each.
-            notices: names of rows that are printed as lines also if `quiet`.
+            rows: the name and the text of each row.
+            notices: the names of the rows that are printed even if `quiet`, as lines.
         """
         if not rows:
             return
@@ -158,12 +159,12 @@ class Console:
         self._progress.start()
 
     def resumed(self, step: int, run_dir: Path) -> None:
-        """Print the step that the run resumes after."""
+        """Report the step after which the run resumes."""
         self.line(f"resuming after step {step} of {run_dir}")
         report_resumed(step)
 
     def step(self, step: int, metrics: Mapping[str, float], seconds_left: float) -> None:
-        """Show a step's metrics, by their names in metrics.jsonl."""
+        """Show a step's metrics, keyed by their names in metrics.jsonl."""
         self._numbers.update(metrics)
         left = f"{show_duration(seconds_left)} left"
         if self._progress is not None and self._task is not None:
@@ -183,13 +184,13 @@ class Console:
         return self._numbers.smoothed_loss
 
     def stop(self) -> None:
-        """End the bar."""
+        """Stop the progress bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
     def _room_for_numbers(self, left: str) -> int:
-        """The columns that the other parts of the bar leave, with a blank between two parts."""
+        """The columns that the other parts of the progress line, separated by blanks, leave for the numbers."""
         width = self._console.width
         others = [2 * len(str(self._total)) + 1, len(left)]
         others += [BAR_WIDTH] if width >= WIDTH_FOR_BAR else []
@@ -198,14 +199,14 @@ class Console:
 
 
 def show_duration(seconds: float) -> str:
-    """`1:02:03`, hours first."""
+    """A duration in hours, minutes and seconds, such as `1:02:03`."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def show_age(saved_at: float) -> str:
-    """The age of a time in seconds since 1970, for people: `2 hours ago`."""
+    """The age of a timestamp (in seconds since 1970) in words, such as `2 hours ago`."""
     seconds = max(0, int(time.time() - saved_at))
     for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= size:

@@ -12,19 +12,19 @@ from typing import Any
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import open_regular, write_atomically
 
-MOST_LINE_BYTES = 1 << 24  # statistics of the arrays of 144 layers take 1.2 MB
+MOST_LINE_BYTES = 1 << 24  # array statistics for 144 layers take 1.2 MB
 MOST_STEPS = 2**31
-LARGEST = 1e100  # far above the range of float32; plots cannot show much more
+LARGEST = 1e100  # far beyond the range of float32; plots cannot show much more
 
 
 class JsonLines:
-    """Appends one JSON object per step to a file; a resumed run continues at its checkpoint.
+    """Appends metrics to a file, one JSON object per line. A resumed run continues from its checkpoint.
 
     Non-finite numbers, which JSON lacks, are written as null.
 
     Args:
-        path: the file; made if it does not exist.
-        first_step: lines from this step on, left by a run that died after its last checkpoint, are dropped.
+        path: the file; created if it does not exist.
+        first_step: lines for this and later steps, left by a run that died after its last checkpoint, are dropped.
     """
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
@@ -38,7 +38,7 @@ class JsonLines:
         """Write the metrics of a step.
 
         Raises:
-            OSError: if they cannot be written, or the file was removed or renamed.
+            OSError: if the metrics cannot be written, or the file was removed or renamed.
         """
         self._check_not_removed()
         record = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
@@ -46,7 +46,7 @@ class JsonLines:
         self._file.flush()
 
     def sync(self) -> None:
-        """Return when all lines are on the disk."""
+        """Block until all lines are on disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._check_not_removed()
@@ -61,9 +61,9 @@ class JsonLines:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects in a file that `JsonLines` wrote, with None for non-finite numbers.
+    """Yield the objects in a file that `JsonLines` wrote, with None for non-finite numbers.
 
-    A last line that a kill cut short is omitted.
+    The last line is omitted if it was cut short when the process was killed.
 
     Raises:
         InputError: if any other line is damaged.
@@ -82,7 +82,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def lines_of(path: Path) -> Iterator[bytes]:
-    """The lines of a regular file with their line ends; lines of more than 16 MiB are split.
+    """Yield the lines of a regular file, including their line endings. Lines longer than 16 MiB are split.
 
     Raises:
         OSError: if the file cannot be read.
@@ -92,7 +92,7 @@ def lines_of(path: Path) -> Iterator[bytes]:
 
 
 def _record_of(line: bytes) -> dict[str, Any]:
-    """The object in a line. Raises `ValueError` if it is not an object with a step and numbers."""
+    """Parse a line. Raises `ValueError` if it is not a JSON object with a step and numbers."""
     try:
         record = json.loads(line)
         if type(record["step"]) is not int or not 0 <= record["step"] < MOST_STEPS:
@@ -106,7 +106,7 @@ def _record_of(line: bytes) -> dict[str, Any]:
 
 
 def _step_of(line: bytes) -> float:
-    """The line's step; infinite for a line that cannot be read, such as one that a kill cut short."""
+    """The line's step; infinity for a line that cannot be parsed, such as an incomplete last line."""
     try:
         return _record_of(line)["step"]
     except ValueError:

@@ -1,4 +1,4 @@
-"""Metrics as TensorBoard's event files."""
+"""Metrics in TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ FLUSH_SECONDS = 5.0
 
 
 class TensorBoard:
-    """Writes scalars into a new event file, which TensorBoard shows with the others in the directory.
+    """Writes scalars to a new event file, which TensorBoard shows together with the other files in the directory.
 
-    tensorboardX's SummaryWriter is not used, since its own thread and queue would report a full disk too late.
+    tensorboardX's SummaryWriter is not used, because its thread and queue would report a full disk too late.
 
     Args:
-        directory: the directory of the event files.
-        first_step: TensorBoard drops this step and later ones from older files, left by a run that died.
+        directory: the directory for the event files.
+        first_step: TensorBoard drops this and later steps, left by a run that died, from older files.
     """
 
     def __init__(self, directory: Path, first_step: int) -> None:
         directory.mkdir(exist_ok=True)
-        # tensorboardX's names have seconds only, and a run may restart within a second.
+        # tensorboardX's file names have a resolution of one second, and a run may restart within a second.
         self._events = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
         self._flushed = time.monotonic()
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))

@@ -1,4 +1,4 @@
-"""Trackers of a run's numbers: metrics.jsonl, and optional trackers whose failure does not stop the run."""
+"""Trackers for a run's metrics: metrics.jsonl, and optional trackers whose failure does not stop the run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
 
-# Records that may wait for a slow tracker, such as one that connects to its server.
+# The maximum number of records that wait for a slow tracker, such as one that is still connecting to its server.
 LONGEST_QUEUE = 10_000
 CLOSE_SECONDS = 90.0
-# Metrics that the Sophia authors' scripts log under other names.
+# Metrics that the Sophia authors' scripts log under different names.
 _SAME = {
     "validation/loss": "val/loss",
     "train/learning_rate": "lr",
@@ -34,11 +34,11 @@ class Trackers:
     """metrics.jsonl, whose failure ends the run, and the optional trackers, whose failures do not.
 
     Args:
-        lines: metrics.jsonl; None in all processes but the first, which also has the optional trackers.
-        optional: the optional trackers, which live longer than this object.
+        lines: metrics.jsonl; None on all processes except the first, which also has the optional trackers.
+        optional: the optional trackers, which outlive this object.
 
     Attributes:
-        last: the last value of each metric, without the statistics of arrays, which may be thousands.
+        last: the last value of each metric, except for array statistics, which may number in the thousands.
     """
 
     def __init__(self, lines: JsonLines | None, optional: OptionalTrackers) -> None:
@@ -54,7 +54,7 @@ class Trackers:
         self._optional.log(step, metrics)
 
     def sync(self) -> None:
-        """Return when all lines of metrics.jsonl are on the disk."""
+        """Block until all lines of metrics.jsonl are on disk."""
         if self._lines is not None:
             self._lines.sync()
 
@@ -65,11 +65,11 @@ class Trackers:
 
 
 class OptionalTrackers:
-    """The trackers besides metrics.jsonl, from a run's start to its end, even if it goes back to a checkpoint.
+    """The trackers other than metrics.jsonl. They stay open until the run ends, even if it rolls back to a checkpoint.
 
     Args:
         trackers: the trackers, which also get each step's metrics under the Sophia authors' names.
-        max_grad_norm: the norm that gradients are clipped to; None for no clipping.
+        max_grad_norm: the norm that gradients are clipped to; None if they are not clipped.
     """
 
     def __init__(self, trackers: Sequence[Background] = (), *, max_grad_norm: float | None = None) -> None:
@@ -98,16 +98,16 @@ def start_optional(
     max_grad_norm: float | None,
     console: Console,
 ) -> OptionalTrackers:
-    """The trackers besides metrics.jsonl that a configuration asks for.
+    """Start the configured trackers other than metrics.jsonl.
 
     Args:
         config: selects the trackers.
         directory: the run directory.
         run_id: the run's id.
         first_step: the first step that will be logged.
-        facts: the configuration to show, nested.
-        max_grad_norm: the norm that gradients are clipped to; None for no clipping.
-        console: prints where the numbers are shown, and warnings of trackers.
+        facts: the configuration to show, as a nested mapping.
+        max_grad_norm: the norm that gradients are clipped to; None if they are not clipped.
+        console: prints where the metrics are shown, and any warnings from the trackers.
     """
 
     def say(text: str) -> None:
@@ -136,30 +136,30 @@ def start_optional(
 
 
 def _without_secrets(text: str) -> str:
-    """The text without wandb's key, which a message of wandb may contain."""
+    """The text with wandb's API key masked, because messages from wandb may contain it."""
     key = os.environ.get("WANDB_API_KEY")
     return text.replace(key, "***") if key else text
 
 
 class Tracker(Protocol):
-    """A destination for the numbers of a run's steps."""
+    """A destination for a run's metrics."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log a step's metrics, by their names in metrics.jsonl; a step may be logged in several parts."""
+        """Log a step's metrics, keyed by their names in metrics.jsonl. A step may be logged in several parts."""
 
     def close(self, *, failed: bool) -> None:
-        """Return when all metrics have reached their destination.
+        """Block until all metrics have reached their destination.
 
         Args:
-            failed: whether the run ends with an error.
+            failed: whether the run failed or was stopped.
         """
 
 
 class AuthorsMetrics:
-    """A run's metrics under the Sophia authors' names; `train/loss` has the same name there and here.
+    """A run's metrics under the Sophia authors' names. `train/loss` has the same name in their code and in ours.
 
     Args:
-        max_grad_norm: the norm that gradients are clipped to; None for no clipping.
+        max_grad_norm: the norm that gradients are clipped to; None if they are not clipped.
     """
 
     def __init__(self, max_grad_norm: float | None) -> None:
@@ -168,7 +168,7 @@ class AuthorsMetrics:
         self._clipped_steps = 0
 
     def of(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The authors' metrics of a step; `train/clip_rate` is over the steps of this process."""
+        """A step's metrics under the authors' names. `train/clip_rate` covers the steps of this process."""
         named = {"iter": float(step)} | {theirs: metrics[ours] for ours, theirs in _SAME.items() if ours in metrics}
         if "train/mfu" in metrics:
             named["mfu"] = 100 * metrics["train/mfu"]
@@ -180,13 +180,14 @@ class AuthorsMetrics:
 
 
 class Background:
-    """A tracker in a background thread, which neither delays a run nor ends it.
+    """A tracker in a background thread, where it neither delays nor ends the run.
 
-    Its first error, at its start, in a step or at its end, prints one warning, and the run continues without it.
+    The tracker's first error, whether at the start, in a step or at the end, prints one warning, and the run continues
+    without the tracker.
 
     Args:
         name: the tracker's name, for messages.
-        start: makes the tracker; called in the thread.
+        start: creates the tracker; called in the thread.
         warn: prints a warning.
     """
 
@@ -194,7 +195,7 @@ class Background:
         self._name = name
         self._start = start
         self._warn = warn
-        # A step and its metrics; at the end, whether the run failed.
+        # Each item is a step and its metrics or, at the end, whether the run failed.
         self._queue: queue.Queue[tuple[int, Mapping[str, float]] | bool] = queue.Queue(LONGEST_QUEUE)
         self._left_out = threading.Event()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)

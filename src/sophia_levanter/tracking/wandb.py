@@ -16,23 +16,23 @@ from sophia_levanter.config.run import TrackingConfig
 
 Say = Callable[[str], None]
 
-# Seconds to look for the server at the start, and to upload what is left at the end.
+# Seconds to wait for the server at the start, and for the remaining uploads at the end.
 INIT_SECONDS = 20
 FINISH_SECONDS = 60
 
 
 class Wandb:
-    """A wandb run that continues the one with the same id, offline if the server cannot be reached.
+    """A wandb run that continues any earlier run with the same id. It is offline if the server cannot be reached.
 
-    wandb's own steps only increase, but a run may go back to a checkpoint. So the metrics' x axis is our own metric
+    wandb's own steps can only increase, but a run may roll back to a checkpoint. The x axis is therefore our own metric
     `step`, and repeated steps appear twice.
 
     Args:
-        config: mode, project and names; the default name is the directory's.
+        config: the mode, the project and the names; by default, the wandb run is named after the directory.
         directory: the run directory; wandb's files go into its subfolder `wandb`.
         run_id: the run's id, the same after every resume.
-        facts: the run's configuration to show, nested.
-        say: prints where the run is.
+        facts: the run's configuration to show, as a nested mapping.
+        say: prints where to find the wandb run.
         warn: prints why the run is offline.
     """
 
@@ -41,7 +41,7 @@ class Wandb:
     ) -> None:
 
         def start(mode: Any) -> wandb.Run:
-            # Call it first, so that wandb prints no lines and does not ask a terminal for a key.
+            # Call setup first, so that wandb prints nothing and does not prompt for an API key.
             wandb.setup(wandb.Settings(silent=True, console="off"))
             return wandb.init(
                 mode=mode,
@@ -66,7 +66,7 @@ class Wandb:
         except Exception as error:
             if config.wandb == "offline":
                 raise
-            # wandb's service still has the run's id in use.
+            # wandb's service still holds the run's id.
             wandb.teardown()
             self._run = start("offline")
             reason = " ".join(str(error).split()).rstrip(".")
@@ -92,12 +92,12 @@ class Wandb:
                 f"with: {self._upload}"
             ) from None
         finally:
-            # Files are complete only after teardown, which wandb would otherwise do at the end of the process.
+            # Files are complete only after teardown, which wandb would otherwise run at process exit.
             wandb.teardown()
 
 
 def _with_histograms(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The metrics, with a histogram of each kind of statistic in place of the values of all arrays and layers."""
+    """The metrics, with one histogram for each kind of statistic in place of the values for all arrays and layers."""
     found: dict[str, Any] = {}
     kinds: dict[str, list[float]] = defaultdict(list)
     for name, value in metrics.items():
