@@ -1,4 +1,4 @@
-"""Byte-pair encodings: training, and writing as files for tiktoken and transformers."""
+"""Byte-pair encodings: training them, and writing them to files for tiktoken and transformers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sophia_levanter.files import write_atomically
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
-    """Train an encoding. Returns the rank of each token: the 256 bytes, then merged tokens in the order of merging.
+    """Train an encoding, and return the rank of each token: the 256 bytes, then the merged tokens in merge order.
 
     Args:
-        texts: the training texts. Memory holds one at a time, and the counts of distinct words.
-        vocab_size: tokens, end-of-text included; there are fewer if the text has no more pairs.
+        texts: the training texts. Memory holds one text at a time, and the counts of distinct words.
+        vocab_size: the number of tokens, including end-of-text; the result has fewer if the text runs out of pairs.
 
     Raises:
         InputError: if `vocab_size` is too small, or the package `tokenizers` is not installed.
@@ -42,7 +42,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
 
 
 def bpe_file(ranks: dict[bytes, int]) -> bytes:
-    """The content of a file for tiktoken: a token in base64 and its rank on each line."""
+    """The content of a tiktoken file: a token in base64 and its rank on each line."""
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()).encode()
 
 
@@ -60,7 +60,7 @@ def save_bpe(path: Path, ranks: dict[bytes, int]) -> None:
 
 
 def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """Yield texts until their size reaches `limit` bytes; the last text is not cut."""
+    """Yield texts until their total size reaches `limit` bytes. The last text is not truncated."""
     left = limit
     for text in texts:
         yield text
@@ -70,9 +70,9 @@ def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def bytes_of_characters() -> dict[str, int]:
-    """The byte of each character in GPT-2's printable alphabet, in which vocabularies are written.
+    """The byte for each character in GPT-2's printable alphabet, which vocabulary files use.
 
-    Printable bytes are written as themselves, the others as the characters from 256 on, in order.
+    Printable bytes are written as themselves, and the other bytes as the characters from 256 on, in order.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, NUM_BYTES)]
     others: Any = [byte for byte in range(NUM_BYTES) if byte not in printable]
@@ -82,8 +82,8 @@ def bytes_of_characters() -> dict[str, int]:
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of `tokenizer.json`, the format of the package `tokenizers`.
 
-    Unlike this package, transformers encodes a special token that is spelled out in a text as that token, unless its
-    caller sets `split_special_tokens`.
+    Unlike this package, transformers encodes a special token that is spelled out in the text as that special token,
+    unless the caller sets `split_special_tokens`.
 
     Raises:
         InputError: if the tokenizer is not a byte-pair encoding.
@@ -127,8 +127,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "end_of_word_suffix": "",
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,  # like tiktoken, look a whole word up first
-            # With the special tokens, which would otherwise be renumbered without gaps.
+            "ignore_merges": True,  # like tiktoken, look up whole words first
+            # Include the special tokens, which would otherwise be renumbered without gaps.
             "vocab": {written(token): rank for token, rank in ranks.items()} | dict(tokenizer.special_tokens),
             "merges": [[written(left), written(right)] for left, right in merges_of(ranks)],
         },
@@ -152,10 +152,10 @@ def ranks_of(tokenizer: Tokenizer) -> dict[bytes, int]:
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs that a byte-pair encoding merges, in order, from the ranks of its tokens.
+    """The pairs that a byte-pair encoding merges, in order, reconstructed from the ranks of its tokens.
 
-    The pair of a token results from applying the earlier merges to its bytes. If they do not leave two parts, the token
-    has no pair: it only occurs as a whole word.
+    A token's pair results from applying the earlier merges to its bytes. If this does not leave two parts, the token
+    has no pair: it occurs only as a whole word.
     """
     pairs = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -166,7 +166,7 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _merged(token: bytes, ranks: Mapping[bytes, int], *, below: int) -> list[bytes]:
-    """Merge the bytes of a token by the ranks smaller than `below`; of equal ranks the leftmost first."""
+    """Merge the bytes of a token, using only ranks less than `below`. Among equal ranks, the leftmost pair is first."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
         rank, i = min((ranks.get(parts[i] + parts[i + 1], below), i) for i in range(len(parts) - 1))
@@ -178,7 +178,7 @@ def _merged(token: bytes, ranks: Mapping[bytes, int], *, below: int) -> list[byt
 
 def _pre_tokenizer(pattern: str) -> dict[str, Any]:
     if pattern in ("", r50k_pat_str):
-        # Byte-level pre-tokenizers contain GPT-2's pattern. Without merges the split into words changes nothing, and
+        # Byte-level pre-tokenizers contain GPT-2's pattern. Without merges, splitting into words changes nothing, and
         # short words are faster.
         return _byte_level(use_regex=True)
     split = {"type": "Split", "pattern": {"Regex": _oniguruma(pattern)}, "behavior": "Isolated", "invert": False}
@@ -190,6 +190,8 @@ def _byte_level(*, use_regex: bool) -> dict[str, Any]:
 
 
 def _oniguruma(pattern: str) -> str:
-    """Translate a pattern of tiktoken's for `tokenizers`, which reads `{1,3}+` as two quantifiers instead of a
-    possessive one, and matches `$` before every newline."""
+    """Translate a tiktoken pattern for `tokenizers`.
+
+    `tokenizers` reads `{1,3}+` as two quantifiers instead of a possessive one, and matches `$` before every newline.
+    """
     return re.sub(r"(\\p\{\w+\}\{[\d,]+\})\+", r"(?>\1)", pattern).replace("$", r"\z")

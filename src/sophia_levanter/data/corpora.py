@@ -1,4 +1,4 @@
-"""Prepares the training and validation tokens of a data config, and finds documents that they have in common."""
+"""Prepares the training and validation tokens for a data configuration, and finds documents that occur in both."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer, printable,
 from sophia_levanter.errors import InputError
 
 SHOWN_TOKENS = 16
-# For the search for documents in both training and validation text:
+# Constants for finding documents that are in both the training and the validation text:
 MIN_BYTES = 10  # shorter documents may recur by chance, and count only if all documents recur
-REMEMBERED_TOKENS = 1 << 24  # smaller corpora are compared at each start
+REMEMBERED_TOKENS = 1 << 24  # smaller corpora are compared at every start
 DIGEST_BYTES = 8
-LEAK_VERSION = 1  # of the comparison
+LEAK_VERSION = 1  # version of the comparison
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TextData:
     Attributes:
         tokenizer: the tokenizer of all tokens.
         train: the tokens to train on.
-        validation_sets: the tokens of each validation set by its name, which is empty for a single unnamed set.
+        validation_sets: the tokens of each validation set, keyed by name. The name of a single unnamed set is empty.
         document_end: the result of `masked_end`.
     """
 
@@ -53,7 +53,7 @@ class TextData:
 
     @property
     def validation_facts(self) -> dict[str, Any]:
-        """`Tokens.facts` of the validation set; for named sets the tokenizer, and the facts of each under `sets`."""
+        """`Tokens.facts` of the validation set; for named sets, the tokenizer, and each set's facts under `sets`."""
         if "" in self.validation_sets:
             return self.validation.facts
         sets = [{"name": name, **tokens.facts} for name, tokens in sorted(self.validation_sets.items())]
@@ -61,19 +61,20 @@ class TextData:
 
 
 def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn: Report | None = None) -> TextData:
-    """Find the tokens of `config`, and make the token stores that are missing in `config.cache_dir`.
+    """Find the tokens for `config`, and create the token stores that are missing from `config.cache_dir`.
 
-    Memory is bounded by the largest documents.
+    Memory use is bounded by the largest documents.
 
     Args:
         config: the text, its tokenizer and the split.
         report: called with each message for the user.
-        ray: address of a Ray cluster whose cores make the tokens; this machine's if not given.
-        warn: called with each warning; `report` if not given.
+        ray: the address of a Ray cluster that tokenizes the text; by default, this machine does.
+        warn: called with each warning; by default, `report`.
 
     Raises:
-        InputError: if the tokenizer, a source or the cache is not usable, training and validation text have documents
-            in common and `config.on_leak` is `error`, or nothing separates documents that are to be masked.
+        InputError: if the tokenizer, a source or the cache cannot be used; if training and validation text have
+            documents in common and `config.on_leak` is `error`; or if documents are to be masked but nothing separates
+            them.
     """
     _check_separator(config, report)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -82,10 +83,10 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
         found = _two_sides(job)
         train, held_out = found.make()
         data = _text_data(config, tokenizer, train, {"": held_out})
-        if found.source is None:  # found stores may overlap; a split here puts equal texts on the same side
+        if found.source is None:  # existing stores may overlap; a split made here puts identical texts on the same side
             _report_leaks(job, data, [found], {"": found})
         return data
-    # Find all sources before reading any, so that a misspelt validation path is reported at once.
+    # Find all sources before reading any, so that a misspelled validation path is reported immediately.
     parts = [_find(job, "data.train", part.source) for part in config.train_parts]
     _report_repeats(parts, job.warn)
     sets = _find_validation(job)
@@ -105,16 +106,16 @@ def _text_data(config: DataConfig, tokenizer: Tokenizer, train: Tokens, sets: Ma
 
 
 def masked_end(config: DataConfig, tokenizer: Tokenizer, field: str, corpus: Tokens) -> int | None:
-    """The token at which attention and positions stop, end-of-text; None without `data.mask_documents`.
+    """The token after which attention and positions restart: end-of-text, or None without `data.mask_documents`.
 
     Args:
-        config: has `mask_documents`.
+        config: the data configuration.
         tokenizer: the tokenizer of the corpus.
-        field: the setting that names the corpus, for messages.
-        corpus: the tokens, which are read up to the first end-of-text.
+        field: the setting that specifies the corpus, for messages.
+        corpus: the tokens. Each part is read up to its first end-of-text token.
 
     Raises:
-        InputError: if documents are to be masked, and the corpus or a part of the mixture has no end-of-text.
+        InputError: if documents are to be masked, but the corpus or a part of the mixture has no end-of-text token.
     """
     if not config.mask_documents:
         return None
@@ -132,7 +133,7 @@ def masked_end(config: DataConfig, tokenizer: Tokenizer, field: str, corpus: Tok
 
 
 def _report_repeats(parts: Sequence[FoundSource], warn: Report) -> None:
-    """Warn about files that are in several parts of a mixture."""
+    """Warn about files that occur in several parts of a mixture."""
     first: dict[str, FoundSource] = {}
     again = [
         (file, first[file], part) for part in parts for file in part.inputs if first.setdefault(file, part) is not part
@@ -149,7 +150,7 @@ def _report_leaks(job: Job, data: TextData, train: Sequence[FoundSource], sets: 
     """Warn about documents of each validation set that are also in the training text.
 
     Raises:
-        InputError: if there are any and `data.on_leak` is `error`.
+        InputError: if there are any such documents and `data.on_leak` is `error`.
     """
     for name, tokens in data.validation_sets.items():
         field, found = validation_field(name), sets[name]
@@ -173,7 +174,7 @@ def _report_of(report: Report, field: str, line: str) -> None:
 
 
 def _where(found: FoundSource, number: int) -> str:
-    """Describe a document by its number, counted from 0, or by its file if that can be read again."""
+    """Describe where a document is, by its file if that can be read again, otherwise by `number`, counted from 0."""
     if found.source is not None:
         with contextlib.suppress(InputError, OSError):
             for position, _ in islice(found.source.documents(), number, None):
@@ -182,15 +183,15 @@ def _where(found: FoundSource, number: int) -> str:
 
 
 def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report) -> dict[str, Tokens]:
-    """The validation sets, as in `TextData`. The training text is read only if a part of it is held out.
+    """Prepare the validation sets of `TextData`. The training text is read only if a part of it is held out.
 
     Args:
-        config: as for `prepare`.
-        tokenizer: the tokenizer that `config` names.
+        config: the text, its tokenizer and the split.
+        tokenizer: the tokenizer that `config` specifies.
         report: called with each message for the user.
 
     Raises:
-        InputError: if a source or the cache is not usable.
+        InputError: if a source or the cache cannot be used.
     """
     job = Job(config, tokenizer, report, report)
     if config.validation is None:
@@ -199,7 +200,7 @@ def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report)
 
 
 def _check_separator(config: DataConfig, report: Report) -> None:
-    """Warn about sources that `data.document_separator` cannot split; refuse it if it can split none of them."""
+    """Warn about sources that `data.document_separator` cannot split. Raise an error if it cannot split any source."""
     if config.document_separator is None:
         return
     sources = [source_named(part.source, "data.train") for part in config.train_parts]
@@ -215,7 +216,7 @@ def _check_separator(config: DataConfig, report: Report) -> None:
 
 
 def _find(job: Job, field: str, name: str, held_out: float | None = None) -> FoundSource:
-    """Find the tokens of the source in a field; two corpora if a share is held out. No text is read yet."""
+    """Find the tokens of a source; two corpora if a share of them is held out. No text is read yet."""
     source = source_named(name, field)
     if found := source.find_tokens(job.tokenizer, job.cache_dir, job.report, both=held_out is not None):
         return found
@@ -238,12 +239,12 @@ class Leak:
     """The documents that a validation corpus has in common with the training corpus.
 
     Attributes:
-        count: number of common documents; if it is 0, the other attributes but `num_documents` are unused.
-        num_documents: number of validation documents.
-        document: index of the first common document in the validation corpus.
-        tokens: where it begins and ends in the validation corpus.
-        part: index of the part of the training mixture that contains it.
-        twin: its index in that part.
+        count: the number of common documents. If it is 0, all other attributes except `num_documents` are unused.
+        num_documents: the number of validation documents.
+        document: the index of the first common document in the validation corpus.
+        tokens: where that document begins and ends in the validation corpus.
+        part: the index of the part of the training mixture that contains the document.
+        twin: the index of the document in that part.
     """
 
     count: int
@@ -257,14 +258,15 @@ class Leak:
 def find_leak(train: Tokens, validation: Tokens, tokenizer: Tokenizer, cache_dir: Path, report: Report) -> Leak:
     """Find the documents that two corpora have in common, token for token.
 
-    End-of-text separates documents. Documents of fewer than `MIN_BYTES` bytes count only if all validation documents
-    are also training documents. Memory holds a few numbers per validation document, and none per training document.
+    End-of-text tokens separate documents. Documents of fewer than `MIN_BYTES` bytes count only if all validation
+    documents are also training documents. Memory holds a few numbers per validation document, and none per training
+    document.
 
     Args:
         train: the tokens to train on.
         validation: the tokens to validate with.
-        tokenizer: the tokenizer of both.
-        cache_dir: directory that caches the result for large corpora.
+        tokenizer: the tokenizer of both corpora.
+        cache_dir: the directory that caches the result for large corpora.
         report: called with a message when a check of large corpora begins.
     """
     num_tokens = train.num_tokens + validation.num_tokens
@@ -292,7 +294,7 @@ def _compare(train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> dict[st
         for found, _, _ in _documents(train, part, tokenizer):
             at = np.searchsorted(wanted, found)
             at[at == len(wanted)] = 0
-            # In reverse, so that the first of several equal documents is written last and stays.
+            # In reverse order, so that the first of several identical documents is written last and remains.
             new = np.flatnonzero((wanted[at] == found) & (parts[at] < 0))[::-1]
             parts[at[new]], twins[at[new]] = number, count + new
             count += len(found)

@@ -22,9 +22,9 @@ KINDS = {
     list: "a list",
     dict: "an object",
 }
-HASH_BYTES = 8  # of the hash of a document's text that decides whether it is held out
+HASH_BYTES = 8  # size of the text hash that decides whether a document is held out
 
-# A position in a source: the number of files done, and of records done in the next file.
+# A position in a source: the number of finished files, and of finished records in the next file.
 Position = tuple[int, int]
 START: Position = (0, 0)
 # Whether a document is held out, and its text.
@@ -46,17 +46,17 @@ class Source(ABC):
     @property
     @abstractmethod
     def parts(self) -> list[Any]:
-        """For each file a JSON value of all that its documents depend on."""
+        """For each file, a JSON value that covers everything its documents depend on."""
 
     @property
     def settings(self) -> list[Any]:
-        """A JSON value of all else that the documents depend on."""
+        """A JSON value that covers everything else the documents depend on."""
         return [self.name, *self.rows.settings]
 
     @property
     @abstractmethod
     def identity(self) -> Any:
-        """A JSON value of all that the documents depend on."""
+        """A JSON value that covers everything the documents depend on."""
 
     @property
     def inputs(self) -> list[str]:
@@ -69,7 +69,7 @@ class Source(ABC):
 
     @abstractmethod
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
-        """Each document from `start` on, with the position after its record."""
+        """Yield each document from `start` on, with the position after its record."""
 
     def share_read(self) -> float | None:
         """The share of the source that has been read, from 0 to 1; None if unknown."""
@@ -77,7 +77,7 @@ class Source(ABC):
 
 
 class Tally(NamedTuple):
-    """Counts of what the rows of a source held, with the first place of each kind; replaced when a count changes."""
+    """Counts of what a source's rows contained, with the first place of each kind. Replaced when a count changes."""
 
     num_bad: int = 0  # rows without text that were skipped
     first_bad: str = ""
@@ -86,16 +86,16 @@ class Tally(NamedTuple):
     num_separators: int = 0
     special: tuple[tuple[str, int], ...] = ()  # special tokens spelled out in the text, and their counts
     first_special: str = ""
-    num_copies: int = 0  # documents that were left out because all are equal
+    num_copies: int = 0  # documents that were left out because all are identical
 
 
 class Rows:
     """Converts the rows of one source to documents.
 
-    A row without text is an error or skipped, depending on `data.bad_rows`. Empty texts are left out.
+    A row without text is an error or is skipped, depending on `data.bad_rows`. Empty texts are left out.
 
     Args:
-        config: names the field of a row that holds its text, and the separator of documents.
+        config: specifies the row field that contains the text, and the document separator.
         field: the config field to name in errors.
         special_tokens: special tokens to search for in the text.
 
@@ -114,7 +114,7 @@ class Rows:
 
     @property
     def settings(self) -> list[Any]:
-        """The settings that decide which text a row holds, as a JSON value."""
+        """The settings that determine the text of a row, as a JSON value."""
         separator = self.config.document_separator
         return [self.config.text_field, self.config.invalid_utf8, *([separator] if separator else [])]
 
@@ -127,7 +127,7 @@ class Rows:
         """The text in a row; None if the row is skipped.
 
         Raises:
-            InputError: if the row has no text, or text that UTF-8 cannot hold.
+            InputError: if the row has no text, or text that UTF-8 cannot encode.
         """
         name = self.config.text_field
         if not isinstance(row, dict):
@@ -142,7 +142,7 @@ class Rows:
         return self.encodable(text, f"{where}: the field {name!r}")
 
     def encodable(self, text: str, where: str) -> str:
-        """The text itself; lone surrogates are replaced if `data.invalid_utf8` is replace.
+        """The text, with lone surrogates replaced if `data.invalid_utf8` is `replace`.
 
         Raises:
             InputError: if UTF-8 cannot encode it.
@@ -159,13 +159,13 @@ class Rows:
         return text
 
     def bad(self, problem: str) -> str | None:
-        """Skip and count a row without text. Returns None in place of the text.
+        """Skip and count a row without text, and return None in place of the text.
 
         Args:
             problem: the place of the row, and what is wrong with it.
 
         Raises:
-            InputError: unless `data.bad_rows` is skip.
+            InputError: unless `data.bad_rows` is `skip`.
         """
         if not self.skips:
             raise InputError(f"{self.field}: {problem}; correct the file, or set data.bad_rows to skip")
@@ -174,7 +174,7 @@ class Rows:
         return None
 
     def documents(self, text: str | None, where: str) -> list[str]:
-        """The documents in a row's text, if it has any."""
+        """The documents in a row's text, if any."""
         if text is None:
             return []
         tally, separator = self.tally, self.config.document_separator
@@ -192,20 +192,20 @@ class Rows:
 
     @property
     def split_at(self) -> str:
-        """How often the text was split, for the line that counts documents; empty without a separator."""
+        """How often the text was split, for the message that counts documents; empty without a separator."""
         separator = self.config.document_separator
         return f", split at {self.tally.num_separators:,} {separator!r}" if separator else ""
 
     @property
     def left_out(self) -> str:
-        """How many rows are left out, and the first of each kind; empty if there are none."""
+        """How many rows were left out, and the first row of each kind; empty if none were."""
         tally = self.tally
         bad = [f"{tally.num_bad:,} without text, first {tally.first_bad}"] if tally.num_bad else []
         empty = [f"{tally.num_empty:,} empty, first {tally.first_empty}"] if tally.num_empty else []
         return f"rows left out: {'; '.join(bad + empty)}" if bad or empty else ""
 
     def warnings(self) -> list[str]:
-        """Warnings about a text that may not be as intended."""
+        """Warnings about text that may not be what the user intended."""
         tally, separator, lines = self.tally, self.config.document_separator, []
         if separator and not tally.num_separators:
             lines.append(
@@ -252,18 +252,18 @@ class NoSplit:
 class Split:
     """Holds out a share of the documents, in one pass that buffers one document.
 
-    A hash of the text decides whether a document is held out. So documents that are added later do not change the
-    split, and equal texts are on the same side. If a side would remain empty, the document with the hash nearest to it
-    moves there. If all documents are equal, one of them is kept, and its end is held out.
+    A hash of the text decides whether a document is held out, so documents that are added later do not change the
+    split, and identical texts are on the same side. If one side would remain empty, the document whose hash is closest
+    to that side moves there. If all documents are identical, only one is kept, and its end is held out.
 
     Args:
-        fraction: share to hold out, in (0, 1).
+        fraction: the share to hold out, in (0, 1).
         field: the config field to name in errors.
-        settled: whether both sides have documents already.
+        settled: whether both sides already have documents.
 
     Attributes:
-        is_settled: whether both sides have documents, so that none is buffered.
-        num_copies: the documents that `finish` left out because all are equal.
+        is_settled: whether both sides have documents, so that none needs to be buffered.
+        num_copies: the number of documents that `finish` left out because all are identical.
     """
 
     def __init__(self, fraction: float, *, field: str, settled: bool = False) -> None:
@@ -272,13 +272,13 @@ class Split:
         self._field = field
         self.is_settled = settled
         self.num_copies = 0
-        # While all documents are on one side: the document nearest to the other side, and its number of occurrences.
+        # While all documents are on one side: the document closest to the other side, and its number of occurrences.
         self._kept: tuple[int, str] | None = None
         self._count = 0
         self._others = False
 
     def push(self, text: str) -> list[Side]:
-        """The documents whose side is settled by adding `text`, which is not empty."""
+        """Add a non-empty text, and return the documents whose side is now settled."""
         value = _hash(text)
         held_out = value < self._limit
         if self.is_settled:
@@ -301,7 +301,7 @@ class Split:
         return [(held_out, text)]
 
     def finish(self) -> list[Side]:
-        """The remaining documents.
+        """Return the remaining documents.
 
         Raises:
             InputError: if the only document has a single character.

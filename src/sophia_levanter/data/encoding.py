@@ -1,6 +1,6 @@
-"""Encodes documents in this process, in several processes, or in Ray tasks, with the same result.
+"""Encodes documents in this process, in several processes, or in Ray tasks, with identical results.
 
-Imports only what a worker needs, so that workers start quickly.
+This module imports only what a worker needs, so that workers start quickly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sophia_levanter.data.text_files import optional_import
 from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer
 from sophia_levanter.errors import InputError
 
-# Fewer blocks are encoded sooner than workers start.
+# Encoding fewer blocks than this takes less time than starting workers.
 FEW_BLOCKS = 4
 CONNECT_SECONDS = 10
 
@@ -41,9 +41,9 @@ class EncodedDocuments:
     """The concatenated tokens of documents.
 
     Attributes:
-        tokens: [position], in a store's dtype, with an end-of-text after each document.
-        lengths: int64 [document], the number of tokens of each document, end-of-text included.
-        num_bytes: bytes of all texts in UTF-8.
+        tokens: [position], in a store's dtype, with an end-of-text token after each document.
+        lengths: int64 [document], the number of tokens in each document, including end-of-text.
+        num_bytes: the total size of the texts in UTF-8.
     """
 
     tokens: np.ndarray
@@ -51,13 +51,13 @@ class EncodedDocuments:
     num_bytes: int
 
 
-# The texts of a block: its training documents, and its held-out documents.
+# The texts in a block: its training documents and its held-out documents.
 Texts = tuple[list[str], list[str]]
 Encoded = tuple[EncodedDocuments, EncodedDocuments]
 
 
 def encode(tokenizer: Tokenizer, texts: Texts) -> Encoded:
-    """The tokens of a block, with an end-of-text after each document."""
+    """Encode a block, with an end-of-text token after each document."""
     train, held_out = texts
     return _documents(tokenizer, train), _documents(tokenizer, held_out)
 
@@ -84,16 +84,16 @@ def _tokenizer(module: str, name: str, fingerprint: str) -> Tokenizer:
 
 
 def encode_with(module: str, name: str, fingerprint: str, texts: Texts) -> Encoded:
-    """`encode` with a named tokenizer, which a process loads once. `module` defines the tokenizer's class.
+    """Call `encode` with a named tokenizer, which each process loads once. `module` defines the tokenizer's class.
 
     Raises:
-        InputError: if the fingerprint differs: the tokenizer's file has changed, or differs between hosts.
+        InputError: if the fingerprint differs because the tokenizer's file has changed or differs between hosts.
     """
     return encode(_tokenizer(module, name, fingerprint), texts)
 
 
 def _start_worker() -> None:
-    """Initialise a worker process, and end it when its parent ends for any reason."""
+    """Initialize a worker process that ends when its parent ends for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -110,8 +110,8 @@ class Workers:
     """Encodes blocks in other processes.
 
     Attributes:
-        count: the number of blocks encoded at the same time.
-        submit: starts to encode a block.
+        count: the number of blocks that are encoded at the same time.
+        submit: starts encoding a block.
     """
 
     count: int
@@ -119,15 +119,16 @@ class Workers:
 
 
 def _address(tokenizer: Tokenizer) -> tuple[str, str, str]:
-    """The arguments by which another process loads the tokenizer."""
+    """The arguments with which another process loads the tokenizer."""
     return type(tokenizer).__module__, tokenizer.name, tokenizer.fingerprint
 
 
 @contextmanager
 def processes(count: int, tokenizer: Tokenizer) -> Iterator[Workers]:
-    """Workers on this machine, one process each, which end when this process ends for any reason."""
-    context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
-    # Created before SIGINT is blocked: with its first semaphore Python starts a resource tracker and unblocks SIGINT.
+    """Worker processes on this machine, which end when this process ends for any reason."""
+    context = multiprocessing.get_context("spawn")  # forking a process with JAX threads may hang
+    # Create the pool before SIGINT is blocked: its first semaphore makes Python start a resource tracker, which
+    # unblocks SIGINT.
     pool = ProcessPoolExecutor(count, context, _start_worker)
     with _starting_workers():
         for _ in range(count):  # no process is idle, so each task starts one
@@ -140,10 +141,10 @@ def processes(count: int, tokenizer: Tokenizer) -> Iterator[Workers]:
 
 @contextmanager
 def _starting_workers() -> Iterator[None]:
-    """Start processes that never receive Ctrl-C; it reaches this process afterwards.
+    """A context for starting processes that never receive Ctrl-C; this process receives it afterwards.
 
-    The processes do not import this program's script either, which would train again if its code is not under
-    `if __name__ == "__main__"`.
+    The processes do not import this program's script either. A script without an `if __name__ == "__main__"` guard
+    would train again.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     script = sys.modules["__main__"]
@@ -157,12 +158,12 @@ def _starting_workers() -> Iterator[None]:
 
 @contextmanager
 def ray_tasks(address: str, tokenizer: Tokenizer) -> Iterator[Workers]:
-    """Workers on a Ray cluster: tasks of one core each.
+    """Workers on a Ray cluster, as tasks that use one core each.
 
     Raises:
-        InputError: if Ray is not installed, or no cluster runs at the address.
+        InputError: if Ray is not installed, or no cluster is running at the address.
     """
-    # Ray leaves a token file in the home folder, which would switch authentication on in later sessions.
+    # Ray leaves a token file in the home folder that would turn on authentication in later sessions.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray = optional_import("ray", "'ray>=2.60'", "--ray")
     try:
@@ -177,7 +178,7 @@ def ray_tasks(address: str, tokenizer: Tokenizer) -> Iterator[Workers]:
         ) from error
     encode_block = partial(ray.remote(encode_with).remote, *_address(tokenizer))
     try:
-        # One worker per core of the cluster; their number may change.
+        # Use one worker per core in the cluster. The number of cores may change.
         count = max(int(ray.cluster_resources().get("CPU", 1)), 1)
         yield Workers(count, lambda texts: encode_block(texts).future())
     finally:
@@ -189,12 +190,13 @@ def encode_blocks(
     tokenizer: Tokenizer,
     workers: Callable[[], AbstractContextManager[Workers]] | None,
 ) -> Iterator[tuple[Any, Encoded]]:
-    """Encode blocks, and yield each block's mark with its tokens, in the order of the blocks.
+    """Encode blocks, and yield each block's mark with its tokens, in block order.
 
     Args:
-        blocks: a mark and the texts of each. About twice as many blocks as workers are in memory at one time.
+        blocks: a mark and the texts for each block. Memory holds about twice as many blocks as there are workers.
         tokenizer: the tokenizer.
-        workers: makes a context of `Workers`, which is not started for a few blocks; None encodes in this process.
+        workers: creates a context with `Workers`, which is not used for only a few blocks; if None, this process
+            encodes.
 
     Raises:
         OSError: if a worker was killed.

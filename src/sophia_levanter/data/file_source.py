@@ -18,32 +18,33 @@ from sophia_levanter.errors import InputError
 
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 PARQUET_ROWS = 256  # read at once
-PIECE_BYTES = 1 << 20  # read at once of a JSON array, or of a text with separators
-# What precedes an element of a JSON array, and what ends the array: at its beginning, and after an element.
+PIECE_BYTES = 1 << 20  # how much of a JSON array, or of a text with separators, is read at once
+# Patterns for what precedes an element of a JSON array and for what ends the array: at its start, and after an element.
 ARRAY_FIRST = re.compile(r"\s*\[\s*(?=[^\s\]])"), re.compile(r"\s*\[\s*\]\s*\Z")
 ARRAY_NEXT = re.compile(r"\s*,\s*(?=\S)"), re.compile(r"\s*\]\s*\Z")
 ARRAY_DELIMITER = re.compile(r"\s*[,\]]")
-READING_VERSION = 2  # of the conversion of files to documents; token stores of other versions are made again
+READING_VERSION = 2  # version of the conversion of files to documents; token stores from other versions are rebuilt
 
 # A record's place, for messages, and its text; None if the record is left out.
 Record = tuple[str, str | None]
 
 
 class FileSource(Source):
-    """The documents of files, one at a time. Documents without text are left out.
+    """Documents from files, one at a time. Documents without text are left out.
 
-    A file's content decides how it is read (`format_of`): JSON lines and JSON arrays hold one document per object,
-    Parquet one per row, and any other file is a single document in UTF-8. Python's standard library has one document
-    per module, decoded by its encoding declaration. Texts are split at `data.document_separator`, if it is set.
+    A file's content decides how it is read (`format_of`): JSON lines and JSON arrays contain one document per object,
+    Parquet contains one per row, and any other file is a single UTF-8 document. Python's standard library has one
+    document per module, decoded according to its encoding declaration. Texts are split at `data.document_separator`, if
+    it is set.
 
     Args:
-        name: the files, see `find_files`.
+        name: the files; see `find_files`.
         rows: converts records to documents.
         report: called with a message about files whose names and contents disagree.
 
     Raises:
-        InputError: here, if no files are found; while reading, if a file cannot be read or decoded, or a record has no
-            text.
+        InputError: if no files are found; later, during reading, if a file cannot be read or decoded, or a record has
+            no text.
     """
 
     def __init__(self, name: str, rows: Rows, report: Report) -> None:
@@ -134,7 +135,7 @@ class FileSource(Source):
             )
 
     def _plain_text(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
-        """The text of a file as one record; with a separator one record per document, to save memory."""
+        """The text of a file as one record or, with a separator, as one record per document to save memory."""
         separator = self.rows.config.document_separator
         if separator is None and file.size > MEMORY:
             raise InputError(
@@ -173,7 +174,7 @@ class FileSource(Source):
                 yield where, self.rows.text_of(row, where)
 
     def _array_items(self, file: TextFile, content: BinaryIO) -> Iterator[Any]:
-        """The elements of a JSON array. Memory holds one piece of its text, or one element if that is longer."""
+        """Yield the elements of a JSON array. Memory holds one piece of its text, or one element if that is longer."""
         reader = _Utf8(content, self._decode_errors, f"{file.where}")
         scanner = json.JSONDecoder()
         text, at, number, at_end = "", 0, 1, False
@@ -226,7 +227,7 @@ class FileSource(Source):
     def _parquet_rows(self, opened: OpenFile, skip: int) -> Iterator[Record]:
         file, content = opened.file, opened.content
         parquet = optional_import("pyarrow.parquet", "pyarrow", file.where)
-        if not content.seekable() or opened.compression is not None:  # the footer is at the end, so read all of it
+        if not content.seekable() or opened.compression is not None:  # the footer is at the end, so read everything
             content = io.BytesIO(content.read())
         try:
             table = parquet.ParquetFile(content)
@@ -262,7 +263,7 @@ class _Utf8:
 
     Args:
         content: the bytes.
-        errors: the handling of bytes that are not UTF-8, as for `bytes.decode`.
+        errors: how to handle bytes that are not UTF-8, as in `bytes.decode`.
         where: the config field and the file, for errors.
     """
 
@@ -274,10 +275,10 @@ class _Utf8:
         self._at_beginning = True
 
     def read(self, size: int) -> str:
-        """The text of the next `size` bytes, or of all if `size` is negative; empty at the end.
+        """The text of the next `size` bytes, or of all remaining bytes if `size` is negative; empty at the end.
 
         Raises:
-            InputError: if they are not UTF-8 text.
+            InputError: if the bytes are not UTF-8 text.
         """
         while True:
             data = self._content.read(size)

@@ -1,4 +1,4 @@
-"""Opens files of text: detects their compression and format from their content."""
+"""Opens text files, and detects their compression and format from their content."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from sophia_levanter.errors import InputError
 
 LOOK_BYTES = 1 << 16
 LOOK_LINES = 5
-LOOK_LINE_BYTES = 1 << 24  # a file whose first line is longer is one text, unless its name says JSON
+LOOK_LINE_BYTES = 1 << 24  # a file with a longer first line is one text, unless its name indicates JSON
 PARQUET_MAGIC = b"PAR1"
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
-# Longer marks come first: that of UTF-32LE begins with that of UTF-16LE.
+# Longer marks come first, because the UTF-32LE mark begins with the UTF-16LE mark.
 WIDE_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32LE",
     codecs.BOM_UTF32_BE: "UTF-32BE",
     codecs.BOM_UTF16_LE: "UTF-16LE",
     codecs.BOM_UTF16_BE: "UTF-16BE",
 }
-# The first bytes of compressed files; the second pattern of zstd is a skippable frame.
+# The first bytes of compressed files. The second zstd pattern is a skippable frame.
 MAGIC = {
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
@@ -39,7 +39,7 @@ MAGIC = {
     "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
 }
 MAGIC_BYTES = 10
-# A compressed file may expand to EXPANDED_BYTES, or MOST_EXPANSION times its size if that is more.
+# A compressed file may expand to EXPANDED_BYTES or to MOST_EXPANSION times its size, whichever is larger.
 EXPANDED_BYTES, MOST_EXPANSION = 1 << 28, 200
 
 
@@ -79,7 +79,7 @@ class OpenFile:
 
 
 class _Bounded(io.RawIOBase):
-    """A stream of decompressed bytes that fails beyond a limit, which protects against decompression bombs."""
+    """A stream of decompressed bytes that fails beyond a limit, to protect against decompression bombs."""
 
     def __init__(self, content: BinaryIO, limit: int, where: str) -> None:
         self._content, self._left, self._where = content, limit, where
@@ -88,7 +88,7 @@ class _Bounded(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        # A single read, so that the bytes before damage arrive before the error.
+        # Read only once, so that the bytes before any damage arrive before the error.
         data = self._content.read1(len(buffer))  # type: ignore[attr-defined]
         buffer[: len(data)] = data
         self._left -= len(data)
@@ -102,11 +102,11 @@ class _Bounded(io.RawIOBase):
 
 @contextmanager
 def opened(file: TextFile) -> Iterator[OpenFile]:
-    """The file, open for reading.
+    """Open a file for reading.
 
     Raises:
-        InputError: here or while it is read, if it cannot be read or decompressed; at the end, if it was changed or
-            replaced since it was found.
+        InputError: on opening or during reading, if the file cannot be read or decompressed; at the end, if it has been
+            changed or replaced since it was found.
     """
     try:
         with readable(file), closing(OpenFile(file)) as open_file:
@@ -123,7 +123,7 @@ def readable(file: TextFile) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Each compression has its own error class.
+        # Each compression format has its own error class.
         if (
             isinstance(error, EOFError | zlib.error | lzma.LZMAError | gzip.BadGzipFile)
             or type(error).__name__ == "ZstdError"
@@ -146,17 +146,17 @@ def _decompressed(raw: BinaryIO, compression: str | None, where: str) -> BinaryI
         case "bzip2":
             return cast(BinaryIO, bz2.BZ2File(raw))
         case "zstd":
-            # Python includes zstd from 3.14 on. The package zstandard does not detect truncated files.
+            # Python has included zstd since version 3.14. The zstandard package does not detect truncated files.
             module = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
             zstd = optional_import(module, "backports.zstd", where)
-            # By default decoders refuse the large windows of `zstd --long=31`.
+            # By default, decoders reject the large windows of `zstd --long=31`.
             window = zstd.DecompressionParameter.window_log_max
             return cast(BinaryIO, zstd.ZstdFile(raw, options={window: window.bounds()[1]}))
     return raw
 
 
 class Format(Enum):
-    """The format of a file; the value is its name in messages."""
+    """A file format. The value is its name in messages."""
 
     TEXT = "plain text"
     JSON_LINES = "JSON lines"
@@ -164,7 +164,7 @@ class Format(Enum):
     PARQUET = "Parquet"
 
 
-# The formats that a suffix may stand for; any other suffix stands for text.
+# The formats that a suffix may indicate. Any other suffix indicates text.
 NAMED = {
     ".json": (Format.JSON_LINES, Format.JSON_ARRAY),
     ".jsonl": (Format.JSON_LINES,),
@@ -182,11 +182,11 @@ def named_formats(file: TextFile) -> tuple[Format, ...]:
 def format_of(opened: OpenFile, text_field: str) -> Format:
     """Detect the format of a file from its beginning, and rewind it.
 
-    Parquet is recognised by its first bytes. JSON is read as records if the suffix says JSON, or if the first records
-    have the field `text_field`. Otherwise the suffix decides, so that a damaged file is refused.
+    Parquet is recognized by its first bytes. JSON is read as records if the suffix indicates JSON, or if the first
+    records have the field `text_field`. Otherwise, the suffix decides, so that a damaged file is rejected.
 
     Raises:
-        InputError: if the file is UTF-16 or UTF-32, or a pointer of Git LFS.
+        InputError: if the file is UTF-16 or UTF-32, or a Git LFS pointer.
     """
     begin = opened.content.read(LOOK_BYTES)
     opened.rewind()
@@ -229,14 +229,14 @@ def _begins_with_record(opened: OpenFile, text_field: str) -> bool:
 
 
 def _first_of_lines(opened: OpenFile) -> bool:
-    """Whether the first line is JSON by itself and more lines follow."""
+    """Whether the first line is JSON by itself and is followed by more lines."""
     lines = [line for line in opened.content.read(LOOK_LINE_BYTES).splitlines() if line.strip()]
     opened.rewind()
     return len(lines) > 1 and _parsed(lines[0]) is not None
 
 
 def _lines_are_records(opened: OpenFile, text_field: str) -> bool:
-    """Whether the first lines that are not blank are JSON objects with the field."""
+    """Whether the first non-blank lines are JSON objects with the field."""
     seen = 0
     while seen < LOOK_LINES and (line := opened.content.readline(LOOK_LINE_BYTES)):
         if line.removeprefix(codecs.BOM_UTF8).strip():
@@ -250,7 +250,7 @@ def _lines_are_records(opened: OpenFile, text_field: str) -> bool:
 
 
 def has_objects(opened: OpenFile) -> bool:
-    """Whether one of the first lines is a JSON object, whatever its fields."""
+    """Whether any of the first lines is a JSON object, regardless of its fields."""
     lines = opened.content.read(LOOK_BYTES).splitlines()[:LOOK_LINES]
     opened.rewind()
     return any(line.startswith(b"{") and _parsed(line) is not None for line in lines)

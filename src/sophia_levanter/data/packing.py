@@ -11,14 +11,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Packing:
-    """The documents of a token store in sequences of one length.
+    """How the documents in a token store fill sequences of a fixed length.
 
     Attributes:
-        median_length: median length of the documents in tokens, end-of-text included.
-        longest: length of the longest document.
-        documents_per_sequence: the mean number of documents in a sequence, whole or in part.
-        share_of_one: the share of the sequences that hold a single document; masking does not change them.
-        removed_share: the share of attention pairs (a token with itself or an earlier token of its sequence) whose
+        median_length: the median document length in tokens, including end-of-text.
+        longest: the length of the longest document in tokens, including end-of-text.
+        documents_per_sequence: the mean number of whole or partial documents in a sequence.
+        share_of_one: the share of sequences that contain a single document; masking does not change them.
+        removed_share: the share of attention pairs (a token with itself or an earlier token in its sequence) whose
             tokens belong to different documents.
     """
 
@@ -30,23 +30,23 @@ class Packing:
 
 
 def packing_of(document_ends: Iterable[np.ndarray], seq_len: int) -> Packing:
-    """Measure how documents fill sequences that start at the multiples of `seq_len`; the last may be shorter.
+    """Measure how documents fill sequences that start at multiples of `seq_len`. The last sequence may be shorter.
 
     Args:
-        document_ends: the index after the last token of each document, in parts: int64 [document], not empty, ascending
-            from one part to the next, too. One part is held at a time.
-        seq_len: tokens in a sequence.
+        document_ends: the index after the last token of each document, in non-empty pieces int64 [document]. Indices
+            ascend within and across pieces. Memory holds one piece at a time.
+        seq_len: the number of tokens in a sequence.
     """
-    counts: Counter[int] = Counter()  # of documents by their length; there are few lengths where documents are many
-    last_divided = -1  # the latest sequence that a document begins inside
+    counts: Counter[int] = Counter()  # documents of each length; even many documents have few distinct lengths
+    last_divided = -1  # the last sequence in which a document begins after the first token
     num_tokens = inner_starts = divided = removed = 0
     for ends in document_ends:
         starts = np.append(num_tokens, ends[:-1])
         num_tokens = int(ends[-1])
         lengths, times = np.unique(ends - starts, return_counts=True)
         counts.update(dict(zip(lengths.tolist(), times.tolist(), strict=True)))
-        # A document that begins inside a sequence does not see the tokens before it there. The further sequences that
-        # it continues in begin with it.
+        # A document that begins inside a sequence does not attend to the earlier tokens in that sequence. If it
+        # continues in later sequences, it comes first in them.
         offsets = starts % seq_len
         removed += int((offsets * np.minimum(ends - starts, seq_len - offsets)).sum())
         sequences = starts[offsets > 0] // seq_len
@@ -65,7 +65,7 @@ def packing_of(document_ends: Iterable[np.ndarray], seq_len: int) -> Packing:
 
 
 def _median(counts: Mapping[int, int]) -> float:
-    """The median of numbers, given how often each occurs."""
+    """The median of numbers, given how often each number occurs."""
     numbers = np.array(sorted(counts))
     up_to = np.cumsum([counts[number] for number in numbers.tolist()])
     middle = np.array([(up_to[-1] - 1) // 2, up_to[-1] // 2])
@@ -73,5 +73,5 @@ def _median(counts: Mapping[int, int]) -> float:
 
 
 def _pairs(length: int) -> int:
-    """The number of pairs of a token with itself or an earlier one, in a piece of this length."""
+    """The number of pairs of a token with itself or an earlier token, among `length` tokens."""
     return length * (length + 1) // 2

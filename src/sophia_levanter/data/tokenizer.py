@@ -1,4 +1,4 @@
-"""Text to token ids and back: plain bytes, and byte-pair encodings from tiktoken or from `train_bpe`."""
+"""Tokenizers, from text to token ids and back: plain bytes, and byte-pair encodings from tiktoken or `train_bpe`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTES = 256
 PIECE_CHARACTERS = 100_000
-# So that the sizes of well-known encodings are known without downloading them.
+# The sizes of well-known encodings, which therefore need not be downloaded just for their size.
 VOCAB_SIZES = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
 
 
@@ -34,16 +34,16 @@ class Tokenizer(ABC, ChoiceRegistry):
 
     Attributes:
         name: the argument of `load_tokenizer`.
-        vocab_size: number of ids.
+        vocab_size: the number of ids.
         end_of_text: the id that ends a document.
-        token_bytes: the bytes each id decodes to, `vocab_size` of them; empty for end-of-text, other special tokens and
-            unused ids.
-        special_tokens: ids by name, end-of-text among them.
-        pattern: the regular expression that splits text into words, which tokens do not cross; empty if text is not
-            split.
-        fingerprint: a hash of what defines the encoding; equal only if the ids mean the same.
+        token_bytes: the bytes that each of the `vocab_size` ids decodes to; empty for end-of-text, other special tokens
+            and unused ids.
+        special_tokens: the ids of the special tokens, including end-of-text, keyed by name.
+        pattern: the regular expression that splits text into words, whose boundaries tokens do not cross; empty if text
+            is not split.
+        fingerprint: a hash of the encoding's definition. Two tokenizers share it only if their ids mean the same.
         is_slow: whether encoding in several processes pays off.
-        merges_bytes: whether it is a byte-pair encoding, which `token_bytes` and `pattern` define.
+        merges_bytes: whether this is a byte-pair encoding that `token_bytes` and `pattern` define.
     """
 
     is_slow = True
@@ -76,7 +76,7 @@ class Tokenizer(ABC, ChoiceRegistry):
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, int32 [position]. Special tokens spelled out in it are ordinary text."""
+        """The ids of `text`, int32 [position]. Special tokens that are spelled out in it are ordinary text."""
 
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
         """The bytes of `tokens`; end-of-text has none.
@@ -87,7 +87,7 @@ class Tokenizer(ABC, ChoiceRegistry):
         return b"".join(self.token_bytes[token] for token in self._checked(tokens).tolist())
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """`decode_bytes` as text, with U+FFFD where the bytes are not UTF-8."""
+        """`decode_bytes` as text, with U+FFFD in place of bytes that are not valid UTF-8."""
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -99,7 +99,7 @@ class Tokenizer(ABC, ChoiceRegistry):
 
 @Tokenizer.register_subclass(BYTES)
 class ByteTokenizer(Tokenizer):
-    """Ids 0 to 255 are the bytes of the UTF-8 text, 256 is end-of-text."""
+    """Ids 0 to 255 are the bytes of the UTF-8 text, and id 256 is end-of-text."""
 
     is_slow = False
     merges_bytes = True
@@ -135,7 +135,7 @@ class TiktokenTokenizer(Tokenizer):
                 f"data.tokenizer: {encoding.name} has no <|endoftext|> token; choose one that does"
             ) from None
         self._encoding = encoding
-        # tiktoken has only a private name for the pattern that splits text into words.
+        # tiktoken exposes the pattern that splits text into words only under a private name.
         super().__init__(
             encoding.name,
             end_of_text,
@@ -150,27 +150,27 @@ class TiktokenTokenizer(Tokenizer):
         except ValueError as error:
             if len(text) <= PIECE_CHARACTERS or isinstance(error, UnicodeError):
                 raise
-            # The pattern that splits text into words fails on a run of a million spaces, but not on pieces of it.
+            # The pattern that splits text into words fails on a run of a million spaces, but not on shorter pieces.
             pieces = [text[i : i + PIECE_CHARACTERS] for i in range(0, len(text), PIECE_CHARACTERS)]
             return np.concatenate([self._encode(piece) for piece in pieces])
 
     def _encode(self, text: str) -> np.ndarray:
         try:
-            # As an array, since converting a list of Python integers takes longer than encoding. Nothing is special.
+            # Ask for an array, because converting a list of integers takes longer than encoding. No token is special.
             ids = self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, as a command line may hold
+        except UnicodeEncodeError:  # a lone surrogate, for example from a command line
             return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
         return ids.astype(np.int32)
 
 
 def load_bpe(path: str) -> tiktoken.Encoding:
-    """Load an encoding that `save_bpe` wrote; end-of-text comes after all other tokens.
+    """Load an encoding that `save_bpe` wrote. End-of-text comes after all other tokens.
 
     Raises:
         InputError: if the file does not exist or is not in tiktoken's format.
     """
     try:
-        # tiktoken's own function would cache the first content of a path.
+        # tiktoken's own function would cache the content that it first reads from a path.
         lines = (line.split() for line in read_regular(path).splitlines())
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         if set(ranks.values()) != set(range(len(ranks))) or any(
@@ -187,10 +187,10 @@ def load_bpe(path: str) -> tiktoken.Encoding:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Load a tokenizer: a registered one such as `bytes`, a tiktoken encoding such as `gpt2`, or a file that `save_bpe`
-    wrote.
+    """Load a tokenizer by name.
 
-    tiktoken downloads an encoding on first use and keeps it in its own cache.
+    The name is a registered tokenizer such as `bytes`, a tiktoken encoding such as `gpt2`, or a file that `save_bpe`
+    wrote. tiktoken downloads an encoding on first use and keeps it in its own cache.
 
     Raises:
         InputError: if the tokenizer is unknown, or can be neither downloaded nor found in tiktoken's cache.
@@ -213,7 +213,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
-        # Only the kind of error: a network library's message may contain the password of a proxy.
+        # Show only the type of the error: a network library's message may contain a proxy password.
         raise InputError(
             f"data.tokenizer: {name} is not in tiktoken's cache and could not be downloaded ({type(error).__name__}); "
             f"connect to the network, set TIKTOKEN_CACHE_DIR to a folder that has it, or use data.tokenizer {BYTES}"
@@ -222,21 +222,21 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def vocab_size_of(name: str) -> int:
-    """The number of ids of the tokenizer called `name`. Well-known encodings are not loaded for it.
+    """The number of ids in the tokenizer called `name`. Well-known encodings are not loaded.
 
     Raises:
-        InputError: as `load_tokenizer` does.
+        InputError: under the same conditions as `load_tokenizer`.
     """
     return VOCAB_SIZES.get(name) or load_tokenizer(name).vocab_size
 
 
 def printable(text: str) -> str:
-    """Replace control characters by U+FFFD, since a byte-level model may generate commands for the terminal."""
+    """Replace control characters with U+FFFD, because a byte-level model may generate commands for the terminal."""
     return CONTROLS.sub(lambda found: found[0] if found[0] in "\n\t" else "\N{REPLACEMENT CHARACTER}", text)
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """The number of bytes of text of each id, int32 [vocab]; 0 for end-of-text."""
+    """The number of text bytes that each id stands for, int32 [vocab]; 0 for end-of-text."""
     return np.array([len(token) for token in tokenizer.token_bytes], dtype=np.int32)
 
 

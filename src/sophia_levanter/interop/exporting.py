@@ -52,7 +52,7 @@ def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) ->
     }
     end_of_text = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
     shape = architecture.describe(model.config) | {
-        "torch_dtype": arrays[architecture.prefix + architecture.embedding].dtype.name,  # transformers 5 also reads this
+        "torch_dtype": arrays[architecture.prefix + architecture.embedding].dtype.name,  # transformers 5 reads it too
         "vocab_size": model.config.embedding_rows(model.vocab_size),
     }
     documents: dict[str, dict[str, Any]] = {
