@@ -1,4 +1,4 @@
-"""Batches of sequences from one corpus or a mixture, and the verification of corpora while training runs."""
+"""Batches of sequences from one corpus or a mixture, and the verification of corpora during training."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from sophia_levanter.errors import InputError, counted
 if TYPE_CHECKING:
     from sophia_levanter.partition.processes import Processes
 
-# Seconds to wait for other processes, which may still read a large corpus.
+# Seconds to wait for other processes, which may still be reading a large corpus.
 READING_PATIENCE = 3600.0
-# Seconds between checks whether the run is stopping, and the longest wait for a verification after that.
+# Seconds between checks for whether the run is stopping, and the longest wait for a verification once it is.
 STOPPING_PATIENCE = 0.5
-# Outcomes of a process's verification, the worst first.
+# The outcomes of a process's verification, worst first.
 FOUND = ("wrong", "failed", "unfinished", "compared")
 
 # The byte-bigram model adds SMOOTHING to each count, so that unseen pairs are possible. It counts BIGRAM_BYTES bytes,
-# and reads BIGRAM_TOKENS tokens at once.
+# and reads BIGRAM_TOKENS tokens at a time.
 SMOOTHING = 0.01
 BIGRAM_BYTES = 64 << 20
 BIGRAM_TOKENS = 1 << 20
@@ -42,8 +42,8 @@ class Part:
     """A corpus in a mixture.
 
     Attributes:
-        first: index of its first token in the mixture.
-        num_tokens: number of its tokens.
+        first: the index of its first token in the mixture.
+        num_tokens: the number of its tokens.
         weight: its share of the sequences, relative to the weights of the other parts.
     """
 
@@ -100,25 +100,26 @@ class Mixture(Tokens):
 
 
 def parts_of(corpus: Tokens) -> list[Part]:
-    """The parts of a mixture; a single corpus is one part."""
+    """The parts of a mixture; a single corpus counts as one part."""
     return corpus.parts if isinstance(corpus, Mixture) else [Part(0, corpus.num_tokens, 1.0)]
 
 
 class TrainBatches:
-    """`batches[step]`: a pure function of the data, the seed and the step, in constant time and memory for any step.
+    """Training batches: `batches[step]` is a pure function of the data, the seed and the step.
 
-    A sequence is `seq_len + 1` tokens that start at a multiple of `seq_len`: the inputs, and the targets one token
-    later. Each epoch visits all sequences in a new order. Tokens after the last whole sequence are left out. A batch
-    may span two epochs. Each part of a mixture has its own epochs. At any point, the number of sequences taken from a
-    part is its share by weight to within one sequence (grain's mixing, which rounds weights to a hundredth of the
-    smallest). The order of the sequences does not depend on the batch size.
+    It takes constant time and memory for any step. A sequence consists of `seq_len + 1` tokens from a multiple of
+    `seq_len` on: the inputs, and the targets shifted by one token. Each epoch visits all sequences in a new order.
+    Tokens after the last whole sequence are left out. A batch may span two epochs. Each part of a mixture has its own
+    epochs. At any point, the number of sequences taken from each part matches its weight to within one sequence, where
+    grain's mixing rounds weights to a hundredth of the smallest weight. The order of the sequences does not depend on
+    the batch size.
 
     Args:
         corpus: the tokens.
-        seq_len: tokens that a sequence predicts.
-        batch_size: sequences in a batch.
-        changes: `(step, batch size)` of each change of the batch size, in ascending order.
-        seed: seed of the order.
+        seq_len: the number of tokens that a sequence predicts.
+        batch_size: the number of sequences in a batch.
+        changes: the `(step, batch size)` of each batch size change, in ascending order.
+        seed: the seed for the order.
 
     Raises:
         InputError: if the corpus, or a part of the mixture, is shorter than one sequence.
@@ -143,7 +144,7 @@ class TrainBatches:
         self._corpus = corpus
         self._seq_len = seq_len
         starts = [
-            # Different seeds, so that parts of the same length are shuffled differently.
+            # Use different seeds, so that parts of the same length are shuffled differently.
             grain.MapDataset.range(part.first, part.first + count * seq_len, seq_len).seed((seed + i) % 2**32).shuffle()
             for i, (part, count) in enumerate(zip(parts, counts, strict=True))
         ]
@@ -152,15 +153,15 @@ class TrainBatches:
         self._sizes = [(0, batch_size), *changes]
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """The batch of `step`, counted from 0: int32 [batch, seq_len + 1]."""
+        """The batch for `step`, counted from 0, int32 [batch, seq_len + 1]."""
         return self.rows(step)
 
     def rows(self, step: int, wanted: np.ndarray | None = None, *, skipped_windows: int = 0) -> np.ndarray:
-        """The batch of `step`. Only the wanted rows are read; the others are zeros.
+        """The batch for `step`. Only the wanted rows are read; the others are zeros.
 
         Args:
-            step: counted from 0.
-            wanted: indices of rows, int [row]; all if not given.
+            step: the step, counted from 0.
+            wanted: the indices of the wanted rows, int [row]; by default, all rows.
             skipped_windows: the number of sequences that the run skipped before this batch.
 
         Returns:
@@ -195,15 +196,15 @@ class TrainBatches:
 class ValidationBatches:
     """Iterates over `(sequences, weights)`: int32 [batch, seq_len + 1] and float32 [batch, seq_len].
 
-    Together the sequences predict every token of the store except the first exactly once. The last sequence and the
-    last batch are padded with tokens and weights of 0.
+    Without `max_sequences`, the sequences together predict every token in the store except the first exactly once. The
+    last sequence and the last batch are padded with tokens and weights of 0.
 
     Args:
         store: the validation tokens.
-        seq_len: tokens that a whole sequence predicts.
-        batch_size: sequences in a batch.
-        max_sequences: the largest number of sequences, spread evenly over the store; None takes all.
-        name: name of the validation set, for errors; empty for a single unnamed set.
+        seq_len: the number of tokens that a whole sequence predicts.
+        batch_size: the number of sequences in a batch.
+        max_sequences: the maximum number of sequences, spread evenly over the store; if None, all are used.
+        name: the name of the validation set, for errors; empty for a single unnamed set.
 
     Raises:
         InputError: if the store has no token to predict.
@@ -237,7 +238,7 @@ class ValidationBatches:
             yield sequences, weights
 
     def token_sequences(self) -> Iterator[np.ndarray]:
-        """The same sequences one by one without padding: uint16 or uint32 [position], 2 to `seq_len + 1` long."""
+        """Yield the same sequences without padding, each uint16 or uint32 [2 to `seq_len + 1`]."""
         for start, end in self._ranges(0, len(self._starts)):
             yield self._store.read(start, end)
 
@@ -252,11 +253,12 @@ class ValidationBatches:
 def bigram_bits_per_byte(train: Tokens, sequences: Iterable[np.ndarray], tokenizer: Tokenizer) -> float:
     """Bits per byte of validation text under a byte-bigram model of `train`, a baseline for language models.
 
-    As with a language model, the first token of each sequence is context only and the others are predicted. End-of-text
-    costs bits but is not a byte of text. The first `BIGRAM_BYTES` of `train` are counted. nan for an empty text.
+    As with a language model, the first token of each sequence is only context, and the others are predicted.
+    End-of-text costs bits but is not a byte of text. The first `BIGRAM_BYTES` of `train` are counted. The result is NaN
+    for an empty text.
     """
     spelled = [np.frombuffer(token, np.uint8) for token in tokenizer.token_bytes]
-    spelled[tokenizer.end_of_text] = np.array([NUM_BYTES])  # a symbol besides the bytes
+    spelled[tokenizer.end_of_text] = np.array([NUM_BYTES])  # a symbol in addition to the bytes
     table, lengths = np.concatenate(spelled, dtype=np.int64), np.array([len(symbols) for symbols in spelled])
     offsets = np.cumsum(lengths) - lengths
 
@@ -286,12 +288,12 @@ def bigram_bits_per_byte(train: Tokens, sequences: Iterable[np.ndarray], tokeniz
 
 
 class Verification:
-    """Verifies corpora in a background thread while training begins.
+    """Verifies corpora in a background thread during training.
 
     Args:
         corpora: the corpora, which may be large.
         cache_dir: the directory that records which files of large corpora have been verified.
-        processes: the processes of the run. Each reads its own files.
+        processes: the run's processes. Each reads its own files.
     """
 
     def __init__(self, corpora: Sequence[Tokens], cache_dir: Path, processes: Processes) -> None:
@@ -303,27 +305,29 @@ class Verification:
         self._thread = self._start(lambda corpus: corpus.check_whole(cache_dir))
 
     def check(self) -> None:
-        """Raise the error found so far, if the run has a single process. Call this often.
+        """Raise any error found so far, if the run has a single process. Call this often.
 
         Raises:
-            InputError: if a corpus is wrong.
-            Exception: if the verification failed.
+            InputError: if a corpus is damaged or invalid.
+            Exception: if the verification itself failed.
         """
         if self._failure is not None and self._processes.count == 1:
             raise self._failure
 
     def finish(self, stopping: Callable[[], bool] = lambda: False) -> bool:
-        """Wait until all corpora are verified, then check that they are unchanged. All processes call it together.
+        """Wait until all corpora are verified, then check that they are unchanged.
+
+        All processes must call this method together.
 
         Args:
-            stopping: whether the run is stopping, and may soon be killed: then this does not wait.
+            stopping: returns whether the run is stopping and may soon be killed; if so, this method stops waiting.
 
         Returns:
-            Whether the corpora of all processes are verified; the same in every process.
+            Whether the corpora of all processes are verified; the same on every process.
 
         Raises:
-            InputError: in every process, if a corpus of one process is wrong.
-            Exception: if this process's verification failed; `OSError` if another process's did.
+            InputError: on every process, if a corpus on one process is damaged or invalid.
+            Exception: if this process's verification itself failed; `OSError` if another process's did.
         """
         if self._wait(stopping) and self._failure is None:
             self._thread = self._start(lambda corpus: corpus.check_unchanged())
@@ -351,7 +355,7 @@ class Verification:
         return thread
 
     def _wait(self, stopping: Callable[[], bool]) -> bool:
-        """Wait for the thread, or until the run is stopping; whether the thread has ended."""
+        """Wait until the thread has ended or the run is stopping, and return whether the thread has ended."""
         self._thread.join(STOPPING_PATIENCE)
         while self._thread.is_alive() and not stopping():
             self._thread.join(STOPPING_PATIENCE)
@@ -370,5 +374,5 @@ class Verification:
         try:
             for corpus in self._corpora:
                 check(corpus)
-        except Exception as error:  # after any error the text is not verified
+        except Exception as error:  # after any error, the text counts as not verified
             self._failure = error

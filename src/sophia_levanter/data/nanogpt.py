@@ -1,4 +1,4 @@
-"""Token files of other programs, read in place: nanoGPT's, llm.c's and NumPy's."""
+"""Token files from other programs, read in place: nanoGPT, llm.c and NumPy."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from sophia_levanter.files import open_regular, read_regular
 NANOGPT = "nanogpt:"
 DTYPES = ("uint16", "uint32")
 NPY_MAGIC = b"\x93NUMPY"
-# Shards of llm.c and modded-nanogpt begin with 256 int32 numbers; only the first three have a meaning.
+# Shards from llm.c and modded-nanogpt begin with 256 int32 numbers. Only the first three are meaningful.
 HEADER_INTS = 256
-# Magic number -> version and token dtype. The third number of the header counts the tokens.
+# Magic number -> version and token dtype. The third number in the header is the token count.
 HEADERS = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 META = "meta.pkl"
 META_BYTES = 1 << 26
 UINT16_IDS = 1 << 16
-REMEMBERED_TOKENS = 1 << 26  # smaller files are read again at each start
+REMEMBERED_TOKENS = 1 << 26  # smaller files are read again at every start
 SHOWN_TOKENS = 16
 DIGEST_PIECES = 64
 DIGEST_PIECE_BYTES = 1 << 16
@@ -38,7 +38,7 @@ DIGEST_PIECE_BYTES = 1 << 16
 class _TokenFile:
     """Token ids in a file, read slice by slice.
 
-    A memory map would not do: if a mapped file is cut short, the system kills the process.
+    A memory map is not used, because the system kills the process if a mapped file is truncated.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, length: int, *, offset: int, where: str) -> None:
@@ -75,17 +75,17 @@ class _TokenFile:
 class NanogptTokens(Tokens):
     """A file of token ids, read in place.
 
-    It is an array of NumPy (.npy), a shard with the header of llm.c, or a file without a header, as nanoGPT writes it.
-    Without a header the ids are uint16 unless `?dtype=uint32` is given.
+    The file is a NumPy array (.npy), a shard with an llm.c header, or a file without a header, such as one from
+    nanoGPT. A file without a header is read as uint16, or as uint32 with `?dtype=uint32`.
 
     Args:
         source: `nanogpt:FILE` or `nanogpt:FILE?dtype=uint32`.
         tokenizer: the tokenizer that is assumed to have made the ids.
         field: the config field to name in errors.
-        cache_dir: directory that caches what is found in large files, so that they are read only once.
+        cache_dir: the directory that caches results for large files, so that they are read only once.
 
     Raises:
-        InputError: if the file does not exist, or this tokenizer cannot have made it.
+        InputError: if the file does not exist, or this tokenizer cannot have made its ids.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, *, field: str, cache_dir: Path | None = None) -> None:
@@ -168,7 +168,7 @@ class NanogptTokens(Tokens):
         return tokens
 
     def _check_meta(self) -> None:
-        """Refuse a file if nanoGPT's `meta.pkl` beside it describes a different vocabulary."""
+        """Reject a file if nanoGPT's `meta.pkl` next to it describes a different vocabulary."""
         meta = _read_meta(self.path.with_name(META), self._where)
         if "stoi" in meta:
             raise InputError(
@@ -188,14 +188,14 @@ class NanogptTokens(Tokens):
         """Read the whole file, and report how it begins.
 
         Raises:
-            InputError: if the tokenizer lacks an id of the file.
+            InputError: if the file contains an id that the tokenizer lacks.
         """
         self._checked(np.array(self._contents["range"]))
         begin = printable(self._tokenizer.decode(self._tokens[:SHOWN_TOKENS]))
         report(f"{self._where}: {self.num_tokens:,} tokens of {self._tokens.dtype.name}; begins: {begin!r}")
 
     def check_whole(self, cache_dir: Path) -> None:
-        pass  # `check` has read all of it
+        pass  # `check` has already read everything
 
     def check_unchanged(self) -> None:
         now = self._tokens.status
@@ -212,7 +212,7 @@ class NanogptTokens(Tokens):
 
     @cached_property
     def _contents(self) -> dict[str, Any]:
-        """A digest of all tokens, the least and the greatest of them."""
+        """A digest of all tokens, and the smallest and the largest token."""
         is_large = self.num_tokens >= REMEMBERED_TOKENS
         key = [str(self.path), *self._tokens.opened_as, self._tokens.dtype.str, self.num_tokens]
         return remembered(self._cache_dir if is_large else None, key, self._read_all)
@@ -237,7 +237,7 @@ class NanogptTokens(Tokens):
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Values that identify the file. Checkpoints of earlier versions only have the digest of some pieces."""
+        """Values that identify the file. Checkpoints from earlier versions have only a digest of some pieces."""
         digest = hashlib.blake2b(digest_size=16)
         items = DIGEST_PIECE_BYTES // self._tokens.dtype.itemsize
         for start in np.linspace(0, max(self.num_tokens - items, 0), DIGEST_PIECES).astype(np.int64).tolist():
@@ -277,7 +277,7 @@ def _parsed(source: str, field: str) -> tuple[str, str | None]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, lists and dicts. It never imports or calls what a pickle names."""
+    """Reads numbers, strings, lists and dicts. It never imports or calls anything that a pickle names."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it names {module}.{name}")

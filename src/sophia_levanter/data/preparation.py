@@ -1,4 +1,4 @@
-"""Prepares token stores from documents: once, by one process at a time, which may be killed and continued."""
+"""Prepares token stores from documents: once, in one process at a time, and resumable if that process is killed."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError, counted
 from sophia_levanter.files import sync, write_atomically
 
-BLOCK_CHARACTERS = 1 << 18  # of text that one process encodes at a time, rounded up to whole documents
+BLOCK_CHARACTERS = 1 << 18  # of text encoded by one process at a time, rounded up to whole documents
 REPORT_SECONDS = 5.0
 PARTIAL = ".partial"
-TALLY_NAME = "tally.json"  # beside the stores: the counts of their rows, and the directory's name
+TALLY_NAME = "tally.json"  # next to the stores: their row counts, and the directory's name
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Job:
     """How to prepare text, and where to report.
 
     Attributes:
-        config: names the text and the cache directory.
+        config: specifies the text and the cache directory.
         tokenizer: the tokenizer.
         report: called with each message for the user.
         warn: called with each warning.
-        ray: address of a Ray cluster whose cores make the tokens; this machine's if not given.
+        ray: the address of a Ray cluster that tokenizes the text; by default, this machine does.
     """
 
     config: DataConfig
@@ -64,16 +64,17 @@ class Job:
 
     @property
     def cache_dir(self) -> Path:
-        """The directory of the token stores."""
+        """The directory for token stores."""
         return cache_directory(self.config)
 
     @property
     def workers(self) -> Callable[[], AbstractContextManager[Workers]] | None:
-        """Makes the worker processes or tasks; None if this process encodes."""
+        """A function that starts the worker processes or tasks; None if this process encodes."""
         if self.ray is not None:
             return partial(ray_tasks, self.ray, self.tokenizer)
         count = self.config.num_workers if self.config.num_workers is not None else _num_cores()
-        if not count or not self.tokenizer.is_slow or multiprocessing.current_process().daemon:  # daemons start none
+        # A daemonic process cannot start workers.
+        if not count or not self.tokenizer.is_slow or multiprocessing.current_process().daemon:
             return None
         return partial(processes, count, self.tokenizer)
 
@@ -84,14 +85,14 @@ class Preparation:
     Args:
         named: the source. It is opened here, but its text is not read yet.
         job: how to prepare it.
-        held_out: share of the documents that goes to a second store.
+        held_out: the share of the documents that goes to a second store.
 
     Attributes:
         source: the documents.
-        directories: the possible directories of the stores, named by a digest of all that determines the stores. With
-            `data.bad_rows: skip` a second directory is for stores with skipped rows.
-        base: the directory during preparation, without its suffix. Its digest leaves out the state of files, so that
-            progress before an error is found again after a file is corrected.
+        directories: the possible directories for the stores, each named after a digest of everything that determines
+            the stores. With `data.bad_rows: skip`, the second directory is for stores with skipped rows.
+        base: the directory during preparation, without its suffix. Its digest ignores the state of the files, so that
+            progress made before an error is found again after a file is corrected.
 
     Raises:
         InputError: if the source does not exist.
@@ -117,10 +118,10 @@ class Preparation:
         self._job.report(f"{self.source.rows.field}: {line}")
 
     def stores(self) -> list[TokenStore]:
-        """Open the source's store, or those of its two sides, and prepare them if they are missing.
+        """Open the source's store, or the stores for its two sides, after preparing them if they are missing.
 
         Raises:
-            InputError: if the source or the cache is not usable.
+            InputError: if the source or the cache cannot be used.
         """
         if found := self._find():
             self._report(f"{self.source.name} is already prepared, in {found}")
@@ -194,7 +195,7 @@ class Preparation:
         return directory
 
     def _begun(self, partial: Path) -> Progress | None:
-        """Load the progress of an earlier process; if the text before it has changed, delete the progress."""
+        """Load an earlier process's progress, or delete it if the text that it covers has changed."""
         begun, rows = load_progress(partial), self.source.rows
         if begun is not None and (rows.skips or not begun.place.tally.num_bad):
             place = place_after(self.source, begun.place)
@@ -210,10 +211,10 @@ class Preparation:
         return None
 
     def _blocks(self, begun: Place | None) -> Iterator[tuple[tuple[Place | None, InputError | None], Texts]]:
-        """Yield blocks of texts, which hold whole records, with the place after each block.
+        """Yield blocks of texts that consist of whole records, with the place after each block.
 
-        The place is None while the split buffers a document. If the source cannot be read any further, the last block
-        comes with the error.
+        The place is None while the split buffers a document. If the source cannot be read any further, the error is
+        yielded with the last block.
         """
         settled = begun is not None
         split = (
@@ -239,7 +240,7 @@ class Preparation:
                     size += len(own)
         except InputError as error:
             kept = place()
-            # The empty digest makes the next process compare the file's documents, whatever its size and time.
+            # The empty digest makes the next process compare the file's documents, regardless of its size and time.
             yield (kept and replace(kept, file=""), error), texts
             return
         for held_out, own in split.finish():
@@ -283,7 +284,7 @@ class _Speed:
 
 
 def cache_directory(config: DataConfig) -> Path:
-    """The absolute path of the directory of the token stores."""
+    """The absolute path of the directory for token stores."""
     return Path(os.path.abspath(os.path.expanduser(config.cache_dir)))
 
 
@@ -292,7 +293,7 @@ def _num_cores() -> int:
 
 
 def _read_tally(directory: Path) -> tuple[str, Tally | None]:
-    """The name of the finished directory, and the counts of its rows; None for stores without this file."""
+    """The name of the finished directory, and its row counts; an empty name and None if there is no tally file."""
     try:
         name, tally = json.loads((directory / TALLY_NAME).read_bytes())
         return str(name), Tally(**tally)
@@ -312,11 +313,11 @@ def _counts(writers: list[TokenStoreWriter]) -> str:
 def build_directory(
     base: Path, *, find: Callable[[], Path | None], build: Callable[[Path], Path], report: Report
 ) -> Path:
-    """The directory that `find` returns, or else a directory that `build` makes.
+    """The directory that `find` returns or, if it returns None, a directory that `build` creates.
 
-    `build(directory)` works in `base.partial`, which is renamed to the path that it returns. After a kill, the next
-    call of `build` finds the same directory; after an `InputError`, only if it has progress in it. A second process
-    with the same `base` waits for the first.
+    `build(directory)` works in `base.partial`, which is renamed to the path that `build` returns. After a kill, the
+    next call to `build` gets the same directory; after an `InputError`, it does so only if the directory contains
+    progress. A second process with the same `base` waits for the first.
 
     Raises:
         InputError: if the parent of `base` cannot be written.
@@ -348,7 +349,7 @@ def _build_beside(base: Path, build: Callable[[Path], Path]) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     with _naming_cache_dir(base.parent):
-        shutil.rmtree(target, ignore_errors=True)  # an incomplete one
+        shutil.rmtree(target, ignore_errors=True)  # an incomplete directory
         partial.rename(target)
         sync(target.parent)
     return target
@@ -368,7 +369,7 @@ def _lock(base: Path, *, wait: bool) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder deletes the file at the end. A lock on a deleted file excludes nobody, so try again.
+            # The holder deletes the file at the end. A lock on a deleted file excludes no one, so try again.
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""The sources that the fields of `data` name, by their registered kinds. Free of slow imports."""
+"""The kinds of sources that the `data` settings can specify. This module has no slow imports."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FoundSource:
 
     Attributes:
         name: the source as the user wrote it.
-        inputs: the files or folders that are read, by names that are equal for the same file.
+        inputs: the names of the files or folders that are read. The same file always has the same name.
         make: returns the tokens, after preparing them if needed.
         source: the documents; None if only their tokens exist.
     """
@@ -48,12 +48,12 @@ class FoundSource:
 
 
 class DataSource(ChoiceRegistry):
-    """A source by its name, `SCHEME:PATH`. Subclasses are registered by their scheme.
+    """A source with the name `SCHEME:PATH`. Subclasses are registered under their scheme.
 
     Attributes:
         name: the source as the user wrote it.
         path: the part after the scheme.
-        field: the config field that names it, for errors.
+        field: the config field that specifies it, for errors.
         holds: "text", "prepared text" (which may have been split at separators) or "tokens".
     """
 
@@ -65,7 +65,7 @@ class DataSource(ChoiceRegistry):
         self.path = name.partition(":")[2]
 
     def absolute(self) -> str:
-        """The name of the source, valid in any working directory."""
+        """The source's name in a form that is valid in any working directory."""
         return self.name
 
     def open(self, rows: Rows, report: Report) -> Source:
@@ -76,27 +76,27 @@ class DataSource(ChoiceRegistry):
             report: called with messages about skipped files, and about files whose names and contents disagree.
 
         Raises:
-            InputError: if the source does not exist, or holds tokens.
+            InputError: if the source does not exist, or contains tokens.
         """
         raise InputError(f"{self.field}: {self.name} contains tokens; name the text that they were made from")
 
     def find_tokens(self, tokenizer: Tokenizer, cache_dir: Path, report: Report, *, both: bool) -> FoundSource | None:
-        """Find existing tokens; None if they are made from text.
+        """Find existing tokens; None if they must be made from text.
 
         Args:
             tokenizer: the tokenizer that must have made the tokens.
-            cache_dir: directory that caches what is found in large files.
+            cache_dir: the directory that caches results for large files.
             report: called with each message for the user.
             both: whether to find both a training and a validation corpus.
 
         Raises:
-            InputError: if they do not exist, or another tokenizer made them.
+            InputError: if the tokens do not exist, or another tokenizer made them.
         """
         return None
 
 
 class TextSource(DataSource):
-    """Documents that a program makes or fetches. A registered subclass only needs these two methods."""
+    """Documents that a program generates or fetches. A registered subclass needs only these two methods."""
 
     @abstractmethod
     def documents(self) -> Iterable[str]:
@@ -169,7 +169,7 @@ class Files(DataSource):
 
 
 class _Dataset(DataSource):
-    """A dataset that the library `datasets` opens."""
+    """A dataset that the `datasets` library opens."""
 
     def open(self, rows: Rows, report: Report) -> Source:
         return DatasetSource(self.name, rows)
@@ -185,11 +185,11 @@ class SavedDataset(_Dataset):
 
 @DataSource.register_subclass("hub")
 class HubDataset(_Dataset):
-    """`hub:NAME?split=train&name=CONFIG&revision=COMMIT&streaming=false`: a dataset of the Hugging Face hub."""
+    """`hub:NAME?split=train&name=CONFIG&revision=COMMIT&streaming=false`: a dataset on the Hugging Face Hub."""
 
     def absolute(self) -> str:
         path, mark, options = self.path.partition("?")
-        # `datasets` prefers a folder of that name to the hub.
+        # `datasets` prefers a local folder with that name to the hub.
         return f"hub:{os.path.abspath(path)}{mark}{options}" if os.path.isdir(path) else self.name
 
 
@@ -272,7 +272,7 @@ class DatasetSource(Source):
             where = f"{self._where}, after row {self._done}, cannot be read ({type(error).__name__})"
             if _may_be_shown(error):
                 raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
-            # A network error: progress is kept, and the same command continues.
+            # This is a network error: progress is kept, and running the same command again continues.
             raise OSError(where) from error
 
     def _load(self) -> Any:
@@ -295,9 +295,9 @@ class DatasetSource(Source):
 
 
 def _may_be_shown(error: Exception) -> bool:
-    """Whether an error's message is safe to print. That of a network library may contain a proxy's password.
+    """Whether an error's message is safe to print. A network library's message may contain a proxy password.
 
-    The check is indirect, since datasets raise errors of many classes from four libraries.
+    The check is indirect, because datasets raise errors of many classes from four libraries.
     """
     return isinstance(error, ValueError) or type(error).__module__.startswith("datasets.")
 
@@ -353,7 +353,7 @@ def source_named(name: str, field: str) -> DataSource:
     """Parse the name of a source.
 
     Args:
-        name: `SCHEME:PATH` with a registered scheme, or files.
+        name: `SCHEME:PATH` with a registered scheme, or a specification of files.
         field: the config field to name in errors.
 
     Raises:
@@ -386,7 +386,7 @@ def absolute_source(name: str, field: str) -> str:
 
 
 def absolute_tokenizer(name: str) -> str:
-    """The name of a tokenizer, valid in any working directory."""
+    """A tokenizer's name in a form that is valid in any working directory."""
     return _absolute(name) if name.endswith(TRAINED_TOKENIZER) else name
 
 

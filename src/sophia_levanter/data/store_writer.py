@@ -1,4 +1,4 @@
-"""Writes a token store shard by shard, with a progress file from which a later process continues."""
+"""Writes a token store shard by shard, with a progress file from which a later process can continue."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ TALLIES = ("tally", "tally_before")
 
 
 class NotWritten(InputError):
-    """The disk refused a write. A later process can continue from what was written."""
+    """A write to disk failed. A later process can continue from what was written."""
 
 
 @contextmanager
 def writing(before: str, after: str = "") -> Iterator[None]:
-    """Convert errors of the disk, which tensorstore raises as `ValueError`, to `NotWritten`.
+    """Convert disk errors, which tensorstore raises as `ValueError`, to `NotWritten`.
 
     The message puts `before` and `after` around the reason.
     """
@@ -66,9 +66,9 @@ class Layout(NamedTuple):
     """The layout of an array in files.
 
     Attributes:
-        dtype: dtype of the elements.
-        shard: elements in a file.
-        chunk: elements that share a checksum; divides `shard`.
+        dtype: the dtype of the elements.
+        shard: the number of elements in a file.
+        chunk: the number of elements that share a checksum; it divides `shard`.
     """
 
     dtype: np.dtype
@@ -77,19 +77,19 @@ class Layout(NamedTuple):
 
 
 class ArrayWriter:
-    """Appends to the one-dimensional zarr3 array in `path`, with one shard in memory.
+    """Appends to the one-dimensional zarr3 array at `path`, with one shard in memory.
 
-    A shard is a file that appears only when it is complete. To continue after a kill, make a writer with the
-    `num_written` and `tail` of any earlier time: given the same values, it writes the same files.
+    Each shard is a file that appears only once it is complete. To continue after a kill, create a writer with the
+    `num_written` and `tail` from any earlier time. Given the same values, it writes the same files.
 
     Args:
         path: the array's directory.
         layout: the array's layout.
-        num_written: elements that are in files already, a multiple of `shard`.
+        num_written: the number of elements that are already in files, a multiple of `shard`.
         tail: the elements after those, fewer than `shard`.
 
     Raises:
-        ValueError: here and from the methods, if the disk refuses a write.
+        ValueError: from the constructor or any method, if a write to disk fails.
     """
 
     def __init__(self, path: Path, layout: Layout, num_written: int, tail: np.ndarray | None) -> None:
@@ -97,7 +97,7 @@ class ArrayWriter:
         self._filled = 0
         self.num_written = num_written
         if num_written:
-            # Remove later elements, since different ones may follow now, or none.
+            # Remove later elements, because different elements, or none, may follow now.
             self._array = (
                 ts.open(array_spec(str(path)), open=True).result().resize(exclusive_max=[num_written]).result()
             )
@@ -109,12 +109,12 @@ class ArrayWriter:
 
     @property
     def length(self) -> int:
-        """Elements so far."""
+        """The number of elements so far."""
         return self.num_written + self._filled
 
     @property
     def tail(self) -> np.ndarray:
-        """Elements that are not in a file yet."""
+        """The elements that are not in a file yet."""
         return self._buffer[: self._filled]
 
     def append(self, values: np.ndarray) -> None:
@@ -132,7 +132,7 @@ class ArrayWriter:
             return
         end = self.length
         self._array = self._array.resize(exclusive_max=[end]).result()
-        # No copy is needed, since the buffer does not change until the write is done.
+        # No copy is needed, because the buffer does not change until the write is done.
         self._array[self.num_written : end].write(self.tail, can_reference_source_data_indefinitely=True).result()
         self.num_written, self._filled = end, 0
 
@@ -163,7 +163,7 @@ class TokenStoreWriter:
     """Writes a store in the directory `path`, starting from `state`. `finish` completes the store.
 
     Raises:
-        NotWritten: from any method, if the disk refuses a write.
+        NotWritten: from the constructor or any method, if a write to disk fails.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, source: str, state: WriterState | None = None) -> None:
@@ -189,7 +189,7 @@ class TokenStoreWriter:
 
     @property
     def num_written(self) -> int:
-        """Tokens that are in files."""
+        """The number of tokens that are in files."""
         return self._arrays[TOKENS].num_written
 
     @property
@@ -218,7 +218,7 @@ class TokenStoreWriter:
             digests = {
                 name: tokens_digest(open_array(f"{self._path}/{name}"), str(self._path)) for name in self._arrays
             }
-            # A killed process leaves lock files of tensorstore behind.
+            # A killed process leaves tensorstore lock files behind.
             for lock in self._path.rglob("*.__lock"):
                 lock.unlink()
             manifest = Manifest(
@@ -242,16 +242,16 @@ class TokenStoreWriter:
 
 @dataclass(frozen=True)
 class Place:
-    """A place in a source, and what the source holds up to there.
+    """A place in a source, and what the source contains up to that place.
 
     Attributes:
         position: the position after the last document.
-        tally: counts of the rows up to there.
-        tally_before: counts of the rows in the files before the position's file.
-        files_before: digest of the files before the position's file, as the source identifies them.
-        file: digest of the position's file, as the source identifies it.
-        num_documents: the number of documents of that file up to there.
-        documents: digest of these documents.
+        tally: the row counts up to the position.
+        tally_before: the row counts for the files before the position's file.
+        files_before: a digest of the `parts` of the source for the files before the position's file.
+        file: a digest of the part for the position's file.
+        num_documents: the number of documents in that file up to the position.
+        documents: a digest of these documents.
     """
 
     position: Position
@@ -268,7 +268,7 @@ class Trail:
 
     Args:
         source: the source.
-        place: the place where an earlier process stopped; the beginning if not given.
+        place: the place where an earlier process stopped; by default, the beginning.
     """
 
     def __init__(self, source: Source, place: Place | None = None) -> None:
@@ -293,7 +293,7 @@ class Trail:
 
     @property
     def place(self) -> Place:
-        """The present place."""
+        """The current place."""
         return Place(
             self.position,
             self._tally,
@@ -306,13 +306,13 @@ class Trail:
 
 
 def place_after(source: Source, place: Place) -> Place | None:
-    """Where to continue with a source that was read up to `place`; None if the part before it has changed.
+    """The place to continue from, in a source that was read up to `place`; None if the text before it has changed.
 
     If the last file has changed, for example because it was corrected, it is read again up to the same number of
-    documents, which must be equal. Its rows are counted again.
+    documents, which must be identical to the earlier ones. Its rows are counted again.
 
     Raises:
-        InputError: if the file cannot be read.
+        InputError: if the last file cannot be read.
     """
     files = [_as_bytes(part) for part in source.parts]
     number = place.position[0]
@@ -337,7 +337,7 @@ def _chained(digest: bytes, data: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Progress:
-    """A place in the source, and the states of the stores' writers at that place."""
+    """A place in the source, and the states of the store writers at that place."""
 
     place: Place
     writers: tuple[WriterState, ...]
@@ -347,7 +347,7 @@ def save_progress(directory: Path, progress: Progress) -> None:
     """Write the directory's progress file.
 
     Raises:
-        NotWritten: if the disk refuses the write.
+        NotWritten: if the write to disk fails.
     """
     numbers = [{"documents": w.num_documents, "bytes": w.num_bytes, "written": w.written} for w in progress.writers]
     tails = {f"{i}_{name}": tail for i, w in enumerate(progress.writers) for name, tail in w.tails.items()}
@@ -360,7 +360,7 @@ def save_progress(directory: Path, progress: Progress) -> None:
 
 
 def load_progress(directory: Path) -> Progress | None:
-    """Read the directory's progress file; None if it is missing or damaged, so that everything is done again."""
+    """Read the directory's progress file. None if it is missing or damaged; everything is then done again."""
     try:
         with np.load(directory / FILE_NAME, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
@@ -387,5 +387,5 @@ def has_progress(directory: Path) -> bool:
 
 def forget_progress(directory: Path) -> None:
     """Remove the directory's progress file."""
-    for path in directory.glob(f"{FILE_NAME}*"):  # a killed process may have left a partly written one
+    for path in directory.glob(f"{FILE_NAME}*"):  # a killed process may have left a partly written file
         path.unlink()

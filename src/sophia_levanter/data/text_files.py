@@ -1,4 +1,4 @@
-"""Text files, local or at a URL: finds those that a source names, and detects changes."""
+"""Local and remote text files: finds the files that a source specifies, and detects changes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from urllib.parse import urlsplit
 from sophia_levanter.errors import InputError
 
 PYTHON_STDLIB = "python_stdlib"
-TRAINED_TOKENIZER = ".tiktoken"  # suffix of a saved BPE
+TRAINED_TOKENIZER = ".tiktoken"  # suffix of a saved byte-pair encoding
 NOT_STDLIB_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
-# The kinds of files that a folder contributes. An uncompressed .json may be a configuration.
+# The kinds of files that a folder contributes. An uncompressed .json file may be a configuration.
 KINDS = (".txt", ".jsonl", ".ndjson", ".jsonlines", ".parquet")
 DATASET_MARKS = ("state.json", "dataset_dict.json")
-# Leftovers of editors and downloads beside a file.
+# Leftovers from editors and downloads next to a file.
 LEFT_BESIDE_FOLDERS = {"__macosx", "_temporary", "_delta_log"}
 LEFT_BESIDE = (".bak", ".orig", ".swp", ".part", ".crdownload", ".tmp", ".incomplete")
-# The names in fsspec's file systems for properties that change with a file.
+# The names that fsspec's file systems use for properties that change with a file.
 REMOTE_MARKS = ("size", "mtime", "ino", "ETag", "etag", "generation", "md5Hash", "blob_id")
 
 Report = Callable[[str], None]
@@ -38,8 +38,8 @@ class TextFile:
 
     Attributes:
         name: an absolute path, or a URL.
-        field: the config field that names it, for errors.
-        size: bytes.
+        field: the config field that specifies it, for errors.
+        size: the size in bytes.
         version: a JSON value that changes with the content.
         marks: properties that change when the file is written to or replaced.
     """
@@ -57,7 +57,7 @@ class TextFile:
 
     @property
     def named(self) -> tuple[str, str | None]:
-        """The suffix of the name in lower case, without that of a compression, and the compression."""
+        """The name's suffix in lower case, ignoring a compression suffix, and the compression."""
         return _suffixes(self.name)
 
     def open(self) -> BinaryIO:
@@ -79,7 +79,7 @@ class TextFile:
             with _remote(self.name, self.field) as (filesystem, path):
                 filesystem.invalidate_cache(path)
                 now = _remote_file(filesystem, path, self.field)
-        # A server may give different properties for a single file and in the listing of a folder.
+        # A server may report different properties for a single file and in a folder listing.
         if any(now.marks[name] != self.marks[name] for name in now.marks.keys() & self.marks.keys()):
             raise InputError(
                 f"{self.where} changed after it was looked up; run the command again when nothing is writing to it"
@@ -92,19 +92,19 @@ def _suffixes(name: str) -> tuple[str, str | None]:
 
 
 def _is_of_folder(name: str) -> bool:
-    """Whether a folder contributes files of this name, or of the name without a backup's or download's suffix."""
+    """Whether a folder contributes files with this name, ignoring any suffix of a backup or a partial download."""
     kind, compression = _suffixes(_own_name(name))
     return kind in KINDS or (kind == ".json" and compression is not None)
 
 
 def find_files(source: str, *, field: str, report: Report) -> list[TextFile]:
-    """The files that `source` names, in sorted order.
+    """The files that `source` specifies, in sorted order.
 
     Args:
         source: `python_stdlib`, or a path, a folder or a glob (`**` crosses folders; `~` is the home folder), local or
-            as a URL that fsspec supports. A folder contributes its files of `KINDS`, compressed or not, and compressed
-            .json. Folders and globs leave out hidden files, backups, partial downloads and files of macOS, and
-            contribute a file with several links once.
+            as a URL that fsspec supports. A folder contributes its files with the suffixes in `KINDS`, compressed or
+            not, and compressed .json files. Folders and globs leave out hidden files, backups, partial downloads and
+            macOS metadata, and contribute a file only once even if several links lead to it.
         field: the config field to name in errors.
         report: called with messages about files that are left out.
 
@@ -161,7 +161,7 @@ def _stdlib_files() -> list[Path]:
 
 
 def _matches(pattern: str, *, include_hidden: bool) -> list[str]:
-    """The paths that match a glob. `**` enters each folder once, however many links lead to it."""
+    """The paths that match a glob. `**` enters each folder only once, even if several links lead to it."""
     crossing = re.search(r"/\*\*(?=/|$)", pattern)
     if not crossing:
         return glob.glob(pattern, include_hidden=include_hidden)
@@ -171,7 +171,7 @@ def _matches(pattern: str, *, include_hidden: bool) -> list[str]:
 
 
 def _folders_in(top: str, include_hidden: bool) -> list[str]:
-    """A folder and the folders in it, each once, by the path with the fewest links."""
+    """A folder and all folders below it, each once, under the path with the fewest links."""
     found: dict[str, str] = {}
     waiting = [top]
     while waiting:
@@ -191,7 +191,7 @@ def _is_hidden(relative: str) -> bool:
 
 
 def _is_left_beside(relative: str) -> bool:
-    """Whether a path is an editor's backup, a partial download, or in a folder of metadata from macOS or Spark."""
+    """Whether a path is an editor backup, a partial download, or inside a metadata folder from macOS or Spark."""
     *folders, name = relative.lower().split("/")
     return (
         not LEFT_BESIDE_FOLDERS.isdisjoint(folders)
@@ -201,7 +201,7 @@ def _is_left_beside(relative: str) -> bool:
 
 
 def _own_name(name: str) -> str:
-    """The name of the file beside which a backup or a partial download was left."""
+    """The name of the file that a backup or a partial download belongs to."""
     name = name.removeprefix("#").removesuffix("#").removesuffix("~")
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in LEFT_BESIDE else name
@@ -280,11 +280,11 @@ def _remote_file(filesystem: Any, path: str, field: str) -> TextFile:
 
 @contextmanager
 def _remote(url: str, field: str) -> Iterator[tuple[Any, str]]:
-    """The file system of a URL and the path in it. Errors inside the context become `InputError`."""
+    """The file system for a URL, and the path in it. Errors inside the context become `InputError`s."""
     fsspec = optional_import("fsspec", "fsspec", f"{field}: {url}")
     try:
         found = fsspec.core.url_to_fs(url)
-    except ImportError as error:  # the message names the package of this kind of URL
+    except ImportError as error:  # the message names the package for this kind of URL
         raise InputError(f"{field}: {url} cannot be read: {str(error).splitlines()[0]}") from None
     except ValueError:
         known = ", ".join(f"{name}://" for name in ("gs", "s3", "hf", "https"))
@@ -294,5 +294,5 @@ def _remote(url: str, field: str) -> Iterator[tuple[Any, str]]:
     except InputError:
         raise
     except Exception as error:
-        # Only the kind of error: a message of a network library may spell out an address with its credentials.
+        # Show only the type of the error: a network library's message may contain an address with its credentials.
         raise InputError(f"{field}: {url} cannot be read ({type(error).__name__})") from error

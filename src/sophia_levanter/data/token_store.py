@@ -1,4 +1,4 @@
-"""Corpora as one long array of token ids with an end-of-text after each document, and the reader of token stores."""
+"""Corpora as one long array of token ids with an end-of-text token after each document, and a token store reader."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 TOKENS, DOCUMENT_ENDS = "tokens", "document_ends"
 RESULTS = "results"  # in the cache directory: results of reading large corpora
-SIDES = ("train", "validation")  # the stores of a text that is split
-IN_MEMORY_BYTES = 1 << 30  # smaller stores are read once and kept
-CACHE_BYTES = 1 << 26  # for shard indices and chunks of the larger ones
+SIDES = ("train", "validation")  # the stores for a text that is split
+IN_MEMORY_BYTES = 1 << 30  # smaller stores are read once and kept in memory
+CACHE_BYTES = 1 << 26  # for shard indices and chunks of larger stores
 READ_TOKENS = 1 << 22  # read at once when a whole corpus is read
-MOST_READS = 3  # of tokens whose files change while they are read
+MOST_READS = 3  # attempts at reading tokens whose files keep changing
 
 
 class Tokens(ABC):
@@ -55,18 +55,18 @@ class Tokens(ABC):
 
         Raises:
             IndexError: if the range is not within the corpus.
-            InputError: if the corpus is damaged there.
+            InputError: if the corpus is damaged in this range.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"[{start}, {stop}) is not within the {self.num_tokens} tokens of {self.location}")
         return self._read(start, stop)
 
     def read_sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The `length` tokens from each of `starts` on, int32 [sequence, position].
+        """The `length` tokens that begin at each of `starts`, int32 [sequence, position].
 
         Raises:
-            IndexError: if a sequence is not within the corpus, or a part of it.
-            InputError: if the corpus is damaged there.
+            IndexError: if a sequence is not within the corpus or, in a mixture, within one of its parts.
+            InputError: if the corpus is damaged in these ranges.
         """
         if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
             raise IndexError(f"a sequence is not within the {self.num_tokens} tokens of {self.location}")
@@ -85,42 +85,42 @@ class Tokens(ABC):
         Results for large corpora are cached in `cache_dir`.
 
         Raises:
-            InputError: if the corpus is damaged or wrong.
+            InputError: if the corpus is damaged or invalid.
         """
 
     @abstractmethod
     def check_unchanged(self) -> None:
-        """After `check_whole`, verify again what has been touched since.
+        """After `check_whole`, verify again any files that have been touched since.
 
         Raises:
-            InputError: if it has changed.
+            InputError: if the corpus has changed.
         """
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a token store holds. Written last, so that a store without one is unfinished."""
+    """A description of a token store. It is written last, so that a store without a manifest is unfinished."""
 
     format_version: int
     source: str
     tokenizer_name: str
     tokenizer_fingerprint: str
     num_documents: int
-    num_tokens: int  # end-of-text included
+    num_tokens: int  # including end-of-text
     num_bytes: int  # of UTF-8 text
     digest: str  # BLAKE2b of all tokens, in the array's dtype
     document_ends_digest: str
     arrays: dict[str, str]  # BLAKE2b of each array's zarr.json
-    checksum: str = ""  # BLAKE2b of all the above
+    checksum: str = ""  # BLAKE2b of all values above
 
     def with_checksum(self) -> Manifest:
-        """The manifest with the checksum of its other values."""
+        """The manifest, with a checksum of its other values."""
         values = asdict(self) | {"checksum": ""}
         return Manifest(**(values | {"checksum": digest_of(json.dumps(values, sort_keys=True).encode())}))
 
 
 def digest_of(data: bytes) -> str:
-    """BLAKE2b of 16 bytes, in hexadecimal digits."""
+    """The 16-byte BLAKE2b digest of `data`, in hexadecimal."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
@@ -142,11 +142,11 @@ class TokenStore(Tokens):
         """Open the store at `location`.
 
         Args:
-            location: its directory: a path, or a URL that tensorstore reads, such as gs://bucket/folder.
+            location: the store's directory: a path, or a URL that tensorstore can read, such as gs://bucket/folder.
             tokenizer: if given, the store must have been written with it.
 
         Raises:
-            InputError: if no finished store is there, or it is damaged, of another format, or of another tokenizer.
+            InputError: if there is no finished store, or it is damaged, in another format, or from another tokenizer.
         """
         location = str(location).rstrip("/")
         manifest = _read_manifest(location)
@@ -198,11 +198,11 @@ class TokenStore(Tokens):
         return np.stack(self._fetch([slice(start, start + length) for start in starts.tolist()])).astype(np.int32)
 
     def document(self, number: int) -> np.ndarray:
-        """The tokens of a document, counted from 0, without its end-of-text: uint16 or uint32 [position].
+        """The tokens of document `number`, counted from 0, without end-of-text, uint16 or uint32 [position].
 
         Raises:
             IndexError: if the number is out of range.
-            InputError: if the store is damaged there.
+            InputError: if the document is damaged.
         """
         if not 0 <= number < self.num_documents:
             raise IndexError(f"document {number} is not one of the {self.num_documents} of {self.location}")
@@ -210,10 +210,10 @@ class TokenStore(Tokens):
         return self.read(ends[0] if number else 0, ends[-1] - 1)
 
     def document_ends(self, first: int, last: int) -> np.ndarray:
-        """Where the documents in `[first, last)` end, their end-of-text included: int64 [document].
+        """The index after the end-of-text token of each document in `[first, last)`, int64 [document].
 
         Raises:
-            InputError: if the store is damaged there.
+            InputError: if these indices are damaged.
         """
         try:
             array = _open(self.location, DOCUMENT_ENDS, self.num_documents)
@@ -257,7 +257,7 @@ class TokenStore(Tokens):
         return self._files()
 
     def _files(self) -> dict[str, list[int]]:
-        """The files of the tokens, with numbers that change when they are written to; empty for a store at a URL."""
+        """The token files, with numbers that change when a file is written to; empty for a store at a URL."""
         if "://" in self.location:
             return {}
         found = {}
@@ -269,7 +269,7 @@ class TokenStore(Tokens):
         return found
 
     def _read_all(self) -> dict[str, str]:
-        # Without the cache of chunks, which is for random reads.
+        # Open the array without the chunk cache, which is for random reads.
         return {"digest": tokens_digest(open_array(f"{self.location}/{TOKENS}"), self.location)}
 
     def _check_digest(self, digest: str) -> None:
@@ -298,11 +298,11 @@ class TokenStore(Tokens):
 
 
 def open_array(location: str, cache_bytes: int = 0) -> ts.TensorStore:
-    """The array at a path or URL, for reading.
+    """Open the array at a path or URL for reading.
 
     Raises:
         NotRegular: if one of its files is not a regular file.
-        ValueError: if it does not exist or cannot be read.
+        ValueError: if the array does not exist or cannot be read.
     """
     for path in Path(location).rglob("*") if "://" not in location else ():
         if not path.is_dir():
@@ -312,18 +312,18 @@ def open_array(location: str, cache_bytes: int = 0) -> ts.TensorStore:
 
 
 def array_spec(location: str) -> dict[str, Any]:
-    """tensorstore's specification of an array."""
+    """The tensorstore spec for an array."""
     return {
         "driver": "zarr3",
         "kvstore": kvstore_spec(location),
-        # Otherwise a chunk whose file is missing would read as zeros.
+        # Otherwise, a chunk whose file is missing would read as zeros.
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
     }
 
 
 def tokens_digest(array: ts.TensorStore, location: str) -> str:
-    """BLAKE2b of a whole array, read in pieces.
+    """The BLAKE2b digest of a whole array, which is read in pieces.
 
     Raises:
         InputError: if the array is damaged.
@@ -379,11 +379,11 @@ def _damaged(location: str, reason: object) -> InputError:
 
 
 def remembered(cache_dir: Path | None, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of `compute`, a JSON object, cached on disk by `key`.
+    """The result of `compute`, a JSON object, cached on disk under `key`.
 
     Args:
-        cache_dir: the directory of the cache, if it can be written; None disables caching.
-        key: a JSON value of all that the result depends on.
+        cache_dir: the cache directory, which is used only if it can be written to; None disables caching.
+        key: a JSON value that covers everything the result depends on.
         compute: the slow function.
     """
     if cache_dir is None:
