@@ -26,7 +26,7 @@ class HostArray(NamedTuple):
     """The part of an array that one host writes.
 
     Attributes:
-        saved: the array's description, without digests so far.
+        saved: the array's description, to which the digests are added later.
         parts: the chunks that this host writes, in device or host memory.
     """
 

@@ -173,7 +173,7 @@ def check_writable(directory: Path | str) -> None:
 
 
 def remove(directory: Path | str, step: int) -> None:
-    """Remove a committed step. If the process is killed midway, no step remains that looks complete."""
+    """Remove a committed step. A process killed midway leaves a leftover, not a step that looks complete."""
     storage_at(directory).remove(step)
 
 
@@ -226,11 +226,11 @@ def restore(
 ) -> Restored[Tree]:
     """Read the newest intact checkpoint in `directory`, or exactly `step`, into the structure of `like`.
 
-    The array leaves of `like` specify shapes, dtypes and shardings. A `jax.Array` or `jax.ShapeDtypeStruct` that is not
-    committed to a device is restored on the default device, and a numpy array is restored as a numpy array. Other
-    leaves are returned unchanged. The sharding and the number of processes may have changed since the save; each
-    process reads only the chunks that it needs. All processes in a run must call this function together, and they get
-    the same step.
+    The array leaves of `like` specify shapes, dtypes and shardings. A `jax.Array` that is not committed to a device, or
+    a `jax.ShapeDtypeStruct` without a sharding, is restored on the default device. A numpy array is restored as a numpy
+    array. Other leaves are returned unchanged. The sharding and the number of processes may have changed since the
+    save; each process reads only the chunks that it needs. All processes in a run must call this function together, and
+    they get the same step.
 
     Args:
         directory: a path, or a `gs://` or `s3://` URL.

@@ -219,7 +219,7 @@ class _Save:
             outcome = self._write(stage)
             patience = PATIENCE + time.monotonic() - started
             if not self.processes.is_first:
-                self._gather(outcome, patience)  # on these processes, this only sends the outcome
+                self._gather(outcome, patience)  # a process other than the first only sends its outcome
             self._by_first("commit", lambda: self._commit(stage, outcome, patience), patience)
             if self.number:
                 self.processes.forget(f"save/{self.number - 1}")

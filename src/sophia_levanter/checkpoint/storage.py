@@ -74,7 +74,7 @@ class Storage(Protocol):
         ...
 
     def commit(self, stage: Stage, step: int, manifest: bytes) -> None:
-        """Commit the stage as a step. Raises `FileExistsError` if another save has committed this step meanwhile."""
+        """Commit the stage as a step. Raises `FileExistsError` if another save has already committed this step."""
         ...
 
     def discard(self, stage: Stage) -> None:
@@ -85,7 +85,7 @@ class Storage(Protocol):
         ...
 
     def remove(self, step: int) -> None:
-        """Remove a committed step. If the process is killed midway, no step remains that looks complete."""
+        """Remove a committed step. A process killed midway leaves a leftover, not a step that looks complete."""
         ...
 
     def remove_leftovers(self) -> None:

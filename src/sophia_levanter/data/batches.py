@@ -107,12 +107,12 @@ def parts_of(corpus: Tokens) -> list[Part]:
 class TrainBatches:
     """Training batches: `batches[step]` is a pure function of the data, the seed and the step.
 
-    It takes constant time and memory for any step. A sequence consists of `seq_len + 1` tokens from a multiple of
-    `seq_len` on: the inputs, and the targets shifted by one token. Each epoch visits all sequences in a new order.
-    Tokens after the last whole sequence are left out. A batch may span two epochs. Each part of a mixture has its own
-    epochs. At any point, the number of sequences taken from each part matches its weight to within one sequence, where
-    grain's mixing rounds weights to a hundredth of the smallest weight. The order of the sequences does not depend on
-    the batch size.
+    Computing a batch takes constant time and memory for any step. A sequence consists of `seq_len + 1` tokens that
+    start at a multiple of `seq_len`: the inputs, and the targets shifted by one token. Each epoch visits all sequences
+    in a new order. Tokens after the last whole sequence are left out. A batch may span two epochs. Each part of a
+    mixture has its own epochs. At any point, the number of sequences taken from each part matches its weight to within
+    one sequence; grain's mixing rounds weights to a hundredth of the smallest weight. The order of the sequences does
+    not depend on the batch size.
 
     Args:
         corpus: the tokens.
@@ -238,7 +238,7 @@ class ValidationBatches:
             yield sequences, weights
 
     def token_sequences(self) -> Iterator[np.ndarray]:
-        """Yield the same sequences without padding, each uint16 or uint32 [2 to `seq_len + 1`]."""
+        """Yield the same sequences without padding, uint16 or uint32 [position], with 2 to `seq_len + 1` tokens."""
         for start, end in self._ranges(0, len(self._starts)):
             yield self._store.read(start, end)
 

@@ -24,7 +24,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         vocab_size: the number of tokens, including end-of-text; the result has fewer if the text runs out of pairs.
 
     Raises:
-        InputError: if `vocab_size` is too small, or the package `tokenizers` is not installed.
+        InputError: if `vocab_size` is too small, or the `tokenizers` package is not installed.
     """
     if vocab_size <= NUM_BYTES + 1:
         raise InputError(f"--vocab_size is {vocab_size}; it must be above {NUM_BYTES + 1}, the bytes and end-of-text")
@@ -80,7 +80,7 @@ def bytes_of_characters() -> dict[str, int]:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of `tokenizer.json`, the format of the package `tokenizers`.
+    """The content of `tokenizer.json`, the format of the `tokenizers` package.
 
     Unlike this package, transformers encodes a special token that is spelled out in the text as that special token,
     unless the caller sets `split_special_tokens`.

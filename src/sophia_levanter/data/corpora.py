@@ -32,11 +32,11 @@ LEAK_VERSION = 1  # version of the comparison
 
 @dataclass(frozen=True)
 class TextData:
-    """The tokens to train on and to validate with.
+    """The tokens for training and validation.
 
     Attributes:
         tokenizer: the tokenizer of all tokens.
-        train: the tokens to train on.
+        train: the training tokens.
         validation_sets: the tokens of each validation set, keyed by name. The name of a single unnamed set is empty.
         document_end: the result of `masked_end`.
     """
@@ -216,7 +216,7 @@ def _check_separator(config: DataConfig, report: Report) -> None:
 
 
 def _find(job: Job, field: str, name: str, held_out: float | None = None) -> FoundSource:
-    """Find the tokens of a source; two corpora if a share of them is held out. No text is read yet."""
+    """Find the tokens of a source, as two corpora if a share is held out. No text is read yet."""
     source = source_named(name, field)
     if found := source.find_tokens(job.tokenizer, job.cache_dir, job.report, both=held_out is not None):
         return found
@@ -263,8 +263,8 @@ def find_leak(train: Tokens, validation: Tokens, tokenizer: Tokenizer, cache_dir
     document.
 
     Args:
-        train: the tokens to train on.
-        validation: the tokens to validate with.
+        train: the training tokens.
+        validation: the validation tokens.
         tokenizer: the tokenizer of both corpora.
         cache_dir: the directory that caches the result for large corpora.
         report: called with a message when a check of large corpora begins.
@@ -294,7 +294,7 @@ def _compare(train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> dict[st
         for found, _, _ in _documents(train, part, tokenizer):
             at = np.searchsorted(wanted, found)
             at[at == len(wanted)] = 0
-            # In reverse order, so that the first of several identical documents is written last and remains.
+            # In reverse order, so that the first of several identical documents is written last and is kept.
             new = np.flatnonzero((wanted[at] == found) & (parts[at] < 0))[::-1]
             parts[at[new]], twins[at[new]] = number, count + new
             count += len(found)

@@ -195,8 +195,8 @@ def encode_blocks(
     Args:
         blocks: a mark and the texts for each block. Memory holds about twice as many blocks as there are workers.
         tokenizer: the tokenizer.
-        workers: creates a context with `Workers`, which is not used for only a few blocks; if None, this process
-            encodes.
+        workers: creates a context with `Workers`, which is not entered if there are only a few blocks; if None, this
+            process encodes.
 
     Raises:
         OSError: if a worker was killed.

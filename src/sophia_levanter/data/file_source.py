@@ -25,7 +25,7 @@ ARRAY_NEXT = re.compile(r"\s*,\s*(?=\S)"), re.compile(r"\s*\]\s*\Z")
 ARRAY_DELIMITER = re.compile(r"\s*[,\]]")
 READING_VERSION = 2  # version of the conversion of files to documents; token stores from other versions are rebuilt
 
-# A record's place, for messages, and its text; None if the record is left out.
+# A record's place, for messages, and its text, which is None if the record is left out.
 Record = tuple[str, str | None]
 
 

@@ -62,7 +62,7 @@ class OpenFile:
     def rewind(self) -> None:
         try:
             self._raw.seek(0)
-        except (OSError, ValueError):  # a stream from a server that only sends whole files
+        except (OSError, ValueError):  # a stream from a server that sends only whole files
             self._raw.close()
             self._raw = self.file.open()
         self.content = _decompressed(self._raw, self.compression, self.file.where)

@@ -33,8 +33,8 @@ def packing_of(document_ends: Iterable[np.ndarray], seq_len: int) -> Packing:
     """Measure how documents fill sequences that start at multiples of `seq_len`. The last sequence may be shorter.
 
     Args:
-        document_ends: the index after the last token of each document, in non-empty pieces int64 [document]. Indices
-            ascend within and across pieces. Memory holds one piece at a time.
+        document_ends: the index after the last token of each document, as a series of non-empty arrays, each int64
+            [document]. Indices ascend within and across arrays. Memory holds one array at a time.
         seq_len: the number of tokens in a sequence.
     """
     counts: Counter[int] = Counter()  # documents of each length; even many documents have few distinct lengths

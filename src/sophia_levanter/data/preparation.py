@@ -38,7 +38,7 @@ from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError, counted
 from sophia_levanter.files import sync, write_atomically
 
-BLOCK_CHARACTERS = 1 << 18  # of text encoded by one process at a time, rounded up to whole documents
+BLOCK_CHARACTERS = 1 << 18  # encoded by one process at a time, rounded up to whole documents
 REPORT_SECONDS = 5.0
 PARTIAL = ".partial"
 TALLY_NAME = "tally.json"  # next to the stores: their row counts, and the directory's name

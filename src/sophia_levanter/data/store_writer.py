@@ -306,7 +306,7 @@ class Trail:
 
 
 def place_after(source: Source, place: Place) -> Place | None:
-    """The place to continue from, in a source that was read up to `place`; None if the text before it has changed.
+    """Where to continue reading a source that was read up to `place`; None if the text before it has changed.
 
     If the last file has changed, for example because it was corrected, it is read again up to the same number of
     documents, which must be identical to the earlier ones. Its rows are counted again.

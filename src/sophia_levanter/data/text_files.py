@@ -142,7 +142,7 @@ def find_files(source: str, *, field: str, report: Report) -> list[TextFile]:
 
 
 def optional_import(module: str, package: str, what: str) -> Any:
-    """Import a module of an optional dependency.
+    """Import a module from an optional dependency.
 
     Raises:
         InputError: if it is not installed.

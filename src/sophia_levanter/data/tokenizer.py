@@ -1,4 +1,4 @@
-"""Tokenizers, from text to token ids and back: plain bytes, and byte-pair encodings from tiktoken or `train_bpe`."""
+"""Tokenizers: plain bytes, and byte-pair encodings from tiktoken or `train_bpe`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTES = 256
 PIECE_CHARACTERS = 100_000
-# The sizes of well-known encodings, which therefore need not be downloaded just for their size.
+# The sizes of well-known encodings, so that finding a size does not require a download.
 VOCAB_SIZES = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
 
 
 class Tokenizer(ABC, ChoiceRegistry):
     """A fixed map between text and ids in `[0, vocab_size)`.
 
-    `data.tokenizer: NAME` or `NAME:PATH` calls the subclass that is registered as NAME with the whole string.
+    `data.tokenizer: NAME` or `NAME:PATH` passes the whole string to the subclass that is registered as NAME.
 
     Attributes:
         name: the argument of `load_tokenizer`.

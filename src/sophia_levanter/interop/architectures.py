@@ -33,7 +33,7 @@ def shown(name: str, longest: int = _LONGEST_NAME) -> str:
 
 @dataclass(frozen=True)
 class Description:
-    """The fields of a `config.json`, or the model_args of a checkpoint.
+    """The fields of a `config.json`, or the model_args of a nanoGPT checkpoint.
 
     Attributes:
         file: the file that contains them.
@@ -101,10 +101,10 @@ class Architecture(abc.ABC):
 
     @abc.abstractmethod
     def fields(self, given: Description) -> dict[str, Any]:
-        """The settings, except `use_bias`, that make this package's model compute the same as the described model.
+        """The settings, except `use_bias`, that make this package's model equivalent to the described model.
 
         Raises:
-            InputError: if this package's model cannot compute the same; the message names the field.
+            InputError: if this package's model cannot be equivalent; the message names the field.
         """
 
     @abc.abstractmethod
@@ -119,7 +119,7 @@ class Architecture(abc.ABC):
         """The `config.json` fields that describe a model with this architecture; the inverse of `fields`."""
 
     def complete(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The weights that transformers expects, given the model's own."""
+        """The given weights, plus any others that transformers expects."""
         return dict(arrays)
 
     @abc.abstractmethod

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) -> None:
-    """Write a model and its tokenizer in the format of transformers' `save_pretrained`, with this package's settings.
+    """Write a model, its tokenizer and this package's settings in the format of transformers' `save_pretrained`.
 
     Args:
         loaded: the model.

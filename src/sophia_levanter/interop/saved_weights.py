@@ -48,7 +48,7 @@ class SavedModel:
         file: the file or folder.
         architecture: the kind of model.
         fields: the settings of `architecture.config_class` that the model needs.
-        seq_len: the model's longest context.
+        seq_len: the model's maximum context length.
         vocab_size: the number of rows in its token embedding.
         arrays: its (name, array) pairs, with names from `plain_names`; iteration reads one array at a time.
         tokenizer: the `data.tokenizer` that it was trained with, or None if the file does not specify it.

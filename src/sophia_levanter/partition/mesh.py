@@ -42,8 +42,8 @@ class Partition:
     def place(self, tree: Any) -> Any:
         """Place a tree on the devices.
 
-        Named arrays are sharded by `parameters`, stacks of square matrices by matrix or by row, and all other arrays
-        are replicated. Every process must pass the same values, and keeps its part of them.
+        Named arrays are sharded according to `parameters`, stacks of square matrices are sharded by matrix or by row,
+        and all other arrays are replicated. Every process must pass the same values, and keeps its part of them.
         """
 
         def put(x: Any, sharding: NamedSharding) -> Any:
@@ -101,7 +101,7 @@ class Partition:
         return np.flatnonzero(wanted)
 
     def _map_arrays(self, function: Callable[[Any, NamedSharding], Any], tree: Any) -> Any:
-        """Replace every array in a tree by `function(array, sharding)`."""
+        """Apply `function(array, sharding)` to every array in a tree."""
 
         def is_array(x: Any) -> bool:
             return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
@@ -121,7 +121,7 @@ class Partition:
         """The sharding of an unnamed array.
 
         Stacks of square matrices, such as Kronecker bases, are sharded by matrix, or by row if the number of matrices
-        is not divisible by the `data` axis. Other arrays are replicated.
+        is not divisible by the size of the `data` axis. Other arrays are replicated.
         """
         parts = self.mesh.shape["data"]
         if parts > 1 and len(shape) == 3 and shape[1] == shape[2]:

@@ -1,4 +1,4 @@
-"""Multi-process runs: how the processes, such as one per host, find each other and exchange messages.
+"""Multi-process runs, usually with one process per host: how the processes find each other and exchange messages.
 
 `Processes` sends messages through jax's coordination service, from any thread and always with a timeout. Busy or hung
 devices do not delay them.

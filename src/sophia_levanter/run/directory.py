@@ -1,4 +1,4 @@
-"""The run directory, with `config.yaml`, `metrics.jsonl`, `checkpoints/` and `profile/`, and who may use it."""
+"""The run directory (`config.yaml`, `metrics.jsonl`, `checkpoints/` and `profile/`), and whether a run may use it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class RunDirectory:
 
         Raises:
             DirectoryInUse: if another process has locked one of the directories.
-            InputError: if one of the directories cannot be written.
+            InputError: if one of the directories cannot be created or written to.
         """
         for field, path in self._lockable():
             _lock(field, path)

@@ -49,7 +49,7 @@ class LoadedModel:
 
     Attributes:
         model: the model, sharded by the partition, in `config.trainer.parameter_dtype`.
-        config: the run's configuration with the overrides; for weights without a run, the defaults with their shape.
+        config: the run's configuration with the overrides; for other weights, the defaults with the weights' shape.
         tokenizer: the tokenizer that the model was trained with.
         partition: the devices, and how arrays are sharded over them.
         source: a description of what was read, for messages.
@@ -176,7 +176,7 @@ def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, st
 
 
 def newest_manifest(directory: Path | str, step: int | None = None) -> Manifest | None:
-    """The newest readable manifest, or the manifest of `step` if it is given; None if it cannot be read."""
+    """The newest readable manifest, or the manifest of `step` if given. None if no such manifest can be read."""
     for candidate in reversed(checkpoint.steps(directory)) if step is None else [step]:
         try:
             return checkpoint.read_step(directory, candidate)
@@ -202,7 +202,7 @@ def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:
 
 
 def _config(layers: Sequence[Layer], overrides: Overrides) -> TrainConfig:
-    """Build the configuration without the mesh and `trainer.best_by`: the devices and validation sets may differ."""
+    """Build a configuration with overrides but without the mesh and `trainer.best_by`, which may not apply here."""
     kept = [
         {name: value for name, value in layer.items() if not name.startswith("mesh.") and name != "trainer.best_by"}
         for layer in layers
@@ -281,7 +281,7 @@ def _unusable(checkpoints: Path | str, error: Exception) -> InputError:
 
 
 def read_initial_weights(config: TrainConfig, console: Console) -> LanguageModel | None:
-    """Read the weights that a run starts from into host memory; None if they are drawn at random.
+    """Read the weights that a run starts from into host memory. Returns None if they are drawn at random.
 
     Raises:
         InputError: if the weights cannot be read, do not fit the model, or differ between processes.

@@ -37,8 +37,8 @@ def find_checkpoints(directory: RunDirectory, processes: Processes, console: Con
     """Whether there are checkpoints to resume from. Locks the directory first, unless `directory.resume` is `never`.
 
     Raises:
-        InputError: if checkpoints exist although `directory.resume` is `never`, or are missing although it is `always`
-            or the run has saved some.
+        InputError: if checkpoints exist although `directory.resume` is `never`, or if none exist although it is
+            `always` or the run has saved some.
     """
     if directory.resume != "never":
         processes.on_process_zero("lock", directory.lock)
@@ -214,7 +214,7 @@ def _is_same_text(saved: Any, now: Any) -> bool:
 
 
 def restore_before(run: Run, wrong: range, skipped_windows: int) -> Restored[TrainState] | None:
-    """Restore the last checkpoint saved before the steps that went wrong, and skip the data up to their end.
+    """Restore the last checkpoint saved before the steps that went wrong, and skip the data up to the end of them.
 
     Later checkpoints are removed, because a restart would use them.
 

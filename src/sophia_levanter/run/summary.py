@@ -120,14 +120,14 @@ def describe_start(run: Run) -> None:
 
 
 def _validation_tokens(run: Run) -> str:
-    """`9,000 validation tokens`; with named sets, `9,000 validation tokens: books 4,000, code 5,000`."""
+    """Text such as `9,000 validation tokens`; for named sets, `9,000 validation tokens: books 4,000, code 5,000`."""
     sizes = {name: tokens.num_tokens for name, tokens in run.data.validation_sets.items()}
     each = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if name)
     return f"{sum(sizes.values()):,} validation tokens" + (f": {each}" if each else "")
 
 
 def describe_optimizer(config: OptimizerConfig, model: LanguageModel) -> str:
-    """`adamw, weight decay 0.1; hyperball: the matrices of 4 arrays keep their norms and do not decay`."""
+    """Text such as `adamw, weight decay 0.1; hyperball: the matrices of 4 arrays keep their norms and do not decay`."""
     cautious = ", cautious" if config.cautious_weight_decay else ""
     line = f"{config.get_choice_name(type(config))}, weight decay {config.weight_decay:g}{cautious}"
     if not config.hyperball:
@@ -137,7 +137,7 @@ def describe_optimizer(config: OptimizerConfig, model: LanguageModel) -> str:
 
 
 def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[str]:
-    """One line for each parameter group: `wte|wpe: 2 arrays, learning rate 6e-05, weight decay 0`.
+    """Yield a line for each parameter group, such as `wte|wpe: 2 arrays, learning rate 6e-05, weight decay 0`.
 
     If a hyperball keeps the norms of some arrays, the line ends with `weight decay 0.1 of the 2 that are not on
     spheres`.
@@ -155,7 +155,7 @@ def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[s
 
 
 def _state_bytes(state: TrainState) -> str:
-    """`9.8 MiB of state on each device: parameters 3.3 MiB, momentum 3.3 MiB, ...`."""
+    """Text such as `9.8 MiB of state on each device: parameters 3.3 MiB, momentum 3.3 MiB, ...`."""
     kinds = bytes_by_kind(state)
     parts = ", ".join(f"{kind} {show_bytes(size)}" for kind, size in kinds.items() if size >= 1024)
     return f"{show_bytes(sum(kinds.values()))} of state on each device: {parts}"
@@ -177,20 +177,20 @@ def attention_of(config: TrainConfig, partition: Partition) -> str | None:
 
 
 def describe_mesh(partition: Partition) -> str:
-    """`8 TPU v4 devices, data 4 x model 2, embed over data`."""
+    """Text such as `8 TPU v4 devices, data 4 x model 2, embed over data`."""
     mesh = partition.mesh
     return ", ".join([counted(mesh.size, f"{mesh.devices.flat[0].device_kind} device"), *describe_layout(partition)])
 
 
 def describe_layout(partition: Partition) -> list[str]:
-    """`data 4 x model 2` and `embed over data`; empty for one device."""
+    """Phrases such as `data 4 x model 2` and `embed over data`; empty for one device."""
     axes = " x ".join(f"{name} {size}" for name, size in partition.mesh.shape.items() if size > 1)
     split = [f"{name} over {' and '.join(over)}" for name, over in partition.parameters.items() if "data" in over]
     return [axes, *(s for s in split if not s.startswith("batch"))] if axes else []
 
 
 def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
-    """Print the work done, the losses next to that of a byte-bigram model, the last checkpoint and a text sample."""
+    """Print the work done, the losses next to those of a byte-bigram model, the last checkpoint and a text sample."""
     numbers, tokenizer, step = loop.monitor.trackers.last, run.data.tokenizer, int(state.step)
     sets = [batches.token_sequences() for batches in run.validation.values()]
     bigram = fmean(bigram_bits_per_byte(run.data.train, sequences, tokenizer) for sequences in sets)

@@ -69,7 +69,7 @@ class StepNumbers:
 
 
 class _SurvivingConsole(RichConsole):
-    """A console that falls silent, so that the run continues, if its reader closes the pipe (`| head`)."""
+    """A console that goes silent if its reader closes the pipe (`| head`), so that the run continues."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -114,7 +114,7 @@ class Console:
         self._print(one_line(text))
 
     def paragraph(self, text: str) -> None:
-        """Print text with several lines, which must not contain terminal control characters."""
+        """Print multi-line text, which must not contain terminal control characters."""
         if not self._quiet:
             self._print(text)
 
@@ -190,7 +190,7 @@ class Console:
             self._progress = None
 
     def _room_for_numbers(self, left: str) -> int:
-        """The columns that the other parts of the progress line, separated by blanks, leave for the numbers."""
+        """The columns left for the numbers by the other parts of the progress line, which are separated by blanks."""
         width = self._console.width
         others = [2 * len(str(self._total)) + 1, len(left)]
         others += [BAR_WIDTH] if width >= WIDTH_FOR_BAR else []

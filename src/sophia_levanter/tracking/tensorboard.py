@@ -20,7 +20,7 @@ class TensorBoard:
 
     Args:
         directory: the directory for the event files.
-        first_step: TensorBoard drops this and later steps, left by a run that died, from older files.
+        first_step: the first step to log. TensorBoard drops this and later steps from older files.
     """
 
     def __init__(self, directory: Path, first_step: int) -> None:
