@@ -293,7 +293,7 @@ def _num_cores() -> int:
 
 
 def _read_tally(directory: Path) -> tuple[str, Tally | None]:
-    """The name of the finished directory, and its row counts; an empty name and None if there is no tally file."""
+    """The name of the finished directory, and its row counts; without a tally file, an empty name and None."""
     try:
         name, tally = json.loads((directory / TALLY_NAME).read_bytes())
         return str(name), Tally(**tally)

@@ -146,7 +146,7 @@ class TokenStore(Tokens):
             tokenizer: if given, the store must have been written with it.
 
         Raises:
-            InputError: if there is no finished store, or it is damaged, in another format, or from another tokenizer.
+            InputError: if the store is unfinished, damaged, in another format, or from another tokenizer.
         """
         location = str(location).rstrip("/")
         manifest = _read_manifest(location)

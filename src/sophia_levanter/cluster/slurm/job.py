@@ -51,7 +51,7 @@ done
 # 143: the signal arrived before the launcher could handle it.
 [ -z "$told" ] || [ "$status" != 143 ] || status={preempted}
 
-# Requeue unless the job was cancelled, and so is no longer running, or someone stopped the run.
+# Requeue, except if the job was cancelled (it has stopped running) or someone stopped the run.
 if [ -n "$told" ] && [ "$status" = {preempted} ] && [ ! -e {stop} ] &&
   [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
   echo "requeuing job $SLURM_JOB_ID"
