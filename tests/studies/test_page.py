@@ -41,7 +41,7 @@ def with_losses(losses: list[float | None], **more: float | None) -> list[dict]:
     ("lines", "expected"),
     [
         (step_lines(10), "finished"),
-        (step_lines(7), "at step 7, 0 s ago"),
+        (step_lines(7), "at step 7, 3 s ago"),
         (with_losses([5.0] * 9 + [None]), "finished"),  # one step was skipped
         (with_losses([5.0, None, None, None]), "diverged at step 4"),
         (with_losses([5.0] * 10, **{"validation/loss": None}), "diverged"),
@@ -49,8 +49,9 @@ def with_losses(losses: list[float | None], **more: float | None) -> list[dict]:
         (with_losses([5.0] * 50 + [9.0] * 50), "diverged"),
     ],
 )
-def test_status(lines, expected, tmp_path):
+def test_status(lines, expected, tmp_path, monkeypatch):
     run = read_run("a", write_run(tmp_path, run_config(trainer={"max_skipped_steps": 3}), lines))
+    monkeypatch.setattr(time, "time", lambda: run.written_at + 3)
     assert status(run) == expected
 
 
