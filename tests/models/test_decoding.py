@@ -20,6 +20,7 @@ READ_AT_ONCE = (0, 3, 7, 0)  # tokens of each row
 LIKE_GPT2 = {"use_bias": True, "scale_attn_by_inverse_layer_idx": False}
 LIKE_LLAMA = {"config_class": LlamaConfig, "num_heads": 4, "num_kv_heads": 2, "qk_norm": True}
 LIKE_THE_AUTHORS = {"use_bias": False, "scale_attn_by_inverse_layer_idx": True}
+GROWN = {"parametrization": "mup", "base_embed_dim": 4, "base_head_size": 1, "base_num_layers": 1}
 
 
 def whole(model):
@@ -56,7 +57,11 @@ def expected(model, at):
     return whole(model)[np.arange(ROWS), at]
 
 
-@pytest.mark.parametrize("changes", [LIKE_GPT2, LIKE_THE_AUTHORS, LIKE_LLAMA], ids=["gpt2", "authors", "llama"])
+@pytest.mark.parametrize(
+    "changes",
+    [LIKE_GPT2, LIKE_THE_AUTHORS, LIKE_LLAMA, LIKE_LLAMA | GROWN],
+    ids=["gpt2", "authors", "llama", "mup"],
+)
 def test_logits_are_those_of_the_whole_context(make_model, changes):
     model = make_model(**changes)
     at, logits = decoded(model)

@@ -21,6 +21,7 @@ from sophia_levanter.optim import (
     group_weight_decay,
     groups_of,
 )
+from sophia_levanter.optim._groups import ScaledGradients
 
 SLOW = (SophiaH, Lion, AdEMAMix)
 OPTIMIZERS = [SophiaG, AdamW, Muon, Soap, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
@@ -158,3 +159,19 @@ def test_roles_that_do_not_fit(groups, roles, message):
 def test_bad_groups(arguments, message):
     with pytest.raises(ValueError, match=message):
         ParameterGroup(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("scaled", "plain", "curvature"),
+    [(AdamW(eps=0.5), AdamW(eps=0.125), None), (SophiaG(rho=0.5, eps=0.5), SophiaG(rho=2.0, eps=0.125), True)],
+    ids=["adamw", "sophia_g"],
+)
+def test_scaled_gradients_are_another_eps_and_rho(scaled, plain, curvature):
+    """4 times the gradient and 16 times the curvature is a fourth of eps and 4 times rho."""
+    params, grads = parameters(0), parameters(1)
+    h_hat = None if curvature is None else jax.tree.map(jnp.square, parameters(2))
+    scaled = ScaledGradients(scaled, 4.0)
+    found, _ = scaled.update(grads, scaled.init(params), params, h_hat)
+    wanted, _ = plain.update(grads, plain.init(params), params, h_hat)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)

@@ -7,9 +7,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sophia_levanter.config.groups import check_groups
+from sophia_levanter.config.transfer import gradient_factors, width_exponents, with_matrix_steps
 from sophia_levanter.errors import InputError, one_line
 
 if TYPE_CHECKING:
+    from sophia_levanter.config import TrainConfig
     from sophia_levanter.config.model import ModelConfig
     from sophia_levanter.config.optimizer import OptimizerConfig
     from sophia_levanter.optim import Optimizer
@@ -18,20 +20,33 @@ _METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_
 
 
 @lru_cache(maxsize=8)
-def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> Optimizer:
+def build_optimizer(config: OptimizerConfig, num_train_steps: int, model: ModelConfig | None = None) -> Optimizer:
     """Build the optimizer for a run of `num_train_steps` steps. Equal arguments return the same object.
 
+    Args:
+        config: its settings.
+        num_train_steps: what schedules go over.
+        model: the model, for its `parametrization`; None for `standard`.
+
     Raises:
-        InputError: if a plug-in's optimizer cannot be built or lacks a required method.
+        InputError: if a plug-in's optimizer cannot be built, lacks a required method, or does not fit the
+            parametrization.
     """
     from sophia_levanter.models.language_model import hyperball_matrices, parameter_roles
     from sophia_levanter.optim import CautiousWeightDecay, Hyperball, ParameterGroups
+    from sophia_levanter.optim._groups import ScaledGradients
 
+    factors = None
+    if model is not None and model.growth != (1, 1):
+        exponents = width_exponents(config, model, _build(config, num_train_steps))
+        config, factors = with_matrix_steps(config, model, exponents), gradient_factors(model.growth)
     if not config.cautious_weight_decay:
         optimizer = _build(config, num_train_steps)
     else:
         undecayed = replace(config, weight_decay=0.0, groups=())
         optimizer = CautiousWeightDecay(_build(undecayed, num_train_steps), **config.decay_arguments)
+    if factors is not None:
+        optimizer = ScaledGradients(optimizer, factors)
     if config.groups:
         optimizer = ParameterGroups(optimizer, tuple(config.parameter_groups), parameter_roles)
     return Hyperball(optimizer, hyperball_matrices) if config.hyperball else optimizer
@@ -93,3 +108,21 @@ def check_optimizer(
                 f"optimizer.groups[{index}].weight_decay is {group.weight_decay:g}, but optimizer.hyperball keeps the "
                 "norms of all its parameters; leave weight_decay out of this group"
             )
+
+
+def describe_transfer(config: TrainConfig) -> str | None:
+    """`mup, width 4 and depth 1 times the base's, logits x 0.25, ...`; None for a model of the base's size."""
+    growth = config.model.growth
+    if growth == (1, 1):
+        return None
+    optimizer = _build(config.optimizer, config.trainer.num_train_steps)
+    exponents = set(width_exponents(config.optimizer, config.model, optimizer).values())
+    steps = " or ".join(f"{growth.width**exponent:.4g}" for exponent in sorted(exponents))
+    return ", ".join(
+        [
+            f"mup, width {growth.width:.4g} and depth {growth.depth:.4g} times the base's",
+            *(f"{name} x {factor:.4g}" for name, factor in config.model.factors().items()),
+            f"steps of matrices x {steps}",
+            f"gradients x {growth.width:.4g}, in blocks x {growth.width * growth.depth:.4g}",
+        ]
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from draccus import ChoiceRegistry
 
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 VOCAB_MULTIPLE = 128
 LARGEST = 2**20  # upper bound on a model's sizes
+
+
+class Growth(NamedTuple):
+    """A model's width and depth over those of the base that its hyper-parameters were tuned at."""
+
+    width: float = 1.0
+    depth: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,15 @@ class ModelConfig(Settings, ChoiceRegistry):
         return None
 
     @property
+    def growth(self) -> Growth:
+        """How much larger the model is than the one that its hyper-parameters are from."""
+        return Growth()
+
+    def factors(self) -> dict[str, float]:
+        """What the parametrization multiplies in the forward pass, by what people call it."""
+        return {}
+
+    @property
     def Pos(self) -> Axis:
         return _axis("position", self.seq_len)
 
@@ -123,10 +139,27 @@ class TransformerConfig(ModelConfig):
         choices=("auto", "blocked", "xla", "cudnn", "splash"),
         free=True,
     )
+    parametrization: str = setting(
+        "standard",
+        "how weights and steps follow the size; with mup the hyper-parameters of a smaller model fit",
+        choices=("standard", "mup"),
+    )
+    base_embed_dim: int | None = setting(None, "mup only: embed_dim of the smaller model", low=1, high=LARGEST)
+    base_head_size: int | None = setting(
+        None, "mup only: size of the smaller model's heads; this model's if not given", low=1, high=LARGEST
+    )
+    base_num_layers: int | None = setting(
+        None, "mup only: num_layers of the smaller model; this model's if not given", low=1, high=LARGEST
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.head_dim  # raises if the number of heads does not divide the width
+        if self.parametrization == "mup" and self.base_embed_dim is None:
+            raise InputError(
+                "model.base_embed_dim is missing; with model.parametrization mup it is the width at which "
+                "the hyper-parameters were tuned"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -138,6 +171,43 @@ class TransformerConfig(ModelConfig):
     def mlp_dim(self) -> int:
         """The hidden width of the MLP."""
         raise not_defined(self, "mlp_dim")
+
+    @property
+    def growth(self) -> Growth:
+        if self.parametrization == "standard":
+            return Growth()
+        width, layers = self.base_embed_dim or self.embed_dim, self.base_num_layers or self.num_layers
+        return Growth(self.embed_dim / width, self.num_layers / layers)
+
+    @property
+    def query_factor(self) -> float:
+        """On queries, so that scores are q k / head_size with mup, times the root of the base's head size."""
+        base = self.base_head_size or self.head_dim
+        return 1.0 if self.parametrization == "standard" else (base / self.head_dim) ** 0.5
+
+    @property
+    def block_factor(self) -> float:
+        """On what attention and MLP add to the residual stream: 1 / depth with mup (arXiv 2505.01618, alpha 1)."""
+        return 1 / self.growth.depth
+
+    @property
+    def logits_factor(self) -> float:
+        """On final hidden states, and so on logits: 1 / width with mup, for a tied head as for one of its own."""
+        return 1 / self.growth.width
+
+    def factors(self) -> dict[str, float]:
+        return {"queries": self.query_factor, "blocks' outputs": self.block_factor, "logits": self.logits_factor}
+
+    def weight_std(self, *, hidden: bool = False, residual: bool = False) -> float:
+        """The standard deviation of initial weights.
+
+        Args:
+            hidden: whether they are a linear map's; with mup their variance goes with 1 / width.
+            residual: whether that writes to the residual stream; then divided by sqrt(2 layers), with mup the base's.
+        """
+        width, depth = self.growth
+        std = self.initializer_range * ((2 * self.num_layers / depth) ** -0.5 if residual else 1)
+        return std * (width**-0.5 if hidden else 1)
 
     def axis_sizes(self) -> dict[str, tuple[str, int]]:
         return super().axis_sizes() | {

@@ -103,6 +103,11 @@ def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
 
 
 def _check_fields(saved: SavedModel, config: ModelConfig) -> None:
+    if set(config.factors().values()) - {1.0}:
+        raise InputError(
+            f"model.parametrization is 'mup', and {saved.file} has the weights of a standard model; "
+            "set --model.parametrization standard"
+        )
     config = config.explicit()
     wrong = {name: value for name, value in saved.fields.items() if getattr(config, name) != value}
     if not wrong or (set(wrong) == {"use_bias"} and saved.architecture.layout == "conv1d"):

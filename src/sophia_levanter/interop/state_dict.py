@@ -104,6 +104,8 @@ def model_on_host(
 def to_state_dict(model: Any, *, layout: str | None = None) -> dict[str, np.ndarray]:
     """The weights, keyed by state-dict name, without vocabulary padding except the rows that `config.vocab_rows` adds.
 
+    They are as they are trained: with `parametrization: mup` transformers would lack the factors (`export_model`).
+
     Args:
         model: a `Gpt2` or a `Llama`.
         layout: the matrix layout, `conv1d` or `linear`; by default, the layout that transformers uses for the model.

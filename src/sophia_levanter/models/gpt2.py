@@ -145,7 +145,7 @@ class Gpt2(Transformer):
 
 
 def _linear(config: Gpt2Config, In: AxisSpec, Out: AxisSpec, *, key: jax.Array, residual: bool = False) -> hnn.Linear:
-    weight = normal_weights(config, hax.concat_axis_specs(In, Out), key, residual=residual)
+    weight = normal_weights(config, hax.concat_axis_specs(In, Out), key, hidden=True, residual=residual)
     bias = hax.zeros(Out) if config.use_bias else None
     return hnn.Linear(weight, bias, In, Out)
 

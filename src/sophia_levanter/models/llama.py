@@ -152,7 +152,7 @@ class Llama(Transformer):
 
 
 def _linear(config: LlamaConfig, In: AxisSpec, Out: AxisSpec, *, key: jax.Array, residual: bool = False) -> hnn.Linear:
-    weight = normal_weights(config, hax.concat_axis_specs(In, Out), key, residual=residual)
+    weight = normal_weights(config, hax.concat_axis_specs(In, Out), key, hidden=True, residual=residual)
     return hnn.Linear(weight, None, In, Out)
 
 

@@ -45,6 +45,13 @@ class Block(eqx.Module):
     def apply_mlp(self, x: NamedArray) -> NamedArray:
         """The MLP's term in the residual stream, [..., embed]."""
 
+    def attention_inputs(
+        self, x: NamedArray, layer: NamedArray, positions: NamedArray | None
+    ) -> tuple[NamedArray, NamedArray, NamedArray]:
+        """The queries, keys and values of `project`, with the queries scaled by the parametrization."""
+        query, keys, values = self.project(x, layer, positions)
+        return scaled(query, self.config.query_factor), keys, values
+
     def finish(
         self, x: NamedArray, attended: NamedArray, k_attn: jax.Array | None = None, k_mlp: jax.Array | None = None
     ) -> NamedArray:
@@ -55,8 +62,9 @@ class Block(eqx.Module):
             attended: [..., heads, head_size].
             k_attn, k_mlp: JAX random keys, or None.
         """
-        x = x + dropout(self.config, self.project_back(attended), k_attn)
-        return hax.auto_sharded(x + dropout(self.config, self.apply_mlp(x), k_mlp))
+        factor = self.config.block_factor
+        x = x + scaled(dropout(self.config, self.project_back(attended), k_attn), factor)
+        return hax.auto_sharded(x + scaled(dropout(self.config, self.apply_mlp(x), k_mlp), factor))
 
     def __call__(
         self, x: NamedArray, layer: NamedArray, key: jax.Array | None, document_starts: NamedArray | None = None
@@ -79,7 +87,7 @@ class Block(eqx.Module):
         block = gather_params(self)
         k_weights, k_attn, k_mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
         attended = causal_attention(
-            *block.project(x, layer, _positions(document_starts)),
+            *block.attention_inputs(x, layer, _positions(document_starts)),
             implementation=self.config.attention,
             dropout=self.config.dropout,
             dropout_key=k_weights,
@@ -150,7 +158,12 @@ class Transformer(LanguageModel):
         x = hax.auto_sharded(self.embed(tokens, _positions(document_starts), k_embed))
         layers = hax.arange(self.config.Layers)
         keys = None if k_blocks is None else jax.random.split(k_blocks, self.config.num_layers)
-        return self.final_norm(self.blocks.fold(x, layers, keys, document_starts, unroll=self.config.scan_unroll))
+        x = self.blocks.fold(x, layers, keys, document_starts, unroll=self.config.scan_unroll)
+        return self.head_inputs(x)
+
+    def head_inputs(self, x: NamedArray) -> NamedArray:
+        """What the output head is applied to, of the last block's result, both [..., embed]."""
+        return scaled(self.final_norm(x), self.config.logits_factor)
 
     def empty_cache(self, Batch: Axis) -> Cache:
         config = self.config
@@ -164,7 +177,7 @@ class Transformer(LanguageModel):
 
         def through(block: Block, x: NamedArray, layer: NamedArray) -> tuple[NamedArray, Cache]:
             block = gather_params(block)
-            query, keys, values = block.project(x, layer, None)
+            query, keys, values = block.attention_inputs(x, layer, None)
             attended = causal_attention(query, keys, values, implementation=self.config.attention)
             return block.finish(x, attended), Cache(keys, values)
 
@@ -178,7 +191,7 @@ class Transformer(LanguageModel):
 
         def through(block: Block, x: NamedArray, layer: NamedArray, kept: Cache) -> tuple[NamedArray, Cache]:
             block = gather_params(block)
-            query, keys, values = block.project(x, layer, positions)
+            query, keys, values = block.attention_inputs(x, layer, positions)
             here = _with(kept, keys, values, positions)
             attended = decode_attention(query, here.keys, here.values, positions)
             return block.finish(x, attended), Cache(keys, values)
@@ -189,7 +202,7 @@ class Transformer(LanguageModel):
         # Write once for all layers: a scan that returned whole caches would copy them for every token.
         cache = hax.auto_sharded(_with(cache, made.keys, made.values, positions))
         # Use float32, since many logits would tie for the maximum in bfloat16.
-        return model.head(model.final_norm(x), jnp.float32), cache
+        return model.head(model.head_inputs(x), jnp.float32), cache
 
 
 def _positions(document_starts: NamedArray | None) -> NamedArray | None:
@@ -205,10 +218,16 @@ def _with(cache: Cache, keys: NamedArray, values: NamedArray, positions: NamedAr
     return Cache(cache.keys.at[here].set(keys), cache.values.at[here].set(values))
 
 
-def normal_weights(config: TransformerConfig, axes: AxisSpec, key: jax.Array, *, residual: bool = False) -> NamedArray:
-    """Normal weights with standard deviation `config.initializer_range`, divided by sqrt(2 layers) if `residual`."""
-    std = config.initializer_range * ((2 * config.num_layers) ** -0.5 if residual else 1)
-    return hax.random.normal(key, axes) * std
+def normal_weights(
+    config: TransformerConfig, axes: AxisSpec, key: jax.Array, *, hidden: bool = False, residual: bool = False
+) -> NamedArray:
+    """Normal weights; the arguments are those of `config.weight_std`."""
+    return hax.random.normal(key, axes) * config.weight_std(hidden=hidden, residual=residual)
+
+
+def scaled(x: NamedArray, factor: float) -> NamedArray:
+    """The array times a factor; nothing is computed for a factor of 1."""
+    return x if factor == 1 else x * factor
 
 
 def dropout(config: TransformerConfig, x: NamedArray, key: jax.Array | None) -> NamedArray:

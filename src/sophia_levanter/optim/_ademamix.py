@@ -93,6 +93,10 @@ class AdEMAMix(OptaxOptimizer):
             optax.scale_by_learning_rate(self.learning_rate),
         )
 
+    def width_exponent(self, inputs: int, outputs: int) -> float:
+        """The power of a model's width that the learning rate of a matrix goes with."""
+        return -1.0
+
 
 def scale_by_ademamix(settings: AdEMAMix) -> optax.GradientTransformation:
     """The direction of AdEMAMix's step, before weight decay and the learning rate."""

@@ -120,6 +120,15 @@ class OptaxOptimizer(eqx.Module):
     def estimator_at(self, state: BaselineState) -> None:
         """Always None, since the optimizer uses no curvature."""
 
+    def width_exponent(self, inputs: int, outputs: int) -> float | None:
+        """The power of a model's width that the learning rate of a matrix goes with, so that one that was tuned at
+        another width fits (`model.parametrization: mup`); None if it is not known, as here.
+
+        Args:
+            inputs, outputs: the matrix's sides.
+        """
+        return None
+
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
         """No matrix work; optimizers that do some override this method."""
         return MatrixWork()
@@ -175,6 +184,10 @@ class AdamW(OptaxOptimizer):
             optax.scale_by_learning_rate(self.learning_rate),
         )
 
+    def width_exponent(self, inputs: int, outputs: int) -> float:
+        """The power of a model's width that the learning rate of a matrix goes with."""
+        return -1.0
+
 
 class Lion(OptaxOptimizer):
     """Lion (Chen et al. 2023, arXiv 2302.06675); see `optax.lion`.
@@ -205,6 +218,10 @@ class Lion(OptaxOptimizer):
             add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
             optax.scale_by_learning_rate(self.learning_rate),
         )
+
+    def width_exponent(self, inputs: int, outputs: int) -> float:
+        """The power of a model's width that the learning rate of a matrix goes with."""
+        return -1.0
 
 
 def add_decayed_weights(rate: Scalar, mask: WeightDecayMask, params: PyTree) -> optax.GradientTransformation:
@@ -313,6 +330,10 @@ class Muon(OptaxOptimizer):
             add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
             optax.scale_by_learning_rate(self.learning_rate),
         )
+
+    def width_exponent(self, inputs: int, outputs: int) -> float:
+        """The power of a model's width that the learning rate of a matrix goes with."""
+        return -0.5
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
         """The Newton-Schulz iterations, for the FLOP count."""

@@ -116,6 +116,41 @@ class ParameterGroups(OptimizerWrapper):
         return _by_group(self.groups, self.roles, model, lambda index: 1.0 if index is None else rates[index])
 
 
+class ScaledGradients(OptimizerWrapper):
+    """An optimizer that is given gradients times a factor s of each parameter, and curvatures times s^2.
+
+    A step of Adam depends on s through eps alone: it is the step with eps / s. One of Sophia is the step with eps / s
+    and rho s. The state is the optimizer's.
+
+    Args:
+        optimizer: follows the protocol of `Optimizer`.
+        factors: a tree (or prefix) of floats, or a function from parameters to one.
+    """
+
+    optimizer: Any
+    factors: PyTree[float] | Callable[[PyTree], PyTree[float]]
+
+    def init(self, model: PyTree) -> Any:
+        """The optimizer's state before the first step."""
+        return self.optimizer.init(model)
+
+    def update(
+        self,
+        grads: PyTree,
+        state: Any,
+        model: PyTree,
+        h_hat: PyTree | None = None,
+        *,
+        finite: Bool[Array, ""] | None = None,
+    ) -> tuple[PyTree, Any]:
+        """The step to add to the model, and the next state; arguments and errors are those of the optimizer."""
+        factors = fit_prefix("factors", self.factors, trainable(model), lambda x: isinstance(x, float), "a float")
+        grads = jax.tree.map(lambda s, g: s * g, factors, trainable(grads))
+        if h_hat is not None:
+            h_hat = jax.tree.map(lambda s, h: s**2 * h, factors, trainable(h_hat))
+        return self.optimizer.update(grads, state, model, h_hat, finite=finite)
+
+
 def group_weight_decay(
     groups: Sequence[ParameterGroup], rate: float, mask: WeightDecayMask = None, roles: Roles = None
 ) -> Callable[[PyTree], PyTree[float]]:

@@ -92,6 +92,10 @@ class Soap(OptaxOptimizer):
             optax.scale_by_learning_rate(self.learning_rate),
         )
 
+    def width_exponent(self, inputs: int, outputs: int) -> float:
+        """The power of a model's width that the learning rate of a matrix goes with."""
+        return self.basis.width_exponent(inputs, outputs)
+
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
         """The basis's work on whole matrices, for the FLOP count."""
         # Each step projects the gradient and the first moment, projects the step back, and updates both sides' moments.

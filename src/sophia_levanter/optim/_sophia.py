@@ -318,6 +318,10 @@ class AbstractSophia(eqx.Module):
         """
         return unclipped(self, state)
 
+    def width_exponent(self, inputs: int, outputs: int) -> float:
+        """The power of a model's width that the learning rate of a matrix goes with."""
+        return -1.0 if self.basis is None else self.basis.width_exponent(inputs, outputs)
+
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
         """The basis's work on whole matrices, for the FLOP count."""
         if self.basis is None:

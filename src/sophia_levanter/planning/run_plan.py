@@ -10,7 +10,7 @@ import jax
 
 from sophia_levanter.accelerators import GIB, QR_SIDE
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.config.assembly import check_optimizer
+from sophia_levanter.config.assembly import check_optimizer, describe_transfer
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.errors import InputError, counted
@@ -76,6 +76,8 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
         )
     if attention is not None:
         yield f"attention         {attention}"
+    if transfer := describe_transfer(config):
+        yield f"parametrization   {transfer}"
     yield from _size(config, state, vocab_size)
     estimator = config.optimizer.build(config.trainer.num_train_steps).estimator
     kinds = (False,) if estimator is None else (False, True)

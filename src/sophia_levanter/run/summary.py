@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import equinox as eqx
 import jax
 
+from sophia_levanter.config.assembly import describe_transfer
 from sophia_levanter.config.groups import check_groups
 from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.config.settings import steps_of
@@ -78,7 +79,7 @@ def describe_start(run: Run) -> None:
     swapped = estimator is not None and estimator.forward_mode and attention not in ("blocked", "xla")
     warmup_steps = steps_of(schedule.warmup, trainer.num_train_steps)
     decay = f" to {schedule.last_learning_rate:g}" if kind.decays else ""
-    curvature = schedule.describe_curvature(trainer)
+    curvature, transfer = schedule.describe_curvature(trainer), describe_transfer(config)
     minutes = trainer.checkpoint_minutes
     changes = "".join(f", batches of {size} from step {step:,} on" for step, size in trainer.size_changes)
     trackers = ["metrics.jsonl"]
@@ -94,6 +95,7 @@ def describe_start(run: Run) -> None:
         ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens"),
         ("optimizer", describe_optimizer(schedule, state.model)),
         *(("group", line) for line in describe_groups(schedule, state.model)),
+        *([("parametrization", transfer)] if transfer else []),
         (
             "schedule",
             f"{counted(trainer.num_train_steps, 'step')}, learning rate {schedule.learning_rate:g} after "

@@ -151,7 +151,7 @@ class StepSettings:
         """
         trainer = trainer or config.trainer
         curvature = config.optimizer.curvature_microbatches(trainer)
-        optimizer = build_optimizer(config.optimizer, trainer.num_train_steps)
+        optimizer = build_optimizer(config.optimizer, trainer.num_train_steps, config.model)
         own = None if curvature is None or curvature[1] == trainer.gradient_microbatch_size else curvature[1]
         return StepSettings(
             optimizer=optimizer,

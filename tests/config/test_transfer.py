@@ -1,0 +1,186 @@
+"""Hyper-parameters of a smaller model: which factors follow from the settings, and what is refused."""
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.assembly import build_optimizer, describe_transfer
+from sophia_levanter.config.groups import GroupConfig
+from sophia_levanter.config.model import Gpt2Config, Growth, LlamaConfig
+from sophia_levanter.config.optimizer import (
+    AdamWConfig,
+    AdEMAMixConfig,
+    LionConfig,
+    MuonConfig,
+    SoapConfig,
+    SophiaGConfig,
+    SophiaHConfig,
+)
+from sophia_levanter.config.transfer import gradient_factors, width_exponents
+from sophia_levanter.main import main
+from sophia_levanter.models.language_model import abstract_model
+from sophia_levanter.optim import AdamW, KroneckerBasis, Soap, groups_of
+from sophia_levanter.optim._groups import ScaledGradients
+from sophia_levanter.optim._trees import trainable
+from sophia_levanter.planning.run_plan import describe
+from sophia_levanter.planning.target import Target, pretended_target
+
+# Four times as wide and twice as deep as the base.
+GROWN = Gpt2Config(
+    num_layers=2,
+    num_heads=2,
+    embed_dim=16,
+    seq_len=8,
+    use_bias=True,
+    parametrization="mup",
+    base_embed_dim=4,
+    base_head_size=2,
+    base_num_layers=1,
+)
+STANDARD = dataclasses.replace(GROWN, parametrization="standard")
+OPTIONS = ("--model.parametrization", "mup", "--model.base_embed_dim")
+LINE = (
+    "mup, width 4 and depth 2 times the base's, queries x 0.5, blocks' outputs x 0.5, logits x 0.25, "
+    "steps of matrices x 0.25, gradients x 4, in blocks x 8"
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "exponent"),
+    [
+        (AdamWConfig(), -1.0),
+        (AdEMAMixConfig(), -1.0),
+        (LionConfig(), -1.0),
+        (SophiaGConfig(), -1.0),
+        (SophiaHConfig(refresh_order="after"), -1.0),
+        (SophiaGConfig(basis="kronecker"), 0.0),
+        (SoapConfig(), 0.0),
+        (MuonConfig(), -0.5),
+        (AdamWConfig(hyperball=True), -0.5),
+        (MuonConfig(hyperball=True), 0.0),
+    ],
+)
+def test_the_exponents_of_the_optimizers(config, exponent):
+    assert set(width_exponents(config, GROWN, config.build(10)).values()) == {exponent}
+
+
+def test_sides_that_are_not_rotated():
+    """The MLP's inner side, 64 and at the base 32."""
+    model = dataclasses.replace(GROWN, base_embed_dim=8)
+    found = width_exponents(SoapConfig(), model, Soap(basis=KroneckerBasis(max_size=16)))
+    assert found == {
+        "blocks.stacked.attn.c_attn.weight": 0.0,
+        "blocks.stacked.attn.c_proj.weight": 0.0,
+        "blocks.stacked.mlp.c_fc.weight": -0.5,
+        "blocks.stacked.mlp.c_proj.weight": -0.5,
+    }
+
+
+def moved(config, model_config, model, grads):
+    """The first step."""
+    optimizer = build_optimizer(dataclasses.replace(config, warmup=0, learning_rate=0.01), 10, model_config)
+    return optimizer.update(grads, optimizer.init(model), model)[0]
+
+
+OWN = (GroupConfig("attn|wte", "0.1 x", 0.3), GroupConfig("c_fc", weight_decay=0.0), GroupConfig(role="vector"))
+
+
+@pytest.mark.parametrize(("groups", "cautious"), [((), False), (OWN, False), (OWN, True)])
+def test_matrices_alone_take_smaller_steps_and_decay_as_before(groups, cautious, make_model):
+    """Groups of the user stay."""
+    model = make_model(embed_dim=16, use_bias=True)
+    config = AdamWConfig(groups=groups, cautious_weight_decay=cautious, weight_decay=0.2)
+    undecayed = dataclasses.replace(
+        config, weight_decay=0.0, groups=tuple(dataclasses.replace(group, weight_decay=None) for group in groups)
+    )
+    # Against the weights, so that cautious weight decay applies everywhere.
+    grads = jax.tree.map(lambda p: jnp.sign(p) * 0.1, trainable(model))
+    grown, standard, grown_alone, standard_alone = (
+        moved(c, m, model, grads) for c in (config, undecayed) for m in (GROWN, STANDARD)
+    )
+    for (path, step), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(grown_alone), jax.tree.leaves(standard_alone), strict=True
+    ):
+        is_matrix = any(
+            name in jax.tree_util.keystr(path) for name in ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+        )
+        np.testing.assert_allclose(step, (0.25 if is_matrix else 1) * wanted, rtol=1e-5, err_msg=str(path))
+    decays = [
+        jax.tree.map(lambda a, b: a - b, decayed, alone)
+        for decayed, alone in ((grown, grown_alone), (standard, standard_alone))
+    ]
+    for found, wanted in zip(*map(jax.tree.leaves, decays), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-8)
+    assert np.any(decays[0].blocks.stacked.mlp.c_proj.weight.array)
+
+
+def test_gradients_are_scaled_to_those_of_the_base(make_model):
+    """And curvatures with their squares."""
+    model = make_model()
+    ones = jax.tree.map(jnp.ones_like, trainable(model))
+    recorder = SimpleNamespace(update=lambda grads, state, model, h_hat, finite: (grads, h_hat))
+    found = ScaledGradients(recorder, gradient_factors(Growth(4.0, 2.0))).update(ones, None, model, ones)
+    for power, tree in enumerate(found, 1):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            np.testing.assert_array_equal(leaf, (8.0 if path[0].name == "blocks" else 4.0) ** power)
+
+
+def test_nothing_is_around_an_optimizer_at_the_base_and_in_the_standard_parametrization():
+    same = dataclasses.replace(GROWN, base_embed_dim=16, base_head_size=None, base_num_layers=None)
+    for model in (same, STANDARD):
+        assert type(build_optimizer(AdamWConfig(), 10, model)) is AdamW
+        assert set(model.factors().values()) == {1.0}
+        assert describe_transfer(TrainConfig(model=model)) is None
+
+
+def test_matrices_of_a_llama():
+    model = LlamaConfig(
+        num_layers=4, num_heads=4, num_kv_heads=2, embed_dim=32, qk_norm=True, parametrization="mup", base_embed_dim=8
+    )
+    (group,) = build_optimizer(AdamWConfig(), 10, model).groups
+    assert group.learning_rate == 0.25
+    found = {path.split(".")[-2] for path in groups_of([group], abstract_model(model, 257))}
+    assert found == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert model.factors() == {"queries": 1.0, "blocks' outputs": 1.0, "logits": 0.25}
+
+
+def test_the_factors_are_shown(monkeypatch):
+    config = TrainConfig(model=GROWN, optimizer=AdamWConfig())
+    monkeypatch.setattr(Target, "devices", lambda _: jax.devices()[:1])  # a process of its own would pretend to one
+    planned = itertools.islice(describe(config, "tiny", pretended_target(1, "h100"), 0.4), 5)
+    assert f"parametrization   {LINE}" in list(planned)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (OPTIONS[:2], "model.base_embed_dim is missing; with model.parametrization mup it is the width at which "),
+        ((*OPTIONS, "0"), "model.base_embed_dim is 0; it must be between 1 and 1048576"),
+        (("--model.parametrization", "mu"), "model.parametrization is 'mu'; it must be standard or mup"),
+        (
+            (*OPTIONS, "8", "--plugins", "adan", "--optimizer.type", "adan"),
+            "model.parametrization is 'mup', and optimizer.type adan does not say how its steps follow the width; "
+            "define width_exponent() in Adan, or set model.parametrization standard",
+        ),
+        (
+            (*OPTIONS, "8", "--optimizer.basis", "kronecker", "--optimizer.basis_max_size", "32"),
+            "optimizer.basis_max_size rotates other sides of blocks.stacked.mlp.c_fc.weight, 16 x 64, than at "
+            "model.base_embed_dim; with model.parametrization mup set it to 64 or more",
+        ),
+        (
+            (*OPTIONS, "8", "--optimizer.basis", "kronecker", "--optimizer.hyperball", "true"),
+            "model.parametrization is 'mup', and how the angles of optimizer.hyperball follow the width ",
+        ),
+    ],
+)
+def test_what_is_refused(words, message, config_file, plugin_folder, capsys):
+    assert main(["--config", str(config_file), *words]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {message}")
+    assert printed.count("\n") == 1

@@ -1,0 +1,147 @@
+"""Coordinate checks: a few steps change activations by as much at every size (arXiv 2203.03466, appendix D.1)."""
+
+import dataclasses
+from functools import cache, partial
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sophia_levanter.batch import batch_from_sequences
+from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.groups import GroupConfig
+from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.optimizer import (
+    AdamWConfig,
+    AdEMAMixConfig,
+    LionConfig,
+    MuonConfig,
+    SoapConfig,
+    SophiaGConfig,
+    SophiaHConfig,
+)
+from sophia_levanter.config.schedule import ConstantSchedule
+from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.partition.mesh import partition_of
+from sophia_levanter.training.step import StepSettings, first_state, train_step
+
+WIDTH, LAYERS, STEPS = 64, 2, 5  # of the base; the first step has the rate 0, as with any warm-up
+ROWS, LENGTH, VOCAB_SIZE = 8, 16, 50
+RATES = {"learning_rate": 2e-3, "warmup": 1, "schedule": ConstantSchedule()}
+SOPHIA = RATES | {"rho": 0.5, "interval": 1}
+OPTIMIZERS = {
+    "adamw": AdamWConfig(**RATES),
+    "ademamix": AdEMAMixConfig(**RATES),
+    "lion": LionConfig(**RATES),
+    "muon": MuonConfig(**RATES),
+    "soap": SoapConfig(**RATES),
+    "sophia_g": SophiaGConfig(**SOPHIA),
+    "sophia_h": SophiaHConfig(**SOPHIA),
+    "kronecker": SophiaGConfig(**SOPHIA, basis="kronecker", basis_b2=0.5),
+    "hyperball": AdamWConfig(**RATES | {"learning_rate": 1e-2}, hyperball=True),
+    "muon_hyperball": MuonConfig(**RATES | {"learning_rate": 1e-2}, hyperball=True),
+}
+
+
+@cache
+def batch():
+    """Tokens as often as words are, the same at each step."""
+    shares = 1 / np.arange(1, VOCAB_SIZE + 1)
+    drawn = np.random.default_rng(0).choice(VOCAB_SIZE, (ROWS, LENGTH + 1), p=shares / shares.sum())
+    return batch_from_sequences(drawn.astype(np.int32))
+
+
+@eqx.filter_jit
+def activations(model):
+    """The input of the first block, the results of the blocks, and the logits."""
+    found = [model.embed(hax.named(batch().tokens.array[0], ("batch", "position")), None)]
+    for layer, block in enumerate(model.blocks.unstacked()):
+        found.append(block(found[-1], hax.named(jnp.asarray(layer), ()), None))
+    return [x.array for x in [*found, model.head(model.head_inputs(found[-1]))]]
+
+
+@cache
+def changes(name, width=WIDTH, num_layers=LAYERS, parametrization="mup", matrices_alone=False):
+    """The root mean squares of what the steps change in the activations, and the last step's win rate.
+
+    There are two heads at any width, so that their size grows too. Embeddings change activations more than matrices do
+    under some optimizers; with `matrices_alone` they keep their values.
+    """
+    model = Gpt2Config(
+        num_layers=num_layers,
+        num_heads=2,
+        embed_dim=width,
+        mlp_ratio=1,
+        seq_len=LENGTH,
+        loss_block_size=LENGTH,
+        gradient_checkpointing="none",
+        initializer_range=0.07,
+        parametrization=parametrization,
+        base_embed_dim=WIDTH,
+        base_head_size=WIDTH // 2,
+        base_num_layers=LAYERS,
+    )
+    trainer = TrainerConfig(num_train_steps=STEPS, batch_size=ROWS, max_grad_norm=None)
+    still = tuple(GroupConfig(role=role, learning_rate="0 x") for role in ("embedding", "vector"))
+    optimizer = dataclasses.replace(OPTIMIZERS[name], groups=still if matrices_alone else ())
+    settings = StepSettings.of(TrainConfig(model=model, optimizer=optimizer, trainer=trainer))
+    partition = partition_of(devices=jax.devices()[:1])
+    step = eqx.filter_jit(partial(train_step, settings, settings.optimizer.refresh_due(0)))
+    with partition.active():
+        built = eqx.filter_jit(model.build)(vocab_size=VOCAB_SIZE, key=jax.random.key(0))
+        state = first_state(settings, built)
+        for _ in range(STEPS):
+            state, output = step(batch(), state)
+        pairs = zip(activations(state.model), activations(built), strict=True)
+    rms = np.array([float(jnp.sqrt(jnp.mean((after - before) ** 2))) for after, before in pairs])
+    return rms, float(output.metrics.get("optim/win_rate", np.nan))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sophia_g"])
+def test_a_wider_model(name):
+    base, wide = (changes(name, width)[0] for width in (WIDTH, 4 * WIDTH))
+    assert np.all(np.abs(np.log2(wide / base)) < 1)
+
+
+def test_a_wider_model_in_the_standard_parametrization():
+    """What blocks compute changes more. Embeddings change by the learning rate at any width."""
+    wide, _ = changes("adamw", 4 * WIDTH, parametrization="standard")
+    assert np.all(wide[1:] > 2 * changes("adamw")[0][1:])
+
+
+def spread(found):
+    """The largest over the smallest."""
+    return np.max(found, axis=0) / np.min(found, axis=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("matrices_alone", [True, False], ids=["matrices", "all"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_all_widths(name, matrices_alone):
+    table = {width: changes(name, width, matrices_alone=matrices_alone) for width in (64, 128, 256, 512)}
+    for width, (found, win_rate) in table.items():
+        print(name, width, np.round(found, 4), round(win_rate, 3))
+    standard = changes(name, 512, parametrization="standard", matrices_alone=matrices_alone)[0]
+    print(name, "standard", 512, np.round(standard, 4))
+    found, win_rates = zip(*table.values(), strict=True)
+    assert np.all(spread([x[1:] for x in found]) < 2)
+    assert np.all([x[0] == 0 for x in found]) if matrices_alone else spread([x[0] for x in found]) < 2
+    assert standard[-1] > 2 * found[0][-1]
+    if name in ("sophia_g", "kronecker"):
+        assert spread(win_rates) < 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "sophia_g"])
+def test_all_depths(name):
+    """The last block's result and the logits."""
+    table = {depth: changes(name, num_layers=depth)[0][-2:] for depth in (2, 4, 8, 16)}
+    for depth, found in table.items():
+        print(name, depth, "layers", np.round(found, 4))
+    standard = changes(name, num_layers=16, parametrization="standard")[0][-2:] / table[2]
+    print(name, "standard, 16 layers over 2", np.round(standard, 2))
+    assert np.all(spread(list(table.values())) < 2)
+    assert np.all(standard > 2)
