@@ -165,7 +165,7 @@ def test_the_factors_are_shown(monkeypatch):
         (("--model.parametrization", "mu"), "model.parametrization is 'mu'; it must be standard or mup"),
         (
             (*OPTIONS, "8", "--plugins", "adan", "--optimizer.type", "adan"),
-            "model.parametrization is 'mup', and optimizer.type adan does not say how its steps follow the width; "
+            "model.parametrization is 'mup', but optimizer.type adan does not say how its steps follow the width; "
             "define width_exponent() in Adan, or set model.parametrization standard",
         ),
         (
@@ -175,7 +175,7 @@ def test_the_factors_are_shown(monkeypatch):
         ),
         (
             (*OPTIONS, "8", "--optimizer.basis", "kronecker", "--optimizer.hyperball", "true"),
-            "model.parametrization is 'mup', and how the angles of optimizer.hyperball follow the width ",
+            "model.parametrization is 'mup', but how the angles of optimizer.hyperball follow the width ",
         ),
     ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig
+from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.interop.architectures import architecture_of
 from sophia_levanter.interop.pretrained import read_pretrained
@@ -87,16 +88,8 @@ def test_scores_are_divided_by_the_heads_size():
 def test_weights_of_a_standard_model_are_refused(gpt2_folder):
     config = Gpt2Config(num_layers=2, num_heads=2, embed_dim=16, seq_len=16, use_bias=True, **GROWN)
     with pytest.raises(InputError) as raised:
-        read_pretrained(
-            str(gpt2_folder),
-            config,
-            tokenizer="bytes",
-            fingerprint="",
-            vocab_size=257,
-            dtype="float32",
-            report=print,
-        )
+        read_pretrained(str(gpt2_folder), config, load_tokenizer("bytes"), dtype="float32", report=print)
     assert str(raised.value) == (
-        f"model.parametrization is 'mup', and {gpt2_folder} has the weights of a standard model; "
+        f"model.parametrization is 'mup', but {gpt2_folder} has the weights of a standard model; "
         "set --model.parametrization standard"
     )

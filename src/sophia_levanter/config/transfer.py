@@ -73,13 +73,13 @@ def width_exponents(config: OptimizerConfig, model: ModelConfig, optimizer: Any)
     exponent = getattr(optimizer, "width_exponent", lambda inputs, outputs: None)
     if exponent(1, 1) is None:
         raise InputError(
-            f"model.parametrization is 'mup', and optimizer.type {config.get_choice_name(type(config))} does not say "
+            f"model.parametrization is 'mup', but optimizer.type {config.get_choice_name(type(config))} does not say "
             f"how its steps follow the width; define width_exponent() in {type(optimizer).__qualname__}, or set "
             "model.parametrization standard"
         )
     if config.hyperball and getattr(optimizer, "basis", None) is not None:
         raise InputError(
-            "model.parametrization is 'mup', and how the angles of optimizer.hyperball follow the width in a Kronecker "
+            "model.parametrization is 'mup', but how the angles of optimizer.hyperball follow the width in a Kronecker "
             "basis is not known; set optimizer.hyperball false, or model.parametrization standard"
         )
     abstract, width = abstract_model(model, 1), model.growth.width

@@ -105,7 +105,7 @@ def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
 def _check_fields(saved: SavedModel, config: ModelConfig) -> None:
     if set(config.factors().values()) - {1.0}:
         raise InputError(
-            f"model.parametrization is 'mup', and {saved.file} has the weights of a standard model; "
+            f"model.parametrization is 'mup', but {saved.file} has the weights of a standard model; "
             "set --model.parametrization standard"
         )
     config = config.explicit()
