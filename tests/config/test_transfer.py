@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import pytest
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.assembly import build_optimizer, describe_transfer
 from sophia_levanter.config.groups import GroupConfig
-from sophia_levanter.config.model import Gpt2Config, Growth, LlamaConfig
+from sophia_levanter.config.model import Gpt2Config, LlamaConfig
 from sophia_levanter.config.optimizer import (
     AdamWConfig,
     AdEMAMixConfig,
@@ -22,11 +21,10 @@ from sophia_levanter.config.optimizer import (
     SophiaGConfig,
     SophiaHConfig,
 )
-from sophia_levanter.config.transfer import gradient_factors, width_exponents
+from sophia_levanter.config.transfer import width_exponents
 from sophia_levanter.main import main
 from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.optim import AdamW, KroneckerBasis, Soap, groups_of
-from sophia_levanter.optim._groups import ScaledGradients
 from sophia_levanter.optim._trees import trainable
 from sophia_levanter.planning.run_plan import describe
 from sophia_levanter.planning.target import Target, pretended_target
@@ -43,11 +41,13 @@ GROWN = Gpt2Config(
     base_head_size=2,
     base_num_layers=1,
 )
-STANDARD = dataclasses.replace(GROWN, parametrization="standard")
+STANDARD = dataclasses.replace(
+    GROWN, parametrization="standard", base_embed_dim=None, base_head_size=None, base_num_layers=None
+)
 OPTIONS = ("--model.parametrization", "mup", "--model.base_embed_dim")
 LINE = (
     "mup, width 4 and depth 2 times the base's, queries x 0.5, blocks' outputs x 0.5, logits x 0.25, "
-    "steps of matrices x 0.25, gradients x 4, in blocks x 8"
+    "learning rate of matrices x 0.25, gradients x 4, in blocks x 8"
 )
 
 
@@ -120,23 +120,14 @@ def test_matrices_alone_take_smaller_steps_and_decay_as_before(groups, cautious,
     assert np.any(decays[0].blocks.stacked.mlp.c_proj.weight.array)
 
 
-def test_gradients_are_scaled_to_those_of_the_base(make_model):
-    """And curvatures with their squares."""
-    model = make_model()
-    ones = jax.tree.map(jnp.ones_like, trainable(model))
-    recorder = SimpleNamespace(update=lambda grads, state, model, h_hat, finite: (grads, h_hat))
-    found = ScaledGradients(recorder, gradient_factors(Growth(4.0, 2.0))).update(ones, None, model, ones)
-    for power, tree in enumerate(found, 1):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            np.testing.assert_array_equal(leaf, (8.0 if path[0].name == "blocks" else 4.0) ** power)
-
-
-def test_nothing_is_around_an_optimizer_at_the_base_and_in_the_standard_parametrization():
+def test_no_wrapper_at_the_base():
     same = dataclasses.replace(GROWN, base_embed_dim=16, base_head_size=None, base_num_layers=None)
     for model in (same, STANDARD):
         assert type(build_optimizer(AdamWConfig(), 10, model)) is AdamW
-        assert set(model.factors().values()) == {1.0}
+        assert set(model.forward_factors().values()) == {1.0}
         assert describe_transfer(TrainConfig(model=model)) is None
+    heads = dataclasses.replace(same, base_head_size=2)
+    assert "queries x 0.5" in str(describe_transfer(TrainConfig(model=heads, optimizer=AdamWConfig())))
 
 
 def test_matrices_of_a_llama():
@@ -147,7 +138,7 @@ def test_matrices_of_a_llama():
     assert group.learning_rate == 0.25
     found = {path.split(".")[-2] for path in groups_of([group], abstract_model(model, 257))}
     assert found == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert model.factors() == {"queries": 1.0, "blocks' outputs": 1.0, "logits": 0.25}
+    assert model.forward_factors() == {"queries": 1.0, "blocks' outputs": 1.0, "logits": 0.25}
 
 
 def test_the_factors_are_shown(monkeypatch):
@@ -160,22 +151,30 @@ def test_the_factors_are_shown(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (OPTIONS[:2], "model.base_embed_dim is missing; with model.parametrization mup it is the width at which "),
+        (
+            ("--model.base_num_layers", "1"),
+            "model.base_num_layers is 1, but model.parametrization is 'standard'; set it to mup",
+        ),
+        (
+            (*OPTIONS, "8", "--model.base_num_layers", "1", "--model.scale_attn_by_inverse_layer_idx", "true"),
+            "model.base_num_layers is 1, but with model.scale_attn_by_inverse_layer_idx the scores depend on the depth",
+        ),
+        (OPTIONS[:2], "model.base_embed_dim is missing; with model.parametrization mup, set it to the width at which "),
         ((*OPTIONS, "0"), "model.base_embed_dim is 0; it must be between 1 and 1048576"),
         (("--model.parametrization", "mu"), "model.parametrization is 'mu'; it must be standard or mup"),
         (
             (*OPTIONS, "8", "--plugins", "adan", "--optimizer.type", "adan"),
-            "model.parametrization is 'mup', but optimizer.type adan does not say how its steps follow the width; "
-            "define width_exponent() in Adan, or set model.parametrization standard",
+            "model.parametrization is 'mup', but optimizer.type adan does not define how its learning rate scales "
+            "with the width; define width_exponent() in Adan, or set model.parametrization standard",
         ),
         (
             (*OPTIONS, "8", "--optimizer.basis", "kronecker", "--optimizer.basis_max_size", "32"),
-            "optimizer.basis_max_size rotates other sides of blocks.stacked.mlp.c_fc.weight, 16 x 64, than at "
-            "model.base_embed_dim; with model.parametrization mup set it to 64 or more",
+            "optimizer.basis_max_size rotates different sides of blocks.stacked.mlp.c_fc.weight, 16 x 64, than in the "
+            "base model; with model.parametrization mup, set it to 64 or more",
         ),
         (
             (*OPTIONS, "8", "--optimizer.basis", "kronecker", "--optimizer.hyperball", "true"),
-            "model.parametrization is 'mup', but how the angles of optimizer.hyperball follow the width ",
+            "model.parametrization is 'mup', but no scaling with the width is known for optimizer.hyperball in a ",
         ),
     ],
 )

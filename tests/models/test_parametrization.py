@@ -67,7 +67,7 @@ def test_an_exported_model_computes_the_same(kind):
     config = dataclasses.replace(KINDS[kind], **GROWN)
     rng = np.random.default_rng(0)
     model = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype), built(config))
-    weights = architecture_of(config).multiplied(config, to_state_dict(model))
+    weights = architecture_of(config).fold_factors(config, to_state_dict(model))
     wanted = model(TOKENS).array
     np.testing.assert_allclose(logits(KINDS[kind], weights), wanted, rtol=0, atol=1e-4)
     assert np.abs(wanted - logits(KINDS[kind], to_state_dict(model))).max() > 0.1
@@ -90,6 +90,6 @@ def test_weights_of_a_standard_model_are_refused(gpt2_folder):
     with pytest.raises(InputError) as raised:
         read_pretrained(str(gpt2_folder), config, load_tokenizer("bytes"), dtype="float32", report=print)
     assert str(raised.value) == (
-        f"model.parametrization is 'mup', but {gpt2_folder} has the weights of a standard model; "
+        f"model.parametrization is 'mup', but {gpt2_folder} holds the weights of a standard model; "
         "set --model.parametrization standard"
     )

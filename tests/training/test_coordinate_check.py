@@ -64,12 +64,13 @@ def activations(model):
 
 
 @cache
-def changes(name, width=WIDTH, num_layers=LAYERS, parametrization="mup", matrices_alone=False):
-    """The root mean squares of what the steps change in the activations, and the last step's win rate.
+def trained(name, width=WIDTH, num_layers=LAYERS, parametrization="mup", matrices_alone=False, steps=STEPS):
+    """The initial model, the state after some steps, and the last step's output.
 
     There are two heads at any width, so that their size grows too. Embeddings change activations more than matrices do
     under some optimizers; with `matrices_alone` they keep their values.
     """
+    base = {"base_embed_dim": WIDTH, "base_head_size": WIDTH // 2, "base_num_layers": LAYERS}
     model = Gpt2Config(
         num_layers=num_layers,
         num_heads=2,
@@ -80,9 +81,7 @@ def changes(name, width=WIDTH, num_layers=LAYERS, parametrization="mup", matrice
         gradient_checkpointing="none",
         initializer_range=0.07,
         parametrization=parametrization,
-        base_embed_dim=WIDTH,
-        base_head_size=WIDTH // 2,
-        base_num_layers=LAYERS,
+        **base if parametrization == "mup" else {},
     )
     trainer = TrainerConfig(num_train_steps=STEPS, batch_size=ROWS, max_grad_norm=None)
     still = tuple(GroupConfig(role=role, learning_rate="0 x") for role in ("embedding", "vector"))
@@ -93,11 +92,33 @@ def changes(name, width=WIDTH, num_layers=LAYERS, parametrization="mup", matrice
     with partition.active():
         built = eqx.filter_jit(model.build)(vocab_size=VOCAB_SIZE, key=jax.random.key(0))
         state = first_state(settings, built)
-        for _ in range(STEPS):
+        for _ in range(steps):
             state, output = step(batch(), state)
-        pairs = zip(activations(state.model), activations(built), strict=True)
-    rms = np.array([float(jnp.sqrt(jnp.mean((after - before) ** 2))) for after, before in pairs])
-    return rms, float(output.metrics.get("optim/win_rate", np.nan))
+    return built, state, output
+
+
+def rms(x):
+    return float(jnp.sqrt(jnp.mean(x**2)))
+
+
+def changes(*args, **kwargs):
+    """The root mean squares of what the steps change in the activations, and the last step's win rate."""
+    built, state, output = trained(*args, **kwargs)
+    pairs = zip(activations(state.model), activations(built), strict=True)
+    found = np.array([rms(after - before) for after, before in pairs])
+    return found, float(output.metrics.get("optim/win_rate", np.nan))
+
+
+@pytest.mark.parametrize("name", ["sophia_g", pytest.param("sophia_h", marks=pytest.mark.slow)])
+def test_momentum_and_curvature_do_not_depend_on_the_width(name):
+    """After one step they are the scaled gradient and the scaled estimate times constants."""
+    base, wide = (trained(name, width, steps=1)[1].optimizer_state for width in (WIDTH, 4 * WIDTH))
+    for field in ("momentum", "curvature"):
+        leaves = (jax.tree_util.tree_leaves_with_path(getattr(state, field)) for state in (base, wide))
+        for (path, small), (_, large) in zip(*leaves, strict=True):
+            ratio = rms(large) / rms(small)
+            print(name, field, jax.tree_util.keystr(path), round(ratio, 2))
+            assert 0.5 < ratio < 2
 
 
 @pytest.mark.parametrize("name", ["adamw", "sophia_g"])

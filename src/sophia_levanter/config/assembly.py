@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sophia_levanter.config.groups import check_groups
-from sophia_levanter.config.transfer import gradient_factors, width_exponents, with_matrix_steps
+from sophia_levanter.config.transfer import gradient_scales, scale_matrix_rates, width_exponents
 from sophia_levanter.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int, model: ModelC
 
     Args:
         config: its settings.
-        num_train_steps: what schedules go over.
-        model: the model, for its `parametrization`; None for `standard`.
+        num_train_steps: the length of schedules.
+        model: the model's settings, for its `parametrization`; None for `standard`.
 
     Raises:
         InputError: if a plug-in's optimizer cannot be built, lacks a required method, or does not fit the
@@ -36,17 +36,17 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int, model: ModelC
     from sophia_levanter.optim import CautiousWeightDecay, Hyperball, ParameterGroups
     from sophia_levanter.optim._groups import ScaledGradients
 
-    factors = None
+    scales = None
     if model is not None and model.growth != (1, 1):
         exponents = width_exponents(config, model, _build(config, num_train_steps))
-        config, factors = with_matrix_steps(config, model, exponents), gradient_factors(model.growth)
+        config, scales = scale_matrix_rates(config, model, exponents), gradient_scales(model.growth)
     if not config.cautious_weight_decay:
         optimizer = _build(config, num_train_steps)
     else:
         undecayed = replace(config, weight_decay=0.0, groups=())
         optimizer = CautiousWeightDecay(_build(undecayed, num_train_steps), **config.decay_arguments)
-    if factors is not None:
-        optimizer = ScaledGradients(optimizer, factors)
+    if scales is not None:
+        optimizer = ScaledGradients(optimizer, scales)
     if config.groups:
         optimizer = ParameterGroups(optimizer, tuple(config.parameter_groups), parameter_roles)
     return Hyperball(optimizer, hyperball_matrices) if config.hyperball else optimizer
@@ -111,9 +111,9 @@ def check_optimizer(
 
 
 def describe_transfer(config: TrainConfig) -> str | None:
-    """`mup, width 4 and depth 1 times the base's, logits x 0.25, ...`; None for a model of the base's size."""
-    growth = config.model.growth
-    if growth == (1, 1):
+    """`mup, width 4 and depth 1 times the base's, logits x 0.25, ...`; None if mup changes nothing."""
+    growth, factors = config.model.growth, config.model.forward_factors()
+    if growth == (1, 1) and set(factors.values()) <= {1.0}:
         return None
     optimizer = _build(config.optimizer, config.trainer.num_train_steps)
     exponents = set(width_exponents(config.optimizer, config.model, optimizer).values())
@@ -121,8 +121,8 @@ def describe_transfer(config: TrainConfig) -> str | None:
     return ", ".join(
         [
             f"mup, width {growth.width:.4g} and depth {growth.depth:.4g} times the base's",
-            *(f"{name} x {factor:.4g}" for name, factor in config.model.factors().items()),
-            f"steps of matrices x {steps}",
+            *(f"{name} x {factor:.4g}" for name, factor in factors.items()),
+            f"learning rate of matrices x {steps}",
             f"gradients x {growth.width:.4g}, in blocks x {growth.width * growth.depth:.4g}",
         ]
     )

@@ -21,7 +21,7 @@ LARGEST = 2**20  # upper bound on a model's sizes
 
 
 class Growth(NamedTuple):
-    """A model's width and depth over those of the base that its hyper-parameters were tuned at."""
+    """The width and depth of a model relative to the base model, at which its hyper-parameters were tuned."""
 
     width: float = 1.0
     depth: float = 1.0
@@ -90,11 +90,11 @@ class ModelConfig(Settings, ChoiceRegistry):
 
     @property
     def growth(self) -> Growth:
-        """How much larger the model is than the one that its hyper-parameters are from."""
+        """The size relative to the base model."""
         return Growth()
 
-    def factors(self) -> dict[str, float]:
-        """What the parametrization multiplies in the forward pass, by what people call it."""
+    def forward_factors(self) -> dict[str, float]:
+        """The parametrization's factors in the forward pass, keyed by display name."""
         return {}
 
     @property
@@ -141,15 +141,15 @@ class TransformerConfig(ModelConfig):
     )
     parametrization: str = setting(
         "standard",
-        "how weights and steps follow the size; with mup the hyper-parameters of a smaller model fit",
+        "how initial weights and learning rates scale with the size; mup takes those of a smaller model",
         choices=("standard", "mup"),
     )
     base_embed_dim: int | None = setting(None, "mup only: embed_dim of the smaller model", low=1, high=LARGEST)
     base_head_size: int | None = setting(
-        None, "mup only: size of the smaller model's heads; this model's if not given", low=1, high=LARGEST
+        None, "mup only: head size of the smaller model; defaults to this model's", low=1, high=LARGEST
     )
     base_num_layers: int | None = setting(
-        None, "mup only: num_layers of the smaller model; this model's if not given", low=1, high=LARGEST
+        None, "mup only: num_layers of the smaller model; defaults to this model's", low=1, high=LARGEST
     )
 
     def __post_init__(self) -> None:
@@ -157,9 +157,12 @@ class TransformerConfig(ModelConfig):
         _ = self.head_dim  # raises if the number of heads does not divide the width
         if self.parametrization == "mup" and self.base_embed_dim is None:
             raise InputError(
-                "model.base_embed_dim is missing; with model.parametrization mup it is the width at which "
+                "model.base_embed_dim is missing; with model.parametrization mup, set it to the width at which "
                 "the hyper-parameters were tuned"
             )
+        for name in ("base_embed_dim", "base_head_size", "base_num_layers"):
+            if self.parametrization == "standard" and (value := getattr(self, name)) is not None:
+                raise InputError(f"model.{name} is {value}, but model.parametrization is 'standard'; set it to mup")
 
     @property
     def head_dim(self) -> int:
@@ -181,29 +184,29 @@ class TransformerConfig(ModelConfig):
 
     @property
     def query_factor(self) -> float:
-        """On queries, so that scores are q k / head_size with mup, times the root of the base's head size."""
+        """On queries; with mup, scores are q k / head_size times the square root of the base's head size."""
         base = self.base_head_size or self.head_dim
         return 1.0 if self.parametrization == "standard" else (base / self.head_dim) ** 0.5
 
     @property
     def block_factor(self) -> float:
-        """On what attention and MLP add to the residual stream: 1 / depth with mup (arXiv 2505.01618, alpha 1)."""
+        """On the outputs of attention and MLP: 1 / depth with mup (arXiv 2505.01618, alpha 1)."""
         return 1 / self.growth.depth
 
     @property
     def logits_factor(self) -> float:
-        """On final hidden states, and so on logits: 1 / width with mup, for a tied head as for one of its own."""
+        """On final hidden states, and so on logits: 1 / width with mup, whether the head is tied or not."""
         return 1 / self.growth.width
 
-    def factors(self) -> dict[str, float]:
+    def forward_factors(self) -> dict[str, float]:
         return {"queries": self.query_factor, "blocks' outputs": self.block_factor, "logits": self.logits_factor}
 
     def weight_std(self, *, hidden: bool = False, residual: bool = False) -> float:
         """The standard deviation of initial weights.
 
         Args:
-            hidden: whether they are a linear map's; with mup their variance goes with 1 / width.
-            residual: whether that writes to the residual stream; then divided by sqrt(2 layers), with mup the base's.
+            hidden: for a linear map between hidden states; with mup the variance is divided by the width.
+            residual: for a map that writes to the residual stream: divided by sqrt(2 layers), those of the base.
         """
         width, depth = self.growth
         std = self.initializer_range * ((2 * self.num_layers / depth) ** -0.5 if residual else 1)
@@ -277,6 +280,14 @@ class Gpt2Config(TransformerConfig):
     scale_attn_by_inverse_layer_idx: bool = setting(
         False, "divide attention scores by 1 + the layer index, which starts at 0"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale_attn_by_inverse_layer_idx and self.growth.depth != 1:
+            raise InputError(
+                f"model.base_num_layers is {self.base_num_layers}, but with model.scale_attn_by_inverse_layer_idx the "
+                "scores depend on the depth; set one of them to the default"
+            )
 
     def build(self, *, vocab_size: int, key: jax.Array) -> LanguageModel:
         from sophia_levanter.models.gpt2 import Gpt2

@@ -119,16 +119,16 @@ class Architecture(abc.ABC):
         """The `config.json` fields that describe a model with this architecture; the inverse of `fields`."""
 
     @abc.abstractmethod
-    def factors(self, config: Any) -> dict[str, float]:
-        """The parametrization's factors by the ends of the names of the weights that they go into."""
+    def export_factors(self, config: Any) -> dict[str, float]:
+        """The parametrization's factors, keyed by the last part of the layer's name."""
 
-    def multiplied(self, config: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The weights with the parametrization's factors, which transformers does not have, multiplied into them."""
+    def fold_factors(self, config: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Multiply the parametrization's factors, which transformers does not have, into the weights."""
 
         def multiply(name: str, array: np.ndarray) -> np.ndarray:
-            for end, factor in self.factors(config).items():
+            for end, factor in self.export_factors(config).items():
                 if name.endswith((f"{end}.weight", f"{end}.bias")) and factor != 1:
-                    array = array * np.asarray(factor, array.dtype)
+                    array = (array * np.float32(factor)).astype(array.dtype)
             return array
 
         return {name: multiply(name, array) for name, array in arrays.items()}
@@ -205,17 +205,17 @@ class Gpt2Architecture(Architecture):
             "tie_word_embeddings": True,
         }
 
-    def factors(self, config: Gpt2Config) -> dict[str, float]:
+    def export_factors(self, config: Gpt2Config) -> dict[str, float]:
         return {"c_proj": config.block_factor, "ln_f": config.logits_factor}
 
-    def multiplied(self, config: Gpt2Config, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def fold_factors(self, config: Gpt2Config, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         def queries(name: str, array: np.ndarray) -> np.ndarray:
             if ".c_attn." not in name or config.query_factor == 1:
                 return array
-            factors = np.repeat([config.query_factor, 1, 1], array.shape[-1] // 3)  # of queries, keys, values
-            return array * factors.astype(array.dtype)
+            factors = np.repeat(np.float32([config.query_factor, 1, 1]), array.shape[-1] // 3)  # queries, keys, values
+            return (array * factors).astype(array.dtype)
 
-        return {name: queries(name, array) for name, array in super().multiplied(config, arrays).items()}
+        return {name: queries(name, array) for name, array in super().fold_factors(config, arrays).items()}
 
     def complete(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The weights, with zeros for missing biases, because transformers' GPT-2 always has biases."""
@@ -279,7 +279,7 @@ class LlamaArchitecture(Architecture):
             "layer_norm_epsilon": given.value("rms_norm_eps", float, 1e-6),
         }
 
-    def factors(self, config: LlamaConfig) -> dict[str, float]:
+    def export_factors(self, config: LlamaConfig) -> dict[str, float]:
         return {
             "q_norm" if config.qk_norm else "q_proj": config.query_factor,
             "o_proj": config.block_factor,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) -> None:
     """Write a model, its tokenizer and this package's settings in the format of transformers' `save_pretrained`.
 
-    The factors of `model.parametrization: mup` are multiplied into the weights; the model is a standard one there.
+    The factors of `model.parametrization: mup` are multiplied into the weights, so the exported model is standard.
 
     Args:
         loaded: the model.
@@ -44,7 +44,7 @@ def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) ->
     tokenizer, model = loaded.tokenizer, loaded.model
     architecture = architecture_of(model.config)
     has_own_file = tokenizer.name.endswith(TRAINED_TOKENIZER)
-    arrays = architecture.complete(_cast(architecture.multiplied(model.config, to_state_dict(model)), dtype))
+    arrays = architecture.complete(_cast(architecture.fold_factors(model.config, to_state_dict(model)), dtype))
     own = {
         "version": sophia_levanter.__version__,
         "step": loaded.step,

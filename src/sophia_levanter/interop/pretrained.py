@@ -103,9 +103,9 @@ def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
 
 
 def _check_fields(saved: SavedModel, config: ModelConfig) -> None:
-    if set(config.factors().values()) - {1.0}:
+    if set(config.forward_factors().values()) - {1.0}:
         raise InputError(
-            f"model.parametrization is 'mup', but {saved.file} has the weights of a standard model; "
+            f"model.parametrization is 'mup', but {saved.file} holds the weights of a standard model; "
             "set --model.parametrization standard"
         )
     config = config.explicit()

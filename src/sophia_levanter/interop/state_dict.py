@@ -104,7 +104,7 @@ def model_on_host(
 def to_state_dict(model: Any, *, layout: str | None = None) -> dict[str, np.ndarray]:
     """The weights, keyed by state-dict name, without vocabulary padding except the rows that `config.vocab_rows` adds.
 
-    They are as they are trained: with `parametrization: mup` transformers would lack the factors (`export_model`).
+    With `parametrization: mup` they lack the factors of the forward pass, which `export_model` multiplies in.
 
     Args:
         model: a `Gpt2` or a `Llama`.

@@ -94,7 +94,7 @@ class AdEMAMix(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """The power of a model's width that the learning rate of a matrix goes with."""
+        """The exponent of the width in the learning rate of a matrix."""
         return -1.0
 
 

@@ -121,11 +121,12 @@ class OptaxOptimizer(eqx.Module):
         """Always None, since the optimizer uses no curvature."""
 
     def width_exponent(self, inputs: int, outputs: int) -> float | None:
-        """The power of a model's width that the learning rate of a matrix goes with, so that one that was tuned at
-        another width fits (`model.parametrization: mup`); None if it is not known, as here.
+        """The exponent e with which a matrix's learning rate, tuned at one width, scales to n times that width: n^e.
+
+        Used by `model.parametrization: mup`, which refuses an optimizer that returns None, as this class does.
 
         Args:
-            inputs, outputs: the matrix's sides.
+            inputs, outputs: the sizes of the matrix.
         """
         return None
 
@@ -185,7 +186,7 @@ class AdamW(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """The power of a model's width that the learning rate of a matrix goes with."""
+        """The exponent of the width in the learning rate of a matrix."""
         return -1.0
 
 
@@ -220,7 +221,7 @@ class Lion(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """The power of a model's width that the learning rate of a matrix goes with."""
+        """The exponent of the width in the learning rate of a matrix."""
         return -1.0
 
 
@@ -332,7 +333,7 @@ class Muon(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """The power of a model's width that the learning rate of a matrix goes with."""
+        """The exponent of the width in the learning rate of a matrix."""
         return -0.5
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:

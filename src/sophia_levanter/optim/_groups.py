@@ -117,18 +117,19 @@ class ParameterGroups(OptimizerWrapper):
 
 
 class ScaledGradients(OptimizerWrapper):
-    """An optimizer that is given gradients times a factor s of each parameter, and curvatures times s^2.
+    """An optimizer whose gradients are multiplied by a scale s for each parameter, before it sees them.
 
-    A step of Adam depends on s through eps alone: it is the step with eps / s. One of Sophia is the step with eps / s
-    and rho s. The state is the optimizer's.
+    Curvature is multiplied by s^2, or by s if the estimator is `signed` (see `config.transfer`). For AdamW this is the
+    same as eps / s, for Sophia-G as eps / s and rho s. The state and the metrics are those of the wrapped optimizer, so
+    its norms are those of scaled gradients.
 
     Args:
         optimizer: follows the protocol of `Optimizer`.
-        factors: a tree (or prefix) of floats, or a function from parameters to one.
+        scales: a function from parameters to a tree (or prefix) of floats.
     """
 
     optimizer: Any
-    factors: PyTree[float] | Callable[[PyTree], PyTree[float]]
+    scales: Callable[[PyTree], PyTree[float]]
 
     def init(self, model: PyTree) -> Any:
         """The optimizer's state before the first step."""
@@ -144,10 +145,11 @@ class ScaledGradients(OptimizerWrapper):
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, Any]:
         """The step to add to the model, and the next state; arguments and errors are those of the optimizer."""
-        factors = fit_prefix("factors", self.factors, trainable(model), lambda x: isinstance(x, float), "a float")
-        grads = jax.tree.map(lambda s, g: s * g, factors, trainable(grads))
+        scales = fit_prefix("scales", self.scales, trainable(model), lambda x: isinstance(x, float), "a float")
+        grads = jax.tree.map(lambda s, g: s * g, scales, trainable(grads))
         if h_hat is not None:
-            h_hat = jax.tree.map(lambda s, h: s**2 * h, factors, trainable(h_hat))
+            power = 1 if getattr(self.estimator, "signed", False) else 2
+            h_hat = jax.tree.map(lambda s, h: s**power * h, scales, trainable(h_hat))
         return self.optimizer.update(grads, state, model, h_hat, finite=finite)
 
 

@@ -100,9 +100,7 @@ class KroneckerBasis(eqx.Module):
         return tuple(None if view is None else factors(view, leaf) for view, leaf in leaves)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """The power of a model's width that the learning rate of a matrix goes with, for steps of bounded coordinates:
-        -1 without rotation, and 1/2 more for each rotated side.
-        """
+        """The exponent of the width in the learning rate of a matrix: -1, and 1/2 more for each rotated side."""
         return -1 + 0.5 * (inputs <= self.max_size) + 0.5 * (outputs <= self.max_size)
 
     def at(self, state: BasisState) -> Coordinates:

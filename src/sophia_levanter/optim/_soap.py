@@ -93,7 +93,7 @@ class Soap(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """The power of a model's width that the learning rate of a matrix goes with."""
+        """The exponent of the width in the learning rate of a matrix."""
         return self.basis.width_exponent(inputs, outputs)
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:

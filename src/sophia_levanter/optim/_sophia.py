@@ -319,7 +319,7 @@ class AbstractSophia(eqx.Module):
         return unclipped(self, state)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """The power of a model's width that the learning rate of a matrix goes with."""
+        """The exponent of the width in the learning rate of a matrix."""
         return -1.0 if self.basis is None else self.basis.width_exponent(inputs, outputs)
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
