@@ -41,6 +41,17 @@ def test_a_row_is_a_layer_and_a_column_a_step(tmp_path):
     assert found.bounds.tolist() == [0, found.edges[11], found.edges[12]]
 
 
+def test_a_run_that_an_older_version_began_has_each_array_once(tmp_path):
+    """The older version joined the parts of an array's path with dots."""
+    lines = [line | measured(line["step"]) for line in step_lines(4)]
+    older = [{name.replace("blocks/w", "blocks.w"): value for name, value in line.items()} for line in lines[:2]]
+    found = statistics_of(read_run("a", write_run(tmp_path, lines=[*older, *lines[2:]])))
+    assert found.layers == {"blocks/w": list(range(11)), "wte": [None]}
+    assert found.steps.tolist() == [0, 1, 2, 3]
+    wanted = np.arange(1, 12)[:, None] + np.array([0, 0.01, 0.02, 0.03])
+    np.testing.assert_array_equal(found.grids["weight_rms"][1:], wanted)
+
+
 def test_runs_without_numbers_have_none(tmp_path):
     lines = [line | {"statistics/wte/weight_rms": None} for line in step_lines(1)]
     for name, given in (("a", step_lines(1)), ("b", lines)):

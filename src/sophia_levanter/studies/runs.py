@@ -19,6 +19,7 @@ from sophia_levanter.checkpoint import CheckpointError, Manifest
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.optimizer import OptimizerConfig
+from sophia_levanter.config.registries import STATISTICS
 from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.language_model import abstract_model
@@ -209,6 +210,8 @@ def read_metrics(path: Path) -> dict[str, Series]:
         for record in read_records(path):
             done = record.pop("step") + 1
             for name, value in record.items():
+                if name.startswith(f"{STATISTICS}/"):
+                    name = name.replace(".", "/")  # older versions joined the parts of an array's path with dots
                 steps[name].append(done)
                 values[name].append(math.nan if value is None else value)
     except FileNotFoundError:
