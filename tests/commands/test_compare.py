@@ -309,6 +309,19 @@ def test_a_signal_during_a_run_ends_the_study_after_it(number, status, said, wri
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize("first", [[signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]])
+def test_ctrl_c_after_sigterm_ends_the_study_at_once(first, write, capfd, monkeypatch):
+    def signalled(job: Job, check_stop: CheckStop) -> Record:
+        for number in (*first, signal.SIGINT):
+            signal.raise_signal(number)
+        raise AssertionError("the run was not interrupted")
+
+    monkeypatch.setattr(runner, "do", signalled)
+    assert main(arguments(write(STUDY))) == 75
+    said = "SIGTERM: stopped; run the same command again to continue"
+    assert capfd.readouterr().err == f"{STUDY_STOPS}\n{said}\n"
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_run_starts_after_a_signal_whose_exception_was_dropped(write, tmp_path, capfd, monkeypatch, done):
     def digests(data: object) -> dict[str, str]:

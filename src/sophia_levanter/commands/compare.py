@@ -104,7 +104,7 @@ class Interruption:
     @contextmanager
     def noted(self) -> Iterator[Callable[[], None]]:
         """A context for training runs. Yields a function that raises KeyboardInterrupt if a signal was received."""
-        stop = StopRequest(STUDY_STOPS, self._before)
+        stop = StopRequest(STUDY_STOPS, self._before, interruptible=True)
         # Include an earlier signal whose exception Python dropped; see `StopRequest.check`.
         stop.signal = stop.signal or self.signal
         try:

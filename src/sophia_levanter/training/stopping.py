@@ -21,25 +21,32 @@ RUN_STOPS = "stop requested; the run saves and stops after the current step or c
 class StopRequest:
     """Records the signals that ask a run to stop, so that it can save and end, and announces this at once.
 
-    Outside the main thread, it handles no signals. A second SIGINT acts as if these handlers were not installed, unless
-    another signal arrived before it. The handlers stay until the caller restores its own: a signal that arrives while
-    the run reports its end must not change how it ends.
+    Outside the main thread, it handles no signals. After a SIGINT, another SIGINT acts as if these handlers were not
+    installed; after any other signal, it does so only if `interruptible`. The handlers stay until the caller restores
+    its own: a signal that arrives while the run reports its end must not change how it ends.
 
     Args:
         line: printed to standard error when the first signal arrives, since the run may take a while to end.
         signals: the signals to record.
         several: whether the run has several processes. If so, JAX's runtime records SIGTERM and informs all of them,
             and a SIGINT to one of them is forwarded as SIGTERM.
+        interruptible: whether a SIGINT counts after SIGTERM, or is ignored because the run must save.
 
     Attributes:
         signal: the recorded signal, or None.
     """
 
     def __init__(
-        self, line: str = RUN_STOPS, signals: Iterable[signal.Signals] = STOPPING, *, several: bool = False
+        self,
+        line: str = RUN_STOPS,
+        signals: Iterable[signal.Signals] = STOPPING,
+        *,
+        several: bool = False,
+        interruptible: bool = False,
     ) -> None:
         self.signal: signal.Signals | None = None
         self._line = line
+        self._interruptible = interruptible
         self._on_second = signal.getsignal(signal.SIGINT)
         if threading.current_thread() is not threading.main_thread():
             return
@@ -71,7 +78,7 @@ class StopRequest:
         if number != signal.SIGINT:
             self.signal = signal.Signals(number)
             if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-                signal.signal(signal.SIGINT, self._note)
+                signal.signal(signal.SIGINT, self._on_second if self._interruptible else self._note)
         elif self.signal is None:
             self.signal = signal.SIGINT
             signal.signal(signal.SIGINT, self._on_second)
