@@ -16,6 +16,7 @@ from sophia_levanter.studies import runner
 from sophia_levanter.studies.records import Record, flat_config, read_records
 from sophia_levanter.studies.runner import CheckStop, Job, RunFailed
 from sophia_levanter.studies.sharing import Start
+from tiny_runs import write_manifest
 
 STUDY = """
 config: [tiny.yaml]
@@ -211,6 +212,19 @@ def test_lengths_share_their_steps_or_it_says_why_not(warmup, wanted, step, writ
     assert f"study: 2 runs, 2 to do\n{wanted}" in capfd.readouterr().out
     short, long = done
     assert short.keep_step == step and long.start == (step and Start(short.directory, step))
+
+
+def test_checkpoints_that_a_killed_study_left_are_removed(write, done):
+    """It was killed after writing a record and before removing what the run no longer needs."""
+    study = write(LENGTHS.replace("WARMUP", "warmup: 2"))
+    assert main(arguments(study)) == 0
+    own = [job.directory for job in done]
+    others = [directory.with_name(f"{directory.name}.old") for directory in own]
+    for directory in (*own, *others):
+        write_manifest(directory / "checkpoints", 9)
+    assert main(arguments(study)) == 0
+    assert len(done) == 2
+    assert [(path / "checkpoints").exists() for path in (*own, *others)] == [False, False, True, True]
 
 
 def test_another_text_needs_another_place(write, tmp_path, capsys, done):

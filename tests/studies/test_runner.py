@@ -180,7 +180,7 @@ def test_a_finished_run_is_recorded_and_its_checkpoints_go(pretend):
     job, _ = pretend("log([5.0] * 4, last=2.0)")
     write_checkpoint(job.directory, 4)
     record = do(job)
-    remove_checkpoints(job)
+    remove_checkpoints([job.directory], [])
     assert (record.status, record.loss, record.parameters) == ("done", 2.0, PARAMETERS)
     assert [path.name for path in job.directory.iterdir()] == ["metrics.jsonl"]
     written = load_config(job.directory.with_suffix(".yaml"))
@@ -206,14 +206,17 @@ def test_a_checkpoint_stays_for_a_longer_run_until_that_is_done(saved, stays, pr
         write_checkpoint(job.directory, step)
     job = dataclasses.replace(job, keep_step=3)
     assert "shared_steps" not in do(job).facts
-    remove_checkpoints(job)
+    longer = Job(job.config, job.directory.with_name("longer"), start=Start(job.directory, 3))
+    write_checkpoint(longer.directory, 1)
+    remove_checkpoints([job.directory, longer.directory], [longer])
     assert (job.directory / "checkpoints").exists() == stays
+    assert (longer.directory / "checkpoints").exists()
     shorter = job.directory.rename(job.directory.with_name("shorter"))
     job.directory.mkdir()
     (job.directory / "shared_steps").write_text("3\n")
     job = dataclasses.replace(job, start=Start(shorter, 3))
     assert do(job).facts["shared_steps"] == 3
-    remove_checkpoints(job)
+    remove_checkpoints([shorter, job.directory], [])
     assert not (shorter / "checkpoints").exists()
 
 

@@ -145,10 +145,8 @@ def _compare(command: Command, interruption: Interruption) -> int:
         comparison = _Comparison(study, runs, command.out)
         texts = comparison.texts()
         comparison.print_counts()
-        failures = 0
-        if comparison.missing():
-            with interruption.noted() as check_stop:
-                failures = comparison.do_runs(texts, command.ray, check_stop)
+        with interruption.noted() as check_stop:
+            failures = comparison.do_runs(texts, command.ray, check_stop)
 
         from sophia_levanter.studies.report import REPORT, write_report
 
@@ -217,25 +215,30 @@ class _Comparison:
     def do_runs(self, texts: Texts, ray: bool, check_stop: Callable[[], None]) -> int:
         """Train the missing runs, write each record as soon as it arrives, and return the number of failed runs."""
         # The slow imports come after the checks, so that mistakes are reported at once.
-        from sophia_levanter.studies.runner import RunFailed, as_ray_tasks, jobs_of, one_by_one, remove_checkpoints
+        from sophia_levanter.studies import runner
 
         folder = (self.out / "runs").absolute()
-        folder.mkdir(parents=True, exist_ok=True)
         missing = self.missing()
         names = list(missing)
         configs = [run.config for run in self.runs]
-        jobs = jobs_of(configs, list(missing.values()), folder, partial(print, flush=True))
+        jobs = runner.jobs_of(configs, list(missing.values()), folder, partial(print, flush=True)) if missing else []
+        directories, left = [runner.job_directory(folder, config) for config in configs], dict(enumerate(jobs))
+        runner.remove_checkpoints(directories, jobs)  # a study that was killed may have left some
+        if not jobs:
+            return 0
+        folder.mkdir(parents=True, exist_ok=True)
         failures = 0
-        with closing(as_ray_tasks(jobs, check_stop) if ray else one_by_one(jobs, check_stop)) as results:
+        with closing(runner.as_ray_tasks(jobs, check_stop) if ray else runner.one_by_one(jobs, check_stop)) as results:
             for count, (index, result) in enumerate(results, start=1):
-                if isinstance(result, RunFailed):
+                if isinstance(result, runner.RunFailed):
                     print(one_line(f"error: {result}"), file=sys.stderr)
                     failures += 1
                     continue
                 facts = result.facts | {"texts": texts[jobs[index].config.data]}
                 self.records.append(replace(result, facts=facts))
                 write_records(self.out / RECORDS, self.study.name, self.records)
-                remove_checkpoints(jobs[index])
+                del left[index]
+                runner.remove_checkpoints(directories, left.values())
                 outcome = "diverged" if result.loss is None else f"validation loss {result.loss:.4f}"
                 print(one_line(f"{count}/{len(jobs)} {names[index]}: {outcome}"), flush=True)
         return failures

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -280,12 +280,17 @@ def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
     return record_of(read_files(job.directory.name, job.directory, config), diverged=diverged)
 
 
-def remove_checkpoints(job: Job) -> None:
-    """Remove the checkpoints that no run needs anymore. Call this after writing the record of the job's run."""
-    if job.keep_step not in checkpoint.steps(job.directory / "checkpoints"):
-        shutil.rmtree(job.directory / "checkpoints", ignore_errors=True)
-    if job.start is not None:
-        shutil.rmtree(job.start.directory / "checkpoints", ignore_errors=True)
+def remove_checkpoints(directories: Iterable[Path], left: Collection[Job]) -> None:
+    """Remove the checkpoints that no run needs anymore. Call this whenever a run has a record.
+
+    Args:
+        directories: the directories of a study's runs.
+        left: the jobs without a record.
+    """
+    needed = {job.directory for job in left}
+    needed |= {job.start.directory for job in left if job.start is not None and job.start.is_saved}
+    for directory in set(directories) - needed:
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
 
 def _saving(job: Job) -> dict[str, Any]:
