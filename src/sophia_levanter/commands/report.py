@@ -15,8 +15,8 @@ from sophia_levanter.status import DONE, run_command
 USAGE = """\
 usage: python -m sophia_levanter.commands.report [NAME=]RUN_DIR [[NAME=]RUN_DIR ...] [-o FILE.html] [--help]
 
-Writes a self-contained HTML page with the runs' losses, win rates, throughput and configurations, and images of its
-curves beside it.
+Writes a self-contained HTML page with the runs' losses, win rates, throughput and configurations, and PNG images of
+its curves in the same directory.
 
   [NAME=]RUN_DIR         a run directory and a name for the run; the directory's name if not given
   -o, --output FILE      page to write, report.html if not given; images are written to FILE-loss.png, ...
