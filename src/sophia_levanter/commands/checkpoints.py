@@ -172,7 +172,7 @@ def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_r
             print(f"{'would remove' if dry_run else 'removed'} step {step}, {size}", flush=True)
         if run is not None and not dry_run:  # in a bucket, a save may be in progress
             checkpoint.remove_leftovers(place.location)
-        print(f"{'would keep' if dry_run else 'kept'} {', '.join(map(str, staying))}; the best is {best or 'unknown'}")
+        print(f"{'would keep' if dry_run else 'kept'} {shown}; the best is {best or 'unknown'}")
     finally:
         if run is not None:
             run.unlock()

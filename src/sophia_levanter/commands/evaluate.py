@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sophia_levanter.commands.on_models import run_on_model
+from sophia_levanter.commands.on_models import run_on_model, tell
 from sophia_levanter.config.arguments import parse_arguments, whole_number
 from sophia_levanter.config.trainer import TASKS
 from sophia_levanter.errors import InputError, one_line
 from sophia_levanter.status import DONE
 
 if TYPE_CHECKING:
-    import jmp
-
     from sophia_levanter.data.batches import ValidationBatches
     from sophia_levanter.data.token_store import Tokens
     from sophia_levanter.run.loading import LoadedModel
@@ -111,7 +109,7 @@ def _run(command: Command) -> int:
 
     items = None if command.task is None or command.file is None else read_items(command.task, command.file)
     loaded = load_model(
-        command.model, step=command.step, averaged=command.averaged, overrides=command.overrides, report=_tell
+        command.model, step=command.step, averaged=command.averaged, overrides=command.overrides, report=tell
     )
     if items is not None:
         for line in _score(loaded, f"{command.task}, {len(items):,} questions of {command.file}", items):
@@ -134,10 +132,6 @@ def _run(command: Command) -> int:
     return DONE
 
 
-def _tell(line: str) -> None:
-    print(one_line(line), file=sys.stderr, flush=True)
-
-
 def _sets(command: Command, loaded: LoadedModel) -> dict[str, ValidationBatches]:
     """The batches of each validation set, keyed by the set's name."""
     from sophia_levanter.config.data import validation_field
@@ -148,7 +142,7 @@ def _sets(command: Command, loaded: LoadedModel) -> dict[str, ValidationBatches]
         raise InputError(
             f"--data.validation TEXT is missing: {loaded.source} is not a run directory and has no text of its own"
         )
-    sets = prepare_validation(data, loaded.tokenizer, _tell)
+    sets = prepare_validation(data, loaded.tokenizer, tell)
     for name, tokens in sets.items():  # raises an error for tokens without documents
         masked_end(data, loaded.tokenizer, validation_field(name), tokens)
     return {name: _batches(command, loaded, name, tokens) for name, tokens in sets.items()}
@@ -173,7 +167,7 @@ def _batches(command: Command, loaded: LoadedModel, name: str, tokens: Tokens) -
 def _score(loaded: LoadedModel, task: str, items: Sequence[Item]) -> Iterator[str]:
     from sophia_levanter.training.tasks import TaskScorer
 
-    scorer = TaskScorer(loaded.tokenizer, loaded.partition, _policy(loaded))
+    scorer = TaskScorer(loaded.tokenizer, loaded.partition, loaded.policy)
     result = scorer(items, loaded.model)
     yield f"model          {loaded.source}"
     yield f"task           {task}"
@@ -184,18 +178,11 @@ def _score(loaded: LoadedModel, task: str, items: Sequence[Item]) -> Iterator[st
         yield f"perplexity     {result.perplexity:,.2f}"
 
 
-def _policy(loaded: LoadedModel) -> jmp.Policy:
-    import jmp
-
-    trainer = loaded.config.trainer
-    return jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype},output=float32")
-
-
 def _evaluate(loaded: LoadedModel, sets: Mapping[str, ValidationBatches]) -> Evaluation:
     from sophia_levanter.data.tokenizer import token_byte_lengths
     from sophia_levanter.training.evaluation import Evaluator, evaluate_sets
 
-    lengths, partition, policy = token_byte_lengths(loaded.tokenizer), loaded.partition, _policy(loaded)
+    lengths, partition, policy = token_byte_lengths(loaded.tokenizer), loaded.partition, loaded.policy
     end = loaded.tokenizer.end_of_text if loaded.config.data.mask_documents else None
     evaluators = {name: Evaluator(batches, lengths, partition, policy, end) for name, batches in sets.items()}
     return evaluate_sets(evaluators, loaded.model, _progress(sum(map(len, sets.values()))))

@@ -98,7 +98,8 @@ def parse(words: Sequence[str]) -> Launch:
     cluster = read_cluster(cluster_file)  # after importing the run's plug-ins, which may register it
     _check_fit(config, cluster)
     if config.trainer.run_dir is None:
-        config = _with_run_dir(config, str(Path("runs", path.stem)))
+        trainer = dataclasses.replace(config.trainer, run_dir=str(Path("runs", path.stem)))
+        config = dataclasses.replace(config, trainer=trainer)
     if cluster.shares_disk:
         _, config = choose_run_directory(Command(config, path.stem, "auto"))
     return Launch(config, cluster, cluster_file, "--dry_run" in arguments.flags)
@@ -133,10 +134,6 @@ def _check_fit(config: TrainConfig, cluster: ClusterConfig) -> None:
                 "deleted with them; name a bucket: --trainer.checkpoint_dir gs://BUCKET/RUN"
             )
     problems.report()
-
-
-def _with_run_dir(config: TrainConfig, run_dir: str) -> TrainConfig:
-    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, run_dir=run_dir))
 
 
 def _launch(launch: Launch) -> int:

@@ -13,6 +13,11 @@ from sophia_levanter.status import FAILURE, INTERRUPTED, run_command
 Command = TypeVar("Command")
 
 
+def tell(line: str) -> None:
+    """Print a line to standard error, so that standard output holds only the result."""
+    print(one_line(line), file=sys.stderr, flush=True)
+
+
 def run_on_model(
     given: Sequence[str] | None,
     parse: Callable[[Sequence[str]], Command],

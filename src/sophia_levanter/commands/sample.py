@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sophia_levanter.commands.on_models import run_on_model
+from sophia_levanter.commands.on_models import run_on_model, tell
 from sophia_levanter.config.arguments import Arguments, parse_arguments, whole_number
 from sophia_levanter.config.trainer import Sampling
-from sophia_levanter.errors import InputError, counted, one_line
+from sophia_levanter.errors import InputError, counted
 from sophia_levanter.files import read_regular
 from sophia_levanter.status import DONE
 
@@ -144,18 +144,14 @@ def _run(command: Command) -> int:
     from sophia_levanter.run.loading import load_model
 
     loaded = load_model(
-        command.model, step=command.step, averaged=command.averaged, overrides=command.overrides, report=_tell
+        command.model, step=command.step, averaged=command.averaged, overrides=command.overrides, report=tell
     )
-    _tell(f"model: {loaded.source}")
+    tell(f"model: {loaded.source}")
     prompts = _encoded(command.prompts, loaded)
     if not command.prompts:
-        _tell("no prompt: the model begins a new document")
+        tell("no prompt: the model begins a new document")
     _sample(command, prompts, loaded)
     return DONE
-
-
-def _tell(line: str) -> None:
-    print(one_line(line), file=sys.stderr, flush=True)
 
 
 def _encoded(prompts: Sequence[str], loaded: LoadedModel) -> list[list[int]]:
@@ -193,7 +189,7 @@ def _sample(command: Command, prompts: Sequence[Sequence[int]], loaded: LoadedMo
         heading = "" if alone else f"--- prompt {prompt + 1}, sample {sample + 1}\n"
         print(heading + "".join(characters), flush=True)
     speed = f", then {(drawn - len(rows)) / (times[-1] - times[1]):,.0f} tokens/s" if len(times) > 2 else ""
-    _tell(f"{counted(drawn, 'token')}: {times[1] - started:.1f} s to the first, including compilation{speed}")
+    tell(f"{counted(drawn, 'token')}: {times[1] - started:.1f} s to the first, including compilation{speed}")
 
 
 def _print_at_once(text: str) -> None:
@@ -205,14 +201,12 @@ def _drawn(
 ) -> Iterator[list[int | None]]:
     """Generate the next token for each row, a (prompt, sample) pair; None if the row's document has ended."""
     import jax
-    import jmp
 
     from sophia_levanter.models.sampling import generate
 
-    trainer, end = loaded.config.trainer, loaded.tokenizer.end_of_text
-    policy = jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype}")
+    end = loaded.tokenizer.end_of_text
     return generate(
-        jax.jit(policy.cast_to_compute)(loaded.model),
+        jax.jit(loaded.policy.cast_to_compute)(loaded.model),
         [prompts[prompt] for prompt, _ in rows],
         command.tokens,
         keys=_keys(command.seed, rows),

@@ -63,6 +63,12 @@ class LoadedModel:
     source: str
     step: int | None
 
+    @property
+    def policy(self) -> jmp.Policy:
+        """The dtypes of parameters and computations, as in training."""
+        trainer = self.config.trainer
+        return jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype},output=float32")
+
 
 def load_model(
     place: str, *, step: int | None = None, averaged: bool = False, overrides: Overrides = (), report: Report
