@@ -74,7 +74,7 @@ def test_overrides_are_sections_or_dotted_names(config_file, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ([], {}, "train(): config is missing; give a YAML file, a TrainConfig or a mapping of sections"),
+        ([], {}, "train(): config is missing; pass a YAML file, a TrainConfig or a mapping of sections"),
         (["nowhere.yaml"], {}, "nowhere.yaml: file not found"),
         ([{}], {"optimizer": {"learning_rat": 1}}, "train(): unknown key 'optimizer.learning_rat'; did you mean"),
         ([{}], {"learning_rate": 1.0}, "train(): unknown key 'learning_rate'; did you mean optimizer.learning_rate?"),

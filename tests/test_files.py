@@ -140,7 +140,7 @@ def test_a_file_that_is_too_large(name: str, tmp_path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises((InputError, CheckpointError), match=r"it has more than [\d,]+ bytes"):
+    with pytest.raises((InputError, CheckpointError), match=r"larger than [\d,]+ bytes"):
         READERS[name](path)
 
 

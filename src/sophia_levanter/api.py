@@ -84,7 +84,7 @@ def _command(config: Any, resume: Any, quiet: bool, overrides: Mapping[str, Any]
     settings = _settings(overrides)
     if resume is None or resume == "auto":
         if config is None:
-            raise InputError("train(): config is missing; give a YAML file, a TrainConfig or a mapping of sections")
+            raise InputError("train(): config is missing; pass a YAML file, a TrainConfig or a mapping of sections")
         if isinstance(config, str | os.PathLike):
             layers, name = read_layers(Path(config)), Path(config).stem
         else:
@@ -93,10 +93,10 @@ def _command(config: Any, resume: Any, quiet: bool, overrides: Mapping[str, Any]
         # The random suffix separates trials that start in the same second.
         return Command(build_config(layers, settings), f"{name}-{secrets.token_hex(2)}", resume, quiet=quiet)
     if config is not None:
-        raise InputError("train(): config cannot be combined with resume, a run directory with its own config")
+        raise InputError("train(): config cannot be combined with resume; the run directory has its own config")
     if "trainer.run_dir" in settings:
         raise InputError(
-            f"train(): trainer.run_dir cannot be combined with resume {resume}, which is the run directory"
+            f"train(): trainer.run_dir cannot be combined with resume {resume}, which already specifies it"
         )
     run_dir = existing_run(Path(resume))
     return Command(build_config(read_layers(run_dir / "config.yaml"), settings), run_dir.name, run_dir, quiet=quiet)

@@ -11,16 +11,16 @@ from sophia_levanter.status import BAD_INPUT, DONE, run_command
 
 VERBS = {
     "train": "train a model",
-    "prepare_data": "tokenize text before a run needs it",
+    "prepare_data": "tokenize text in advance",
     "inspect_data": "show the contents of a token store",
-    "train_tokenizer": "train a tokenizer on a text",
-    "evaluate": "measure the loss of a model on a text, or its score on a task",
+    "train_tokenizer": "train a tokenizer on text",
+    "evaluate": "measure a model's loss on text, or its score on a task",
     "export": "export a model for transformers",
     "sample": "generate text with a model",
-    "report": "show runs on one page",
-    "compare": "train the runs of a study and report the results",
-    "plan": "estimate the memory and time of a run",
-    "checkpoints": "list, verify, show, compare and remove checkpoints",
+    "report": "write an HTML report on training runs",
+    "compare": "train the runs in a study and report the results",
+    "plan": "estimate the memory and time that a run needs",
+    "checkpoints": "list, verify, show, compare and prune checkpoints",
     "launch": "start a run on many hosts",
     "tpu": "create, list, connect to and delete TPU slices",
 }

@@ -31,7 +31,7 @@ def check_utf8(field: str, path: str) -> None:
         InputError: if the path is not valid UTF-8 or contains a NUL character.
     """
     if re.search("[\0\ud800-\udfff]", path):
-        raise InputError(f"{field} is {path!r}; it must be the name of a folder in UTF-8")
+        raise InputError(f"{field} is {path!r}; it must be a valid UTF-8 path without NUL characters")
 
 
 def open_regular(path: Path | str) -> BinaryIO:
@@ -55,11 +55,13 @@ def check_regular(path: Path | str) -> None:
     try:
         mode = os.stat(path).st_mode
     except ValueError:
-        raise NotRegular(errno.EINVAL, "it has a character that file names cannot contain", str(path)) from None
+        raise NotRegular(
+            errno.EINVAL, "the path contains a character that is not allowed in file names", str(path)
+        ) from None
     if stat.S_ISDIR(mode):
         raise NotRegular(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode) and not (stat.S_ISFIFO(mode) and str(path).startswith(_PIPES_OF_SHELL)):
-        raise NotRegular(errno.EINVAL, "it is not a regular file", str(path))
+        raise NotRegular(errno.EINVAL, "not a regular file", str(path))
 
 
 def read_regular(path: Path | str, most_bytes: int = MOST_BYTES) -> bytes:
@@ -74,7 +76,7 @@ def read_regular(path: Path | str, most_bytes: int = MOST_BYTES) -> bytes:
         size = os.fstat(file.fileno()).st_size or most_bytes
         content = file.read(min(size, most_bytes) + 1)
     if len(content) > most_bytes:
-        raise NotRegular(errno.EFBIG, f"it has more than {most_bytes:,} bytes", str(path))
+        raise NotRegular(errno.EFBIG, f"larger than {most_bytes:,} bytes", str(path))
     return content
 
 

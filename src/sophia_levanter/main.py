@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sophia_levanter.config.command_line import Command
     from sophia_levanter.run.directory import RunDirectory
 
-INTERRUPTED_LINE = "interrupted; progress since the last checkpoint is not saved"
+INTERRUPTED_LINE = "interrupted; progress since the last checkpoint was not saved"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +121,7 @@ def _stop_at_once(number: int, frame: FrameType | None) -> None:
     `print` would fail if the signal arrived during another print.
     """
     interrupted = number == signal.SIGINT
-    line = INTERRUPTED_LINE if interrupted else "SIGTERM: stopped outside training; run the command again to continue"
+    line = INTERRUPTED_LINE if interrupted else "SIGTERM: stopped while not training; run the command again to continue"
     os.write(2, f"{line}\n".encode())
     with contextlib.suppress(RuntimeError, OSError):
         sys.stdout.flush()

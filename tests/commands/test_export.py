@@ -60,7 +60,7 @@ BAD = {
     "another tokenizer": (["MODEL", "out", "--data.tokenizer", "bites"], "did you mean bytes?"),
     "another model": (["MODEL", "out", "--model.use_bias", "false"], "--model.use_bias cannot be combined with MODEL"),
     "an empty word": (["MODEL", ""], "an argument is empty"),
-    "a folder of another kind": (["full", "out"], "contains no model: no run's config.yaml"),
+    "a folder of another kind": (["full", "out"], "contains no model; expected a run's config.yaml"),
 }
 
 

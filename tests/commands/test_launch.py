@@ -114,7 +114,10 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--mesh.coordinator", "auto", "--trainer.run_dir", "run"],
             "mesh.coordinator is 'auto', but the launcher sets it; leave it out",
         ),
-        (["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "CONFIG"], "is a file; name a directory"),
+        (
+            ["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "CONFIG"],
+            "is a file; specify a directory",
+        ),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "/proc/no/run"],
             "/proc/no/run cannot be used",

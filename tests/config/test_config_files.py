@@ -48,7 +48,7 @@ def test_folders_that_tensorstore_cannot_name(
     name: str, value: str, config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--config", str(config_file), f"--{name}", value, "--trainer.run_dir", str(tmp_path / "run")]) == 2
-    error = f"error: {name} is {value!a}; it must be the name of a folder in UTF-8\n"
+    error = f"error: {name} is {value!a}; it must be a valid UTF-8 path without NUL characters\n"
     assert capfd.readouterr().err == error and not (tmp_path / "run").exists()
 
 

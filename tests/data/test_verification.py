@@ -47,7 +47,7 @@ def test_nothing_is_waited_for_before_the_end(tmp_path: Path) -> None:
 
 ERRORS = [
     InputError("the text is damaged"),
-    NotRegular(errno.EINVAL, "it is not a regular file", "shard"),
+    NotRegular(errno.EINVAL, "not a regular file", "shard"),
     OSError(errno.EIO, "Input/output error"),
     MemoryError(),
     KeyError("digest"),

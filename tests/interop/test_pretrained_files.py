@@ -41,19 +41,19 @@ def test_pipes_and_devices_are_not_read(name, folder, model):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "first.safetensors"}}')
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    assert refused(folder, model.config) == f"{folder / name}: it is not a regular file"
+    assert refused(folder, model.config) == f"{folder / name}: not a regular file"
     (folder / name).unlink()
     (folder / name).symlink_to("/dev/zero")
-    assert refused(folder, model.config) == f"{folder / name}: it is not a regular file"
+    assert refused(folder, model.config) == f"{folder / name}: not a regular file"
     for path in ("/dev/zero", folder / name):
-        assert refused(path, model.config).startswith(f"{path}: it is not a regular file; name a folder saved by ")
+        assert refused(path, model.config).startswith(f"{path}: not a regular file; name a folder saved by ")
 
 
 def test_shards_that_are_pipes(folder, model):
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "first.safetensors")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "first.safetensors"}}')
-    assert refused(folder, model.config) == f"{folder}/first.safetensors: it is not a regular file"
+    assert refused(folder, model.config) == f"{folder}/first.safetensors: not a regular file"
     (folder / "first.safetensors").unlink()
     assert "first.safetensors: missing, damaged or incomplete" in refused(folder, model.config)
 
@@ -69,7 +69,9 @@ def test_shards_that_both_have_an_array(folder, model, arrays):
 
 def test_no_such_file(model, tmp_path):
     assert "nowhere: file not found; name a folder" in refused(tmp_path / "nowhere", model.config)
-    assert "it has a character that file names cannot contain; name a folder" in refused("a\0b", model.config)
+    assert "the path contains a character that is not allowed in file names; name a folder" in refused(
+        "a\0b", model.config
+    )
 
 
 def test_a_folder_of_something_else(folder, model, tmp_path):

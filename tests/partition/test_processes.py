@@ -217,7 +217,7 @@ def test_a_process_that_is_stopped_is_noticed(config_file, tmp_path):
     assert processes[0].wait(60) == 1
     processes[1].kill()
     (_, error), _ = [process.communicate() for process in processes]
-    assert "has taken more than 15 s (trainer.step_timeout)" in error
+    assert "took longer than 15 s (trainer.step_timeout)" in error
     assert "Current thread" in error or "most recent call first" in error
 
 

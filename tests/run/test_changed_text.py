@@ -141,7 +141,7 @@ def test_a_run_that_is_stopped_saves_before_its_text_has_been_compared(
     last = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
     assert step < last < 12
     assert checkpoint.read_step(tmp_path / "run" / "checkpoints", last).metadata["verified"] is False
-    line = f"step {last} was saved before its text was verified"
+    line = f"step {last} was saved before the text was verified"
     assert line in capfd.readouterr().out
 
 

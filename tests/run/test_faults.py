@@ -178,7 +178,7 @@ def test_a_run_that_is_stuck_is_ended_and_goes_on_when_started_again(config_file
     process = start([sys.executable, "-c", STUCK, *options, "--trainer.step_timeout", 3], devices=8)
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert "has taken more than 3 s (trainer.step_timeout); resume the run to continue from its last checkpoint" in out
+    assert "took longer than 3 s (trainer.step_timeout); resume the run to continue from its last checkpoint" in out
     assert "never_ending" in out and "most recent call first" in out, "every thread's stack is shown"
     assert time.monotonic() - started < 100
     process = start(command("--resume", tmp_path / "run"), devices=8)

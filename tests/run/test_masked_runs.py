@@ -35,7 +35,7 @@ def test_a_run_with_masks_its_evaluation_and_its_resume(config_file, tmp_path, m
         assert len(rows) > 10
         assert np.all(tokens[rows, starts[rows, positions] - 1] == END)
 
-    assert "\ndocuments: attention and positions restart in each document\n" in capfd.readouterr().out
+    assert "\ndocuments: attention and positions restart at each document\n" in capfd.readouterr().out
     assert evaluate.main([str(run_dir), "--windows", "20"]) == 0
     masked = float(re.search(r"^loss +([\d.]+)", capfd.readouterr().out, re.MULTILINE)[1])
     assert masked == pytest.approx(result.validation_loss, abs=6e-5)

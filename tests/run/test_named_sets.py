@@ -125,5 +125,5 @@ def test_a_task_that_cannot_be_read_is_found_before_anything_is_done(run, tmp_pa
     words = ["--config", str(run.folder / "tiny.yaml"), "--trainer.run_dir", str(tmp_path / "run")]
     assert main([*words, "--trainer.tasks", f"[{{task: arc, file: {run.folder}/piqa.jsonl}}]"]) == 2
     shown = capfd.readouterr()
-    assert shown.err.startswith(f"error: trainer.tasks: arc: {run.folder}/piqa.jsonl: line 1 is not an item of arc: ")
+    assert shown.err.startswith(f"error: trainer.tasks: arc: {run.folder}/piqa.jsonl: line 1 is not a valid arc item: ")
     assert shown.err.count("\n") == 1 and "prepar" not in shown.out and not (tmp_path / "run").exists()

@@ -50,7 +50,7 @@ def test_a_checkpoint_that_was_copied_from_another_run(config_file, tmp_path, ca
     before = (copy / "metrics.jsonl").read_bytes()
     longer = ["--resume", str(copy), "--trainer.num_train_steps", "3"]
     assert main(longer) == 2
-    assert f"was saved by run {theirs}, but this is run mine; move that step away" in capfd.readouterr().err
+    assert f"was saved by run {theirs}, but this is run mine; move that step elsewhere" in capfd.readouterr().err
     assert (copy / "metrics.jsonl").read_bytes() == before
     # A run that began elsewhere may be continued.
     (copy / ".run_id").unlink()
@@ -81,7 +81,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_a
     stop_after(0)
     command = ["--config", str(finished_run.config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto"]
     assert main(command) == 130
-    assert "checkpoints contains no checkpoint; the run starts again at step 0" in capfd.readouterr().out
+    assert "checkpoints contains no checkpoint; the run starts again from step 0" in capfd.readouterr().out
     assert min(metrics(run_dir)) == 0 and max(metrics(run_dir)) < 3
 
 
@@ -101,9 +101,9 @@ def test_checkpoints_of_another_run_are_in_the_way(finished_run, tmp_path, capfd
     config = ["--config", str(finished_run.config_file)]
     command = [*config, "--trainer.checkpoint_dir", str(kept), "--trainer.run_dir", str(run_dir)]
     assert main(command) == 2
-    assert f"trainer.checkpoint_dir {kept} already contains checkpoints; --resume auto" in capfd.readouterr().err
+    assert f"trainer.checkpoint_dir {kept} already contains checkpoints; use --resume auto" in capfd.readouterr().err
     assert main([*command, "--resume", "auto", "--trainer.seed", "5"]) == 2
-    assert "contains another run: its trainer.seed is 0, but this run's is 5" in capfd.readouterr().err
+    assert "contains another run: its trainer.seed is 0, not 5" in capfd.readouterr().err
     assert not (run_dir / "config.yaml").exists()
     for location, message in (
         ("ftp://x/y", "checkpoints must go to a path, gs:// or s3://"),

@@ -41,8 +41,8 @@ def test_ctrl_c_saves_says_so_and_exits_130(config_file, tmp_path):
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130, out
     (step,) = checkpoint.steps(run_dir / "checkpoints")
-    assert "stop requested; the run saves and stops after the current step" in out
-    assert f"SIGINT: stopped after step {step}, which is saved" in out
+    assert "stop requested; the run will save and stop after the current step" in out
+    assert f"SIGINT: stopped after step {step}, which was saved" in out
     assert "Traceback" not in out
 
 
@@ -63,7 +63,7 @@ sys.exit(main(sys.argv[1:]))
     result = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert result.returncode == 75
     assert result.stdout == ""
-    assert result.stderr == "SIGTERM: stopped outside training; run the command again to continue\n"
+    assert result.stderr == "SIGTERM: stopped while not training; run the command again to continue\n"
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_signals_until_the_exit_do_not_change_how_a_run_ends(pause, config_file,
     out, _ = process.communicate()
     assert process.returncode == 75, out
     (step,) = checkpoint.steps(run_dir / "checkpoints")
-    assert f"SIGTERM: stopped after step {step}, which is saved" in out
+    assert f"SIGTERM: stopped after step {step}, which was saved" in out
     assert "Traceback" not in out
 
 

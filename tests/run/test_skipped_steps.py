@@ -129,8 +129,8 @@ def test_a_run_goes_back_and_past_the_data_where_it_went_wrong(config_file, tmp_
     command += ["--trainer.max_rollbacks", "1", "--trainer.run_dir"]
     assert main([*command, str(whole)]) == 0
     out = capfd.readouterr().out
-    assert "WARNING: the loss or gradient was not finite in 3 consecutive steps, the last of them step 8" in out
-    assert "rolling back to step 4 and continuing with the data after the 80 sequences since then" in out
+    assert "WARNING: the loss or gradient was not finite in 3 consecutive steps, ending at step 8" in out
+    assert "rolling back to step 4 and skipping the 80 sequences used since then" in out
     assert all(loss is not None for loss in metrics(whole).values())
     state = state_of(whole)
     assert (int(state["step"]), int(state["skipped_windows"]), int(state["skipped_steps"])) == (12, 80, 0)
@@ -153,5 +153,5 @@ def test_a_checkpoint_to_go_back_to_is_not_pushed_out(config_file, tmp_path, pla
     assert main(["--config", str(config_file), *options, "--trainer.run_dir", str(tmp_path / "run")]) == 0
     out = capfd.readouterr().out
     for step in (7, 8):
-        assert f"rolling back to step {step} and continuing with the data after the 48 sequences" in out
+        assert f"rolling back to step {step} and skipping the 48 sequences used since then" in out
     assert int(state_of(tmp_path / "run")["skipped_windows"]) == 96

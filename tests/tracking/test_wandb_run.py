@@ -101,7 +101,7 @@ def test_where_no_server_answers_the_run_is_offline(key, silent_server, tmp_path
     (line,) = done.stdout.splitlines()
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert line.startswith("WARNING: wandb: ")
-    assert line.endswith(f"; the run is logged offline; upload it with: wandb sync {folder}")
+    assert line.endswith(f"; the run will be logged offline; upload it with: wandb sync {folder}")
     (run,) = offline_runs(tmp_path)
     assert run["history"][0]["train/loss"] == 2.0
     if key == SECRET:

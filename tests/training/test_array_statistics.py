@@ -103,7 +103,7 @@ def test_a_run_and_its_resume(config_file, finished_run, tmp_path, capfd):
     run_dir = tmp_path / "run"
     command = ["--config", str(config_file), "--trainer.run_dir", str(run_dir)]
     assert main([*command, "--trainer.statistics_every", "5", "--mesh.fsdp", "embed"]) == 0
-    assert capfd.readouterr().out.count("compiling 2 training steps with statistics of arrays") == 1
+    assert capfd.readouterr().out.count("compiling 2 training steps with array statistics") == 1
     lines = lines_of(run_dir)
     found = {
         step: {name.removeprefix("statistics/"): x for name, x in line.items() if name.startswith("statistics/")}

@@ -78,6 +78,6 @@ with Watchdog(1) as watchdog:
 def test_a_step_that_takes_too_long_ends_the_process():
     done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True)
     assert done.returncode == 1
-    started = "error: step 7 has taken more than 1 s (trainer.step_timeout); resume the run to continue from"
+    started = "error: step 7 took longer than 1 s (trainer.step_timeout); resume the run to continue from"
     assert done.stderr.startswith(started)
     assert "most recent call first" in done.stderr  # where each thread is

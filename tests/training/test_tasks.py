@@ -70,11 +70,11 @@ def test_formats(task, record, item, write):
     ("task", "text", "problem"),
     [
         ("piqa", "", "the file contains no items"),
-        ("piqa", json.dumps(PIQA) + "\n{", "line 2 is not an item of piqa: JSONDecodeError"),
-        ("piqa", json.dumps(PIQA | {"label": 2}), "line 1 is not an item of piqa: its answer has no text"),
-        ("arc", json.dumps(PIQA), "line 1 is not an item of arc: KeyError('question')"),
-        ("arc", json.dumps(ARC | {"answerKey": "Z"}), "line 1 is not an item of arc: ValueError"),
-        ("lambada", '"text"', "line 1 is not an item of lambada: TypeError"),
+        ("piqa", json.dumps(PIQA) + "\n{", "line 2 is not a valid piqa item: JSONDecodeError"),
+        ("piqa", json.dumps(PIQA | {"label": 2}), "line 1 is not a valid piqa item: its answer has no text"),
+        ("arc", json.dumps(PIQA), "line 1 is not a valid arc item: KeyError('question')"),
+        ("arc", json.dumps(ARC | {"answerKey": "Z"}), "line 1 is not a valid arc item: ValueError"),
+        ("lambada", '"text"', "line 1 is not a valid lambada item: TypeError"),
     ],
 )
 def test_a_bad_file_is_one_line(task, text, problem, tmp_path):
@@ -180,7 +180,7 @@ def test_the_tasks_of_a_run(write, tmp_path):
     assert list(found) == ["piqa", "again"] and len(found["again"]) == 2
     with pytest.raises(InputError) as error:
         read_tasks([TaskConfig("piqa", path), TaskConfig("arc", path, "easy")])
-    assert str(error.value) == f"trainer.tasks: easy: {path}: line 1 is not an item of arc: KeyError('question')"
+    assert str(error.value) == f"trainer.tasks: easy: {path}: line 1 is not a valid arc item: KeyError('question')"
     with pytest.raises(InputError, match=r"^trainer\.tasks: piqa: /nowhere cannot be read: "):
         read_tasks([TaskConfig("piqa", "/nowhere")])
     assert read_tasks([]) == {} and set(_FORMATS) == set(TASKS)

@@ -173,7 +173,7 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
         run = RunDirectory(Path(os.path.abspath(command.resume)), "always")
     elif given is None:
         if command.resume == "auto":
-            raise InputError("--resume auto needs --trainer.run_dir, the directory that later attempts resume from")
+            raise InputError("--resume auto requires --trainer.run_dir, the directory that later attempts resume from")
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         run = RunDirectory(Path("runs", f"{command.config_name}-{now}").absolute(), "never")
     else:
@@ -184,8 +184,8 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
     if not isinstance(command.resume, Path) and _holds_files(run.path):
         if command.resume != "auto":
             raise InputError(
-                f"trainer.run_dir {run.path} already contains files; --resume auto continues its run, "
-                "another --trainer.run_dir starts a new one"
+                f"trainer.run_dir {run.path} already contains files; use --resume auto to continue its run, "
+                "or another --trainer.run_dir to start a new one"
             )
         _check_config_file(run, config)
         return dataclasses.replace(run, resume="if_saved"), config
@@ -199,7 +199,7 @@ def _holds_files(path: Path) -> bool:
     with _naming("run_dir", path):
         str(path).encode("utf-8")
         if path.exists() and not path.is_dir():
-            raise InputError(f"trainer.run_dir {path} is a file; name a directory")
+            raise InputError(f"trainer.run_dir {path} is a file; specify a directory")
         return path.is_dir() and any(
             entry.name not in (LOCK_NAME, UNFINISHED_CONFIG, LAUNCH) for entry in path.iterdir()
         )
@@ -231,7 +231,7 @@ def _naming(field: str, path: Path) -> Iterator[None]:
 
 def _check_config_file(run: RunDirectory, config: TrainConfig) -> None:
     if not run.config_file.exists():
-        raise InputError(f"trainer.run_dir {run.path} contains files but no run; name an empty or new directory")
+        raise InputError(f"trainer.run_dir {run.path} contains files but no run; specify an empty or new directory")
     check_same_run("run_dir", str(run.path), load_config(run.config_file), config)
 
 
@@ -251,7 +251,7 @@ def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -
         # If `vocab_rows` is not set, it comes from the initial weights.
         if name not in _MAY_DIFFER and (name, after) != ("model.vocab_rows", None):
             raise InputError(
-                f"trainer.{field} {place} contains another run: its {name} is {before!r}, but this run's is {after!r}; "
+                f"trainer.{field} {place} contains another run: its {name} is {before!r}, not {after!r}; "
                 f"choose another --trainer.{field}"
             )
 

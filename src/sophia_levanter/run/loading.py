@@ -91,7 +91,7 @@ def load_model(
         place = os.path.abspath(os.path.expanduser(place))
         if not os.path.exists(place):
             raise InputError(
-                f"{place} does not exist; name a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt"
+                f"{place} does not exist; specify a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt"
             )
         if os.path.isfile(os.path.join(place, "config.yaml")):
             return _from_run(Path(place), Saved(step, averaged), overrides, report)
@@ -101,7 +101,7 @@ def load_model(
         raise InputError(f"{place} contains no checkpoint (no step-* folder)")
     if os.path.isdir(place) and not any(os.path.exists(os.path.join(place, n)) for n in ("config.json", "ckpt.pt")):
         raise InputError(
-            f"{place} contains no model: no run's config.yaml, no checkpoints (step-*), no transformers config.json"
+            f"{place} contains no model; expected a run's config.yaml, step-* checkpoints or a transformers config.json"
         )
     if step is not None:
         raise InputError(f"--step {step} cannot be combined with {place}, which is not a run directory")
@@ -120,7 +120,7 @@ class Saved(NamedTuple):
 def _check_overrides(place: str, overrides: Overrides, allowed: Sequence[str]) -> None:
     for name, _ in overrides:
         if name.startswith("model.") and name not in allowed:
-            raise InputError(f"--{name} cannot be combined with {place}, whose model already has a shape")
+            raise InputError(f"--{name} cannot be combined with {place}, which determines the model's shape")
 
 
 def _from_run(run_dir: Path, wanted: Saved, overrides: Overrides, report: Report) -> LoadedModel:
@@ -177,7 +177,7 @@ def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, st
     if trained_with is not None and trained_with["tokenizer"] != tokenizer.fingerprint:
         raise InputError(
             f"data.tokenizer {tokenizer.name} differs from the one that {shown} was trained with; "
-            "name that one with --data.tokenizer"
+            "specify that one with --data.tokenizer"
         )
 
 
@@ -270,7 +270,7 @@ def with_kept_tokenizer(data: DataConfig, checkpoints: Path | str, *, resuming: 
         if then != now:
             raise InputError(
                 f"data.tokenizer {data.tokenizer} differs from the one that the run began with, saved as "
-                f"{checkpoints}/{TOKENIZER_FILE}; restore the original file, or move this one away to use the copy"
+                f"{checkpoints}/{TOKENIZER_FILE}; restore the original file, or move this one elsewhere to use the copy"
             )
     return dataclasses.replace(data, tokenizer=str(copy))
 
@@ -283,7 +283,9 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
 
 def _unusable(checkpoints: Path | str, error: Exception) -> InputError:
     reason = " ".join(str(error).split())
-    return InputError(f"data.tokenizer: {checkpoints}/{TOKENIZER_FILE} cannot be used: {reason}; check its folder")
+    return InputError(
+        f"data.tokenizer: {checkpoints}/{TOKENIZER_FILE} cannot be used: {reason}; check that its folder is accessible"
+    )
 
 
 def read_initial_weights(config: TrainConfig, console: Console) -> LanguageModel | None:

@@ -47,8 +47,8 @@ def find_checkpoints(directory: RunDirectory, processes: Processes, console: Con
     is_saved = processes.broadcast("saved", found, PATIENCE) == "True"
     if directory.resume == "never" and is_saved:
         raise InputError(
-            f"trainer.checkpoint_dir {directory.checkpoints} already contains checkpoints; --resume auto continues "
-            "their run, another --trainer.checkpoint_dir starts a new one"
+            f"trainer.checkpoint_dir {directory.checkpoints} already contains checkpoints; use --resume auto to "
+            "continue their run, or another --trainer.checkpoint_dir to start a new one"
         )
     if directory.resume == "always" and not is_saved:
         raise InputError(
@@ -88,7 +88,7 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
     if own and restored.run_id != own:
         raise InputError(
             f"--resume {directory.path}: step {restored.step} in {directory.checkpoints} was saved "
-            f"by run {restored.run_id}, but this is run {own}; move that step away, or remove "
+            f"by run {restored.run_id}, but this is run {own}; move that step elsewhere, or remove "
             f"{directory.path / RUN_ID} to resume from it"
         )
     saved_config: Any = restored.metadata.get("config")
@@ -105,37 +105,37 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
         if name == "trainer.initial_weights":
             raise InputError(
                 f"--resume {directory.path}: {name} was {old} and is now {new}, but the run has already started; "
-                "another --trainer.run_dir starts a new one"
+                "use another --trainer.run_dir to start a new one"
             )
     if not _is_same_text(restored.metadata["data"], run.provenance["data"]):
         raise InputError(
             f"--resume {directory.path}: the training text has changed since the run began: it was "
-            f"{restored.metadata['data']} and is now {run.provenance['data']}; restore it, or start another run"
+            f"{restored.metadata['data']} and is now {run.provenance['data']}; restore it, or start a new run"
         )
     if not _is_same_text(restored.metadata["validation"], run.provenance["validation"]):
-        console.line("the validation text has changed since the run began; losses before and after are not comparable")
+        console.line("the validation text has changed since the run began; earlier and later losses are not comparable")
     console.resumed(restored.step, directory.path)
     began_with, now = restored.metadata["environment"], run.provenance["environment"]
     if began_with != now:
-        console.line(f"losses may differ in their last bits: the run began on {began_with} and continues on {now}")
+        console.line(f"losses may differ in the last bits: the run began on {began_with} and continues on {now}")
     for name, old, new in changed_fields(old_config, run.config):
         if name not in ("trainer.run_dir", "mesh.coordinator", "mesh.process_id"):
             console.line(f"{name} was {old} and is now {new}")
         if name == "trainer.batch_size":
-            console.line("so some sequences are skipped or repeated; trainer.batch_size_changes keeps their order")
+            console.line("this skips or repeats some sequences; set trainer.batch_size_changes to avoid that")
     then, now = (learning_rates(config, restored.step + 1) for config in (old_config, run.config))
     differ = np.flatnonzero(then != now)
     if differ.size:
         step = differ[-1]
         console.line(
             f"the schedule changed: at step {step} the learning rate was {then[step]:.3g} and is now {now[step]:.3g}"
-            + f"; before step {differ[0]} it is the same" * bool(differ[0])
+            + f"; it is the same before step {differ[0]}" * bool(differ[0])
         )
     before, after = (_slow_warmup(config) for config in (old_config, run.config))
     if before != after and restored.step < max(before, after):
         console.line(
             f"the schedule changed: alpha and b3 grew over {before:,} steps and now grow over {after:,}; "
-            f"optimizer.slow_warmup {before} keeps the old schedule"
+            f"set optimizer.slow_warmup to {before} to keep the old schedule"
         )
 
 
@@ -186,9 +186,9 @@ def _check_not_begun(directory: RunDirectory, console: Console) -> None:
     if lines > 4 * every:
         raise InputError(
             f"{directory.metrics_file} has {lines} lines, but {directory.checkpoints} contains no checkpoint; restore "
-            "the checkpoints, or remove the metrics to start again at step 0"
+            "the checkpoints, or remove the metrics to start again from step 0"
         )
-    console.notice(f"WARNING: {directory.checkpoints} contains no checkpoint; the run starts again at step 0")
+    console.notice(f"WARNING: {directory.checkpoints} contains no checkpoint; the run starts again from step 0")
 
 
 def best_so_far(run: Run, restored: Restored[TrainState]) -> dict[str, Any] | None:
@@ -234,7 +234,7 @@ def restore_before(run: Run, wrong: range, skipped_windows: int) -> Restored[Tra
     later = [step for step in saved if step > wrong.start]
     wait_for_all("all have looked")
     if len(later) == len(saved):
-        run.console.line("no checkpoint from before those steps exists")
+        run.console.line("no checkpoint was saved before those steps")
         return None
     if run.processes.is_first:
         for step in later:
@@ -242,9 +242,7 @@ def restore_before(run: Run, wrong: range, skipped_windows: int) -> Restored[Tra
     wait_for_all("later ones are removed")
     restored = restore(run)
     passed = run.batches.sequences_between(restored.step, wrong.stop)
-    run.console.line(
-        f"rolling back to step {restored.step} and continuing with the data after the {passed} sequences since then"
-    )
+    run.console.line(f"rolling back to step {restored.step} and skipping the {passed} sequences used since then")
     sequences = run.partition.place(np.asarray(skipped_windows + passed, np.int32))
     tree = eqx.tree_at(lambda state: state.skipped_windows, restored.tree, sequences)
     return dataclasses.replace(restored, tree=tree)

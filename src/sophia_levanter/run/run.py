@@ -289,7 +289,7 @@ class Run:
         step, total = int(state.step), self.config.trainer.num_train_steps
         if self.loop is None:
             assert self.restored is not None
-            self.console.notice(f"all {step} steps are done; a larger --trainer.num_train_steps extends the run")
+            self.console.notice(f"all {step} steps are done; increase --trainer.num_train_steps to extend the run")
             metrics: Any = self.restored.metadata["metrics"]
             saved = f"{self.directory.checkpoints}/{step_name(self.restored.step)}"
             return self._result(step, metrics, best_so_far(self, self.restored), saved)
@@ -299,8 +299,8 @@ class Run:
                 # The signal may have reached only another process; all processes stop together.
                 stopped_by = self._signal or Signals.SIGTERM
                 self.console.notice(
-                    f"{stopped_by.name}: stopped after step {step}, which is saved; "
-                    f"--resume {self.directory.path} continues the run"
+                    f"{stopped_by.name}: stopped after step {step}, which was saved; "
+                    f"use --resume {self.directory.path} to continue"
                 )
             else:
                 describe_end(self, self.loop, state)

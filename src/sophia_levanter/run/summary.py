@@ -81,7 +81,7 @@ def describe_start(run: Run) -> None:
     decay = f" to {schedule.last_learning_rate:g}" if kind.decays else ""
     curvature, transfer = schedule.describe_curvature(trainer), describe_transfer(config)
     minutes = trainer.checkpoint_minutes
-    changes = "".join(f", batches of {size} from step {step:,} on" for step, size in trainer.size_changes)
+    changes = "".join(f", batch size {size} from step {step:,}" for step, size in trainer.size_changes)
     trackers = ["metrics.jsonl"]
     trackers += [f"wandb ({tracking.wandb})"] if tracking.wandb else []
     trackers += ["tensorboard"] if tracking.tensorboard else []
@@ -91,7 +91,7 @@ def describe_start(run: Run) -> None:
             f"{model.title}, {count_parameters(state.model):,} parameters, {model.describe()}",
         ),
         ("data", f"{data.train.num_tokens:,} training and {_validation_tokens(run)}"),
-        *([("documents", "attention and positions restart in each document")] if config.data.mask_documents else []),
+        *([("documents", "attention and positions restart at each document")] if config.data.mask_documents else []),
         ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens"),
         ("optimizer", describe_optimizer(schedule, state.model)),
         *(("group", line) for line in describe_groups(schedule, state.model)),
@@ -99,7 +99,7 @@ def describe_start(run: Run) -> None:
         (
             "schedule",
             f"{counted(trainer.num_train_steps, 'step')}, learning rate {schedule.learning_rate:g} after "
-            f"{warmup_steps:,} of them, then {kind.get_choice_name(type(kind))}{decay}",
+            f"{counted(warmup_steps, 'warm-up step')}, then {kind.get_choice_name(type(kind))}{decay}",
         ),
         (
             "batch",
@@ -108,7 +108,7 @@ def describe_start(run: Run) -> None:
         ),
         *([("curvature", curvature)] if curvature else []),
         *(
-            [("attention", attention + (", xla in the curvature pass, which needs a forward derivative" * swapped))]
+            [("attention", attention + (", xla in the curvature pass, which needs forward-mode derivatives" * swapped))]
             if attention
             else []
         ),
@@ -129,19 +129,19 @@ def _validation_tokens(run: Run) -> str:
 
 
 def describe_optimizer(config: OptimizerConfig, model: LanguageModel) -> str:
-    """Text such as `adamw, weight decay 0.1; hyperball: the matrices of 4 arrays keep their norms and do not decay`."""
+    """Text such as `adamw, weight decay 0.1; hyperball: the matrices in 4 arrays keep their norms and do not decay`."""
     cautious = ", cautious" if config.cautious_weight_decay else ""
     line = f"{config.get_choice_name(type(config))}, weight decay {config.weight_decay:g}{cautious}"
     if not config.hyperball:
         return line
     arrays = counted(len(paths_on_hyperball(model)), "array")
-    return f"{line}; hyperball: the matrices of {arrays} keep their norms and do not decay"
+    return f"{line}; hyperball: the matrices in {arrays} keep their norms and do not decay"
 
 
 def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[str]:
     """Yield a line for each parameter group, such as `wte|wpe: 2 arrays, learning rate 6e-05, weight decay 0`.
 
-    If a hyperball keeps the norms of some arrays, the line ends with `weight decay 0.1 of the 2 that are not on
+    If a hyperball keeps the norms of some arrays, the line ends with `weight decay 0.1 for the 2 that are not on
     spheres`.
     """
     found = check_groups(config.parameter_groups, model)
@@ -151,16 +151,16 @@ def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[s
         arrays = counted(len(paths), "array")
         decay = "" if group.weight_decay is None else f", weight decay {group.weight_decay:g}"
         if group.weight_decay and kept & paths:
-            decay += f" of the {len(paths - kept)} that are not on spheres"
+            decay += f" for the {len(paths - kept)} that are not on spheres"
         name = group.match if group.role is None else f"role {group.role}"
         yield f"{name}: {arrays}, learning rate {group.learning_rate * config.learning_rate:g}{decay}"
 
 
 def _state_bytes(state: TrainState) -> str:
-    """Text such as `9.8 MiB of state on each device: parameters 3.3 MiB, momentum 3.3 MiB, ...`."""
+    """Text such as `9.8 MiB of state per device: parameters 3.3 MiB, momentum 3.3 MiB, ...`."""
     kinds = bytes_by_kind(state)
     parts = ", ".join(f"{kind} {show_bytes(size)}" for kind, size in kinds.items() if size >= 1024)
-    return f"{show_bytes(sum(kinds.values()))} of state on each device: {parts}"
+    return f"{show_bytes(sum(kinds.values()))} of state per device: {parts}"
 
 
 def attention_of(config: TrainConfig, partition: Partition) -> str | None:
@@ -212,7 +212,7 @@ def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
         (
             "validation",
             f"{numbers['validation/loss']:.4f} nats per token, {numbers['validation/bits_per_byte']:.4f} bits per "
-            f"byte; a byte-bigram model of the same training text needs {bigram:.4f}",
+            f"byte; a byte-bigram model of the same text reaches {bigram:.4f}",
         ),
     ]
     for name in filter(None, run.validation):
@@ -223,13 +223,13 @@ def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
         of = f" on {best_by}" if best_by else ""
         rows.append(("best validation", f"{best[metric]:.4f} nats per token{of}, after step {best['step']:,}"))
     if "optim/win_rate" in numbers:
-        rows.append(("win rate", f"{numbers['optim/win_rate']:.1%} of the coordinates took an unclipped step"))
+        rows.append(("win rate", f"{numbers['optim/win_rate']:.1%} of coordinates took an unclipped step"))
     if skipped:
-        rows.append(("skipped", f"{counted(skipped, 'step')}, because of the loss or gradient"))
+        rows.append(("skipped", f"{counted(skipped, 'step')}, because of loss spikes or non-finite values"))
     rows.append(("checkpoint", str(loop.saved)))
     run.console.rows(rows, notices=("done", "validation", "checkpoint"))
     if run.config.trainer.sample_tokens:
-        run.console.paragraph(f"sample, after the prompt in brackets:\n{_sample(run, state)}")
+        run.console.paragraph(f"sample (prompt in brackets):\n{_sample(run, state)}")
 
 
 def _sample(run: Run, state: TrainState) -> str:

@@ -160,7 +160,7 @@ class Console:
 
     def resumed(self, step: int, run_dir: Path) -> None:
         """Report the step after which the run resumes."""
-        self.line(f"resuming after step {step} of {run_dir}")
+        self.line(f"resuming after step {step} in {run_dir}")
         report_resumed(step)
 
     def step(self, step: int, metrics: Mapping[str, float], seconds_left: float) -> None:

@@ -76,7 +76,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n") and len(line) < MOST_LINE_BYTES:
                 return
             raise InputError(
-                f"{path}: line {number} is damaged; remove that line, or restore the file from a copy"
+                f"{path}: line {number} is damaged; remove that line, or restore the file from a backup"
             ) from None
         yield record
 
@@ -96,7 +96,7 @@ def _record_of(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
         if type(record["step"]) is not int or not 0 <= record["step"] < MOST_STEPS:
-            raise ValueError("the step is not a step number")
+            raise ValueError("the step is not a valid step number")
         found = {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
         if any(value is not None and abs(value) > LARGEST for value in found.values()):
             raise ValueError("a number is too large")

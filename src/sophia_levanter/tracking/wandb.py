@@ -70,7 +70,7 @@ class Wandb:
             wandb.teardown()
             self._run = start("offline")
             reason = " ".join(str(error).split()).rstrip(".")
-            warn(f"WARNING: wandb: {reason}; the run is logged offline; upload it with: {self._upload}")
+            warn(f"WARNING: wandb: {reason}; the run will be logged offline; upload it with: {self._upload}")
         else:
             say(f"wandb: {self._run.url}" if self._run.url else f"wandb: offline; upload it with: {self._upload}")
         self._run.config.update(dict(facts), allow_val_change=True)

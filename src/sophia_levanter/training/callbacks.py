@@ -218,7 +218,7 @@ class SkippedSteps(Callback):
         self.monitor.console.notice(f"step {step}: the {what} (loss {loss:.4g}); the step was skipped")
         if in_a_row >= self.config.max_skipped_steps:
             raise TrainingFailed(
-                f"the {what} in {counted(in_a_row, 'consecutive step')}, the last of them step {step}; "
+                f"the {what} in {counted(in_a_row, 'consecutive step')}, ending at step {step}; "
                 f"try a lower --optimizer.learning_rate or a longer --optimizer.warmup{hint}",
                 range(step + 1 - in_a_row, step + 1),
                 "loss_spikes" if spike else "loss_not_finite",
@@ -261,7 +261,7 @@ class Saving(Callback):
         watchdog.pause()
         verified = self.verification.finish(pause.stopping)
         if not verified:
-            console.notice(f"step {pause.done} was saved before its text was verified")
+            console.notice(f"step {pause.done} was saved before the text was verified")
         watchdog.begin(f"saving step {pause.done}")
         trackers.sync()
         numbers = {k: v for k, v in trackers.last.items() if pause.scored or not k.startswith("tasks/")}

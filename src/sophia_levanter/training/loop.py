@@ -213,12 +213,12 @@ class Loop:
         self.monitor.watchdog.pause()
         trainer = self.config.at_step(step)
         settings = self.settings_of(trainer)
-        suffix = f" for batches of {trainer.batch_size}" if self.config.batch_size_changes else ""
+        suffix = f" for batch size {trainer.batch_size}" if self.config.batch_size_changes else ""
         batch = self.loader.load(step)
         say = self.monitor.console.line
         compiled = compile_steps(settings, self.partition, batch, state, say, suffix)
         if trainer.statistics_every is not None:
-            settings, suffix = replace(settings, statistics=True), f"{suffix} with statistics of arrays"
+            settings, suffix = replace(settings, statistics=True), f"{suffix} with array statistics"
             measuring = compile_steps(settings, self.partition, batch, state, say, suffix)
             compiled = replace(compiled, measuring=measuring)
         self._last_time = time.perf_counter()
@@ -282,7 +282,7 @@ class CompiledSteps:
     measuring: CompiledSteps | None = None
 
     def at(self, refresh: bool, measured: bool) -> Step:
-        """The step with or without a refresh, and with or without statistics of arrays."""
+        """The step with or without a refresh, and with or without array statistics."""
         steps = self.measuring if measured and self.measuring is not None else self
         return steps.refreshing if refresh else steps.plain
 
@@ -313,7 +313,7 @@ def compile_steps(
     for refresh in kinds:
         compiled.append(_jitted(train_step, settings, refresh, partition).lower(batch, state).compile())
     sizes = [sum(size) for step in compiled if (size := step_bytes(step.compiled)) is not None]
-    needs = f"; a step needs at most {show_bytes(max(sizes))} on each device" if sizes else ""
+    needs = f"; a step needs at most {show_bytes(max(sizes))} per device" if sizes else ""
     say(f"compiled in {time.perf_counter() - started:.1f} s{needs}")
     batch_size = batch.tokens.size // batch.tokens.resolve_axis("position").size
     return CompiledSteps(batch_size, settings.optimizer, compiled[0], compiled[-1])

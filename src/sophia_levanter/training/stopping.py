@@ -15,7 +15,7 @@ from types import FrameType
 from sophia_levanter.status import FAILURE
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-RUN_STOPS = "stop requested; the run saves and stops after the current step or compilation"
+RUN_STOPS = "stop requested; the run will save and stop after the current step or compilation"
 
 
 class StopRequest:
@@ -142,8 +142,8 @@ class Watchdog:
 
     def _end(self) -> None:
         print(
-            f"error: {self._doing} has taken more than {self._seconds} s (trainer.step_timeout); "
-            "resume the run to continue from its last checkpoint; stacks of all threads:",
+            f"error: {self._doing} took longer than {self._seconds} s (trainer.step_timeout); "
+            "resume the run to continue from its last checkpoint; stack traces of all threads:",
             file=sys.stderr,
             flush=True,
         )

@@ -1,6 +1,6 @@
 """Language-model benchmarks: multiple choice by likelihood, and prediction of last words.
 
-Prompts, continuations and scores are those of EleutherAI's lm-evaluation-harness 0.4. The score of a choice is the
+Prompts, continuations and scores match EleutherAI's lm-evaluation-harness 0.4. The score of a choice is the
 summed log-probability of its tokens after the context; the normalised score divides this sum by the choice's length in
 characters.
 """
@@ -134,7 +134,7 @@ def read_tasks(tasks: Sequence[TaskConfig]) -> dict[str, list[Item]]:
     """
     found = {task.title: read_items(task.task, Path(task.file), f"trainer.tasks: {task.title}:") for task in tasks}
     if found:
-        check_agreement("the text of trainer.tasks", repr(found))
+        check_agreement("the content of trainer.tasks", repr(found))
     return found
 
 
@@ -161,9 +161,9 @@ def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
         try:
             item = _FORMATS[task](json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise InputError(f"{field} {path}: line {number} is not an item of {task}: {error!r}") from None
+            raise InputError(f"{field} {path}: line {number} is not a valid {task} item: {error!r}") from None
         if not 0 <= item.answer < len(item.choices) or not all(choice.strip() for choice in item.choices):
-            raise InputError(f"{field} {path}: line {number} is not an item of {task}: its answer has no text")
+            raise InputError(f"{field} {path}: line {number} is not a valid {task} item: its answer has no text")
         items.append(item)
     if not items:
         raise InputError(f"{field} {path}: the file contains no items")
