@@ -148,9 +148,9 @@ def test_show(saved, capfd):
         "    weight  float32[4, 3], 1 chunk, 48 B, norm 6.928",
         "step        int32[], 1 chunk, 4 B, = 2",
         "",
-        "model: 3 arrays, 20 numbers, 80 B",
+        "model: 3 arrays, 20 elements, 80 B",
     ]
-    assert "x  float32[3], 1 chunk, 12 B, norm 5, 1 NOT FINITE" in command(capfd, "show", saved)[1]
+    assert "x  float32[3], 1 chunk, 12 B, norm 5, 1 NON-FINITE" in command(capfd, "show", saved)[1]
 
 
 def test_diff(saved, capfd):
@@ -158,15 +158,15 @@ def test_diff(saved, capfd):
     status, out, _ = command(capfd, "diff", saved, 1, 3)
     assert status == 0
     assert [line.split() for line in out.splitlines()] == [
-        ["config.optimizer.rho:", "0.1", "in", "1,", "0.30000000000000004", "in", "3"],
-        ["model.up.weight", "change", "2.000e+00,", "at", "most", "2.000e+00"],
-        ["step", "change", "2.000e+00,", "at", "most", "2.000e+00"],
+        ["config.optimizer.rho:", "0.1", "at", "step", "1,", "0.30000000000000004", "at", "step", "3"],
+        ["model.up.weight", "relative", "change", "2.000e+00,", "largest", "change", "2.000e+00"],
+        ["step", "relative", "change", "2.000e+00,", "largest", "change", "2.000e+00"],
         ["2", "of", "4", "arrays", "are", "identical"],
     ]
     out = command(capfd, "diff", saved, 4, 5)[1]
-    assert "model.up.weight: float32[4, 3] in 4, float32[3, 4] in 5" in out
-    assert "model.up.bias: float32[3] in 4, missing in 5" in out
-    assert "new: missing in 4, float32[2] in 5" in out
+    assert "model.up.weight: float32[4, 3] at step 4, float32[3, 4] at step 5" in out
+    assert "model.up.bias: float32[3] at step 4, missing at step 5" in out
+    assert "new: missing at step 4, float32[2] at step 5" in out
 
 
 def test_prune(saved, capfd):
@@ -174,10 +174,10 @@ def test_prune(saved, capfd):
     shutil.copytree(saved / "step-00000004", killed)
     status, out, _ = command(capfd, "prune", saved, "--keep", 1, "--every", 3, "--dry_run")
     assert status == 0 and steps(saved) == [1, 2, 3, 4] and killed.exists()
-    assert out.splitlines() == ["would remove step 1, 84 B", "would keep 2, 3, 4; the best is 2"]
+    assert out.splitlines() == ["would remove step 1, 84 B", "steps to keep: 2, 3, 4; best: 2"]
     status, out, _ = command(capfd, "prune", saved, "--keep", 1)
     assert status == 0 and steps(saved) == [2, 4] and not killed.exists()
-    assert out.splitlines() == ["removed step 1, 84 B", "removed step 3, 84 B", "kept 2, 4; the best is 2"]
+    assert out.splitlines() == ["removed step 1, 84 B", "removed step 3, 84 B", "steps kept: 2, 4; best: 2"]
 
 
 def test_prune_keeps_a_whole_one(saved, capfd):
@@ -198,7 +198,7 @@ def test_a_real_run(config_file, tmp_path, capfd):
     out = command(capfd, "show", run_dir)[1]
     assert "config.optimizer: type sophia_g, learning_rate 0.01" in out
     assert re.search(r"\n {8}c_attn\n {10}weight +float32\[2, 16, 3, 2, 8\], 1 chunk, 6\.1 kB, norm \d", out)
-    assert re.search(r"\nmodel: \d+ arrays, 12,624 numbers, 50\.5 kB\n", out)
+    assert re.search(r"\nmodel: \d+ arrays, 12,624 elements, 50\.5 kB\n", out)
     assert "step  change" in re.sub(" +", "  ", command(capfd, "diff", run_dir, 6, 12)[1])
 
     # While it runs, nothing is removed.
@@ -222,7 +222,7 @@ def test_a_bucket(monkeypatch, capfd):
         assert command(capfd, "verify", "gs://bucket/run")[0] == 0
         under_way = f"run/step-00000004/arrays-{'0a' * 16}/x"
         bucket.objects[under_way] = (9, b"")
-        assert command(capfd, "prune", "gs://bucket/run", "--keep", 1)[1].endswith("kept 3; the best is unknown\n")
+        assert command(capfd, "prune", "gs://bucket/run", "--keep", 1)[1].endswith("steps kept: 3; best: unknown\n")
         assert not [name for name in bucket.objects if "step-00000002" in name]
         assert under_way in bucket.objects
 
@@ -235,15 +235,15 @@ def test_a_bucket(monkeypatch, capfd):
         (["list"], "list takes DIR; --help shows the options"),
         (["list", "DIR", "x"], "list takes DIR; --help"),
         (["list", "DIR", "--step", "1"], "unknown option '--step'"),
-        (["list", "nowhere"], "nowhere does not exist; name a run directory"),
+        (["list", "nowhere"], "nowhere does not exist; specify a run directory"),
         (["list", "DIR/step-00000001/arrays"], "arrays contains no checkpoint (no step-* folder)"),
         (["show", "DIR/step-00000001"], "run, and step 1 separately"),
         (["list", "http://host/x"], "checkpoints must go to a path, gs:// or s3://"),
         (["show", "DIR", "--step", "7"], "has no step 7; its steps are 1, 2, 3, 4"),
         (["verify", "DIR", "--step", "x"], "--step is 'x'; it must be a whole number"),
         (["diff", "DIR", "1"], "diff takes DIR A B"),
-        (["diff", "DIR", "1", "y"], "a step is 'y'; it must be a whole number"),
-        (["prune", "DIR"], "--keep N is missing; it is the number of newest steps to keep"),
+        (["diff", "DIR", "1", "y"], "step is 'y'; it must be a whole number"),
+        (["prune", "DIR"], "--keep N is missing; specify how many of the newest steps to keep"),
         (["prune", "DIR", "--keep", "0"], "--keep is 0; it must be at least 1"),
         (["prune", "DIR", "--keep", "1", "--every", "0"], "--every is 0; it must be at least 1"),
         (["prune", "DIR", "--keep", "9" * 30], "it must be a whole number below a billion"),

@@ -128,7 +128,7 @@ def test_one_run_diverges_one_fails_and_one_is_good(ray, write, tmp_path, capfd)
     out, error = capfd.readouterr()
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {tmp_path}/out/runs/") and ".log: " in line
-    assert f"{in_the_way} is a file; name a directory" in line
+    assert f"{in_the_way} is a file; specify a directory" in line
     assert "learning_rate" not in error and "Traceback" not in error
     assert "2 runs were started, 1 of them diverged" in out
     by_rate = {record.config["optimizer.learning_rate"]: record for record in read_records(tmp_path / "out/study.json")}

@@ -82,7 +82,7 @@ def test_prepare_and_inspect(
 def test_a_tokenizer_is_trained_and_used(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "my.tiktoken")
     assert train_tokenizer.main(["--config", config, "--vocab_size", "300", "--out", out]) == 0
-    assert capsys.readouterr().out == f"wrote 300 tokens, including end-of-text, to {out}\n"
+    assert capsys.readouterr().out == f"wrote 300 tokens, including the end-of-text token, to {out}\n"
     assert prepare_data.main(["--config", config, "--data.tokenizer", out]) == 0
     capsys.readouterr()
     assert inspect_data.main([store_of(tmp_path)]) == 0
@@ -125,12 +125,12 @@ def test_held_out_documents_train_no_tokenizer(config: str, tmp_path: Path, caps
             ["--config", "CONFIG", "--model.seq_len", "999999"],
             "one sequence needs 1000000 (model.seq_len + 1)",
         ),
-        (inspect_data, [], "name one STORE"),
+        (inspect_data, [], "expected one STORE, found 0"),
         (inspect_data, ["/gone"], "no finished token store"),
         (inspect_data, ["/gone", "--documents", "-1"], "--documents is '-1'"),
         (inspect_data, ["/gone", "--seq_len", "0"], "--seq_len is 0; it must be at least 1"),
         (inspect_data, ["gs:/bucket"], "no finished token store"),
-        (train_tokenizer, ["--config", "CONFIG"], "--vocab_size N is missing; GPT-2 has 50257"),
+        (train_tokenizer, ["--config", "CONFIG"], "--vocab_size N is missing; GPT-2 uses 50257"),
         (train_tokenizer, ["--config", "CONFIG", "--vocab_size", "x", "--out", "a.tiktoken"], "--vocab_size is 'x'"),
         (
             train_tokenizer,

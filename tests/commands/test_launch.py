@@ -103,8 +103,8 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--config FILE is missing; config/gpt2_large_sophia.yaml is one"),
-        (["--config", "CONFIG"], "--cluster FILE is missing; infra/local.yaml is one"),
+        ([], "--config FILE is missing; for example, --config config/gpt2_large_sophia.yaml"),
+        (["--config", "CONFIG"], "--cluster FILE is missing; for example, --cluster infra/local.yaml"),
         (["--config", "nowhere.yaml", "--cluster", "CLUSTER"], "nowhere.yaml: file not found"),
         (["--config", "CONFIG", "--cluster", "nowhere.yaml"], "nowhere.yaml: file not found"),
         (["--config", "CONFIG", "--cluster", "CONFIG"], "backend is missing"),
@@ -112,7 +112,7 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
         (["--config", "CONFIG", "--cluster", "CLUSTER", "--model.heads", "2"], "unknown option '--model.heads'"),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--mesh.coordinator", "auto", "--trainer.run_dir", "run"],
-            "mesh.coordinator is 'auto', but the launcher sets it; leave it out",
+            "mesh.coordinator is 'auto', but the launcher sets it; remove it",
         ),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "CONFIG"],
@@ -129,7 +129,7 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
         (["stats", "FOLDER"], "'stats' is not one of status, logs, stop; did you mean status?"),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "gs://bucket/run"],
-            "trainer.run_dir gs://bucket/run is a URL; name a directory (only trainer.checkpoint_dir may be a URL)",
+            "trainer.run_dir gs://bucket/run is a URL; specify a directory (only trainer.checkpoint_dir may be a URL)",
         ),
     ],
 )
@@ -240,7 +240,7 @@ def test_a_run_whose_launcher_is_gone(tmp_path, capsys):
     (tmp_path / "launch" / "status.json").write_text(f'{{"state": "running", {fields}}}')
     status, out, _ = main(capsys, "status", tmp_path)
     assert status == 1
-    assert "its launcher has died, and the run with it" in out
+    assert "the launcher has died, and the run with it" in out
     for damaged in ("{", "[]", "", fields, f'{{"state": "running", {fields}}}'.replace("2", '"x"')):
         (tmp_path / "launch" / "status.json").write_text(damaged)
         status, out, err = main(capsys, "status", tmp_path)

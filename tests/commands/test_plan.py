@@ -18,7 +18,7 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--config FILE is missing; config/gpt2_large_sophia.yaml is one"),
+        ([], "--config FILE is missing; for example, --config config/gpt2_large_sophia.yaml"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: file not found"),
         (["--config", NANO, "extra"], "unexpected argument 'extra'; write --SECTION.FIELD VALUE"),
         (["--config", NANO, "--mfu", "1.5"], "--mfu is '1.5'; it must be above 0 and at most 1"),

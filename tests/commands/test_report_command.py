@@ -86,7 +86,7 @@ def test_a_report_of_two_runs(runs, capfd):
     assert table[2][:-1] == ["Adam W", "7 / 10", "3.7000 *", "5.3380 *", "–", "500"]
     assert re.fullmatch(r"at step 7, \d+ s ago", table[2][-1])
     pictures = sorted(path.name for path in runs.glob("two-*.png"))
-    assert out.splitlines()[-1] == f"{page}, and {len(pictures)} pictures: two-*.png"
+    assert out.splitlines()[-1] == f"wrote {page} and {len(pictures)} images: two-*.png"
     assert {"two-loss.png", "two-loss-tokens.png", "two-loss-flops.png", "two-loss-time.png"} < set(pictures)
     assert "two-win_rate.png" in pictures and "two-skipped_steps.png" not in pictures
     for name in pictures:
@@ -160,7 +160,7 @@ def test_as_many_runs_as_there_are_styles(runs, capfd):
     assert len(swatches) == 12
     one_more = write_run(runs / "more")
     status, _, error = command(capfd, *words, one_more, "-o", runs / "many.html")
-    assert (status, error) == (2, "error: 29 runs are too many to tell their curves apart; name at most 28\n")
+    assert (status, error) == (2, "error: 29 runs are too many to tell their curves apart; specify at most 28\n")
 
 
 @pytest.mark.usefixtures("no_pngs", "no_svgs")
@@ -173,23 +173,23 @@ def test_a_name_or_a_directory_with_an_equals_sign(runs, capfd):
 
 
 BAD = {
-    "": "name at least one run directory",
+    "": "specify at least one run directory",
     "sophia -o out.htm": "--output out.htm must end in .html",
     "sophia -o out": "--output out must end in .html",
     "sophia -o nowhere/r.html": "--output nowhere/r.html: the directory nowhere does not exist; create it first",
-    "sophia -o folder.html": "--output folder.html is a directory; name a file",
+    "sophia -o folder.html": "--output folder.html is a directory; specify a file",
     "sophia -o a.html --output b.html": "-o and --output are the same option",
     "sophia -o": "-o needs a value",
     "sophia --pdf": "unknown option '--pdf'",
-    "nowhere": "nowhere does not exist; name a run directory",
-    "a=nowhere": "nowhere does not exist; name a run directory",
+    "nowhere": "nowhere does not exist; specify a run directory",
+    "a=nowhere": "nowhere does not exist; specify a run directory",
     "sophia sophia": "sophia is given twice",
     "sophia adamw/../sophia/": "adamw/../sophia/ is given twice",
     "sophia x=sophia": "x=sophia is the same run as sophia",
-    "sophia sophia=adamw": "two runs are called sophia: sophia and adamw; write NAME=RUN_DIR for one of them",
-    "=sophia": "'=sophia' lacks a name or a directory",
-    "x=": "'x=' lacks a name or a directory",
-    "empty": "empty contains no config.yaml; name a run directory",
+    "sophia sophia=adamw": "two runs are named sophia: sophia and adamw; rename one of them with NAME=RUN_DIR",
+    "=sophia": "'=sophia' is missing a name or a directory",
+    "x=": "'x=' is missing a name or a directory",
+    "empty": "empty contains no config.yaml; specify a run directory",
     "no_metrics": "no_metrics contains no metrics.jsonl",
     "no_step": "no_step/metrics.jsonl contains no steps yet",
     "damaged": "damaged/metrics.jsonl: line 2 is damaged",
@@ -216,7 +216,7 @@ def test_bad_input_is_one_line(words, runs, capfd, monkeypatch):
 def test_without_matplotlib_it_says_what_to_install(runs, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "sophia_levanter.studies.page", None)
     status, _, error = command(capfd, runs / "sophia", "-o", runs / "r.html")
-    assert (status, error) == (2, "error: a report needs matplotlib and jinja2; install sophia-levanter[compare]\n")
+    assert (status, error) == (2, "error: report requires matplotlib and jinja2; install sophia-levanter[compare]\n")
 
 
 @pytest.mark.usefixtures("no_pngs", "no_svgs")

@@ -137,12 +137,15 @@ def test_a_reader_that_leaves(run_dir):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "expected one MODEL, found 0; write each prompt after --prompt"),
+        ([], "expected one MODEL, found 0; pass each prompt with --prompt"),
         (["RUN", "Once upon"], "expected one MODEL, found 2"),
         (["RUN", "--prompt", ""], "--prompt has an empty value"),
         (["RUN", "--prompt"], "--prompt needs a value"),
-        (["RUN", "--prompt", "x" * 17], "prompt 1 has 17 tokens, but the model's context has 16"),
-        (["RUN", "--prompt", "x", "--prompt", "y" * 1700], "prompt 2 has 1,700 tokens, but the model's context has 16"),
+        (["RUN", "--prompt", "x" * 17], "prompt 1 has 17 tokens, but the model's context length is 16"),
+        (
+            ["RUN", "--prompt", "x", "--prompt", "y" * 1700],
+            "prompt 2 has 1,700 tokens, but the model's context length is 16",
+        ),
         (["RUN", "--tokens", "0"], "--tokens is 0; it must be at least 1"),
         (["RUN", "--tokens", "many"], "--tokens is 'many'; it must be a whole number"),
         (["RUN", "--samples", "0"], "--samples is 0; it must be at least 1"),

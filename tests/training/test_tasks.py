@@ -150,7 +150,7 @@ def test_the_command(finished_run, write, capfd):
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == f"model          step 12 of {finished_run.path}"
     assert lines[1:] == [
-        f"task           piqa, 10 questions of {path}",
+        f"task           piqa, 10 questions from {path}",
         "accuracy       0.5000 ± 0.3267",
         "normalized     0.5000 ± 0.3267",
     ]

@@ -72,7 +72,7 @@ def describe(location: str, step: int) -> Iterator[str]:
         if len(arrays) == 1:
             continue
         numbers = sum(int(np.prod(array.shape, dtype=np.int64)) for array in arrays)
-        yield f"{branch}: {counted(len(arrays), 'array')}, {numbers:,} numbers, {_size(_num_bytes(arrays))}"
+        yield f"{branch}: {counted(len(arrays), 'array')}, {numbers:,} elements, {_size(_num_bytes(arrays))}"
 
 
 def compare(location: str, first: int, second: int) -> Iterator[str]:
@@ -85,11 +85,11 @@ def compare(location: str, first: int, second: int) -> Iterator[str]:
     before, after = (_flat(_mapping(m.metadata, "config")) for m in (a, b))
     for name in dict.fromkeys([*before, *after]):
         if before.get(name) != after.get(name):
-            yield f"config.{name}: {before.get(name)} in {first}, {after.get(name)} in {second}"
+            yield f"config.{name}: {before.get(name)} at step {first}, {after.get(name)} at step {second}"
     mine, other = ({array.path: array for array in m.arrays} for m in (a, b))
     for path in dict.fromkeys([*mine, *other]):
         if _shape(mine.get(path)) != _shape(other.get(path)):
-            yield f"{path}: {_shape(mine.get(path))} in {first}, {_shape(other.get(path))} in {second}"
+            yield f"{path}: {_shape(mine.get(path))} at step {first}, {_shape(other.get(path))} at step {second}"
     common = [path for path in mine if path in other and mine[path].shape == other[path].shape]
     pairs = zip(
         read_arrays(location, replace(a, arrays=[mine[path] for path in common])),
@@ -103,8 +103,8 @@ def compare(location: str, first: int, second: int) -> Iterator[str]:
             continue
         change = np.abs(y.astype(np.float64) - x.astype(np.float64))
         norm = _norm(x)
-        relative = f"{_norm(change) / norm:.3e}" if norm else "from zero"
-        yield f"{path:<{width}}  change {relative}, at most {change.max():.3e}"
+        relative = f"relative change {_norm(change) / norm:.3e}" if norm else "changed from zero"
+        yield f"{path:<{width}}  {relative}, largest change {change.max():.3e}"
     yield f"{same} of {len(common)} arrays are identical"
 
 
@@ -150,7 +150,7 @@ def _contents(array: np.ndarray) -> str:
         return f"= {array.item()}"
     numbers = array.astype(np.float64)
     bad = numbers.size - int(np.isfinite(numbers).sum())
-    return f"norm {_norm(numbers[np.isfinite(numbers)]):.4g}" + (f", {bad:,} NOT FINITE" if bad else "")
+    return f"norm {_norm(numbers[np.isfinite(numbers)]):.4g}" + (f", {bad:,} NON-FINITE" if bad else "")
 
 
 def _norm(array: np.ndarray) -> float:

@@ -24,14 +24,14 @@ usage: python -m sophia_levanter.commands.checkpoints list DIR
        python -m sophia_levanter.commands.checkpoints diff DIR A B
        python -m sophia_levanter.commands.checkpoints prune DIR --keep N [--every K] [--dry_run]
 
-  DIR                    a run directory, a folder of checkpoints, or a gs:// or s3:// URL of one
-  list                   lists each step with its age, size and losses
-  verify                 reads every byte and names what is damaged; exits with status 1 if anything is
-  show                   shows the contents of the newest step, or of step N: names, shapes, norms
-  diff                   shows how steps A and B differ
-  prune                  keeps the newest N steps, the best step and, with --every, multiples of K; removes all others
+  DIR                    a run directory, or a folder of checkpoints, which may be a gs:// or s3:// URL
+  list                   list each step with its age, size and losses
+  verify                 read every byte and report damaged files; exit with status 1 if there are any
+  show                   show the contents of the newest step, or of step N: names, shapes, norms
+  diff                   show how steps A and B differ
+  prune                  keep the newest N steps, the best step and, with --every, multiples of K; remove all others
                          and, except in a bucket, what interrupted saves left behind; --dry_run only prints the list
-  --help                 prints this and exits"""
+  --help                 show this help message and exit"""
 OPTIONS: dict[str, tuple[str, ...]] = {
     "list": (),
     "verify": ("--step",),
@@ -73,7 +73,7 @@ def _run(given: Sequence[str]) -> int:
         raise InputError(f"{what} takes {' '.join(expected)}; --help shows the options")
     numbers = {name: whole_number(name, text) for name, text in arguments.options.items()}
     if what == "prune":
-        arguments.needed("--keep", "N", "it is the number of newest steps to keep")
+        arguments.needed("--keep", "N", "specify how many of the newest steps to keep")
         for name, number in numbers.items():
             if number < 1:
                 raise InputError(f"{name} is {number}; it must be at least 1")
@@ -94,7 +94,7 @@ def _place(text: str) -> Place:
         return Place(text, None)
     path = Path(os.path.abspath(os.path.expanduser(text)))
     if not path.is_dir():
-        raise InputError(f"{text} does not exist; name a run directory or a folder of checkpoints")
+        raise InputError(f"{text} does not exist; specify a run directory or a folder of checkpoints")
     if (path / "config.yaml").is_file():
         from sophia_levanter.config.command_line import load_config
 
@@ -110,11 +110,13 @@ def _do(what: str, place: Place, arguments: Arguments, numbers: dict[str, int]) 
     from sophia_levanter.commands import checkpoint_report as report
 
     if match := _STEP_FOLDER.fullmatch(place.location):
-        raise InputError(f"{place.location} is a step; name its folder {match[1]}, and step {int(match[2])} separately")
+        raise InputError(
+            f"{place.location} is a step; specify its folder {match[1]}, and step {int(match[2])} separately"
+        )
     steps = checkpoint.steps(place.location)
     if not steps:
         raise InputError(f"{place.location} contains no checkpoint (no step-* folder)")
-    wanted = [whole_number("a step", word) for word in arguments.words[1:]]
+    wanted = [whole_number("step", word) for word in arguments.words[1:]]
     wanted += [numbers["--step"]] if "--step" in numbers else []
     for step in wanted:
         if step not in steps:
@@ -172,7 +174,7 @@ def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_r
             print(f"{'would remove' if dry_run else 'removed'} step {step}, {size}", flush=True)
         if run is not None and not dry_run:  # in a bucket, a save may be in progress
             checkpoint.remove_leftovers(place.location)
-        print(f"{'would keep' if dry_run else 'kept'} {shown}; the best is {best or 'unknown'}")
+        print(f"{'steps to keep' if dry_run else 'steps kept'}: {shown}; best: {best or 'unknown'}")
     finally:
         if run is not None:
             run.unlock()

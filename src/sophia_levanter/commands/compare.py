@@ -25,20 +25,22 @@ from sophia_levanter.training.stopping import StopRequest
 
 Texts = dict[DataConfig, dict[str, str]]
 RECORDS = "study.json"
-STUDY_STOPS = "stop requested; the study stops after the current run has saved; press Ctrl-C again to stop immediately"
+STUDY_STOPS = (
+    "stop requested; the study will stop once the current run has saved; press Ctrl-C again to stop immediately"
+)
 USAGE = """\
 usage: python -m sophia_levanter.commands.compare --config STUDY [--out DIR] [--ray] [--plan]
        [--SECTION.FIELD VALUE ...] [--help]
 
-Trains the runs of a study that are not done yet and writes the results: study.json, report.md and plots. It can be
-interrupted at any time; run the same command again to continue.
+Train the runs in a study that are not done yet, and write the results: study.json, report.md and plots. The command can
+be interrupted at any time; run it again to continue.
 
   --config STUDY         YAML file with arms and their config files, settings and grids; see docs/studies.md
-  --out DIR              directory of the results; studies/NAME if not given, named after the study's file
-  --ray                  trains each run as a Ray task on one core, instead of one run after the other on all cores
-  --plan                 prints which runs are done and which are not, and exits
-  --SECTION.FIELD VALUE  overrides one field in every run of the study: --data.train 'novels/*.txt'
-  --help                 prints this and exits"""
+  --out DIR              output directory (default: studies/NAME, named after the study's file)
+  --ray                  train each run as a Ray task on one core, instead of one run after another on all cores
+  --plan                 print which runs are done and which are not, and exit
+  --SECTION.FIELD VALUE  override a field in every run of the study: --data.train 'novels/*.txt'
+  --help                 show this help message and exit"""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def parse(words: Sequence[str]) -> Command:
         InputError: if an argument is unknown or lacks a value.
     """
     arguments = parse_arguments(words, options=("--config", "--out"), flags=("--ray", "--plan"), overrides=True)
-    study = Path(arguments.needed("--config", "STUDY", "config/studies/quick.yaml is a small one to start with"))
+    study = Path(arguments.needed("--config", "STUDY", "for example, --config config/studies/quick.yaml"))
     out = Path(arguments.options.get("--out", Path("studies") / study.stem))
     overrides = {name: Setting(value) for name, value in arguments.overrides}
     return Command(study, out, "--ray" in arguments.flags, "--plan" in arguments.flags, overrides)
@@ -137,7 +139,7 @@ def _compare(command: Command, interruption: Interruption) -> int:
     study = read_study(command.study)
     runs = [replace(run, config=with_absolute_paths(run.config)) for run in plan(study, command.overrides)]
     if any(path.is_file() for path in (command.out, *command.out.parents)):
-        raise InputError(f"--out {command.out} is a file or inside a file; name a directory")
+        raise InputError(f"--out {command.out} is a file or inside a file; specify a directory")
     if command.plan_only:
         _Comparison(study, runs, command.out).print_plan()
         return DONE

@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.evaluate MODEL`: measure a model's loss on a text, or its score on a task."""
+"""`python -m sophia_levanter.commands.evaluate MODEL`: measure a model's loss on text, or its score on a task."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ USAGE = f"""\
 usage: python -m sophia_levanter.commands.evaluate MODEL [--step N] [--averaged] [--windows N] [--batch_size N]
        [--task NAME --file FILE] [--SECTION.FIELD VALUE ...] [--help]
 
-Prints the mean loss over all tokens of a text, each predicted once with equal weight. For a run with several validation
-sets, prints the loss on each set and their mean. With --task, prints the score on a benchmark instead.
+Print the mean loss over all tokens in a text, each predicted once with equal weight. For a run with several validation
+sets, print the loss on each set and their mean. With --task, print the score on a benchmark instead.
 
   MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
-  --step N               loads the run's checkpoint of step N; the newest if not given
-  --averaged             uses the averaged weights of a run with trainer.ema_decay or trainer.lawa_every
-  --windows N            number of windows of the text to score, spread evenly; all if not given
-  --task NAME            benchmark to score, one of {", ".join(TASKS)}; needs --file
-  --file FILE            questions of the benchmark, in the JSON lines format that its authors publish
-  --batch_size N         sequences at a time, rounded up to a multiple of the devices that share them;
-                         {WINDOWS_PER_DEVICE} per device if not given
-  --SECTION.FIELD VALUE  overrides one field of the run: --data.validation 'other/*.txt', --mesh.fsdp embed,
-                         --trainer.compute_dtype bfloat16. A model without a run needs --data.validation
-  --help                 prints this and exits"""
+  --step N               load the run's checkpoint at step N (default: the newest)
+  --averaged             use the averaged weights of a run with trainer.ema_decay or trainer.lawa_every
+  --windows N            number of windows of text to score, spread evenly (default: all)
+  --task NAME            benchmark to score, one of {", ".join(TASKS)}; requires --file
+  --file FILE            benchmark questions, in the JSON Lines format that the benchmark's authors use
+  --batch_size N         sequences per batch, rounded up to a multiple of the number of devices that share a batch
+                         (default: {WINDOWS_PER_DEVICE} per device)
+  --SECTION.FIELD VALUE  override a field of the run: --data.validation 'other/*.txt', --mesh.fsdp embed,
+                         --trainer.compute_dtype bfloat16. A model without a run requires --data.validation
+  --help                 show this help message and exit"""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _run(command: Command) -> int:
         command.model, step=command.step, averaged=command.averaged, overrides=command.overrides, report=tell
     )
     if items is not None:
-        for line in _score(loaded, f"{command.task}, {len(items):,} questions of {command.file}", items):
+        for line in _score(loaded, f"{command.task}, {len(items):,} questions from {command.file}", items):
             print(one_line(line))
         return DONE
     sets, data = _sets(command, loaded), loaded.config.data
@@ -140,7 +140,7 @@ def _sets(command: Command, loaded: LoadedModel) -> dict[str, ValidationBatches]
     data = loaded.config.data
     if data.validation is None and loaded.step is None:
         raise InputError(
-            f"--data.validation TEXT is missing: {loaded.source} is not a run directory and has no text of its own"
+            f"--data.validation TEXT is missing: {loaded.source} is not a run directory, so it has no validation text"
         )
     sets = prepare_validation(data, loaded.tokenizer, tell)
     for name, tokens in sets.items():  # raises an error for tokens without documents

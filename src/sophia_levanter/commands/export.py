@@ -18,15 +18,16 @@ USAGE = """\
 usage: python -m sophia_levanter.commands.export MODEL OUT_DIR [--step N] [--averaged] [--dtype TYPE]
        [--SECTION.FIELD VALUE ...] [--help]
 
-Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer can load, as can --trainer.initial_weights.
+Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer can load. --trainer.initial_weights accepts it
+too.
 
   MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
   OUT_DIR                a new or empty folder
-  --step N               loads the run's checkpoint of step N; the newest if not given
-  --averaged             uses the averaged weights of a run with trainer.ema_decay or trainer.lawa_every
-  --dtype TYPE           float32, bfloat16 or float16; the model's own if not given
-  --SECTION.FIELD VALUE  overrides one field of the run, such as --data.tokenizer cl100k_base for a ckpt.pt
-  --help                 prints this and exits"""
+  --step N               load the run's checkpoint at step N (default: the newest)
+  --averaged             use the averaged weights of a run with trainer.ema_decay or trainer.lawa_every
+  --dtype TYPE           float32, bfloat16 or float16 (default: the model's own)
+  --SECTION.FIELD VALUE  override a field of the run, such as --data.tokenizer cl100k_base for a ckpt.pt
+  --help                 show this help message and exit"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def parse(words: Sequence[str]) -> Command:
     arguments = parse_arguments(words, options=("--step", "--dtype"), flags=("--averaged",), overrides=True, words=True)
     if len(arguments.words) != 2:
         found = counted(len(arguments.words), "argument")
-        raise InputError(f"expected MODEL OUT_DIR, found {found}; --help shows the options")
+        raise InputError(f"expected MODEL and OUT_DIR, found {found}; --help shows the options")
     dtype = arguments.options.get("--dtype")
     if dtype not in (None, *DTYPES):
         raise InputError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")

@@ -25,15 +25,15 @@ USAGE = """\
 usage: python -m sophia_levanter.commands.inspect_data STORE [--documents N] [--seq_len N] [--verify]
        [--plugins MODULE] [--help]
 
-Prints the contents of a token store, how its documents fill training sequences, and how a few of them begin.
+Print the contents of a token store, how its documents fill training sequences, and how a few of them begin.
 
   STORE                  a folder that prepare_data reported, or a URL such as gs://bucket/folder; if it contains
-                         the stores train and validation, prints both
-  --documents N          number of documents to print, spread evenly; 3 if not given
-  --seq_len N            tokens in a training sequence, like model.seq_len; 1024 if not given
-  --verify               reads all data and compares it with the checksums
-  --plugins MODULE       imports the module that registers the store's tokenizer
-  --help                 prints this and exits"""
+                         the stores train and validation, both are printed
+  --documents N          number of documents to print, spread evenly (default: 3)
+  --seq_len N            number of tokens in a training sequence, like model.seq_len (default: 1024)
+  --verify               read all data and compare it with the checksums
+  --plugins MODULE       import the module that registers the store's tokenizer
+  --help                 show this help message and exit"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _inspect(words: Sequence[str]) -> int:
     arguments = parse_arguments(words, options=("--documents", "--seq_len", PLUGINS), flags=("--verify",), words=True)
     if len(arguments.words) != 1:
-        raise InputError("name one STORE; --help shows the options")
+        raise InputError(f"expected one STORE, found {len(arguments.words)}; --help shows the options")
     if PLUGINS in arguments.options:
         with_plugins([{KEY: Setting(arguments.options[PLUGINS])}])
     count = whole_number("--documents", arguments.options.get("--documents", "3"))
@@ -94,8 +94,8 @@ def _print_store(location: str, count: int, seq_len: int, *, verify: bool) -> No
     tokenizer = load_tokenizer(manifest.tokenizer_name)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise InputError(
-            f"{location} was written with the tokenizer {manifest.tokenizer_name} of fingerprint "
-            f"{manifest.tokenizer_fingerprint}, but here its fingerprint is {tokenizer.fingerprint}; restore its file"
+            f"{location} was written with tokenizer {manifest.tokenizer_name} (fingerprint "
+            f"{manifest.tokenizer_fingerprint}), whose fingerprint is now {tokenizer.fingerprint}; restore its file"
         )
     shown = min(count, manifest.num_documents)
     for number in [i * manifest.num_documents // shown for i in range(shown)]:

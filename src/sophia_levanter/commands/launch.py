@@ -29,20 +29,20 @@ usage: python -m sophia_levanter.commands.launch --config FILE --cluster FILE [-
        python -m sophia_levanter.commands.launch logs RUN_DIR [--process N] [--attempt N]
        python -m sophia_levanter.commands.launch stop RUN_DIR
 
-Starts one training process on each host of a cluster and restarts them from the last checkpoint when a host dies, hangs
-or is preempted, until the run is done. The same command continues a run that was stopped.
+Start one training process on each host in a cluster, and restart them from the last checkpoint when a host dies, hangs
+or is preempted, until the run is done. Run the same command again to continue a stopped run.
 
-  --config FILE          the run's configuration, as for training; the run directory is runs/NAME if not given
+  --config FILE          the run's configuration, as for training (default run directory: runs/NAME)
   --cluster FILE         where to run: a file with backend local, ray, slurm or gcloud, such as those in infra/
-  --dry_run              prints what would be created, run and billed, and exits
-  --SECTION.FIELD VALUE  overrides one field of the run: --trainer.checkpoint_dir gs://bucket/run
-  status                 prints the state of a launched run
-  logs                   prints the output of the run's processes, or of --process, in the last attempt or in --attempt
-  stop                   asks the run to save and stop, and waits until it has
-  --help                 prints this and exits
+  --dry_run              print what would be created, run and billed, and exit
+  --SECTION.FIELD VALUE  override a field of the run: --trainer.checkpoint_dir gs://bucket/run
+  status                 print the state of a launched run
+  logs                   print the output of the run's processes, or of --process, in the last attempt or in --attempt
+  stop                   ask the run to save and stop, and wait until it has
+  --help                 show this help message and exit
 
-Exit status: 0 done, 1 gave up, 2 bad input, 75 stopped (run the command again), 130 interrupted. Ctrl-C saves the run
-and stops; a second Ctrl-C stops immediately."""
+Exit status: 0 done, 1 gave up, 2 bad input, 75 stopped (run the command again), 130 interrupted. Ctrl-C saves and stops
+the run; a second Ctrl-C stops it immediately."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def parse(words: Sequence[str]) -> Launch:
         InputError: if an argument is unknown, a file is invalid, or the directory contains another run.
     """
     arguments = parse_arguments(words, options=("--config", "--cluster"), flags=("--dry_run",), overrides=True)
-    path = Path(arguments.needed("--config", "FILE", "config/gpt2_large_sophia.yaml is one"))
-    cluster_file = Path(arguments.needed("--cluster", "FILE", "infra/local.yaml is one"))
+    path = Path(arguments.needed("--config", "FILE", "for example, --config config/gpt2_large_sophia.yaml"))
+    cluster_file = Path(arguments.needed("--cluster", "FILE", "for example, --cluster infra/local.yaml"))
     config = load_config(path, arguments.overrides)
     cluster = read_cluster(cluster_file)  # after importing the run's plug-ins, which may register it
     _check_fit(config, cluster)
@@ -115,7 +115,7 @@ def _check_fit(config: TrainConfig, cluster: ClusterConfig) -> None:
     for name in ("coordinator", "num_processes", "process_id"):
         with problems:
             if (value := getattr(config.mesh, name)) is not None:
-                raise InputError(f"mesh.{name} is {value!r}, but the launcher sets it; leave it out")
+                raise InputError(f"mesh.{name} is {value!r}, but the launcher sets it; remove it")
     with problems:
         if cluster.num_devices is not None:
             check_mesh(config, cluster.num_devices)
@@ -125,13 +125,13 @@ def _check_fit(config: TrainConfig, cluster: ClusterConfig) -> None:
     with problems:
         if "://" in (run_dir or ""):
             raise InputError(
-                f"trainer.run_dir {run_dir} is a URL; name a directory (only trainer.checkpoint_dir may be a URL)"
+                f"trainer.run_dir {run_dir} is a URL; specify a directory (only trainer.checkpoint_dir may be a URL)"
             )
     with problems:
         if not cluster.shares_disk and "://" not in (checkpoint_dir or ""):
             raise InputError(
                 f"trainer.checkpoint_dir is {checkpoint_dir}, but TPU hosts do not share a disk, and their disks are "
-                "deleted with them; name a bucket: --trainer.checkpoint_dir gs://BUCKET/RUN"
+                "deleted with them; specify a bucket: --trainer.checkpoint_dir gs://BUCKET/RUN"
             )
     problems.report()
 
@@ -183,7 +183,7 @@ def _show(record: LaunchRecord) -> int:
     status = record.read()
     print(one_line(status))
     if status.exit_status is None and not record.is_held:
-        print("its launcher has died, and the run with it; run the same launch command again to continue")
+        print("the launcher has died, and the run with it; run the same launch command again to continue")
         return FAILURE
     return DONE
 
@@ -217,7 +217,7 @@ def _stop(words: Sequence[str]) -> int:
     record, _ = _record(words)
     if not record.is_held:
         if number := cancel_if_queued(record.directory):
-            print(f"cancelled Slurm job {number}, which had not started")
+            print(f"cancelled Slurm job {number} before it started")
         else:
             print("nothing is running", flush=True)
             _show(record)
@@ -233,7 +233,7 @@ def _stop(words: Sequence[str]) -> int:
 def _record(words: Sequence[str], *options: str) -> tuple[LaunchRecord, dict[str, str]]:
     arguments = parse_arguments(words, options=options, words=True)
     if len(arguments.words) != 1:
-        raise InputError("expected one run directory: launch status RUN_DIR")
+        raise InputError("expected one run directory, as in: launch status RUN_DIR")
     run_dir = Path(arguments.words[0])
     if not (run_dir / LAUNCH).is_dir():
         raise InputError(f"{run_dir} contains no launched run")

@@ -21,19 +21,19 @@ USAGE = f"""\
 usage: python -m sophia_levanter.commands.plan --config FILE [--target TPU | --devices N [--gpu KIND]] [--mfu SHARE]
        [--SECTION.FIELD VALUE ...] [--help]
 
-Compiles the steps of a run without data or parameter values. Prints the number of parameters, FLOPs, memory per device
-by kind, traffic between devices, the largest microbatch that fits, the time that the run would take, and what bounds
+Compile a run's steps without data or parameter values. Print the number of parameters, FLOPs, memory per device by
+kind, traffic between devices, the largest microbatch that fits, the time that the run would take, and the bottleneck of
 a step.
 
   --config FILE          the run's configuration, as for training
-  --target TPU           a TPU slice such as v4-32, several such as 2xv4-32, or a topology such as v4:2x2x4
+  --target TPU           a TPU slice such as v4-32, several slices such as 2xv4-32, or a topology such as v4:2x2x4
                          ({", ".join(TPUS)}); uses the real TPU compiler and needs no TPU, only
                          pip install 'sophia-levanter[tpu]'
-  --devices N            number of GPUs, 1 if not given; compiles for this machine's CPU, so numbers are approximate
-  --gpu KIND             {", ".join(GPUS)}; h100 if not given
-  --mfu SHARE            expected model FLOPs utilisation; 0.4 if not given
-  --SECTION.FIELD VALUE  overrides one field of the file: --mesh.fsdp embed
-  --help                 prints this and exits"""
+  --devices N            number of GPUs (default: 1); compiles for this machine's CPU, so numbers are approximate
+  --gpu KIND             one of {", ".join(GPUS)} (default: h100)
+  --mfu SHARE            expected model FLOPs utilisation (default: 0.4)
+  --SECTION.FIELD VALUE  override a field in the file: --mesh.fsdp embed
+  --help                 show this help message and exit"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def parse(words: Sequence[str]) -> Command:
         InputError: if an argument is unknown, its value is missing or wrong, or the configuration is invalid.
     """
     arguments = parse_arguments(words, options=OPTIONS, overrides=True)
-    path = Path(arguments.needed("--config", "FILE", "config/gpt2_large_sophia.yaml is one"))
+    path = Path(arguments.needed("--config", "FILE", "for example, --config config/gpt2_large_sophia.yaml"))
     options = arguments.options
     config = load_config(path, arguments.overrides)
     return Command(config, path.stem, _target(options), _mfu(options.get("--mfu", "0.4")))
@@ -72,9 +72,7 @@ def _target(options: dict[str, str]) -> Target:
     if "--target" in options:
         for other in ("--devices", "--gpu"):
             if other in options:
-                raise InputError(
-                    f"{other} cannot be combined with --target, which gives the number and kind of devices"
-                )
+                raise InputError(f"{other} cannot be combined with --target, which sets the number and kind of devices")
         return tpu_target(options["--target"])
     count = whole_number("--devices", options.get("--devices", "1"))
     return pretended_target(count, options.get("--gpu", "h100"))

@@ -17,14 +17,14 @@ from sophia_levanter.status import DONE, PREEMPTED, run_command
 USAGE = """\
 usage: python -m sophia_levanter.commands.prepare_data --config FILE [--ray ADDRESS] [--data.FIELD VALUE ...] [--help]
 
-Creates the token stores of a configuration's data section in data.cache_dir; existing stores are left unchanged. It can
-be killed at any time; run the same command again to continue. Training does the same when a store is missing.
+Create the token stores for a configuration's data section in data.cache_dir; existing stores are left unchanged. The
+command can be killed at any time; run it again to continue. Training does the same when a store is missing.
 
   --config FILE          a run's configuration, or only its data section, such as config/data/openwebtext.yaml
-  --ray ADDRESS          tokenizes on the cores of this Ray cluster (auto: the cluster of this machine) instead of in
+  --ray ADDRESS          tokenize on the cores of this Ray cluster (auto: the cluster on this machine) instead of in
                          data.num_workers processes
-  --data.FIELD VALUE     overrides one field of the file: --data.train 'texts/*.jsonl.zst'
-  --help                 prints this and exits"""
+  --data.FIELD VALUE     override a field in the file: --data.train 'texts/*.jsonl.zst'
+  --help                 show this help message and exit"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare(words: Sequence[str]) -> int:
     arguments = parse_arguments(words, options=("--config", "--ray"), overrides=True)
-    path = Path(arguments.needed("--config", "FILE", "config/data/openwebtext.yaml is one"))
+    path = Path(arguments.needed("--config", "FILE", "for example, --config config/data/openwebtext.yaml"))
     ray = arguments.options.get("--ray")
     config = with_absolute_paths(load_config(path, arguments.overrides))
 
@@ -57,7 +57,7 @@ def _prepare(words: Sequence[str]) -> int:
     if data.train.num_tokens < config.model.seq_len + 1:
         raise InputError(
             f"data.train has {data.train.num_tokens} tokens, but one sequence needs {config.model.seq_len + 1} "
-            "(model.seq_len + 1); give more text or a shorter model.seq_len"
+            "(model.seq_len + 1); add more text or reduce model.seq_len"
         )
     return DONE
 

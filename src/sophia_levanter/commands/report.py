@@ -15,12 +15,12 @@ from sophia_levanter.status import DONE, run_command
 USAGE = """\
 usage: python -m sophia_levanter.commands.report [NAME=]RUN_DIR [[NAME=]RUN_DIR ...] [-o FILE.html] [--help]
 
-Writes a self-contained HTML page with the runs' losses, win rates, throughput and configurations, and PNG images of
-its curves in the same directory.
+Write a self-contained HTML page with the runs' losses, win rates, throughput and configurations, and PNG images of its
+curves in the same directory.
 
-  [NAME=]RUN_DIR         a run directory and a name for the run; the directory's name if not given
-  -o, --output FILE      page to write, report.html if not given; images are written to FILE-loss.png, ...
-  --help                 prints this and exits"""
+  [NAME=]RUN_DIR         a run directory, and a name for the run (default: the directory's name)
+  -o, --output FILE      page to write (default: report.html); images are written to FILE-loss.png, ...
+  --help                 show this help message and exit"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,16 +43,16 @@ def parse(words: Sequence[str]) -> tuple[dict[str, Path], Path]:
     """
     arguments = parse_arguments(words, options=("-o", "--output"), words=True)
     if len(arguments.options) > 1:
-        raise InputError("-o and --output are the same option; give one of them")
+        raise InputError("-o and --output are the same option; use only one of them")
     page = Path(next(iter(arguments.options.values()), "report.html"))
     if page.suffix != ".html":
         raise InputError(f"--output {page} must end in .html")
     if page.is_dir():
-        raise InputError(f"--output {page} is a directory; name a file")
+        raise InputError(f"--output {page} is a directory; specify a file")
     if not page.parent.is_dir():
         raise InputError(f"--output {page}: the directory {page.parent} does not exist; create it first")
     if not arguments.words:
-        raise InputError("name at least one run directory: RUN_DIR or NAME=RUN_DIR; --help shows the options")
+        raise InputError("specify at least one run directory: RUN_DIR or NAME=RUN_DIR; --help shows the options")
     return _named(arguments.words), page
 
 
@@ -65,7 +65,9 @@ def _named(words: Sequence[str]) -> dict[str, Path]:
             if os.path.realpath(path) == os.path.realpath(known):
                 raise InputError(f"{word} is given twice" if other == name else f"{word} is the same run as {other}")
         if name in runs:
-            raise InputError(f"two runs are called {name}: {runs[name]} and {path}; write NAME=RUN_DIR for one of them")
+            raise InputError(
+                f"two runs are named {name}: {runs[name]} and {path}; rename one of them with NAME=RUN_DIR"
+            )
         runs[name] = path
     return runs
 
@@ -77,7 +79,7 @@ def _name_and_path(word: str) -> tuple[str, Path]:
         path = Path(os.path.expanduser(word))
         return Path(os.path.abspath(path)).name or word, path
     if not before.strip() or not after:
-        raise InputError(f"{word!r} lacks a name or a directory; write NAME=RUN_DIR")
+        raise InputError(f"{word!r} is missing a name or a directory; use NAME=RUN_DIR")
     return before.strip(), Path(os.path.expanduser(after))
 
 
@@ -85,7 +87,7 @@ def _report(words: Sequence[str]) -> int:
     named, page = parse(words)
     for path in named.values():
         if not os.path.isdir(path):  # `Path.is_dir` raises OSError for some names
-            raise InputError(f"{path} does not exist; name a run directory")
+            raise InputError(f"{path} does not exist; specify a run directory")
 
     # jax reads this variable when it starts. The run itself may be using the accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -97,9 +99,9 @@ def _report(words: Sequence[str]) -> int:
         from sophia_levanter.studies.page import in_lines, write_page
         from sophia_levanter.studies.plots import MOST_STYLES
     except ImportError:
-        raise InputError("a report needs matplotlib and jinja2; install sophia-levanter[compare]") from None
+        raise InputError("report requires matplotlib and jinja2; install sophia-levanter[compare]") from None
     if len(named) > MOST_STYLES:
-        raise InputError(f"{len(named)} runs are too many to tell their curves apart; name at most {MOST_STYLES}")
+        raise InputError(f"{len(named)} runs are too many to tell their curves apart; specify at most {MOST_STYLES}")
     runs = [read_run(name, path) for name, path in named.items()]
     comparability = compare(runs)
     try:
@@ -107,9 +109,9 @@ def _report(words: Sequence[str]) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise InputError(f"--output {page} cannot be written: {error.strerror}; name another place") from error
+        raise InputError(f"--output {page} cannot be written: {error.strerror}; choose another location") from error
     print("\n".join(in_lines(runs, comparability)))
-    print(one_line(f"{files[0]}, and {counted(len(files) - 1, 'picture')}: {page.stem}-*.png"))
+    print(one_line(f"wrote {files[0]} and {counted(len(files) - 1, 'image')}: {page.stem}-*.png"))
     return DONE
 
 

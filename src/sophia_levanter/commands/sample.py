@@ -31,23 +31,24 @@ usage: python -m sophia_levanter.commands.sample MODEL [--prompt TEXT ...] [--pr
        [--temperature T] [--top_k K] [--top_p P] [--seed S] [--samples N] [--step N] [--averaged]
        [--SECTION.FIELD VALUE ...] [--help]
 
-Prints prompts and the model's continuations, each up to the end of its document. A single text is printed token by
-token; several texts are printed when all are done, each under a heading. Everything else goes to standard error.
+Generate text with a trained model, and print each prompt with its continuation up to the end of the document. A single
+text is printed token by token; several texts are printed at the end, each under a heading. All other output goes to
+standard error.
 
   MODEL                  a run directory, a folder saved by transformers, or nanoGPT's ckpt.pt
   --prompt TEXT          beginning of the text; can be repeated. Without a prompt, the model begins a new document
-  --prompt_file FILE     reads a prompt from a UTF-8 file, unchanged
-  --tokens N             maximum number of tokens to generate, {TOKENS} if not given; may exceed the model's context
-  --temperature T        divides the logits, {Sampling.temperature} if not given; 0 picks the likeliest token
-  --top_k K              samples only from the K likeliest tokens
-  --top_p P              samples from the smallest set of likeliest tokens with total probability P, after the
-                         temperature and --top_k are applied
-  --seed S               random seed; 0 if not given
-  --samples N            texts per prompt; 1 if not given
-  --step N               loads the run's checkpoint of step N; the newest if not given
-  --averaged             uses the averaged weights of a run with trainer.ema_decay or trainer.lawa_every
-  --SECTION.FIELD VALUE  overrides one field of the run: --trainer.compute_dtype float32, --mesh.fsdp embed
-  --help                 prints this and exits"""
+  --prompt_file FILE     read a prompt from a UTF-8 file, unchanged
+  --tokens N             maximum number of tokens to generate (default: {TOKENS}); may exceed the model's context
+  --temperature T        sampling temperature (default: {Sampling.temperature}); 0 picks the most likely token
+  --top_k K              sample only from the K most likely tokens
+  --top_p P              sample from the smallest set of most likely tokens with total probability P, after applying
+                         the temperature and --top_k
+  --seed S               random seed (default: 0)
+  --samples N            number of texts per prompt (default: 1)
+  --step N               load the run's checkpoint at step N (default: the newest)
+  --averaged             use the averaged weights of a run with trainer.ema_decay or trainer.lawa_every
+  --SECTION.FIELD VALUE  override a field of the run: --trainer.compute_dtype float32, --mesh.fsdp embed
+  --help                 show this help message and exit"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def parse(words: Sequence[str]) -> Command:
     )
     if len(arguments.words) != 1:
         raise InputError(
-            f"expected one MODEL, found {len(arguments.words)}; write each prompt after --prompt; "
+            f"expected one MODEL, found {len(arguments.words)}; pass each prompt with --prompt; "
             "--help shows the options"
         )
     names = ("--tokens", "--top_k", "--seed", "--samples", "--step")
@@ -135,7 +136,7 @@ def _prompt_of_file(arguments: Arguments) -> list[str]:
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt_file {name} is not valid UTF-8: invalid byte at offset {error.start:,}") from None
     if not text:
-        raise InputError(f"--prompt_file {name} is empty; without a prompt, the model begins a new document")
+        raise InputError(f"--prompt_file {name} is empty; omit it to let the model begin a new document")
     return [text]
 
 
@@ -161,7 +162,7 @@ def _encoded(prompts: Sequence[str], loaded: LoadedModel) -> list[list[int]]:
     for number, tokens in enumerate(encoded, 1):
         if len(tokens) > context:
             raise InputError(
-                f"prompt {number} has {len(tokens):,} tokens, but the model's context has {context:,}; "
+                f"prompt {number} has {len(tokens):,} tokens, but the model's context length is {context:,}; "
                 "shorten the prompt"
             )
     return encoded or [[loaded.tokenizer.end_of_text]]
@@ -189,7 +190,7 @@ def _sample(command: Command, prompts: Sequence[Sequence[int]], loaded: LoadedMo
         heading = "" if alone else f"--- prompt {prompt + 1}, sample {sample + 1}\n"
         print(heading + "".join(characters), flush=True)
     speed = f", then {(drawn - len(rows)) / (times[-1] - times[1]):,.0f} tokens/s" if len(times) > 2 else ""
-    tell(f"{counted(drawn, 'token')}: {times[1] - started:.1f} s to the first, including compilation{speed}")
+    tell(f"{counted(drawn, 'token')}: first after {times[1] - started:.1f} s, including compilation{speed}")
 
 
 def _print_at_once(text: str) -> None:

@@ -23,14 +23,14 @@ usage: python -m sophia_levanter.commands.tpu create --cluster FILE [NAME] [--dr
 
   NAME            name of the queued resource if the cluster file has none, or the run directory that it is for
   --cluster FILE  a cluster file with backend: gcloud
-  create          requests the slices, which are billed once they are active; does not wait for them
-  list            lists the queued resources of the zone with their states
-  delete          deletes the queued resource and its slices
-  ssh             runs COMMAND on all workers of all slices: a single word is a shell command line, several words are
+  create          request the slices, which are billed once they are active, without waiting for them
+  list            list the queued resources in the zone with their states
+  delete          delete the queued resource and its slices
+  ssh             run COMMAND on all workers of all slices: a single word is a shell command line, several words are
                   passed on unchanged
-  logs            follows the output of the newest attempt on worker 0 of the first slice, until Ctrl-C
-  --dry_run       prints the gcloud commands without running them
-  --help          prints this and exits"""
+  logs            follow the output of the newest attempt on worker 0 of the first slice, until Ctrl-C
+  --dry_run       print the gcloud commands without running them
+  --help          show this help message and exit"""
 ACTIONS = ("create", "list", "delete", "ssh", "logs")
 
 
@@ -49,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(given: Sequence[str], command: Sequence[str]) -> int:
     what, rest = chosen(given, ACTIONS)
     arguments = parse_arguments(rest, options=("--cluster",), flags=("--dry_run",), words=True)
-    cluster = _cluster(Path(arguments.needed("--cluster", "FILE", "it names the slices and their zone")))
+    cluster = _cluster(Path(arguments.needed("--cluster", "FILE", "the file specifies the slices and their zone")))
     if len(arguments.words) > (what != "list"):
         raise InputError(f"unexpected argument {arguments.words[-1]!r}; --help shows the options")
     if (what == "ssh") != bool(command):
         raise InputError(
-            "ssh needs -- COMMAND..., to run on the workers" if what == "ssh" else f"{what} takes no -- COMMAND"
+            "ssh requires -- COMMAND... to run on the workers" if what == "ssh" else f"{what} takes no -- COMMAND"
         )
     lines = _lines(what, cluster, arguments.words, command)
     if "--dry_run" in arguments.flags:
@@ -68,7 +68,7 @@ def _run(given: Sequence[str], command: Sequence[str]) -> int:
 def _cluster(path: Path) -> GcloudCluster:
     cluster = read_cluster(path)
     if not isinstance(cluster, GcloudCluster):
-        raise InputError(f"{path}: backend is {cluster.backend}; tpu needs backend gcloud")
+        raise InputError(f"{path}: backend is {cluster.backend}; tpu requires backend gcloud")
     return cluster
 
 
@@ -90,7 +90,7 @@ def _name(cluster: GcloudCluster, given: Sequence[str]) -> str:
     if not given or Path(given[0]).is_dir():
         return resource_name(cluster, Path(*given))
     if cluster.name is not None and given[0] != cluster.name:
-        raise InputError(f"{given[0]} differs from the name in the cluster file, {cluster.name}; leave one of them out")
+        raise InputError(f"{given[0]} differs from the name in the cluster file, {cluster.name}; omit one of them")
     return given[0]
 
 

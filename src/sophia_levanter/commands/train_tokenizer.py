@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.train_tokenizer --config FILE ...`: train a byte-pair encoding on a text."""
+"""`python -m sophia_levanter.commands.train_tokenizer --config FILE ...`: train a byte-pair encoding on text."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ USAGE = f"""\
 usage: python -m sophia_levanter.commands.train_tokenizer --config FILE --vocab_size N --out FILE{TRAINED_TOKENIZER}
        [--data.FIELD VALUE ...] [--help]
 
-Trains a byte-pair encoding on a configuration's training text, without held-out documents and on at most its first GiB.
-Use it as --data.tokenizer FILE{TRAINED_TOKENIZER}.
+Train a byte-pair encoding on a configuration's training text, without held-out documents and on at most its first GiB.
+Use it with --data.tokenizer FILE{TRAINED_TOKENIZER}.
 
   --config FILE          a run's configuration, or only its data section
-  --vocab_size N         number of tokens, including the 256 bytes and end-of-text
+  --vocab_size N         number of tokens, including the 256 bytes and the end-of-text token
   --out FILE             file to write; its name must end in {TRAINED_TOKENIZER}
-  --data.FIELD VALUE     overrides one field of the file: --data.train 'texts/*.jsonl.zst'
-  --help                 prints this and exits"""
+  --data.FIELD VALUE     override a field in the file: --data.train 'texts/*.jsonl.zst'
+  --help                 show this help message and exit"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(words: Sequence[str]) -> int:
     arguments = parse_arguments(words, options=("--config", "--vocab_size", "--out"), overrides=True)
-    path = Path(arguments.needed("--config", "FILE", "config/data/openwebtext.yaml is one"))
-    size = whole_number("--vocab_size", arguments.needed("--vocab_size", "N", "GPT-2 has 50257"))
-    out = Path(arguments.needed("--out", "FILE", f"such as my{TRAINED_TOKENIZER}"))
+    path = Path(arguments.needed("--config", "FILE", "for example, --config config/data/openwebtext.yaml"))
+    size = whole_number("--vocab_size", arguments.needed("--vocab_size", "N", "GPT-2 uses 50257"))
+    out = Path(arguments.needed("--out", "FILE", f"for example, --out my{TRAINED_TOKENIZER}"))
     if out.is_dir():
-        raise InputError(f"--out {out} is a folder; name a file")
+        raise InputError(f"--out {out} is a folder; specify a file")
     if out.suffix != TRAINED_TOKENIZER:
         raise InputError(f"--out {out} must end in {TRAINED_TOKENIZER}")
     config = with_absolute_paths(load_config(path, arguments.overrides))
@@ -55,7 +55,7 @@ def _train(words: Sequence[str]) -> int:
 
     ranks = train_bpe(first_bytes(_training_texts(config.data), TRAIN_BYTES), size)
     save_bpe(out, ranks)
-    print(f"wrote {load_tokenizer(str(out)).vocab_size:,} tokens, including end-of-text, to {out}")
+    print(f"wrote {load_tokenizer(str(out)).vocab_size:,} tokens, including the end-of-text token, to {out}")
     return DONE
 
 

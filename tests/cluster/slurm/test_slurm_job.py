@@ -169,7 +169,7 @@ def test_job_in_the_queue_is_cancelled_by_stop(slurm_commands: Path, slurm_run: 
     (slurm_run.directory / "slurm_job").write_text("100")
     (slurm_commands / "job-100").write_text("PENDING")
     assert launch.main(["stop", str(slurm_run.run_dir)]) == 0
-    assert capsys.readouterr().out == "cancelled Slurm job 100, which had not started\n"
+    assert capsys.readouterr().out == "cancelled Slurm job 100 before it started\n"
     assert (slurm_commands / "job-100").read_text() == "CANCELLED"
     assert cancel_if_queued(slurm_run.directory) is None
 
