@@ -97,7 +97,7 @@ def test_a_damaged_file_of_records_stays_as_it_is(write, capfd, done):
     capfd.readouterr()
     assert main(arguments(study)) == 2
     error = capfd.readouterr().err
-    assert error.startswith(f"error: {file} is not a record of a study: ") and error.count("\n") == 1
+    assert error.startswith(f"error: {file} is not a valid study record: ") and error.count("\n") == 1
     assert file.read_text() == damaged and len(done) == 2
 
 
@@ -202,8 +202,8 @@ arms: {adamw: {settings: {optimizer: {WARMUP}}}}
 @pytest.mark.parametrize(
     ("warmup", "wanted", "step"),
     [
-        ("warmup: 2", "1 run will start from a shorter run's checkpoint: 9 steps are not trained again", 9),
-        ("warmup: 0.2", "each length trains in full: optimizer.warmup is 2 and 4 steps; set it in steps to", None),
+        ("warmup: 2", "1 run will start from a shorter run's checkpoint; 9 steps will not be trained again", 9),
+        ("warmup: 0.2", "each run trains in full: optimizer.warmup is 2 or 4 steps; specify it in steps to", None),
     ],
 )
 def test_lengths_share_their_steps_or_it_says_why_not(warmup, wanted, step, write, capfd, done):
@@ -264,7 +264,7 @@ def test_failures_and_divergences_leave_the_others(write, tmp_path, capfd, done)
     out, error = capfd.readouterr()
     assert error == "error: a.log: no luck\n" * 2
     assert "3/6 adamw tokens=640 seed=66: diverged\n" in out
-    assert "4 runs were started, 2 of them diverged" in out
+    assert "4 runs were started; 2 diverged" in out
     records = read_records(tmp_path / "out" / "study.json")
     assert [(record.config["trainer.seed"], record.status) for record in records] == [
         (66, "diverged"), (66, "diverged"), (0, "done"), (0, "done"),
@@ -276,7 +276,7 @@ def test_failures_and_divergences_leave_the_others(write, tmp_path, capfd, done)
 
 def test_if_nothing_came_of_it_there_is_no_report(write, tmp_path, capfd, done):
     assert main(arguments(write(f"{STUDY}seeds: 13\n"))) == 1
-    assert "No run is done yet." in capfd.readouterr().out
+    assert "No run has finished yet." in capfd.readouterr().out
     assert not (tmp_path / "out" / "report.md").exists()
 
 

@@ -71,7 +71,7 @@ def test_a_run_that_begins_with_a_shorter_one_is_the_run_from_step_0(optimizer, 
     study = write(LENGTHS.replace("OPTIMIZER", optimizer))
     assert main(arguments(study, *ray)) == 0, capfd.readouterr().err
     said, out = capfd.readouterr().out, tmp_path / "out"
-    assert "study: 3 runs, 3 to do\n1 run will start from a shorter run's checkpoint: 9 steps are not" in said
+    assert "study: 3 runs, 3 to do\n1 run will start from a shorter run's checkpoint; 9 steps will not" in said
     planned = plan(read_study(study), {})
     records = [find(read_records(out / "study.json"), with_absolute_paths(run.config)) for run in planned]
     short, shared, full = [job_directory(out / "runs", with_absolute_paths(run.config)) for run in planned]
@@ -96,7 +96,8 @@ def test_a_run_that_begins_with_a_shorter_one_is_the_run_from_step_0(optimizer, 
     # The shared steps have the validation losses that the shorter run took.
     assert [[step for step, _ in record.validation] for record in records] == [[5, 10], [5, 10, 20], [10, 20]]
     assert (
-        "They trained 41 steps (2,624 tokens, " in said and "longer runs reused another 9 steps of shorter ones" in said
+        "They trained for 41 steps (2,624 tokens, " in said
+        and "longer runs reused another 9 steps from shorter ones" in said
     )
     assert not list(out.rglob("checkpoints"))
 
@@ -130,7 +131,7 @@ def test_one_run_diverges_one_fails_and_one_is_good(ray, write, tmp_path, capfd)
     assert line.startswith(f"error: {tmp_path}/out/runs/") and ".log: " in line
     assert f"{in_the_way} is a file; specify a directory" in line
     assert "learning_rate" not in error and "Traceback" not in error
-    assert "2 runs were started, 1 of them diverged" in out
+    assert "2 runs were started; 1 diverged" in out
     by_rate = {record.config["optimizer.learning_rate"]: record for record in read_records(tmp_path / "out/study.json")}
     assert (by_rate[1e38].status, by_rate[1e38].loss) == ("diverged", None)
     assert (by_rate[1e-2].status, by_rate[1e-2].facts["environment"]["cpu_threads"] == 1) == ("done", bool(ray))

@@ -64,7 +64,7 @@ def test_a_run_and_its_resume(plugins, config_file, tmp_path, monkeypatch, capsy
         assert last["perplexity/validation"] == pytest.approx(math.exp(last["validation/loss"]))
         # At the end of the run and of its resume.
         assert printed.count("\ngrad_norm_per_layer: layer_0 ") == printed.count("\nperplexity: validation ") == 2
-        assert "From faint to strong: layer_0, layer_1." in page
+        assert "From lightest to darkest: layer_0, layer_1." in page
         assert {f"report-metric-{name}.png" for name in ("grad_norm_per_layer", "perplexity")} <= {
             path.name for path in tmp_path.iterdir()
         }

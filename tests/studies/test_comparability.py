@@ -66,7 +66,7 @@ def test_facts_come_from_the_newest_checkpoint_that_can_be_read(tmp_path):
     write_manifest(tmp_path / "checkpoints", 8).write_text("{}")
     write_manifest(tmp_path / "checkpoints", 10, {"of": "another program"})
     run = read_run("a", tmp_path)
-    assert run.checkpoint == "step 10 is not a training run's; step 8 is damaged; step 5"
+    assert run.checkpoint == "step 10 was not saved by a training run; step 8 is damaged; step 5"
     assert any("damaged checkpoints" in note for note in compare([run]).notes)
     rows = dict(facts([run]))
     assert rows["device"] == ["1 × cpu, 2 threads"] and rows["jax"] == ["0.10.2"]
@@ -116,7 +116,7 @@ def test_a_tokenizer_that_has_gone(tmp_path):
     config = run_config(data={"tokenizer": str(tmp_path / "gone.tokenizer.json")})
     run = read_run("a", write_run(tmp_path, config))
     assert run.parameters is None and run.flops_at(np.array(1)) is None
-    assert "its parameters and FLOPs are unknown" in compare([run]).notes[0]
+    assert "its parameter count and FLOPs are unknown" in compare([run]).notes[0]
     write_manifest(tmp_path / "checkpoints", 10)
     assert read_run("a", tmp_path).parameters == 8 * (384 + 10 + 12 * 8 + 3)
 

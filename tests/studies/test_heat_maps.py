@@ -82,7 +82,7 @@ def test_a_png_has_the_name_of_the_run_and_the_caption(tmp_path, monkeypatch):
     assert figure.get_suptitle() == "my run: arrays and layers"
     assert figure.get_supxlabel().replace("\n", " ") == CAPTION
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles == ["Weights, root mean square", "", "Win rate", ""]  # each with its colour bar
+    assert titles == ["Weight RMS", "", "Win rate", ""]  # each with its colour bar
 
 
 def test_a_page_has_those_of_the_runs_that_measured(tmp_path, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_page_has_those_of_the_runs_that_measured(tmp_path, monkeypatch):
     assert {name for name in files if "statistics" in name} == {"r-statistics-1.png"}
     assert not [name for name in files if "metric" in name]
     assert page.read_text().count("<h2>Arrays and layers</h2>") == 1
-    assert page.read_text().count('alt="Statistics of arrays against steps: a"') == 1
+    assert page.read_text().count('alt="Array statistics against steps: a"') == 1
     assert "against steps: b" not in page.read_text().partition("Arrays and layers")[2]
     files = {path.name for path in write_page(runs[:1], compare(runs[:1]), page)}
     assert "r-statistics.png" in files

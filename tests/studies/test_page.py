@@ -101,8 +101,8 @@ def test_what_speaks_against_the_settings_of_runs(tmp_path):
         runs.append(read_run(f"rate {rate}", write_run(tmp_path / str(rate), config, lines)))
     assert notes(runs, compare(runs)) == [
         "sophia_g: the best learning_rate, 0.004, is at the edge of its grid; try larger values.",
-        "rate 0.001: the last win rate is 0.95; values from 0.1 to 0.9 are usual, so try a smaller rho.",
-        "2 validation losses in rate 0.004 are too few to show a curve; use 5 or more.",
+        "rate 0.001: the last win rate is 0.95; typical values are 0.1 to 0.9, so try a smaller rho.",
+        "2 validation losses in rate 0.004 are too few for a curve; use 5 or more.",
     ]
     assert notes(runs[1:2], compare(runs[1:2])) == []
     assert in_lines(runs, compare(runs))[-1].startswith("NOTE: 2 validation losses")

@@ -105,7 +105,7 @@ def test_a_registered_metric_has_a_panel_with_all_its_curves(tmp_path):
     runs = [read_run("with", write_run(tmp_path / "a", lines=lines)), read_run("without", write_run(tmp_path / "b"))]
     added = [panel for panel in other_panels(runs) if panel not in other_panels(runs[1:])]
     assert [(panel.key, panel.title, panel.caption) for panel in added] == [
-        ("metric-norms", "norms", "From faint to strong: layer_0, layer_1.")
+        ("metric-norms", "norms", "From lightest to darkest: layer_0, layer_1.")
     ]
     assert [series.last for series in curves_of(added[0], runs[0])] == [1, 2]
     assert curves_of(added[0], runs[1]) == []
@@ -162,4 +162,4 @@ def test_a_png_of_one_curve_needs_no_legend(tmp_path, figures):
     png([(VALIDATION, STEPS), (WIN_RATE, STEPS)], [run])
     (figure,) = figures
     assert [axes.get_title() for axes in figure.axes] == ["Validation loss", "Win rate"]
-    assert [*legend_of(figure)] == ["advised range"]
+    assert [*legend_of(figure)] == ["recommended range"]

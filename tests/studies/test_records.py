@@ -58,29 +58,31 @@ def test_a_damaged_file_is_one_line(text, tmp_path):
     with pytest.raises(InputError) as caught:
         read_records(file)
     message = str(caught.value)
-    assert message.startswith(f"{file} is not a record of a study: ") and "\n" not in message
+    assert message.startswith(f"{file} is not a valid study record: ") and "\n" not in message
     assert message.endswith("; move it away to start over")
 
 
 def test_a_run_without_a_configuration_is_one_line(make_record, tmp_path):
     file = tmp_path / "study.json"
     write_records(file, "study", [dataclasses.replace(make_record(), config=3)])
-    with pytest.raises(InputError, match=r"is not a record of a study: a run's config is not a mapping; move it away"):
+    with pytest.raises(
+        InputError, match=r"is not a valid study record: a run's config is not a mapping; move it elsewhere"
+    ):
         read_records(file)
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
     (tmp_path / "study.json").mkdir()
-    with pytest.raises(InputError, match=r"study\.json is not a record of a study: "):
+    with pytest.raises(InputError, match=r"study\.json is not a valid study record: "):
         read_records(tmp_path / "study.json")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(InputError, match="bytes is not a record of a study: "):
+    with pytest.raises(InputError, match="bytes is not a valid study record: "):
         read_records(tmp_path / "bytes")
 
 
 def test_a_file_of_another_format_is_not_read(tmp_path):
     (tmp_path / "study.json").write_text('{"format": 2, "runs": []}')
-    with pytest.raises(InputError, match="its format is 2, but this version reads 1"):
+    with pytest.raises(InputError, match="has format 2, but this version reads format 1"):
         read_records(tmp_path / "study.json")
 
 

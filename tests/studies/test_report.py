@@ -52,7 +52,7 @@ def test_the_report_of_a_study(study, tmp_path):
     assert (tmp_path / "report.md").read_text() == text
     lines = text.splitlines()
     assert lines[0] == "# small"
-    assert "9 runs were started, 1 of them diverged; parameters: 1,000." in lines
+    assert "9 runs were started; 1 diverged. Parameters: 1,000." in lines
     assert "| adamw | 1,000 | 2 | learning_rate 0.01 | 4.0100 ± 0.0141 | 2 |" in lines
     assert "| sophia | 2,000 | 1 | learning_rate 0.01 | 2.0100 ± 0.0141 | 2 |" in lines
     # A token of Sophia-G costs 1 + 2 / 3 / 10 of AdamW's FLOPs, and 0.15 s / 0.1 s of its time.
@@ -74,8 +74,8 @@ def test_steps_that_runs_share_are_counted_once(study, tmp_path):
     records = [dataclasses.replace(record, seconds=[360.0, None]) for record in records[:4]]
     records[2] = dataclasses.replace(records[2], facts=records[2].facts | {"shared_steps": 8})
     assert (
-        "They trained 32 steps (3,200 tokens, 3:12:00 of steps); longer runs reused another 8 steps of shorter ones, "
-        "which are counted once." in write_report(STUDY, runs, records, tmp_path)
+        "They trained for 32 steps (3,200 tokens, 3:12:00 of training time); longer runs reused another 8 steps from "
+        "shorter ones, which are counted once." in write_report(STUDY, runs, records, tmp_path)
     )
 
 
@@ -92,7 +92,7 @@ def test_without_a_curvature_there_is_no_win_rate(study, tmp_path):
 
 
 def test_a_study_without_runs(study, tmp_path):
-    assert write_report(STUDY, study[0], [], tmp_path) == "# small\n\nNo run is done yet."
+    assert write_report(STUDY, study[0], [], tmp_path) == "# small\n\nNo run has finished yet."
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,7 +131,7 @@ def test_records_that_are_not_asked_for_change_no_table(study, tmp_path, make_re
     before = write_report(STUDY, runs, records, tmp_path)
     after = write_report(STUDY, runs, [later, *records], tmp_path)
     told = before.replace("9 runs were started", "10 runs were started")
-    told = told.replace("parameters: 1,000.", "parameters: 1,000. 1 of them belong to no arm of the current study.")
+    told = told.replace("Parameters: 1,000.", "Parameters: 1,000. 1 of them is not part of the current study.")
     assert after == told
 
 
@@ -139,7 +139,7 @@ def test_records_that_are_not_asked_for_change_no_table(study, tmp_path, make_re
 def test_runs_of_different_texts_are_pointed_out(study, tmp_path, make_record):
     runs, records = study
     other = make_record(runs[0].config, facts={"data": {"digest": "xyz"}})
-    assert "**The runs have 2 different training texts.**" in write_report(STUDY, runs, [other, *records[1:]], tmp_path)
+    assert "**The runs used 2 different training texts.**" in write_report(STUDY, runs, [other, *records[1:]], tmp_path)
 
 
 def test_without_matplotlib_it_says_what_to_install(study, tmp_path, monkeypatch):
@@ -162,8 +162,8 @@ def test_what_speaks_against_the_best_points(make_record, tmp_path):
     text = write_report(dataclasses.replace(STUDY, evaluations=2), runs, records, tmp_path)
     assert [line for line in text.splitlines() if line.startswith("- ")] == [
         "- **sophia: the best learning_rate, 0.4, is at the edge of its grid; try larger values.**",
-        "- **sophia: the last win rate is 0.01; values from 0.1 to 0.9 are usual, so try a larger rho.**",
-        "- **2 validation losses in a run are too few to show a curve; use 5 or more.**",
+        "- **sophia: the last win rate is 0.01; typical values are 0.1 to 0.9, so try a larger rho.**",
+        "- **2 validation losses in a run are too few for a curve; use 5 or more.**",
     ]
 
 

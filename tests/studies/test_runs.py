@@ -77,7 +77,9 @@ def test_what_is_no_run_directory(tmp_path):
         read_run("a", tmp_path)
     write_run(tmp_path)
     (tmp_path / "metrics.jsonl").unlink()
-    with pytest.raises(InputError, match=r"contains no metrics\.jsonl; name the directory of a started run"):
+    with pytest.raises(
+        InputError, match=r"contains no metrics\.jsonl; specify the directory of a run that has started"
+    ):
         read_run("a", tmp_path)
 
 

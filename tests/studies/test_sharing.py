@@ -79,14 +79,18 @@ def test_a_schedule_without_a_decay_shares_the_whole_shorter_run():
 @pytest.mark.parametrize(
     ("first", "second", "wanted"),
     [
-        ({"warmup": 2}, {"warmup": 4}, "optimizer.warmup is 2 and 4 steps; set it in steps to train the common steps"),
+        (
+            {"warmup": 2},
+            {"warmup": 4},
+            "optimizer.warmup is 2 or 4 steps; specify it in steps to share the common steps",
+        ),
         ({"max_rollbacks": 1}, {"max_rollbacks": 1}, "trainer.max_rollbacks is above 0, and a run that rolls back"),
     ],
 )
 def test_it_says_why_each_length_trains_in_full(first, second, wanted):
     found, hindrance = starts(config(10, **first), config(20, **second))
     assert found == [None, None]
-    assert hindrance.startswith(f"each length trains in full: {wanted}") and "\n" not in hindrance
+    assert hindrance.startswith(f"each run trains in full: {wanted}") and "\n" not in hindrance
 
 
 @pytest.mark.usefixtures("plugin_folder")
@@ -95,7 +99,7 @@ def test_a_plug_in_may_use_the_length_in_other_ways():
     found, hindrance = starts(*(dataclasses.replace(config(steps), optimizer=optimizer) for steps in (10, 20)))
     assert found == [None, None]
     assert hindrance == (
-        "each length trains in full: optimizer.type adan is from a plug-in, which may use the number of steps outside "
+        "each run trains in full: optimizer.type adan is from a plug-in, which may use the number of steps outside "
         "the schedule"
     )
 
@@ -105,7 +109,7 @@ def test_a_slow_average_that_warms_up_over_a_part_of_the_run(part):
     optimizer = AdEMAMixConfig(schedule=WSD, warmup=2, final_learning_rate=0.0, slow_warmup=part)
     found, hindrance = starts(*(dataclasses.replace(config(steps), optimizer=optimizer) for steps in (10, 20)))
     assert found == [None, None]
-    assert hindrance == "each length trains in full: optimizer.slow_warmup is a fraction of the run; set it in steps"
+    assert hindrance == "each run trains in full: optimizer.slow_warmup is a fraction of the run; specify it in steps"
     optimizer = dataclasses.replace(optimizer, slow_warmup=4)
     found, hindrance = starts(*(dataclasses.replace(config(steps), optimizer=optimizer) for steps in (10, 20)))
     assert found[1] is not None and hindrance is None
@@ -189,7 +193,7 @@ def test_the_jobs_of_a_study(tmp_path):
     assert (first.config, second.config, third.config) == (short, other, long)
     assert (first.start, first.keep_step, third.keep_step) == (None, 9, None)
     assert third.start == Start(first.directory, 9) and (second.start, second.keep_step) == (None, None)
-    assert lines == ["1 run will start from a shorter run's checkpoint: 9 steps are not trained again"]
+    assert lines == ["1 run will start from a shorter run's checkpoint; 9 steps will not be trained again"]
 
     def remaining() -> Start | None:
         (job,) = jobs_of([short, long], [long], tmp_path, lines.append)
@@ -220,6 +224,8 @@ def test_a_run_without_record_and_checkpoint_begins_again(tmp_path):
     assert directory.exists() and not lines
     first, second = jobs_of([lost, saved], [lost, saved], tmp_path, lines.append)
     aside = f"{directory.name}.old"
-    assert lines == [f"{directory} had no record and no checkpoint; it is now {aside}, and the run starts again"]
+    assert lines == [
+        f"{directory} had neither a record nor a checkpoint; it was renamed to {aside}, and the run starts again"
+    ]
     assert (tmp_path / aside / "metrics.jsonl").exists()
     assert first.directory == directory and not directory.exists() and second.directory.exists()

@@ -253,10 +253,10 @@ BAD = {
     "negative tokens": (f"config: [tiny.yaml]\n{ARM}tokens: [-5]", "FILE: tokens contains -5; it must be at least 1"),
     "too few tokens": (
         f"config: [tiny.yaml]\n{ARM}tokens: 449\nevaluations: 5",
-        "arm a: tokens 449 are 4 steps; there must be at least one for each of 5 evaluations",
+        "arm a: tokens is 449, which is 4 steps; use at least one step for each of the 5 evaluations",
     ),
     "very many tokens": (f"config: [tiny.yaml]\n{ARM}tokens: {10**400}", "arm a: trainer.num_train_steps is 1000"),
-    "a seed twice": (f"{GOOD}{ARM}seeds: [1, 2, 1]", "FILE: seeds is [1, 2, 1], which contains a value twice"),
+    "a seed twice": (f"{GOOD}{ARM}seeds: [1, 2, 1]", "FILE: seeds is [1, 2, 1]; it must not contain duplicates"),
     "no seeds": (f"{GOOD}{ARM}seeds: []", "FILE: seeds is an empty list"),
     "a seed is a word": (f"{GOOD}{ARM}seeds: [0, one]", "FILE: seeds contains 'one'; it must be a list of integers"),
     "negative seed": (f"{GOOD}{ARM}seeds: [-1]", "arm a: trainer.seed is -1; it must be between 0 and"),

@@ -42,8 +42,8 @@ def compare(runs: Sequence[Run]) -> Comparability:
 def _notes(runs: Sequence[Run], same_tokenizer: bool, same_text: bool) -> Iterator[str]:
     if not same_tokenizer:
         yield (
-            "The runs have different tokenizers. Losses per token cannot be compared, so validation is shown in bits "
-            "per byte of text."
+            "The runs use different tokenizers. Losses per token cannot be compared, so validation losses are shown in "
+            "bits per byte of text."
         )
     if not same_text:
         yield (
@@ -60,7 +60,7 @@ def _notes(runs: Sequence[Run], same_tokenizer: bool, same_text: bool) -> Iterat
         if run.parameters is None:
             yield (
                 f"{run.name}: its tokenizer {run.config.data.tokenizer} cannot be loaded and no checkpoint can be "
-                "read, so its parameters and FLOPs are unknown."
+                "read, so its parameter count and FLOPs are unknown."
             )
         if "damaged" in run.checkpoint:
             yield f"{run.name}: damaged checkpoints: {run.checkpoint}."
@@ -138,7 +138,7 @@ def _shown(value: Any) -> str:
 def _validation(run: Run) -> str:
     data = run.config.data
     shown = ", ".join(f"{name}: {source}" if name else source for name, source in data.validation_sets.items())
-    return shown or f"{data.validation_fraction:.3g} of the training text's documents"
+    return shown or f"{100 * data.validation_fraction:.3g} % of the training documents"
 
 
 def _digest(corpus: Mapping[str, Any] | None) -> str:

@@ -22,15 +22,16 @@ from sophia_levanter.studies.plots import LOOK, as_png, as_url, shown_name
 from sophia_levanter.studies.runs import Run, Series
 
 KINDS = {
-    "weight_rms": "Weights, root mean square",
-    "gradient_rms": "Gradient, root mean square",
-    "update_ratio": "Update / weight",
+    "weight_rms": "Weight RMS",
+    "gradient_rms": "Gradient RMS",
+    "update_ratio": "Update-to-weight ratio",
     "win_rate": "Win rate",
 }
 LINEAR = ("win_rate",)  # from 0 to 1; the others are logarithmic
 CAPTION = (
-    "Each array has one stripe per layer, with the first layer at the top. Gradients are measured before clipping. "
-    "Update / weight is the ratio of their root mean squares. Grey marks zeros and values that are not finite."
+    "Each array has one stripe per layer, with the first layer at the top. Gradients are measured before clipping. RMS "
+    "is the root mean square; the update-to-weight ratio is a ratio of RMS values. Grey marks zeros and non-finite "
+    "values."
 )
 MOST_COLUMNS = 400
 WIDTH = 5.2  # of a panel, in inches

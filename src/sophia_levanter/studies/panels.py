@@ -67,8 +67,8 @@ BITS = Panel(
     "validation",
     "Validation, bits per byte",
     "validation/bits_per_byte",
-    "validation (bits per byte of text)",
-    "On held-out text, whatever the tokenizer. Lower is better.",
+    "validation loss (bits per byte of text)",
+    "On held-out text, independent of the tokenizer. Lower is better.",
     Kind.POINTS,
 )
 TRAINING = Panel(
@@ -76,15 +76,15 @@ TRAINING = Panel(
     "Training loss",
     "train/loss",
     "training loss (nats per token)",
-    "The loss of each step's batch, before the step (faint), and smoothed over 5 % of the curve (bold).",
+    "The loss on each step's batch, before the update (faint), and smoothed over 5 % of the curve (bold).",
 )
 WIN_RATE = Panel(
     "win_rate",
     "Win rate",
     "optim/win_rate",
-    "share of unclipped coordinates",
-    "The share of coordinates whose step is not clipped. The authors advise 0.1 to 0.5 (grey). Lower values are close "
-    "to sign descent; a larger rho raises the win rate.",
+    "fraction of unclipped coordinates",
+    "The fraction of coordinates whose step is not clipped. The authors recommend 0.1 to 0.5 (grey). Lower values are "
+    "close to sign descent; a larger rho raises the win rate.",
     Kind.LINE,
     limits=(0.0, 1.0),
 )
@@ -101,18 +101,18 @@ OTHERS = (
         "validation_sets_bits",
         "Validation sets, bits per byte",
         "validation/*/bits_per_byte",
-        "validation (bits per byte of text)",
-        "The loss on each named set, per byte of text.",
+        "validation loss (bits per byte of text)",
+        "The loss on each named set, in bits per byte of text.",
         Kind.POINTS,
     ),
-    Panel("tasks", "Tasks", "tasks/*/*accuracy", "accuracy", "The share of correct answers.", Kind.POINTS),
+    Panel("tasks", "Tasks", "tasks/*/*accuracy", "accuracy", "The fraction of correct answers.", Kind.POINTS),
     WIN_RATE,
     Panel(
         "rho",
         "rho",
         "optim/rho",
         "rho",
-        "The scale of the curvature, adjusted by the win rate.",
+        "The scale of the curvature, adjusted to control the win rate.",
         Kind.LINE,
         may_be_logarithmic=True,
     ),
@@ -127,10 +127,10 @@ OTHERS = (
     ),
     Panel(
         "curvature_nonpositive",
-        "Curvature not positive",
+        "Non-positive curvature",
         "optim/curvature_nonpositive",
-        "share of h ≤ 0",
-        "The share of coordinates without positive curvature; their steps are clipped.",
+        "fraction of h ≤ 0",
+        "The fraction of coordinates without positive curvature; their steps are clipped.",
         Kind.LINE,
         from_zero=True,
     ),
@@ -139,7 +139,7 @@ OTHERS = (
         "Momentum norm",
         "optim/momentum_norm",
         "norm of m",
-        "The norm of m, the mean gradient that steps follow.",
+        "The norm of m, the running mean of the gradients.",
         Kind.LINE,
         may_be_logarithmic=True,
     ),
@@ -148,7 +148,7 @@ OTHERS = (
         "Gradient norm",
         "train/grad_norm",
         "norm of the gradient",
-        "Before clipping to trainer.max_grad_norm. Steps with spikes are worth a look.",
+        "Before clipping to trainer.max_grad_norm. Spikes are worth a look.",
         may_be_logarithmic=True,
     ),
     Panel("learning_rate", "Learning rate", "train/learning_rate", "learning rate", "", Kind.LINE, from_zero=True),
@@ -157,7 +157,7 @@ OTHERS = (
         "Skipped steps",
         "train/skipped_steps",
         "steps skipped so far",
-        "Steps whose loss or gradient was not finite or, with trainer.loss_spike_factor, a spike; they change nothing.",
+        "Steps skipped because of a non-finite loss or gradient or, with trainer.loss_spike_factor, a loss spike.",
         Kind.LINE,
         from_zero=True,
     ),
@@ -166,7 +166,7 @@ OTHERS = (
         "Throughput",
         "train/tokens_per_second",
         "tokens per second",
-        "All devices together. Steps that refresh the curvature are slower.",
+        "Summed over all devices. Steps that refresh the curvature are slower.",
         from_zero=True,
     ),
 )
@@ -187,7 +187,7 @@ def other_panels(runs: Sequence[Run]) -> list[Panel]:
 def _with_key(panel: Panel, runs: Sequence[Run]) -> Panel:
     """Add the names of the panel's curves to its caption, if there are several."""
     labels = curve_labels(panel, runs).values()
-    shown = f"{panel.caption} From faint to strong: {', '.join(labels)}.".lstrip()
+    shown = f"{panel.caption} From lightest to darkest: {', '.join(labels)}.".lstrip()
     return replace(panel, caption=shown) if len(labels) > 1 else panel
 
 

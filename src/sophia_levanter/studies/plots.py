@@ -91,7 +91,7 @@ def png(panels: Sequence[tuple[Panel, Axis]], runs: Sequence[Run]) -> bytes:
                 curves = _strengths(labels).items()
                 samples += [_sample(labels[name], color=colour, alpha=strength) for name, strength in curves]
             if panel.key == "win_rate":
-                samples.append(_sample("advised range", color=ADVISED_GREY, linewidth=8))
+                samples.append(_sample("recommended range", color=ADVISED_GREY, linewidth=8))
         return as_png(figure, samples)
 
 

@@ -110,7 +110,7 @@ def read_records(path: Path) -> list[Record]:
     try:
         tree = json.loads(read_regular(path))
         if tree["format"] != FORMAT:
-            raise InputError(f"{path}: its format is {tree['format']}, but this version reads {FORMAT}")
+            raise InputError(f"{path} has format {tree['format']}, but this version reads format {FORMAT}")
         records = [Record(**fields) for fields in tree["runs"]]
         if not all(isinstance(record.config, dict) for record in records):
             raise TypeError("a run's config is not a mapping")
@@ -118,7 +118,7 @@ def read_records(path: Path) -> list[Record]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not a record of a study: {error}; move it away to start over") from None
+        raise InputError(f"{path} is not a valid study record: {error}; move it elsewhere to start over") from None
 
 
 def write_records(path: Path, name: str, records: Iterable[Record]) -> None:

@@ -45,8 +45,8 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
     """
     cells = collect(runs, records)
     if not cells:
-        return f"# {one_line(study.name)}\n\nNo run is done yet."
-    parts = [f"# {one_line(study.name)}", _summary(cells, records), "## The best of each arm", _best_table(cells)]
+        return f"# {one_line(study.name)}\n\nNo run has finished yet."
+    parts = [f"# {one_line(study.name)}", _summary(cells, records), "## Best point of each arm", _best_table(cells)]
     if study.baseline is not None:
         parts += [f"## Speed-up over {study.baseline}", _speed_table(study.baseline, cells)]
     parts += ["## All points", _all_table(cells)]
@@ -55,7 +55,7 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
     try:
         from sophia_levanter.studies.plots import study_pictures
     except ImportError:
-        raise InputError("plots need matplotlib; install sophia-levanter[compare]") from None
+        raise InputError("plots require matplotlib; install sophia-levanter[compare]") from None
     for name, picture in study_pictures(cells).items():
         (out / name).write_bytes(picture)
         parts.append(f"![{name}]({name})")
@@ -70,14 +70,14 @@ def _summary(cells: Sequence[Cell], records: Sequence[Record]) -> str:
     sizes = ", ".join(f"{n:,}" for n in sorted({record.parameters for record in records} - {0}))
     texts = len({record.facts["data"]["digest"] for record in records if "data" in record.facts})
     were = "was" if len(records) == 1 else "were"
-    lines = [f"{counted(len(records), 'run')} {were} started, {diverged} of them diverged; parameters: {sizes}."]
+    lines = [f"{counted(len(records), 'run')} {were} started; {diverged} diverged. Parameters: {sizes}."]
     others = len(records) - len({id(record) for cell in cells for record in cell.records.values()})
     if others:
-        lines.append(f"{others} of them belong to no arm of the current study.")
+        lines.append(f"{others} of them {'is' if others == 1 else 'are'} not part of the current study.")
     if shared := sum(map(shared_steps, records)):
         lines.append(_budget(records, shared))
     if texts > 1:
-        lines.append(f"**The runs have {texts} different training texts.**")
+        lines.append(f"**The runs used {texts} different training texts.**")
     return " ".join(lines)
 
 
@@ -87,8 +87,8 @@ def _budget(records: Sequence[Record], shared: int) -> str:
     tokens = sum(trained[id(record)] * tokens_per_step(record) for record in records)
     seconds = sum(trained[id(record)] * seconds_per_step(record) for record in records)
     return (
-        f"They trained {sum(trained.values()):,} steps ({tokens:,} tokens, {show_duration(seconds)} of steps); "
-        f"longer runs reused another {shared:,} steps of shorter ones, which are counted once."
+        f"They trained for {sum(trained.values()):,} steps ({tokens:,} tokens, {show_duration(seconds)} of training "
+        f"time); longer runs reused another {shared:,} steps from shorter ones, which are counted once."
     )
 
 
@@ -120,14 +120,14 @@ def unusual_win_rate(name: str, rate: float) -> Iterator[str]:
     low, high = WIN_RATES
     if not low <= rate <= high:
         remedy = "a larger rho" if rate < low else "a smaller rho"
-        yield f"{name}: the last win rate is {rate:.2f}; values from {low:g} to {high:g} are usual, so try {remedy}."
+        yield f"{name}: the last win rate is {rate:.2f}; typical values are {low:g} to {high:g}, so try {remedy}."
 
 
 def few_evaluations(count: int, where: str = "a run") -> Iterator[str]:
     """A caution if there are too few validation losses for a curve."""
     if count < FEWEST_EVALUATIONS:
         losses = f"{counted(count, 'validation loss')} in {where} {'is' if count == 1 else 'are'}"
-        yield f"{losses} too few to show a curve; use {FEWEST_EVALUATIONS} or more."
+        yield f"{losses} too few for a curve; use {FEWEST_EVALUATIONS} or more."
 
 
 def _last(field: str) -> str:
@@ -153,12 +153,12 @@ def _speed_table(baseline: str, cells: Sequence[Cell]) -> str:
             factors = [_factor(found, cost) for cost in (1.0, *_cost_ratios(cells, arm, baseline))]
             rows.append([arm, f"{found.tokens:,}", *factors, _interval(found)])
     note = (
-        "s is how many times longer the baseline's whole schedule is than the arm's whole schedule that ends at the "
-        "same loss, in tokens, in FLOPs and in time. The interval is a bootstrap over seeds, in tokens. Runs may have "
-        "shared the machine with others, which affects the time; `tests/benchmarks/peers.py` measures the cost of a "
-        "step."
+        "s is the length of the baseline's whole schedule divided by the length of the arm's whole schedule that ends "
+        "at the same loss, measured in tokens, FLOPs and time. The interval is a bootstrap interval over seeds, in "
+        "tokens. Runs may have shared the machine with other work, which affects the time; "
+        "`tests/benchmarks/peers.py` measures the cost of a step."
     )
-    return note + "\n\n" + _table(["arm", "baseline's tokens", "s", "s in FLOPs", "s in time", "95 % of s"], rows)
+    return note + "\n\n" + _table(["arm", "baseline tokens", "s", "s in FLOPs", "s in time", "95 % interval"], rows)
 
 
 def _cost_ratios(cells: Sequence[Cell], arm: str, baseline: str) -> tuple[float, float]:
@@ -191,7 +191,7 @@ def _all_table(cells: Sequence[Cell]) -> str:
         [c.arm, f"{c.tokens:,}", _point(c), _loss(c), str(len(c.records)), str(c.diverged), _win_rate(c)]
         for c in ordered
     ]
-    return _table(["arm", "tokens", "point", "validation loss", "seeds", "diverged", "win rate at the end"], rows)
+    return _table(["arm", "tokens", "point", "validation loss", "seeds", "diverged", "final win rate"], rows)
 
 
 def _point(cell: Cell) -> str:

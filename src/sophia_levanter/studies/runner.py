@@ -107,7 +107,7 @@ def jobs_of(
     if starts:
         steps = sum(start.step for start in starts.values())
         runs = counted(len(starts), "run")
-        say(f"{runs} will start from a shorter run's checkpoint: {steps:,} steps are not trained again")
+        say(f"{runs} will start from a shorter run's checkpoint; {steps:,} steps will not be trained again")
     if hindrance:
         say(hindrance)
     return [Job(places[path], path, start=starts.get(path), keep_step=kept.get(path)) for path in to_do]
@@ -124,7 +124,12 @@ def _set_aside(directory: Path, config: TrainConfig, say: Callable[[str], None])
         with held:
             shutil.rmtree(aside, ignore_errors=True)
             directory.rename(aside)
-        say(one_line(f"{directory} had no record and no checkpoint; it is now {aside.name}, and the run starts again"))
+        say(
+            one_line(
+                f"{directory} had neither a record nor a checkpoint; it was renamed to {aside.name}, and the run "
+                "starts again"
+            )
+        )
 
 
 def digests(config: DataConfig) -> dict[str, str]:
@@ -174,7 +179,7 @@ def as_ray_tasks(jobs: Sequence[Job], check_stop: CheckStop) -> Generator[Result
     try:
         import ray
     except ImportError:
-        raise InputError("--ray needs Ray; install sophia-levanter[cluster]") from None
+        raise InputError("--ray requires Ray; install sophia-levanter[cluster]") from None
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     stop = signal.getsignal(signal.SIGTERM)
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)

@@ -164,7 +164,7 @@ def read_run(name: str, path: Path) -> Run:
     """
     config_file = RunDirectory(path, "never").config_file
     if not config_file.is_file():
-        raise InputError(f"{path} contains no config.yaml; name a run directory")
+        raise InputError(f"{path} contains no config.yaml; specify a run directory")
     run = read_files(name, path, load_config(config_file))
     if not run.series:
         raise InputError(f"{path / 'metrics.jsonl'} contains no steps yet; wait for the run's first step")
@@ -215,12 +215,14 @@ def read_metrics(path: Path) -> dict[str, Series]:
                 steps[name].append(done)
                 values[name].append(math.nan if value is None else value)
     except FileNotFoundError:
-        raise InputError(f"{path.parent} contains no metrics.jsonl; name the directory of a started run") from None
+        raise InputError(
+            f"{path.parent} contains no metrics.jsonl; specify the directory of a run that has started"
+        ) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     for name in steps:
         if np.any(np.diff(steps[name]) < 0):
-            raise InputError(f"{path}: the steps of {name} are not ascending; the file mixes several runs")
+            raise InputError(f"{path}: the steps of {name} are not ascending; the file contains several runs")
     return {name: Series(np.array(steps[name], np.int64), np.array(values[name], np.float64)) for name in steps}
 
 
@@ -251,7 +253,7 @@ def _newest_manifest(directory: RunDirectory) -> tuple[Manifest | None, str]:
             continue
         if all(isinstance(manifest.metadata.get(name), dict) for name in FACTS):
             return manifest, "; ".join([*damaged, f"step {step}"])
-        damaged.append(f"step {step} is not a training run's")
+        damaged.append(f"step {step} was not saved by a training run")
     return None, "; ".join(damaged) or "none yet"
 
 

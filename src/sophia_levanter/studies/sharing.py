@@ -108,7 +108,7 @@ def _obstacle(config: TrainConfig) -> str | None:
     if isinstance(config.optimizer, AdEMAMixConfig):
         warmup = config.optimizer.slow_warmup
         if warmup is None or 0 < warmup < 1:
-            return "optimizer.slow_warmup is a fraction of the run; set it in steps"
+            return "optimizer.slow_warmup is a fraction of the run; specify it in steps"
     return None
 
 
@@ -122,8 +122,8 @@ def _hindrance(shorter: TrainConfig, longer: TrainConfig) -> str | None:
         return None
     reason = _obstacle(longer)
     if reason is None and warmups[0] != warmups[1]:
-        reason = f"{_WARMUP} is {warmups[0]} and {warmups[1]} steps; set it in steps to train the common steps once"
-    return reason and f"each length trains in full: {reason}"
+        reason = f"{_WARMUP} is {warmups[0]} or {warmups[1]} steps; specify it in steps to share the common steps"
+    return reason and f"each run trains in full: {reason}"
 
 
 def begin(start: Start, config: TrainConfig, directory: Path) -> None:

@@ -14,7 +14,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.command_line import build_config
 from sophia_levanter.config.files import Layer, Setting, read_layers, show_value
 from sophia_levanter.config.run import with_steps
-from sophia_levanter.errors import InputError, one_line, shortened
+from sophia_levanter.errors import InputError, counted, one_line, shortened
 
 ARM_FIELDS = ("config", "settings", "grid", "tokens", "seeds", "warmup_fraction", "final_fraction")
 STUDY_FIELDS = (*(name for name in ARM_FIELDS if name != "grid"), "evaluations", "baseline", "arms")
@@ -105,9 +105,11 @@ def read_study(path: Path) -> Study:
     for name in names:
         if name != shortened(one_line(name), LONGEST_NAME):
             shown = shortened(repr(name), LONGEST_NAME)
-            raise InputError(f"{path}: arms has {shown}; a name has at most {LONGEST_NAME} printable characters")
+            raise InputError(
+                f"{path}: arms contains {shown}; a name may have at most {LONGEST_NAME} printable characters"
+            )
     if not names:
-        raise InputError(f"{path}: arms is missing; name the arms to compare, each with its config, settings and grid")
+        raise InputError(f"{path}: arms is missing; list the arms to compare, each with its config, settings and grid")
     arms = tuple(_arm(name, _below(f"arms.{name}.", merged), common, path) for name in names)
     baseline = common.get("baseline", Setting(None)).value
     if baseline is not None and not (isinstance(baseline, str) and baseline in names):
@@ -148,11 +150,14 @@ def _runs_of(arm: Arm, overrides: Layer, evaluations: int) -> Iterator[PlannedRu
 
 def _with_schedule(config: TrainConfig, tokens: int, seed: int, evaluations: int) -> TrainConfig:
     if config.trainer.batch_size_changes:
-        raise InputError("trainer.batch_size_changes is set, but the runs of a study have one batch size; leave it out")
+        raise InputError(
+            "trainer.batch_size_changes is set, but the runs in a study have a fixed batch size; remove it"
+        )
     steps = round(Fraction(tokens, config.trainer.batch_size * config.model.seq_len))
     if steps < evaluations:
         raise InputError(
-            f"tokens {tokens} are {steps} steps; there must be at least one for each of {evaluations} evaluations"
+            f"tokens is {tokens}, which is {counted(steps, 'step')}; "
+            f"use at least one step for each of the {evaluations} evaluations"
         )
     every = -(-steps // evaluations)
     trainer = dataclasses.replace(
@@ -178,7 +183,7 @@ def _arm(name: str, own: Layer, common: Layer, path: Path) -> Arm:
         _check_not_own(f"arms.{name}.{section}.", _below(f"{section}.", own))
     fields = {key: value for key, value in (common | own).items() if key.split(".")[0] not in ("config", *SECTIONS)}
     if "tokens" not in fields:
-        raise InputError(f"{path}: tokens is missing; give the lengths of the schedules in training tokens")
+        raise InputError(f"{path}: tokens is missing; specify the schedule lengths in training tokens")
     shared = _below("settings.", common)
     schedule = {"optimizer.final_learning_rate": shared.get("optimizer.final_learning_rate", Setting(None))}
     for key, (path_of_setting, default) in _FRACTIONS.items():
@@ -246,9 +251,9 @@ def _ints(name: str, setting: Setting, low: int | None = None) -> list[int]:
         if type(value) is not int:
             raise InputError(f"{setting.prefix}{name} contains {show_value(value)}; it must be a list of integers")
     if not values:
-        raise InputError(f"{setting.prefix}{name} is an empty list; give at least one")
+        raise InputError(f"{setting.prefix}{name} is an empty list; specify at least one value")
     if len(set(values)) < len(values):
-        raise InputError(f"{setting.prefix}{name} is {values}, which contains a value twice")
+        raise InputError(f"{setting.prefix}{name} is {values}; it must not contain duplicates")
     if low is not None and min(values) < low:
         raise InputError(f"{setting.prefix}{name} contains {min(values)}; it must be at least {low}")
     return values
