@@ -145,7 +145,7 @@ def test_runs_of_different_tokenizers_are_compared_in_bits_per_byte(runs, capfd)
     other = FACTS | {"validation": TEXT | {"tokenizer": "gpt2'", "tokens": 300, "digest": "xyz"}}
     write_manifest(runs / "gpt2" / "checkpoints", 10, other, vocab_size=50304)
     status, out, _ = command(capfd, runs / "sophia", runs / "gpt2", "-o", runs / "r.html")
-    assert status == 0 and "NOTE: The runs have different tokenizers" in out
+    assert status == 0 and "NOTE: The runs use different tokenizers" in out
     found = Page(runs / "r.html")
     assert "Losses per token cannot be compared" in found.text
     assert "Validation, bits per byte against steps: sophia, gpt2" in found.images()

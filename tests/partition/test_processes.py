@@ -68,7 +68,7 @@ def test_two_processes_train_as_one_and_go_on(config_file, tmp_path):
     np.testing.assert_allclose(losses(two, "validation/loss"), losses(one, "validation/loss"), rtol=0, atol=1e-5)
     # The second process has nothing to say.
     assert "4 cpu devices, data 4, embed over data" in results[1][1]
-    samples = [said[said.index("sample, after the prompt") :].splitlines()[1] for _, said, _ in results[:2]]
+    samples = [said[said.index("sample (prompt in brackets)") :].splitlines()[1] for _, said, _ in results[:2]]
     assert samples[0] == samples[1]
     assert results[2][1].replace("[Gloo]", "").count("step ") == 0
 

@@ -60,7 +60,7 @@ def test_auto_goes_on_with_its_own_run_only(tmp_path):
     run.write_config(resolved)
     again, _ = choose_run_directory(Command(config(tmp_path / "run"), "x", "auto"))
     assert again == RunDirectory(tmp_path / "run", "if_saved")
-    with pytest.raises(InputError, match=r"its data\.tokenizer is 'bytes', but this run's is 'gpt2'"):
+    with pytest.raises(InputError, match=r"its data\.tokenizer is 'bytes', not 'gpt2'"):
         choose_run_directory(Command(config(tmp_path / "run", tokenizer="gpt2"), "x", "auto"))
 
 

@@ -250,7 +250,7 @@ def test_auto_refuses_the_directory_of_another_run(finished_run, tmp_path, capfd
     run_dir = finished_run.copy(tmp_path / "run")
     auto = ["--config", str(finished_run.config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto"]
     assert main([*auto, "--optimizer.rho", "0.3"]) == 2
-    assert "its optimizer.rho is 0.5, but this run's is 0.3" in capfd.readouterr().err
+    assert "its optimizer.rho is 0.5, not 0.3" in capfd.readouterr().err
 
 
 def test_another_dtype_only_when_asked(finished_run, tmp_path, capfd):

@@ -119,9 +119,9 @@ def test_named_sets_and_tasks_have_panels(tmp_path):
     runs = [read_run("with", write_run(tmp_path / "a", lines=lines)), read_run("without", write_run(tmp_path / "b"))]
     added = [panel for panel in other_panels(runs) if panel not in other_panels(runs[1:])]
     assert {panel.key: panel.caption.partition(" From ")[2] for panel in added} == {
-        "validation_sets": "faint to strong: books, code.",
-        "validation_sets_bits": "faint to strong: books, code.",
-        "tasks": "faint to strong: piqa/accuracy, piqa/normalized_accuracy.",
+        "validation_sets": "lightest to darkest: books, code.",
+        "validation_sets_bits": "lightest to darkest: books, code.",
+        "tasks": "lightest to darkest: piqa/accuracy, piqa/normalized_accuracy.",
     }
     assert [len(curves_of(panel, runs[0])) for panel in added] == [2, 2, 2]
 

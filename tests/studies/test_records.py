@@ -59,7 +59,7 @@ def test_a_damaged_file_is_one_line(text, tmp_path):
         read_records(file)
     message = str(caught.value)
     assert message.startswith(f"{file} is not a valid study record: ") and "\n" not in message
-    assert message.endswith("; move it away to start over")
+    assert message.endswith("; move it elsewhere to start over")
 
 
 def test_a_run_without_a_configuration_is_one_line(make_record, tmp_path):
