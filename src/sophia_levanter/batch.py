@@ -41,7 +41,7 @@ def batch_from_sequences(
 
     Args:
         sequences: int32 [rows, position + 1]; the number of rows is a multiple of `num_microbatches`.
-        weights: float32 [rows, position]; all ones if not given.
+        weights: float32 [rows, position]; all ones by default.
         num_microbatches: the number of blocks that the rows are divided into.
         document_end: the token that ends a document, used to set `Batch.document_starts`; if None, that field is None.
     """

@@ -37,7 +37,7 @@ def run_command(
     """Call `run` with a command line, and report each error in one line.
 
     Args:
-        given: the arguments; those of this process if None.
+        given: the arguments; by default, those of this process.
         run: executes the command and returns its exit status.
         usage: printed for --help instead of calling `run`; if None, `run` handles --help.
         interrupted: the message to print after Ctrl-C.

@@ -235,7 +235,7 @@ def test_another_text_needs_another_place(write, tmp_path, capsys, done):
     other.write_text("Another text altogether.")
     assert main(arguments(study, "--data.validation", other)) == 2
     error = capsys.readouterr().err
-    assert "study.json contains runs on a different text: the digest of data.validation was" in error
+    assert "study.json contains runs on different text: the digest of data.validation was" in error
     assert error.count("\n") == 1
     assert (tmp_path / "out" / "study.json").read_text() == before
 

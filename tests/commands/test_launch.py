@@ -112,7 +112,7 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
         (["--config", "CONFIG", "--cluster", "CLUSTER", "--model.heads", "2"], "unknown option '--model.heads'"),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--mesh.coordinator", "auto", "--trainer.run_dir", "run"],
-            "mesh.coordinator is 'auto', but the launcher sets it; remove it",
+            "mesh.coordinator is 'auto', but the launcher sets it; remove the setting",
         ),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "CONFIG"],
@@ -240,7 +240,7 @@ def test_a_run_whose_launcher_is_gone(tmp_path, capsys):
     (tmp_path / "launch" / "status.json").write_text(f'{{"state": "running", {fields}}}')
     status, out, _ = main(capsys, "status", tmp_path)
     assert status == 1
-    assert "the launcher has died, and the run with it" in out
+    assert "the launcher has died, so the run has stopped" in out
     for damaged in ("{", "[]", "", fields, f'{{"state": "running", {fields}}}'.replace("2", '"x"')):
         (tmp_path / "launch" / "status.json").write_text(damaged)
         status, out, err = main(capsys, "status", tmp_path)

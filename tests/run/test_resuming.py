@@ -148,7 +148,7 @@ def test_a_finished_run_can_be_extended_and_what_changes_is_said(config_file, tm
     changed = r"the schedule changed: at step 12 the learning rate was 0\.001 and is now 0\.00\d+; .* before step (\d+)"
     assert re.search(changed, out)[1] == "3"  # the warm-up takes 2, and the peak follows
     assert "the validation text has changed since the run began" in out
-    assert "set trainer.batch_size_changes to avoid that" in out
+    assert "trainer.batch_size_changes avoids that" in out
     assert list(metrics(run_dir)) == list(range(13))
     first, last = (checkpoint.read_step(run_dir / "checkpoints", step).metadata["best"] for step in (12, 13))
     assert last["step"] == 13 and last["validation/loss"] > first["validation/loss"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sophia_levanter.config.arguments import Arguments, chosen, parse_arguments, whole_number
-from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.errors import InputError, counted, one_line
 from sophia_levanter.status import DONE, FAILURE, run_command
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def _run(given: Sequence[str]) -> int:
     arguments = parse_arguments(rest, options=OPTIONS[what], flags=flags, words=True)
     expected = ["DIR", "A", "B"] if what == "diff" else ["DIR"]
     if len(arguments.words) != len(expected):
-        raise InputError(f"{what} takes {' '.join(expected)}; --help shows the options")
+        found = counted(len(arguments.words), "argument")
+        raise InputError(f"{what}: expected {' '.join(expected)}, found {found}; --help shows the options")
     numbers = {name: whole_number(name, text) for name, text in arguments.options.items()}
     if what == "prune":
         arguments.needed("--keep", "N", "specify how many of the newest steps to keep")

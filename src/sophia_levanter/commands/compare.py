@@ -209,7 +209,7 @@ class _Comparison:
                 now = texts[run.config.data][name]
                 if then != now:
                     raise InputError(
-                        f"{self.out / RECORDS} contains runs on a different text: the digest of data.{name} was "
+                        f"{self.out / RECORDS} contains runs on different text: the digest of data.{name} was "
                         f"{then} and is now {now}; choose another --out"
                     )
         return texts

@@ -25,7 +25,7 @@ USAGE = """\
 usage: python -m sophia_levanter.commands.inspect_data STORE [--documents N] [--seq_len N] [--verify]
        [--plugins MODULE] [--help]
 
-Print the contents of a token store, how its documents fill training sequences, and how a few of them begin.
+Print the contents of a token store, how its documents fill training sequences, and the beginnings of a few documents.
 
   STORE                  a folder that prepare_data reported, or a URL such as gs://bucket/folder; if it contains
                          the stores train and validation, both are printed
@@ -85,7 +85,7 @@ def _print_store(location: str, count: int, seq_len: int, *, verify: bool) -> No
     print(f"  lengths     median document {packing.median_length:,.0f} tokens, longest {packing.longest:,}")
     print(
         f"  packing     {packing.documents_per_sequence:.2f} documents per sequence of {seq_len:,} tokens (--seq_len); "
-        f"{packing.share_of_one:.1%} of the sequences contain only one"
+        f"{packing.share_of_one:.1%} of the sequences contain only one document"
     )
     print(f"  masks       data.mask_documents removes {packing.removed_share:.1%} of the attention pairs")
     if verify:
@@ -95,7 +95,8 @@ def _print_store(location: str, count: int, seq_len: int, *, verify: bool) -> No
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise InputError(
             f"{location} was written with tokenizer {manifest.tokenizer_name} (fingerprint "
-            f"{manifest.tokenizer_fingerprint}), whose fingerprint is now {tokenizer.fingerprint}; restore its file"
+            f"{manifest.tokenizer_fingerprint}), whose fingerprint is now {tokenizer.fingerprint}; restore its "
+            "original file"
         )
     shown = min(count, manifest.num_documents)
     for number in [i * manifest.num_documents // shown for i in range(shown)]:

@@ -115,7 +115,7 @@ def _check_fit(config: TrainConfig, cluster: ClusterConfig) -> None:
     for name in ("coordinator", "num_processes", "process_id"):
         with problems:
             if (value := getattr(config.mesh, name)) is not None:
-                raise InputError(f"mesh.{name} is {value!r}, but the launcher sets it; remove it")
+                raise InputError(f"mesh.{name} is {value!r}, but the launcher sets it; remove the setting")
     with problems:
         if cluster.num_devices is not None:
             check_mesh(config, cluster.num_devices)
@@ -183,7 +183,7 @@ def _show(record: LaunchRecord) -> int:
     status = record.read()
     print(one_line(status))
     if status.exit_status is None and not record.is_held:
-        print("the launcher has died, and the run with it; run the same launch command again to continue")
+        print("the launcher has died, so the run has stopped; run the same launch command again to continue")
         return FAILURE
     return DONE
 

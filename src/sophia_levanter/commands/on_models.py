@@ -29,7 +29,7 @@ def run_on_model(
     """Parse a command line, run it, and report each error in one line.
 
     Args:
-        given: the arguments; those of this process if None.
+        given: the arguments; by default, those of this process.
         parse: parses the arguments. It avoids slow imports, so that mistakes are reported immediately.
         run: executes the parsed command and returns its exit status.
         usage: printed for --help instead of running the command.

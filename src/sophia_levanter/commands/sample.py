@@ -190,7 +190,7 @@ def _sample(command: Command, prompts: Sequence[Sequence[int]], loaded: LoadedMo
         heading = "" if alone else f"--- prompt {prompt + 1}, sample {sample + 1}\n"
         print(heading + "".join(characters), flush=True)
     speed = f", then {(drawn - len(rows)) / (times[-1] - times[1]):,.0f} tokens/s" if len(times) > 2 else ""
-    tell(f"{counted(drawn, 'token')}: first after {times[1] - started:.1f} s, including compilation{speed}")
+    tell(f"{counted(drawn, 'token')}: first token after {times[1] - started:.1f} s, including compilation{speed}")
 
 
 def _print_at_once(text: str) -> None:

@@ -21,7 +21,7 @@ usage: python -m sophia_levanter.commands.tpu create --cluster FILE [NAME] [--dr
        python -m sophia_levanter.commands.tpu ssh    --cluster FILE [NAME] [--dry_run] -- COMMAND...
        python -m sophia_levanter.commands.tpu logs   --cluster FILE [NAME] [--dry_run]
 
-  NAME            name of the queued resource if the cluster file has none, or the run directory that it is for
+  NAME            name of the queued resource if the cluster file has none, or the run directory that it belongs to
   --cluster FILE  a cluster file with backend: gcloud
   create          request the slices, which are billed once they are active, without waiting for them
   list            list the queued resources in the zone with their states

@@ -122,7 +122,7 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
         if name not in ("trainer.run_dir", "mesh.coordinator", "mesh.process_id"):
             console.line(f"{name} was {old} and is now {new}")
         if name == "trainer.batch_size":
-            console.line("this skips or repeats some sequences; set trainer.batch_size_changes to avoid that")
+            console.line("the new batch size skips or repeats some sequences; trainer.batch_size_changes avoids that")
     then, now = (learning_rates(config, restored.step + 1) for config in (old_config, run.config))
     differ = np.flatnonzero(then != now)
     if differ.size:

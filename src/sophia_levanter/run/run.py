@@ -121,7 +121,7 @@ class Run:
         directory, console: as given.
         processes: the run's processes.
         resumes: whether the run continues from checkpoints.
-        initial_weights: the weights to start from, in host memory; None if they are drawn at random, and after `start`.
+        initial_weights: the weights to start from, in host memory; None if they are random, and after `start`.
         partition: the devices, and how arrays are sharded over them.
         settings: the settings that all steps share.
         callbacks: the registered callbacks, keyed by name.
@@ -262,7 +262,7 @@ class Run:
                         raise
                     assert self.restored is not None
                     state = self.restored.tree
-            raise AssertionError("the last loop returns or raises")
+            raise AssertionError("unreachable: the last loop returns or raises")
         except Exception:
             self._trackers.close(failed=True)
             raise

@@ -212,7 +212,7 @@ def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
         (
             "validation",
             f"{numbers['validation/loss']:.4f} nats per token, {numbers['validation/bits_per_byte']:.4f} bits per "
-            f"byte; a byte-bigram model of the same text reaches {bigram:.4f}",
+            f"byte; a byte-bigram model trained on the same text reaches {bigram:.4f}",
         ),
     ]
     for name in filter(None, run.validation):

@@ -47,12 +47,12 @@ def _notes(runs: Sequence[Run], same_tokenizer: bool, same_text: bool) -> Iterat
         )
     if not same_text:
         yield (
-            "The runs are validated on different texts. Even bits per byte are not exactly comparable, so no value is "
+            "The runs use different validation texts. Even bits per byte are not exactly comparable, so no value is "
             "marked as the best."
         )
     elif len({_sequences(run) for run in runs}) > 1:
         yield (
-            "The runs are validated on different sequences of the text, or with different masks "
+            "The runs are validated on different sequences from the text, or with different masks "
             "(trainer.evaluation_windows, model.seq_len, data.mask_documents). This can explain small differences "
             "between their losses."
         )

@@ -148,7 +148,7 @@ OTHERS = (
         "Gradient norm",
         "train/grad_norm",
         "norm of the gradient",
-        "Before clipping to trainer.max_grad_norm. Spikes are worth a look.",
+        "The gradient norm before clipping to trainer.max_grad_norm. Spikes are worth a look.",
         may_be_logarithmic=True,
     ),
     Panel("learning_rate", "Learning rate", "train/learning_rate", "learning rate", "", Kind.LINE, from_zero=True),

@@ -222,7 +222,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     for name in steps:
         if np.any(np.diff(steps[name]) < 0):
-            raise InputError(f"{path}: the steps of {name} are not ascending; the file contains several runs")
+            raise InputError(f"{path}: the steps of {name} are not ascending; the file mixes metrics from several runs")
     return {name: Series(np.array(steps[name], np.int64), np.array(values[name], np.float64)) for name in steps}
 
 

@@ -150,9 +150,7 @@ def _runs_of(arm: Arm, overrides: Layer, evaluations: int) -> Iterator[PlannedRu
 
 def _with_schedule(config: TrainConfig, tokens: int, seed: int, evaluations: int) -> TrainConfig:
     if config.trainer.batch_size_changes:
-        raise InputError(
-            "trainer.batch_size_changes is set, but the runs in a study have a fixed batch size; remove it"
-        )
+        raise InputError("trainer.batch_size_changes is set, but the runs in a study have a fixed batch size; unset it")
     steps = round(Fraction(tokens, config.trainer.batch_size * config.model.seq_len))
     if steps < evaluations:
         raise InputError(

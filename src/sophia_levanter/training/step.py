@@ -213,10 +213,10 @@ def train_step(
         refresh: whether the curvature is estimated before the update; decided on the host.
         batch: [microbatch, batch, position].
         state: the state before the step.
-        curvature_batch: [microbatch, batch, position] to estimate the curvature on; if not given, the first
+        curvature_batch: [microbatch, batch, position] to estimate the curvature on; by default, the first
             `curvature_microbatches` of the batch, which then share their forward pass with the gradient (Sophia-G).
         samples: [microbatch, batch, position] int labels for Gauss-Newton-Bartlett, shaped like the curvature's
-            microbatches. If not given, an estimator that samples targets draws them from the model, seeded by (seed,
+            microbatches. By default, an estimator that samples targets draws them from the model, seeded by (seed,
             step, row).
 
     Returns:
