@@ -136,7 +136,10 @@ def test_a_separator_ends_documents(config: DataConfig, tmp_path: Path, name: st
     split = prepare(replace(config, document_separator="<|endoftext|>"), said.append)
     assert documents(split.train, split.tokenizer) == TEXTS
     count = 60 if name == "a.txt" else 59
-    assert any(": 60 documents, " in line and f", split at {count} '<|endoftext|>', pre" in line for line in said)
+    assert any(
+        ": 60 documents, " in line and f", split at {count} occurrences of '<|endoftext|>', pre" in line
+        for line in said
+    )
     assert not any("special tokens" in line for line in said)
     assert any(line.startswith("WARNING: data.validation: data.document_separator") for line in said)
     assert split.train.path != whole.train.path
@@ -160,7 +163,9 @@ def test_a_separator_and_token_files(config: DataConfig, tmp_path: Path) -> None
     np.arange(200, dtype=np.uint16).tofile(tmp_path / "t.bin")
     tokens = f"nanogpt:{tmp_path}/t.bin"
     config = replace(config, document_separator="<|endoftext|>")
-    with pytest.raises(InputError, match=r"^data.document_separator is .*every source is a token file.*leave it out"):
+    with pytest.raises(
+        InputError, match=r"^data.document_separator is .*every source is a token file.*remove the setting"
+    ):
         prepare(replace(config, train=tokens, validation=tokens), quiet)
     said: list[str] = []
     prepare(replace(config, validation=tokens), said.append)
@@ -273,7 +278,7 @@ def test_a_file_in_two_parts_of_a_mixture_is_said(config: DataConfig, tmp_path: 
     mixture = replace(config, train=parts, validation=str(tmp_path / "validation.txt"), cache_dir=f"{tmp_path}/.cache")
     prepare(mixture, said.append)
     (line,) = [line for line in said if line.startswith("WARNING: data.train: ")]
-    assert f"1 of the files are in two parts of the mixture, such as {config.train} in {config.train} and in " in line
+    assert f"parts of the mixture share 1 file, such as {config.train} in {config.train} and " in line
     warned: list[str] = []
     prepare(mixture, quiet, warn=warned.append)
     assert warned[0] == line
@@ -285,7 +290,7 @@ def test_token_files_in_two_parts_of_a_mixture_are_said(config: DataConfig, tmp_
     parts = tuple(MixturePart(f"nanogpt:{tmp_path}/{name}.bin") for name in "ab")
     said: list[str] = []
     prepare(replace(config, train=parts, validation=config.train), said.append)
-    assert [line for line in said if "in two parts of the mixture" in line]
+    assert [line for line in said if "parts of the mixture share 1 file" in line]
 
 
 def test_masked_documents_need_an_end_of_text_in_every_part(make_store, tmp_path: Path, monkeypatch) -> None:
@@ -296,6 +301,6 @@ def test_masked_documents_need_an_end_of_text_in_every_part(make_store, tmp_path
     store = make_store(["a document", "another one"])
     assert masked_end(DataConfig(), tokenizer, "data.train", bare) is None
     assert masked_end(on, tokenizer, "data.train", store) == 256
-    expected = r"^data.mask_documents is true, but part 1 of data.train has no end-of-text \(token 256 of bytes\)"
+    expected = r"^data.mask_documents is true, but part 1 of data.train has no end-of-text token \(id 256 in bytes\)"
     with pytest.raises(InputError, match=expected):
         masked_end(on, tokenizer, "data.train", Mixture([store, bare], [1, 1]))

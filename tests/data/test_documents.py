@@ -32,39 +32,47 @@ def read(name: str | Path, **fields: str) -> tuple[list[str], list[str]]:
 
 GOOD = {"text": "one"}
 BAD_ROWS = [
-    ("a.jsonl", json_lines(GOOD, {"text": None}, GOOD), "a.jsonl:2: the field 'text' is not a string but null"),
+    ("a.jsonl", json_lines(GOOD, {"text": None}, GOOD), "a.jsonl:2: the field 'text' is null, not a string"),
     (
         "a.jsonl",
         json_lines(GOOD, {"body": "2"}, GOOD),
-        "a.jsonl:2 has no field 'text'; possible values of data.text_field: 'body'",
+        "a.jsonl:2 has no field 'text'; possible values for data.text_field: 'body'",
     ),
-    ("a.jsonl", json_lines(GOOD, {"text": 7}, GOOD), "a.jsonl:2: the field 'text' is not a string but a number"),
-    ("a.jsonl", json_lines(GOOD, {"text": True}, GOOD), "the field 'text' is not a string but a boolean"),
-    ("a.jsonl", json_lines(GOOD, {"text": ["a", "b"]}, GOOD), "the field 'text' is not a string but a list"),
-    ("a.jsonl", json_lines(GOOD, {"text": {"a": 1}}, GOOD), "the field 'text' is not a string but an object"),
-    ("a.jsonl", json_lines(GOOD, ["text"], GOOD), "a.jsonl:2 is not a JSON object but a list"),
-    ("a.jsonl", json_lines(GOOD, None, GOOD), "a.jsonl:2 is not a JSON object but null"),
-    ("a.jsonl", json_lines(GOOD, "text", GOOD), "a.jsonl:2 is not a JSON object but a string"),
-    ("a.jsonl", json_lines(GOOD) + b"\nnot JSON\n" + json_lines(GOOD), "a.jsonl:3 is not JSON (one object per line)"),
-    ("a.jsonl", json_lines(GOOD, GOOD) + b'{"text": "cut o', "a.jsonl:3 is not JSON (one object per line)"),
+    ("a.jsonl", json_lines(GOOD, {"text": 7}, GOOD), "a.jsonl:2: the field 'text' is a number, not a string"),
+    ("a.jsonl", json_lines(GOOD, {"text": True}, GOOD), "the field 'text' is a boolean, not a string"),
+    ("a.jsonl", json_lines(GOOD, {"text": ["a", "b"]}, GOOD), "the field 'text' is a list, not a string"),
+    ("a.jsonl", json_lines(GOOD, {"text": {"a": 1}}, GOOD), "the field 'text' is an object, not a string"),
+    ("a.jsonl", json_lines(GOOD, ["text"], GOOD), "a.jsonl:2 is a list, not a JSON object"),
+    ("a.jsonl", json_lines(GOOD, None, GOOD), "a.jsonl:2 is null, not a JSON object"),
+    ("a.jsonl", json_lines(GOOD, "text", GOOD), "a.jsonl:2 is a string, not a JSON object"),
+    (
+        "a.jsonl",
+        json_lines(GOOD) + b"\nnot JSON\n" + json_lines(GOOD),
+        "a.jsonl:3 is not valid JSON (expected one object per line)",
+    ),
+    (
+        "a.jsonl",
+        json_lines(GOOD, GOOD) + b'{"text": "cut o',
+        "a.jsonl:3 is not valid JSON (expected one object per line)",
+    ),
     ("a.jsonl.gz", gzip.compress(json_lines(GOOD, {}, GOOD)), "a.jsonl.gz:2 has no field 'text'"),
-    ("a.json", json_lines(["text"], GOOD, GOOD), "a.json:1 is not a JSON object but a list"),
-    ("a.json", json_lines([GOOD], GOOD, GOOD), "a.json:1 is not a JSON object but a list"),
-    ("a.jsonl", json_lines([], GOOD, GOOD), "a.jsonl:1 is not a JSON object but a list"),
+    ("a.json", json_lines(["text"], GOOD, GOOD), "a.json:1 is a list, not a JSON object"),
+    ("a.json", json_lines([GOOD], GOOD, GOOD), "a.json:1 is a list, not a JSON object"),
+    ("a.jsonl", json_lines([], GOOD, GOOD), "a.jsonl:1 is a list, not a JSON object"),
     (
         "a.json",
         json.dumps(["text", GOOD, GOOD], indent=1).encode(),
-        "a.json, record 1 is not a JSON object but a string",
+        "a.json, record 1 is a string, not a JSON object",
     ),
-    ("a.txt", json_lines(GOOD, GOOD, GOOD, GOOD, GOOD, 3), "a.txt:6 is not a JSON object but a number"),
-    ("a.json", json.dumps([GOOD, 12.5, GOOD]).encode(), "a.json, record 2 is not a JSON object but a number"),
-    ("a.json", json.dumps([None, GOOD, GOOD]).encode(), "a.json, record 1 is not a JSON object but null"),
-    ("a.json", json.dumps([GOOD, {"text": None}, GOOD]).encode(), "a.json, record 2: the field 'text' is not"),
-    ("a.json", json.dumps([GOOD, ["a"], GOOD], indent=1).encode(), "a.json, record 2 is not a JSON object but a list"),
+    ("a.txt", json_lines(GOOD, GOOD, GOOD, GOOD, GOOD, 3), "a.txt:6 is a number, not a JSON object"),
+    ("a.json", json.dumps([GOOD, 12.5, GOOD]).encode(), "a.json, record 2 is a number, not a JSON object"),
+    ("a.json", json.dumps([None, GOOD, GOOD]).encode(), "a.json, record 1 is null, not a JSON object"),
+    ("a.json", json.dumps([GOOD, {"text": None}, GOOD]).encode(), "a.json, record 2: the field 'text' is null"),
+    ("a.json", json.dumps([GOOD, ["a"], GOOD], indent=1).encode(), "a.json, record 2 is a list, not a JSON object"),
     (
         "a.parquet",
         parquet({"text": ["one", None, "one"]}),
-        "a.parquet, row 2: the field 'text' is not a string but null",
+        "a.parquet, row 2: the field 'text' is null, not a string",
     ),
 ]
 
@@ -83,17 +91,17 @@ def test_rows_without_text_are_errors_or_skipped(
     assert str(info.value).endswith("; correct the file, or set data.bad_rows to skip")
     texts, (note,) = read(tmp_path / name, bad_rows="skip")
     assert texts == ["one"] * (5 if name == "a.txt" else 2)
-    assert note.startswith(f"rows left out: 1 without text, first {tmp_path}/")
+    assert note.startswith(f"skipped rows: 1 without text (first: {tmp_path}/")
     assert problem in note
 
 
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [
-        ({"text": [1, 2]}, "row 1: the field 'text' is not a string but a number"),
-        ({"text": [b"1", b"2"]}, "row 1: the field 'text' is not a string but a value of type bytes"),
-        ({"text": [["1"], ["2"]]}, "row 1: the field 'text' is not a string but a list"),
-        ({"body": ["1", "2"]}, "row 1 has no field 'text'; possible values of data.text_field: 'body'"),
+        ({"text": [1, 2]}, "row 1: the field 'text' is a number, not a string"),
+        ({"text": [b"1", b"2"]}, "row 1: the field 'text' is a value of type bytes, not a string"),
+        ({"text": [["1"], ["2"]]}, "row 1: the field 'text' is a list, not a string"),
+        ({"body": ["1", "2"]}, "row 1 has no field 'text'; possible values for data.text_field: 'body'"),
     ],
 )
 def test_a_parquet_column_that_is_no_text(tmp_path: Path, columns: dict[str, list], problem: str) -> None:
@@ -102,28 +110,28 @@ def test_a_parquet_column_that_is_no_text(tmp_path: Path, columns: dict[str, lis
         read(tmp_path / "a.parquet")
     texts, notes = read(tmp_path / "a.parquet", bad_rows="skip")
     assert texts == []
-    assert f"rows left out: 2 without text, first {tmp_path}/a.parquet, {problem}" in notes[0]
+    assert f"skipped rows: 2 without text (first: {tmp_path}/a.parquet, {problem}" in notes[0]
 
 
 def test_rows_of_a_dataset(tmp_path: Path) -> None:
     Dataset.from_dict({"text": ["one", None, "", "two"]}).save_to_disk(tmp_path / "d")
-    with pytest.raises(InputError, match="row 2: the field 'text' is not a string but null; correct"):
+    with pytest.raises(InputError, match="row 2: the field 'text' is null, not a string; correct"):
         read(f"datasets:{tmp_path}/d")
     texts, notes = read(f"datasets:{tmp_path}/d", bad_rows="skip")
     assert texts == ["one", "two"]
-    assert f"1 without text, first datasets:{tmp_path}/d, row 2: the field" in notes[0]
-    assert f"1 empty, first datasets:{tmp_path}/d, row 3" in notes[0]
+    assert f"1 without text (first: datasets:{tmp_path}/d, row 2: the field" in notes[0]
+    assert f"1 empty (first: datasets:{tmp_path}/d, row 3" in notes[0]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
         ("a.jsonl.gz", gzip.compress(json_lines(GOOD, GOOD, GOOD), mtime=0)[:-9], "truncated or damaged"),
-        ("a.json", b'[{"text": "1"}, {"text": }, {"text": "3"}]', "record 2, is not JSON"),
-        ("a.json", b'[{"text": "1"}, {"text": "2', "record 2, is not JSON"),
+        ("a.json", b'[{"text": "1"}, {"text": }, {"text": "3"}]', "record 2, is not valid JSON"),
+        ("a.json", b'[{"text": "1"}, {"text": "2', "record 2, is not valid JSON"),
         ("a.json", b'[{"text": "1"}, {"text": "2"}', "record 3, is neither a JSON object nor the end"),
         ("a.parquet", parquet({"text": ["1"]})[:-9], "truncated, damaged or not"),
-        ("a.jsonl", b'{"text": "\xe9"}\n', "is not UTF-8 text"),
+        ("a.jsonl", b'{"text": "\xe9"}\n', "is not valid UTF-8"),
     ],
 )
 def test_damaged_files_are_errors_also_where_rows_are_skipped(
@@ -142,7 +150,7 @@ def test_empty_text_is_left_out_and_counted(tmp_path: Path) -> None:
     for bad_rows in ("error", "skip"):
         texts, notes = read(tmp_path / "*", bad_rows=bad_rows)
         assert texts == ["one", "one", "two"]
-        assert notes == [f"rows left out: 3 empty, first {tmp_path}/a.jsonl:2"]
+        assert notes == [f"skipped rows: 3 empty (first: {tmp_path}/a.jsonl:2)"]
 
 
 def test_empty_modules_of_the_library_are_not_worth_a_line() -> None:
@@ -155,10 +163,10 @@ def test_empty_modules_of_the_library_are_not_worth_a_line() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "where"),
     [
-        ("a.txt", f"one{END}two{END}three".encode(), "/a.txt: "),
-        ("a.jsonl", json_lines(GOOD, {"text": f"two{END}"}, {"text": END}), "/a.jsonl:2: "),
-        ("a.json", json.dumps([GOOD, {"text": f"{END}{END}x"}]).encode(), "/a.json, record 2: "),
-        ("a.parquet", parquet({"text": ["one", f"two{END}{END}"]}), "/a.parquet, row 2: "),
+        ("a.txt", f"one{END}two{END}three".encode(), "/a.txt; "),
+        ("a.jsonl", json_lines(GOOD, {"text": f"two{END}"}, {"text": END}), "/a.jsonl:2; "),
+        ("a.json", json.dumps([GOOD, {"text": f"{END}{END}x"}]).encode(), "/a.json, record 2; "),
+        ("a.parquet", parquet({"text": ["one", f"two{END}{END}"]}), "/a.parquet, row 2; "),
     ],
 )
 def test_special_tokens_in_the_text_are_counted_in_one_warning(
@@ -166,9 +174,9 @@ def test_special_tokens_in_the_text_are_counted_in_one_warning(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     _, (note,) = read(tmp_path / name)
-    assert note.startswith("WARNING: data.train: the text contains special tokens, first in ")
-    assert where in note
-    assert f": {END} 2 times; they are encoded as ordinary text" in note
+    assert note.startswith("WARNING: data.train: the text contains special tokens: ")
+    assert f": {END} (2 times); the first is in " in note
+    assert f"{where}they are encoded as ordinary text" in note
     assert f"set data.document_separator to '{END}'" in note
     texts, notes = read(tmp_path / name, document_separator=END)
     assert notes == []
@@ -178,11 +186,12 @@ def test_special_tokens_in_the_text_are_counted_in_one_warning(
 def test_every_special_token_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines({"text": "<s>a<|pad|><|pad|>"}, {"text": f"<|pad|>{END}b{END}c<s>"}))
     _, (note,) = read(tmp_path / "a.jsonl")
-    assert f"a.jsonl:1: <s> 2 times, <|pad|> 3 times, {END} 2 times;" in note
+    assert f": <s> (2 times), <|pad|> (3 times), {END} (2 times); the first is in {tmp_path}/a.jsonl:1;" in note
     assert "set data.document_separator to '<|pad|>'" in note
     texts, (note,) = read(tmp_path / "a.jsonl", document_separator=END)
     assert texts == ["<s>a<|pad|><|pad|>", "<|pad|>", "b", "c<s>"]
-    assert "<s> 2 times, <|pad|> 3 times; they are encoded as ordinary text; remove them from the text" in note
+    assert ": <s> (2 times), <|pad|> (3 times); the first is in " in note
+    assert "; they are encoded as ordinary text; remove them from the text" in note
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 64, 1 << 20])

@@ -98,7 +98,7 @@ def test_a_process_that_is_killed_is_named() -> None:
     for child in psutil.Process().children():
         if "spawn_main" in " ".join(child.cmdline()):
             child.kill()
-    with pytest.raises(OSError, match="was killed, perhaps for lack of memory"):
+    with pytest.raises(OSError, match="was killed, possibly because it ran out of memory"):
         list(encoded)
 
 

@@ -91,8 +91,8 @@ def test_json_by_all_its_suffixes(tmp_path: Path, name: str) -> None:
         ("a.txt", parquet({"text": ["one", "two"]}), "Parquet"),
         ("a.jsonl", parquet({"text": ["one", "two"]}), "Parquet"),
         ("a.jsonl.gz", RECORDS, "JSON lines"),
-        ("a.txt.xz", gzip.compress(RECORDS, mtime=0), "JSON lines compressed by gzip"),
-        ("a.parquet", zstd.compress(parquet({"text": ["one", "two"]})), "Parquet compressed by zstd"),
+        ("a.txt.xz", gzip.compress(RECORDS, mtime=0), "JSON lines compressed with gzip"),
+        ("a.parquet", zstd.compress(parquet({"text": ["one", "two"]})), "Parquet compressed with zstd"),
     ],
 )
 def test_the_content_decides_and_one_line_says_so(tmp_path: Path, name: str, content: bytes, held: str) -> None:
@@ -130,7 +130,7 @@ def test_what_only_looks_like_records_is_text(tmp_path: Path, text: str) -> None
     said: list[str] = []
     assert read(tmp_path / "a.txt", said=said) == [text]
     assert len(said) == ('\n{"' in f"\n{text}")
-    warning = f"WARNING: data.train: {tmp_path}/a.txt is read as one plain text, although some lines are JSON objects"
+    warning = f"WARNING: data.train: {tmp_path}/a.txt is read as plain text, although some lines are JSON objects"
     assert all(line.startswith(warning) for line in said)
 
 
@@ -217,7 +217,7 @@ def test_another_text_field(tmp_path: Path) -> None:
     [
         ("a.txt", "é".encode() + b"\xff", "0xff at byte offset 2"),
         ("a.txt", b"abc\0", "byte offset 3"),
-        ("a.jsonl", json_lines({"text": "1"}) + b'{"text": "\xe9"}', ":2 is not UTF-8 text (0xe9 at byte offset 24"),
+        ("a.jsonl", json_lines({"text": "1"}) + b'{"text": "\xe9"}', ":2 is not valid UTF-8 (0xe9 at byte offset 24"),
         ("a.txt.gz", gzip.compress(b"some text" * 9, mtime=0)[:-9], "truncated or damaged"),
         ("a.txt.gz", gzip.compress(b"some text" * 9, mtime=0)[:12] + b"damage" * 9, "truncated or damaged"),
         ("a.txt.gz", b"not compressed \xff", "0xff at byte offset 15"),
@@ -225,33 +225,33 @@ def test_another_text_field(tmp_path: Path) -> None:
         ("a.txt.bz2", bz2.compress(b"some text" * 9)[:10] + b"damage" * 9, "cannot read"),
         ("a.txt.xz", lzma.compress(b"some text" * 9)[:-9], "truncated or damaged"),
         ("a.jsonl.zst", zstd.compress(b"some text" * 9)[:-9], "truncated or damaged"),
-        ("a.jsonl.zst", b"not compressed", ":1 is not JSON"),
+        ("a.jsonl.zst", b"not compressed", ":1 is not valid JSON"),
         ("a.parquet", b"not Parquet", "not a Parquet file"),
-        ("a.txt", "text".encode("utf-16"), "is UTF-16LE, not UTF-8; convert it: iconv -f UTF-16LE"),
+        ("a.txt", "text".encode("utf-16"), "is UTF-16LE, not UTF-8; convert it with iconv -f UTF-16LE"),
         ("a.jsonl.gz", gzip.compress(b"\xfe\xff\0a", mtime=0), "is UTF-16BE"),
         ("a.txt", "text".encode("utf-32"), "is UTF-32LE"),
         ("a.txt", b"\0\0\xfe\xff\0\0\0a", "is UTF-32BE"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-        ("a.json", b'{\n "text": "pretty"\n}', ":1 is not JSON"),
-        ("a.json", json_lines({"body": "1"}), "no field 'text'; possible values of data.text_field: 'body'"),
+        ("a.json", b'{\n "text": "pretty"\n}', ":1 is not valid JSON"),
+        ("a.json", json_lines({"body": "1"}), "no field 'text'; possible values for data.text_field: 'body'"),
         ("a.json", b'[{"body": "1"}]', "record 1 has no field 'text'"),
         ("a.json", b'[{"text": "1"} {"text": "2"}]', "record 2, is neither"),
         ("a.json", b'[{"text": "1"}, {"text": "\xff"}]', "0xff at byte offset 26"),
-        ("a.json", b'[{"text": ' + b"1" * 5000 + b"}]", "record 1, is not readable JSON"),
+        ("a.json", b'[{"text": ' + b"1" * 5000 + b"}]", "record 1, cannot be parsed as JSON"),
         ("a.parquet", b"PAR1 and no more", "not a Parquet file"),
         ("a.parquet", parquet({"text": ["1"]})[:-9], "not a Parquet file"),
         (
             "a.parquet",
             parquet({"body": ["1"], "title": ["2"]}),
-            "no field 'text'; possible values of data.text_field: 'body', 'title'",
+            "no field 'text'; possible values for data.text_field: 'body', 'title'",
         ),
         ("a.parquet", flipped_pages(parquet({"text": ["some text"] * 500})), "cannot read"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is not readable JSON"),
-        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1 is not readable JSON"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl:1 cannot be parsed as JSON"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1 cannot be parsed as JSON"),
         (
             "a.jsonl",
             json_lines({"body": "1", "title": "2"}),
-            "no field 'text'; possible values of data.text_field: 'body', 'title'",
+            "no field 'text'; possible values for data.text_field: 'body', 'title'",
         ),
         ("a.jsonl", json_lines({}), "(none)"),
         ("a.jsonl", b'{"text": "ab\\ud83d"}', "\\ud83d, at character 2"),
@@ -281,4 +281,4 @@ def test_a_compressed_file_that_expands_without_end(
 def test_a_text_that_does_not_fit_into_memory(tmp_path: Path) -> None:
     with (tmp_path / "a.txt").open("wb") as file:
         file.truncate(1 << 42)
-    assert "is one text of 4,398,046,511,104 bytes, which does not fit into memory" in error_of(tmp_path / "a.txt")
+    assert "is a single text of 4,398,046,511,104 bytes, which does not fit in memory" in error_of(tmp_path / "a.txt")

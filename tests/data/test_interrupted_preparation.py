@@ -57,8 +57,8 @@ def test_a_killed_preparation_goes_on_to_the_same_store(config: DataConfig, tmp_
     assert run("whole", 1000)[0] == 0
     (first, begun), (second, _), (third, gone_on) = (run("killed", kill_after) for kill_after in (5, 30, 20))
     assert first == second == third == -signal.SIGKILL
-    assert "continuing" not in begun
-    assert "continuing" in gone_on  # after the documents that the second left
+    assert "resuming" not in begun
+    assert "resuming" in gone_on  # after the documents that the second left
     assert run("killed", 1000)[0] == 0
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
@@ -105,7 +105,7 @@ def test_a_full_disk_is_gone_on_from(config: DataConfig, monkeypatch: pytest.Mon
     said: list[str] = []
     train, validation = sides(prepare(config, said.append))
     assert sorted(train + validation) == sorted(TEXTS)
-    assert "continuing" in said[0]
+    assert "resuming" in said[0]
     assert len(list(Path(config.cache_dir).iterdir())) == 1
 
 
@@ -145,8 +145,8 @@ def test_a_corrected_file_goes_on_where_it_stopped(
     (tmp_path / name).write_bytes(corrected)
     again: list[str] = []
     data = prepare(config, again.append)
-    kept = said[-1].split("kept ")[1].split(";")[0]
-    assert again[0] == f"data.train: continuing {tmp_path / name} after {kept}"
+    kept = said[-1].split("saved ")[1].split(";")[0]
+    assert again[0] == f"data.train: resuming {tmp_path / name} after {kept}"
     anew = prepare(replace(config, cache_dir=config.cache_dir + "2"), quiet)
     assert content(data.train.path) == content(anew.train.path)
     assert content(data.validation.path) == content(anew.validation.path)
@@ -174,7 +174,7 @@ def test_other_files_than_the_bad_one_may_change(
     (tmp_path / f"{changed}.jsonl").write_bytes(json_lines([*TEXTS[20:40], "changed"]))
     said: list[str] = []
     data = prepare(config, said.append)
-    assert any("continuing" in line for line in said) == goes_on
+    assert any("resuming" in line for line in said) == goes_on
     anew = prepare(replace(config, cache_dir=config.cache_dir + "2"), quiet)
     assert content(data.train.path.parent) == content(anew.train.path.parent)
 
@@ -212,14 +212,14 @@ def test_skipped_rows_are_another_store_and_counted(config: DataConfig) -> None:
     Path(config.train).write_bytes(json_lines(BAD))
     error, _ = stopped(config)
     assert error.endswith(
-        f"{config.train}:41: the field 'text' is not a string but null; correct the file, or set data.bad_rows to skip"
+        f"{config.train}:41: the field 'text' is null, not a string; correct the file, or set data.bad_rows to skip"
     )
     said: list[str] = []
     data = prepare(skip, said.append)
-    assert "continuing" in said[0]
+    assert "resuming" in said[0]
     train, validation = sides(data)
     assert sorted(train + validation) == sorted(TEXTS)
-    note = f"data.train: rows left out: 1 without text, first {config.train}:41: the field 'text' is not a string"
+    note = f"data.train: skipped rows: 1 without text (first: {config.train}:41: the field 'text' is null, not a string"
     assert said[-1].startswith(note)
     again: list[str] = []
     assert prepare(skip, again.append).train.path == data.train.path
@@ -232,10 +232,10 @@ def test_skipped_rows_are_another_store_and_counted(config: DataConfig) -> None:
     ("first", "corrected", "left_out"),
     [
         (TEXTS[:20], TEXTS[20:40], ""),
-        (TEXTS[:20], [*TEXTS[20:30], None, *TEXTS[30:40]], "1 without text, first {0}/b.jsonl:11: "),
-        (TEXTS[:20], NULLS, "2 without text, first {0}/b.jsonl:11: "),
-        ([*TEXTS[:20], None], TEXTS[20:40], "1 without text, first {0}/a.jsonl:21: "),
-        ([None, *TEXTS[:20], ""], ["", *TEXTS[20:40]], "1 without text, first {0}/a.jsonl:1: .*; 2 empty, first "),
+        (TEXTS[:20], [*TEXTS[20:30], None, *TEXTS[30:40]], r"1 without text \(first: {0}/b.jsonl:11: "),
+        (TEXTS[:20], NULLS, r"2 without text \(first: {0}/b.jsonl:11: "),
+        ([*TEXTS[:20], None], TEXTS[20:40], r"1 without text \(first: {0}/a.jsonl:21: "),
+        ([None, *TEXTS[:20], ""], ["", *TEXTS[20:40]], r"1 without text \(first: {0}/a.jsonl:1: .*; 2 empty \(first: "),
     ],
 )
 def test_rows_of_a_corrected_file_are_counted_again(
@@ -245,14 +245,14 @@ def test_rows_of_a_corrected_file_are_counted_again(
     (tmp_path / "a.jsonl").write_bytes(json_lines(first))
     (tmp_path / "b.jsonl").write_bytes(json_lines(NULLS) + BROKEN)
     error, said = stopped(config)
-    assert "is not UTF-8" in error
+    assert "is not valid UTF-8" in error
     (tmp_path / "b.jsonl").write_bytes(json_lines(corrected))
     said.clear()
     data = prepare(config, said.append)
-    assert "continuing" in said[0]
-    notes = [line for line in said if "rows left out" in line]
+    assert "resuming" in said[0]
+    notes = [line for line in said if "skipped rows" in line]
     assert len(notes) == bool(left_out)
-    assert re.match("data.train: rows left out: " + left_out.format(tmp_path), "".join(notes)) or not left_out
+    assert re.match("data.train: skipped rows: " + left_out.format(tmp_path), "".join(notes)) or not left_out
     anew = prepare(replace(config, cache_dir=config.cache_dir + "2"), quiet)
     assert data.train.path.parent.name == anew.train.path.parent.name
     assert content(data.train.path.parent) == content(anew.train.path.parent)
@@ -261,11 +261,11 @@ def test_rows_of_a_corrected_file_are_counted_again(
 def test_what_was_begun_with_rows_skipped_is_an_error_again(config: DataConfig) -> None:
     Path(config.train).write_bytes(json_lines(BAD) + b"\n" + gzip.compress(b"not UTF-8"))
     error, said = stopped(replace(config, bad_rows="skip"))
-    assert "is not UTF-8" in error
-    assert "kept 60 documents" in said[-1]
+    assert "is not valid UTF-8" in error
+    assert "saved 60 documents" in said[-1]
     error, said = stopped(config)
     assert ":41: the field" in error
-    assert "continuing" not in said[0]
+    assert "resuming" not in said[0]
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -295,7 +295,7 @@ def test_what_processes_made_before_an_error_is_kept(config: DataConfig, monkeyp
     config = replace(config, num_workers=2)
     Path(config.train).write_bytes(json_lines(BAD))
     _, said = stopped(config)
-    assert "kept 40 documents" in said[-1]
+    assert "saved 40 documents" in said[-1]
     Path(config.train).write_bytes(json_lines(TEXTS))
     train, validation = sides(prepare(config, quiet))
     assert sorted(train + validation) == sorted(TEXTS)

@@ -50,7 +50,8 @@ def test_documents_on_both_sides_are_counted_and_the_first_is_named(leaky: DataC
     (line,) = warnings(leaky)
     assert line == (
         f"WARNING: data.validation: 2 of its 12 documents are also in data.train; the first is {leaky.validation}, "
-        f"document 5 (document 8 of {leaky.train}), which begins 'document number '; remove them from one of the texts"
+        f"document 5 (document 8 of {leaky.train}), which begins with 'document number '; "
+        "remove them from one of the texts"
     )
     assert warnings(leaky) == [line]  # at a later start too
 

@@ -77,7 +77,7 @@ def test_files_are_used_where_they_are(files: Path) -> None:
     [
         (None, "No such file"),
         (b"", "0 bytes of tokens"),
-        (b"abc", "3 bytes of tokens, but uint16 ids need a positive multiple of 2"),
+        (b"abc", "3 bytes of tokens, but uint16 ids require a positive multiple of 2"),
     ],
 )
 def test_files_that_are_none(tmp_path: Path, content: bytes | None, expected: str) -> None:
@@ -111,9 +111,11 @@ def test_the_beginning_is_shown(files: Path) -> None:
     said: list[str] = []
     config = DataConfig(train=f"nanogpt:{files}/train.bin", validation=f"nanogpt:{files}/val.bin")
     prepare(config, said.append)
-    line = f"data.train: {files}/train.bin: 25 tokens of uint16; begins: 'First Citizen:\\n\N{REPLACEMENT CHARACTER}'"
+    line = (
+        f"data.train: {files}/train.bin: 25 uint16 tokens, beginning with 'First Citizen:\\n\N{REPLACEMENT CHARACTER}'"
+    )
     assert said[0] == line
-    assert said[1].startswith(f"data.validation: {files}/val.bin: 100 tokens")
+    assert said[1].startswith(f"data.validation: {files}/val.bin: 100 uint16 tokens")
 
 
 @pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "uint16"), (20240801, 7, "uint32")])
@@ -133,10 +135,10 @@ def test_shards_of_llm_c(tmp_path: Path, magic: int, version: int, dtype: str, n
         (header(20240520, 2, 2000), "", "20240520 with version 2; only 1 is supported"),
         (header(20240801, 1, 1000), "", "20240801 with version 1; only 7 is supported"),
         (header(20240520, 0, 2000), "", "version 0"),
-        (header(20240520, 1, 1999), "", "has 2000 tokens, but its header says 1999"),
-        (header(20240520, 1, 2001), "", "has 2000 tokens, but its header says 2001"),
-        (header(20240801, 7, 2000), "", "has 1000 tokens, but its header says 2000"),
-        (header(20240520, 1, 2000), "?dtype=uint32", "has a header with dtype uint16, not uint32; remove ?dtype="),
+        (header(20240520, 1, 1999), "", "has 2000 tokens, but its header specifies 1999"),
+        (header(20240520, 1, 2001), "", "has 2000 tokens, but its header specifies 2001"),
+        (header(20240801, 7, 2000), "", "has 1000 tokens, but its header specifies 2000"),
+        (header(20240520, 1, 2000), "?dtype=uint32", "the header specifies dtype uint16, not uint32; remove ?dtype="),
     ],
 )
 def test_headers_that_are_refused(tmp_path: Path, begin: bytes, options: str, expected: str) -> None:
@@ -177,7 +179,7 @@ def test_four_bytes_where_they_are_named(tmp_path: Path, large: Tokenizer) -> No
     tokens = opened(tmp_path / "a.bin", "?dtype=uint32", large)
     tokens.check(print)
     np.testing.assert_array_equal(tokens.read(0, 5000), ids)
-    assert "write nanogpt:a.bin?dtype=uint32" in error_of(lambda: opened(tmp_path / "a.bin", "", large))
+    assert "use nanogpt:a.bin?dtype=uint32" in error_of(lambda: opened(tmp_path / "a.bin", "", large))
     assert "two-byte ids" in error_of(lambda: opened(tmp_path / "a.bin", "?dtype=uint16", large))
     np.save(tmp_path / "a.npy", ids.astype(np.uint16))
     assert "two-byte ids" in error_of(lambda: opened(tmp_path / "a.npy", "", large))
@@ -186,7 +188,7 @@ def test_four_bytes_where_they_are_named(tmp_path: Path, large: Tokenizer) -> No
 @pytest.mark.parametrize("count", [2, 100, 2000])
 def test_what_looks_like_four_bytes_is_refused_unless_named(tmp_path: Path, count: int) -> None:
     TOKENS[:count].astype(np.uint32).tofile(tmp_path / "a.bin")
-    assert "every second uint16 is 0" in error_of(lambda: opened(tmp_path / "a.bin"))
+    assert "every second uint16 value is 0" in error_of(lambda: opened(tmp_path / "a.bin"))
     assert opened(tmp_path / "a.bin", "?dtype=uint32").num_tokens == count
     assert opened(tmp_path / "a.bin", "?dtype=uint16").num_tokens == 2 * count
 
@@ -199,7 +201,7 @@ def test_ids_of_eight_bytes_are_refused(tmp_path: Path, options: str) -> None:
 
 @pytest.mark.parametrize("options", ["?dtype=int8", "?dtype=", "?type=uint16"])
 def test_options_that_are_refused(files: Path, options: str) -> None:
-    assert "write ?dtype=uint16 or ?dtype=uint32" in error_of(lambda: opened(files / "train.bin", options))
+    assert "use ?dtype=uint16 or ?dtype=uint32" in error_of(lambda: opened(files / "train.bin", options))
 
 
 class Command:
@@ -215,7 +217,7 @@ class Command:
         ({"vocab_size": 65}, "there are 65 ids, but data.tokenizer bytes has 257"),
         ({"vocab_size": "257"}, "there are '257' ids"),
         ({"vocab_size": np.int64(257)}, "not a nanoGPT meta.pkl"),
-        ({"vocab_size": Command()}, "it names posix.mkdir"),
+        ({"vocab_size": Command()}, "it refers to posix.mkdir"),
         ([257], "contains a list"),
         (b"not a pickle", "not a nanoGPT meta.pkl"),
         (b"", "not a nanoGPT meta.pkl"),
@@ -247,7 +249,7 @@ def test_ranges_outside_are_refused(files: Path) -> None:
 
 
 def test_a_part_cannot_be_held_out(files: Path) -> None:
-    with pytest.raises(InputError, match=r"set data\.validation, as in nanogpt:val\.bin"):
+    with pytest.raises(InputError, match=r"set data\.validation, for example to nanogpt:val\.bin"):
         prepare(DataConfig(train=f"nanogpt:{files}/train.bin"), print)
 
 
@@ -351,5 +353,5 @@ def test_a_meta_file_that_would_take_for_ever_to_show(tmp_path: Path) -> None:
         size = [size, size]
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": size}))
     np.arange(9, dtype=np.uint16).tofile(tmp_path / "a.bin")
-    with pytest.raises(InputError, match="says that there are 'list' ids"):
+    with pytest.raises(InputError, match="there are 'list' ids"):
         NanogptTokens(f"nanogpt:{tmp_path / 'a.bin'}", ByteTokenizer(), field="data.train")

@@ -84,7 +84,7 @@ def test_a_file_that_changes_while_it_is_read_makes_no_store(
             yield item
 
     monkeypatch.setattr(FileSource, "documents", changing)
-    with pytest.raises(InputError, match=rf"^data\.train: .*{name} changed after it was looked up; run the command"):
+    with pytest.raises(InputError, match=rf"^data\.train: .*{name} changed after it was found; run the command"):
         prepare(replace(config, train=str(path)), quiet)
     assert not list(Path(config.cache_dir).rglob("manifest.json"))
     if change in (rewrite, replace_by_another) and name in ("train.jsonl", "train.txt"):
@@ -102,7 +102,7 @@ def test_a_file_that_changes_after_it_was_looked_up(config: DataConfig, tmp_path
         if line.startswith("data.train: 60 documents"):
             append(validation)
 
-    with pytest.raises(InputError, match=r"^data\.validation: .*validation\.jsonl changed after it was looked up"):
+    with pytest.raises(InputError, match=r"^data\.validation: .*validation\.jsonl changed after it was found"):
         prepare(replace(config, validation=str(validation)), change)
     (train,) = (path.parent.parent for path in Path(config.cache_dir).rglob("manifest.json"))
     assert TokenStore.open(train / "all").num_documents == 60
@@ -135,7 +135,7 @@ def test_a_store_from_which_something_was_deleted_is_prepared_again(config: Data
 
 def test_all_rows_skipped(config: DataConfig) -> None:
     Path(config.train).write_bytes(json_lines([1, 2]))
-    with pytest.raises(InputError, match="contains no documents with text; rows left out: 2 without text, first"):
+    with pytest.raises(InputError, match=r"contains no documents with text; skipped rows: 2 without text \(first: "):
         prepare(replace(config, bad_rows="skip"), quiet)
     assert list(Path(config.cache_dir).iterdir()) == []
 
@@ -288,5 +288,5 @@ def test_a_second_builder_takes_over_when_the_first_fails(tmp_path: Path) -> Non
 
 def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"^data\.cache_dir: cannot write in .*file"):
+    with pytest.raises(InputError, match=r"^data\.cache_dir: cannot write to .*file"):
         make(tmp_path / "file" / "target")

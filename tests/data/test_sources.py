@@ -67,7 +67,7 @@ def test_what_was_prepared_before_an_error_is_kept(
     monkeypatch.setattr(Made, "texts", [text.upper() for text in TEXTS] if changed else TEXTS)
     said: list[str] = []
     data = prepare(made, said.append)
-    assert any("continuing made:up after" in line for line in said) is not changed
+    assert any("resuming made:up after" in line for line in said) is not changed
     assert any("made:up changed in the part" in line for line in said) is changed
     assert (sides(data) == whole) is not changed
 
@@ -83,8 +83,8 @@ def test_texts_are_split_and_replaced_as_those_of_files(monkeypatch: pytest.Monk
     config = DataConfig(document_separator="|", invalid_utf8="replace")
     source = open_source("made:up", config, field="data.train", report=print)
     assert list(source.documents()) == [((0, 1), "a"), ((0, 1), "b"), ((0, 3), "\ufffd")]
-    assert source.rows.left_out == "rows left out: 1 empty, first made:up, document 2"
-    with pytest.raises(InputError, match=r"^data\.train: made:up, document 3 contains half of a surrogate pair"):
+    assert source.rows.left_out == "skipped rows: 1 empty (first: made:up, document 2)"
+    with pytest.raises(InputError, match=r"^data\.train: made:up, document 3 contains a lone surrogate"):
         list(open_source("made:up", DataConfig(), field="data.train", report=print).documents())
 
 
@@ -99,8 +99,12 @@ def changing() -> Iterator[str]:
         ("texts", None, r"Made\.documents\(\) returns null; it must yield strings"),
         ("texts", "text", r"Made\.documents\(\) returns a string; it must yield strings"),
         ("texts", ["one", b"two"], r"made:up, document 2 is a value of type bytes; Made\.documents\(\) must yield"),
-        ("version", {1}, r"Made\.identity\(\) is not a JSON value: Object of type set is not"),
-        ("texts", changing(), "made:up changed while it was read; run the command again when nothing is writing to it"),
+        ("version", {1}, r"Made\.identity\(\) did not return a JSON value: Object of type set is not"),
+        (
+            "texts",
+            changing(),
+            "made:up changed while it was being read; run the command again when nothing is writing to it",
+        ),
     ],
 )
 def test_what_is_not_a_text(made: DataConfig, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, message: str):
@@ -133,8 +137,8 @@ def test_an_unknown_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(InputError) as error:
         absolute_source("nanogtp:train.bin", "data.validation")
     assert str(error.value) == (
-        "data.validation is 'nanogtp:train.bin'; no file has this name, and nanogtp: is not a known kind of source; "
-        "did you mean nanogpt:? The kinds are datasets:, hub:, made:, nanogpt:, store:"
+        "data.validation is 'nanogtp:train.bin'; no file has this name, and nanogtp: is not a known source type; "
+        "did you mean nanogpt:? Available types: datasets:, hub:, made:, nanogpt:, store:"
     )
     (tmp_path / "a:b").mkdir()
     names = ["a:b/*.txt", "text.txt", "~/text.txt", "python_stdlib", "gs://bucket/a:b", "made:up"]
@@ -147,7 +151,9 @@ def test_an_unknown_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_token_file_has_no_text(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^data\.train: nanogpt:a\.bin contains tokens; name the text that"):
+    with pytest.raises(
+        InputError, match=r"^data\.train: nanogpt:a\.bin contains tokens, not text; specify the original"
+    ):
         open_source("nanogpt:a.bin", DataConfig(), field="data.train", report=print)
 
 
@@ -210,7 +216,7 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     assert read(f"datasets:{tmp_path}/one") == ROWS
     assert read(f"datasets:{tmp_path}/both") == ROWS
     assert read(f"datasets:{tmp_path}/both?split=test") == ["held out"]
-    assert "no split 'dev'; the splits are train, test" in error_of(f"datasets:{tmp_path}/both?split=dev")
+    assert "no split 'dev'; available splits: train, test" in error_of(f"datasets:{tmp_path}/both?split=dev")
     assert "data.text_field: 'text'" in error_of(f"datasets:{tmp_path}/one", text_field="body")
     before = source(f"datasets:{tmp_path}/one").identity
     rows.map(lambda row: {"text": row["text"].upper()}).save_to_disk(tmp_path / "one")
@@ -220,9 +226,9 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("hub:", "does not name a dataset"),
-        ("hub:a?splitt=train", "unknown option 'splitt'; the options are split, name, revision, streaming"),
-        ("datasets:a?revision=b", "unknown option 'revision'; the options are split"),
+        ("hub:", "does not specify a dataset"),
+        ("hub:a?splitt=train", "unknown option 'splitt'; valid options: split, name, revision, streaming"),
+        ("datasets:a?revision=b", "unknown option 'revision'; valid options: split"),
         ("hub:a?split=", "the option 'split' is empty"),
         ("hub:a?streaming=yes", "streaming is 'yes'"),
     ],
@@ -278,7 +284,7 @@ def test_a_folder_that_changes_while_it_is_read(on_hub: str, tmp_path: Path, sav
     documents = source(f"datasets:{folder}" if saved else on_hub).documents()
     next(documents)
     (folder / "more").touch()
-    with pytest.raises(InputError, match=r"^data\.train: .* changed after it was looked up; run the command again"):
+    with pytest.raises(InputError, match=r"^data\.train: .* changed after it was found; run the command again"):
         list(documents)
 
 
@@ -297,5 +303,5 @@ def test_a_network_that_fails_on_the_way_leaves_what_is_done(on_hub: str, monkey
             raise ConnectionError("http://user:secret@proxy")
 
     monkeypatch.setattr(DatasetSource, "_load", lambda self: Failing())
-    with pytest.raises(OSError, match=r"after row 1, cannot be read \(ConnectionError\)$"):
+    with pytest.raises(OSError, match=r"cannot be read after row 1 \(ConnectionError\)$"):
         read(on_hub)

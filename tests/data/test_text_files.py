@@ -36,7 +36,7 @@ def test_the_standard_library_as_it_declares_its_encoding(monkeypatch: pytest.Mo
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     assert read("python_stdlib") == ["# coding: latin-1\n'é'"]
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "nowhere")})
-    assert "no source files" in error_of("python_stdlib")
+    assert "does not include the source code of its library" in error_of("python_stdlib")
 
 
 def test_a_glob_is_read_in_sorted_order_and_crosses_folders(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_what_editors_downloads_and_systems_leave_is_left_out(tmp_path: Path, na
     said: list[str] = []
     assert read(tmp_path / pattern, said=said) == ["B"]
     assert [
-        f"left out 1 hidden files, backups or partial downloads, such as {tmp_path / name};" in s for s in said
+        f"skipped 1 hidden, backup or partially downloaded file, such as {tmp_path / name};" in s for s in said
     ] == [True]
     assert read(tmp_path / name) == ["left out"]  # what is named is read
 
@@ -114,7 +114,7 @@ def test_links_do_not_multiply_the_text(tmp_path: Path, source: str) -> None:
     said: list[str] = []
     assert read(tmp_path / source, said=said) == ["B"]
     assert len(said) == 1
-    assert "links to files that are already read" in said[0]
+    assert "to files already included" in said[0]
     (tmp_path / "l" / "b.txt").rename(tmp_path / "c.txt")
     (tmp_path / "l" / "a.txt").unlink()
     (tmp_path / "l" / "a.txt").symlink_to("../c.txt")
@@ -185,7 +185,7 @@ def test_urls_that_cannot_be_read(memory_files: fsspec.AbstractFileSystem, url: 
 def test_a_url_whose_content_changes_while_it_is_read(memory_files: fsspec.AbstractFileSystem, url: str) -> None:
     source = source_of(url)
     memory_files.pipe("/here/b.txt", b"Bb")
-    with pytest.raises(InputError, match=r"memory:///?here/b\.txt changed after it was looked up"):
+    with pytest.raises(InputError, match=r"memory:///?here/b\.txt changed after it was found"):
         list(source.documents())
 
 
@@ -196,7 +196,7 @@ def test_what_is_not_text_is_an_error_before_anything_is_read(tmp_path: Path) ->
             source_of(tmp_path / source)
     (tmp_path / "a.txt").symlink_to("gone")
     assert "not a regular file" in error_of(tmp_path / "a.txt")
-    for folder, name, answer in (("notes/", "a.md", "{}/*.md"), ("saved", "state.json", "write datasets:{}")):
+    for folder, name, answer in (("notes/", "a.md", "{}/*.md"), ("saved", "state.json", "use datasets:{}")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_text("{}")
         assert answer.format(tmp_path / folder) in error_of(f"{tmp_path}/{folder}")

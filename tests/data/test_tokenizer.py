@@ -98,7 +98,7 @@ def test_token_byte_lengths_count_text_only(tiny_bpe: Tokenizer) -> None:
 
 @pytest.mark.parametrize("name", ["out/tokenizer.json", "vocab.json", "my vocab/merges.txt", "spm.model", "a/b"])
 def test_a_file_of_another_kind_is_named(name: str) -> None:
-    message = f"data.tokenizer is {name!r}; a tokenizer file must end in .tiktoken, as train_tokenizer writes it"
+    message = f"data.tokenizer is {name!r}; a tokenizer file must be written by train_tokenizer and end in .tiktoken"
     with pytest.raises(InputError, match=f"^{re.escape(message)}"):
         load_tokenizer(name)
 
@@ -122,7 +122,7 @@ def test_a_tokenizer_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     train, _ = encode_with(__name__, "halves:2", tokenizer.fingerprint, (["no"], []))
     assert train.tokens.tolist() == [6, 14, 6, 15, 16]
     with pytest.raises(
-        InputError, match=r"^data\.tokenizer is 'halve'; did you mean halves\? The tokenizers are bytes, halves"
+        InputError, match=r"^data\.tokenizer is 'halve'; did you mean halves\? Available tokenizers: bytes, halves"
     ):
         load_tokenizer("halve")
     with pytest.raises(InputError, match=r"^data\.tokenizer halves:2 is not a byte-pair encoding and cannot be exp"):

@@ -51,8 +51,8 @@ def test_tokens_without_documents_are_refused(config_file, tmp_path, capfd):
     words += ["--data.train", f"nanogpt:{tmp_path}/train.bin", "--data.validation", f"nanogpt:{tmp_path}/val.bin"]
     assert main(words) == 2
     assert capfd.readouterr().err == (
-        "error: data.mask_documents is true, but data.train has no end-of-text (token 256 of bytes) between "
-        "documents; add one after each, or set data.mask_documents to false\n"
+        "error: data.mask_documents is true, but data.train has no end-of-text token (id 256 in bytes) between "
+        "documents; add one after each document, or set data.mask_documents to false\n"
     )
     assert not (tmp_path / "run").exists()
 

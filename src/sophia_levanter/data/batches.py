@@ -135,8 +135,8 @@ class TrainBatches:
             if count < 1:
                 one = "data.train" if len(parts) == 1 else f"part {parts.index(part)} of data.train"
                 raise InputError(
-                    f"{one} has {part.num_tokens} tokens, but one sequence needs {seq_len + 1} (model.seq_len + 1); "
-                    "give more text or a shorter model.seq_len"
+                    f"{one} has {part.num_tokens} tokens, but one sequence requires {seq_len + 1} "
+                    "(model.seq_len + 1); provide more text or reduce model.seq_len"
                 )
         import grain  # takes seconds to import, and preparing text does not need it
 
@@ -216,7 +216,7 @@ class ValidationBatches:
         if store.num_tokens < 2:
             found = counted(store.num_tokens, "token")
             raise InputError(
-                f"{validation_field(name)} has {found}, but at least 2 are needed; give more validation text"
+                f"{validation_field(name)} has {found}, but at least 2 are required; provide more validation text"
             )
         total = -(-(store.num_tokens - 1) // seq_len)
         count = total if max_sequences is None else min(max_sequences, total)

@@ -27,7 +27,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         InputError: if `vocab_size` is too small, or the `tokenizers` package is not installed.
     """
     if vocab_size <= NUM_BYTES + 1:
-        raise InputError(f"--vocab_size is {vocab_size}; it must be above {NUM_BYTES + 1}, the bytes and end-of-text")
+        raise InputError(
+            f"--vocab_size is {vocab_size}; it must be greater than {NUM_BYTES + 1} "
+            f"({NUM_BYTES} bytes and the end-of-text token)"
+        )
     tokenizers = optional_import("tokenizers", "tokenizers", "training a tokenizer")
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -20,7 +20,7 @@ from sophia_levanter.data.sources import FoundSource, source_named
 from sophia_levanter.data.text_files import Report
 from sophia_levanter.data.token_store import READ_TOKENS, Tokens, remembered
 from sophia_levanter.data.tokenizer import Tokenizer, load_tokenizer, printable, token_byte_lengths
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, counted
 
 SHOWN_TOKENS = 16
 # Constants for finding documents that are in both the training and the validation text:
@@ -126,8 +126,8 @@ def masked_end(config: DataConfig, tokenizer: Tokenizer, field: str, corpus: Tok
         if not any(np.any(piece == tokenizer.end_of_text) for piece in pieces):
             where = field if len(parts) == 1 else f"part {number} of {field}"
             raise InputError(
-                f"data.mask_documents is true, but {where} has no end-of-text (token {tokenizer.end_of_text} of "
-                f"{tokenizer.name}) between documents; add one after each, or set data.mask_documents to false"
+                f"data.mask_documents is true, but {where} has no end-of-text token (id {tokenizer.end_of_text} in "
+                f"{tokenizer.name}) between documents; add one after each document, or set data.mask_documents to false"
             )
     return tokenizer.end_of_text
 
@@ -141,8 +141,8 @@ def _report_repeats(parts: Sequence[FoundSource], warn: Report) -> None:
     if again:
         file, one, other = again[0]
         warn(
-            f"WARNING: data.train: {len(again)} of the files are in two parts of the mixture, such as {file} in "
-            f"{one.name} and in {other.name}; their text gets the weights of both"
+            f"WARNING: data.train: parts of the mixture share {counted(len(again), 'file')}, such as {file} in "
+            f"{one.name} and {other.name}; shared text is sampled with the weights of both parts"
         )
 
 
@@ -162,7 +162,7 @@ def _report_leaks(job: Job, data: TextData, train: Sequence[FoundSource], sets: 
         message = (
             f"{field}: {leak.count:,} of its {leak.num_documents:,} documents are also in data.train; the first is "
             f"{_where(found, leak.document)} (document {leak.twin + 1:,} of {train[leak.part].name}), which begins "
-            f"{printable(data.tokenizer.decode(begin))!r}; remove them from one of the texts"
+            f"with {printable(data.tokenizer.decode(begin))!r}; remove them from one of the texts"
         )
         if job.config.on_leak == "error":
             raise InputError(f"{message}, or set data.on_leak to warn")
@@ -207,8 +207,8 @@ def _check_separator(config: DataConfig, report: Report) -> None:
     sources += [source_named(source, validation_field(name)) for name, source in config.validation_sets.items()]
     if all(source.holds == "tokens" for source in sources):
         raise InputError(
-            f"data.document_separator is {config.document_separator!r}, but every source is a token file without "
-            "text; leave it out"
+            f"data.document_separator is {config.document_separator!r}, but every source is a token file, which "
+            "contains no text; remove the setting"
         )
     for source in sources:
         if source.holds != "text":

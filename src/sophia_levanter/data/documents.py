@@ -131,14 +131,14 @@ class Rows:
         """
         name = self.config.text_field
         if not isinstance(row, dict):
-            return self.bad(f"{where} is not a JSON object but {kind_of(row)}")
+            return self.bad(f"{where} is {kind_of(row)}, not a JSON object")
         if name not in row:
             shown = [repr(name) for name in row]
             listed = ", ".join(shown[:MAX_LISTED_FIELDS]) + (", …" if len(shown) > MAX_LISTED_FIELDS else "")
-            return self.bad(f"{where} has no field {name!r}; possible values of data.text_field: {listed or '(none)'}")
+            return self.bad(f"{where} has no field {name!r}; possible values for data.text_field: {listed or '(none)'}")
         text = row[name]
         if not isinstance(text, str):
-            return self.bad(f"{where}: the field {name!r} is not a string but {kind_of(text)}")
+            return self.bad(f"{where}: the field {name!r} is {kind_of(text)}, not a string")
         return self.encodable(text, f"{where}: the field {name!r}")
 
     def encodable(self, text: str, where: str) -> str:
@@ -153,7 +153,7 @@ class Rows:
             if self.config.invalid_utf8 == "replace":
                 return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             raise InputError(
-                f"{self.field}: {where} contains half of a surrogate pair, \\u{ord(text[error.start]):04x}, at "
+                f"{self.field}: {where} contains a lone surrogate, \\u{ord(text[error.start]):04x}, at "
                 f"character {error.start}; correct the text, or set data.invalid_utf8 to replace"
             ) from error
         return text
@@ -192,17 +192,17 @@ class Rows:
 
     @property
     def split_at(self) -> str:
-        """How often the text was split, for the message that counts documents; empty without a separator."""
+        """The number of separators in the text, for the message that counts documents; empty without a separator."""
         separator = self.config.document_separator
-        return f", split at {self.tally.num_separators:,} {separator!r}" if separator else ""
+        return f", split at {self.tally.num_separators:,} occurrences of {separator!r}" if separator else ""
 
     @property
     def left_out(self) -> str:
         """How many rows were left out, and the first row of each kind; empty if none were."""
         tally = self.tally
-        bad = [f"{tally.num_bad:,} without text, first {tally.first_bad}"] if tally.num_bad else []
-        empty = [f"{tally.num_empty:,} empty, first {tally.first_empty}"] if tally.num_empty else []
-        return f"rows left out: {'; '.join(bad + empty)}" if bad or empty else ""
+        bad = [f"{tally.num_bad:,} without text (first: {tally.first_bad})"] if tally.num_bad else []
+        empty = [f"{tally.num_empty:,} empty (first: {tally.first_empty})"] if tally.num_empty else []
+        return f"skipped rows: {'; '.join(bad + empty)}" if bad or empty else ""
 
     def warnings(self) -> list[str]:
         """Warnings about text that may not be what the user intended."""
@@ -213,15 +213,15 @@ class Rows:
                 "correct or remove it"
             )
         if tally.special:
-            counted = ", ".join(f"{name} {count:,} times" for name, count in tally.special)
+            counted = ", ".join(f"{name} ({count:,} times)" for name, count in tally.special)
             if tally.num_separators:
                 remedy = "remove them from the text if they do not belong there"
             else:
                 most, _ = max(tally.special, key=lambda item: item[1])
                 remedy = f"if they separate documents, set data.document_separator to {most!r}"
             lines.append(
-                f"WARNING: {self.field}: the text contains special tokens, first in {tally.first_special}: "
-                f"{counted}; they are encoded as ordinary text; {remedy}"
+                f"WARNING: {self.field}: the text contains special tokens: {counted}; the first is in "
+                f"{tally.first_special}; they are encoded as ordinary text; {remedy}"
             )
         if tally.num_copies:
             lines.append(
@@ -312,9 +312,7 @@ class Split:
         if self._others:
             return self._release(value >= self._limit)
         if len(text) < 2:
-            raise InputError(
-                f"{self._field}: its only document, {text!r}, is too short to hold out a part; set data.validation"
-            )
+            raise InputError(f"{self._field}: the only document, {text!r}, is too short to split; set data.validation")
         self.num_copies = self._count - 1
         end = min(max(round(len(text) * (1 - self._fraction)), 1), len(text) - 1)
         return [(False, text[:end]), (True, text[end:])]

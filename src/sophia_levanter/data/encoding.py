@@ -78,7 +78,7 @@ def _tokenizer(module: str, name: str, fingerprint: str) -> Tokenizer:
     if tokenizer.fingerprint != fingerprint:
         raise InputError(
             f"data.tokenizer: {name} differs on worker {platform.node()}; "
-            "use the same file on every host and do not change it during tokenization"
+            "use the same file on every host, and do not change it during tokenization"
         )
     return tokenizer
 
@@ -174,7 +174,7 @@ def ray_tasks(address: str, tokenizer: Tokenizer) -> Iterator[Workers]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"--ray {address}: no Ray cluster was found; give HOST:PORT of its head, or start one"
+            f"--ray {address}: no Ray cluster was found; specify HOST:PORT of the head node, or start a cluster"
         ) from error
     encode_block = partial(ray.remote(encode_with).remote, *_address(tokenizer))
     try:
@@ -224,4 +224,6 @@ def _in_order(blocks: Iterator[tuple[Any, Texts]], workers: Workers) -> Iterator
         for mark, future in pending:
             yield mark, future.result()
     except BrokenProcessPool as error:
-        raise OSError("a tokenizing process was killed, perhaps for lack of memory; run the command again") from error
+        raise OSError(
+            "a tokenization worker was killed, possibly because it ran out of memory; run the command again"
+        ) from error

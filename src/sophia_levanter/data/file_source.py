@@ -121,16 +121,19 @@ class FileSource(Source):
         if agree or not opened.file.size or key in self._reported:
             return
         self._reported.add(key)
-        held = format_.value if opened.compression is None else f"{format_.value} compressed by {opened.compression}"
-        self._report(f"{opened.file.where} contains {held}, despite its name; it and similar files are read by content")
+        held = format_.value if opened.compression is None else f"{format_.value} compressed with {opened.compression}"
+        self._report(
+            f"{opened.file.where} contains {held}, despite its name; "
+            "it and similar files are read according to their contents"
+        )
 
     def _report_objects(self, opened: OpenFile) -> None:
         """Warn once about a text that seems to consist of JSON records."""
         if "objects" not in self._reported and has_objects(opened):
             self._reported.add("objects")
             self._report(
-                f"WARNING: {opened.file.where} is read as one plain text, although some lines are JSON objects: not "
-                f"all of the first lines have the field {self.rows.config.text_field!r}; set data.text_field, or "
+                f"WARNING: {opened.file.where} is read as plain text, although some lines are JSON objects, because "
+                f"not all of the first lines have the field {self.rows.config.text_field!r}; set data.text_field, or "
                 "remove the lines that are not records"
             )
 
@@ -139,8 +142,8 @@ class FileSource(Source):
         separator = self.rows.config.document_separator
         if separator is None and file.size > MEMORY:
             raise InputError(
-                f"{file.where} is one text of {file.size:,} bytes, which does not fit into memory; "
-                "split it, write JSON lines, or set data.document_separator"
+                f"{file.where} is a single text of {file.size:,} bytes, which does not fit in memory; "
+                "split it, convert it to JSON lines, or set data.document_separator"
             )
         reader = _Utf8(content, self._decode_errors, f"{file.where}")
         text, ended = "", 0
@@ -191,14 +194,14 @@ class FileSource(Source):
                         before, last = ARRAY_NEXT
                         continue
             except json.JSONDecodeError as error:
-                reason = f"not JSON: {error.msg}"
+                reason = f"not valid JSON: {error.msg}"
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{file.where}, record {number}, is not readable JSON: {error}") from error
+                raise InputError(f"{file.where}, record {number}, cannot be parsed as JSON: {error}") from error
             if at_end:
                 if last.match(text, at):
                     return
                 raise InputError(
-                    f"{file.where}, record {number}, is {reason}; write one array of objects, or one object per line"
+                    f"{file.where}, record {number}, is {reason}; use one array of objects, or one object per line"
                 )
             # Each read doubles the text, so that a long object is scanned only a logarithmic number of times.
             more = reader.read(max(PIECE_BYTES, len(text) - at))
@@ -219,9 +222,11 @@ class FileSource(Source):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            return self.rows.bad(f"{where} is not JSON (one object per line): {error.msg} at column {error.colno}")
+            return self.rows.bad(
+                f"{where} is not valid JSON (expected one object per line): {error.msg} at column {error.colno}"
+            )
         except (ValueError, RecursionError) as error:
-            return self.rows.bad(f"{where} is not readable JSON: {error}")
+            return self.rows.bad(f"{where} cannot be parsed as JSON: {error}")
         return self.rows.text_of(row, where)
 
     def _parquet_rows(self, opened: OpenFile, skip: int) -> Iterator[Record]:
@@ -284,8 +289,8 @@ class _Utf8:
             data = self._content.read(size)
             if (zero := data.find(b"\0")) >= 0:
                 raise InputError(
-                    f"{self._where} is a binary file (zero byte at byte offset {self._num_read + zero}); "
-                    "give UTF-8 text"
+                    f"{self._where} is a binary file (null byte at byte offset {self._num_read + zero}); "
+                    "provide UTF-8 text"
                 )
             offset = self._num_read - len(self._decoder.getstate()[0])
             try:
@@ -301,7 +306,7 @@ class _Utf8:
 
 def _not_utf8(error: UnicodeDecodeError, offset: int, where: str) -> InputError:
     return InputError(
-        f"{where} is not UTF-8 text (0x{error.object[error.start]:02x} at byte offset {offset + error.start}); "
+        f"{where} is not valid UTF-8 (0x{error.object[error.start]:02x} at byte offset {offset + error.start}); "
         "convert it to UTF-8, or set data.invalid_utf8 to replace"
     )
 

@@ -95,7 +95,7 @@ class _Bounded(io.RawIOBase):
         if self._left < 0:
             raise InputError(
                 f"{self._where} decompresses to more than {MOST_EXPANSION} times its size; if that is "
-                "intended, decompress it first"
+                "expected, decompress the file first"
             )
         return len(data)
 
@@ -130,7 +130,7 @@ def readable(file: TextFile) -> Iterator[None]:
         ):
             raise InputError(f"{file.where} is truncated or damaged: {error}; copy or download it again") from error
         if isinstance(error, MemoryError):
-            raise InputError(f"{file.where} contains a text that does not fit into memory; split it") from error
+            raise InputError(f"{file.where} contains a text that does not fit in memory; split it") from error
         if isinstance(error, OSError):
             reason = error.strerror or " ".join(str(error).split())
             raise InputError(f"{file.field}: cannot read {file.name}: {reason}") from error
@@ -194,10 +194,10 @@ def format_of(opened: OpenFile, text_field: str) -> Format:
     for mark, encoding in WIDE_MARKS.items():
         if begin.startswith(mark):
             raise InputError(
-                f"{where} is {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8 FILE > NEW_FILE"
+                f"{where} is {encoding}, not UTF-8; convert it with iconv -f {encoding} -t UTF-8 FILE > NEW_FILE"
             )
     if begin.startswith(LFS_MAGIC):
-        raise InputError(f"{where} is a Git LFS pointer, not the file itself; get it with git lfs pull")
+        raise InputError(f"{where} is a Git LFS pointer, not the file itself; download the file with git lfs pull")
     if begin.startswith(PARQUET_MAGIC):
         return Format.PARQUET
     named = named_formats(opened.file)

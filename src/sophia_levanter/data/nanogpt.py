@@ -80,12 +80,12 @@ class NanogptTokens(Tokens):
 
     Args:
         source: `nanogpt:FILE` or `nanogpt:FILE?dtype=uint32`.
-        tokenizer: the tokenizer that is assumed to have made the ids.
+        tokenizer: the tokenizer that is assumed to have produced the ids.
         field: the config field to name in errors.
         cache_dir: the directory that caches results for large files, so that they are read only once.
 
     Raises:
-        InputError: if the file does not exist, or this tokenizer cannot have made its ids.
+        InputError: if the file does not exist, or this tokenizer cannot have produced its ids.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, *, field: str, cache_dir: Path | None = None) -> None:
@@ -99,12 +99,14 @@ class NanogptTokens(Tokens):
             self._tokens = self._opened(dtype)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise InputError(f"{self._where}: {reason}; {NANOGPT}FILE.bin names a file of token ids") from error
+            raise InputError(
+                f"{self._where}: {reason}; specify a file of token ids, such as {NANOGPT}train.bin"
+            ) from error
         if self._tokens.dtype.itemsize <= 2 and tokenizer.vocab_size > UINT16_IDS:
             raise InputError(
                 f"{self._where}: two-byte ids cannot come from data.tokenizer {tokenizer.name}, which has "
-                f"{tokenizer.vocab_size} ids; if the file's ids have four bytes, write "
-                f"{NANOGPT}{self.path.name}?dtype=uint32, otherwise name the tokenizer that made it"
+                f"{tokenizer.vocab_size} ids; if the file contains four-byte ids, use "
+                f"{NANOGPT}{self.path.name}?dtype=uint32; otherwise, specify the tokenizer that produced it"
             )
         self._check_meta()
 
@@ -115,7 +117,7 @@ class NanogptTokens(Tokens):
             array = np.load(self.path, mmap_mode="r", allow_pickle=False)
             if array.ndim != 1 or array.dtype.kind not in "ui" or not array.size:
                 raise InputError(
-                    f"{self._where} is an array of {array.dtype} with the shape {array.shape}; "
+                    f"{self._where} is an array with dtype {array.dtype} and shape {array.shape}; "
                     "token ids must be a one-dimensional array of integers, such as "
                     "tokens.reshape(-1).astype(numpy.uint16)"
                 )
@@ -128,12 +130,14 @@ class NanogptTokens(Tokens):
             known, of_header = HEADERS[magic]
             if version != known:
                 raise InputError(
-                    f"{self._where} has llm.c's header {magic} with version {version}; only {known} is supported"
+                    f"{self._where} has an llm.c header ({magic}) with version {version}; "
+                    f"only version {known} is supported"
                 )
             tokens = self._array(size, of_header, offset=len(begin))
             if count != len(tokens):
                 raise InputError(
-                    f"{self._where} has {len(tokens)} tokens, but its header says {count}; copy or download it again"
+                    f"{self._where} has {len(tokens)} tokens, but its header specifies {count}; "
+                    "copy or download it again"
                 )
             return self._agreeing(tokens, dtype)
         tokens = self._array(size, dtype or "uint16", offset=0)
@@ -142,12 +146,12 @@ class NanogptTokens(Tokens):
         if tokens.dtype.itemsize == 4 or (not len(tokens) % 4 and not tokens[:READ_TOKENS][2::4].any()):
             if dtype != "uint16":
                 raise InputError(
-                    f"{self._where} contains eight-byte ids (numpy's int64); write them again: "
+                    f"{self._where} contains eight-byte ids (int64); convert them with "
                     f"numpy.fromfile({self.path.name!r}, 'int64').astype('uint32').tofile(NEW_FILE)"
                 )
         elif dtype is None:
             raise InputError(
-                f"{self._where}: every second uint16 is 0, as in a file of uint32; write "
+                f"{self._where}: every second uint16 value is 0, as in a uint32 file; use "
                 f"{NANOGPT}{self.path.name}?dtype=uint32, or ?dtype=uint16 if the file is correct"
             )
         return tokens
@@ -156,7 +160,7 @@ class NanogptTokens(Tokens):
         item = np.dtype(dtype).itemsize
         if size <= offset or (size - offset) % item:
             raise InputError(
-                f"{self._where} has {size - offset} bytes of tokens, but {dtype} ids need a positive multiple of "
+                f"{self._where} has {size - offset} bytes of tokens, but {dtype} ids require a positive multiple of "
                 f"{item}; copy or download it again"
             )
         little = np.dtype(dtype).newbyteorder("<")
@@ -164,7 +168,7 @@ class NanogptTokens(Tokens):
 
     def _agreeing(self, tokens: _TokenFile, dtype: str | None) -> _TokenFile:
         if dtype is not None and tokens.dtype != np.dtype(dtype):
-            raise InputError(f"{self._where} has a header with dtype {tokens.dtype}, not {dtype}; remove ?dtype=")
+            raise InputError(f"{self._where}: the header specifies dtype {tokens.dtype}, not {dtype}; remove ?dtype=")
         return tokens
 
     def _check_meta(self) -> None:
@@ -172,16 +176,16 @@ class NanogptTokens(Tokens):
         meta = _read_meta(self.path.with_name(META), self._where)
         if "stoi" in meta:
             raise InputError(
-                f"{self._where}: {META} beside it says that its ids are characters, which data.tokenizer "
-                f"{self._tokenizer.name} cannot read; name the text that it was made from, such as input.txt"
+                f"{self._where}: according to the {META} next to it, its ids are characters, which data.tokenizer "
+                f"{self._tokenizer.name} cannot decode; specify the original text instead, such as input.txt"
             )
         size = meta.get("vocab_size", self._tokenizer.vocab_size)
         if not isinstance(size, int | str):  # a nested value may take forever to print
             size = type(size).__name__
         if size != self._tokenizer.vocab_size:
             raise InputError(
-                f"{self._where}: {META} beside it says that there are {size!r} ids, but data.tokenizer "
-                f"{self._tokenizer.name} has {self._tokenizer.vocab_size}; name the tokenizer that made the file"
+                f"{self._where}: according to the {META} next to it, there are {size!r} ids, but data.tokenizer "
+                f"{self._tokenizer.name} has {self._tokenizer.vocab_size}; specify the tokenizer that produced the file"
             )
 
     def check(self, report: Callable[[str], None]) -> None:
@@ -192,7 +196,7 @@ class NanogptTokens(Tokens):
         """
         self._checked(np.array(self._contents["range"]))
         begin = printable(self._tokenizer.decode(self._tokens[:SHOWN_TOKENS]))
-        report(f"{self._where}: {self.num_tokens:,} tokens of {self._tokens.dtype.name}; begins: {begin!r}")
+        report(f"{self._where}: {self.num_tokens:,} {self._tokens.dtype.name} tokens, beginning with {begin!r}")
 
     def check_whole(self, cache_dir: Path) -> None:
         pass  # `check` has already read everything
@@ -203,7 +207,7 @@ class NanogptTokens(Tokens):
             return
         known = vars(self).get("_contents")  # the cached property below
         if known is None or self._read_all() != known:
-            raise InputError(f"{self._where} changed after it was opened; restore the file and start the run again")
+            raise InputError(f"{self._where} changed after it was opened; restore the file and restart the run")
         self._tokens.opened_as = now
 
     @property
@@ -223,7 +227,7 @@ class NanogptTokens(Tokens):
             found = self._read_once()
             if self._tokens.status == status:
                 return found
-        raise InputError(f"{self._where} keeps changing while it is read; start the run when it is complete")
+        raise InputError(f"{self._where} keeps changing while it is being read; start the run once it is complete")
 
     def _read_once(self) -> dict[str, Any]:
         digest = hashlib.blake2b(digest_size=16)
@@ -260,8 +264,8 @@ class NanogptTokens(Tokens):
         for token in (int(tokens.min()), int(tokens.max())) if tokens.size else ():
             if not 0 <= token < self._tokenizer.vocab_size:
                 raise InputError(
-                    f"{self._where} contains the token id {token}, but data.tokenizer {self._tokenizer.name} has "
-                    f"{self._tokenizer.vocab_size} ids; name the tokenizer that made the file, such as gpt2"
+                    f"{self._where} contains token id {token}, but data.tokenizer {self._tokenizer.name} has "
+                    f"{self._tokenizer.vocab_size} ids; specify the tokenizer that produced the file, such as gpt2"
                 )
         return tokens
 
@@ -272,15 +276,17 @@ def _parsed(source: str, field: str) -> tuple[str, str | None]:
     options = dict(parse_qsl(query, keep_blank_values=True))
     dtype = options.pop("dtype", None)
     if options or (dtype is not None and dtype not in DTYPES):
-        raise InputError(f"{field}: {source!r}: ?{query} is not understood; write ?dtype={' or ?dtype='.join(DTYPES)}")
+        raise InputError(
+            f"{field}: {source!r}: ?{query} is not a valid option; use ?dtype={' or ?dtype='.join(DTYPES)}"
+        )
     return name, dtype
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, lists and dicts. It never imports or calls anything that a pickle names."""
+    """Reads numbers, strings, lists and dicts. It never imports or calls anything that a pickle refers to."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
 def _read_meta(path: Path, where: str) -> dict[Any, Any]:
@@ -292,9 +298,11 @@ def _read_meta(path: Path, where: str) -> dict[Any, Any]:
     except Exception as error:  # a damaged pickle may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{where}: {META} beside it is not a nanoGPT {META} ({reason}); move it away if it "
+            f"{where}: the {META} next to it is not a nanoGPT {META} ({reason}); move it elsewhere if it "
             "does not describe this file"
         ) from error
     if not isinstance(meta, dict):
-        raise InputError(f"{where}: {META} beside it contains a {type(meta).__name__}, not a dict; move it away")
+        raise InputError(
+            f"{where}: the {META} next to it contains a {type(meta).__name__}, not a dict; move it elsewhere"
+        )
     return meta

@@ -124,7 +124,7 @@ class Preparation:
             InputError: if the source or the cache cannot be used.
         """
         if found := self._find():
-            self._report(f"{self.source.name} is already prepared, in {found}")
+            self._report(f"{self.source.name} is already prepared in {found}")
         directory = build_directory(self.base, find=self._find, build=self._build, report=self._job.report)
         _, tally = _read_tally(directory)
         if tally is not None:
@@ -155,7 +155,7 @@ class Preparation:
             for name, state in zip(self._store_names, states, strict=True)
         ]
         if begun:
-            self._report(f"continuing {source.name} after {_counts(writers)}")
+            self._report(f"resuming {source.name} after {_counts(writers)}")
         else:
             self._report(f"preparing {source.name} with the tokenizer {tokenizer.name}")
         speed = _Speed(writers, source)
@@ -171,7 +171,7 @@ class Preparation:
                 return_freed_memory()
             if error:
                 if place is not None:
-                    self._report(f"kept {_counts(writers)}; run the same command again to continue")
+                    self._report(f"saved {_counts(writers)}; run the same command again to continue")
                 raise error
             if time.monotonic() >= next_report:
                 self._report(f"{_counts(writers)} so far; {speed.report()}")
@@ -182,11 +182,11 @@ class Preparation:
         for writer in writers:
             writer.finish()
         directory = self.directories[1 if rows.tally.num_bad else 0]
-        with writing(f"in {partial}: "):
+        with writing(f"to {partial}: "):
             tally = json.dumps([directory.name, rows.tally._asdict()], indent=2)
             write_atomically(partial / TALLY_NAME, tally.encode())
         forget_progress(partial)
-        self._report(f"{_counts(writers)}{rows.split_at}, prepared in {speed.seconds:.1f} s, in {directory}")
+        self._report(f"{_counts(writers)}{rows.split_at}, prepared in {speed.seconds:.1f} s and saved in {directory}")
         if self._held_out is not None and self._held_out <= 0.5 and writers[1].num_tokens > writers[0].num_tokens:
             self._job.report(
                 f"WARNING: {rows.field}: most of {source.name} is held out for validation, because a few documents "
@@ -391,5 +391,5 @@ def _naming_cache_dir(parent: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"data.cache_dir: cannot write in {parent}: {error.strerror}; choose another folder"
+            f"data.cache_dir: cannot write to {parent}: {error.strerror}; choose another directory"
         ) from error

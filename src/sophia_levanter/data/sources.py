@@ -78,19 +78,19 @@ class DataSource(ChoiceRegistry):
         Raises:
             InputError: if the source does not exist, or contains tokens.
         """
-        raise InputError(f"{self.field}: {self.name} contains tokens; name the text that they were made from")
+        raise InputError(f"{self.field}: {self.name} contains tokens, not text; specify the original text")
 
     def find_tokens(self, tokenizer: Tokenizer, cache_dir: Path, report: Report, *, both: bool) -> FoundSource | None:
-        """Find existing tokens; None if they must be made from text.
+        """Find existing tokens; None if they must be prepared from text.
 
         Args:
-            tokenizer: the tokenizer that must have made the tokens.
+            tokenizer: the tokenizer that must have produced the tokens.
             cache_dir: the directory that caches results for large files.
             report: called with each message for the user.
             both: whether to find both a training and a validation corpus.
 
         Raises:
-            InputError: if the tokens do not exist, or another tokenizer made them.
+            InputError: if the tokens do not exist, or another tokenizer produced them.
         """
         return None
 
@@ -127,7 +127,9 @@ class _Texts(Source):
         try:
             return json.loads(json.dumps(found))
         except (TypeError, ValueError) as error:
-            raise InputError(f"{self.rows.field}: {self._kind}.identity() is not a JSON value: {error}") from error
+            raise InputError(
+                f"{self.rows.field}: {self._kind}.identity() did not return a JSON value: {error}"
+            ) from error
 
     @property
     def parts(self) -> list[Any]:
@@ -143,7 +145,7 @@ class _Texts(Source):
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
         field, texts = self.rows.field, self._source.documents()
         if isinstance(texts, str) or not hasattr(texts, "__iter__"):
-            raise InputError(f"{field}: {self._kind}.documents() returns {kind_of(texts)}; it must yield strings")
+            raise InputError(f"{field}: {self._kind}.documents() returned {kind_of(texts)}; it must yield strings")
         for number, text in enumerate(texts, start=1):
             if number <= start[1]:
                 continue
@@ -154,7 +156,8 @@ class _Texts(Source):
                 yield (0, number), document
         if self._current_identity() != self._identity:
             raise InputError(
-                f"{field}: {self.name} changed while it was read; run the command again when nothing is writing to it"
+                f"{field}: {self.name} changed while it was being read; "
+                "run the command again when nothing is writing to it"
             )
 
 
@@ -214,11 +217,11 @@ class DatasetSource(Source):
     def _parsed(self, query: str) -> dict[str, str]:
         shown, known = f"{self.rows.field}: {self.name!r}", DATASET_OPTIONS[self._scheme]
         if not self._path:
-            raise InputError(f"{shown} does not name a dataset; write {self._scheme}:NAME")
+            raise InputError(f"{shown} does not specify a dataset; use {self._scheme}:NAME")
         options = {"split": "train"}
         for key, value in parse_qsl(query, keep_blank_values=True):
             if key not in known:
-                raise InputError(f"{shown}: unknown option {key!r}; the options are {', '.join(known)}")
+                raise InputError(f"{shown}: unknown option {key!r}; valid options: {', '.join(known)}")
             if not value:
                 raise InputError(f"{shown}: the option {key!r} is empty")
             options[key] = value
@@ -233,7 +236,9 @@ class DatasetSource(Source):
         if self._scheme == "hub" and not os.path.isdir(self._path):
             return [[]]
         if self._scheme == "datasets" and not any((folder / mark).is_file() for mark in DATASET_MARKS):
-            raise InputError(f"{self.rows.field}: {folder} was not saved by `datasets`: it has no {DATASET_MARKS[0]}")
+            raise InputError(
+                f"{self.rows.field}: {folder} was not saved by `datasets`: it contains no {DATASET_MARKS[0]}"
+            )
         files = sorted((str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*"))
         return [[str(folder), files]]
 
@@ -259,7 +264,7 @@ class DatasetSource(Source):
                 yield (0, self._done), document
         if self.identity != self._looked_up:
             raise InputError(
-                f"{self._where} changed after it was looked up; run the command again when nothing is writing to it"
+                f"{self._where} changed after it was found; run the command again when nothing is writing to it"
             )
 
     def share_read(self) -> float | None:
@@ -269,7 +274,7 @@ class DatasetSource(Source):
         try:
             yield from dataset
         except Exception as error:
-            where = f"{self._where}, after row {self._done}, cannot be read ({type(error).__name__})"
+            where = f"{self._where} cannot be read after row {self._done} ({type(error).__name__})"
             if _may_be_shown(error):
                 raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
             # This is a network error: progress is kept, and running the same command again continues.
@@ -290,7 +295,7 @@ class DatasetSource(Source):
         if not isinstance(loaded, datasets.DatasetDict):
             return loaded
         if split not in loaded:
-            raise InputError(f"{self._where} has no split {split!r}; the splits are {', '.join(loaded)}")
+            raise InputError(f"{self._where} has no split {split!r}; available splits: {', '.join(loaded)}")
         return loaded[split]
 
 
@@ -316,7 +321,8 @@ class TokenFile(DataSource):
 
         if both:
             raise InputError(
-                f"{self.field} {self.name}: a token file cannot be split; set data.validation, as in nanogpt:val.bin"
+                f"{self.field} {self.name}: a token file cannot be split; "
+                "set data.validation, for example to nanogpt:val.bin"
             )
         corpus = NanogptTokens(self.name, tokenizer, field=self.field, cache_dir=cache_dir)
 
@@ -365,8 +371,8 @@ def source_named(name: str, field: str) -> DataSource:
     if is_scheme and scheme not in known and not glob.glob(name.partition("/")[0]):
         nearest = difflib.get_close_matches(scheme, known, n=1, cutoff=0)[0]
         raise InputError(
-            f"{field} is {name!r}; no file has this name, and {scheme}: is not a known kind of source; "
-            f"did you mean {nearest}:? The kinds are {', '.join(f'{kind}:' for kind in sorted(known))}"
+            f"{field} is {name!r}; no file has this name, and {scheme}: is not a known source type; "
+            f"did you mean {nearest}:? Available types: {', '.join(f'{kind}:' for kind in sorted(known))}"
         )
     kind = known.get(scheme, Files) if colon else Files
     check_subclass(kind, DataSource, field)

@@ -355,7 +355,7 @@ def save_progress(directory: Path, progress: Progress) -> None:
     place = vars(progress.place) | {name: getattr(progress.place, name)._asdict() for name in TALLIES}
     header = json.dumps({"place": place, "writers": numbers})
     np.savez(content, header=np.frombuffer(header.encode(), np.uint8), **tails)  # type: ignore[arg-type]
-    with writing(f"in {directory}: "):
+    with writing(f"to {directory}: "):
         write_atomically(directory / FILE_NAME, content.getvalue())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, counted
 
 PYTHON_STDLIB = "python_stdlib"
 TRAINED_TOKENIZER = ".tiktoken"  # suffix of a saved byte-pair encoding
@@ -82,7 +82,7 @@ class TextFile:
         # A server may report different properties for a single file and in a folder listing.
         if any(now.marks[name] != self.marks[name] for name in now.marks.keys() & self.marks.keys()):
             raise InputError(
-                f"{self.where} changed after it was looked up; run the command again when nothing is writing to it"
+                f"{self.where} changed after it was found; run the command again when nothing is writing to it"
             )
 
 
@@ -114,12 +114,15 @@ def find_files(source: str, *, field: str, report: Report) -> list[TextFile]:
     if source == PYTHON_STDLIB:
         paths = _stdlib_files()
         if not paths:
-            raise InputError(f"{field}: {PYTHON_STDLIB}: this Python has no source files of its library; name a file")
+            raise InputError(
+                f"{field}: {PYTHON_STDLIB}: this Python installation does not include the source code of its library; "
+                "specify a file"
+            )
         return [_local_file(path, field) for path in paths]
     if "://" in source:
         if "@" in urlsplit(source).netloc:
             raise InputError(
-                f"{field}: the URL contains a user name or password; set them in the library's environment variables"
+                f"{field}: the URL contains a user name or password; pass credentials in environment variables instead"
             )
         return _remote_files(source, field, report)
     pattern = os.path.abspath(os.path.expanduser(source))
@@ -137,7 +140,7 @@ def find_files(source: str, *, field: str, report: Report) -> list[TextFile]:
         kept = {path for path in shown if not _is_left_beside(str(path)[len(fixed) :])}
         paths = _taken(shown | hidden, kept, field, report)
     if not paths:
-        raise InputError(f"{field}: no file matches {source!r}; give a path, a glob or {PYTHON_STDLIB}")
+        raise InputError(f"{field}: no file matches {source!r}; specify a path, a glob or {PYTHON_STDLIB}")
     return [_local_file(path, field) for path in paths]
 
 
@@ -150,7 +153,7 @@ def optional_import(module: str, package: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise InputError(f"{what} needs {package}, which is not installed: pip install {package}") from None
+        raise InputError(f"{what} requires {package}, which is not installed; run pip install {package}") from None
 
 
 def _stdlib_files() -> list[Path]:
@@ -210,8 +213,8 @@ def _own_name(name: str) -> str:
 def _report_left_out(names: set[Any], field: str, report: Report) -> None:
     if names:
         report(
-            f"{field}: left out {len(names)} hidden files, backups or partial downloads, such as {min(names)}; "
-            "name one to read it"
+            f"{field}: skipped {counted(len(names), 'hidden, backup or partially downloaded file')}, "
+            f"such as {min(names)}; to read one, specify its path"
         )
 
 
@@ -225,13 +228,13 @@ def _taken(found: set[Path], kept: set[Path], field: str, report: Report) -> lis
     once = sorted(by_real_path.values())
     if len(once) < len(kept):
         again = min(kept - set(once))
-        report(f"{field}: left out {len(kept) - len(once)} links to files that are already read, such as {again}")
+        report(f"{field}: skipped {counted(len(kept) - len(once), 'link')} to files already included, such as {again}")
     return once
 
 
 def _files_of_folder(folder: Path, source: str, field: str, report: Report) -> list[Path]:
     if any((folder / mark).is_file() for mark in DATASET_MARKS):
-        raise InputError(f"{field}: {source!r} is a folder that `datasets` saved; write datasets:{source}")
+        raise InputError(f"{field}: {source!r} is a folder saved by `datasets`; use datasets:{source}")
     found = [p for p in folder.rglob("*") if p.is_file() and _is_of_folder(p.name)]
     relative = {path: path.relative_to(folder).as_posix() for path in found}
     kept = {path for path in found if not _is_hidden(relative[path]) and not _is_left_beside(relative[path])}
@@ -239,7 +242,7 @@ def _files_of_folder(folder: Path, source: str, field: str, report: Report) -> l
     if not paths:
         raise InputError(
             f"{field}: the folder {source!r} contains no {', '.join(KINDS)} files; "
-            f"name others with a glob such as {source.rstrip('/')}/*.md"
+            f"specify other files with a glob such as {source.rstrip('/')}/*.md"
         )
     return paths
 
@@ -288,7 +291,9 @@ def _remote(url: str, field: str) -> Iterator[tuple[Any, str]]:
         raise InputError(f"{field}: {url} cannot be read: {str(error).splitlines()[0]}") from None
     except ValueError:
         known = ", ".join(f"{name}://" for name in ("gs", "s3", "hf", "https"))
-        raise InputError(f"{field}: {url} has an unknown scheme; use {known} or another that fsspec supports") from None
+        raise InputError(
+            f"{field}: {url} has an unknown scheme; use {known} or another scheme that fsspec supports"
+        ) from None
     try:
         yield found
     except InputError:

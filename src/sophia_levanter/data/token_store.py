@@ -58,7 +58,9 @@ class Tokens(ABC):
             InputError: if the corpus is damaged in this range.
         """
         if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"[{start}, {stop}) is not within the {self.num_tokens} tokens of {self.location}")
+            raise IndexError(
+                f"[{start}, {stop}) is out of range for {self.location}, which has {self.num_tokens} tokens"
+            )
         return self._read(start, stop)
 
     def read_sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -69,7 +71,7 @@ class Tokens(ABC):
             InputError: if the corpus is damaged in these ranges.
         """
         if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
-            raise IndexError(f"a sequence is not within the {self.num_tokens} tokens of {self.location}")
+            raise IndexError(f"a sequence is out of range for {self.location}, which has {self.num_tokens} tokens")
         return self._read_sequences(starts, length)
 
     @abstractmethod
@@ -205,7 +207,7 @@ class TokenStore(Tokens):
             InputError: if the document is damaged.
         """
         if not 0 <= number < self.num_documents:
-            raise IndexError(f"document {number} is not one of the {self.num_documents} of {self.location}")
+            raise IndexError(f"document {number} is out of range; {self.location} has {self.num_documents} documents")
         ends = self.document_ends(max(number - 1, 0), number + 1).tolist()
         return self.read(ends[0] if number else 0, ends[-1] - 1)
 
@@ -230,7 +232,7 @@ class TokenStore(Tokens):
         self._check_digest(tokens_digest(self._array, self.location))
         ends = _open(self.location, DOCUMENT_ENDS, self.num_documents)
         if tokens_digest(ends, self.location) != self.manifest.document_ends_digest:
-            raise _damaged(self.location, "the documents' ends have changed since they were written")
+            raise _damaged(self.location, "the document ends have changed since they were written")
 
     def check_whole(self, cache_dir: Path) -> None:
         if self._fits_in_memory:
@@ -344,7 +346,7 @@ def _open(location: str, name: str, length: int) -> ts.TensorStore:
     except ValueError as error:
         raise _damaged(location, error) from error
     if array.shape != (length,):
-        raise _damaged(location, f"{array.shape[0]} {name} where the manifest has {length}")
+        raise _damaged(location, f"it has {array.shape[0]} {name}, but the manifest specifies {length}")
     return array
 
 
@@ -362,8 +364,8 @@ def _read_manifest(location: str) -> Manifest:
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{location}: the token store has format {version!r}, but this version reads {FORMAT_VERSION}; "
-            "delete it to prepare it again"
+            f"{location}: the token store has format {version!r}, but this version reads format {FORMAT_VERSION}; "
+            "delete it and prepare the data again"
         )
     try:
         manifest = Manifest(**values)
@@ -375,7 +377,7 @@ def _read_manifest(location: str) -> Manifest:
 
 
 def _damaged(location: str, reason: object) -> InputError:
-    return InputError(f"{location}: the token store is damaged ({reason}); delete it to prepare it again")
+    return InputError(f"{location}: the token store is damaged ({reason}); delete it and prepare the data again")
 
 
 def remembered(cache_dir: Path | None, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -93,7 +93,9 @@ class Tokenizer(ABC, ChoiceRegistry):
     def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(tokens, dtype=np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
-            raise ValueError(f"token ids must be in [0, {self.vocab_size}); found {ids.min()} to {ids.max()}")
+            raise ValueError(
+                f"token ids must be in [0, {self.vocab_size}), but they range from {ids.min()} to {ids.max()}"
+            )
         return ids
 
 
@@ -132,7 +134,7 @@ class TiktokenTokenizer(Tokenizer):
             end_of_text = encoding.eot_token
         except KeyError:
             raise InputError(
-                f"data.tokenizer: {encoding.name} has no <|endoftext|> token; choose one that does"
+                f"data.tokenizer: {encoding.name} has no <|endoftext|> token; choose a tokenizer that has one"
             ) from None
         self._encoding = encoding
         # tiktoken exposes the pattern that splits text into words only under a private name.
@@ -176,7 +178,7 @@ def load_bpe(path: str) -> tiktoken.Encoding:
         if set(ranks.values()) != set(range(len(ranks))) or any(
             bytes([byte]) not in ranks for byte in range(NUM_BYTES)
         ):
-            raise ValueError("ranks are missing, or some of the 256 bytes")
+            raise ValueError("some ranks, or some of the 256 bytes, are missing")
         return tiktoken.Encoding(
             path, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
         )
@@ -203,20 +205,22 @@ def load_tokenizer(name: str) -> Tokenizer:
         return kind(name)
     if "/" in name or "." in name:
         raise InputError(
-            f"data.tokenizer is {name!r}; a tokenizer file must end in {TRAINED_TOKENIZER}, as train_tokenizer "
-            f"writes it; otherwise name {BYTES} or a tiktoken encoding"
+            f"data.tokenizer is {name!r}; a tokenizer file must be written by train_tokenizer and end in "
+            f"{TRAINED_TOKENIZER}; otherwise, specify {BYTES} or a tiktoken encoding"
         )
     known = [*registered, *tiktoken.list_encoding_names()]
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        raise InputError(f"data.tokenizer is {name!r}; did you mean {nearest}? The tokenizers are {', '.join(known)}")
+        raise InputError(
+            f"data.tokenizer is {name!r}; did you mean {nearest}? Available tokenizers: {', '.join(known)}"
+        )
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
         # Show only the type of the error: a network library's message may contain a proxy password.
         raise InputError(
             f"data.tokenizer: {name} is not in tiktoken's cache and could not be downloaded ({type(error).__name__}); "
-            f"connect to the network, set TIKTOKEN_CACHE_DIR to a folder that has it, or use data.tokenizer {BYTES}"
+            f"check the network, set TIKTOKEN_CACHE_DIR to a folder that contains it, or set data.tokenizer to {BYTES}"
         ) from error
     return TiktokenTokenizer(encoding)
 
