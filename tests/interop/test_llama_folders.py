@@ -71,23 +71,26 @@ def test_buffers_and_prefixes(model, save):
     [
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            "rope_scaling is {'rope_type': 'llama3', 'factor': 8.0}; this model does not scale rotary positions",
+            "rope_scaling is {'rope_type': 'llama3', 'factor': 8.0}; this model does not support RoPE scaling",
         ),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "this model does not scale rotary positions"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "this model does not scale rotary positions"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "this model does not support RoPE scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "this model does not support RoPE scaling"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": -1}},
-            "rope_theta is -1.0; it must be a number above 0",
+            "rope_theta is -1.0; it must be a positive number",
         ),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-            "this model has the same rotary positions in all layers",
+            "this model uses the same rotary embeddings in all layers",
         ),
-        ({"attention_bias": True}, "attention_bias is true; this model does not support it; use weights without it"),
+        (
+            {"attention_bias": True},
+            "attention_bias is true; this model does not support it; use weights trained without it",
+        ),
         ({"mlp_bias": True}, "mlp_bias is true; this model does not support it"),
         ({"use_sliding_window": True}, "use_sliding_window is true; this model does not support it"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this model computes silu"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; this model rotates whole heads"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this model supports only silu"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; this model supports only 1.0"),
         ({"model_type": "mistral"}, "model_type is 'mistral'; it must be one of gpt2, llama, qwen3"),
         ({"num_hidden_layers": 9}, "num_hidden_layers is 9, but the weights have 2"),
         ({"num_key_value_heads": 2}, "model.num_kv_heads is 1, but FOLDER has 2; set --model.num_kv_heads 2"),
@@ -123,4 +126,4 @@ def test_a_longer_context_than_the_weights_were_trained_with(model, save, make_m
     lines = []
     folder = save()
     read(folder, longer, lines=lines)
-    assert lines == [f"model.seq_len 16 is longer than the 8 positions of {folder}"]
+    assert lines == [f"model.seq_len 16 exceeds the 8 positions in {folder}"]

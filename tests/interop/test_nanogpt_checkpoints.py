@@ -67,13 +67,13 @@ def test_a_checkpoint_of_another_model(make_model, save_checkpoint):
     assert "h.0.ln_1.bias, h.1.ln_1.bias, " in refused(file, with_bias)
     assert refused(save_checkpoint(model), with_bias).endswith("; set --model.use_bias false")
     file = save_checkpoint(model, model_args=nanogpt_args(model.config, use_relu=True))
-    assert "model_args has use_relu True, which this model does not support" in refused(file, model.config)
+    assert "model_args contains use_relu=True, which this model does not support" in refused(file, model.config)
     file = save_checkpoint(model, model_args=nanogpt_args(model.config, use_relu=False))
     assert_same(read(file, model.config), model)
     epsilon = dataclasses.replace(model.config, layer_norm_epsilon=1e-6)
     assert refused(file, epsilon).endswith("; set --model.layer_norm_epsilon 1e-05")
     file = save_checkpoint(model, model_args={"n_layer": 2})
-    assert "vocab_size is None; it must be an integer above 0" in refused(file, model.config)
+    assert "vocab_size is None; it must be a positive integer" in refused(file, model.config)
 
 
 class Malicious:
@@ -89,18 +89,16 @@ def test_no_checkpoint(model, save_checkpoint, tmp_path, capsys):
     file = tmp_path / "other.pt"
     for other in ({"model": {}}, [1], {"model": 1, "model_args": {}}, torch.zeros(3)):
         torch.save(other, file)
-        assert "is not a checkpoint of nanoGPT or the Sophia authors" in refused(file, model.config)
+        assert "not a checkpoint from nanoGPT or the Sophia authors" in refused(file, model.config)
     torch.save({"model": {"wte.weight": 3}, "model_args": nanogpt_args(model.config)}, file)
-    assert "model has 'wte.weight', which is not a named tensor" in refused(file, model.config)
+    assert "model contains 'wte.weight', which is not a named tensor" in refused(file, model.config)
     torch.save({"model": {"x": torch.ones(3, dtype=torch.int64)}, "model_args": nanogpt_args(model.config)}, file)
     assert "x is torch.int64; it must be floating-point" in refused(file, model.config)
     for content in (b"", b"no checkpoint", save_checkpoint(model).read_bytes()[:2000]):
         file.write_bytes(content)
         assert "torch cannot load it: " in refused(file, model.config)
     torch.save({"model": Malicious(), "model_args": {}}, file)
-    assert "contains more than tensors and plain values, and code pickled in a file never runs" in refused(
-        file, model.config
-    )
+    assert "contains more than tensors and plain values, and pickled code is never run" in refused(file, model.config)
     assert "this was run" not in capsys.readouterr().out
 
 
@@ -123,14 +121,14 @@ def test_a_checkpoint_with_an_array_twice(model, save_checkpoint):
     import torch
 
     file = changed(save_checkpoint(model), **{"wte.weight": torch.zeros(VOCAB, 8)})
-    assert "transformer.wte.weight and wte.weight are both wte.weight; remove one of them" in refused(
+    assert "transformer.wte.weight and wte.weight both refer to wte.weight; remove one of them" in refused(
         file, model.config
     )
 
 
 def test_a_checkpoint_of_more_layers_than_it_has(model, save_checkpoint):
     file = save_checkpoint(model, model_args=nanogpt_args(model.config, n_layer=1_000_000))
-    assert "model_args does not describe the weights: n_layer is 1000000, but the weights have 2" in refused(
+    assert "model_args does not match the weights: n_layer is 1000000, but the weights have 2" in refused(
         file, model.config
     )
 
@@ -146,9 +144,9 @@ def test_tensors_whose_numbers_are_not_all_in_the_file(kind, model, save_checkpo
         "sparse_csr": (dense.to_sparse_csr(), "is a torch.sparse_csr tensor"),
         "stride 0": (
             torch.ones(1).expand(VOCAB, 10**9),
-            "has shape (128, 1000000000) but repeats fewer stored numbers",
+            "has shape (128, 1000000000) but stores fewer values",
         ),
-        "overlapping": (torch.ones(300).as_strided((VOCAB, 100), (1, 1)), "has shape (128, 100) but repeats fewer"),
+        "overlapping": (torch.ones(300).as_strided((VOCAB, 100), (1, 1)), "has shape (128, 100) but stores fewer"),
     }[kind]
     file = changed(save_checkpoint(model), **{"transformer.wte.weight": tensor})
     assert f"{file}: transformer.wte.weight {wanted}" in refused(file, model.config)
@@ -176,5 +174,7 @@ def test_without_torch_one_line_says_so(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_torch)
     message = refused(file, model.config)
-    assert "ckpt.pt: needs torch, which cannot be imported (No module named 'torch'); pip install torch" in message
-    assert message.endswith("code pickled in the file never runs)")
+    assert (
+        "ckpt.pt: requires torch, which cannot be imported (No module named 'torch'); run pip install torch" in message
+    )
+    assert message.endswith("pickled code in the file is never run)")

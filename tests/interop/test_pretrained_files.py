@@ -32,7 +32,7 @@ def test_an_index_names_files_of_its_folder_only(name, folder, model, arrays):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(arrays, name)}))
     message = refused(folder, model.config)
-    assert message.isprintable() and f"{index}: names {name!r}, which is not a file in its folder" in message
+    assert message.isprintable() and f"{index}: refers to {name!r}, which is not a file in the same folder" in message
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
@@ -46,7 +46,7 @@ def test_pipes_and_devices_are_not_read(name, folder, model):
     (folder / name).symlink_to("/dev/zero")
     assert refused(folder, model.config) == f"{folder / name}: not a regular file"
     for path in ("/dev/zero", folder / name):
-        assert refused(path, model.config).startswith(f"{path}: not a regular file; name a folder saved by ")
+        assert refused(path, model.config).startswith(f"{path}: not a regular file; specify a folder saved by ")
 
 
 def test_shards_that_are_pipes(folder, model):
@@ -68,22 +68,24 @@ def test_shards_that_both_have_an_array(folder, model, arrays):
 
 
 def test_no_such_file(model, tmp_path):
-    assert "nowhere: file not found; name a folder" in refused(tmp_path / "nowhere", model.config)
-    assert "the path contains a character that is not allowed in file names; name a folder" in refused(
+    assert "nowhere: file not found; specify a folder" in refused(tmp_path / "nowhere", model.config)
+    assert "the path contains a character that is not allowed in file names; specify a folder" in refused(
         "a\0b", model.config
     )
 
 
 def test_a_folder_of_something_else(folder, model, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "config.json is missing; name a folder saved by" in refused(tmp_path / "empty", model.config)
+    assert "config.json is missing; specify a folder saved by" in refused(tmp_path / "empty", model.config)
     (tmp_path / "empty" / "ckpt.pt").touch()
-    assert refused(tmp_path / "empty", model.config).endswith(f"name {tmp_path}/empty/ckpt.pt")
-    assert f"name its folder, {folder}," in refused(folder / "model.safetensors", model.config)
+    assert refused(tmp_path / "empty", model.config).endswith(f"specify {tmp_path}/empty/ckpt.pt")
+    assert f"specify its folder, {folder}," in refused(folder / "model.safetensors", model.config)
     (folder / "model.safetensors").unlink()
     assert "contains neither model.safetensors nor" in refused(folder, model.config)
     (folder / "pytorch_model.bin").touch()
-    assert "found pytorch_model.bin but no model.safetensors; pickles are not read" in refused(folder, model.config)
+    assert "found pytorch_model.bin but no model.safetensors; pickle files are not loaded" in refused(
+        folder, model.config
+    )
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,9 @@ def test_a_padded_vocabulary_loses_its_padding(make_model, tmp_path):
     wte = np.asarray(model.wte.weight.array)
     np.testing.assert_array_equal(found.wte.weight.array, np.where(np.arange(128)[:, None] < 100, wte, 0))
     assert lines == [
-        "the embedding has 128 rows: 100 for the tokens of data.tokenizer words and padding, which is left out"
+        "the embedding has 128 rows: 100 for the tokens of data.tokenizer words and padding, which is dropped"
     ]
-    assert f"data.tokenizer words has 129 tokens, but {folder} has 128 rows, 1 fewer; set --data" in refused(
+    assert f"data.tokenizer words has 129 tokens, but {folder} has 128 embedding rows, 1 fewer; set --data" in refused(
         folder, model.config, vocab_size=129
     )
 
@@ -58,7 +58,7 @@ def test_rows_beyond_the_tokenizers_are_kept_and_never_predicted(rows, make_mode
     assert (found.vocab_size, found.config.vocab_rows) == (VOCAB, rows)
     assert lines == [
         f"the embedding has {rows} rows: 128 for the tokens of data.tokenizer words and {rows - 128} more, which are "
-        "kept and never predicted"
+        "kept but never predicted"
     ]
     for name, array in gpt2_to_state_dict(found).items():
         np.testing.assert_array_equal(array, arrays[name], err_msg=name)
@@ -81,12 +81,12 @@ def test_rows_beyond_the_tokenizers_are_kept_and_never_predicted(rows, make_mode
         (
             300,
             128,
-            "set --data.tokenizer to the one that it was trained with, or --model.vocab_rows 300 to keep 172 rows",
+            "set --data.tokenizer to the one it was trained with, or --model.vocab_rows 300 to keep 172 rows",
         ),
         (50257, 257, "set --data.tokenizer gpt2, or --model.vocab_rows 50257"),
         (50304, 257, "set --data.tokenizer gpt2, or"),
         (50281, 50257, "set --data.tokenizer p50k_base, or"),
-        (50257, 50281, "has 50281 tokens, but FOLDER has 50257 rows, 24 fewer; set --data.tokenizer gpt2"),
+        (50257, 50281, "has 50281 tokens, but FOLDER has 50257 embedding rows, 24 fewer; set --data.tokenizer gpt2"),
     ],
 )
 def test_rows_that_may_be_another_tokenizers(rows, tokens, wanted, make_model, tmp_path):
@@ -122,12 +122,12 @@ def test_a_folder_with_the_vocabulary_of_the_tokenizer(name, vocab, tmp_path):
     [
         (
             {"a": 98, "b": 97},
-            "token 97 is 'b', but b'a' in data.tokenizer bytes; name the tokenizer that the model was",
+            "token 97 is 'b', but b'a' in data.tokenizer bytes; specify the tokenizer that the model was",
         ),
         ({"<s>": 0}, "token 0 is '<s>'"),
         ({"\N{GREEK SMALL LETTER ALPHA}": 255}, "token 255 is "),
         ({"\x1b[2J" * 99: 3}, r"…x1b[2J" + r"\x1b[2J" * 6 + "', but b'"),
-        ({"a": "x"}, "has no map from tokens to ids"),
+        ({"a": "x"}, "contains no token-to-id mapping"),
     ],
 )
 def test_a_folder_with_the_vocabulary_of_another_tokenizer(change, wanted, vocab, tmp_path):
@@ -141,7 +141,7 @@ def test_a_folder_with_the_vocabulary_of_another_tokenizer(change, wanted, vocab
 
 def test_a_tokenizer_file_of_another_kind(tmp_path):
     for content, wanted in (
-        ({"model": []}, "has no map"),
+        ({"model": []}, "contains no token-to-id"),
         ({"model": {"vocab": [["a", -1]]}}, "has no"),
         (3, "not a JSON object"),
     ):

@@ -102,7 +102,7 @@ def test_a_head_that_is_not_tied_or_an_array_twice(linear):
         ):
             gpt2_from_state_dict(config, arrays | {"lm_head.weight": head}, layout="linear")
     for name in ("wte.weight", "_orig_mod.transformer.wte.weight"):
-        with pytest.raises(ValueError, match=r"^transformer\.wte\.weight and .* are both wte\.weight; remove one"):
+        with pytest.raises(ValueError, match=r"^transformer\.wte\.weight and .* both refer to wte\.weight; remove one"):
             gpt2_from_state_dict(config, arrays | {name: arrays["transformer.wte.weight"]}, layout="linear")
 
 

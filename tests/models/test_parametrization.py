@@ -90,6 +90,6 @@ def test_weights_of_a_standard_model_are_refused(gpt2_folder):
     with pytest.raises(InputError) as raised:
         read_pretrained(str(gpt2_folder), config, load_tokenizer("bytes"), dtype="float32", report=print)
     assert str(raised.value) == (
-        f"model.parametrization is 'mup', but {gpt2_folder} holds the weights of a standard model; "
+        f"model.parametrization is 'mup', but {gpt2_folder} contains the weights of a standard model; "
         "set --model.parametrization standard"
     )

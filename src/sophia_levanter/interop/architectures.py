@@ -44,16 +44,16 @@ class Description:
     values: Mapping[str, Any]
 
     def value(self, name: str, kind: Any, default: Any = None) -> Any:
-        """The value of a field of type `kind`. A number must be above 0.
+        """The value of a field of type `kind`. A number must be positive.
 
         Raises:
-            InputError: if the value has a different type, or is a number that is not above 0.
+            InputError: if the value has a different type, or is a number that is not positive.
         """
         value: Any = self.values.get(name, default)
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind or (kind is not bool and not value > 0):
-            wanted = {bool: "true or false", int: "an integer above 0", float: "a number above 0"}[kind]
+            wanted = {bool: "true or false", int: "a positive integer", float: "a positive number"}[kind]
             raise self.error(name, f"it must be {wanted}", value)
         return value
 
@@ -168,13 +168,15 @@ class Gpt2Architecture(Architecture):
 
     def fields(self, given: Description) -> dict[str, Any]:
         if given.values.get("activation_function", "gelu_new") not in _TANH_GELUS:
-            raise given.error("activation_function", f"this model computes {' alias '.join(_TANH_GELUS)}")
-        given.require("scale_attn_weights", True, "this model divides scores by the square root of the head size")
+            raise given.error("activation_function", f"this model supports only {' and '.join(_TANH_GELUS)}")
+        given.require(
+            "scale_attn_weights", True, "this model always divides scores by the square root of the head size"
+        )
         sizes = self.sizes(given)
         width = sizes["n_embd"]
         inner = 4 * width if given.values.get("n_inner") is None else given.value("n_inner", int)
         if inner % width:
-            raise given.error("n_inner", f"it must be a multiple of n_embd {width}; model.mlp_ratio is an integer")
+            raise given.error("n_inner", f"it must be a multiple of n_embd ({width})")
         return {
             "num_layers": sizes["n_layer"],
             "num_heads": given.value("n_head", int, 12),
@@ -257,10 +259,10 @@ class LlamaArchitecture(Architecture):
 
     def fields(self, given: Description) -> dict[str, Any]:
         qwen = given.values["model_type"] == "qwen3"
-        given.require("hidden_act", "silu", "this model computes silu")
+        given.require("hidden_act", "silu", "this model supports only silu")
         for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
-            given.require(name, False, "this model does not support it; use weights without it")
-        given.require("partial_rotary_factor", 1.0, "this model rotates whole heads")
+            given.require(name, False, "this model does not support it; use weights trained without it")
+        given.require("partial_rotary_factor", 1.0, "this model supports only 1.0")
         sizes = self.sizes(given)
         width, heads = sizes["hidden_size"], given.value("num_attention_heads", int, 32)
         # Defaults for fields that Qwen3's config.json lacks. A null field has the same meaning as Llama's default.
@@ -293,9 +295,9 @@ class LlamaArchitecture(Architecture):
         name = "rope_scaling" if given.values.get("rope_scaling") else "rope_parameters"
         rope = given.values.get(name) or {}
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-            raise given.error(name, "this model has the same rotary positions in all layers")
+            raise given.error(name, "this model uses the same rotary embeddings in all layers")
         if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise given.error(name, "this model does not scale rotary positions")
+            raise given.error(name, "this model does not support RoPE scaling")
         outside = given.value("rope_theta", float, 10000.0)
         return Description(given.file, rope).value("rope_theta", float, outside)
 
@@ -348,7 +350,9 @@ def architecture_of(config: ModelConfig) -> Architecture:
         if type(config) is architecture.config_class:
             return architecture
     titles = " and ".join(architecture.title for architecture in ARCHITECTURES)
-    raise InputError(f"model.type is {config.get_choice_name(type(config))}; only {titles} can be loaded and exported")
+    raise InputError(
+        f"model.type is {config.get_choice_name(type(config))}; only {titles} models can be loaded or exported"
+    )
 
 
 def _optional(given: Description, name: str, default: int) -> int:

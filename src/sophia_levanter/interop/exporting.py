@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) -> None:
     """Write a model, its tokenizer and this package's settings in the format of transformers' `save_pretrained`.
 
-    The factors of `model.parametrization: mup` are multiplied into the weights, so the exported model is standard.
+    The weights are multiplied by the factors of `model.parametrization: mup`, so that the exported model is standard.
 
     Args:
         loaded: the model.
@@ -80,16 +80,16 @@ def check_new_folder(folder: Path) -> None:
         InputError: if the path exists and is not an empty folder.
     """
     if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder} already contains files; name an empty or new folder")
+        raise InputError(f"{folder} already contains files; specify an empty or new folder")
     if not folder.is_dir() and os.path.lexists(folder):
-        raise InputError(f"{folder} is a file; name an empty or new folder")
+        raise InputError(f"{folder} is a file; specify an empty or new folder")
 
 
 def _cast(arrays: Mapping[str, np.ndarray], dtype: str | None) -> dict[str, np.ndarray]:
     cast = {}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise InputError(f"{name} has values that are not finite; export an earlier --step")
+            raise InputError(f"{name} contains non-finite values; export an earlier step with --step")
         with np.errstate(over="ignore"):
             cast[name] = array if dtype is None else array.astype(jnp.dtype(dtype))
         if not np.isfinite(cast[name]).all():

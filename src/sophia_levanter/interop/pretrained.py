@@ -52,7 +52,7 @@ def read_pretrained(
         )
     _check_fields(saved, config)
     if config.seq_len > saved.seq_len:
-        report(f"model.seq_len {config.seq_len} is longer than the {saved.seq_len} positions of {saved.file}")
+        report(f"model.seq_len {config.seq_len} exceeds the {saved.seq_len} positions in {saved.file}")
     config = _with_rows(saved, config, tokenizer)
     arrays = {name: _finite(saved.file, name, array, dtype) for name, array in saved.arrays}
     if not getattr(config, "use_bias", True):
@@ -62,9 +62,9 @@ def read_pretrained(
     except ValueError as error:
         raise input_error(saved.file, str(error)) from None
     if saved.vocab_size > vocab_size:
-        more = "padding, which is left out"
+        more = "padding, which is dropped"
         if config.vocab_rows is not None:
-            more = f"{saved.vocab_size - vocab_size:,} more, which are kept and never predicted"
+            more = f"{saved.vocab_size - vocab_size:,} more, which are kept but never predicted"
         report(
             f"the embedding has {saved.vocab_size:,} rows: {vocab_size:,} for the tokens of "
             f"data.tokenizer {tokenizer.name} and {more}"
@@ -87,7 +87,8 @@ def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
             vocab = vocab["model"].get("vocab") if isinstance(vocab.get("model"), dict) else None
         if not isinstance(vocab, dict) or not all(type(token) is int for token in vocab.values()):
             raise input_error(
-                file, "has no map from tokens to ids; remove the file if it does not belong to the model's tokenizer"
+                file,
+                "contains no token-to-id mapping; remove the file if it does not belong to the model's tokenizer",
             )
         byte_of = bytes_of_characters()
         for text, token in sorted(vocab.items(), key=lambda item: item[1]):
@@ -97,15 +98,16 @@ def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
                 if bytes(byte_of.get(character, 0) for character in text) != ours:
                     raise input_error(
                         file,
-                        f"token {token} is {shown(repr(text))}, but {ours!r} in data.tokenizer {tokenizer.name}; name "
-                        "the tokenizer that the model was trained with, or remove the file if it is not the model's",
+                        f"token {token} is {shown(repr(text))}, but {ours!r} in data.tokenizer {tokenizer.name}; "
+                        "specify the tokenizer that the model was trained with, or remove the file if it does not "
+                        "belong to the model",
                     )
 
 
 def _check_fields(saved: SavedModel, config: ModelConfig) -> None:
     if set(config.forward_factors().values()) - {1.0}:
         raise InputError(
-            f"model.parametrization is 'mup', but {saved.file} holds the weights of a standard model; "
+            f"model.parametrization is 'mup', but {saved.file} contains the weights of a standard model; "
             "set --model.parametrization standard"
         )
     config = config.explicit()
@@ -150,9 +152,9 @@ def _with_rows(saved: SavedModel, config: TransformerConfig, tokenizer: Tokenize
         return dataclasses.replace(config, vocab_rows=rows)
     keep = f", or --model.vocab_rows {rows} to keep {rows - vocab_size} rows that are never predicted"
     raise InputError(
-        f"data.tokenizer {tokenizer.name} has {vocab_size} tokens, but {saved.file} has {rows} rows, "
+        f"data.tokenizer {tokenizer.name} has {vocab_size} tokens, but {saved.file} has {rows} embedding rows, "
         f"{abs(rows - vocab_size)} {'more' if rows > vocab_size else 'fewer'}; "
-        f"set --data.tokenizer {known.get(rows, 'to the one that it was trained with')}"
+        f"set --data.tokenizer {known.get(rows, 'to the one it was trained with')}"
         + (keep if rows > vocab_size else "")
     )
 
@@ -166,6 +168,6 @@ def _finite(file: Path, name: str, array: np.ndarray, dtype: str) -> np.ndarray:
         cast = array.astype(dtype)
     if not np.isfinite(cast).all():
         raise input_error(
-            file, f"{shown(name)} has values that are not finite in {dtype}; use the weights of an earlier step"
+            file, f"{shown(name)} contains values that are not finite in {dtype}; use weights from an earlier step"
         )
     return cast

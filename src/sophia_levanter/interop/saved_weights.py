@@ -78,9 +78,11 @@ def open_model(path: Path) -> SavedModel:
         check_regular(path)
     except OSError as error:
         reason = "file not found" if isinstance(error, FileNotFoundError) else error.strerror
-        raise input_error(path, f"{reason}; name a folder saved by transformers, or nanoGPT's ckpt.pt") from None
+        raise input_error(path, f"{reason}; specify a folder saved by transformers, or nanoGPT's ckpt.pt") from None
     if path.suffix in (".safetensors", ".bin", ".json"):
-        raise input_error(path, f"name its folder, {path.parent}, which must contain config.json and model.safetensors")
+        raise input_error(
+            path, f"specify its folder, {path.parent}, which must contain config.json and model.safetensors"
+        )
     return _nanogpt(path)
 
 
@@ -117,7 +119,7 @@ def _weights(
     ]
     if wrong:
         raise input_error(
-            file, f"{source} does not describe the weights: {'; '.join(wrong)}; both must come from the same model"
+            file, f"{source} does not match the weights: {'; '.join(wrong)}; both must come from the same model"
         )
     return names
 
@@ -125,8 +127,8 @@ def _weights(
 def _huggingface(folder: Path) -> SavedModel:
     file = folder / "config.json"
     if not os.path.exists(file):
-        nano = f"; name {folder / 'ckpt.pt'}" if os.path.isfile(folder / "ckpt.pt") else ""
-        raise input_error(folder, f"config.json is missing{nano or '; name a folder saved by transformers'}")
+        wanted = folder / "ckpt.pt" if os.path.isfile(folder / "ckpt.pt") else "a folder saved by transformers"
+        raise input_error(folder, f"config.json is missing; specify {wanted}")
     given = Description(file, read_json(file))
     architecture = architecture_of_type(file, given.values.get("model_type"))
     fields = architecture.fields(given)
@@ -162,7 +164,7 @@ def _own_values(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         # The file of a trained tokenizer must be the one in the folder.
         or (own.get("tokenizer", "").endswith(TRAINED_TOKENIZER) and own["tokenizer"] != TOKENIZER_FILE)
     ):
-        raise input_error(file, f"{OWN_FIELD} differs from what an export writes; remove it and set --data.tokenizer")
+        raise input_error(file, f"the {OWN_FIELD} field is invalid; remove it and set --data.tokenizer")
     return {name: own.get(name, default) for name, (_, default) in kinds.items()}
 
 
@@ -186,18 +188,19 @@ def _shards(folder: Path) -> list[Path]:
     if os.path.exists(index):
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise input_error(index, "has no weight_map from names to files")
+            raise input_error(index, "has no weight_map that maps names to files")
         for name in names.values():
             if Path(name).name != name or name in ("", "..") or "\0" in name:
                 raise input_error(
-                    index, f"names {shown(repr(name))}, which is not a file in its folder; download the index again"
+                    index,
+                    f"refers to {shown(repr(name))}, which is not a file in the same folder; download the index again",
                 )
         return [folder / name for name in sorted(set(names.values()))]
     if list(folder.glob("pytorch_model*.bin*")):
         raise input_error(
             folder,
-            "found pytorch_model.bin but no model.safetensors; pickles are not read, because they can run code; "
-            "save the model again with save_pretrained of a current transformers",
+            "found pytorch_model.bin but no model.safetensors; pickle files are not loaded, because they can run code; "
+            "save the model again with save_pretrained from a recent version of transformers",
         )
     raise input_error(folder, "contains neither model.safetensors nor model.safetensors.index.json")
 
@@ -251,13 +254,15 @@ def _nanogpt(file: Path) -> SavedModel:
     checkpoint = _torch_load(file)
     values, tensors = (checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ("model_args", "model"))
     if not isinstance(values, dict) or not isinstance(tensors, dict):
-        raise input_error(file, "not a checkpoint of nanoGPT or the Sophia authors, a dict with model and model_args")
+        raise input_error(
+            file, "not a checkpoint from nanoGPT or the Sophia authors (a dict with the keys model and model_args)"
+        )
     # Forks of nanoGPT list here what they compute differently.
     known = (*_NANOGPT_ARGS, _SCALED)
     for name, value in values.items():
         if name not in known and value is not None and value is not False:
             raise input_error(
-                file, f"model_args has {shown(str(name))} {shown(repr(value))}, which this model does not support"
+                file, f"model_args contains {shown(str(name))}={shown(repr(value))}, which this model does not support"
             )
     # These fields have no defaults. The epsilon comes from nanoGPT's code.
     named = {name: values.get(name) for name in _NANOGPT_ARGS} | {_SCALED: values.get(_SCALED, False)}
@@ -282,18 +287,18 @@ def _torch_load(file: Path) -> Any:
     except ImportError as error:
         raise input_error(
             file,
-            f"needs torch, which cannot be imported ({_first_line(error)}); pip install torch "
-            "(only tensors and plain values are loaded; code pickled in the file never runs)",
+            f"requires torch, which cannot be imported ({_first_line(error)}); run pip install torch "
+            "(only tensors and plain values are loaded; pickled code in the file is never run)",
         ) from None
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch's errors have no common type
         if "weights_only" in str(error):
             # torch's own message would explain how to run the file's code.
-            reason = "contains more than tensors and plain values, and code pickled in a file never runs"
+            reason = "contains more than tensors and plain values, and pickled code is never run"
         else:
             reason = f"torch cannot load it: {_first_line(error)}"
-        raise input_error(file, f"{reason}; name the ckpt.pt of nanoGPT or the Sophia authors") from None
+        raise input_error(file, f"{reason}; specify a ckpt.pt from nanoGPT or the Sophia authors") from None
 
 
 def _shape(file: Path, name: Any, tensor: Any) -> tuple[int, ...]:
@@ -301,7 +306,7 @@ def _shape(file: Path, name: Any, tensor: Any) -> tuple[int, ...]:
     import torch
 
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-        raise input_error(file, f"model has {shown(repr(name))}, which is not a named tensor")
+        raise input_error(file, f"model contains {shown(repr(name))}, which is not a named tensor")
     if not tensor.is_floating_point():
         raise input_error(file, f"{shown(name)} is {tensor.dtype}; it must be floating-point")
     # A tensor that is not stored, or that repeats a few stored values, could claim any size.
@@ -311,6 +316,6 @@ def _shape(file: Path, name: Any, tensor: Any) -> tuple[int, ...]:
     repeats = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     if repeats or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise input_error(
-            file, f"{shown(name)} has shape {tuple(tensor.shape)} but repeats fewer stored numbers; save tensor.clone()"
+            file, f"{shown(name)} has shape {tuple(tensor.shape)} but stores fewer values; save tensor.clone() instead"
         )
     return tuple(tensor.shape)

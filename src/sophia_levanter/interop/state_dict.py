@@ -104,7 +104,7 @@ def model_on_host(
 def to_state_dict(model: Any, *, layout: str | None = None) -> dict[str, np.ndarray]:
     """The weights, keyed by state-dict name, without vocabulary padding except the rows that `config.vocab_rows` adds.
 
-    With `parametrization: mup` they lack the factors of the forward pass, which `export_model` multiplies in.
+    The factors of `parametrization: mup` are not applied; `export_model` multiplies the weights by them.
 
     Args:
         model: a `Gpt2` or a `Llama`.
@@ -145,7 +145,9 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
             continue
         plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
         if plain in given:
-            raise ValueError(f"{shown(given[plain])} and {shown(name)} are both {shown(plain)}; remove one of them")
+            raise ValueError(
+                f"{shown(given[plain])} and {shown(name)} both refer to {shown(plain)}; remove one of them"
+            )
         given[plain] = name
     return given
 
@@ -217,7 +219,7 @@ def _tie(given: dict[str, np.ndarray], embedding: str) -> None:
     head = given.pop(HEAD, None)
     array = given.setdefault(embedding, head)  # type: ignore[arg-type]
     if head is not None and not np.array_equal(head, array):
-        shapes = "" if head.shape == array.shape else f" in shape, {head.shape} and {array.shape}"
+        shapes = "" if head.shape == array.shape else f" in shape ({head.shape} and {array.shape})"
         raise ValueError(
             f"{HEAD} differs from {embedding}{shapes}: the output head is not tied, but this model ties it to the "
             "token embedding; use weights with tied embeddings"
@@ -239,7 +241,7 @@ def _check_same(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple
         return
     others = f"; also wrong: {_listed(wrong[1:])}" if wrong[1:] else ""
     if all(names.is_matrix(name) and given[name] == wanted[name][::-1] for name in wrong):
-        others += "; these matrices are transposed: torch.nn.Linear has [out, in], transformers' Conv1D [in, out]"
+        others += "; these matrices are transposed: torch.nn.Linear has [out, in], transformers' Conv1D has [in, out]"
     raise ValueError(f"{wrong[0]} has shape {given[wrong[0]]}, but this model expects {wanted[wrong[0]]}{others}")
 
 
