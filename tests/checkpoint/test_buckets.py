@@ -296,10 +296,10 @@ def test_a_bucket_that_takes_no_more(google: Google, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("http://host/folder", "checkpoints must go to a path, gs:// or s3://"),
-        ("memory://x", "checkpoints must go to a path, gs:// or s3://"),
-        ("gs://", "gs:// does not name a bucket; write gs://BUCKET/FOLDER"),
-        ("s3:///folder", "does not name a bucket"),
+        ("http://host/folder", "has an unsupported scheme; use a path, gs:// or s3://"),
+        ("memory://x", "has an unsupported scheme; use a path, gs:// or s3://"),
+        ("gs://", "gs:// does not specify a bucket; use gs://BUCKET/FOLDER"),
+        ("s3:///folder", "does not specify a bucket"),
         ("s3://b/folder", "s3://b/folder: .*bucket name"),
     ],
 )

@@ -165,5 +165,5 @@ def test_a_step_asked_for_does_not_fall_back(tmp_path: Path) -> None:
     lose_a_chunk(tmp_path / "step-00000002")
     with pytest.raises(CheckpointError):
         restore(tmp_path, make_state(), report=silent, step=2)
-    with pytest.raises(InputError, match="step 5; its steps are 1, 2"):
+    with pytest.raises(InputError, match="step 5; available steps: 1, 2"):
         restore(tmp_path, make_state(), report=silent, step=5)

@@ -141,7 +141,7 @@ def test_values_that_cannot_be(
 ) -> None:
     change(saved, of_manifest, of_array)
     (line,) = damage(saved, 1)
-    assert "it is not a checkpoint manifest: " in line
+    assert "is not a checkpoint manifest: " in line
     refused(saved, capfd)
 
 

@@ -195,8 +195,8 @@ saver._storage = DiskStorage(Path(directory) / f"disk of {index}")
 failing(1)
 """
     for out in run(tmp_path, 2, body):
-        assert "process 1 has written step-00000001.partial-" in out
-        assert "need a shared disk or a bucket" in out
+        assert "process 1 wrote step-00000001.partial-" in out
+        assert "require a shared disk or a bucket" in out
 
 
 def test_damage_that_one_sees_makes_all_fall_back(tmp_path: Path) -> None:

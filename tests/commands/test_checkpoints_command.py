@@ -238,7 +238,7 @@ def test_a_bucket(monkeypatch, capfd):
         (["list", "nowhere"], "nowhere does not exist; specify a run directory"),
         (["list", "DIR/step-00000001/arrays"], "arrays contains no checkpoint (no step-* folder)"),
         (["show", "DIR/step-00000001"], "run, and step 1 separately"),
-        (["list", "http://host/x"], "checkpoints must go to a path, gs:// or s3://"),
+        (["list", "http://host/x"], "has an unsupported scheme; use a path, gs:// or s3://"),
         (["show", "DIR", "--step", "7"], "has no step 7; its steps are 1, 2, 3, 4"),
         (["verify", "DIR", "--step", "x"], "--step is 'x'; it must be a whole number"),
         (["diff", "DIR", "1"], "diff: expected DIR A B, found 2 arguments"),

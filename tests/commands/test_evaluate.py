@@ -150,7 +150,7 @@ BAD = {
     "no number": (["RUN", "--windows", "all"], "--windows is 'all'; it must be a whole number"),
     "an unknown option": (["RUN", "--window", "3"], "unknown option '--window'; did you mean --windows?"),
     "nowhere": (["nowhere"], "nowhere does not exist"),
-    "no such step": (["RUN", "--step", "7"], "has no checkpoint of step 7; its steps are 6, 12"),
+    "no such step": (["RUN", "--step", "7"], "has no checkpoint for step 7; available steps: 6, 12"),
     "a folder without a text": (["FOLDER"], "--data.validation TEXT is missing: FOLDER is not a run"),
     "no such text": (["RUN", "--data.validation", "nowhere.txt"], "nowhere.txt"),
     "another vocabulary": (

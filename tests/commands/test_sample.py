@@ -167,7 +167,7 @@ def test_a_reader_that_leaves(run_dir):
             ["RUN", "--prompt_file", "HERE/latin1"],
             "--prompt_file HERE/latin1 is not valid UTF-8: invalid byte at offset 3",
         ),
-        (["RUN", "--step", "3"], "RUN/checkpoints has no checkpoint of step 3; its steps are 6, 12"),
+        (["RUN", "--step", "3"], "RUN/checkpoints has no checkpoint for step 3; available steps: 6, 12"),
         (["HERE/nowhere"], "HERE/nowhere does not exist; specify a run directory"),
         (["HERE"], "HERE contains no model; expected a run's config.yaml"),
         (["HERE/begun"], "HERE/begun: the run has not saved a checkpoint"),

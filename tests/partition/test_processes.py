@@ -184,7 +184,7 @@ def test_a_place_that_cannot_be_written_is_an_error_in_all_processes(config_file
     arguments = ["--trainer.run_dir", str(tmp_path / "run"), "--trainer.checkpoint_dir", str(tmp_path / "file")]
     for status, _, error in ended(start_two(["--config", str(config_file), *arguments])):
         assert status == 2
-        assert error.splitlines()[-1].startswith(f"error: {tmp_path / 'file'} cannot be written: Not a directory")
+        assert error.splitlines()[-1].startswith(f"error: {tmp_path / 'file'} is not writable: Not a directory")
     assert not (tmp_path / "run").exists()
 
 

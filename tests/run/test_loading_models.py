@@ -91,7 +91,7 @@ def refused(place, **arguments):
 def test_bad_input(run_dir, tmp_path, gpt2_folder):
     assert "nowhere does not exist; specify a run directory" in refused(tmp_path / "nowhere")
     assert "contains no model; expected a run's config.yaml" in refused(tmp_path)
-    assert "has no checkpoint of step 7; its steps are 6, 12" in refused(run_dir, step=7)
+    assert "has no checkpoint for step 7; available steps: 6, 12" in refused(run_dir, step=7)
     assert "--step 6 cannot be combined with" in refused(gpt2_folder, step=6)
     assert "data.tokenizer gpt2" in refused(gpt2_folder) or "tiktoken's cache" in refused(gpt2_folder)
     assert "--model.num_layers cannot be combined with" in refused(run_dir, overrides=[("model.num_layers", "3")])

@@ -106,8 +106,8 @@ def test_checkpoints_of_another_run_are_in_the_way(finished_run, tmp_path, capfd
     assert "contains another run: its trainer.seed is 0, not 5" in capfd.readouterr().err
     assert not (run_dir / "config.yaml").exists()
     for location, message in (
-        ("ftp://x/y", "checkpoints must go to a path, gs:// or s3://"),
-        ("gs://", "does not name a bucket"),
+        ("ftp://x/y", "has an unsupported scheme; use a path, gs:// or s3://"),
+        ("gs://", "does not specify a bucket"),
         ("gs:/bucket/x", "trainer.checkpoint_dir is gs:/bucket/x; write a path, gs:// or s3://"),
     ):
         assert main([*config, "--trainer.checkpoint_dir", location]) == 2
@@ -137,7 +137,7 @@ def test_where_nothing_can_be_written_is_found_before_the_first_step(config_file
     for place in (tmp_path / "file", tmp_path / "file" / "folder"):
         assert main([*command, str(place)]) == 2
         error = capfd.readouterr().err
-        assert error == f"error: {place} cannot be written: Not a directory; name another directory\n"
+        assert error == f"error: {place} is not writable: Not a directory; choose another directory\n"
     with serving(FakeGcs(refused="")) as bucket:
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", bucket.address)
         assert main([*command, "gs://bucket/run"]) == 2

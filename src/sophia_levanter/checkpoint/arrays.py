@@ -77,7 +77,8 @@ def whole(shape: Sequence[int]) -> Box:
 def _describe(number: int, path: str, array: Any) -> SavedArray:
     if not any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_)):
         raise TypeError(
-            f"leaf {path} has dtype {array.dtype}, which is not numeric; for a random key, save jax.random.key_data"
+            f"leaf {path} has dtype {array.dtype}, which is not numeric; "
+            "for a random key, save jax.random.key_data(key)"
         )
     chunk_shape = array.sharding.shard_shape(array.shape) if isinstance(array, jax.Array) else array.shape
     # The number makes names unique, even on case-insensitive disks; the rest is for people.
@@ -298,9 +299,9 @@ def _read_header(folder: str, saved: SavedArray, context: ts.Context) -> bytes:
 def _check_header(folder: str, saved: SavedArray, context: ts.Context) -> None:
     with _naming(folder, saved, HEADER):
         if (count := saved.num_chunks) != len(saved.chunks):
-            raise ValueError(f"the manifest has digests of {len(saved.chunks)} chunks, but its shape has {count}")
+            raise ValueError(f"the manifest has digests for {len(saved.chunks)} chunks, but the array has {count}")
         if _digest(_read_header(folder, saved, context)) != saved.header:
-            raise ValueError("the bytes do not match the manifest's digest")
+            raise ValueError("the contents do not match the digest in the manifest")
 
 
 def _read_chunk(folder: str, saved: SavedArray, box: Box, context: ts.Context) -> np.ndarray:
@@ -309,7 +310,7 @@ def _read_chunk(folder: str, saved: SavedArray, box: Box, context: ts.Context) -
         _check_file(folder, saved, name)
         data = _open(folder, saved, context)[_slices(box)].read().result()
         if _digest(_bytes(data)) != saved.chunks[name]:
-            raise ValueError("the bytes do not match the manifest's digest")
+            raise ValueError("the contents do not match the digest in the manifest")
         return data
 
 
@@ -321,7 +322,7 @@ def _check_file(folder: str, saved: SavedArray, name: str) -> None:
     check_regular(path)
     expected = math.prod(saved.chunk_shape) * saved.numpy_dtype.itemsize + CHECKSUM_BYTES
     if name != HEADER and (size := os.path.getsize(path)) != expected:
-        raise ValueError(f"{size:,} bytes where the manifest has {expected:,}")
+        raise ValueError(f"expected {expected:,} bytes, found {size:,}")
 
 
 class _naming:

@@ -121,9 +121,9 @@ def decode_manifest(file: str, content: bytes) -> Manifest:
             return _manifest_of(body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if whole:
-            raise CheckpointError(f"{file}: it is not a checkpoint manifest: {one_line(error)}") from error
+            raise CheckpointError(f"{file} is not a checkpoint manifest: {one_line(error)}") from error
     if not whole:
-        raise CheckpointError(f"{file}: its digest does not match its contents")
+        raise CheckpointError(f"{file}: the digest does not match the contents")
     raise InputError(f"{file} is not in format {FORMAT}; read it with the version of this package that wrote it")
 
 
@@ -134,9 +134,11 @@ def _manifest_of(body: dict[str, Any]) -> Manifest:
     """
     manifest = Manifest(**body | {"arrays": [_array_of(entry) for entry in body["arrays"]]})
     _check(isinstance(manifest.run_id, str), "run_id is not a string")
-    _check(type(manifest.step) is int and 0 <= manifest.step < 2**63, "step is not a count")
-    _check(type(manifest.saved_at) in (int, float) and 0 <= manifest.saved_at < _YEAR_9999, "saved_at is not a time")
-    _check(bool(_FOLDER.fullmatch(manifest.folder)), "folder is not the name of a folder beside it")
+    _check(type(manifest.step) is int and 0 <= manifest.step < 2**63, "step is not a non-negative integer")
+    _check(
+        type(manifest.saved_at) in (int, float) and 0 <= manifest.saved_at < _YEAR_9999, "saved_at is not a timestamp"
+    )
+    _check(bool(_FOLDER.fullmatch(manifest.folder)), "folder is not a valid folder name")
     _check(len({a.path for a in manifest.arrays}) == len(manifest.arrays), "two arrays have the same path")
     _check(isinstance(manifest.metadata, dict), "metadata is not an object")
     level: list[Any] = [manifest.metadata]
@@ -151,10 +153,15 @@ def _array_of(entry: dict[str, Any]) -> SavedArray:
     array = SavedArray(**entry | {name: tuple(entry[name]) for name in ("shape", "chunk_shape")})
     texts = (array.path, array.header, *array.chunks, *array.chunks.values())
     _check(all(isinstance(text, str) for text in texts), "a path or a digest is not a string")
-    _check(bool(_FOLDER.fullmatch(array.folder)), f"folder of {array.path} is not a folder's name")
-    _check(all(type(size) is int for size in array.shape + array.chunk_shape), f"shape of {array.path} is not integral")
+    _check(bool(_FOLDER.fullmatch(array.folder)), f"folder of {array.path} is not a valid folder name")
+    _check(
+        all(type(size) is int for size in array.shape + array.chunk_shape),
+        f"shape of {array.path} contains a non-integer",
+    )
     grid = zip(array.shape, array.chunk_shape, strict=True)
-    _check(all(size >= 0 and chunk > 0 and not size % chunk for size, chunk in grid), f"chunks do not fit {array.path}")
+    _check(
+        all(size >= 0 and chunk > 0 and not size % chunk for size, chunk in grid), f"chunks do not divide {array.path}"
+    )
     _check(array.numpy_dtype.kind != "O", f"dtype of {array.path} is not numeric")
     _check(array.num_bytes < 2**60, f"{array.path} is too large")
     return array

@@ -75,7 +75,7 @@ def _named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     taken: set[str] = set()
     for name, _ in named:
         if name in taken:
-            raise ValueError(f"two leaves of the tree are called {name}; rename one of their keys")
+            raise ValueError(f"two leaves of the tree are named {name}; rename one of their keys")
         taken.add(name)
     return named, structure
 
@@ -131,7 +131,9 @@ def _place(path: str, parts: dict[Box, np.ndarray], like: Any) -> Any:
     else:
         placed = jax.make_array_from_callback(like.shape, sharding, lambda index: parts[box_of(index, like.shape)])
     if placed.dtype != like.dtype:
-        raise InputError(f"leaf {path} is {like.dtype.name}, but jax makes it {placed.dtype.name}; set jax_enable_x64")
+        raise InputError(
+            f"leaf {path} is {like.dtype.name}, but JAX converts it to {placed.dtype.name}; enable jax_enable_x64"
+        )
     return placed
 
 
@@ -253,9 +255,13 @@ def restore(
     text = processes.broadcast(f"{name}/steps", " ".join(map(str, storage.steps())), PATIENCE)
     found = [int(word) for word in text.split()]
     if not found:
-        raise InputError(f"{directory} contains no checkpoint (no step-* folder); name one that a run has saved to")
+        raise InputError(
+            f"{directory} contains no checkpoint (no step-* folder); specify a directory that a run has saved to"
+        )
     if step is not None and step not in found:
-        raise InputError(f"{directory} has no checkpoint of step {step}; its steps are {', '.join(map(str, found))}")
+        raise InputError(
+            f"{directory} has no checkpoint for step {step}; available steps: {', '.join(map(str, found))}"
+        )
 
     wanted = arrays_of(like)
     failures: list[str] = []
@@ -292,7 +298,7 @@ def _read_manifest(storage: Storage, step: int) -> Manifest:
     folder = storage.folder(step_name(step))
     manifest = decode_manifest(f"{folder}/{FILE_NAME}", storage.read_manifest(step))
     if manifest.step != step:
-        raise CheckpointError(f"{folder}: its manifest belongs to step {manifest.step}")
+        raise CheckpointError(f"{folder}: the manifest belongs to step {manifest.step}")
     return manifest
 
 

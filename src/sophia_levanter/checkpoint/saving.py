@@ -50,7 +50,7 @@ class Retention:
 
     def __post_init__(self) -> None:
         if self.last < 1 or (self.every is not None and self.every < 1):
-            raise InputError(f"retention is last {self.last} and every {self.every} steps; both must be at least 1")
+            raise InputError(f"retention has last={self.last} and every={self.every}; both must be at least 1")
 
     def surplus(self, steps: list[int]) -> list[int]:
         """The steps to remove from `steps`, which must be in ascending order."""
@@ -181,7 +181,7 @@ class Saver:
 
     def _prepared(self, step: int, tree: Any, metadata: dict[str, JSON], retention: Retention) -> _Save:
         if step < 0:
-            raise InputError(f"the step of a checkpoint is {step}; it must be at least 0")
+            raise InputError(f"the checkpoint step is {step}; it must be at least 0")
         processes = self._processes
         arrays = host_arrays(arrays_of(tree), process=processes.index, num_processes=processes.count)
         # Metadata that JSON cannot represent fails here, before the arrays are written.
@@ -271,8 +271,8 @@ class _Save:
                 file = f"{stage.folder}/{stage.arrays}/{folders[path]}/{next(iter(names))}"
                 if not self.storage.sees(file):
                     raise CheckpointError(
-                        f"process {number} has written {file}, but it is not visible here; "
-                        "checkpoints of several hosts need a shared disk or a bucket"
+                        f"process {number} wrote {file}, but it is not visible on this host; "
+                        "checkpoints from several hosts require a shared disk or a bucket"
                     )
 
     def _gather(self, outcome: dict[str, Any], patience: float) -> list[dict[str, Any]]:

@@ -97,16 +97,16 @@ def storage_at(location: str | Path) -> Storage:
     """The storage at a path, or at a `gs://` or `s3://` URL.
 
     Raises:
-        InputError: if the URL has a different scheme or does not name a bucket.
+        InputError: if the URL has a different scheme or does not specify a bucket.
     """
-    check_utf8("the folder of the checkpoints", str(location))
+    check_utf8("the checkpoint folder", str(location))
     scheme, separator, rest = str(location).partition("://")
     if not separator:
         return DiskStorage(Path(location))
     if scheme not in ("gs", "s3"):
-        raise InputError(f"{location}: checkpoints must go to a path, gs:// or s3://")
+        raise InputError(f"{location} has an unsupported scheme; use a path, gs:// or s3://")
     if not rest.strip("/") or rest.startswith("/"):
-        raise InputError(f"{location} does not name a bucket; write {scheme}://BUCKET/FOLDER")
+        raise InputError(f"{location} does not specify a bucket; use {scheme}://BUCKET/FOLDER")
     return BucketStorage(str(location).rstrip("/"))
 
 
@@ -146,7 +146,7 @@ class DiskStorage:
             (probe / FILE_NAME).touch()
             shutil.rmtree(probe)
         except OSError as error:
-            raise InputError(f"{self.location} cannot be written: {error.strerror}; name another directory") from error
+            raise InputError(f"{self.location} is not writable: {error.strerror}; choose another directory") from error
 
     def new_stage(self, step: int, *, replaces: bool) -> Stage:
         folder = _aside(step, "partial")
@@ -182,7 +182,7 @@ class DiskStorage:
             folder.rename(final)  # fails if `final` is a non-empty folder
         except OSError as error:
             if final.exists():
-                raise FileExistsError(f"{final} appeared in the meantime") from error
+                raise FileExistsError(f"{final} was created by another process in the meantime") from error
             raise
         sync(self._path)
 
@@ -197,7 +197,7 @@ class DiskStorage:
             with contextlib.suppress(OSError):
                 self._path.rmdir()
                 self._path.parent.rmdir()
-            raise CheckpointError(f"{folder} was removed or renamed while it was written")
+            raise CheckpointError(f"{folder} was removed or renamed while it was being written")
 
     def remove(self, step: int) -> None:
         removed = self._path / _aside(step, "removed")
@@ -256,7 +256,7 @@ class BucketStorage:
             self._do(self._store.write(probe, b""))
             self._do(self._store.write(probe, None))
         except CheckpointError as error:
-            raise InputError(f"{error}; the bucket must allow writing and deleting") from error
+            raise InputError(f"{error}; the bucket must permit writing and deleting objects") from error
 
     def new_stage(self, step: int, *, replaces: bool) -> Stage:
         return Stage(step_name(step), f"arrays-{uuid.uuid4().hex}", replaces)
@@ -276,7 +276,7 @@ class BucketStorage:
                 return
             there = self._do(self._store.read(key))
         if there.value != manifest:  # identical if our write succeeded but its response was lost
-            raise FileExistsError(f"{self.location}/{key} appeared in the meantime")
+            raise FileExistsError(f"{self.location}/{key} was created by another process in the meantime")
 
     def discard(self, stage: Stage) -> None:
         with contextlib.suppress(CheckpointError):  # any remaining files are leftovers
