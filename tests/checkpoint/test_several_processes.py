@@ -183,7 +183,7 @@ save(2)
 saver.wait()
 """
     first, second = run(tmp_path, 2, body)
-    assert "process 1 did not answer within 2 s" in first and "process 1 did not answer within 2 s" in second
+    assert "process 1 did not respond within 2 s" in first and "process 1 did not respond within 2 s" in second
     assert float(first.split()[2]) < 4
     assert steps(tmp_path) == [2]
 

@@ -228,9 +228,7 @@ def test_a_process_that_is_left_alone_says_so(config_file, tmp_path):
     ((status, _, error),) = ended([start([*arguments, *mesh], devices=1)])
     # Not bad input: a launcher is to try again.
     assert status == 1
-    wanted = (
-        "error: mesh.coordinator localhost:1: the 2 processes of the run did not all arrive within 3 s (mesh.start_"
-    )
+    wanted = "error: mesh.coordinator localhost:1: the 2 processes did not all connect within 3 s (mesh.start_"
     assert error.startswith(wanted) and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -267,10 +265,10 @@ def test_settings_that_do_not_go_together(settings, message):
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        (["--optimizer.learning_rate", "1e-3"], "the configuration differs between the processes"),
-        (["--trainer.batch_size", "32"], "the configuration differs between the processes"),
-        (["--data.validation_fraction", "0.5"], "the text differs between the processes"),
-        (["--data.validation.own", "own.txt"], "the configuration differs between the processes"),
+        (["--optimizer.learning_rate", "1e-3"], "the configuration differs between processes"),
+        (["--trainer.batch_size", "32"], "the configuration differs between processes"),
+        (["--data.validation_fraction", "0.5"], "the text differs between processes"),
+        (["--data.validation.own", "own.txt"], "the configuration differs between processes"),
     ],
 )
 def test_processes_of_different_commands_do_not_train_together(config_file, tmp_path, option, expected):

@@ -53,14 +53,14 @@ def start_processes(config: MeshConfig) -> None:
     except (RuntimeError, ValueError) as error:
         if auto:
             raise InputError(
-                f"mesh.coordinator is auto, but no cluster environment was found: {_first_line(error)}; "
-                "give HOST:PORT with mesh.num_processes and mesh.process_id"
+                f"mesh.coordinator is auto, but no cluster environment was detected: {_first_line(error)}; "
+                "specify HOST:PORT, mesh.num_processes and mesh.process_id"
             ) from None
         raise InputError(f"mesh.coordinator {config.coordinator}: {_first_line(error)}") from None
     if config.num_processes is not None and jax.process_count() != config.num_processes:
         raise InputError(
-            f"mesh.num_processes is {config.num_processes}, but jax found {jax.process_count()}; "
-            "each host may run one process, or one for each of its devices"
+            f"mesh.num_processes is {config.num_processes}, but JAX found {jax.process_count()} processes; "
+            "run one process per host, or one per device"
         )
 
 
@@ -71,8 +71,8 @@ def _ending_after(config: MeshConfig) -> Iterator[None]:
     def end() -> None:
         expected = "" if config.num_processes is None else f"{config.num_processes} "
         print(
-            f"error: mesh.coordinator {config.coordinator}: the {expected}processes of the run did not all arrive "
-            f"within {config.start_timeout} s (mesh.start_timeout); start the same command on every host",
+            f"error: mesh.coordinator {config.coordinator}: the {expected}processes did not all connect within "
+            f"{config.start_timeout} s (mesh.start_timeout); run the same command on every host",
             file=sys.stderr,
             flush=True,
         )
@@ -100,7 +100,7 @@ def all_devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except RuntimeError as error:
-        raise InputError(f"jax found no devices: {_first_line(error)}") from error
+        raise InputError(f"JAX found no devices: {_first_line(error)}") from error
 
 
 def is_first_process() -> bool:
@@ -128,7 +128,7 @@ def check_agreement(what: str, text: str) -> None:
     digest = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.uint32)
     everywhere = multihost_utils.process_allgather(digest)
     if (everywhere != everywhere[0]).any():
-        raise InputError(f"{what} differs between the processes of the run; start the same command on every host")
+        raise InputError(f"{what} differs between processes; run the same command on every host")
 
 
 def wait_for_all(name: str) -> None:
@@ -225,8 +225,8 @@ class Processes:
         try:
             return _client().blocking_key_value_get(f"sophia_levanter/{name}", int(timeout * 1000))[1:]
         except Exception as error:  # jaxlib raises several kinds of errors
-            what = "DEADLINE_EXCEEDED" in str(error) and f"did not answer within {timeout:.0f} s"
-            raise NoAnswer(f"process {process} {what or f'is gone: {str(error).splitlines()[0]}'}") from error
+            what = "DEADLINE_EXCEEDED" in str(error) and f"did not respond within {timeout:.0f} s"
+            raise NoAnswer(f"process {process} {what or f'is unreachable: {str(error).splitlines()[0]}'}") from error
 
 
 def _client() -> Any:
