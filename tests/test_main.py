@@ -144,7 +144,10 @@ BAD = {
         ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.curvature_microbatch_size", "4"],
         "optimizer.curvature_microbatch_size 4 is not divisible by the 8 devices on mesh.data",
     ),
-    "cudnn": (["--model.attention", "cudnn"], "model.attention is 'cudnn', which needs a GPU, but this is a CPU"),
+    "cudnn": (
+        ["--model.attention", "cudnn"],
+        "model.attention is 'cudnn', which requires a GPU, but this device is a CPU",
+    ),
     "devices": (
         ["--trainer.batch_size", "6", "--trainer.microbatch_size", "3"],
         "is not divisible by the 8 devices on mesh.data",

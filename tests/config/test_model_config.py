@@ -67,9 +67,9 @@ def test_attention_that_suits(platform, dtype, positions, head_size, split, chos
 @pytest.mark.parametrize(
     ("wanted", "platform", "dtype", "positions", "head_size", "split", "reason"),
     [
-        ("cudnn", "cpu", "bfloat16", 1024, 64, False, "needs a GPU, but this is a CPU"),
-        ("splash", "gpu", "bfloat16", 1024, 64, False, "needs a TPU, but this is a GPU"),
-        ("cudnn", "gpu", "float32", 1024, 64, False, "needs trainer.compute_dtype bfloat16, not float32"),
+        ("cudnn", "cpu", "bfloat16", 1024, 64, False, "requires a GPU, but this device is a CPU"),
+        ("splash", "gpu", "bfloat16", 1024, 64, False, "requires a TPU, but this device is a GPU"),
+        ("cudnn", "gpu", "float32", 1024, 64, False, "requires trainer.compute_dtype bfloat16, not float32"),
         (
             "cudnn",
             "gpu",
@@ -77,7 +77,7 @@ def test_attention_that_suits(platform, dtype, positions, head_size, split, chos
             1024,
             60,
             False,
-            "needs a head size that is a multiple of 8 and at most 128, not 60",
+            "requires a head size that is a multiple of 8 and at most 128, not 60",
         ),
         (
             "splash",
@@ -86,7 +86,7 @@ def test_attention_that_suits(platform, dtype, positions, head_size, split, chos
             1000,
             64,
             False,
-            "needs a number of positions that is a multiple of 128, not 1000",
+            "requires a number of positions that is a multiple of 128, not 1000",
         ),
         ("blocked", "cpu", "float32", 1024, 64, True, r"cannot split positions over devices \(mesh.sequence\)"),
         ("splash", "tpu", "bfloat16", 1024, 64, True, r"cannot split positions over devices \(mesh.sequence\)"),
@@ -112,7 +112,7 @@ def test_cudnn_masks_no_documents():
     assert attention_for("auto", Requirements("cpu", *given, documents=True)) == "blocked"
     with pytest.raises(
         InputError,
-        match=r"^model.attention is 'cudnn', which cannot stop at document boundaries \(data.mask_documents\);",
+        match=r"^model.attention is 'cudnn', which does not support document masking \(data.mask_documents\);",
     ):
         attention_for("cudnn", Requirements("gpu", *given, documents=True))
 

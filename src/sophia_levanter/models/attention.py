@@ -309,17 +309,17 @@ def _why_not(name: str, required: Requirements) -> str | None:
         return "does not support dropout (model.dropout)"
     device = {"cudnn": "gpu", "splash": "tpu"}.get(name, required.platform)
     if required.platform != device:
-        return f"needs a {device.upper()}, but this is a {required.platform.upper()}"
+        return f"requires a {device.upper()}, but this device is a {required.platform.upper()}"
     if required.split_positions:
         return "cannot split positions over devices (mesh.sequence)"
     if name == "cudnn":
         if required.dtype != "bfloat16":
-            return f"needs trainer.compute_dtype bfloat16, not {required.dtype}"
+            return f"requires trainer.compute_dtype bfloat16, not {required.dtype}"
         if required.head_size % 8 or required.head_size > 128:
-            return f"needs a head size that is a multiple of 8 and at most 128, not {required.head_size}"
+            return f"requires a head size that is a multiple of 8 and at most 128, not {required.head_size}"
         if required.documents:
             # JAX's cuDNN call takes no segment ids, only a mask, which it turns into a bias as large as the scores.
-            return "cannot stop at document boundaries (data.mask_documents)"
+            return "does not support document masking (data.mask_documents)"
     elif name == "splash" and required.positions % 128:
-        return f"needs a number of positions that is a multiple of 128, not {required.positions}"
+        return f"requires a number of positions that is a multiple of 128, not {required.positions}"
     return None

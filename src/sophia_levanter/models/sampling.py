@@ -54,9 +54,9 @@ def generate(
     """
     for prompt in prompts:
         if not len(prompt):
-            raise ValueError("a prompt is empty; give at least one token")
+            raise ValueError("a prompt is empty; it must contain at least one token")
         if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
-            raise ValueError(f"a prompt contains ids outside [0, {model.vocab_size})")
+            raise ValueError(f"a prompt contains token ids outside [0, {model.vocab_size})")
     rows = _Rows(model, prompts, keys, sampling, document_end)
 
     def draws() -> Iterator[list[int | None]]:

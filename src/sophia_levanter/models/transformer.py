@@ -162,7 +162,7 @@ class Transformer(LanguageModel):
         return self.head_inputs(x)
 
     def head_inputs(self, x: NamedArray) -> NamedArray:
-        """What the output head is applied to, of the last block's result, both [..., embed]."""
+        """The input of the output head, computed from the last block's result; both are [..., embed]."""
         return scaled(self.final_norm(x), self.config.logits_factor)
 
     def empty_cache(self, Batch: Axis) -> Cache:
