@@ -98,7 +98,7 @@ def test_the_slow_average_stays_wide():
     [
         ("b3", 1.0, r"^b3 is 1\.0; it must be in \[0, 1\)"),
         ("alpha", -1.0, r"^alpha is -1\.0; it must be in \[0, inf\)"),
-        ("slow_warmup", -1, r"^slow_warmup is -1; it must be a whole number of at least 0"),
+        ("slow_warmup", -1, r"^slow_warmup is -1; it must be an integer of at least 0"),
     ],
 )
 def test_arguments_out_of_range(name, value, message):

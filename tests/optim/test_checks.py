@@ -102,7 +102,7 @@ def test_count():
     ):
         with pytest.raises(ValueError) as error:
             check_count("interval", value, low=low)
-        assert str(error.value) == f"interval is {value!r}; it must be a whole number of at least {low}"
+        assert str(error.value) == f"interval is {value!r}; it must be an integer of at least {low}"
 
 
 def test_parameters():
@@ -132,18 +132,18 @@ def test_same_structure_passes():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"a": {"w": np.ones((2, 3))}}, "grads['b'] has shape missing, but the parameter has (4,)"),
+        ({"a": {"w": np.ones((2, 3))}}, "grads['b'] is missing, but the parameter has shape (4,)"),
         (
             {"a": {"w": np.ones((3, 2))}, "b": np.ones(4)},
-            "grads['a']['w'] has shape (3, 2), but the parameter has (2, 3)",
+            "grads['a']['w'] has shape (3, 2), but the parameter has shape (2, 3)",
         ),
         (
             {"a": {"w": np.ones((2, 3)), "v": np.ones(1)}, "b": np.ones(4)},
-            "grads['a']['v'] has shape (1,), but the parameter has missing",
+            "grads['a']['v'] has shape (1,), but there is no such parameter",
         ),
         (
             {"a": {"w": np.ones((2, 3))}, "b": np.ones(4, int)},
-            "grads['b'] has shape missing, but the parameter has (4,)",
+            "grads['b'] is missing, but the parameter has shape (4,)",
         ),
     ],
     ids=["missing", "shape", "too many", "integer"],

@@ -53,12 +53,14 @@ def test_a_custom_backward_of_ordinary_operations_has_a_forward_derivative():
     ids=["custom_vjp", "primitive", "incomplete gamma function", "callback"],
 )
 def test_an_operation_without_forward_derivative_is_refused(operation):
-    with pytest.raises(TypeError, match=r"loss_fn has an operation without a forward derivative.* replace it"):
+    with pytest.raises(
+        TypeError, match=r"loss_fn contains an operation without a forward-mode derivative.* replace it"
+    ):
         Hutchinson()(lambda w: jnp.sum(operation(w)), jnp.ones(3), key=KEY)
 
 
 def test_outputs_without_forward_derivative_are_refused():
-    with pytest.raises(TypeError, match="outputs_fn has an operation without a forward derivative"):
+    with pytest.raises(TypeError, match="outputs_fn contains an operation without a forward-mode derivative"):
         GaussNewtonHutchinson()(lambda w: doubled(w), jnp.ones((2, 3)), key=KEY)
     w = jnp.ones((2, 3))
     assert jax.eval_shape(lambda w: GaussNewtonBartlett()(doubled, w, key=KEY), w).shape == w.shape
@@ -78,7 +80,7 @@ def test_errors_in_the_loss_itself_are_left_alone():
         (lambda: Hutchinson("uniform"), ValueError, "probe is 'uniform'; it must be one of rademacher, gaussian"),
         (lambda: GaussNewtonHutchinson(probe=None), ValueError, "probe is None; it must be one of rademacher"),
         (lambda: draw_probe(KEY, MODEL, "normal"), ValueError, "probe is 'normal'"),
-        (lambda: Hutchinson(num_probes=0), ValueError, "num_probes is 0; it must be a whole number of at least 1"),
+        (lambda: Hutchinson(num_probes=0), ValueError, "num_probes is 0; it must be an integer of at least 1"),
         (lambda: GaussNewtonHutchinson(num_probes=1.5), ValueError, "num_probes is 1.5"),
         (lambda: GaussNewtonBartlett(reduction="mean"), ValueError, "reduction is 'mean'; it must be one of square_th"),
         (lambda: GaussNewtonBartlett(max_grad_norm=0), ValueError, r"max_grad_norm is 0; it must be in \(0, inf\)"),
@@ -157,7 +159,7 @@ def test_weights_without_microbatches_are_refused_by_hutchinson():
 
 @pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), GaussNewtonHutchinson()])
 def test_a_loss_instead_of_logits_is_refused(estimator):
-    with pytest.raises(ValueError, match=r"a categorical likelihood needs logits .* not a loss"):
+    with pytest.raises(ValueError, match=r"a categorical likelihood requires logits .* not a loss"):
         estimator(loss, MODEL, key=KEY)
 
 
@@ -175,14 +177,14 @@ def test_what_is_not_a_key_is_refused(estimator, key):
     ids=["dict", "pair", "none", "list"],
 )
 def test_outputs_that_are_not_an_array_are_refused(estimator, outputs):
-    with pytest.raises(TypeError, match=r"the outputs are a .*; the function must return one array"):
+    with pytest.raises(TypeError, match=r"the outputs are a .*; the function must return a single array"):
         estimator(lambda m: outputs, jnp.ones(3), key=KEY)
 
 
 @pytest.mark.parametrize("weights", [-np.ones(8), np.asarray([1.0] * 7 + [-0.5])])
 @pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), GaussNewtonHutchinson()])
 def test_negative_weights_are_refused(estimator, weights):
-    with pytest.raises(ValueError, match="weights have a negative entry"):
+    with pytest.raises(ValueError, match="weights contain a negative entry"):
         estimator(outputs_fn, MODEL, key=KEY, weights=weights)
 
 

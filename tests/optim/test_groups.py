@@ -137,8 +137,8 @@ def test_groups_by_role():
             ROLES,
             r"^groups\[1\]\.role 'vector' matches no parameter that is not already in an",
         ),
-        (["vector"], None, r"^a group has the role 'vector', but roles is None; it must give each parameter's role"),
-        (["vector"], {"embed": "embedding"}, r"^roles does not fit the parameters: it has no entry for \['block'\]"),
+        (["vector"], None, r"^a group has the role 'vector', but roles is None; it must specify each parameter's role"),
+        (["vector"], {"embed": "embedding"}, r"^roles does not match the parameters: it has no entry for \['block'\]"),
     ],
 )
 def test_roles_that_do_not_fit(groups, roles, message):
@@ -149,9 +149,9 @@ def test_roles_that_do_not_fit(groups, roles, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "match is None and role is None; give one of the two"),
-        (("a", 1.0, None, "matrix"), "match is 'a' and role is 'matrix'; give one of the two"),
-        (("(",), "match is '\\('; it is not a regular expression"),
+        ((), "match is None and role is None; specify exactly one of them"),
+        (("a", 1.0, None, "matrix"), "match is 'a' and role is 'matrix'; specify exactly one of them"),
+        (("(",), "match is '\\('; it is not a valid regular expression"),
         (("a", -1.0), "learning_rate"),
         (("a", 1.0, -1.0), "weight_decay"),
     ],

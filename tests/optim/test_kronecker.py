@@ -300,7 +300,7 @@ def test_a_model_learns_under_jit_and_in_optax():
     [
         ({"b2": 1.0}, ValueError, "b2"),
         ({"b2": "0.9"}, TypeError, "b2"),
-        ({"max_size": 0}, ValueError, "max_size is 0; it must be a whole number of at least 1"),
+        ({"max_size": 0}, ValueError, "max_size is 0; it must be an integer of at least 1"),
     ],
 )
 def test_arguments_out_of_range(arguments, error, wanted):
@@ -309,12 +309,14 @@ def test_arguments_out_of_range(arguments, error, wanted):
 
 
 def test_axes_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"matrices\['w'\] is .*it must name different axes of the parameter's shape"):
+    with pytest.raises(
+        ValueError, match=r"matrices\['w'\] is .*it must specify distinct axes of the parameter's shape"
+    ):
         KroneckerBasis(matrices={"w": MuonDimensionNumbers(0, 0)}).init({"w": jnp.ones((3, 4))})
 
 
 def test_parameters_without_a_matrix():
-    with pytest.raises(ValueError, match=r"^basis has no matrix to rotate: no parameter has two axes"):
+    with pytest.raises(ValueError, match=r"^basis has no matrix to rotate, because no parameter has two axes"):
         SophiaG(basis=KroneckerBasis()).init({"w": jnp.ones((2, 3, 4)), "v": jnp.ones(3)})
 
 
@@ -340,15 +342,15 @@ def test_a_basis_of_another_kind():
 
 def test_an_estimate_in_a_basis_needs_the_state():
     optimizer = SophiaG(basis=KroneckerBasis())
-    with pytest.raises(ValueError, match=r"^state is missing; the estimate is in its basis, so call estimate\("):
+    with pytest.raises(ValueError, match=r"^state is missing; the estimate depends on its basis, so call estimate\("):
         optimizer.estimate(outputs_fn, MODEL, key=KEY)
-    with pytest.raises(TypeError, match="it must be what init"):
+    with pytest.raises(TypeError, match="it must be the result of init"):
         optimizer.estimate(outputs_fn, MODEL, key=KEY, state={})
 
 
 def test_an_estimator_without_coordinates():
     optimizer = Sophia(basis=KroneckerBasis(), estimator=lambda function, model, microbatches, *, key: model)
-    with pytest.raises(TypeError, match="with a basis, it must have a field `coordinates`, like Hutchinson"):
+    with pytest.raises(TypeError, match="with a basis, it must have a `coordinates` field, like Hutchinson"):
         optimizer.estimate(outputs_fn, MODEL, key=KEY, state=optimizer.init(MODEL))
 
 

@@ -181,10 +181,10 @@ def named(array=LOGITS, names=NAMES):
 @pytest.mark.parametrize(
     ("outputs", "axis", "message"),
     [
-        (LOGITS, 3, r"shape \(2, 4, 3\) and no axis 3 of classes"),
+        (LOGITS, 3, r"shape \(2, 4, 3\) and no class axis 3;"),
         (LOGITS, -4, "no axis -4 of classes"),
-        (jnp.float32(0.5), -1, r"shape \(\) and no axis -1 of classes; .* not a loss"),
-        (LOGITS, "class", "class axis is 'class', but the logits have no named axes; give its position"),
+        (jnp.float32(0.5), -1, r"shape \(\) and no class axis -1; .* not a loss"),
+        (LOGITS, "class", "class axis is 'class', but the logits have no named axes; specify its position"),
         (named(), "vocab", "the logits have no axis 'vocab'; their axes are batch, position, class"),
         (named(), 3, "the logits have no axis 3; their axes are batch, position, class"),
         (named(np.float32(0), ()), -1, "the logits have no axis -1; their axes are none"),
@@ -200,13 +200,13 @@ def test_logits_without_the_class_axis_are_refused(outputs, axis, message):
 
 @pytest.mark.parametrize("axis", [None, 1.0, True, ("class",)])
 def test_an_axis_that_is_not_a_position_or_name_is_refused(axis):
-    with pytest.raises(TypeError, match=r"axis is .*; it must be the class axis' position or name"):
+    with pytest.raises(TypeError, match=r"axis is .*; it must be the position or name of the class axis"):
         Categorical(axis)
 
 
 @pytest.mark.parametrize("num_classes", [0, -1, 2.0, True])
 def test_num_classes_that_is_not_a_count_is_refused(num_classes):
-    with pytest.raises(ValueError, match=r"num_classes is .*; it must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"num_classes is .*; it must be an integer of at least 1"):
         Categorical(num_classes=num_classes)
 
 
@@ -220,15 +220,15 @@ def test_more_classes_than_logits_are_refused(outputs, axis):
 @pytest.mark.parametrize("dtype", [np.int32, bool, np.complex64])
 def test_outputs_that_are_not_real_numbers_are_refused(likelihood, targets, dtype):
     outputs = LOGITS.astype(dtype)
-    with pytest.raises(TypeError, match=f"are {np.dtype(dtype)}; a likelihood needs floating-point numbers"):
+    with pytest.raises(TypeError, match=f"have dtype {np.dtype(dtype)}; a likelihood requires floating-point numbers"):
         likelihood.sample(outputs, key=KEY)
-    with pytest.raises(TypeError, match=f"are {np.dtype(dtype)}; a likelihood needs floating-point numbers"):
+    with pytest.raises(TypeError, match=f"have dtype {np.dtype(dtype)}; a likelihood requires floating-point numbers"):
         likelihood.loss(outputs, targets)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, bool])
 def test_classes_must_be_integers(dtype):
-    with pytest.raises(TypeError, match=f"targets .* are {np.dtype(dtype)}; they must be integer classes"):
+    with pytest.raises(TypeError, match=f"targets .* have dtype {np.dtype(dtype)}; they must be integer classes"):
         Categorical().loss(LOGITS, LABELS.astype(dtype))
 
 
@@ -247,7 +247,7 @@ def test_classes_must_be_integers(dtype):
     ],
 )
 def test_targets_are_not_broadcast(likelihood, targets):
-    message = rf"the targets have shape \({', '.join(map(str, targets.shape))},?\); with these outputs, it must be"
+    message = rf"the targets have shape \({', '.join(map(str, targets.shape))},?\); for these outputs, it must be"
     with pytest.raises(ValueError, match=message):
         likelihood.loss(LOGITS, targets)
 
@@ -283,7 +283,7 @@ def test_variance_must_broadcast_to_the_outputs(variance):
 @pytest.mark.parametrize("likelihood", [Bernoulli, Normal])
 def test_event_ndim_is_checked(likelihood):
     for event_ndim in (-1, 1.0, True):
-        with pytest.raises(ValueError, match=r"event_ndim is .*; it must be a whole number of at least 0"):
+        with pytest.raises(ValueError, match=r"event_ndim is .*; it must be an integer of at least 0"):
             likelihood(event_ndim=event_ndim)
-    with pytest.raises(ValueError, match=r"shape \(2, 4, 3\), fewer axes than event_ndim=4"):
+    with pytest.raises(ValueError, match=r"shape \(2, 4, 3\), which has fewer axes than event_ndim=4"):
         likelihood(event_ndim=4).loss(LOGITS, YES)

@@ -174,10 +174,10 @@ def test_what_is_left_to_the_optimizer():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"^matrices has no matrix"):
+    with pytest.raises(ValueError, match=r"^matrices contains no matrix"):
         Hyperball(AdamW()).init({"b": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"^weight_decay is -1; it must be in \[0, inf\)"):
         CautiousWeightDecay(AdamW(), -1)
     params = {"w": jnp.ones((2, 2))}
-    with pytest.raises(TypeError, match=r"^state is a BaselineState; it must be what init\(model\) returned"):
+    with pytest.raises(TypeError, match=r"^state is a BaselineState; it must be the result of init\(model\)"):
         Hyperball(AdamW()).update(params, AdamW().init(params), params)

@@ -96,7 +96,7 @@ def test_a_chain_with_clipping_is_clipping_in_the_optimizer():
 
 def test_parameters_are_needed():
     transformation = SophiaG().as_optax()
-    with pytest.raises(ValueError, match=r"^params is None; Sophia's update needs the parameters"):
+    with pytest.raises(ValueError, match=r"^params is None; Sophia's update requires the parameters"):
         transformation.update(PARAMS, transformation.init(PARAMS))
 
 
@@ -217,7 +217,7 @@ def test_updates_without_any_estimate_are_warned_of_once(wrap, updates):
         run_eagerly(wrap(), updates + 2)
     (message,) = [str(warning.message) for warning in found]
     assert message == (
-        f"h_hat is None in all {updates} updates so far, so Sophia is sign descent; "
+        f"h_hat was None in all {updates} updates so far, so Sophia reduces to sign descent; "
         "pass an estimate when refresh_due(step) is True: update(grads, state, params, h_hat=h_hat)"
     )
     with warnings.catch_warnings():
@@ -302,9 +302,9 @@ def test_trees_of_another_structure_are_named_through_optax_too():
     transformation = SophiaG().as_optax()
     params = {"w": jnp.ones(2), "b": jnp.ones(3)}
     state = transformation.init(params)
-    with pytest.raises(ValueError, match=r"h_hat\['b'\] has shape missing"):
+    with pytest.raises(ValueError, match=r"h_hat\['b'\] is missing"):
         transformation.update(params, state, params, h_hat={"w": params["w"]})
-    with pytest.raises(ValueError, match=r"grads\['b'\] has shape missing"):
+    with pytest.raises(ValueError, match=r"grads\['b'\] is missing"):
         transformation.update({"w": params["w"]}, state, params, h_hat=params)
 
 

@@ -118,9 +118,11 @@ def test_models_that_cannot_be_optimized(cls):
 @pytest.mark.parametrize("cls", ONE_OF_EACH)
 def test_other_trees_are_named_by_their_path(cls):
     optimizer = cls()
-    with pytest.raises(ValueError, match=r"grads\['b'\] has shape missing, but the parameter has \(3,\)"):
+    with pytest.raises(ValueError, match=r"grads\['b'\] is missing, but the parameter has shape \(3,\)"):
         optimizer.update({"w": jnp.ones(2)}, optimizer.init(PARAMS), PARAMS)
-    with pytest.raises(ValueError, match=r"weight_decay_mask does not fit the parameters: it has no entry for \['b'\]"):
+    with pytest.raises(
+        ValueError, match=r"weight_decay_mask does not match the parameters: it has no entry for \['b'\]"
+    ):
         masked = cls(weight_decay_mask={"w": True})
         masked.update(PARAMS, masked.init(PARAMS), PARAMS)
 
@@ -131,8 +133,8 @@ def test_other_trees_are_named_by_their_path(cls):
     ("state", "finite", "message"),
     [
         *((None, finite, "^finite ") for finite in (1, "yes", jnp.asarray(1), jnp.ones(2, bool))),
-        ({}, None, r"^state is a .*; it must be what init\(model\) returned"),
-        (optax.adam(0.1).init(PARAMS), None, r"^state is a .*; it must be what init\(model\) returned"),
+        ({}, None, r"^state is a .*; it must be the result of init\(model\)"),
+        (optax.adam(0.1).init(PARAMS), None, r"^state is a .*; it must be the result of init\(model\)"),
     ],
 )
 def test_a_state_or_flag_of_another_kind_is_refused(cls, state, finite, message):

@@ -136,7 +136,7 @@ def test_inside_of_a_shard_map_each_device_takes_what_it_has():
 
 @pytest.mark.parametrize("optimizer", [KroneckerBasis, Muon])
 def test_a_mesh_axis_that_is_not_a_name(optimizer):
-    with pytest.raises(TypeError, match=r"^mesh_axis is 8; it must be the name of an axis of the mesh, or None"):
+    with pytest.raises(TypeError, match=r"^mesh_axis is 8; it must be the name of a mesh axis, or None"):
         optimizer(mesh_axis=8)
 
 

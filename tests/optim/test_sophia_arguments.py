@@ -34,11 +34,11 @@ NUMBER, RATE = "a number", "a number or a function of the update count"
         ("rho", 0.0, "in (0, inf)"),
         ("eps", 0.0, "in (0, inf)"),
         ("weight_decay", -0.1, "in [0, inf)"),
-        ("interval", 0, "a whole number of at least 1"),
+        ("interval", 0, "an integer of at least 1"),
         ("denominator", "sum", "one of max, add"),
         ("refresh_order", None, "one of before, after"),
-        ("first_refresh", -1, "a whole number of at least 0"),
-        ("initial_refreshes", -1, "a whole number of at least 0"),
+        ("first_refresh", -1, "an integer of at least 0"),
+        ("initial_refreshes", -1, "an integer of at least 0"),
         ("rho", "Auto", "a number, a function of the update count, or 'auto'"),
     ],
 )
@@ -111,7 +111,9 @@ def test_a_new_state_may_be_donated(settings):
 
 def test_a_state_of_another_model_or_rho():
     params = {"w": jnp.ones((3, 4))}
-    with pytest.raises(ValueError, match=r"state.momentum\['w'\] has shape \(1, 4\), but the parameter has \(3, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"state.momentum\['w'\] has shape \(1, 4\), but the parameter has shape \(3, 4\)"
+    ):
         SophiaG().update(params, SophiaG().init({"w": jnp.ones((1, 4))}), params)
     for one, other in ((0.05, "auto"), ("auto", 0.05)):
         with pytest.raises(ValueError, match=r"state.rho does not match rho"):
@@ -121,7 +123,7 @@ def test_a_state_of_another_model_or_rho():
 def test_trees_of_other_shapes_dtypes_and_containers_are_refused():
     optimizer, params = SophiaG(), {"w": jnp.ones(2)}
     state, wrong = optimizer.init(params), {"w": jnp.ones(2, jnp.complex64)}
-    with pytest.raises(ValueError, match=r"h_hat\['w'\] has shape \(3,\), but the parameter has \(2,\)"):
+    with pytest.raises(ValueError, match=r"h_hat\['w'\] has shape \(3,\), but the parameter has shape \(2,\)"):
         optimizer.refresh(state, {"w": jnp.ones(3)})
     with pytest.raises(TypeError, match=r"grads\['w'\] is complex"):
         optimizer.update(wrong, state, params)
@@ -135,9 +137,9 @@ def test_trees_of_other_shapes_dtypes_and_containers_are_refused():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"learning_rate": lambda count: None}, TypeError, "learning_rate at an update count is None"),
-        ({"rho": lambda count: jnp.ones(2)}, ValueError, r"rho has shape \(2,\); it must be one number"),
-        ({"b1": jnp.asarray([0.9, 0.8])}, ValueError, r"b1 has shape \(2,\); it must be one number"),
+        ({"learning_rate": lambda count: None}, TypeError, "the schedule for learning_rate returned None"),
+        ({"rho": lambda count: jnp.ones(2)}, ValueError, r"rho has shape \(2,\); it must be a single number"),
+        ({"b1": jnp.asarray([0.9, 0.8])}, ValueError, r"b1 has shape \(2,\); it must be a single number"),
     ],
 )
 def test_what_is_not_one_number_is_refused(settings, error, message):
@@ -183,7 +185,7 @@ def test_an_added_eps_with_estimates_that_may_be_negative(make, name):
     with pytest.raises(ValueError) as error:
         make(denominator="add")
     assert str(error.value) == (
-        f"denominator is 'add', but {name}'s estimates may be negative, where an added eps turns the step uphill; "
+        f"denominator is 'add', but {name}'s estimates may be negative, and an added eps then reverses the step; "
         "use 'max'"
     )
     assert make(denominator="max").choices[0] == "max"

@@ -158,7 +158,7 @@ def test_parameters_that_optax_masked_are_left_out():
 def test_mask_of_another_tree_is_named_by_its_path(mask, problem):
     with pytest.raises(ValueError) as error:
         decay_mask_tree(mask, {"a": {"w": jnp.ones(1)}, "b": jnp.ones(1)})
-    assert str(error.value) == f"weight_decay_mask does not fit the parameters: {problem}"
+    assert str(error.value) == f"weight_decay_mask does not match the parameters: {problem}"
 
 
 @pytest.mark.parametrize("value", [1, "yes", -0.5, float("inf"), np.ones(2, bool)], ids=str)

@@ -58,8 +58,8 @@ class LanguageModel(eqx.Module):
 
         Args:
             tokens: as for `final_hidden`.
-            document_starts: int32 [..., position], where in its row each token's document begins; None to treat each
-                row as one document.
+            document_starts: int32 [..., position], the position in its row at which each token's document begins; None
+                to treat each row as one document.
             key: as for `final_hidden`.
 
         Raises:

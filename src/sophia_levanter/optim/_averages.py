@@ -147,7 +147,7 @@ def check_state(optimizer: AbstractSophia, state: Any) -> None:
         ValueError: if its `rho` or `basis` does not match the optimizer's, or a hyper-parameter has several numbers.
     """
     if not isinstance(state, SophiaState):
-        raise TypeError(f"state is a {type(state).__name__}; it must be what init(model) returned")
+        raise TypeError(f"state is a {type(state).__name__}; it must be the result of init(model)")
     if (state.rho is None) != (optimizer.rho.start() is None):
         raise ValueError("state.rho does not match rho; call init again after changing rho between a number and 'auto'")
     if (state.basis is None) != (optimizer.basis is None):

@@ -76,17 +76,17 @@ class OptaxOptimizer(eqx.Module):
     ) -> tuple[PyTree, BaselineState]:
         """One step from the gradient of the mean loss: the step to add to the model, and the next state.
 
-        If the gradient is not finite, the step is zero and only the counts in the state advance. `finite` says whether
-        it is finite; if None, it is checked. `h_hat` must be None; it exists for loops that also train with Sophia.
+        If the gradient is not finite, the step is zero and only the counts in the state advance. `finite` is whether it
+        is finite; if None, it is checked. `h_hat` must be None; it exists for loops that also train with Sophia.
 
         Raises:
             ValueError: if `h_hat` is given, or the gradient's tree does not match the model's; the error names the
                 path.
         """
         if h_hat is not None:
-            raise ValueError(f"h_hat is given, but {type(self).__name__} has no curvature; check `refresh_due` first")
+            raise ValueError(f"h_hat was given, but {type(self).__name__} uses no curvature; check refresh_due first")
         if not isinstance(state, BaselineState):
-            raise TypeError(f"state is a {type(state).__name__}; it must be what init(model) returned")
+            raise TypeError(f"state is a {type(state).__name__}; it must be the result of init(model)")
         params = trainable(model)
         check_same_structure("grads", grads, params)
         grads = trainable(grads)
@@ -193,7 +193,7 @@ class AdamW(OptaxOptimizer):
 class Lion(OptaxOptimizer):
     """Lion (Chen et al. 2023, arXiv 2302.06675); see `optax.lion`.
 
-    The arguments are AdamW's, without eps, nesterov and cautious; b2 is the decay of the only moment, and b1 is its
+    The arguments are AdamW's, except eps, nesterov and cautious; b2 is the decay of the only moment, and b1 is its
     weight in the step.
 
     Examples:
@@ -274,8 +274,8 @@ class Muon(OptaxOptimizer):
         weight_decay: decoupled decay of all parameters, multiplied by the learning rate.
         weight_decay_mask: a tree or prefix of bools, or a function from parameters to one; if None, every leaf decays.
         matrices: optax's `MuonDimensionNumbers` for each parameter to orthogonalise, and None for the others, as a
-            tree, a prefix of one, or a function from parameters to one. They give the parameter's input (reduction) and
-            output axes; the other axes enumerate matrices. If None, every leaf with two axes is a matrix, including
+            tree, a prefix of one, or a function from parameters to one. They specify the parameter's input (reduction)
+            and output axes; the other axes enumerate matrices. If None, every leaf with two axes is a matrix, including
             embeddings.
         momentum_dtype: dtype of the momentum and the first moment; None for the parameters' dtypes.
         mesh_axis: mesh axis whose devices each orthogonalise a share of the matrices; if None, every device

@@ -62,7 +62,7 @@ def whole_number(value: Any) -> Any:
 def check_count(name: str, value: Any, *, low: int = 1) -> None:
     """Raise a ValueError unless the value is an int of at least `low`; JAX arrays fail, since they may be traced."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {low}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -90,25 +90,25 @@ def check_dtype(name: str, value: Any) -> None:
 def check_mesh_axis(value: Any) -> None:
     """Raise a TypeError unless the value is None or a string."""
     if value is not None and not isinstance(value, str):
-        raise TypeError(f"mesh_axis is {value!r}; it must be the name of an axis of the mesh, or None")
+        raise TypeError(f"mesh_axis is {value!r}; it must be the name of a mesh axis, or None")
 
 
 def check_single(name: str, value: Any) -> None:
     """Raise a ValueError for an array of several numbers, which would broadcast over the parameters' last axis."""
     if np.shape(value) != ():
-        raise ValueError(f"{name} has shape {np.shape(value)}; it must be one number (for several, use vmap)")
+        raise ValueError(f"{name} has shape {np.shape(value)}; it must be a single number (use vmap for several)")
 
 
 def value_at(name: str, value: float | Array | Callable[[Array], Any], count: Any) -> Any:
     """The value of a hyper-parameter (a number or a schedule) at an update count; a schedule must return one number."""
     found = value(count) if callable(value) else value
     if not isinstance(found, Real | ARRAYS):
-        raise TypeError(f"{name} at an update count is {found!r}; it must be a number")
+        raise TypeError(f"the schedule for {name} returned {found!r}; it must return a number")
     check_single(name, found)
     return found
 
 
-def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, such as jnp.mean returns") -> Array:
+def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, for example from jnp.mean") -> Array:
     """The value as an array without named axes. Raises a ValueError if it has axes, a TypeError if it is not real."""
     value = plain(value)
     array = jnp.asarray(value) if isinstance(value, Real | ARRAYS) else None
@@ -130,7 +130,7 @@ def check_scalars(name: str, results: Any, what: Sequence[str]) -> list[Array]:
 def check_key(key: Any) -> None:
     """Raise a TypeError unless the key is an array; JAX random keys count as arrays."""
     if not isinstance(key, ARRAYS):
-        raise TypeError(f"key is {key!r}; it must be a jax random key, such as jax.random.key(0)")
+        raise TypeError(f"key is {key!r}; it must be a JAX random key, such as jax.random.key(0)")
 
 
 def check_flag(name: str, value: Any) -> Bool[Array, ""]:
@@ -138,7 +138,7 @@ def check_flag(name: str, value: Any) -> Bool[Array, ""]:
     if not isinstance(value, bool | np.bool_ | ARRAYS) or jnp.asarray(value).dtype != bool:
         raise TypeError(f"{name} is {value!r}; it must be a bool")
     if jnp.shape(value) != ():
-        raise TypeError(f"{name} has shape {jnp.shape(value)}; it must be one bool")
+        raise TypeError(f"{name} has shape {jnp.shape(value)}; it must be a single bool")
     return jnp.asarray(value)
 
 
@@ -150,7 +150,7 @@ def check_not_negative(name: str, values: Any) -> None:
     if np.iscomplexobj(array):
         raise TypeError(f"{name} are complex; they must be real")
     if (np.asarray(array) < 0).any():
-        raise ValueError(f"{name} have a negative entry; they must be 0 or more")
+        raise ValueError(f"{name} contain a negative entry; they must be at least 0")
 
 
 def check_parameters(model: PyTree) -> None:
@@ -182,10 +182,11 @@ def check_same_structure(name: str, tree: PyTree, params: PyTree) -> None:
     )
     for path in [*wanted, *found]:
         if found.get(path) != wanted.get(path):
-            raise ValueError(
-                f"{name}{path} has shape {found.get(path, 'missing')}, but the parameter has "
-                f"{wanted.get(path, 'missing')}"
-            )
+            if path not in found:
+                raise ValueError(f"{name}{path} is missing, but the parameter has shape {wanted[path]}")
+            if path not in wanted:
+                raise ValueError(f"{name}{path} has shape {found[path]}, but there is no such parameter")
+            raise ValueError(f"{name}{path} has shape {found[path]}, but the parameter has shape {wanted[path]}")
     ours, theirs = (str(jax.tree.structure(trainable(t))) for t in (tree, params))
     if ours != theirs:
-        raise ValueError(f"{name} has different containers or axes than the parameters: {ours}, not {theirs}")
+        raise ValueError(f"{name} has different containers or axes from the parameters: {ours}, not {theirs}")

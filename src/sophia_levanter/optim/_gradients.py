@@ -48,9 +48,9 @@ def split_microbatches(
         raise ValueError(f"fraction is {fraction!r}; it must be in (0, 1]")
     rows = _common_length("the batch", batch, "rows")
     if rows % microbatch_size:
-        raise ValueError(f"microbatch_size is {microbatch_size}; it must divide the {rows} rows of the batch")
+        raise ValueError(f"microbatch_size is {microbatch_size}; it must divide the {rows} rows in the batch")
     if microbatch_size % num_devices:
-        raise ValueError(f"microbatch_size is {microbatch_size}; it must be a multiple of the {num_devices} devices")
+        raise ValueError(f"microbatch_size is {microbatch_size}; it must be a multiple of num_devices ({num_devices})")
     whole = rows // microbatch_size
     used = max(1, round(fraction * whole))
 
@@ -120,14 +120,18 @@ def _common_length(name: str, tree: PyTree, things: str) -> int:
     for x in jax.tree.leaves(tree, is_leaf=is_named):
         shape = [axis.size for axis in x.axes] if is_named(x) else jnp.shape(x)
         if not shape:
-            raise ValueError(f"{name} has a scalar; its arrays must have the row, or microbatch, as first axis")
+            raise ValueError(
+                f"{name} contains a scalar; the first axis of every array must be the row or microbatch axis"
+            )
         lengths.add(shape[0])
     if not lengths:
-        raise ValueError(f"{name} has no array; for a single pass, leave microbatches out")
+        raise ValueError(f"{name} contains no arrays; for a single pass, omit microbatches")
     if len(lengths) > 1:
-        raise ValueError(f"{name} has arrays with {sorted(lengths)} {things}; they must all have the same number")
+        raise ValueError(
+            f"{name} has arrays with {sorted(lengths)} {things}; all must have the same number of {things}"
+        )
     if lengths == {0}:
-        raise ValueError(f"{name} has arrays with 0 {things}; there must be at least one")
+        raise ValueError(f"{name} has arrays with 0 {things}; at least one is required")
     return lengths.pop()
 
 
@@ -370,7 +374,7 @@ def value_grad_and_curvature(
         total, wanted = num_microbatches(microbatches), whole_number(curvature_microbatches)
         if type(wanted) is not int or not 0 < wanted <= total:
             raise ValueError(
-                f"curvature_microbatches is {curvature_microbatches!r}; it must be a whole number between 1 and {total}"
+                f"curvature_microbatches is {curvature_microbatches!r}; it must be an integer between 1 and {total}"
             )
         first, rest = split_at(microbatches, wanted)
         others = () if rest is None else (rest,)

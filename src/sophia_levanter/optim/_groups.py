@@ -45,11 +45,11 @@ class ParameterGroup:
 
     def __post_init__(self) -> None:
         if (self.match is None) == (self.role is None):
-            raise ValueError(f"match is {self.match!r} and role is {self.role!r}; give one of the two")
+            raise ValueError(f"match is {self.match!r} and role is {self.role!r}; specify exactly one of them")
         try:
             re.compile(self.match or "")
         except re.error as error:
-            raise ValueError(f"match is {self.match!r}; it is not a regular expression: {error}") from None
+            raise ValueError(f"match is {self.match!r}; it is not a valid regular expression: {error}") from None
         check_number("learning_rate", self.learning_rate, low=0)
         if self.weight_decay is not None:
             check_number("weight_decay", self.weight_decay, low=0)
@@ -224,8 +224,8 @@ def _roles_by_path(groups: Sequence[ParameterGroup], roles: Roles, model: PyTree
     if not asked:
         return {}
     if roles is None:
-        raise ValueError(f"a group has the role {asked[0]!r}, but roles is None; it must give each parameter's role")
-    fitted = fit_prefix("roles", roles, model, lambda x: isinstance(x, str), "the name of a role")
+        raise ValueError(f"a group has the role {asked[0]!r}, but roles is None; it must specify each parameter's role")
+    fitted = fit_prefix("roles", roles, model, lambda x: isinstance(x, str), "a role name")
     leaves = jax.tree_util.tree_leaves_with_path(fitted, is_leaf=is_named)
     return {_path(path): plain(role) for path, role in leaves}
 

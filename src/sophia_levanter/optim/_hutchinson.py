@@ -138,13 +138,13 @@ class Hutchinson(AbstractHutchinson):
         """
         if microbatches is None:
             if weights is not None:
-                raise ValueError("weights belong to microbatches, but there are none; weight the targets in loss_fn")
+                raise ValueError("weights apply to microbatches, but there are none; weight the targets in loss_fn")
             return self._estimate(lambda model: (loss_fn(model), 1.0), model, None, key)
         check_not_negative("weights", weights)
         count = num_microbatches(microbatches)
         shares = jnp.ones(count) if weights is None else jnp.asarray(plain(weights))
         if shares.shape != (count,):
-            raise ValueError(f"weights have shape {shares.shape}; each of {count} microbatches must have one number")
+            raise ValueError(f"weights have shape {shares.shape}; for {count} microbatches, it must be ({count},)")
         parts = (microbatches, shares / jnp.sum(shares))
         return self._estimate(lambda model, part: (loss_fn(model, part[0]), part[1]), model, parts, key)
 
@@ -275,8 +275,8 @@ def forward_derivative(name: str, function: Callable[[PyTree], Any], model: PyTr
         if not re.search(r"forward-mode|ifferentiation rule|\bjvp\b", str(error), re.IGNORECASE):
             raise
         raise TypeError(
-            f"{name} has an operation without a forward derivative, which this estimator needs "
+            f"{name} contains an operation without a forward-mode derivative, which this estimator requires "
             f"({str(error).splitlines()[0]}); "
             "replace it (for attention, use jax.nn.dot_product_attention(..., implementation='xla')), "
-            "or use SophiaG, which needs reverse mode only"
+            "or use SophiaG, which requires only reverse mode"
         ) from error

@@ -45,7 +45,9 @@ class Likelihood(Protocol):
 def check_likelihood(value: Any) -> None:
     """Raise a TypeError if the value lacks a likelihood's methods, or is a class instead of an instance."""
     if isinstance(value, type) or not (hasattr(value, "sample") and hasattr(value, "loss")):
-        raise TypeError(f"likelihood is {value!r}; it must be a value such as Categorical(), Bernoulli() or Normal()")
+        raise TypeError(
+            f"likelihood is {value!r}; it must be an instance, such as Categorical(), Bernoulli() or Normal()"
+        )
 
 
 class Categorical(eqx.Module):
@@ -68,7 +70,7 @@ class Categorical(eqx.Module):
 
     def __check_init__(self) -> None:
         if isinstance(self.axis, bool) or not isinstance(self.axis, int | str):
-            raise TypeError(f"axis is {self.axis!r}; it must be the class axis' position or name")
+            raise TypeError(f"axis is {self.axis!r}; it must be the position or name of the class axis")
         if self.num_classes is not None:
             check_count("num_classes", self.num_classes)
 
@@ -90,7 +92,9 @@ class Categorical(eqx.Module):
             targets = _in_order(targets, self.target_axes(outputs))
         targets = jnp.asarray(plain(targets))
         if not jnp.issubdtype(targets.dtype, jnp.integer):
-            raise TypeError(f"targets of a categorical likelihood are {targets.dtype}; they must be integer classes")
+            raise TypeError(
+                f"targets for a categorical likelihood have dtype {targets.dtype}; they must be integer classes"
+            )
         _check_target_shape(targets, logits.shape[:-1])
         # The loss of a target that is not a class is nan. This includes -1, which would otherwise index from the end.
         return categorical_loss(logits, jnp.where(targets < 0, logits.shape[-1], targets))
@@ -119,19 +123,19 @@ class Categorical(eqx.Module):
             if isinstance(self.axis, str):
                 raise ValueError(
                     f"the class axis is {self.axis!r}, but the logits have no named axes; "
-                    f"give its position, as in Categorical(axis=-1)"
+                    "specify its position, as in Categorical(axis=-1)"
                 )
             if not -logits.ndim <= self.axis < logits.ndim:
                 raise ValueError(
-                    f"the logits have shape {logits.shape} and no axis {self.axis} of classes; "
-                    "a categorical likelihood needs logits [..., classes], not a loss"
+                    f"the logits have shape {logits.shape} and no class axis {self.axis}; "
+                    "a categorical likelihood requires logits [..., classes], not a loss"
                 )
             logits = jnp.moveaxis(logits, self.axis, -1)
         _check_floating("logits", logits)
         classes = logits.shape[-1]
         if classes < 2 or self.num_classes == 1:
             raise ValueError(
-                f"the outputs have one class on axis {self.axis!r}, which has no curvature; "
+                f"the outputs have only one class on axis {self.axis!r}, so there is no curvature; "
                 "for one number or one logit per target, use Normal() or Bernoulli()"
             )
         if self.num_classes is None or self.num_classes == classes:
@@ -157,7 +161,9 @@ class _Elementwise(eqx.Module):
         array = _one_array(plain(outputs))
         _check_floating("outputs", array)
         if array.ndim < self.event_ndim:
-            raise ValueError(f"the outputs have shape {array.shape}, fewer axes than event_ndim={self.event_ndim}")
+            raise ValueError(
+                f"the outputs have shape {array.shape}, which has fewer axes than event_ndim={self.event_ndim}"
+            )
         return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
     def _targets(self, outputs: Any, targets: Any) -> Array:
@@ -165,7 +171,7 @@ class _Elementwise(eqx.Module):
             targets = _in_order(targets, outputs.axes)
         targets = jnp.asarray(plain(targets))
         if jnp.iscomplexobj(targets):
-            raise TypeError(f"the targets are {targets.dtype}; they must be real")
+            raise TypeError(f"the targets have dtype {targets.dtype}; they must be real")
         _check_target_shape(targets, jnp.shape(plain(outputs)))
         return targets
 
@@ -244,7 +250,7 @@ class Normal(_Elementwise):
             return jnp.broadcast_to(variance, mean.shape)
         except ValueError as error:
             raise ValueError(
-                f"variance has shape {variance.shape}, which does not broadcast to the outputs' {mean.shape}"
+                f"variance has shape {variance.shape}, which does not broadcast to the outputs' shape {mean.shape}"
             ) from error
 
 
@@ -252,28 +258,28 @@ def _in_order(targets: Any, axes: tuple) -> Any:
     """The targets with these axes in this order."""
     if set(targets.axes) != set(axes):
         wanted = ", ".join(f"{axis.name}: {axis.size}" for axis in axes)
-        raise ValueError(f"the targets have axes {axis_names(targets)}; with these outputs, they must be {wanted}")
+        raise ValueError(f"the targets have axes {axis_names(targets)}; for these outputs, they must be {wanted}")
     return targets.rearrange(axes)
 
 
 def _one_array(outputs: Any) -> Array:
     if not isinstance(outputs, np.ndarray | Array):
         raise TypeError(
-            f"the outputs are a {type(outputs).__name__}; the function must return one array "
-            "(if it also returns a state, take the first of the two)"
+            f"the outputs are a {type(outputs).__name__}; the function must return a single array "
+            "(if it also returns a state, return only the first result)"
         )
     return jnp.asarray(outputs)
 
 
 def _check_floating(name: str, array: Array) -> None:
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"the {name} are {array.dtype}; a likelihood needs floating-point numbers")
+        raise TypeError(f"the {name} have dtype {array.dtype}; a likelihood requires floating-point numbers")
 
 
 def _check_target_shape(targets: Array, wanted: tuple[int, ...]) -> None:
     # Broadcasting [rows] with [rows, 1] would give a loss of shape [rows, rows].
     if targets.shape != wanted:
-        raise ValueError(f"the targets have shape {targets.shape}; with these outputs, it must be {wanted}")
+        raise ValueError(f"the targets have shape {targets.shape}; for these outputs, it must be {wanted}")
 
 
 def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights: Any) -> Array:
@@ -289,13 +295,13 @@ def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights:
         axes = likelihood.target_axes(outputs)
         if not set(weights.axes) <= set(axes):
             found, wanted = ({axis.name: axis.size for axis in of} for of in (weights.axes, axes))
-            raise ValueError(f"weights have axes {found}; they must be among the targets' {wanted}")
+            raise ValueError(f"weights have axes {found}; they must be among the targets' axes {wanted}")
         weights = weights.broadcast_to(axes)
     array = jnp.asarray(plain(weights), losses.dtype)
     try:
         return jnp.broadcast_to(array, losses.shape)
     except ValueError as error:
-        raise ValueError(f"weights have shape {array.shape}, but the targets have {losses.shape}") from error
+        raise ValueError(f"weights have shape {array.shape}, but the targets have shape {losses.shape}") from error
 
 
 def targets_in_use(likelihood: Likelihood, outputs: Any, targets: Any, sampled: Array, weights: Array) -> Any:
@@ -325,4 +331,4 @@ def check_microbatch_weights(microbatches: PyTree, weights: Any) -> None:
     count = num_microbatches(microbatches)
     shape = jnp.shape(plain(weights))
     if not shape or shape[0] != count:
-        raise ValueError(f"weights have shape {shape}; with {count} microbatches, it must begin with {count}")
+        raise ValueError(f"weights have shape {shape}; for {count} microbatches, it must begin with {count}")

@@ -156,7 +156,7 @@ def _check_axes(path: tuple, x: Array, entry: MuonDimensionNumbers | None) -> No
     axes = [axis for group in groups for axis in _numbers(group, x.ndim)] if inside else []
     if not (all(groups) and inside and len(set(axes)) == len(axes)):
         name = f"matrices{jax.tree_util.keystr(path)}"
-        raise ValueError(f"{name} is {entry}; it must name different axes of the parameter's shape {x.shape}")
+        raise ValueError(f"{name} is {entry}; it must specify distinct axes of the parameter's shape {x.shape}")
 
 
 def _numbers(group: int | Sequence[int], ndim: int) -> tuple[int, ...]:

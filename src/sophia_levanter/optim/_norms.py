@@ -76,7 +76,7 @@ class _NormControl(OptimizerWrapper):
             TypeError: if the state is not a `NormControlState`.
         """
         if not isinstance(state, NormControlState):
-            raise TypeError(f"state is a {type(state).__name__}; it must be what init(model) returned")
+            raise TypeError(f"state is a {type(state).__name__}; it must be the result of init(model)")
         updates, inner = self.optimizer.update(grads, state.optimizer_state, model, h_hat, finite=finite)
         updates = self._controlled(updates, trainable(model), state)
         return updates, state._replace(count=state.count + 1, optimizer_state=inner)
@@ -121,7 +121,7 @@ class Hyperball(_NormControl):
     def _radii(self, params: PyTree) -> tuple:
         views = matrix_views(self.matrices, params)
         if not any(views):
-            raise ValueError("matrices has no matrix; hyperball needs at least one")
+            raise ValueError("matrices contains no matrix; Hyperball requires at least one")
         leaves = zip(views, jax.tree.leaves(params), strict=True)
         return tuple(None if view is None else _norms(p, view.sides) for view, p in leaves)
 

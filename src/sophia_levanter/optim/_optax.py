@@ -101,7 +101,7 @@ def as_optax(optimizer: AbstractSophia) -> optax.GradientTransformationExtraArgs
         elif state.count > first_refresh + optimizer.curvature.interval:
             settled = True
             warnings.warn(
-                f"h_hat is None in all {int(state.count)} updates so far, so Sophia is sign descent; "
+                f"h_hat was None in all {int(state.count)} updates so far, so Sophia reduces to sign descent; "
                 "pass an estimate when refresh_due(step) is True: update(grads, state, params, h_hat=h_hat)",
                 stacklevel=3,
             )
@@ -120,7 +120,7 @@ def as_optax(optimizer: AbstractSophia) -> optax.GradientTransformationExtraArgs
         **_: Any,
     ) -> tuple[PyTree, Any]:
         if params is None:
-            raise ValueError("params is None; Sophia's update needs the parameters: update(grads, state, params)")
+            raise ValueError("params is None; Sophia's update requires the parameters: update(grads, state, params)")
         if h_hat is not None:
             h_hat = _masked_like(trainable(updates), h_hat)
         updates, state = optimizer.update(updates, state, params, h_hat, finite=finite)
@@ -137,7 +137,7 @@ def _masked_like(grads: PyTree, h_hat: PyTree) -> PyTree:
     try:
         return jax.tree.map(lambda g, h: g if _is_masked(g) else h, grads, h_hat, is_leaf=_is_masked)
     except ValueError as error:
-        raise ValueError(f"h_hat is not a tree like the parameters: {error}") from error
+        raise ValueError(f"h_hat does not have the structure of the parameters: {error}") from error
 
 
 def _is_masked(x: Any) -> bool:

@@ -88,8 +88,8 @@ class Optimizer(Protocol[State]):
     ) -> tuple[PyTree, State]:
         """The step to add to the model (`eqx.apply_updates`), and the next state.
 
-        If the gradient is not finite, the step is zero and only the counts in the state change. `finite` says whether
-        it is finite; if None, it is checked. `h_hat` is a new estimate of the curvature, if one was due.
+        If the gradient is not finite, the step is zero and only the counts in the state change. `finite` is whether it
+        is finite; if None, it is checked. `h_hat` is a new estimate of the curvature, if one was due.
         """
         ...
 

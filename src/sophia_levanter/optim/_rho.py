@@ -86,7 +86,7 @@ class WinRateController(eqx.Module):
 
 
 def rho_rule(rho: Any, initial: float) -> ScheduledRho | WinRateController:
-    """The rule for a value of `rho`; "auto" gives a controller that starts at `initial`."""
+    """The rule for a value of `rho`; "auto" returns a controller that starts at `initial`."""
     if isinstance(rho, WinRateController | ScheduledRho):
         return rho
     if isinstance(rho, str):

@@ -132,7 +132,7 @@ class AbstractSophia(eqx.Module):
         check_bool("cautious", self.cautious)
         usable = callable(self.estimator) or hasattr(self.estimator, "gradient_and_estimate")
         if self.estimator is not None and (isinstance(self.estimator, type) or not usable):
-            raise TypeError(f"estimator is {self.estimator!r}; it must be a value such as GaussNewtonBartlett()")
+            raise TypeError(f"estimator is {self.estimator!r}; it must be an instance, such as GaussNewtonBartlett()")
 
     @property
     def basis(self) -> KroneckerBasis | None:
@@ -150,7 +150,8 @@ class AbstractSophia(eqx.Module):
         state = self._init_params(trainable(model))
         if state.basis is not None and not any(state.basis):
             raise ValueError(
-                "basis has no matrix to rotate: no parameter has two axes; name them with KroneckerBasis(matrices=...)"
+                "basis has no matrix to rotate, because no parameter has two axes; "
+                "specify the matrices with KroneckerBasis(matrices=...)"
             )
         return state
 
@@ -211,12 +212,12 @@ class AbstractSophia(eqx.Module):
         if self.basis is None:
             return self.estimator
         if state is None:
-            raise ValueError("state is missing; the estimate is in its basis, so call estimate(..., state=state)")
+            raise ValueError("state is missing; the estimate depends on its basis, so call estimate(..., state=state)")
         check_state(self, state)
         fields = dataclasses.fields(self.estimator) if dataclasses.is_dataclass(self.estimator) else ()
         if "coordinates" not in [field.name for field in fields]:
             raise TypeError(
-                f"estimator is {self.estimator!r}; with a basis, it must have a field `coordinates`, like Hutchinson"
+                f"estimator is {self.estimator!r}; with a basis, it must have a `coordinates` field, like Hutchinson"
             )
         return dataclasses.replace(self.estimator, coordinates=self.basis.at(state.basis))
 

@@ -99,7 +99,7 @@ def fit_prefix(name: str, spec: PyTree, params: PyTree, is_entry: Callable[[Any]
     def covering(path: tuple, _: Array) -> Any:
         prefix = next((path[:n] for n in range(len(path) + 1) if path[:n] in entries), None)
         if prefix is None:
-            raise ValueError(f"{name} does not fit the parameters: it has no entry for {_path_name(path)}")
+            raise ValueError(f"{name} does not match the parameters: it has no entry for {_path_name(path)}")
         used.add(prefix)
         return entries[prefix]
 
@@ -109,7 +109,7 @@ def fit_prefix(name: str, spec: PyTree, params: PyTree, is_entry: Callable[[Any]
     others = [path for path, leaf in parts if not eqx.is_array(leaf)]
     for path, entry in entries.items():
         if path not in used and entry is not None and not any(_overlap(path, other) for other in others):
-            raise ValueError(f"{name} does not fit the parameters: {_path_name(path)} is not a parameter")
+            raise ValueError(f"{name} does not match the parameters: {_path_name(path)} is not a parameter")
     return fitted
 
 
