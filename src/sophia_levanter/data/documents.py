@@ -198,7 +198,7 @@ class Rows:
 
     @property
     def left_out(self) -> str:
-        """How many rows were left out, and the first row of each kind; empty if none were."""
+        """The number of skipped rows, and the first row of each kind; empty if no row was skipped."""
         tally = self.tally
         bad = [f"{tally.num_bad:,} without text (first: {tally.first_bad})"] if tally.num_bad else []
         empty = [f"{tally.num_empty:,} empty (first: {tally.first_empty})"] if tally.num_empty else []

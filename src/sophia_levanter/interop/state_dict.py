@@ -215,7 +215,7 @@ def _inputs_of_linear_maps(model: Any) -> dict[str, int]:
 
 
 def _tie(given: dict[str, np.ndarray], embedding: str) -> None:
-    """Remove the output head from the arrays. It must equal the token embedding, or replaces a missing embedding."""
+    """Remove the output head from the arrays. It replaces a missing token embedding; otherwise, it must equal it."""
     head = given.pop(HEAD, None)
     array = given.setdefault(embedding, head)  # type: ignore[arg-type]
     if head is not None and not np.array_equal(head, array):

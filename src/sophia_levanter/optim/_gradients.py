@@ -91,7 +91,7 @@ def sum_over_microbatches(
     Args:
         function: returns a tree of arrays, whose shapes are the same for every microbatch.
         microbatches: any pytree of arrays or NamedArrays [microbatch, ...].
-        start: the initial sum; zeros if not given.
+        start: the initial sum; by default, zeros.
     """
 
     def at(index: Any) -> PyTree:

@@ -283,7 +283,7 @@ def _check_target_shape(targets: Array, wanted: tuple[int, ...]) -> None:
 
 
 def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights: Any) -> Array:
-    """The weights in the shape of the losses, 1 if not given; a NamedArray's axes are reordered to match the targets.
+    """The weights in the shape of the losses, by default 1; a NamedArray's axes are reordered to match the targets.
 
     Raises:
         ValueError: if the weights do not fit the losses.

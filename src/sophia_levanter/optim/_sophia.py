@@ -237,7 +237,7 @@ class AbstractSophia(eqx.Module):
             state: the state before the step.
             model: the model before the step.
             h_hat: an estimate that refreshes the curvature before the update.
-            finite: whether the gradient is finite; checked if not given.
+            finite: whether the gradient is finite; if None, it is checked.
 
         Returns:
             The step to add to the model (`eqx.apply_updates`), and the next state.
