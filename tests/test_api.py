@@ -79,7 +79,7 @@ def test_overrides_are_sections_or_dotted_names(config_file, tmp_path, monkeypat
         ([{}], {"optimizer": {"learning_rat": 1}}, "train(): unknown key 'optimizer.learning_rat'; did you mean"),
         ([{}], {"learning_rate": 1.0}, "train(): unknown key 'learning_rate'; did you mean optimizer.learning_rate?"),
         ([{}], {"optimizer": {"rho": "x"}}, "train(): optimizer.rho is 'x'; it must be a finite number"),
-        ([{}], {"trainer": 3}, "train(): trainer is 3; it must be a section of fields"),
+        ([{}], {"trainer": 3}, "train(): trainer is 3; it must be a mapping of fields"),
         ([{}], {"resume": "runs/x"}, "train(): config cannot be combined with resume"),
         ([], {"resume": "nowhere"}, "--resume nowhere: the directory does not exist"),
         ([], {"resume": "x", "trainer": {"run_dir": "y"}}, "train(): trainer.run_dir cannot be combined with resume x"),

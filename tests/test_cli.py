@@ -19,7 +19,7 @@ VERBS = ["train", "prepare_data", "inspect_data", "train_tokenizer"]  # the firs
     ("arguments", "status", "wanted"),
     [
         ([], 2, f"usage: sophia-levanter {{{','.join(VERBS)},"),
-        (["trian"], 2, f"error: 'trian' is not one of {', '.join(cli.VERBS)}; did you mean train?\n"),
+        (["trian"], 2, f"error: unknown command 'trian'; choose from {', '.join(cli.VERBS)}; did you mean train?\n"),
         (["xyz"], 2, ", launch, tpu\n"),
         (["--help"], 0, f"usage: sophia-levanter {{{','.join(VERBS)},"),
         (["train", "--help"], 0, "--optimizer.learning_rate"),

@@ -230,8 +230,8 @@ def test_a_bucket(monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "name one of list, verify, show, diff, prune; --help shows how"),
-        (["lst", "DIR"], "'lst' is not one of list, verify, show, diff, prune; did you mean list?"),
+        ([], "no command given; choose from list, verify, show, diff, prune, or see --help"),
+        (["lst", "DIR"], "unknown command 'lst'; choose from list, verify, show, diff, prune; did you mean list?"),
         (["list"], "list: expected DIR, found 0 arguments; --help shows the options"),
         (["list", "DIR", "x"], "list: expected DIR, found 2 arguments; --help"),
         (["list", "DIR", "--step", "1"], "unknown option '--step'"),
@@ -240,13 +240,13 @@ def test_a_bucket(monkeypatch, capfd):
         (["show", "DIR/step-00000001"], "run, and step 1 separately"),
         (["list", "http://host/x"], "has an unsupported scheme; use a path, gs:// or s3://"),
         (["show", "DIR", "--step", "7"], "has no step 7; its steps are 1, 2, 3, 4"),
-        (["verify", "DIR", "--step", "x"], "--step is 'x'; it must be a whole number"),
+        (["verify", "DIR", "--step", "x"], "--step is 'x'; it must be an integer"),
         (["diff", "DIR", "1"], "diff: expected DIR A B, found 2 arguments"),
-        (["diff", "DIR", "1", "y"], "step is 'y'; it must be a whole number"),
+        (["diff", "DIR", "1", "y"], "step is 'y'; it must be an integer"),
         (["prune", "DIR"], "--keep N is missing; specify how many of the newest steps to keep"),
         (["prune", "DIR", "--keep", "0"], "--keep is 0; it must be at least 1"),
         (["prune", "DIR", "--keep", "1", "--every", "0"], "--every is 0; it must be at least 1"),
-        (["prune", "DIR", "--keep", "9" * 30], "it must be a whole number below a billion"),
+        (["prune", "DIR", "--keep", "9" * 30], "it must be an integer from 0 to 999,999,999"),
     ],
 )
 def test_bad_input(four_steps, capfd, words, message):

@@ -60,10 +60,10 @@ def arguments(study: Path, *more: object) -> list[str]:
     [
         ([], "--config STUDY is missing"),
         (["--out", "x"], "--config STUDY is missing"),
-        (["--plan", "STUDY"], "study.yaml'; write --SECTION.FIELD VALUE"),
+        (["--plan", "STUDY"], "study.yaml'; use --SECTION.FIELD VALUE"),
         (["--config", "STUDY", "--confg", "x"], "unknown option '--confg'; did you mean --config?"),
-        (["--config", "STUDY", "--ray=1"], "--ray takes no value, found '1'"),
-        (["--config", "STUDY", "--out"], "--out needs a value"),
+        (["--config", "STUDY", "--ray=1"], "--ray takes no value, got '1'"),
+        (["--config", "STUDY", "--out"], "--out requires a value"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: file not found"),
         (["--config", "."], ". cannot be read: Is a directory"),
         (["--config", "STUDY", "--out", "STUDY"], "study.yaml is a file or inside a file; specify a directory"),

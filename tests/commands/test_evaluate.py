@@ -147,7 +147,7 @@ BAD = {
     "two models": (["a", "b"], "expected one MODEL, found 2"),
     "no windows": (["RUN", "--windows", "0"], "--windows is 0; it must be at least 1"),
     "no batch": (["RUN", "--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
-    "no number": (["RUN", "--windows", "all"], "--windows is 'all'; it must be a whole number"),
+    "no number": (["RUN", "--windows", "all"], "--windows is 'all'; it must be an integer"),
     "an unknown option": (["RUN", "--window", "3"], "unknown option '--window'; did you mean --windows?"),
     "nowhere": (["nowhere"], "nowhere does not exist"),
     "no such step": (["RUN", "--step", "7"], "has no checkpoint for step 7; available steps: 6, 12"),

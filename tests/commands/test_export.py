@@ -53,13 +53,13 @@ BAD = {
         ["MODEL", "out", "--step", "3"],
         "--step 3 cannot be combined with MODEL, which is not a run",
     ),
-    "no step": (["MODEL", "out", "--step", "-1"], "--step is '-1'; it must be a whole number"),
+    "no step": (["MODEL", "out", "--step", "-1"], "--step is '-1'; it must be an integer"),
     "files": (["MODEL", "full"], "full already contains files; specify an empty or new folder"),
     "a file": (["MODEL", "full/notes.txt"], "notes.txt is a file; specify an empty or new folder"),
     "its own folder": (["MODEL", "MODEL"], "MODEL already contains files"),
     "another tokenizer": (["MODEL", "out", "--data.tokenizer", "bites"], "did you mean bytes?"),
     "another model": (["MODEL", "out", "--model.use_bias", "false"], "--model.use_bias cannot be combined with MODEL"),
-    "an empty word": (["MODEL", ""], "an argument is empty"),
+    "an empty word": (["MODEL", ""], "empty argument"),
     "a folder of another kind": (["full", "out"], "contains no model; expected a run's config.yaml"),
 }
 

@@ -126,7 +126,7 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
         (["status", "a", "b"], "expected one run directory"),
         (["logs", "FOLDER"], "contains no launched run"),
         (["stop", "nowhere"], "nowhere contains no launched run"),
-        (["stats", "FOLDER"], "'stats' is not one of status, logs, stop; did you mean status?"),
+        (["stats", "FOLDER"], "unknown command 'stats'; choose from status, logs, stop; did you mean status?"),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--trainer.run_dir", "gs://bucket/run"],
             "trainer.run_dir gs://bucket/run is a URL; specify a directory (only trainer.checkpoint_dir may be a URL)",

@@ -179,7 +179,7 @@ BAD = {
     "sophia -o nowhere/r.html": "--output nowhere/r.html: the directory nowhere does not exist; create it first",
     "sophia -o folder.html": "--output folder.html is a directory; specify a file",
     "sophia -o a.html --output b.html": "-o and --output are the same option",
-    "sophia -o": "-o needs a value",
+    "sophia -o": "-o requires a value",
     "sophia --pdf": "unknown option '--pdf'",
     "nowhere": "nowhere does not exist; specify a run directory",
     "a=nowhere": "nowhere does not exist; specify a run directory",

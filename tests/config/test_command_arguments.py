@@ -23,7 +23,7 @@ def test_words() -> None:
 def test_options_that_may_be_repeated() -> None:
     parsed = parse_arguments(["--n", "1", "--n=--2"], repeatable=("--n", "--m"))
     assert parsed.repeated == {"--n": ["1", "--2"], "--m": []}
-    with pytest.raises(InputError, match="--m has an empty value"):
+    with pytest.raises(InputError, match="the value of --m is empty"):
         parse_arguments(["--m", ""], repeatable=("--m",))
 
 
@@ -31,14 +31,14 @@ def test_options_that_may_be_repeated() -> None:
     ("words", "expected"),
     [
         (["word"], "unexpected argument 'word'"),
-        (["--other", "1"], "unknown option '--other'; the sections are model, optimizer"),
+        (["--other", "1"], "unknown option '--other'; valid sections are model, optimizer"),
         (["--confg", "1"], "unknown option '--confg'; did you mean --config?"),
-        (["--all=1"], "--all takes no value, found '1'"),
-        (["--config"], "--config needs a value"),
-        (["--config", "--all"], "--config needs a value"),
-        (["--config", ""], "--config has an empty value"),
+        (["--all=1"], "--all takes no value, got '1'"),
+        (["--config"], "--config requires a value"),
+        (["--config", "--all"], "--config requires a value"),
+        (["--config", ""], "the value of --config is empty"),
         (["--config", "a", "--config", "b"], "--config is given twice"),
-        (["--x.y"], "--x.y needs a value"),
+        (["--x.y"], "--x.y requires a value"),
     ],
 )
 def test_command_lines_that_are_none(words: list[str], expected: str) -> None:

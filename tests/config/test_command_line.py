@@ -145,7 +145,7 @@ def test_a_misspelt_key_is_found_although_the_optimizer_is_replaced(write):
 
 def test_override_that_the_optimizer_does_not_have(write):
     message = load_error(write("optimizer: {type: adamw}"), ("optimizer.rho", "1"))
-    assert message.startswith("unknown option '--optimizer.rho'; the fields of optimizer of type adamw are ")
+    assert message.startswith("unknown option '--optimizer.rho'; valid fields for optimizer (type adamw) are ")
 
 
 # --- the command line
@@ -180,9 +180,9 @@ def test_resume_reads_the_run_directory(write):
 
 def test_resume_errors(tmp_path):
     assert parse_error("--resume", tmp_path / "no") == f"--resume {tmp_path}/no: the directory does not exist"
-    assert parse_error("--resume", tmp_path) == f"--resume {tmp_path}: contains no config.yaml; name a run directory"
+    assert parse_error("--resume", tmp_path) == f"--resume {tmp_path}: config.yaml not found; specify a run directory"
     (tmp_path / "config.yaml").touch()
-    assert "its config.yaml is empty; restore the run's configuration" in parse_error("--resume", tmp_path)
+    assert ": config.yaml is empty; restore the run's configuration" in parse_error("--resume", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -191,16 +191,16 @@ def test_resume_errors(tmp_path):
         ([], "--config FILE is missing"),
         (["--trainer.seed", "1"], "--config FILE is missing"),
         (["run.yaml"], "unexpected argument 'run.yaml'"),
-        (["--data.train", "a.txt", "b.txt"], "unexpected argument 'b.txt'; write --SECTION.FIELD VALUE, and quote"),
+        (["--data.train", "a.txt", "b.txt"], "unexpected argument 'b.txt'; use --SECTION.FIELD VALUE, and quote"),
         (["-c", "run.yaml"], "unexpected argument '-c'"),
         (["--"], "unexpected argument '--'"),
-        (["--optimizer.rho"], "--optimizer.rho needs a value; write --optimizer.rho VALUE"),
-        (["--model.use_bias", "--print_config"], "--model.use_bias needs a value"),
-        (["--print_config=true"], "--print_config takes no value, found 'true'"),
+        (["--optimizer.rho"], "--optimizer.rho requires a value; use --optimizer.rho VALUE"),
+        (["--model.use_bias", "--print_config"], "--model.use_bias requires a value"),
+        (["--print_config=true"], "--print_config takes no value, got 'true'"),
         (["--help=x"], "--help takes no value"),
         (["--print-config"], "unknown option '--print-config'; did you mean --print_config?"),
         (["--seq_len", "8"], "unknown option '--seq_len'; did you mean --model.seq_len?"),
-        (["--optimizer", "lion"], "unknown option '--optimizer'; optimizer is a section, with the fields type, "),
+        (["--optimizer", "lion"], "unknown option '--optimizer'; optimizer is a section; its fields are type, "),
     ],
 )
 def test_command_line_errors(argv, problem):
@@ -212,11 +212,11 @@ def test_help_names_every_field_with_its_default_and_comment():
     assert command.config is None
     lines = [" ".join(line.split()) for line in command.help.splitlines()]
     assert lines[0].startswith("usage: python -m sophia_levanter.main --config FILE")
-    assert "--trainer.microbatch_size INT|null (null) sequences whose gradient is computed at a time; " in " ".join(
+    assert "--trainer.microbatch_size INT|null (null) sequences per microbatch in gradient accumulation; " in " ".join(
         lines
     )
-    assert "--optimizer.interval INT (10) steps between refreshes of the curvature" in lines
-    assert "--model.use_bias true|false (false) biases in linear layers and layer norms" in lines
+    assert "--optimizer.interval INT (10) steps between curvature refreshes" in lines
+    assert "--model.use_bias true|false (false) use biases in linear layers and layer norms" in lines
     fields = [line for line in lines if line.startswith("--") and "." in line.split()[0] and "FIELD" not in line]
     assert all(line.partition(") ")[2] for line in fields), "a field has no comment"
     for section, cls in {"data": DataConfig, "trainer": TrainerConfig}.items():

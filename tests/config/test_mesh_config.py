@@ -29,26 +29,30 @@ def test_sizes(settings, devices, sizes):
 @pytest.mark.parametrize(
     ("settings", "devices", "message"),
     [
-        ({"data": 4}, 8, r"^mesh: data 4 needs 4 devices, but there are 8; use mesh.data 8$"),
+        ({"data": 4}, 8, r"^mesh: data 4 requires 4 devices, but there are 8; use mesh.data 8$"),
         (
             {"data": 4, "model": 4},
             8,
-            r"^mesh: data 4 x model 4 needs 16 devices, but there are 8; use mesh.data 2 with mesh.m",
+            r"^mesh: data 4 x model 4 requires 16 devices, but there are 8; use mesh.data 2 with mesh.m",
         ),
         (
             {"model": 3},
             8,
-            r"^mesh: data 2 x model 3 needs 6 devices, but there are 8; use mesh.data 4 with mesh.model 2",
+            r"^mesh: data 2 x model 3 requires 6 devices, but there are 8; use mesh.data 4 with mesh.model 2",
         ),
-        ({"model": 16}, 8, r"^mesh: model 16 needs 16 devices, but there are 8; use mesh.data 1 with mesh.model 8$"),
-        ({"replica": 5}, 4, r"^mesh: replica 5 needs 5 devices, but there are 4; use mesh.data 1 with mesh.replica 4$"),
+        ({"model": 16}, 8, r"^mesh: model 16 requires 16 devices, but there are 8; use mesh.data 1 with mesh.model 8$"),
+        (
+            {"replica": 5},
+            4,
+            r"^mesh: replica 5 requires 5 devices, but there are 4; use mesh.data 1 with mesh.replica 4$",
+        ),
         ({"model": 2, "replica": 3}, 4, "mesh.data 1 with mesh.model 2 and mesh.replica 2$"),
         (
             {"coordinator": "host:1", "num_processes": 16, "process_id": 0},
             8,
-            "^mesh.num_processes is 16, but there are only 8 devices; every process needs at least one$",
+            "^mesh.num_processes is 16, but there are only 8 devices; each process requires at least one$",
         ),
-        ({"data": 2}, 1, r"^mesh: data 2 needs 2 devices, but there are 1; use mesh.data 1$"),
+        ({"data": 2}, 1, r"^mesh: data 2 requires 2 devices, but there are 1; use mesh.data 1$"),
     ],
 )
 def test_sizes_that_do_not_fit(settings, devices, message):
@@ -133,7 +137,7 @@ MODEL = Gpt2Config(num_layers=6, num_heads=6, embed_dim=96, seq_len=64)
             MeshConfig(model=5, heads=None, mlp=None),
             {},
             5,
-            "^the vocabulary of data.tokenizer bytes, padded, 50304 is not divisible by the 5 devices on mesh.model; ",
+            r"^padded vocabulary size \(data.tokenizer bytes\) 50304 is not divisible by the 5 devices on mesh.model; ",
         ),
     ],
 )
@@ -184,7 +188,9 @@ STARTED_SEVERAL_TIMES = {
 @pytest.mark.parametrize("launcher", STARTED_SEVERAL_TIMES)
 def test_one_of_several_processes_that_do_not_meet_is_refused(launcher):
     name, environment = STARTED_SEVERAL_TIMES[launcher]
-    with pytest.raises(InputError, match=rf"^{name} is 2, but mesh.coordinator is null, .*; unset {name} for separate"):
+    with pytest.raises(
+        InputError, match=rf"^{name} is 2, but mesh.coordinator is null, .*; for separate runs, unset {name}$"
+    ):
         check_launcher(MeshConfig(), environment)
 
 

@@ -20,7 +20,7 @@ def test_rows_of_the_embedding():
         Gpt2Config(vocab_rows=0)
     config = TrainConfig(model=Gpt2Config(vocab_rows=256))
     with pytest.raises(
-        InputError, match=r"^model\.vocab_rows 256 is less than the 257 tokens of data\.tokenizer bytes; "
+        InputError, match=r"^model\.vocab_rows 256 is less than the 257 tokens in data\.tokenizer bytes; "
     ):
         check_parameters(config, 1, 257)
     check_parameters(config, 1, 256)

@@ -174,7 +174,7 @@ def test_the_share_in_effect_is_that_of_whole_microbatches():
     trainer = TrainerConfig(batch_size=12, microbatch_size=4)
     config = SophiaGConfig(curvature_batch_fraction=0.5, initial_refreshes=3, basis="kronecker")
     assert config.describe_curvature(trainer) == (
-        "every 10 steps, on 67% of the batch, at each of the first 3 steps, in a Kronecker basis, rho 0.05"
+        "every 10 steps and in each of the first 3, on 67% of the batch, in a Kronecker basis, rho 0.05"
     )
 
 

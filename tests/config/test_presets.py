@@ -216,7 +216,7 @@ def test_a_preset_needs_one_flag_for_another_length_or_rate(file):
 
 def test_warmup_must_end_within_the_run():
     TrainConfig(optimizer=SophiaGConfig(warmup=10), trainer=TrainerConfig(num_train_steps=10))
-    with pytest.raises(InputError, match=r"optimizer\.warmup 11 is more than trainer\.num_train_steps 10"):
+    with pytest.raises(InputError, match=r"optimizer\.warmup 11 exceeds trainer\.num_train_steps 10"):
         TrainConfig(optimizer=SophiaGConfig(warmup=11), trainer=TrainerConfig(num_train_steps=10))
 
 

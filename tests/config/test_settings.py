@@ -118,5 +118,7 @@ def test_unknown_keys():
         made({"shape.lw": 1})
     with pytest.raises(InputError, match=r"unknown option '--lw'; did you mean --shape\.line_width\?"):
         made({"lw": 1}, file=None)
-    with pytest.raises(InputError, match=r"the fields of shape of type polygon are type, color, sides, label, tags"):
+    with pytest.raises(
+        InputError, match=r"valid fields for shape \(type polygon\) are type, color, sides, label, tags"
+    ):
         made({"shape.type": "polygon", "shape.zzz": 1})

@@ -20,9 +20,9 @@ OTHER = TrackingConfig("offline", "project", "entity", "name", "group", True)
     ("values", "message"),
     [
         ({"wandb": "on"}, "tracking.wandb is 'on'; it must be one of online, offline, or null"),
-        ({"wandb_project": ""}, "tracking.wandb_project is empty; leave it out for the default"),
-        ({"wandb_name": " "}, "tracking.wandb_name is ' '; it must have 1 to 128 characters"),
-        ({"wandb_group": "x" * 129}, f"tracking.wandb_group is '{'x' * 129}'; it must have 1 to 128 characters"),
+        ({"wandb_project": ""}, "tracking.wandb_project is empty; omit it to use the default"),
+        ({"wandb_name": " "}, "tracking.wandb_name is ' '; it must be 1 to 128 characters long"),
+        ({"wandb_group": "x" * 129}, f"tracking.wandb_group is '{'x' * 129}'; it must be 1 to 128 characters long"),
         ({"wandb_project": "a/b"}, "tracking.wandb_project is 'a/b'; a project name cannot contain '/'"),
     ],
 )
@@ -38,12 +38,12 @@ def test_bad_values(values, message):
     [
         (
             ("--tracking.wandb", "online"),
-            "tracking.wandb is 'online', but wandb is not installed; pip install 'sophia-levanter[wandb]'",
+            "tracking.wandb is 'online', but wandb is not installed; run pip install 'sophia-levanter[wandb]'",
         ),
         (
             ("--tracking.tensorboard", "true"),
             "tracking.tensorboard is true, but tensorboardX is not installed; "
-            "pip install 'sophia-levanter[tensorboard]'",
+            "run pip install 'sophia-levanter[tensorboard]'",
         ),
     ],
 )

@@ -46,8 +46,8 @@ STANDARD = dataclasses.replace(
 )
 OPTIONS = ("--model.parametrization", "mup", "--model.base_embed_dim")
 LINE = (
-    "mup, width 4 and depth 2 times the base's, queries x 0.5, blocks' outputs x 0.5, logits x 0.25, "
-    "learning rate of matrices x 0.25, gradients x 4, in blocks x 8"
+    "mup, 4 x the base width and 2 x the base depth, queries x 0.5, block outputs x 0.5, logits x 0.25, "
+    "matrix learning rates x 0.25, gradients x 4 (x 8 in blocks)"
 )
 
 
@@ -138,7 +138,7 @@ def test_matrices_of_a_llama():
     assert group.learning_rate == 0.25
     found = {path.split(".")[-2] for path in groups_of([group], abstract_model(model, 257))}
     assert found == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert model.forward_factors() == {"queries": 1.0, "blocks' outputs": 1.0, "logits": 0.25}
+    assert model.forward_factors() == {"queries": 1.0, "block outputs": 1.0, "logits": 0.25}
 
 
 def test_the_factors_are_shown(monkeypatch):
@@ -153,28 +153,28 @@ def test_the_factors_are_shown(monkeypatch):
     [
         (
             ("--model.base_num_layers", "1"),
-            "model.base_num_layers is 1, but model.parametrization is 'standard'; set it to mup",
+            "model.base_num_layers is 1, but model.parametrization is 'standard'; use mup or omit it",
         ),
         (
             (*OPTIONS, "8", "--model.base_num_layers", "1", "--model.scale_attn_by_inverse_layer_idx", "true"),
-            "model.base_num_layers is 1, but with model.scale_attn_by_inverse_layer_idx the scores depend on the depth",
+            "model.base_num_layers is 1, but model.scale_attn_by_inverse_layer_idx makes attention scores depend on ",
         ),
-        (OPTIONS[:2], "model.base_embed_dim is missing; with model.parametrization mup, set it to the width at which "),
+        (OPTIONS[:2], "model.base_embed_dim is missing; model.parametrization mup requires the width at which "),
         ((*OPTIONS, "0"), "model.base_embed_dim is 0; it must be between 1 and 1048576"),
         (("--model.parametrization", "mu"), "model.parametrization is 'mu'; it must be standard or mup"),
         (
             (*OPTIONS, "8", "--plugins", "adan", "--optimizer.type", "adan"),
             "model.parametrization is 'mup', but optimizer.type adan does not define how its learning rate scales "
-            "with the width; define width_exponent() in Adan, or set model.parametrization standard",
+            "with width; define width_exponent() in Adan, or set model.parametrization to standard",
         ),
         (
             (*OPTIONS, "8", "--optimizer.basis", "kronecker", "--optimizer.basis_max_size", "32"),
-            "optimizer.basis_max_size rotates different sides of blocks.stacked.mlp.c_fc.weight, 16 x 64, than in the "
-            "base model; with model.parametrization mup, set it to 64 or more",
+            "optimizer.basis_max_size rotates different sides of blocks.stacked.mlp.c_fc.weight (16 x 64) than in the "
+            "base model; with model.parametrization mup, set it to at least 64",
         ),
         (
             (*OPTIONS, "8", "--optimizer.basis", "kronecker", "--optimizer.hyperball", "true"),
-            "model.parametrization is 'mup', but no scaling with the width is known for optimizer.hyperball in a ",
+            "model.parametrization is 'mup', which does not support optimizer.hyperball with a Kronecker basis; ",
         ),
     ],
 )

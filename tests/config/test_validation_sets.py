@@ -48,14 +48,17 @@ def test_what_is_given_later_counts(above, overrides, expected, write):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("validation: {}", "data.validation is empty; name a source, or several as NAME: SOURCE"),
-        ("validation: {a/b: x}", "data.validation has the name 'a/b'; use letters, digits, _ and -, but not the name"),
-        ("validation: {'': x}", "data.validation has the name ''; use letters"),
-        ("validation: {type: x}", "data.validation has the name 'type'; use letters"),
-        ("validation: {a: ''}", "data.validation.a is empty; name a file, hub:NAME, ... or leave it out"),
-        ("validation: {a: 5}", "data.validation.a is *** (int); it must be a string, in quotes"),
-        ("validation: {a: {b: c}}", "data.validation.a is a mapping; it must be a string, in quotes"),
-        ("validation: {a: [b]}", "data.validation.a is a list; it must be a string, in quotes"),
+        ("validation: {}", "data.validation is empty; specify a source, or several as NAME: SOURCE"),
+        (
+            "validation: {a/b: x}",
+            "data.validation: 'a/b' is not a valid name; use letters, digits, _ and - ('type' is reserved)",
+        ),
+        ("validation: {'': x}", "data.validation: '' is not a valid name; use letters"),
+        ("validation: {type: x}", "data.validation: 'type' is not a valid name; use letters"),
+        ("validation: {a: ''}", "data.validation.a is empty; specify a file, hub:NAME, ..., or omit it"),
+        ("validation: {a: 5}", "data.validation.a is *** (int); it must be a quoted string"),
+        ("validation: {a: {b: c}}", "data.validation.a is a mapping; it must be a quoted string"),
+        ("validation: {a: [b]}", "data.validation.a is a list; it must be a quoted string"),
     ],
 )
 def test_sets_that_are_none(text, expected, write):
@@ -64,7 +67,7 @@ def test_sets_that_are_none(text, expected, write):
 
 def test_a_source_and_sets_do_not_go_together(write):
     overrides = [("data.validation", "a.txt"), ("data.validation.code", "b.txt")]
-    expected = "data.validation and data.validation.code cannot be combined; give one of them"
+    expected = "data.validation and data.validation.code cannot be combined; specify only one"
     assert load_error(write(""), *overrides) == load_error(write(SETS), *overrides[::-1]) == expected
 
 
@@ -72,12 +75,12 @@ def test_the_best_is_by_a_set_that_is_there(write):
     assert load_config(write(SETS)).trainer.best_metric == "validation/loss"
     assert load_config(write(SETS), [("trainer.best_by", "code")]).trainer.best_metric == "validation/code/loss"
     assert load_error(write(SETS), ("trainer.best_by", "laws")) == (
-        "trainer.best_by is 'laws', which is not a set of data.validation; the sets are books, code"
+        "trainer.best_by is 'laws', which is not a set in data.validation; valid sets are books, code"
     )
     for data in ("", "data: {validation: books}"):
         assert load_error(write(data), ("trainer.best_by", "books")) == (
-            "trainer.best_by is 'books', which is not a set of data.validation; write its sets as NAME: SOURCE, or "
-            "leave it out"
+            "trainer.best_by is 'books', which is not a set in data.validation; specify sets as NAME: SOURCE, or "
+            "omit best_by"
         )
 
 
@@ -108,12 +111,12 @@ def test_tasks(write):
     ("tasks", "expected"),
     [
         ("[{task: squad, file: f}]", "trainer.tasks.task is 'squad'; it must be one of hellaswag, piqa, arc, lambada"),
-        ("[{task: piqa}]", "trainer.tasks[0].file is missing; the fields are task, file, name"),
-        ("[{task: piqa, file: ''}]", "trainer.tasks.file is empty; name a file"),
-        ("[{task: piqa, file: f, name: a b}]", "trainer.tasks has the name 'a b'; use letters"),
+        ("[{task: piqa}]", "trainer.tasks[0].file is missing; valid fields are task, file, name"),
+        ("[{task: piqa, file: ''}]", "trainer.tasks.file is empty; specify a file"),
+        ("[{task: piqa, file: f, name: a b}]", "trainer.tasks: 'a b' is not a valid name; use letters"),
         (
             "[{task: arc, file: a}, {task: arc, file: b}]",
-            "trainer.tasks has several tasks called arc; give each its own name",
+            "trainer.tasks contains several tasks named arc; give each a unique name",
         ),
     ],
 )

@@ -97,7 +97,7 @@ class UnigramsConfig(Gpt2Config):
 
 def test_a_hyperball_without_matrices_is_refused():
     with pytest.raises(
-        InputError, match=r"^optimizer\.hyperball is true, but the model has no matrices; leave it out$"
+        InputError, match=r"^optimizer\.hyperball is true, but the model has no matrices; set it to false$"
     ):
         check_optimizer(AdamWConfig(hyperball=True), UnigramsConfig(**SHAPE), 100)
     check_optimizer(AdamWConfig(hyperball=True), GPT2, 100)
@@ -108,8 +108,8 @@ def test_a_group_that_decays_only_what_a_hyperball_keeps_is_refused():
     """Not where it decays something besides, or nothing."""
     alone = AdamWConfig(groups=(GroupConfig(role="vector"), GroupConfig(role="matrix", weight_decay=0.1)))
     message = (
-        "optimizer.groups[1].weight_decay is 0.1, but optimizer.hyperball keeps the norms of all its parameters; "
-        "leave weight_decay out of this group"
+        "optimizer.groups[1].weight_decay is 0.1, but optimizer.hyperball keeps the norms of all parameters in this "
+        "group fixed; remove weight_decay from the group"
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         check_optimizer(dataclasses.replace(alone, hyperball=True), GPT2, 100)

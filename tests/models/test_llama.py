@@ -139,8 +139,8 @@ def test_what_decays_and_what_has_a_basis(make_model):
     [
         ({"num_kv_heads": 3}, r"^model\.num_kv_heads 3 does not divide model\.num_heads 4; use a divisor, such as \d$"),
         ({"num_heads": 3}, r"^model\.num_heads 3 does not divide model\.embed_dim 8; use a divisor, such as \d$"),
-        ({"head_size": 3}, r"^the head size is 3, but rotary positions need an even size"),
-        ({"num_heads": 8}, r"^the head size is 1, but rotary positions need an even size"),
+        ({"head_size": 3}, r"^the head size is 3, but rotary position embeddings require an even size"),
+        ({"num_heads": 8}, r"^the head size is 1, but rotary position embeddings require an even size"),
         ({"embed_dim": 6, "head_size": 2}, r"^model\.num_heads 4 does not divide model\.embed_dim 6"),
         ({"rope_theta": 0.0}, r"^model\.rope_theta is 0\.0; it must be above 0"),
     ],
@@ -166,4 +166,4 @@ def test_sizes_that_follow_from_others():
     assert config.explicit() == LlamaConfig(
         num_heads=4, embed_dim=128, intermediate_dim=384, num_kv_heads=4, head_size=32
     )
-    assert "4 heads (2 of keys and values)" in LlamaConfig(num_heads=4, num_kv_heads=2, embed_dim=8).describe()
+    assert "4 heads (2 key/value heads)" in LlamaConfig(num_heads=4, num_kv_heads=2, embed_dim=8).describe()

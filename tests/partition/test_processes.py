@@ -238,10 +238,10 @@ def test_a_process_that_is_left_alone_says_so(config_file, tmp_path):
     [
         ({"coordinator": "here"}, r"^mesh.coordinator is 'here'; it must be HOST:PORT, auto or null$"),
         ({"coordinator": "here:99999"}, r"^mesh.coordinator is 'here:99999'; it must be HOST:PORT, auto or null$"),
-        ({"coordinator": "here:80"}, "^mesh.num_processes is missing; mesh.coordinator here:80 needs it$"),
+        ({"coordinator": "here:80"}, "^mesh.num_processes is missing; mesh.coordinator here:80 requires it$"),
         (
             {"coordinator": "here:80", "num_processes": 2},
-            "^mesh.process_id is missing; mesh.coordinator here:80 needs it",
+            "^mesh.process_id is missing; mesh.coordinator here:80 requires it",
         ),
         (
             {"coordinator": "here:80", "num_processes": 0, "process_id": 0},
@@ -249,10 +249,10 @@ def test_a_process_that_is_left_alone_says_so(config_file, tmp_path):
         ),
         (
             {"coordinator": "here:80", "num_processes": 2, "process_id": 2},
-            "^mesh.process_id is 2; it must be between 0 and 1, mesh.num_processes - 1$",
+            r"^mesh.process_id is 2; it must be from 0 to 1 \(mesh.num_processes - 1\)$",
         ),
-        ({"num_processes": 2}, "^mesh.num_processes 2 needs mesh.coordinator HOST:PORT$"),
-        ({"coordinator": "auto", "process_id": 0}, "^mesh.process_id 0 needs mesh.coordinator HOST:PORT$"),
+        ({"num_processes": 2}, "^mesh.num_processes 2 requires mesh.coordinator HOST:PORT$"),
+        ({"coordinator": "auto", "process_id": 0}, "^mesh.process_id 0 requires mesh.coordinator HOST:PORT$"),
         ({"start_timeout": 0}, "^mesh.start_timeout is 0; it must be at least 1$"),
     ],
 )

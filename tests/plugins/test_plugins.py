@@ -113,7 +113,9 @@ def test_help_and_messages_name_them(config_file):
     with pytest.raises(InputError, match=r"unknown option '--optimizer\.b33'; did you mean --optimizer\.b3\?"):
         parse_command_line([*argv, "--optimizer.b33", "2"])
     chosen = ["--trainer.metrics", "grad_norm_per_laver"]
-    with pytest.raises(InputError, match=r"^trainer\.metrics has 'grad_norm_per_laver', .*; --plugins adds metrics$"):
+    with pytest.raises(
+        InputError, match=r"^trainer\.metrics contains 'grad_norm_per_laver', .*; use --plugins to register it$"
+    ):
         parse_command_line([*argv, *chosen])
     with pytest.raises(InputError, match=r"'grad_norm_per_laver', .* did you mean grad_norm_per_layer\?$"):
         parse_command_line([*argv, "--plugins", "layer_norms", *chosen])
@@ -133,8 +135,8 @@ from sophia_levanter.config.settings import setting
 """
 METRIC = "from sophia_levanter.config.registries import register_metric\n@register_metric({0!r})\ndef {0}(step): {1}"
 BROKEN = {
-    "absent": (None, "plugins: the module absent was not found; add its folder to PYTHONPATH"),
-    "needs": ("import no_such_package", "plugins: needs needs no_such_package, which is not installed"),
+    "absent": (None, "plugins: module absent not found; add its directory to PYTHONPATH"),
+    "needs": ("import no_such_package", "plugins: needs requires no_such_package, which is not installed"),
     "fails": ("1 / 0", "plugins: fails cannot be imported: ZeroDivisionError: division by zero"),
     "twice": (
         HEADER + '@OptimizerConfig.register_subclass("adamw")\n@dataclass(frozen=True)\nclass A(OptimizerConfig): ...',
@@ -144,7 +146,7 @@ BROKEN = {
         HEADER
         + '@OptimizerConfig.register_subclass("strange")\n@dataclass(frozen=True)\nclass A(OptimizerConfig):\n'
         + '    x: complex = setting(1j, "a number")\n',
-        "optimizer.x of A has the type <class 'complex'>; a setting must be bool, int, float, str",
+        "optimizer.x in A has type <class 'complex'>; a setting must be a bool, int, float or str",
     ),
     "empty": (
         HEADER + '@OptimizerConfig.register_subclass("empty")\n@dataclass(frozen=True)\nclass A(OptimizerConfig): ...',
@@ -160,7 +162,7 @@ BROKEN = {
         HEADER
         + '@OptimizerConfig.register_subclass("raw")\n@dataclass(frozen=True)\nclass A(OptimizerConfig):\n'
         + "    def build(self, num_train_steps):\n        import optax\n        return optax.sgd(0.1)\n",
-        "optimizer: A.build() returns an optax transformation; return it from transformation() of a subclass",
+        "optimizer: A.build() returns an optax transformation; subclass sophia_levanter.optim.OptaxOptimizer",
     ),
     "unbuilt": (
         HEADER
@@ -168,7 +170,7 @@ BROKEN = {
         + "    def build(self): return 1\n",
         "optimizer: A.build() failed: TypeError: A.build() takes 1 positional argument but 2 were given",
     ),
-    "with.py": (None, "plugins: 'with.py' is not a module name; for my_module.py write my_module"),
+    "with.py": (None, "plugins: 'with.py' is not a module name; for my_module.py, use my_module"),
     "train": (
         METRIC.format("train", "pass"),
         "plugins: train cannot be imported: ValueError: the metric name 'train' is reserved",
@@ -211,7 +213,7 @@ def test_a_broken_plugin_is_one_line(name, plugin_folder, config_file, tmp_path,
 def test_a_run_without_its_plugin_is_one_line(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("plugins: [gone]\noptimizer: {type: gone}\n")
     assert main(["--resume", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/config.yaml: plugins: the module gone was not found;")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/config.yaml: plugins: module gone not found;")
 
 
 def test_a_plain_field_is_a_setting_without_bounds(plugin_folder, config_file):

@@ -61,6 +61,5 @@ def test_a_model_that_cannot_is_refused(config_file, plugin_folder, capfd):
     words = ["--config", str(config_file), "--plugins", "gru", "--model.type", "gru", "--data.mask_documents", "true"]
     assert main(words) == 2
     assert capfd.readouterr().err == (
-        "error: data.mask_documents is true, but GRU reads all documents of a sequence as one text; set it to false, "
-        "or use a transformer\n"
+        "error: data.mask_documents is true, but GRU cannot mask documents; set it to false or use a transformer\n"
     )

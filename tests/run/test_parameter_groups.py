@@ -30,15 +30,21 @@ def test_a_rate_and_a_factor_mean_the_same(config_file):
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ("{learning_rate: 0.1 x}", "optimizer.groups: match is missing; a group needs either match or role"),
-        ("{match: a, role: matrix}", "optimizer.groups: match 'a' and role 'matrix' are both given; keep one"),
+        ("{learning_rate: 0.1 x}", "optimizer.groups: match is missing; a group requires either match or role"),
+        ("{match: a, role: matrix}", "optimizer.groups: match 'a' and role 'matrix' are both set; keep one"),
         ("{role: heads}", "optimizer.groups.role is 'heads'; it must be one of embedding, head, matrix, vector, or"),
-        ("{match: '('}", "optimizer.groups: match '(' is not a regular expression: "),
-        ("{match: a, learning_rate: ten x}", "optimizer.groups: learning_rate is 'ten x'; it must be a rate, or a "),
-        ("{match: a, learning_rate: 1.2.3x}", "optimizer.groups: learning_rate is '1.2.3x'; it must be a rate, or a "),
-        ("{match: a, learning_rate: -1}", "optimizer.groups: learning_rate is -1.0; it must be a rate, or a factor"),
+        ("{match: '('}", "optimizer.groups: match '(' is an invalid regular expression: "),
+        ("{match: a, learning_rate: ten x}", "optimizer.groups: learning_rate is 'ten x'; it must be a number, or a "),
+        (
+            "{match: a, learning_rate: 1.2.3x}",
+            "optimizer.groups: learning_rate is '1.2.3x'; it must be a number, or a ",
+        ),
+        (
+            "{match: a, learning_rate: -1}",
+            "optimizer.groups: learning_rate is -1.0; it must be a number, or a multiple",
+        ),
         ("{match: a, weight_decay: -1}", "optimizer.groups.weight_decay is -1.0; it must be at least 0"),
-        ("{match: a, rate: 1}", "optimizer.groups[0].rate is unknown; the fields are match, learning_rate, "),
+        ("{match: a, rate: 1}", "optimizer.groups[0].rate is unknown; valid fields are match, learning_rate, "),
     ],
 )
 def test_bad_settings(config_file, group, message):

@@ -213,7 +213,7 @@ BAD = {
     "empty grid": (f"{GOOD}arms: {{a: {{grid: {{optimizer: {{rho: []}}}}}}}}", "FILE: arms.a.grid.optimizer.rho is "),
     "grid field of another optimizer": (
         f"{GOOD}arms: {{a: {{settings: {{optimizer: {{type: adamw}}}}, grid: {{optimizer: {{rho: [1]}}}}}}}}",
-        "arm a: FILE: unknown key 'optimizer.rho'; the fields of optimizer of type adamw are",
+        "arm a: FILE: unknown key 'optimizer.rho'; valid fields for optimizer (type adamw) are",
     ),
     "grid value of another type": (
         f"{GOOD}arms: {{a: {{grid: {{optimizer: {{rho: [0.1, big]}}}}}}}}",

@@ -134,8 +134,11 @@ def test_where_there_is_no_average(finished_run, gpt2_folder, capfd):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"ema_decay": 0.9}, r"^trainer\.ema_decay is 0\.9 and trainer\.lawa_every is 8; a run keeps only one average"),
-        ({"num_train_steps": 7}, r"^trainer\.lawa_every 8 is more than trainer\.num_train_steps 7$"),
+        (
+            {"ema_decay": 0.9},
+            r"^trainer\.ema_decay 0\.9 and trainer\.lawa_every 8 cannot be combined; specify only one$",
+        ),
+        ({"num_train_steps": 7}, r"^trainer\.lawa_every 8 exceeds trainer\.num_train_steps 7$"),
     ],
 )
 def test_settings_that_do_not_go_together(given, message):

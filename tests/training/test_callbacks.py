@@ -60,7 +60,7 @@ def test_metrics_are_float32():
 @pytest.mark.parametrize("name", ["train", "val", "own", "a name", "a/b"])
 def test_names_are_identifiers_that_are_not_taken(name, registered):
     registered("own", Callback)
-    with pytest.raises(ValueError, match=f"the metric name '{name}' is reserved, taken or not an identifier"):
+    with pytest.raises(ValueError, match=f"metric name '{name}' is reserved, already taken or not an identifier"):
         METRICS.register(name)
 
 

@@ -48,7 +48,7 @@ def whole_number(name: str, text: str) -> int:
     """
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         shown = text if len(text) < 20 else f"{text[:20]}…"
-        raise InputError(f"{name} is {shown!r}; it must be a whole number below a billion")
+        raise InputError(f"{name} is {shown!r}; it must be an integer from 0 to 999,999,999")
     return int(text)
 
 
@@ -60,11 +60,12 @@ def chosen(given: Sequence[str], verbs: Collection[str]) -> tuple[str, list[str]
     """
     names = ", ".join(verbs)
     if not given:
-        raise InputError(f"name one of {names}; --help shows how")
+        raise InputError(f"no command given; choose from {names}, or see --help")
     verb, *rest = given
     if verb not in verbs:
         near = difflib.get_close_matches(verb, verbs, n=1)
-        raise InputError(f"{verb!r} is not one of {names}" + (f"; did you mean {near[0]}?" if near else ""))
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"unknown command {verb!r}; choose from {names}{hint}")
     return verb, rest
 
 
@@ -99,11 +100,11 @@ def parse_arguments(
         is_override = overrides and name.startswith("--") and ("." in name or name == PLUGINS)
         if name in flags:
             if equals:
-                raise InputError(f"{name} takes no value, found {value!r}")
+                raise InputError(f"{name} takes no value, got {value!r}")
             parsed.flags.add(name)
             continue
         if words and not word:
-            raise InputError("an argument is empty; --help shows the options")
+            raise InputError("empty argument; --help shows the options")
         if words and not word.startswith("-"):
             parsed.words.append(word)
             continue
@@ -111,7 +112,7 @@ def parse_arguments(
             raise _unexpected(word, (*options, *repeatable, *flags), overrides)
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise InputError(f"{name} needs a value; write {name} VALUE")
+                raise InputError(f"{name} requires a value; use {name} VALUE")
             value = rest.pop(0)
         if is_override:
             plugins = dict(parsed.overrides).get("plugins") if name == PLUGINS else None
@@ -119,7 +120,7 @@ def parse_arguments(
             parsed.overrides.append((name.removeprefix("--"), value))
             continue
         if not value:
-            raise InputError(f"{name} has an empty value")
+            raise InputError(f"the value of {name} is empty")
         if name in repeatable:
             parsed.repeated[name].append(value)
             continue
@@ -132,7 +133,7 @@ def parse_arguments(
 def _unexpected(word: str, options: Collection[str], overrides: bool) -> InputError:
     name = word.partition("=")[0]
     if not name.startswith("--") or name == "--":
-        hint = "write --SECTION.FIELD VALUE, and quote a glob" if overrides else "--help shows the options"
+        hint = "use --SECTION.FIELD VALUE, and quote globs" if overrides else "--help shows the options"
         return InputError(f"unexpected argument {word!r}; {hint}")
     if overrides:
         from sophia_levanter.config.build import schema

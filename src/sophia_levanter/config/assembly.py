@@ -25,7 +25,7 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int, model: ModelC
 
     Args:
         config: its settings.
-        num_train_steps: the length of schedules.
+        num_train_steps: the number of steps that schedules cover.
         model: the model's settings, for its `parametrization`; None for `standard`.
 
     Raises:
@@ -66,8 +66,8 @@ def _build(config: OptimizerConfig, num_train_steps: int) -> Any:
     missing = [name for name in _METHODS if not hasattr(optimizer, name)]
     if missing and isinstance(optimizer, optax.GradientTransformation):
         raise InputError(
-            f"optimizer: {kind}.build() returns an optax transformation; return it from transformation() of a subclass "
-            "of sophia_levanter.optim.OptaxOptimizer"
+            f"optimizer: {kind}.build() returns an optax transformation; subclass sophia_levanter.optim.OptaxOptimizer "
+            "and return it from transformation()"
         )
     if missing:
         raise InputError(f"optimizer: {type(optimizer).__qualname__} does not define {', '.join(missing)}")
@@ -99,19 +99,19 @@ def check_optimizer(
         return
     kept = paths_on_hyperball(model)
     if not kept:
-        raise InputError("optimizer.hyperball is true, but the model has no matrices; leave it out")
+        raise InputError("optimizer.hyperball is true, but the model has no matrices; set it to false")
     if resumes:
         return
     for index, group in enumerate(config.groups):
         if group.weight_decay and kept.issuperset(path for path, number in found.items() if number == index):
             raise InputError(
                 f"optimizer.groups[{index}].weight_decay is {group.weight_decay:g}, but optimizer.hyperball keeps the "
-                "norms of all its parameters; leave weight_decay out of this group"
+                "norms of all parameters in this group fixed; remove weight_decay from the group"
             )
 
 
 def describe_transfer(config: TrainConfig) -> str | None:
-    """`mup, width 4 and depth 1 times the base's, logits x 0.25, ...`; None if mup changes nothing."""
+    """`mup, 4 x the base width and 1 x the base depth, logits x 0.25, ...`; None if mup changes nothing."""
     growth, factors = config.model.growth, config.model.forward_factors()
     if growth == (1, 1) and set(factors.values()) <= {1.0}:
         return None
@@ -120,9 +120,9 @@ def describe_transfer(config: TrainConfig) -> str | None:
     steps = " or ".join(f"{growth.width**exponent:.4g}" for exponent in sorted(exponents))
     return ", ".join(
         [
-            f"mup, width {growth.width:.4g} and depth {growth.depth:.4g} times the base's",
+            f"mup, {growth.width:.4g} x the base width and {growth.depth:.4g} x the base depth",
             *(f"{name} x {factor:.4g}" for name, factor in factors.items()),
-            f"learning rate of matrices x {steps}",
-            f"gradients x {growth.width:.4g}, in blocks x {growth.width * growth.depth:.4g}",
+            f"matrix learning rates x {steps}",
+            f"gradients x {growth.width:.4g} (x {growth.width * growth.depth:.4g} in blocks)",
         ]
     )

@@ -55,7 +55,7 @@ class Schema:
             path.rpartition(".")[2] for path in (*self.fields, *self.sections) if path and path.rpartition(".")[0] == of
         ]
         if of and of == key:
-            return f"{key} is a section, with the fields {', '.join(siblings)}"
+            return f"{key} is a section; its fields are {', '.join(siblings)}"
         nearest = [_join(of, match) for match in difflib.get_close_matches(name, siblings, n=1)]
         last = {path: path.rpartition(".")[2] for path in self.fields}
         nearest += [path for path in last if path.startswith(f"{of}.") and _initials(last[path]) == name]
@@ -66,20 +66,20 @@ class Schema:
         if nearest:
             return f"did you mean {prefix}{nearest[0]}?"
         if of or not self._top_level:
-            return f"the fields of {self._described(of)} are {', '.join(siblings)}"
-        return f"the sections are {', '.join(self._top_level)}"
+            return f"valid fields for {self._described(of)} are {', '.join(siblings)}"
+        return f"valid sections are {', '.join(self._top_level)}"
 
     @property
     def _top_level(self) -> list[str]:
         return [path for path in self.sections if path and "." not in path]
 
     def _described(self, path: str) -> str:
-        """A section and its type: `optimizer of type adamw`."""
+        """A section and its type: `optimizer (type adamw)`."""
         if path not in self.choices:
             return path
         registry = self.choices[path]
         name = registry.get_choice_name(self.sections[path])
-        return f"{path} of {choice_key(registry)} {name}" if path else f"{choice_key(registry)} {name}"
+        return f"{path} ({choice_key(registry)} {name})" if path else f"{choice_key(registry)} {name}"
 
 
 def _initials(name: str) -> str:
@@ -167,8 +167,8 @@ def _add_section(found: Schema, kind: Any, path: str, settings: Layer, default: 
             if former := declaration(declared).former:
                 found.former[_join(path, former)] = below
         else:
-            known = "bool, int, float, str, one of them or None, a tuple of them, or a dataclass"
-            raise InputError(f"{below} of {kind.__qualname__} has the type {hint}; a setting must be {known}")
+            known = "a bool, int, float or str, one of these or None, a tuple of these, or a dataclass"
+            raise InputError(f"{below} in {kind.__qualname__} has type {hint}; a setting must be {known}")
 
 
 def _is_setting(hint: Any) -> bool:
@@ -222,7 +222,7 @@ def _without_other_kind(fields: Mapping[str, Any], settings: Layer, layer: Layer
     for name in [name for name, kind in fields.items() if len(kinds_of(kind)) > 1 and _takes_mapping(kind)]:
         below = [key for key in layer if key.startswith(f"{name}.")]
         if name in layer and below:
-            raise InputError(f"{layer[name].prefix}{name} and {below[0]} cannot be combined; give one of them")
+            raise InputError(f"{layer[name].prefix}{name} and {below[0]} cannot be combined; specify only one")
         if name in layer:
             settings = {key: setting for key, setting in settings.items() if not key.startswith(f"{name}.")}
         elif below:
@@ -239,10 +239,10 @@ def _with_present_names(former: Mapping[str, str], layer: Layer) -> Layer:
     for name in former.keys() & layer.keys():
         setting, present = layer[name], former[name]
         if present in layer:
-            raise InputError(f"{setting.prefix}{name} and {present} are the same setting; give {present} alone")
+            raise InputError(f"{setting.prefix}{name} and {present} are the same setting; specify only {present}")
         if name not in _warned and (setting.file is None or setting.file.suffix in (".yaml", ".yml")):
             _warned.add(name)
-            print(f"WARNING: {setting.prefix}{name} is now called {present}", file=sys.stderr)
+            print(f"WARNING: {setting.prefix}{name} is deprecated; use {present} instead", file=sys.stderr)
     return {former.get(name, name): setting for name, setting in layer.items()}
 
 
@@ -257,19 +257,19 @@ def _add_value(found: Schema, values: dict[str, Any], key: str, setting: Setting
     elif _takes_mapping(found.fields.get(parent)):
         if not isinstance(setting.value, str):
             kind = show_value(setting.value) if isinstance(setting.value, dict | list | NoneType) else _masked(setting)
-            raise InputError(f"{setting.prefix}{key} is {kind}; it must be a string, in quotes")
+            raise InputError(f"{setting.prefix}{key} is {kind}; it must be a quoted string")
         values.setdefault(parent, {})[name] = setting.value
     elif field is not None and setting.file is not None:
         if _takes_mapping(found.fields[field]):
-            raise InputError(f"{setting.prefix}{parent} is a mapping; it must be a string, in quotes")
-        convert_value(field, Setting({}, setting.file), found.fields[field])  # raises: the file has a mapping there
+            raise InputError(f"{setting.prefix}{parent} is a mapping; it must be a quoted string")
+        convert_value(field, Setting({}, setting.file), found.fields[field])  # raises: the value is a mapping
     elif key not in found.sections:
         what, dashes = ("unknown option", "--") if setting.file is None else ("unknown key", "")
         options = ("--config", "--resume") if dashes else ()
         suggestion = found.suggestion(key, dashes, options)
         raise InputError(f"{setting.prefix}{what} {dashes + key!r}; {suggestion}")
     elif setting.value is not None and setting.value != {}:
-        raise InputError(f"{setting.prefix}{key} is {show_value(setting.value)}; it must be a section of fields")
+        raise InputError(f"{setting.prefix}{key} is {show_value(setting.value)}; it must be a mapping of fields")
 
 
 def _masked(setting: Setting) -> str:
@@ -286,7 +286,7 @@ def convert_value(key: str, setting: Setting, annotation: Any) -> Any:
         return value
     if typing.get_origin(annotation) is Mapping:
         if value:
-            raise InputError(f"{setting.prefix}{key} is {_masked(setting)}; it must be a section of NAME: VALUE")
+            raise InputError(f"{setting.prefix}{key} is {_masked(setting)}; it must be a mapping of NAME: VALUE pairs")
         return {}
     if _takes_mapping(annotation) and isinstance(value, dict):
         return {name: convert_value(f"{key}.{name}", Setting(x, setting.file), str) for name, x in value.items()}
@@ -326,7 +326,7 @@ def _convert_item(key: str, setting: Setting, kind: Any) -> Any:
     needed = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
     for name in [name for name in setting.value if name not in hints] + sorted(needed - set(setting.value)):
         problem = "missing" if name in needed else "unknown"
-        raise InputError(f"{setting.prefix}{key}.{name} is {problem}; the fields are {', '.join(hints)}")
+        raise InputError(f"{setting.prefix}{key}.{name} is {problem}; valid fields are {', '.join(hints)}")
     values = {
         name: convert_value(f"{key}.{name}", Setting(value, setting.file), hints[name])
         for name, value in setting.value.items()

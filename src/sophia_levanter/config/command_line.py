@@ -22,23 +22,23 @@ USAGE = """\
 usage: python -m sophia_levanter.main --config FILE [--SECTION.FIELD VALUE ...] [--plugins MODULE]
        [--resume DIR|auto] [--print_config] [--quiet] [--help]
 
-Trains a language model.
+Train a language model.
 
-  --config FILE          YAML file with any of the fields below; `defaults: [FILE, ...]` in it names files to start from
-  --SECTION.FIELD VALUE  overrides one field of the file; quote globs so that the shell does not expand them
-  --plugins MODULE       first imports your own module, which registers optimizers, models, schedules, ...
-  --resume DIR           continues the run in DIR; needs no --config
-  --resume auto          continues the run in trainer.run_dir if there is one; otherwise starts it
-  --print_config         prints the resolved configuration and exits
-  --quiet                prints only warnings and, at the end, the result and the checkpoint
-  --help                 prints this and exits"""
+  --config FILE          YAML file that sets any of the fields below; `defaults: [FILE, ...]` in it includes other files
+  --SECTION.FIELD VALUE  override a field in the file; quote globs to prevent shell expansion
+  --plugins MODULE       import a module that registers your own optimizers, models, schedules, ...
+  --resume DIR           resume the run in DIR; --config is not required
+  --resume auto          resume the run in trainer.run_dir if it exists; otherwise start a new run
+  --print_config         print the resolved configuration and exit
+  --quiet                print only warnings, the final result and the checkpoint path
+  --help                 show this help message and exit"""
 
 TYPE_NAMES = {"str": "TEXT", "int": "INT", "float": "NUMBER", "bool": "true|false"}
 HELP_COLUMN = 60
 
 
 def help_text() -> str:
-    """The usage, followed by each field with its type, default and help, section by section."""
+    """The usage, followed by the type, default and help text of each field, section by section."""
     found, parts = schema(TrainConfig), [USAGE]
     for path, cls in found.sections.items():
         if path and path not in found.choices:
@@ -116,13 +116,13 @@ def parse_command_line(argv: Sequence[str]) -> Command:
     print_config, quiet = "--print_config" in given.flags, "--quiet" in given.flags
     resume = given.options.get("--resume")
     if resume is None or resume == "auto":
-        hint = "config/gpt2_nano_sophia.yaml is a small one to start with"
+        hint = "try config/gpt2_nano_sophia.yaml, a small model"
         path = Path(given.needed("--config", "FILE", hint))
         config = load_config(path, given.overrides)
         return Command(config, path.stem, "auto" if resume else None, print_config, quiet)
     if "--config" in given.options:
         own = given.options["--config"]
-        raise InputError(f"--config {own} cannot be combined with --resume {resume}, which has its own config")
+        raise InputError(f"--config {own} cannot be combined with --resume {resume}, which uses the run's own config")
     if any(name == "trainer.run_dir" for name, _ in given.overrides):
         raise InputError(f"--trainer.run_dir cannot be combined with --resume {resume}, which is the run directory")
     run_dir = existing_run(Path(resume))
@@ -181,7 +181,7 @@ def existing_run(run_dir: Path) -> Path:
         raise InputError(f"--resume {run_dir}: the directory does not exist")
     config = run_dir / "config.yaml"
     if not config.is_file():
-        raise InputError(f"--resume {run_dir}: contains no config.yaml; name a run directory")
+        raise InputError(f"--resume {run_dir}: config.yaml not found; specify a run directory")
     if not config.stat().st_size:
-        raise InputError(f"--resume {run_dir}: its config.yaml is empty; restore the run's configuration")
+        raise InputError(f"--resume {run_dir}: config.yaml is empty; restore the run's configuration")
     return run_dir

@@ -14,12 +14,12 @@ from sophia_levanter.files import check_utf8
 
 @dataclass(frozen=True)
 class MixturePart(Settings):
-    """One of several training texts in a mixture."""
+    """One of the training texts in a mixture."""
 
     section: ClassVar[str] = "data.train"
 
-    source: str = setting(MISSING, "text, given as in data.train", empty="name a file, hub:NAME, ...")
-    weight: float = setting(1.0, "share of its sequences, relative to the other weights", above=0)
+    source: str = setting(MISSING, "text source, in the same form as data.train", empty="specify a file, hub:NAME, ...")
+    weight: float = setting(1.0, "sampling weight, relative to the other sources", above=0)
 
 
 @dataclass(frozen=True)
@@ -34,39 +34,43 @@ class DataConfig(Settings):
     section: ClassVar[str] = "data"
 
     train: tuple[MixturePart, ...] | str = setting(
-        "python_stdlib", "training text: files, hub:NAME, ...; in YAML also a list of sources with weights"
+        "python_stdlib", "training text: files, hub:NAME, ...; in YAML, also a list of sources with weights"
     )
     validation: Mapping[str, str] | str | None = setting(
         None,
-        "validation text, like train; in YAML also several as NAME: SOURCE; if not given, part of train is held out",
-        empty="leave it out to hold out a part of data.train",
+        "validation text, specified like train; in YAML, also NAME: SOURCE pairs; if unset, part of train is held out",
+        empty="omit it to hold out part of data.train",
     )
     tokenizer: str = setting("bytes", "bytes, or the name of a tiktoken encoding such as gpt2")
-    text_field: str = setting("text", "field of a JSONL, Parquet or dataset record that contains the text")
+    text_field: str = setting("text", "name of the text field in JSONL, Parquet and dataset records")
     validation_fraction: float = setting(
-        0.05, "share of the documents held out if validation is not given", above=0, below=1
+        0.05, "fraction of documents to hold out if validation is unset", above=0, below=1
     )
     invalid_utf8: str = setting(
-        "error", "for bytes that are not UTF-8: stop, or replace them with U+FFFD", choices=("error", "replace")
+        "error", "how to handle invalid UTF-8; replace inserts U+FFFD", choices=("error", "replace")
     )
-    on_leak: str = setting("warn", "for documents that are in both train and validation", choices=("warn", "error"))
-    bad_rows: str = setting("error", "for rows without text: stop, or skip and count them", choices=("error", "skip"))
+    on_leak: str = setting("warn", "how to report documents in both train and validation", choices=("warn", "error"))
+    bad_rows: str = setting(
+        "error", "how to handle rows without text; skipped rows are counted", choices=("error", "skip")
+    )
     document_separator: str | None = setting(
         None,
         "split texts at this string, such as <|endoftext|>; each piece is a document",
-        empty="leave it out to make each text one document",
+        empty="omit it to treat each text as one document",
     )
-    mask_documents: bool = setting(False, "attention and positions stop at the end-of-text between documents")
-    num_workers: int | None = setting(None, "tokenizing processes; null: one per core, 0: only this process", low=0)
-    cache_dir: str = setting("~/.cache/sophia_levanter", "directory of the token stores")
+    mask_documents: bool = setting(False, "restrict attention to one document at a time and restart positions in each")
+    num_workers: int | None = setting(
+        None, "number of tokenizer processes; null: one per core, 0: main process only", low=0
+    )
+    cache_dir: str = setting("~/.cache/sophia_levanter", "directory for token stores")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train == ():
-            raise InputError("data.train is empty; name a file, hub:NAME, ...")
+            raise InputError("data.train is empty; specify a file, hub:NAME, ...")
         check_utf8("data.cache_dir", self.cache_dir)
         if not isinstance(self.train, str) and self.validation is None:
-            raise InputError("data.validation is missing; a mixture in data.train has no held-out part")
+            raise InputError("data.validation is missing; it is required if data.train is a mixture")
         if isinstance(self.validation, Mapping):
             _check_sets(self.validation)
 
@@ -98,11 +102,11 @@ def validation_field(name: str) -> str:
 
 def _check_sets(sets: Mapping[str, str]) -> None:
     if not sets:
-        raise InputError("data.validation is empty; name a source, or several as NAME: SOURCE")
+        raise InputError("data.validation is empty; specify a source, or several as NAME: SOURCE")
     for name, source in sets.items():
         check_name("data.validation", name)
         if not source:
-            raise InputError(f"{validation_field(name)} is empty; name a file, hub:NAME, ... or leave it out")
+            raise InputError(f"{validation_field(name)} is empty; specify a file, hub:NAME, ..., or omit it")
 
 
 def check_name(field: str, name: str) -> None:
@@ -113,4 +117,4 @@ def check_name(field: str, name: str) -> None:
     """
     # `encode` shortens a mapping whose only key is `type`.
     if name == "type" or not re.fullmatch("[A-Za-z0-9_-]+", name):
-        raise InputError(f"{field} has the name {name!r}; use letters, digits, _ and -, but not the name type")
+        raise InputError(f"{field}: {name!r} is not a valid name; use letters, digits, _ and - ('type' is reserved)")

@@ -1,4 +1,4 @@
-"""Configuration files: strict YAML, in which a `defaults:` list names other files to start from.
+"""Configuration files: strict YAML with an optional `defaults:` list of files to include.
 
 Only mappings, lists and YAML 1.2 scalars are accepted. `6e-4` is a number; `yes`, `0123` and `12:30` are strings.
 Duplicate keys, anchors, aliases and tags are rejected, so a file can never construct arbitrary Python objects.
@@ -49,11 +49,11 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             problem = (
-                f"anchors and aliases are not allowed; quote a string that starts with * or &, share by {DEFAULTS_KEY}"
+                f"anchors and aliases are not allowed; quote strings that start with * or &, or use {DEFAULTS_KEY}"
             )
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         if getattr(event, "tag", None) is not None:
-            problem = f"the tag {event.tag} is not allowed; quote a string that starts with !"
+            problem = f"the tag {event.tag} is not allowed; quote strings that start with !"
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 
@@ -143,7 +143,7 @@ def _read_layers(path: Path, including: tuple[Path, ...], count: Iterator[int]) 
 
 
 def _read_tree(path: Path, included_from: Path | None) -> dict[Any, Any]:
-    reader = "" if included_from is None else f"; {included_from} names it under {DEFAULTS_KEY}"
+    reader = "" if included_from is None else f"; it is listed under {DEFAULTS_KEY} in {included_from}"
     try:
         text = read_regular(path, MOST_BYTES).decode("utf-8")
     except FileNotFoundError:
@@ -164,7 +164,7 @@ def _read_tree(path: Path, included_from: Path | None) -> dict[Any, Any]:
         return {}
     if not isinstance(tree, dict):
         raise InputError(
-            f"{path} contains a {type(tree).__name__}; it must be a mapping of sections such as `optimizer:`"
+            f"{path} contains a {type(tree).__name__}; it must contain a mapping of sections such as `optimizer:`"
         )
     return tree
 
@@ -183,7 +183,7 @@ def flatten(tree: Mapping[Any, Any], file: Path, prefix: str = "") -> Layer:
     layer: Layer = {}
     for key, value in tree.items():
         if "." in str(key):
-            raise InputError(f"{file}: key {prefix + str(key)!r} has a dot; write the section with the field inside it")
+            raise InputError(f"{file}: key {prefix + str(key)!r} contains a dot; nest the field under its section")
         if isinstance(value, Mapping) and value:
             layer |= flatten(value, file, f"{prefix}{key}.")
         else:

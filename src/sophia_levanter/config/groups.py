@@ -22,25 +22,27 @@ class GroupConfig(Settings):
 
     section: ClassVar[str] = "optimizer.groups"
 
-    match: str | None = setting(None, "regular expression that matches part of their paths, such as wte|wpe")
-    learning_rate: float | str = setting("1 x", "peak rate, or a factor on optimizer.learning_rate such as 0.1 x")
-    weight_decay: float | None = setting(None, "weight decay, instead of optimizer.weight_decay", low=0)
-    role: str | None = setting(None, "role of the parameters in the model, instead of match", choices=ROLES)
+    match: str | None = setting(None, "regular expression to search for in parameter paths, such as wte|wpe")
+    learning_rate: float | str = setting("1 x", "peak rate, or a multiple of optimizer.learning_rate such as 0.1 x")
+    weight_decay: float | None = setting(None, "weight decay; overrides optimizer.weight_decay", low=0)
+    role: str | None = setting(None, "role of the parameters in the model; an alternative to match", choices=ROLES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.match is None and self.role is None:
-            raise InputError("optimizer.groups: match is missing; a group needs either match or role")
+            raise InputError("optimizer.groups: match is missing; a group requires either match or role")
         if self.match is not None and self.role is not None:
-            raise InputError(f"optimizer.groups: match {self.match!r} and role {self.role!r} are both given; keep one")
+            raise InputError(f"optimizer.groups: match {self.match!r} and role {self.role!r} are both set; keep one")
         try:
             re.compile(self.match or "")
         except re.error as error:
-            raise InputError(f"optimizer.groups: match {self.match!r} is not a regular expression: {error}") from None
+            raise InputError(
+                f"optimizer.groups: match {self.match!r} is an invalid regular expression: {error}"
+            ) from None
         if self.factor(1.0) is None:
             raise InputError(
                 f"optimizer.groups: learning_rate is {self.learning_rate!r}; "
-                "it must be a rate, or a factor such as 0.1 x"
+                "it must be a number, or a multiple such as 0.1 x"
             )
 
     def build(self, peak: float) -> ParameterGroup:

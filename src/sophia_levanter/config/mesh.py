@@ -26,7 +26,7 @@ PROCESS_COUNTS = {
 
 @dataclass(frozen=True)
 class MeshConfig(Settings):
-    """The layout of the devices, and the mesh axes that the model's named axes are split over.
+    """The layout of the devices, and the mesh axes over which the model's named axes are sharded.
 
     Raises:
         InputError: if a size is out of range or an axis has an unknown name.
@@ -35,26 +35,26 @@ class MeshConfig(Settings):
     section: ClassVar[str] = "mesh"
 
     replica: int = setting(
-        1, "device groups with slow links between them (slices, nodes); each has all parameters and its own rows", low=1
+        1, "device groups connected by slow links (slices, nodes); each holds all parameters and its own rows", low=1
     )
-    data: int = setting(-1, "devices per group, each with its own rows; -1: all remaining devices")
-    sequence: int = setting(1, "devices that a row's positions are split over", low=1)
-    model: int = setting(1, "devices that heads, mlp and vocab are split over (tensor parallelism)", low=1)
+    data: int = setting(-1, "number of devices per group, each with its own rows; -1: all remaining devices")
+    sequence: int = setting(1, "number of devices over which positions are sharded (sequence parallelism)", low=1)
+    model: int = setting(1, "number of devices over which heads, mlp and vocab are sharded (tensor parallelism)", low=1)
     fsdp: str | None = setting(
         None,
-        "named axis of parameters, optimizer state and gradients that is split over data, such as embed",
+        "named axis of parameters, gradients and optimizer state to shard over data",
         choices=("embed", "mlp", "heads", "vocab", "layers"),
     )
-    heads: str | None = setting("model", "mesh axis that attention heads are split over", choices=("model",))
-    mlp: str | None = setting("model", "mesh axis that the MLP's hidden units are split over", choices=("model",))
-    vocab: str | None = setting("model", "mesh axis that the vocabulary is split over", choices=("model",))
-    position: str | None = setting("sequence", "mesh axis that positions are split over", choices=("sequence",))
-    coordinator: str | None = setting(None, "HOST:PORT where process 0 listens; auto: ask the TPU pod or Slurm")
-    num_processes: int | None = setting(None, "with HOST:PORT: number of processes of the run", low=1)
-    process_id: int | None = setting(None, "with HOST:PORT: index of this process, from 0", low=0)
+    heads: str | None = setting("model", "mesh axis over which attention heads are sharded", choices=("model",))
+    mlp: str | None = setting("model", "mesh axis over which the MLP's hidden units are sharded", choices=("model",))
+    vocab: str | None = setting("model", "mesh axis over which the vocabulary is sharded", choices=("model",))
+    position: str | None = setting("sequence", "mesh axis over which positions are sharded", choices=("sequence",))
+    coordinator: str | None = setting(None, "HOST:PORT on which process 0 listens; auto: detect on TPU pods and Slurm")
+    num_processes: int | None = setting(None, "with HOST:PORT only: number of processes in the run", low=1)
+    process_id: int | None = setting(None, "with HOST:PORT only: index of this process, starting at 0", low=0)
     start_timeout: int = setting(300, "seconds to wait for the other processes", low=1)
     heartbeat_timeout: int = setting(
-        20, "seconds without a heartbeat after which a process counts as dead and all processes exit", low=1
+        20, "seconds without a heartbeat before a process is considered dead and all processes exit", low=1
     )
 
     def __post_init__(self) -> None:
@@ -68,16 +68,16 @@ class MeshConfig(Settings):
         if self.coordinator is None or self.coordinator == "auto":
             for name, value in (("num_processes", count), ("process_id", this)):
                 if value is not None:
-                    raise InputError(f"mesh.{name} {value} needs mesh.coordinator HOST:PORT")
+                    raise InputError(f"mesh.{name} {value} requires mesh.coordinator HOST:PORT")
             return
         host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise InputError(f"mesh.coordinator is {self.coordinator!r}; it must be HOST:PORT, auto or null")
         if count is None or this is None:
             missing = "num_processes" if count is None else "process_id"
-            raise InputError(f"mesh.{missing} is missing; mesh.coordinator {self.coordinator} needs it")
+            raise InputError(f"mesh.{missing} is missing; mesh.coordinator {self.coordinator} requires it")
         if this >= count:
-            raise InputError(f"mesh.process_id is {this}; it must be between 0 and {count - 1}, mesh.num_processes - 1")
+            raise InputError(f"mesh.process_id is {this}; it must be from 0 to {count - 1} (mesh.num_processes - 1)")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """The size of each mesh axis on `num_devices` devices, in mesh order.
@@ -88,7 +88,7 @@ class MeshConfig(Settings):
         if (self.num_processes or 1) > num_devices:
             raise InputError(
                 f"mesh.num_processes is {self.num_processes}, but there are only {num_devices} devices; "
-                "every process needs at least one"
+                "each process requires at least one"
             )
         sizes = {name: getattr(self, name) for name in MESH_AXES}
         others = math.prod(size for name, size in sizes.items() if name != "data")
@@ -98,7 +98,7 @@ class MeshConfig(Settings):
             return sizes
         shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "data 1"
         raise InputError(
-            f"mesh: {shown} needs {math.prod(sizes.values())} devices, but there are {num_devices}; "
+            f"mesh: {shown} requires {math.prod(sizes.values())} devices, but there are {num_devices}; "
             f"use {self._fitting(num_devices)}"
         )
 
@@ -143,8 +143,8 @@ def check_launcher(config: MeshConfig, environment: Mapping[str, str]) -> None:
         if count.isdecimal() and int(count) > 1 and all(other in environment for other in others):
             raise InputError(
                 f"{name} is {count}, but mesh.coordinator is null, so each of the {count} processes would train its "
-                "own model; launch one run with python -m sophia_levanter.commands.launch or set mesh.coordinator, "
-                f"mesh.num_processes and mesh.process_id; unset {name} for separate runs"
+                "own model; for a single run, use python -m sophia_levanter.commands.launch or set mesh.coordinator, "
+                f"mesh.num_processes and mesh.process_id; for separate runs, unset {name}"
             )
 
 

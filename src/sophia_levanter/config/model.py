@@ -38,15 +38,15 @@ class ModelConfig(Settings, ChoiceRegistry):
     section: ClassVar[str] = "model"
     title: ClassVar[str] = "model"  # the model's name in messages
 
-    seq_len: int = setting(1024, "tokens in a training sequence; the longest context", low=1, high=LARGEST)
+    seq_len: int = setting(1024, "tokens per training sequence; also the maximum context length", low=1, high=LARGEST)
     vocab_rows: int | None = setting(
         None,
-        "rows of the token embedding, if more than the tokenizer's tokens; extra rows are never predicted",
+        "number of token embedding rows, if larger than the vocabulary; extra rows are never predicted",
         low=1,
         high=LARGEST,
     )
     loss_block_size: int = setting(
-        256, "positions whose logits are in memory at a time in the loss", low=1, high=LARGEST, free=True
+        256, "number of positions whose logits the loss computes at a time", low=1, high=LARGEST, free=True
     )
 
     def build(self, *, vocab_size: int, key: jax.Array) -> LanguageModel:
@@ -83,8 +83,8 @@ class ModelConfig(Settings, ChoiceRegistry):
         """
         if documents:
             raise InputError(
-                f"data.mask_documents is true, but {self.title} reads all documents of a sequence as one text; "
-                "set it to false, or use a transformer"
+                f"data.mask_documents is true, but {self.title} cannot mask documents; "
+                "set it to false or use a transformer"
             )
         return None
 
@@ -116,40 +116,40 @@ class TransformerConfig(ModelConfig):
 
     is_family: ClassVar[bool] = True  # these settings are kept when the type changes to another transformer
 
-    num_layers: int = setting(12, "transformer blocks", low=1, high=LARGEST)
-    num_heads: int = setting(12, "attention heads; must divide embed_dim", low=1, high=LARGEST)
+    num_layers: int = setting(12, "number of transformer blocks", low=1, high=LARGEST)
+    num_heads: int = setting(12, "number of attention heads; must divide embed_dim", low=1, high=LARGEST)
     embed_dim: int = setting(768, "width of the residual stream", low=1, high=LARGEST)
     dropout: float = setting(
-        0.0, "dropout rate on embeddings, attention weights and each block's two outputs", low=0, below=1, free=True
+        0.0, "dropout rate for embeddings, attention weights, and attention and MLP outputs", low=0, below=1, free=True
     )
-    layer_norm_epsilon: float = setting(1e-5, "added to the variance in norms", above=0)
+    layer_norm_epsilon: float = setting(1e-5, "epsilon added to the variance in normalization layers", above=0)
     initializer_range: float = setting(0.02, "standard deviation of the initial weights", above=0, free=True)
     gradient_checkpointing: str = setting(
         "full",
-        "what a block's backward pass recomputes: none, full, or all but dots; offload moves them to the host",
+        "activations recomputed in the backward pass; dots keeps matrix products, offload moves them to the host",
         choices=("none", "full", "dots", "offload"),
         free=True,
     )
     scan_unroll: int = setting(
-        1, "layers per scan step; more take longer to compile and run faster on CPUs", low=1, high=LARGEST, free=True
+        1, "layers per scan step; larger values compile slower and run faster on CPUs", low=1, high=LARGEST, free=True
     )
     attention: str = setting(
         "auto",
-        "blocked (CPUs), cudnn (GPUs), splash (TPUs), xla, or auto for the fastest on the device",
+        "attention implementation; auto selects the fastest for the device (blocked: CPU, cudnn: GPU, splash: TPU)",
         choices=("auto", "blocked", "xla", "cudnn", "splash"),
         free=True,
     )
     parametrization: str = setting(
         "standard",
-        "how initial weights and learning rates scale with the size; mup takes those of a smaller model",
+        "how initialization and learning rates scale with size; mup reuses a smaller model's hyper-parameters",
         choices=("standard", "mup"),
     )
     base_embed_dim: int | None = setting(None, "mup only: embed_dim of the smaller model", low=1, high=LARGEST)
     base_head_size: int | None = setting(
-        None, "mup only: head size of the smaller model; defaults to this model's", low=1, high=LARGEST
+        None, "mup only: head size of the smaller model; defaults to this model's value", low=1, high=LARGEST
     )
     base_num_layers: int | None = setting(
-        None, "mup only: num_layers of the smaller model; defaults to this model's", low=1, high=LARGEST
+        None, "mup only: num_layers of the smaller model; defaults to this model's value", low=1, high=LARGEST
     )
 
     def __post_init__(self) -> None:
@@ -157,12 +157,14 @@ class TransformerConfig(ModelConfig):
         _ = self.head_dim  # raises if the number of heads does not divide the width
         if self.parametrization == "mup" and self.base_embed_dim is None:
             raise InputError(
-                "model.base_embed_dim is missing; with model.parametrization mup, set it to the width at which "
+                "model.base_embed_dim is missing; model.parametrization mup requires the width at which "
                 "the hyper-parameters were tuned"
             )
         for name in ("base_embed_dim", "base_head_size", "base_num_layers"):
             if self.parametrization == "standard" and (value := getattr(self, name)) is not None:
-                raise InputError(f"model.{name} is {value}, but model.parametrization is 'standard'; set it to mup")
+                raise InputError(
+                    f"model.{name} is {value}, but model.parametrization is 'standard'; use mup or omit it"
+                )
 
     @property
     def head_dim(self) -> int:
@@ -184,29 +186,29 @@ class TransformerConfig(ModelConfig):
 
     @property
     def query_factor(self) -> float:
-        """On queries; with mup, scores are q k / head_size times the square root of the base's head size."""
+        """The factor on queries; with mup, scores are q k / head_size times the square root of the base's head size."""
         base = self.base_head_size or self.head_dim
         return 1.0 if self.parametrization == "standard" else (base / self.head_dim) ** 0.5
 
     @property
     def block_factor(self) -> float:
-        """On the outputs of attention and MLP: 1 / depth with mup (arXiv 2505.01618, alpha 1)."""
+        """The factor on attention and MLP outputs: 1 / depth with mup (arXiv 2505.01618, alpha 1)."""
         return 1 / self.growth.depth
 
     @property
     def logits_factor(self) -> float:
-        """On final hidden states, and so on logits: 1 / width with mup, whether the head is tied or not."""
+        """The factor on final hidden states, and thus on logits: 1 / width with mup, for tied and untied heads."""
         return 1 / self.growth.width
 
     def forward_factors(self) -> dict[str, float]:
-        return {"queries": self.query_factor, "blocks' outputs": self.block_factor, "logits": self.logits_factor}
+        return {"queries": self.query_factor, "block outputs": self.block_factor, "logits": self.logits_factor}
 
     def weight_std(self, *, hidden: bool = False, residual: bool = False) -> float:
         """The standard deviation of initial weights.
 
         Args:
-            hidden: for a linear map between hidden states; with mup the variance is divided by the width.
-            residual: for a map that writes to the residual stream: divided by sqrt(2 layers), those of the base.
+            hidden: for a linear map between hidden states; with mup, the variance is divided by the width.
+            residual: for a map that writes to the residual stream; the result is divided by sqrt(2 layers of the base).
         """
         width, depth = self.growth
         std = self.initializer_range * ((2 * self.num_layers / depth) ** -0.5 if residual else 1)
@@ -225,7 +227,7 @@ class TransformerConfig(ModelConfig):
 
     @property
     def _key_heads(self) -> str:
-        """The number of key and value heads as text, if it differs from the number of query heads."""
+        """The number of key/value heads as text, if it differs from the number of query heads."""
         return ""
 
     def attention_on(self, platform: str, dtype: str, *, split_positions: bool, documents: bool = False) -> str:
@@ -252,7 +254,7 @@ class TransformerConfig(ModelConfig):
 
     @property
     def KVHeads(self) -> Axis:
-        """The axis of the key and value heads."""
+        """The axis of the key/value heads."""
         return self.Heads
 
     @property
@@ -275,18 +277,18 @@ class Gpt2Config(TransformerConfig):
 
     title: ClassVar[str] = "GPT-2"
 
-    mlp_ratio: int = setting(4, "hidden width of the MLP, as a multiple of embed_dim", low=1, high=LARGEST)
-    use_bias: bool = setting(False, "biases in linear layers and layer norms")
+    mlp_ratio: int = setting(4, "hidden width of the MLP as a multiple of embed_dim", low=1, high=LARGEST)
+    use_bias: bool = setting(False, "use biases in linear layers and layer norms")
     scale_attn_by_inverse_layer_idx: bool = setting(
-        False, "divide attention scores by 1 + the layer index, which starts at 0"
+        False, "divide attention scores by layer index + 1, where the index starts at 0"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scale_attn_by_inverse_layer_idx and self.growth.depth != 1:
             raise InputError(
-                f"model.base_num_layers is {self.base_num_layers}, but with model.scale_attn_by_inverse_layer_idx the "
-                "scores depend on the depth; set one of them to the default"
+                f"model.base_num_layers is {self.base_num_layers}, but model.scale_attn_by_inverse_layer_idx makes "
+                "attention scores depend on depth; omit one of them"
             )
 
     def build(self, *, vocab_size: int, key: jax.Array) -> LanguageModel:
@@ -305,7 +307,7 @@ class Gpt2Config(TransformerConfig):
 @ModelConfig.register_subclass("llama")
 @dataclass(frozen=True)
 class LlamaConfig(TransformerConfig):
-    """A decoder in the style of Llama (Touvron et al. 2023); with `qk_norm`, of Qwen3 (2025).
+    """A decoder in the style of Llama (Touvron et al. 2023) or, with `qk_norm`, Qwen3 (2025).
 
     Raises:
         InputError: if a value is out of bounds, `num_kv_heads` does not divide `num_heads`, or the head size is odd
@@ -315,18 +317,18 @@ class LlamaConfig(TransformerConfig):
     title: ClassVar[str] = "Llama"
 
     num_kv_heads: int | None = setting(
-        None, "key and value heads; must divide num_heads; num_heads if not given", low=1, high=LARGEST
+        None, "number of key/value heads; must divide num_heads; defaults to num_heads", low=1, high=LARGEST
     )
-    head_size: int | None = setting(None, "size of a head; embed_dim / num_heads if not given", low=2, high=LARGEST)
+    head_size: int | None = setting(None, "head size; defaults to embed_dim / num_heads", low=2, high=LARGEST)
     intermediate_dim: int | None = setting(
         None,
-        "hidden width of the MLP; 8/3 of embed_dim, rounded up to a multiple of 64, if not given",
+        "hidden width of the MLP; defaults to 8/3 of embed_dim, rounded up to a multiple of 64",
         low=1,
         high=LARGEST,
     )
-    rope_theta: float = setting(10000.0, "base of the rotary positions' wavelengths", above=0)
-    qk_norm: bool = setting(False, "RMSNorm of each head's queries and keys, as in Qwen3")
-    tie_embeddings: bool = setting(False, "use the token embedding as output head")
+    rope_theta: float = setting(10000.0, "base period of the rotary position embeddings", above=0)
+    qk_norm: bool = setting(False, "apply RMSNorm to each head's queries and keys, as in Qwen3")
+    tie_embeddings: bool = setting(False, "use the token embedding as the output head")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -335,7 +337,7 @@ class LlamaConfig(TransformerConfig):
             check_divisor("model.num_heads", self.num_heads, "model.embed_dim", self.embed_dim)
         if self.head_dim % 2:
             raise InputError(
-                f"the head size is {self.head_dim}, but rotary positions need an even size; "
+                f"the head size is {self.head_dim}, but rotary position embeddings require an even size; "
                 "set model.head_size or change model.num_heads"
             )
 
@@ -357,7 +359,7 @@ class LlamaConfig(TransformerConfig):
 
     @property
     def kv_heads(self) -> int:
-        """The number of key and value heads."""
+        """The number of key/value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
@@ -372,7 +374,7 @@ class LlamaConfig(TransformerConfig):
 
     @property
     def _key_heads(self) -> str:
-        return "" if self.kv_heads == self.num_heads else f" ({self.kv_heads} of keys and values)"
+        return "" if self.kv_heads == self.num_heads else f" ({counted(self.kv_heads, 'key/value head')})"
 
 
 def check_divisor(name: str, divisor: int, other: str, number: int) -> None:

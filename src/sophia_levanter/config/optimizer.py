@@ -19,8 +19,8 @@ from sophia_levanter.errors import InputError
 if TYPE_CHECKING:
     from sophia_levanter.optim import Estimator, Optimizer, ParameterGroup
 
-FINAL_FRACTION = "learning rate at the last step, as a fraction of the peak; ignored by constant"
-RHO = "scale of the curvature; coordinates with |m| >= rho * h take a clipped step; auto adjusts rho by the win rate"
+FINAL_FRACTION = "final learning rate as a fraction of the peak; ignored by constant and inverse_sqrt"
+RHO = "scale of the curvature; updates are clipped where |m| >= rho * h; auto adjusts rho to reach target_win_rate"
 SMALLEST_EPS = 1e-37  # smaller values become 0 in float32
 
 
@@ -36,25 +36,25 @@ class OptimizerConfig(Settings, ChoiceRegistry):
 
     learning_rate: float = setting(6e-4, "peak learning rate, reached at the end of the warm-up", above=0)
     final_fraction: float = setting(0.025, FINAL_FRACTION, low=0, high=1)
-    final_learning_rate: float | None = setting(None, "rate at the last step, instead of final_fraction", low=0)
+    final_learning_rate: float | None = setting(None, "final learning rate; overrides final_fraction", low=0)
     schedule: ScheduleConfig = field(default_factory=CosineSchedule)
     warmup: float | int = setting(
-        0.02, f"steps of linear warm-up to the peak, {OR_FRACTION}", low=0, steps=True, former="warmup_steps"
+        0.02, f"number of linear warm-up steps, {OR_FRACTION}", low=0, steps=True, former="warmup_steps"
     )
-    weight_decay: float = setting(0.1, "decoupled decay of matrices and embeddings, not of biases and norms", low=0)
-    momentum_dtype: str = setting("float32", "dtype of the momentum, or first moment, between steps", choices=DTYPES)
+    weight_decay: float = setting(0.1, "decoupled weight decay; not applied to biases and norms", low=0)
+    momentum_dtype: str = setting("float32", "dtype in which the momentum (first moment) is stored", choices=DTYPES)
     groups: tuple[GroupConfig, ...] = setting(
-        (), "parameters with their own settings: [{match: wte|wpe, learning_rate: 0.1 x, weight_decay: 0}, ...]"
+        (), "parameter groups with their own settings: [{match: wte|wpe, learning_rate: 0.1 x, weight_decay: 0}, ...]"
     )
-    hyperball: bool = setting(False, "keep the norm of each matrix; learning_rate is then the angle of its steps")
-    cautious_weight_decay: bool = setting(False, "decay only coordinates that the step does not move away from zero")
+    hyperball: bool = setting(False, "keep the norm of each matrix fixed; learning_rate is the angle of each update")
+    cautious_weight_decay: bool = setting(False, "decay only coordinates that the update does not move away from zero")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.schedule.decays and self.last_learning_rate > self.learning_rate:
             raise InputError(
                 f"optimizer.final_learning_rate is {self.final_learning_rate}; it must be between 0 and "
-                f"optimizer.learning_rate, {self.learning_rate}; optimizer.final_fraction scales with the learning rate"
+                f"optimizer.learning_rate {self.learning_rate}; or use optimizer.final_fraction, which scales with it"
             )
 
     @property
@@ -71,7 +71,7 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         """
         steps = trainer.num_train_steps
         if self.warmup > steps:
-            raise InputError(f"optimizer.warmup {self.warmup} is more than trainer.num_train_steps {steps}")
+            raise InputError(f"optimizer.warmup {self.warmup} exceeds trainer.num_train_steps {steps}")
 
     def build(self, num_train_steps: int) -> Optimizer:
         """Build the optimizer for a run of `num_train_steps` steps."""
@@ -141,41 +141,41 @@ class OptimizerConfig(Settings, ChoiceRegistry):
 class SophiaConfig(OptimizerConfig):
     """Settings that Sophia-G and Sophia-H share (arXiv 2305.14342, Algorithm 3)."""
 
-    b1: float = setting(0.965, "decay of the momentum m", low=0, below=1)
-    b2: float = setting(0.99, "decay of the curvature h, per refresh", low=0, below=1)
+    b1: float = setting(0.965, "decay rate of the momentum m", low=0, below=1)
+    b2: float = setting(0.99, "decay rate of the curvature h, per refresh", low=0, below=1)
     rho: float | Literal["auto"] = setting(0.05, RHO, above=0, choices=("auto",))
-    eps: float = setting(1e-12, "floor of rho * h", low=SMALLEST_EPS)
-    weight_decay: float = setting(0.2, "decoupled decay of matrices and embeddings, not of biases and norms", low=0)
-    interval: int = setting(10, "steps between refreshes of the curvature", low=1)
-    bias_correct_momentum: bool = setting(True, "divide m by 1 - b1^steps; the paper does not")
-    bias_correct_curvature: bool = setting(True, "divide h by 1 - b2^refreshes; the paper does not")
+    eps: float = setting(1e-12, "lower bound on rho * h", low=SMALLEST_EPS)
+    weight_decay: float = setting(0.2, "decoupled weight decay; not applied to biases and norms", low=0)
+    interval: int = setting(10, "steps between curvature refreshes", low=1)
+    bias_correct_momentum: bool = setting(True, "divide m by 1 - b1^steps (not in the paper)")
+    bias_correct_curvature: bool = setting(True, "divide h by 1 - b2^refreshes (not in the paper)")
     curvature_batch_fraction: float = setting(
-        1.0, "fraction of the batch that refreshes the curvature, in whole microbatches", above=0, high=1
+        1.0, "fraction of the batch used to refresh the curvature, rounded to whole microbatches", above=0, high=1
     )
     curvature_microbatch_size: int | None = setting(
-        None, "sequences in a curvature microbatch; trainer.microbatch_size if not given", low=1
+        None, "sequences per curvature microbatch; defaults to trainer.microbatch_size", low=1
     )
     target_win_rate: float | None = setting(
-        None, "adjust rho until this share of the coordinates is unclipped; 0.3 if rho is auto", above=0, below=1
+        None, "adjust rho so that this fraction of coordinates is unclipped; 0.3 if rho is auto", above=0, below=1
     )
     denominator: str = setting(
         "max", "max(rho * h, eps), or rho * h + eps as in the authors' code (sophia_g only)", choices=("max", "add")
     )
     refresh_order: str = setting(
-        "before", "whether a new estimate enters h before or after the step's update", choices=("before", "after")
+        "before", "whether to refresh h before or after the update", choices=("before", "after")
     )
-    first_refresh: int = setting(0, "first step that refreshes the curvature", low=0)
-    initial_refreshes: int = setting(0, "number of first steps that all refresh, before the interval applies", low=0)
-    cautious: bool = setting(False, "omit coordinates whose step opposes this batch's gradient")
+    first_refresh: int = setting(0, "index of the first step that refreshes the curvature", low=0)
+    initial_refreshes: int = setting(0, "number of initial steps that each refresh, before interval applies", low=0)
+    cautious: bool = setting(False, "skip coordinates whose update opposes the current gradient")
     basis: str = setting(
         "parameters",
-        "basis in which h is diagonal: parameters, or kronecker, the eigenvectors of both sides of each matrix",
+        "basis in which h is diagonal; kronecker uses the eigenvectors of both sides of each matrix",
         choices=("parameters", "kronecker"),
     )
-    basis_b2: float = setting(0.9, "kronecker only: decay of the moments behind the basis, per refresh", low=0, below=1)
-    basis_max_size: int = setting(4096, "kronecker only: larger sides of a matrix are not rotated", low=1)
+    basis_b2: float = setting(0.9, "kronecker only: decay rate of the basis moments, per refresh", low=0, below=1)
+    basis_max_size: int = setting(4096, "kronecker only: largest matrix side to rotate", low=1)
     curvature_dtype: str = setting(
-        "float32", "dtype of h between refreshes; bfloat16 loses small changes", choices=DTYPES
+        "float32", "dtype in which h is stored; bfloat16 loses small changes", choices=DTYPES
     )
 
     def check_run(self, trainer: TrainerConfig) -> None:
@@ -220,11 +220,11 @@ class SophiaConfig(OptimizerConfig):
 
     def describe_curvature(self, trainer: TrainerConfig) -> str:
         count, size = self.curvature_microbatches(trainer)
-        first = f", at each of the first {self.initial_refreshes} steps" if self.initial_refreshes else ""
+        first = f" and in each of the first {self.initial_refreshes}" if self.initial_refreshes else ""
         basis = ", in a Kronecker basis" if self.basis == "kronecker" else ""
         target = f" for a win rate of {self.target_win_rate:g}" if self.target_win_rate else ""
         share = count * size / trainer.batch_size
-        return f"every {self.interval} steps, on {share:.0%} of the batch{first}{basis}, rho {self.rho}{target}"
+        return f"every {self.interval} steps{first}, on {share:.0%} of the batch{basis}, rho {self.rho}{target}"
 
 
 @OptimizerConfig.register_subclass("sophia_g")
@@ -237,22 +237,22 @@ class SophiaGConfig(SophiaConfig):
     """
 
     curvature_batch_fraction: float = setting(
-        0.5, "fraction of the batch that refreshes the curvature, in whole microbatches", above=0, high=1
+        0.5, "fraction of the batch used to refresh the curvature, rounded to whole microbatches", above=0, high=1
     )
     curvature_reduce: str = setting(
         "square_then_average",
-        "order of squaring and averaging microbatch gradients; the authors average first",
+        "order of squaring and averaging microbatch gradients; the authors' code averages first",
         choices=("square_then_average", "average_then_square"),
     )
     curvature_labels: str = setting(
         "sampled",
-        "labels of the squared gradient: sampled from the model, or the true ones of the data",
+        "labels for the squared gradient: sampled from the model, or the true labels from the data",
         choices=("sampled", "data"),
     )
     curvature_extra_pass: bool = setting(
         True,
-        "estimate with one more backward pass; if false, the part of the batch that refreshes the curvature uses "
-        "sampled labels only and does not contribute to the gradient",
+        "use an extra backward pass for the estimate; if false, the part of the batch that refreshes the curvature "
+        "uses only sampled labels and does not contribute to the gradient",
     )
     curvature_max_grad_norm: float | None = setting(
         None, "clip the sampled gradient to this norm; 1.0 in the authors' code", above=0
@@ -273,7 +273,7 @@ class SophiaGConfig(SophiaConfig):
             if not self.curvature_extra_pass and count * size >= part.batch_size:
                 raise InputError(
                     f"optimizer.curvature_extra_pass is false, but optimizer.curvature_batch_fraction "
-                    f"{self.curvature_batch_fraction} leaves no microbatch of {part.batch_size} sequences "
+                    f"{self.curvature_batch_fraction} leaves none of the {part.batch_size} sequences "
                     "for the gradient; set trainer.microbatch_size or a smaller fraction"
                 )
 
@@ -286,20 +286,20 @@ class SophiaHConfig(SophiaConfig):
     rho: float | Literal["auto"] = setting(0.01, RHO, above=0, choices=("auto",))
     probe: str = setting(
         "rademacher",
-        "distribution of the random direction; the paper's is gaussian",
+        "distribution of the random probes; the paper uses gaussian",
         choices=("rademacher", "gaussian"),
     )
-    num_probes: int = setting(1, "random directions that an estimate averages over", low=1)
+    num_probes: int = setting(1, "number of random probes to average per estimate", low=1)
     curvature_batch_fraction: float = setting(
-        0.07, "fraction of the batch that refreshes the curvature, in whole microbatches", above=0, high=1
+        0.07, "fraction of the batch used to refresh the curvature, rounded to whole microbatches", above=0, high=1
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.denominator == "add":
             raise InputError(
-                "optimizer.denominator is 'add', but the curvature of sophia_h may be negative, "
-                "where an added eps turns the step uphill; use max"
+                "optimizer.denominator is 'add', but sophia_h's curvature may be negative, "
+                "in which case adding eps can reverse the update; use max"
             )
 
     def build_estimator(self) -> Estimator:
@@ -313,11 +313,11 @@ class SophiaHConfig(SophiaConfig):
 class AdamWConfig(OptimizerConfig):
     """AdamW (Loshchilov and Hutter 2019), from optax."""
 
-    b1: float = setting(0.9, "decay of the first moment", low=0, below=1)
-    b2: float = setting(0.95, "decay of the second moment", low=0, below=1)
-    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
-    nesterov: bool = setting(False, "look ahead in the first moment: NAdamW")
-    cautious: bool = setting(False, "omit coordinates whose step opposes this batch's gradient")
+    b1: float = setting(0.9, "decay rate of the first moment", low=0, below=1)
+    b2: float = setting(0.95, "decay rate of the second moment", low=0, below=1)
+    eps: float = setting(1e-8, "added to the square root of the second moment", above=0)
+    nesterov: bool = setting(False, "use Nesterov momentum (NAdamW)")
+    cautious: bool = setting(False, "skip coordinates whose update opposes the current gradient")
 
     def build(self, num_train_steps: int) -> Optimizer:
         from sophia_levanter.optim import AdamW
@@ -332,8 +332,8 @@ class LionConfig(OptimizerConfig):
 
     learning_rate: float = setting(1e-4, "peak learning rate, reached at the end of the warm-up", above=0)
     final_fraction: float = setting(0.05, FINAL_FRACTION, low=0, high=1)
-    b1: float = setting(0.95, "weight of the momentum in the step", low=0, below=1)
-    b2: float = setting(0.98, "decay of the momentum", low=0, below=1)
+    b1: float = setting(0.95, "weight of the momentum in the update", low=0, below=1)
+    b2: float = setting(0.98, "decay rate of the momentum", low=0, below=1)
 
     def build(self, num_train_steps: int) -> Optimizer:
         from sophia_levanter.optim import Lion
@@ -344,12 +344,12 @@ class LionConfig(OptimizerConfig):
 @OptimizerConfig.register_subclass("muon")
 @dataclass(frozen=True)
 class MuonConfig(OptimizerConfig):
-    """Muon (Jordan et al. 2024), from optax, for the blocks' matrices; AdamW with Nesterov momentum for the rest."""
+    """Muon (Jordan et al. 2024), from optax, for matrices in the blocks; AdamW with Nesterov momentum for the rest."""
 
-    beta: float = setting(0.95, "decay of the matrices' momentum", low=0, below=1)
-    b1: float = setting(0.9, "decay of the first moment of the rest", low=0, below=1)
-    b2: float = setting(0.95, "decay of the second moment of the rest", low=0, below=1)
-    eps: float = setting(1e-8, "added to the root of the second moment and to a matrix's norm", above=0)
+    beta: float = setting(0.95, "decay rate of the momentum for matrices", low=0, below=1)
+    b1: float = setting(0.9, "decay rate of the first moment for all other parameters", low=0, below=1)
+    b2: float = setting(0.95, "decay rate of the second moment for all other parameters", low=0, below=1)
+    eps: float = setting(1e-8, "added to the square root of the second moment and to each matrix norm", above=0)
 
     def build(self, num_train_steps: int) -> Optimizer:
         from sophia_levanter.models.language_model import matrix_axes
@@ -361,13 +361,13 @@ class MuonConfig(OptimizerConfig):
 @OptimizerConfig.register_subclass("soap")
 @dataclass(frozen=True)
 class SoapConfig(OptimizerConfig):
-    """SOAP (Vyas et al. 2024) for the blocks' matrices; AdamW for the rest."""
+    """SOAP (Vyas et al. 2024) for the matrices in the blocks; AdamW for the rest."""
 
-    b1: float = setting(0.95, "decay of the first moment", low=0, below=1)
-    b2: float = setting(0.95, "decay of the second moments", low=0, below=1)
-    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
-    interval: int = setting(10, "steps between updates of the basis", low=1)
-    basis_max_size: int = setting(4096, "larger sides of a matrix are not rotated", low=1)
+    b1: float = setting(0.95, "decay rate of the first moment", low=0, below=1)
+    b2: float = setting(0.95, "decay rate of the second moments", low=0, below=1)
+    eps: float = setting(1e-8, "added to the square root of the second moment", above=0)
+    interval: int = setting(10, "steps between basis updates", low=1)
+    basis_max_size: int = setting(4096, "largest matrix side to rotate", low=1)
 
     def build(self, num_train_steps: int) -> Optimizer:
         from sophia_levanter.models.language_model import matrix_axes
@@ -382,14 +382,14 @@ class SoapConfig(OptimizerConfig):
 class AdEMAMixConfig(OptimizerConfig):
     """AdEMAMix (Pagliardini et al. 2024): AdamW with a second, slower average of the gradient."""
 
-    b1: float = setting(0.9, "decay of the fast average", low=0, below=1)
-    b2: float = setting(0.999, "decay of the second moment", low=0, below=1)
-    b3: float = setting(0.9999, "decay of the slow average", low=0, below=1)
-    alpha: float = setting(5.0, "weight of the slow average in the step", low=0)
+    b1: float = setting(0.9, "decay rate of the fast average", low=0, below=1)
+    b2: float = setting(0.999, "decay rate of the second moment", low=0, below=1)
+    b3: float = setting(0.9999, "decay rate of the slow average", low=0, below=1)
+    alpha: float = setting(5.0, "weight of the slow average in the update", low=0)
     slow_warmup: float | int | None = setting(
-        None, f"steps over which b3 and alpha grow, {OR_FRACTION}; the whole run if not given", low=0, steps=True
+        None, f"steps over which b3 and alpha increase, {OR_FRACTION}; defaults to the whole run", low=0, steps=True
     )
-    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
+    eps: float = setting(1e-8, "added to the square root of the second moment", above=0)
 
     def build(self, num_train_steps: int) -> Optimizer:
         from sophia_levanter.optim import AdEMAMix

@@ -34,10 +34,12 @@ class Registry(dict[str, Any]):
         """A decorator that registers a function or class under a name, which is also the prefix of its metrics.
 
         Raises:
-            ValueError: if the name is reserved, taken or not an identifier.
+            ValueError: if the name is reserved, already taken or not an identifier.
         """
         if name in (*METRICS, *CALLBACKS, *BUILT_IN) or not name.isidentifier():
-            raise ValueError(f"the {self._kind} name {name!r} is reserved, taken or not an identifier; choose another")
+            raise ValueError(
+                f"{self._kind} name {name!r} is reserved, already taken or not an identifier; choose another"
+            )
 
         def register(registered: T) -> T:
             self[name] = registered
@@ -54,9 +56,9 @@ class Registry(dict[str, Any]):
         for name in names:
             if name not in self:
                 nearest = difflib.get_close_matches(name, self, n=1)
-                known = f"the registered ones are {', '.join(self)}" if self else f"--plugins adds {self._kind}s"
+                known = f"registered {self._kind}s are {', '.join(self)}" if self else "use --plugins to register it"
                 hint = f"did you mean {nearest[0]}?" if nearest else known
-                raise InputError(f"trainer.{self._kind}s has {name!r}, which is not registered; {hint}")
+                raise InputError(f"trainer.{self._kind}s contains {name!r}, which is not registered; {hint}")
 
 
 METRICS, CALLBACKS = Registry("metric"), Registry("callback")
@@ -108,7 +110,7 @@ def _names(setting: Setting) -> list[str]:
 def _import(name: str, setting: Setting) -> None:
     if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
         raise InputError(
-            f"{setting.prefix}{KEY}: {show_value(name)} is not a module name; for my_module.py write my_module"
+            f"{setting.prefix}{KEY}: {show_value(name)} is not a module name; for my_module.py, use my_module"
         )
     # `python -m` searches the working directory for modules; a console script does not.
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -117,10 +119,8 @@ def _import(name: str, setting: Setting) -> None:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise InputError(f"{setting.prefix}{KEY}: {name} needs {error.name}, which is not installed") from error
-        raise InputError(
-            f"{setting.prefix}{KEY}: the module {name} was not found; add its folder to PYTHONPATH"
-        ) from error
+            raise InputError(f"{setting.prefix}{KEY}: {name} requires {error.name}, which is not installed") from error
+        raise InputError(f"{setting.prefix}{KEY}: module {name} not found; add its directory to PYTHONPATH") from error
     except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}")
         raise InputError(f"{setting.prefix}{KEY}: {name} cannot be imported: {reason}") from error

@@ -31,21 +31,21 @@ class TrackingConfig(Settings):
 
     wandb: str | None = setting(
         None,
-        "log to Weights & Biases: online, or offline into RUN_DIR/wandb for a later `wandb sync`",
+        "log to Weights & Biases; offline writes to RUN_DIR/wandb for a later `wandb sync`",
         choices=("online", "offline"),
     )
-    wandb_project: str = setting("sophia_levanter", "project of the run")
-    wandb_entity: str | None = setting(None, "user or team of the project; the account's default if null")
-    wandb_name: str | None = setting(None, "name of the run; the run directory's if null")
-    wandb_group: str | None = setting(None, "group that the run belongs to")
-    tensorboard: bool = setting(False, "write event files into RUN_DIR/tensorboard")
+    wandb_project: str = setting("sophia_levanter", "W&B project")
+    wandb_entity: str | None = setting(None, "W&B user or team; defaults to the account's default entity")
+    wandb_name: str | None = setting(None, "W&B run name; defaults to the run directory's name")
+    wandb_group: str | None = setting(None, "W&B group for the run")
+    tensorboard: bool = setting(False, "write TensorBoard event files to RUN_DIR/tensorboard")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("wandb_project", "wandb_entity", "wandb_name", "wandb_group"):
             value = getattr(self, name)
             if value is not None and not 0 < len(value.strip()) <= len(value) <= _LONGEST_NAME:
-                raise InputError(f"tracking.{name} is {value!r}; it must have 1 to {_LONGEST_NAME} characters")
+                raise InputError(f"tracking.{name} is {value!r}; it must be 1 to {_LONGEST_NAME} characters long")
         if found := [char for char in self.wandb_project if char in _NOT_IN_A_PROJECT]:
             raise InputError(
                 f"tracking.wandb_project is {self.wandb_project!r}; a project name cannot contain {found[0]!r}"
@@ -68,7 +68,7 @@ def _check_package(package: str, setting: str, extra: str) -> None:
     spec = find_spec(package)
     # wandb creates a folder named wandb in the working directory. `find_spec` finds it too, but without an origin.
     if spec is None or spec.origin is None:
-        raise InputError(f"{setting}, but {package} is not installed; pip install 'sophia-levanter[{extra}]'")
+        raise InputError(f"{setting}, but {package} is not installed; run pip install 'sophia-levanter[{extra}]'")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class TrainConfig:
         InputError: if the sections are inconsistent with each other.
     """
 
-    plugins: tuple[str, ...] = setting((), "Python modules to import first, which register parts of the run")
+    plugins: tuple[str, ...] = setting((), "Python modules to import first, such as those that register models")
     model: ModelConfig = field(default_factory=Gpt2Config)
     optimizer: OptimizerConfig = field(default_factory=SophiaGConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -92,10 +92,10 @@ class TrainConfig:
         sets, best_by = self.data.validation_sets, self.trainer.best_by
         if best_by is not None and best_by not in sets:
             named = [name for name in sets if name]
-            hint = f"the sets are {', '.join(named)}" if named else "write its sets as NAME: SOURCE, or leave it out"
-            raise InputError(f"trainer.best_by is {best_by!r}, which is not a set of data.validation; {hint}")
+            hint = f"valid sets are {', '.join(named)}" if named else "specify sets as NAME: SOURCE, or omit best_by"
+            raise InputError(f"trainer.best_by is {best_by!r}, which is not a set in data.validation; {hint}")
         if self.mesh.coordinator is not None and self.trainer.run_dir is None:
-            raise InputError("trainer.run_dir is missing; the processes of mesh.coordinator must agree on it")
+            raise InputError("trainer.run_dir is missing; all processes of mesh.coordinator must use the same one")
 
 
 def with_steps(config: TrainConfig) -> TrainConfig:
@@ -156,8 +156,8 @@ def check_parameters(config: TrainConfig, num_devices: int, vocab_size: int | No
         rows = model.embedding_rows(vocab_size)
         if model.vocab_rows not in (None, rows):
             raise InputError(
-                f"model.vocab_rows {model.vocab_rows} is less than the {vocab_size} tokens of data.tokenizer "
-                f"{config.data.tokenizer}; leave it out, or set it to at least {vocab_size}"
+                f"model.vocab_rows {model.vocab_rows} is less than the {vocab_size} tokens in data.tokenizer "
+                f"{config.data.tokenizer}; omit it, or set it to at least {vocab_size}"
             )
-        axes["vocab"] = (f"the vocabulary of data.tokenizer {config.data.tokenizer}, padded,", pad_vocab(rows))
+        axes["vocab"] = (f"padded vocabulary size (data.tokenizer {config.data.tokenizer})", pad_vocab(rows))
     check_divides(mesh.sizes(num_devices), mesh.parameter_mapping, axes)

@@ -73,10 +73,10 @@ class ConstantSchedule(ScheduleConfig):
 @ScheduleConfig.register_subclass("wsd")
 @dataclass(frozen=True)
 class WarmupStableDecaySchedule(ScheduleConfig):
-    """The peak, then a decay to the final learning rate at the end (arXiv 2404.06395; 1-sqrt: arXiv 2405.18392)."""
+    """The peak, followed by a decay to the final learning rate (arXiv 2404.06395; 1-sqrt: arXiv 2405.18392)."""
 
     decay: float | int = setting(
-        0.2, "steps of the decay, or a fraction of the steps after the warm-up if below 1", above=0, steps=True
+        0.2, "number of decay steps, or a fraction of the steps after the warm-up if below 1", above=0, steps=True
     )
     shape: str = setting("linear", "shape of the decay", choices=("linear", "cosine", "1-sqrt"))
 
@@ -104,7 +104,7 @@ class InverseSqrtSchedule(ScheduleConfig):
 
     decays: ClassVar[bool] = False
 
-    timescale: int = setting(10_000, "steps after the warm-up until the rate is 0.71 of the peak", low=1)
+    timescale: int = setting(10_000, "steps after the warm-up until the learning rate drops to 0.71 of the peak", low=1)
 
     def build(self, peak: float, final: float, num_steps: int) -> Schedule:
         return lambda count: peak * (self.timescale / (self.timescale + count)) ** 0.5

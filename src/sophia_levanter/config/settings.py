@@ -38,7 +38,7 @@ class Declaration:
     above: float | None = None
     below: float | None = None
     choices: Collection[str] = ()
-    empty: str = "leave it out for the default"
+    empty: str = "omit it to use the default"
     free: bool = False
     steps: bool = False
     former: str = ""

@@ -20,12 +20,12 @@ TASKS = ("hellaswag", "piqa", "arc", "lambada")
 
 @dataclass(frozen=True)
 class BatchSizeChange(Settings):
-    """A new batch size from a step on."""
+    """A new batch size that takes effect at a step."""
 
     section: ClassVar[str] = "trainer.batch_size_changes"
 
-    step: int = setting(MISSING, "first step with this size, counted from 0", low=1)
-    batch_size: int = setting(MISSING, "sequences in a step", low=1, high=MOST_WINDOWS)
+    step: int = setting(MISSING, "first step with this batch size, counting from 0", low=1)
+    batch_size: int = setting(MISSING, "sequences per step", low=1, high=MOST_WINDOWS)
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class TaskConfig(Settings):
     section: ClassVar[str] = "trainer.tasks"
 
     task: str = setting(MISSING, "benchmark", choices=TASKS)
-    file: str = setting(MISSING, "questions, in the JSON lines format of the benchmark's authors", empty="name a file")
-    name: str | None = setting(None, "NAME in tasks/NAME/accuracy, ...; the task if not given")
+    file: str = setting(MISSING, "questions, in the benchmark authors' JSON Lines format", empty="specify a file")
+    name: str | None = setting(None, "name in metrics, as in tasks/NAME/accuracy; defaults to the task")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,76 +60,78 @@ class TrainerConfig(Settings):
 
     section: ClassVar[str] = "trainer"
 
-    num_train_steps: int = setting(100_000, "optimizer steps in the whole run", low=1, high=2**31 - 1)
-    batch_size: int = setting(480, "sequences in a step", low=1, high=MOST_WINDOWS)
+    num_train_steps: int = setting(100_000, "number of optimizer steps in the run", low=1, high=2**31 - 1)
+    batch_size: int = setting(480, "sequences per step", low=1, high=MOST_WINDOWS)
     batch_size_changes: tuple[BatchSizeChange, ...] = setting(
-        (), "batch sizes from later steps on: [{step: 1000, batch_size: 960}, ...]"
+        (), "batch size changes during the run: [{step: 1000, batch_size: 960}, ...]"
     )
     microbatch_size: int | None = setting(
-        None, "sequences whose gradient is computed at a time; the whole batch if not given", low=1
+        None, "sequences per microbatch in gradient accumulation; defaults to the whole batch", low=1
     )
     seed: int = setting(
-        0, "seed of the initial weights, data order, dropout and curvature samples", low=0, high=2**32 - 1
+        0, "seed for the initial weights, data order, dropout and curvature samples", low=0, high=2**32 - 1
     )
-    parameter_dtype: str = setting("float32", "dtype of the parameters between steps", choices=DTYPES)
+    parameter_dtype: str = setting("float32", "dtype in which parameters are stored", choices=DTYPES)
     compute_dtype: str = setting("float32", "dtype of activations and matrix products", choices=DTYPES)
     max_grad_norm: float | None = setting(1.0, "clip gradients to this global norm", above=0)
     loss_spike_factor: float | None = setting(
-        None, "skip steps whose loss exceeds this factor times its recent mean", above=1
+        None, "skip steps whose loss exceeds this multiple of the recent mean", above=1
     )
     ema_decay: float | None = setting(
         None,
-        "decay of an exponential moving average of the weights, such as 0.999; no average if not given",
+        "decay rate of an exponential moving average of the weights, such as 0.999; if unset, no average is kept",
         above=0,
         below=1,
     )
     lawa_every: float | int | None = setting(
         None,
-        f"steps between weight snapshots to average, {OR_FRACTION}; no average if not given",
+        f"steps between weight snapshots to average, {OR_FRACTION}; if unset, no average is kept",
         above=0,
         steps=True,
     )
-    lawa_snapshots: int = setting(5, "latest snapshots to average; each takes as much memory as the parameters", low=1)
-    max_skipped_steps: int = setting(10, "consecutive skipped steps before the run gives up or rolls back", low=1)
+    lawa_snapshots: int = setting(
+        5, "number of snapshots to average; each uses as much memory as the parameters", low=1
+    )
+    max_skipped_steps: int = setting(10, "consecutive skipped steps before the run fails or rolls back", low=1)
     max_rollbacks: int = setting(
-        0, "times the run may return to its last good checkpoint and skip the data since then", low=0
+        0, "maximum number of rollbacks to the last good checkpoint; each skips the data seen since then", low=0
     )
     evaluate_every: float | int = setting(
-        0.05, f"steps between validation losses, {OR_FRACTION}; one more is measured at the end", above=0, steps=True
+        0.05, f"steps between evaluations, {OR_FRACTION}; a final one runs at the end", above=0, steps=True
     )
-    evaluation_windows: int | None = setting(
-        512, "sequences in a validation loss, evenly spread; all if not given", low=1
-    )
+    evaluation_windows: int | None = setting(512, "number of evenly spaced sequences per evaluation; null: all", low=1)
     tasks: tuple[TaskConfig, ...] = setting(
-        (), "benchmarks to score: [{task: hellaswag, file: hellaswag_val.jsonl}, ...]"
+        (), "benchmarks to evaluate: [{task: hellaswag, file: hellaswag_val.jsonl}, ...]"
     )
     tasks_every: float | int = setting(
-        0.25, f"steps between scores on the tasks, {OR_FRACTION}; one more is measured at the end", above=0, steps=True
+        0.25, f"steps between task evaluations, {OR_FRACTION}; a final one runs at the end", above=0, steps=True
     )
     checkpoint_every: float | int = setting(
-        1000, f"steps between checkpoints, {OR_FRACTION}; one more is saved at the end", above=0, steps=True
+        1000, f"steps between checkpoints, {OR_FRACTION}; a final one is saved at the end", above=0, steps=True
     )
     checkpoint_minutes: float | None = setting(
         None, "also save when the last checkpoint is this many minutes old", above=0
     )
-    checkpoint_dir: str | None = setting(None, "path, gs:// or s3:// for checkpoints; run_dir/checkpoints if not given")
-    keep_checkpoints: int = setting(2, "number of newest checkpoints to keep", low=1)
-    keep_every: int | None = setting(None, "keep checkpoints at multiples of this many steps forever", low=1)
-    keep_best: bool = setting(True, "keep the saved step with the lowest validation loss (of trainer.best_by)")
+    checkpoint_dir: str | None = setting(
+        None, "path, gs:// or s3:// URL for checkpoints; defaults to run_dir/checkpoints"
+    )
+    keep_checkpoints: int = setting(2, "number of most recent checkpoints to keep", low=1)
+    keep_every: int | None = setting(None, "permanently keep checkpoints at multiples of this many steps", low=1)
+    keep_best: bool = setting(True, "keep the checkpoint with the lowest validation loss (see best_by)")
     best_by: str | None = setting(
-        None, "set of data.validation whose loss selects the best checkpoint; the mean over all sets if not given"
+        None, "validation set whose loss selects the best checkpoint; defaults to the mean over all sets"
     )
     cast_checkpoint: bool = setting(
-        False, "when resuming, convert arrays that were saved in another floating-point dtype"
+        False, "when resuming, convert arrays that were saved in a different floating-point dtype"
     )
     step_timeout: int | None = setting(
-        3600, "seconds that a step, evaluation batch or save may take before the run is aborted", low=1
+        3600, "abort the run if a step, evaluation batch or save takes longer than this many seconds", low=1
     )
-    metrics: tuple[str, ...] = setting((), "registered metrics to measure in each step, such as those of a plug-in")
-    callbacks: tuple[str, ...] = setting((), "registered callbacks that run between steps, such as those of a plug-in")
+    metrics: tuple[str, ...] = setting((), "registered metrics to compute at each step, such as those from a plug-in")
+    callbacks: tuple[str, ...] = setting((), "registered callbacks to run between steps, such as those from a plug-in")
     statistics_every: float | int | None = setting(
         None,
-        f"steps between statistics of each array in each layer, {OR_FRACTION}; none if not given",
+        f"steps between per-layer statistics of each array, {OR_FRACTION}; if unset, none are computed",
         above=0,
         steps=True,
     )
@@ -139,14 +141,13 @@ class TrainerConfig(Settings):
         above=0,
         steps=True,
     )
-    sample_tokens: int = setting(200, "tokens of text to generate at the end of the run", low=0)
-    profile_steps: str | None = setting(None, "FIRST:END, steps to trace into run_dir/profile, END excluded")
+    sample_tokens: int = setting(200, "number of tokens to sample at the end of the run", low=0)
+    profile_steps: str | None = setting(None, "range FIRST:END of steps to trace into run_dir/profile, END excluded")
     initial_weights: str | None = setting(
         None,
-        "folder saved by transformers (GPT-2, Llama, Qwen3) or nanoGPT's ckpt.pt to start from; "
-        "random weights if not given",
+        "initial weights: directory saved by transformers (GPT-2, Llama, Qwen3) or nanoGPT ckpt.pt; random if unset",
     )
-    run_dir: str | None = setting(None, "directory for config, metrics and checkpoints; runs/NAME-TIME if not given")
+    run_dir: str | None = setting(None, "directory for config, metrics and checkpoints; defaults to runs/NAME-TIME")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,7 +155,7 @@ class TrainerConfig(Settings):
         CALLBACKS.check(self.callbacks)
         check_utf8("trainer.checkpoint_dir", self.checkpoint_dir or "")
         if re.match(r"(gs|s3):(?!//)", self.checkpoint_dir or ""):
-            raise InputError(f"trainer.checkpoint_dir is {self.checkpoint_dir}; write a path, gs:// or s3://")
+            raise InputError(f"trainer.checkpoint_dir is {self.checkpoint_dir}; it must be a path, gs:// or s3:// URL")
         if self.microbatch_size is not None and self.batch_size % self.microbatch_size:
             raise InputError(
                 f"trainer.microbatch_size {self.microbatch_size} does not divide trainer.batch_size {self.batch_size}"
@@ -163,15 +164,15 @@ class TrainerConfig(Settings):
         titles = [task.title for task in self.tasks]
         for title in titles:
             if titles.count(title) > 1:
-                raise InputError(f"trainer.tasks has several tasks called {title}; give each its own name")
+                raise InputError(f"trainer.tasks contains several tasks named {title}; give each a unique name")
         if self.ema_decay is not None and self.lawa_every is not None:
             raise InputError(
-                f"trainer.ema_decay is {self.ema_decay} and trainer.lawa_every is {self.lawa_every}; a run keeps only "
-                "one average, so leave one of them out"
+                f"trainer.ema_decay {self.ema_decay} and trainer.lawa_every {self.lawa_every} cannot be combined; "
+                "specify only one"
             )
         if self.lawa_every is not None and self.lawa_every > self.num_train_steps:
             raise InputError(
-                f"trainer.lawa_every {self.lawa_every} is more than trainer.num_train_steps {self.num_train_steps}"
+                f"trainer.lawa_every {self.lawa_every} exceeds trainer.num_train_steps {self.num_train_steps}"
             )
         if self.profile_steps is not None and not self.profiled_steps:
             raise InputError(
@@ -185,11 +186,11 @@ class TrainerConfig(Settings):
     def _check_batch_size_changes(self) -> None:
         steps = [change.step for change in self.batch_size_changes]
         if steps != sorted(set(steps)):
-            raise InputError(f"trainer.batch_size_changes are at the steps {steps}; the steps must increase")
+            raise InputError(f"trainer.batch_size_changes has steps {steps}; steps must be strictly increasing")
         for change in self.batch_size_changes:
             if change.step >= self.num_train_steps:
                 raise InputError(
-                    f"trainer.batch_size_changes has the step {change.step}, which is never reached: "
+                    f"trainer.batch_size_changes contains step {change.step}, which is never reached: "
                     f"trainer.num_train_steps is {self.num_train_steps}"
                 )
             self.at_step(change.step)  # raises if this size would be invalid on its own
@@ -283,16 +284,13 @@ class Sampling(Settings):
         InputError: if a number is out of bounds.
     """
 
-    temperature: float = setting(0.8, "divide logits by it; 0 takes the likeliest token", low=0)
-    top_k: int | None = setting(None, "draw from this many of the likeliest tokens and ties with the last", low=1)
+    temperature: float = setting(0.8, "sampling temperature; 0 always selects the most likely token", low=0)
+    top_k: int | None = setting(None, "sample only from this many of the most likely tokens, including ties", low=1)
     top_p: float | None = setting(
-        None, "draw from the smallest set of likeliest tokens with at least this total probability", above=0, high=1
+        None, "sample from the smallest set of most likely tokens with at least this total probability", above=0, high=1
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if 0 < self.temperature < SMALLEST_TEMPERATURE:
-            raise InputError(
-                f"temperature is {self.temperature}; it must be 0, for the likeliest token, or at least "
-                f"{SMALLEST_TEMPERATURE}"
-            )
+            raise InputError(f"temperature is {self.temperature}; it must be 0 or at least {SMALLEST_TEMPERATURE}")

@@ -76,13 +76,13 @@ def width_exponents(config: OptimizerConfig, model: ModelConfig, optimizer: Any)
     if exponent(1, 1) is None:
         raise InputError(
             f"model.parametrization is 'mup', but optimizer.type {config.get_choice_name(type(config))} does not "
-            "define how its learning rate scales with the width; define width_exponent() in "
-            f"{type(optimizer).__qualname__}, or set model.parametrization standard"
+            "define how its learning rate scales with width; define width_exponent() in "
+            f"{type(optimizer).__qualname__}, or set model.parametrization to standard"
         )
     if config.hyperball and getattr(optimizer, "basis", None) is not None:
         raise InputError(
-            "model.parametrization is 'mup', but no scaling with the width is known for optimizer.hyperball in a "
-            "Kronecker basis; set optimizer.hyperball false, or model.parametrization standard"
+            "model.parametrization is 'mup', which does not support optimizer.hyperball with a Kronecker basis; "
+            "set optimizer.hyperball to false or model.parametrization to standard"
         )
     abstract, width = abstract_model(model, 1), model.growth.width
     exponents: dict[str, float] = {}
@@ -94,8 +94,8 @@ def width_exponents(config: OptimizerConfig, model: ModelConfig, optimizer: Any)
             exponents[name] = exponent(inputs, outputs) + 0.5 * config.hyperball
             if exponent(inputs, outputs) != exponent(round(inputs / width), round(outputs / width)):
                 raise InputError(
-                    f"optimizer.basis_max_size rotates different sides of {name}, {inputs} x {outputs}, than in the "
-                    f"base model; with model.parametrization mup, set it to {max(inputs, outputs)} or more"
+                    f"optimizer.basis_max_size rotates different sides of {name} ({inputs} x {outputs}) than in the "
+                    f"base model; with model.parametrization mup, set it to at least {max(inputs, outputs)}"
                 )
     return exponents
 

@@ -99,8 +99,8 @@ def test_logs_are_the_newest_ones(cluster_file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        ([], "error: name one of create, list, delete, ssh, logs"),
-        (["lst"], "error: 'lst' is not one of create, list, delete, ssh, logs; did you mean list?"),
+        ([], "error: no command given; choose from create, list, delete, ssh, logs"),
+        (["lst"], "error: unknown command 'lst'; choose from create, list, delete, ssh, logs; did you mean list?"),
         (["list"], "error: --cluster FILE is missing"),
         (["list", "--cluster", "nowhere.yaml"], "error: nowhere.yaml"),
         (["delete", "other", "--cluster", "FILE"], "error: other differs from the name in the cluster file, mine"),
