@@ -32,15 +32,21 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
         (["--config", NANO, "--devices", "8", "--gpu", "tpu"], "--gpu is 'tpu'; it must be one of a100-40"),
         (
             ["--config", NANO, "--target", "v4"],
-            "--target is 'v4'; it must be a TPU slice such as v4-32, several such as 2xv4-32, or a TPU and its chips",
+            "--target is 'v4'; it must be a TPU slice such as v4-32, several slices such as 2xv4-32, or a TPU type",
         ),
         (["--config", NANO, "--target", "0xv4-32"], "--target is '0xv4-32'; the number of slices must be at least 1"),
         (
             ["--config", NANO, "--target", "2xv4-8", "--mesh.replica", "4"],
-            "mesh.replica is 4, but --target has 2 slices; set --mesh.replica 2, so that only gradients go between",
+            "mesh.replica is 4, but --target has 2 slices; set --mesh.replica 2, so that only gradients are sent",
         ),
-        (["--config", NANO, "--target", "v4:0x2x4"], "--target is 'v4:0x2x4'; a side of v4 has between 1 and 16 chips"),
-        (["--config", NANO, "--target", "v5e:1000x1000"], "--target is 'v5e:1000x1000'; a side of v5e has between 1"),
+        (
+            ["--config", NANO, "--target", "v4:0x2x4"],
+            "--target is 'v4:0x2x4'; each dimension of a v4 topology must be between 1 and 16",
+        ),
+        (
+            ["--config", NANO, "--target", "v5e:1000x1000"],
+            "--target is 'v5e:1000x1000'; each dimension of a v5e topology",
+        ),
         (["--config", NANO, "--trainer.batch_size", "9" * 20], f"trainer.batch_size is {'9' * 20}; it must be"),
         (
             ["--config", NANO, "--model.embed_dim", "9" * 11],
@@ -92,17 +98,17 @@ def test_a_plan():
     assert lines[1].startswith("approximate")
     assert lines[2].split() == ["attention", "blocked"]
     assert lines[3].split() == ["parameters", "853,120"]
-    plain, refresh = numbers(lines, "together")
+    plain, refresh = numbers(lines, "total")
     assert 0 < plain <= refresh
     assert numbers(lines, "all-gather")[0] > 0
     time = next(i for i, line in enumerate(lines) if line.startswith("time"))
     # So few rows send more than they compute.
     assert lines[time + 1].startswith("  bounded by communication within a node: compute ")
-    assert " products at an MFU of 0.4), memory traffic " in lines[time + 1]
-    assert lines[time + 2] == "  remedy: a larger trainer.batch_size"
+    assert " s at an MFU of 0.4), memory traffic " in lines[time + 1]
+    assert lines[time + 2] == "  hint: use a larger trainer.batch_size"
     assert lines[time + 3].endswith(" days for 1,000 steps of 1,024 tokens")
     assert lines[time + 4].endswith("memory 1,555 GB/s, links within a node 300 GB/s")
-    assert "the largest trainer.microbatch_size that fits is 8, in batches of 8" in lines
+    assert "the largest trainer.microbatch_size that fits is 8 (trainer.batch_size 8)" in lines
     assert any(line.startswith("optimizer.curvature_microbatch_size") or "no optimizer.curv" in line for line in lines)
 
 

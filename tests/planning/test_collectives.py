@@ -126,13 +126,13 @@ def test_how_groups_are_written(written, groups):
 
 def test_a_loop_that_does_not_say_how_often_it_turns():
     hlo = LOOPS.replace("direction=LT", "direction=NE")
-    with pytest.raises(ValueError, match="cannot determine how often the loop inner_body runs"):
+    with pytest.raises(ValueError, match="cannot determine the number of iterations of the loop inner_body"):
         collective_bytes(hlo)
 
 
 def test_groups_in_an_unknown_form():
     hlo = LOOPS.replace("replica_groups=[2,2]<=", "replica_groups=@2")
-    with pytest.raises(ValueError, match="cannot determine which devices take part in a collective"):
+    with pytest.raises(ValueError, match="cannot determine which devices participate in a collective"):
         collective_bytes(hlo)
 
 
@@ -214,7 +214,7 @@ _xla_megascale_target="{{{slices}}}x{{0:3}}",_xla_megascale_transfer_type="{writ
 """
     for nodes in (None, 4 * [0] + 4 * [1] + 4 * [2]):
         assert collective_bytes(hlo, nodes) == pytest.approx({kind: sent})
-    with pytest.raises(ValueError, match="cannot determine which slices take part in a collective"):
+    with pytest.raises(ValueError, match="cannot determine which slices participate in a collective"):
         collective_bytes(hlo.replace(written, "SOMETHING"))
 
 

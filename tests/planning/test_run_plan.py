@@ -44,7 +44,7 @@ def step(within=0.0, between=0.0, **others):
 def test_one_device_is_bounded_by_computation():
     assert lines(step(), pretended_target(1, "h100")) == [
         "time              2 s per step if everything overlaps, 2.25 s if nothing does",
-        "  bounded by compute: compute 2 s (2 products at an MFU of 0.4), memory traffic 0.25 s",
+        "  bounded by compute: compute 2 s (matrix products 2 s at an MFU of 0.4), memory traffic 0.25 s",
         f"  2 to 2.25 {DAYS}",
         f"{COMPUTED}: memory 3,350 GB/s",
     ]
@@ -62,19 +62,19 @@ def test_one_device_with_little_to_compute():
         (
             pretended_target(8, "a100-80"),
             "node",
-            "memory 2,039 GB/s, links within a node 300 GB/s, QR 1.43 TFLOP/s at a side of 2048 (published)",
+            "memory 2,039 GB/s, links within a node 300 GB/s, QR 1.43 TFLOP/s for 2048 x 2048 matrices (published)",
         ),
         (
             tpu_target("v5e:2x4"),
             "slice",
-            "memory 819 GB/s, links within a slice 200 GB/s, QR 0.36 TFLOP/s at a side of 2048 (assumed)",
+            "memory 819 GB/s, links within a slice 200 GB/s, QR 0.36 TFLOP/s for 2048 x 2048 matrices (assumed)",
         ),
     ],
 )
 def test_a_step_bounded_by_computation(target, place, rates):
     assert lines(step(within=1.0, qr=0.5), target) == [
         "time              2.5 s per step if everything overlaps, 3.75 s if nothing does",
-        "  bounded by compute: compute 2.5 s (2 products at an MFU of 0.4, 0.5 QR), memory traffic 0.25 s, "
+        "  bounded by compute: compute 2.5 s (matrix products 2 s at an MFU of 0.4, QR 0.5 s), memory traffic 0.25 s, "
         f"communication within a {place} 1 s",
         f"  2.5 to 3.75 {DAYS}",
         f"{COMPUTED}: {rates}",
@@ -84,9 +84,9 @@ def test_a_step_bounded_by_computation(target, place, rates):
 def test_a_step_bounded_by_communication_between_nodes():
     assert lines(step(within=1.0, between=4.0, newton_schulz=0.5), pretended_target(16, "h100")) == [
         "time              4 s per step if everything overlaps, 7.75 s if nothing does",
-        "  bounded by communication between nodes: compute 2.5 s (2 products at an MFU of 0.4, 0.5 Newton-Schulz), "
-        "memory traffic 0.25 s, communication within a node 1 s, communication between nodes 4 s",
-        "  remedy: a larger trainer.batch_size",
+        "  bounded by communication between nodes: compute 2.5 s (matrix products 2 s at an MFU of 0.4, "
+        "Newton-Schulz 0.5 s), memory traffic 0.25 s, communication within a node 1 s, communication between nodes 4 s",
+        "  hint: use a larger trainer.batch_size",
         f"  4 to 7.75 {DAYS}",
         f"{COMPUTED}: memory 3,350 GB/s, links within a node 450 GB/s, network between nodes 50 GB/s, "
         "Newton-Schulz 247 TFLOP/s (assumed)",
@@ -96,16 +96,16 @@ def test_a_step_bounded_by_communication_between_nodes():
 def test_a_step_on_two_slices():
     assert lines(step(within=1.0, between=4.0), tpu_target("2xv5e-16")) == [
         "time              4 s per step if everything overlaps, 7.25 s if nothing does",
-        "  bounded by communication between slices: compute 2 s (2 products at an MFU of 0.4), memory traffic 0.25 s, "
-        "communication within a slice 1 s, communication between slices 4 s",
-        "  remedy: a larger trainer.batch_size",
+        "  bounded by communication between slices: compute 2 s (matrix products 2 s at an MFU of 0.4), "
+        "memory traffic 0.25 s, communication within a slice 1 s, communication between slices 4 s",
+        "  hint: use a larger trainer.batch_size",
         f"  4 to 7.25 {DAYS}",
         f"{COMPUTED}: memory 819 GB/s, links within a slice 200 GB/s, network between slices 3.125 GB/s",
     ]
 
 
 @pytest.mark.parametrize(
-    ("time", "mesh", "microbatch_size", "remedy"),
+    ("time", "mesh", "microbatch_size", "hint"),
     [
         (step(within=3.0), {"fsdp": "embed"}, None, "a larger trainer.batch_size"),
         (step(within=3.0), {"fsdp": "embed"}, 4, "a larger trainer.microbatch_size"),
@@ -114,15 +114,15 @@ def test_a_step_on_two_slices():
             step(between=3.0),
             {"fsdp": "embed"},
             4,
-            "mesh.replica 2 (only gradients go between nodes) or a larger trainer.microbatch_size",
+            "mesh.replica 2 (only gradients are sent between nodes) or a larger trainer.microbatch_size",
         ),
         (step(between=3.0), {"fsdp": "embed", "replica": 2}, 4, "a larger trainer.microbatch_size"),
     ],
 )
-def test_what_sends_less(time, mesh, microbatch_size, remedy):
+def test_what_sends_less(time, mesh, microbatch_size, hint):
     trainer = replace(CONFIG.trainer, microbatch_size=microbatch_size)
     config = replace(CONFIG, mesh=MeshConfig(**mesh), trainer=trainer)
-    assert lines(time, pretended_target(16, "h100"), config)[2] == f"  remedy: {remedy}"
+    assert lines(time, pretended_target(16, "h100"), config)[2] == f"  hint: use {hint}"
 
 
 def test_a_step_that_does_not_fit():

@@ -95,7 +95,7 @@ def _groups(text: str, devices: Sequence[int]) -> list[list[int]]:
     if match := _MESH.search(text):
         return _mesh_groups(match["axes"], match["ids"], match["grouped"])
     if "replica_groups=" in text:
-        raise ValueError(f"cannot determine which devices take part in a collective: {text[:200]}")
+        raise ValueError(f"cannot determine which devices participate in a collective: {text[:200]}")
     return [list(devices)]
 
 
@@ -201,7 +201,7 @@ def _sent_to_slices(kind: str, instruction: _Instruction, computation: _Computat
     kind = kind.lower().replace("_", "-")
     target = _SLICES.search(instruction.text)
     if kind not in KINDS or target is None:
-        raise ValueError(f"cannot determine which slices take part in a collective: {instruction.text[:200]}")
+        raise ValueError(f"cannot determine which slices participate in a collective: {instruction.text[:200]}")
     spans = re.findall(r"(\d+)(?::(\d+))?", target["slices"])
     slices = sum(int(last or first) - int(first) + 1 for first, last in spans)
     # An all-gather's operand is the device's part of the array.
@@ -249,7 +249,7 @@ def _turns(computations: dict[str, _Computation], loop: _Instruction) -> int:
     limit = next((value for value in limits if value is not None), None)
     index = next((value for value in indices if value is not None), None)
     if compared.opcode != "compare" or "direction=LT" not in compared.text or limit is None or index is None:
-        raise ValueError(f"cannot determine how often the loop {_attribute(loop.text, 'body')} runs")
+        raise ValueError(f"cannot determine the number of iterations of the loop {_attribute(loop.text, 'body')}")
     following = body.instructions.get(body.instructions[body.root].operands[index])
     steps = [_constant(body, name) for name in following.operands] if following else []
     step = next((value for value in steps if value is not None), 1)

@@ -1,4 +1,4 @@
-"""Describe the memory, communication and time of a whole run, in lines for people."""
+"""Describe the memory, communication and time of a whole run in human-readable lines."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
 
     Args:
         config: the run's configuration.
-        name: the configuration's name, for people.
+        name: the configuration's name, for display.
         target: the devices.
         mfu: the expected model FLOPs utilisation.
 
@@ -57,22 +57,22 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     if target.num_slices > 1 and config.mesh.replica != target.num_slices:
         raise InputError(
             f"mesh.replica is {config.mesh.replica}, but --target has {target.num_slices} slices; set --mesh.replica "
-            f"{target.num_slices}, so that only gradients go between them"
+            f"{target.num_slices}, so that only gradients are sent between them"
         )
     check_mesh(config, target.num_devices, vocab_size)
     check_optimizer(config.optimizer, config.model, vocab_size)
     if config.trainer.batch_size_changes:
         largest_part = max(config.trainer.parts, key=lambda trainer: trainer.batch_size)
         config = dataclasses.replace(config, trainer=largest_part)
-        yield f"the batch size changes; all numbers are for batches of {largest_part.batch_size}, the largest"
+        yield f"the batch size changes during the run; all numbers are for the largest, {largest_part.batch_size}"
     partition = partition_of(config.mesh, target.devices())
     attention = attention_of(config, partition)
     state = abstract_state(config, partition, vocab_size)
     yield ", ".join([f"{name} on {target.name}, {counted(target.num_devices, 'device')}", *describe_layout(partition)])
     if target.topology is None:
         yield (
-            "approximate: compiled for this machine's CPU, whose compiler lays out temporaries differently and "
-            "all-reduces where others reduce-scatter"
+            "approximate: compiled for this machine's CPU, whose compiler lays out temporaries differently and uses "
+            "all-reduce instead of reduce-scatter"
         )
     if attention is not None:
         yield f"attention         {attention}"
@@ -96,7 +96,7 @@ def _size(config: TrainConfig, state: object, vocab_size: int) -> Iterator[str]:
     extra = flops / (per_token * config.trainer.batch_size * config.model.seq_len) - 1
     yield f"parameters        {count_parameters(state.model):,}"  # type: ignore[attr-defined]
     yield (
-        f"FLOPs             {flops:.3g} per step, {extra:.1%} of them for curvature and matrices; "
+        f"FLOPs             {flops:.3g} per step, with {extra:.1%} overhead for curvature and matrices; "
         f"{flops * steps:.3g} per run"
     )
 
@@ -106,7 +106,7 @@ def _time(config: TrainConfig, time: StepTime, target: Target, mfu: float) -> It
     yield f"time              {first} s per step if everything overlaps, {last} s if nothing does"
     yield f"  {_bound(time, target, mfu)}"
     if time.bound in (WITHIN, BETWEEN):
-        yield f"  remedy: {' or '.join(_remedies(config, time, target))}"
+        yield f"  hint: use {' or '.join(_remedies(config, time, target))}"
     steps, tokens = config.trainer.num_train_steps, config.trainer.batch_size * config.model.seq_len
     first, last = (f"{seconds * steps / SECONDS_PER_DAY:.3g}" for seconds in (time.overlapped, time.serial))
     yield f"  {first if first == last else f'{first} to {last}'} days for {counted(steps, 'step')} of {tokens:,} tokens"
@@ -115,9 +115,9 @@ def _time(config: TrainConfig, time: StepTime, target: Target, mfu: float) -> It
 
 def _bound(time: StepTime, target: Target, mfu: float) -> str:
     """Describe the longest part of a step and the time that each part takes."""
-    compute = [f"{time.products:.3g} products at an MFU of {mfu:g}"]
-    compute += [f"{time.qr:.3g} QR"] * bool(time.qr)
-    compute += [f"{time.newton_schulz:.3g} Newton-Schulz"] * bool(time.newton_schulz)
+    compute = [f"matrix products {time.products:.3g} s at an MFU of {mfu:g}"]
+    compute += [f"QR {time.qr:.3g} s"] * bool(time.qr)
+    compute += [f"Newton-Schulz {time.newton_schulz:.3g} s"] * bool(time.newton_schulz)
     details = {COMPUTE: f" ({', '.join(compute)})"}
 
     def times(*parts: str) -> str:
@@ -139,7 +139,7 @@ def _rates(time: StepTime, target: Target) -> Iterator[str]:
         yield f"network between {'slices' if target.topology else 'nodes'} {chip.network / 1e9:g} GB/s"
     if time.qr:
         source = "published" if chip.qr_measured else "assumed"
-        yield f"QR {chip.qr_flops / 1e12:g} TFLOP/s at a side of {QR_SIDE} ({source})"
+        yield f"QR {chip.qr_flops / 1e12:g} TFLOP/s for {QR_SIDE} x {QR_SIDE} matrices ({source})"
     if time.newton_schulz:
         yield f"Newton-Schulz {chip.newton_schulz_flops / 1e12:g} TFLOP/s (assumed)"
 
@@ -148,7 +148,7 @@ def _remedies(config: TrainConfig, time: StepTime, target: Target) -> Iterator[s
     """Settings that reduce the bytes that a device sends per token."""
     mesh = config.mesh
     if time.bound == BETWEEN and mesh.fsdp is not None and mesh.replica < target.num_nodes:
-        yield f"mesh.replica {target.num_nodes} (only gradients go between nodes)"
+        yield f"mesh.replica {target.num_nodes} (only gradients are sent between nodes)"
     for axis in ("sequence", "model"):
         if getattr(mesh, axis) > 1:
             yield f"a smaller mesh.{axis}"
@@ -177,20 +177,20 @@ def _memory(
     ]
     totals = [None if plan.temporaries is None else plan.arguments + plan.temporaries for plan in plans.values()]
     name, unit = ("GiB", GIB) if max(sum(known.values()), *(total or 0 for total in totals)) >= GIB else ("MiB", MIB)
-    yield f"{name} per device, of {target.chip.memory / unit:,.0f}:"
+    yield f"{name} per device ({target.chip.memory / unit:,.0f} available):"
     yield _heading(plans)
-    for kind, size in {**known, "gradients' sum": gradients}.items():
+    for kind, size in {**known, "gradient sum": gradients}.items():
         yield _row(kind, [size] * len(plans), unit)
     # The batch, and the padding that layouts add to the state's arrays.
     yield _row("batch and padding", [plan.arguments - sum(known.values()) for plan in plans.values()], unit)
     yield _row("activations", kept, unit)
     yield _row("other temporaries", rest, unit)
-    yield _row("together", totals, unit)
+    yield _row("total", totals, unit)
     if True in plans and None not in (plans[True].temporaries, plans[False].temporaries):
         ratio = plans[True].temporaries / plans[False].temporaries  # type: ignore[operator]
         yield f"  the refresh step's temporaries are {ratio:.2f} times the plain step's"
     if not all(plan.fits(target.chip.memory) for plan in plans.values()):
-        yield "  it does not fit"
+        yield "  the run does not fit in memory"
 
 
 def _heading(plans: Iterable[bool]) -> str:
@@ -198,7 +198,7 @@ def _heading(plans: Iterable[bool]) -> str:
 
 
 def _row(name: str, cells: Iterable[float | str | None], unit: float) -> str:
-    shown = ["too much" if x is None else x if isinstance(x, str) else f"{x / unit:.2f}" for x in cells]
+    shown = ["does not fit" if x is None else x if isinstance(x, str) else f"{x / unit:.2f}" for x in cells]
     return f"  {name:22}" + "".join(f"{cell:>14}" for cell in shown)
 
 
@@ -210,17 +210,17 @@ def _collectives(
     kinds = sorted({kind for plan in plans.values() for kind in plan.collectives})
     totals = {refresh: sum(plan.collectives.values()) for refresh, plan in plans.items()}
     name, unit = ("GB", 1e9) if max(totals.values()) >= 1e9 else ("MB", 1e6)
-    yield f"{name} that each device sends per step:"
+    yield f"{name} sent by each device per step:"
     yield _heading(plans)
     for kind in kinds:
         yield _row(kind, [plan.collectives.get(kind, 0) for plan in plans.values()], unit)
-    yield _row("together", totals.values(), unit)
+    yield _row("total", totals.values(), unit)
     if any(plan.between_nodes for plan in plans.values()):
         others = "to other slices" if partition.platform == "tpu" else "to other nodes"
         yield _row(others, [plan.between_nodes for plan in plans.values()], unit)
     if config.mesh.fsdp is not None:
         least = fsdp_minimum(config, partition, state)
-        yield _row("least for FSDP", ["-" if least[r] is None else least[r] for r in plans], unit)
+        yield _row("FSDP minimum", ["-" if least[r] is None else least[r] for r in plans], unit)
     if True in plans:
         yield f"  {sum(mean_bytes_sent(config, plans)) / unit:.2f} on average over the run"
 
@@ -272,7 +272,7 @@ def _largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: i
     if found is None:
         least = f"trainer.microbatch_size {partition.row_shards}, the smallest"
         return f"{least}, does not fit in {memory / GIB:.0f} GiB; use more devices with mesh.fsdp or mesh.model"
-    return f"the largest trainer.microbatch_size that fits is {found}, in batches of {config.trainer.batch_size}"
+    return f"the largest trainer.microbatch_size that fits is {found} (trainer.batch_size {config.trainer.batch_size})"
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:

@@ -1,4 +1,4 @@
-"""The devices that a plan is for, and Google Cloud's TPU slices.
+"""The target devices of a plan, and Google Cloud's TPU slices.
 
 Facts about slices are from https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e; runtime versions), read in November
 2026.
@@ -31,10 +31,10 @@ LIBTPU_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Target:
-    """The devices that a run is planned for.
+    """The devices to plan a run for.
 
     Attributes:
-        name: the target's name, for people.
+        name: the target's name, for display.
         num_devices: number of chips.
         chip: the kind of chip.
         topology: libtpu's name for a slice's topology; None for devices simulated on this machine's CPU.
@@ -74,7 +74,7 @@ class Target:
             described = topologies.get_topology_desc(platform="tpu", topology_name=self.topology, **options)
         except Exception as error:
             if importlib.util.find_spec("libtpu") is None:
-                raise InputError("--target needs libtpu: pip install 'sophia-levanter[tpu]'") from None
+                raise InputError("--target requires libtpu; run pip install 'sophia-levanter[tpu]'") from None
             raise InputError(f"--target {self.name}: {' '.join(str(error).split())[:200]}") from None
         return described.devices
 
@@ -109,17 +109,20 @@ def _slice_target(text: str) -> Target:
     match = re.fullmatch(r"(\w+):(\d{1,9}(?:x\d{1,9})+)", text)
     if match is None or match[1] not in TPUS:
         raise InputError(
-            f"--target is {text!r}; it must be a TPU slice such as v4-32, several such as 2xv4-32, or a TPU and "
-            f"its chips along each axis, such as v4:2x2x4 or v5e:4x8 ({', '.join(TPUS)})"
+            f"--target is {text!r}; it must be a TPU slice such as v4-32, several slices such as 2xv4-32, or a TPU "
+            f"type and topology such as v4:2x2x4 or v5e:4x8 (types: {', '.join(TPUS)})"
         )
     sides = [int(n) for n in match[2].split("x")]
     if min(sides) < 1 or max(sides) > TPUS[match[1]].longest_side:
+        largest = TPUS[match[1]].longest_side
         raise InputError(
-            f"--target is {text!r}; a side of {match[1]} has between 1 and {TPUS[match[1]].longest_side} chips"
+            f"--target is {text!r}; each dimension of a {match[1]} topology must be between 1 and {largest}"
         )
     if len(sides) != (3 if match[1] in ("v4", "v5p") else 2):
         shape = "v4:2x2x4" if match[1] in ("v4", "v5p") else "v5e:4x8"
-        raise InputError(f"--target is {text!r}; {match[1]} chips have {shape.count('x') + 1} axes, as in {shape}")
+        raise InputError(
+            f"--target is {text!r}; {match[1]} topologies have {shape.count('x') + 1} dimensions, such as {shape}"
+        )
     return Target(text, math.prod(sides), TPUS[match[1]], text)
 
 
