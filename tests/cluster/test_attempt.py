@@ -13,11 +13,11 @@ from sophia_levanter.status import Failure, Progress
     [
         ([0, 0], False, "done", "the run is complete"),
         ([0, 0], True, "done", "the run is complete"),
-        ([75, 75], False, "preempted", "the run was asked to stop, and was saved"),
-        ([75, 75], True, "stopped", "as requested; the run is saved"),
-        ([75, None], True, "stopped", "as requested, but not saved; the last checkpoint counts"),
-        ([75, None], False, "preempted", "process-1 was asked to stop; the last checkpoint counts"),
-        ([75, -6], False, "preempted", "process-1 was asked to stop; the last checkpoint counts"),
+        ([75, 75], False, "preempted", "the run was asked to stop and was saved"),
+        ([75, 75], True, "stopped", "as requested; the run was saved"),
+        ([75, None], True, "stopped", "as requested, but without saving; the run will resume from the last checkpoint"),
+        ([75, None], False, "preempted", "process-1 was asked to stop; the run will resume from the last checkpoint"),
+        ([75, -6], False, "preempted", "process-1 was asked to stop; the run will resume from the last checkpoint"),
         ([0, None], False, "failed", "process-1 exited, but others did not"),
         ([-9, 75], False, "failed", "process-1 was killed by SIGKILL"),
         ([2, None], False, "refused", "model.num_heads 3: no"),
@@ -25,8 +25,13 @@ from sophia_levanter.status import Failure, Progress
         ([-9, None], False, "failed", "process-1 was killed by SIGKILL"),
         ([None, 137], False, "failed", "process-1 was killed by SIGKILL"),
         ([1, -6], False, "failed", "process-1 exited with status 1"),
-        ([-6, -6], True, "stopped", "as requested, but not saved; the last checkpoint counts"),
-        ([None, None], True, "stopped", "as requested, but not saved; the last checkpoint counts"),
+        ([-6, -6], True, "stopped", "as requested, but without saving; the run will resume from the last checkpoint"),
+        (
+            [None, None],
+            True,
+            "stopped",
+            "as requested, but without saving; the run will resume from the last checkpoint",
+        ),
     ],
 )
 def test_statuses(statuses, told, kind, reason):

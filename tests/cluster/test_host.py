@@ -124,7 +124,8 @@ def test_the_process_is_not_started_a_second_time(start, tmp_path):
     again = start("touch", "second")
     assert again.wait(30) == 1
     assert (
-        again.stderr.read() == b"error: logs/a.log exists: the process was already started, and its connection lost\n"
+        again.stderr.read()
+        == b"error: logs/a.log already exists; the process was started, but its connection was lost\n"
     )
     assert (tmp_path / "first").exists()
     assert not (tmp_path / "second").exists()
@@ -136,7 +137,7 @@ def test_the_process_of_an_earlier_attempt_is_told_to_end_and_waited_for(start):
     later = start("echo", "later", log="logs/b.log")
     assert later.wait(30) == 0
     assert earlier.wait(30) == 75
-    assert later.stdout.read() == b"waiting for the process of an earlier attempt to exit\nlater\n"
+    assert later.stdout.read() == b"waiting for a process from an earlier attempt to exit\nlater\n"
 
 
 def test_words_arrive_unchanged(start):

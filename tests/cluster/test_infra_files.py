@@ -114,7 +114,7 @@ def test_what_is_no_launcher_file_is_refused_in_one_line(path, tmp_path, capsys)
     assert error.startswith("error: ") and error.count("\n") == 1 and path.name in error
     tools = {"kuberay": "kubectl apply -f", "ray_up": "ray up", "docker": "docker build -f"}
     if path.suffix in (".yaml", ".Dockerfile"):
-        assert f"is a file for `{tools[path.parent.name]}`; a file for the launcher has a line `backend:`" in error
+        assert f"is a file for `{tools[path.parent.name]}`; a cluster file for the launcher sets `backend:`" in error
 
 
 def test_scripts_are_shell():

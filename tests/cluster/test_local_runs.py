@@ -35,7 +35,7 @@ def test_sigterm_to_a_process_is_a_preemption_of_all(cluster_file, undisturbed, 
         training_process(run.run_dir, 1).send_signal(signal.SIGTERM)
         assert run.wait() == 0, run.text
     assert losses(run.run_dir) == pytest.approx(undisturbed, abs=1e-5)
-    assert "preempted: the run was asked to stop, and was saved; failures 0 of 10, preemptions 1 of 100" in run.text
+    assert "preempted: the run was asked to stop and was saved; failures 0 of 10, preemptions 1 of 100" in run.text
 
 
 def test_stop_and_the_same_command_again(cluster_file, undisturbed, tmp_path):
@@ -48,12 +48,12 @@ def test_stop_and_the_same_command_again(cluster_file, undisturbed, tmp_path):
             text=True,
         )
         assert second.returncode == 2
-        assert "already has a launcher; launch status" in second.stderr
+        assert "is already in use by a launcher; run launch status" in second.stderr
         stopped = subprocess.run([*launch, "stop", str(run.run_dir)], capture_output=True, text=True)
         assert stopped.returncode == 0
         assert "stopped; 2 processes (local); attempt 1; step " in stopped.stdout
         assert run.wait() == 75
-    assert "stopped: as requested; the run is saved" in run.text
+    assert "stopped: as requested; the run was saved" in run.text
     with Launched(tmp_path / "run", cluster_file) as again:
         assert again.wait() == 0, again.text
     assert losses(run.run_dir) == pytest.approx(undisturbed, abs=1e-5)

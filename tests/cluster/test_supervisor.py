@@ -137,7 +137,7 @@ def test_bad_input_is_not_tried_again(tmp_path):
 
 def test_what_is_refused_without_a_message_shows_what_was_printed(tmp_path):
     status, said, _ = run(tmp_path, Scripts(["echo 'unknown option' >&2; exit 2"]))
-    assert (status, said[-2:]) == (2, ["  | unknown option", "error: its input is at fault"])
+    assert (status, said[-2:]) == (2, ["  | unknown option", "error: the run rejected its input"])
 
 
 def test_text_for_people_is_not_read(tmp_path):
@@ -151,7 +151,7 @@ def test_preemptions_have_a_budget_of_their_own(tmp_path):
     backend = Scripts([f"{REPORTS}; exit 75"], ["exit 1"], ["exit 75"], ["true"], preempted=(2,))
     status, said, record = run(tmp_path, backend, max_failures=0)
     assert status == 0
-    assert "preempted: its machines are gone; process-0 exited with status 1" in " ".join(said)
+    assert "preempted: its machines were lost; process-0 exited with status 1" in " ".join(said)
     assert (record.read().failures, record.read().preemptions) == (0, 3)
     status, said, _ = run(tmp_path / "other", Scripts(["exit 75"], ["exit 75"]), max_preemptions=1)
     assert status == 1
@@ -188,7 +188,7 @@ def test_told_to_stop_all_save_and_end(by_stdin, number, expected, tmp_path):
     threading.Thread(target=tell).start()
     status, said, record = run(tmp_path, Scripts([f"{listens}{REPORTS}; {saves}"] * 2, by_stdin=by_stdin))
     assert status == expected
-    assert "stopped: as requested; the run is saved" in said[-1]
+    assert "stopped: as requested; the run was saved" in said[-1]
     assert record.read().state == "stopped"
 
 

@@ -35,7 +35,7 @@ def test_a_dry_run_shows_the_commands_and_writes_nothing(config_file, tmp_path, 
     assert (status, err) == (0, "")
     assert sorted(tmp_path.iterdir()) == before
     lines = out.splitlines()
-    assert lines[0] == "on this machine, nothing is billed:"
+    assert lines[0] == "on this machine (nothing is billed):"
     # A shell takes what is shown as it was meant; values of env are masked.
     shown = subprocess.run(
         ["bash", "-c", lines[2].replace(sys.executable, "printf '%s\\n' \"$A\"")],
@@ -92,7 +92,7 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
     for known, name in ((sys.modules, "queue_cluster"), (ClusterConfig.get_known_choices(), "queue")):
         monkeypatch.setitem(known, name, None)  # is undone after the test
         del known[name]
-    for processes, shown in ((1, "on this machine, nothing is billed:"), (2, "would queue")):
+    for processes, shown in ((1, "on this machine (nothing is billed):"), (2, "would queue")):
         cluster = cluster_file(tmp_path, f"backend: queue\nprocesses: {processes}\n")
         words = ["--plugins", "queue_cluster", "--config", config_file, "--cluster", cluster, "--dry_run"]
         status, out, err = main(capsys, *words)
@@ -230,7 +230,7 @@ def test_a_secret_that_is_not_set(config_file, tmp_path, capfd, monkeypatch):
     status, out, _ = main(capfd, "--config", config_file, "--cluster", cluster, "--trainer.run_dir", tmp_path / "run")
     assert status == 2
     assert out.endswith(
-        "error: secrets names MY_KEY, which is not set in the launcher's environment; export it first\n"
+        "error: secrets lists MY_KEY, which is not set in the launcher's environment; export it first\n"
     )
 
 

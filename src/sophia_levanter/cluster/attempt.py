@@ -22,6 +22,7 @@ from sophia_levanter.status import BAD_INPUT, DONE, PREEMPTED, Failure, Progress
 
 _LABELLED = re.compile(r" *(\d+): (.*)")
 TAIL_LINES = 20
+RESUMES = "the run will resume from the last checkpoint"
 SHORTEST_SECRET = 6  # in characters; shorter secrets would match ordinary text
 Kind = Literal["done", "refused", "stopped", "preempted", "failed", "unavailable"]
 
@@ -31,9 +32,9 @@ class Outcome:
     """How an attempt ended.
 
     Attributes:
-        kind: done; refused for bad input; stopped because the launcher was told to stop; preempted; failed; or
+        kind: done; refused because of bad input; stopped because the launcher was asked to stop; preempted; failed; or
             unavailable if it could not begin.
-        reason: one line for people.
+        reason: a one-line explanation.
         progress: the last progress that the run reported in this attempt.
         tail: the last lines of the first process that failed.
     """
@@ -68,7 +69,7 @@ class Ending:
         """Decide from the exit statuses how the attempt ended.
 
         Args:
-            told_to_stop: whether the launcher was told to stop.
+            told_to_stop: whether the launcher was asked to stop.
             has_begun: whether an earlier attempt reported progress. Its input was accepted, so a refusal now has
                 another cause, such as a disk error.
         """
@@ -77,19 +78,19 @@ class Ending:
         if all_well and PREEMPTED not in ended:
             return self._outcome("done", "the run is complete")
         if told_to_stop:
-            saved = "; the run is saved" if self.progress else ""
+            saved = "; the run was saved" if self.progress else ""
             return self._outcome(
                 "stopped",
-                f"as requested{saved}" if all_well else "as requested, but not saved; the last checkpoint counts",
+                f"as requested{saved}" if all_well else f"as requested, but without saving; {RESUMES}",
             )
         if all_well:
-            saved = ", and was saved" if self.progress else ""
+            saved = " and was saved" if self.progress else ""
             return self._outcome("preempted", f"the run was asked to stop{saved}")
         if self.first == PREEMPTED:
-            return self._outcome("preempted", f"{self.culprit} was asked to stop; the last checkpoint counts")
+            return self._outcome("preempted", f"{self.culprit} was asked to stop; {RESUMES}")
         if not ended or any(status != BAD_INPUT for status in ended):
             return self._outcome("failed", f"{self.culprit or 'a process'} {_how(ended)}", self.tail)
-        reason = self.failures[-1].message if self.failures else "its input is at fault"
+        reason = self.failures[-1].message if self.failures else "the run rejected its input"
         # The lock of an earlier attempt on another machine may take a moment to disappear.
         if has_begun or any(failure.reason == DirectoryInUse.reason for failure in self.failures):
             return self._outcome("failed", reason, self.tail)

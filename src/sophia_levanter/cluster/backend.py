@@ -62,7 +62,7 @@ def check_secrets(names: Sequence[str]) -> None:
     """
     for name in names:
         if not os.environ.get(name):
-            raise InputError(f"secrets names {name}, which is not set in the launcher's environment; export it first")
+            raise InputError(f"secrets lists {name}, which is not set in the launcher's environment; export it first")
 
 
 @dataclass(frozen=True)
@@ -99,20 +99,20 @@ class Backend(Protocol):
     num_processes: int
 
     def describe(self, job: Job) -> list[str]:
-        """Describe what would be created, run and billed, in lines for people. Nothing is started."""
+        """Describe what would be created, run and billed in human-readable lines. Nothing is started."""
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
-        """Prepare machines for an attempt; return early if the launcher was told to stop.
+        """Prepare machines for an attempt; return early if the launcher was asked to stop.
 
         Args:
             job: the run.
             attempt: the attempt's number, from 1.
             say: prints a message.
-            stopped: returns whether the launcher was told to stop.
+            stopped: returns whether the launcher was asked to stop.
 
         Raises:
             InputError: if the resources that the cluster file requests cannot be obtained.
-            Unavailable: if machines are gone or do not become available in time.
+            Unavailable: if machines are lost or do not become available in time.
         """
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
@@ -139,7 +139,7 @@ class LocalBackend(Backend):
         self.num_processes = cluster.processes
 
     def describe(self, job: Job) -> list[str]:
-        return ["on this machine, nothing is billed:", *(command.shown() for command in self._commands(job, 0))]
+        return ["on this machine (nothing is billed):", *(command.shown() for command in self._commands(job, 0))]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
         """Check the secrets. This machine needs no preparation."""

@@ -55,28 +55,28 @@ class ClusterConfig(Settings, ChoiceRegistry):
     choice_key: ClassVar[str] = "backend"
     shares_disk: ClassVar[bool] = True  # whether the launcher can read the run directory that the processes write
 
-    env: Mapping[str, str] = setting({}, "environment variables of the training processes")
-    secrets: tuple[str, ...] = setting((), "names of variables to pass on; their values are never written anywhere")
-    max_failures: int = setting(10, "failed attempts before the run is given up", low=0, high=LARGEST)
-    max_preemptions: int = setting(100, "preempted attempts before the run is given up", low=0, high=LARGEST)
+    env: Mapping[str, str] = setting({}, "environment variables for the training processes")
+    secrets: tuple[str, ...] = setting(
+        (), "names of environment variables to pass on; their values are never written anywhere"
+    )
+    max_failures: int = setting(10, "maximum number of failed attempts", low=0, high=LARGEST)
+    max_preemptions: int = setting(100, "maximum number of preempted attempts", low=0, high=LARGEST)
     back_off: float = setting(
         5.0,
         "seconds to wait after a failure; doubles with each consecutive failure, up to 300",
         low=0,
         high=300,
     )
-    crash_loop: int = setting(
-        3, "consecutive failures at the same step before the run is given up", low=1, high=LARGEST
-    )
+    crash_loop: int = setting(3, "give up after this many consecutive failures at the same step", low=1, high=LARGEST)
     stop_timeout: int = setting(
-        120, "seconds that processes have to save and exit after they are asked to", low=1, high=LARGEST
+        120, "seconds that processes have to save and exit when asked to stop", low=1, high=LARGEST
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in (*self.env, *self.secrets):
             if not NAME.fullmatch(name):
-                raise InputError(f"{name!r} is not a valid name of an environment variable")
+                raise InputError(f"{name!r} is not a valid environment variable name")
         for name in self.env:
             if SECRET.search(name.upper()):
                 raise InputError(
@@ -130,21 +130,25 @@ class LocalCluster(ClusterConfig):
 @ClusterConfig.register_subclass("ray")
 @dataclass(frozen=True)
 class RayCluster(ClusterConfig):
-    """Workers of a Ray cluster, with one training process each."""
+    """Workers in a Ray cluster, with one training process each."""
 
-    address: str = setting("auto", "HOST:PORT of the cluster; auto: this machine's cluster; local: start one here")
+    address: str = setting(
+        "auto", "HOST:PORT of the cluster; auto: the cluster on this machine; local: start a new one here"
+    )
     auth: str = setting(
         "disabled",
-        "RAY_AUTH_MODE; token needs RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH",
+        "RAY_AUTH_MODE; token requires RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH",
         choices=("disabled", "token"),
     )
-    workers: int | None = setting(None, "training processes, each with its own resources", low=1, high=LARGEST)
+    workers: int | None = setting(
+        None, "number of training processes, each with its own resources", low=1, high=LARGEST
+    )
     cpus_per_worker: float = setting(1.0, "CPUs that Ray reserves for each worker", above=0)
     gpus_per_worker: int = setting(0, "GPUs per worker", low=0, high=LARGEST)
-    accelerator: str | None = setting(None, "type of a TPU slice, such as v4-32, instead of workers")
+    accelerator: str | None = setting(None, "TPU slice type, such as v4-32; an alternative to workers")
     slices: int = setting(1, "number of TPU slices", low=1, high=LARGEST)
     start_timeout: int = setting(
-        1800, "seconds to wait for nodes, which may have to be provisioned first", low=1, high=LARGEST
+        1800, "seconds to wait for nodes, which may need to be provisioned first", low=1, high=LARGEST
     )
 
     def __post_init__(self) -> None:
@@ -152,14 +156,18 @@ class RayCluster(ClusterConfig):
         if self.address not in ("auto", "local") and not re.fullmatch(r"[\w.\-\[\]:]+:\d{1,5}", self.address):
             raise InputError(
                 f"address is {self.address!r}; it must be auto, local or HOST:PORT, and the launcher must run "
-                "on a machine of the cluster"
+                "on a machine in the cluster"
             )
         if (self.workers is None) == (self.accelerator is None):
-            raise InputError("give either workers (the number of processes) or accelerator (a TPU slice such as v4-32)")
+            raise InputError(
+                "specify either workers (the number of processes) or accelerator (a TPU slice such as v4-32)"
+            )
         if self.accelerator is None and self.slices > 1:
-            raise InputError(f"slices is {self.slices}, but accelerator is missing; name a TPU slice such as v4-32")
+            raise InputError(f"slices is {self.slices}, but accelerator is missing; specify a TPU slice such as v4-32")
         if self.accelerator is not None and self.gpus_per_worker:
-            raise InputError(f"gpus_per_worker is {self.gpus_per_worker}, but accelerator {self.accelerator} is a TPU")
+            raise InputError(
+                f"gpus_per_worker is {self.gpus_per_worker}, but accelerator {self.accelerator} is a TPU; omit one"
+            )
         if self.accelerator is not None:
             tpu_shape(self.accelerator)
 
@@ -189,16 +197,16 @@ class SlurmCluster(ClusterConfig):
 
     nodes: int = setting(1, "number of nodes", low=1, high=LARGEST)
     gpus_per_node: int = setting(0, "GPUs per node", low=0, high=LARGEST)
-    cpus_per_node: int | None = setting(None, "CPUs per node; all if null", low=1, high=LARGEST)
+    cpus_per_node: int | None = setting(None, "CPUs per node; null: all", low=1, high=LARGEST)
     partition: str | None = setting(None, "Slurm partition")
     account: str | None = setting(None, "Slurm account")
     time: str | None = setting(
-        None, "time limit of one job, such as 12:00:00; a job that reaches it saves and is requeued"
+        None, "time limit of each job, such as 12:00:00; a job that reaches it saves and is requeued"
     )
     save_before: int = setting(180, "save the run this many seconds before the time limit", low=1, high=LARGEST)
-    options: tuple[str, ...] = setting((), "further sbatch options, such as --qos=high")
-    setup: tuple[str, ...] = setting((), "shell lines to run before training, such as module load cuda/13")
-    python: str = setting("python", "Python interpreter, looked up after those lines")
+    options: tuple[str, ...] = setting((), "additional sbatch options, such as --qos=high")
+    setup: tuple[str, ...] = setting((), "shell commands to run before training, such as module load cuda/13")
+    python: str = setting("python", "Python interpreter, looked up after setup")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -212,9 +220,9 @@ class SlurmCluster(ClusterConfig):
                 raise InputError(f"{name} is {value!r}; it must be a single word")
         for option in self.options:
             if not re.fullmatch(r"--[a-z][a-z-]*(=\S+)?", option):
-                raise InputError(f"options contains {option!r}; an sbatch option looks like --qos=high")
+                raise InputError(f"options contains {option!r}; it must be an sbatch option such as --qos=high")
         if any("\n" in line for line in self.setup):
-            raise InputError("setup has an item with a line break; write one item per line")
+            raise InputError("setup contains an item with a line break; use one item per line")
 
     @property
     def num_devices(self) -> int | None:
@@ -237,40 +245,42 @@ class SlurmCluster(ClusterConfig):
 @ClusterConfig.register_subclass("gcloud")
 @dataclass(frozen=True)
 class GcloudCluster(ClusterConfig):
-    """Google Cloud TPU slices, requested for the run as one queued resource; their hosts are reached by ssh."""
+    """Google Cloud TPU slices, requested as one queued resource for the run; their hosts are reached by ssh."""
 
     shares_disk: ClassVar[bool] = False
 
-    name: str | None = setting(None, "name of the queued resource; the run directory's name if not given")
-    project: str | None = setting(None, "Google Cloud project; gcloud's default if null")
+    name: str | None = setting(None, "name of the queued resource; derived from the run directory if unset")
+    project: str | None = setting(None, "Google Cloud project; defaults to gcloud's default project")
     zone: str | None = setting(None, "zone, such as us-central2-b")
-    accelerator: str | None = setting(None, "type of a TPU slice, such as v4-32")
+    accelerator: str | None = setting(None, "TPU slice type, such as v4-32")
     slices: int = setting(1, "number of TPU slices", low=1, high=LARGEST)
-    runtime_version: str | None = setting(None, "TPU software version; the accelerator's default if null")
+    runtime_version: str | None = setting(None, "TPU software version; defaults to the version for the accelerator")
     capacity: str = setting("on-demand", "how the slices are provisioned", choices=("on-demand", "spot", "reserved"))
-    network: str | None = setting(None, "network of the hosts")
-    subnetwork: str | None = setting(None, "subnetwork of the hosts")
-    internal_ips: bool = setting(False, "use no public IP addresses; ssh then tunnels through IAP")
-    service_account: str | None = setting(None, "service account of the hosts, able to write trainer.checkpoint_dir")
+    network: str | None = setting(None, "network for the hosts")
+    subnetwork: str | None = setting(None, "subnetwork for the hosts")
+    internal_ips: bool = setting(False, "do not assign public IP addresses; ssh then tunnels through IAP")
+    service_account: str | None = setting(
+        None, "service account for the hosts; must be able to write to trainer.checkpoint_dir"
+    )
     files: tuple[str, ...] = setting((), "local files to copy to the hosts' home directories, such as a wheel")
-    setup: tuple[str, ...] = setting((), "shell lines to run once on every host after copying, such as pip install")
+    setup: tuple[str, ...] = setting((), "shell commands to run once on every host after copying, such as pip install")
     python: str = setting("python3", "Python interpreter on the hosts")
-    keep: bool = setting(False, "keep the slices running, and billed, after the run is done")
+    keep: bool = setting(False, "keep the slices running (and billed) after the run is done")
     start_timeout: int = setting(24 * 3600, "seconds to wait for capacity", low=1, high=LARGEST)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.accelerator:
-            raise InputError("accelerator is missing; name a TPU slice such as v4-32")
+            raise InputError("accelerator is missing; specify a TPU slice such as v4-32")
         tpu_shape(self.accelerator)
         if self.zone is None:
-            raise InputError("zone is missing; name one such as us-central2-b")
+            raise InputError("zone is missing; specify one such as us-central2-b")
         if self.name is not None and not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.name):
             raise InputError(
-                f"name is {self.name!r}; it must be up to 40 characters of a-z, 0-9 and -, starting with a letter"
+                f"name is {self.name!r}; it must be at most 40 characters from a-z, 0-9 and -, starting with a letter"
             )
         if any("\n" in line for line in self.setup):
-            raise InputError("setup has an item with a line break; write one item per line")
+            raise InputError("setup contains an item with a line break; use one item per line")
 
     def check_files(self) -> None:
         missing = [file for file in self.files if not Path(file).is_file()]
@@ -299,7 +309,7 @@ class GcloudCluster(ClusterConfig):
         return GcloudBackend(self, job.run_dir)
 
 
-# Patterns that identify files for other programs, and the commands that read them.
+# Patterns that identify files for other programs, with the commands that read those files.
 OTHER_TOOLS = {
     r"^apiVersion:": "kubectl apply -f",
     r"^cluster_name:": "ray up",
@@ -331,6 +341,6 @@ def _check_reader(path: Path) -> None:
     for mark, command in OTHER_TOOLS.items():
         if re.search(mark, text, re.MULTILINE):
             raise InputError(
-                f"--cluster {path} is a file for `{command}`; a file for the launcher has a line `backend:`, "
+                f"--cluster {path} is a file for `{command}`; a cluster file for the launcher sets `backend:`, "
                 "as in infra/local.yaml"
             )

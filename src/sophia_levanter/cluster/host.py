@@ -35,13 +35,13 @@ USAGE = """\
 usage: python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD...
        python -m sophia_levanter.cluster.host --parent PID -- WORD...
 
-  WORD...           command line of a process, which gets SIGTERM when standard input closes
-  --grace SECONDS   time from SIGTERM to SIGKILL
-  --log FILE        new file for the process's output; if it exists, the process is not started a second time
-  --parent PID      becomes the process, which exits with this parent
-  --help            prints this and exits"""
+  WORD...           command to run; it receives SIGTERM when standard input closes
+  --grace SECONDS   time between SIGTERM and SIGKILL
+  --log FILE        new file for the command's output; if it already exists, the command is not started again
+  --parent PID      replaces this process with the command, which is killed when its parent PID exits
+  --help            shows this message and exits"""
 PR_SET_PDEATHSIG = 1
-_PATIENCE = 10.0  # seconds to wait, beyond the grace period, for the process of an earlier attempt
+_PATIENCE = 10.0  # seconds to wait, beyond the grace period, for a process from an earlier attempt
 
 
 def start_process(
@@ -87,16 +87,20 @@ def _run(given: Sequence[str], words: Sequence[str]) -> int:
     arguments = parse_arguments(given, options=("--grace", "--log", "--parent"))
     if "--parent" in arguments.options:
         _become(words, whole_number("--parent", arguments.options["--parent"]))
-    grace = whole_number("--grace", arguments.needed("--grace", "SECONDS", "it is the time from SIGTERM to SIGKILL"))
-    log_file = Path(arguments.needed("--log", "FILE", "it receives the process's output"))
+    grace = whole_number(
+        "--grace", arguments.needed("--grace", "SECONDS", "specify the time between SIGTERM and SIGKILL")
+    )
+    log_file = Path(arguments.needed("--log", "FILE", "specify a file for the process's output"))
     if not words:
-        raise InputError("-- WORD... is missing; it is the command line of the process")
+        raise InputError("-- WORD... is missing; specify the command to run")
     log_file.parent.mkdir(parents=True, exist_ok=True)
     try:
         log = log_file.open("xb", buffering=0)
     except FileExistsError:
         # gcloud reconnects after a broken connection, and would start a second process alongside the first.
-        print(f"error: {log_file} exists: the process was already started, and its connection lost", file=sys.stderr)
+        print(
+            f"error: {log_file} already exists; the process was started, but its connection was lost", file=sys.stderr
+        )
         return FAILURE
     with log, _alone_on_this_host(log_file.parent, grace + _PATIENCE):
         return run_child(words, grace, log)
@@ -145,7 +149,7 @@ def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
 
 @contextlib.contextmanager
 def _alone_on_this_host(folder: Path, seconds: float) -> Iterator[None]:
-    """Tell the process of an earlier attempt to end, and wait until it has released the devices."""
+    """Tell a process from an earlier attempt to exit, and wait until it has released the devices."""
     with (folder / "lock").open("a+") as lock:
         deadline = time.monotonic() + seconds
         told = False
@@ -155,9 +159,9 @@ def _alone_on_this_host(folder: Path, seconds: float) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise OSError(f"{folder}: the process of an earlier attempt is still running") from None
+                    raise OSError(f"{folder}: a process from an earlier attempt is still running") from None
             if not told:
-                print("waiting for the process of an earlier attempt to exit", flush=True)
+                print("waiting for a process from an earlier attempt to exit", flush=True)
                 lock.seek(0)
                 if (holder := lock.read()).isdecimal():
                     with contextlib.suppress(ProcessLookupError):

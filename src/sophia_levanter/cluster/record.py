@@ -1,4 +1,4 @@
-"""The launcher's files in RUN_DIR/launch, for people and for other commands."""
+"""The launcher's files in RUN_DIR/launch, for users and for other commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sophia_levanter.files import lock, read_regular, write_atomically
 from sophia_levanter.status import Progress
 
 NUMBERS = ("processes", "attempt", "failures", "preemptions")
-STOP = "stop"  # a file that tells the launcher to stop
+STOP = "stop"  # a file that asks the launcher to stop
 LOOK_SECONDS = 1.0
 LEASE_SECONDS = 180.0  # time after which a file server releases a lost client's locks
 
@@ -83,8 +83,8 @@ class LaunchRecord:
             ) from None
         if held is None:
             raise InputError(
-                f"trainer.run_dir {self.directory.parent} already has a launcher; "
-                f"launch status {self.directory.parent} shows its state"
+                f"trainer.run_dir {self.directory.parent} is already in use by a launcher; "
+                f"run launch status {self.directory.parent} to see its state"
             )
         with held:
             self._stop_file.unlink(missing_ok=True)
@@ -133,15 +133,15 @@ class LaunchRecord:
             ) from None
 
     def ask_to_stop(self) -> None:
-        """Tell the launcher to stop the run. The launcher may run on another machine; it polls for the stop file."""
+        """Ask the launcher to stop the run. The launcher may run on another machine; it polls for the stop file."""
         self._stop_file.touch()
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether the launcher was told to stop."""
+        """Whether the launcher was asked to stop."""
         try:
             return self._stop_file.exists()
-        except OSError:  # network file systems raise it
+        except OSError:  # raised by network file systems
             return False
 
     def attempt_directory(self, attempt: int) -> Path:

@@ -157,7 +157,7 @@ class Supervisor:
         outcome = attempt.ending().outcome(told_to_stop=self._told_to_stop(), has_begun=self._has_begun)
         self._has_begun |= attempt.progress is not None
         if outcome.kind == "failed" and self._backend.was_preempted():
-            return Outcome("preempted", f"its machines are gone; {outcome.reason}", attempt.progress)
+            return Outcome("preempted", f"its machines were lost; {outcome.reason}", attempt.progress)
         return outcome
 
     def _follow(self, attempt: Attempt) -> None:
@@ -178,7 +178,7 @@ class Supervisor:
                 deadline = min(deadline, now + self._policy.stop_timeout)
             if self._told_to_stop() and not told:
                 told = True
-                self._tell("stop requested; the run saves and stops (press Ctrl-C again to stop immediately)")
+                self._tell("stop requested; saving the run (press Ctrl-C again to stop immediately)")
                 attempt.stop()
                 deadline = min(deadline, now + self._policy.stop_timeout)
             if now > deadline or self._interrupts > 1:

@@ -104,7 +104,7 @@ def test_a_quota_is_waited_for(api):
     api.refusals = [(429, "Quota limit reached")] * 2
     said = []
     assert len(acquire(said)) == 1
-    assert said[0] == "gcloud: RESOURCE_EXHAUSTED: Quota limit reached; trying again"
+    assert said[0] == "gcloud: RESOURCE_EXHAUSTED: Quota limit reached; retrying"
     assert said[1].startswith("created queued resource")
     assert len(api.bodies("POST", "queuedResourceId=a-run")) == 3
 
@@ -112,7 +112,8 @@ def test_a_quota_is_waited_for(api):
 def test_a_quota_is_not_waited_for_without_end(api):
     api.refusals = [(429, "Quota limit reached")] * 100
     with pytest.raises(
-        Unavailable, match=r"no slices within 1 s \(start_timeout\); last state: gcloud: RESOURCE_EXHAUST"
+        Unavailable,
+        match=r"no slices became available within 1 s \(start_timeout\); last state: gcloud: RESOURCE_EXHAUST",
     ):
         acquire([], start_timeout=1)
 
@@ -142,7 +143,7 @@ def test_another_queued_resource_of_that_name_is_left_alone(api, job):
     api.add("a-run", spec("v4-8"), ["ACTIVE"])
     slices = backend()
     with pytest.raises(
-        InputError, match=r"^name a-run: a queued resource of that name exists with 1 x v4-8, but 1 x v4"
+        InputError, match=r"^name a-run: a queued resource with this name exists with 1 x v4-8, but 1 x v4"
     ):
         slices.prepare(job, 1, lambda text: None, lambda: False)
     slices.release(lambda text: None)
@@ -198,5 +199,7 @@ def test_slices_that_are_kept(api, job):
     slices = backend(keep=True)
     slices.prepare(job, 1, said.append, lambda: False)
     slices.release(said.append)
-    assert "is kept, and billed until you delete it: gcloud compute tpus queued-resources delete a-run" in said[-1]
+    assert (
+        "is kept and will be billed until you delete it: gcloud compute tpus queued-resources delete a-run" in said[-1]
+    )
     assert not api.bodies("DELETE", "")

@@ -48,18 +48,18 @@ def test_the_order_of_an_attempt_holds_no_secret(tmp_path, monkeypatch):
 def test_a_secret_must_be_there(tmp_path, monkeypatch):
     monkeypatch.delenv("THE_KEY", raising=False)
     backend = RayBackend(RayCluster(workers=2, secrets=("THE_KEY",)))
-    with pytest.raises(InputError, match="secrets names THE_KEY, which is not set"):
+    with pytest.raises(InputError, match="secrets lists THE_KEY, which is not set"):
         backend.prepare(job_in(tmp_path), 1, print, lambda: False)
 
 
 def test_an_address_where_nothing_listens(tmp_path):
     job = job_in(tmp_path)
     backend = RayBackend(RayCluster(workers=2, address=f"127.0.0.1:{free_port()}"))
-    with pytest.raises(InputError, match="no answer; start the cluster first"):
+    with pytest.raises(InputError, match="no response; start the cluster first"):
         backend.prepare(job, 1, print, lambda: False)
     # Once the run has begun there, its head may come back.
     backend.commands(job, 1)
-    with pytest.raises(Unavailable, match=r"no answer$"):
+    with pytest.raises(Unavailable, match=r"no response$"):
         backend.prepare(job, 2, print, lambda: False)
 
 

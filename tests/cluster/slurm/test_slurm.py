@@ -124,7 +124,7 @@ def test_tasks_of_a_killed_srun_are_gone_before_the_next_attempt(
     said: list[str] = []
     backend.prepare(slurm_run, 2, said.append, lambda: False)
     assert not any(fake_slurm.alive(pid) for pid in pids)
-    assert said == ["killing what is left of an earlier attempt"]
+    assert said == ["killing processes left over from an earlier attempt"]
 
 
 def test_a_persons_step_is_left_alone(allocation: Path, slurm_run: Job):
@@ -156,7 +156,7 @@ def test_outside_an_allocation(slurm_commands: Path, slurm_run: Job, monkeypatch
 
 def test_a_secret_that_is_not_there(allocation: Path, slurm_run: Job, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(InputError, match="secrets names WANDB_API_KEY, which is not set in the launcher's environment"):
+    with pytest.raises(InputError, match="secrets lists WANDB_API_KEY, which is not set in the launcher's environment"):
         SlurmBackend(SlurmCluster(nodes=2, secrets=("WANDB_API_KEY",))).prepare(slurm_run, 1, print, lambda: False)
 
 

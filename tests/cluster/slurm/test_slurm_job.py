@@ -100,7 +100,7 @@ def test_clusters_that_come_along(slurm_run: Job, name: str):
 
 @pytest.mark.parametrize("name", ["a\nb", "a\\b"])
 def test_directory_that_slurm_cannot_take(tmp_path: Path, name: str):
-    with pytest.raises(InputError, match="cannot contain a line break or backslash"):
+    with pytest.raises(InputError, match="cannot contain a newline or backslash"):
         sbatch_script(SlurmCluster(), Job(tmp_path / name, tmp_path / name / "launch"), ["python"])
 
 
@@ -222,7 +222,7 @@ def test_run_through_the_job_saves_and_is_queued_again(
 def test_submit_says_number_and_log(slurm_commands: Path, slurm_run: Job):
     said: list[str] = []
     assert submit(SlurmCluster(), slurm_run, ["true"], said.append) == 0
-    assert said == [f"Slurm job 100; its log: {slurm_run.directory}/slurm-100.log"]
+    assert said == [f"submitted Slurm job 100; log: {slurm_run.directory}/slurm-100.log"]
 
 
 def test_no_sbatch(slurm_run: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -270,7 +270,7 @@ def test_ctrl_c_leaves_the_job(slurm_commands: Path, slurm_run: Job, tmp_path: P
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     stop = shlex.join(["python", "-m", "sophia_levanter.commands.launch", "stop", str(slurm_run.run_dir)])
-    assert output == f"job 100 keeps running; {stop} stops it, or scancel 100 if it has not started\n"
+    assert output == f"job 100 keeps running; to stop it, run {stop}, or scancel 100 if it has not started\n"
     (tmp_path / "go").touch()
     until((slurm_commands / "exit-100").exists)
     assert (slurm_commands / "exit-100").read_text() == "3"

@@ -38,7 +38,7 @@ def test_a_killed_task(slurm_file, undisturbed, tmp_path):
     np.testing.assert_allclose(losses(run.run_dir), undisturbed, rtol=0, atol=1e-5)
     status = run.status()
     assert (status["state"], status["attempt"], status["failures"]) == ("done", 2, 1)
-    assert run.text.startswith("Slurm job ")
+    assert run.text.startswith("submitted Slurm job ")
     assert (run.run_dir / "launch" / "attempt-001" / "process-1.log").exists()
     assert not any(secret.encode() in path.read_bytes() for path in run.run_dir.rglob("*") if path.is_file())
 
@@ -54,4 +54,6 @@ def test_stop(slurm_file, tmp_path):
         )
         assert "stopped; 2 processes (slurm); attempt 1; step " in stopped.stdout, stopped
         assert run.wait() == 75, run.text
-    assert "stopped: as requested; the run is saved" in (next((run.run_dir / "launch").glob("slurm-*.log"))).read_text()
+    assert (
+        "stopped: as requested; the run was saved" in (next((run.run_dir / "launch").glob("slurm-*.log"))).read_text()
+    )

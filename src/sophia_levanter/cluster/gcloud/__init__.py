@@ -1,4 +1,4 @@
-"""The gcloud backend: TPU slices of Google Cloud, bought as a queued resource, with a training process on each host."""
+"""The gcloud backend: Google Cloud TPU slices from one queued resource, with a training process on each host."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from sophia_levanter.config.build import MASK
 from sophia_levanter.errors import InputError
 
 PRICES = "https://cloud.google.com/tpu/pricing"
-# Pauses, in units of `poll`, while Google refuses to delete: about seven minutes in all.
+# Pauses, in units of `poll`, while Google refuses the deletion: about seven minutes in total.
 RELEASE_PAUSES = (1, 2, 4, 8, 12)
 LONGEST_PAUSE = 300.0  # seconds before a refused request is repeated
-SETTLE = 600.0  # seconds that the nodes of an active queued resource have to be ready and healthy
+SETTLE = 600.0  # seconds for the nodes of an active queued resource to become ready and healthy
 _OVER = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
-# Below the kernel's ephemeral ports, and not used by a TPU's own software. Each attempt has a different port, since the
-# port of the attempt before may still be in use.
+# Below the kernel's ephemeral ports, and not used by TPU software. Each attempt uses a different port, because the
+# port of the previous attempt may still be in use.
 _COORDINATOR_PORT, _SLICES_PORT, _PORTS = 20000, 21000, 1000
 
 
 class GcloudBackend(Backend):
-    """Slices of one queued resource.
+    """The slices of one queued resource.
 
     Attributes:
-        num_processes: number of processes of the run, one per host.
+        num_processes: number of processes in the run, one per host.
     """
 
     def __init__(self, cluster: GcloudCluster, run_dir: Path, *, poll: float = 15.0) -> None:
@@ -49,7 +49,7 @@ class GcloudBackend(Backend):
 
         Args:
             cluster: the settings.
-            run_dir: the run directory, after which the queued resource is named if the cluster's file has no name.
+            run_dir: the run directory, after which the queued resource is named if the cluster file specifies no name.
             poll: seconds between polls.
 
         Raises:
@@ -73,14 +73,14 @@ class GcloudBackend(Backend):
             *(f"  {shlex.join(words)}" for words in self._copies(job)),
         ]
         if cluster.setup:
-            lines.append("would run the setup lines once on every host:")
+            lines.append("would run the setup commands once on every host:")
             lines += [f"  {shlex.join(words)}" for words in self._setups()]
-        lines.append("would run for each attempt (WORKER_0: the internal address of worker 0 of the first slice):")
+        lines.append("would run for each attempt (WORKER_0: internal address of worker 0 in the first slice):")
         stand_ins = [Node(name, "READY", None, ("WORKER_0",) * shape.hosts) for name in self._commands.node_names]
         masked = dataclasses.replace(cluster, env=dict.fromkeys(cluster.env, MASK))
         shown = GcloudCommands(masked, self._commands.name)
         lines += [f"  {command.shown()}" for command in self._host_commands(shown, stand_ins, 1, "ATTEMPT")]
-        kept = "would keep it, and it would be billed, until someone deletes it:"
+        kept = "would keep it (and it would be billed) until you delete it:"
         lines.append(kept if cluster.keep else "would delete it when the run is done:")
         return [*lines, f"  {shlex.join(self._commands.delete())}"]
 
@@ -88,7 +88,7 @@ class GcloudBackend(Backend):
         """Obtain whole slices, copy the configuration and files to every host, and run `setup` there.
 
         Raises:
-            InputError: if the slices cannot be obtained, or a line of `setup` fails.
+            InputError: if the slices cannot be obtained or a `setup` command fails.
             Unavailable: if the slices are not available within `start_timeout`, or cannot be reached.
         """
         self._nodes = []
@@ -96,7 +96,7 @@ class GcloudBackend(Backend):
         try:
             nodes = Acquisition(self._resource, self._poll, say, stopped).run()
             say(f"queued resource {self._commands.name}: {self._cluster.slices} x {self._cluster.shape} ready")
-            # One after another, since the first call makes gcloud's ssh key if it is missing.
+            # One after another, because the first call creates gcloud's ssh key if it is missing.
             for words in self._copies(job):
                 self._check(call(words, stopped), "copying files")
             if self._cluster.setup:
@@ -129,17 +129,17 @@ class GcloudBackend(Backend):
             return
         name, by_hand = self._commands.name, shlex.join(self._commands.delete())
         if self._cluster.keep:
-            say(f"queued resource {name} is kept, and billed until you delete it: {by_hand}")
+            say(f"queued resource {name} is kept and will be billed until you delete it: {by_hand}")
             return
         answer = self._resource.delete()
         for pause in RELEASE_PAUSES:
             if not answer.status or answer.final:
                 break
-            say(f"gcloud: {answer.error}; trying again, because the slices are billed")
+            say(f"gcloud: {answer.error}; retrying, because the slices are billed")
             time.sleep(pause * self._poll)
             answer = self._resource.delete()
         if answer.code == "NOT_FOUND":
-            say(f"queued resource {name} is gone")
+            say(f"queued resource {name} no longer exists")
         elif answer.status:
             say(f"queued resource {name} could not be deleted and is still billed: {answer.error}; try {by_hand}")
         else:
@@ -193,7 +193,7 @@ class Acquisition:
         resource: the queued resource.
         poll: seconds between polls.
         say: prints a message.
-        stopped: whether the launcher was told to stop.
+        stopped: whether the launcher was asked to stop.
     """
 
     def __init__(self, resource: QueuedResource, poll: float, say: Say, stopped: Callable[[], bool]) -> None:
@@ -224,13 +224,15 @@ class Acquisition:
                 if nodes := self._look():
                     return nodes
             except Refused as refusal:
-                self._say(f"gcloud: {refusal}; trying again")
+                self._say(f"gcloud: {refusal}; retrying")
                 self._back_off()
             if time.monotonic() >= deadline:
-                raise Unavailable(f"no slices within {timeout} s (start_timeout); last state: {self._said}")
+                raise Unavailable(
+                    f"no slices became available within {timeout} s (start_timeout); last state: {self._said}"
+                )
 
     def _look(self) -> list[Node] | None:
-        """Take one step towards slices; return them once they are whole."""
+        """Take one step towards obtaining the slices; return them once they are complete."""
         state = self._resource.state(self._stopped)
         if state is None:
             self._deleting, self._active_since = False, None
@@ -276,7 +278,7 @@ class Acquisition:
 
     def _replace(self, why: str, state: str) -> None:
         if self._deleting or state == "DELETING":
-            self._say(f"{why}; waiting until it is gone")
+            self._say(f"{why}; waiting until it is deleted")
             self._sleep(self._poll)
             return
         self._say(f"{why}; deleting and recreating it")
@@ -284,7 +286,7 @@ class Acquisition:
         if answer.status and answer.code != "NOT_FOUND":
             raise Refused(answer.error)
         self._deleting = True
-        # Longer each time, so that a resource that fails at once is not created in a tight loop.
+        # The pause grows, so that a resource that fails immediately is not recreated in a tight loop.
         self._back_off()
 
     def _back_off(self) -> None:

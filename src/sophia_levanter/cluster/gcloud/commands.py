@@ -18,22 +18,24 @@ from sophia_levanter.cluster.config import GcloudCluster
 from sophia_levanter.errors import InputError
 
 _QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
-# A connection ends after a minute without a sign of the other end.
+# A connection ends after a minute without a response from the other end.
 _KEEPALIVE = ("--ssh-flag=-oServerAliveInterval=15", "--ssh-flag=-oServerAliveCountMax=4")
 
 
 def resource_name(cluster: GcloudCluster, run_dir: Path) -> str:
-    """The queued resource's name: that in the cluster's file, or one made from the run directory's name and path.
+    """The queued resource's name: the one in the cluster file, or one derived from the run directory's name and path.
 
     Raises:
-        InputError: if neither gives a name.
+        InputError: if neither provides a name.
     """
     if cluster.name is not None:
         return cluster.name
     made = re.sub(r"[^a-z0-9]+", "-", run_dir.name.lower()).lstrip("-0123456789")[:33].rstrip("-")
     if not made:
-        raise InputError(f"name is missing and cannot be derived from {run_dir.name!r}; name the queued resource")
-    # The hash separates runs whose directories have the same name.
+        raise InputError(
+            f"name is missing and cannot be derived from {run_dir.name!r}; specify a name for the queued resource"
+        )
+    # The hash distinguishes runs whose directories have the same name.
     return f"{made}-{hashlib.sha256(os.fsencode(run_dir.absolute())).hexdigest()[:6]}"
 
 
@@ -61,7 +63,7 @@ class GcloudCommands:
 
     @property
     def log_folder(self) -> str:
-        """The folder of the attempts' logs on each host, relative to the home folder."""
+        """The folder for the attempts' logs on each host, relative to the home folder."""
         return f"sophia_levanter-{self.name}-logs"
 
     def create(self) -> list[str]:
@@ -87,7 +89,7 @@ class GcloudCommands:
         return [*_QUEUED, "describe", self.name, *self._place, "--format=json", "--quiet"]
 
     def list_all(self) -> list[str]:
-        """All queued resources of the zone."""
+        """All queued resources in the zone."""
         return [*_QUEUED, "list", *self._place]
 
     def delete(self) -> list[str]:
@@ -98,7 +100,7 @@ class GcloudCommands:
         return [*self._tpu_vm, "describe", node, *self._place, "--format=json", "--quiet"]
 
     def ssh(self, node: str, worker: int | str, command: str) -> list[str]:
-        """Run a line of shell on a worker or on `all`. A single worker gets standard input and returns its status."""
+        """Run a shell command on a worker or on `all`. A single worker gets standard input and returns its status."""
         to = [node, *self._place, f"--worker={worker}", *self._tunnel, *_KEEPALIVE, "--quiet"]
         return [*self._tpu_vm, "ssh", *to, f"--command={command}"]
 
@@ -108,7 +110,7 @@ class GcloudCommands:
         return [*self._tpu_vm, "scp", *files, *to]
 
     def setup(self) -> str:
-        """Shell that runs the cluster's lines of `setup`, once on each host."""
+        """A shell command that runs the cluster's `setup` once on each host."""
         lines = "\n".join(self.cluster.setup)
         digest = hashlib.sha256(lines.encode())
         for path in map(Path, self.cluster.files):
@@ -117,7 +119,7 @@ class GcloudCommands:
         return f"test -e {marker} || {{ bash -e -o pipefail -c {shlex.quote(lines)} && touch {marker}; }}"
 
     def training(self, words: Sequence[str], env: Mapping[str, str], log: str) -> str:
-        """Shell that runs a training process on a host.
+        """A shell command that runs a training process on a host.
 
         Args:
             words: the process's command line.
@@ -137,7 +139,7 @@ class GcloudCommands:
         return "; ".join([*parts, f"exec {shlex.join(host)}"])
 
     def newest_log(self) -> str:
-        """Shell that follows the newest attempt's log on a host."""
+        """A shell command that follows the log of the most recent attempt on a host."""
         return f'tail -n 100 -F "$(ls -d {self.log_folder}/*.log | tail -n 1)"'
 
     @property
@@ -155,16 +157,16 @@ class GcloudCommands:
         return ["--tunnel-through-iap"] if self.cluster.internal_ips else []
 
 
-# The number of last lines that an error shows.
+# The number of trailing lines that an error shows.
 _TAIL_LINES = 15
-# Errors that only a person can correct. Others, such as an unreachable name server, may pass.
+# Errors that only the user can correct. Others, such as an unreachable name server, may be temporary.
 _FINAL = ("INVALID_ARGUMENT", "UNAUTHENTICATED", "PERMISSION_DENIED", "NOT_FOUND", "FAILED_PRECONDITION")
-_USAGE = 2  # gcloud's exit status for a command line that it does not understand
+_USAGE = 2  # gcloud's exit status for an invalid command line
 _SSH_FAILED = 255  # exit status of ssh itself
-# Nodes in these states have lost their hosts, or will.
+# Nodes in these states have lost their hosts or will lose them.
 _LOST = ("PREEMPTED", "TERMINATED", "DELETING", "STOPPED", "STOPPING", "REPAIRING", "HIDDEN", "HIDING", "UNKNOWN")
 _GONE = "gone"
-_NO_ACCOUNT = "gcloud auth login"  # part of gcloud's error if nobody is logged in
+_NO_ACCOUNT = "gcloud auth login"  # part of gcloud's error if no account is logged in
 
 
 def never() -> bool:
@@ -173,11 +175,11 @@ def never() -> bool:
 
 
 class Stopped(Exception):
-    """The launcher was told to stop while gcloud ran."""
+    """The launcher was asked to stop while gcloud was running."""
 
 
 class Refused(Exception):
-    """A request failed, and may succeed later; the message is gcloud's error."""
+    """A request failed but may succeed later; the message is gcloud's error."""
 
 
 @dataclass(frozen=True)
@@ -196,13 +198,13 @@ class Answer:
 
     @property
     def error(self) -> str:
-        """The first line of gcloud's error, without the name of the command."""
+        """The first line of gcloud's error, without the command name."""
         match = re.search(r"^ERROR: (?:\(gcloud[\w.-]*\) )?(.+)", self.errors, re.MULTILINE)
         return match[1].strip() if match else ((self.errors.strip().splitlines() or [""])[-1])
 
     @property
     def code(self) -> str | None:
-        """Google's name for the error, such as NOT_FOUND."""
+        """Google's error code, such as NOT_FOUND."""
         match = re.match(r"([A-Z]+(?:_[A-Z]+)*): ", self.error)
         return match[1] if match else None
 
@@ -227,7 +229,7 @@ class Answer:
 
 
 def call(words: Sequence[str], stopped: Callable[[], bool] = never) -> Answer:
-    """Run gcloud to its end.
+    """Run gcloud until it exits.
 
     Args:
         words: the command line.
@@ -264,7 +266,7 @@ def call(words: Sequence[str], stopped: Callable[[], bool] = never) -> Answer:
 
 
 def missing_gcloud() -> str:
-    """The error message if gcloud is not installed."""
+    """The error message for a missing gcloud."""
     return "backend gcloud: the gcloud command was not found; install it from https://cloud.google.com/sdk/docs/install"
 
 
@@ -286,7 +288,7 @@ class Node:
 
     @property
     def lost(self) -> bool:
-        """Whether it has lost a host and will never be whole again."""
+        """Whether it has lost a host and can never be complete again."""
         return self.state in (*_LOST, _GONE)
 
     @property
@@ -300,11 +302,11 @@ class Node:
 
 
 class QueuedResource:
-    """The queued resource with a run's slices. Each call raises `Stopped` early if `stopped` returns true.
+    """The queued resource for a run's slices. Each call raises `Stopped` if `stopped` returns true.
 
     Attributes:
-        commands: command lines for it.
-        ours: whether the resource of this name has the requested slices, or was requested by this object.
+        commands: the command lines for the resource.
+        ours: whether the resource with this name has the requested slices or was requested by this object.
     """
 
     def __init__(self, commands: GcloudCommands) -> None:
@@ -315,7 +317,7 @@ class QueuedResource:
         """The state and its message; None if the resource does not exist.
 
         Raises:
-            InputError: if the resource of this name has other slices, or Google refuses the query for good.
+            InputError: if the resource with this name has other slices, or Google rejects the query permanently.
             Refused: if the query fails.
         """
         answer = call(self.commands.describe(), stopped)
@@ -334,10 +336,10 @@ class QueuedResource:
         """Request the resource; return whether it is new.
 
         Raises:
-            InputError: if Google refuses it for good.
+            InputError: if Google rejects the request permanently.
             Refused: if the request fails.
         """
-        self.ours = True  # before the answer, which may get lost
+        self.ours = True  # set before the answer, which may be lost
         answer = call(self.commands.create(), stopped)
         self.ours = not (answer.status and answer.final)
         if answer.code == "ALREADY_EXISTS":
@@ -381,6 +383,6 @@ class QueuedResource:
         cluster = self.commands.cluster
         if (accelerator, count) != (cluster.shape.accelerator_type, cluster.slices):
             raise InputError(
-                f"name {self.commands.name}: a queued resource of that name exists with {count} x {accelerator}, but "
-                f"{cluster.slices} x {cluster.shape.accelerator_type} are requested; delete it or choose another name"
+                f"name {self.commands.name}: a queued resource with this name exists with {count} x {accelerator}, but "
+                f"{cluster.slices} x {cluster.shape.accelerator_type} was requested; delete it or choose another name"
             )

@@ -1,4 +1,4 @@
-"""Workers of a Ray cluster. Free of Ray itself: each attempt runs `ray.driver` in a separate process."""
+"""The Ray backend. It does not import Ray: each attempt runs `ray.driver` in a separate process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unav
 from sophia_levanter.cluster.config import RayCluster
 from sophia_levanter.errors import InputError, counted
 
-# A file beside the logs of an attempt, in which its driver leaves the ids of nodes that were taken away.
+# A file next to an attempt's logs, in which its driver lists the ids of nodes that were preempted.
 LOST_NODES = "lost_nodes.json"
 CONNECT_SECONDS = 10.0
 
@@ -38,23 +38,24 @@ class RayBackend(Backend):
         if cluster.shape is not None:
             on = f"{counted(cluster.slices, 'whole slice')} of {cluster.shape}"
         else:
-            on = f"workers with {cluster.cpus_per_worker:g} CPUs and {counted(cluster.gpus_per_worker, 'GPU')} each"
+            cpus = f"{cluster.cpus_per_worker:g} CPU{'' if cluster.cpus_per_worker == 1 else 's'}"
+            on = f"workers with {cpus} and {counted(cluster.gpus_per_worker, 'GPU')} each"
         command = HostCommand("worker", training_command("python", "CONFIG", mesh), cluster.env)
         return [
             f"on {where} (RAY_AUTH_MODE {cluster.auth}): {counted(self.num_processes, 'process')} on {on}",
-            f"billed: those nodes, as the cluster is configured; waits for them up to {cluster.start_timeout} s",
+            f"billed: those nodes, as configured for the cluster; waits up to {cluster.start_timeout} s for them",
             f"each process: {command.shown()}",
-            f"where CONFIG is a copy of {job.config_file}",
+            f"CONFIG is a copy of {job.config_file}",
         ]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
-        """Check what can be checked without Ray. The driver waits for nodes."""
+        """Run the checks that do not require Ray. The driver waits for nodes."""
         if any(importlib.util.find_spec(name) is None for name in ("ray", "pydantic")):
-            raise InputError("backend ray needs Ray Train; install sophia-levanter[cluster]")
+            raise InputError("backend ray requires Ray Train; run pip install 'sophia-levanter[cluster]'")
         check_secrets(self._cluster.secrets)
         host, _, port = self._cluster.address.rpartition(":")
         if host and not _answers(host, int(port)):
-            problem = f"address {self._cluster.address}: no answer"
+            problem = f"address {self._cluster.address}: no response"
             raise Unavailable(problem) if self._has_begun else InputError(f"{problem}; start the cluster first")
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
@@ -77,7 +78,7 @@ class RayBackend(Backend):
         return [HostCommand("ray", words, {"RAY_AUTH_MODE": self._cluster.auth}, labelled=True)]
 
     def was_preempted(self) -> bool:
-        """Whether nodes were taken away, or a process was told to stop from outside."""
+        """Whether nodes were preempted, or a process was asked to stop from outside."""
         return self._lost_file.exists()
 
 

@@ -1,7 +1,7 @@
 """`python -m sophia_levanter.cluster.ray.driver ORDER`: one attempt of a run on a Ray cluster, through Ray Train.
 
-Prints the output of the processes, each line after the number of its process. Exit status: 0 done, 1 failure, 2 bad
-input, 75 stopped or preempted after a save.
+Prints the output of the processes, with each line prefixed by the process number. Exit status: 0 done, 1 failure, 2 bad
+input, 75 stopped or preempted after saving.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(order_file: Path) -> int:
     """
     order = json.loads(order_file.read_text())
     cluster = RayCluster(**order["cluster"])
-    # Ray Train's controller reads these, and then checks each second whether nodes will be taken away.
+    # Ray Train's controller reads these and then checks every second whether nodes will be preempted.
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     told: list[int] = []
@@ -66,31 +66,31 @@ def main(order_file: Path) -> int:
         print(f"error: {message}", flush=True)
         report_failure(InputError.reason, message)
         return BAD_INPUT
-    # Replaces Ray's own handler, which ends the process at once.
+    # Replaces Ray's own handler, which ends the process immediately.
     signal.signal(signal.SIGTERM, note)
     here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
     board = ray.remote(num_cpus=0, resources=here)(Board).remote(cluster.num_processes)
     fit = _Fit(_trainer(cluster, order, board))
     fence = Fence(cluster.shape, order["lost_nodes"]) if cluster.shape else None
     if fence is not None and (fenced := fence.update()):
-        print(f"not used, because they lack a host or are about to lose one: {', '.join(fenced)}", flush=True)
+        print(f"excluded slices that lack a host or are about to lose one: {', '.join(fenced)}", flush=True)
     fit.start()
     seen = _follow(fit, board, fence, cluster, told)
     return exit_status(fit.error, seen, cluster.num_processes, Path(order["lost_file"]))
 
 
 def ray_accelerator(generation: str) -> str:
-    """Ray's name for a generation of TPUs, such as TPU-V5LITEPOD for v5e."""
+    """Ray's name for a TPU generation, such as TPU-V5LITEPOD for v5e."""
     return f"TPU-{GENERATIONS[generation].type_prefix.upper()}"
 
 
 def broken_slices(nodes: Iterable[Mapping[str, Any]], shape: TpuShape, lost_nodes: Collection[str]) -> set[str]:
-    """Names of slices that lack a host or will lose one, and that Ray would still reserve by their first host.
+    """Names of slices that lack a host or will lose one, but that Ray would still reserve by their first host.
 
     Args:
-        nodes: the nodes as in `ray.nodes()`.
+        nodes: the nodes, as returned by `ray.nodes()`.
         shape: the shape of the slices to consider.
-        lost_nodes: ids of nodes that will be taken away.
+        lost_nodes: ids of nodes that will be preempted.
     """
     alive: dict[str, float] = {}
     reservable: set[str] = set()
@@ -110,12 +110,12 @@ def broken_slices(nodes: Iterable[Mapping[str, Any]], shape: TpuShape, lost_node
 class Fence:
     """Reserves the first hosts of broken slices, so that Ray does not reserve those slices.
 
-    Ray Train reserves a slice by its first host, whether the other hosts are alive or not, and has no setting to choose
-    or exclude slices. (`ray.util.tpu` counts whole slices, but does not know which of them will be taken away.)
+    Ray Train reserves a slice by its first host, whether or not the other hosts are alive, and has no setting to choose
+    or exclude slices. (`ray.util.tpu` counts whole slices, but does not know which of them will be preempted.)
 
     Args:
         shape: the shape of the run's slices.
-        lost_nodes: ids of nodes that will be taken away.
+        lost_nodes: ids of nodes that will be preempted.
     """
 
     def __init__(self, shape: TpuShape, lost_nodes: Collection[str]) -> None:
@@ -124,7 +124,7 @@ class Fence:
         self._held: dict[str, PlacementGroup] = {}
 
     def update(self) -> list[str]:
-        """Update the reservations; the names of the excluded slices."""
+        """Update the reservations and return the names of the excluded slices."""
         broken = broken_slices(ray.nodes(), self._shape, self._lost_nodes)
         for name in broken - set(self._held):
             self._held[name] = placement_group(
@@ -163,7 +163,7 @@ def _trainer(cluster: RayCluster, order: dict[str, Any], board: Any) -> JaxTrain
             "accelerator_type": ray_accelerator(cluster.shape.generation),
         }
         resources = {}
-    # In the object store, which only the workers read, and not in the configuration that Ray keeps and shows.
+    # Secrets go to the object store, which only the workers read, not to the configuration, which Ray keeps and shows.
     secrets = ray.put({name: os.environ[name] for name in cluster.secrets})
     return JaxTrainer(
         run_host,
@@ -174,7 +174,7 @@ def _trainer(cluster: RayCluster, order: dict[str, Any], board: Any) -> JaxTrain
             "board": board,
             "slices": cluster.slices,
         },
-        # The worker itself does not use jax, since the devices belong to its training process.
+        # The worker itself does not use jax, because the devices belong to its training process.
         jax_config=JaxConfig(use_tpu=False, use_gpu=False),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_processes,
@@ -183,8 +183,8 @@ def _trainer(cluster: RayCluster, order: dict[str, Any], board: Any) -> JaxTrain
             placement_strategy="SPREAD",
             **accelerator,
         ),
-        # Ray's own retries are off. As on every backend, the launcher decides about further attempts. Unlike Ray, it
-        # counts failures at the same step, and survives failures of Ray's head, which end this driver.
+        # Ray's own retries are off. As with every backend, the launcher decides whether to try again. Unlike Ray, it
+        # counts failures at the same step and survives failures of Ray's head, which end this driver.
         run_config=RunConfig(
             storage_path=order["storage"],
             failure_config=FailureConfig(
@@ -195,7 +195,7 @@ def _trainer(cluster: RayCluster, order: dict[str, Any], board: Any) -> JaxTrain
 
 
 def _follow(fit: _Fit, board: Any, fence: Fence | None, cluster: RayCluster, told: list[int]) -> dict[str, Any]:
-    """Print lines until the attempt is over; return the last state of the board."""
+    """Print lines until the attempt is over; return the final state of the board."""
     began = fenced = time.monotonic()
     first_ended: float | None = None
     seen: dict[str, Any] = {"statuses": {}, "lost_nodes": [], "hosts": 0}
@@ -213,25 +213,31 @@ def _follow(fit: _Fit, board: Any, fence: Fence | None, cluster: RayCluster, tol
             ray.get(board.stop.remote())
         now = time.monotonic()
         if not seen["hosts"] and now > began + cluster.start_timeout:
-            print(f"found no nodes for the run's workers within {cluster.start_timeout} s (start_timeout)", flush=True)
+            print(
+                f"no nodes were found for the run's workers within {cluster.start_timeout} s (start_timeout)",
+                flush=True,
+            )
             return seen
         if fence is not None and now > fenced + FENCE_SECONDS:
             fence.update()
             fenced = now
         first_ended = first_ended or (now if seen["statuses"] else None)
         if first_ended is not None and now > first_ended + cluster.stop_timeout:
-            print(f"one process exited, but others did not within {cluster.stop_timeout} s (stop_timeout)", flush=True)
+            print(
+                f"one process exited, but others did not exit within {cluster.stop_timeout} s (stop_timeout)",
+                flush=True,
+            )
             return seen
         fit.join(timeout=POLL_SECONDS)
 
 
 def exit_status(error: Exception | None, seen: dict[str, Any], num_processes: int, lost_file: Path) -> int:
-    """The driver's exit status, from the last state of the board. Writes the lost nodes for the launcher.
+    """Determine the driver's exit status from the final state of the board. Writes the lost nodes for the launcher.
 
     Args:
         error: the exception of `fit`, if any.
-        seen: statuses of the processes in the order in which they ended, and lost_nodes.
-        num_processes: number of processes of the run.
+        seen: exit statuses of the processes in the order in which they ended, and lost_nodes.
+        num_processes: number of processes in the run.
         lost_file: the file for the lost nodes.
     """
     statuses = list(seen["statuses"].values())
@@ -257,7 +263,7 @@ def exit_status(error: Exception | None, seen: dict[str, Any], num_processes: in
 
 
 def _was_preempted(failure: Any) -> bool:
-    """Whether Ray reports that a failed worker's node was taken away."""
+    """Whether Ray reports that a failed worker's node was preempted."""
     return bool(getattr(getattr(failure, "health_check_failure", failure), "preempted", False))
 
 

@@ -1,6 +1,6 @@
-"""The code in each worker of Ray Train: starts the training process, reads its output, and tells it when to stop.
+"""The code in each Ray Train worker: starts the training process, reads its output and tells it when to stop.
 
-Training runs in a separate process, not in the worker, so that it is the same program as on other backends: jax's
+Training runs in a separate process, not in the worker, so that the program is the same as on other backends: jax's
 heartbeat timeout is 20 s (Ray's JaxConfig leaves it at 100), and SIGTERM stops it.
 """
 
@@ -31,17 +31,17 @@ BARRIER_SECONDS = 15.0
 
 
 class ProcessFailed(Exception):
-    """The training process of a worker failed."""
+    """A worker's training process failed."""
 
 
 class Board:
-    """An actor beside the driver. Workers post the output and exit statuses of their processes, and read what to do.
+    """An actor that runs alongside the driver. Workers post output and exit statuses, and read their instructions.
 
-    Ray's own means do not suffice: `log_to_driver` merges equal lines of different workers, and `ray.train.report` is a
-    barrier, at which a worker would wait for dead peers.
+    Ray's own facilities are not enough: `log_to_driver` merges identical lines from different workers, and
+    `ray.train.report` is a barrier at which a worker would wait for dead peers.
 
     Args:
-        num_processes: number of processes of the run.
+        num_processes: number of processes in the run.
     """
 
     def __init__(self, num_processes: int) -> None:
@@ -57,13 +57,13 @@ class Board:
         self._hosts += 1
 
     def report(self, rank: int, lines: list[str], status: int | None, lost_nodes: list[str]) -> None:
-        """Post the news of a worker.
+        """Post a worker's new output and status.
 
         Args:
             rank: the worker's rank.
-            lines: new lines of its process's output.
+            lines: new output lines from its process.
             status: the process's exit status, once it has ended.
-            lost_nodes: ids of nodes that will be taken away, according to Ray.
+            lost_nodes: ids of nodes that will be preempted, according to Ray.
         """
         self._lines += [(rank, line) for line in lines]
         self._lost_nodes |= set(lost_nodes)
@@ -71,17 +71,17 @@ class Board:
             self._statuses[rank] = status
 
     def verdict(self) -> str:
-        """What the workers must do: go on, stop (tell processes to save and end), or finish (all have ended)."""
+        """What the workers must do: go on, stop (tell processes to save and exit) or finish (all have exited)."""
         if len(self._statuses) == self._num_processes:
             return "finish"
         return "stop" if self._stop or self._lost_nodes else "go on"
 
     def stop(self) -> None:
-        """Tell the processes to save and end."""
+        """Tell the processes to save and exit."""
         self._stop = True
 
     def take(self) -> dict[str, Any]:
-        """For the driver: new lines, and all statuses, lost nodes and the number of hosts so far."""
+        """Return the new lines, all statuses, the lost nodes and the number of hosts so far, for the driver."""
         lines, self._lines = self._lines, []
         return {
             "lines": lines,
@@ -92,13 +92,14 @@ class Board:
 
 
 def run_host(order: dict[str, Any]) -> None:
-    """Ray Train's function for each worker. All workers call Ray's collectives the same number of times.
+    """The function that Ray Train runs in each worker. All workers call Ray's collectives the same number of times.
 
     Args:
-        order: config (the run's, as YAML), env, secrets (a list with a reference to their values), board, slices.
+        order: config (the run's configuration as YAML), env, secrets (a list with a reference to their values), board,
+            slices.
 
     Raises:
-        ProcessFailed: if the training process ended with a status other than done or preempted.
+        ProcessFailed: if the training process exited with a status other than done or preempted.
     """
     rank, count = get_context().get_world_rank(), get_context().get_world_size()
     address = f"{ray.util.get_node_ip_address()}:{free_port()}" if rank == 0 else None
@@ -125,7 +126,7 @@ def run_host(order: dict[str, Any]) -> None:
 
 
 def _end_with(process: subprocess.Popen[bytes], attended: threading.Event) -> None:
-    """End this worker if its process has failed and the worker still waits for workers on lost nodes."""
+    """Exit this worker if its process has failed and it is still waiting for workers on lost nodes."""
     if process.wait() not in (DONE, PREEMPTED) and not attended.wait(BARRIER_SECONDS):
         os._exit(FAILURE)
 

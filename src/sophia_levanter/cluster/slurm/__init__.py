@@ -1,6 +1,6 @@
-"""Attempts inside a Slurm job: one srun for each, with a process on every node. `job` submits that job.
+"""Attempts inside a Slurm job: one srun per attempt, with one process per node. `job` submits that job.
 
-Statements about Slurm in these modules were checked with version 22.05.
+Statements about Slurm in these modules were verified with version 22.05.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unav
 from sophia_levanter.cluster.config import SlurmCluster
 from sophia_levanter.errors import InputError, counted
 
-# The name of the steps that train, which distinguishes them from a user's own steps in the same allocation.
+# The name of training steps, which distinguishes them from a user's own steps in the same allocation.
 STEP = "sophia_levanter"
-# Seconds to wait for processes of an earlier attempt after SIGKILL.
+# Seconds to wait for processes from an earlier attempt after SIGKILL.
 LEFTOVERS_TIMEOUT = 60
-# On SIGTERM srun ends its tasks with SIGKILL, so closing its standard input tells them to save instead. The process
-# that waits for the end of the input has none of the task's streams, since srun would wait for it too.
+# On SIGTERM, srun kills its tasks with SIGKILL, so they save when its standard input closes instead. The process that
+# waits for the end of the input has none of the task's streams, because srun would wait for it too.
 TASK = 'exec 3<&0; {{ cat <&3; kill -TERM $$; }} >/dev/null 2>&1 & exec "$@"{mesh} </dev/null 3<&-'
 
 
 class SlurmBackend(Backend):
-    """Starts a run's processes on the nodes of the allocation that the launcher is in, one on each."""
+    """Starts one process of the run on each node of the launcher's allocation."""
 
     def __init__(self, cluster: SlurmCluster) -> None:
         self.cluster = cluster
@@ -33,15 +33,15 @@ class SlurmBackend(Backend):
         self._first_node: str | None = None
 
     def describe(self, job: Job) -> list[str]:
-        """The resources that the job takes, and the command that it runs on them."""
+        """The resources that the job uses, and the command that it runs on them."""
         return [_taken(self.cluster), f"each attempt: {self.commands(job, 1)[0].shown()}"]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
-        """Check that the allocation is as requested, and end the processes of an earlier attempt in it.
+        """Check that the allocation is as requested, and kill processes from an earlier attempt in it.
 
         Raises:
             InputError: if this is not a Slurm job or its size differs, or a secret is not in the environment.
-            Unavailable: if Slurm does not answer, or processes of an earlier attempt cannot be ended.
+            Unavailable: if Slurm does not respond, or processes from an earlier attempt cannot be killed.
         """
         _check_allocation(self.cluster)
         nodes = ask("scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")).split()
@@ -51,7 +51,7 @@ class SlurmBackend(Backend):
         _end_leftovers(say, stopped)
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
-        """A single srun, which prints for all processes."""
+        """A single srun, which prints the output of all processes."""
         cluster = self.cluster
         mesh: dict[str, object] = {}
         if cluster.nodes > 1:
@@ -62,8 +62,8 @@ class SlurmBackend(Backend):
             f"--job-name={STEP}",
             "--export=ALL",  # even if the job itself was submitted with a different --export
             "--label",
-            # Not 1: after a process saved and ended with 75, the others would be killed before their last lines, and
-            # srun would return 143. Peers of a dead process end by themselves; --wait ends those that are stuck.
+            # Not 1: when a process saved and exited with 75, the others would be killed before their last lines, and
+            # srun would return 143. Peers of a dead process exit on their own; --wait kills those that are stuck.
             "--kill-on-bad-exit=0",
             f"--wait={cluster.stop_timeout}",
             f"--nodes={cluster.nodes}",
@@ -81,26 +81,26 @@ class SlurmBackend(Backend):
 
 def _check_allocation(cluster: SlurmCluster) -> None:
     if "SLURM_JOB_ID" not in os.environ:
-        raise InputError("backend slurm: SLURM_JOB_ID is not set; attempts must start inside a Slurm job")
+        raise InputError("backend slurm: SLURM_JOB_ID is not set; attempts must run inside a Slurm job")
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "an unknown number")
     if nodes != str(cluster.nodes):
         raise InputError(
-            f"nodes is {cluster.nodes}, but this Slurm job has {nodes}; use the same number, or launch outside the job"
+            f"nodes is {cluster.nodes}, but this Slurm job has {nodes}; use the same number or launch outside the job"
         )
     check_secrets(cluster.secrets)
 
 
 def _end_leftovers(say: Say, stopped: Callable[[], bool]) -> None:
-    """End tasks that survived an srun that was killed, because they hang."""
+    """Kill hanging tasks that survived the killing of their srun."""
     deadline = time.monotonic() + LEFTOVERS_TIMEOUT
     said = False
     while (steps := _steps()) and not stopped():
         if time.monotonic() > deadline:
-            raise Unavailable(f"processes of an earlier attempt are still running (Slurm steps {', '.join(steps)})")
+            raise Unavailable(f"processes from an earlier attempt are still running (Slurm steps {', '.join(steps)})")
         if not said:
-            say("killing what is left of an earlier attempt")
+            say("killing processes left over from an earlier attempt")
         said = True
-        # This fails for a step that has ended meanwhile.
+        # This fails for a step that has ended in the meantime.
         subprocess.run(["scancel", "--signal=KILL", *steps], stderr=subprocess.DEVNULL, check=False)
         time.sleep(1)
 
@@ -128,13 +128,13 @@ def ask(*words: str) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last line of a Slurm command's error, without the command's name."""
+    """The last line of a Slurm command's error, without the command name."""
     lines = text.strip().splitlines()
     return re.sub(r"^\w+: error: ", "", lines[-1]) if lines else ""
 
 
 def _port(attempt: int) -> int:
-    """A port below Linux's ephemeral ports, different for each attempt and far from those of neighbouring jobs."""
+    """A port below Linux's ephemeral ports, different for each attempt and far from the ports of neighbouring jobs."""
     return 12_000 + (int(os.environ["SLURM_JOB_ID"]) * 127 + attempt) % 20_000
 
 

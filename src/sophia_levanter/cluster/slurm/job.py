@@ -18,8 +18,8 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.files import read_regular
 from sophia_levanter.status import FAILURE, INTERRUPTED, PREEMPTED
 
-NUMBER = "slurm_job"  # a file beside the script, with the job's number
-# Final states of a job for which sbatch --wait may return 0 although the run is not done.
+NUMBER = "slurm_job"  # a file next to the script, with the job's number
+# Final job states for which sbatch --wait may return 0 although the run is not done.
 BAD_ENDS = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
 
 
@@ -51,7 +51,7 @@ done
 # 143: the signal arrived before the launcher could handle it.
 [ -z "$told" ] || [ "$status" != 143 ] || status={preempted}
 
-# Requeue, except if the job was cancelled (it has stopped running) or someone stopped the run.
+# Requeue, unless the job was cancelled (it is no longer running) or the user stopped the run.
 if [ -n "$told" ] && [ "$status" = {preempted} ] && [ ! -e {stop} ] &&
   [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
   echo "requeuing job $SLURM_JOB_ID"
@@ -62,7 +62,7 @@ exit "$status"
 
 
 def sbatch_script(cluster: SlurmCluster, job: Job, words: Sequence[str]) -> str:
-    """The job's script for sbatch.
+    """The sbatch script for the job.
 
     Args:
         cluster: the settings.
@@ -75,7 +75,7 @@ def sbatch_script(cluster: SlurmCluster, job: Job, words: Sequence[str]) -> str:
     directory = os.path.abspath(job.directory)
     if re.search(r"[\n\r\\]", directory):
         raise InputError(
-            f"trainer.run_dir {directory!r}: the path of a Slurm log cannot contain a line break or backslash; "
+            f"trainer.run_dir {directory!r}: the path of a Slurm log cannot contain a newline or backslash; "
             "choose another directory"
         )
     options = [
@@ -104,7 +104,7 @@ def sbatch_script(cluster: SlurmCluster, job: Job, words: Sequence[str]) -> str:
 
 
 def describe_submission(cluster: SlurmCluster, job: Job, words: Sequence[str]) -> list[str]:
-    """What `submit` would do, as lines for people: the command, the script, and the job's resources and command."""
+    """What `submit` would do, in human-readable lines: the command, the script, and the job's resources and command."""
     return [
         f"would run: {shlex.join(_sbatch(job))}",
         f"{_script(job)}:",
@@ -114,7 +114,7 @@ def describe_submission(cluster: SlurmCluster, job: Job, words: Sequence[str]) -
 
 
 def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> int:
-    """Submit a job that runs the launcher on the run's nodes, and wait for its end.
+    """Submit a job that runs the launcher on the run's nodes, and wait until it ends.
 
     Args:
         cluster: the settings.
@@ -126,7 +126,7 @@ def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> i
         The launcher's exit status; 1 if Slurm ended the job; 130 on Ctrl-C, after which the job continues.
 
     Raises:
-        InputError: if sbatch is not installed here, or refuses the job.
+        InputError: if sbatch is not installed on this machine or rejects the job.
     """
     _script(job).write_text(sbatch_script(cluster, job, words), encoding="utf-8")
     number = ""
@@ -142,7 +142,7 @@ def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> i
         number = sbatch.stdout.readline().strip().partition(";")[0]
         if number:
             (job.directory / NUMBER).write_text(number)
-            say(f"Slurm job {number}; its log: {job.directory / f'slurm-{number}.log'}")
+            say(f"submitted Slurm job {number}; log: {job.directory / f'slurm-{number}.log'}")
         _, errors = sbatch.communicate()
         if not number:
             raise InputError(f"sbatch: {last_line(errors) or f'exited with status {sbatch.returncode}'}")
@@ -158,7 +158,7 @@ def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> i
 
 
 def cancel_if_queued(directory: Path) -> str | None:
-    """Cancel a run's job if it waits in the queue.
+    """Cancel a run's job if it is waiting in the queue.
 
     Args:
         directory: the launcher's directory for the run.
@@ -194,7 +194,7 @@ def _status_of(number: str, status: int, say: Say) -> int:
 
 
 def _state(number: str) -> str | None:
-    """The state of a job; None if Slurm does not answer or no longer knows the job."""
+    """The state of a job; None if Slurm does not respond or no longer knows the job."""
     try:
         return ask("squeue", "--noheader", f"--jobs={number}", "--states=all", "--format=%T").strip() or None
     except (Unavailable, InputError):
@@ -203,13 +203,13 @@ def _state(number: str) -> str | None:
 
 def _goes_on(job: Job, number: str) -> str:
     if not number:
-        return "interrupted before Slurm answered; squeue --me shows whether the job exists"
+        return "interrupted before Slurm responded; check squeue --me for the job"
     stop = shlex.join(["python", "-m", "sophia_levanter.commands.launch", "stop", str(job.run_dir)])
-    return f"job {number} keeps running; {stop} stops it, or scancel {number} if it has not started"
+    return f"job {number} keeps running; to stop it, run {stop}, or scancel {number} if it has not started"
 
 
 def _quoted(option: str) -> str:
-    """Quote an option for a line of sbatch's script: double quotes protect blanks and #, a backslash one character."""
+    """Quote an option for a line of sbatch's script: double quotes protect spaces and #, a backslash one character."""
     if re.fullmatch(r"[\w./:=,@%+-]+", option):
         return option
     name, equals, value = option.partition("=")
