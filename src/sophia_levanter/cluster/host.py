@@ -38,8 +38,8 @@ usage: python -m sophia_levanter.cluster.host --grace SECONDS --log FILE -- WORD
   WORD...           command to run; it receives SIGTERM when standard input closes
   --grace SECONDS   time between SIGTERM and SIGKILL
   --log FILE        new file for the command's output; if it already exists, the command is not started again
-  --parent PID      replaces this process with the command, which is killed when its parent PID exits
-  --help            shows this message and exits"""
+  --parent PID      replace this process with the command, which is killed when its parent PID exits
+  --help            show this help message and exit"""
 PR_SET_PDEATHSIG = 1
 _PATIENCE = 10.0  # seconds to wait, beyond the grace period, for a process from an earlier attempt
 
