@@ -28,17 +28,9 @@ from peers_by_hand import step_by_hand
 from sophia_levanter.allocation import keep_freed_memory
 from sophia_levanter.batch import batch_from_sequences
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdamWConfig, LionConfig, MuonConfig, SoapConfig
 from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.config.optimizer import (
-    AdamWConfig,
-    LionConfig,
-    MuonConfig,
-    OptimizerConfig,
-    SoapConfig,
-    SophiaConfig,
-    SophiaGConfig,
-    SophiaHConfig,
-)
+from sophia_levanter.config.optimizer import OptimizerConfig, SophiaConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.costs import lower_step

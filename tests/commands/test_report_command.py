@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.commands.report import main
-from sophia_levanter.config.optimizer import AdamWConfig
+from sophia_levanter.config.baselines import AdamWConfig
 from sophia_levanter.studies.plots import MOST_STYLES
 from tiny_runs import FACTS, TEXT, run_config, step_lines, write_manifest, write_run
 

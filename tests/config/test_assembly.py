@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from sophia_levanter.config.assembly import build_optimizer
+from sophia_levanter.config.baselines import AdamWConfig
 from sophia_levanter.config.groups import GroupConfig
-from sophia_levanter.config.optimizer import AdamWConfig, OptimizerConfig, SophiaGConfig
+from sophia_levanter.config.optimizer import OptimizerConfig, SophiaGConfig
 from sophia_levanter.optim import AdamW, CautiousWeightDecay, Hyperball, ParameterGroups
 from sophia_levanter.optim._trees import decay_mask_tree, trainable
 from sophia_levanter.run.summary import describe_groups, describe_optimizer

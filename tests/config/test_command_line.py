@@ -9,10 +9,11 @@ import pytest
 from refusals import TYPES, load_error, one_line
 
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdamWConfig, LionConfig
 from sophia_levanter.config.command_line import dump_config, load_config, parse_command_line
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.model import ModelConfig
-from sophia_levanter.config.optimizer import AdamWConfig, LionConfig, OptimizerConfig, SophiaGConfig, SophiaHConfig
+from sophia_levanter.config.optimizer import OptimizerConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.schedule import LinearSchedule
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
@@ -245,7 +246,9 @@ except InputError:
     pass
 print(*sorted({"jax", "jaxlib", "numpy", "haliax", "equinox", "tensorstore"} & set(sys.modules)))
 """
-    command = [sys.executable, "-c", script, str(write("model: {num_layers: 2}"))]
+    # The type is registered too, although nothing imports its class by name.
+    path = write("model: {num_layers: 2}\noptimizer: {type: ademamix}")
+    command = [sys.executable, "-c", script, str(path)]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == ""
 
 

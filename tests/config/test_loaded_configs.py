@@ -6,10 +6,11 @@ import pytest
 from refusals import TYPES, load_error
 
 from sophia_levanter.config import TrainConfig, build
+from sophia_levanter.config.baselines import AdamWConfig, LionConfig
 from sophia_levanter.config.command_line import dump_config, load_config
 from sophia_levanter.config.data import DataConfig, MixturePart
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig
-from sophia_levanter.config.optimizer import AdamWConfig, LionConfig, SophiaGConfig, SophiaHConfig
+from sophia_levanter.config.optimizer import SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.config.trainer import BatchSizeChange, TrainerConfig
 from sophia_levanter.errors import InputError

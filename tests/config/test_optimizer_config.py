@@ -6,16 +6,8 @@ import numpy as np
 import pytest
 
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.config.optimizer import (
-    AdamWConfig,
-    AdEMAMixConfig,
-    LionConfig,
-    MuonConfig,
-    OptimizerConfig,
-    SoapConfig,
-    SophiaGConfig,
-    SophiaHConfig,
-)
+from sophia_levanter.config.baselines import AdamWConfig, AdEMAMixConfig, LionConfig, MuonConfig, SoapConfig
+from sophia_levanter.config.optimizer import OptimizerConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.schedule import ScheduleConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.models.language_model import decay_mask, matrix_axes

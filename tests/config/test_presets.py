@@ -8,18 +8,10 @@ import jax
 import pytest
 
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdamWConfig, AdEMAMixConfig, LionConfig, MuonConfig, SoapConfig
 from sophia_levanter.config.command_line import dump_config, load_config
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig
-from sophia_levanter.config.optimizer import (
-    AdamWConfig,
-    AdEMAMixConfig,
-    LionConfig,
-    MuonConfig,
-    OptimizerConfig,
-    SoapConfig,
-    SophiaGConfig,
-    SophiaHConfig,
-)
+from sophia_levanter.config.optimizer import OptimizerConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.schedule import CosineSchedule
 from sophia_levanter.config.settings import steps_of
 from sophia_levanter.config.trainer import TrainerConfig

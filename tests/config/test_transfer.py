@@ -10,17 +10,10 @@ import pytest
 
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.assembly import build_optimizer, describe_transfer
+from sophia_levanter.config.baselines import AdamWConfig, AdEMAMixConfig, LionConfig, MuonConfig, SoapConfig
 from sophia_levanter.config.groups import GroupConfig
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig
-from sophia_levanter.config.optimizer import (
-    AdamWConfig,
-    AdEMAMixConfig,
-    LionConfig,
-    MuonConfig,
-    SoapConfig,
-    SophiaGConfig,
-    SophiaHConfig,
-)
+from sophia_levanter.config.optimizer import SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.transfer import width_exponents
 from sophia_levanter.main import main
 from sophia_levanter.models.language_model import abstract_model

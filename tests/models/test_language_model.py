@@ -8,9 +8,9 @@ import haliax.nn as hnn
 import pytest
 
 from sophia_levanter.config.assembly import check_optimizer
+from sophia_levanter.config.baselines import AdamWConfig
 from sophia_levanter.config.groups import GroupConfig
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig
-from sophia_levanter.config.optimizer import AdamWConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.language_model import (
     LanguageModel,

@@ -7,11 +7,11 @@ import pytest
 
 from sophia_levanter.accelerators import GIB
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdamWConfig
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.groups import GroupConfig
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.config.optimizer import AdamWConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.planning.run_plan import _time, describe

@@ -7,16 +7,10 @@ import pytest
 
 from sophia_levanter.accelerators import Chip
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdamWConfig, AdEMAMixConfig, LionConfig, MuonConfig
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.config.optimizer import (
-    AdamWConfig,
-    AdEMAMixConfig,
-    LionConfig,
-    MuonConfig,
-    SophiaGConfig,
-    SophiaHConfig,
-)
+from sophia_levanter.config.optimizer import SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.partition.mesh import partition_of

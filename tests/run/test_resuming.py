@@ -11,9 +11,9 @@ import pytest
 
 from sophia_levanter import checkpoint
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdEMAMixConfig
 from sophia_levanter.config.build import encode
 from sophia_levanter.config.command_line import load_config
-from sophia_levanter.config.optimizer import AdEMAMixConfig
 from sophia_levanter.main import main
 from sophia_levanter.run.directory import RunDirectory
 from sophia_levanter.run.resuming import check_resumable

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
+from sophia_levanter.config.baselines import AdamWConfig
+from sophia_levanter.config.optimizer import SophiaGConfig
 from sophia_levanter.studies.comparability import compare, configurations, facts
 from sophia_levanter.studies.page import COLUMNS, headline
 from sophia_levanter.studies.runs import read_run

@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
+from sophia_levanter.config.baselines import AdamWConfig
+from sophia_levanter.config.optimizer import SophiaGConfig
 from sophia_levanter.studies.comparability import compare
 from sophia_levanter.studies.page import COLUMNS, headline, in_lines, notes, sets_and_tasks, short, status
 from sophia_levanter.studies.runs import read_run

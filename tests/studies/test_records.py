@@ -7,8 +7,9 @@ import os
 import pytest
 
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdamWConfig
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig, SophiaHConfig
+from sophia_levanter.config.optimizer import SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.trainer import TaskConfig, TrainerConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.studies.records import config_of, find, flat_config, read_records, write_records

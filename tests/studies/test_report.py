@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdamWConfig
 from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
+from sophia_levanter.config.optimizer import SophiaGConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.studies.records import flat_config
 from sophia_levanter.studies.report import at_the_edge, write_report

@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdamWConfig, LionConfig, MuonConfig, SoapConfig
 from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.config.optimizer import (
-    AdamWConfig,
-    LionConfig,
-    MuonConfig,
-    SoapConfig,
-    SophiaGConfig,
-    SophiaHConfig,
-)
+from sophia_levanter.config.optimizer import SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.studies.panels import AXES
 from sophia_levanter.studies.results import (

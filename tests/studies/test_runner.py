@@ -15,9 +15,10 @@ import pytest
 
 from sophia_levanter.checkpoint.manifest import FILE_NAME, Manifest, SavedArray, encode_manifest
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdamWConfig
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.config.optimizer import AdamWConfig, SophiaGConfig
+from sophia_levanter.config.optimizer import SophiaGConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.studies import runner
 from sophia_levanter.studies.records import Record, flat_config

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sophia_levanter.config.optimizer import AdamWConfig
+from sophia_levanter.config.baselines import AdamWConfig
 from sophia_levanter.config.trainer import BatchSizeChange
 from sophia_levanter.errors import InputError
 from sophia_levanter.studies.panels import AXES, STEPS

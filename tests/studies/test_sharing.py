@@ -10,9 +10,10 @@ import pytest
 
 from sophia_levanter import checkpoint
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdamWConfig, AdEMAMixConfig
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.config.optimizer import AdamWConfig, AdEMAMixConfig, OptimizerConfig, SophiaGConfig
+from sophia_levanter.config.optimizer import OptimizerConfig, SophiaGConfig
 from sophia_levanter.config.schedule import ConstantSchedule, CosineSchedule, WarmupStableDecaySchedule
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.files import lock

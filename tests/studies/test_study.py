@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from sophia_levanter.config.baselines import AdamWConfig, LionConfig
 from sophia_levanter.config.files import Setting
-from sophia_levanter.config.optimizer import AdamWConfig, LionConfig, SophiaGConfig
+from sophia_levanter.config.optimizer import SophiaGConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.studies.records import find, read_records
 from sophia_levanter.studies.study import PlannedRun, plan, read_study

@@ -12,17 +12,10 @@ import pytest
 
 from sophia_levanter.batch import batch_from_sequences
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdamWConfig, AdEMAMixConfig, LionConfig, MuonConfig, SoapConfig
 from sophia_levanter.config.groups import GroupConfig
 from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.config.optimizer import (
-    AdamWConfig,
-    AdEMAMixConfig,
-    LionConfig,
-    MuonConfig,
-    SoapConfig,
-    SophiaGConfig,
-    SophiaHConfig,
-)
+from sophia_levanter.config.optimizer import SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.schedule import ConstantSchedule
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.partition.mesh import partition_of

@@ -6,8 +6,9 @@ import jax
 import pytest
 
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdamWConfig, MuonConfig, SoapConfig
 from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.config.optimizer import AdamWConfig, MuonConfig, SoapConfig, SophiaGConfig
+from sophia_levanter.config.optimizer import SophiaGConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.training.costs import MatrixFlops, flops_per_step, matrix_flops, peak_flops

@@ -14,8 +14,8 @@ import numpy as np
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdEMAMixConfig
 from sophia_levanter.config.command_line import config_in, load_config
-from sophia_levanter.config.optimizer import AdEMAMixConfig
 from sophia_levanter.config.settings import free_settings, steps_of
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.processes import PATIENCE, Processes, wait_for_all

@@ -21,8 +21,9 @@ from typing import Any
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import CheckpointError
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdEMAMixConfig
 from sophia_levanter.config.build import encode, flat
-from sophia_levanter.config.optimizer import AdEMAMixConfig, OptimizerConfig
+from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.files import write_atomically
 from sophia_levanter.run.directory import RunDirectory
 from sophia_levanter.run.resuming import steps_in_common
