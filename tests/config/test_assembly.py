@@ -13,6 +13,7 @@ from sophia_levanter.config.assembly import build_optimizer
 from sophia_levanter.config.baselines import AdamWConfig
 from sophia_levanter.config.groups import GroupConfig
 from sophia_levanter.config.optimizer import OptimizerConfig, SophiaGConfig
+from sophia_levanter.errors import InputError
 from sophia_levanter.optim import AdamW, CautiousWeightDecay, Hyperball, ParameterGroups
 from sophia_levanter.optim._trees import decay_mask_tree, trainable
 from sophia_levanter.run.summary import describe_groups, describe_optimizer
@@ -84,3 +85,21 @@ def test_the_lines_that_say_so(make_model):
     line = "adamw, weight decay 0.1, cautious; hyperball: the matrices in 4 arrays keep their norms and do not decay"
     assert describe_optimizer(ALL, make_model()) == line
     assert describe_optimizer(SophiaGConfig(), make_model()) == "sophia_g, weight decay 0.2"
+
+
+def test_a_class_without_a_mask_has_one_weight_decay():
+    """A group's own would reach the class as a rate of 1.0 for every parameter."""
+
+    class Plain:
+        def __init__(self, learning_rate, weight_decay):
+            pass
+
+    for groups in ((), (GroupConfig("wte", "0.5 x"),)):
+        assert AdamWConfig(groups=groups).arguments(Plain, 100)["weight_decay"] == 0.1
+    groups = (GroupConfig("ln"), GroupConfig("wte", weight_decay=0.25))
+    with pytest.raises(InputError) as raised:
+        AdamWConfig(groups=groups).arguments(Plain, 100)
+    assert str(raised.value) == (
+        f"optimizer.groups[1].weight_decay is 0.25, but {Plain.__qualname__} decays all parameters alike; "
+        "add the field weight_decay_mask to it, or leave weight_decay out of the groups"
+    )

@@ -116,17 +116,32 @@ class OptimizerConfig(Settings, ChoiceRegistry):
 
         They are the fields specific to this configuration's type, `learning_rate` as a schedule over `num_train_steps`,
         `weight_decay`, `weight_decay_mask` and `momentum_dtype`.
+
+        Raises:
+            InputError: if a group has a weight decay, and the class a `weight_decay` but no `weight_decay_mask`.
         """
         import jax.numpy as jnp
 
         common = {common.name for common in dataclasses.fields(OptimizerConfig)}
         taken = set(inspect.signature(getattr(optimizer, "__init__")).parameters)  # noqa: B009
+        if "weight_decay" in taken and "weight_decay_mask" not in taken:
+            self._check_same_decay(optimizer)
         own = [own.name for own in dataclasses.fields(self) if own.name in taken - common]
         shared = self.decay_arguments | {
             "learning_rate": self.build_schedule(num_train_steps),
             "momentum_dtype": jnp.dtype(self.momentum_dtype),
         }
         return {name: getattr(self, name) for name in own} | {name: shared[name] for name in shared if name in taken}
+
+    def _check_same_decay(self, optimizer: type) -> None:
+        """Check that no group has a weight decay; the class `optimizer` has no mask to receive it by."""
+        for index, group in enumerate(self.groups):
+            if group.weight_decay is not None:
+                raise InputError(
+                    f"optimizer.groups[{index}].weight_decay is {group.weight_decay:g}, but {optimizer.__qualname__} "
+                    "decays all parameters alike; add the field weight_decay_mask to it, or leave "
+                    "weight_decay out of the groups"
+                )
 
     def curvature_microbatches(self, trainer: TrainerConfig) -> tuple[int, int] | None:
         """The number and size of the microbatches that refresh the curvature; None if the optimizer uses none."""
