@@ -97,6 +97,7 @@ def test_a_class_without_a_mask_has_one_weight_decay():
     for groups in ((), (GroupConfig("wte", "0.5 x"),)):
         assert AdamWConfig(groups=groups).arguments(Plain, 100)["weight_decay"] == 0.1
     groups = (GroupConfig("ln"), GroupConfig("wte", weight_decay=0.25))
+    AdamWConfig(groups=groups, cautious_weight_decay=True).arguments(Plain, 100)
     with pytest.raises(InputError) as raised:
         AdamWConfig(groups=groups).arguments(Plain, 100)
     assert str(raised.value) == (

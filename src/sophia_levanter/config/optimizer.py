@@ -124,7 +124,8 @@ class OptimizerConfig(Settings, ChoiceRegistry):
 
         common = {common.name for common in dataclasses.fields(OptimizerConfig)}
         taken = set(inspect.signature(getattr(optimizer, "__init__")).parameters)  # noqa: B009
-        if "weight_decay" in taken and "weight_decay_mask" not in taken:
+        # With `cautious_weight_decay`, a wrapper applies the decay.
+        if "weight_decay" in taken and "weight_decay_mask" not in taken and not self.cautious_weight_decay:
             self._check_same_decay(optimizer)
         own = [own.name for own in dataclasses.fields(self) if own.name in taken - common]
         shared = self.decay_arguments | {
