@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sophia_levanter.config import TrainConfig
+from sophia_levanter.config.baselines import AdEMAMixConfig
 from sophia_levanter.config.command_line import Command, load_config
 from sophia_levanter.config.optimizer import SophiaGConfig
 from sophia_levanter.config.trainer import TrainerConfig
@@ -62,6 +63,27 @@ def test_auto_goes_on_with_its_own_run_only(tmp_path):
     assert again == RunDirectory(tmp_path / "run", "if_saved")
     with pytest.raises(InputError, match=r"its data\.tokenizer is 'bytes', not 'gpt2'"):
         choose_run_directory(Command(config(tmp_path / "run", tokenizer="gpt2"), "x", "auto"))
+
+
+def test_auto_takes_a_slow_warmup_in_steps_that_keeps_the_schedule(tmp_path):
+    """As the message about a changed schedule advises; another one would be another run."""
+
+    def command(steps, slow_warmup):
+        trainer = TrainerConfig(num_train_steps=steps, run_dir=str(tmp_path / "run"))
+        config = TrainConfig(optimizer=AdEMAMixConfig(slow_warmup=slow_warmup), trainer=trainer)
+        return Command(config, "x", "auto")
+
+    run, resolved = choose_run_directory(command(1000, None))
+    run.path.mkdir()
+    run.write_config(resolved)
+    for same in (None, 1000, 0.5):
+        assert choose_run_directory(command(2000, same))[0].resume == "if_saved"
+    with pytest.raises(InputError) as raised:
+        choose_run_directory(command(2000, 500))
+    assert str(raised.value) == (
+        f"trainer.run_dir {run.path} contains another run: its optimizer.slow_warmup is None, not 500; "
+        f"choose another --trainer.run_dir, or --resume {run.path} to continue that run with changed settings"
+    )
 
 
 def test_the_saved_config_is_read_back(tmp_path):

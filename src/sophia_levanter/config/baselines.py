@@ -99,5 +99,8 @@ class AdEMAMixConfig(OptimizerConfig):
     def build(self, num_train_steps: int) -> Optimizer:
         from sophia_levanter.optim import AdEMAMix
 
+        return AdEMAMix(**self.arguments(AdEMAMix, num_train_steps) | self.step_counts(num_train_steps))
+
+    def step_counts(self, num_train_steps: int) -> dict[str, int]:
         warmup = num_train_steps if self.slow_warmup is None else steps_of(self.slow_warmup, num_train_steps)
-        return AdEMAMix(**self.arguments(AdEMAMix, num_train_steps) | {"slow_warmup": warmup})
+        return {"slow_warmup": warmup}

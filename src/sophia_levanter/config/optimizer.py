@@ -144,6 +144,10 @@ class OptimizerConfig(Settings, ChoiceRegistry):
                     "weight_decay out of the groups"
                 )
 
+    def step_counts(self, num_train_steps: int) -> dict[str, int]:
+        """The step counts besides the warm-up that a run of `num_train_steps` steps has, keyed by field."""
+        return {}
+
     def curvature_microbatches(self, trainer: TrainerConfig) -> tuple[int, int] | None:
         """The number and size of the microbatches that refresh the curvature; None if the optimizer uses none."""
         return None

@@ -250,9 +250,10 @@ def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -
     for name, before, after in changed_fields(old, new):
         # If `vocab_rows` is not set, it comes from the initial weights.
         if name not in _MAY_DIFFER and (name, after) != ("model.vocab_rows", None):
+            changes = f", or --resume {place} to continue that run with changed settings" * (field == "run_dir")
             raise InputError(
                 f"trainer.{field} {place} contains another run: its {name} is {before!r}, not {after!r}; "
-                f"choose another --trainer.{field}"
+                f"choose another --trainer.{field}{changes}"
             )
 
 
@@ -262,10 +263,15 @@ def changed_fields(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, A
     A fraction counts as the same value as the number of steps or the learning rate that it resolves to.
     """
     before, after = flat(old), flat(new)
-    steps = [flat(with_steps(config)) for config in (old, new)]
+    steps = [_in_steps(config) for config in (old, new)]
     names = [*before, *(name for name in after if name not in before)]
     differ = [name for name in names if all(a.get(name) != b.get(name) for a, b in ((before, after), steps))]
     return [(name, before.get(name), after.get(name)) for name in differ]
+
+
+def _in_steps(config: TrainConfig) -> dict[str, Any]:
+    counts = config.optimizer.step_counts(config.trainer.num_train_steps)
+    return flat(with_steps(config)) | {f"optimizer.{name}": count for name, count in counts.items()}
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:

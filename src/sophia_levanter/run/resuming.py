@@ -14,9 +14,8 @@ import numpy as np
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.config.baselines import AdEMAMixConfig
 from sophia_levanter.config.command_line import config_in, load_config
-from sophia_levanter.config.settings import free_settings, steps_of
+from sophia_levanter.config.settings import free_settings
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.processes import PATIENCE, Processes, wait_for_all
 from sophia_levanter.run.directory import RUN_ID, RunDirectory, changed_fields, check_same_run
@@ -147,10 +146,7 @@ def learning_rates(config: TrainConfig, num_steps: int) -> np.ndarray:
 
 def _slow_warmup(config: TrainConfig) -> int:
     """The number of steps over which AdEMAMix's alpha and b3 grow; 0 for other optimizers."""
-    optimizer, num_steps = config.optimizer, config.trainer.num_train_steps
-    if not isinstance(optimizer, AdEMAMixConfig):
-        return 0
-    return num_steps if optimizer.slow_warmup is None else steps_of(optimizer.slow_warmup, num_steps)
+    return config.optimizer.step_counts(config.trainer.num_train_steps).get("slow_warmup", 0)
 
 
 def steps_in_common(a: TrainConfig, b: TrainConfig) -> int:
