@@ -210,3 +210,44 @@ def test_chips_hosts_and_memory_follow_from_that_table(generation):
         assert shape.chips == math.prod(map(int, shape.topology.split("x")))
         assert shape.hosts == (1 if generation in ("v5e", "v6e") and shape.chips <= 8 else shape.chips / 4)
         assert shape.memory == shape.chips * TPUS[generation].memory
+
+
+NO_KEY = "secrets names MY_KEY, which is not set in the launcher's environment; export it first"
+NO_TOKEN = "auth is token, but RAY_AUTH_TOKEN is not set and {} was not found; export RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN"
+SLICE = {"zone": "us-central2-b", "accelerator": "v4-8"}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "environment", "message"),
+    [
+        (LocalCluster(secrets=("MY_KEY",)), {}, NO_KEY),
+        (LocalCluster(secrets=("MY_KEY",)), {"MY_KEY": ""}, NO_KEY),
+        (LocalCluster(secrets=("MY_KEY",)), {"MY_KEY": "x"}, None),
+        (SlurmCluster(secrets=("MY_KEY",)), {}, NO_KEY),
+        # A line of `setup` may export it, but only in the job.
+        (SlurmCluster(secrets=("MY_KEY",), setup=(". keys.sh",)), {}, None),
+        (SlurmCluster(secrets=("MY_KEY",), setup=(". keys.sh",)), {"SLURM_JOB_ID": "1"}, NO_KEY),
+        # The hosts fetch it from Secret Manager.
+        (GcloudCluster(secrets=("MY_KEY",), **SLICE), {}, None),
+        (RayCluster(workers=1, auth="token", secrets=("MY_KEY",)), {"RAY_AUTH_TOKEN": "x"}, NO_KEY),
+        (RayCluster(workers=1, auth="token", secrets=("MY_KEY",)), {}, f"{NO_KEY}; and auth is token, but RAY_AUTH"),
+        (RayCluster(workers=1, auth="token"), {}, NO_TOKEN.format("~/.ray/auth_token")),
+        (RayCluster(workers=1, auth="token"), {"RAY_AUTH_TOKEN_PATH": "no"}, NO_TOKEN.format("no")),
+        (RayCluster(workers=1, auth="token"), {"RAY_AUTH_TOKEN_PATH": "token"}, None),
+        (RayCluster(workers=1, auth="token", address="local"), {}, None),
+        (RayCluster(workers=1), {}, None),
+    ],
+)
+def test_secrets_that_a_launch_needs(cluster, environment, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "token").touch()
+    for name in ("MY_KEY", "SLURM_JOB_ID", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": str(tmp_path), **environment}.items():
+        monkeypatch.setenv(name, value)
+    if message is None:
+        cluster.check_secrets()
+        return
+    with pytest.raises(InputError) as raised:
+        cluster.check_secrets()
+    assert str(raised.value).startswith(message)

@@ -26,13 +26,15 @@ def cluster_file(tmp_path, text="backend: local\nprocesses: 2\n"):
     return path
 
 
-def test_a_dry_run_shows_the_commands_and_writes_nothing(config_file, tmp_path, capsys):
+def test_a_dry_run_shows_the_commands_and_writes_nothing(config_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MY_KEY", "hunter2")
     cluster = cluster_file(tmp_path, "backend: local\nprocesses: 2\nenv: {A: \"x y; $(b) 'c'\"}\nsecrets: [MY_KEY]\n")
     run_dir = tmp_path / "the run"
     before = sorted(tmp_path.iterdir())
     words = ["--config", config_file, "--cluster", cluster, "--trainer.run_dir", run_dir, "--dry_run"]
     status, out, err = main(capsys, *words)
     assert (status, err) == (0, "")
+    assert "hunter2" not in out
     assert sorted(tmp_path.iterdir()) == before
     lines = out.splitlines()
     assert lines[0] == "on this machine (nothing is billed):"
@@ -224,14 +226,22 @@ def test_a_run_of_one_process_then_again_then_another(config_file, tmp_path, cap
         assert status == 2 and message in err
 
 
-def test_a_secret_that_is_not_set(config_file, tmp_path, capfd, monkeypatch):
+def test_secrets_that_are_not_set_are_found_before_anything_starts(config_file, tmp_path, monkeypatch, capsys):
+    """They are reported with the other mistakes."""
     monkeypatch.delenv("MY_KEY", raising=False)
-    cluster = cluster_file(tmp_path, "backend: local\nsecrets: [MY_KEY]\n")
-    status, out, _ = main(capfd, "--config", config_file, "--cluster", cluster, "--trainer.run_dir", tmp_path / "run")
-    assert status == 2
-    assert out.endswith(
-        "error: secrets lists MY_KEY, which is not set in the launcher's environment; export it first\n"
-    )
+    monkeypatch.setenv("EMPTY_KEY", "")
+    cluster = cluster_file(tmp_path, "backend: local\nsecrets: [MY_KEY, EMPTY_KEY]\n")
+    words = ["--config", config_file, "--cluster", cluster, "--trainer.run_dir", tmp_path / "run"]
+    missing = [
+        f"secrets lists {name}, which is not set in the launcher's environment; export it first"
+        for name in ("MY_KEY", "EMPTY_KEY")
+    ]
+    for further in ([], ["--dry_run"]):
+        assert main(capsys, *words, *further) == (2, "", f"error: {'; and '.join(missing)}\n")
+        status, _, err = main(capsys, *words, *further, "--mesh.coordinator", "auto")
+        assert status == 2 and err.count("\n") == 1
+        assert "mesh.coordinator is 'auto', but the launcher sets it" in err and missing[0] in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_whose_launcher_is_gone(tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import socket
 import sys
@@ -14,7 +13,6 @@ from typing import Protocol
 from sophia_levanter.cluster.config import LocalCluster
 from sophia_levanter.cluster.record import LaunchRecord
 from sophia_levanter.config.build import MASK
-from sophia_levanter.errors import InputError
 
 Say = Callable[[str], None]
 
@@ -52,17 +50,6 @@ def training_command(python: str, config_file: str, mesh: Mapping[str, object] |
     for name, value in (mesh or {}).items():
         words += [f"--mesh.{name}", str(value)]
     return words
-
-
-def check_secrets(names: Sequence[str]) -> None:
-    """Check that the secrets to pass on are in the launcher's environment.
-
-    Raises:
-        InputError: if a variable is unset or empty.
-    """
-    for name in names:
-        if not os.environ.get(name):
-            raise InputError(f"secrets lists {name}, which is not set in the launcher's environment; export it first")
 
 
 @dataclass(frozen=True)
@@ -143,7 +130,7 @@ class LocalBackend(Backend):
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
         """Check the secrets. This machine needs no preparation."""
-        check_secrets(self._cluster.secrets)
+        self._cluster.check_secrets()
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
         """One command for each process, with a free port for their coordinator."""

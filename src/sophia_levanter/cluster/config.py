@@ -15,7 +15,7 @@ from draccus import ChoiceRegistry
 from sophia_levanter.config.build import build
 from sophia_levanter.config.files import MOST_BYTES, read_layers
 from sophia_levanter.config.settings import Settings, setting
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, Problems
 from sophia_levanter.files import read_regular
 from sophia_levanter.planning.target import TpuShape, tpu_shape
 
@@ -99,6 +99,21 @@ class ClusterConfig(Settings, ChoiceRegistry):
         Raises:
             InputError: if files are missing; the message names them.
         """
+
+    def check_secrets(self) -> None:
+        """Check that the secrets to pass on are in the launcher's environment.
+
+        Raises:
+            InputError: if variables are unset or empty; the message names them.
+        """
+        problems = Problems()
+        for name in self.secrets:
+            with problems:
+                if not os.environ.get(name):
+                    raise InputError(
+                        f"secrets lists {name}, which is not set in the launcher's environment; export it first"
+                    )
+        problems.report()
 
     def build(self, job: Job) -> Backend:
         """Build the backend that starts the run's processes."""
@@ -184,6 +199,21 @@ class RayCluster(ClusterConfig):
     def num_devices(self) -> int | None:
         return self.slices * self.shape.chips if self.shape else self.num_processes * self.gpus_per_worker or None
 
+    def check_secrets(self) -> None:
+        problems = Problems()
+        with problems:
+            super().check_secrets()
+        # Ray generates the token of a cluster that it starts here.
+        if self.auth == "token" and self.address != "local" and not os.environ.get("RAY_AUTH_TOKEN"):
+            file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token")
+            with problems:
+                if not file.expanduser().is_file():
+                    raise InputError(
+                        f"auth is token, but RAY_AUTH_TOKEN is not set and {file} was not found; export "
+                        "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH with the path of the token's file"
+                    )
+        problems.report()
+
     def build(self, job: Job) -> Backend:
         from sophia_levanter.cluster.ray import RayBackend
 
@@ -227,6 +257,11 @@ class SlurmCluster(ClusterConfig):
     @property
     def num_devices(self) -> int | None:
         return self.nodes * self.gpus_per_node or None
+
+    def check_secrets(self) -> None:
+        # Outside the job, `setup` has not run yet, and it may set them.
+        if "SLURM_JOB_ID" in os.environ or not self.setup:
+            super().check_secrets()
 
     def build(self, job: Job) -> Backend:
         from sophia_levanter.cluster.slurm import SlurmBackend
@@ -289,6 +324,9 @@ class GcloudCluster(ClusterConfig):
                 f"files: {', '.join(missing)} not found; paths are relative to the working directory, "
                 "and `make wheel` builds this project's wheel"
             )
+
+    def check_secrets(self) -> None:
+        """Check nothing: the hosts fetch the secrets from Secret Manager."""
 
     @property
     def shape(self) -> TpuShape:

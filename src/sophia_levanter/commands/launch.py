@@ -106,7 +106,7 @@ def parse(words: Sequence[str]) -> Launch:
 
 
 def _check_fit(config: TrainConfig, cluster: ClusterConfig) -> None:
-    """Check that the run fits the cluster and that its files exist, before anything is billed.
+    """Check that the run fits the cluster and that its files and secrets exist, before anything is billed.
 
     Raises:
         InputError: if there are problems; the message lists all of them.
@@ -121,6 +121,8 @@ def _check_fit(config: TrainConfig, cluster: ClusterConfig) -> None:
             check_mesh(config, cluster.num_devices)
     with problems:
         cluster.check_files()
+    with problems:
+        cluster.check_secrets()
     run_dir, checkpoint_dir = config.trainer.run_dir, config.trainer.checkpoint_dir
     with problems:
         if "://" in (run_dir or ""):

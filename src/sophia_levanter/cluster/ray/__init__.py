@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unavailable, check_secrets, training_command
+from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unavailable, training_command
 from sophia_levanter.cluster.config import RayCluster
 from sophia_levanter.errors import InputError, counted
 
@@ -52,7 +52,7 @@ class RayBackend(Backend):
         """Run the checks that do not require Ray. The driver waits for nodes."""
         if any(importlib.util.find_spec(name) is None for name in ("ray", "pydantic")):
             raise InputError("backend ray requires Ray Train; run pip install 'sophia-levanter[cluster]'")
-        check_secrets(self._cluster.secrets)
+        self._cluster.check_secrets()
         host, _, port = self._cluster.address.rpartition(":")
         if host and not _answers(host, int(port)):
             problem = f"address {self._cluster.address}: no response"

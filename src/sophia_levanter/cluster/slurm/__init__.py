@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unavailable, check_secrets, training_command
+from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unavailable, training_command
 from sophia_levanter.cluster.config import SlurmCluster
 from sophia_levanter.errors import InputError, counted
 
@@ -87,7 +87,7 @@ def _check_allocation(cluster: SlurmCluster) -> None:
         raise InputError(
             f"nodes is {cluster.nodes}, but this Slurm job has {nodes}; use the same number or launch outside the job"
         )
-    check_secrets(cluster.secrets)
+    cluster.check_secrets()
 
 
 def _end_leftovers(say: Say, stopped: Callable[[], bool]) -> None:
