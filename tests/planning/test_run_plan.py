@@ -17,6 +17,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.planning.run_plan import _time, describe
 from sophia_levanter.planning.step_plan import StepTime
 from sophia_levanter.planning.target import node_of, pretended_target, tpu_target
+from sophia_levanter.run.summary import describe_layout
 
 CONFIG = TrainConfig(model=Gpt2Config(seq_len=64), trainer=TrainerConfig(batch_size=8, num_train_steps=86_400))
 DAYS = "days for 86,400 steps of 512 tokens"
@@ -129,6 +130,12 @@ def test_a_step_that_does_not_fit():
     bound = lines(step(within=None), tpu_target("v5e:2x4"))[1]
     assert bound.endswith("memory traffic 0.25 s, communication unknown: the step does not fit")
     assert "bounded" not in bound
+
+
+def test_the_layout_names_every_split_axis_except_the_batch():
+    over = {"batch": ("replica", "data"), "batch_norm": ("data",), "mlp": ("model", "data"), "heads": ("model",)}
+    partition = SimpleNamespace(mesh=SimpleNamespace(shape={"replica": 1, "data": 4, "model": 2}), parameters=over)
+    assert describe_layout(partition) == ["data 4 x model 2", "batch_norm over data", "mlp over model and data"]
 
 
 def test_nodes():

@@ -86,11 +86,17 @@ def test_facts_of_another_program_s_checkpoint(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "says"), [(None, "none yet"), ("s3://nobody/answers", "not checked: s3://nobody/answers")]
+    ("place", "says"),
+    [
+        (None, "none yet"),
+        ("s3://nobody/answers", "not checked: s3://nobody/answers"),
+        ("s3://a/damaged/disk", "not checked: s3://a/damaged/disk"),
+    ],
 )
 def test_a_run_without_checkpoints_at_hand(place, says, tmp_path):
     run = read_run("a", write_run(tmp_path, run_config(trainer={"checkpoint_dir": place})))
     assert (run.checkpoint, dict(facts([run]))["jax"]) == (says, ["–"])
+    assert compare([run]).notes == []
 
 
 def test_checkpoints_elsewhere_are_read(tmp_path):

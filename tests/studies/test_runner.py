@@ -235,11 +235,19 @@ def test_a_run_is_told_its_threads(pretend):
     assert do(Job(job.config, job.directory, threads=3)).loss == 3.0
 
 
-def test_a_run_that_fails_says_why(pretend):
-    job, _ = pretend("print('model: GPT-2'); sys.exit('error: data.train is empty')")
+@pytest.mark.parametrize(
+    ("failing", "said"),
+    [
+        ("report_failure('bad_input', 'data.train is empty'); sys.exit('words for people')", "data.train is empty"),
+        ("print('model: GPT-2'); sys.exit('error: the disk is full')", "error: the disk is full"),
+    ],
+    ids=["reported", "printed only"],
+)
+def test_a_run_that_fails_says_why(failing, said, pretend):
+    job, _ = pretend(failing)
     with pytest.raises(RunFailed) as caught:
         do(job)
-    assert str(caught.value) == f"{job.directory.with_suffix('.log')}: data.train is empty"
+    assert str(caught.value) == f"{job.directory.with_suffix('.log')}: {said}"
 
 
 def test_a_run_that_dies_silently_has_a_status(pretend):
@@ -255,7 +263,7 @@ def test_a_run_that_gives_up_has_diverged(pretend):
 
 
 def test_a_run_that_gives_up_for_spikes_has_failed(pretend):
-    job, _ = pretend("report_failure('loss_spikes', ''); sys.exit('error: the loss spiked, and is not finite')")
+    job, _ = pretend("report_failure('loss_spikes', 'the loss spiked, and is not finite'); sys.exit(1)")
     with pytest.raises(RunFailed, match="the loss spiked"):
         do(job)
 

@@ -187,8 +187,9 @@ def describe_mesh(partition: Partition) -> str:
 def describe_layout(partition: Partition) -> list[str]:
     """Phrases such as `data 4 x model 2` and `embed over data`; empty for one device."""
     axes = " x ".join(f"{name} {size}" for name, size in partition.mesh.shape.items() if size > 1)
-    split = [f"{name} over {' and '.join(over)}" for name, over in partition.parameters.items() if "data" in over]
-    return [axes, *(s for s in split if not s.startswith("batch"))] if axes else []
+    parameters = {name: over for name, over in partition.parameters.items() if name != "batch"}
+    split = [f"{name} over {' and '.join(over)}" for name, over in parameters.items() if "data" in over]
+    return [axes, *split] if axes else []
 
 
 def describe_end(run: Run, loop: Loop, state: TrainState) -> None:

@@ -62,7 +62,7 @@ def _notes(runs: Sequence[Run], same_tokenizer: bool, same_text: bool) -> Iterat
                 f"{run.name}: its tokenizer {run.config.data.tokenizer} cannot be loaded and no checkpoint can be "
                 "read, so its parameter count and FLOPs are unknown."
             )
-        if "damaged" in run.checkpoint:
+        if run.has_damaged_checkpoint:
             yield f"{run.name}: damaged checkpoints: {run.checkpoint}."
 
 

@@ -275,12 +275,11 @@ def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
         finally:
             process.kill()  # does nothing, unless a second exception ended the wait
         status.seek(0)
-        statuses = [read_status(line.rstrip()) for line in status]
+        failures = [found for line in status if isinstance(found := read_status(line.rstrip()), Failure)]
     if not diverged and process.returncode != 0:
-        if not any(isinstance(status, Failure) and status.reason == "loss_not_finite" for status in statuses):
-            message = log.read_text(errors="replace").strip().splitlines()[-1:]
-            said = message[0].removeprefix("error: ") if message else f"exit status {process.returncode}"
-            raise RunFailed(f"{log}: {said}")
+        if not any(failure.reason == "loss_not_finite" for failure in failures):
+            messages = [failure.message for failure in failures] or log.read_text(errors="replace").strip().splitlines()
+            raise RunFailed(f"{log}: {messages[-1] if messages else f'exit status {process.returncode}'}")
         diverged = True
     return record_of(read_files(job.directory.name, job.directory, config), diverged=diverged)
 

@@ -66,6 +66,7 @@ class Run:
             checkpoint provides the vocabulary size.
         flops_per_token: FLOPs per token for the forward and backward pass; None in the same case.
         written_at: the time when the metrics were last written, in seconds since 1970.
+        has_damaged_checkpoint: whether a newer checkpoint than that one is damaged.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Run:
     parameters: int | None
     flops_per_token: float | None
     written_at: float
+    has_damaged_checkpoint: bool = False
 
     @property
     def optimizer(self) -> str:
@@ -179,7 +181,7 @@ def read_files(name: str, path: Path, config: TrainConfig) -> Run:
     """
     directory = RunDirectory(path, "never", config.trainer.checkpoint_dir)
     series = read_metrics(directory.metrics_file)
-    manifest, found = _newest_manifest(directory)
+    manifest, found, has_damaged = _newest_manifest(directory)
     vocab_size = _vocab_size(config, manifest)
     model = None if vocab_size is None else abstract_model(config.model, vocab_size)
     return Run(
@@ -192,6 +194,7 @@ def read_files(name: str, path: Path, config: TrainConfig) -> Run:
         parameters=None if model is None else count_parameters(model),
         flops_per_token=None if model is None else model.flops_per_token,
         written_at=directory.metrics_file.stat().st_mtime,
+        has_damaged_checkpoint=has_damaged,
     )
 
 
@@ -239,22 +242,24 @@ def has_diverged(losses: Sequence[float]) -> bool:
     return len(means) > 1 and means[-1] > min(means) + DIVERGED_NATS
 
 
-def _newest_manifest(directory: RunDirectory) -> tuple[Manifest | None, str]:
-    """The manifest of a training run's newest intact checkpoint, and a description of where it was found."""
+def _newest_manifest(directory: RunDirectory) -> tuple[Manifest | None, str, bool]:
+    """The manifest of a run's newest intact checkpoint, a description of it, and whether a newer one is damaged."""
     location = str(directory.checkpoints)
     if "://" in location:
-        return None, f"not checked: {location}"
-    damaged: list[str] = []
+        return None, f"not checked: {location}", False
+    skipped: list[str] = []
+    has_damaged = False
     for step in reversed(checkpoint.steps(location)):
         try:
             manifest = checkpoint.read_step(location, step)
         except (CheckpointError, InputError):
-            damaged.append(f"step {step} is damaged")
+            skipped.append(f"step {step} is damaged")
+            has_damaged = True
             continue
         if all(isinstance(manifest.metadata.get(name), dict) for name in FACTS):
-            return manifest, "; ".join([*damaged, f"step {step}"])
-        damaged.append(f"step {step} was not saved by a training run")
-    return None, "; ".join(damaged) or "none yet"
+            return manifest, "; ".join([*skipped, f"step {step}"]), has_damaged
+        skipped.append(f"step {step} was not saved by a training run")
+    return None, "; ".join(skipped) or "none yet", has_damaged
 
 
 def _vocab_size(config: TrainConfig, manifest: Manifest | None) -> int | None:
