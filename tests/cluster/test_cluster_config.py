@@ -212,7 +212,7 @@ def test_chips_hosts_and_memory_follow_from_that_table(generation):
         assert shape.memory == shape.chips * TPUS[generation].memory
 
 
-NO_KEY = "secrets names MY_KEY, which is not set in the launcher's environment; export it first"
+NO_KEY = "secrets lists MY_KEY, which is not set in the launcher's environment; export it first"
 NO_TOKEN = "auth is token, but RAY_AUTH_TOKEN is not set and {} was not found; export RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN"
 SLICE = {"zone": "us-central2-b", "accelerator": "v4-8"}
 

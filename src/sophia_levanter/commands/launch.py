@@ -96,7 +96,7 @@ def parse(words: Sequence[str]) -> Launch:
     cluster_file = Path(arguments.needed("--cluster", "FILE", "for example, --cluster infra/local.yaml"))
     config = load_config(path, arguments.overrides)
     cluster = read_cluster(cluster_file)  # after importing the run's plug-ins, which may register it
-    _check_fit(config, cluster)
+    _check_fit(config, cluster, dry_run="--dry_run" in arguments.flags)
     if config.trainer.run_dir is None:
         trainer = dataclasses.replace(config.trainer, run_dir=str(Path("runs", path.stem)))
         config = dataclasses.replace(config, trainer=trainer)
@@ -105,8 +105,10 @@ def parse(words: Sequence[str]) -> Launch:
     return Launch(config, cluster, cluster_file, "--dry_run" in arguments.flags)
 
 
-def _check_fit(config: TrainConfig, cluster: ClusterConfig) -> None:
+def _check_fit(config: TrainConfig, cluster: ClusterConfig, *, dry_run: bool) -> None:
     """Check that the run fits the cluster and that its files and secrets exist, before anything is billed.
+
+    In a dry run, missing secrets are only reported: its commands do not depend on them.
 
     Raises:
         InputError: if there are problems; the message lists all of them.
@@ -122,7 +124,12 @@ def _check_fit(config: TrainConfig, cluster: ClusterConfig) -> None:
     with problems:
         cluster.check_files()
     with problems:
-        cluster.check_secrets()
+        try:
+            cluster.check_secrets()
+        except InputError as error:
+            if not dry_run:
+                raise
+            print(f"warning: {error}", file=sys.stderr)
     run_dir, checkpoint_dir = config.trainer.run_dir, config.trainer.checkpoint_dir
     with problems:
         if "://" in (run_dir or ""):
