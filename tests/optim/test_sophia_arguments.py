@@ -130,7 +130,7 @@ def test_trees_of_other_shapes_dtypes_and_containers_are_refused():
     with pytest.raises(TypeError, match=r"h_hat\['w'\] is complex"):
         optimizer.refresh(state, wrong)
     optimizer, params = SophiaG(), [jnp.ones(2)]
-    with pytest.raises(ValueError, match="grads has different containers or axes"):
+    with pytest.raises(ValueError, match="grads and the parameters have different containers or axes"):
         optimizer.update((jnp.ones(2),), optimizer.init(params), params)
 
 

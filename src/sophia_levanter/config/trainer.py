@@ -137,7 +137,7 @@ class TrainerConfig(Settings):
     )
     log_every: float | int = setting(
         10,
-        f"steps between progress lines when stdout is not a terminal, {OR_FRACTION}; at least one every ten seconds",
+        f"steps between progress lines when stdout is not a terminal, {OR_FRACTION}; prints at least every ten seconds",
         above=0,
         steps=True,
     )

@@ -189,4 +189,4 @@ def check_same_structure(name: str, tree: PyTree, params: PyTree) -> None:
             raise ValueError(f"{name}{path} has shape {found[path]}, but the parameter has shape {wanted[path]}")
     ours, theirs = (str(jax.tree.structure(trainable(t))) for t in (tree, params))
     if ours != theirs:
-        raise ValueError(f"{name} has different containers or axes from the parameters: {ours}, not {theirs}")
+        raise ValueError(f"{name} and the parameters have different containers or axes: {ours} and {theirs}")

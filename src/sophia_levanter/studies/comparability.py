@@ -138,7 +138,7 @@ def _shown(value: Any) -> str:
 def _validation(run: Run) -> str:
     data = run.config.data
     shown = ", ".join(f"{name}: {source}" if name else source for name, source in data.validation_sets.items())
-    return shown or f"{100 * data.validation_fraction:.3g} % of the training documents"
+    return shown or f"{100 * data.validation_fraction:.3g}% of the training documents"
 
 
 def _digest(corpus: Mapping[str, Any] | None) -> str:

@@ -76,7 +76,7 @@ TRAINING = Panel(
     "Training loss",
     "train/loss",
     "training loss (nats per token)",
-    "The loss on each step's batch, before the update (faint), and smoothed over 5 % of the curve (bold).",
+    "The loss on each step's batch, before the update (faint), and smoothed over 5% of the curve (bold).",
 )
 WIN_RATE = Panel(
     "win_rate",

@@ -158,7 +158,7 @@ def _speed_table(baseline: str, cells: Sequence[Cell]) -> str:
         "tokens. Runs may have shared the machine with other work, which affects the time; "
         "`tests/benchmarks/peers.py` measures the cost of a step."
     )
-    return note + "\n\n" + _table(["arm", "baseline tokens", "s", "s in FLOPs", "s in time", "95 % interval"], rows)
+    return note + "\n\n" + _table(["arm", "baseline tokens", "s", "s in FLOPs", "s in time", "95% interval"], rows)
 
 
 def _cost_ratios(cells: Sequence[Cell], arm: str, baseline: str) -> tuple[float, float]:
