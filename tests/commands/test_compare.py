@@ -72,7 +72,7 @@ def arguments(study: Path, *more: object) -> list[str]:
         (["--config", "STUDY", "--optimizer.rho", "1"], "arm adamw: unknown option '--optimizer.rho'"),
         (["--config", "STUDY", "--trainer.batch_size", "two"], "arm adamw: trainer.batch_size is 'two'"),
         (["--config", "STUDY", "--trainer.seed", "1"], "--trainer.seed has no effect in a study; use seeds instead"),
-        (["--config", "STUDY", "--trainer.batch_size", "2000"], "arm adamw: tokens 640 are 0 steps"),
+        (["--config", "STUDY", "--trainer.batch_size", "2000"], "arm adamw: tokens is 640, which is 0 steps"),
         (["--config", "tiny.yaml"], "tiny.yaml: unknown key 'model.num_layers'"),
     ],
 )

@@ -101,6 +101,7 @@ def test_a_class_without_a_mask_has_one_weight_decay():
     with pytest.raises(InputError) as raised:
         AdamWConfig(groups=groups).arguments(Plain, 100)
     assert str(raised.value) == (
-        f"optimizer.groups[1].weight_decay is 0.25, but {Plain.__qualname__} decays all parameters alike; "
-        "add the field weight_decay_mask to it, or leave weight_decay out of the groups"
+        "optimizer.groups or model.parametrization mup sets weight_decay 0.25 for some parameters, but "
+        f"{Plain.__qualname__} decays all parameters alike; add the field weight_decay_mask to it, or remove "
+        "weight_decay from the groups"
     )

@@ -120,7 +120,10 @@ def test_no_wrapper_at_the_base():
         assert set(model.forward_factors().values()) == {1.0}
         assert describe_transfer(TrainConfig(model=model)) is None
     heads = dataclasses.replace(same, base_head_size=2)
-    assert "queries x 0.5" in str(describe_transfer(TrainConfig(model=heads, optimizer=AdamWConfig())))
+    basis = SophiaGConfig(basis="kronecker", hyperball=True)  # refused at any other size
+    assert str(describe_transfer(TrainConfig(model=heads, optimizer=basis))).endswith(
+        "queries x 0.5, block outputs x 1, logits x 1"
+    )
 
 
 def test_matrices_of_a_llama():

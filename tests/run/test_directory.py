@@ -82,7 +82,7 @@ def test_auto_takes_a_slow_warmup_in_steps_that_keeps_the_schedule(tmp_path):
         choose_run_directory(command(2000, 500))
     assert str(raised.value) == (
         f"trainer.run_dir {run.path} contains another run: its optimizer.slow_warmup is None, not 500; "
-        f"choose another --trainer.run_dir, or --resume {run.path} to continue that run with changed settings"
+        f"choose another --trainer.run_dir, or continue that run with main --resume {run.path}"
     )
 
 

@@ -1,7 +1,7 @@
 """Coordinate checks: a few steps change activations by as much at every size (arXiv 2203.03466, appendix D.1)."""
 
 import dataclasses
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import equinox as eqx
 import haliax as hax
@@ -56,7 +56,7 @@ def activations(model):
     return [x.array for x in [*found, model.head(model.head_inputs(found[-1]))]]
 
 
-@cache
+@lru_cache(maxsize=8)
 def trained(name, width=WIDTH, num_layers=LAYERS, parametrization="mup", matrices_alone=False, steps=STEPS):
     """The initial model, the state after some steps, and the last step's output.
 

@@ -129,7 +129,7 @@ def _check_fit(config: TrainConfig, cluster: ClusterConfig, *, dry_run: bool) ->
         except InputError as error:
             if not dry_run:
                 raise
-            print(f"warning: {error}", file=sys.stderr)
+            print(one_line(f"warning: {error}"), file=sys.stderr)
     run_dir, checkpoint_dir = config.trainer.run_dir, config.trainer.checkpoint_dir
     with problems:
         if "://" in (run_dir or ""):

@@ -115,14 +115,12 @@ def describe_transfer(config: TrainConfig) -> str | None:
     growth, factors = config.model.growth, config.model.forward_factors()
     if growth == (1, 1) and set(factors.values()) <= {1.0}:
         return None
-    optimizer = _build(config.optimizer, config.trainer.num_train_steps)
-    exponents = set(width_exponents(config.optimizer, config.model, optimizer).values())
-    steps = " or ".join(f"{growth.width**exponent:.4g}" for exponent in sorted(exponents))
-    return ", ".join(
-        [
-            f"mup, {growth.width:.4g} x the base width and {growth.depth:.4g} x the base depth",
-            *(f"{name} x {factor:.4g}" for name, factor in factors.items()),
-            f"matrix learning rates x {steps}",
-            f"gradients x {growth.width:.4g} (x {growth.width * growth.depth:.4g} in blocks)",
-        ]
-    )
+    parts = [f"mup, {growth.width:.4g} x the base width and {growth.depth:.4g} x the base depth"]
+    parts += [f"{name} x {factor:.4g}" for name, factor in factors.items()]
+    if growth != (1, 1):
+        optimizer = _build(config.optimizer, config.trainer.num_train_steps)
+        exponents = set(width_exponents(config.optimizer, config.model, optimizer).values())
+        steps = " or ".join(f"{growth.width**exponent:.4g}" for exponent in sorted(exponents))
+        parts.append(f"matrix learning rates x {steps}")
+        parts.append(f"gradients x {growth.width:.4g} (x {growth.width * growth.depth:.4g} in blocks)")
+    return ", ".join(parts)

@@ -136,12 +136,12 @@ class OptimizerConfig(Settings, ChoiceRegistry):
 
     def _check_same_decay(self, optimizer: type) -> None:
         """Check that no group has a weight decay; the class `optimizer` has no mask to receive it by."""
-        for index, group in enumerate(self.groups):
+        for group in self.groups:
             if group.weight_decay is not None:
                 raise InputError(
-                    f"optimizer.groups[{index}].weight_decay is {group.weight_decay:g}, but {optimizer.__qualname__} "
-                    "decays all parameters alike; add the field weight_decay_mask to it, or leave "
-                    "weight_decay out of the groups"
+                    f"optimizer.groups or model.parametrization mup sets weight_decay {group.weight_decay:g} for some "
+                    f"parameters, but {optimizer.__qualname__} decays all parameters alike; add the field "
+                    "weight_decay_mask to it, or remove weight_decay from the groups"
                 )
 
     def step_counts(self, num_train_steps: int) -> dict[str, int]:

@@ -250,7 +250,7 @@ def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -
     for name, before, after in changed_fields(old, new):
         # If `vocab_rows` is not set, it comes from the initial weights.
         if name not in _MAY_DIFFER and (name, after) != ("model.vocab_rows", None):
-            changes = f", or --resume {place} to continue that run with changed settings" * (field == "run_dir")
+            changes = f", or continue that run with main --resume {place}" * (field == "run_dir")
             raise InputError(
                 f"trainer.{field} {place} contains another run: its {name} is {before!r}, not {after!r}; "
                 f"choose another --trainer.{field}{changes}"
