@@ -159,8 +159,7 @@ BAD = {
     "steps": (["--trainer.num_train_steps", "3000000000"], "must be between 1 and 2147483647"),
     "added eps": (
         ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.denominator", "add"],
-        "optimizer.denominator is 'add', but sophia_h's curvature may be negative, "
-        "in which case adding eps can reverse the update; use max",
+        "optimizer.denominator is 'add', but sophia_h's curvature may be negative, which can reverse the step; use max",
     ),
     "eps": (["--optimizer.eps", "1e-50"], "optimizer.eps is 1e-50"),
     "warm-up": (["--optimizer.warmup", "99"], "optimizer.warmup 99"),

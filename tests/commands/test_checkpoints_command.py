@@ -239,7 +239,7 @@ def test_a_bucket(monkeypatch, capfd):
         (["list", "DIR/step-00000001/arrays"], "arrays contains no checkpoint (no step-* folder)"),
         (["show", "DIR/step-00000001"], "run, and step 1 separately"),
         (["list", "http://host/x"], "has an unsupported scheme; use a path, gs:// or s3://"),
-        (["show", "DIR", "--step", "7"], "has no step 7; its steps are 1, 2, 3, 4"),
+        (["show", "DIR", "--step", "7"], "has no checkpoint for step 7; available steps: 1, 2, 3, 4"),
         (["verify", "DIR", "--step", "x"], "--step is 'x'; it must be an integer"),
         (["diff", "DIR", "1"], "diff: expected DIR A B, found 2 arguments"),
         (["diff", "DIR", "1", "y"], "step is 'y'; it must be an integer"),

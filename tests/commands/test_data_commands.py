@@ -123,7 +123,7 @@ def test_held_out_documents_train_no_tokenizer(config: str, tmp_path: Path, caps
         (
             prepare_data,
             ["--config", "CONFIG", "--model.seq_len", "999999"],
-            "one sequence needs 1000000 (model.seq_len + 1)",
+            "one sequence requires 1000000 (model.seq_len + 1)",
         ),
         (inspect_data, [], "expected one STORE, found 0"),
         (inspect_data, ["/gone"], "no finished token store"),

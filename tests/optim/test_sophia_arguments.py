@@ -185,8 +185,7 @@ def test_an_added_eps_with_estimates_that_may_be_negative(make, name):
     with pytest.raises(ValueError) as error:
         make(denominator="add")
     assert str(error.value) == (
-        f"denominator is 'add', but {name}'s estimates may be negative, and an added eps then reverses the step; "
-        "use 'max'"
+        f"denominator is 'add', but {name}'s estimates may be negative, which can reverse the step; use 'max'"
     )
     assert make(denominator="max").choices[0] == "max"
 

@@ -33,7 +33,7 @@ def test_a_rate_and_a_factor_mean_the_same(config_file):
         ("{learning_rate: 0.1 x}", "optimizer.groups: match is missing; a group requires either match or role"),
         ("{match: a, role: matrix}", "optimizer.groups: match 'a' and role 'matrix' are both set; keep one"),
         ("{role: heads}", "optimizer.groups.role is 'heads'; it must be one of embedding, head, matrix, vector, or"),
-        ("{match: '('}", "optimizer.groups: match '(' is an invalid regular expression: "),
+        ("{match: '('}", "optimizer.groups: match '(' is not a valid regular expression: "),
         ("{match: a, learning_rate: ten x}", "optimizer.groups: learning_rate is 'ten x'; it must be a number, or a "),
         (
             "{match: a, learning_rate: 1.2.3x}",

@@ -178,7 +178,7 @@ class Supervisor:
                 deadline = min(deadline, now + self._policy.stop_timeout)
             if self._told_to_stop() and not told:
                 told = True
-                self._tell("stop requested; saving the run (press Ctrl-C again to stop immediately)")
+                self._tell("stop requested; the run will save and stop; a second Ctrl-C stops it immediately")
                 attempt.stop()
                 deadline = min(deadline, now + self._policy.stop_timeout)
             if now > deadline or self._interrupts > 1:

@@ -121,7 +121,9 @@ def _do(what: str, place: Place, arguments: Arguments, numbers: dict[str, int]) 
     wanted += [numbers["--step"]] if "--step" in numbers else []
     for step in wanted:
         if step not in steps:
-            raise InputError(f"{place.location} has no step {step}; its steps are {', '.join(map(str, steps))}")
+            raise InputError(
+                f"{place.location} has no checkpoint for step {step}; available steps: {', '.join(map(str, steps))}"
+            )
     if what == "list":
         lines = report.list_steps(place.location, steps)
     elif what == "show":

@@ -25,9 +25,7 @@ from sophia_levanter.training.stopping import StopRequest
 
 Texts = dict[DataConfig, dict[str, str]]
 RECORDS = "study.json"
-STUDY_STOPS = (
-    "stop requested; the study will stop once the current run has saved; press Ctrl-C again to stop immediately"
-)
+STUDY_STOPS = "stop requested; the study will stop once the current run has saved; press Ctrl-C to stop immediately"
 USAGE = """\
 usage: python -m sophia_levanter.commands.compare --config STUDY [--out DIR] [--ray] [--plan]
        [--SECTION.FIELD VALUE ...] [--help]

@@ -56,8 +56,8 @@ def _prepare(words: Sequence[str]) -> int:
         print(f"{corpus.num_tokens:,} {name} tokens ({data.tokenizer.name})")
     if data.train.num_tokens < config.model.seq_len + 1:
         raise InputError(
-            f"data.train has {data.train.num_tokens} tokens, but one sequence needs {config.model.seq_len + 1} "
-            "(model.seq_len + 1); add more text or reduce model.seq_len"
+            f"data.train has {data.train.num_tokens} tokens, but one sequence requires {config.model.seq_len + 1} "
+            "(model.seq_len + 1); provide more text or reduce model.seq_len"
         )
     return DONE
 

@@ -116,15 +116,17 @@ def parse_command_line(argv: Sequence[str]) -> Command:
     print_config, quiet = "--print_config" in given.flags, "--quiet" in given.flags
     resume = given.options.get("--resume")
     if resume is None or resume == "auto":
-        hint = "try config/gpt2_nano_sophia.yaml, a small model"
+        hint = "for example, --config config/gpt2_nano_sophia.yaml"
         path = Path(given.needed("--config", "FILE", hint))
         config = load_config(path, given.overrides)
         return Command(config, path.stem, "auto" if resume else None, print_config, quiet)
     if "--config" in given.options:
         own = given.options["--config"]
-        raise InputError(f"--config {own} cannot be combined with --resume {resume}, which uses the run's own config")
+        raise InputError(
+            f"--config {own} cannot be combined with --resume {resume}; the run directory has its own config"
+        )
     if any(name == "trainer.run_dir" for name, _ in given.overrides):
-        raise InputError(f"--trainer.run_dir cannot be combined with --resume {resume}, which is the run directory")
+        raise InputError(f"--trainer.run_dir cannot be combined with --resume {resume}, which already specifies it")
     run_dir = existing_run(Path(resume))
     config = load_config(run_dir / "config.yaml", given.overrides)
     return Command(config, run_dir.resolve().name, run_dir, print_config, quiet)

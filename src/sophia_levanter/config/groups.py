@@ -37,7 +37,7 @@ class GroupConfig(Settings):
             re.compile(self.match or "")
         except re.error as error:
             raise InputError(
-                f"optimizer.groups: match {self.match!r} is an invalid regular expression: {error}"
+                f"optimizer.groups: match {self.match!r} is not a valid regular expression: {error}"
             ) from None
         if self.factor(1.0) is None:
             raise InputError(

@@ -318,8 +318,8 @@ class SophiaHConfig(SophiaConfig):
         super().__post_init__()
         if self.denominator == "add":
             raise InputError(
-                "optimizer.denominator is 'add', but sophia_h's curvature may be negative, "
-                "in which case adding eps can reverse the update; use max"
+                "optimizer.denominator is 'add', but sophia_h's curvature may be negative, which can reverse the step; "
+                "use max"
             )
 
     def build_estimator(self) -> Estimator:

@@ -28,7 +28,7 @@ class Declaration:
         choices: the only valid values; if there are bounds, the words allowed in addition to numbers.
         empty: the remedy for an empty string, for messages.
         free: for a model setting, whether a trained model still works with a different value.
-        steps: whether the value is a number of steps: a whole number, or a fraction of the run if below 1.
+        steps: whether the value is a number of steps: an integer, or a fraction of the run if below 1.
         former: the setting's name in the last release, which still works.
     """
 
@@ -67,7 +67,9 @@ class Declaration:
         if not is_word and not self._holds(value):
             raise InputError(f"{name} is {value}; it must be {self._range}")
         if self.steps and value >= 1 and not float(value).is_integer():
-            raise InputError(f"{name} is {value}; it must be a whole number of steps, or a fraction of the run below 1")
+            raise InputError(
+                f"{name} is {value}; it must be an integer number of steps, or a fraction of the run below 1"
+            )
 
     @property
     def described(self) -> str:

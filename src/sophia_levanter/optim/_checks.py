@@ -52,7 +52,7 @@ def python_number(value: Any) -> Any:
 
 
 def whole_number(value: Any) -> Any:
-    """Convert a whole number to an int; keep any other value, for `check_count` to reject."""
+    """Convert an integer of any type to an int; keep any other value, for `check_count` to reject."""
     try:
         return value if isinstance(value, bool | jax.Array) else operator.index(value)
     except TypeError:

@@ -158,7 +158,7 @@ class ReproducedSophia(AbstractSophia):
         if denominator == "add" and getattr(self.estimator, "signed", False) and not allow_reversed:
             raise ValueError(
                 f"denominator is 'add', but {type(self.estimator).__name__}'s estimates may be negative, "
-                "and an added eps then reverses the step; use 'max'"
+                "which can reverse the step; use 'max'"
             )
         self.choices = Choices(denominator, refresh_order, first_refresh)
 

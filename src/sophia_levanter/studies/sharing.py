@@ -102,7 +102,7 @@ def _is_worth_it(step: int, shorter: TrainConfig) -> bool:
 def _obstacle(config: TrainConfig) -> str | None:
     """The reason why a run cannot take over steps regardless of its learning rate, if there is one."""
     if config.trainer.max_rollbacks:
-        return "trainer.max_rollbacks is above 0, and a run that rolls back needs its own checkpoints"
+        return "trainer.max_rollbacks is above 0, and a run that rolls back requires its own checkpoints"
     if not type(config.optimizer).__module__.startswith("sophia_levanter."):
         name = OptimizerConfig.get_choice_name(type(config.optimizer))
         return f"optimizer.type {name} is from a plug-in, which may use the number of steps outside the schedule"

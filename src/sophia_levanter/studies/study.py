@@ -173,7 +173,7 @@ def _with_schedule(config: TrainConfig, tokens: int, seed: int, evaluations: int
 
 def _arm(name: str, own: Layer, common: Layer, path: Path) -> Arm:
     if not own:
-        raise InputError(f"{path}: arms.{name} must be a section with config, settings or grid")
+        raise InputError(f"{path}: arms.{name} must be a mapping with config, settings or grid")
     for key, setting in own.items():
         _check_known(key, setting, ARM_FIELDS, f"arms.{name}.")
     _check_not_own("settings.", _below("settings.", common))
@@ -210,9 +210,9 @@ def _below(prefix: str, layer: Layer) -> Layer:
 def _check_known(key: str, setting: Setting, fields: Sequence[str], prefix: str) -> None:
     name, _, rest = key.partition(".")
     if name not in fields or (rest and name not in SECTIONS):
-        raise InputError(f"{setting.prefix}unknown key '{prefix}{key}'; the fields are {', '.join(fields)}")
+        raise InputError(f"{setting.prefix}unknown key '{prefix}{key}'; valid fields are {', '.join(fields)}")
     if name in (*SECTIONS, "arms") and not rest and setting.value not in (None, {}):
-        raise InputError(f"{setting.prefix}{prefix}{key} is {show_value(setting.value)}; it must be a section")
+        raise InputError(f"{setting.prefix}{prefix}{key} is {show_value(setting.value)}; it must be a mapping")
 
 
 def _check_not_own(prefix: str, layer: Layer) -> None:
