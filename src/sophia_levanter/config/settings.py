@@ -73,8 +73,8 @@ class Declaration:
 
     @property
     def described(self) -> str:
-        """The help text, with the choices if they are the only valid values."""
-        return f"{self.help}: {', '.join(self.choices)}" if self.choices and not self._is_bounded else self.help
+        """The help text, followed by the choices in brackets if they are the only valid values."""
+        return f"{self.help} [{'|'.join(self.choices)}]" if self.choices and not self._is_bounded else self.help
 
     @property
     def _is_bounded(self) -> bool:
