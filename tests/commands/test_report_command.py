@@ -223,7 +223,7 @@ def test_without_matplotlib_it_says_what_to_install(runs, capfd, monkeypatch):
 def test_the_page_goes_where_nothing_is_said(runs, capfd, monkeypatch):
     monkeypatch.chdir(runs)
     status, out, _ = command(capfd, "sophia")
-    assert status == 0 and out.splitlines()[-1].startswith("report.html, and ")
+    assert status == 0 and out.splitlines()[-1].startswith("wrote report.html and ")
     assert (runs / "report.html").exists() and (runs / "report-loss.png").exists()
 
 

@@ -27,8 +27,8 @@ a step.
 
   --config FILE          the run's configuration, as for training
   --target TPU           a TPU slice such as v4-32, several slices such as 2xv4-32, or a topology such as v4:2x2x4
-                         ({", ".join(TPUS)}); uses the real TPU compiler and needs no TPU, only
-                         pip install 'sophia-levanter[tpu]'
+                         ({", ".join(TPUS)}); uses the real TPU compiler, which requires only
+                         pip install 'sophia-levanter[tpu]', not a TPU
   --devices N            number of GPUs (default: 1); compiles for this machine's CPU, so numbers are approximate
   --gpu KIND             one of {", ".join(GPUS)} (default: h100)
   --mfu SHARE            expected model FLOPs utilisation (default: 0.4)
