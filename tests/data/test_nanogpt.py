@@ -132,8 +132,8 @@ def test_shards_of_llm_c(tmp_path: Path, magic: int, version: int, dtype: str, n
 @pytest.mark.parametrize(
     ("begin", "options", "expected"),
     [
-        (header(20240520, 2, 2000), "", "20240520 with version 2; only 1 is supported"),
-        (header(20240801, 1, 1000), "", "20240801 with version 1; only 7 is supported"),
+        (header(20240520, 2, 2000), "", "has an llm.c header (20240520) with version 2; only version 1 is supported"),
+        (header(20240801, 1, 1000), "", "has an llm.c header (20240801) with version 1; only version 7 is supported"),
         (header(20240520, 0, 2000), "", "version 0"),
         (header(20240520, 1, 1999), "", "has 2000 tokens, but its header specifies 1999"),
         (header(20240520, 1, 2001), "", "has 2000 tokens, but its header specifies 2001"),
@@ -161,8 +161,8 @@ def test_arrays_of_numpy(tmp_path: Path, dtype: str) -> None:
     ("array", "expected"),
     [
         (TOKENS.reshape(2, 1000), "shape (2, 1000)"),
-        (TOKENS.astype(np.float32), "array of float32"),
-        (TOKENS > 5, "array of bool"),
+        (TOKENS.astype(np.float32), "array with dtype float32"),
+        (TOKENS > 5, "array with dtype bool"),
         (TOKENS[:0], "shape (0,)"),
         (np.array([print, len]), "Python objects in dtype"),
         (np.array([1, -1, 2]), "token id -1"),

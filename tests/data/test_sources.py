@@ -96,8 +96,8 @@ def changing() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("texts", None, r"Made\.documents\(\) returns null; it must yield strings"),
-        ("texts", "text", r"Made\.documents\(\) returns a string; it must yield strings"),
+        ("texts", None, r"Made\.documents\(\) returned null; it must yield strings"),
+        ("texts", "text", r"Made\.documents\(\) returned a string; it must yield strings"),
         ("texts", ["one", b"two"], r"made:up, document 2 is a value of type bytes; Made\.documents\(\) must yield"),
         ("version", {1}, r"Made\.identity\(\) did not return a JSON value: Object of type set is not"),
         (
