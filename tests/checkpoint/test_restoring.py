@@ -105,7 +105,7 @@ def test_manifest_names_and_describes_each_leaf(tmp_path: Path) -> None:
 
 
 def test_ambiguous_names_and_random_keys_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"two leaves .* called a\.b"):
+    with pytest.raises(ValueError, match=r"two leaves .* named a\.b"):
         put(tmp_path, 1, {"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)})
     with pytest.raises(TypeError, match=r"leaf key .*key_data"):
         put(tmp_path, 1, {"key": jax.random.key(0)})

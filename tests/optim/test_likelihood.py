@@ -182,7 +182,7 @@ def named(array=LOGITS, names=NAMES):
     ("outputs", "axis", "message"),
     [
         (LOGITS, 3, r"shape \(2, 4, 3\) and no class axis 3;"),
-        (LOGITS, -4, "no axis -4 of classes"),
+        (LOGITS, -4, "and no class axis -4;"),
         (jnp.float32(0.5), -1, r"shape \(\) and no class axis -1; .* not a loss"),
         (LOGITS, "class", "class axis is 'class', but the logits have no named axes; specify its position"),
         (named(), "vocab", "the logits have no axis 'vocab'; their axes are batch, position, class"),
