@@ -173,7 +173,7 @@ BROKEN = {
     "with.py": (None, "plugins: 'with.py' is not a module name; for my_module.py, use my_module"),
     "train": (
         METRIC.format("train", "pass"),
-        "plugins: train cannot be imported: ValueError: the metric name 'train' is reserved",
+        "plugins: train cannot be imported: ValueError: metric name 'train' is reserved",
     ),
     "vector": (
         METRIC.format("vector", "return {'w': step.grads.wte.weight.array[0]}"),
