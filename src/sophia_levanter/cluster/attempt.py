@@ -22,7 +22,7 @@ from sophia_levanter.status import BAD_INPUT, DONE, PREEMPTED, Failure, Progress
 
 _LABELLED = re.compile(r" *(\d+): (.*)")
 TAIL_LINES = 20
-RESUMES = "the run will resume from the last checkpoint"
+RESUMES = "the next attempt will resume from the last checkpoint"
 SHORTEST_SECRET = 6  # in characters; shorter secrets would match ordinary text
 Kind = Literal["done", "refused", "stopped", "preempted", "failed", "unavailable"]
 
