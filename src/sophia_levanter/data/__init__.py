@@ -1,1 +1,1 @@
-"""From text to tokens to batches."""
+"""The data pipeline, from text to tokens to batches."""

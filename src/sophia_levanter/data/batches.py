@@ -1,4 +1,4 @@
-"""Batches of sequences from one corpus or a mixture, and the verification of corpora during training."""
+"""Batches of sequences from a corpus or a mixture of corpora, and verification of corpora during training."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 # Seconds to wait for other processes, which may still be reading a large corpus.
 READING_PATIENCE = 3600.0
-# Seconds between checks for whether the run is stopping, and the longest wait for a verification once it is.
+# How often to check whether the run is stopping, in seconds. A stopping run waits at most this long for verification.
 STOPPING_PATIENCE = 0.5
-# The outcomes of a process's verification, worst first.
+# The possible outcomes of verification on a process, from worst to best.
 FOUND = ("wrong", "failed", "unfinished", "compared")
 
-# The byte-bigram model adds SMOOTHING to each count, so that unseen pairs are possible. It counts BIGRAM_BYTES bytes,
-# and reads BIGRAM_TOKENS tokens at a time.
+# The byte-bigram model adds SMOOTHING to each count, so that unseen pairs have a nonzero probability. It counts pairs
+# in BIGRAM_BYTES bytes, reading BIGRAM_TOKENS tokens at a time.
 SMOOTHING = 0.01
 BIGRAM_BYTES = 64 << 20
 BIGRAM_TOKENS = 1 << 20
@@ -43,8 +43,8 @@ class Part:
 
     Attributes:
         first: the index of its first token in the mixture.
-        num_tokens: the number of its tokens.
-        weight: its share of the sequences, relative to the weights of the other parts.
+        num_tokens: the number of tokens in the corpus.
+        weight: its relative weight; sequences are sampled in proportion to the weights.
     """
 
     first: int
@@ -53,7 +53,7 @@ class Part:
 
 
 class Mixture(Tokens):
-    """Concatenated corpora, read as one corpus. A sequence must lie within one of them."""
+    """Several corpora, concatenated and read as one corpus. A sequence must lie within a single corpus."""
 
     location = "the mixture"
 
@@ -100,26 +100,26 @@ class Mixture(Tokens):
 
 
 def parts_of(corpus: Tokens) -> list[Part]:
-    """The parts of a mixture; a single corpus counts as one part."""
+    """Return the parts of a mixture. A single corpus counts as one part."""
     return corpus.parts if isinstance(corpus, Mixture) else [Part(0, corpus.num_tokens, 1.0)]
 
 
 class TrainBatches:
     """Training batches: `batches[step]` is a pure function of the data, the seed and the step.
 
-    Computing a batch takes constant time and memory for any step. A sequence consists of `seq_len + 1` tokens that
-    start at a multiple of `seq_len`: the inputs, and the targets shifted by one token. Each epoch visits all sequences
-    in a new order. Tokens after the last whole sequence are left out. A batch may span two epochs. Each part of a
-    mixture has its own epochs. At any point, the number of sequences taken from each part matches its weight to within
-    one sequence; grain's mixing rounds weights to a hundredth of the smallest weight. The order of the sequences does
-    not depend on the batch size.
+    The cost of computing a batch does not depend on the step. A sequence consists of `seq_len + 1` tokens and starts at
+    a multiple of `seq_len`. The inputs are all tokens except the last, and the targets are all tokens except the first.
+    Each epoch visits all sequences in a new order. Tokens after the last full sequence are not used. A batch may span
+    two epochs. Each part of a mixture has its own epochs. At any point, the number of sequences sampled from each part
+    matches its weight to within one sequence; grain rounds the weights to a hundredth of the smallest weight. The order
+    of the sequences does not depend on the batch size.
 
     Args:
-        corpus: the tokens.
-        seq_len: the number of tokens that a sequence predicts.
+        corpus: the training tokens.
+        seq_len: the number of predicted tokens in a sequence.
         batch_size: the number of sequences in a batch.
-        changes: the `(step, batch size)` of each batch size change, in ascending order.
-        seed: the seed for the order.
+        changes: the batch size changes, as `(step, batch size)` pairs in ascending order.
+        seed: the seed for shuffling.
 
     Raises:
         InputError: if the corpus, or a part of the mixture, is shorter than one sequence.
@@ -153,15 +153,15 @@ class TrainBatches:
         self._sizes = [(0, batch_size), *changes]
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """The batch for `step`, counted from 0, int32 [batch, seq_len + 1]."""
+        """Return the batch for `step`, counted from 0, as int32 [batch, seq_len + 1]."""
         return self.rows(step)
 
     def rows(self, step: int, wanted: np.ndarray | None = None, *, skipped_windows: int = 0) -> np.ndarray:
-        """The batch for `step`. Only the wanted rows are read; the others are zeros.
+        """Return the batch for `step`. Only the wanted rows are read; the others are filled with zeros.
 
         Args:
             step: the step, counted from 0.
-            wanted: the indices of the wanted rows, int [row]; by default, all rows.
+            wanted: the indices of the rows to read, int [row]; by default, all rows.
             skipped_windows: the number of sequences that the run skipped before this batch.
 
         Returns:
@@ -179,11 +179,11 @@ class TrainBatches:
         return sequences
 
     def sequences_between(self, step: int, later: int) -> int:
-        """The number of sequences in the steps `[step, later)`."""
+        """Return the number of sequences in the steps `[step, later)`."""
         return self._sequence_range(later)[0] - self._sequence_range(step)[0]
 
     def _sequence_range(self, step: int) -> tuple[int, int]:
-        """The index of a step's first sequence, and the number of its sequences."""
+        """Return the index of the first sequence in a step, and the number of sequences in the step."""
         before, since, size = 0, 0, 0
         for begins, next_size in self._sizes:
             if begins > step:
@@ -194,20 +194,20 @@ class TrainBatches:
 
 
 class ValidationBatches:
-    """Iterates over `(sequences, weights)`: int32 [batch, seq_len + 1] and float32 [batch, seq_len].
+    """Validation batches `(sequences, weights)`: int32 [batch, seq_len + 1] and float32 [batch, seq_len].
 
-    Without `max_sequences`, the sequences together predict every token in the store except the first exactly once. The
-    last sequence and the last batch are padded with tokens and weights of 0.
+    Without `max_sequences`, every token in the store except the first is predicted exactly once. The last sequence and
+    the last batch are padded with tokens and weights of 0.
 
     Args:
         store: the validation tokens.
-        seq_len: the number of tokens that a whole sequence predicts.
+        seq_len: the number of predicted tokens in a full sequence.
         batch_size: the number of sequences in a batch.
-        max_sequences: the maximum number of sequences, spread evenly over the store; if None, all are used.
-        name: the name of the validation set, for errors; empty for a single unnamed set.
+        max_sequences: the maximum number of sequences, spread evenly over the store; None uses all sequences.
+        name: the name of the validation set, for error messages; empty for a single unnamed set.
 
     Raises:
-        InputError: if the store has no token to predict.
+        InputError: if the store has fewer than 2 tokens.
     """
 
     def __init__(
@@ -251,20 +251,20 @@ class ValidationBatches:
 
 
 def bigram_bits_per_byte(train: Tokens, sequences: Iterable[np.ndarray], tokenizer: Tokenizer) -> float:
-    """Bits per byte of validation text under a byte-bigram model of `train`, a baseline for language models.
+    """Compute the bits per byte of validation text under a byte-bigram model of `train`.
 
-    As with a language model, the first token of each sequence is only context, and the others are predicted.
-    End-of-text costs bits but is not a byte of text. The first `BIGRAM_BYTES` of `train` are counted. The result is NaN
-    for an empty text.
+    The result is a baseline for language models. As with a language model, the first token of each sequence only serves
+    as context, and the others are predicted. End-of-text costs bits, but does not count as a byte of text. The model is
+    fitted to the first `BIGRAM_BYTES` bytes of `train`. The result is NaN if no bytes are predicted.
     """
     spelled = [np.frombuffer(token, np.uint8) for token in tokenizer.token_bytes]
-    spelled[tokenizer.end_of_text] = np.array([NUM_BYTES])  # a symbol in addition to the bytes
+    spelled[tokenizer.end_of_text] = np.array([NUM_BYTES])  # an extra symbol after the 256 bytes
     table, lengths = np.concatenate(spelled, dtype=np.int64), np.array([len(symbols) for symbols in spelled])
     offsets = np.cumsum(lengths) - lengths
 
     def symbols_of(tokens: np.ndarray) -> np.ndarray:
         ends = np.cumsum(lengths[tokens])
-        # The place of each symbol in the table: its token's offset plus its position in the token.
+        # The table index of a symbol is the offset of its token plus its position within the token.
         first_place = np.repeat(offsets[tokens] - ends + lengths[tokens], lengths[tokens])
         return table[first_place + np.arange(len(first_place))]
 
@@ -291,9 +291,9 @@ class Verification:
     """Verifies corpora in a background thread during training.
 
     Args:
-        corpora: the corpora, which may be large.
-        cache_dir: the directory that records which files of large corpora have been verified.
-        processes: the run's processes. Each reads its own files.
+        corpora: the corpora to verify.
+        cache_dir: the directory in which verification results for large corpora are cached.
+        processes: the processes of the run. Each process verifies its own files.
     """
 
     def __init__(self, corpora: Sequence[Tokens], cache_dir: Path, processes: Processes) -> None:
@@ -305,11 +305,11 @@ class Verification:
         self._thread = self._start(lambda corpus: corpus.check_whole(cache_dir))
 
     def check(self) -> None:
-        """Raise any error found so far, if the run has a single process. Call this often.
+        """Raise any error found so far, if the run has a single process. Call this method often.
 
         Raises:
             InputError: if a corpus is damaged or invalid.
-            Exception: if the verification itself failed.
+            Exception: if verification itself fails.
         """
         if self._failure is not None and self._processes.count == 1:
             raise self._failure
@@ -320,14 +320,14 @@ class Verification:
         All processes must call this method together.
 
         Args:
-            stopping: returns whether the run is stopping and may soon be killed; if so, this method stops waiting.
+            stopping: returns whether the run is stopping and may be killed soon; if so, this method stops waiting.
 
         Returns:
-            Whether the corpora of all processes are verified; the same on every process.
+            Whether the corpora of all processes are verified. The result is the same on every process.
 
         Raises:
-            InputError: on every process, if a corpus on one process is damaged or invalid.
-            Exception: if this process's verification itself failed; `OSError` if another process's did.
+            InputError: on every process, if a corpus on any process is damaged or invalid.
+            Exception: if verification itself fails on this process, or `OSError` if it fails on another process.
         """
         if self._wait(stopping) and self._failure is None:
             self._thread = self._start(lambda corpus: corpus.check_unchanged())
@@ -362,7 +362,7 @@ class Verification:
         return not self._thread.is_alive()
 
     def _found(self) -> tuple[str, str]:
-        """One of `FOUND`, and a message."""
+        """Return the outcome on this process (one of `FOUND`) and the error message, if any."""
         error = self._failure
         if error is None:
             return "unfinished" if self._thread.is_alive() else "compared", ""
@@ -374,5 +374,5 @@ class Verification:
         try:
             for corpus in self._corpora:
                 check(corpus)
-        except Exception as error:  # after any error, the text counts as not verified
+        except Exception as error:  # after any error, the corpora do not count as verified
             self._failure = error

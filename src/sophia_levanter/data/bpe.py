@@ -1,4 +1,4 @@
-"""Byte-pair encodings: training them, and writing them to files for tiktoken and transformers."""
+"""Training byte-pair encodings, and writing them to files for tiktoken and transformers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sophia_levanter.files import write_atomically
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
-    """Train an encoding, and return the rank of each token: the 256 bytes, then the merged tokens in merge order.
+    """Train an encoding and return the rank of each token: first the 256 bytes, then merged tokens in merge order.
 
     Args:
-        texts: the training texts. Memory holds one text at a time, and the counts of distinct words.
-        vocab_size: the number of tokens, including end-of-text; the result has fewer if the text runs out of pairs.
+        texts: the training texts. One text at a time and the counts of distinct words are held in memory.
+        vocab_size: the number of tokens, including end-of-text. The result has fewer if no pairs are left to merge.
 
     Raises:
         InputError: if `vocab_size` is too small, or the `tokenizers` package is not installed.
@@ -45,7 +45,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
 
 
 def bpe_file(ranks: dict[bytes, int]) -> bytes:
-    """The content of a tiktoken file: a token in base64 and its rank on each line."""
+    """Return the content of a tiktoken file. Each line contains a token in base64 and its rank."""
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()).encode()
 
 
@@ -73,9 +73,9 @@ def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def bytes_of_characters() -> dict[str, int]:
-    """The byte for each character in GPT-2's printable alphabet, which vocabulary files use.
+    """Return the byte for each character in the printable alphabet of GPT-2 vocabulary files.
 
-    Printable bytes are written as themselves, and the other bytes as the characters from 256 on, in order.
+    Printable bytes stand for themselves. The other bytes are represented by the code points from 256 on, in order.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, NUM_BYTES)]
     others: Any = [byte for byte in range(NUM_BYTES) if byte not in printable]
@@ -83,10 +83,10 @@ def bytes_of_characters() -> dict[str, int]:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of `tokenizer.json`, the format of the `tokenizers` package.
+    """Return the content of `tokenizer.json`, the file format of the `tokenizers` package.
 
-    Unlike this package, transformers encodes a special token that is spelled out in the text as that special token,
-    unless the caller sets `split_special_tokens`.
+    Unlike this package, transformers recognizes special tokens that are spelled out in the text, unless the caller sets
+    `split_special_tokens`.
 
     Raises:
         InputError: if the tokenizer is not a byte-pair encoding.
@@ -131,7 +131,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,  # like tiktoken, look up whole words first
-            # Include the special tokens, which would otherwise be renumbered without gaps.
+            # Include the special tokens. Otherwise, `tokenizers` would renumber them without gaps.
             "vocab": {written(token): rank for token, rank in ranks.items()} | dict(tokenizer.special_tokens),
             "merges": [[written(left), written(right)] for left, right in merges_of(ranks)],
         },
@@ -139,9 +139,9 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def tokenizer_config_json(seq_len: int) -> dict[str, Any]:
-    """The content of `tokenizer_config.json`, for a model with a context of `seq_len` tokens."""
+    """Return the content of `tokenizer_config.json` for a model with a context length of `seq_len` tokens."""
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json unchanged
+        "tokenizer_class": "PreTrainedTokenizerFast",  # uses tokenizer.json unchanged
         "model_max_length": seq_len,
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
@@ -150,15 +150,15 @@ def tokenizer_config_json(seq_len: int) -> dict[str, Any]:
 
 
 def ranks_of(tokenizer: Tokenizer) -> dict[bytes, int]:
-    """The id of each token that has bytes."""
+    """Return the id of each token that decodes to at least one byte."""
     return {token: rank for rank, token in enumerate(tokenizer.token_bytes) if token}
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs that a byte-pair encoding merges, in order, reconstructed from the ranks of its tokens.
+    """Reconstruct the merges of a byte-pair encoding, in order, from the ranks of its tokens.
 
-    A token's pair results from applying the earlier merges to its bytes. If this does not leave two parts, the token
-    has no pair: it occurs only as a whole word.
+    Applying all earlier merges to the bytes of a token leaves the pair to merge. If it leaves more than two parts, the
+    token has no merge and occurs only as a whole word.
     """
     pairs = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -169,7 +169,7 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _merged(token: bytes, ranks: Mapping[bytes, int], *, below: int) -> list[bytes]:
-    """Merge the bytes of a token, using only ranks less than `below`. Among equal ranks, the leftmost pair is first."""
+    """Merge the bytes of a token, using only ranks less than `below`. If ranks are equal, merge the leftmost pair."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
         rank, i = min((ranks.get(parts[i] + parts[i + 1], below), i) for i in range(len(parts) - 1))
@@ -181,8 +181,8 @@ def _merged(token: bytes, ranks: Mapping[bytes, int], *, below: int) -> list[byt
 
 def _pre_tokenizer(pattern: str) -> dict[str, Any]:
     if pattern in ("", r50k_pat_str):
-        # Byte-level pre-tokenizers contain GPT-2's pattern. Without merges, splitting into words changes nothing, and
-        # short words are faster.
+        # Byte-level pre-tokenizers include GPT-2's pattern. For a tokenizer without merges, splitting text into words
+        # does not change the ids, and short words are encoded faster.
         return _byte_level(use_regex=True)
     split = {"type": "Split", "pattern": {"Regex": _oniguruma(pattern)}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
@@ -193,8 +193,8 @@ def _byte_level(*, use_regex: bool) -> dict[str, Any]:
 
 
 def _oniguruma(pattern: str) -> str:
-    """Translate a tiktoken pattern for `tokenizers`.
+    """Translate a regular expression from tiktoken for `tokenizers`.
 
-    `tokenizers` reads `{1,3}+` as two quantifiers instead of a possessive one, and matches `$` before every newline.
+    `tokenizers` parses `{1,3}+` as two quantifiers, not as a possessive one, and its `$` matches before every newline.
     """
     return re.sub(r"(\\p\{\w+\}\{[\d,]+\})\+", r"(?>\1)", pattern).replace("$", r"\z")

@@ -1,4 +1,4 @@
-"""Prepares the training and validation tokens for a data configuration, and finds documents that occur in both."""
+"""Preparation of training and validation tokens, and detection of documents that occur in both."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from sophia_levanter.errors import InputError, counted
 
 SHOWN_TOKENS = 16
 # Constants for finding documents that are in both the training and the validation text:
-MIN_BYTES = 10  # shorter documents may recur by chance, and count only if all documents recur
-REMEMBERED_TOKENS = 1 << 24  # smaller corpora are compared at every start
+MIN_BYTES = 10  # shorter documents may match by chance, so they count only if all documents match
+REMEMBERED_TOKENS = 1 << 24  # results for smaller corpora are not cached
 DIGEST_BYTES = 8
 LEAK_VERSION = 1  # version of the comparison
 
 
 @dataclass(frozen=True)
 class TextData:
-    """The tokens for training and validation.
+    """The training and validation tokens.
 
     Attributes:
-        tokenizer: the tokenizer of all tokens.
+        tokenizer: the tokenizer that all tokens come from.
         train: the training tokens.
-        validation_sets: the tokens of each validation set, keyed by name. The name of a single unnamed set is empty.
-        document_end: the result of `masked_end`.
+        validation_sets: the tokens of each validation set, keyed by name. A single unnamed set has an empty name.
+        document_end: the token after which attention and positions restart; None to disable document masking.
     """
 
     tokenizer: Tokenizer
@@ -53,7 +53,7 @@ class TextData:
 
     @property
     def validation_facts(self) -> dict[str, Any]:
-        """`Tokens.facts` of the validation set; for named sets, the tokenizer, and each set's facts under `sets`."""
+        """`Tokens.facts` of the validation set. For named sets, `sets` lists the name and facts of each set."""
         if "" in self.validation_sets:
             return self.validation.facts
         sets = [{"name": name, **tokens.facts} for name, tokens in sorted(self.validation_sets.items())]
@@ -61,20 +61,20 @@ class TextData:
 
 
 def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn: Report | None = None) -> TextData:
-    """Find the tokens for `config`, and create the token stores that are missing from `config.cache_dir`.
+    """Find the tokens for `config`, creating any token stores that are missing from `config.cache_dir`.
 
-    Memory use is bounded by the largest documents.
+    Memory use depends on the size of the largest documents, not on the total size of the text.
 
     Args:
-        config: the text, its tokenizer and the split.
+        config: specifies the text, the tokenizer and the validation split.
         report: called with each message for the user.
-        ray: the address of a Ray cluster that tokenizes the text; by default, this machine does.
-        warn: called with each warning; by default, `report`.
+        ray: the address of a Ray cluster on which to tokenize; by default, tokenization runs on this machine.
+        warn: called with each warning; defaults to `report`.
 
     Raises:
         InputError: if the tokenizer, a source or the cache cannot be used; if training and validation text have
-            documents in common and `config.on_leak` is `error`; or if documents are to be masked but nothing separates
-            them.
+            documents in common and `config.on_leak` is `error`; or if `config.mask_documents` is set but a corpus has
+            no end-of-text token.
     """
     _check_separator(config, report)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -106,7 +106,7 @@ def _text_data(config: DataConfig, tokenizer: Tokenizer, train: Tokens, sets: Ma
 
 
 def masked_end(config: DataConfig, tokenizer: Tokenizer, field: str, corpus: Tokens) -> int | None:
-    """The token after which attention and positions restart: end-of-text, or None without `data.mask_documents`.
+    """Return the token after which attention and positions restart, or None if `data.mask_documents` is not set.
 
     Args:
         config: the data configuration.
@@ -115,7 +115,7 @@ def masked_end(config: DataConfig, tokenizer: Tokenizer, field: str, corpus: Tok
         corpus: the tokens. Each part is read up to its first end-of-text token.
 
     Raises:
-        InputError: if documents are to be masked, but the corpus or a part of the mixture has no end-of-text token.
+        InputError: if `data.mask_documents` is set, but the corpus or a part of the mixture has no end-of-text token.
     """
     if not config.mask_documents:
         return None
@@ -147,10 +147,10 @@ def _report_repeats(parts: Sequence[FoundSource], warn: Report) -> None:
 
 
 def _report_leaks(job: Job, data: TextData, train: Sequence[FoundSource], sets: Mapping[str, FoundSource]) -> None:
-    """Warn about documents of each validation set that are also in the training text.
+    """Warn about documents in the validation sets that also occur in the training text.
 
     Raises:
-        InputError: if there are any such documents and `data.on_leak` is `error`.
+        InputError: if any such document is found and `data.on_leak` is `error`.
     """
     for name, tokens in data.validation_sets.items():
         field, found = validation_field(name), sets[name]
@@ -174,7 +174,7 @@ def _report_of(report: Report, field: str, line: str) -> None:
 
 
 def _where(found: FoundSource, number: int) -> str:
-    """Describe where a document is, by its file if that can be read again, otherwise by `number`, counted from 0."""
+    """Describe the location of document `number` (counted from 0), by its file if the source can be read again."""
     if found.source is not None:
         with contextlib.suppress(InputError, OSError):
             for position, _ in islice(found.source.documents(), number, None):
@@ -183,11 +183,11 @@ def _where(found: FoundSource, number: int) -> str:
 
 
 def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report) -> dict[str, Tokens]:
-    """Prepare the validation sets of `TextData`. The training text is read only if a part of it is held out.
+    """Prepare only the validation sets. The training text is read only if part of it is held out for validation.
 
     Args:
-        config: the text, its tokenizer and the split.
-        tokenizer: the tokenizer that `config` specifies.
+        config: specifies the text, the tokenizer and the validation split.
+        tokenizer: the tokenizer specified in `config`.
         report: called with each message for the user.
 
     Raises:
@@ -216,7 +216,7 @@ def _check_separator(config: DataConfig, report: Report) -> None:
 
 
 def _find(job: Job, field: str, name: str, held_out: float | None = None) -> FoundSource:
-    """Find the tokens of a source, as two corpora if a share is held out. No text is read yet."""
+    """Find the tokens of a source without reading any text. The result has two corpora if `held_out` is given."""
     source = source_named(name, field)
     if found := source.find_tokens(job.tokenizer, job.cache_dir, job.report, both=held_out is not None):
         return found
@@ -236,13 +236,13 @@ def _two_sides(job: Job) -> FoundSource:
 
 @dataclass(frozen=True)
 class Leak:
-    """The documents that a validation corpus has in common with the training corpus.
+    """Documents that occur in both a validation corpus and the training corpus.
 
     Attributes:
-        count: the number of common documents. If it is 0, all other attributes except `num_documents` are unused.
+        count: the number of such documents. If it is 0, the attributes after `num_documents` are not used.
         num_documents: the number of validation documents.
-        document: the index of the first common document in the validation corpus.
-        tokens: where that document begins and ends in the validation corpus.
+        document: the index of the first such document in the validation corpus.
+        tokens: the range of its tokens in the validation corpus, (start, stop).
         part: the index of the part of the training mixture that contains the document.
         twin: the index of the document in that part.
     """
@@ -256,18 +256,18 @@ class Leak:
 
 
 def find_leak(train: Tokens, validation: Tokens, tokenizer: Tokenizer, cache_dir: Path, report: Report) -> Leak:
-    """Find the documents that two corpora have in common, token for token.
+    """Find validation documents that also occur in the training corpus, token for token.
 
-    End-of-text tokens separate documents. Documents of fewer than `MIN_BYTES` bytes count only if all validation
-    documents are also training documents. Memory holds a few numbers per validation document, and none per training
-    document.
+    End-of-text tokens separate documents. Documents shorter than `MIN_BYTES` bytes count only if all validation
+    documents also occur in the training corpus. Memory use grows with the number of validation documents, but not with
+    the number of training documents.
 
     Args:
         train: the training tokens.
         validation: the validation tokens.
         tokenizer: the tokenizer of both corpora.
-        cache_dir: the directory that caches the result for large corpora.
-        report: called with a message when a check of large corpora begins.
+        cache_dir: the directory in which results for large corpora are cached.
+        report: called with a message before large corpora are compared.
     """
     num_tokens = train.num_tokens + validation.num_tokens
     is_large = num_tokens >= REMEMBERED_TOKENS
@@ -294,7 +294,7 @@ def _compare(train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> dict[st
         for found, _, _ in _documents(train, part, tokenizer):
             at = np.searchsorted(wanted, found)
             at[at == len(wanted)] = 0
-            # In reverse order, so that the first of several identical documents is written last and is kept.
+            # Use reverse order, so that the first of several identical documents is written last and therefore kept.
             new = np.flatnonzero((wanted[at] == found) & (parts[at] < 0))[::-1]
             parts[at[new]], twins[at[new]] = number, count + new
             count += len(found)
@@ -315,7 +315,7 @@ def _compare(train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> dict[st
 
 
 def _documents(corpus: Tokens, part: Part, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yield, block by block, the digest, start and end of each non-empty document."""
+    """Yield the digests, starts and ends of all non-empty documents, block by block."""
     dtype = tokenizer.dtype.newbyteorder("<")
     last = part.first + part.num_tokens
     begin, digest = part.first, _new_digest()

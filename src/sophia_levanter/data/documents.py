@@ -1,4 +1,4 @@
-"""Sources of documents, the conversion of rows to documents, and the split into training and held-out documents."""
+"""Document sources, conversion of rows to documents, and the split into training and held-out documents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = {
 }
 HASH_BYTES = 8  # size of the text hash that decides whether a document is held out
 
-# A position in a source: the number of finished files, and of finished records in the next file.
+# A position in a source: the number of finished files, and the number of finished records in the next file.
 Position = tuple[int, int]
 START: Position = (0, 0)
 # Whether a document is held out, and its text.
@@ -35,8 +35,8 @@ class Source(ABC):
     """Documents in a fixed order, readable from any position.
 
     Attributes:
-        name: the source as the user wrote it.
-        rows: converts its rows to documents.
+        name: the name of the source, as the user wrote it.
+        rows: converts the rows of the source to documents.
     """
 
     def __init__(self, name: str, rows: Rows) -> None:
@@ -46,38 +46,38 @@ class Source(ABC):
     @property
     @abstractmethod
     def parts(self) -> list[Any]:
-        """For each file, a JSON value that covers everything its documents depend on."""
+        """One JSON value per file, covering everything that the documents in the file depend on."""
 
     @property
     def settings(self) -> list[Any]:
-        """A JSON value that covers everything else the documents depend on."""
+        """A JSON value covering everything else that the documents depend on."""
         return [self.name, *self.rows.settings]
 
     @property
     @abstractmethod
     def identity(self) -> Any:
-        """A JSON value that covers everything the documents depend on."""
+        """A JSON value covering everything that the documents depend on."""
 
     @property
     def inputs(self) -> list[str]:
-        """The real paths, URLs or names that are read."""
+        """The resolved paths, URLs or names that are read."""
         return [self.name]
 
     @abstractmethod
     def where(self, position: Position) -> str:
-        """Describe the document before a position."""
+        """Describe the location of the last document before a position, for messages."""
 
     @abstractmethod
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
         """Yield each document from `start` on, with the position after its record."""
 
     def share_read(self) -> float | None:
-        """The share of the source that has been read, from 0 to 1; None if unknown."""
+        """Return the fraction of the source that has been read, from 0 to 1, or None if it is unknown."""
         return None
 
 
 class Tally(NamedTuple):
-    """Counts of what a source's rows contained, with the first place of each kind. Replaced when a count changes."""
+    """Counts for the rows of a source, with the location of the first row of each kind. Tallies are immutable."""
 
     num_bad: int = 0  # rows without text that were skipped
     first_bad: str = ""
@@ -86,23 +86,23 @@ class Tally(NamedTuple):
     num_separators: int = 0
     special: tuple[tuple[str, int], ...] = ()  # special tokens spelled out in the text, and their counts
     first_special: str = ""
-    num_copies: int = 0  # documents that were left out because all are identical
+    num_copies: int = 0  # documents that were dropped because all documents are identical
 
 
 class Rows:
-    """Converts the rows of one source to documents.
+    """Converts the rows of a source to documents.
 
-    A row without text is an error or is skipped, depending on `data.bad_rows`. Empty texts are left out.
+    A row without text is an error or is skipped, depending on `data.bad_rows`. Empty texts are always skipped.
 
     Args:
         config: specifies the row field that contains the text, and the document separator.
-        field: the config field to name in errors.
-        special_tokens: special tokens to search for in the text.
+        field: the config field to name in error messages.
+        special_tokens: the special tokens to search for in the text.
 
     Attributes:
-        config, field: as given.
-        tally: counts of the rows so far.
-        tally_before: counts of the rows in earlier files.
+        config, field: the arguments of the same names.
+        tally: the counts so far.
+        tally_before: the counts before the current file.
     """
 
     def __init__(self, config: DataConfig, field: str, special_tokens: Collection[str] = ()) -> None:
@@ -124,10 +124,10 @@ class Rows:
         return self.config.bad_rows == "skip"
 
     def text_of(self, row: Any, where: str) -> str | None:
-        """The text in a row; None if the row is skipped.
+        """Return the text of a row, or None if the row is skipped.
 
         Raises:
-            InputError: if the row has no text, or text that UTF-8 cannot encode.
+            InputError: if the row has no text and must not be skipped, or its text cannot be encoded as UTF-8.
         """
         name = self.config.text_field
         if not isinstance(row, dict):
@@ -142,10 +142,10 @@ class Rows:
         return self.encodable(text, f"{where}: the field {name!r}")
 
     def encodable(self, text: str, where: str) -> str:
-        """The text, with lone surrogates replaced if `data.invalid_utf8` is `replace`.
+        """Return the text, with lone surrogates replaced if `data.invalid_utf8` is `replace`.
 
         Raises:
-            InputError: if UTF-8 cannot encode it.
+            InputError: if the text cannot be encoded as UTF-8.
         """
         try:
             text.encode("utf-8")
@@ -159,10 +159,10 @@ class Rows:
         return text
 
     def bad(self, problem: str) -> str | None:
-        """Skip and count a row without text, and return None in place of the text.
+        """Skip and count a row without text, and return None instead of its text.
 
         Args:
-            problem: the place of the row, and what is wrong with it.
+            problem: where the row is, and what is wrong with it.
 
         Raises:
             InputError: unless `data.bad_rows` is `skip`.
@@ -174,7 +174,7 @@ class Rows:
         return None
 
     def documents(self, text: str | None, where: str) -> list[str]:
-        """The documents in a row's text, if any."""
+        """Return the documents in the text of a row, and update the tally."""
         if text is None:
             return []
         tally, separator = self.tally, self.config.document_separator
@@ -192,20 +192,20 @@ class Rows:
 
     @property
     def split_at(self) -> str:
-        """The number of separators in the text, for the message that counts documents; empty without a separator."""
+        """The number of separators found, as part of a message; empty if no separator is set."""
         separator = self.config.document_separator
         return f", split at {self.tally.num_separators:,} occurrences of {separator!r}" if separator else ""
 
     @property
     def left_out(self) -> str:
-        """The number of skipped rows, and the first row of each kind; empty if no row was skipped."""
+        """A message with the number of skipped rows and the first row of each kind; empty if no row was skipped."""
         tally = self.tally
         bad = [f"{tally.num_bad:,} without text (first: {tally.first_bad})"] if tally.num_bad else []
         empty = [f"{tally.num_empty:,} empty (first: {tally.first_empty})"] if tally.num_empty else []
         return f"skipped rows: {'; '.join(bad + empty)}" if bad or empty else ""
 
     def warnings(self) -> list[str]:
-        """Warnings about text that may not be what the user intended."""
+        """Return warnings about text that may not be what the user intended."""
         tally, separator, lines = self.tally, self.config.document_separator, []
         if separator and not tally.num_separators:
             lines.append(
@@ -232,12 +232,12 @@ class Rows:
 
 
 def kind_of(value: Any) -> str:
-    """JSON's name for the type of a value, for messages."""
+    """Return the JSON name for the type of a value, for messages."""
     return KINDS.get(type(value), f"a value of type {type(value).__name__}")
 
 
 class NoSplit:
-    """Holds nothing out."""
+    """A split that holds out no documents."""
 
     is_settled = True
     num_copies = 0
@@ -250,20 +250,20 @@ class NoSplit:
 
 
 class Split:
-    """Holds out a share of the documents, in one pass that buffers one document.
+    """A split that holds out a fraction of the documents, in one pass that buffers at most one document.
 
-    A hash of the text decides whether a document is held out, so documents that are added later do not change the
-    split, and identical texts are on the same side. If one side would remain empty, the document whose hash is closest
-    to that side moves there. If all documents are identical, only one is kept, and its end is held out.
+    A hash of the text determines whether a document is held out. Documents added later therefore do not change the
+    split, and identical texts are on the same side. If one side would be empty, the document whose hash is closest to
+    that side moves there. If all documents are identical, only one is kept, and the end of its text is held out.
 
     Args:
-        fraction: the share to hold out, in (0, 1).
-        field: the config field to name in errors.
+        fraction: the fraction to hold out, in (0, 1).
+        field: the config field to name in error messages.
         settled: whether both sides already have documents.
 
     Attributes:
-        is_settled: whether both sides have documents, so that none needs to be buffered.
-        num_copies: the number of documents that `finish` left out because all are identical.
+        is_settled: whether both sides have documents, so that no document needs to be buffered.
+        num_copies: the number of documents that `finish` dropped because all documents are identical.
     """
 
     def __init__(self, fraction: float, *, field: str, settled: bool = False) -> None:
@@ -278,7 +278,7 @@ class Split:
         self._others = False
 
     def push(self, text: str) -> list[Side]:
-        """Add a non-empty text, and return the documents whose side is now settled."""
+        """Add a non-empty text, and return the documents whose side is now decided."""
         value = _hash(text)
         held_out = value < self._limit
         if self.is_settled:
@@ -304,7 +304,7 @@ class Split:
         """Return the remaining documents.
 
         Raises:
-            InputError: if the only document has a single character.
+            InputError: if the only document consists of a single character.
         """
         if self.is_settled or self._kept is None:
             return []

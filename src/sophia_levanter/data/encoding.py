@@ -41,7 +41,7 @@ class EncodedDocuments:
     """The concatenated tokens of documents.
 
     Attributes:
-        tokens: [position], in a store's dtype, with an end-of-text token after each document.
+        tokens: [position], in the dtype of a token store, with an end-of-text token after each document.
         lengths: int64 [document], the number of tokens in each document, including end-of-text.
         num_bytes: the total size of the texts in UTF-8.
     """
@@ -84,16 +84,16 @@ def _tokenizer(module: str, name: str, fingerprint: str) -> Tokenizer:
 
 
 def encode_with(module: str, name: str, fingerprint: str, texts: Texts) -> Encoded:
-    """Call `encode` with a named tokenizer, which each process loads once. `module` defines the tokenizer's class.
+    """Call `encode` with a tokenizer that each process loads once by name. `module` defines its class.
 
     Raises:
-        InputError: if the fingerprint differs because the tokenizer's file has changed or differs between hosts.
+        InputError: if the fingerprint differs because the tokenizer file has changed or differs between hosts.
     """
     return encode(_tokenizer(module, name, fingerprint), texts)
 
 
 def _start_worker() -> None:
-    """Initialize a worker process that ends when its parent ends for any reason."""
+    """Initialize a worker process so that it exits when its parent exits for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -110,8 +110,8 @@ class Workers:
     """Encodes blocks in other processes.
 
     Attributes:
-        count: the number of blocks that are encoded at the same time.
-        submit: starts encoding a block.
+        count: the number of blocks that are encoded concurrently.
+        submit: starts encoding a block and returns its future.
     """
 
     count: int
@@ -119,19 +119,19 @@ class Workers:
 
 
 def _address(tokenizer: Tokenizer) -> tuple[str, str, str]:
-    """The arguments with which another process loads the tokenizer."""
+    """Return the arguments of `encode_with` that identify the tokenizer."""
     return type(tokenizer).__module__, tokenizer.name, tokenizer.fingerprint
 
 
 @contextmanager
 def processes(count: int, tokenizer: Tokenizer) -> Iterator[Workers]:
-    """Worker processes on this machine, which end when this process ends for any reason."""
+    """Start worker processes on this machine. They exit when this process exits for any reason."""
     context = multiprocessing.get_context("spawn")  # forking a process with JAX threads may hang
     # Create the pool before SIGINT is blocked: its first semaphore makes Python start a resource tracker, which
     # unblocks SIGINT.
     pool = ProcessPoolExecutor(count, context, _start_worker)
     with _starting_workers():
-        for _ in range(count):  # no process is idle, so each task starts one
+        for _ in range(count):  # each task starts a new process, because none is idle
             pool.submit(os.getpid)
     try:
         yield Workers(count, lambda texts: pool.submit(encode_with, *_address(tokenizer), texts))
@@ -141,10 +141,10 @@ def processes(count: int, tokenizer: Tokenizer) -> Iterator[Workers]:
 
 @contextmanager
 def _starting_workers() -> Iterator[None]:
-    """A context for starting processes that never receive Ctrl-C; this process receives it afterwards.
+    """Block Ctrl-C while processes are started, so that they never receive it. This process receives it afterwards.
 
-    The processes do not import this program's script either. A script without an `if __name__ == "__main__"` guard
-    would train again.
+    The new processes do not import the main script either, because a script without an `if __name__ == "__main__"`
+    guard would train again.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     script = sys.modules["__main__"]
@@ -158,12 +158,12 @@ def _starting_workers() -> Iterator[None]:
 
 @contextmanager
 def ray_tasks(address: str, tokenizer: Tokenizer) -> Iterator[Workers]:
-    """Workers on a Ray cluster, as tasks that use one core each.
+    """Connect to a Ray cluster that encodes blocks in single-core tasks.
 
     Raises:
         InputError: if Ray is not installed, or no cluster is running at the address.
     """
-    # Ray leaves a token file in the home folder that would turn on authentication in later sessions.
+    # Otherwise, Ray leaves a token file in the home folder that turns on authentication in later sessions.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray = optional_import("ray", "'ray>=2.60'", "--ray")
     try:
@@ -178,7 +178,7 @@ def ray_tasks(address: str, tokenizer: Tokenizer) -> Iterator[Workers]:
         ) from error
     encode_block = partial(ray.remote(encode_with).remote, *_address(tokenizer))
     try:
-        # Use one worker per core in the cluster. The number of cores may change.
+        # Use one worker per core. The number of cores in the cluster may change later.
         count = max(int(ray.cluster_resources().get("CPU", 1)), 1)
         yield Workers(count, lambda texts: encode_block(texts).future())
     finally:
@@ -190,13 +190,13 @@ def encode_blocks(
     tokenizer: Tokenizer,
     workers: Callable[[], AbstractContextManager[Workers]] | None,
 ) -> Iterator[tuple[Any, Encoded]]:
-    """Encode blocks, and yield each block's mark with its tokens, in block order.
+    """Encode blocks, and yield the mark and the tokens of each block, in order.
 
     Args:
-        blocks: a mark and the texts for each block. Memory holds about twice as many blocks as there are workers.
+        blocks: the mark and the texts of each block. About two blocks per worker are held in memory.
         tokenizer: the tokenizer.
-        workers: creates a context with `Workers`, which is not entered if there are only a few blocks; if None, this
-            process encodes.
+        workers: returns a context manager for `Workers`, which is not entered if there are only a few blocks. If None,
+            this process encodes the blocks.
 
     Raises:
         OSError: if a worker was killed.

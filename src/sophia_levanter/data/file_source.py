@@ -17,25 +17,25 @@ from sophia_levanter.data.text_files import PYTHON_STDLIB, Report, TextFile, fin
 from sophia_levanter.errors import InputError
 
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-PARQUET_ROWS = 256  # read at once
+PARQUET_ROWS = 256  # rows read at once
 PIECE_BYTES = 1 << 20  # how much of a JSON array, or of a text with separators, is read at once
-# Patterns for what precedes an element of a JSON array and for what ends the array: at its start, and after an element.
+# In each pair, the first pattern precedes an element of a JSON array, and the second pattern ends the array.
 ARRAY_FIRST = re.compile(r"\s*\[\s*(?=[^\s\]])"), re.compile(r"\s*\[\s*\]\s*\Z")
 ARRAY_NEXT = re.compile(r"\s*,\s*(?=\S)"), re.compile(r"\s*\]\s*\Z")
 ARRAY_DELIMITER = re.compile(r"\s*[,\]]")
 READING_VERSION = 2  # version of the conversion of files to documents; token stores from other versions are rebuilt
 
-# A record's place, for messages, and its text, which is None if the record is left out.
+# The location of a record, for messages, and its text, or None if the record is skipped.
 Record = tuple[str, str | None]
 
 
 class FileSource(Source):
-    """Documents from files, one at a time. Documents without text are left out.
+    """Documents from files, read one at a time. Documents without text are skipped.
 
-    A file's content decides how it is read (`format_of`): JSON lines and JSON arrays contain one document per object,
-    Parquet contains one per row, and any other file is a single UTF-8 document. Python's standard library has one
-    document per module, decoded according to its encoding declaration. Texts are split at `data.document_separator`, if
-    it is set.
+    The format of a file is detected from its content (see `format_of`). JSON lines and JSON arrays contain one document
+    per object, Parquet files contain one per row, and any other file is a single UTF-8 document. In Python's standard
+    library, each module is a document, decoded according to its encoding declaration. Texts are split at
+    `data.document_separator`, if it is set.
 
     Args:
         name: the files; see `find_files`.
@@ -93,7 +93,7 @@ class FileSource(Source):
         return (sum(sizes[: self._file]) + current) / sum(sizes)
 
     def _records(self, file: TextFile, skip: int) -> Iterator[Record]:
-        """The records of a file after the first `skip`, including those without text."""
+        """Yield the records of a file after the first `skip`, including records without text."""
         with opened(file) as open_file:
             self._share_of_file = open_file.share_read
             if self.name == PYTHON_STDLIB:
@@ -128,7 +128,7 @@ class FileSource(Source):
         )
 
     def _report_objects(self, opened: OpenFile) -> None:
-        """Warn once about a text that seems to consist of JSON records."""
+        """Warn once about plain-text files that seem to consist of JSON records."""
         if "objects" not in self._reported and has_objects(opened):
             self._reported.add("objects")
             self._report(
@@ -138,7 +138,7 @@ class FileSource(Source):
             )
 
     def _plain_text(self, file: TextFile, content: BinaryIO, skip: int) -> Iterator[Record]:
-        """The text of a file as one record or, with a separator, as one record per document to save memory."""
+        """Yield the text of a file as one record or, to save memory, as one record per separated document."""
         separator = self.rows.config.document_separator
         if separator is None and file.size > MEMORY:
             raise InputError(
@@ -177,7 +177,7 @@ class FileSource(Source):
                 yield where, self.rows.text_of(row, where)
 
     def _array_items(self, file: TextFile, content: BinaryIO) -> Iterator[Any]:
-        """Yield the elements of a JSON array. Memory holds one piece of its text, or one element if that is longer."""
+        """Yield the elements of a JSON array, with only one piece of text (or one long element) in memory at a time."""
         reader = _Utf8(content, self._decode_errors, f"{file.where}")
         scanner = json.JSONDecoder()
         text, at, number, at_end = "", 0, 1, False
@@ -268,8 +268,8 @@ class _Utf8:
 
     Args:
         content: the bytes.
-        errors: how to handle bytes that are not UTF-8, as in `bytes.decode`.
-        where: the config field and the file, for errors.
+        errors: how to handle invalid UTF-8, as in `bytes.decode`.
+        where: the config field and the file, for error messages.
     """
 
     def __init__(self, content: BinaryIO, errors: str, where: str) -> None:
@@ -280,10 +280,10 @@ class _Utf8:
         self._at_beginning = True
 
     def read(self, size: int) -> str:
-        """The text of the next `size` bytes, or of all remaining bytes if `size` is negative; empty at the end.
+        """Return the text of the next `size` bytes, or of all remaining bytes if `size` is negative; empty at the end.
 
         Raises:
-            InputError: if the bytes are not UTF-8 text.
+            InputError: if the bytes are not valid UTF-8, or contain a null byte.
         """
         while True:
             data = self._content.read(size)

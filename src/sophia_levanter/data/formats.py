@@ -1,4 +1,4 @@
-"""Opens text files, and detects their compression and format from their content."""
+"""Opening text files, and detecting their compression and format from their content."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sophia_levanter.errors import InputError
 
 LOOK_BYTES = 1 << 16
 LOOK_LINES = 5
-LOOK_LINE_BYTES = 1 << 24  # a file with a longer first line is one text, unless its name indicates JSON
+LOOK_LINE_BYTES = 1 << 24  # a file with a longer first line is a single text, unless its name indicates JSON
 PARQUET_MAGIC = b"PAR1"
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 # Longer marks come first, because the UTF-32LE mark begins with the UTF-16LE mark.
@@ -31,7 +31,7 @@ WIDE_MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16LE",
     codecs.BOM_UTF16_BE: "UTF-16BE",
 }
-# The first bytes of compressed files. The second zstd pattern is a skippable frame.
+# The first bytes of compressed files. The second zstd pattern matches a skippable frame.
 MAGIC = {
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
@@ -47,7 +47,7 @@ class OpenFile:
     """An open file, decompressed according to its first bytes.
 
     Attributes:
-        file: the file.
+        file: the file's name and its state when it was found.
         compression: gzip, zstd, xz, bzip2 or None.
         content: the stream of decompressed bytes.
     """
@@ -71,7 +71,7 @@ class OpenFile:
             self.content = cast(BinaryIO, io.BufferedReader(_Bounded(self.content, limit, self.file.where), 1 << 17))
 
     def share_read(self) -> float:
-        """The share of the file that has been read."""
+        """Return the fraction of the file that has been read, from 0 to 1."""
         return self._raw.tell() / self.file.size if self.file.size else 1.0
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class OpenFile:
 
 
 class _Bounded(io.RawIOBase):
-    """A stream of decompressed bytes that fails beyond a limit, to protect against decompression bombs."""
+    """A stream of decompressed bytes with a size limit, which protects against decompression bombs."""
 
     def __init__(self, content: BinaryIO, limit: int, where: str) -> None:
         self._content, self._left, self._where = content, limit, where
@@ -88,7 +88,7 @@ class _Bounded(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        # Read only once, so that the bytes before any damage arrive before the error.
+        # Read only once, so that intact bytes are returned before an error is raised for damaged ones.
         data = self._content.read1(len(buffer))  # type: ignore[attr-defined]
         buffer[: len(data)] = data
         self._left -= len(data)
@@ -105,8 +105,8 @@ def opened(file: TextFile) -> Iterator[OpenFile]:
     """Open a file for reading.
 
     Raises:
-        InputError: on opening or during reading, if the file cannot be read or decompressed; at the end, if it has been
-            changed or replaced since it was found.
+        InputError: if the file cannot be opened, read or decompressed, or, at the end, if it was modified or replaced
+            after it was found.
     """
     try:
         with readable(file), closing(OpenFile(file)) as open_file:
@@ -156,7 +156,7 @@ def _decompressed(raw: BinaryIO, compression: str | None, where: str) -> BinaryI
 
 
 class Format(Enum):
-    """A file format. The value is its name in messages."""
+    """A file format. The value is the name of the format in messages."""
 
     TEXT = "plain text"
     JSON_LINES = "JSON lines"
@@ -175,15 +175,15 @@ NAMED = {
 
 
 def named_formats(file: TextFile) -> tuple[Format, ...]:
-    """The formats that a file's name suggests."""
+    """Return the formats suggested by the name of a file."""
     return NAMED.get(file.named[0], (Format.TEXT,))
 
 
 def format_of(opened: OpenFile, text_field: str) -> Format:
-    """Detect the format of a file from its beginning, and rewind it.
+    """Detect the format of a file from its beginning, and rewind the file.
 
     Parquet is recognized by its first bytes. JSON is read as records if the suffix indicates JSON, or if the first
-    records have the field `text_field`. Otherwise, the suffix decides, so that a damaged file is rejected.
+    records have the field `text_field`. Otherwise, the suffix determines the format, and a damaged file is rejected.
 
     Raises:
         InputError: if the file is UTF-16 or UTF-32, or a Git LFS pointer.
@@ -204,7 +204,7 @@ def format_of(opened: OpenFile, text_field: str) -> Format:
     begin = begin.removeprefix(codecs.BOM_UTF8).lstrip()
     is_named_json = Format.JSON_LINES in named
     if begin[:1] == b"[" and is_named_json:
-        # Both an array and JSON lines may begin with a list.
+        # Both a JSON array and JSON lines may begin with a list.
         if _first_of_lines(opened):
             return Format.JSON_LINES
         if Format.JSON_ARRAY in named or begin[1:].lstrip()[:1] in (b"{", b"]"):
@@ -218,7 +218,7 @@ def format_of(opened: OpenFile, text_field: str) -> Format:
 
 
 def _begins_with_record(opened: OpenFile, text_field: str) -> bool:
-    """Whether the first object of a JSON array has the field."""
+    """Return whether the first object in a JSON array has the field `text_field`."""
     begin = opened.content.read(LOOK_LINE_BYTES).decode("utf-8", errors="replace")
     opened.rewind()
     try:
@@ -229,18 +229,18 @@ def _begins_with_record(opened: OpenFile, text_field: str) -> bool:
 
 
 def _first_of_lines(opened: OpenFile) -> bool:
-    """Whether the first line is JSON by itself and is followed by more lines."""
+    """Return whether the first line is valid JSON by itself and is followed by more lines."""
     lines = [line for line in opened.content.read(LOOK_LINE_BYTES).splitlines() if line.strip()]
     opened.rewind()
     return len(lines) > 1 and _parsed(lines[0]) is not None
 
 
 def _lines_are_records(opened: OpenFile, text_field: str) -> bool:
-    """Whether the first non-blank lines are JSON objects with the field."""
+    """Return whether the first non-blank lines are JSON objects with the field `text_field`."""
     seen = 0
     while seen < LOOK_LINES and (line := opened.content.readline(LOOK_LINE_BYTES)):
         if line.removeprefix(codecs.BOM_UTF8).strip():
-            record = _parsed(line)  # a line that is cut short by the limit is not JSON
+            record = _parsed(line)  # a line truncated at the limit is not valid JSON
             if not (isinstance(record, dict) and text_field in record):
                 seen = 0
                 break
@@ -250,14 +250,14 @@ def _lines_are_records(opened: OpenFile, text_field: str) -> bool:
 
 
 def has_objects(opened: OpenFile) -> bool:
-    """Whether any of the first lines is a JSON object, regardless of its fields."""
+    """Return whether any of the first lines is a JSON object, regardless of its fields."""
     lines = opened.content.read(LOOK_BYTES).splitlines()[:LOOK_LINES]
     opened.rewind()
     return any(line.startswith(b"{") and _parsed(line) is not None for line in lines)
 
 
 def _parsed(line: bytes) -> Any:
-    """The JSON value in a line; None if it is not JSON."""
+    """Return the JSON value in a line, or None if the line is not valid JSON."""
     try:
         return json.loads(line.decode("utf-8", errors="replace").removeprefix("\ufeff"))
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Token files from other programs, read in place: nanoGPT, llm.c and NumPy."""
+"""Token files written by other programs (nanoGPT, llm.c and NumPy), read in place."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEADERS = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 META = "meta.pkl"
 META_BYTES = 1 << 26
 UINT16_IDS = 1 << 16
-REMEMBERED_TOKENS = 1 << 26  # smaller files are read again at every start
+REMEMBERED_TOKENS = 1 << 26  # results for smaller files are not cached
 SHOWN_TOKENS = 16
 DIGEST_PIECES = 64
 DIGEST_PIECE_BYTES = 1 << 16
@@ -38,7 +38,7 @@ DIGEST_PIECE_BYTES = 1 << 16
 class _TokenFile:
     """Token ids in a file, read slice by slice.
 
-    A memory map is not used, because the system kills the process if a mapped file is truncated.
+    The file is not memory-mapped, because the system kills the process if a mapped file is truncated.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, length: int, *, offset: int, where: str) -> None:
@@ -81,11 +81,11 @@ class NanogptTokens(Tokens):
     Args:
         source: `nanogpt:FILE` or `nanogpt:FILE?dtype=uint32`.
         tokenizer: the tokenizer that is assumed to have produced the ids.
-        field: the config field to name in errors.
-        cache_dir: the directory that caches results for large files, so that they are read only once.
+        field: the config field to name in error messages.
+        cache_dir: the directory in which results for large files are cached, so that the files are read only once.
 
     Raises:
-        InputError: if the file does not exist, or this tokenizer cannot have produced its ids.
+        InputError: if the file does not exist, or if this tokenizer cannot have produced its ids.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, *, field: str, cache_dir: Path | None = None) -> None:
@@ -172,7 +172,7 @@ class NanogptTokens(Tokens):
         return tokens
 
     def _check_meta(self) -> None:
-        """Reject a file if nanoGPT's `meta.pkl` next to it describes a different vocabulary."""
+        """Reject the file if nanoGPT's `meta.pkl` next to it describes a different vocabulary."""
         meta = _read_meta(self.path.with_name(META), self._where)
         if "stoi" in meta:
             raise InputError(
@@ -189,17 +189,17 @@ class NanogptTokens(Tokens):
             )
 
     def check(self, report: Callable[[str], None]) -> None:
-        """Read the whole file, and report how it begins.
+        """Check all ids in the file, and report the text of its first tokens.
 
         Raises:
-            InputError: if the file contains an id that the tokenizer lacks.
+            InputError: if the file contains an id that is not in the tokenizer's vocabulary.
         """
         self._checked(np.array(self._contents["range"]))
         begin = printable(self._tokenizer.decode(self._tokens[:SHOWN_TOKENS]))
         report(f"{self._where}: {self.num_tokens:,} {self._tokens.dtype.name} tokens, beginning with {begin!r}")
 
     def check_whole(self, cache_dir: Path) -> None:
-        pass  # `check` has already read everything
+        pass  # `check` has already read the whole file
 
     def check_unchanged(self) -> None:
         now = self._tokens.status
@@ -216,7 +216,7 @@ class NanogptTokens(Tokens):
 
     @cached_property
     def _contents(self) -> dict[str, Any]:
-        """A digest of all tokens, and the smallest and the largest token."""
+        """A digest of all ids, and the smallest and largest ids."""
         is_large = self.num_tokens >= REMEMBERED_TOKENS
         key = [str(self.path), *self._tokens.opened_as, self._tokens.dtype.str, self.num_tokens]
         return remembered(self._cache_dir if is_large else None, key, self._read_all)
@@ -241,7 +241,7 @@ class NanogptTokens(Tokens):
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Values that identify the file. Checkpoints from earlier versions have only a digest of some pieces."""
+        """Values that identify the file. Checkpoints from earlier versions contain only a digest of sampled pieces."""
         digest = hashlib.blake2b(digest_size=16)
         items = DIGEST_PIECE_BYTES // self._tokens.dtype.itemsize
         for start in np.linspace(0, max(self.num_tokens - items, 0), DIGEST_PIECES).astype(np.int64).tolist():
@@ -271,7 +271,7 @@ class NanogptTokens(Tokens):
 
 
 def _parsed(source: str, field: str) -> tuple[str, str | None]:
-    """The path and the dtype in `nanogpt:FILE?dtype=uint32`."""
+    """Return the path and the dtype in `nanogpt:FILE?dtype=uint32`."""
     name, _, query = source.removeprefix(NANOGPT).partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     dtype = options.pop("dtype", None)
@@ -283,19 +283,19 @@ def _parsed(source: str, field: str) -> tuple[str, str | None]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, lists and dicts. It never imports or calls anything that a pickle refers to."""
+    """An unpickler for numbers, strings, lists and dicts. It never imports or calls anything named in a pickle."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
 def _read_meta(path: Path, where: str) -> dict[Any, Any]:
-    """The content of nanoGPT's `meta.pkl`; empty if the file does not exist."""
+    """Return the content of nanoGPT's `meta.pkl`, which is empty if the file does not exist."""
     try:
         meta = _PlainUnpickler(io.BytesIO(read_regular(path, META_BYTES))).load()
     except FileNotFoundError:
         return {}
-    except Exception as error:  # a damaged pickle may raise anything
+    except Exception as error:  # a damaged pickle may raise any exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"{where}: the {META} next to it is not a nanoGPT {META} ({reason}); move it elsewhere if it "

@@ -1,4 +1,4 @@
-"""How documents fill sequences, and how many attention pairs `data.mask_documents` removes."""
+"""How documents are packed into sequences, and how many attention pairs `data.mask_documents` removes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Packing:
-    """How the documents in a token store fill sequences of a fixed length.
+    """Statistics on the documents in a token store, and on how they fill sequences of a fixed length.
 
     Attributes:
         median_length: the median document length in tokens, including end-of-text.
         longest: the length of the longest document in tokens, including end-of-text.
         documents_per_sequence: the mean number of whole or partial documents in a sequence.
-        share_of_one: the share of sequences that contain a single document; masking does not change them.
-        removed_share: the share of attention pairs (a token with itself or an earlier token in its sequence) whose
+        share_of_one: the fraction of sequences that contain a single document, so that masking does not change them.
+        removed_share: the fraction of attention pairs (a token with itself or an earlier token in its sequence) whose
             tokens belong to different documents.
     """
 
@@ -30,14 +30,14 @@ class Packing:
 
 
 def packing_of(document_ends: Iterable[np.ndarray], seq_len: int) -> Packing:
-    """Measure how documents fill sequences that start at multiples of `seq_len`. The last sequence may be shorter.
+    """Compute `Packing` for sequences that start at multiples of `seq_len`. The last sequence may be shorter.
 
     Args:
-        document_ends: the index after the last token of each document, as a series of non-empty arrays, each int64
-            [document]. Indices ascend within and across arrays. Memory holds one array at a time.
+        document_ends: the index after the last token of each document, as non-empty int64 [document] arrays, which are
+            held in memory one at a time. Indices ascend within and across arrays.
         seq_len: the number of tokens in a sequence.
     """
-    counts: Counter[int] = Counter()  # documents of each length; even many documents have few distinct lengths
+    counts: Counter[int] = Counter()  # the number of documents of each length; there are few distinct lengths
     last_divided = -1  # the last sequence in which a document begins after the first token
     num_tokens = inner_starts = divided = removed = 0
     for ends in document_ends:
@@ -65,7 +65,7 @@ def packing_of(document_ends: Iterable[np.ndarray], seq_len: int) -> Packing:
 
 
 def _median(counts: Mapping[int, int]) -> float:
-    """The median of numbers, given how often each number occurs."""
+    """Return the median of the numbers in `counts`, given how often each number occurs."""
     numbers = np.array(sorted(counts))
     up_to = np.cumsum([counts[number] for number in numbers.tolist()])
     middle = np.array([(up_to[-1] - 1) // 2, up_to[-1] // 2])
@@ -73,5 +73,5 @@ def _median(counts: Mapping[int, int]) -> float:
 
 
 def _pairs(length: int) -> int:
-    """The number of pairs of a token with itself or an earlier token, among `length` tokens."""
+    """Return the number of pairs of a token with itself or an earlier token, among `length` tokens."""
     return length * (length + 1) // 2

@@ -1,4 +1,4 @@
-"""Prepares token stores from documents: once, in one process at a time, and resumable if that process is killed."""
+"""Preparation of token stores from documents, in one process at a time. A killed preparation can be resumed."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError, counted
 from sophia_levanter.files import sync, write_atomically
 
-BLOCK_CHARACTERS = 1 << 18  # encoded by one process at a time, rounded up to whole documents
+BLOCK_CHARACTERS = 1 << 18  # the size of an encoded block, rounded up to whole records
 REPORT_SECONDS = 5.0
 PARTIAL = ".partial"
-TALLY_NAME = "tally.json"  # next to the stores: their row counts, and the directory's name
+TALLY_NAME = "tally.json"  # next to the stores: the row counts, and the name of the finished directory
 
 
 @dataclass(frozen=True)
 class Job:
-    """How to prepare text, and where to report.
+    """Settings and callbacks for preparing text.
 
     Attributes:
         config: specifies the text and the cache directory.
         tokenizer: the tokenizer.
         report: called with each message for the user.
         warn: called with each warning.
-        ray: the address of a Ray cluster that tokenizes the text; by default, this machine does.
+        ray: the address of a Ray cluster on which to tokenize; by default, tokenization runs on this machine.
     """
 
     config: DataConfig
@@ -69,7 +69,7 @@ class Job:
 
     @property
     def workers(self) -> Callable[[], AbstractContextManager[Workers]] | None:
-        """A function that starts the worker processes or tasks; None if this process encodes."""
+        """A function that starts worker processes or Ray tasks; None to encode in this process."""
         if self.ray is not None:
             return partial(ray_tasks, self.ray, self.tokenizer)
         count = self.config.num_workers if self.config.num_workers is not None else _num_cores()
@@ -80,19 +80,19 @@ class Job:
 
 
 class Preparation:
-    """A source of documents, and the directory of its token stores.
+    """Prepares the token stores for a source of documents.
 
     Args:
-        named: the source. It is opened here, but its text is not read yet.
-        job: how to prepare it.
-        held_out: the share of the documents that goes to a second store.
+        named: the source, which is opened without reading its text.
+        job: the settings and callbacks.
+        held_out: the fraction of the documents to hold out in a second store; None for a single store.
 
     Attributes:
         source: the documents.
-        directories: the possible directories for the stores, each named after a digest of everything that determines
-            the stores. With `data.bad_rows: skip`, the second directory is for stores with skipped rows.
-        base: the directory during preparation, without its suffix. Its digest ignores the state of the files, so that
-            progress made before an error is found again after a file is corrected.
+        directories: the possible directories for the stores, each named after a digest of everything that the stores
+            depend on. With `data.bad_rows: skip`, the second directory is used if rows were skipped.
+        base: the directory used during preparation, without its suffix. Its digest ignores the state of the files, so
+            that earlier progress is found again after a file is corrected.
 
     Raises:
         InputError: if the source does not exist.
@@ -118,7 +118,7 @@ class Preparation:
         self._job.report(f"{self.source.rows.field}: {line}")
 
     def stores(self) -> list[TokenStore]:
-        """Open the source's store, or the stores for its two sides, after preparing them if they are missing.
+        """Open the store, or the training and held-out stores, after preparing them if they are missing.
 
         Raises:
             InputError: if the source or the cache cannot be used.
@@ -195,7 +195,7 @@ class Preparation:
         return directory
 
     def _begun(self, partial: Path) -> Progress | None:
-        """Load an earlier process's progress, or delete it if the text that it covers has changed."""
+        """Load the progress of an earlier process, or delete it if the text that it covers has changed."""
         begun, rows = load_progress(partial), self.source.rows
         if begun is not None and (rows.skips or not begun.place.tally.num_bad):
             place = place_after(self.source, begun.place)
@@ -211,7 +211,7 @@ class Preparation:
         return None
 
     def _blocks(self, begun: Place | None) -> Iterator[tuple[tuple[Place | None, InputError | None], Texts]]:
-        """Yield blocks of texts that consist of whole records, with the place after each block.
+        """Yield blocks of texts, each with the place after it. A block consists of whole records.
 
         The place is None while the split buffers a document. If the source cannot be read any further, the error is
         yielded with the last block.
@@ -240,7 +240,7 @@ class Preparation:
                     size += len(own)
         except InputError as error:
             kept = place()
-            # The empty digest makes the next process compare the file's documents, regardless of its size and time.
+            # The empty digest makes the next process compare the documents in the file even if it appears unchanged.
             yield (kept and replace(kept, file=""), error), texts
             return
         for held_out, own in split.finish():
@@ -251,7 +251,7 @@ class Preparation:
 
 
 class _Speed:
-    """The speed of the preparation, and the estimated time left."""
+    """Measures the speed of the preparation, and estimates the time left."""
 
     def __init__(self, writers: list[TokenStoreWriter], source: Source) -> None:
         self._started = time.monotonic()
@@ -269,7 +269,7 @@ class _Speed:
         return sum(w.num_documents for w in self._writers), sum(w.num_bytes for w in self._writers)
 
     def report(self) -> str:
-        """The speed so far; from the second call on, also the time left."""
+        """Return the speed so far and, from the second call on, the time left."""
         documents, size = (now - before for now, before in zip(self._totals(), self._before, strict=True))
         shown = f"{documents / self.seconds:,.0f} documents/s, {size / self.seconds / 1e6:.1f} MB/s"
         share = self._source.share_read()
@@ -284,7 +284,7 @@ class _Speed:
 
 
 def cache_directory(config: DataConfig) -> Path:
-    """The absolute path of the directory for token stores."""
+    """Return the absolute path of the directory for token stores."""
     return Path(os.path.abspath(os.path.expanduser(config.cache_dir)))
 
 
@@ -293,7 +293,7 @@ def _num_cores() -> int:
 
 
 def _read_tally(directory: Path) -> tuple[str, Tally | None]:
-    """The name of the finished directory, and its row counts; without a tally file, an empty name and None."""
+    """Return the name of the finished directory and its row counts, or an empty name and None without a tally file."""
     try:
         name, tally = json.loads((directory / TALLY_NAME).read_bytes())
         return str(name), Tally(**tally)
@@ -313,11 +313,11 @@ def _counts(writers: list[TokenStoreWriter]) -> str:
 def build_directory(
     base: Path, *, find: Callable[[], Path | None], build: Callable[[Path], Path], report: Report
 ) -> Path:
-    """The directory that `find` returns or, if it returns None, a directory that `build` creates.
+    """Return the directory found by `find`, or create one with `build` if `find` returns None.
 
-    `build(directory)` works in `base.partial`, which is renamed to the path that `build` returns. After a kill, the
-    next call to `build` gets the same directory; after an `InputError`, it does so only if the directory contains
-    progress. A second process with the same `base` waits for the first.
+    `build` is called with the directory `base.partial`, which is then renamed to the path that `build` returns. If the
+    process is killed, the directory is kept for the next call to `build`; after an `InputError`, it is kept only if it
+    contains progress. A second process with the same `base` waits for the first.
 
     Raises:
         InputError: if the parent of `base` cannot be written.
@@ -360,7 +360,7 @@ def _lock_path(base: Path) -> Path:
 
 
 def _lock(base: Path, *, wait: bool) -> int | None:
-    """An open file that holds the lock on `base`; None if another process holds it and `wait` is false.
+    """Lock `base` and return the lock's file descriptor, or None if another process holds it and `wait` is false.
 
     The system releases the lock when the process ends for any reason.
     """
@@ -369,7 +369,7 @@ def _lock(base: Path, *, wait: bool) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder deletes the file at the end. A lock on a deleted file excludes no one, so try again.
+            # The holder deletes the file at the end. A lock on a deleted file has no effect, so try again.
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""The kinds of sources that the `data` settings can specify. This module has no slow imports."""
+"""The types of sources that the `data` settings can specify. This module has no slow imports."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FoundSource:
     """The tokens of a source: one corpus, or a training and a validation corpus.
 
     Attributes:
-        name: the source as the user wrote it.
+        name: the name of the source, as the user wrote it.
         inputs: the names of the files or folders that are read. The same file always has the same name.
         make: returns the tokens, after preparing them if needed.
         source: the documents; None if only their tokens exist.
@@ -48,12 +48,12 @@ class FoundSource:
 
 
 class DataSource(ChoiceRegistry):
-    """A source with the name `SCHEME:PATH`. Subclasses are registered under their scheme.
+    """A source with a name of the form `SCHEME:PATH`. Subclasses are registered under their scheme.
 
     Attributes:
-        name: the source as the user wrote it.
+        name: the name of the source, as the user wrote it.
         path: the part after the scheme.
-        field: the config field that specifies it, for errors.
+        field: the config field that specifies the source, for error messages.
         holds: "text", "prepared text" (which may have been split at separators) or "tokens".
     """
 
@@ -65,7 +65,7 @@ class DataSource(ChoiceRegistry):
         self.path = name.partition(":")[2]
 
     def absolute(self) -> str:
-        """The source's name in a form that is valid in any working directory."""
+        """Return the name of the source in a form that is valid in any working directory."""
         return self.name
 
     def open(self, rows: Rows, report: Report) -> Source:
@@ -76,37 +76,37 @@ class DataSource(ChoiceRegistry):
             report: called with messages about skipped files, and about files whose names and contents disagree.
 
         Raises:
-            InputError: if the source does not exist, or contains tokens.
+            InputError: if the source does not exist, or contains tokens instead of text.
         """
         raise InputError(f"{self.field}: {self.name} contains tokens, not text; specify the original text")
 
     def find_tokens(self, tokenizer: Tokenizer, cache_dir: Path, report: Report, *, both: bool) -> FoundSource | None:
-        """Find existing tokens; None if they must be prepared from text.
+        """Return existing tokens, or None if they must be prepared from text.
 
         Args:
             tokenizer: the tokenizer that must have produced the tokens.
-            cache_dir: the directory that caches results for large files.
+            cache_dir: the directory in which results for large files are cached.
             report: called with each message for the user.
-            both: whether to find both a training and a validation corpus.
+            both: whether to return a training and a validation corpus.
 
         Raises:
-            InputError: if the tokens do not exist, or another tokenizer produced them.
+            InputError: if the tokens do not exist, or were produced by another tokenizer.
         """
         return None
 
 
 class TextSource(DataSource):
-    """Documents that a program generates or fetches. A registered subclass needs only these two methods."""
+    """Documents that a program generates or fetches. Registered subclasses need only `documents` and `identity`."""
 
     @abstractmethod
     def documents(self) -> Iterable[str]:
-        """All documents, in an order that does not change."""
+        """Return all documents, in an order that does not change."""
 
     @abstractmethod
     def identity(self) -> Any:
-        """A JSON value that changes when the documents change, such as the sizes and times of files.
+        """Return a JSON value that changes when the documents change, such as the sizes and times of files.
 
-        It need not contain the name of the source.
+        The value need not contain the name of the source.
         """
 
     def open(self, rows: Rows, report: Report) -> Source:
@@ -172,7 +172,7 @@ class Files(DataSource):
 
 
 class _Dataset(DataSource):
-    """A dataset that the `datasets` library opens."""
+    """A dataset that is opened with the `datasets` library."""
 
     def open(self, rows: Rows, report: Report) -> Source:
         return DatasetSource(self.name, rows)
@@ -180,7 +180,7 @@ class _Dataset(DataSource):
 
 @DataSource.register_subclass("datasets")
 class SavedDataset(_Dataset):
-    """`datasets:FOLDER?split=train`: a folder that `datasets` saved."""
+    """`datasets:FOLDER?split=train`: a folder saved by the `datasets` library."""
 
     def absolute(self) -> str:
         return f"datasets:{_absolute(self.path)}"
@@ -192,15 +192,15 @@ class HubDataset(_Dataset):
 
     def absolute(self) -> str:
         path, mark, options = self.path.partition("?")
-        # `datasets` prefers a local folder with that name to the hub.
+        # `datasets` prefers a local folder with that name over the hub.
         return f"hub:{os.path.abspath(path)}{mark}{options}" if os.path.isdir(path) else self.name
 
 
 class DatasetSource(Source):
-    """The rows of a Hugging Face dataset as documents. Documents without text are left out.
+    """Documents from the rows of a Hugging Face dataset. Documents without text are skipped.
 
     Raises:
-        InputError: if an option is unknown or has a wrong value, `datasets` is not installed, the dataset,
+        InputError: if an option is unknown or has an invalid value, `datasets` is not installed, the dataset,
             configuration, split or field does not exist, or the hub cannot be reached.
     """
 
@@ -231,7 +231,7 @@ class DatasetSource(Source):
 
     @property
     def parts(self) -> list[Any]:
-        """One part: the folder and its files, or nothing for a dataset on the hub, which is identified by name."""
+        """A single part: the folder and its files, or an empty list for a dataset on the hub."""
         folder = Path(os.path.abspath(os.path.expanduser(self._path)))
         if self._scheme == "hub" and not os.path.isdir(self._path):
             return [[]]
@@ -277,7 +277,7 @@ class DatasetSource(Source):
             where = f"{self._where} cannot be read after row {self._done} ({type(error).__name__})"
             if _may_be_shown(error):
                 raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
-            # This is a network error: progress is kept, and running the same command again continues.
+            # For a network error, progress is kept, and running the same command again resumes.
             raise OSError(where) from error
 
     def _load(self) -> Any:
@@ -300,16 +300,16 @@ class DatasetSource(Source):
 
 
 def _may_be_shown(error: Exception) -> bool:
-    """Whether an error's message is safe to print. A network library's message may contain a proxy password.
+    """Return whether an error message is safe to print. Messages from network libraries may contain a proxy password.
 
-    The check is indirect, because datasets raise errors of many classes from four libraries.
+    The check is indirect, because datasets raise many classes of errors from four libraries.
     """
     return isinstance(error, ValueError) or type(error).__module__.startswith("datasets.")
 
 
 @DataSource.register_subclass("nanogpt")
 class TokenFile(DataSource):
-    """`nanogpt:FILE`: token ids that another program wrote."""
+    """`nanogpt:FILE`: token ids written by another program."""
 
     holds = "tokens"
 
@@ -335,7 +335,7 @@ class TokenFile(DataSource):
 
 @DataSource.register_subclass("store")
 class PreparedStore(DataSource):
-    """`store:FOLDER`: a token store, or the two stores of a split text."""
+    """`store:FOLDER`: a token store, or the training and validation stores of a split text."""
 
     holds = "prepared text"
 
@@ -356,14 +356,14 @@ class PreparedStore(DataSource):
 
 
 def source_named(name: str, field: str) -> DataSource:
-    """Parse the name of a source.
+    """Parse the name of a source and return the source.
 
     Args:
         name: `SCHEME:PATH` with a registered scheme, or a specification of files.
-        field: the config field to name in errors.
+        field: the config field to name in error messages.
 
     Raises:
-        InputError: if the scheme is unknown and no file has this name, or the scheme's class lacks a method.
+        InputError: if the scheme is unknown and no file has this name, or the source's class lacks a required method.
     """
     known = DataSource.get_known_choices()
     scheme, colon, path = name.partition(":")
@@ -387,12 +387,12 @@ def open_source(
 
 
 def absolute_source(name: str, field: str) -> str:
-    """`DataSource.absolute` of a named source."""
+    """Return the name of a source in a form that is valid in any working directory."""
     return source_named(name, field).absolute()
 
 
 def absolute_tokenizer(name: str) -> str:
-    """A tokenizer's name in a form that is valid in any working directory."""
+    """Return the name of a tokenizer in a form that is valid in any working directory."""
     return _absolute(name) if name.endswith(TRAINED_TOKENIZER) else name
 
 

@@ -1,4 +1,4 @@
-"""Writes a token store shard by shard, with a progress file from which a later process can continue."""
+"""Writing token stores shard by shard, with a progress file from which a later process can resume."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import write_atomically
 
-SHARD_TOKENS = 1 << 21  # one file
-CHUNK_TOKENS = 1 << 14  # what one random read fetches and checks
+SHARD_TOKENS = 1 << 21  # tokens per file
+CHUNK_TOKENS = 1 << 14  # tokens that one random read fetches and checks
 SHARD_DOCUMENTS = 1 << 18
 CHUNK_DOCUMENTS = 1 << 12
 FILE_NAME = "progress.npz"
@@ -43,14 +43,14 @@ TALLIES = ("tally", "tally_before")
 
 
 class NotWritten(InputError):
-    """A write to disk failed. A later process can continue from what was written."""
+    """Raised if a write to disk fails. A later process can resume from the data already written."""
 
 
 @contextmanager
 def writing(before: str, after: str = "") -> Iterator[None]:
     """Convert disk errors, which tensorstore raises as `ValueError`, to `NotWritten`.
 
-    The message puts `before` and `after` around the reason.
+    The message contains the reason between `before` and `after`.
     """
     try:
         yield
@@ -77,16 +77,16 @@ class Layout(NamedTuple):
 
 
 class ArrayWriter:
-    """Appends to the one-dimensional zarr3 array at `path`, with one shard in memory.
+    """Appends to the one-dimensional zarr3 array at `path`, holding one shard in memory.
 
-    Each shard is a file that appears only once it is complete. To continue after a kill, create a writer with the
-    `num_written` and `tail` from any earlier time. Given the same values, it writes the same files.
+    Each shard is a file that appears only once it is complete. To resume after a kill, create a writer with the
+    `num_written` and `tail` from any earlier time. Appending the same values then produces the same files.
 
     Args:
         path: the array's directory.
         layout: the array's layout.
-        num_written: the number of elements that are already in files, a multiple of `shard`.
-        tail: the elements after those, fewer than `shard`.
+        num_written: the number of elements already in files, a multiple of `layout.shard`.
+        tail: the elements that follow them, fewer than `layout.shard`.
 
     Raises:
         ValueError: from the constructor or any method, if a write to disk fails.
@@ -97,7 +97,7 @@ class ArrayWriter:
         self._filled = 0
         self.num_written = num_written
         if num_written:
-            # Remove later elements, because different elements, or none, may follow now.
+            # Remove later elements, because different elements (or none) may follow now.
             self._array = (
                 ts.open(array_spec(str(path)), open=True).result().resize(exclusive_max=[num_written]).result()
             )
@@ -109,7 +109,7 @@ class ArrayWriter:
 
     @property
     def length(self) -> int:
-        """The number of elements so far."""
+        """The number of elements appended so far."""
         return self.num_written + self._filled
 
     @property
@@ -127,7 +127,7 @@ class ArrayWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Write the tail. Nothing may follow a tail that is shorter than a shard."""
+        """Write the tail to a file. Do not append anything after a tail shorter than a shard."""
         if not self._filled:
             return
         end = self.length
@@ -151,7 +151,7 @@ def _creation_spec(path: Path, layout: Layout) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class WriterState:
-    """The state of a writer: its counts, the number of elements in files, and the elements after those."""
+    """The state of a writer: its counts, the number of elements in files, and the elements not yet in files."""
 
     num_documents: int = 0
     num_bytes: int = 0
@@ -194,7 +194,7 @@ class TokenStoreWriter:
 
     @property
     def state(self) -> WriterState:
-        """The state from which another writer can continue."""
+        """The state from which another writer can resume."""
         return WriterState(
             self.num_documents,
             self.num_bytes,
@@ -218,7 +218,7 @@ class TokenStoreWriter:
             digests = {
                 name: tokens_digest(open_array(f"{self._path}/{name}"), str(self._path)) for name in self._arrays
             }
-            # A killed process leaves tensorstore lock files behind.
+            # A killed process may leave tensorstore lock files behind.
             for lock in self._path.rglob("*.__lock"):
                 lock.unlink()
             manifest = Manifest(
@@ -242,15 +242,15 @@ class TokenStoreWriter:
 
 @dataclass(frozen=True)
 class Place:
-    """A place in a source, and what the source contains up to that place.
+    """A place in a source, with counts and digests of the text up to that place.
 
     Attributes:
         position: the position after the last document.
         tally: the row counts up to the position.
-        tally_before: the row counts for the files before the position's file.
-        files_before: a digest of the `parts` of the source for the files before the position's file.
-        file: a digest of the part for the position's file.
-        num_documents: the number of documents in that file up to the position.
+        tally_before: the row counts of all files before the current file.
+        files_before: a digest of `Source.parts` for all files before the current file.
+        file: a digest of `Source.parts` for the current file.
+        num_documents: the number of documents in the current file up to the position.
         documents: a digest of these documents.
     """
 
@@ -264,7 +264,7 @@ class Place:
 
 
 class Trail:
-    """Follows a source while it is read, so that a later process can continue after any document.
+    """Tracks the current place while a source is read, so that a later process can resume after any document.
 
     Args:
         source: the source.
@@ -306,13 +306,13 @@ class Trail:
 
 
 def place_after(source: Source, place: Place) -> Place | None:
-    """Where to continue reading a source that was read up to `place`; None if the text before it has changed.
+    """Return the place from which to continue reading a source, or None if the text before `place` has changed.
 
-    If the last file has changed, for example because it was corrected, it is read again up to the same number of
-    documents, which must be identical to the earlier ones. Its rows are counted again.
+    If the file at `place` has changed, for example because the user corrected it, its documents up to `place` are read
+    again and must be identical to the earlier documents. Its rows are counted again.
 
     Raises:
-        InputError: if the last file cannot be read.
+        InputError: if the file at `place` cannot be read.
     """
     files = [_as_bytes(part) for part in source.parts]
     number = place.position[0]
@@ -344,7 +344,7 @@ class Progress:
 
 
 def save_progress(directory: Path, progress: Progress) -> None:
-    """Write the directory's progress file.
+    """Write the progress file of a directory.
 
     Raises:
         NotWritten: if the write to disk fails.
@@ -360,7 +360,7 @@ def save_progress(directory: Path, progress: Progress) -> None:
 
 
 def load_progress(directory: Path) -> Progress | None:
-    """Read the directory's progress file. None if it is missing or damaged; everything is then done again."""
+    """Read the progress file of a directory. Return None if it is missing or damaged; preparation then starts over."""
     try:
         with np.load(directory / FILE_NAME, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
@@ -376,16 +376,16 @@ def load_progress(directory: Path) -> Progress | None:
             place = header["place"]
             place |= {name: Tally(**place[name]) for name in TALLIES} | {"position": tuple(place["position"])}
             return Progress(Place(**place), writers)
-    except Exception:  # a damaged file may raise anything
+    except Exception:  # a damaged file may raise any exception
         return None
 
 
 def has_progress(directory: Path) -> bool:
-    """Whether the directory has a progress file."""
+    """Return whether a directory contains a progress file."""
     return (directory / FILE_NAME).exists()
 
 
 def forget_progress(directory: Path) -> None:
-    """Remove the directory's progress file."""
+    """Remove the progress file of a directory."""
     for path in directory.glob(f"{FILE_NAME}*"):  # a killed process may have left a partly written file
         path.unlink()

@@ -1,4 +1,4 @@
-"""Local and remote text files: finds the files that a source specifies, and detects changes."""
+"""Finding the local and remote text files that a source specifies, and detecting changes to them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PYTHON_STDLIB = "python_stdlib"
 TRAINED_TOKENIZER = ".tiktoken"  # suffix of a saved byte-pair encoding
 NOT_STDLIB_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
-# The kinds of files that a folder contributes. An uncompressed .json file may be a configuration.
+# The suffixes of files that are read from a folder. Uncompressed .json files are skipped: they may be configurations.
 KINDS = (".txt", ".jsonl", ".ndjson", ".jsonlines", ".parquet")
 DATASET_MARKS = ("state.json", "dataset_dict.json")
-# Leftovers from editors and downloads next to a file.
+# Metadata folders, and the suffixes of leftovers from editors and downloads.
 LEFT_BESIDE_FOLDERS = {"__macosx", "_temporary", "_delta_log"}
 LEFT_BESIDE = (".bak", ".orig", ".swp", ".part", ".crdownload", ".tmp", ".incomplete")
-# The names that fsspec's file systems use for properties that change with a file.
+# The names that fsspec uses for properties that change when a file changes.
 REMOTE_MARKS = ("size", "mtime", "ino", "ETag", "etag", "generation", "md5Hash", "blob_id")
 
 Report = Callable[[str], None]
@@ -38,7 +38,7 @@ class TextFile:
 
     Attributes:
         name: an absolute path, or a URL.
-        field: the config field that specifies it, for errors.
+        field: the config field that specifies the file, for error messages.
         size: the size in bytes.
         version: a JSON value that changes with the content.
         marks: properties that change when the file is written to or replaced.
@@ -57,7 +57,7 @@ class TextFile:
 
     @property
     def named(self) -> tuple[str, str | None]:
-        """The name's suffix in lower case, ignoring a compression suffix, and the compression."""
+        """The suffix in lower case, ignoring any compression suffix, and the compression or None."""
         return _suffixes(self.name)
 
     def open(self) -> BinaryIO:
@@ -68,10 +68,10 @@ class TextFile:
             return cast(BinaryIO, filesystem.open(path, "rb"))
 
     def check_unchanged(self) -> None:
-        """Check that the file is still the one that was found.
+        """Check that the file has not changed since it was found.
 
         Raises:
-            InputError: if it was written to or replaced.
+            InputError: if the file was modified or replaced.
         """
         if "://" not in self.name:
             now = _local_file(Path(self.name), self.field)
@@ -79,7 +79,7 @@ class TextFile:
             with _remote(self.name, self.field) as (filesystem, path):
                 filesystem.invalidate_cache(path)
                 now = _remote_file(filesystem, path, self.field)
-        # A server may report different properties for a single file and in a folder listing.
+        # A server may report different properties for a single file than in a folder listing.
         if any(now.marks[name] != self.marks[name] for name in now.marks.keys() & self.marks.keys()):
             raise InputError(
                 f"{self.where} changed after it was found; run the command again when nothing is writing to it"
@@ -92,21 +92,21 @@ def _suffixes(name: str) -> tuple[str, str | None]:
 
 
 def _is_of_folder(name: str) -> bool:
-    """Whether a folder contributes files with this name, ignoring any suffix of a backup or a partial download."""
+    """Return whether files with this name are read from a folder, ignoring any backup or partial-download suffix."""
     kind, compression = _suffixes(_own_name(name))
     return kind in KINDS or (kind == ".json" and compression is not None)
 
 
 def find_files(source: str, *, field: str, report: Report) -> list[TextFile]:
-    """The files that `source` specifies, in sorted order.
+    """Find the files that `source` specifies, and return them in sorted order.
 
     Args:
-        source: `python_stdlib`, or a path, a folder or a glob (`**` crosses folders; `~` is the home folder), local or
-            as a URL that fsspec supports. A folder contributes its files with the suffixes in `KINDS`, compressed or
-            not, and compressed .json files. Folders and globs leave out hidden files, backups, partial downloads and
-            macOS metadata, and contribute a file only once even if several links lead to it.
-        field: the config field to name in errors.
-        report: called with messages about files that are left out.
+        source: `python_stdlib`, or a file, folder or glob (`**` matches any folders; `~` is the home folder), given as
+            a local path or as a URL that fsspec supports. For a folder, the files with the suffixes in `KINDS`,
+            compressed or not, and compressed .json files are read. Folders and globs skip hidden files, backups,
+            partial downloads and macOS metadata, and include each file only once even if several links lead to it.
+        field: the config field to name in error messages.
+        report: called with messages about skipped files.
 
     Raises:
         InputError: if no file is found, a path is not a file, or a URL cannot be read.
@@ -131,7 +131,7 @@ def find_files(source: str, *, field: str, report: Report) -> list[TextFile]:
     elif os.path.lexists(pattern):
         paths = [Path(pattern)]
     else:
-        # Hidden files are left out unless the pattern contains their dot.
+        # Hidden files are skipped unless the pattern contains their leading dot.
         shown, hidden = (
             {Path(name) for name in _matches(pattern, include_hidden=hidden) if not os.path.isdir(name)}
             for hidden in (False, True)
@@ -145,7 +145,7 @@ def find_files(source: str, *, field: str, report: Report) -> list[TextFile]:
 
 
 def optional_import(module: str, package: str, what: str) -> Any:
-    """Import a module from an optional dependency.
+    """Import a module of an optional dependency.
 
     Raises:
         InputError: if it is not installed.
@@ -164,7 +164,7 @@ def _stdlib_files() -> list[Path]:
 
 
 def _matches(pattern: str, *, include_hidden: bool) -> list[str]:
-    """The paths that match a glob. `**` enters each folder only once, even if several links lead to it."""
+    """Return the paths that match a glob. `**` visits each folder only once, even if several links lead to it."""
     crossing = re.search(r"/\*\*(?=/|$)", pattern)
     if not crossing:
         return glob.glob(pattern, include_hidden=include_hidden)
@@ -174,7 +174,7 @@ def _matches(pattern: str, *, include_hidden: bool) -> list[str]:
 
 
 def _folders_in(top: str, include_hidden: bool) -> list[str]:
-    """A folder and all folders below it, each once, under the path with the fewest links."""
+    """Return a folder and all folders below it without duplicates, each under the path with the fewest links."""
     found: dict[str, str] = {}
     waiting = [top]
     while waiting:
@@ -194,7 +194,7 @@ def _is_hidden(relative: str) -> bool:
 
 
 def _is_left_beside(relative: str) -> bool:
-    """Whether a path is an editor backup, a partial download, or inside a metadata folder from macOS or Spark."""
+    """Return whether a path is a backup, a partial download, or inside a metadata folder from macOS or Spark."""
     *folders, name = relative.lower().split("/")
     return (
         not LEFT_BESIDE_FOLDERS.isdisjoint(folders)
@@ -204,7 +204,7 @@ def _is_left_beside(relative: str) -> bool:
 
 
 def _own_name(name: str) -> str:
-    """The name of the file that a backup or a partial download belongs to."""
+    """Return the name of the file to which a backup or a partial download belongs."""
     name = name.removeprefix("#").removesuffix("#").removesuffix("~")
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in LEFT_BESIDE else name
@@ -219,9 +219,9 @@ def _report_left_out(names: set[Any], field: str, report: Report) -> None:
 
 
 def _taken(found: set[Path], kept: set[Path], field: str, report: Report) -> list[Path]:
-    """The kept files, each once, in sorted order. Reports how many files are left out."""
+    """Return the kept files in sorted order without duplicates, and report how many files are skipped."""
     _report_left_out(found - kept, field, report)
-    # Paths without links come first, then short paths.
+    # Prefer paths without links, then short paths.
     by_real_path: dict[str, Path] = {}
     for path in sorted(kept, key=lambda path: (os.path.realpath(path) != str(path), len(path.parts), path)):
         by_real_path.setdefault(os.path.realpath(path), path)
@@ -283,7 +283,7 @@ def _remote_file(filesystem: Any, path: str, field: str) -> TextFile:
 
 @contextmanager
 def _remote(url: str, field: str) -> Iterator[tuple[Any, str]]:
-    """The file system for a URL, and the path in it. Errors inside the context become `InputError`s."""
+    """Yield the file system for a URL and the path in it. Convert errors inside the context to `InputError`."""
     fsspec = optional_import("fsspec", "fsspec", f"{field}: {url}")
     try:
         found = fsspec.core.url_to_fs(url)
@@ -299,5 +299,5 @@ def _remote(url: str, field: str) -> Iterator[tuple[Any, str]]:
     except InputError:
         raise
     except Exception as error:
-        # Show only the type of the error: a network library's message may contain an address with its credentials.
+        # Show only the type of the error, because messages from network libraries may contain URLs with credentials.
         raise InputError(f"{field}: {url} cannot be read ({type(error).__name__})") from error

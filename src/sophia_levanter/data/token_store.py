@@ -1,4 +1,4 @@
-"""Corpora as one long array of token ids with an end-of-text token after each document, and a token store reader."""
+"""Corpora of token ids, with an end-of-text token after each document, and a reader for token stores."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from sophia_levanter.kvstore import context_spec, kvstore_spec, read_file
 FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 TOKENS, DOCUMENT_ENDS = "tokens", "document_ends"
-RESULTS = "results"  # in the cache directory: results of reading large corpora
-SIDES = ("train", "validation")  # the stores for a text that is split
+RESULTS = "results"  # subfolder of the cache directory, with results for large corpora
+SIDES = ("train", "validation")  # the stores of a split text
 IN_MEMORY_BYTES = 1 << 30  # smaller stores are read once and kept in memory
 CACHE_BYTES = 1 << 26  # for shard indices and chunks of larger stores
-READ_TOKENS = 1 << 22  # read at once when a whole corpus is read
+READ_TOKENS = 1 << 22  # tokens per read when a whole corpus is read
 MOST_READS = 3  # attempts at reading tokens whose files keep changing
 
 
 class Tokens(ABC):
-    """A corpus of tokens: a token store, another program's file, or a mixture of them.
+    """A corpus of tokens: a token store, a file from another program, or a mixture of corpora.
 
     Attributes:
         location: its path or URL, for messages.
@@ -48,10 +48,10 @@ class Tokens(ABC):
     @property
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """JSON values that identify the corpus. Checkpoints keep them, and a resumed run compares them."""
+        """JSON values that identify the corpus. They are saved in checkpoints and compared when a run resumes."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens in `[start, stop)`, int [position], read-only.
+        """Return the tokens in `[start, stop)` as a read-only array, int [position].
 
         Raises:
             IndexError: if the range is not within the corpus.
@@ -64,7 +64,7 @@ class Tokens(ABC):
         return self._read(start, stop)
 
     def read_sequences(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The `length` tokens that begin at each of `starts`, int32 [sequence, position].
+        """Return the sequences of `length` tokens that begin at `starts`, int32 [sequence, position].
 
         Raises:
             IndexError: if a sequence is not within the corpus or, in a mixture, within one of its parts.
@@ -92,7 +92,7 @@ class Tokens(ABC):
 
     @abstractmethod
     def check_unchanged(self) -> None:
-        """After `check_whole`, verify again any files that have been touched since.
+        """Reverify all files that have been modified since `check_whole`.
 
         Raises:
             InputError: if the corpus has changed.
@@ -101,7 +101,7 @@ class Tokens(ABC):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A description of a token store. It is written last, so that a store without a manifest is unfinished."""
+    """The description of a token store. It is written last, so a store without a manifest is unfinished."""
 
     format_version: int
     source: str
@@ -116,13 +116,13 @@ class Manifest:
     checksum: str = ""  # BLAKE2b of all values above
 
     def with_checksum(self) -> Manifest:
-        """The manifest, with a checksum of its other values."""
+        """Return the manifest with a checksum of its other values."""
         values = asdict(self) | {"checksum": ""}
         return Manifest(**(values | {"checksum": digest_of(json.dumps(values, sort_keys=True).encode())}))
 
 
 def digest_of(data: bytes) -> str:
-    """The 16-byte BLAKE2b digest of `data`, in hexadecimal."""
+    """Return the 16-byte BLAKE2b digest of `data` in hexadecimal."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
@@ -130,7 +130,7 @@ class TokenStore(Tokens):
     """A finished token store, opened by `TokenStore.open`.
 
     Attributes:
-        location: its directory, a path or a URL.
+        location: the path or URL of its directory.
         manifest: its manifest.
     """
 
@@ -145,7 +145,7 @@ class TokenStore(Tokens):
 
         Args:
             location: the store's directory: a path, or a URL that tensorstore can read, such as gs://bucket/folder.
-            tokenizer: if given, the store must have been written with it.
+            tokenizer: the tokenizer that the store must have been written with, if given.
 
         Raises:
             InputError: if the store is unfinished, damaged, in another format, or from another tokenizer.
@@ -166,7 +166,7 @@ class TokenStore(Tokens):
 
     @property
     def path(self) -> Path:
-        """`location` as a path, for a store that is not at a URL."""
+        """`location` as a path; only valid for a store on disk."""
         return Path(self.location)
 
     @property
@@ -200,7 +200,7 @@ class TokenStore(Tokens):
         return np.stack(self._fetch([slice(start, start + length) for start in starts.tolist()])).astype(np.int32)
 
     def document(self, number: int) -> np.ndarray:
-        """The tokens of document `number`, counted from 0, without end-of-text, uint16 or uint32 [position].
+        """Return the tokens of a document without end-of-text, uint16 or uint32 [position]. `number` counts from 0.
 
         Raises:
             IndexError: if the number is out of range.
@@ -212,7 +212,7 @@ class TokenStore(Tokens):
         return self.read(ends[0] if number else 0, ends[-1] - 1)
 
     def document_ends(self, first: int, last: int) -> np.ndarray:
-        """The index after the end-of-text token of each document in `[first, last)`, int64 [document].
+        """Return the index after the end-of-text token of each document in `[first, last)`, int64 [document].
 
         Raises:
             InputError: if these indices are damaged.
@@ -259,7 +259,7 @@ class TokenStore(Tokens):
         return self._files()
 
     def _files(self) -> dict[str, list[int]]:
-        """The token files, with numbers that change when a file is written to; empty for a store at a URL."""
+        """Return, for each token file, numbers that change when it is written to; empty for a store at a URL."""
         if "://" in self.location:
             return {}
         found = {}
@@ -314,7 +314,7 @@ def open_array(location: str, cache_bytes: int = 0) -> ts.TensorStore:
 
 
 def array_spec(location: str) -> dict[str, Any]:
-    """The tensorstore spec for an array."""
+    """Return the tensorstore spec for an array."""
     return {
         "driver": "zarr3",
         "kvstore": kvstore_spec(location),
@@ -325,7 +325,7 @@ def array_spec(location: str) -> dict[str, Any]:
 
 
 def tokens_digest(array: ts.TensorStore, location: str) -> str:
-    """The BLAKE2b digest of a whole array, which is read in pieces.
+    """Return the BLAKE2b digest of a whole array, reading it in pieces.
 
     Raises:
         InputError: if the array is damaged.
@@ -381,12 +381,12 @@ def _damaged(location: str, reason: object) -> InputError:
 
 
 def remembered(cache_dir: Path | None, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of `compute`, a JSON object, cached on disk under `key`.
+    """Return the result of `compute`, a JSON object, from a cache on disk if possible.
 
     Args:
-        cache_dir: the cache directory, which is used only if it can be written to; None disables caching.
-        key: a JSON value that covers everything the result depends on.
-        compute: the slow function.
+        cache_dir: the cache directory. If it is not writable, results are not saved. None disables caching.
+        key: a JSON value covering everything that the result depends on.
+        compute: the function that computes the result, which may be slow.
     """
     if cache_dir is None:
         return compute()

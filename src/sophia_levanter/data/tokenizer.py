@@ -23,27 +23,27 @@ BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTES = 256
 PIECE_CHARACTERS = 100_000
-# The sizes of well-known encodings, so that finding a size does not require a download.
+# The vocabulary sizes of well-known encodings, so that looking them up does not require a download.
 VOCAB_SIZES = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
 
 
 class Tokenizer(ABC, ChoiceRegistry):
-    """A fixed map between text and ids in `[0, vocab_size)`.
+    """A fixed mapping between text and ids in `[0, vocab_size)`.
 
-    `data.tokenizer: NAME` or `NAME:PATH` passes the whole string to the subclass that is registered as NAME.
+    For `data.tokenizer: NAME` or `NAME:PATH`, the subclass registered as NAME is called with the whole string.
 
     Attributes:
-        name: the argument of `load_tokenizer`.
+        name: the name to pass to `load_tokenizer`.
         vocab_size: the number of ids.
         end_of_text: the id that ends a document.
         token_bytes: the bytes that each of the `vocab_size` ids decodes to; empty for end-of-text, other special tokens
             and unused ids.
         special_tokens: the ids of the special tokens, including end-of-text, keyed by name.
-        pattern: the regular expression that splits text into words, whose boundaries tokens do not cross; empty if text
-            is not split.
-        fingerprint: a hash of the encoding's definition. Two tokenizers share it only if their ids mean the same.
-        is_slow: whether encoding in several processes pays off.
-        merges_bytes: whether this is a byte-pair encoding that `token_bytes` and `pattern` define.
+        pattern: the regular expression that splits text into words; tokens never cross word boundaries. It is empty if
+            text is not split.
+        fingerprint: a hash of the encoding. It is the same for two tokenizers only if their ids have the same meaning.
+        is_slow: whether encoding is slow enough to benefit from several processes.
+        merges_bytes: whether this is a byte-pair encoding defined by `token_bytes` and `pattern`.
     """
 
     is_slow = True
@@ -71,15 +71,15 @@ class Tokenizer(ABC, ChoiceRegistry):
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of ids in a token store: uint16 if all fit, else uint32."""
+        """The dtype of ids in a token store: uint16 if all ids fit, otherwise uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, int32 [position]. Special tokens that are spelled out in it are ordinary text."""
+        """Encode `text` as ids, int32 [position]. Special tokens spelled out in it are treated as ordinary text."""
 
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes of `tokens`; end-of-text has none.
+        """Decode `tokens` to bytes. End-of-text decodes to no bytes.
 
         Raises:
             ValueError: if an id is not in `[0, vocab_size)`.
@@ -87,7 +87,7 @@ class Tokenizer(ABC, ChoiceRegistry):
         return b"".join(self.token_bytes[token] for token in self._checked(tokens).tolist())
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """`decode_bytes` as text, with U+FFFD in place of bytes that are not valid UTF-8."""
+        """Decode `tokens` to text, with U+FFFD in place of bytes that are not valid UTF-8."""
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -101,7 +101,7 @@ class Tokenizer(ABC, ChoiceRegistry):
 
 @Tokenizer.register_subclass(BYTES)
 class ByteTokenizer(Tokenizer):
-    """Ids 0 to 255 are the bytes of the UTF-8 text, and id 256 is end-of-text."""
+    """A tokenizer whose ids 0 to 255 are the bytes of UTF-8 text, and whose id 256 is end-of-text."""
 
     is_slow = False
     merges_bytes = True
@@ -121,7 +121,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """A tiktoken `Encoding`.
+    """A tokenizer that wraps a tiktoken `Encoding`.
 
     Raises:
         InputError: if the encoding has no end-of-text token.
@@ -137,7 +137,7 @@ class TiktokenTokenizer(Tokenizer):
                 f"data.tokenizer: {encoding.name} has no <|endoftext|> token; choose a tokenizer that has one"
             ) from None
         self._encoding = encoding
-        # tiktoken exposes the pattern that splits text into words only under a private name.
+        # tiktoken exposes the pattern that splits text into words only as a private attribute.
         super().__init__(
             encoding.name,
             end_of_text,
@@ -158,7 +158,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> np.ndarray:
         try:
-            # Ask for an array, because converting a list of integers takes longer than encoding. No token is special.
+            # Ask for an array, because converting a list takes longer than encoding. Treat no token as special.
             ids = self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
         except UnicodeEncodeError:  # a lone surrogate, for example from a command line
             return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
@@ -166,13 +166,13 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def load_bpe(path: str) -> tiktoken.Encoding:
-    """Load an encoding that `save_bpe` wrote. End-of-text comes after all other tokens.
+    """Load an encoding written by `save_bpe`. End-of-text has the highest id.
 
     Raises:
         InputError: if the file does not exist or is not in tiktoken's format.
     """
     try:
-        # tiktoken's own function would cache the content that it first reads from a path.
+        # Do not use tiktoken's loader, which caches the content that it first reads from a path.
         lines = (line.split() for line in read_regular(path).splitlines())
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         if set(ranks.values()) != set(range(len(ranks))) or any(
@@ -191,8 +191,8 @@ def load_bpe(path: str) -> tiktoken.Encoding:
 def load_tokenizer(name: str) -> Tokenizer:
     """Load a tokenizer by name.
 
-    The name is a registered tokenizer such as `bytes`, a tiktoken encoding such as `gpt2`, or a file that `save_bpe`
-    wrote. tiktoken downloads an encoding on first use and keeps it in its own cache.
+    The name is a registered tokenizer such as `bytes`, a tiktoken encoding such as `gpt2`, or a file written by
+    `save_bpe`. tiktoken downloads an encoding on first use and stores it in its own cache.
 
     Raises:
         InputError: if the tokenizer is unknown, or can be neither downloaded nor found in tiktoken's cache.
@@ -217,7 +217,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
-        # Show only the type of the error: a network library's message may contain a proxy password.
+        # Show only the type of the error, because messages from network libraries may contain a proxy password.
         raise InputError(
             f"data.tokenizer: {name} is not in tiktoken's cache and could not be downloaded ({type(error).__name__}); "
             f"check the network, set TIKTOKEN_CACHE_DIR to a folder that contains it, or set data.tokenizer to {BYTES}"
@@ -226,7 +226,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def vocab_size_of(name: str) -> int:
-    """The number of ids in the tokenizer called `name`. Well-known encodings are not loaded.
+    """Return the vocabulary size of the tokenizer called `name`. Well-known encodings are not loaded.
 
     Raises:
         InputError: under the same conditions as `load_tokenizer`.
@@ -235,12 +235,12 @@ def vocab_size_of(name: str) -> int:
 
 
 def printable(text: str) -> str:
-    """Replace control characters with U+FFFD, because a byte-level model may generate commands for the terminal."""
+    """Replace control characters other than newlines and tabs with U+FFFD, so that text cannot control the terminal."""
     return CONTROLS.sub(lambda found: found[0] if found[0] in "\n\t" else "\N{REPLACEMENT CHARACTER}", text)
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """The number of text bytes that each id stands for, int32 [vocab]; 0 for end-of-text."""
+    """Return the number of text bytes that each id represents, int32 [vocab]; 0 for end-of-text."""
     return np.array([len(token) for token in tokenizer.token_bytes], dtype=np.int32)
 
 
