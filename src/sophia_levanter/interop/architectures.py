@@ -18,16 +18,16 @@ _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
 
 
 class WeightsError(InputError):
-    """A weights file is invalid. The message starts with the file's name."""
+    """Raised if a weights file is invalid. The message starts with the name of the file."""
 
 
 def input_error(file: Path, text: str) -> WeightsError:
-    """A `WeightsError` about a file."""
+    """Return a `WeightsError` about a file."""
     return WeightsError(f"{file}: {text}")
 
 
 def shown(name: str, longest: int = _LONGEST_NAME) -> str:
-    """Text from a file in a form that is safe for a terminal: shortened, with control characters escaped."""
+    """Make text from a file safe to print, by shortening it and escaping control characters."""
     return shortened(one_line(name), longest)
 
 
@@ -37,14 +37,14 @@ class Description:
 
     Attributes:
         file: the file that contains them.
-        values: the fields, unchecked.
+        values: the fields and their unchecked values.
     """
 
     file: Path
     values: Mapping[str, Any]
 
     def value(self, name: str, kind: Any, default: Any = None) -> Any:
-        """The value of a field of type `kind`. A number must be positive.
+        """Return the value of a field, which must have the type `kind`. Numbers must be positive.
 
         Raises:
             InputError: if the value has a different type, or is a number that is not positive.
@@ -58,7 +58,7 @@ class Description:
         return value
 
     def require(self, name: str, wanted: Any, reason: str) -> None:
-        """Check that a field is missing or has the wanted value.
+        """Check that a field is missing or has the required value.
 
         Raises:
             InputError: if the field has a different value; the message gives the reason.
@@ -67,23 +67,23 @@ class Description:
             raise self.error(name, reason)
 
     def error(self, name: str, text: str, value: Any = None) -> WeightsError:
-        """A `WeightsError` about a field."""
+        """Return a `WeightsError` about a field."""
         value = self.values.get(name) if value is None else value
         as_written = str(value).lower() if isinstance(value, bool) else shown(repr(value))
         return input_error(self.file, f"{name} is {as_written}; {text}")
 
 
 class Architecture(abc.ABC):
-    """One kind of model: its weight names and its `config.json` in transformers.
+    """A model architecture: the weight names and `config.json` fields that transformers uses for it.
 
     Attributes:
-        model_types: the values of `model_type` that identify it in `config.json`.
-        config_class: the class of its settings in this package.
-        prefix: the prefix of every weight's name except `lm_head.weight`.
-        layers: the name that precedes a layer's number; this package uses `blocks`.
+        model_types: the values of `model_type` in `config.json` that identify the architecture.
+        config_class: the class of the model's settings in this package.
+        prefix: the prefix of all weight names except `lm_head.weight`.
+        layers: the name that precedes the number of a layer; in this package, it is `blocks`.
         layout: the matrix layout: `conv1d` for [in, out], `linear` for torch.nn.Linear's [out, in].
         embedding: the name of the token embedding, without the prefix.
-        always_has_biases: whether transformers' model has biases even if this package's model has none.
+        always_has_biases: whether the model in transformers has biases even if the model in this package has none.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -101,29 +101,29 @@ class Architecture(abc.ABC):
 
     @abc.abstractmethod
     def fields(self, given: Description) -> dict[str, Any]:
-        """The settings, except `use_bias`, that make this package's model equivalent to the described model.
+        """Return the settings, except `use_bias`, of an equivalent model in this package.
 
         Raises:
-            InputError: if this package's model cannot be equivalent; the message names the field.
+            InputError: if this package has no equivalent model; the message names the field.
         """
 
     @abc.abstractmethod
     def sizes(self, given: Description) -> dict[str, int]:
-        """The number of layers, embedding rows, embedding columns and any learned positions, in this order.
+        """Return the numbers of layers, embedding rows, embedding columns and any learned positions, in this order.
 
-        The keys are field names. Fields that `config.json` lacks have transformers' default values.
+        The keys are field names. For fields missing from `config.json`, the default values of transformers are used.
         """
 
     @abc.abstractmethod
     def describe(self, config: Any) -> dict[str, Any]:
-        """The `config.json` fields that describe a model with this architecture; the inverse of `fields`."""
+        """Return the `config.json` fields for a model with this architecture; the inverse of `fields`."""
 
     @abc.abstractmethod
     def export_factors(self, config: Any) -> dict[str, float]:
-        """The parametrization's factors, keyed by the last part of the layer's name."""
+        """Return the factors of the parametrization, keyed by the end of the layer name."""
 
     def fold_factors(self, config: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Multiply the parametrization's factors, which transformers does not have, into the weights."""
+        """Multiply the weights by the factors of the parametrization, which transformers does not support."""
 
         def multiply(name: str, array: np.ndarray) -> np.ndarray:
             for end, factor in self.export_factors(config).items():
@@ -134,19 +134,19 @@ class Architecture(abc.ABC):
         return {name: multiply(name, array) for name, array in arrays.items()}
 
     def complete(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The given weights, plus any others that transformers expects."""
+        """Return the given weights, plus any other weights that transformers expects."""
         return dict(arrays)
 
     @abc.abstractmethod
     def seq_len(self, given: Description) -> int:
-        """The maximum context length of the described model."""
+        """Return the maximum context length of the described model."""
 
 
 class Gpt2Architecture(Architecture):
-    """GPT2LMHeadModel, and nanoGPT's GPT.
+    """The architecture of `GPT2LMHeadModel` in transformers and of `GPT` in nanoGPT.
 
     Attributes:
-        positions: the name of the field that holds the number of positions.
+        positions: the name of the field that contains the number of positions.
     """
 
     model_types = ("gpt2",)
@@ -220,7 +220,7 @@ class Gpt2Architecture(Architecture):
         return {name: queries(name, array) for name, array in super().fold_factors(config, arrays).items()}
 
     def complete(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The weights, with zeros for missing biases, because transformers' GPT-2 always has biases."""
+        """Add zeros for missing biases, because GPT-2 in transformers always has biases."""
         biases = {
             name.removesuffix("weight") + "bias": np.zeros(array.shape[-1:], array.dtype)
             for name, array in arrays.items()
@@ -230,7 +230,7 @@ class Gpt2Architecture(Architecture):
 
 
 class LlamaArchitecture(Architecture):
-    """LlamaForCausalLM, and Qwen3ForCausalLM, which adds RMSNorm for queries and keys."""
+    """The architecture of `LlamaForCausalLM`, and of `Qwen3ForCausalLM`, which adds RMSNorm for queries and keys."""
 
     model_types = ("llama", "qwen3")
     config_class = LlamaConfig
@@ -265,7 +265,7 @@ class LlamaArchitecture(Architecture):
         given.require("partial_rotary_factor", 1.0, "this model supports only 1.0")
         sizes = self.sizes(given)
         width, heads = sizes["hidden_size"], given.value("num_attention_heads", int, 32)
-        # Defaults for fields that Qwen3's config.json lacks. A null field has the same meaning as Llama's default.
+        # Qwen3 has its own defaults for missing fields. A null field means the same as a missing field does for Llama.
         kv_heads = 32 if qwen and "num_key_value_heads" not in given.values else heads
         head_size = 128 if qwen and "head_dim" not in given.values else width // heads
         return {
@@ -291,7 +291,7 @@ class LlamaArchitecture(Architecture):
 
     @staticmethod
     def _rope_theta(given: Description) -> float:
-        """The base of the rotary position embeddings, which transformers 4 and 5 store under different names."""
+        """Return the base of the rotary position embeddings, which transformers 4 and 5 store in different fields."""
         name = "rope_scaling" if given.values.get("rope_scaling") else "rope_parameters"
         rope = given.values.get(name) or {}
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
@@ -329,7 +329,7 @@ NANOGPT = Gpt2Architecture(layout="linear", positions="block_size")
 
 
 def architecture_of_type(file: Path, model_type: Any) -> Architecture:
-    """The architecture that a `config.json` specifies.
+    """Return the architecture for the `model_type` in a `config.json`.
 
     Raises:
         InputError: if this package does not support it.
@@ -341,10 +341,10 @@ def architecture_of_type(file: Path, model_type: Any) -> Architecture:
 
 
 def architecture_of(config: ModelConfig) -> Architecture:
-    """The architecture of this package's model.
+    """Return the architecture of a model in this package.
 
     Raises:
-        InputError: if transformers has no such model.
+        InputError: if transformers has no equivalent model.
     """
     for architecture in ARCHITECTURES:
         if type(config) is architecture.config_class:

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) -> None:
-    """Write a model, its tokenizer and this package's settings in the format of transformers' `save_pretrained`.
+    """Export a model, its tokenizer and this package's settings in the `save_pretrained` format of transformers.
 
-    The weights are multiplied by the factors of `model.parametrization: mup`, so that the exported model is standard.
+    With `model.parametrization: mup`, the weights are multiplied by its factors, which results in a standard model.
 
     Args:
         loaded: the model.
@@ -108,7 +108,7 @@ def _save(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write to, which is renamed to `folder` at the end, or removed after an error."""
+    """Yield a temporary folder, which is renamed to `folder` at the end or removed after an error."""
     check_new_folder(folder)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:

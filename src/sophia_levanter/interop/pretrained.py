@@ -1,4 +1,4 @@
-"""Loading weights from files into a model that a run can start from."""
+"""Loading pretrained weights from files, for runs that start from an existing model."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def read_pretrained(
 
     If the vocabulary is padded to a multiple of 128, as in nanoGPT, the padding is dropped. Other embedding rows that
     the tokenizer does not use, such as the row for an added padding token, are kept but never predicted;
-    `config.vocab_rows` of the result includes them. If the model has no biases, the biases that transformers always
-    saves must be 0.
+    `config.vocab_rows` of the result includes them. If `config` specifies no biases, the biases that transformers
+    always saves must be 0.
 
     Args:
         path: a folder saved by transformers, with `config.json` and `model.safetensors` or its shards; or a `ckpt.pt`
             from nanoGPT or the Sophia authors.
-        config: the model's shape, which must match the file.
-        tokenizer: the model's tokenizer. If the file contains a fingerprint, it must match this tokenizer.
+        config: the shape of the model, which must match the file.
+        tokenizer: the tokenizer of the model. If the file contains a fingerprint, it must match this tokenizer.
         dtype: the dtype of the parameters.
-        report: prints a line for the user.
+        report: called with each message for the user.
 
     Returns:
         The model, with numpy arrays as leaves.
@@ -73,10 +73,10 @@ def read_pretrained(
 
 
 def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
-    """Check a tokenizer's ids against any `vocab.json` and `tokenizer.json` in a folder saved by transformers.
+    """Compare the ids of a tokenizer with any `vocab.json` and `tokenizer.json` in a folder saved by transformers.
 
     Raises:
-        InputError: if the ids differ; the message names the first token that does.
+        InputError: if the ids differ; the message names the first difference.
     """
     for name in ("vocab.json", "tokenizer.json"):
         file = Path(path, name)
@@ -92,7 +92,7 @@ def check_vocabulary(path: str, tokenizer: Tokenizer) -> None:
             )
         byte_of = bytes_of_characters()
         for text, token in sorted(vocab.items(), key=lambda item: item[1]):
-            # Added tokens have ids that the tokenizer does not use.
+            # Skip added tokens, whose ids are outside the vocabulary of the tokenizer.
             if 0 <= token < tokenizer.vocab_size and tokenizer.special_tokens.get(text) != token:
                 ours = tokenizer.token_bytes[token]
                 if bytes(byte_of.get(character, 0) for character in text) != ours:
@@ -131,7 +131,7 @@ def _without_biases(saved: SavedModel, arrays: Mapping[str, np.ndarray]) -> dict
 
 
 def _with_rows(saved: SavedModel, config: TransformerConfig, tokenizer: Tokenizer) -> TransformerConfig:
-    """The configuration, with `vocab_rows` set if the file has extra embedding rows that are not our padding."""
+    """Return the configuration, with `vocab_rows` set if the file has extra embedding rows other than padding."""
     if saved.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
         raise InputError(
             f"data.tokenizer {tokenizer.name} differs from the one that {saved.file} was trained with; "
@@ -147,7 +147,7 @@ def _with_rows(saved: SavedModel, config: TransformerConfig, tokenizer: Tokenize
     if rows in (vocab_size, pad_vocab(vocab_size)):
         return config
     known = {size: name for name, size in reversed(VOCAB_SIZES.items())} | {pad_vocab(50257): "gpt2"}
-    # A larger difference means a different vocabulary, not added tokens and padding.
+    # A larger difference indicates a different vocabulary rather than added tokens and padding.
     if vocab_size < rows < vocab_size + max(VOCAB_MULTIPLE, vocab_size // 20) and rows not in known:
         return dataclasses.replace(config, vocab_rows=rows)
     keep = f", or --model.vocab_rows {rows} to keep {rows - vocab_size} rows that are never predicted"

@@ -1,7 +1,7 @@
-"""Models in files: folders saved by transformers, and checkpoints from nanoGPT or the Sophia authors.
+"""Reading models from folders saved by transformers, and from checkpoints of nanoGPT or the Sophia authors.
 
-A model's description is read before its weights. Code in a file is never run: safetensors files contain only arrays,
-and torch loads only tensors and plain values.
+The description of a model is read before its weights. Code in a file is never run: safetensors files contain only
+arrays, and torch loads only tensors and plain values.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from sophia_levanter.interop.architectures import (
 from sophia_levanter.interop.state_dict import BUFFERS, HEAD, plain_names
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
-# nanoGPT's epsilon is in its code, not in its checkpoints.
+# nanoGPT defines this epsilon in its code and does not save it in checkpoints.
 _NANOGPT_EPSILON = 1e-5
-# What this package adds to an exported folder: a field in config.json, and the file of a trained tokenizer.
+# In exported folders, this package adds this field to config.json, and this file if the tokenizer was trained.
 OWN_FIELD = "sophia_levanter"
 TOKENIZER_FILE = f"tokenizer{TRAINED_TOKENIZER}"
 _SCALED = "scale_attn_by_inverse_layer_idx"  # only in the Sophia authors' checkpoints
@@ -42,17 +42,17 @@ _NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_siz
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model in a file. Only its description has been read so far.
+    """A model stored in a file. Only its description has been read so far.
 
     Attributes:
         file: the file or folder.
-        architecture: the kind of model.
-        fields: the settings of `architecture.config_class` that the model needs.
+        architecture: the model's architecture.
+        fields: the settings of `architecture.config_class` that the model requires.
         seq_len: the model's maximum context length.
         vocab_size: the number of rows in its token embedding.
-        arrays: its (name, array) pairs, with names from `plain_names`; iteration reads one array at a time.
+        arrays: the (name, array) pairs of its weights, with names from `plain_names`; read one by one during iteration.
         tokenizer: the `data.tokenizer` that it was trained with, or None if the file does not specify it.
-        tokenizer_fingerprint: that tokenizer's fingerprint, or None.
+        tokenizer_fingerprint: the fingerprint of that tokenizer, or None.
     """
 
     file: Path
@@ -69,8 +69,8 @@ def open_model(path: Path) -> SavedModel:
     """Open the model in a folder saved by transformers, or in a `ckpt.pt` from nanoGPT or the Sophia authors.
 
     Raises:
-        InputError: if the path does not contain a model that this package can compute, or later, during iteration over
-            `arrays`, if an array cannot be read.
+        InputError: if the path does not contain a supported model; later, during iteration over `arrays`, if an array
+            cannot be read.
     """
     if os.path.isdir(path):
         return _huggingface(path)
@@ -93,14 +93,14 @@ def _first_line(error: Exception) -> str:
 def _weights(
     file: Path, shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, given: Description, source: str
 ) -> dict[str, str]:
-    """Check the arrays' sizes against the description, before a model is built, and return their `plain_names`.
+    """Check the array sizes against the description before a model is built, and return the arrays' `plain_names`.
 
     Args:
         file: the file that contains the arrays, for messages.
-        shapes: the arrays' shapes, keyed by their names in the file.
-        architecture: the weights' architecture.
+        shapes: the shapes of the arrays, keyed by their names in the file.
+        architecture: the architecture of the model.
         given: the description.
-        source: the description's name, for messages.
+        source: the name of the description, for messages.
     """
     try:
         names = plain_names(shapes)
@@ -140,7 +140,7 @@ def _huggingface(folder: Path) -> SavedModel:
         return ((plain, arrays[name].read()) for plain, name in names.items() if plain.endswith(suffix))
 
     if architecture.always_has_biases:
-        # transformers' GPT-2 always has biases. For a model without biases they are 0, unless it was trained further.
+        # GPT-2 in transformers always has biases. For a model without biases, they are 0 unless it was trained further.
         fields["use_bias"] = own["use_bias"] or any(array.any() for _, array in read(".bias"))
     return SavedModel(
         file=folder,
@@ -155,7 +155,7 @@ def _huggingface(folder: Path) -> SavedModel:
 
 
 def _own_values(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that this package's export adds, or their defaults."""
+    """Return the fields that this package adds during export, or their defaults."""
     own = values.get(OWN_FIELD, {})
     kinds = {"use_bias": (bool, True), "tokenizer": (str, None), "tokenizer_fingerprint": (str, None)}
     if (
@@ -169,7 +169,7 @@ def _own_values(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read the object in a JSON file. Raises `WeightsError` if the file does not contain one."""
+    """Read the object in a JSON file. Raise `WeightsError` if the file does not contain one."""
     try:
         values = json.loads(read_regular(file))
     except NotRegular as error:
@@ -218,7 +218,7 @@ class _Array(NamedTuple):
 
 
 def _safetensors(files: Iterable[Path]) -> dict[str, _Array]:
-    """The weights in safetensors files, keyed by their names in the files."""
+    """Return the weights in safetensors files, keyed by their names in the files."""
     arrays: dict[str, _Array] = {}
     for file in files:
         with _opened(file) as opened:
@@ -257,7 +257,7 @@ def _nanogpt(file: Path) -> SavedModel:
         raise input_error(
             file, "not a checkpoint from nanoGPT or the Sophia authors (a dict with the keys model and model_args)"
         )
-    # Forks of nanoGPT list here what they compute differently.
+    # Forks of nanoGPT record changes to the model here.
     known = (*_NANOGPT_ARGS, _SCALED)
     for name, value in values.items():
         if name not in known and value is not None and value is not False:
@@ -292,9 +292,9 @@ def _torch_load(file: Path) -> Any:
         ) from None
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch's errors have no common type
+    except Exception as error:  # torch's errors have no common base class
         if "weights_only" in str(error):
-            # torch's own message would explain how to run the file's code.
+            # torch's own message would explain how to run code from the file.
             reason = "contains more than tensors and plain values, and pickled code is never run"
         else:
             reason = f"torch cannot load it: {_first_line(error)}"
@@ -302,7 +302,7 @@ def _torch_load(file: Path) -> Any:
 
 
 def _shape(file: Path, name: Any, tensor: Any) -> tuple[int, ...]:
-    """Check that the file stores all values of a tensor, and return the tensor's shape."""
+    """Check that the file stores all values of a tensor, and return the shape of the tensor."""
     import torch
 
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):

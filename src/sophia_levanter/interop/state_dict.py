@@ -1,4 +1,4 @@
-"""State dicts: weights under the names that transformers and nanoGPT use."""
+"""State dicts: weights keyed by the names that transformers and nanoGPT use."""
 
 from __future__ import annotations
 
@@ -20,33 +20,32 @@ from sophia_levanter.models.language_model import abstract_model
 
 LAYOUTS = ("conv1d", "linear")
 HEAD = "lm_head.weight"
-# Name components that torch.compile, data-parallel training, FSDP and modules around the model add.
+# Name components added by torch.compile, data-parallel training, FSDP and wrapper modules.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model", "transformer"}
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # causal masks and wavelengths
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # causal masks and rotary frequencies
 
 
 def gpt2_from_state_dict(config: Gpt2Config, arrays: Mapping[str, np.ndarray], *, layout: str = "conv1d") -> Gpt2:
-    """Build a GPT-2 with the given weights.
+    """Build a GPT-2 model with the given weights.
 
-    Attention masks are ignored. The output head is the token embedding, so either `lm_head.weight` or `wte.weight` is
-    enough.
+    Attention masks are ignored. The head is tied to the embedding, so either `lm_head.weight` or `wte.weight` suffices.
 
     Args:
-        config: the model's shape.
-        arrays: the arrays, keyed by state-dict name with or without `transformer.`, `model.`, `module.` and
-            `_orig_mod.`.
+        config: the shape of the model.
+        arrays: the weights, keyed by state-dict name with or without the prefixes `transformer.`, `model.`, `module.`
+            and `_orig_mod.`.
         layout: `conv1d` for matrices [in, out], as in transformers; `linear` for torch.nn.Linear's [out, in], as in
             nanoGPT and the Sophia authors' code.
 
     Raises:
-        ValueError: if arrays are missing, unknown, given twice or have the wrong shape, or if the head is not the token
-            embedding; the message names them.
+        ValueError: if arrays are missing, unknown, given twice or have the wrong shape, or if the head differs from the
+            token embedding; the message names the arrays.
     """
     return jax.tree.map(jnp.asarray, model_on_host(config, arrays, layout=layout))
 
 
 def gpt2_to_state_dict(model: Gpt2, *, layout: str = "conv1d") -> dict[str, np.ndarray]:
-    """`to_state_dict` of a GPT-2; the inverse of `gpt2_from_state_dict`.
+    """Return the state dict of a GPT-2 model (see `to_state_dict`). This is the inverse of `gpt2_from_state_dict`.
 
     Raises:
         ValueError: if the layout is unknown.
@@ -64,10 +63,10 @@ def model_on_host(
     """Build a model with the given weights as numpy arrays, because it may be too large for a single device.
 
     Args:
-        config: the model's shape.
-        arrays: the arrays, keyed by state-dict name with or without prefixes from wrappers.
+        config: the shape of the model.
+        arrays: the weights, keyed by state-dict name with or without wrapper prefixes.
         layout: the matrix layout, `conv1d` or `linear`; by default, the layout that transformers uses for the model.
-        vocab_size: the number of classes that can be predicted; by default, the number of token embedding rows. Rows
+        vocab_size: the number of token ids that can be predicted; by default, the number of token embedding rows. Rows
             beyond `config.embedding_rows(vocab_size)` are dropped.
 
     Raises:
@@ -102,9 +101,10 @@ def model_on_host(
 
 
 def to_state_dict(model: Any, *, layout: str | None = None) -> dict[str, np.ndarray]:
-    """The weights, keyed by state-dict name, without vocabulary padding except the rows that `config.vocab_rows` adds.
+    """Return the weights of a model, keyed by state-dict name.
 
-    The factors of `parametrization: mup` are not applied; `export_model` multiplies the weights by them.
+    Vocabulary padding is removed, except for the rows that `config.vocab_rows` adds. The factors of
+    `parametrization: mup` are not applied; `export_model` multiplies the weights by them.
 
     Args:
         model: a `Gpt2` or a `Llama`.
@@ -112,7 +112,7 @@ def to_state_dict(model: Any, *, layout: str | None = None) -> dict[str, np.ndar
 
     Raises:
         ValueError: if the layout is unknown.
-        InputError: if transformers has no such model.
+        InputError: if transformers has no equivalent model.
     """
     names = _Names(model, layout)
     shapes = names.shapes(model.config.embedding_rows(model.vocab_size))
@@ -134,7 +134,7 @@ def to_state_dict(model: Any, *, layout: str | None = None) -> dict[str, np.ndar
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """The given names, keyed by the same names without the components that wrappers add. Buffers are left out.
+    """Return the given names, keyed by the names without wrapper components. Buffers are skipped.
 
     Raises:
         ValueError: if two names refer to the same array.
@@ -159,7 +159,7 @@ class _Names:
         model: the model.
         architecture: its architecture.
         layout: the matrix layout.
-        inputs: the number of input axes of each linear map's weight, keyed by the weight's name in this package.
+        inputs: the number of input axes of each linear layer's weight, keyed by the name of the weight in this package.
     """
 
     def __init__(self, model: Any, layout: str | None) -> None:
@@ -179,7 +179,7 @@ class _Names:
         return self.layout == "linear" and name in self.inputs
 
     def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every array, keyed by its name without prefixes, for an embedding with `rows` rows."""
+        """Return the shape of each array, keyed by its name without prefixes, for an embedding with `rows` rows."""
         shapes: dict[str, tuple[int, ...]] = {}
 
         def note(name: str, leaf: NamedArray) -> NamedArray:
@@ -215,7 +215,7 @@ def _inputs_of_linear_maps(model: Any) -> dict[str, int]:
 
 
 def _tie(given: dict[str, np.ndarray], embedding: str) -> None:
-    """Remove the output head from the arrays. It replaces a missing token embedding; otherwise, it must equal it."""
+    """Remove the output head from `given`. Use it as a missing token embedding, or check that both are equal."""
     head = given.pop(HEAD, None)
     array = given.setdefault(embedding, head)  # type: ignore[arg-type]
     if head is not None and not np.array_equal(head, array):
@@ -227,7 +227,7 @@ def _tie(given: dict[str, np.ndarray], embedding: str) -> None:
 
 
 def _check_same(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], names: _Names) -> None:
-    """Raise a ValueError that lists the differences unless the arrays have the model's names and shapes."""
+    """Check that the arrays have the model's names and shapes. Raise a `ValueError` that lists any differences."""
     missing, unknown = [n for n in wanted if n not in given], [n for n in given if n not in wanted]
     differences = [
         f"{_listed(found)} {'is' if len(found) == 1 else 'are'} {what}"
@@ -251,7 +251,7 @@ def _listed(names: Sequence[str], longest: int = 4) -> str:
 
 
 def _map_named(function: Callable[[str, NamedArray], NamedArray], model: Any) -> Any:
-    """The model with each array replaced by `function(name, array)`."""
+    """Return the model with each named array replaced by `function(name, array)`."""
 
     def visit(path: tuple, leaf: object) -> object:
         return function(_name(path), leaf) if isinstance(leaf, NamedArray) else leaf
