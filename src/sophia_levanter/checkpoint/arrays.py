@@ -1,4 +1,4 @@
-"""Reading and writing arrays as zarr3: which host writes which part, and the checks on every file that is read."""
+"""Reading and writing arrays as zarr3. Hosts share the work of writing, and every file is checked when it is read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class HostArray(NamedTuple):
     """The part of an array that one host writes.
 
     Attributes:
-        saved: the array's description, to which the digests are added later.
+        saved: the description of the array, to which digests are added later.
         parts: the chunks that this host writes, in device or host memory.
     """
 
@@ -35,15 +35,15 @@ class HostArray(NamedTuple):
 
 
 def host_arrays(arrays: Mapping[str, Any], *, process: int = 0, num_processes: int = 1) -> list[HostArray]:
-    """The part of each array that a process writes. Each chunk is a shard; hosts with the same shards share the work.
+    """Return the part of each array that a process writes. Hosts that hold the same shards share the work.
 
     Args:
-        arrays: the arrays, keyed by their path in the tree; the same on every process.
+        arrays: the arrays, keyed by their paths in the tree; the same on every process. Each shard becomes a chunk.
         process: the number of this process.
         num_processes: the number of processes.
 
     Raises:
-        TypeError: if an array does not hold numbers.
+        TypeError: if an array is not numeric.
     """
     described = [_describe(number, path, array) for number, (path, array) in enumerate(arrays.items())]
     writers = _writers(arrays, num_processes)
@@ -56,7 +56,7 @@ def host_arrays(arrays: Mapping[str, Any], *, process: int = 0, num_processes: i
 
 
 def copied_to_host(arrays: Sequence[HostArray]) -> list[HostArray]:
-    """Copy the arrays to numpy arrays in host memory, which stay valid when the device buffers are donated."""
+    """Copy the arrays to host memory as numpy arrays, which remain valid when the device buffers are donated."""
     for array in arrays:
         for part in array.parts.values():
             if isinstance(part, jax.Array):
@@ -65,7 +65,7 @@ def copied_to_host(arrays: Sequence[HostArray]) -> list[HostArray]:
 
 
 def box_of(index: Any, shape: Sequence[int]) -> Box:
-    """The part of an array that a tuple of slices selects, such as the index of a jax shard."""
+    """Return the part of an array selected by a tuple of slices, such as the index of a jax shard."""
     bounds = (part.indices(size) for part, size in zip(index, shape, strict=True))
     return tuple((start, stop) for start, stop, _ in bounds)
 
@@ -81,14 +81,14 @@ def _describe(number: int, path: str, array: Any) -> SavedArray:
             "for a random key, save jax.random.key_data(key)"
         )
     chunk_shape = array.sharding.shard_shape(array.shape) if isinstance(array, jax.Array) else array.shape
-    # The number makes names unique, even on case-insensitive disks; the rest is for people.
+    # The number makes names unique, even on case-insensitive disks. The rest makes them readable.
     folder = f"{number:04d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', path)[:150]}"
     chunks = tuple(max(1, size) for size in chunk_shape)
     return SavedArray(path, folder, array.shape, array.dtype.name, chunks, "", {})
 
 
 def _writers(arrays: Mapping[str, Any], num_processes: int) -> dict[str, dict[Box, int]]:
-    """The process that writes each chunk: among those that hold it, the one with the fewest bytes to write so far."""
+    """Assign each chunk to a process that holds it, namely the one with the fewest bytes to write so far."""
     load = [0] * num_processes
     writers: dict[str, dict[Box, int]] = {}
     # Assign large chunks first; small chunks even out the load.
@@ -108,11 +108,11 @@ def _chunk_bytes(array: Any) -> int:
 
 
 def _holders(array: Any) -> dict[Box, set[int]]:
-    """The processes that hold each distinct shard; empty for an array without elements."""
+    """Return the processes that hold each distinct shard; empty for an array without elements."""
     if array.size == 0:
         return {}
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
-        # Each process has its own copy of the same values; the first process writes it.
+        # Every process has a copy of the same values. The first process writes them.
         return {box: {0} for box in _local_parts(array)}
     holders: dict[Box, set[int]] = {}
     devices: Mapping[Any, Any] = array.sharding.devices_indices_map(array.shape)
@@ -122,7 +122,7 @@ def _holders(array: Any) -> dict[Box, set[int]]:
 
 
 def _local_parts(array: Any) -> dict[Box, Any]:
-    """The distinct shards of an array that this process holds."""
+    """Return the distinct shards of an array that this process holds."""
     if array.size == 0:
         return {}
     if not isinstance(array, jax.Array):
@@ -137,24 +137,24 @@ def _own_copy(part: Any) -> np.ndarray:
     return np.array(part)
 
 
-# Chunks in flight: enough to keep a disk busy, but few enough to need little memory beyond the tree itself.
+# The number of chunks in flight: enough to keep a disk busy, but few enough to need little memory beyond the tree.
 WORKERS = 8
 HEADER = "zarr.json"
 CHECKSUM_BYTES = 4  # after the values in a chunk
 
-Digests: TypeAlias = dict[str, dict[str, str]]  # keyed by the array's path in the tree, then by file name
+Digests: TypeAlias = dict[str, dict[str, str]]  # keyed by the path of the array in the tree, then by file name
 
 
 def write_arrays(folder: str, arrays: Sequence[HostArray], *, headers: bool) -> Digests:
-    """Write a host's chunks of the arrays, concurrently.
+    """Write the chunks of one host concurrently.
 
     Args:
-        folder: the path or URL of the checkpoint.
-        arrays: what this host writes.
-        headers: whether it also writes each array's zarr.json; exactly one host must.
+        folder: the path or URL of the folder for the arrays.
+        arrays: the parts of the arrays that this host writes.
+        headers: whether this host also writes the zarr.json of each array. Exactly one host must do so.
 
     Returns:
-        The digests of the files that were written.
+        The digests of the written files.
 
     Raises:
         CheckpointError: if a write fails; the message names the leaf and its folder.
@@ -194,7 +194,7 @@ def write_arrays(folder: str, arrays: Sequence[HostArray], *, headers: bool) -> 
 
 
 def with_digests(arrays: Sequence[HostArray], hosts: Sequence[Digests]) -> list[SavedArray]:
-    """The arrays' descriptions with the digests from all hosts."""
+    """Return the descriptions of the arrays with the digests from all hosts."""
     complete = []
     for saved, _ in arrays:
         found = {name: digest for digests in hosts for name, digest in digests.get(saved.path, {}).items()}
@@ -207,7 +207,7 @@ def read_parts(folder: str, wanted: Sequence[tuple[SavedArray, set[Box]]]) -> It
     """Read parts of arrays. Each chunk that overlaps a part is read once; many chunks are read concurrently.
 
     Args:
-        folder: the path or URL of the checkpoint.
+        folder: the path or URL of the folder that contains the arrays.
         wanted: the arrays, each with the parts to read.
 
     Yields:
@@ -235,7 +235,7 @@ def read_parts(folder: str, wanted: Sequence[tuple[SavedArray, set[Box]]]) -> It
 
 
 def find_damage(folder: str, arrays: Sequence[SavedArray]) -> list[str]:
-    """Describe the damage in the arrays' files, one line per file. Reads every byte."""
+    """Read every byte of the arrays, and return a description of any damage, one line per file."""
     context = ts.Context(context_spec())
 
     def check(saved: SavedArray, box: Box | None) -> str | None:
@@ -286,7 +286,7 @@ def _spec(folder: str, saved: SavedArray) -> dict[str, Any]:
 
 
 def _open(folder: str, saved: SavedArray, context: ts.Context) -> ts.TensorStore:
-    """The array as the manifest describes it, without reading its zarr.json."""
+    """Open an array as described in the manifest, without reading its zarr.json."""
     return ts.open(_spec(folder, saved), context=context, open=True, assume_metadata=True).result()
 
 
@@ -326,7 +326,7 @@ def _check_file(folder: str, saved: SavedArray, name: str) -> None:
 
 
 class _naming:
-    """Turns any error in the block into a `CheckpointError` that names the leaf and the file or folder."""
+    """Converts any error in the block to a `CheckpointError` that names the leaf and the file or folder."""
 
     def __init__(self, folder: str, saved: SavedArray, name: str | None = None) -> None:
         self._where = f"leaf {saved.path}, {folder}/{saved.folder}" + (f"/{name}" if name else "")
@@ -345,7 +345,7 @@ def _bytes(data: np.ndarray) -> memoryview:
 
 
 def _digest(content: bytes | memoryview) -> str:
-    """A 128-bit hash that runs at memory speed. It detects damage, but does not protect against tampering."""
+    """Compute a 128-bit hash at memory speed. It detects damage, but does not protect against tampering."""
     return xxhash.xxh3_128_hexdigest(content)
 
 
@@ -355,6 +355,6 @@ def _overlap(a: Box, b: Box) -> Box | None:
 
 
 def _slices(box: Box, within: Box | None = None) -> tuple[slice, ...]:
-    """The index of a part in the whole array, or in the part `within`."""
+    """Return the index of a part in the whole array, or in the part `within`."""
     origins = [start for start, _ in within or whole([0] * len(box))]
     return tuple(slice(start - origin, stop - origin) for (start, stop), origin in zip(box, origins, strict=True))

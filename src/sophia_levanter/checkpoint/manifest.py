@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: its arrays and files, with the digests that detect damage."""
+"""The manifest of a checkpoint, which lists its arrays and files with digests that detect damage."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,7 @@ from sophia_levanter.errors import InputError
 
 FORMAT = 2
 FILE_NAME = "manifest.json"
-MOST_DEPTH = 50  # nesting of the metadata
+MOST_DEPTH = 50  # maximum nesting depth of the metadata
 _YEAR_9999 = 253_370_764_800
 _FOLDER = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")
 _DIGEST_LINE = '{{"digest": "{}",'
@@ -24,20 +24,20 @@ Box: TypeAlias = tuple[tuple[int, int], ...]  # a part of an array: (start, stop
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written, or none could be read. The message is one line with the leaf and the file."""
+    """Raised if a checkpoint cannot be written or read. The message is one line that names the leaf and the file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedArray:
-    """One leaf of the tree.
+    """The description of one saved leaf of the tree.
 
     Attributes:
         path: its path in the tree.
-        folder: its folder among the checkpoint's arrays.
+        folder: the name of its folder in the checkpoint.
         shape, dtype, chunk_shape: as in zarr.json.
         header: the digest of zarr.json.
-        chunks: the digest of each chunk, keyed by file name. It covers the array's own bytes (row-major,
-            little-endian), so it does not depend on how the storage encodes the chunk.
+        chunks: the digest of each chunk, keyed by file name. It covers the bytes of the array (row-major,
+            little-endian), so it does not depend on how the chunk is encoded in storage.
     """
 
     path: str
@@ -79,10 +79,10 @@ class Manifest:
     Attributes:
         run_id: the id of the run that saved it.
         step: the number of steps taken.
-        saved_at: the time of the save, in seconds since 1970.
+        saved_at: the time of the save, in seconds since the Unix epoch.
         metadata: data about the run, as JSON.
-        folder: the folder next to the manifest that holds the arrays.
-        arrays: the leaves.
+        folder: the folder next to the manifest that contains the arrays.
+        arrays: the saved leaves.
     """
 
     run_id: str
@@ -94,7 +94,7 @@ class Manifest:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The content of the manifest file: JSON whose first line holds a digest of all the bytes after it."""
+    """Encode a manifest as JSON. The first line contains a digest of all bytes after it."""
     body = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1).removeprefix("{").encode()
     return f"{_DIGEST_LINE.format(_digest(body))}".encode() + body
 
@@ -103,12 +103,12 @@ def decode_manifest(file: str, content: bytes) -> Manifest:
     """Decode and check the content of a manifest file.
 
     Args:
-        file: the file's name, for messages.
+        file: the name of the file, for messages.
         content: its bytes.
 
     Raises:
         CheckpointError: if the manifest is damaged.
-        InputError: if another version of this package wrote it.
+        InputError: if it was written by another version of this package.
     """
     head, newline, rest = content.partition(b"\n")
     whole = head.decode(errors="replace") == _DIGEST_LINE.format(_digest(newline + rest))
@@ -128,9 +128,9 @@ def decode_manifest(file: str, content: bytes) -> Manifest:
 
 
 def _manifest_of(body: dict[str, Any]) -> Manifest:
-    """Build a manifest from JSON.
+    """Build a manifest from JSON, and check its values.
 
-    Fails if `encode_manifest` cannot have written it. A valid digest alone does not prove where a file comes from.
+    A valid digest alone does not prove that `encode_manifest` wrote the file.
     """
     manifest = Manifest(**body | {"arrays": [_array_of(entry) for entry in body["arrays"]]})
     _check(isinstance(manifest.run_id, str), "run_id is not a string")
@@ -173,7 +173,7 @@ def _check(is_sound: bool, problem: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """An error's message, or its type if it has none, without tensorstore's list of source locations."""
+    """Return an error's message without tensorstore's source locations, or the type of the error if it is empty."""
     return " ".join(str(error).split(" [source locations=")[0].split()) or type(error).__name__
 
 

@@ -32,7 +32,7 @@ Tree = TypeVar("Tree")
 
 
 def arrays_of(tree: Any) -> dict[str, Any]:
-    """The array leaves of `tree`, keyed by path (such as `model.layers.0.weight`).
+    """Return the array leaves of `tree`, keyed by path (such as `model.layers.0.weight`).
 
     jax and numpy arrays, numpy scalars and `jax.ShapeDtypeStruct`s count as arrays. As in Equinox, Python numbers do
     not.
@@ -43,14 +43,14 @@ def arrays_of(tree: Any) -> dict[str, Any]:
 def read_tree(
     folder: str, saved: Sequence[SavedArray], like: Tree, *, cast: bool, added: Mapping[str, int] | None = None
 ) -> Tree:
-    """`like` with the saved arrays in place of its own, each with the sharding of the array it replaces.
+    """Return `like` with its arrays replaced by the saved arrays, which get the same shardings.
 
     Args:
-        folder: the path or URL that holds the arrays.
+        folder: the path or URL of the folder that contains the arrays.
         saved: the saved arrays.
-        like: the wanted tree.
-        cast: whether floating-point arrays may have a different dtype from those in `like`.
-        added: values, keyed by path, for scalars that `like` has but the saved arrays may lack.
+        like: a tree with the wanted structure.
+        cast: whether to convert floating-point arrays that have a different dtype instead of rejecting them.
+        added: values, keyed by path, for scalars in `like` that may be missing from the saved arrays.
 
     Raises:
         InputError: if the saved arrays do not match those in `like`.
@@ -108,7 +108,7 @@ def _check_model(folder: str, there: dict[str, SavedArray], wanted: dict[str, An
 
 
 def _sharding(like: Any) -> jax.sharding.Sharding | None:
-    """The sharding of an array; None if it is on the default device without being committed to it."""
+    """Return the sharding of an array, or None if it is on the default device without being committed to it."""
     if isinstance(like, jax.Array) and not like.committed:
         return None
     return getattr(like, "sharding", None)
@@ -156,17 +156,17 @@ class Restored(Generic[Tree]):
 
 
 def steps(directory: Path | str) -> list[int]:
-    """The committed steps in a directory, ascending; empty if the directory does not exist."""
+    """Return the committed steps in a directory in ascending order; empty if the directory does not exist."""
     return storage_at(directory).steps()
 
 
 def remove_leftovers(directory: Path | str) -> None:
-    """Remove what killed saves have left behind in a directory. No save may be in progress there."""
+    """Remove the leftovers of killed saves from a directory. No save may be in progress there."""
     storage_at(directory).remove_leftovers()
 
 
 def check_writable(directory: Path | str) -> None:
-    """Check, before the first save, that the directory can be written to.
+    """Check that the directory can be written to. Call this function before the first save.
 
     Raises:
         InputError: if the directory cannot be written to.
@@ -175,22 +175,22 @@ def check_writable(directory: Path | str) -> None:
 
 
 def remove(directory: Path | str, step: int) -> None:
-    """Remove a committed step. A process killed midway leaves a leftover, not a step that looks complete."""
+    """Remove a committed step. If the process is killed midway, only a leftover remains, not an incomplete step."""
     storage_at(directory).remove(step)
 
 
 def read_step(directory: Path | str, step: int) -> Manifest:
-    """The manifest of a committed step.
+    """Return the manifest of a committed step.
 
     Raises:
         CheckpointError: if the manifest is damaged.
-        InputError: if another version of this package wrote it.
+        InputError: if it was written by another version of this package.
     """
     return _read_manifest(storage_at(directory), step)
 
 
 def read_arrays(directory: Path | str, manifest: Manifest) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the path and the value of each array in a step, with one array in memory at a time.
+    """Yield the path and the value of each array in a step, holding one array in memory at a time.
 
     Raises:
         CheckpointError: if a file is damaged.
@@ -202,16 +202,16 @@ def read_arrays(directory: Path | str, manifest: Manifest) -> Iterator[tuple[str
 
 
 def damage(directory: Path | str, step: int) -> list[str]:
-    """Describe the damage in a committed step, one line per file. Reads every byte.
+    """Read every byte of a committed step, and return a description of any damage, one line per file.
 
     Raises:
-        InputError: if another version of this package wrote it.
+        InputError: if the step was written by another version of this package.
     """
     return _damage(storage_at(directory), step)
 
 
 def is_intact(storage: Storage, step: int) -> bool:
-    """Whether every byte of a committed step is unchanged."""
+    """Return whether every byte of a committed step is unchanged."""
     return not _damage(storage, step)
 
 
@@ -232,26 +232,26 @@ def restore(
     a `jax.ShapeDtypeStruct` without a sharding, is restored on the default device. A numpy array is restored as a numpy
     array. Other leaves are returned unchanged. The sharding and the number of processes may have changed since the
     save; each process reads only the chunks that it needs. All processes in a run must call this function together, and
-    they get the same step.
+    all restore the same step.
 
     Args:
         directory: a path, or a `gs://` or `s3://` URL.
         like: a tree with the wanted structure.
         report: called with a line for each damaged checkpoint that is skipped in favor of an older one.
-        step: the step to read; by default, the newest intact one.
+        step: the step to read; by default, the newest intact step.
         cast: whether to convert floating-point arrays that have a different dtype instead of rejecting them.
-        partial: whether to skip saved arrays that `like` does not have instead of rejecting the checkpoint.
-        added: values, keyed by path, for scalars that older checkpoints lack.
+        partial: whether to skip saved arrays that are not in `like` instead of rejecting the checkpoint.
+        added: values, keyed by path, for scalars that are missing from older checkpoints.
         processes: the run's processes; by default, only this one.
 
     Raises:
-        CheckpointError: if the requested checkpoint is damaged, or all checkpoints are, or a process does not answer.
+        CheckpointError: if the requested checkpoint or all checkpoints are damaged, or if a process does not answer.
         InputError: if no such checkpoint exists, or its leaves, shapes or dtypes do not match `like`.
     """
     processes = processes or Processes()
     storage = storage_at(directory)
     name = f"restore/{next(_numbers)}"
-    # Hosts may see different names on a shared disk, so the first process's list counts.
+    # Hosts may see different folders on a shared disk, so all processes use the list from the first process.
     text = processes.broadcast(f"{name}/steps", " ".join(map(str, storage.steps())), PATIENCE)
     found = [int(word) for word in text.split()]
     if not found:

@@ -1,4 +1,4 @@
-"""Saving a tree as a step, either synchronously or while training continues."""
+"""Saving a tree as a checkpoint step, either synchronously or while training continues."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Retention:
-    """The steps to keep after a save. Later steps, saved before a run rolled back, are always kept.
+    """The steps to keep after a save. Later steps, saved before the run rolled back, are always kept.
 
     Attributes:
         last: keep this many of the newest steps.
-        every: also keep all multiples of this step, if given.
+        every: also keep all multiples of this number, if given.
         best: also keep this step, if given.
 
     Raises:
@@ -53,7 +53,7 @@ class Retention:
             raise InputError(f"retention has last={self.last} and every={self.every}; both must be at least 1")
 
     def surplus(self, steps: list[int]) -> list[int]:
-        """The steps to remove from `steps`, which must be in ascending order."""
+        """Return the steps to remove from `steps`, which must be in ascending order."""
         return [s for s in steps[: -self.last] if s != self.best and (self.every is None or s % self.every)]
 
 
@@ -70,7 +70,7 @@ def save(
     """Write the arrays of `tree` as `directory/step-NNNNNNNN`, durably or not at all.
 
     Only leaves that are jax or numpy arrays or numpy scalars are saved; other leaves, such as Python numbers, are not.
-    All processes in a run must call this function together and share `directory`. Each writes some of its shards.
+    All processes in a run must call this function together and share `directory`; each writes some of its shards.
 
     Args:
         directory: a path, or a `gs://` or `s3://` URL.
@@ -85,9 +85,9 @@ def save(
         The path or URL of the step.
 
     Raises:
-        CheckpointError: on every process, if one of them failed; nothing is then committed.
-        FileExistsError: if an intact checkpoint of this step exists. A damaged one is replaced; otherwise, a run that
-            fell back because of the damage could never get past this step.
+        CheckpointError: on every process, if any process fails; the step is then not committed.
+        FileExistsError: if an intact checkpoint of this step exists. A damaged checkpoint is replaced; otherwise, a run
+            that fell back because of the damage could never get past this step.
     """
     saver = Saver(directory, run_id=run_id, processes=processes)
     return saver._prepared(step, tree, metadata, retention).run()
@@ -97,15 +97,15 @@ def copy_step(source: Path, step: int, target: Path, *, run_id: str, metadata: d
     """Durably copy a step from one local folder to another, as a step of another run.
 
     Args:
-        source: the folder that holds the step.
-        step: the step's number.
-        target: the other folder; created if it does not exist.
-        run_id: the other run's id.
+        source: the folder that contains the step.
+        step: the number of the step.
+        target: the target folder, which is created if it does not exist.
+        run_id: the id of the other run.
         metadata: metadata entries to add or replace.
 
     Raises:
         CheckpointError: if the step is damaged.
-        FileExistsError: if the other folder already holds the step.
+        FileExistsError: if the target folder already contains the step.
     """
     manifest = read_step(source, step)
     storage = DiskStorage(target)
@@ -121,12 +121,12 @@ def copy_step(source: Path, step: int, target: Path, *, run_id: str, metadata: d
 
 
 class Saver:
-    """Saves while training continues: `save` returns once the arrays are copied, and a thread does the rest.
+    """Saves steps while training continues. `save` returns once the arrays are copied, and a thread writes them.
 
     Args:
         directory: a path, or a `gs://` or `s3://` URL.
         run_id: the run's id.
-        processes: the run's processes, which must all make the same calls; by default, only this one.
+        processes: the processes of the run, which must all make the same calls; by default, only this one.
         on_failure: called with the error, in the thread, as soon as a save fails.
 
     Attributes:
@@ -150,7 +150,7 @@ class Saver:
         self._failure: Exception | None = None
 
     def save(self, step: int, tree: Any, *, metadata: dict[str, JSON], retention: Retention) -> None:
-        """Wait for the previous save to end, then start a new one with the arguments of the function `save`.
+        """Wait for the previous save to finish, then start a new one. The arguments are those of the function `save`.
 
         The arrays may be donated as soon as this method returns.
 
@@ -164,7 +164,7 @@ class Saver:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise the last save's error if the save failed. Call this often."""
+        """Raise the error of the last save if it failed. Call this method often."""
         if self._failure is not None:
             raise self._failure
 
@@ -199,7 +199,7 @@ class Saver:
 
 @dataclass(frozen=True)
 class _Save:
-    """One save, as run on each process. The first process chooses the folder, and commits once all have written."""
+    """One save. The first process chooses the folder, and commits the step once all files are written."""
 
     storage: Storage
     step: int
@@ -280,7 +280,7 @@ class _Save:
         return [json.loads(text) for text in texts]
 
     def _by_first(self, name: str, work: Callable[[], Any], patience: float) -> Any:
-        """Do the work on the first process only; every process returns its result or raises its failure."""
+        """Call `work` on the first process only. Every process returns its result or raises its error."""
         text = None
         if self.processes.is_first:
             try:

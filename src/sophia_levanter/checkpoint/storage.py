@@ -1,4 +1,4 @@
-"""Checkpoint storage: a folder on disk or a prefix in a bucket, each with its own way to commit a step."""
+"""Checkpoint storage: a folder on disk or a prefix in a bucket, each with its own way of committing a step."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _LEFTOVER = re.compile(r"step-\d{8,}\.(partial|removed)-[0-9a-f]{32}")
 
 
 class Stage(NamedTuple):
-    """Where a step is written before it is committed.
+    """The location to which a step is written before it is committed.
 
     Attributes:
         folder: a folder in the storage. In a bucket, where folders cannot be renamed, it is the final folder.
-        arrays: the subfolder that holds the arrays.
+        arrays: the subfolder for the arrays.
         replaces: whether the stage replaces a damaged checkpoint of the same step.
     """
 
@@ -46,19 +46,19 @@ class Storage(Protocol):
     location: str
 
     def steps(self) -> list[int]:
-        """The committed steps, ascending."""
+        """Return the committed steps in ascending order."""
         ...
 
     def folder(self, name: str) -> str:
-        """The path or URL of a folder in the storage."""
+        """Return the path or URL of a folder in the storage."""
         ...
 
     def read_manifest(self, step: int) -> bytes:
-        """The content of a committed step's manifest. Raises `CheckpointError` if it cannot be read."""
+        """Return the content of a committed step's manifest. Raise `CheckpointError` if it cannot be read."""
         ...
 
     def check_writable(self) -> None:
-        """Raise an `InputError` if the storage cannot be written to. Call this before the first save."""
+        """Raise an `InputError` if the storage cannot be written to. Call this method before the first save."""
         ...
 
     def new_stage(self, step: int, *, replaces: bool) -> Stage:
@@ -66,35 +66,35 @@ class Storage(Protocol):
         ...
 
     def sync_stage(self, stage: Stage) -> None:
-        """Block until this host's files are durable."""
+        """Block until the files written by this host are durable."""
         ...
 
     def sees(self, file: str) -> bool:
-        """Whether a file that another host has written is visible on this host."""
+        """Return whether a file written by another host is visible on this host."""
         ...
 
     def commit(self, stage: Stage, step: int, manifest: bytes) -> None:
-        """Commit the stage as a step. Raises `FileExistsError` if another save has already committed this step."""
+        """Commit the stage as a step. Raise `FileExistsError` if another save has already committed this step."""
         ...
 
     def discard(self, stage: Stage) -> None:
-        """Remove the files of a failed save, as far as possible.
+        """Remove the files of a failed save as far as possible.
 
-        Raises `CheckpointError` if the stage had already been removed, because that is why the save failed.
+        Raise `CheckpointError` if the stage had already been removed, because this explains why the save failed.
         """
         ...
 
     def remove(self, step: int) -> None:
-        """Remove a committed step. A process killed midway leaves a leftover, not a step that looks complete."""
+        """Remove a committed step. If the process is killed midway, only a leftover remains, not an incomplete step."""
         ...
 
     def remove_leftovers(self) -> None:
-        """Remove what killed saves have left behind. No save may be in progress."""
+        """Remove the leftovers of killed saves. No save may be in progress."""
         ...
 
 
 def storage_at(location: str | Path) -> Storage:
-    """The storage at a path, or at a `gs://` or `s3://` URL.
+    """Return the storage at a path, or at a `gs://` or `s3://` URL.
 
     Raises:
         InputError: if the URL has a different scheme or does not specify a bucket.
@@ -115,7 +115,7 @@ def step_name(step: int) -> str:
 
 
 class DiskStorage:
-    """A folder that the first save creates. A step is written under a temporary name and renamed once it is durable."""
+    """A folder, created by the first save. A step is written under a temporary name and renamed once it is durable."""
 
     def __init__(self, path: Path) -> None:
         self.location = str(path)
@@ -216,7 +216,7 @@ class DiskStorage:
 class BucketStorage:
     """A prefix in a bucket. A step exists once its manifest does; a conditional write lets only one save commit it.
 
-    Each save writes its arrays under its own prefix, which the manifest records, so two saves never mix.
+    Each save writes its arrays under its own prefix, which is recorded in the manifest, so two saves never mix.
     """
 
     def __init__(self, url: str) -> None:
