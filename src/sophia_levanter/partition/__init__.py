@@ -1,1 +1,1 @@
-"""How arrays are placed on devices, and how the processes of a run communicate."""
+"""Placement of arrays on devices, and communication between the processes of a run."""

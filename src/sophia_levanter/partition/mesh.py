@@ -30,9 +30,9 @@ class Partition:
     """How arrays are sharded. Partitions compare by identity, so that compiled functions can be cached per partition.
 
     Attributes:
-        mesh: the devices.
+        mesh: the device mesh.
         compute: the mesh axes that shard each named axis of activations, and of parameters during computation.
-        parameters: the same for stored parameters, optimizer state and gradients.
+        parameters: the same mapping for stored parameters, optimizer state and gradients.
     """
 
     mesh: Mesh
@@ -43,7 +43,7 @@ class Partition:
         """Place a tree on the devices.
 
         Named arrays are sharded according to `parameters`, stacks of square matrices are sharded by matrix or by row,
-        and all other arrays are replicated. Every process must pass the same values, and keeps its part of them.
+        and all other arrays are replicated. All processes must pass the same values; each keeps only its own shards.
         """
 
         def put(x: Any, sharding: NamedSharding) -> Any:
@@ -55,7 +55,7 @@ class Partition:
         return self._map_arrays(put, tree)
 
     def abstract(self, make: Callable[[], Any]) -> Any:
-        """The result of `place(make())` as `jax.ShapeDtypeStruct`s with shardings; nothing is computed."""
+        """Return the result of `place(make())` as `jax.ShapeDtypeStruct`s with shardings, without computing it."""
 
         def describe(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -63,7 +63,7 @@ class Partition:
         return self._map_arrays(describe, eqx.filter_eval_shape(make))
 
     def init_sharded(self, make: Callable[..., Any], *placed: Any) -> Any:
-        """The result of `place(make(*placed))`, computed in shards, so that no device ever holds all of it.
+        """Compute `place(make(*placed))` in shards, so that no device ever holds the whole result.
 
         Args:
             make: a function of arrays. A `jax.tree_util.Partial` of the same function and arguments compiles only once.
@@ -74,7 +74,7 @@ class Partition:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """A context in which named axes follow this partition. Trace and run steps inside it."""
+        """Make this partition the active one, which shards named axes. Trace and run steps inside this context."""
         token = _active.set(self)
         try:
             with hax.partitioning.set_mesh(self.mesh), hax.axis_mapping(self.compute):
@@ -89,11 +89,11 @@ class Partition:
 
     @property
     def row_shards(self) -> int:
-        """The number of shards that a batch's rows are split into."""
+        """The number of shards into which the rows of a batch are split."""
         return math.prod(self.mesh.shape[axis] for axis in self.compute["batch"])
 
     def rows_of_this_process(self, num_rows: int) -> np.ndarray:
-        """The indices of a microbatch's rows on this process's devices, in ascending order, int [row]."""
+        """Return the indices of the microbatch rows on this process's devices, in ascending order, int [row]."""
         sharding = NamedSharding(self.mesh, PartitionSpec(self.compute["batch"]))
         wanted = np.zeros(num_rows, bool)
         for index in sharding.addressable_devices_indices_map((num_rows,)).values():
@@ -118,7 +118,7 @@ class Partition:
         return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, NamedArray))
 
     def _unnamed(self, shape: tuple[int, ...]) -> PartitionSpec:
-        """The sharding of an unnamed array.
+        """Return the partition spec of an unnamed array.
 
         Stacks of square matrices, such as Kronecker bases, are sharded by matrix, or by row if the number of matrices
         is not divisible by the size of the `data` axis. Other arrays are replicated.
@@ -141,11 +141,11 @@ def _init_sharded(partition: Partition, make: Callable[..., Any], placed: tuple[
 
 
 def partition_of(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Partition:
-    """The partition for a configuration. The same arguments return the same object.
+    """Return the partition for a configuration. Calls with the same arguments return the same object.
 
     Args:
-        config: the mesh configuration; by default, rows are sharded over all devices.
-        devices: the devices, which may come from a topology to compile for; by default, all jax devices.
+        config: the mesh configuration; by default, batch rows are sharded over all devices.
+        devices: the devices, which may belong to a topology used only for compilation; by default, all jax devices.
 
     Raises:
         InputError: if the sizes do not fit the devices, or jax cannot start the selected platform.
@@ -172,36 +172,36 @@ def arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
 
 def active_partition() -> Partition | None:
-    """The partition whose `active` context this function is called in, if any."""
+    """Return the partition of the enclosing `Partition.active` context, or None outside such a context."""
     return _active.get()
 
 
 def active_platform() -> str:
-    """The kind of device that code traced here runs on: `cpu`, `gpu` or `tpu`."""
+    """Return the platform on which code traced in this context runs: `cpu`, `gpu` or `tpu`."""
     partition = _active.get()
     return jax.default_backend() if partition is None else partition.platform
 
 
 def is_split() -> bool:
-    """Whether the active partition splits parameters over the `data` axis."""
+    """Return whether the active partition splits parameters over the `data` axis."""
     partition = _active.get()
     return partition is not None and partition.mesh.shape["data"] > 1 and partition.parameters != partition.compute
 
 
 def is_axis_split(name: str) -> bool:
-    """Whether the active partition splits a named activation axis over devices."""
+    """Return whether the active partition splits a named activation axis over devices."""
     partition = _active.get()
     return partition is not None and any(partition.mesh.shape[axis] > 1 for axis in partition.compute.get(name, ()))
 
 
 def row_shards() -> int:
-    """The number of shards that the active partition splits a batch's rows into; 1 without a partition."""
+    """Return the number of shards into which the active partition splits batch rows; 1 without a partition."""
     partition = _active.get()
     return 1 if partition is None else partition.row_shards
 
 
 def shard_params(tree: Any) -> Any:
-    """Inside a compiled function, shard parameters, gradients or optimizer state the way `Partition.place` does."""
+    """Constrain parameters, gradients or optimizer state to `Partition.place` shardings in a compiled function."""
     partition = _active.get()
     if partition is None or partition.mesh.size == 1:
         return tree
@@ -225,8 +225,8 @@ def by_row_shard(tree: Any) -> Any:
 def gather_params(tree: Any) -> Any:
     """Reshard stored parameters for computation. Their gradients are sharded like the stored parameters.
 
-    Under FSDP, the forward pass gathers whole arrays and the backward pass scatters the summed gradients. If a scanned
-    layer calls this function on itself, only one layer's parameters are whole at a time.
+    Under FSDP, the forward pass gathers whole arrays and the backward pass scatters the summed gradients. If each layer
+    in a scan calls this function on its own parameters, only one layer's parameters are gathered at a time.
     """
     partition = _active.get()
     if partition is None or partition.mesh.size == 1:

@@ -1,7 +1,7 @@
-"""Multi-process runs, usually with one process per host: how the processes find each other and exchange messages.
+"""Connecting the processes of a run, usually one per host, and exchanging messages between them.
 
 `Processes` sends messages through jax's coordination service, from any thread and always with a timeout. Busy or hung
-devices do not delay them.
+devices do not delay messages.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.status import FAILURE
 
-# Seconds that jaxlib waits beyond this module's timeout.
+# Extra seconds before the timeout in jaxlib, so that the timeout in this module takes effect first.
 JAXLIB_MARGIN = 60
 
 
 def start_processes(config: MeshConfig) -> None:
-    """Wait for the run's other processes, if there are any. Call this function before anything else uses jax.
+    """Connect to the other processes of the run, if any. Call this function before anything else uses jax.
 
-    If they do not connect within `mesh.start_timeout`, prints one line and exits with status 1.
+    If the processes do not connect within `mesh.start_timeout` seconds, print one line and exit with status 1.
 
     Raises:
-        InputError: if no cluster environment describes the processes, or their number is not `mesh.num_processes`.
+        InputError: if no cluster environment is detected, or the number of processes is not `mesh.num_processes`.
     """
     if config.coordinator is None or jax.distributed.is_initialized():
         return
@@ -92,7 +92,7 @@ def _first_line(error: Exception) -> str:
 
 
 def all_devices() -> list[jax.Device]:
-    """The devices of all processes.
+    """Return the devices of all processes.
 
     Raises:
         InputError: if jax cannot start the selected platform.
@@ -104,7 +104,7 @@ def all_devices() -> list[jax.Device]:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes files and prints.
+    """Return whether this is the process that writes files and prints output.
 
     Raises:
         InputError: if jax cannot start the selected platform.
@@ -138,23 +138,23 @@ def wait_for_all(name: str) -> None:
 
 
 def all_stop(step: int, signalled: bool) -> bool:
-    """Whether all processes stop before this step, because one received a signal and all agree on the step."""
+    """Return whether all processes should stop before this step because one of them received a signal."""
     if jax.process_count() == 1:
         return signalled
     return bool(multihost_utils.reached_preemption_sync_point(step))
 
 
-# Seconds that a process waits for another, on top of the time that it spent on the same work itself.
+# Seconds that a process waits for another, in addition to the time that it spent on the same work itself.
 PATIENCE = 120.0
 
 
 class NoAnswer(Exception):
-    """A process did not answer in time. The message is one line that contains the process's number."""
+    """Raised if a process does not answer in time. The message is one line that contains the number of the process."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes in a run. Every message has a unique name, which all processes use.
+    """The processes in a run. Each message has a unique name, which is the same on all processes.
 
     Attributes:
         index: the number of this process.
@@ -173,7 +173,7 @@ class Processes:
         return self.index == 0
 
     def gather(self, name: str, text: str, timeout: float) -> list[str]:
-        """Gather the texts of all processes on the first; the others get an empty list and do not wait.
+        """Gather the texts of all processes on the first process. The others return an empty list without waiting.
 
         Raises:
             NoAnswer: if a text does not arrive within `timeout` seconds.
@@ -184,7 +184,7 @@ class Processes:
         return []
 
     def broadcast(self, name: str, text: str | None, timeout: float) -> str:
-        """Send the first process's text to all processes; texts from the others are ignored.
+        """Return the text of the first process on all processes. Texts from other processes are ignored.
 
         Raises:
             NoAnswer: if the text does not arrive within `timeout` seconds.
@@ -197,12 +197,12 @@ class Processes:
         return text
 
     def first_failure(self, name: str, failure: str | None, timeout: float) -> str | None:
-        """Return, on every process, the failure of the lowest-numbered process that failed; None if none failed."""
+        """Return, on every process, the failure of the lowest-numbered process that failed, or None if none failed."""
         failures = [text for text in self.gather(f"{name}/failures", failure or "", timeout) if text]
         return self.broadcast(f"{name}/failure", failures[0] if failures else "", timeout) or None
 
     def on_process_zero(self, name: str, work: Callable[[], None]) -> None:
-        """Do the work on process zero only. If it raises an `InputError`, all processes raise it."""
+        """Call `work` on process zero only. If it raises an `InputError`, all processes raise it."""
         raised = None
         if self.is_first:
             try:
@@ -213,7 +213,7 @@ class Processes:
             raise raised or InputError(failure)
 
     def forget(self, name: str) -> None:
-        """On the first process, delete all messages under a name. All processes must have read them."""
+        """Delete all messages under a name, on the first process only. All processes must have read the messages."""
         if self.is_first and self.count > 1:
             _client().key_value_delete(f"sophia_levanter/{name}/")
 
