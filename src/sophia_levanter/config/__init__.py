@@ -1,4 +1,4 @@
-"""All settings of a training run, each declared once with its default, help text and bounds. Does not import jax."""
+"""Settings of a training run, each declared once with its default, help text and bounds. Does not import jax."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["TrainConfig"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use, because the launcher's process on a host only needs to parse a command line.
+    # Import on first use, because the launcher's process on each host only parses a command line.
     if name in __all__:
         from sophia_levanter.config import run
 

@@ -1,4 +1,4 @@
-"""The argument parser for all commands. It avoids slow imports, so that mistakes are reported immediately."""
+"""Parse the command lines of all commands. Slow imports are avoided, so that mistakes are reported immediately."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Arguments:
 
     Attributes:
         options: option values, keyed by option name, including the dashes.
-        flags: names of the given options that take no value.
+        flags: names of the flags (options without a value) that were given.
         overrides: dotted field paths and values, as typed in `--SECTION.FIELD VALUE`.
         words: the positional arguments.
-        repeated: the values of each repeatable option, in order.
+        repeated: values of repeatable options in the order given, keyed by option name.
     """
 
     options: dict[str, str] = field(default_factory=dict)
@@ -30,10 +30,10 @@ class Arguments:
     repeated: dict[str, list[str]] = field(default_factory=dict)
 
     def needed(self, name: str, placeholder: str, hint: str) -> str:
-        """The value of a required option.
+        """Return the value of a required option.
 
         Raises:
-            InputError: if it is missing.
+            InputError: if the option is missing.
         """
         if name not in self.options:
             raise InputError(f"{name} {placeholder} is missing; {hint}")
@@ -44,7 +44,7 @@ def whole_number(name: str, text: str) -> int:
     """Parse an option's value as an integer.
 
     Raises:
-        InputError: if it is not an integer from 0 to 999,999,999.
+        InputError: if the value is not an integer from 0 to 999,999,999.
     """
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         shown = text if len(text) < 20 else f"{text[:20]}…"
@@ -53,7 +53,7 @@ def whole_number(name: str, text: str) -> int:
 
 
 def chosen(given: Sequence[str], verbs: Collection[str]) -> tuple[str, list[str]]:
-    """Split a command line into its verb and the arguments after it.
+    """Split a command line into a verb and the verb's arguments.
 
     Raises:
         InputError: if the verb is missing or unknown; the message suggests the nearest verb.
@@ -78,7 +78,7 @@ def parse_arguments(
     overrides: bool = False,
     words: bool = False,
 ) -> Arguments:
-    """Parse a command line. A value follows its option as the next word or after `=`.
+    """Parse a command line. The value of an option is the next word or follows `=`.
 
     Args:
         given: the command line.

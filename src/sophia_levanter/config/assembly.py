@@ -1,4 +1,4 @@
-"""Build a run's optimizer: the chosen type, inside the wrappers that the shared settings request."""
+"""Build a run's optimizer: an optimizer of the selected type, with the wrappers requested by the shared settings."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _METHODS = ("init", "update", "refresh_due", "metrics", "estimator", "estimator_
 
 @lru_cache(maxsize=8)
 def build_optimizer(config: OptimizerConfig, num_train_steps: int, model: ModelConfig | None = None) -> Optimizer:
-    """Build the optimizer for a run of `num_train_steps` steps. Equal arguments return the same object.
+    """Build the optimizer for a run of `num_train_steps` steps. Calls with equal arguments return the same object.
 
     Args:
-        config: its settings.
-        num_train_steps: the number of steps that schedules cover.
-        model: the model's settings, for its `parametrization`; None for `standard`.
+        config: the optimizer's settings.
+        num_train_steps: the number of steps covered by schedules.
+        model: the model's settings, which include the `parametrization`; None for `standard`.
 
     Raises:
-        InputError: if a plug-in's optimizer cannot be built, lacks a required method, or does not fit the
-            parametrization.
+        InputError: if an optimizer from a plug-in cannot be built or lacks a required method, or if the optimizer does
+            not support the parametrization.
     """
     from sophia_levanter.models.language_model import hyperball_matrices, parameter_roles
     from sophia_levanter.optim import CautiousWeightDecay, Hyperball, ParameterGroups
@@ -77,17 +77,17 @@ def _build(config: OptimizerConfig, num_train_steps: int) -> Any:
 def check_optimizer(
     config: OptimizerConfig, model_config: ModelConfig, vocab_size: int, *, resumes: bool = False
 ) -> None:
-    """Check that an optimizer fits a model.
+    """Check that an optimizer's settings are valid for a model.
 
     Args:
         config: the optimizer's settings.
         model_config: the model's settings.
         vocab_size: number of tokens in the tokenizer.
-        resumes: whether a run resumes with these settings; a group's weight decay may then have no effect.
+        resumes: whether a run is being resumed. If so, a group's weight decay is allowed to have no effect.
 
     Raises:
-        InputError: if a group matches no parameter; if `hyperball` is set and the model has no matrices; or if a group
-            decays only matrices whose norms the hyperball preserves.
+        InputError: if a group matches no parameters, if `hyperball` is set but the model has no matrices, or if a group
+            sets a weight decay but contains only matrices with norms fixed by the hyperball.
     """
     from sophia_levanter.models.language_model import abstract_model, paths_on_hyperball
 
@@ -111,7 +111,7 @@ def check_optimizer(
 
 
 def describe_transfer(config: TrainConfig) -> str | None:
-    """`mup, 4 x the base width and 1 x the base depth, logits x 0.25, ...`; None if mup changes nothing."""
+    """Describe the effect of mup (`mup, 4 x the base width and 1 x the base depth, ...`); None if it has no effect."""
     growth, factors = config.model.growth, config.model.forward_factors()
     if growth == (1, 1) and set(factors.values()) <= {1.0}:
         return None

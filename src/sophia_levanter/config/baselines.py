@@ -1,4 +1,4 @@
-"""Settings of the optimizers that Sophia is compared with. jax is imported only when one is built."""
+"""Settings of the baseline optimizers. jax is imported only when an optimizer is built."""
 
 from __future__ import annotations
 

@@ -27,13 +27,13 @@ Root = TypeVar("Root")
 
 @dataclass
 class Schema:
-    """The keys that a configuration may have, given the types that it chooses.
+    """The keys allowed in a configuration, given its selected section types.
 
     Attributes:
-        fields: the annotation of each field, keyed by the field's path, such as `optimizer.rho`.
-        sections: the dataclass of each section, keyed by the section's path; the root's path is empty.
-        choices: the registry of each section that has a choice of types, keyed by the section's path.
-        former: the current path of each renamed field, keyed by its path in the last release.
+        fields: type annotations of fields, keyed by path, such as `optimizer.rho`.
+        sections: dataclasses of sections, keyed by path. The path of the root is empty.
+        choices: registries for sections with a selectable type, keyed by path.
+        former: current paths of renamed fields, keyed by their paths in the previous release.
     """
 
     fields: dict[str, Any] = field(default_factory=dict)
@@ -42,12 +42,12 @@ class Schema:
     former: dict[str, str] = field(default_factory=dict)
 
     def suggestion(self, key: str, prefix: str = "", options: Collection[str] = ()) -> str:
-        """Suggest what to write in place of an unknown key.
+        """Suggest a replacement for an unknown key.
 
         Args:
             key: the path of the unknown key.
-            prefix: the prefix that the user writes before field names, such as `--` on a command line.
-            options: names of options that are not fields.
+            prefix: the prefix for field names, such as `--` on a command line.
+            options: names of valid options that are not fields.
         """
         section, _, name = key.rpartition(".")
         of = key if key in self.sections else section if section in self.sections else ""
@@ -74,7 +74,7 @@ class Schema:
         return [path for path in self.sections if path and "." not in path]
 
     def _described(self, path: str) -> str:
-        """A section and its type: `optimizer (type adamw)`."""
+        """Format a section's path and type, as in `optimizer (type adamw)`."""
         if path not in self.choices:
             return path
         registry = self.choices[path]
@@ -83,24 +83,24 @@ class Schema:
 
 
 def _initials(name: str) -> str:
-    """`lr` for `learning_rate`; empty for a name that is a single word."""
+    """Return the initials of a name, such as `lr` for `learning_rate`. A single word has no initials."""
     return "".join(word[:1] for word in name.split("_")) if "_" in name else ""
 
 
 def choice_key(registry: type[ChoiceRegistry]) -> str:
-    """The key that selects a section's type: `type`, or the registry's `choice_key`."""
+    """Return the key that selects a section's type: the registry's `choice_key`, or `type` by default."""
     return getattr(registry, "choice_key", "type")
 
 
 def schema(root: type, settings: Layer | None = None) -> Schema:
-    """The keys that a configuration may have.
+    """Return the keys allowed in a configuration.
 
     Args:
         root: the dataclass, or registry of dataclasses, for the whole configuration.
-        settings: settings that may choose types; the other sections have their default types.
+        settings: settings that may select section types. All other sections have their default types.
 
     Raises:
-        InputError: if a chosen type is not registered.
+        InputError: if a selected type is not registered.
     """
     found = Schema()
     _add_section(found, root, "", settings or {}, dataclasses.MISSING)
@@ -108,10 +108,10 @@ def schema(root: type, settings: Layer | None = None) -> Schema:
 
 
 def build(root: type[Root], layers: Sequence[Layer]) -> Root:
-    """Build the configuration from layers of settings; later layers override earlier ones.
+    """Build a configuration from layers of settings. Later layers override earlier ones.
 
-    A layer that changes a section's type keeps the fields that both types inherit from a class marked `is_family`, or
-    else from the registry. It drops all other fields that earlier layers set in the section.
+    When a layer changes a section's type, the section keeps the fields that both types inherit from a class marked
+    `is_family`, or from the registry if there is no such class. Other fields set by earlier layers are dropped.
 
     Raises:
         InputError: if a key is unknown, or a value has the wrong type or is out of range.
@@ -131,12 +131,12 @@ def build(root: type[Root], layers: Sequence[Layer]) -> Root:
 
 
 def encode(config: Any) -> Any:
-    """Convert a configuration, or a part of it, to plain values. A section with only a type becomes the type's name."""
+    """Convert a configuration or section to plain values. A section with only a `type` becomes the type's name."""
     return _shorten(draccus.encode(config))
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """The values that `encode` returns, keyed by dotted path."""
+    """Flatten the output of `encode` to a dict keyed by dotted path."""
     tree = encode(config) if not prefix else config
     values: dict[str, Any] = {}
     for name, value in tree.items():
@@ -172,18 +172,18 @@ def _add_section(found: Schema, kind: Any, path: str, settings: Layer, default: 
 
 
 def _is_setting(hint: Any) -> bool:
-    """Whether `convert_value` supports a type."""
+    """Return whether `convert_value` supports a type."""
     others = (tuple, Mapping, Literal)
     return all(kind in EXPECTED or kind is NoneType or typing.get_origin(kind) in others for kind in kinds_of(hint))
 
 
 def _takes_mapping(hint: Any) -> bool:
-    """Whether a type accepts a mapping of names to strings."""
+    """Return whether a type accepts a mapping from names to strings."""
     return any(typing.get_origin(kind) is Mapping for kind in kinds_of(hint))
 
 
 def _chosen(registry: type[ChoiceRegistry], key: str, settings: Layer, default: Any) -> type:
-    """The chosen or default type of a section; the registry itself if it has neither."""
+    """Return the selected or default type of a section, or the registry itself if there is neither."""
     if key not in settings:
         return registry if default is dataclasses.MISSING else type(default())
     types, setting = registry.get_known_choices(), settings[key]
@@ -194,7 +194,7 @@ def _chosen(registry: type[ChoiceRegistry], key: str, settings: Layer, default: 
 
 
 def _put_on_top(root: type, settings: Layer, layer: Layer) -> Layer:
-    """Merge a layer into settings. If a section's type changes, drop the fields of the old type."""
+    """Merge a layer into settings. If a section's type changes, drop the fields specific to the old type."""
     before = schema(root, settings)
     layer = _with_present_names(before.former, layer)
     settings = _without_other_kind(before.fields, settings, layer)
@@ -214,10 +214,10 @@ def _put_on_top(root: type, settings: Layer, layer: Layer) -> Layer:
 
 
 def _without_other_kind(fields: Mapping[str, Any], settings: Layer, layer: Layer) -> Layer:
-    """Drop a field's settings if `layer` changes it from a single value to a mapping, or vice versa.
+    """Drop the settings of each field that `layer` changes from a single value to a mapping, or vice versa.
 
     Raises:
-        InputError: if `layer` has both for one field.
+        InputError: if `layer` sets a field both to a single value and to a mapping.
     """
     for name in [name for name, kind in fields.items() if len(kinds_of(kind)) > 1 and _takes_mapping(kind)]:
         below = [key for key in layer if key.startswith(f"{name}.")]
@@ -231,7 +231,7 @@ def _without_other_kind(fields: Mapping[str, Any], settings: Layer, layer: Layer
 
 
 def _with_present_names(former: Mapping[str, str], layer: Layer) -> Layer:
-    """Replace the former names of settings with the current ones.
+    """Replace former setting names with current ones.
 
     Raises:
         InputError: if a setting is given under both names.
@@ -246,7 +246,7 @@ def _with_present_names(former: Mapping[str, str], layer: Layer) -> Layer:
     return {former.get(name, name): setting for name, setting in layer.items()}
 
 
-_warned: set[str] = set()  # former names that this process has reported
+_warned: set[str] = set()  # former names already reported by this process
 
 
 def _add_value(found: Schema, values: dict[str, Any], key: str, setting: Setting) -> None:
@@ -262,7 +262,7 @@ def _add_value(found: Schema, values: dict[str, Any], key: str, setting: Setting
     elif field is not None and setting.file is not None:
         if _takes_mapping(found.fields[field]):
             raise InputError(f"{setting.prefix}{parent} is a mapping; it must be a quoted string")
-        convert_value(field, Setting({}, setting.file), found.fields[field])  # raises: the value is a mapping
+        convert_value(field, Setting({}, setting.file), found.fields[field])  # raises, because the value is a mapping
     elif key not in found.sections:
         what, dashes = ("unknown option", "--") if setting.file is None else ("unknown key", "")
         options = ("--config", "--resume") if dashes else ()
@@ -317,7 +317,7 @@ def convert_value(key: str, setting: Setting, annotation: Any) -> Any:
 
 
 def _convert_item(key: str, setting: Setting, kind: Any) -> Any:
-    """Convert a list item: a scalar, or a mapping with a dataclass's fields."""
+    """Convert a list item, which is a scalar or a mapping with the fields of a dataclass."""
     if not dataclasses.is_dataclass(kind):
         return convert_value(key, setting, kind)
     if not isinstance(setting.value, dict):

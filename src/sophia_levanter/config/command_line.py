@@ -1,4 +1,4 @@
-"""The command line for a training run: `--help`, and parsing into a TrainConfig. It avoids slow imports."""
+"""Parse the command line of a training run into a TrainConfig, and format its help text. Slow imports are avoided."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HELP_COLUMN = 60
 
 
 def help_text() -> str:
-    """The usage, followed by the type, default and help text of each field, section by section."""
+    """Return the usage, followed by the type, default and help text of each field, grouped by section."""
     found, parts = schema(TrainConfig), [USAGE]
     for path, cls in found.sections.items():
         if path and path not in found.choices:
@@ -51,7 +51,7 @@ def help_text() -> str:
 
 
 def _section_help(title: str, section: str, cls: type) -> str:
-    # A dataclass without a docstring gets its signature as its docstring.
+    # By default, the docstring of a dataclass is its signature.
     doc = cls.__doc__ or ""
     summary = cls.__name__ if not doc or doc.startswith(f"{cls.__name__}(") else doc.splitlines()[0]
     lines = [f"{title}: {summary}"]
@@ -62,7 +62,7 @@ def _section_help(title: str, section: str, cls: type) -> str:
 
 
 def fields_of(cls: type) -> list[tuple[dataclasses.Field, object]]:
-    """The fields of a section and their types, excluding subsections."""
+    """Return the fields of a section and their types, excluding subsections."""
     hints = typing.get_type_hints(cls)
     fields = [(found, hints[found.name]) for found in dataclasses.fields(cls)]
     return [(found, annotation) for found, annotation in fields if not dataclasses.is_dataclass(annotation)]
@@ -84,10 +84,10 @@ class Command:
     Attributes:
         config: the resolved configuration; None only if `help` is set.
         config_name: the config file's name without its suffix; with `--resume DIR`, the run directory's name.
-        resume: a run directory to continue; "auto" to continue the run in `config.trainer.run_dir` if one exists.
+        resume: the run directory to resume; "auto" to resume the run in `config.trainer.run_dir` if it exists.
         print_config: whether to print the configuration instead of training.
         quiet: whether to print only warnings and the result.
-        help: the text to print instead of doing anything else.
+        help: the help text to print instead of training.
     """
 
     config: TrainConfig | None = None
@@ -99,10 +99,10 @@ class Command:
 
 
 def parse_command_line(argv: Sequence[str]) -> Command:
-    """Parse the command line that `--help` shows.
+    """Parse the command line described in `--help`.
 
-    A value follows its option as the next word or after `=`. The last value for a field takes effect. `--resume DIR`
-    reads DIR/config.yaml instead of the file given by `--config`.
+    The value of an option is the next word or follows `=`. If a field is given more than once, the last value takes
+    effect. With `--resume DIR`, the configuration is read from DIR/config.yaml instead of a `--config` file.
 
     Raises:
         InputError: if an argument, a file or a value is invalid.
@@ -133,11 +133,11 @@ def parse_command_line(argv: Sequence[str]) -> Command:
 
 
 def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> TrainConfig:
-    """Read a configuration file and the files under its `defaults:`, and apply `overrides`.
+    """Read a configuration file and the files listed under its `defaults:`, then apply `overrides`.
 
-    The last file or override that sets a field takes effect. Changing `optimizer.type` keeps the fields that all
-    optimizers share (`OptimizerConfig`: the learning rate, its schedule, weight decay) and drops those of the previous
-    type (b1, rho, ...).
+    If a field is set more than once, the last value takes effect. Changing `optimizer.type` keeps the fields shared by
+    all optimizers (`OptimizerConfig`: the learning rate, its schedule, weight decay) and drops those specific to the
+    previous type (b1, rho, ...).
 
     Args:
         path: a YAML file.
@@ -152,7 +152,7 @@ def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> TrainC
 
 
 def build_config(files: Sequence[Layer], overrides: Layer | None = None) -> TrainConfig:
-    """Build the configuration from the settings in files. Later files override earlier ones; `overrides` come last.
+    """Build a configuration from the settings in files. Later files override earlier ones; `overrides` override all.
 
     Raises:
         InputError: if a key is unknown, or a value has the wrong type or is out of range.
@@ -164,8 +164,8 @@ def config_in(tree: Mapping[str, Any], source: Path) -> TrainConfig:
     """Build a configuration from the output of `encode`.
 
     Args:
-        tree: sections with their fields.
-        source: the file to name in messages.
+        tree: the sections and their fields.
+        source: the file to name in error messages.
 
     Raises:
         InputError: if a key is unknown, or a value has the wrong type or is out of range.
@@ -174,7 +174,7 @@ def config_in(tree: Mapping[str, Any], source: Path) -> TrainConfig:
 
 
 def dump_config(config: TrainConfig) -> str:
-    """Format a configuration as YAML that `load_config` reads back as an equal configuration."""
+    """Format a configuration as YAML. Reading it with `load_config` returns an equal configuration."""
     return dump_yaml(encode(config))
 
 

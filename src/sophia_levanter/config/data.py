@@ -1,4 +1,4 @@
-"""Data settings. This module avoids slow imports, so that a command line is checked immediately."""
+"""Data settings. Slow imports are avoided, so that command lines are checked immediately."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sophia_levanter.files import check_utf8
 
 @dataclass(frozen=True)
 class MixturePart(Settings):
-    """One of the training texts in a mixture."""
+    """A training text in a mixture."""
 
     section: ClassVar[str] = "data.train"
 
@@ -27,8 +27,8 @@ class DataConfig(Settings):
     """The training and validation texts, and how they are tokenized.
 
     Raises:
-        InputError: if a value is out of bounds, a mixture has no validation text, or the name of a validation set is
-            invalid.
+        InputError: if a value is out of bounds, a mixture is given without a validation text, or a validation set has
+            an invalid name.
     """
 
     section: ClassVar[str] = "data"
@@ -75,7 +75,7 @@ class DataConfig(Settings):
             _check_sets(self.validation)
 
     def __hash__(self) -> int:
-        # The generated hash fails if `validation` is a mapping.
+        # The generated hash function fails if `validation` is a mapping, because mappings are not hashable.
         return hash((self.train, frozenset(self.validation_sets.items()), self.tokenizer, self.cache_dir))
 
     @property
@@ -85,10 +85,10 @@ class DataConfig(Settings):
 
     @property
     def validation_sets(self) -> dict[str, str]:
-        """The source of each validation set, keyed by the set's name.
+        """The sources of the validation sets, keyed by name.
 
         The name is empty if `validation` is a single source. The mapping is empty if part of the training text is held
-        out.
+        out instead.
         """
         if self.validation is None:
             return {}
@@ -96,7 +96,7 @@ class DataConfig(Settings):
 
 
 def validation_field(name: str) -> str:
-    """The field that specifies a validation set's source: `data.validation` or `data.validation.NAME`."""
+    """Return the field that specifies a validation set's source: `data.validation` or `data.validation.NAME`."""
     return f"data.validation.{name}" if name else "data.validation"
 
 
@@ -110,11 +110,11 @@ def _check_sets(sets: Mapping[str, str]) -> None:
 
 
 def check_name(field: str, name: str) -> None:
-    """Check a name that becomes part of metric names.
+    """Check a name that will be part of metric names.
 
     Raises:
         InputError: if the name is invalid; the message lists the allowed characters.
     """
-    # `encode` shortens a mapping whose only key is `type`.
+    # `type` is reserved, because `encode` shortens a mapping whose only key is `type`.
     if name == "type" or not re.fullmatch("[A-Za-z0-9_-]+", name):
         raise InputError(f"{field}: {name!r} is not a valid name; use letters, digits, _ and - ('type' is reserved)")

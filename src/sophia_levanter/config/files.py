@@ -1,4 +1,4 @@
-"""Configuration files: strict YAML with an optional `defaults:` list of files to include.
+"""Read and write configuration files: strict YAML with an optional `defaults:` list of files to include.
 
 Only mappings, lists and YAML 1.2 scalars are accepted. `6e-4` is a number; `yes`, `0123` and `12:30` are strings.
 Duplicate keys, anchors, aliases and tags are rejected, so a file can never construct arbitrary Python objects.
@@ -19,25 +19,25 @@ from sophia_levanter.errors import InputError, shortened
 from sophia_levanter.files import read_regular
 
 DEFAULTS_KEY = "defaults"
-MOST_BYTES = 1 << 20  # in a file
-MOST_SHOWN = 200  # characters of a value in an error message
-MOST_FILES = 100  # in one configuration; a file that is listed twice counts twice
+MOST_BYTES = 1 << 20  # per file
+MOST_SHOWN = 200  # maximum number of characters shown for a value in an error message
+MOST_FILES = 100  # per configuration; a file listed twice counts twice
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A field's value and the file that sets it; the file is None if the command line sets it."""
+    """The value of a field and the file that sets it. The file is None for values from the command line."""
 
     value: object
     file: Path | None = None
 
     @property
     def prefix(self) -> str:
-        """The start of an error message about this setting."""
+        """The prefix of error messages about this setting."""
         return "" if self.file is None else f"{self.file}: "
 
 
-# NUL and lone surrogates, except those that encode bytes of file names that are not UTF-8.
+# NUL and lone surrogates, except for the surrogates that represent invalid UTF-8 bytes in file names.
 _NOT_TEXT = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
 # The settings from one source, keyed by dotted path: {"optimizer.rho": Setting(0.03, file)}.
@@ -86,12 +86,12 @@ for _tag, _pattern, _first in (
 
 
 class _Dumper(yaml.SafeDumper):
-    # Use the loader's resolvers, so that only strings that the loader would not read as strings are quoted.
+    # Use the loader's resolvers, so that a string is quoted only if the loader would otherwise read another type.
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """Format a tree as YAML that `read_layers` reads back as the same values. Keys keep their order."""
+    """Format a tree as YAML, preserving the order of keys. Reading it with `read_layers` returns the same values."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -115,10 +115,10 @@ def show_value(value: object) -> str:
 
 
 def read_layers(path: Path) -> list[Layer]:
-    """Read the files that `path` lists under `defaults:`, depth first, then `path`. Later layers take precedence.
+    """Read the files listed under `defaults:` in `path`, depth first, then `path`. Later layers take precedence.
 
     Raises:
-        InputError: if a file is missing, is not strict YAML or includes itself, or there are too many files.
+        InputError: if a file is missing, is not strict YAML or includes itself, or if there are too many files.
     """
     return _read_layers(path, (), itertools.count(1))
 
@@ -174,8 +174,8 @@ def flatten(tree: Mapping[Any, Any], file: Path, prefix: str = "") -> Layer:
 
     Args:
         tree: the sections, as read from YAML.
-        file: the file to name in messages.
-        prefix: prepended to each path.
+        file: the file to name in error messages.
+        prefix: the prefix to add to each path.
 
     Raises:
         InputError: if a key contains a dot.

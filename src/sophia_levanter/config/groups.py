@@ -1,4 +1,4 @@
-"""Settings for parameter groups. jax is imported only when a group is built or matched to a model."""
+"""Settings for parameter groups. jax is imported only when a group is built or matched against a model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sophia_levanter.errors import InputError
 if TYPE_CHECKING:
     from sophia_levanter.optim import ParameterGroup
 
-ROLES = ("embedding", "head", "matrix", "vector")  # the roles in `LanguageModel.parameter_roles`
+ROLES = ("embedding", "head", "matrix", "vector")  # the roles assigned by `LanguageModel.parameter_roles`
 
 
 @dataclass(frozen=True)
 class GroupConfig(Settings):
-    """Parameters with their own learning rate or weight decay."""
+    """A group of parameters with its own learning rate or weight decay."""
 
     section: ClassVar[str] = "optimizer.groups"
 
@@ -46,13 +46,13 @@ class GroupConfig(Settings):
             )
 
     def build(self, peak: float) -> ParameterGroup:
-        """Build the group for an optimizer with the peak learning rate `peak`."""
+        """Build the group for an optimizer with peak learning rate `peak`."""
         from sophia_levanter.optim import ParameterGroup
 
         return ParameterGroup(self.match, self.factor(peak) or 0.0, self.weight_decay, self.role)
 
     def factor(self, peak: float) -> float | None:
-        """The factor on the optimizer's learning rate; None if `learning_rate` is invalid."""
+        """Return the group's learning rate as a multiple of `peak`, or None if `learning_rate` is invalid."""
         if isinstance(self.learning_rate, int | float):
             return self.learning_rate / peak if self.learning_rate >= 0 else None
         found = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?) ?x", self.learning_rate.strip())
@@ -63,10 +63,10 @@ class GroupConfig(Settings):
 
 
 def check_groups(groups: Sequence[ParameterGroup], model: Any) -> dict[str, int]:
-    """The group index of each parameter that belongs to a group, keyed by the parameter's path.
+    """Map the path of each parameter that belongs to a group to the index of the group.
 
     Raises:
-        InputError: if a group matches no parameter.
+        InputError: if a group matches no parameters.
     """
     from sophia_levanter.models.language_model import parameter_roles
     from sophia_levanter.optim import groups_of

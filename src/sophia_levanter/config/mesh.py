@@ -1,4 +1,4 @@
-"""Mesh settings, and checks against a model, a number of devices and a launcher. Does not import jax."""
+"""Mesh settings, and checks that they fit the model, the devices and the launcher. Does not import jax."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sophia_levanter.errors import InputError, Problems
 MESH_AXES = ("replica", "data", "sequence", "model")
 TENSOR_AXES = ("heads", "mlp", "vocab")
 
-# The variables that launchers set to the number of processes, each with the other variables that must also be set.
-# In Slurm, only the step's number counts: a job script and a shell in an allocation are single processes, but may have
-# SLURM_NTASKS and SLURM_PROCID too.
+# Environment variables that launchers set to the number of processes, each with the variables that must accompany it.
+# In Slurm, only the number of tasks in the step counts: a job script or a shell in an allocation is a single process,
+# even if SLURM_NTASKS and SLURM_PROCID are set.
 PROCESS_COUNTS = {
     "SLURM_STEP_NUM_TASKS": ("SLURM_STEP_ID", "SLURM_PROCID"),  # srun
     "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_RANK",),  # Open MPI's mpirun
@@ -80,7 +80,7 @@ class MeshConfig(Settings):
             raise InputError(f"mesh.process_id is {this}; it must be from 0 to {count - 1} (mesh.num_processes - 1)")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """The size of each mesh axis on `num_devices` devices, in mesh order.
+        """Return the size of each mesh axis for `num_devices` devices, in mesh order.
 
         Raises:
             InputError: if the product of the sizes is not `num_devices`; the message suggests sizes that fit.
@@ -113,13 +113,13 @@ class MeshConfig(Settings):
 
     @property
     def compute_mapping(self) -> dict[str, tuple[str, ...]]:
-        """The mesh axes that split each named axis of activations, and of parameters while they are in use."""
+        """The mesh axes over which each named axis is sharded in activations, and in parameters while they are used."""
         named = {name: getattr(self, name) for name in (*TENSOR_AXES, "position")} | {"kv_heads": self.heads}
         return {"batch": ("replica", "data")} | {name: (axis,) for name, axis in named.items() if axis is not None}
 
     @property
     def parameter_mapping(self) -> dict[str, tuple[str, ...]]:
-        """The mesh axes that split each named axis of stored parameters, optimizer state and gradients."""
+        """The mesh axes over which each named axis is sharded in stored parameters, optimizer state and gradients."""
         mapping = self.compute_mapping
         if self.fsdp is not None:
             mapping[self.fsdp] = (*mapping.get(self.fsdp, ()), "data")
@@ -127,14 +127,14 @@ class MeshConfig(Settings):
 
 
 def check_launcher(config: MeshConfig, environment: Mapping[str, str]) -> None:
-    """Refuse to run as one of several unconnected processes, because each would train its own model.
+    """Check that this is not one of several unconnected processes, each of which would train its own model.
 
     Args:
         config: the mesh settings; `mesh.coordinator` connects the processes.
         environment: the environment variables of this process.
 
     Raises:
-        InputError: if a launcher started several unconnected processes; the message names the launcher's variable.
+        InputError: if a launcher started several unconnected processes; the message names the environment variable.
     """
     if config.coordinator is not None:
         return
@@ -155,13 +155,13 @@ def check_divides(
     *,
     of: tuple[str, int] | None = None,
 ) -> None:
-    """Check that the sizes of named axes are divisible by the mesh axes that split them.
+    """Check that the size of each named axis is divisible by the number of devices over which the axis is sharded.
 
     Args:
         sizes: the size of each mesh axis.
-        mapping: the mesh axes that split each named axis.
+        mapping: the mesh axes over which each named axis is sharded.
         axes: for each named axis, the configuration field that sets its size, and the size.
-        of: a field and its size, which the suggested size must divide.
+        of: a field and its value. If given, suggested sizes divide this value.
 
     Raises:
         InputError: if a size is not divisible; the message names each field, the mesh axes and the nearest valid size.
@@ -174,7 +174,7 @@ def check_divides(
             named = [f"mesh.{axis} {count}" if len(over) > 1 else f"mesh.{axis}" for axis, count in over.items()]
             nearest = nearest_multiple(size, parts, of[1] if of else None)
             multiple = f"a multiple of {parts}" + (f" that divides {of[0]} {of[1]}" if of else "")
-            setting = name.removeprefix("kv_")  # mesh.heads splits both kinds of heads
+            setting = name.removeprefix("kv_")  # mesh.heads applies to key/value heads too
             or_else = f"mesh.{setting} null" if setting in (*TENSOR_AXES, "position") else "a smaller mesh"
             with problems:
                 raise InputError(
@@ -185,6 +185,6 @@ def check_divides(
 
 
 def nearest_multiple(size: int, parts: int, of: int | None = None) -> int:
-    """The multiple of `parts` nearest to `size` that divides `of`, if given. `of` must be a multiple of `parts`."""
+    """Return the multiple of `parts` nearest to `size` that divides `of` (if given, a multiple of `parts`)."""
     multiples = range(parts, max(size + parts, of or 0) + 1, parts)
     return min((n for n in multiples if of is None or of % n == 0), key=lambda n: abs(n - size))

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from sophia_levanter.models.language_model import LanguageModel
 
 VOCAB_MULTIPLE = 128
-LARGEST = 2**20  # upper bound on a model's sizes
+LARGEST = 2**20  # upper bound for size settings
 
 
 class Growth(NamedTuple):
-    """The width and depth of a model relative to the base model, at which its hyper-parameters were tuned."""
+    """A model's width and depth relative to the base model, for which the hyper-parameters were tuned."""
 
     width: float = 1.0
     depth: float = 1.0
@@ -29,7 +29,7 @@ class Growth(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelConfig(Settings, ChoiceRegistry):
-    """Settings of every model. The vocabulary size comes from the tokenizer.
+    """Settings shared by all models. The vocabulary size comes from the tokenizer.
 
     Raises:
         InputError: if a value is out of bounds.
@@ -54,32 +54,32 @@ class ModelConfig(Settings, ChoiceRegistry):
 
         Args:
             vocab_size: number of tokens that can be predicted.
-            key: a jax random key.
+            key: the JAX random key for the weights.
         """
         raise not_defined(self, "build")
 
     def explicit(self) -> ModelConfig:
-        """The same settings with derived values filled in."""
+        """Return these settings with all derived values filled in."""
         return self
 
     def embedding_rows(self, vocab_size: int) -> int:
-        """The number of rows in the token embedding, without padding, for a tokenizer with `vocab_size` tokens."""
+        """Return the number of rows in the unpadded token embedding for a tokenizer with `vocab_size` tokens."""
         return max(vocab_size, self.vocab_rows or 0)
 
     def axis_sizes(self) -> dict[str, tuple[str, int]]:
-        """The size of each named parameter axis, with the field that sets it (for messages): (field, size)."""
+        """Return (field, size) for each named parameter axis. The field is the setting to name in error messages."""
         return {"position": ("model.seq_len", self.seq_len)}
 
     def describe(self) -> str:
-        """Describe the model's sizes in words."""
+        """Describe the model's dimensions in words."""
         return counted(self.seq_len, "position")
 
     def attention_on(self, platform: str, dtype: str, *, split_positions: bool, documents: bool = False) -> str | None:
-        """The attention implementation for a platform and a dtype; None for a model without attention.
+        """Return the attention implementation for a platform and dtype, or None for a model without attention.
 
         Raises:
-            InputError: if the requested implementation cannot be used, or `documents` is true and the model cannot mask
-                documents.
+            InputError: if the requested implementation cannot be used, or if `documents` is true but the model cannot
+                mask documents.
         """
         if documents:
             raise InputError(
@@ -90,11 +90,11 @@ class ModelConfig(Settings, ChoiceRegistry):
 
     @property
     def growth(self) -> Growth:
-        """The size relative to the base model."""
+        """The model's width and depth relative to the base model."""
         return Growth()
 
     def forward_factors(self) -> dict[str, float]:
-        """The parametrization's factors in the forward pass, keyed by display name."""
+        """Return the factors that the parametrization applies in the forward pass, keyed by display name."""
         return {}
 
     @property
@@ -102,13 +102,13 @@ class ModelConfig(Settings, ChoiceRegistry):
         return _axis("position", self.seq_len)
 
     def Vocab(self, vocab_size: int) -> Axis:
-        """The vocabulary axis, including padding."""
+        """Return the vocabulary axis, including padding."""
         return _axis("vocab", pad_vocab(self.embedding_rows(vocab_size)))
 
 
 @dataclass(frozen=True)
 class TransformerConfig(ModelConfig):
-    """Settings of every transformer.
+    """Settings shared by all transformers.
 
     Raises:
         InputError: if a value is out of bounds or the number of heads does not divide the width.
@@ -168,7 +168,7 @@ class TransformerConfig(ModelConfig):
 
     @property
     def head_dim(self) -> int:
-        """The size of a head's queries, keys and values."""
+        """The size of each head's queries, keys and values."""
         check_divisor("model.num_heads", self.num_heads, "model.embed_dim", self.embed_dim)
         return self.embed_dim // self.num_heads
 
@@ -186,29 +186,29 @@ class TransformerConfig(ModelConfig):
 
     @property
     def query_factor(self) -> float:
-        """The factor on queries; with mup, scores are q k / head_size times the square root of the base's head size."""
+        """The factor applied to queries. With mup, scores are q k / head_size times sqrt(base head size)."""
         base = self.base_head_size or self.head_dim
         return 1.0 if self.parametrization == "standard" else (base / self.head_dim) ** 0.5
 
     @property
     def block_factor(self) -> float:
-        """The factor on attention and MLP outputs: 1 / depth with mup (arXiv 2505.01618, alpha 1)."""
+        """The factor applied to attention and MLP outputs: 1 / depth with mup (arXiv 2505.01618, alpha = 1)."""
         return 1 / self.growth.depth
 
     @property
     def logits_factor(self) -> float:
-        """The factor on final hidden states, and thus on logits: 1 / width with mup, for tied and untied heads."""
+        """The factor applied to final hidden states, and thus to logits: 1 / width with mup, even with a tied head."""
         return 1 / self.growth.width
 
     def forward_factors(self) -> dict[str, float]:
         return {"queries": self.query_factor, "block outputs": self.block_factor, "logits": self.logits_factor}
 
     def weight_std(self, *, hidden: bool = False, residual: bool = False) -> float:
-        """The standard deviation of initial weights.
+        """Return the standard deviation of initial weights.
 
         Args:
-            hidden: for a linear map between hidden states; with mup, the variance is divided by the width.
-            residual: for a map that writes to the residual stream; the result is divided by sqrt(2 layers of the base).
+            hidden: whether the weights map between hidden states. With mup, their variance is divided by the width.
+            residual: whether the weights write to the residual stream; if so, divide by sqrt(2 x base num_layers).
         """
         width, depth = self.growth
         std = self.initializer_range * ((2 * self.num_layers / depth) ** -0.5 if residual else 1)
@@ -227,7 +227,7 @@ class TransformerConfig(ModelConfig):
 
     @property
     def _key_heads(self) -> str:
-        """The number of key/value heads as text, if it differs from the number of query heads."""
+        """Text with the number of key/value heads; empty if it equals the number of query heads."""
         return ""
 
     def attention_on(self, platform: str, dtype: str, *, split_positions: bool, documents: bool = False) -> str:
@@ -307,7 +307,7 @@ class Gpt2Config(TransformerConfig):
 @ModelConfig.register_subclass("llama")
 @dataclass(frozen=True)
 class LlamaConfig(TransformerConfig):
-    """A decoder in the style of Llama (Touvron et al. 2023) or, with `qk_norm`, Qwen3 (2025).
+    """A decoder in the style of Llama (Touvron et al. 2023) or, with `qk_norm`, of Qwen3 (2025).
 
     Raises:
         InputError: if a value is out of bounds, `num_kv_heads` does not divide `num_heads`, or the head size is odd
@@ -333,7 +333,7 @@ class LlamaConfig(TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_divisor("model.num_kv_heads", self.kv_heads, "model.num_heads", self.num_heads)
-        if not self.qk_norm:  # Llama in transformers requires this for any head size
+        if not self.qk_norm:  # Llama in transformers requires this regardless of the head size
             check_divisor("model.num_heads", self.num_heads, "model.embed_dim", self.embed_dim)
         if self.head_dim % 2:
             raise InputError(
@@ -381,7 +381,7 @@ def check_divisor(name: str, divisor: int, other: str, number: int) -> None:
     """Check that one setting divides another.
 
     Raises:
-        InputError: if it does not; the message names both settings and the nearest divisor.
+        InputError: if there is a remainder; the message names both settings and the nearest divisor.
     """
     if number % divisor:
         nearest = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - divisor))
@@ -389,7 +389,7 @@ def check_divisor(name: str, divisor: int, other: str, number: int) -> None:
 
 
 def pad_vocab(vocab_size: int) -> int:
-    """Round the vocabulary size up to a multiple of 128, which suits matrix units."""
+    """Round the vocabulary size up to a multiple of 128, for efficiency on matrix units."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

@@ -26,7 +26,7 @@ SMALLEST_EPS = 1e-37  # smaller values become 0 in float32
 
 @dataclass(frozen=True)
 class OptimizerConfig(Settings, ChoiceRegistry):
-    """Settings of every optimizer: a learning rate with a schedule, and decoupled weight decay.
+    """Settings shared by all optimizers, such as the learning rate, its schedule and decoupled weight decay.
 
     Raises:
         InputError: if a value is out of bounds.
@@ -67,7 +67,7 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         """Check that the optimizer's settings fit the run.
 
         Raises:
-            InputError: if they conflict with the trainer's; the message names the fields.
+            InputError: if they conflict with the trainer's settings; the message names the fields.
         """
         steps = trainer.num_train_steps
         if self.warmup > steps:
@@ -79,12 +79,12 @@ class OptimizerConfig(Settings, ChoiceRegistry):
 
     @property
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The groups in the form that optimizers expect."""
+        """The parameter groups, in the form expected by optimizers."""
         return [group.build(self.learning_rate) for group in self.groups]
 
     @property
     def decay_arguments(self) -> dict[str, Any]:
-        """`weight_decay` and `weight_decay_mask` in the form that optimizers expect."""
+        """`weight_decay` and `weight_decay_mask`, in the form expected by optimizers."""
         from sophia_levanter.models.language_model import decay_mask, hyperball_matrices, parameter_roles
         from sophia_levanter.optim import group_weight_decay, hyperball_weight_decay
 
@@ -97,9 +97,9 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         return {"weight_decay": rate, "weight_decay_mask": mask}
 
     def build_schedule(self, num_train_steps: int) -> Schedule:
-        """The learning rate as a function of the step, including the warm-up.
+        """Build the learning rate as a function of the step, including the warm-up.
 
-        With a warm-up, it is 0 at step 0, as in the schedules of nanoGPT and the Sophia authors.
+        With a warm-up, the learning rate is 0 at step 0, as in nanoGPT and in the Sophia authors' code.
         """
         import optax
 
@@ -112,13 +112,13 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         return optax.join_schedules([warmup, decay], [warmup_steps])
 
     def arguments(self, optimizer: type, num_train_steps: int) -> dict[str, Any]:
-        """Keyword arguments for the class `optimizer`, limited to the parameters of its constructor.
+        """Return keyword arguments for the class `optimizer`, limited to the parameters of its constructor.
 
-        They are the fields specific to this configuration's type, `learning_rate` as a schedule over `num_train_steps`,
-        `weight_decay`, `weight_decay_mask` and `momentum_dtype`.
+        These are the fields specific to this configuration's type, `learning_rate` as a schedule over
+        `num_train_steps`, `weight_decay`, `weight_decay_mask` and `momentum_dtype`.
 
         Raises:
-            InputError: if a group has a weight decay, and the class a `weight_decay` but no `weight_decay_mask`.
+            InputError: if a group has a weight decay, but the class takes a `weight_decay` and no `weight_decay_mask`.
         """
         import jax.numpy as jnp
 
@@ -135,7 +135,7 @@ class OptimizerConfig(Settings, ChoiceRegistry):
         return {name: getattr(self, name) for name in own} | {name: shared[name] for name in shared if name in taken}
 
     def _check_same_decay(self, optimizer: type) -> None:
-        """Check that no group has a weight decay; the class `optimizer` has no mask to receive it by."""
+        """Check that no group has a weight decay, because the class `optimizer` does not take a weight decay mask."""
         for group in self.groups:
             if group.weight_decay is not None:
                 raise InputError(
@@ -145,21 +145,21 @@ class OptimizerConfig(Settings, ChoiceRegistry):
                 )
 
     def step_counts(self, num_train_steps: int) -> dict[str, int]:
-        """The step counts besides the warm-up that a run of `num_train_steps` steps has, keyed by field."""
+        """Return step counts other than the warm-up for a run of `num_train_steps` steps, keyed by field."""
         return {}
 
     def curvature_microbatches(self, trainer: TrainerConfig) -> tuple[int, int] | None:
-        """The number and size of the microbatches that refresh the curvature; None if the optimizer uses none."""
+        """Return the number and size of the microbatches in a curvature refresh; None if curvature is not estimated."""
         return None
 
     def describe_curvature(self, trainer: TrainerConfig) -> str | None:
-        """Describe when and on how much of the batch the curvature is refreshed; None if the optimizer uses none."""
+        """Describe when the curvature is refreshed and on how much of the batch; None if curvature is not estimated."""
         return None
 
 
 @dataclass(frozen=True)
 class SophiaConfig(OptimizerConfig):
-    """Settings that Sophia-G and Sophia-H share (arXiv 2305.14342, Algorithm 3)."""
+    """Settings shared by Sophia-G and Sophia-H (arXiv 2305.14342, Algorithm 3)."""
 
     b1: float = setting(0.965, "decay rate of the momentum m", low=0, below=1)
     b2: float = setting(0.99, "decay rate of the curvature h, per refresh", low=0, below=1)
@@ -252,8 +252,8 @@ class SophiaConfig(OptimizerConfig):
 class SophiaGConfig(SophiaConfig):
     """Sophia with the Gauss-Newton-Bartlett estimator (Algorithm 2).
 
-    The model scores the sampled labels itself (`LanguageModel.losses`), so the estimator that `build` uses needs no
-    likelihood.
+    The model itself computes the losses for sampled labels (`LanguageModel.losses`), so the estimator used by `build`
+    does not need a likelihood.
     """
 
     curvature_batch_fraction: float = setting(

@@ -23,7 +23,7 @@ class Registry(dict[str, Any]):
     """Registered functions or classes, keyed by name.
 
     Args:
-        kind: "metric" or "callback"; `trainer.metrics` or `trainer.callbacks` lists the names that a run uses.
+        kind: "metric" or "callback". A run lists the names that it uses in `trainer.metrics` or `trainer.callbacks`.
     """
 
     def __init__(self, kind: str) -> None:
@@ -31,7 +31,7 @@ class Registry(dict[str, Any]):
         self._kind = kind
 
     def register(self, name: str) -> Callable[[T], T]:
-        """A decorator that registers a function or class under a name, which is also the prefix of its metrics.
+        """Return a decorator that registers a function or class under a name, which is also its prefix for metrics.
 
         Raises:
             ValueError: if the name is reserved, already taken or not an identifier.
@@ -65,7 +65,7 @@ METRICS, CALLBACKS = Registry("metric"), Registry("callback")
 
 
 def register_metric(name: str) -> Callable[[T], T]:
-    """A decorator that registers a function for `trainer.metrics`.
+    """Return a decorator that registers a function for `trainer.metrics`.
 
     The function is traced in the compiled step. It takes a `training.metrics.StepTrees` and returns a dict of scalars.
     """
@@ -73,7 +73,7 @@ def register_metric(name: str) -> Callable[[T], T]:
 
 
 def register_callback(name: str) -> Callable[[T], T]:
-    """A decorator that registers a subclass of `training.callbacks.Callback` for `trainer.callbacks`."""
+    """Return a decorator that registers a subclass of `training.callbacks.Callback` for `trainer.callbacks`."""
     return CALLBACKS.register(name)
 
 
@@ -81,10 +81,10 @@ KEY = "plugins"
 
 
 def with_plugins(layers: Iterable[Layer]) -> list[Layer]:
-    """Import the modules listed under `plugins` in any layer, not only the last.
+    """Import the modules listed under `plugins` in all layers, not only in the last one.
 
     Returns:
-        The layers, followed by a layer with all plug-ins if there are any.
+        The layers. If there are any plug-ins, a layer that lists all of them is appended.
 
     Raises:
         InputError: if a module cannot be imported; the message gives the module and the reason.

@@ -1,4 +1,4 @@
-"""The whole configuration of a training run, and its `tracking` section. Does not import jax."""
+"""The complete configuration of a training run, including its `tracking` section. Does not import jax."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sophia_levanter.config.settings import Settings, setting, steps_of
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError, Problems
 
-# wandb's limits on project names.
+# wandb's restrictions on project names.
 _NOT_IN_A_PROJECT = "/\\#?%:"
 _LONGEST_NAME = 128
 
 
 @dataclass(frozen=True)
 class TrackingConfig(Settings):
-    """Where metrics are logged, in addition to metrics.jsonl, which is always written.
+    """Where to log metrics in addition to metrics.jsonl, which is always written.
 
     Raises:
         InputError: if a value is invalid.
@@ -67,7 +67,7 @@ def check_installed(config: TrackingConfig) -> None:
 
 def _check_package(package: str, setting: str, extra: str) -> None:
     spec = find_spec(package)
-    # wandb creates a folder named wandb in the working directory. `find_spec` finds it too, but without an origin.
+    # wandb creates a folder named wandb in the working directory. `find_spec` also finds it, but without an origin.
     if spec is None or spec.origin is None:
         raise InputError(f"{setting}, but {package} is not installed; run pip install 'sophia-levanter[{extra}]'")
 
@@ -100,7 +100,7 @@ class TrainConfig:
 
 
 def with_steps(config: TrainConfig) -> TrainConfig:
-    """The configuration with fractions replaced by step counts and a final learning rate."""
+    """Replace the fractions in a configuration with the resulting step counts and final learning rate."""
     trainer, optimizer = config.trainer, config.optimizer
     intervals: dict[str, Any] = {
         "evaluate_every": trainer.evaluation_interval,
@@ -118,15 +118,15 @@ def with_steps(config: TrainConfig) -> TrainConfig:
 
 
 def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:
-    """Check that the mesh divides the sizes of the model and the batches. All problems are reported together.
+    """Check that the model's axes and the batches can be sharded over the mesh. All problems are reported together.
 
     Args:
         config: the run's configuration.
         num_devices: the number of devices.
-        vocab_size: number of tokens in the tokenizer; None if it is not known yet.
+        vocab_size: number of tokens in the tokenizer; None if not known yet.
 
     Raises:
-        InputError: if a size does not fit; the message names each field, the mesh axes that split it and a valid size.
+        InputError: if a size is not divisible; the message names each field, its mesh axes and a valid size.
     """
     trainer, mesh, problems = config.trainer, config.mesh, Problems()
     sizes = mesh.sizes(num_devices)
@@ -150,7 +150,7 @@ def check_mesh(config: TrainConfig, num_devices: int, vocab_size: int | None = N
 
 
 def check_parameters(config: TrainConfig, num_devices: int, vocab_size: int | None = None) -> None:
-    """Perform the checks of `check_mesh` for the model only."""
+    """Run only the checks in `check_mesh` that concern the model."""
     model, mesh = config.model, config.mesh
     axes = model.axis_sizes()
     if vocab_size is not None:

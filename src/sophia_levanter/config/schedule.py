@@ -1,4 +1,4 @@
-"""Learning-rate schedules after the warm-up. jax is imported only when a schedule is built."""
+"""Learning rate schedules for the steps after the warm-up. jax is imported only when a schedule is built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Schedule = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class ScheduleConfig(Settings, ChoiceRegistry):
-    """Learning rate after the warm-up.
+    """The learning rate after the warm-up.
 
     Attributes:
         decays: whether the schedule ends at `optimizer.final_learning_rate`.
@@ -38,7 +38,7 @@ class ScheduleConfig(Settings, ChoiceRegistry):
 @ScheduleConfig.register_subclass("cosine")
 @dataclass(frozen=True)
 class CosineSchedule(ScheduleConfig):
-    """A half cosine from the peak to the final learning rate."""
+    """Half-cosine decay from the peak to the final learning rate."""
 
     def build(self, peak: float, final: float, num_steps: int) -> Schedule:
         import optax
@@ -49,7 +49,7 @@ class CosineSchedule(ScheduleConfig):
 @ScheduleConfig.register_subclass("linear")
 @dataclass(frozen=True)
 class LinearSchedule(ScheduleConfig):
-    """A straight line from the peak to the final learning rate."""
+    """Linear decay from the peak to the final learning rate."""
 
     def build(self, peak: float, final: float, num_steps: int) -> Schedule:
         import optax
@@ -60,7 +60,7 @@ class LinearSchedule(ScheduleConfig):
 @ScheduleConfig.register_subclass("constant")
 @dataclass(frozen=True)
 class ConstantSchedule(ScheduleConfig):
-    """The peak learning rate until the end."""
+    """Constant learning rate, equal to the peak."""
 
     decays: ClassVar[bool] = False
 
@@ -73,7 +73,7 @@ class ConstantSchedule(ScheduleConfig):
 @ScheduleConfig.register_subclass("wsd")
 @dataclass(frozen=True)
 class WarmupStableDecaySchedule(ScheduleConfig):
-    """The peak, followed by a decay to the final learning rate (arXiv 2404.06395; 1-sqrt: arXiv 2405.18392)."""
+    """Constant at the peak, then decay to the final learning rate (arXiv 2404.06395; 1-sqrt: arXiv 2405.18392)."""
 
     decay: float | int = setting(
         0.2, "number of decay steps, or a fraction of the steps after the warm-up if below 1", above=0, steps=True
@@ -100,7 +100,7 @@ class WarmupStableDecaySchedule(ScheduleConfig):
 @ScheduleConfig.register_subclass("inverse_sqrt")
 @dataclass(frozen=True)
 class InverseSqrtSchedule(ScheduleConfig):
-    """The peak times sqrt(timescale / (timescale + steps since the warm-up))."""
+    """Inverse square root decay: the peak times sqrt(timescale / (timescale + steps since the warm-up))."""
 
     decays: ClassVar[bool] = False
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from sophia_levanter.errors import InputError
 
-DECLARATION = "setting"  # the key in a field's metadata
+DECLARATION = "setting"  # the key in the metadata of dataclass fields
 _type_hints = functools.cache(typing.get_type_hints)
 
 
@@ -25,11 +25,11 @@ class Declaration:
         help: one line for `--help` and the reference page.
         low, high: inclusive bounds.
         above, below: exclusive bounds.
-        choices: the only valid values; if there are bounds, the words allowed in addition to numbers.
-        empty: the remedy for an empty string, for messages.
+        choices: the only valid values or, for a setting with bounds, the words allowed in addition to numbers.
+        empty: the remedy to suggest in the error message for an empty string.
         free: for a model setting, whether a trained model still works with a different value.
         steps: whether the value is a number of steps: an integer, or a fraction of the run if below 1.
-        former: the setting's name in the last release, which still works.
+        former: the setting's name in the previous release, which is still accepted.
     """
 
     help: str
@@ -44,12 +44,12 @@ class Declaration:
     former: str = ""
 
     def check(self, name: str, value: Any, *, nullable: bool = False) -> None:
-        """Check a value that has the field's type; None always passes.
+        """Check a value that has the field's type. None is always valid.
 
         Args:
-            name: the field's path, for messages.
+            name: the field's path, for error messages.
             value: the value.
-            nullable: whether the field may be None, for messages.
+            nullable: whether the field may be None, for error messages.
 
         Raises:
             InputError: if the value is invalid; the message names the field, the value and the valid values.
@@ -104,10 +104,10 @@ class Declaration:
 
 
 def setting(default: Any, help: str, **bounds: Any) -> Any:
-    """A dataclass field that declares a setting.
+    """Declare a setting as a dataclass field.
 
     Args:
-        default: `dataclasses.MISSING` if a value must be given. The only supported mapping is {}.
+        default: the default, or `dataclasses.MISSING` if a value is required. The only supported mapping is {}.
         help: one line for `--help` and the reference page.
         bounds: the other attributes of `Declaration`.
     """
@@ -123,26 +123,26 @@ def steps_of(value: float, num_train_steps: int) -> int:
 
 
 def declaration(field: dataclasses.Field[Any]) -> Declaration:
-    """The declaration of a field; an empty declaration if the field has none."""
+    """Return a field's declaration, or an empty declaration if the field has none."""
     found = field.metadata.get(DECLARATION, Declaration(""))
     assert isinstance(found, Declaration)
     return found
 
 
 def kinds_of(annotation: object) -> tuple[Any, ...]:
-    """The types joined by `|` in a setting's annotation."""
+    """Return the types joined by `|` in a setting's annotation."""
     joined = isinstance(annotation, UnionType) or typing.get_origin(annotation) is typing.Union
     return typing.get_args(annotation) if joined else (annotation,)
 
 
 def words_of(annotation: object) -> list[str]:
-    """The words that a setting allows in addition to numbers, such as `auto` for `float | Literal["auto"]`."""
+    """Return the words that a setting accepts in addition to numbers, such as `auto` for `float | Literal["auto"]`."""
     literals = [kind for kind in kinds_of(annotation) if typing.get_origin(kind) is Literal]
     return [word for kind in literals for word in typing.get_args(kind)]
 
 
 def not_defined(settings: Settings, method: str) -> InputError:
-    """The error for a registered class that lacks a required method."""
+    """Return the error for a registered class that lacks a required method."""
     return InputError(f"{settings.section}: {type(settings).__qualname__} does not define {method}()")
 
 
@@ -150,7 +150,7 @@ def check_subclass(registered: type, base: type, field: str) -> None:
     """Check that a registered class can be instantiated.
 
     Raises:
-        InputError: if it is not a subclass of `base` or lacks a method that `base` requires.
+        InputError: if the class is not a subclass of `base` or lacks a method required by `base`.
     """
     if not issubclass(registered, base):
         raise InputError(f"{field}: {registered.__qualname__} is not a subclass of {base.__qualname__}")
@@ -160,13 +160,13 @@ def check_subclass(registered: type, base: type, field: str) -> None:
 
 
 def free_settings(settings: Settings) -> list[str]:
-    """The paths of the model settings that may change after training."""
+    """Return the paths of the model settings that may change after training."""
     return [settings.path(field.name) for field in dataclasses.fields(settings) if declaration(field).free]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A section of settings. Its constructor checks each value against the declaration.
+    """A section of settings. The constructor checks each value against its declaration.
 
     Raises:
         InputError: if a value is out of bounds.
@@ -183,5 +183,5 @@ class Settings:
 
     @classmethod
     def path(cls, name: str) -> str:
-        """A field's dotted path, such as `optimizer.rho`."""
+        """Return a field's dotted path, such as `optimizer.rho`."""
         return f"{cls.section}.{name}" if cls.section else name

@@ -1,4 +1,4 @@
-"""Settings for training and for sampling from a model. Not importing jax keeps command-line checks fast."""
+"""Settings for training and sampling. Does not import jax, so that command lines are checked quickly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sophia_levanter.config.settings import Settings, setting, steps_of
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import check_utf8
 
-MOST_WINDOWS = 2**20  # sequences in a step: a billion tokens at 1,024 tokens each
+MOST_WINDOWS = 2**20  # maximum sequences per step: a billion tokens at 1,024 tokens each
 DTYPES = ("float32", "bfloat16")
 OR_FRACTION = "or a fraction of the run if below 1"
 TASKS = ("hellaswag", "piqa", "arc", "lambada")
@@ -20,7 +20,7 @@ TASKS = ("hellaswag", "piqa", "arc", "lambada")
 
 @dataclass(frozen=True)
 class BatchSizeChange(Settings):
-    """A new batch size that takes effect at a step."""
+    """A batch size that takes effect at a given step."""
 
     section: ClassVar[str] = "trainer.batch_size_changes"
 
@@ -30,7 +30,7 @@ class BatchSizeChange(Settings):
 
 @dataclass(frozen=True)
 class TaskConfig(Settings):
-    """A benchmark that is scored during training."""
+    """A benchmark to evaluate during training."""
 
     section: ClassVar[str] = "trainer.tasks"
 
@@ -45,7 +45,7 @@ class TaskConfig(Settings):
 
     @property
     def title(self) -> str:
-        """The task's name in metrics."""
+        """The task's name in metric names."""
         return self.task if self.name is None else self.name
 
 
@@ -193,31 +193,31 @@ class TrainerConfig(Settings):
                     f"trainer.batch_size_changes contains step {change.step}, which is never reached: "
                     f"trainer.num_train_steps is {self.num_train_steps}"
                 )
-            self.at_step(change.step)  # raises if this size would be invalid on its own
+            self.at_step(change.step)  # raises if this batch size is invalid
 
     @property
     def evaluation_interval(self) -> int:
-        """Steps between validation losses."""
+        """Number of steps between evaluations on the validation text."""
         return self._interval(self.evaluate_every)
 
     @property
     def tasks_interval(self) -> int:
-        """Steps between task scores."""
+        """Number of steps between evaluations on the tasks."""
         return self._interval(self.tasks_every)
 
     @property
     def best_metric(self) -> str:
-        """The name in metrics.jsonl of the loss that determines the best checkpoint."""
+        """The name, in metrics.jsonl, of the loss used to select the best checkpoint."""
         return "validation/loss" if self.best_by is None else f"validation/{self.best_by}/loss"
 
     @property
     def checkpoint_interval(self) -> int:
-        """Steps between checkpoints."""
+        """Number of steps between checkpoints."""
         return self._interval(self.checkpoint_every)
 
     @property
     def lawa_interval(self) -> int | None:
-        """Steps between weight snapshots; None if no snapshots are taken."""
+        """Number of steps between weight snapshots; None if no snapshots are taken."""
         return None if self.lawa_every is None else self._interval(self.lawa_every)
 
     @property
@@ -227,11 +227,11 @@ class TrainerConfig(Settings):
 
     @property
     def log_interval(self) -> int:
-        """Steps between progress lines."""
+        """Number of steps between progress lines."""
         return self._interval(self.log_every)
 
     def statistics_due(self, step: int) -> bool:
-        """Whether array statistics are measured at `step`, counted from 0."""
+        """Return whether array statistics are computed at `step`, counting from 0."""
         return self.statistics_every is not None and step % self._interval(self.statistics_every) == 0
 
     def _interval(self, every: float) -> int:
@@ -239,14 +239,14 @@ class TrainerConfig(Settings):
 
     @property
     def profiled_steps(self) -> range:
-        """The steps given by `profile_steps`; empty if it is unset, contains no steps or is not FIRST:END."""
+        """The steps in `profile_steps`. The range is empty if `profile_steps` is unset, empty or not FIRST:END."""
         first, colon, end = (self.profile_steps or "").partition(":")
         if not (colon and re.fullmatch(r"[0-9]{1,9}", first) and re.fullmatch(r"[0-9]{1,9}", end)):
             return range(0)
         return range(int(first), int(end))
 
     def at_step(self, step: int) -> TrainerConfig:
-        """These settings with the batch size at `step`, and no batch size changes."""
+        """Return these settings with the batch size in effect at `step` and without batch size changes."""
         if not self.batch_size_changes:
             return self
         sizes = [change.batch_size for change in self.batch_size_changes if change.step <= step]
@@ -254,22 +254,22 @@ class TrainerConfig(Settings):
 
     @property
     def size_changes(self) -> list[tuple[int, int]]:
-        """`(step, batch size)` for each change."""
+        """`(step, batch size)` for each batch size change."""
         return [(change.step, change.batch_size) for change in self.batch_size_changes]
 
     @property
     def parts(self) -> list[TrainerConfig]:
-        """These settings once for each batch size, without batch size changes."""
+        """One copy of these settings for each batch size, without batch size changes."""
         return [self.at_step(step) for step in (0, *(change.step for change in self.batch_size_changes))]
 
     @property
     def gradient_microbatch_size(self) -> int:
-        """The number of sequences in a microbatch."""
+        """Number of sequences per microbatch."""
         return self.microbatch_size or self.batch_size
 
     @property
     def num_microbatches(self) -> int:
-        """The number of microbatches in a step."""
+        """Number of microbatches per step."""
         return self.batch_size // self.gradient_microbatch_size
 
 
@@ -278,10 +278,10 @@ SMALLEST_TEMPERATURE = 1e-6  # logits divided by a smaller value may not be fini
 
 @dataclass(frozen=True)
 class Sampling(Settings):
-    """How a token is drawn: the temperature is applied first, then `top_k`, then `top_p`.
+    """How to sample a token: the temperature is applied first, then `top_k`, then `top_p`.
 
     Raises:
-        InputError: if a number is out of bounds.
+        InputError: if a value is out of bounds.
     """
 
     temperature: float = setting(0.8, "sampling temperature; 0 always selects the most likely token", low=0)

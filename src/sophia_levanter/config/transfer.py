@@ -1,42 +1,43 @@
-"""Hyper-parameters of a smaller model for a larger one, `model.parametrization: mup`. Imports jax lazily.
+"""Transfer hyper-parameters from a smaller model to a larger one (`model.parametrization: mup`). Imports jax lazily.
 
 Let n be the width and L the depth, both relative to the base model. Heads, key/value heads and the MLP grow with the
-width. The rules for the depth are those of CompleteP with alpha 1 (Dey et al. 2025, arXiv 2505.01618).
+width. The depth is handled as in CompleteP with alpha = 1 (Dey et al. 2025, arXiv 2505.01618).
 
-    forward        Matrices have an initial variance / n. Scores are q k / head_size. Blocks add 1 / L of their output.
-                   Logits are divided by n, with a tied head too.
-    gradients      Logits / n give hidden states gradients of 1 / n. Each coordinate of an array's gradient is therefore
-                   1 / n as large, and 1 / (n L) in the blocks. The gains that heads share in `qk_norm` are larger.
+    forward        The initial variance of matrices is divided by n. Scores are q k / head_size. Block outputs are
+                   divided by L. Logits are divided by n, even if the head is tied.
+    gradients      Because logits are divided by n, the gradients of hidden states scale as 1 / n. Each coordinate of a
+                   parameter's gradient therefore scales as 1 / n, or as 1 / (n L) in blocks. The gradients of the
+                   `qk_norm` gains, which are shared by all heads, are larger.
 
-A step dW of a matrix must change its outputs dW x by as much as at the base, where x has 1 / n as many coordinates of
-the same size: the spectral norm of dW must not depend on n (Yang et al. 2023, arXiv 2310.17813). All other arrays
-(embeddings, the head behind logits / n, norms, biases) keep the base's learning rate. The learning rate of a matrix is
-multiplied by n^e, where e is the optimizer's `width_exponent`:
+An update dW of a matrix must change its outputs dW x by as much as in the base model, where x has 1 / n as many
+coordinates of the same size. The spectral norm of dW must therefore not depend on n (Yang et al. 2023, arXiv
+2310.17813). All other arrays (embeddings, norms, biases, and the head, whose logits are divided by n) keep the learning
+rate of the base model. The learning rate of a matrix is multiplied by n^e, where e is the optimizer's `width_exponent`:
 
-    -1             AdamW, AdEMAMix, Lion and Sophia (which is clipped) step by about lr in each coordinate. Gradients
-                   are sums of products d x^T, so the signs of dW and x agree, and dW x grows with n (Yang et al. 2022,
+    -1             AdamW, AdEMAMix, Lion and Sophia (due to clipping) change each coordinate by about lr. Gradients are
+                   sums of products d x^T, so the signs of dW and x agree, and dW x grows with n (Yang et al. 2022,
                    arXiv 2203.03466, table 8).
-    0              SOAP and Sophia in a Kronecker basis step by about lr in each coordinate of the basis. The gradient
-                   of r targets has a rank of at most r at any width, and the basis holds its singular directions: it
-                   fills r x r coordinates, and |dW x| / |x| is lr times the norm of that block. With one side rotated
-                   it fills r n coordinates, and e is -1/2. Qiu et al. 2025 (arXiv 2512.05620, table 1) derive both for
-                   SOAP, and report that realistic widths and batches fill more coordinates, so activations change by
-                   more in wider models. Treat these rates as a starting point.
-    -1/2           Muon steps by 0.2 lr sqrt(max(in, out)) times an orthogonal matrix.
+    0              SOAP and Sophia in a Kronecker basis change each coordinate in the basis by about lr. At any width,
+                   the gradient for r targets has rank at most r, and its singular directions are part of the basis. It
+                   occupies r x r coordinates, and |dW x| / |x| is lr times the norm of that block. If only one side is
+                   rotated, it occupies r n coordinates, and e is -1/2. Qiu et al. 2025 (arXiv 2512.05620, table 1)
+                   derive both for SOAP. They report that more coordinates are occupied at realistic widths and batch
+                   sizes, so activations change more in wider models. Treat these rates as a starting point.
+    -1/2           Muon's update is 0.2 lr sqrt(max(in, out)) times an orthogonal matrix.
 
-With a hyperball the learning rate is an angle: a step is lr |W| long, and |W| goes with sqrt(n). A step of lr in each
-coordinate would be lr n long, and Muon's 0.2 lr n, so e is larger by 1/2. The length of a step in a basis depends on
-the number of coordinates that are filled, so the two are not combined.
+With a hyperball, the learning rate is an angle: the norm of an update is lr |W|, and |W| scales as sqrt(n). Without it,
+the norm of an update by lr in each coordinate is lr n, and that of Muon's update is 0.2 lr n, so e is larger by 1/2.
+In a Kronecker basis, the norm depends on the number of occupied coordinates, so a hyperball cannot be combined with it.
 
-Bounded steps depend on the size of gradients through eps, and Sophia's also through rho. Gradients are therefore
-multiplied by s = n, or n L, before the optimizer sees them. Squared gradients (the estimates of GNB and of the
-empirical Fisher) are multiplied by s^2. A product with one random probe u, as Hutchinson's u * (H u), is mostly noise
-from the other coordinates, the root of a sum of n^2 squares of 1 / n^2; it is multiplied by s. Then Sophia's win rate
-is that of the base at the same batch size. Gradients are clipped (`trainer.max_grad_norm`) before that: the norm of
-matrices does not depend on n, that of embeddings falls with sqrt(n).
+Bounded updates depend on the scale of gradients through eps, and Sophia's also through rho. Gradients are therefore
+multiplied by s before they reach the optimizer, where s is n L in blocks and n elsewhere. Squared gradients (the GNB
+and empirical Fisher estimates) are multiplied by s^2. Hutchinson's estimate u * (H u), with one random probe u, is
+mostly noise from other coordinates, of size sqrt(n^2 (1 / n^2)^2) = 1 / n. It is therefore multiplied by s. Sophia's
+win rate is then the same as in the base model at the same batch size. Gradients are clipped (`trainer.max_grad_norm`)
+before this scaling. The gradient norm of matrices does not depend on n; that of embeddings scales as 1 / sqrt(n).
 
-Weight decay takes lr wd of an array in each step, at any width, since this sets how many steps weights remember
-(Wang and Aitchison 2024, arXiv 2405.13698). CompleteP does the same. Both assume the base's number of steps.
+Weight decay shrinks an array by a fraction lr wd in each step, at any width, because this determines how many steps
+weights remember (Wang and Aitchison 2024, arXiv 2405.13698), as in CompleteP. Both assume the base model's step count.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 
 
 def width_exponents(config: OptimizerConfig, model: ModelConfig, optimizer: Any) -> dict[str, float]:
-    """The exponent e of each matrix, keyed by path: its learning rate is multiplied by n^e for a width of n.
+    """Return the exponent e for each matrix, keyed by path. The learning rate is multiplied by n^e for a width of n.
 
     Args:
         config: the optimizer's settings.
@@ -63,8 +64,8 @@ def width_exponents(config: OptimizerConfig, model: ModelConfig, optimizer: Any)
         optimizer: the optimizer built from `config`.
 
     Raises:
-        InputError: if the optimizer has no `width_exponent`, rotates different sides than in the base model, or
-            combines a basis with a hyperball.
+        InputError: if the optimizer has no `width_exponent`, rotates different sides of a matrix than in the base
+            model, or combines a Kronecker basis with a hyperball.
     """
     import jax
 
@@ -101,12 +102,12 @@ def width_exponents(config: OptimizerConfig, model: ModelConfig, optimizer: Any)
 
 
 def scale_matrix_rates(config: OptimizerConfig, model: ModelConfig, exponents: dict[str, float]) -> OptimizerConfig:
-    """The optimizer's settings with the learning rates of matrices scaled and their weight decay unchanged.
+    """Scale the learning rates of matrices in an optimizer's settings. Their weight decay per step stays the same.
 
-    Matrices move from the configured groups to groups of their own.
+    Matrices are moved from the configured groups to separate groups.
 
     Raises:
-        InputError: if a configured group matches no parameter.
+        InputError: if a configured group matches no parameters.
     """
     from sophia_levanter.models.language_model import abstract_model
 
@@ -128,7 +129,7 @@ def scale_matrix_rates(config: OptimizerConfig, model: ModelConfig, exponents: d
 
 
 def gradient_scales(growth: Growth) -> Callable[[Any], Any]:
-    """A function from a transformer's parameters to the scale s of their gradients, a prefix tree."""
+    """Return a function that maps a transformer's parameters to a prefix tree with the scale s of their gradients."""
     import equinox as eqx
     import jax
 
