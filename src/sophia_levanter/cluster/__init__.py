@@ -1,1 +1,1 @@
-"""Runs on many hosts: start their processes, detect lost processes, and restart the run."""
+"""Launch a run on multiple hosts: start its processes, detect lost processes and restart the run."""

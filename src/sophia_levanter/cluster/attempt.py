@@ -1,4 +1,4 @@
-"""One attempt at a run: start, read, stop and kill its processes on the launcher's machine, and decide how it ended."""
+"""An attempt at a run: start, read, stop and kill processes on the launcher's machine, and determine the outcome."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Kind = Literal["done", "refused", "stopped", "preempted", "failed", "unavailable
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended.
+    """The outcome of an attempt.
 
     Attributes:
-        kind: done; refused because of bad input; stopped because the launcher was asked to stop; preempted; failed; or
-            unavailable if it could not begin.
+        kind: done, refused (because of bad input), stopped (because the launcher was asked to stop), preempted, failed
+            or unavailable (because machines were missing).
         reason: a one-line explanation.
-        progress: the last progress that the run reported in this attempt.
+        progress: the last progress reported by the run in this attempt.
         tail: the last lines of the first process that failed.
     """
 
@@ -47,15 +47,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ending:
-    """The results of an attempt whose commands have all ended.
+    """The results of an attempt after all of its commands have ended.
 
     Attributes:
         statuses: the exit status of each command, -N for signal N; None if the launcher had to kill the command.
-        first: the status of the first command that ended on its own; None if none did.
+        first: the exit status of the first command that ended on its own; None if all were killed.
         culprit: the label of the first command that ended on its own with a nonzero status; None if none did.
-        tail: the last lines that the culprit printed.
-        progress: the last progress that the run reported.
-        failures: the failures that processes reported.
+        tail: the last lines printed by the culprit.
+        progress: the last progress reported by the run.
+        failures: the failures reported by processes.
     """
 
     statuses: Sequence[int | None]
@@ -66,12 +66,12 @@ class Ending:
     failures: Sequence[Failure] = ()
 
     def outcome(self, *, told_to_stop: bool, has_begun: bool) -> Outcome:
-        """Decide from the exit statuses how the attempt ended.
+        """Determine the outcome of the attempt from the exit statuses.
 
         Args:
             told_to_stop: whether the launcher was asked to stop.
-            has_begun: whether an earlier attempt reported progress. Its input was accepted, so a refusal now has
-                another cause, such as a disk error.
+            has_begun: whether an earlier attempt reported progress. If so, its input was accepted, and a refusal now
+                must have another cause, such as a disk error.
         """
         ended = [status for status in self.statuses if status is not None]
         all_well = len(ended) == len(self.statuses) and all(status in (DONE, PREEMPTED) for status in ended)
@@ -91,7 +91,7 @@ class Ending:
         if not ended or any(status != BAD_INPUT for status in ended):
             return self._outcome("failed", f"{self.culprit or 'a process'} {_how(ended)}", self.tail)
         reason = self.failures[-1].message if self.failures else "the run rejected its input"
-        # The lock of an earlier attempt on another machine may take a moment to disappear.
+        # It may take a moment for the lock of an earlier attempt on another machine to be released.
         if has_begun or any(failure.reason == DirectoryInUse.reason for failure in self.failures):
             return self._outcome("failed", reason, self.tail)
         return self._outcome("refused", reason, () if self.failures else self.tail)
@@ -111,16 +111,16 @@ def _how(ended: Sequence[int]) -> str:
 
 
 class Attempt:
-    """Runs commands and logs the output of each of the run's processes to a separate file.
+    """Runs commands and logs the output of each training process to a separate file.
 
     Args:
         commands: the commands to start.
         directory: the directory for the logs, process-N.log.
-        on_line: called for each line, with the log's name and the line.
+        on_line: function called for each line of output with the log's name and the line.
         secrets: strings to mask in logs.
 
     Attributes:
-        progress: the last progress that the run's first process reported.
+        progress: the last progress reported by the first process of the run.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Attempt:
             reader.start()
 
     def poll(self) -> list[int | None]:
-        """The exit status of each command, -N for signal N; None if it is running or was killed by `kill`."""
+        """Return the exit status of each command, -N for signal N; None if it is running or was killed by `kill`."""
         for index, process in enumerate(self._processes):
             if process.poll() is not None and index not in self._ended:
                 self._ended.append(index)
@@ -203,7 +203,7 @@ class Attempt:
             self._logs.clear()
 
     def ending(self) -> Ending:
-        """The results of the attempt, after all commands have ended."""
+        """Return the results of the attempt. All commands must have ended."""
         statuses = self.poll()
         ended = [index for index in self._ended if index not in self._killed]
         first = self._processes[ended[0]].returncode if ended else None
@@ -223,7 +223,7 @@ class Attempt:
                 continue
             self._tails[command.label].append(self._masked(whole))
             line = self._masked(line)
-            # A full disk or a closed output must not end this loop, or the process would block forever.
+            # A full disk or a closed output must not end this loop, because the process would then block forever.
             with contextlib.suppress(OSError):
                 self._keep(label, line)
             with contextlib.suppress(OSError):

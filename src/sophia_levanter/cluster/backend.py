@@ -1,4 +1,4 @@
-"""The interface of backends, which provide machines and the commands to start processes on them; the local backend."""
+"""The interface of backends, which provide machines and commands to start processes on them, and the local backend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """A run, as backends see it.
+    """A run to be started by a backend.
 
     Attributes:
         run_dir: the run directory, as given in the configuration.
@@ -31,7 +31,7 @@ class Job:
 
     @property
     def config_file(self) -> Path:
-        """The file with the resolved configuration, which the run's processes read."""
+        """The file from which the run's processes read the resolved configuration."""
         return self.directory / "config.yaml"
 
     def attempt_directory(self, attempt: int) -> Path:
@@ -39,12 +39,12 @@ class Job:
 
 
 def training_command(python: str, config_file: str, mesh: Mapping[str, object] | None = None) -> list[str]:
-    """The command line for one training process, which starts or continues the run.
+    """Return the command line of a training process, which starts or resumes the run.
 
     Args:
         python: the Python interpreter.
-        config_file: the path of the resolved configuration on the process's host.
-        mesh: fields of the mesh section to set: coordinator, num_processes, process_id.
+        config_file: the path to the resolved configuration on the host of the process.
+        mesh: fields to set in the mesh section: coordinator, num_processes and process_id.
     """
     words = [python, "-u", "-m", "sophia_levanter.main", "--config", config_file, "--resume", "auto"]
     for name, value in (mesh or {}).items():
@@ -54,15 +54,15 @@ def training_command(python: str, config_file: str, mesh: Mapping[str, object] |
 
 @dataclass(frozen=True)
 class HostCommand:
-    """A process that the launcher starts on its own machine: a training process, or a connection to other hosts.
+    """A command run on the launcher's own machine, which is a training process or a connection to other hosts.
 
     Attributes:
         label: the log's name, such as process-0.
         words: the command line.
-        env: environment variables on top of the launcher's.
-        labelled: whether it prints the output of several processes. Lines from process N begin with "N: ", where N is
-            padded to the same width for all processes; other lines come from the command itself.
-        by_stdin: whether closing its standard input stops it, as with ssh; otherwise SIGTERM does.
+        env: environment variables to add to those of the launcher.
+        labelled: whether the command prints the output of several processes. Lines from process N start with "N: ",
+            where N is padded to the same width for all processes; other lines come from the command itself.
+        by_stdin: whether the command is stopped by closing its standard input, as for ssh, rather than by SIGTERM.
     """
 
     label: str
@@ -72,45 +72,45 @@ class HostCommand:
     by_stdin: bool = False
 
     def shown(self) -> str:
-        """The command as typed in a shell, with the values of `env` masked."""
+        """Format the command for a shell, with the values of `env` masked."""
         return " ".join([*(f"{name}={shlex.quote(MASK)}" for name in self.env), shlex.join(self.words)])
 
 
 class Unavailable(Exception):
-    """An attempt could not begin because machines are missing. The run is not at fault."""
+    """An attempt could not start because machines are missing. The run is not at fault."""
 
 
 class Backend(Protocol):
-    """Starts the processes of a run. The last two methods are for backends whose machines come and go."""
+    """Starts the processes of a run. Override the last two methods if machines can be preempted or must be released."""
 
     num_processes: int
 
     def describe(self, job: Job) -> list[str]:
-        """Describe what would be created, run and billed in human-readable lines. Nothing is started."""
+        """Describe what would be created, run and billed, as human-readable lines. Nothing is started."""
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
         """Prepare machines for an attempt; return early if the launcher was asked to stop.
 
         Args:
             job: the run.
-            attempt: the attempt's number, from 1.
-            say: prints a message.
-            stopped: returns whether the launcher was asked to stop.
+            attempt: the number of the attempt, starting at 1.
+            say: function that prints a message.
+            stopped: function that returns whether the launcher was asked to stop.
 
         Raises:
-            InputError: if the resources that the cluster file requests cannot be obtained.
+            InputError: if the resources requested in the cluster file cannot be obtained.
             Unavailable: if machines are lost or do not become available in time.
         """
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
-        """The commands to start for an attempt on the prepared machines.
+        """Return the commands that start an attempt on the prepared machines.
 
         Training processes report their progress on standard output if `status.ON_STDOUT` is in their environment.
-        Processes on this machine inherit it; on other hosts, the backend sets it.
+        Processes on this machine inherit the variable. On other hosts, the backend sets it.
         """
 
     def was_preempted(self) -> bool:
-        """Whether the last attempt failed because its machines were taken away."""
+        """Return whether the last attempt failed because its machines were preempted."""
         return False
 
     def release(self, say: Say) -> None:
@@ -119,7 +119,7 @@ class Backend(Protocol):
 
 
 class LocalBackend(Backend):
-    """Starts the processes on this machine."""
+    """Starts the processes of a run on this machine."""
 
     def __init__(self, cluster: LocalCluster) -> None:
         self._cluster = cluster
@@ -133,7 +133,7 @@ class LocalBackend(Backend):
         self._cluster.check_secrets()
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
-        """One command for each process, with a free port for their coordinator."""
+        """Return one command per process, with a free port for their coordinator."""
         return self._commands(job, free_port())
 
     def _commands(self, job: Job, port: int) -> list[HostCommand]:
@@ -147,7 +147,7 @@ class LocalBackend(Backend):
 
 
 def free_port() -> int:
-    """A free port on this machine."""
+    """Return a free port on this machine."""
     with socket.socket() as free:
         free.bind(("", 0))
         port: int = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Cluster settings: where a run's processes start, and how often they restart. Does not import jax or Ray."""
+"""Cluster settings: where to start a run's processes, and how often to restart them. Does not import jax or Ray."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 LARGEST = 1_000_000
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Names of variables whose values should not be in files. The words on the second line match only at the end of a name,
-# because RAY_AUTH_MODE is harmless. PWD (the working directory) and SSH_ASKPASS (a program's path) are harmless too.
+# Names of variables with values that should not be stored in files. The words on the second line match only at the end
+# of a name, because RAY_AUTH_MODE is harmless, as are PWD (the working directory) and SSH_ASKPASS (a program's path).
 SECRET = re.compile(
     r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|CREDENTIAL|CRED|COOKIE|JWT|BEARER|AUTHORIZATION)S?\d*(_|$)"
     r"|(?<!BY)(?<!COM)(?<!ASK)PASS\d*$|AUTH\d*$|(^|_)(PRIVATE|DSN)\d*$|_PWD\d*$"
@@ -36,8 +36,8 @@ class Submission(NamedTuple):
     """A job that runs the launcher on another machine.
 
     Attributes:
-        describe: returns lines of text that describe what `submit` would do.
-        submit: submits the job, waits until it ends and returns the exit status. Its argument is called with messages.
+        describe: returns human-readable lines that describe what `submit` would do.
+        submit: submits the job, waits for it and returns its exit status. The argument is a function to print messages.
     """
 
     describe: Callable[[], list[str]]
@@ -46,14 +46,14 @@ class Submission(NamedTuple):
 
 @dataclass(frozen=True)
 class ClusterConfig(Settings, ChoiceRegistry):
-    """Settings of every backend: environments, and the limits on attempts after processes have ended.
+    """Settings shared by all backends: the environment of processes, and limits on failed and preempted attempts.
 
     Raises:
-        InputError: if a value is out of its bounds.
+        InputError: if a value is out of bounds.
     """
 
     choice_key: ClassVar[str] = "backend"
-    shares_disk: ClassVar[bool] = True  # whether the launcher can read the run directory that the processes write
+    shares_disk: ClassVar[bool] = True  # whether the launcher can read the run directory of the processes
 
     env: Mapping[str, str] = setting({}, "environment variables for the training processes")
     secrets: tuple[str, ...] = setting(
@@ -90,7 +90,7 @@ class ClusterConfig(Settings, ChoiceRegistry):
 
     @property
     def num_devices(self) -> int | None:
-        """The number of devices in the whole run; None if the file does not determine it."""
+        """The number of devices in the whole run; None if it is not determined by the cluster file."""
         return None
 
     def check_files(self) -> None:
@@ -101,7 +101,7 @@ class ClusterConfig(Settings, ChoiceRegistry):
         """
 
     def check_secrets(self) -> None:
-        """Check that the secrets to pass on are in the launcher's environment.
+        """Check that the secrets to pass on are set in the launcher's environment.
 
         Raises:
             InputError: if variables are unset or empty; the message names them.
@@ -120,7 +120,7 @@ class ClusterConfig(Settings, ChoiceRegistry):
         raise InputError(f"backend {self.backend}: {type(self).__qualname__} does not define build()")
 
     def submission(self, job: Job, launcher: Sequence[str]) -> Submission | None:
-        """The job to submit if the launcher runs on another machine; None if it runs on this one.
+        """Return the job to submit if the launcher must run on another machine; None if it runs on this one.
 
         Args:
             job: the run.
@@ -145,7 +145,7 @@ class LocalCluster(ClusterConfig):
 @ClusterConfig.register_subclass("ray")
 @dataclass(frozen=True)
 class RayCluster(ClusterConfig):
-    """Workers in a Ray cluster, with one training process each."""
+    """Workers in a Ray cluster, each with one training process."""
 
     address: str = setting(
         "auto", "HOST:PORT of the cluster; auto: the cluster on this machine; local: start a new one here"
@@ -203,7 +203,7 @@ class RayCluster(ClusterConfig):
         problems = Problems()
         with problems:
             super().check_secrets()
-        # Ray generates the token of a cluster that it starts here.
+        # If Ray starts a new cluster on this machine, it generates the token itself.
         if self.auth == "token" and self.address != "local" and not os.environ.get("RAY_AUTH_TOKEN"):
             file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token")
             with problems:
@@ -223,7 +223,7 @@ class RayCluster(ClusterConfig):
 @ClusterConfig.register_subclass("slurm")
 @dataclass(frozen=True)
 class SlurmCluster(ClusterConfig):
-    """A Slurm job with one training process on each node, which uses all the node's GPUs."""
+    """A Slurm job with one training process per node, which uses all of the node's GPUs."""
 
     nodes: int = setting(1, "number of nodes", low=1, high=LARGEST)
     gpus_per_node: int = setting(0, "GPUs per node", low=0, high=LARGEST)
@@ -259,7 +259,7 @@ class SlurmCluster(ClusterConfig):
         return self.nodes * self.gpus_per_node or None
 
     def check_secrets(self) -> None:
-        # Outside the job, `setup` has not run yet, and it may set them.
+        # Outside the job, `setup` has not run yet and may still set them.
         if "SLURM_JOB_ID" in os.environ or not self.setup:
             super().check_secrets()
 
@@ -280,7 +280,7 @@ class SlurmCluster(ClusterConfig):
 @ClusterConfig.register_subclass("gcloud")
 @dataclass(frozen=True)
 class GcloudCluster(ClusterConfig):
-    """Google Cloud TPU slices, requested as one queued resource for the run; their hosts are reached by ssh."""
+    """Google Cloud TPU slices, requested as one queued resource per run, with hosts accessed through ssh."""
 
     shares_disk: ClassVar[bool] = False
 
@@ -326,7 +326,7 @@ class GcloudCluster(ClusterConfig):
             )
 
     def check_secrets(self) -> None:
-        """Check nothing: the hosts fetch the secrets from Secret Manager."""
+        """Do nothing, because the hosts fetch the secrets from Secret Manager."""
 
     @property
     def shape(self) -> TpuShape:
@@ -347,7 +347,7 @@ class GcloudCluster(ClusterConfig):
         return GcloudBackend(self, job.run_dir)
 
 
-# Patterns that identify files for other programs, with the commands that read those files.
+# Patterns that identify files for other programs, and the commands that read these files.
 OTHER_TOOLS = {
     r"^apiVersion:": "kubectl apply -f",
     r"^cluster_name:": "ray up",
@@ -356,7 +356,7 @@ OTHER_TOOLS = {
 
 
 def read_cluster(path: Path) -> ClusterConfig:
-    """Read a cluster file: `backend: NAME` and that backend's fields.
+    """Read a cluster file, which contains `backend: NAME` and the fields of that backend.
 
     Raises:
         InputError: if the file is for another program or is not YAML, a key is unknown, or a value has the wrong type
@@ -371,7 +371,7 @@ def read_cluster(path: Path) -> ClusterConfig:
 
 
 def _check_reader(path: Path) -> None:
-    """Reject a file that is for another program."""
+    """Reject a file intended for another program."""
     try:
         text = read_regular(path, MOST_BYTES).decode("utf-8", "replace")
     except OSError:

@@ -1,12 +1,12 @@
 """`python -m sophia_levanter.cluster.host`: run a training process on its host.
 
-With `--parent PID`, this process becomes the training process and dies with the process that started it. Otherwise, the
-processes of a killed launcher would continue to train and keep the run directory locked. Only Linux guarantees that the
-process dies; on other systems, the command is started without this guarantee.
+With `--parent PID`, this process becomes the training process and is killed when the process that started it exits.
+Otherwise, processes would continue to train and keep the run directory locked after their launcher is killed. The kill
+is guaranteed only on Linux; on other systems, the command is started without this guarantee.
 
-With `--grace SECONDS --log FILE`, it runs a training process under ssh. It tells the process to stop when standard
-input closes, which is the only sign of a lost connection or launcher, and on SIGTERM or SIGHUP, as when the machine
-shuts down. It passes on the process's output and writes it to the file. Only one process at a time may log to a folder.
+With `--grace SECONDS --log FILE`, this process runs a training process under ssh. It tells the training process to stop
+when standard input closes, which is the only sign of a lost connection or launcher, and on SIGTERM or SIGHUP, as at
+shutdown. It prints the output and also writes it to FILE. Only one process at a time may log to a folder.
 
 This module avoids slow imports.
 """
@@ -47,12 +47,12 @@ _PATIENCE = 10.0  # seconds to wait, beyond the grace period, for a process from
 def start_process(
     words: Sequence[str], env: Mapping[str, str] = MappingProxyType({}), *, stdin: int = subprocess.DEVNULL
 ) -> subprocess.Popen[bytes]:
-    """Start a process in its own session that dies with this process. The caller must read its output.
+    """Start a process in a new session and kill it when this process exits. The caller must read its output.
 
     Args:
         words: the command line.
-        env: environment variables on top of this process's.
-        stdin: the standard input.
+        env: environment variables to add to those of this process.
+        stdin: the standard input of the new process.
     """
     parent = ["--parent", str(os.getpid())]
     return subprocess.Popen(
@@ -61,7 +61,7 @@ def start_process(
         stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # the launcher handles Ctrl-C
+        start_new_session=True,  # so that only the launcher handles Ctrl-C
     )
 
 
@@ -75,11 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The process's exit status, 128 + N if signal N ended it; 1 if it was already started, 2 for bad input.
+        The training process's exit status (128 + N for signal N), 1 if it was already started, or 2 for bad input.
     """
     given = sys.argv[1:] if argv is None else list(argv)
     own = given[: given.index("--")] if "--" in given else given
-    # A --help after the dashes belongs to the process.
+    # A --help after `--` is an argument of the training process.
     return run_command(own, lambda arguments: _run(arguments, given[len(own) + 1 :]), usage=USAGE)
 
 
@@ -97,7 +97,7 @@ def _run(given: Sequence[str], words: Sequence[str]) -> int:
     try:
         log = log_file.open("xb", buffering=0)
     except FileExistsError:
-        # gcloud reconnects after a broken connection, and would start a second process alongside the first.
+        # After a broken connection, gcloud reconnects and would start a second process alongside the first.
         print(
             f"error: {log_file} already exists; the process was started, but its connection was lost", file=sys.stderr
         )
@@ -118,7 +118,7 @@ def _become(words: Sequence[str], parent: int) -> NoReturn:
 
 
 def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
-    """Run a process until it ends.
+    """Run a process until it exits.
 
     Args:
         words: the command line.
@@ -126,7 +126,7 @@ def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
         log: the file that receives the output.
 
     Returns:
-        The exit status; 128 + N if signal N ended the process.
+        The exit status; 128 + N if the process was killed by signal N.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
@@ -141,7 +141,7 @@ def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
     ):
         thread.start()
     status = child.wait()
-    # Its descendants must not hold the devices or the pipe.
+    # Kill its descendants too, because they could still hold the devices or the pipe.
     kill_group(child.pid)
     printing.join(timeout=5)
     return 128 - status if status < 0 else status
@@ -149,7 +149,7 @@ def run_child(words: Sequence[str], grace: float, log: IO[bytes]) -> int:
 
 @contextlib.contextmanager
 def _alone_on_this_host(folder: Path, seconds: float) -> Iterator[None]:
-    """Tell a process from an earlier attempt to exit, and wait until it has released the devices."""
+    """Tell any process from an earlier attempt to exit, and wait until it has released the devices."""
     with (folder / "lock").open("a+") as lock:
         deadline = time.monotonic() + seconds
         told = False
@@ -190,7 +190,7 @@ def _end(child: subprocess.Popen[bytes], stop: threading.Event, grace: float) ->
 
 
 def _pass_on(source: IO[bytes], log: IO[bytes]) -> None:
-    """Copy output to standard output and the log. An error in writing to one of them ends only that copy.
+    """Copy output to standard output and to the log. If writing to one of them fails, only that copy ends.
 
     Status lines are for the launcher and are not logged.
     """

@@ -1,4 +1,4 @@
-"""The launcher's files in RUN_DIR/launch, for users and for other commands."""
+"""The files that the launcher stores in RUN_DIR/launch for users and other commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sophia_levanter.files import lock, read_regular, write_atomically
 from sophia_levanter.status import Progress
 
 NUMBERS = ("processes", "attempt", "failures", "preemptions")
-STOP = "stop"  # a file that asks the launcher to stop
+STOP = "stop"  # name of a file that asks the launcher to stop
 LOOK_SECONDS = 1.0
 LEASE_SECONDS = 180.0  # time after which a file server releases a lost client's locks
 
@@ -31,11 +31,11 @@ class Status:
         state: starting, running, waiting, done, failed, stopped or refused.
         backend: name of the backend.
         processes: number of processes.
-        attempt: number of the current or last attempt, from 1; 0 before the first.
+        attempt: number of the current or last attempt, starting at 1; 0 before the first attempt.
         failures: number of failed attempts.
         preemptions: number of preempted attempts.
-        progress: the last progress that the run reported.
-        exit_status: the launcher's exit status, once it has ended.
+        progress: the last progress reported by the run.
+        exit_status: the launcher's exit status; None until it exits.
     """
 
     state: str
@@ -56,7 +56,7 @@ class Status:
 
 
 class LaunchRecord:
-    """The directory of one launched run.
+    """The launcher's directory for a run.
 
     Args:
         directory: RUN_DIR/launch.
@@ -69,10 +69,10 @@ class LaunchRecord:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Lock the directory for this launcher.
+        """Hold the lock on the directory for this launcher.
 
         Raises:
-            InputError: if another launcher has locked it or it is not writable.
+            InputError: if another launcher holds the lock or the directory is not writable.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ class LaunchRecord:
             yield
 
     def _lock(self) -> IO[str] | None:
-        """Take the lock; wait for commands that test it and, in a requeued Slurm job, for the lock of a dead host."""
+        """Acquire the lock. Wait for commands that test it or, in a requeued Slurm job, for the lock of a dead host."""
         until = time.monotonic() + (LEASE_SECONDS if "SLURM_RESTART_COUNT" in os.environ else LOOK_SECONDS)
         while (held := lock(self.directory / ".lock")) is None and time.monotonic() < until:
             time.sleep(0.1)
@@ -113,10 +113,10 @@ class LaunchRecord:
         write_atomically(self._status_file, json.dumps(dataclasses.asdict(status)).encode())
 
     def read(self) -> Status:
-        """Read the status that was last written.
+        """Read the last status that was written.
 
         Raises:
-            InputError: if it is missing or damaged.
+            InputError: if the status file is missing or damaged.
         """
         if not self._status_file.exists():
             raise InputError(f"{self.directory.parent} contains no launched run")
@@ -141,19 +141,19 @@ class LaunchRecord:
         """Whether the launcher was asked to stop."""
         try:
             return self._stop_file.exists()
-        except OSError:  # raised by network file systems
+        except OSError:  # network file systems may raise this
             return False
 
     def attempt_directory(self, attempt: int) -> Path:
-        """The directory with the logs of an attempt's processes."""
+        """Return the directory with the logs of an attempt's processes."""
         return self.directory / f"attempt-{attempt:03d}"
 
     def attempts(self) -> list[Path]:
-        """The directories of all attempts, oldest first."""
+        """Return the directories of all attempts, oldest first."""
         return sorted(self.directory.glob("attempt-*"))
 
     def next_attempt(self) -> int:
-        """The number of the next attempt. It follows the attempts of earlier launchers, so that their logs are kept."""
+        """Return the number of the next attempt. Attempts by earlier launchers count, so that their logs are kept."""
         numbers = [0]
         for path in self.attempts():
             with contextlib.suppress(ValueError):

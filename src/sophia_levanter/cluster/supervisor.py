@@ -1,4 +1,4 @@
-"""Supervise a run: make attempts, each in new processes, until the run is done or the limits are reached."""
+"""Supervise a run: start attempts, each in new processes, until the run is done or a limit is reached."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STATES = {DONE: "done", FAILURE: "failed", BAD_INPUT: "refused", PREEMPTED: "sto
 
 
 class Budgets:
-    """Counts a run's failed and preempted attempts and decides when to give up, according to `policy`."""
+    """Counts a run's failed and preempted attempts and decides when to give up, based on the limits in `policy`."""
 
     def __init__(self, policy: ClusterConfig) -> None:
         self._policy = policy
@@ -39,10 +39,10 @@ class Budgets:
         self.preemptions = 0
 
     def charge(self, outcome: Outcome) -> str | None:
-        """Count an attempt that was preempted, failed or could not begin.
+        """Count an attempt that was preempted, failed or could not start.
 
         Returns:
-            The reason to give up; None if another attempt may start.
+            The reason for giving up; None if another attempt may start.
         """
         if outcome.kind == "preempted":
             self.preemptions += 1
@@ -68,9 +68,9 @@ class Budgets:
 
     @property
     def pause(self) -> float:
-        """Seconds before the next attempt.
+        """Seconds to wait before the next attempt.
 
-        The delay doubles after each attempt without progress, and is 0 after a preempted attempt with progress.
+        The delay doubles after each attempt without progress and is 0 after a preempted attempt with progress.
         """
         if not self._in_a_row:
             return 0.0
@@ -78,7 +78,7 @@ class Budgets:
 
 
 class Supervisor:
-    """Runs a job on a backend within the limits of `policy`. It updates `record` and prints messages with `say`."""
+    """Runs a job on a backend within the limits in `policy`, updating `record` and printing messages with `say`."""
 
     def __init__(self, backend: Backend, job: Job, policy: ClusterConfig, record: LaunchRecord, say: Say) -> None:
         self._backend = backend
@@ -94,10 +94,10 @@ class Supervisor:
         self._written = 0.0
 
     def run(self) -> int:
-        """Make attempts until the run ends.
+        """Start attempts until the run ends.
 
         Returns:
-            The exit status: 0 done, 1 gave up, 2 bad input, 75 stopped by SIGTERM or `launch stop`, 130 by Ctrl-C.
+            Exit status: 0 if done, 1 after giving up, 2 on bad input, 75 on SIGTERM or `launch stop`, 130 on Ctrl-C.
         """
         with self._signals_noted():
             try:
@@ -161,7 +161,7 @@ class Supervisor:
         return outcome
 
     def _follow(self, attempt: Attempt) -> None:
-        """Wait until all processes have ended. If only some end, kill the others after a delay."""
+        """Wait until all processes have ended. If only some of them end, kill the others after a delay."""
         deadline = float("inf")
         told = ended_well = False
         while True:
@@ -171,7 +171,7 @@ class Supervisor:
             now = time.monotonic()
             ended = [status for status in statuses if status is not None]
             if any(status not in (DONE, PREEMPTED) for status in ended):
-                # The other processes would wait for it forever.
+                # The other processes would wait for the failed process forever.
                 deadline = min(deadline, now + GATHER_SECONDS)
             elif ended and not ended_well:
                 ended_well = True
@@ -189,7 +189,7 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def _tell(self, line: str) -> None:
-        """Print a line from the launcher, with a prefix that distinguishes it from the run's own lines."""
+        """Print a line with a prefix that distinguishes it from the output of the run."""
         self._say(f"launch: {line}")
 
     def _tell_outcome(self, outcome: Outcome, seconds: float) -> None:
@@ -226,7 +226,7 @@ class Supervisor:
     def _update(self, **changes: Any) -> None:
         self._status = dataclasses.replace(self._status, **changes)
         self._written = time.monotonic()
-        # If this fails, other commands see an older status; the run does not depend on it.
+        # If this fails, other commands see an outdated status, but the run is not affected.
         with contextlib.suppress(OSError):
             self._record.write(self._status)
 

@@ -1,4 +1,4 @@
-"""The gcloud backend: Google Cloud TPU slices from one queued resource, with a training process on each host."""
+"""The gcloud backend: Google Cloud TPU slices from one queued resource, with one training process per host."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from sophia_levanter.config.build import MASK
 from sophia_levanter.errors import InputError
 
 PRICES = "https://cloud.google.com/tpu/pricing"
-# Pauses, in units of `poll`, while Google refuses the deletion: about seven minutes in total.
+# Pauses between deletion requests while Google refuses them, in units of `poll`: about seven minutes in total.
 RELEASE_PAUSES = (1, 2, 4, 8, 12)
-LONGEST_PAUSE = 300.0  # seconds before a refused request is repeated
+LONGEST_PAUSE = 300.0  # seconds before a refused request is retried
 SETTLE = 600.0  # seconds for the nodes of an active queued resource to become ready and healthy
 _OVER = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
-# Below the kernel's ephemeral ports, and not used by TPU software. Each attempt uses a different port, because the
-# port of the previous attempt may still be in use.
+# These ports are below the kernel's ephemeral ports and are not used by TPU software. Each attempt uses a different
+# port, because the port of the previous attempt may still be in use.
 _COORDINATOR_PORT, _SLICES_PORT, _PORTS = 20000, 21000, 1000
 
 
 class GcloudBackend(Backend):
-    """The slices of one queued resource.
+    """Starts processes on the slices of one queued resource.
 
     Attributes:
         num_processes: number of processes in the run, one per host.
@@ -48,12 +48,12 @@ class GcloudBackend(Backend):
         """Set up the backend without starting anything.
 
         Args:
-            cluster: the settings.
-            run_dir: the run directory, after which the queued resource is named if the cluster file specifies no name.
+            cluster: the cluster settings.
+            run_dir: the run directory. The queued resource is named after it unless the cluster file specifies a name.
             poll: seconds between polls.
 
         Raises:
-            InputError: if the queued resource has no name.
+            InputError: if the name of the queued resource is missing and cannot be derived.
         """
         self.num_processes = cluster.num_processes
         self._cluster = cluster
@@ -85,7 +85,7 @@ class GcloudBackend(Backend):
         return [*lines, f"  {shlex.join(self._commands.delete())}"]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
-        """Obtain whole slices, copy the configuration and files to every host, and run `setup` there.
+        """Obtain complete slices, copy the configuration and files to every host, and run `setup` there.
 
         Raises:
             InputError: if the slices cannot be obtained or a `setup` command fails.
@@ -96,7 +96,7 @@ class GcloudBackend(Backend):
         try:
             nodes = Acquisition(self._resource, self._poll, say, stopped).run()
             say(f"queued resource {self._commands.name}: {self._cluster.slices} x {self._cluster.shape} ready")
-            # One after another, because the first call creates gcloud's ssh key if it is missing.
+            # Copy one at a time, because the first call creates gcloud's ssh key if it is missing.
             for words in self._copies(job):
                 self._check(call(words, stopped), "copying files")
             if self._cluster.setup:
@@ -109,12 +109,12 @@ class GcloudBackend(Backend):
         self._nodes = nodes
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
-        """The commands of an attempt: an ssh connection to each host."""
+        """Return the commands for an attempt: one ssh connection per host."""
         stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
         return self._host_commands(self._commands, self._nodes, attempt, stamp)
 
     def was_preempted(self) -> bool:
-        """Whether the slices are gone."""
+        """Return whether any of the slices have been lost."""
         try:
             state = self._resource.state()
             if state is None or state[0] != "ACTIVE":
@@ -124,7 +124,7 @@ class GcloudBackend(Backend):
             return False
 
     def release(self, say: Say) -> None:
-        """Delete the queued resource with its slices, unless `keep` is set."""
+        """Delete the queued resource and its slices, unless `keep` is set."""
         if not self._resource.ours:
             return
         name, by_hand = self._commands.name, shlex.join(self._commands.delete())
@@ -170,7 +170,7 @@ class GcloudBackend(Backend):
         return commands
 
     def _copies(self, job: Job) -> list[list[str]]:
-        # gcloud reads the text before a colon as a host unless a slash precedes it.
+        # gcloud interprets the text before a colon as a host unless that text contains a slash.
         files = [os.path.abspath(file) for file in self._cluster.files]
         commands, config = self._commands, os.path.abspath(job.config_file)
         copies = [commands.scp(node, [config], commands.config_file) for node in commands.node_names]
@@ -187,13 +187,13 @@ class GcloudBackend(Backend):
 
 
 class Acquisition:
-    """Waits for whole slices, and creates them if needed.
+    """Waits for complete slices, and creates them if necessary.
 
     Args:
         resource: the queued resource.
         poll: seconds between polls.
-        say: prints a message.
-        stopped: whether the launcher was asked to stop.
+        say: function that prints a message.
+        stopped: function that returns whether the launcher was asked to stop.
     """
 
     def __init__(self, resource: QueuedResource, poll: float, say: Say, stopped: Callable[[], bool]) -> None:
@@ -208,11 +208,11 @@ class Acquisition:
         self._active_since: float | None = None
 
     def run(self) -> list[Node]:
-        """Wait for the slices.
+        """Wait for the slices and return them.
 
         Raises:
-            InputError: if they cannot be obtained.
-            Unavailable: if they are not available in time.
+            InputError: if the slices cannot be obtained.
+            Unavailable: if the slices are not available in time.
             Stopped: if `stopped` returns true.
         """
         timeout = self._resource.commands.cluster.start_timeout
@@ -232,7 +232,7 @@ class Acquisition:
                 )
 
     def _look(self) -> list[Node] | None:
-        """Take one step towards obtaining the slices; return them once they are complete."""
+        """Take one step towards obtaining the slices, and return them if they are complete."""
         state = self._resource.state(self._stopped)
         if state is None:
             self._deleting, self._active_since = False, None
@@ -286,7 +286,7 @@ class Acquisition:
         if answer.status and answer.code != "NOT_FOUND":
             raise Refused(answer.error)
         self._deleting = True
-        # The pause grows, so that a resource that fails immediately is not recreated in a tight loop.
+        # The pause grows, so that a resource is not recreated in a tight loop if it fails immediately.
         self._back_off()
 
     def _back_off(self) -> None:

@@ -1,4 +1,4 @@
-"""Command lines for gcloud and for shells on the hosts of TPU slices, and gcloud's answers about queued resources."""
+"""Command lines for gcloud and for shells on TPU hosts, and the results of gcloud commands for queued resources."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from sophia_levanter.cluster.config import GcloudCluster
 from sophia_levanter.errors import InputError
 
 _QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
-# A connection ends after a minute without a response from the other end.
+# Close a connection after a minute without a response from the other end.
 _KEEPALIVE = ("--ssh-flag=-oServerAliveInterval=15", "--ssh-flag=-oServerAliveCountMax=4")
 
 
 def resource_name(cluster: GcloudCluster, run_dir: Path) -> str:
-    """The queued resource's name: the one in the cluster file, or one derived from the run directory's name and path.
+    """Return the queued resource's name from the cluster file, or derive a name from the path of the run directory.
 
     Raises:
-        InputError: if neither provides a name.
+        InputError: if the cluster file has no name and none can be derived.
     """
     if cluster.name is not None:
         return cluster.name
@@ -35,7 +35,7 @@ def resource_name(cluster: GcloudCluster, run_dir: Path) -> str:
         raise InputError(
             f"name is missing and cannot be derived from {run_dir.name!r}; specify a name for the queued resource"
         )
-    # The hash distinguishes runs whose directories have the same name.
+    # The hash distinguishes run directories with the same name.
     return f"{made}-{hashlib.sha256(os.fsencode(run_dir.absolute())).hexdigest()[:6]}"
 
 
@@ -44,7 +44,7 @@ class GcloudCommands:
     """Command lines for one queued resource, its nodes (one per slice) and their workers.
 
     Attributes:
-        cluster: the settings.
+        cluster: the cluster settings.
         name: the name of the queued resource.
     """
 
@@ -58,12 +58,12 @@ class GcloudCommands:
 
     @property
     def config_file(self) -> str:
-        """The path of the run's configuration on the hosts, relative to the home folder."""
+        """The path of the run's configuration on the hosts, relative to the home directory."""
         return f"sophia_levanter-{self.name}.yaml"
 
     @property
     def log_folder(self) -> str:
-        """The folder for the attempts' logs on each host, relative to the home folder."""
+        """The folder for the logs of attempts on each host, relative to the home directory."""
         return f"sophia_levanter-{self.name}-logs"
 
     def create(self) -> list[str]:
@@ -89,28 +89,28 @@ class GcloudCommands:
         return [*_QUEUED, "describe", self.name, *self._place, "--format=json", "--quiet"]
 
     def list_all(self) -> list[str]:
-        """All queued resources in the zone."""
+        """Return the command that lists all queued resources in the zone."""
         return [*_QUEUED, "list", *self._place]
 
     def delete(self) -> list[str]:
-        # --force deletes the nodes too.
+        # --force also deletes the nodes.
         return [*_QUEUED, "delete", self.name, *self._place, "--force", "--async", "--quiet"]
 
     def describe_node(self, node: str) -> list[str]:
         return [*self._tpu_vm, "describe", node, *self._place, "--format=json", "--quiet"]
 
     def ssh(self, node: str, worker: int | str, command: str) -> list[str]:
-        """Run a shell command on a worker or on `all`. A single worker gets standard input and returns its status."""
+        """Return words that run `command` on a worker or `all`. A single worker gets stdin and returns its status."""
         to = [node, *self._place, f"--worker={worker}", *self._tunnel, *_KEEPALIVE, "--quiet"]
         return [*self._tpu_vm, "ssh", *to, f"--command={command}"]
 
     def scp(self, node: str, files: Sequence[str], destination: str) -> list[str]:
-        """Copy files to all workers."""
+        """Return the command that copies files to all workers."""
         to = [f"{node}:{destination}", *self._place, "--worker=all", *self._tunnel, "--quiet"]
         return [*self._tpu_vm, "scp", *files, *to]
 
     def setup(self) -> str:
-        """A shell command that runs the cluster's `setup` once on each host."""
+        """Return a shell command that runs the cluster's `setup` once on each host."""
         lines = "\n".join(self.cluster.setup)
         digest = hashlib.sha256(lines.encode())
         for path in map(Path, self.cluster.files):
@@ -119,16 +119,16 @@ class GcloudCommands:
         return f"test -e {marker} || {{ bash -e -o pipefail -c {shlex.quote(lines)} && touch {marker}; }}"
 
     def training(self, words: Sequence[str], env: Mapping[str, str], log: str) -> str:
-        """A shell command that runs a training process on a host.
+        """Return a shell command that runs a training process on a host.
 
         Args:
-            words: the process's command line.
-            env: environment variables on top of the cluster's.
-            log: name of the log file, different for each attempt.
+            words: the command line of the process.
+            env: environment variables to add to those in the cluster settings.
+            log: name of the log file, which must differ between attempts.
         """
         cluster = self.cluster
         of_project = f" --project={cluster.project}" if cluster.project else ""
-        # Two commands for each secret: the status of `export NAME="$(...)"` would be export's.
+        # Use two commands per secret, because `export NAME="$(...)"` returns the status of export.
         parts = [
             f'{name}="$(gcloud secrets versions access latest --secret={name}{of_project})" || exit 1; export {name}'
             for name in cluster.secrets
@@ -139,7 +139,7 @@ class GcloudCommands:
         return "; ".join([*parts, f"exec {shlex.join(host)}"])
 
     def newest_log(self) -> str:
-        """A shell command that follows the log of the most recent attempt on a host."""
+        """Return a shell command that follows the log of the most recent attempt on a host."""
         return f'tail -n 100 -F "$(ls -d {self.log_folder}/*.log | tail -n 1)"'
 
     @property
@@ -157,7 +157,7 @@ class GcloudCommands:
         return ["--tunnel-through-iap"] if self.cluster.internal_ips else []
 
 
-# The number of trailing lines that an error shows.
+# The number of trailing lines shown in an error message.
 _TAIL_LINES = 15
 # Errors that only the user can correct. Others, such as an unreachable name server, may be temporary.
 _FINAL = ("INVALID_ARGUMENT", "UNAUTHENTICATED", "PERMISSION_DENIED", "NOT_FOUND", "FAILED_PRECONDITION")
@@ -166,11 +166,11 @@ _SSH_FAILED = 255  # exit status of ssh itself
 # Nodes in these states have lost their hosts or will lose them.
 _LOST = ("PREEMPTED", "TERMINATED", "DELETING", "STOPPED", "STOPPING", "REPAIRING", "HIDDEN", "HIDING", "UNKNOWN")
 _GONE = "gone"
-_NO_ACCOUNT = "gcloud auth login"  # part of gcloud's error if no account is logged in
+_NO_ACCOUNT = "gcloud auth login"  # part of gcloud's error message if no account is logged in
 
 
 def never() -> bool:
-    """The default of `stopped`: do not stop waiting."""
+    """Return False, so that waiting never stops. This is the default of `stopped`."""
     return False
 
 
@@ -198,7 +198,7 @@ class Answer:
 
     @property
     def error(self) -> str:
-        """The first line of gcloud's error, without the command name."""
+        """The first line of gcloud's error message, without the command name."""
         match = re.search(r"^ERROR: (?:\(gcloud[\w.-]*\) )?(.+)", self.errors, re.MULTILINE)
         return match[1].strip() if match else ((self.errors.strip().splitlines() or [""])[-1])
 
@@ -210,17 +210,17 @@ class Answer:
 
     @property
     def final(self) -> bool:
-        """Whether repeating the command cannot help."""
+        """Whether retrying the command cannot help."""
         return self.code in _FINAL or self.status == _USAGE or _NO_ACCOUNT in self.errors
 
     @property
     def unreachable(self) -> bool:
-        """Whether a command did not reach its host, as opposed to failing there."""
+        """Whether the command failed to reach its host, as opposed to failing on the host."""
         return self.status == _SSH_FAILED or "ERROR: (gcloud" in self.errors or "gcloud crashed" in self.errors
 
     @property
     def tail(self) -> str:
-        """The last lines of output and errors."""
+        """The last lines of standard output and standard error."""
         lines = [line.rstrip() for line in f"{self.output}\n{self.errors}".splitlines() if line.strip()]
         return "\n".join(lines[-_TAIL_LINES:])
 
@@ -229,15 +229,15 @@ class Answer:
 
 
 def call(words: Sequence[str], stopped: Callable[[], bool] = never) -> Answer:
-    """Run gcloud until it exits.
+    """Run gcloud and wait until it exits.
 
     Args:
         words: the command line.
-        stopped: whether to stop waiting.
+        stopped: function that returns whether to stop waiting.
 
     Raises:
         InputError: if gcloud is not installed.
-        Stopped: if `stopped` returns true; gcloud is killed.
+        Stopped: if `stopped` returns true, in which case gcloud is killed.
     """
     try:
         process = subprocess.Popen(
@@ -266,13 +266,13 @@ def call(words: Sequence[str], stopped: Callable[[], bool] = never) -> Answer:
 
 
 def missing_gcloud() -> str:
-    """The error message for a missing gcloud."""
+    """Return the error message for a missing gcloud command."""
     return "backend gcloud: the gcloud command was not found; install it from https://cloud.google.com/sdk/docs/install"
 
 
 @dataclass(frozen=True)
 class Node:
-    """A slice.
+    """A TPU slice.
 
     Attributes:
         name: the node's name in gcloud.
@@ -288,12 +288,12 @@ class Node:
 
     @property
     def lost(self) -> bool:
-        """Whether it has lost a host and can never be complete again."""
+        """Whether the slice has lost a host and can never be complete again."""
         return self.state in (*_LOST, _GONE)
 
     @property
     def whole(self) -> bool:
-        """Whether it can be used."""
+        """Whether the slice can be used."""
         return self.state == "READY" and self.health in (None, "HEALTHY", "HEALTH_UNSPECIFIED")
 
     def __str__(self) -> str:
@@ -302,7 +302,7 @@ class Node:
 
 
 class QueuedResource:
-    """The queued resource for a run's slices. Each call raises `Stopped` if `stopped` returns true.
+    """The queued resource for a run's slices. All methods raise `Stopped` if `stopped` returns true.
 
     Attributes:
         commands: the command lines for the resource.
@@ -314,11 +314,11 @@ class QueuedResource:
         self.ours = False
 
     def state(self, stopped: Callable[[], bool] = never) -> tuple[str, str] | None:
-        """The state and its message; None if the resource does not exist.
+        """Query the resource's state and error message. Return None if the resource does not exist.
 
         Raises:
-            InputError: if the resource with this name has other slices, or Google rejects the query permanently.
-            Refused: if the query fails.
+            InputError: if the resource with this name has different slices, or Google rejects the query permanently.
+            Refused: if the query fails but may succeed later.
         """
         answer = call(self.commands.describe(), stopped)
         if answer.code == "NOT_FOUND":
@@ -333,13 +333,13 @@ class QueuedResource:
         return state.get("state", "STATE_UNSPECIFIED"), said
 
     def create(self, stopped: Callable[[], bool] = never) -> bool:
-        """Request the resource; return whether it is new.
+        """Request the resource and return whether it is new.
 
         Raises:
             InputError: if Google rejects the request permanently.
-            Refused: if the request fails.
+            Refused: if the request fails but may succeed later.
         """
-        self.ours = True  # set before the answer, which may be lost
+        self.ours = True  # set before the request, because the answer may be lost
         answer = call(self.commands.create(), stopped)
         self.ours = not (answer.status and answer.final)
         if answer.code == "ALREADY_EXISTS":
@@ -352,7 +352,7 @@ class QueuedResource:
         return call(self.commands.delete(), stopped)
 
     def nodes(self, stopped: Callable[[], bool] = never) -> list[Node]:
-        """The slices.
+        """Query the slices.
 
         Raises:
             Refused: if a query fails.

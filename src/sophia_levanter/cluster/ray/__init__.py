@@ -15,13 +15,13 @@ from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unav
 from sophia_levanter.cluster.config import RayCluster
 from sophia_levanter.errors import InputError, counted
 
-# A file next to an attempt's logs, in which its driver lists the ids of nodes that were preempted.
+# A file next to an attempt's logs in which the driver lists the ids of preempted nodes.
 LOST_NODES = "lost_nodes.json"
 CONNECT_SECONDS = 10.0
 
 
 class RayBackend(Backend):
-    """Starts a Ray driver on this machine, which starts the processes through Ray Train."""
+    """Starts a Ray driver on this machine, which starts the run's processes with Ray Train."""
 
     def __init__(self, cluster: RayCluster) -> None:
         self._cluster = cluster
@@ -31,7 +31,7 @@ class RayBackend(Backend):
         self.num_processes = cluster.num_processes
 
     def describe(self, job: Job) -> list[str]:
-        """What each worker would run, and on which resources."""
+        """Describe the command that each worker would run, and the worker's resources."""
         cluster = self._cluster
         mesh = {"coordinator": "WORKER_0:PORT", "num_processes": self.num_processes, "process_id": "N"}
         where = "a Ray cluster started here" if cluster.address == "local" else f"the Ray cluster {cluster.address}"
@@ -59,7 +59,7 @@ class RayBackend(Backend):
             raise Unavailable(problem) if self._has_begun else InputError(f"{problem}; start the cluster first")
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
-        """A single command, the driver."""
+        """Return a single command, which runs the driver."""
         self._has_begun = True
         directory = job.attempt_directory(attempt)
         if self._lost_file.exists():
@@ -78,12 +78,12 @@ class RayBackend(Backend):
         return [HostCommand("ray", words, {"RAY_AUTH_MODE": self._cluster.auth}, labelled=True)]
 
     def was_preempted(self) -> bool:
-        """Whether nodes were preempted, or a process was asked to stop from outside."""
+        """Return whether nodes were preempted or a process was asked to stop from outside the run."""
         return self._lost_file.exists()
 
 
 def _answers(host: str, port: int) -> bool:
-    """Whether a port is open. Ray itself would retry for minutes."""
+    """Return whether a port is open. Ray itself would retry for minutes."""
     try:
         socket.create_connection((host.strip("[]"), port), timeout=CONNECT_SECONDS).close()
     except OSError:

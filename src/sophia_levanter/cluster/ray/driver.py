@@ -1,7 +1,7 @@
-"""`python -m sophia_levanter.cluster.ray.driver ORDER`: one attempt of a run on a Ray cluster, through Ray Train.
+"""`python -m sophia_levanter.cluster.ray.driver ORDER`: run one attempt on a Ray cluster with Ray Train.
 
-Prints the output of the processes, with each line prefixed by the process number. Exit status: 0 done, 1 failure, 2 bad
-input, 75 stopped or preempted after saving.
+The output of the processes is printed, with each line prefixed by the process number. The exit status is 0 if the run
+is done, 1 on failure, 2 on bad input, and 75 if the run saved and exited after a stop request or a preemption.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ SLICE_NAME = "ray.io/tpu-slice-name"
 
 
 def main(order_file: Path) -> int:
-    """Run the attempt that the order file of `RayBackend` describes.
+    """Run the attempt described in `RayBackend`'s order file.
 
     Returns:
         The exit status.
     """
     order = json.loads(order_file.read_text())
     cluster = RayCluster(**order["cluster"])
-    # Ray Train's controller reads these and then checks every second whether nodes will be preempted.
+    # With these variables, Ray Train's controller checks every second whether nodes will be preempted.
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     told: list[int] = []
@@ -66,7 +66,7 @@ def main(order_file: Path) -> int:
         print(f"error: {message}", flush=True)
         report_failure(InputError.reason, message)
         return BAD_INPUT
-    # Replaces Ray's own handler, which ends the process immediately.
+    # Replace Ray's own handler, which ends the process immediately.
     signal.signal(signal.SIGTERM, note)
     here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
     board = ray.remote(num_cpus=0, resources=here)(Board).remote(cluster.num_processes)
@@ -80,12 +80,12 @@ def main(order_file: Path) -> int:
 
 
 def ray_accelerator(generation: str) -> str:
-    """Ray's name for a TPU generation, such as TPU-V5LITEPOD for v5e."""
+    """Return Ray's name for a TPU generation, such as TPU-V5LITEPOD for v5e."""
     return f"TPU-{GENERATIONS[generation].type_prefix.upper()}"
 
 
 def broken_slices(nodes: Iterable[Mapping[str, Any]], shape: TpuShape, lost_nodes: Collection[str]) -> set[str]:
-    """Names of slices that lack a host or will lose one, but that Ray would still reserve by their first host.
+    """Return the names of slices that lack a host or will lose one, but that Ray would still reserve.
 
     Args:
         nodes: the nodes, as returned by `ray.nodes()`.
@@ -108,10 +108,10 @@ def broken_slices(nodes: Iterable[Mapping[str, Any]], shape: TpuShape, lost_node
 
 
 class Fence:
-    """Reserves the first hosts of broken slices, so that Ray does not reserve those slices.
+    """Reserves the first hosts of broken slices, so that Ray does not use those slices.
 
-    Ray Train reserves a slice by its first host, whether or not the other hosts are alive, and has no setting to choose
-    or exclude slices. (`ray.util.tpu` counts whole slices, but does not know which of them will be preempted.)
+    Ray Train reserves a slice through its first host, whether or not the other hosts are alive, and has no setting to
+    select or exclude slices. (`ray.util.tpu` counts complete slices but does not know which will be preempted.)
 
     Args:
         shape: the shape of the run's slices.
@@ -137,7 +137,7 @@ class Fence:
 
 
 class _Fit(threading.Thread):
-    """Runs `trainer.fit()` while the main thread follows the attempt."""
+    """Runs `trainer.fit()` while the main thread monitors the attempt."""
 
     def __init__(self, trainer: JaxTrainer) -> None:
         super().__init__(daemon=True)
@@ -163,7 +163,7 @@ def _trainer(cluster: RayCluster, order: dict[str, Any], board: Any) -> JaxTrain
             "accelerator_type": ray_accelerator(cluster.shape.generation),
         }
         resources = {}
-    # Secrets go to the object store, which only the workers read, not to the configuration, which Ray keeps and shows.
+    # Pass secrets through the object store, which only the workers read, because Ray stores and shows configurations.
     secrets = ray.put({name: os.environ[name] for name in cluster.secrets})
     return JaxTrainer(
         run_host,
@@ -183,8 +183,8 @@ def _trainer(cluster: RayCluster, order: dict[str, Any], board: Any) -> JaxTrain
             placement_strategy="SPREAD",
             **accelerator,
         ),
-        # Ray's own retries are off. As with every backend, the launcher decides whether to try again. Unlike Ray, it
-        # counts failures at the same step and survives failures of Ray's head, which end this driver.
+        # Ray's own retries are disabled. As with every backend, the launcher decides whether to retry. Unlike Ray, it
+        # counts failures at the same step, and it survives failures of Ray's head node, which end this driver.
         run_config=RunConfig(
             storage_path=order["storage"],
             failure_config=FailureConfig(
@@ -195,7 +195,7 @@ def _trainer(cluster: RayCluster, order: dict[str, Any], board: Any) -> JaxTrain
 
 
 def _follow(fit: _Fit, board: Any, fence: Fence | None, cluster: RayCluster, told: list[int]) -> dict[str, Any]:
-    """Print lines until the attempt is over; return the final state of the board."""
+    """Print lines until the attempt is over, and return the final state of the board."""
     began = fenced = time.monotonic()
     first_ended: float | None = None
     seen: dict[str, Any] = {"statuses": {}, "lost_nodes": [], "hosts": 0}
@@ -232,13 +232,13 @@ def _follow(fit: _Fit, board: Any, fence: Fence | None, cluster: RayCluster, tol
 
 
 def exit_status(error: Exception | None, seen: dict[str, Any], num_processes: int, lost_file: Path) -> int:
-    """Determine the driver's exit status from the final state of the board. Writes the lost nodes for the launcher.
+    """Determine the driver's exit status from the final state of the board, and write the lost nodes to a file.
 
     Args:
-        error: the exception of `fit`, if any.
-        seen: exit statuses of the processes in the order in which they ended, and lost_nodes.
+        error: the exception raised by `fit`, if any.
+        seen: the final state of the board. `statuses` must be in the order in which the processes ended.
         num_processes: number of processes in the run.
-        lost_file: the file for the lost nodes.
+        lost_file: the file for the lost nodes, which the launcher reads.
     """
     statuses = list(seen["statuses"].values())
     lost = set(seen["lost_nodes"])
@@ -263,7 +263,7 @@ def exit_status(error: Exception | None, seen: dict[str, Any], num_processes: in
 
 
 def _was_preempted(failure: Any) -> bool:
-    """Whether Ray reports that a failed worker's node was preempted."""
+    """Return whether Ray reports that the node of a failed worker was preempted."""
     return bool(getattr(getattr(failure, "health_check_failure", failure), "preempted", False))
 
 

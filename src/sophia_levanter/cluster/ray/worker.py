@@ -1,7 +1,7 @@
-"""The code in each Ray Train worker: starts the training process, reads its output and tells it when to stop.
+"""The code that runs in each Ray Train worker: start the training process, read its output and tell it when to stop.
 
-Training runs in a separate process, not in the worker, so that the program is the same as on other backends: jax's
-heartbeat timeout is 20 s (Ray's JaxConfig leaves it at 100), and SIGTERM stops it.
+Training runs in a separate process, not in the worker, so that the program is the same as on other backends. Its
+heartbeat timeout in jax is 20 s (Ray's JaxConfig leaves it at 100 s), and it stops on SIGTERM.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class ProcessFailed(Exception):
 
 
 class Board:
-    """An actor that runs alongside the driver. Workers post output and exit statuses, and read their instructions.
+    """An actor on the driver's machine. Workers post output and exit statuses to it and read instructions from it.
 
-    Ray's own facilities are not enough: `log_to_driver` merges identical lines from different workers, and
+    Ray's own facilities are insufficient: `log_to_driver` merges identical lines from different workers, and
     `ray.train.report` is a barrier at which a worker would wait for dead peers.
 
     Args:
@@ -53,7 +53,7 @@ class Board:
         self._hosts = 0
 
     def arrive(self) -> None:
-        """Count a worker that has started its process."""
+        """Record that a worker has started its process."""
         self._hosts += 1
 
     def report(self, rank: int, lines: list[str], status: int | None, lost_nodes: list[str]) -> None:
@@ -71,7 +71,7 @@ class Board:
             self._statuses[rank] = status
 
     def verdict(self) -> str:
-        """What the workers must do: go on, stop (tell processes to save and exit) or finish (all have exited)."""
+        """Return what workers must do: go on, stop (tell processes to save and exit) or finish (all have exited)."""
         if len(self._statuses) == self._num_processes:
             return "finish"
         return "stop" if self._stop or self._lost_nodes else "go on"
@@ -81,7 +81,7 @@ class Board:
         self._stop = True
 
     def take(self) -> dict[str, Any]:
-        """Return the new lines, all statuses, the lost nodes and the number of hosts so far, for the driver."""
+        """Return new lines, all exit statuses, lost nodes and the number of hosts so far. The driver calls this."""
         lines, self._lines = self._lines, []
         return {
             "lines": lines,
@@ -92,14 +92,14 @@ class Board:
 
 
 def run_host(order: dict[str, Any]) -> None:
-    """The function that Ray Train runs in each worker. All workers call Ray's collectives the same number of times.
+    """Run the training process in a Ray Train worker. All workers call Ray's collectives the same number of times.
 
     Args:
-        order: config (the run's configuration as YAML), env, secrets (a list with a reference to their values), board,
-            slices.
+        order: a dict with config (the run's configuration as YAML), env, secrets (a list containing a reference to
+            their values), board and slices.
 
     Raises:
-        ProcessFailed: if the training process exited with a status other than done or preempted.
+        ProcessFailed: if the training process exits with a status other than `DONE` or `PREEMPTED`.
     """
     rank, count = get_context().get_world_rank(), get_context().get_world_size()
     address = f"{ray.util.get_node_ip_address()}:{free_port()}" if rank == 0 else None
@@ -126,7 +126,7 @@ def run_host(order: dict[str, Any]) -> None:
 
 
 def _end_with(process: subprocess.Popen[bytes], attended: threading.Event) -> None:
-    """Exit this worker if its process has failed and it is still waiting for workers on lost nodes."""
+    """Exit this worker if its process has failed while the worker is still waiting for workers on lost nodes."""
     if process.wait() not in (DONE, PREEMPTED) and not attended.wait(BARRIER_SECONDS):
         os._exit(FAILURE)
 

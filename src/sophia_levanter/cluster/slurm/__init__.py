@@ -1,4 +1,4 @@
-"""Attempts inside a Slurm job: one srun per attempt, with one process per node. `job` submits that job.
+"""Run attempts inside a Slurm job: one srun per attempt, with one process per node. The module `job` submits the job.
 
 Statements about Slurm in these modules were verified with version 22.05.
 """
@@ -15,17 +15,17 @@ from sophia_levanter.cluster.backend import Backend, HostCommand, Job, Say, Unav
 from sophia_levanter.cluster.config import SlurmCluster
 from sophia_levanter.errors import InputError, counted
 
-# The name of training steps, which distinguishes them from a user's own steps in the same allocation.
+# The name of Slurm steps for training, which distinguishes them from the user's own steps in the same allocation.
 STEP = "sophia_levanter"
-# Seconds to wait for processes from an earlier attempt after SIGKILL.
+# Seconds to wait for processes from an earlier attempt to end after SIGKILL.
 LEFTOVERS_TIMEOUT = 60
-# On SIGTERM, srun kills its tasks with SIGKILL, so they save when its standard input closes instead. The process that
-# waits for the end of the input has none of the task's streams, because srun would wait for it too.
+# On SIGTERM, srun kills its tasks with SIGKILL. Tasks therefore save and exit when srun's standard input closes. The
+# process that waits for the input to end does not keep the task's streams open, because srun would wait for it too.
 TASK = 'exec 3<&0; {{ cat <&3; kill -TERM $$; }} >/dev/null 2>&1 & exec "$@"{mesh} </dev/null 3<&-'
 
 
 class SlurmBackend(Backend):
-    """Starts one process of the run on each node of the launcher's allocation."""
+    """Starts one process of the run on each node in the launcher's allocation."""
 
     def __init__(self, cluster: SlurmCluster) -> None:
         self.cluster = cluster
@@ -33,15 +33,15 @@ class SlurmBackend(Backend):
         self._first_node: str | None = None
 
     def describe(self, job: Job) -> list[str]:
-        """The resources that the job uses, and the command that it runs on them."""
+        """Describe the resources used by the job and the command that it runs."""
         return [_taken(self.cluster), f"each attempt: {self.commands(job, 1)[0].shown()}"]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
-        """Check that the allocation is as requested, and kill processes from an earlier attempt in it.
+        """Check that the allocation matches the request, and kill processes from an earlier attempt.
 
         Raises:
-            InputError: if this is not a Slurm job or its size differs, or a secret is not in the environment.
-            Unavailable: if Slurm does not respond, or processes from an earlier attempt cannot be killed.
+            InputError: if this is not a Slurm job, its number of nodes differs from `nodes`, or a secret is not set.
+            Unavailable: if Slurm does not respond, or if processes from an earlier attempt cannot be killed.
         """
         _check_allocation(self.cluster)
         nodes = ask("scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")).split()
@@ -51,7 +51,7 @@ class SlurmBackend(Backend):
         _end_leftovers(say, stopped)
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
-        """A single srun, which prints the output of all processes."""
+        """Return a single srun command, which prints the output of all processes."""
         cluster = self.cluster
         mesh: dict[str, object] = {}
         if cluster.nodes > 1:
@@ -62,8 +62,8 @@ class SlurmBackend(Backend):
             f"--job-name={STEP}",
             "--export=ALL",  # even if the job itself was submitted with a different --export
             "--label",
-            # Not 1: when a process saved and exited with 75, the others would be killed before their last lines, and
-            # srun would return 143. Peers of a dead process exit on their own; --wait kills those that are stuck.
+            # With 1, if one process saved and exited with 75, the others would be killed before printing their last
+            # lines, and srun would return 143. Peers of a dead process exit on their own; --wait kills those that hang.
             "--kill-on-bad-exit=0",
             f"--wait={cluster.stop_timeout}",
             f"--nodes={cluster.nodes}",
@@ -91,7 +91,7 @@ def _check_allocation(cluster: SlurmCluster) -> None:
 
 
 def _end_leftovers(say: Say, stopped: Callable[[], bool]) -> None:
-    """Kill hanging tasks that survived the killing of their srun."""
+    """Kill hanging tasks that survived after their srun was killed."""
     deadline = time.monotonic() + LEFTOVERS_TIMEOUT
     said = False
     while (steps := _steps()) and not stopped():
@@ -112,7 +112,7 @@ def _steps() -> list[str]:
 
 
 def ask(*words: str) -> str:
-    """The output of a Slurm command.
+    """Run a Slurm command and return its output.
 
     Raises:
         InputError: if the command is not installed on this machine.
@@ -128,13 +128,13 @@ def ask(*words: str) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last line of a Slurm command's error, without the command name."""
+    """Return the last line of a Slurm error message, without the command name."""
     lines = text.strip().splitlines()
     return re.sub(r"^\w+: error: ", "", lines[-1]) if lines else ""
 
 
 def _port(attempt: int) -> int:
-    """A port below Linux's ephemeral ports, different for each attempt and far from the ports of neighbouring jobs."""
+    """Return a port below Linux's ephemeral ports that varies by attempt and is far from those of neighbouring jobs."""
     return 12_000 + (int(os.environ["SLURM_JOB_ID"]) * 127 + attempt) % 20_000
 
 

@@ -1,4 +1,4 @@
-"""The Slurm job that runs the launcher: its script, and its submission on a login node."""
+"""Write the script of the Slurm job that runs the launcher, and submit the job on a login node."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.files import read_regular
 from sophia_levanter.status import FAILURE, INTERRUPTED, PREEMPTED
 
-NUMBER = "slurm_job"  # a file next to the script, with the job's number
-# Final job states for which sbatch --wait may return 0 although the run is not done.
+NUMBER = "slurm_job"  # name of the file, next to the script, that contains the job's number
+# Final job states for which sbatch --wait may return 0 even though the run is not done.
 BAD_ENDS = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
 
 
@@ -62,15 +62,15 @@ exit "$status"
 
 
 def sbatch_script(cluster: SlurmCluster, job: Job, words: Sequence[str]) -> str:
-    """The sbatch script for the job.
+    """Return the sbatch script for the job.
 
     Args:
-        cluster: the settings.
+        cluster: the cluster settings.
         job: the run.
         words: the launcher's command line inside the allocation.
 
     Raises:
-        InputError: if Slurm cannot write a log into the run's directory.
+        InputError: if Slurm cannot write a log to the run directory because of the directory's name.
     """
     directory = os.path.abspath(job.directory)
     if re.search(r"[\n\r\\]", directory):
@@ -104,7 +104,7 @@ def sbatch_script(cluster: SlurmCluster, job: Job, words: Sequence[str]) -> str:
 
 
 def describe_submission(cluster: SlurmCluster, job: Job, words: Sequence[str]) -> list[str]:
-    """What `submit` would do, in human-readable lines: the command, the script, and the job's resources and command."""
+    """Describe what `submit` would do: the command, the script, and the job's resources and command."""
     return [
         f"would run: {shlex.join(_sbatch(job))}",
         f"{_script(job)}:",
@@ -117,13 +117,13 @@ def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> i
     """Submit a job that runs the launcher on the run's nodes, and wait until it ends.
 
     Args:
-        cluster: the settings.
-        job: the run; its directory exists, on a disk that all nodes share.
+        cluster: the cluster settings.
+        job: the run. Its directory must exist on a disk shared by all nodes.
         words: the launcher's command line inside the allocation.
-        say: prints a message.
+        say: function that prints a message.
 
     Returns:
-        The launcher's exit status; 1 if Slurm ended the job; 130 on Ctrl-C, after which the job continues.
+        The launcher's exit status, 1 if Slurm ended the job, or 130 on Ctrl-C, after which the job continues.
 
     Raises:
         InputError: if sbatch is not installed on this machine or rejects the job.
@@ -138,7 +138,7 @@ def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> i
         raise InputError("backend slurm: sbatch not found; run this on a login node of the cluster") from None
     try:
         assert sbatch.stdout is not None
-        # NUMBER, or NUMBER;CLUSTER
+        # sbatch prints NUMBER or NUMBER;CLUSTER.
         number = sbatch.stdout.readline().strip().partition(";")[0]
         if number:
             (job.directory / NUMBER).write_text(number)
@@ -164,7 +164,7 @@ def cancel_if_queued(directory: Path) -> str | None:
         directory: the launcher's directory for the run.
 
     Returns:
-        The job's number if it was cancelled.
+        The job's number if the job was cancelled, otherwise None.
     """
     try:
         number = read_regular(directory / NUMBER).decode()
@@ -194,7 +194,7 @@ def _status_of(number: str, status: int, say: Say) -> int:
 
 
 def _state(number: str) -> str | None:
-    """The state of a job; None if Slurm does not respond or no longer knows the job."""
+    """Return the state of a job, or None if Slurm does not respond or no longer knows the job."""
     try:
         return ask("squeue", "--noheader", f"--jobs={number}", "--states=all", "--format=%T").strip() or None
     except (Unavailable, InputError):
@@ -209,7 +209,7 @@ def _goes_on(job: Job, number: str) -> str:
 
 
 def _quoted(option: str) -> str:
-    """Quote an option for a line of sbatch's script: double quotes protect spaces and #, a backslash one character."""
+    """Quote an option for an sbatch script. Double quotes protect spaces and #; a backslash protects one character."""
     if re.fullmatch(r"[\w./:=,@%+-]+", option):
         return option
     name, equals, value = option.partition("=")
