@@ -16,11 +16,11 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 _OPCODE = re.compile(r" (?P<opcode>[a-z][a-z0-9\-]*)\((?P<operands>[^)]*)\)")
 _ARRAY = re.compile(r"\b(?P<dtype>pred|bf16|[sfuc]\d+)\[(?P<shape>[\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}\s]+(?:, ?%[^,}\s]+)*)\}?")
-# A collective specifies the devices that exchange data in one of three forms: lists such as {{0,1},{2,3}}; the parts of
-# a range that may be reshaped and transposed, such as [2,2]<=[4]; or axes of a device mesh, such as
+# A collective specifies the devices that exchange data in one of three forms: lists such as {{0,1},{2,3}}; parts of a
+# range, which may be reshaped and transposed, such as [2,2]<=[4]; or axes of a device mesh, such as
 # mesh['a'=2,'b'=2] {'b'}.
 _LISTS = re.compile(r"\b(?:replica_groups|source_target_pairs)=\{(?P<lists>(?:\{[\d,]+\},?)*)\}")
-# Between TPU slices, the hosts transfer what a device sends: {1,2}x{0:3} means devices 0 to 3 in slices 1 and 2.
+# Between TPU slices, hosts transfer the data sent by devices: {1,2}x{0:3} means devices 0 to 3 in slices 1 and 2.
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(?P<kind>\w+)"')
 _SLICES = re.compile(r'_xla_megascale_target="\{(?P<slices>[^}]*)\}')
 _PARTS = re.compile(r"\breplica_groups=\[\d+,(?P<size>\d+)\]<=(?P<range>\[[\d,]+\](?:T\([\d,]+\))?)")
@@ -45,7 +45,7 @@ class _Instruction:
 
 
 def collective_bytes(hlo: str, nodes: Sequence[int] | None = None) -> dict[str, float]:
-    """Bytes that a device sends in each kind of collective. Each iteration of a loop is counted.
+    """Count the bytes that a device sends in each kind of collective, including every iteration of each loop.
 
     In a ring of n devices on k nodes, a device sends the following shares to other devices and to other nodes:
 
@@ -57,10 +57,10 @@ def collective_bytes(hlo: str, nodes: Sequence[int] | None = None) -> dict[str, 
     Args:
         hlo: the text of a compiled module (`Compiled.as_text()`).
         nodes: the node of each device, in the order of the program's devices. If given, only bytes sent to other nodes
-            are counted; otherwise all bytes are.
+            are counted; otherwise, all bytes are counted.
 
     Raises:
-        ValueError: if the text does not specify the iterations of a loop with collectives or a collective's devices.
+        ValueError: if the text does not specify a collective's devices or the iterations of a loop with collectives.
     """
     computations, entry = _parse(hlo)
     partitions = re.search(r"\bnum_partitions=(\d+)", hlo.split("\n", 1)[0])
@@ -78,7 +78,7 @@ def collective_bytes(hlo: str, nodes: Sequence[int] | None = None) -> dict[str, 
 
 
 def _share(kind: str, size: int, nodes: int) -> float:
-    """The share of the array that a device sends to other nodes, in a group of `size` devices on `nodes` nodes."""
+    """Return the share of the array that a device sends to other nodes, given `size` devices on `nodes` nodes."""
     if kind == "collective-permute":
         return float(nodes > 1)
     if kind == "all-to-all":
@@ -87,7 +87,7 @@ def _share(kind: str, size: int, nodes: int) -> float:
 
 
 def _groups(text: str, devices: Sequence[int]) -> list[list[int]]:
-    """The groups of devices that exchange data in a collective; one group of all devices if the text has no groups."""
+    """Return the groups of devices that exchange data in a collective. By default, all devices are in one group."""
     if match := _LISTS.search(text):
         return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", match["lists"])] or [list(devices)]
     if match := _PARTS.search(text):
@@ -100,7 +100,7 @@ def _groups(text: str, devices: Sequence[int]) -> list[list[int]]:
 
 
 def _mesh_groups(axes: str, ids: str | None, grouped: str) -> list[list[int]]:
-    """The groups along mesh axes or parts of axes: 'a':(2)4 is the part of size 4 that follows a part of size 2."""
+    """Return the groups along mesh axes or parts of axes: 'a':(2)4 is the part of size 4 after a part of size 2."""
     parts: dict[str, list[tuple[int, int]]] = {}
     for axis in grouped.split(","):
         name, _, part = axis.partition(":")
@@ -120,7 +120,7 @@ def _mesh_groups(axes: str, ids: str | None, grouped: str) -> list[list[int]]:
 
 
 def _range(text: str) -> np.ndarray:
-    """The numbers in a range: [2,4]T(1,0) is 0 to 7 as a 2 x 4 array, transposed and flattened."""
+    """Return the numbers in a range: [2,4]T(1,0) is 0 to 7 as a 2 x 4 array, transposed and flattened."""
     sizes, _, order = text.partition("T")
     shape = _numbers(sizes)
     return np.arange(math.prod(shape)).reshape(shape).transpose(_numbers(order) or None).ravel()
@@ -134,7 +134,7 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
     current: _Computation | None = None
     entry = ""
-    # HLO text for TPUs contains comments with the indices of long tuples.
+    # In HLO text for TPUs, long tuples contain comments with indices.
     for line in re.sub(r"/\*index=\d+\*/", "", hlo).splitlines():
         if line.endswith("{") and "->" in line and not line.startswith(" "):
             name = line.removeprefix("ENTRY ").lstrip("%").split(" ", 1)[0].split("(", 1)[0]
@@ -164,7 +164,7 @@ def _without_layouts(text: str) -> str:
 
 
 def _array_bytes(text: str) -> int:
-    """The total bytes of all arrays in a type's text."""
+    """Return the total number of bytes of all arrays in the text of a type."""
     return sum(
         _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in _ARRAY.findall(text)
     )
@@ -173,7 +173,7 @@ def _array_bytes(text: str) -> int:
 def _sent(
     computations: dict[str, _Computation], name: str, share: Callable[[str, _Instruction], float]
 ) -> Iterator[tuple[str, float]]:
-    """The kind of each collective in a computation, and the bytes that a device sends for it."""
+    """Yield the kind of each collective in a computation and the number of bytes that a device sends for it."""
     computation = computations.get(name, _Computation())
     for instruction_name, instruction in computation.instructions.items():
         kind = instruction.opcode.removesuffix("-start")
@@ -195,7 +195,7 @@ def _sent(
 
 
 def _sent_to_slices(kind: str, instruction: _Instruction, computation: _Computation) -> tuple[str, float]:
-    """The kind of a collective between slices, and the bytes that a device sends for it."""
+    """Return the kind of a collective between slices and the number of bytes that a device sends for it."""
     if kind == "ONE_TO_ONE":
         return "collective-permute", _array_sent("", instruction, computation)
     kind = kind.lower().replace("_", "-")
@@ -210,14 +210,14 @@ def _sent_to_slices(kind: str, instruction: _Instruction, computation: _Computat
 
 
 def _continues(name: str, instruction: _Instruction) -> bool:
-    """Whether a fusion continues a collective that another fusion started; HLO text for TPUs repeats it in each."""
+    """Return whether a fusion continues the collective of another fusion. HLO text for TPUs repeats it in both."""
     return name.startswith("async-collective-done") or any(
         called.startswith("async_collective_fusion") for called in instruction.called
     )
 
 
 def _array_sent(kind: str, instruction: _Instruction, computation: _Computation) -> int:
-    """Bytes of the array whose share is sent."""
+    """Return the size in bytes of the array to which the share in `_share` applies."""
     operands = sum(
         computation.instructions[name].result_bytes for name in instruction.operands if name in computation.instructions
     )
@@ -226,7 +226,7 @@ def _array_sent(kind: str, instruction: _Instruction, computation: _Computation)
         started = instruction.opcode.endswith("-start")
         return instruction.result_bytes - (operands if started else 0)
     if kind == "all-reduce":
-        # The operands are not counted, because TPUs first convert them to a narrower type.
+        # Do not count the operands, because TPUs first convert them to a narrower type.
         return instruction.result_bytes
     return operands
 
@@ -237,7 +237,7 @@ def _attribute(text: str, name: str) -> str:
 
 
 def _turns(computations: dict[str, _Computation], loop: _Instruction) -> int:
-    """The number of iterations of a loop: its known trip count, or else its counter's limit divided by its step."""
+    """Return a loop's number of iterations: its known trip count, or the limit of its counter divided by the step."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text)
     if known:
         return int(known[1])

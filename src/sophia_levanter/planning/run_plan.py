@@ -34,14 +34,14 @@ from sophia_levanter.planning.target import Target
 from sophia_levanter.run.summary import attention_of, count_parameters, describe_layout
 from sophia_levanter.training.costs import abstract_state, bytes_by_kind, flops_per_step
 
-# The largest acceptable ratio of the temporaries in a Hutchinson refresh step to those in a plain step.
+# The largest acceptable ratio of the size of temporaries in a Hutchinson refresh step to that in a plain step.
 REFRESH_RATIO = 1.25
 SECONDS_PER_DAY = 86_400
 MIB = 2**20
 
 
 def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iterator[str]:
-    """Yield lines about a run on a target as they are computed.
+    """Describe a run on a target, yielding each line as soon as it is computed.
 
     Args:
         config: the run's configuration.
@@ -114,7 +114,7 @@ def _time(config: TrainConfig, time: StepTime, target: Target, mfu: float) -> It
 
 
 def _bound(time: StepTime, target: Target, mfu: float) -> str:
-    """Describe the longest part of a step and the time that each part takes."""
+    """Describe the longest part of a step and the time of each part."""
     compute = [f"matrix products {time.products:.3g} s at an MFU of {mfu:g}"]
     compute += [f"QR {time.qr:.3g} s"] * bool(time.qr)
     compute += [f"Newton-Schulz {time.newton_schulz:.3g} s"] * bool(time.newton_schulz)
@@ -145,14 +145,14 @@ def _rates(time: StepTime, target: Target) -> Iterator[str]:
 
 
 def _remedies(config: TrainConfig, time: StepTime, target: Target) -> Iterator[str]:
-    """Settings that reduce the bytes that a device sends per token."""
+    """Yield settings that reduce the number of bytes sent per token."""
     mesh = config.mesh
     if time.bound == BETWEEN and mesh.fsdp is not None and mesh.replica < target.num_nodes:
         yield f"mesh.replica {target.num_nodes} (only gradients are sent between nodes)"
     for axis in ("sequence", "model"):
         if getattr(mesh, axis) > 1:
             yield f"a smaller mesh.{axis}"
-    # Parameters are gathered and gradients are reduced once for each microbatch.
+    # Parameters are gathered and gradients are reduced once per microbatch.
     yield "a larger trainer.microbatch_size" if config.trainer.num_microbatches > 1 else "a larger trainer.batch_size"
 
 
@@ -181,7 +181,7 @@ def _memory(
     yield _heading(plans)
     for kind, size in {**known, "gradient sum": gradients}.items():
         yield _row(kind, [size] * len(plans), unit)
-    # The batch, and the padding that layouts add to the state's arrays.
+    # The batch, and the padding that layouts add to arrays in the state.
     yield _row("batch and padding", [plan.arguments - sum(known.values()) for plan in plans.values()], unit)
     yield _row("activations", kept, unit)
     yield _row("other temporaries", rest, unit)
@@ -226,11 +226,11 @@ def _collectives(
 
 
 def fsdp_minimum(config: TrainConfig, partition: Partition, state: object) -> dict[bool, float | None]:
-    """The minimum number of bytes that a device sends in a plain step and in a refresh step, keyed by `refresh`.
+    """Return the minimum number of bytes that a device sends in a plain and in a refresh step, keyed by `refresh`.
 
     Parameters are gathered in the compute dtype. Each microbatch gathers each sharded parameter twice and scatters its
-    gradient once; a microbatch in a GNB refresh scatters a second gradient. Each of n devices already has 1 / n of a
-    parameter. The value is None for a Hutchinson refresh, which has its own microbatches.
+    gradient once; in a GNB refresh, it also scatters a second gradient. Each of n devices already holds 1 / n of each
+    parameter. The value for a Hutchinson refresh, which uses separate microbatches, is None.
     """
     item, devices = 2 if config.trainer.compute_dtype == "bfloat16" else 4, partition.mesh.shape["data"]
     gathered = _gathered_elements(partition, state.model, config.mesh.fsdp)  # type: ignore[attr-defined]
@@ -243,16 +243,16 @@ def fsdp_minimum(config: TrainConfig, partition: Partition, state: object) -> di
 
 
 def _gathered_elements(partition: Partition, model: object, fsdp: str | None) -> int:
-    """The number of elements that a device holds, after gathering, of the parameters that FSDP shards."""
+    """Return the number of elements in FSDP-sharded parameters on a device after they have been gathered."""
     named = [leaf for leaf in jax.tree.leaves(model, is_leaf=is_named) if is_named(leaf)]
     parts = [leaf.array for leaf in named if fsdp in {axis.name for axis in leaf.axes}]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * partition.mesh.shape["data"] for x in parts)
 
 
 def largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, memory: float) -> int | None:
-    """The largest microbatch size that fits in memory in the step that needs the most; None if no size fits.
+    """Return the largest microbatch size for which the step that uses the most memory fits, or None if no size fits.
 
-    Sizes divide the batch size and are multiples of the number of devices that share a batch.
+    Sizes must divide the batch size and be multiples of the number of devices over which a batch is sharded.
     """
     batch_size = config.trainer.batch_size
     refresh = config.optimizer.curvature_microbatches(config.trainer) is not None
@@ -276,7 +276,7 @@ def _largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: i
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The largest of ascending sizes that fits, or None. The largest is tried first, because each try is slow."""
+    """Return the largest of ascending sizes that fits, or None. The last is tried first, because each try is slow."""
     if fits(sizes[-1]):
         return sizes[-1]
     low, high = 0, len(sizes) - 1
@@ -292,7 +292,7 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 def hutchinsons_microbatch(
     config: TrainConfig, partition: Partition, vocab_size: int, plain: StepPlan
 ) -> tuple[int, float] | None:
-    """The largest `curvature_microbatch_size` within `REFRESH_RATIO`, and its ratio; None if no size qualifies."""
+    """Return the largest `curvature_microbatch_size` within `REFRESH_RATIO`, with its ratio; None if none qualifies."""
     trainer, optimizer = config.trainer, config.optimizer
     rows = trainer.microbatch_size or trainer.batch_size
     sizes = [n for n in range(partition.row_shards, rows + 1, partition.row_shards) if rows % n == 0]

@@ -1,4 +1,4 @@
-"""The memory, collectives and time of a step."""
+"""Estimate the memory, collectives and time of a step."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from sophia_levanter.training.step import StepSettings, TrainState
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The bytes that a step uses and sends on one device.
+    """The memory that a step uses on one device and the data that the device sends, in bytes.
 
     Attributes:
         arguments: the state and the batch; the next state reuses their memory.
         temporaries: everything else at peak memory (gradients, activations, workspace); None if the step does not fit.
-        collectives: the bytes that the device sends in each kind of collective.
-        between_nodes: how many of these bytes go to other nodes.
+        collectives: bytes sent by the device in each kind of collective.
+        between_nodes: how many of these bytes are sent to other nodes.
     """
 
     arguments: int
@@ -45,12 +45,12 @@ class StepPlan:
     between_nodes: float = 0.0
 
     def fits(self, memory: float) -> bool:
-        """Whether the arguments and temporaries fit in `memory` bytes."""
+        """Return whether the arguments and temporaries fit in `memory` bytes."""
         return self.temporaries is not None and self.arguments + self.temporaries <= memory
 
 
 def plan_step(config: TrainConfig, partition: Partition, vocab_size: int, *, refresh: bool) -> StepPlan:
-    """Compile a step and measure the compiled program."""
+    """Compile a step, and determine the memory and communication of the compiled program."""
     try:
         compiled = lower_step(config, partition, vocab_size, refresh=refresh).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -92,7 +92,7 @@ class StepTime:
 
     @property
     def compute(self) -> float:
-        """Seconds for matrix products, QR decompositions and Newton-Schulz iterations, one after another."""
+        """Seconds for matrix products, QR decompositions and Newton-Schulz iterations, run sequentially."""
         return self.products + self.qr + self.newton_schulz
 
     @property
@@ -102,12 +102,12 @@ class StepTime:
 
     @property
     def overlapped(self) -> float:
-        """Seconds for a step whose parts overlap fully: the time of the longest part."""
+        """Seconds for a step with fully overlapping parts: the time of the longest part."""
         return max(self.parts.values())
 
     @property
     def serial(self) -> float:
-        """Seconds for a step whose parts do not overlap: the sum of the parts."""
+        """Seconds for a step without overlap: the sum over all parts."""
         return sum(self.parts.values())
 
     @property
@@ -119,17 +119,17 @@ class StepTime:
 def step_time(
     config: TrainConfig, partition: Partition, vocab_size: int, plans: dict[bool, StepPlan], target: Target, mfu: float
 ) -> StepTime:
-    """The time of a step on a target, computed from the rate of each kind of operation.
+    """Estimate the time of a step on a target from the rate of each kind of operation.
 
-    The optimizer's matrices are distributed over the mesh's data axis.
+    The optimizer's matrices are distributed over the data axis of the mesh.
 
     Args:
         config: the run's configuration.
         partition: the partition of the target's devices.
         vocab_size: number of tokens in the tokenizer.
-        plans: the plan for the plain step and, if there is one, the plan for the refresh step.
+        plans: the plans for the plain step and for the refresh step, if there is one, keyed by `refresh`.
         target: the devices.
-        mfu: the share of peak FLOP/s that matrix products reach.
+        mfu: the fraction of peak FLOP/s achieved by matrix products.
     """
     chip, tokens = target.chip, config.trainer.batch_size * config.model.seq_len
     model = (
@@ -149,7 +149,7 @@ def step_time(
 
 
 def mean_bytes_sent(config: TrainConfig, plans: dict[bool, StepPlan]) -> tuple[float, float]:
-    """Bytes per step that a device sends within its node and to other nodes, averaged over the run."""
+    """Return the bytes that a device sends per step within its node and to other nodes, averaged over the run."""
     refreshes = refreshes_per_step(config) if True in plans else 0.0
     weighted = [(refreshes if refresh else 1 - refreshes, plan) for refresh, plan in plans.items()]
     between = sum(weight * plan.between_nodes for weight, plan in weighted)
@@ -157,15 +157,15 @@ def mean_bytes_sent(config: TrainConfig, plans: dict[bool, StepPlan]) -> tuple[f
 
 
 def gradient_bytes(state: TrainState) -> int:
-    """Bytes that the float32 sum of the gradients takes on one device."""
+    """Return the size in bytes of the float32 gradient sum on one device."""
     leaves = [leaf for leaf in jax.tree.leaves(state.model) if isinstance(leaf, jax.ShapeDtypeStruct)]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in leaves)
 
 
 def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int) -> int:
-    """Bytes on one device that the forward pass of a microbatch keeps for the backward pass.
+    """Return the bytes per device that the forward pass of a microbatch keeps for the backward pass.
 
-    The count covers the device's rows and positions, and assumes that heads and the MLP are not split.
+    The count covers the device's rows and positions, and assumes that heads and the MLP are not sharded.
     """
     trainer, model_config = config.trainer, config.model
     rows = (trainer.microbatch_size or trainer.batch_size) // partition.row_shards
@@ -175,7 +175,7 @@ def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int)
     parameters, static = eqx.partition(model, lambda x: isinstance(x, jax.ShapeDtypeStruct))
 
     def kept_bytes(rows: int) -> int:
-        """Bytes of the activations, and of parameters converted to other dtypes and shapes."""
+        """Return the bytes of activations and of parameters converted to other dtypes and shapes."""
 
         def kept(parameters: Any) -> list[jax.Array]:
             end = 0 if config.data.mask_documents else None
@@ -189,5 +189,5 @@ def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int)
         arrays: dict[int, Any] = {id(v): v.aval for v in jaxpr.outvars if hasattr(v, "aval")}
         return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays.values())
 
-    # Only activations grow with the number of rows.
+    # Only activations grow with the number of rows, so the parameters cancel.
     return kept_bytes(2 * rows) - kept_bytes(rows)

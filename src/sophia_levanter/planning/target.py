@@ -1,7 +1,6 @@
 """The target devices of a plan, and Google Cloud's TPU slices.
 
-Facts about slices are from https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e; runtime versions), read in November
-2026.
+The data on slices is from https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e; runtime versions), as of November 2026.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from sophia_levanter.errors import InputError, counted
 
 GPUS_OF_A_NODE = 8
 SLICE_NAME = r"(v4|v5litepod|v5e|v5p|v6e)-(\d{1,5})"
-# libtpu reads these variables when it starts, and then describes a machine instead of searching for one.
+# libtpu reads these variables when it starts. With them, it describes a machine instead of searching for one.
 LIBTPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -31,14 +30,14 @@ LIBTPU_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Target:
-    """The devices to plan a run for.
+    """The devices for which to plan a run.
 
     Attributes:
         name: the target's name, for display.
         num_devices: number of chips.
         chip: the kind of chip.
         topology: libtpu's name for a slice's topology; None for devices simulated on this machine's CPU.
-        num_slices: number of slices, with slow links between them.
+        num_slices: number of slices, which are connected by slow links.
     """
 
     name: str
@@ -49,11 +48,11 @@ class Target:
 
     @property
     def num_nodes(self) -> int:
-        """Number of groups of devices with slow links between them: TPU slices, or nodes of eight GPUs."""
+        """Number of groups of devices connected by slow links: TPU slices, or nodes of eight GPUs."""
         return self.num_slices if self.topology else -(-self.num_devices // GPUS_OF_A_NODE)
 
     def devices(self) -> Sequence[Any]:
-        """The devices to compile for. This must be the first use of jax in the process.
+        """Return the devices to compile for. This must be the first use of jax in the process.
 
         Raises:
             InputError: if libtpu is not installed or does not know the topology.
@@ -80,12 +79,12 @@ class Target:
 
 
 def node_of(device: Any) -> int:
-    """The index of a device's node or slice, within which links are fast. Simulated nodes have eight GPUs."""
+    """Return the index of a device's node or slice, within which links are fast. Simulated nodes have eight GPUs."""
     return getattr(device, "slice_index", 0) if device.platform == "tpu" else device.id // GPUS_OF_A_NODE
 
 
 def tpu_target(text: str) -> Target:
-    """TPU slices given by name or topology: `v4-32`, `v4:2x2x4`, or `2xv4-32` for two slices of 16 chips each.
+    """Parse TPU slices given by name or topology: `v4-32`, `v4:2x2x4`, or `2xv4-32` for two slices of 16 chips each.
 
     Raises:
         InputError: if the text is not a valid name or topology.
@@ -101,7 +100,7 @@ def tpu_target(text: str) -> Target:
 
 
 def _slice_target(text: str) -> Target:
-    """A slice given by its Google Cloud name, such as `v4-32`, or its topology, such as `v4:2x2x4`."""
+    """Parse a slice given by its Google Cloud name, such as `v4-32`, or its topology, such as `v4:2x2x4`."""
     if re.fullmatch(SLICE_NAME, text):
         found = tpu_shape(text, "--target")
         topology = f"{found.generation}:{found.topology}"
@@ -127,7 +126,7 @@ def _slice_target(text: str) -> Target:
 
 
 def pretended_target(num_devices: int, gpu: str) -> Target:
-    """A target with GPUs. Its steps are compiled for this machine's CPU, so the plan is approximate.
+    """Return a target with GPUs. Its steps are compiled for this machine's CPU, so the plan is approximate.
 
     Raises:
         InputError: if the kind of GPU is unknown or `num_devices` is below 1.
@@ -144,9 +143,9 @@ class Generation:
     """A TPU generation.
 
     Attributes:
-        type_prefix: prefix of the names of its slices.
-        cores_per_chip: number of cores per chip if the number in such a name counts cores; 1 if it counts chips.
-        runtime_version: version of the hosts' system software.
+        type_prefix: prefix of slice names.
+        cores_per_chip: number of cores per chip if the number in a slice name counts cores; 1 if it counts chips.
+        runtime_version: version of the system software on hosts.
         topologies: topologies, keyed by number of chips.
     """
 
@@ -181,7 +180,7 @@ class TpuShape:
         chips: number of chips.
         hosts: number of hosts, which is also the number of processes in a run.
         memory: total memory of all chips, in bytes.
-        runtime_version: the default version of the hosts' system software.
+        runtime_version: the default version of the system software on hosts.
     """
 
     accelerator_type: str
@@ -198,7 +197,7 @@ class TpuShape:
 
 
 def tpu_shape(accelerator_type: str, field: str = "accelerator") -> TpuShape:
-    """The slice with a name such as v4-32, v5litepod-16, v5p-8 or v6e-256. v5e-16 is an alias for v5litepod-16.
+    """Return the slice named, for example, v4-32, v5litepod-16, v5p-8 or v6e-256. v5e-16 is an alias of v5litepod-16.
 
     Raises:
         InputError: if the name is unknown; the message suggests valid names.
@@ -218,7 +217,7 @@ def tpu_shape(accelerator_type: str, field: str = "accelerator") -> TpuShape:
 
 
 def shapes_of(name: str) -> list[TpuShape]:
-    """All slices of a generation, smallest first."""
+    """Return all slices of a generation, smallest first."""
     generation = GENERATIONS[name]
     flat = generation.cores_per_chip == 1
     return [
