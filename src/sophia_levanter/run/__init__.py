@@ -1,1 +1,1 @@
-"""The life cycle of a training run: its directory, its parts, and how it starts, resumes and ends."""
+"""The life cycle of a training run: its directory, its components, and how it starts, resumes and ends."""

@@ -1,4 +1,4 @@
-"""The run directory (`config.yaml`, `metrics.jsonl`, `checkpoints/` and `profile/`), and whether a run may use it."""
+"""The run directory (`config.yaml`, `metrics.jsonl`, `checkpoints/`, `profile/`), and checks before a run uses it."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ _locks: dict[Path, IO[str]] = {}
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
-    """Where a run keeps its files.
+    """The directory in which a run stores its files.
 
     Attributes:
-        path: the directory.
+        path: the path of the directory.
         resume: `never` for a new run, `if_saved` to continue from a checkpoint if one exists, `always` to require one.
         checkpoint_dir: the path or URL of the checkpoints; by default, `checkpoints` in the run directory.
     """
@@ -79,10 +79,10 @@ class RunDirectory:
 
     @property
     def run_id(self) -> str | None:
-        """The id that the run saves its checkpoints under; None if the directory does not contain one.
+        """The id under which the run saves its checkpoints, or None if the directory does not contain an id.
 
         Raises:
-            NotRegular: if the id is not stored in a regular file.
+            NotRegular: if the id is stored in something other than a regular file.
         """
         try:
             return files.read_regular(self.path / RUN_ID, 1000).decode(errors="replace").strip() or None
@@ -104,7 +104,7 @@ class RunDirectory:
     def lock(self) -> None:
         """Create and lock the run directory and, if it is separate and local, the checkpoint directory.
 
-        The locks last until `unlock` or until this process ends.
+        The locks are held until `unlock` is called or this process ends.
 
         Raises:
             DirectoryInUse: if another process has locked one of the directories.
@@ -126,7 +126,7 @@ class RunDirectory:
         return places
 
     def make_checkpoints(self) -> None:
-        """Create the checkpoint folder, if it belongs in the run directory.
+        """Create the checkpoint folder if it belongs in the run directory.
 
         Raises:
             InputError: if the folder cannot be created.
@@ -136,10 +136,10 @@ class RunDirectory:
                 Path(self.checkpoints).mkdir(exist_ok=True)
 
     def write_run_id(self, run_id: str) -> None:
-        """Write the run's id into the run directory, if the directory also holds the checkpoints.
+        """Write the run's id to the run directory if the checkpoints are stored there too.
 
-        If the checkpoints are elsewhere, each host may have its own run directory, and one of these directories might
-        keep the id of an attempt that saved nothing.
+        If the checkpoints are elsewhere, each host may have its own run directory, and one of these directories could
+        retain the id of an attempt that never saved a checkpoint.
 
         Raises:
             InputError: if the id cannot be written.
@@ -149,10 +149,10 @@ class RunDirectory:
                 files.write_atomically(self.path / RUN_ID, f"{run_id}\n".encode())
 
     def write_config(self, config: TrainConfig) -> None:
-        """Write the resolved configuration into the directory.
+        """Write the resolved configuration to the directory.
 
         Raises:
-            InputError: if the configuration cannot be written; no partial file is left behind.
+            InputError: if the configuration cannot be written. No partial file is left behind.
         """
         with _naming("run_dir", self.path):
             try:
@@ -162,10 +162,10 @@ class RunDirectory:
 
 
 def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
-    """The run directory for a command, and the command's configuration with absolute paths. Writes nothing.
+    """Choose the run directory for a command without creating it. Also return the configuration with absolute paths.
 
     Raises:
-        InputError: if the directory holds another run, or `--resume auto` is given without `trainer.run_dir`.
+        InputError: if the directory contains another run, or `--resume auto` is given without `trainer.run_dir`.
     """
     assert command.config is not None
     given = command.config.trainer.run_dir
@@ -190,7 +190,7 @@ def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
         _check_config_file(run, config)
         return dataclasses.replace(run, resume="if_saved"), config
     if command.resume == "auto" and run.checkpoint_dir is not None:
-        # The run directory may have been lost with its machine while the checkpoints still exist.
+        # The run directory may have been lost with its machine, even though the checkpoints still exist.
         return dataclasses.replace(run, resume="if_saved"), config
     return run, config
 
@@ -220,7 +220,7 @@ def _lock(field: str, path: Path) -> None:
 
 @contextmanager
 def _naming(field: str, path: Path) -> Iterator[None]:
-    """Turn an `OSError` or `ValueError` about a directory into an `InputError` that names the directory."""
+    """Convert an `OSError` or `ValueError` about a directory into an `InputError` that names the directory."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -236,19 +236,19 @@ def _check_config_file(run: RunDirectory, config: TrainConfig) -> None:
 
 
 def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -> None:
-    """Check that `--resume auto` continues the run that it started.
+    """Check that `--resume auto` continues the same run.
 
     Args:
-        field: the trainer setting that specifies the place.
-        place: where the earlier run was found.
-        old: the earlier run's configuration.
-        new: this command's configuration.
+        field: the trainer setting that specifies `place`.
+        place: the location of the earlier run.
+        old: the configuration of the earlier run.
+        new: the configuration of this command.
 
     Raises:
         InputError: if the configurations differ in a setting that may not change.
     """
     for name, before, after in changed_fields(old, new):
-        # If `vocab_rows` is not set, it comes from the initial weights.
+        # If `vocab_rows` is not set, it is taken from the initial weights.
         if name not in _MAY_DIFFER and (name, after) != ("model.vocab_rows", None):
             changes = f", or continue that run with main --resume {place}" * (field == "run_dir")
             raise InputError(
@@ -258,9 +258,9 @@ def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -
 
 
 def changed_fields(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, Any]]:
-    """(name, old value, new value) of each field in which two configurations differ.
+    """Return (name, old value, new value) for each field that differs between two configurations.
 
-    A fraction counts as the same value as the number of steps or the learning rate that it resolves to.
+    A fraction is considered equal to the number of steps or the learning rate that it resolves to.
     """
     before, after = flat(old), flat(new)
     steps = [_in_steps(config) for config in (old, new)]
@@ -275,7 +275,7 @@ def _in_steps(config: TrainConfig) -> dict[str, Any]:
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The configuration with absolute paths to data, tasks, weights and checkpoints."""
+    """Return the configuration with all paths to data, tasks, weights and checkpoints made absolute."""
     data, trainer = config.data, config.trainer
     train: str | tuple[MixturePart, ...]
     if isinstance(data.train, str):

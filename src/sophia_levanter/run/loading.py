@@ -1,4 +1,4 @@
-"""Loading a trained model from a run directory, checkpoints, a folder saved by transformers, or nanoGPT's ckpt.pt."""
+"""Load a trained model from a run directory, checkpoints, a folder saved by transformers, or nanoGPT's ckpt.pt."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class LoadedModel:
 
     Attributes:
         model: the model, sharded by the partition, in `config.trainer.parameter_dtype`.
-        config: the run's configuration with the overrides; for other weights, the defaults with the weights' shape.
+        config: the run's configuration with overrides; for other weights, the default configuration with their shape.
         tokenizer: the tokenizer that the model was trained with.
         partition: the devices, and how arrays are sharded over them.
-        source: a description of what was read, for messages.
-        step: the training step; None if it is not known.
+        source: a description of where the model was read from, for messages.
+        step: the training step, or None if it is unknown.
     """
 
     model: LanguageModel
@@ -65,7 +65,7 @@ class LoadedModel:
 
     @property
     def policy(self) -> jmp.Policy:
-        """The dtypes of parameters and computations, as in training."""
+        """The dtypes of parameters and computations, the same as in training."""
         trainer = self.config.trainer
         return jmp.get_policy(f"params={trainer.parameter_dtype},compute={trainer.compute_dtype},output=float32")
 
@@ -73,19 +73,18 @@ class LoadedModel:
 def load_model(
     place: str, *, step: int | None = None, averaged: bool = False, overrides: Overrides = (), report: Report
 ) -> LoadedModel:
-    """Load a model, sharded as the `--mesh` overrides specify; without them, each device holds the whole model.
+    """Load a model, sharded as specified by the `--mesh` overrides. By default, each device holds the whole model.
 
     Args:
-        place: a run directory; a directory or URL of checkpoints; a folder saved by transformers; nanoGPT's `ckpt.pt`.
-        step: the step of a run's checkpoint; by default, the newest intact one.
-        averaged: whether to load the averaged weights, which runs with `trainer.ema_decay` or `trainer.lawa_every`
-            keep.
-        overrides: dotted field paths and values as typed, applied to the run's configuration without its mesh.
+        place: a run directory, path or URL of checkpoints, folder saved by transformers, or nanoGPT's `ckpt.pt`.
+        step: the step of the checkpoint to load; by default, the newest intact checkpoint.
+        averaged: whether to load the averaged weights of a run with `trainer.ema_decay` or `trainer.lawa_every`.
+        overrides: dotted field paths and values, applied to the run's configuration after removing its mesh settings.
         report: prints a line for the user.
 
     Raises:
         InputError: if `place` contains no model, or the overrides do not fit the model.
-        CheckpointError: if the requested checkpoint is damaged, or all checkpoints are.
+        CheckpointError: if the requested checkpoint is damaged, or if all checkpoints are damaged.
     """
     if "://" not in place:
         place = os.path.abspath(os.path.expanduser(place))
@@ -111,7 +110,7 @@ def load_model(
 
 
 class Saved(NamedTuple):
-    """The weights to load from a run's checkpoints: the step (None for the newest), and whether to load the average."""
+    """The weights to load: the step of the checkpoint (None for the newest), and whether to load the average."""
 
     step: int | None
     averaged: bool
@@ -169,7 +168,7 @@ def _restored(
 
 
 def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, step: int | None) -> None:
-    """Check the tokenizer before anything is restored: a wrong one may have the same vocabulary size."""
+    """Check the tokenizer before restoring anything, because a wrong tokenizer may have the same vocabulary size."""
     manifest = newest_manifest(directory, step)
     if manifest is not None and not is_of_training(manifest.metadata):
         raise InputError(f"{directory} contains checkpoints that were not saved by a training run")
@@ -182,7 +181,7 @@ def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, st
 
 
 def newest_manifest(directory: Path | str, step: int | None = None) -> Manifest | None:
-    """The newest readable manifest, or the manifest of `step` if given. None if no such manifest can be read."""
+    """Return the manifest of `step` or, by default, the newest readable manifest. Return None if it cannot be read."""
     for candidate in reversed(checkpoint.steps(directory)) if step is None else [step]:
         try:
             return checkpoint.read_step(directory, candidate)
@@ -208,7 +207,7 @@ def _from_file(path: Path, overrides: Overrides, report: Report) -> LoadedModel:
 
 
 def _config(layers: Sequence[Layer], overrides: Overrides) -> TrainConfig:
-    """Build a configuration with overrides but without the mesh and `trainer.best_by`, which may not apply here."""
+    """Build a configuration with overrides, dropping the mesh and `trainer.best_by`, which may not apply here."""
     kept = [
         {name: value for name, value in layer.items() if not name.startswith("mesh.") and name != "trainer.best_by"}
         for layer in layers
@@ -223,12 +222,12 @@ def _partition(config: TrainConfig, tokenizer: Tokenizer) -> Partition:
 
 
 def keep_tokenizer(checkpoints: Path | str, tokenizer: Tokenizer, *, is_saved: bool) -> None:
-    """Copy a tokenizer that is stored in a file to the checkpoints. Other tokenizers need no copy.
+    """Copy the tokenizer to the checkpoint folder if it is stored in a file. Other tokenizers need no copy.
 
     Args:
-        checkpoints: a path or a URL.
+        checkpoints: the path or URL of the checkpoint folder.
         tokenizer: the run's tokenizer.
-        is_saved: whether checkpoints exist. If so, an existing copy is kept; otherwise, it is a leftover and replaced.
+        is_saved: whether checkpoints exist. If so, an existing copy is kept; otherwise, it is outdated and replaced.
 
     Raises:
         InputError: if the copy cannot be written.
@@ -243,12 +242,12 @@ def keep_tokenizer(checkpoints: Path | str, tokenizer: Tokenizer, *, is_saved: b
 
 
 def with_kept_tokenizer(data: DataConfig, checkpoints: Path | str, *, resuming: bool) -> DataConfig:
-    """The configuration with the tokenizer file replaced by its copy in the checkpoints, if there is one.
+    """Return the configuration with the tokenizer file replaced by its copy in the checkpoint folder, if one exists.
 
     Args:
-        data: the data configuration; its tokenizer file may no longer exist.
-        checkpoints: a path or a URL; a copy in a bucket is downloaded to a temporary folder.
-        resuming: whether a run is resuming; if so, the original must not have changed.
+        data: the data configuration. Its tokenizer file may no longer exist.
+        checkpoints: the path or URL of the checkpoint folder. A copy in a bucket is downloaded to a temporary folder.
+        resuming: whether a run is resuming. If so, the original file must be unchanged.
 
     Raises:
         InputError: if the original has changed, or the copy cannot be read.
@@ -277,7 +276,7 @@ def with_kept_tokenizer(data: DataConfig, checkpoints: Path | str, *, resuming: 
 
 @functools.cache
 def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder that is removed when this process ends."""
+    """Create a folder that is removed when this process ends."""
     return tempfile.TemporaryDirectory(prefix="sophia_levanter-")
 
 
@@ -289,7 +288,7 @@ def _unusable(checkpoints: Path | str, error: Exception) -> InputError:
 
 
 def read_initial_weights(config: TrainConfig, console: Console) -> LanguageModel | None:
-    """Read the weights that a run starts from into host memory. Returns None if they are drawn at random.
+    """Read a run's initial weights into host memory. Return None if the run starts from random weights.
 
     Raises:
         InputError: if the weights cannot be read, do not fit the model, or differ between processes.

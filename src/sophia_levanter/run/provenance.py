@@ -1,4 +1,4 @@
-"""What determines a run's results besides its configuration and devices: fixed if jax allows it, else recorded."""
+"""Environment settings that affect a run's results. They are fixed where jax allows it and recorded otherwise."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ FIXED = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
 }
-# Environment variables that change at least the last bits of the results and that users may set on purpose. Only
-# variables that are set are recorded, so that runs saved before a variable was listed here still compare equal.
+# Environment variables that users may set deliberately and that change at least the last bits of the results. Unset
+# variables are not recorded, so that runs saved before a variable was added to this list still compare equal.
 RECORDED = (
     "LIBTPU_INIT_ARGS",
     "JAX_DEFAULT_MATMUL_PRECISION",
@@ -44,7 +44,7 @@ RECORDED = (
 
 @contextmanager
 def fixed_settings() -> Iterator[None]:
-    """Set jax's settings to the values in `FIXED`, in all threads, and restore the old values on exit.
+    """Set jax's settings to the values in `FIXED` in all threads, and restore the previous values on exit.
 
     Raises:
         InputError: if compilation is disabled.
@@ -62,7 +62,7 @@ def fixed_settings() -> Iterator[None]:
 
 
 def recorded_environment() -> dict[str, str | int | None]:
-    """The versions, thread count and environment variables that are saved with a run and compared when it resumes."""
+    """Return the versions, thread count and environment variables to save with a run and compare when it resumes."""
     return {
         "jax": version("jax"),
         "cpu_threads": _cpu_threads(),
@@ -71,7 +71,7 @@ def recorded_environment() -> dict[str, str | int | None]:
 
 
 def _cpu_threads() -> int | None:
-    """The number of threads that XLA uses: the value of the variable NPROC if it is set, otherwise one per core."""
+    """Return the number of threads that XLA uses: the value of NPROC if it is set, otherwise one thread per core."""
     if os.environ.get("NPROC", "").isdecimal():
         return int(os.environ["NPROC"])
     return os.cpu_count() if sys.platform == "darwin" else len(os.sched_getaffinity(0))
@@ -81,10 +81,10 @@ GIT_SECONDS = 10
 
 
 def code_version() -> dict[str, Any]:
-    """The package's version and, in a git repository, the commit and whether tracked files differ from it (`dirty`).
+    """Return the package's version and, in a git repository, the commit and whether tracked files changed (`dirty`).
 
-    The repository is the one that tracks the running source or, for an installed package, the one that contains the
-    working directory.
+    The repository is the one that tracks the running source code. For an installed package, it is the repository that
+    contains the working directory.
     """
     package = Path(sophia_levanter.__file__).parent
     # A virtual environment may be inside an unrelated repository that does not track it.
@@ -99,7 +99,7 @@ def code_version() -> dict[str, Any]:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """The output of a git command; None if git is not installed, fails or times out."""
+    """Return the output of a git command, or None if git is not installed, fails or times out."""
     try:
         return subprocess.run(
             ["git", "--no-optional-locks", "-C", str(directory), *arguments],
@@ -116,7 +116,7 @@ def _git(directory: Path, *arguments: str) -> str | None:
 def enable_compilation_cache(directory: Path, platform: str) -> None:
     """Make jax cache compiled programs in a directory, unless JAX_COMPILATION_CACHE_DIR already specifies one.
 
-    CPU programs are not cached, because jaxlib may refuse to read its own cache files and print warnings each time
+    CPU programs are not cached, because jaxlib may fail to read its own cache files and print a warning each time
     (https://github.com/jax-ml/jax/issues/38445).
     """
     if platform != "cpu" and jax.config.values["jax_compilation_cache_dir"] is None:
@@ -124,7 +124,7 @@ def enable_compilation_cache(directory: Path, platform: str) -> None:
 
 
 def shared_config(config: TrainConfig) -> str:
-    """The settings that all processes in a run must share, as text. Each process may have its own copy of the data."""
+    """Return, as text, the settings that all processes must share. Each process may have its own copy of the data."""
     mesh = config.mesh if config.mesh.process_id is None else replace(config.mesh, process_id=0)
     trainer = config.trainer
     if trainer.checkpoint_dir is not None:

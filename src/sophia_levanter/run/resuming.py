@@ -1,4 +1,4 @@
-"""Resuming a run: finding checkpoints, restoring them, and checking that they fit the run."""
+"""Resume a run: find its checkpoints, restore them, and check that they match the run."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from sophia_levanter.training.step import TrainState
 if TYPE_CHECKING:
     from sophia_levanter.run.run import Run
 
-# Leaves that older checkpoints lack, with the values to use. The next refresh corrects `steps_since_refresh`.
+# Leaves missing from older checkpoints, with their initial values. The next refresh corrects `steps_since_refresh`.
 ADDED_LEAVES = {"optimizer_state.steps_since_refresh": 0}
 
 
 def find_checkpoints(directory: RunDirectory, processes: Processes, console: Console) -> bool:
-    """Whether there are checkpoints to resume from. Locks the directory first, unless `directory.resume` is `never`.
+    """Return whether there are checkpoints to resume from. Lock the directory, unless `directory.resume` is `never`.
 
     Raises:
-        InputError: if checkpoints exist although `directory.resume` is `never`, or if none exist although it is
-            `always` or the run has saved some.
+        InputError: if `directory.resume` is `never` but checkpoints exist, or if no checkpoints exist but
+            `directory.resume` is `always` or the run saved some earlier.
     """
     if directory.resume != "never":
         processes.on_process_zero("lock", directory.lock)
-    # The first process decides, because hosts may see different contents on a shared disk.
+    # The first process decides for all, because hosts may see different contents on a shared disk.
     found = str(bool(checkpoint.steps(directory.checkpoints)))
     is_saved = processes.broadcast("saved", found, PATIENCE) == "True"
     if directory.resume == "never" and is_saved:
@@ -64,7 +64,7 @@ def restore(run: Run) -> Restored[TrainState]:
 
     Raises:
         CheckpointError: if no checkpoint is intact.
-        InputError: if the checkpoint does not fit the model or the optimizer.
+        InputError: if the checkpoint does not match the model or the optimizer.
     """
     return checkpoint.restore(
         run.directory.checkpoints,
@@ -77,7 +77,7 @@ def restore(run: Run) -> Restored[TrainState]:
 
 
 def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
-    """Check that a run may continue from a checkpoint, and report what has changed since it was saved.
+    """Check that a run can continue from a checkpoint, and report what has changed since the checkpoint was saved.
 
     Raises:
         InputError: if the checkpoint belongs to a different run, or the model or the training text has changed.
@@ -93,7 +93,7 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
     saved_config: Any = restored.metadata.get("config")
     if not is_of_training(restored.metadata):
         raise InputError(f"{directory.checkpoints} contains checkpoints that were not saved by a training run")
-    # Metrics and callbacks do not affect the run's results, and names that are no longer registered would be rejected.
+    # Use the current metrics and callbacks, which do not affect results: unregistered names would be rejected.
     saved_config["trainer"] |= {name: list(getattr(run.config.trainer, name)) for name in ("metrics", "callbacks")}
     old_config = config_in(saved_config, Path(f"{directory.checkpoints}/step-{restored.step:08d}"))
     if directory.resume == "if_saved":
@@ -139,25 +139,25 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
 
 
 def learning_rates(config: TrainConfig, num_steps: int) -> np.ndarray:
-    """The learning rates of a run's first `num_steps` steps, float32 [step]."""
+    """Return the learning rates of a run's first `num_steps` steps as float32 [step]."""
     schedule = config.optimizer.build_schedule(config.trainer.num_train_steps)
     return np.asarray(jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(jnp.arange(num_steps)))
 
 
 def _slow_warmup(config: TrainConfig) -> int:
-    """The number of steps over which AdEMAMix's alpha and b3 grow; 0 for other optimizers."""
+    """Return the number of steps over which AdEMAMix's alpha and b3 grow, or 0 for other optimizers."""
     return config.optimizer.step_counts(config.trainer.num_train_steps).get("slow_warmup", 0)
 
 
 def steps_in_common(a: TrainConfig, b: TrainConfig) -> int:
-    """The number of steps, counted from the start, for which two runs have bitwise identical learning rates."""
+    """Return the number of initial steps for which two runs have bitwise identical learning rates."""
     num_steps = min(config.trainer.num_train_steps for config in (a, b))
     differ = np.flatnonzero(learning_rates(a, num_steps) != learning_rates(b, num_steps))
     return int(differ[0]) if differ.size else num_steps
 
 
 def with_saved_rows(config: TrainConfig, directory: RunDirectory) -> TrainConfig:
-    """The configuration with the saved number of embedding rows, if it does not set one itself."""
+    """Set the number of embedding rows from the newest checkpoint, unless the configuration specifies it."""
     manifest = newest_manifest(directory.checkpoints)
     if config.model.vocab_rows is not None or manifest is None or not is_of_training(manifest.metadata):
         return config
@@ -167,18 +167,18 @@ def with_saved_rows(config: TrainConfig, directory: RunDirectory) -> TrainConfig
 
 
 def _check_not_begun(directory: RunDirectory, console: Console) -> None:
-    """Check that a run without checkpoints never saved any, for example on a disk that is now missing.
+    """Check that a run without checkpoints never saved any. They might be on a disk that is now missing.
 
-    A run that was killed before its first checkpoint starts over, with a warning.
+    A run that was killed before its first checkpoint starts over with a warning.
 
     Raises:
-        InputError: if the number of lines in metrics.jsonl shows that the run has saved a checkpoint.
+        InputError: if metrics.jsonl has so many lines that the run must have saved a checkpoint.
     """
     if not directory.metrics_file.exists() or not directory.metrics_file.stat().st_size:
         return
     lines = sum(1 for _ in lines_of(directory.metrics_file))
     every = load_config(directory.config_file).trainer.checkpoint_interval
-    # A run gets past its second save only after the first is committed, and each step writes at most two lines.
+    # A run passes its second save only after the first save is committed, and each step writes at most two lines.
     if lines > 4 * every:
         raise InputError(
             f"{directory.metrics_file} has {lines} lines, but {directory.checkpoints} contains no checkpoint; restore "
@@ -188,7 +188,7 @@ def _check_not_begun(directory: RunDirectory, console: Console) -> None:
 
 
 def best_so_far(run: Run, restored: Restored[TrainState]) -> dict[str, Any] | None:
-    """The step and losses of the best checkpoint; None if later losses cannot be compared with them."""
+    """Return the step and loss of the best checkpoint, or None if later losses are not comparable with that loss."""
     saved_config: Any = restored.metadata["config"]
     sequences = saved_config.get("trainer", {}).get("evaluation_windows")
     masked = saved_config.get("data", {}).get("mask_documents", False)
@@ -201,7 +201,7 @@ def best_so_far(run: Run, restored: Restored[TrainState]) -> dict[str, Any] | No
 
 
 def _is_same_text(saved: Any, now: Any) -> bool:
-    """Whether a corpus matches its saved facts. Facts that earlier versions did not save are not compared."""
+    """Return whether the current description of a corpus matches the saved one, ignoring fields that were not saved."""
     if isinstance(saved, dict) and isinstance(now, dict):
         return all(_is_same_text(value, now.get(name)) for name, value in saved.items())
     if isinstance(saved, list) and isinstance(now, list):
@@ -210,17 +210,17 @@ def _is_same_text(saved: Any, now: Any) -> bool:
 
 
 def restore_before(run: Run, wrong: range, skipped_windows: int) -> Restored[TrainState] | None:
-    """Restore the last checkpoint saved before the steps that went wrong, and skip the data up to the end of them.
+    """Restore the last checkpoint saved before the failed steps, and skip the data used up to the end of those steps.
 
-    Later checkpoints are removed, because a restart would use them.
+    Later checkpoints are removed, because a restarted run would resume from them.
 
     Args:
         run: the run.
-        wrong: the steps that went wrong.
+        wrong: the failed steps.
         skipped_windows: the number of sequences that the run has already skipped.
 
     Returns:
-        The checkpoint; None if no earlier checkpoint exists.
+        The restored checkpoint, or None if no earlier checkpoint exists.
 
     Raises:
         CheckpointError: if no earlier checkpoint is intact.

@@ -1,4 +1,4 @@
-"""A training run: building its parts from a configuration, starting or resuming, training, and reporting the result."""
+"""A training run: build its components from a configuration, start or resume, train, and report the result."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ from sophia_levanter.training.step import StepSettings, TrainState, first_state,
 from sophia_levanter.training.stopping import StopRequest, Watchdog
 from sophia_levanter.training.tasks import Scoring, TaskScorer, read_tasks
 
-# Seconds that optional trackers get to finish after a signal has stopped the run.
+# Seconds that optional trackers have to finish after a signal has stopped the run.
 STOPPED_SECONDS = 10.0
 
 
@@ -85,13 +85,13 @@ def train(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) 
 
     Args:
         config: the resolved configuration.
-        directory: where the run's files go, and whether the run resumes.
+        directory: the run directory, which also specifies whether the run resumes.
         quiet: whether to print only warnings and the result.
 
     Raises:
-        InputError: if the parts do not fit each other or the data; the run directory is then left untouched.
-        TrainingFailed: if too many steps in a row are skipped.
-        CheckpointError: if all checkpoints of the run are damaged.
+        InputError: if settings are incompatible with each other or with the data. The run directory is left unchanged.
+        TrainingFailed: if too many consecutive steps are skipped.
+        CheckpointError: if all of the run's checkpoints are damaged.
     """
     start_processes(config.mesh)
     console = Console(config.trainer.log_interval, quiet=quiet, silent=not is_first_process())
@@ -107,35 +107,35 @@ def train(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) 
 
 
 class Run:
-    """A training run and its parts, from start to finish.
+    """A training run and its components, from start to finish.
 
     The constructor prepares the text but does not write to the run directory. Each process constructs its own `Run`.
 
     Args:
         config: the resolved configuration.
-        directory: where the run's files go, and whether the run resumes.
+        directory: the run directory, which also specifies whether the run resumes.
         console: prints messages for the user.
 
     Attributes:
-        config: the configuration, completed from checkpoints or initial weights.
-        directory, console: as given.
+        config: the configuration, with missing values filled in from checkpoints or initial weights.
+        directory, console: the constructor's arguments.
         processes: the run's processes.
         resumes: whether the run continues from checkpoints.
-        initial_weights: the weights to start from, in host memory; None if they are random, and after `start`.
+        initial_weights: the initial weights in host memory; None if they are random or have been moved to the devices.
         partition: the devices, and how arrays are sharded over them.
-        settings: the settings that all steps share.
+        settings: the settings shared by all steps.
         callbacks: the registered callbacks, keyed by name.
         data: the tokenizer, the training corpus and the validation sets.
         batches: the batches of the training corpus.
         validation: the batches of each validation set, keyed by the set's name.
         tasks: the items of each task to score, keyed by the task's name.
         verification: checks the prepared text against its digests during training.
-        provenance: what determines the results besides the configuration; saved with each checkpoint.
-        restored: the checkpoint that the run last continued from, if any.
+        provenance: everything besides the configuration that determines the results; saved with each checkpoint.
+        restored: the checkpoint from which the run last resumed, or None.
         loop: the latest training loop; None before training.
 
     Raises:
-        InputError: if the parts do not fit each other or the data.
+        InputError: if settings are incompatible with each other or with the data.
     """
 
     def __init__(self, config: TrainConfig, directory: RunDirectory, console: Console) -> None:
@@ -153,7 +153,7 @@ class Run:
             text = with_kept_tokenizer(text, directory.checkpoints, resuming=True)
             config = with_saved_rows(config, directory)
         else:
-            # Read weights first: preparing the text may take hours.
+            # Read the weights first, because preparing the text may take hours.
             self.initial_weights = read_initial_weights(replace(config, data=text), console)
         if self.initial_weights is not None:
             config = replace(config, model=self.initial_weights.config)
@@ -205,11 +205,11 @@ class Run:
 
     @property
     def initial_state(self) -> Callable[[], TrainState]:
-        """A function that builds the state before step 0 from the configuration alone, with random weights."""
+        """A function that builds the state before step 0, with random weights, from the configuration alone."""
         return initial_state(self.config.model, self.settings, self.data.tokenizer.vocab_size)
 
     def start(self) -> TrainState:
-        """Build the state before step 0 on the devices, with the configured initial weights, if any."""
+        """Build the state before step 0 on the devices, using the configured initial weights if there are any."""
         if self.initial_weights is None:
             return self.partition.init_sharded(self.initial_state)
         weights, self.initial_weights = self.partition.place(self.initial_weights), None  # frees host memory
@@ -220,7 +220,7 @@ class Run:
 
         Raises:
             CheckpointError: if no checkpoint is intact.
-            InputError: if the checkpoint belongs to a different run or does not fit its model, optimizer or text.
+            InputError: if the checkpoint belongs to a different run or does not match the model, optimizer or text.
         """
         self.restored = restore(self)
         check_resumable(self, self.restored)
@@ -231,20 +231,20 @@ class Run:
         """Lock the run directory and write the run's first files.
 
         Raises:
-            InputError: if the directory is in use by another process or cannot be written.
+            InputError: if the directory is in use by another process or cannot be written to.
         """
         # Every process must have read the directory before the first process writes to it.
         wait_for_all("restored")
         self.processes.on_process_zero("directory", self._write_directory)
 
     def train(self, state: TrainState) -> TrainState:
-        """Train until the last step or a signal, and return the final state, which has been saved.
+        """Train until the last step or until a signal arrives. Return the final state, which has been saved.
 
-        If too many steps in a row are skipped, the run rolls back to a checkpoint, at most `trainer.max_rollbacks`
+        If too many consecutive steps are skipped, the run rolls back to a checkpoint, at most `trainer.max_rollbacks`
         times.
 
         Raises:
-            TrainingFailed: if the run cannot roll back any more.
+            TrainingFailed: if too many steps are skipped and the run cannot roll back again.
         """
         self._trackers = self._start_trackers(int(state.step))
         stop = StopRequest(several=jax.process_count() > 1)
@@ -271,7 +271,7 @@ class Run:
             self._signal = stop.signal
 
     def roll_back(self, wrong: range, skipped_windows: int) -> bool:
-        """Restore the last checkpoint saved before the steps that went wrong; see `restore_before`.
+        """Restore the last checkpoint saved before the failed steps. See `restore_before`.
 
         Returns:
             Whether such a checkpoint exists.
@@ -296,7 +296,7 @@ class Run:
         stopped_by = None
         try:
             if step < total:
-                # The signal may have reached only another process; all processes stop together.
+                # The signal may have reached a different process, but all processes stop together.
                 stopped_by = self._signal or Signals.SIGTERM
                 self.console.notice(
                     f"{stopped_by.name}: stopped after step {step}, which was saved; "
@@ -307,7 +307,7 @@ class Run:
         except Exception:
             self._trackers.close(failed=True)
             raise
-        # A run that was told to stop may soon be killed.
+        # Wait less for the trackers of a stopped run, which may soon be killed.
         self._trackers.close(failed=stopped_by is not None, seconds=STOPPED_SECONDS if stopped_by else CLOSE_SECONDS)
         metrics, best = self.loop.monitor.trackers.last, self.loop.evaluating.best
         return self._result(step, metrics, best, str(self.loop.saved), stopped_by)
@@ -336,7 +336,7 @@ class Run:
         checkpoint.remove_leftovers(directory.checkpoints)
 
     def _start_trackers(self, step: int) -> OptionalTrackers:
-        """Start the optional trackers, which log from `step` on; only the first process has any."""
+        """Start the optional trackers, which log from `step` onward. Only the first process has trackers."""
         if not self.processes.is_first:
             return OptionalTrackers()
         return start_optional(
@@ -350,7 +350,7 @@ class Run:
         )
 
     def _build_loop(self, state: TrainState) -> Loop:
-        """Build the training loop that starts from a state."""
+        """Build a training loop that starts from the given state."""
         trainer = self.config.trainer
         step = int(state.step)
         best = None if self.restored is None else best_so_far(self, self.restored)

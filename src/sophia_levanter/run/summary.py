@@ -1,4 +1,4 @@
-"""The reports that a run prints at its start and at its end."""
+"""The reports that a run prints when it starts and when it ends."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class TrainingResult:
 
     Attributes:
         run_dir: the run directory, with `config.yaml` and `metrics.jsonl`.
-        step: the number of training steps taken, including those before a resume.
+        step: the number of training steps taken, including steps before the run was resumed.
         metrics: the last value of each metric, keyed by its name in `metrics.jsonl`, such as `train/loss`.
-        best_step: the step with the lowest validation loss (on the set that `trainer.best_by` names, if it is given);
-            None before the first evaluation.
-        best_validation_loss: that loss, in nats per token.
+        best_step: the step with the lowest validation loss, measured on the set `trainer.best_by` if specified; None
+            before the first evaluation.
+        best_validation_loss: the validation loss at `best_step`, in nats per token.
         checkpoint: the path or URL of the last checkpoint.
-        stopped_by: the signal that ended the run before its last step; None if it ran to the end.
+        stopped_by: the signal that stopped the run before its last step; None if the run completed.
     """
 
     run_dir: Path
@@ -60,12 +60,12 @@ class TrainingResult:
 
     @property
     def train_loss(self) -> float | None:
-        """The mean loss of the last step's batch, in nats per token."""
+        """The mean loss on the last batch, in nats per token."""
         return self.metrics.get("train/loss")
 
     @property
     def validation_loss(self) -> float | None:
-        """The last validation loss, in nats per token, averaged over the sets; None before the first evaluation."""
+        """The last validation loss in nats per token, averaged over the sets, or None before the first evaluation."""
         return self.metrics.get("validation/loss")
 
 
@@ -122,14 +122,14 @@ def describe_start(run: Run) -> None:
 
 
 def _validation_tokens(run: Run) -> str:
-    """Text such as `9,000 validation tokens`; for named sets, `9,000 validation tokens: books 4,000, code 5,000`."""
+    """Return text such as `9,000 validation tokens` or, for named sets, `9,000 validation tokens: books 4,000, ...`."""
     sizes = {name: tokens.num_tokens for name, tokens in run.data.validation_sets.items()}
     each = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if name)
     return f"{sum(sizes.values()):,} validation tokens" + (f": {each}" if each else "")
 
 
 def describe_optimizer(config: OptimizerConfig, model: LanguageModel) -> str:
-    """Text such as `adamw, weight decay 0.1; hyperball: the matrices in 4 arrays keep their norms and do not decay`."""
+    """Describe the optimizer and its weight decay in a line such as `adamw, weight decay 0.1; hyperball: ...`."""
     cautious = ", cautious" if config.cautious_weight_decay else ""
     line = f"{config.get_choice_name(type(config))}, weight decay {config.weight_decay:g}{cautious}"
     if not config.hyperball:
@@ -141,8 +141,8 @@ def describe_optimizer(config: OptimizerConfig, model: LanguageModel) -> str:
 def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[str]:
     """Yield a line for each parameter group, such as `wte|wpe: 2 arrays, learning rate 6e-05, weight decay 0`.
 
-    If a hyperball keeps the norms of some arrays, the line ends with `weight decay 0.1 for the 2 that are not on
-    spheres`.
+    If some of the group's arrays have fixed norms on a hyperball, the line ends with text such as `weight decay 0.1
+    for the 2 that are not on spheres`.
     """
     found = check_groups(config.parameter_groups, model)
     kept = paths_on_hyperball(model) if config.hyperball else set()
@@ -157,14 +157,14 @@ def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[s
 
 
 def _state_bytes(state: TrainState) -> str:
-    """Text such as `9.8 MiB of state per device: parameters 3.3 MiB, momentum 3.3 MiB, ...`."""
+    """Describe the memory that the state uses: `9.8 MiB of state per device: parameters 3.3 MiB, ...`."""
     kinds = bytes_by_kind(state)
     parts = ", ".join(f"{kind} {show_bytes(size)}" for kind, size in kinds.items() if size >= 1024)
     return f"{show_bytes(sum(kinds.values()))} of state per device: {parts}"
 
 
 def attention_of(config: TrainConfig, partition: Partition) -> str | None:
-    """The attention implementation that a run uses, if any.
+    """Return the attention implementation that a run uses, or None if its model has no choice of implementations.
 
     Raises:
         InputError: if the configured implementation cannot be used on these devices.
@@ -179,13 +179,13 @@ def attention_of(config: TrainConfig, partition: Partition) -> str | None:
 
 
 def describe_mesh(partition: Partition) -> str:
-    """Text such as `8 TPU v4 devices, data 4 x model 2, embed over data`."""
+    """Describe the mesh in text such as `8 TPU v4 devices, data 4 x model 2, embed over data`."""
     mesh = partition.mesh
     return ", ".join([counted(mesh.size, f"{mesh.devices.flat[0].device_kind} device"), *describe_layout(partition)])
 
 
 def describe_layout(partition: Partition) -> list[str]:
-    """Phrases such as `data 4 x model 2` and `embed over data`; empty for one device."""
+    """Return phrases such as `data 4 x model 2` and `embed over data`, or an empty list for a single device."""
     axes = " x ".join(f"{name} {size}" for name, size in partition.mesh.shape.items() if size > 1)
     parameters = {name: over for name, over in partition.parameters.items() if name != "batch"}
     split = [f"{name} over {' and '.join(over)}" for name, over in parameters.items() if "data" in over]
@@ -193,7 +193,7 @@ def describe_layout(partition: Partition) -> list[str]:
 
 
 def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
-    """Print the work done, the losses next to those of a byte-bigram model, the last checkpoint and a text sample."""
+    """Print the work done, the losses (with a byte-bigram baseline), the last checkpoint and a sample of text."""
     numbers, tokenizer, step = loop.monitor.trackers.last, run.data.tokenizer, int(state.step)
     sets = [batches.token_sequences() for batches in run.validation.values()]
     bigram = fmean(bigram_bits_per_byte(run.data.train, sequences, tokenizer) for sequences in sets)
@@ -252,7 +252,7 @@ def _sample(run: Run, state: TrainState) -> str:
 
 
 def count_parameters(model: object) -> int:
-    """The number of floating-point parameters, including the padding of the vocabulary."""
+    """Return the number of floating-point parameters, including vocabulary padding."""
     leaves = jax.tree.leaves(
         eqx.filter(model, lambda x: eqx.is_inexact_array(x) or isinstance(x, jax.ShapeDtypeStruct))
     )
