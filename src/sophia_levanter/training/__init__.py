@@ -1,1 +1,1 @@
-"""The training loop and its components."""
+"""The training step, the training loop and their components."""

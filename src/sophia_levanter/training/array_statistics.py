@@ -1,4 +1,4 @@
-"""Statistics of individual arrays, layer by layer, at the steps that `trainer.statistics_every` selects."""
+"""Statistics of individual arrays, layer by layer, at the steps selected by `trainer.statistics_every`."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ QUANTILES = {"curvature_p10": 0.1, "curvature_p50": 0.5, "curvature_p90": 0.9}
 
 
 def array_statistics(optimizer: Optimizer, step: StepTrees) -> dict[str, jax.Array]:
-    """The statistics of each array in a step.
+    """Return statistics for each array in a step.
 
     | kind | |
     |---|---|
     | `weight_rms` | root mean square of the weights before the step |
-    | `gradient_rms` | root mean square of the mean gradient, before clipping |
+    | `gradient_rms` | root mean square of the mean gradient before clipping |
     | `update_rms` | root mean square of the update, including the learning rate and weight decay |
     | `update_ratio` | `update_rms / weight_rms`; not finite where the weights are 0 |
     | `win_rate` | the fraction of coordinates whose step is not clipped |
-    | `curvature_p10`, `curvature_p50`, `curvature_p90` | quantiles of h as stored |
+    | `curvature_p10`, `curvature_p50`, `curvature_p90` | quantiles of the stored h |
 
-    The last two rows need an optimizer with a method `unclipped`, such as Sophia. With a Kronecker basis, they are in
-    the coordinates of h.
+    The last two rows require an optimizer with an `unclipped` method, such as Sophia. With a Kronecker basis, they are
+    measured in the coordinates of h.
 
     Returns:
-        float32 statistics keyed by `ARRAY/KIND`: [layers] for an array of stacked layers, a scalar for any other array.
-        ARRAY is the parameter's path, such as `blocks/stacked/attn/c_attn/weight`.
+        float32 statistics keyed by `ARRAY/KIND`, where ARRAY is the path of the parameter, such as
+        `blocks/stacked/attn/c_attn/weight`: [layers] for an array of stacked layers, a scalar for any other array.
     """
     trees = {"weight": trainable(step.before.model), "gradient": step.grads, "update": step.updates}
     found = {f"{array}/{kind}_rms": _rms(x) for kind, tree in trees.items() for array, x in _arrays(tree).items()}
@@ -58,9 +58,9 @@ def array_statistics(optimizer: Optimizer, step: StepTrees) -> dict[str, jax.Arr
 
 
 def by_layer(statistics: Mapping[str, jax.Array]) -> dict[str, float]:
-    """Statistics keyed by logged name: `statistics/ARRAY/KIND`, or `statistics/ARRAY/LAYER/KIND` for stacked layers.
+    """Convert statistics to numbers keyed by `statistics/ARRAY/KIND`, or `statistics/ARRAY/LAYER/KIND` if stacked.
 
-    They are sorted by array, then by layer.
+    The numbers are sorted by array, then by layer.
     """
     found = []
     for name, values in statistics.items():
@@ -72,18 +72,18 @@ def by_layer(statistics: Mapping[str, jax.Array]) -> dict[str, float]:
 
 
 def quantiles(x: jax.Array, axes: Sequence[int], shares: Sequence[float]) -> jax.Array:
-    """Quantiles over some axes of an array, as computed by NumPy's method `inverted_cdf`.
+    """Compute quantiles over some axes of an array, following NumPy's `inverted_cdf` method.
 
-    The bits of each quantile are found one at a time, by counting the smaller numbers: sorting an array that is split
-    over devices would gather it.
+    The bits of each quantile are determined one at a time by counting smaller numbers. Sorting is not an option,
+    because it would gather an array that is sharded over devices.
 
     Args:
-        x: numbers without nan; they are converted to float32.
+        x: an array without NaN; it is converted to float32.
         axes: the axes to reduce.
-        shares: the quantiles' probabilities, above 0 and at most 1.
+        shares: the probabilities of the quantiles, above 0 and at most 1.
 
     Returns:
-        float32 [share, ...], with the other axes of `x`.
+        float32 [share, ...], where `...` are the remaining axes of `x`.
     """
     sign = jnp.uint32(1 << 31)
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
@@ -105,14 +105,14 @@ def quantiles(x: jax.Array, axes: Sequence[int], shares: Sequence[float]) -> jax
 
 
 def _arrays(tree: PyTree) -> dict[str, Any]:
-    """The arrays in a tree, keyed by path; NamedArrays keep their axes."""
+    """Return the arrays in a tree, keyed by path. NamedArrays keep their axes."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_named)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     return {name: leaf for name, leaf in named.items() if plain(leaf) is not None}
 
 
 def _inner(x: Any) -> tuple[int, ...]:
-    """The axes of one layer's coordinates: all except the layer axis."""
+    """Return the indices of all axes except the layer axis."""
     names = [axis.name for axis in x.axes] if is_named(x) else [""] * x.ndim
     return tuple(i for i, name in enumerate(names) if name != "layers")
 

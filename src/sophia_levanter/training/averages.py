@@ -1,4 +1,4 @@
-"""Averages of the parameters over a run's steps: a moving average, or the mean of the latest snapshots."""
+"""Averages of the parameters over training steps: a moving average, or the mean of the latest snapshots."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Snapshots = tuple[LanguageModel, ...]
 def averages(
     settings: StepSettings, state: TrainState, model: LanguageModel, good: jax.Array
 ) -> tuple[LanguageModel | None, Snapshots]:
-    """The average after a step, and the snapshots that it averages.
+    """Return the average after a step, and the snapshots that it is computed from.
 
     Args:
-        settings: which average, if any.
+        settings: the settings that select the kind of average.
         state: the state before the step.
         model: the parameters after the step.
         good: bool, False if the step was skipped.
@@ -35,9 +35,9 @@ def averages(
 def _moving_average(
     decay: float | None, state: TrainState, model: LanguageModel, good: jax.Array
 ) -> LanguageModel | None:
-    """average <- d average + (1 - d) parameters, after a good step.
+    """Update the moving average after a good step: average <- d average + (1 - d) parameters.
 
-    d is the decay, capped at (1 + step) / (10 + step) so that the initial weights are forgotten quickly.
+    The decay d is capped at (1 + step) / (10 + step), so that the initial weights are forgotten quickly.
     """
     if decay is None:
         return None
@@ -47,16 +47,16 @@ def _moving_average(
 
 
 def _mean_of_latest(interval: int, state: TrainState, model: LanguageModel) -> tuple[LanguageModel | None, Snapshots]:
-    """The mean of the latest snapshots, one after every `interval` steps (LAWA; Kaddour 2022, arXiv 2209.14981).
+    """Return the mean of the latest snapshots, taken every `interval` steps (LAWA; Kaddour 2022, arXiv 2209.14981).
 
-    Before the first snapshot, the average equals the parameters. Skipped steps count, but do not change the parameters.
+    Before the first snapshot, the average equals the parameters. Skipped steps count toward the interval.
     """
     step, count = state.step + 1, len(state.snapshots)
     taken = step // interval
 
     def take() -> tuple[LanguageModel | None, Snapshots]:
         snapshots = tuple(select((taken - 1) % count == i, model, old) for i, old in enumerate(state.snapshots))
-        # Snapshots that have not been taken are zeros. Count the rest, since the interval may have changed in the run.
+        # Count the snapshots that have been taken, because the interval may have changed. The others are still zeros.
         filled = sum(map(_is_taken, snapshots))
         mean = jax.tree.map(lambda *xs: sum(map(upcast, xs)) / filled, *snapshots)
         return mean, snapshots
@@ -68,5 +68,5 @@ def _mean_of_latest(interval: int, state: TrainState, model: LanguageModel) -> t
 
 
 def _is_taken(snapshot: LanguageModel) -> jax.Array:
-    """int32, 1 for a snapshot of parameters and 0 for zeros."""
+    """Return 1 if the snapshot has been taken, or 0 if it is all zeros, as int32."""
     return jnp.any(jnp.stack([jnp.any(x != 0) for x in jax.tree.leaves(snapshot)])).astype(jnp.int32)

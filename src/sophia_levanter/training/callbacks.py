@@ -1,4 +1,4 @@
-"""Callbacks that run alongside the training steps: logging, evaluation, saving and registered callbacks."""
+"""Callbacks of the training loop: logging, evaluation, saving and registered callbacks."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from sophia_levanter.training.stopping import Watchdog
 
 
 class TrainingFailed(Exception):
-    """The run cannot continue; the message names the cause and a remedy.
+    """The run cannot continue. The message names the cause and a remedy.
 
     Attributes:
-        steps: the consecutive steps that changed nothing.
-        reason: the cause, for the program that started this process.
+        steps: the consecutive steps that were skipped.
+        reason: an identifier of the cause, for the program that started this process.
     """
 
     def __init__(self, message: str, steps: range, reason: str = "loss_not_finite") -> None:
@@ -41,12 +41,12 @@ class TrainingFailed(Exception):
 
 
 class StepReport(NamedTuple):
-    """The numbers of a step that has ended.
+    """The results of a completed step.
 
     Attributes:
-        step: the step's number, from 0.
+        step: the step number, starting from 0.
         metrics: the step's metrics, keyed by their names in metrics.jsonl.
-        skipped_in_a_row: consecutive skipped steps up to this one; 0 if this step was not skipped.
+        skipped_in_a_row: number of consecutive skipped steps, including this one; 0 if this step was not skipped.
         seconds_left: estimated time until the end of the run, in seconds.
     """
 
@@ -58,14 +58,14 @@ class StepReport(NamedTuple):
 
 @dataclass
 class Pause:
-    """A run between two steps.
+    """A run that is paused between two steps.
 
     Attributes:
-        done: number of steps taken.
-        state: the state after those steps; its buffers are donated to the next step.
-        stopping: tells whether the run is stopping and may soon be killed.
-        evaluated: whether the latest validation loss belongs to this state.
-        scored: whether the latest task scores belong to this state.
+        done: number of completed steps.
+        state: the state after those steps. Its buffers are donated to the next step.
+        stopping: returns whether the run is stopping and may soon be killed.
+        evaluated: whether the latest validation loss was measured on this state.
+        scored: whether the latest task scores were measured on this state.
     """
 
     done: int
@@ -76,41 +76,41 @@ class Pause:
 
 
 class Callback:
-    """Acts on a run alongside its steps. A subclass overrides the methods that it needs.
+    """Base class for callbacks, which the training loop calls during a run. Override only the methods that you need.
 
     Args:
         config: the run's configuration.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        """Store what the subclass needs; the base class keeps nothing."""
+        """Create the callback. The base class does not store the configuration."""
 
     def before_step(self, step: int) -> None:
         """Called before a step begins. The previous step may still be running."""
 
     def on_step(self, report: StepReport) -> None:
-        """Called when a step's numbers are available. The next step may already be running."""
+        """Called when the results of a step are available. The next step may already be running."""
 
     def is_due(self, done: int) -> bool:
-        """Whether the run pauses for `on_pause` after `done` steps."""
+        """Return whether the run should pause after `done` steps to call `on_pause`."""
         return False
 
     def on_pause(self, pause: Pause) -> None:
-        """Called after the steps for which `is_due` is true, once their numbers have been read."""
+        """Called after each step for which `is_due` returns True, once the results of the step have been read."""
 
     def on_evaluation(self, pause: Pause, evaluation: Evaluation) -> Mapping[str, float]:
-        """Called after each evaluation, on registered callbacks only. The result is logged as `NAME/KEY`."""
+        """Called after each evaluation, but only on registered callbacks. The result is logged under `NAME/KEY`."""
         return {}
 
     def on_end(self) -> None:
-        """Called when the run ends for any reason, and before it goes back to a checkpoint to continue from there."""
+        """Called when the run ends for any reason, and before it rolls back to a checkpoint."""
 
 
 def build_callbacks(config: TrainConfig) -> dict[str, Callback]:
-    """The registered callbacks that a run asks for, keyed by name.
+    """Build the registered callbacks that are listed in `trainer.callbacks`, keyed by name.
 
     Raises:
-        InputError: if one cannot be built or is not a `Callback`.
+        InputError: if a callback cannot be built or is not a `Callback`.
     """
     built = {}
     for name in config.trainer.callbacks:
@@ -124,11 +124,12 @@ def build_callbacks(config: TrainConfig) -> dict[str, Callback]:
 
 
 class RegisteredCallback(Callback):
-    """A plug-in's callback: its errors name it, and the watchdog does not count its time toward a step.
+    """Wraps a callback from a plug-in. Its error messages include its name, and the watchdog ignores its duration.
 
     Args:
-        name: the name under which it is registered.
-        callback: the plug-in's callback.
+        name: the registered name of the callback.
+        callback: the callback from the plug-in.
+        monitor: the run's monitor, whose watchdog is paused while the callback runs.
     """
 
     def __init__(self, name: str, callback: Callback, monitor: Monitor) -> None:
@@ -149,7 +150,7 @@ class RegisteredCallback(Callback):
         self._call("on_pause", pause)
 
     def on_evaluation(self, pause: Pause, evaluation: Evaluation) -> Mapping[str, float]:
-        """The callback's numbers, keyed by `NAME/KEY`."""
+        """Return the numbers from the callback, keyed by `NAME/KEY`."""
         self._monitor.watchdog.pause()
         numbers = scalars("trainer.callbacks", self.name, self._call("on_evaluation", pause, evaluation))
         return {key: float(value) for key, value in numbers.items()}
@@ -157,7 +158,7 @@ class RegisteredCallback(Callback):
     def on_end(self) -> None:
         try:
             self._call("on_end")
-        except InputError as error:  # the run has ended, and its result stands
+        except InputError as error:  # the run has ended, and its result is still valid
             self._monitor.console.notice(f"WARNING: {error}")
 
     def _call(self, method: str, *arguments: Any) -> Any:
@@ -172,12 +173,12 @@ class RegisteredCallback(Callback):
 
 @dataclass(frozen=True)
 class Monitor:
-    """The objects that watch a run.
+    """Objects that monitor a run.
 
     Attributes:
-        trackers: record the run's numbers.
-        console: shows the numbers.
-        watchdog: ends the run if it is stuck.
+        trackers: record the metrics.
+        console: shows the metrics.
+        watchdog: ends the run if it hangs.
     """
 
     trackers: Trackers
@@ -187,7 +188,7 @@ class Monitor:
 
 @dataclass
 class Logging(Callback):
-    """Logs each step's numbers to the trackers and the console."""
+    """Logs the metrics of each step to the trackers and the console."""
 
     monitor: Monitor
 
@@ -202,13 +203,13 @@ class Logging(Callback):
 
 @dataclass
 class SkippedSteps(Callback):
-    """Reports skipped steps, and ends a run with too many in a row."""
+    """Reports skipped steps, and ends the run if too many consecutive steps are skipped."""
 
     config: TrainerConfig
     monitor: Monitor
 
     def on_step(self, report: StepReport) -> None:
-        """Raises `TrainingFailed` after too many skipped steps in a row."""
+        """Report the step if it was skipped. Raise `TrainingFailed` after too many consecutive skipped steps."""
         step, in_a_row, loss = report.step, report.skipped_in_a_row, report.metrics["train/loss"]
         if not in_a_row:
             return
@@ -227,13 +228,13 @@ class SkippedSteps(Callback):
 
 @dataclass
 class Saving(Callback):
-    """Saves states while training continues, and raises an error if a save failed or the training text changed.
+    """Saves states while training continues. Raises an error if a save failed or the training text has changed.
 
     Attributes:
-        monitor: its trackers are synced to disk before a state is saved.
+        monitor: the run's monitor, whose trackers are synced to disk before a state is saved.
         checkpoints: saves the states.
-        verification: checks the training text; a save waits for it to finish unless the run is stopping.
-        timer: tells when the next save is overdue.
+        verification: checks the training text. A save waits for this check unless the run is stopping.
+        timer: determines when the next save is due.
     """
 
     config: TrainerConfig
@@ -251,7 +252,7 @@ class Saving(Callback):
         return is_step or self.timer.has_expired()
 
     def on_pause(self, pause: Pause) -> None:
-        # After skipped steps, the run may go back to a checkpoint saved before them, which this save could remove.
+        # After skipped steps, the run may roll back to an earlier checkpoint, which this save could remove.
         if pause.done == self.config.num_train_steps or not int(pause.state.skipped_in_a_row):
             self.save(pause)
 
@@ -269,7 +270,7 @@ class Saving(Callback):
         self.timer.restart()
 
     def finish_after(self, error: Exception) -> None:
-        """Wait for the save in progress before the run ends with an error; if the save also fails, report that."""
+        """Wait for the save in progress before the run ends with an error. If the save also fails, report its error."""
         try:
             self.checkpoints.wait()
         except (CheckpointError, FileExistsError) as another:
@@ -282,9 +283,9 @@ class Evaluating(Callback):
     """Measures the validation losses.
 
     Attributes:
-        evaluate: returns a model's validation losses; calls the given function after each batch.
+        evaluate: returns the validation losses of a model, and calls the given function after each batch.
         registered: registered callbacks, which are called after each evaluation.
-        best: step and loss of the best evaluation so far, keyed as in metrics.jsonl; None before the first evaluation.
+        best: the best evaluation so far: its `step`, and its loss keyed by the metric's name; None before the first.
     """
 
     config: TrainerConfig
@@ -297,7 +298,7 @@ class Evaluating(Callback):
         return done % self.config.evaluation_interval == 0 or done == self.config.num_train_steps
 
     def on_pause(self, pause: Pause) -> None:
-        """Raises `InputError` if the validation text is damaged or a registered callback returns no numbers."""
+        """Evaluate the state. Raise `InputError` if the validation text is damaged or a registered callback fails."""
         done, trackers, watchdog = pause.done, self.monitor.trackers, self.monitor.watchdog
         evaluation = self.evaluate(pause.state.model, lambda: watchdog.begin(f"the evaluation after step {done}"))
         pause.evaluated = True
@@ -326,12 +327,12 @@ class Evaluating(Callback):
 
 
 class Profiling(Callback):
-    """Traces the host and the devices during some steps.
+    """Records a profile of the host and the devices during a range of steps.
 
     Args:
         steps: the steps to trace; may be empty.
-        directory: where the trace is written, as `plugins/profile/TIME/HOST.xplane.pb`.
-        console: shows how to open the trace.
+        directory: the directory for the trace, which is written to `plugins/profile/TIME/HOST.xplane.pb`.
+        console: prints how to open the trace.
     """
 
     def __init__(self, steps: range, directory: Path, console: Console) -> None:
@@ -339,11 +340,11 @@ class Profiling(Callback):
         self._running = False
 
     def is_due(self, done: int) -> bool:
-        """True before the first traced step and after the last one, so that the running step ends first."""
+        """Return True before the first traced step and after the last one, so that the current step can finish."""
         return done == self._steps.stop if self._running else done in self._steps
 
     def before_step(self, step: int) -> None:
-        """Start the trace at the first traced step, or at the first step of a resumed run if that is traced."""
+        """Start the trace at the first traced step, or at the first step of a run that resumes within the range."""
         if step in self._steps and not self._running:
             jax.profiler.start_trace(self._directory)
             self._running = True
@@ -352,7 +353,7 @@ class Profiling(Callback):
         self.on_end()
 
     def on_end(self) -> None:
-        """Write the trace if one is running, even if the run ends within the traced steps."""
+        """Write the trace if one is running, even if the run ends before the last traced step."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, and what ends a run when a save fails."""
+"""Save a training run's checkpoints, and end the run if a save fails."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from sophia_levanter.partition.processes import Processes
 from sophia_levanter.status import FAILURE
 from sophia_levanter.training.step import TrainState
 
-# Seconds that the loop has to notice a failed save before the process exits anyway: if another process has already
-# ended, this process may be waiting for it inside a step.
+# Seconds that the loop has to notice a failed save before the process is ended. The loop may never notice: if another
+# process has already ended, this process may be waiting for it inside a step.
 GRACE = 5.0
 DAY = 86_400.0
 
-# All processes ask in the same order, so they agree on each question's number.
+# All processes ask in the same order, so they agree on the number of each question.
 _questions = itertools.count()
 
 
 def is_of_training(metadata: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's metadata was written by `RunCheckpoints` and not by another program."""
+    """Return whether the metadata of a checkpoint was written by `RunCheckpoints` rather than by another program."""
     parts = [metadata.get(name) for name in ("config", "environment", "data", "validation")]
     config = parts[0] if isinstance(parts[0], dict) else {"": None}
     sections = [part for name, part in config.items() if name != "plugins"]
@@ -38,14 +38,14 @@ def is_of_training(metadata: Mapping[str, Any]) -> bool:
 
 
 class CheckpointTimer:
-    """Tells when the next checkpoint is overdue.
+    """Determines when the next checkpoint is due.
 
-    A run's processes must save together, so the first process's clock decides for all of them, with a message at each
-    call. No messages are sent if `minutes` is None.
+    All processes must save at the same step, so the first process decides by its clock, and sends its decision to the
+    others at each call. No messages are sent if `minutes` is None.
 
     Args:
-        minutes: the longest time between checkpoints, in minutes; None for no limit.
-        processes: the run's processes, which all make the same calls.
+        minutes: maximum time between checkpoints, in minutes; None for no limit.
+        processes: the run's processes, all of which must make the same calls.
     """
 
     def __init__(self, minutes: float | None, processes: Processes) -> None:
@@ -58,40 +58,40 @@ class CheckpointTimer:
         self._started = time.monotonic()
 
     def has_expired(self) -> bool:
-        """Whether the time is up on the first process's clock; call this once per step.
+        """Return whether the time has expired on the first process's clock. Call this once per step.
 
         Raises:
-            NoAnswer: if the first process does not answer within a day; `trainer.step_timeout` ends a run before that.
+            NoAnswer: if the first process does not answer within a day. `trainer.step_timeout` can end the run earlier.
         """
         if self._seconds is None:
             return False
         number = next(_questions)
         if number >= 3:
-            # The first process has read the numbers of the oldest of the last three steps. All processes took part in
-            # that step, so they had already read this answer.
+            # The first process has read the results of the oldest of the last three steps. All processes took part in
+            # that step, so they have already read this answer.
             self._processes.forget(f"checkpoint_timer/{number - 3}")
         over = time.monotonic() - self._started >= self._seconds
         return self._processes.broadcast(f"checkpoint_timer/{number}/answer", str(over), DAY) == str(True)
 
 
 def better_of(best: dict[str, Any] | None, step: int, metric: str, loss: float) -> dict[str, Any] | None:
-    """The better of the best checkpoint so far and this one: its `step`, and its loss keyed by the metric's name."""
+    """Return the better of `best` and this checkpoint, as its `step` and its loss keyed by the metric's name."""
     return {"step": step, metric: loss} if math.isfinite(loss) and (best is None or loss < best[metric]) else best
 
 
 class RunCheckpoints:
-    """Saves a run's state while it trains, with the run's configuration, provenance and metrics.
+    """Saves the state of a run during training, together with the run's configuration, provenance and metrics.
 
     Args:
         directory: a path, or a `gs://` or `s3://` URL.
         config: the run's configuration.
-        provenance: facts beyond the configuration that determine the numbers.
+        provenance: everything besides the configuration that determines the results.
         run_id: the run's identifier.
         processes: the run's processes.
         best: step and loss of the best checkpoint so far, as saved in the checkpoint from which the run resumes.
 
     Attributes:
-        saved_step: the step of the last save that was started, or None.
+        saved_step: the step of the most recently started save, or None.
     """
 
     def __init__(
@@ -115,13 +115,13 @@ class RunCheckpoints:
     def save(
         self, step: int, state: TrainState, numbers: Mapping[str, float], *, evaluated: bool, verified: bool = True
     ) -> None:
-        """Start saving a state; its buffers may be donated when this returns.
+        """Start saving a state. Its buffers may be donated once this method returns.
 
         Args:
-            step: number of steps taken.
+            step: number of completed steps.
             state: the state after those steps.
             numbers: the latest metrics, keyed by name.
-            evaluated: whether the validation loss among them belongs to this state.
+            evaluated: whether the validation loss in `numbers` was measured on this state.
             verified: whether the training text has been verified.
 
         Raises:
@@ -144,7 +144,7 @@ class RunCheckpoints:
         self.saved_step = step
 
     def check(self) -> None:
-        """Raise the last save's `CheckpointError` if it failed; call this at every step."""
+        """Raise `CheckpointError` if the last save failed. Call this at every step."""
         self._saver.check()
 
     def wait(self) -> str | None:

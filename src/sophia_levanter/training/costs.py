@@ -1,4 +1,4 @@
-"""The cost of a step: FLOPs, bytes on a device, and the devices' peak rate."""
+"""The cost of a training step: FLOPs, memory per device, and the peak FLOP/s of the devices."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from sophia_levanter.training.step import StepSettings, TrainState, initial_stat
 
 @dataclass(frozen=True)
 class MatrixFlops:
-    """FLOPs of an optimizer's work on whole matrices in a step, averaged over the run.
+    """FLOPs per step that the optimizer spends on whole-matrix operations, averaged over the run.
 
     Attributes:
-        products: changes of basis, second moments and the products in the basis's iteration.
+        products: changes of basis, second moments and the matrix products in the iteration that updates the basis.
         newton_schulz: Newton-Schulz iterations.
-        qr: QR decompositions, keyed by the side of the square matrix.
+        qr: QR decompositions, keyed by the size of the square matrix.
     """
 
     products: float = 0.0
@@ -40,25 +40,25 @@ class MatrixFlops:
 
     @property
     def total(self) -> float:
-        """The sum over all kinds of work."""
+        """The sum over all kinds of operations."""
         return self.products + self.newton_schulz + sum(self.qr.values())
 
 
 def flops_per_step(config: TrainConfig, flops_per_token: float) -> float:
-    """FLOPs of a step: forward, backward and, averaged over all steps, refreshes and the work on whole matrices.
+    """Return the average FLOPs per step for the forward and backward pass, refreshes and whole-matrix operations.
 
-    The optimizer's elementwise work is not counted.
+    Elementwise operations in the optimizer are not counted.
 
     Args:
-        config: the run's configuration; its batch size is used for all steps.
-        flops_per_token: FLOPs of the model's forward and backward pass for one token.
+        config: the run's configuration. Its batch size is used for all steps.
+        flops_per_token: FLOPs per token of the model's forward and backward pass.
     """
     tokens = config.trainer.batch_size * config.model.seq_len
     return flops_per_token * passes_per_step(config) * tokens + matrix_flops(config).total
 
 
 def passes_per_step(config: TrainConfig) -> float:
-    """Forward and backward passes over the batch in a step, with refreshes averaged over all steps."""
+    """Return the number of forward and backward passes per step, with refreshes averaged over all steps."""
     trainer = config.trainer
     curvature = config.optimizer.curvature_microbatches(trainer)
     if curvature is None:
@@ -69,19 +69,19 @@ def passes_per_step(config: TrainConfig) -> float:
 
 
 def refreshes_per_step(config: TrainConfig) -> float:
-    """The fraction of a run's steps that refresh the curvature."""
+    """Return the fraction of a run's steps that refresh the curvature."""
     steps = config.trainer.num_train_steps
     return sum(map(config.optimizer.build(steps).refresh_due, range(steps))) / steps
 
 
 def matrix_flops(config: TrainConfig, num_shards: int = 1) -> MatrixFlops:
-    """FLOPs of the work on the blocks' matrices in a step, averaged over the run.
+    """Return the FLOPs per step spent on the matrices in the model's blocks, averaged over the run.
 
     Args:
         config: the run's configuration.
-        num_shards: number of devices that share the matrices. The result is for the device with the most matrices:
-            devices take whole matrices, so the number of matrices is rounded up for each parameter and, for QR
-            decompositions, for each matrix size.
+        num_shards: number of devices over which the matrices are distributed. The result is for the device with the
+            most matrices. Matrices are not split, so their number per device is rounded up for each parameter and, for
+            QR decompositions, for each matrix size.
     """
     steps = config.trainer.num_train_steps
     num_microbatches, _ = config.optimizer.curvature_microbatches(config.trainer) or (0, 0)
@@ -99,25 +99,25 @@ def matrix_flops(config: TrainConfig, num_shards: int = 1) -> MatrixFlops:
     factors: Counter[int] = Counter()
     for count, *shape in sizes:
         rotated = [n for n in shape if n <= work.max_size]
-        # One product with each side's square matrix, into the basis or out of it.
+        # A change into or out of the basis multiplies by one square matrix per side.
         change = sum(2.0 * n * math.prod(shape) for n in rotated)
         products += share(count) * (work.changes + rotations * work.turn_changes) * change
         newton_schulz += share(count) * work.newton_schulz * newton_schulz_flops(*sorted(shape))
         for n in rotated:
             factors[n] += count
-    # The iteration's product, and the overlap of the new vectors with the old.
+    # The matrix product in the iteration, and the overlap of the new basis vectors with the old ones.
     products += sum(rotations * share(count) * 4.0 * n**3 for n, count in factors.items())
     qr = {n: rotations * share(count) * qr_flops(n) for n, count in factors.items()}
     return MatrixFlops(products, newton_schulz, qr)
 
 
 def qr_flops(side: int) -> float:
-    """FLOPs of the QR decomposition of a square matrix: 4/3 n^3 for R and the same for Q."""
+    """Return the FLOPs of the QR decomposition of a square matrix: 4/3 n^3 for R and the same for Q."""
     return 8 / 3 * side**3
 
 
 def newton_schulz_flops(short: int, long: int) -> float:
-    """FLOPs of one Newton-Schulz iteration on a matrix with these sides."""
+    """Return the FLOPs of one Newton-Schulz iteration on a `short` x `long` matrix."""
     return 4.0 * short**2 * long + 2.0 * short**3
 
 
@@ -125,7 +125,7 @@ UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def bytes_by_kind(state: TrainState) -> dict[str, int]:
-    """Bytes of a state on one device, by kind: parameters, momentum, curvature, averages and other optimizer state."""
+    """Return the bytes of a state on one device, keyed by kind, such as `parameters`, `momentum` or `curvature`."""
     optimizer_state = state.optimizer_state
     kinds = {
         "parameters": device_bytes(state.model),
@@ -139,7 +139,7 @@ def bytes_by_kind(state: TrainState) -> dict[str, int]:
 
 
 def _named(tree: Any, names: Sequence[str]) -> list[Any]:
-    """The parts of an optimizer state, including optax's nested states, that have one of these names."""
+    """Return the parts of an optimizer state with one of these names, also searching the nested states of optax."""
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         found = [getattr(tree, name) for name in names if name in tree._fields]
         return found or [part for child in tree for part in _named(child, names)]
@@ -149,15 +149,15 @@ def _named(tree: Any, names: Sequence[str]) -> list[Any]:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of `jax.ShapeDtypeStruct`s on one device."""
+    """Return the number of bytes that a tree of `jax.ShapeDtypeStruct`s occupies on one device."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def step_bytes(compiled: jax.stages.Compiled) -> tuple[int, int] | None:
-    """Bytes of a compiled program's arguments on a device, and the peak of its other memory there.
+    """Return the bytes of a compiled program's arguments on one device, and the peak of its other memory.
 
-    None if the backend does not report them.
+    Return None if the backend does not report them.
     """
     analysis = compiled.memory_analysis()
     if analysis is None:
@@ -167,7 +167,7 @@ def step_bytes(compiled: jax.stages.Compiled) -> tuple[int, int] | None:
 
 
 def show_bytes(count: int) -> str:
-    """Format a number of bytes in the largest unit that it reaches, such as `1.5 GiB`."""
+    """Format a number of bytes in the largest suitable unit, such as `1.5 GiB`."""
     for name, unit in UNITS:
         if count >= unit:
             return f"{count / unit:,.1f} {name}"
@@ -175,11 +175,11 @@ def show_bytes(count: int) -> str:
 
 
 def peak_flops(devices: list[jax.Device]) -> float:
-    """Peak FLOP/s of all devices together: the published rate, or a rate measured here if the device is not listed."""
+    """Return the total peak FLOP/s of the devices: the published rate, or a measured rate for unlisted devices."""
     published = published_peak(devices[0].device_kind)
     if published is not None:
         return published * len(devices)
-    # Several CPU devices on one host share its cores.
+    # CPU devices on the same host share its cores.
     return _measured_matrix_rate() * (1 if devices[0].platform == "cpu" else len(devices))
 
 
@@ -196,17 +196,17 @@ def _measured_matrix_rate(size: int = 1024, repeats: int = 5) -> float:
 
 
 def abstract_state(config: TrainConfig, partition: Partition, vocab_size: int) -> TrainState:
-    """A run's state as `jax.ShapeDtypeStruct`s with shardings."""
+    """Return a run's state as a tree of `jax.ShapeDtypeStruct`s with shardings."""
     return partition.abstract(initial_state(config.model, StepSettings.of(config), vocab_size))
 
 
 def lower_step(config: TrainConfig, partition: Partition, vocab_size: int, *, refresh: bool) -> jax.stages.Lowered:
-    """A training step, lowered and ready to be compiled.
+    """Lower a training step, so that it can be compiled.
 
     Args:
-        config: the run's configuration; its text is not read.
+        config: the run's configuration. Its text is not read.
         partition: the devices, which need not exist.
-        vocab_size: number of classes that can be predicted.
+        vocab_size: number of tokens that can be predicted.
         refresh: whether the step refreshes the curvature.
     """
     settings = StepSettings.of(config)

@@ -1,4 +1,4 @@
-"""Losses on validation sets."""
+"""Evaluate models on validation sets."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ BATCHES_AHEAD = 4  # batches queued while the devices compute one
 
 
 class Evaluation(NamedTuple):
-    """A validation loss.
+    """The result of an evaluation.
 
     Attributes:
-        loss: mean over predicted tokens, in nats. For named sets, the unweighted mean over the sets.
-        bits_per_byte: total bits divided by `text_bytes`. For named sets, the unweighted mean over the sets.
+        loss: mean loss over predicted tokens, in nats. For named sets, the unweighted mean over the sets.
+        bits_per_byte: total loss in bits divided by `text_bytes`. For named sets, the unweighted mean over the sets.
         tokens: number of predicted tokens.
-        text_bytes: bytes of text that the predicted tokens stand for; an end-of-text token has none.
+        text_bytes: number of bytes of text in the predicted tokens; an end-of-text token has none.
         sets: the evaluation of each named set, keyed by name.
     """
 
@@ -42,7 +42,7 @@ class Evaluation(NamedTuple):
     sets: Mapping[str, Evaluation] = MappingProxyType({})
 
     def numbers(self, prefix: str = "") -> dict[str, float]:
-        """The losses, keyed by their names in metrics.jsonl; the prefix begins the last part of each name."""
+        """Return the losses, keyed by their names in metrics.jsonl. `prefix` precedes the last part of each name."""
         found = {f"validation/{prefix}loss": self.loss, f"validation/{prefix}bits_per_byte": self.bits_per_byte}
         for name, own in self.sets.items():
             found[f"validation/{name}/{prefix}loss"] = own.loss
@@ -51,14 +51,14 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Evaluates models of one shape on one validation set.
+    """Evaluates models of the same shape on one validation set.
 
     Args:
         batches: the validation sequences.
         byte_lengths: [vocab], the number of bytes of text in each token.
         partition: the devices, and how arrays are sharded over them.
         policy: dtypes for parameters and computation.
-        document_end: the token that ends a document, where attention and positions restart; None if they do not.
+        document_end: the token that ends a document; None if attention and positions continue across documents.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Evaluator:
         self._document_end = document_end
 
     def __call__(self, model: LanguageModel, on_progress: Callable[[], None] = lambda: None) -> Evaluation:
-        """A model's losses, with all tokens weighted equally. `on_progress` is called after each batch."""
+        """Evaluate a model, weighting all tokens equally. `on_progress` is called after each batch."""
         pending: deque[jax.Array] = deque()
         nats = 0.0
         tokens = text_bytes = 0
@@ -100,10 +100,10 @@ class Evaluator:
 def evaluate_sets(
     evaluators: Mapping[str, Evaluator], model: LanguageModel, on_progress: Callable[[], None] = lambda: None
 ) -> Evaluation:
-    """A model's losses on validation sets, and their unweighted mean.
+    """Evaluate a model on each validation set, and compute the unweighted mean of the losses.
 
     Args:
-        evaluators: evaluators keyed by set name, in the same order in all processes; a single set's name may be empty.
+        evaluators: evaluators keyed by set name, in the same order in all processes. An unnamed set has the key "".
         model: the model to evaluate.
         on_progress: called after each batch.
     """
@@ -122,6 +122,6 @@ def evaluate_sets(
 
 @eqx.filter_jit
 def _summed_loss(partition: Partition, policy: jmp.Policy, model: LanguageModel, batch: Batch) -> jax.Array:
-    """The summed loss on a batch of one microbatch. The program depends on the partition, which must be active."""
+    """Sum the loss over a batch with one microbatch. The partition must be active, as the program depends on it."""
     one = jax.tree.map(lambda x: x["microbatch", 0], batch, is_leaf=lambda x: hasattr(x, "axes"))
     return policy.cast_to_compute(model).losses(one)[0]

@@ -1,4 +1,4 @@
-"""The host side of training: loading batches, choosing the next step, and calling callbacks."""
+"""The training loop on the host: load batches, choose the compiled step, and call callbacks."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from sophia_levanter.training.step import StepOutput, StepSettings, TrainState, 
 from sophia_levanter.training.stopping import StopRequest
 
 READ_THREADS = 2
-BATCHES_AHEAD = 2  # batches on the devices, or on their way there
+BATCHES_AHEAD = 2  # batches on the devices or being transferred to them
 
 
 class Batches(Protocol):
-    """The sequences of each step, as a pure function of the step."""
+    """Provides the sequences for each step, as a pure function of the step."""
 
     def rows(self, step: int, wanted: np.ndarray, *, skipped_windows: int) -> np.ndarray:
-        """int32 [batch, position + 1], in which only the `wanted` rows must be valid."""
+        """Return the sequences as int32 [batch, position + 1]. Only the `wanted` rows need to be valid."""
         ...
 
 
 @dataclass(frozen=True)
 class BatchLoader:
-    """Puts batches on the devices. Each process reads only the rows for its own devices.
+    """Loads batches onto the devices. Each process reads only the rows for its own devices.
 
     Attributes:
         skipped_windows: number of sequences in the data order that the run has skipped.
-        document_end: the token that ends a document, where attention and positions restart; None if they do not.
+        document_end: the token that ends a document; None if attention and positions continue across documents.
     """
 
     batches: Batches
@@ -55,10 +55,10 @@ class BatchLoader:
     document_end: int | None = None
 
     def load(self, step: int) -> Batch:
-        """The batch of a step, [microbatch, batch, position], on the devices.
+        """Load the batch for a step, [microbatch, batch, position], onto the devices.
 
         Raises:
-            InputError: if the corpus is damaged in these rows.
+            InputError: if the corpus is damaged in the rows of this batch.
         """
         trainer = self.config.at_step(int(step))
         size = trainer.batch_size // trainer.num_microbatches
@@ -71,7 +71,7 @@ class BatchLoader:
         return self.partition.place(batch)
 
     def load_all(self, first: int, stop: int) -> Iterator[Batch]:
-        """The batches of the steps in `[first, stop)`; threads load the next few in advance."""
+        """Iterate over the batches for steps `first` to `stop - 1`. Threads load the next few batches in advance."""
         steps = grain.MapDataset.range(first, stop).map(self.load)
         return iter(steps.to_iter_dataset(grain.ReadOptions(READ_THREADS, BATCHES_AHEAD)))
 
@@ -80,7 +80,7 @@ NO_WAIT_SECONDS = 1e-3
 
 
 class _Running(NamedTuple):
-    """A step whose numbers have not been read yet, and the time at which it ends."""
+    """A step whose results have not been read yet, and the time at which it ends."""
 
     step: int
     output: StepOutput
@@ -89,16 +89,16 @@ class _Running(NamedTuple):
 
 @dataclass
 class Loop:
-    """A run of training steps.
+    """The training loop.
 
     Attributes:
-        settings_of: makes the `StepSettings` for one batch size, from the trainer's settings with that size.
+        settings_of: builds the `StepSettings` for a batch size, given the trainer settings with that batch size.
         callbacks: all callbacks in the order in which they are called, including `evaluating` and `saving`.
-        evaluating: the callback that knows the best validation loss.
-        saving: the callback that saves states; the loop also uses it to save the last state.
+        evaluating: the callback that keeps track of the best validation loss.
+        saving: the callback that saves states. The loop also uses it to save the final state.
         tokens_per_sequence: number of predicted tokens in a row of a batch.
         mfu_per_token_rate: model FLOPs utilisation at one token per second.
-        saved: the last checkpoint's path or URL; None before the end.
+        saved: the path or URL of the last checkpoint; None until `run` has finished.
         first_step: the first step of `run`.
         seconds: the duration of `run`, in seconds.
         data_stalls: number of steps that started late because their batch was not ready.
@@ -121,23 +121,23 @@ class Loop:
     _tokens: int = 0
     _last_time: float = 0.0
     _step_seconds: list[float] = field(default_factory=list)
-    # Steps whose numbers have not been read yet: a step's numbers are read while the next step runs.
+    # Steps whose results have not been read yet. The results of a step are read while the next step runs.
     _running: deque[_Running] = field(default_factory=deque)
-    # Records when each step ends: while the host waits for data, two steps may end.
+    # Records when each step ends, because two steps may end while the host waits for data.
     _clock: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "step-clock"))
 
     def run(self, state: TrainState, stop: StopRequest) -> TrainState:
-        """Train until the last step or until asked to stop; the last state is saved in either case.
+        """Train until the last step or until a stop is requested. The final state is saved in either case.
 
         Args:
             state: the state to start from, on the mesh.
-            stop: checked before each step.
+            stop: the stop request, which is checked before each step.
 
         Returns:
-            The last state.
+            The final state.
 
         Raises:
-            TrainingFailed: if too many steps in a row were skipped because of their loss or gradient.
+            TrainingFailed: if too many consecutive steps were skipped because of their loss or gradient.
             CheckpointError: if a state could not be saved.
             InputError: if the text is damaged or has changed.
         """
@@ -166,7 +166,7 @@ class Loop:
         batch = next(batches)
 
         def stopping() -> bool:
-            # Several processes must save together, so they act on a signal only when all of them have stopped.
+            # Multiple processes must save together, so they act on a signal only when all of them have stopped.
             return jax.process_count() == 1 and stop.signal is not None
 
         while step < total and not all_stop(step, stop.signal is not None):
@@ -183,7 +183,7 @@ class Loop:
             if step < total:
                 try:
                     batch = self._next(batches, output)
-                except InputError:  # the corpus is damaged further on
+                except InputError:  # a later part of the corpus is damaged
                     self.saving.save(self._pause(step, state, stopping))
                     raise
             due = [callback for callback in self.callbacks if callback.is_due(step)]
@@ -203,12 +203,12 @@ class Loop:
         return state
 
     def _pause(self, done: int, state: TrainState, stopping: Callable[[], bool]) -> Pause:
-        """The run between two steps, once the numbers of all steps have been read."""
+        """Read the results of all steps and pause the run."""
         self._read(most_running=0)
         return Pause(done, state, stopping)
 
     def _compile(self, state: TrainState, step: int) -> CompiledSteps:
-        """Compile the steps for the batch size used from `step` on."""
+        """Compile the steps for the batch size that applies from `step` onward."""
         self._read(most_running=0)
         self.monitor.watchdog.pause()
         trainer = self.config.at_step(step)
@@ -225,7 +225,7 @@ class Loop:
         return compiled
 
     def _next(self, batches: Iterator[Batch], running: StepOutput) -> Batch:
-        """The next batch. Counts a data stall if the host waited for the batch past the end of the `running` step."""
+        """Return the next batch. Count a data stall if the step `running` ended before the batch was ready."""
         started = time.perf_counter()
         batch = next(batches)
         blocked = time.perf_counter() - started > NO_WAIT_SECONDS
@@ -233,7 +233,7 @@ class Loop:
         return batch
 
     def _read(self, most_running: int) -> None:
-        """Wait for steps and read their numbers until at most `most_running` steps may still be running."""
+        """Read the results of finished steps, waiting until at most `most_running` steps may still be running."""
         while len(self._running) > most_running:
             step, output, end = self._running.popleft()
             numbers = {name: float(value) for name, value in output.metrics.items()} | by_layer(output.statistics)
@@ -251,7 +251,7 @@ class Loop:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second over all steps in this process, excluding evaluations and saves."""
+        """Tokens per second over all steps run by this process, excluding evaluations and saves."""
         return self._tokens / sum(self._step_seconds) if self._step_seconds else 0.0
 
 
@@ -269,10 +269,10 @@ class CompiledSteps:
 
     Attributes:
         batch_size: number of rows in a batch.
-        optimizer: decides when a refresh of the curvature is due.
+        optimizer: determines when a curvature refresh is due.
         plain: the step without a refresh.
-        refreshing: the step with a refresh; the same as `plain` if the optimizer has no curvature.
-        measuring: the same steps with statistics of individual arrays; None if the run measures none.
+        refreshing: the step with a refresh; identical to `plain` if the optimizer does not use curvature.
+        measuring: the same steps with statistics of individual arrays; None if statistics are disabled.
     """
 
     batch_size: int
@@ -282,7 +282,7 @@ class CompiledSteps:
     measuring: CompiledSteps | None = None
 
     def at(self, refresh: bool, measured: bool) -> Step:
-        """The step with or without a refresh, and with or without array statistics."""
+        """Return the step with or without a refresh, and with or without array statistics."""
         steps = self.measuring if measured and self.measuring is not None else self
         return steps.refreshing if refresh else steps.plain
 
@@ -295,16 +295,16 @@ def compile_steps(
     say: Callable[[str], None],
     suffix: str = "",
 ) -> CompiledSteps:
-    """Compile the plain step and, if the optimizer has curvature, the step with a refresh.
+    """Compile the plain step and, if the optimizer uses curvature, the step with a refresh.
 
-    Steps that this process has already compiled are reused, for example after the run went back to a checkpoint or to
+    Steps that this process has already compiled are reused, for example after a rollback to a checkpoint or a return to
     an earlier batch size.
 
     Args:
         partition: the active partition.
-        batch: [microbatch, batch, position], with the size to compile for.
+        batch: [microbatch, batch, position], of the size to compile for.
         say: prints what is compiled, how long it took and how much memory a step needs.
-        suffix: the kind of steps, appended to the first printed line.
+        suffix: a description of the steps, appended to the first printed line.
     """
     started = time.perf_counter()
     kinds = (False,) if settings.optimizer.estimator is None else (False, True)
@@ -321,5 +321,5 @@ def compile_steps(
 
 @lru_cache(maxsize=16)
 def _jitted(step: Callable[..., Any], settings: StepSettings, refresh: bool, partition: Partition) -> Any:
-    """A jitted step, cached with its compiled programs, which depend on the active partition during tracing."""
+    """Return a jitted step. It is cached per partition, because the programs depend on the active partition."""
     return eqx.filter_jit(partial(step, settings, refresh), donate="all-except-first")

@@ -1,4 +1,4 @@
-"""Numbers from registered metrics and callbacks: a metric's argument, and checks on the results."""
+"""The argument of registered metrics, and checks on the results of registered metrics and callbacks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class StepTrees(NamedTuple):
     """The argument of a metric.
 
     Attributes:
-        grads: the mean gradient before clipping, structured like the model's trainable part.
-        updates: the updates that are added to the parameters, with the same structure; zeros if the step is skipped.
+        grads: the mean gradient before clipping, with the same tree structure as the trainable part of the model.
+        updates: the updates to add to the parameters, with the same structure as `grads`; zeros if the step is skipped.
         before: the state before the step, with `model` and `optimizer_state`.
         after: the state after the step.
     """
@@ -38,7 +38,7 @@ Metric = Callable[[StepTrees], Mapping[str, Any]]
 
 
 def measure(metrics: Iterable[tuple[str, Metric]], trees: StepTrees) -> dict[str, jax.Array]:
-    """The chosen metrics of a step: float32 scalars keyed by `METRIC/KEY`.
+    """Compute the given metrics for a step. Return float32 scalars keyed by `METRIC/KEY`.
 
     Raises:
         InputError: if a metric fails, or returns anything other than a dict of scalars.
@@ -54,14 +54,14 @@ def measure(metrics: Iterable[tuple[str, Metric]], trees: StepTrees) -> dict[str
 
 
 def check_results(metrics: Iterable[tuple[str, Metric]], state: TrainState) -> None:
-    """Trace the metrics without computing them, to find mistakes before a run begins.
+    """Trace the metrics without computing them, so that mistakes are found before a run begins.
 
     Args:
         metrics: pairs of a name and a metric.
-        state: the run's state, as `jax.ShapeDtypeStruct`s.
+        state: the run's state as a tree of `jax.ShapeDtypeStruct`s.
 
     Raises:
-        InputError: as `measure` does.
+        InputError: if a metric fails, or returns anything other than a dict of scalars.
     """
 
     def trace(state: TrainState) -> dict[str, jax.Array]:
@@ -72,7 +72,7 @@ def check_results(metrics: Iterable[tuple[str, Metric]], state: TrainState) -> N
 
 
 def metric_rows(names: Sequence[str], numbers: Mapping[str, float]) -> list[tuple[str, str]]:
-    """A console row for each metric or callback that has numbers: its name and `KEY VALUE, KEY VALUE, ...`."""
+    """Return a console row for each metric or callback with results: its name and `KEY VALUE, KEY VALUE, ...`."""
     registered = {name: {k: v for k, v in numbers.items() if k.startswith(f"{name}/")} for name in names}
     return [
         (name, ", ".join(f"{key.removeprefix(f'{name}/')} {value:.4g}" for key, value in values.items()))
@@ -82,11 +82,11 @@ def metric_rows(names: Sequence[str], numbers: Mapping[str, float]) -> list[tupl
 
 
 def scalars(setting: str, name: str, values: Any) -> dict[str, Any]:
-    """The result of a metric or a callback, as scalars keyed by `NAME/KEY`.
+    """Check the result of a metric or callback, and return its scalars keyed by `NAME/KEY`.
 
     Raises:
-        InputError: if it is anything other than a dict of scalars; the error names the setting that lists the metric or
-            callback.
+        InputError: if the result is anything other than a dict of scalars. The message names `setting`, which lists the
+            metric or callback.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{setting}: {name} returns a {type(values).__name__}; it must return a dict")

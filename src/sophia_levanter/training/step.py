@@ -1,4 +1,4 @@
-"""The training step as pure functions: gradient, curvature, update. The loop compiles it with and without a refresh."""
+"""The training step as pure functions. The loop compiles one step with a curvature refresh and one without."""
 
 from __future__ import annotations
 
@@ -34,25 +34,24 @@ from sophia_levanter.training.metrics import Metric, StepTrees, measure
 
 PyTree = Any
 
-RECENT_LOSS_DECAY = 0.98  # decay of the mean loss that spikes are compared with
+RECENT_LOSS_DECAY = 0.98  # decay of the moving average of the loss, which is used to detect spikes
 
 
 class TrainState(eqx.Module):
-    """Everything that a step changes.
+    """The state that a step updates.
 
     Attributes:
         step: int32, number of steps taken.
         model: the parameters.
-        optimizer_state: the optimizer's own state.
-        skipped_steps: int32, number of steps whose loss or gradient was not finite, or whose loss was a spike; they
-            changed only the counts.
-        skipped_in_a_row: int32, number of such steps since the last good step.
-        recent_loss: float32, exponential mean of the losses of good steps, in nats; infinite before the first.
-        skipped_windows: int32, number of sequences in the data order that the run has skipped by going back to a
-            checkpoint.
+        optimizer_state: the state of the optimizer.
+        skipped_steps: int32, number of steps skipped because the loss or gradient was not finite or the loss spiked.
+            A skipped step changes only the counts.
+        skipped_in_a_row: int32, number of skipped steps since the last good step.
+        recent_loss: float32, exponential mean of the losses of good steps, in nats; infinite before the first one.
+        skipped_windows: int32, number of sequences in the data order that the run has skipped because of rollbacks.
         average: an average of the parameters, in at least float32, or None.
-        snapshots: the latest snapshots, whose mean is the average, in the parameters' dtypes; zeros for snapshots that
-            have not been taken yet.
+        snapshots: the latest parameter snapshots, whose mean is `average`, in the dtypes of the parameters. Snapshots
+            that have not been taken yet are zeros.
     """
 
     step: jax.Array
@@ -74,7 +73,7 @@ class TrainState(eqx.Module):
         averaged: bool = False,
         num_snapshots: int = 0,
     ) -> TrainState:
-        """The state before step 0, with parameters in the policy's dtype and, if `averaged`, their average."""
+        """Create the state before step 0, with parameters in the policy's dtype and, if `averaged`, their average."""
 
         def zero() -> jax.Array:
             return jnp.zeros((), jnp.int32)
@@ -88,19 +87,19 @@ class TrainState(eqx.Module):
 
     @property
     def refresh_pending(self) -> jax.Array:
-        """bool, whether the last refresh was skipped because of non-finite numbers; the next step tries again."""
+        """Whether the last refresh was skipped because of non-finite values, as a bool array. The next step retries."""
         return getattr(self.optimizer_state, "refresh_pending", jnp.zeros((), bool))
 
 
 class StepOutput(NamedTuple):
-    """A step's results for the host, apart from the state, whose buffers are donated to the next step.
+    """The results of a step for the host. The state is separate, because its buffers are donated to the next step.
 
     Attributes:
         metrics: scalars keyed by their names in metrics.jsonl. `train/loss` is the mean in nats, and `train/grad_norm`
             is measured before clipping. A refresh adds `train/parameter_norm` and the optimizer's metrics as
-            `optim/...`; registered metrics add `METRIC/...`.
-        refresh_pending: as in the state after the step.
-        skipped_in_a_row: as in the state after the step.
+            `optim/...`. Registered metrics are added as `METRIC/...`.
+        refresh_pending: the value of this field in the state after the step.
+        skipped_in_a_row: the value of this field in the state after the step.
         statistics: statistics of individual arrays from `array_statistics`; empty if they are not measured.
     """
 
@@ -117,15 +116,15 @@ class StepSettings:
     Attributes:
         seed: seed for dropout and curvature samples.
         policy: dtypes for parameters and computation.
-        max_grad_norm: global norm to which larger gradients are scaled down; None for no clipping.
-        loss_spike_factor: skip a step whose loss exceeds the recent mean by this factor; None skips no spikes.
+        max_grad_norm: global norm to which larger gradients are clipped; None for no clipping.
+        loss_spike_factor: skip a step if its loss exceeds the recent mean by this factor; None to never skip spikes.
         ema_decay: decay of the exponential moving average of the parameters; None for no moving average.
-        lawa_interval: steps between the snapshots that are averaged; None for no snapshots.
+        lawa_interval: number of steps between the snapshots to average; None for no snapshots.
         lawa_snapshots: number of snapshots.
-        curvature_microbatches: the number of leading microbatches that refresh the curvature; None for all.
-        curvature_microbatch_size: rows in a microbatch that refreshes the curvature; None for the gradient's size.
-        metrics: registered metrics to measure, as pairs of a name and a metric.
-        statistics: whether to measure statistics of individual arrays; the loop compiles separate steps that do.
+        curvature_microbatches: number of leading microbatches used to refresh the curvature; None for all.
+        curvature_microbatch_size: rows per curvature microbatch; None for the same number as in gradient microbatches.
+        metrics: registered metrics to compute, as pairs of a name and a metric.
+        statistics: whether to measure statistics of individual arrays. The loop compiles separate steps for this.
     """
 
     optimizer: Optimizer
@@ -143,11 +142,11 @@ class StepSettings:
 
     @staticmethod
     def of(config: TrainConfig, trainer: TrainerConfig | None = None) -> StepSettings:
-        """The settings of a run.
+        """Create the settings for the steps of a run.
 
         Args:
             config: the run's configuration.
-            trainer: the trainer's settings with one batch size; by default, the settings in the configuration.
+            trainer: the trainer settings for a specific batch size; by default, the trainer settings in `config`.
         """
         trainer = trainer or config.trainer
         curvature = config.optimizer.curvature_microbatches(trainer)
@@ -169,9 +168,9 @@ class StepSettings:
 
 
 def initial_state(config: ModelConfig, settings: StepSettings, vocab_size: int) -> Callable[[], TrainState]:
-    """A function that makes the state before step 0, with weights drawn from the settings' seed.
+    """Return a function that creates the state before step 0, with random weights drawn using `settings.seed`.
 
-    JAX compiles it only once for equal arguments.
+    JAX compiles the function only once for equal arguments.
     """
     return Partial(_initial_state, config, settings, vocab_size)
 
@@ -182,7 +181,7 @@ def _initial_state(config: ModelConfig, settings: StepSettings, vocab_size: int)
 
 
 def first_state(settings: StepSettings, model: LanguageModel) -> TrainState:
-    """The state before step 0, with a given model's weights."""
+    """Create the state before step 0, with the weights of the given model."""
     averaged = settings.ema_decay is not None or settings.lawa_interval is not None
     return TrainState.init(
         model, settings.optimizer, settings.policy, averaged=averaged, num_snapshots=settings.lawa_snapshots
@@ -203,24 +202,24 @@ def train_step(
     curvature_batch: Batch | None = None,
     samples: NamedArray | None = None,
 ) -> tuple[TrainState, StepOutput]:
-    """One step: the gradient over all microbatches, the curvature if `refresh`, then the update.
+    """Take a step: compute the gradient over all microbatches, refresh the curvature if requested, update the model.
 
-    A non-finite loss or gradient, or a loss spike, leaves parameters, momentum and curvature unchanged; a non-finite
-    estimate skips the refresh. Counts advance in both cases.
+    If the loss or gradient is not finite, or the loss is a spike, the parameters, momentum and curvature are left
+    unchanged. If the curvature estimate is not finite, only the refresh is skipped. The counts advance in both cases.
 
     Args:
         settings: the settings of the run's steps.
-        refresh: whether the curvature is estimated before the update; decided on the host.
+        refresh: whether to refresh the curvature before the update, as decided on the host.
         batch: [microbatch, batch, position].
         state: the state before the step.
-        curvature_batch: [microbatch, batch, position] to estimate the curvature on; by default, the first
-            `curvature_microbatches` of the batch, which then share their forward pass with the gradient (Sophia-G).
-        samples: [microbatch, batch, position] int labels for Gauss-Newton-Bartlett, shaped like the curvature's
-            microbatches. By default, an estimator that samples targets draws them from the model, seeded by (seed,
-            step, row).
+        curvature_batch: [microbatch, batch, position], the batch for estimating the curvature. By default, the first
+            `curvature_microbatches` of `batch`, which share their forward pass with the gradient (Sophia-G).
+        samples: [microbatch, batch, position], int labels for Gauss-Newton-Bartlett, with the same shape as the
+            curvature microbatches. By default, an estimator that samples targets draws them from the model, seeded by
+            (seed, step, row).
 
     Returns:
-        The state after the step, and its results for the host.
+        The state after the step, and the results for the host.
     """
     keys = _step_keys(settings.seed, state.step)
     passes = _passes(settings, state.model, batch, keys, curvature_batch, samples)
@@ -268,7 +267,7 @@ def _passes(
     curvature_batch: Batch | None,
     samples: NamedArray | None,
 ) -> RefreshStep:
-    """The passes over a step's batch that an estimator chooses from."""
+    """Create the `RefreshStep` with which an estimator runs its passes over the batch."""
     losses_fn = _losses_fn(settings, keys)
     first, others = curvature_rows(settings, batch)
     source = first if curvature_batch is None else curvature_batch
@@ -296,7 +295,7 @@ def _passes(
 
 
 def _losses_fn(settings: StepSettings, keys: _Keys) -> LossesFn:
-    """(model, microbatch, key) -> mean losses on the true and on the curvature's labels, and the number of labels."""
+    """Return a function that computes the mean losses on true and sampled labels, and the number of labels."""
 
     def losses(model: LanguageModel, microbatch: tuple, _: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         batch, samples, index = microbatch
@@ -315,7 +314,7 @@ def _num_microbatches(batch: Batch) -> int:
 
 
 def curvature_rows(settings: StepSettings, batch: Batch) -> tuple[Batch, list[Batch]]:
-    """The microbatches that refresh the curvature, from the batch's first rows, and microbatches of the other rows."""
+    """Split a batch into microbatches that refresh the curvature, and microbatches of the remaining rows."""
     size, count = settings.curvature_microbatch_size, settings.curvature_microbatches
     if size is None:
         first, rest = split_at(batch, count or _num_microbatches(batch))
@@ -334,14 +333,14 @@ def curvature_rows(settings: StepSettings, batch: Batch) -> tuple[Batch, list[Ba
 
 
 def _regroup(x: NamedArray, rows: slice, size: int) -> NamedArray:
-    """Some rows of an array [microbatch, batch, ...], regrouped into microbatches of another size."""
+    """Select rows of an array [microbatch, batch, ...], and regroup them into microbatches of a different size."""
     flat = x.flatten_axes(("microbatch", "batch"), "batch")["batch", rows]
     count = flat.resolve_axis("batch").size // size
     return flat.unflatten_axis("batch", (Axis("microbatch", count), Axis("batch", size)))
 
 
 def _row_uniforms(key: jax.Array, batch: Batch) -> NamedArray:
-    """float32 [microbatch, batch, position] in [0, 1), drawn by row of the step's batch: the same on any mesh."""
+    """Draw uniforms in [0, 1) per row, independently of the mesh: float32 [microbatch, batch, position]."""
     axes = batch.tokens.axes
     rows = jnp.arange(axes[0].size * axes[1].size)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
@@ -357,7 +356,7 @@ def _apply(
     h_hat: PyTree | None,
     good: jax.Array,
 ) -> tuple[TrainState, PyTree]:
-    """Refresh and update if the numbers are good, and advance the counts. Returns the state and the update."""
+    """Refresh and update if the step is good, and advance the counts. Return the new state and the updates."""
     updates, optimizer_state = settings.optimizer.update(grads, state.optimizer_state, state.model, h_hat, finite=good)
     model = eqx.apply_updates(state.model, updates)
     average, snapshots = averages(settings, state, model, good)

@@ -1,4 +1,4 @@
-"""Ends a run when one of its processes receives SIGINT or SIGTERM, or when it is stuck."""
+"""Stop a run when one of its processes receives SIGINT or SIGTERM, or when it hangs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ RUN_STOPS = "stop requested; the run will save and stop after the current step o
 
 
 class StopRequest:
-    """Records the signals that ask a run to stop, so that it can save and end, and announces this at once.
+    """Records signals that request a run to stop, so that it can save first, and prints a line immediately.
 
-    Outside the main thread, it handles no signals. After a SIGINT, another SIGINT acts as if these handlers were not
-    installed; after any other signal, it does so only if `interruptible`. The handlers stay until the caller restores
-    its own: a signal that arrives while the run reports its end must not change how it ends.
+    Signals are handled only in the main thread. After a SIGINT, a second SIGINT is handled as if these handlers were
+    not installed. After any other signal, this is the case only if `interruptible` is true. The handlers stay installed
+    until the caller restores its own, because a signal that arrives while the run reports its result must not change
+    the exit status.
 
     Args:
-        line: printed to standard error when the first signal arrives, since the run may take a while to end.
+        line: the line to print to standard error when the first signal arrives, because stopping may take a while.
         signals: the signals to record.
-        several: whether the run has several processes. If so, JAX's runtime records SIGTERM and informs all of them,
+        several: whether the run has several processes. If so, the JAX runtime records SIGTERM and notifies all of them,
             and a SIGINT to one of them is forwarded as SIGTERM.
-        interruptible: whether a SIGINT counts after SIGTERM, or is ignored because the run must save.
+        interruptible: whether SIGINT interrupts the process after another signal, or is ignored so that the run saves.
 
     Attributes:
         signal: the recorded signal, or None.
@@ -57,14 +58,14 @@ class StopRequest:
                 signal.signal(number, self._note)
 
     def silence(self) -> None:
-        """Stop printing the line: the work that a signal would have stopped has ended."""
+        """Stop printing the line, because the work has finished and a signal can no longer interrupt it."""
         self._line = ""
 
     def check(self) -> None:
-        """End a wait if a signal has arrived.
+        """Raise an exception if a signal has arrived. Call this regularly while waiting.
 
-        The handlers do not raise, because a signal may arrive where Python drops exceptions, such as in JAX's
-        garbage-collector callback.
+        The handlers themselves do not raise, because a signal may arrive in code where Python discards exceptions, such
+        as JAX's garbage collection callback.
 
         Raises:
             KeyboardInterrupt: if a signal has arrived.
@@ -74,7 +75,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         is_first = self.signal is None
-        # SIGTERM counts even after SIGINT: Python reports signals that arrive together in numerical order.
+        # SIGTERM takes precedence over SIGINT, because Python delivers simultaneous signals in numerical order.
         if number != signal.SIGINT:
             self.signal = signal.Signals(number)
             if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -86,8 +87,8 @@ class StopRequest:
             self._say()
 
     def _say(self) -> None:
-        # Do not use print, which fails if the signal arrives while something is being printed. In a terminal, the line
-        # takes the place of the progress bar, which is redrawn below it.
+        # Do not use print, which fails if the signal arrives during another print. In a terminal, the line replaces the
+        # progress bar, which is redrawn below it.
         start = "\r\x1b[2K" if os.isatty(2) else ""
         with contextlib.suppress(OSError):
             os.write(2, f"{start}{self._line}\n".encode())
@@ -98,12 +99,12 @@ class StopRequest:
 
 
 class Watchdog:
-    """Ends the process after some time without progress, and prints every thread's stack to standard error.
+    """Ends the process if it makes no progress for some time, and prints the stacks of all threads to standard error.
 
-    A collective whose peer has hung never returns, and no exception can be raised inside it.
+    If a peer hangs during a collective operation, the operation never returns, and no exception can be raised in it.
 
     Args:
-        seconds: the time without progress, in seconds; if None, the process is never ended.
+        seconds: maximum time without progress, in seconds; None for no limit.
     """
 
     def __init__(self, seconds: int | None) -> None:
@@ -121,10 +122,10 @@ class Watchdog:
         self._stopped.set()
 
     def begin(self, doing: str) -> None:
-        """Start the clock for the next piece of work.
+        """Restart the clock for a new operation.
 
         Args:
-            doing: the name of the work in the message, such as "step 7".
+            doing: the name of the operation for the error message, such as "step 7".
         """
         self._doing = doing
         self._deadline = None if self._seconds is None else time.monotonic() + self._seconds

@@ -1,8 +1,8 @@
-"""Language-model benchmarks: multiple choice by likelihood, and prediction of last words.
+"""Language model benchmarks: multiple-choice questions scored by likelihood, and last-word prediction.
 
-Prompts, continuations and scores match EleutherAI's lm-evaluation-harness 0.4. The score of a choice is the
-summed log-probability of its tokens after the context; the normalised score divides this sum by the choice's length in
-characters.
+Prompts, continuations and scores match EleutherAI's lm-evaluation-harness 0.4. The score of a choice is the total
+log-probability of its tokens given the context. The normalised score is the score divided by the length of the choice
+in characters.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from sophia_levanter.partition.mesh import Partition, by_row_shard
 from sophia_levanter.partition.processes import check_agreement
 from sophia_levanter.training.callbacks import Callback, Monitor, Pause
 
-MOST_BYTES = 1 << 30  # maximum size of an item file
+MOST_BYTES = 1 << 30  # maximum size of a file of items
 ROWS_PER_DEVICE = 8
 LENGTH_STEP = 32  # rows are padded to a multiple of this length
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question.
+    """An item of a benchmark, such as a multiple-choice question.
 
     Attributes:
         context: the text before the choices.
-        choices: continuations of the context; a last-word item has only one.
-        answer: the index of the right choice.
+        choices: the possible continuations of the context. A last-word item has only one.
+        answer: the index of the correct choice.
     """
 
     context: str
@@ -55,13 +55,13 @@ class Item:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A model's scores on a task.
+    """The scores of a model on a task.
 
     Attributes:
-        num_items: number of questions.
-        accuracy: the fraction of right answers; a last word is right if each of its tokens is the likeliest.
-        normalized_accuracy: the fraction of right answers by normalised score; None for last words.
-        perplexity: exp of the mean negative log-probability of a last word; None for multiple choice.
+        num_items: number of items.
+        accuracy: fraction of correct answers. A last word is correct if each of its tokens is the most likely one.
+        normalized_accuracy: fraction of correct answers by normalised score; None for last-word tasks.
+        perplexity: exp of the mean negative log-probability of the last words; None for multiple-choice tasks.
     """
 
     num_items: int
@@ -70,18 +70,18 @@ class TaskResult:
     perplexity: float | None = None
 
     def interval(self, share: float) -> float:
-        """Half the width of an accuracy's 95 % confidence interval, by the normal approximation."""
+        """Return the half-width of the 95% confidence interval for an accuracy, using the normal approximation."""
         return 1.96 * math.sqrt(share * (1 - share) / max(1, self.num_items - 1))
 
     @property
     def shares(self) -> dict[str, float]:
-        """The accuracies that the task has."""
+        """The accuracies that apply to the task, keyed by name."""
         found = {"accuracy": self.accuracy, "normalized_accuracy": self.normalized_accuracy}
         return {name: share for name, share in found.items() if share is not None}
 
     @property
     def numbers(self) -> dict[str, float]:
-        """The accuracies, their intervals (such as `accuracy_interval`), and the perplexity if there is one."""
+        """The accuracies, their intervals (such as `accuracy_interval`) and, for last-word tasks, the perplexity."""
         found = dict(self.shares)
         found |= {f"{name}_interval": self.interval(share) for name, share in self.shares.items()}
         return found if self.perplexity is None else {**found, "perplexity": self.perplexity}
@@ -102,7 +102,7 @@ def _piqa(record: Mapping[str, Any]) -> Item:
 
 
 def _arc(record: Mapping[str, Any]) -> Item:
-    """The original files nest the choices in the question; the hub's files have lists of texts and labels."""
+    """Parse an ARC record. The original files nest the choices in the question; Hugging Face's have separate lists."""
     question: Any = record["question"]
     choices: Any = record.get("choices")
     if isinstance(question, dict):
@@ -127,10 +127,10 @@ _FORMATS: dict[str, Callable[[Mapping[str, Any]], Item]] = {
 
 
 def read_tasks(tasks: Sequence[TaskConfig]) -> dict[str, list[Item]]:
-    """The items of each task in a run, keyed by the task's title. All processes must call this function together.
+    """Read the items of each task, keyed by task title. All processes must call this function together.
 
     Raises:
-        InputError: if a file cannot be read, a line is not an item, or the processes' files differ.
+        InputError: if a file cannot be read, a line is not a valid item, or the files differ between processes.
     """
     found = {task.title: read_items(task.task, Path(task.file), f"trainer.tasks: {task.title}:") for task in tasks}
     if found:
@@ -139,16 +139,16 @@ def read_tasks(tasks: Sequence[TaskConfig]) -> dict[str, list[Item]]:
 
 
 def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
-    """The items in a JSON Lines file in a task's own format.
+    """Read the items in a JSON Lines file in the format of a task.
 
     Args:
-        task: the format.
-        path: the file.
+        task: the name of the task.
+        path: the path of the file.
         field: the setting that specifies the file, for error messages.
 
     Raises:
-        InputError: if the file cannot be read or contains no items, or a line is not an item of the task; the error
-            names the line.
+        InputError: if the file cannot be read or contains no items, or a line is not a valid item of the task. The
+            message names the line.
     """
     try:
         lines = read_regular(path, MOST_BYTES).decode("utf-8").splitlines()
@@ -171,17 +171,17 @@ def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
 
 
 class _Row(NamedTuple):
-    """The tokens of a context and its continuation; the last `length` tokens are the continuation's."""
+    """The tokens of a context and its continuation. The last `length` tokens belong to the continuation."""
 
     tokens: np.ndarray
     length: int
 
 
 class TaskScorer:
-    """Scores models of one shape on tasks.
+    """Scores models of the same shape on tasks.
 
     Args:
-        tokenizer: the models' tokenizer.
+        tokenizer: the tokenizer of the models.
         partition: the devices, and how arrays are sharded over them.
         policy: dtypes for parameters and computation.
     """
@@ -194,7 +194,7 @@ class TaskScorer:
     def __call__(
         self, items: Sequence[Item], model: LanguageModel, on_progress: Callable[[], None] = lambda: None
     ) -> TaskResult:
-        """A model's scores on one task's items. Texts longer than the model's context lose their beginning."""
+        """Score a model on the items of one task. Texts longer than the model's context are truncated on the left."""
         seq_len = model.config.seq_len
         rows = [_row(item.context, choice, self._tokenizer, seq_len) for item in items for choice in item.choices]
         found = list(self._log_probabilities(rows, model, on_progress))
@@ -215,7 +215,7 @@ class TaskScorer:
     def _log_probabilities(
         self, rows: Sequence[_Row], model: LanguageModel, on_progress: Callable[[], None]
     ) -> Iterator[tuple[float, bool]]:
-        """The log-probability of each row's continuation, and whether each of its tokens is the likeliest."""
+        """Yield, for each row, the log-probability of its continuation, and whether greedy decoding produces it."""
         size = ROWS_PER_DEVICE * self._partition.row_shards
         longest = max(len(row.tokens) for row in rows) - 1
         length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, model.config.seq_len)
@@ -236,9 +236,9 @@ class TaskScorer:
 
 
 def _row(context: str, choice: str, tokenizer: Tokenizer, seq_len: int) -> _Row:
-    """Encode the context and the choice together, since tokens may span the boundary.
+    """Encode the context and the choice together, because tokens may span the boundary.
 
-    The tokens that follow the context's own tokens belong to the choice.
+    If the context alone has n tokens, the choice consists of all tokens after the first n.
     """
     bare = context.rstrip()
     before = tokenizer.encode(bare)
@@ -259,10 +259,10 @@ def _score_rows(
     targets: hax.NamedArray,
     counted: hax.NamedArray,
 ) -> tuple[jax.Array, jax.Array]:
-    """The results that `_log_probabilities` yields, for all rows, on every device.
+    """Compute the results of `_log_probabilities` for a batch of rows, and replicate them on every device.
 
-    Each device scores its rows one at a time, since the logits of all rows may not fit in memory. The program depends
-    on the partition, which must be active.
+    Each device scores its rows one at a time, because the logits of all rows may not fit in memory. The partition must
+    be active, as the program depends on it.
     """
     model = policy.cast_to_compute(model).gathered()
     hidden = model.final_hidden(inputs, None).rearrange(("batch", "position", "embed"))
@@ -285,11 +285,11 @@ def _score_rows(
 
 @dataclass
 class Scoring(Callback):
-    """Scores a run's model on tasks.
+    """Scores the model on tasks during a run.
 
     Attributes:
-        scorer: scores models of the run's shape.
-        tasks: the items of each task, keyed by its title, in the same order in all processes.
+        scorer: scores models of the same shape as the run's model.
+        tasks: the items of each task, keyed by task title, in the same order in all processes.
     """
 
     config: TrainerConfig
