@@ -1,1 +1,1 @@
-"""Where a run's metrics go: the console, JSON lines, wandb and TensorBoard."""
+"""Destinations for a run's metrics: the console, JSON lines, wandb and TensorBoard."""

@@ -1,4 +1,4 @@
-"""A run's console output."""
+"""Console output of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.text import Text
 from sophia_levanter.errors import one_line
 from sophia_levanter.status import report_resumed, report_step
 
-# The terminal widths that the bar and the elapsed time require, and the width of each, in columns.
+# The minimum terminal widths for showing the bar and the elapsed time, and their own widths, in columns.
 WIDTH_FOR_BAR, BAR_WIDTH = 120, 20
 WIDTH_FOR_ELAPSED, ELAPSED_WIDTH = 70, 9
 SMOOTHING = 0.95
@@ -25,10 +25,10 @@ LONGEST_SILENCE = 10.0  # seconds between plain lines, unless a step takes longe
 
 
 class StepNumbers:
-    """The numbers to show for a run's last step.
+    """The numbers to show for the last step.
 
-    Two of them depend on earlier steps: the smoothed loss, which is a bias-corrected exponential moving average of this
-    process's finite losses, and the win rate of the last refresh.
+    Two of them depend on earlier steps: the smoothed loss, which is a bias-corrected exponential moving average of the
+    finite losses in this process, and the win rate at the last refresh.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class StepNumbers:
         self._shown: dict[str, str] = {}
 
     def update(self, metrics: Mapping[str, float]) -> None:
-        """Update the numbers with a step's metrics, keyed by their names in metrics.jsonl."""
+        """Update the numbers with the metrics of a step, keyed by their names in metrics.jsonl."""
         loss = metrics["train/loss"]
         if math.isfinite(loss):
             self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
@@ -53,14 +53,14 @@ class StepNumbers:
 
     @property
     def smoothed_loss(self) -> float:
-        """The smoothed loss in nats per token; NaN before the first finite loss."""
+        """The smoothed loss in nats per token, or NaN before the first finite loss."""
         return self._sum / self._weight if self._weight else math.nan
 
     def __str__(self) -> str:
         return "  ".join(self._shown.values())
 
     def within(self, width: int) -> str:
-        """As many numbers as fit in `width` columns; the loss is always included."""
+        """Format as many numbers as fit in `width` columns. The loss is always included."""
         kept = dict(self._shown)
         for name in ("mfu", "win rate", "rate", "smoothed"):
             if len("  ".join(kept.values())) > width:
@@ -69,7 +69,7 @@ class StepNumbers:
 
 
 class _SurvivingConsole(RichConsole):
-    """A console that goes silent if its reader closes the pipe (`| head`), so that the run continues."""
+    """A console that stops printing if its reader closes the pipe (`| head`), so that the run can continue."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -80,9 +80,9 @@ class Console:
     """Shows a progress bar and tables in a terminal, and plain lines elsewhere. Text is never parsed as markup.
 
     Args:
-        log_every: the number of steps between plain lines; a step that ends at least ten seconds after the last line
-            also prints one.
-        rich_console: where to print; by default, standard output.
+        log_every: the number of steps between plain lines. A line is also printed if a step ends at least ten seconds
+            after the last line.
+        rich_console: the console to print to; by default, standard output.
         quiet: whether to print only notices.
         silent: whether to print nothing.
     """
@@ -105,12 +105,12 @@ class Console:
         self._numbers = StepNumbers()
 
     def line(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one."""
+        """Print a line. If a progress bar is shown, the line appears above it."""
         if not self._quiet:
             self.notice(text)
 
     def notice(self, text: str) -> None:
-        """Print a line even if `quiet`, such as a warning or the run's result."""
+        """Print a line, such as a warning or the result of the run, even if `quiet` is true."""
         self._print(one_line(text))
 
     def paragraph(self, text: str) -> None:
@@ -119,16 +119,16 @@ class Console:
             self._print(text)
 
     def _print(self, text: str) -> None:
-        # A caller's standard output may have an encoding that lacks a character. Our commands configure a replacement.
+        # The encoding of standard output may lack some characters. Our commands handle this, but API callers may not.
         text = text.encode(self._console.encoding, "replace").decode(self._console.encoding)
         self._console.print(text, markup=False, emoji=False, highlight=False)
 
     def rows(self, rows: Sequence[tuple[str, str]], notices: Collection[str] = ()) -> None:
-        """Print names and texts, as a table in a terminal and as lines elsewhere.
+        """Print rows of names and texts: as a table in a terminal, and as lines elsewhere.
 
         Args:
             rows: the name and the text of each row.
-            notices: the names of the rows that are printed even if `quiet`, as lines.
+            notices: the names of the rows that are printed, as lines, even if `quiet` is true.
         """
         if not rows:
             return
@@ -159,12 +159,12 @@ class Console:
         self._progress.start()
 
     def resumed(self, step: int, run_dir: Path) -> None:
-        """Report the step after which the run resumes."""
+        """Report that the run resumes after `step`."""
         self.line(f"resuming after step {step} in {run_dir}")
         report_resumed(step)
 
     def step(self, step: int, metrics: Mapping[str, float], seconds_left: float) -> None:
-        """Show a step's metrics, keyed by their names in metrics.jsonl."""
+        """Show the metrics of a step, keyed by their names in metrics.jsonl."""
         self._numbers.update(metrics)
         left = f"{show_duration(seconds_left)} left"
         if self._progress is not None and self._task is not None:
@@ -190,7 +190,7 @@ class Console:
             self._progress = None
 
     def _room_for_numbers(self, left: str) -> int:
-        """The columns left for the numbers by the other parts of the progress line, which are separated by blanks."""
+        """Return the number of columns left for the numbers by the other parts of the progress line and the blanks."""
         width = self._console.width
         others = [2 * len(str(self._total)) + 1, len(left)]
         others += [BAR_WIDTH] if width >= WIDTH_FOR_BAR else []
@@ -199,14 +199,14 @@ class Console:
 
 
 def show_duration(seconds: float) -> str:
-    """A duration in hours, minutes and seconds, such as `1:02:03`."""
+    """Format a duration in hours, minutes and seconds, such as `1:02:03`."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def show_age(saved_at: float) -> str:
-    """The age of a timestamp (in seconds since 1970) in words, such as `2 hours ago`."""
+    """Describe the age of a timestamp (in seconds since 1970), such as `2 hours ago`."""
     seconds = max(0, int(time.time() - saved_at))
     for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= size:

@@ -1,4 +1,4 @@
-"""Metrics as JSON lines."""
+"""Write and read metrics as JSON lines."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from sophia_levanter.files import open_regular, write_atomically
 
 MOST_LINE_BYTES = 1 << 24  # array statistics for 144 layers take 1.2 MB
 MOST_STEPS = 2**31
-LARGEST = 1e100  # far beyond the range of float32; plots cannot show much more
+LARGEST = 1e100  # far beyond the range of float32; plots cannot show much larger values
 
 
 class JsonLines:
-    """Appends metrics to a file, one JSON object per line. A resumed run continues from its checkpoint.
-
-    Non-finite numbers, which JSON lacks, are written as null.
+    """Appends metrics to a file, one JSON object per line. Non-finite numbers are written as null.
 
     Args:
-        path: the file; created if it does not exist.
-        first_step: lines for this and later steps, left by a run that died after its last checkpoint, are dropped.
+        path: the file, which is created if it does not exist.
+        first_step: the first step that will be logged. Lines for this step and later steps, left over from an attempt
+            that died after its last checkpoint, are removed.
     """
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
@@ -38,7 +37,7 @@ class JsonLines:
         """Write the metrics of a step.
 
         Raises:
-            OSError: if the metrics cannot be written, or the file was removed or renamed.
+            OSError: if the metrics cannot be written, or the file has been removed or renamed.
         """
         self._check_not_removed()
         record = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
@@ -61,9 +60,9 @@ class JsonLines:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects in a file that `JsonLines` wrote, with None for non-finite numbers.
+    """Yield the objects in a file written by `JsonLines`, with None for non-finite numbers.
 
-    The last line is omitted if it was cut short when the process was killed.
+    The last line is skipped if it is incomplete because the process was killed.
 
     Raises:
         InputError: if any other line is damaged.
@@ -92,7 +91,7 @@ def lines_of(path: Path) -> Iterator[bytes]:
 
 
 def _record_of(line: bytes) -> dict[str, Any]:
-    """Parse a line. Raises `ValueError` if it is not a JSON object with a step and numbers."""
+    """Parse a line. Raise `ValueError` if it is not a JSON object with a step and numbers."""
     try:
         record = json.loads(line)
         if type(record["step"]) is not int or not 0 <= record["step"] < MOST_STEPS:
@@ -106,7 +105,7 @@ def _record_of(line: bytes) -> dict[str, Any]:
 
 
 def _step_of(line: bytes) -> float:
-    """The line's step; infinity for a line that cannot be parsed, such as an incomplete last line."""
+    """Return the step of a line, or infinity if the line cannot be parsed, for example because it is incomplete."""
     try:
         return _record_of(line)["step"]
     except ValueError:

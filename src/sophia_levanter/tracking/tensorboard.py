@@ -1,4 +1,4 @@
-"""Metrics in TensorBoard event files."""
+"""Write metrics to TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ FLUSH_SECONDS = 5.0
 
 
 class TensorBoard:
-    """Writes scalars to a new event file, which TensorBoard shows together with the other files in the directory.
+    """Writes scalars to a new event file. TensorBoard combines it with the other files in the directory.
 
     tensorboardX's SummaryWriter is not used, because its thread and queue would report a full disk too late.
 
     Args:
         directory: the directory for the event files.
-        first_step: the first step to log. TensorBoard drops this and later steps from older files.
+        first_step: the first step to log. TensorBoard discards this step and later steps from older files.
     """
 
     def __init__(self, directory: Path, first_step: int) -> None:
         directory.mkdir(exist_ok=True)
-        # tensorboardX's file names have a resolution of one second, and a run may restart within a second.
+        # The timestamps in tensorboardX's file names are in whole seconds, but a run may restart within a second.
         self._events = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
         self._flushed = time.monotonic()
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))

@@ -16,10 +16,10 @@ from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.tracking.console import Console
 from sophia_levanter.tracking.jsonl import JsonLines
 
-# The maximum number of records that wait for a slow tracker, such as one that is still connecting to its server.
+# The maximum number of records queued for a slow tracker, such as one that is still connecting to its server.
 LONGEST_QUEUE = 10_000
 CLOSE_SECONDS = 90.0
-# Metrics that the Sophia authors' scripts log under different names.
+# Metrics that the scripts of Sophia's authors log under different names.
 _SAME = {
     "validation/loss": "val/loss",
     "train/learning_rate": "lr",
@@ -31,14 +31,14 @@ _SAME = {
 
 
 class Trackers:
-    """metrics.jsonl, whose failure ends the run, and the optional trackers, whose failures do not.
+    """All trackers of a run. A failure to write metrics.jsonl ends the run, but a failing optional tracker does not.
 
     Args:
-        lines: metrics.jsonl; None on all processes except the first, which also has the optional trackers.
-        optional: the optional trackers, which outlive this object.
+        lines: the writer of metrics.jsonl; None except in the first process, which also runs the optional trackers.
+        optional: the optional trackers, which may outlive this object.
 
     Attributes:
-        last: the last value of each metric, except for array statistics, which may number in the thousands.
+        last: the last value of each metric. Array statistics are excluded, because there may be thousands of them.
     """
 
     def __init__(self, lines: JsonLines | None, optional: OptionalTrackers) -> None:
@@ -47,7 +47,7 @@ class Trackers:
         self.last: dict[str, float] = {}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log a step's metrics to all trackers."""
+        """Log the metrics of a step to all trackers."""
         self.last |= {name: value for name, value in metrics.items() if not name.startswith(f"{STATISTICS}/")}
         if self._lines is not None:
             self._lines.log(step, metrics)
@@ -68,8 +68,8 @@ class OptionalTrackers:
     """The trackers other than metrics.jsonl. They stay open until the run ends, even if it rolls back to a checkpoint.
 
     Args:
-        trackers: the trackers, which also get each step's metrics under the Sophia authors' names.
-        max_grad_norm: the norm that gradients are clipped to; None if they are not clipped.
+        trackers: the trackers. They also receive the metrics under the names used by Sophia's authors.
+        max_grad_norm: the norm to which gradients are clipped; None if they are not clipped.
     """
 
     def __init__(self, trackers: Sequence[Background] = (), *, max_grad_norm: float | None = None) -> None:
@@ -77,7 +77,7 @@ class OptionalTrackers:
         self._authors = AuthorsMetrics(max_grad_norm)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log a step's metrics to all trackers."""
+        """Log the metrics of a step to all trackers."""
         both = {**metrics, **self._authors.of(step, metrics)}
         for tracker in self._trackers:
             tracker.log(step, both)
@@ -101,13 +101,13 @@ def start_optional(
     """Start the configured trackers other than metrics.jsonl.
 
     Args:
-        config: selects the trackers.
+        config: the configuration of the trackers.
         directory: the run directory.
         run_id: the run's id.
         first_step: the first step that will be logged.
         facts: the configuration to show, as a nested mapping.
-        max_grad_norm: the norm that gradients are clipped to; None if they are not clipped.
-        console: prints where the metrics are shown, and any warnings from the trackers.
+        max_grad_norm: the norm to which gradients are clipped; None if they are not clipped.
+        console: prints where to find the metrics, and any warnings from the trackers.
     """
 
     def say(text: str) -> None:
@@ -136,7 +136,7 @@ def start_optional(
 
 
 def _without_secrets(text: str) -> str:
-    """The text with wandb's API key masked, because messages from wandb may contain it."""
+    """Mask wandb's API key, because messages from wandb may contain it."""
     key = os.environ.get("WANDB_API_KEY")
     return text.replace(key, "***") if key else text
 
@@ -145,10 +145,10 @@ class Tracker(Protocol):
     """A destination for a run's metrics."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log a step's metrics, keyed by their names in metrics.jsonl. A step may be logged in several parts."""
+        """Log the metrics of a step, keyed by their names in metrics.jsonl. A step may be logged in several parts."""
 
     def close(self, *, failed: bool) -> None:
-        """Block until all metrics have reached their destination.
+        """Close the tracker once all metrics have reached their destination.
 
         Args:
             failed: whether the run failed or was stopped.
@@ -156,10 +156,10 @@ class Tracker(Protocol):
 
 
 class AuthorsMetrics:
-    """A run's metrics under the Sophia authors' names. `train/loss` has the same name in their code and in ours.
+    """Renames metrics to the names used by Sophia's authors. `train/loss` has the same name in both projects.
 
     Args:
-        max_grad_norm: the norm that gradients are clipped to; None if they are not clipped.
+        max_grad_norm: the norm to which gradients are clipped; None if they are not clipped.
     """
 
     def __init__(self, max_grad_norm: float | None) -> None:
@@ -168,7 +168,7 @@ class AuthorsMetrics:
         self._clipped_steps = 0
 
     def of(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """A step's metrics under the authors' names. `train/clip_rate` covers the steps of this process."""
+        """Return the metrics of a step under the authors' names. `train/clip_rate` covers the steps in this process."""
         named = {"iter": float(step)} | {theirs: metrics[ours] for ours, theirs in _SAME.items() if ours in metrics}
         if "train/mfu" in metrics:
             named["mfu"] = 100 * metrics["train/mfu"]
@@ -180,14 +180,14 @@ class AuthorsMetrics:
 
 
 class Background:
-    """A tracker in a background thread, where it neither delays nor ends the run.
+    """Runs a tracker in a background thread, so that it can neither delay nor end the run.
 
-    The tracker's first error, whether at the start, in a step or at the end, prints one warning, and the run continues
+    At the first error, whether at the start, in a step or at the end, a warning is printed and the run continues
     without the tracker.
 
     Args:
         name: the tracker's name, for messages.
-        start: creates the tracker; called in the thread.
+        start: creates the tracker. It is called in the thread.
         warn: prints a warning.
     """
 
@@ -195,14 +195,14 @@ class Background:
         self._name = name
         self._start = start
         self._warn = warn
-        # Each item is a step and its metrics or, at the end, whether the run failed.
+        # Each item is a step with its metrics. The last item is a bool that tells whether the run failed.
         self._queue: queue.Queue[tuple[int, Mapping[str, float]] | bool] = queue.Queue(LONGEST_QUEUE)
         self._left_out = threading.Event()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Queue a step's metrics without waiting."""
+        """Queue the metrics of a step without waiting."""
         if self._left_out.is_set():
             return
         try:

@@ -1,4 +1,4 @@
-"""Metrics in a Weights & Biases run."""
+"""Log metrics to a Weights & Biases run."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ FINISH_SECONDS = 60
 
 
 class Wandb:
-    """A wandb run that continues any earlier run with the same id. It is offline if the server cannot be reached.
+    """A wandb run, which continues an earlier wandb run with the same id. It is offline if the server is unreachable.
 
-    wandb's own steps can only increase, but a run may roll back to a checkpoint. The x axis is therefore our own metric
-    `step`, and repeated steps appear twice.
+    wandb's own step can only increase, but a run may roll back to a checkpoint. The x axis therefore uses a separate
+    metric called `step`, and repeated steps appear twice.
 
     Args:
-        config: the mode, the project and the names; by default, the wandb run is named after the directory.
-        directory: the run directory; wandb's files go into its subfolder `wandb`.
-        run_id: the run's id, the same after every resume.
-        facts: the run's configuration to show, as a nested mapping.
+        config: the mode, the project and the names. By default, the wandb run is named after the run directory.
+        directory: the run directory. wandb stores its files in the subfolder `wandb`.
+        run_id: the run's id, which stays the same when the run resumes.
+        facts: the configuration to show, as a nested mapping.
         say: prints where to find the wandb run.
         warn: prints why the run is offline.
     """
@@ -66,7 +66,7 @@ class Wandb:
         except Exception as error:
             if config.wandb == "offline":
                 raise
-            # wandb's service still holds the run's id.
+            # Shut down wandb's service, which still holds the run's id.
             wandb.teardown()
             self._run = start("offline")
             reason = " ".join(str(error).split()).rstrip(".")
@@ -92,12 +92,12 @@ class Wandb:
                 f"with: {self._upload}"
             ) from None
         finally:
-            # Files are complete only after teardown, which wandb would otherwise run at process exit.
+            # The files are complete only after teardown, which wandb would otherwise perform when the process exits.
             wandb.teardown()
 
 
 def _with_histograms(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The metrics, with one histogram for each kind of statistic in place of the values for all arrays and layers."""
+    """Replace the array statistics in `metrics` with one histogram per kind, over all arrays and layers."""
     found: dict[str, Any] = {}
     kinds: dict[str, list[float]] = defaultdict(list)
     for name, value in metrics.items():
