@@ -1,1 +1,1 @@
-"""The verbs other than `train`, one module each: `python -m sophia_levanter.commands.VERB`."""
+"""The commands other than `train`, each in its own module: `python -m sophia_levanter.commands.VERB`."""

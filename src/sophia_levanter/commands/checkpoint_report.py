@@ -1,4 +1,4 @@
-"""Text reports on checkpoints, line by line: lists, descriptions and differences."""
+"""Text reports on checkpoints: lists, descriptions and differences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sophia_levanter.tracking.console import show_age
 
 
 def list_steps(location: str, steps: Sequence[int]) -> Iterator[str]:
-    """A table of the steps in a folder, given by its path or URL."""
+    """Yield the lines of a table of the steps in a folder, given its path or URL."""
     best = best_step(location, steps)
     yield f"{'step':>10}  {'saved':<16}  {'size':>9}  {'loss':>8}  {'validation':>10}"
     for step in steps:
@@ -35,11 +35,11 @@ def list_steps(location: str, steps: Sequence[int]) -> Iterator[str]:
 
 
 def verify(location: str, step: int) -> tuple[list[str], str]:
-    """Read every byte of a step. Return one line for each damaged file, and a one-line summary."""
+    """Read every byte of a step. Return a line for each damaged file, and a one-line summary."""
     started = time.perf_counter()
     try:
         wrong = damage(location, step)
-    except InputError as error:  # a step in another format must not prevent the check of the remaining steps
+    except InputError as error:  # a step in a different format must not stop the check of other steps
         wrong = [str(error)]
     if wrong:
         return wrong, f"damaged, {counted(len(wrong), 'file')}"
@@ -49,7 +49,7 @@ def verify(location: str, step: int) -> tuple[list[str], str]:
 
 
 def describe(location: str, step: int) -> Iterator[str]:
-    """A step's metadata, followed by its arrays as a tree with shapes, chunks, sizes and norms.
+    """Yield lines that describe a step: its metadata, and a tree of arrays with their shapes, chunks, sizes and norms.
 
     Raises:
         CheckpointError: if the step is damaged.
@@ -76,7 +76,7 @@ def describe(location: str, step: int) -> Iterator[str]:
 
 
 def compare(location: str, first: int, second: int) -> Iterator[str]:
-    """The differences between two steps: configuration, missing or reshaped arrays, and the change in other arrays.
+    """Yield lines that compare two steps: configuration, missing or reshaped arrays, and changes in other arrays.
 
     Raises:
         CheckpointError: if one of the steps is damaged.
@@ -109,7 +109,7 @@ def compare(location: str, first: int, second: int) -> Iterator[str]:
 
 
 def best_step(location: str, steps: Sequence[int]) -> int | None:
-    """The step with the lowest validation loss, according to the newest readable step."""
+    """Return the step with the lowest validation loss, as recorded in the newest readable step."""
     for step in reversed(steps):
         try:
             best = _mapping(read_step(location, step).metadata, "best").get("step")
@@ -120,7 +120,7 @@ def best_step(location: str, steps: Sequence[int]) -> int | None:
 
 
 def size_of_step(location: str, step: int) -> str:
-    """The total size of a step's arrays, as text."""
+    """Format the total size of the arrays in a step."""
     try:
         return _size(_num_bytes(read_step(location, step).arrays))
     except (CheckpointError, InputError):
@@ -166,7 +166,7 @@ def _num_bytes(arrays: Sequence[SavedArray]) -> int:
 
 
 def _mapping(metadata: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A metadata section; empty if it is not a mapping, as in checkpoints from other programs."""
+    """Return a metadata section, or {} if it is not a mapping, as in checkpoints from other programs."""
     value = metadata.get(name)
     return value if isinstance(value, Mapping) else {}
 

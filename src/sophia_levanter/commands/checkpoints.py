@@ -47,8 +47,8 @@ class Place:
     """A folder of checkpoints.
 
     Attributes:
-        location: a path or a URL.
-        run_dir: the directory of the run that saved them, if it is on this machine.
+        location: the path or URL of the folder.
+        run_dir: the directory of the run that saved the checkpoints; None if it is not known or not on this machine.
     """
 
     location: str
@@ -80,7 +80,7 @@ def _run(given: Sequence[str]) -> int:
                 raise InputError(f"{name} is {number}; it must be at least 1")
     place = _place(arguments.words[0].rstrip("/") or "/")
 
-    # The slow imports come after the checks.
+    # Import slow modules after the checks.
     from sophia_levanter.checkpoint import CheckpointError
 
     try:
@@ -175,7 +175,7 @@ def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_r
             if not dry_run:
                 checkpoint.remove(place.location, step)
             print(f"{'would remove' if dry_run else 'removed'} step {step}, {size}", flush=True)
-        if run is not None and not dry_run:  # in a bucket, a save may be in progress
+        if run is not None and not dry_run:  # not in a bucket, where a save may be in progress
             checkpoint.remove_leftovers(place.location)
         print(f"{'steps to keep' if dry_run else 'steps kept'}: {shown}; best: {best or 'unknown'}")
     finally:
@@ -185,7 +185,7 @@ def _prune(place: Place, steps: Sequence[int], numbers: dict[str, int], *, dry_r
 
 
 def _run_of(place: Place) -> RunDirectory | None:
-    """The run directory whose lock keeps a run from writing to `place`; None for a bucket, which has no lock."""
+    """Return the run directory to lock so that no run writes to `place`, or None for a bucket, which has no lock."""
     from sophia_levanter.run.directory import RunDirectory
 
     if place.run_dir is not None:

@@ -78,7 +78,7 @@ def _run(words: Sequence[str], interruption: Interruption) -> int:
 
 
 class Interruption:
-    """Ends a study on a signal: immediately or, during a run, once the run has saved.
+    """Ends a study when a signal is received: immediately or, during a run, once the run has been saved.
 
     Attributes:
         signal: the signal that was received, or None.
@@ -86,8 +86,8 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        # SIGHUP is included because closing the terminal must not leave a run behind. Ignored signals stay ignored:
-        # nohup ignores SIGHUP, and shells ignore SIGINT in background commands.
+        # SIGHUP is handled so that closing the terminal does not leave a run behind. Signals that are already ignored
+        # stay ignored: nohup ignores SIGHUP, and shells ignore SIGINT in background commands.
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         self._before = {n: handler for n in numbers if (handler := signal.getsignal(n)) != signal.SIG_IGN}
         self._end_at_once()
@@ -98,14 +98,14 @@ class Interruption:
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        # SystemExit would not work: while Ray waits, it would be replaced by a SystemExit with another status.
+        # Do not raise SystemExit: while waiting, Ray would replace it with a SystemExit that has a different status.
         raise KeyboardInterrupt
 
     @contextmanager
     def noted(self) -> Iterator[Callable[[], None]]:
-        """A context for training runs. Yields a function that raises KeyboardInterrupt if a signal was received."""
+        """Record signals while runs are trained. Yield a function that raises KeyboardInterrupt after a signal."""
         stop = StopRequest(STUDY_STOPS, self._before, interruptible=True)
-        # Include an earlier signal whose exception Python dropped; see `StopRequest.check`.
+        # Keep an earlier signal, because Python may have discarded its exception. See `StopRequest.check`.
         stop.signal = stop.signal or self.signal
         try:
             yield stop.check
@@ -124,7 +124,7 @@ def parse(words: Sequence[str]) -> Command:
     """Parse the command line.
 
     Raises:
-        InputError: if an argument is unknown or lacks a value.
+        InputError: if an argument is unknown or its value is missing.
     """
     arguments = parse_arguments(words, options=("--config", "--out"), flags=("--ray", "--plan"), overrides=True)
     study = Path(arguments.needed("--config", "STUDY", "for example, --config config/studies/quick.yaml"))
@@ -158,7 +158,7 @@ def _compare(command: Command, interruption: Interruption) -> int:
 
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
-    """Lock the directory, because two comparisons would overwrite each other's records."""
+    """Lock the directory, because concurrent comparisons would overwrite each other's records."""
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out / ".lock")
     if held is None:
@@ -168,14 +168,14 @@ def _alone_in(out: Path) -> Iterator[None]:
 
 
 class _Comparison:
-    """A study with its planned runs, its output directory and the records in that directory."""
+    """A study with its planned runs, its output directory and the records of completed runs."""
 
     def __init__(self, study: Study, runs: Sequence[PlannedRun], out: Path) -> None:
         self.study, self.runs, self.out = study, runs, out
         self.records = read_records(out / RECORDS)
 
     def missing(self) -> dict[str, TrainConfig]:
-        """The configurations without a record, each keyed by the description of the first run that uses it."""
+        """Return each configuration without a record, keyed by the description of the first run that uses it."""
         missing: dict[str, TrainConfig] = {}
         for run in self.runs:
             if find(self.records, run.config) is None and run.config not in missing.values():
@@ -192,11 +192,11 @@ class _Comparison:
             print(one_line(f"{state:6} {describe(run)}"))
 
     def texts(self) -> Texts:
-        """The digests of the texts that the runs use.
+        """Return the digests of the texts used by the runs.
 
         Raises:
-            InputError: if a text is missing or differs from the text in a record. A text's path may change but not its
-                content, because the runs of a study are compared with each other.
+            InputError: if a text is missing or differs from the text in a record. The path of a text may change, but
+                not its content, because the runs of a study are compared with each other.
         """
         from sophia_levanter.studies.runner import digests
 
@@ -213,8 +213,8 @@ class _Comparison:
         return texts
 
     def do_runs(self, texts: Texts, ray: bool, check_stop: Callable[[], None]) -> int:
-        """Train the missing runs, write each record as soon as it arrives, and return the number of failed runs."""
-        # The slow imports come after the checks, so that mistakes are reported at once.
+        """Train the missing runs, and write each record as soon as it is available. Return the number of failures."""
+        # Import slow modules after the checks, so that mistakes are reported immediately.
         from sophia_levanter.studies import runner
 
         folder = (self.out / "runs").absolute()
@@ -223,7 +223,7 @@ class _Comparison:
         configs = [run.config for run in self.runs]
         jobs = runner.jobs_of(configs, list(missing.values()), folder, partial(print, flush=True)) if missing else []
         directories, left = [runner.job_directory(folder, config) for config in configs], dict(enumerate(jobs))
-        runner.remove_checkpoints(directories, jobs)  # a study that was killed may have left some
+        runner.remove_checkpoints(directories, jobs)  # may be left over from a study that was killed
         if not jobs:
             return 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,7 @@ class _Comparison:
 
 
 def describe(run: PlannedRun) -> str:
-    """A short description of a run: its arm, grid point, length and seed."""
+    """Describe a run by its arm, grid point, length and seed."""
     point = [f"{name}={value}" for name, value in run.point.items()]
     return " ".join([run.arm, *point, f"tokens={run.tokens}", f"seed={run.seed}"])
 

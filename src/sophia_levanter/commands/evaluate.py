@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.evaluate MODEL`: measure a model's loss on text, or its score on a task."""
+"""`python -m sophia_levanter.commands.evaluate MODEL`: measure the loss on a text, or the score on a task."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def parse(words: Sequence[str]) -> Command:
     """Parse the command line.
 
     Raises:
-        InputError: if an argument is unknown or missing, or its value is missing or wrong.
+        InputError: if an argument is unknown or missing, or a value is missing or invalid.
     """
     arguments = parse_arguments(words, options=OPTIONS, flags=("--averaged",), overrides=True, words=True)
     if len(arguments.words) != 1:
@@ -103,7 +103,7 @@ def parse(words: Sequence[str]) -> Command:
 
 
 def _run(command: Command) -> int:
-    # The slow imports come after the checks.
+    # Import slow modules after the checks.
     from sophia_levanter.run.loading import load_model
     from sophia_levanter.training.tasks import read_items
 
@@ -133,7 +133,7 @@ def _run(command: Command) -> int:
 
 
 def _sets(command: Command, loaded: LoadedModel) -> dict[str, ValidationBatches]:
-    """The batches of each validation set, keyed by the set's name."""
+    """Return the batches of each validation set, keyed by set name."""
     from sophia_levanter.config.data import validation_field
     from sophia_levanter.data.corpora import masked_end, prepare_validation
 
@@ -152,7 +152,7 @@ def _batches(command: Command, loaded: LoadedModel, name: str, tokens: Tokens) -
     from sophia_levanter.data.batches import ValidationBatches
 
     shards = loaded.partition.row_shards
-    # To save memory, a batch is not larger than the text.
+    # Do not make a batch larger than the text, to save memory.
     sequences = max(1, -(-(tokens.num_tokens - 1) // loaded.config.model.seq_len))
     wanted = min(command.batch_size or WINDOWS_PER_DEVICE * shards, command.sequences or sequences, sequences)
     return ValidationBatches(
@@ -189,7 +189,7 @@ def _evaluate(loaded: LoadedModel, sets: Mapping[str, ValidationBatches]) -> Eva
 
 
 def _progress(total: int) -> Callable[[], None]:
-    """A function to call after each batch. It prints the number of finished batches every `REPORT_SECONDS`."""
+    """Return a function to call after each batch. It reports progress at most every `REPORT_SECONDS` seconds."""
     done, next_report = 0, time.monotonic() + REPORT_SECONDS
 
     def advance() -> None:

@@ -55,7 +55,7 @@ def parse(words: Sequence[str]) -> Command:
     """Parse the command line.
 
     Raises:
-        InputError: if an argument is unknown or missing, or its value is missing or wrong.
+        InputError: if an argument is unknown or missing, or a value is missing or invalid.
     """
     arguments = parse_arguments(words, options=("--step", "--dtype"), flags=("--averaged",), overrides=True, words=True)
     if len(arguments.words) != 2:
@@ -77,7 +77,7 @@ def parse(words: Sequence[str]) -> Command:
 
 
 def _export(command: Command) -> int:
-    # The slow imports come after the checks.
+    # Import slow modules after the checks.
     from sophia_levanter.interop.exporting import check_new_folder, export_model
     from sophia_levanter.run.loading import load_model
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sophia_levanter.data.token_store import TokenStore
 
 SHOWN_CHARACTERS = 300
-DOCUMENTS_AT_ONCE = 1 << 20  # the document ends of a large store take gigabytes
+DOCUMENTS_AT_ONCE = 1 << 20  # the document ends of a large store take up gigabytes
 USAGE = """\
 usage: python -m sophia_levanter.commands.inspect_data STORE [--documents N] [--seq_len N] [--verify]
        [--plugins MODULE] [--help]
@@ -106,7 +106,7 @@ def _print_store(location: str, count: int, seq_len: int, *, verify: bool) -> No
 
 
 def _ends_in_parts(store: TokenStore) -> Iterator[np.ndarray]:
-    """The `document_ends` of all documents, in parts of `DOCUMENTS_AT_ONCE`."""
+    """Yield the `document_ends` of all documents, in arrays for `DOCUMENTS_AT_ONCE` documents."""
     for first in range(0, store.num_documents, DOCUMENTS_AT_ONCE):
         yield store.document_ends(first, min(first + DOCUMENTS_AT_ONCE, store.num_documents))
 

@@ -51,8 +51,8 @@ class Launch:
 
     Attributes:
         config: the run's configuration, including its run directory.
-        cluster: the cluster that the run uses.
-        cluster_file: the file that `cluster` was read from.
+        cluster: the cluster to launch the run on.
+        cluster_file: the file from which `cluster` was read.
         dry_run: whether to print what would be done without doing it.
     """
 
@@ -63,7 +63,7 @@ class Launch:
 
     @property
     def job(self) -> Job:
-        """The launch settings that backends need."""
+        """The job to pass to the cluster backend."""
         run_dir = Path(self.config.trainer.run_dir or "")
         return Job(run_dir, run_dir.absolute() / LAUNCH)
 
@@ -89,13 +89,13 @@ def parse(words: Sequence[str]) -> Launch:
     """Parse the command line of a launch.
 
     Raises:
-        InputError: if an argument is unknown, a file is invalid, or the directory contains another run.
+        InputError: if an argument is unknown, a file is invalid, or the run directory contains another run.
     """
     arguments = parse_arguments(words, options=("--config", "--cluster"), flags=("--dry_run",), overrides=True)
     path = Path(arguments.needed("--config", "FILE", "for example, --config config/gpt2_large_sophia.yaml"))
     cluster_file = Path(arguments.needed("--cluster", "FILE", "for example, --cluster infra/local.yaml"))
     config = load_config(path, arguments.overrides)
-    cluster = read_cluster(cluster_file)  # after importing the run's plug-ins, which may register it
+    cluster = read_cluster(cluster_file)  # after importing the run's plug-ins, which may register its backend
     _check_fit(config, cluster, dry_run="--dry_run" in arguments.flags)
     if config.trainer.run_dir is None:
         trainer = dataclasses.replace(config.trainer, run_dir=str(Path("runs", path.stem)))
@@ -106,9 +106,9 @@ def parse(words: Sequence[str]) -> Launch:
 
 
 def _check_fit(config: TrainConfig, cluster: ClusterConfig, *, dry_run: bool) -> None:
-    """Check that the run fits the cluster and that its files and secrets exist, before anything is billed.
+    """Check, before anything is billed, that the run fits the cluster and that its files and secrets exist.
 
-    In a dry run, missing secrets are only reported: its commands do not depend on them.
+    In a dry run, missing secrets are only reported, because the printed commands do not depend on them.
 
     Raises:
         InputError: if there are problems; the message lists all of them.
@@ -160,7 +160,7 @@ def _launch(launch: Launch) -> int:
 
 
 def _submit(launch: Launch, submission: Submission) -> int:
-    """Submit the job, whose first node runs its own launcher, and wait for it to end."""
+    """Submit the job, and wait for it to end. The first node of the job runs its own launcher."""
     job = launch.job
     if launch.dry_run:
         return _print(submission.describe())

@@ -1,4 +1,4 @@
-"""Shared entry point for the commands that load a trained model."""
+"""Entry point shared by the commands that load a trained model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Command = TypeVar("Command")
 
 
 def tell(line: str) -> None:
-    """Print a line to standard error, so that standard output holds only the result."""
+    """Print a line to standard error, so that standard output contains only the result."""
     print(one_line(line), file=sys.stderr, flush=True)
 
 
@@ -26,18 +26,18 @@ def run_on_model(
     usage: str,
     interrupted: str = "interrupted",
 ) -> int:
-    """Parse a command line, run it, and report each error in one line.
+    """Parse a command line and run the command. Errors are reported in one line.
 
     Args:
         given: the arguments; by default, those of this process.
         parse: parses the arguments. It avoids slow imports, so that mistakes are reported immediately.
         run: executes the parsed command and returns its exit status.
-        usage: printed for --help instead of running the command.
+        usage: the text to print for --help instead of running the command.
         interrupted: the message to print after Ctrl-C.
 
     Returns:
-        The exit status from `run`; otherwise 1 if a checkpoint is damaged, or a device fails or runs out of memory, 2
-        for bad input, or 130 after Ctrl-C.
+        The exit status returned by `run`. If it raises an error: 1 for a damaged checkpoint, a device failure or a lack
+        of device memory, 2 for bad input, or 130 after Ctrl-C.
     """
     return run_command(
         given, lambda words: _failing_in_one_line(run, parse(words), interrupted), usage=usage, interrupted=interrupted
@@ -56,7 +56,7 @@ def _failing_in_one_line(run: Callable[[Command], int], command: Command, interr
     except JaxRuntimeError as error:
         print(one_line(f"error: {str(error).splitlines()[0]}"), file=sys.stderr)
     except KeyboardInterrupt:
-        # A normal exit would destroy buffers that devices are still using, and crash.
+        # A normal exit would crash, because it would destroy buffers that are still in use by the devices.
         print(interrupted, file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
     return FAILURE

@@ -59,7 +59,7 @@ def parse(words: Sequence[str]) -> Command:
     """Parse the command line.
 
     Raises:
-        InputError: if an argument is unknown, its value is missing or wrong, or the configuration is invalid.
+        InputError: if an argument is unknown, a value is missing or invalid, or the configuration is invalid.
     """
     arguments = parse_arguments(words, options=OPTIONS, overrides=True)
     path = Path(arguments.needed("--config", "FILE", "for example, --config config/gpt2_large_sophia.yaml"))
@@ -89,7 +89,7 @@ def _mfu(text: str) -> float:
 
 
 def _plan(command: Command) -> int:
-    # jax reads this variable when it starts. Planning neither uses nor queries this machine's accelerators.
+    # jax reads this variable when it starts. Planning must not use or even query this machine's accelerators.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -47,7 +47,7 @@ def _prepare(words: Sequence[str]) -> int:
         sys.exit(PREEMPTED)
 
     signal.signal(signal.SIGTERM, stop)
-    # The slow imports come after the checks, so that mistakes are reported at once.
+    # Import slow modules after the checks, so that mistakes are reported immediately.
     from sophia_levanter.data.corpora import prepare
 
     data = prepare(config.data, lambda line: print(one_line(line), flush=True), ray=ray)

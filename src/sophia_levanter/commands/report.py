@@ -36,10 +36,10 @@ def parse(words: Sequence[str]) -> tuple[dict[str, Path], Path]:
     """Parse the command line.
 
     Returns:
-        The run directories, keyed by the runs' names, and the page's file.
+        The run directories, keyed by run name, and the path of the page.
 
     Raises:
-        InputError: if an argument is unknown, a run is given twice, or the page cannot be written to its file.
+        InputError: if an argument is unknown, a run is given twice, or the output path is not usable.
     """
     arguments = parse_arguments(words, options=("-o", "--output"), words=True)
     if len(arguments.options) > 1:
@@ -74,7 +74,7 @@ def _named(words: Sequence[str]) -> dict[str, Path]:
 
 def _name_and_path(word: str) -> tuple[str, Path]:
     before, equals, after = word.partition("=")
-    # A directory's own name may contain "=", as in runs/lr=0.01.
+    # The name of a directory may itself contain "=", as in runs/lr=0.01.
     if not equals or "/" in before or os.path.isdir(word):
         path = Path(os.path.expanduser(word))
         return Path(os.path.abspath(path)).name or word, path
@@ -89,7 +89,7 @@ def _report(words: Sequence[str]) -> int:
         if not os.path.isdir(path):  # `Path.is_dir` raises OSError for some names
             raise InputError(f"{path} does not exist; specify a run directory")
 
-    # jax reads this variable when it starts. The run itself may be using the accelerator.
+    # jax reads this variable when it starts. Leave the accelerator to the run, which may still be using it.
     os.environ["JAX_PLATFORMS"] = "cpu"
 
     from sophia_levanter.studies.comparability import compare

@@ -79,7 +79,7 @@ def parse(words: Sequence[str]) -> Command:
     """Parse the command line, and read the prompt file.
 
     Raises:
-        InputError: if an argument is unknown or missing, its value is missing or wrong, or the file is not text.
+        InputError: if an argument is unknown or missing, a value is missing or invalid, or the file is not text.
     """
     arguments = parse_arguments(
         words, options=OPTIONS, repeatable=("--prompt",), flags=("--averaged",), overrides=True, words=True
@@ -95,7 +95,7 @@ def parse(words: Sequence[str]) -> Command:
         if numbers.get(name) == 0:
             raise InputError(f"{name} is 0; it must be at least 1")
     for prompt in arguments.repeated["--prompt"]:
-        # Python decodes command-line bytes that are not valid UTF-8 as lone surrogates.
+        # In command-line arguments, Python decodes bytes that are not valid UTF-8 to lone surrogates.
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise InputError(f"--prompt {prompt!a} is not valid UTF-8")
     temperature = _number(arguments, "--temperature")
@@ -141,7 +141,7 @@ def _prompt_of_file(arguments: Arguments) -> list[str]:
 
 
 def _run(command: Command) -> int:
-    # The slow imports come after the checks.
+    # Import slow modules after the checks.
     from sophia_levanter.run.loading import load_model
 
     loaded = load_model(
@@ -156,7 +156,7 @@ def _run(command: Command) -> int:
 
 
 def _encoded(prompts: Sequence[str], loaded: LoadedModel) -> list[list[int]]:
-    """The tokens of each prompt; without prompts, a single end-of-text token, after which a document begins."""
+    """Encode the prompts. Without prompts, return a single end-of-text token, after which a new document begins."""
     encoded = [loaded.tokenizer.encode(prompt).tolist() for prompt in prompts]
     context = loaded.config.model.seq_len
     for number, tokens in enumerate(encoded, 1):
@@ -200,7 +200,7 @@ def _print_at_once(text: str) -> None:
 def _drawn(
     command: Command, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], loaded: LoadedModel
 ) -> Iterator[list[int | None]]:
-    """Generate the next token for each row, a (prompt, sample) pair; None if the row's document has ended."""
+    """Yield the next token for each row, a (prompt, sample) pair, or None if the document in that row has ended."""
     import jax
 
     from sophia_levanter.models.sampling import generate
@@ -218,7 +218,7 @@ def _drawn(
 
 
 def _keys(seed: int, rows: Sequence[tuple[int, int]]) -> jax.Array:
-    """A key for each row, independent of the number of rows."""
+    """Create a random key for each row. A row's key does not depend on the number of rows."""
     import jax
     import jax.numpy as jnp
 
@@ -240,11 +240,11 @@ class _Text:
         self._give(tokenizer.decode(prompt))
 
     def add(self, token: int) -> None:
-        """Pass on the characters that a token completes."""
+        """Output the characters that are completed by this token."""
         self._give(self._decoder.decode(self._tokenizer.decode_bytes([token])))
 
     def end(self) -> None:
-        """Pass on a replacement character if the last character is incomplete."""
+        """Output a replacement character if the last character is incomplete."""
         self._give(self._decoder.decode(b"", final=True))
 
 

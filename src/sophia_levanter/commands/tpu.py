@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if argv is None else list(argv)
     own = given[: given.index("--")] if "--" in given else given
-    # A --help after the dashes belongs to COMMAND.
+    # A --help after the dashes is an argument of COMMAND.
     return run_command(own, lambda words: _run(words, given[len(own) + 1 :]), usage=USAGE, interrupted="interrupted")
 
 
@@ -61,7 +61,7 @@ def _run(given: Sequence[str], command: Sequence[str]) -> int:
         for line in lines:
             print(shlex.join(line))
         return DONE
-    statuses = [_gcloud(line) for line in lines]  # all slices, even if the command fails on one
+    statuses = [_gcloud(line) for line in lines]  # run on all slices, even if the command fails on one
     return FAILURE if any(statuses) else DONE
 
 

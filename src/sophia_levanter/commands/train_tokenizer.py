@@ -49,7 +49,7 @@ def _train(words: Sequence[str]) -> int:
         raise InputError(f"--out {out} must end in {TRAINED_TOKENIZER}")
     config = with_absolute_paths(load_config(path, arguments.overrides))
 
-    # The slow imports come after the checks, so that mistakes are reported at once.
+    # Import slow modules after the checks, so that mistakes are reported immediately.
     from sophia_levanter.data.bpe import first_bytes, save_bpe, train_bpe
     from sophia_levanter.data.tokenizer import load_tokenizer
 
